@@ -1,0 +1,41 @@
+# `make demo` and `make test` do their own set-up: a virtual environment in .venv with the package installed.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-all lint format clean help
+
+help:
+	@echo "make demo      set up, then train, evaluate, fold, save and picture a large-kernel network on real digits"
+	@echo "make test      set up, then the fast tests"
+	@echo "make test-all  every test that this machine can run, full-size models included"
+	@echo "make lint      ruff and mypy"
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("widekernel needs Python 3.10 or newer, %s is %d.%d: run make PYTHON=python3.11" % (sys.executable, *sys.version_info[:2]) if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[demo,dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/widekernel demo
+
+test: $(STAMP)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
+
+test-all: $(STAMP)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m 'not gpu' 
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist
