@@ -1,0 +1,113 @@
+"""Configuration of data sets, preprocessing and augmentation."""
+
+from dataclasses import dataclass
+
+from widekernel.data.errors import ConfigError
+
+
+def require(ok: bool, key: str, value: object, rule: str) -> None:
+    """Raise a ``ConfigError`` for ``key`` unless ``ok``."""
+    if not ok:
+        raise ConfigError(f"{key} is {value!r}, but must be {rule}.")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the images come from and how they reach the network.
+
+    Args:
+        name: data set: "folder" (image folders or tars below root), "digits" (scikit-learn's 8×8 digits), or a name
+            that timm.data.create_dataset knows, such as torch/cifar10 or hfds/owner/name
+        root: folder that holds the splits (for named data sets: where they are kept)
+        train_split: training split: a folder or .tar below root, or the split's name in a named data set
+        val_split: held-out split, in the same form
+        download: let a named data set download itself into root
+        input_size: height and width of the network's input in pixels; null takes the model's own
+        mean: channel means; null takes the model's own
+        std: channel standard deviations; null takes the model's own
+        interpolation: resampling in evaluation (nearest, bilinear, bicubic, ...)
+        crop_pct: share of the resized image that the evaluation crop keeps; null: 0.875 below 384 pixels, and from
+            384 on the whole image warped to the square
+        workers: processes that decode images; 0 decodes in the training process
+        max_unreadable: stop once more than this many different images could not be decoded
+    """
+
+    name: str = "folder"
+    root: str | None = None
+    train_split: str = "train"
+    val_split: str = "val"
+    download: bool = False
+    input_size: int | None = None
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    interpolation: str = "bicubic"
+    crop_pct: float | None = None
+    workers: int = 4
+    max_unreadable: int = 100
+
+    def __post_init__(self) -> None:
+        require(self.input_size is None or self.input_size > 0, "data.input_size", self.input_size, "positive")
+        require(
+            self.crop_pct is None or 0 < self.crop_pct <= 1, "data.crop_pct", self.crop_pct, "above 0 and at most 1"
+        )
+        require(self.workers >= 0, "data.workers", self.workers, "0 or more")
+        require(self.max_unreadable >= 0, "data.max_unreadable", self.max_unreadable, "0 or more")
+        require(self.std is None or min(self.std) > 0, "data.std", self.std, "three positive numbers")
+        require(
+            self.interpolation in ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"),
+            "data.interpolation",
+            self.interpolation,
+            "nearest, bilinear, bicubic, lanczos, box or hamming",
+        )
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Random changes to training images (timm's transforms) and mixing of batches (timm's Mixup).
+
+    Args:
+        crop_scale: range of the random crop's share of the image area
+        crop_ratio: range of the random crop's aspect ratio
+        hflip: probability of a left-right flip
+        color_jitter: strength of brightness, contrast and saturation jitter; not used together with auto_augment
+        auto_augment: timm policy such as rand-m9-mstd0.5-inc1, or null
+        interpolation: resampling in training: random, bilinear or bicubic
+        erase_prob: probability of random erasing (pixel mode)
+        mixup: mixup alpha; 0 turns mixup off
+        cutmix: cutmix alpha; 0 turns cutmix off
+        mix_prob: probability that a batch is mixed
+        switch_prob: probability of cutmix rather than mixup when both are on
+    """
+
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)
+    hflip: float = 0.5
+    color_jitter: float = 0.4
+    auto_augment: str | None = "rand-m9-mstd0.5-inc1"
+    interpolation: str = "bicubic"
+    erase_prob: float = 0.25
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    mix_prob: float = 1.0
+    switch_prob: float = 0.5
+
+    def __post_init__(self) -> None:
+        low, high = self.crop_scale
+        require(0 < low <= high <= 1, "augment.crop_scale", self.crop_scale, "two numbers with 0 < low <= high <= 1")
+        low, high = self.crop_ratio
+        require(0 < low <= high, "augment.crop_ratio", self.crop_ratio, "two numbers with 0 < low <= high")
+        for key in ("hflip", "erase_prob", "mix_prob", "switch_prob"):
+            require(0 <= getattr(self, key) <= 1, f"augment.{key}", getattr(self, key), "a probability from 0 to 1")
+        for key in ("color_jitter", "mixup", "cutmix"):
+            require(getattr(self, key) >= 0, f"augment.{key}", getattr(self, key), "0 or more")
+        require(
+            self.interpolation in ("random", "bilinear", "bicubic"),
+            "augment.interpolation",
+            self.interpolation,
+            "random, bilinear or bicubic",
+        )
+
+    @property
+    def mixes(self) -> bool:
+        """Whether batches are mixed at all."""
+        return self.mix_prob > 0 and (self.mixup > 0 or self.cutmix > 0)

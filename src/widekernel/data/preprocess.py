@@ -1,0 +1,111 @@
+"""From images to input tensors: what evaluation and training do to one image."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from torch import Tensor
+
+from widekernel.data.config import AugmentConfig, DataConfig
+from widekernel.data.errors import ConfigError
+
+ImageTransform = Callable[[Image.Image], Tensor]
+
+WARP_FROM = 384
+"""From this input size on, evaluation warps the whole image to the square instead of cropping its centre."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes a ``(3, size, size)`` tensor; saved with every model.
+
+    Args:
+        input_size: height and width in pixels
+        mean: subtracted per channel, on the scale 0 to 1
+        std: divided by per channel
+        interpolation: resampling in evaluation
+        crop_pct: input size over the size that the short side is resized to; 1.0 from 384 pixels on, where the
+            image is warped
+    """
+
+    input_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+    crop_pct: float
+
+    @classmethod
+    def resolve(cls, config: DataConfig, model_cfg: dict[str, Any]) -> "Preprocessing":
+        """Fill what ``config`` leaves open from a timm ``pretrained_cfg`` and the rule for the crop."""
+        size = config.input_size or _square(model_cfg.get("input_size") or (3, 224, 224))
+        return cls(
+            input_size=size,
+            mean=_triple(config.mean or model_cfg.get("mean") or IMAGENET_DEFAULT_MEAN),
+            std=_triple(config.std or model_cfg.get("std") or IMAGENET_DEFAULT_STD),
+            interpolation=config.interpolation,
+            crop_pct=config.crop_pct or (0.875 if size < WARP_FROM else 1.0),
+        )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Preprocessing":
+        """Rebuild from the JSON form that ``dataclasses.asdict`` gives."""
+        return cls(
+            input_size=int(values["input_size"]),
+            mean=_triple(values["mean"]),
+            std=_triple(values["std"]),
+            interpolation=str(values["interpolation"]),
+            crop_pct=float(values["crop_pct"]),
+        )
+
+    def eval_transform(self) -> ImageTransform:
+        """The deterministic transform of evaluation."""
+        return create_transform(
+            self.input_size,
+            is_training=False,
+            interpolation=self.interpolation,
+            mean=self.mean,
+            std=self.std,
+            crop_pct=self.crop_pct,
+            crop_mode="squash" if self.input_size >= WARP_FROM and self.crop_pct == 1.0 else "center",
+        )
+
+    def train_transform(self, augment: AugmentConfig) -> ImageTransform:
+        """The random transform of training; it draws from the global generators.
+
+        Raises:
+            ConfigError: timm does not know the auto-augment policy.
+        """
+        try:
+            return create_transform(
+                self.input_size,
+                is_training=True,
+                scale=augment.crop_scale,
+                ratio=augment.crop_ratio,
+                hflip=augment.hflip,
+                color_jitter=augment.color_jitter or None,
+                auto_augment=augment.auto_augment,
+                interpolation=augment.interpolation,
+                mean=self.mean,
+                std=self.std,
+                re_prob=augment.erase_prob,
+                re_mode="pixel",
+            )
+        except (AssertionError, KeyError, ValueError) as error:
+            raise ConfigError(
+                f"augment.auto_augment is {augment.auto_augment!r}, which timm refuses ({error}). "
+                "Use a policy such as rand-m9-mstd0.5-inc1, or null."
+            ) from error
+
+
+def _square(input_size: tuple[int, ...]) -> int:
+    _, height, width = input_size
+    if height != width:
+        raise ConfigError(f"The model's input is {height}×{width}; set data.input_size to train on square images.")
+    return int(height)
+
+
+def _triple(values: Any) -> tuple[float, float, float]:
+    first, second, third = (float(value) for value in values)
+    return first, second, third

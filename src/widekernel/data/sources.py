@@ -1,0 +1,184 @@
+"""Labelled images by index: image folders, image tars, scikit-learn's digits and timm's named data sets."""
+
+import io
+import os
+import tarfile
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+
+from widekernel.data.errors import DataError
+from widekernel.data.images import UnreadableImageError, decode_image
+
+
+class ImageSource(ABC):
+    """A finite, indexable set of labelled images.
+
+    Attributes:
+        class_names: names in the order of the class indices
+    """
+
+    class_names: tuple[str, ...]
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        """The RGB image and its class index.
+
+        Raises:
+            UnreadableImageError: the image cannot be decoded.
+        """
+
+    @abstractmethod
+    def sample_name(self, index: int) -> str:
+        """What to call the image in messages: a path, or the index in a set without files."""
+
+
+class FolderSource(ImageSource):
+    """Images in ``root/<class>/**``, classes in alphabetical order (torchvision's layout).
+
+    Raises:
+        DataError: the folder is missing, or has no classes, or a class without images.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        try:
+            names = [name for name in find_classes(root)[0] if not name.startswith(".")]
+        except FileNotFoundError:
+            names = []
+        except (NotADirectoryError, PermissionError) as error:
+            raise DataError(f"{root} cannot be read as an image folder: {error.strerror}.") from error
+        if not names:
+            raise DataError(
+                f"{root} has no class folders, but the layout is {root.name}/<class>/<image>. "
+                "Put each class's images into a folder named after the class."
+            )
+        class_to_idx = {name: index for index, name in enumerate(names)}
+        self.samples = make_dataset(str(root), class_to_idx, extensions=IMG_EXTENSIONS, allow_empty=True)
+        _check_classes(root, names, {target for _, target in self.samples})
+        self.class_names = tuple(names)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        path, target = self.samples[index]
+        try:
+            with Path(path).open("rb") as file:
+                return decode_image(file), target
+        except OSError as error:
+            raise UnreadableImageError(error.strerror or str(error)) from error
+
+    def sample_name(self, index: int) -> str:
+        return str(Path(self.samples[index][0]).relative_to(self.root))
+
+
+class TarSource(ImageSource):
+    """Images in a tar archive as ``**/<class>/<image>``, classes in alphabetical order; read without unpacking.
+
+    Raises:
+        DataError: the archive is damaged, compressed, or holds no images in class folders.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.reader = ReaderImageInTar(str(path), cache_tarinfo=False)
+        except tarfile.TarError as error:
+            raise DataError(
+                f"{path} is not a readable, uncompressed tar archive ({error}). Unpack it or re-create it."
+            ) from error
+        except ValueError as error:  # what timm raises for an archive in which it finds no images
+            raise DataError(f"{path} holds no images; the layout is <split>/<class>/<image> with {_KINDS}.") from error
+        names = sorted(self.reader.class_name_to_idx)
+        if "" in names or "." in names:
+            raise DataError(f"{path} holds images outside class folders; the layout is <split>/<class>/<image>.")
+        # timm orders classes by natural key (2 before 10), folders are ordered alphabetically: one order for both
+        order = {old: names.index(name) for name, old in self.reader.class_name_to_idx.items()}
+        self.targets = [order[int(target)] for target in self.reader.targets]
+        self.class_names = tuple(names)
+        self._pid = os.getpid()
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        if self._pid != os.getpid():
+            # a file opened before a fork shares its position with the parent: this process opens its own
+            self.reader = ReaderImageInTar(str(self.path), cache_tarinfo=False)
+            self._pid = os.getpid()
+        try:
+            file, _ = self.reader[index]
+            return decode_image(file), self.targets[index]
+        except (tarfile.TarError, OSError, AttributeError) as error:
+            raise UnreadableImageError(str(error)) from error
+
+    def sample_name(self, index: int) -> str:
+        return self.reader.filename(index)
+
+
+class ArraySource(ImageSource):
+    """Images held in memory as 8-bit grey or RGB arrays.
+
+    Args:
+        images: array ``(n, height, width)`` or ``(n, height, width, 3)`` of uint8
+        targets: ``n`` class indices
+        class_names: names of the classes
+        label: what sample names start with
+    """
+
+    def __init__(self, images: np.ndarray, targets: Sequence[int], class_names: tuple[str, ...], label: str) -> None:
+        self.images, self.targets, self.class_names, self.label = images, targets, class_names, label
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.images[index]).convert("RGB"), int(self.targets[index])
+
+    def sample_name(self, index: int) -> str:
+        return f"{self.label}[{index}]"
+
+
+class MappedSource(ImageSource):
+    """A map-style data set of timm or torchvision that gives ``(PIL image or encoded bytes, class index)``."""
+
+    def __init__(self, dataset: Sequence, class_names: tuple[str, ...], label: str) -> None:
+        self.dataset, self.class_names, self.label = dataset, class_names, label
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        try:
+            image, target = self.dataset[index]
+        except (OSError, RuntimeError, SyntaxError) as error:
+            raise UnreadableImageError(str(error)) from error
+        if isinstance(image, bytes):
+            return decode_image(io.BytesIO(image)), int(target)
+        return image.convert("RGB"), int(target)
+
+    def sample_name(self, index: int) -> str:
+        return f"{self.label}[{index}]"
+
+
+_KINDS = ", ".join(IMG_EXTENSIONS)
+
+
+def _check_classes(root: Path, names: list[str], present: set[int]) -> None:
+    empty = [name for index, name in enumerate(names) if index not in present]
+    if len(empty) == len(names):
+        raise DataError(f"{root} holds no images: none of its {len(names)} class folders has a file of {_KINDS}.")
+    if empty:
+        raise DataError(
+            f"{root} has {len(empty)} class folder(s) without images: {', '.join(empty[:5])}. "
+            "Add images or remove the folder."
+        )

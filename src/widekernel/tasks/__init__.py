@@ -1,0 +1,1 @@
+"""Tasks: how a model is assembled, what it minimises and how it is measured."""

@@ -1,0 +1,49 @@
+"""Building networks and choosing devices from configuration."""
+
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+import widekernel.models  # noqa: F401 - registers the models with timm
+from widekernel.data.errors import ConfigError
+from widekernel.errors import nearest
+
+
+def build_model(name: str, num_classes: int | None, args: dict[str, Any], pretrained: bool = False) -> nn.Module:
+    """Create a registered model; ``num_classes`` None keeps the model's own head.
+
+    Raises:
+        ConfigError: the name is unknown (the message offers the nearest), or the model does not take an argument.
+    """
+    # names with a colon (hf-hub:, local-dir:) are resolved by timm itself
+    if ":" not in name and not timm.is_model(name):
+        raise ConfigError(
+            f"model.name is {name!r}, which is no registered model.{nearest(name, timm.list_models())} "
+            "`widekernel models` lists them."
+        )
+    options = dict(args) if num_classes is None else {**args, "num_classes": num_classes}
+    try:
+        return timm.create_model(name, pretrained=pretrained, **options)
+    except TypeError as error:
+        raise ConfigError(f"{name} does not accept its arguments {options}: {error}.") from error
+
+
+def choose_device(name: str) -> torch.device:
+    """The device named ``name``; ``auto`` is CUDA where there is one, else the CPU.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"The device is {name!r}, but must be auto, cpu, cuda or cuda:N.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"The device is {name!r}, but this machine has no usable CUDA device. Use auto or cpu.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"The device is {name!r}, but there are only {torch.cuda.device_count()} CUDA device(s).")
+    return device

@@ -1,0 +1,190 @@
+"""Image classification: loss with mixing and smoothing, evaluation, and a whole run from its configuration."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from timm.data import Mixup
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from widekernel.data import (
+    Batch,
+    ConfigError,
+    EvaluationSamples,
+    ImageSource,
+    LoaderOptions,
+    Preprocessing,
+    TrainingLoader,
+    TrainingSamples,
+    evaluation_loader,
+    open_train_and_val,
+)
+from widekernel.data.loading import MIX_STREAM
+from widekernel.data.seeding import scoped_seed
+from widekernel.tasks.assembly import build_model, choose_device
+from widekernel.tasks.config import TrainConfig
+from widekernel.tasks.evaluation import EvaluationOptions, evaluate
+from widekernel.tasks.saved import SavedModel, load_weights, save_model
+from widekernel.training import Processes, Reporter, RunFolder, SilentReporter, Surroundings, Trainer
+from widekernel.training.config import Metrics
+from widekernel.training.metrics_log import read_metrics
+from widekernel.training.random_state import seed_run
+
+
+class Classification:
+    """The objective of a classification run.
+
+    Args:
+        config: the run
+        num_classes: outputs of the network
+        val_loader: held-out images
+        options: how to evaluate
+    """
+
+    best_metric = "val_top1"
+
+    def __init__(
+        self, config: TrainConfig, num_classes: int, val_loader: DataLoader, options: EvaluationOptions
+    ) -> None:
+        self.label_smoothing, self.val_loader, self.options = config.label_smoothing, val_loader, options
+        augment = config.augment
+        self.mixup: Mixup | None = None
+        if augment.mixes:
+            self.mixup = Mixup(
+                mixup_alpha=augment.mixup,
+                cutmix_alpha=augment.cutmix,
+                prob=augment.mix_prob,
+                switch_prob=augment.switch_prob,
+                label_smoothing=config.label_smoothing,
+                num_classes=num_classes,
+            )
+
+    def loss(self, model: nn.Module, batch: Batch, stream: tuple[int, ...]) -> Tensor:
+        """Cross-entropy against smoothed, and where configured mixed, targets."""
+        if self.mixup is None:
+            return F.cross_entropy(model(batch.images), batch.targets, label_smoothing=self.label_smoothing)
+        with scoped_seed(MIX_STREAM, *stream):
+            images, targets = self.mixup(batch.images, batch.targets)
+        return F.cross_entropy(model(images), targets)
+
+    def evaluate(self, model: nn.Module, name: str, stop: Callable[[], bool]) -> Metrics | None:
+        """``val_top1`` and ``val_top5`` in percent, ``val_loss``, and the count of unreadable images."""
+        result = evaluate(model, self.val_loader, replace(self.options, stop=stop), name)
+        if result is None:
+            return None
+        return {
+            "val_top1": result.top1,
+            "val_top5": result.top5,
+            "val_loss": result.loss,
+            "val_images": result.images,
+            "val_unreadable": result.unreadable,
+        }
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run: its folder, its final figures, and whether it had been finished before."""
+
+    folder: RunFolder
+    summary: dict[str, Any]
+    was_finished: bool
+
+
+def train(config: TrainConfig, reporter: Reporter | None = None, processes: Processes | None = None) -> RunResult:
+    """Train as configured in ``config.output``; the same call again resumes, or returns the finished result.
+
+    Seeds the global random generators, as the entry point of a training process.
+
+    Raises:
+        WidekernelError: configuration, data or run folder cannot be used; nothing has been trained then.
+        Interrupted: stopped by a signal, after saving.
+    """
+    if config.output is None:
+        raise ConfigError("output is not set; give the run folder.")
+    reporter, processes = reporter or SilentReporter(), processes or Processes()
+    folder = RunFolder(config.output)
+    folder.make_writable()
+    device = choose_device(config.loop.device)
+    train_source, val_source = open_train_and_val(config.data)
+    num_classes = _count_classes(config, train_source)
+    seed_run(config.seed, processes.rank)
+    model = build_model(config.model.name, num_classes, config.model.args, config.model.pretrained)
+    preprocessing = Preprocessing.resolve(config.data, getattr(model, "pretrained_cfg", {}))
+    train_transform = preprocessing.train_transform(config.augment)
+    if config.model.weights is not None:
+        load_weights(model, config.model.weights)
+    folder.prepare(config.to_dict())
+    summary = folder.read_summary()
+    if summary is not None:
+        return RunResult(folder, summary, was_finished=True)
+
+    options = _loader_options(config, device)
+    loader = TrainingLoader(TrainingSamples(train_source, train_transform, config.seed), options, processes.share)
+    eval_size = config.loop.eval_batch_size or max(1, config.loop.batch_size * 3 // 2)
+    val_loader = evaluation_loader(
+        EvaluationSamples(val_source, preprocessing.eval_transform()),
+        replace(options, batch_size=eval_size),
+        processes.share,
+    )
+    layout = torch.channels_last if config.loop.channels_last else torch.contiguous_format
+    model.to(device=device, memory_format=layout)
+    objective = Classification(
+        config,
+        num_classes,
+        val_loader,
+        EvaluationOptions(device, config.data.max_unreadable, processes=processes, reporter=reporter),
+    )
+    around = Surroundings(folder, device, processes, reporter, _fingerprint(train_source))
+    trainer = Trainer(model, objective, loader, config.training, around)
+    trainer.run()
+    saved = SavedModel(
+        name=config.model.name,
+        model_args=dict(config.model.args),
+        form="training",
+        num_classes=num_classes,
+        class_names=train_source.class_names,
+        preprocessing=preprocessing,
+    )
+    return RunResult(folder, _finish(trainer, saved), was_finished=False)
+
+
+def _finish(trainer: Trainer, saved: SavedModel) -> dict[str, Any]:
+    folder = trainer.around.folder
+    last = [row for row in read_metrics(folder.metrics) if "val_top1" in row][-1]
+    progress = trainer.progress
+    summary = {
+        "epochs": progress.epoch,
+        **{key: value for key, value in last.items() if key != "epoch"},
+        "best_top1": progress.best,
+        "best_step": progress.best_step,
+        "train_unreadable": len(progress.unreadable),
+    }
+    if trainer.around.processes.is_main:
+        save_model(trainer.model, folder.model, saved)
+        if trainer.ema is not None:
+            save_model(trainer.ema.module, folder.model_ema, saved)
+        folder.write_summary(summary)
+    return summary
+
+
+def _count_classes(config: TrainConfig, source: ImageSource) -> int:
+    found, wanted = len(source.class_names), config.model.num_classes
+    if wanted is not None and wanted != found:
+        raise ConfigError(
+            f"model.num_classes is {wanted}, but the training data has {found} classes. "
+            "Leave model.num_classes out to follow the data, or check data.root."
+        )
+    return found
+
+
+def _loader_options(config: TrainConfig, device: torch.device) -> LoaderOptions:
+    return LoaderOptions(config.loop.batch_size, config.data.workers, pin_memory=device.type == "cuda")
+
+
+def _fingerprint(source: ImageSource) -> dict[str, Any]:
+    names = "\n".join(source.class_names)
+    return {"images": len(source), "digest of the class names": hashlib.sha256(names.encode()).hexdigest()[:16]}

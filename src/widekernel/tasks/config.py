@@ -1,0 +1,108 @@
+"""Configuration of one classification run; every field is a key of the YAML file and of the command line."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from widekernel.data.config import AugmentConfig, DataConfig, require
+from widekernel.data.errors import ConfigError
+from widekernel.training.config import (
+    CheckpointConfig,
+    EmaConfig,
+    LoopConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainingConfig,
+)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network.
+
+    Args:
+        name: model name known to timm, widekernel's models included
+        num_classes: outputs of the classifier; null takes the number of classes in the data
+        args: further arguments of the model, such as drop_path_rate
+        pretrained: start from the weights that timm has for the name
+        weights: checkpoint file to start from
+    """
+
+    name: str = "slak_tiny"
+    num_classes: int | None = None
+    args: dict[str, Any] = field(default_factory=dict)
+    pretrained: bool = False
+    weights: str | None = None
+
+    def __post_init__(self) -> None:
+        ok = self.num_classes is None or self.num_classes > 0
+        require(ok, "model.num_classes", self.num_classes, "positive")
+        if self.pretrained and self.weights is not None:
+            raise ConfigError("model.pretrained and model.weights are both set; choose one of them.")
+        for key in ("num_classes", "pretrained"):
+            if key in self.args:
+                raise ConfigError(f"model.args holds {key!r}; set model.{key} instead.")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run.
+
+    Args:
+        seed: seed of initialisation, order of images, augmentation and mixup
+        output: run folder; null: runs/<recipe or model name>
+        label_smoothing: share of the target spread over all classes
+        model: the network
+        data: the images
+        augment: changes to the training images
+        optimizer: the optimizer
+        schedule: epochs and learning rate
+        ema: averaging of the weights
+        loop: batches, precision and device
+        checkpoint: training states
+    """
+
+    seed: int = 0
+    output: str | None = None
+    label_smoothing: float = 0.1
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        require(self.seed >= 0, "seed", self.seed, "0 or more")
+        require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "from 0 to below 1")
+        if self.augment.mixes and self.loop.batch_size % 2:
+            raise ConfigError(
+                f"loop.batch_size is {self.loop.batch_size}, but mixup and cutmix pair the images of a batch: "
+                "use an even number, or set augment.mixup and augment.cutmix to 0."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values, as in the YAML form."""
+        return _plain(asdict(self))
+
+    @property
+    def training(self) -> TrainingConfig:
+        """The part that the loop sees."""
+        return TrainingConfig(
+            seed=self.seed,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            ema=self.ema,
+            loop=self.loop,
+            checkpoint=self.checkpoint,
+            max_unreadable=self.data.max_unreadable,
+        )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value

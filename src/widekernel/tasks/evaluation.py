@@ -1,0 +1,114 @@
+"""Accuracy and loss of a classifier, every image counted exactly once."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from widekernel.data.errors import DataError
+from widekernel.training.loop import check_unreadable
+from widekernel.training.processes import Processes
+from widekernel.training.progress import Reporter, SilentReporter
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result of one pass over a data set.
+
+    Args:
+        top1: images whose largest output is the right class, in percent
+        top5: images whose right class is among the five largest outputs, in percent
+        loss: mean cross-entropy
+        images: how many images were evaluated
+        unreadable: how many more could not be read
+    """
+
+    top1: float
+    top5: float
+    loss: float
+    images: int
+    unreadable: int
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """How to evaluate.
+
+    Args:
+        device: where the model is
+        max_unreadable: largest accepted number of unreadable images
+        class_order: for every class index of the data, the model's index of that class; ``None`` if they are the same
+        processes: the processes that evaluate together
+        reporter: told about progress
+        stop: asked between batches; true ends the evaluation without a result
+        observe: given the logits ``(n, classes)`` and targets ``(n,)`` of every batch
+    """
+
+    device: torch.device
+    max_unreadable: int
+    class_order: tuple[int, ...] | None = None
+    processes: Processes = field(default_factory=Processes)
+    reporter: Reporter = field(default_factory=SilentReporter)
+    stop: Callable[[], bool] = lambda: False
+    observe: Callable[[Tensor, Tensor], None] = lambda logits, targets: None
+
+
+def evaluate(model: nn.Module, loader: DataLoader, options: EvaluationOptions, name: str = "") -> Evaluation | None:
+    """Evaluate ``model`` in evaluation mode and full precision; its mode is restored afterwards.
+
+    Returns ``None`` only if ``options.stop()`` became true.
+
+    Raises:
+        DataError: not a single image could be read.
+        TrainingError: more images than accepted could not be read.
+    """
+    was_training = model.training
+    model.eval()
+    options.reporter.start_evaluation(len(loader), name)
+    sums = torch.zeros(4, dtype=torch.float64)  # right at 1, right at 5, loss, images
+    unreadable: set[str] = set()
+    try:
+        with torch.inference_mode():
+            for batch in loader:
+                if options.stop():
+                    return None
+                _note_unreadable(batch.unreadable, unreadable, options)
+                if len(batch.targets):
+                    sums += _batch_sums(model, batch.images, batch.targets, options)
+                options.reporter.evaluated(1)
+    finally:
+        model.train(was_training)
+    right1, right5, loss, images = options.processes.sum(sums).tolist()
+    unreadable = options.processes.union(unreadable)
+    if not images:
+        raise DataError(f"None of the {len(unreadable)} images could be read. Check the data set.")
+    return Evaluation(
+        top1=100 * right1 / images,
+        top5=100 * right5 / images,
+        loss=loss / images,
+        images=int(images),
+        unreadable=len(unreadable),
+    )
+
+
+def _batch_sums(model: nn.Module, images: Tensor, targets: Tensor, options: EvaluationOptions) -> Tensor:
+    logits = model(images.to(options.device, non_blocking=True)).float()
+    if options.class_order is not None:
+        targets = torch.tensor(options.class_order)[targets]
+    targets = targets.to(options.device, non_blocking=True)
+    options.observe(logits, targets)
+    ranked = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
+    loss = F.cross_entropy(logits, targets, reduction="sum")
+    return torch.stack(
+        [ranked[:, 0].sum().double(), ranked.sum().double(), loss.double(), loss.new_tensor(len(targets)).double()]
+    ).cpu()
+
+
+def _note_unreadable(names: tuple[str, ...], seen: set[str], options: EvaluationOptions) -> None:
+    for sample in names:
+        options.reporter.message(f"Left out an unreadable image: {sample}")
+    seen.update(names)
+    check_unreadable(seen, options.max_unreadable, "evaluation")

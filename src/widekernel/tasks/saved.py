@@ -1,0 +1,120 @@
+"""Saved models that know how to rebuild themselves: weights with name, arguments, classes and preprocessing."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import nn
+
+import widekernel
+from widekernel.data.preprocess import Preprocessing
+from widekernel.errors import CheckpointError
+from widekernel.tasks.assembly import build_model
+from widekernel.training.files import write_atomically
+
+METADATA_KEY = "widekernel"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """What a model file says about itself.
+
+    Args:
+        name: registered model name
+        model_args: arguments of the model besides ``num_classes``
+        form: ``training``, or ``folded`` for the merged network
+        num_classes: outputs
+        class_names: names in the order of the outputs; empty if unknown
+        preprocessing: how images become inputs
+    """
+
+    name: str
+    model_args: dict[str, Any]
+    form: Literal["training", "folded"]
+    num_classes: int
+    class_names: tuple[str, ...]
+    preprocessing: Preprocessing
+
+    def to_metadata(self) -> dict[str, str]:
+        """The safetensors metadata: one key that holds JSON."""
+        values = asdict(self)
+        values["model"] = values.pop("name")
+        values["data"] = values.pop("preprocessing")
+        return {METADATA_KEY: json.dumps({"format": FORMAT, **values})}
+
+    @classmethod
+    def from_metadata(cls, metadata: dict[str, str] | None, path: Path) -> "SavedModel":
+        """Read the metadata of the file ``path``.
+
+        Raises:
+            CheckpointError: the file does not describe its model, or in a format that is unknown.
+        """
+        try:
+            values = json.loads((metadata or {})[METADATA_KEY])
+            if values["format"] != FORMAT:
+                raise CheckpointError(f"{path} has format {values['format']!r}; this version reads format {FORMAT}.")
+            return cls(
+                name=values["model"],
+                model_args=dict(values["model_args"]),
+                form=values["form"],
+                num_classes=int(values["num_classes"]),
+                class_names=tuple(values["class_names"]),
+                preprocessing=Preprocessing.from_dict(values["data"]),
+            )
+        except KeyError as error:
+            raise CheckpointError(
+                f"{path} does not describe its model ({error} is missing). Give the model's name with --model."
+            ) from error
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"The description of the model in {path} is damaged: {error}") from error
+
+
+def save_model(model: nn.Module, path: Path, saved: SavedModel) -> None:
+    """Write the weights of ``model`` with their description, atomically."""
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
+    data = serialize(tensors, metadata=saved.to_metadata())
+    write_atomically(path, lambda file: file.write(data))
+
+
+def read_saved(path: Path) -> SavedModel:
+    """Read only the description of the model in a safetensors file.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or does not describe its model.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist.") from error
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file ({error}).") from error
+    return SavedModel.from_metadata(metadata, path)
+
+
+def restore_model(path: Path) -> tuple[nn.Module, SavedModel]:
+    """Rebuild the model of a safetensors file written by ``save_model``, in its training or folded form, on the CPU.
+
+    Raises:
+        CheckpointError: the file cannot be read, or does not fit the model it names.
+        ConfigError: the model it names is not registered.
+    """
+    saved = read_saved(path)
+    model = build_model(saved.name, saved.num_classes, saved.model_args)
+    if saved.form == "folded":
+        model = widekernel.fold(model.eval())
+    load_weights(model, path)
+    return model.eval(), saved
+
+
+def load_weights(model: nn.Module, path: str | Path, weights: Literal["model", "ema"] = "model") -> None:
+    """Load a checkpoint of any supported layout into ``model``.
+
+    Raises:
+        CheckpointError: the file cannot be read or does not fit the model.
+    """
+    widekernel.load_checkpoint(model, path, weights=weights)

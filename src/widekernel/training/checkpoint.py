@@ -1,0 +1,139 @@
+"""Training states on disk: written atomically, verified at load, with a predecessor to fall back on."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from widekernel.errors import CheckpointError
+from widekernel.training.files import sha256_of, write_atomically
+
+FORMAT = 1
+_NAME = re.compile(r"step-(\d{8,})\.pt$")
+
+
+class CheckpointStore:
+    """The folder ``checkpoints/`` of a run: ``step-XXXXXXXX.pt`` files, each with its ``.sha256``.
+
+    A state is a plain ``torch.save`` file of tensors and containers, so ``torch.load(..., weights_only=True)`` reads
+    it. The digest is written first: a state file without one, or one that does not match it, is never used.
+
+    Args:
+        folder: where the files are; created at the first save
+        keep: how many of the latest states stay; the best one stays as well
+        report: told about files that had to be passed over
+    """
+
+    def __init__(self, folder: Path, keep: int = 2, report: Callable[[str], None] | None = None) -> None:
+        self.folder = folder
+        self.keep = keep
+        self._report = report or (lambda text: None)
+
+    def paths(self) -> list[Path]:
+        """All state files, oldest first."""
+        if not self.folder.is_dir():
+            return []
+        return sorted((path for path in self.folder.iterdir() if _NAME.match(path.name)), key=step_of)
+
+    def save(self, state: dict[str, Any], step: int, best_step: int | None) -> Path:
+        """Write ``state`` as the state after ``step`` optimizer steps, then drop what is no longer kept.
+
+        Raises:
+            CheckpointError: the disk is full or not writable; earlier states are untouched.
+        """
+        path = self.folder / f"step-{step:08d}.pt"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(
+                path,
+                lambda file: torch.save({"format": FORMAT, **state}, file),
+                before_rename=lambda complete: _write_digest(path, sha256_of(complete)),
+            )
+        except OSError as error:
+            raise CheckpointError(
+                f"The training state cannot be written to {self.folder}: {error.strerror or error}. "
+                "Free some space or choose another --output; earlier states are intact."
+            ) from error
+        self._prune(best_step)
+        return path
+
+    def _prune(self, best_step: int | None) -> None:
+        paths = self.paths()
+        for path in paths[: -self.keep]:
+            if step_of(path) != best_step:
+                path.unlink(missing_ok=True)
+                _digest_path(path).unlink(missing_ok=True)
+        for leftover in self.folder.glob("*.tmp.*"):
+            leftover.unlink(missing_ok=True)
+
+    def load_latest(self) -> dict[str, Any] | None:
+        """The newest undamaged state, or ``None`` if there has never been one.
+
+        Raises:
+            CheckpointError: there are states, but all of them are damaged.
+        """
+        reasons = []
+        for path in reversed(self.paths()):
+            try:
+                return load_state(path)
+            except CheckpointError as error:
+                reasons.append(str(error))
+                self._report(f"Passed over a damaged training state: {error}")
+        if reasons:
+            raise CheckpointError(
+                f"None of the {len(reasons)} training states in {self.folder} can be used: {'; '.join(reasons)} "
+                "Remove the run folder, or choose another --output, to start again."
+            )
+        return None
+
+    def load_step(self, step: int) -> dict[str, Any]:
+        """The state after ``step`` optimizer steps."""
+        return load_state(self.folder / f"step-{step:08d}.pt")
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """Read one training state after verifying its digest; nothing in the file is executed.
+
+    Raises:
+        CheckpointError: the file or its digest is missing, or they do not match, or the format is newer.
+    """
+    try:
+        expected = _digests(path)
+        found = sha256_of(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path.name} has no readable digest file ({error}).") from error
+    if found not in expected:
+        raise CheckpointError(f"{path.name} does not match its SHA-256 digest: it is damaged or incomplete.")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a file that is none of its own
+        raise CheckpointError(f"{path.name} is not a training state ({error}).") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise CheckpointError(f"{path.name} has format {state.get('format')!r}; this version reads format {FORMAT}.")
+    return state
+
+
+def step_of(path: Path) -> int:
+    """The number of optimizer steps that a state file's name states."""
+    match = _NAME.match(path.name)
+    if match is None:
+        raise CheckpointError(f"{path.name} is not named like a training state (step-00000000.pt).")
+    return int(match.group(1))
+
+
+def _digest_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
+
+
+def _digests(path: Path) -> list[str]:
+    return [line.split()[0] for line in _digest_path(path).read_text().splitlines() if line.strip()]
+
+
+def _write_digest(path: Path, digest: str) -> None:
+    # A state that replaces one of the same step keeps the former digest beside its own: whichever of the two files
+    # a crash leaves behind, it is recognised.
+    former = _digests(path)[-1:] if path.exists() and _digest_path(path).exists() else []
+    lines = "".join(f"{value}  {path.name}\n" for value in [*former, digest])
+    write_atomically(_digest_path(path), lambda file: file.write(lines.encode()))

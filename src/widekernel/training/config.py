@@ -1,0 +1,149 @@
+"""Configuration of optimisation, schedule, averaging, precision and checkpoints."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from widekernel.data.config import require
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer (timm's create_optimizer_v2). Weight decay spares 1-D parameters, biases and what the model names.
+
+    Args:
+        name: optimizer name known to timm
+        lr: peak learning rate
+        weight_decay: decoupled weight decay
+        eps: term added to the denominator; null keeps the optimizer's own
+        betas: coefficients of the running averages; null keeps the optimizer's own
+        layer_decay: factor on the learning rate per layer group, counted from the head; null for none
+        clip_grad: bound on the gradient; null for none
+        clip_mode: what clip_grad bounds: the norm, each value, or each unit relative to its weight (agc)
+    """
+
+    name: str = "adamw"
+    lr: float = 4e-3
+    weight_decay: float = 0.05
+    eps: float | None = None
+    betas: tuple[float, float] | None = None
+    layer_decay: float | None = None
+    clip_grad: float | None = None
+    clip_mode: Literal["norm", "value", "agc"] = "norm"
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, "optimizer.lr", self.lr, "positive")
+        require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
+        require(self.eps is None or self.eps > 0, "optimizer.eps", self.eps, "positive")
+        ok = self.betas is None or all(0 <= beta < 1 for beta in self.betas)
+        require(ok, "optimizer.betas", self.betas, "two numbers from 0 to below 1")
+        ok = self.layer_decay is None or 0 < self.layer_decay <= 1
+        require(ok, "optimizer.layer_decay", self.layer_decay, "above 0 and at most 1")
+        require(self.clip_grad is None or self.clip_grad > 0, "optimizer.clip_grad", self.clip_grad, "positive")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Learning rate per optimizer step: linear warm-up, then half a cosine.
+
+    Args:
+        epochs: passes over the training images
+        warmup_epochs: epochs of linear warm-up, part of epochs
+        warmup_lr: learning rate at the first step of the warm-up
+        min_lr: learning rate at the end
+    """
+
+    epochs: int = 300
+    warmup_epochs: float = 20
+    warmup_lr: float = 0.0
+    min_lr: float = 1e-6
+
+    def __post_init__(self) -> None:
+        require(self.epochs > 0, "schedule.epochs", self.epochs, "positive")
+        ok = 0 <= self.warmup_epochs < self.epochs
+        require(ok, "schedule.warmup_epochs", self.warmup_epochs, f"from 0 to below schedule.epochs ({self.epochs})")
+        require(self.warmup_lr >= 0, "schedule.warmup_lr", self.warmup_lr, "0 or more")
+        require(self.min_lr >= 0, "schedule.min_lr", self.min_lr, "0 or more")
+
+
+@dataclass(frozen=True)
+class EmaConfig:
+    """Exponential moving average of the weights (timm's ModelEmaV3).
+
+    Args:
+        decay: share of the average kept at each step; null turns averaging off
+        warmup: start with a small decay that grows to decay
+    """
+
+    decay: float | None = None
+    warmup: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.decay is None or 0 <= self.decay < 1, "ema.decay", self.decay, "from 0 to below 1")
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """Batches, precision and device.
+
+    Args:
+        batch_size: images per forward pass and process
+        eval_batch_size: images per forward pass in evaluation; null: one and a half times batch_size
+        accumulate: forward passes per optimizer step; an incomplete last group of an epoch is skipped
+        precision: arithmetic of the forward pass: fp32, or autocast to bf16 or (CUDA only) fp16
+        device: auto (CUDA if there is one), cpu, cuda or cuda:N
+        channels_last: keep activations in channels-last memory order
+        log_every: optimizer steps between rows of metrics.jsonl
+    """
+
+    batch_size: int = 128
+    eval_batch_size: int | None = None
+    accumulate: int = 1
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    device: str = "auto"
+    channels_last: bool = False
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        require(self.batch_size > 0, "loop.batch_size", self.batch_size, "positive")
+        ok = self.eval_batch_size is None or self.eval_batch_size > 0
+        require(ok, "loop.eval_batch_size", self.eval_batch_size, "positive")
+        require(self.accumulate > 0, "loop.accumulate", self.accumulate, "positive")
+        require(self.log_every > 0, "loop.log_every", self.log_every, "positive")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When and how many training states are kept; the best one is always kept as well.
+
+    Args:
+        every_epochs: epochs between training states
+        every_steps: also save every so many optimizer steps; null for epoch ends only
+        keep: how many of the latest training states stay
+    """
+
+    every_epochs: int = 1
+    every_steps: int | None = None
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        require(self.every_epochs > 0, "checkpoint.every_epochs", self.every_epochs, "positive")
+        ok = self.every_steps is None or self.every_steps > 0
+        require(ok, "checkpoint.every_steps", self.every_steps, "positive")
+        require(self.keep >= 2, "checkpoint.keep", self.keep, "2 or more, so that a damaged file has a predecessor")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """All that the loop itself needs to know."""
+
+    seed: int
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    ema: EmaConfig
+    loop: LoopConfig
+    checkpoint: CheckpointConfig
+    max_unreadable: int
+
+
+Metrics = dict[str, Any]
+"""Figures of one evaluation: plain numbers by name."""

@@ -1,0 +1,55 @@
+"""Training curves as a picture, drawn without touching matplotlib's global state."""
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from widekernel.training.files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def save_curves(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw loss and accuracy over optimizer steps from the rows of metrics.jsonl."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    draw_loss(left, rows)
+    draw_accuracy(right, rows)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    write_atomically(path, lambda file: file.write(buffer.getvalue()))
+
+
+def draw_loss(axes: "Axes", rows: list[dict[str, Any]]) -> None:
+    """Training loss, held-out loss and learning rate over steps."""
+    _plot(axes, rows, "train_loss", "training", alpha=0.6)
+    _plot(axes, rows, "val_loss", "held-out", marker=".")
+    _plot(axes, rows, "ema_val_loss", "held-out, averaged weights", marker=".")
+    axes.set(xlabel="optimizer step", ylabel="loss", title="Loss")
+    if axes.lines:
+        axes.legend(loc="upper right")
+    rates = axes.twinx()
+    _plot(rates, rows, "lr", "learning rate", color="0.75", linewidth=1, linestyle="--")
+    rates.set_ylabel("learning rate (dashed)", color="0.5")
+
+
+def draw_accuracy(axes: "Axes", rows: list[dict[str, Any]]) -> None:
+    """Held-out top-1 accuracy in percent over steps."""
+    _plot(axes, rows, "val_top1", "weights", marker=".")
+    _plot(axes, rows, "ema_val_top1", "averaged weights", marker=".")
+    axes.set(xlabel="optimizer step", ylabel="top-1 (%)", title="Held-out accuracy")
+    if axes.lines:
+        axes.legend(loc="lower right")
+    axes.grid(alpha=0.3)
+
+
+def _plot(axes: "Axes", rows: list[dict[str, Any]], key: str, label: str, **style: Any) -> None:
+    points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+    if points:
+        steps, values = zip(*points, strict=True)
+        axes.plot(steps, values, label=label, **style)

@@ -1,0 +1,48 @@
+"""Files that are either the old or the new version, whenever the machine stops."""
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+
+def write_atomically(
+    path: Path, write: Callable[[IO[bytes]], object], before_rename: Callable[[Path], object] | None = None
+) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, force it to disk and rename it into place.
+
+    ``before_rename`` sees the complete temporary file. A failed write leaves ``path`` as it was and removes the temporary file.
+    """
+    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if before_rename is not None:
+            before_rename(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Force a rename in ``folder`` to disk, on systems where folders can be opened."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal SHA-256 digest of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

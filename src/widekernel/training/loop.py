@@ -1,0 +1,354 @@
+"""The training loop: one model, one objective, resumable after any optimizer step."""
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from timm.utils import ModelEmaV3, dispatch_clip_grad
+from torch import Tensor, nn
+
+from widekernel.data.errors import ConfigError, DataError
+from widekernel.data.loading import Batch, TrainingLoader
+from widekernel.errors import CheckpointError, WidekernelError
+from widekernel.training.checkpoint import CheckpointStore
+from widekernel.training.config import Metrics, TrainingConfig
+from widekernel.training.curves import save_curves
+from widekernel.training.interrupts import Interrupted, InterruptGuard
+from widekernel.training.metrics_log import MetricsLog, read_metrics
+from widekernel.training.optimization import create_optimizer, create_schedule
+from widekernel.training.processes import Processes
+from widekernel.training.progress import Reporter, SilentReporter
+from widekernel.training.random_state import random_state, restore_random_state
+from widekernel.training.run_folder import RunFolder
+
+
+class TrainingError(WidekernelError, RuntimeError):
+    """Training that cannot go on: the loss is no longer finite, or too many images are unreadable."""
+
+
+class Objective(Protocol):
+    """What is minimised and what is measured."""
+
+    best_metric: str
+    """The figure of ``evaluate`` that decides which training state is the best; larger is better."""
+
+    def loss(self, model: nn.Module, batch: Batch, stream: tuple[int, ...]) -> Tensor:
+        """Mean loss of a batch on the model's device.
+
+        Randomness (mixup) must be a function of ``stream``, the position of the batch in training.
+        """
+
+    def evaluate(self, model: nn.Module, name: str, stop: Callable[[], bool]) -> Metrics | None:
+        """Figures on the held-out data, ``None`` if ``stop()`` became true meanwhile.
+
+        ``name`` says in messages whose weights these are.
+        """
+
+
+@dataclass
+class Progress:
+    """Where training is. All of it is part of a training state.
+
+    Args:
+        epoch: epochs whose evaluation is done
+        step: optimizer steps done
+        step_in_epoch: optimizer steps done in the current epoch
+        loss_sum: sum of the losses since the last row of metrics
+        loss_count: optimizer steps in that sum
+        best: best value of the objective's metric
+        best_step: optimizer steps done when it was reached
+        unreadable: names of the unreadable training images met so far
+    """
+
+    epoch: int = 0
+    step: int = 0
+    step_in_epoch: int = 0
+    loss_sum: float = 0.0
+    loss_count: int = 0
+    best: float | None = None
+    best_step: int | None = None
+    unreadable: set[str] = field(default_factory=set)
+
+    def state(self) -> dict[str, Any]:
+        return {**vars(self), "unreadable": sorted(self.unreadable)}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "Progress":
+        return cls(**{**state, "unreadable": set(state["unreadable"])})
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What the trainer works with besides the model.
+
+    Args:
+        folder: where the run is kept
+        device: where the model is
+        processes: the processes that train together
+        reporter: told about progress
+        fingerprint: description of the training data; a resumed run must meet the same
+    """
+
+    folder: RunFolder
+    device: torch.device
+    processes: Processes = field(default_factory=Processes)
+    reporter: Reporter = field(default_factory=SilentReporter)
+    fingerprint: dict[str, Any] = field(default_factory=dict)
+
+
+class Trainer:
+    """Trains ``model`` on ``loader`` for ``objective`` and keeps the run folder.
+
+    Args:
+        model: network on ``around.device``
+        objective: loss and evaluation
+        loader: training batches by epoch
+        config: the settings of the loop
+        around: run folder, device, processes and reporter
+
+    Raises:
+        DataError: an epoch has fewer batches than one optimizer step needs.
+        ConfigError: the precision is not available on the device.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        loader: TrainingLoader,
+        config: TrainingConfig,
+        around: Surroundings,
+    ) -> None:
+        self.model, self.objective, self.loader, self.config, self.around = model, objective, loader, config, around
+        self.steps_per_epoch = loader.batches_per_epoch // config.loop.accumulate
+        if self.steps_per_epoch == 0:
+            needed = config.loop.batch_size * config.loop.accumulate * around.processes.world_size
+            raise DataError(
+                f"The training data has {len(loader.samples)} images, but one optimizer step takes {needed} "
+                f"(loop.batch_size × loop.accumulate × processes). Lower loop.batch_size."
+            )
+        self.optimizer = create_optimizer(model, config.optimizer)
+        self.schedule = create_schedule(self.optimizer, config.schedule, self.steps_per_epoch)
+        decay = config.ema.decay
+        self.ema = None if decay is None else ModelEmaV3(model, decay=decay, use_warmup=config.ema.warmup)
+        self.autocast = _autocast(config.loop.precision, around.device)
+        self.scaler = torch.amp.GradScaler(around.device.type, enabled=config.loop.precision == "fp16")
+        self.progress = Progress()
+        self.store = CheckpointStore(around.folder.checkpoints, config.checkpoint.keep, around.reporter.message)
+        self.log = MetricsLog(around.folder.metrics)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.steps_per_epoch * self.config.schedule.epochs
+
+    def run(self) -> None:
+        """Train from where the run folder stands to the end.
+
+        Raises:
+            Interrupted: SIGINT or SIGTERM arrived; the state was saved first.
+            TrainingError: the loss is not finite, or more than ``max_unreadable`` images cannot be read.
+            CheckpointError: no training state can be read, or none can be written.
+        """
+        self._resume_or_start()
+        self.around.reporter.start_training(self.config.schedule.epochs, self.steps_per_epoch, self.progress.step)
+        with InterruptGuard() as guard:
+            while self.progress.epoch < self.config.schedule.epochs:
+                self._train_epoch(guard)
+                self._finish_epoch(guard)
+
+    # -- one epoch ---------------------------------------------------------------------------------------------------
+
+    def _train_epoch(self, guard: InterruptGuard) -> None:
+        self.model.train()
+        accumulate = self.config.loop.accumulate
+        batches = self.loader.epoch(self.progress.epoch, skip=self.progress.step_in_epoch * accumulate)
+        while self.progress.step_in_epoch < self.steps_per_epoch:
+            self._step([next(batches) for _ in range(accumulate)])
+            every = self.config.checkpoint.every_steps
+            due = every is not None and self.progress.step % every == 0
+            stop = self.around.processes.any(guard.received is not None)
+            if due or stop:
+                self.save()
+            if stop:
+                raise Interrupted(guard.received or 0)
+
+    def _step(self, batches: list[Batch]) -> None:
+        self.schedule.step_update(self.progress.step)
+        total = 0.0
+        for number, batch in enumerate(batches):
+            self._count_unreadable(batch.unreadable)
+            stream = (self.config.seed, self.progress.step, number, self.around.processes.rank)
+            with self.autocast():
+                loss = self.objective.loss(self.model, self._on_device(batch), stream) / len(batches)
+            self.scaler.scale(loss).backward()
+            total += loss.item()
+        if not math.isfinite(total):
+            raise TrainingError(
+                f"The training loss is {total} at step {self.progress.step + 1}. Lower optimizer.lr "
+                f"({self.config.optimizer.lr}), set optimizer.clip_grad, or use precision bf16 or fp32. "
+                "The last training state was saved before this."
+            )
+        self._update()
+        self.progress.step += 1
+        self.progress.step_in_epoch += 1
+        if self.ema is not None:
+            self.ema.update(self.model, step=self.progress.step)
+        self._log_step(total)
+
+    def _update(self) -> None:
+        clip = self.config.optimizer.clip_grad
+        if clip is not None:
+            self.scaler.unscale_(self.optimizer)
+            dispatch_clip_grad(self.model.parameters(), clip, mode=self.config.optimizer.clip_mode)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _log_step(self, loss: float) -> None:
+        progress = self.progress
+        progress.loss_sum += loss
+        progress.loss_count += 1
+        # the rate of the least scaled group is the nominal one, whatever layer decay does to the others
+        lr = max(group["lr"] for group in self.optimizer.param_groups)
+        self.around.reporter.step(progress.epoch, progress.step, loss, lr)
+        if progress.step % self.config.loop.log_every == 0 or progress.step_in_epoch == self.steps_per_epoch:
+            mean = progress.loss_sum / progress.loss_count
+            self._write_row({"epoch": progress.epoch, "step": progress.step, "train_loss": mean, "lr": lr})
+            progress.loss_sum, progress.loss_count = 0.0, 0
+
+    def _finish_epoch(self, guard: InterruptGuard) -> None:
+        metrics = self._evaluate(guard)
+        if metrics is None:
+            # the state says that all steps of this epoch are done: the resumed run begins with the evaluation
+            self.save()
+            raise Interrupted(guard.received or 0)
+        progress = self.progress
+        value = metrics.get(f"ema_{self.objective.best_metric}", metrics[self.objective.best_metric])
+        is_best = progress.best is None or value > progress.best
+        if is_best:
+            progress.best, progress.best_step = value, progress.step
+        self._write_row({"epoch": progress.epoch, "step": progress.step, **metrics})
+        self.around.reporter.epoch(progress.epoch, metrics)
+        progress.epoch += 1
+        progress.step_in_epoch = 0
+        finished = progress.epoch == self.config.schedule.epochs
+        if is_best or finished or progress.epoch % self.config.checkpoint.every_epochs == 0:
+            self.save()
+        if self.around.processes.is_main:
+            save_curves(read_metrics(self.around.folder.metrics), self.around.folder.curves)
+
+    def _evaluate(self, guard: InterruptGuard) -> Metrics | None:
+        def stop() -> bool:
+            return self.around.processes.any(guard.received is not None)
+
+        metrics = self.objective.evaluate(self.model, "weights", stop)
+        if metrics is None or self.ema is None:
+            return metrics
+        averaged = self.objective.evaluate(self.ema.module, "averaged weights", stop)
+        return None if averaged is None else {**metrics, **{f"ema_{name}": value for name, value in averaged.items()}}
+
+    # -- small helpers -----------------------------------------------------------------------------------------------
+
+    def _on_device(self, batch: Batch) -> Batch:
+        layout = torch.channels_last if self.config.loop.channels_last else torch.contiguous_format
+        images = batch.images.to(self.around.device, non_blocking=True, memory_format=layout)
+        return Batch(images, batch.targets.to(self.around.device, non_blocking=True), batch.unreadable)
+
+    def _count_unreadable(self, names: tuple[str, ...]) -> None:
+        new = [name for name in names if name not in self.progress.unreadable]
+        for name in dict.fromkeys(new):
+            self.around.reporter.message(f"Skipped an unreadable image: {name}")
+        self.progress.unreadable.update(new)
+        check_unreadable(self.progress.unreadable, self.config.max_unreadable, "training")
+
+    def _write_row(self, row: dict[str, Any]) -> None:
+        if self.around.processes.is_main:
+            self.log.append(row)
+
+    # -- training states ---------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write the training state after the steps done so far."""
+        if not self.around.processes.is_main:
+            return
+        self.log.sync()
+        self.store.save(self.state(), self.progress.step, self.progress.best_step)
+
+    def state(self) -> dict[str, Any]:
+        """Everything a resumed run needs, as tensors and plain containers.
+
+        Mixup and augmentation have no state of their own: they are functions of seed and position.
+        """
+        return {
+            "model": self.model.state_dict(),
+            "ema": None if self.ema is None else self.ema.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "random": random_state(),
+            "progress": self.progress.state(),
+            "metrics_rows": self.log.rows,
+            "world_size": self.around.processes.world_size,
+            "data": self.around.fingerprint,
+            "config": self.around.folder.read_config(),
+        }
+
+    def _resume_or_start(self) -> None:
+        state = self.store.load_latest()
+        if state is None:
+            self.log.truncate(0)
+            self.save()
+            return
+        self.load_state(state)
+        self.around.reporter.message(
+            f"Resuming {self.around.folder.path} after step {self.progress.step} of {self.total_steps}."
+        )
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from ``state``.
+
+        Raises:
+            CheckpointError: it was saved with other training data or another number of processes.
+        """
+        for key, now in self.around.fingerprint.items():
+            if state["data"].get(key) != now:
+                raise CheckpointError(
+                    f"The training data has changed: {key} was {state['data'].get(key)!r} and is {now!r}. "
+                    "Restore the data, or choose another --output."
+                )
+        if state["world_size"] != self.around.processes.world_size:
+            raise CheckpointError(
+                f"The run was saved by {state['world_size']} process(es) and is resumed by "
+                f"{self.around.processes.world_size}. Resume with the same number."
+            )
+        self.model.load_state_dict(state["model"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.progress = Progress.from_state(state["progress"])
+        self.log.truncate(state["metrics_rows"])
+        restore_random_state(state["random"])
+
+
+def check_unreadable(names: set[str], limit: int, part: str) -> None:
+    """Raise a ``TrainingError`` once more than ``limit`` different images could not be read."""
+    if len(names) > limit:
+        raise TrainingError(
+            f"{len(names)} {part} images cannot be read, more than data.max_unreadable ({limit}). "
+            f"The first: {min(names)}. Repair or remove the files, or raise the limit."
+        )
+
+
+def _autocast(precision: str, device: torch.device) -> Callable[[], AbstractContextManager]:
+    if precision == "fp32":
+        return nullcontext
+    if precision == "fp16" and device.type != "cuda":
+        raise ConfigError(
+            f"loop.precision is 'fp16', which needs a CUDA device, but the device is {device}. Use bf16 or fp32."
+        )
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return lambda: torch.autocast(device.type, dtype=dtype)

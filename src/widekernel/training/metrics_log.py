@@ -1,0 +1,51 @@
+"""metrics.jsonl: one JSON object a line, without duplicates whatever happened to the run."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from widekernel.errors import WidekernelError
+
+
+class MetricsLog:
+    """Appends rows and can go back to an earlier length, which training states remember."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows = 0
+
+    def truncate(self, rows: int) -> None:
+        """Keep the first ``rows`` rows.
+
+        Raises:
+            WidekernelError: the file has fewer rows, so it is not the one that the training state belongs to.
+        """
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
+        if len(lines) < rows or (rows and not lines[rows - 1].endswith(b"\n")):
+            raise WidekernelError(
+                f"{self.path} has {len(lines)} rows, but the training state was saved after {rows}: the file was "
+                "changed. Restore it, or choose another --output."
+            )
+        with self.path.open("ab") as file:
+            file.truncate(sum(len(line) for line in lines[:rows]))
+        self.rows = rows
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Write one row through to the file system."""
+        with self.path.open("ab") as file:
+            file.write((json.dumps(row) + "\n").encode())
+        self.rows += 1
+
+    def sync(self) -> None:
+        """Force all rows to disk, before a training state refers to them."""
+        if self.path.exists():
+            with self.path.open("ab") as file:
+                os.fsync(file.fileno())
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All complete rows of a metrics file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]

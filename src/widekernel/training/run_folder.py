@@ -1,0 +1,123 @@
+"""The folder of one run: configuration, metrics, training states, curves and the final model."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from widekernel.errors import WidekernelError
+from widekernel.training.files import write_atomically
+
+LIVE_KEYS = frozenset({"output", "data.workers", "data.root", "loop.device", "loop.log_every", "loop.eval_batch_size"})
+"""Settings that a resumed run may change: they do not alter what is computed."""
+
+
+class RunFolderError(WidekernelError, ValueError):
+    """A run folder that cannot be written, or belongs to another run."""
+
+
+class RunFolder:
+    """Paths and small files of a run."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.curves = self.path / "curves.png"
+        self.model = self.path / "model.safetensors"
+        self.model_ema = self.path / "model_ema.safetensors"
+        self.summary = self.path / "summary.json"
+
+    def prepare(self, config: dict[str, Any]) -> None:
+        """Create the folder for ``config``, or check that it already belongs to it.
+
+        Raises:
+            RunFolderError: the folder is not writable, holds a run with another configuration (the message names
+                the keys), or holds something else.
+        """
+        self.make_writable()
+        if self.config.exists():
+            self._check_same(config)
+        elif self.checkpoints.exists() or self.metrics.exists():
+            raise RunFolderError(
+                f"{self.path} holds a run without its config.yaml, so it cannot be resumed. Choose another --output."
+            )
+        else:
+            text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+            write_atomically(self.config, lambda file: file.write(text.encode()))
+
+    def make_writable(self) -> None:
+        """Create the folder and write a file to it.
+
+        Raises:
+            RunFolderError: that is not possible.
+        """
+        probe = self.path / f".probe.tmp.{os.getpid()}"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            raise RunFolderError(
+                f"The output folder {str(self.path)!r} cannot be written: {error.strerror or error}. "
+                "Choose another --output."
+            ) from error
+
+    def _check_same(self, config: dict[str, Any]) -> None:
+        saved, new = flatten(self.read_config()), flatten(config)
+        differing = sorted(
+            key for key in saved.keys() | new.keys() if key not in LIVE_KEYS and saved.get(key) != new.get(key)
+        )
+        if differing:
+            lines = [f"  {key}: {saved.get(key)!r} there, {new.get(key)!r} now" for key in differing]
+            raise RunFolderError(
+                f"{self.path} holds a run with a different configuration:\n"
+                + "\n".join(lines)
+                + "\nResume with the same settings, or choose another --output."
+            )
+
+    def read_config(self) -> dict[str, Any]:
+        """The saved configuration.
+
+        Raises:
+            RunFolderError: there is none, or it is damaged.
+        """
+        try:
+            config = yaml.safe_load(self.config.read_text())
+        except FileNotFoundError as error:
+            raise RunFolderError(f"{self.path} is no run folder: it has no config.yaml.") from error
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise RunFolderError(f"{self.config} cannot be read: {error}") from error
+        if not isinstance(config, dict):
+            raise RunFolderError(f"{self.config} is damaged: it holds no settings.")
+        return config
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Write the final result; its presence marks the run as finished."""
+        write_atomically(self.summary, lambda file: file.write((json.dumps(summary, indent=2) + "\n").encode()))
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """The final result, or ``None`` while the run is unfinished."""
+        try:
+            summary = json.loads(self.summary.read_text())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise RunFolderError(
+                f"{self.summary} is damaged ({error}). Delete it, and the run finishes again."
+            ) from error
+        return summary
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key; an empty mapping is a value of its own."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return flat
