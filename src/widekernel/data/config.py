@@ -25,7 +25,7 @@ class DataConfig:
         input_size: height and width of the network's input in pixels; null takes the model's own
         mean: channel means; null takes the model's own
         std: channel standard deviations; null takes the model's own
-        interpolation: resampling in evaluation (nearest, bilinear, bicubic, ...)
+        interpolation: resampling in evaluation (nearest, bilinear, bicubic, ...); null: bicubic
         crop_pct: share of the resized image that the evaluation crop keeps; null: 0.875 below 384 pixels, and from
             384 on the whole image warped to the square
         workers: processes that decode images; 0 decodes in the training process
@@ -40,7 +40,7 @@ class DataConfig:
     input_size: int | None = None
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
-    interpolation: str = "bicubic"
+    interpolation: str | None = None
     crop_pct: float | None = None
     workers: int = 4
     max_unreadable: int = 100
@@ -54,7 +54,7 @@ class DataConfig:
         require(self.max_unreadable >= 0, "data.max_unreadable", self.max_unreadable, "0 or more")
         require(self.std is None or min(self.std) > 0, "data.std", self.std, "three positive numbers")
         require(
-            self.interpolation in ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"),
+            self.interpolation in (None, "nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"),
             "data.interpolation",
             self.interpolation,
             "nearest, bilinear, bicubic, lanczos, box or hamming",

@@ -105,6 +105,7 @@ class EpochBatches(Sampler[list[SampleKey]]):
         self.skip = 0
 
     def start(self, epoch: int, skip: int = 0) -> None:
+        """Choose what the next iteration gives."""
         self.epoch, self.skip = epoch, skip
 
     @property
@@ -159,6 +160,7 @@ class TrainingLoader:
 
     @property
     def batches_per_epoch(self) -> int:
+        """Whole batches of this process in an epoch."""
         return self.sampler.batches_per_epoch
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:

@@ -44,8 +44,20 @@ class Preprocessing:
             input_size=size,
             mean=_triple(config.mean or model_cfg.get("mean") or IMAGENET_DEFAULT_MEAN),
             std=_triple(config.std or model_cfg.get("std") or IMAGENET_DEFAULT_STD),
-            interpolation=config.interpolation,
-            crop_pct=config.crop_pct or (0.875 if size < WARP_FROM else 1.0),
+            interpolation=config.interpolation or "bicubic",
+            crop_pct=config.crop_pct or _default_crop(size),
+        )
+
+    def overridden_by(self, config: DataConfig) -> "Preprocessing":
+        """These settings with what ``config`` sets; another input size brings the crop that belongs to it."""
+        size = config.input_size or self.input_size
+        same_size = size == self.input_size
+        return Preprocessing(
+            input_size=size,
+            mean=_triple(config.mean or self.mean),
+            std=_triple(config.std or self.std),
+            interpolation=config.interpolation or self.interpolation,
+            crop_pct=config.crop_pct or (self.crop_pct if same_size else _default_crop(size)),
         )
 
     @classmethod
@@ -84,7 +96,7 @@ class Preprocessing:
                 scale=augment.crop_scale,
                 ratio=augment.crop_ratio,
                 hflip=augment.hflip,
-                color_jitter=augment.color_jitter or None,
+                color_jitter=augment.color_jitter,  # zero strength changes nothing
                 auto_augment=augment.auto_augment,
                 interpolation=augment.interpolation,
                 mean=self.mean,
@@ -97,6 +109,10 @@ class Preprocessing:
                 f"augment.auto_augment is {augment.auto_augment!r}, which timm refuses ({error}). "
                 "Use a policy such as rand-m9-mstd0.5-inc1, or null."
             ) from error
+
+
+def _default_crop(size: int) -> float:
+    return 0.875 if size < WARP_FROM else 1.0
 
 
 def _square(input_size: tuple[int, ...]) -> int:

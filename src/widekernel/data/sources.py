@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from typing_extensions import override
 
 from widekernel.data.errors import DataError
 from widekernel.data.images import UnreadableImageError, decode_image
@@ -69,6 +70,7 @@ class FolderSource(ImageSource):
     def __len__(self) -> int:
         return len(self.samples)
 
+    @override
     def load(self, index: int) -> tuple[Image.Image, int]:
         path, target = self.samples[index]
         try:
@@ -77,6 +79,7 @@ class FolderSource(ImageSource):
         except OSError as error:
             raise UnreadableImageError(error.strerror or str(error)) from error
 
+    @override
     def sample_name(self, index: int) -> str:
         return str(Path(self.samples[index][0]).relative_to(self.root))
 
@@ -110,6 +113,7 @@ class TarSource(ImageSource):
     def __len__(self) -> int:
         return len(self.targets)
 
+    @override
     def load(self, index: int) -> tuple[Image.Image, int]:
         if self._pid != os.getpid():
             # a file opened before a fork shares its position with the parent: this process opens its own
@@ -121,6 +125,7 @@ class TarSource(ImageSource):
         except (tarfile.TarError, OSError, AttributeError) as error:
             raise UnreadableImageError(str(error)) from error
 
+    @override
     def sample_name(self, index: int) -> str:
         return self.reader.filename(index)
 
@@ -141,9 +146,11 @@ class ArraySource(ImageSource):
     def __len__(self) -> int:
         return len(self.images)
 
+    @override
     def load(self, index: int) -> tuple[Image.Image, int]:
         return Image.fromarray(self.images[index]).convert("RGB"), int(self.targets[index])
 
+    @override
     def sample_name(self, index: int) -> str:
         return f"{self.label}[{index}]"
 
@@ -157,6 +164,7 @@ class MappedSource(ImageSource):
     def __len__(self) -> int:
         return len(self.dataset)
 
+    @override
     def load(self, index: int) -> tuple[Image.Image, int]:
         try:
             image, target = self.dataset[index]
@@ -166,6 +174,7 @@ class MappedSource(ImageSource):
             return decode_image(io.BytesIO(image)), int(target)
         return image.convert("RGB"), int(target)
 
+    @override
     def sample_name(self, index: int) -> str:
         return f"{self.label}[{index}]"
 

@@ -131,7 +131,7 @@ def train(config: TrainConfig, reporter: Reporter | None = None, processes: Proc
         processes.share,
     )
     layout = torch.channels_last if config.loop.channels_last else torch.contiguous_format
-    model.to(device=device, memory_format=layout)
+    model.to(device).to(memory_format=layout)
     objective = Classification(
         config,
         num_classes,

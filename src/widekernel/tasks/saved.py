@@ -96,7 +96,7 @@ def read_saved(path: Path) -> SavedModel:
     return SavedModel.from_metadata(metadata, path)
 
 
-def restore_model(path: Path) -> tuple[nn.Module, SavedModel]:
+def restore_model(path: Path, weights: Literal["model", "ema"] = "model") -> tuple[nn.Module, SavedModel]:
     """Rebuild the model of a safetensors file written by ``save_model``, in its training or folded form, on the CPU.
 
     Raises:
@@ -107,7 +107,7 @@ def restore_model(path: Path) -> tuple[nn.Module, SavedModel]:
     model = build_model(saved.name, saved.num_classes, saved.model_args)
     if saved.form == "folded":
         model = widekernel.fold(model.eval())
-    load_weights(model, path)
+    load_weights(model, path, weights)
     return model.eval(), saved
 
 

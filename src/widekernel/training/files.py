@@ -12,7 +12,8 @@ def write_atomically(
 ) -> None:
     """Let ``write`` fill a temporary file beside ``path``, force it to disk and rename it into place.
 
-    ``before_rename`` sees the complete temporary file. A failed write leaves ``path`` as it was and removes the temporary file.
+    ``before_rename`` sees the complete temporary file. A failed write leaves ``path`` as it was and removes the
+    temporary file.
     """
     temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
     try:

@@ -73,10 +73,12 @@ class Progress:
     unreadable: set[str] = field(default_factory=set)
 
     def state(self) -> dict[str, Any]:
+        """Plain containers for a training state."""
         return {**vars(self), "unreadable": sorted(self.unreadable)}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "Progress":
+        """The progress that ``state`` gave."""
         return cls(**{**state, "unreadable": set(state["unreadable"])})
 
 
@@ -227,7 +229,8 @@ class Trainer:
             self.save()
             raise Interrupted(guard.received or 0)
         progress = self.progress
-        value = metrics.get(f"ema_{self.objective.best_metric}", metrics[self.objective.best_metric])
+        name = self.objective.best_metric
+        value = float(metrics.get(f"ema_{name}", metrics[name]))
         is_best = progress.best is None or value > progress.best
         if is_best:
             progress.best, progress.best_step = value, progress.step

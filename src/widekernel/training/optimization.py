@@ -1,5 +1,7 @@
 """Optimizer and learning-rate schedule from configuration, on timm's factories."""
 
+from typing import Any
+
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import CosineLRScheduler
 from torch import nn
@@ -16,10 +18,10 @@ def create_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     Raises:
         ConfigError: timm knows no optimizer of that name.
     """
-    known = list_optimizers()
+    known = [str(name) for name in list_optimizers()]
     if config.name.lower() not in known:
         raise ConfigError(f"optimizer.name is {config.name!r}, which timm does not know.{nearest(config.name, known)}")
-    options = {"eps": config.eps, "betas": config.betas}
+    options: dict[str, Any] = {"eps": config.eps, "betas": config.betas}
     return create_optimizer_v2(
         model,
         opt=config.name,

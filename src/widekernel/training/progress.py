@@ -2,6 +2,8 @@
 
 from typing import Protocol
 
+from typing_extensions import override
+
 from widekernel.training.config import Metrics
 
 
@@ -27,17 +29,23 @@ class Reporter(Protocol):
         """An epoch and its evaluation are done."""
 
 
-class SilentReporter:
+class SilentReporter(Reporter):
     """Tells nobody."""
 
+    @override
     def message(self, text: str) -> None: ...
 
+    @override
     def start_training(self, epochs: int, steps_per_epoch: int, first_step: int) -> None: ...
 
+    @override
     def step(self, epoch: int, step: int, loss: float, lr: float) -> None: ...
 
+    @override
     def start_evaluation(self, batches: int, name: str) -> None: ...
 
+    @override
     def evaluated(self, batches: int) -> None: ...
 
+    @override
     def epoch(self, epoch: int, metrics: Metrics) -> None: ...

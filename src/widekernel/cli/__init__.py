@@ -1,0 +1,1 @@
+"""The command line: it reads arguments, owns the console and leaves the work to the library."""

@@ -1,0 +1,97 @@
+"""The console: progress on standard error, results on standard output."""
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from typing_extensions import override
+
+from widekernel.training.config import Metrics
+from widekernel.training.progress import Reporter
+
+
+def results() -> Console:
+    """Where results go."""
+    return Console(highlight=False)
+
+
+def progress_console() -> Console:
+    """Where progress and messages go, so that results can be piped."""
+    return Console(stderr=True, highlight=False)
+
+
+class ConsoleReporter(Reporter):
+    """Progress bars for training and evaluation; a context manager."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or progress_console()
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self.console,
+            transient=True,
+        )
+        self._training: TaskID | None = None
+        self._evaluation: TaskID | None = None
+        self._epochs = 0
+
+    def __enter__(self) -> "ConsoleReporter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    @override
+    def message(self, text: str) -> None:
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    @override
+    def start_training(self, epochs: int, steps_per_epoch: int, first_step: int) -> None:
+        self._epochs = epochs
+        total = epochs * steps_per_epoch
+        self._progress.start()
+        self._training = self._progress.add_task("training", total=total, completed=first_step, note="")
+
+    @override
+    def step(self, epoch: int, step: int, loss: float, lr: float) -> None:
+        if self._training is not None:
+            note = f"epoch {epoch + 1}/{self._epochs}  loss {loss:.3f}  lr {lr:.1e}"
+            self._progress.update(self._training, completed=step, note=note)
+
+    @override
+    def start_evaluation(self, batches: int, name: str) -> None:
+        if self._evaluation is not None:
+            self._progress.remove_task(self._evaluation)
+        self._progress.start()
+        self._evaluation = self._progress.add_task(f"evaluating {name}".strip(), total=batches, note="")
+
+    @override
+    def evaluated(self, batches: int) -> None:
+        if self._evaluation is not None:
+            self._progress.advance(self._evaluation, batches)
+
+    @override
+    def epoch(self, epoch: int, metrics: Metrics) -> None:
+        if self._evaluation is not None:
+            self._progress.remove_task(self._evaluation)
+            self._evaluation = None
+        text = (
+            f"epoch {epoch + 1:>3}/{self._epochs}  top-1 {metrics['val_top1']:6.2f} %  loss {metrics['val_loss']:.4f}"
+        )
+        if "ema_val_top1" in metrics:
+            text += f"  averaged weights: top-1 {metrics['ema_val_top1']:6.2f} %  loss {metrics['ema_val_loss']:.4f}"
+        self.console.print(text, markup=False, soft_wrap=True)

@@ -1,0 +1,62 @@
+"""Entry point of ``widekernel``: chooses the command and turns expected errors into one clear message."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from widekernel.errors import WidekernelError, nearest
+
+COMMANDS = {
+    "train": "train a classifier, or resume or report a run",
+    "eval": "measure the accuracy of a run or checkpoint on a data set",
+    "fold": "merge the branches of a checkpoint into its deployed form",
+    "models": "list the models",
+    "recipes": "list the training recipes",
+    "complexity": "count parameters and operations of a model, as trained and folded",
+    "demo": "train, evaluate, fold, save and picture a large-kernel network on real digits",
+}
+
+EXIT_ERROR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 2 for an expected error, 128 + n for signal n."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        sys.stdout.write(_usage())
+        return 0 if arguments else EXIT_ERROR
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        sys.stdout.write(f"widekernel {version('widekernel')}\n")
+        return 0
+    try:
+        return _run(arguments[0], arguments[1:])
+    except WidekernelError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        sys.stderr.write("Interrupted.\n")
+        return 130
+    except BrokenPipeError:
+        # the reader of a pipe (head, less) has seen enough
+        sys.stderr.close()
+        return 0
+
+
+def _run(command: str, arguments: list[str]) -> int:
+    if command not in COMMANDS:
+        raise WidekernelError(
+            f"There is no command {command!r}.{nearest(command, COMMANDS)} Commands: {', '.join(COMMANDS)}."
+        )
+    module = importlib.import_module(f"widekernel.cli.{command}")
+    return module.run(arguments)
+
+
+def _usage() -> str:
+    lines = [f"  {name:<12}{text}" for name, text in COMMANDS.items()]
+    return (
+        "usage: widekernel COMMAND [OPTIONS]\n\nConvNets with very wide and very sparse kernels.\n\ncommands:\n"
+        + "\n".join(lines)
+        + "\n\n`widekernel COMMAND --help` explains the options, `widekernel --version` prints the version.\n"
+    )

@@ -1,0 +1,117 @@
+"""Arguments, YAML files and dotted overrides, with errors that name the nearest key."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jsonargparse
+import yaml
+
+from widekernel.data.errors import ConfigError
+from widekernel.errors import nearest
+
+FREE_KEYS = ("model.args",)
+"""Keys whose content is up to the model, so that anything below them is accepted."""
+
+T = TypeVar("T")
+
+
+def new_parser(command: str, description: str) -> jsonargparse.ArgumentParser:
+    """A parser that raises instead of leaving the program, and accepts no abbreviations."""
+    return jsonargparse.ArgumentParser(
+        prog=f"widekernel {command}", description=description, exit_on_error=False, allow_abbrev=False
+    )
+
+
+def parse(parser: jsonargparse.ArgumentParser, arguments: list[str]) -> dict[str, Any]:
+    """Parse ``arguments`` into nested plain values.
+
+    Raises:
+        ConfigError: an argument or key is unknown, or a value has the wrong type.
+    """
+    _check_names(parser, arguments)
+    try:
+        namespace = parser.parse_args(arguments)
+    except jsonargparse.ArgumentError as error:
+        raise ConfigError(f"{parser.prog}: {_one_line(error)}. See `{parser.prog} --help`.") from error
+    return namespace.as_dict()
+
+
+def build(kind: type[T], values: dict[str, Any]) -> T:
+    """The dataclass ``kind`` from nested plain values."""
+    arguments = {}
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        if field.name in values:
+            value = values[field.name]
+            nested = _nested_type(field)
+            arguments[field.name] = build(nested, value) if nested is not None else _tuples(value)
+    return kind(**arguments)
+
+
+def read_settings(path: str, parser: jsonargparse.ArgumentParser) -> dict[str, Any]:
+    """The settings in a YAML file, every key checked against ``parser``.
+
+    Raises:
+        ConfigError: the file is missing, is no YAML mapping, or holds an unknown key.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The configuration file {path!r} cannot be read: {error}.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"The configuration file {path!r} is not valid YAML: {_one_line(error)}.") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"The configuration file {path!r} holds {type(content).__name__}, but must hold settings.")
+    known = known_keys(parser)
+    for key in settings_by_key(content, known):
+        if key not in known:
+            raise ConfigError(f"{path} holds the unknown key {key!r}.{nearest(key, known)}")
+    return content
+
+
+def known_keys(parser: jsonargparse.ArgumentParser) -> set[str]:
+    """Dotted names of all settings that ``parser`` accepts."""
+    options = {option[2:] for option in parser._option_string_actions if option.startswith("--")}
+    return options - {"help", "print_config"}
+
+
+def settings_by_key(settings: dict[str, Any], known: set[str], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key; free keys keep their mapping as value."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = f"{prefix}{key}"
+        is_group = any(other.startswith(f"{name}.") for other in known)
+        if isinstance(value, dict) and (is_group or name not in known) and name not in FREE_KEYS and value:
+            flat.update(settings_by_key(value, known, f"{name}."))
+        else:
+            flat[name] = value
+    return flat
+
+
+def _check_names(parser: jsonargparse.ArgumentParser, arguments: list[str]) -> None:
+    known = known_keys(parser) | {"help", "print_config"}
+    for argument in arguments:
+        if not argument.startswith("--") or argument == "--":
+            continue
+        name = argument[2:].split("=", 1)[0]
+        free = any(name.startswith(f"{key}.") for key in FREE_KEYS if key in known)
+        if name not in known and not free:
+            raise ConfigError(
+                f"{parser.prog} has no option --{name}.{nearest(f'--{name}', [f'--{key}' for key in known])} "
+                f"See `{parser.prog} --help`."
+            )
+
+
+def _nested_type(field: dataclasses.Field) -> Any:
+    factory = field.default_factory
+    return factory if dataclasses.is_dataclass(factory) else None
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")

@@ -1,0 +1,19 @@
+"""``widekernel recipes``."""
+
+from rich.table import Table
+
+from widekernel.cli.console import results
+from widekernel.cli.parsing import new_parser, parse
+from widekernel.recipes import list_recipes, load_recipe
+
+
+def run(arguments: list[str]) -> int:
+    """Print all recipes."""
+    parse(new_parser("recipes", "List the training recipes."), arguments)
+    table = Table("recipe", "model", "data", "what it does")
+    for name in list_recipes():
+        recipe = load_recipe(name)
+        settings = recipe.settings
+        table.add_row(name, settings["model"]["name"], settings["data"]["name"], recipe.description)
+    results().print(table)
+    return 0
