@@ -138,9 +138,6 @@ def train(config: TrainConfig, reporter: Reporter | None = None, processes: Proc
         val_loader,
         EvaluationOptions(device, config.data.max_unreadable, processes=processes, reporter=reporter),
     )
-    around = Surroundings(folder, device, processes, reporter, _fingerprint(train_source))
-    trainer = Trainer(model, objective, loader, config.training, around)
-    trainer.run()
     saved = SavedModel(
         name=config.model.name,
         model_args=dict(config.model.args),
@@ -149,6 +146,9 @@ def train(config: TrainConfig, reporter: Reporter | None = None, processes: Proc
         class_names=train_source.class_names,
         preprocessing=preprocessing,
     )
+    around = Surroundings(folder, device, processes, reporter, _fingerprint(train_source), saved.to_dict())
+    trainer = Trainer(model, objective, loader, config.training, around)
+    trainer.run()
     return RunResult(folder, _finish(trainer, saved), was_finished=False)
 
 

@@ -39,12 +39,36 @@ class SavedModel:
     class_names: tuple[str, ...]
     preprocessing: Preprocessing
 
-    def to_metadata(self) -> dict[str, str]:
-        """The safetensors metadata: one key that holds JSON."""
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
         values = asdict(self)
         values["model"] = values.pop("name")
         values["data"] = values.pop("preprocessing")
-        return {METADATA_KEY: json.dumps({"format": FORMAT, **values})}
+        return {"format": FORMAT, **values, "class_names": list(self.class_names)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "SavedModel":
+        """Rebuild from the JSON form.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is incomplete or damaged.
+        """
+        if values["format"] != FORMAT:
+            raise ValueError(f"format {values['format']!r} is unknown; this version reads format {FORMAT}")
+        if values["form"] not in ("training", "folded"):
+            raise ValueError(f"the form is {values['form']!r}, but must be training or folded")
+        return cls(
+            name=values["model"],
+            model_args=dict(values["model_args"]),
+            form=values["form"],
+            num_classes=int(values["num_classes"]),
+            class_names=tuple(values["class_names"]),
+            preprocessing=Preprocessing.from_dict(values["data"]),
+        )
+
+    def to_metadata(self) -> dict[str, str]:
+        """The safetensors metadata: one key that holds JSON."""
+        return {METADATA_KEY: json.dumps(self.to_dict())}
 
     @classmethod
     def from_metadata(cls, metadata: dict[str, str] | None, path: Path) -> "SavedModel":
@@ -53,24 +77,12 @@ class SavedModel:
         Raises:
             CheckpointError: the file does not describe its model, or in a format that is unknown.
         """
+        if METADATA_KEY not in (metadata or {}):
+            raise CheckpointError(f"{path} does not describe its model. Give the model's name with --model.")
         try:
-            values = json.loads((metadata or {})[METADATA_KEY])
-            if values["format"] != FORMAT:
-                raise CheckpointError(f"{path} has format {values['format']!r}; this version reads format {FORMAT}.")
-            return cls(
-                name=values["model"],
-                model_args=dict(values["model_args"]),
-                form=values["form"],
-                num_classes=int(values["num_classes"]),
-                class_names=tuple(values["class_names"]),
-                preprocessing=Preprocessing.from_dict(values["data"]),
-            )
-        except KeyError as error:
-            raise CheckpointError(
-                f"{path} does not describe its model ({error} is missing). Give the model's name with --model."
-            ) from error
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(f"The description of the model in {path} is damaged: {error}") from error
+            return cls.from_dict(json.loads((metadata or {})[METADATA_KEY]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"The description of the model in {path} is damaged: {error!r}.") from error
 
 
 def save_model(model: nn.Module, path: Path, saved: SavedModel) -> None:

@@ -92,6 +92,7 @@ class Surroundings:
         processes: the processes that train together
         reporter: told about progress
         fingerprint: description of the training data; a resumed run must meet the same
+        description: description of the model, kept in training states so that they can be used without this run
     """
 
     folder: RunFolder
@@ -99,6 +100,7 @@ class Surroundings:
     processes: Processes = field(default_factory=Processes)
     reporter: Reporter = field(default_factory=SilentReporter)
     fingerprint: dict[str, Any] = field(default_factory=dict)
+    description: dict[str, Any] = field(default_factory=dict)
 
 
 class Trainer:
@@ -297,6 +299,7 @@ class Trainer:
             "world_size": self.around.processes.world_size,
             "data": self.around.fingerprint,
             "config": self.around.folder.read_config(),
+            "saved_model": self.around.description,
         }
 
     def _resume_or_start(self) -> None:

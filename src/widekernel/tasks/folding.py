@@ -1,0 +1,53 @@
+"""Folding a network and proving that it still computes the same."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+import widekernel
+from widekernel.data.seeding import derive_seed
+from widekernel.errors import WidekernelError
+
+RELATIVE_TOLERANCE = 1e-3
+"""Largest accepted difference of outputs, relative to the largest output."""
+
+
+class FoldError(WidekernelError, RuntimeError):
+    """A folded network that does not compute what the original does."""
+
+
+@dataclass(frozen=True)
+class FoldCheck:
+    """Outputs of a network and its folded form on the same random images.
+
+    Args:
+        max_error: largest absolute difference
+        max_output: largest absolute output of the original
+        images: number of random images
+    """
+
+    max_error: float
+    max_output: float
+    images: int
+
+
+def fold_and_check(model: nn.Module, input_size: int, images: int = 4) -> tuple[nn.Module, FoldCheck]:
+    """Fold ``model`` and compare both forms on random ``input_size`` × ``input_size`` images.
+
+    Raises:
+        FoldError: the outputs differ by more than ``RELATIVE_TOLERANCE`` of the largest one, or are not finite.
+    """
+    model = model.eval()
+    folded = widekernel.fold(model).eval()
+    generator = torch.Generator().manual_seed(derive_seed(0))
+    inputs = torch.randn(images, 3, input_size, input_size, generator=generator)
+    with torch.inference_mode():
+        expected, found = model(inputs), folded(inputs)
+    check = FoldCheck((expected - found).abs().max().item(), expected.abs().max().item(), images)
+    if not check.max_error <= RELATIVE_TOLERANCE * max(check.max_output, 1e-6):
+        raise FoldError(
+            f"The folded network differs by {check.max_error:.3g} where outputs reach {check.max_output:.3g}; at most "
+            f"{RELATIVE_TOLERANCE:g} of that is accepted. Nothing was saved."
+        )
+    return folded, check

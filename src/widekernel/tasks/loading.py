@@ -1,0 +1,132 @@
+"""From what the user names - a run folder, a model file, a checkpoint - to a network that is ready to evaluate."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from widekernel.data import ConfigError, DataConfig, DataError, Preprocessing
+from widekernel.data.config import require
+from widekernel.errors import CheckpointError
+from widekernel.tasks.assembly import build_model
+from widekernel.tasks.saved import SavedModel, load_weights, restore_model
+from widekernel.training.checkpoint import CheckpointStore
+from widekernel.training.run_folder import RunFolder
+
+Weights = Literal["model", "ema"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What to load.
+
+    Args:
+        path: run folder, or checkpoint file
+        weights: the weights themselves or their moving average
+        state: for a run folder: its last weights, or those of the best evaluation
+        model: model name, for a checkpoint file that does not describe itself
+        model_args: arguments of that model
+        num_classes: outputs of that model; ``None`` keeps its own number
+    """
+
+    path: Path
+    weights: Weights = "model"
+    state: Literal["last", "best"] = "last"
+    model: str | None = None
+    model_args: dict[str, Any] | None = None
+    num_classes: int | None = None
+
+    def run_folder(self) -> RunFolder | None:
+        """The run that ``path`` is, or lies in."""
+        for candidate in (self.path, self.path.parent):
+            if (candidate / "config.yaml").is_file():
+                return RunFolder(candidate)
+        return None
+
+
+def load(source: Source) -> tuple[nn.Module, SavedModel]:
+    """The network of ``source`` in evaluation mode on the CPU, and its description.
+
+    Raises:
+        CheckpointError: there is nothing to load, or it does not fit the model.
+        ConfigError: the model's name is needed or unknown.
+    """
+    if source.path.is_dir():
+        return _load_run(source)
+    if not source.path.exists():
+        raise CheckpointError(f"{source.path} does not exist. Give a run folder or a checkpoint file.")
+    if source.model is None:
+        if source.path.suffix != ".safetensors":
+            raise ConfigError(f"{source.path} does not say which model it belongs to. Name it with --model NAME.")
+        return restore_model(source.path, source.weights)
+    model = build_model(source.model, source.num_classes, source.model_args or {})
+    load_weights(model, source.path, source.weights)
+    return model.eval(), SavedModel(
+        name=source.model,
+        model_args=source.model_args or {},
+        form="training",
+        num_classes=int(getattr(model, "num_classes", source.num_classes or 0)),
+        class_names=(),
+        preprocessing=Preprocessing.resolve(DataConfig(), getattr(model, "pretrained_cfg", {})),
+    )
+
+
+def _load_run(source: Source) -> tuple[nn.Module, SavedModel]:
+    folder = RunFolder(source.path)
+    config = folder.read_config()
+    averaged = source.weights == "ema"
+    if averaged and (config.get("ema") or {}).get("decay") is None:
+        raise CheckpointError(
+            f"The run in {source.path} kept no averaged weights (ema.decay is null): use --weights model."
+        )
+    exported = folder.model_ema if averaged else folder.model
+    if source.state == "last" and exported.exists():
+        return restore_model(exported)
+    return _load_state(folder, source)
+
+
+def _load_state(folder: RunFolder, source: Source) -> tuple[nn.Module, SavedModel]:
+    store = CheckpointStore(folder.checkpoints)
+    state = store.load_latest()
+    if state is None:
+        raise CheckpointError(f"The run in {folder.path} has no training states yet.")
+    if source.state == "best":
+        best = state["progress"]["best_step"]
+        if best is None:
+            raise CheckpointError(f"The run in {folder.path} has not been evaluated yet: use --state last.")
+        state = store.load_step(best)
+    saved = SavedModel.from_dict(state["saved_model"])
+    model = build_model(saved.name, saved.num_classes, saved.model_args)
+    model.load_state_dict(state["ema" if source.weights == "ema" else "model"])
+    return model.eval(), saved
+
+
+def class_order(saved: SavedModel, names: tuple[str, ...]) -> tuple[int, ...] | None:
+    """For every class of the data the model's output, or ``None`` if both are in the same order.
+
+    A model that knows its class names may be evaluated on data that holds only some of them.
+
+    Raises:
+        DataError: the data has classes that the model does not know, or another number of classes.
+    """
+    if not saved.class_names:
+        if len(names) != saved.num_classes:
+            raise DataError(
+                f"The data has {len(names)} classes, but {saved.name} has {saved.num_classes} outputs and no class "
+                "names to match them by. Check the data set, or give --num_classes."
+            )
+        return None
+    unknown = [name for name in names if name not in saved.class_names]
+    if unknown:
+        raise DataError(
+            f"The data has {len(unknown)} classes that the model was not trained on, such as {unknown[0]!r}; "
+            f"its {saved.num_classes} classes are {', '.join(saved.class_names[:10])}"
+            f"{', ...' if len(saved.class_names) > 10 else ''}."
+        )
+    return None if names == saved.class_names else tuple(saved.class_names.index(name) for name in names)
+
+
+def check_batch_size(size: int) -> None:
+    """Raise a ``ConfigError`` unless ``size`` is positive."""
+    require(size > 0, "batch_size", size, "positive")

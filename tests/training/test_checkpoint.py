@@ -1,0 +1,133 @@
+import os
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from widekernel.errors import CheckpointError
+from widekernel.training.checkpoint import CheckpointStore, load_state
+from widekernel.training.random_state import random_state, restore_random_state
+
+
+def small_state(value: float = 1.0):
+    return {"model": {"w": torch.full((300,), value)}}
+
+
+@pytest.fixture
+def store(tmp_path):
+    return CheckpointStore(tmp_path / "checkpoints")
+
+
+def test_keeps_two_and_the_best(store):
+    for step in (1, 2, 3, 4, 10):
+        store.save(small_state(step), step, best_step=2)
+    assert [path.name for path in store.paths()] == [f"step-{step:08d}.pt" for step in (2, 4, 10)]
+    assert store.load_latest()["model"]["w"][0] == 10
+    assert store.load_step(2)["model"]["w"][0] == 2
+
+
+def test_empty_folder_has_no_state(store):
+    assert store.load_latest() is None
+
+
+def test_every_single_bit_flip_is_noticed(store):
+    path = store.save(small_state(), 1, None)
+    content = path.read_bytes()
+    generator = random.Random(0)
+    for _ in range(100):
+        damaged = bytearray(content)
+        damaged[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="digest"):
+            load_state(path)
+    path.write_bytes(content)
+    load_state(path)
+
+
+@pytest.mark.parametrize("share", [0, 0.3, 0.99])
+def test_truncation_is_noticed(store, share):
+    path = store.save(small_state(), 1, None)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(CheckpointError):
+        load_state(path)
+
+
+def test_all_damaged_is_an_error_not_a_fresh_start(store):
+    for step in (1, 2):
+        store.save(small_state(), step, None).write_bytes(b"")
+    with pytest.raises(CheckpointError, match="None of the 2 training states"):
+        store.load_latest()
+
+
+def test_missing_digest_is_passed_over(store):
+    store.save(small_state(1), 1, None)
+    path = store.save(small_state(2), 2, None)
+    path.with_name(f"{path.name}.sha256").unlink()
+    assert store.load_latest()["model"]["w"][0] == 1
+
+
+def test_a_crash_while_replacing_a_state_leaves_the_old_one_usable(store, monkeypatch):
+    path = store.save(small_state(1), 1, None)
+    replace = type(path).replace
+
+    def crash(self, target):
+        if target.suffix == ".pt":
+            raise RuntimeError("power cut")
+        return replace(self, target)
+
+    monkeypatch.setattr(type(path), "replace", crash)
+    with pytest.raises(RuntimeError, match="power cut"):
+        store.save(small_state(2), 1, None)
+    assert store.load_latest()["model"]["w"][0] == 1
+
+
+def test_disk_error_is_explained_and_leaves_earlier_states(store, monkeypatch):
+    store.save(small_state(1), 1, None)
+
+    def full(_descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        store.save(small_state(2), 2, None)
+    monkeypatch.undo()
+    assert store.load_latest()["model"]["w"][0] == 1
+    assert not list(store.folder.glob("*.tmp.*"))
+
+
+def test_leftovers_of_a_crash_are_swept(store):
+    store.save(small_state(1), 1, None)
+    (store.folder / "step-00000002.pt.tmp.99").write_bytes(b"half")
+    store.save(small_state(2), 2, None)
+    assert not list(store.folder.glob("*.tmp.*"))
+
+
+def test_foreign_pickle_is_not_executed(store, tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    path = store.save(small_state(1), 1, None)
+    with path.open("wb") as file:
+        pickle.dump(Payload(), file)
+    from widekernel.training.files import sha256_of
+
+    path.with_name(f"{path.name}.sha256").write_text(f"{sha256_of(path)}  {path.name}\n")
+    with pytest.raises(CheckpointError, match="not a training state"):
+        load_state(path)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_random_state_round_trip(tmp_path):
+    random.gauss(0, 1)
+    np.random.standard_normal()
+    torch.save(random_state(), tmp_path / "state.pt")
+    drawn = random.gauss(0, 1), random.random(), np.random.standard_normal(3), torch.rand(3)
+    restore_random_state(torch.load(tmp_path / "state.pt", weights_only=True))
+    again = random.gauss(0, 1), random.random(), np.random.standard_normal(3), torch.rand(3)
+    assert drawn[:2] == again[:2]
+    assert np.array_equal(drawn[2], again[2])
+    assert torch.equal(drawn[3], again[3])
