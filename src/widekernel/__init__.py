@@ -1,1 +1,20 @@
-"""widekernel."""
+"""ConvNets with very wide and very sparse kernels. Importing the package registers its networks with timm."""
+
+from widekernel import ops
+from widekernel.layers import DepthwiseConv2d, LargeKernel, Rectangles, ShiftTiles
+from widekernel.models import load_checkpoint, save_checkpoint
+from widekernel.transforms.fold import fold
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DepthwiseConv2d",
+    "LargeKernel",
+    "Rectangles",
+    "ShiftTiles",
+    "__version__",
+    "fold",
+    "load_checkpoint",
+    "ops",
+    "save_checkpoint",
+]

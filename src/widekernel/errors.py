@@ -1,0 +1,24 @@
+"""The errors that widekernel raises on purpose; each message states the value, the rule and the fix."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class WidekernelError(Exception):
+    """Base class: the command line prints these without a traceback."""
+
+
+class CheckpointError(WidekernelError, ValueError):
+    """A checkpoint file that cannot be read, or that does not belong to the model."""
+
+
+class ShapeError(WidekernelError, ValueError):
+    """A tensor or an image of a shape that the layer or network cannot take."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Suggest the known name that is closest to `name`, as the tail of an error message ('' if none is close)."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,28 @@
+"""Large-kernel layers, their kernel sources and what they fold to."""
+
+from widekernel.layers.conv import ConvNorm, DepthwiseConv2d
+from widekernel.layers.large_kernel import FoldedLargeKernel, LargeKernel
+from widekernel.layers.partial import FoldedPartialChannels, PartialChannels
+from widekernel.layers.rect import Rect, maximal_rectangles
+from widekernel.layers.sources import KernelSource, Rectangles, RectSource, SourceGroup
+from widekernel.layers.tiles import SharedStrips, ShiftTiles, ShuffledStrips, SplitStrips, TruncatedTiles
+
+__all__ = [
+    "ConvNorm",
+    "DepthwiseConv2d",
+    "FoldedLargeKernel",
+    "FoldedPartialChannels",
+    "KernelSource",
+    "LargeKernel",
+    "PartialChannels",
+    "Rect",
+    "RectSource",
+    "Rectangles",
+    "SharedStrips",
+    "ShiftTiles",
+    "ShuffledStrips",
+    "SourceGroup",
+    "SplitStrips",
+    "TruncatedTiles",
+    "maximal_rectangles",
+]

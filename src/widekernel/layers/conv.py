@@ -1,0 +1,144 @@
+"""Convolutions: a drop-in depthwise one on our operator, and convolution with batch norm that folds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from widekernel import ops
+from widekernel.layers.norms import affine_of, is_foldable
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """`nn.Conv2d` that runs depthwise, stride 1, same-size convolutions on `ops.depthwise_sum`.
+
+    Takes the constructor of `nn.Conv2d` and has its state dict, so it replaces one anywhere. What the operator does not
+    cover (strides, dilation, other paddings, several filters a channel) it computes as `nn.Conv2d` does; `reasons_against`
+    says which applies.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._anchor = self._find_anchor()
+
+    def reasons_against(self) -> list[str]:
+        """List what keeps this layer off the operator; empty if it runs there."""
+        reasons = []
+        if not self.in_channels == self.out_channels == self.groups:
+            reasons.append(f"not depthwise: {self.in_channels} -> {self.out_channels} channels, {self.groups} groups")
+        if tuple(self.stride) != (1, 1):
+            reasons.append(f"stride {tuple(self.stride)} is not 1")
+        if tuple(self.dilation) != (1, 1):
+            reasons.append(f"dilation {tuple(self.dilation)} is not 1")
+        if self.padding_mode != "zeros":
+            reasons.append(f"padding mode {self.padding_mode!r} is not 'zeros'")
+        if not self._keeps_size():
+            reasons.append(f"padding {self.padding} changes the size with a {tuple(self.kernel_size)} kernel")
+        return reasons
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) or (C, H, W) -> the same as `nn.Conv2d`."""
+        if self._anchor is None or x.dim() not in (3, 4) or not x.dtype.is_floating_point:
+            return super().forward(x)
+        batched = x if x.dim() == 4 else x.unsqueeze(0)
+        y = ops.depthwise_sum(batched, [self.weight], [self._anchor], self.bias)
+        return y if x.dim() == 4 else y.squeeze(0)
+
+    def _keeps_size(self) -> bool:
+        if isinstance(self.padding, str):
+            return self.padding == "same"
+        return all(2 * pad == size - 1 for pad, size in zip(self.padding, self.kernel_size))
+
+    def _find_anchor(self) -> tuple[int, int] | None:
+        if self.reasons_against():
+            return None
+        # With padding="same" PyTorch puts the odd pixel of an even kernel to the right and below.
+        return (self.kernel_size[0] - 1) // 2, (self.kernel_size[1] - 1) // 2
+
+
+class ConvNorm(nn.Module):
+    """Convolution, batch norm and activation; the convolution has a bias only once the norm is folded into it.
+
+    Args:
+        conv: the convolution.
+        bn: the normalisation after it.
+        act: the activation after that, by default none.
+    """
+
+    def __init__(self, conv: nn.Conv2d, bn: nn.Module, act: nn.Module | None = None) -> None:
+        super().__init__()
+        self.conv = conv
+        self.bn = bn
+        self.act = act or nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C', H', W')."""
+        return self.act(self.bn(self.conv(x)))
+
+    def foldable(self) -> bool:
+        """Whether the norm is an affine map in evaluation."""
+        return is_foldable(self.bn)
+
+    def folded(self, before: nn.Module | None = None) -> ConvNorm:
+        """Give the layer with the norm folded into the convolution.
+
+        Args:
+            before: a batch norm whose output the layer takes, folded in too; only where the convolution pads nothing,
+                because the shift of that norm does not reach padded pixels.
+        """
+        conv = fold_affine(self.conv, *affine_of(self.bn, self.conv.out_channels))
+        if before is not None:
+            conv = fold_affine_before(conv, *affine_of(before, self.conv.in_channels))
+        return ConvNorm(conv, nn.Identity(), self.act)
+
+
+@torch.no_grad()
+def fold_affine(layer: nn.Conv2d | nn.Linear, scale: Tensor, shift: Tensor) -> Any:
+    """Give a layer that computes scale · layer(x) + shift, per output channel (both (C_out,))."""
+    weight = layer.weight.double() * scale.to(layer.weight.device).view(-1, *[1] * (layer.weight.dim() - 1))
+    bias = shift.to(weight.device)
+    if layer.bias is not None:
+        bias = bias + layer.bias.double() * scale.to(weight.device)
+    return _rebuilt(layer, weight, bias)
+
+
+@torch.no_grad()
+def fold_affine_before(layer: nn.Conv2d | nn.Linear, scale: Tensor, shift: Tensor) -> Any:
+    """Give a layer that computes layer(scale · x + shift), per input channel (both (C_in,))."""
+    if isinstance(layer, nn.Conv2d) and (layer.groups != 1 or any(p != 0 for p in _padding(layer))):
+        raise ValueError(f"a norm cannot be folded into the input of {layer}: it must be ungrouped and without padding")
+    per_input = [1, -1, *[1] * (layer.weight.dim() - 2)]
+    scale, shift = scale.to(layer.weight.device), shift.to(layer.weight.device)
+    weight = layer.weight.double()
+    bias = (weight * shift.view(per_input)).flatten(1).sum(1)
+    if layer.bias is not None:
+        bias = bias + layer.bias.double()
+    return _rebuilt(layer, weight * scale.view(per_input), bias)
+
+
+def _padding(conv: nn.Conv2d) -> tuple[int, ...]:
+    return (1,) if isinstance(conv.padding, str) and conv.padding == "same" else tuple(conv.padding)  # type: ignore[arg-type]
+
+
+def _rebuilt(layer: nn.Conv2d | nn.Linear, weight: Tensor, bias: Tensor) -> nn.Module:
+    kwargs = {"device": layer.weight.device, "dtype": layer.weight.dtype}
+    new: nn.Module
+    if isinstance(layer, nn.Linear):
+        new = nn.Linear(layer.in_features, layer.out_features, **kwargs)
+    else:
+        new = type(layer)(
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,  # type: ignore[arg-type]
+            stride=layer.stride,  # type: ignore[arg-type]
+            padding=layer.padding,  # type: ignore[arg-type]
+            dilation=layer.dilation,  # type: ignore[arg-type]
+            groups=layer.groups,
+            padding_mode=layer.padding_mode,
+            **kwargs,
+        )
+    new.weight.data.copy_(weight)  # type: ignore[union-attr, operator]
+    new.bias.data.copy_(bias)  # type: ignore[union-attr, operator]
+    return new

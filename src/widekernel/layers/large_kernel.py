@@ -1,0 +1,115 @@
+"""The large-kernel layer: what is trained, and what it folds to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from widekernel import ops
+from widekernel.layers.norms import affine_of, is_foldable
+from widekernel.layers.rect import Rect, maximal_rectangles
+from widekernel.layers.sources import KernelSource, rects_of
+
+
+class LargeKernel(nn.Module):
+    """y = Σ_b norm_b( branch_b(x) ) [+ x], the one trainable large-kernel layer of all the families.
+
+    Without normalisation the branches are computed by a single operator call.
+
+    Args:
+        source: where the branches come from.
+        norms: one module a branch, or None for none.
+        identity: whether the input is added.
+    """
+
+    def __init__(self, source: KernelSource, norms: Sequence[nn.Module] | None = None, identity: bool = False) -> None:
+        super().__init__()
+        if norms is not None and len(norms) != source.num_branches:
+            raise ValueError(f"{len(norms)} norms for {source.num_branches} branches: every branch needs one")
+        self.source = source
+        self.norms = nn.ModuleList(norms or [])
+        self.identity = identity
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W)."""
+        if not self.norms:
+            y = self._unnormalised(x)
+        else:
+            responses = self.source.responses(x)
+            y = self.norms[0](responses[0])
+            for norm, response in zip(list(self.norms)[1:], responses[1:]):
+                y = y + norm(response)
+        return y + x if self.identity else y
+
+    def foldable(self) -> bool:
+        """Whether every branch is a rectangle and every norm an affine map in evaluation."""
+        return rects_of(self.source) is not None and all(is_foldable(norm) for norm in self.norms)
+
+    @torch.no_grad()
+    def folded(self, scale: Tensor | None = None, shift: Tensor | None = None) -> FoldedLargeKernel:
+        """Give the layer as few rectangles and a bias: norms and identity folded in, covered rectangles absorbed.
+
+        Args:
+            scale: (C,), applied to the output of the layer and folded in too, for instance that of a following norm.
+            shift: (C,), added after that.
+
+        Raises:
+            TypeError: if a branch is not a rectangle or a norm depends on its input.
+        """
+        rects = rects_of(self.source)
+        if rects is None:
+            raise TypeError(
+                f"a {type(self.source).__name__} layer equals no single kernel near the borders and cannot be folded"
+            )
+        dtype, device, channels = rects[0].kernel.dtype, rects[0].kernel.device, self.source.channels
+        rects = [Rect(rect.kernel.double(), rect.anchor) for rect in rects]
+        bias = torch.zeros(channels, dtype=torch.float64, device=device)
+        for i, norm in enumerate(self.norms):
+            by, plus = affine_of(norm, channels)
+            rects[i] = rects[i].scaled(by.to(device))
+            bias = bias + plus.to(device)
+        if self.identity:
+            rects.append(Rect.identity(rects[0].kernel))
+        if scale is not None:
+            rects = [rect.scaled(scale.double()) for rect in rects]
+            bias = bias * scale.double()
+        if shift is not None:
+            bias = bias + shift.double()
+        merged = [Rect(rect.kernel.to(dtype), rect.anchor) for rect in maximal_rectangles(rects)]
+        return FoldedLargeKernel(merged, bias.to(dtype))
+
+    def _unnormalised(self, x: Tensor) -> Tensor:
+        rects = rects_of(self.source)
+        if rects is None:
+            return torch.stack(self.source.responses(x)).sum(0)
+        return ops.depthwise_sum(x, [rect.kernel for rect in rects], [rect.anchor for rect in rects])
+
+
+class FoldedLargeKernel(nn.Module):
+    """y = Σ_r depthwise(x, rect_r) + bias: one operator call, the fast form for inference.
+
+    Args:
+        rects: of C channels each.
+        bias: (C,).
+    """
+
+    def __init__(self, rects: Sequence[Rect], bias: Tensor) -> None:
+        super().__init__()
+        self.kernels = nn.ParameterList(nn.Parameter(rect.kernel.detach().clone()) for rect in rects)
+        self.anchors = tuple(rect.anchor for rect in rects)
+        self.bias = nn.Parameter(bias.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W)."""
+        return ops.depthwise_sum(x, list(self.kernels), self.anchors, self.bias)
+
+    def rects(self) -> list[Rect]:
+        """Give the rectangles."""
+        return [Rect(kernel, anchor) for kernel, anchor in zip(self.kernels, self.anchors)]
+
+    def extra_repr(self) -> str:
+        """Name channels, sizes and anchors."""
+        sizes = [tuple(kernel.shape[2:]) for kernel in self.kernels]
+        return f"{self.bias.numel()}, rects={sizes}, anchors={list(self.anchors)}"

@@ -1,0 +1,89 @@
+"""Layers that work on some of the channels and pass the others on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from widekernel.layers.large_kernel import LargeKernel
+
+
+class PartialChannels(nn.Module):
+    """Applies a large kernel to some channels; the output holds these first, then the others untouched ("ghosts").
+
+    Args:
+        layer: large kernel for `len(selected)` channels.
+        selected: sorted indices of the channels it works on.
+        channels: C, the number of channels of the input.
+    """
+
+    def __init__(self, layer: LargeKernel, selected: Sequence[int], channels: int) -> None:
+        super().__init__()
+        if len(selected) != layer.source.channels or len(set(selected)) != len(selected):
+            raise ValueError(
+                f"{len(selected)} selected channels for a layer of {layer.source.channels}: give as many, all different"
+            )
+        if selected and not 0 <= min(selected) <= max(selected) < channels:
+            raise ValueError(f"selected channels must lie in 0..{channels - 1}")
+        rest = sorted(set(range(channels)) - set(selected))
+        self.layer = layer
+        self.selected: Tensor
+        self.ghosts: Tensor
+        self.register_buffer("selected", torch.tensor(list(selected), dtype=torch.int32))
+        self.register_buffer("ghosts", torch.tensor(rest, dtype=torch.int32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W), channels reordered."""
+        worked = self.layer(x.index_select(1, self.selected))
+        if not self.ghosts.numel():
+            return worked
+        return torch.cat([worked, x.index_select(1, self.ghosts)], 1)
+
+    def foldable(self) -> bool:
+        """Whether the large kernel can be folded."""
+        return self.layer.foldable()
+
+    @torch.no_grad()
+    def folded(self, scale: Tensor | None = None, shift: Tensor | None = None) -> FoldedPartialChannels:
+        """Fold the large kernel and, if given, an affine map (C,) of the layer's output."""
+        channels, dtype = self.selected.numel() + self.ghosts.numel(), next(self.layer.parameters()).dtype
+        device = self.selected.device
+        scale = torch.ones(channels, device=device, dtype=torch.float64) if scale is None else scale.double()
+        shift = torch.zeros(channels, device=device, dtype=torch.float64) if shift is None else shift.double()
+        worked = self.selected.numel()
+        layer = self.layer.folded(scale[:worked], shift[:worked])
+        return FoldedPartialChannels(
+            layer, self.selected, self.ghosts, scale[worked:].to(dtype), shift[worked:].to(dtype)
+        )
+
+
+class FoldedPartialChannels(nn.Module):
+    """The folded form of `PartialChannels`; an affine map that followed it also acts on the untouched channels.
+
+    Args:
+        layer: folded large kernel.
+        selected: indices of the channels it works on.
+        ghosts: indices of the others.
+        scale: one factor a ghost channel.
+        shift: one summand a ghost channel.
+    """
+
+    def __init__(self, layer: nn.Module, selected: Tensor, ghosts: Tensor, scale: Tensor, shift: Tensor) -> None:
+        super().__init__()
+        self.layer = layer
+        self.selected: Tensor
+        self.ghosts: Tensor
+        self.register_buffer("selected", selected.clone())
+        self.register_buffer("ghosts", ghosts.clone())
+        self.scale = nn.Parameter(scale.view(-1, 1, 1).clone())
+        self.shift = nn.Parameter(shift.view(-1, 1, 1).clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W), channels reordered."""
+        worked = self.layer(x.index_select(1, self.selected))
+        if not self.ghosts.numel():
+            return worked
+        rest = torch.addcmul(self.shift, x.index_select(1, self.ghosts), self.scale)
+        return torch.cat([worked, rest], 1)

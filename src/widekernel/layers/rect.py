@@ -1,0 +1,81 @@
+"""Rectangular depthwise kernels with an anchor, and how sums of them collapse."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from widekernel.ops.problem import Anchor, check_anchor
+
+
+@dataclass(frozen=True)
+class Rect:
+    """A depthwise kernel and the place of the output pixel in it.
+
+    Attributes:
+        kernel: (C, 1, kh, kw).
+        anchor: (row, column) of the tap that sits on the output pixel. It need not be the middle one: 17 tiles of width 3
+            stand for a 49-tap strip as 51 columns, 24 of them to the left of the anchor and 26 to its right.
+    """
+
+    kernel: Tensor
+    anchor: Anchor
+
+    def __post_init__(self) -> None:
+        if self.kernel.dim() != 4 or self.kernel.shape[1] != 1:
+            raise ValueError(f"kernel has shape {tuple(self.kernel.shape)}: a Rect needs (C, 1, kh, kw)")
+        check_anchor(self.kernel.shape[2:], self.anchor)
+
+    @classmethod
+    def centred(cls, kernel: Tensor) -> Rect:
+        """Anchor an odd-sized kernel at its middle tap."""
+        return cls(kernel, (kernel.shape[2] // 2, kernel.shape[3] // 2))
+
+    @classmethod
+    def identity(cls, like: Tensor) -> Rect:
+        """Give the 1x1 kernel that copies its input, for as many channels as the kernel `like` has."""
+        return cls(torch.ones_like(like[:, :, :1, :1]), (0, 0))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(kh, kw)."""
+        return self.kernel.shape[2], self.kernel.shape[3]
+
+    @property
+    def reach(self) -> tuple[int, int, int, int]:
+        """Taps above, below, left and right of the anchor."""
+        (kh, kw), (row, column) = self.size, self.anchor
+        return row, kh - 1 - row, column, kw - 1 - column
+
+    def covers(self, other: Rect) -> bool:
+        """Whether every tap of `other` has a tap of this rectangle at the same offset from the anchor."""
+        return all(mine >= theirs for mine, theirs in zip(self.reach, other.reach))
+
+    def scaled(self, scale: Tensor) -> Rect:
+        """Multiply each channel's taps by its entry of `scale` (C,)."""
+        return Rect(self.kernel * scale.view(-1, 1, 1, 1), self.anchor)
+
+    def plus(self, other: Rect) -> Rect:
+        """Add a rectangle that this one covers."""
+        up, down, left, right = (mine - theirs for mine, theirs in zip(self.reach, other.reach))
+        return Rect(self.kernel + F.pad(other.kernel, (left, right, up, down)), self.anchor)
+
+
+def maximal_rectangles(rects: Iterable[Rect]) -> list[Rect]:
+    """Collapse a sum of rectangles to those that no other one covers; the sum stays the same operator.
+
+    A 31x31 and a 5x5 kernel become one of 31x31; the strips 51x5 and 5x51 stay two, and take a 5x5 and the identity in.
+    """
+    maximal: list[Rect] = []
+    for rect in sorted(rects, key=lambda r: r.size[0] * r.size[1], reverse=True):
+        for i, larger in enumerate(maximal):
+            if larger.covers(rect):
+                maximal[i] = larger.plus(rect)
+                break
+        else:
+            maximal.append(rect)
+    return maximal

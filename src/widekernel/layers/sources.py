@@ -1,0 +1,122 @@
+"""Kernel sources: modules that own the parameters of a large kernel and say which rectangles they stand for."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from torch import Tensor, empty, nn
+
+from widekernel import ops
+from widekernel.layers.rect import Rect
+
+
+class KernelSource(nn.Module, ABC):
+    """Owns the parameters of one depthwise layer and computes its branches, each (N, C, H, W) -> (N, C, H, W).
+
+    Attributes:
+        channels: C.
+        num_branches: how many outputs the layer adds up, each after a normalisation of its own.
+    """
+
+    channels: int
+    num_branches: int
+
+    @abstractmethod
+    def responses(self, x: Tensor) -> list[Tensor]:
+        """Compute the branches of `x` (N, C, H, W), before normalisation."""
+
+    @abstractmethod
+    def published_macs(self, height: int, width: int) -> int:
+        """Count the multiply-accumulates of the convolutions that the authors' code runs for one H x W image."""
+
+
+class RectSource(KernelSource):
+    """A source whose branches are rectangles exactly, so that it can be folded."""
+
+    @abstractmethod
+    def rects(self) -> list[Rect]:
+        """Give the rectangle of each branch, differentiable in the parameters."""
+
+    def responses(self, x: Tensor) -> list[Tensor]:
+        """Run the operator once a branch."""
+        return [ops.depthwise_sum(x, [rect.kernel], [rect.anchor]) for rect in self.rects()]
+
+
+class Rectangles(RectSource):
+    """One free kernel a branch: `[(31, 31), (5, 5)]` is RepLKNet's layer, `[(51, 5), (5, 51), (5, 5)]` SLaK's.
+
+    Args:
+        channels: C.
+        sizes: (kh, kw) of each branch, odd numbers.
+    """
+
+    def __init__(self, channels: int, sizes: Sequence[tuple[int, int]]) -> None:
+        super().__init__()
+        self.channels, self.num_branches = channels, len(sizes)
+        for size in sizes:
+            check_odd("kernel size", *size)
+        self.kernels = nn.ParameterList(nn.Parameter(empty(channels, 1, kh, kw)) for kh, kw in sizes)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the kernels as `nn.Conv2d` would."""
+        for kernel in self.kernels:
+            nn.init.kaiming_uniform_(kernel, a=math.sqrt(5))
+
+    def rects(self) -> list[Rect]:
+        """Give each kernel, anchored at its middle."""
+        return [Rect.centred(kernel) for kernel in self.kernels]
+
+    def published_macs(self, height: int, width: int) -> int:
+        """Count every tap of every kernel at every pixel."""
+        return height * width * sum(kernel.numel() for kernel in self.kernels)
+
+    def extra_repr(self) -> str:
+        """Name channels and sizes."""
+        return f"{self.channels}, {[tuple(kernel.shape[2:]) for kernel in self.kernels]}"
+
+
+class SourceGroup(KernelSource):
+    """Several sources of one layer, their branches side by side.
+
+    Args:
+        sources: of the same number of channels.
+    """
+
+    def __init__(self, sources: Sequence[KernelSource]) -> None:
+        super().__init__()
+        if len({source.channels for source in sources}) != 1:
+            raise ValueError(f"the sources have {[s.channels for s in sources]} channels: all must have the same number")
+        self.sources = nn.ModuleList(sources)
+        self.channels = sources[0].channels
+        self.num_branches = sum(source.num_branches for source in sources)
+
+    def responses(self, x: Tensor) -> list[Tensor]:
+        """Compute the branches of every source in turn."""
+        return [response for source in self.sources for response in source.responses(x)]
+
+    def published_macs(self, height: int, width: int) -> int:
+        """Add up the sources."""
+        return sum(source.published_macs(height, width) for source in self.sources)
+
+
+def rects_of(source: nn.Module) -> list[Rect] | None:
+    """Give the rectangles of every branch of a source, or None if some branch is not a rectangle."""
+    if isinstance(source, RectSource):
+        return source.rects()
+    if isinstance(source, SourceGroup):
+        parts = [rects_of(part) for part in source.sources]
+        return None if any(part is None for part in parts) else [rect for part in parts for rect in part or []]
+    return None
+
+
+def check_odd(what: str, *sizes: int) -> None:
+    """Raise unless every size is a positive odd number."""
+    for size in sizes:
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1 or size % 2 == 0:
+            raise ValueError(
+                f"{what} {size!r} is not a positive odd number: an even kernel has no middle tap; "
+                f"use {size + 1 if isinstance(size, int) and size > 0 else 'an odd integer'}"
+            )

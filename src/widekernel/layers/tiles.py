@@ -1,0 +1,355 @@
+"""Wide kernels made of small square tiles: a strip is cut into N x N tiles, which are kept apart, shared or moved.
+
+A row of nk = ceil(K / N) tiles is a strip of nk·N taps that is anchored where the K-tap kernel has its middle, K // 2.
+Shifting and adding the outputs of the tiles, as the papers do it, equals one depthwise convolution with that strip, borders
+included; so every source here yields strips, and no feature map is ever nk times as large as its input.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, empty, nn
+
+from widekernel.layers.rect import Rect
+from widekernel.layers.sources import KernelSource, RectSource, check_odd
+
+TABLE_SEED = 123  # the seed that the Shift-wise authors' code draws its tables with
+
+
+def num_tiles(big: int, small: int) -> int:
+    """How many `small`-wide tiles stand for `big` taps."""
+    return math.ceil(big / small)
+
+
+def tall_strip(tiles: Tensor, big: int) -> Rect:
+    """Stack tiles (C, nk, N, N) below one another into a rectangle of nk·N x N taps."""
+    channels, count, small, _ = tiles.shape
+    return Rect(tiles.reshape(channels, 1, count * small, small), (big // 2, small // 2))
+
+
+def wide_strip(tiles: Tensor, big: int) -> Rect:
+    """Put tiles (C, nk, N, N) side by side into a rectangle of N x nk·N taps."""
+    channels, count, small, _ = tiles.shape
+    kernel = tiles.transpose(1, 2).reshape(channels, 1, small, count * small)
+    return Rect(kernel, (small // 2, big // 2))
+
+
+def cut_into_tiles(strip: Tensor, small: int) -> Tensor:
+    """Cut a strip (C, 1, K, N) or (C, 1, N, K) into its tiles (C·nk, 1, N, N), zeros filling up the last one.
+
+    The tiles of a channel follow one another, from the top or from the left.
+    """
+    channels, _, kh, kw = strip.shape
+    along = 2 if kh > kw else 3
+    big = max(kh, kw)
+    if min(kh, kw) != small or big < small:
+        raise ValueError(f"a {kh}x{kw} kernel is not a strip of {small}x{small} tiles: one side must be {small}")
+    count = num_tiles(big, small)
+    missing = count * small - big
+    strip = F.pad(strip, (0, 0, 0, missing) if along == 2 else (0, missing))
+    if along == 2:
+        return strip.reshape(channels * count, 1, small, small)
+    return strip.reshape(channels, small, count, small).transpose(1, 2).reshape(channels * count, 1, small, small)
+
+
+def tile_convolution_padding(big: int, small: int) -> int:
+    """Padding that the authors' tile convolution uses along the strip, which decides how many positions it computes.
+
+    The smallest number congruent to K // 2 modulo N that loses no tile touching the image.
+    """
+    count = num_tiles(big, small)
+    after = count * small - 1 - big // 2 - (count - 1) * small
+    need = max(after, small - 1)
+    return need + (big // 2 - need) % small
+
+
+class SplitStrips(RectSource):
+    """Two strips, K x N and N x K, each made of tiles of its own (SLaK_reg).
+
+    Args:
+        channels: C.
+        big: K, odd.
+        small: N, odd, smaller than K.
+    """
+
+    num_branches = 2
+
+    def __init__(self, channels: int, big: int, small: int) -> None:
+        super().__init__()
+        check_tiles(big, small)
+        self.channels, self.big, self.small = channels, big, small
+        count = num_tiles(big, small)
+        self.tall = nn.Parameter(empty(channels * count, 1, small, small))
+        self.wide = nn.Parameter(empty(channels * count, 1, small, small))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the tiles as `nn.Conv2d` would."""
+        for tiles in (self.tall, self.wide):
+            nn.init.kaiming_uniform_(tiles, a=math.sqrt(5))
+
+    def rects(self) -> list[Rect]:
+        """Give the tall and the wide strip."""
+        shape = self.channels, -1, self.small, self.small
+        return [tall_strip(self.tall.view(shape), self.big), wide_strip(self.wide.view(shape), self.big)]
+
+    def published_macs(self, height: int, width: int) -> int:
+        """Count the tile convolutions, which run on an image padded along the strip."""
+        extra = 2 * tile_convolution_padding(self.big, self.small) - self.small + 1
+        return self.tall.numel() * ((height + extra) * width + height * (width + extra))
+
+    def extra_repr(self) -> str:
+        """Name the geometry."""
+        return f"{self.channels}, big={self.big}, small={self.small}"
+
+
+class SharedStrips(RectSource):
+    """A wide and a tall strip out of the same tiles, each tile weighted per direction and channel by a sigmoid gate (SLaK_pww).
+
+    Args:
+        channels: C.
+        big: K, odd.
+        small: N, odd, smaller than K.
+    """
+
+    num_branches = 2
+
+    def __init__(self, channels: int, big: int, small: int) -> None:
+        super().__init__()
+        check_tiles(big, small)
+        self.channels, self.big, self.small = channels, big, small
+        count = num_tiles(big, small)
+        self.tiles = nn.Parameter(empty(channels * count, 1, small, small))
+        self.gates = nn.ParameterList(nn.Parameter(empty(1, channels * count, 1, 1)) for _ in range(2))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the tiles as `nn.Conv2d` would and the gate logits uniformly from (-1, 1)."""
+        nn.init.kaiming_uniform_(self.tiles, a=math.sqrt(5))
+        for gate in self.gates:
+            nn.init.uniform_(gate, -1.0, 1.0)
+
+    def rects(self) -> list[Rect]:
+        """Give the wide and the tall strip of the gated tiles."""
+        shape = self.channels, -1, self.small, self.small
+        wide, tall = (self.tiles * gate.sigmoid().view(-1, 1, 1, 1) for gate in self.gates)
+        return [wide_strip(wide.view(shape), self.big), tall_strip(tall.view(shape), self.big)]
+
+    def published_macs(self, height: int, width: int) -> int:
+        """Count the one tile convolution that both directions share, on an image padded on all sides."""
+        extra = 2 * tile_convolution_padding(self.big, self.small) - self.small + 1
+        return self.tiles.numel() * (height + extra) * (width + extra)
+
+    def extra_repr(self) -> str:
+        """Name the geometry."""
+        return f"{self.channels}, big={self.big}, small={self.small}"
+
+
+class ShiftTiles(RectSource):
+    """Strips out of tiles that are shared by both directions and moved to other places in each (Shift-wise convolution).
+
+    Yields three branches: a wide strip, a tall strip and a single tile. Tile j of channel c stands in strip d at the slots
+    that the tables of the `groups` permutations give it, added up; the third branch adds one tile a group, unmoved.
+    The tables are drawn from a private generator, as the authors' code draws them, and kept in the state dict, so that a
+    network does not depend on the random numbers of the PyTorch version that loads it.
+
+    Args:
+        channels: C.
+        big: K, odd.
+        small: N, odd, smaller than K.
+        paths: tile sets that are added up, for training only (re-parameterisation).
+        groups: permutations a direction.
+        gated: weight every tile by a sigmoid gate per direction.
+    """
+
+    num_branches = 3
+
+    def __init__(
+        self, channels: int, big: int, small: int, paths: int = 1, groups: int = 1, gated: bool = False
+    ) -> None:
+        super().__init__()
+        check_tiles(big, small)
+        if paths < 1 or groups < 1:
+            raise ValueError(f"paths={paths} and groups={groups} must both be at least 1")
+        self.channels, self.big, self.small = channels, big, small
+        count = num_tiles(big, small)
+        self.tiles = nn.ParameterList(nn.Parameter(empty(channels * count, 1, small, small)) for _ in range(paths))
+        self.gates = nn.ParameterList(nn.Parameter(empty(channels * count)) for _ in range(2 if gated else 0))
+        tile_at, centre = draw_tables(channels, count, groups)
+        self.tile_at: Tensor
+        self.centre: Tensor
+        self.register_buffer("tile_at", tile_at)
+        self.register_buffer("centre", centre)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the tiles as `nn.Conv2d` would and gate logits uniformly from (-1, 1); the tables stay."""
+        for tiles in self.tiles:
+            nn.init.kaiming_uniform_(tiles, a=math.sqrt(5))
+        for gate in self.gates:
+            nn.init.uniform_(gate, -1.0, 1.0)
+
+    def rects(self) -> list[Rect]:
+        """Give the wide strip, the tall strip and the tile in the middle."""
+        tiles = self.tiles[0]
+        for path in list(self.tiles)[1:]:
+            tiles = tiles + path
+        flat = tiles.flatten(1)
+        wide, tall = (self._moved(self._weighted(flat, d), d) for d in range(2))
+        middle = _take_sum(flat, self.centre, self.channels).view(self.channels, 1, self.small, self.small)
+        return [wide_strip(wide, self.big), tall_strip(tall, self.big), Rect.centred(middle)]
+
+    def published_macs(self, height: int, width: int) -> int:
+        """Count the tile convolutions of every path, which compute N - 1 pixels more on each axis."""
+        extra = self.small - 1
+        return sum(tiles.numel() for tiles in self.tiles) * (height + extra) * (width + extra)
+
+    def extra_repr(self) -> str:
+        """Name the geometry."""
+        paths, groups = len(self.tiles), self.tile_at.shape[1]
+        return f"{self.channels}, big={self.big}, small={self.small}, paths={paths}, groups={groups}"
+
+    def _weighted(self, flat: Tensor, direction: int) -> Tensor:
+        return flat * self.gates[direction].sigmoid().unsqueeze(1) if len(self.gates) else flat
+
+    def _moved(self, flat: Tensor, direction: int) -> Tensor:
+        moved = _take_sum(flat, self.tile_at[direction], self.channels)
+        return moved.view(self.channels, -1, self.small, self.small)
+
+
+class ShuffledStrips(RectSource):
+    """A wide strip of tiles in their order and a tall one of the same tiles shuffled (SLaK_pw).
+
+    With several branches, each adds the same tiles once more, shuffled anew in both directions (the multi-branch variant).
+    No official code of these variants is public; this follows their description.
+
+    Args:
+        channels: C.
+        big: K, odd.
+        small: N, odd, smaller than K.
+        branches: how many arrangements of the tiles are added up in each direction.
+    """
+
+    num_branches = 2
+
+    def __init__(self, channels: int, big: int, small: int, branches: int = 1) -> None:
+        super().__init__()
+        check_tiles(big, small)
+        if branches < 1:
+            raise ValueError(f"branches={branches} must be at least 1")
+        self.channels, self.big, self.small = channels, big, small
+        count = num_tiles(big, small)
+        self.tiles = nn.Parameter(empty(channels * count, 1, small, small))
+        tile_at, _ = draw_tables(channels, count, branches)
+        tile_at[0, 0] = torch.arange(count, dtype=tile_at.dtype)
+        self.tile_at: Tensor
+        self.register_buffer("tile_at", tile_at)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the tiles as `nn.Conv2d` would; the tables stay."""
+        nn.init.kaiming_uniform_(self.tiles, a=math.sqrt(5))
+
+    def arranged(self) -> tuple[Tensor, Tensor]:
+        """Give the tiles (C, nk, N, N) of the wide and of the tall strip, in the order of their slots."""
+        flat = self.tiles.flatten(1)
+        shape = self.channels, -1, self.small, self.small
+        wide, tall = (_take_sum(flat, table, self.channels).view(shape) for table in self.tile_at)
+        return wide, tall
+
+    def rects(self) -> list[Rect]:
+        """Give the wide and the tall strip."""
+        wide, tall = self.arranged()
+        return [wide_strip(wide, self.big), tall_strip(tall, self.big)]
+
+    def published_macs(self, height: int, width: int) -> int:
+        """Count one tile convolution on an image padded by N - 1 on every side."""
+        extra = self.small - 1
+        return self.tiles.numel() * (height + extra) * (width + extra)
+
+    def extra_repr(self) -> str:
+        """Name the geometry."""
+        return f"{self.channels}, big={self.big}, small={self.small}, branches={self.tile_at.shape[1]}"
+
+
+class TruncatedTiles(KernelSource):
+    """The strips of another source, with the tiles dropped whose middle lies outside the image.
+
+    This is what padding the tile convolution by N // 2 does: near a border it computes something that no single kernel
+    does. An ablation; it is exact but slow, and cannot be folded.
+
+    Args:
+        source: whose arranged tiles are used.
+    """
+
+    num_branches = 2
+
+    def __init__(self, source: ShuffledStrips) -> None:
+        super().__init__()
+        self.source = source
+        self.channels = source.channels
+
+    def responses(self, x: Tensor) -> list[Tensor]:
+        """Convolve with every tile at every pixel, then shift and add the maps."""
+        wide, tall = self.source.arranged()
+        return [self._shift_add(x, wide, 3), self._shift_add(x, tall, 2)]
+
+    def published_macs(self, height: int, width: int) -> int:
+        """Count one tile convolution of the image's own size."""
+        return self.source.tiles.numel() * height * width
+
+    def _shift_add(self, x: Tensor, tiles: Tensor, axis: int) -> Tensor:
+        channels, count, small, _ = tiles.shape
+        maps = F.conv2d(x, tiles.reshape(-1, 1, small, small), padding=small // 2, groups=channels)
+        maps = maps.unflatten(1, (channels, count))
+        extent = x.shape[axis]
+        total = torch.zeros_like(x)
+        for i in range(count):
+            offset = i * small - self.source.big // 2 + small // 2
+            if abs(offset) < extent:
+                start, length = max(0, offset), extent - abs(offset)
+                part = maps[:, :, i].narrow(axis, start, length)
+                before = max(0, -offset)
+                pad = [0, 0, 0, 0]
+                pad[2 * (3 - axis)], pad[2 * (3 - axis) + 1] = before, extent - length - before
+                total = total + F.pad(part, pad)
+        return total
+
+
+def draw_tables(channels: int, count: int, groups: int) -> tuple[Tensor, Tensor]:
+    """Draw the arrangement tables of Shift-wise convolution from a private generator.
+
+    Returns:
+        tile_at: (2, groups, C, nk) int16; entry [d, g, c, slot] is the tile that stands there (d = 0: the wide strip).
+        centre: (groups, C) int16, the tile that the unmoved branch takes.
+    """
+    generator = Generator().manual_seed(TABLE_SEED)
+    drawn = [torch.randperm(count, generator=generator) for _ in range(2 * groups * channels)]
+    tile_at = torch.stack(drawn).view(2, groups, channels, count)
+    centre = torch.stack([torch.randint(0, count, (channels,), generator=generator) for _ in range(groups)])
+    return tile_at.to(torch.int16), centre.to(torch.int16)
+
+
+def check_tiles(big: int, small: int) -> None:
+    """Raise unless a `big`-tap strip can be made of `small` x `small` tiles."""
+    check_odd("kernel size", big)
+    check_odd("tile size", small)
+    if small >= big:
+        raise ValueError(f"tile size {small} is not smaller than the kernel size {big}: give a smaller tile")
+
+
+def _take_sum(flat: Tensor, table: Tensor, channels: int) -> Tensor:
+    """Add up the rows of `flat` (C·nk, taps) that each group's table names: (C, slots, taps), or (C, taps) for one slot."""
+    count = flat.shape[0] // channels
+    start = torch.arange(channels, device=flat.device) * count
+    total: Tensor | None = None
+    # One gather a group: within a group no row is taken twice, so that the gradient is summed in a fixed order.
+    for group in table:
+        index = group.long() + (start.unsqueeze(1) if group.dim() == 2 else start)
+        taken = flat.index_select(0, index.flatten()).view(*index.shape, -1)
+        total = taken if total is None else total + taken
+    assert total is not None
+    return total

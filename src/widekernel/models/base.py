@@ -1,0 +1,336 @@
+"""What all the networks here share: stem, stages and head, timm's model contract, and checks of the input."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+
+import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import (
+    ClassifierHead,
+    LayerNorm2d,
+    NormMlpClassifierHead,
+    calculate_drop_path_rates,
+    register_notrace_module,
+)
+from timm.models import build_model_with_cfg, checkpoint_seq
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from widekernel.errors import ShapeError, nearest
+from widekernel.layers import DepthwiseConv2d, FoldedLargeKernel, FoldedPartialChannels, LargeKernel, PartialChannels
+from widekernel.models.layouts.layout import Layout
+from widekernel.models.layouts.translate import translate
+
+for _leaf in (DepthwiseConv2d, FoldedLargeKernel, FoldedPartialChannels, LargeKernel, PartialChannels):
+    register_notrace_module(_leaf)  # feature extraction by tracing keeps these whole
+
+ConfigT = TypeVar("ConfigT")
+BUILDER_ARGUMENTS = (
+    "cache_dir",
+    "feature_cls",
+    "features_only",
+    "out_indices",
+    "output_fmt",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "pretrained_strict",
+)
+
+
+@register_notrace_module
+class InputCheck(nn.Module):
+    """Passes images on, or says what is wrong with their shape.
+
+    Args:
+        in_chans: channels that the network takes.
+        stride: of the whole network; a smaller image would vanish on its way through it.
+    """
+
+    def __init__(self, in_chans: int, stride: int) -> None:
+        super().__init__()
+        self.in_chans, self.stride = in_chans, stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_chans, H, W) -> the same."""
+        if x.dim() != 4:
+            raise ShapeError(f"the input has shape {tuple(x.shape)}: the network takes (N, {self.in_chans}, H, W)")
+        if x.shape[1] != self.in_chans:
+            raise ShapeError(
+                f"the input has {x.shape[1]} channels but the network takes {self.in_chans}: "
+                f"create it with in_chans={x.shape[1]}, or convert the images"
+            )
+        if x.shape[2] < self.stride or x.shape[3] < self.stride:
+            raise ShapeError(
+                f"the image is {x.shape[2]}x{x.shape[3]} but the network's stride is {self.stride}: "
+                f"both sides must be at least {self.stride} pixels; enlarge the image"
+            )
+        return x
+
+
+class Stage(nn.Module):
+    """Downsampling, then residual blocks at one resolution.
+
+    Args:
+        downsample: module that changes resolution and width.
+        blocks: residual blocks.
+    """
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C', H', W')."""
+        x = self.downsample(x)
+        if self.grad_checkpointing and self.training:
+            return checkpoint_seq(self.blocks, x)
+        return self.blocks(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadOptions:
+    """timm's usual arguments for what follows the stages.
+
+    Attributes:
+        num_classes: 0 for none, then the network returns pooled features.
+        global_pool: as timm's; "" for none.
+        drop_rate: dropout before the classifier.
+        norm: whether a channel layer norm stands between pooling and classifier.
+        init_scale: factor on the initial weights of the classifier.
+    """
+
+    num_classes: int = 1000
+    global_pool: str = "avg"
+    drop_rate: float = 0.0
+    norm: bool = True
+
+
+class StagedConvNet(nn.Module):
+    """stem -> stages -> norm -> pooling, norm, classifier; with everything that timm expects of a model.
+
+    Args:
+        stem: first layers, from the image to the first stage.
+        stages: with the width of each.
+        reductions: stride of each stage's output against the image.
+        head: options of the classifier.
+        norm_pre: normalisation of the last map, before pooling.
+        in_chans: channels of the image.
+    """
+
+    def __init__(
+        self,
+        stem: nn.Module,
+        stages: Sequence[tuple[Stage, int]],
+        reductions: Sequence[int],
+        head: HeadOptions,
+        in_chans: int,
+        norm_pre: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        widths = [width for _, width in stages]
+        self.num_classes, self.drop_rate, self.in_chans = head.num_classes, head.drop_rate, in_chans
+        self.num_features = self.head_hidden_size = widths[-1]
+        self.feature_info = [
+            {"num_chs": width, "reduction": reduction, "module": f"stages.{i}"}
+            for i, (width, reduction) in enumerate(zip(widths, reductions))
+        ]
+        self.input_check = InputCheck(in_chans, reductions[-1])
+        self.stem = stem
+        self.stages = nn.Sequential(*(stage for stage, _ in stages))
+        self.norm_pre = norm_pre or nn.Identity()
+        self.head: Any
+        if head.norm:
+            self.head = NormMlpClassifierHead(
+                widths[-1], head.num_classes, pool_type=head.global_pool, drop_rate=head.drop_rate, norm_layer=LayerNorm2d
+            )
+        else:
+            self.head = ClassifierHead(
+                widths[-1], head.num_classes, pool_type=head.global_pool, drop_rate=head.drop_rate
+            )
+
+    def layouts(self) -> tuple[Layout, ...]:
+        """Give the official checkpoint layouts of this network; the first one is written, all are read."""
+        raise NotImplementedError
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Name parameters to spare from weight decay beyond those of one dimension."""
+        return set()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Give the patterns that layer-wise learning rates group parameters by."""
+        blocks: Any = r"^stages\.(\d+)"
+        if not coarse:
+            blocks = [
+                (r"^stages\.(\d+)\.downsample", (0,)),
+                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+                (r"^norm_pre|^feature_norms", (99999,)),
+            ]
+        return {"stem": r"^stem", "blocks": blocks}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the activations of each stage in the backward pass instead of storing them."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """Give the classifier layer."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None, reset_other: bool = False) -> None:
+        """Put a new classifier in; 0 classes for none, `global_pool=""` for no pooling."""
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool, reset_other=reset_other)
+
+    def intermediate(self, index: int, x: Tensor) -> Tensor:
+        """Give the feature map of stage `index` in the form in which it is handed out."""
+        return x
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Compute the feature maps of several stages.
+
+        Args:
+            x: images (N, in_chans, H, W).
+            indices: of the stages; an integer for the last n, None for all.
+            norm: apply the final norm to the last stage's map.
+            stop_early: do not compute the stages after the last one asked for.
+            output_fmt: only "NCHW".
+            intermediates_only: return only the list of maps.
+
+        Returns:
+            The final map and the list of intermediate ones (N, C, H, W), or only the list.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt {output_fmt!r} is not supported: these networks give 'NCHW' maps")
+        take, last = feature_take_indices(len(self.stages), indices)
+        maps = []
+        x = self.stem(self.input_check(x))
+        stages = self.stages[: last + 1] if stop_early else self.stages
+        for i, stage in enumerate(stages):
+            x = stage(x)
+            if i in take:
+                final = norm and i == len(self.stages) - 1
+                maps.append(self.norm_pre(x) if final else self.intermediate(i, x))
+        if intermediates_only:
+            return maps
+        return (self.norm_pre(x) if len(stages) == len(self.stages) else x), maps
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what is not needed to compute the feature maps of the stages `indices`."""
+        take, last = feature_take_indices(len(self.stages), indices)
+        shortened = last < len(self.stages) - 1
+        self.stages = self.stages[: last + 1]
+        if prune_norm or shortened:
+            self.norm_pre = nn.Identity()
+        if shortened:
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        if prune_head or shortened:
+            self.num_classes = 0
+            self.head.reset(0, "", reset_other=True, in_features=self.num_features)
+        return take
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(N, in_chans, H, W) -> the last feature map (N, num_features, H', W')."""
+        x = self.stem(self.input_check(x))
+        return self.norm_pre(self.stages(x))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """(N, num_features, H', W') -> logits (N, num_classes), or what the classifier would get."""
+        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_chans, H, W) -> logits (N, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+
+def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
+    """Let the drop-path rate run linearly from 0 to `rate` over all the blocks, listed by stage."""
+    return calculate_drop_path_rates(rate, list(depths), stagewise=True)  # type: ignore[return-value]
+
+
+def check_stages(**per_stage: Sequence[Any]) -> None:
+    """Raise unless every given sequence has the same length, one entry a stage."""
+    lengths = {name: len(values) for name, values in per_stage.items()}
+    if len(set(lengths.values())) != 1:
+        raise ValueError(f"one entry a stage is needed, all alike, but the lengths are {lengths}")
+
+
+def default_cfg(input_size: int = 224, stride: int = 32, **kwargs: Any) -> dict[str, Any]:
+    """Describe a network's preprocessing and head the way timm wants it; `kwargs` overrides entries."""
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, input_size, input_size),
+        "pool_size": (input_size // stride, input_size // stride),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.0",
+        "classifier": "head.fc",
+        **kwargs,
+    }
+
+
+def build(
+    model_cls: Callable[..., nn.Module], variant: str, config: ConfigT, pretrained: bool, kwargs: dict[str, Any]
+) -> Any:
+    """Create a network from its configuration, arguments that override parts of it, and timm's usual ones.
+
+    Raises:
+        TypeError: for an argument that is neither the configuration's, the network's nor timm's; names the nearest.
+    """
+    fields = [field.name for field in dataclasses.fields(config)]  # type: ignore[arg-type]
+    of_model = [name for name in inspect.signature(model_cls).parameters if name != "cfg"]
+    known = [*fields, *of_model, *BUILDER_ARGUMENTS]
+    for name in kwargs:
+        if name not in known:
+            raise TypeError(
+                f"{variant} got an unknown argument {name!r}.{nearest(name, known)} It takes {', '.join(fields + of_model)}"
+            )
+    overrides = {name: _frozen(kwargs.pop(name)) for name in fields if name in kwargs}
+    # timm hands the pretrained configuration's arguments to every model; the defaults are the same here.
+    feature_cfg = {"feature_cls": "getter", **_default_indices(model_cls, config, overrides)}
+    return build_model_with_cfg(
+        model_cls,
+        variant,
+        pretrained,
+        model_cfg=dataclasses.replace(config, **overrides),  # type: ignore[type-var]
+        feature_cfg=feature_cfg,
+        pretrained_filter_fn=_to_native,
+        **kwargs,
+    )
+
+
+def _default_indices(model_cls: Any, config: Any, overrides: dict[str, Any]) -> dict[str, Any]:
+    choose = getattr(model_cls, "default_out_indices", None)
+    return {"out_indices": choose(dataclasses.replace(config, **overrides)) if choose else (0, 1, 2, 3)}
+
+
+def _to_native(state: dict[str, Tensor], model: StagedConvNet) -> dict[str, Tensor]:
+    """Translate a pretrained state dict for timm's loader."""
+    return translate(model, state).state
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value

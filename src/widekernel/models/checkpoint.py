@@ -1,0 +1,221 @@
+"""Loading and saving checkpoints in every official layout and in our own."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from timm.models._features import FeatureGetterNet
+from torch import Tensor, nn
+
+from widekernel.errors import CheckpointError
+from widekernel.models.layouts import containers
+from widekernel.models.layouts.translate import HEAD, Translation, strip_prefixes, to_official, translate
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What was loaded from a checkpoint, and what was not.
+
+    Attributes:
+        path: the file.
+        container: entry of the file that the weights were in; "" for a bare state dict.
+        layout: family whose layout they were in, or "native".
+        loaded: our keys that were filled.
+        dropped: head weights of another number of classes, left out; named as in the file.
+        missing: our keys that the file does not hold (the head of a backbone checkpoint), left as they were.
+        ignored: keys of the file that belong to other parts of a larger network.
+        generated: tables that the layout never holds; the network's own were kept.
+        notes: prefixes removed, kernels converted.
+    """
+
+    path: str
+    container: str
+    layout: str
+    loaded: tuple[str, ...]
+    dropped: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+    generated: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        where = f" ({self.container})" if self.container else ""
+        lines = [f"{self.path}{where}: {len(self.loaded)} tensors in the layout {self.layout}"]
+        for what in ("dropped", "missing", "ignored", "generated"):
+            keys = getattr(self, what)
+            if keys:
+                lines.append(f"  {what} ({len(keys)}): {', '.join(keys)}")
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+def load_checkpoint(
+    model: nn.Module, path: str | Path, weights: Literal["model", "ema"] = "model"
+) -> LoadReport:
+    """Load a checkpoint into `model`, whatever official container and layout it is in.
+
+    Takes training checkpoints, bare state dicts, those of wrapped models and of larger networks with this one as backbone,
+    safetensors; the official layouts of the model's family, merged forms included, and our own. Nothing in the file is
+    executed. A classifier of another number of classes is left out (as fine-tuning needs it), with a warning; a head that
+    the file lacks stays as it is. Anything else that does not fit raises, and the model is left untouched.
+
+    Args:
+        model: one of our networks or timm's ConvNeXt, or its `features_only` form.
+        path: of the file.
+        weights: "model", or "ema" for the averaged weights of a training checkpoint.
+
+    Raises:
+        CheckpointError: if the file cannot be read safely, holds another network, or does not fill the model; the message
+            names every key.
+    """
+    network: nn.Module = model.model if isinstance(model, FeatureGetterNet) else model
+    container = containers.read(path, weights)
+    state, prefixes, others = strip_prefixes(container.state)
+    is_backbone = "backbone." in prefixes
+    translation = translate(network, state)
+    own = network.state_dict()
+    plan = _plan(own, translation, is_backbone)
+    if plan.problems:
+        raise CheckpointError(
+            f"{path} does not fit the {type(network).__name__}; nothing was loaded:\n"
+            + "\n".join(f"  {problem}" for problem in plan.problems)
+        )
+    with torch.no_grad():
+        network.load_state_dict({**own, **plan.accepted})
+    notes = [f"removed the prefix {prefix!r}" for prefix in prefixes]
+    report = LoadReport(
+        path=str(path),
+        container=container.found_in,
+        layout=translation.layout,
+        loaded=tuple(plan.accepted),
+        dropped=tuple(plan.dropped),
+        missing=tuple(plan.missing),
+        ignored=(*others, *plan.ignored),
+        generated=translation.generated,
+        notes=(*notes, *([translation.note] if translation.note else [])),
+    )
+    if report.dropped and network.get_classifier() is not None and own_head(network):
+        warnings.warn(
+            f"{', '.join(report.dropped)} of {path} were left out: {plan.why_dropped}; the classifier is untrained",
+            stacklevel=2,
+        )
+    return report
+
+
+def save_checkpoint(
+    model: nn.Module,
+    path: str | Path,
+    layout: Literal["native", "official"] = "native",
+    metadata: Mapping[str, Any] | None = None,
+) -> Path:
+    """Save the weights of `model`, whole or not at all.
+
+    Args:
+        model: the network.
+        path: ends in `.safetensors` for layout "native", in `.pth` or `.pt` for "official".
+        layout: "native" for our own names, "official" for those of the authors' code, which can then load the file.
+        metadata: JSON-able values to keep in a safetensors file.
+
+    Raises:
+        CheckpointError: if the suffix does not fit, the layout has no place for a weight, or the file cannot be written.
+    """
+    path = Path(path)
+    suffixes = {"native": (".safetensors",), "official": (".pth", ".pt")}
+    if layout not in suffixes:
+        raise CheckpointError(f"layout {layout!r} is unknown: it must be 'native' or 'official'")
+    if path.suffix not in suffixes[layout]:
+        raise CheckpointError(f"{path} must end in {' or '.join(suffixes[layout])} for layout {layout!r}")
+    if layout == "official":
+        if metadata:
+            raise CheckpointError("the official layout has no place for metadata: save with layout='native'")
+        state = {key: value.detach().cpu() for key, value in to_official(model).items()}
+        return _write(path, lambda file: torch.save({"model": state}, file))
+    # Views and shared storage are made whole: safetensors writes each tensor by itself.
+    native = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
+    header = {"widekernel": json.dumps(dict(metadata), sort_keys=True)} if metadata else None
+    return _write(path, lambda file: save_file(native, file, metadata=header))
+
+
+def own_head(model: nn.Module) -> bool:
+    """Whether the network has a classifier that a checkpoint could fill."""
+    return any(key.startswith("head.fc.") for key in model.state_dict())
+
+
+@dataclass
+class _Plan:
+    accepted: dict[str, Tensor]
+    dropped: list[str]
+    missing: list[str]
+    ignored: list[str]
+    problems: list[str]
+    why_dropped: str = ""
+
+
+def _plan(own: Mapping[str, Tensor], translation: Translation, is_backbone: bool) -> _Plan:
+    """Sort the tensors of the file into those to load, those to leave out, and those that are an error."""
+    plan = _Plan({}, [], [], list(translation.unknown) if is_backbone else [], [])
+    if not is_backbone:
+        plan.problems += [f"{key}: the network has no such weight" for key in translation.unknown]
+    wrong_classifier = _classifier_mismatch(own, translation)
+    for key, value in translation.state.items():
+        name = translation.official.get(key, key)
+        if key.startswith("head.fc.") and (wrong_classifier or not any(k.startswith("head.fc.") for k in own)):
+            plan.dropped.append(name)
+            plan.why_dropped = wrong_classifier
+        elif key not in own:
+            # A headless feature extractor has no use for the final norm either.
+            if key.startswith(HEAD) and not any(k.startswith(HEAD) for k in own):
+                plan.dropped.append(name)
+            else:
+                plan.problems.append(f"{name}: the network has no such weight")
+        elif value.shape != own[key].shape:
+            plan.problems.append(f"{name} has shape {tuple(value.shape)} but the network's is {tuple(own[key].shape)}")
+        else:
+            plan.accepted[key] = value
+    _find_missing(own, translation, plan)
+    return plan
+
+
+def _find_missing(own: Mapping[str, Tensor], translation: Translation, plan: _Plan) -> None:
+    headless = not any(key.startswith("head.fc.") for key in translation.state)
+    for key in own:
+        if key in translation.state or key in translation.generated:
+            continue
+        if key.endswith("num_batches_tracked"):
+            plan.missing.append(key)
+        elif headless and key.startswith(HEAD):
+            plan.missing.append(key)
+        else:
+            plan.problems.append(f"{key}: the file holds no such weight")
+
+
+def _classifier_mismatch(own: Mapping[str, Tensor], translation: Translation) -> str:
+    """Say how the classifiers differ, "" if they do not."""
+    theirs, ours = translation.state.get("head.fc.weight"), own.get("head.fc.weight")
+    if theirs is None or ours is None or theirs.shape == ours.shape or theirs.shape[1:] != ours.shape[1:]:
+        return ""
+    return f"they are for {theirs.shape[0]} classes, the network has {ours.shape[0]}"
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> Path:
+    """Write a file under another name and put it in place when it is complete."""
+    partial = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(partial)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{path} cannot be written: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return path

@@ -1,0 +1,120 @@
+"""Isotropic ConvNeXt: one resolution and one width throughout, like a vision transformer.
+
+Liu et al., A ConvNet for the 2020s, CVPR 2022, section 3.3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from timm.models import generate_default_cfgs, register_model
+from torch import nn
+
+from widekernel.layers import DepthwiseConv2d
+from widekernel.layers.sources import check_odd
+from widekernel.models.base import HeadOptions, Stage, StagedConvNet, build, default_cfg, drop_path_rates
+from widekernel.models.blocks import MixerBlock, init_convnext
+from widekernel.models.layouts import convnext as layouts
+from widekernel.models.layouts.layout import Layout
+
+
+@dataclass(frozen=True)
+class IsotropicConfig:
+    """Architecture of an isotropic ConvNeXt.
+
+    Attributes:
+        depth: number of blocks.
+        dim: width.
+        kernel_size: of the depthwise layers, odd.
+        patch_size: pixels that the stem turns into one.
+        layer_scale: initial value, 0 for none.
+    """
+
+    depth: int = 18
+    dim: int = 384
+    kernel_size: int = 7
+    patch_size: int = 16
+    layer_scale: float = 0.0
+
+
+class ConvNeXtIsotropic(StagedConvNet):
+    """Isotropic ConvNeXt; every block counts as a stage when feature maps are asked for.
+
+    Args:
+        cfg: architecture.
+        num_classes: 0 for none.
+        in_chans: channels of the image.
+        global_pool: as timm's.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: of the last block; it grows linearly from 0.
+    """
+
+    def __init__(
+        self,
+        cfg: IsotropicConfig,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        check_odd("kernel size", cfg.kernel_size)
+        rates = drop_path_rates(drop_path_rate, [cfg.depth])[0]
+        stages = []
+        for rate in rates:
+            mixer = DepthwiseConv2d(cfg.dim, cfg.dim, cfg.kernel_size, padding=cfg.kernel_size // 2, groups=cfg.dim)
+            block = MixerBlock(mixer, cfg.dim, rate, cfg.layer_scale)
+            stages.append((Stage(nn.Identity(), [block]), cfg.dim))
+        super().__init__(
+            stem=nn.Conv2d(in_chans, cfg.dim, cfg.patch_size, stride=cfg.patch_size),
+            stages=stages,
+            reductions=[cfg.patch_size] * len(stages),
+            head=HeadOptions(num_classes, global_pool, drop_rate),
+            in_chans=in_chans,
+        )
+        self.cfg = cfg
+        init_convnext(self)
+
+    @staticmethod
+    def default_out_indices(cfg: IsotropicConfig) -> tuple[int, ...]:
+        """Hand out four maps, after each quarter of the blocks."""
+        return tuple(cfg.depth * quarter // 4 - 1 for quarter in range(1, 5))
+
+    def layouts(self) -> tuple[Layout, ...]:
+        """Give the official layout."""
+        return (layouts.ISOTROPIC,)
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        f"convnext_isotropic_{size}.untrained": default_cfg(pixels, patch, first_conv="stem")
+        for size, pixels, patch in (("small", 224, 16), ("base", 224, 16), ("large", 224, 16), ("nano", 64, 8))
+    }
+)
+
+
+@register_model
+def convnext_isotropic_small(pretrained: bool = False, **kwargs: Any) -> ConvNeXtIsotropic:
+    """Isotropic ConvNeXt-S: 22.3 M parameters, 4.3 GMACs."""
+    return build(ConvNeXtIsotropic, "convnext_isotropic_small", IsotropicConfig(), pretrained, kwargs)
+
+
+@register_model
+def convnext_isotropic_base(pretrained: bool = False, **kwargs: Any) -> ConvNeXtIsotropic:
+    """Isotropic ConvNeXt-B: 87.1 M parameters, 16.9 GMACs."""
+    return build(ConvNeXtIsotropic, "convnext_isotropic_base", IsotropicConfig(dim=768), pretrained, kwargs)
+
+
+@register_model
+def convnext_isotropic_large(pretrained: bool = False, **kwargs: Any) -> ConvNeXtIsotropic:
+    """Isotropic ConvNeXt-L: 305.9 M parameters, 59.7 GMACs."""
+    config = IsotropicConfig(depth=36, dim=1024)
+    return build(ConvNeXtIsotropic, "convnext_isotropic_large", config, pretrained, kwargs)
+
+
+@register_model
+def convnext_isotropic_nano(pretrained: bool = False, **kwargs: Any) -> ConvNeXtIsotropic:
+    """A small isotropic ConvNeXt for images of 64 pixels, for quick work."""
+    config = IsotropicConfig(depth=4, dim=64, patch_size=8)
+    return build(ConvNeXtIsotropic, "convnext_isotropic_nano", config, pretrained, kwargs)

@@ -1,0 +1,1 @@
+"""Official checkpoint layouts and the reading and writing of checkpoints."""

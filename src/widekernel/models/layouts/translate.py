@@ -1,0 +1,129 @@
+"""State dicts between the official layouts and ours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import timm.models
+from torch import Tensor, nn
+
+from widekernel.errors import CheckpointError
+from widekernel.models.layouts import convnext
+from widekernel.models.layouts.layout import Layout, State, identify
+
+HEAD = ("head.fc.", "head.norm.", "norm_pre.")
+PREFIXES = ("module.", "_orig_mod.", "backbone.")
+
+
+@dataclass
+class Translation:
+    """A state dict in our layout.
+
+    Attributes:
+        state: our key -> tensor.
+        layout: family whose layout it came in, or "native".
+        official: our key -> key in the file.
+        unknown: keys of the file that no rule knows.
+        note: what was converted on the way, or "".
+        generated: our keys that the layout never holds, because the tables are drawn anew.
+    """
+
+    state: State
+    layout: str
+    official: dict[str, str] = field(default_factory=dict)
+    unknown: tuple[str, ...] = ()
+    note: str = ""
+    generated: tuple[str, ...] = ()
+
+
+def layouts_of(model: nn.Module) -> tuple[Layout, ...]:
+    """Give the official layouts that a network, ours or timm's ConvNeXt, can be loaded from."""
+    if isinstance(model, timm.models.ConvNeXt):
+        return (convnext.TIMM,)
+    layouts = getattr(model, "layouts", None)
+    return layouts() if callable(layouts) else ()
+
+
+def translate(model: nn.Module, state: State) -> Translation:
+    """Bring a state dict, without container and prefixes, into the layout of `model`.
+
+    Raises:
+        CheckpointError: if it is in no layout that the model can be loaded from.
+    """
+    own = model.state_dict()
+    family = identify(state)
+    for layout in layouts_of(model):
+        if layout.family == family:
+            return _translate(layout, state, own)
+    backbone = {key for key in own if not key.startswith(HEAD)}
+    if backbone & set(state):
+        return Translation(dict(state), "native", {key: key for key in state})
+    known = " or ".join(sorted({layout.family for layout in layouts_of(model)}))
+    raise CheckpointError(
+        f"the checkpoint holds {family or 'an unknown network'}, but the model is a {type(model).__name__}"
+        f"{f', which takes weights of {known}' if known else ''}: create the matching model. "
+        f"First keys of the file: {', '.join(list(state)[:3]) or 'none'}"
+    )
+
+
+def to_official(model: nn.Module) -> State:
+    """Give the weights of `model` in its first official layout.
+
+    Raises:
+        CheckpointError: if the network has no official code, or is folded.
+    """
+    layouts = layouts_of(model)
+    if not layouts:
+        raise CheckpointError(f"{type(model).__name__} has no official layout here: save with layout='native'")
+    layout, out = layouts[0], {}
+    for key, value in model.state_dict().items():
+        if layout.is_generated(key):
+            continue
+        found = layout.to_official(key)
+        if found is None or identify([key]) == "a folded widekernel network":
+            raise CheckpointError(
+                f"{key} has no place in the official layout of {layout.family}: a folded network can only be saved "
+                "with layout='native'"
+            )
+        out[found[0]] = found[1].to_official(value)
+    return out
+
+
+def strip_prefixes(state: dict[str, Tensor]) -> tuple[State, tuple[str, ...], tuple[str, ...]]:
+    """Remove the prefixes of wrappers (DDP, compiled modules, a backbone within a larger network) from the keys.
+
+    Returns:
+        The state dict, the prefixes removed, and the keys left out because they belong to other parts of the network.
+    """
+    removed, others = [], []
+    while True:
+        for prefix in PREFIXES:
+            inside = {key: value for key, value in state.items() if key.startswith(prefix)}
+            if inside and (prefix == "backbone." or len(inside) == len(state)):
+                others += [key for key in state if key not in inside]
+                state = {key[len(prefix) :]: value for key, value in inside.items()}
+                removed.append(prefix)
+                break
+        else:
+            return state, tuple(removed), tuple(others)
+
+
+def _translate(layout: Layout, state: State, own: State) -> Translation:
+    wanted = {}
+    for key, value in own.items():
+        found = layout.to_official(key)
+        if found is not None:
+            wanted[found[0]] = tuple(found[1].to_official(value).shape)
+    note = ""
+    if layout.upgrade is not None:
+        state, note = layout.upgrade(state, wanted)
+    out, origin, unknown = {}, {}, []
+    for key, value in state.items():
+        found = layout.to_native(key)
+        if found is None:
+            unknown.append(key)
+        else:
+            out[found[0]] = found[1].to_native(value)
+            origin[found[0]] = key
+    generated = tuple(key for key in own if layout.is_generated(key) and key not in out)
+    return Translation(out, layout.family, origin, tuple(unknown), note, generated)

@@ -1,0 +1,226 @@
+"""RepLKNet: 31x31 depthwise kernels with a small parallel branch that folds into them.
+
+Ding et al., Scaling Up Your Kernels to 31x31: Revisiting Large Kernel Design in CNNs, CVPR 2022.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from timm.layers import DropPath
+from timm.models import generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from widekernel.layers import ConvNorm, LargeKernel, Rectangles
+from widekernel.layers.norms import is_foldable
+from widekernel.models.base import HeadOptions, Stage, StagedConvNet, build, check_stages, default_cfg, drop_path_rates
+from widekernel.models.layouts import replknet as layouts
+from widekernel.models.layouts.layout import Layout
+
+
+@dataclass(frozen=True)
+class RepLKNetConfig:
+    """Architecture of a RepLKNet.
+
+    Attributes:
+        kernel_sizes: K of each stage, odd.
+        small_kernel: size of the parallel small kernel; None or 0 for none.
+        depths: units a stage, each a large-kernel block and a feed-forward block.
+        dims: width of each stage.
+        dw_ratio: width of the depthwise layers over that of their stage.
+        ffn_ratio: hidden width of the feed-forward blocks over that of their stage.
+        norm_intermediate_features: give each stage's feature map a batch norm of its own where it is handed out.
+    """
+
+    kernel_sizes: tuple[int, ...] = (31, 29, 27, 13)
+    small_kernel: int | None = 5
+    depths: tuple[int, ...] = (2, 2, 18, 2)
+    dims: tuple[int, ...] = (128, 256, 512, 1024)
+    dw_ratio: float = 1.0
+    ffn_ratio: float = 4.0
+    norm_intermediate_features: bool = False
+
+
+class LargeKernelBlock(nn.Module):
+    """Batch norm, 1x1, large depthwise kernel, 1x1, residual.
+
+    Args:
+        dim: C.
+        width: of the depthwise layer.
+        kernel_size: K.
+        small_kernel: size of the parallel kernel, None or 0 for none.
+        drop_path: rate at which whole samples skip the block in training.
+    """
+
+    def __init__(self, dim: int, width: int, kernel_size: int, small_kernel: int | None, drop_path: float) -> None:
+        super().__init__()
+        sizes = [(kernel_size, kernel_size)]
+        if small_kernel:
+            if small_kernel > kernel_size:
+                raise ValueError(f"small_kernel {small_kernel} is larger than the kernel size {kernel_size}")
+            sizes.append((small_kernel, small_kernel))
+        self.prelkb_bn = nn.BatchNorm2d(dim)
+        self.pw1 = ConvNorm(nn.Conv2d(dim, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        self.large_kernel = LargeKernel(Rectangles(width, sizes), [nn.BatchNorm2d(width) for _ in sizes])
+        self.act = nn.ReLU()
+        self.pw2 = ConvNorm(nn.Conv2d(width, dim, 1, bias=False), nn.BatchNorm2d(dim))
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W)."""
+        y = self.act(self.large_kernel(self.pw1(self.prelkb_bn(x))))
+        return x + self.drop_path(self.pw2(y))
+
+    def foldable(self) -> bool:
+        """Whether the norms around the 1x1 convolutions can be folded into them."""
+        return all(is_foldable(norm) for norm in (self.prelkb_bn, self.pw1.bn, self.pw2.bn))
+
+    def folded(self) -> LargeKernelBlock:
+        """Fold the norms before and after the 1x1 convolutions; the large kernel folds by itself."""
+        self.pw1, self.pw2 = self.pw1.folded(before=self.prelkb_bn), self.pw2.folded()
+        self.prelkb_bn = nn.Identity()  # type: ignore[assignment]
+        return self
+
+
+class FeedForwardBlock(nn.Module):
+    """Batch norm, 1x1, GELU, 1x1, residual.
+
+    Args:
+        dim: C.
+        hidden: width between the 1x1 convolutions.
+        drop_path: rate at which whole samples skip the block in training.
+    """
+
+    def __init__(self, dim: int, hidden: int, drop_path: float) -> None:
+        super().__init__()
+        self.preffn_bn = nn.BatchNorm2d(dim)
+        self.pw1 = ConvNorm(nn.Conv2d(dim, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.GELU())
+        self.pw2 = ConvNorm(nn.Conv2d(hidden, dim, 1, bias=False), nn.BatchNorm2d(dim))
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W)."""
+        return x + self.drop_path(self.pw2(self.pw1(self.preffn_bn(x))))
+
+    def foldable(self) -> bool:
+        """Whether the norms around the 1x1 convolutions can be folded into them."""
+        return all(is_foldable(norm) for norm in (self.preffn_bn, self.pw1.bn, self.pw2.bn))
+
+    def folded(self) -> FeedForwardBlock:
+        """Fold the norms before and after the 1x1 convolutions."""
+        self.pw1, self.pw2 = self.pw1.folded(before=self.preffn_bn), self.pw2.folded()
+        self.preffn_bn = nn.Identity()  # type: ignore[assignment]
+        return self
+
+
+class RepLKNet(StagedConvNet):
+    """RepLKNet.
+
+    Args:
+        cfg: architecture.
+        num_classes: 0 for none.
+        in_chans: channels of the image.
+        global_pool: as timm's.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: of the last unit; it grows linearly from 0.
+    """
+
+    def __init__(
+        self,
+        cfg: RepLKNetConfig,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        check_stages(kernel_sizes=cfg.kernel_sizes, depths=cfg.depths, dims=cfg.dims)
+        rates = drop_path_rates(drop_path_rate, cfg.depths)
+        stages = []
+        for i, dim in enumerate(cfg.dims):
+            blocks: list[nn.Module] = []
+            for rate in rates[i]:
+                width, hidden = int(dim * cfg.dw_ratio), int(dim * cfg.ffn_ratio)
+                blocks.append(LargeKernelBlock(dim, width, cfg.kernel_sizes[i], cfg.small_kernel, rate))
+                blocks.append(FeedForwardBlock(dim, hidden, rate))
+            downsample = _transition(cfg.dims[i - 1], dim) if i else nn.Identity()
+            stages.append((Stage(downsample, blocks), dim))
+        super().__init__(
+            stem=_stem(in_chans, cfg.dims[0]),
+            stages=stages,
+            reductions=[4 * 2**i for i in range(len(stages))],
+            head=HeadOptions(num_classes, global_pool, drop_rate, norm=False),
+            in_chans=in_chans,
+            norm_pre=nn.BatchNorm2d(cfg.dims[-1]),
+        )
+        self.cfg = cfg
+        self.feature_norms = nn.ModuleList(
+            nn.BatchNorm2d(dim) for dim in (cfg.dims if cfg.norm_intermediate_features else ())
+        )
+
+    def intermediate(self, index: int, x: Tensor) -> Tensor:
+        """Normalise a feature map that is handed out, if the architecture says so."""
+        return self.feature_norms[index](x) if len(self.feature_norms) else x
+
+    def layouts(self) -> tuple[Layout, ...]:
+        """Give the layouts of the training and of the merged form."""
+        return layouts.layouts(len(self.cfg.dims))
+
+
+def _conv_bn_relu(dim_in: int, dim_out: int, kernel_size: int, stride: int, groups: int = 1) -> ConvNorm:
+    padding = kernel_size // 2
+    conv = nn.Conv2d(dim_in, dim_out, kernel_size, stride=stride, padding=padding, groups=groups, bias=False)
+    return ConvNorm(conv, nn.BatchNorm2d(dim_out), nn.ReLU())
+
+
+def _stem(in_chans: int, dim: int) -> nn.Sequential:
+    return nn.Sequential(
+        _conv_bn_relu(in_chans, dim, 3, 2),
+        _conv_bn_relu(dim, dim, 3, 1, groups=dim),
+        _conv_bn_relu(dim, dim, 1, 1),
+        _conv_bn_relu(dim, dim, 3, 2, groups=dim),
+    )
+
+
+def _transition(dim_in: int, dim_out: int) -> nn.Sequential:
+    return nn.Sequential(_conv_bn_relu(dim_in, dim_out, 1, 1), _conv_bn_relu(dim_out, dim_out, 3, 2, groups=dim_out))
+
+
+_LARGE = (192, 384, 768, 1536)
+_XL = RepLKNetConfig(kernel_sizes=(27, 27, 27, 13), small_kernel=None, dims=(256, 512, 1024, 2048), dw_ratio=1.5)
+_NANO = RepLKNetConfig(kernel_sizes=(31, 15, 7, 5), small_kernel=3, depths=(1, 1, 2, 1), dims=(16, 32, 64, 128))
+_INCEPTION = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+
+default_cfgs = generate_default_cfgs(
+    {
+        "replknet_31b.untrained": default_cfg(first_conv="stem.0.conv"),
+        "replknet_31l.untrained": default_cfg(384, first_conv="stem.0.conv", crop_pct=1.0, crop_mode="squash"),
+        "replknet_xl.untrained": default_cfg(320, first_conv="stem.0.conv", **_INCEPTION),
+        "replknet_nano.untrained": default_cfg(64, first_conv="stem.0.conv"),
+    }
+)
+
+
+@register_model
+def replknet_31b(pretrained: bool = False, **kwargs: Any) -> RepLKNet:
+    """RepLKNet-31B: 79.9 M parameters, 15.4 GMACs at 224."""
+    return build(RepLKNet, "replknet_31b", RepLKNetConfig(), pretrained, kwargs)
+
+
+@register_model
+def replknet_31l(pretrained: bool = False, **kwargs: Any) -> RepLKNet:
+    """RepLKNet-31L: 172.7 M parameters, 96.3 GMACs at 384."""
+    return build(RepLKNet, "replknet_31l", RepLKNetConfig(dims=_LARGE), pretrained, kwargs)
+
+
+@register_model
+def replknet_xl(pretrained: bool = False, **kwargs: Any) -> RepLKNet:
+    """RepLKNet-XL: 335.4 M parameters, 128.7 GMACs at 320; preprocessing with mean and deviation 0.5."""
+    return build(RepLKNet, "replknet_xl", _XL, pretrained, kwargs)
+
+
+@register_model
+def replknet_nano(pretrained: bool = False, **kwargs: Any) -> RepLKNet:
+    """A small RepLKNet for images of 64 pixels, for quick work."""
+    return build(RepLKNet, "replknet_nano", _NANO, pretrained, kwargs)

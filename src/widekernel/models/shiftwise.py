@@ -1,0 +1,279 @@
+"""Shift-wise convolution: wide kernels out of small tiles that are moved differently in each direction.
+
+Li et al., Shift the Lens / Shiftwise Conv: Small Convolutional Kernel with Large Kernel Effect, CVPR 2025.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from timm.layers import DropPath, LayerNorm2d, Mlp, SqueezeExcite
+from timm.layers.grn import GlobalResponseNorm
+from timm.models import generate_default_cfgs, register_model
+from torch import Tensor, full, nn
+
+from widekernel.layers import LargeKernel, PartialChannels, ShiftTiles
+from widekernel.layers.conv import fold_affine
+from widekernel.layers.norms import affine_of, is_foldable
+from widekernel.models.base import HeadOptions, Stage, StagedConvNet, build, check_stages, default_cfg, drop_path_rates
+from widekernel.models.blocks import MixerBlock, init_convnext, norm_downsample, patch_stem
+from widekernel.models.layouts import shiftwise as layouts
+from widekernel.models.layouts.layout import Layout
+
+GHOST_SEED = 123  # the seed that the authors' code picks the untouched channels with
+
+
+@dataclass(frozen=True)
+class ShiftWiseConfig:
+    """Architecture of a Shift-wise network.
+
+    Attributes:
+        kernel_sizes: K of each stage, odd.
+        small_kernel: N, the side of the tiles.
+        ghost_ratio: share of the channels that pass the large kernel untouched.
+        paths: tile sets added up in training.
+        groups: permutations a direction.
+        width_factor: factor on `dims`, rounded down.
+        depths: blocks a stage.
+        dims: width of each stage.
+        layer_scale: initial value, 0 for none.
+    """
+
+    kernel_sizes: tuple[int, ...] = (51, 49, 47, 13)
+    small_kernel: int = 3
+    ghost_ratio: float = 0.23
+    paths: int = 2
+    groups: int = 4
+    width_factor: float = 1.0
+    depths: tuple[int, ...] = (3, 3, 18, 3)
+    dims: tuple[int, ...] = (80, 160, 320, 640)
+    layer_scale: float = 1e-6
+
+    def __post_init__(self) -> None:
+        check_stages(kernel_sizes=self.kernel_sizes, depths=self.depths, dims=self.dims)
+        if not 0 <= self.ghost_ratio < 1:
+            raise ValueError(f"ghost_ratio {self.ghost_ratio} must lie in [0, 1): some channels must be worked on")
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Width of each stage."""
+        return tuple(int(dim * self.width_factor) for dim in self.dims)
+
+
+class ShiftWiseBlock(nn.Module):
+    """Block of the second version: shift-wise layer, batch norm, squeeze-excite, MLP with response norm, residual.
+
+    Args:
+        mixer: shift-wise layer, (N, C, H, W) -> (N, C, H, W).
+        dim: C.
+        drop_path: rate at which whole samples skip the block in training.
+        layer_scale: initial value of the factor per channel, 0 for none.
+    """
+
+    def __init__(self, mixer: nn.Module, dim: int, drop_path: float, layer_scale: float) -> None:
+        super().__init__()
+        self.mixer = mixer
+        self.norm = nn.BatchNorm2d(dim)
+        self.se = SqueezeExcite(dim, rd_channels=dim // 4)
+        self.mlp = Mlp(dim, 4 * dim, norm_layer=GlobalResponseNorm, bias=(True, False))
+        self.norm2 = nn.BatchNorm2d(dim)
+        self.gamma = nn.Parameter(full((dim,), layer_scale)) if layer_scale > 0 else None
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W)."""
+        y = self.se(self.norm(self.mixer(x)))
+        y = self.norm2(self.mlp(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+        if self.gamma is not None:
+            y = y * self.gamma.view(1, -1, 1, 1)
+        return x + self.drop_path(y)
+
+    def foldable(self) -> bool:
+        """Whether norms and mixer can be folded."""
+        return is_foldable(self.norm) and is_foldable(self.norm2) and getattr(self.mixer, "foldable", lambda: False)()
+
+    def folded(self) -> ShiftWiseBlock:
+        """Fold the first norm into the shift-wise layer, the second and the layer scale into the MLP."""
+        dim = self.mlp.fc2.out_features
+        self.mixer = self.mixer.folded(*affine_of(self.norm, dim))  # type: ignore[operator]
+        scale, shift = affine_of(self.norm2, dim)
+        if self.gamma is not None:
+            scale, shift = scale * self.gamma.detach().double(), shift * self.gamma.detach().double()
+        self.mlp.fc2 = fold_affine(self.mlp.fc2, scale, shift)
+        self.norm, self.norm2 = nn.Identity(), nn.Identity()  # type: ignore[assignment]
+        self.gamma = None
+        return self
+
+
+class ShiftWise(StagedConvNet):
+    """Shift-wise network, second version: convolutional stem, squeeze-excite, response norm.
+
+    Args:
+        cfg: architecture.
+        num_classes: 0 for none.
+        in_chans: channels of the image.
+        global_pool: as timm's.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: of the last block; it grows linearly from 0.
+    """
+
+    def __init__(
+        self,
+        cfg: ShiftWiseConfig,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        rates = drop_path_rates(drop_path_rate, cfg.depths)
+        widths = cfg.widths
+        stages = []
+        for i, width in enumerate(widths):
+            blocks = [
+                ShiftWiseBlock(_shift_wise(width, cfg.kernel_sizes[i], cfg, _even_part), width, rate, cfg.layer_scale)
+                for rate in rates[i]
+            ]
+            stages.append((Stage(_conv_downsample(widths[i - 1], width) if i else nn.Identity(), blocks), width))
+        super().__init__(
+            stem=_conv_stem(in_chans, widths[0]),
+            stages=stages,
+            reductions=[4 * 2**i for i in range(len(stages))],
+            head=HeadOptions(num_classes, global_pool, drop_rate),
+            in_chans=in_chans,
+        )
+        self.cfg = cfg
+        init_convnext(self)
+
+    def layouts(self) -> tuple[Layout, ...]:
+        """Give the layout of the official network, merged or not."""
+        return layouts.second_version(len(self.cfg.dims))
+
+
+class ShiftWiseV1(StagedConvNet):
+    """Shift-wise network, first version: ConvNeXt's stem and blocks around the shift-wise layer.
+
+    Args:
+        cfg: architecture.
+        num_classes: 0 for none.
+        in_chans: channels of the image.
+        global_pool: as timm's.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: of the last block; it grows linearly from 0.
+    """
+
+    def __init__(
+        self,
+        cfg: ShiftWiseConfig,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        rates = drop_path_rates(drop_path_rate, cfg.depths)
+        widths = cfg.widths
+        stages = []
+        for i, width in enumerate(widths):
+            blocks = [
+                MixerBlock(_shift_wise(width, cfg.kernel_sizes[i], cfg, _all_but_ghosts), width, rate, cfg.layer_scale)
+                for rate in rates[i]
+            ]
+            stages.append((Stage(norm_downsample(widths[i - 1], width) if i else nn.Identity(), blocks), width))
+        super().__init__(
+            stem=patch_stem(in_chans, widths[0], 4),
+            stages=stages,
+            reductions=[4 * 2**i for i in range(len(stages))],
+            head=HeadOptions(num_classes, global_pool, drop_rate),
+            in_chans=in_chans,
+        )
+        self.cfg = cfg
+        init_convnext(self)
+
+    def layouts(self) -> tuple[Layout, ...]:
+        """Give the layout of the official network, merged or not."""
+        return layouts.first_version(len(self.cfg.dims))
+
+
+def _even_part(channels: int, ghost_ratio: float) -> int:
+    """Count the channels that the second version works on, an even number."""
+    return int(channels * (1 - ghost_ratio)) // 2 * 2
+
+
+def _all_but_ghosts(channels: int, ghost_ratio: float) -> int:
+    """Count the channels that the first version works on."""
+    return channels - int(channels * ghost_ratio)
+
+
+def _shift_wise(channels: int, big: int, cfg: ShiftWiseConfig, count: Any) -> nn.Module:
+    worked = count(channels, cfg.ghost_ratio)
+    if worked < 1:
+        raise ValueError(f"ghost_ratio {cfg.ghost_ratio} leaves none of {channels} channels to work on: lower it")
+    source = ShiftTiles(worked, big, cfg.small_kernel, cfg.paths, cfg.groups)
+    layer = LargeKernel(source, [nn.BatchNorm2d(worked) for _ in range(source.num_branches)], identity=True)
+    ghosts = np.random.RandomState(GHOST_SEED).choice(channels, channels - worked, replace=False)
+    return PartialChannels(layer, sorted(set(range(channels)) - set(ghosts.tolist())), channels)
+
+
+def _conv_stem(in_chans: int, dim: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1),
+        LayerNorm2d(dim // 2),
+        nn.GELU(),
+        nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1),
+        LayerNorm2d(dim),
+    )
+
+
+def _conv_downsample(dim_in: int, dim_out: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(dim_in, dim_out, 3, stride=2, padding=1), LayerNorm2d(dim_out))
+
+
+_TINY = ShiftWiseConfig()
+_SMALL_DEPTHS = (3, 3, 27, 3)
+_NANO = ShiftWiseConfig((31, 15, 7, 5), depths=(1, 1, 2, 1), dims=(16, 32, 64, 128))
+_SECOND = {
+    "tiny": _TINY,
+    "small": replace(_TINY, depths=_SMALL_DEPTHS, dims=(96, 192, 384, 768)),
+    "base": replace(_TINY, depths=_SMALL_DEPTHS, dims=(128, 256, 512, 1024)),
+    "nano": _NANO,
+}
+_FIRST_TINY = ShiftWiseConfig(small_kernel=5, depths=(3, 3, 9, 3), dims=(96, 192, 384, 768))
+_FIRST = {
+    "tiny": _FIRST_TINY,
+    "small": replace(_FIRST_TINY, depths=_SMALL_DEPTHS),
+    "base": replace(_FIRST_TINY, depths=_SMALL_DEPTHS, dims=(128, 256, 512, 1024)),
+    "nano": _NANO,
+}
+_KINDS: dict[str, tuple[Any, dict[str, ShiftWiseConfig]]] = {
+    "shiftwise": (ShiftWise, _SECOND),
+    "shiftwise_v1": (ShiftWiseV1, _FIRST),
+}
+
+
+def _register(kind: str, size: str) -> None:
+    name = f"{kind}_{size}"
+    network, configs = _KINDS[kind]
+
+    def entry(pretrained: bool = False, **kwargs: Any) -> StagedConvNet:
+        return build(network, name, configs[size], pretrained, kwargs)
+
+    entry.__name__ = entry.__qualname__ = name
+    entry.__doc__ = f"{name}: kernels {', '.join(map(str, configs[size].kernel_sizes))} out of moved tiles."
+    entry.__module__ = __name__
+    globals()[name] = entry
+    register_model(entry)
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        f"{kind}_{size}.untrained": default_cfg(64 if size == "nano" else 224)
+        for kind, (_, configs) in _KINDS.items()
+        for size in configs
+    }
+)
+for _kind, (_, _configs) in _KINDS.items():
+    for _size in _configs:
+        _register(_kind, _size)

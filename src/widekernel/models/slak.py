@@ -1,0 +1,204 @@
+"""SLaK: 51x51 kernels as two crossed strips and a small square, and its variants out of small tiles.
+
+Liu et al., More ConvNets in the 2020s: Scaling up Kernels Beyond 51x51 using Sparsity, ICLR 2023. The variants SLaK_reg,
+SLaK_pw and SLaK_pww come from the first version of Shift-wise convolution.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from timm.models import generate_default_cfgs, register_model
+from torch import nn
+
+from widekernel.layers import (
+    KernelSource,
+    LargeKernel,
+    Rectangles,
+    SharedStrips,
+    ShuffledStrips,
+    SourceGroup,
+    SplitStrips,
+    TruncatedTiles,
+)
+from widekernel.models.base import HeadOptions, Stage, StagedConvNet, build, check_stages, default_cfg, drop_path_rates
+from widekernel.models.blocks import MixerBlock, init_convnext, norm_downsample, patch_stem
+from widekernel.models.layouts import slak as layouts
+from widekernel.models.layouts.layout import Layout
+
+Strips = Literal["free", "split", "shared", "shuffled"]
+PADDINGS = ("full", "k-1", "same")
+
+
+@dataclass(frozen=True)
+class SLaKConfig:
+    """Architecture of a SLaK.
+
+    Attributes:
+        kernel_sizes: K of each stage, odd.
+        small_kernel: N, the short side of the strips and the side of the small square. By default 5 with strips and none
+            without; 0 for no small square without strips.
+        width_factor: factor on `dims`, rounded down.
+        decomposed: strips K x N and N x K in the place of the K x K square.
+        bn: a batch norm after every branch.
+        depths: blocks a stage.
+        dims: width of each stage before `width_factor`.
+        strips: what the strips are made of: free kernels (SLaK), tiles of their own (SLaK_reg), tiles shared by both
+            directions with gates (SLaK_pww), or shared and shuffled in the second direction (SLaK_pw).
+        padding: of the tile convolutions of `shuffled` strips. "full" and "k-1" keep every tile that touches the image,
+            which is the same function; "same" drops the tiles whose middle lies outside.
+        branches: shuffled arrangements that are added up, for `shuffled` strips.
+        layer_scale: initial value, 0 for none.
+    """
+
+    kernel_sizes: tuple[int, ...] = (51, 49, 47, 13)
+    small_kernel: int | None = None
+    width_factor: float = 1.3
+    decomposed: bool = True
+    bn: bool = True
+    depths: tuple[int, ...] = (3, 3, 9, 3)
+    dims: tuple[int, ...] = (96, 192, 384, 768)
+    strips: Strips = "free"
+    padding: str = "full"
+    branches: int = 1
+    layer_scale: float = 1e-6
+
+    def __post_init__(self) -> None:
+        check_stages(kernel_sizes=self.kernel_sizes, depths=self.depths, dims=self.dims)
+        if self.padding not in PADDINGS:
+            raise ValueError(f"padding {self.padding!r} is unknown: it must be one of {', '.join(PADDINGS)}")
+        if self.strips != "shuffled" and (self.padding != "full" or self.branches != 1):
+            raise ValueError("padding and branches are options of the slak_pw_* networks only")
+        if not self.decomposed and self.strips != "free":
+            raise ValueError(f"decomposed=False leaves no strips to build as {self.strips!r}: use a plain slak_* network")
+        if self.decomposed and self.small_kernel == 0:
+            raise ValueError("small_kernel=0 leaves the strips without a short side: give it, or set decomposed=False")
+
+    @property
+    def short(self) -> int | None:
+        """N, with the default filled in."""
+        if self.small_kernel is None:
+            return 5 if self.decomposed else None
+        return self.small_kernel or None
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Width of each stage."""
+        return tuple(int(dim * self.width_factor) for dim in self.dims)
+
+
+class SLaK(StagedConvNet):
+    """SLaK.
+
+    Args:
+        cfg: architecture.
+        num_classes: 0 for none.
+        in_chans: channels of the image.
+        global_pool: as timm's.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: of the last block; it grows linearly from 0.
+    """
+
+    def __init__(
+        self,
+        cfg: SLaKConfig,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        rates = drop_path_rates(drop_path_rate, cfg.depths)
+        widths = cfg.widths
+        stages = []
+        for i, width in enumerate(widths):
+            blocks = [
+                MixerBlock(_large_kernel(width, cfg.kernel_sizes[i], cfg), width, rate, cfg.layer_scale)
+                for rate in rates[i]
+            ]
+            stages.append((Stage(norm_downsample(widths[i - 1], width) if i else nn.Identity(), blocks), width))
+        super().__init__(
+            stem=patch_stem(in_chans, widths[0], 4),
+            stages=stages,
+            reductions=[4 * 2**i for i in range(len(stages))],
+            head=HeadOptions(num_classes, global_pool, drop_rate),
+            in_chans=in_chans,
+        )
+        self.cfg = cfg
+        init_convnext(self)
+
+    def layouts(self) -> tuple[Layout, ...]:
+        """Give the layout of the official network of this kind, and that of SLaK where it can be split into tiles."""
+        return layouts.layouts(self.cfg.strips, self.cfg.decomposed, self.cfg.short or 0, len(self.cfg.dims))
+
+
+def _large_kernel(channels: int, big: int, cfg: SLaKConfig) -> LargeKernel:
+    source = _source(channels, big, cfg)
+    return LargeKernel(source, [nn.BatchNorm2d(channels) for _ in range(source.num_branches)] if cfg.bn else None)
+
+
+def _source(channels: int, big: int, cfg: SLaKConfig) -> KernelSource:
+    small = cfg.short
+    square = [(small, small)] if small and small < big else []
+    if not cfg.decomposed:
+        return Rectangles(channels, [(big, big), *square])
+    assert small is not None
+    if cfg.strips == "free":
+        return Rectangles(channels, [(big, small), (small, big), *square])
+    strips: KernelSource
+    if cfg.strips == "split":
+        strips = SplitStrips(channels, big, small)
+    elif cfg.strips == "shared":
+        strips = SharedStrips(channels, big, small)
+    else:
+        shuffled = ShuffledStrips(channels, big, small, cfg.branches)
+        strips = TruncatedTiles(shuffled) if cfg.padding == "same" else shuffled
+    return SourceGroup([strips, Rectangles(channels, square)])
+
+
+_TINY = SLaKConfig()
+_SIZES = {
+    "tiny": _TINY,
+    "small": replace(_TINY, depths=(3, 3, 27, 3)),
+    "base": replace(_TINY, depths=(3, 3, 27, 3), dims=(128, 256, 512, 1024)),
+    "large": replace(_TINY, depths=(3, 3, 27, 3), dims=(192, 384, 768, 1536)),
+    "nano": SLaKConfig((31, 15, 7, 5), small_kernel=3, width_factor=1.0, depths=(1, 1, 2, 1), dims=(16, 32, 64, 128)),
+}
+_KINDS: dict[str, tuple[Strips, str]] = {
+    "slak": ("free", "crossed strips of free kernels"),
+    "slak_reg": ("split", "strips out of tiles, each direction with its own"),
+    "slak_pw": ("shuffled", "strips out of tiles that both directions share, the second one shuffled"),
+    "slak_pww": ("shared", "strips out of tiles that both directions share, gated by weights"),
+}
+# The kernels of the published commands: 43 and 45 in the third stage where tiles are shared.
+_THIRD_STAGE = {"slak_pw": 43, "slak_pww": 45}
+
+
+def _config(kind: str, size: str) -> SLaKConfig:
+    cfg = replace(_SIZES[size], strips=_KINDS[kind][0])
+    if kind in _THIRD_STAGE and size != "nano":
+        first, second, _, fourth = cfg.kernel_sizes
+        cfg = replace(cfg, kernel_sizes=(first, second, _THIRD_STAGE[kind], fourth))
+    return cfg
+
+
+def _register(kind: str, size: str) -> None:
+    name, config = f"{kind}_{size}", _config(kind, size)
+
+    def entry(pretrained: bool = False, **kwargs: Any) -> SLaK:
+        return build(SLaK, name, config, pretrained, kwargs)
+
+    entry.__name__ = entry.__qualname__ = name
+    entry.__doc__ = f"{name}: {_KINDS[kind][1]}, kernels {', '.join(map(str, config.kernel_sizes))}."
+    entry.__module__ = __name__
+    globals()[name] = entry
+    register_model(entry)
+
+
+default_cfgs = generate_default_cfgs(
+    {f"{kind}_{size}.untrained": default_cfg(64 if size == "nano" else 224) for kind in _KINDS for size in _SIZES}
+)
+for _kind in _KINDS:
+    for _size in _SIZES:
+        _register(_kind, _size)

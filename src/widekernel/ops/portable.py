@@ -1,0 +1,89 @@
+"""The operators out of PyTorch's own convolutions, called only in the forms that are not pathologically slow.
+
+Measured on a CPU (2 cores, AVX-512): a contiguous depthwise convolution slows down with the *width* of the kernel (31x31
+runs at a twentieth of its channels_last speed, 5x51 likewise, 51x5 not at all), and PyTorch's own weight gradient is up to
+a hundred times slower than the forward pass. So wide kernels are run channels_last, and the weight gradient is a forward
+depthwise convolution of N*C channels in which the gradient plays the kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from widekernel.ops.problem import Anchor, Problem, memory_format
+
+name = "portable"
+
+# Kernels (or, in the weight gradient, outputs) wider than this run faster channels_last on a CPU.
+WIDEST_CONTIGUOUS_KERNEL = 8
+
+
+def reasons_against(problem: Problem) -> list[str]:
+    """List why the backend cannot compute `problem`; empty if it can."""
+    return [] if problem.dtype.is_floating_point else [f"{problem.dtype} is not a floating-point type"]
+
+
+def can_run(problem: Problem) -> bool:
+    """Whether the backend can run when asked for by name."""
+    return not reasons_against(problem)
+
+
+def depthwise_sum(x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor], bias: Tensor | None) -> Tensor:
+    """Sum the rectangles, each one a grouped convolution; see `reference.depthwise_sum`."""
+    layout = memory_format(x)
+    if x.numel() == 0:
+        return torch.zeros_like(x, memory_format=layout)
+    if x.device.type == "cpu" and any(kernel.shape[3] > WIDEST_CONTIGUOUS_KERNEL for kernel in kernels):
+        x = x.contiguous(memory_format=torch.channels_last)
+    y: Tensor | None = None
+    for kernel, anchor in zip(kernels, anchors):
+        part = _one_rectangle(x, kernel, anchor, bias if y is None else None)
+        y = part if y is None else y.add_(part)
+    assert y is not None
+    return y.contiguous(memory_format=layout)
+
+
+def depthwise_weight_grad(x: Tensor, grad: Tensor, kernel: tuple[int, int], anchor: Anchor) -> Tensor:
+    """Correlate input and gradient channel by channel; see `reference.depthwise_weight_grad`."""
+    batch, channels, height, width = x.shape
+    result = x.new_zeros(channels, 1, *kernel)
+    if x.numel() == 0:
+        return result
+    rows, columns = touching(kernel[0], anchor[0], height), touching(kernel[1], anchor[1], width)
+    planes = x.reshape(1, batch * channels, height, width)
+    window = grad.reshape(batch * channels, 1, height, width)
+    taps = columns.stop - columns.start
+    if x.device.type == "cpu" and taps > WIDEST_CONTIGUOUS_KERNEL:
+        planes = planes.contiguous(memory_format=torch.channels_last)
+        window = window.contiguous(memory_format=torch.channels_last)
+    row, column = anchor[0] - rows.start, anchor[1] - columns.start
+    below, right = rows.stop - 1 - anchor[0], columns.stop - 1 - anchor[1]
+    # The output of this convolution has one pixel for each tap, so its padding is what lies on each side of the anchor.
+    padding = max(row, below), max(column, right)
+    sums = F.conv2d(planes, window, padding=padding, groups=batch * channels)
+    sums = sums[..., padding[0] - row :, padding[1] - column :][..., : row + below + 1, : column + right + 1]
+    result[:, 0, rows, columns] = sums.reshape(batch, channels, *sums.shape[-2:]).sum(0)
+    return result
+
+
+def touching(taps: int, anchor: int, extent: int) -> slice:
+    """Give the taps of a kernel axis that can meet an image of `extent` pixels; those further out see only padding."""
+    return slice(max(0, anchor - extent + 1), min(taps, anchor + extent))
+
+
+def _one_rectangle(x: Tensor, kernel: Tensor, anchor: Anchor, bias: Tensor | None) -> Tensor:
+    height, width = x.shape[-2:]
+    rows, columns = touching(kernel.shape[2], anchor[0], height), touching(kernel.shape[3], anchor[1], width)
+    row, column = anchor[0] - rows.start, anchor[1] - columns.start
+    kernel = kernel[:, :, rows, columns]
+    if x.device.type == "cpu":
+        kernel = kernel.contiguous(memory_format=memory_format(x))
+    # conv2d pads both sides alike: pad by the longer one and cut the surplus off the output.
+    padding = max(row, kernel.shape[2] - 1 - row), max(column, kernel.shape[3] - 1 - column)
+    y = F.conv2d(x, kernel, bias, padding=padding, groups=x.shape[1])
+    top, left = padding[0] - row, padding[1] - column
+    return y[..., top : top + height, left : left + width]

@@ -1,0 +1,112 @@
+"""What a backend is asked to compute: shapes, kernels and anchors, checked once for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Anchor = tuple[int, int]
+DEPTHWISE_SUM = "depthwise_sum"
+DEPTHWISE_WEIGHT_GRAD = "depthwise_weight_grad"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call of an operator, without its data.
+
+    Attributes:
+        op: `depthwise_sum` or `depthwise_weight_grad`.
+        device: device type, for instance `cpu`.
+        dtype: type of every tensor of the call.
+        shape: (N, C, H, W) of the input.
+        kernels: (kh, kw) of every rectangle.
+        anchors: for every rectangle the tap that sits on the output pixel, counted from its top left corner.
+        channels_last: whether the input is stored as NHWC.
+    """
+
+    op: str
+    device: str
+    dtype: torch.dtype
+    shape: tuple[int, int, int, int]
+    kernels: tuple[tuple[int, int], ...]
+    anchors: tuple[Anchor, ...]
+    channels_last: bool = False
+
+    def __str__(self) -> str:
+        rects = ", ".join(f"{kh}x{kw} anchored at {anchor}" for (kh, kw), anchor in zip(self.kernels, self.anchors))
+        layout = "channels_last" if self.channels_last else "contiguous"
+        return f"{self.op} of {self.shape} {self.dtype} {layout} on {self.device} with {rects or 'no rectangle'}"
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether `x` (N, C, H, W) is stored as NHWC; tensors that are both (C = 1, 1x1 maps) count as contiguous."""
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """Give the layout of `x`, which is also the layout of what the operators return for it."""
+    return torch.channels_last if is_channels_last(x) else torch.contiguous_format
+
+
+def mirror(kernel: Sequence[int], anchor: Anchor) -> Anchor:
+    """Give the anchor of the flipped kernel, which is the one the input gradient needs."""
+    return kernel[0] - 1 - anchor[0], kernel[1] - 1 - anchor[1]
+
+
+def check_anchor(kernel: Sequence[int], anchor: Sequence[int]) -> None:
+    """Raise unless `anchor` is one of the taps of a (kh, kw) kernel."""
+    if len(anchor) != 2 or not (0 <= anchor[0] < kernel[0] and 0 <= anchor[1] < kernel[1]):
+        raise ValueError(
+            f"anchor {tuple(anchor)} lies outside the {kernel[0]}x{kernel[1]} kernel: "
+            f"it must be (row, column) with 0 <= row < {kernel[0]} and 0 <= column < {kernel[1]}"
+        )
+
+
+def check_sum(x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Sequence[int]], bias: Tensor | None) -> None:
+    """Raise a ValueError that names the offending value unless the arguments of `depthwise_sum` fit together."""
+    if x.dim() != 4:
+        raise ValueError(f"x has shape {tuple(x.shape)}: depthwise_sum needs four dimensions (N, C, H, W)")
+    if not x.dtype.is_floating_point:
+        raise ValueError(f"x has dtype {x.dtype}: depthwise_sum needs a floating-point type; convert it first")
+    if not kernels:
+        raise ValueError("kernels is empty: depthwise_sum needs at least one rectangle")
+    if len(kernels) != len(anchors):
+        raise ValueError(f"{len(kernels)} kernels but {len(anchors)} anchors: every rectangle needs one anchor")
+    channels = x.shape[1]
+    for i, (kernel, anchor) in enumerate(zip(kernels, anchors)):
+        if kernel.dim() != 4 or kernel.shape[1] != 1 or kernel.shape[0] != channels:
+            raise ValueError(
+                f"kernels[{i}] has shape {tuple(kernel.shape)}: an input with {channels} channels "
+                f"needs ({channels}, 1, kh, kw)"
+            )
+        if 0 in kernel.shape[2:]:
+            raise ValueError(f"kernels[{i}] has shape {tuple(kernel.shape)}: a rectangle needs at least one tap")
+        check_anchor(kernel.shape[2:], anchor)
+        _check_same(f"kernels[{i}]", kernel, x)
+    if bias is not None:
+        if bias.shape != (channels,):
+            raise ValueError(f"bias has shape {tuple(bias.shape)}: an input with {channels} channels needs ({channels},)")
+        _check_same("bias", bias, x)
+
+
+def check_weight_grad(x: Tensor, grad: Tensor, kernel: Sequence[int], anchor: Sequence[int]) -> None:
+    """Raise a ValueError that names the offending value unless the arguments of `depthwise_weight_grad` fit together."""
+    if x.dim() != 4 or grad.shape != x.shape:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)} and grad {tuple(grad.shape)}: both must be the same (N, C, H, W)"
+        )
+    if len(kernel) != 2 or min(kernel) < 1:
+        raise ValueError(f"kernel size {tuple(kernel)} must be two positive numbers (kh, kw)")
+    check_anchor(kernel, anchor)
+    _check_same("grad", grad, x)
+
+
+def _check_same(name: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.dtype != x.dtype or tensor.device != x.device:
+        raise ValueError(
+            f"{name} is {tensor.dtype} on {tensor.device} but x is {x.dtype} on {x.device}: "
+            "convert one of them, or call under torch.autocast"
+        )

@@ -1,0 +1,135 @@
+"""Which backend computes an operator call, why not the others, and a record of what ran.
+
+A backend is a module or an object with `name`, `reasons_against(problem)`, `can_run(problem)` and the two operators. It
+answers with the list of its reasons instead of a yes or no, so that an error, or `explain`, can say what to change.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from widekernel.errors import WidekernelError, nearest
+from widekernel.ops import portable, reference
+from widekernel.ops.problem import Anchor, Problem
+
+
+class Backend(Protocol):
+    """What `select` asks of a backend."""
+
+    name: str
+
+    def reasons_against(self, problem: Problem) -> list[str]:
+        """List why the backend cannot, or should not unasked, compute `problem`; empty if it will."""
+
+    def can_run(self, problem: Problem) -> bool:
+        """Whether the backend can compute `problem` when it is asked for by name."""
+
+    def depthwise_sum(
+        self, x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor], bias: Tensor | None
+    ) -> Tensor:
+        """Compute the sum of the rectangles, in the layout of `x`."""
+
+    def depthwise_weight_grad(self, x: Tensor, grad: Tensor, kernel: tuple[int, int], anchor: Anchor) -> Tensor:
+        """Compute the gradient of one rectangle, (C, 1, kh, kw)."""
+
+
+class NoBackendError(WidekernelError, RuntimeError):
+    """No backend takes the call; the message lists every reason."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The backend chosen for a problem, and the reasons that the others gave against themselves."""
+
+    problem: Problem
+    backend: str
+    reasons: dict[str, list[str]]
+
+    def __str__(self) -> str:
+        lines = [f"{self.problem}", f"  runs on: {self.backend}"]
+        lines += [f"  not on {name}: {'; '.join(why)}" for name, why in self.reasons.items()]
+        return "\n".join(lines)
+
+
+@dataclass
+class Trace:
+    """The calls that ran inside a `trace()` block, in order."""
+
+    calls: list[tuple[str, Problem]] = field(default_factory=list)
+
+    def backends(self, op: str | None = None) -> list[str]:
+        """Name the backend of every recorded call, or of those of one operator."""
+        return [backend for backend, problem in self.calls if op in (None, problem.op)]
+
+
+# In the order of preference. Native backends put themselves in front when they are imported.
+_BACKENDS: list[Any] = [portable, reference]
+_TRACES: list[Trace] = []
+_LOCK = threading.Lock()
+
+
+def backends() -> tuple[str, ...]:
+    """Name the backends, the preferred one first."""
+    return tuple(backend.name for backend in _BACKENDS)
+
+
+def select(problem: Problem, backend: str | None = None) -> Any:
+    """Give the first backend without a reason against `problem`, or the one asked for by name.
+
+    Raises:
+        NoBackendError: if none, or not the one asked for, can compute it; the message lists every reason.
+    """
+    if backend is not None:
+        return _by_name(problem, backend)
+    for candidate in _BACKENDS:
+        if not candidate.reasons_against(problem):
+            return candidate
+    reasons = "\n".join(f"  {b.name}: {'; '.join(b.reasons_against(problem))}" for b in _BACKENDS)
+    raise NoBackendError(f"no backend can compute {problem}:\n{reasons}")
+
+
+def explain_problem(problem: Problem, backend: str | None = None) -> Explanation:
+    """Say which backend would compute `problem` and why the others would not."""
+    chosen = select(problem, backend)
+    reasons = {}
+    for other in _BACKENDS:
+        if other is not chosen:
+            why = other.reasons_against(problem)
+            reasons[other.name] = why or [f"{chosen.name} comes first" if backend is None else f"{backend} was asked for"]
+    return Explanation(problem, chosen.name, reasons)
+
+
+def record(backend: str, problem: Problem) -> None:
+    """Tell the open traces that `backend` computes `problem`."""
+    if _TRACES:
+        with _LOCK:
+            for trace_ in _TRACES:
+                trace_.calls.append((backend, problem))
+
+
+@contextmanager
+def trace() -> Iterator[Trace]:
+    """Record every operator call made inside the block, on any thread, with the backend that computed it."""
+    recorded = Trace()
+    with _LOCK:
+        _TRACES.append(recorded)
+    try:
+        yield recorded
+    finally:
+        with _LOCK:
+            _TRACES[:] = [open_trace for open_trace in _TRACES if open_trace is not recorded]
+
+
+def _by_name(problem: Problem, name: str) -> Any:
+    for candidate in _BACKENDS:
+        if candidate.name == name:
+            if not candidate.can_run(problem):
+                raise NoBackendError(f"{name} cannot compute {problem}: {'; '.join(candidate.reasons_against(problem))}")
+            return candidate
+    raise NoBackendError(f"unknown backend {name!r}: the backends are {', '.join(backends())}.{nearest(name, backends())}")

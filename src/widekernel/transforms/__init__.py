@@ -1,0 +1,1 @@
+"""Transformations of networks that act on layers by their type."""
