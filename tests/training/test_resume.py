@@ -5,8 +5,8 @@ import signal
 
 import pytest
 import torch
-
 from tests.training.tiny import array_source, make_config, make_trainer, states_equal
+
 from widekernel.errors import CheckpointError
 from widekernel.training import CheckpointConfig
 from widekernel.training.interrupts import Interrupted

@@ -5,7 +5,7 @@ from rich.table import Table
 from widekernel.cli.console import results
 from widekernel.cli.parsing import new_parser, parse
 from widekernel.data.config import require
-from widekernel.tasks.assembly import build_model
+from widekernel.tasks.assembly import build_model, pretrained_cfg
 
 
 def run(arguments: list[str]) -> int:
@@ -19,7 +19,7 @@ def run(arguments: list[str]) -> int:
     from widekernel.analysis.complexity import complexity
 
     model = build_model(values["model"], None, {})
-    input_size = (3, size, size) if size else tuple(model.pretrained_cfg["input_size"])
+    input_size = (3, size, size) if size else tuple(pretrained_cfg(model)["input_size"])
     table = Table("form", "parameters (M)", "MACs (G)", "activations (M)", title=f"{values['model']} at {input_size}")
     for column in table.columns[1:]:
         column.justify = "right"

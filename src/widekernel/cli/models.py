@@ -11,6 +11,7 @@ from widekernel.cli.console import results
 from widekernel.cli.parsing import new_parser, parse
 from widekernel.data.errors import ConfigError
 from widekernel.errors import nearest
+from widekernel.tasks.assembly import pretrained_cfg
 
 
 def run(arguments: list[str]) -> int:
@@ -46,4 +47,4 @@ def _describe(name: str) -> tuple[int, int]:
     # on the meta device nothing is allocated and nothing initialised
     with torch.device("meta"):
         model = timm.create_model(name)
-    return sum(parameter.numel() for parameter in model.parameters()), int(model.pretrained_cfg["input_size"][-1])
+    return sum(parameter.numel() for parameter in model.parameters()), int(pretrained_cfg(model)["input_size"][-1])

@@ -1,6 +1,6 @@
 """Building networks and choosing devices from configuration."""
 
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -28,6 +28,11 @@ def build_model(name: str, num_classes: int | None, args: dict[str, Any], pretra
         return timm.create_model(name, pretrained=pretrained, **options)
     except TypeError as error:
         raise ConfigError(f"{name} does not accept its arguments {options}: {error}.") from error
+
+
+def pretrained_cfg(model: nn.Module) -> dict[str, Any]:
+    """What timm knows about the model's input: ``input_size``, ``mean``, ``std``; empty for other models."""
+    return cast(dict[str, Any], getattr(model, "pretrained_cfg", {}))
 
 
 def choose_device(name: str) -> torch.device:

@@ -25,7 +25,7 @@ from widekernel.data import (
 )
 from widekernel.data.loading import MIX_STREAM
 from widekernel.data.seeding import scoped_seed
-from widekernel.tasks.assembly import build_model, choose_device
+from widekernel.tasks.assembly import build_model, choose_device, pretrained_cfg
 from widekernel.tasks.config import TrainConfig
 from widekernel.tasks.evaluation import EvaluationOptions, evaluate
 from widekernel.tasks.saved import SavedModel, load_weights, save_model
@@ -113,7 +113,7 @@ def train(config: TrainConfig, reporter: Reporter | None = None, processes: Proc
     num_classes = _count_classes(config, train_source)
     seed_run(config.seed, processes.rank)
     model = build_model(config.model.name, num_classes, config.model.args, config.model.pretrained)
-    preprocessing = Preprocessing.resolve(config.data, getattr(model, "pretrained_cfg", {}))
+    preprocessing = Preprocessing.resolve(config.data, pretrained_cfg(model))
     train_transform = preprocessing.train_transform(config.augment)
     if config.model.weights is not None:
         load_weights(model, config.model.weights)

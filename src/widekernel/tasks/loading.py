@@ -9,7 +9,7 @@ from torch import nn
 from widekernel.data import ConfigError, DataConfig, DataError, Preprocessing
 from widekernel.data.config import require
 from widekernel.errors import CheckpointError
-from widekernel.tasks.assembly import build_model
+from widekernel.tasks.assembly import build_model, pretrained_cfg
 from widekernel.tasks.saved import SavedModel, load_weights, restore_model
 from widekernel.training.checkpoint import CheckpointStore
 from widekernel.training.run_folder import RunFolder
@@ -68,7 +68,7 @@ def load(source: Source) -> tuple[nn.Module, SavedModel]:
         form="training",
         num_classes=int(getattr(model, "num_classes", source.num_classes or 0)),
         class_names=(),
-        preprocessing=Preprocessing.resolve(DataConfig(), getattr(model, "pretrained_cfg", {})),
+        preprocessing=Preprocessing.resolve(DataConfig(), pretrained_cfg(model)),
     )
 
 

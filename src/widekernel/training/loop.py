@@ -232,7 +232,7 @@ class Trainer:
             raise Interrupted(guard.received or 0)
         progress = self.progress
         name = self.objective.best_metric
-        value = float(metrics.get(f"ema_{name}", metrics[name]))
+        value = float(metrics[name if self.ema is None else f"ema_{name}"])
         is_best = progress.best is None or value > progress.best
         if is_best:
             progress.best, progress.best_step = value, progress.step

@@ -1,7 +1,7 @@
 """The global random generators: seeding at the start of a run, and their state in checkpoints."""
 
 import random
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ def seed_run(seed: int, rank: int = 0) -> None:
 def random_state() -> dict[str, Any]:
     """State of all global generators as tensors, numbers and lists."""
     version, words, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    _, keys, position, has_gauss, cached = cast(tuple, np.random.get_state(legacy=True))
     state: dict[str, Any] = {
         "python": [version, torch.tensor(words, dtype=torch.int64), gauss],
         "numpy": [torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],

@@ -1,0 +1,146 @@
+"""The demo's one picture: digits with predictions, curves, a kernel before and after folding, and the confusions."""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure, SubFigure
+from PIL import Image
+from torch import Tensor, nn
+
+from widekernel.layers import FoldedLargeKernel, LargeKernel, Rect
+from widekernel.layers.sources import rects_of
+from widekernel.training.curves import draw_accuracy, draw_loss
+from widekernel.training.files import write_atomically
+
+SHOWN = 32
+
+
+@dataclass(frozen=True)
+class PictureContent:
+    """What the picture shows.
+
+    Args:
+        digits: the held-out images
+        class_names: names of the classes
+        targets: true class of each image
+        predictions: class that the folded network predicts for each image
+        metrics: rows of metrics.jsonl
+        dense: the network as trained
+        folded: the network after folding
+        rows: (form, top-1 in percent, milliseconds per image) of the result table
+    """
+
+    digits: list[Image.Image]
+    class_names: tuple[str, ...]
+    targets: list[int]
+    predictions: list[int]
+    metrics: list[dict[str, Any]]
+    dense: nn.Module
+    folded: nn.Module
+    rows: list[tuple[str, float, float]]
+
+
+def draw(content: PictureContent, path: Path) -> None:
+    """Draw ``content`` and write it to ``path`` as PNG."""
+    figure = Figure(figsize=(17, 13), layout="constrained")
+    FigureCanvasAgg(figure)
+    top, middle, bottom = cast(Any, figure.subfigures(3, 1, height_ratios=[1, 0.95, 1]))
+    left, right = top.subfigures(1, 2, width_ratios=[1, 1.35])
+    _draw_digits(left, content)
+    loss, accuracy = right.subplots(1, 2)
+    draw_loss(loss, content.metrics)
+    draw_accuracy(accuracy, content.metrics)
+    _draw_kernels(middle, content)
+    confusion, table = bottom.subplots(1, 2, width_ratios=[1, 1.35])
+    _draw_confusion(confusion, content)
+    _draw_table(table, content)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=90)
+    write_atomically(path, lambda file: file.write(buffer.getvalue()))
+
+
+def _draw_digits(figure: SubFigure, content: PictureContent) -> None:
+    # mistakes first: they are what one wants to see
+    order = sorted(range(len(content.digits)), key=lambda i: content.predictions[i] == content.targets[i])[:SHOWN]
+    mistakes = sum(p != t for p, t in zip(content.predictions, content.targets, strict=True))
+    figure.suptitle(f"Held-out digits and predictions ({mistakes} of {len(content.digits)} wrong, shown first)")
+    for axes, index in zip(figure.subplots(4, SHOWN // 4).flat, order, strict=True):
+        axes.imshow(content.digits[index])
+        axes.axis("off")
+        guess, truth = content.predictions[index], content.targets[index]
+        text = (
+            content.class_names[guess]
+            if guess == truth
+            else f"{content.class_names[guess]} ({content.class_names[truth]})"
+        )
+        axes.set_title(text, color="black" if guess == truth else "crimson", fontsize=10)
+
+
+def _draw_kernels(figure: SubFigure, content: PictureContent) -> None:
+    name, layer = next((n, m) for n, m in content.dense.named_modules() if isinstance(m, LargeKernel))
+    folded = content.folded.get_submodule(name)
+    assert isinstance(folded, FoldedLargeKernel)
+    before, after = rects_of(layer.source) or [], folded.rects()
+    channel = int(torch.stack([rect.kernel.abs().sum((1, 2, 3)) for rect in after]).sum(0).argmax())
+    panels = [(f"branch {_size(rect)}", rect.kernel, [rect]) for rect in before]
+    panels += [(f"folded {_size(rect)}", rect.kernel, [rect]) for rect in after]
+    reach = max(max(rect.reach) for rect in [*before, *after])
+    figure.suptitle(
+        f"One learned kernel before and after folding (layer {name}, channel {channel}): "
+        f"{len(before)} branches with batch norm become {len(after)} rectangles with a bias, in one operator call"
+    )
+    panels.append(("sum of the folded", after[0].kernel, after))
+    for axes, (title, _, rects) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
+        _draw_kernel(axes, title, rects, channel, reach)
+
+
+def _draw_kernel(axes: Axes, title: str, rects: list[Rect], channel: int, reach: int) -> None:
+    canvas = _canvas(rects, channel, reach)
+    limit = float(canvas.abs().nan_to_num().max()) or 1.0
+    extent = (-reach - 0.5, reach + 0.5, reach + 0.5, -reach - 0.5)
+    axes.imshow(canvas, cmap="RdBu_r", vmin=-limit, vmax=limit, extent=extent)
+    axes.set_facecolor("0.9")
+    axes.set_title(title, fontsize=10)
+
+
+def _canvas(rects: list[Rect], channel: int, reach: int) -> Tensor:
+    """Sum of one channel's taps on a square canvas around the output pixel; NaN where no rectangle has a tap."""
+    side = 2 * reach + 1
+    taps, covered = torch.zeros(side, side), torch.zeros(side, side, dtype=torch.bool)
+    for rect in rects:
+        (height, width), (row, column) = rect.size, rect.anchor
+        place = slice(reach - row, reach - row + height), slice(reach - column, reach - column + width)
+        taps[place] += rect.kernel[channel, 0].detach()
+        covered[place] = True
+    return taps.masked_fill(~covered, float("nan"))
+
+
+def _size(rect: Rect) -> str:
+    return f"{rect.size[0]}×{rect.size[1]}"
+
+
+def _draw_confusion(axes: Axes, content: PictureContent) -> None:
+    count = len(content.class_names)
+    table = np.zeros((count, count), dtype=int)
+    np.add.at(table, (content.targets, content.predictions), 1)
+    axes.imshow(np.log1p(table), cmap="Blues")
+    for row, column in zip(*table.nonzero(), strict=True):
+        color = "white" if row == column else "crimson"
+        axes.text(column, row, str(table[row, column]), ha="center", va="center", color=color, fontsize=9)
+    axes.set(xticks=range(count), yticks=range(count), xlabel="predicted", ylabel="true", title="Confusion matrix")
+    axes.set_xticklabels(content.class_names)
+    axes.set_yticklabels(content.class_names)
+
+
+def _draw_table(axes: Axes, content: PictureContent) -> None:
+    axes.axis("off")
+    cells = [[name, f"{top1:.2f} %", f"{latency:.2f} ms"] for name, top1, latency in content.rows]
+    table = axes.table(cells, colLabels=["network", "top-1", "per image"], loc="center", cellLoc="center")
+    table.scale(1, 2.2)
+    axes.set_title("Dense and folded, before and after saving")

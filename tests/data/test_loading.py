@@ -1,0 +1,197 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+from tests.data.test_sources import GOOD, encoded, fill
+from tests.training.tiny import array_source
+
+from widekernel.data import (
+    AugmentConfig,
+    ConfigError,
+    DataConfig,
+    DataError,
+    EvaluationSamples,
+    LoaderOptions,
+    Preprocessing,
+    Share,
+    TrainingLoader,
+    TrainingSamples,
+    evaluation_loader,
+    open_split,
+)
+from widekernel.data.loading import EpochBatches
+from widekernel.data.seeding import derive_seed, scoped_seed
+
+PREPROCESSING = Preprocessing(8, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), "bilinear", 1.0)
+
+
+def training_loader(source, batch_size=4, workers=0, share=None, seed=1):
+    samples = TrainingSamples(source, PREPROCESSING.train_transform(AugmentConfig()), seed)
+    return TrainingLoader(samples, LoaderOptions(batch_size, workers), share or Share())
+
+
+def test_batches_depend_on_seed_and_epoch_only():
+    source = array_source(18)
+    first = [batch.images for batch in training_loader(source).epoch(3)]
+    torch.rand(7), random.random(), np.random.rand()
+    second = [batch.images for batch in training_loader(source, workers=2).epoch(3)]
+    assert len(first) == 4
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    other = [batch.images for batch in training_loader(source).epoch(4)]
+    assert not torch.equal(first[0], other[0])
+    assert not torch.equal(first[0], next(iter(training_loader(source, seed=2).epoch(3))).images)
+
+
+def test_skipping_gives_the_rest_of_the_epoch():
+    loader = training_loader(array_source(18))
+    whole = [batch.images for batch in loader.epoch(0)]
+    rest = [batch.images for batch in loader.epoch(0, skip=3)]
+    assert len(rest) == 1
+    assert torch.equal(whole[3], rest[0])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_ranks_share_one_order(world_size):
+    ranks = [EpochBatches(50, 4, 0, Share(rank, world_size)) for rank in range(world_size)]
+    batches = [list(rank) for rank in ranks]
+    assert {len(part) for part in batches} == {50 // (4 * world_size)}
+    seen = [key for part in batches for batch in part for key in batch]
+    assert len(seen) == len(set(seen))
+    together = EpochBatches(50, 4 * world_size, 0, Share())
+    assert [[key for part in step for key in part] for step in zip(*batches, strict=True)] == list(together)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+@pytest.mark.parametrize("count", [1, 20, 23])
+def test_evaluation_gives_every_image_once(world_size, count):
+    source = array_source(count)
+    source.targets = list(range(count))
+    samples = EvaluationSamples(source, PREPROCESSING.eval_transform())
+    seen = []
+    for rank in range(world_size):
+        for batch in evaluation_loader(samples, LoaderOptions(4), Share(rank, world_size)):
+            seen += batch.targets.tolist()
+    assert sorted(seen) == list(range(count))
+
+
+def test_loading_leaves_the_global_generators_alone():
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    list(training_loader(array_source(8)).epoch(0))
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert states[1] == random.getstate()
+    assert np.array_equal(states[2], np.random.get_state()[1])
+
+
+def test_scoped_seed_restores_after_an_error():
+    state = torch.get_rng_state()
+
+    def fail():
+        with scoped_seed(1, 2):
+            torch.rand(1)
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail()
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_derived_seeds_differ():
+    seeds = {derive_seed(a, b, c) for a in range(3) for b in range(10) for c in range(20)}
+    assert len(seeds) == 600
+
+
+def damaged_folder(tmp_path, names):
+    config = fill(tmp_path, GOOD)
+    for name in names:
+        (tmp_path / name).write_bytes(b"damaged")
+    return config
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_training_image_is_replaced_and_named(tmp_path, workers):
+    source = open_split(damaged_folder(tmp_path, ["train/cat/1.png"]), "train")
+    batches = list(training_loader(source, batch_size=5, workers=workers).epoch(0))
+    assert [len(batch.images) for batch in batches] == [5]
+    assert len(batches[0].unreadable) == 1
+    assert batches[0].unreadable[0].startswith("cat/1.png: ")
+
+
+def test_unreadable_evaluation_image_is_left_out_and_named(tmp_path):
+    source = open_split(damaged_folder(tmp_path, ["val/cat/0.png"]), "val")
+    batches = list(
+        evaluation_loader(EvaluationSamples(source, PREPROCESSING.eval_transform()), LoaderOptions(1), Share())
+    )
+    assert [batch.targets.tolist() for batch in batches] == [[], [1]]
+    assert batches[0].unreadable[0].startswith("cat/0.png: ")
+
+
+def test_missing_file_counts_as_unreadable(tmp_path):
+    source = open_split(fill(tmp_path, GOOD), "val")
+    (tmp_path / "val" / "dog" / "0.png").unlink()
+    sample = EvaluationSamples(source, PREPROCESSING.eval_transform())[1]
+    assert sample.image is None
+    assert "No such file" in sample.unreadable[0]
+
+
+def test_nothing_readable_is_an_error(tmp_path):
+    names = [f"train/{name}" for name in ("cat/0.png", "cat/1.png", "cat/2.png", "dog/0.png", "dog/1.png")]
+    source = open_split(damaged_folder(tmp_path, names), "train")
+    with pytest.raises(DataError, match="in a row cannot be read"):
+        list(training_loader(source).epoch(0))
+
+
+@pytest.mark.parametrize(
+    ("size", "shape", "expected"),
+    [(224, (500, 300), 0.875), (383, (500, 400), 0.875), (384, (500, 300), 1.0), (448, (300, 500), 1.0)],
+)
+def test_default_crop(size, shape, expected):
+    from PIL import Image
+
+    preprocessing = Preprocessing.resolve(DataConfig(), {"input_size": (3, size, size)})
+    assert preprocessing.crop_pct == expected
+    # the left edge is white: warping keeps it, a centre crop of a wide image cuts it off
+    image = np.zeros((shape[1], shape[0], 3), dtype=np.uint8)
+    image[:, :10] = 255
+    output = preprocessing.eval_transform()(Image.fromarray(image))
+    assert output.shape == (3, size, size)
+    keeps_edge = bool(output[0, size // 2, 0] > 1)
+    assert keeps_edge == (size >= 384)
+
+
+def test_preprocessing_comes_from_config_then_model_then_imagenet():
+    model = {"input_size": (3, 320, 320), "mean": (0.1, 0.2, 0.3), "std": (0.5, 0.5, 0.5)}
+    resolved = Preprocessing.resolve(DataConfig(std=(0.9, 0.9, 0.9)), model)
+    assert resolved == Preprocessing(320, (0.1, 0.2, 0.3), (0.9, 0.9, 0.9), "bicubic", 0.875)
+    assert Preprocessing.resolve(DataConfig(), {}).mean == (0.485, 0.456, 0.406)
+    assert resolved.overridden_by(DataConfig()) == resolved
+    assert resolved.overridden_by(DataConfig(input_size=384)).crop_pct == 1.0
+
+
+def test_unknown_augmentation_policy():
+    with pytest.raises(ConfigError, match=r"augment\.auto_augment is 'rnd-m9'"):
+        PREPROCESSING.train_transform(AugmentConfig(auto_augment="rnd-m9"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "key"),
+    [
+        (DataConfig, {"input_size": 0}, "data.input_size"),
+        (DataConfig, {"crop_pct": 1.5}, "data.crop_pct"),
+        (DataConfig, {"workers": -1}, "data.workers"),
+        (DataConfig, {"std": (0.0, 1.0, 1.0)}, "data.std"),
+        (DataConfig, {"interpolation": "cubic"}, "data.interpolation"),
+        (DataConfig, {"max_unreadable": -1}, "data.max_unreadable"),
+        (AugmentConfig, {"crop_scale": (0.9, 0.1)}, "augment.crop_scale"),
+        (AugmentConfig, {"hflip": 2.0}, "augment.hflip"),
+        (AugmentConfig, {"mixup": -0.1}, "augment.mixup"),
+        (AugmentConfig, {"interpolation": "lanczos"}, "augment.interpolation"),
+    ],
+)
+def test_values_out_of_range(kind, options, key):
+    with pytest.raises(ConfigError, match=f"{key} is .* must be"):
+        kind(**options)
+
+
+def test_encoded_images_are_what_the_tests_think():
+    assert encoded()[:4] == b"\x89PNG"
