@@ -54,9 +54,7 @@ class PartialChannels(nn.Module):
         shift = torch.zeros(channels, device=device, dtype=torch.float64) if shift is None else shift.double()
         worked = self.selected.numel()
         layer = self.layer.folded(scale[:worked], shift[:worked])
-        return FoldedPartialChannels(
-            layer, self.selected, self.ghosts, scale[worked:].to(dtype), shift[worked:].to(dtype)
-        )
+        return FoldedPartialChannels(layer, self.selected, self.ghosts, scale[worked:].to(dtype), shift[worked:].to(dtype))
 
 
 class FoldedPartialChannels(nn.Module):

@@ -167,9 +167,7 @@ class ShiftTiles(RectSource):
 
     num_branches = 3
 
-    def __init__(
-        self, channels: int, big: int, small: int, paths: int = 1, groups: int = 1, gated: bool = False
-    ) -> None:
+    def __init__(self, channels: int, big: int, small: int, paths: int = 1, groups: int = 1, gated: bool = False) -> None:
         super().__init__()
         check_tiles(big, small)
         if paths < 1 or groups < 1:

@@ -7,7 +7,6 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
@@ -148,12 +147,14 @@ class StagedConvNet(nn.Module):
         self.head: Any
         if head.norm:
             self.head = NormMlpClassifierHead(
-                widths[-1], head.num_classes, pool_type=head.global_pool, drop_rate=head.drop_rate, norm_layer=LayerNorm2d
+                widths[-1],
+                head.num_classes,
+                pool_type=head.global_pool,
+                drop_rate=head.drop_rate,
+                norm_layer=LayerNorm2d,
             )
         else:
-            self.head = ClassifierHead(
-                widths[-1], head.num_classes, pool_type=head.global_pool, drop_rate=head.drop_rate
-            )
+            self.head = ClassifierHead(widths[-1], head.num_classes, pool_type=head.global_pool, drop_rate=head.drop_rate)
 
     def layouts(self) -> tuple[Layout, ...]:
         """Give the official checkpoint layouts of this network; the first one is written, all are read."""

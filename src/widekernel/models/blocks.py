@@ -64,7 +64,7 @@ def norm_downsample(dim_in: int, dim_out: int) -> nn.Sequential:
 def init_convnext(model: nn.Module, head_init_scale: float = 1.0) -> None:
     """Initialise as ConvNeXt does: every convolution, kernel and linear layer from a normal of deviation 0.02."""
     from widekernel.layers.sources import Rectangles
-    from widekernel.layers.tiles import ShiftTiles, ShuffledStrips, SharedStrips, SplitStrips
+    from widekernel.layers.tiles import SharedStrips, ShiftTiles, ShuffledStrips, SplitStrips
 
     tiles: tuple[Any, ...] = (Rectangles, SplitStrips, SharedStrips, ShuffledStrips, ShiftTiles)
     for module in model.modules():

@@ -57,9 +57,7 @@ class LoadReport:
         return "\n".join(lines)
 
 
-def load_checkpoint(
-    model: nn.Module, path: str | Path, weights: Literal["model", "ema"] = "model"
-) -> LoadReport:
+def load_checkpoint(model: nn.Module, path: str | Path, weights: Literal["model", "ema"] = "model") -> LoadReport:
     """Load a checkpoint into `model`, whatever official container and layout it is in.
 
     Takes training checkpoints, bare state dicts, those of wrapped models and of larger networks with this one as backbone,
@@ -189,9 +187,7 @@ def _find_missing(own: Mapping[str, Tensor], translation: Translation, plan: _Pl
     for key in own:
         if key in translation.state or key in translation.generated:
             continue
-        if key.endswith("num_batches_tracked"):
-            plan.missing.append(key)
-        elif headless and key.startswith(HEAD):
+        if key.endswith("num_batches_tracked") or (headless and key.startswith(HEAD)):
             plan.missing.append(key)
         else:
             plan.problems.append(f"{key}: the file holds no such weight")

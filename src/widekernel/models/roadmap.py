@@ -252,10 +252,7 @@ def _register(name: str) -> None:
 
 
 default_cfgs = generate_default_cfgs(
-    {
-        f"{name}.untrained": default_cfg(64 if name == "roadmap_nano" else 224, first_conv="stem.0.conv")
-        for name in STEPS
-    }
+    {f"{name}.untrained": default_cfg(64 if name == "roadmap_nano" else 224, first_conv="stem.0.conv") for name in STEPS}
 )
 for _name in STEPS:
     _register(_name)

@@ -114,8 +114,7 @@ class SLaK(StagedConvNet):
         stages = []
         for i, width in enumerate(widths):
             blocks = [
-                MixerBlock(_large_kernel(width, cfg.kernel_sizes[i], cfg), width, rate, cfg.layer_scale)
-                for rate in rates[i]
+                MixerBlock(_large_kernel(width, cfg.kernel_sizes[i], cfg), width, rate, cfg.layer_scale) for rate in rates[i]
             ]
             stages.append((Stage(norm_downsample(widths[i - 1], width) if i else nn.Identity(), blocks), width))
         super().__init__(

@@ -106,7 +106,8 @@ def explain(
 
 def _autocast(x: Tensor, kernels: list[Tensor], bias: Tensor | None) -> tuple[Tensor, list[Tensor], Tensor | None]:
     device = x.device.type
-    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64 or not x.dtype.is_floating_point:
+    available = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if not available or x.dtype == torch.float64 or not x.dtype.is_floating_point:
         return x, kernels, bias
     dtype = torch.get_autocast_dtype(device)
     return x.to(dtype), [kernel.to(dtype) for kernel in kernels], None if bias is None else bias.to(dtype)

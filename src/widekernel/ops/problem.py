@@ -95,9 +95,7 @@ def check_sum(x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Sequence[i
 def check_weight_grad(x: Tensor, grad: Tensor, kernel: Sequence[int], anchor: Sequence[int]) -> None:
     """Raise a ValueError that names the offending value unless the arguments of `depthwise_weight_grad` fit together."""
     if x.dim() != 4 or grad.shape != x.shape:
-        raise ValueError(
-            f"x has shape {tuple(x.shape)} and grad {tuple(grad.shape)}: both must be the same (N, C, H, W)"
-        )
+        raise ValueError(f"x has shape {tuple(x.shape)} and grad {tuple(grad.shape)}: both must be the same (N, C, H, W)")
     if len(kernel) != 2 or min(kernel) < 1:
         raise ValueError(f"kernel size {tuple(kernel)} must be two positive numbers (kh, kw)")
     check_anchor(kernel, anchor)

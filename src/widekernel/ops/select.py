@@ -30,9 +30,7 @@ class Backend(Protocol):
     def can_run(self, problem: Problem) -> bool:
         """Whether the backend can compute `problem` when it is asked for by name."""
 
-    def depthwise_sum(
-        self, x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor], bias: Tensor | None
-    ) -> Tensor:
+    def depthwise_sum(self, x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor], bias: Tensor | None) -> Tensor:
         """Compute the sum of the rectangles, in the layout of `x`."""
 
     def depthwise_weight_grad(self, x: Tensor, grad: Tensor, kernel: tuple[int, int], anchor: Anchor) -> Tensor:

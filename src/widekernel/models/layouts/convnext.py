@@ -12,9 +12,7 @@ TAIL = (
 
 def backbone_rules(stages: int) -> tuple[Rule, ...]:
     """Stem and downsampling, which the official code keeps in one list."""
-    between = tuple(
-        Rule(f"downsample_layers.{i}.{{rest}}", f"stages.{i}.downsample.{{rest}}") for i in range(1, stages)
-    )
+    between = tuple(Rule(f"downsample_layers.{i}.{{rest}}", f"stages.{i}.downsample.{{rest}}") for i in range(1, stages))
     return (Rule("downsample_layers.0.{rest}", "stem.{rest}"), *between)
 
 

@@ -1,0 +1,36 @@
+"""Fixtures that all tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def shared_folder() -> Path | None:
+    """Find the folder of reference numbers and real images, which lies beside the repository or where the variable says."""
+    named = os.environ.get("WIDEKERNEL_SHARED")
+    folder = Path(named) if named else ROOT.parent / "shared"
+    return folder if (folder / "parity").is_dir() else None
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    folder = shared_folder()
+    if folder is None:
+        pytest.skip("the folder of reference numbers is not here: set WIDEKERNEL_SHARED to it")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden(shared: Path) -> Path:
+    return shared / "parity" / "golden"
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
