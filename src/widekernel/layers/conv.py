@@ -107,7 +107,7 @@ def fold_affine(layer: nn.Conv2d | nn.Linear, scale: Tensor, shift: Tensor) -> A
 @torch.no_grad()
 def fold_affine_before(layer: nn.Conv2d | nn.Linear, scale: Tensor, shift: Tensor) -> Any:
     """Give a layer that computes layer(scale · x + shift), per input channel (both (C_in,))."""
-    if isinstance(layer, nn.Conv2d) and (layer.groups != 1 or any(p != 0 for p in _padding(layer))):
+    if isinstance(layer, nn.Conv2d) and (layer.groups != 1 or _pads(layer)):
         raise ValueError(f"a norm cannot be folded into the input of {layer}: it must be ungrouped and without padding")
     per_input = [1, -1, *[1] * (layer.weight.dim() - 2)]
     scale, shift = scale.to(layer.weight.device), shift.to(layer.weight.device)
@@ -118,12 +118,14 @@ def fold_affine_before(layer: nn.Conv2d | nn.Linear, scale: Tensor, shift: Tenso
     return _rebuilt(layer, weight * scale.view(per_input), bias)
 
 
-def _padding(conv: nn.Conv2d) -> tuple[int, ...]:
-    return (1,) if isinstance(conv.padding, str) and conv.padding == "same" else tuple(conv.padding)  # type: ignore[arg-type]
+def _pads(conv: nn.Conv2d) -> bool:
+    if isinstance(conv.padding, str):
+        return conv.padding == "same" and any(size > 1 for size in conv.kernel_size)
+    return any(pad != 0 for pad in conv.padding)
 
 
 def _rebuilt(layer: nn.Conv2d | nn.Linear, weight: Tensor, bias: Tensor) -> nn.Module:
-    kwargs = {"device": layer.weight.device, "dtype": layer.weight.dtype}
+    kwargs: dict[str, Any] = {"device": layer.weight.device, "dtype": layer.weight.dtype}
     new: nn.Module
     if isinstance(layer, nn.Linear):
         new = nn.Linear(layer.in_features, layer.out_features, **kwargs)

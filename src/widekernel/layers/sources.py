@@ -95,11 +95,11 @@ class SourceGroup(KernelSource):
 
     def responses(self, x: Tensor) -> list[Tensor]:
         """Compute the branches of every source in turn."""
-        return [response for source in self.sources for response in source.responses(x)]
+        return [response for source in self.sources for response in source.responses(x)]  # type: ignore[operator]
 
     def published_macs(self, height: int, width: int) -> int:
         """Add up the sources."""
-        return sum(source.published_macs(height, width) for source in self.sources)
+        return sum(source.published_macs(height, width) for source in self.sources)  # type: ignore[operator]
 
 
 def rects_of(source: nn.Module) -> list[Rect] | None:

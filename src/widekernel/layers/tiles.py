@@ -107,7 +107,7 @@ class SplitStrips(RectSource):
 
 
 class SharedStrips(RectSource):
-    """A wide and a tall strip out of the same tiles, each tile weighted per direction and channel by a sigmoid gate (SLaK_pww).
+    """A wide and a tall strip out of the same tiles, weighted per direction by sigmoid gates (SLaK_pww).
 
     Args:
         channels: C.

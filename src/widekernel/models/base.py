@@ -136,7 +136,7 @@ class StagedConvNet(nn.Module):
         widths = [width for _, width in stages]
         self.num_classes, self.drop_rate, self.in_chans = head.num_classes, head.drop_rate, in_chans
         self.num_features = self.head_hidden_size = widths[-1]
-        self.feature_info = [
+        self.feature_info: list[dict[str, Any]] = [
             {"num_chs": width, "reduction": reduction, "module": f"stages.{i}"}
             for i, (width, reduction) in enumerate(zip(widths, reductions))
         ]
@@ -181,7 +181,7 @@ class StagedConvNet(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the activations of each stage in the backward pass instead of storing them."""
         for stage in self.stages:
-            stage.grad_checkpointing = enable
+            stage.grad_checkpointing = enable  # type: ignore[assignment]
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:

@@ -100,7 +100,7 @@ def load_checkpoint(model: nn.Module, path: str | Path, weights: Literal["model"
         generated=translation.generated,
         notes=(*notes, *([translation.note] if translation.note else [])),
     )
-    if report.dropped and network.get_classifier() is not None and own_head(network):
+    if report.dropped and _has_classifier(network):
         warnings.warn(
             f"{', '.join(report.dropped)} of {path} were left out: {plan.why_dropped}; the classifier is untrained",
             stacklevel=2,
@@ -140,11 +140,6 @@ def save_checkpoint(
     native = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
     header = {"widekernel": json.dumps(dict(metadata), sort_keys=True)} if metadata else None
     return _write(path, lambda file: save_file(native, file, metadata=header))
-
-
-def own_head(model: nn.Module) -> bool:
-    """Whether the network has a classifier that a checkpoint could fill."""
-    return any(key.startswith("head.fc.") for key in model.state_dict())
 
 
 @dataclass
@@ -191,6 +186,10 @@ def _find_missing(own: Mapping[str, Tensor], translation: Translation, plan: _Pl
             plan.missing.append(key)
         else:
             plan.problems.append(f"{key}: the file holds no such weight")
+
+
+def _has_classifier(model: nn.Module) -> bool:
+    return any(key.startswith("head.fc.") for key in model.state_dict())
 
 
 def _classifier_mismatch(own: Mapping[str, Tensor], translation: Translation) -> str:

@@ -190,7 +190,7 @@ def _transition(dim_in: int, dim_out: int) -> nn.Sequential:
 _LARGE = (192, 384, 768, 1536)
 _XL = RepLKNetConfig(kernel_sizes=(27, 27, 27, 13), small_kernel=None, dims=(256, 512, 1024, 2048), dw_ratio=1.5)
 _NANO = RepLKNetConfig(kernel_sizes=(31, 15, 7, 5), small_kernel=3, depths=(1, 1, 2, 1), dims=(16, 32, 64, 128))
-_INCEPTION = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+_INCEPTION: dict[str, Any] = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 
 default_cfgs = generate_default_cfgs(
     {

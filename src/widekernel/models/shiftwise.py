@@ -96,7 +96,7 @@ class ShiftWiseBlock(nn.Module):
 
     def folded(self) -> ShiftWiseBlock:
         """Fold the first norm into the shift-wise layer, the second and the layer scale into the MLP."""
-        dim = self.mlp.fc2.out_features
+        dim = self.norm.num_features
         self.mixer = self.mixer.folded(*affine_of(self.norm, dim))  # type: ignore[operator]
         scale, shift = affine_of(self.norm2, dim)
         if self.gamma is not None:
