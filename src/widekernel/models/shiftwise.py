@@ -1,6 +1,6 @@
 """Shift-wise convolution: wide kernels out of small tiles that are moved differently in each direction.
 
-Li et al., Shift the Lens / Shiftwise Conv: Small Convolutional Kernel with Large Kernel Effect, CVPR 2025.
+Li et al., ShiftwiseConv: Small Convolutional Kernel with Large Kernel Effect, CVPR 2025.
 """
 
 from __future__ import annotations
