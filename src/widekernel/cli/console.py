@@ -50,10 +50,9 @@ class ConsoleReporter(Reporter):
     def __enter__(self) -> "ConsoleReporter":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._progress.live.is_started:  # stopping what never started prints an empty line
+            self._progress.stop()
 
     @override
     def message(self, text: str) -> None:
@@ -89,9 +88,7 @@ class ConsoleReporter(Reporter):
         if self._evaluation is not None:
             self._progress.remove_task(self._evaluation)
             self._evaluation = None
-        text = (
-            f"epoch {epoch + 1:>3}/{self._epochs}  top-1 {metrics['val_top1']:6.2f} %  loss {metrics['val_loss']:.4f}"
-        )
+        text = f"epoch {epoch + 1:>3}/{self._epochs}  top-1 {metrics['val_top1']:6.2f} %  loss {metrics['val_loss']:.4f}"
         if "ema_val_top1" in metrics:
             text += f"  averaged weights: top-1 {metrics['ema_val_top1']:6.2f} %  loss {metrics['ema_val_loss']:.4f}"
         self.console.print(text, markup=False, soft_wrap=True)

@@ -85,9 +85,7 @@ def run(arguments: list[str]) -> int:
 def _show(folder: RunFolder, data: DataConfig, console: Console) -> None:
     dense, saved = restore_model(folder.model)
     folded, check = fold_and_check(dense, saved.preprocessing.input_size)
-    console.print(
-        f"Folding changes no output by more than {check.max_error:.2g} (outputs reach {check.max_output:.3g})."
-    )
+    console.print(f"Folding changes no output by more than {check.max_error:.2g} (outputs reach {check.max_output:.3g}).")
     paths = folder.path / "dense.safetensors", folder.path / "folded.safetensors"
     save_model(dense, paths[0], saved)
     save_model(folded, paths[1], dataclasses.replace(saved, form="folded"))

@@ -75,9 +75,7 @@ def _draw_digits(figure: SubFigure, content: PictureContent) -> None:
         axes.axis("off")
         guess, truth = content.predictions[index], content.targets[index]
         text = (
-            content.class_names[guess]
-            if guess == truth
-            else f"{content.class_names[guess]} ({content.class_names[truth]})"
+            content.class_names[guess] if guess == truth else f"{content.class_names[guess]} ({content.class_names[truth]})"
         )
         axes.set_title(text, color="black" if guess == truth else "crimson", fontsize=10)
 

@@ -37,14 +37,21 @@ def parse(parser: jsonargparse.ArgumentParser, arguments: list[str]) -> dict[str
     return namespace.as_dict()
 
 
-def build(kind: type[T], values: dict[str, Any]) -> T:
-    """The dataclass ``kind`` from nested plain values."""
+def build(kind: type[T], values: dict[str, Any], key: str = "") -> T:
+    """The dataclass ``kind`` from nested plain values; ``key`` names it in messages.
+
+    Raises:
+        ConfigError: a value is out of range, or stands where nested settings belong.
+    """
+    if not isinstance(values, dict):
+        names = ", ".join(field.name for field in dataclasses.fields(kind))  # type: ignore[arg-type]
+        raise ConfigError(f"{key} is {values!r}, but must hold settings: {names}.")
     arguments = {}
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         if field.name in values:
             value = values[field.name]
             nested = _nested_type(field)
-            arguments[field.name] = build(nested, value) if nested is not None else _tuples(value)
+            arguments[field.name] = build(nested, value, field.name) if nested is not None else _tuples(value)
     return kind(**arguments)
 
 

@@ -39,9 +39,7 @@ def run(arguments: list[str]) -> int:
 def make_parser() -> jsonargparse.ArgumentParser:
     """The parser of all training settings."""
     parser = new_parser("train", _DESCRIPTION)
-    parser.add_argument(
-        "--recipe", type=str | None, default=None, help="named settings; `widekernel recipes` lists them"
-    )
+    parser.add_argument("--recipe", type=str | None, default=None, help="named settings; `widekernel recipes` lists them")
     parser.add_argument("--config", action=jsonargparse.ActionConfigFile, help="YAML file with settings")
     parser.add_class_arguments(TrainConfig, as_group=False)
     return parser
@@ -80,9 +78,7 @@ def print_result(result: RunResult) -> None:
                   markup=False, soft_wrap=True)  # fmt: skip
     console.print(f"  weights           top-1 {summary['val_top1']:.2f} %  top-5 {summary['val_top5']:.2f} %")
     if "ema_val_top1" in summary:
-        console.print(
-            f"  averaged weights  top-1 {summary['ema_val_top1']:.2f} %  top-5 {summary['ema_val_top5']:.2f} %"
-        )
+        console.print(f"  averaged weights  top-1 {summary['ema_val_top1']:.2f} %  top-5 {summary['ema_val_top5']:.2f} %")
     skipped = summary["train_unreadable"], summary["val_unreadable"]
     if any(skipped):
         console.print(f"  unreadable images: {skipped[0]} in training, {skipped[1]} held out")

@@ -47,9 +47,7 @@ class Classification:
 
     best_metric = "val_top1"
 
-    def __init__(
-        self, config: TrainConfig, num_classes: int, val_loader: DataLoader, options: EvaluationOptions
-    ) -> None:
+    def __init__(self, config: TrainConfig, num_classes: int, val_loader: DataLoader, options: EvaluationOptions) -> None:
         self.label_smoothing, self.val_loader, self.options = config.label_smoothing, val_loader, options
         augment = config.augment
         self.mixup: Mixup | None = None

@@ -77,9 +77,7 @@ def _load_run(source: Source) -> tuple[nn.Module, SavedModel]:
     config = folder.read_config()
     averaged = source.weights == "ema"
     if averaged and (config.get("ema") or {}).get("decay") is None:
-        raise CheckpointError(
-            f"The run in {source.path} kept no averaged weights (ema.decay is null): use --weights model."
-        )
+        raise CheckpointError(f"The run in {source.path} kept no averaged weights (ema.decay is null): use --weights model.")
     exported = folder.model_ema if averaged else folder.model
     if source.state == "last" and exported.exists():
         return restore_model(exported)

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialize
+from safetensors.torch import load_file
 from torch import nn
 
 import widekernel
 from widekernel.data.preprocess import Preprocessing
 from widekernel.errors import CheckpointError
 from widekernel.tasks.assembly import build_model
-from widekernel.training.files import write_atomically
 
 METADATA_KEY = "widekernel"
 FORMAT = 1
@@ -66,10 +65,6 @@ class SavedModel:
             preprocessing=Preprocessing.from_dict(values["data"]),
         )
 
-    def to_metadata(self) -> dict[str, str]:
-        """The safetensors metadata: one key that holds JSON."""
-        return {METADATA_KEY: json.dumps(self.to_dict())}
-
     @classmethod
     def from_metadata(cls, metadata: dict[str, str] | None, path: Path) -> "SavedModel":
         """Read the metadata of the file ``path``.
@@ -86,10 +81,12 @@ class SavedModel:
 
 
 def save_model(model: nn.Module, path: Path, saved: SavedModel) -> None:
-    """Write the weights of ``model`` with their description, atomically."""
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
-    data = serialize(tensors, metadata=saved.to_metadata())
-    write_atomically(path, lambda file: file.write(data))
+    """Write the weights of ``model`` with their description, whole or not at all.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    widekernel.save_checkpoint(model, path, metadata=saved.to_dict())
 
 
 def read_saved(path: Path) -> SavedModel:
@@ -119,7 +116,12 @@ def restore_model(path: Path, weights: Literal["model", "ema"] = "model") -> tup
     model = build_model(saved.name, saved.num_classes, saved.model_args)
     if saved.form == "folded":
         model = widekernel.fold(model.eval())
-    load_weights(model, path, weights)
+    if weights == "ema":
+        raise CheckpointError(f"{path} holds one set of weights. Give the file with the averaged ones, or the run folder.")
+    try:
+        model.load_state_dict(load_file(path))
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not fit the {saved.form} form of {saved.name}: {error}") from error
     return model.eval(), saved
 
 

@@ -1,0 +1,145 @@
+"""Clumsy and hostile arguments: one clear message, exit code 2, nothing trained."""
+
+import subprocess
+import sys
+
+import pytest
+
+from widekernel.cli.main import main
+
+DIGITS = ["--data.name", "digits", "--model.name", "test_resnet", "--data.workers", "0"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trian"], ["'trian'", "'train'"]),
+        (["train", "--optimzer.lr", "1"], ["--optimzer.lr", "--optimizer.lr"]),
+        (["train", "--optimizer.l", "1"], ["--optimizer.l", "--optimizer.lr"]),
+        (["train", "--optimizer.lr", "fast"], ["optimizer.lr", "fast"]),
+        (["train", "--optimizer.lr", "-1"], ["optimizer.lr is -1.0", "positive"]),
+        (["train", "--seed", "1.5"], ["seed", "1.5"]),
+        (["train", "--seed", "-1"], ["seed is -1"]),
+        (["train", "--seed"], ["--seed", "expected one argument"]),
+        (["train", "--recipe"], ["--recipe", "expected one argument"]),
+        (["train", "--recipe", "slak_nano_digit"], ["'slak_nano_digits'"]),
+        (["train", "--config", "nowhere.yaml"], ["nowhere.yaml", "No such file"]),
+        (["train", "extra"], ["extra"]),
+        (["train", "--optimizer.clip_mode", "l2"], ["clip_mode", "l2"]),
+        (["train", "--optimizer.betas", "[0.9]"], ["optimizer.betas"]),
+        (["train", "--schedule.epochs", "0"], ["schedule.epochs is 0"]),
+        (["train", "--schedule.epochs", "5"], ["schedule.warmup_epochs is 20", "schedule.epochs (5)"]),
+        (["train", "--loop.batch_size", "7"], ["loop.batch_size is 7", "even"]),
+        (["train", "--loop.accumulate", "0"], ["loop.accumulate is 0"]),
+        (["train", "--loop.precision", "fp8"], ["precision", "fp8"]),
+        (["train", "--checkpoint.keep", "1"], ["checkpoint.keep is 1"]),
+        (["train", "--ema.decay", "1"], ["ema.decay is 1.0"]),
+        (["train", "--model.pretrained", "true", "--model.weights", "x.pth"], ["model.pretrained", "model.weights"]),
+        (["train", "--model.args.num_classes", "3"], ["num_classes", "model.num_classes"]),
+        (["train", *DIGITS, "--model.name", "slak_tini"], ["'slak_tini'", "'slak_tiny'"]),
+        (["train", *DIGITS, "--model.args.deth", "3"], ["test_resnet", "deth"]),
+        (["train", *DIGITS, "--model.num_classes", "5"], ["model.num_classes is 5", "10 classes"]),
+        (["train", *DIGITS, "--model.weights", "none.pth"], ["none.pth"]),
+        (["train", *DIGITS, "--optimizer.name", "adamv"], ["'adamv'", "adam"]),
+        (["train", *DIGITS, "--loop.device", "tpu"], ["'tpu'", "auto"]),
+        (["train", *DIGITS, "--loop.device", "cpu", "--loop.precision", "fp16"], ["fp16", "bf16"]),
+        (["train", *DIGITS, "--loop.batch_size", "4000"], ["1437 images", "4000"]),
+        (["train", "--data.name", "digts"], ["'digts'", "'digits'"]),
+        (["train"], ["data.root is not set"]),
+        (["eval"], ["source"]),
+        (["eval", "nowhere"], ["nowhere does not exist"]),
+        (["eval", "."], ["no run folder"]),
+        (["eval", "nowhere", "--weights", "swa"], ["swa"]),
+        (["fold", "nowhere", "--output", "x.pth"], [".safetensors"]),
+        (["models", "slok"], ["'slok'"]),
+        (["models", "--al"], ["--al", "--all"]),
+        (["complexity", "slak_tini"], ["'slak_tiny'"]),
+        (["complexity", "slak_nano", "--input_size", "0"], ["input_size is 0"]),
+        (["recipes", "--x"], ["--x"]),
+        (["demo", "--sed", "1"], ["--sed", "--seed"]),
+    ],
+    ids=lambda value: " ".join(value)[:70] if value and value[0] in
+    {"train", "trian", "eval", "fold", "models", "complexity", "recipes", "demo"} else "",
+)  # fmt: skip
+def test_wrong_arguments(arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    message = captured.err
+    assert captured.out == ""
+    assert message.startswith("error: ")
+    assert "Traceback" not in message
+    for word in words:
+        assert word in message
+    assert not list(tmp_path.rglob("*.pt")), "something was trained"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("optimizer: {learning_rate: 1}", ["optimizer.learning_rate"]),
+        ("optimiser: {lr: 1}", ["optimiser.lr", "'optimizer.lr'"]),
+        ("epochs: 3", ["'epochs'"]),
+        ("- a\n- b", ["list"]),
+        ("a: [", ["not valid YAML"]),
+        ("optimizer: 3", ["optimizer"]),
+        ("schedule: {epochs: many}", ["schedule.epochs", "many"]),
+        ("\x00\x01", ["YAML"]),
+    ],
+)
+def test_wrong_files(text, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(text)
+    assert main(["train", "--config", "run.yaml"]) == 2
+    message = capsys.readouterr().err
+    for word in words:
+        assert word in message, message
+
+
+def test_unwritable_output(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["train", *DIGITS, "--output", str(tmp_path / "file" / "run")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_foreign_folder_is_not_taken_over(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    assert main(["train", *DIGITS, "--output", str(tmp_path)]) == 2
+    assert "without its config.yaml" in capsys.readouterr().err
+    assert (tmp_path / "metrics.jsonl").read_text() == "{}\n"
+
+
+def test_help_and_version(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for command in ("train", "eval", "fold", "models", "recipes", "complexity", "demo"):
+        assert f"  {command} " in text
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("widekernel 0.")
+    assert main([]) == 2
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "fold", "models", "recipes", "complexity", "demo"])
+def test_help_of_commands(command, capsys):
+    with pytest.raises(SystemExit) as leaving:
+        main([command, "--help"])
+    assert leaving.value.code == 0
+    assert f"widekernel {command}" in capsys.readouterr().out
+
+
+def test_models_lists_sizes(capsys):
+    assert main(["models", "slak_*nano"]) == 0
+    text = capsys.readouterr().out
+    assert "slak_nano" in text
+    assert "64×64" in text
+    assert "replknet" not in text
+
+
+def test_importing_the_package_stays_cheap():
+    code = (
+        "import sys, widekernel, widekernel.data, widekernel.training;"
+        "heavy = {'matplotlib', 'sklearn', 'rich', 'jsonargparse'} & set(sys.modules);"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
