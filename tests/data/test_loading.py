@@ -114,16 +114,14 @@ def test_unreadable_training_image_is_replaced_and_named(tmp_path, workers):
     batches = list(training_loader(source, batch_size=5, workers=workers).epoch(0))
     assert [len(batch.images) for batch in batches] == [5]
     assert len(batches[0].unreadable) == 1
-    assert batches[0].unreadable[0].startswith("cat/1.png: ")
+    assert batches[0].unreadable[0].name == "cat/1.png"
 
 
 def test_unreadable_evaluation_image_is_left_out_and_named(tmp_path):
     source = open_split(damaged_folder(tmp_path, ["val/cat/0.png"]), "val")
-    batches = list(
-        evaluation_loader(EvaluationSamples(source, PREPROCESSING.eval_transform()), LoaderOptions(1), Share())
-    )
+    batches = list(evaluation_loader(EvaluationSamples(source, PREPROCESSING.eval_transform()), LoaderOptions(1), Share()))
     assert [batch.targets.tolist() for batch in batches] == [[], [1]]
-    assert batches[0].unreadable[0].startswith("cat/0.png: ")
+    assert str(batches[0].unreadable[0]) == "cat/0.png: not an image of a known format"
 
 
 def test_missing_file_counts_as_unreadable(tmp_path):
@@ -131,7 +129,7 @@ def test_missing_file_counts_as_unreadable(tmp_path):
     (tmp_path / "val" / "dog" / "0.png").unlink()
     sample = EvaluationSamples(source, PREPROCESSING.eval_transform())[1]
     assert sample.image is None
-    assert "No such file" in sample.unreadable[0]
+    assert "No such file" in sample.unreadable[0].reason
 
 
 def test_nothing_readable_is_an_error(tmp_path):

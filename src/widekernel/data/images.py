@@ -5,7 +5,7 @@ import warnings
 from typing import IO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 MAX_PIXELS = 50_000_000
 """Largest accepted image, in pixels, checked from the header before anything is decoded."""
@@ -37,7 +37,10 @@ def decode_image(file: IO[bytes]) -> Image.Image:
         raise
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError, IndexError) as error:
         # Pillow's decoders signal damaged files with any of these
-        raise UnreadableImageError(str(error) or type(error).__name__) from error
+        # Pillow's own text for an unknown format names an object in memory, which differs every time
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "not an image of a known format" if unknown else str(error) or type(error).__name__
+        raise UnreadableImageError(reason) from error
 
 
 def _check_size(image: Image.Image) -> None:

@@ -22,12 +22,22 @@ SampleKey = tuple[int, int]
 """(epoch, index): what a sampler asks a data set for."""
 
 
+class Unreadable(NamedTuple):
+    """An image that could not be decoded: what it is called, and why."""
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
 class Sample(NamedTuple):
     """One image, or (with ``image`` None) the report of an unreadable one."""
 
     image: Tensor | None
     target: int
-    unreadable: tuple[str, ...]
+    unreadable: tuple[Unreadable, ...]
 
 
 class Batch(NamedTuple):
@@ -35,7 +45,7 @@ class Batch(NamedTuple):
 
     images: Tensor
     targets: Tensor
-    unreadable: tuple[str, ...]
+    unreadable: tuple[Unreadable, ...]
 
 
 @dataclass(frozen=True)
@@ -62,13 +72,13 @@ class TrainingSamples(Dataset):
 
     def __getitem__(self, key: SampleKey) -> Sample:
         epoch, index = key
-        unreadable: list[str] = []
+        unreadable: list[Unreadable] = []
         for shift in range(min(len(self.source), self.MAX_REPLACEMENTS)):
             candidate = (index + shift) % len(self.source)
             try:
                 image, target = self.source.load(candidate)
             except UnreadableImageError as error:
-                unreadable.append(f"{self.source.sample_name(candidate)}: {error}")
+                unreadable.append(Unreadable(self.source.sample_name(candidate), str(error)))
                 continue
             with scoped_seed(AUGMENT_STREAM, self.seed, epoch, index):
                 return Sample(self.transform(image), target, tuple(unreadable))
@@ -88,7 +98,7 @@ class EvaluationSamples(Dataset):
         try:
             image, target = self.source.load(index)
         except UnreadableImageError as error:
-            return Sample(None, -1, (f"{self.source.sample_name(index)}: {error}",))
+            return Sample(None, -1, (Unreadable(self.source.sample_name(index), str(error)),))
         return Sample(self.transform(image), target, ())
 
 

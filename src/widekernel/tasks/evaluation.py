@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from widekernel.data.errors import DataError
+from widekernel.data.loading import Unreadable
 from widekernel.training.loop import check_unreadable
 from widekernel.training.processes import Processes
 from widekernel.training.progress import Reporter, SilentReporter
@@ -107,8 +108,8 @@ def _batch_sums(model: nn.Module, images: Tensor, targets: Tensor, options: Eval
     ).cpu()
 
 
-def _note_unreadable(names: tuple[str, ...], seen: set[str], options: EvaluationOptions) -> None:
-    for sample in names:
-        options.reporter.message(f"Left out an unreadable image: {sample}")
-    seen.update(names)
+def _note_unreadable(images: tuple[Unreadable, ...], seen: set[str], options: EvaluationOptions) -> None:
+    for image in images:
+        options.reporter.message(f"Left out an unreadable image: {image}")
+        seen.add(image.name)
     check_unreadable(seen, options.max_unreadable, "evaluation")

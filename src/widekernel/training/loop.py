@@ -11,7 +11,7 @@ from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 
 from widekernel.data.errors import ConfigError, DataError
-from widekernel.data.loading import Batch, TrainingLoader
+from widekernel.data.loading import Batch, TrainingLoader, Unreadable
 from widekernel.errors import CheckpointError, WidekernelError
 from widekernel.training.checkpoint import CheckpointStore
 from widekernel.training.config import Metrics, TrainingConfig
@@ -263,11 +263,11 @@ class Trainer:
         images = batch.images.to(self.around.device, non_blocking=True, memory_format=layout)
         return Batch(images, batch.targets.to(self.around.device, non_blocking=True), batch.unreadable)
 
-    def _count_unreadable(self, names: tuple[str, ...]) -> None:
-        new = [name for name in names if name not in self.progress.unreadable]
-        for name in dict.fromkeys(new):
-            self.around.reporter.message(f"Skipped an unreadable image: {name}")
-        self.progress.unreadable.update(new)
+    def _count_unreadable(self, images: tuple[Unreadable, ...]) -> None:
+        for image in images:
+            if image.name not in self.progress.unreadable:
+                self.around.reporter.message(f"Skipped an unreadable image: {image}")
+                self.progress.unreadable.add(image.name)
         check_unreadable(self.progress.unreadable, self.config.max_unreadable, "training")
 
     def _write_row(self, row: dict[str, Any]) -> None:
