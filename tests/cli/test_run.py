@@ -89,7 +89,7 @@ def test_unreadable_images_are_counted(finished):
 def test_evaluation_agrees_with_training(finished, capsys):
     last = read_metrics(finished / "metrics.jsonl")[-1]
     for weights, prefix in (("model", ""), ("ema", "ema_")):
-        result = evaluate(capsys, finished, "--weights", weights)
+        result = evaluate(capsys, "--weights", weights, finished)
         assert result["images"] == 13
         assert result["unreadable"] == 1
         assert result["top1"] == last[f"{prefix}val_top1"]

@@ -24,6 +24,6 @@ def run(arguments: list[str]) -> int:
     for column in table.columns[1:]:
         column.justify = "right"
     for label, params, macs, activations in complexity(model, input_size=input_size).rows():
-        table.add_row(label, f"{params / 1e6:.2f}", f"{macs / 1e9:.2f}", f"{activations / 1e6:.2f}")
+        table.add_row(label, f"{params / 1e6:.4g}", f"{macs / 1e9:.4g}", f"{activations / 1e6:.4g}")
     results().print(table)
     return 0

@@ -46,13 +46,12 @@ def run(arguments: list[str]) -> int:
     parser.add_class_arguments(EvalOptions, as_group=False)
     parser.add_class_arguments(DataConfig, "data")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    positional = next((argument for argument in arguments if not argument.startswith("-")), None)
-    if positional is not None:
-        folder = Source(Path(positional)).run_folder()
-        if folder is not None:
-            settings = {"data": folder.read_config().get("data") or {}}
-            parser.set_defaults(settings_by_key(settings, known_keys(parser)))
     values = parse(parser, arguments)
+    folder = source_from(values).run_folder()
+    if folder is not None:
+        settings = {"data": folder.read_config().get("data") or {}}
+        parser.set_defaults(settings_by_key(settings, known_keys(parser)))
+        values = parse(parser, arguments)
     data = build(DataConfig, values["data"])
     options = build(EvalOptions, values)
     model, saved = load(source_from(values))

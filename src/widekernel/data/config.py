@@ -47,9 +47,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(self.input_size is None or self.input_size > 0, "data.input_size", self.input_size, "positive")
-        require(
-            self.crop_pct is None or 0 < self.crop_pct <= 1, "data.crop_pct", self.crop_pct, "above 0 and at most 1"
-        )
+        require(self.crop_pct is None or 0 < self.crop_pct <= 1, "data.crop_pct", self.crop_pct, "above 0 and at most 1")
         require(self.workers >= 0, "data.workers", self.workers, "0 or more")
         require(self.max_unreadable >= 0, "data.max_unreadable", self.max_unreadable, "0 or more")
         require(self.std is None or min(self.std) > 0, "data.std", self.std, "three positive numbers")

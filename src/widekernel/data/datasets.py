@@ -106,8 +106,7 @@ def _open_named(config: DataConfig, part: str) -> ImageSource:
         raise DataError(f"{config.name} needs a package that is not installed ({error}).") from error
     except (RuntimeError, FileNotFoundError, ValueError) as error:
         raise DataError(
-            f"{config.name} cannot be opened in {config.root!r}: {error} "
-            "If it is not there yet, add --data.download true."
+            f"{config.name} cannot be opened in {config.root!r}: {error} If it is not there yet, add --data.download true."
         ) from error
     return MappedSource(dataset, _class_names(dataset), config.name)
 

@@ -25,9 +25,7 @@ def load_digits() -> tuple[ImageSource, ImageSource]:
         ) from error
     digits = load_sklearn_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)  # 17 grey levels, 0 to 16
-    train, held_out = train_test_split(
-        np.arange(len(images)), test_size=HELD_OUT, stratify=digits.target, random_state=0
-    )
+    train, held_out = train_test_split(np.arange(len(images)), test_size=HELD_OUT, stratify=digits.target, random_state=0)
     names = tuple(str(name) for name in digits.target_names)
     sources = []
     for chosen in (np.sort(train), np.sort(held_out)):

@@ -183,8 +183,7 @@ class TrainingLoader:
         for batch in self._loader:
             if len(batch.images) < self.sampler.batch_size:
                 raise DataError(
-                    f"Too many images in a row cannot be read, the last of them {batch.unreadable[-1]}. "
-                    "Check the data set."
+                    f"Too many images in a row cannot be read, the last of them {batch.unreadable[-1]}. Check the data set."
                 )
             yield batch
 

@@ -106,9 +106,7 @@ class RunFolder:
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            raise RunFolderError(
-                f"{self.summary} is damaged ({error}). Delete it, and the run finishes again."
-            ) from error
+            raise RunFolderError(f"{self.summary} is damaged ({error}). Delete it, and the run finishes again.") from error
         return summary
 
 
