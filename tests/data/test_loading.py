@@ -166,6 +166,24 @@ def test_preprocessing_comes_from_config_then_model_then_imagenet():
     assert resolved.overridden_by(DataConfig(input_size=384)).crop_pct == 1.0
 
 
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "rand-m10-inc1-n4", "augmix-m10", "v0", "original", "3a"])
+def test_augmentation_policies_take_every_image(policy):
+    transform = PREPROCESSING.train_transform(AugmentConfig(auto_augment=policy))
+    source = array_source(3)
+    for index in range(300):
+        with scoped_seed(index):
+            assert transform(source.load(index % 3)[0]).shape == (3, 8, 8)
+
+
+def test_posterizing_to_no_bits_is_black():
+    from widekernel.data.preprocess import _posterize
+
+    image = array_source(3).load(2)[0]
+    assert not np.asarray(_posterize(image, 0)).any()
+    assert set(np.unique(np.asarray(_posterize(image, 1)))) <= {0, 128}
+    assert _posterize(image, 8) is image
+
+
 def test_unknown_augmentation_policy():
     with pytest.raises(ConfigError, match=r"augment\.auto_augment is 'rnd-m9'"):
         PREPROCESSING.train_transform(AugmentConfig(auto_augment="rnd-m9"))

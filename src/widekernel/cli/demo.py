@@ -152,7 +152,7 @@ def _table(measured: list[Measured], latencies: list[float], count: int) -> Tabl
     for form, latency in zip(measured, latencies, strict=True):
         parameters = sum(parameter.numel() for parameter in form.model.parameters())
         table.add_row(form.name, f"{parameters:,}", f"{form.top1:.2f}", f"{latency:.2f}")
-    table.caption = f"latency: median of 15 batches of {LATENCY_BATCH} on this CPU, forms timed in turn"
+    table.caption = f"medians of 15 batches of {LATENCY_BATCH}, timed in turn"
     return table
 
 

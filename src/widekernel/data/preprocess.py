@@ -6,6 +6,7 @@ from typing import Any
 
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data.auto_augment import posterize
 from torch import Tensor
 
 from widekernel.data.config import AugmentConfig, DataConfig
@@ -90,7 +91,7 @@ class Preprocessing:
             ConfigError: timm does not know the auto-augment policy.
         """
         try:
-            return create_transform(
+            transform = create_transform(
                 self.input_size,
                 is_training=True,
                 scale=augment.crop_scale,
@@ -109,6 +110,24 @@ class Preprocessing:
                 f"augment.auto_augment is {augment.auto_augment!r}, which timm refuses ({error}). "
                 "Use a policy such as rand-m9-mstd0.5-inc1, or null."
             ) from error
+        _allow_posterize_to_nothing(transform)
+        return transform
+
+
+def _allow_posterize_to_nothing(transform: Any) -> None:
+    """Let timm's policies posterize to 0 bits, a black image, as published recipes do at their largest magnitude.
+
+    Recent versions of Pillow refuse 0 bits; earlier ones gave that image.
+    """
+    for step in transform.transforms:
+        operations = getattr(step, "ops", None) or [op for part in getattr(step, "policy", ()) for op in part]
+        for operation in operations:
+            if getattr(operation, "aug_fn", None) is posterize:
+                operation.aug_fn = _posterize
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **options: Any) -> Image.Image:
+    return Image.new(image.mode, image.size) if bits_to_keep < 1 else posterize(image, bits_to_keep, **options)
 
 
 def _default_crop(size: int) -> float:
