@@ -1,0 +1,95 @@
+"""Every registered network: the small ones as they are, the steps of the road made small."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+from unittest import mock
+
+import timm
+import torch
+from torch import nn
+
+import widekernel  # noqa: F401
+from widekernel.layers import tiles
+from widekernel.models import list_models
+
+NANO = list_models("*nano")
+FULL_SIZE = [name for name in list_models() if name not in NANO]
+_TINY_ROAD = {"depths": (1, 1, 2, 1), "width": 16}
+
+# Everything cheap enough to be computed with: id -> (registered name, arguments).
+SMALL: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in NANO},
+    **{f"{name}_small": (name, _TINY_ROAD) for name in FULL_SIZE if name.startswith("roadmap_")},
+    "replknet_nano_feature_norms": ("replknet_nano", {"norm_intermediate_features": True}),
+    "slak_nano_square": ("slak_nano", {"decomposed": False}),
+    "slak_nano_without_bn": ("slak_nano", {"bn": False}),
+    "slak_pw_nano_two_branches": ("slak_pw_nano", {"branches": 2}),
+    "slak_pw_nano_truncated": ("slak_pw_nano", {"padding": "same"}),
+    "shiftwise_nano_without_ghosts": ("shiftwise_nano", {"ghost_ratio": 0.0, "paths": 1, "groups": 1}),
+}
+
+
+def create(identity: str, **kwargs: Any) -> nn.Module:
+    """Make a small network by its id in `SMALL`."""
+    name, arguments = SMALL[identity]
+    return timm.create_model(name, **{**arguments, **kwargs})
+
+
+def alive(identity: str, **kwargs: Any) -> nn.Module:
+    """Make a small network in which every part has a say: no zeros at the start, batch norms that have seen data."""
+    model = create(identity, **kwargs)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                near = 0.0 if key.endswith("bias") else 1.0
+                parameter.copy_(near + 0.2 * torch.randn(parameter.shape))
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.copy_(0.1 * torch.randn(module.num_features))
+                module.running_var.copy_(0.5 + torch.rand(module.num_features))
+    return model.eval()
+
+
+def images(size: int = 64, batch: int = 2, channels: int = 3) -> torch.Tensor:
+    return torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def assert_same_state(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> None:
+    """Equal to the bit, NaN included."""
+    assert list(ours) == list(theirs)
+    different = [key for key in ours if not _same_bits(ours[key], theirs[key])]
+    assert not different
+
+
+def assert_near(ours: torch.Tensor, theirs: torch.Tensor, relative: float = 1e-5) -> None:
+    """|a - b| <= relative * max|b|, as rounding in a sum of many terms is."""
+    assert ours.shape == theirs.shape
+    error, bound = (ours - theirs).abs().max().item(), relative * theirs.abs().max().item()
+    assert error <= bound, f"largest difference {error:.3g}, allowed {bound:.3g}"
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(a, b) or torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@contextmanager
+def tables_drawn_once() -> Iterator[None]:
+    """Draw each arrangement table once instead of once a block, which is most of the time a big Shift-wise network takes."""
+    with mock.patch.object(tiles, "draw_tables", cache(tiles.draw_tables)):
+        yield
+
+
+def on_meta(name: str, **kwargs: Any) -> nn.Module:
+    """Make a network of any size without memory for its weights."""
+    with torch.device("meta"), tables_drawn_once():
+        return timm.create_model(name, **kwargs)
