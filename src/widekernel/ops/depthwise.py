@@ -20,8 +20,10 @@ from widekernel.ops.problem import (
     Problem,
     check_sum,
     check_weight_grad,
+    in_layout,
     is_channels_last,
     memory_format,
+    middles,
     mirror,
 )
 from widekernel.ops.select import Explanation, explain_problem, record, select
@@ -55,12 +57,11 @@ def depthwise_sum(
         NoBackendError: if no backend, or not the one asked for, can compute the call.
     """
     kernels = list(kernels)
-    if anchors is None:
-        anchors = [(kernel.shape[-2] // 2, kernel.shape[-1] // 2) for kernel in kernels]
+    anchors = middles(kernels) if anchors is None else anchors
     x, kernels, bias = _autocast(x, kernels, bias)
     check_sum(x, kernels, anchors, bias)
-    flat = tuple(int(a) for anchor in anchors for a in anchor)
-    return _DepthwiseSum.apply(x, bias, flat, backend or "", *kernels)
+    geometry = tuple((k.shape[2], k.shape[3], int(row), int(column)) for k, (row, column) in zip(kernels, anchors))
+    return _DepthwiseSum.apply(x, _joined(kernels), bias, geometry, backend or "")
 
 
 def depthwise_weight_grad(
@@ -80,8 +81,7 @@ def depthwise_weight_grad(
     Returns:
         (C, 1, kh, kw)
     """
-    if anchor is None:
-        anchor = (kernel_size[0] // 2, kernel_size[1] // 2)
+    anchor = tuple(size // 2 for size in kernel_size) if anchor is None else anchor  # type: ignore[assignment]
     check_weight_grad(x, grad, kernel_size, anchor)
     return _DepthwiseWeightGrad.apply(x, grad, (*kernel_size, *anchor), backend or "")
 
@@ -92,10 +92,10 @@ def explain(
     """Say which backend computes a call of `depthwise_sum`, its input gradient and its weight gradients, and why.
 
     Takes the arguments of `depthwise_sum`; nothing is computed. The first explanation is for the forward pass, the second
-    for the input gradient, the others for the weight gradient of each rectangle.
+    for the input gradient, the others for the weight gradient of each rectangle. Under autocast they speak of its type.
     """
-    if anchors is None:
-        anchors = [(kernel.shape[-2] // 2, kernel.shape[-1] // 2) for kernel in kernels]
+    anchors = middles(kernels) if anchors is None else anchors
+    x, kernels, _ = _autocast(x, list(kernels), None)
     check_sum(x, kernels, anchors, None)
     mirrored = [mirror(kernel.shape[2:], anchor) for kernel, anchor in zip(kernels, anchors)]
     problems = [_sum_problem(x, kernels, list(anchors)), _sum_problem(x, kernels, mirrored)]
@@ -106,8 +106,13 @@ def explain(
 
 def _autocast(x: Tensor, kernels: list[Tensor], bias: Tensor | None) -> tuple[Tensor, list[Tensor], Tensor | None]:
     device = x.device.type
-    available = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if not available or x.dtype == torch.float64 or not x.dtype.is_floating_point:
+    # Asking about the meta device, which knows no autocast, is an error.
+    if (
+        device == "meta"
+        or not torch.is_autocast_enabled(device)
+        or x.dtype == torch.float64
+        or not x.dtype.is_floating_point
+    ):
         return x, kernels, bias
     dtype = torch.get_autocast_dtype(device)
     return x.to(dtype), [kernel.to(dtype) for kernel in kernels], None if bias is None else bias.to(dtype)
@@ -137,7 +142,7 @@ def _depthwise_sum_op(
     problem = _sum_problem(x, kernels, _pairs(anchors))
     chosen = select(problem, backend or None)
     record(chosen.name, problem)
-    return chosen.depthwise_sum(x, kernels, _pairs(anchors), bias)
+    return in_layout(chosen.depthwise_sum(x, kernels, _pairs(anchors), bias), memory_format(x))
 
 
 @_depthwise_sum_op.register_fake
@@ -159,49 +164,55 @@ def _(x: Tensor, grad: Tensor, geometry: Sequence[int], backend: str) -> Tensor:
     return x.new_empty(x.shape[1], 1, geometry[0], geometry[1])
 
 
+# (kh, kw, anchor row, anchor column) of every rectangle
+_Geometry = tuple[tuple[int, int, int, int], ...]
+
+
 class _DepthwiseSum(torch.autograd.Function):
-    """The autograd rule of `depthwise_sum`; its input gradient is itself with flipped kernels and mirrored anchors."""
+    """The autograd rule of `depthwise_sum`; its input gradient is itself with flipped kernels and mirrored anchors.
+
+    The kernels come as one tensor of taps (C, Σ kh·kw): a fixed number of arguments, which every version of the compiler
+    can trace.
+    """
 
     @staticmethod
-    def forward(x: Tensor, bias: Tensor | None, anchors: tuple[int, ...], backend: str, *kernels: Tensor) -> Tensor:
-        return _depthwise_sum_op(x, kernels, anchors, bias, backend)
+    def forward(x: Tensor, taps: Tensor, bias: Tensor | None, geometry: _Geometry, backend: str) -> Tensor:
+        anchors = [a for _, _, row, column in geometry for a in (row, column)]
+        return _depthwise_sum_op(x, _parted(taps, geometry), anchors, bias, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, _bias, anchors, backend, *kernels = inputs
-        ctx.save_for_backward(x, *kernels)
-        ctx.anchors, ctx.backend = anchors, backend
+        x, taps, _bias, ctx.geometry, ctx.backend = inputs
+        ctx.save_for_backward(x, taps)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, *kernels = ctx.saved_tensors
+        x, taps = ctx.saved_tensors
         grad = grad.contiguous(memory_format=memory_format(x))
-        anchors = _pairs(ctx.anchors)
-        for_x = for_bias = None
+        for_x = for_taps = for_bias = None
         if ctx.needs_input_grad[0]:
-            mirrored = [a for kernel, anchor in zip(kernels, anchors) for a in mirror(kernel.shape[2:], anchor)]
-            for_x = _DepthwiseSum.apply(grad, None, tuple(mirrored), ctx.backend, *(k.flip(-1, -2) for k in kernels))
+            flipped = _joined([kernel.flip(-1, -2) for kernel in _parted(taps, ctx.geometry)])
+            mirrored = tuple((kh, kw, *mirror((kh, kw), (row, column))) for kh, kw, row, column in ctx.geometry)
+            for_x = _DepthwiseSum.apply(grad, flipped, None, mirrored, ctx.backend)
         if ctx.needs_input_grad[1]:
+            for_taps = _joined([_DepthwiseWeightGrad.apply(x, grad, rect, ctx.backend) for rect in ctx.geometry])
+        if ctx.needs_input_grad[2]:
             for_bias = grad.sum((0, 2, 3))
-        for_kernels = [
-            _DepthwiseWeightGrad.apply(x, grad, (kernel.shape[2], kernel.shape[3], *anchor), ctx.backend)
-            if ctx.needs_input_grad[4 + i]
-            else None
-            for i, (kernel, anchor) in enumerate(zip(kernels, anchors))
-        ]
-        return for_x, for_bias, None, None, *for_kernels
+        return for_x, for_taps, for_bias, None, None
 
     @staticmethod
-    def vmap(info: Any, dims: tuple[Any, ...], x: Tensor, bias: Any, anchors: Any, backend: str, *kernels: Tensor) -> Any:
+    def vmap(
+        info: Any, dims: tuple[Any, ...], x: Tensor, taps: Tensor, bias: Any, geometry: _Geometry, backend: str
+    ) -> tuple[Tensor, int]:
         size = info.batch_size
-        if dims[1] is None and all(dim is None for dim in dims[4:]):
-            y = _DepthwiseSum.apply(x.movedim(dims[0], 0).flatten(0, 1), bias, anchors, backend, *kernels)
+        if dims[1] is None and dims[2] is None:
+            y = _DepthwiseSum.apply(x.movedim(dims[0], 0).flatten(0, 1), taps, bias, geometry, backend)
             return y.unflatten(0, (size, -1)), 0
         # Kernels that differ along the mapped dimension become channels of their own.
         planes = _into_channels(_mapped(x, dims[0], size))
-        wide = [_mapped(kernel, dim, size).flatten(0, 1) for kernel, dim in zip(kernels, dims[4:])]
-        shift = None if bias is None else _mapped(bias, dims[1], size).flatten(0, 1)
-        return _DepthwiseSum.apply(planes, shift, anchors, backend, *wide).unflatten(1, (size, -1)), 1
+        wide = _mapped(taps, dims[1], size).flatten(0, 1)
+        shift = None if bias is None else _mapped(bias, dims[2], size).flatten(0, 1)
+        return _DepthwiseSum.apply(planes, wide, shift, geometry, backend).unflatten(1, (size, -1)), 1
 
 
 class _DepthwiseWeightGrad(torch.autograd.Function):
@@ -222,10 +233,10 @@ class _DepthwiseWeightGrad(torch.autograd.Function):
         kernel, anchor = ctx.geometry[:2], ctx.geometry[2:]
         for_x = for_grad = None
         if ctx.needs_input_grad[0]:
-            flipped = cotangent.flip(-1, -2)
-            for_x = _DepthwiseSum.apply(grad, None, mirror(kernel, anchor), ctx.backend, flipped)
+            flipped = cotangent.flip(-1, -2).flatten(1)
+            for_x = _DepthwiseSum.apply(grad, flipped, None, ((*kernel, *mirror(kernel, anchor)),), ctx.backend)
         if ctx.needs_input_grad[1]:
-            for_grad = _DepthwiseSum.apply(x, None, anchor, ctx.backend, cotangent)
+            for_grad = _DepthwiseSum.apply(x, cotangent.flatten(1), None, (ctx.geometry,), ctx.backend)
         return for_x, for_grad, None, None
 
     @staticmethod
@@ -233,6 +244,18 @@ class _DepthwiseWeightGrad(torch.autograd.Function):
         size = info.batch_size
         planes, grads = (_into_channels(_mapped(t, dim, size)) for t, dim in zip((x, grad), dims))
         return _DepthwiseWeightGrad.apply(planes, grads, geometry, backend).unflatten(0, (size, -1)), 0
+
+
+def _joined(kernels: Sequence[Tensor]) -> Tensor:
+    """Turn kernels (C, 1, kh, kw) into taps (C, Σ kh·kw)."""
+    flat = [kernel.flatten(1) for kernel in kernels]
+    return flat[0] if len(flat) == 1 else torch.cat(flat, 1)
+
+
+def _parted(taps: Tensor, geometry: _Geometry) -> list[Tensor]:
+    """Turn taps (C, Σ kh·kw) back into kernels (C, 1, kh, kw)."""
+    parts = taps.split([kh * kw for kh, kw, _, _ in geometry], 1)
+    return [part.unflatten(1, (1, kh, kw)).contiguous() for part, (kh, kw, _, _) in zip(parts, geometry)]
 
 
 def _mapped(tensor: Tensor, dim: int | None, size: int) -> Tensor:
