@@ -159,7 +159,6 @@ def _finish(trainer: Trainer, saved: SavedModel) -> dict[str, Any]:
         **{key: value for key, value in last.items() if key != "epoch"},
         "best_top1": progress.best,
         "best_step": progress.best_step,
-        "train_unreadable": len(progress.unreadable),
     }
     if trainer.around.processes.is_main:
         save_model(trainer.model, folder.model, saved)

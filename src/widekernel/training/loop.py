@@ -236,7 +236,8 @@ class Trainer:
         is_best = progress.best is None or value > progress.best
         if is_best:
             progress.best, progress.best_step = value, progress.step
-        self._write_row({"epoch": progress.epoch, "step": progress.step, **metrics})
+        unreadable = len(progress.unreadable)
+        self._write_row({"epoch": progress.epoch, "step": progress.step, **metrics, "train_unreadable": unreadable})
         self.around.reporter.epoch(progress.epoch, metrics)
         progress.epoch += 1
         progress.step_in_epoch = 0

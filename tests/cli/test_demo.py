@@ -1,0 +1,69 @@
+"""The demo, shortened for the fast tests and whole for the slow ones."""
+
+import re
+import time
+
+import pytest
+import torch
+from PIL import Image
+
+from widekernel.cli import demo, train
+from widekernel.cli.main import main
+
+pytest.importorskip("sklearn")
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Two epochs of a narrower network at half the resolution."""
+
+    def shortened(arguments):
+        changes = ["--schedule.epochs=2", "--schedule.warmup_epochs=0", "--data.input_size=32", "--loop.batch_size=64",
+                   "--model.args.dims", "[8, 16, 16, 32]"]  # fmt: skip
+        return train.parse_config([*arguments, *changes])
+
+    monkeypatch.setattr(demo, "parse_config", shortened)
+
+
+def accuracies(text: str) -> list[str]:
+    return re.findall(r"│\s+(\d+\.\d\d)\s+│\s+\d+\.\d\d\s+│", text)
+
+
+def test_demo(short, tmp_path, capsys):
+    folder = tmp_path / "demo"
+    assert main(["demo", "--output", str(folder)]) == 0
+    first = capsys.readouterr().out
+    assert len(accuracies(first)) == 4
+    assert len(set(accuracies(first))) == 1
+    assert str(folder / "demo.png") in first.replace("\n", "")
+    assert {path.name for path in folder.iterdir()} >= {"dense.safetensors", "folded.safetensors", "demo.png"}
+    with Image.open(folder / "demo.png") as picture:
+        assert min(picture.size) > 800
+    started = time.perf_counter()
+    assert main(["demo", "--output", str(folder)]) == 0
+    assert time.perf_counter() - started < 30
+    second = capsys.readouterr().out
+    assert "finished already" in second
+    assert accuracies(second) == accuracies(first)
+
+
+def test_demo_fails_if_the_forms_disagree(short, tmp_path, capsys, monkeypatch):
+    restore = demo.restore_model
+
+    def damaged(path):
+        model, saved = restore(path)
+        if path.name == "folded.safetensors":
+            with torch.no_grad():
+                model.head.fc.bias[3] += 100
+        return model, saved
+
+    monkeypatch.setattr(demo, "restore_model", damaged)
+    assert main(["demo", "--output", str(tmp_path / "demo")]) == 2
+    assert "must agree" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_whole_demo(seed, tmp_path, capsys):
+    assert main(["demo", "--output", str(tmp_path / "demo"), "--seed", str(seed)]) == 0
+    assert float(accuracies(capsys.readouterr().out)[0]) >= 98.0
