@@ -51,9 +51,26 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if is_channels_last(x) else torch.contiguous_format
 
 
+def in_layout(y: Tensor, layout: torch.memory_format) -> Tensor:
+    """Give `y` with the strides that `torch.empty` would give it in that layout.
+
+    `contiguous` does not do that for dimensions of size 1, whose strides mean nothing; but compiled code asserts that an
+    operator returns the very strides that it promised.
+    """
+    y = y.contiguous(memory_format=layout)
+    if min(y.shape) > 1:
+        return y
+    return y.as_strided(y.shape, torch.empty_like(y, memory_format=layout, device="meta").stride())
+
+
 def mirror(kernel: Sequence[int], anchor: Anchor) -> Anchor:
     """Give the anchor of the flipped kernel, which is the one the input gradient needs."""
     return kernel[0] - 1 - anchor[0], kernel[1] - 1 - anchor[1]
+
+
+def middles(kernels: Sequence[Tensor]) -> list[Anchor]:
+    """Give the middle tap of every kernel; what is no kernel at all is left to `check_sum`."""
+    return [(k.shape[2] // 2, k.shape[3] // 2) if k.dim() == 4 else (0, 0) for k in kernels]
 
 
 def check_anchor(kernel: Sequence[int], anchor: Sequence[int]) -> None:
@@ -69,8 +86,7 @@ def check_sum(x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Sequence[i
     """Raise a ValueError that names the offending value unless the arguments of `depthwise_sum` fit together."""
     if x.dim() != 4:
         raise ValueError(f"x has shape {tuple(x.shape)}: depthwise_sum needs four dimensions (N, C, H, W)")
-    if not x.dtype.is_floating_point:
-        raise ValueError(f"x has dtype {x.dtype}: depthwise_sum needs a floating-point type; convert it first")
+    _check_floating(x, DEPTHWISE_SUM)
     if not kernels:
         raise ValueError("kernels is empty: depthwise_sum needs at least one rectangle")
     if len(kernels) != len(anchors):
@@ -96,10 +112,16 @@ def check_weight_grad(x: Tensor, grad: Tensor, kernel: Sequence[int], anchor: Se
     """Raise a ValueError that names the offending value unless the arguments of `depthwise_weight_grad` fit together."""
     if x.dim() != 4 or grad.shape != x.shape:
         raise ValueError(f"x has shape {tuple(x.shape)} and grad {tuple(grad.shape)}: both must be the same (N, C, H, W)")
+    _check_floating(x, DEPTHWISE_WEIGHT_GRAD)
     if len(kernel) != 2 or min(kernel) < 1:
         raise ValueError(f"kernel size {tuple(kernel)} must be two positive numbers (kh, kw)")
     check_anchor(kernel, anchor)
     _check_same("grad", grad, x)
+
+
+def _check_floating(x: Tensor, op: str) -> None:
+    if not x.dtype.is_floating_point:
+        raise ValueError(f"x has dtype {x.dtype}: {op} needs a floating-point type; convert it first")
 
 
 def _check_same(name: str, tensor: Tensor, x: Tensor) -> None:

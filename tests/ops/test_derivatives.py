@@ -1,0 +1,182 @@
+"""Derivatives: numerical checks of first and second order, function transforms, and what must raise."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import functional_call, grad, jacrev, vmap
+
+from tests.ops.cases import assert_close, definition
+from widekernel import ops
+
+ANCHORS = [(0, 3), (1, 0)]
+NAMES = ("x", "wide", "square", "bias")
+
+
+def arguments(batch: int | None = None) -> list[Tensor]:
+    """x, two kernels and a bias, each with a leading dimension if `batch` is given."""
+    lead = () if batch is None else (batch,)
+    shapes = [(2, 2, 3, 3), (2, 1, 2, 4), (2, 1, 2, 2), (2,)]
+    return [torch.randn(*lead, *shape, dtype=torch.float64) for shape in shapes]
+
+
+def ours(x: Tensor, wide: Tensor, square: Tensor, bias: Tensor) -> Tensor:
+    return ops.depthwise_sum(x, [wide, square], ANCHORS, bias)
+
+
+def theirs(x: Tensor, wide: Tensor, square: Tensor, bias: Tensor) -> Tensor:
+    return definition(x, [wide, square], ANCHORS, bias)
+
+
+def loss(function):
+    """A scalar whose second derivatives do not vanish."""
+    return lambda *args: (function(*args).sin() * torch.linspace(1, 2, 36, dtype=torch.float64).view(2, 2, 3, 3)).sum()
+
+
+@pytest.mark.parametrize("backend", ["portable", "reference"])
+@pytest.mark.parametrize("check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])
+def test_numerical_gradients_of_the_sum(check, backend: str) -> None:
+    inputs = [t.requires_grad_() for t in arguments()]
+    assert check(lambda x, a, b, c: ops.depthwise_sum(x, [a, b], ANCHORS, c, backend=backend), inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("backend", ["portable", "reference"])
+@pytest.mark.parametrize("check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])
+def test_numerical_gradients_of_the_weight_gradient(check, backend: str) -> None:
+    x, g = (torch.randn(2, 2, 3, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert check(lambda x, g: ops.depthwise_weight_grad(x, g, (2, 4), (0, 3), backend=backend), [x, g], fast_mode=True)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_numerical_gradients_with_a_wide_kernel(layout: str) -> None:
+    """Wide kernels take another path through the portable backend than narrow ones."""
+    x = torch.randn(1, 2, 3, 5, dtype=torch.float64)
+    x = x.contiguous(memory_format=getattr(torch, layout.replace("contiguous", "contiguous_format")))
+    kernel = torch.randn(2, 1, 1, 11, dtype=torch.float64)
+    inputs = (x.requires_grad_(), kernel.requires_grad_())
+    assert torch.autograd.gradcheck(lambda x, k: ops.depthwise_sum(x, [k], [(0, 7)]), inputs)
+    assert torch.autograd.gradgradcheck(lambda x, k: ops.depthwise_sum(x, [k], [(0, 7)]), inputs)
+
+
+def test_func_grad() -> None:
+    args = arguments()
+    got = grad(loss(ours), argnums=(0, 1, 2, 3))(*args)
+    want = grad(loss(theirs), argnums=(0, 1, 2, 3))(*args)
+    for mine, truth in zip(got, want):
+        assert_close(mine, truth)
+
+
+MAPPED = [which for which in itertools.product([False, True], repeat=4) if any(which)]
+
+
+def mapped_id(which: tuple[bool, ...]) -> str:
+    return "+".join(name for name, mapped in zip(NAMES, which) if mapped)
+
+
+@pytest.mark.parametrize("which", MAPPED, ids=mapped_id)
+def test_per_sample_gradients(which: tuple[bool, ...]) -> None:
+    batched, single = arguments(3), arguments()
+    args = [many if mapped else one for mapped, many, one in zip(which, batched, single)]
+    dims = tuple(0 if mapped else None for mapped in which)
+    everything = (0, 1, 2, 3)
+    got = vmap(grad(loss(ours), everything), dims)(*args)
+    for i in range(3):
+        one = [arg[i] if mapped else arg for mapped, arg in zip(which, args)]
+        for mine, truth in zip(got, grad(loss(theirs), everything)(*one)):
+            assert_close(mine[i], truth)
+
+
+@pytest.mark.parametrize("which", MAPPED, ids=mapped_id)
+def test_mapped_outputs(which: tuple[bool, ...]) -> None:
+    """Other dimensions than the first are mapped over, and put elsewhere in the output."""
+    batched, single = arguments(3), arguments()
+    args = [many.movedim(0, -1) if mapped else one for mapped, many, one in zip(which, batched, single)]
+    got = vmap(ours, tuple(-1 if mapped else None for mapped in which), 2)(*args)
+    one_by_one = [
+        theirs(*(many[i] if mapped else one for mapped, many, one in zip(which, batched, single))) for i in range(3)
+    ]
+    assert_close(got, torch.stack(one_by_one, 2))
+
+
+@pytest.mark.parametrize("which", [(True, True), (True, False), (False, True)], ids=["both", "x", "gradient"])
+def test_mapped_weight_gradients(which: tuple[bool, bool]) -> None:
+    x, g = (torch.randn(*([3] if mapped else []), 2, 2, 3, 3, dtype=torch.float64) for mapped in which)
+    got = vmap(lambda x, g: ops.depthwise_weight_grad(x, g, (2, 4), (0, 3)), tuple(0 if m else None for m in which))(x, g)
+    for i in range(3):
+        args = [t[i] if mapped else t for mapped, t in zip(which, (x, g))]
+        assert_close(got[i], ops.depthwise_weight_grad(*args, (2, 4), (0, 3), backend="reference"))
+
+
+def test_nested_maps() -> None:
+    x, kernels, squares, biases = torch.randn(3, 2, 2, 3, 3, dtype=torch.float64), *arguments(2)[1:]
+    got = vmap(vmap(ours, (None, 0, 0, 0)), (0, None, None, None))(x, kernels, squares, biases)
+    want = [torch.stack([theirs(one, *rest) for rest in zip(kernels, squares, biases)]) for one in x]
+    assert_close(got, torch.stack(want))
+
+
+@pytest.mark.parametrize("second", range(4), ids=NAMES)
+@pytest.mark.parametrize("first", range(4), ids=NAMES)
+def test_hessians(first: int, second: int) -> None:
+    args = [t[:, :1] if t.dim() == 4 and t.shape[1] == 2 else t[:1] for t in arguments()]
+
+    def scalar(function):
+        return lambda *a: function(*a).sin().sum()
+
+    got = jacrev(jacrev(scalar(ours), first), second)(*args)
+    assert_close(got, jacrev(jacrev(scalar(theirs), first), second)(*args))
+
+
+def test_third_derivatives() -> None:
+    args = [t.requires_grad_() for t in arguments()]
+
+    def third(function) -> Tensor:
+        value = loss(function)(*args)
+        for _ in range(2):
+            value = sum(g.square().sum() for g in torch.autograd.grad(value, args, create_graph=True))
+        return torch.cat([g.flatten() for g in torch.autograd.grad(value, args)])
+
+    assert_close(third(ours), third(theirs), 1e-11)
+
+
+def test_per_sample_gradients_of_a_layer() -> None:
+    from widekernel.layers import DepthwiseConv2d
+
+    layer = DepthwiseConv2d(2, 2, 3, padding=1, groups=2).double()
+    parameters = dict(layer.named_parameters())
+    images = torch.randn(4, 2, 5, 5, dtype=torch.float64)
+
+    def square(parameters: dict[str, Tensor], image: Tensor) -> Tensor:
+        return functional_call(layer, parameters, (image,)).square().sum()
+
+    got = vmap(grad(square), (None, 0))({k: v.detach() for k, v in parameters.items()}, images)
+    for i, image in enumerate(images):
+        layer.zero_grad()
+        layer(image).square().sum().backward()
+        for name, parameter in parameters.items():
+            assert_close(got[name][i], parameter.grad)
+
+
+@pytest.mark.parametrize("position", range(4), ids=NAMES)
+def test_forward_mode_raises(position: int) -> None:
+    """A silent zero tangent would be worse than an error."""
+    args = arguments()
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(lambda t: ours(*args[:position], t, *args[position + 1 :]), (args[position],), (args[position],))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(args[position], torch.ones_like(args[position]))
+        with pytest.raises(NotImplementedError, match="jvp"):
+            ours(*args[:position], dual, *args[position + 1 :])
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(lambda t: ops.depthwise_weight_grad(t, args[0], (3, 3)), (arguments()[0],), (arguments()[0],))
+
+
+def test_no_graph_without_gradients() -> None:
+    args = [t.requires_grad_() for t in arguments()]
+    with torch.no_grad():
+        assert not ours(*args).requires_grad
+    with torch.inference_mode():
+        assert ours(*args).is_inference()
+    assert ours(*args).requires_grad

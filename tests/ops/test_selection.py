@@ -1,0 +1,272 @@
+"""Which backend runs, what `explain` and `trace` say about it, and every error message of the operators."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from torch import Tensor
+
+from widekernel import ops
+from widekernel.errors import WidekernelError
+from widekernel.ops import reference, select
+from widekernel.ops.problem import Problem
+
+SIZES = [(7, 3), (3, 7), (1, 1)]
+
+
+class Fake:
+    """A backend that is the reference, with reasons of one's choice against itself."""
+
+    def __init__(self, *reasons: str, only: str | None = None) -> None:
+        self.name, self.reasons, self.only = "fake", list(reasons), only
+
+    def reasons_against(self, problem: Problem) -> list[str]:
+        wrong = [f"{problem.op} is not {self.only}"] if self.only not in (None, problem.op) else []
+        return [*self.reasons, *wrong]
+
+    def can_run(self, problem: Problem) -> bool:
+        return not self.reasons_against(problem)
+
+    depthwise_sum = staticmethod(reference.depthwise_sum)
+    depthwise_weight_grad = staticmethod(reference.depthwise_weight_grad)
+
+
+@pytest.fixture
+def in_front(monkeypatch: pytest.MonkeyPatch):
+    """Puts a backend in front of the others for the length of a test."""
+    return lambda backend: monkeypatch.setattr(select, "_BACKENDS", [backend, *select._BACKENDS])
+
+
+def tensors(dtype: torch.dtype = torch.float32) -> tuple[Tensor, list[Tensor]]:
+    x = torch.randn(2, 3, 8, 9, dtype=torch.float64).to(dtype).requires_grad_()
+    return x, [torch.randn(3, 1, *size, dtype=torch.float64).to(dtype).requires_grad_() for size in SIZES]
+
+
+def step(backend: str | None = None) -> select.Trace:
+    x, kernels = tensors()
+    with ops.trace() as trace:
+        ops.depthwise_sum(x, kernels, backend=backend).sum().backward()
+    return trace
+
+
+def test_the_order_of_preference_ends_with_the_definition() -> None:
+    assert ops.backends()[-2:] == ("portable", "reference")
+
+
+@pytest.mark.parametrize(("asked", "runs"), [(None, "portable"), ("portable", "portable"), ("reference", "reference")])
+def test_which_backend_ran_in_every_part_of_a_step(asked: str | None, runs: str) -> None:
+    trace = step(asked)
+    assert trace.backends() == [runs] * 5
+    assert trace.backends("depthwise_sum") == [runs] * 2
+    assert trace.backends("depthwise_weight_grad") == [runs] * 3
+    forward, for_x, *for_kernels = [problem for _, problem in trace.calls]
+    assert forward.op == for_x.op == "depthwise_sum"
+    assert forward.kernels == for_x.kernels == tuple(SIZES)
+    assert forward.shape == (2, 3, 8, 9)
+    assert [problem.kernels for problem in for_kernels] == [(size,) for size in SIZES]
+
+
+def test_the_input_gradient_has_mirrored_anchors() -> None:
+    x, kernels = tensors()
+    with ops.trace() as trace:
+        ops.depthwise_sum(x, kernels, [(0, 0), (2, 1), (0, 0)]).sum().backward()
+    assert trace.calls[0][1].anchors == ((0, 0), (2, 1), (0, 0))
+    assert trace.calls[1][1].anchors == ((6, 2), (0, 5), (0, 0))
+
+
+def test_the_second_derivative_stays_on_the_backend_asked_for() -> None:
+    x, kernels = tensors()
+    with ops.trace() as trace:
+        y = ops.depthwise_sum(x, kernels, backend="reference")
+        (g,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        g.square().sum().backward()
+    assert len(trace.calls) > 5
+    assert set(trace.backends()) == {"reference"}
+
+
+def test_the_layout_is_part_of_the_problem() -> None:
+    x, kernels = tensors()
+    with ops.trace() as trace:
+        ops.depthwise_sum(x, kernels)
+        ops.depthwise_sum(x.contiguous(memory_format=torch.channels_last), kernels)
+    assert [problem.channels_last for _, problem in trace.calls] == [False, True]
+    assert "channels_last" in str(trace.calls[1][1])
+
+
+def test_nothing_is_recorded_outside_the_block() -> None:
+    with ops.trace() as trace:
+        pass
+    step()
+    assert trace.calls == []
+    assert select._TRACES == []
+
+
+def test_traces_nest_and_close_on_errors() -> None:
+    x, kernels = tensors()
+    with ops.trace() as outer:
+        ops.depthwise_sum(x, kernels)
+        with ops.trace() as inner:
+            ops.depthwise_sum(x, kernels)
+        with pytest.raises(ValueError, match="x has shape"), ops.trace():
+            ops.depthwise_sum(x[0], kernels)
+    assert (len(outer.calls), len(inner.calls)) == (2, 1)
+    assert select._TRACES == []
+
+
+def test_traces_see_other_threads() -> None:
+    x, kernels = tensors()
+    with ops.trace() as trace:
+        threads = [threading.Thread(target=ops.depthwise_sum, args=(x, kernels)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(trace.calls) == 4
+
+
+def test_explain_agrees_with_what_runs() -> None:
+    x, kernels = tensors()
+    with ops.trace() as trace:
+        explained = ops.explain(x, kernels)
+        assert trace.calls == []
+        ops.depthwise_sum(x, kernels).sum().backward()
+    assert [(e.backend, e.problem) for e in explained] == trace.calls
+
+
+def test_explain_gives_the_reasons_against_the_others() -> None:
+    explanation = ops.explain(*tensors())[0]
+    assert list(explanation.reasons) == ["reference"]
+    assert "backend='reference'" in explanation.reasons["reference"][0]
+    lines = str(explanation).splitlines()
+    assert lines[0].startswith("depthwise_sum of (2, 3, 8, 9) torch.float32 contiguous on cpu with 7x3 anchored at (3, 1)")
+    assert lines[1] == "  runs on: portable"
+    assert lines[2].startswith("  not on reference: it is the slow definition")
+
+
+def test_explain_of_a_backend_asked_for() -> None:
+    explained = ops.explain(*tensors(), backend="reference")
+    assert {e.backend for e in explained} == {"reference"}
+    assert explained[0].reasons == {"portable": ["reference was asked for"]}
+
+
+def test_a_backend_in_front_is_chosen(in_front) -> None:
+    in_front(Fake())
+    assert step().backends() == ["fake"] * 5
+    explained = ops.explain(*tensors())
+    assert {e.backend for e in explained} == {"fake"}
+    assert explained[0].reasons["portable"] == ["fake comes first"]
+
+
+def test_a_backend_with_reasons_against_itself_is_skipped(in_front) -> None:
+    in_front(Fake("the moon is full", "it is Tuesday"))
+    assert step().backends() == ["portable"] * 5
+    explanation = ops.explain(*tensors())[0]
+    assert explanation.reasons["fake"] == ["the moon is full", "it is Tuesday"]
+    assert "  not on fake: the moon is full; it is Tuesday" in str(explanation)
+
+
+@pytest.mark.parametrize("only", ["depthwise_sum", "depthwise_weight_grad"])
+def test_a_backend_may_take_one_operator_only(in_front, only: str) -> None:
+    in_front(Fake(only=only))
+    expected = ["fake" if op == only else "portable" for op in ["depthwise_sum"] * 2 + ["depthwise_weight_grad"] * 3]
+    assert step().backends() == expected
+    assert [e.backend for e in ops.explain(*tensors())] == expected
+
+
+def test_results_of_a_backend_take_the_promised_layout(in_front) -> None:
+    """The contract of the operator does not depend on how careful a backend is."""
+    fake = Fake()
+    fake.depthwise_sum = lambda *args: reference.depthwise_sum(*args).transpose(2, 3).contiguous().transpose(2, 3)
+    in_front(fake)
+    x, kernels = tensors()
+    assert ops.depthwise_sum(x, kernels).is_contiguous()
+    y = ops.depthwise_sum(x.contiguous(memory_format=torch.channels_last), kernels)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_backend_that_cannot_run_says_why_when_asked_for(in_front) -> None:
+    in_front(Fake("the moon is full"))
+    with pytest.raises(ops.NoBackendError, match=r"fake cannot compute depthwise_sum of .*: the moon is full"):
+        ops.depthwise_sum(*tensors(), backend="fake")
+
+
+def test_all_reasons_are_listed_when_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(select, "_BACKENDS", [Fake("the moon is full"), reference])
+    with pytest.raises(ops.NoBackendError) as error:
+        ops.depthwise_sum(*tensors())
+    message = str(error.value)
+    assert message.startswith("no backend can compute depthwise_sum of (2, 3, 8, 9)")
+    assert "\n  fake: the moon is full" in message
+    assert "\n  reference: it is the slow definition" in message
+
+
+@pytest.mark.parametrize("call", ["depthwise_sum", "depthwise_weight_grad", "explain"])
+def test_an_unknown_backend(call: str) -> None:
+    x, kernels = tensors()
+    arguments = (x, x, (3, 3)) if call == "depthwise_weight_grad" else (x, kernels)
+    message = r"unknown backend 'portabel': .*portable, reference\. Did you mean 'portable'\?"
+    with pytest.raises(ops.NoBackendError, match=message):
+        getattr(ops, call)(*arguments, backend="portabel")
+    with pytest.raises(ops.NoBackendError) as error:
+        getattr(ops, call)(*arguments, backend="zzz")
+    assert "Did you mean" not in str(error.value)
+    assert isinstance(error.value, WidekernelError)
+
+
+X, K = torch.zeros(2, 3, 5, 6), torch.zeros(3, 1, 3, 3)
+WRONG_SUMS = {
+    "three-dimensions": ((X[0], [K]), r"x has shape \(3, 5, 6\): .*four dimensions \(N, C, H, W\)"),
+    "integers": ((X.long(), [K.long()]), r"x has dtype torch.int64: .*floating-point type; convert"),
+    "complex": ((X.cfloat(), [K.cfloat()]), r"x has dtype torch.complex64: .*floating-point type"),
+    "no-kernel": ((X, []), "kernels is empty"),
+    "missing-anchor": ((X, [K, K], [(1, 1)]), "2 kernels but 1 anchors"),
+    "three-dimensional-kernel": (
+        (X, [K[0]]),
+        r"kernels\[0\] has shape \(1, 3, 3\): an input with 3 channels needs \(3, 1, kh, kw\)",
+    ),
+    "one-dimensional-kernel": ((X, [K[0, 0, 0]]), r"kernels\[0\] has shape \(3,\)"),
+    "other-channels": ((X, [K, K[:2]]), r"kernels\[1\] has shape \(2, 1, 3, 3\): an input with 3 channels"),
+    "dense-kernel": ((X, [K.expand(3, 3, 3, 3)]), r"kernels\[0\] has shape \(3, 3, 3, 3\)"),
+    "no-tap": ((X, [K[..., :0]]), r"kernels\[0\] has shape \(3, 1, 3, 0\): .*at least one tap"),
+    "anchor-outside": ((X, [K], [(1, 3)]), r"anchor \(1, 3\) lies outside the 3x3 kernel: .*0 <= column < 3"),
+    "negative-anchor": ((X, [K], [(-1, 0)]), r"anchor \(-1, 0\) lies outside"),
+    "long-anchor": ((X, [K], [(1, 1, 1)]), r"anchor \(1, 1, 1\) lies outside"),
+    "kernel-type": (
+        (X, [K.double()]),
+        r"kernels\[0\] is torch.float64 on cpu but x is torch.float32 on cpu: convert.*autocast",
+    ),
+    "kernel-device": ((X, [K.to("meta")]), r"kernels\[0\] is torch.float32 on meta but x is torch.float32 on cpu"),
+    "bias-shape": ((X, [K], None, torch.zeros(1)), r"bias has shape \(1,\): .*needs \(3,\)"),
+    "bias-type": ((X, [K], None, torch.zeros(3).half()), r"bias is torch.float16 on cpu but x is torch.float32"),
+}
+WRONG_WEIGHT_GRADIENTS = {
+    "three-dimensions": ((X[0], X[0], (3, 3)), r"x has shape \(3, 5, 6\) and grad \(3, 5, 6\): both must be the same"),
+    "other-shape": ((X, X[:1], (3, 3)), r"x has shape \(2, 3, 5, 6\) and grad \(1, 3, 5, 6\)"),
+    "integers": (
+        (X.long(), X.long(), (3, 3)),
+        r"x has dtype torch.int64: depthwise_weight_grad needs a floating-point type",
+    ),
+    "one-size": ((X, X, (3,)), r"kernel size \(3,\) must be two positive numbers"),
+    "no-tap": ((X, X, (3, 0)), r"kernel size \(3, 0\) must be two positive numbers"),
+    "anchor-outside": ((X, X, (3, 3), (3, 0)), r"anchor \(3, 0\) lies outside the 3x3 kernel: .*0 <= row < 3"),
+    "gradient-type": ((X, X.double(), (3, 3)), r"grad is torch.float64 on cpu but x is torch.float32"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_SUMS)
+def test_wrong_arguments_of_the_sum(wrong: str) -> None:
+    arguments, message = WRONG_SUMS[wrong]
+    with pytest.raises(ValueError, match=message):
+        ops.depthwise_sum(*arguments)
+    if len(arguments) < 4:
+        with pytest.raises(ValueError, match=message):
+            ops.explain(*arguments)
+
+
+@pytest.mark.parametrize("wrong", WRONG_WEIGHT_GRADIENTS)
+def test_wrong_arguments_of_the_weight_gradient(wrong: str) -> None:
+    arguments, message = WRONG_WEIGHT_GRADIENTS[wrong]
+    with pytest.raises(ValueError, match=message):
+        ops.depthwise_weight_grad(*arguments)
