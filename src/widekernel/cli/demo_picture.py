@@ -102,7 +102,7 @@ def _draw_kernel(axes: Axes, title: str, rects: list[Rect], channel: int, reach:
     canvas = _canvas(rects, channel, reach)
     limit = float(canvas.abs().nan_to_num().max()) or 1.0
     extent = (-reach - 0.5, reach + 0.5, reach + 0.5, -reach - 0.5)
-    axes.imshow(canvas, cmap="RdBu_r", vmin=-limit, vmax=limit, extent=extent)
+    axes.imshow(canvas.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, extent=extent)
     axes.set_facecolor("0.9")
     axes.set_title(title, fontsize=10)
 
