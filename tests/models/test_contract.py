@@ -179,7 +179,7 @@ def test_stop_early(name: str) -> None:
 
 @every_family
 def test_intermediates_only_come_as_maps_of_channels_first(name: str) -> None:
-    with pytest.raises(ValueError, match="'NHWC' is not supported.*'NCHW'"):
+    with pytest.raises(ValueError, match=r"'NHWC' is not supported.*'NCHW'"):
         create(name).forward_intermediates(images(), output_fmt="NHWC")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,8 +15,8 @@ from tests.models.zoo import FULL_SIZE, on_meta
 
 
 @pytest.fixture(scope="module", params=FULL_SIZE)
-def model(request: pytest.FixtureRequest) -> Iterator[nn.Module]:
-    yield on_meta(request.param).eval()
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    return on_meta(request.param).eval()
 
 
 def test_no_memory_is_taken(model: nn.Module) -> None:

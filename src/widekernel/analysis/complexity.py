@@ -92,7 +92,7 @@ def _without_data(model: nn.Module) -> nn.Module:
 
 def _cost(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[Cost, int]:
     """Count, and say by how many multiply-accumulates the authors' execution differs."""
-    mode = model.training
+    modes = [(module, module.training) for module in model.modules()]
     differences: list[int] = []
     hooks = [
         module.register_forward_hook(lambda layer, args, _: differences.append(_difference(layer, args[0])))
@@ -106,7 +106,8 @@ def _cost(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[Cost, int
         with torch.no_grad(), FlopCounterMode(display=False) as counter, _Activations() as activations:
             torch.func.functional_call(model, meta, (image,))
     finally:
-        model.train(mode)
+        for module, mode in modes:
+            module.training = mode
         for hook in hooks:
             hook.remove()
     params = sum(parameter.numel() for parameter in model.parameters())

@@ -271,9 +271,19 @@ def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
 
 def check_stages(**per_stage: Sequence[Any]) -> None:
     """Raise unless every given sequence has the same length, one entry a stage."""
+    for name, values in per_stage.items():
+        if not isinstance(values, Sequence):
+            raise ValueError(f"{name} must be a sequence with one entry a stage, not {values!r}")
     lengths = {name: len(values) for name, values in per_stage.items()}
     if len(set(lengths.values())) != 1:
         raise ValueError(f"one entry a stage is needed, all alike, but the lengths are {lengths}")
+
+
+def check_widths(**widths: Sequence[int]) -> None:
+    """Raise unless every stage has at least one channel."""
+    for name, values in widths.items():
+        if min(values) < 1:
+            raise ValueError(f"{name} come out as {tuple(values)}: every stage needs at least one channel")
 
 
 def default_cfg(input_size: int = 224, stride: int = 32, **kwargs: Any) -> dict[str, Any]:
@@ -324,13 +334,16 @@ def build(
 
 
 def _default_indices(model_cls: Any, config: Any, overrides: dict[str, Any]) -> dict[str, Any]:
+    config = dataclasses.replace(config, **overrides)
     choose = getattr(model_cls, "default_out_indices", None)
-    return {"out_indices": choose(dataclasses.replace(config, **overrides)) if choose else (0, 1, 2, 3)}
+    return {"out_indices": choose(config) if choose else tuple(range(len(config.depths)))}
 
 
 def _to_native(state: dict[str, Tensor], model: StagedConvNet) -> dict[str, Tensor]:
-    """Translate a pretrained state dict for timm's loader."""
-    return translate(model, state).state
+    """Translate a pretrained state dict for timm's loader, which is to name the keys that no rule knows."""
+    found, own = translate(model, state), model.state_dict()
+    unknown = {key: state[key] for key in found.unknown if key in state}
+    return {**unknown, **{key: own[key] for key in found.generated}, **found.state}
 
 
 def _frozen(value: Any) -> Any:

@@ -6,6 +6,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +32,7 @@ class LoadReport:
         loaded: our keys that were filled.
         dropped: head weights of another number of classes, left out; named as in the file.
         missing: our keys that the file does not hold (the head of a backbone checkpoint), left as they were.
-        ignored: keys of the file that belong to other parts of a larger network.
+        ignored: keys of the file that belong to other parts of a larger network, or to stages that were taken off this one.
         generated: tables that the layout never holds; the network's own were kept.
         notes: prefixes removed, kernels converted.
     """
@@ -74,13 +75,16 @@ def load_checkpoint(model: nn.Module, path: str | Path, weights: Literal["model"
         CheckpointError: if the file cannot be read safely, holds another network, or does not fill the model; the message
             names every key.
     """
-    network: nn.Module = model.model if isinstance(model, FeatureGetterNet) else model
+    network = _inner(model)
     container = containers.read(path, weights)
     state, prefixes, others = strip_prefixes(container.state)
     is_backbone = "backbone." in prefixes
-    translation = translate(network, state)
+    try:
+        translation = translate(network, state)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} does not fit: {error}") from None
     own = network.state_dict()
-    plan = _plan(own, translation, is_backbone)
+    plan = _plan(own, translation, is_backbone, _removed_stages(network))
     if plan.problems:
         raise CheckpointError(
             f"{path} does not fit the {type(network).__name__}; nothing was loaded:\n"
@@ -117,7 +121,7 @@ def save_checkpoint(
     """Save the weights of `model`, whole or not at all.
 
     Args:
-        model: the network.
+        model: the network, or its `features_only` form.
         path: ends in `.safetensors` for layout "native", in `.pth` or `.pt` for "official".
         layout: "native" for our own names, "official" for those of the authors' code, which can then load the file.
         metadata: JSON-able values to keep in a safetensors file.
@@ -134,12 +138,23 @@ def save_checkpoint(
     if layout == "official":
         if metadata:
             raise CheckpointError("the official layout has no place for metadata: save with layout='native'")
-        state = {key: value.detach().cpu() for key, value in to_official(model).items()}
+        state = {key: value.detach().cpu() for key, value in to_official(_inner(model)).items()}
         return _write(path, lambda file: torch.save({"model": state}, file))
     # Views and shared storage are made whole: safetensors writes each tensor by itself.
-    native = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
+    native = {key: value.detach().cpu().contiguous().clone() for key, value in _inner(model).state_dict().items()}
     header = {"widekernel": json.dumps(dict(metadata), sort_keys=True)} if metadata else None
     return _write(path, lambda file: save_file(native, file, metadata=header))
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """Give the network within timm's wrapper that hands out feature maps, or the model itself."""
+    return model.model if isinstance(model, FeatureGetterNet) else model  # type: ignore[return-value]
+
+
+def _removed_stages(network: nn.Module) -> tuple[str, ...]:
+    """Give the key prefixes of the stages that a shortened network no longer has."""
+    stages, described = getattr(network, "stages", ()), getattr(network, "feature_info", ())
+    return tuple(f"stages.{i}." for i in range(len(stages), len(described)))
 
 
 @dataclass
@@ -152,7 +167,7 @@ class _Plan:
     why_dropped: str = ""
 
 
-def _plan(own: Mapping[str, Tensor], translation: Translation, is_backbone: bool) -> _Plan:
+def _plan(own: Mapping[str, Tensor], translation: Translation, is_backbone: bool, removed: tuple[str, ...]) -> _Plan:
     """Sort the tensors of the file into those to load, those to leave out, and those that are an error."""
     plan = _Plan({}, [], [], list(translation.unknown) if is_backbone else [], [])
     if not is_backbone:
@@ -163,6 +178,8 @@ def _plan(own: Mapping[str, Tensor], translation: Translation, is_backbone: bool
         if key.startswith("head.fc.") and (wrong_classifier or not any(k.startswith("head.fc.") for k in own)):
             plan.dropped.append(name)
             plan.why_dropped = wrong_classifier
+        elif key.startswith(removed):
+            plan.ignored.append(name)
         elif key not in own:
             # A headless feature extractor has no use for the final norm either.
             if key.startswith(HEAD) and not any(k.startswith(HEAD) for k in own):
@@ -212,5 +229,6 @@ def _write(path: Path, write: Callable[[Path], Any]) -> Path:
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # where nothing could be written, nothing is left to remove
+            partial.unlink()
     return path

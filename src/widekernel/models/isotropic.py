@@ -79,7 +79,7 @@ class ConvNeXtIsotropic(StagedConvNet):
     @staticmethod
     def default_out_indices(cfg: IsotropicConfig) -> tuple[int, ...]:
         """Hand out four maps, after each quarter of the blocks."""
-        return tuple(cfg.depth * quarter // 4 - 1 for quarter in range(1, 5))
+        return tuple(sorted({max(1, cfg.depth * quarter // 4) - 1 for quarter in range(1, 5)}))
 
     def layouts(self) -> tuple[Layout, ...]:
         """Give the official layout."""

@@ -14,7 +14,16 @@ from torch import Tensor, nn
 
 from widekernel.layers import ConvNorm, LargeKernel, Rectangles
 from widekernel.layers.norms import is_foldable
-from widekernel.models.base import HeadOptions, Stage, StagedConvNet, build, check_stages, default_cfg, drop_path_rates
+from widekernel.models.base import (
+    HeadOptions,
+    Stage,
+    StagedConvNet,
+    build,
+    check_stages,
+    check_widths,
+    default_cfg,
+    drop_path_rates,
+)
 from widekernel.models.layouts import replknet as layouts
 from widekernel.models.layouts.layout import Layout
 
@@ -136,6 +145,11 @@ class RepLKNet(StagedConvNet):
         drop_path_rate: float = 0.0,
     ) -> None:
         check_stages(kernel_sizes=cfg.kernel_sizes, depths=cfg.depths, dims=cfg.dims)
+        check_widths(
+            dims=cfg.dims,
+            depthwise_widths=[int(dim * cfg.dw_ratio) for dim in cfg.dims],
+            hidden_widths=[int(dim * cfg.ffn_ratio) for dim in cfg.dims],
+        )
         rates = drop_path_rates(drop_path_rate, cfg.depths)
         stages = []
         for i, dim in enumerate(cfg.dims):

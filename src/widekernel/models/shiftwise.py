@@ -17,7 +17,16 @@ from torch import Tensor, full, nn
 from widekernel.layers import LargeKernel, PartialChannels, ShiftTiles
 from widekernel.layers.conv import fold_affine
 from widekernel.layers.norms import affine_of, is_foldable
-from widekernel.models.base import HeadOptions, Stage, StagedConvNet, build, check_stages, default_cfg, drop_path_rates
+from widekernel.models.base import (
+    HeadOptions,
+    Stage,
+    StagedConvNet,
+    build,
+    check_stages,
+    check_widths,
+    default_cfg,
+    drop_path_rates,
+)
 from widekernel.models.blocks import MixerBlock, init_convnext, norm_downsample, patch_stem
 from widekernel.models.layouts import shiftwise as layouts
 from widekernel.models.layouts.layout import Layout
@@ -53,6 +62,7 @@ class ShiftWiseConfig:
 
     def __post_init__(self) -> None:
         check_stages(kernel_sizes=self.kernel_sizes, depths=self.depths, dims=self.dims)
+        check_widths(widths=self.widths)
         if not 0 <= self.ghost_ratio < 1:
             raise ValueError(f"ghost_ratio {self.ghost_ratio} must lie in [0, 1): some channels must be worked on")
 

@@ -22,7 +22,17 @@ from widekernel.layers import (
     SplitStrips,
     TruncatedTiles,
 )
-from widekernel.models.base import HeadOptions, Stage, StagedConvNet, build, check_stages, default_cfg, drop_path_rates
+from widekernel.layers.sources import check_odd
+from widekernel.models.base import (
+    HeadOptions,
+    Stage,
+    StagedConvNet,
+    build,
+    check_stages,
+    check_widths,
+    default_cfg,
+    drop_path_rates,
+)
 from widekernel.models.blocks import MixerBlock, init_convnext, norm_downsample, patch_stem
 from widekernel.models.layouts import slak as layouts
 from widekernel.models.layouts.layout import Layout
@@ -74,6 +84,12 @@ class SLaKConfig:
             raise ValueError(f"decomposed=False leaves no strips to build as {self.strips!r}: use a plain slak_* network")
         if self.decomposed and self.small_kernel == 0:
             raise ValueError("small_kernel=0 leaves the strips without a short side: give it, or set decomposed=False")
+        check_widths(widths=self.widths)
+        check_odd("kernel size", *self.kernel_sizes)
+        if self.short is not None:
+            check_odd("small_kernel", self.short)
+            if self.short > min(self.kernel_sizes):
+                raise ValueError(f"small_kernel {self.short} is larger than a kernel size of {self.kernel_sizes}: lower it")
 
     @property
     def short(self) -> int | None:

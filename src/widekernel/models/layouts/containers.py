@@ -68,7 +68,7 @@ def _load(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error)
-        if "Unsupported global" in reason or "not an allowed global" in reason or "Unsupported class" in reason:
+        if any(sign in reason for sign in ("GLOBAL", "nsupported operand", "Unsupported class")):
             raise CheckpointError(
                 f"{path} holds more than tensors and could run code when loaded; it was not opened. "
                 f"({_summary(reason)}) Save its weights alone: torch.save(model.state_dict(), path)"
@@ -87,7 +87,7 @@ def _summary(reason: str) -> str:
     """Give the line of a loader's message that says what was wrong, without its advice to load unsafely."""
     lines = [line.strip() for line in reason.splitlines() if line.strip()]
     telling = [line for line in lines if "nsupported" in line or "GLOBAL" in line]
-    return (telling or lines or ["no reason given"])[0][:200]
+    return (telling or lines or ["no reason given"])[0].split(" Please use")[0][:200]
 
 
 def _pick(path: Path, loaded: Any, weights: str) -> Container:

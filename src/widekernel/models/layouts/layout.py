@@ -74,26 +74,41 @@ class Layout:
         return any(re.search(pattern, native) for pattern in self.generated)
 
 
-# What gives an official (or foreign) network away, most specific first.
+_BLOCK = r"^stages\.\d+\.blocks\.\d+\."
+FOLDED = "a folded"
+
+# What gives a network away, most specific first: our folded forms, official and foreign networks, our training forms.
 _SIGNATURES: tuple[tuple[str, str], ...] = (
-    ("a folded widekernel network", r"(mixer|large_kernel|layer)\.kernels\.\d+$"),
+    (f"{FOLDED} Shift-wise network", rf"{_BLOCK}mixer\.layer\.kernels\.\d+$"),
+    (f"{FOLDED} SLaK", rf"{_BLOCK}mixer\.kernels\.\d+$"),
+    (f"{FOLDED} RepLKNet", rf"{_BLOCK}large_kernel\.kernels\.\d+$"),
+    (f"{FOLDED} widekernel network", r"(mixer|large_kernel|layer)\.kernels\.\d+$"),
     ("SLaK_pww", r"large_kernel\.LoRA\.split_convs\."),
     ("SLaK_reg", r"large_kernel\.LoRA[12]\.split_convs\."),
     ("SLaK", r"^stages\.\d+\.\d+\.large_kernel\.(LoRA[12]\.conv|lkb_origin)\."),
     ("ShiftWise_v2", r"^stages\.\d+\.\d+\.pwconv2\.2\."),
     ("ShiftWise_v1", r"large_kernel\.LoRAs?\.(\d+\.)?weight$"),
-    ("RepLKNet", r"^stages\.\d+\.blocks\.\d+\.(large_kernel\.lkb_|preffn_bn\.)"),
+    ("RepLKNet", rf"{_BLOCK}large_kernel\.lkb_"),
     ("isotropic ConvNeXt", r"^blocks\.\d+\.dwconv\."),
     ("ConvNeXt", r"^stages\.\d+\.\d+\.dwconv\."),
     ("timm's ConvNeXt", r"^stages\.\d+\.blocks\.\d+\.conv_dw\."),
     ("torchvision's ConvNeXt", r"^features\.\d+\.\d+\.block\."),
     ("a ResNet", r"^layer\d\.\d+\.conv\d\."),
     ("a vision transformer", r"^blocks\.\d+\.attn\."),
+    ("widekernel's ShiftWise_v2", rf"{_BLOCK}mlp\.norm\.weight$"),
+    ("widekernel's ShiftWise_v1", rf"{_BLOCK}mixer\.layer\.source\."),
+    ("widekernel's SLaK_reg", rf"{_BLOCK}mixer\.source\.sources\.0\.tall$"),
+    ("widekernel's SLaK_pww", rf"{_BLOCK}mixer\.source\.sources\.0\.gates\."),
+    ("widekernel's SLaK_pw", rf"{_BLOCK}mixer\.source\.sources\.0\.(source\.)?tiles$"),
+    ("widekernel's SLaK", rf"{_BLOCK}mixer\.source\.kernels\."),
+    ("widekernel's RepLKNet", rf"{_BLOCK}large_kernel\.source\."),
+    ("a step of widekernel's roadmap", r"^stem\.0\.conv\.weight$"),
+    ("widekernel's isotropic ConvNeXt", rf"{_BLOCK}mixer\.weight$"),
 )
 
 
 def identify(keys: Iterable[str]) -> str | None:
-    """Name the official network that a state dict with these keys belongs to, or None."""
+    """Name the network, official, foreign or ours, that a state dict with these keys belongs to, or None."""
     keys = list(keys)
     for family, pattern in _SIGNATURES:
         if any(re.search(pattern, key) for key in keys):

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from widekernel.errors import CheckpointError
 from widekernel.models.layouts import convnext
-from widekernel.models.layouts.layout import Layout, State, identify
+from widekernel.models.layouts.layout import FOLDED, Layout, State, identify
 
 HEAD = ("head.fc.", "head.norm.", "norm_pre.")
-PREFIXES = ("module.", "_orig_mod.", "backbone.")
+PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
 
 
 @dataclass
@@ -56,12 +56,23 @@ def translate(model: nn.Module, state: State) -> Translation:
         if layout.family == family:
             return _translate(layout, state, own)
     backbone = {key for key in own if not key.startswith(HEAD)}
-    if backbone & set(state):
+    if family == identify(own) and backbone & set(state):
         return Translation(dict(state), "native", {key: key for key in state})
+    raise CheckpointError(_mismatch(model, own, state))
+
+
+def _mismatch(model: nn.Module, own: State, state: State) -> str:
+    """Say which networks the file and the model are, and what to do."""
+    theirs, ours = identify(state) or "an unknown network", identify(own)
     known = " or ".join(sorted({layout.family for layout in layouts_of(model)}))
-    raise CheckpointError(
-        f"the checkpoint holds {family or 'an unknown network'}, but the model is a {type(model).__name__}"
-        f"{f', which takes weights of {known}' if known else ''}: create the matching model. "
+    advice = "create the matching model"
+    if (ours or "").startswith(FOLDED) and not theirs.startswith(FOLDED):
+        advice = "load the weights before folding the model"
+    elif theirs.startswith(FOLDED) and not (ours or "").startswith(FOLDED):
+        advice = "fold the model before loading this file, or load the weights that it was folded from"
+    return (
+        f"the checkpoint holds {theirs}, but the model is a {type(model).__name__}{f' ({ours})' if ours else ''}"
+        f"{f', which takes official weights of {known}' if known else ''}: {advice}. "
         f"First keys of the file: {', '.join(list(state)[:3]) or 'none'}"
     )
 
@@ -80,7 +91,7 @@ def to_official(model: nn.Module) -> State:
         if layout.is_generated(key):
             continue
         found = layout.to_official(key)
-        if found is None or identify([key]) == "a folded widekernel network":
+        if found is None or (identify([key]) or "").startswith(FOLDED):
             raise CheckpointError(
                 f"{key} has no place in the official layout of {layout.family}: a folded network can only be saved "
                 "with layout='native'"
@@ -90,7 +101,7 @@ def to_official(model: nn.Module) -> State:
 
 
 def strip_prefixes(state: dict[str, Tensor]) -> tuple[State, tuple[str, ...], tuple[str, ...]]:
-    """Remove the prefixes of wrappers (DDP, compiled modules, a backbone within a larger network) from the keys.
+    """Remove the prefixes of wrappers (DDP, compiled modules, feature extractors, larger networks) from the keys.
 
     Returns:
         The state dict, the prefixes removed, and the keys left out because they belong to other parts of the network.
