@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -18,10 +19,6 @@ class DepthwiseConv2d(nn.Conv2d):
     cover (strides, dilation, other paddings, several filters a channel) it computes as `nn.Conv2d` does; `reasons_against`
     says which applies.
     """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._anchor = self._find_anchor()
 
     def reasons_against(self) -> list[str]:
         """List what keeps this layer off the operator; empty if it runs there."""
@@ -40,22 +37,20 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) or (C, H, W) -> the same as `nn.Conv2d`."""
-        if self._anchor is None or x.dim() not in (3, 4) or not x.dtype.is_floating_point:
+        # Looked up at every call, because code that adapts networks sets strides and paddings of existing layers.
+        if x.dim() not in (3, 4) or not x.dtype.is_floating_point or self.reasons_against():
             return super().forward(x)
         batched = x if x.dim() == 4 else x.unsqueeze(0)
-        y = ops.depthwise_sum(batched, [self.weight], [self._anchor], self.bias)
+        # With padding="same" PyTorch puts the odd pixel of an even kernel to the right and below.
+        anchor = (self.kernel_size[0] - 1) // 2, (self.kernel_size[1] - 1) // 2
+        y = ops.depthwise_sum(batched, [self.weight], [anchor], self.bias)
         return y if x.dim() == 4 else y.squeeze(0)
 
     def _keeps_size(self) -> bool:
-        if isinstance(self.padding, str):
-            return self.padding == "same"
-        return all(2 * pad == size - 1 for pad, size in zip(self.padding, self.kernel_size))
-
-    def _find_anchor(self) -> tuple[int, int] | None:
-        if self.reasons_against():
-            return None
-        # With padding="same" PyTorch puts the odd pixel of an even kernel to the right and below.
-        return (self.kernel_size[0] - 1) // 2, (self.kernel_size[1] - 1) // 2
+        if self.padding == "same":
+            return True
+        padding = (0, 0) if isinstance(self.padding, str) else self.padding
+        return all(2 * pad == size - 1 for pad, size in zip(padding, self.kernel_size))
 
 
 class ConvNorm(nn.Module):
@@ -125,22 +120,8 @@ def _pads(conv: nn.Conv2d) -> bool:
 
 
 def _rebuilt(layer: nn.Conv2d | nn.Linear, weight: Tensor, bias: Tensor) -> nn.Module:
-    kwargs: dict[str, Any] = {"device": layer.weight.device, "dtype": layer.weight.dtype}
-    new: nn.Module
-    if isinstance(layer, nn.Linear):
-        new = nn.Linear(layer.in_features, layer.out_features, **kwargs)
-    else:
-        new = type(layer)(
-            layer.in_channels,
-            layer.out_channels,
-            layer.kernel_size,  # type: ignore[arg-type]
-            stride=layer.stride,  # type: ignore[arg-type]
-            padding=layer.padding,  # type: ignore[arg-type]
-            dilation=layer.dilation,  # type: ignore[arg-type]
-            groups=layer.groups,
-            padding_mode=layer.padding_mode,
-            **kwargs,
-        )
-    new.weight.data.copy_(weight)  # type: ignore[union-attr, operator]
-    new.bias.data.copy_(bias)  # type: ignore[union-attr, operator]
+    # A copy and not a new layer, whose constructor would draw from the global random numbers.
+    new = copy.deepcopy(layer)
+    new.weight = nn.Parameter(weight.to(layer.weight))
+    new.bias = nn.Parameter(bias.to(layer.weight))
     return new

@@ -26,7 +26,9 @@ class PartialChannels(nn.Module):
                 f"{len(selected)} selected channels for a layer of {layer.source.channels}: give as many, all different"
             )
         if selected and not 0 <= min(selected) <= max(selected) < channels:
-            raise ValueError(f"selected channels must lie in 0..{channels - 1}")
+            raise ValueError(
+                f"selected channels {min(selected)}..{max(selected)} must lie in 0..{channels - 1}, those of the input"
+            )
         rest = sorted(set(range(channels)) - set(selected))
         self.layer = layer
         self.selected: Tensor
@@ -83,5 +85,5 @@ class FoldedPartialChannels(nn.Module):
         worked = self.layer(x.index_select(1, self.selected))
         if not self.ghosts.numel():
             return worked
-        rest = torch.addcmul(self.shift, x.index_select(1, self.ghosts), self.scale)
+        rest = torch.addcmul(self.shift.to(x.dtype), x.index_select(1, self.ghosts), self.scale.to(x.dtype))
         return torch.cat([worked, rest], 1)

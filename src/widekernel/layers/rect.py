@@ -60,7 +60,13 @@ class Rect:
         return Rect(self.kernel * scale.view(-1, 1, 1, 1), self.anchor)
 
     def plus(self, other: Rect) -> Rect:
-        """Add a rectangle that this one covers."""
+        """Add a rectangle of as many channels that this one covers."""
+        if not self.covers(other) or self.kernel.shape[0] != other.kernel.shape[0]:
+            raise ValueError(
+                f"a {self.size[0]}x{self.size[1]} rectangle of {self.kernel.shape[0]} channels anchored at {self.anchor} "
+                f"cannot take in one of {other.size[0]}x{other.size[1]}, {other.kernel.shape[0]} channels, anchored at "
+                f"{other.anchor}: it must cover it and have as many channels"
+            )
         up, down, left, right = (mine - theirs for mine, theirs in zip(self.reach, other.reach))
         return Rect(self.kernel + F.pad(other.kernel, (left, right, up, down)), self.anchor)
 

@@ -179,8 +179,9 @@ class ShiftTiles(RectSource):
         tile_at, centre = draw_tables(channels, count, groups)
         self.tile_at: Tensor
         self.centre: Tensor
-        self.register_buffer("tile_at", tile_at)
-        self.register_buffer("centre", centre)
+        device = torch.get_default_device()
+        self.register_buffer("tile_at", tile_at.to(device))
+        self.register_buffer("centre", centre.to(device))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -242,9 +243,9 @@ class ShuffledStrips(RectSource):
         count = num_tiles(big, small)
         self.tiles = nn.Parameter(empty(channels * count, 1, small, small))
         tile_at, _ = draw_tables(channels, count, branches)
-        tile_at[0, 0] = torch.arange(count, dtype=tile_at.dtype)
+        tile_at[0, 0] = torch.arange(count, dtype=tile_at.dtype, device="cpu")
         self.tile_at: Tensor
-        self.register_buffer("tile_at", tile_at)
+        self.register_buffer("tile_at", tile_at.to(torch.get_default_device()))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -325,9 +326,11 @@ def draw_tables(channels: int, count: int, groups: int) -> tuple[Tensor, Tensor]
         centre: (groups, C) int16, the tile that the unmoved branch takes.
     """
     generator = Generator().manual_seed(TABLE_SEED)
-    drawn = [torch.randperm(count, generator=generator) for _ in range(2 * groups * channels)]
+    # On the CPU whatever the default device is: elsewhere the same seed gives other tables.
+    drawn = [torch.randperm(count, generator=generator, device="cpu") for _ in range(2 * groups * channels)]
     tile_at = torch.stack(drawn).view(2, groups, channels, count)
-    centre = torch.stack([torch.randint(0, count, (channels,), generator=generator) for _ in range(groups)])
+    at = [torch.randint(0, count, (channels,), generator=generator, device="cpu") for _ in range(groups)]
+    centre = torch.stack(at)
     return tile_at.to(torch.int16), centre.to(torch.int16)
 
 

@@ -81,7 +81,8 @@ def depthwise_weight_grad(
     Returns:
         (C, 1, kh, kw)
     """
-    anchor = tuple(size // 2 for size in kernel_size) if anchor is None else anchor  # type: ignore[assignment]
+    if anchor is None:
+        anchor = (kernel_size[0] // 2, kernel_size[-1] // 2)
     check_weight_grad(x, grad, kernel_size, anchor)
     return _DepthwiseWeightGrad.apply(x, grad, (*kernel_size, *anchor), backend or "")
 

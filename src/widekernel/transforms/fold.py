@@ -31,19 +31,30 @@ def fold(model: ModelT) -> ModelT:
     absorbed. Batch norms before and after 1x1 convolutions and linear layers, and layer scales, are folded too.
     Outputs in evaluation mode stay the same up to rounding.
 
-    Layers that equal no single kernel (SLaK_pw with `padding="same"`) stay as they are; a warning names them.
+    Layers that equal no single kernel (SLaK_pw with `padding="same"`), or whose norms have no running statistics, stay as
+    they are; a warning names them. Modules that are used in several places stay shared.
     """
-    folded = copy.deepcopy(model).eval()
-    result = _fold(folded)
+    result = _fold(copy.deepcopy(model).eval(), {})
     kept = [name for name, module in result.named_modules() if isinstance(module, LargeKernel)]
     if kept:
-        warnings.warn(f"these layers equal no single kernel and were not folded: {', '.join(kept)}", stacklevel=2)
+        warnings.warn(
+            f"these layers were not folded, because a branch equals no single kernel near the borders or a norm depends on "
+            f"its input: {', '.join(kept)}",
+            stacklevel=2,
+        )
     return result  # type: ignore[return-value]
 
 
-def _fold(module: nn.Module) -> nn.Module:
+def _fold(module: nn.Module, done: dict[nn.Module, nn.Module]) -> nn.Module:
+    """Fold `module` and what it holds; `done` has the result for every module seen, so that shared ones stay shared."""
+    if module in done:
+        return done[module]
+    result = module
     if isinstance(module, Foldable) and module.foldable():
-        module = module.folded().eval()
-    for name, child in module.named_children():
-        setattr(module, name, _fold(child))
-    return module
+        result = module.folded().eval()
+    done[module] = done[result] = result
+    # Not `named_children`, which leaves out the second name of a module.
+    for name, child in result._modules.items():
+        if child is not None:
+            setattr(result, name, _fold(child, done))
+    return result

@@ -1,0 +1,33 @@
+"""What the layer tests share: comparing, and batch norms whose numbers are not the initial ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from tests.ops.cases import assert_close
+
+
+@torch.no_grad()
+def randomised(module: nn.Module) -> nn.Module:
+    """Give every batch norm random statistics, weights and biases, and every layer scale a random value; in float64."""
+    for part in module.modules():
+        if isinstance(part, _BatchNorm):
+            if part.running_mean is not None:
+                part.running_mean.normal_()
+                part.running_var.uniform_(0.5, 2)
+            if part.weight is not None:
+                part.weight.uniform_(-1.5, 1.5)
+                part.bias.normal_()
+    for name, parameter in module.named_parameters():
+        if name.split(".")[-1] == "gamma":
+            parameter.uniform_(-1, 1)
+    return module.double().eval()
+
+
+def image(channels: int = 3, height: int = 8, width: int = 9, batch: int = 2) -> Tensor:
+    return torch.randn(batch, channels, height, width, dtype=torch.float64)
+
+
+__all__ = ["assert_close", "image", "randomised"]
