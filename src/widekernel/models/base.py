@@ -20,7 +20,7 @@ from timm.models import build_model_with_cfg, checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from widekernel.errors import ShapeError, nearest
+from widekernel.errors import ArgumentError, ShapeError, nearest
 from widekernel.layers import DepthwiseConv2d, FoldedLargeKernel, FoldedPartialChannels, LargeKernel, PartialChannels
 from widekernel.models.layouts.layout import Layout
 from widekernel.models.layouts.translate import translate
@@ -220,7 +220,7 @@ class StagedConvNet(nn.Module):
             The final map and the list of intermediate ones (N, C, H, W), or only the list.
         """
         if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt {output_fmt!r} is not supported: these networks give 'NCHW' maps")
+            raise ArgumentError(f"output_fmt {output_fmt!r} is not supported: these networks give 'NCHW' maps")
         take, last = feature_take_indices(len(self.stages), indices)
         maps = []
         x = self.stem(self.input_check(x))
@@ -273,17 +273,17 @@ def check_stages(**per_stage: Sequence[Any]) -> None:
     """Raise unless every given sequence has the same length, one entry a stage."""
     for name, values in per_stage.items():
         if not isinstance(values, Sequence):
-            raise ValueError(f"{name} must be a sequence with one entry a stage, not {values!r}")
+            raise ArgumentError(f"{name} must be a sequence with one entry a stage, not {values!r}")
     lengths = {name: len(values) for name, values in per_stage.items()}
     if len(set(lengths.values())) != 1:
-        raise ValueError(f"one entry a stage is needed, all alike, but the lengths are {lengths}")
+        raise ArgumentError(f"one entry a stage is needed, all alike, but the lengths are {lengths}")
 
 
 def check_widths(**widths: Sequence[int]) -> None:
     """Raise unless every stage has at least one channel."""
     for name, values in widths.items():
         if min(values) < 1:
-            raise ValueError(f"{name} come out as {tuple(values)}: every stage needs at least one channel")
+            raise ArgumentError(f"{name} come out as {tuple(values)}: every stage needs at least one channel")
 
 
 def default_cfg(input_size: int = 224, stride: int = 32, **kwargs: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from timm.layers import DropPath
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from widekernel.errors import ArgumentError
 from widekernel.layers import ConvNorm, LargeKernel, Rectangles
 from widekernel.layers.norms import is_foldable
 from widekernel.models.base import (
@@ -67,7 +68,7 @@ class LargeKernelBlock(nn.Module):
         sizes = [(kernel_size, kernel_size)]
         if small_kernel:
             if small_kernel > kernel_size:
-                raise ValueError(f"small_kernel {small_kernel} is larger than the kernel size {kernel_size}")
+                raise ArgumentError(f"small_kernel {small_kernel} is larger than the kernel size {kernel_size}")
             sizes.append((small_kernel, small_kernel))
         self.prelkb_bn = nn.BatchNorm2d(dim)
         self.pw1 = ConvNorm(nn.Conv2d(dim, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())

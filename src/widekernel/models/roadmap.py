@@ -13,6 +13,7 @@ from timm.layers import DropPath, LayerNorm2d
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from widekernel.errors import ArgumentError
 from widekernel.layers import ConvNorm, DepthwiseConv2d
 from widekernel.layers.sources import check_odd
 from widekernel.models.base import HeadOptions, Stage, StagedConvNet, build, check_stages, default_cfg, drop_path_rates
@@ -71,7 +72,7 @@ class RoadmapConfig:
         }
         for message, violated in needs.items():
             if violated:
-                raise ValueError(f"{message}: the steps of the road build on one another")
+                raise ArgumentError(f"{message}: the steps of the road build on one another")
 
     @property
     def _is_convnext(self) -> bool:

@@ -14,6 +14,7 @@ from timm.layers.grn import GlobalResponseNorm
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, full, nn
 
+from widekernel.errors import ArgumentError
 from widekernel.layers import LargeKernel, PartialChannels, ShiftTiles
 from widekernel.layers.conv import fold_affine
 from widekernel.layers.norms import affine_of, is_foldable
@@ -64,7 +65,7 @@ class ShiftWiseConfig:
         check_stages(kernel_sizes=self.kernel_sizes, depths=self.depths, dims=self.dims)
         check_widths(widths=self.widths)
         if not 0 <= self.ghost_ratio < 1:
-            raise ValueError(f"ghost_ratio {self.ghost_ratio} must lie in [0, 1): some channels must be worked on")
+            raise ArgumentError(f"ghost_ratio {self.ghost_ratio} must lie in [0, 1): some channels must be worked on")
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -220,7 +221,7 @@ def _all_but_ghosts(channels: int, ghost_ratio: float) -> int:
 def _shift_wise(channels: int, big: int, cfg: ShiftWiseConfig, count: Any) -> nn.Module:
     worked = count(channels, cfg.ghost_ratio)
     if worked < 1:
-        raise ValueError(f"ghost_ratio {cfg.ghost_ratio} leaves none of {channels} channels to work on: lower it")
+        raise ArgumentError(f"ghost_ratio {cfg.ghost_ratio} leaves none of {channels} channels to work on: lower it")
     source = ShiftTiles(worked, big, cfg.small_kernel, cfg.paths, cfg.groups)
     layer = LargeKernel(source, [nn.BatchNorm2d(worked) for _ in range(source.num_branches)], identity=True)
     ghosts = np.random.RandomState(GHOST_SEED).choice(channels, channels - worked, replace=False)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
+from widekernel.errors import ArgumentError
 from widekernel.layers import (
     KernelSource,
     LargeKernel,
@@ -77,19 +78,21 @@ class SLaKConfig:
     def __post_init__(self) -> None:
         check_stages(kernel_sizes=self.kernel_sizes, depths=self.depths, dims=self.dims)
         if self.padding not in PADDINGS:
-            raise ValueError(f"padding {self.padding!r} is unknown: it must be one of {', '.join(PADDINGS)}")
+            raise ArgumentError(f"padding {self.padding!r} is unknown: it must be one of {', '.join(PADDINGS)}")
         if self.strips != "shuffled" and (self.padding != "full" or self.branches != 1):
-            raise ValueError("padding and branches are options of the slak_pw_* networks only")
+            raise ArgumentError("padding and branches are options of the slak_pw_* networks only")
         if not self.decomposed and self.strips != "free":
-            raise ValueError(f"decomposed=False leaves no strips to build as {self.strips!r}: use a plain slak_* network")
+            raise ArgumentError(f"decomposed=False leaves no strips to build as {self.strips!r}: use a plain slak_* network")
         if self.decomposed and self.small_kernel == 0:
-            raise ValueError("small_kernel=0 leaves the strips without a short side: give it, or set decomposed=False")
+            raise ArgumentError("small_kernel=0 leaves the strips without a short side: give it, or set decomposed=False")
         check_widths(widths=self.widths)
         check_odd("kernel size", *self.kernel_sizes)
         if self.short is not None:
             check_odd("small_kernel", self.short)
             if self.short > min(self.kernel_sizes):
-                raise ValueError(f"small_kernel {self.short} is larger than a kernel size of {self.kernel_sizes}: lower it")
+                raise ArgumentError(
+                    f"small_kernel {self.short} is larger than a kernel size of {self.kernel_sizes}: lower it"
+                )
 
     @property
     def short(self) -> int | None:

@@ -68,12 +68,14 @@ def _load(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error)
-        if any(sign in reason for sign in ("GLOBAL", "nsupported operand", "Unsupported class")):
+        if any(sign in reason for sign in ("GLOBAL", "Unsupported class")):
             raise CheckpointError(
                 f"{path} holds more than tensors and could run code when loaded; it was not opened. "
                 f"({_summary(reason)}) Save its weights alone: torch.save(model.state_dict(), path)"
             ) from error
-        raise CheckpointError(f"{path} is damaged or not a checkpoint: {_summary(reason)}") from error
+        raise CheckpointError(
+            f"{path} is damaged, cut off or not a checkpoint ({_summary(reason)}); nothing in it was run"
+        ) from error
     except PermissionError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except Exception as error:  # torch.load raises whatever the damaged bytes lead to

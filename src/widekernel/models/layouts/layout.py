@@ -107,6 +107,21 @@ _SIGNATURES: tuple[tuple[str, str], ...] = (
 )
 
 
+# In what order the authors' modules define their parts, which is the order in their files.
+_ORDER = (
+    *("stem", "downsample_layers", "blocks", "stages", "transitions"),
+    *("gamma", "beta", "dwconv", "lkb_origin", "split_convs", "conv", "LoRA", "LoRA1", "LoRA2", "LoRAs", "small_conv"),
+    *("lora1", "lora2", "bn", "bn_lora1", "bn_lora2", "bn_small", "preffn_bn", "pw1", "pw2", "large_kernel", "prelkb_bn"),
+    *("norm", "down", "up", "se", "pwconv1", "act", "pwconv2", "head"),
+    *("weight", "bias", "running_mean", "running_var", "num_batches_tracked"),
+)
+
+
+def official_order(key: str) -> tuple[int, ...]:
+    """Sort official keys as the authors' files have them; their conversion of SLaK to SLaK_reg goes by position."""
+    return tuple(int(part) if part.isdigit() else _ORDER.index(part) if part in _ORDER else -1 for part in key.split("."))
+
+
 def identify(keys: Iterable[str]) -> str | None:
     """Name the network, official, foreign or ours, that a state dict with these keys belongs to, or None."""
     keys = list(keys)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from widekernel.errors import CheckpointError
 from widekernel.models.layouts import convnext
-from widekernel.models.layouts.layout import FOLDED, Layout, State, identify
+from widekernel.models.layouts.layout import FOLDED, Layout, State, identify, official_order
 
 HEAD = ("head.fc.", "head.norm.", "norm_pre.")
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
@@ -78,7 +78,7 @@ def _mismatch(model: nn.Module, own: State, state: State) -> str:
 
 
 def to_official(model: nn.Module) -> State:
-    """Give the weights of `model` in its first official layout.
+    """Give the weights of `model` in its first official layout, in the order of the authors' files.
 
     Raises:
         CheckpointError: if the network has no official code, or is folded.
@@ -97,7 +97,7 @@ def to_official(model: nn.Module) -> State:
                 "with layout='native'"
             )
         out[found[0]] = found[1].to_official(value)
-    return out
+    return {key: out[key] for key in sorted(out, key=official_order)}
 
 
 def strip_prefixes(state: dict[str, Tensor]) -> tuple[State, tuple[str, ...], tuple[str, ...]]:
