@@ -1,0 +1,232 @@
+"""Parameters and multiply-accumulates: the published numbers, hand-counted ones, and what counting leaves alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+import widekernel
+from tests.conftest import shared_folder
+from tests.models.zoo import NANO, assert_same_state, create, on_meta, snapshot, tables_drawn_once
+from widekernel.analysis.complexity import Complexity, Cost, complexity
+from widekernel.errors import ShapeError
+from widekernel.layers import LargeKernel, Rectangles
+from widekernel.models import list_models
+
+ROAD = [name for name in list_models("roadmap_*") if name != "roadmap_nano"]
+
+
+def _rows(file: str) -> list[dict[str, Any]]:
+    folder = shared_folder()
+    return json.loads((folder / "parity" / "golden" / file).read_text())["rows"] if folder else []
+
+
+def _published() -> list[Any]:
+    return [pytest.param(row, id=f"{row['model']}-{row['resolution']}") for row in _rows("params_flops.json")]
+
+
+def _network(row: dict[str, Any]) -> nn.Module:
+    """Make the network that a row of the published numbers describes, without memory for its weights."""
+    model = row["model"]
+    if model.startswith("torchvision "):
+        with torch.device("meta"):
+            return getattr(torchvision.models, model.split()[1])()
+    if match := re.match(r"RepLKNet-(31B|31L|XL)", model):
+        return on_meta(f"replknet_{match.group(1).lower()}")
+    if model.startswith("ShiftWise_v2"):
+        size, ghost, branches = re.match(r"ShiftWise_v2_(\w+) ghost (\S+) \((.*)\)", model).groups()
+        return on_meta(f"shiftwise_{size}", ghost_ratio=float(ghost), paths=1 if branches == "merged" else 2)
+    if not model.startswith("SLaK"):
+        return on_meta(model)
+    name, rest = model.split(" ", 1)
+    *sizes, small = (int(number) for number in re.search(r"\d+(-\d+){4}", rest).group().split("-"))
+    width = re.search(r"w(\d\.\d)", rest)
+    arguments: dict[str, Any] = {"kernel_sizes": tuple(sizes), "width_factor": float(width.group(1)) if width else 1.0}
+    if "7-7-7-7-100" in rest:
+        return on_meta(name.lower(), decomposed=False, small_kernel=0, **arguments)
+    if "not decomposed" in rest:
+        arguments["decomposed"] = False
+    return on_meta(name.lower(), small_kernel=small, **arguments)
+
+
+def _merge_large_kernels(model: nn.Module) -> nn.Module:
+    """Fold the large kernels alone, as the authors' merge does."""
+    for name, module in [(name, module) for name, module in model.named_modules() if isinstance(module, LargeKernel)]:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, module.folded())
+    return model
+
+
+@pytest.mark.parametrize("row", _published())
+def test_published_numbers(row: dict[str, Any]) -> None:
+    model = _network(row)
+    if "merged form" in row["model"]:
+        model = _merge_large_kernels(model)
+    counted = complexity(model, (3, row["resolution"], row["resolution"]))
+    assert counted.training.params == row["params"]
+    assert counted.published_macs == row["macs_conv_linear"]
+
+
+def test_there_is_a_test_for_every_row(shared: Any) -> None:
+    assert len(_published()) == 44
+    assert len(_rows("roadmap.json")) == len(ROAD) == 14
+
+
+@pytest.mark.parametrize("name", ROAD)
+def test_the_road(name: str, shared: Any) -> None:
+    row = _rows("roadmap.json")[int(name[8:10])]
+    model = on_meta(name)
+    counted = complexity(model)
+    assert counted.training.macs == counted.published_macs == row["macs"]
+    assert counted.training.params == row["params_of_the_reference_build"]
+    layers = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    assert sum(layer.weight.numel() for layer in layers) == row["conv_and_linear_weights"]
+
+
+# What the tables above say of our own networks, for where they are not at hand.
+@pytest.mark.parametrize(
+    ("name", "params", "macs"),
+    [
+        ("slak_tiny", 50_703_838, 8_704_776_370),
+        ("replknet_31b", 79_864_168, 15_431_298_048),
+        ("shiftwise_tiny", 31_790_260, 5_335_558_264),
+        ("convnext_isotropic_small", 22_308_712, 4_286_367_744),
+        ("roadmap_13_convnext_t", 28_589_128, 4_455_531_264),
+    ],
+)
+def test_defaults_cost_what_the_papers_say(name: str, params: int, macs: int) -> None:
+    counted = complexity(on_meta(name))
+    assert (counted.training.params, counted.published_macs) == (params, macs)
+
+
+# ---- By hand
+
+
+def test_a_network_counted_by_hand() -> None:
+    """3 -> 4 channels by 3x3 at 8x8; 7x7 and 3x3 depthwise with batch norms; 1x1 to 6; pooled; 5 classes."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),
+        LargeKernel(Rectangles(4, [(7, 7), (3, 3)]), [nn.BatchNorm2d(4), nn.BatchNorm2d(4)]),
+        nn.Conv2d(4, 6, 1, bias=False),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, 5),
+    )
+    pixels = 64
+    around = 4 * 3 * 9 * pixels + 4 * 6 * pixels + 6 * 5
+    weights_around = (4 * 3 * 9 + 4) + 4 * 6 + (6 * 5 + 5)
+    training = Cost(
+        params=weights_around + 4 * (49 + 9) + 2 * 2 * 4,
+        macs=around + 4 * (49 + 9) * pixels,
+        activations=4 * pixels + 2 * 4 * pixels + 6 * pixels + 5,
+    )
+    folded = Cost(
+        params=weights_around + 4 * 49 + 4,
+        macs=around + 4 * 49 * pixels,
+        activations=4 * pixels + 4 * pixels + 6 * pixels + 5,
+    )
+    assert complexity(model, (3, 8, 8)) == Complexity((3, 8, 8), training, folded, published_macs=training.macs)
+
+
+def test_tiles_cost_less_than_published() -> None:
+    """The authors convolve with every tile, padded; here the tiles are put together to a strip first."""
+    counted = complexity(create("slak_reg_nano"), (3, 64, 64))
+    assert counted.published_macs > counted.training.macs
+    assert (
+        complexity(create("slak_nano"), (3, 64, 64)).published_macs
+        == complexity(create("slak_nano"), (3, 64, 64)).training.macs
+    )
+
+
+@pytest.mark.parametrize("name", [*NANO, "slak_nano_square", "shiftwise_nano_without_ghosts", "roadmap_00_resnet50_small"])
+def test_cost_grows_with_the_image(name: str) -> None:
+    model = create(name)
+    small, large = complexity(model, (3, 64, 64)), complexity(model, (3, 128, 128))
+    assert small.training.params == large.training.params == sum(p.numel() for p in model.parameters())
+    assert large.training.macs > 3 * small.training.macs
+    assert large.training.activations > 3 * small.training.activations
+    assert small.folded.macs <= small.training.macs
+    assert small.folded.activations <= small.training.activations
+
+
+@pytest.mark.parametrize("name", NANO)
+def test_the_folded_form_is_what_fold_gives(name: str) -> None:
+    model = create(name)
+    folded = widekernel.fold(model)
+    counted = complexity(model, (3, 64, 64)).folded
+    assert counted.params == sum(parameter.numel() for parameter in folded.parameters())
+    assert counted == complexity(folded, (3, 64, 64)).training
+
+
+def test_rows_are_the_two_forms() -> None:
+    counted = complexity(create("slak_nano"), (3, 64, 64))
+    assert [row[0] for row in counted.rows()] == ["training", "folded"]
+    assert counted.rows()[1][1:] == (counted.folded.params, counted.folded.macs, counted.folded.activations)
+
+
+# ---- What counting leaves alone
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_the_model_stays_as_it_is(training: bool) -> None:
+    model = create("slak_nano").train(training)
+    # A frozen batch norm in a network that is trained.
+    frozen = model.stages[0].blocks[0].mixer.norms[0].eval()
+    model.head.fc.weight.requires_grad_(False)
+    modes = [module.training for module in model.modules()]
+    hooks = [len(module._forward_hooks) for module in model.modules()]
+    before, parameters = snapshot(model), [id(parameter) for parameter in model.parameters()]
+    state = torch.get_rng_state()
+    complexity(model, (3, 64, 64))
+    assert_same_state(model.state_dict(), before)
+    assert [module.training for module in model.modules()] == modes
+    assert not frozen.training
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks
+    assert [id(parameter) for parameter in model.parameters()] == parameters
+    assert not model.head.fc.weight.requires_grad
+    assert all(parameter.grad is None and parameter.device.type == "cpu" for parameter in model.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_model_stays_as_it_is_after_an_error() -> None:
+    model = create("slak_nano").train()
+    with pytest.raises(ShapeError):
+        complexity(model, (3, 16, 16))
+    assert all(module.training for module in model.modules())
+    assert not any(module._forward_hooks for module in model.modules())
+    assert model(torch.randn(2, 3, 64, 64)).shape == (2, 1000)
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ((224, 224), r"input_size \(224, 224\) must be three positive numbers: channels, height, width"),
+        ((1, 3, 224, 224), "must be three positive numbers"),
+        ((3, 0, 224), "must be three positive numbers"),
+        ((3, -1, 224), "must be three positive numbers"),
+        ((3, 16, 64), r"the image is 16x64 but the network's stride is 32"),
+        ((4, 64, 64), "the input has 4 channels but the network takes 3"),
+    ],
+)
+def test_wrong_sizes(size: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ShapeError, match=message):
+        complexity(create("slak_nano"), size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bfloat16"])
+def test_precision_does_not_matter(dtype: torch.dtype) -> None:
+    expected = complexity(create("slak_nano"), (3, 64, 64))
+    assert complexity(create("slak_nano").to(dtype), (3, 64, 64)) == expected
+
+
+def test_real_weights_and_none_count_alike() -> None:
+    with tables_drawn_once():
+        real = timm.create_model("shiftwise_nano")
+    assert complexity(real, (3, 64, 64)) == complexity(on_meta("shiftwise_nano"), (3, 64, 64))
