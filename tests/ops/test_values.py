@@ -99,9 +99,9 @@ def test_without_a_bias(case: Case) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", REDUCED, ids=name_of)
-@pytest.mark.parametrize("shape", [(3, 5, 28, 30), (2, 4, 14, 7)], ids=["28x30", "14x7"])
+@pytest.mark.parametrize("shape", [(2, 3, 28, 30), (2, 3, 14, 7)], ids=["28x30", "14x7"])
 @pytest.mark.parametrize("rects", [((31, 31, None), (5, 5, None)), ((51, 5, None), (5, 51, (2, 24)))], ids=["31", "51x5"])
 def test_published_kernels(shape: tuple, rects: tuple, dtype: torch.dtype, layout: str) -> None:
     check(Case("published", shape, rects), dtype, layout, "portable")

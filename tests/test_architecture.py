@@ -1,0 +1,219 @@
+"""Rules about the source as a whole: who imports whom, how long things get, and what importing the package does."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import statistics
+import subprocess
+import sys
+import time
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+import widekernel
+
+SOURCE = Path(widekernel.__file__).parent
+FILES = sorted(SOURCE.rglob("*.py"))
+# Each folder imports only from itself and from those before it.
+FOLDERS = ["ops", "layers", "models", "transforms", "data", "training", "tasks", "analysis", "recipes", "cli"]
+HANDED_A_MODEL = ["data", "training"]
+FOR_EVERYBODY = ["errors"]
+LONGEST_FILE, LONGEST_FUNCTION = 400, 60
+NOT_LOADED = ["matplotlib", "sklearn", "rich", "jsonargparse", "torchmetrics", "pytest", "hypothesis"]
+
+
+def module_name(file: Path) -> str:
+    parts = file.relative_to(SOURCE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported(tree: ast.Module, package: str) -> set[str]:
+    """Name every module that a file imports, anywhere in it; `from package import name` counts as `package.name` too."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                base = ".".join([*package.split(".")[: len(package.split(".")) - node.level + 1], *([base] if base else [])])
+            names |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+    return names
+
+
+def folders_imported(file: Path) -> set[str]:
+    package = module_name(file) if file.name == "__init__.py" else module_name(file).rpartition(".")[0]
+    names = imported(ast.parse(file.read_text()), package)
+    inside = {name.split(".")[1] for name in names if name.startswith("widekernel.")}
+    return inside & {path.name for path in SOURCE.iterdir() if path.is_dir()}
+
+
+def relative(file: Path) -> str:
+    return str(file.relative_to(SOURCE))
+
+
+def folder_of(file: Path) -> str | None:
+    parts = file.relative_to(SOURCE).parts
+    return parts[0] if len(parts) > 1 else None
+
+
+def test_every_folder_has_its_place() -> None:
+    folders = {path.name for path in SOURCE.iterdir() if path.is_dir() and any(path.rglob("*.py"))}
+    assert folders <= set(FOLDERS), "name a new folder in the order of imports"
+    alone = {path.stem for path in SOURCE.glob("*.py")} - {"__init__", "__main__"}
+    assert alone <= set(FOR_EVERYBODY)
+
+
+def test_imports_are_found() -> None:
+    """The rules below would hold for no imports at all."""
+    tree = ast.parse("import a.b\nfrom a import c\ndef f():\n    from . import d\n    from ..e import g\n")
+    assert imported(tree, "p.q") == {"a.b", "a", "a.c", "p.q", "p.q.d", "p.e", "p.e.g"}
+    assert folders_imported(SOURCE / "layers" / "conv.py") == {"ops", "layers"}
+    assert "ops" in folders_imported(SOURCE / "__init__.py")
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if folder_of(file)], ids=relative)
+def test_imports_point_downwards(file: Path) -> None:
+    folder = folder_of(file)
+    allowed = FOLDERS[: FOLDERS.index(folder) + 1]
+    if folder in HANDED_A_MODEL:
+        allowed = [name for name in allowed if name != "models"]
+    assert folders_imported(file) <= set(allowed)
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if folder_of(file) in ("ops", "layers")], ids=relative)
+def test_operators_and_layers_need_torch_only(file: Path) -> None:
+    names = {name.split(".")[0] for name in imported(ast.parse(file.read_text()), "widekernel.any")}
+    assert names <= {"torch", "widekernel", *sys.stdlib_module_names}
+
+
+@pytest.mark.parametrize("name", FOR_EVERYBODY)
+def test_what_everybody_imports_imports_nothing_of_ours(name: str) -> None:
+    assert not {n for n in imported(ast.parse((SOURCE / f"{name}.py").read_text()), "widekernel") if "widekernel" in n}
+
+
+@pytest.mark.parametrize("file", FILES, ids=relative)
+def test_length_of_files_and_functions(file: Path) -> None:
+    text = file.read_text()
+    assert len(text.splitlines()) < LONGEST_FILE
+    functions = [n for n in ast.walk(ast.parse(text)) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    lengths = {f"{f.name} at line {f.lineno}": f.end_lineno - f.lineno + 1 for f in functions}
+    assert {name: length for name, length in lengths.items() if length >= LONGEST_FUNCTION} == {}
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if folder_of(file) != "cli"], ids=relative)
+def test_only_the_command_line_prints(file: Path) -> None:
+    calls = [n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
+    assert [call.lineno for call in calls if call.func.id == "print"] == []
+
+
+def test_public_names() -> None:
+    wanted = {
+        "DepthwiseConv2d",
+        "LargeKernel",
+        "Rectangles",
+        "ShiftTiles",
+        "fold",
+        "load_checkpoint",
+        "save_checkpoint",
+        "ops",
+    }
+    assert wanted <= set(widekernel.__all__)
+    for module in ("widekernel", "widekernel.ops", "widekernel.layers"):
+        loaded = importlib.import_module(module)
+        assert sorted(loaded.__all__) == sorted(set(loaded.__all__))
+        assert all(getattr(loaded, name) is not None for name in loaded.__all__)
+
+
+def test_type_information_is_shipped() -> None:
+    assert resources.files("widekernel").joinpath("py.typed").is_file()
+
+
+STATE = """
+import hashlib, json, os, random, sys
+import numpy, timm, torch
+
+def digest(value):
+    return hashlib.sha256(value).hexdigest()
+
+def state():
+    backends = {}
+    for name in ("cudnn", "cuda.matmul", "mkldnn", "mkl", "openmp"):
+        module = torch.backends
+        for part in name.split("."):
+            module = getattr(module, part)
+        for flag in ("enabled", "benchmark", "deterministic", "allow_tf32", "verbose"):
+            if hasattr(module, flag) and not callable(getattr(module, flag)):
+                backends[name + "." + flag] = str(getattr(module, flag))
+    return {
+        "torch random": digest(torch.get_rng_state().numpy().tobytes()),
+        "numpy random": digest(numpy.random.get_state()[1].tobytes()),
+        "python random": digest(repr(random.getstate()).encode()),
+        "dtype": str(torch.get_default_dtype()),
+        "device": str(torch.get_default_device()),
+        "threads": [torch.get_num_threads(), torch.get_num_interop_threads()],
+        "grad": [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_anomaly_enabled()],
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "matmul precision": torch.get_float32_matmul_precision(),
+        "autocast": torch.is_autocast_enabled("cpu"),
+        "backends": backends,
+        "environment": sorted(os.environ.items()),
+        "path": sys.path[:],
+        "cuda": torch.cuda.is_initialized(),
+    }
+
+before, loaded = state(), set(sys.modules)
+import widekernel
+print(json.dumps([before, state(), sorted(set(sys.modules) - loaded), sorted(sys.modules)]))
+"""
+
+
+@pytest.fixture(scope="module")
+def importing() -> list:
+    """The state before and after the import, the modules that it loaded, and all modules, in a process of its own."""
+    done = subprocess.run([sys.executable, "-c", STATE], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_importing_changes_no_global_state(importing: list) -> None:
+    before, after, _, _ = importing
+    assert len(before["backends"]) >= 4
+    assert after == before
+
+
+def test_importing_loads_no_heavy_packages(importing: list) -> None:
+    _, _, loaded, everything = importing
+    assert "widekernel.layers.rect" in loaded
+    assert [name for name in NOT_LOADED if name in everything] == []
+
+
+def test_importing_loads_only_what_the_networks_need(importing: list) -> None:
+    loaded = {name.split(".")[1] for name in importing[2] if name.startswith("widekernel.")}
+    assert loaded == {"errors", "layers", "models", "ops", "transforms"}
+
+
+def seconds(statement: str) -> float:
+    """Time a statement in a new process, without the start of the interpreter."""
+    program = f"import time; start = time.perf_counter(); {statement}; print(time.perf_counter() - start)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return float(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_importing_adds_little_to_timm() -> None:
+    """The fastest of several alternating runs each, measured until they fit or the patience is over."""
+    ours, theirs = [], []
+    deadline = time.monotonic() + 240
+    for run in range(12):
+        ours.append(seconds("import timm; import widekernel"))
+        theirs.append(seconds("import timm"))
+        if run >= 3 and (min(ours) - min(theirs) <= 0.3 or time.monotonic() > deadline):
+            break
+    added = min(ours) - min(theirs)
+    assert added <= 0.3, (
+        f"{added:.2f} s more than timm; medians {statistics.median(ours):.2f}, {statistics.median(theirs):.2f}"
+    )
