@@ -34,6 +34,7 @@ from widekernel.training.metrics_log import read_metrics
 
 RECIPE = "slak_nano_digits"
 LATENCY_BATCH = 16
+LATENCY_ROUNDS = 9
 
 
 class DemoError(WidekernelError, RuntimeError):
@@ -132,12 +133,12 @@ def _measure(name: str, model: nn.Module, source: ImageSource, saved: SavedModel
     return Measured(name, model, result.top1, torch.cat(predictions), torch.cat(targets))
 
 
-def _latencies(models: list[nn.Module], size: int, rounds: int = 15) -> list[float]:
+def _latencies(models: list[nn.Module], size: int) -> list[float]:
     """Median milliseconds per image, the models timed in turn so that a busy machine is unfair to none."""
     images = torch.randn(LATENCY_BATCH, 3, size, size, generator=torch.Generator().manual_seed(0))
     times: list[list[float]] = [[] for _ in models]
     with torch.inference_mode():
-        for _ in range(rounds + 2):
+        for _ in range(LATENCY_ROUNDS + 2):
             for model, taken in zip(models, times, strict=True):
                 start = time.perf_counter()
                 model(images)
@@ -152,7 +153,7 @@ def _table(measured: list[Measured], latencies: list[float], count: int) -> Tabl
     for form, latency in zip(measured, latencies, strict=True):
         parameters = sum(parameter.numel() for parameter in form.model.parameters())
         table.add_row(form.name, f"{parameters:,}", f"{form.top1:.2f}", f"{latency:.2f}")
-    table.caption = f"medians of 15 batches of {LATENCY_BATCH}, timed in turn"
+    table.caption = f"medians of {LATENCY_ROUNDS} batches of {LATENCY_BATCH}, timed in turn"
     return table
 
 

@@ -114,7 +114,7 @@ def train(config: TrainConfig, reporter: Reporter | None = None, processes: Proc
     preprocessing = Preprocessing.resolve(config.data, pretrained_cfg(model))
     train_transform = preprocessing.train_transform(config.augment)
     if config.model.weights is not None:
-        load_weights(model, config.model.weights)
+        reporter.message(str(load_weights(model, config.model.weights)))
     folder.prepare(config.to_dict())
     summary = folder.read_summary()
     if summary is not None:

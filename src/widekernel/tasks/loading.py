@@ -61,7 +61,12 @@ def load(source: Source) -> tuple[nn.Module, SavedModel]:
             raise ConfigError(f"{source.path} does not say which model it belongs to. Name it with --model NAME.")
         return restore_model(source.path, source.weights)
     model = build_model(source.model, source.num_classes, source.model_args or {})
-    load_weights(model, source.path, source.weights)
+    report = load_weights(model, source.path, source.weights)
+    if report.dropped:
+        raise CheckpointError(
+            f"The classifier in {source.path} ({', '.join(report.dropped)}) does not fit the {model.num_classes} outputs "
+            f"of {source.model}, which would be untrained. Give the number of its classes with --num_classes."
+        )
     return model.eval(), SavedModel(
         name=source.model,
         model_args=source.model_args or {},
