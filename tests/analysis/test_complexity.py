@@ -65,7 +65,9 @@ def _merge_large_kernels(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("row", _published())
-def test_published_numbers(row: dict[str, Any]) -> None:
+def test_published_numbers(row: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    # Half of the time would go into a folded form that no row is about.
+    monkeypatch.setattr("widekernel.analysis.complexity.fold", lambda model: nn.Identity())
     model = _network(row)
     if "merged form" in row["model"]:
         model = _merge_large_kernels(model)

@@ -289,16 +289,14 @@ def test_dropout_comes_before_the_classifier(name: str) -> None:
 
 
 @every_small_model
-@pytest.mark.parametrize("channels", [1, 4])
-def test_images_of_other_channels(name: str, channels: int) -> None:
-    model = create(name, in_chans=channels, num_classes=3).eval()
-    assert _logits(model, images(channels=channels)).shape == (2, 3)
+def test_images_of_one_channel(name: str) -> None:
+    model = create(name, in_chans=1, num_classes=3).eval()
+    assert _logits(model, images(channels=1)).shape == (2, 3)
 
 
 @every_small_model
-@pytest.mark.parametrize(("height", "width"), [(64, 96), (33, 47)])
-def test_images_of_other_sizes(name: str, height: int, width: int) -> None:
-    assert _logits(create(name, num_classes=3).eval(), torch.randn(1, 3, height, width)).isfinite().all()
+def test_images_of_odd_sizes(name: str) -> None:
+    assert _logits(create(name, num_classes=3).eval(), torch.randn(1, 3, 33, 47)).isfinite().all()
 
 
 @every_small_model

@@ -9,7 +9,11 @@ from timm.models._features_fx import FeatureGraphNet, create_feature_extractor
 from tests.models.zoo import NANO, SMALL, alive, assert_near, images
 
 every_small_model = pytest.mark.parametrize("name", SMALL)
-every_family = pytest.mark.parametrize("name", NANO)
+# Compiling takes seconds: variants that differ in where their kernels come from only are left to the slow tests.
+ALIKE = ("shiftwise_v1_nano", "slak_pww_nano", "slak_reg_nano")
+every_family = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in ALIKE else []) for name in NANO]
+)
 
 
 @every_small_model
