@@ -112,17 +112,8 @@ def test_only_the_command_line_prints(file: Path) -> None:
 
 
 def test_public_names() -> None:
-    wanted = {
-        "DepthwiseConv2d",
-        "LargeKernel",
-        "Rectangles",
-        "ShiftTiles",
-        "fold",
-        "load_checkpoint",
-        "save_checkpoint",
-        "ops",
-    }
-    assert wanted <= set(widekernel.__all__)
+    wanted = {"DepthwiseConv2d", "LargeKernel", "Rectangles", "ShiftTiles", "fold", "load_checkpoint", "save_checkpoint"}
+    assert wanted | {"ops"} <= set(widekernel.__all__)
     for module in ("widekernel", "widekernel.ops", "widekernel.layers"):
         loaded = importlib.import_module(module)
         assert sorted(loaded.__all__) == sorted(set(loaded.__all__))
@@ -214,6 +205,5 @@ def test_importing_adds_little_to_timm() -> None:
         if run >= 3 and (min(ours) - min(theirs) <= 0.3 or time.monotonic() > deadline):
             break
     added = min(ours) - min(theirs)
-    assert added <= 0.3, (
-        f"{added:.2f} s more than timm; medians {statistics.median(ours):.2f}, {statistics.median(theirs):.2f}"
-    )
+    medians = f"{statistics.median(ours):.2f} against {statistics.median(theirs):.2f}"
+    assert added <= 0.3, f"{added:.2f} s more than timm; medians {medians}"

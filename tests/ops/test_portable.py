@@ -101,6 +101,23 @@ def test_the_weight_gradient_is_a_forward_convolution(spy: Spy, size: tuple[int,
     assert call.weight.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_weight_gradient_of_short_types_runs_in_float32(spy: Spy, dtype: torch.dtype) -> None:
+    """A bfloat16 convolution with a kernel of 28x30 taps takes minutes where it is compiled for the processor's tiles."""
+    x = torch.randn(2, 4, 28, 30).to(dtype)
+    assert ops.depthwise_weight_grad(x, x, (31, 31)).dtype == dtype
+    assert spy.calls[0].x.dtype == spy.calls[0].weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_convolutions_of_short_types_keep_the_size(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Padding further than the kernel needs takes minutes for 5x51 taps in bfloat16 on such processors."""
+    shapes, conv2d = [], F.conv2d
+    monkeypatch.setattr(F, "conv2d", lambda *args, **options: shapes.append((y := conv2d(*args, **options)).shape) or y)
+    ops.depthwise_sum(torch.randn(2, 3, 28, 30).to(dtype), [torch.randn(3, 1, 5, 51).to(dtype)], [(2, 24)])
+    assert shapes == [(2, 3, 28, 30)]
+
+
 def names_of_a_step(function) -> set[str]:
     x = torch.randn(2, 4, 12, 12, requires_grad=True)
     kernels = [torch.randn(4, 1, *size, requires_grad=True) for size in [(11, 11), (11, 3), (3, 11), (3, 3)]]

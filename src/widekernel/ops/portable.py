@@ -56,6 +56,9 @@ def depthwise_weight_grad(x: Tensor, grad: Tensor, kernel: tuple[int, int], anch
     rows, columns = touching(kernel[0], anchor[0], height), touching(kernel[1], anchor[1], width)
     planes = x.reshape(1, batch * channels, height, width)
     window = grad.reshape(batch * channels, 1, height, width)
+    if _short_on_cpu(x):
+        # With kernels as large as an image the convolution in these types takes minutes; float32 is also more exact.
+        planes, window = planes.float(), window.float()
     taps = columns.stop - columns.start
     if x.device.type == "cpu" and taps > WIDEST_CONTIGUOUS_KERNEL:
         planes = planes.contiguous(memory_format=torch.channels_last)
@@ -80,10 +83,19 @@ def _one_rectangle(x: Tensor, kernel: Tensor, anchor: Anchor, bias: Tensor | Non
     rows, columns = touching(kernel.shape[2], anchor[0], height), touching(kernel.shape[3], anchor[1], width)
     row, column = anchor[0] - rows.start, anchor[1] - columns.start
     kernel = kernel[:, :, rows, columns]
+    above, below, left, right = row, kernel.shape[2] - 1 - row, column, kernel.shape[3] - 1 - column
+    # conv2d pads both sides alike: pad by the longer one and cut the surplus off the output.
+    padding = max(above, below), max(left, right)
+    if _short_on_cpu(x):
+        # Wider outputs than inputs take minutes in these types: make the kernel symmetric instead.
+        kernel = F.pad(kernel, (padding[1] - left, padding[1] - right, padding[0] - above, padding[0] - below))
+        row, column = padding
     if x.device.type == "cpu":
         kernel = kernel.contiguous(memory_format=memory_format(x))
-    # conv2d pads both sides alike: pad by the longer one and cut the surplus off the output.
-    padding = max(row, kernel.shape[2] - 1 - row), max(column, kernel.shape[3] - 1 - column)
     y = F.conv2d(x, kernel, bias, padding=padding, groups=x.shape[1])
     top, left = padding[0] - row, padding[1] - column
     return y[..., top : top + height, left : left + width]
+
+
+def _short_on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
