@@ -102,7 +102,7 @@ def test_shuffled_strips(big: int, small: int, branches: int) -> None:
         sum(shift_add(x, by_slot(flat, source.tile_at[d, b]), big, wide=d == 0) for b in range(branches)) for d in range(2)
     ]
     check(source, want, x)
-    in_order = torch.arange(num_tiles(big, small), dtype=torch.int16)
+    in_order = torch.arange(num_tiles(big, small), dtype=torch.int32)
     assert torch.equal(source.tile_at[0, 0], in_order.expand(C, -1))
 
 
@@ -239,7 +239,7 @@ def test_the_state_restores_the_source(name: str) -> None:
 @WITH_TABLES
 def test_tables_survive_a_change_of_type_and_reinitialisation(name: str) -> None:
     source, fresh = SOURCES[name](), SOURCES[name]()
-    assert {table.dtype for table in tables_of(source.bfloat16()).values()} == {torch.int16}
+    assert {table.dtype for table in tables_of(source.bfloat16()).values()} == {torch.int32}
     (source.source if name == "truncated" else source).reset_parameters()
     assert all(torch.equal(table, tables_of(fresh)[key]) for key, table in tables_of(source).items())
 
@@ -279,7 +279,7 @@ def test_constructing_draws_weights_and_nothing_else(name: str) -> None:
 def test_every_group_is_a_permutation_of_its_own(groups: int) -> None:
     tile_at, centre = draw_tables(16, 17, groups)
     assert tile_at.shape == (2, groups, 16, 17)
-    assert torch.equal(tile_at.sort(-1).values, torch.arange(17, dtype=torch.int16).expand_as(tile_at))
+    assert torch.equal(tile_at.sort(-1).values, torch.arange(17, dtype=torch.int32).expand_as(tile_at))
     assert len({tuple(row.tolist()) for row in tile_at.flatten(0, 2)}) == 2 * groups * 16
     assert centre.shape == (groups, 16)
     assert centre.min() >= 0 and centre.max() < 17
