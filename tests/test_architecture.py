@@ -86,7 +86,7 @@ def test_imports_point_downwards(file: Path) -> None:
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if folder_of(file) in ("ops", "layers")], ids=relative)
-def test_operators_and_layers_need_torch_only(file: Path) -> None:
+def test_operators_and_layers_need_torch_and_numpy_only(file: Path) -> None:
     names = {name.split(".")[0] for name in imported(ast.parse(file.read_text()), "widekernel.any")}
     assert names <= {"numpy", "torch", "widekernel", *sys.stdlib_module_names}
 
