@@ -10,6 +10,14 @@ class WidekernelError(Exception):
     """Base class: the command line prints these without a traceback."""
 
 
+class ArgumentError(WidekernelError, ValueError):
+    """An argument of a layer, a network or an operator that it cannot take."""
+
+
+class UnknownArgumentError(WidekernelError, TypeError):
+    """An argument that a network does not have."""
+
+
 class CheckpointError(WidekernelError, ValueError):
     """A checkpoint file that cannot be read, or that does not belong to the model."""
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from widekernel import ops
+from widekernel.errors import ArgumentError
 from widekernel.layers.norms import affine_of, is_foldable
 
 
@@ -103,7 +103,7 @@ def fold_affine(layer: nn.Conv2d | nn.Linear, scale: Tensor, shift: Tensor) -> A
 def fold_affine_before(layer: nn.Conv2d | nn.Linear, scale: Tensor, shift: Tensor) -> Any:
     """Give a layer that computes layer(scale · x + shift), per input channel (both (C_in,))."""
     if isinstance(layer, nn.Conv2d) and (layer.groups != 1 or _pads(layer)):
-        raise ValueError(f"a norm cannot be folded into the input of {layer}: it must be ungrouped and without padding")
+        raise ArgumentError(f"a norm cannot be folded into the input of {layer}: it must be ungrouped and without padding")
     per_input = [1, -1, *[1] * (layer.weight.dim() - 2)]
     scale, shift = scale.to(layer.weight.device), shift.to(layer.weight.device)
     weight = layer.weight.double()
@@ -120,8 +120,25 @@ def _pads(conv: nn.Conv2d) -> bool:
 
 
 def _rebuilt(layer: nn.Conv2d | nn.Linear, weight: Tensor, bias: Tensor) -> nn.Module:
-    # A copy and not a new layer, whose constructor would draw from the global random numbers.
-    new = copy.deepcopy(layer)
-    new.weight = nn.Parameter(weight.to(layer.weight))
-    new.bias = nn.Parameter(bias.to(layer.weight))
-    return new
+    """Give a plain layer like `layer`, which may be parametrised, with other weights."""
+    like = layer.weight
+    new: nn.Module
+    # Made without data: the constructors would draw from the global random numbers.
+    if isinstance(layer, nn.Linear):
+        new = nn.Linear(layer.in_features, layer.out_features, device="meta")
+    else:
+        kind = DepthwiseConv2d if isinstance(layer, DepthwiseConv2d) else nn.Conv2d
+        new = kind(
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,  # type: ignore[arg-type]
+            stride=layer.stride,  # type: ignore[arg-type]
+            padding=layer.padding,  # type: ignore[arg-type]
+            dilation=layer.dilation,  # type: ignore[arg-type]
+            groups=layer.groups,
+            padding_mode=layer.padding_mode,
+            device="meta",
+        )
+    new.weight = nn.Parameter(weight.to(like))
+    new.bias = nn.Parameter(bias.to(like))
+    return new.train(layer.training)

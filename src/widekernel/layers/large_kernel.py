@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from widekernel import ops
-from widekernel.layers.norms import affine_of, is_foldable
+from widekernel.errors import ArgumentError
+from widekernel.layers.norms import affine_of, reasons_against_folding
 from widekernel.layers.rect import Rect, maximal_rectangles
 from widekernel.layers.sources import KernelSource, rects_of
+from widekernel.ops.depthwise import autocast_dtype
 
 
 class LargeKernel(nn.Module):
@@ -27,17 +30,20 @@ class LargeKernel(nn.Module):
     def __init__(self, source: KernelSource, norms: Sequence[nn.Module] | None = None, identity: bool = False) -> None:
         super().__init__()
         if norms is not None and len(norms) != source.num_branches:
-            raise ValueError(f"{len(norms)} norms for {source.num_branches} branches: every branch needs one")
+            raise ArgumentError(f"{len(norms)} norms for {source.num_branches} branches: every branch needs one")
         self.source = source
         self.norms = nn.ModuleList(norms or [])
         self.identity = identity
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
+        # Under autocast the branches share one converted copy of the input.
+        dtype = autocast_dtype(x)
+        cast = x if dtype is None else x.to(dtype)
         if not self.norms:
-            y = self._unnormalised(x)
+            y = self._unnormalised(cast)
         else:
-            responses = self.source.responses(x)
+            responses = self.source.responses(cast)
             y = self.norms[0](responses[0])
             for norm, response in zip(list(self.norms)[1:], responses[1:]):
                 y = y + norm(response)
@@ -45,7 +51,12 @@ class LargeKernel(nn.Module):
 
     def foldable(self) -> bool:
         """Whether every branch is a rectangle and every norm an affine map in evaluation."""
-        return rects_of(self.source) is not None and all(is_foldable(norm) for norm in self.norms)
+        return not self.reasons_against_folding()
+
+    def reasons_against_folding(self) -> list[str]:
+        """List why the layer cannot be folded; empty if it can."""
+        reasons = [] if rects_of(self.source) is not None else ["a branch equals no single kernel near the borders"]
+        return list(dict.fromkeys(reasons + [why for norm in self.norms for why in reasons_against_folding(norm)]))
 
     @torch.no_grad()
     def folded(self, scale: Tensor | None = None, shift: Tensor | None = None) -> FoldedLargeKernel:
@@ -99,11 +110,20 @@ class FoldedLargeKernel(nn.Module):
         super().__init__()
         self.kernels = nn.ParameterList(nn.Parameter(rect.kernel.detach().clone()) for rect in rects)
         self.anchors = tuple(rect.anchor for rect in rects)
+        # Part of the state dict only to be compared with when weights are loaded: see below.
+        self.register_buffer("anchor_table", torch.tensor(self.anchors, dtype=torch.int32))
         self.bias = nn.Parameter(bias.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
         return ops.depthwise_sum(x, list(self.kernels), self.anchors, self.bias)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, strict: bool, *rest: Any) -> None:
+        """Refuse the weights of a layer of the same shapes whose kernels sit elsewhere on the output pixel."""
+        table = state_dict.get(f"{prefix}anchor_table")
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *rest)
+        if table is not None and tuple(map(tuple, table.tolist())) != self.anchors:
+            rest[-1].append(f"{prefix}anchors are {table.tolist()} in the file but {list(self.anchors)} here")
 
     def rects(self) -> list[Rect]:
         """Give the rectangles."""

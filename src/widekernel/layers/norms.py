@@ -2,35 +2,56 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+
+# Only these and what does not change their forward: a subclass may add an activation, which is no affine map.
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def is_foldable(norm: nn.Module) -> bool:
-    """Whether `norm` is a fixed affine map per channel in evaluation: batch norm of any kind, or nothing."""
-    return isinstance(norm, nn.Identity) or (isinstance(norm, _BatchNorm) and norm.running_mean is not None)
+    """Whether `norm` is a fixed affine map per channel in evaluation."""
+    return not reasons_against_folding(norm)
+
+
+def reasons_against_folding(norm: nn.Module) -> list[str]:
+    """List why `norm` is no fixed affine map per channel in evaluation; empty if it is one."""
+    if isinstance(norm, nn.Identity) or _is_frozen(norm):
+        return []
+    plain = isinstance(norm, _BATCH_NORMS) and type(norm).forward in {kind.forward for kind in _BATCH_NORMS}
+    if not plain:
+        return [f"{type(norm).__name__} is not a plain batch norm"]
+    if norm.running_mean is None:
+        return ["a batch norm has no running statistics"]
+    return []
 
 
 def affine_of(norm: nn.Module, channels: int) -> tuple[Tensor, Tensor]:
     """Give the scale and shift, both (C,) in float64, that `norm` applies in evaluation.
 
-    Covers BatchNorm2d, SyncBatchNorm and every other subclass with running statistics, and Identity.
+    Covers batch norm, synchronised batch norm, torchvision's frozen batch norm, and Identity.
 
     Raises:
-        TypeError: for a normalisation whose statistics depend on the input.
+        TypeError: for any other normalisation, and for batch norm without running statistics.
     """
     if isinstance(norm, nn.Identity):
         return torch.ones(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
-    if not isinstance(norm, _BatchNorm) or norm.running_mean is None or norm.running_var is None:
-        raise TypeError(
-            f"{type(norm).__name__} normalises with statistics of its input and cannot be folded: "
-            "only batch normalisation with running statistics can"
-        )
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight.double()
-    shift = -norm.running_mean.double() * scale
-    if norm.bias is not None:
-        shift = shift + norm.bias.double()
+    reasons = reasons_against_folding(norm)
+    if reasons:
+        raise TypeError(f"{reasons[0]} and cannot be folded: only batch normalisation with running statistics can")
+    kept: Any = norm
+    scale = (kept.running_var.double() + kept.eps).rsqrt()
+    if kept.weight is not None:
+        scale = scale * kept.weight.double()
+    shift = -kept.running_mean.double() * scale
+    if kept.bias is not None:
+        shift = shift + kept.bias.double()
     return scale.detach(), shift.detach()
+
+
+def _is_frozen(norm: nn.Module) -> bool:
+    """Whether `norm` is torchvision's FrozenBatchNorm2d, known by name: this floor imports PyTorch only."""
+    kind = type(norm)
+    return kind.__name__ == "FrozenBatchNorm2d" and kind.__module__.startswith("torchvision.")

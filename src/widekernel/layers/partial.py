@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from widekernel.errors import ArgumentError
 from widekernel.layers.large_kernel import LargeKernel
+
+GHOST_SEED = 123  # the seed that the Shift-wise authors' code picks the untouched channels with
+
+
+def seeded_selection(channels: int, count: int) -> list[int]:
+    """Give the sorted indices of the `count` of `channels` channels that are worked on, picked as the authors' code does."""
+    ghosts = np.random.RandomState(GHOST_SEED).choice(channels, channels - count, replace=False)
+    return sorted(set(range(channels)) - set(ghosts.tolist()))
 
 
 class PartialChannels(nn.Module):
@@ -22,11 +32,11 @@ class PartialChannels(nn.Module):
     def __init__(self, layer: LargeKernel, selected: Sequence[int], channels: int) -> None:
         super().__init__()
         if len(selected) != layer.source.channels or len(set(selected)) != len(selected):
-            raise ValueError(
+            raise ArgumentError(
                 f"{len(selected)} selected channels for a layer of {layer.source.channels}: give as many, all different"
             )
         if selected and not 0 <= min(selected) <= max(selected) < channels:
-            raise ValueError(
+            raise ArgumentError(
                 f"selected channels {min(selected)}..{max(selected)} must lie in 0..{channels - 1}, those of the input"
             )
         rest = sorted(set(range(channels)) - set(selected))
@@ -46,6 +56,24 @@ class PartialChannels(nn.Module):
     def foldable(self) -> bool:
         """Whether the large kernel can be folded."""
         return self.layer.foldable()
+
+    def seeded_tables(self) -> dict[str, Tensor]:
+        """Give the tables of the channels picked by the authors' code, by the name of their buffer."""
+        worked, channels = self.selected.numel(), self.selected.numel() + self.ghosts.numel()
+        selected = seeded_selection(channels, worked)
+        rest = sorted(set(range(channels)) - set(selected))
+        return {
+            "selected": torch.tensor(selected, dtype=torch.int32, device="cpu"),
+            "ghosts": torch.tensor(rest, dtype=torch.int32, device="cpu"),
+        }
+
+    def table_problem(self, name: str, table: Tensor) -> str:
+        """Say what is wrong with a table of a file, "" if nothing is."""
+        channels = self.selected.numel() + self.ghosts.numel()
+        known = sorted(set(table.tolist()))
+        if len(known) == table.numel() and (not known or 0 <= known[0] <= known[-1] < channels):
+            return ""
+        return f"must name different channels of 0..{channels - 1}"
 
     @torch.no_grad()
     def folded(self, scale: Tensor | None = None, shift: Tensor | None = None) -> FoldedPartialChannels:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from widekernel.errors import ArgumentError
 from widekernel.ops.problem import Anchor, check_anchor
 
 
@@ -27,7 +28,7 @@ class Rect:
 
     def __post_init__(self) -> None:
         if self.kernel.dim() != 4 or self.kernel.shape[1] != 1:
-            raise ValueError(f"kernel has shape {tuple(self.kernel.shape)}: a Rect needs (C, 1, kh, kw)")
+            raise ArgumentError(f"kernel has shape {tuple(self.kernel.shape)}: a Rect needs (C, 1, kh, kw)")
         check_anchor(self.kernel.shape[2:], self.anchor)
 
     @classmethod
@@ -62,7 +63,7 @@ class Rect:
     def plus(self, other: Rect) -> Rect:
         """Add a rectangle of as many channels that this one covers."""
         if not self.covers(other) or self.kernel.shape[0] != other.kernel.shape[0]:
-            raise ValueError(
+            raise ArgumentError(
                 f"a {self.size[0]}x{self.size[1]} rectangle of {self.kernel.shape[0]} channels anchored at {self.anchor} "
                 f"cannot take in one of {other.size[0]}x{other.size[1]}, {other.kernel.shape[0]} channels, anchored at "
                 f"{other.anchor}: it must cover it and have as many channels"

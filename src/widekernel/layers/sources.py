@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from torch import Tensor, empty, nn
 
 from widekernel import ops
+from widekernel.errors import ArgumentError
 from widekernel.layers.rect import Rect
 
 
@@ -88,7 +89,7 @@ class SourceGroup(KernelSource):
     def __init__(self, sources: Sequence[KernelSource]) -> None:
         super().__init__()
         if len({source.channels for source in sources}) != 1:
-            raise ValueError(f"the sources have {[s.channels for s in sources]} channels: all must have the same number")
+            raise ArgumentError(f"the sources have {[s.channels for s in sources]} channels: all must have the same number")
         self.sources = nn.ModuleList(sources)
         self.channels = sources[0].channels
         self.num_branches = sum(source.num_branches for source in sources)
@@ -116,7 +117,7 @@ def check_odd(what: str, *sizes: int) -> None:
     """Raise unless every size is a positive odd number."""
     for size in sizes:
         if not isinstance(size, int) or isinstance(size, bool) or size < 1 or size % 2 == 0:
-            raise ValueError(
+            raise ArgumentError(
                 f"{what} {size!r} is not a positive odd number: an even kernel has no middle tap; "
                 f"use {size + 1 if isinstance(size, int) and size > 0 else 'an odd integer'}"
             )

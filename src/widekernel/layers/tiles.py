@@ -8,11 +8,15 @@ included; so every source here yields strips, and no feature map is ever nk time
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, empty, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
+from widekernel.errors import ArgumentError
 from widekernel.layers.rect import Rect
 from widekernel.layers.sources import KernelSource, RectSource, check_odd
 
@@ -46,7 +50,7 @@ def cut_into_tiles(strip: Tensor, small: int) -> Tensor:
     along = 2 if kh > kw else 3
     big = max(kh, kw)
     if min(kh, kw) != small or big < small:
-        raise ValueError(f"a {kh}x{kw} kernel is not a strip of {small}x{small} tiles: one side must be {small}")
+        raise ArgumentError(f"a {kh}x{kw} kernel is not a strip of {small}x{small} tiles: one side must be {small}")
     count = num_tiles(big, small)
     missing = count * small - big
     strip = F.pad(strip, (0, 0, 0, missing) if along == 2 else (0, missing))
@@ -171,7 +175,7 @@ class ShiftTiles(RectSource):
         super().__init__()
         check_tiles(big, small)
         if paths < 1 or groups < 1:
-            raise ValueError(f"paths={paths} and groups={groups} must both be at least 1")
+            raise ArgumentError(f"paths={paths} and groups={groups} must both be at least 1")
         self.channels, self.big, self.small = channels, big, small
         count = num_tiles(big, small)
         self.tiles = nn.ParameterList(nn.Parameter(empty(channels * count, 1, small, small)) for _ in range(paths))
@@ -211,6 +215,19 @@ class ShiftTiles(RectSource):
         paths, groups = len(self.tiles), self.tile_at.shape[1]
         return f"{self.channels}, big={self.big}, small={self.small}, paths={paths}, groups={groups}"
 
+    def seeded_tables(self) -> dict[str, Tensor]:
+        """Give the tables as the authors' code draws them, by the name of their buffer."""
+        tile_at, centre = draw_tables(self.channels, num_tiles(self.big, self.small), self.tile_at.shape[1])
+        return {"tile_at": tile_at, "centre": centre}
+
+    def table_problem(self, name: str, table: Tensor) -> str:
+        """Say what is wrong with a table of a file, "" if nothing is."""
+        if name == "tile_at":
+            return _arrangement_problem(table)
+        count = self.tile_at.shape[-1]
+        inside = bool(((table >= 0) & (table < count)).all())
+        return "" if inside else f"names tiles outside 0..{count - 1}"
+
     def _weighted(self, flat: Tensor, direction: int) -> Tensor:
         return flat * self.gates[direction].sigmoid().unsqueeze(1) if len(self.gates) else flat
 
@@ -238,19 +255,25 @@ class ShuffledStrips(RectSource):
         super().__init__()
         check_tiles(big, small)
         if branches < 1:
-            raise ValueError(f"branches={branches} must be at least 1")
+            raise ArgumentError(f"branches={branches} must be at least 1")
         self.channels, self.big, self.small = channels, big, small
         count = num_tiles(big, small)
         self.tiles = nn.Parameter(empty(channels * count, 1, small, small))
-        tile_at, _ = draw_tables(channels, count, branches)
-        tile_at[0, 0] = torch.arange(count, dtype=tile_at.dtype, device="cpu")
         self.tile_at: Tensor
-        self.register_buffer("tile_at", tile_at.to(torch.get_default_device()))
+        self.register_buffer("tile_at", _in_order_first(channels, count, branches).to(torch.get_default_device()))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw the tiles as `nn.Conv2d` would; the tables stay."""
         nn.init.kaiming_uniform_(self.tiles, a=math.sqrt(5))
+
+    def seeded_tables(self) -> dict[str, Tensor]:
+        """Give the table as it is drawn at construction, by the name of its buffer."""
+        return {"tile_at": _in_order_first(self.channels, num_tiles(self.big, self.small), self.tile_at.shape[1])}
+
+    def table_problem(self, name: str, table: Tensor) -> str:
+        """Say what is wrong with a table of a file, "" if nothing is."""
+        return _arrangement_problem(table)
 
     def arranged(self) -> tuple[Tensor, Tensor]:
         """Give the tiles (C, nk, N, N) of the wide and of the tall strip, in the order of their slots."""
@@ -322,16 +345,36 @@ def draw_tables(channels: int, count: int, groups: int) -> tuple[Tensor, Tensor]
     """Draw the arrangement tables of Shift-wise convolution from a private generator.
 
     Returns:
-        tile_at: (2, groups, C, nk) int16; entry [d, g, c, slot] is the tile that stands there (d = 0: the wide strip).
-        centre: (groups, C) int16, the tile that the unmoved branch takes.
+        tile_at: (2, groups, C, nk) int32; entry [d, g, c, slot] is the tile that stands there (d = 0: the wide strip).
+        centre: (groups, C) int32, the tile that the unmoved branch takes.
     """
-    generator = Generator().manual_seed(TABLE_SEED)
-    # On the CPU whatever the default device is: elsewhere the same seed gives other tables.
-    drawn = [torch.randperm(count, generator=generator, device="cpu") for _ in range(2 * groups * channels)]
-    tile_at = torch.stack(drawn).view(2, groups, channels, count)
-    at = [torch.randint(0, count, (channels,), generator=generator, device="cpu") for _ in range(groups)]
-    centre = torch.stack(at)
-    return tile_at.to(torch.int16), centre.to(torch.int16)
+    # Copies, made on the CPU whatever the default device is.
+    tile_at, centre = (torch.tensor(table, device="cpu") for table in _drawn_tables(channels, count, groups))
+    return tile_at, centre
+
+
+@lru_cache(maxsize=64)  # the blocks of a stage have the same tables, and drawing them takes longer than all the rest
+def _drawn_tables(channels: int, count: int, groups: int) -> tuple[np.ndarray, np.ndarray]:
+    # Real numbers of the CPU's generator even where tensors are made without data, or on another device.
+    with _disable_current_modes(), torch.device("cpu"):
+        generator = Generator().manual_seed(TABLE_SEED)
+        drawn = [torch.randperm(count, generator=generator) for _ in range(2 * groups * channels)]
+        tile_at = torch.stack(drawn).view(2, groups, channels, count)
+        centre = torch.stack([torch.randint(0, count, (channels,), generator=generator) for _ in range(groups)])
+        return tile_at.to(torch.int32).numpy(), centre.to(torch.int32).numpy()
+
+
+def _in_order_first(channels: int, count: int, branches: int) -> Tensor:
+    """Draw the table of `ShuffledStrips`, whose first wide strip has its tiles in their order."""
+    tile_at, _ = draw_tables(channels, count, branches)
+    tile_at[0, 0] = torch.arange(count, dtype=tile_at.dtype, device="cpu")
+    return tile_at
+
+
+def _arrangement_problem(table: Tensor) -> str:
+    """Say what is wrong with a table (2, groups, C, nk) of a file, "" if every row is a permutation."""
+    slots = torch.arange(table.shape[-1], dtype=table.dtype)
+    return "" if torch.equal(table.cpu().sort(-1).values, slots.expand_as(table)) else "is not made of permutations"
 
 
 def check_tiles(big: int, small: int) -> None:
@@ -339,7 +382,7 @@ def check_tiles(big: int, small: int) -> None:
     check_odd("kernel size", big)
     check_odd("tile size", small)
     if small >= big:
-        raise ValueError(f"tile size {small} is not smaller than the kernel size {big}: give a smaller tile")
+        raise ArgumentError(f"tile size {small} is not smaller than the kernel size {big}: give a smaller tile")
 
 
 def _take_sum(flat: Tensor, table: Tensor, channels: int) -> Tensor:

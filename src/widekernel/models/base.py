@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -20,7 +20,7 @@ from timm.models import build_model_with_cfg, checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from widekernel.errors import ArgumentError, ShapeError, nearest
+from widekernel.errors import ArgumentError, ShapeError, UnknownArgumentError, nearest
 from widekernel.layers import DepthwiseConv2d, FoldedLargeKernel, FoldedPartialChannels, LargeKernel, PartialChannels
 from widekernel.models.layouts.layout import Layout
 from widekernel.models.layouts.translate import translate
@@ -34,7 +34,6 @@ BUILDER_ARGUMENTS = (
     "feature_cls",
     "features_only",
     "out_indices",
-    "output_fmt",
     "pretrained_cfg",
     "pretrained_cfg_overlay",
     "pretrained_strict",
@@ -102,7 +101,6 @@ class HeadOptions:
         global_pool: as timm's; "" for none.
         drop_rate: dropout before the classifier.
         norm: whether a channel layer norm stands between pooling and classifier.
-        init_scale: factor on the initial weights of the classifier.
     """
 
     num_classes: int = 1000
@@ -241,6 +239,7 @@ class StagedConvNet(nn.Module):
         take, last = feature_take_indices(len(self.stages), indices)
         shortened = last < len(self.stages) - 1
         self.stages = self.stages[: last + 1]
+        self.input_check.stride = self.feature_info[last]["reduction"]
         if prune_norm or shortened:
             self.norm_pre = nn.Identity()
         if shortened:
@@ -274,6 +273,8 @@ def check_stages(**per_stage: Sequence[Any]) -> None:
     for name, values in per_stage.items():
         if not isinstance(values, Sequence):
             raise ArgumentError(f"{name} must be a sequence with one entry a stage, not {values!r}")
+        if name == "depths" and not all(isinstance(value, int) and value >= 0 for value in values):
+            raise ArgumentError(f"depths are {tuple(values)}: every stage needs a whole number of blocks, 0 or more")
     lengths = {name: len(values) for name, values in per_stage.items()}
     if len(set(lengths.values())) != 1:
         raise ArgumentError(f"one entry a stage is needed, all alike, but the lengths are {lengths}")
@@ -284,6 +285,15 @@ def check_widths(**widths: Sequence[int]) -> None:
     for name, values in widths.items():
         if min(values) < 1:
             raise ArgumentError(f"{name} come out as {tuple(values)}: every stage needs at least one channel")
+
+
+def check_choices(config: Any) -> None:
+    """Raise unless every field of a configuration that is declared as one of several words is one of them."""
+    for name, kind in get_type_hints(type(config)).items():
+        words, value = get_args(kind), getattr(config, name)
+        if get_origin(kind) is Literal and value not in words:
+            choices = ", ".join(map(repr, words))
+            raise ArgumentError(f"{name} {value!r} is unknown: it must be one of {choices}.{nearest(str(value), words)}")
 
 
 def default_cfg(input_size: int = 224, stride: int = 32, **kwargs: Any) -> dict[str, Any]:
@@ -309,19 +319,21 @@ def build(
     """Create a network from its configuration, arguments that override parts of it, and timm's usual ones.
 
     Raises:
-        TypeError: for an argument that is neither the configuration's, the network's nor timm's; names the nearest.
+        UnknownArgumentError: a TypeError, for an argument that is neither the configuration's, the network's nor timm's; names the nearest.
     """
     fields = [field.name for field in dataclasses.fields(config)]  # type: ignore[arg-type]
     of_model = [name for name in inspect.signature(model_cls).parameters if name != "cfg"]
     known = [*fields, *of_model, *BUILDER_ARGUMENTS]
     for name in kwargs:
         if name not in known:
-            raise TypeError(
+            raise UnknownArgumentError(
                 f"{variant} got an unknown argument {name!r}.{nearest(name, known)} It takes {', '.join(fields + of_model)}"
             )
     overrides = {name: _frozen(kwargs.pop(name)) for name in fields if name in kwargs}
     # timm hands the pretrained configuration's arguments to every model; the defaults are the same here.
     feature_cfg = {"feature_cls": "getter", **_default_indices(model_cls, config, overrides)}
+    if kwargs.get("feature_cls") in ("list", "dict"):
+        feature_cfg["flatten_sequential"] = True
     return build_model_with_cfg(
         model_cls,
         variant,
@@ -341,9 +353,9 @@ def _default_indices(model_cls: Any, config: Any, overrides: dict[str, Any]) -> 
 
 def _to_native(state: dict[str, Tensor], model: StagedConvNet) -> dict[str, Tensor]:
     """Translate a pretrained state dict for timm's loader, which is to name the keys that no rule knows."""
-    found, own = translate(model, state), model.state_dict()
+    found = translate(model, state)
     unknown = {key: state[key] for key in found.unknown if key in state}
-    return {**unknown, **{key: own[key] for key in found.generated}, **found.state}
+    return {**unknown, **found.state}
 
 
 def _frozen(value: Any) -> Any:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from timm.layers import DropPath, LayerNorm, LayerNorm2d, Mlp
 from torch import Tensor, nn
 
+from widekernel.layers import KernelSource
 from widekernel.layers.conv import fold_affine
 
 
@@ -61,20 +60,16 @@ def norm_downsample(dim_in: int, dim_out: int) -> nn.Sequential:
     return nn.Sequential(LayerNorm2d(dim_in), nn.Conv2d(dim_in, dim_out, 2, stride=2))
 
 
-def init_convnext(model: nn.Module, head_init_scale: float = 1.0) -> None:
+def init_convnext(model: nn.Module, head_init_scale: float) -> None:
     """Initialise as ConvNeXt does: every convolution, kernel and linear layer from a normal of deviation 0.02."""
-    from widekernel.layers.sources import Rectangles
-    from widekernel.layers.tiles import SharedStrips, ShiftTiles, ShuffledStrips, SplitStrips
-
-    tiles: tuple[Any, ...] = (Rectangles, SplitStrips, SharedStrips, ShuffledStrips, ShiftTiles)
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             nn.init.trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, tiles):
-            for weight in module.parameters():
-                if weight.shape[-1] > 1:  # not the gates
+        elif isinstance(module, KernelSource):
+            for weight in module.parameters(recurse=True):
+                if weight.dim() == 4 and weight.shape[-1] > 1:  # not the gates
                     nn.init.trunc_normal_(weight, std=0.02)
     classifier = model.head.fc  # type: ignore[union-attr]
     if isinstance(classifier, nn.Linear):

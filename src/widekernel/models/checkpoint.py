@@ -7,18 +7,19 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from widekernel.errors import CheckpointError
 from widekernel.models.layouts import containers
-from widekernel.models.layouts.translate import HEAD, Translation, strip_prefixes, to_official, translate
+from widekernel.models.layouts.translate import HEAD, Translation, strip_prefixes, table_problems, to_official, translate
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,9 @@ class LoadReport:
         dropped: head weights of another number of classes, left out; named as in the file.
         missing: our keys that the file does not hold (the head of a backbone checkpoint), left as they were.
         ignored: keys of the file that belong to other parts of a larger network, or to stages that were taken off this one.
-        generated: tables that the layout never holds; the network's own were kept.
-        notes: prefixes removed, kernels converted.
+        generated: tables that the file does not hold; they were drawn anew, as the authors' code does.
+        unused: entries of the file that are no weights of a network, such as the optimizer's state.
+        notes: prefixes removed, kernels converted, precision lost.
     """
 
     path: str
@@ -45,12 +47,13 @@ class LoadReport:
     missing: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
     generated: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         where = f" ({self.container})" if self.container else ""
         lines = [f"{self.path}{where}: {len(self.loaded)} tensors in the layout {self.layout}"]
-        for what in ("dropped", "missing", "ignored", "generated"):
+        for what in ("dropped", "missing", "ignored", "generated", "unused"):
             keys = getattr(self, what)
             if keys:
                 lines.append(f"  {what} ({len(keys)}): {', '.join(keys)}")
@@ -67,7 +70,8 @@ def load_checkpoint(model: nn.Module, path: str | Path, weights: Literal["model"
     the file lacks stays as it is. Anything else that does not fit raises, and the model is left untouched.
 
     Args:
-        model: one of our networks or timm's ConvNeXt, or its `features_only` form.
+        model: one of our networks, also in its `features_only` form, or timm's ConvNeXt; compiled and data-parallel
+            wrappers are seen through.
         path: of the file.
         weights: "model", or "ema" for the averaged weights of a training checkpoint.
 
@@ -85,30 +89,38 @@ def load_checkpoint(model: nn.Module, path: str | Path, weights: Literal["model"
         raise CheckpointError(f"{path} does not fit: {error}") from None
     own = network.state_dict()
     plan = _plan(own, translation, is_backbone, _removed_stages(network))
+    plan.problems += table_problems(network, translation.state)
     if plan.problems:
         raise CheckpointError(
             f"{path} does not fit the {type(network).__name__}; nothing was loaded:\n"
             + "\n".join(f"  {problem}" for problem in plan.problems)
         )
-    with torch.no_grad():
+    try:
         network.load_state_dict({**own, **plan.accepted})
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not fit the {type(network).__name__}: {error}") from error
     notes = [f"removed the prefix {prefix!r}" for prefix in prefixes]
+    notes += [translation.note] if translation.note else []
+    notes += [f"converted {', '.join(sorted(plan.converted))}"] if plan.converted else []
     report = LoadReport(
         path=str(path),
         container=container.found_in,
         layout=translation.layout,
-        loaded=tuple(plan.accepted),
+        loaded=tuple(key for key in plan.accepted if key not in translation.generated),
         dropped=tuple(plan.dropped),
         missing=tuple(plan.missing),
         ignored=(*others, *plan.ignored),
         generated=translation.generated,
-        notes=(*notes, *([translation.note] if translation.note else [])),
+        unused=container.others,
+        notes=tuple(notes),
     )
     if report.dropped and _has_classifier(network):
         warnings.warn(
             f"{', '.join(report.dropped)} of {path} were left out: {plan.why_dropped}; the classifier is untrained",
             stacklevel=2,
         )
+    elif "head.fc.weight" in report.missing:
+        warnings.warn(f"{path} holds no classifier: the network's is untrained", stacklevel=2)
     return report
 
 
@@ -140,15 +152,24 @@ def save_checkpoint(
             raise CheckpointError("the official layout has no place for metadata: save with layout='native'")
         state = {key: value.detach().cpu() for key, value in to_official(_inner(model)).items()}
         return _write(path, lambda file: torch.save({"model": state}, file))
+    native = {key: value.detach().cpu() for key, value in _inner(model).state_dict().items()}
     # Views and shared storage are made whole: safetensors writes each tensor by itself.
-    native = {key: value.detach().cpu().contiguous().clone() for key, value in _inner(model).state_dict().items()}
+    native = {key: value.clone(memory_format=torch.contiguous_format) for key, value in native.items()}
     header = {"widekernel": json.dumps(dict(metadata), sort_keys=True)} if metadata else None
     return _write(path, lambda file: save_file(native, file, metadata=header))
 
 
 def _inner(model: nn.Module) -> nn.Module:
-    """Give the network within timm's wrapper that hands out feature maps, or the model itself."""
-    return model.model if isinstance(model, FeatureGetterNet) else model  # type: ignore[return-value]
+    """Give the network within wrappers: timm's that hands out feature maps, compiled and data-parallel modules."""
+    while True:
+        if isinstance(model, FeatureGetterNet):
+            model = model.model  # type: ignore[assignment]
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
 
 
 def _removed_stages(network: nn.Module) -> tuple[str, ...]:
@@ -165,6 +186,7 @@ class _Plan:
     ignored: list[str]
     problems: list[str]
     why_dropped: str = ""
+    converted: set[str] = field(default_factory=set)
 
 
 def _plan(own: Mapping[str, Tensor], translation: Translation, is_backbone: bool, removed: tuple[str, ...]) -> _Plan:
@@ -188,10 +210,24 @@ def _plan(own: Mapping[str, Tensor], translation: Translation, is_backbone: bool
                 plan.problems.append(f"{name}: the network has no such weight")
         elif value.shape != own[key].shape:
             plan.problems.append(f"{name} has shape {tuple(value.shape)} but the network's is {tuple(own[key].shape)}")
+        elif problem := _type_problem(value, own[key]):
+            plan.problems.append(f"{name} {problem}")
         else:
             plan.accepted[key] = value
+            if value.dtype != own[key].dtype:
+                plan.converted.add(f"{value.dtype} to {own[key].dtype}".replace("torch.", ""))
     _find_missing(own, translation, plan)
     return plan
+
+
+def _type_problem(value: Tensor, own: Tensor) -> str:
+    """Say why a tensor of a file cannot be copied into one of the network, "" if it can."""
+    if own.is_meta:
+        return "has nowhere to go: the network was made without data; call model.to_empty(device=...) first"
+    if value.layout is not torch.strided:
+        return f"is stored as {value.layout}, the network's is dense"
+    kinds = [(t.dtype.is_floating_point, t.dtype.is_complex) for t in (value, own)]
+    return "" if kinds[0] == kinds[1] else f"has type {value.dtype} but the network's is {own.dtype}"
 
 
 def _find_missing(own: Mapping[str, Tensor], translation: Translation, plan: _Plan) -> None:
@@ -226,7 +262,7 @@ def _write(path: Path, write: Callable[[Path], Any]) -> Path:
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
     finally:
         with suppress(OSError):  # where nothing could be written, nothing is left to remove

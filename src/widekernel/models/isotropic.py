@@ -29,6 +29,7 @@ class IsotropicConfig:
         kernel_size: of the depthwise layers, odd.
         patch_size: pixels that the stem turns into one.
         layer_scale: initial value, 0 for none.
+        head_init_scale: factor on the initial weights of the classifier.
     """
 
     depth: int = 18
@@ -36,6 +37,7 @@ class IsotropicConfig:
     kernel_size: int = 7
     patch_size: int = 16
     layer_scale: float = 0.0
+    head_init_scale: float = 1.0
 
 
 class ConvNeXtIsotropic(StagedConvNet):
@@ -74,7 +76,7 @@ class ConvNeXtIsotropic(StagedConvNet):
             in_chans=in_chans,
         )
         self.cfg = cfg
-        init_convnext(self)
+        init_convnext(self, cfg.head_init_scale)
 
     @staticmethod
     def default_out_indices(cfg: IsotropicConfig) -> tuple[int, ...]:

@@ -178,6 +178,16 @@ class RepLKNet(StagedConvNet):
         """Normalise a feature map that is handed out, if the architecture says so."""
         return self.feature_norms[index](x) if len(self.feature_norms) else x
 
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what is not needed to compute the feature maps of the stages `indices`, their norms apart."""
+        take = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        for i in range(len(self.feature_norms)):
+            if i not in take:
+                self.feature_norms[i] = nn.Identity()
+        return take
+
     def layouts(self) -> tuple[Layout, ...]:
         """Give the layouts of the training and of the merged form."""
         return layouts.layouts(len(self.cfg.dims))

@@ -16,7 +16,16 @@ from torch import Tensor, nn
 from widekernel.errors import ArgumentError
 from widekernel.layers import ConvNorm, DepthwiseConv2d
 from widekernel.layers.sources import check_odd
-from widekernel.models.base import HeadOptions, Stage, StagedConvNet, build, check_stages, default_cfg, drop_path_rates
+from widekernel.models.base import (
+    HeadOptions,
+    Stage,
+    StagedConvNet,
+    build,
+    check_choices,
+    check_stages,
+    default_cfg,
+    drop_path_rates,
+)
 from widekernel.models.blocks import MixerBlock, init_convnext, norm_downsample
 from widekernel.models.layouts import convnext as layouts
 from widekernel.models.layouts.layout import Layout
@@ -41,6 +50,7 @@ class RoadmapConfig:
         final_norm: layer norm between pooling and classifier.
         separate_downsample: layer norm and 2x2 convolution between the stages instead of strided blocks.
         layer_scale: initial value, 0 for none; only with `separate_downsample`.
+        head_init_scale: factor on the initial weights of the classifier.
     """
 
     depths: tuple[int, ...] = (3, 4, 6, 3)
@@ -57,11 +67,14 @@ class RoadmapConfig:
     final_norm: bool = False
     separate_downsample: bool = False
     layer_scale: float = 0.0
+    head_init_scale: float = 1.0
 
     def __post_init__(self) -> None:
         check_odd("kernel size", self.kernel_size)
         check_stages(depths=self.depths, stages=range(4))
+        check_choices(self)
         needs = {
+            "layer_scale needs separate_downsample=True": self.layer_scale > 0 and not self.separate_downsample,
             "block='inverted' needs depthwise=True": self.block == "inverted" and not self.depthwise,
             "dw_first=True needs block='inverted'": self.dw_first and self.block != "inverted",
             "fewer_acts=True needs dw_first=True": self.fewer_acts and not self.dw_first,
@@ -143,7 +156,7 @@ class Roadmap(StagedConvNet):
             in_chans=in_chans,
         )
         self.cfg = cfg
-        init_convnext(self)
+        init_convnext(self, cfg.head_init_scale)
 
     def layouts(self) -> tuple[Layout, ...]:
         """Give the layouts of ConvNeXt for the last step; the others have no official code."""

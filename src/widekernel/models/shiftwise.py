@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 from timm.layers import DropPath, LayerNorm2d, Mlp, SqueezeExcite
 from timm.layers.grn import GlobalResponseNorm
 from timm.models import generate_default_cfgs, register_model
@@ -18,6 +17,7 @@ from widekernel.errors import ArgumentError
 from widekernel.layers import LargeKernel, PartialChannels, ShiftTiles
 from widekernel.layers.conv import fold_affine
 from widekernel.layers.norms import affine_of, is_foldable
+from widekernel.layers.partial import seeded_selection
 from widekernel.models.base import (
     HeadOptions,
     Stage,
@@ -31,8 +31,6 @@ from widekernel.models.base import (
 from widekernel.models.blocks import MixerBlock, init_convnext, norm_downsample, patch_stem
 from widekernel.models.layouts import shiftwise as layouts
 from widekernel.models.layouts.layout import Layout
-
-GHOST_SEED = 123  # the seed that the authors' code picks the untouched channels with
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,7 @@ class ShiftWiseConfig:
         depths: blocks a stage.
         dims: width of each stage.
         layer_scale: initial value, 0 for none.
+        head_init_scale: factor on the initial weights of the classifier.
     """
 
     kernel_sizes: tuple[int, ...] = (51, 49, 47, 13)
@@ -60,6 +59,7 @@ class ShiftWiseConfig:
     depths: tuple[int, ...] = (3, 3, 18, 3)
     dims: tuple[int, ...] = (80, 160, 320, 640)
     layer_scale: float = 1e-6
+    head_init_scale: float = 1.0
 
     def __post_init__(self) -> None:
         check_stages(kernel_sizes=self.kernel_sizes, depths=self.depths, dims=self.dims)
@@ -156,7 +156,7 @@ class ShiftWise(StagedConvNet):
             in_chans=in_chans,
         )
         self.cfg = cfg
-        init_convnext(self)
+        init_convnext(self, cfg.head_init_scale)
 
     def layouts(self) -> tuple[Layout, ...]:
         """Give the layout of the official network, merged or not."""
@@ -201,7 +201,7 @@ class ShiftWiseV1(StagedConvNet):
             in_chans=in_chans,
         )
         self.cfg = cfg
-        init_convnext(self)
+        init_convnext(self, cfg.head_init_scale)
 
     def layouts(self) -> tuple[Layout, ...]:
         """Give the layout of the official network, merged or not."""
@@ -224,8 +224,7 @@ def _shift_wise(channels: int, big: int, cfg: ShiftWiseConfig, count: Any) -> nn
         raise ArgumentError(f"ghost_ratio {cfg.ghost_ratio} leaves none of {channels} channels to work on: lower it")
     source = ShiftTiles(worked, big, cfg.small_kernel, cfg.paths, cfg.groups)
     layer = LargeKernel(source, [nn.BatchNorm2d(worked) for _ in range(source.num_branches)], identity=True)
-    ghosts = np.random.RandomState(GHOST_SEED).choice(channels, channels - worked, replace=False)
-    return PartialChannels(layer, sorted(set(range(channels)) - set(ghosts.tolist())), channels)
+    return PartialChannels(layer, seeded_selection(channels, worked), channels)
 
 
 def _conv_stem(in_chans: int, dim: int) -> nn.Sequential:

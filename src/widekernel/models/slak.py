@@ -29,6 +29,7 @@ from widekernel.models.base import (
     Stage,
     StagedConvNet,
     build,
+    check_choices,
     check_stages,
     check_widths,
     default_cfg,
@@ -39,7 +40,7 @@ from widekernel.models.layouts import slak as layouts
 from widekernel.models.layouts.layout import Layout
 
 Strips = Literal["free", "split", "shared", "shuffled"]
-PADDINGS = ("full", "k-1", "same")
+Padding = Literal["full", "k-1", "same"]
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ class SLaKConfig:
 
     Attributes:
         kernel_sizes: K of each stage, odd.
-        small_kernel: N, the short side of the strips and the side of the small square. By default 5 with strips and none
-            without; 0 for no small square without strips.
+        small_kernel: N, the short side of the strips and the side of the small square, which is left out where it is not
+            smaller than K. By default 5 with strips and none without; 0 for no small square without strips.
         width_factor: factor on `dims`, rounded down.
         decomposed: strips K x N and N x K in the place of the K x K square.
         bn: a batch norm after every branch.
@@ -61,6 +62,7 @@ class SLaKConfig:
             which is the same function; "same" drops the tiles whose middle lies outside.
         branches: shuffled arrangements that are added up, for `shuffled` strips.
         layer_scale: initial value, 0 for none.
+        head_init_scale: factor on the initial weights of the classifier.
     """
 
     kernel_sizes: tuple[int, ...] = (51, 49, 47, 13)
@@ -71,14 +73,14 @@ class SLaKConfig:
     depths: tuple[int, ...] = (3, 3, 9, 3)
     dims: tuple[int, ...] = (96, 192, 384, 768)
     strips: Strips = "free"
-    padding: str = "full"
+    padding: Padding = "full"
     branches: int = 1
     layer_scale: float = 1e-6
+    head_init_scale: float = 1.0
 
     def __post_init__(self) -> None:
         check_stages(kernel_sizes=self.kernel_sizes, depths=self.depths, dims=self.dims)
-        if self.padding not in PADDINGS:
-            raise ArgumentError(f"padding {self.padding!r} is unknown: it must be one of {', '.join(PADDINGS)}")
+        check_choices(self)
         if self.strips != "shuffled" and (self.padding != "full" or self.branches != 1):
             raise ArgumentError("padding and branches are options of the slak_pw_* networks only")
         if not self.decomposed and self.strips != "free":
@@ -87,12 +89,14 @@ class SLaKConfig:
             raise ArgumentError("small_kernel=0 leaves the strips without a short side: give it, or set decomposed=False")
         check_widths(widths=self.widths)
         check_odd("kernel size", *self.kernel_sizes)
-        if self.short is not None:
+        if self.decomposed and self.short is not None and self.short > min(self.kernel_sizes):
+            raise ArgumentError(
+                f"small_kernel {self.short} is larger than a kernel size of {self.kernel_sizes}, so that there is no strip: "
+                "lower it, or set decomposed=False"
+            )
+        # Without strips a small kernel that is no smaller than the large one is left out, whatever it is (officially 100).
+        if self.short is not None and any(self.short < size for size in self.kernel_sizes):
             check_odd("small_kernel", self.short)
-            if self.short > min(self.kernel_sizes):
-                raise ArgumentError(
-                    f"small_kernel {self.short} is larger than a kernel size of {self.kernel_sizes}: lower it"
-                )
 
     @property
     def short(self) -> int | None:
@@ -144,7 +148,7 @@ class SLaK(StagedConvNet):
             in_chans=in_chans,
         )
         self.cfg = cfg
-        init_convnext(self)
+        init_convnext(self, cfg.head_init_scale)
 
     def layouts(self) -> tuple[Layout, ...]:
         """Give the layout of the official network of this kind, and that of SLaK where it can be split into tiles."""

@@ -2,7 +2,7 @@
 
 from widekernel.ops.depthwise import depthwise_sum, depthwise_weight_grad, explain
 from widekernel.ops.problem import Problem
-from widekernel.ops.select import Explanation, NoBackendError, backends, trace
+from widekernel.ops.select import Explanation, NoBackendError, backends, register, trace, unregister
 
 __all__ = [
     "Explanation",
@@ -12,5 +12,7 @@ __all__ = [
     "depthwise_sum",
     "depthwise_weight_grad",
     "explain",
+    "register",
     "trace",
+    "unregister",
 ]

@@ -1,16 +1,17 @@
 """The two operators and their registration with PyTorch.
 
-Each is an opaque `torch.library` operator, so that compilation and export keep it whole, wrapped in an
-`autograd.Function` with `setup_context` and `vmap`, so that `torch.func` transforms and higher derivatives work. There is
-no `jvp`: forward-mode differentiation raises instead of returning a wrong zero tangent.
+Each is an opaque `torch.library` operator with a batching rule, so that compilation and export keep it whole, wrapped in an
+`autograd.Function` with `setup_context`, so that `torch.func` transforms and higher derivatives work. There is no `jvp`:
+forward-mode differentiation raises instead of returning a wrong zero tangent.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from widekernel.ops.problem import (
@@ -56,12 +57,16 @@ def depthwise_sum(
         ValueError: if shapes, types or anchors do not fit together.
         NoBackendError: if no backend, or not the one asked for, can compute the call.
     """
-    kernels = list(kernels)
     anchors = middles(kernels) if anchors is None else anchors
     x, kernels, bias = _autocast(x, kernels, bias)
     check_sum(x, kernels, anchors, bias)
-    geometry = tuple((k.shape[2], k.shape[3], int(row), int(column)) for k, (row, column) in zip(kernels, anchors))
-    return _DepthwiseSum.apply(x, _joined(kernels), bias, geometry, backend or "")
+    if not _differentiated(x, bias, *kernels):
+        return _depthwise_sum_op(x, kernels, [a for anchor in anchors for a in anchor], bias, backend or "")
+    geometry = tuple((k.shape[2], k.shape[3], *anchor) for k, anchor in zip(kernels, anchors))
+    # Under a function transform a tensor does not know what the outer levels ask of it.
+    transformed = torch._C._are_functorch_transforms_active()
+    trained = tuple(transformed or kernel.requires_grad for kernel in kernels)
+    return _DepthwiseSum.apply(x, _joined(kernels), bias, _Call(geometry, trained, backend or ""))
 
 
 def depthwise_weight_grad(
@@ -84,7 +89,10 @@ def depthwise_weight_grad(
     if anchor is None:
         anchor = (kernel_size[0] // 2, kernel_size[-1] // 2)
     check_weight_grad(x, grad, kernel_size, anchor)
-    return _DepthwiseWeightGrad.apply(x, grad, (*kernel_size, *anchor), backend or "")
+    geometry = (*kernel_size, *anchor)
+    if not _differentiated(x, grad):
+        return _depthwise_weight_grad_op(x, grad, geometry, backend or "")
+    return _DepthwiseWeightGrad.apply(x, grad, geometry, backend or "")
 
 
 def explain(
@@ -105,17 +113,21 @@ def explain(
     return [explain_problem(problem, backend) for problem in problems]
 
 
-def _autocast(x: Tensor, kernels: list[Tensor], bias: Tensor | None) -> tuple[Tensor, list[Tensor], Tensor | None]:
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Give the type that a call with input `x` is computed in because of autocast, None if autocast changes nothing."""
     device = x.device.type
     # Asking about the meta device, which knows no autocast, is an error.
-    if (
-        device == "meta"
-        or not torch.is_autocast_enabled(device)
-        or x.dtype == torch.float64
-        or not x.dtype.is_floating_point
-    ):
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    if x.dtype == torch.float64 or not x.dtype.is_floating_point:
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def _autocast(x: Tensor, kernels: Sequence[Tensor], bias: Tensor | None) -> tuple[Tensor, Sequence[Tensor], Tensor | None]:
+    dtype = autocast_dtype(x)
+    if dtype is None:
         return x, kernels, bias
-    dtype = torch.get_autocast_dtype(device)
     return x.to(dtype), [kernel.to(dtype) for kernel in kernels], None if bias is None else bias.to(dtype)
 
 
@@ -136,6 +148,13 @@ def _pairs(flat: Sequence[int]) -> list[Anchor]:
     return list(zip(flat[::2], flat[1::2]))
 
 
+def _differentiated(*tensors: Tensor | None) -> bool:
+    """Whether a derivative of the call may be asked for, backward or (which is then refused) forward."""
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        return True
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 @torch.library.custom_op("widekernel::depthwise_sum", mutates_args=())
 def _depthwise_sum_op(
     x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[int], bias: Tensor | None, backend: str
@@ -143,12 +162,27 @@ def _depthwise_sum_op(
     problem = _sum_problem(x, kernels, _pairs(anchors))
     chosen = select(problem, backend or None)
     record(chosen.name, problem)
-    return in_layout(chosen.depthwise_sum(x, kernels, _pairs(anchors), bias), memory_format(x))
+    # The arguments have the type to compute in; PyTorch's convolutions must not convert them once more.
+    with torch.autocast(x.device.type, enabled=False):
+        return in_layout(chosen.depthwise_sum(x, kernels, _pairs(anchors), bias), memory_format(x))
 
 
 @_depthwise_sum_op.register_fake
 def _(x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[int], bias: Tensor | None, backend: str) -> Tensor:
     return torch.empty_like(x, memory_format=memory_format(x))
+
+
+@_depthwise_sum_op.register_vmap  # type: ignore[arg-type]
+def _(info: Any, dims: Any, x: Tensor, kernels: Any, anchors: Any, bias: Any, backend: str) -> tuple[Tensor, int]:
+    size, of_kernels = info.batch_size, dims[1] or [None] * len(kernels)
+    if dims[3] is None and all(dim is None for dim in of_kernels):
+        y = _depthwise_sum_op(x.movedim(dims[0], 0).flatten(0, 1), kernels, anchors, bias, backend)
+        return y.unflatten(0, (size, -1)), 0
+    # Kernels that differ along the mapped dimension become channels of their own.
+    planes = _into_channels(_mapped(x, dims[0], size))
+    wide = [_mapped(kernel, dim, size).flatten(0, 1) for kernel, dim in zip(kernels, of_kernels)]
+    shift = None if bias is None else _mapped(bias, dims[3], size).flatten(0, 1)
+    return _depthwise_sum_op(planes, wide, anchors, shift, backend).unflatten(1, (size, -1)), 1
 
 
 @torch.library.custom_op("widekernel::depthwise_weight_grad", mutates_args=())
@@ -157,7 +191,8 @@ def _depthwise_weight_grad_op(x: Tensor, grad: Tensor, geometry: Sequence[int], 
     problem = _weight_grad_problem(x, (kh, kw), (row, column))
     chosen = select(problem, backend or None)
     record(chosen.name, problem)
-    return chosen.depthwise_weight_grad(x, grad, (kh, kw), (row, column))
+    with torch.autocast(x.device.type, enabled=False):
+        return in_layout(chosen.depthwise_weight_grad(x, grad, (kh, kw), (row, column)), torch.contiguous_format)
 
 
 @_depthwise_weight_grad_op.register_fake
@@ -165,8 +200,30 @@ def _(x: Tensor, grad: Tensor, geometry: Sequence[int], backend: str) -> Tensor:
     return x.new_empty(x.shape[1], 1, geometry[0], geometry[1])
 
 
-# (kh, kw, anchor row, anchor column) of every rectangle
-_Geometry = tuple[tuple[int, int, int, int], ...]
+@_depthwise_weight_grad_op.register_vmap  # type: ignore[arg-type]
+def _(info: Any, dims: Any, x: Tensor, grad: Tensor, geometry: Any, backend: str) -> tuple[Tensor, int]:
+    size = info.batch_size
+    planes, grads = _into_channels(_mapped(x, dims[0], size)), _into_channels(_mapped(grad, dims[1], size))
+    return _depthwise_weight_grad_op(planes, grads, geometry, backend).unflatten(0, (size, -1)), 0
+
+
+class _Call(NamedTuple):
+    """What a call is made of besides tensors.
+
+    Attributes:
+        geometry: (kh, kw, anchor row, anchor column) of every rectangle.
+        trained: which of the kernels want a gradient.
+        backend: name of the backend asked for, "" for the best one.
+    """
+
+    geometry: tuple[tuple[int, int, int, int], ...]
+    trained: tuple[bool, ...]
+    backend: str
+
+    def mirrored(self) -> _Call:
+        """Give the call that computes the input gradient."""
+        rects = ((kh, kw, *mirror((kh, kw), (row, column))) for kh, kw, row, column in self.geometry)
+        return self._replace(geometry=tuple(rects))
 
 
 class _DepthwiseSum(torch.autograd.Function):
@@ -176,48 +233,44 @@ class _DepthwiseSum(torch.autograd.Function):
     can trace.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(x: Tensor, taps: Tensor, bias: Tensor | None, geometry: _Geometry, backend: str) -> Tensor:
-        anchors = [a for _, _, row, column in geometry for a in (row, column)]
-        return _depthwise_sum_op(x, _parted(taps, geometry), anchors, bias, backend)
+    def forward(x: Tensor, taps: Tensor, bias: Tensor | None, call: _Call) -> Tensor:
+        anchors = [a for _, _, row, column in call.geometry for a in (row, column)]
+        return _depthwise_sum_op(x, _parted(taps, call), anchors, bias, call.backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, taps, _bias, ctx.geometry, ctx.backend = inputs
+        x, taps, _bias, ctx.call = inputs
         ctx.save_for_backward(x, taps)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, taps = ctx.saved_tensors
-        grad = grad.contiguous(memory_format=memory_format(x))
+        call = ctx.call
         for_x = for_taps = for_bias = None
         if ctx.needs_input_grad[0]:
-            flipped = _joined([kernel.flip(-1, -2) for kernel in _parted(taps, ctx.geometry)])
-            mirrored = tuple((kh, kw, *mirror((kh, kw), (row, column))) for kh, kw, row, column in ctx.geometry)
-            for_x = _DepthwiseSum.apply(grad, flipped, None, mirrored, ctx.backend)
+            flipped = _joined([kernel.flip(-1, -2) for kernel in _parted(taps, call)])
+            for_x = _DepthwiseSum.apply(grad, flipped, None, call.mirrored())
         if ctx.needs_input_grad[1]:
-            for_taps = _joined([_DepthwiseWeightGrad.apply(x, grad, rect, ctx.backend) for rect in ctx.geometry])
+            for_taps = _joined(
+                [
+                    _DepthwiseWeightGrad.apply(x, grad, rect, call.backend)
+                    if trained
+                    else taps.new_zeros(taps.shape[0], 1, *rect[:2])
+                    for rect, trained in zip(call.geometry, call.trained)
+                ]
+            )
         if ctx.needs_input_grad[2]:
             for_bias = grad.sum((0, 2, 3))
-        return for_x, for_taps, for_bias, None, None
-
-    @staticmethod
-    def vmap(
-        info: Any, dims: tuple[Any, ...], x: Tensor, taps: Tensor, bias: Any, geometry: _Geometry, backend: str
-    ) -> tuple[Tensor, int]:
-        size = info.batch_size
-        if dims[1] is None and dims[2] is None:
-            y = _DepthwiseSum.apply(x.movedim(dims[0], 0).flatten(0, 1), taps, bias, geometry, backend)
-            return y.unflatten(0, (size, -1)), 0
-        # Kernels that differ along the mapped dimension become channels of their own.
-        planes = _into_channels(_mapped(x, dims[0], size))
-        wide = _mapped(taps, dims[1], size).flatten(0, 1)
-        shift = None if bias is None else _mapped(bias, dims[2], size).flatten(0, 1)
-        return _DepthwiseSum.apply(planes, wide, shift, geometry, backend).unflatten(1, (size, -1)), 1
+        return for_x, for_taps, for_bias, None
 
 
 class _DepthwiseWeightGrad(torch.autograd.Function):
     """The autograd rule of `depthwise_weight_grad`, which is bilinear: both its gradients are `depthwise_sum`."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, grad: Tensor, geometry: tuple[int, int, int, int], backend: str) -> Tensor:
@@ -231,32 +284,26 @@ class _DepthwiseWeightGrad(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, grad = ctx.saved_tensors
-        kernel, anchor = ctx.geometry[:2], ctx.geometry[2:]
+        call = _Call((ctx.geometry,), (True,), ctx.backend)
         for_x = for_grad = None
         if ctx.needs_input_grad[0]:
-            flipped = cotangent.flip(-1, -2).flatten(1)
-            for_x = _DepthwiseSum.apply(grad, flipped, None, ((*kernel, *mirror(kernel, anchor)),), ctx.backend)
+            for_x = _DepthwiseSum.apply(grad, _joined([cotangent.flip(-1, -2)]), None, call.mirrored())
         if ctx.needs_input_grad[1]:
-            for_grad = _DepthwiseSum.apply(x, cotangent.flatten(1), None, (ctx.geometry,), ctx.backend)
+            for_grad = _DepthwiseSum.apply(x, _joined([cotangent]), None, call)
         return for_x, for_grad, None, None
-
-    @staticmethod
-    def vmap(info: Any, dims: tuple[Any, ...], x: Tensor, grad: Tensor, geometry: Any, backend: str) -> tuple[Tensor, int]:
-        size = info.batch_size
-        planes, grads = (_into_channels(_mapped(t, dim, size)) for t, dim in zip((x, grad), dims))
-        return _DepthwiseWeightGrad.apply(planes, grads, geometry, backend).unflatten(0, (size, -1)), 0
 
 
 def _joined(kernels: Sequence[Tensor]) -> Tensor:
     """Turn kernels (C, 1, kh, kw) into taps (C, Σ kh·kw)."""
-    flat = [kernel.flatten(1) for kernel in kernels]
+    flat = [kernel.reshape(kernel.shape[0], kernel.shape[2] * kernel.shape[3]) for kernel in kernels]
     return flat[0] if len(flat) == 1 else torch.cat(flat, 1)
 
 
-def _parted(taps: Tensor, geometry: _Geometry) -> list[Tensor]:
+def _parted(taps: Tensor, call: _Call) -> list[Tensor]:
     """Turn taps (C, Σ kh·kw) back into kernels (C, 1, kh, kw)."""
-    parts = taps.split([kh * kw for kh, kw, _, _ in geometry], 1)
-    return [part.unflatten(1, (1, kh, kw)).contiguous() for part, (kh, kw, _, _) in zip(parts, geometry)]
+    sizes = [(kh, kw) for kh, kw, _, _ in call.geometry]
+    parts = taps.split([kh * kw for kh, kw in sizes], 1)
+    return [part.reshape(taps.shape[0], 1, kh, kw) for part, (kh, kw) in zip(parts, sizes)]
 
 
 def _mapped(tensor: Tensor, dim: int | None, size: int) -> Tensor:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from widekernel.errors import ArgumentError
+
 Anchor = tuple[int, int]
 DEPTHWISE_SUM = "depthwise_sum"
 DEPTHWISE_WEIGHT_GRAD = "depthwise_weight_grad"
@@ -75,58 +77,62 @@ def middles(kernels: Sequence[Tensor]) -> list[Anchor]:
 
 def check_anchor(kernel: Sequence[int], anchor: Sequence[int]) -> None:
     """Raise unless `anchor` is one of the taps of a (kh, kw) kernel."""
-    if len(anchor) != 2 or not (0 <= anchor[0] < kernel[0] and 0 <= anchor[1] < kernel[1]):
-        raise ValueError(
+    whole = len(anchor) == 2 and all(hasattr(number, "__index__") for number in anchor)
+    if not whole or not (0 <= anchor[0] < kernel[0] and 0 <= anchor[1] < kernel[1]):
+        raise ArgumentError(
             f"anchor {tuple(anchor)} lies outside the {kernel[0]}x{kernel[1]} kernel: "
-            f"it must be (row, column) with 0 <= row < {kernel[0]} and 0 <= column < {kernel[1]}"
+            f"it must be whole numbers (row, column) with 0 <= row < {kernel[0]} and 0 <= column < {kernel[1]}"
         )
 
 
 def check_sum(x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Sequence[int]], bias: Tensor | None) -> None:
     """Raise a ValueError that names the offending value unless the arguments of `depthwise_sum` fit together."""
     if x.dim() != 4:
-        raise ValueError(f"x has shape {tuple(x.shape)}: depthwise_sum needs four dimensions (N, C, H, W)")
+        raise ArgumentError(f"x has shape {tuple(x.shape)}: depthwise_sum needs four dimensions (N, C, H, W)")
     _check_floating(x, DEPTHWISE_SUM)
+    if isinstance(kernels, Tensor):
+        raise ArgumentError("kernels is a tensor: depthwise_sum takes a list of rectangles; write [kernel]")
     if not kernels:
-        raise ValueError("kernels is empty: depthwise_sum needs at least one rectangle")
+        raise ArgumentError("kernels is empty: depthwise_sum needs at least one rectangle")
     if len(kernels) != len(anchors):
-        raise ValueError(f"{len(kernels)} kernels but {len(anchors)} anchors: every rectangle needs one anchor")
+        raise ArgumentError(f"{len(kernels)} kernels but {len(anchors)} anchors: every rectangle needs one anchor")
     channels = x.shape[1]
     for i, (kernel, anchor) in enumerate(zip(kernels, anchors)):
         if kernel.dim() != 4 or kernel.shape[1] != 1 or kernel.shape[0] != channels:
-            raise ValueError(
+            raise ArgumentError(
                 f"kernels[{i}] has shape {tuple(kernel.shape)}: an input with {channels} channels "
                 f"needs ({channels}, 1, kh, kw)"
             )
         if 0 in kernel.shape[2:]:
-            raise ValueError(f"kernels[{i}] has shape {tuple(kernel.shape)}: a rectangle needs at least one tap")
+            raise ArgumentError(f"kernels[{i}] has shape {tuple(kernel.shape)}: a rectangle needs at least one tap")
         check_anchor(kernel.shape[2:], anchor)
         _check_same(f"kernels[{i}]", kernel, x)
     if bias is not None:
         if bias.shape != (channels,):
-            raise ValueError(f"bias has shape {tuple(bias.shape)}: an input with {channels} channels needs ({channels},)")
+            raise ArgumentError(f"bias has shape {tuple(bias.shape)}: an input with {channels} channels needs ({channels},)")
         _check_same("bias", bias, x)
 
 
 def check_weight_grad(x: Tensor, grad: Tensor, kernel: Sequence[int], anchor: Sequence[int]) -> None:
     """Raise a ValueError that names the offending value unless the arguments of `depthwise_weight_grad` fit together."""
     if x.dim() != 4 or grad.shape != x.shape:
-        raise ValueError(f"x has shape {tuple(x.shape)} and grad {tuple(grad.shape)}: both must be the same (N, C, H, W)")
+        raise ArgumentError(f"x has shape {tuple(x.shape)} and grad {tuple(grad.shape)}: both must be the same (N, C, H, W)")
     _check_floating(x, DEPTHWISE_WEIGHT_GRAD)
     if len(kernel) != 2 or min(kernel) < 1:
-        raise ValueError(f"kernel size {tuple(kernel)} must be two positive numbers (kh, kw)")
+        raise ArgumentError(f"kernel size {tuple(kernel)} must be two positive numbers (kh, kw)")
     check_anchor(kernel, anchor)
     _check_same("grad", grad, x)
 
 
 def _check_floating(x: Tensor, op: str) -> None:
     if not x.dtype.is_floating_point:
-        raise ValueError(f"x has dtype {x.dtype}: {op} needs a floating-point type; convert it first")
+        raise ArgumentError(f"x has dtype {x.dtype}: {op} needs a floating-point type; convert it first")
 
 
 def _check_same(name: str, tensor: Tensor, x: Tensor) -> None:
-    if tensor.dtype != x.dtype or tensor.device != x.device:
-        raise ValueError(
-            f"{name} is {tensor.dtype} on {tensor.device} but x is {x.dtype} on {x.device}: "
-            "convert one of them, or call under torch.autocast"
+    if tensor.device != x.device:
+        raise ArgumentError(f"{name} is on {tensor.device} but x is on {x.device}: move one of them")
+    if tensor.dtype != x.dtype:
+        raise ArgumentError(
+            f"{name} has dtype {tensor.dtype} but x has {x.dtype}: convert one of them, or call under torch.autocast"
         )

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from widekernel.errors import WidekernelError, nearest
+from widekernel.errors import ArgumentError, WidekernelError, nearest
 from widekernel.ops import portable, reference
 from widekernel.ops.problem import Anchor, Problem
 
@@ -66,10 +66,31 @@ class Trace:
         return [backend for backend, problem in self.calls if op in (None, problem.op)]
 
 
-# In the order of preference. Native backends put themselves in front when they are imported.
+# In the order of preference.
 _BACKENDS: list[Any] = [portable, reference]
 _TRACES: list[Trace] = []
 _LOCK = threading.Lock()
+
+
+def register(backend: Any, before: str | None = None) -> None:
+    """Add a backend in front of the one named `before`, by default in front of all.
+
+    Raises:
+        ArgumentError: if its name is taken, or there is no backend `before`.
+    """
+    names = backends()
+    if backend.name in names:
+        raise ArgumentError(f"there is a backend {backend.name!r} already: choose another name")
+    if before is not None and before not in names:
+        raise ArgumentError(f"there is no backend {before!r}: the backends are {', '.join(names)}")
+    with _LOCK:
+        _BACKENDS.insert(0 if before is None else names.index(before), backend)
+
+
+def unregister(name: str) -> None:
+    """Remove a backend that was registered."""
+    with _LOCK:
+        _BACKENDS[:] = [backend for backend in _BACKENDS if backend.name != name]
 
 
 def backends() -> tuple[str, ...]:

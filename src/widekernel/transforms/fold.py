@@ -31,17 +31,21 @@ def fold(model: ModelT) -> ModelT:
     absorbed. Batch norms before and after 1x1 convolutions and linear layers, and layer scales, are folded too.
     Outputs in evaluation mode stay the same up to rounding.
 
-    Layers that equal no single kernel (SLaK_pw with `padding="same"`), or whose norms have no running statistics, stay as
-    they are; a warning names them. Modules that are used in several places stay shared.
+    Layers that equal no single kernel (SLaK_pw with `padding="same"`), or whose norms are more than batch norms with running
+    statistics, stay as they are; a warning names them and says why. Modules that are used in several places stay shared, and
+    a network without trainable parameters stays without.
     """
     result = _fold(copy.deepcopy(model).eval(), {})
-    kept = [name for name, module in result.named_modules() if isinstance(module, LargeKernel)]
+    kept = [
+        f"{name or 'the layer'} ({'; '.join(module.reasons_against_folding())})"
+        for name, module in result.named_modules()
+        if isinstance(module, LargeKernel)
+    ]
     if kept:
-        warnings.warn(
-            f"these layers were not folded, because a branch equals no single kernel near the borders or a norm depends on "
-            f"its input: {', '.join(kept)}",
-            stacklevel=2,
-        )
+        warnings.warn(f"these layers were not folded: {', '.join(kept)}", stacklevel=2)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        result.requires_grad_(False)
+    result.is_folded = True  # type: ignore[assignment]
     return result  # type: ignore[return-value]
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 import pickle
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from widekernel.errors import CheckpointError
 from widekernel.models.layouts.layout import State
 
 # Where the official scripts, timm and the mm* frameworks keep the weights, in the order in which they are looked for.
+_LOADING = threading.Lock()
 MODEL_KEYS = ("model", "state_dict", "module", "model_state")
 EMA_KEYS = ("model_ema", "state_dict_ema", "ema", "model_ema_state")
 
@@ -29,14 +30,12 @@ class Container:
     Attributes:
         state: the weights asked for, as they are named in the file.
         found_in: the entry that they were in, "" for a bare state dict.
-        others: names of the other entries.
-        metadata: of a safetensors file written by widekernel.
+        others: names of the other entries, such as the optimizer's.
     """
 
     state: State
     found_in: str
     others: tuple[str, ...] = ()
-    metadata: dict[str, Any] | None = None
 
 
 def read(path: str | Path, weights: str = "model") -> Container:
@@ -63,8 +62,9 @@ def read(path: str | Path, weights: str = "model") -> Container:
 
 def _load(path: Path) -> Any:
     try:
-        # The official checkpoints carry their command line; a Namespace is a bare holder of values.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        # The official checkpoints carry their command line; a Namespace is a bare holder of values. The list of what may
+        # be loaded is the process's, so that two threads must not change it at once.
+        with _LOADING, torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error)
@@ -99,9 +99,12 @@ def _pick(path: Path, loaded: Any, weights: str) -> Container:
     for name in MODEL_KEYS if weights == "model" else EMA_KEYS:
         inner = loaded.get(name)
         if isinstance(inner, Mapping):
+            others = tuple(key for key in others if key != name)
             if not any(isinstance(value, Tensor) for value in inner.values()):
-                return _pick_within(path, name, inner, weights)  # downstream RepLKNet: model -> state_dict
-            return Container(_tensors(inner), name, tuple(key for key in others if key != name))
+                within = _pick(path, inner, "model")  # downstream RepLKNet: model -> state_dict
+                return Container(within.state, f"{name}.{within.found_in}".rstrip("."), (*others, *within.others))
+            unlike = tuple(f"{name}.{key}" for key, value in inner.items() if not isinstance(value, Tensor))
+            return Container(_tensors(inner), name, (*others, *unlike))
     if weights == "ema":
         raise CheckpointError(
             f"{path} holds no averaged (EMA) weights; its entries are {', '.join(others) or 'only weights'}: "
@@ -109,12 +112,9 @@ def _pick(path: Path, loaded: Any, weights: str) -> Container:
         )
     if any(isinstance(value, Tensor) for value in loaded.values()):
         return Container(_tensors(loaded), "", others)
-    raise CheckpointError(f"{path} holds no weights; its entries are {', '.join(others) or 'none'}")
-
-
-def _pick_within(path: Path, name: str, inner: Mapping[str, Any], weights: str) -> Container:
-    picked = _pick(path, inner, "model")
-    return Container(picked.state, f"{name}.{picked.found_in}".rstrip("."), picked.others)
+    averaged = [name for name in EMA_KEYS if name in others]
+    advice = ": load weights='ema'" if averaged else ""
+    raise CheckpointError(f"{path} holds no weights; its entries are {', '.join(others) or 'none'}{advice}")
 
 
 def _tensors(state: Mapping[str, Any]) -> State:
@@ -126,8 +126,6 @@ def _read_safetensors(path: Path, weights: str) -> Container:
         raise CheckpointError(f"{path} is a safetensors file, which holds one set of weights: load weights='model'")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = (file.metadata() or {}).get("widekernel")
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        return Container(state, "", (), json.loads(metadata) if metadata else None)
+            return Container({key: file.get_tensor(key) for key in file.keys()}, "")  # noqa: SIM118
     except (SafetensorError, ValueError, OSError) as error:
         raise CheckpointError(f"{path} is damaged, cut off or not a safetensors file ({error}): fetch it again") from error

@@ -85,7 +85,7 @@ _SIGNATURES: tuple[tuple[str, str], ...] = (
     (f"{FOLDED} widekernel network", r"(mixer|large_kernel|layer)\.kernels\.\d+$"),
     ("SLaK_pww", r"large_kernel\.LoRA\.split_convs\."),
     ("SLaK_reg", r"large_kernel\.LoRA[12]\.split_convs\."),
-    ("SLaK", r"^stages\.\d+\.\d+\.large_kernel\.(LoRA[12]\.conv|lkb_origin)\."),
+    ("SLaK", r"^stages\.\d+\.\d+\.large_kernel\.(LoRA[12]\.conv|lkb_origin|lkb_reparam)\."),
     ("ShiftWise_v2", r"^stages\.\d+\.\d+\.pwconv2\.2\."),
     ("ShiftWise_v1", r"large_kernel\.LoRAs?\.(\d+\.)?weight$"),
     ("RepLKNet", rf"{_BLOCK}large_kernel\.lkb_"),

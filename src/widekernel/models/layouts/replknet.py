@@ -30,10 +30,10 @@ def layouts(stages: int) -> tuple[Layout, ...]:
         Rule("norm.{rest}", "norm_pre.{rest}"),
         Rule("head.{rest}", "head.fc.{rest}"),
     )
-    return (Layout("RepLKNet", rules, upgrade=_unmerge),)
+    return (Layout("RepLKNet", rules, upgrade=unmerge),)
 
 
-def _unmerge(state: State, shapes: Shapes) -> tuple[State, str]:
+def unmerge(state: State, shapes: Shapes) -> tuple[State, str]:
     """Put merged kernels and fused biases back into the training form, which then computes the same.
 
     A merged kernel goes into the large branch and its bias into that branch's batch norm, which is set to pass everything

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from widekernel.layers.tiles import cut_into_tiles
 from widekernel.models.layouts.convnext import BLOCK, OFFICIAL_BLOCK, TAIL, backbone_rules, block_rules
 from widekernel.models.layouts.layout import Layout, Rule, Shapes, State
+from widekernel.models.layouts.replknet import unmerge
 
 _LAYER, _OURS = f"{OFFICIAL_BLOCK}.large_kernel", f"{BLOCK}.mixer"
 
@@ -22,7 +24,9 @@ def layouts(strips: str, decomposed: bool, small: int, stages: int) -> tuple[Lay
     """
     if strips == "free":
         names = ("LoRA1", "LoRA2", "small_conv") if decomposed else ("lkb_origin", "small_conv")
-        return (_layout("SLaK", [rule for i, name in enumerate(names) for rule in _conv_bn(name, i)], stages),)
+        layout = _layout("SLaK", [rule for i, name in enumerate(names) for rule in _conv_bn(name, i)], stages)
+        # Without strips the official code can merge the squares as RepLKNet's does.
+        return (layout if decomposed else replace(layout, upgrade=unmerge),)
     square = [
         Rule(f"{_LAYER}.small_conv.conv.weight", f"{_OURS}.source.sources.1.kernels.0"),
         Rule(f"{_LAYER}.small_conv.bn.{{rest}}", f"{_OURS}.norms.2.{{rest}}"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import timm.models
+import torch
 from torch import Tensor, nn
 
 from widekernel.errors import CheckpointError
@@ -25,7 +26,7 @@ class Translation:
         official: our key -> key in the file.
         unknown: keys of the file that no rule knows.
         note: what was converted on the way, or "".
-        generated: our keys that the layout never holds, because the tables are drawn anew.
+        generated: our keys that the file lacks and that were drawn anew, as the authors' code draws them.
     """
 
     state: State
@@ -53,11 +54,12 @@ def translate(model: nn.Module, state: State) -> Translation:
     own = model.state_dict()
     family = identify(state)
     for layout in layouts_of(model):
-        if layout.family == family:
-            return _translate(layout, state, own)
+        if layout.family == family and not getattr(model, "is_folded", False):
+            return _translate(layout, state, own, seeded_tables(model))
     backbone = {key for key in own if not key.startswith(HEAD)}
     if family == identify(own) and backbone & set(state):
-        return Translation(dict(state), "native", {key: key for key in state})
+        tables = {key: table for key, table in seeded_tables(model).items() if key not in state}
+        return Translation({**state, **tables}, "native", {key: key for key in state}, generated=tuple(tables))
     raise CheckpointError(_mismatch(model, own, state))
 
 
@@ -86,16 +88,20 @@ def to_official(model: nn.Module) -> State:
     layouts = layouts_of(model)
     if not layouts:
         raise CheckpointError(f"{type(model).__name__} has no official layout here: save with layout='native'")
-    layout, out = layouts[0], {}
+    if getattr(model, "is_folded", False):
+        raise CheckpointError("the network is folded and has no place in an official layout: save with layout='native'")
+    layout, out, tables = layouts[0], {}, seeded_tables(model)
     for key, value in model.state_dict().items():
         if layout.is_generated(key):
+            if not torch.equal(value.cpu(), tables[key]):
+                raise CheckpointError(
+                    f"{key} is not the table that the official code of {layout.family} draws, which its files do not hold: "
+                    "save with layout='native'"
+                )
             continue
         found = layout.to_official(key)
-        if found is None or (identify([key]) or "").startswith(FOLDED):
-            raise CheckpointError(
-                f"{key} has no place in the official layout of {layout.family}: a folded network can only be saved "
-                "with layout='native'"
-            )
+        if found is None:
+            raise CheckpointError(f"{key} has no place in the official layout of {layout.family}: save with layout='native'")
         out[found[0]] = found[1].to_official(value)
     return {key: out[key] for key in sorted(out, key=official_order)}
 
@@ -110,7 +116,8 @@ def strip_prefixes(state: dict[str, Tensor]) -> tuple[State, tuple[str, ...], tu
     while True:
         for prefix in PREFIXES:
             inside = {key: value for key, value in state.items() if key.startswith(prefix)}
-            if inside and (prefix == "backbone." or len(inside) == len(state)):
+            # A model averaged over training has a counter beside the wrapped weights.
+            if inside and (prefix == "backbone." or len(inside) == len(state.keys() - {"n_averaged"})):
                 others += [key for key in state if key not in inside]
                 state = {key[len(prefix) :]: value for key, value in inside.items()}
                 removed.append(prefix)
@@ -119,7 +126,28 @@ def strip_prefixes(state: dict[str, Tensor]) -> tuple[State, tuple[str, ...], tu
             return state, tuple(removed), tuple(others)
 
 
-def _translate(layout: Layout, state: State, own: State) -> Translation:
+def seeded_tables(model: nn.Module) -> State:
+    """Give all the tables of a network as the authors' code draws them, whatever the network's own are."""
+    return {
+        f"{prefix}.{name}".lstrip("."): table
+        for prefix, module in model.named_modules()
+        if hasattr(module, "seeded_tables")
+        for name, table in module.seeded_tables().items()  # type: ignore[operator]
+    }
+
+
+def table_problems(model: nn.Module, state: State) -> list[str]:
+    """List what is wrong with the tables in a state dict of ours."""
+    problems = []
+    for prefix, module in model.named_modules():
+        for name in module.seeded_tables() if hasattr(module, "table_problem") else ():  # type: ignore[operator]
+            key = f"{prefix}.{name}".lstrip(".")
+            problem = module.table_problem(name, state[key]) if key in state else ""  # type: ignore[operator]
+            problems += [f"{key} {problem}"] if problem else []
+    return problems
+
+
+def _translate(layout: Layout, state: State, own: State, tables: State) -> Translation:
     wanted = {}
     for key, value in own.items():
         found = layout.to_official(key)
@@ -128,13 +156,18 @@ def _translate(layout: Layout, state: State, own: State) -> Translation:
     note = ""
     if layout.upgrade is not None:
         state, note = layout.upgrade(state, wanted)
-    out, origin, unknown = {}, {}, []
+    out: State = {}
+    origin: dict[str, str] = {}
+    unknown: list[str] = []
     for key, value in state.items():
         found = layout.to_native(key)
         if found is None:
             unknown.append(key)
         else:
+            if found[0] in out:
+                raise CheckpointError(f"the file holds one weight twice, as {origin[found[0]]} and as {key}: remove one")
             out[found[0]] = found[1].to_native(value)
             origin[found[0]] = key
-    generated = tuple(key for key in own if layout.is_generated(key) and key not in out)
+    generated = tuple(key for key in tables if key not in out)
+    out.update((key, tables[key]) for key in generated)
     return Translation(out, layout.family, origin, tuple(unknown), note, generated)
