@@ -293,7 +293,8 @@ def check_choices(config: Any) -> None:
         words, value = get_args(kind), getattr(config, name)
         if get_origin(kind) is Literal and value not in words:
             choices = ", ".join(map(repr, words))
-            raise ArgumentError(f"{name} {value!r} is unknown: it must be one of {choices}.{nearest(str(value), words)}")
+            hint = nearest(str(value), words)
+            raise ArgumentError(f"{name} {value!r} is unknown: it must be one of {choices}.{hint}")
 
 
 def default_cfg(input_size: int = 224, stride: int = 32, **kwargs: Any) -> dict[str, Any]:

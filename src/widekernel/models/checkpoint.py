@@ -114,13 +114,9 @@ def load_checkpoint(model: nn.Module, path: str | Path, weights: Literal["model"
         unused=container.others,
         notes=tuple(notes),
     )
-    if report.dropped and _has_classifier(network):
-        warnings.warn(
-            f"{', '.join(report.dropped)} of {path} were left out: {plan.why_dropped}; the classifier is untrained",
-            stacklevel=2,
-        )
-    elif "head.fc.weight" in report.missing:
-        warnings.warn(f"{path} holds no classifier: the network's is untrained", stacklevel=2)
+    warning = _classifier_warning(report, network, plan.why_dropped)
+    if warning:
+        warnings.warn(warning, stacklevel=2)
     return report
 
 
@@ -241,8 +237,15 @@ def _find_missing(own: Mapping[str, Tensor], translation: Translation, plan: _Pl
             plan.problems.append(f"{key}: the file holds no such weight")
 
 
-def _has_classifier(model: nn.Module) -> bool:
-    return any(key.startswith("head.fc.") for key in model.state_dict())
+def _classifier_warning(report: LoadReport, network: nn.Module, why_dropped: str) -> str:
+    """Say why the network's classifier was left untrained, "" if it was not or there is none."""
+    if "head.fc.weight" not in network.state_dict():
+        return ""
+    if report.dropped:
+        return f"{', '.join(report.dropped)} of {report.path} were left out: {why_dropped}; the classifier is untrained"
+    if "head.fc.weight" in report.missing:
+        return f"{report.path} holds no classifier: the network's is untrained"
+    return ""
 
 
 def _classifier_mismatch(own: Mapping[str, Tensor], translation: Translation) -> str:
