@@ -320,7 +320,7 @@ def build(
     """Create a network from its configuration, arguments that override parts of it, and timm's usual ones.
 
     Raises:
-        UnknownArgumentError: a TypeError, for an argument that is neither the configuration's, the network's nor timm's; names the nearest.
+        UnknownArgumentError: a TypeError, for an argument that nobody takes; names the nearest.
     """
     fields = [field.name for field in dataclasses.fields(config)]  # type: ignore[arg-type]
     of_model = [name for name in inspect.signature(model_cls).parameters if name != "cfg"]

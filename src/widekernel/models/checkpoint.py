@@ -261,7 +261,10 @@ def _write(path: Path, write: Callable[[Path], Any]) -> Path:
     partial = path.with_name(f"{path.name}.tmp.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+        mode = partial.stat().st_mode
         write(partial)
+        partial.chmod(mode)  # safetensors makes files that nobody else may read
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)
