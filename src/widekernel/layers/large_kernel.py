@@ -111,7 +111,7 @@ class FoldedLargeKernel(nn.Module):
         self.kernels = nn.ParameterList(nn.Parameter(rect.kernel.detach().clone()) for rect in rects)
         self.anchors = tuple(rect.anchor for rect in rects)
         # Part of the state dict only to be compared with when weights are loaded: see below.
-        self.register_buffer("anchor_table", torch.tensor(self.anchors, dtype=torch.int32))
+        self.register_buffer("anchor_table", torch.tensor(self.anchors, dtype=torch.int32, device=bias.device))
         self.bias = nn.Parameter(bias.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
