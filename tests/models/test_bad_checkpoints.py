@@ -185,7 +185,7 @@ def test_folded_and_training_form(name: str, tmp_path: Path) -> None:
     of_folded = widekernel.save_checkpoint(folded, tmp_path / "folded.safetensors")
     _refused(model, of_folded, r"holds a folded .*, but the model is a .*: fold the model before loading this file")
     _refused(folded, of_training, r"the model is a \w+ \(a folded .*: load the weights before folding the model")
-    with pytest.raises(CheckpointError, match="a folded network can only be saved with layout='native'"):
+    with pytest.raises(CheckpointError, match="is folded and has no place in an official layout: save with layout='native'"):
         widekernel.save_checkpoint(folded, tmp_path / "folded.pth", layout="official")
 
 

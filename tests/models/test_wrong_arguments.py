@@ -9,7 +9,8 @@ import timm
 import torch
 
 from tests.models.zoo import NANO, create, images
-from widekernel.errors import ShapeError
+from widekernel.errors import ArgumentError, ShapeError
+from widekernel.layers import LargeKernel
 
 TYPOS = [
     ("replknet_nano", "kernel_size", "kernel_sizes"),
@@ -52,14 +53,24 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("slak_nano", {"kernel_sizes": (31, 15, 7)}, "one entry a stage.*'kernel_sizes': 3"),
     ("slak_nano", {"small_kernel": 4}, "small_kernel 4 is not a positive odd number"),
     ("slak_nano", {"small_kernel": 7}, r"small_kernel 7 is larger than a kernel size of \(31, 15, 7, 5\)"),
-    ("slak_nano", {"small_kernel": 7, "decomposed": False}, "small_kernel 7 is larger"),
+    ("slak_nano", {"small_kernel": 4, "decomposed": False}, "small_kernel 4 is not a positive odd number"),
     ("slak_nano", {"small_kernel": 0}, "small_kernel=0 leaves the strips without a short side"),
     ("slak_nano", {"width_factor": 0.01}, "widths come out as .*at least one channel"),
     ("slak_nano", {"padding": "same"}, r"options of the slak_pw_\* networks only"),
     ("slak_nano", {"branches": 2}, r"options of the slak_pw_\* networks only"),
     ("slak_reg_nano", {"decomposed": False}, "decomposed=False leaves no strips"),
     ("slak_reg_nano", {"small_kernel": 5}, "tile size 5 is not smaller than the kernel size 5"),
-    ("slak_pw_nano", {"padding": "valid"}, "padding 'valid' is unknown: it must be one of full, k-1, same"),
+    ("slak_pw_nano", {"padding": "valid"}, "padding 'valid' is unknown: it must be one of 'full', 'k-1', 'same'"),
+    ("slak_pw_nano", {"padding": "sane"}, r"padding 'sane' is unknown: .*Did you mean 'same'\?"),
+    ("slak_nano", {"strips": "shufled"}, r"strips 'shufled' is unknown: .*Did you mean 'shuffled'\?"),
+    ("slak_nano", {"strips": "Split"}, r"strips 'Split' is unknown: .*Did you mean 'split'\?"),
+    ("roadmap_08_gelu", {"act": "swish"}, "act 'swish' is unknown: it must be one of 'relu', 'gelu'"),
+    ("roadmap_08_gelu", {"act": "glu"}, r"act 'glu' is unknown: .*Did you mean 'gelu'\?"),
+    ("roadmap_nano", {"norm": "gn"}, r"norm 'gn' is unknown: it must be one of 'bn', 'ln'\. Did you mean '[bl]n'\?"),
+    ("roadmap_nano", {"block": "basic"}, "block 'basic' is unknown: it must be one of 'bottleneck', 'inverted'"),
+    ("roadmap_nano", {"block": "inverter"}, r"block 'inverter' is unknown: .*Did you mean 'inverted'\?"),
+    ("roadmap_nano", {"stem": "patchfy"}, r"stem 'patchfy' is unknown: .*Did you mean 'patchify'\?"),
+    ("roadmap_12_final_norm", {"layer_scale": 1e-6}, "layer_scale needs separate_downsample=True"),
     ("slak_pw_nano", {"branches": 0}, "branches=0 must be at least 1"),
     ("shiftwise_nano", {"ghost_ratio": -0.1}, r"ghost_ratio -0.1 must lie in \[0, 1\)"),
     ("shiftwise_nano", {"ghost_ratio": 1.0}, r"ghost_ratio 1.0 must lie in \[0, 1\)"),
@@ -73,6 +84,13 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("convnext_isotropic_nano", {"kernel_size": 8}, "kernel size 8 is not a positive odd number"),
     ("roadmap_07_kernel7", {"kernel_size": 6}, "kernel size 6 is not a positive odd number.*use 7"),
     ("roadmap_07_kernel7", {"kernel_size": 7.0}, "kernel size 7.0 is not a positive odd number"),
+    *(
+        (name, {"depths": (1, -1, 1, 1)}, r"depths are \(1, -1, 1, 1\): every stage needs a whole number of blocks")
+        for name in NANO
+        if name != "convnext_isotropic_nano"
+    ),
+    *(("convnext_isotropic_nano", {"depth": depth}, f"depth {depth} is not a positive whole number") for depth in (-1, 0)),
+    ("replknet_nano", {"depths": 3}, "depths must be a sequence with one entry a stage, not 3"),
     ("roadmap_00_resnet50", {"depths": (3, 4, 6)}, "one entry a stage.*'depths': 3"),
     ("roadmap_00_resnet50", {"dw_first": True}, "dw_first=True needs block='inverted'"),
     ("roadmap_02_patchify", {"block": "inverted"}, "block='inverted' needs depthwise=True"),
@@ -85,7 +103,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("name", "arguments", "message"), WRONG, ids=[f"{n}-{'-'.join(f'{k}={v}' for k, v in a.items())}" for n, a, _ in WRONG]
 )
 def test_wrong_argument(name: str, arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ArgumentError, match=message):
         timm.create_model(name, **arguments)
 
 
@@ -114,6 +132,16 @@ class TestWrongImages:
         for wrong in (images(channels=4), images()[0], images(4)):
             with pytest.raises(ShapeError):
                 model(wrong)
+
+
+def test_a_small_kernel_that_is_not_smaller_is_left_out() -> None:
+    """The authors write "7 7 7 7 100" for a network without small kernels."""
+    model = timm.create_model("slak_nano", kernel_sizes=(7, 7, 7, 7), small_kernel=100, decomposed=False)
+    layers = [module for module in model.modules() if isinstance(module, LargeKernel)]
+    assert [[tuple(kernel.shape[2:]) for kernel in layer.source.kernels] for layer in layers] == [[(7, 7)]] * 5
+    assert model.eval()(images()).shape == (2, 1000)
+    some = timm.create_model("slak_nano", small_kernel=7, decomposed=False)
+    assert [some.stages[i].blocks[0].mixer.source.num_branches for i in range(4)] == [2, 2, 1, 1]
 
 
 def test_three_stages_are_as_good_as_four() -> None:

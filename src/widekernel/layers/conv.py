@@ -73,8 +73,8 @@ class ConvNorm(nn.Module):
         return self.act(self.bn(self.conv(x)))
 
     def foldable(self) -> bool:
-        """Whether the norm is an affine map in evaluation."""
-        return is_foldable(self.bn)
+        """Whether the norm is an affine map in evaluation, and the convolution a plain one."""
+        return is_foldable(self.bn) and is_plain(self.conv)
 
     def folded(self, before: nn.Module | None = None) -> ConvNorm:
         """Give the layer with the norm folded into the convolution.
@@ -87,6 +87,11 @@ class ConvNorm(nn.Module):
         if before is not None:
             conv = fold_affine_before(conv, *affine_of(before, self.conv.in_channels))
         return ConvNorm(conv, nn.Identity(), self.act)
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether `layer` computes what a convolution or linear layer with its weight and bias does, parametrised or not."""
+    return type(layer).forward in {kind.forward for kind in (nn.Conv2d, DepthwiseConv2d, nn.Linear)}
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -124,6 +124,13 @@ class FoldedLargeKernel(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *rest)
         if table is not None and tuple(map(tuple, table.tolist())) != self.anchors:
             rest[-1].append(f"{prefix}anchors are {table.tolist()} in the file but {list(self.anchors)} here")
+
+    def table_problem(self, name: str, tables: Mapping[str, Tensor]) -> str:
+        """Say what is wrong with the table of a file, "" if its anchors are those of this layer."""
+        theirs = tables[name].tolist()
+        return (
+            "" if theirs == list(map(list, self.anchors)) else f"is {theirs} but the anchors here are {list(self.anchors)}"
+        )
 
     def rects(self) -> list[Rect]:
         """Give the rectangles."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -67,13 +67,9 @@ class PartialChannels(nn.Module):
             "ghosts": torch.tensor(rest, dtype=torch.int32, device="cpu"),
         }
 
-    def table_problem(self, name: str, table: Tensor) -> str:
+    def table_problem(self, name: str, tables: Mapping[str, Tensor]) -> str:
         """Say what is wrong with a table of a file, "" if nothing is."""
-        channels = self.selected.numel() + self.ghosts.numel()
-        known = sorted(set(table.tolist()))
-        if len(known) == table.numel() and (not known or 0 <= known[0] <= known[-1] < channels):
-            return ""
-        return f"must name different channels of 0..{channels - 1}"
+        return _channels_problem(name, tables)
 
     @torch.no_grad()
     def folded(self, scale: Tensor | None = None, shift: Tensor | None = None) -> FoldedPartialChannels:
@@ -108,6 +104,10 @@ class FoldedPartialChannels(nn.Module):
         self.scale = nn.Parameter(scale.view(-1, 1, 1).clone())
         self.shift = nn.Parameter(shift.view(-1, 1, 1).clone())
 
+    def table_problem(self, name: str, tables: Mapping[str, Tensor]) -> str:
+        """Say what is wrong with a table of a file, "" if nothing is."""
+        return _channels_problem(name, tables)
+
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W), channels reordered."""
         worked = self.layer(x.index_select(1, self.selected))
@@ -115,3 +115,12 @@ class FoldedPartialChannels(nn.Module):
             return worked
         rest = torch.addcmul(self.shift.to(x.dtype), x.index_select(1, self.ghosts), self.scale.to(x.dtype))
         return torch.cat([worked, rest], 1)
+
+
+def _channels_problem(name: str, tables: Mapping[str, Tensor]) -> str:
+    """Say what is wrong with one of the tables `selected` and `ghosts` of a file, which share the channels between them."""
+    channels = sum(table.numel() for table in tables.values())
+    own, both = tables[name].tolist(), [channel for table in tables.values() for channel in table.tolist()]
+    if len(set(own)) != len(own) or not all(0 <= channel < channels for channel in own):
+        return f"must name different channels of 0..{channels - 1}"
+    return "names channels of the other table" if name == "ghosts" and len(set(both)) != channels else ""

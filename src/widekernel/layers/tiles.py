@@ -8,6 +8,7 @@ included; so every source here yields strips, and no feature map is ever nk time
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import lru_cache
 
 import numpy as np
@@ -220,11 +221,11 @@ class ShiftTiles(RectSource):
         tile_at, centre = draw_tables(self.channels, num_tiles(self.big, self.small), self.tile_at.shape[1])
         return {"tile_at": tile_at, "centre": centre}
 
-    def table_problem(self, name: str, table: Tensor) -> str:
+    def table_problem(self, name: str, tables: Mapping[str, Tensor]) -> str:
         """Say what is wrong with a table of a file, "" if nothing is."""
+        table, count = tables[name], self.tile_at.shape[-1]
         if name == "tile_at":
             return _arrangement_problem(table)
-        count = self.tile_at.shape[-1]
         inside = bool(((table >= 0) & (table < count)).all())
         return "" if inside else f"names tiles outside 0..{count - 1}"
 
@@ -271,9 +272,9 @@ class ShuffledStrips(RectSource):
         """Give the table as it is drawn at construction, by the name of its buffer."""
         return {"tile_at": _in_order_first(self.channels, num_tiles(self.big, self.small), self.tile_at.shape[1])}
 
-    def table_problem(self, name: str, table: Tensor) -> str:
+    def table_problem(self, name: str, tables: Mapping[str, Tensor]) -> str:
         """Say what is wrong with a table of a file, "" if nothing is."""
-        return _arrangement_problem(table)
+        return _arrangement_problem(tables[name])
 
     def arranged(self) -> tuple[Tensor, Tensor]:
         """Give the tiles (C, nk, N, N) of the wide and of the tall strip, in the order of their slots."""

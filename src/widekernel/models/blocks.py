@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+from typing import TypeVar
+
 import torch
 from timm.layers import DropPath, LayerNorm, LayerNorm2d, Mlp
 from torch import Tensor, nn
 
 from widekernel.layers import KernelSource
-from widekernel.layers.conv import fold_affine
+from widekernel.layers.conv import fold_affine, is_plain
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 class MixerBlock(nn.Module):
@@ -39,15 +44,23 @@ class MixerBlock(nn.Module):
         return x + self.drop_path(y.permute(0, 3, 1, 2))
 
     def foldable(self) -> bool:
-        """Whether there is a layer scale to fold."""
-        return self.gamma is not None
+        """Whether there is a layer scale to fold, and a plain layer to fold it into."""
+        return self.gamma is not None and is_plain(self.mlp.fc2)
 
     def folded(self) -> MixerBlock:
         """Put the layer scale into the second linear layer."""
         assert self.gamma is not None
-        self.mlp.fc2 = fold_affine(self.mlp.fc2, self.gamma.double(), torch.zeros_like(self.gamma).double())
+        fc2 = fold_affine(self.mlp.fc2, self.gamma.double(), torch.zeros_like(self.gamma).double())
+        self.mlp = with_part(self.mlp, "fc2", fc2)
         self.gamma = None
         return self
+
+
+def with_part(module: ModuleT, name: str, part: nn.Module) -> ModuleT:
+    """Give `module` with another part of that name; the one given, which may stand elsewhere too, stays as it is."""
+    new = copy.copy(module)
+    new._modules = {**module._modules, name: part}
+    return new
 
 
 def patch_stem(in_chans: int, dim: int, patch: int) -> nn.Sequential:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,18 +83,14 @@ def load_checkpoint(model: nn.Module, path: str | Path, weights: Literal["model"
     container = containers.read(path, weights)
     state, prefixes, others = strip_prefixes(container.state)
     is_backbone = "backbone." in prefixes
+    _refuse(path, network, [f"{key} {problem}" for key, value in state.items() if (problem := _storage_problem(value))])
     try:
         translation = translate(network, state)
     except CheckpointError as error:
         raise CheckpointError(f"{path} does not fit: {error}") from None
     own = network.state_dict()
-    plan = _plan(own, translation, is_backbone, _removed_stages(network))
-    plan.problems += table_problems(network, translation.state)
-    if plan.problems:
-        raise CheckpointError(
-            f"{path} does not fit the {type(network).__name__}; nothing was loaded:\n"
-            + "\n".join(f"  {problem}" for problem in plan.problems)
-        )
+    plan = _plan(own, translation, is_backbone, _removed_parts(network))
+    _refuse(path, network, plan.problems + table_problems(network, plan.accepted))
     try:
         network.load_state_dict({**own, **plan.accepted})
     except RuntimeError as error:
@@ -168,10 +164,21 @@ def _inner(model: nn.Module) -> nn.Module:
             return model
 
 
-def _removed_stages(network: nn.Module) -> tuple[str, ...]:
-    """Give the key prefixes of the stages that a shortened network no longer has."""
+def _refuse(path: str | Path, network: nn.Module, problems: Sequence[str]) -> None:
+    """Raise if there are problems, with all of them."""
+    if problems:
+        raise CheckpointError(
+            f"{path} does not fit the {type(network).__name__}; nothing was loaded:\n"
+            + "\n".join(f"  {problem}" for problem in problems)
+        )
+
+
+def _removed_parts(network: nn.Module) -> tuple[str, ...]:
+    """Give the key prefixes of the stages, and of the norms of their maps, that a shortened network no longer has."""
     stages, described = getattr(network, "stages", ()), getattr(network, "feature_info", ())
-    return tuple(f"stages.{i}." for i in range(len(stages), len(described)))
+    norms: Any = getattr(network, "feature_norms", ())
+    removed = [f"stages.{i}." for i in range(len(stages), len(described))]
+    return (*removed, *(f"feature_norms.{i}." for i, norm in enumerate(norms) if isinstance(norm, nn.Identity)))
 
 
 @dataclass
@@ -216,12 +223,17 @@ def _plan(own: Mapping[str, Tensor], translation: Translation, is_backbone: bool
     return plan
 
 
+def _storage_problem(value: Tensor) -> str:
+    """Say why a tensor of a file cannot be worked with at all, "" if it can."""
+    if value.is_meta:
+        return "has a shape but no data in the file"
+    return "" if value.layout is torch.strided else f"is stored as {value.layout}, the network's is dense"
+
+
 def _type_problem(value: Tensor, own: Tensor) -> str:
     """Say why a tensor of a file cannot be copied into one of the network, "" if it can."""
     if own.is_meta:
         return "has nowhere to go: the network was made without data; call model.to_empty(device=...) first"
-    if value.layout is not torch.strided:
-        return f"is stored as {value.layout}, the network's is dense"
     kinds = [(t.dtype.is_floating_point, t.dtype.is_complex) for t in (value, own)]
     return "" if kinds[0] == kinds[1] else f"has type {value.dtype} but the network's is {own.dtype}"
 

@@ -11,6 +11,7 @@ from typing import Any
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
+from widekernel.errors import ArgumentError
 from widekernel.layers import DepthwiseConv2d
 from widekernel.layers.sources import check_odd
 from widekernel.models.base import HeadOptions, Stage, StagedConvNet, build, default_cfg, drop_path_rates
@@ -39,6 +40,13 @@ class IsotropicConfig:
     layer_scale: float = 0.0
     head_init_scale: float = 1.0
 
+    def __post_init__(self) -> None:
+        check_odd("kernel size", self.kernel_size)
+        for name in ("depth", "dim", "patch_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ArgumentError(f"{name} {value!r} is not a positive whole number: give 1 or more")
+
 
 class ConvNeXtIsotropic(StagedConvNet):
     """Isotropic ConvNeXt; every block counts as a stage when feature maps are asked for.
@@ -61,7 +69,6 @@ class ConvNeXtIsotropic(StagedConvNet):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
-        check_odd("kernel size", cfg.kernel_size)
         rates = drop_path_rates(drop_path_rate, [cfg.depth])[0]
         stages = []
         for rate in rates:

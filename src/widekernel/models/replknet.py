@@ -51,6 +51,14 @@ class RepLKNetConfig:
     ffn_ratio: float = 4.0
     norm_intermediate_features: bool = False
 
+    def __post_init__(self) -> None:
+        check_stages(kernel_sizes=self.kernel_sizes, depths=self.depths, dims=self.dims)
+        check_widths(
+            dims=self.dims,
+            depthwise_widths=[int(dim * self.dw_ratio) for dim in self.dims],
+            hidden_widths=[int(dim * self.ffn_ratio) for dim in self.dims],
+        )
+
 
 class LargeKernelBlock(nn.Module):
     """Batch norm, 1x1, large depthwise kernel, 1x1, residual.
@@ -84,7 +92,7 @@ class LargeKernelBlock(nn.Module):
 
     def foldable(self) -> bool:
         """Whether the norms around the 1x1 convolutions can be folded into them."""
-        return all(is_foldable(norm) for norm in (self.prelkb_bn, self.pw1.bn, self.pw2.bn))
+        return is_foldable(self.prelkb_bn) and self.pw1.foldable() and self.pw2.foldable()
 
     def folded(self) -> LargeKernelBlock:
         """Fold the norms before and after the 1x1 convolutions; the large kernel folds by itself."""
@@ -115,7 +123,7 @@ class FeedForwardBlock(nn.Module):
 
     def foldable(self) -> bool:
         """Whether the norms around the 1x1 convolutions can be folded into them."""
-        return all(is_foldable(norm) for norm in (self.preffn_bn, self.pw1.bn, self.pw2.bn))
+        return is_foldable(self.preffn_bn) and self.pw1.foldable() and self.pw2.foldable()
 
     def folded(self) -> FeedForwardBlock:
         """Fold the norms before and after the 1x1 convolutions."""
@@ -145,12 +153,6 @@ class RepLKNet(StagedConvNet):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
-        check_stages(kernel_sizes=cfg.kernel_sizes, depths=cfg.depths, dims=cfg.dims)
-        check_widths(
-            dims=cfg.dims,
-            depthwise_widths=[int(dim * cfg.dw_ratio) for dim in cfg.dims],
-            hidden_widths=[int(dim * cfg.ffn_ratio) for dim in cfg.dims],
-        )
         rates = drop_path_rates(drop_path_rate, cfg.depths)
         stages = []
         for i, dim in enumerate(cfg.dims):

@@ -15,7 +15,7 @@ from torch import Tensor, full, nn
 
 from widekernel.errors import ArgumentError
 from widekernel.layers import LargeKernel, PartialChannels, ShiftTiles
-from widekernel.layers.conv import fold_affine
+from widekernel.layers.conv import fold_affine, is_plain
 from widekernel.layers.norms import affine_of, is_foldable
 from widekernel.layers.partial import seeded_selection
 from widekernel.models.base import (
@@ -28,7 +28,7 @@ from widekernel.models.base import (
     default_cfg,
     drop_path_rates,
 )
-from widekernel.models.blocks import MixerBlock, init_convnext, norm_downsample, patch_stem
+from widekernel.models.blocks import MixerBlock, init_convnext, norm_downsample, patch_stem, with_part
 from widekernel.models.layouts import shiftwise as layouts
 from widekernel.models.layouts.layout import Layout
 
@@ -103,16 +103,17 @@ class ShiftWiseBlock(nn.Module):
 
     def foldable(self) -> bool:
         """Whether norms and mixer can be folded."""
-        return is_foldable(self.norm) and is_foldable(self.norm2) and getattr(self.mixer, "foldable", lambda: False)()
+        around = is_foldable(self.norm) and is_foldable(self.norm2) and is_plain(self.mlp.fc2)
+        return around and getattr(self.mixer, "foldable", lambda: False)()
 
     def folded(self) -> ShiftWiseBlock:
         """Fold the first norm into the shift-wise layer, the second and the layer scale into the MLP."""
-        dim = self.norm.num_features
+        dim: int = self.mlp.fc2.out_features  # type: ignore[assignment]
         self.mixer = self.mixer.folded(*affine_of(self.norm, dim))  # type: ignore[operator]
         scale, shift = affine_of(self.norm2, dim)
         if self.gamma is not None:
             scale, shift = scale * self.gamma.detach().double(), shift * self.gamma.detach().double()
-        self.mlp.fc2 = fold_affine(self.mlp.fc2, scale, shift)
+        self.mlp = with_part(self.mlp, "fc2", fold_affine(self.mlp.fc2, scale, shift))
         self.norm, self.norm2 = nn.Identity(), nn.Identity()  # type: ignore[assignment]
         self.gamma = None
         return self

@@ -104,7 +104,7 @@ def explain(
     for the input gradient, the others for the weight gradient of each rectangle. Under autocast they speak of its type.
     """
     anchors = middles(kernels) if anchors is None else anchors
-    x, kernels, _ = _autocast(x, list(kernels), None)
+    x, kernels, _ = _autocast(x, kernels, None)
     check_sum(x, kernels, anchors, None)
     mirrored = [mirror(kernel.shape[2:], anchor) for kernel, anchor in zip(kernels, anchors)]
     problems = [_sum_problem(x, kernels, list(anchors)), _sum_problem(x, kernels, mirrored)]
@@ -126,7 +126,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 def _autocast(x: Tensor, kernels: Sequence[Tensor], bias: Tensor | None) -> tuple[Tensor, Sequence[Tensor], Tensor | None]:
     dtype = autocast_dtype(x)
-    if dtype is None:
+    if dtype is None or isinstance(kernels, Tensor):  # a bare tensor is for `check_sum` to refuse
         return x, kernels, bias
     return x.to(dtype), [kernel.to(dtype) for kernel in kernels], None if bias is None else bias.to(dtype)
 

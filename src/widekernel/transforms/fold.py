@@ -45,7 +45,10 @@ def fold(model: ModelT) -> ModelT:
         warnings.warn(f"these layers were not folded: {', '.join(kept)}", stacklevel=2)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         result.requires_grad_(False)
-    result.is_folded = True  # type: ignore[assignment]
+    for module in result.modules():
+        # Also the network within a wrapper: what it is saved as depends on it.
+        if module is result or hasattr(module, "layouts"):
+            module.is_folded = True  # type: ignore[assignment]
     return result  # type: ignore[return-value]
 
 

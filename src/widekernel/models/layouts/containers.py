@@ -95,16 +95,16 @@ def _summary(reason: str) -> str:
 def _pick(path: Path, loaded: Any, weights: str) -> Container:
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{path} holds a {type(loaded).__name__}, not a state dict: save model.state_dict()")
-    others = tuple(str(key) for key, value in loaded.items() if not isinstance(value, Tensor))
     for name in MODEL_KEYS if weights == "model" else EMA_KEYS:
         inner = loaded.get(name)
         if isinstance(inner, Mapping):
-            others = tuple(key for key in others if key != name)
+            others = tuple(str(key) for key in loaded if key != name)
             if not any(isinstance(value, Tensor) for value in inner.values()):
                 within = _pick(path, inner, "model")  # downstream RepLKNet: model -> state_dict
                 return Container(within.state, f"{name}.{within.found_in}".rstrip("."), (*others, *within.others))
             unlike = tuple(f"{name}.{key}" for key, value in inner.items() if not isinstance(value, Tensor))
             return Container(_tensors(inner), name, (*others, *unlike))
+    others = tuple(str(key) for key, value in loaded.items() if not isinstance(value, Tensor))
     if weights == "ema":
         raise CheckpointError(
             f"{path} holds no averaged (EMA) weights; its entries are {', '.join(others) or 'only weights'}: "

@@ -137,13 +137,17 @@ def seeded_tables(model: nn.Module) -> State:
 
 
 def table_problems(model: nn.Module, state: State) -> list[str]:
-    """List what is wrong with the tables in a state dict of ours."""
+    """List what is wrong with the tables in a state dict of ours, whose shapes must be those of the network."""
     problems = []
     for prefix, module in model.named_modules():
-        for name in module.seeded_tables() if hasattr(module, "table_problem") else ():  # type: ignore[operator]
-            key = f"{prefix}.{name}".lstrip(".")
-            problem = module.table_problem(name, state[key]) if key in state else ""  # type: ignore[operator]
-            problems += [f"{key} {problem}"] if problem else []
+        if not hasattr(module, "table_problem"):
+            continue
+        keys = {name: f"{prefix}.{name}".lstrip(".") for name, _ in module.named_buffers(recurse=False)}
+        # What is not there has been named already.
+        if all(key in state for key in keys.values()):
+            tables = {name: state[key].long() for name, key in keys.items()}
+            found = ((key, module.table_problem(name, tables)) for name, key in keys.items())  # type: ignore[operator]
+            problems += [f"{key} {problem}" for key, problem in found if problem]
     return problems
 
 
@@ -155,7 +159,12 @@ def _translate(layout: Layout, state: State, own: State, tables: State) -> Trans
             wanted[found[0]] = tuple(found[1].to_official(value).shape)
     note = ""
     if layout.upgrade is not None:
-        state, note = layout.upgrade(state, wanted)
+        given = state
+        state, note = layout.upgrade(given, wanted)
+        converted = {key: value for key, value in given.items() if key not in state}
+        twice = [key for key in layout.upgrade(converted, wanted)[0] if key in given]
+        if twice:
+            raise CheckpointError(f"the file holds weights twice, in two forms: remove one of {', '.join(twice)}")
     out: State = {}
     origin: dict[str, str] = {}
     unknown: list[str] = []
