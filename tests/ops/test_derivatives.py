@@ -129,6 +129,33 @@ def test_hessians(first: int, second: int) -> None:
     assert_close(got, jacrev(jacrev(scalar(theirs), first), second)(*args))
 
 
+@pytest.mark.parametrize("backend", ["portable", "reference"])
+@pytest.mark.parametrize("position", range(4), ids=NAMES)
+def test_vectorised_jacobians(position: int, backend: str) -> None:
+    args = arguments()
+
+    def of_one(value: Tensor) -> Tensor:
+        x, wide, square, bias = (*args[:position], value, *args[position + 1 :])
+        return ops.depthwise_sum(x, [wide, square], ANCHORS, bias, backend=backend).sin()
+
+    jacobian = torch.autograd.functional.jacobian
+    loop = jacobian(of_one, args[position])
+    assert loop.abs().max() > 0
+    assert_close(jacobian(of_one, args[position], vectorize=True), loop)
+
+
+@pytest.mark.parametrize("position", [0, 1], ids=["x", "gradient"])
+def test_vectorised_jacobians_of_the_weight_gradient(position: int) -> None:
+    args = [torch.randn(2, 2, 3, 3, dtype=torch.float64) for _ in range(2)]
+
+    def of_one(value: Tensor) -> Tensor:
+        x, g = (value, args[1]) if position == 0 else (args[0], value)
+        return ops.depthwise_weight_grad(x, g, (2, 4), (0, 3))
+
+    jacobian = torch.autograd.functional.jacobian
+    assert_close(jacobian(of_one, args[position], vectorize=True), jacobian(of_one, args[position]))
+
+
 def test_third_derivatives() -> None:
     args = [t.requires_grad_() for t in arguments()]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from widekernel import ops
-from widekernel.errors import WidekernelError
+from widekernel.errors import ArgumentError, WidekernelError
 from widekernel.ops import reference, select
 from widekernel.ops.problem import Problem
 
@@ -232,13 +232,18 @@ WRONG_SUMS = {
     "no-tap": ((X, [K[..., :0]]), r"kernels\[0\] has shape \(3, 1, 3, 0\): .*at least one tap"),
     "anchor-outside": ((X, [K], [(1, 3)]), r"anchor \(1, 3\) lies outside the 3x3 kernel: .*0 <= column < 3"),
     "negative-anchor": ((X, [K], [(-1, 0)]), r"anchor \(-1, 0\) lies outside"),
+    "float-anchor": ((X, [K], [(1.0, 1)]), r"anchor \(1\.0, 1\) lies outside .*whole numbers"),
+    "half-an-anchor": ((X, [K], [(0, 0.5)]), r"anchor \(0, 0\.5\) lies outside .*whole numbers"),
+    "bare-kernel": ((X, K), r"kernels is a tensor: .*write \[kernel\]"),
+    "bare-kernel-with-anchor": ((X, K, [(1, 1)]), r"kernels is a tensor: .*write \[kernel\]"),
     "long-anchor": ((X, [K], [(1, 1, 1)]), r"anchor \(1, 1, 1\) lies outside"),
     "kernel-type": (
         (X, [K.double()]),
         r"kernels\[0\] .*torch.float64.* but x .*torch.float32.*: convert.*autocast",
     ),
-    "kernel-device": ((X, [K.to("meta")]), r"kernels\[0\] is .*on meta but x is .*on cpu"),
+    "kernel-device": ((X, [K.to("meta")]), r"kernels\[0\] is on meta but x is on cpu: move one of them$"),
     "bias-shape": ((X, [K], None, torch.zeros(1)), r"bias has shape \(1,\): .*needs \(3,\)"),
+    "bias-device": ((X, [K], None, torch.zeros(3, device="meta")), "bias is on meta but x is on cpu: move one of them$"),
     "bias-type": ((X, [K], None, torch.zeros(3).half()), r"bias .*torch.float16.* but x .*torch.float32.*autocast"),
 }
 WRONG_WEIGHT_GRADIENTS = {
@@ -250,6 +255,8 @@ WRONG_WEIGHT_GRADIENTS = {
     ),
     "one-size": ((X, X, (3,)), r"kernel size \(3,\) must be two positive numbers"),
     "no-tap": ((X, X, (3, 0)), r"kernel size \(3, 0\) must be two positive numbers"),
+    "float-anchor": ((X, X, (3, 3), (1.5, 0)), r"anchor \(1\.5, 0\) lies outside .*whole numbers"),
+    "gradient-device": ((X, X.to("meta"), (3, 3)), "grad is on meta but x is on cpu: move one of them$"),
     "anchor-outside": ((X, X, (3, 3), (3, 0)), r"anchor \(3, 0\) lies outside the 3x3 kernel: .*0 <= row < 3"),
     "gradient-type": ((X, X.double(), (3, 3)), r"grad .*torch.float64.* but x .*torch.float32.*: convert"),
 }
@@ -270,3 +277,67 @@ def test_wrong_arguments_of_the_weight_gradient(wrong: str) -> None:
     arguments, message = WRONG_WEIGHT_GRADIENTS[wrong]
     with pytest.raises(ValueError, match=message):
         ops.depthwise_weight_grad(*arguments)
+
+
+def test_a_bare_kernel_under_autocast() -> None:
+    for call in (ops.depthwise_sum, ops.explain):
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=r"write \[kernel\]"):
+            call(X, K)
+
+
+# ---- Backends from elsewhere
+
+
+class Named(Fake):
+    def __init__(self, name: str, *reasons: str) -> None:
+        super().__init__(*reasons)
+        self.name = name
+
+
+@pytest.fixture
+def _own_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(select, "_BACKENDS", list(select._BACKENDS))
+
+
+@pytest.mark.usefixtures("_own_list")
+def test_registered_backends_stand_where_they_were_put() -> None:
+    ops.register(Named("first"))
+    assert ops.backends() == ("first", "portable", "reference")
+    ops.register(Named("second"), before="portable")
+    ops.register(Named("last"), before="reference")
+    ops.register(Named("zeroth"))
+    assert ops.backends() == ("zeroth", "first", "second", "portable", "last", "reference")
+    assert step().backends() == ["zeroth"] * 5
+    assert step("last").backends() == ["last"] * 5
+
+
+@pytest.mark.usefixtures("_own_list")
+def test_unregistered_backends_are_gone() -> None:
+    before = ops.backends()
+    for name in ("first", "second"):
+        ops.register(Named(name))
+    ops.unregister("second")
+    assert step().backends() == ["first"] * 5
+    ops.unregister("first")
+    assert ops.backends() == before
+    with pytest.raises(ops.NoBackendError, match="unknown backend 'first'"):
+        ops.explain(*tensors(), backend="first")
+    ops.register(Named("first"))  # its name is free again
+    assert ops.backends()[0] == "first"
+
+
+@pytest.mark.usefixtures("_own_list")
+def test_names_of_backends_are_their_own() -> None:
+    before = ops.backends()
+    for name in before:
+        with pytest.raises(ArgumentError, match=f"there is a backend '{name}' already"):
+            ops.register(Named(name))
+    assert ops.backends() == before
+
+
+@pytest.mark.usefixtures("_own_list")
+def test_registering_in_front_of_no_backend() -> None:
+    before = ops.backends()
+    with pytest.raises(ArgumentError, match="no backend 'portabel': the backends are portable, reference"):
+        ops.register(Named("first"), before="portabel")
+    assert ops.backends() == before

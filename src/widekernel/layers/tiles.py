@@ -213,8 +213,9 @@ class ShiftTiles(RectSource):
 
     def extra_repr(self) -> str:
         """Name the geometry."""
-        paths, groups = len(self.tiles), self.tile_at.shape[1]
-        return f"{self.channels}, big={self.big}, small={self.small}, paths={paths}, groups={groups}"
+        return (
+            f"{self.channels}, big={self.big}, small={self.small}, paths={len(self.tiles)}, groups={self.tile_at.shape[1]}"
+        )
 
     def seeded_tables(self) -> dict[str, Tensor]:
         """Give the tables as the authors' code draws them, by the name of their buffer."""

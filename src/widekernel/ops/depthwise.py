@@ -207,6 +207,18 @@ def _(info: Any, dims: Any, x: Tensor, grad: Tensor, geometry: Any, backend: str
     return _depthwise_weight_grad_op(planes, grads, geometry, backend).unflatten(0, (size, -1)), 0
 
 
+@torch.library.custom_op("widekernel::depthwise_sum_of_taps", mutates_args=())
+def _depthwise_sum_of_taps_op(x: Tensor, taps: Tensor, geometry: Sequence[int], backend: str) -> Tensor:
+    """Take the kernels in one tensor: for batched gradients PyTorch repeats an operator, but not one that takes a list."""
+    rects = tuple(zip(geometry[::4], geometry[1::4], geometry[2::4], geometry[3::4]))
+    return _DepthwiseSum.forward(x, taps, None, _Call(rects, (), backend))
+
+
+@_depthwise_sum_of_taps_op.register_fake
+def _(x: Tensor, taps: Tensor, geometry: Sequence[int], backend: str) -> Tensor:
+    return torch.empty_like(x, memory_format=memory_format(x))
+
+
 class _Call(NamedTuple):
     """What a call is made of besides tensors.
 
@@ -237,6 +249,9 @@ class _DepthwiseSum(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, taps: Tensor, bias: Tensor | None, call: _Call) -> Tensor:
+        if _has_batched_gradients(x, taps):
+            y = _depthwise_sum_of_taps_op(x, taps, [number for rect in call.geometry for number in rect], call.backend)
+            return y if bias is None else y + bias.view(-1, 1, 1)
         anchors = [a for _, _, row, column in call.geometry for a in (row, column)]
         return _depthwise_sum_op(x, _parted(taps, call), anchors, bias, call.backend)
 
@@ -304,6 +319,13 @@ def _parted(taps: Tensor, call: _Call) -> list[Tensor]:
     sizes = [(kh, kw) for kh, kw, _, _ in call.geometry]
     parts = taps.split([kh * kw for kh, kw in sizes], 1)
     return [part.reshape(taps.shape[0], 1, kh, kw) for part, (kh, kw) in zip(parts, sizes)]
+
+
+def _has_batched_gradients(*tensors: Tensor) -> bool:
+    """Whether a tensor stands for many, as in `torch.autograd.grad(is_grads_batched=True)` and vectorised Jacobians."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(torch._C._functorch.is_legacy_batchedtensor(tensor) for tensor in tensors)
 
 
 def _mapped(tensor: Tensor, dim: int | None, size: int) -> Tensor:
