@@ -213,9 +213,8 @@ class ShiftTiles(RectSource):
 
     def extra_repr(self) -> str:
         """Name the geometry."""
-        return (
-            f"{self.channels}, big={self.big}, small={self.small}, paths={len(self.tiles)}, groups={self.tile_at.shape[1]}"
-        )
+        paths, groups = len(self.tiles), self.tile_at.shape[1]
+        return f"{self.channels}, big={self.big}, small={self.small}, paths={paths}, groups={groups}"
 
     def seeded_tables(self) -> dict[str, Tensor]:
         """Give the tables as the authors' code draws them, by the name of their buffer."""
@@ -329,8 +328,7 @@ class TruncatedTiles(KernelSource):
         channels, count, small, _ = tiles.shape
         maps = F.conv2d(x, tiles.reshape(-1, 1, small, small), padding=small // 2, groups=channels)
         maps = maps.unflatten(1, (channels, count))
-        extent = x.shape[axis]
-        total = torch.zeros_like(x)
+        extent, total = x.shape[axis], torch.zeros_like(x)
         for i in range(count):
             offset = i * small - self.source.big // 2 + small // 2
             if abs(offset) < extent:
