@@ -22,6 +22,7 @@ from widekernel.layers import (
     SourceGroup,
     SplitStrips,
     TruncatedTiles,
+    tiles,
 )
 from widekernel.layers.sources import rects_of
 from widekernel.layers.tiles import cut_into_tiles, draw_tables, num_tiles, tall_strip, wide_strip
@@ -252,6 +253,30 @@ def test_tables_do_not_depend_on_the_seed_but_weights_do(name: str) -> None:
     second = SOURCES[name]().state_dict()
     same = {key for key in first if torch.equal(first[key], second[key])}
     assert same == {key for key in first if not first[key].is_floating_point()}
+
+
+def test_tables_that_are_drawn_once_are_each_networks_own() -> None:
+    """Drawing takes long, so that it is done once; changing what was drawn must not change what is drawn next."""
+    first, second = draw_tables(8, 7, 3), draw_tables(8, 7, 3)
+    for one, other in zip(first, second):
+        assert torch.equal(one, other)
+        assert one.data_ptr() != other.data_ptr()
+        one.zero_()
+    assert all(map(torch.equal, draw_tables(8, 7, 3), second))
+    assert tiles._drawn_tables.cache_info().hits >= 2
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if "tile_at" in SOURCES[name]().state_dict()])
+def test_tables_of_like_layers_share_no_memory(name: str) -> None:
+    first, second = SOURCES[name](), SOURCES[name]()
+    want = {key: buffer.clone() for key, buffer in second.named_buffers()}
+    assert want
+    for key, buffer in first.named_buffers():
+        assert torch.equal(buffer, want[key])
+        buffer.zero_()
+    assert all(
+        torch.equal(buffer, want[key]) for model in (second, SOURCES[name]()) for key, buffer in model.named_buffers()
+    )
 
 
 def test_drawing_tables_leaves_the_global_random_numbers_alone() -> None:

@@ -273,3 +273,14 @@ def test_tables_are_the_same_in_every_construction(name: str) -> None:
     tables = [key for key in states[0] if key.endswith(("tile_at", "centre", "selected", "ghosts"))]
     assert tables
     assert all(torch.equal(states[0][key], states[1][key]) for key in tables)
+
+
+@pytest.mark.parametrize("name", [name for name in NANO if name.startswith(("shiftwise", "slak_pw_"))])
+def test_tables_of_two_networks_are_equal_and_apart(name: str) -> None:
+    first, second = (dict(create(name).named_buffers()) for _ in range(2))
+    tables = [key for key in first if key.endswith(("tile_at", "centre", "selected", "ghosts"))]
+    assert tables
+    for key in tables:
+        assert torch.equal(first[key], second[key])
+        assert first[key].data_ptr() != second[key].data_ptr()
+    assert len({table[key].data_ptr() for table in (first, second) for key in tables}) == 2 * len(tables)

@@ -137,7 +137,7 @@ def test_features_only_of_some_stages(name: str) -> None:
 
 
 @every_family
-@pytest.mark.parametrize("kind", ["fx", "hook", "getter"])
+@pytest.mark.parametrize("kind", ["fx", "hook", "getter", "list"])
 def test_every_kind_of_feature_extractor(name: str, kind: str) -> None:
     outputs = []
     for chosen in ("getter", kind):

@@ -120,7 +120,8 @@ class FoldedPartialChannels(nn.Module):
 def _channels_problem(name: str, tables: Mapping[str, Tensor]) -> str:
     """Say what is wrong with one of the tables `selected` and `ghosts` of a file, which share the channels between them."""
     channels = sum(table.numel() for table in tables.values())
-    own, both = tables[name].tolist(), [channel for table in tables.values() for channel in table.tolist()]
+    own = tables[name].tolist()
     if len(set(own)) != len(own) or not all(0 <= channel < channels for channel in own):
         return f"must name different channels of 0..{channels - 1}"
-    return "names channels of the other table" if name == "ghosts" and len(set(both)) != channels else ""
+    both = name == "ghosts" and set(own) & set(tables["selected"].tolist())
+    return "names channels of the other table" if both else ""
