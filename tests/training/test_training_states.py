@@ -1,6 +1,7 @@
 import os
 import pickle
 import random
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -8,11 +9,16 @@ import torch
 
 from widekernel.errors import CheckpointError
 from widekernel.training.checkpoint import CheckpointStore, load_state
+from widekernel.training.files import sha256_of
 from widekernel.training.random_state import random_state, restore_random_state
 
 
 def small_state(value: float = 1.0):
     return {"model": {"w": torch.full((300,), value)}}
+
+
+class PowerCut(BaseException):
+    """Stands for the machine stopping: nothing may catch it."""
 
 
 @pytest.fixture
@@ -75,11 +81,11 @@ def test_a_crash_while_replacing_a_state_leaves_the_old_one_usable(store, monkey
 
     def crash(self, target):
         if target.suffix == ".pt":
-            raise RuntimeError("power cut")
+            raise PowerCut
         return replace(self, target)
 
     monkeypatch.setattr(type(path), "replace", crash)
-    with pytest.raises(RuntimeError, match="power cut"):
+    with pytest.raises(PowerCut):
         store.save(small_state(2), 1, None)
     assert store.load_latest()["model"]["w"][0] == 1
 
@@ -98,6 +104,58 @@ def test_disk_error_is_explained_and_leaves_earlier_states(store, monkeypatch):
     assert not list(store.folder.glob("*.tmp.*"))
 
 
+@contextmanager
+def file_size_limit(size):
+    resource = pytest.importorskip("resource")
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, former[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, former)
+
+
+def test_write_that_fails_within_torch_is_explained(store):
+    store.save(small_state(1), 1, None)
+    with file_size_limit(1 << 20), pytest.raises(CheckpointError, match="File too large"):
+        store.save({"model": {"w": torch.zeros(1 << 20)}}, 2, None)
+    assert store.load_latest()["model"]["w"][0] == 1
+    assert not list(store.folder.glob("*.tmp.*"))
+
+
+@pytest.mark.parametrize("step", [42, 50, 55, 70])
+def test_damaged_states_do_not_push_out_good_ones(store, step):
+    store.save(small_state(40), 40, None)
+    digest = store.folder / "step-00000040.pt.sha256"
+    for damaged in (50, 60):
+        (store.folder / f"step-{damaged:08d}.pt").write_bytes(b"damaged")
+        (store.folder / f"step-{damaged:08d}.pt.sha256").write_bytes(digest.read_bytes())
+    resumed = CheckpointStore(store.folder)
+    assert resumed.load_latest()["model"]["w"][0] == 40
+    resumed.save(small_state(step), step, None)
+    assert [path.name for path in resumed.paths()] == ["step-00000040.pt", f"step-{step:08d}.pt"]
+    assert CheckpointStore(store.folder).load_latest()["model"]["w"][0] == step
+    assert {path.name for path in store.folder.glob("*.pt.damaged")} == {
+        "step-00000050.pt.damaged",
+        "step-00000060.pt.damaged",
+    }
+
+
+def test_a_newer_state_never_pushes_out_the_one_just_written(store):
+    for step in (40, 50, 60):
+        store.save(small_state(step), step, None)
+    CheckpointStore(store.folder).save(small_state(42), 42, None)
+    assert CheckpointStore(store.folder).load_latest()["model"]["w"][0] == 42
+
+
+def test_a_file_of_something_else_is_no_state(store):
+    path = store.save(small_state(1), 1, None)
+    torch.save([1, 2], path)
+    path.with_name(f"{path.name}.sha256").write_text(f"{sha256_of(path)}  {path.name}\n")
+    with pytest.raises(CheckpointError, match="not a training state: it holds a list"):
+        load_state(path)
+
+
 def test_leftovers_of_a_crash_are_swept(store):
     store.save(small_state(1), 1, None)
     (store.folder / "step-00000002.pt.tmp.99").write_bytes(b"half")
@@ -113,8 +171,6 @@ def test_foreign_pickle_is_not_executed(store, tmp_path):
     path = store.save(small_state(1), 1, None)
     with path.open("wb") as file:
         pickle.dump(Payload(), file)
-    from widekernel.training.files import sha256_of
-
     path.with_name(f"{path.name}.sha256").write_text(f"{sha256_of(path)}  {path.name}\n")
     with pytest.raises(CheckpointError, match="not a training state"):
         load_state(path)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from widekernel.errors import CheckpointError
-from widekernel.training.files import sha256_of, write_atomically
+from widekernel.training.files import reason_of, sha256_of, write_atomically
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})\.pt$")
@@ -30,6 +30,7 @@ class CheckpointStore:
         self.folder = folder
         self.keep = keep
         self._report = report or (lambda text: None)
+        self._passed_over: set[Path] = set()
 
     def paths(self) -> list[Path]:
         """All state files, oldest first."""
@@ -40,29 +41,40 @@ class CheckpointStore:
     def save(self, state: dict[str, Any], step: int, best_step: int | None) -> Path:
         """Write ``state`` as the state after ``step`` optimizer steps, then drop what is no longer kept.
 
+        States that could not be read, or that are newer than ``step``, are no predecessors of this one: they are
+        renamed to end in ``.damaged`` first, so that they do not count among the ones that stay.
+
         Raises:
             CheckpointError: the disk is full or not writable; earlier states are untouched.
         """
         path = self.folder / f"step-{step:08d}.pt"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._set_aside(step)
             write_atomically(
                 path,
                 lambda file: torch.save({"format": FORMAT, **state}, file),
                 before_rename=lambda complete: _write_digest(path, sha256_of(complete)),
             )
-        except OSError as error:
+            self._prune(path, best_step)
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
             raise CheckpointError(
-                f"The training state cannot be written to {self.folder}: {error.strerror or error}. "
+                f"The training state cannot be written to {self.folder}: {reason_of(error)}. "
                 "Free some space or choose another --output; earlier states are intact."
             ) from error
-        self._prune(best_step)
         return path
 
-    def _prune(self, best_step: int | None) -> None:
-        paths = self.paths()
-        for path in paths[: -self.keep]:
-            if step_of(path) != best_step:
+    def _set_aside(self, step: int) -> None:
+        for path in self.paths():
+            if step_of(path) > step or path in self._passed_over:
+                for file in (path, _digest_path(path)):
+                    if file.exists():
+                        file.replace(file.with_name(f"{file.name}.damaged"))
+        self._passed_over.clear()
+
+    def _prune(self, written: Path, best_step: int | None) -> None:
+        for path in self.paths()[: -self.keep]:
+            if path != written and step_of(path) != best_step:
                 path.unlink(missing_ok=True)
                 _digest_path(path).unlink(missing_ok=True)
         for leftover in self.folder.glob("*.tmp.*"):
@@ -75,11 +87,13 @@ class CheckpointStore:
             CheckpointError: there are states, but all of them are damaged.
         """
         reasons = []
+        self._passed_over.clear()
         for path in reversed(self.paths()):
             try:
                 return load_state(path)
             except CheckpointError as error:
                 reasons.append(str(error))
+                self._passed_over.add(path)
                 self._report(f"Passed over a damaged training state: {error}")
         if reasons:
             raise CheckpointError(
@@ -110,7 +124,9 @@ def load_state(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a file that is none of its own
         raise CheckpointError(f"{path.name} is not a training state ({error}).") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path.name} is not a training state: it holds a {type(state).__name__}.")
+    if state.get("format") != FORMAT:
         raise CheckpointError(f"{path.name} has format {state.get('format')!r}; this version reads format {FORMAT}.")
     return state
 

@@ -2,9 +2,12 @@
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+from widekernel.errors import WidekernelError
 
 
 def write_atomically(
@@ -47,3 +50,20 @@ def sha256_of(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a file could not be written: the system's reason where there is one, also behind torch's own error."""
+    cause = error if isinstance(error, OSError) else error.__context__ or error
+    return getattr(cause, "strerror", None) or str(cause)
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Within the block, a system error becomes a ``WidekernelError`` that names ``path`` and the reason."""
+    try:
+        yield
+    except OSError as error:
+        raise WidekernelError(
+            f"{path} cannot be written: {reason_of(error)}. Free some space or choose another --output."
+        ) from error
