@@ -8,7 +8,7 @@ import torch
 from tests.training.tiny import array_source, make_config, make_trainer, states_equal
 
 from widekernel.errors import CheckpointError
-from widekernel.training import CheckpointConfig
+from widekernel.training import CheckpointConfig, Processes
 from widekernel.training.interrupts import Interrupted
 from widekernel.training.metrics_log import read_metrics
 
@@ -50,15 +50,6 @@ def reference(tmp_path_factory):
     return trainer.state(), read_metrics(trainer.around.folder.metrics)
 
 
-def comparable(state):
-    """The state without what names the run folder."""
-    return {key: value for key, value in state.items() if key != "config"}
-
-
-def same_but_every_steps(state, reference):
-    return states_equal(comparable(state), comparable(reference))
-
-
 @pytest.mark.parametrize("step", [1, 2, 3, 4, 8, 9])
 def test_killed_run_resumes_exactly(step, reference, tmp_path):
     config = make_config(tmp_path, checkpoint=CheckpointConfig(every_steps=2))
@@ -67,7 +58,7 @@ def test_killed_run_resumes_exactly(step, reference, tmp_path):
     resumed = make_trainer(config)
     resumed.run()
     state, rows = reference
-    assert same_but_every_steps(resumed.state(), state)
+    assert states_equal(resumed.state(), state)
     assert read_metrics(resumed.around.folder.metrics) == rows
 
 
@@ -82,7 +73,7 @@ def test_signal_saves_and_resumes_exactly(number, reference, tmp_path):
     resumed = make_trainer(config)
     assert resumed.store.load_latest()["progress"]["step"] == 5
     resumed.run()
-    assert same_but_every_steps(resumed.state(), reference[0])
+    assert states_equal(resumed.state(), reference[0])
 
 
 def test_interrupt_during_evaluation_resumes_with_the_evaluation(reference, tmp_path):
@@ -101,14 +92,27 @@ def test_interrupt_during_evaluation_resumes_with_the_evaluation(reference, tmp_
         trainer.run()
     resumed = make_trainer(config)
     resumed.run()
-    assert same_but_every_steps(resumed.state(), reference[0])
+    assert states_equal(resumed.state(), reference[0])
     assert read_metrics(resumed.around.folder.metrics) == reference[1]
+
+
+def test_signal_to_another_process_is_called_sigterm(tmp_path):
+    class Together(Processes):
+        def any(self, flag):
+            return True
+
+    trainer = make_trainer(make_config(tmp_path))
+    object.__setattr__(trainer.around, "processes", Together())
+    with pytest.raises(Interrupted) as caught:
+        trainer.run()
+    assert caught.value.signal_number == signal.SIGTERM
+    assert trainer.store.load_latest()["progress"]["step"] == 1
 
 
 def test_worker_count_does_not_matter(reference, tmp_path):
     trainer = make_trainer(make_config(tmp_path), workers=2)
     trainer.run()
-    assert same_but_every_steps(trainer.state(), reference[0])
+    assert states_equal(trainer.state(), reference[0])
 
 
 def test_another_seed_gives_another_run(reference, tmp_path):
@@ -131,7 +135,7 @@ def test_damaged_latest_state_falls_back_and_says_so(reference, tmp_path):
     latest.write_bytes(content)
     resumed.run()
     assert any("damaged" in text and latest.name in text for text in reporter.messages)
-    assert same_but_every_steps(resumed.state(), reference[0])
+    assert states_equal(resumed.state(), reference[0])
     assert read_metrics(resumed.around.folder.metrics) == reference[1]
 
 

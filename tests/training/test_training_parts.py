@@ -92,10 +92,12 @@ def test_accumulation_equals_one_large_batch(tmp_path):
         assert torch.allclose(value, states[1][name], atol=1e-5), name
 
 
-def test_ema_follows_its_formula(tmp_path):
+@pytest.mark.parametrize("warmup", [False, True])
+def test_ema_follows_its_formula(tmp_path, warmup):
     config = plain(tmp_path)
-    object.__setattr__(config, "ema", EmaConfig(decay=0.7))
+    object.__setattr__(config, "ema", EmaConfig(decay=0.7, warmup=warmup))
     trainer = make_trainer(config)
+    expected = trainer.model.head.weight.detach().clone()
     seen = []
     update = trainer.ema.update
 
@@ -105,9 +107,9 @@ def test_ema_follows_its_formula(tmp_path):
 
     trainer.ema.update = watched
     trainer.run()
-    expected = seen[0]
-    for weight in seen[1:]:
-        expected = 0.7 * expected + 0.3 * weight
+    for number, weight in enumerate(seen):
+        decay = min(1 - (1 + number) ** (-2 / 3), 0.7) if warmup else 0.7
+        expected = decay * expected + (1 - decay) * weight
     assert torch.allclose(trainer.ema.module.head.weight, expected, atol=1e-6)
 
 
@@ -156,7 +158,7 @@ def test_nan_stops_before_the_weights_are_touched(tmp_path):
         return value * float("nan") if stream[1] == 4 else value
 
     trainer.objective.loss = poisoned
-    with pytest.raises(TrainingError, match="loss is nan at step 5"):
+    with pytest.raises(TrainingError, match=r"loss is nan at step 5\..*in another output folder"):
         trainer.run()
     assert all(value.isfinite().all() for value in trainer.model.state_dict().values())
     assert trainer.store.load_latest()["progress"]["step"] == 3
@@ -181,6 +183,27 @@ def test_metrics_go_back_and_never_repeat(tmp_path):
     assert [row["step"] for row in read_metrics(log.path)] == [0, 1, 2, "new"]
     with pytest.raises(WidekernelError, match="has 4 rows, but the training state was saved after 9"):
         MetricsLog(log.path).truncate(9)
+
+
+def test_every_row_has_epoch_step_and_loss(tmp_path):
+    trainer = make_trainer(plain(tmp_path))
+    losses = []
+    log_step = trainer._log_step
+    trainer._log_step = lambda loss: (losses.append(loss), log_step(loss))
+    trainer.run()
+    rows = read_metrics(trainer.around.folder.metrics)
+    assert [(row["epoch"], row["step"]) for row in rows] == [(1, 2), (1, 3), (2, 4), (2, 6), (3, 8), (3, 9)]
+    assert [row["step"] for row in rows if "val_top1" in row] == [3, 6, 9]
+    spans = [(0, 2), (2, 3), (3, 4), (4, 6), (6, 8), (8, 9)]
+    means = [sum(losses[first:last]) / (last - first) for first, last in spans]
+    assert [row["train_loss"] for row in rows] == pytest.approx(means)
+
+
+@pytest.mark.parametrize("write", [lambda path: MetricsLog(path).append({}), lambda path: save_curves([], path)])
+def test_what_cannot_be_written_is_explained(tmp_path, write):
+    with pytest.raises(WidekernelError, match=r"blocked cannot be written: Is a directory\. Free some space"):
+        (tmp_path / "blocked").mkdir()
+        write(tmp_path / "blocked")
 
 
 def test_run_folder_names_the_differing_keys(tmp_path):

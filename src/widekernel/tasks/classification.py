@@ -156,7 +156,7 @@ def _finish(trainer: Trainer, saved: SavedModel) -> dict[str, Any]:
     progress = trainer.progress
     summary = {
         "epochs": progress.epoch,
-        **{key: value for key, value in last.items() if key != "epoch"},
+        **{key: value for key, value in last.items() if key not in ("epoch", "lr")},
         "best_top1": progress.best,
         "best_step": progress.best_step,
     }

@@ -4,14 +4,18 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from widekernel.training.files import write_atomically
+from widekernel.training.files import explained, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
 def save_curves(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw loss and accuracy over optimizer steps from the rows of metrics.jsonl."""
+    """Draw loss and accuracy over optimizer steps from the rows of metrics.jsonl.
+
+    Raises:
+        WidekernelError: the picture cannot be written.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -22,7 +26,8 @@ def save_curves(rows: list[dict[str, Any]], path: Path) -> None:
     draw_accuracy(right, rows)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
-    write_atomically(path, lambda file: file.write(buffer.getvalue()))
+    with explained(path):
+        write_atomically(path, lambda file: file.write(buffer.getvalue()))
 
 
 def draw_loss(axes: "Axes", rows: list[dict[str, Any]]) -> None:

@@ -1,6 +1,7 @@
 """The training loop: one model, one objective, resumable after any optimizer step."""
 
 import math
+import signal
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -178,7 +179,7 @@ class Trainer:
             if due or stop:
                 self.save()
             if stop:
-                raise Interrupted(guard.received or 0)
+                raise Interrupted(guard.received or signal.SIGTERM)  # another process may have received it
 
     def _step(self, batches: list[Batch]) -> None:
         self.schedule.step_update(self.progress.step)
@@ -193,14 +194,15 @@ class Trainer:
         if not math.isfinite(total):
             raise TrainingError(
                 f"The training loss is {total} at step {self.progress.step + 1}. Lower optimizer.lr "
-                f"({self.config.optimizer.lr}), set optimizer.clip_grad, or use precision bf16 or fp32. "
-                "The last training state was saved before this."
+                f"({self.config.optimizer.lr}), set optimizer.clip_grad, or use precision bf16 or fp32, "
+                "in another output folder. The last training state was saved before this."
             )
         self._update()
         self.progress.step += 1
         self.progress.step_in_epoch += 1
         if self.ema is not None:
-            self.ema.update(self.model, step=self.progress.step)
+            # given a step, timm lets the first update replace the average, which without warm-up keeps its start
+            self.ema.update(self.model, step=self.progress.step if self.config.ema.warmup else None)
         self._log_step(total)
 
     def _update(self) -> None:
@@ -216,28 +218,24 @@ class Trainer:
         progress = self.progress
         progress.loss_sum += loss
         progress.loss_count += 1
-        # the rate of the least scaled group is the nominal one, whatever layer decay does to the others
-        lr = max(group["lr"] for group in self.optimizer.param_groups)
-        self.around.reporter.step(progress.epoch, progress.step, loss, lr)
-        if progress.step % self.config.loop.log_every == 0 or progress.step_in_epoch == self.steps_per_epoch:
-            mean = progress.loss_sum / progress.loss_count
-            self._write_row({"epoch": progress.epoch, "step": progress.step, "train_loss": mean, "lr": lr})
-            progress.loss_sum, progress.loss_count = 0.0, 0
+        self.around.reporter.step(progress.epoch, progress.step, loss, self._lr())
+        # the last row of an epoch waits for the evaluation
+        if progress.step % self.config.loop.log_every == 0 and progress.step_in_epoch < self.steps_per_epoch:
+            self._write_row({})
 
     def _finish_epoch(self, guard: InterruptGuard) -> None:
         metrics = self._evaluate(guard)
         if metrics is None:
             # the state says that all steps of this epoch are done: the resumed run begins with the evaluation
             self.save()
-            raise Interrupted(guard.received or 0)
+            raise Interrupted(guard.received or signal.SIGTERM)
         progress = self.progress
         name = self.objective.best_metric
         value = float(metrics[name if self.ema is None else f"ema_{name}"])
         is_best = progress.best is None or value > progress.best
         if is_best:
             progress.best, progress.best_step = value, progress.step
-        unreadable = len(progress.unreadable)
-        self._write_row({"epoch": progress.epoch, "step": progress.step, **metrics, "train_unreadable": unreadable})
+        self._write_row({**metrics, "train_unreadable": len(progress.unreadable)})
         self.around.reporter.epoch(progress.epoch, metrics)
         progress.epoch += 1
         progress.step_in_epoch = 0
@@ -271,7 +269,15 @@ class Trainer:
                 self.progress.unreadable.add(image.name)
         check_unreadable(self.progress.unreadable, self.config.max_unreadable, "training")
 
-    def _write_row(self, row: dict[str, Any]) -> None:
+    def _lr(self) -> float:
+        # the rate of the least scaled group is the nominal one, whatever layer decay does to the others
+        return max(group["lr"] for group in self.optimizer.param_groups)
+
+    def _write_row(self, figures: Metrics) -> None:
+        progress = self.progress
+        mean = progress.loss_sum / progress.loss_count
+        row = {"epoch": progress.epoch + 1, "step": progress.step, "train_loss": mean, "lr": self._lr(), **figures}
+        progress.loss_sum, progress.loss_count = 0.0, 0
         if self.around.processes.is_main:
             self.log.append(row)
 
@@ -299,7 +305,6 @@ class Trainer:
             "metrics_rows": self.log.rows,
             "world_size": self.around.processes.world_size,
             "data": self.around.fingerprint,
-            "config": self.around.folder.read_config(),
             "saved_model": self.around.description,
         }
 

@@ -1,4 +1,8 @@
-"""metrics.jsonl: one JSON object a line, without duplicates whatever happened to the run."""
+"""metrics.jsonl: one JSON object a line, without duplicates whatever happened to the run.
+
+Every row has ``epoch`` (counted from 1), ``step`` (optimizer steps done), ``train_loss`` (mean since the row before) and
+``lr``; the last row of an epoch has the figures of the evaluation as well.
+"""
 
 import json
 import os
@@ -6,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from widekernel.errors import WidekernelError
+from widekernel.training.files import explained
 
 
 class MetricsLog:
@@ -19,28 +24,34 @@ class MetricsLog:
         """Keep the first ``rows`` rows.
 
         Raises:
-            WidekernelError: the file has fewer rows, so it is not the one that the training state belongs to.
+            WidekernelError: the file has fewer rows, so it is not the one that the training state belongs to, or it
+                cannot be written.
         """
-        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
+        with explained(self.path):
+            lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
         if len(lines) < rows or (rows and not lines[rows - 1].endswith(b"\n")):
             raise WidekernelError(
                 f"{self.path} has {len(lines)} rows, but the training state was saved after {rows}: the file was "
                 "changed. Restore it, or choose another --output."
             )
-        with self.path.open("ab") as file:
+        with explained(self.path), self.path.open("ab") as file:
             file.truncate(sum(len(line) for line in lines[:rows]))
         self.rows = rows
 
     def append(self, row: dict[str, Any]) -> None:
-        """Write one row through to the file system."""
-        with self.path.open("ab") as file:
+        """Write one row through to the file system.
+
+        Raises:
+            WidekernelError: it cannot be written.
+        """
+        with explained(self.path), self.path.open("ab") as file:
             file.write((json.dumps(row) + "\n").encode())
         self.rows += 1
 
     def sync(self) -> None:
         """Force all rows to disk, before a training state refers to them."""
         if self.path.exists():
-            with self.path.open("ab") as file:
+            with explained(self.path), self.path.open("ab") as file:
                 os.fsync(file.fileno())
 
 
