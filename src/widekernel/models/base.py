@@ -93,66 +93,81 @@ class Stage(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class HeadOptions:
-    """timm's usual arguments for what follows the stages.
+class Parts:
+    """What a family puts into the frame that all the networks share.
 
     Attributes:
-        num_classes: 0 for none, then the network returns pooled features.
-        global_pool: as timm's; "" for none.
-        drop_rate: dropout before the classifier.
-        norm: whether a channel layer norm stands between pooling and classifier.
+        stem: first layers, from the image to the first stage.
+        stages: with the width of each.
+        reductions: stride of each stage's output against the image.
+        norm_pre: normalisation of the last map, before pooling; None for none.
+        head_norm: whether a channel layer norm stands between pooling and classifier.
+        feature_norms: normalisations of the stages' maps where they are handed out; empty for none.
     """
 
-    num_classes: int = 1000
-    global_pool: str = "avg"
-    drop_rate: float = 0.0
-    norm: bool = True
+    stem: nn.Module
+    stages: Sequence[tuple[Stage, int]]
+    reductions: Sequence[int]
+    norm_pre: nn.Module | None = None
+    head_norm: bool = True
+    feature_norms: Sequence[nn.Module] = ()
 
 
 class StagedConvNet(nn.Module):
     """stem -> stages -> norm -> pooling, norm, classifier; with everything that timm expects of a model.
 
     Args:
-        stem: first layers, from the image to the first stage.
-        stages: with the width of each.
-        reductions: stride of each stage's output against the image.
-        head: options of the classifier.
-        norm_pre: normalisation of the last map, before pooling.
+        cfg: architecture.
+        num_classes: 0 for none, then the network returns pooled features.
         in_chans: channels of the image.
+        global_pool: as timm's; "" for none.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: of the last block; it grows linearly from 0.
     """
 
     def __init__(
         self,
-        stem: nn.Module,
-        stages: Sequence[tuple[Stage, int]],
-        reductions: Sequence[int],
-        head: HeadOptions,
-        in_chans: int,
-        norm_pre: nn.Module | None = None,
+        cfg: Any,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        widths = [width for _, width in stages]
-        self.num_classes, self.drop_rate, self.in_chans = head.num_classes, head.drop_rate, in_chans
+        parts = self.parts(cfg, in_chans, drop_path_rates(drop_path_rate, self.blocks_by_stage(cfg)))
+        widths = [width for _, width in parts.stages]
+        self.cfg = cfg
+        self.num_classes, self.drop_rate, self.in_chans = num_classes, drop_rate, in_chans
         self.num_features = self.head_hidden_size = widths[-1]
         self.feature_info: list[dict[str, Any]] = [
             {"num_chs": width, "reduction": reduction, "module": f"stages.{i}"}
-            for i, (width, reduction) in enumerate(zip(widths, reductions))
+            for i, (width, reduction) in enumerate(zip(widths, parts.reductions))
         ]
-        self.input_check = InputCheck(in_chans, reductions[-1])
-        self.stem = stem
-        self.stages = nn.Sequential(*(stage for stage, _ in stages))
-        self.norm_pre = norm_pre or nn.Identity()
+        self.input_check = InputCheck(in_chans, parts.reductions[-1])
+        self.stem = parts.stem
+        self.stages = nn.Sequential(*(stage for stage, _ in parts.stages))
+        self.norm_pre = parts.norm_pre or nn.Identity()
+        self.feature_norms = nn.ModuleList(parts.feature_norms)
         self.head: Any
-        if head.norm:
+        if parts.head_norm:
             self.head = NormMlpClassifierHead(
-                widths[-1],
-                head.num_classes,
-                pool_type=head.global_pool,
-                drop_rate=head.drop_rate,
-                norm_layer=LayerNorm2d,
+                widths[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, norm_layer=LayerNorm2d
             )
         else:
-            self.head = ClassifierHead(widths[-1], head.num_classes, pool_type=head.global_pool, drop_rate=head.drop_rate)
+            self.head = ClassifierHead(widths[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate)
+        self.init_weights()
+
+    def parts(self, cfg: Any, in_chans: int, rates: list[list[float]]) -> Parts:
+        """Make what the family puts into the frame, given the drop-path rate of every block, listed by stage."""
+        raise NotImplementedError
+
+    def blocks_by_stage(self, cfg: Any) -> Sequence[int]:
+        """Count the blocks, or units, of each stage."""
+        return cfg.depths
+
+    def init_weights(self) -> None:
+        """Draw the initial weights where PyTorch's own are not wanted."""
 
     def layouts(self) -> tuple[Layout, ...]:
         """Give the official checkpoint layouts of this network; the first one is written, all are read."""
@@ -193,7 +208,7 @@ class StagedConvNet(nn.Module):
 
     def intermediate(self, index: int, x: Tensor) -> Tensor:
         """Give the feature map of stage `index` in the form in which it is handed out."""
-        return x
+        return self.feature_norms[index](x) if len(self.feature_norms) else x
 
     def forward_intermediates(
         self,
@@ -240,6 +255,9 @@ class StagedConvNet(nn.Module):
         shortened = last < len(self.stages) - 1
         self.stages = self.stages[: last + 1]
         self.input_check.stride = self.feature_info[last]["reduction"]
+        for i in range(len(self.feature_norms)):
+            if i not in take:
+                self.feature_norms[i] = nn.Identity()
         if prune_norm or shortened:
             self.norm_pre = nn.Identity()
         if shortened:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from widekernel.layers import KernelSource
 from widekernel.layers.conv import fold_affine, is_plain
+from widekernel.models.base import Parts, Stage
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -71,6 +73,27 @@ def patch_stem(in_chans: int, dim: int, patch: int) -> nn.Sequential:
 def norm_downsample(dim_in: int, dim_out: int) -> nn.Sequential:
     """ConvNeXt's downsampling: layer norm, then a 2x2 convolution of stride 2."""
     return nn.Sequential(LayerNorm2d(dim_in), nn.Conv2d(dim_in, dim_out, 2, stride=2))
+
+
+def convnext_parts(
+    widths: Sequence[int],
+    in_chans: int,
+    rates: Sequence[Sequence[float]],
+    block: Callable[[int, int, float], nn.Module],
+) -> Parts:
+    """Put blocks into ConvNeXt's frame.
+
+    Args:
+        widths: of the stages.
+        in_chans: channels of the image.
+        rates: drop-path rate of every block, listed by stage.
+        block: makes a block, given the index of its stage, its width and its drop-path rate.
+    """
+    stages = []
+    for i, width in enumerate(widths):
+        downsample = norm_downsample(widths[i - 1], width) if i else nn.Identity()
+        stages.append((Stage(downsample, [block(i, width, rate) for rate in rates[i]]), width))
+    return Parts(patch_stem(in_chans, widths[0], 4), stages, [4 * 2**i for i in range(len(stages))])
 
 
 def init_convnext(model: nn.Module, head_init_scale: float) -> None:

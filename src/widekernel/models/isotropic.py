@@ -14,7 +14,7 @@ from torch import nn
 from widekernel.errors import ArgumentError
 from widekernel.layers import DepthwiseConv2d
 from widekernel.layers.sources import check_odd
-from widekernel.models.base import HeadOptions, Stage, StagedConvNet, build, default_cfg, drop_path_rates
+from widekernel.models.base import Parts, Stage, StagedConvNet, build, default_cfg
 from widekernel.models.blocks import MixerBlock, init_convnext
 from widekernel.models.layouts import convnext as layouts
 from widekernel.models.layouts.layout import Layout
@@ -51,39 +51,25 @@ class IsotropicConfig:
 class ConvNeXtIsotropic(StagedConvNet):
     """Isotropic ConvNeXt; every block counts as a stage when feature maps are asked for.
 
-    Args:
-        cfg: architecture.
-        num_classes: 0 for none.
-        in_chans: channels of the image.
-        global_pool: as timm's.
-        drop_rate: dropout before the classifier.
-        drop_path_rate: of the last block; it grows linearly from 0.
+    Its arguments are those of `StagedConvNet`.
     """
 
-    def __init__(
-        self,
-        cfg: IsotropicConfig,
-        num_classes: int = 1000,
-        in_chans: int = 3,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-    ) -> None:
-        rates = drop_path_rates(drop_path_rate, [cfg.depth])[0]
+    def parts(self, cfg: IsotropicConfig, in_chans: int, rates: list[list[float]]) -> Parts:
+        """Make the stem, and a stage of every block."""
         stages = []
-        for rate in rates:
+        for rate in rates[0]:
             mixer = DepthwiseConv2d(cfg.dim, cfg.dim, cfg.kernel_size, padding=cfg.kernel_size // 2, groups=cfg.dim)
-            block = MixerBlock(mixer, cfg.dim, rate, cfg.layer_scale)
-            stages.append((Stage(nn.Identity(), [block]), cfg.dim))
-        super().__init__(
-            stem=nn.Conv2d(in_chans, cfg.dim, cfg.patch_size, stride=cfg.patch_size),
-            stages=stages,
-            reductions=[cfg.patch_size] * len(stages),
-            head=HeadOptions(num_classes, global_pool, drop_rate),
-            in_chans=in_chans,
-        )
-        self.cfg = cfg
-        init_convnext(self, cfg.head_init_scale)
+            stages.append((Stage(nn.Identity(), [MixerBlock(mixer, cfg.dim, rate, cfg.layer_scale)]), cfg.dim))
+        stem = nn.Conv2d(in_chans, cfg.dim, cfg.patch_size, stride=cfg.patch_size)
+        return Parts(stem, stages, [cfg.patch_size] * len(stages))
+
+    def blocks_by_stage(self, cfg: IsotropicConfig) -> tuple[int]:
+        """Count the blocks of the one resolution."""
+        return (cfg.depth,)
+
+    def init_weights(self) -> None:
+        """Initialise as ConvNeXt does."""
+        init_convnext(self, self.cfg.head_init_scale)
 
     @staticmethod
     def default_out_indices(cfg: IsotropicConfig) -> tuple[int, ...]:

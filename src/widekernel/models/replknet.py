@@ -16,14 +16,13 @@ from widekernel.errors import ArgumentError
 from widekernel.layers import ConvNorm, LargeKernel, Rectangles
 from widekernel.layers.norms import is_foldable
 from widekernel.models.base import (
-    HeadOptions,
+    Parts,
     Stage,
     StagedConvNet,
     build,
     check_stages,
     check_widths,
     default_cfg,
-    drop_path_rates,
 )
 from widekernel.models.layouts import replknet as layouts
 from widekernel.models.layouts.layout import Layout
@@ -135,25 +134,11 @@ class FeedForwardBlock(nn.Module):
 class RepLKNet(StagedConvNet):
     """RepLKNet.
 
-    Args:
-        cfg: architecture.
-        num_classes: 0 for none.
-        in_chans: channels of the image.
-        global_pool: as timm's.
-        drop_rate: dropout before the classifier.
-        drop_path_rate: of the last unit; it grows linearly from 0.
+    Its arguments are those of `StagedConvNet`.
     """
 
-    def __init__(
-        self,
-        cfg: RepLKNetConfig,
-        num_classes: int = 1000,
-        in_chans: int = 3,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-    ) -> None:
-        rates = drop_path_rates(drop_path_rate, cfg.depths)
+    def parts(self, cfg: RepLKNetConfig, in_chans: int, rates: list[list[float]]) -> Parts:
+        """Make stem, stages and norms."""
         stages = []
         for i, dim in enumerate(cfg.dims):
             blocks: list[nn.Module] = []
@@ -161,34 +146,15 @@ class RepLKNet(StagedConvNet):
                 width, hidden = int(dim * cfg.dw_ratio), int(dim * cfg.ffn_ratio)
                 blocks.append(LargeKernelBlock(dim, width, cfg.kernel_sizes[i], cfg.small_kernel, rate))
                 blocks.append(FeedForwardBlock(dim, hidden, rate))
-            downsample = _transition(cfg.dims[i - 1], dim) if i else nn.Identity()
-            stages.append((Stage(downsample, blocks), dim))
-        super().__init__(
+            stages.append((Stage(_transition(cfg.dims[i - 1], dim) if i else nn.Identity(), blocks), dim))
+        return Parts(
             stem=_stem(in_chans, cfg.dims[0]),
             stages=stages,
             reductions=[4 * 2**i for i in range(len(stages))],
-            head=HeadOptions(num_classes, global_pool, drop_rate, norm=False),
-            in_chans=in_chans,
             norm_pre=nn.BatchNorm2d(cfg.dims[-1]),
+            head_norm=False,
+            feature_norms=[nn.BatchNorm2d(dim) for dim in cfg.dims] if cfg.norm_intermediate_features else [],
         )
-        self.cfg = cfg
-        self.feature_norms = nn.ModuleList(
-            nn.BatchNorm2d(dim) for dim in (cfg.dims if cfg.norm_intermediate_features else ())
-        )
-
-    def intermediate(self, index: int, x: Tensor) -> Tensor:
-        """Normalise a feature map that is handed out, if the architecture says so."""
-        return self.feature_norms[index](x) if len(self.feature_norms) else x
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop what is not needed to compute the feature maps of the stages `indices`, their norms apart."""
-        take = super().prune_intermediate_layers(indices, prune_norm, prune_head)
-        for i in range(len(self.feature_norms)):
-            if i not in take:
-                self.feature_norms[i] = nn.Identity()
-        return take
 
     def layouts(self) -> tuple[Layout, ...]:
         """Give the layouts of the training and of the merged form."""

@@ -17,14 +17,13 @@ from widekernel.errors import ArgumentError
 from widekernel.layers import ConvNorm, DepthwiseConv2d
 from widekernel.layers.sources import check_odd
 from widekernel.models.base import (
-    HeadOptions,
+    Parts,
     Stage,
     StagedConvNet,
     build,
     check_choices,
     check_stages,
     default_cfg,
-    drop_path_rates,
 )
 from widekernel.models.blocks import MixerBlock, init_convnext, norm_downsample
 from widekernel.models.layouts import convnext as layouts
@@ -123,40 +122,22 @@ class RoadmapBlock(nn.Module):
 class Roadmap(StagedConvNet):
     """One step of the road from ResNet-50 to ConvNeXt-T.
 
-    Args:
-        cfg: architecture.
-        num_classes: 0 for none.
-        in_chans: channels of the image.
-        global_pool: as timm's.
-        drop_rate: dropout before the classifier.
-        drop_path_rate: of the last block; it grows linearly from 0.
+    Its arguments are those of `StagedConvNet`.
     """
 
-    def __init__(
-        self,
-        cfg: RoadmapConfig,
-        num_classes: int = 1000,
-        in_chans: int = 3,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-    ) -> None:
-        rates = drop_path_rates(drop_path_rate, cfg.depths)
+    def parts(self, cfg: RoadmapConfig, in_chans: int, rates: list[list[float]]) -> Parts:
+        """Make stem and stages."""
+        make_stage = _convnext_stage if cfg.separate_downsample else _strided_stage
         stages, dim = [], cfg.width
         for i, stage_rates in enumerate(rates):
             width = cfg.width * 2**i
-            stage = _convnext_stage(cfg, dim, width, i, stage_rates) if cfg.separate_downsample else None
-            stages.append((stage or _strided_stage(cfg, dim, width, i, stage_rates), out_width(cfg, width)))
+            stages.append((make_stage(cfg, dim, width, i, stage_rates), out_width(cfg, width)))
             dim = out_width(cfg, width)
-        super().__init__(
-            stem=_stem(cfg, in_chans),
-            stages=stages,
-            reductions=[4 * 2**i for i in range(len(stages))],
-            head=HeadOptions(num_classes, global_pool, drop_rate, norm=cfg.final_norm),
-            in_chans=in_chans,
-        )
-        self.cfg = cfg
-        init_convnext(self, cfg.head_init_scale)
+        return Parts(_stem(cfg, in_chans), stages, [4 * 2**i for i in range(len(stages))], head_norm=cfg.final_norm)
+
+    def init_weights(self) -> None:
+        """Initialise as ConvNeXt does."""
+        init_convnext(self, self.cfg.head_init_scale)
 
     def layouts(self) -> tuple[Layout, ...]:
         """Give the layouts of ConvNeXt for the last step; the others have no official code."""

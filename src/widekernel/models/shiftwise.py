@@ -19,16 +19,15 @@ from widekernel.layers.conv import fold_affine, is_plain
 from widekernel.layers.norms import affine_of, is_foldable
 from widekernel.layers.partial import seeded_selection
 from widekernel.models.base import (
-    HeadOptions,
+    Parts,
     Stage,
     StagedConvNet,
     build,
     check_stages,
     check_widths,
     default_cfg,
-    drop_path_rates,
 )
-from widekernel.models.blocks import MixerBlock, init_convnext, norm_downsample, patch_stem, with_part
+from widekernel.models.blocks import MixerBlock, convnext_parts, init_convnext, with_part
 from widekernel.models.layouts import shiftwise as layouts
 from widekernel.models.layouts.layout import Layout
 
@@ -122,42 +121,23 @@ class ShiftWiseBlock(nn.Module):
 class ShiftWise(StagedConvNet):
     """Shift-wise network, second version: convolutional stem, squeeze-excite, response norm.
 
-    Args:
-        cfg: architecture.
-        num_classes: 0 for none.
-        in_chans: channels of the image.
-        global_pool: as timm's.
-        drop_rate: dropout before the classifier.
-        drop_path_rate: of the last block; it grows linearly from 0.
+    Its arguments are those of `StagedConvNet`.
     """
 
-    def __init__(
-        self,
-        cfg: ShiftWiseConfig,
-        num_classes: int = 1000,
-        in_chans: int = 3,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-    ) -> None:
-        rates = drop_path_rates(drop_path_rate, cfg.depths)
-        widths = cfg.widths
+    def parts(self, cfg: ShiftWiseConfig, in_chans: int, rates: list[list[float]]) -> Parts:
+        """Make stem and stages."""
         stages = []
-        for i, width in enumerate(widths):
+        for i, width in enumerate(cfg.widths):
             blocks = [
                 ShiftWiseBlock(_shift_wise(width, cfg.kernel_sizes[i], cfg, _even_part), width, rate, cfg.layer_scale)
                 for rate in rates[i]
             ]
-            stages.append((Stage(_conv_downsample(widths[i - 1], width) if i else nn.Identity(), blocks), width))
-        super().__init__(
-            stem=_conv_stem(in_chans, widths[0]),
-            stages=stages,
-            reductions=[4 * 2**i for i in range(len(stages))],
-            head=HeadOptions(num_classes, global_pool, drop_rate),
-            in_chans=in_chans,
-        )
-        self.cfg = cfg
-        init_convnext(self, cfg.head_init_scale)
+            stages.append((Stage(_conv_downsample(cfg.widths[i - 1], width) if i else nn.Identity(), blocks), width))
+        return Parts(_conv_stem(in_chans, cfg.widths[0]), stages, [4 * 2**i for i in range(len(stages))])
+
+    def init_weights(self) -> None:
+        """Initialise as ConvNeXt does."""
+        init_convnext(self, self.cfg.head_init_scale)
 
     def layouts(self) -> tuple[Layout, ...]:
         """Give the layout of the official network, merged or not."""
@@ -167,42 +147,21 @@ class ShiftWise(StagedConvNet):
 class ShiftWiseV1(StagedConvNet):
     """Shift-wise network, first version: ConvNeXt's stem and blocks around the shift-wise layer.
 
-    Args:
-        cfg: architecture.
-        num_classes: 0 for none.
-        in_chans: channels of the image.
-        global_pool: as timm's.
-        drop_rate: dropout before the classifier.
-        drop_path_rate: of the last block; it grows linearly from 0.
+    Its arguments are those of `StagedConvNet`.
     """
 
-    def __init__(
-        self,
-        cfg: ShiftWiseConfig,
-        num_classes: int = 1000,
-        in_chans: int = 3,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-    ) -> None:
-        rates = drop_path_rates(drop_path_rate, cfg.depths)
-        widths = cfg.widths
-        stages = []
-        for i, width in enumerate(widths):
-            blocks = [
-                MixerBlock(_shift_wise(width, cfg.kernel_sizes[i], cfg, _all_but_ghosts), width, rate, cfg.layer_scale)
-                for rate in rates[i]
-            ]
-            stages.append((Stage(norm_downsample(widths[i - 1], width) if i else nn.Identity(), blocks), width))
-        super().__init__(
-            stem=patch_stem(in_chans, widths[0], 4),
-            stages=stages,
-            reductions=[4 * 2**i for i in range(len(stages))],
-            head=HeadOptions(num_classes, global_pool, drop_rate),
-            in_chans=in_chans,
-        )
-        self.cfg = cfg
-        init_convnext(self, cfg.head_init_scale)
+    def parts(self, cfg: ShiftWiseConfig, in_chans: int, rates: list[list[float]]) -> Parts:
+        """Make ConvNeXt's frame with Shift-wise layers."""
+
+        def block(i: int, width: int, rate: float) -> MixerBlock:
+            mixer = _shift_wise(width, cfg.kernel_sizes[i], cfg, _all_but_ghosts)
+            return MixerBlock(mixer, width, rate, cfg.layer_scale)
+
+        return convnext_parts(cfg.widths, in_chans, rates, block)
+
+    def init_weights(self) -> None:
+        """Initialise as ConvNeXt does."""
+        init_convnext(self, self.cfg.head_init_scale)
 
     def layouts(self) -> tuple[Layout, ...]:
         """Give the layout of the official network, merged or not."""

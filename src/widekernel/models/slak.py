@@ -25,17 +25,15 @@ from widekernel.layers import (
 )
 from widekernel.layers.sources import check_odd
 from widekernel.models.base import (
-    HeadOptions,
-    Stage,
+    Parts,
     StagedConvNet,
     build,
     check_choices,
     check_stages,
     check_widths,
     default_cfg,
-    drop_path_rates,
 )
-from widekernel.models.blocks import MixerBlock, init_convnext, norm_downsample, patch_stem
+from widekernel.models.blocks import MixerBlock, convnext_parts, init_convnext
 from widekernel.models.layouts import slak as layouts
 from widekernel.models.layouts.layout import Layout
 
@@ -114,41 +112,20 @@ class SLaKConfig:
 class SLaK(StagedConvNet):
     """SLaK.
 
-    Args:
-        cfg: architecture.
-        num_classes: 0 for none.
-        in_chans: channels of the image.
-        global_pool: as timm's.
-        drop_rate: dropout before the classifier.
-        drop_path_rate: of the last block; it grows linearly from 0.
+    Its arguments are those of `StagedConvNet`.
     """
 
-    def __init__(
-        self,
-        cfg: SLaKConfig,
-        num_classes: int = 1000,
-        in_chans: int = 3,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-    ) -> None:
-        rates = drop_path_rates(drop_path_rate, cfg.depths)
-        widths = cfg.widths
-        stages = []
-        for i, width in enumerate(widths):
-            blocks = [
-                MixerBlock(_large_kernel(width, cfg.kernel_sizes[i], cfg), width, rate, cfg.layer_scale) for rate in rates[i]
-            ]
-            stages.append((Stage(norm_downsample(widths[i - 1], width) if i else nn.Identity(), blocks), width))
-        super().__init__(
-            stem=patch_stem(in_chans, widths[0], 4),
-            stages=stages,
-            reductions=[4 * 2**i for i in range(len(stages))],
-            head=HeadOptions(num_classes, global_pool, drop_rate),
-            in_chans=in_chans,
-        )
-        self.cfg = cfg
-        init_convnext(self, cfg.head_init_scale)
+    def parts(self, cfg: SLaKConfig, in_chans: int, rates: list[list[float]]) -> Parts:
+        """Make ConvNeXt's frame with SLaK's layers."""
+
+        def block(i: int, width: int, rate: float) -> MixerBlock:
+            return MixerBlock(_large_kernel(width, cfg.kernel_sizes[i], cfg), width, rate, cfg.layer_scale)
+
+        return convnext_parts(cfg.widths, in_chans, rates, block)
+
+    def init_weights(self) -> None:
+        """Initialise as ConvNeXt does."""
+        init_convnext(self, self.cfg.head_init_scale)
 
     def layouts(self) -> tuple[Layout, ...]:
         """Give the layout of the official network of this kind, and that of SLaK where it can be split into tiles."""
