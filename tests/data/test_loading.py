@@ -1,4 +1,7 @@
 import random
+import subprocess
+import sys
+import textwrap
 
 import numpy as np
 import pytest
@@ -211,3 +214,39 @@ def test_values_out_of_range(kind, options, key):
 
 def test_encoded_images_are_what_the_tests_think():
     assert encoded()[:4] == b"\x89PNG"
+
+
+def run_script(body, **options):
+    code = f"""
+import os, signal, time
+from tests.data.test_loading import array_source, training_loader
+
+if __name__ == "__main__":
+    loader = training_loader(array_source(64), workers=2)
+    batches = loader.epoch(0)
+    next(batches)
+{textwrap.indent(textwrap.dedent(body), "    ")}
+"""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False, **options)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="process groups of POSIX")
+def test_workers_survive_signals_to_the_process_group():
+    result = run_script(
+        """
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        signal.signal(signal.SIGINT, lambda *_: None)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+            os.killpg(0, number)
+            time.sleep(0.1)
+        print(len(list(batches)), flush=True)
+        del batches
+        """,
+        start_new_session=True,
+    )
+    assert (result.stdout, result.returncode) == ("15\n", 0), result.stderr
+
+
+@pytest.mark.slow
+def test_a_process_that_leaves_takes_its_workers_along():
+    assert run_script("print('leaving')").returncode == 0

@@ -1,8 +1,12 @@
 """Batches whose content depends on (seed, epoch, position) alone, in any number of workers and on any rank."""
 
+import atexit
+import os
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing.sharedctypes import RawValue
 from typing import Any, NamedTuple
 
 import torch
@@ -195,12 +199,17 @@ def evaluation_loader(samples: EvaluationSamples, options: LoaderOptions, share:
 
 
 def _make_loader(samples: Dataset, options: LoaderOptions, **batching: Any) -> DataLoader:
+    start_worker = None
+    if options.workers:
+        leaving = RawValue("b", False)
+        atexit.register(_announce, leaving)
+        start_worker = partial(_ignore_signals_to_the_group, leaving=leaving)
     return DataLoader(
         samples,
         num_workers=options.workers,
         pin_memory=options.pin_memory,
         collate_fn=collate,
-        worker_init_fn=_ignore_interrupts if options.workers else None,
+        worker_init_fn=start_worker,
         persistent_workers=options.workers > 0,
         # its own generator: otherwise every new iterator would draw from the global one, and a resumed run would differ
         generator=torch.Generator(),
@@ -208,6 +217,12 @@ def _make_loader(samples: Dataset, options: LoaderOptions, **batching: Any) -> D
     )
 
 
-def _ignore_interrupts(_worker: int) -> None:
-    # Ctrl-C reaches the whole process group; the training process decides when to stop
+def _announce(leaving: Any) -> None:
+    leaving.value = True
+
+
+def _ignore_signals_to_the_group(_worker: int, leaving: Any) -> None:
+    # Ctrl-C, timeout and batch schedulers signal the whole process group; the training process decides when to stop.
+    # When it leaves, it terminates the workers that still wait, and only then they obey.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if leaving.value else None)
