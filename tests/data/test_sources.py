@@ -7,10 +7,13 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
-from widekernel.data import DataConfig, DataError, open_split, open_train_and_val
+from widekernel.data import DataConfig, DataError, datasets, open_split, open_train_and_val
 from widekernel.data.images import UnreadableImageError, decode_image
+from widekernel.data.sources import MappedSource
+
+AVIF = ("AVIF",) if features.check("avif") else ()
 
 
 def encoded(mode: str = "RGB", kind: str = "PNG", size: tuple[int, int] = (12, 9), **options) -> bytes:
@@ -141,6 +144,99 @@ def test_bad_tars(tmp_path, content, message):
         open_split(DataConfig(root=str(tmp_path)), "train")
 
 
+@pytest.mark.parametrize("cut", ["at a header", "within a header", "damaged header", "before the end mark"])
+def test_incomplete_tars(tmp_path, cut):
+    path = tmp_path / "train.tar"
+    pack(path, ["train/a/x.png", "train/b/y.png", "train/b/z.png"])
+    with tarfile.open(path) as archive:
+        last = archive.getmembers()[-1]
+        end = archive.offset
+    content = path.read_bytes()
+    path.write_bytes(
+        {
+            "at a header": content[: last.offset],
+            "within a header": content[: last.offset + 100],
+            "damaged header": content[: last.offset] + b"?" * 512 + content[last.offset + 512 :],
+            "before the end mark": content[:end],
+        }[cut]
+    )
+    with pytest.raises(DataError, match="is incomplete or damaged"):
+        open_split(DataConfig(root=str(tmp_path)), "train")
+
+
+def test_files_of_other_kinds_may_end_an_archive(tmp_path):
+    pack(tmp_path / "train.tar", ["train/a/x.png", "train/notes.txt", "train/more.txt"])
+    assert len(open_split(DataConfig(root=str(tmp_path)), "train")) == 1
+
+
+@pytest.mark.parametrize(
+    ("link", "target", "message"),
+    [
+        ("train/cat/up", "..", "holds the link itself"),
+        ("train/cat/self", ".", "holds the link itself"),
+        ("train/cat/all", "../..", "holds the link itself"),
+        ("train/cat/more", "../dog", "another class"),
+        ("train/kitten", "cat", "another class"),
+        ("train/everything", "..", "holds the link itself"),
+        ("stock/back", "../train/cat", "holds the link itself"),
+    ],
+)
+def test_links_that_repeat_images(tmp_path, link, target, message):
+    config = fill(tmp_path, {**GOOD, "stock": {"x": 1}})
+    (tmp_path / "train" / "cat" / "stock").symlink_to(tmp_path / "stock")
+    assert len(open_split(config, "train")) == 6
+    (tmp_path / link).symlink_to(target)
+    with pytest.raises(DataError, match=message) as caught:
+        open_split(config, "train")
+    assert link.rpartition("/")[2] in str(caught.value)
+
+
+def test_class_folders_may_be_links(tmp_path):
+    config = fill(tmp_path, GOOD)
+    fill(tmp_path, {"stock": {"cow": 2}})
+    (tmp_path / "train" / "cow").symlink_to(tmp_path / "stock" / "cow")
+    assert len(open_split(config, "train")) == 7
+
+
+class Reader:
+    """What timm's readers of named data sets look like: an open file and a label."""
+
+    def __init__(self, contents):
+        self.contents = contents
+
+    def __len__(self):
+        return len(self.contents)
+
+    def __getitem__(self, index):
+        return io.BytesIO(self.contents[index]), index
+
+
+def test_unreadable_images_of_readers_are_not_replaced():
+    source = MappedSource(Reader([b"damaged", encoded()]), ("a", "b"), "hfds/some/set")
+    with pytest.raises(UnreadableImageError, match="known format"):
+        source.load(0)
+    assert source.load(1)[1] == 1
+
+
+def test_images_of_readers_follow_the_rules_of_decoding():
+    values = np.array([[0, 32768, 65535]], dtype=np.uint16)
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, "PNG")
+    for dataset in (Reader([buffer.getvalue()]), [(buffer.getvalue(), 0)], [(Image.fromarray(values), 0)]):
+        image = MappedSource(dataset, ("a",), "set").load(0)[0]
+        assert np.asarray(image)[0, :, 0].tolist() == [0, 128, 255]
+
+
+def test_named_sets_are_read_through_their_reader(monkeypatch):
+    reader = Reader([b"damaged", encoded()])
+    reader.dataset = type("Table", (), {"features": {"label": type("Label", (), {"names": ["a", "b"]})}})
+    monkeypatch.setattr(datasets, "create_dataset", lambda *_, **__: type("Set", (), {"reader": reader})())
+    source = open_split(DataConfig(name="hfds/some/set"), "train")
+    assert (len(source), source.class_names, source.load(1)[1]) == (2, ("a", "b"), 1)
+    with pytest.raises(UnreadableImageError):
+        source.load(0)
+
+
 def test_digits():
     pytest.importorskip("sklearn")
     train, val = open_train_and_val(DataConfig(name="digits"))
@@ -212,9 +308,24 @@ def test_undecodable_content_has_one_error(content):
         decode_image(io.BytesIO(content))
 
 
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("Failed to decode"), NotImplementedError("Unknown pixel format"), struct.error("unpack"), TypeError("x"),
+     ValueError("x"), SyntaxError("x"), IndexError("x"), KeyError("x"), EOFError(), MemoryError(), zlib.error("x")],
+    ids=lambda error: type(error).__name__,
+)  # fmt: skip
+def test_every_error_of_a_decoder_is_an_unreadable_image(error, monkeypatch):
+    def fail(_file):
+        raise error
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(UnreadableImageError, match=type(error).__name__):
+        decode_image(io.BytesIO(encoded()))
+
+
 def test_random_damage_never_escapes():
     generator = np.random.default_rng(1)
-    for kind in ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM"):
+    for kind in ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM", *AVIF, "DDS"):
         content = encoded(kind=kind)
         for _ in range(40):
             damaged = bytearray(content)

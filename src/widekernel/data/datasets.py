@@ -108,7 +108,8 @@ def _open_named(config: DataConfig, part: str) -> ImageSource:
         raise DataError(
             f"{config.name} cannot be opened in {config.root!r}: {error} If it is not there yet, add --data.download true."
         ) from error
-    return MappedSource(dataset, _class_names(dataset), config.name)
+    # timm's data set would replace an unreadable image by its neighbour without a word: its reader does not
+    return MappedSource(getattr(dataset, "reader", dataset), _class_names(dataset), config.name)
 
 
 def _class_names(dataset: Any) -> tuple[str, ...]:

@@ -1,7 +1,9 @@
 """Decoding of image files to 8-bit RGB, refusing what a silent conversion would turn into noise."""
 
 import io
+import struct
 import warnings
+import zlib
 from typing import IO
 
 import numpy as np
@@ -9,6 +11,13 @@ from PIL import Image, UnidentifiedImageError
 
 MAX_PIXELS = 50_000_000
 """Largest accepted image, in pixels, checked from the header before anything is decoded."""
+
+
+DECODER_ERRORS = (
+    OSError, ValueError, SyntaxError, EOFError, LookupError, RuntimeError, TypeError, AttributeError, AssertionError,
+    ArithmeticError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
+"""What Pillow and its plugins raise for damaged files."""
 
 
 class UnreadableImageError(Exception):
@@ -32,15 +41,18 @@ def decode_image(file: IO[bytes]) -> Image.Image:
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(file.read()))
             _check_size(image)
-            return _to_rgb(image)
+            return to_rgb(image)
     except UnreadableImageError:
         raise
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError, IndexError) as error:
-        # Pillow's decoders signal damaged files with any of these
-        # Pillow's own text for an unknown format names an object in memory, which differs every time
-        unknown = isinstance(error, UnidentifiedImageError)
-        reason = "not an image of a known format" if unknown else str(error) or type(error).__name__
-        raise UnreadableImageError(reason) from error
+    except DECODER_ERRORS as error:
+        raise UnreadableImageError(reason_of(error)) from error
+
+
+def reason_of(error: BaseException) -> str:
+    """Why an image could not be decoded, on one line."""
+    if isinstance(error, UnidentifiedImageError):  # its own text names an object in memory, which differs every time
+        return "not an image of a known format"
+    return " ".join(f"{type(error).__name__}: {error}".split()).rstrip(":")
 
 
 def _check_size(image: Image.Image) -> None:
@@ -49,7 +61,12 @@ def _check_size(image: Image.Image) -> None:
         raise UnreadableImageError(f"{width}×{height} pixels are more than the limit of {MAX_PIXELS:,}")
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an opened image by the rules of ``decode_image``.
+
+    Raises:
+        UnreadableImageError: the range of its pixels is unknown.
+    """
     if image.mode.startswith("I;16"):
         values = np.asarray(image, dtype=np.uint16)
         return Image.fromarray((values.astype(np.float32) / 257.0).round().astype(np.uint8)).convert("RGB")

@@ -6,6 +6,7 @@ import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -14,7 +15,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_datas
 from typing_extensions import override
 
 from widekernel.data.errors import DataError
-from widekernel.data.images import UnreadableImageError, decode_image
+from widekernel.data.images import DECODER_ERRORS, UnreadableImageError, decode_image, reason_of, to_rgb
+from widekernel.data.links import check_links
 
 
 class ImageSource(ABC):
@@ -46,7 +48,8 @@ class FolderSource(ImageSource):
     """Images in ``root/<class>/**``, classes in alphabetical order (torchvision's layout).
 
     Raises:
-        DataError: the folder is missing, or has no classes, or a class without images.
+        DataError: the folder is missing, or has no classes, or a class without images, or a link in it leads back to
+            itself or to another class.
     """
 
     def __init__(self, root: Path) -> None:
@@ -62,6 +65,7 @@ class FolderSource(ImageSource):
                 f"{root} has no class folders, but the layout is {root.name}/<class>/<image>. "
                 "Put each class's images into a folder named after the class."
             )
+        check_links(root, names)
         class_to_idx = {name: index for index, name in enumerate(names)}
         self.samples = make_dataset(str(root), class_to_idx, extensions=IMG_EXTENSIONS, allow_empty=True)
         _check_classes(root, names, {target for _, target in self.samples})
@@ -88,7 +92,7 @@ class TarSource(ImageSource):
     """Images in a tar archive as ``**/<class>/<image>``, classes in alphabetical order; read without unpacking.
 
     Raises:
-        DataError: the archive is damaged, compressed, or holds no images in class folders.
+        DataError: the archive is damaged, incomplete, compressed, or holds no images in class folders.
     """
 
     def __init__(self, path: Path) -> None:
@@ -101,6 +105,7 @@ class TarSource(ImageSource):
             ) from error
         except ValueError as error:  # what timm raises for an archive in which it finds no images
             raise DataError(f"{path} holds no images; the layout is <split>/<class>/<image> with {_KINDS}.") from error
+        _check_end_of_archive(path, self.reader)
         names = sorted(self.reader.class_name_to_idx)
         if "" in names or "." in names:
             raise DataError(f"{path} holds images outside class folders; the layout is <split>/<class>/<image>.")
@@ -156,9 +161,9 @@ class ArraySource(ImageSource):
 
 
 class MappedSource(ImageSource):
-    """A map-style data set of timm or torchvision that gives ``(PIL image or encoded bytes, class index)``."""
+    """A map-style data set or reader that gives ``(PIL image, encoded bytes or open file, class index)``."""
 
-    def __init__(self, dataset: Sequence, class_names: tuple[str, ...], label: str) -> None:
+    def __init__(self, dataset: Any, class_names: tuple[str, ...], label: str) -> None:
         self.dataset, self.class_names, self.label = dataset, class_names, label
 
     def __len__(self) -> int:
@@ -168,11 +173,12 @@ class MappedSource(ImageSource):
     def load(self, index: int) -> tuple[Image.Image, int]:
         try:
             image, target = self.dataset[index]
-        except (OSError, RuntimeError, SyntaxError) as error:
-            raise UnreadableImageError(str(error)) from error
-        if isinstance(image, bytes):
-            return decode_image(io.BytesIO(image)), int(target)
-        return image.convert("RGB"), int(target)
+            if isinstance(image, Image.Image):
+                return to_rgb(image), int(target)
+            with io.BytesIO(image) if isinstance(image, bytes) else image as file:
+                return decode_image(file), int(target)
+        except DECODER_ERRORS as error:
+            raise UnreadableImageError(reason_of(error)) from error
 
     @override
     def sample_name(self, index: int) -> str:
@@ -191,3 +197,20 @@ def _check_classes(root: Path, names: list[str], present: set[int]) -> None:
             f"{root} has {len(empty)} class folder(s) without images: {', '.join(empty[:5])}. "
             "Add images or remove the folder."
         )
+
+
+def _check_end_of_archive(path: Path, reader: ReaderImageInTar) -> None:
+    # tarfile takes the end of the file, a header cut short and a damaged header for the end of the archive
+    last = max((child or member for member, _, child in reader.samples), key=lambda member: member.offset_data)
+    with path.open("rb") as file:
+        file.seek(last.offset_data + -(-last.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
+        with tarfile.open(fileobj=file, mode="r:") as rest:
+            for _ in rest:
+                pass
+            end = rest.offset
+        file.seek(end)
+        if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+            raise DataError(
+                f"{path} is incomplete or damaged: after {end:,} bytes neither a file nor the end of the archive follows, "
+                "so images are missing. Copy it again or re-create it."
+            )
