@@ -69,7 +69,7 @@ def test_run_folder(finished):
     names = {path.name for path in finished.iterdir()}
     assert names == {
         "config.yaml", "metrics.jsonl", "checkpoints", "curves.png", "model.safetensors", "model_ema.safetensors",
-        "summary.json",
+        "summary.json", ".lock",
     }  # fmt: skip
     rows = read_metrics(finished / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]

@@ -201,8 +201,8 @@ def test_every_row_has_epoch_step_and_loss(tmp_path):
 
 @pytest.mark.parametrize("write", [lambda path: MetricsLog(path).append({}), lambda path: save_curves([], path)])
 def test_what_cannot_be_written_is_explained(tmp_path, write):
+    (tmp_path / "blocked").mkdir()
     with pytest.raises(WidekernelError, match=r"blocked cannot be written: Is a directory\. Free some space"):
-        (tmp_path / "blocked").mkdir()
         write(tmp_path / "blocked")
 
 
@@ -214,6 +214,14 @@ def test_run_folder_names_the_differing_keys(tmp_path):
         folder.prepare({"a": {"b": 2, "c": [1, 2]}, "data": {"workers": 1}, "d": None})
     assert "a.b: 1 there, 2 now" in str(caught.value)
     assert "a.c" not in str(caught.value)
+
+
+def test_run_folder_lets_change_what_alters_no_result(tmp_path):
+    folder = RunFolder(tmp_path)
+    config = make_config(tmp_path).to_dict()
+    folder.prepare(config)
+    data = {**config["data"], "max_unreadable": 7, "download": True, "root": "elsewhere"}
+    folder.prepare({**config, "data": data, "checkpoint": {"every_epochs": 3, "every_steps": 5, "keep": 9}})
 
 
 @pytest.mark.parametrize("content", ["", "- 1", "a: [", "\x00"])
@@ -229,9 +237,15 @@ def test_summary_round_trip(tmp_path):
     assert folder.read_summary() is None
     folder.write_summary({"val_top1": 50.0})
     assert folder.read_summary() == json.loads(folder.summary.read_text()) == {"val_top1": 50.0}
-    folder.summary.write_text("{")
-    with pytest.raises(RunFolderError, match="damaged"):
-        folder.read_summary()
+    assert folder.read_summary(["val_top1"]) is not None
+    for content, reason in (("{", "line 1"), ("{}", "it lacks val_top1"), ("[]", "it lacks a mapping"), ("3", "mapping")):
+        folder.summary.write_text(content)
+        with pytest.raises(RunFolderError, match=f"damaged.*{reason}"):
+            folder.read_summary(["val_top1"])
+    folder.summary.unlink()
+    folder.summary.mkdir()
+    with pytest.raises(WidekernelError, match=r"summary\.json cannot be written: Is a directory"):
+        folder.write_summary({})
 
 
 @pytest.mark.parametrize("rows", [[], [{"step": 1, "train_loss": 2.0, "lr": 0.1}]])

@@ -1,7 +1,7 @@
 """Image classification: loss with mixing and smoothing, evaluation, and a whole run from its configuration."""
 
-import hashlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,11 +28,25 @@ from widekernel.data.seeding import scoped_seed
 from widekernel.tasks.assembly import build_model, choose_device, pretrained_cfg
 from widekernel.tasks.config import TrainConfig
 from widekernel.tasks.evaluation import EvaluationOptions, evaluate
+from widekernel.tasks.fingerprint import fingerprint
 from widekernel.tasks.saved import SavedModel, load_weights, save_model
-from widekernel.training import Processes, Reporter, RunFolder, SilentReporter, Surroundings, Trainer
+from widekernel.training import (
+    CheckpointStore,
+    Processes,
+    Reporter,
+    RunFolder,
+    RunFolderError,
+    SilentReporter,
+    Surroundings,
+    Trainer,
+)
 from widekernel.training.config import Metrics
+from widekernel.training.curves import save_curves
 from widekernel.training.metrics_log import read_metrics
 from widekernel.training.random_state import seed_run
+
+SUMMARY_KEYS = ("epochs", "step", "val_top1", "val_top5", "train_unreadable", "val_unreadable")
+"""What a summary has at least."""
 
 
 class Classification:
@@ -106,18 +120,21 @@ def train(config: TrainConfig, reporter: Reporter | None = None, processes: Proc
     reporter, processes = reporter or SilentReporter(), processes or Processes()
     folder = RunFolder(config.output)
     folder.make_writable()
+    with folder.locked() if processes.is_main else nullcontext():
+        return _train(config, folder, reporter, processes)
+
+
+def _train(config: TrainConfig, folder: RunFolder, reporter: Reporter, processes: Processes) -> RunResult:
     device = choose_device(config.loop.device)
     train_source, val_source = open_train_and_val(config.data)
     num_classes = _count_classes(config, train_source)
     seed_run(config.seed, processes.rank)
-    model = build_model(config.model.name, num_classes, config.model.args, config.model.pretrained)
+    model = _build(config, num_classes, _has_begun(folder), reporter)
     preprocessing = Preprocessing.resolve(config.data, pretrained_cfg(model))
     train_transform = preprocessing.train_transform(config.augment)
-    if config.model.weights is not None:
-        reporter.message(str(load_weights(model, config.model.weights)))
     folder.prepare(config.to_dict())
-    summary = folder.read_summary()
-    if summary is not None:
+    summary = folder.read_summary(SUMMARY_KEYS)
+    if summary is not None and not _lacks_models(config, folder, reporter):
         return RunResult(folder, summary, was_finished=True)
 
     options = _loader_options(config, device)
@@ -144,15 +161,49 @@ def train(config: TrainConfig, reporter: Reporter | None = None, processes: Proc
         class_names=train_source.class_names,
         preprocessing=preprocessing,
     )
-    around = Surroundings(folder, device, processes, reporter, _fingerprint(train_source), saved.to_dict())
+    description = fingerprint(train_source, val_source)
+    around = Surroundings(folder, device, processes, reporter, description, saved.to_dict())
     trainer = Trainer(model, objective, loader, config.training, around)
     trainer.run()
-    return RunResult(folder, _finish(trainer, saved), was_finished=False)
+    return RunResult(folder, _finish(trainer, saved), was_finished=summary is not None)
+
+
+def _has_begun(folder: RunFolder) -> bool:
+    return bool(CheckpointStore(folder.checkpoints).paths())
+
+
+def _build(config: TrainConfig, num_classes: int, has_begun: bool, reporter: Reporter) -> nn.Module:
+    """The network with its first weights, which a run that has begun needs no more: its training state has newer ones."""
+    pretrained = config.model.pretrained and not has_begun
+    model = build_model(config.model.name, num_classes, config.model.args, pretrained)
+    if config.model.weights is not None and not has_begun:
+        reporter.message(str(load_weights(model, config.model.weights)))
+    return model
+
+
+def _lacks_models(config: TrainConfig, folder: RunFolder, reporter: Reporter) -> bool:
+    """Whether a finished run has to write its models again.
+
+    Raises:
+        RunFolderError: it would have to, but has no training state left.
+    """
+    expected = [folder.model] if config.ema.decay is None else [folder.model, folder.model_ema]
+    missing = [path for path in expected if not path.exists()]
+    if not missing:
+        return False
+    if not _has_begun(folder):
+        raise RunFolderError(
+            f"The run in {folder.path} is finished, but {missing[0].name} is missing and there is no training state to "
+            "write it from. Restore the file, or choose another --output."
+        )
+    reporter.message(f"{missing[0]} is missing; it is written again from the last training state.")
+    return True
 
 
 def _finish(trainer: Trainer, saved: SavedModel) -> dict[str, Any]:
     folder = trainer.around.folder
-    last = [row for row in read_metrics(folder.metrics) if "val_top1" in row][-1]
+    rows = read_metrics(folder.metrics)
+    last = [row for row in rows if "val_top1" in row][-1]
     progress = trainer.progress
     summary = {
         "epochs": progress.epoch,
@@ -164,6 +215,7 @@ def _finish(trainer: Trainer, saved: SavedModel) -> dict[str, Any]:
         save_model(trainer.model, folder.model, saved)
         if trainer.ema is not None:
             save_model(trainer.ema.module, folder.model_ema, saved)
+        save_curves(rows, folder.curves)
         folder.write_summary(summary)
     return summary
 
@@ -180,8 +232,3 @@ def _count_classes(config: TrainConfig, source: ImageSource) -> int:
 
 def _loader_options(config: TrainConfig, device: torch.device) -> LoaderOptions:
     return LoaderOptions(config.loop.batch_size, config.data.workers, pin_memory=device.type == "cuda")
-
-
-def _fingerprint(source: ImageSource) -> dict[str, Any]:
-    names = "\n".join(source.class_names)
-    return {"images": len(source), "digest of the class names": hashlib.sha256(names.encode()).hexdigest()[:16]}

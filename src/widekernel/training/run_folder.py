@@ -2,15 +2,32 @@
 
 import json
 import os
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from widekernel.errors import WidekernelError
-from widekernel.training.files import write_atomically
+from widekernel.training.files import explained, write_atomically
+from widekernel.training.locks import exclusive
 
-LIVE_KEYS = frozenset({"output", "data.workers", "data.root", "loop.device", "loop.log_every", "loop.eval_batch_size"})
+LIVE_KEYS = frozenset(
+    {
+        "output",
+        "data.root",
+        "data.download",
+        "data.workers",
+        "data.max_unreadable",
+        "loop.device",
+        "loop.log_every",
+        "loop.eval_batch_size",
+        "checkpoint.every_epochs",
+        "checkpoint.every_steps",
+        "checkpoint.keep",
+    }
+)
 """Settings that a resumed run may change: they do not alter what is computed."""
 
 
@@ -30,6 +47,7 @@ class RunFolder:
         self.model = self.path / "model.safetensors"
         self.model_ema = self.path / "model_ema.safetensors"
         self.summary = self.path / "summary.json"
+        self.lock = self.path / ".lock"
 
     def prepare(self, config: dict[str, Any]) -> None:
         """Create the folder for ``config``, or check that it already belongs to it.
@@ -47,7 +65,8 @@ class RunFolder:
             )
         else:
             text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-            write_atomically(self.config, lambda file: file.write(text.encode()))
+            with explained(self.config):
+                write_atomically(self.config, lambda file: file.write(text.encode()))
 
     def make_writable(self) -> None:
         """Create the folder and write a file to it.
@@ -65,6 +84,27 @@ class RunFolder:
                 f"The output folder {str(self.path)!r} cannot be written: {error.strerror or error}. "
                 "Choose another --output."
             ) from error
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from training in this folder during the block.
+
+        Raises:
+            RunFolderError: one already does, or the folder's file system has no locks.
+        """
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(exclusive(self.lock))
+            except BlockingIOError as error:
+                raise RunFolderError(
+                    f"Another process is training in {self.path}. Wait for it, stop it, or choose another --output."
+                ) from error
+            except OSError as error:
+                raise RunFolderError(
+                    f"{self.path} cannot be locked against other processes: {error.strerror or error}. "
+                    "Choose another --output."
+                ) from error
+            yield
 
     def _check_same(self, config: dict[str, Any]) -> None:
         saved, new = flatten(self.read_config()), flatten(config)
@@ -96,13 +136,25 @@ class RunFolder:
         return config
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        """Write the final result; its presence marks the run as finished."""
-        write_atomically(self.summary, lambda file: file.write((json.dumps(summary, indent=2) + "\n").encode()))
+        """Write the final result; its presence marks the run as finished.
 
-    def read_summary(self) -> dict[str, Any] | None:
-        """The final result, or ``None`` while the run is unfinished."""
+        Raises:
+            WidekernelError: it cannot be written.
+        """
+        with explained(self.summary):
+            write_atomically(self.summary, lambda file: file.write((json.dumps(summary, indent=2) + "\n").encode()))
+
+    def read_summary(self, required: Iterable[str] = ()) -> dict[str, Any] | None:
+        """The final result, or ``None`` while the run is unfinished.
+
+        Raises:
+            RunFolderError: the file is damaged, or lacks one of the ``required`` figures.
+        """
         try:
             summary = json.loads(self.summary.read_text())
+            missing = [key for key in required if key not in summary] if isinstance(summary, dict) else ["a mapping"]
+            if missing:
+                raise ValueError(f"it lacks {', '.join(missing)}")
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:

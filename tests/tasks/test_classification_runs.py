@@ -1,0 +1,187 @@
+"""Whole runs on a tiny network: what happens when the same call meets a folder that is not as it was left."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import widekernel
+from widekernel.data import DataConfig
+from widekernel.errors import CheckpointError, WidekernelError
+from widekernel.tasks import classification
+from widekernel.tasks.classification import train
+from widekernel.tasks.config import ModelConfig, TrainConfig
+from widekernel.tasks.fingerprint import fingerprint
+from widekernel.training import EmaConfig, LoopConfig, RunFolder, RunFolderError, ScheduleConfig, SilentReporter
+from widekernel.training.metrics_log import read_metrics
+
+MODEL = "test_resnet"
+
+
+class Killed(BaseException):
+    """Stands for the process dying: nothing may catch it."""
+
+
+class Listener(SilentReporter):
+    def __init__(self, kill_at=None):
+        self.kill_at, self.messages = kill_at, []
+
+    def message(self, text):
+        self.messages.append(text)
+
+    def step(self, epoch, step, loss, lr):
+        if step == self.kill_at:
+            raise Killed
+
+
+@pytest.fixture
+def images(tmp_path):
+    root = tmp_path / "images"
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 3)):
+        for name in ("a", "b"):
+            (root / split / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{index}.png")
+    return root
+
+
+@pytest.fixture
+def make(tmp_path, images):
+    def make(**changes):
+        settings = {
+            "model": ModelConfig(MODEL),
+            "data": DataConfig(root=str(images), input_size=32, workers=0),
+            "schedule": ScheduleConfig(epochs=2, warmup_epochs=0),
+            "ema": EmaConfig(decay=0.9),
+            "loop": LoopConfig(batch_size=8, device="cpu"),
+        }
+        return TrainConfig(output=str(tmp_path / "run"), **{**settings, **changes})
+
+    return make
+
+
+def die_at(step, config):
+    with pytest.raises(Killed):
+        train(config, Listener(step))
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("change", ["rename", "move"])
+def test_changed_images_are_noticed_at_resume(make, images, split, change):
+    config = make()
+    die_at(3, config)
+    before, after = images / split / "a" / "0.png", images / split / ("a" if change == "rename" else "b") / "new.png"
+    before.rename(after)
+    part = {"train": "training", "val": "held-out"}[split]
+    with pytest.raises(CheckpointError, match=f"digest of the {part} images was"):
+        train(config)
+    after.rename(before)
+    train(config)
+
+
+def test_moved_images_are_the_same_images(make, images):
+    die_at(3, make())
+    images.rename(images.with_name("elsewhere"))
+    data = DataConfig(root=str(images.with_name("elsewhere")), input_size=32, workers=0, max_unreadable=3)
+    assert not train(make(data=data)).was_finished
+
+
+def test_images_in_memory_are_compared_by_content():
+    from tests.training.tiny import array_source
+
+    left, right = array_source(), array_source()
+    assert fingerprint(left, left) == fingerprint(right, right)
+    right.images = right.images.copy()
+    right.images[3, 0, 0, 0] += 1
+    differing = {key for key, value in fingerprint(left, right).items() if value != fingerprint(left, left)[key]}
+    assert differing == {"digest of the held-out images"}
+
+
+def test_a_folder_in_use_is_refused(make):
+    config = make()
+    folder = RunFolder(config.output)
+    folder.make_writable()
+    with folder.locked(), pytest.raises(RunFolderError, match=f"Another process is training in {folder.path}"):
+        train(config)
+
+
+def test_resuming_needs_no_first_weights(make, tmp_path):
+    model = classification.build_model(MODEL, 2, {})
+    widekernel.save_checkpoint(model, tmp_path / "first.safetensors")
+    config = make(model=ModelConfig(MODEL, weights=str(tmp_path / "first.safetensors")))
+    die_at(3, config)
+    (tmp_path / "first.safetensors").unlink()
+    train(config)
+
+
+def test_resuming_fetches_no_pretrained_weights(make, monkeypatch):
+    fetched = []
+    build = classification.build_model
+
+    def watched(name, num_classes, args, pretrained=False):
+        fetched.append(pretrained)
+        return build(name, num_classes, args)
+
+    monkeypatch.setattr(classification, "build_model", watched)
+    config = make(model=ModelConfig(MODEL, pretrained=True))
+    die_at(3, config)
+    train(config)
+    assert fetched == [True, False]
+
+
+@pytest.mark.parametrize("name", ["model", "model_ema"])
+def test_a_deleted_model_is_written_again(make, name):
+    config = make()
+    first = train(config)
+    path = getattr(first.folder, name)
+    weights = load_file(path)
+    rows = read_metrics(first.folder.metrics)
+    path.unlink()
+    listener = Listener(kill_at=1)
+    again = train(config, listener)
+    assert again.was_finished
+    assert again.summary == first.summary
+    assert any(str(path) in text for text in listener.messages)
+    assert all(torch.equal(value, weights[key]) for key, value in load_file(path).items())
+    assert read_metrics(first.folder.metrics) == rows
+
+
+def test_a_deleted_model_without_training_states_is_explained(make):
+    config = make()
+    folder = train(config).folder
+    folder.model.unlink()
+    for path in folder.checkpoints.iterdir():
+        path.unlink()
+    with pytest.raises(RunFolderError, match=r"finished, but model\.safetensors is missing"):
+        train(config)
+    assert read_metrics(folder.metrics)
+
+
+def test_curves_are_drawn_even_if_the_last_epoch_ended_abruptly(make, monkeypatch):
+    config = make()
+    folder = RunFolder(config.output)
+
+    def die(rows, path):
+        if rows[-1]["epoch"] == 2:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("widekernel.training.loop.save_curves", die)
+        die_at(None, config)
+    assert not folder.curves.exists()
+    train(config)
+    assert folder.curves.exists()
+
+
+def test_an_empty_summary_is_explained(make):
+    config = make()
+    folder = train(config).folder
+    folder.summary.write_text("{}")
+    with pytest.raises(WidekernelError, match=r"summary\.json is damaged .*it lacks epochs"):
+        train(config)
+    folder.summary.unlink()
+    train(config)
+    assert folder.read_summary(classification.SUMMARY_KEYS)
