@@ -9,11 +9,12 @@ from typing import Any
 from torch import nn
 
 from widekernel.cli.console import ConsoleReporter, progress_console, results
-from widekernel.cli.parsing import build, known_keys, new_parser, parse, settings_by_key
+from widekernel.cli.parsing import build, known_keys, new_parser, parse, settings_by_key, typed
 from widekernel.data import DataConfig, EvaluationSamples, LoaderOptions, Share, evaluation_loader, open_split
+from widekernel.data.config import require
 from widekernel.tasks.assembly import choose_device
 from widekernel.tasks.evaluation import Evaluation, EvaluationOptions, evaluate
-from widekernel.tasks.loading import Source, Weights, check_batch_size, class_order, load
+from widekernel.tasks.loading import Source, Weights, class_order, load
 from widekernel.tasks.saved import SavedModel
 from widekernel.training.interrupts import Interrupted, InterruptGuard
 
@@ -36,7 +37,7 @@ class EvalOptions:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        check_batch_size(self.batch_size)
+        require(self.batch_size > 0, "batch_size", self.batch_size, "positive")
 
 
 def run(arguments: list[str]) -> int:
@@ -71,6 +72,7 @@ def add_source_arguments(parser: Any) -> None:
     parser.add_argument("--state", choices=["last", "best"], default="last", help="which weights of a run folder")
     parser.add_argument("--model", type=str | None, default=None, help="model name, for a file that does not tell")
     parser.add_argument("--num_classes", type=int | None, default=None, help="outputs of that model")
+    parser.add_argument("--model_args", type=dict[str, Any] | None, default=None, help="further arguments of that model")
 
 
 def source_from(values: dict[str, Any]) -> Source:
@@ -80,6 +82,7 @@ def source_from(values: dict[str, Any]) -> Source:
         weights=values["weights"],
         state=values["state"],
         model=values["model"],
+        model_args=typed(values["model_args"] or {}),
         num_classes=values["num_classes"],
     )
 

@@ -7,9 +7,8 @@ from widekernel.cli.console import results
 from widekernel.cli.eval import add_source_arguments, source_from
 from widekernel.cli.parsing import new_parser, parse
 from widekernel.data.errors import ConfigError
-from widekernel.errors import CheckpointError
 from widekernel.tasks.folding import fold_and_check
-from widekernel.tasks.loading import load
+from widekernel.tasks.loading import Source, load
 from widekernel.tasks.saved import save_model
 
 
@@ -21,7 +20,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     values = parse(parser, arguments)
     source = source_from(values)
-    output = Path(values["output"]) if values["output"] else _default_output(source.path)
+    output = Path(values["output"]) if values["output"] else _default_output(source)
     if output.suffix != ".safetensors":
         raise ConfigError(f"The output is {str(output)!r}, but folded checkpoints are .safetensors files.")
     if output.exists() and not values["overwrite"]:
@@ -30,11 +29,7 @@ def run(arguments: list[str]) -> int:
     if saved.form == "folded":
         raise ConfigError(f"{source.path} is folded already.")
     folded, check = fold_and_check(model, saved.preprocessing.input_size)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        save_model(folded, output, replace(saved, form="folded"))
-    except OSError as error:
-        raise CheckpointError(f"{output} cannot be written: {error.strerror or error}.") from error
+    save_model(folded, output, replace(saved, form="folded"))
     console = results()
     before, after = (sum(p.numel() for p in network.parameters()) for network in (model, folded))
     console.print(f"{output}", markup=False, soft_wrap=True)
@@ -45,5 +40,12 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _default_output(path: Path) -> Path:
-    return path / "model_folded.safetensors" if path.is_dir() else path.with_name(f"{path.stem}_folded.safetensors")
+def _default_output(source: Source) -> Path:
+    path = source.path / "model" if source.path.is_dir() else source.path
+    parts = [
+        path.stem,
+        *(["best"] if source.state == "best" else []),
+        *(["ema"] if source.weights == "ema" else []),
+        "folded",
+    ]
+    return path.with_name(f"{'_'.join(parts)}.safetensors")

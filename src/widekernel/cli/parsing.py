@@ -1,6 +1,7 @@
 """Arguments, YAML files and dotted overrides, with errors that name the nearest key."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,7 +11,7 @@ import yaml
 from widekernel.data.errors import ConfigError
 from widekernel.errors import nearest
 
-FREE_KEYS = ("model.args",)
+FREE_KEYS = ("model.args", "model_args")
 """Keys whose content is up to the model, so that anything below them is accepted."""
 
 T = TypeVar("T")
@@ -95,6 +96,19 @@ def settings_by_key(settings: dict[str, Any], known: set[str], prefix: str = "")
         else:
             flat[name] = value
     return flat
+
+
+def typed(args: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a model with values for texts: ``--model.args.x 3`` arrives as the text '3'."""
+    values = {}
+    for key, value in args.items():
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except ValueError:
+                value = {"True": True, "False": False, "None": None}.get(value, value)
+        values[key] = value
+    return values
 
 
 def _check_names(parser: jsonargparse.ArgumentParser, arguments: list[str]) -> None:

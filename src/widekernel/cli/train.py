@@ -1,15 +1,13 @@
 """``widekernel train``."""
 
 import argparse
-import json
 import signal
 from pathlib import Path
-from typing import Any
 
 import jsonargparse
 
 from widekernel.cli.console import ConsoleReporter, results
-from widekernel.cli.parsing import build, known_keys, new_parser, parse, read_settings, settings_by_key
+from widekernel.cli.parsing import build, known_keys, new_parser, parse, read_settings, settings_by_key, typed
 from widekernel.data.errors import ConfigError
 from widekernel.recipes import load_recipe
 from widekernel.tasks.classification import RunResult, train
@@ -64,7 +62,7 @@ def parse_config(arguments: list[str]) -> TrainConfig:
     values = parse(parser, [f"--config={file}" for file in files] + rest)
     values.pop("config", None)
     values.pop("recipe", None)
-    values["model"]["args"] = _typed(values["model"]["args"])
+    values["model"]["args"] = typed(values["model"]["args"])
     if values["output"] is None:
         values["output"] = str(Path("runs") / (recipe_name or values["model"]["name"]))
     return build(TrainConfig, values)
@@ -102,16 +100,3 @@ def _recipe_argument(arguments: list[str]) -> str | None:
         return finder.parse_known_args(arguments)[0].recipe
     except argparse.ArgumentError as error:
         raise ConfigError(f"widekernel train: {error}.") from error
-
-
-def _typed(args: dict[str, Any]) -> dict[str, Any]:
-    # --model.args.x 3 arrives as the text '3'
-    typed = {}
-    for key, value in args.items():
-        if isinstance(value, str):
-            try:
-                value = json.loads(value)
-            except ValueError:
-                value = {"True": True, "False": False, "None": None}.get(value, value)
-        typed[key] = value
-    return typed

@@ -8,14 +8,15 @@ from torch import nn
 
 import widekernel.models  # noqa: F401 - registers the models with timm
 from widekernel.data.errors import ConfigError
-from widekernel.errors import nearest
+from widekernel.errors import WidekernelError, nearest
 
 
 def build_model(name: str, num_classes: int | None, args: dict[str, Any], pretrained: bool = False) -> nn.Module:
     """Create a registered model; ``num_classes`` None keeps the model's own head.
 
     Raises:
-        ConfigError: the name is unknown (the message offers the nearest), or the model does not take an argument.
+        ConfigError: the name is unknown (the message offers the nearest), the model does not take an argument, or
+            there are no pretrained weights, or no way to them.
     """
     # names with a colon (hf-hub:, local-dir:) are resolved by timm itself
     if ":" not in name and not timm.is_model(name):
@@ -27,7 +28,24 @@ def build_model(name: str, num_classes: int | None, args: dict[str, Any], pretra
     try:
         return timm.create_model(name, pretrained=pretrained, **options)
     except TypeError as error:
-        raise ConfigError(f"{name} does not accept its arguments {options}: {error}.") from error
+        raise ConfigError(
+            f"{name} does not accept its arguments {options}: {_first_line(error)}. "
+            "Check the names and the types of model.args."
+        ) from error
+    except WidekernelError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        if ":" not in name and not pretrained:
+            raise
+        what = f"The pretrained weights of {name}" if pretrained else f"The model {name}"
+        hint = "Set model.pretrained to false, or give a checkpoint as model.weights." if pretrained else "Check the name."
+        raise ConfigError(f"{what} cannot be had: {_first_line(error)}. {hint}") from error
+
+
+def _first_line(error: Exception) -> str:
+    # torch appends a list of signatures
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return text.removesuffix(", but expected one of:").rstrip(".:")
 
 
 def pretrained_cfg(model: nn.Module) -> dict[str, Any]:

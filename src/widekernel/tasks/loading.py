@@ -6,12 +6,12 @@ from typing import Any, Literal
 
 from torch import nn
 
+import widekernel
 from widekernel.data import ConfigError, DataConfig, DataError, Preprocessing
-from widekernel.data.config import require
 from widekernel.errors import CheckpointError
 from widekernel.tasks.assembly import build_model, pretrained_cfg
-from widekernel.tasks.saved import SavedModel, load_weights, restore_model
-from widekernel.training.checkpoint import CheckpointStore
+from widekernel.tasks.saved import SavedModel, restore_model
+from widekernel.training.checkpoint import CheckpointStore, load_state, step_of
 from widekernel.training.run_folder import RunFolder
 
 Weights = Literal["model", "ema"]
@@ -22,7 +22,7 @@ class Source:
     """What to load.
 
     Args:
-        path: run folder, or checkpoint file
+        path: run folder, or checkpoint file: of a model, or a training state of a run
         weights: the weights themselves or their moving average
         state: for a run folder: its last weights, or those of the best evaluation
         model: model name, for a checkpoint file that does not describe itself
@@ -50,18 +50,21 @@ def load(source: Source) -> tuple[nn.Module, SavedModel]:
 
     Raises:
         CheckpointError: there is nothing to load, or it does not fit the model.
-        ConfigError: the model's name is needed or unknown.
+        ConfigError: the model's name is needed or unknown, or an option does not apply to the source.
     """
-    if source.path.is_dir():
-        return _load_run(source)
     if not source.path.exists():
         raise CheckpointError(f"{source.path} does not exist. Give a run folder or a checkpoint file.")
+    _check_options(source)
+    if source.path.is_dir():
+        return _load_run(source)
     if source.model is None:
-        if source.path.suffix != ".safetensors":
-            raise ConfigError(f"{source.path} does not say which model it belongs to. Name it with --model NAME.")
-        return restore_model(source.path, source.weights)
+        if source.path.suffix == ".safetensors":
+            return restore_model(source.path, source.weights)
+        if _is_state(source.path):
+            return _restore_state(load_state(source.path), source)
+        raise ConfigError(f"{source.path} does not say which model it belongs to. Name it with --model NAME.")
     model = build_model(source.model, source.num_classes, source.model_args or {})
-    report = load_weights(model, source.path, source.weights)
+    report = widekernel.load_checkpoint(model, source.path, weights=source.weights)
     if report.dropped:
         raise CheckpointError(
             f"The classifier in {source.path} ({', '.join(report.dropped)}) does not fit the {model.num_classes} outputs "
@@ -75,6 +78,13 @@ def load(source: Source) -> tuple[nn.Module, SavedModel]:
         class_names=(),
         preprocessing=Preprocessing.resolve(DataConfig(), pretrained_cfg(model)),
     )
+
+
+def _is_state(path: Path) -> bool:
+    try:
+        return step_of(path) >= 0
+    except CheckpointError:
+        return False
 
 
 def _load_run(source: Source) -> tuple[nn.Module, SavedModel]:
@@ -99,10 +109,34 @@ def _load_state(folder: RunFolder, source: Source) -> tuple[nn.Module, SavedMode
         if best is None:
             raise CheckpointError(f"The run in {folder.path} has not been evaluated yet: use --state last.")
         state = store.load_step(best)
-    saved = SavedModel.from_dict(state["saved_model"])
+    return _restore_state(state, source)
+
+
+def _restore_state(state: dict[str, Any], source: Source) -> tuple[nn.Module, SavedModel]:
+    try:
+        saved = SavedModel.from_dict(state["saved_model"])
+        weights = state["ema" if source.weights == "ema" else "model"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"The training state in {source.path} is incomplete: {error!r}.") from error
+    if weights is None:
+        raise CheckpointError(f"The training state in {source.path} holds no averaged weights: use --weights model.")
     model = build_model(saved.name, saved.num_classes, saved.model_args)
-    model.load_state_dict(state["ema" if source.weights == "ema" else "model"])
+    model.load_state_dict(weights)
     return model.eval(), saved
+
+
+def _check_options(source: Source) -> None:
+    """Raise a ``ConfigError`` for an option that the source would not heed."""
+    if source.state != "last" and not source.path.is_dir():
+        raise ConfigError(f"--state chooses among the weights of a run folder, but {source.path} is a file.")
+    given = {"--model": source.model, "--num_classes": source.num_classes, "--model_args": source.model_args or None}
+    useless = [option for option, value in given.items() if value is not None]
+    if useless and source.path.is_dir():
+        raise ConfigError(f"{' and '.join(useless)} cannot be used with a run folder: the run knows its model.")
+    if useless and source.model is None:
+        raise ConfigError(
+            f"{' and '.join(useless)} describes the model of a checkpoint that does not tell: add --model NAME."
+        )
 
 
 def class_order(saved: SavedModel, names: tuple[str, ...]) -> tuple[int, ...] | None:
@@ -128,8 +162,3 @@ def class_order(saved: SavedModel, names: tuple[str, ...]) -> tuple[int, ...] | 
             f"{', ...' if len(saved.class_names) > 10 else ''}."
         )
     return None if names == saved.class_names else tuple(saved.class_names.index(name) for name in names)
-
-
-def check_batch_size(size: int) -> None:
-    """Raise a ``ConfigError`` unless ``size`` is positive."""
-    require(size > 0, "batch_size", size, "positive")
