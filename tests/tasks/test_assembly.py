@@ -6,7 +6,7 @@ from widekernel.tasks.assembly import build_model
 
 
 def test_no_pretrained_weights():
-    with pytest.raises(ConfigError, match=r"pretrained weights of slak_nano cannot be had: .*Set model\.pretrained to false"):
+    with pytest.raises(ConfigError, match=r"weights of slak_nano cannot be had: .*Set model\.pretrained to false"):
         build_model("slak_nano", None, {}, pretrained=True)
 
 

@@ -16,8 +16,8 @@ class DataConfig:
     """Where the images come from and how they reach the network.
 
     Args:
-        name: data set: "folder" (image folders or tars below root), "digits" (scikit-learn's 8×8 digits), or a name
-            that timm.data.create_dataset knows, such as torch/cifar10 or hfds/owner/name
+        name: data set: "folder" (image folders or tars below root), "digits" (scikit-learn's 8×8 digits), torch/ and
+            the name of one of torchvision's sets, such as torch/cifar10 or torch/flowers102, or hfds/owner/name
         root: folder that holds the splits (for named data sets: where they are kept)
         train_split: training split: a folder or .tar below root, or the split's name in a named data set
         val_split: held-out split, in the same form

@@ -1,24 +1,19 @@
 """From a data configuration to the training and held-out images."""
 
+import pickle
+import urllib.error
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from timm.data import create_dataset
 
 from widekernel.data.config import DataConfig
 from widekernel.data.digits import load_digits
 from widekernel.data.errors import DataError
 from widekernel.data.sources import FolderSource, ImageSource, MappedSource, TarSource
+from widekernel.data.torchvision_sets import class_names, known_names, open_torchvision
 from widekernel.errors import nearest
 
-TORCHVISION_NAMES = (
-    "torch/cifar10", "torch/cifar100", "torch/mnist", "torch/kmnist", "torch/fashion_mnist", "torch/places365",
-    "torch/imagenet",
-)  # fmt: skip
-"""Map-style torchvision sets that timm opens by name."""
-
-KNOWN_NAMES = ("folder", "digits", *TORCHVISION_NAMES)
 STREAMED_PREFIXES = ("tfds", "wds", "hfids")
 
 
@@ -93,40 +88,45 @@ def _open_named(config: DataConfig, part: str) -> ImageSource:
             f"data.name is {config.name!r}, a streamed data set, but training indexes its images to resume exactly. "
             "Export it to image folders or tars, or use the indexable hfds/ form."
         )
-    if not (config.name in TORCHVISION_NAMES or (prefix == "hfds" and rest)):
+    torchvision = known_names()
+    if not (config.name in torchvision or (prefix == "hfds" and rest)):
+        known = ("folder", "digits", *torchvision)
         raise DataError(
-            f"data.name is {config.name!r}, which is no known data set.{nearest(config.name, KNOWN_NAMES)} "
-            f"Known: {', '.join(KNOWN_NAMES)}, and hfds/<owner>/<name>."
+            f"data.name is {config.name!r}, which is no known data set.{nearest(config.name, known)} "
+            f"Known: {', '.join(known)}, and hfds/<owner>/<name>."
         )
     if config.root is None and prefix == "torch":
         raise DataError(f"data.root is not set; give the folder where {config.name} is kept (--data.root DIR).")
-    try:
-        dataset = create_dataset(config.name, root=config.root, split=part, download=config.download)
-    except ImportError as error:
-        raise DataError(f"{config.name} needs a package that is not installed ({error}).") from error
-    except (RuntimeError, FileNotFoundError, ValueError) as error:
-        raise DataError(
-            f"{config.name} cannot be opened in {config.root!r}: {error} If it is not there yet, add --data.download true."
-        ) from error
+    dataset = _open(config, part)
     # timm's data set would replace an unreadable image by its neighbour without a word: its reader does not
     return MappedSource(getattr(dataset, "reader", dataset), _class_names(dataset), config.name)
 
 
+def _open(config: DataConfig, part: str) -> Any:
+    try:
+        if config.name.startswith("torch/"):
+            return open_torchvision(config, part)
+        return create_dataset(config.name, root=config.root, split=part, download=config.download)
+    except ImportError as error:
+        raise DataError(f"{config.name} needs a package that is not installed ({error}).") from error
+    except DataError:
+        raise
+    except urllib.error.URLError as error:
+        raise DataError(f"{config.name} cannot be downloaded ({error.reason}). Check the network connection.") from error
+    except (OSError, RuntimeError, ValueError, LookupError, EOFError, AssertionError, pickle.UnpicklingError) as error:
+        hint = " If it is not there yet, add --data.download true." if not config.download else ""
+        reason = str(error) or type(error).__name__
+        raise DataError(
+            f"The split {part!r} of {config.name} cannot be opened in {config.root!r}: {reason}{hint}"
+        ) from error
+
+
 def _class_names(dataset: Any) -> tuple[str, ...]:
-    names = getattr(dataset, "classes", None)
+    names = class_names(dataset)
     if names is not None:
-        # ImageNet gives tuples of synonyms
-        return tuple(name if isinstance(name, str) else name[0] for name in names)
-    features = getattr(getattr(dataset.reader, "dataset", None), "features", {})
+        return names
+    features = getattr(getattr(getattr(dataset, "reader", None), "dataset", None), "features", {})
     for feature in features.values():
         if getattr(feature, "names", None):
             return tuple(feature.names)
     raise DataError(f"{type(dataset).__name__} does not say which classes it has; export it to image folders.")
-
-
-def class_counts(source: ImageSource) -> np.ndarray | None:
-    """Images per class where the source knows its labels without decoding, else ``None``."""
-    targets = getattr(source, "targets", None)
-    if targets is None and isinstance(source, FolderSource):
-        targets = [target for _, target in source.samples]
-    return None if targets is None else np.bincount(targets, minlength=len(source.class_names))
