@@ -5,10 +5,14 @@ import time
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
-from widekernel.cli import demo, train
+import widekernel
+from widekernel.cli import demo, demo_picture, train
 from widekernel.cli.main import main
+from widekernel.tasks.assembly import build_model
+from widekernel.training.curves import draw_accuracy, draw_loss
 
 pytest.importorskip("sklearn")
 
@@ -60,6 +64,28 @@ def test_demo_fails_if_the_forms_disagree(short, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo, "restore_model", damaged)
     assert main(["demo", "--output", str(tmp_path / "demo")]) == 2
     assert "must agree" in capsys.readouterr().err
+
+
+def test_kernels_share_one_scale_and_networks_their_colour():
+    figure = Figure()
+    top, bottom = figure.subfigures(2, 1)
+    dense = build_model("slak_nano", 10, {}).eval()
+    rows = [{"step": n, "train_loss": 1.0, **dict.fromkeys(("val_loss", "ema_val_loss", "val_top1", "ema_val_top1"), n)}
+            for n in (1, 2)]  # fmt: skip
+    content = demo_picture.PictureContent([], (), [], [], rows, dense, widekernel.fold(dense), [])
+    demo_picture._draw_kernels(bottom, content)
+    *panels, bar = bottom.axes
+    assert len(panels) >= 4
+    assert len({panel.images[0].get_clim() for panel in panels}) == 1
+    low, high = panels[0].images[0].get_clim()
+    assert low == -high
+    assert bar.get_ylabel() == "weight"
+    loss, accuracy = top.subplots(1, 2)
+    draw_loss(loss, rows)
+    draw_accuracy(accuracy, rows)
+    demo_picture._match_colors(loss, accuracy)
+    colors = [[line.get_color() for line in axes.lines] for axes in (loss, accuracy)]
+    assert colors[0][1:] == colors[1]
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.image import AxesImage
 from PIL import Image
 from torch import Tensor, nn
 
@@ -56,6 +57,7 @@ def draw(content: PictureContent, path: Path) -> None:
     loss, accuracy = right.subplots(1, 2)
     draw_loss(loss, content.metrics)
     draw_accuracy(accuracy, content.metrics)
+    _match_colors(loss, accuracy)
     _draw_kernels(middle, content)
     confusion, table = bottom.subplots(1, 2, width_ratios=[1, 1.35])
     _draw_confusion(confusion, content)
@@ -80,31 +82,44 @@ def _draw_digits(figure: SubFigure, content: PictureContent) -> None:
         axes.set_title(text, color="black" if guess == truth else "crimson", fontsize=10)
 
 
+def _match_colors(loss: Axes, accuracy: Axes) -> None:
+    """Give the accuracy of a network the colour of its loss."""
+    colors = {str(line.get_label()): line.get_color() for line in loss.lines}
+    same = {"weights": "held-out", "averaged weights": "held-out, averaged weights"}
+    for line in accuracy.lines:
+        line.set_color(colors.get(same.get(str(line.get_label()), ""), line.get_color()))
+    if accuracy.lines:
+        accuracy.legend(loc="lower right")
+
+
 def _draw_kernels(figure: SubFigure, content: PictureContent) -> None:
     name, layer = next((n, m) for n, m in content.dense.named_modules() if isinstance(m, LargeKernel))
     folded = content.folded.get_submodule(name)
     assert isinstance(folded, FoldedLargeKernel)
     before, after = rects_of(layer.source) or [], folded.rects()
     channel = int(torch.stack([rect.kernel.abs().sum((1, 2, 3)) for rect in after]).sum(0).argmax())
-    panels = [(f"branch {_size(rect)}", rect.kernel, [rect]) for rect in before]
-    panels += [(f"folded {_size(rect)}", rect.kernel, [rect]) for rect in after]
+    panels = [(f"branch {_size(rect)}", [rect]) for rect in before]
+    panels += [(f"folded {_size(rect)}", [rect]) for rect in after]
     reach = max(max(rect.reach) for rect in [*before, *after])
     figure.suptitle(
         f"One learned kernel before and after folding (layer {name}, channel {channel}): "
         f"{len(before)} branches with batch norm become {len(after)} rectangles with a bias, in one operator call"
     )
-    panels.append(("sum of the folded", after[0].kernel, after))
-    for axes, (title, _, rects) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
-        _draw_kernel(axes, title, rects, channel, reach)
+    panels.append(("sum of the folded", after))
+    canvases = [_canvas(rects, channel, reach) for _, rects in panels]
+    limit = max(float(canvas.abs().nan_to_num().max()) for canvas in canvases) or 1.0
+    all_axes = np.atleast_1d(figure.subplots(1, len(panels)))
+    for axes, (title, _), canvas in zip(all_axes, panels, canvases, strict=True):
+        shown = _draw_kernel(axes, title, canvas, limit)
+    figure.colorbar(shown, ax=list(all_axes), label="weight", shrink=0.8)
 
 
-def _draw_kernel(axes: Axes, title: str, rects: list[Rect], channel: int, reach: int) -> None:
-    canvas = _canvas(rects, channel, reach)
-    limit = float(canvas.abs().nan_to_num().max()) or 1.0
-    extent = (-reach - 0.5, reach + 0.5, reach + 0.5, -reach - 0.5)
-    axes.imshow(canvas.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, extent=extent)
+def _draw_kernel(axes: Axes, title: str, canvas: Tensor, limit: float) -> AxesImage:
+    reach = canvas.shape[0] / 2
+    shown = axes.imshow(canvas.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, extent=(-reach, reach, reach, -reach))
     axes.set_facecolor("0.9")
     axes.set_title(title, fontsize=10)
+    return shown
 
 
 def _canvas(rects: list[Rect], channel: int, reach: int) -> Tensor:
