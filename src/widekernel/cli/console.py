@@ -17,6 +17,9 @@ from typing_extensions import override
 from widekernel.training.config import Metrics
 from widekernel.training.progress import Reporter
 
+WIDE = 120
+"""From this width of the terminal on, progress bars are long and show the times taken and left."""
+
 
 def results() -> Console:
     """Where results go."""
@@ -33,12 +36,12 @@ class ConsoleReporter(Reporter):
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or progress_console()
+        times = [TimeElapsedColumn(), TimeRemainingColumn()] if self.console.width >= WIDE else []
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=40 if self.console.width >= WIDE else 12),
             MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            *times,
             TextColumn("{task.fields[note]}"),
             console=self.console,
             transient=True,
@@ -76,7 +79,7 @@ class ConsoleReporter(Reporter):
         if self._evaluation is not None:
             self._progress.remove_task(self._evaluation)
         self._progress.start()
-        self._evaluation = self._progress.add_task(f"evaluating {name}".strip(), total=batches, note="")
+        self._evaluation = self._progress.add_task("evaluating", total=batches, note=name)
 
     @override
     def evaluated(self, batches: int) -> None:
