@@ -1,3 +1,5 @@
+import contextlib
+
 import pytest
 import torch
 from tests.training.tiny import array_source
@@ -72,6 +74,18 @@ def test_processes_together_count_every_image_once():
     assert images == 23
     assert 100 * right1 / 23 == pytest.approx(alone.top1)
     assert loss / 23 == pytest.approx(alone.loss)
+
+
+@pytest.mark.parametrize("count", [1, 8, 9, 23])
+def test_processes_ask_equally_often_whether_to_stop(count):
+    asked = []
+    for rank in range(3):
+        processes = Processes(rank, 3)
+        processes_options = options(processes=processes, stop=lambda rank=rank: bool(asked.append(rank)))
+        share = loader(array_source(count), share=processes.share)
+        with contextlib.suppress(DataError):  # a process without images, when none joins in
+            evaluate(ByBrightness(), share, processes_options)
+    assert len({asked.count(rank) for rank in range(3)}) == 1
 
 
 class Unreliable:

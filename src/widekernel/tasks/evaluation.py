@@ -1,5 +1,6 @@
 """Accuracy and loss of a classifier, every image counted exactly once."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -44,7 +45,7 @@ class EvaluationOptions:
         class_order: for every class index of the data, the model's index of that class; ``None`` if they are the same
         processes: the processes that evaluate together
         reporter: told about progress
-        stop: asked between batches; true ends the evaluation without a result
+        stop: asked between batches, equally often in all processes; true ends the evaluation without a result
         observe: given the logits ``(n, classes)`` and targets ``(n,)`` of every batch
     """
 
@@ -73,9 +74,13 @@ def evaluate(model: nn.Module, loader: DataLoader, options: EvaluationOptions, n
     unreadable: set[str] = set()
     try:
         with torch.inference_mode():
-            for batch in loader:
+            batches = iter(loader)
+            for _ in range(_rounds(loader, options.processes)):
                 if options.stop():
                     return None
+                batch = next(batches, None)
+                if batch is None:
+                    continue
                 _note_unreadable(batch.unreadable, unreadable, options)
                 if len(batch.targets):
                     sums += _batch_sums(model, batch.images, batch.targets, options)
@@ -93,6 +98,12 @@ def evaluate(model: nn.Module, loader: DataLoader, options: EvaluationOptions, n
         images=int(images),
         unreadable=len(unreadable),
     )
+
+
+def _rounds(loader: DataLoader, processes: Processes) -> int:
+    """Batches of the process that has most: to stop together, all processes have to ask equally often."""
+    most = math.ceil(len(loader.dataset) / processes.world_size)  # type: ignore[arg-type]
+    return max(len(loader), math.ceil(most / (loader.batch_size or 1)))
 
 
 def _batch_sums(model: nn.Module, images: Tensor, targets: Tensor, options: EvaluationOptions) -> Tensor:
