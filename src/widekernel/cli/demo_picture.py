@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from widekernel.layers import FoldedLargeKernel, LargeKernel, Rect
+from widekernel.layers.norms import affine_of
 from widekernel.layers.sources import rects_of
 from widekernel.training.curves import draw_accuracy, draw_loss
 from widekernel.training.files import write_atomically
@@ -96,7 +97,12 @@ def _draw_kernels(figure: SubFigure, content: PictureContent) -> None:
     name, layer = next((n, m) for n, m in content.dense.named_modules() if isinstance(m, LargeKernel))
     folded = content.folded.get_submodule(name)
     assert isinstance(folded, FoldedLargeKernel)
-    before, after = rects_of(layer.source) or [], folded.rects()
+    # Each branch times the scale of its norm, as it enters the sum.
+    before = [
+        rect.scaled(affine_of(norm, rect.kernel.shape[0])[0].to(rect.kernel))
+        for rect, norm in zip(rects_of(layer.source) or [], layer.norms, strict=True)
+    ]
+    after = folded.rects()
     channel = int(torch.stack([rect.kernel.abs().sum((1, 2, 3)) for rect in after]).sum(0).argmax())
     panels = [(f"branch {_size(rect)}", [rect]) for rect in before]
     panels += [(f"folded {_size(rect)}", [rect]) for rect in after]

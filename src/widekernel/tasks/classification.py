@@ -25,11 +25,12 @@ from widekernel.data import (
 )
 from widekernel.data.loading import MIX_STREAM
 from widekernel.data.seeding import scoped_seed
+from widekernel.models.checkpoint import load_checkpoint
 from widekernel.tasks.assembly import build_model, choose_device, pretrained_cfg
 from widekernel.tasks.config import TrainConfig
 from widekernel.tasks.evaluation import EvaluationOptions, evaluate
 from widekernel.tasks.fingerprint import fingerprint
-from widekernel.tasks.saved import SavedModel, load_weights, save_model
+from widekernel.tasks.saved import SavedModel, save_model
 from widekernel.training import (
     CheckpointStore,
     Processes,
@@ -177,7 +178,7 @@ def _build(config: TrainConfig, num_classes: int, has_begun: bool, reporter: Rep
     pretrained = config.model.pretrained and not has_begun
     model = build_model(config.model.name, num_classes, config.model.args, pretrained)
     if config.model.weights is not None and not has_begun:
-        reporter.message(str(load_weights(model, config.model.weights)))
+        reporter.message(str(load_checkpoint(model, config.model.weights)))
     return model
 
 

@@ -12,7 +12,6 @@ from torch import nn
 import widekernel
 from widekernel.data.preprocess import Preprocessing
 from widekernel.errors import CheckpointError
-from widekernel.models.checkpoint import LoadReport
 from widekernel.tasks.assembly import build_model
 
 METADATA_KEY = "widekernel"
@@ -124,12 +123,3 @@ def restore_model(path: Path, weights: Literal["model", "ema"] = "model") -> tup
     except RuntimeError as error:
         raise CheckpointError(f"{path} does not fit the {saved.form} form of {saved.name}: {error}") from error
     return model.eval(), saved
-
-
-def load_weights(model: nn.Module, path: str | Path, weights: Literal["model", "ema"] = "model") -> LoadReport:
-    """Load a checkpoint of any supported layout into ``model``; the report names what was left out, such as the head.
-
-    Raises:
-        CheckpointError: the file cannot be read or does not fit the model.
-    """
-    return widekernel.load_checkpoint(model, path, weights=weights)
