@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -16,7 +17,7 @@ from timm.layers import (
     calculate_drop_path_rates,
     register_notrace_module,
 )
-from timm.models import build_model_with_cfg, checkpoint_seq
+from timm.models import build_model_with_cfg, checkpoint_seq, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -362,6 +363,19 @@ def build(
         pretrained_filter_fn=_to_native,
         **kwargs,
     )
+
+
+def register(network: type[StagedConvNet], name: str, config: Any, doc: str) -> None:
+    """Register a configuration of a network with timm, as a function of that name in the network's module."""
+
+    def entry(pretrained: bool = False, **kwargs: Any) -> Any:
+        return build(network, name, config, pretrained, kwargs)
+
+    entry.__name__ = entry.__qualname__ = name
+    entry.__doc__ = doc
+    entry.__module__ = network.__module__
+    setattr(sys.modules[network.__module__], name, entry)
+    register_model(entry)
 
 
 def _default_indices(model_cls: Any, config: Any, overrides: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from timm.layers import DropPath, LayerNorm2d
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from widekernel.errors import ArgumentError
@@ -20,10 +20,10 @@ from widekernel.models.base import (
     Parts,
     Stage,
     StagedConvNet,
-    build,
     check_choices,
     check_stages,
     default_cfg,
+    register,
 )
 from widekernel.models.blocks import MixerBlock, init_convnext, norm_downsample
 from widekernel.models.layouts import convnext as layouts
@@ -235,19 +235,8 @@ def _steps() -> dict[str, RoadmapConfig]:
 STEPS = _steps()
 
 
-def _register(name: str) -> None:
-    def entry(pretrained: bool = False, **kwargs: Any) -> Roadmap:
-        return build(Roadmap, name, STEPS[name], pretrained, kwargs)
-
-    entry.__name__ = entry.__qualname__ = name
-    entry.__doc__ = f"{name}: a step of the road from ResNet-50 to ConvNeXt-T."
-    entry.__module__ = __name__
-    globals()[name] = entry
-    register_model(entry)
-
-
 default_cfgs = generate_default_cfgs(
     {f"{name}.untrained": default_cfg(64 if name == "roadmap_nano" else 224, first_conv="stem.0.conv") for name in STEPS}
 )
-for _name in STEPS:
-    _register(_name)
+for _name, _config in STEPS.items():
+    register(Roadmap, _name, _config, f"{_name}: a step of the road from ResNet-50 to ConvNeXt-T.")

@@ -10,7 +10,7 @@ from typing import Any
 
 from timm.layers import DropPath, LayerNorm2d, Mlp, SqueezeExcite
 from timm.layers.grn import GlobalResponseNorm
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from torch import Tensor, full, nn
 
 from widekernel.errors import ArgumentError
@@ -22,10 +22,10 @@ from widekernel.models.base import (
     Parts,
     Stage,
     StagedConvNet,
-    build,
     check_stages,
     check_widths,
     default_cfg,
+    register,
 )
 from widekernel.models.blocks import MixerBlock, convnext_parts, init_convnext, with_part
 from widekernel.models.layouts import shiftwise as layouts
@@ -223,20 +223,6 @@ _KINDS: dict[str, tuple[Any, dict[str, ShiftWiseConfig]]] = {
 }
 
 
-def _register(kind: str, size: str) -> None:
-    name = f"{kind}_{size}"
-    network, configs = _KINDS[kind]
-
-    def entry(pretrained: bool = False, **kwargs: Any) -> StagedConvNet:
-        return build(network, name, configs[size], pretrained, kwargs)
-
-    entry.__name__ = entry.__qualname__ = name
-    entry.__doc__ = f"{name}: kernels {', '.join(map(str, configs[size].kernel_sizes))} out of moved tiles."
-    entry.__module__ = __name__
-    globals()[name] = entry
-    register_model(entry)
-
-
 default_cfgs = generate_default_cfgs(
     {
         f"{kind}_{size}.untrained": default_cfg(64 if size == "nano" else 224)
@@ -244,6 +230,7 @@ default_cfgs = generate_default_cfgs(
         for size in configs
     }
 )
-for _kind, (_, _configs) in _KINDS.items():
-    for _size in _configs:
-        _register(_kind, _size)
+for _kind, (_network, _configs) in _KINDS.items():
+    for _size, _cfg in _configs.items():
+        _kernels = ", ".join(map(str, _cfg.kernel_sizes))
+        register(_network, f"{_kind}_{_size}", _cfg, f"{_kind}_{_size}: kernels {_kernels} out of moved tiles.")

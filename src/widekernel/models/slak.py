@@ -7,9 +7,9 @@ SLaK_pw and SLaK_pww come from the first version of Shift-wise convolution.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from torch import nn
 
 from widekernel.errors import ArgumentError
@@ -27,11 +27,11 @@ from widekernel.layers.sources import check_odd
 from widekernel.models.base import (
     Parts,
     StagedConvNet,
-    build,
     check_choices,
     check_stages,
     check_widths,
     default_cfg,
+    register,
 )
 from widekernel.models.blocks import MixerBlock, convnext_parts, init_convnext
 from widekernel.models.layouts import slak as layouts
@@ -182,22 +182,11 @@ def _config(kind: str, size: str) -> SLaKConfig:
     return cfg
 
 
-def _register(kind: str, size: str) -> None:
-    name, config = f"{kind}_{size}", _config(kind, size)
-
-    def entry(pretrained: bool = False, **kwargs: Any) -> SLaK:
-        return build(SLaK, name, config, pretrained, kwargs)
-
-    entry.__name__ = entry.__qualname__ = name
-    entry.__doc__ = f"{name}: {_KINDS[kind][1]}, kernels {', '.join(map(str, config.kernel_sizes))}."
-    entry.__module__ = __name__
-    globals()[name] = entry
-    register_model(entry)
-
-
 default_cfgs = generate_default_cfgs(
     {f"{kind}_{size}.untrained": default_cfg(64 if size == "nano" else 224) for kind in _KINDS for size in _SIZES}
 )
-for _kind in _KINDS:
+for _kind, (_, _what) in _KINDS.items():
     for _size in _SIZES:
-        _register(_kind, _size)
+        _cfg = _config(_kind, _size)
+        _kernels = ", ".join(map(str, _cfg.kernel_sizes))
+        register(SLaK, f"{_kind}_{_size}", _cfg, f"{_kind}_{_size}: {_what}, kernels {_kernels}.")
