@@ -19,8 +19,8 @@ import widekernel
 SOURCE = Path(widekernel.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 # Each folder imports only from itself and from those before it.
-FOLDERS = ["ops", "layers", "models", "transforms", "data", "training", "tasks", "analysis", "recipes", "cli"]
-HANDED_A_MODEL = ["data", "training"]
+FOLDERS = ["ops", "layers", "models", "transforms", "sparsity", "data", "training", "tasks", "analysis", "recipes", "cli"]
+HANDED_A_MODEL = ["sparsity", "data", "training"]
 FOR_EVERYBODY = ["errors"]
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60
 NOT_LOADED = ["matplotlib", "sklearn", "rich", "jsonargparse", "torchmetrics", "pytest", "hypothesis"]
