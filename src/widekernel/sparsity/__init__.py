@@ -1,1 +1,16 @@
 """Sparsity that is part of the checkpoint: dynamic sparse training, coarse pruning, learned 2:4 masks."""
+
+from widekernel.sparsity.config import DynamicSparsityConfig, published_shiftwise, published_slak
+from widekernel.sparsity.dynamic import DynamicSparsity
+from widekernel.sparsity.processes import MaskMismatchError
+from widekernel.sparsity.saving import load_masks, save_masks
+
+__all__ = [
+    "DynamicSparsity",
+    "DynamicSparsityConfig",
+    "MaskMismatchError",
+    "load_masks",
+    "published_shiftwise",
+    "published_slak",
+    "save_masks",
+]

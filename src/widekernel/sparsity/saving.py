@@ -1,0 +1,126 @@
+"""Masks on disk: bit-packed in training states, and alone in files of their own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from widekernel.errors import CheckpointError
+from widekernel.sparsity.packing import pack, unpack
+from widekernel.sparsity.selection import unwrap
+from widekernel.sparsity.state import Churn
+
+if TYPE_CHECKING:
+    from widekernel.sparsity.dynamic import DynamicSparsity
+
+FORMAT = 1
+METADATA_KEY = "widekernel_masks"
+
+
+def state_of(controller: DynamicSparsity) -> dict[str, Any]:
+    """Give the state of a controller as tensors and plain containers."""
+    state = controller._state
+    return {
+        "format": FORMAT,
+        "step": controller.step,
+        "updates": controller.updates,
+        "skipped": controller.skipped,
+        "pending": controller._pending,
+        "shapes": {name: list(mask.shape) for name, mask in state.masks.items()},
+        "masks": {name: pack(mask) for name, mask in state.masks.items()},
+        "densities": dict(state.densities),
+        "fresh": {name: pack(mask) for name, mask in state.fresh.items()},
+        "momentum": {name: value.clone() for name, value in controller._momentum.items()},
+        "churn": [(churn.step, churn.removed, churn.grown, churn.active) for churn in controller.churn],
+        "moved": dict(controller.moved),
+    }
+
+
+def restore_state(controller: DynamicSparsity, saved: dict[str, Any]) -> None:
+    """Put a controller into a saved state.
+
+    Raises:
+        CheckpointError: the state belongs to another network, or to a newer version.
+    """
+    if saved.get("format") != FORMAT:
+        raise CheckpointError(f"the sparsity state has format {saved.get('format')!r}; this version reads format {FORMAT}")
+    state = controller._state
+    shapes = {name: tuple(shape) for name, shape in saved["shapes"].items()}
+    # Layers that were drawn almost dense have given up their masks before the state was saved.
+    controller._give_up(
+        [name for name in state.masks if name not in shapes] if controller.config.rule == "published" else []
+    )
+    check_names(shapes, {name: tuple(mask.shape) for name, mask in state.masks.items()})
+    with torch.no_grad():
+        for name, mask in state.masks.items():
+            mask.copy_(unpack(saved["masks"][name], shapes[name]))
+        state.mask_weights()
+    state.densities = {name: float(saved["densities"][name]) for name in state.masks}
+    state.fresh = {name: unpack(bits, shapes[name]).to(state.masks[name].device) for name, bits in saved["fresh"].items()}
+    controller._momentum = {name: value.to(state.parameters[name], copy=True) for name, value in saved["momentum"].items()}
+    controller.step, controller.updates, controller.skipped = saved["step"], saved["updates"], saved["skipped"]
+    controller._pending = saved["pending"]
+    controller.churn = [Churn(*row) for row in saved["churn"]]
+    controller.moved = dict(saved["moved"])
+
+
+def check_names(theirs: Mapping[str, tuple[int, ...]], ours: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise unless masks of a file are those of the parameters here.
+
+    Raises:
+        CheckpointError: naming what differs.
+    """
+    problems = [f"{name} is missing" for name in ours if name not in theirs]
+    problems += [f"{name} is not masked here" for name in theirs if name not in ours]
+    problems += [
+        f"{name} is {shape} in the file and {ours[name]} here"
+        for name, shape in theirs.items()
+        if name in ours and shape != ours[name]
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise CheckpointError(
+            f"the masks belong to another network or to other settings: {'; '.join(problems[:3])}{more}. Give the masks of "
+            "this network, and the same layers and exclude"
+        )
+
+
+def save_masks(masks: Mapping[str, Tensor], path: str | Path) -> None:
+    """Write masks (parameter name -> bool) to a .safetensors file, one bit a weight."""
+    shapes = {name: list(mask.shape) for name, mask in masks.items()}
+    metadata = {METADATA_KEY: json.dumps({"format": FORMAT, "shapes": shapes})}
+    save_file({name: pack(mask) for name, mask in masks.items()}, str(path), metadata=metadata)
+
+
+def load_masks(path: str | Path, model: nn.Module | None = None) -> dict[str, Tensor]:
+    """Read masks that `save_masks` wrote.
+
+    Args:
+        path: the file.
+        model: if given, the masks must be of parameters of this network.
+
+    Raises:
+        CheckpointError: the file is unreadable or no mask file, or belongs to another network.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            described = json.loads((file.metadata() or {})[METADATA_KEY])
+            shapes = {name: tuple(shape) for name, shape in described["shapes"].items()}
+            masks = {name: unpack(file.get_tensor(name), shape) for name, shape in shapes.items()}
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is not a readable file of masks ({error!r}): give one that save_masks wrote"
+        ) from error
+    if described["format"] != FORMAT:
+        raise CheckpointError(f"{path} has format {described['format']!r}; this version reads format {FORMAT}")
+    if model is not None:
+        ours = {name: tuple(parameter.shape) for name, parameter in unwrap(model).named_parameters()}
+        check_names(shapes, {name: shape for name, shape in ours.items() if name in shapes})
+    return masks

@@ -1,0 +1,72 @@
+"""Small networks with every kind of layer that masks meet, and a few steps of training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from widekernel import LargeKernel, Rectangles, ShiftTiles
+from widekernel.sparsity import DynamicSparsity, DynamicSparsityConfig
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": lambda parameters: torch.optim.SGD(parameters, 0.05, momentum=0.9, weight_decay=0.01, nesterov=True),
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, 1e-2, weight_decay=0.05),
+    "nadam": lambda parameters: torch.optim.NAdam(parameters, 1e-2),
+    "radam": lambda parameters: torch.optim.RAdam(parameters, 1e-2),
+    # Not among those that keep zeros by themselves: a factored second moment.
+    "adafactor": lambda parameters: torch.optim.Adafactor(parameters, 1e-2),
+}
+
+
+class SmallNet(nn.Module):
+    """Convolution, strips, shifted tiles in two sets, norms, a scale, and two linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.strips = LargeKernel(Rectangles(8, [(7, 3), (3, 7), (3, 3)]), [nn.BatchNorm2d(8) for _ in range(3)])
+        self.tiles = LargeKernel(ShiftTiles(8, 7, 3, paths=2), [nn.BatchNorm2d(8) for _ in range(3)])
+        self.gamma = nn.Parameter(torch.ones(1, 8, 1, 1))
+        self.fc = nn.Linear(8, 12)
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        x = x + self.gamma * self.tiles(self.strips(x))
+        return self.head(self.fc(x.mean((2, 3))).relu())
+
+
+def small_net(seed: int = 0) -> SmallNet:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return SmallNet()
+
+
+def data(step: int, count: int = 4) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(count, 3, 10, 10, generator=generator), torch.randint(0, 4, (count,), generator=generator)
+
+
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> float:
+    x, y = data(step)
+    loss = nn.functional.cross_entropy(model(x), y)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def controlled(
+    config: DynamicSparsityConfig | None = None, optimizer: str = "adamw", seed: int = 0, **options
+) -> tuple[nn.Module, torch.optim.Optimizer, DynamicSparsity]:
+    model = small_net(seed).train()
+    made = OPTIMIZERS[optimizer](model.parameters())
+    return model, made, DynamicSparsity(model, made, config, **options)
+
+
+def states_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> list[Tensor]:
+    """Give the optimizer's tensors that have one entry a weight."""
+    found = optimizer.state.get(parameter, {}).values()
+    return [value for value in found if isinstance(value, Tensor) and value.shape == parameter.shape]
