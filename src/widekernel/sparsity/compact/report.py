@@ -1,0 +1,57 @@
+"""What compacting saved, layer by layer, and why it saved nothing where it did not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer before and after.
+
+    Attributes:
+        name: of the module in the network, "" for the network itself.
+        kind: type of the module.
+        channels: channels that the folded layer convolves; hidden units of an MLP.
+        channels_kept: those that are still computed.
+        dense: multiply-accumulates per output pixel (or token) of the folded layer.
+        nonzero: those of them whose weight is not zero.
+        realised: those that the compacted layer executes; more than `nonzero` where zeros lie between live taps.
+        reason: why nothing, or no more, was removed; "" if everything dead was.
+    """
+
+    name: str
+    kind: str
+    channels: int
+    channels_kept: int
+    dense: int
+    nonzero: int
+    realised: int
+    reason: str = ""
+
+    def __str__(self) -> str:
+        what = f"{self.name or self.kind}: {self.channels} -> {self.channels_kept} channels"
+        macs = f"{self.dense} dense, {self.nonzero} non-zero, {self.realised} realised MACs per pixel"
+        return f"{what}, {macs}" + (f" ({self.reason})" if self.reason else "")
+
+
+@dataclass(frozen=True)
+class CompactReport:
+    """The layers that hold zeros or could be compacted, in the order of the network."""
+
+    layers: tuple[LayerReport, ...]
+
+    def __iter__(self) -> Iterator[LayerReport]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.layers)) or "no layer holds zeros or a large kernel"
+
+    def to_dict(self) -> list[dict[str, Any]]:
+        """Give the JSON form: one object a layer."""
+        return [asdict(layer) for layer in self.layers]
