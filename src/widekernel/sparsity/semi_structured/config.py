@@ -1,0 +1,97 @@
+"""Configuration of 2:4 sparsity."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from widekernel.errors import ArgumentError, nearest
+from widekernel.sparsity.semi_structured.grouping import check_axis
+
+METHODS = ("magnitude", "permuted", "learned")
+
+
+@dataclass(frozen=True)
+class SemiStructuredConfig:
+    """Which layers become 2:4, and how their masks are found.
+
+    Learned masks are categorical variables over the six patterns, one a group, drawn with the Gumbel-softmax trick while the
+    weights are frozen (Danhofer, arXiv 2411.00288). The temperature falls exponentially. Constant logit scale and no
+    weight regulariser are the default on purpose: scaled logits with that regulariser (MaskLLM) are the subject of a patent
+    application, US-2025/0335769-A1, and must be asked for.
+
+    Args:
+        method: magnitude keeps the two largest of four; permuted first reorders channels so that this loses less; learned
+            trains the choice
+        axis: what a group of four is: channels (input channels within one tap, what hardware needs), im2col (the paper's),
+            taps (depthwise layers, for studies of accuracy only)
+        layers: all, or names of layers with * and ? as wildcards
+        exclude: names of layers to leave dense, with wildcards
+        min_in_channels: layers with fewer input channels stay dense
+        min_out_channels: layers with fewer output channels stay dense
+        total_steps: optimizer steps over which temperature and logit scale move
+        tau_start: temperature at the first step
+        tau_end: temperature at the last step
+        kappa_start: factor on the logits at the first step
+        kappa_end: factor on the logits at the last step, reached linearly
+        prior_strength: lead in logits that the pattern of largest magnitude starts with
+        entropy_penalty: weight of the mean entropy of the choices in the loss
+        weight_regularization: weight of the squared norm of what the masks keep, which is subtracted from the loss
+        freeze_norms: keep batch norms in evaluation mode while masks are learned, so that their statistics stay
+        permutation_rounds: rounds of pairwise exchange between stripes of four channels; bounds the time of the search
+        permutation_escapes: how often the search may leave a local optimum
+        seed: of the noise and of the search
+    """
+
+    method: Literal["magnitude", "permuted", "learned"] = "magnitude"
+    axis: Literal["channels", "im2col", "taps"] = "channels"
+    layers: Literal["all"] | tuple[str, ...] = "all"
+    exclude: tuple[str, ...] = ()
+    min_in_channels: int = 16
+    min_out_channels: int = 8
+    total_steps: int = 1000
+    tau_start: float = 4.0
+    tau_end: float = 0.05
+    kappa_start: float = 1.0
+    kappa_end: float = 1.0
+    prior_strength: float = 3.0
+    entropy_penalty: float = 0.01
+    weight_regularization: float = 0.0
+    freeze_norms: bool = True
+    permutation_rounds: int = 200
+    permutation_escapes: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ArgumentError(
+                f"method {self.method!r} is unknown: it must be one of {', '.join(map(repr, METHODS))}."
+                f"{nearest(self.method, METHODS)}"
+            )
+        check_axis(self.axis)
+        if self.method == "permuted" and self.axis != "channels":
+            raise ArgumentError(
+                f"method 'permuted' moves channels, but axis={self.axis!r} groups others: use axis='channels'"
+            )
+        if isinstance(self.layers, str):
+            if self.layers != "all":
+                raise ArgumentError(f"layers={self.layers!r} must be 'all' or a tuple of names: write ({self.layers!r},)")
+        else:
+            object.__setattr__(self, "layers", tuple(self.layers))
+        if isinstance(self.exclude, str):
+            raise ArgumentError(f"exclude={self.exclude!r} must be a tuple of names: write ({self.exclude!r},)")
+        object.__setattr__(self, "exclude", tuple(self.exclude))
+        for field in ("min_in_channels", "min_out_channels", "total_steps"):
+            _require(getattr(self, field) >= 1, field, getattr(self, field), "1 or more")
+        for field in ("tau_start", "tau_end", "kappa_start", "kappa_end"):
+            _require(0 < getattr(self, field) < float("inf"), field, getattr(self, field), "positive")
+        _require(self.tau_end <= self.tau_start, "tau_end", self.tau_end, f"at most tau_start ({self.tau_start})")
+        for field in ("prior_strength", "entropy_penalty", "weight_regularization"):
+            _require(0 <= getattr(self, field) < float("inf"), field, getattr(self, field), "0 or more")
+        for field in ("permutation_rounds", "permutation_escapes", "seed"):
+            _require(getattr(self, field) >= 0, field, getattr(self, field), "0 or more")
+
+
+def _require(ok: bool, name: str, value: object, rule: str) -> None:
+    if not ok:
+        raise ArgumentError(f"{name}={value!r} must be {rule}: change it in SemiStructuredConfig")

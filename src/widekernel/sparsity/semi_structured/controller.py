@@ -1,0 +1,242 @@
+"""The object that stands for a network's 2:4 masks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from widekernel.errors import ArgumentError, CheckpointError
+from widekernel.sparsity.semi_structured.config import SemiStructuredConfig
+from widekernel.sparsity.semi_structured.eligibility import LayerReport
+from widekernel.sparsity.semi_structured.learned import ChoiceMask, Schedule
+from widekernel.sparsity.semi_structured.manifest import Manifest, MaskedWeight
+from widekernel.sparsity.semi_structured.masks import check_choices, choices_to_mask
+
+STATE_VERSION = 1
+
+
+class SemiStructured:
+    """The 2:4 masks of a network; made by `prepare`, carried by the network.
+
+    For the methods "magnitude" and "permuted" weights stay plain parameters, with zeros; whoever trains them calls
+    `apply_masks` after every optimizer step. For "learned" they are parametrised: give `parameters()` to an optimizer
+    without weight decay, add `regularisation()` to the loss, and call `step()` after each of its steps.
+
+    Attributes:
+        model: the network.
+        config: how it was prepared.
+        report: what became of every Conv2d and Linear, in the network's order.
+        frozen: names of the parameters that were trainable and are not while masks are learned; `convert` makes them so
+            again.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: SemiStructuredConfig,
+        report: tuple[LayerReport, ...],
+        weights: Mapping[str, MaskedWeight],
+        learned: Mapping[str, ChoiceMask],
+        schedule: Schedule,
+        frozen: tuple[str, ...] = (),
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.report = report
+        self.frozen = frozen
+        self._weights = dict(weights)
+        self._learned = dict(learned)
+        self._schedule = schedule
+        self._last = self.choices
+
+    @property
+    def choices(self) -> dict[str, Tensor]:
+        """Parameter name -> (G,) uint8; of learned masks the most probable patterns now."""
+        learned = {name: mask.choices() for name, mask in self._learned.items()}
+        return learned or {name: weight.choices for name, weight in self._weights.items()}
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Parameter name -> bool mask of the weight's shape, as evaluation uses it."""
+        shapes = {f"{row.name}.weight".lstrip("."): row.shape for row in self.report}
+        return {
+            name: choices_to_mask(choices, shapes[name], self._weights[name].axis, self._weights[name].groups)
+            for name, choices in self.choices.items()
+        }
+
+    @property
+    def manifest(self) -> Manifest:
+        """What a converted or saved network remembers."""
+        old = self._weights
+        return Manifest(
+            {name: MaskedWeight(old[name].axis, old[name].groups, choices) for name, choices in self.choices.items()}
+        )
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether the masks are parametrisations with logits."""
+        return bool(self._learned)
+
+    @property
+    def steps(self) -> int:
+        """How often `step` was called."""
+        return self._schedule.step
+
+    @property
+    def tau(self) -> float:
+        """The temperature now."""
+        return self._schedule.tau
+
+    @property
+    def kappa(self) -> float:
+        """The factor on the logits now."""
+        return self._schedule.kappa
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Give the logits, (G, 6) float32 a layer; empty unless masks are learned. Train them without weight decay."""
+        return [mask.logits for mask in self._learned.values()]
+
+    def step(self) -> None:
+        """Move temperature and logit scale on, and draw other noise from now on; once after each optimizer step."""
+        self._schedule.step += 1
+
+    def entropy(self) -> float:
+        """Give the mean entropy of the learned choices in nats: log 6 = 1.79 at random, 0 when decided or not learned."""
+        if not self._learned:
+            return 0.0
+        with torch.no_grad():
+            return float(self._entropies().mean())
+
+    def flip_rate(self) -> float:
+        """Give the share of groups whose most probable pattern differs from the one at the last call (0 at the first)."""
+        now = self.choices
+        flipped = sum(int((now[name] != self._last[name].to(now[name].device)).sum()) for name in now)
+        self._last = now
+        return flipped / max(1, sum(choices.numel() for choices in now.values()))
+
+    def regularisation(self) -> Tensor:
+        """Give the term to add to the loss: entropy_penalty · mean entropy - weight_regularization · sum of ||M * W||².
+
+        The second part uses the masks that this step's forward passes draw. Zero unless masks are learned.
+        """
+        if not self._learned:
+            return torch.zeros(())
+        total = self.config.entropy_penalty * self._entropies().mean()
+        if self.config.weight_regularization:
+            for name, mask in self._learned.items():
+                original: Any = self.model.get_submodule(_layer(name)).parametrizations["weight"].original  # type: ignore[index,union-attr]
+                norm = (original.detach().float() * mask.drawn()).square().sum().to(total.device)
+                total = total - self.config.weight_regularization * norm
+        return total
+
+    @torch.no_grad()
+    def apply_masks(self) -> None:
+        """Set masked weights to zero again, in place; nothing to do for learned masks, whose weights are frozen."""
+        if self._learned:
+            return
+        for name, mask in self.masks.items():
+            weight = self.model.get_parameter(name)
+            weight.masked_fill_(~mask.to(weight.device), 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give what an exact resume needs besides the network's own state: tensors, numbers and strings only."""
+        return {
+            "version": STATE_VERSION,
+            "config": _plain(self.config),
+            "step": self._schedule.step,
+            "logits": {name: mask.logits.detach().clone() for name, mask in self._learned.items()},
+            "choices": {name: choices.clone() for name, choices in self.choices.items()},
+            "last": {name: choices.clone() for name, choices in self._last.items()},
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state; the network must have been prepared with the same configuration.
+
+        Raises:
+            CheckpointError: if the state is of another network or configuration; nothing is changed then.
+        """
+        if not isinstance(state, Mapping) or state.get("version") != STATE_VERSION:
+            raise CheckpointError(
+                f"this is no state of 2:4 masks of version {STATE_VERSION}: give what state_dict() returned"
+            )
+        ours = _plain(self.config)
+        changed = [
+            f"{key} {state['config'].get(key)!r} -> {value!r}"
+            for key, value in ours.items()
+            if state["config"].get(key) != value
+        ]
+        if changed:
+            raise CheckpointError(
+                f"the masks were made with another configuration ({'; '.join(changed)}): prepare with that one"
+            )
+        self._refuse_other_network(state)
+        self._schedule.step = int(state["step"])
+        for name, mask in self._learned.items():
+            mask.logits.copy_(state["logits"][name])
+        for name, old in self._weights.items():
+            self._weights[name] = MaskedWeight(old.axis, old.groups, state["choices"][name].to(old.choices.device).clone())
+        self._last = {name: state["last"][name].to(old.choices.device).clone() for name, old in self._weights.items()}
+        self.apply_masks()
+
+    def _refuse_other_network(self, state: Mapping[str, Any]) -> None:
+        shapes = {f"{row.name}.weight".lstrip("."): row.shape for row in self.report}
+        wanted: dict[str, Mapping[str, Any]] = {"choices": self._weights, "last": self._weights, "logits": self._learned}
+        for part, mine in wanted.items():
+            different = sorted(set(state[part]) ^ set(mine))
+            if different:
+                raise CheckpointError(
+                    f"the masks are of another network: {', '.join(different)} in one of them only ({part})"
+                )
+        try:
+            for name, old in self._weights.items():
+                for part in ("choices", "last"):
+                    check_choices(state[part][name], shapes[name], old.axis, old.groups, f"{part} of {name}")
+        except ArgumentError as error:
+            raise CheckpointError(f"the masks are of another network: {error}") from None
+        for name, mask in self._learned.items():
+            theirs = state["logits"][name]
+            if theirs.shape != mask.logits.shape:
+                raise CheckpointError(
+                    f"the masks are of another network: logits of {name} have shape {tuple(theirs.shape)}, "
+                    f"here {tuple(mask.logits.shape)}"
+                )
+
+    def _entropies(self) -> Tensor:
+        device = next(iter(self._learned.values())).logits.device
+        return torch.cat([mask.entropies().to(device) for mask in self._learned.values()])
+
+
+def _layer(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _plain(config: SemiStructuredConfig) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
+
+
+def keep_in_evaluation(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Forward hook: a norm that stays in evaluation mode, whatever the training loop asks of the network."""
+    if module.training:
+        module.eval()
+
+
+def unparametrise(layer: nn.Module) -> None:
+    """Replace a learned mask by the weight that evaluation computes with it."""
+    parametrised: Any = layer.parametrizations
+    others = [name for name in parametrised if name != "weight"]
+    if others or len(parametrised["weight"]) != 1:
+        raise ArgumentError(f"{type(layer).__name__} was parametrised further after prepare: remove that first")
+    parametrised.eval()
+    with torch.no_grad():
+        weight = nn.Parameter(layer.weight.detach(), requires_grad=parametrised["weight"].original.requires_grad)  # type: ignore[operator,union-attr,arg-type]
+    # Not torch's remove_parametrizations: it deletes an attribute of the class, which copies of the layer share.
+    layer.__class__ = type(layer).__bases__[0]
+    del layer._modules["parametrizations"]
+    rest = dict(layer._parameters)
+    layer._parameters.clear()  # so that the weight comes first again
+    layer._parameters.update({"weight": weight, **rest})

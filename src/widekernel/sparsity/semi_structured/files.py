@@ -1,0 +1,171 @@
+"""A 2:4 network as one safetensors file: values and packed choices, about half the size of the dense one."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from widekernel.errors import ArgumentError, CheckpointError, WidekernelError
+from widekernel.sparsity.semi_structured.controller import SemiStructured
+from widekernel.sparsity.semi_structured.convert import convert, manifest_of, validate
+from widekernel.sparsity.semi_structured.grouping import check_axis
+from widekernel.sparsity.semi_structured.manifest import Manifest, MaskedWeight, recall, remember
+from widekernel.sparsity.semi_structured.storage import decode, encode, unpack_choices
+
+HEADER = "widekernel.two_four"
+VERSION = 1
+VALUES, CHOICES = "two_four.values", "two_four.choices"
+
+
+def save_sparse(what: nn.Module | SemiStructured, path: str | Path) -> Path:
+    """Save a 2:4 network with the choices beside the kept weights, whole or not at all.
+
+    A weight `name` of the network is stored as `name.two_four.values` (G, 2) and `name.two_four.choices` (base 6, three a
+    byte); everything else as it is. The header holds axes and shapes.
+
+    Args:
+        what: a prepared network or its controller, or a converted one ("dense"). Learned masks are saved as evaluation
+            applies them, without logits.
+        path: ends in `.safetensors`.
+
+    Raises:
+        ArgumentError: if the network has no masks or a weight is not 2:4.
+        CheckpointError: if the file cannot be written.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise CheckpointError(f"{path} must end in .safetensors")
+    network = what.model if isinstance(what, SemiStructured) else what
+    manifest = manifest_of(network)
+    record = recall(network)
+    validate(network)
+    if isinstance(record, SemiStructured) and record.is_learned:
+        network = convert(network)
+    state = network.state_dict()
+    missing = [name for name in manifest.weights if name not in state]
+    if missing:
+        raise ArgumentError(f"{', '.join(missing)} are no plain weights: save the network of convert(model, target='dense')")
+    shapes = {name: list(value.shape) for name, value in state.items()}
+    tensors = {}
+    for name, value in state.items():
+        known = manifest.weights.get(name)
+        if known is None:
+            tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+            continue
+        values, packed = encode(value.detach().cpu(), known.choices.cpu(), known.axis, known.groups)
+        tensors[f"{name}.{VALUES}"], tensors[f"{name}.{CHOICES}"] = values.contiguous(), packed
+    weights = {name: {"axis": known.axis, "groups": known.groups} for name, known in manifest.weights.items()}
+    header = {"version": VERSION, "weights": weights, "shapes": shapes}
+    return _write(path, tensors, {HEADER: json.dumps(header, sort_keys=True)})
+
+
+def load_sparse(model: nn.Module, path: str | Path) -> Manifest:
+    """Load a file of `save_sparse` into a plain network of the same architecture; weights come back bit for bit.
+
+    Args:
+        model: the network, dense or converted; it remembers the choices, so that it can be saved and converted again.
+        path: the file.
+
+    Returns:
+        What the network now remembers.
+
+    Raises:
+        CheckpointError: if the file is damaged, of another kind, or holds another network; the model is left untouched, and
+            the message names every weight that differs.
+    """
+    path = Path(path)
+    if isinstance(recall(model), SemiStructured):
+        raise ArgumentError(f"the {type(model).__name__} is prepared: load into a plain network, or into convert(model)")
+    tensors, header = _read(path)
+    own = model.state_dict()
+    _refuse_other_network(path, model, own, header)
+    state, weights = {}, {}
+    try:
+        for name, shape in header["shapes"].items():
+            if name not in header["weights"]:
+                state[name] = tensors[name]
+                continue
+            axis, groups = header["weights"][name]["axis"], header["weights"][name]["groups"]
+            check_axis(axis)
+            values, packed = tensors[f"{name}.{VALUES}"], tensors[f"{name}.{CHOICES}"]
+            state[name] = decode(values, packed, shape, axis, groups)
+            device = own[name].device
+            weights[name] = MaskedWeight(axis, groups, unpack_choices(packed, values.shape[0]).to(device))
+    except KeyError as error:
+        raise CheckpointError(f"{path} is damaged: it lacks {error}") from None
+    except WidekernelError as error:
+        raise CheckpointError(f"{path} is damaged: {name}: {error}") from None
+    _refuse(
+        path, model, [f"{name} has shape {tuple(state[name].shape)}" for name in own if state[name].shape != own[name].shape]
+    )
+    model.load_state_dict(state)
+    manifest = Manifest(weights)
+    remember(model, manifest)
+    return manifest
+
+
+def _refuse_other_network(path: Path, model: nn.Module, own: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    shapes = header["shapes"]
+    problems = [f"{name}: the network has no such weight" for name in shapes if name not in own]
+    problems += [f"{name}: the file holds no such weight" for name in own if name not in shapes]
+    problems += [
+        f"{name} has shape {tuple(shapes[name])} but the network's is {tuple(own[name].shape)}"
+        for name in own
+        if name in shapes and tuple(shapes[name]) != tuple(own[name].shape)
+    ]
+    _refuse(path, model, problems)
+
+
+def _refuse(path: Path, model: nn.Module, problems: list[str]) -> None:
+    if problems:
+        listed = "\n".join(f"  {problem}" for problem in problems)
+        raise CheckpointError(
+            f"{path} is of another network than this {type(model).__name__}; nothing was loaded. Make the network with the "
+            f"arguments of the one that was saved:\n{listed}"
+        )
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if not path.is_file():
+        raise CheckpointError(f"there is no file {path}: give the path of one that save_sparse wrote")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged, cut off or not a safetensors file ({error}): fetch it again") from error
+    if HEADER not in metadata:
+        raise CheckpointError(f"{path} holds no 2:4 network: save one with save_sparse")
+    header = json.loads(metadata[HEADER])
+    if header.get("version") != VERSION:
+        raise CheckpointError(f"{path} has version {header.get('version')!r}: this widekernel reads version {VERSION}")
+    return tensors, header
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Path:
+    """Write under another name and put the file in place when it is complete."""
+    partial = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+        mode = partial.stat().st_mode
+        save_file(tensors, partial, metadata=metadata)
+        partial.chmod(mode)  # safetensors makes files that nobody else may read
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be written: {error}") from error
+    finally:
+        with suppress(OSError):  # where nothing could be written, nothing is left to remove
+            partial.unlink()
+    return path

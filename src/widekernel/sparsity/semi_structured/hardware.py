@@ -1,0 +1,184 @@
+"""`torch.sparse` semi-structured weights: what they can do here, and layers on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from widekernel.errors import ArgumentError
+from widekernel.sparsity.semi_structured.manifest import Manifest
+from widekernel.sparsity.semi_structured.masks import check_two_four
+
+# Rows and columns of a compressed weight must be multiples of these (torch.sparse.semi_structured, 2.15).
+MULTIPLES = {
+    "cutlass": {torch.float16: (32, 64), torch.bfloat16: (32, 64), torch.int8: (16, 128)},
+    "cusparselt": {torch.float16: (16, 16), torch.bfloat16: (16, 16), torch.int8: (32, 32)},
+}
+
+
+@dataclass(frozen=True)
+class Capability:
+    """Whether this machine multiplies 2:4 matrices.
+
+    Attributes:
+        available: whether it does.
+        reason: why not, "" if it does.
+        backend: "cutlass" or "cusparselt", what PyTorch would use.
+    """
+
+    available: bool
+    reason: str
+    backend: str
+
+
+@dataclass(frozen=True)
+class PaddingPlan:
+    """How a weight fits the hardware.
+
+    Attributes:
+        rows: of the weight.
+        columns: of the weight.
+        padded_rows: the next size that the hardware takes; additional outputs are cut off.
+        padded_columns: the same; the input is padded with zeros.
+        reason: why it does not fit at all, "" if it does.
+    """
+
+    rows: int
+    columns: int
+    padded_rows: int
+    padded_columns: int
+    reason: str = ""
+
+
+def probe() -> Capability:
+    """Tell whether `torch.sparse.to_sparse_semi_structured` can be used: it needs a CUDA device of capability 8.0."""
+    if not hasattr(torch.sparse, "to_sparse_semi_structured"):
+        return Capability(False, f"PyTorch {torch.__version__} has no semi-structured sparsity", "")
+    from torch.sparse import SparseSemiStructuredTensor
+
+    backend = "cutlass" if SparseSemiStructuredTensor._FORCE_CUTLASS else "cusparselt"
+    if not torch.cuda.is_available():
+        return Capability(False, "there is no CUDA device", backend)
+    if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+        return Capability(False, f"{torch.cuda.get_device_name()} is older than capability 8.0", backend)
+    return Capability(True, "", backend)
+
+
+def plan_padding(rows: int, columns: int, dtype: torch.dtype, backend: str = "cutlass") -> PaddingPlan:
+    """Round the size of a weight (out, in) up to what the hardware takes.
+
+    float32 is refused: the hardware does 1:2 there, and PyTorch's conversion would drop non-zeros without an error.
+
+    Raises:
+        ArgumentError: if there is no such backend.
+    """
+    if backend not in MULTIPLES:
+        raise ArgumentError(f"backend {backend!r} is unknown: it must be one of {', '.join(map(repr, MULTIPLES))}")
+    if dtype not in MULTIPLES[backend]:
+        why = (
+            "float32 weights are 1:2 there, so that values would be lost"
+            if dtype == torch.float32
+            else f"{dtype} has no kernels"
+        )
+        return PaddingPlan(rows, columns, rows, columns, f"{why}: convert the network to float16 or bfloat16")
+    high, wide = MULTIPLES[backend][dtype]
+    return PaddingPlan(rows, columns, -(-rows // high) * high, -(-columns // wide) * wide)
+
+
+class SparseLinear(nn.Module):
+    """A linear layer on a compressed weight; for inference.
+
+    Args:
+        weight: (out, in), 2:4 along its rows.
+        bias: (out,) or None.
+        plan: sizes to pad it to.
+        compress: makes the compressed weight of the padded one.
+
+    Raises:
+        ArgumentError: if the weight is not 2:4; compressing it would drop non-zeros silently.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, plan: PaddingPlan, compress: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        check_two_four(weight, "channels")
+        self.plan = plan
+        rows, columns = plan.padded_rows - plan.rows, plan.padded_columns - plan.columns
+        padded = F.pad(weight.detach(), (0, columns, 0, rows)).contiguous()
+        self.weight = nn.Parameter(compress(padded), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        columns = self.plan.padded_columns - self.plan.columns
+        rows = F.pad(x, (0, columns)).reshape(-1, self.plan.padded_columns)
+        y = F.linear(rows, self.weight)[:, : self.plan.rows]
+        y = y.reshape(*x.shape[:-1], self.plan.rows)
+        return y if self.bias is None else y + self.bias
+
+
+class SparsePointwise(nn.Module):
+    """A 1x1 convolution as a `SparseLinear` over channels; for inference.
+
+    Args:
+        linear: (out, in).
+        stride: of the convolution.
+    """
+
+    def __init__(self, linear: SparseLinear, stride: tuple[int, int]) -> None:
+        super().__init__()
+        self.linear = linear
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in, H, W) -> (N, out, H', W')."""
+        x = x[:, :, :: self.stride[0], :: self.stride[1]]
+        return self.linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def reason_against(layer: nn.Module, axis: str, backend: str) -> str:
+    """Say why a 2:4 layer cannot run on a compressed weight, "" if it can."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    if type(layer).forward not in (nn.Linear.forward, nn.Conv2d.forward):
+        return f"{type(layer).__name__} computes something else than a plain layer"
+    if isinstance(layer, nn.Conv2d):
+        if prod(layer.kernel_size) != 1 or layer.groups != 1:
+            return "torch.sparse multiplies matrices: only linear layers and 1x1 convolutions fit"
+        if not isinstance(layer.padding, str) and any(layer.padding):
+            return f"padding {layer.padding} of a 1x1 convolution"
+    if axis != "channels" and not (axis == "im2col" and weight.shape[1] % 4 == 0):
+        return f"groups along axis={axis!r} do not lie within rows"
+    if not weight.is_cuda:
+        return f"its weight is on {weight.device}, not on a CUDA device"
+    return plan_padding(weight.shape[0], weight[0].numel(), weight.dtype, backend).reason
+
+
+def compress_layers(model: nn.Module, manifest: Manifest) -> dict[str, str]:
+    """Put every 2:4 layer that fits on a compressed weight, in place; give the others with the reason."""
+    backend = probe().backend
+    dense = {}
+    for name, known in manifest.weights.items():
+        path = name.rpartition(".")[0]
+        layer = model.get_submodule(path)
+        reason = reason_against(layer, known.axis, backend) if path else "the network is this one layer"
+        if reason:
+            dense[name] = reason
+            continue
+        model.set_submodule(path, compressed(layer, backend, torch.sparse.to_sparse_semi_structured))
+    return dense
+
+
+def compressed(layer: nn.Module, backend: str, compress: Callable[[Tensor], Tensor]) -> nn.Module:
+    """Give a plain linear layer or 1x1 convolution on a compressed weight."""
+    assert isinstance(layer, (nn.Linear, nn.Conv2d))
+    matrix = layer.weight.detach().flatten(1)
+    plan = plan_padding(matrix.shape[0], matrix.shape[1], matrix.dtype, backend)
+    linear = SparseLinear(matrix, layer.bias, plan, compress)
+    if isinstance(layer, nn.Linear):
+        return linear.train(layer.training)
+    return SparsePointwise(linear, (int(layer.stride[0]), int(layer.stride[1]))).train(layer.training)

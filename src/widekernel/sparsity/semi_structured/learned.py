@@ -1,0 +1,157 @@
+"""Masks that are learned over frozen weights: a choice among six patterns a group, drawn with the Gumbel-softmax trick."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from widekernel.sparsity.semi_structured.config import SemiStructuredConfig
+from widekernel.sparsity.semi_structured.grouping import Axis, group_view, ungroup
+from widekernel.sparsity.semi_structured.masks import choices_to_mask, legal_choices, magnitude_choices
+from widekernel.sparsity.semi_structured.noise import gumbel
+from widekernel.sparsity.semi_structured.patterns import COUNT, bits_of, pattern_table
+
+ILLEGAL = -1e9  # finite, because 0 · log 0 must be 0 in the entropy and in its gradient
+
+
+class _HardChoice(torch.autograd.Function):
+    """The pattern of largest probability in the forward pass, the mean pattern's gradient in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, soft: Tensor) -> Tensor:
+        return nn.functional.one_hot(soft.argmax(1), COUNT).to(soft.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+def gumbel_mask(logits: Tensor, noise: Tensor, tau: float = 1.0, kappa: float = 1.0, legal: Tensor | None = None) -> Tensor:
+    """Draw a mask for every group, straight through: exactly 0 and 1 forward, the softmax's gradient backward.
+
+    z = (kappa · logits + noise) / tau; the one-hot argmax of softmax(z) picks the pattern, and the gradient flows as if it
+    were softmax(z) itself (Jang et al., ICLR 2017; over 2:4 patterns Danhofer, arXiv 2411.00288, with tau = kappa = 1).
+
+    Args:
+        logits: (G, 6).
+        noise: (G, 6), standard Gumbel; zeros give the most probable pattern.
+        tau: temperature.
+        kappa: factor on the logits.
+        legal: (G, 6) bool, the patterns to choose from; None for all.
+
+    Returns:
+        (G, 4), in the type of `logits`.
+    """
+    scores = kappa * logits + noise
+    if legal is not None:
+        scores = scores.masked_fill(~legal, ILLEGAL)
+    hard: Tensor = _HardChoice.apply(torch.softmax(scores / tau, 1))  # type: ignore[no-untyped-call]
+    return hard @ pattern_table(hard.device, hard.dtype)
+
+
+@dataclass
+class Schedule:
+    """Where the learning of masks is: the step and, by it, temperature and logit scale.
+
+    Attributes:
+        config: start and end of both, and the number of steps between.
+        step: optimizer steps taken.
+    """
+
+    config: SemiStructuredConfig
+    step: int = 0
+
+    @property
+    def tau(self) -> float:
+        """Temperature, falling exponentially."""
+        start, end = self.config.tau_start, self.config.tau_end
+        return start * math.exp(math.log(end / start) * self._progress)
+
+    @property
+    def kappa(self) -> float:
+        """Factor on the logits, moving linearly."""
+        return self.config.kappa_start + (self.config.kappa_end - self.config.kappa_start) * self._progress
+
+    @property
+    def _progress(self) -> float:
+        return min(self.step / self.config.total_steps, 1.0)
+
+
+class ChoiceMask(nn.Module):
+    """Parametrisation of a weight: masked by drawn choices in training, by the most probable ones in evaluation.
+
+    In evaluation there is no noise; masked weights are +0. Noise depends on seed, step and name only, so all forward passes
+    of one optimizer step (accumulation, recomputation, other ranks) see one mask.
+
+    Args:
+        logits: (G, 6) float32, becomes the parameter.
+        shape: of the weight.
+        axis: which weights form a group.
+        groups: of the convolution.
+        name: of the weight; names its noise.
+        schedule: shared by all masks of a network.
+    """
+
+    def __init__(self, logits: Tensor, shape: torch.Size, axis: Axis, groups: int, name: str, schedule: Schedule) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(logits.detach().clone().to(torch.float32))
+        self.legal: Tensor | None
+        self.register_buffer("legal", legal_choices(shape, axis, groups, logits.device), persistent=False)
+        self.shape, self.axis, self.groups, self.name, self.schedule = shape, axis, groups, name, schedule
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Mask a weight."""
+        if not self.training:
+            return torch.where(self.mask(), weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
+        return weight * self.drawn().to(weight.dtype)
+
+    def drawn(self) -> Tensor:
+        """Give this step's mask, of the weight's shape, with gradients to the logits."""
+        schedule = self.schedule
+        noise = gumbel(self.logits.shape, schedule.config.seed, schedule.step, self.name, self.logits.device)
+        drawn = gumbel_mask(self.logits.float(), noise, schedule.tau, schedule.kappa, self.legal)
+        return ungroup(drawn, self.shape, self.axis, self.groups)
+
+    @torch.no_grad()
+    def choices(self) -> Tensor:
+        """Give the most probable patterns, (G,) uint8; of equal ones the first."""
+        return self._scores().argmax(1).to(torch.uint8)
+
+    def mask(self) -> Tensor:
+        """Give their mask, bool, of the weight's shape."""
+        return choices_to_mask(self.choices(), self.shape, self.axis, self.groups)
+
+    def entropies(self) -> Tensor:
+        """Give the entropy of each group's choice in nats, (G,), at most log 6: that of softmax(kappa · logits).
+
+        The temperature does not enter: it changes gradients, but not how often a pattern is drawn.
+        """
+        log = torch.log_softmax(self._scores(), 1)
+        return -(log.exp() * log).sum(1)
+
+    def _scores(self) -> Tensor:
+        scores = self.schedule.kappa * self.logits.float()
+        return scores if self.legal is None else scores.masked_fill(~self.legal, ILLEGAL)
+
+
+@torch.no_grad()
+def initial_logits(weight: Tensor, axis: Axis, groups: int, prior_strength: float) -> Tensor:
+    """Start from the magnitude mask: `prior_strength` for its pattern, half of it for those that share one of its two slots.
+
+    Returns:
+        (G, 6) float32; zeros, all patterns equally likely, without a prior.
+    """
+    kept = bits_of(magnitude_choices(weight, axis, groups)).float()
+    return prior_strength / 2 * (kept @ pattern_table(weight.device, torch.float32).T)
+
+
+def kept_share(weight: Tensor, choices: Tensor, axis: Axis, groups: int = 1) -> float:
+    """Give the share of the summed magnitude that the choices keep (1 for a weight of zeros)."""
+    values, _ = group_view(weight.detach(), axis, groups)
+    magnitudes = values.double().abs()
+    total = float(magnitudes.sum())
+    return float((magnitudes * bits_of(choices)).sum()) / total if total else 1.0

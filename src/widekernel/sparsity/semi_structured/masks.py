@@ -1,0 +1,137 @@
+"""Masks from weights, from choices, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from widekernel.errors import ArgumentError
+from widekernel.sparsity.semi_structured.grouping import Axis, describe, group_count, group_view, ungroup, valid_slots
+from widekernel.sparsity.semi_structured.patterns import COUNT, best_choices, bits_of, legal_patterns
+
+
+@torch.no_grad()
+def magnitude_choices(weight: Tensor, axis: Axis = "channels", groups: int = 1) -> Tensor:
+    """Choose, in each group, the pattern that keeps the two weights of largest magnitude.
+
+    Of equal weights the later one is kept (the pattern of lowest index), NaN counts as the largest, and padding never takes
+    a real weight's place; so the result depends on nothing but the values.
+
+    Args:
+        weight: (out, in / groups, kh, kw) or (out, in).
+        axis: which weights form a group, see `group_view`.
+        groups: of the convolution; matters for "im2col" only.
+
+    Returns:
+        (G,) uint8, indices into `PATTERNS`.
+    """
+    values, valid = group_view(weight, axis, groups)
+    # Before the absolute value: that of the smallest int8 is no int8.
+    values = values if values.dtype == torch.float64 else values.float()
+    return best_choices(values.abs(), valid)
+
+
+def magnitude_mask(weight: Tensor, axis: Axis = "channels", groups: int = 1) -> Tensor:
+    """Give the mask of `magnitude_choices`: bool, of the weight's shape, True where a weight is kept."""
+    return choices_to_mask(magnitude_choices(weight, axis, groups), weight.shape, axis, groups)
+
+
+def choices_to_mask(choices: Tensor, shape: Sequence[int], axis: Axis = "channels", groups: int = 1) -> Tensor:
+    """Give the mask that choices stand for.
+
+    Args:
+        choices: (G,) uint8, each 0..5.
+        shape: of the weight.
+        axis: which weights form a group.
+        groups: of the convolution.
+
+    Returns:
+        bool, of `shape`.
+
+    Raises:
+        ArgumentError: if a choice is no pattern, or there are not as many as the weight has groups.
+    """
+    check_choices(choices, shape, axis, groups)
+    return ungroup(bits_of(choices), shape, axis, groups)
+
+
+@torch.no_grad()
+def mask_to_choices(mask: Tensor, axis: Axis = "channels", groups: int = 1, name: str = "the mask") -> Tensor:
+    """Give choices whose mask covers `mask`.
+
+    Of several such patterns one that wastes no slot on padding is taken, then the one of lowest index. If the mask keeps two
+    weights of every full group the result stands for exactly that mask.
+
+    Args:
+        mask: bool, or a weight, whose non-zeros count; of the weight's shape.
+        axis: which weights form a group.
+        groups: of the convolution.
+        name: what to call it in an error.
+
+    Raises:
+        ArgumentError: if a group keeps more than two weights; the message says where.
+    """
+    bits, valid = group_view(mask != 0, axis, groups)
+    refuse_more_than_two(bits, mask.shape, axis, groups, name)
+    table = bits_of(torch.arange(COUNT, dtype=torch.uint8, device=bits.device))
+    covers = ~(bits.unsqueeze(1) & ~table).any(2)
+    if axis != "im2col":
+        preferred = covers & legal_patterns(valid)
+        covers = torch.where(preferred.any(1, keepdim=True), preferred, covers)
+    return covers.to(torch.uint8).argmax(1).to(torch.uint8)
+
+
+def check_two_four(weight: Tensor, axis: Axis = "channels", groups: int = 1, name: str = "the weight") -> None:
+    """Raise unless every group of four has at most two non-zeros.
+
+    PyTorch's converters take any matrix and keep the first two non-zeros of a group silently, so whatever exports a matrix
+    calls this first.
+
+    Args:
+        weight: (out, in / groups, kh, kw) or (out, in).
+        axis: which weights form a group.
+        groups: of the convolution.
+        name: what to call it in the error.
+
+    Raises:
+        ArgumentError: with the number of groups that are not 2:4 and where the first one is.
+    """
+    refuse_more_than_two(group_view(weight != 0, axis, groups)[0], weight.shape, axis, groups, name)
+
+
+def refuse_more_than_two(bits: Tensor, shape: Sequence[int], axis: Axis, groups: int, name: str) -> None:
+    """Raise ArgumentError if a row of `bits`, (G, 4) bool, has more than two True."""
+    counts = bits.sum(1)
+    wrong = (counts > 2).nonzero().flatten()
+    if wrong.numel():
+        first = int(wrong[0])
+        raise ArgumentError(
+            f"{name} is not 2:4 along axis={axis!r}: {wrong.numel()} of {bits.shape[0]} groups have more than two "
+            f"non-zeros, the first is group {first} ({describe(first, shape, axis, groups)}) with {int(counts[first])}: "
+            "mask the weight first, and again after every update (SemiStructured.apply_masks)"
+        )
+
+
+def check_choices(choices: Tensor, shape: Sequence[int], axis: Axis, groups: int, name: str = "choices") -> None:
+    """Raise ArgumentError unless `choices` are as many as the weight has groups, and patterns."""
+    wanted = group_count(shape, axis, groups)
+    if choices.dtype != torch.uint8 or tuple(choices.shape) != (wanted,):
+        raise ArgumentError(
+            f"{name} are {choices.dtype} of shape {tuple(choices.shape)}: a weight of shape {tuple(shape)} has {wanted} "
+            f"groups along axis={axis!r}; give as many uint8"
+        )
+    if choices.numel() and int(choices.max()) >= COUNT:
+        raise ArgumentError(f"{name} hold the value {int(choices.max())}: patterns are numbered 0..{COUNT - 1}")
+
+
+def legal_choices(shape: Sequence[int], axis: Axis, groups: int = 1, device: torch.device | str = "cpu") -> Tensor | None:
+    """Tell which patterns may be learned: (G, 6) bool, or None if all may.
+
+    Padding must not take a real weight's place, except in the paper's grouping, where it does.
+    """
+    if axis == "im2col":
+        return None
+    valid = valid_slots(shape, axis, groups, device)
+    return None if bool(valid.all()) else legal_patterns(valid)
