@@ -70,3 +70,15 @@ def states_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> list
     """Give the optimizer's tensors that have one entry a weight."""
     found = optimizer.state.get(parameter, {}).values()
     return [value for value in found if isinstance(value, Tensor) and value.shape == parameter.shape]
+
+
+def quick(**settings) -> DynamicSparsityConfig:
+    return DynamicSparsityConfig(**{"sparsity": 0.5, "init": "uniform", "update_interval": 2, **settings})
+
+
+def masks_of(controller: DynamicSparsity) -> dict[str, torch.Tensor]:
+    return {name: mask.clone() for name, mask in controller.masks.items()}
+
+
+def same(left: dict, right: dict) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)

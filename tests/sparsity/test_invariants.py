@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -42,9 +43,19 @@ def configs(draw: st.DrawFn) -> DynamicSparsityConfig:
     )
 
 
-def snapshot(controller: DynamicSparsity) -> tuple[dict, dict]:
-    masks = {name: mask.clone() for name, mask in controller._state.masks.items()}
-    return masks, {name: p.detach().clone() for name, p in controller._state.parameters.items()}
+class Spy:
+    """The rule, remembering the masks and weights that an update ranked."""
+
+    allocate, draw = staticmethod(exact.allocate), staticmethod(exact.draw)
+
+    def __init__(self) -> None:
+        self.masks: dict[str, torch.Tensor] = {}
+        self.weights: dict[str, torch.Tensor] = {}
+
+    def update(self, state, *arguments) -> bool:
+        self.masks = {name: mask.clone() for name, mask in state.masks.items()}
+        self.weights = {name: parameter.detach().clone() for name, parameter in state.parameters.items()}
+        return exact.update(state, *arguments)
 
 
 def check_nothing_lives_outside(model, optimizer, controller, average) -> None:
@@ -101,20 +112,7 @@ def run(config: DynamicSparsityConfig, optimizer_name: str, steps: int = 8) -> N
     for step in range(1, steps + 1):
         if started:
             check_counts(controller, (step - 1) // config.update_interval * config.update_interval if gradual(config) else 0)
-        former, _ = snapshot(controller)
-        weights_before_update: dict = {}
-        original = controller._rule.update
-
-        class Spy:  # the weights that the ranking sees
-            allocate, draw = exact.allocate, exact.draw
-
-            @staticmethod
-            def update(state, *arguments):
-                former.update({n: m.clone() for n, m in state.masks.items()})
-                weights_before_update.update({n: p.detach().clone() for n, p in state.parameters.items()})
-                return original(state, *arguments)
-
-        controller._rule = Spy
+        spy = controller._rule = Spy()
         train_step(model, optimizer, step)
         controller._rule = exact
         for ours, value in zip(average.parameters(), model.parameters()):
@@ -122,9 +120,9 @@ def run(config: DynamicSparsityConfig, optimizer_name: str, steps: int = 8) -> N
         started = True
         assert controller.step == step
         check_nothing_lives_outside(model, optimizer, controller, average)
-        if weights_before_update:
-            assert config.is_due(step)
-            check_moves(controller, former, weights_before_update)
+        assert bool(spy.masks) == config.is_due(step)
+        if spy.masks:
+            check_moves(controller, spy.masks, spy.weights)
     last = math.floor(config.stop_step / config.update_interval) * config.update_interval
     if last:
         check_counts(controller, steps if not gradual(config) else last)
@@ -227,11 +225,11 @@ def test_blocks_cut_every_weight_once(shape: tuple[int, ...], tile: tuple[int, i
 @settings(max_examples=200, deadline=None)
 @given(config=configs())
 def test_schedules_are_monotone_and_end_exactly(config: DynamicSparsityConfig) -> None:
-    steps = range(0, 20)
+    steps = range(20)
     fractions = [prune_fraction(config, step) for step in steps]
-    assert all(a >= b - 1e-12 for a, b in zip(fractions, fractions[1:]))
+    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(fractions))
     aims = [sparsity_at(config, step) for step in steps]
-    assert all(a <= b + 1e-12 for a, b in zip(aims, aims[1:]))
+    assert all(a <= b + 1e-12 for a, b in itertools.pairwise(aims))
     assert aims[-1] == config.sparsity
 
 
