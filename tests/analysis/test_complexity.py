@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +17,14 @@ import widekernel
 from tests.conftest import shared_folder
 from tests.models.zoo import NANO, assert_same_state, create, on_meta, snapshot, tables_drawn_once
 from widekernel.analysis.complexity import Complexity, Cost, complexity
+from widekernel.cli.main import main
+from widekernel.data import DataConfig, Preprocessing
 from widekernel.errors import ShapeError
 from widekernel.layers import LargeKernel, Rectangles
 from widekernel.models import list_models
+from widekernel.sparsity.compact import compact
+from widekernel.tasks.assembly import pretrained_cfg
+from widekernel.tasks.saved import SavedModel, save_model
 
 ROAD = [name for name in list_models("roadmap_*") if name != "roadmap_nano"]
 
@@ -134,7 +140,8 @@ def test_a_network_counted_by_hand() -> None:
         macs=around + 4 * 49 * pixels,
         activations=4 * pixels + 4 * pixels + 6 * pixels + 5,
     )
-    assert complexity(model, (3, 8, 8)) == Complexity((3, 8, 8), training, folded, published_macs=training.macs)
+    counted = complexity(model, (3, 8, 8))
+    assert counted == Complexity((3, 8, 8), training, folded, training.macs, nonzero=training, realised=folded)
 
 
 def test_tiles_cost_less_than_published() -> None:
@@ -232,3 +239,153 @@ def test_real_weights_and_none_count_alike() -> None:
     with tables_drawn_once():
         real = timm.create_model("shiftwise_nano")
     assert complexity(real, (3, 64, 64)) == complexity(on_meta("shiftwise_nano"), (3, 64, 64))
+
+
+# ---- Zeros: dense, non-zero, realised
+
+
+def test_zeros_counted_by_hand() -> None:
+    """As the network above in small; half of the channels of the large kernel are dead, other zeros are scattered."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),
+        LargeKernel(Rectangles(4, [(7, 7), (3, 3)]), [nn.BatchNorm2d(4), nn.BatchNorm2d(4)]),
+        nn.Conv2d(4, 6, 1, bias=False),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, 5),
+    )
+    with torch.no_grad():
+        model[0].weight[0] = 0
+        for kernel in model[1].source.kernels:
+            kernel.zero_()
+        model[1].source.kernels[1][:2] = 1
+        model[2].weight[:, 0] = 0
+        model[5].weight[:, :3] = 0
+        model[5].bias.zero_()
+    counted, pixels = complexity(model, (3, 8, 8)), 64
+    assert counted.dense is counted.training
+    assert counted.nonzero.params == counted.dense.params - 27 - 4 * 49 - 2 * 9 - 6 - 15
+    assert counted.nonzero.macs == counted.dense.macs - pixels * (27 + 4 * 49 + 2 * 9 + 6) - 15
+    assert counted.nonzero.activations == counted.dense.activations
+    # The 7x7 is gone and the 3x3 is left, in all channels: gathering two of them would not pay.
+    assert counted.realised.macs == counted.folded.macs - pixels * 4 * (49 - 9)
+    assert counted.realised.params == counted.folded.params - 4 * (49 - 9)
+
+
+@pytest.mark.parametrize("name", [*NANO, "slak_nano_square", "slak_pw_nano_truncated"])
+@pytest.mark.filterwarnings("ignore:these layers were not folded")
+def test_without_zeros_the_columns_are_equal(name: str) -> None:
+    counted = complexity(create(name), (3, 64, 64))
+    assert counted.nonzero == counted.dense
+    assert counted.realised == counted.folded
+
+
+@pytest.mark.parametrize("name", ["slak_nano", "replknet_nano", "slak_reg_nano", "slak_pw_nano_truncated"])
+@pytest.mark.filterwarnings("ignore:these layers were not folded")
+def test_scattered_zeros_are_not_computed_less(name: str) -> None:
+    model = create(name)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter *= torch.rand(parameter.shape) >= 0.4
+    counted = complexity(model, (3, 64, 64))
+    assert 0.58 < counted.nonzero.macs / counted.dense.macs < 0.62
+    assert 0.58 < counted.nonzero.params / counted.dense.params < 0.64
+    assert counted.realised == counted.folded
+
+
+def test_dead_kernels_are_not_realised() -> None:
+    model = create("shiftwise_nano")
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, LargeKernel):
+                for tiles in module.source.tiles:
+                    tiles.zero_()
+    counted = complexity(model, (3, 64, 64))
+    assert counted.realised.macs < counted.folded.macs
+    assert counted.nonzero.macs < counted.dense.macs
+    assert counted.realised.params < counted.folded.params
+
+
+def test_folded_and_compacted_networks_are_counted_too() -> None:
+    model = create("slak_nano")
+    with torch.no_grad():
+        for kernel in model.stages[0].blocks[0].mixer.source.kernels:
+            kernel.zero_()
+    counted = complexity(model, (3, 64, 64))
+    folded, small = (complexity(form(model), (3, 64, 64)) for form in (widekernel.fold, compact))
+    assert folded.dense == counted.folded
+    assert folded.nonzero.macs == folded.dense.macs - 16 * 2 * 31 * 3 * 16 * 16
+    assert small.dense == small.nonzero == counted.realised == folded.realised
+
+
+def test_as_json() -> None:
+    counted = complexity(create("slak_nano"), (3, 64, 64))
+    values = json.loads(json.dumps(counted.to_dict()))
+    assert values["input_size"] == [3, 64, 64]
+    assert list(values) == ["input_size", "published_macs", "dense", "nonzero", "folded", "realised"]
+    assert values["realised"]["macs"] == counted.realised.macs
+
+
+@pytest.mark.full
+def test_published_figures_of_sparse_networks() -> None:
+    """SLaK-T's 30 M / 5.0 G are its non-zero weights; 40 % zeros everywhere give 30.5 M / 5.22 G, of 50.7 M / 8.70 G."""
+    model = timm.create_model("slak_tiny")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() in (2, 4):
+                parameter *= torch.rand(parameter.shape, generator=generator) >= 0.4
+    counted = complexity(model)
+    assert round(counted.dense.params / 1e6, 1) == 50.7
+    assert round(counted.dense.macs / 1e9, 2) == 8.70
+    assert round(counted.nonzero.params / 1e6, 1) == 30.5
+    assert round(counted.nonzero.macs / 1e9, 2) == 5.22
+    assert counted.realised == counted.folded
+
+
+# ---- The command
+
+
+def _command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = main(["complexity", *arguments])
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def test_the_table_of_a_name(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = _command(capsys, "slak_nano")
+    assert code == 0
+    for word in ("dense", "non-zero", "folded", "realised", "parameters (M)", "MACs (G)", "activations (M)"):
+        assert word in out
+
+
+@pytest.mark.parametrize("form", ["training", "folded"])
+def test_a_file_with_zeros(tmp_path: Path, capsys: pytest.CaptureFixture[str], form: Any) -> None:
+    model = timm.create_model("slak_nano", num_classes=5)
+    with torch.no_grad():
+        for kernel in model.stages[0].blocks[0].mixer.source.kernels:
+            kernel.zero_()
+    preprocessing = Preprocessing.resolve(DataConfig(), pretrained_cfg(model))
+    saved = SavedModel("slak_nano", {}, form, 5, (), preprocessing)
+    model = widekernel.fold(model) if form == "folded" else model
+    save_model(model, tmp_path / "net.safetensors", saved)
+    code, out, _ = _command(capsys, str(tmp_path / "net.safetensors"), "--json")
+    assert code == 0
+    assert json.loads(out) == complexity(model, (3, 64, 64)).to_dict()
+    assert json.loads(out)["realised"]["macs"] < json.loads(out)["folded"]["macs"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nothing.pth"], "nothing.pth does not exist"),
+        (["slak_nano", "--weights", "ema"], "must be a run folder or a checkpoint file for --weights"),
+        (["slak_nano", "--state", "best"], "for --state"),
+        (["slak_nona"], "'slak_nano'"),
+    ],
+)
+def test_wrong_sources(capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:
+    code, _, err = _command(capsys, *arguments)
+    assert code == 2
+    assert words in " ".join(err.split())
