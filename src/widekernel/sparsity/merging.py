@@ -1,0 +1,168 @@
+"""Masks and folding: where a folded kernel may be non-zero, given the masks of the branches it is merged from."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from widekernel.errors import ArgumentError, nearest
+from widekernel.layers import FoldedLargeKernel, LargeKernel, Rect, Rectangles, maximal_rectangles
+from widekernel.layers.sources import rects_of
+
+
+def merged_support(layer: LargeKernel, masks: Mapping[str, Tensor], prefix: str = "") -> list[Rect]:
+    """Give the union of the masks of all branches, in the rectangles that the layer folds to.
+
+    Tiles are put where their tables put them, anchors are heeded, and a branch that another one covers is part of it. What
+    the masks do not name is alive everywhere. The identity of the layer, which adds the tap on the output pixel to every
+    channel, is no branch and not part of the union.
+
+    Args:
+        layer: in its training form.
+        masks: parameter name -> bool tensor of the shape of the parameter, true where the weight is alive.
+        prefix: what stands before the names of the layer's own parameters, for instance `"stages.0.blocks.0.mixer."`; names
+            without it belong to other layers.
+
+    Returns:
+        rectangles whose kernels are bool (C, 1, kh, kw), in the order of `layer.folded().rects()`.
+
+    Raises:
+        ArgumentError: for a mask without a parameter, of another shape or type, and for a layer that cannot be folded.
+    """
+    own = _own_masks(layer, masks, prefix)
+    source = copy.deepcopy(layer.source)
+    with torch.no_grad():
+        for name, parameter in source.named_parameters():
+            mask = own.get(f"source.{name}")
+            # Sums of numbers that are not negative are zero only where all of them are; gates are positive for any number.
+            parameter.data = torch.ones_like(parameter) if mask is None else mask.to(parameter.device, parameter.dtype)
+        rects = rects_of(source)
+    if rects is None:
+        raise ArgumentError(
+            f"the layer {prefix.rstrip('.') or type(layer.source).__name__} has no merged kernel: it equals no single one "
+            "near the borders; its masks hold in its training form only"
+        )
+    return [Rect(rect.kernel.detach() > 0, rect.anchor) for rect in maximal_rectangles(rects)]
+
+
+def taps_outside(
+    layer: LargeKernel, masks: Mapping[str, Tensor], prefix: str = "", folded: FoldedLargeKernel | None = None
+) -> list[Rect]:
+    """Give the taps of the folded layer that are not zero though no branch has a live weight there.
+
+    The tap of the identity is excepted: it is in the kernel whatever the masks say.
+
+    Args:
+        layer: in its training form.
+        masks: as for `merged_support`.
+        prefix: as for `merged_support`.
+        folded: its folded form, by default what `layer.folded()` gives.
+
+    Returns:
+        rectangles whose kernels are bool (C, 1, kh, kw), true at such taps; all false where masks and folding agree.
+
+    Raises:
+        ArgumentError: as `merged_support`, and if `folded` has other rectangles than the layer folds to.
+    """
+    support = merged_support(layer, masks, prefix)
+    rects = (layer.folded() if folded is None else folded).rects()
+    if [(r.kernel.shape, r.anchor) for r in rects] != [(s.kernel.shape, s.anchor) for s in support]:
+        raise ArgumentError(
+            f"the folded layer has rectangles {[r.size for r in rects]} but {prefix.rstrip('.') or 'the layer'} folds to "
+            f"{[s.size for s in support]}: give the layer that it was folded from"
+        )
+    outside = [Rect((rect.kernel.detach() != 0) & ~allowed.kernel, rect.anchor) for rect, allowed in zip(rects, support)]
+    if layer.identity:
+        # Absorbed by the first rectangle, as all of them cover one tap on the output pixel.
+        row, column = outside[0].anchor
+        outside[0].kernel[:, :, row, column] = False
+    return outside
+
+
+def check_merged_support(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Raise unless every large kernel of a network, once folded, is zero where all its branches are masked.
+
+    Args:
+        model: a network in its training form, or a single `LargeKernel`.
+        masks: parameter name (in `model`) -> bool tensor.
+
+    Raises:
+        ArgumentError: names the layer, how many taps lie outside, and the first of them (channel, row, column from the
+            output pixel); and as `merged_support`.
+    """
+    for name, module in model.named_modules():
+        if not isinstance(module, LargeKernel) or not module.foldable():
+            continue
+        prefix = f"{name}." if name else ""
+        for rect in taps_outside(module, masks, prefix):
+            places = rect.kernel[:, 0].nonzero()
+            if len(places):
+                channel, row, column = places[0].tolist()
+                place = f"({row - rect.anchor[0]:+d}, {column - rect.anchor[1]:+d})"
+                raise ArgumentError(
+                    f"{name or 'the layer'}: {len(places)} taps of the folded {rect.size[0]}x{rect.size[1]} kernel are not "
+                    f"zero where every branch is masked, the first in channel {channel} at {place} from the output pixel: "
+                    "multiply the weights with their masks before folding"
+                )
+
+
+def shared_mask(layer: LargeKernel, masks: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """Give masks under which all branches of a layer are alive at the same taps: at each, the union of the given ones.
+
+    The merged kernel then has as many live taps as before, and every branch all that the merged kernel has room for:
+    weights that cost nothing once folded.
+
+    Args:
+        layer: whose source is `Rectangles`; where tiles are shared and moved a tap belongs to several weights.
+        masks: as for `merged_support`.
+        prefix: as for `merged_support`.
+
+    Returns:
+        parameter name (with the prefix) -> bool tensor, for every branch.
+
+    Raises:
+        ArgumentError: for another source, and as `merged_support`.
+    """
+    if not isinstance(layer.source, Rectangles):
+        raise ArgumentError(
+            f"the layer {prefix.rstrip('.') or ''} has a {type(layer.source).__name__} source: a mask shared by all branches "
+            "needs branches with a weight of their own at every tap (Rectangles)"
+        )
+    own = _own_masks(layer, masks, prefix)
+    names = [f"source.kernels.{i}" for i in range(len(layer.source.kernels))]
+    live = [
+        Rect.centred(own.get(name, torch.ones_like(kernel, dtype=torch.bool)))
+        for name, kernel in zip(names, layer.source.kernels)
+    ]
+    return {f"{prefix}{name}": _union_within(rect, live) for name, rect in zip(names, live)}
+
+
+def _union_within(window: Rect, live: Sequence[Rect]) -> Tensor:
+    """Give the union of bool rectangles at the taps of one of them."""
+    total = torch.zeros_like(window.kernel)
+    for rect in live:
+        # Negative padding cuts.
+        up, down, left, right = (mine - theirs for mine, theirs in zip(window.reach, rect.reach))
+        total |= F.pad(rect.kernel.to(window.kernel.device), (left, right, up, down))
+    return total
+
+
+def _own_masks(layer: LargeKernel, masks: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Pick the masks of a layer and check them."""
+    parameters = dict(layer.named_parameters())
+    own = {name[len(prefix) :]: mask for name, mask in masks.items() if name.startswith(prefix)}
+    for name, mask in own.items():
+        if name not in parameters:
+            raise ArgumentError(
+                f"there is a mask for {prefix}{name}, but the layer has no such parameter.{nearest(name, parameters)}"
+            )
+        if mask.dtype != torch.bool or mask.shape != parameters[name].shape:
+            raise ArgumentError(
+                f"the mask of {prefix}{name} is {mask.dtype} {tuple(mask.shape)}: it must be torch.bool of the shape of the "
+                f"parameter, {tuple(parameters[name].shape)}"
+            )
+    return own
