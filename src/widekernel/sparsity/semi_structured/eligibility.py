@@ -68,7 +68,7 @@ def reasons_against(model: nn.Module, config: SemiStructuredConfig, given: Colle
     reasons = {}
     for name, layer in layers.items():
         if given is not None:
-            reasons[name] = "no mask was given" if name not in given else _cannot(layer, config, uses)
+            reasons[name] = "no mask was given" if name not in given else _cannot(layer, config, uses, True)
         elif any(fnmatchcase(name, pattern) for pattern in config.exclude):
             reasons[name] = "excluded"
         elif config.layers != "all" and not any(fnmatchcase(name, pattern) for pattern in config.layers):
@@ -98,7 +98,7 @@ def _check_names(layers: dict[str, Layer], config: SemiStructuredConfig, model: 
         raise ArgumentError(f"{pattern!r} fits no Conv2d or Linear of the network.{nearest(pattern, layers)}")
 
 
-def _cannot(layer: Layer, config: SemiStructuredConfig, uses: Counter[int]) -> str:
+def _cannot(layer: Layer, config: SemiStructuredConfig, uses: Counter[int], given: bool = False) -> str:
     """Say why a layer cannot be masked, whatever its size; "" if it can."""
     if "weight" not in layer._parameters or getattr(layer, "parametrizations", None):
         return "its weight is parametrised already"
@@ -117,7 +117,7 @@ def _cannot(layer: Layer, config: SemiStructuredConfig, uses: Counter[int]) -> s
     depthwise = groups > 1 and weight.shape[1] == 1
     if config.axis == "taps":
         return "" if depthwise else "axis='taps' is for depthwise layers"
-    if depthwise:
+    if depthwise and not (given and config.axis == "im2col"):  # official checkpoints may hold such masks
         return "depthwise: one input channel an output leaves nothing to choose from"
     if groups > 1 and config.axis == "channels":
         return f"grouped ({groups} groups)"
