@@ -184,7 +184,7 @@ def test_importing_loads_no_heavy_packages(importing: list) -> None:
 
 def test_importing_loads_only_what_the_networks_need(importing: list) -> None:
     loaded = {name.split(".")[1] for name in importing[2] if name.startswith("widekernel.")}
-    assert loaded == {"errors", "layers", "models", "ops", "transforms"}
+    assert loaded == {"errors", "layers", "models", "ops", "sparsity", "transforms"}
 
 
 def seconds(statement: str) -> float:

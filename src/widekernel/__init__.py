@@ -1,6 +1,6 @@
 """ConvNets with very wide and very sparse kernels. Importing the package registers its networks with timm."""
 
-from widekernel import ops
+from widekernel import ops, sparsity
 from widekernel.layers import DepthwiseConv2d, LargeKernel, Rectangles, ShiftTiles
 from widekernel.models import load_checkpoint, save_checkpoint
 from widekernel.transforms.fold import fold
@@ -17,4 +17,5 @@ __all__ = [
     "load_checkpoint",
     "ops",
     "save_checkpoint",
+    "sparsity",
 ]

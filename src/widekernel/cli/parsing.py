@@ -126,8 +126,10 @@ def _check_names(parser: jsonargparse.ArgumentParser, arguments: list[str]) -> N
 
 
 def _nested_type(field: dataclasses.Field) -> Any:
-    factory = field.default_factory
-    return factory if dataclasses.is_dataclass(factory) else None
+    if field.default_factory is dataclasses.MISSING:
+        return None
+    default = field.default_factory()
+    return type(default) if dataclasses.is_dataclass(default) else None
 
 
 def _tuples(value: Any) -> Any:

@@ -1,16 +1,22 @@
 """Sparsity that is part of the checkpoint: dynamic sparse training, coarse pruning, learned 2:4 masks."""
 
+from widekernel.sparsity import semi_structured
+from widekernel.sparsity.compact import compact
 from widekernel.sparsity.config import DynamicSparsityConfig, published_shiftwise, published_slak
 from widekernel.sparsity.dynamic import DynamicSparsity
 from widekernel.sparsity.processes import MaskMismatchError
+from widekernel.sparsity.report import SparsityReport
 from widekernel.sparsity.saving import load_masks, save_masks
 
 __all__ = [
     "DynamicSparsity",
     "DynamicSparsityConfig",
     "MaskMismatchError",
+    "SparsityReport",
+    "compact",
     "load_masks",
     "published_shiftwise",
     "published_slak",
     "save_masks",
+    "semi_structured",
 ]

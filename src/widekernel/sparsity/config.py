@@ -122,15 +122,6 @@ class DynamicSparsityConfig:
             _require(
                 self.initial_sparsity <= self.sparsity, "initial_sparsity", self.initial_sparsity, f"at most {self.sparsity}"
             )
-        needs = {
-            "prune_schedule='cosine'": self.prune_schedule == "cosine",
-            "initial_sparsity": self.initial_sparsity is not None,
-        }
-        for name, needed in needs.items():
-            if needed and self.total_steps is None:
-                raise ArgumentError(
-                    f"{name} needs to know when training ends: set total_steps, the number of optimizer steps"
-                )
         if self.min_fan_in and self.block != "element":
             raise ArgumentError(
                 f"min_fan_in={self.min_fan_in} counts single weights: use block='element', not {self.block!r}"
@@ -141,6 +132,14 @@ class DynamicSparsityConfig:
             )
         if self.rule == "published" and (self.initial_sparsity is not None or self.min_fan_in or self.block == "2:4"):
             raise ArgumentError("rule='published' knows no initial_sparsity, min_fan_in or 2:4 blocks: use rule='exact'")
+
+    def check_timed(self) -> None:
+        """Raise an `ArgumentError` if a schedule needs to know when training ends, and `total_steps` is not set."""
+        timed = {"prune_schedule='cosine'": self.prune_schedule == "cosine"}
+        timed["initial_sparsity"] = self.initial_sparsity is not None
+        for name, used in timed.items():
+            if used and self.total_steps is None:
+                raise ArgumentError(f"{name} needs to know when training ends: set total_steps to its optimizer steps")
 
     @property
     def stop_step(self) -> float:

@@ -75,6 +75,7 @@ class DynamicSparsity:
         masks: dict[str, Tensor] | None = None,
     ) -> None:
         self.config = config or DynamicSparsityConfig()
+        self.config.check_timed()
         self.optimizer = optimizer
         self._model = unwrap(model)
         self.choices = choices_for(self._model, self.config, masks)

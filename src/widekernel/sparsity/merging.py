@@ -129,7 +129,7 @@ def shared_mask(layer: LargeKernel, masks: Mapping[str, Tensor], prefix: str = "
     """
     if not isinstance(layer.source, Rectangles):
         raise ArgumentError(
-            f"the layer {prefix.rstrip('.') or ''} has a {type(layer.source).__name__} source: a mask shared by all branches "
+            f"{prefix.rstrip('.') or 'the layer'} has a {type(layer.source).__name__} source: a mask shared by all branches "
             "needs branches with a weight of their own at every tap (Rectangles)"
         )
     own = _own_masks(layer, masks, prefix)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from widekernel.errors import CheckpointError
@@ -96,7 +96,7 @@ def save_masks(masks: Mapping[str, Tensor], path: str | Path) -> None:
     """Write masks (parameter name -> bool) to a .safetensors file, one bit a weight."""
     shapes = {name: list(mask.shape) for name, mask in masks.items()}
     metadata = {METADATA_KEY: json.dumps({"format": FORMAT, "shapes": shapes})}
-    save_file({name: pack(mask) for name, mask in masks.items()}, str(path), metadata=metadata)
+    Path(path).write_bytes(save({name: pack(mask) for name, mask in masks.items()}, metadata=metadata))
 
 
 def load_masks(path: str | Path, model: nn.Module | None = None) -> dict[str, Tensor]:

@@ -36,7 +36,9 @@ def choices_for(model: nn.Module, config: DynamicSparsityConfig, masks: dict[str
         if refused:
             raise ArgumentError(f"{refused[0].name} has a mask, but {refused[0].reason}: leave its mask out")
         return [
-            Choice(choice.name, choice.shape, choice.reason or ("" if choice.name in masks else "is not among the masks given"))
+            Choice(
+                choice.name, choice.shape, choice.reason or ("" if choice.name in masks else "is not among the masks given")
+            )
             for choice in choices
         ]
     choices = choose(model, config.layers, config.exclude)

@@ -1,5 +1,6 @@
 """Image classification: loss with mixing and smoothing, evaluation, and a whole run from its configuration."""
 
+import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from widekernel.data import (
 from widekernel.data.loading import MIX_STREAM
 from widekernel.data.seeding import scoped_seed
 from widekernel.models.checkpoint import load_checkpoint
+from widekernel.sparsity import save_masks
 from widekernel.tasks.assembly import build_model, choose_device, pretrained_cfg
 from widekernel.tasks.config import TrainConfig
 from widekernel.tasks.evaluation import EvaluationOptions, evaluate
@@ -43,6 +45,7 @@ from widekernel.training import (
 )
 from widekernel.training.config import Metrics
 from widekernel.training.curves import save_curves
+from widekernel.training.files import explained, write_atomically
 from widekernel.training.metrics_log import read_metrics
 from widekernel.training.random_state import seed_run
 
@@ -165,6 +168,9 @@ def _train(config: TrainConfig, folder: RunFolder, reporter: Reporter, processes
     description = fingerprint(train_source, val_source)
     around = Surroundings(folder, device, processes, reporter, description, saved.to_dict())
     trainer = Trainer(model, objective, loader, config.training, around)
+    report = trainer.sparsity.report()
+    if report is not None:
+        reporter.message(report.summary())
     trainer.run()
     return RunResult(folder, _finish(trainer, saved), was_finished=summary is not None)
 
@@ -213,12 +219,27 @@ def _finish(trainer: Trainer, saved: SavedModel) -> dict[str, Any]:
         "best_step": progress.best_step,
     }
     if trainer.around.processes.is_main:
-        save_model(trainer.model, folder.model, saved)
+        save_model(trainer.sparsity.finished(trainer.model), folder.model, saved)
+        _write_sparsity(trainer)
         if trainer.ema is not None:
             save_model(trainer.ema.module, folder.model_ema, saved)
         save_curves(rows, folder.curves)
         folder.write_summary(summary)
     return summary
+
+
+def _write_sparsity(trainer: Trainer) -> None:
+    """Keep the masks and the report of a sparse run beside its model."""
+    report, folder = trainer.sparsity.report(), trainer.around.folder
+    if report is None:
+        return
+    save_masks(trainer.sparsity.masks(), folder.masks)
+    text = json.dumps(report.to_dict(), indent=1)
+    with explained(folder.sparsity):
+        write_atomically(folder.sparsity, lambda file: file.write(text.encode()))
+    with explained(folder.sparsity_picture):
+        picture = report.picture()
+        write_atomically(folder.sparsity_picture, lambda file: file.write(picture))
 
 
 def _count_classes(config: TrainConfig, source: ImageSource) -> int:

@@ -11,8 +11,10 @@ from widekernel.training.config import (
     LoopConfig,
     OptimizerConfig,
     ScheduleConfig,
+    SparsityConfig,
     TrainingConfig,
 )
+from widekernel.training.sparsification import check_averaging
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class TrainConfig:
         ema: averaging of the weights
         loop: batches, precision and device
         checkpoint: training states
+        sparsity: zeros in the weights
     """
 
     seed: int = 0
@@ -72,10 +75,17 @@ class TrainConfig:
     ema: EmaConfig = field(default_factory=EmaConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    sparsity: SparsityConfig = field(default_factory=SparsityConfig)
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, "seed", self.seed, "0 or more")
         require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "from 0 to below 1")
+        check_averaging(self.sparsity, self.ema.decay)
+        if self.sparsity.method == "2:4" and not (self.model.pretrained or self.model.weights):
+            raise ConfigError(
+                "sparsity.method is '2:4', which learns masks over trained weights: set model.weights to a checkpoint, or "
+                "model.pretrained."
+            )
         if self.augment.mixes and self.loop.batch_size % 2:
             raise ConfigError(
                 f"loop.batch_size is {self.loop.batch_size}, but mixup and cutmix pair the images of a batch: "
@@ -84,7 +94,11 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, as in the YAML form."""
-        return _plain(asdict(self))
+        values = _plain(asdict(self))
+        # Settings of methods that are not used would only be in the way of resuming.
+        used = {"none": (), "dynamic": ("dynamic", "masks"), "2:4": ("semi_structured",)}[self.sparsity.method]
+        values["sparsity"] = {key: values["sparsity"][key] for key in ("method", *used)}
+        return values
 
     @property
     def training(self) -> TrainingConfig:
@@ -97,6 +111,7 @@ class TrainConfig:
             loop=self.loop,
             checkpoint=self.checkpoint,
             max_unreadable=self.data.max_unreadable,
+            sparsity=self.sparsity,
         )
 
 

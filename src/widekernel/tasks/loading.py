@@ -13,6 +13,7 @@ from widekernel.tasks.assembly import build_model, pretrained_cfg
 from widekernel.tasks.saved import SavedModel, restore_model
 from widekernel.training.checkpoint import CheckpointStore, load_state, step_of
 from widekernel.training.run_folder import RunFolder
+from widekernel.training.sparsification import restore_learned
 
 Weights = Literal["model", "ema"]
 
@@ -121,8 +122,7 @@ def _restore_state(state: dict[str, Any], source: Source) -> tuple[nn.Module, Sa
     if weights is None:
         raise CheckpointError(f"The training state in {source.path} holds no averaged weights: use --weights model.")
     model = build_model(saved.name, saved.num_classes, saved.model_args)
-    model.load_state_dict(weights)
-    return model.eval(), saved
+    return restore_learned(model, weights, state.get("sparsity")).eval(), saved
 
 
 def _check_options(source: Source) -> None:

@@ -1,9 +1,12 @@
 """Configuration of optimisation, schedule, averaging, precision and checkpoints."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from widekernel.data.config import require
+from widekernel.data.errors import ConfigError
+from widekernel.sparsity import DynamicSparsityConfig
+from widekernel.sparsity.semi_structured import SemiStructuredConfig
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,34 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class SparsityConfig:
+    """Zeros in the weights.
+
+    Args:
+        method: none; dynamic (masks that move while the weights are trained, coarse pruning among them); 2:4 (masks learned
+            over the frozen weights of model.weights or model.pretrained)
+        dynamic: masks that move
+        semi_structured: learned 2:4 masks
+        masks: file of masks to start from (sparsity.method dynamic only)
+    """
+
+    method: Literal["none", "dynamic", "2:4"] = "none"
+    dynamic: DynamicSparsityConfig = field(default_factory=DynamicSparsityConfig)
+    semi_structured: SemiStructuredConfig = field(default_factory=lambda: SemiStructuredConfig(method="learned"))
+    masks: str | None = None
+
+    def __post_init__(self) -> None:
+        require(self.method in ("none", "dynamic", "2:4"), "sparsity.method", self.method, "none, dynamic or 2:4")
+        if self.masks is not None and self.method != "dynamic":
+            raise ConfigError(f"sparsity.masks is set, but sparsity.method is {self.method!r}: use method dynamic.")
+        if self.method == "2:4" and self.semi_structured.method != "learned":
+            raise ConfigError(
+                f"sparsity.semi_structured.method is {self.semi_structured.method!r}, which needs no training: use "
+                "`widekernel sparsify`, then train with --sparsity.method dynamic, .init from_weights and .block 2:4."
+            )
+
+
+@dataclass(frozen=True)
 class TrainingConfig:
     """All that the loop itself needs to know."""
 
@@ -143,6 +174,7 @@ class TrainingConfig:
     loop: LoopConfig
     checkpoint: CheckpointConfig
     max_unreadable: int
+    sparsity: SparsityConfig = field(default_factory=SparsityConfig)
 
 
 Metrics = dict[str, Any]

@@ -24,6 +24,7 @@ from widekernel.training.processes import Processes
 from widekernel.training.progress import Reporter, SilentReporter
 from widekernel.training.random_state import random_state, restore_random_state
 from widekernel.training.run_folder import RunFolder
+from widekernel.training.sparsification import create_sparsification
 
 
 class TrainingError(WidekernelError, RuntimeError):
@@ -135,10 +136,12 @@ class Trainer:
                 f"The training data has {len(loader.samples)} images, but one optimizer step takes {needed} "
                 f"(loop.batch_size × loop.accumulate × processes). Lower loop.batch_size."
             )
-        self.optimizer = create_optimizer(model, config.optimizer)
+        self.sparsity = create_sparsification(model, config.sparsity, config.seed, self.total_steps)
+        self.optimizer = create_optimizer(self.sparsity.trained(model), config.optimizer)
         self.schedule = create_schedule(self.optimizer, config.schedule, self.steps_per_epoch)
         decay = config.ema.decay
         self.ema = None if decay is None else ModelEmaV3(model, decay=decay, use_warmup=config.ema.warmup)
+        self.sparsity.attach(self.optimizer, self.ema, self.total_steps)
         self.autocast = _autocast(config.loop.precision, around.device)
         self.scaler = torch.amp.GradScaler(around.device.type, enabled=config.loop.precision == "fp16")
         self.progress = Progress()
@@ -189,8 +192,9 @@ class Trainer:
             stream = (self.config.seed, self.progress.step, number, self.around.processes.rank)
             with self.autocast():
                 loss = self.objective.loss(self.model, self._on_device(batch), stream) / len(batches)
-            self.scaler.scale(loss).backward()
+                penalty = self.sparsity.penalty()
             total += loss.item()
+            self.scaler.scale(loss if penalty is None else loss + penalty / len(batches)).backward()
         if not math.isfinite(total):
             raise TrainingError(
                 f"The training loss is {total} at step {self.progress.step + 1}. Lower optimizer.lr "
@@ -209,9 +213,11 @@ class Trainer:
         clip = self.config.optimizer.clip_grad
         if clip is not None:
             self.scaler.unscale_(self.optimizer)
+            self.sparsity.before_clipping()
             dispatch_clip_grad(self.model.parameters(), clip, mode=self.config.optimizer.clip_mode)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.sparsity.after_step()
         self.optimizer.zero_grad(set_to_none=True)
 
     def _log_step(self, loss: float) -> None:
@@ -276,7 +282,8 @@ class Trainer:
     def _write_row(self, figures: Metrics) -> None:
         progress = self.progress
         mean = progress.loss_sum / progress.loss_count
-        row = {"epoch": progress.epoch + 1, "step": progress.step, "train_loss": mean, "lr": self._lr(), **figures}
+        row = {"epoch": progress.epoch + 1, "step": progress.step, "train_loss": mean, "lr": self._lr()}
+        row.update(self.sparsity.figures(), **figures)
         progress.loss_sum, progress.loss_count = 0.0, 0
         if self.around.processes.is_main:
             self.log.append(row)
@@ -300,6 +307,7 @@ class Trainer:
             "ema": None if self.ema is None else self.ema.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "sparsity": self.sparsity.state(),
             "random": random_state(),
             "progress": self.progress.state(),
             "metrics_rows": self.log.rows,
@@ -341,6 +349,7 @@ class Trainer:
             self.ema.module.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+        self.sparsity.load_state(state.get("sparsity"))
         self.progress = Progress.from_state(state["progress"])
         self.log.truncate(state["metrics_rows"])
         restore_random_state(state["random"])

@@ -1,5 +1,6 @@
 """Optimizer and learning-rate schedule from configuration, on timm's factories."""
 
+from dataclasses import replace
 from typing import Any
 
 from timm.optim import create_optimizer_v2, list_optimizers
@@ -12,8 +13,8 @@ from widekernel.errors import nearest
 from widekernel.training.config import OptimizerConfig, ScheduleConfig
 
 
-def create_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
-    """The configured optimizer, with weight decay only on weights of two and more dimensions.
+def create_optimizer(trained: nn.Module | list[nn.Parameter], config: OptimizerConfig) -> Optimizer:
+    """The configured optimizer, for a network with weight decay only on weights of two and more dimensions.
 
     Raises:
         ConfigError: timm knows no optimizer of that name.
@@ -22,8 +23,11 @@ def create_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     if config.name.lower() not in known:
         raise ConfigError(f"optimizer.name is {config.name!r}, which timm does not know.{nearest(config.name, known)}")
     options: dict[str, Any] = {"eps": config.eps, "betas": config.betas}
+    if isinstance(trained, list):
+        # Parameters that are no weights: neither decayed nor grouped by layer.
+        config = replace(config, weight_decay=0.0, layer_decay=None)
     return create_optimizer_v2(
-        model,
+        trained,
         opt=config.name,
         lr=config.lr,
         weight_decay=config.weight_decay,

@@ -47,6 +47,9 @@ class RunFolder:
         self.model = self.path / "model.safetensors"
         self.model_ema = self.path / "model_ema.safetensors"
         self.summary = self.path / "summary.json"
+        self.masks = self.path / "masks.safetensors"
+        self.sparsity = self.path / "sparsity.json"
+        self.sparsity_picture = self.path / "sparsity.png"
         self.lock = self.path / ".lock"
 
     def prepare(self, config: dict[str, Any]) -> None:
@@ -108,6 +111,7 @@ class RunFolder:
 
     def _check_same(self, config: dict[str, Any]) -> None:
         saved, new = flatten(self.read_config()), flatten(config)
+        saved.setdefault("sparsity.method", "none")  # which runs of version 0.1 do not state
         differing = sorted(
             key for key in saved.keys() | new.keys() if key not in LIVE_KEYS and saved.get(key) != new.get(key)
         )

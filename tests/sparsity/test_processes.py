@@ -1,0 +1,128 @@
+"""Two processes come to the same masks by themselves, and notice if they do not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.sparsity.nets import OPTIMIZERS, data, quick, small_net
+from widekernel.sparsity import DynamicSparsity, DynamicSparsityConfig, MaskMismatchError
+from widekernel.sparsity.processes import check_equal
+
+pytestmark = [
+    pytest.mark.dist,
+    pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="PyTorch has no gloo here"),
+]
+
+
+def started(rank: int, folder: str, work: Callable[[int, Path], object]) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(1000 + rank)  # what processes draw for themselves differs
+    meeting = f"file://{Path(folder) / 'meeting'}"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    try:
+        torch.save(work(rank, Path(folder)), Path(folder) / f"{rank}.pth")
+    finally:
+        dist.destroy_process_group()
+
+
+def in_two(folder: Path, work: Callable[[int, Path], object]) -> list:
+    mp.spawn(started, args=(str(folder), work), nprocs=2)
+    return [torch.load(folder / f"{rank}.pth", weights_only=True) for rank in range(2)]
+
+
+class Traffic:
+    """Counts the collectives that the controller starts, by name, and the bytes of each."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[str, int]] = []
+        for name in ("broadcast", "all_reduce", "all_gather", "broadcast_object_list"):
+            self._wrap(name)
+
+    def _wrap(self, name: str) -> None:
+        original = getattr(dist, name)
+
+        def counted(value, *args, **kwargs):
+            tensor = value if isinstance(value, torch.Tensor) else args[0]
+            self.sent.append((name, tensor.numel() * tensor.element_size()))
+            return original(value, *args, **kwargs)
+
+        setattr(dist, name, counted)
+
+
+def train(rank: int, growth: str, init: str) -> dict:
+    model = DistributedDataParallel(small_net())
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    traffic = Traffic()
+    config = DynamicSparsityConfig(sparsity=0.6, init=init, growth=growth, update_interval=1, total_steps=100)
+    controller = DynamicSparsity(model, optimizer, config, batch=None if init == "snip" else data(rank))
+    for step in range(50):
+        x, y = data(2 * step + rank)
+        optimizer.zero_grad()
+        with model.no_sync():  # two batches a step; gradients are averaged with the second
+            nn.functional.cross_entropy(model(x), y).backward()
+        nn.functional.cross_entropy(model(x.flip(0)), y.flip(0)).backward()
+        optimizer.step()
+    return {"masks": controller.masks, "updates": controller.updates, "sent": traffic.sent, "names": list(controller.masks)}
+
+
+def random_growth(rank: int, folder: Path) -> dict:
+    return train(rank, "random", "snip")
+
+
+def gradient_growth(rank: int, folder: Path) -> dict:
+    return train(rank, "gradient", "snip_mask")
+
+
+@pytest.mark.parametrize("work", [random_growth, gradient_growth])
+def test_masks_are_equal_after_fifty_updates_without_sending_them(work, tmp_path: Path) -> None:
+    first, second = in_two(tmp_path, work)
+    assert first["updates"] == second["updates"] == 50
+    assert first["names"] == second["names"] and not any(name.startswith("module.") for name in first["names"])
+    for name, mask in first["masks"].items():
+        assert torch.equal(mask, second["masks"][name]), name
+    # one digest and its complement at the start and at every update; scores of the first batch where it was given
+    digests = [(name, size) for name, size in first["sent"] if size == 16]
+    assert digests == [("all_reduce", 16)] * 51
+    others = [entry for entry in first["sent"] if entry[1] != 16]
+    gradients = 8 if work is gradient_growth else 0
+    assert len(others) <= gradients and {name for name, _ in others} <= {"all_reduce"}
+
+
+def diverging(rank: int, folder: Path) -> str:
+    model = small_net(seed=rank).train()  # other weights, and gradients are not averaged
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    try:
+        DynamicSparsity(model, optimizer, quick(init="magnitude"))
+    except MaskMismatchError as error:
+        return str(error)
+    return "nothing noticed"
+
+
+def test_different_masks_are_an_error_that_names_layers(tmp_path: Path) -> None:
+    for message in in_two(tmp_path, diverging):
+        assert "the masks of stem.weight, " in message and "differ between processes" in message
+
+
+def one_layer(rank: int, folder: Path) -> str:
+    masks = {name: torch.ones(3, 5, dtype=torch.bool) for name in "abc"}
+    check_equal(masks)
+    masks["b"][rank, rank] = False
+    try:
+        check_equal(masks)
+    except MaskMismatchError as error:
+        return str(error)
+    return "nothing noticed"
+
+
+def test_a_single_different_bit_is_found(tmp_path: Path) -> None:
+    for message in in_two(tmp_path, one_layer):
+        assert message.startswith("the masks of b differ between processes")

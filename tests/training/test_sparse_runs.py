@@ -1,0 +1,169 @@
+"""Sparse training by the loop: masks in training states, resumed bit for bit, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from tests.training.test_resume import KillAt, Killed
+from tests.training.tiny import TinyNet, make_config, make_trainer, states_equal
+
+from widekernel.data.errors import ConfigError
+from widekernel.errors import ArgumentError, CheckpointError
+from widekernel.sparsity import DynamicSparsityConfig, load_masks, save_masks
+from widekernel.sparsity.semi_structured import SemiStructuredConfig
+from widekernel.tasks.config import ModelConfig, TrainConfig
+from widekernel.training import CheckpointConfig, EmaConfig, LoopConfig, RunFolder, RunFolderError, ScheduleConfig
+from widekernel.training.config import SparsityConfig
+from widekernel.training.metrics_log import read_metrics
+
+
+def dynamic(**settings) -> SparsityConfig:
+    defaults = {"sparsity": 0.5, "init": "snip", "growth": "gradient", "update_interval": 3, "prune_schedule": "cosine"}
+    return SparsityConfig("dynamic", dynamic=DynamicSparsityConfig(**{**defaults, **settings}))
+
+
+def learned() -> SparsityConfig:
+    settings = SemiStructuredConfig(method="learned", min_in_channels=4, min_out_channels=1)
+    return SparsityConfig("2:4", semi_structured=settings)
+
+
+def settings_of(kind: str, accumulate: int) -> dict:
+    """30 steps and a bit more, under bf16 autocast."""
+    batch = 4 if accumulate == 1 else 2
+    per_epoch = 42 // batch // accumulate
+    return {
+        "loop": LoopConfig(batch_size=batch, accumulate=accumulate, precision="bf16", device="cpu", log_every=2),
+        "schedule": ScheduleConfig(epochs=-(-30 // per_epoch), warmup_epochs=1),
+        "checkpoint": CheckpointConfig(every_steps=1, keep=2),
+        "sparsity": dynamic() if kind == "dynamic" else learned(),
+        "ema": EmaConfig(decay=0.9 if kind == "dynamic" else None),
+    }
+
+
+def config_of(folder, kind: str, accumulate: int) -> TrainConfig:
+    # the tiny network is built by the tests, so that a file to start from is only named
+    return make_config(folder, model=ModelConfig(weights="given"), **settings_of(kind, accumulate))
+
+
+CASES = [("dynamic", 1), ("dynamic", 3), ("2:4", 1)]
+
+
+@pytest.mark.parametrize(("kind", "accumulate"), CASES, ids=lambda value: str(value))
+def test_cut_at_every_step_and_resumed(kind: str, accumulate: int, tmp_path) -> None:
+    """The run dies after every single step and goes on in a new trainer, for all of its steps."""
+    whole = make_trainer(config_of(tmp_path / "whole", kind, accumulate))
+    whole.run()
+    assert whole.progress.step >= 30
+    config = config_of(tmp_path / "cut", kind, accumulate)
+    for step in range(1, whole.progress.step + 1):
+        with pytest.raises(Killed):
+            make_trainer(config, reporter=KillAt(step)).run()
+        # saved after the step before; what was done since is done again
+        newest = make_trainer(config).store.load_latest()
+        assert newest["progress"]["step"] == step - 1
+        resumed = make_trainer(config, reporter=KillAt(step + 1))
+        if step < whole.progress.step:
+            with pytest.raises(Killed):
+                resumed.run()
+        else:
+            resumed.run()
+    last = make_trainer(config)
+    last.run()
+    assert states_equal(last.state(), whole.state())
+    assert read_metrics(last.around.folder.metrics) == read_metrics(whole.around.folder.metrics)
+
+
+def test_what_a_sparse_step_does(tmp_path) -> None:
+    trainer = make_trainer(config_of(tmp_path, "dynamic", 3))
+    trainer.run()
+    controller = trainer.sparsity.controller
+    assert controller.step == trainer.progress.step and controller.config.total_steps == trainer.total_steps
+    assert controller.config.seed == trainer.config.seed
+    assert controller.updates == 8  # every third step, up to three quarters of 35
+    weights, averages = dict(trainer.model.named_parameters()), dict(trainer.ema.module.named_parameters())
+    for name, mask in controller.masks.items():
+        assert not weights[name][~mask].any() and not averages[name][~mask].any()
+    assert set(controller.masks) == {"conv.weight", "head.weight"}
+    rows = read_metrics(trainer.around.folder.metrics)
+    assert rows[-1]["mask_updates"] == 8 and rows[-1]["sparsity"] == pytest.approx(0.5, abs=0.01)
+    assert all("sparsity" in row for row in rows)
+
+
+def test_learned_masks_leave_the_weights_and_move_the_logits(tmp_path) -> None:
+    trainer = make_trainer(config_of(tmp_path, "2:4", 1))
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.run()
+    after = trainer.model.state_dict()
+    moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert moved and all("logits" in name for name in moved)
+    assert all(group["weight_decay"] == 0 for group in trainer.optimizer.param_groups)
+    plain = trainer.sparsity.finished(trainer.model)
+    assert list(plain.state_dict()) == list(TinyNet().state_dict())
+    assert (plain.head.weight.view(-1, 4).count_nonzero(dim=1) <= 2).all()
+    assert read_metrics(trainer.around.folder.metrics)[-1]["mask_entropy"] > 0
+
+
+def test_a_run_does_not_change_its_kind(tmp_path) -> None:
+    config = config_of(tmp_path, "dynamic", 3)
+    with pytest.raises(Killed):
+        make_trainer(config, reporter=KillAt(3)).run()
+    with pytest.raises(RunFolderError, match=r"sparsity\.dynamic\.sparsity: 0\.5 there, 0\.6 now"):
+        make_trainer(replace(config, sparsity=dynamic(sparsity=0.6)))
+    with pytest.raises(RunFolderError, match=r"sparsity\.method: 'dynamic' there, 'none' now"):
+        make_trainer(replace(config, sparsity=SparsityConfig()))
+    trainer = make_trainer(replace(config, output=str(tmp_path / "other"), sparsity=SparsityConfig()))
+    state = make_trainer(config).store.load_latest()
+    with pytest.raises(CheckpointError, match=r"saved with sparsity\.method 'dynamic' and is resumed with 'none'"):
+        trainer.load_state(state)
+
+
+def test_runs_from_before_sparsity_resume(tmp_path) -> None:
+    config = make_config(tmp_path)
+    with pytest.raises(Killed):
+        make_trainer(config, reporter=KillAt(3)).run()
+    folder = RunFolder(tmp_path)
+    text = folder.config.read_text()
+    folder.config.write_text(text[: text.index("sparsity:")])
+    resumed = make_trainer(config)
+    state = resumed.store.load_latest()
+    del state["sparsity"]
+    resumed.load_state(state)
+
+
+def test_masks_from_a_file(tmp_path) -> None:
+    first = make_trainer(config_of(tmp_path / "a", "dynamic", 3))
+    first.run()
+    save_masks(first.sparsity.masks(), tmp_path / "masks.safetensors")
+    sparsity = replace(dynamic(growth="none"), masks=str(tmp_path / "masks.safetensors"))
+    second = make_trainer(replace(config_of(tmp_path / "b", "dynamic", 3), sparsity=sparsity))
+    second.run()
+    saved = load_masks(tmp_path / "masks.safetensors")
+    assert all(torch.equal(mask, saved[name]) for name, mask in second.sparsity.masks().items())
+    missing = replace(sparsity, masks=str(tmp_path / "missing.safetensors"))
+    with pytest.raises(CheckpointError, match="is not a readable file of masks"):
+        make_trainer(replace(config_of(tmp_path / "c", "dynamic", 3), sparsity=missing))
+
+
+def test_settings_that_do_not_go_together(tmp_path) -> None:
+    with pytest.raises(ConfigError, match="none, dynamic or 2:4"):
+        SparsityConfig("dynamics")
+    with pytest.raises(ConfigError, match="use method dynamic"):
+        SparsityConfig(masks="x")
+    with pytest.raises(ConfigError, match="needs no training"):
+        SparsityConfig("2:4", semi_structured=SemiStructuredConfig())
+    with pytest.raises(ConfigError, match="learns masks over trained weights"):
+        TrainConfig(sparsity=learned())
+    with pytest.raises(ConfigError, match=r"ema\.decay is 0\.9, but learned 2:4 masks"):
+        TrainConfig(sparsity=learned(), ema=EmaConfig(0.9), model=ModelConfig(weights="x"))
+    with pytest.raises(ArgumentError, match="no layer that can be masked|names no parameter"):
+        make_trainer(replace(config_of(tmp_path, "dynamic", 1), sparsity=dynamic(layers=["nothing*"])))
+
+
+def test_what_a_run_states_about_sparsity(tmp_path) -> None:
+    dense = make_config(tmp_path).to_dict()
+    assert dense["sparsity"] == {"method": "none"}
+    assert set(make_config(tmp_path, sparsity=dynamic()).to_dict()["sparsity"]) == {"method", "dynamic", "masks"}
+    json.dumps(make_config(tmp_path, sparsity=dynamic(block=(3, 3), layers=["*"])).to_dict())
