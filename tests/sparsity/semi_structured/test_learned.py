@@ -196,6 +196,20 @@ def test_prior_starts_from_the_magnitude_mask() -> None:
     assert int((logits == 2).sum()) == logits.shape[0]
 
 
+def test_report_follows_the_masks() -> None:
+    model = network()
+    before = copy.deepcopy(model[3].weight.detach())
+    controller = ss.prepare(model, config())
+    row = next(row for row in controller.report if row.name == "3")
+    assert row.kept == pytest.approx(ss.kept_share(before, ss.magnitude_choices(before), "channels"))
+    with torch.no_grad():
+        controller.parameters()[0].copy_(torch.randn_like(controller.parameters()[0]))
+    now = next(row for row in controller.report if row.name == "3")
+    assert (
+        now.kept == pytest.approx(ss.kept_share(before, controller.choices["3.weight"], "channels")) and now.kept < row.kept
+    )
+
+
 def test_schedules() -> None:
     controller = ss.prepare(
         network(), config(tau_start=4.0, tau_end=0.25, kappa_start=100.0, kappa_end=500.0, total_steps=4)

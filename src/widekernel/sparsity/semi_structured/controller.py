@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from widekernel.errors import ArgumentError, CheckpointError
 from widekernel.sparsity.semi_structured.config import SemiStructuredConfig
 from widekernel.sparsity.semi_structured.eligibility import LayerReport
-from widekernel.sparsity.semi_structured.learned import ChoiceMask, Schedule
+from widekernel.sparsity.semi_structured.learned import ChoiceMask, Schedule, kept_share
 from widekernel.sparsity.semi_structured.manifest import Manifest, MaskedWeight
 from widekernel.sparsity.semi_structured.masks import check_choices, choices_to_mask
 
@@ -29,7 +29,6 @@ class SemiStructured:
     Attributes:
         model: the network.
         config: how it was prepared.
-        report: what became of every Conv2d and Linear, in the network's order.
         frozen: names of the parameters that were trainable and are not while masks are learned; `convert` makes them so
             again.
     """
@@ -46,12 +45,19 @@ class SemiStructured:
     ) -> None:
         self.model = model
         self.config = config
-        self.report = report
+        self._report = report
         self.frozen = frozen
         self._weights = dict(weights)
         self._learned = dict(learned)
         self._schedule = schedule
         self._last = self.choices
+
+    @property
+    def report(self) -> tuple[LayerReport, ...]:
+        """What became of every Conv2d and Linear, in the network's order; of learned masks the share kept now."""
+        if not self._learned:
+            return self._report
+        return tuple(replace(row, kept=self._kept_now(row.name)) if row.masked else row for row in self._report)
 
     @property
     def choices(self) -> dict[str, Tensor]:
@@ -62,7 +68,7 @@ class SemiStructured:
     @property
     def masks(self) -> dict[str, Tensor]:
         """Parameter name -> bool mask of the weight's shape, as evaluation uses it."""
-        shapes = {f"{row.name}.weight".lstrip("."): row.shape for row in self.report}
+        shapes = {f"{row.name}.weight".lstrip("."): row.shape for row in self._report}
         return {
             name: choices_to_mask(choices, shapes[name], self._weights[name].axis, self._weights[name].groups)
             for name, choices in self.choices.items()
@@ -128,8 +134,7 @@ class SemiStructured:
         total = self.config.entropy_penalty * self._entropies().mean()
         if self.config.weight_regularization:
             for name, mask in self._learned.items():
-                original: Any = self.model.get_submodule(_layer(name)).parametrizations["weight"].original  # type: ignore[index,union-attr]
-                norm = (original.detach().float() * mask.drawn()).square().sum().to(total.device)
+                norm = (self._original(_layer(name)).float() * mask.drawn()).square().sum().to(total.device)
                 total = total - self.config.weight_regularization * norm
         return total
 
@@ -184,7 +189,7 @@ class SemiStructured:
         self.apply_masks()
 
     def _refuse_other_network(self, state: Mapping[str, Any]) -> None:
-        shapes = {f"{row.name}.weight".lstrip("."): row.shape for row in self.report}
+        shapes = {f"{row.name}.weight".lstrip("."): row.shape for row in self._report}
         wanted: dict[str, Mapping[str, Any]] = {"choices": self._weights, "last": self._weights, "logits": self._learned}
         for part, mine in wanted.items():
             different = sorted(set(state[part]) ^ set(mine))
@@ -205,6 +210,15 @@ class SemiStructured:
                     f"the masks are of another network: logits of {name} have shape {tuple(theirs.shape)}, "
                     f"here {tuple(mask.logits.shape)}"
                 )
+
+    def _kept_now(self, layer: str) -> float:
+        mask = self._learned[f"{layer}.weight".lstrip(".")]
+        return kept_share(self._original(layer), mask.choices(), mask.axis, mask.groups)
+
+    def _original(self, layer: str) -> Tensor:
+        """Give the weight that a learned mask is applied to."""
+        parametrised: Any = self.model.get_submodule(layer).parametrizations
+        return parametrised["weight"].original.detach()
 
     def _entropies(self) -> Tensor:
         device = next(iter(self._learned.values())).logits.device

@@ -91,7 +91,7 @@ def validate(what: Tensor | nn.Module | SemiStructured, axis: Axis = "channels",
     checked = []
     for name, known in manifest.weights.items():
         layer = network.get_submodule(name.rpartition(".")[0])
-        if isinstance(layer, (hardware.SparseLinear, hardware.SparsePointwise)):
+        if hardware.is_compressed(layer):
             continue  # was checked before it was compressed
         check_two_four(evaluated_weight(layer), known.axis, known.groups, name)
         checked.append(name)

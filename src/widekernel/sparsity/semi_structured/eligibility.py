@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from math import prod
 
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import is_lazy
 
 from widekernel.errors import ArgumentError, nearest
 from widekernel.sparsity.semi_structured.config import SemiStructuredConfig
@@ -23,7 +23,7 @@ class LayerReport:
 
     Attributes:
         name: of the layer.
-        shape: of its weight.
+        shape: of its weight; () if that has none yet.
         masked: whether it is 2:4 now.
         reason: why not; for a masked layer, why its channels were not permuted, "" if they were or nobody asked.
         groups: number of groups of four, 0 if not masked.
@@ -103,7 +103,7 @@ def _cannot(layer: Layer, config: SemiStructuredConfig, uses: Counter[int], give
     if "weight" not in layer._parameters or getattr(layer, "parametrizations", None):
         return "its weight is parametrised already"
     weight = layer._parameters["weight"]
-    if weight is None or isinstance(weight, UninitializedParameter):
+    if weight is None or is_lazy(weight):
         return "its weight has no data yet"
     if weight.is_meta:
         return "its weight has no data (meta device)"

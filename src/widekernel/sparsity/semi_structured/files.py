@@ -18,6 +18,7 @@ from widekernel.errors import ArgumentError, CheckpointError, WidekernelError
 from widekernel.sparsity.semi_structured.controller import SemiStructured
 from widekernel.sparsity.semi_structured.convert import convert, manifest_of, validate
 from widekernel.sparsity.semi_structured.grouping import check_axis
+from widekernel.sparsity.semi_structured.hardware import is_compressed
 from widekernel.sparsity.semi_structured.manifest import Manifest, MaskedWeight, recall, remember
 from widekernel.sparsity.semi_structured.storage import decode, encode, unpack_choices
 
@@ -51,9 +52,11 @@ def save_sparse(what: nn.Module | SemiStructured, path: str | Path) -> Path:
     if isinstance(record, SemiStructured) and record.is_learned:
         network = convert(network)
     state = network.state_dict()
-    missing = [name for name in manifest.weights if name not in state]
-    if missing:
-        raise ArgumentError(f"{', '.join(missing)} are no plain weights: save the network of convert(model, target='dense')")
+    packed_already = [name for name in manifest.weights if is_compressed(network.get_submodule(name.rpartition(".")[0]))]
+    if packed_already:
+        raise ArgumentError(
+            f"{', '.join(packed_already)} are no plain weights: save the network of convert(model, target='dense')"
+        )
     shapes = {name: list(value.shape) for name, value in state.items()}
     tensors = {}
     for name, value in state.items():
@@ -104,9 +107,13 @@ def load_sparse(model: nn.Module, path: str | Path) -> Manifest:
         raise CheckpointError(f"{path} is damaged: it lacks {error}") from None
     except WidekernelError as error:
         raise CheckpointError(f"{path} is damaged: {name}: {error}") from None
-    _refuse(
-        path, model, [f"{name} has shape {tuple(state[name].shape)}" for name in own if state[name].shape != own[name].shape]
-    )
+    wrong = [
+        f"{name} is {state[name].dtype} {tuple(state[name].shape)} but the network's is {own[name].dtype} "
+        f"{tuple(own[name].shape)}"
+        for name in own
+        if (state[name].shape, state[name].dtype) != (own[name].shape, own[name].dtype)
+    ]
+    _refuse(path, model, wrong)
     model.load_state_dict(state)
     manifest = Manifest(weights)
     remember(model, manifest)
@@ -130,7 +137,7 @@ def _refuse(path: Path, model: nn.Module, problems: list[str]) -> None:
         listed = "\n".join(f"  {problem}" for problem in problems)
         raise CheckpointError(
             f"{path} is of another network than this {type(model).__name__}; nothing was loaded. Make the network with the "
-            f"arguments of the one that was saved:\n{listed}"
+            f"arguments and the type of the one that was saved:\n{listed}"
         )
 
 
@@ -145,7 +152,10 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"{path} is damaged, cut off or not a safetensors file ({error}): fetch it again") from error
     if HEADER not in metadata:
         raise CheckpointError(f"{path} holds no 2:4 network: save one with save_sparse")
-    header = json.loads(metadata[HEADER])
+    try:
+        header = json.loads(metadata[HEADER])
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: its header is no JSON ({error})") from error
     if header.get("version") != VERSION:
         raise CheckpointError(f"{path} has version {header.get('version')!r}: this widekernel reads version {VERSION}")
     return tensors, header

@@ -140,6 +140,11 @@ class SparsePointwise(nn.Module):
         return self.linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
+def is_compressed(layer: nn.Module) -> bool:
+    """Whether a layer's weight is compressed, so that it is no plain tensor any more."""
+    return isinstance(layer, (SparseLinear, SparsePointwise))
+
+
 def reason_against(layer: nn.Module, axis: str, backend: str) -> str:
     """Say why a 2:4 layer cannot run on a compressed weight, "" if it can."""
     weight = layer.weight

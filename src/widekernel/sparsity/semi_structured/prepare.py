@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from widekernel.errors import ArgumentError
@@ -159,7 +160,7 @@ def _make(
 
 def _row(name: str, weight: Tensor, reason: str, made: _Made | None, permuted: Permuted | None) -> LayerReport:
     if made is None:
-        return LayerReport(name, tuple(weight.shape), False, reason)
+        return LayerReport(name, () if is_lazy(weight) else tuple(weight.shape), False, reason)
     before = permuted.kept_before if permuted is not None and not permuted.reason else None
     reason = f"not permuted: {permuted.reason}" if permuted is not None and permuted.reason else ""
     return LayerReport(name, tuple(weight.shape), True, reason, made.weight.choices.numel(), made.kept, before)

@@ -110,8 +110,8 @@ def stability_report(
 def spectral_norm(matrix: Tensor, iterations: int = 100, seed: int = 0) -> float:
     """Give the largest singular value of (R, C) by power iteration in float64, from a start that `seed` fixes."""
     matrix = matrix.detach().double()
-    generator = torch.Generator().manual_seed(seed)
-    v = torch.randn(matrix.shape[1], dtype=torch.float64, generator=generator).to(matrix.device)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    v = torch.randn(matrix.shape[1], dtype=torch.float64, device="cpu", generator=generator).to(matrix.device)
     v /= v.norm()
     for _ in range(iterations):
         u = matrix.T @ (matrix @ v)
