@@ -45,6 +45,11 @@ class CostModel:
         if min(prices) < 0 or self.block < 1 or self.ragged < 1:
             raise ArgumentError(f"{self}: prices must be at least 0, block and ragged at least 1")
 
+    @classmethod
+    def one_thread(cls) -> CostModel:
+        """Give the prices on one thread, where operators are called for little, so that smaller groups pay."""
+        return cls(mac=20.0, move=2.0, outside=0.4, call=30.0, group=60.0)
+
     def convolutions(self, channels: int, taps: Sequence[int], pixels: int) -> float:
         """Give the microseconds of one convolution of `channels` channels for each entry of `taps`, its taps a channel."""
         if not channels:

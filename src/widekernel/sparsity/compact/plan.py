@@ -66,15 +66,20 @@ def make_plan(rects: Sequence[Rect], cost: CostModel, image: Image, moved_anyway
 
 
 def _classes(worked: np.ndarray, boxes: np.ndarray) -> list[np.ndarray]:
-    """Part channels by which rectangles they are alive in, and these by how far."""
-    parts: dict[tuple[bool, ...], list[int]] = {}
+    """Part channels by which rectangles they are alive in, and these by how far, in at most `_EXTENTS` steps."""
+    parts: dict[tuple[bool, ...], dict[tuple[int, ...], list[int]]] = {}
     for channel in worked.tolist():
-        parts.setdefault(tuple((boxes[channel] >= 0).all(1).tolist()), []).append(channel)
+        extent = tuple(boxes[channel].ravel().tolist())
+        parts.setdefault(tuple(side >= 0 for side in extent), {}).setdefault(extent, []).append(channel)
     classes = []
-    for _, members in sorted(parts.items()):
-        ordered = sorted(members, key=lambda c: (sum(uncovered(boxes[c])), boxes[c].tolist(), c))
-        extents = len({boxes[c].tobytes() for c in ordered})
-        classes += [np.sort(part) for part in np.array_split(np.array(ordered), min(extents, _EXTENTS)) if len(part)]
+    for _, by_extent in sorted(parts.items()):
+        ordered = sorted(by_extent.items(), key=lambda item: (sum(uncovered(boxes[item[1][0]])), item[0]))
+        sizes = np.cumsum([len(members) for _, members in ordered])
+        # All channels of an extent stay together; with few extents each is a class of its own.
+        step = np.arange(len(ordered)) if len(ordered) <= _EXTENTS else (sizes - 1) * _EXTENTS // sizes[-1]
+        for number in np.unique(step):
+            members = [channel for (_, some), at in zip(ordered, step) if at == number for channel in some]
+            classes.append(np.array(sorted(members)))
     return classes
 
 
