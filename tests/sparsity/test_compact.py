@@ -95,7 +95,7 @@ def crossed(channels: int = 4, big: int = 9, small: int = 3) -> FoldedLargeKerne
 # ---- Equal outputs
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0, *(pytest.param(share, marks=pytest.mark.slow) for share in (0.3, 0.9))])
 @pytest.mark.parametrize("granularity", ["tile", "branch", "channel"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_outputs_of_networks(name: str, granularity: str, share: float) -> None:
@@ -343,6 +343,15 @@ def test_few_pixels_make_groups_dearer() -> None:
         layer.kernels[0][::2] = 0
     assert isinstance(compact(layer, input_size=(4, 64, 224, 224)), GroupedKernels)
     assert isinstance(compact(layer, input_size=(1, 64, 7, 7)), FoldedLargeKernel)
+
+
+def test_calls_cost_little_on_one_thread() -> None:
+    layer = folded_layer((torch.randn(64, 1, 31, 9), (15, 4)))
+    with torch.no_grad():
+        layer.kernels[0][::2] = 0
+    size = (1, 64, 14, 14)
+    assert isinstance(compact(layer, input_size=size), FoldedLargeKernel)
+    assert isinstance(compact(layer, CostModel.one_thread(), input_size=size), GroupedKernels)
 
 
 def test_groups_are_filled_up_to_blocks() -> None:
