@@ -336,6 +336,70 @@ def test_trained_zero_bias_is_kept(shared: Path) -> None:
     torch.testing.assert_close(layers[0](x), expected)
 
 
+def test_zero_bias_of_groups(shared: Path, golden: Path) -> None:
+    """One vector of out / groups numbers is added to the outputs of every group."""
+    case = Case(shared, golden, "grouped")
+    state = case.official_state()
+    state["0.zero_bias"] = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    model = nn.Sequential(case.layer())
+    ss.load_official(model, state)
+    assert model[0].bias.tolist() == [1.0, 2.0, 3.0, 4.0] * 2
+    state = Case(shared, golden, "grouped_bias").official_state()
+    state["0.zero_bias"] = torch.ones(4)
+    model = nn.Sequential(Case(shared, golden, "grouped_bias").layer())
+    masks = ss.load_official(model, state)
+    assert not masks.biases and "0.zero_bias" in masks.dropped, "layers with a bias never use it"
+
+
+def as_official(model: nn.Module, names: list[str], blocked: bool) -> dict[str, Tensor]:
+    """A network's state dict in the official layout, with random choice weights."""
+    state: dict[str, Tensor] = {}
+    for key, value in model.state_dict().items():
+        prefix, _, last = key.rpartition(".")
+        if prefix not in names:
+            state[key] = value
+        elif last == "bias":
+            state[f"{prefix}.b" if blocked else f"{prefix}.bs.0"] = value
+        else:
+            state[f"{prefix}.W" if blocked else f"{prefix}.Ws.0"] = value.flatten(1)
+            state[f"{prefix}.choice_weights"] = torch.randn(value.numel() // 4, 6)
+            state[f"{prefix}.masking_patterns"] = torch.tensor(ss.PATTERNS).float()
+            if not blocked:
+                state[f"{prefix}.zero_bias"] = torch.zeros(value.shape[0])
+    return state
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("blocked", [False, True])
+@pytest.mark.parametrize("name", ["resnet34", "convnext_small"])
+def test_larger_networks_load(name: str, blocked: bool) -> None:
+    """No reference numbers exist for these two; what is loaded is what was written."""
+    stems = ["conv1", *(f"layer{i}.0.downsample.0" for i in (2, 3, 4))]
+    names = stems if name == "resnet34" else ["features.0.0", *(f"features.{i}.1" for i in (2, 4, 6))]
+    written, model = network(name).eval(), network(name).eval()
+    state = as_official(written, names, blocked)
+    masks = ss.load_official(model, state)
+    assert list(masks.choices) == [f"{prefix}.weight" for prefix in sorted(names)]
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in written.state_dict().items())
+    ss.prepare(model, ss.SemiStructuredConfig(axis="im2col"), choices=masks.choices)
+    assert len(ss.validate(model)) == 4
+
+
+def test_resumed_learning_starts_at_the_official_choices(shared: Path) -> None:
+    model = network("resnet18").train()
+    masks = ss.load_official(model, official_resnet(shared))
+    config = ss.SemiStructuredConfig("learned", "im2col", total_steps=5, tau_start=1.0, tau_end=1.0)
+    controller = ss.prepare(model, config, logits=masks.logits)
+    assert all(torch.equal(controller.choices[key], masks.choices[key]) for key in masks.choices)
+    optimizer = torch.optim.AdamW(controller.parameters(), 1.0, weight_decay=0.0)
+    before = model.conv1.parametrizations.weight.original.clone()
+    F.cross_entropy(model(images(shared, 0, [2, 3, 64, 64])), torch.tensor([3, 5])).backward()
+    optimizer.step()
+    controller.step()
+    assert torch.equal(model.conv1.parametrizations.weight.original, before) and controller.flip_rate() > 0
+    ss.validate(ss.convert(model))
+
+
 def test_trained_patterns_are_refused(shared: Path) -> None:
     state = official_resnet(shared)
     state["conv1.masking_patterns"] = state["conv1.masking_patterns"] * 0.9

@@ -276,7 +276,9 @@ class Scaled(nn.Linear):
         (nn.Conv2d(16, 8, 1, padding=1), "channels", r"padding (1, 1) of a 1x1 convolution"),
         (nn.Linear(18, 8), "im2col", "groups along axis='im2col' do not lie within rows"),
         (Scaled(16, 8), "channels", "Scaled computes something else than a plain layer"),
-        (nn.Linear(16, 8), "channels", "its weight is on cpu, not on a CUDA device"),
+        (nn.Linear(64, 32).half(), "channels", "its weight is on cpu, not on a CUDA device"),
+        (nn.Linear(64, 32), "channels", "1:2 there, so that values would be lost"),
+        (nn.Linear(64, 16).half(), "channels", "padding it from 16 x 64 to 32 x 64 takes back all that sparsity can save"),
     ],
 )
 def test_layers_that_stay_dense_say_why(layer: nn.Module, axis: str, reason: str) -> None:
@@ -289,22 +291,24 @@ def test_conversion_lists_what_stays_dense(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", compress)
     reason = hardware.reason_against
     monkeypatch.setattr(hardware, "reason_against", lambda *a: "" if "not on a CUDA" in reason(*a) else reason(*a))
-    model = network().eval()
+    model = nn.Sequential(
+        nn.Conv2d(16, 60, 3), nn.Conv2d(60, 60, 1), nn.Flatten(), nn.Linear(960, 60), nn.Linear(60, 10)
+    ).eval()
     ss.prepare(model)
     dense = ss.convert(model).bfloat16()
     sparse = ss.convert(copy.deepcopy(model).bfloat16(), "torch_sparse")
-    assert set(manifest_of(sparse).dense) == {"3.weight"}
-    assert isinstance(sparse[6], hardware.SparsePointwise) and isinstance(sparse[8], hardware.SparseLinear)
-    x = torch.randn(2, 3, 8, 8, dtype=torch.bfloat16)
+    assert set(manifest_of(sparse).dense) == {"0.weight", "4.weight"}
+    assert isinstance(sparse[1], hardware.SparsePointwise) and isinstance(sparse[3], hardware.SparseLinear)
+    x = torch.randn(2, 16, 6, 6, dtype=torch.bfloat16)
     torch.testing.assert_close(sparse(x), dense(x), atol=0.05, rtol=0.05)
-    assert ss.validate(sparse) == ("3.weight",)
-    with pytest.raises(ArgumentError, match=r"6\.weight, 8\.weight are no plain weights"):
+    assert ss.validate(sparse) == ("0.weight", "4.weight")
+    with pytest.raises(ArgumentError, match=r"1\.weight, 3\.weight are no plain weights"):
         ss.save_sparse(sparse, "network.safetensors")
 
 
 @pytest.mark.gpu
 def test_on_a_device() -> None:
-    model = nn.Sequential(nn.Linear(70, 96), nn.GELU(), nn.Linear(96, 33)).to("cuda", torch.float16).eval()
+    model = nn.Sequential(nn.Linear(70, 96), nn.GELU(), nn.Linear(96, 60)).to("cuda", torch.float16).eval()
     ss.prepare(model)
     sparse = ss.convert(model, "torch_sparse")
     assert manifest_of(sparse).dense == {}

@@ -325,6 +325,57 @@ def test_bfloat16_weights() -> None:
     assert model[3].weight.dtype == torch.bfloat16 and all(one.grad is not None for one in controller.parameters())
 
 
+def test_gradients_of_logits_do_not_depend_on_autocast() -> None:
+    logits, noise, out = torch.randn(50, 6, requires_grad=True), torch.randn(50, 6), torch.randn(50, 4)
+    (plain,) = torch.autograd.grad(ss.gumbel_mask(logits, noise), logits, out)
+    with torch.autocast("cpu", torch.bfloat16):
+        mask = ss.gumbel_mask(logits, noise)
+    (mixed,) = torch.autograd.grad(mask, logits, out)
+    assert mask.dtype == torch.float32 and torch.equal(plain, mixed)
+
+
+@pytest.mark.slow
+def test_learned_masks_lose_less_than_those_of_magnitude() -> None:
+    """Handwritten digits, without touching a weight: what learning masks is for."""
+    from sklearn.datasets import load_digits
+
+    images, labels = (torch.tensor(part) for part in load_digits(return_X_y=True))
+    images, order = images.float().view(-1, 1, 8, 8) / 16, torch.randperm(len(labels))
+    model = nn.Sequential(
+        *(
+            nn.Conv2d(1, 16, 3, padding=1),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.Conv2d(16, 16, 3, padding=1),
+            nn.BatchNorm2d(16),
+        ),
+        *(nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 10)),
+    )
+
+    def fit(network: nn.Module, optimizer: torch.optim.Optimizer, controller: ss.SemiStructured | None = None) -> None:
+        for _ in range(300):
+            batch = order[torch.randint(0, 1200, (64,))]
+            loss = F.cross_entropy(network.train()(images[batch]), labels[batch])
+            optimizer.zero_grad()
+            (loss if controller is None else loss + controller.regularisation()).backward()
+            optimizer.step()
+            if controller is not None:
+                controller.step()
+
+    def accuracy(network: nn.Module) -> float:
+        with torch.no_grad():
+            return float((network.eval()(images[order[1200:]]).argmax(1) == labels[order[1200:]]).float().mean())
+
+    fit(model, torch.optim.AdamW(model.parameters(), 3e-3))
+    magnitude, learned = copy.deepcopy(model), copy.deepcopy(model)
+    ss.prepare(magnitude)
+    controller = ss.prepare(learned, config(total_steps=300))
+    fit(learned, torch.optim.Adam(controller.parameters(), 0.3), controller)
+    assert accuracy(model) > 0.96
+    assert accuracy(ss.convert(learned)) > max(accuracy(magnitude), accuracy(model) - 0.05)
+
+
 def test_copies_learn_by_themselves() -> None:
     model = network().train()
     controller = ss.prepare(model, config())

@@ -158,9 +158,13 @@ def reason_against(layer: nn.Module, axis: str, backend: str) -> str:
             return f"padding {layer.padding} of a 1x1 convolution"
     if axis != "channels" and not (axis == "im2col" and weight.shape[1] % 4 == 0):
         return f"groups along axis={axis!r} do not lie within rows"
-    if not weight.is_cuda:
-        return f"its weight is on {weight.device}, not on a CUDA device"
-    return plan_padding(weight.shape[0], weight[0].numel(), weight.dtype, backend).reason
+    plan = plan_padding(weight.shape[0], weight[0].numel(), weight.dtype, backend)
+    if plan.reason:
+        return plan.reason
+    if plan.padded_rows * plan.padded_columns >= 2 * plan.rows * plan.columns:
+        size, padded = f"{plan.rows} x {plan.columns}", f"{plan.padded_rows} x {plan.padded_columns}"
+        return f"padding it from {size} to {padded} takes back all that sparsity can save, a factor of 2"
+    return "" if weight.is_cuda else f"its weight is on {weight.device}, not on a CUDA device"
 
 
 def compress_layers(model: nn.Module, manifest: Manifest) -> dict[str, str]:

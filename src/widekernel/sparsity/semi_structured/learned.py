@@ -46,11 +46,12 @@ def gumbel_mask(logits: Tensor, noise: Tensor, tau: float = 1.0, kappa: float = 
     Returns:
         (G, 4), in the type of `logits`.
     """
-    scores = kappa * logits + noise
-    if legal is not None:
-        scores = scores.masked_fill(~legal, ILLEGAL)
-    hard: Tensor = _HardChoice.apply(torch.softmax(scores / tau, 1))  # type: ignore[no-untyped-call]
-    return hard @ pattern_table(hard.device, hard.dtype)
+    with torch.autocast(logits.device.type, enabled=False):  # the gradients of logits are small
+        scores = kappa * logits + noise
+        if legal is not None:
+            scores = scores.masked_fill(~legal, ILLEGAL)
+        hard: Tensor = _HardChoice.apply(torch.softmax(scores / tau, 1))  # type: ignore[no-untyped-call]
+        return hard @ pattern_table(hard.device, hard.dtype)
 
 
 @dataclass

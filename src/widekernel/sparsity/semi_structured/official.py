@@ -73,11 +73,12 @@ def load_official(model: nn.Module, source: str | Path | Mapping[str, Any]) -> O
     for prefix in sorted({prefix for key in state if (prefix := _owner(key)) is not None}):
         if prefix not in layers:
             plan.problems.append(f"{prefix}: the network has no such convolution or linear layer")
+            plan.seen |= {key for key in state if key.startswith(f"{prefix}.")}
             continue
         own = {key.removeprefix(f"{prefix}."): value for key, value in state.items() if key.startswith(f"{prefix}.")}
         _translate(prefix, layers[prefix], own, plan)
     for key, value in state.items():
-        if key not in plan.seen and not any(key.startswith(problem.split(":")[0] + ".") for problem in plan.problems):
+        if key not in plan.seen:
             plan.add(key, key, value)
     added = _compare(model, plan)
     if plan.problems:
