@@ -349,7 +349,7 @@ def test_calls_cost_little_on_one_thread() -> None:
     layer = folded_layer((torch.randn(64, 1, 31, 9), (15, 4)))
     with torch.no_grad():
         layer.kernels[0][::2] = 0
-    size = (1, 64, 14, 14)
+    size = (1, 64, 36, 36)
     assert isinstance(compact(layer, input_size=size), FoldedLargeKernel)
     assert isinstance(compact(layer, CostModel.one_thread(), input_size=size), GroupedKernels)
 
