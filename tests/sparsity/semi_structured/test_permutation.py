@@ -179,6 +179,21 @@ def test_layers_that_tell_channels_apart(between: nn.Module) -> None:
     assert "does not treat all channels alike" in ss.permute_channels(model, ["2"], PERMUTED)["2"].reason
 
 
+class Grouping(nn.Linear):
+    """Scales its weight in groups of neighbouring columns, as quantised layers do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.unflatten(1, (-1, 8))
+        return nn.functional.linear(x, (weight / weight.abs().amax(2, keepdim=True)).flatten(1), self.bias)
+
+
+@pytest.mark.parametrize(("first", "second"), [(nn.Linear, Grouping), (Grouping, nn.Linear)])
+def test_layers_with_a_forward_of_their_own(first: type[nn.Linear], second: type[nn.Linear]) -> None:
+    model = nn.Sequential(first(16, 16), nn.ReLU(), second(16, 16))
+    reason = ss.permute_channels(model, ["2"], PERMUTED)["2"].reason
+    assert "Grouping" in reason
+
+
 def test_hooks_and_shared_parts_are_left_alone() -> None:
     model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
     model[1].register_forward_hook(lambda *_: None)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from widekernel.layers import KernelSource, LargeKernel, PartialChannels
+from widekernel.layers.conv import is_plain
 from widekernel.sparsity.semi_structured.eligibility import conv_groups
 
 # Exact types, because a subclass may do anything. None of them mixes or tells apart channels.
@@ -108,6 +109,8 @@ def _chain(model: nn.Module, part: nn.Module, graph: fx.Graph, prefix: str, cons
     if problem := _owner_problem(model, layer, own, read):
         return problem
     assert isinstance(layer, (nn.Conv2d, nn.Linear))
+    if not _is_known(layer):
+        return f"{type(layer).__name__} may do more with its weight than a plain layer"
     channels, linear = layer.weight.shape[1], isinstance(layer, nn.Linear)
     between: list[str] = []
     node = calls[own][0].args[0] if calls[own][0].args else None
@@ -118,12 +121,10 @@ def _chain(model: nn.Module, part: nn.Module, graph: fx.Graph, prefix: str, cons
             name = str(node.target)
             module = part.get_submodule(name)
             has_state = any(True for _ in module.parameters()) or any(True for _ in module.buffers())
-            if has_state and (len(calls[name]) != 1 or (problem := _owner_problem(model, module, name, read))):
-                return (
-                    f"{prefix}{name} before it is used several times"
-                    if len(calls[name]) != 1
-                    else f"{prefix}{name}: {problem}"
-                )
+            if has_state and len(calls[name]) != 1:
+                return f"{prefix}{name} before it is used several times"
+            if has_state and (problem := _owner_problem(model, module, name, read)):
+                return f"{prefix}{name}: {problem}"
             if _is_producer(module, channels, linear):
                 return Chain(prefix + name, consumer, tuple(between))
             if not _keeps_channels(module, channels, linear):
@@ -167,10 +168,12 @@ def _owner_problem(model: nn.Module, module: nn.Module, name: str, read: set[str
 
 def _is_producer(module: nn.Module, channels: int, linear: bool) -> bool:
     kind = nn.Linear if linear else nn.Conv2d
-    if not isinstance(module, kind) or conv_groups(module) != 1 or module.weight.shape[0] != channels:
-        return False
-    names = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
-    return names <= {"weight", "bias"}
+    return isinstance(module, kind) and _is_known(module) and conv_groups(module) == 1 and module.weight.shape[0] == channels
+
+
+def _is_known(layer: nn.Module) -> bool:
+    """Whether a convolution or linear layer is a plain one, or timm's with the padding of TensorFlow."""
+    return is_plain(layer) or (type(layer).__name__ == "Conv2dSame" and type(layer).__module__.startswith("timm.layers."))
 
 
 def _keeps_channels(module: nn.Module, channels: int, linear: bool) -> bool:
@@ -183,12 +186,15 @@ def _keeps_channels(module: nn.Module, channels: int, linear: bool) -> bool:
     if isinstance(module, nn.LayerNorm):
         # Over the last dimension, except for the two-dimensional ones of timm and torchvision.
         across = kind.__name__ == "LayerNorm2d"
-        known = kind is nn.LayerNorm or kind.__module__.startswith(("timm.layers.", "torchvision."))
+        others = kind.__name__ in ("LayerNorm", "LayerNorm2d") and kind.__module__.startswith(
+            ("timm.layers.", "torchvision.")
+        )
+        known = kind is nn.LayerNorm or others
         return known and across is not linear and tuple(module.normalized_shape) == (channels,)
     if linear:
         return False
     if isinstance(module, _BatchNorm):
         return module.num_features == channels and all(_keeps_channels(one, channels, linear) for one in module.children())
     if isinstance(module, nn.Conv2d):
-        return module.groups == module.in_channels == module.out_channels == channels
+        return _is_known(module) and module.groups == module.in_channels == module.out_channels == channels
     return kind in POOLING
