@@ -43,8 +43,6 @@ from widekernel.sparsity.selection import choose
         ({"update_interval": 2.5}, "whole number, at least 1"),
         ({"total_steps": 0}, "at least 1"),
         ({"seed": -1}, "at least 0"),
-        ({"prune_schedule": "cosine"}, "set total_steps"),
-        ({"initial_sparsity": 0.1}, "set total_steps"),
         ({"initial_sparsity": 0.9, "total_steps": 9}, "at most 0.4"),
         ({"min_fan_in": 1, "block": "kernel"}, "use block='element'"),
         ({"block": "2:4"}, "set sparsity=0.5"),
@@ -57,11 +55,20 @@ def test_wrong_settings_are_refused(settings: dict, message: str) -> None:
         DynamicSparsityConfig(**settings)
 
 
+@pytest.mark.parametrize("settings", [{"prune_schedule": "cosine"}, {"initial_sparsity": 0.1}])
+def test_schedules_need_to_know_when_training_ends(settings: dict) -> None:
+    model = small_net()
+    with pytest.raises(ArgumentError, match="set total_steps"):
+        DynamicSparsity(model, torch.optim.SGD(model.parameters(), 0.1), quick(**settings))
+
+
 def test_settings_as_plain_values() -> None:
     config = quick(layers=["a.*"], block=[3, 3])
     assert DynamicSparsityConfig(**config.to_dict()) == config
     assert config.layers == ("a.*",) and config.block == (3, 3)
     assert DynamicSparsityConfig(layers="stages.*").layers == ("stages.*",)
+    assert DynamicSparsityConfig(layers="fc.weight, a.*", exclude="b.*,c").layers == ("fc.weight", "a.*")
+    assert DynamicSparsityConfig(exclude="b.*,c").exclude == ("b.*", "c")
 
 
 def test_published_settings() -> None:

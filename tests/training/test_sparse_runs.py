@@ -158,7 +158,7 @@ def test_settings_that_do_not_go_together(tmp_path) -> None:
         TrainConfig(sparsity=learned())
     with pytest.raises(ConfigError, match=r"ema\.decay is 0\.9, but learned 2:4 masks"):
         TrainConfig(sparsity=learned(), ema=EmaConfig(0.9), model=ModelConfig(weights="x"))
-    with pytest.raises(ArgumentError, match="no layer that can be masked|names no parameter"):
+    with pytest.raises(ArgumentError, match="names no parameter"):
         make_trainer(replace(config_of(tmp_path, "dynamic", 1), sparsity=dynamic(layers=["nothing*"])))
 
 

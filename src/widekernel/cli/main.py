@@ -9,6 +9,7 @@ from widekernel.errors import WidekernelError, nearest
 COMMANDS = {
     "train": "train a classifier, or resume or report a run",
     "eval": "measure the accuracy of a run or checkpoint on a data set",
+    "sparsify": "make a trained network sparse: 2:4 or in blocks, by magnitude, permutation or learned masks",
     "fold": "merge the branches of a checkpoint into its deployed form",
     "models": "list the models",
     "recipes": "list the training recipes",

@@ -36,7 +36,8 @@ class DynamicSparsityConfig:
         total_steps: optimizer steps of the training, needed by `cosine` and `initial_sparsity`; without it updates go on.
         stop_fraction: share of `total_steps` after which the masks stay as they are.
         initial_sparsity: start this sparse, and follow the cubic of Zhu & Gupta (2017) to `sparsity` at the last update.
-        layers: `all` matrices and kernels, `large_kernel_only` (the widest of every large-kernel layer), or name patterns.
+        layers: `all` matrices and kernels, `large_kernel_only` (the widest of every large-kernel layer), or name
+            patterns, in one text separated by commas or in several.
         exclude: name patterns of parameters that stay dense.
         block: what lives or dies together: one `element`; an N×N `kernel` (one input of one output channel, or one tile of
             Shift-wise convolution); a channel's kernel in one `branch` of a large-kernel layer; a `channel` in all its
@@ -66,7 +67,7 @@ class DynamicSparsityConfig:
     stop_fraction: float = 0.75
     initial_sparsity: float | None = None
     layers: str | Sequence[str] = "all"
-    exclude: Sequence[str] = ()
+    exclude: str | Sequence[str] = ()
     block: str | Sequence[int] = "element"
     share_every: int = 1
     regrow: bool = False
@@ -95,13 +96,13 @@ class DynamicSparsityConfig:
 
     def _check_layers(self) -> None:
         if isinstance(self.layers, str):
-            if not any(sign in self.layers for sign in "*?["):
+            if not any(sign in self.layers for sign in "*?[,."):
                 _one_of("layers", self.layers, LAYER_RULES)
             else:
-                object.__setattr__(self, "layers", (self.layers,))
+                object.__setattr__(self, "layers", _split(self.layers))
         for name in ("layers", "exclude"):
             value = getattr(self, name)
-            patterns = (value,) if isinstance(value, str) else value
+            patterns = _split(value) if isinstance(value, str) else value
             if not all(isinstance(pattern, str) and pattern for pattern in patterns):
                 raise ArgumentError(f"{name}={value!r} must hold patterns of parameter names, such as 'stages.*.fc1.weight'")
             if name == "exclude" or not isinstance(value, str):
@@ -193,6 +194,10 @@ def published_shiftwise(sparsity: float = 0.3, **changes: Any) -> DynamicSparsit
 def with_total_steps(config: DynamicSparsityConfig, total_steps: int) -> DynamicSparsityConfig:
     """Give `config` the length of the training, unless it has one."""
     return config if config.total_steps is not None else replace(config, total_steps=total_steps)
+
+
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(pattern.strip() for pattern in text.split(",") if pattern.strip())
 
 
 def _one_of(name: str, value: Any, known: Sequence[str]) -> None:

@@ -77,10 +77,10 @@ def _draw_weights(axes: Axes, name: str, image: np.ndarray) -> None:
     from matplotlib import colormaps
 
     # Dead weights and the lines between kernels have colours that no magnitude has.
-    shades = colormaps["Blues"].copy()
-    shades.set_bad(_DEAD)
-    shades.set_under(_LINE)
-    axes.imshow(image, cmap=shades, vmin=0.0, interpolation="nearest")
+    shades = colormaps["Blues"].with_extremes(bad=_DEAD, under=_LINE)
+    # Where nothing lives, any positive number will do as the largest.
+    largest = float(np.nan_to_num(image, nan=0.0).max()) or 1.0
+    axes.imshow(image, cmap=shades, vmin=0.0, vmax=max(largest, 1e-30), interpolation="nearest")
     axes.set_title(_short(name), fontsize=8)
     axes.set_axis_off()
 

@@ -1,0 +1,220 @@
+"""Making a trained network sparse without training it, or by training nothing but its 2:4 masks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from widekernel.data import AugmentConfig, DataConfig
+from widekernel.data.config import require
+from widekernel.data.errors import ConfigError
+from widekernel.sparsity import DynamicSparsity, DynamicSparsityConfig, SparsityReport, load_masks, semi_structured
+from widekernel.sparsity.selection import Choice
+from widekernel.tasks.classification import train
+from widekernel.tasks.config import ModelConfig, TrainConfig
+from widekernel.tasks.loading import Source, load
+from widekernel.tasks.saved import SavedModel, save_model
+from widekernel.training import EmaConfig, LoopConfig, OptimizerConfig, Reporter, RunFolder, ScheduleConfig
+from widekernel.training.config import SparsityConfig
+
+Method = Literal["magnitude", "permuted", "learned"]
+
+
+@dataclass(frozen=True)
+class SparsifyConfig:
+    """How a trained network becomes sparse.
+
+    Args:
+        method: which weights stay: those of the largest magnitude; the same after channels were reordered so that this loses
+            less (2:4 only); or those that training the masks on images finds (2:4 only, needs data)
+        block: 2:4 (two of four input channels), or what is zero together: element, kernel, branch, channel
+        sparsity: share of zeros, for other blocks than 2:4
+        layers: name patterns of what becomes sparse (2:4: of layers; else of parameters), separated by commas; default: all
+        exclude: name patterns of what stays dense, likewise
+        axis: what four weights form a group: consecutive input channels of a tap (channels), or of the flattened filters
+            (im2col, as in the paper)
+        seed: of random choices
+    """
+
+    method: Method = "magnitude"
+    block: str = "2:4"
+    sparsity: float = 0.5
+    layers: str | None = None
+    exclude: str | None = None
+    axis: Literal["channels", "im2col"] = "channels"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method != "magnitude" and self.block != "2:4":
+            raise ConfigError(f"method {self.method!r} makes masks 2:4, but block is {self.block!r}: use method magnitude.")
+        if self.block == "2:4" and self.sparsity != 0.5:
+            raise ConfigError(f"sparsity is {self.sparsity}, but block 2:4 keeps half: leave it out, or use another block.")
+
+
+@dataclass(frozen=True)
+class LearningConfig:
+    """How masks are learned over frozen weights.
+
+    Args:
+        epochs: passes over the training images
+        lr: learning rate of the logits at the first step, from which it falls along half a cosine
+        batch_size: images per step
+        device: auto, cpu, cuda or cuda:N
+    """
+
+    epochs: int = 1
+    lr: float = 0.1
+    batch_size: int = 128
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        require(self.epochs > 0, "epochs", self.epochs, "positive")
+        require(self.lr > 0, "lr", self.lr, "positive")
+        require(self.batch_size > 0, "batch_size", self.batch_size, "positive")
+
+
+@dataclass(frozen=True)
+class Sparsified:
+    """A sparse network and what became of its layers.
+
+    Attributes:
+        model: plain network with zeros, in evaluation mode.
+        masks: parameter name -> bool.
+        report: per parameter or layer.
+        kept: share of the summed magnitude of the masked weights that is left.
+    """
+
+    model: nn.Module
+    masks: dict[str, Tensor]
+    report: SparsityReport
+    kept: float
+
+
+def sparsify(model: nn.Module, config: SparsifyConfig) -> Sparsified:
+    """Mask a network by magnitude, after a permutation of its channels if asked for; changes the network.
+
+    Raises:
+        ArgumentError: nothing can be masked, or a setting is out of range.
+        ConfigError: the method needs training: see `learn`.
+    """
+    if config.method == "learned":
+        raise ConfigError("method learned needs images: give --data.root.")
+    before = {name: parameter.detach().abs() for name, parameter in model.named_parameters()}
+    if config.block == "2:4":
+        controller = semi_structured.prepare(model, _two_four(config))
+        masks = controller.masks
+        kept = {_weight(row): row.kept for row in controller.report if row.masked}
+        weights = {name: float(before[name].sum()) for name in kept}
+        share = sum(kept[name] * weight for name, weight in weights.items()) / max(1e-30, sum(weights.values()))
+        plain = semi_structured.convert(model).eval()
+        return Sparsified(plain, masks, SparsityReport.of(plain, _choices(controller.report), masks), share)
+    settings = DynamicSparsityConfig(
+        sparsity=config.sparsity,
+        init="magnitude",
+        growth="none",
+        layers=_patterns(config.layers) or "all",
+        exclude=_patterns(config.exclude),
+        block=config.block,
+        seed=config.seed,
+    )
+    # The masks need an optimizer to hold on to, which makes no step.
+    pruned = DynamicSparsity(model, torch.optim.SGD(model.parameters(), 0.0), settings)
+    pruned.remove()
+    live = sum(float(before[name][mask].sum()) for name, mask in pruned.masks.items())
+    total = sum(float(before[name].sum()) for name in pruned.masks)
+    report = SparsityReport.of(model, pruned.choices, pruned.masks)
+    return Sparsified(model.eval(), pruned.masks, report, live / max(1e-30, total))
+
+
+def learn(
+    source: Source, config: SparsifyConfig, learning: LearningConfig, data: DataConfig, where: tuple[Path, Reporter]
+) -> tuple[Sparsified, SavedModel]:
+    """Train the 2:4 masks of a network whose weights stay as they are, in a run folder that can be resumed.
+
+    Args:
+        source: the trained network.
+        config: which layers.
+        learning: how.
+        data: the images; what it leaves open follows the network.
+        where: the run folder, and who is told about progress.
+    """
+    folder, reporter = where
+    model, saved = load(source)
+    if saved.form != "training":
+        raise ConfigError(f"{source.path} is folded; masks are learned before folding. Give the network it was made from.")
+    reference = folder / "start.safetensors"
+    RunFolder(folder).make_writable()
+    save_model(model, reference, saved)
+    settings = TrainConfig(
+        seed=config.seed,
+        output=str(folder),
+        label_smoothing=0.0,
+        model=ModelConfig(saved.name, saved.num_classes, dict(saved.model_args), weights=str(reference)),
+        data=_data_of(data, saved),
+        augment=AugmentConfig(auto_augment=None, color_jitter=0.0, erase_prob=0.0, mixup=0.0, cutmix=0.0),
+        optimizer=OptimizerConfig(lr=learning.lr, weight_decay=0.0),
+        schedule=ScheduleConfig(epochs=learning.epochs, warmup_epochs=0),
+        ema=EmaConfig(decay=None),
+        loop=LoopConfig(batch_size=learning.batch_size, device=learning.device),
+        sparsity=SparsityConfig("2:4", semi_structured=_two_four(config)),
+    )
+    train(settings, reporter)
+    learned, _ = load(Source(folder))
+    masks = load_masks(RunFolder(folder).masks, learned)
+    # The same layers are chosen by any method; this one finds the reasons against the others again.
+    rows = semi_structured.prepare(copy.deepcopy(model), _two_four(replace(config, method="magnitude"))).report
+    before, after = dict(model.named_parameters()), dict(learned.named_parameters())
+    live, total = (sum(float(weights[name].detach().abs().sum()) for name in masks) for weights in (after, before))
+    return Sparsified(learned, masks, SparsityReport.of(learned, _choices(rows), masks), live / max(1e-30, total)), saved
+
+
+def _choices(rows: Sequence[semi_structured.LayerReport]) -> list[Choice]:
+    """Tell of 2:4 layers as of other masked parameters."""
+    return [Choice(_weight(row), tuple(row.shape), "" if row.masked else row.reason) for row in rows]
+
+
+def _weight(row: semi_structured.LayerReport) -> str:
+    return f"{row.name}.weight".lstrip(".")
+
+
+def agreement(model: nn.Module, other: nn.Module, input_size: int, images: int = 16) -> float:
+    """Share of random images on which two networks have the same first class."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(images, 3, input_size, input_size, generator=generator)
+    with torch.inference_mode():
+        same = model.eval()(inputs).argmax(1) == other.eval()(inputs).argmax(1)
+    return float(same.float().mean())
+
+
+def _two_four(config: SparsifyConfig) -> semi_structured.SemiStructuredConfig:
+    layers: Literal["all"] | tuple[str, ...] = _patterns(config.layers) or "all"
+    return semi_structured.SemiStructuredConfig(
+        method=config.method, axis=config.axis, layers=layers, exclude=_patterns(config.exclude), seed=config.seed
+    )
+
+
+def _patterns(text: str | None) -> tuple[str, ...]:
+    return tuple(pattern.strip() for pattern in (text or "").split(",") if pattern.strip())
+
+
+def _data_of(data: DataConfig, saved: SavedModel) -> DataConfig:
+    known = saved.preprocessing
+    return replace(
+        data,
+        input_size=data.input_size or known.input_size,
+        mean=data.mean or _triple(known.mean),
+        std=data.std or _triple(known.std),
+        interpolation=data.interpolation or known.interpolation,
+        crop_pct=data.crop_pct or known.crop_pct,
+    )
+
+
+def _triple(values: Sequence[float]) -> tuple[float, float, float]:
+    first, second, third = values
+    return float(first), float(second), float(third)

@@ -1,0 +1,165 @@
+"""Sparse training and sparsification from the command line, on a folder of images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.cli.test_command_line_run import finished, images, write_config  # noqa: F401 - fixtures
+
+from widekernel.cli.main import main
+from widekernel.sparsity import load_masks
+from widekernel.training.metrics_log import read_metrics
+
+
+def said(capsys: pytest.CaptureFixture, *arguments: str) -> str:
+    capsys.readouterr()
+    code = main(list(arguments))
+    out = capsys.readouterr()
+    assert code == 0, out.err
+    return out.out
+
+
+def refused(capsys: pytest.CaptureFixture, *arguments: str) -> str:
+    capsys.readouterr()
+    assert main(list(arguments)) == 2
+    return capsys.readouterr().err
+
+
+def test_sparse_training(images, tmp_path: Path, capsys) -> None:  # noqa: F811
+    config = write_config(tmp_path, images, ema={"decay": None})
+    run = tmp_path / "run"
+    settings = ["--sparsity.method", "dynamic", "--sparsity.dynamic.update_interval", "2"]
+    settings += ["--sparsity.dynamic.sparsity", "0.6", "--sparsity.dynamic.prune_schedule", "cosine"]
+    settings += ["--sparsity.dynamic.exclude", "head.*"]
+    said(capsys, "train", "--config", str(config), "--output", str(run), *settings)
+    weights, masks = load_file(run / "model.safetensors"), load_masks(run / "masks.safetensors")
+    assert masks and all(not weights[name][~mask].any() for name, mask in masks.items())
+    assert not any(name.startswith("head") for name in masks)
+    total = sum(mask.numel() for mask in masks.values())
+    assert sum(int(mask.sum()) for mask in masks.values()) == round(0.4 * total)
+    report = json.loads((run / "sparsity.json").read_text())
+    assert report["sparsity"] == pytest.approx(0.6, abs=1 / total) and len(report["churn"]) == 1
+    assert {layer["reason"] for layer in report["layers"] if layer["name"] == "head.fc.weight"} == {"excluded by name"}
+    assert (run / "sparsity.png").read_bytes().startswith(b"\x89PNG")
+    assert read_metrics(run / "metrics.jsonl")[-1]["sparsity"] == report["sparsity"]
+    counted = json.loads(said(capsys, "complexity", str(run), "--json"))
+    dead = total - sum(int(mask.sum()) for mask in masks.values())
+    # Some live taps reach no pixel of so small maps: having grown, they stay zero.
+    assert dead <= counted["dense"]["params"] - counted["nonzero"]["params"] <= 1.02 * dead
+    assert counted["nonzero"]["macs"] < counted["dense"]["macs"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["--sparsity.dynamic.block", "channel", "--sparsity.dynamic.layers", "large_kernel_only"],
+        ["--sparsity.dynamic.block", "[3, 3]", "--sparsity.dynamic.layers", "['*.kernels.*']"],
+        ["--sparsity.dynamic.block", "2:4", "--sparsity.dynamic.sparsity", "0.5", "--sparsity.dynamic.init", "magnitude"],
+        ["--sparsity.dynamic.rule", "published", "--sparsity.dynamic.growth", "momentum"],
+        ["--sparsity.dynamic.initial_sparsity", "0.0", "--sparsity.dynamic.init", "erk"],
+    ],
+    ids=["channel", "tiles", "2:4", "published", "gradual"],
+)
+def test_kinds_of_sparse_training(settings: list[str], images, tmp_path: Path, capsys) -> None:  # noqa: F811
+    config = write_config(tmp_path, images, schedule={"epochs": 1, "warmup_epochs": 0})
+    run = tmp_path / "run"
+    said(capsys, "train", "--config", str(config), "--output", str(run), "--sparsity.method", "dynamic", *settings)
+    weights, masks = load_file(run / "model.safetensors"), load_masks(run / "masks.safetensors")
+    averaged = load_file(run / "model_ema.safetensors")
+    assert masks and all(not weights[n][~m].any() and not averaged[n][~m].any() for n, m in masks.items())
+
+
+def test_learned_masks_by_training(finished: Path, images, tmp_path: Path, capsys) -> None:  # noqa: F811
+    config = write_config(tmp_path, images, ema={"decay": None})
+    run = tmp_path / "run"
+    given = ["--model.weights", str(finished / "model.safetensors"), "--sparsity.method", "2:4"]
+    small = ["--sparsity.semi_structured.min_in_channels", "8"]
+    said(capsys, "train", "--config", str(config), "--output", str(run), *given, *small)
+    before, after = load_file(finished / "model.safetensors"), load_file(run / "model.safetensors")
+    masks = load_masks(run / "masks.safetensors")
+    assert before.keys() == after.keys() and masks
+    for name, value in after.items():
+        expected = before[name] * masks[name] if name in masks else before[name]
+        assert torch.equal(value, expected), name  # weights and statistics are those that were given
+    assert all((mask.sum() == mask.numel() // 2) for mask in masks.values() if mask.shape[1] % 4 == 0)
+    for state in ("last", "best"):
+        assert "images" in said(capsys, "eval", str(run), "--state", state)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "permuted", "learned"])
+def test_sparsify_two_of_four(method: str, finished: Path, tmp_path: Path, capsys) -> None:  # noqa: F811
+    output = tmp_path / "sparse.safetensors"
+    arguments = ["--method", method, "--output", str(output), "--batch_size", "6", "--exclude", "*.downsample.*, head.*"]
+    text = said(capsys, "sparsify", str(finished), *arguments)
+    assert "top-1" in text and "% before" in text and "kept magnitude" in text
+    weights, masks = load_file(output), load_masks(tmp_path / "sparse_masks.safetensors")
+    assert masks and all(not weights[name][~mask].any() for name, mask in masks.items())
+    for name, mask in masks.items():
+        groups = mask.movedim(1, -1).reshape(-1, 4)
+        assert (groups.sum(1) <= 2).all(), name
+    report = json.loads((tmp_path / "sparse_sparsity.json").read_text())
+    assert {layer["name"] for layer in report["layers"] if layer["masked"]} == set(masks)
+    assert (tmp_path / "sparse_sparsity.png").exists()
+    assert "images" in said(capsys, "eval", str(output), "--data.root", str(images_of(finished)), "--data.workers", "0")
+    # the same again is refused, whole files are not lost
+    assert "exists" in refused(capsys, "sparsify", str(finished), "--method", method, "--output", str(output))
+
+
+def images_of(run: Path) -> str:
+    import yaml
+
+    return yaml.safe_load((run / "config.yaml").read_text())["data"]["root"]
+
+
+def test_sparsify_in_blocks(finished: Path, tmp_path: Path, capsys) -> None:  # noqa: F811
+    output = tmp_path / "sparse.safetensors"
+    arguments = ["--block", "channel", "--sparsity", "0.25", "--layers", "*.kernels.*", "--output", str(output)]
+    said(capsys, "sparsify", str(finished), *arguments)
+    masks = load_masks(tmp_path / "sparse_masks.safetensors")
+    assert all(torch.equal(mask.flatten(1).any(1), mask.flatten(1).all(1)) for mask in masks.values())
+    counted = json.loads(said(capsys, "complexity", str(output), "--json"))
+    assert counted["realised"]["macs"] < counted["dense"]["macs"]
+
+
+def test_sparsify_a_file_without_data(finished: Path, tmp_path: Path, capsys) -> None:  # noqa: F811
+    source = tmp_path / "net.safetensors"
+    source.write_bytes((finished / "model.safetensors").read_bytes())
+    assert "random images" in said(capsys, "sparsify", str(source))
+    assert (tmp_path / "net_2to4_magnitude.safetensors").exists()
+    assert "--data.root" in refused(capsys, "sparsify", str(source), "--method", "learned")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "permuted", "--block", "channel"], "makes masks 2:4"),
+        (["--sparsity", "0.4"], "block 2:4 keeps half"),
+        (["--block", "kernals", "--sparsity", "0.4"], "Did you mean 'kernel'"),
+        (["--block", "element", "--sparsity", "1.0"], "from 0 to below 1"),
+        (["--methods", "magnitude"], "Did you mean '--method'"),
+        (["--layers", "nothing*"], "nothing"),
+        (["--output", "net.pth"], "are .safetensors files"),
+    ],
+)
+def test_sparsify_refuses(arguments: list[str], message: str, finished: Path, tmp_path: Path, capsys) -> None:  # noqa: F811
+    if "--output" not in arguments:
+        arguments = [*arguments, "--output", str(tmp_path / "out.safetensors")]
+    assert message in refused(capsys, "sparsify", str(finished), *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_train_refuses(images, tmp_path: Path, capsys) -> None:  # noqa: F811
+    config = str(write_config(tmp_path, images))
+    for arguments, message in (
+        (["--sparsity.method", "2:4", "--ema.decay", "null"], "learns masks over trained weights"),
+        (["--sparsity.method", "dynamic", "--sparsity.dynamic.sparsity", "1"], "sparsity=1 is out of range"),
+        (["--sparsity.method", "dynamic", "--sparsity.dynamic.init", "snipp"], "Did you mean 'snip'"),
+        (["--sparsity.dynamc.init", "snip"], "Did you mean"),
+        (["--sparsity.method", "dynamic", "--sparsity.masks", "nowhere.safetensors"], "is not a readable file of masks"),
+    ):
+        error = refused(capsys, "train", "--config", config, "--output", str(tmp_path / "run"), *arguments)
+        assert message in error.replace("1.0", "1"), error
