@@ -256,6 +256,11 @@ def test_regularisation() -> None:
     assert all(bool(logits.grad.any()) for logits in controller.parameters())
 
 
+def test_regularisation_can_be_off() -> None:
+    controller = ss.prepare(network(), config(entropy_penalty=0.0))
+    assert float(controller.regularisation()) == 0
+
+
 def test_resumed_learning_is_bit_identical() -> None:
     """Cut after any step: losses, logits and flip rates as without the cut, whatever the global generator does."""
     initial = network().state_dict()

@@ -132,7 +132,9 @@ class SemiStructured:
         """
         if not self._learned:
             return torch.zeros(())
-        total = self.config.entropy_penalty * self._entropies().mean()
+        total = torch.zeros((), device=self.parameters()[0].device)
+        if self.config.entropy_penalty:
+            total = total + self.config.entropy_penalty * self._entropies().mean()
         if self.config.weight_regularization:
             for name, mask in self._learned.items():
                 norm = (self._original(_layer(name)).float() * mask.drawn()).square().sum().to(total.device)

@@ -16,24 +16,26 @@ _FIRST, _SECOND = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
 def uniform(shape: Sequence[int], seed: int, step: int, name: str, device: torch.device | str = "cpu") -> Tensor:
     """Draw float32 numbers from the open interval (0, 1), without touching any generator.
 
-    Element i is a hash of i and of (seed, step, name): SplitMix64 (Steele et al., OOPSLA 2014) as a counter. Integer
-    arithmetic, hence the same bits on every device.
+    Elements 2i and 2i + 1 are the halves of a hash of i and of (seed, step, name): SplitMix64 (Steele et al., OOPSLA 2014)
+    as a counter. Integer arithmetic, hence the same bits on every device.
     """
     key = hashlib.blake2b(f"{seed}/{step}/{name}".encode(), digest_size=8).digest()
     start = int.from_bytes(key, "little", signed=True)
-    x = torch.arange(1, prod(shape) + 1, dtype=torch.int64, device=device) * _GOLDEN + start
-    x = (x ^ _shifted(x, 30)) * _FIRST
-    x = (x ^ _shifted(x, 27)) * _SECOND
-    x = x ^ _shifted(x, 31)
+    count = prod(shape)
+    x = torch.arange(1, count // 2 + 2, dtype=torch.int64, device=device).mul_(_GOLDEN).add_(start)
+    x.bitwise_xor_(_shifted(x, 30)).mul_(_FIRST)
+    x.bitwise_xor_(_shifted(x, 27)).mul_(_SECOND)
+    x.bitwise_xor_(_shifted(x, 31))
+    halves = torch.stack([_shifted(x, 41), x.bitwise_and_((1 << 23) - 1)], 1).flatten()[:count]
     # 23 bits and a half: neither 0 nor 1 after rounding to float32.
-    return ((_shifted(x, 41).to(torch.float32) + 0.5) * 2.0**-23).reshape(tuple(shape))
+    return halves.to(torch.float32).add_(0.5).mul_(2.0**-23).reshape(tuple(shape))
 
 
 def gumbel(shape: Sequence[int], seed: int, step: int, name: str, device: torch.device | str = "cpu") -> Tensor:
     """Draw standard Gumbel noise, float32, as `uniform` does."""
-    return -torch.log(-torch.log(uniform(shape, seed, step, name, device)))
+    return uniform(shape, seed, step, name, device).log_().neg_().log_().neg_()
 
 
 def _shifted(x: Tensor, by: int) -> Tensor:
     """Shift right, filling with zeros: that of int64 fills with the sign."""
-    return (x >> by) & ((1 << (64 - by)) - 1)
+    return (x >> by).bitwise_and_((1 << (64 - by)) - 1)
