@@ -54,8 +54,8 @@ Where the target is missed, or nothing is removed:
   dead in one of 256. Practically no tap of the folded kernel is zero, and nothing is saved. Whole channels have to go.
 - Other work on the machine slows both layers, which run in turn, but not alike: it hides the time of waking threads. On the
   same machine while idle, two threads reached the target in 7 of 15 layers with channels pruned at random and in 6 of 11
-  with the last ones pruned, all of them at 56x56 or with four images. Layers that are the same before and after ("plain" with
-  a ratio of 1) show how far two measurements differ.
+  with the last ones pruned, all of them at 56x56 or with four images. Layers that are the same before and after ("plain"
+  with a ratio of 1) show how far two measurements differ.
 """
 
 SLAK = {
