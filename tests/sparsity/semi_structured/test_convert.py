@@ -9,6 +9,7 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import widekernel
 from widekernel.errors import ArgumentError
@@ -82,7 +83,25 @@ def test_a_converted_network_can_be_prepared_again() -> None:
     assert torch.equal(ss.convert(plain)[3].weight, ss.convert(model)[3].weight) and controller.is_learned
 
 
-def test_scripted_and_saved_as_any_network(tmp_path: object) -> None:
+def test_networks_can_be_exported() -> None:
+    """Prepared ones too, in evaluation mode: nothing there depends on values."""
+    model, x = nn.Sequential(nn.Conv2d(18, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 1)).eval(), torch.randn(1, 18, 6, 6)
+    ss.prepare(model, ss.SemiStructuredConfig("learned"))
+    plain = ss.convert(model)
+    for one in (model, plain):
+        torch.testing.assert_close(torch.export.export(one, (x,)).module()(x), plain(x))
+
+
+def test_recomputation_sees_the_same_masks() -> None:
+    """Gradient checkpointing gives the gradients that it would give without."""
+    model, x = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8)).train(), torch.randn(4, 16, requires_grad=True)
+    controller = ss.prepare(model, ss.SemiStructuredConfig("learned", prior_strength=0.0))
+    plain = torch.autograd.grad(model(x).square().sum(), controller.parameters())
+    again = torch.autograd.grad(checkpoint(model, x, use_reentrant=False).square().sum(), controller.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(plain, again))
+
+
+def test_saved_as_any_network(tmp_path: object) -> None:
     model = network()
     ss.prepare(model, ss.SemiStructuredConfig("learned"))
     plain = ss.convert(model).eval()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from widekernel.sparsity.semi_structured.config import SemiStructuredConfig
 from widekernel.sparsity.semi_structured.grouping import Axis, group_view, ungroup
-from widekernel.sparsity.semi_structured.masks import choices_to_mask, legal_choices, magnitude_choices
+from widekernel.sparsity.semi_structured.masks import legal_choices, magnitude_choices
 from widekernel.sparsity.semi_structured.noise import gumbel
 from widekernel.sparsity.semi_structured.patterns import bits_of, pattern_table
 
@@ -127,7 +127,7 @@ class ChoiceMask(nn.Module):
 
     def mask(self) -> Tensor:
         """Give their mask, bool, of the weight's shape."""
-        return choices_to_mask(self.choices(), self.shape, self.axis, self.groups)
+        return ungroup(bits_of(self.choices()), self.shape, self.axis, self.groups)
 
     def entropies(self) -> Tensor:
         """Give the entropy of each group's choice in nats, (G,), at most log 6: that of softmax(kappa · logits).
