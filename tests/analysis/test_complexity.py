@@ -22,7 +22,7 @@ from widekernel.data import DataConfig, Preprocessing
 from widekernel.errors import ShapeError
 from widekernel.layers import LargeKernel, Rectangles
 from widekernel.models import list_models
-from widekernel.sparsity.compact import compact
+from widekernel.sparsity.compaction import compact
 from widekernel.tasks.assembly import pretrained_cfg
 from widekernel.tasks.saved import SavedModel, save_model
 

@@ -28,7 +28,7 @@ from widekernel.layers import (
     Rectangles,
 )
 from widekernel.layers.grouped import ChannelGroup, GroupedKernels
-from widekernel.sparsity.compact import CostModel, compact, compact_report
+from widekernel.sparsity.compaction import CostModel, compact, compact_report
 
 # Only multiply-accumulates count, so that everything dead goes even in layers too small for it to pay.
 FREE = CostModel(move=0, outside=0, call=0, group=0, block=1, ragged=1, fill=0)

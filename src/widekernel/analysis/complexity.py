@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_fl
 from widekernel.errors import ShapeError
 from widekernel.layers import FoldedLargeKernel, LargeKernel
 from widekernel.layers.sources import SourceGroup, rects_of
-from widekernel.sparsity.compact import compact
+from widekernel.sparsity.compaction import compact
 from widekernel.transforms.fold import fold
 
 aten = torch.ops.aten

@@ -1,7 +1,7 @@
 """Sparsity that is part of the checkpoint: dynamic sparse training, coarse pruning, learned 2:4 masks."""
 
 from widekernel.sparsity import semi_structured
-from widekernel.sparsity.compact import compact
+from widekernel.sparsity.compaction import compact, compact_report
 from widekernel.sparsity.config import DynamicSparsityConfig, published_shiftwise, published_slak
 from widekernel.sparsity.dynamic import DynamicSparsity
 from widekernel.sparsity.processes import MaskMismatchError
@@ -14,6 +14,7 @@ __all__ = [
     "MaskMismatchError",
     "SparsityReport",
     "compact",
+    "compact_report",
     "load_masks",
     "published_shiftwise",
     "published_slak",

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -157,7 +157,7 @@ def learn(
         label_smoothing=0.0,
         model=ModelConfig(saved.name, saved.num_classes, dict(saved.model_args), weights=str(reference)),
         data=_data_of(data, saved),
-        augment=AugmentConfig(auto_augment=None, color_jitter=0.0, erase_prob=0.0, mixup=0.0, cutmix=0.0),
+        augment=_augment_of(source),
         optimizer=OptimizerConfig(lr=learning.lr, weight_decay=0.0),
         schedule=ScheduleConfig(epochs=learning.epochs, warmup_epochs=0),
         ema=EmaConfig(decay=None),
@@ -213,6 +213,19 @@ def _data_of(data: DataConfig, saved: SavedModel) -> DataConfig:
         interpolation=data.interpolation or known.interpolation,
         crop_pct=data.crop_pct or known.crop_pct,
     )
+
+
+def _augment_of(source: Source) -> AugmentConfig:
+    """What the network was trained with, without mixing; for a file of unknown history, crops of most of the image."""
+    run = source.run_folder()
+    plain: dict[str, Any] = {"mixup": 0.0, "cutmix": 0.0}
+    if run is None:
+        light: dict[str, Any] = {"hflip": 0.0, "color_jitter": 0.0, "auto_augment": None, "erase_prob": 0.0}
+        return AugmentConfig(crop_scale=(0.7, 1.0), **light, **plain)
+    saved: dict[str, Any] = {
+        key: tuple(v) if isinstance(v, list) else v for key, v in (run.read_config().get("augment") or {}).items()
+    }
+    return AugmentConfig(**{**saved, **plain})
 
 
 def _triple(values: Sequence[float]) -> tuple[float, float, float]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from widekernel.layers import ConvNorm
 from widekernel.layers.conv import is_plain
-from widekernel.sparsity.compact.report import LayerReport
+from widekernel.sparsity.compaction.report import LayerReport
 
 # Each unit by itself; only for these the output of a dead row is a constant and a dead column loses nothing.
 _ELEMENTWISE = {

@@ -11,10 +11,10 @@ from torch import nn
 from widekernel.errors import ArgumentError, ShapeError
 from widekernel.layers import DepthwiseConv2d, LargeKernel
 from widekernel.layers.grouped import GroupedKernels
-from widekernel.sparsity.compact.cost import CostModel, Image
-from widekernel.sparsity.compact.kernels import can_compact, compacted_kernels
-from widekernel.sparsity.compact.report import CompactReport, LayerReport
-from widekernel.sparsity.compact.units import compacted_units
+from widekernel.sparsity.compaction.cost import CostModel, Image
+from widekernel.sparsity.compaction.kernels import can_compact, compacted_kernels
+from widekernel.sparsity.compaction.report import CompactReport, LayerReport
+from widekernel.sparsity.compaction.units import compacted_units
 from widekernel.transforms.fold import fold
 
 ModelT = TypeVar("ModelT", bound=nn.Module)

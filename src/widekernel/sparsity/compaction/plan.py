@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from widekernel.layers import Rect
-from widekernel.sparsity.compact.boxes import live_boxes, uncovered
-from widekernel.sparsity.compact.cost import CostModel, Image
+from widekernel.sparsity.compaction.boxes import live_boxes, uncovered
+from widekernel.sparsity.compaction.cost import CostModel, Image
 
 # Different extents of the same rectangles are told apart in so many steps: merging groups takes the cube of their number.
 _EXTENTS = 5

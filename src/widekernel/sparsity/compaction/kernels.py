@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from widekernel.layers import DepthwiseConv2d, FoldedLargeKernel, FoldedPartialChannels, Rect, maximal_rectangles
 from widekernel.layers.grouped import ChannelGroup, GroupedKernels
-from widekernel.sparsity.compact.boxes import cut, gathered
-from widekernel.sparsity.compact.cost import CostModel, Image
-from widekernel.sparsity.compact.plan import Plan, make_plan
-from widekernel.sparsity.compact.report import LayerReport
+from widekernel.sparsity.compaction.boxes import cut, gathered
+from widekernel.sparsity.compaction.cost import CostModel, Image
+from widekernel.sparsity.compaction.plan import Plan, make_plan
+from widekernel.sparsity.compaction.report import LayerReport
 
 
 def can_compact(module: nn.Module) -> bool:

@@ -1,0 +1,88 @@
+"""What a controller of masks costs a training step: dense and sparse steps in turn, in one run.
+
+    OMP_WAIT_POLICY=passive python benchmarks/sparsity_overhead.py > benchmarks/results/sparsity_overhead_cpu.md
+
+Refuses to report when the masked network is not masked, or the invariants do not hold.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import sys
+import time
+
+import timm
+import torch
+
+import widekernel
+from widekernel.sparsity import DynamicSparsity, DynamicSparsityConfig
+
+CASES = [
+    ("slak_nano of the CIFAR-10 table, 32², batch 128", "slak_nano", 32, 128, 40,
+     {"dims": (32, 64, 128), "depths": (1, 2, 1), "kernel_sizes": (13, 7, 5), "num_classes": 10}),
+    ("slak_tiny, 64², batch 16", "slak_tiny", 64, 16, 8, {}),
+    ("slak_tiny, 224², batch 4", "slak_tiny", 224, 4, 5, {}),
+]  # fmt: skip
+GROWTHS = ("random", "gradient")
+
+
+def make(name: str, options: dict) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = timm.create_model(name, **options).train()
+    return model, torch.optim.AdamW(model.parameters(), 1e-4)
+
+
+def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor) -> float:
+    start = time.perf_counter()
+    torch.nn.functional.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return time.perf_counter() - start
+
+
+def measure(name: str, size: int, batch: int, steps: int, options: dict) -> list[str]:
+    x, y = torch.randn(batch, 3, size, size), torch.randint(0, options.get("num_classes", 1000), (batch,))
+    runs = {"dense": make(name, options)}
+    controllers = {}
+    for growth in GROWTHS:
+        runs[growth] = make(name, options)
+        config = DynamicSparsityConfig(sparsity=0.4, init="erk", growth=growth, update_interval=10**6)
+        controllers[growth] = DynamicSparsity(*runs[growth], config)
+    times: dict[str, list[float]] = {kind: [] for kind in runs}
+    for number in range(steps + 1):
+        for kind, (model, optimizer) in runs.items():
+            taken = step(model, optimizer, x, y)
+            if number:
+                times[kind].append(taken)
+            print(f"{name} {size} step {number}/{steps} {kind}: {1e3 * taken:.1f} ms", file=sys.stderr)
+    dense = statistics.median(times["dense"])
+    cells = [f"{1e3 * dense:.1f}"]
+    for growth in GROWTHS:
+        controller, model = controllers[growth], dict(runs[growth][0].named_parameters())
+        held = all(not model[key][~mask].any() for key, mask in controller.masks.items())
+        if not held or controller.step != steps + 1 or controller.updates:
+            sys.exit(f"the masks of {name} do not hold: nothing is reported")
+        # of neighbouring steps, so that what else the machine does meets both
+        extra = statistics.median(b - a for a, b in zip(times["dense"], times[growth]))
+        cells.append(f"{1e3 * statistics.median(times[growth]):.1f} ({100 * extra / dense:+.2f} %)")
+    masks = sum(mask.numel() for mask in controllers["random"].masks.values())
+    start = time.perf_counter()
+    controllers["random"]._rule.update(controllers["random"]._state, 10**6, 1, None)
+    return [*cells, f"{masks / 1e6:.2f}", f"{1e3 * (time.perf_counter() - start):.0f}"]
+
+
+def main() -> None:
+    rows = [[title, *measure(name, size, batch, steps, options)] for title, name, size, batch, steps, options in CASES]
+    print("# Cost of dynamic sparse training per step, away from updates\n")
+    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}, "
+          f"widekernel {widekernel.__version__}; medians of dense and sparse steps in turn, AdamW; in brackets the median "
+          "difference of neighbouring steps. `python benchmarks/sparsity_overhead.py`\n")  # fmt: skip
+    print("| network | dense step (ms) | random growth (ms) | gradient growth (ms) | masked weights (M) | one update (ms) |")
+    print("|---|---|---|---|---|---|")
+    for row in rows:
+        print("| " + " | ".join(row) + " |")
+
+
+if __name__ == "__main__":
+    main()
