@@ -17,6 +17,7 @@ from widekernel.sparsity.blocks import Blocks
 from widekernel.sparsity.criteria import at_random, generator_for, largest, smallest
 from widekernel.sparsity.packing import pack, unpack
 from widekernel.sparsity.schedules import prune_fraction, sparsity_at
+from widekernel.sparsity.semi_structured import magnitude_mask
 
 BLOCKS = ["element", "kernel", "branch", "channel", (3, 3), (2, 3)]
 
@@ -262,6 +263,7 @@ def test_two_of_four_holds_through_training(growth: str) -> None:
     config = DynamicSparsityConfig(sparsity=0.5, block="2:4", init="magnitude", growth=growth, update_interval=2)
     model, optimizer, controller = controlled(config)
     assert set(controller.masks) == {"fc.weight", "head.weight"}  # the others have 1 or 3 input channels
+    assert set(controller.densities().values()) == {0.5}
     former = {name: mask.clone() for name, mask in controller.masks.items()}
     for step in range(6):
         train_step(model, optimizer, step)
@@ -270,3 +272,28 @@ def test_two_of_four_holds_through_training(growth: str) -> None:
             assert not dict(model.named_parameters())[name][~mask].any()
     assert controller.updates == 3 and sum(controller.moved.values()) > 0
     assert any(not torch.equal(former[name], mask) for name, mask in controller.masks.items())
+
+
+@pytest.mark.parametrize("init", ["magnitude", "uniform", "from_weights"])
+def test_two_of_four_of_channels_that_are_no_multiple_of_four(init: str) -> None:
+    """Two of the last, incomplete group live too, and they move like the others."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Conv2d(7, 6, 3, padding=1), torch.nn.Flatten(), torch.nn.Linear(600, 4))
+    if init == "from_weights":
+        with torch.no_grad():
+            for layer in (model[0], model[2]):
+                layer.weight.mul_(magnitude_mask(layer.weight))
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    config = DynamicSparsityConfig(sparsity=0.5, block="2:4", init=init, growth="gradient", update_interval=1)
+    controller = DynamicSparsity(model, optimizer, config)
+    mask = controller.masks["0.weight"]
+    for step in range(4):
+        before = mask.clone()
+        x = torch.randn(2, 7, 10, 10, generator=torch.Generator().manual_seed(step))
+        model(x).square().mean().backward()
+        optimizer.step()
+        assert (mask[:, :4].sum(1) == 2).all() and (mask[:, 4:].sum(1) == 2).all()
+        assert not torch.equal(before, mask) and controller.moved["0.weight"] > 0
+        assert not model[0].weight[~mask].any()
+    assert controller.densities()["0.weight"] == pytest.approx(4 / 7)

@@ -28,8 +28,8 @@ def allocate(state: MaskState, scores: Mapping[str, Tensor] | None) -> None:
     config, density = state.config, 1 - state.config.sparsity
     shapes = {name: tuple(parameter.shape) for name, parameter in state.parameters.items()}
     if config.block == "2:4":
-        state.densities = dict.fromkeys(shapes, 0.5)
-    elif config.init == "erk":
+        return  # set with the masks: groups that are not full keep more
+    if config.init == "erk":
         state.densities = erk_densities(shapes, density)
     elif config.init in SCORED:
         assert scores is not None
