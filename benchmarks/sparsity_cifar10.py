@@ -128,11 +128,15 @@ def main() -> None:
                 found.setdefault(kind.title, []).append(job.result())
     dense = statistics.mean(found[DENSE.title])
     print("# Accuracy of sparse networks on CIFAR-10\n")
-    print(f"Top-1 in percent on the 10,000 held-out images, seeds {', '.join(map(str, SEEDS))}. The network is a SLaK of 268 "
-          f"thousand weights (`{CONFIG}`), trained for 5 epochs. Dense, sparse and coarse networks are trained alike; 2:4 masks "
-          f"are put on the dense networks, whose weights stay as they are; learned ones see the training images {EPOCHS_OF_MASKS} "
-          f"times. {platform.processor() or platform.machine()}, PyTorch {torch.__version__}, widekernel "
-          f"{widekernel.__version__}.\n")  # fmt: skip
+    machine = (
+        f"{platform.processor() or platform.machine()}, PyTorch {torch.__version__}, widekernel {widekernel.__version__}"
+    )
+    print(
+        f"Top-1 in percent on the 10,000 held-out images, seeds {', '.join(map(str, SEEDS))}. The network is a SLaK of 268 "
+        f"thousand weights (`{CONFIG}`), trained for 5 epochs. Dense, sparse and coarse networks are trained alike; 2:4 "
+        "masks are put on the dense networks, whose weights stay as they are; learned ones see the training images "
+        f"{EPOCHS_OF_MASKS} times. {machine}.\n"
+    )
     print("| | zeros among masked weights | top-1 by seed | mean | against dense |")
     print("|---|---|---|---|---|")
     for kind in (DENSE, *TRAINED, *SPARSIFIED):
