@@ -5,7 +5,7 @@ from widekernel.layers import DepthwiseConv2d, LargeKernel, Rectangles, ShiftTil
 from widekernel.models import load_checkpoint, save_checkpoint
 from widekernel.transforms.fold import fold
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "DepthwiseConv2d",
