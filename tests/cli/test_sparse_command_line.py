@@ -12,6 +12,7 @@ from tests.cli.test_command_line_run import finished, images, write_config  # no
 
 from widekernel.cli.main import main
 from widekernel.sparsity import load_masks
+from widekernel.tasks.saved import restore_model
 from widekernel.training.metrics_log import read_metrics
 
 
@@ -133,6 +134,19 @@ def test_sparsify_a_file_without_data(finished: Path, tmp_path: Path, capsys) ->
     assert "--data.root" in refused(capsys, "sparsify", str(source), "--method", "learned")
 
 
+@pytest.mark.parametrize("method", ["permuted", "learned"])
+def test_compressed_files(method: str, finished: Path, tmp_path: Path, capsys) -> None:  # noqa: F811
+    plain, small = tmp_path / "plain.safetensors", tmp_path / "small.safetensors"
+    arguments = ["sparsify", str(finished), "--method", method, "--batch_size", "6"]
+    said(capsys, *arguments, "--output", str(plain))
+    said(capsys, *arguments, "--output", str(small), "--compressed")
+    assert small.stat().st_size < plain.stat().st_size
+    evaluation = ["--data.root", images_of(finished), "--data.workers", "0", "--json"]
+    assert said(capsys, "eval", str(small), *evaluation) == said(capsys, "eval", str(plain), *evaluation)
+    ours, theirs = restore_model(small)[0].state_dict(), load_file(plain)
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -140,6 +154,7 @@ def test_sparsify_a_file_without_data(finished: Path, tmp_path: Path, capsys) ->
         (["--sparsity", "0.4"], "block 2:4 keeps half"),
         (["--block", "kernals", "--sparsity", "0.4"], "Did you mean 'kernel'"),
         (["--block", "element", "--sparsity", "1.0"], "from 0 to below 1"),
+        (["--block", "element", "--sparsity", "0.4", "--compressed"], "--compressed is for 2:4 networks"),
         (["--methods", "magnitude"], "Did you mean '--method'"),
         (["--layers", "nothing*"], "nothing"),
         (["--output", "net.pth"], "are .safetensors files"),

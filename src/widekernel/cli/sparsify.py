@@ -11,7 +11,7 @@ from widekernel.cli.eval import EvalOptions, add_source_arguments, evaluate_on, 
 from widekernel.cli.parsing import build, known_keys, new_parser, parse, settings_by_key
 from widekernel.data import DataConfig
 from widekernel.data.errors import ConfigError
-from widekernel.sparsity import save_masks
+from widekernel.sparsity import save_masks, semi_structured
 from widekernel.tasks.loading import Source, load
 from widekernel.tasks.saved import save_model
 from widekernel.tasks.sparsifying import LearningConfig, Sparsified, SparsifyConfig, agreement, learn, sparsify
@@ -32,6 +32,7 @@ def run(arguments: list[str]) -> int:
     parser.add_class_arguments(LearningConfig, as_group=False)
     parser.add_class_arguments(DataConfig, "data")
     parser.add_argument("--output", type=str | None, default=None, help="file to write; default: beside the source")
+    parser.add_argument("--compressed", action="store_true", help="2:4: keep half of the values, and which (smaller file)")
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
     values = parse(parser, arguments)
     source = source_from(values)
@@ -44,6 +45,8 @@ def run(arguments: list[str]) -> int:
     data = build(DataConfig, values["data"])
     has_data = has_data or folder is not None
     output = Path(values["output"]) if values["output"] else _default_output(source, config)
+    if values["compressed"] and config.block != "2:4":
+        raise ConfigError(f"--compressed is for 2:4 networks, but block is {config.block!r}: leave it out.")
     _check_output(output, bool(values["overwrite"]))
     model, saved = load(source)
     if config.method == "learned":
@@ -56,7 +59,10 @@ def run(arguments: list[str]) -> int:
             return 128 + interruption.signal_number
     else:
         done = sparsify(copy.deepcopy(model), config)
-    save_model(done.model, output, saved)
+    if values["compressed"]:
+        semi_structured.save_sparse(done.model, output, saved.to_dict())
+    else:
+        save_model(done.model, output, saved)
     _write_beside(output, done)
     console = results()
     console.print(f"{output}", markup=False, soft_wrap=True)

@@ -12,6 +12,7 @@ from torch import nn
 import widekernel
 from widekernel.data.preprocess import Preprocessing
 from widekernel.errors import CheckpointError
+from widekernel.sparsity import semi_structured
 from widekernel.tasks.assembly import build_model
 
 METADATA_KEY = "widekernel"
@@ -106,7 +107,9 @@ def read_saved(path: Path) -> SavedModel:
 
 
 def restore_model(path: Path, weights: Literal["model", "ema"] = "model") -> tuple[nn.Module, SavedModel]:
-    """Rebuild the model of a safetensors file written by ``save_model``, in its training or folded form, on the CPU.
+    """Rebuild the model of a safetensors file, in its training or folded form, on the CPU.
+
+    The file was written by ``save_model``, or by ``save_sparse`` with the same description.
 
     Raises:
         CheckpointError: the file cannot be read, or does not fit the model it names.
@@ -118,6 +121,9 @@ def restore_model(path: Path, weights: Literal["model", "ema"] = "model") -> tup
         model = widekernel.fold(model.eval())
     if weights == "ema":
         raise CheckpointError(f"{path} holds one set of weights. Give the file with the averaged ones, or the run folder.")
+    if semi_structured.is_sparse_file(path):
+        semi_structured.load_sparse(model, path)
+        return model.eval(), saved
     try:
         model.load_state_dict(load_file(path))
     except RuntimeError as error:

@@ -168,10 +168,19 @@ def learn(
     learned, _ = load(Source(folder))
     masks = load_masks(RunFolder(folder).masks, learned)
     # The same layers are chosen by any method; this one finds the reasons against the others again.
-    rows = semi_structured.prepare(copy.deepcopy(model), _two_four(replace(config, method="magnitude"))).report
+    plain = _two_four(replace(config, method="magnitude"))
+    dry = semi_structured.prepare(copy.deepcopy(model), plain)
+    choices = {
+        name: semi_structured.mask_to_choices(masks[name], known.axis, known.groups, name)
+        for name, known in dry.manifest.weights.items()
+    }
+    semi_structured.prepare(learned, plain, choices=choices)
+    learned = semi_structured.convert(learned).eval()  # which remembers its choices, so that it can be compressed
     before, after = dict(model.named_parameters()), dict(learned.named_parameters())
     live, total = (sum(float(weights[name].detach().abs().sum()) for name in masks) for weights in (after, before))
-    return Sparsified(learned, masks, SparsityReport.of(learned, _choices(rows), masks), live / max(1e-30, total)), saved
+    return Sparsified(
+        learned, masks, SparsityReport.of(learned, _choices(dry.report), masks), live / max(1e-30, total)
+    ), saved
 
 
 def _choices(rows: Sequence[semi_structured.LayerReport]) -> list[Choice]:

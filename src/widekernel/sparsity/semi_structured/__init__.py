@@ -13,7 +13,7 @@ from widekernel.sparsity.semi_structured.config import SemiStructuredConfig
 from widekernel.sparsity.semi_structured.controller import SemiStructured
 from widekernel.sparsity.semi_structured.convert import convert, manifest_of, validate
 from widekernel.sparsity.semi_structured.eligibility import LayerReport
-from widekernel.sparsity.semi_structured.files import load_sparse, save_sparse
+from widekernel.sparsity.semi_structured.files import is_sparse_file, load_sparse, save_sparse
 from widekernel.sparsity.semi_structured.grouping import (
     AXES,
     Axis,
@@ -67,6 +67,7 @@ __all__ = [
     "group_count",
     "group_view",
     "gumbel_mask",
+    "is_sparse_file",
     "kept_magnitude",
     "kept_share",
     "load_official",

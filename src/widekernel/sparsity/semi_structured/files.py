@@ -27,7 +27,7 @@ VERSION = 1
 VALUES, CHOICES = "two_four.values", "two_four.choices"
 
 
-def save_sparse(what: nn.Module | SemiStructured, path: str | Path) -> Path:
+def save_sparse(what: nn.Module | SemiStructured, path: str | Path, metadata: Mapping[str, Any] | None = None) -> Path:
     """Save a 2:4 network with the choices beside the kept weights, whole or not at all.
 
     A weight `name` of the network is stored as `name.two_four.values` (G, 2) and `name.two_four.choices` (base 6, three a
@@ -37,6 +37,7 @@ def save_sparse(what: nn.Module | SemiStructured, path: str | Path) -> Path:
         what: a prepared network or its controller, or a converted one ("dense"). Learned masks are saved as evaluation
             applies them, without logits.
         path: ends in `.safetensors`.
+        metadata: JSON-able values to keep in the file, as `widekernel.save_checkpoint` keeps them.
 
     Raises:
         ArgumentError: if the network has no masks or a weight is not 2:4.
@@ -68,7 +69,17 @@ def save_sparse(what: nn.Module | SemiStructured, path: str | Path) -> Path:
         tensors[f"{name}.{VALUES}"], tensors[f"{name}.{CHOICES}"] = values.contiguous(), packed
     weights = {name: {"axis": known.axis, "groups": known.groups} for name, known in manifest.weights.items()}
     header = {"version": VERSION, "weights": weights, "shapes": shapes}
-    return _write(path, tensors, {HEADER: json.dumps(header, sort_keys=True)})
+    described = {} if metadata is None else {"widekernel": json.dumps(dict(metadata), sort_keys=True)}
+    return _write(path, tensors, {HEADER: json.dumps(header, sort_keys=True), **described})
+
+
+def is_sparse_file(path: str | Path) -> bool:
+    """Whether `path` is a readable file that `save_sparse` wrote."""
+    try:
+        with safe_open(Path(path), framework="pt") as file:
+            return HEADER in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
 
 
 def load_sparse(model: nn.Module, path: str | Path) -> Manifest:
