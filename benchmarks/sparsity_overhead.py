@@ -1,6 +1,7 @@
 """What a controller of masks costs a training step: dense and sparse steps in turn, in one run.
 
     OMP_WAIT_POLICY=passive python benchmarks/sparsity_overhead.py > benchmarks/results/sparsity_overhead_cpu.md
+    python benchmarks/sparsity_overhead.py cuda > benchmarks/results/sparsity_overhead_gpu.md
 
 Refuses to report when the masked network is not masked, or the invariants do not hold.
 """
@@ -25,24 +26,32 @@ CASES = [
     ("slak_tiny, 224², batch 4", "slak_tiny", 224, 4, 5, {}),
 ]  # fmt: skip
 GROWTHS = ("random", "gradient")
+DEVICE = torch.device(sys.argv[1] if len(sys.argv) > 1 else "cpu")
+
+
+def clock() -> float:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def make(name: str, options: dict) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(0)
-    model = timm.create_model(name, **options).train()
+    model = timm.create_model(name, **options).train().to(DEVICE)
     return model, torch.optim.AdamW(model.parameters(), 1e-4)
 
 
 def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor) -> float:
-    start = time.perf_counter()
+    start = clock()
     torch.nn.functional.cross_entropy(model(x), y).backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def measure(name: str, size: int, batch: int, steps: int, options: dict) -> list[str]:
-    x, y = torch.randn(batch, 3, size, size), torch.randint(0, options.get("num_classes", 1000), (batch,))
+    x = torch.randn(batch, 3, size, size, device=DEVICE)
+    y = torch.randint(0, options.get("num_classes", 1000), (batch,), device=DEVICE)
     runs = {"dense": make(name, options)}
     controllers = {}
     for growth in GROWTHS:
@@ -67,15 +76,16 @@ def measure(name: str, size: int, batch: int, steps: int, options: dict) -> list
         extra = statistics.median(b - a for a, b in zip(times["dense"], times[growth]))
         cells.append(f"{1e3 * statistics.median(times[growth]):.1f} ({100 * extra / dense:+.2f} %)")
     masks = sum(mask.numel() for mask in controllers["random"].masks.values())
-    start = time.perf_counter()
+    start = clock()
     controllers["random"]._rule.update(controllers["random"]._state, 10**6, 1, None)
-    return [*cells, f"{masks / 1e6:.2f}", f"{1e3 * (time.perf_counter() - start):.0f}"]
+    return [*cells, f"{masks / 1e6:.2f}", f"{1e3 * (clock() - start):.0f}"]
 
 
 def main() -> None:
     rows = [[title, *measure(name, size, batch, steps, options)] for title, name, size, batch, steps, options in CASES]
+    machine = torch.cuda.get_device_name() if DEVICE.type == "cuda" else platform.processor() or platform.machine()
     print("# Cost of dynamic sparse training per step, away from updates\n")
-    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}, "
+    print(f"{machine}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}, "
           f"widekernel {widekernel.__version__}; medians of dense and sparse steps in turn, AdamW; in brackets the median "
           "difference of neighbouring steps. `python benchmarks/sparsity_overhead.py`\n")  # fmt: skip
     print("| network | dense step (ms) | random growth (ms) | gradient growth (ms) | masked weights (M) | one update (ms) |")

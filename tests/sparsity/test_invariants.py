@@ -139,8 +139,8 @@ def test_invariants(config: DynamicSparsityConfig, optimizer: str) -> None:
     run(config, optimizer)
 
 
-@pytest.mark.slow
-@settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@pytest.mark.full
+@settings(max_examples=10_000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(config=configs(), optimizer=st.sampled_from(sorted(OPTIMIZERS)))
 def test_invariants_in_many_cases(config: DynamicSparsityConfig, optimizer: str) -> None:
     run(config, optimizer)

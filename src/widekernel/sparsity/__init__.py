@@ -4,6 +4,7 @@ from widekernel.sparsity import semi_structured
 from widekernel.sparsity.compaction import compact, compact_report
 from widekernel.sparsity.config import DynamicSparsityConfig, published_shiftwise, published_slak
 from widekernel.sparsity.dynamic import DynamicSparsity
+from widekernel.sparsity.merging import check_merged_support, merged_support, shared_mask
 from widekernel.sparsity.processes import MaskMismatchError
 from widekernel.sparsity.report import SparsityReport
 from widekernel.sparsity.saving import load_masks, save_masks
@@ -13,11 +14,14 @@ __all__ = [
     "DynamicSparsityConfig",
     "MaskMismatchError",
     "SparsityReport",
+    "check_merged_support",
     "compact",
     "compact_report",
     "load_masks",
+    "merged_support",
     "published_shiftwise",
     "published_slak",
     "save_masks",
     "semi_structured",
+    "shared_mask",
 ]
