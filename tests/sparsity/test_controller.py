@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -10,10 +11,8 @@ from torch import nn
 
 from tests.sparsity.nets import OPTIMIZERS, controlled, data, masks_of, quick, same, small_net, train_step
 from widekernel.errors import ArgumentError
-from widekernel.sparsity import (
-    DynamicSparsity,
-    published_slak,
-)
+from widekernel.sparsity import DynamicSparsity, SparsityReport, published_slak
+from widekernel.sparsity.selection import choose
 
 # -- first masks -------------------------------------------------------------------------------------------------------
 
@@ -384,3 +383,34 @@ def test_published_rule_gives_up_masks_that_are_almost_dense() -> None:
     again = controlled(published_slak(0.3, init="uniform"))[2]
     again.load_state_dict(controller.state_dict())
     assert same(masks_of(again), masks_of(controller))
+
+
+# -- the report --------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_tells_every_parameter_and_the_churn() -> None:
+    model, optimizer, controller = controlled(quick(growth="gradient", init="snip", exclude="head.*"))
+    waiting = SparsityReport.of(model, controller.choices, controller.masks, controller)
+    assert "masks follow with the first step" in waiting.summary() and waiting.picture().startswith(b"\x89PNG")
+    for step in range(4):
+        train_step(model, optimizer, step)
+    report = SparsityReport.of(model, controller.choices, controller.masks, controller)
+    assert [layer.name for layer in report.layers] == [name for name, _ in model.named_parameters()]
+    assert {layer.name for layer in report.masked} == set(controller.masks)
+    assert sum(layer.active for layer in report.masked) == controller.active()
+    assert report.sparsity() == pytest.approx(0.5, abs=1e-3)
+    assert [churn.step for churn in report.churn] == [2, 4]
+    assert sum(layer.moved for layer in report.layers) == report.churn[-1].grown == report.churn[-1].removed
+    plain = json.loads(json.dumps(report.to_dict()))
+    assert {layer["reason"] for layer in plain["layers"]} == {"", "scales or shifts channels", "excluded by name"}
+    assert "excluded by name" in report.summary()
+    for name, image in report.pictures.items():
+        assert image.isnan().any() and not controller.masks[name].all()
+    assert report.picture().startswith(b"\x89PNG")
+
+
+def test_networks_without_live_weights_are_drawn() -> None:
+    model = small_net()
+    masks = {"fc.weight": torch.zeros(12, 8, dtype=torch.bool)}
+    report = SparsityReport.of(model, choose(model, ["fc.weight"]), masks)
+    assert report.sparsity() == 1 and report.picture().startswith(b"\x89PNG")

@@ -150,10 +150,11 @@ _SHOWN = 6
 @torch.no_grad()
 def _pictures(parameters: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Give a few masked weights as images: kernels side by side where they have a window, else the corner of a matrix."""
+    masks = {name: mask for name, mask in masks.items() if not bool(mask.all())} or masks  # where there is something to see
     windowed = [name for name, mask in masks.items() if mask.dim() == 4 and mask.shape[2] * mask.shape[3] > 9]
     tiles = [name for name, mask in masks.items() if mask.dim() == 4 and mask.shape[2] * mask.shape[3] == 9]
     flat = [name for name, mask in masks.items() if mask.dim() == 2 or mask.shape[2:].numel() == 1]
-    names = [*_spread(windowed, 4), *_spread(tiles, 2), *_spread(flat, 2)][:_SHOWN]
+    names = [*_spread(windowed, 4), *_spread(tiles, 2), *_spread(flat, _SHOWN)][:_SHOWN]
     return {name: _image(parameters[name].detach().abs().float().cpu(), masks[name].cpu()) for name in names}
 
 
