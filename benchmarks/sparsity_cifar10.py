@@ -68,7 +68,10 @@ class Sparsified:
 DENSE = Trained("dense", "dense")
 COARSE = ("--sparsity.dynamic.layers", "large_kernel_only", "--sparsity.dynamic.block", "branch")
 TRAINED = (
-    Trained("40 % sparse, dynamic", "sparse", ("--sparsity.method", "dynamic")),
+    Trained("40 % sparse, dynamic, ERK densities", "sparse", ("--sparsity.method", "dynamic")),
+    Trained(
+        "40 % sparse, dynamic, SNIP densities", "snip", ("--sparsity.method", "dynamic", "--sparsity.dynamic.init", "snip")
+    ),
     Trained("40 % coarse: kernels of the strips", "coarse", ("--sparsity.method", "dynamic", *COARSE)),
 )
 SPARSIFIED = (

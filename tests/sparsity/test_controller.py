@@ -95,6 +95,8 @@ def test_given_masks() -> None:
     for bad in ({"nowhere": torch.ones(2, dtype=torch.bool)}, {"fc.weight": torch.ones(2, 2, dtype=torch.bool)}, {}):
         with pytest.raises(ArgumentError, match="belong to another network"):
             controlled(quick(), masks=bad)
+    with pytest.raises(ArgumentError, match=r"the mask given for stem\.weight cuts through its blocks"):
+        controlled(quick(block="channel"), masks=wanted)
     with pytest.raises(ArgumentError, match="gamma has a mask, but scales or shifts channels"):
         controlled(quick(), masks={"gamma": torch.ones(1, 8, 1, 1, dtype=torch.bool)})
 

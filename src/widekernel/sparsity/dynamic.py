@@ -155,7 +155,9 @@ class DynamicSparsity:
         gradients = {name: p.grad for name, p in self._state.parameters.items() if p.grad is not None}
         due = self.config.is_due(self.step + 1)
         if self.config.growth == "momentum" or (due and self.config.growth == "gradient"):
-            self._dense = {name: gradient.clone() for name, gradient in gradients.items()}
+            # A fused optimizer takes scaled gradients and is told the scale, which changes from step to step.
+            scale = getattr(self.optimizer, "grad_scale", None)
+            self._dense = {n: gradient.clone() if scale is None else gradient / scale for n, gradient in gradients.items()}
         self._mask_again(gradients)
 
     def _mask_again(self, gradients: dict[str, Tensor]) -> None:
@@ -209,15 +211,15 @@ class DynamicSparsity:
 
     def _start_averages(self) -> None:
         """Let averages of weights that grew at the last update begin at their first value that is not zero."""
-        for average_of in self._averages:
+        for average in self._averages:
             for name, parameter in self._state.parameters.items():
+                values = average[name]  # may be on another device
                 if self.config.rule == "published":
-                    values, mask = average_of[name], self._state.masks[name]
+                    mask = self._state.masks[name].to(values.device)
                     values.mul_(mask)
                     values.copy_(torch.where(mask & (values == 0), parameter.to(values), values))
                 elif name in self._state.fresh:
-                    values = average_of[name]
-                    values.copy_(torch.where(self._state.fresh[name], parameter.to(values), values))
+                    values.copy_(torch.where(self._state.fresh[name].to(values.device), parameter.to(values), values))
         self._state.fresh = {}
 
     # -- updates ---------------------------------------------------------------------------------------------------------
@@ -251,9 +253,9 @@ class DynamicSparsity:
             parameter.grad.mul_(survivors)
         for value in self.optimizer.state.get(parameter, {}).values():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
-                value.mul_(survivors)
-        for average_of in self._averages:
-            average_of[name].mul_(survivors)
+                value.mul_(survivors.to(value.device))
+        for average in self._averages:
+            average[name].mul_(survivors.to(average[name].device))
 
     def _growth_scores(self, dense: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
         if self.config.growth in ("random", "none"):
@@ -317,9 +319,16 @@ class DynamicSparsity:
 
     @torch.no_grad()
     def _take(self, masks: dict[str, Tensor]) -> None:
-        for name, mask in masks.items():
-            self._state.masks[name].copy_(mask)
-            self._state.densities[name] = mask.float().mean().item()
+        for group in self._state.groups:
+            for name, blocks in zip(group.names, group.blocks):
+                mask = masks[name].to(self._state.masks[name].device, torch.bool)
+                if not torch.equal(blocks.expand(blocks.alive(mask)), mask):
+                    raise ArgumentError(
+                        f"the mask given for {name} cuts through its blocks (block={self.config.block!r}): use 'element', "
+                        "or masks made with these blocks"
+                    )
+                self._state.masks[name].copy_(mask)
+                self._state.densities[name] = mask.float().mean().item()
         self._start()
 
     @torch.no_grad()
