@@ -91,6 +91,8 @@ def check_moves(controller: DynamicSparsity, former: dict, weights: dict) -> Non
         before = group.blocks[0].alive(former[group.names[0]])
         after = group.blocks[0].alive(state.masks[group.names[0]])
         scores = sum(b.sums(weights[n].abs()) for n, b in zip(group.names, group.blocks))
+        if group.blocks[0].tile is not None:  # tiles at an edge may be smaller
+            scores = scores / sum(b.sizes() for b in group.blocks)
         removed, grown = before & ~after, after & ~before
         if controller.config.initial_sparsity is None:
             assert int(removed.sum()) == int(grown.sum())

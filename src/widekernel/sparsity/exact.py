@@ -114,7 +114,7 @@ def update(state: MaskState, step: int, number: int, growth: Mapping[str, Tensor
 def _move(state: MaskState, group: Group, count: int, step: int, number: int, growth: Mapping[str, Tensor] | None) -> None:
     """Leave `count` blocks of a group alive, among them new ones."""
     config = state.config
-    score: Tensor = sum(state.sums(group, state.parameters))  # type: ignore[assignment]
+    score = state.ranking(group, state.parameters)
     # Tile sets that were ranked on their own have masks of their own; the shared one is chosen among all of them.
     alive = torch.stack(state.alive(group)).any(0)
     living = int(alive.sum())
@@ -129,7 +129,7 @@ def _move(state: MaskState, group: Group, count: int, step: int, number: int, gr
     if growth is None:
         grown = at_random(new, free, generator_for(free.device, config.seed, number, group.names[0]))
     else:
-        grown = largest(sum(state.sums(group, growth)), new, free)  # type: ignore[arg-type]
+        grown = largest(state.ranking(group, growth), new, free)
     state.set_alive(group, [survivors | grown] * len(group.names))
 
 

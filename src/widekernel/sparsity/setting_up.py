@@ -46,7 +46,10 @@ def choices_for(model: nn.Module, config: DynamicSparsityConfig, masks: dict[str
         return choices
     choices = [Choice(choice.name, choice.shape, choice.reason or reason_against(choice.shape)) for choice in choices]
     if not any(choice.masked for choice in choices):
-        raise ArgumentError("no layer has groups of four input channels to be masked 2:4: depthwise layers have one each")
+        raise ArgumentError(
+            "no layer has groups of four input channels to be masked 2:4: depthwise layers have one each. Select others "
+            "with layers, or use another block"
+        )
     return choices
 
 

@@ -46,6 +46,17 @@ class MaskState:
         """Add up the magnitudes of `values` (by parameter name) within each block."""
         return [blocks.sums(values[name].detach().abs()) for name, blocks in zip(group.names, group.blocks)]
 
+    def ranking(self, group: Group, values: Mapping[str, Tensor]) -> Tensor:
+        """Give the magnitude by which the blocks of a group are ranked: the sum over all its parameters.
+
+        Tiles at the edge of a window may be smaller than the others and are ranked by the mean.
+        """
+        total = torch.stack(self.sums(group, values)).sum(0) if len(group.names) > 1 else self.sums(group, values)[0]
+        if group.blocks[0].tile is None:
+            return total
+        sizes = torch.stack([blocks.sizes() for blocks in group.blocks]).sum(0)
+        return total / sizes.to(total)
+
     def set_alive(self, group: Group, alive: Sequence[Tensor]) -> None:
         """Let exactly these blocks of each parameter of a group live."""
         for name, blocks, live in zip(group.names, group.blocks, alive):
