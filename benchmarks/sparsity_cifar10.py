@@ -30,9 +30,9 @@ SEEDS = (0, 1, 2)
 EPOCHS_OF_MASKS = 2
 NOTE = """
 SNIP scores the weights of the untrained network. Here that leaves the layers of the first stage a share of 0.17 to 0.46 of
-their weights (seed 0) and the classifier all of them; ERK keeps the whole first stage. With ERK, and with whole kernels pruned,
-networks end above the dense one, which five epochs do not fit to the images: differences to a dense network trained to the end
-were not measured.
+their weights (seed 0) and the classifier all of them; ERK keeps the whole first stage. With ERK, and with whole kernels
+pruned, networks end above the dense one, which five epochs do not fit to the images: differences to a dense network trained
+to the end were not measured.
 """
 
 
