@@ -96,9 +96,8 @@ def main() -> None:
     print(f"{machine}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}, "
           f"widekernel {widekernel.__version__}; medians of dense and sparse steps in turn, AdamW; in brackets the median "
           "difference of neighbouring steps. `python benchmarks/sparsity_overhead.py`\n")  # fmt: skip
-    print(
-        "| network | AdamW | dense step (ms) | random growth (ms) | gradient growth (ms) | masked weights (M) | one update (ms) |"
-    )
+    columns = ("dense step (ms)", "random growth (ms)", "gradient growth (ms)", "masked weights (M)", "one update (ms)")
+    print("| network | AdamW | " + " | ".join(columns) + " |")
     print("|---|---|---|---|---|---|---|")
     for row in rows:
         print("| " + " | ".join(row) + " |")
