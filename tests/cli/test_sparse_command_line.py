@@ -178,3 +178,17 @@ def test_train_refuses(images, tmp_path: Path, capsys) -> None:  # noqa: F811
     ):
         error = refused(capsys, "train", "--config", config, "--output", str(tmp_path / "run"), *arguments)
         assert message in error.replace("1.0", "1"), error
+
+
+def test_learned_masks_are_not_taken_for_those_of_another_network(finished: Path, tmp_path: Path, capsys) -> None:  # noqa: F811
+    output = tmp_path / "out.safetensors"
+    arguments = ["--method", "learned", "--batch_size", "6", "--output", str(output), "--overwrite"]
+    said(capsys, "sparsify", str(finished), *arguments)
+    said(capsys, "sparsify", str(finished), *arguments)  # the same again
+    assert "learns masks of another network" in refused(capsys, "sparsify", str(finished), "--weights", "ema", *arguments)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "notes.txt").write_text("mine")
+    arguments[5] = str(tmp_path / "other.safetensors")
+    assert "holds something else" in refused(capsys, "sparsify", str(finished), *arguments)
+    assert [path.name for path in other.iterdir()] == ["notes.txt"]

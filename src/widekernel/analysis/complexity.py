@@ -20,6 +20,8 @@ from widekernel.errors import ShapeError
 from widekernel.layers import FoldedLargeKernel, LargeKernel
 from widekernel.layers.sources import SourceGroup, rects_of
 from widekernel.sparsity.compaction import compact
+from widekernel.sparsity.semi_structured import SemiStructured, convert
+from widekernel.sparsity.semi_structured.manifest import recall
 from widekernel.transforms.fold import fold
 
 aten = torch.ops.aten
@@ -92,7 +94,9 @@ def complexity(model: nn.Module, input_size: Sequence[int] = (3, 224, 224)) -> C
 
     Args:
         model: the network, in its training form. Its zeros are those of its weights, so that a mask has to be applied; a
-            network without weights (meta device) counts as one without zeros.
+            network without weights (meta device) counts as one without zeros. Learned 2:4 masks are applied first.
+            Non-zero multiply-accumulates are those of two-dimensional convolutions, linear layers and large kernels that
+            are called as modules; whatever else multiplies counts in full there, though its parameters are counted.
         input_size: (channels, height, width).
 
     Raises:
@@ -101,6 +105,9 @@ def complexity(model: nn.Module, input_size: Sequence[int] = (3, 224, 224)) -> C
     if len(input_size) != 3 or min(input_size) < 1:
         raise ShapeError(f"input_size {tuple(input_size)} must be three positive numbers: channels, height, width")
     size = (input_size[0], input_size[1], input_size[2])
+    record = recall(model)
+    if isinstance(record, SemiStructured) and record.is_learned:
+        model = convert(model)  # whose logits are no part of it
     training, extra = _cost(model, size)
     folded, _ = _cost(fold(_without_data(model)), size)
     zero_weights = sum(parameter.numel() - _nonzero(parameter) for parameter in _weights(model))

@@ -51,11 +51,7 @@ def run(arguments: list[str]) -> int:
         column.justify = "right"
     if counted.published_macs != counted.training.macs:
         table.caption = f"as the authors' code executes it, training takes {counted.published_macs / 1e9:.4g} GMACs"
-    for label, key, unit in (
-        ("parameters (M)", "params", 1e6),
-        ("MACs (G)", "macs", 1e9),
-        ("activations (M)", "activations", 1e6),
-    ):
+    for label, key, unit in _ROWS:
         table.add_row(label, *(f"{getattr(cost, key) / unit:.4g}" for cost in columns.values()))
     results().print(table)
     return 0

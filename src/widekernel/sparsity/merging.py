@@ -86,14 +86,19 @@ def taps_outside(
 def check_merged_support(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Raise unless every large kernel of a network, once folded, is zero where all its branches are masked.
 
+    Layers that cannot be folded are left out.
+
     Args:
         model: a network in its training form, or a single `LargeKernel`.
         masks: parameter name (in `model`) -> bool tensor.
 
     Raises:
-        ArgumentError: names the layer, how many taps lie outside, and the first of them (channel, row, column from the
-            output pixel); and as `merged_support`.
+        ArgumentError: a mask belongs to no parameter; or names the layer, how many taps lie outside, and the first of them
+            (channel, row, column from the output pixel); and as `merged_support`.
     """
+    known = {name for name, _ in model.named_parameters()}
+    if unknown := [name for name in masks if name not in known]:
+        raise ArgumentError(f"{unknown[0]} has a mask but is no parameter of the network: give masks by the names it uses")
     for name, module in model.named_modules():
         if not isinstance(module, LargeKernel) or not module.foldable():
             continue

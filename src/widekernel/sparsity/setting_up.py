@@ -13,6 +13,7 @@ from widekernel.errors import ArgumentError
 from widekernel.sparsity.config import DynamicSparsityConfig
 from widekernel.sparsity.processes import average
 from widekernel.sparsity.selection import Choice, choose, unwrap
+from widekernel.sparsity.semi_structured.grouping import group_view
 from widekernel.sparsity.two_of_four import reason_against
 
 
@@ -44,13 +45,25 @@ def choices_for(model: nn.Module, config: DynamicSparsityConfig, masks: dict[str
     choices = choose(model, config.layers, config.exclude)
     if config.block != "2:4":
         return choices
-    choices = [Choice(choice.name, choice.shape, choice.reason or reason_against(choice.shape)) for choice in choices]
+    weights = dict(model.named_parameters())
+    choices = [
+        Choice(choice.name, choice.shape, choice.reason or _reason_against(weights[choice.name], config))
+        for choice in choices
+    ]
     if not any(choice.masked for choice in choices):
         raise ArgumentError(
             "no layer has groups of four input channels to be masked 2:4: depthwise layers have one each. Select others "
             "with layers, or use another block"
         )
     return choices
+
+
+def _reason_against(weight: Tensor, config: DynamicSparsityConfig) -> str:
+    reason = reason_against(tuple(weight.shape))
+    if reason or config.init != "from_weights":
+        return reason
+    groups, _ = group_view(weight.detach() != 0)
+    return "is not 2:4 now" if bool((groups.sum(1) > 2).any()) else ""
 
 
 def averaged_weights(network: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -11,21 +11,16 @@ from torch import Tensor
 from widekernel.sparsity.criteria import generator_for, smallest
 from widekernel.sparsity.schedules import prune_fraction
 from widekernel.sparsity.semi_structured.grouping import group_view, ungroup
-from widekernel.sparsity.semi_structured.masks import check_two_four, magnitude_mask
+from widekernel.sparsity.semi_structured.masks import magnitude_mask
 from widekernel.sparsity.state import MaskState
 
 
 def draw(state: MaskState, scores: Mapping[str, Tensor] | None) -> None:
-    """Set the first masks: the two largest scores of four, two at random, or what is not zero; and their densities.
-
-    Raises:
-        ArgumentError: `init` is from_weights and more than two of four weights are not zero.
-    """
+    """Set the first masks: the two largest scores of four, two at random, or what is not zero; and their densities."""
     for name, parameter in state.parameters.items():
         weight = parameter.detach()
         if state.config.init == "from_weights":
-            check_two_four(weight, name=name)
-            mask = weight != 0
+            mask = weight != 0  # which `choices_for` has found to be 2:4
         elif scores is not None and state.config.init in ("snip_mask", "magnitude"):
             mask = magnitude_mask(scores[name])
         else:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from widekernel.data import AugmentConfig, DataConfig
@@ -149,6 +150,7 @@ def learn(
     if saved.form != "training":
         raise ConfigError(f"{source.path} is folded; masks are learned before folding. Give the network it was made from.")
     reference = folder / "start.safetensors"
+    _check_start(model, reference, source)
     RunFolder(folder).make_writable()
     save_model(model, reference, saved)
     settings = TrainConfig(
@@ -183,6 +185,22 @@ def learn(
     ), saved
 
 
+def _check_start(model: nn.Module, reference: Path, source: Source) -> None:
+    """Raise unless the run folder is new, or learns the masks of just this network."""
+    folder = reference.parent
+    if not folder.exists():
+        return
+    if not reference.is_file():
+        if any(folder.iterdir()):
+            raise ConfigError(f"{folder}, where masks would be learned, holds something else. Choose another --output.")
+        return
+    started, own = load_file(reference), model.state_dict()
+    if started.keys() != own.keys() or any(not torch.equal(started[name], value.cpu()) for name, value in own.items()):
+        raise ConfigError(
+            f"{folder} learns masks of another network than {source.path}. Choose another --output, or remove that folder."
+        )
+
+
 def _choices(rows: Sequence[semi_structured.LayerReport]) -> list[Choice]:
     """Tell of 2:4 layers as of other masked parameters."""
     return [Choice(_weight(row), tuple(row.shape), "" if row.masked else row.reason) for row in rows]
@@ -195,7 +213,7 @@ def _weight(row: semi_structured.LayerReport) -> str:
 def agreement(model: nn.Module, other: nn.Module, input_size: int, images: int = 16) -> float:
     """Share of random images on which two networks have the same first class."""
     generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(images, 3, input_size, input_size, generator=generator)
+    inputs = torch.randn(images, int(getattr(model, "in_chans", 3)), input_size, input_size, generator=generator)
     with torch.inference_mode():
         same = model.eval()(inputs).argmax(1) == other.eval()(inputs).argmax(1)
     return float(same.float().mean())

@@ -15,6 +15,7 @@ from widekernel.sparsity.compaction.cost import CostModel, Image
 from widekernel.sparsity.compaction.kernels import can_compact, compacted_kernels
 from widekernel.sparsity.compaction.report import CompactReport, LayerReport
 from widekernel.sparsity.compaction.units import compacted_units
+from widekernel.sparsity.semi_structured.manifest import forget
 from widekernel.transforms.fold import fold
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -35,7 +36,7 @@ def compact(model: ModelT, cost: CostModel | None = None, input_size: Sequence[i
     The result is in evaluation mode whatever the mode of `model`, can be moved, copied, compiled, exported and pickled, and
     its state dict loads into the network that is compacted from the same weights. It is for inference: it cannot be
     trained further in any useful way, is not written in an official layout, and what is saved of it is not recognised by
-    the name of the network (save the masked one, and compact again after loading).
+    the name of the network (save the masked one, and compact again after loading). It is no longer known to be 2:4.
 
     Args:
         model: any module.
@@ -58,7 +59,9 @@ def compact(model: ModelT, cost: CostModel | None = None, input_size: Sequence[i
     result = compaction.of(folded).eval()
     if not any(parameter.requires_grad for parameter in model.parameters()):
         result.requires_grad_(False)
-    result.compaction = earlier or CompactReport(tuple(compaction.rows))  # type: ignore[assignment]
+    # Hidden units that are gone have moved the others: groups of four are no longer what they were.
+    forget(result)
+    result.compaction = _report(earlier, compaction.rows)  # type: ignore[assignment]
     return result  # type: ignore[return-value]
 
 
@@ -72,6 +75,15 @@ def compact_report(
     """
     made = getattr(model, "compaction", None)
     return made if isinstance(made, CompactReport) else compact(model, cost, input_size).compaction  # type: ignore[return-value]
+
+
+def _report(earlier: object, rows: list[LayerReport]) -> CompactReport:
+    """Put what was removed now beside what was removed when the network was compacted before."""
+    if not isinstance(earlier, CompactReport):
+        return CompactReport(tuple(rows))
+    now = {row.name: row for row in rows if row.realised < row.dense}
+    before = [now.pop(row.name, row) for row in earlier.layers]
+    return CompactReport((*before, *now.values()))
 
 
 class _Compaction:

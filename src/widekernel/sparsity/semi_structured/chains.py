@@ -56,16 +56,33 @@ def find_chains(model: nn.Module, consumers: list[str]) -> dict[str, Chain | str
 
     Blocks are traced with torch.fx, the whole network if that works, else its largest parts that can be traced; in training
     and in evaluation mode, which must agree. Within a part, every reader of the tensors between two layers is seen; it is
-    assumed that parts are called as modules, through their forward.
+    assumed that parts are called as modules, through their forward. What `forward_features` puts out keeps its order.
     """
     found: dict[str, Chain | str] = dict.fromkeys(consumers, "the code around it cannot be traced")
     modes = {module: module.training for module in model.modules()}
     try:
         _visit(model, "", model, found)
+        _keep_features(model, found)
     finally:
         for module, training in modes.items():
             module.training = training
     return found
+
+
+def _keep_features(model: nn.Module, found: dict[str, Chain | str]) -> None:
+    """Give up chains between the features of a network and its head: others may read the features (timm)."""
+    if not hasattr(type(model), "forward_features"):
+        return
+    tracer = _Tracer()
+    tracer.traced_func_name = "forward_features"
+    try:
+        graph = tracer.trace(model)
+    except Exception:  # as in _traced; then its parts were traced one by one, and no chain leaves a part
+        return
+    inside = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    for name, chain in found.items():
+        if isinstance(chain, Chain) and (chain.producer in inside) != (chain.consumer in inside):
+            found[name] = "it reads what forward_features puts out"
 
 
 def _visit(model: nn.Module, path: str, part: nn.Module, found: dict[str, Chain | str]) -> None:

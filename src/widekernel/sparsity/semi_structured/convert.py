@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from widekernel.errors import ArgumentError, nearest
+from widekernel.sparsity.selection import unwrap
 from widekernel.sparsity.semi_structured import hardware
 from widekernel.sparsity.semi_structured.controller import SemiStructured, keep_in_evaluation, unparametrise
 from widekernel.sparsity.semi_structured.grouping import Axis
-from widekernel.sparsity.semi_structured.manifest import Manifest, recall, remember
-from widekernel.sparsity.semi_structured.masks import check_two_four
+from widekernel.sparsity.semi_structured.manifest import Manifest, MaskedWeight, recall, remember
+from widekernel.sparsity.semi_structured.masks import check_two_four, choices_to_mask, mask_to_choices
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 TARGETS = ("dense", "torch_sparse")
@@ -38,6 +39,7 @@ def convert(model: ModelT, target: Literal["dense", "torch_sparse"] = "dense") -
         capability = hardware.probe()
         if not capability.available:
             raise ArgumentError(f"target='torch_sparse' cannot be used here: {capability.reason}. Use target='dense'")
+    model = cast("ModelT", unwrap(model))
     manifest = manifest_of(model)
     result = copy.deepcopy(model)
     controller = recall(result)
@@ -46,6 +48,8 @@ def convert(model: ModelT, target: Literal["dense", "torch_sparse"] = "dense") -
             _release(result, controller)
         remember(result, manifest)
     validate(result)
+    manifest = refreshed(result, manifest)
+    remember(result, manifest)
     if target == "torch_sparse":
         dense = hardware.compress_layers(result, manifest)
         remember(result, Manifest(manifest.weights, dense))
@@ -58,7 +62,7 @@ def manifest_of(model: nn.Module | SemiStructured) -> Manifest:
     Raises:
         ArgumentError: if it remembers nothing.
     """
-    record = model if isinstance(model, SemiStructured) else recall(model)
+    record = model if isinstance(model, SemiStructured) else recall(unwrap(model))
     if isinstance(record, SemiStructured):
         return record.manifest
     if isinstance(record, Manifest):
@@ -87,7 +91,7 @@ def validate(what: Tensor | nn.Module | SemiStructured, axis: Axis = "channels",
         check_two_four(what, axis, groups)
         return ()
     manifest = manifest_of(what)
-    network = what.model if isinstance(what, SemiStructured) else what
+    network = what.model if isinstance(what, SemiStructured) else unwrap(what)
     checked = []
     for name, known in manifest.weights.items():
         layer = network.get_submodule(name.rpartition(".")[0])
@@ -96,6 +100,21 @@ def validate(what: Tensor | nn.Module | SemiStructured, axis: Axis = "channels",
         check_two_four(evaluated_weight(layer), known.axis, known.groups, name)
         checked.append(name)
     return tuple(checked)
+
+
+@torch.no_grad()
+def refreshed(network: nn.Module, manifest: Manifest) -> Manifest:
+    """Give a manifest whose choices keep every weight that is not zero now: other 2:4 weights may have been loaded since."""
+    weights = {}
+    for name, known in manifest.weights.items():
+        layer = network.get_submodule(name.rpartition(".")[0])
+        if not hardware.is_compressed(layer):
+            live = evaluated_weight(layer) != 0
+            kept = choices_to_mask(known.choices.to(live.device), live.shape, known.axis, known.groups)
+            if bool((live & ~kept).any()):
+                known = MaskedWeight(known.axis, known.groups, mask_to_choices(live, known.axis, known.groups, name))
+        weights[name] = known
+    return Manifest(weights, manifest.dense)
 
 
 @torch.no_grad()

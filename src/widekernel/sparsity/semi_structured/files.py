@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from widekernel.errors import ArgumentError, CheckpointError, WidekernelError
+from widekernel.sparsity.selection import unwrap
 from widekernel.sparsity.semi_structured.controller import SemiStructured
-from widekernel.sparsity.semi_structured.convert import convert, manifest_of, validate
+from widekernel.sparsity.semi_structured.convert import convert, manifest_of, refreshed, validate
 from widekernel.sparsity.semi_structured.grouping import check_axis
 from widekernel.sparsity.semi_structured.hardware import is_compressed
 from widekernel.sparsity.semi_structured.manifest import Manifest, MaskedWeight, recall, remember
@@ -46,10 +47,11 @@ def save_sparse(what: nn.Module | SemiStructured, path: str | Path, metadata: Ma
     path = Path(path)
     if path.suffix != ".safetensors":
         raise CheckpointError(f"{path} must end in .safetensors")
-    network = what.model if isinstance(what, SemiStructured) else what
+    network = what.model if isinstance(what, SemiStructured) else unwrap(what)
     manifest = manifest_of(network)
     record = recall(network)
     validate(network)
+    manifest = refreshed(network, manifest)
     if isinstance(record, SemiStructured) and record.is_learned:
         network = convert(network)
     state = network.state_dict()
@@ -167,8 +169,12 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         header = json.loads(metadata[HEADER])
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged: its header is no JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path} is damaged: its header does not describe a network")
     if header.get("version") != VERSION:
         raise CheckpointError(f"{path} has version {header.get('version')!r}: this widekernel reads version {VERSION}")
+    if not all(isinstance(header.get(key), dict) for key in ("shapes", "weights")):
+        raise CheckpointError(f"{path} is damaged: its header does not describe a network")
     return tensors, header
 
 

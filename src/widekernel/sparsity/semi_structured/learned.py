@@ -113,6 +113,7 @@ class ChoiceMask(nn.Module):
             return torch.where(self.mask(), weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
         return weight * self.drawn().to(weight.dtype)
 
+    @torch.compiler.disable  # what changes with every step would be compiled anew with every step
     def drawn(self) -> Tensor:
         """Give this step's mask, of the weight's shape, with gradients to the logits."""
         schedule = self.schedule

@@ -44,6 +44,11 @@ def remember(model: nn.Module, record: object) -> None:
     model.__dict__[ATTRIBUTE] = record
 
 
+def forget(model: nn.Module) -> None:
+    """Remove what `remember` left."""
+    model.__dict__.pop(ATTRIBUTE, None)
+
+
 def recall(model: nn.Module) -> object | None:
     """Give what `remember` left, or None."""
     return model.__dict__.get(ATTRIBUTE)

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from widekernel.errors import ArgumentError
+from widekernel.sparsity.selection import unwrap
 from widekernel.sparsity.semi_structured.config import SemiStructuredConfig
 from widekernel.sparsity.semi_structured.controller import SemiStructured, keep_in_evaluation
 from widekernel.sparsity.semi_structured.eligibility import LayerReport, conv_groups, layers_of, reasons_against
@@ -51,7 +52,7 @@ def prepare(
     Raises:
         ArgumentError: if no layer is eligible, a layer asked for by name is not, or the network was prepared before.
     """
-    config = config or SemiStructuredConfig()
+    model, config = unwrap(model), config or SemiStructuredConfig()
     given = _given(model, config, choices, logits)
     if isinstance(recall(model), SemiStructured):
         raise ArgumentError(f"the {type(model).__name__} was prepared before: convert it first, or prepare a fresh copy")
