@@ -111,7 +111,8 @@ class RunFolder:
 
     def _check_same(self, config: dict[str, Any]) -> None:
         saved, new = flatten(self.read_config()), flatten(config)
-        saved.setdefault("sparsity.method", "none")  # which runs of version 0.1 do not state
+        if new.get("sparsity.method") == "none":
+            saved.setdefault("sparsity.method", "none")  # which runs of version 0.1 do not state
         differing = sorted(
             key for key in saved.keys() | new.keys() if key not in LIVE_KEYS and saved.get(key) != new.get(key)
         )
