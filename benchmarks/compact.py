@@ -40,22 +40,16 @@ run on the same images in turn. Medians.
 WHY = """
 Where the target is missed, or nothing is removed:
 
-- *Few pixels on two threads.* Waking a sleeping thread takes about 0.1 ms an operator, whatever it computes. At 14x14, and
-  at 28x28 with one image, this is most of the time of either layer, and gathering and writing back channels are two
-  operators more. The prices then keep the plain layer, or the gain is small. On one thread channel pruning reaches the
-  target in most layers.
+- *Few pixels on two threads.* Gathering and writing back channels are two operators more, and every operator wakes a
+  sleeping thread. The smaller the maps, the larger their part, and the prices then keep the plain layer. The half of this
+  page with two threads uses the default prices of `compact`, the one with one thread `CostModel.one_thread()`.
 - *Strips, outer half.* See "inside": the work that goes is less than the multiply-accumulates say.
 - *Branches at random* make four kinds of channels (both strips, one, the other, the small square or none), and each kind
   needs calls of its own on a part of the channels, which are gathered and written back though most of them are alive. The
-  target is reached on large images only, and the prices refuse it on small ones. The prices are an estimate: of the groups
-  that they accept, those of SLaK-T stage 1 were slower than the plain layer in one run of several (0.87 to 1.6 times its
-  speed).
+  prices are an estimate, and some of the groups that they accept gain nothing.
 - *Tiles at random in Shift-wise* with 4 groups and 2 paths: eight tiles are added up in every slot of a strip, and all are
   dead in one of 256. Practically no tap of the folded kernel is zero, and nothing is saved. Whole channels have to go.
-- Other work on the machine slows both layers, which run in turn, but not alike: it hides the time of waking threads. On the
-  same machine while idle, two threads reached the target in 7 of 15 layers with channels pruned at random and in 6 of 11
-  with the last ones pruned, all of them at 56x56 or with four images. Layers that are the same before and after ("plain"
-  with a ratio of 1) show how far two measurements differ.
+- Layers that are the same before and after ("plain" with a ratio of 1) show how far two measurements differ.
 """
 
 SLAK = {
