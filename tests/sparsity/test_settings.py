@@ -171,6 +171,17 @@ def test_a_foreign_optimizer_is_an_error() -> None:
         DynamicSparsity(model, model.parameters(), quick())
 
 
+def test_two_controllers_of_one_parameter_are_an_error() -> None:
+    model = small_net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    first = DynamicSparsity(model, optimizer, quick(layers="fc.*"))
+    DynamicSparsity(model, optimizer, quick(layers="head.*"))
+    with pytest.raises(ArgumentError, match=r"fc\.weight is masked by another DynamicSparsity"):
+        DynamicSparsity(model, optimizer, quick(layers="fc.*, stem.*"))
+    first.remove()
+    DynamicSparsity(model, optimizer, quick(layers="fc.*, stem.*"))
+
+
 def test_an_optimizer_without_hooks_is_an_error() -> None:
     from timm.optim import Lookahead
 

@@ -82,6 +82,7 @@ class DynamicSparsity:
         parameters = masked_parameters(self._model, self.choices)
         check_optimizer(optimizer, parameters)
         self._averages = [averaged_weights(network, parameters) for network in averages]
+        _check_alone(optimizer, set(parameters))
         self._state = MaskState(self.config, parameters, groups_of(self._model, parameters, self.config))
         self._rule = exact if self.config.rule == "exact" else published
         self.step = self.updates = self.skipped = 0
@@ -339,6 +340,17 @@ class DynamicSparsity:
             if self.config.rule == "exact":
                 self._clear(name, parameter, self._state.masks[name])
         check_equal(self._state.masks)
+
+
+def _check_alone(optimizer: Optimizer, names: set[str]) -> None:
+    """Raise if another controller masks the same parameters through this optimizer."""
+    for hook in optimizer._optimizer_step_pre_hooks.values():
+        other = getattr(hook, "__self__", None)
+        if isinstance(other, DynamicSparsity) and (both := sorted(names & set(other._state.parameters))):
+            raise ArgumentError(
+                f"{both[0]} is masked by another DynamicSparsity of this optimizer already: call its remove() first, or "
+                "mask other layers"
+            )
 
 
 def _overflowed(optimizer: Optimizer) -> bool:
