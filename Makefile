@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Installing compiles them, so what changes here is installed anew.
+NATIVE := native/CMakeLists.txt native/editable/CMakeLists.txt $(wildcard native/include/*.h native/src/*)
 # Threads that wait by spinning take the cores from those that work, wherever something else runs beside them.
 export OMP_WAIT_POLICY ?= passive
 
@@ -14,7 +16,7 @@ help:
 	@echo "make test-all  every test that this machine can run, full-size models included"
 	@echo "make lint      ruff and mypy"
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit("widekernel needs Python 3.10 or newer, %s is %d.%d: run make PYTHON=python3.11" % (sys.executable, *sys.version_info[:2]) if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -40,4 +42,5 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist src/widekernel/ops/cpu/_native.*
+	find native/editable -mindepth 1 ! -name CMakeLists.txt -delete

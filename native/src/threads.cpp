@@ -1,0 +1,128 @@
+#include "threads.hpp"
+
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+
+// Everything is hidden but what the C interface declares.
+#pragma GCC visibility push(default)
+#include "widekernel.h"
+#pragma GCC visibility pop
+
+namespace {
+
+using Region = void (*)(void *);
+// What compilers call for `#pragma omp parallel`; exported by GNU's, LLVM's and Intel's runtime alike.
+using OpenRegion = void (*)(Region, void *, unsigned threads, unsigned flags);
+
+constexpr int32_t most_threads = 1024;
+
+std::atomic<OpenRegion> open_region{nullptr};
+std::atomic<bool> forked{false};
+
+struct Job {
+    void (*run)(void *, int64_t, int64_t);
+    void *context;
+    int64_t tasks;
+    int64_t claimed_early;  // tasks below this index may be claimed by a thread that still works on another one
+    alignas(64) std::atomic<int64_t> unclaimed{0};
+
+    int64_t claim() { return unclaimed.fetch_add(1, std::memory_order_relaxed); }
+};
+
+void work(void *pointer) noexcept {
+    Job &job = *static_cast<Job *>(pointer);
+    int64_t task = job.claim();
+    while (task < job.tasks) {
+        int64_t next = -1;
+        if (job.unclaimed.load(std::memory_order_relaxed) < job.claimed_early) {
+            next = job.claim();
+            if (next >= job.tasks) next = -1;
+        }
+        job.run(job.context, task, next);
+        task = next >= 0 ? next : job.claim();
+    }
+}
+
+void *crew_member(void *job) {
+    work(job);
+    return nullptr;
+}
+
+// Threads of our own for one call: dearer than a pool (some ten microseconds each), but nothing that a fork can have broken.
+void work_with_new_threads(Job &job, int32_t threads) {
+    pthread_t crew[most_threads];
+    int32_t hired = 0;
+    while (hired < threads - 1 && pthread_create(&crew[hired], nullptr, crew_member, &job) == 0) ++hired;
+    work(&job);
+    for (int32_t i = 0; i < hired; ++i) pthread_join(crew[i], nullptr);
+}
+
+void note_fork() { forked.store(true, std::memory_order_relaxed); }
+
+// Whether this process is a copy of another one, made by fork without exec. That one may have used its pool before this library
+// was loaded. Linux only, from the flags of the process; elsewhere forks are noticed from the loading on.
+bool is_forked_copy() {
+#ifdef __linux__
+    int file = open("/proc/self/stat", O_RDONLY | O_CLOEXEC);
+    if (file < 0) return false;
+    char text[1024];
+    ssize_t length = read(file, text, sizeof text - 1);
+    close(file);
+    if (length <= 0) return false;
+    text[length] = 0;
+    // pid (name) state parent group session terminal foreground flags …; the name may hold anything, brackets too.
+    const char *field = strrchr(text, ')');
+    for (int i = 0; field && i < 7; ++i) field = strchr(field + 1, ' ');
+    constexpr unsigned long fork_without_exec = 0x40;  // PF_FORKNOEXEC of the kernel
+    return field && (strtoul(field, nullptr, 10) & fork_without_exec);
+#else
+    return false;
+#endif
+}
+
+bool watch_forks() {
+    if (is_forked_copy()) note_fork();
+    return pthread_atfork(nullptr, nullptr, note_fork) == 0;
+}
+
+}  // namespace
+
+namespace wk {
+
+void parallel(int32_t threads, int64_t tasks, void (*run)(void *context, int64_t task, int64_t next_task), void *context) {
+    threads = std::min(threads, most_threads);
+    OpenRegion open = open_region.load(std::memory_order_acquire);
+    if (threads <= 1 || tasks <= 1 || !open) {
+        for (int64_t task = 0; task < tasks; ++task) run(context, task, task + 1 < tasks ? task + 1 : -1);
+        return;
+    }
+    Job job{run, context, tasks, tasks - threads};
+    if (forked.load(std::memory_order_relaxed)) {
+        // A pool does not survive a fork: its threads stay behind in the parent, and GNU's runtime waits for them for ever.
+        work_with_new_threads(job, static_cast<int32_t>(std::min<int64_t>(threads, tasks)));
+    } else {
+        // Never a smaller team for fewer tasks: GNU's runtime would end the threads left over and start them again for the next
+        // operator of PyTorch. Those that find no task leave at once.
+        open(work, &job, static_cast<unsigned>(threads), 0);
+    }
+}
+
+}  // namespace wk
+
+int32_t wk_bind_openmp(const char *path) {
+    // A second runtime would have a second pool, and the two would fight for the cores: take what is loaded or nothing.
+    void *runtime = path ? dlopen(path, RTLD_NOW | RTLD_NOLOAD) : nullptr;
+    void *symbol = runtime ? dlsym(runtime, "GOMP_parallel") : nullptr;
+    if (!symbol) return 0;
+    static const bool watching = watch_forks();
+    if (!watching) return 0;
+    open_region.store(reinterpret_cast<OpenRegion>(symbol), std::memory_order_release);
+    return 1;
+}

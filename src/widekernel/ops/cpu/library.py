@@ -1,0 +1,288 @@
+"""The native library: its C interface (native/include/widekernel.h) in ctypes, finding it, and why there is none.
+
+Nothing happens on import. `load()` opens the library once, on first use, and answers the same from then on.
+
+Environment variables, read then:
+
+* `WIDEKERNEL_NATIVE=0`: do without the library.
+* `WIDEKERNEL_ISA=avx2`: use this instruction set instead of the best one that the processor has.
+* `WIDEKERNEL_LIBRARY=build/native/_native.so`: load this file, for instance one built with sanitizers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from widekernel.errors import ArgumentError, WidekernelError
+
+ABI = 1
+FLOAT32, BFLOAT16, FLOAT16 = range(3)
+DIRECT, HYBRID_ALONG_ROWS, HYBRID_ALONG_COLUMNS = range(3)
+OK, BAD_ARGUMENT, OUT_OF_MEMORY = range(3)
+ISAS = ("avx512", "avx2", "neon", "portable")
+
+# The type of the pointers to numbers that the structures hold: tensors give addresses.
+Address = ctypes.c_void_p
+
+
+class NativeMemoryError(WidekernelError, MemoryError):
+    """The native library could not have its working memory."""
+
+
+class Tensor(ctypes.Structure):
+    """An image tensor: address, and strides in elements."""
+
+    _fields_ = [("data", Address), *((name, ctypes.c_int64) for name in ("image", "channel", "row", "column"))]
+
+
+class Pass(ctypes.Structure):
+    """A kernel as it is executed."""
+
+    _fields_ = [(name, ctypes.c_int32) for name in ("rows", "columns", "row", "column", "method")]
+
+
+class Rect(ctypes.Structure):
+    """A kernel as the caller has it, and the pass that it is added into."""
+
+    _fields_ = [("taps", Address), *((name, ctypes.c_int32) for name in ("rows", "columns", "row", "column", "pass"))]
+
+
+_COMMON = [(name, ctypes.c_int32) for name in ("dtype", "threads", "images", "channels", "height", "width")]
+
+
+class Sum(ctypes.Structure):
+    """A call of `wk_depthwise_sum`."""
+
+    _fields_ = [
+        *_COMMON,
+        ("x", Tensor),
+        ("y", Tensor),
+        ("passes", ctypes.c_int32),
+        ("rects", ctypes.c_int32),
+        ("pass", ctypes.POINTER(Pass)),
+        ("rect", ctypes.POINTER(Rect)),
+        ("scale", Address),
+        ("shift", Address),
+        ("relu", ctypes.c_int32),
+    ]
+
+
+class WeightGrad(ctypes.Structure):
+    """A call of `wk_depthwise_weight_grad`."""
+
+    _fields_ = [
+        *_COMMON,
+        ("x", Tensor),
+        ("grad", Tensor),
+        ("pass", Pass),
+        ("taps", Address),
+        *((name, ctypes.c_int32) for name in ("rows", "columns", "row", "column")),
+    ]
+
+
+_int32, _text, _bytes = ctypes.c_int32, ctypes.c_char_p, ctypes.POINTER(ctypes.c_int64)
+_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "wk_abi": (_int32, []),
+    "wk_isa": (_text, []),
+    "wk_use_isa": (_int32, [_text]),
+    "wk_lanes": (_int32, []),
+    "wk_bind_openmp": (_int32, [_text]),
+    "wk_depthwise_sum": (_int32, [ctypes.POINTER(Sum)]),
+    "wk_depthwise_weight_grad": (_int32, [ctypes.POINTER(WeightGrad)]),
+    "wk_sum_workspace": (None, [ctypes.POINTER(Sum), _bytes, _bytes]),
+    "wk_weight_grad_workspace": (None, [ctypes.POINTER(WeightGrad), _bytes, _bytes]),
+    "wk_error_text": (_text, [_int32]),
+    "wk_fma_peak": (ctypes.c_double, [_int32, ctypes.c_double]),
+}
+
+
+@dataclass
+class Library:
+    """The loaded library, or the reason why there is none.
+
+    Attributes:
+        reason: Why nothing native can run; None if it can.
+        calls: The C functions, under the names of the header. Set if `reason` is None, as is all that follows.
+        path: The file.
+        openmp: The file of the OpenMP runtime whose threads are used; None if calls run on one thread.
+        isas: The instruction sets of this build that the processor has, the preferred one first.
+        isa: The one in use.
+        lanes: Its number of channels computed together.
+        wanted: False if the user has switched the library off, so that its absence is no news.
+    """
+
+    reason: str | None = None
+    calls: Any = None
+    path: Path | None = None
+    openmp: str | None = None
+    isas: tuple[str, ...] = ()
+    isa: str = ""
+    lanes: int = 0
+    wanted: bool = True
+
+    @property
+    def threads_available(self) -> bool:
+        """Whether a call can use more than one thread."""
+        return self.openmp is not None
+
+    def use_isa(self, name: str) -> None:
+        """Compute with that instruction set from now on, in every thread.
+
+        Raises:
+            ArgumentError: if this build or the processor lacks it, or there is no library.
+        """
+        if self.reason is not None:
+            raise ArgumentError(f"no instruction set can be chosen: {self.reason}")
+        if self.calls.wk_use_isa(name.encode()) != OK:
+            raise ArgumentError(_isa_unavailable(repr(name), self.isas))
+        self.isa, self.lanes = self.calls.wk_isa().decode(), self.calls.wk_lanes()
+
+    def check(self, error: int) -> None:
+        """Raise for what a C function returned, unless it is `OK`.
+
+        Raises:
+            NativeMemoryError: for `OUT_OF_MEMORY`.
+            ArgumentError: for everything else.
+        """
+        if error != OK:
+            raised = NativeMemoryError if error == OUT_OF_MEMORY else ArgumentError
+            raise raised(f"the native CPU library refused a call ({error}): {self.calls.wk_error_text(error).decode()}")
+
+
+_LOCK = threading.Lock()
+_loaded: Library | None = None
+_warned = False
+
+
+def load() -> Library:
+    """Load the library on the first call; give the same object, usable or not, on every later one."""
+    global _loaded
+    if _loaded is None:
+        with _LOCK:
+            if _loaded is None:
+                _loaded = open_library(os.environ)
+    return _loaded
+
+
+def warn_once_if_missing() -> None:
+    """Say, once in a process, that native kernels could have run and cannot, and why; unless they were switched off."""
+    global _warned
+    library = load()
+    if _warned or library.reason is None or not library.wanted:
+        return
+    with _LOCK:
+        if _warned:
+            return
+        _warned = True
+    # Outside the lock: a filter may turn the warning into an exception.
+    warnings.warn(
+        f"widekernel computes large kernels with PyTorch's convolutions, many times slower: {library.reason}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def open_library(environment: Mapping[str, str]) -> Library:
+    """Find, load and check the library; what stands in the way becomes the `reason`."""
+    switch = environment.get("WIDEKERNEL_NATIVE", "")
+    if switch not in ("", "1"):
+        reason = f"the native CPU library is switched off by WIDEKERNEL_NATIVE={switch} (unset it, or set it to 1)"
+        return Library(reason, wanted=False)
+    path, missing = _find(environment.get("WIDEKERNEL_LIBRARY", ""))
+    if path is None:
+        return Library(missing)
+    again = "reinstall widekernel, in a checkout with `pip install --editable .`, or remove the file"
+    try:
+        calls = ctypes.CDLL(str(path))
+    except OSError as error:
+        return Library(f"{path} cannot be loaded ({error}); {again}")
+    try:
+        calls.wk_abi.restype, calls.wk_abi.argtypes = _SIGNATURES["wk_abi"]
+        abi = calls.wk_abi()
+        if abi != ABI:
+            return Library(f"{path} has interface {abi}, this version of widekernel needs {ABI}; {again}")
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(calls, name)
+            function.restype, function.argtypes = result, arguments
+    except AttributeError as error:
+        return Library(f"{path} is not the native library of widekernel ({error}); {again}")
+    return _configured(Library(calls=calls, path=path), environment.get("WIDEKERNEL_ISA", ""))
+
+
+def _find(named: str) -> tuple[Path | None, str | None]:
+    """Return the library's file, or None and the reason. Installed or editable, it lies beside this module."""
+    if named:
+        path = Path(named).resolve()
+        return (path, None) if path.is_file() else (None, f"WIDEKERNEL_LIBRARY={named} is no file: correct or unset it")
+    folder = Path(__file__).parent
+    for suffix in (".dylib", ".so") if sys.platform == "darwin" else (".so",):
+        path = folder / f"_native{suffix}"
+        if path.is_file():
+            return path, None
+    return None, (
+        f"the native CPU library was not built, {folder} has none; install a C++17 compiler (GCC or Clang) and reinstall "
+        "widekernel, with WIDEKERNEL_REQUIRE_NATIVE=1 to be told why if that fails"
+    )
+
+
+def _configured(library: Library, isa: str) -> Library:
+    """Choose the instruction set and bind the threads of a library that has just been loaded."""
+    default = library.calls.wk_isa().decode()
+    others = [name for name in ISAS if name != default and library.calls.wk_use_isa(name.encode()) == OK]
+    library.isas = (default, *others)
+    if isa and isa not in library.isas:
+        return Library(_isa_unavailable(f"WIDEKERNEL_ISA={isa}", library.isas))
+    library.use_isa(isa or default)
+    runtime = openmp_runtime()
+    if runtime is not None and library.calls.wk_bind_openmp(os.fsencode(runtime)):
+        library.openmp = runtime
+    return library
+
+
+def _isa_unavailable(value: str, available: tuple[str, ...]) -> str:
+    return (
+        f"{value}: this build of the native CPU library has, for this processor, {', '.join(available)}; choose one of these"
+    )
+
+
+class _SymbolInfo(ctypes.Structure):
+    """What `dladdr` tells of an address."""
+
+    _fields_ = [("file", ctypes.c_char_p), ("base", Address), ("symbol", ctypes.c_char_p), ("address", Address)]
+
+
+def openmp_runtime() -> str | None:
+    """Name the file of the OpenMP runtime that PyTorch's operators run on; None if there is none to share.
+
+    A process may hold several (scikit-learn brings its own), so a search of the loaded files would not do. The symbol is
+    looked up as the dynamic linker does it for PyTorch, where a preloaded runtime wins too. Nothing is loaded here.
+    """
+    if os.name != "posix":
+        return None
+    suffix = "dylib" if sys.platform == "darwin" else "so"
+    pytorch = f"libtorch_cpu.{suffix}"
+    # By file where the wheels have it, by name where a distribution has moved it.
+    scopes: list[str | None] = [str(Path(torch.__file__).parent / "lib" / pytorch), pytorch]
+    # On Linux what is global comes before a library's own dependencies; on macOS each symbol names its library.
+    scopes.insert(len(scopes) if sys.platform == "darwin" else 0, None)
+    for scope in scopes:
+        try:
+            symbol = ctypes.CDLL(scope, mode=os.RTLD_NOLOAD | os.RTLD_NOW).GOMP_parallel
+            locate = ctypes.CDLL(None).dladdr
+        except (OSError, AttributeError):
+            continue
+        locate.argtypes, locate.restype = [Address, ctypes.POINTER(_SymbolInfo)], ctypes.c_int
+        found = _SymbolInfo()
+        if locate(ctypes.cast(symbol, Address), ctypes.byref(found)) and found.file:
+            return os.fsdecode(found.file)
+    return None
