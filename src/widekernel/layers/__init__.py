@@ -3,6 +3,7 @@
 from widekernel.layers.conv import ConvNorm, DepthwiseConv2d
 from widekernel.layers.large_kernel import FoldedLargeKernel, LargeKernel
 from widekernel.layers.partial import FoldedPartialChannels, PartialChannels
+from widekernel.layers.pointwise import PointwiseConv2d, PointwiseLinear
 from widekernel.layers.rect import Rect, maximal_rectangles
 from widekernel.layers.sources import KernelSource, Rectangles, RectSource, SourceGroup
 from widekernel.layers.tiles import SharedStrips, ShiftTiles, ShuffledStrips, SplitStrips, TruncatedTiles
@@ -15,6 +16,8 @@ __all__ = [
     "KernelSource",
     "LargeKernel",
     "PartialChannels",
+    "PointwiseConv2d",
+    "PointwiseLinear",
     "Rect",
     "RectSource",
     "Rectangles",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from widekernel import ops
 from widekernel.errors import ArgumentError
 from widekernel.layers.norms import affine_of, is_foldable
+from widekernel.layers.pointwise import PointwiseConv2d, PointwiseLinear
 
 
 class DepthwiseConv2d(nn.Conv2d):
@@ -22,18 +23,7 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def reasons_against(self) -> list[str]:
         """List what keeps this layer off the operator; empty if it runs there."""
-        reasons = []
-        if not self.in_channels == self.out_channels == self.groups:
-            reasons.append(f"not depthwise: {self.in_channels} -> {self.out_channels} channels, {self.groups} groups")
-        if tuple(self.stride) != (1, 1):
-            reasons.append(f"stride {tuple(self.stride)} is not 1")
-        if tuple(self.dilation) != (1, 1):
-            reasons.append(f"dilation {tuple(self.dilation)} is not 1")
-        if self.padding_mode != "zeros":
-            reasons.append(f"padding mode {self.padding_mode!r} is not 'zeros'")
-        if not self._keeps_size():
-            reasons.append(f"padding {self.padding} changes the size with a {tuple(self.kernel_size)} kernel")
-        return reasons
+        return reasons_against_depthwise(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) or (C, H, W) -> the same as `nn.Conv2d`."""
@@ -46,11 +36,21 @@ class DepthwiseConv2d(nn.Conv2d):
         y = ops.depthwise_sum(batched, [self.weight], [anchor], self.bias)
         return y if x.dim() == 4 else y.squeeze(0)
 
-    def _keeps_size(self) -> bool:
-        if self.padding == "same":
-            return True
-        padding = (0, 0) if isinstance(self.padding, str) else self.padding
-        return all(2 * pad == size - 1 for pad, size in zip(padding, self.kernel_size))
+
+def reasons_against_depthwise(conv: nn.Conv2d) -> list[str]:
+    """List what keeps a convolution off `ops.depthwise_sum`; empty if that computes it."""
+    reasons = []
+    if not conv.in_channels == conv.out_channels == conv.groups:
+        reasons.append(f"not depthwise: {conv.in_channels} -> {conv.out_channels} channels, {conv.groups} groups")
+    if tuple(conv.stride) != (1, 1):
+        reasons.append(f"stride {tuple(conv.stride)} is not 1")
+    if tuple(conv.dilation) != (1, 1):
+        reasons.append(f"dilation {tuple(conv.dilation)} is not 1")
+    if conv.padding_mode != "zeros":
+        reasons.append(f"padding mode {conv.padding_mode!r} is not 'zeros'")
+    if not _keeps_size(conv):
+        reasons.append(f"padding {conv.padding} changes the size with a {tuple(conv.kernel_size)} kernel")
+    return reasons
 
 
 class ConvNorm(nn.Module):
@@ -89,9 +89,13 @@ class ConvNorm(nn.Module):
         return ConvNorm(conv, nn.Identity(), self.act)
 
 
+_CONVOLUTIONS = (nn.Conv2d, DepthwiseConv2d, PointwiseConv2d)
+_LINEAR = (nn.Linear, PointwiseLinear)
+
+
 def is_plain(layer: nn.Module) -> bool:
     """Whether `layer` computes what a convolution or linear layer with its weight and bias does, parametrised or not."""
-    return type(layer).forward in {kind.forward for kind in (nn.Conv2d, DepthwiseConv2d, nn.Linear)}
+    return type(layer).forward in {kind.forward for kind in (*_CONVOLUTIONS, *_LINEAR)}
 
 
 @torch.no_grad()
@@ -118,6 +122,13 @@ def fold_affine_before(layer: nn.Conv2d | nn.Linear, scale: Tensor, shift: Tenso
     return _rebuilt(layer, weight * scale.view(per_input), bias)
 
 
+def _keeps_size(conv: nn.Conv2d) -> bool:
+    if conv.padding == "same":
+        return True
+    padding = (0, 0) if isinstance(conv.padding, str) else conv.padding
+    return all(2 * pad == size - 1 for pad, size in zip(padding, conv.kernel_size))
+
+
 def _pads(conv: nn.Conv2d) -> bool:
     if isinstance(conv.padding, str):
         return conv.padding == "same" and any(size > 1 for size in conv.kernel_size)
@@ -128,18 +139,19 @@ def _rebuilt(layer: nn.Conv2d | nn.Linear, weight: Tensor, bias: Tensor) -> nn.M
     """Give a plain layer like `layer`, which may be parametrised, with other weights."""
     like = layer.weight
     new: nn.Module
+    # The most special kind that it is, so that what was accelerated stays so.
+    kind: Any = next(k for k in reversed((*_CONVOLUTIONS, *_LINEAR)) if isinstance(layer, k))
     # Made without data: the constructors would draw from the global random numbers.
     if isinstance(layer, nn.Linear):
-        new = nn.Linear(layer.in_features, layer.out_features, device="meta")
+        new = kind(layer.in_features, layer.out_features, device="meta")
     else:
-        kind = DepthwiseConv2d if isinstance(layer, DepthwiseConv2d) else nn.Conv2d
         new = kind(
             layer.in_channels,
             layer.out_channels,
-            layer.kernel_size,  # type: ignore[arg-type]
-            stride=layer.stride,  # type: ignore[arg-type]
-            padding=layer.padding,  # type: ignore[arg-type]
-            dilation=layer.dilation,  # type: ignore[arg-type]
+            layer.kernel_size,
+            stride=layer.stride,
+            padding=layer.padding,
+            dilation=layer.dilation,
             groups=layer.groups,
             padding_mode=layer.padding_mode,
             device="meta",

@@ -21,12 +21,13 @@ from timm.models import build_model_with_cfg, checkpoint_seq, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from widekernel import layers
 from widekernel.errors import ArgumentError, ShapeError, UnknownArgumentError, nearest
-from widekernel.layers import DepthwiseConv2d, FoldedLargeKernel, FoldedPartialChannels, LargeKernel, PartialChannels
 from widekernel.models.layouts.layout import Layout
 from widekernel.models.layouts.translate import translate
 
-for _leaf in (DepthwiseConv2d, FoldedLargeKernel, FoldedPartialChannels, LargeKernel, PartialChannels):
+_LARGE = (layers.DepthwiseConv2d, layers.FoldedLargeKernel, layers.FoldedPartialChannels, layers.LargeKernel)
+for _leaf in (*_LARGE, layers.PartialChannels, layers.PointwiseConv2d, layers.PointwiseLinear):
     register_notrace_module(_leaf)  # feature extraction by tracing keeps these whole
 
 ConfigT = TypeVar("ConfigT")

@@ -1,0 +1,76 @@
+"""Pointwise layers computed the other way: a linear layer as a 1x1 convolution, a 1x1 convolution as matrix products.
+
+On a CPU the two are computed by different libraries, and either can be the faster one: it depends on the processor, on the
+number of threads, on the size and on how the image is stored. `accelerate` measures which. The layers here change nothing
+but the way: same constructors, same state dicts. Off the CPU, where there is nothing to gain, they do as their base class.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class PointwiseLinear(nn.Linear):
+    """`nn.Linear` that is computed as a 1x1 convolution over an image of one column and as many rows as there are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., C')."""
+        # What does not fit is left to `F.linear`, whose error then speaks of the linear layer that one wrote.
+        if x.device.type != "cpu" or x.shape[-1:] != (self.in_features,) or x.numel() == 0:
+            return super().forward(x)
+        # (1, C, rows, 1), stored as NHWC: a view of `x`, unless its rows do not follow each other in memory.
+        rows = x.reshape(1, -1, 1, self.in_features).permute(0, 3, 1, 2)
+        y = F.conv2d(rows, self.weight[:, :, None, None], self.bias)
+        return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], self.out_features)
+
+
+class PointwiseConv2d(nn.Conv2d):
+    """`nn.Conv2d` that computes 1x1 convolutions as matrix products: one of all pixels, or one for each image.
+
+    The result is stored as the input is. What is no 1x1 convolution (strides and paddings included) it computes as
+    `nn.Conv2d` does; `reasons_against` says which applies.
+    """
+
+    def reasons_against(self) -> list[str]:
+        """List what keeps this layer from being computed as a matrix product; empty if nothing does."""
+        return reasons_against_pointwise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) or (C, H, W) -> (N, C', H, W) or (C', H, W)."""
+        fits = x.dim() in (3, 4) and x.shape[-3] == self.in_channels and x.numel() != 0
+        # Looked up at every call, because code that adapts networks sets strides and paddings of existing layers.
+        if x.device.type != "cpu" or not fits or self.reasons_against():
+            return super().forward(x)
+        batched = x if x.dim() == 4 else x.unsqueeze(0)
+        matrix = self.weight.flatten(1)
+        # Not `is_contiguous(channels_last)`, which cannot be asked inside `vmap`. Maps of one pixel come here as well.
+        if batched.stride(1) == 1:
+            y = F.linear(batched.permute(0, 2, 3, 1), matrix, self.bias).permute(0, 3, 1, 2)
+        else:
+            y = _product_per_image(batched.flatten(2), matrix, self.bias).unflatten(2, batched.shape[2:])
+        return y if x.dim() == 4 else y.squeeze(0)
+
+
+def reasons_against_pointwise(conv: nn.Conv2d) -> list[str]:
+    """List what makes a convolution more than one matrix product for each pixel; empty if nothing does."""
+    reasons = []
+    if tuple(conv.kernel_size) != (1, 1):
+        reasons.append(f"kernel {tuple(conv.kernel_size)} is not 1x1")
+    if conv.groups != 1:
+        reasons.append(f"{conv.groups} groups")
+    if tuple(conv.stride) != (1, 1):
+        reasons.append(f"stride {tuple(conv.stride)} is not 1")
+    if not isinstance(conv.padding, str) and any(pad != 0 for pad in conv.padding):
+        reasons.append(f"padding {tuple(conv.padding)} is not 0")
+    return reasons
+
+
+def _product_per_image(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    """(N, C, pixels) and (C', C) -> (N, C', pixels)."""
+    matrices = matrix.expand(x.shape[0], -1, -1)
+    if bias is None:
+        return torch.bmm(matrices, x)
+    # Adding the bias afterwards would read and write the whole result once more.
+    return torch.baddbmm(bias[:, None], matrices, x)
