@@ -26,6 +26,7 @@ import torch
 from widekernel.errors import ArgumentError, WidekernelError
 
 ABI = 1
+MOST_PASSES = 16
 FLOAT32, BFLOAT16, FLOAT16 = range(3)
 DIRECT, HYBRID_ALONG_ROWS, HYBRID_ALONG_COLUMNS = range(3)
 OK, BAD_ARGUMENT, OUT_OF_MEMORY = range(3)

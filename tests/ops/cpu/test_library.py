@@ -1,0 +1,289 @@
+"""Loading the native library, the reasons why there is none, and that Python and the C header agree."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.ops.cpu.compiling import NATIVE, compiled, compiler
+from widekernel.errors import ArgumentError, WidekernelError
+from widekernel.ops.cpu import library
+from widekernel.ops.cpu.library import Library
+
+# A library with every function and nothing behind them; VERSION and the instruction sets are up to the test.
+HOLLOW = """
+#include "widekernel.h"
+#include <initializer_list>
+#include <string.h>
+static const char *isa = "avx2";
+int32_t wk_abi(void) { return VERSION; }
+const char *wk_isa(void) { return isa; }
+int32_t wk_use_isa(const char *name) {
+    for (const char *known : {"avx2", "portable"}) if (!strcmp(name, known)) { isa = known; return WK_OK; }
+    return WK_BAD_ARGUMENT;
+}
+int32_t wk_lanes(void) { return strcmp(isa, "avx2") ? 4 : 8; }
+int32_t wk_bind_openmp(const char *) { return 0; }
+int32_t wk_depthwise_sum(const wk_sum *) { return WK_BAD_ARGUMENT; }
+int32_t wk_depthwise_weight_grad(const wk_weight_grad *) { return WK_OUT_OF_MEMORY; }
+void wk_sum_workspace(const wk_sum *, int64_t *, int64_t *) {}
+void wk_weight_grad_workspace(const wk_weight_grad *, int64_t *, int64_t *) {}
+const char *wk_error_text(int32_t error) { return error == WK_OUT_OF_MEMORY ? "no memory" : "wrong sizes"; }
+double wk_fma_peak(int32_t, double) { return 0; }
+"""
+
+
+@pytest.fixture
+def hollow(tmp_path: Path) -> Path:
+    return compiled(tmp_path / "hollow.so", f"#define VERSION {library.ABI}\n{HOLLOW}")
+
+
+@pytest.fixture
+def unloaded(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """As after the import: nothing loaded, no warning given."""
+    monkeypatch.setattr(library, "_loaded", None)
+    monkeypatch.setattr(library, "_warned", False)
+    return monkeypatch
+
+
+@pytest.fixture
+def native(tmp_path: Path) -> Path:
+    """A copy of the library of this installation, with a state of its own."""
+    installed = library.load()
+    if installed.reason is not None:
+        pytest.skip(installed.reason)
+    return Path(shutil.copy(installed.path, tmp_path))
+
+
+def opened(path: Path | str, **environment: str) -> Library:
+    return library.open_library({"WIDEKERNEL_LIBRARY": str(path), **environment})
+
+
+def test_a_compiler_gives_a_native_library() -> None:
+    """An installation whose build failed is pure Python without a word; the tests should not be."""
+    loaded = library.load()
+    if compiler() is None or not loaded.wanted:
+        pytest.skip("no compiler, or switched off")
+    assert loaded.reason is None
+
+
+def test_the_installed_library(native: Path) -> None:
+    loaded = opened(native)
+    assert loaded.reason is None
+    assert loaded.path == native
+    assert loaded.isa == loaded.isas[0]
+    assert loaded.isas[-1] == "portable"
+    assert set(loaded.isas) <= set(library.ISAS)
+    assert loaded.lanes == loaded.calls.wk_lanes() in (4, 8, 16)
+    assert loaded.threads_available == (library.openmp_runtime() is not None)
+
+
+def test_every_instruction_set_can_be_forced(native: Path) -> None:
+    for isa in opened(native).isas:
+        loaded = opened(native, WIDEKERNEL_ISA=isa)
+        assert (loaded.reason, loaded.isa, loaded.calls.wk_isa().decode()) == (None, isa, isa)
+        assert loaded.calls.wk_fma_peak(1, 0.001) > 0
+
+
+def test_an_instruction_set_that_is_missing(hollow: Path) -> None:
+    loaded = opened(hollow, WIDEKERNEL_ISA="avx512")
+    assert loaded.reason.startswith("WIDEKERNEL_ISA=avx512: ")
+    assert "avx2, portable" in loaded.reason
+    assert loaded.wanted
+    assert loaded.calls is None
+
+
+def test_changing_the_instruction_set(hollow: Path) -> None:
+    loaded = opened(hollow)
+    assert (loaded.isas, loaded.isa, loaded.lanes, loaded.openmp) == (("avx2", "portable"), "avx2", 8, None)
+    loaded.use_isa("portable")
+    assert (loaded.isa, loaded.lanes) == ("portable", 4)
+    with pytest.raises(ArgumentError, match=r"'neon': .* avx2, portable; choose"):
+        loaded.use_isa("neon")
+    assert loaded.isa == "portable"
+    with pytest.raises(ArgumentError, match="no instruction set can be chosen: none here"):
+        Library("none here").use_isa("avx2")
+
+
+def test_errors_of_calls(hollow: Path) -> None:
+    loaded = opened(hollow)
+    loaded.check(library.OK)
+    with pytest.raises(ArgumentError, match="wrong sizes"):
+        loaded.check(loaded.calls.wk_depthwise_sum(ctypes.byref(library.Sum())))
+    with pytest.raises(MemoryError, match="no memory") as raised:
+        loaded.check(loaded.calls.wk_depthwise_weight_grad(ctypes.byref(library.WeightGrad())))
+    assert isinstance(raised.value, WidekernelError)
+
+
+def test_switched_off() -> None:
+    for value in ("0", "off"):
+        loaded = library.open_library({"WIDEKERNEL_NATIVE": value})
+        assert f"switched off by WIDEKERNEL_NATIVE={value}" in loaded.reason
+        assert not loaded.wanted
+        assert not loaded.threads_available
+
+
+def test_not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "__file__", str(tmp_path / "library.py"))
+    loaded = library.open_library({})
+    assert f"was not built, {tmp_path} has none; install a C++17 compiler" in loaded.reason
+    assert loaded.wanted
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    assert opened(tmp_path / "no.so").reason == f"WIDEKERNEL_LIBRARY={tmp_path / 'no.so'} is no file: correct or unset it"
+
+
+def test_a_file_that_cannot_be_loaded(tmp_path: Path) -> None:
+    file = tmp_path / "text.so"
+    file.write_text("not a library")
+    assert re.match(rf"{file} cannot be loaded \(.*\); reinstall", opened(file).reason)
+
+
+def test_another_interface(tmp_path: Path) -> None:
+    file = compiled(tmp_path / "other.so", f"#define VERSION {library.ABI + 1}\n{HOLLOW}")
+    wanted = f"{file} has interface {library.ABI + 1}, this version of widekernel needs {library.ABI}; reinstall"
+    assert opened(file).reason.startswith(wanted)
+
+
+def test_a_library_of_others(tmp_path: Path) -> None:
+    file = compiled(tmp_path / "foreign.so", 'extern "C" int foreign() { return 1; }\n')
+    assert "is not the native library of widekernel (" in opened(file).reason
+    file = compiled(tmp_path / "partial.so", f'extern "C" int wk_abi() {{ return {library.ABI}; }}\n')
+    assert "wk_isa" in opened(file).reason
+
+
+def test_loaded_once_by_many_threads(unloaded: pytest.MonkeyPatch) -> None:
+    opened_by: list[int] = []
+
+    def slowly(_: object) -> Library:
+        opened_by.append(threading.get_ident())
+        time.sleep(0.05)
+        return Library("for the test")
+
+    unloaded.setattr(library, "open_library", slowly)
+    seen: list[Library] = []
+    threads = [threading.Thread(target=lambda: seen.append(library.load())) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(opened_by) == 1
+    assert len(seen) == 8
+    assert all(one is seen[0] for one in seen)
+
+
+def test_one_warning_if_missing(unloaded: pytest.MonkeyPatch) -> None:
+    unloaded.setattr(library, "open_library", lambda _: Library("there is no compiler"))
+    with pytest.warns(RuntimeWarning, match="PyTorch's convolutions.*: there is no compiler"):
+        library.warn_once_if_missing()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        library.warn_once_if_missing()
+
+
+@pytest.mark.parametrize("answer", [Library("switched off", wanted=False), Library()], ids=["switched off", "present"])
+def test_no_warning(unloaded: pytest.MonkeyPatch, answer: Library) -> None:
+    unloaded.setattr(library, "open_library", lambda _: answer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        library.warn_once_if_missing()
+
+
+PROGRAM = """
+import json
+from widekernel.ops.cpu import library
+
+def runtimes():
+    with open("/proc/self/maps") as maps:
+        names = {line.split()[-1] for line in maps if "omp" in line.rpartition("/")[2]}
+    return sorted(name for name in names if name.startswith("/"))
+
+before = runtimes()
+lazy = library._loaded is None
+loaded = library.load()
+print(json.dumps([lazy, before, runtimes(), loaded.reason, loaded.isa, loaded.openmp]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_new_process(native: Path) -> None:
+    """The variables are read from the environment, and loading adds no OpenMP runtime."""
+    environment = {**os.environ, "WIDEKERNEL_ISA": "portable", "WIDEKERNEL_LIBRARY": str(native)}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, env=environment)
+    lazy, before, after, reason, isa, openmp = json.loads(done.stdout.splitlines()[-1])
+    assert lazy
+    assert before == after
+    assert (reason, isa) == (None, "portable")
+    assert openmp is None or os.path.realpath(openmp) in before
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="LD_PRELOAD")
+def test_a_preloaded_runtime_is_the_one_that_is_used(native: Path, tmp_path: Path) -> None:
+    """As recommended by some vendors: PyTorch's operators then run on it, and so must these."""
+    if library.openmp_runtime() is None:
+        pytest.skip("PyTorch has no OpenMP runtime")
+    other = shutil.copy(library.openmp_runtime(), tmp_path / "libother_omp.so")
+    environment = {**os.environ, "LD_PRELOAD": str(other), "WIDEKERNEL_LIBRARY": str(native)}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, env=environment)
+    assert json.loads(done.stdout.splitlines()[-1])[-1] == str(other)
+
+
+def c_structures() -> dict[str, type[ctypes.Structure]]:
+    return {
+        "wk_tensor": library.Tensor,
+        "wk_pass": library.Pass,
+        "wk_rect": library.Rect,
+        "wk_sum": library.Sum,
+        "wk_weight_grad": library.WeightGrad,
+    }
+
+
+def test_structures_are_laid_out_as_in_c(tmp_path: Path) -> None:
+    lines, wanted = [], []
+    for name, structure in c_structures().items():
+        lines.append(f'printf("%zu\\n", sizeof({name}));')
+        wanted.append(ctypes.sizeof(structure))
+        for field, *_ in structure._fields_:
+            member = getattr(structure, field)
+            lines.append(f'printf("%zu\\n%zu\\n", offsetof({name}, {field}), sizeof((({name} *)0)->{field}));')
+            wanted += [member.offset, member.size]
+    text = "#include <stddef.h>\n#include <stdio.h>\n#include <widekernel.h>\nint main() {\n" + "\n".join(lines) + "\n}\n"
+    program = compiled(tmp_path / "layout", text, options=())
+    done = subprocess.run([program], capture_output=True, text=True, check=True)
+    assert [int(line) for line in done.stdout.split()] == wanted
+
+
+@pytest.mark.skipif(not NATIVE.is_dir(), reason="needs the native sources")
+def test_constants_and_functions_are_those_of_the_header() -> None:
+    header = (NATIVE / "include" / "widekernel.h").read_text()
+    constants = {name: int(value) for name, value in re.findall(r"\bWK_(\w+) = (\d+)", header)}
+    assert len(constants) == 9
+    assert constants == {name: getattr(library, name) for name in constants}
+    defined = dict(re.findall(r"#define WK_(\w+) (\d+)", header))
+    assert defined == {"ABI": str(library.ABI), "MOST_PASSES": str(library.MOST_PASSES)}
+    assert set(re.findall(r"\b(wk_\w+)\(", header)) == set(library._SIGNATURES)
+    for members, name in re.findall(r"typedef struct \{([^}]*)\} (\w+);", header, re.DOTALL):
+        fields = re.findall(r"(\w+)\s*[,;]", re.sub(r"//.*", "", members))
+        assert fields == [field for field, *_ in c_structures()[name]._fields_]
+
+
+def test_the_runtime_is_loaded_already() -> None:
+    runtime = library.openmp_runtime()
+    if not torch.backends.openmp.is_available():
+        pytest.skip("this PyTorch was built without OpenMP")
+    assert runtime is not None
+    ctypes.CDLL(runtime, mode=os.RTLD_NOLOAD | os.RTLD_NOW)

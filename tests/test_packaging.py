@@ -1,0 +1,197 @@
+"""What an installation holds: wheels with and without a compiler, the source archive, and editable installations."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.ops.cpu.compiling import compiler
+
+ROOT = Path(__file__).resolve().parent.parent
+NATIVE = "widekernel/ops/cpu/_native"
+SHOW = """
+import widekernel
+from widekernel.ops.cpu.library import load
+print(widekernel.__file__, load().path, load().reason, sep="|")
+"""
+CHANGED = "a text that only the test has put here"
+
+
+def run(*command: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command with the environment as it is, less what would lead it to this installation."""
+    outer = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "WIDEKERNEL_LIBRARY")}
+    return subprocess.run(
+        [str(part) for part in command], cwd=cwd, capture_output=True, text=True, env={**outer, **environment}, check=False
+    )
+
+
+def succeed(*command: object, cwd: Path, **environment: str) -> str:
+    done = run(*command, cwd=cwd, **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def tracked() -> list[str]:
+    done = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT)
+    files = [name for name in done.stdout.split("\0") if name and (ROOT / name).is_file()]
+    if done.returncode or "pyproject.toml" not in files:
+        pytest.skip("needs a git checkout")
+    return files
+
+
+@pytest.fixture
+def checkout(tracked: list[str], tmp_path: Path) -> Path:
+    """A copy of the checkout as others would clone it."""
+    folder = tmp_path / "checkout"
+    for name in tracked:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def builder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of an environment with pip and the build system, fetched from the package index."""
+    folder = tmp_path_factory.mktemp("builder")
+    succeed(sys.executable, "-m", "venv", folder, cwd=folder)
+    requires = re.search(r"^requires = \[\"(.+)\"\]$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE).group(1)
+    python = folder / "bin" / "python"
+    done = run(python, "-m", "pip", "install", "--quiet", requires, "cmake", "ninja", cwd=folder)
+    if done.returncode:
+        pytest.skip(f"the build system cannot be fetched: {done.stderr[-200:]}")
+    return python
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    """The Python of an environment that shares PyTorch and all else with this one, but not widekernel."""
+    folder = tmp_path / "target"
+    succeed(sys.executable, "-m", "venv", "--without-pip", folder, cwd=tmp_path)
+    python = folder / "bin" / "python"
+    packages = Path(succeed(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip())
+    # Path files that lie in a folder added by a path file are not read, an editable installation of widekernel among them.
+    shared = [path for path in sys.path if Path(path).name == "site-packages"]
+    (packages / "shared.pth").write_text("\n".join(shared))
+    return python
+
+
+def pip(builder: Path, *arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    path = f"{builder.parent}{os.pathsep}{os.environ['PATH']}"
+    return run(builder, "-m", "pip", *arguments, "--no-build-isolation", "--no-deps", cwd=cwd, PATH=path, **environment)
+
+
+def wheel(builder: Path, checkout: Path, **environment: str) -> tuple[str, set[str]]:
+    """Build a wheel; give its name and its files, less the metadata."""
+    done = pip(builder, "wheel", "--wheel-dir", checkout / "dist", ".", cwd=checkout, **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (file,) = (checkout / "dist").glob("*.whl")
+    with zipfile.ZipFile(file) as archive:
+        return file.name, {name for name in archive.namelist() if ".dist-info/" not in name}
+
+
+def package_files(tracked: list[str]) -> set[str]:
+    return {name.removeprefix("src/") for name in tracked if name.startswith("src/")}
+
+
+@pytest.mark.slow
+def test_wheel(builder: Path, checkout: Path, tracked: list[str]) -> None:
+    """Every file of the package, the library, nothing else, and one wheel for all versions of Python."""
+    if compiler() is None:
+        pytest.skip("needs a C++ compiler")
+    name, files = wheel(builder, checkout, WIDEKERNEL_REQUIRE_NATIVE="1")
+    libraries = {file for file in files if file.startswith(NATIVE)}
+    assert "-py3-none-" in name
+    assert not name.endswith("-any.whl")
+    assert len(libraries) == 1
+    assert files - libraries == package_files(tracked)
+    assert {"widekernel/py.typed", "widekernel/recipes/slak_nano_digits.yaml"} <= files
+
+
+@pytest.mark.slow
+def test_wheel_without_a_compiler(builder: Path, checkout: Path, tracked: list[str], target: Path) -> None:
+    """Pure Python, for every platform, without the library that an earlier editable installation may have left."""
+    leftover = checkout / "src" / f"{NATIVE}.so"
+    leftover.write_text("old")
+    name, files = wheel(builder, checkout, CXX="/nonexistent")
+    assert name.endswith("-py3-none-any.whl")
+    assert files == package_files(tracked)
+    done = run(builder, "-m", "pip", "--python", target, "install", "--no-deps", checkout / "dist" / name, cwd=checkout)
+    assert done.returncode == 0, done.stderr
+    file, path, reason = succeed(target, "-c", SHOW, cwd=checkout.parent).strip().split("|")
+    assert Path(file).is_relative_to(target.parent.parent)
+    assert path == "None"
+    assert "was not built" in reason
+
+
+@pytest.mark.slow
+def test_a_library_that_is_required(builder: Path, checkout: Path) -> None:
+    done = pip(builder, "wheel", ".", cwd=checkout, CXX="/nonexistent", WIDEKERNEL_REQUIRE_NATIVE="1")
+    assert done.returncode != 0
+    assert "/nonexistent" in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_source_archive(builder: Path, checkout: Path, tracked: list[str]) -> None:
+    """What git has, and not what building leaves in the checkout."""
+    for name in ("src/widekernel/ops/cpu/_native.so", "native/editable/CMakeCache.txt", "native/editable/native/a.o"):
+        (checkout / name).parent.mkdir(exist_ok=True)
+        (checkout / name).write_text("left over")
+    succeed(builder, "-c", "from scikit_build_core.build import build_sdist; build_sdist('dist')", cwd=checkout)
+    (file,) = (checkout / "dist").glob("*.tar.gz")
+    with tarfile.open(file) as archive:
+        files = {name.partition("/")[2] for name in archive.getnames()}
+    assert files - {"PKG-INFO"} == set(tracked)
+
+
+@pytest.mark.slow
+def test_editable(builder: Path, checkout: Path, target: Path) -> None:
+    """Python files are taken from the checkout; changed C++ files are compiled again; a failing build leaves no library."""
+    if compiler() is None:
+        pytest.skip("needs a C++ compiler")
+
+    def install(**environment: str) -> tuple[str, str, str]:
+        path = f"{builder.parent}{os.pathsep}{os.environ['PATH']}"
+        command = [
+            builder,
+            "-m",
+            "pip",
+            "--python",
+            target,
+            "install",
+            "--no-build-isolation",
+            "--no-deps",
+            "--editable",
+            ".",
+        ]
+        # The build system of the builder is lent to the target, which has no pip that could fetch one.
+        lent = next((builder.parent.parent / "lib").glob("python*/site-packages"))
+        succeed(*command, cwd=checkout, PATH=path, PYTHONPATH=str(lent), **environment)
+        return tuple(succeed(target, "-c", SHOW, cwd=checkout.parent).strip().split("|"))
+
+    package = checkout / "src" / "widekernel"
+    file, path, reason = install(WIDEKERNEL_REQUIRE_NATIVE="1")
+    assert (Path(file), reason) == (package / "__init__.py", "None")
+    assert Path(path).parent == package / "ops" / "cpu"
+    first = Path(path).read_bytes()
+    source = checkout / "native" / "src" / "threads.cpp"
+    text = source.read_text()
+    source.write_text(
+        f'{text}\nextern "C" __attribute__((visibility("default"))) const char *added() {{ return "{CHANGED}"; }}\n'
+    )
+    _, path, reason = install(WIDEKERNEL_REQUIRE_NATIVE="1")
+    assert reason == "None"
+    assert CHANGED.encode() not in first
+    assert CHANGED.encode() in Path(path).read_bytes()
+    source.write_text("no C++")
+    file, path, reason = install()
+    assert (Path(file), path) == (package / "__init__.py", "None")
+    assert "was not built" in reason
