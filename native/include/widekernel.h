@@ -1,0 +1,95 @@
+// The C interface of the native CPU backend. Plain C types only: the library knows nothing of Python or PyTorch, so one build
+// serves every version of both.
+//
+// All sizes are in elements. An image tensor is (image, channel, row, column) with any strides as long as either the channels
+// or the columns are next to each other in memory (stride 1).
+#ifndef WIDEKERNEL_H
+#define WIDEKERNEL_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// Raised whenever a structure or a function here changes its meaning.
+#define WK_ABI 1
+// Passes of one call at most.
+#define WK_MOST_PASSES 16
+
+enum wk_dtype { WK_FLOAT32 = 0, WK_BFLOAT16 = 1, WK_FLOAT16 = 2 };
+
+// How one rectangle is computed.
+enum wk_method {
+    WK_DIRECT = 0,             // tap by tap; the error of an output depends on the pixels under the kernel only
+    WK_HYBRID_ALONG_ROWS = 1,  // Fourier transform along the width, direct along the height
+    WK_HYBRID_ALONG_COLUMNS = 2,  // Fourier transform along the height, direct along the width
+};
+
+// What a function returns: 0, or one of these. wk_error_text explains them.
+enum wk_error { WK_OK = 0, WK_BAD_ARGUMENT = 1, WK_OUT_OF_MEMORY = 2 };
+
+typedef struct {
+    void *data;
+    int64_t image, channel, row, column;  // strides
+} wk_tensor;
+
+// A kernel as it is executed: (row, column) is the tap that sits on the output pixel.
+typedef struct {
+    int32_t rows, columns, row, column;
+    int32_t method;
+} wk_pass;
+
+// A kernel as the caller has it, added into the pass with that index, anchor on anchor. Taps outside the pass are left out.
+typedef struct {
+    const float *taps;  // (channels, rows, columns)
+    int32_t rows, columns, row, column;
+    int32_t pass;
+} wk_rect;
+
+typedef struct {
+    int32_t dtype, threads;
+    int32_t images, channels, height, width;
+    wk_tensor x, y;
+    int32_t passes, rects;
+    const wk_pass *pass;
+    const wk_rect *rect;
+    // y = relu(scale · sum + shift), (channels) each; either may be null, which means 1 and 0.
+    const float *scale, *shift;
+    int32_t relu;
+} wk_sum;
+
+typedef struct {
+    int32_t dtype, threads;
+    int32_t images, channels, height, width;
+    wk_tensor x, grad;
+    wk_pass pass;   // the gradient's extent; may be smaller than `rows` × `columns`, the taps outside are zero
+    float *taps;    // (channels, rows, columns)
+    int32_t rows, columns, row, column;
+} wk_weight_grad;
+
+int32_t wk_abi(void);
+// The instruction set in use: "avx512", "avx2", "neon" or "portable".
+const char *wk_isa(void);
+// Use that instruction set from now on; WK_BAD_ARGUMENT if this build or processor lacks it. For tests and comparisons.
+int32_t wk_use_isa(const char *name);
+// Number of channels computed together, the width of a vector.
+int32_t wk_lanes(void);
+// Take the OpenMP runtime that is already loaded from the file `path`. Returns 1 if threads can be had from it, else 0.
+int32_t wk_bind_openmp(const char *path);
+
+int32_t wk_depthwise_sum(const wk_sum *call);
+int32_t wk_depthwise_weight_grad(const wk_weight_grad *call);
+// Bytes of working memory that the call takes: what each thread has of its own, and what all share (the packed kernels).
+void wk_sum_workspace(const wk_sum *call, int64_t *per_thread, int64_t *shared);
+void wk_weight_grad_workspace(const wk_weight_grad *call, int64_t *per_thread, int64_t *shared);
+const char *wk_error_text(int32_t error);
+
+// Measured peak of fused multiply-adds, in floating-point operations a second.
+double wk_fma_peak(int32_t threads, double seconds);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,136 @@
+// The C interface: checks what it is given and passes it on to the kernels of this processor.
+#include "kernels.hpp"
+
+#include <cstring>
+
+#define WK_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace wk {
+
+extern const Kernels kernels_portable;
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2, kernels_avx512;
+#elif defined(__aarch64__)
+extern const Kernels kernels_neon;
+#endif
+
+namespace {
+
+bool has_avx2() {
+#if defined(__x86_64__)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#else
+    return false;
+#endif
+}
+
+bool has_avx512() {
+#if defined(__x86_64__)
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+#else
+    return false;
+#endif
+}
+
+// The kernels called `name`, or the best ones for an empty name; null if this build or processor lacks them.
+const Kernels *find(const char *name) {
+    const bool best = !*name;
+#if defined(__x86_64__)
+    if (has_avx512() && (best || !std::strcmp(name, "avx512"))) return &kernels_avx512;
+    if (has_avx2() && (best || !std::strcmp(name, "avx2"))) return &kernels_avx2;
+#elif defined(__aarch64__)
+    if (best || !std::strcmp(name, "neon")) return &kernels_neon;
+#endif
+    return best || !std::strcmp(name, "portable") ? &kernels_portable : nullptr;
+}
+
+const Kernels *chosen = nullptr;
+
+const Kernels &kernels() {
+    const Kernels *found = __atomic_load_n(&chosen, __ATOMIC_ACQUIRE);
+    if (!found) {
+        found = find("");
+        __atomic_store_n(&chosen, found, __ATOMIC_RELEASE);
+    }
+    return *found;
+}
+
+bool is_tensor(const wk_tensor &t) { return t.data && (t.channel == 1 || t.column == 1); }
+
+bool is_kernel(int32_t rows, int32_t columns, int32_t row, int32_t column) {
+    return rows > 0 && columns > 0 && row >= 0 && row < rows && column >= 0 && column < columns;
+}
+
+bool is_pass(const wk_pass &p) {
+    return is_kernel(p.rows, p.columns, p.row, p.column) && p.method >= WK_DIRECT && p.method <= WK_HYBRID_ALONG_COLUMNS;
+}
+
+template <class Call> bool has_sizes(const Call &call) {
+    return call.dtype >= WK_FLOAT32 && call.dtype <= WK_FLOAT16 && call.threads > 0 && call.images > 0 && call.channels > 0 &&
+           call.height > 0 && call.width > 0;
+}
+
+bool is_valid(const wk_sum &call) {
+    if (!has_sizes(call) || !is_tensor(call.x) || !is_tensor(call.y)) return false;
+    if (call.passes < 1 || call.passes > WK_MOST_PASSES || call.rects < 1) return false;
+    for (int32_t i = 0; i < call.passes; i++)
+        if (!is_pass(call.pass[i])) return false;
+    for (int32_t i = 0; i < call.rects; i++) {
+        const wk_rect &r = call.rect[i];
+        if (!r.taps || !is_kernel(r.rows, r.columns, r.row, r.column) || r.pass < 0 || r.pass >= call.passes) return false;
+    }
+    return true;
+}
+
+bool is_valid(const wk_weight_grad &call) {
+    if (!has_sizes(call) || !is_tensor(call.x) || !is_tensor(call.grad) || !call.taps || !is_pass(call.pass)) return false;
+    if (!is_kernel(call.rows, call.columns, call.row, call.column)) return false;
+    // The pass must lie within the kernel.
+    return call.pass.row <= call.row && call.pass.column <= call.column &&
+           call.pass.rows - call.pass.row <= call.rows - call.row &&
+           call.pass.columns - call.pass.column <= call.columns - call.column;
+}
+
+}  // namespace
+}  // namespace wk
+
+WK_EXPORT int32_t wk_abi(void) { return WK_ABI; }
+WK_EXPORT const char *wk_isa(void) { return wk::kernels().isa; }
+WK_EXPORT int32_t wk_lanes(void) { return wk::kernels().lanes; }
+
+WK_EXPORT int32_t wk_use_isa(const char *name) {
+    const wk::Kernels *found = wk::find(name);
+    if (!found) return WK_BAD_ARGUMENT;
+    __atomic_store_n(&wk::chosen, found, __ATOMIC_RELEASE);
+    return WK_OK;
+}
+
+WK_EXPORT int32_t wk_depthwise_sum(const wk_sum *call) {
+    return wk::is_valid(*call) ? wk::kernels().depthwise_sum(*call) : WK_BAD_ARGUMENT;
+}
+
+WK_EXPORT int32_t wk_depthwise_weight_grad(const wk_weight_grad *call) {
+    return wk::is_valid(*call) ? wk::kernels().depthwise_weight_grad(*call) : WK_BAD_ARGUMENT;
+}
+
+WK_EXPORT void wk_sum_workspace(const wk_sum *call, int64_t *per_thread, int64_t *shared) {
+    wk::kernels().sum_workspace(*call, *per_thread, *shared);
+}
+
+WK_EXPORT void wk_weight_grad_workspace(const wk_weight_grad *call, int64_t *per_thread, int64_t *shared) {
+    wk::kernels().weight_grad_workspace(*call, *per_thread, *shared);
+}
+
+WK_EXPORT const char *wk_error_text(int32_t error) {
+    switch (error) {
+    case WK_OK: return "no error";
+    case WK_BAD_ARGUMENT: return "the sizes, strides or methods of the call do not fit together";
+    case WK_OUT_OF_MEMORY: return "there is no memory left for the working space";
+    default: return "unknown error";
+    }
+}
+
+WK_EXPORT double wk_fma_peak(int32_t threads, double seconds) {
+    return threads > 0 && seconds > 0 ? wk::kernels().fma_peak(threads, seconds) : 0;
+}

@@ -1,0 +1,111 @@
+// Runs whole calls: cuts them into blocks of channels and bands of rows, packs, computes and unpacks.
+#pragma once
+
+#include "hybrid.hpp"
+#include "kernels.hpp"
+#include "threads.hpp"
+#include "workspace.hpp"
+
+namespace wk {
+namespace WK_NAMESPACE {
+
+// A block and what is computed from it should stay in the second-level cache.
+constexpr int64_t CACHED_VECTORS = (int64_t{5} << 18) / static_cast<int64_t>(sizeof(Vec));
+// Blocks that are packed together when channels adjoin; the transforms need room in the cache for themselves.
+constexpr int64_t MOST_TOGETHER = 8, MOST_TOGETHER_HYBRID = 4;
+
+// A pass as it is computed: taller kernels are turned, so that the long axis is the one that the micro-kernels slide along.
+struct Step {
+    Extent taps, anchor;  // turned, if turned
+    bool turned, hybrid;
+    Tiling tiling;
+    Tables tables;
+    Vec *packed;  // kernels of all blocks, or their spectra, or (weight gradient) the sums
+    int64_t packed_block;
+
+    static Step of(const wk_pass &pass) {
+        Step step{};
+        step.hybrid = pass.method != WK_DIRECT;
+        step.turned = step.hybrid ? pass.method == WK_HYBRID_ALONG_COLUMNS : pass.rows > pass.columns;
+        step.taps = {pass.rows, pass.columns}, step.anchor = {pass.row, pass.column};
+        if (step.turned) step.taps = step.taps.transposed(), step.anchor = step.anchor.transposed();
+        return step;
+    }
+    Plane seen(const Plane &plane) const { return turned ? plane.transposed() : plane; }
+    Extent seen(const Extent &extent) const { return turned ? extent.transposed() : extent; }
+    int64_t spectrum_column() const { return taps.rows | 1; }
+};
+
+// Rows of an image that are put out together, with the rows of the input that they depend on.
+struct Band {
+    int64_t begin, end, from, to;
+    Extent outputs, inputs;
+
+    static Band of(int64_t index, int64_t count, int64_t height, int64_t width, int64_t above, int64_t below) {
+        Band band;
+        band.begin = height * index / count, band.end = height * (index + 1) / count;
+        band.from = most(0, band.begin - above), band.to = least(height, band.end + below);
+        band.outputs = {band.end - band.begin, width}, band.inputs = {band.to - band.from, width};
+        return band;
+    }
+    // Where an output row lies in the packed input.
+    int64_t shift() const { return begin - from; }
+};
+
+template <class Type>
+Block<Type> block_of(const wk_tensor &tensor, int64_t image, int64_t channel, int64_t row, int64_t channels) {
+    typedef typename Type::Stored Stored;
+    Stored *at = static_cast<Stored *>(tensor.data) + image * tensor.image + channel * tensor.channel + row * tensor.row;
+    return {at, tensor.channel, tensor.row, tensor.column, static_cast<int>(least(LANES, channels - channel))};
+}
+
+// An input plane has a margin of one zero pixel on each side, which lets pairs of output rows share their kernel rows.
+struct Padded {
+    int64_t rows, columns, pitch;
+    explicit Padded(Extent extent) : rows(extent.rows), columns(extent.columns), pitch((extent.columns + 2) | 1) {}
+    int64_t room() const { return (rows + 2) * pitch; }
+
+    Plane view(Vec *at) const { return {at + pitch + 1, pitch, 1}; }
+
+    // Clears the margin too.
+    Plane plane(Vec *at) const {
+        clear(at, pitch);
+        clear(at + (rows + 1) * pitch, pitch);
+        for (int64_t i = 1; i <= rows; i++) at[i * pitch] = at[i * pitch + columns + 1] = Vec{};
+        return view(at);
+    }
+};
+
+// Into groups of how many blocks each image is cut: as large as may be, as long as there is work for all threads, and even.
+inline int64_t blocks_together(bool adjoin, bool hybrid, int64_t blocks, int64_t images, int64_t threads) {
+    int64_t together = !adjoin ? 1 : hybrid ? MOST_TOGETHER_HYBRID : MOST_TOGETHER;
+    while (together > 1 && images * ceil_div(blocks, together) < 2 * threads) together /= 2;
+    return ceil_div(blocks, ceil_div(blocks, together));
+}
+
+// Number of bands: few enough rows for the cache, and enough pieces of work for all threads.
+inline int64_t bands_for(int64_t pieces, int64_t threads, int64_t height, int64_t vectors_a_row, bool hybrid) {
+    int64_t bands = ceil_div(height * vectors_a_row, CACHED_VECTORS);
+    if (threads > 1 && pieces < 4 * threads) {
+        int64_t wanted = hybrid ? (pieces < threads ? ceil_div(threads, pieces) : 1) : ceil_div(4 * threads, pieces);
+        bands = most(bands, least(wanted, ceil_div(height, hybrid ? 8 : 4)));
+    }
+    return least(most(bands, 1), height);
+}
+
+inline int lanes_of(int64_t block, int64_t channels) { return static_cast<int>(least(LANES, channels - block * LANES)); }
+
+// Pack `blocks` neighbouring blocks, of which `from` is the first, into planes of the same strides.
+template <class Type>
+void pack_blocks(const Plane *planes, int64_t blocks, const Block<Type> &from, int last_lanes, const Extent &extent) {
+    if (blocks == 1) {
+        pack<Type>(planes[0], from, extent.rows, extent.columns);
+        return;
+    }
+    Vec *at[MOST_TOGETHER];
+    for (int64_t b = 0; b < blocks; b++) at[b] = planes[b].at;
+    pack_together<Type>(at, planes[0].row, planes[0].column, from, blocks, last_lanes, extent.rows, extent.columns);
+}
+
+}  // namespace WK_NAMESPACE
+}  // namespace wk

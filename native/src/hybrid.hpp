@@ -1,0 +1,156 @@
+// The hybrid algorithm: a Fourier transform along one axis, and for each frequency a direct correlation along the other.
+//
+// Written for a transform along the columns of a plane; transposed planes give the other orientation.
+#pragma once
+
+#include "direct.hpp"
+#include "fourier.hpp"
+
+namespace wk {
+namespace WK_NAMESPACE {
+
+// How the transformed axis is cut up, and how far the three signals reach from the centre of a tile.
+struct Tiling {
+    int64_t tiles, tile, length;
+    int64_t reach_in, reach_out, reach_taps;
+
+    WK_INLINE int64_t frequencies() const { return length / 2 + 1; }
+    WK_INLINE int64_t longest_reach() const { return most(reach_in, reach_taps); }
+};
+
+inline Tiling tiling_of(int64_t tiles, int64_t outputs, int64_t inputs, int64_t taps, int64_t anchor) {
+    Tiling t;
+    t.tiles = tiles;
+    t.tile = ceil_div(outputs, tiles);
+    t.reach_taps = most(anchor, taps - 1 - anchor);
+    t.reach_out = t.tile / 2;
+    // What a tile sees of the input. The transform is circular: it must be so long that whatever wraps around lands outside.
+    int64_t seen = tiles == 1 ? inputs : least(inputs, t.tile + 2 * t.reach_taps);
+    t.reach_in = tiles == 1 && inputs == outputs ? t.tile / 2 : t.tile / 2 + t.reach_taps;
+    int64_t wrapped = tiles == 1 && inputs == outputs ? seen + t.reach_taps : t.tile + 2 * t.reach_taps;
+    t.length = 4 * ceil_div(most(wrapped, 4), 4);
+    return t;
+}
+
+// Multiply-adds of transforming and correlating one plane, which decides into how many tiles it is cut.
+inline double hybrid_cost(const Tiling &t, int64_t lines_in, int64_t lines_out, int64_t window) {
+    double there = double(lines_in) * double(t.length / 4 + 1) * double(2 * t.reach_in + 1);
+    double back = double(lines_out) * double(t.length / 4 + 1) * double(2 * t.reach_out + 1);
+    double between = 3.0 * double(t.frequencies()) * double(lines_out) * double(window);
+    return double(t.tiles) * (there + back + between);
+}
+
+inline Tiling best_tiling(int64_t outputs, int64_t inputs, int64_t taps, int64_t anchor, int64_t lines, int64_t window) {
+    Tiling best = tiling_of(1, outputs, inputs, taps, anchor);
+    for (int64_t tiles = 2; tiles <= outputs && (tiles <= 8 || best.length > LONGEST_TRANSFORM); tiles++) {
+        Tiling other = tiling_of(tiles, outputs, inputs, taps, anchor);
+        if (best.length > LONGEST_TRANSFORM || hybrid_cost(other, lines, lines, window) < hybrid_cost(best, lines, lines, window))
+            best = other;
+    }
+    return best;
+}
+
+// The tables of all three transforms, or their sizes.
+struct Tables {
+    Transform input, window, output;
+
+    static int64_t room(const Tiling &t) {
+        return coefficients_needed(t.length, t.reach_in) + coefficients_needed(t.length, t.reach_out) +
+               coefficients_needed(t.length, t.reach_taps);
+    }
+
+    // For a sum the kernel is the window and pixels are put out; for a weight gradient it is the other way round.
+    static Tables make(const Tiling &t, bool weight_grad, float *store) {
+        Circle circle(t.length);
+        Tables tables;
+        tables.input = analysis(circle, t.reach_in, -1, store);
+        store += coefficients_needed(t.length, t.reach_in);
+        int64_t window = weight_grad ? t.reach_out : t.reach_taps, output = weight_grad ? t.reach_taps : t.reach_out;
+        // The conjugate of the window's transform makes the product a correlation.
+        tables.window = analysis(circle, window, 1, store);
+        store += coefficients_needed(t.length, window);
+        tables.output = synthesis(circle, output, store);
+        return tables;
+    }
+};
+
+struct Lines {
+    int64_t outputs, inputs, taps, anchor;
+};
+
+inline int64_t complex_tiles(int64_t outputs, int64_t taps) { return ceil_div(outputs, least(WIDEST_TRIPLE, taps)); }
+
+// Number of micro-kernels that run, for spreading out what is done beside them.
+inline int64_t hybrid_tiles(const Tiling &t, int64_t outputs, int64_t taps) {
+    return t.tiles * t.frequencies() * complex_tiles(outputs, taps);
+}
+
+// For one frequency: out[a] (+)= Σ_i in[a + i - anchor] · window[i], complex, or real where the imaginary parts vanish.
+inline void correlate_frequency(Vec *re, Vec *im, bool add, const Vec *xr, const Vec *xi, const Spectrum &window,
+                                int64_t frequency, bool real, const Lines &lines, Prefetch &next) {
+    const int64_t tiles = real ? ceil_div(lines.outputs, widest_tile(lines.taps)) : complex_tiles(lines.outputs, lines.taps);
+    for (int64_t tile = 0, b = 0; tile < tiles; tile++) {
+        const int64_t width = lines.outputs * (tile + 1) / tiles - b, at = b - lines.anchor;
+        const int64_t lo = most(0, -at), hi = least(width + lines.taps - 1, lines.inputs - at);
+        if (real) {
+            Correlation c{re + b, 0, 1, add, 1, xr + at, 0, 0, 1, window.of(frequency, 0), 0, lines.taps, lo, hi};
+            kernel_for(1, width, lines.taps)(c);
+        } else {
+            ComplexCorrelation c{re + b, im + b, add, xr + at, xi + at, window.of(frequency, 0), window.of(frequency, 1),
+                                 window.of(frequency, 2), lines.taps, lo, hi};
+            complex_kernel_for(width)(c);
+        }
+        next.step();
+        b += width;
+    }
+}
+
+// Lines of working memory a column of the input's spectrum needs: outputs overwrite inputs that lie `anchor` lines further.
+inline int64_t spectrum_lines(int64_t inputs, int64_t anchor) { return (inputs + anchor) | 1; }
+
+// out[a][b] (+)= Σ_ij x[a + i - anchor.rows][b + j - anchor.columns] · window[i][j], the window given by its spectrum.
+//
+// `shift` is where output column 0 lies in x: the anchor of the transformed kernel is anchor.columns + shift.
+template <bool ADD>
+inline void hybrid_sum(Plane out, Extent outputs, Plane x, Extent size, const Spectrum &window, int64_t taps, int64_t anchor,
+                       int64_t shift, const Tiling &tiling, const Tables &tables, Vec *room, Prefetch &next) {
+    const Spectrum spectrum{room, spectrum_lines(size.rows, anchor), 2};
+    Vec *folded = room + 2 * tiling.frequencies() * spectrum.column;
+    const Lines lines{outputs.rows, size.rows, taps, anchor};
+    for (int64_t tile = 0; tile < tiling.tiles; tile++) {
+        const int64_t begin = outputs.columns * tile / tiling.tiles, end = outputs.columns * (tile + 1) / tiling.tiles;
+        const int64_t middle = begin + (end - begin) / 2, centre = middle + shift;
+        analyse<2>(tables.input, x.from(0, centre), size.rows, least(middle - begin + tiling.reach_taps, centre),
+                   least(end - 1 - middle + tiling.reach_taps, size.columns - 1 - centre), spectrum, anchor, folded);
+        for (int64_t f = 0; f < tiling.frequencies(); f++) {
+            Vec *re = spectrum.of(f, 0), *im = spectrum.of(f, 1);
+            bool real = f == 0 || f == tiling.length / 2;
+            correlate_frequency(re, im, false, re + anchor, im + anchor, window, f, real, lines, next);
+        }
+        synthesise<ADD>(tables.output, spectrum, outputs.rows, out.from(0, middle), middle - begin, end - 1 - middle, folded);
+    }
+}
+
+// Add to the spectrum of dw[i][j] = Σ_ab grad[a][b] · x[a + i - anchor.rows][b + j - anchor.columns], `shift` as above.
+inline void hybrid_weight_grad(const Spectrum &sums, int64_t taps, Plane grad, Extent window, Plane x, Extent size,
+                               int64_t anchor, int64_t shift, const Tiling &tiling, const Tables &tables, Vec *room,
+                               Prefetch &next) {
+    const Spectrum input{room, size.rows | 1, 2};
+    const Spectrum factors{room + 2 * tiling.frequencies() * input.column, window.rows | 1, 3};
+    Vec *folded = factors.at + 3 * tiling.frequencies() * factors.column;
+    const Lines lines{taps, size.rows, window.rows, anchor};
+    for (int64_t tile = 0; tile < tiling.tiles; tile++) {
+        const int64_t begin = window.columns * tile / tiling.tiles, end = window.columns * (tile + 1) / tiling.tiles;
+        const int64_t middle = begin + (end - begin) / 2, centre = middle + shift;
+        analyse<2>(tables.input, x.from(0, centre), size.rows, least(middle - begin + tiling.reach_taps, centre),
+                   least(end - 1 - middle + tiling.reach_taps, size.columns - 1 - centre), input, 0, folded);
+        analyse<3>(tables.window, grad.from(0, middle), window.rows, middle - begin, end - 1 - middle, factors, 0, folded);
+        for (int64_t f = 0; f < tiling.frequencies(); f++) {
+            bool real = f == 0 || f == tiling.length / 2;
+            correlate_frequency(sums.of(f, 0), sums.of(f, 1), true, input.of(f, 0), input.of(f, 1), factors, f, real, lines, next);
+        }
+    }
+}
+
+}  // namespace WK_NAMESPACE
+}  // namespace wk

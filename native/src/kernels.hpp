@@ -1,0 +1,22 @@
+// What each instruction set's translation unit offers to the rest of the library.
+//
+// The units are compiled with different flags, so they must not share inline functions: the linker keeps one copy of each,
+// perhaps the one with instructions that this processor lacks. Everything below therefore lives in one namespace a unit, and
+// the units use no templates of the standard library but compile-time ones.
+#pragma once
+
+#include "widekernel.h"
+
+namespace wk {
+
+struct Kernels {
+    const char *isa;
+    int lanes;
+    int32_t (*depthwise_sum)(const wk_sum &call);
+    int32_t (*depthwise_weight_grad)(const wk_weight_grad &call);
+    void (*sum_workspace)(const wk_sum &call, int64_t &per_thread, int64_t &shared);
+    void (*weight_grad_workspace)(const wk_weight_grad &call, int64_t &per_thread, int64_t &shared);
+    double (*fma_peak)(int32_t threads, double seconds);
+};
+
+}  // namespace wk

@@ -1,0 +1,186 @@
+// Between the caller's tensors and packed blocks: LANES channels of one image, pixel by pixel, one vector each.
+#pragma once
+
+#include "simd.hpp"
+
+namespace wk {
+namespace WK_NAMESPACE {
+
+// A packed plane: pixel (i, j) is at[i * row + j * column].
+struct Plane {
+    Vec *at;
+    int64_t row, column;
+
+    WK_INLINE Plane from(int64_t i, int64_t j) const { return {at + i * row + j * column, row, column}; }
+    WK_INLINE Plane transposed() const { return {at, column, row}; }
+};
+
+// The part of a caller's tensor that one block covers: `channels` ≤ LANES of one image.
+template <class Type> struct Block {
+    typename Type::Stored *at;
+    int64_t channel, row, column;  // strides
+    int channels;
+};
+
+WK_INLINE int64_t absolute(int64_t value) { return value < 0 ? -value : value; }
+
+// Whether pixels are read one after the other with their channels side by side.
+template <class Type> WK_INLINE bool channels_adjoin(const Block<Type> &block) {
+    return block.channel == 1 || block.channels == 1;
+}
+
+// Copy rows [0, rows) × columns [0, columns) of a block into a plane.
+template <class Type> void pack(const Plane &to, const Block<Type> &from, int64_t rows, int64_t columns) {
+    if (channels_adjoin(from)) {
+        for (int64_t i = 0; i < rows; i++) {
+            const typename Type::Stored *pixel = from.at + i * from.row;
+            Vec *out = to.at + i * to.row;
+            if (from.channels == LANES)
+                for (int64_t j = 0; j < columns; j++, pixel += from.column) out[j * to.column] = Type::load(pixel);
+            else
+                for (int64_t j = 0; j < columns; j++, pixel += from.column)
+                    out[j * to.column] = load_some<Type>(pixel, from.channels);
+        }
+        return;
+    }
+    // Columns are side by side: squares of LANES channels × LANES pixels are transposed. Rows that follow each other without
+    // a gap are read as one, or narrow maps would leave most of each square empty.
+    bool joined = from.row == columns;
+    int64_t runs = joined ? 1 : rows, length = joined ? rows * columns : columns;
+    for (int64_t run = 0; run < runs; run++) {
+        Vec *out = to.at + run * to.row;
+        int64_t column = 0;
+        for (int64_t p = 0; p < length; p += LANES) {
+            int count = static_cast<int>(least(LANES, length - p));
+            const typename Type::Stored *source = from.at + run * from.row + p;
+            Vec square[LANES];
+            if (count == LANES)
+                unroll<LANES>([&](auto c) {
+                    square[c] = c < from.channels ? Type::load(source + c * from.channel) : Vec{};
+                });
+            else
+                for (int c = 0; c < LANES; c++)
+                    square[c] = c < from.channels ? load_some<Type>(source + c * from.channel, count) : Vec{};
+            transpose(square);
+            for (int i = 0; i < count; i++) {
+                out[column * to.column] = square[i];
+                if (++column == columns) column = 0, out += to.row;
+            }
+        }
+    }
+}
+
+// Copy a plane into rows [0, rows) × columns [0, columns) of a block; `finish` maps each vector on its way out.
+template <class Type, class Finish>
+void unpack(const Block<Type> &to, const Plane &from, int64_t rows, int64_t columns, Finish &&finish) {
+    if (channels_adjoin(to)) {
+        for (int64_t i = 0; i < rows; i++) {
+            typename Type::Stored *pixel = to.at + i * to.row;
+            const Vec *in = from.at + i * from.row;
+            if (to.channels == LANES)
+                for (int64_t j = 0; j < columns; j++, pixel += to.column) Type::store(pixel, finish(in[j * from.column]));
+            else
+                for (int64_t j = 0; j < columns; j++, pixel += to.column)
+                    store_some<Type>(pixel, finish(in[j * from.column]), to.channels);
+        }
+        return;
+    }
+    bool joined = to.row == columns;
+    int64_t runs = joined ? 1 : rows, length = joined ? rows * columns : columns;
+    for (int64_t run = 0; run < runs; run++) {
+        const Vec *in = from.at + run * from.row;
+        int64_t column = 0;
+        for (int64_t p = 0; p < length; p += LANES) {
+            int count = static_cast<int>(least(LANES, length - p));
+            typename Type::Stored *target = to.at + run * to.row + p;
+            Vec square[LANES];
+            for (int i = 0; i < LANES; i++) {
+                square[i] = i < count ? finish(in[column * from.column]) : Vec{};
+                if (i < count && ++column == columns) column = 0, in += from.row;
+            }
+            transpose(square);
+            if (count == LANES)
+                unroll<LANES>([&](auto c) {
+                    if (c < to.channels) Type::store(target + c * to.channel, square[c]);
+                });
+            else
+                for (int c = 0; c < to.channels; c++) store_some<Type>(target + c * to.channel, square[c], count);
+        }
+    }
+}
+
+// The same for several neighbouring blocks whose channels adjoin. A block of its own is one short piece of every pixel, which
+// caches and their prefetchers handle badly: memory is read and written here in the order in which it lies.
+template <class Type>
+void pack_together(Vec *const *to, int64_t row, int64_t column, const Block<Type> &first, int64_t blocks, int last, int64_t rows,
+                   int64_t columns) {
+    const int64_t full = last == LANES ? blocks : blocks - 1;
+    for (int64_t i = 0; i < rows; i++) {
+        const typename Type::Stored *pixel = first.at + i * first.row;
+        for (int64_t j = 0, at = i * row; j < columns; j++, at += column, pixel += first.column) {
+            for (int64_t b = 0; b < full; b++) to[b][at] = Type::load(pixel + b * LANES);
+            if (full < blocks) to[full][at] = load_some<Type>(pixel + full * LANES, last);
+        }
+    }
+}
+
+template <class Type, class Finish>
+void unpack_together(const Block<Type> &first, int64_t blocks, int last, Vec *const *from, int64_t row, int64_t rows,
+                     int64_t columns, Finish &&finish) {
+    const int64_t full = last == LANES ? blocks : blocks - 1;
+    for (int64_t i = 0; i < rows; i++) {
+        typename Type::Stored *pixel = first.at + i * first.row;
+        for (int64_t j = 0, at = i * row; j < columns; j++, at++, pixel += first.column) {
+            for (int64_t b = 0; b < full; b++) Type::store(pixel + b * LANES, finish(from[b][at], b));
+            if (full < blocks) store_some<Type>(pixel + full * LANES, finish(from[full][at], full), last);
+        }
+    }
+}
+
+WK_INLINE void clear(Vec *at, int64_t count) {
+    for (int64_t i = 0; i < count; i++) at[i] = Vec{};
+}
+
+// Fetches a block into the second-level cache a few lines at a time, while the kernels compute on another one: a block that is
+// asked for only when it is packed costs its whole latency, because nothing can be computed before it is there.
+struct Stream {
+    const char *at = nullptr, *line = nullptr;
+    int64_t outer = 0, outer_stride = 0, inner = 0, inner_stride = 0, left = 0;
+    int64_t each = 0;  // lines a step
+
+    // Only for planes of channels. Where channels adjoin, or rows have gaps, the processor's own prefetcher does better.
+    template <class Type> void start(const Block<Type> &block, int64_t rows, int64_t columns, int64_t steps) {
+        const int64_t size = sizeof(typename Type::Stored);
+        if (channels_adjoin(block) || block.row != columns) return;
+        outer = block.channels, outer_stride = block.channel * size;
+        inner = ceil_div(rows * columns * size, 64), inner_stride = 64;
+        at = line = reinterpret_cast<const char *>(block.at);
+        left = inner;
+        each = ceil_div(outer * inner, most(1, steps));
+    }
+
+    WK_INLINE void step() {
+        if (!outer) return;
+        for (int64_t i = 0; i < each; i++) {
+            __builtin_prefetch(line, 0, 2);
+            line += inner_stride;
+            if (--left == 0) {
+                if (--outer == 0) return;
+                at += outer_stride, line = at, left = inner;
+            }
+        }
+    }
+};
+
+// What comes next is read, and what has just been computed is written, by then from the cache.
+struct Prefetch {
+    Stream input, output;
+
+    WK_INLINE void step() {
+        input.step();
+        output.step();
+    }
+};
+
+}  // namespace WK_NAMESPACE
+}  // namespace wk

@@ -1,0 +1,261 @@
+// depthwise_sum: the forward pass and, with flipped kernels, the input gradient.
+#pragma once
+
+#include "engine.hpp"
+
+namespace wk {
+namespace WK_NAMESPACE {
+
+constexpr int64_t MOST_PASSES = WK_MOST_PASSES;
+
+class Sum {
+  public:
+    explicit Sum(const wk_sum &call) : call_(call), blocks_(ceil_div(call.channels, LANES)) {
+        for (int64_t i = 0; i < call.passes; i++) {
+            steps_[i] = Step::of(call.pass[i]);
+            any_hybrid_ |= steps_[i].hybrid;
+            above_ = most(above_, call.pass[i].row);
+            below_ = most(below_, call.pass[i].rows - 1 - call.pass[i].row);
+        }
+        const bool adjoin = call.x.channel == 1 && call.y.channel == 1;
+        together_ = blocks_together(adjoin, any_hybrid_, blocks_, call.images, call.threads);
+        groups_ = ceil_div(blocks_, together_);
+        bands_ = bands_for(call.images * groups_, call.threads, call.height, (together_ + 1) * (call.width + 3), any_hybrid_);
+        Extent outputs{ceil_div(call.height, bands_), call.width};
+        Extent inputs{least(call.height, outputs.rows + above_ + below_), call.width};
+        if (bands_ == 1) inputs = outputs;
+        for (int64_t i = 0; i < call.passes; i++) {
+            Step &s = steps_[i];
+            if (!s.hybrid) continue;
+            Extent out = s.seen(outputs), in = s.seen(inputs);
+            s.tiling = best_tiling(out.columns, in.columns, s.taps.columns, s.anchor.columns, out.rows, s.taps.rows);
+            room_ = most(room_, 2 * s.tiling.frequencies() * spectrum_lines(in.rows, s.anchor.rows) +
+                                    folding_room(s.tiling.length, s.tiling.longest_reach()));
+        }
+        outputs_ = outputs, inputs_ = inputs;
+    }
+
+    bool possible() const {
+        for (int64_t i = 0; i < call_.passes; i++)
+            if (steps_[i].hybrid && steps_[i].tiling.length > LONGEST_TRANSFORM) return false;
+        return true;
+    }
+
+    int64_t own_bytes() {
+        Carver carver{nullptr};
+        carve_own(carver);
+        return carver.used;
+    }
+
+    int64_t shared_bytes() {
+        Carver carver{nullptr};
+        carve_shared(carver);
+        return carver.used;
+    }
+
+    int32_t run() {
+        Carver carver{shared_memory.at_least(shared_bytes())};
+        if (!carver.base) return WK_OUT_OF_MEMORY;
+        carve_shared(carver);
+        for (int64_t i = 0; i < call_.passes; i++)
+            if (steps_[i].hybrid)
+                steps_[i].tables = Tables::make(steps_[i].tiling, false, tables_[i]);
+        own_bytes_ = own_bytes();
+        parallel(call_.threads, blocks_, [](void *self, int64_t block, int64_t) { static_cast<Sum *>(self)->pack_kernels(block); },
+                 this);
+        auto task = call_.dtype == WK_FLOAT32    ? &Sum::start<Float32>
+                    : call_.dtype == WK_BFLOAT16 ? &Sum::start<BFloat16>
+                                                 : &Sum::start<Float16>;
+        parallel(call_.threads, call_.images * groups_ * bands_, task, this);
+        shared_memory.shrink();
+        return __atomic_load_n(&out_of_memory_, __ATOMIC_RELAXED) ? WK_OUT_OF_MEMORY : WK_OK;
+    }
+
+  private:
+    struct Own {
+        Vec *planes, *room;
+    };
+    struct Place {
+        int64_t image, group, band;
+    };
+
+    Own carve_own(Carver &carver) {
+        Own own;
+        own.planes = carver.take<Vec>((together_ + 1) * Padded(inputs_).room());
+        int64_t loose = 0;
+        for (int64_t i = 0; i < call_.rects; i++) loose = most(loose, int64_t{call_.rect[i].rows} * call_.rect[i].columns);
+        own.room = carver.take<Vec>(most(room_, kernel_room() + loose));
+        return own;
+    }
+
+    void carve_shared(Carver &carver) {
+        for (int64_t i = 0; i < call_.passes; i++) {
+            Step &s = steps_[i];
+            s.packed_block = s.hybrid ? 3 * s.tiling.frequencies() * s.spectrum_column() : s.taps.area();
+            s.packed = carver.take<Vec>(blocks_ * s.packed_block);
+            tables_[i] = s.hybrid ? carver.take<float>(Tables::room(s.tiling)) : nullptr;
+        }
+    }
+
+    // For putting one block's kernel of a pass together and transforming it.
+    int64_t kernel_room() const {
+        int64_t room = 0;
+        for (int64_t i = 0; i < call_.passes; i++) {
+            const Step &s = steps_[i];
+            if (s.hybrid) room = most(room, s.taps.area() + folding_room(s.tiling.length, s.tiling.longest_reach()));
+        }
+        return room;
+    }
+
+    // Null, and noted, when there is no memory.
+    char *own_block() {
+        char *block = own_memory.at_least(own_bytes_);
+        if (!block) __atomic_store_n(&out_of_memory_, 1, __ATOMIC_RELAXED);
+        return block;
+    }
+
+    void pack_kernels(int64_t block) {
+        Carver carver{own_block()};
+        if (!carver.base) return;
+        Vec *room = carve_own(carver).room, *loose = room + kernel_room();
+        const int64_t channel = block * LANES;
+        for (int64_t i = 0; i < call_.passes; i++) {
+            const Step &s = steps_[i];
+            Vec *packed = s.packed + block * s.packed_block, *kernel = s.hybrid ? room : packed;
+            clear(kernel, s.taps.area());
+            for (int64_t r = 0; r < call_.rects; r++)
+                if (call_.rect[r].pass == i) add_kernel(s, call_.pass[i], call_.rect[r], channel, kernel, loose);
+            if (s.hybrid)
+                analyse<3>(s.tables.window, {kernel + s.anchor.columns, s.taps.columns, 1}, s.taps.rows, s.anchor.columns,
+                           s.taps.columns - 1 - s.anchor.columns, {packed, s.spectrum_column(), 3}, 0, room + s.taps.area());
+        }
+    }
+
+    // Add a kernel to that of its pass, anchor on anchor, turned as the pass is.
+    void add_kernel(const Step &s, const wk_pass &pass, const wk_rect &rect, int64_t channel, Vec *kernel, Vec *loose) {
+        const int64_t area = int64_t{rect.rows} * rect.columns;
+        Block<Float32> taps{const_cast<float *>(rect.taps) + channel * area, area, rect.columns, 1,
+                            lanes_of(channel / LANES, call_.channels)};
+        pack<Float32>({loose, rect.columns, 1}, taps, rect.rows, rect.columns);
+        const Plane placed = s.seen(Plane{kernel, s.taps.columns, 1});
+        const int64_t down = pass.row - rect.row, right = pass.column - rect.column;
+        for (int64_t u = most(0, -down); u < least(rect.rows, pass.rows - down); u++)
+            for (int64_t v = most(0, -right); v < least(rect.columns, pass.columns - right); v++)
+                *placed.from(u + down, v + right).at += loose[u * rect.columns + v];
+    }
+
+    // Bands of one image share rows, and neighbouring images the kernels.
+    Place place(int64_t task) const { return {task / bands_ % call_.images, task / bands_ / call_.images, task % bands_}; }
+
+    template <class Type> static void start(void *self, int64_t task, int64_t following) {
+        static_cast<Sum *>(self)->compute<Type>(task, following);
+    }
+
+    Band band_at(int64_t index) const { return Band::of(index, bands_, call_.height, call_.width, above_, below_); }
+
+    template <class Type> void compute(int64_t task, int64_t following) {
+        Carver carver{own_block()};
+        if (!carver.base) return;
+        Own own = carve_own(carver);
+        const Place at = place(task);
+        const Band band = band_at(at.band);
+        const int64_t first = at.group * together_, blocks = least(together_, blocks_ - first);
+        const Padded padded(inputs_);
+        // One plane more than there are inputs: each output takes the place of the input before it.
+        Vec *planes[MOST_TOGETHER + 1];
+        for (int64_t b = 0; b <= blocks; b++) planes[b] = own.planes + b * padded.room();
+        Plane inputs[MOST_TOGETHER];
+        for (int64_t b = 0; b < blocks; b++) inputs[b] = Padded(band.inputs).plane(planes[b]);
+        const int last = lanes_of(first + blocks - 1, call_.channels);
+        pack_blocks<Type>(inputs, blocks, input<Type>(at), last, band.inputs);
+        Prefetch ahead;
+        prefetch<Type>(ahead, at, band, following);
+        Vec *free = planes[blocks];
+        for (int64_t b = 0; b < blocks; b++) {
+            const Plane y{free, call_.width | 1, 1};
+            for (int64_t i = 0; i < call_.passes; i++) apply(steps_[i], first + b, band, y, inputs[b], i > 0, own.room, ahead);
+            free = planes[b], planes[b] = y.at;
+        }
+        put<Type>(output<Type>(at), planes, band.outputs, first, blocks);
+    }
+
+    template <class Type> Block<Type> input(const Place &at) const {
+        return block_of<Type>(call_.x, at.image, at.group * together_ * LANES, band_at(at.band).from, call_.channels);
+    }
+    template <class Type> Block<Type> output(const Place &at) const {
+        return block_of<Type>(call_.y, at.image, at.group * together_ * LANES, band_at(at.band).begin, call_.channels);
+    }
+    template <class Type> void prefetch(Prefetch &ahead, const Place &at, const Band &band, int64_t following) const {
+        const int64_t steps = prefetch_steps(band);
+        ahead.output.start(output<Type>(at), band.outputs.rows, call_.width, steps);
+        if (following < 0) return;
+        const Place then = place(following);
+        ahead.input.start(input<Type>(then), band_at(then.band).inputs.rows, call_.width, steps);
+    }
+
+    int64_t prefetch_steps(const Band &band) const {
+        int64_t count = 0;
+        for (int64_t i = 0; i < call_.passes; i++) {
+            const Step &s = steps_[i];
+            const Extent outputs = s.seen(band.outputs);
+            count += s.hybrid ? hybrid_tiles(s.tiling, outputs.rows, s.taps.rows) : direct_tiles(outputs, s.taps);
+        }
+        return count;
+    }
+
+    void apply(const Step &s, int64_t block, const Band &band, Plane y, Plane x, bool add, Vec *room, Prefetch &next) {
+        Extent anchor = s.anchor;
+        (s.turned ? anchor.columns : anchor.rows) -= band.shift();
+        const Vec *packed = s.packed + block * s.packed_block;
+        const Extent outputs = s.seen(band.outputs), inputs = s.seen(band.inputs);
+        if (!s.hybrid) {
+            direct(s.seen(y), outputs, s.seen(x), inputs, packed, s.taps, anchor, add, next);
+            return;
+        }
+        const Spectrum window{const_cast<Vec *>(packed), s.spectrum_column(), 3};
+        auto run = add ? hybrid_sum<true> : hybrid_sum<false>;
+        run(s.seen(y), outputs, s.seen(x), inputs, window, s.taps.rows, anchor.rows, s.turned ? band.shift() : 0, s.tiling,
+            s.tables, room, next);
+    }
+
+    template <class Type>
+    void put(const Block<Type> &to, Vec *const *planes, const Extent &extent, int64_t first, int64_t blocks) const {
+        Vec scale[MOST_TOGETHER], shift[MOST_TOGETHER];
+        for (int64_t b = 0; b < blocks; b++) {
+            const int64_t channel = (first + b) * LANES;
+            const int count = lanes_of(first + b, call_.channels);
+            scale[b] = call_.scale ? load_some<Float32>(call_.scale + channel, count) : all(1);
+            shift[b] = call_.shift ? load_some<Float32>(call_.shift + channel, count) : Vec{};
+        }
+        auto write = [&](auto &&finish) {
+            const int64_t row = call_.width | 1;
+            if (blocks == 1)
+                unpack<Type>(to, {planes[0], row, 1}, extent.rows, extent.columns, [&](Vec v) { return finish(v, 0); });
+            else
+                unpack_together<Type>(to, blocks, lanes_of(first + blocks - 1, call_.channels), planes, row, extent.rows,
+                                      extent.columns, finish);
+        };
+        if (call_.relu)
+            // Written so that NaN stays NaN.
+            write([&](Vec v, int64_t b) {
+                v = v * scale[b] + shift[b];
+                return v < Vec{} ? Vec{} : v;
+            });
+        else if (call_.scale || call_.shift)
+            write([&](Vec v, int64_t b) { return v * scale[b] + shift[b]; });
+        else
+            write([](Vec v, int64_t) { return v; });
+    }
+
+    const wk_sum &call_;
+    const int64_t blocks_;
+    int64_t above_ = 0, below_ = 0, together_ = 1, groups_ = 1, bands_ = 1, room_ = 0, own_bytes_ = 0;
+    bool any_hybrid_ = false;
+    int out_of_memory_ = 0;
+    Extent outputs_, inputs_;
+    Step steps_[MOST_PASSES];
+    float *tables_[MOST_PASSES];
+};
+
+}  // namespace WK_NAMESPACE
+}  // namespace wk

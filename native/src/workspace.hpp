@@ -1,0 +1,56 @@
+// Working memory: one block a thread, grown when a call needs more and used again by the next.
+#pragma once
+
+#include "simd.hpp"
+
+#include <cstdlib>
+
+namespace wk {
+namespace WK_NAMESPACE {
+
+constexpr int64_t ALIGNMENT = 64;
+// A thread that needed more than this gives the memory back after the call.
+constexpr int64_t KEPT_BYTES = int64_t{64} << 20;
+
+class Workspace {
+  public:
+    ~Workspace() { std::free(block_); }
+
+    // Null when there is no memory.
+    char *at_least(int64_t bytes) {
+        if (bytes > size_) {
+            std::free(block_);
+            size_ = 0;
+            block_ = static_cast<char *>(std::aligned_alloc(ALIGNMENT, static_cast<size_t>(ceil_div(bytes, ALIGNMENT) * ALIGNMENT)));
+            if (block_) size_ = bytes;
+        }
+        return block_;
+    }
+
+    void shrink() {
+        if (size_ <= KEPT_BYTES) return;
+        std::free(block_);
+        block_ = nullptr, size_ = 0;
+    }
+
+  private:
+    char *block_ = nullptr;
+    int64_t size_ = 0;
+};
+
+inline thread_local Workspace shared_memory, own_memory;
+
+// Hands out consecutive pieces of a block, or, over a null block, adds up how much would be needed.
+struct Carver {
+    char *base;
+    int64_t used = 0;
+
+    template <class T> T *take(int64_t count) {
+        T *piece = base ? reinterpret_cast<T *>(base + used) : nullptr;
+        used += ceil_div(count * static_cast<int64_t>(sizeof(T)), ALIGNMENT) * ALIGNMENT;
+        return piece;
+    }
+};
+
+}  // namespace WK_NAMESPACE
+}  // namespace wk
