@@ -3,6 +3,7 @@
 from widekernel import ops, sparsity
 from widekernel.layers import DepthwiseConv2d, LargeKernel, Rectangles, ShiftTiles
 from widekernel.models import load_checkpoint, save_checkpoint
+from widekernel.transforms.acceleration import accelerate
 from widekernel.transforms.fold import fold
 
 __version__ = "0.2.0"
@@ -13,6 +14,7 @@ __all__ = [
     "Rectangles",
     "ShiftTiles",
     "__version__",
+    "accelerate",
     "fold",
     "load_checkpoint",
     "ops",

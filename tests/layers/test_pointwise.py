@@ -1,4 +1,4 @@
-"""Pointwise layers computed the other way: equal to PyTorch's in value, gradient, layout and error, whatever they are given."""
+"""Pointwise layers computed the other way: equal to PyTorch's in value, gradient, layout and error."""
 
 from __future__ import annotations
 

@@ -1,0 +1,110 @@
+"""Which layers of a network have another way of being computed, and why some of them must be left alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
+
+from widekernel.layers import DepthwiseConv2d, PointwiseConv2d, PointwiseLinear
+from widekernel.layers.conv import reasons_against_depthwise
+from widekernel.layers.pointwise import reasons_against_pointwise
+
+ACCELERATED = (DepthwiseConv2d, PointwiseConv2d, PointwiseLinear)
+# What an instance has when someone has put something in the place of its class's way of computing.
+_REPLACED = ("forward", "_conv_forward", "__call__")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A depthwise or pointwise layer.
+
+    Attributes:
+        name: in the network, the first one if it has several.
+        layer: itself.
+        replacement: the class that computes it the other way; None if it must be left alone.
+        reason: why it must be.
+    """
+
+    name: str
+    layer: Any
+    replacement: type[nn.Module] | None
+    reason: str = ""
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether it is a linear layer or a 1x1 convolution."""
+        return self.replacement in (PointwiseConv2d, PointwiseLinear)
+
+
+def candidates(model: nn.Module, pointwise: bool) -> list[Candidate]:
+    """List the depthwise layers, and the pointwise ones if asked to, each once however many places it is used in."""
+    found = []
+    for name, module in model.named_modules():
+        replacement = _replacement(module)
+        if replacement is None or (replacement is not DepthwiseConv2d and not pointwise):
+            continue
+        reason = _reason_against(module, replacement)
+        found.append(Candidate(name, module, None if reason else replacement, reason))
+    return found
+
+
+def describe(layer: Any) -> str:
+    """Say in a few words what a layer is."""
+    kind = type(layer).__name__
+    if isinstance(layer, nn.Linear):
+        return f"{kind} {layer.in_features} -> {layer.out_features}"
+    size = "x".join(str(number) for number in layer.kernel_size)
+    if layer.groups == layer.in_channels == layer.out_channels:
+        return f"{kind} {size} depthwise, {layer.in_channels} channels"
+    depthwise = " depthwise," if layer.groups > 1 else ""
+    return f"{kind} {size}{depthwise} {layer.in_channels} -> {layer.out_channels}"
+
+
+def _replacement(module: nn.Module) -> type[nn.Module] | None:
+    """Give the class that computes layers of this form the other way, if there is one."""
+    if isinstance(module, nn.Linear):
+        return PointwiseLinear
+    if not isinstance(module, nn.Conv2d):
+        return None
+    # One input channel is depthwise only if there is one output channel as well: otherwise it is an ordinary convolution.
+    if module.groups == module.in_channels and (module.groups > 1 or module.out_channels == 1):
+        return DepthwiseConv2d
+    if module.groups == 1 and tuple(module.kernel_size) == (1, 1):
+        return PointwiseConv2d
+    return DepthwiseConv2d if isinstance(module, DepthwiseConv2d) else None
+
+
+def _reason_against(module: Any, replacement: type[nn.Module]) -> str:
+    """Say why a layer must be computed as it is; '' if nothing speaks against the other way."""
+    kind = type(module)
+    expected = nn.Linear if replacement is PointwiseLinear else nn.Conv2d
+    if isinstance(module, ACCELERATED):
+        return "; ".join(["accelerated already", *getattr(module, "reasons_against", list)()])
+    if any(is_lazy(parameter) for parameter in module.parameters(recurse=False)):
+        return "its parameters do not exist yet: run the network once before"
+    if is_parametrized(module):
+        return "its weights are parametrised, which gives it a class of its own"
+    if kind is not expected:
+        return f"{kind.__name__} is a subclass of nn.{expected.__name__} and may compute something else"
+    replaced = [name for name in _REPLACED if name in vars(module)]
+    if replaced:
+        return f"its {replaced[0]} has been replaced"
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        return "it is compiled: accelerate before compiling"
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or type(weight.data) is not Tensor or weight.layout != torch.strided:
+        return f"its weight is no plain tensor but {type(getattr(weight, 'data', weight)).__name__}"
+    if not weight.is_floating_point():
+        return f"its weight is {weight.dtype}, not a floating-point type"
+    if replacement is DepthwiseConv2d:
+        return "; ".join(reasons_against_depthwise(module))
+    if replacement is PointwiseConv2d and reasons_against_pointwise(module):
+        return "; ".join(reasons_against_pointwise(module))
+    if weight.device.type != "cpu":
+        return f"it is on {weight.device}, and only on the CPU are there two ways to compute pointwise layers"
+    return ""

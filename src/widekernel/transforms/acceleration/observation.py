@@ -1,0 +1,134 @@
+"""What the layers of a network are given when it runs on an example, found out without leaving a trace in the network."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from widekernel.errors import ArgumentError
+
+
+@dataclass(frozen=True)
+class Situation:
+    """The input of a layer, without its data."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, x: Tensor) -> Situation:
+        """Look at a tensor."""
+        return cls(tuple(x.shape), x.stride(), x.dtype, x.device)
+
+    @property
+    def layout(self) -> str:
+        """Name the way the input is stored, as far as it has a name."""
+        x = torch.empty_strided(self.shape, self.stride, device="meta")
+        if x.is_contiguous():
+            return "contiguous"
+        return "channels_last" if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) else "neither"
+
+
+def observe(model: nn.Module, example_input: Any, layers: Iterable[nn.Module]) -> dict[nn.Module, Counter[Situation | str]]:
+    """Run `model` once and note what each of `layers` is given, and how often.
+
+    It runs in evaluation and without gradients. Training flags, buffers and random numbers are afterwards what they were.
+
+    Args:
+        model: the network.
+        example_input: a tensor, a tuple of arguments or a dict of keyword arguments.
+        layers: those to look at.
+
+    Returns:
+        for each layer its situations; an input that is no plain tensor is noted by the name of its type.
+
+    Raises:
+        ArgumentError: if the network cannot run on the example.
+    """
+    args, kwargs = _arguments(example_input)
+    seen: dict[nn.Module, Counter[Situation | str]] = {layer: Counter() for layer in layers}
+    hooks = [layer.register_forward_pre_hook(_noting(notes), with_kwargs=True) for layer, notes in seen.items()]
+    try:
+        # Not inference mode: what a network keeps for its next call (position tables, say) could then never be trained on.
+        with _unchanged(model), torch.no_grad():
+            model(*args, **kwargs)
+    except Exception as error:
+        raise ArgumentError(
+            f"the network cannot run on example_input ({_described(example_input)}): {error}\nGive what it is called with: "
+            "a tensor, a tuple of arguments or a dict of keyword arguments. The network is as it was."
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def _arguments(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example_input, Tensor):
+        return (example_input,), {}
+    if isinstance(example_input, tuple):
+        return example_input, {}
+    if isinstance(example_input, Mapping) and all(isinstance(key, str) for key in example_input):
+        return (), dict(example_input)
+    raise ArgumentError(
+        f"example_input is a {type(example_input).__name__}: it must be a tensor, a tuple of arguments or a dict of keyword "
+        "arguments of the network"
+    )
+
+
+def _described(example: Any) -> str:
+    if isinstance(example, Tensor):
+        return f"{tuple(example.shape)} {str(example.dtype).removeprefix('torch.')}"
+    if isinstance(example, Mapping):
+        return ", ".join(f"{key}={_described(value)}" for key, value in example.items())
+    if isinstance(example, tuple):
+        return ", ".join(_described(value) for value in example)
+    return type(example).__name__
+
+
+def _noting(notes: Counter[Situation | str]) -> Callable[..., None]:
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x: Any = args[0] if args else kwargs.get("input")
+        plain = type(x) in (Tensor, nn.Parameter) and x.layout == torch.strided
+        notes[Situation.of(x) if plain else type(x).__name__] += 1
+
+    return note
+
+
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Evaluate inside the block, and have training flags, buffers and random numbers afterwards as they were."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    values = {id(buffer): (buffer, buffer.detach().clone(), buffer._version) for buffer in model.buffers()}
+    tensors = [*model.parameters(), *model.buffers()]
+    devices = sorted({tensor.device.index for tensor in tensors if tensor.device.type == "cuda"})
+    ours, theirs = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            # Not `model.eval()`: networks may do more there than set the flags.
+            for module, _ in modes:
+                module.training = False
+            yield
+    finally:
+        random.setstate(ours)
+        np.random.set_state(theirs)
+        for module, mode in modes:
+            module.training = mode
+        for module, kept in buffers:
+            module._buffers.clear()
+            module._buffers.update(kept)
+        with torch.no_grad():
+            for buffer, value, version in values.values():
+                if buffer._version != version:
+                    buffer.copy_(value)

@@ -1,0 +1,160 @@
+"""`accelerate`: decide for every layer, and only then swap."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from widekernel.errors import ArgumentError
+from widekernel.layers import PointwiseConv2d
+from widekernel.transforms.acceleration import timing
+from widekernel.transforms.acceleration.candidates import Candidate, candidates, describe
+from widekernel.transforms.acceleration.observation import Situation, observe
+from widekernel.transforms.acceleration.report import AccelerationReport, LayerAcceleration
+from widekernel.transforms.acceleration.timing import Timing
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def accelerate(model: ModelT, example_input: Any = None, pointwise: bool = True) -> tuple[ModelT, AccelerationReport]:
+    """Compute the depthwise and pointwise layers of any network the way that is fastest here. Works in place.
+
+    * Depthwise `nn.Conv2d` become `DepthwiseConv2d`, which runs on `ops.depthwise_sum`.
+    * On the CPU, `nn.Linear` become `PointwiseLinear` (computed as 1x1 convolutions) and 1x1 `nn.Conv2d` become
+      `PointwiseConv2d` (computed as matrix products), where that was measured to be faster.
+
+    A layer is swapped by changing its class, as PyTorch does with lazy and parametrised modules: it remains the same object
+    with the same parameters, buffers, hooks and flags. So an optimizer that holds its parameters, modules that share it
+    and whoever else refers to it need not know, and the keys of the state dict stay. Parametrised layers, subclasses of
+    `nn.Conv2d` and `nn.Linear` and whatever the operator does not cover are left alone; the report says why.
+
+    Measurements are made on the number of threads, under the autocast and with the gradients that are in force here:
+    of the backward pass as well for layers in training mode with gradients enabled. They are remembered, so that equal
+    layers, and later calls, cost nothing. Two ways that differ by less than 5 % count as equal.
+
+    Args:
+        model: any network; changed, and returned. It must not be compiled yet.
+        example_input: what the network is called with: a tensor, a tuple of arguments or a dict of keyword arguments. The
+            network is run on it once (in evaluation, without gradients, and afterwards in the state that it was in), and
+            every layer is measured in the shapes and layouts that it was given. What is not called is left alone.
+            Without an example depthwise layers are swapped unmeasured, and a pointwise one if it is faster in all of a few
+            situations that are usual for its size: the maps that a pyramid from 224x224 pixels has at that width, of one
+            image and of eight, and for 1x1 convolutions contiguous as well as channels_last.
+        pointwise: whether to look at linear layers and 1x1 convolutions, too.
+
+    Returns:
+        the model, and a report on each of these layers.
+
+    Raises:
+        ArgumentError: if the model is no module, is compiled already, or cannot run on the example; it is then unchanged.
+    """
+    _check(model, example_input)
+    found = candidates(model, pointwise)
+    if example_input is None:
+        rows = [_without_example(candidate) for candidate in found]
+    else:
+        seen = observe(model, example_input, [candidate.layer for candidate in found if candidate.replacement])
+        rows = [_with_example(candidate, seen.get(candidate.layer, Counter())) for candidate in found]
+    # Nothing below can fail: a network is swapped as decided, or not at all.
+    for candidate, row in zip(found, rows):
+        if row.is_swapped:
+            candidate.layer.__class__ = candidate.replacement
+    backward = any(_trains(candidate.layer) for candidate in found)
+    return model, AccelerationReport(tuple(rows), backward, torch.get_num_threads())
+
+
+def _check(model: Any, example_input: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model is a {type(model).__name__}: accelerate takes an nn.Module")
+    for name, module in model.named_modules():
+        # By name: importing the compiler takes seconds.
+        if type(module).__name__ == "OptimizedModule":
+            raise ArgumentError(f"{name or 'the model'} is compiled: accelerate the network first and then compile it")
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    lazy = [name for name, tensor in tensors if is_lazy(tensor)]
+    if lazy and example_input is not None:
+        raise ArgumentError(
+            f"{lazy[0]} does not exist yet, and a run would create it: run the network once before accelerating"
+        )
+
+
+def _without_example(candidate: Candidate) -> LayerAcceleration:
+    before = describe(candidate.layer)
+    if candidate.replacement is None:
+        return LayerAcceleration(candidate.name, before, None, candidate.reason)
+    if not candidate.is_pointwise:
+        return LayerAcceleration(candidate.name, before, candidate.replacement.__name__, "by rule: no example to measure")
+    total = Timing(0.0, 0.0)
+    for situation in _usual(candidate):
+        time = _time(candidate, situation)
+        total = Timing(total.before + time.before, total.after + time.after)
+        if not time.is_gain:
+            return _row(candidate, before, False, f"not faster for {situation.shape}, {situation.layout}", 0, time)
+    return _row(candidate, before, True, "faster in every usual situation", 0, total)
+
+
+def _with_example(candidate: Candidate, seen: Counter[Situation | str]) -> LayerAcceleration:
+    before = describe(candidate.layer)
+    if candidate.replacement is None:
+        return LayerAcceleration(candidate.name, before, None, candidate.reason)
+    calls = seen.total()
+    reason = _unmeasurable(candidate, seen)
+    if reason:
+        return LayerAcceleration(candidate.name, before, None, reason, calls)
+    total = Timing(0.0, 0.0)
+    for situation, count in seen.items():
+        assert isinstance(situation, Situation)
+        time = _time(candidate, situation)
+        total = Timing(total.before + count * time.before, total.after + count * time.after)
+    return _row(candidate, before, total.is_gain, "" if total.is_gain else "not faster", calls, total)
+
+
+def _row(candidate: Candidate, before: str, swap: bool, reason: str, calls: int, time: Timing) -> LayerAcceleration:
+    assert candidate.replacement is not None
+    after = candidate.replacement.__name__ if swap else None
+    return LayerAcceleration(candidate.name, before, after, reason, calls, time.before, time.after)
+
+
+def _unmeasurable(candidate: Candidate, seen: Counter[Situation | str]) -> str:
+    """Say why there is nothing to measure a layer on; '' if there is."""
+    if not seen:
+        return "the example does not call it"
+    for situation in seen:
+        if isinstance(situation, str):
+            return f"its input is no plain tensor but {situation}"
+        if situation.device.type == "meta":
+            return "on the meta device there is nothing to measure"
+        if 0 in situation.shape:
+            return f"its input {situation.shape} is empty"
+    return ""
+
+
+def _time(candidate: Candidate, situation: Situation) -> Timing:
+    assert candidate.replacement is not None
+    return timing.compare(candidate.layer, candidate.replacement, situation, _trains(candidate.layer))
+
+
+def _trains(layer: nn.Module) -> bool:
+    return layer.training and torch.is_grad_enabled()
+
+
+def _usual(candidate: Candidate) -> list[Situation]:
+    """Give inputs that a pointwise layer of this size is likely to get."""
+    layer = candidate.layer
+    convolves = candidate.replacement is PointwiseConv2d
+    dim_in, dim_out = (layer.in_channels, layer.out_channels) if convolves else (layer.in_features, layer.out_features)
+    # Networks halve the side of their maps as they double their width: 56x56 pixels at 96 channels, 7x7 at 768. Few channels
+    # beside many do not make a wide map: that is a bottleneck of few numbers for an image.
+    side = min(56, round(56 * 96 / min(dim_in, dim_out)), round(56 * math.sqrt(384 / max(dim_in, dim_out))))
+    side = max(7, side)
+    inputs = []
+    for batch in (1, 8):
+        image = torch.empty(batch, side, side, dim_in, dtype=layer.weight.dtype, device="meta")
+        nhwc = image.permute(0, 3, 1, 2)
+        inputs += [nhwc.contiguous(), nhwc] if convolves else [image]
+    return [Situation(tuple(x.shape), x.stride(), x.dtype, layer.weight.device) for x in inputs]
