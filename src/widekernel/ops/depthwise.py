@@ -7,7 +7,7 @@ forward-mode differentiation raises instead of returning a wrong zero tangent.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,19 +15,16 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from widekernel.ops.problem import (
-    DEPTHWISE_SUM,
-    DEPTHWISE_WEIGHT_GRAD,
     Anchor,
     Problem,
+    check_algorithm,
     check_sum,
     check_weight_grad,
-    in_layout,
-    is_channels_last,
     memory_format,
     middles,
     mirror,
 )
-from widekernel.ops.select import Explanation, explain_problem, record, select
+from widekernel.ops.select import Explanation, explain_problem, prepare, prepared
 
 
 def depthwise_sum(
@@ -37,6 +34,7 @@ def depthwise_sum(
     bias: Tensor | None = None,
     *,
     backend: str | None = None,
+    algorithm: str | None = None,
 ) -> Tensor:
     """Add up depthwise convolutions of one input with several rectangular kernels: stride 1, same size.
 
@@ -52,6 +50,9 @@ def depthwise_sum(
             one, `(kh // 2, kw // 2)`.
         bias: (C,) or None.
         backend: name of the backend that must compute the call and its gradients; by default the best one that can.
+        algorithm: "direct" for sums over the pixels under the kernel and nothing else, in the gradients too; by default the
+            fastest, which on a CPU may be a Fourier transform of whole rows: its error is relative to the largest value of
+            a row, and one NaN or infinity reaches all of it.
 
     Raises:
         ValueError: if shapes, types or anchors do not fit together.
@@ -59,18 +60,26 @@ def depthwise_sum(
     """
     anchors = middles(kernels) if anchors is None else anchors
     x, kernels, bias = _autocast(x, kernels, bias)
+    how = _How(backend or "", algorithm or "")
+    check_algorithm(how.algorithm)
     check_sum(x, kernels, anchors, bias)
     if not _differentiated(x, bias, *kernels):
-        return _depthwise_sum_op(x, kernels, [a for anchor in anchors for a in anchor], bias, backend or "")
+        return _depthwise_sum_op(x, kernels, [a for anchor in anchors for a in anchor], bias, *how)
     geometry = tuple((k.shape[2], k.shape[3], *anchor) for k, anchor in zip(kernels, anchors))
     # Under a function transform a tensor does not know what the outer levels ask of it.
     transformed = torch._C._are_functorch_transforms_active()
     trained = tuple(transformed or kernel.requires_grad for kernel in kernels)
-    return _DepthwiseSum.apply(x, _joined(kernels), bias, _Call(geometry, trained, backend or ""))
+    return _DepthwiseSum.apply(x, _joined(kernels), bias, _Call(geometry, trained, how))
 
 
 def depthwise_weight_grad(
-    x: Tensor, grad: Tensor, kernel_size: tuple[int, int], anchor: Anchor | None = None, *, backend: str | None = None
+    x: Tensor,
+    grad: Tensor,
+    kernel_size: tuple[int, int],
+    anchor: Anchor | None = None,
+    *,
+    backend: str | None = None,
+    algorithm: str | None = None,
 ) -> Tensor:
     """Compute the gradient of one rectangle of `depthwise_sum`: the channel-wise correlation of input and gradient.
 
@@ -82,21 +91,29 @@ def depthwise_weight_grad(
         kernel_size: (kh, kw).
         anchor: (row, column), by default the middle tap.
         backend: as in `depthwise_sum`.
+        algorithm: as in `depthwise_sum`.
 
     Returns:
         (C, 1, kh, kw)
     """
     if anchor is None:
         anchor = (kernel_size[0] // 2, kernel_size[-1] // 2)
+    how = _How(backend or "", algorithm or "")
+    check_algorithm(how.algorithm)
     check_weight_grad(x, grad, kernel_size, anchor)
     geometry = (*kernel_size, *anchor)
     if not _differentiated(x, grad):
-        return _depthwise_weight_grad_op(x, grad, geometry, backend or "")
-    return _DepthwiseWeightGrad.apply(x, grad, geometry, backend or "")
+        return _depthwise_weight_grad_op(x, grad, geometry, *how)
+    return _DepthwiseWeightGrad.apply(x, grad, geometry, how)
 
 
 def explain(
-    x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor] | None = None, *, backend: str | None = None
+    x: Tensor,
+    kernels: Sequence[Tensor],
+    anchors: Sequence[Anchor] | None = None,
+    *,
+    backend: str | None = None,
+    algorithm: str | None = None,
 ) -> list[Explanation]:
     """Say which backend computes a call of `depthwise_sum`, its input gradient and its weight gradients, and why.
 
@@ -105,11 +122,12 @@ def explain(
     """
     anchors = middles(kernels) if anchors is None else anchors
     x, kernels, _ = _autocast(x, kernels, None)
+    check_algorithm(algorithm or "")
     check_sum(x, kernels, anchors, None)
     mirrored = [mirror(kernel.shape[2:], anchor) for kernel, anchor in zip(kernels, anchors)]
-    problems = [_sum_problem(x, kernels, list(anchors)), _sum_problem(x, kernels, mirrored)]
+    problems = [Problem.of_sum(x, kernels, of, algorithm or "") for of in (list(anchors), mirrored)]
     for kernel, anchor in zip(kernels, anchors):
-        problems.append(_weight_grad_problem(x, (kernel.shape[2], kernel.shape[3]), anchor))
+        problems.append(Problem.of_weight_grad(x, (kernel.shape[2], kernel.shape[3]), anchor, algorithm or ""))
     return [explain_problem(problem, backend) for problem in problems]
 
 
@@ -131,19 +149,6 @@ def _autocast(x: Tensor, kernels: Sequence[Tensor], bias: Tensor | None) -> tupl
     return x.to(dtype), [kernel.to(dtype) for kernel in kernels], None if bias is None else bias.to(dtype)
 
 
-def _sum_problem(x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor]) -> Problem:
-    sizes = tuple((kernel.shape[2], kernel.shape[3]) for kernel in kernels)
-    batch, channels, height, width = x.shape
-    shape = (batch, channels, height, width)
-    return Problem(DEPTHWISE_SUM, x.device.type, x.dtype, shape, sizes, tuple(anchors), is_channels_last(x))
-
-
-def _weight_grad_problem(x: Tensor, kernel: tuple[int, int], anchor: Anchor) -> Problem:
-    batch, channels, height, width = x.shape
-    shape = (batch, channels, height, width)
-    return Problem(DEPTHWISE_WEIGHT_GRAD, x.device.type, x.dtype, shape, (kernel,), (anchor,), is_channels_last(x))
-
-
 def _pairs(flat: Sequence[int]) -> list[Anchor]:
     return list(zip(flat[::2], flat[1::2]))
 
@@ -155,68 +160,102 @@ def _differentiated(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-@torch.library.custom_op("widekernel::depthwise_sum", mutates_args=())
+# Operators in the form that costs least a call: `torch.library.custom_op` adds checks that take longer than a small convolution.
+_LIBRARY = torch.library.Library("widekernel", "FRAGMENT")
+_HOW = "str backend, str algorithm"
+_LIBRARY.define(
+    f"depthwise_sum(Tensor x, Tensor[] kernels, SymInt[] anchors, Tensor? bias, {_HOW}) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_LIBRARY.define(
+    f"depthwise_weight_grad(Tensor x, Tensor grad, SymInt[] geometry, {_HOW}) -> Tensor", tags=torch.Tag.pt2_compliant_tag
+)
+_LIBRARY.define(
+    f"depthwise_sum_of_taps(Tensor x, Tensor taps, SymInt[] geometry, {_HOW}) -> Tensor", tags=torch.Tag.pt2_compliant_tag
+)
+
+
+def _implements(name: str) -> Callable[[Callable[..., Tensor]], Any]:
+    def register(function: Callable[..., Tensor]) -> Any:
+        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        return getattr(torch.ops.widekernel, name).default
+
+    return register
+
+
+@_implements("depthwise_sum")
 def _depthwise_sum_op(
-    x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[int], bias: Tensor | None, backend: str
+    x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[int], bias: Tensor | None, backend: str, algorithm: str
 ) -> Tensor:
-    problem = _sum_problem(x, kernels, _pairs(anchors))
-    chosen = select(problem, backend or None)
-    record(chosen.name, problem)
-    # The arguments have the type to compute in; PyTorch's convolutions must not convert them once more.
-    with torch.autocast(x.device.type, enabled=False):
-        return in_layout(chosen.depthwise_sum(x, kernels, _pairs(anchors), bias), memory_format(x))
+    sizes = tuple([kernel.shape for kernel in kernels])
+    key = ("sum", x.shape, x.dtype, x.device.type, memory_format(x), sizes, tuple(anchors), backend, algorithm)
+    run = prepared(key)
+    if run is None:
+        run = prepare(key, Problem.of_sum(x, kernels, _pairs(anchors), algorithm), backend)
+    return run(x, kernels, _pairs(anchors), bias)
 
 
-@_depthwise_sum_op.register_fake
-def _(x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[int], bias: Tensor | None, backend: str) -> Tensor:
+@torch.library.register_fake("widekernel::depthwise_sum", lib=_LIBRARY)
+def _(
+    x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[int], bias: Tensor | None, backend: str, algorithm: str
+) -> Tensor:
     return torch.empty_like(x, memory_format=memory_format(x))
 
 
-@_depthwise_sum_op.register_vmap  # type: ignore[arg-type]
-def _(info: Any, dims: Any, x: Tensor, kernels: Any, anchors: Any, bias: Any, backend: str) -> tuple[Tensor, int]:
+@torch.library.register_vmap("widekernel::depthwise_sum", lib=_LIBRARY)
+def _(
+    info: Any, dims: Any, x: Tensor, kernels: Any, anchors: Any, bias: Any, backend: str, algorithm: str
+) -> tuple[Tensor, int]:
     size, of_kernels = info.batch_size, dims[1] or [None] * len(kernels)
     if dims[3] is None and all(dim is None for dim in of_kernels):
-        y = _depthwise_sum_op(x.movedim(dims[0], 0).flatten(0, 1), kernels, anchors, bias, backend)
+        y = _depthwise_sum_op(x.movedim(dims[0], 0).flatten(0, 1), kernels, anchors, bias, backend, algorithm)
         return y.unflatten(0, (size, -1)), 0
     # Kernels that differ along the mapped dimension become channels of their own.
     planes = _into_channels(_mapped(x, dims[0], size))
     wide = [_mapped(kernel, dim, size).flatten(0, 1) for kernel, dim in zip(kernels, of_kernels)]
     shift = None if bias is None else _mapped(bias, dims[3], size).flatten(0, 1)
-    return _depthwise_sum_op(planes, wide, anchors, shift, backend).unflatten(1, (size, -1)), 1
+    return _depthwise_sum_op(planes, wide, anchors, shift, backend, algorithm).unflatten(1, (size, -1)), 1
 
 
-@torch.library.custom_op("widekernel::depthwise_weight_grad", mutates_args=())
-def _depthwise_weight_grad_op(x: Tensor, grad: Tensor, geometry: Sequence[int], backend: str) -> Tensor:
+@_implements("depthwise_weight_grad")
+def _depthwise_weight_grad_op(x: Tensor, grad: Tensor, geometry: Sequence[int], backend: str, algorithm: str) -> Tensor:
     kh, kw, row, column = geometry
-    problem = _weight_grad_problem(x, (kh, kw), (row, column))
-    chosen = select(problem, backend or None)
-    record(chosen.name, problem)
-    with torch.autocast(x.device.type, enabled=False):
-        return in_layout(chosen.depthwise_weight_grad(x, grad, (kh, kw), (row, column)), torch.contiguous_format)
+    key = ("weight grad", x.shape, x.dtype, x.device.type, memory_format(x), tuple(geometry), backend, algorithm)
+    run = prepared(key)
+    if run is None:
+        run = prepare(key, Problem.of_weight_grad(x, (kh, kw), (row, column), algorithm), backend)
+    return run(x, grad, (kh, kw), (row, column))
 
 
-@_depthwise_weight_grad_op.register_fake
-def _(x: Tensor, grad: Tensor, geometry: Sequence[int], backend: str) -> Tensor:
+@torch.library.register_fake("widekernel::depthwise_weight_grad", lib=_LIBRARY)
+def _(x: Tensor, grad: Tensor, geometry: Sequence[int], backend: str, algorithm: str) -> Tensor:
     return x.new_empty(x.shape[1], 1, geometry[0], geometry[1])
 
 
-@_depthwise_weight_grad_op.register_vmap  # type: ignore[arg-type]
-def _(info: Any, dims: Any, x: Tensor, grad: Tensor, geometry: Any, backend: str) -> tuple[Tensor, int]:
+@torch.library.register_vmap("widekernel::depthwise_weight_grad", lib=_LIBRARY)
+def _(info: Any, dims: Any, x: Tensor, grad: Tensor, geometry: Any, backend: str, algorithm: str) -> tuple[Tensor, int]:
     size = info.batch_size
     planes, grads = _into_channels(_mapped(x, dims[0], size)), _into_channels(_mapped(grad, dims[1], size))
-    return _depthwise_weight_grad_op(planes, grads, geometry, backend).unflatten(0, (size, -1)), 0
+    return _depthwise_weight_grad_op(planes, grads, geometry, backend, algorithm).unflatten(0, (size, -1)), 0
 
 
-@torch.library.custom_op("widekernel::depthwise_sum_of_taps", mutates_args=())
-def _depthwise_sum_of_taps_op(x: Tensor, taps: Tensor, geometry: Sequence[int], backend: str) -> Tensor:
+@_implements("depthwise_sum_of_taps")
+def _depthwise_sum_of_taps_op(x: Tensor, taps: Tensor, geometry: Sequence[int], backend: str, algorithm: str) -> Tensor:
     """Take the kernels in one tensor: for batched gradients PyTorch repeats an operator, but not one that takes a list."""
     rects = tuple(zip(geometry[::4], geometry[1::4], geometry[2::4], geometry[3::4]))
-    return _DepthwiseSum.forward(x, taps, None, _Call(rects, (), backend))
+    return _DepthwiseSum.forward(x, taps, None, _Call(rects, (), _How(backend, algorithm)))
 
 
-@_depthwise_sum_of_taps_op.register_fake
-def _(x: Tensor, taps: Tensor, geometry: Sequence[int], backend: str) -> Tensor:
+@torch.library.register_fake("widekernel::depthwise_sum_of_taps", lib=_LIBRARY)
+def _(x: Tensor, taps: Tensor, geometry: Sequence[int], backend: str, algorithm: str) -> Tensor:
     return torch.empty_like(x, memory_format=memory_format(x))
+
+
+class _How(NamedTuple):
+    """The backend asked for, and the algorithm; "" for the best of each."""
+
+    backend: str
+    algorithm: str
 
 
 class _Call(NamedTuple):
@@ -225,12 +264,12 @@ class _Call(NamedTuple):
     Attributes:
         geometry: (kh, kw, anchor row, anchor column) of every rectangle.
         trained: which of the kernels want a gradient.
-        backend: name of the backend asked for, "" for the best one.
+        how: backend and algorithm.
     """
 
     geometry: tuple[tuple[int, int, int, int], ...]
     trained: tuple[bool, ...]
-    backend: str
+    how: _How
 
     def mirrored(self) -> _Call:
         """Give the call that computes the input gradient."""
@@ -250,10 +289,10 @@ class _DepthwiseSum(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, taps: Tensor, bias: Tensor | None, call: _Call) -> Tensor:
         if _has_batched_gradients(x, taps):
-            y = _depthwise_sum_of_taps_op(x, taps, [number for rect in call.geometry for number in rect], call.backend)
+            y = _depthwise_sum_of_taps_op(x, taps, [number for rect in call.geometry for number in rect], *call.how)
             return y if bias is None else y + bias.view(-1, 1, 1)
         anchors = [a for _, _, row, column in call.geometry for a in (row, column)]
-        return _depthwise_sum_op(x, _parted(taps, call), anchors, bias, call.backend)
+        return _depthwise_sum_op(x, _parted(taps, call), anchors, bias, *call.how)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -271,7 +310,7 @@ class _DepthwiseSum(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             for_taps = _joined(
                 [
-                    _DepthwiseWeightGrad.apply(x, grad, rect, call.backend)
+                    _DepthwiseWeightGrad.apply(x, grad, rect, call.how)
                     if trained
                     else taps.new_zeros(taps.shape[0], 1, *rect[:2])
                     for rect, trained in zip(call.geometry, call.trained)
@@ -288,18 +327,18 @@ class _DepthwiseWeightGrad(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, grad: Tensor, geometry: tuple[int, int, int, int], backend: str) -> Tensor:
-        return _depthwise_weight_grad_op(x, grad, geometry, backend)
+    def forward(x: Tensor, grad: Tensor, geometry: tuple[int, int, int, int], how: _How) -> Tensor:
+        return _depthwise_weight_grad_op(x, grad, geometry, *how)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, grad, ctx.geometry, ctx.backend = inputs
+        x, grad, ctx.geometry, ctx.how = inputs
         ctx.save_for_backward(x, grad)
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, grad = ctx.saved_tensors
-        call = _Call((ctx.geometry,), (True,), ctx.backend)
+        call = _Call((ctx.geometry,), (True,), ctx.how)
         for_x = for_grad = None
         if ctx.needs_input_grad[0]:
             for_x = _DepthwiseSum.apply(grad, _joined([cotangent.flip(-1, -2)]), None, call.mirrored())

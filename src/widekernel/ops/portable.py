@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from widekernel.ops.problem import Anchor, Problem, memory_format
+from widekernel.ops.problem import Anchor, Problem, memory_format, touching
 
 name = "portable"
 
@@ -71,11 +71,6 @@ def depthwise_weight_grad(x: Tensor, grad: Tensor, kernel: tuple[int, int], anch
     sums = sums[..., padding[0] - row :, padding[1] - column :][..., : row + below + 1, : column + right + 1]
     result[:, 0, rows, columns] = sums.reshape(batch, channels, *sums.shape[-2:]).sum(0)
     return result
-
-
-def touching(taps: int, anchor: int, extent: int) -> slice:
-    """Give the taps of a kernel axis that can meet an image of `extent` pixels; those further out see only padding."""
-    return slice(max(0, anchor - extent + 1), min(taps, anchor + extent))
 
 
 def _one_rectangle(x: Tensor, kernel: Tensor, anchor: Anchor, bias: Tensor | None) -> Tensor:

@@ -13,6 +13,10 @@ from widekernel.errors import ArgumentError
 Anchor = tuple[int, int]
 DEPTHWISE_SUM = "depthwise_sum"
 DEPTHWISE_WEIGHT_GRAD = "depthwise_weight_grad"
+# "direct": every output is a sum over the pixels under the kernel and over nothing else, so that outliers, infinities and NaN
+# reach no further than the kernel does.
+DIRECT = "direct"
+ALGORITHMS = (DIRECT,)
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class Problem:
         kernels: (kh, kw) of every rectangle.
         anchors: for every rectangle the tap that sits on the output pixel, counted from its top left corner.
         channels_last: whether the input is stored as NHWC.
+        algorithm: what the caller insists on, one of `ALGORITHMS`, or "" for the fastest.
     """
 
     op: str
@@ -36,11 +41,32 @@ class Problem:
     kernels: tuple[tuple[int, int], ...]
     anchors: tuple[Anchor, ...]
     channels_last: bool = False
+    algorithm: str = ""
+
+    @staticmethod
+    def of_sum(x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor], algorithm: str = "") -> Problem:
+        """Describe a call of `depthwise_sum`."""
+        sizes = tuple((kernel.shape[2], kernel.shape[3]) for kernel in kernels)
+        return _problem(DEPTHWISE_SUM, x, sizes, tuple(anchors), algorithm)
+
+    @staticmethod
+    def of_weight_grad(x: Tensor, kernel: tuple[int, int], anchor: Anchor, algorithm: str = "") -> Problem:
+        """Describe a call of `depthwise_weight_grad`."""
+        return _problem(DEPTHWISE_WEIGHT_GRAD, x, (kernel,), (anchor,), algorithm)
 
     def __str__(self) -> str:
         rects = ", ".join(f"{kh}x{kw} anchored at {anchor}" for (kh, kw), anchor in zip(self.kernels, self.anchors))
         layout = "channels_last" if self.channels_last else "contiguous"
-        return f"{self.op} of {self.shape} {self.dtype} {layout} on {self.device} with {rects or 'no rectangle'}"
+        how = f", algorithm {self.algorithm!r}" if self.algorithm else ""
+        return f"{self.op} of {self.shape} {self.dtype} {layout} on {self.device} with {rects or 'no rectangle'}{how}"
+
+
+def _problem(
+    op: str, x: Tensor, sizes: tuple[tuple[int, int], ...], anchors: tuple[Anchor, ...], algorithm: str
+) -> Problem:
+    batch, channels, height, width = x.shape
+    shape = (batch, channels, height, width)
+    return Problem(op, x.device.type, x.dtype, shape, sizes, anchors, is_channels_last(x), algorithm)
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -65,6 +91,11 @@ def in_layout(y: Tensor, layout: torch.memory_format) -> Tensor:
     return y.as_strided(y.shape, torch.empty_like(y, memory_format=layout, device="meta").stride())
 
 
+def touching(taps: int, anchor: int, extent: int) -> slice:
+    """Give the taps of a kernel axis that can meet an image of `extent` pixels; those further out see only padding."""
+    return slice(max(0, anchor - extent + 1), min(taps, anchor + extent))
+
+
 def mirror(kernel: Sequence[int], anchor: Anchor) -> Anchor:
     """Give the anchor of the flipped kernel, which is the one the input gradient needs."""
     return kernel[0] - 1 - anchor[0], kernel[1] - 1 - anchor[1]
@@ -82,6 +113,14 @@ def check_anchor(kernel: Sequence[int], anchor: Sequence[int]) -> None:
         raise ArgumentError(
             f"anchor {tuple(anchor)} lies outside the {kernel[0]}x{kernel[1]} kernel: "
             f"it must be whole numbers (row, column) with 0 <= row < {kernel[0]} and 0 <= column < {kernel[1]}"
+        )
+
+
+def check_algorithm(algorithm: str) -> None:
+    """Raise unless `algorithm` is "" or one that can be asked for."""
+    if algorithm and algorithm not in ALGORITHMS:
+        raise ArgumentError(
+            f"unknown algorithm {algorithm!r}: ask for {' or '.join(map(repr, ALGORITHMS))}, or for None, the fastest"
         )
 
 

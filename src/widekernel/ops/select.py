@@ -1,22 +1,26 @@
 """Which backend computes an operator call, why not the others, and a record of what ran.
 
 A backend is a module or an object with `name`, `reasons_against(problem)`, `can_run(problem)` and the two operators. It
-answers with the list of its reasons instead of a yes or no, so that an error, or `explain`, can say what to change.
+answers with the list of its reasons instead of a yes or no, so that an error, or `explain`, can say what to change. It may also
+have `prepare(problem)`, which gives the operator with all that follows from the problem decided, and `describe(problem)`, which
+says in words what was decided.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from widekernel.errors import ArgumentError, WidekernelError, nearest
 from widekernel.ops import portable, reference
-from widekernel.ops.problem import Anchor, Problem
+from widekernel.ops.cpu import native
+from widekernel.ops.problem import DEPTHWISE_SUM, Anchor, Problem, in_layout
 
 
 class Backend(Protocol):
@@ -43,14 +47,15 @@ class NoBackendError(WidekernelError, RuntimeError):
 
 @dataclass(frozen=True)
 class Explanation:
-    """The backend chosen for a problem, and the reasons that the others gave against themselves."""
+    """The backend chosen for a problem, how it computes it, and the reasons that the others gave against themselves."""
 
     problem: Problem
     backend: str
     reasons: dict[str, list[str]]
+    details: str = ""
 
     def __str__(self) -> str:
-        lines = [f"{self.problem}", f"  runs on: {self.backend}"]
+        lines = [f"{self.problem}", f"  runs on: {self.backend}{f' ({self.details})' if self.details else ''}"]
         lines += [f"  not on {name}: {'; '.join(why)}" for name, why in self.reasons.items()]
         return "\n".join(lines)
 
@@ -67,7 +72,10 @@ class Trace:
 
 
 # In the order of preference.
-_BACKENDS: list[Any] = [portable, reference]
+_BACKENDS: list[Any] = [native, portable, reference]
+# Operators prepared for a call, by what the choice depends on: shapes, types, layout, threads, and the list of backends.
+_PREPARED: dict[Any, Callable[..., Tensor]] = {}
+_MOST_PREPARED = 4096
 _TRACES: list[Trace] = []
 _LOCK = threading.Lock()
 
@@ -113,6 +121,49 @@ def select(problem: Problem, backend: str | None = None) -> Any:
     raise NoBackendError(f"no backend can compute {problem}:\n{reasons}")
 
 
+def prepared(key: tuple[Any, ...]) -> Callable[..., Tensor] | None:
+    """Give the operator that `prepare` made for the same key, if nothing that it depends on has changed since."""
+    return _PREPARED.get((key, torch.get_num_threads(), *map(id, _BACKENDS)))
+
+
+def prepare(key: tuple[Any, ...], problem: Problem, backend: str) -> Callable[..., Tensor]:
+    """Choose the backend of `problem` and give an operator that records its calls and computes them.
+
+    Args:
+        key: what the caller knows the problem by; equal keys must stand for equal problems.
+        problem: what is to be computed.
+        backend: the name of the one asked for, or "".
+
+    Raises:
+        NoBackendError: as `select`.
+    """
+    chosen = select(problem, backend or None)
+    operator = chosen.prepare(problem) if hasattr(chosen, "prepare") else _in_pytorch(chosen, problem)
+
+    def run(*arguments: Any) -> Tensor:
+        record(chosen.name, problem)
+        return operator(*arguments)
+
+    if len(_PREPARED) >= _MOST_PREPARED:
+        _PREPARED.clear()
+    _PREPARED[(key, torch.get_num_threads(), *map(id, _BACKENDS))] = run
+    return run
+
+
+def _in_pytorch(chosen: Any, problem: Problem) -> Callable[..., Tensor]:
+    """Wrap the operator of a backend that is written in PyTorch's."""
+    is_sum = problem.op == DEPTHWISE_SUM
+    operator = chosen.depthwise_sum if is_sum else chosen.depthwise_weight_grad
+    layout = torch.channels_last if is_sum and problem.channels_last else torch.contiguous_format
+
+    def run(*arguments: Any) -> Tensor:
+        # The arguments have the type to compute in; PyTorch's convolutions must not convert them once more.
+        with torch.autocast(problem.device, enabled=False):
+            return in_layout(operator(*arguments), layout)
+
+    return run
+
+
 def explain_problem(problem: Problem, backend: str | None = None) -> Explanation:
     """Say which backend would compute `problem` and why the others would not."""
     chosen = select(problem, backend)
@@ -121,7 +172,8 @@ def explain_problem(problem: Problem, backend: str | None = None) -> Explanation
         if other is not chosen:
             why = other.reasons_against(problem)
             reasons[other.name] = why or [f"{chosen.name} comes first" if backend is None else f"{backend} was asked for"]
-    return Explanation(problem, chosen.name, reasons)
+    describe = getattr(chosen, "describe", None)
+    return Explanation(problem, chosen.name, reasons, describe(problem) if describe else "")
 
 
 def record(backend: str, problem: Problem) -> None:

@@ -1,0 +1,189 @@
+"""The backend of our own kernels for CPUs: float32, bfloat16 and float16, any rectangle, both layouts."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from widekernel.ops.cpu import library as native
+from widekernel.ops.cpu.plan import Plan, plan
+from widekernel.ops.problem import DEPTHWISE_SUM, Anchor, Problem, memory_format
+
+name = "native"
+
+_DTYPES = {torch.float32: native.FLOAT32, torch.bfloat16: native.BFLOAT16, torch.float16: native.FLOAT16}
+
+
+def reasons_against(problem: Problem) -> list[str]:
+    """List why the backend cannot compute the problem; empty if it can."""
+    reasons = []
+    if problem.device != "cpu":
+        reasons.append(f"it runs on a CPU, not on {problem.device}")
+    if problem.dtype not in _DTYPES:
+        reasons.append(f"it computes float32, bfloat16 and float16, not {problem.dtype}")
+    if 0 in problem.shape:
+        reasons.append(f"there is nothing to compute for the shape {problem.shape}")
+    if not reasons and native.load().reason is not None:
+        native.warn_once_if_missing()
+        reasons.append(str(native.load().reason))
+    return reasons
+
+
+def can_run(problem: Problem) -> bool:
+    """Whether the backend can run when asked for by name."""
+    return not reasons_against(problem)
+
+
+def describe(problem: Problem) -> str:
+    """Say how the problem would be computed: the passes, threads and working memory."""
+    prepared = prepare(problem)
+    chosen = prepared.plan
+    own, shared = prepared.workspace()
+    library = native.load()
+    threads = f"{chosen.threads} thread{'s' if chosen.threads > 1 else ''}"
+    memory = f"working memory {own / 2**20:.2f} MiB a thread and {shared / 2**20:.2f} MiB shared"
+    return f"{chosen}; {library.isa}, {threads}, {memory}"
+
+
+def prepare(problem: Problem) -> PreparedSum | PreparedWeightGrad:
+    """Decide everything that follows from shapes and the number of threads; the result computes calls of that problem."""
+    chosen = plan(problem, torch.get_num_threads(), native.load().lanes)
+    return PreparedSum(problem, chosen) if problem.op == DEPTHWISE_SUM else PreparedWeightGrad(problem, chosen)
+
+
+class PreparedSum:
+    """Calls of `depthwise_sum` of one problem."""
+
+    def __init__(self, problem: Problem, chosen: Plan) -> None:
+        self.problem, self.plan = problem, chosen
+        self._library = native.load()
+        self._run = self._library.calls.wk_depthwise_sum
+        self._passes = (native.Pass * len(chosen.passes))(
+            *[(p.piece.rows, p.piece.columns, p.piece.row, p.piece.column, p.method) for p in chosen.passes]
+        )
+        sizes = zip(problem.kernels, problem.anchors, chosen.targets)
+        self._rects = (native.Rect * len(problem.kernels))(*[(0, *size, *anchor, target) for size, anchor, target in sizes])
+
+    def __call__(self, x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor], bias: Tensor | None) -> Tensor:
+        """Compute the sum, in the layout of `x`; see `reference.depthwise_sum`."""
+        return self.epilogue(x, kernels, None, bias, False)
+
+    def epilogue(
+        self, x: Tensor, kernels: Sequence[Tensor], scale: Tensor | None, shift: Tensor | None, relu: bool
+    ) -> Tensor:
+        """Compute relu(scale · sum + shift), the affine map per channel (C,) and the rectifier both being optional."""
+        x = addressable(x)
+        y = torch.empty_like(x, memory_format=memory_format(x))
+        taps = [_floats(kernel) for kernel in kernels]
+        factors = [None if v is None else _floats(v) for v in (scale, shift)]
+        call = self._call(x, y, taps, factors, relu)
+        self._library.check(self._run(call))
+        return y
+
+    def workspace(self) -> tuple[int, int]:
+        """Give the bytes of working memory of each thread, and those that all share."""
+        own, shared = ctypes.c_int64(), ctypes.c_int64()
+        like = torch.empty(self.problem.shape, dtype=self.problem.dtype, device="meta")
+        if self.problem.channels_last:
+            like = like.contiguous(memory_format=torch.channels_last)
+        call = self._call(like, like, None, (None, None), False)
+        self._library.calls.wk_sum_workspace(call, ctypes.byref(own), ctypes.byref(shared))
+        return own.value, shared.value
+
+    def _call(self, x: Tensor, y: Tensor, taps: Sequence[Tensor] | None, factors: Sequence[Tensor | None], relu: bool) -> Any:
+        batch, channels, height, width = x.shape
+        # A copy of its own for every call: several Python threads may make one at once.
+        rects = type(self._rects).from_buffer_copy(self._rects)
+        for rect, tap in zip(rects, taps or ()):
+            rect.taps = tap.data_ptr()
+        return native.Sum(
+            _DTYPES[x.dtype],
+            self.plan.threads,
+            batch,
+            channels,
+            height,
+            width,
+            _image(x),
+            _image(y),
+            len(self._passes),
+            len(rects),
+            self._passes,
+            rects,
+            *(None if factor is None else factor.data_ptr() for factor in factors),
+            int(relu),
+        )
+
+
+class PreparedWeightGrad:
+    """Calls of `depthwise_weight_grad` of one problem."""
+
+    def __init__(self, problem: Problem, chosen: Plan) -> None:
+        self.problem, self.plan = problem, chosen
+        self._library = native.load()
+        self._run = self._library.calls.wk_depthwise_weight_grad
+
+    def __call__(self, x: Tensor, grad: Tensor, kernel: tuple[int, int], anchor: Anchor) -> Tensor:
+        """Compute the gradient, (C, 1, kh, kw); see `reference.depthwise_weight_grad`."""
+        x, grad = addressable(x), addressable(grad)
+        taps = torch.empty(x.shape[1], 1, *kernel, dtype=torch.float32)
+        self._library.check(self._run(self._call(x, grad, taps.data_ptr())))
+        return taps.to(x.dtype)
+
+    def workspace(self) -> tuple[int, int]:
+        """Give the bytes of working memory of each thread, and those that all share."""
+        own, shared = ctypes.c_int64(), ctypes.c_int64()
+        like = torch.empty(self.problem.shape, dtype=self.problem.dtype, device="meta")
+        if self.problem.channels_last:
+            like = like.contiguous(memory_format=torch.channels_last)
+        call = self._call(like, like, None)
+        self._library.calls.wk_weight_grad_workspace(call, ctypes.byref(own), ctypes.byref(shared))
+        return own.value, shared.value
+
+    def _call(self, x: Tensor, grad: Tensor, taps: int | None) -> Any:
+        step = self.plan.passes[0]
+        extent = (step.piece.rows, step.piece.columns, step.piece.row, step.piece.column, step.method)
+        return native.WeightGrad(
+            _DTYPES[x.dtype],
+            self.plan.threads,
+            *x.shape,
+            _image(x),
+            _image(grad),
+            extent,
+            taps,
+            *self.problem.kernels[0],
+            *self.problem.anchors[0],
+        )
+
+
+def depthwise_sum(x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor], bias: Tensor | None) -> Tensor:
+    """Compute one call without preparation; see `reference.depthwise_sum`."""
+    return prepare(Problem.of_sum(x, kernels, anchors))(x, kernels, anchors, bias)  # type: ignore[arg-type]
+
+
+def depthwise_weight_grad(x: Tensor, grad: Tensor, kernel: tuple[int, int], anchor: Anchor) -> Tensor:
+    """Compute one call without preparation; see `reference.depthwise_weight_grad`."""
+    return prepare(Problem.of_weight_grad(x, kernel, anchor))(x, grad, kernel, anchor)  # type: ignore[arg-type]
+
+
+def addressable(x: Tensor) -> Tensor:
+    """Give `x` in a form that the kernels can read: channels or columns next to each other, and no lazy negation."""
+    if x.is_neg():
+        x = x.resolve_neg()
+    strides = x.stride()
+    return x if strides[1] == 1 or strides[3] == 1 else x.contiguous()
+
+
+def _image(x: Tensor) -> tuple[int, int, int, int, int]:
+    # Meta tensors, which stand for sizes only, have the address zero.
+    return (x.data_ptr() if x.device.type == "cpu" else 0, *x.stride())  # type: ignore[return-value]
+
+
+def _floats(values: Tensor) -> Tensor:
+    """Give contiguous float32 numbers; a kernel is small beside the images."""
+    if values.is_neg():
+        values = values.resolve_neg()
+    return values.contiguous() if values.dtype == torch.float32 else values.to(torch.float32).contiguous()
