@@ -90,7 +90,7 @@ def _reason_against(module: Any, replacement: type[nn.Module]) -> str:
     if is_parametrized(module):
         return "its weights are parametrised, which gives it a class of its own"
     if kind is not expected:
-        return f"{kind.__name__} is a subclass of nn.{expected.__name__} and may compute something else"
+        return f"{kind.__module__}.{kind.__qualname__} is a subclass of nn.{expected.__name__}: it may do something else"
     replaced = [name for name in _REPLACED if name in vars(module)]
     if replaced:
         return f"its {replaced[0]} has been replaced"

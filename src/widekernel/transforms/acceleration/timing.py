@@ -14,8 +14,10 @@ from widekernel.transforms.acceleration.observation import Situation
 
 # Two ways within this factor are the same: what is measured varies by a few percent.
 LEAST_GAIN = 1.05
-# Each way is timed so often at least, then until these seconds are over; and never once the last ones are.
+# Each way is timed so often at least, and until these seconds are over, but never once the last ones are.
 ROUNDS, SECONDS, PATIENCE = 9, 0.03, 0.5
+# Gains within these are timed so many times as often, because a wrong decision is near.
+CLOSE, TIMES_AS_OFTEN = (0.95, 1.25), 3
 
 
 class Timing(NamedTuple):
@@ -61,12 +63,20 @@ def measure(before: nn.Module, after: nn.Module, x: Tensor, backward: bool) -> t
     first = [_seconds(run, x.device) for run in runs]
     samples: list[list[float]] = [[], []]
     spent = sum(first)
-    while spent < PATIENCE and (len(samples[0]) < ROUNDS or spent < SECONDS):
+    while spent < PATIENCE and not _is_enough(samples, spent):
         # Each goes first every other time, so that neither always finds the caches as the other left them.
         for way in (0, 1) if len(samples[0]) % 2 else (1, 0):
             samples[way].append(_seconds(runs[way], x.device))
             spent += samples[way][-1]
     return _milliseconds(samples[0] or first[:1]), _milliseconds(samples[1] or first[1:])
+
+
+def _is_enough(samples: list[list[float]], spent: float) -> bool:
+    rounds = len(samples[0])
+    if rounds < ROUNDS or spent < SECONDS:
+        return False
+    gain = _milliseconds(samples[0]) / _milliseconds(samples[1])
+    return not CLOSE[0] < gain < CLOSE[1] or (rounds >= TIMES_AS_OFTEN * ROUNDS and spent >= TIMES_AS_OFTEN * SECONDS)
 
 
 def _milliseconds(seconds: list[float]) -> float:
