@@ -105,20 +105,24 @@ template <int K, int R, int... T> constexpr Correlate few_by_width(int64_t width
     return table[width - 1];
 }
 
-// The kernel for a tile of `rows` (1 or 2) × `width` outputs.
-inline Correlate kernel_for(int64_t rows, int64_t width, int64_t taps) {
-    constexpr auto widths = std::make_integer_sequence<int, WIDEST_PAIR>{};
+template <int R> Correlate kernel_of_rows(int64_t width, int64_t taps) {
+    constexpr auto widths = std::make_integer_sequence<int, WIDEST_TILE>{};
     switch (taps) {
-    case 3: return rows == 1 ? few_by_width<3, 1>(width, widths) : few_by_width<3, 2>(width, widths);
-    case 5: return rows == 1 ? few_by_width<5, 1>(width, widths) : few_by_width<5, 2>(width, widths);
-    case 7: return rows == 1 ? few_by_width<7, 1>(width, widths) : few_by_width<7, 2>(width, widths);
-    default: return rows == 1 ? correlate_by_width<1>(width, widths) : correlate_by_width<2>(width, widths);
+    case 3: return few_by_width<3, R>(width, widths);
+    case 5: return few_by_width<5, R>(width, widths);
+    case 7: return few_by_width<7, R>(width, widths);
+    default: return correlate_by_width<R>(width, widths);
     }
+}
+
+// The kernel for a tile of `rows` (1 or MOST_ROWS) × `width` outputs.
+inline Correlate kernel_for(int64_t rows, int64_t width, int64_t taps) {
+    return rows == 1 ? kernel_of_rows<1>(width, taps) : kernel_of_rows<MOST_ROWS>(width, taps);
 }
 
 // The widest tile that has a kernel.
 WK_INLINE int64_t widest_tile(int64_t taps) {
-    return taps == 3 || taps == 5 || taps == 7 ? WIDEST_PAIR : least(WIDEST_PAIR, taps);
+    return taps == 3 || taps == 5 || taps == 7 ? WIDEST_TILE : least(WIDEST_TILE, taps);
 }
 
 // Three correlations at once, of a complex signal with a complex window in three real products (Gauss):

@@ -59,20 +59,21 @@ Block<Type> block_of(const wk_tensor &tensor, int64_t image, int64_t channel, in
     return {at, tensor.channel, tensor.row, tensor.column, static_cast<int>(least(LANES, channels - channel))};
 }
 
-// An input plane has a margin of one zero pixel on each side, which lets pairs of output rows share their kernel rows.
+// An input plane has a margin of zeros on each side, which lets the rows of a tile share their kernel rows.
 struct Padded {
     int64_t rows, columns, pitch;
-    explicit Padded(Extent extent) : rows(extent.rows), columns(extent.columns), pitch((extent.columns + 2) | 1) {}
-    int64_t room() const { return (rows + 2) * pitch; }
+    explicit Padded(Extent extent) : rows(extent.rows), columns(extent.columns), pitch((extent.columns + 2 * MARGIN) | 1) {}
+    int64_t room() const { return (rows + 2 * MARGIN) * pitch; }
 
-    Plane view(Vec *at) const { return {at + pitch + 1, pitch, 1}; }
-
-    // Clears the margin too.
+    // The plane in that memory, its margin cleared.
     Plane plane(Vec *at) const {
-        clear(at, pitch);
-        clear(at + (rows + 1) * pitch, pitch);
-        for (int64_t i = 1; i <= rows; i++) at[i * pitch] = at[i * pitch + columns + 1] = Vec{};
-        return view(at);
+        clear(at, MARGIN * pitch);
+        clear(at + (rows + MARGIN) * pitch, MARGIN * pitch);
+        for (int64_t i = MARGIN; i < rows + MARGIN; i++) {
+            clear(at + i * pitch, MARGIN);
+            clear(at + i * pitch + columns + MARGIN, MARGIN);
+        }
+        return {at + MARGIN * pitch + MARGIN, pitch, 1};
     }
 };
 
@@ -92,6 +93,9 @@ inline int64_t bands_for(int64_t pieces, int64_t threads, int64_t height, int64_
     }
     return least(most(bands, 1), height);
 }
+
+// Fewer vectors than this are dealt with sooner than other threads are woken.
+constexpr int64_t WORTH_A_THREAD = 1 << 14;
 
 inline int lanes_of(int64_t block, int64_t channels) { return static_cast<int>(least(LANES, channels - block * LANES)); }
 

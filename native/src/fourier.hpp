@@ -195,7 +195,7 @@ __attribute__((noinline)) void synthesise_lines(const Transform &t, const Spectr
                     if (s > 0 && s <= before) put(-s, r, even[m][r] - odd[m][r]);
                 });
             });
-        });
+            });
     };
     pixels(t.cos_even, t.sin_even, re_sum, im_difference, 0);
     pixels(t.cos_odd, t.sin_odd, re_difference, im_sum, 1);

@@ -80,14 +80,9 @@ struct Lines {
 
 inline int64_t complex_tiles(int64_t outputs, int64_t taps) { return ceil_div(outputs, least(WIDEST_TRIPLE, taps)); }
 
-// Number of micro-kernels that run, for spreading out what is done beside them.
-inline int64_t hybrid_tiles(const Tiling &t, int64_t outputs, int64_t taps) {
-    return t.tiles * t.frequencies() * complex_tiles(outputs, taps);
-}
-
 // For one frequency: out[a] (+)= Σ_i in[a + i - anchor] · window[i], complex, or real where the imaginary parts vanish.
 inline void correlate_frequency(Vec *re, Vec *im, bool add, const Vec *xr, const Vec *xi, const Spectrum &window,
-                                int64_t frequency, bool real, const Lines &lines, Prefetch &next) {
+                                int64_t frequency, bool real, const Lines &lines) {
     const int64_t tiles = real ? ceil_div(lines.outputs, widest_tile(lines.taps)) : complex_tiles(lines.outputs, lines.taps);
     for (int64_t tile = 0, b = 0; tile < tiles; tile++) {
         const int64_t width = lines.outputs * (tile + 1) / tiles - b, at = b - lines.anchor;
@@ -100,7 +95,6 @@ inline void correlate_frequency(Vec *re, Vec *im, bool add, const Vec *xr, const
                                  window.of(frequency, 2), lines.taps, lo, hi};
             complex_kernel_for(width)(c);
         }
-        next.step();
         b += width;
     }
 }
@@ -113,7 +107,7 @@ inline int64_t spectrum_lines(int64_t inputs, int64_t anchor) { return (inputs +
 // `shift` is where output column 0 lies in x: the anchor of the transformed kernel is anchor.columns + shift.
 template <bool ADD>
 inline void hybrid_sum(Plane out, Extent outputs, Plane x, Extent size, const Spectrum &window, int64_t taps, int64_t anchor,
-                       int64_t shift, const Tiling &tiling, const Tables &tables, Vec *room, Prefetch &next) {
+                       int64_t shift, const Tiling &tiling, const Tables &tables, Vec *room) {
     const Spectrum spectrum{room, spectrum_lines(size.rows, anchor), 2};
     Vec *folded = room + 2 * tiling.frequencies() * spectrum.column;
     const Lines lines{outputs.rows, size.rows, taps, anchor};
@@ -125,7 +119,7 @@ inline void hybrid_sum(Plane out, Extent outputs, Plane x, Extent size, const Sp
         for (int64_t f = 0; f < tiling.frequencies(); f++) {
             Vec *re = spectrum.of(f, 0), *im = spectrum.of(f, 1);
             bool real = f == 0 || f == tiling.length / 2;
-            correlate_frequency(re, im, false, re + anchor, im + anchor, window, f, real, lines, next);
+            correlate_frequency(re, im, false, re + anchor, im + anchor, window, f, real, lines);
         }
         synthesise<ADD>(tables.output, spectrum, outputs.rows, out.from(0, middle), middle - begin, end - 1 - middle, folded);
     }
@@ -133,8 +127,7 @@ inline void hybrid_sum(Plane out, Extent outputs, Plane x, Extent size, const Sp
 
 // Add to the spectrum of dw[i][j] = Σ_ab grad[a][b] · x[a + i - anchor.rows][b + j - anchor.columns], `shift` as above.
 inline void hybrid_weight_grad(const Spectrum &sums, int64_t taps, Plane grad, Extent window, Plane x, Extent size,
-                               int64_t anchor, int64_t shift, const Tiling &tiling, const Tables &tables, Vec *room,
-                               Prefetch &next) {
+                               int64_t anchor, int64_t shift, const Tiling &tiling, const Tables &tables, Vec *room) {
     const Spectrum input{room, size.rows | 1, 2};
     const Spectrum factors{room + 2 * tiling.frequencies() * input.column, window.rows | 1, 3};
     Vec *folded = factors.at + 3 * tiling.frequencies() * factors.column;
@@ -147,7 +140,7 @@ inline void hybrid_weight_grad(const Spectrum &sums, int64_t taps, Plane grad, E
         analyse<3>(tables.window, grad.from(0, middle), window.rows, middle - begin, end - 1 - middle, factors, 0, folded);
         for (int64_t f = 0; f < tiling.frequencies(); f++) {
             bool real = f == 0 || f == tiling.length / 2;
-            correlate_frequency(sums.of(f, 0), sums.of(f, 1), true, input.of(f, 0), input.of(f, 1), factors, f, real, lines, next);
+            correlate_frequency(sums.of(f, 0), sums.of(f, 1), true, input.of(f, 0), input.of(f, 1), factors, f, real, lines);
         }
     }
 }

@@ -141,46 +141,5 @@ WK_INLINE void clear(Vec *at, int64_t count) {
     for (int64_t i = 0; i < count; i++) at[i] = Vec{};
 }
 
-// Fetches a block into the second-level cache a few lines at a time, while the kernels compute on another one: a block that is
-// asked for only when it is packed costs its whole latency, because nothing can be computed before it is there.
-struct Stream {
-    const char *at = nullptr, *line = nullptr;
-    int64_t outer = 0, outer_stride = 0, inner = 0, inner_stride = 0, left = 0;
-    int64_t each = 0;  // lines a step
-
-    // Only for planes of channels. Where channels adjoin, or rows have gaps, the processor's own prefetcher does better.
-    template <class Type> void start(const Block<Type> &block, int64_t rows, int64_t columns, int64_t steps) {
-        const int64_t size = sizeof(typename Type::Stored);
-        if (channels_adjoin(block) || block.row != columns) return;
-        outer = block.channels, outer_stride = block.channel * size;
-        inner = ceil_div(rows * columns * size, 64), inner_stride = 64;
-        at = line = reinterpret_cast<const char *>(block.at);
-        left = inner;
-        each = ceil_div(outer * inner, most(1, steps));
-    }
-
-    WK_INLINE void step() {
-        if (!outer) return;
-        for (int64_t i = 0; i < each; i++) {
-            __builtin_prefetch(line, 0, 2);
-            line += inner_stride;
-            if (--left == 0) {
-                if (--outer == 0) return;
-                at += outer_stride, line = at, left = inner;
-            }
-        }
-    }
-};
-
-// What comes next is read, and what has just been computed is written, by then from the cache.
-struct Prefetch {
-    Stream input, output;
-
-    WK_INLINE void step() {
-        input.step();
-        output.step();
-    }
-};
-
 }  // namespace WK_NAMESPACE
 }  // namespace wk

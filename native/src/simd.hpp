@@ -21,7 +21,8 @@ typedef float Vec __attribute__((vector_size(WK_LANES * 4)));
 typedef uint32_t Bits __attribute__((vector_size(WK_LANES * 4)));
 
 // Register tiles of the kernels below: accumulators of R rows × T pixels, together with their operands, must fit.
-constexpr int WIDEST_PAIR = WK_REGISTERS >= 32 ? 10 : 5;    // T with R = 2
+constexpr int MOST_ROWS = 2;                               // R
+constexpr int WIDEST_TILE = WK_REGISTERS >= 32 ? 10 : 5;    // T
 constexpr int WIDEST_TRIPLE = WK_REGISTERS >= 32 ? 5 : 4;   // T with three products
 constexpr int WIDEST_ROWS = WK_REGISTERS >= 32 ? 4 : 2;     // rows of a transform
 constexpr int WIDEST_WAVES = 5;                             // frequencies of a transform
@@ -37,13 +38,8 @@ WK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 WK_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 WK_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-WK_INLINE Vec all(float value) {
-#if defined(__AVX512F__) && WK_LANES == 16
-    return (Vec)_mm512_set1_ps(value);
-#else
-    return value - Vec{};
-#endif
-}
+// Every lane the same; subtracting zero changes no value.
+WK_INLINE Vec all(float value) { return value - Vec{}; }
 
 // Keeps a value in a register: without it the compiler loads the same weight once for every row that uses it.
 WK_INLINE void hold(Vec &value) {
@@ -86,10 +82,13 @@ struct BFloat16 {
     typedef uint16_t Stored;
     typedef uint16_t Half __attribute__((vector_size(WK_LANES * 2)));
 
-    static WK_INLINE float one(uint16_t value) { return read<float>(&static_cast<const uint32_t &>(uint32_t{value} << 16)); }
+    static WK_INLINE float one(uint16_t value) {
+        const uint32_t bits = uint32_t{value} << 16;
+        return read<float>(&bits);
+    }
 
     static WK_INLINE uint16_t back(float value) {
-        uint32_t bits = read<uint32_t>(&value);
+        const uint32_t bits = read<uint32_t>(&value);
         // Rounding could turn the bits of a NaN into those of an infinity.
         if (value != value) return static_cast<uint16_t>((bits >> 16) | 0x40);
         return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);

@@ -61,8 +61,10 @@ class Sum {
             if (steps_[i].hybrid)
                 steps_[i].tables = Tables::make(steps_[i].tiling, false, tables_[i]);
         own_bytes_ = own_bytes();
-        parallel(call_.threads, blocks_, [](void *self, int64_t block, int64_t) { static_cast<Sum *>(self)->pack_kernels(block); },
-                 this);
+        int64_t packed = 0;
+        for (int64_t i = 0; i < call_.passes; i++) packed += blocks_ * steps_[i].packed_block;
+        parallel(packed < WORTH_A_THREAD ? 1 : call_.threads, blocks_,
+                 [](void *self, int64_t block, int64_t) { static_cast<Sum *>(self)->pack_kernels(block); }, this);
         auto task = call_.dtype == WK_FLOAT32    ? &Sum::start<Float32>
                     : call_.dtype == WK_BFLOAT16 ? &Sum::start<BFloat16>
                                                  : &Sum::start<Float16>;
@@ -122,22 +124,29 @@ class Sum {
         for (int64_t i = 0; i < call_.passes; i++) {
             const Step &s = steps_[i];
             Vec *packed = s.packed + block * s.packed_block, *kernel = s.hybrid ? room : packed;
-            clear(kernel, s.taps.area());
+            int64_t members = 0;
             for (int64_t r = 0; r < call_.rects; r++)
-                if (call_.rect[r].pass == i) add_kernel(s, call_.pass[i], call_.rect[r], channel, kernel, loose);
+                if (call_.rect[r].pass == i) add_kernel(s, call_.pass[i], call_.rect[r], channel, kernel, loose, members++ == 0);
+            if (members == 0) clear(kernel, s.taps.area());
             if (s.hybrid)
                 analyse<3>(s.tables.window, {kernel + s.anchor.columns, s.taps.columns, 1}, s.taps.rows, s.anchor.columns,
                            s.taps.columns - 1 - s.anchor.columns, {packed, s.spectrum_column(), 3}, 0, room + s.taps.area());
         }
     }
 
-    // Add a kernel to that of its pass, anchor on anchor, turned as the pass is.
-    void add_kernel(const Step &s, const wk_pass &pass, const wk_rect &rect, int64_t channel, Vec *kernel, Vec *loose) {
+    // Add a kernel to that of its pass, anchor on anchor, turned as the pass is; the first one takes the place of what is there.
+    void add_kernel(const Step &s, const wk_pass &pass, const wk_rect &rect, int64_t channel, Vec *kernel, Vec *loose,
+                    bool first) {
         const int64_t area = int64_t{rect.rows} * rect.columns;
         Block<Float32> taps{const_cast<float *>(rect.taps) + channel * area, area, rect.columns, 1,
                             lanes_of(channel / LANES, call_.channels)};
-        pack<Float32>({loose, rect.columns, 1}, taps, rect.rows, rect.columns);
         const Plane placed = s.seen(Plane{kernel, s.taps.columns, 1});
+        if (first && rect.rows == pass.rows && rect.columns == pass.columns && rect.row == pass.row && rect.column == pass.column) {
+            pack<Float32>(placed, taps, rect.rows, rect.columns);
+            return;
+        }
+        if (first) clear(kernel, s.taps.area());
+        pack<Float32>({loose, rect.columns, 1}, taps, rect.rows, rect.columns);
         const int64_t down = pass.row - rect.row, right = pass.column - rect.column;
         for (int64_t u = most(0, -down); u < least(rect.rows, pass.rows - down); u++)
             for (int64_t v = most(0, -right); v < least(rect.columns, pass.columns - right); v++)
@@ -147,13 +156,13 @@ class Sum {
     // Bands of one image share rows, and neighbouring images the kernels.
     Place place(int64_t task) const { return {task / bands_ % call_.images, task / bands_ / call_.images, task % bands_}; }
 
-    template <class Type> static void start(void *self, int64_t task, int64_t following) {
-        static_cast<Sum *>(self)->compute<Type>(task, following);
+    template <class Type> static void start(void *self, int64_t task, int64_t) {
+        static_cast<Sum *>(self)->compute<Type>(task);
     }
 
     Band band_at(int64_t index) const { return Band::of(index, bands_, call_.height, call_.width, above_, below_); }
 
-    template <class Type> void compute(int64_t task, int64_t following) {
+    template <class Type> void compute(int64_t task) {
         Carver carver{own_block()};
         if (!carver.base) return;
         Own own = carve_own(carver);
@@ -168,12 +177,10 @@ class Sum {
         for (int64_t b = 0; b < blocks; b++) inputs[b] = Padded(band.inputs).plane(planes[b]);
         const int last = lanes_of(first + blocks - 1, call_.channels);
         pack_blocks<Type>(inputs, blocks, input<Type>(at), last, band.inputs);
-        Prefetch ahead;
-        prefetch<Type>(ahead, at, band, following);
         Vec *free = planes[blocks];
         for (int64_t b = 0; b < blocks; b++) {
             const Plane y{free, call_.width | 1, 1};
-            for (int64_t i = 0; i < call_.passes; i++) apply(steps_[i], first + b, band, y, inputs[b], i > 0, own.room, ahead);
+            for (int64_t i = 0; i < call_.passes; i++) apply(steps_[i], first + b, band, y, inputs[b], i > 0, own.room);
             free = planes[b], planes[b] = y.at;
         }
         put<Type>(output<Type>(at), planes, band.outputs, first, blocks);
@@ -185,37 +192,19 @@ class Sum {
     template <class Type> Block<Type> output(const Place &at) const {
         return block_of<Type>(call_.y, at.image, at.group * together_ * LANES, band_at(at.band).begin, call_.channels);
     }
-    template <class Type> void prefetch(Prefetch &ahead, const Place &at, const Band &band, int64_t following) const {
-        const int64_t steps = prefetch_steps(band);
-        ahead.output.start(output<Type>(at), band.outputs.rows, call_.width, steps);
-        if (following < 0) return;
-        const Place then = place(following);
-        ahead.input.start(input<Type>(then), band_at(then.band).inputs.rows, call_.width, steps);
-    }
-
-    int64_t prefetch_steps(const Band &band) const {
-        int64_t count = 0;
-        for (int64_t i = 0; i < call_.passes; i++) {
-            const Step &s = steps_[i];
-            const Extent outputs = s.seen(band.outputs);
-            count += s.hybrid ? hybrid_tiles(s.tiling, outputs.rows, s.taps.rows) : direct_tiles(outputs, s.taps);
-        }
-        return count;
-    }
-
-    void apply(const Step &s, int64_t block, const Band &band, Plane y, Plane x, bool add, Vec *room, Prefetch &next) {
+    void apply(const Step &s, int64_t block, const Band &band, Plane y, Plane x, bool add, Vec *room) {
         Extent anchor = s.anchor;
         (s.turned ? anchor.columns : anchor.rows) -= band.shift();
         const Vec *packed = s.packed + block * s.packed_block;
         const Extent outputs = s.seen(band.outputs), inputs = s.seen(band.inputs);
         if (!s.hybrid) {
-            direct(s.seen(y), outputs, s.seen(x), inputs, packed, s.taps, anchor, add, next);
+            direct(s.seen(y), outputs, s.seen(x), inputs, packed, s.taps, anchor, add);
             return;
         }
         const Spectrum window{const_cast<Vec *>(packed), s.spectrum_column(), 3};
         auto run = add ? hybrid_sum<true> : hybrid_sum<false>;
         run(s.seen(y), outputs, s.seen(x), inputs, window, s.taps.rows, anchor.rows, s.turned ? band.shift() : 0, s.tiling,
-            s.tables, room, next);
+            s.tables, room);
     }
 
     template <class Type>

@@ -58,8 +58,8 @@ class WeightGrad {
                                                  : &WeightGrad::start<Float16>;
         parallel(call_.threads, groups_ * chunks_, task, this);
         if (chunks_ > 1)
-            parallel(call_.threads, blocks_, [](void *self, int64_t block, int64_t) { static_cast<WeightGrad *>(self)->join(block); },
-                     this);
+            parallel(blocks_ * chunks_ * step_.packed_block < WORTH_A_THREAD ? 1 : call_.threads, blocks_,
+                     [](void *self, int64_t block, int64_t) { static_cast<WeightGrad *>(self)->join(block); }, this);
         shared_memory.shrink();
         return __atomic_load_n(&out_of_memory_, __ATOMIC_RELAXED) ? WK_OUT_OF_MEMORY : WK_OK;
     }
@@ -89,13 +89,13 @@ class WeightGrad {
         return block;
     }
 
-    template <class Type> static void start(void *self, int64_t task, int64_t following) {
-        static_cast<WeightGrad *>(self)->compute<Type>(task, following);
+    template <class Type> static void start(void *self, int64_t task, int64_t) {
+        static_cast<WeightGrad *>(self)->compute<Type>(task);
     }
 
     int64_t first_item(int64_t chunk) const { return call_.images * bands_ * chunk / chunks_; }
 
-    template <class Type> void compute(int64_t task, int64_t following) {
+    template <class Type> void compute(int64_t task) {
         Carver carver{own_block()};
         if (!carver.base) return;
         Own own = carve_own(carver);
@@ -106,12 +106,7 @@ class WeightGrad {
             sums[b] = chunks_ == 1 ? own.sums + b * step_.packed_block : sums_of(first + b, chunk);
             clear(sums[b], step_.packed_block);
         }
-        for (int64_t item = first_item(chunk); item < end; item++) {
-            const bool more = item + 1 < end;
-            const int64_t next_group = more ? group : following / chunks_;
-            const int64_t next_item = more ? item + 1 : following >= 0 ? first_item(following % chunks_) : -1;
-            add<Type>(own, sums, first, blocks, item, next_group * together_, next_item);
-        }
+        for (int64_t item = first_item(chunk); item < end; item++) add<Type>(own, sums, first, blocks, item);
         if (chunks_ == 1)
             for (int64_t b = 0; b < blocks; b++) put(first + b, sums[b], own.room);
     }
@@ -126,8 +121,7 @@ class WeightGrad {
     }
 
     template <class Type>
-    void add(const Own &own, Vec *const *sums, int64_t first, int64_t blocks, int64_t item, int64_t next_block,
-             int64_t next_item) const {
+    void add(const Own &own, Vec *const *sums, int64_t first, int64_t blocks, int64_t item) const {
         const Band band = band_of(item);
         const Padded padded(band.inputs);
         Plane x[MOST_TOGETHER], grad[MOST_TOGETHER];
@@ -140,33 +134,21 @@ class WeightGrad {
         const int last = lanes_of(first + blocks - 1, call_.channels);
         pack_blocks<Type>(x, blocks, input<Type>(first, item), last, band.inputs);
         pack_blocks<Type>(grad, blocks, gradient<Type>(first, item), last, band.outputs);
-        Prefetch ahead;
-        if (next_item >= 0) {
-            const Band rows = band_of(next_item);
-            const int64_t steps = prefetch_steps(band);
-            ahead.input.start(input<Type>(next_block, next_item), rows.inputs.rows, call_.width, steps);
-            ahead.output.start(gradient<Type>(next_block, next_item), rows.outputs.rows, call_.width, steps);
-        }
-        for (int64_t b = 0; b < blocks; b++) correlate(sums[b], x[b], grad[b], band, own.room, ahead);
+        for (int64_t b = 0; b < blocks; b++) correlate(sums[b], x[b], grad[b], band, own.room);
     }
 
-    void correlate(Vec *sums, Plane x, Plane grad, const Band &band, Vec *room, Prefetch &ahead) const {
+    void correlate(Vec *sums, Plane x, Plane grad, const Band &band, Vec *room) const {
         Extent anchor = step_.anchor;
         (step_.turned ? anchor.columns : anchor.rows) -= band.shift();
         const Extent window = step_.seen(band.outputs), inputs = step_.seen(band.inputs);
         if (step_.hybrid)
             hybrid_weight_grad({sums, step_.spectrum_column(), 2}, step_.taps.rows, step_.seen(grad), window, step_.seen(x),
-                               inputs, anchor.rows, step_.turned ? band.shift() : 0, step_.tiling, step_.tables, room, ahead);
+                               inputs, anchor.rows, step_.turned ? band.shift() : 0, step_.tiling, step_.tables, room);
         else
-            direct({sums, step_.taps.columns, 1}, step_.taps, step_.seen(x), inputs, grad.at, window, anchor, true, ahead);
+            direct({sums, step_.taps.columns, 1}, step_.taps, step_.seen(x), inputs, grad.at, window, anchor, true);
     }
 
     Band band_of(int64_t item) const { return Band::of(item % bands_, bands_, call_.height, call_.width, above_, below_); }
-
-    int64_t prefetch_steps(const Band &band) const {
-        const Extent window = step_.seen(band.outputs);
-        return step_.hybrid ? hybrid_tiles(step_.tiling, step_.taps.rows, window.rows) : direct_tiles(step_.taps, window);
-    }
 
     // Add the sums of all chunks of a block, in their order, and write them.
     void join(int64_t block) {
