@@ -10,13 +10,17 @@
 namespace wk {
 namespace WK_NAMESPACE {
 
-// out[r][t] (+)= Σ_n Σ_v x[n][r][v] · w[n][v - t]   for 0 ≤ n < repeats, lo ≤ v < hi, 0 ≤ v - t < taps
+// out[r][t] = start + Σ_n Σ_v x[n][r][v] · w[n][v - t]   for 0 ≤ n < repeats, lo ≤ v < hi, 0 ≤ v - t < taps
+//
+// where start is what is in `out`, if `add`, or else the given vector. Strides of `out` and `x`, which need not be aligned, are in
+// floats; the taps of a row of the window adjoin.
 struct Correlation {
-    Vec *out;
+    float *out;
     int64_t out_row, out_column;
     bool add;
+    Vec start;
     int64_t repeats;
-    const Vec *x;
+    const float *x;
     int64_t x_repeat, x_row, x_column;
     const Vec *w;
     int64_t w_repeat;
@@ -28,19 +32,23 @@ template <int R, int T> struct Accumulators {
 
     WK_INLINE void open(const Correlation &c) {
         if (c.add)
-            unroll<R>([&](auto r) { unroll<T>([&](auto t) { sum[r][t] = c.out[r * c.out_row + t * c.out_column]; }); });
+            unroll<R>([&](auto r) {
+                unroll<T>([&](auto t) { sum[r][t] = *reinterpret_cast<const Loose *>(c.out + r * c.out_row + t * c.out_column); });
+            });
         else
-            unroll<R>([&](auto r) { unroll<T>([&](auto t) { sum[r][t] = Vec{}; }); });
+            unroll<R>([&](auto r) { unroll<T>([&](auto t) { sum[r][t] = c.start; }); });
     }
 
     WK_INLINE void close(const Correlation &c) {
-        unroll<R>([&](auto r) { unroll<T>([&](auto t) { c.out[r * c.out_row + t * c.out_column] = sum[r][t]; }); });
+        unroll<R>([&](auto r) {
+            unroll<T>([&](auto t) { *reinterpret_cast<Loose *>(c.out + r * c.out_row + t * c.out_column) = sum[r][t]; });
+        });
     }
 
     // One step v: outputs FIRST … LAST-1 see tap w[-t] relative to the step's own.
-    template <int FIRST, int LAST> WK_INLINE void step(const Vec *x, int64_t x_row, const Vec *w) {
+    template <int FIRST, int LAST> WK_INLINE void step(const float *x, int64_t x_row, const Vec *w) {
         Vec pixel[R];
-        unroll<R>([&](auto r) { pixel[r] = x[r * x_row]; });
+        unroll<R>([&](auto r) { pixel[r] = *reinterpret_cast<const Loose *>(x + r * x_row); });
         unroll<LAST - FIRST>([&](auto i) {
             constexpr int t = FIRST + i;
             if constexpr (R == 1) {
@@ -60,13 +68,15 @@ template <int R, int T> __attribute__((noinline)) void correlate(const Correlati
     acc.open(c);
     const int64_t taps = c.taps, lo = c.lo, hi = c.hi, x_row = c.x_row, x_column = c.x_column;
     const int64_t start = most(lo, T - 1), stop = least(hi, taps);
-    const Vec *x = c.x, *w = c.w;
+    const float *x = c.x;
+    const Vec *w = c.w;
     for (int64_t n = 0; n < c.repeats; n++, x += c.x_repeat, w += c.w_repeat) {
         if (lo < T - 1)
             unroll<T - 1>([&](auto v) {
                 if (lo <= v && v < hi) acc.template step<0, v + 1>(x + v * x_column, x_row, w + v);
             });
-        const Vec *xv = x + start * x_column, *wv = w + start, *end = w + stop;
+        const float *xv = x + start * x_column;
+        const Vec *wv = w + start, *end = w + stop;
         for (; wv < end; wv++, xv += x_column) acc.template step<0, T>(xv, x_row, wv);
         if (hi > taps)
             unroll<T - 1>([&](auto i) {
@@ -83,7 +93,8 @@ template <int K, int R, int T> __attribute__((noinline)) void correlate_few(cons
     Accumulators<R, T> acc;
     acc.open(c);
     const int64_t lo = c.lo, hi = c.hi, x_row = c.x_row, x_column = c.x_column;
-    const Vec *x = c.x, *w = c.w;
+    const float *x = c.x;
+    const Vec *w = c.w;
     const bool whole = lo == 0 && hi == T + K - 1;
     for (int64_t n = 0; n < c.repeats; n++, x += c.x_repeat, w += c.w_repeat)
         unroll<T + K - 1>([&](auto v) {

@@ -15,37 +15,70 @@ struct Extent {
     WK_INLINE int64_t area() const { return rows * columns; }
 };
 
-// out[a][b] (+)= Σ_ij x[a + i - anchor.rows][b + j - anchor.columns] · window[i][j], pixels outside x being zero.
+// The columns of a tile row: the first `wider` tiles are one pixel wider than the others.
+struct Tiles {
+    int64_t count, narrow, wider;
+    Tiles(int64_t columns, int64_t taps)
+        : count(ceil_div(columns, widest_tile(taps))), narrow(columns / count), wider(columns % count) {}
+};
+
+// out[a][b] = start + Σ_ij x[a + i - anchor.rows][b + j - anchor.columns] · window[i][j], pixels outside x being zero, where
+// start is what is in `out`, if `add`, or else the given vector.
 //
-// MARGIN rows of zeros lie in memory above and below x: the rows of a tile all run over the union of their kernel rows.
-inline void direct(Plane out, Extent outputs, Plane x, Extent size, const Vec *window, Extent taps, Extent anchor,
-                   bool add) {
-    const int64_t tiles = ceil_div(outputs.columns, widest_tile(taps.columns));
-    const int64_t narrow = outputs.columns / tiles, wider = outputs.columns % tiles;
-    for (int64_t a = 0; a < outputs.rows; a += MOST_ROWS) {
-        const int64_t rows = least(MOST_ROWS, outputs.rows - a);
-        const int64_t first = most(0, anchor.rows - a - (rows - 1));
-        const int64_t last = least(taps.rows, size.rows + anchor.rows - a);
+// With `margin`, MARGIN rows of zeros lie in memory above and below x, and both rows of a tile run over the union of their
+// kernel rows; without it they share what they have in common, and the rest is added row by row.
+struct Direct {
+    Field out;
+    Extent outputs;
+    Field x;
+    Extent size;
+    const Vec *window;
+    Extent taps, anchor;
+    bool add, margin;
+    Vec start;
+
+    void run() const {
+        const Tiles tiles(outputs.columns, taps.columns);
+        for (int64_t a = 0; a < outputs.rows; a += MOST_ROWS) rows(tiles, a);
+    }
+
+    // Output rows a … a + MOST_ROWS - 1, as far as there are any.
+    void rows(const Tiles &tiles, int64_t a) const {
+        const int64_t count = least(MOST_ROWS, outputs.rows - a);
+        // The kernel rows that see the image from row a, and from the last of these rows.
+        const int64_t first = most(0, anchor.rows - a), last = least(taps.rows, size.rows + anchor.rows - a);
+        const int64_t above = most(0, first - (count - 1)), below = least(taps.rows, size.rows + anchor.rows - a - (count - 1));
+        if (margin || count == 1) {
+            stripe(tiles, a, count, margin ? above : first, last, add);
+            return;
+        }
+        stripe(tiles, a, count, first, most(first, below), add);
+        if (below < last) stripe(tiles, a, 1, most(first, below), last, true);
+        if (above < first && above < below) stripe(tiles, a + 1, 1, above, least(first, below), true);
+    }
+
+  private:
+    // `count` rows from the window's rows first … last - 1.
+    void stripe(const Tiles &tiles, int64_t a, int64_t count, int64_t first, int64_t last, bool on_top) const {
         Correlation c;
-        c.out_row = out.row, c.out_column = out.column, c.add = add;
+        c.out_row = out.row, c.out_column = out.column, c.add = on_top, c.start = start;
         c.repeats = most(0, last - first);
         c.x_repeat = c.x_row = x.row, c.x_column = x.column;
         c.w = window + first * taps.columns, c.w_repeat = taps.columns, c.taps = taps.columns;
-        // The first `wider` tiles are one pixel wider than the others.
-        Correlate narrow_kernel = kernel_for(rows, narrow, taps.columns);
-        Correlate wider_kernel = wider ? kernel_for(rows, narrow + 1, taps.columns) : narrow_kernel;
-        for (int64_t tile = 0, b = 0; tile < tiles; tile++) {
-            const bool is_wider = tile < wider;
-            const int64_t width = narrow + is_wider;
-            c.out = out.from(a, b).at;
-            c.x = x.from(a + first - anchor.rows, b - anchor.columns).at;
+        const Correlate narrow = kernel_for(count, tiles.narrow, taps.columns);
+        const Correlate wider = tiles.wider ? kernel_for(count, tiles.narrow + 1, taps.columns) : narrow;
+        for (int64_t tile = 0, b = 0; tile < tiles.count; tile++) {
+            const bool is_wider = tile < tiles.wider;
+            const int64_t width = tiles.narrow + is_wider;
+            c.out = out.pixel(a, b);
+            c.x = x.pixel(a + first - anchor.rows, b - anchor.columns);
             c.lo = most(0, anchor.columns - b);
             c.hi = least(width + taps.columns - 1, size.columns + anchor.columns - b);
-            (is_wider ? wider_kernel : narrow_kernel)(c);
+            (is_wider ? wider : narrow)(c);
             b += width;
         }
     }
-}
+};
 
 }  // namespace WK_NAMESPACE
 }  // namespace wk

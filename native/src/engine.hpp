@@ -32,6 +32,7 @@ struct Step {
         return step;
     }
     Plane seen(const Plane &plane) const { return turned ? plane.transposed() : plane; }
+    Field seen(const Field &field) const { return turned ? field.transposed() : field; }
     Extent seen(const Extent &extent) const { return turned ? extent.transposed() : extent; }
     int64_t spectrum_column() const { return taps.rows | 1; }
 };
@@ -94,6 +95,8 @@ inline int64_t bands_for(int64_t pieces, int64_t threads, int64_t height, int64_
     return least(most(bands, 1), height);
 }
 
+// Kernels with at most so many taps are computed where the image lies if its channels adjoin: packing would take as long.
+constexpr int64_t FEW_TAPS = 64, NARROW_MAP = 40;
 // Fewer vectors than this are dealt with sooner than other threads are woken.
 constexpr int64_t WORTH_A_THREAD = 1 << 14;
 

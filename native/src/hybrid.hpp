@@ -88,7 +88,9 @@ inline void correlate_frequency(Vec *re, Vec *im, bool add, const Vec *xr, const
         const int64_t width = lines.outputs * (tile + 1) / tiles - b, at = b - lines.anchor;
         const int64_t lo = most(0, -at), hi = least(width + lines.taps - 1, lines.inputs - at);
         if (real) {
-            Correlation c{re + b, 0, 1, add, 1, xr + at, 0, 0, 1, window.of(frequency, 0), 0, lines.taps, lo, hi};
+            const Field out(Plane{re + b, 0, 1}), in(Plane{const_cast<Vec *>(xr) + at, 0, 1});
+            const Vec *taps = window.of(frequency, 0);
+            Correlation c{out.at, 0, LANES, add, Vec{}, 1, in.at, 0, 0, LANES, taps, 0, lines.taps, lo, hi};
             kernel_for(1, width, lines.taps)(c);
         } else {
             ComplexCorrelation c{re + b, im + b, add, xr + at, xi + at, window.of(frequency, 0), window.of(frequency, 1),

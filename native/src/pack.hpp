@@ -15,6 +15,19 @@ struct Plane {
     WK_INLINE Plane transposed() const { return {at, column, row}; }
 };
 
+// The same over any memory, a packed plane or a caller's tensor: strides are in floats.
+struct Field {
+    float *at = nullptr;
+    int64_t row = 0, column = 0;
+
+    Field() = default;
+    WK_INLINE Field(float *start, int64_t down, int64_t right) : at(start), row(down), column(right) {}
+    WK_INLINE Field(const Plane &plane)  // NOLINT: a plane is a field
+        : at(reinterpret_cast<float *>(plane.at)), row(plane.row * LANES), column(plane.column * LANES) {}
+    WK_INLINE float *pixel(int64_t i, int64_t j) const { return at + i * row + j * column; }
+    WK_INLINE Field transposed() const { return {at, column, row}; }
+};
+
 // The part of a caller's tensor that one block covers: `channels` ≤ LANES of one image.
 template <class Type> struct Block {
     typename Type::Stored *at;

@@ -20,6 +20,9 @@ constexpr int LANES = WK_LANES;
 typedef float Vec __attribute__((vector_size(WK_LANES * 4)));
 typedef uint32_t Bits __attribute__((vector_size(WK_LANES * 4)));
 
+// A vector anywhere in memory.
+typedef float Loose __attribute__((vector_size(WK_LANES * 4), aligned(4), may_alias));
+
 // Register tiles of the kernels below: accumulators of R rows × T pixels, together with their operands, must fit.
 constexpr int MOST_ROWS = 2;                               // R
 constexpr int WIDEST_TILE = WK_REGISTERS >= 32 ? 10 : 5;    // T

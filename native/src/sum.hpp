@@ -11,13 +11,16 @@ constexpr int64_t MOST_PASSES = WK_MOST_PASSES;
 class Sum {
   public:
     explicit Sum(const wk_sum &call) : call_(call), blocks_(ceil_div(call.channels, LANES)) {
+        int64_t taps = 0;
         for (int64_t i = 0; i < call.passes; i++) {
             steps_[i] = Step::of(call.pass[i]);
             any_hybrid_ |= steps_[i].hybrid;
             above_ = most(above_, call.pass[i].row);
             below_ = most(below_, call.pass[i].rows - 1 - call.pass[i].row);
+            taps += steps_[i].taps.area();
         }
         const bool adjoin = call.x.channel == 1 && call.y.channel == 1;
+        in_place_ = adjoin && call.dtype == WK_FLOAT32 && !any_hybrid_ && !call.relu && taps <= FEW_TAPS;
         together_ = blocks_together(adjoin, any_hybrid_, blocks_, call.images, call.threads);
         groups_ = ceil_div(blocks_, together_);
         bands_ = bands_for(call.images * groups_, call.threads, call.height, (together_ + 1) * (call.width + 3), any_hybrid_);
@@ -128,6 +131,10 @@ class Sum {
             for (int64_t r = 0; r < call_.rects; r++)
                 if (call_.rect[r].pass == i) add_kernel(s, call_.pass[i], call_.rect[r], channel, kernel, loose, members++ == 0);
             if (members == 0) clear(kernel, s.taps.area());
+            if (call_.scale) {
+                const Vec scale = load_some<Float32>(call_.scale + channel, lanes_of(block, call_.channels));
+                for (int64_t tap = 0; tap < s.taps.area(); tap++) kernel[tap] *= scale;
+            }
             if (s.hybrid)
                 analyse<3>(s.tables.window, {kernel + s.anchor.columns, s.taps.columns, 1}, s.taps.rows, s.anchor.columns,
                            s.taps.columns - 1 - s.anchor.columns, {packed, s.spectrum_column(), 3}, 0, room + s.taps.area());
@@ -169,6 +176,10 @@ class Sum {
         const Place at = place(task);
         const Band band = band_at(at.band);
         const int64_t first = at.group * together_, blocks = least(together_, blocks_ - first);
+        if (in_place_ && lanes_of(first + blocks - 1, call_.channels) == LANES) {
+            compute_in_place(at.image, first, blocks, band);
+            return;
+        }
         const Padded padded(inputs_);
         // One plane more than there are inputs: each output takes the place of the input before it.
         Vec *planes[MOST_TOGETHER + 1];
@@ -186,6 +197,37 @@ class Sum {
         put<Type>(output<Type>(at), planes, band.outputs, first, blocks);
     }
 
+    // Without packing: the image is read, and the result written, where they lie.
+    void compute_in_place(int64_t image, int64_t first, int64_t blocks, const Band &band) const {
+        for (int64_t i = 0; i < call_.passes; i++) {
+            const Step &s = steps_[i];
+            Direct task[MOST_TOGETHER];
+            for (int64_t b = 0; b < blocks; b++) {
+                const Block<Float32> from = block_of<Float32>(call_.x, image, (first + b) * LANES, band.from, call_.channels);
+                const Block<Float32> to = block_of<Float32>(call_.y, image, (first + b) * LANES, band.begin, call_.channels);
+                const Field x(from.at, from.row, from.column), y(to.at, to.row, to.column);
+                const Vec start = call_.shift ? load_some<Float32>(call_.shift + (first + b) * LANES, LANES) : Vec{};
+                task[b] = {s.seen(y), s.seen(band.outputs), s.seen(x), s.seen(band.inputs),
+                           s.packed + (first + b) * s.packed_block, s.taps, anchor_in(s, band), i > 0, false, start};
+            }
+            if (call_.width > NARROW_MAP) {
+                for (int64_t b = 0; b < blocks; b++) task[b].run();
+                continue;
+            }
+            // Rows over all blocks, as they lie in memory. Of a wide map the rows under a kernel would not stay in the cache.
+            const Tiles tiles(task[0].outputs.columns, s.taps.columns);
+            for (int64_t a = 0; a < task[0].outputs.rows; a += MOST_ROWS)
+                for (int64_t b = 0; b < blocks; b++) task[b].rows(tiles, a);
+        }
+    }
+
+    // Where the anchor lies in the rows of a band.
+    static Extent anchor_in(const Step &s, const Band &band) {
+        Extent anchor = s.anchor;
+        (s.turned ? anchor.columns : anchor.rows) -= band.shift();
+        return anchor;
+    }
+
     template <class Type> Block<Type> input(const Place &at) const {
         return block_of<Type>(call_.x, at.image, at.group * together_ * LANES, band_at(at.band).from, call_.channels);
     }
@@ -193,12 +235,11 @@ class Sum {
         return block_of<Type>(call_.y, at.image, at.group * together_ * LANES, band_at(at.band).begin, call_.channels);
     }
     void apply(const Step &s, int64_t block, const Band &band, Plane y, Plane x, bool add, Vec *room) {
-        Extent anchor = s.anchor;
-        (s.turned ? anchor.columns : anchor.rows) -= band.shift();
+        const Extent anchor = anchor_in(s, band);
         const Vec *packed = s.packed + block * s.packed_block;
         const Extent outputs = s.seen(band.outputs), inputs = s.seen(band.inputs);
         if (!s.hybrid) {
-            direct(s.seen(y), outputs, s.seen(x), inputs, packed, s.taps, anchor, add);
+            Direct{s.seen(y), outputs, s.seen(x), inputs, packed, s.taps, anchor, add, true, {}}.run();
             return;
         }
         const Spectrum window{const_cast<Vec *>(packed), s.spectrum_column(), 3};
@@ -209,12 +250,10 @@ class Sum {
 
     template <class Type>
     void put(const Block<Type> &to, Vec *const *planes, const Extent &extent, int64_t first, int64_t blocks) const {
-        Vec scale[MOST_TOGETHER], shift[MOST_TOGETHER];
+        Vec shift[MOST_TOGETHER];
         for (int64_t b = 0; b < blocks; b++) {
-            const int64_t channel = (first + b) * LANES;
             const int count = lanes_of(first + b, call_.channels);
-            scale[b] = call_.scale ? load_some<Float32>(call_.scale + channel, count) : all(1);
-            shift[b] = call_.shift ? load_some<Float32>(call_.shift + channel, count) : Vec{};
+            shift[b] = call_.shift ? load_some<Float32>(call_.shift + (first + b) * LANES, count) : Vec{};
         }
         auto write = [&](auto &&finish) {
             const int64_t row = call_.width | 1;
@@ -227,11 +266,11 @@ class Sum {
         if (call_.relu)
             // Written so that NaN stays NaN.
             write([&](Vec v, int64_t b) {
-                v = v * scale[b] + shift[b];
+                v += shift[b];
                 return v < Vec{} ? Vec{} : v;
             });
-        else if (call_.scale || call_.shift)
-            write([&](Vec v, int64_t b) { return v * scale[b] + shift[b]; });
+        else if (call_.shift)
+            write([&](Vec v, int64_t b) { return v + shift[b]; });
         else
             write([](Vec v, int64_t) { return v; });
     }
@@ -239,7 +278,7 @@ class Sum {
     const wk_sum &call_;
     const int64_t blocks_;
     int64_t above_ = 0, below_ = 0, together_ = 1, groups_ = 1, bands_ = 1, room_ = 0, own_bytes_ = 0;
-    bool any_hybrid_ = false;
+    bool any_hybrid_ = false, in_place_ = false;
     int out_of_memory_ = 0;
     Extent outputs_, inputs_;
     Step steps_[MOST_PASSES];

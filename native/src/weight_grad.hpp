@@ -145,7 +145,8 @@ class WeightGrad {
             hybrid_weight_grad({sums, step_.spectrum_column(), 2}, step_.taps.rows, step_.seen(grad), window, step_.seen(x),
                                inputs, anchor.rows, step_.turned ? band.shift() : 0, step_.tiling, step_.tables, room);
         else
-            direct({sums, step_.taps.columns, 1}, step_.taps, step_.seen(x), inputs, grad.at, window, anchor, true);
+            Direct{Plane{sums, step_.taps.columns, 1}, step_.taps, step_.seen(x), inputs, grad.at, window, anchor, true, true, {}}
+                .run();
     }
 
     Band band_of(int64_t item) const { return Band::of(item % bands_, bands_, call_.height, call_.width, above_, below_); }
