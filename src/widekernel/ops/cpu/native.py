@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from widekernel.ops.cpu import library as native
-from widekernel.ops.cpu.plan import Plan, plan
+from widekernel.ops.cpu.plan import Plan, plan, reason_for_pytorch
 from widekernel.ops.problem import DEPTHWISE_SUM, Anchor, Problem, memory_format
 
 name = "native"
@@ -19,7 +19,20 @@ _DTYPES = {torch.float32: native.FLOAT32, torch.bfloat16: native.BFLOAT16, torch
 
 
 def reasons_against(problem: Problem) -> list[str]:
-    """List why the backend cannot compute the problem; empty if it can."""
+    """List why the backend cannot, or should not unasked, compute the problem; empty if it will."""
+    reasons = _obstacles(problem)
+    if reasons:
+        return reasons
+    slower = reason_for_pytorch(problem)
+    return [slower] if slower else []
+
+
+def can_run(problem: Problem) -> bool:
+    """Whether the backend can run when asked for by name."""
+    return not _obstacles(problem)
+
+
+def _obstacles(problem: Problem) -> list[str]:
     reasons = []
     if problem.device != "cpu":
         reasons.append(f"it runs on a CPU, not on {problem.device}")
@@ -31,11 +44,6 @@ def reasons_against(problem: Problem) -> list[str]:
         native.warn_once_if_missing()
         reasons.append(str(native.load().reason))
     return reasons
-
-
-def can_run(problem: Problem) -> bool:
-    """Whether the backend can run when asked for by name."""
-    return not reasons_against(problem)
 
 
 def describe(problem: Problem) -> str:

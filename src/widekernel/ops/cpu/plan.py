@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import torch
+
 from widekernel.ops.cpu.library import DIRECT, HYBRID_ALONG_COLUMNS, HYBRID_ALONG_ROWS, MOST_PASSES
 from widekernel.ops.problem import DEPTHWISE_SUM, Problem, touching
 from widekernel.ops.problem import DIRECT as LOCAL
@@ -29,6 +31,8 @@ TRANSFORM_RATE, TRANSFORM_TILE = 1.8, 170
 DIRECT_WIDTH, COMPLEX_WIDTH, WAVES, LINES = 10, 5, 5, 4
 # Cycles for packing and unpacking one vector.
 PACKING = 12
+# Below so many numbers in the image a call costs more than its computation.
+SMALL_CALL = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,26 @@ def plan(problem: Problem, threads: int, lanes: int) -> Plan:
     blocks = problem.shape[0] * math.ceil(problem.shape[1] / lanes)
     total = blocks * (best[0] + 2 * PACKING * height * width)
     return Plan(best[1], best[2], _useful_threads(total, threads), total)
+
+
+def reason_for_pytorch(problem: Problem) -> str | None:
+    """Say why PyTorch's convolution should compute the problem instead, None if it should not.
+
+    Measured on one and two threads, AVX-512, with 16 to 1,024 channels and maps of 7 to 112 pixels: for channels_last images in
+    float32 oneDNN's kernels for up to 5x5 taps take 0.5 to 0.9 of our time, except on tensors so small that the call itself
+    takes longest. With 7x7 taps that is so only where pixels lie a multiple of 2 KiB apart, which caches handle badly.
+    """
+    batch, channels, height, width = problem.shape
+    if problem.op != DEPTHWISE_SUM or not problem.channels_last or len(problem.kernels) != 1:
+        return None
+    if problem.dtype != torch.float32:
+        return None
+    size, elements = max(problem.kernels[0]), batch * channels * height * width
+    if size <= 5 and elements > SMALL_CALL:
+        return f"PyTorch's convolution is faster for a kernel as small as {size} on a channels_last image"
+    if size <= 7 and channels % 512 == 0 and elements > SMALL_CALL:
+        return f"PyTorch's convolution is faster for a kernel as small as {size} on {channels} channels_last channels"
+    return None
 
 
 def _useful_threads(cycles: float, threads: int) -> int:
