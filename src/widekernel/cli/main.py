@@ -14,6 +14,7 @@ COMMANDS = {
     "models": "list the models",
     "recipes": "list the training recipes",
     "complexity": "count parameters and operations of a model, as trained and folded",
+    "bench": "time the operators, or networks, against PyTorch on this machine",
     "demo": "train, evaluate, fold, save and picture a large-kernel network on real digits",
 }
 

@@ -1,0 +1,22 @@
+"""Speed of the operators and of networks on this machine, against PyTorch and inference engines, side by side."""
+
+from widekernel.analysis.benchmark.cases import PASSES, SETS, Case, choose, parse_case
+from widekernel.analysis.benchmark.checking import check_operator
+from widekernel.analysis.benchmark.errors import BenchmarkError
+from widekernel.analysis.benchmark.machine import Machine, measure_machine, using_threads
+from widekernel.analysis.benchmark.operators import Row, measure_case
+
+__all__ = [
+    "PASSES",
+    "SETS",
+    "BenchmarkError",
+    "Case",
+    "Machine",
+    "Row",
+    "check_operator",
+    "choose",
+    "measure_case",
+    "measure_machine",
+    "parse_case",
+    "using_threads",
+]

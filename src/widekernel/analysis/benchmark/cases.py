@@ -1,0 +1,212 @@
+"""What is timed: convolutions with the work and the memory traffic that they cannot do without, in named sets."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from widekernel.errors import ArgumentError, nearest
+
+FORWARD, INPUT_GRAD, WEIGHT_GRAD = PASSES = ("forward", "input gradient", "weight gradient")
+BYTES = 4
+"""Of a number: everything is timed in float32."""
+DEFAULT_BATCH = 8
+
+# A sweep leaves out what would take minutes a call in the slowest rival, or gigabytes for all of them.
+LARGEST_TENSOR = 2**28
+MOST_MACS = 40e9
+
+SWEPT_KERNELS = (3, 5, 7, 9, 13, 21, 31, 51, 61)
+SWEPT_STRIPS = (13, 21, 31, 51, 61)
+SWEPT_MAPS = (7, 14, 28, 56, 112, 224)
+SWEPT_CHANNELS = (16, 48, 96, 256, 512, 2048)
+SWEPT_BATCHES = (1, 8, 32)
+STRIP_WIDTH = 5
+
+
+@dataclass(frozen=True)
+class Case:
+    """A depthwise convolution with stride 1 that keeps the size of its input.
+
+    Attributes:
+        name: short, for tables.
+        batch: N.
+        channels: C.
+        height: H.
+        width: W.
+        kernel: (kh, kw), odd numbers, anchored at the middle tap: what PyTorch can compute as well.
+    """
+
+    name: str
+    batch: int
+    channels: int
+    height: int
+    width: int
+    kernel: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        if min(self.shape) < 1:
+            raise ArgumentError(f"the shape of {self.name} is {self.shape}: N, C, H and W must be positive")
+        if min(self.kernel) < 1 or not all(size % 2 for size in self.kernel):
+            raise ArgumentError(
+                f"the kernel of {self.name} is {self.kernel[0]}x{self.kernel[1]}: both sizes must be positive odd numbers, "
+                "because PyTorch pads both sides of an image alike"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(N, C, H, W)."""
+        return self.batch, self.channels, self.height, self.width
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Size of the input, and of the output."""
+        return BYTES * self.batch * self.channels * self.height * self.width
+
+    @property
+    def bytes_moved(self) -> int:
+        """What any algorithm reads and writes at least, in each of the passes: two images and one kernel."""
+        return 2 * self.tensor_bytes + BYTES * self.channels * self.kernel[0] * self.kernel[1]
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates, in each of the passes, of taps that lie on a pixel and not on padding."""
+        return self.batch * self.channels * inside(self.height, self.kernel[0]) * inside(self.width, self.kernel[1])
+
+    @property
+    def intensity(self) -> float:
+        """Floating-point operations for each byte moved."""
+        return 2 * self.macs / self.bytes_moved
+
+    def __str__(self) -> str:
+        sizes = "x".join(str(size) for size in self.shape)
+        return f"{sizes} {self.kernel[0]}x{self.kernel[1]}"
+
+
+@lru_cache(maxsize=1024)
+def inside(extent: int, taps: int) -> int:
+    """Count the pairs of an output and a tap, along one axis of `extent` pixels, for which the tap lies on a pixel."""
+    reach = taps // 2
+    return sum(min(extent - 1, i + reach) - max(0, i - reach) + 1 for i in range(extent))
+
+
+def _set(rows: str) -> dict[str, Case]:
+    """Read cases from lines "name C H W kh kw [N]"."""
+    cases = {}
+    for line in rows.strip().splitlines():
+        name, *numbers = line.split()
+        channels, height, width, kh, kw, *batch = (int(number) for number in numbers)
+        cases[name] = Case(name, (batch or [DEFAULT_BATCH])[0], channels, height, width, (kh, kw))
+    return cases
+
+
+# The layers of the networks for which the operator was made, and dense kernels of SLaK's size.
+_TARGETS = _set("""
+    replknet-1    128  56  56 31 31
+    replknet-2    256  28  28 29 29
+    replknet-3    512  14  14 27 27
+    replknet-4   1024   7   7 13 13
+    slak-1        124  56  56 51  5
+    slak-1-wide   124  56  56  5 51
+    slak-2        249  28  28 49  5
+    slak-3-wide   499  14  14  5 47
+    slak-4        998   7   7 13  5
+    convnext-1     96  56  56  7  7
+    convnext-2    192  28  28  7  7
+    convnext-3    384  14  14  7  7
+    convnext-4    768   7   7  7  7
+    dense-51      128  56  56 51 51
+    dense-61      128  56  56 61 61
+    detection     128 200 320 31 31 1
+""")
+# One of each kind, over in a minute.
+_SMALL = _set("""
+    small-square   32  28  28 31 31
+    small-strip    32  28  28 31  5
+    small-wide     32  28  28  5 31
+    small-map      64   7   7 13 13
+    small-seven    32  28  28  7  7
+""")
+# Cases whose batch is part of what they are about.
+_OWN_BATCH = frozenset({"detection"})
+SETS = ("targets", "small", "sweep")
+
+
+def choose(names: Sequence[str], batch: int | None = None) -> tuple[list[Case], list[str]]:
+    """Give the cases that `names` stand for, each once, and a line about each kind of case that was left out.
+
+    Args:
+        names: of sets (`SETS`), of single cases, or patterns such as `slak-*`.
+        batch: N for all of them but those whose batch is part of the case; a sweep then has only this one.
+
+    Raises:
+        ArgumentError: if a name is unknown.
+    """
+    known = _TARGETS | _SMALL
+    cases: list[Case] = []
+    left_out: list[str] = []
+    for name in names:
+        if name == "sweep":
+            swept, left_out = _sweep((batch,) if batch else SWEPT_BATCHES)
+            cases += swept
+            continue
+        own = {"targets": _TARGETS, "small": _SMALL}.get(name)
+        found = list(own.values()) if own else [known[key] for key in known if fnmatch.fnmatchcase(key, name)]
+        if not found:
+            raise ArgumentError(
+                f"there is no case {name!r}.{nearest(name, [*SETS, *known])} Sets: {', '.join(SETS)}. "
+                f"Cases: {', '.join(known)}."
+            )
+        cases += [case if batch is None or case.name in _OWN_BATCH else replace(case, batch=batch) for case in found]
+    return list(dict.fromkeys(cases)), left_out
+
+
+def parse_case(shape: str, kernel: str) -> Case:
+    """Read a case from texts such as `8,128,56,56` and `31x31`.
+
+    Raises:
+        ArgumentError: if they are something else.
+    """
+    sizes, taps = _numbers(shape, ","), _numbers(kernel, "x")
+    if sizes is None or len(sizes) != 4:
+        raise ArgumentError(f"shape is {shape!r}, but must be four numbers N,C,H,W such as 8,128,56,56")
+    if taps is None or len(taps) != 2:
+        raise ArgumentError(f"kernel is {kernel!r}, but must be two numbers HEIGHTxWIDTH such as 31x31 or 51x5")
+    return Case("given", sizes[0], sizes[1], sizes[2], sizes[3], (taps[0], taps[1]))
+
+
+def _numbers(text: str, separator: str) -> list[int] | None:
+    parts = [part.strip() for part in text.split(separator)]
+    return [int(part) for part in parts] if all(part.isascii() and part.isdigit() for part in parts) else None
+
+
+def _sweep(batches: Sequence[int]) -> tuple[list[Case], list[str]]:
+    cases: list[Case] = []
+    useless = large = long = 0
+    for case in _swept(batches):
+        if max(case.kernel) > 2 * case.height - 1:
+            useless += 1
+        elif case.tensor_bytes > LARGEST_TENSOR:
+            large += 1
+        elif case.macs > MOST_MACS:
+            long += 1
+        else:
+            cases.append(case)
+    reasons = {
+        "the outer taps of the kernel meet no pixel (more than 2·map − 1 of them)": useless,
+        f"a tensor takes more than {LARGEST_TENSOR / 2**20:.0f} MiB": large,
+        f"a pass takes more than {MOST_MACS / 1e9:.0f} G multiply-accumulates": long,
+    }
+    return cases, [f"{count} cases of the sweep are left out: {why}" for why, count in reasons.items() if count]
+
+
+def _swept(batches: Sequence[int]) -> Iterator[Case]:
+    kernels = [(size, size) for size in SWEPT_KERNELS]
+    kernels += [strip for size in SWEPT_STRIPS for strip in ((size, STRIP_WIDTH), (STRIP_WIDTH, size))]
+    for batch in batches:
+        for extent in SWEPT_MAPS:
+            for channels in SWEPT_CHANNELS:
+                for kernel in kernels:
+                    yield Case("sweep", batch, channels, extent, extent, kernel)

@@ -1,0 +1,68 @@
+"""The forward pass in other inference engines, if they are installed: onnxruntime and OpenVINO.
+
+Each gets one depthwise convolution as its network, with the kernel as a constant, and computes in float32 on as many threads
+as PyTorch. What it returns is not copied.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# What has to be importable for each of them.
+_NEEDS = {"onnxruntime": ("onnxruntime", "onnx"), "openvino": ("openvino",)}
+ENGINES = tuple(_NEEDS)
+
+
+def missing(engine: str) -> list[str]:
+    """Name the packages that `engine` needs and that are not installed."""
+    return [package for package in _NEEDS[engine] if importlib.util.find_spec(package) is None]
+
+
+def forward_in(engine: str, x: Tensor, kernel: Tensor) -> Callable[[], Tensor]:
+    """Give a call of the depthwise convolution of `x` (N, C, H, W) with `kernel` (C, 1, kh, kw) in `engine`."""
+    return {"onnxruntime": _onnxruntime, "openvino": _openvino}[engine](x, kernel)
+
+
+def _onnxruntime(x: Tensor, kernel: Tensor) -> Callable[[], Tensor]:
+    onnx, runtime = importlib.import_module("onnx"), importlib.import_module("onnxruntime")
+    helper, number = onnx.helper, onnx.TensorProto.FLOAT
+    up, left = kernel.shape[2] // 2, kernel.shape[3] // 2
+    node = helper.make_node("Conv", ["x", "kernel"], ["y"], group=x.shape[1], pads=[up, left, up, left])
+    ends = [helper.make_tensor_value_info(name, number, list(x.shape)) for name in "xy"]
+    constant = onnx.numpy_helper.from_array(kernel.numpy(), "kernel")
+    graph = helper.make_graph([node], "depthwise", ends[:1], ends[1:], [constant])
+    # Versions that every onnxruntime of the last years reads.
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Its threads would go on spinning into the time of the next rival.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    feed = {"x": x.contiguous().numpy()}
+    return lambda: torch.from_numpy(session.run(None, feed)[0])
+
+
+def _openvino(x: Tensor, kernel: Tensor) -> Callable[[], Tensor]:
+    openvino: Any = importlib.import_module("openvino")
+    operators: Any = importlib.import_module("openvino.opset13")
+    pads = [kernel.shape[2] // 2, kernel.shape[3] // 2]
+    image = operators.parameter(list(x.shape), np.float32)
+    filters = operators.constant(kernel.unsqueeze(1).numpy())
+    y = operators.group_convolution(image, filters, [1, 1], pads, pads, [1, 1])
+    # Otherwise it computes in bfloat16 where the processor can.
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    compiled = openvino.Core().compile_model(openvino.Model([y], [image]), "CPU", settings)
+    request, feed = compiled.create_infer_request(), openvino.Tensor(x.contiguous().numpy(), shared_memory=True)
+
+    def run() -> Tensor:
+        request.infer([feed], share_inputs=True, share_outputs=True)
+        return torch.from_numpy(request.get_output_tensor().data)
+
+    return run
