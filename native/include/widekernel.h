@@ -13,9 +13,10 @@ extern "C" {
 #endif
 
 // Raised whenever a structure or a function here changes its meaning.
-#define WK_ABI 1
-// Passes of one call at most.
+#define WK_ABI 2
+// Passes and kernels of one call at most.
 #define WK_MOST_PASSES 16
+#define WK_MOST_RECTS 64
 
 enum wk_dtype { WK_FLOAT32 = 0, WK_BFLOAT16 = 1, WK_FLOAT16 = 2 };
 
@@ -80,6 +81,11 @@ int32_t wk_bind_openmp(const char *path);
 
 int32_t wk_depthwise_sum(const wk_sum *call);
 int32_t wk_depthwise_weight_grad(const wk_weight_grad *call);
+// The same with other addresses in place of those in `call`, which stays as it is and may be used by several threads at once:
+// sizes and strides are filled in once and for all. `taps` has one address for each rect.
+int32_t wk_depthwise_sum_at(const wk_sum *call, const void *x, void *y, const float *const *taps, const float *scale,
+                            const float *shift, int32_t relu);
+int32_t wk_depthwise_weight_grad_at(const wk_weight_grad *call, const void *x, const void *grad, float *taps);
 // Bytes of working memory that the call takes: what each thread has of its own, and what all share (the packed kernels).
 void wk_sum_workspace(const wk_sum *call, int64_t *per_thread, int64_t *shared);
 void wk_weight_grad_workspace(const wk_weight_grad *call, int64_t *per_thread, int64_t *shared);

@@ -73,7 +73,8 @@ template <class Call> bool has_sizes(const Call &call) {
 
 bool is_valid(const wk_sum &call) {
     if (!has_sizes(call) || !is_tensor(call.x) || !is_tensor(call.y)) return false;
-    if (call.passes < 1 || call.passes > WK_MOST_PASSES || call.rects < 1) return false;
+    if (call.passes < 1 || call.passes > WK_MOST_PASSES) return false;
+    if (call.rects < 1 || call.rects > WK_MOST_RECTS) return false;
     for (int32_t i = 0; i < call.passes; i++)
         if (!is_pass(call.pass[i])) return false;
     for (int32_t i = 0; i < call.rects; i++) {
@@ -112,6 +113,26 @@ WK_EXPORT int32_t wk_depthwise_sum(const wk_sum *call) {
 
 WK_EXPORT int32_t wk_depthwise_weight_grad(const wk_weight_grad *call) {
     return wk::is_valid(*call) ? wk::kernels().depthwise_weight_grad(*call) : WK_BAD_ARGUMENT;
+}
+
+WK_EXPORT int32_t wk_depthwise_sum_at(const wk_sum *call, const void *x, void *y, const float *const *taps, const float *scale,
+                                      const float *shift, int32_t relu) {
+    if (call->rects < 1 || call->rects > WK_MOST_RECTS) return WK_BAD_ARGUMENT;
+    wk_sum here = *call;
+    wk_rect rects[WK_MOST_RECTS];
+    for (int32_t i = 0; i < call->rects; i++) {
+        rects[i] = call->rect[i];
+        rects[i].taps = taps[i];
+    }
+    here.x.data = const_cast<void *>(x), here.y.data = y, here.rect = rects;
+    here.scale = scale, here.shift = shift, here.relu = relu;
+    return wk_depthwise_sum(&here);
+}
+
+WK_EXPORT int32_t wk_depthwise_weight_grad_at(const wk_weight_grad *call, const void *x, const void *grad, float *taps) {
+    wk_weight_grad here = *call;
+    here.x.data = const_cast<void *>(x), here.grad.data = const_cast<void *>(grad), here.taps = taps;
+    return wk_depthwise_weight_grad(&here);
 }
 
 WK_EXPORT void wk_sum_workspace(const wk_sum *call, int64_t *per_thread, int64_t *shared) {

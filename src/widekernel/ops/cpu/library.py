@@ -25,8 +25,8 @@ import torch
 
 from widekernel.errors import ArgumentError, WidekernelError
 
-ABI = 1
-MOST_PASSES = 16
+ABI = 2
+MOST_PASSES, MOST_RECTS = 16, 64
 FLOAT32, BFLOAT16, FLOAT16 = range(3)
 DIRECT, HYBRID_ALONG_ROWS, HYBRID_ALONG_COLUMNS = range(3)
 OK, BAD_ARGUMENT, OUT_OF_MEMORY = range(3)
@@ -100,6 +100,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "wk_bind_openmp": (_int32, [_text]),
     "wk_depthwise_sum": (_int32, [ctypes.POINTER(Sum)]),
     "wk_depthwise_weight_grad": (_int32, [ctypes.POINTER(WeightGrad)]),
+    "wk_depthwise_sum_at": (_int32, [ctypes.POINTER(Sum), Address, Address, Address, Address, Address, _int32]),
+    "wk_depthwise_weight_grad_at": (_int32, [ctypes.POINTER(WeightGrad), Address, Address, Address]),
     "wk_sum_workspace": (None, [ctypes.POINTER(Sum), _bytes, _bytes]),
     "wk_weight_grad_workspace": (None, [ctypes.POINTER(WeightGrad), _bytes, _bytes]),
     "wk_error_text": (_text, [_int32]),

@@ -38,6 +38,8 @@ def _obstacles(problem: Problem) -> list[str]:
         reasons.append(f"it runs on a CPU, not on {problem.device}")
     if problem.dtype not in _DTYPES:
         reasons.append(f"it computes float32, bfloat16 and float16, not {problem.dtype}")
+    if len(problem.kernels) > native.MOST_RECTS:
+        reasons.append(f"it adds up at most {native.MOST_RECTS} kernels, not {len(problem.kernels)}")
     if 0 in problem.shape:
         reasons.append(f"there is nothing to compute for the shape {problem.shape}")
     if not reasons and native.load().reason is not None:
@@ -69,12 +71,15 @@ class PreparedSum:
     def __init__(self, problem: Problem, chosen: Plan) -> None:
         self.problem, self.plan = problem, chosen
         self._library = native.load()
-        self._run = self._library.calls.wk_depthwise_sum
+        self._run = self._library.calls.wk_depthwise_sum_at
         self._passes = (native.Pass * len(chosen.passes))(
             *[(p.piece.rows, p.piece.columns, p.piece.row, p.piece.column, p.method) for p in chosen.passes]
         )
         sizes = zip(problem.kernels, problem.anchors, chosen.targets)
         self._rects = (native.Rect * len(problem.kernels))(*[(0, *size, *anchor, target) for size, anchor, target in sizes])
+        self._addresses = native.Address * len(problem.kernels)
+        # By the strides of input and output. What is in it never changes, so that threads may share it.
+        self._calls: dict[tuple[int, ...], native.Sum] = {}
 
     def __call__(self, x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor], bias: Tensor | None) -> Tensor:
         """Compute the sum, in the layout of `x`; see `reference.depthwise_sum`."""
@@ -86,44 +91,28 @@ class PreparedSum:
         """Compute relu(scale · sum + shift), the affine map per channel (C,) and the rectifier both being optional."""
         x = addressable(x)
         y = torch.empty_like(x, memory_format=memory_format(x))
+        strides = x.stride() + y.stride()
+        call = self._calls.get(strides)
+        if call is None:
+            call = self._calls.setdefault(strides, self._call(x, y))
         taps = [_floats(kernel) for kernel in kernels]
-        factors = [None if v is None else _floats(v) for v in (scale, shift)]
-        call = self._call(x, y, taps, factors, relu)
-        self._library.check(self._run(call))
+        addresses = self._addresses(*[tap.data_ptr() for tap in taps])
+        scale, shift = (None if v is None else _floats(v) for v in (scale, shift))
+        factors = (None if v is None else v.data_ptr() for v in (scale, shift))
+        error = self._run(call, x.data_ptr(), y.data_ptr(), addresses, *factors, relu)
+        if error:
+            self._library.check(error)
         return y
 
     def workspace(self) -> tuple[int, int]:
         """Give the bytes of working memory of each thread, and those that all share."""
-        own, shared = ctypes.c_int64(), ctypes.c_int64()
-        like = torch.empty(self.problem.shape, dtype=self.problem.dtype, device="meta")
-        if self.problem.channels_last:
-            like = like.contiguous(memory_format=torch.channels_last)
-        call = self._call(like, like, None, (None, None), False)
-        self._library.calls.wk_sum_workspace(call, ctypes.byref(own), ctypes.byref(shared))
-        return own.value, shared.value
+        like = _like(self.problem)
+        return _workspace(self._library.calls.wk_sum_workspace, self._call(like, like))
 
-    def _call(self, x: Tensor, y: Tensor, taps: Sequence[Tensor] | None, factors: Sequence[Tensor | None], relu: bool) -> Any:
-        batch, channels, height, width = x.shape
-        # A copy of its own for every call: several Python threads may make one at once.
-        rects = type(self._rects).from_buffer_copy(self._rects)
-        for rect, tap in zip(rects, taps or ()):
-            rect.taps = tap.data_ptr()
-        return native.Sum(
-            _DTYPES[x.dtype],
-            self.plan.threads,
-            batch,
-            channels,
-            height,
-            width,
-            _image(x),
-            _image(y),
-            len(self._passes),
-            len(rects),
-            self._passes,
-            rects,
-            *(None if factor is None else factor.data_ptr() for factor in factors),
-            int(relu),
-        )
+    def _call(self, x: Tensor, y: Tensor) -> native.Sum:
+        images = [(None, *x.stride()), (None, *y.stride())]
+        parts = (len(self._passes), len(self._rects), self._passes, self._rects)
+        return native.Sum(_DTYPES[x.dtype], self.plan.threads, *x.shape, *images, *parts)
 
 
 class PreparedWeightGrad:
@@ -132,39 +121,45 @@ class PreparedWeightGrad:
     def __init__(self, problem: Problem, chosen: Plan) -> None:
         self.problem, self.plan = problem, chosen
         self._library = native.load()
-        self._run = self._library.calls.wk_depthwise_weight_grad
+        self._run = self._library.calls.wk_depthwise_weight_grad_at
+        self._calls: dict[tuple[int, ...], native.WeightGrad] = {}
 
     def __call__(self, x: Tensor, grad: Tensor, kernel: tuple[int, int], anchor: Anchor) -> Tensor:
         """Compute the gradient, (C, 1, kh, kw); see `reference.depthwise_weight_grad`."""
         x, grad = addressable(x), addressable(grad)
+        strides = x.stride() + grad.stride()
+        call = self._calls.get(strides)
+        if call is None:
+            call = self._calls.setdefault(strides, self._call(x, grad))
         taps = torch.empty(x.shape[1], 1, *kernel, dtype=torch.float32)
-        self._library.check(self._run(self._call(x, grad, taps.data_ptr())))
+        error = self._run(call, x.data_ptr(), grad.data_ptr(), taps.data_ptr())
+        if error:
+            self._library.check(error)
         return taps.to(x.dtype)
 
     def workspace(self) -> tuple[int, int]:
         """Give the bytes of working memory of each thread, and those that all share."""
-        own, shared = ctypes.c_int64(), ctypes.c_int64()
-        like = torch.empty(self.problem.shape, dtype=self.problem.dtype, device="meta")
-        if self.problem.channels_last:
-            like = like.contiguous(memory_format=torch.channels_last)
-        call = self._call(like, like, None)
-        self._library.calls.wk_weight_grad_workspace(call, ctypes.byref(own), ctypes.byref(shared))
-        return own.value, shared.value
+        like = _like(self.problem)
+        return _workspace(self._library.calls.wk_weight_grad_workspace, self._call(like, like))
 
-    def _call(self, x: Tensor, grad: Tensor, taps: int | None) -> Any:
+    def _call(self, x: Tensor, grad: Tensor) -> native.WeightGrad:
         step = self.plan.passes[0]
         extent = (step.piece.rows, step.piece.columns, step.piece.row, step.piece.column, step.method)
-        return native.WeightGrad(
-            _DTYPES[x.dtype],
-            self.plan.threads,
-            *x.shape,
-            _image(x),
-            _image(grad),
-            extent,
-            taps,
-            *self.problem.kernels[0],
-            *self.problem.anchors[0],
-        )
+        images = [(None, *x.stride()), (None, *grad.stride())]
+        whole = (*self.problem.kernels[0], *self.problem.anchors[0])
+        return native.WeightGrad(_DTYPES[x.dtype], self.plan.threads, *x.shape, *images, extent, None, *whole)
+
+
+def _like(problem: Problem) -> Tensor:
+    """Give a tensor without data that has the strides of the problem's images."""
+    like = torch.empty(problem.shape, dtype=problem.dtype, device="meta")
+    return like.contiguous(memory_format=torch.channels_last) if problem.channels_last else like
+
+
+def _workspace(function: Any, call: Any) -> tuple[int, int]:
+    own, shared = ctypes.c_int64(), ctypes.c_int64()
+    function(call, ctypes.byref(own), ctypes.byref(shared))
+    return own.value, shared.value
 
 
 def depthwise_sum(x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor], bias: Tensor | None) -> Tensor:
@@ -185,13 +180,10 @@ def addressable(x: Tensor) -> Tensor:
     return x if strides[1] == 1 or strides[3] == 1 else x.contiguous()
 
 
-def _image(x: Tensor) -> tuple[int, int, int, int, int]:
-    # Meta tensors, which stand for sizes only, have the address zero.
-    return (x.data_ptr() if x.device.type == "cpu" else 0, *x.stride())  # type: ignore[return-value]
-
-
 def _floats(values: Tensor) -> Tensor:
     """Give contiguous float32 numbers; a kernel is small beside the images."""
     if values.is_neg():
         values = values.resolve_neg()
-    return values.contiguous() if values.dtype == torch.float32 else values.to(torch.float32).contiguous()
+    if values.dtype != torch.float32:
+        values = values.to(torch.float32)
+    return values if values.is_contiguous() else values.contiguous()

@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-import torch
-
 from widekernel.ops.cpu.library import DIRECT, HYBRID_ALONG_COLUMNS, HYBRID_ALONG_ROWS, MOST_PASSES
 from widekernel.ops.problem import DEPTHWISE_SUM, Problem, touching
 from widekernel.ops.problem import DIRECT as LOCAL
@@ -102,14 +100,12 @@ def plan(problem: Problem, threads: int, lanes: int) -> Plan:
 def reason_for_pytorch(problem: Problem) -> str | None:
     """Say why PyTorch's convolution should compute the problem instead, None if it should not.
 
-    Measured on one and two threads, AVX-512, with 16 to 1,024 channels and maps of 7 to 112 pixels: for channels_last images in
-    float32 oneDNN's kernels for up to 5x5 taps take 0.5 to 0.9 of our time, except on tensors so small that the call itself
+    Measured on one and two threads, AVX-512, with 16 to 1,024 channels and maps of 7 to 112 pixels: for channels_last
+    images oneDNN's kernels for up to 5x5 taps take 0.5 to 0.9 of our time, except on tensors so small that the call itself
     takes longest. With 7x7 taps that is so only where pixels lie a multiple of 2 KiB apart, which caches handle badly.
     """
     batch, channels, height, width = problem.shape
     if problem.op != DEPTHWISE_SUM or not problem.channels_last or len(problem.kernels) != 1:
-        return None
-    if problem.dtype != torch.float32:
         return None
     size, elements = max(problem.kernels[0]), batch * channels * height * width
     if size <= 5 and elements > SMALL_CALL:
