@@ -67,7 +67,7 @@ class Sum {
         int64_t packed = 0;
         for (int64_t i = 0; i < call_.passes; i++) packed += blocks_ * steps_[i].packed_block;
         parallel(packed < WORTH_A_THREAD ? 1 : call_.threads, blocks_,
-                 [](void *self, int64_t block, int64_t) { static_cast<Sum *>(self)->pack_kernels(block); }, this);
+                 [](void *self, int64_t block) { static_cast<Sum *>(self)->pack_kernels(block); }, this);
         auto task = call_.dtype == WK_FLOAT32    ? &Sum::start<Float32>
                     : call_.dtype == WK_BFLOAT16 ? &Sum::start<BFloat16>
                                                  : &Sum::start<Float16>;
@@ -163,7 +163,7 @@ class Sum {
     // Bands of one image share rows, and neighbouring images the kernels.
     Place place(int64_t task) const { return {task / bands_ % call_.images, task / bands_ / call_.images, task % bands_}; }
 
-    template <class Type> static void start(void *self, int64_t task, int64_t) {
+    template <class Type> static void start(void *self, int64_t task) {
         static_cast<Sum *>(self)->compute<Type>(task);
     }
 

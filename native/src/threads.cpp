@@ -27,27 +27,15 @@ std::atomic<OpenRegion> open_region{nullptr};
 std::atomic<bool> forked{false};
 
 struct Job {
-    void (*run)(void *, int64_t, int64_t);
+    void (*run)(void *, int64_t);
     void *context;
     int64_t tasks;
-    int64_t claimed_early;  // tasks below this index may be claimed by a thread that still works on another one
     alignas(64) std::atomic<int64_t> unclaimed{0};
-
-    int64_t claim() { return unclaimed.fetch_add(1, std::memory_order_relaxed); }
 };
 
 void work(void *pointer) noexcept {
     Job &job = *static_cast<Job *>(pointer);
-    int64_t task = job.claim();
-    while (task < job.tasks) {
-        int64_t next = -1;
-        if (job.unclaimed.load(std::memory_order_relaxed) < job.claimed_early) {
-            next = job.claim();
-            if (next >= job.tasks) next = -1;
-        }
-        job.run(job.context, task, next);
-        task = next >= 0 ? next : job.claim();
-    }
+    for (int64_t task; (task = job.unclaimed.fetch_add(1, std::memory_order_relaxed)) < job.tasks;) job.run(job.context, task);
 }
 
 void *crew_member(void *job) {
@@ -96,14 +84,14 @@ bool watch_forks() {
 
 namespace wk {
 
-void parallel(int32_t threads, int64_t tasks, void (*run)(void *context, int64_t task, int64_t next_task), void *context) {
+void parallel(int32_t threads, int64_t tasks, void (*run)(void *context, int64_t task), void *context) {
     threads = std::min(threads, most_threads);
     OpenRegion open = open_region.load(std::memory_order_acquire);
     if (threads <= 1 || tasks <= 1 || !open) {
-        for (int64_t task = 0; task < tasks; ++task) run(context, task, task + 1 < tasks ? task + 1 : -1);
+        for (int64_t task = 0; task < tasks; ++task) run(context, task);
         return;
     }
-    Job job{run, context, tasks, tasks - threads};
+    Job job{run, context, tasks};
     if (forked.load(std::memory_order_relaxed)) {
         // A pool does not survive a fork: its threads stay behind in the parent, and GNU's runtime waits for them for ever.
         work_with_new_threads(job, static_cast<int32_t>(std::min<int64_t>(threads, tasks)));

@@ -59,7 +59,7 @@ inline double fma_peak(int32_t threads, double seconds) {
         int64_t operations;
     } job{seconds, 0};
     parallel(threads, threads,
-             [](void *context, int64_t, int64_t) {
+             [](void *context, int64_t) {
                  Job *shared = static_cast<Job *>(context);
                  __atomic_fetch_add(&shared->operations, multiply_add_for(shared->seconds), __ATOMIC_RELAXED);
              },

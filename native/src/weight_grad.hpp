@@ -59,7 +59,7 @@ class WeightGrad {
         parallel(call_.threads, groups_ * chunks_, task, this);
         if (chunks_ > 1)
             parallel(blocks_ * chunks_ * step_.packed_block < WORTH_A_THREAD ? 1 : call_.threads, blocks_,
-                     [](void *self, int64_t block, int64_t) { static_cast<WeightGrad *>(self)->join(block); }, this);
+                     [](void *self, int64_t block) { static_cast<WeightGrad *>(self)->join(block); }, this);
         shared_memory.shrink();
         return __atomic_load_n(&out_of_memory_, __ATOMIC_RELAXED) ? WK_OUT_OF_MEMORY : WK_OK;
     }
@@ -89,7 +89,7 @@ class WeightGrad {
         return block;
     }
 
-    template <class Type> static void start(void *self, int64_t task, int64_t) {
+    template <class Type> static void start(void *self, int64_t task) {
         static_cast<WeightGrad *>(self)->compute<Type>(task);
     }
 

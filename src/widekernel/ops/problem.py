@@ -13,8 +13,8 @@ from widekernel.errors import ArgumentError
 Anchor = tuple[int, int]
 DEPTHWISE_SUM = "depthwise_sum"
 DEPTHWISE_WEIGHT_GRAD = "depthwise_weight_grad"
-# "direct": every output is a sum over the pixels under the kernel and over nothing else, so that outliers, infinities and NaN
-# reach no further than the kernel does.
+# "direct": every output is a sum over the pixels under the kernel and over nothing else, so that outliers, infinities and
+# NaN reach no further than the kernel does.
 DIRECT = "direct"
 ALGORITHMS = (DIRECT,)
 
@@ -61,9 +61,7 @@ class Problem:
         return f"{self.op} of {self.shape} {self.dtype} {layout} on {self.device} with {rects or 'no rectangle'}{how}"
 
 
-def _problem(
-    op: str, x: Tensor, sizes: tuple[tuple[int, int], ...], anchors: tuple[Anchor, ...], algorithm: str
-) -> Problem:
+def _problem(op: str, x: Tensor, sizes: tuple[tuple[int, int], ...], anchors: tuple[Anchor, ...], algorithm: str) -> Problem:
     batch, channels, height, width = x.shape
     shape = (batch, channels, height, width)
     return Problem(op, x.device.type, x.dtype, shape, sizes, anchors, is_channels_last(x), algorithm)

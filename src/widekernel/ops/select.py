@@ -1,9 +1,9 @@
 """Which backend computes an operator call, why not the others, and a record of what ran.
 
 A backend is a module or an object with `name`, `reasons_against(problem)`, `can_run(problem)` and the two operators. It
-answers with the list of its reasons instead of a yes or no, so that an error, or `explain`, can say what to change. It may also
-have `prepare(problem)`, which gives the operator with all that follows from the problem decided, and `describe(problem)`, which
-says in words what was decided.
+answers with the list of its reasons instead of a yes or no, so that an error, or `explain`, can say what to change. It may
+also have `prepare(problem)`, which gives the operator with all that follows from the problem decided, and
+`describe(problem)`, which says in words what was decided.
 """
 
 from __future__ import annotations

@@ -38,6 +38,10 @@ int32_t wk_lanes(void) { return strcmp(isa, "avx2") ? 4 : 8; }
 int32_t wk_bind_openmp(const char *) { return 0; }
 int32_t wk_depthwise_sum(const wk_sum *) { return WK_BAD_ARGUMENT; }
 int32_t wk_depthwise_weight_grad(const wk_weight_grad *) { return WK_OUT_OF_MEMORY; }
+int32_t wk_depthwise_sum_at(const wk_sum *, const void *, void *, const float *const *, const float *, const float *, int32_t) {
+    return WK_BAD_ARGUMENT;
+}
+int32_t wk_depthwise_weight_grad_at(const wk_weight_grad *, const void *, const void *, float *) { return WK_BAD_ARGUMENT; }
 void wk_sum_workspace(const wk_sum *, int64_t *, int64_t *) {}
 void wk_weight_grad_workspace(const wk_weight_grad *, int64_t *, int64_t *) {}
 const char *wk_error_text(int32_t error) { return error == WK_OUT_OF_MEMORY ? "no memory" : "wrong sizes"; }
@@ -274,7 +278,7 @@ def test_constants_and_functions_are_those_of_the_header() -> None:
     assert len(constants) == 9
     assert constants == {name: getattr(library, name) for name in constants}
     defined = dict(re.findall(r"#define WK_(\w+) (\d+)", header))
-    assert defined == {"ABI": str(library.ABI), "MOST_PASSES": str(library.MOST_PASSES)}
+    assert defined == {name: str(getattr(library, name)) for name in ("ABI", "MOST_PASSES", "MOST_RECTS")}
     assert set(re.findall(r"\b(wk_\w+)\(", header)) == set(library._SIGNATURES)
     for members, name in re.findall(r"typedef struct \{([^}]*)\} (\w+);", header, re.DOTALL):
         fields = re.findall(r"(\w+)\s*[,;]", re.sub(r"//.*", "", members))

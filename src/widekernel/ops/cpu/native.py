@@ -73,10 +73,11 @@ class PreparedSum:
         self._library = native.load()
         self._run = self._library.calls.wk_depthwise_sum_at
         self._passes = (native.Pass * len(chosen.passes))(
-            *[(p.piece.rows, p.piece.columns, p.piece.row, p.piece.column, p.method) for p in chosen.passes]
+            *[native.Pass(p.piece.rows, p.piece.columns, p.piece.row, p.piece.column, p.method) for p in chosen.passes]
         )
         sizes = zip(problem.kernels, problem.anchors, chosen.targets)
-        self._rects = (native.Rect * len(problem.kernels))(*[(0, *size, *anchor, target) for size, anchor, target in sizes])
+        rects = [native.Rect(None, *size, *anchor, target) for size, anchor, target in sizes]
+        self._rects = (native.Rect * len(rects))(*rects)
         self._addresses = native.Address * len(problem.kernels)
         # By the strides of input and output. What is in it never changes, so that threads may share it.
         self._calls: dict[tuple[int, ...], native.Sum] = {}

@@ -1,9 +1,8 @@
 """How a problem is computed by the native library: which kernels are joined, and by which algorithm each is run.
 
-Algorithm D, *direct*, goes tap by tap. Algorithm H, *hybrid*, transforms one axis and is direct along the other. H takes fewer
-operations where a kernel is long and the image not small; D is never far behind otherwise, and each of its outputs depends on
-the pixels under the kernel only. A model of the cost, in processor cycles for one block of channels of one image, decides; its
-constants were fitted to measurements (`widekernel bench ops` shows what it chose and how that compares).
+The *direct* algorithm goes tap by tap. The *hybrid* one transforms one axis and is direct along the other: it takes fewer
+operations where a kernel is long and the image not small. A model of the cost, in processor cycles for one block of channels of
+one image, decides; its constants were fitted to measurements (`widekernel bench ops` shows what it chose, and the outcome).
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ METHODS = {DIRECT: "direct", HYBRID_ALONG_ROWS: "hybrid along rows", HYBRID_ALON
 
 # Transforms are no longer than this; wider kernels are computed directly.
 LONGEST_TRANSFORM = 256
-# Multiply-adds of a vector in a cycle, as reached by the direct and by the hybrid kernels within a tile, and cycles lost a tile.
+# Multiply-adds of a vector in a cycle that the micro-kernels reach, and the cycles lost in each call of one.
 DIRECT_RATE, DIRECT_TILE = 1.8, 35
 COMPLEX_RATE, COMPLEX_TILE = 1.75, 35
 TRANSFORM_RATE, TRANSFORM_TILE = 1.8, 170
@@ -199,4 +198,5 @@ def _hybrid(piece: Piece, lines: int, extent: int, images: int, grad: bool) -> f
 def _transform(lines: int, length: int, reach: int) -> float:
     waves = length // 4 + 1
     rounds = math.ceil(lines / LINES)
-    return rounds * (8 * reach + math.ceil(waves / WAVES) * TRANSFORM_TILE + LINES * waves * (2 * reach + 1) / TRANSFORM_RATE)
+    products = LINES * waves * (2 * reach + 1) / TRANSFORM_RATE
+    return rounds * (8 * reach + math.ceil(waves / WAVES) * TRANSFORM_TILE + products)
