@@ -6,6 +6,9 @@
 namespace wk {
 namespace WK_NAMESPACE {
 
+// Pixels whose products are added up one after the other.
+constexpr int64_t LONGEST_SUM = 4096;
+
 class WeightGrad {
   public:
     explicit WeightGrad(const wk_weight_grad &call)
@@ -16,6 +19,7 @@ class WeightGrad {
         together_ = blocks_together(adjoin, true, blocks_, call.images, call.threads);
         groups_ = ceil_div(blocks_, together_);
         bands_ = bands_for(groups_ * call.images, call.threads, call.height, 2 * together_ * (call.width + 3), step_.hybrid);
+        if (!step_.hybrid) bands_ = least(call.height, most(bands_, ceil_div(int64_t{call.height} * call.width, LONGEST_SUM)));
         const int64_t items = call.images * bands_;
         chunks_ = call.threads > 1 && groups_ < 4 * call.threads ? least(items, ceil_div(4 * call.threads, groups_)) : 1;
         outputs_ = {ceil_div(call.height, bands_), call.width};
@@ -30,6 +34,7 @@ class WeightGrad {
             room_ = most(room_, step_.taps.area() + folding_room(step_.tiling.length, step_.tiling.longest_reach()));
         } else {
             step_.packed_block = step_.taps.area();
+            room_ = step_.taps.area();
         }
     }
 
@@ -145,8 +150,13 @@ class WeightGrad {
             hybrid_weight_grad({sums, step_.spectrum_column(), 2}, step_.taps.rows, step_.seen(grad), window, step_.seen(x),
                                inputs, anchor.rows, step_.turned ? band.shift() : 0, step_.tiling, step_.tables, room);
         else
-            Direct{Plane{sums, step_.taps.columns, 1}, step_.taps, step_.seen(x), inputs, grad.at, window, anchor, true, true, {}}
-                .run();
+            add_direct(sums, step_.seen(x), inputs, grad.at, window, anchor, room);
+    }
+
+    // One number after the other would be added to an ever longer sum; the sum of each piece keeps the error small.
+    void add_direct(Vec *sums, const Field &x, Extent size, const Vec *grad, Extent window, Extent anchor, Vec *piece) const {
+        Direct{Plane{piece, step_.taps.columns, 1}, step_.taps, x, size, grad, window, anchor, false, true, {}}.run();
+        for (int64_t tap = 0; tap < step_.taps.area(); tap++) sums[tap] += piece[tap];
     }
 
     Band band_of(int64_t item) const { return Band::of(item % bands_, bands_, call_.height, call_.width, above_, below_); }

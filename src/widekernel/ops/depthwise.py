@@ -160,7 +160,7 @@ def _differentiated(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-# Registered in the form that costs least a call: the checks of `torch.library.custom_op` take longer than a small convolution.
+# Registered in the form that costs least a call: the checks of `torch.library.custom_op` take as long as a convolution may.
 _LIBRARY = torch.library.Library("widekernel", "FRAGMENT")
 _HOW = "str backend, str algorithm"
 _LIBRARY.define(

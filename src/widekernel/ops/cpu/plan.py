@@ -1,8 +1,8 @@
 """How a problem is computed by the native library: which kernels are joined, and by which algorithm each is run.
 
 The *direct* algorithm goes tap by tap. The *hybrid* one transforms one axis and is direct along the other: it takes fewer
-operations where a kernel is long and the image not small. A model of the cost, in processor cycles for one block of channels of
-one image, decides; its constants were fitted to measurements (`widekernel bench ops` shows what it chose, and the outcome).
+operations where a kernel is long and the image not small. A model of the cost, in processor cycles for one block of channels
+of one image, decides; its constants were fitted to measurements (`widekernel bench ops` shows its choices and their outcome).
 """
 
 from __future__ import annotations
