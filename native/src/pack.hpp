@@ -42,6 +42,21 @@ template <class Type> WK_INLINE bool channels_adjoin(const Block<Type> &block) {
     return block.channel == 1 || block.channels == 1;
 }
 
+// Goes through the pixels of a plane row by row. Rows may be as short as a few pixels, so their ends cost no branch.
+struct Walk {
+    Vec *at;
+    int64_t columns, column = 0, step, turn;
+
+    Walk(const Plane &plane, int64_t width)
+        : at(plane.at), columns(width), step(plane.column), turn(plane.row - (width - 1) * plane.column) {}
+
+    WK_INLINE void next() {
+        const bool ends = ++column == columns;
+        at += ends ? turn : step;
+        column = ends ? 0 : column;
+    }
+};
+
 // Copy rows [0, rows) × columns [0, columns) of a block into a plane.
 template <class Type> void pack(const Plane &to, const Block<Type> &from, int64_t rows, int64_t columns) {
     if (channels_adjoin(from)) {
@@ -61,8 +76,7 @@ template <class Type> void pack(const Plane &to, const Block<Type> &from, int64_
     bool joined = from.row == columns;
     int64_t runs = joined ? 1 : rows, length = joined ? rows * columns : columns;
     for (int64_t run = 0; run < runs; run++) {
-        Vec *out = to.at + run * to.row;
-        int64_t column = 0;
+        Walk walk(to.from(run, 0), columns);
         for (int64_t p = 0; p < length; p += LANES) {
             int count = static_cast<int>(least(LANES, length - p));
             const typename Type::Stored *source = from.at + run * from.row + p;
@@ -76,8 +90,8 @@ template <class Type> void pack(const Plane &to, const Block<Type> &from, int64_
                     square[c] = c < from.channels ? load_some<Type>(source + c * from.channel, count) : Vec{};
             transpose(square);
             for (int i = 0; i < count; i++) {
-                out[column * to.column] = square[i];
-                if (++column == columns) column = 0, out += to.row;
+                *walk.at = square[i];
+                walk.next();
             }
         }
     }
@@ -101,16 +115,16 @@ void unpack(const Block<Type> &to, const Plane &from, int64_t rows, int64_t colu
     bool joined = to.row == columns;
     int64_t runs = joined ? 1 : rows, length = joined ? rows * columns : columns;
     for (int64_t run = 0; run < runs; run++) {
-        const Vec *in = from.at + run * from.row;
-        int64_t column = 0;
+        Walk walk(from.from(run, 0), columns);
         for (int64_t p = 0; p < length; p += LANES) {
             int count = static_cast<int>(least(LANES, length - p));
             typename Type::Stored *target = to.at + run * to.row + p;
             Vec square[LANES];
-            for (int i = 0; i < LANES; i++) {
-                square[i] = i < count ? finish(in[column * from.column]) : Vec{};
-                if (i < count && ++column == columns) column = 0, in += from.row;
+            for (int i = 0; i < count; i++) {
+                square[i] = finish(*walk.at);
+                walk.next();
             }
+            for (int i = count; i < LANES; i++) square[i] = Vec{};
             transpose(square);
             if (count == LANES)
                 unroll<LANES>([&](auto c) {
