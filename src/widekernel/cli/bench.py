@@ -57,9 +57,11 @@ def _bench_ops(arguments: list[str]) -> int:
     files = _check_common(values)
     from widekernel.analysis.benchmark import PASSES, check_operator, measure_case, measure_machine, tables, using_threads
     from widekernel.analysis.benchmark.plots import draw
+    from widekernel.ops.problem import check_algorithm
 
     passes = [dict(zip(_PASSES, PASSES))[name] for name in _listed("passes", values["passes"], _PASSES)]
     _require_backend(values["backend"])
+    check_algorithm(values["algorithm"] or "")
     cases, remarks = _cases(values)
     remarks += _absences()
     for remark in remarks:
@@ -67,7 +69,7 @@ def _bench_ops(arguments: list[str]) -> int:
     rows: list = []
     with using_threads(values["threads"]), _progress(len(cases)) as advance:
         advance("checking the operator", 0)
-        check_operator(values["backend"])
+        check_operator(values["backend"], values["algorithm"])
         machine = measure_machine()
         for case in cases:
             advance(f"{case.name} {case}", 0)
@@ -123,7 +125,7 @@ def _bench_models(arguments: list[str]) -> int:
 
 def _ops_parser() -> jsonargparse.ArgumentParser:
     parser = new_parser("bench ops", _OPS)
-    cases = "targets (the default), small, sweep, or names such as slak-*"
+    cases = "targets (the default), small, sweep (takes hours), or names such as slak-*"
     parser.add_argument("--cases", type=str, nargs="+", default=None, help=cases)
     parser.add_argument("--shape", type=str | None, default=None, help="a case of your own: N,C,H,W such as 8,128,56,56")
     parser.add_argument("--kernel", type=str | None, default=None, help="its kernel, such as 31x31 or 51x5")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -13,20 +13,14 @@ from torch import Tensor
 from widekernel import ops
 from widekernel.analysis.benchmark import engines
 from widekernel.analysis.benchmark.cases import FORWARD, INPUT_GRAD, PASSES, Case
-from widekernel.analysis.benchmark.checking import check_agreement
-from widekernel.analysis.benchmark.machine import Machine
+from widekernel.analysis.benchmark.checking import Asked, check_agreement
+from widekernel.analysis.benchmark.machine import Machine, copy_bandwidth
 from widekernel.analysis.benchmark.timing import Timing, first_calls, interleave
 from widekernel.ops.problem import mirror
 
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 Call = Callable[[], Tensor]
-
-
-class Asked(TypedDict):
-    """What a call insists on, as arguments of the operators."""
-
-    backend: str | None
-    algorithm: str | None
+_SMALLEST_COPY, _COPY_SECONDS = 2**16, 0.03  # numbers; below, a copy is the call of an operator and little else
 
 
 @dataclass(frozen=True)
@@ -57,7 +51,8 @@ class Row:
         times_default: how many times faster ours is than PyTorch in NCHW.
         gflops: of ours, in operations on pixels: taps on padding do not count.
         peak_share: `gflops` as a share of the machine's fused multiply-adds; above 1 for algorithms that need fewer.
-        limit_ms: the larger one of the times that direct computation at that peak, and moving the data once, would take.
+        copy_gbs: GB/s read and written by copies of tensors as large as the input.
+        limit_ms: the larger one of the times that direct computation at that peak, and moving the data at that speed, take.
         limit_share: `limit_ms` as a share of the time of ours.
         intensity: operations for each byte that has to be moved.
         backend: that ran.
@@ -88,6 +83,7 @@ class Row:
     times_default: float
     gflops: float
     peak_share: float
+    copy_gbs: float
     limit_ms: float
     limit_share: float
     intensity: float
@@ -121,6 +117,8 @@ def measure_case(
         BenchmarkError: if rivals differ in what they compute.
         NoBackendError: if the backend asked for does not compute the case.
     """
+    # Of tensors of this size: small ones stay in caches.
+    copying = copy_bandwidth(max(math.prod(case.shape), _SMALLEST_COPY), _COPY_SECONDS)
     generator = torch.Generator().manual_seed(0)
     x, grad = (torch.randn(case.shape, generator=generator) for _ in range(2))
     kernel = torch.randn(case.channels, 1, *case.kernel, generator=generator)
@@ -139,7 +137,7 @@ def measure_case(
             details = ops.explain(image, [kernel], **asked)[PASSES.index(direction)].details
             # The first thing that a backend says of itself is how it computes, what follows are its means.
             ran_as = name, details.partition(";")[0], error
-            yield _row(case, direction, layout, timings, machine, ran_as)
+            yield _row(case, direction, layout, timings, (machine.peak, copying), ran_as)
 
 
 def _rivals(direction: str, x: Tensor, grad: Tensor, kernel: Tensor, asked: Asked) -> dict[str, Call]:
@@ -185,11 +183,17 @@ def _pytorch(direction: str, x: Tensor, grad: Tensor, kernel: Tensor) -> Call:
 
 
 def _row(
-    case: Case, direction: str, layout: str, timings: dict[str, Timing], machine: Machine, ran: tuple[str, str, float]
+    case: Case,
+    direction: str,
+    layout: str,
+    timings: dict[str, Timing],
+    limits: tuple[float, float],
+    ran: tuple[str, str, float],
 ) -> Row:
     ours, nchw, nhwc = (timings[name] for name in (f"ours {layout}", "PyTorch NCHW", "PyTorch NHWC"))
     seconds = ours.median
-    limit = max(2 * case.macs / (machine.peak * 1e9), case.bytes_moved / (machine.bandwidth * 1e9))
+    peak, copying = limits
+    limit = max(2 * case.macs / (peak * 1e9), case.bytes_moved / (copying * 1e9))
     gflops = 2 * case.macs / seconds / 1e9
     others = {engine: 1e3 * timings[engine].median if engine in timings else None for engine in engines.ENGINES}
     return Row(
@@ -215,7 +219,8 @@ def _row(
         times_best=min(nchw.median, nhwc.median) / seconds,
         times_default=nchw.median / seconds,
         gflops=gflops,
-        peak_share=gflops / machine.peak,
+        peak_share=gflops / peak,
+        copy_gbs=copying,
         limit_ms=1e3 * limit,
         limit_share=limit / seconds,
         intensity=case.intensity,

@@ -23,16 +23,22 @@ _BASES: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def on_pytorch(model: nn.Module) -> tuple[nn.Module, int]:
-    """Give a copy of a network that runs on PyTorch's convolutions, one a branch, and the number of layers changed in it.
+def on_pytorch(model: nn.Module) -> nn.Module:
+    """Give a copy of a network that runs on PyTorch's convolutions, one a branch.
 
     Parameters and their order stay as they are.
     """
     plain = _replaced(copy.deepcopy(model), {})
-    swapped = [module for module in plain.modules() if type(module) in _BASES]
-    for module in swapped:
-        module.__class__ = _BASES[type(module)]
-    return plain, len(swapped) + sum(isinstance(module, PlainLayer) for module in plain.modules())
+    for module in plain.modules():
+        if type(module) in _BASES:
+            module.__class__ = _BASES[type(module)]
+    return plain
+
+
+def ours_in(model: nn.Module) -> list[str]:
+    """Name the layers of a network that `on_pytorch` changes; in the copy they have the same names."""
+    kinds = (LargeKernel, FoldedLargeKernel)
+    return [name for name, module in model.named_modules() if isinstance(module, kinds) or type(module) in _BASES]
 
 
 class PlainLayer(nn.Module):

@@ -130,7 +130,7 @@ OPERATOR_NOTES = (
     "GFLOP/s count taps that lie on a pixel, twice each, and no padding. An algorithm that needs fewer operations than that "
     "can be above the FMA peak (of peak > 1).",
     "limit: the larger one of two times: direct computation at the FMA peak, and reading and writing everything once at the "
-    "speed of a copy of large tensors. What fits into a cache can be faster than the latter.",
+    "speed with which PyTorch copies tensors of this size.",
     "The input gradient of ours includes flipping the kernel. PyTorch's gradients are `aten.convolution_backward`, asked "
     "for one of them at a time.",
     "Before anything is timed the operator is compared with its definition in float64 on small shapes, and before each case "

@@ -1,0 +1,105 @@
+"""Whether rivals among networks compute the same: their large kernels one by one, their outputs, and their gradients.
+
+Outputs alone would not tell. In a network that has not been trained a block changes little of what passes by it, and norms
+take factors away: with all large kernels wrong by a half, the output of a small RepLKNet is off by a ten-thousandth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from widekernel.analysis.benchmark.checking import check_agreement
+from widekernel.analysis.benchmark.errors import BenchmarkError
+from widekernel.analysis.benchmark.plain import on_pytorch, ours_in
+from widekernel.analysis.benchmark.rivals import PYTORCH, PYTORCH_FOLDED, TRAIN, Rival
+
+TOLERANCE = 1e-3
+"""Largest difference of outputs allowed, relative to the largest number."""
+GRADIENT_TOLERANCE = 1e-2
+"""Norm of the largest difference of gradients allowed, relative to the norm of that parameter's gradient."""
+# A parameter whose gradient is smaller than this, relative to the largest one, has none in theory (a bias before a batch
+# norm), and in practice what rounding leaves.
+_NO_GRADIENT = 1e-4
+
+YARDSTICK = f"{PYTORCH} NHWC"
+
+
+def check_rivals(name: str, rivals: Sequence[Rival], mode: str, target: Tensor) -> None:
+    """Compare the rivals; compiles what is to be compiled.
+
+    Raises:
+        BenchmarkError: if they differ, or the network cannot be trained on these images.
+    """
+    wanted: list[Tensor] = []
+    for rival in sorted(rivals, key=lambda rival: rival.name != YARDSTICK):
+        if rival.rival not in (PYTORCH, PYTORCH_FOLDED) and not rival.compiled:
+            _check_layers(name, rival)
+        if mode == TRAIN:
+            got = _gradients(name, rival, target)
+            wanted = wanted or [gradient.clone() for gradient in got]
+            _check_gradients(name, rival, got, wanted)
+        else:
+            with torch.inference_mode():
+                got = [rival.forward(rival.images)]
+            wanted = wanted or got
+            check_agreement({rival.name: got[0], YARDSTICK: wanted[0]}, YARDSTICK, f"the output of {name}", TOLERANCE)
+
+
+@torch.no_grad()
+def _check_layers(name: str, rival: Rival) -> None:
+    """Compare every layer that runs on our operator with the same layer on PyTorch's convolutions."""
+    names = ours_in(rival.network)
+    if not names:
+        return
+    got, wanted = (_outputs(network, names, rival.images) for network in (rival.network, on_pytorch(rival.network)))
+    for layer, output in got.items():
+        outputs = {rival.name: output, PYTORCH: wanted[layer]}
+        check_agreement(outputs, PYTORCH, f"the layer {layer or type(rival.network).__name__} of {name}", TOLERANCE)
+
+
+def _outputs(network: nn.Module, names: Sequence[str], images: Tensor) -> dict[str, Tensor]:
+    """Run a network and give what the layers of these names put out, in their last call."""
+    outputs: dict[str, Tensor] = {}
+    torch.manual_seed(0)  # for networks that drop something at random
+    with ExitStack() as hooks:
+        for name in names:
+
+            def note(module: nn.Module, args: object, output: Tensor, name: str = name) -> None:
+                outputs[name] = output
+
+            hooks.callback(network.get_submodule(name).register_forward_hook(note).remove)
+        network(images)
+    return outputs
+
+
+def _gradients(name: str, rival: Rival, target: Tensor) -> list[Tensor]:
+    torch.manual_seed(0)
+    try:
+        F.cross_entropy(rival.forward(rival.images), target).backward()
+    except (RuntimeError, ValueError) as error:
+        shape = tuple(rival.images.shape)
+        raise BenchmarkError(
+            f"{name} ({rival.name}) cannot be trained on images {shape}: {error}. Give another batch or size, or time "
+            "inference only."
+        ) from error
+    return [p.grad for p in rival.network.parameters() if p.grad is not None]
+
+
+def _check_gradients(name: str, rival: Rival, got: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
+    largest = max((gradient.norm().item() for gradient in wanted), default=0.0)
+    same = [g.shape for g in got] == [w.shape for w in wanted]
+    for ours, theirs in zip(got, wanted) if same else ():
+        norm = theirs.norm().item()
+        # Written so that NaN counts as different.
+        if norm > _NO_GRADIENT * largest and not (ours - theirs).norm().item() <= GRADIENT_TOLERANCE * norm:
+            same = False
+    if not same or largest != largest:
+        raise BenchmarkError(
+            f"the gradients of {name}: {rival.name} and {YARDSTICK} differ by more than {GRADIENT_TOLERANCE:g} of the norm "
+            "of one of them. Nothing is reported: find out which of the two is wrong, or time inference only."
+        )
