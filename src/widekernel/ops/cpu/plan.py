@@ -22,12 +22,12 @@ METHODS = {DIRECT: "direct", HYBRID_ALONG_ROWS: "hybrid along rows", HYBRID_ALON
 LONGEST_TRANSFORM = 256
 # Multiply-adds of a vector in a cycle that the micro-kernels reach, and the cycles lost in each call of one.
 DIRECT_RATE, DIRECT_TILE = 1.8, 35
-COMPLEX_RATE, COMPLEX_TILE = 1.75, 35
-TRANSFORM_RATE, TRANSFORM_TILE = 1.8, 170
+COMPLEX_RATE, COMPLEX_TILE = 1.75, 45
+TRANSFORM_RATE, TRANSFORM_TILE = 1.8, 230
 # Width of the register tiles.
 DIRECT_WIDTH, COMPLEX_WIDTH, WAVES, LINES = 10, 5, 5, 4
-# Cycles for packing and unpacking one vector.
-PACKING = 12
+# Cycles for packing and unpacking one vector, and for having one of a transformed kernel in the cache.
+PACKING, FETCHING = 12, 3
 # Below so many numbers in the image a call costs more than its computation.
 SMALL_CALL = 1 << 16
 
@@ -191,6 +191,7 @@ def _hybrid(piece: Piece, lines: int, extent: int, images: int, grad: bool) -> f
         cycles = _transform(lines, length, seen) + _transform(lines, length, tile // 2)
         cycles += (length // 2 + 1) * math.ceil(outputs / min(COMPLEX_WIDTH, window)) * COMPLEX_TILE
         cycles += 3 * (length // 2 + 1) * between / COMPLEX_RATE
+        cycles += FETCHING * 3 * (length // 2 + 1) * piece.rows
         best = min(best, tiles * cycles + _transform(piece.rows, length, reach) / images)
     return best
 
