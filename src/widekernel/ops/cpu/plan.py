@@ -27,7 +27,7 @@ TRANSFORM_RATE, TRANSFORM_TILE = 1.8, 230
 # Width of the register tiles.
 DIRECT_WIDTH, COMPLEX_WIDTH, WAVES, LINES = 10, 5, 5, 4
 # Cycles for packing and unpacking one vector, and for having one of a transformed kernel in the cache.
-PACKING, FETCHING = 12, 3
+PACKING, FETCHING = 12, 2.5
 # Below so many numbers in the image a call costs more than its computation.
 SMALL_CALL = 1 << 16
 
