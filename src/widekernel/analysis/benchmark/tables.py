@@ -145,6 +145,6 @@ NETWORK_NOTES = (
     "`widekernel.accelerate`.",
     "× PyTorch NHWC, NCHW: how many times faster it is than that network, unfolded and not compiled, in either layout.",
     "depthwise: share of the time in depthwise convolutions.",
-    "Before anything is timed every large-kernel layer is compared with the same layer on PyTorch's convolutions, and then the "
-    "outputs, or the gradients of one step, of all rivals.",
+    "Before anything is timed every large-kernel layer is compared with the same layer on PyTorch's convolutions, and then "
+    "the outputs, or the gradients of one step, of all rivals.",
 )
