@@ -97,9 +97,6 @@ inline int64_t bands_for(int64_t pieces, int64_t threads, int64_t height, int64_
 
 // Kernels with at most so many taps are computed where the image lies if its channels adjoin: packing would take as long.
 constexpr int64_t FEW_TAPS = 64, NARROW_MAP = 40;
-// Fewer vectors than this are dealt with sooner than other threads are woken.
-constexpr int64_t WORTH_A_THREAD = 1 << 14;
-
 inline int lanes_of(int64_t block, int64_t channels) { return static_cast<int>(least(LANES, channels - block * LANES)); }
 
 // Pack `blocks` neighbouring blocks, of which `from` is the first, into planes of the same strides.

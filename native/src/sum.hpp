@@ -3,6 +3,8 @@
 
 #include "engine.hpp"
 
+#include <sched.h>
+
 namespace wk {
 namespace WK_NAMESPACE {
 
@@ -64,14 +66,12 @@ class Sum {
             if (steps_[i].hybrid)
                 steps_[i].tables = Tables::make(steps_[i].tiling, false, tables_[i]);
         own_bytes_ = own_bytes();
-        int64_t packed = 0;
-        for (int64_t i = 0; i < call_.passes; i++) packed += blocks_ * steps_[i].packed_block;
-        parallel(packed < WORTH_A_THREAD ? 1 : call_.threads, blocks_,
-                 [](void *self, int64_t block) { static_cast<Sum *>(self)->pack_kernels(block); }, this);
+        for (int64_t block = 0; block < blocks_; block++) ready_[block] = 0;
         auto task = call_.dtype == WK_FLOAT32    ? &Sum::start<Float32>
                     : call_.dtype == WK_BFLOAT16 ? &Sum::start<BFloat16>
                                                  : &Sum::start<Float16>;
-        parallel(call_.threads, call_.images * groups_ * bands_, task, this);
+        // Kernels are packed by the first tasks of one and the same region: to wake the threads twice would take too long.
+        parallel(call_.threads, blocks_ + call_.images * groups_ * bands_, task, this);
         shared_memory.shrink();
         return __atomic_load_n(&out_of_memory_, __ATOMIC_RELAXED) ? WK_OUT_OF_MEMORY : WK_OK;
     }
@@ -94,6 +94,7 @@ class Sum {
     }
 
     void carve_shared(Carver &carver) {
+        ready_ = carver.take<int32_t>(blocks_);
         for (int64_t i = 0; i < call_.passes; i++) {
             Step &s = steps_[i];
             s.packed_block = s.hybrid ? 3 * s.tiling.frequencies() * s.spectrum_column() : s.taps.area();
@@ -164,7 +165,13 @@ class Sum {
     Place place(int64_t task) const { return {task / bands_ % call_.images, task / bands_ / call_.images, task % bands_}; }
 
     template <class Type> static void start(void *self, int64_t task) {
-        static_cast<Sum *>(self)->compute<Type>(task);
+        Sum &sum = *static_cast<Sum *>(self);
+        if (task >= sum.blocks_) {
+            sum.compute<Type>(task - sum.blocks_);
+            return;
+        }
+        sum.pack_kernels(task);
+        __atomic_store_n(&sum.ready_[task], 1, __ATOMIC_RELEASE);
     }
 
     Band band_at(int64_t index) const { return Band::of(index, bands_, call_.height, call_.width, above_, below_); }
@@ -176,6 +183,9 @@ class Sum {
         const Place at = place(task);
         const Band band = band_at(at.band);
         const int64_t first = at.group * together_, blocks = least(together_, blocks_ - first);
+        // Tasks are begun in their order: whoever packs these kernels is at it already.
+        for (int64_t b = 0; b < blocks; b++)
+            while (!__atomic_load_n(&ready_[first + b], __ATOMIC_ACQUIRE)) sched_yield();
         if (in_place_ && lanes_of(first + blocks - 1, call_.channels) == LANES) {
             compute_in_place(at.image, first, blocks, band);
             return;
@@ -283,6 +293,7 @@ class Sum {
     Extent outputs_, inputs_;
     Step steps_[MOST_PASSES];
     float *tables_[MOST_PASSES];
+    int32_t *ready_ = nullptr;  // by block: whether its kernels are packed
 };
 
 }  // namespace WK_NAMESPACE

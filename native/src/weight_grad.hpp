@@ -57,14 +57,12 @@ class WeightGrad {
         if (!carver.base) return WK_OUT_OF_MEMORY;
         carve_shared(carver);
         if (step_.hybrid) step_.tables = Tables::make(step_.tiling, true, tables_);
+        for (int64_t group = 0; group < groups_; group++) done_[group] = 0;
         own_bytes_ = own_bytes();
         auto task = call_.dtype == WK_FLOAT32    ? &WeightGrad::start<Float32>
                     : call_.dtype == WK_BFLOAT16 ? &WeightGrad::start<BFloat16>
                                                  : &WeightGrad::start<Float16>;
         parallel(call_.threads, groups_ * chunks_, task, this);
-        if (chunks_ > 1)
-            parallel(blocks_ * chunks_ * step_.packed_block < WORTH_A_THREAD ? 1 : call_.threads, blocks_,
-                     [](void *self, int64_t block) { static_cast<WeightGrad *>(self)->join(block); }, this);
         shared_memory.shrink();
         return __atomic_load_n(&out_of_memory_, __ATOMIC_RELAXED) ? WK_OUT_OF_MEMORY : WK_OK;
     }
@@ -84,6 +82,7 @@ class WeightGrad {
     }
 
     void carve_shared(Carver &carver) {
+        done_ = carver.take<int32_t>(groups_);
         tables_ = carver.take<float>(step_.hybrid ? Tables::room(step_.tiling) : 1);
         step_.packed = carver.take<Vec>(chunks_ == 1 ? 0 : blocks_ * chunks_ * step_.packed_block);
     }
@@ -112,8 +111,12 @@ class WeightGrad {
             clear(sums[b], step_.packed_block);
         }
         for (int64_t item = first_item(chunk); item < end; item++) add<Type>(own, sums, first, blocks, item);
-        if (chunks_ == 1)
+        if (chunks_ == 1) {
             for (int64_t b = 0; b < blocks; b++) put(first + b, sums[b], own.room);
+        } else if (__atomic_add_fetch(&done_[group], 1, __ATOMIC_ACQ_REL) == chunks_) {
+            // The last one adds up what all of them have, in their order, whoever was the last.
+            for (int64_t b = 0; b < blocks; b++) join(first + b, own.room);
+        }
     }
 
     Vec *sums_of(int64_t block, int64_t chunk) const { return step_.packed + (block * chunks_ + chunk) * step_.packed_block; }
@@ -162,19 +165,16 @@ class WeightGrad {
     Band band_of(int64_t item) const { return Band::of(item % bands_, bands_, call_.height, call_.width, above_, below_); }
 
     // Add the sums of all chunks of a block, in their order, and write them.
-    void join(int64_t block) {
-        Carver carver{own_block()};
-        if (!carver.base) return;
-        Own own = carve_own(carver);
+    void join(int64_t block, Vec *room) const {
         Vec *sums = sums_of(block, 0);
         for (int64_t chunk = 1; chunk < chunks_; chunk++) {
             const Vec *more = sums_of(block, chunk);
             for (int64_t i = 0; i < step_.packed_block; i++) sums[i] += more[i];
         }
-        put(block, sums, own.room);
+        put(block, sums, room);
     }
 
-    void put(int64_t block, Vec *sums, Vec *room) {
+    void put(int64_t block, Vec *sums, Vec *room) const {
         Vec *kernel = sums;
         if (step_.hybrid) {
             kernel = room;
@@ -199,6 +199,7 @@ class WeightGrad {
     int out_of_memory_ = 0;
     Extent outputs_, inputs_;
     float *tables_ = nullptr;
+    int32_t *done_ = nullptr;  // by group: how many of its chunks have been added up
 };
 
 }  // namespace WK_NAMESPACE

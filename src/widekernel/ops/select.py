@@ -123,7 +123,7 @@ def select(problem: Problem, backend: str | None = None) -> Any:
 
 def prepared(key: tuple[Any, ...]) -> Callable[..., Tensor] | None:
     """Give the operator that `prepare` made for the same key, if nothing that it depends on has changed since."""
-    return _PREPARED.get((key, torch.get_num_threads(), *map(id, _BACKENDS)))
+    return _PREPARED.get((key, torch.get_num_threads(), *_BACKENDS))
 
 
 def prepare(key: tuple[Any, ...], problem: Problem, backend: str) -> Callable[..., Tensor]:
@@ -146,7 +146,8 @@ def prepare(key: tuple[Any, ...], problem: Problem, backend: str) -> Callable[..
 
     if len(_PREPARED) >= _MOST_PREPARED:
         _PREPARED.clear()
-    _PREPARED[(key, torch.get_num_threads(), *map(id, _BACKENDS))] = run
+    # The backends themselves and not their ids, which others may get once an object is gone.
+    _PREPARED[(key, torch.get_num_threads(), *_BACKENDS)] = run
     return run
 
 
