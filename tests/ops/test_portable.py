@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from widekernel import ops
-from widekernel.ops import portable
+from widekernel.ops import portable, reference, select
 
 
 class Spy:
@@ -31,6 +31,12 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
     spy = Spy()
     monkeypatch.setattr(portable, "F", spy)
     return spy
+
+
+@pytest.fixture(autouse=True)
+def _no_native_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is looked at here is what runs without them, in gradients too."""
+    monkeypatch.setattr(select, "_BACKENDS", [portable, reference])
 
 
 def is_nhwc(x: Tensor) -> bool:

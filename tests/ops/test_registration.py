@@ -12,9 +12,18 @@ from torch._subclasses import FakeTensorMode
 
 from tests.ops.cases import CASES, EMPTY, LAYOUTS, Case, assert_close, definition
 from widekernel import ops
+from widekernel.ops.cpu import library
 
 SUM, WEIGHT_GRAD = torch.ops.widekernel.depthwise_sum.default, torch.ops.widekernel.depthwise_weight_grad.default
 CROSS = next(case for case in CASES if case.name == "crossed-strips")
+BACKENDS = pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param("native", marks=pytest.mark.skipif(library.load().reason is not None, reason="no native library")),
+        "portable",
+        "reference",
+    ],
+)
 BOTH_LAYOUTS = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 
 
@@ -46,7 +55,7 @@ def real_and_fake(x: Tensor, kernels: list[Tensor], anchors: list[tuple[int, int
     return ops.depthwise_sum(x, kernels, anchors, backend=backend), promised
 
 
-@pytest.mark.parametrize("backend", ["portable", "reference"])
+@BACKENDS
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", CASES + EMPTY, ids=str)
 def test_strides_are_those_promised(case: Case, layout: str, backend: str) -> None:
@@ -58,7 +67,7 @@ def test_strides_are_those_promised(case: Case, layout: str, backend: str) -> No
         assert y.stride() == x.stride() or 1 in x.shape or 0 in x.shape
 
 
-@pytest.mark.parametrize("backend", ["portable", "reference"])
+@BACKENDS
 @pytest.mark.parametrize("kernel", [(3, 3), (2, 11), (11, 2)], ids=["3x3", "2x11", "11x2"])
 @pytest.mark.parametrize("stored", AMBIGUOUS)
 def test_strides_where_dimensions_are_one(stored: str, kernel: tuple[int, int], backend: str) -> None:
@@ -67,7 +76,7 @@ def test_strides_where_dimensions_are_one(stored: str, kernel: tuple[int, int], 
     assert y.stride() == promised.stride()
 
 
-@pytest.mark.parametrize("backend", ["portable", "reference"])
+@BACKENDS
 @BOTH_LAYOUTS
 @pytest.mark.parametrize("case", CASES + EMPTY, ids=str)
 def test_strides_of_the_weight_gradient(case: Case, layout: str, backend: str) -> None:
@@ -86,21 +95,21 @@ def test_meta_tensors() -> None:
     assert ops.depthwise_weight_grad(x, x, (3, 5)).shape == (3, 1, 3, 5)
 
 
-@pytest.mark.parametrize("backend", ["portable", "reference"])
+@BACKENDS
 @BOTH_LAYOUTS
 @pytest.mark.parametrize("name", ["crossed-strips", "far-anchor-larger-than-image", "one-channel"])
 def test_opcheck_of_the_sum(name: str, layout: str, backend: str) -> None:
     case = next(case for case in CASES if case.name == name)
     x, kernels, bias = case.tensors(torch.float32)
-    torch.library.opcheck(SUM, (LAYOUTS[layout](x), kernels, flat(case.anchors), bias, backend))
-    torch.library.opcheck(SUM, (LAYOUTS[layout](x), kernels, flat(case.anchors), None, ""))
+    torch.library.opcheck(SUM, (LAYOUTS[layout](x), kernels, flat(case.anchors), bias, backend, ""))
+    torch.library.opcheck(SUM, (LAYOUTS[layout](x), kernels, flat(case.anchors), None, "", "direct"))
 
 
-@pytest.mark.parametrize("backend", ["portable", "reference"])
+@BACKENDS
 @BOTH_LAYOUTS
 def test_opcheck_of_the_weight_gradient(layout: str, backend: str) -> None:
     x, grad = (LAYOUTS[layout](torch.randn(2, 3, 6, 7)) for _ in range(2))
-    torch.library.opcheck(WEIGHT_GRAD, (x, grad, [3, 11, 0, 8], backend))
+    torch.library.opcheck(WEIGHT_GRAD, (x, grad, [3, 11, 0, 8], backend, ""))
 
 
 def function(x: Tensor, kernels: list[Tensor], bias: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from widekernel import ops
 from widekernel.errors import ArgumentError, WidekernelError
-from widekernel.ops import reference, select
+from widekernel.ops import portable, reference, select
+from widekernel.ops.cpu import library
 from widekernel.ops.problem import Problem
 
 SIZES = [(7, 3), (3, 7), (1, 1)]
@@ -33,6 +34,18 @@ class Fake:
     depthwise_weight_grad = staticmethod(reference.depthwise_weight_grad)
 
 
+@pytest.fixture(autouse=True)
+def _two_backends(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rules of the choice are tried on those that run everywhere."""
+    if "all_backends" not in request.fixturenames:
+        monkeypatch.setattr(select, "_BACKENDS", [portable, reference])
+
+
+@pytest.fixture
+def all_backends() -> None:
+    """Leaves the list as it is."""
+
+
 @pytest.fixture
 def in_front(monkeypatch: pytest.MonkeyPatch):
     """Puts a backend in front of the others for the length of a test."""
@@ -51,8 +64,44 @@ def step(backend: str | None = None) -> select.Trace:
     return trace
 
 
-def test_the_order_of_preference_ends_with_the_definition() -> None:
-    assert ops.backends()[-2:] == ("portable", "reference")
+@pytest.mark.usefixtures("all_backends")
+def test_the_order_of_preference() -> None:
+    assert ops.backends() == ("native", "portable", "reference")
+
+
+@pytest.mark.usefixtures("all_backends")
+def test_native_kernels_run_where_they_exist() -> None:
+    runs = "portable" if library.load().reason else "native"
+    assert step().backends() == [runs] * 5
+    double = ops.explain(*tensors(torch.float64))[0]
+    assert double.backend == "portable"
+    if runs == "native":
+        assert "not torch.float64" in double.reasons["native"][0]
+
+
+def test_the_choice_is_not_that_of_a_backend_which_is_gone() -> None:
+    """The next backend may be given the memory, and so the id, of the one before."""
+    for i in range(50):
+        ops.register(Named(f"backend-{i}"))
+        assert set(step().backends()) == {f"backend-{i}"}
+        ops.unregister(f"backend-{i}")
+    assert set(step().backends()) == {"portable"}
+
+
+@pytest.mark.parametrize("call", ["depthwise_sum", "depthwise_weight_grad", "explain"])
+def test_an_unknown_algorithm(call: str) -> None:
+    x, kernels = tensors()
+    arguments = (x, x, (3, 3)) if call == "depthwise_weight_grad" else (x, kernels)
+    with pytest.raises(ArgumentError, match=r"unknown algorithm 'fast': ask for 'direct', or for None, the fastest"):
+        getattr(ops, call)(*arguments, algorithm="fast")
+
+
+def test_the_algorithm_is_part_of_every_problem_of_a_step() -> None:
+    x, kernels = tensors()
+    with ops.trace() as trace:
+        ops.depthwise_sum(x, kernels, algorithm="direct").sum().backward()
+    assert [problem.algorithm for _, problem in trace.calls] == ["direct"] * 5
+    assert "algorithm 'direct'" in str(trace.calls[0][1])
 
 
 @pytest.mark.parametrize(("asked", "runs"), [(None, "portable"), ("portable", "portable"), ("reference", "reference")])

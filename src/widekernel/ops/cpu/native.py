@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,8 +40,6 @@ def _obstacles(problem: Problem) -> list[str]:
         reasons.append(f"it computes float32, bfloat16 and float16, not {problem.dtype}")
     if len(problem.kernels) > native.MOST_RECTS:
         reasons.append(f"it adds up at most {native.MOST_RECTS} kernels, not {len(problem.kernels)}")
-    if 0 in problem.shape:
-        reasons.append(f"there is nothing to compute for the shape {problem.shape}")
     if not reasons and native.load().reason is not None:
         native.warn_once_if_missing()
         reasons.append(str(native.load().reason))
@@ -51,6 +49,8 @@ def _obstacles(problem: Problem) -> list[str]:
 def describe(problem: Problem) -> str:
     """Say how the problem would be computed: the passes, threads and working memory."""
     prepared = prepare(problem)
+    if not isinstance(prepared, (PreparedSum, PreparedWeightGrad)):
+        return "nothing to compute"
     chosen = prepared.plan
     own, shared = prepared.workspace()
     library = native.load()
@@ -59,8 +59,10 @@ def describe(problem: Problem) -> str:
     return f"{chosen}; {library.isa}, {threads}, {memory}"
 
 
-def prepare(problem: Problem) -> PreparedSum | PreparedWeightGrad:
+def prepare(problem: Problem) -> Callable[..., Tensor]:
     """Decide everything that follows from shapes and the number of threads; the result computes calls of that problem."""
+    if 0 in problem.shape:
+        return _empty_sum if problem.op == DEPTHWISE_SUM else _empty_weight_grad
     chosen = plan(problem, torch.get_num_threads(), native.load().lanes)
     return PreparedSum(problem, chosen) if problem.op == DEPTHWISE_SUM else PreparedWeightGrad(problem, chosen)
 
@@ -151,6 +153,14 @@ class PreparedWeightGrad:
         return native.WeightGrad(_DTYPES[x.dtype], self.plan.threads, *x.shape, *images, extent, None, *whole)
 
 
+def _empty_sum(x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor], bias: Tensor | None) -> Tensor:
+    return torch.empty_like(x, memory_format=memory_format(x))
+
+
+def _empty_weight_grad(x: Tensor, grad: Tensor, kernel: tuple[int, int], anchor: Anchor) -> Tensor:
+    return x.new_zeros(x.shape[1], 1, *kernel)
+
+
 def _like(problem: Problem) -> Tensor:
     """Give a tensor without data that has the strides of the problem's images."""
     like = torch.empty(problem.shape, dtype=problem.dtype, device="meta")
@@ -165,12 +175,12 @@ def _workspace(function: Any, call: Any) -> tuple[int, int]:
 
 def depthwise_sum(x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor], bias: Tensor | None) -> Tensor:
     """Compute one call without preparation; see `reference.depthwise_sum`."""
-    return prepare(Problem.of_sum(x, kernels, anchors))(x, kernels, anchors, bias)  # type: ignore[arg-type]
+    return prepare(Problem.of_sum(x, kernels, anchors))(x, kernels, anchors, bias)
 
 
 def depthwise_weight_grad(x: Tensor, grad: Tensor, kernel: tuple[int, int], anchor: Anchor) -> Tensor:
     """Compute one call without preparation; see `reference.depthwise_weight_grad`."""
-    return prepare(Problem.of_weight_grad(x, kernel, anchor))(x, grad, kernel, anchor)  # type: ignore[arg-type]
+    return prepare(Problem.of_weight_grad(x, kernel, anchor))(x, grad, kernel, anchor)
 
 
 def addressable(x: Tensor) -> Tensor:

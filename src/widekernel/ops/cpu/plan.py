@@ -2,7 +2,7 @@
 
 The *direct* algorithm goes tap by tap. The *hybrid* one transforms one axis and is direct along the other: it takes fewer
 operations where a kernel is long and the image not small. A model of the cost, in processor cycles for one block of channels
-of one image, decides; its constants were fitted to measurements (`widekernel bench ops` shows its choices and their outcome).
+of one image, decides; its constants were fitted to measurements (see `widekernel bench ops`).
 """
 
 from __future__ import annotations

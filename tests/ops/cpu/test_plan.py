@@ -1,0 +1,95 @@
+"""The choice of passes and algorithms, which needs no library."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from widekernel.ops.cpu.library import DIRECT
+from widekernel.ops.cpu.plan import Piece, Plan, plan, reason_for_pytorch
+from widekernel.ops.problem import Problem
+
+
+def of(kernels, shape=(8, 128, 56, 56), op="depthwise_sum", algorithm="", anchors=None, channels_last=False) -> Problem:
+    anchors = anchors or tuple((kh // 2, kw // 2) for kh, kw in kernels)
+    return Problem(op, "cpu", torch.float32, shape, tuple(kernels), tuple(anchors), channels_last, algorithm)
+
+
+def methods(chosen: Plan) -> list[bool]:
+    """Whether each pass is hybrid."""
+    return [step.method != DIRECT for step in chosen.passes]
+
+
+@pytest.mark.parametrize("op", ["depthwise_sum", "depthwise_weight_grad"])
+def test_long_kernels_on_large_maps_are_hybrid_and_short_ones_direct(op: str) -> None:
+    assert methods(plan(of([(31, 31)], op=op), 2, 16)) == [True]
+    assert methods(plan(of([(51, 51)], op=op), 2, 16)) == [True]
+    assert methods(plan(of([(5, 51)], op=op), 2, 16)) == [True]
+    assert methods(plan(of([(7, 7)], op=op), 2, 16)) == [False]
+    assert methods(plan(of([(13, 13)], (8, 1024, 7, 7), op), 2, 16)) == [False]
+
+
+def test_the_transform_runs_along_the_long_axis() -> None:
+    assert str(plan(of([(5, 51)]), 2, 16)) == "5x51 hybrid along rows"
+    assert str(plan(of([(51, 5)]), 2, 16)) == "51x5 hybrid along columns"
+
+
+def test_direct_is_direct() -> None:
+    assert methods(plan(of([(31, 31)], algorithm="direct"), 2, 16)) == [False]
+    assert methods(plan(of([(31, 31)], op="depthwise_weight_grad", algorithm="direct"), 2, 16)) == [False]
+
+
+def test_covered_kernels_are_added_into_those_that_cover_them() -> None:
+    chosen = plan(of([(5, 5), (31, 31)]), 2, 16)
+    assert [step.piece for step in chosen.passes] == [Piece(31, 31, 15, 15)]
+    assert chosen.targets == (0, 0)
+    off_centre = plan(of([(3, 3), (7, 3)], (8, 16, 7, 7), anchors=((1, 1), (0, 1))), 2, 16)
+    assert len(off_centre.passes) == 2 or off_centre.passes[0].piece == Piece(8, 3, 1, 1)
+
+
+def test_taps_that_see_no_pixel_are_left_out() -> None:
+    (step,) = plan(of([(5, 47)], (8, 499, 14, 14)), 2, 16).passes
+    assert step.piece == Piece(5, 27, 2, 13)
+
+
+def test_kernels_beyond_the_longest_transform_are_direct() -> None:
+    assert methods(plan(of([(401, 401)], (8, 16, 400, 400)), 2, 16)) == [False]
+
+
+def test_small_calls_wake_no_thread() -> None:
+    assert plan(of([(3, 3)], (1, 16, 7, 7)), 8, 16).threads == 1
+    assert plan(of([(31, 31)]), 8, 16).threads == 8
+
+
+def test_where_pytorch_is_faster() -> None:
+    assert reason_for_pytorch(of([(3, 3)], channels_last=True))
+    assert reason_for_pytorch(of([(7, 7)], (8, 1024, 14, 14), channels_last=True))
+    for problem in [
+        of([(3, 3)]),
+        of([(7, 7)], channels_last=True),
+        of([(3, 3)], (1, 16, 7, 7), channels_last=True),
+        of([(3, 3)], op="depthwise_weight_grad", channels_last=True),
+        of([(3, 3), (5, 1)], channels_last=True),
+    ]:
+        assert reason_for_pytorch(problem) is None
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_every_tap_that_sees_a_pixel_is_in_its_pass(data: st.DataObject) -> None:
+    height, width = data.draw(st.integers(1, 60)), data.draw(st.integers(1, 60))
+    sizes = data.draw(st.lists(st.tuples(st.integers(1, 70), st.integers(1, 70)), min_size=1, max_size=4))
+    anchors = [(data.draw(st.integers(0, kh - 1)), data.draw(st.integers(0, kw - 1))) for kh, kw in sizes]
+    chosen = plan(of(sizes, (2, 20, height, width), anchors=tuple(anchors)), 2, 16)
+    assert len(chosen.targets) == len(sizes)
+    for (kh, kw), (row, column), target in zip(sizes, anchors, chosen.targets):
+        piece = chosen.passes[target].piece
+        for taps, anchor, extent, covered, at in [
+            (kh, row, height, piece.rows, piece.row),
+            (kw, column, width, piece.columns, piece.column),
+        ]:
+            seen = [tap - anchor for tap in range(taps) if abs(tap - anchor) < extent]
+            assert -at <= min(seen)
+            assert max(seen) < covered - at
