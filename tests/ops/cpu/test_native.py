@@ -101,6 +101,16 @@ def test_short_types(dtype: torch.dtype, layout: str, method: int) -> None:
     check(x, [torch.randn(21, 1, 9, 5).to(dtype)], [(4, 2)], torch.randn(21).to(dtype), method)
 
 
+@METHOD
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1), (2, 3, 1, 1), (1, 3, 4, 1), (2, 1, 5, 6), (1, 17, 1, 5), (2, 20, 6, 1)], ids=str
+)
+def test_dimensions_of_size_one_with_any_stride(shape: tuple[int, ...], method: int) -> None:
+    dense = torch.randn(shape)
+    odd = [stride if size > 1 else 7 + 2 * i for i, (size, stride) in enumerate(zip(shape, dense.stride()))]
+    check(dense.as_strided(shape, odd), [torch.randn(shape[1], 1, 3, 4)], [(2, 0)], None, method)
+
+
 # One image and few channels: cut into bands of rows, and for the hybrid algorithm into tiles of columns as well.
 LARGE = [(1, 16, 110, 150, 31, 31), (1, 3, 300, 40, 5, 51), (1, 3, 40, 300, 51, 5), (2, 17, 130, 129, 3, 3)]
 

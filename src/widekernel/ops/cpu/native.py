@@ -113,7 +113,7 @@ class PreparedSum:
         return _workspace(self._library.calls.wk_sum_workspace, self._call(like, like))
 
     def _call(self, x: Tensor, y: Tensor) -> native.Sum:
-        images = [(None, *x.stride()), (None, *y.stride())]
+        images = [_image(x), _image(y)]
         parts = (len(self._passes), len(self._rects), self._passes, self._rects)
         return native.Sum(_DTYPES[x.dtype], self.plan.threads, *x.shape, *images, *parts)
 
@@ -148,7 +148,7 @@ class PreparedWeightGrad:
     def _call(self, x: Tensor, grad: Tensor) -> native.WeightGrad:
         step = self.plan.passes[0]
         extent = (step.piece.rows, step.piece.columns, step.piece.row, step.piece.column, step.method)
-        images = [(None, *x.stride()), (None, *grad.stride())]
+        images = [_image(x), _image(grad)]
         whole = (*self.problem.kernels[0], *self.problem.anchors[0])
         return native.WeightGrad(_DTYPES[x.dtype], self.plan.threads, *x.shape, *images, extent, None, *whole)
 
@@ -189,6 +189,12 @@ def addressable(x: Tensor) -> Tensor:
         x = x.resolve_neg()
     strides = x.stride()
     return x if strides[1] == 1 or strides[3] == 1 else x.contiguous()
+
+
+def _image(x: Tensor) -> tuple[int | None, ...]:
+    """Give the address, which each call fills in, and the strides; that of a dimension of size 1 means nothing."""
+    image, channel, row, column = x.stride()
+    return None, image, 1 if x.shape[1] == 1 else channel, row, 1 if x.shape[3] == 1 else column
 
 
 def _floats(values: Tensor) -> Tensor:
