@@ -5,8 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import pytest
 import torch
+
+# Without a GPU, Triton's kernels run in its interpreter, which must be known when Triton is imported: by timm, for instance.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -88,7 +88,15 @@ def test_imports_point_downwards(file: Path) -> None:
 @pytest.mark.parametrize("file", [file for file in FILES if folder_of(file) in ("ops", "layers")], ids=relative)
 def test_operators_and_layers_need_torch_and_numpy_only(file: Path) -> None:
     names = {name.split(".")[0] for name in imported(ast.parse(file.read_text()), "widekernel.any")}
-    assert names <= {"numpy", "torch", "widekernel", *sys.stdlib_module_names}
+    also = {"triton"} if file.parent == SOURCE / "ops" / "gpu" / "kernels" else set()
+    assert names <= {"numpy", "torch", "widekernel", *sys.stdlib_module_names, *also}
+
+
+def test_kernels_for_gpus_are_loaded_only_to_be_launched() -> None:
+    importing = [
+        file for file in FILES if any("ops.gpu.kernels" in name for name in imported(ast.parse(file.read_text()), ""))
+    ]
+    assert [relative(file) for file in importing] == ["ops/gpu/launch.py"]
 
 
 @pytest.mark.parametrize("name", FOR_EVERYBODY)

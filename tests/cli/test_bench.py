@@ -6,9 +6,11 @@ import csv
 from pathlib import Path
 
 import pytest
-from tests.analysis.benchmark.conftest import hasty, spoil  # noqa: F401 - fixtures
+import torch
+from tests.analysis.benchmark.conftest import device_gpu, hasty, on_cpu, spoil  # noqa: F401 - fixtures
 
 from widekernel import ops
+from widekernel.analysis.benchmark import devices, gpu
 from widekernel.cli.main import main
 
 pytestmark = pytest.mark.usefixtures("hasty")
@@ -89,12 +91,109 @@ def test_nothing_is_timed_when_the_operator_is_wrong(tmp_path: Path, capsys, spo
         (["models", "slak_tinny"], "'slak_tinny', which is no registered model. Did you mean 'slak_tiny'?"),
         (["models", "slak_nano", "--modes", "fit"], "modes has 'fit'. It takes train, infer"),
         (["models", "slak_nano", "--size", "0"], "size is 0, but must be positive"),
+        (["models"], "names is [], but must be at least one model"),
+        (["models", "slak_nano", "--batch", "2,4"], "batch is '2,4', but must be one number on the CPU"),
+        (["models", "slak_nano", "--batch", "2,x"], "batch is '2,x', but must be positive whole numbers with commas"),
+        (["models", "slak_nano", "--batch", "0"], "batch is '0', but must be positive whole numbers"),
+        ([*TINY, "--device", "mps"], "device is 'mps', but benchmarks run on cpu, cuda or cuda:N only"),
+        ([*TINY, "--dtypes", "bfloat61"], "dtypes has 'bfloat61'. Did you mean 'bfloat16'?"),
+        ([*TINY, "--device", "cuda", "--dtypes", "fp8"], "dtypes has 'fp8'"),
+        ([*TINY, "--dtypes", "float32,tf32"], "dtypes is 'float32,tf32', but must be float32 on the CPU"),
+        ([*TINY, "--minutes", "3"], "minutes is 3.0, but must be left out on the CPU"),
+        ([*TINY, "--minutes", "0"], "minutes is 0.0, but must be positive"),
+        (["ops", "--batch", "0"], "batch is 0, but must be positive"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_mistakes(arguments: list[str], message: str, capsys) -> None:
     code, out, err = bench(capsys, *arguments)
     assert code == 2 and message in " ".join(err.split()) and not out
+
+
+@pytest.mark.parametrize("arguments", [TINY, ["models"], ["models", "slak_nano"]], ids=" ".join)
+def test_cuda_where_there_is_none(arguments: list[str], capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device in ("cuda", "cuda:1"):
+        code, out, err = bench(capsys, *arguments, "--device", device)
+        assert code == 2 and f"device is '{device}', but PyTorch" in err and "finds no CUDA device" in " ".join(err.split())
+        assert not out
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch, on_cpu, device_gpu) -> None:  # noqa: F811
+    """Have a CUDA device that is the CPU."""
+    monkeypatch.setattr(devices, "accelerator", lambda text: on_cpu)
+    monkeypatch.setattr(gpu, "measure_gpu", lambda accelerator: device_gpu)
+
+
+CUDA = ["--device", "cuda", "--rounds", "1", "--threads", "1"]
+
+
+def test_operators_on_a_device(tmp_path: Path, capsys, pretended: None) -> None:
+    files = {kind: tmp_path / name for kind, name in (("csv", "t.csv"), ("markdown", "t.md"), ("plot", "t.png"))}
+    options = [part for kind, path in files.items() for part in (f"--{kind}", str(path))]
+    code, out, _ = bench(capsys, "ops", "--shape", "2,4,8,8", "--kernel", "5x5", *CUDA, *options)
+    assert code == 0 and "2x4x8x8 5x5" in out and "GPU: Some GPU" in out
+    with files["csv"].open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 4 * 3 * 2 and [row["dtype"] for row in rows[::6]] == ["bfloat16", "tf32", "float16", "float32"]
+    page = files["markdown"].read_text()
+    assert "`widekernel bench ops --shape 2,4,8,8 --kernel 5x5 --device cuda --rounds 1 --threads 1`" in page
+    assert "- driver 1, PyTorch 2" in page and "of floor: a share of 1 is out of reach" in page
+    assert files["plot"].read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_device_has_a_batch_types_and_a_budget_of_its_own(tmp_path: Path, capsys, pretended: None) -> None:
+    arguments = ["ops", "--cases", "small-map", "--dtypes", "float16", "--minutes", "1e-9", *CUDA]
+    code, out, _ = bench(capsys, *arguments, "--markdown", str(tmp_path / "t.md"), "--plot", str(tmp_path / "t.png"))
+    left_out = (
+        "Left out in float16: small-map (forward, input gradient, weight gradient), because the 1e-09 minutes were over"
+    )
+    assert code == 0 and left_out in out and left_out in (tmp_path / "t.md").read_text()
+    code, out, _ = bench(capsys, *arguments[:3], "--passes", "forward", *arguments[3:5], *CUDA)
+    assert code == 0 and "64x64x7x7 13x13" in out and "│ float32" not in out and "│ float16" in out
+
+
+def test_a_device_on_which_ours_is_wrong(tmp_path: Path, capsys, pretended: None, spoil) -> None:  # noqa: F811
+    """What is right is kept, and the command fails all the same."""
+    spoil(lambda problem: problem.op == "depthwise_weight_grad")
+    arguments = ["ops", "--shape", "2,4,8,8", "--kernel", "5x5", "--dtypes", "float32", *CUDA]
+    code, out, err = bench(capsys, *arguments, "--csv", str(tmp_path / "t.csv"))
+    assert code == 2 and "2 of what was to be timed has no times" in err and "weight gradient of given" in out
+    with (tmp_path / "t.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["ours_ms"] != "" for row in rows] == [True] * 4 + [False] * 2
+    assert all("differs from float64" in row["remark"] for row in rows[4:])
+
+
+def test_networks_on_a_device(tmp_path: Path, capsys, pretended: None) -> None:
+    arguments = ["models", "replknet_nano", "--batch", "2,3", "--size", "32", "--modes", "infer", *CUDA]
+    code, out, _ = bench(capsys, *arguments, "--csv", str(tmp_path / "m.csv"), "--markdown", str(tmp_path / "m.md"))
+    assert code == 0 and "│ bfloat16" in out and "│ float32" not in out
+    with (tmp_path / "m.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["batch"] for row in rows] == ["2"] * 10 + ["3"] * 10
+    page = (tmp_path / "m.md").read_text()
+    assert page.startswith("# Networks on a GPU") and "--batch 2,3" in page and "GPU: Some GPU" in page
+
+
+def test_default_networks_on_a_device(capsys, pretended: None) -> None:
+    code, out, _ = bench(capsys, "models", "--minutes", "1e-9", *CUDA)
+    for name in ("replknet_31b", "slak_tiny", "shiftwise_tiny", "convnext_tiny"):
+        assert code == 0 and f"{name}, 64 images (train, infer), {name}, 128 images (train, infer)" in out
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda(tmp_path: Path, capsys) -> None:
+    files = [("csv", "t.csv"), ("markdown", "t.md"), ("plot", "t.png")]
+    options = [part for kind, name in files for part in (f"--{kind}", str(tmp_path / name))]
+    options += ["--cases", "small", "--batch", "4", "--seconds", "0.01"]
+    code, out, err = bench(capsys, "ops", "--device", "cuda", *options)
+    assert code == 0, err
+    assert "compute capability" in out and (tmp_path / "t.csv").read_text().count("\n") == 1 + 5 * 4 * 3 * 2
+    code, out, err = bench(capsys, "models", "replknet_nano", "--device", "cuda:0", "--batch", "4", "--seconds", "0.01")
+    assert code == 0 and "ours, folded" in out, err
 
 
 def test_help(capsys) -> None:

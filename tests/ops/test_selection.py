@@ -66,7 +66,7 @@ def step(backend: str | None = None) -> select.Trace:
 
 @pytest.mark.usefixtures("all_backends")
 def test_the_order_of_preference() -> None:
-    assert ops.backends() == ("native", "portable", "reference")
+    assert ops.backends() == ("native", "triton", "portable", "reference")
 
 
 @pytest.mark.usefixtures("all_backends")

@@ -13,7 +13,7 @@ from widekernel.errors import ArgumentError
 from widekernel.layers.norms import affine_of, reasons_against_folding
 from widekernel.layers.rect import Rect, maximal_rectangles
 from widekernel.layers.sources import KernelSource, rects_of
-from widekernel.ops.depthwise import autocast_dtype
+from widekernel.ops.registration import autocast_dtype
 
 
 class LargeKernel(nn.Module):

@@ -41,8 +41,8 @@ class RectSource(KernelSource):
         """Give the rectangle of each branch, differentiable in the parameters."""
 
     def responses(self, x: Tensor) -> list[Tensor]:
-        """Run the operator once a branch."""
-        return [ops.depthwise_sum(x, [rect.kernel], [rect.anchor]) for rect in self.rects()]
+        """Convolve with every rectangle, in one call where a backend has one."""
+        return _branches(x, self.rects())
 
 
 class Rectangles(RectSource):
@@ -95,7 +95,10 @@ class SourceGroup(KernelSource):
         self.num_branches = sum(source.num_branches for source in sources)
 
     def responses(self, x: Tensor) -> list[Tensor]:
-        """Compute the branches of every source in turn."""
+        """Compute the branches of every source: in one call if all are rectangles, otherwise source by source."""
+        rects = rects_of(self)
+        if rects is not None:
+            return _branches(x, rects)
         return [response for source in self.sources for response in source.responses(x)]  # type: ignore[operator]
 
     def published_macs(self, height: int, width: int) -> int:
@@ -107,10 +110,19 @@ def rects_of(source: nn.Module) -> list[Rect] | None:
     """Give the rectangles of every branch of a source, or None if some branch is not a rectangle."""
     if isinstance(source, RectSource):
         return source.rects()
-    if isinstance(source, SourceGroup):
-        parts = [rects_of(part) for part in source.sources]
-        return None if any(part is None for part in parts) else [rect for part in parts for rect in part or []]
+    if isinstance(source, SourceGroup) and _is_made_of_rects(source):
+        return [rect for part in source.sources for rect in rects_of(part) or []]
     return None
+
+
+def _is_made_of_rects(source: nn.Module) -> bool:
+    if isinstance(source, SourceGroup):
+        return all(_is_made_of_rects(part) for part in source.sources)
+    return isinstance(source, RectSource)
+
+
+def _branches(x: Tensor, rects: Sequence[Rect]) -> list[Tensor]:
+    return ops.depthwise_branches(x, [rect.kernel for rect in rects], [rect.anchor for rect in rects]) if rects else []
 
 
 def check_odd(what: str, *sizes: int) -> None:

@@ -1,6 +1,8 @@
-"""The operator that every large kernel here runs on: a sum of rectangular depthwise convolutions."""
+"""The operators that every large kernel here runs on: a sum of rectangular depthwise convolutions, or its branches."""
 
-from widekernel.ops.depthwise import depthwise_sum, depthwise_weight_grad, explain
+from widekernel.ops.branches import depthwise_branches
+from widekernel.ops.depthwise import depthwise_sum, depthwise_weight_grad
+from widekernel.ops.explaining import explain
 from widekernel.ops.problem import Problem
 from widekernel.ops.select import Explanation, NoBackendError, backends, register, trace, unregister
 
@@ -9,6 +11,7 @@ __all__ = [
     "NoBackendError",
     "Problem",
     "backends",
+    "depthwise_branches",
     "depthwise_sum",
     "depthwise_weight_grad",
     "explain",

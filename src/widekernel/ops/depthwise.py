@@ -1,4 +1,4 @@
-"""The two operators and their registration with PyTorch.
+"""The sum of rectangles and the gradient of a rectangle, and their registration with PyTorch.
 
 Each is an opaque `torch.library` operator with a batching rule, so that compilation and export keep it whole, wrapped in an
 `autograd.Function` with `setup_context`, so that `torch.func` transforms and higher derivatives work. There is no `jvp`:
@@ -7,11 +7,10 @@ forward-mode differentiation raises instead of returning a wrong zero tangent.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from widekernel.ops.problem import (
@@ -24,7 +23,21 @@ from widekernel.ops.problem import (
     middles,
     mirror,
 )
-from widekernel.ops.select import Explanation, explain_problem, prepare, prepared
+from widekernel.ops.registration import (
+    LIBRARY,
+    How,
+    autocast,
+    define,
+    differentiated,
+    facts,
+    flattened,
+    has_batched_gradients,
+    implements,
+    into_batch,
+    into_channels,
+    pairs,
+)
+from widekernel.ops.select import prepare, prepared
 
 
 def depthwise_sum(
@@ -59,17 +72,11 @@ def depthwise_sum(
         NoBackendError: if no backend, or not the one asked for, can compute the call.
     """
     anchors = middles(kernels) if anchors is None else anchors
-    x, kernels, bias = _autocast(x, kernels, bias)
-    how = _How(backend or "", algorithm or "")
+    x, kernels, bias = autocast(x, kernels, bias)
+    how = How(backend or "", algorithm or "")
     check_algorithm(how.algorithm)
     check_sum(x, kernels, anchors, bias)
-    if not _differentiated(x, bias, *kernels):
-        return _depthwise_sum_op(x, kernels, [a for anchor in anchors for a in anchor], bias, *how)
-    geometry = tuple((k.shape[2], k.shape[3], *anchor) for k, anchor in zip(kernels, anchors))
-    # Under a function transform a tensor does not know what the outer levels ask of it.
-    transformed = torch._C._are_functorch_transforms_active()
-    trained = tuple(transformed or kernel.requires_grad for kernel in kernels)
-    return _DepthwiseSum.apply(x, _joined(kernels), bias, _Call(geometry, trained, how))
+    return summed(x, kernels, anchors, bias, how)
 
 
 def depthwise_weight_grad(
@@ -98,164 +105,109 @@ def depthwise_weight_grad(
     """
     if anchor is None:
         anchor = (kernel_size[0] // 2, kernel_size[-1] // 2)
-    how = _How(backend or "", algorithm or "")
+    how = How(backend or "", algorithm or "")
     check_algorithm(how.algorithm)
     check_weight_grad(x, grad, kernel_size, anchor)
     geometry = (*kernel_size, *anchor)
-    if not _differentiated(x, grad):
+    if not differentiated(x, grad):
         return _depthwise_weight_grad_op(x, grad, geometry, *how)
     return _DepthwiseWeightGrad.apply(x, grad, geometry, how)
 
 
-def explain(
-    x: Tensor,
-    kernels: Sequence[Tensor],
-    anchors: Sequence[Anchor] | None = None,
-    *,
-    backend: str | None = None,
-    algorithm: str | None = None,
-) -> list[Explanation]:
-    """Say which backend computes a call of `depthwise_sum`, its input gradient and its weight gradients, and why.
-
-    Takes the arguments of `depthwise_sum`; nothing is computed. The first explanation is for the forward pass, the second
-    for the input gradient, the others for the weight gradient of each rectangle. Under autocast they speak of its type.
-    """
-    anchors = middles(kernels) if anchors is None else anchors
-    x, kernels, _ = _autocast(x, kernels, None)
-    check_algorithm(algorithm or "")
-    check_sum(x, kernels, anchors, None)
-    mirrored = [mirror(kernel.shape[2:], anchor) for kernel, anchor in zip(kernels, anchors)]
-    problems = [Problem.of_sum(x, kernels, of, algorithm or "") for of in (list(anchors), mirrored)]
-    for kernel, anchor in zip(kernels, anchors):
-        problems.append(Problem.of_weight_grad(x, (kernel.shape[2], kernel.shape[3]), anchor, algorithm or ""))
-    return [explain_problem(problem, backend) for problem in problems]
+def summed(x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor], bias: Tensor | None, how: How) -> Tensor:
+    """Compute `depthwise_sum` of arguments that were converted and checked."""
+    if not differentiated(x, bias, *kernels):
+        return depthwise_sum_op(x, kernels, flattened(anchors), bias, *how)
+    geometry = tuple((k.shape[2], k.shape[3], *anchor) for k, anchor in zip(kernels, anchors))
+    # Under a function transform a tensor does not know what the outer levels ask of it.
+    transformed = torch._C._are_functorch_transforms_active()
+    trained = tuple(transformed or kernel.requires_grad for kernel in kernels)
+    return _DepthwiseSum.apply(x, _joined(kernels), bias, _Call(geometry, trained, how))
 
 
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """Give the type that a call with input `x` is computed in because of autocast, None if autocast changes nothing."""
-    device = x.device.type
-    # Asking about the meta device, which knows no autocast, is an error.
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return None
-    if x.dtype == torch.float64 or not x.dtype.is_floating_point:
-        return None
-    return torch.get_autocast_dtype(device)
+def of_one(x: Tensor, kernel: Tensor, anchor: Anchor, how: How) -> Tensor:
+    """Compute the convolution with one rectangle in a form that takes batched gradients too."""
+    call = _Call(((kernel.shape[2], kernel.shape[3], *anchor),), (True,), how)
+    return _DepthwiseSum.apply(x, _joined([kernel]), None, call)
 
 
-def _autocast(x: Tensor, kernels: Sequence[Tensor], bias: Tensor | None) -> tuple[Tensor, Sequence[Tensor], Tensor | None]:
-    dtype = autocast_dtype(x)
-    if dtype is None or isinstance(kernels, Tensor):  # a bare tensor is for `check_sum` to refuse
-        return x, kernels, bias
-    return x.to(dtype), [kernel.to(dtype) for kernel in kernels], None if bias is None else bias.to(dtype)
+def grad_of_one(x: Tensor, grad: Tensor, kernel: Tensor, anchor: Anchor, how: How) -> Tensor:
+    """Compute the gradient of that in the rectangle."""
+    return _DepthwiseWeightGrad.apply(x, grad, (kernel.shape[2], kernel.shape[3], *anchor), how)
 
 
-def _pairs(flat: Sequence[int]) -> list[Anchor]:
-    return list(zip(flat[::2], flat[1::2]))
+define("depthwise_sum", "Tensor x, Tensor[] kernels, SymInt[] anchors, Tensor? bias")
+define("depthwise_weight_grad", "Tensor x, Tensor grad, SymInt[] geometry")
+define("depthwise_sum_of_taps", "Tensor x, Tensor taps, SymInt[] geometry")
 
 
-def _differentiated(*tensors: Tensor | None) -> bool:
-    """Whether a derivative of the call may be asked for, backward or (which is then refused) forward."""
-    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
-        return True
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
-# Registered in the form that costs least a call: the checks of `torch.library.custom_op` take as long as a convolution may.
-_LIBRARY = torch.library.Library("widekernel", "FRAGMENT")
-_HOW = "str backend, str algorithm"
-_LIBRARY.define(
-    f"depthwise_sum(Tensor x, Tensor[] kernels, SymInt[] anchors, Tensor? bias, {_HOW}) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-_LIBRARY.define(
-    f"depthwise_weight_grad(Tensor x, Tensor grad, SymInt[] geometry, {_HOW}) -> Tensor", tags=torch.Tag.pt2_compliant_tag
-)
-_LIBRARY.define(
-    f"depthwise_sum_of_taps(Tensor x, Tensor taps, SymInt[] geometry, {_HOW}) -> Tensor", tags=torch.Tag.pt2_compliant_tag
-)
-
-
-def _implements(name: str) -> Callable[[Callable[..., Tensor]], Any]:
-    def register(function: Callable[..., Tensor]) -> Any:
-        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
-        return getattr(torch.ops.widekernel, name).default
-
-    return register
-
-
-@_implements("depthwise_sum")
-def _depthwise_sum_op(
+@implements("depthwise_sum")
+def depthwise_sum_op(
     x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[int], bias: Tensor | None, backend: str, algorithm: str
 ) -> Tensor:
+    """Compute `depthwise_sum` without derivatives; the anchors are one list of numbers."""
     sizes = tuple([kernel.shape for kernel in kernels])
-    key = ("sum", x.shape, x.dtype, x.device.type, memory_format(x), sizes, tuple(anchors), backend, algorithm)
+    key = ("sum", *facts(x), sizes, tuple(anchors), backend, algorithm)
     run = prepared(key)
     if run is None:
-        run = prepare(key, Problem.of_sum(x, kernels, _pairs(anchors), algorithm), backend)
-    return run(x, kernels, _pairs(anchors), bias)
+        run = prepare(key, Problem.of_sum(x, kernels, pairs(anchors), algorithm), backend)
+    return run(x, kernels, pairs(anchors), bias)
 
 
-@torch.library.register_fake("widekernel::depthwise_sum", lib=_LIBRARY)
+@torch.library.register_fake("widekernel::depthwise_sum", lib=LIBRARY)
 def _(
     x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[int], bias: Tensor | None, backend: str, algorithm: str
 ) -> Tensor:
     return torch.empty_like(x, memory_format=memory_format(x))
 
 
-@torch.library.register_vmap("widekernel::depthwise_sum", lib=_LIBRARY)
+@torch.library.register_vmap("widekernel::depthwise_sum", lib=LIBRARY)
 def _(
     info: Any, dims: Any, x: Tensor, kernels: Any, anchors: Any, bias: Any, backend: str, algorithm: str
 ) -> tuple[Tensor, int]:
     size, of_kernels = info.batch_size, dims[1] or [None] * len(kernels)
     if dims[3] is None and all(dim is None for dim in of_kernels):
-        y = _depthwise_sum_op(x.movedim(dims[0], 0).flatten(0, 1), kernels, anchors, bias, backend, algorithm)
+        y = depthwise_sum_op(into_batch(x, dims[0], size), kernels, anchors, bias, backend, algorithm)
         return y.unflatten(0, (size, -1)), 0
     # Kernels that differ along the mapped dimension become channels of their own.
-    planes = _into_channels(_mapped(x, dims[0], size))
-    wide = [_mapped(kernel, dim, size).flatten(0, 1) for kernel, dim in zip(kernels, of_kernels)]
-    shift = None if bias is None else _mapped(bias, dims[3], size).flatten(0, 1)
-    return _depthwise_sum_op(planes, wide, anchors, shift, backend, algorithm).unflatten(1, (size, -1)), 1
+    planes = into_channels(x, dims[0], size)
+    wide = [into_batch(kernel, dim, size) for kernel, dim in zip(kernels, of_kernels)]
+    shift = None if bias is None else into_batch(bias, dims[3], size)
+    return depthwise_sum_op(planes, wide, anchors, shift, backend, algorithm).unflatten(1, (size, -1)), 1
 
 
-@_implements("depthwise_weight_grad")
+@implements("depthwise_weight_grad")
 def _depthwise_weight_grad_op(x: Tensor, grad: Tensor, geometry: Sequence[int], backend: str, algorithm: str) -> Tensor:
     kh, kw, row, column = geometry
-    key = ("weight grad", x.shape, x.dtype, x.device.type, memory_format(x), tuple(geometry), backend, algorithm)
+    key = ("weight grad", *facts(x), tuple(geometry), backend, algorithm)
     run = prepared(key)
     if run is None:
         run = prepare(key, Problem.of_weight_grad(x, (kh, kw), (row, column), algorithm), backend)
     return run(x, grad, (kh, kw), (row, column))
 
 
-@torch.library.register_fake("widekernel::depthwise_weight_grad", lib=_LIBRARY)
+@torch.library.register_fake("widekernel::depthwise_weight_grad", lib=LIBRARY)
 def _(x: Tensor, grad: Tensor, geometry: Sequence[int], backend: str, algorithm: str) -> Tensor:
     return x.new_empty(x.shape[1], 1, geometry[0], geometry[1])
 
 
-@torch.library.register_vmap("widekernel::depthwise_weight_grad", lib=_LIBRARY)
+@torch.library.register_vmap("widekernel::depthwise_weight_grad", lib=LIBRARY)
 def _(info: Any, dims: Any, x: Tensor, grad: Tensor, geometry: Any, backend: str, algorithm: str) -> tuple[Tensor, int]:
     size = info.batch_size
-    planes, grads = _into_channels(_mapped(x, dims[0], size)), _into_channels(_mapped(grad, dims[1], size))
+    planes, grads = into_channels(x, dims[0], size), into_channels(grad, dims[1], size)
     return _depthwise_weight_grad_op(planes, grads, geometry, backend, algorithm).unflatten(0, (size, -1)), 0
 
 
-@_implements("depthwise_sum_of_taps")
+@implements("depthwise_sum_of_taps")
 def _depthwise_sum_of_taps_op(x: Tensor, taps: Tensor, geometry: Sequence[int], backend: str, algorithm: str) -> Tensor:
     """Take the kernels in one tensor: for batched gradients PyTorch repeats an operator, but not one that takes a list."""
     rects = tuple(zip(geometry[::4], geometry[1::4], geometry[2::4], geometry[3::4]))
-    return _DepthwiseSum.forward(x, taps, None, _Call(rects, (), _How(backend, algorithm)))
+    return _DepthwiseSum.forward(x, taps, None, _Call(rects, (), How(backend, algorithm)))
 
 
-@torch.library.register_fake("widekernel::depthwise_sum_of_taps", lib=_LIBRARY)
+@torch.library.register_fake("widekernel::depthwise_sum_of_taps", lib=LIBRARY)
 def _(x: Tensor, taps: Tensor, geometry: Sequence[int], backend: str, algorithm: str) -> Tensor:
     return torch.empty_like(x, memory_format=memory_format(x))
-
-
-class _How(NamedTuple):
-    """The backend asked for, and the algorithm; "" for the best of each."""
-
-    backend: str
-    algorithm: str
 
 
 class _Call(NamedTuple):
@@ -269,7 +221,7 @@ class _Call(NamedTuple):
 
     geometry: tuple[tuple[int, int, int, int], ...]
     trained: tuple[bool, ...]
-    how: _How
+    how: How
 
     def mirrored(self) -> _Call:
         """Give the call that computes the input gradient."""
@@ -288,11 +240,11 @@ class _DepthwiseSum(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, taps: Tensor, bias: Tensor | None, call: _Call) -> Tensor:
-        if _has_batched_gradients(x, taps):
+        if has_batched_gradients(x, taps):
             y = _depthwise_sum_of_taps_op(x, taps, [number for rect in call.geometry for number in rect], *call.how)
             return y if bias is None else y + bias.view(-1, 1, 1)
         anchors = [a for _, _, row, column in call.geometry for a in (row, column)]
-        return _depthwise_sum_op(x, _parted(taps, call), anchors, bias, *call.how)
+        return depthwise_sum_op(x, _parted(taps, call), anchors, bias, *call.how)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -327,7 +279,7 @@ class _DepthwiseWeightGrad(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, grad: Tensor, geometry: tuple[int, int, int, int], how: _How) -> Tensor:
+    def forward(x: Tensor, grad: Tensor, geometry: tuple[int, int, int, int], how: How) -> Tensor:
         return _depthwise_weight_grad_op(x, grad, geometry, *how)
 
     @staticmethod
@@ -358,19 +310,3 @@ def _parted(taps: Tensor, call: _Call) -> list[Tensor]:
     sizes = [(kh, kw) for kh, kw, _, _ in call.geometry]
     parts = taps.split([kh * kw for kh, kw in sizes], 1)
     return [part.reshape(taps.shape[0], 1, kh, kw) for part, (kh, kw) in zip(parts, sizes)]
-
-
-def _has_batched_gradients(*tensors: Tensor) -> bool:
-    """Whether a tensor stands for many, as in `torch.autograd.grad(is_grads_batched=True)` and vectorised Jacobians."""
-    if torch.compiler.is_compiling():
-        return False
-    return any(torch._C._functorch.is_legacy_batchedtensor(tensor) for tensor in tensors)
-
-
-def _mapped(tensor: Tensor, dim: int | None, size: int) -> Tensor:
-    return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-
-
-def _into_channels(x: Tensor) -> Tensor:
-    """Turn (B, N, C, H, W) into (N, B·C, H, W)."""
-    return x.transpose(0, 1).flatten(1, 2)

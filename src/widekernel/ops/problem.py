@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from widekernel.errors import ArgumentError
 Anchor = tuple[int, int]
 DEPTHWISE_SUM = "depthwise_sum"
 DEPTHWISE_WEIGHT_GRAD = "depthwise_weight_grad"
+# One input and many outputs, and its adjoint: many inputs and one output. Each is as many sums of a single rectangle.
+DEPTHWISE_BRANCHES = "depthwise_branches"
+DEPTHWISE_SUM_OF_BRANCHES = "depthwise_sum_of_branches"
 # "direct": every output is a sum over the pixels under the kernel and over nothing else, so that outliers, infinities and
 # NaN reach no further than the kernel does.
 DIRECT = "direct"
@@ -24,14 +27,16 @@ class Problem:
     """One call of an operator, without its data.
 
     Attributes:
-        op: `depthwise_sum` or `depthwise_weight_grad`.
+        op: `depthwise_sum`, `depthwise_weight_grad`, `depthwise_branches` or `depthwise_sum_of_branches`.
         device: device type, for instance `cpu`.
         dtype: type of every tensor of the call.
-        shape: (N, C, H, W) of the input.
+        shape: (N, C, H, W) of the input, or of every input.
         kernels: (kh, kw) of every rectangle.
         anchors: for every rectangle the tap that sits on the output pixel, counted from its top left corner.
-        channels_last: whether the input is stored as NHWC.
+        channels_last: whether the input, of several the first one, is stored as NHWC.
         algorithm: what the caller insists on, one of `ALGORITHMS`, or "" for the fastest.
+        tf32: whether float32 numbers may be rounded to TF32, as in PyTorch's matrix products. Only ever set for float32 on
+            a CUDA device, by `torch.set_float32_matmul_precision("high")` and its like; by default float32 is float32.
     """
 
     op: str
@@ -42,29 +47,57 @@ class Problem:
     anchors: tuple[Anchor, ...]
     channels_last: bool = False
     algorithm: str = ""
+    tf32: bool = False
 
     @staticmethod
     def of_sum(x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor], algorithm: str = "") -> Problem:
         """Describe a call of `depthwise_sum`."""
-        sizes = tuple((kernel.shape[2], kernel.shape[3]) for kernel in kernels)
-        return _problem(DEPTHWISE_SUM, x, sizes, tuple(anchors), algorithm)
+        return _problem(DEPTHWISE_SUM, x, _sizes(kernels), tuple(anchors), algorithm)
 
     @staticmethod
     def of_weight_grad(x: Tensor, kernel: tuple[int, int], anchor: Anchor, algorithm: str = "") -> Problem:
         """Describe a call of `depthwise_weight_grad`."""
         return _problem(DEPTHWISE_WEIGHT_GRAD, x, (kernel,), (anchor,), algorithm)
 
+    @staticmethod
+    def of_branches(x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor], algorithm: str = "") -> Problem:
+        """Describe a call of `depthwise_branches`."""
+        return _problem(DEPTHWISE_BRANCHES, x, _sizes(kernels), tuple(anchors), algorithm)
+
+    @staticmethod
+    def of_sum_of_branches(x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor], algorithm: str = "") -> Problem:
+        """Describe a call of `depthwise_sum_of_branches` whose first input is `x`."""
+        return _problem(DEPTHWISE_SUM_OF_BRANCHES, x, _sizes(kernels), tuple(anchors), algorithm)
+
+    def branches(self) -> list[Problem]:
+        """Give the call of `depthwise_sum` that computes each rectangle alone."""
+        rects = zip(self.kernels, self.anchors)
+        return [replace(self, op=DEPTHWISE_SUM, kernels=(kernel,), anchors=(anchor,)) for kernel, anchor in rects]
+
     def __str__(self) -> str:
         rects = ", ".join(f"{kh}x{kw} anchored at {anchor}" for (kh, kw), anchor in zip(self.kernels, self.anchors))
         layout = "channels_last" if self.channels_last else "contiguous"
         how = f", algorithm {self.algorithm!r}" if self.algorithm else ""
-        return f"{self.op} of {self.shape} {self.dtype} {layout} on {self.device} with {rects or 'no rectangle'}{how}"
+        dtype = f"{self.dtype}{' (TF32 allowed)' if self.tf32 else ''}"
+        return f"{self.op} of {self.shape} {dtype} {layout} on {self.device} with {rects or 'no rectangle'}{how}"
 
 
 def _problem(op: str, x: Tensor, sizes: tuple[tuple[int, int], ...], anchors: tuple[Anchor, ...], algorithm: str) -> Problem:
     batch, channels, height, width = x.shape
     shape = (batch, channels, height, width)
-    return Problem(op, x.device.type, x.dtype, shape, sizes, anchors, is_channels_last(x), algorithm)
+    return Problem(op, x.device.type, x.dtype, shape, sizes, anchors, is_channels_last(x), algorithm, allows_tf32(x))
+
+
+def _sizes(kernels: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
+    return tuple((kernel.shape[2], kernel.shape[3]) for kernel in kernels)
+
+
+def allows_tf32(x: Tensor) -> bool:
+    """Whether a call with input `x` may round float32 numbers to TF32: where PyTorch's matrix products may."""
+    if x.device.type != "cuda" or x.dtype != torch.float32:
+        return False
+    # `get_float32_matmul_precision` raises where TF32 was allowed by this attribute; set by that function, both agree.
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -122,15 +155,17 @@ def check_algorithm(algorithm: str) -> None:
         )
 
 
-def check_sum(x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Sequence[int]], bias: Tensor | None) -> None:
-    """Raise a ValueError that names the offending value unless the arguments of `depthwise_sum` fit together."""
+def check_sum(
+    x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Sequence[int]], bias: Tensor | None, op: str = DEPTHWISE_SUM
+) -> None:
+    """Raise a ValueError that names the offending value unless the arguments of `depthwise_sum` (or `op`) fit together."""
     if x.dim() != 4:
-        raise ArgumentError(f"x has shape {tuple(x.shape)}: depthwise_sum needs four dimensions (N, C, H, W)")
-    _check_floating(x, DEPTHWISE_SUM)
+        raise ArgumentError(f"x has shape {tuple(x.shape)}: {op} needs four dimensions (N, C, H, W)")
+    _check_floating(x, op)
     if isinstance(kernels, Tensor):
-        raise ArgumentError("kernels is a tensor: depthwise_sum takes a list of rectangles; write [kernel]")
+        raise ArgumentError(f"kernels is a tensor: {op} takes a list of rectangles; write [kernel]")
     if not kernels:
-        raise ArgumentError("kernels is empty: depthwise_sum needs at least one rectangle")
+        raise ArgumentError(f"kernels is empty: {op} needs at least one rectangle")
     if len(kernels) != len(anchors):
         raise ArgumentError(f"{len(kernels)} kernels but {len(anchors)} anchors: every rectangle needs one anchor")
     channels = x.shape[1]

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 
 from widekernel import ops
 from widekernel.analysis.benchmark import Machine
 from widekernel.analysis.benchmark import machine as measuring
+from widekernel.analysis.benchmark.devices import Accelerator
+from widekernel.analysis.benchmark.gpu import Gpu
+from widekernel.analysis.benchmark.timing import WallClock
 from widekernel.ops import portable
 
 
@@ -55,3 +59,16 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 def machine() -> Machine:
     versions = {"Python": "3", "PyTorch": "2"}
     return Machine("A processor", 2, 1, "none", "none", versions, 100.0, "made up", 10.0, "passive")
+
+
+@pytest.fixture
+def device_gpu() -> Gpu:
+    """A device whose ceilings are 4 TB/s and, in TFLOP/s, 800 in bfloat16, 390 in tf32, 780 in float16, 50 in float32."""
+    products = {"bfloat16": 800e3, "tf32": 390e3, "float16": 780e3, "float32": 50e3}
+    return Gpu("Some GPU", "9.0", 132, 140.0, 50.0, "A processor", {"driver": "1", "PyTorch": "2"}, 4000.0, products)
+
+
+@pytest.fixture
+def on_cpu() -> Accelerator:
+    """What measures on devices, on the CPU and by the clock of the host."""
+    return Accelerator(torch.device("cpu"), WallClock())

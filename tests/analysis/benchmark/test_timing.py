@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from widekernel.analysis.benchmark.timing import FEWEST, MOST, Timing, first_calls, interleave, planned_calls
+from widekernel.analysis.benchmark.timing import FEWEST, MOST, Timing, WallClock, first_calls, interleave, planned_calls
 
 
 class Stage:
@@ -14,6 +14,7 @@ class Stage:
 
     def __init__(self, **seconds: float) -> None:
         self.now, self.calls = 0.0, []
+        self.stopwatch = WallClock(lambda: self.now)
         self.rivals = {name: lambda name=name, s=s: self.run(name, s) for name, s in seconds.items()}
 
     def run(self, name: str, seconds: float) -> str:
@@ -21,40 +22,37 @@ class Stage:
         self.calls.append(name)
         return f"of {name}"
 
-    def clock(self) -> float:
-        return self.now
-
 
 def test_rivals_take_turns_in_alternating_order() -> None:
     stage = Stage(a=0.25, b=0.5)
-    outputs, first = first_calls(stage.rivals, stage.clock)
+    outputs, first = first_calls(stage.rivals, stage.stopwatch)
     assert outputs == {"a": "of a", "b": "of b"} and first == {"a": 0.25, "b": 0.5}
     stage.calls.clear()
-    timings = interleave(stage.rivals, first, 1.0, rounds=4, clock=stage.clock)
+    timings = interleave(stage.rivals, first, 1.0, rounds=4, stopwatch=stage.stopwatch)
     assert stage.calls == ["a", "b", "b", "a", "a", "b", "b", "a"]
     assert timings == {"a": Timing((0.25,) * 4), "b": Timing((0.5,) * 4)}
 
 
 def test_rivals_with_fewer_calls_are_spread_over_all_rounds() -> None:
     stage = Stage(fast=0.125, slow=1.5)
-    timings = interleave(stage.rivals, {"fast": 0.125, "slow": 1.5}, 1.25, clock=stage.clock)
+    timings = interleave(stage.rivals, {"fast": 0.125, "slow": 1.5}, 1.25, stopwatch=stage.stopwatch)
     assert timings["fast"].calls == 10 and timings["slow"].calls == 1
     stage = Stage(fast=0.125, slower=0.25)
-    interleave(stage.rivals, {"fast": 0.125, "slower": 0.25}, 2.0, clock=stage.clock)
+    interleave(stage.rivals, {"fast": 0.125, "slower": 0.25}, 2.0, stopwatch=stage.stopwatch)
     places = [place for place, name in enumerate(stage.calls) if name == "slower"]
     assert len(places) == 8 and max(b - a for a, b in itertools.pairwise(places)) <= 4
 
 
 def test_a_very_slow_rival_is_called_once_in_all() -> None:
     stage = Stage(fast=0.5, slow=11.0)
-    _, first = first_calls(stage.rivals, stage.clock)
-    timings = interleave(stage.rivals, first, 1.0, clock=stage.clock)
+    _, first = first_calls(stage.rivals, stage.stopwatch)
+    timings = interleave(stage.rivals, first, 1.0, stopwatch=stage.stopwatch)
     assert stage.calls.count("slow") == 1 and timings["slow"] == Timing((11.0,))
 
 
 def test_a_slow_first_call_of_a_quick_rival_is_not_believed() -> None:
     stage = Stage(a=0.001)
-    timings = interleave(stage.rivals, {"a": 0.09}, 0.1, clock=stage.clock)
+    timings = interleave(stage.rivals, {"a": 0.09}, 0.1, stopwatch=stage.stopwatch)
     assert timings["a"].calls == 100
 
 

@@ -1,4 +1,4 @@
-"""Speed of the operators and of networks on this machine, against PyTorch and inference engines, side by side."""
+"""Speed of the operators and of networks on a CPU or a CUDA device, beside PyTorch and inference engines."""
 
 from widekernel.analysis.benchmark.cases import PASSES, SETS, Case, choose, parse_case
 from widekernel.analysis.benchmark.checking import check_operator

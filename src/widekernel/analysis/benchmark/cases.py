@@ -11,7 +11,7 @@ from widekernel.errors import ArgumentError, nearest
 
 FORWARD, INPUT_GRAD, WEIGHT_GRAD = PASSES = ("forward", "input gradient", "weight gradient")
 BYTES = 4
-"""Of a number: everything is timed in float32."""
+"""Of a number, unless said otherwise: on the CPU everything is timed in float32."""
 DEFAULT_BATCH = 8
 
 # A sweep leaves out what would take minutes a call in the slowest rival, or gigabytes for all of them.
@@ -68,7 +68,11 @@ class Case:
     @property
     def bytes_moved(self) -> int:
         """What any algorithm reads and writes at least, in each of the passes: two images and one kernel."""
-        return 2 * self.tensor_bytes + BYTES * self.channels * self.kernel[0] * self.kernel[1]
+        return self.bytes_moved_in(BYTES)
+
+    def bytes_moved_in(self, size: int) -> int:
+        """Give `bytes_moved` for numbers of `size` bytes."""
+        return size * self.channels * (2 * self.batch * self.height * self.width + self.kernel[0] * self.kernel[1])
 
     @property
     def macs(self) -> int:
@@ -131,7 +135,9 @@ _SMALL = _set("""
 """)
 # Cases whose batch is part of what they are about.
 _OWN_BATCH = frozenset({"detection"})
-SETS = ("targets", "small", "sweep")
+# What networks that exist are made of, and a few minutes on a GPU are enough for.
+_LAYERS = {name: case for name, case in _TARGETS.items() if name not in ("dense-51", "dense-61", "detection")}
+SETS = ("targets", "layers", "small", "sweep")
 
 
 def choose(names: Sequence[str], batch: int | None = None) -> tuple[list[Case], list[str]]:
@@ -152,7 +158,7 @@ def choose(names: Sequence[str], batch: int | None = None) -> tuple[list[Case], 
             swept, left_out = _sweep((batch,) if batch else SWEPT_BATCHES)
             cases += swept
             continue
-        own = {"targets": _TARGETS, "small": _SMALL}.get(name)
+        own = {"targets": _TARGETS, "layers": _LAYERS, "small": _SMALL}.get(name)
         found = list(own.values()) if own else [known[key] for key in known if fnmatch.fnmatchcase(key, name)]
         if not found:
             raise ArgumentError(

@@ -25,6 +25,12 @@ def missing(engine: str) -> list[str]:
     return [package for package in _NEEDS[engine] if importlib.util.find_spec(package) is None]
 
 
+def absences() -> list[str]:
+    """Say which of them take no part, a line each."""
+    lacking = {engine: missing(engine) for engine in ENGINES}
+    return [f"{engine} takes no part: not installed ({', '.join(what)})" for engine, what in lacking.items() if what]
+
+
 def forward_in(engine: str, x: Tensor, kernel: Tensor) -> Callable[[], Tensor]:
     """Give a call of the depthwise convolution of `x` (N, C, H, W) with `kernel` (C, 1, kh, kw) in `engine`."""
     return {"onnxruntime": _onnxruntime, "openvino": _openvino}[engine](x, kernel)

@@ -1,4 +1,4 @@
-"""The error of a benchmark that would report something wrong."""
+"""The errors of benchmarks."""
 
 from __future__ import annotations
 
@@ -7,3 +7,7 @@ from widekernel.errors import WidekernelError
 
 class BenchmarkError(WidekernelError, RuntimeError):
     """What was to be timed computes the wrong numbers, so that no time is reported."""
+
+
+class DeviceLostError(WidekernelError, RuntimeError):
+    """A device that answers every further call with an error."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,15 @@ from torch import Tensor, nn
 
 from widekernel.analysis.benchmark.agreement import check_rivals
 from widekernel.analysis.benchmark.errors import BenchmarkError
-from widekernel.analysis.benchmark.rivals import INFER, MODES, PYTORCH, Rival, build_rivals, with_visible_blocks
+from widekernel.analysis.benchmark.rivals import (
+    INFER,
+    MODES,
+    PYTORCH,
+    Conditions,
+    Rival,
+    build_rivals,
+    with_visible_blocks,
+)
 from widekernel.analysis.benchmark.shares import depthwise_share
 from widekernel.analysis.benchmark.timing import Timing, first_calls, interleave
 
@@ -85,24 +95,36 @@ def measure_network(
         BenchmarkError: if rivals give different outputs or gradients, or the network cannot run.
     """
     model = with_visible_blocks(model)
-    images = torch.randn(batch, getattr(model, "in_chans", 3), size, size, generator=torch.Generator().manual_seed(0))
-    target = torch.arange(batch) % _classes(name, model, images)
+    images, target = examples(name, model, batch, size)
     for mode in modes:
         rivals = build_rivals(model, mode, images, compiled)
-        calls = {rival.name: _call(rival, mode, target) for rival in rivals}
+        calls = {rival.name: call_of(rival, mode, target) for rival in rivals}
         check_rivals(name, rivals, mode, target)
         timings = interleave(calls, first_calls(calls)[1], seconds, rounds, _PATIENCE)
         for rival in rivals:
             share = None if rival.compiled else depthwise_share(calls[rival.name])
-            yield _row(name, mode, rival, timings, share)
+            yield NetworkRow(**row_fields(name, mode, rival, timings, share))
 
 
-def _call(rival: Rival, mode: str, target: Tensor) -> Callable[[], None]:
+def examples(name: str, model: nn.Module, batch: int, size: int) -> tuple[Tensor, Tensor]:
+    """Give images (N, C, size, size) and the classes (N) they are trained towards, on the device of the model.
+
+    Raises:
+        BenchmarkError: if the network does not run on such images, or is no classifier.
+    """
+    images = torch.randn(batch, getattr(model, "in_chans", 3), size, size, generator=torch.Generator().manual_seed(0))
+    device = next((parameter.device for parameter in model.parameters()), images.device)
+    images = images.to(device)
+    return images, torch.arange(batch, device=device) % _classes(name, model, images)
+
+
+def call_of(rival: Rival, mode: str, target: Tensor, conditions: Conditions = nullcontext) -> Callable[[], None]:
+    """Give what is timed: inference, or a step of training."""
     forward, x = rival.forward, rival.images
     if mode == INFER:
 
         def infer() -> None:
-            with torch.inference_mode():
+            with torch.inference_mode(), conditions():
                 forward(x)
 
         return infer
@@ -110,7 +132,9 @@ def _call(rival: Rival, mode: str, target: Tensor) -> Callable[[], None]:
 
     def step() -> None:
         optimizer.zero_grad()
-        F.cross_entropy(forward(x), target).backward()
+        with conditions():
+            loss = F.cross_entropy(forward(x), target)
+        loss.backward()
         optimizer.step()
 
     return step
@@ -129,22 +153,24 @@ def _classes(name: str, model: nn.Module, images: Tensor) -> int:
     return output.shape[1]
 
 
-def _row(name: str, mode: str, rival: Rival, timings: dict[str, Timing], share: float | None) -> NetworkRow:
-    timing = timings[rival.name]
+def row_fields(name: str, mode: str, rival: Rival, timings: Mapping[str, Timing], share: float | None) -> dict[str, Any]:
+    """Give the fields of a `NetworkRow`; of rivals without a timing the times are NaN."""
+    failed = Timing(())
+    timing = timings.get(rival.name, failed)
     batch, size = rival.images.shape[0], rival.images.shape[2]
-    return NetworkRow(
-        model=name,
-        mode=mode,
-        batch=batch,
-        size=size,
-        rival=rival.rival,
-        layout=rival.layout,
-        compiled=rival.compiled,
-        ms=1e3 * timing.median,
-        spread=timing.spread,
-        calls=timing.calls,
-        times_nhwc=timings[f"{PYTORCH} NHWC"].median / timing.median,
-        times_default=timings[f"{PYTORCH} NCHW"].median / timing.median,
-        images_per_second=batch / timing.median,
-        depthwise_share=share,
-    )
+    return {
+        "model": name,
+        "mode": mode,
+        "batch": batch,
+        "size": size,
+        "rival": rival.rival,
+        "layout": rival.layout,
+        "compiled": rival.compiled,
+        "ms": 1e3 * timing.median,
+        "spread": timing.spread,
+        "calls": timing.calls,
+        "times_nhwc": timings.get(f"{PYTORCH} NHWC", failed).median / timing.median,
+        "times_default": timings.get(f"{PYTORCH} NCHW", failed).median / timing.median,
+        "images_per_second": batch / timing.median,
+        "depthwise_share": share,
+    }

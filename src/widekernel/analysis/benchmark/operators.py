@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ _SMALLEST_COPY, _COPY_SECONDS = 2**16, 0.03  # numbers; below, a copy is the cal
 
 @dataclass(frozen=True)
 class Row:
-    """One pass of one case in one layout; times in milliseconds, None for what was not run.
+    """One pass of one case in one layout; times in milliseconds, None for what was not run and NaN for what failed.
 
     Attributes:
         case: its name.
@@ -124,7 +125,7 @@ def measure_case(
     kernel = torch.randn(case.channels, 1, *case.kernel, generator=generator)
     asked: Asked = {"backend": backend, "algorithm": algorithm}
     for direction in passes:
-        rivals = _rivals(direction, x, grad, kernel, asked)
+        rivals = rivals_in_pytorch(direction, x, grad, kernel, asked) | _engines(direction, x, kernel)
         with torch.no_grad():
             with ops.trace() as ran:
                 outputs, first = first_calls(rivals)
@@ -137,25 +138,29 @@ def measure_case(
             details = ops.explain(image, [kernel], **asked)[PASSES.index(direction)].details
             # The first thing that a backend says of itself is how it computes, what follows are its means.
             ran_as = name, details.partition(";")[0], error
-            yield _row(case, direction, layout, timings, (machine.peak, copying), ran_as)
+            limits = Limits(machine.peak, copying, case.bytes_moved)
+            yield Row(**row_fields(case, direction, layout, timings, limits, ran_as))
 
 
-def _rivals(direction: str, x: Tensor, grad: Tensor, kernel: Tensor, asked: Asked) -> dict[str, Call]:
-    """Give the calls to compare, ours first, on the same numbers."""
+def rivals_in_pytorch(direction: str, x: Tensor, grad: Tensor, kernel: Tensor, asked: Asked) -> dict[str, Call]:
+    """Give the calls to compare, ours first, on the same numbers in both layouts."""
     rivals: dict[str, Call] = {}
     images = {name: [t.contiguous(memory_format=layout) for t in (x, grad)] for name, layout in LAYOUTS.items()}
     for name, (image, gradient) in images.items():
-        rivals[f"ours {name}"] = _ours(direction, image, gradient, kernel, asked)
+        rivals[f"ours {name}"] = ours(direction, image, gradient, kernel, asked)
     for name, (image, gradient) in images.items():
-        rivals[f"PyTorch {name}"] = _pytorch(direction, image, gradient, kernel)
-    if direction == FORWARD:
-        for engine in engines.ENGINES:
-            if not engines.missing(engine):
-                rivals[engine] = engines.forward_in(engine, x, kernel)
+        rivals[f"PyTorch {name}"] = pytorchs(direction, image, gradient, kernel)
     return rivals
 
 
-def _ours(direction: str, x: Tensor, grad: Tensor, kernel: Tensor, asked: Asked) -> Call:
+def _engines(direction: str, x: Tensor, kernel: Tensor) -> dict[str, Call]:
+    if direction != FORWARD:
+        return {}
+    return {engine: engines.forward_in(engine, x, kernel) for engine in engines.ENGINES if not engines.missing(engine)}
+
+
+def ours(direction: str, x: Tensor, grad: Tensor, kernel: Tensor, asked: Asked) -> Call:
+    """Give the call of our operator that computes a pass."""
     size = (kernel.shape[2], kernel.shape[3])
     anchor = (size[0] // 2, size[1] // 2)
     if direction == FORWARD:
@@ -166,7 +171,8 @@ def _ours(direction: str, x: Tensor, grad: Tensor, kernel: Tensor, asked: Asked)
     return lambda: ops.depthwise_weight_grad(x, grad, size, anchor, **asked)
 
 
-def _pytorch(direction: str, x: Tensor, grad: Tensor, kernel: Tensor) -> Call:
+def pytorchs(direction: str, x: Tensor, grad: Tensor, kernel: Tensor) -> Call:
+    """Give the call of PyTorch's operator that computes a pass."""
     channels, padding = x.shape[1], [kernel.shape[2] // 2, kernel.shape[3] // 2]
     if direction == FORWARD:
         return lambda: F.conv2d(x, kernel, padding=padding, groups=channels)
@@ -182,49 +188,72 @@ def _pytorch(direction: str, x: Tensor, grad: Tensor, kernel: Tensor) -> Call:
     return call
 
 
-def _row(
-    case: Case,
-    direction: str,
-    layout: str,
-    timings: dict[str, Timing],
-    limits: tuple[float, float],
-    ran: tuple[str, str, float],
-) -> Row:
-    ours, nchw, nhwc = (timings[name] for name in (f"ours {layout}", "PyTorch NCHW", "PyTorch NHWC"))
-    seconds = ours.median
-    peak, copying = limits
-    limit = max(2 * case.macs / (peak * 1e9), case.bytes_moved / (copying * 1e9))
+class Limits(NamedTuple):
+    """What no call can be faster than: GFLOP/s, GB/s, and the bytes that it has to read and write."""
+
+    peak: float
+    copying: float
+    bytes_moved: int
+
+    def seconds(self, macs: int) -> tuple[float, float]:
+        """Give the time of so many multiply-accumulates, and that of moving the data."""
+        return 2 * macs / (self.peak * 1e9), self.bytes_moved / (self.copying * 1e9)
+
+
+_FAILED = Timing(())
+
+
+def row_fields(
+    case: Case, direction: str, layout: str, timings: Mapping[str, Timing], limits: Limits, ran: tuple[str, str, float]
+) -> dict[str, Any]:
+    """Give the fields of a `Row`; of rivals without a timing the times are NaN.
+
+    Args:
+        case: what was timed.
+        direction: which pass of it.
+        layout: of our call.
+        timings: by the names of the rivals.
+        limits: of the machine, for this case.
+        ran: the backend of our call, its algorithm, and the largest difference of the rivals.
+    """
+    ours, nchw, nhwc = (timings.get(name, _FAILED) for name in (f"ours {layout}", "PyTorch NCHW", "PyTorch NHWC"))
+    seconds, limit = ours.median, max(limits.seconds(case.macs))
     gflops = 2 * case.macs / seconds / 1e9
     others = {engine: 1e3 * timings[engine].median if engine in timings else None for engine in engines.ENGINES}
-    return Row(
-        case=case.name,
-        shape=str(case),
-        batch=case.batch,
-        channels=case.channels,
-        height=case.height,
-        width=case.width,
-        kernel_height=case.kernel[0],
-        kernel_width=case.kernel[1],
-        direction=direction,
-        layout=layout,
-        ours_ms=1e3 * seconds,
-        ours_spread=ours.spread,
-        ours_calls=ours.calls,
-        torch_nchw_ms=1e3 * nchw.median,
-        torch_nchw_calls=nchw.calls,
-        torch_nhwc_ms=1e3 * nhwc.median,
-        torch_nhwc_calls=nhwc.calls,
-        onnxruntime_ms=others["onnxruntime"],
-        openvino_ms=others["openvino"],
-        times_best=min(nchw.median, nhwc.median) / seconds,
-        times_default=nchw.median / seconds,
-        gflops=gflops,
-        peak_share=gflops / peak,
-        copy_gbs=copying,
-        limit_ms=1e3 * limit,
-        limit_share=limit / seconds,
-        intensity=case.intensity,
-        backend=ran[0],
-        algorithm=ran[1],
-        error=ran[2],
-    )
+    return {
+        "case": case.name,
+        "shape": str(case),
+        "batch": case.batch,
+        "channels": case.channels,
+        "height": case.height,
+        "width": case.width,
+        "kernel_height": case.kernel[0],
+        "kernel_width": case.kernel[1],
+        "direction": direction,
+        "layout": layout,
+        "ours_ms": 1e3 * seconds,
+        "ours_spread": ours.spread,
+        "ours_calls": ours.calls,
+        "torch_nchw_ms": 1e3 * nchw.median,
+        "torch_nchw_calls": nchw.calls,
+        "torch_nhwc_ms": 1e3 * nhwc.median,
+        "torch_nhwc_calls": nhwc.calls,
+        "onnxruntime_ms": others["onnxruntime"],
+        "openvino_ms": others["openvino"],
+        "times_best": best_of(nchw.median, nhwc.median) / seconds,
+        "times_default": nchw.median / seconds,
+        "gflops": gflops,
+        "peak_share": gflops / limits.peak,
+        "copy_gbs": limits.copying,
+        "limit_ms": 1e3 * limit,
+        "limit_share": limit / seconds,
+        "intensity": 2 * case.macs / limits.bytes_moved,
+        "backend": ran[0],
+        "algorithm": ran[1],
+        "error": ran[2],
+    }
+
+
+def best_of(*medians: float) -> float:
+    """Give the shortest of some times, whichever of them are there; NaN if none is."""
+    return min((median for median in medians if not math.isnan(median)), default=math.nan)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import io
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from widekernel.analysis.benchmark.cases import PASSES
+from widekernel.analysis.benchmark.device_operators import DeviceRow
+from widekernel.analysis.benchmark.gpu import Gpu
 from widekernel.analysis.benchmark.machine import Machine
 from widekernel.analysis.benchmark.operators import Row
+from widekernel.analysis.benchmark.precision import PRECISIONS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,10 +47,38 @@ def draw(rows: Sequence[Row], machine: Machine) -> bytes:
     limits = [limit for axes in panels[: len(passes)] for limit in axes.get_ylim()]
     for axes in panels[: len(passes)]:
         axes.set_ylim(min(limits), max(limits))
-    _draw_roofline(panels[len(passes)], rows, machine)
+    _draw_roofline(panels[len(passes)], rows, machine.peak, f"FMA {machine.peak:.0f} GFLOP/s")
     for axes in panels[len(passes) + 1 :]:
         axes.set_axis_off()
     figure.suptitle(f"{machine.cpu}, {machine.threads} threads, float32", fontsize=10)
+    return _png(figure)
+
+
+def draw_device(rows: Sequence[DeviceRow], gpu: Gpu) -> bytes:
+    """Draw a line of panels for each type, one a pass and the roofline, as a PNG file."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    passes = [direction for direction in PASSES if any(row.direction == direction for row in rows)]
+    precisions = [p for name, p in PRECISIONS.items() if any(row.dtype == name for row in rows)]
+    figure: Figure = Figure(figsize=(5.4 * (len(passes) + 1), 4.4 * max(1, len(precisions))), layout="constrained")
+    FigureCanvasAgg(figure)
+    lines = figure.subplots(max(1, len(precisions)), len(passes) + 1, squeeze=False)
+    for panels, precision in zip(lines, precisions):
+        own = [row for row in rows if row.dtype == precision.name]
+        for axes, direction in zip(panels, passes):
+            _draw_times(axes, [row for row in own if row.direction == direction], direction)
+            axes.set_title(f"{direction}, {precision.name}")
+        limits = [limit for axes in panels[:-1] for limit in axes.get_ylim()]
+        for axes in panels[:-1]:
+            axes.set_ylim(min(limits), max(limits))
+        peak = gpu.peak(precision)
+        _draw_roofline(panels[-1], own, peak, f"matrix products, {peak / 1e3:.3g} TFLOP/s")
+    figure.suptitle(gpu.name, fontsize=10)
+    return _png(figure)
+
+
+def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
@@ -65,7 +97,8 @@ def _draw_times(axes: Axes, rows: Sequence[Row], direction: str) -> None:
     axes.set_xticks(ticks, [str(size) for size in ticks], fontsize=7)
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=7)
 
 
 def _lines(rows: Sequence[Row], field: str, layout: str | None) -> list[list[tuple[int, float]]]:
@@ -73,7 +106,7 @@ def _lines(rows: Sequence[Row], field: str, layout: str | None) -> list[list[tup
     lines: dict[tuple, dict[int, float]] = defaultdict(dict)
     for row in rows:
         value = getattr(row, field)
-        if value is None or layout not in (None, row.layout):
+        if value is None or math.isnan(value) or layout not in (None, row.layout):
             continue
         kind = (row.kernel_height > row.kernel_width) - (row.kernel_height < row.kernel_width)
         lines[row.batch, row.channels, row.height, row.width, kind][_size(row)] = value
@@ -84,7 +117,7 @@ def _size(row: Row) -> int:
     return max(row.kernel_height, row.kernel_width)
 
 
-def _draw_roofline(axes: Axes, rows: Sequence[Row], machine: Machine) -> None:
+def _draw_roofline(axes: Axes, rows: Sequence[Row], peak: float, what: str) -> None:
     for direction, marker in _MARKERS.items():
         chosen = [row for row in rows if row.direction == direction]
         for label, (field, layout, colour) in _RIVALS.items():
@@ -93,6 +126,7 @@ def _draw_roofline(axes: Axes, rows: Sequence[Row], machine: Machine) -> None:
                 for row in chosen
                 if getattr(row, field) is not None and layout in (None, row.layout)
             ]
+            points = [point for point in points if not math.isnan(point[1])]
             if points:
                 shown = label if direction == chosen[0].direction == rows[0].direction else None
                 axes.scatter(
@@ -109,12 +143,12 @@ def _draw_roofline(axes: Axes, rows: Sequence[Row], machine: Machine) -> None:
     low, high = (bound([row.intensity for row in rows]) for bound in (min, max))
     # Small tensors are copied within caches, so that every case has a roof of its own; this is the highest.
     copying = max(row.copy_gbs for row in rows)
-    span = [low / 2, machine.peak / copying, high * 2]
-    ceiling = [min(machine.peak, copying * intensity) for intensity in sorted(span)]
+    span = [low / 2, peak / copying, high * 2]
+    ceiling = [min(peak, copying * intensity) for intensity in sorted(span)]
     axes.plot(sorted(span), ceiling, color="black", linewidth=1.2)
     axes.set(xscale="log", yscale="log", xlabel="operations for each byte moved", title="roofline")
     axes.set_ylabel("GFLOP/s (taps on pixels)", fontsize=8)
-    axes.text(span[-1], machine.peak, f"FMA {machine.peak:.0f} GFLOP/s", ha="right", va="bottom", fontsize=7)
+    axes.text(span[-1], peak, what, ha="right", va="bottom", fontsize=7)
     axes.text(span[0], ceiling[0], f" copy, up to {copying:.0f} GB/s", ha="left", va="top", fontsize=7)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=6, ncols=2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -59,12 +60,26 @@ def with_visible_blocks(model: nn.Module) -> nn.Module:
     return model
 
 
-def build_rivals(model: nn.Module, mode: str, images: Tensor, compiled: bool) -> list[Rival]:
-    """Build the networks to compare; those that would be the same network twice are left out."""
+Conditions = Callable[[], AbstractContextManager[object]]
+"""Makes a context in which networks run, autocast for instance."""
+
+
+def build_rivals(
+    model: nn.Module, mode: str, images: Tensor, compiled: bool, conditions: Conditions = nullcontext
+) -> list[Rival]:
+    """Build the networks to compare; those that would be the same network twice are left out.
+
+    Args:
+        model: copied.
+        mode: a member of `MODES`.
+        images: (N, C, H, W), on the device of the model.
+        compiled: whether each network takes part compiled as well.
+        conditions: in which they will run, and in which `accelerate` therefore measures.
+    """
     rivals = []
     for layout, memory_format in LAYOUTS.items():
         x = images.contiguous(memory_format=memory_format)
-        for name, network in _networks(model, mode, x).items():
+        for name, network in _networks(model, mode, x, conditions).items():
             network = network.to(memory_format=memory_format)  # type: ignore[call-overload]
             rivals.append(Rival(name, layout, False, network, network, x))
             if compiled:
@@ -73,7 +88,7 @@ def build_rivals(model: nn.Module, mode: str, images: Tensor, compiled: bool) ->
     return rivals
 
 
-def _networks(model: nn.Module, mode: str, x: Tensor) -> dict[str, nn.Module]:
+def _networks(model: nn.Module, mode: str, x: Tensor, conditions: Conditions) -> dict[str, nn.Module]:
     base = copy.deepcopy(model).train(mode == TRAIN)
     is_ours = bool(ours_in(base))
     networks = {PYTORCH: on_pytorch(base)}
@@ -89,7 +104,7 @@ def _networks(model: nn.Module, mode: str, x: Tensor) -> dict[str, nn.Module]:
             networks[PYTORCH_FOLDED] = on_pytorch(fast)
         networks[FOLDED] = copy.deepcopy(fast)
     layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-    with torch.set_grad_enabled(mode == TRAIN):
+    with torch.set_grad_enabled(mode == TRAIN), conditions():
         networks[ACCELERATED], _ = accelerate(fast.to(memory_format=layout), x)  # type: ignore[call-overload]
     return networks
 

@@ -3,6 +3,9 @@
 Every rival is called once before, for its output; that call also tells how many further ones it can have. These are spread
 evenly over rounds, and the order within a round alternates. A slow rival gets one more, a very slow one none: its first call
 is then the measurement.
+
+What times a single call is a stopwatch: by the clock of the host (`WallClock`), or by the events of a device
+(`devices.EventStopwatch`).
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 PATIENCE = 1.0, 10.0
 """Seconds of one call beyond which a rival is slow, and very slow."""
@@ -19,8 +22,52 @@ QUICK = 0.1
 """Below this many seconds a first call says little about the next ones, and a second one is made before planning."""
 FEWEST, MOST = 5, 300
 """Calls of a rival that is not slow."""
+_LONGEST_MESSAGE = 200
 
 Clock = Callable[[], float]
+
+
+class Stopwatch(Protocol):
+    """What times a call."""
+
+    @property
+    def warms_up(self) -> bool:
+        """Whether a rival's first call compiles and chooses algorithms for the next ones, so that it must not be timed."""
+
+    def time(self, call: Callable[[], Any]) -> tuple[Any, float]:
+        """Make a call and give what it returns, and the seconds that it took."""
+
+    def recover(self) -> None:
+        """Tidy up after a call that failed.
+
+        Raises:
+            DeviceLostError: if no further call can work.
+        """
+
+
+class WallClock:
+    """Times calls by a clock of the host.
+
+    Args:
+        clock: gives the time in seconds.
+    """
+
+    warms_up = False
+
+    def __init__(self, clock: Clock = time.perf_counter) -> None:
+        self._clock = clock
+
+    def time(self, call: Callable[[], Any]) -> tuple[Any, float]:
+        """Make a call and give what it returns, and the seconds that it took."""
+        start = self._clock()
+        result = call()
+        return result, self._clock() - start
+
+    def recover(self) -> None:
+        """Do nothing: a failed call leaves nothing behind."""
+
+
+_WALL = WallClock()
 
 
 @dataclass(frozen=True)
@@ -28,7 +75,7 @@ class Timing:
     """The times of one rival.
 
     Attributes:
-        seconds: of every call that counts.
+        seconds: of every call that counts; none if the rival failed.
     """
 
     seconds: tuple[float, ...]
@@ -40,8 +87,8 @@ class Timing:
 
     @property
     def median(self) -> float:
-        """Seconds."""
-        return statistics.median(self.seconds)
+        """Seconds; NaN without any call."""
+        return statistics.median(self.seconds) if self.seconds else float("nan")
 
     @property
     def spread(self) -> float:
@@ -53,14 +100,34 @@ class Timing:
 
 
 def first_calls(
-    rivals: Mapping[str, Callable[[], Any]], clock: Clock = time.perf_counter
+    rivals: Mapping[str, Callable[[], Any]], stopwatch: Stopwatch = _WALL, failures: dict[str, str] | None = None
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """Call every rival once and give what each returned, and the seconds that it took."""
+    """Call every rival once and give what each returned, and the seconds that it took.
+
+    Where the first call must not be timed there is a second one.
+
+    Args:
+        rivals: what to call.
+        stopwatch: what times them.
+        failures: takes the message of each rival that fails, which is then missing in what is returned; by default the
+            first failure is raised.
+    """
     outputs, seconds = {}, {}
     for name, call in rivals.items():
-        start = clock()
-        outputs[name] = call()
-        seconds[name] = clock() - start
+        try:
+            if stopwatch.warms_up:
+                outputs[name] = call()
+                seconds[name] = stopwatch.time(call)[1]
+            else:
+                outputs[name], seconds[name] = stopwatch.time(call)
+            continue
+        except Exception as error:
+            if failures is None:
+                raise
+            failures[name] = in_short(error)
+        # Outside of the handler: while the error lives, so do the tensors of the frames that it came through.
+        outputs.pop(name, None)
+        stopwatch.recover()
     return outputs, seconds
 
 
@@ -70,7 +137,7 @@ def interleave(
     budget: float,
     rounds: int | None = None,
     patience: tuple[float, float] = PATIENCE,
-    clock: Clock = time.perf_counter,
+    stopwatch: Stopwatch = _WALL,
 ) -> dict[str, Timing]:
     """Time rivals in turns.
 
@@ -80,13 +147,13 @@ def interleave(
         budget: seconds for each of them.
         rounds: calls of each that is not slow, instead of as many as the budget allows.
         patience: seconds of one call beyond which a rival is slow, and very slow.
-        clock: what gives the time.
+        stopwatch: what times them.
     """
     wanted = {}
     for name, call in rivals.items():
         estimate = first[name]
         if estimate < QUICK and rounds is None:
-            estimate = min(estimate, _seconds(call, clock))
+            estimate = min(estimate, _seconds(call, stopwatch))
         wanted[name] = planned_calls(estimate, budget, rounds, patience)
     times: dict[str, list[float]] = {name: [] if calls else [first[name]] for name, calls in wanted.items()}
     total = max(wanted.values(), default=0)
@@ -95,7 +162,7 @@ def interleave(
         for name in order:
             # True in as many turns as the rival has calls, evenly spread.
             if (turn + 1) * wanted[name] // total > turn * wanted[name] // total:
-                times[name].append(_seconds(rivals[name], clock))
+                times[name].append(_seconds(rivals[name], stopwatch))
     return {name: Timing(tuple(seconds)) for name, seconds in times.items()}
 
 
@@ -111,7 +178,15 @@ def planned_calls(
     return max(FEWEST, min(MOST, int(budget / max(estimate, 1e-9))))
 
 
-def _seconds(call: Callable[[], Any], clock: Clock) -> float:
-    start = clock()
-    call()
-    return clock() - start
+def _seconds(call: Callable[[], Any], stopwatch: Stopwatch) -> float:
+    def run() -> None:
+        call()  # what it returns is freed at once, within the time: some rivals have more of it to free than others
+
+    return stopwatch.time(run)[1]
+
+
+def in_short(error: BaseException) -> str:
+    """Give the kind and the first line of an error, for a table."""
+    line = next(iter(str(error).strip().splitlines()), "")
+    text = f"{type(error).__name__}: {line}" if line else type(error).__name__
+    return text if len(text) <= _LONGEST_MESSAGE else f"{text[: _LONGEST_MESSAGE - 1]}…"

@@ -1,0 +1,1 @@
+"""Our own kernels for NVIDIA GPUs, written in Triton."""

@@ -1,0 +1,310 @@
+"""The configurations of each kernel: block shapes, warps and pipeline stages, and which of them a GPU can hold."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+
+from widekernel.errors import ArgumentError
+from widekernel.ops.problem import DEPTHWISE_SUM, DEPTHWISE_WEIGHT_GRAD, DIRECT, Problem
+
+OLDEST = (8, 0)
+"""Compute capability of the oldest GPUs whose tensor cores take bfloat16 and whose loads are asynchronous."""
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What the choice of a configuration needs to know of a GPU.
+
+    Attributes:
+        capability: compute capability (major, minor).
+        processors: streaming multiprocessors.
+        shared_bytes: shared memory that one program may have.
+    """
+
+    capability: tuple[int, int]
+    processors: int
+    shared_bytes: int
+
+    @property
+    def name(self) -> str:
+        """Give the architecture as compilers call it."""
+        return f"sm_{self.capability[0]}{self.capability[1]}"
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a kernel is run.
+
+    Attributes:
+        warps: of a program, 32 threads each.
+        stages: blocks in flight while loads are pipelined.
+    """
+
+    method: ClassVar[str]
+    warps: int
+    stages: int
+
+    def __str__(self) -> str:
+        numbers = ", ".join(f"{name} {value}" for name, value in asdict(self).items())
+        return f"{self.method} ({numbers})"
+
+    def entry(self) -> dict[str, Any]:
+        """Give what stands for it in a table."""
+        return {"method": self.method, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class Toeplitz(Config):
+    """Banded Toeplitz products: M = rows·columns output pixels, N = images·row_blocks, K = depth input columns.
+
+    With `turned` 1 rows are columns and columns rows.
+    """
+
+    method = "toeplitz"
+    rows: int
+    columns: int
+    row_blocks: int
+    images: int
+    depth: int
+    turned: int = 0
+
+
+@dataclass(frozen=True)
+class Flat(Config):
+    """One product for a whole plane of at most `pixels` pixels, with `images` at a time."""
+
+    method = "flat"
+    pixels: int
+    images: int
+
+
+@dataclass(frozen=True)
+class Planes(Config):
+    """Multiply-adds on contiguous planes: `planes` by `pixels` outputs a program."""
+
+    method = "direct"
+    planes: int
+    pixels: int
+
+
+@dataclass(frozen=True)
+class Channels(Config):
+    """Multiply-adds on channels_last images: rows by columns by channels outputs a program."""
+
+    method = "direct channels_last"
+    rows: int
+    columns: int
+    channels: int
+
+
+@dataclass(frozen=True)
+class ToeplitzGrad(Config):
+    """Weight gradient by products: M = kernel_rows·inputs, N = outputs columns, K = depth pairs of an image and a row.
+
+    With `turned` 1 rows are columns and columns rows.
+    """
+
+    method = "toeplitz weight gradient"
+    kernel_rows: int
+    inputs: int
+    outputs: int
+    depth: int
+    turned: int = 0
+
+
+@dataclass(frozen=True)
+class ChannelsGrad(Config):
+    """Weight gradient by multiply-adds on channels_last images: columns by channels at a time."""
+
+    method = "direct weight gradient, channels_last"
+    columns: int
+    channels: int
+
+
+KINDS: dict[str, type[Config]] = {
+    kind.method: kind for kind in (Toeplitz, Flat, Planes, Channels, ToeplitzGrad, ChannelsGrad)
+}
+
+MOST_FLAT_PIXELS = 128
+"""Of a plane that is computed at once: its matrix has the square of that."""
+LARGEST_DIRECT = 9
+"""Taps along an axis of a kernel up to which channels_last images are not brought into planes first."""
+LARGEST_DIRECT_PLANES = 25
+"""Taps of a kernel up to which contiguous planes are computed by multiply-adds."""
+_ACCUMULATORS = 256 * 128
+
+
+def from_entry(entry: dict[str, Any]) -> Config:
+    """Give the configuration that stands in a table.
+
+    Raises:
+        ArgumentError: if there is no such method or its numbers are not those that it has.
+    """
+    numbers = dict(entry)
+    method = numbers.pop("method", None)
+    if method not in KINDS:
+        raise ArgumentError(f"there is no method {method!r}: it must be one of {', '.join(KINDS)}")
+    names = set(KINDS[method].__dataclass_fields__)
+    whole = all(isinstance(number, int) and number >= (name != "turned") for name, number in numbers.items())
+    if set(numbers) != names or not whole:
+        raise ArgumentError(f"{method} has {numbers}: it needs positive whole numbers {', '.join(sorted(names))}")
+    return KINDS[method](**numbers)
+
+
+def power_of_two(number: int) -> int:
+    """Give the smallest power of two that is not below `number`."""
+    return 1 << max(0, number - 1).bit_length()
+
+
+def itemsize(dtype: torch.dtype) -> int:
+    """Give the bytes of a number."""
+    return torch.empty((), dtype=dtype, device="meta").element_size()
+
+
+def candidates(problem: Problem, chip: Chip) -> list[Config]:
+    """List the configurations with which the problem can run on such a GPU, in no order."""
+    if problem.op == DEPTHWISE_WEIGHT_GRAD:
+        return _channels_grads(problem) if small_channels_last(problem) else _toeplitz_grads(problem, chip)
+    if small_channels_last(problem):
+        return _channels(problem)
+    if problem.algorithm == DIRECT:
+        return _planes(problem)
+    return _toeplitz(problem, chip) + _flat(problem, chip) + _planes(problem)
+
+
+def small_channels_last(problem: Problem) -> bool:
+    """Whether the images stay channels_last: kernels for which a change of layout takes longer than what it saves."""
+    return problem.channels_last and all(max(size) <= LARGEST_DIRECT for size in problem.kernels)
+
+
+def small_contiguous(problem: Problem) -> bool:
+    """Whether the sum may be computed by multiply-adds on contiguous planes."""
+    few = all(kh * kw <= LARGEST_DIRECT_PLANES for kh, kw in problem.kernels)
+    return problem.op == DEPTHWISE_SUM and few and not problem.channels_last
+
+
+def turned(problem: Problem) -> Problem:
+    """Give the problem with rows and columns exchanged."""
+    batch, channels, height, width = problem.shape
+    kernels = tuple((kw, kh) for kh, kw in problem.kernels)
+    anchors = tuple((column, row) for row, column in problem.anchors)
+    return replace(problem, shape=(batch, channels, width, height), kernels=kernels, anchors=anchors)
+
+
+# Output pixels in M: rows by columns.
+_TILES = [(1, 16), (4, 16), (8, 16), (16, 16), (8, 8), (16, 8), (32, 8), (2, 32), (4, 32), (1, 64), (2, 64), (4, 64)]
+
+
+def _toeplitz(problem: Problem, chip: Chip) -> list[Config]:
+    found: list[Config] = []
+    for columns_in_m, each in ((0, problem), (1, turned(problem))):
+        # Loads along the other axis are slow: worth trying where kernels are tall, with nothing but columns in M.
+        if columns_in_m and not any(kw > 2 * kh for kh, kw in each.kernels):
+            continue
+        batch, _, height, width = each.shape
+        for rows, columns in _TILES[:1] + _TILES[9:10] if columns_in_m else _TILES:
+            if columns > max(16, power_of_two(width)) or rows > power_of_two(height):
+                continue
+            for row_blocks in (1, 2, 4, 8, 16, 32, 64):
+                if (row_blocks > 1 and rows * row_blocks >= 2 * power_of_two(height)) or (columns_in_m and row_blocks < 16):
+                    continue
+                for total in (16, 32, 64, 128, 256):
+                    images = total // row_blocks
+                    if not 1 <= images <= max(power_of_two(batch), 16) or rows * columns * total > _ACCUMULATORS:
+                        continue
+                    for depth in (16, 32, 64):
+                        stages = 4 if depth < 64 else 3
+                        held = (rows * columns + total) * depth * itemsize(problem.dtype) * stages
+                        if held <= min(chip.shared_bytes, 160 * 1024) - 4096 and depth < 2 * power_of_two(width):
+                            warps = 4 if rows * columns * total <= 128 * 64 else 8
+                            found.append(Toeplitz(warps, stages, rows, columns, row_blocks, images, depth, columns_in_m))
+    return found
+
+
+def _flat(problem: Problem, chip: Chip) -> list[Config]:
+    pixels = power_of_two(max(16, problem.shape[2] * problem.shape[3]))
+    if pixels > MOST_FLAT_PIXELS:
+        return []
+    most = power_of_two(max(16, problem.shape[0]))
+    bytes_each = itemsize(problem.dtype)
+    found: list[Config] = []
+    for images in (16, 32, 64, 128):
+        held = pixels * (pixels + 2 * images) * bytes_each
+        if images <= most and held <= chip.shared_bytes - 4096:
+            found += [Flat(4 if pixels * images <= 64 * 128 else 8, stages, pixels, images) for stages in (1, 2)]
+    return found
+
+
+def _planes(problem: Problem) -> list[Config]:
+    if not small_contiguous(problem):
+        return []
+    pixels = power_of_two(max(16, problem.shape[2] * problem.shape[3]))
+    return [Planes(4, 1, max(1, total // pixels), min(pixels, total)) for total in (256, 512, 1024, 2048)]
+
+
+def _channels(problem: Problem) -> list[Config]:
+    _, channels, height, width = problem.shape
+    found: list[Config] = []
+    for rows in (2, 4, 8):
+        for columns, side in ((4, 64), (8, 32), (8, 64), (16, 32), (4, 128)):
+            fits = rows <= power_of_two(height) and columns <= max(4, power_of_two(width))
+            if fits and side <= max(32, power_of_two(channels)):
+                found += [Channels(warps, 1, rows, columns, side) for warps in (2, 4) if columns * side >= 64 * warps]
+    return found
+
+
+def _toeplitz_grads(problem: Problem, chip: Chip) -> list[Config]:
+    found: list[Config] = []
+    for rows_in_m, each in ((0, problem), (1, turned(problem))):
+        (kh, kw), width = each.kernels[0], each.shape[3]
+        if rows_in_m and kw <= 2 * kh:
+            continue
+        whole = max(16, power_of_two(width))
+        for kernel_rows in (1, 2, 4, 8):
+            for inputs in (16, 32, 64, 128):
+                for outputs in (16, 32, 64):
+                    rows = kernel_rows * inputs
+                    if inputs > 2 * whole or outputs > whole or not 16 <= rows <= 256 or kernel_rows > power_of_two(kh):
+                        continue
+                    for depth in (32, 64):
+                        stages = 3
+                        # The pipeline, or the accumulators when their diagonals are gathered.
+                        held = max((rows + outputs) * depth * itemsize(problem.dtype) * stages, rows * outputs * 4)
+                        if held <= chip.shared_bytes - 4096:
+                            warps = 8 if rows * outputs > 64 * 64 else 4
+                            found.append(ToeplitzGrad(warps, stages, kernel_rows, inputs, outputs, depth, rows_in_m))
+    return found
+
+
+def _channels_grads(problem: Problem) -> list[Config]:
+    channels, width = problem.shape[1], problem.shape[3]
+    found: list[Config] = []
+    for columns, side in ((4, 64), (8, 32), (8, 64), (16, 32)):
+        if columns <= max(4, power_of_two(width)) and side <= max(32, power_of_two(channels)):
+            found.append(ChannelsGrad(4, 1, columns, side))
+    return found
+
+
+def lead_of(config: Toeplitz, kw: int, column: int, copies: int) -> int:
+    """Give how many columns before the outputs the blocks of input columns begin, at least `column`.
+
+    Copies of 16 bytes want multiples of `copies`, but halves and quarters of that will do where they save a block.
+    """
+
+    def blocks(lead: int) -> int:
+        return math.ceil((lead + config.columns + kw - 1 - column) / config.depth)
+
+    leads = [-(-column // unit) * unit for unit in (copies, copies // 2, copies // 4)]
+    return min(leads, key=blocks)
+
+
+def blocks_across(config: ToeplitzGrad, width: int, kw: int, column: int, align: int) -> tuple[int, int]:
+    """Give the column of x, relative to a block of output columns, at which its blocks begin, and how many there are."""
+    if width <= config.outputs:
+        return 0, math.ceil(width / config.inputs)
+    offset = -column // align * align
+    return offset, math.ceil((config.outputs + kw - 1 - column - offset) / config.inputs)

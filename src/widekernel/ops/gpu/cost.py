@@ -1,0 +1,183 @@
+"""How long a configuration should take: a model in cycles of one multiprocessor, to choose by until a GPU has been measured.
+
+It counts what each step of a program needs of the tensor cores, of the path from the L2 cache and of the path into shared
+memory, takes the largest, and adds what a step costs to issue. The rates are those of data sheets and of published
+measurements of caches; none of them was fitted to these kernels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from widekernel.ops.gpu.configs import (
+    Channels,
+    ChannelsGrad,
+    Chip,
+    Config,
+    Flat,
+    Planes,
+    Toeplitz,
+    ToeplitzGrad,
+    blocks_across,
+    itemsize,
+    lead_of,
+    turned,
+)
+from widekernel.ops.problem import Problem
+
+# Dense bfloat16 operations of tensor cores in a cycle of a multiprocessor, by compute capability.
+_TENSOR = {(8, 0): 2048, (9, 0): 4096, (10, 0): 8192, (10, 3): 8192}
+_TENSOR_OF_OTHERS = 1024
+# Float32 operations of the ordinary units; of these the direct kernels reach about the share below.
+_MULTIPLY_ADDS, _DIRECT_SHARE = 256, 0.4
+# Bytes in a cycle of a multiprocessor: from L2, into shared memory, and of loads that hit the L1 cache.
+_FROM_L2, _INTO_SHARED = 28, 64
+# Cycles that a step of the pipeline takes to issue, that a program takes to start and finish, and to launch a kernel.
+_STEP, _PROGRAM, _LAUNCH = 90, 1500, 4000
+_LOADS_EACH = 32  # of one element, in a cycle
+
+
+def cycles(problem: Problem, config: Config, chip: Chip) -> float:
+    """Estimate the cycles of the whole problem on the whole GPU."""
+    if isinstance(config, Toeplitz):
+        return _toeplitz(problem, config, chip)
+    if isinstance(config, Flat):
+        return _flat(problem, config, chip)
+    if isinstance(config, ToeplitzGrad):
+        return _toeplitz_grad(problem, config, chip)
+    if isinstance(config, (Planes, Channels)):
+        return _direct(problem, config, chip)
+    assert isinstance(config, ChannelsGrad)
+    return _channels_grad(problem, config, chip)
+
+
+def tensor_rate(problem: Problem, chip: Chip, rows: int) -> float:
+    """Give the operations a cycle of products with so many rows of accumulators."""
+    rate = float(_TENSOR.get(chip.capability, _TENSOR_OF_OTHERS))
+    if chip.capability[0] >= 9 and rows < 64:
+        rate /= 2  # the instructions of the generation before
+    if problem.dtype == torch.float32:
+        rate /= 2 if problem.tf32 else 6
+    return rate
+
+
+def _over(programs: float, each: float, chip: Chip, resident: int) -> float:
+    """Give the time of so many programs, of which `resident` share a multiprocessor: whole waves while they are few."""
+    places = chip.processors * resident
+    waves = programs / places
+    return _LAUNCH + each * resident * (math.ceil(waves) if waves < 4 else waves)
+
+
+def _step(problem: Problem, chip: Chip, rows: int, columns: int, depth: int, l2: float, shared: float) -> float:
+    """Give the cycles of one product of blocks, of which the larger demand counts."""
+    tensor = 2 * rows * columns * depth / tensor_rate(problem, chip, rows)
+    bytes_each = itemsize(problem.dtype)
+    return max(tensor, l2 * bytes_each / _FROM_L2, shared * bytes_each / _INTO_SHARED, _STEP)
+
+
+def _toeplitz(problem: Problem, config: Toeplitz, chip: Chip) -> float:
+    problem = turned(problem) if config.turned else problem
+    batch, channels, height, width = problem.shape
+    align = 16 // itemsize(problem.dtype)
+    steps = 0
+    for (kh, kw), (row, column) in zip(problem.kernels, problem.anchors):
+        reach = config.rows * config.row_blocks
+        visited = 0
+        for h0 in range(0, height, reach):
+            first = max(-row, -h0 - (config.row_blocks - 1) * config.rows)
+            visited += max(0, min(config.rows + kh - 1 - row, height - h0) - first)
+        blocks = 0
+        for w0 in range(0, width, config.columns):
+            lead = lead_of(config, kw, column, align)
+            left = w0 - lead + max(lead - w0, 0) // config.depth * config.depth
+            blocks += max(0, math.ceil((min(w0 + config.columns + kw - 1 - column, width) - left) / config.depth))
+        steps += visited * blocks
+    tiles = math.ceil(height / (config.rows * config.row_blocks)) * math.ceil(width / config.columns)
+    rows, columns = config.rows * config.columns, config.images * config.row_blocks
+    step = _step(problem, chip, rows, columns, config.depth, columns * config.depth, (rows + columns) * config.depth)
+    # Maps whose rows do not begin at multiples of 16 bytes are loaded in smaller pieces.
+    step = max(step, columns * config.depth / _pieces(problem, width, config.turned) / _LOADS_EACH * 4)
+    programs = tiles * channels * math.ceil(batch / config.images)
+    each = steps / tiles * step + _PROGRAM + 2 * rows * columns / _LOADS_EACH
+    return _over(programs, each, chip, 2 if rows * columns <= 128 * 128 else 1)
+
+
+def _pieces(problem: Problem, width: int, is_turned: int) -> float:
+    """Give the numbers that are loaded at once: rows of some maps do not begin at multiples of 16 bytes."""
+    return 1 if is_turned else math.gcd(16, width * itemsize(problem.dtype)) / itemsize(problem.dtype)
+
+
+def _flat(problem: Problem, config: Flat, chip: Chip) -> float:
+    batch, channels = problem.shape[:2]
+    step = _step(problem, chip, config.pixels, config.images, config.pixels, 2 * config.pixels * config.images, 0)
+    step += 2 * config.pixels * config.images / _LOADS_EACH
+    matrix = len(problem.kernels) * config.pixels**2 / _LOADS_EACH
+    splits = flat_splits(problem, config, chip)
+    each = matrix + _PROGRAM + math.ceil(batch / config.images / splits) * step
+    return _over(channels * splits, each, chip, 3)
+
+
+def flat_splits(problem: Problem, config: Flat, chip: Chip) -> int:
+    """Give the number of programs among which the images of one channel are divided."""
+    blocks = math.ceil(problem.shape[0] / config.images)
+    return max(1, min(blocks, math.ceil(3 * chip.processors / max(1, problem.shape[1]))))
+
+
+def grad_splits(problem: Problem, programs: int, steps: int, chip: Chip) -> int:
+    """Give the number of parts of a sum over `steps`: enough to fill the GPU, none with little to do."""
+    return max(1, min(math.ceil(6 * chip.processors / max(1, programs)), steps // 8))
+
+
+def _toeplitz_grad(problem: Problem, config: ToeplitzGrad, chip: Chip) -> float:
+    batch, channels = problem.shape[:2]
+    problem = turned(problem) if config.turned else problem
+    height, width = problem.shape[2:]
+    (kh, kw), (_, column) = problem.kernels[0], problem.anchors[0]
+    align = 16 // itemsize(problem.dtype)
+    _, across = blocks_across(config, width, kw, column, align)
+    row_blocks = math.ceil(kh / config.kernel_rows)
+    steps = math.ceil(batch * height / config.depth) * math.ceil(width / config.outputs)
+    programs = channels * row_blocks * across
+    splits = grad_splits(problem, programs, steps, chip)
+    rows = config.kernel_rows * config.inputs
+    # Of the rows of x that the kernel rows of a block need, neighbours share all but one.
+    fresh = (config.inputs * (1 + config.kernel_rows / 4) + config.outputs) * config.depth
+    filled = (rows + config.outputs) * config.depth
+    step = _step(problem, chip, rows, config.outputs, config.depth, fresh, filled)
+    step = max(step, filled / _pieces(problem, width, config.turned) / _LOADS_EACH * 4)
+    gathering = config.kernel_rows * 32 * config.outputs / _LOADS_EACH * 2
+    each = math.ceil(steps / splits) * step + _PROGRAM + gathering
+    return _over(programs * splits, each, chip, 1 if rows * config.outputs > 128 * 64 else 2)
+
+
+def _direct(problem: Problem, config: Planes | Channels, chip: Chip) -> float:
+    batch, channels, height, width = problem.shape
+    taps = sum(kh * kw for kh, kw in problem.kernels)
+    outputs = batch * channels * height * width
+    work = 2 * outputs * taps / (_MULTIPLY_ADDS * _DIRECT_SHARE)
+    if isinstance(config, Planes):
+        programs = math.ceil(batch * channels / config.planes) * math.ceil(height * width / config.pixels)
+        loads = outputs * taps / _LOADS_EACH
+    else:
+        tiles = math.ceil(height / config.rows) * math.ceil(width / config.columns)
+        programs = batch * tiles * math.ceil(channels / config.channels)
+        # Every value that is loaded serves all the rows of the block that see it.
+        seen = sum((config.rows + kh - 1) * kw for kh, kw in problem.kernels) / config.rows
+        waste = tiles * config.rows * config.columns / (height * width)
+        loads = outputs * seen * waste / _LOADS_EACH / 2
+        work *= waste
+    return _over(programs, max(work, loads) / max(1, programs) + _PROGRAM / 4, chip, 4)
+
+
+def _channels_grad(problem: Problem, config: ChannelsGrad, chip: Chip) -> float:
+    batch, channels, height, width = problem.shape
+    kh, kw = problem.kernels[0]
+    lines = batch * height
+    programs = math.ceil(channels / config.channels) * kh
+    splits = grad_splits(problem, programs, lines, chip)
+    numbers = config.columns * config.channels
+    step = max(2 * numbers * kw / (_MULTIPLY_ADDS * _DIRECT_SHARE), numbers * (kw + 1) / _LOADS_EACH / 2)
+    each = math.ceil(lines / splits) * math.ceil(width / config.columns) * step + _PROGRAM
+    return _over(programs * splits, each, chip, 4)

@@ -1,0 +1,99 @@
+"""Small maps on tensor cores: all pixels of a plane at once, because every output sees nearly every input.
+
+For each channel the convolution is one product with a matrix of (H·W)² numbers, which is gathered from the kernel once and
+used for many images. Rectangles that are summed are summed in that matrix, so that any number of them costs one product.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _matrix(w, c, KH: tl.constexpr, KW: tl.constexpr, ROW: tl.constexpr, COL: tl.constexpr, H: tl.constexpr,
+            W: tl.constexpr, P: tl.constexpr):  # fmt: skip
+    """Gather the matrix (P outputs, P inputs) of one rectangle, in float32."""
+    out = tl.arange(0, P)[:, None]
+    seen = tl.arange(0, P)[None, :]
+    ky = seen // W - out // W + ROW
+    kx = seen % W - out % W + COL
+    mask = (ky >= 0) & (ky < KH) & (kx >= 0) & (kx < KW) & (seen < H * W) & (out < H * W)
+    return tl.load(w + c.to(tl.int64) * (KH * KW) + ky * KW + kx, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _images(x, planes, in_batch, PIXELS: tl.constexpr, P: tl.constexpr):
+    """Load (P pixels, images)."""
+    k = tl.arange(0, P)[:, None]
+    return tl.load(x + planes[None, :] * PIXELS + k, mask=(k < PIXELS) & in_batch[None, :], other=0.0)
+
+
+@triton.jit
+def _store(acc, y, scale, shift, c, planes, in_batch, RELU: tl.constexpr, PIXELS: tl.constexpr, P: tl.constexpr):
+    if scale is not None:
+        acc *= tl.load(scale + c).to(tl.float32)
+    if shift is not None:
+        acc += tl.load(shift + c).to(tl.float32)
+    if RELU:
+        # Written so that NaN stays NaN.
+        acc = tl.where(acc < 0.0, 0.0, acc)
+    m = tl.arange(0, P)[:, None]
+    tl.store(y + planes[None, :] * PIXELS + m, acc.to(y.dtype.element_ty), mask=(m < PIXELS) & in_batch[None, :])
+
+
+@triton.jit(do_not_specialize=["N", "C", "per_program"])
+def flat_sum(
+    xs, ws, ys, scale, shift, x_planes, N, C, per_program, RECTS: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
+    RELU: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Compute what `toeplitz.toeplitz_sum` does, for maps of at most P pixels.
+
+    Args:
+        xs: images, one for each rectangle or one for all; planes of H·W contiguous pixels.
+        ws: kernels (C, KH, KW).
+        ys: outputs (N, C, H, W), one for each rectangle or one for their sum.
+        scale: (C,) or None.
+        shift: (C,) or None.
+        x_planes: for each of `xs` how many planes further the next image is.
+        N: images.
+        C: channels.
+        per_program: images of one program.
+        RECTS: for each rectangle (KH, KW, ROW, COL).
+        H: rows.
+        W: columns.
+        RELU: whether negative numbers become zero.
+        P: power of two, at least H·W.
+        BN: images in one product.
+        PRECISION: of products of float32.
+        UPCAST: whether to multiply in float32; for the interpreter, whose products of bfloat16 are wrong.
+    """
+    program = tl.program_id(0)
+    c = program % C
+    first = program // C * per_program
+    dtype: tl.constexpr = tl.float32 if UPCAST else xs[0].dtype.element_ty
+    if len(ys) == 1 and len(xs) == 1:
+        whole = tl.zeros((P, P), dtype=tl.float32)
+        for i in tl.static_range(len(RECTS)):
+            whole += _matrix(ws[i], c, RECTS[i][0], RECTS[i][1], RECTS[i][2], RECTS[i][3], H, W, P)
+        matrix = whole.to(dtype)
+        for n0 in range(first, tl.minimum(first + per_program, N), BN):
+            n = n0 + tl.arange(0, BN)
+            in_batch = n < N
+            x = _images(xs[0], n.to(tl.int64) * x_planes[0] + c, in_batch, H * W, P).to(dtype)
+            acc = tl.dot(matrix, x, input_precision=PRECISION)
+            _store(acc, ys[0], scale, shift, c, n.to(tl.int64) * C + c, in_batch, RELU, H * W, P)
+    else:
+        for n0 in range(first, tl.minimum(first + per_program, N), BN):
+            n = n0 + tl.arange(0, BN)
+            in_batch = n < N
+            y_planes = n.to(tl.int64) * C + c
+            acc = tl.zeros((P, BN), dtype=tl.float32)
+            for i in tl.static_range(len(RECTS)):
+                matrix = _matrix(ws[i], c, RECTS[i][0], RECTS[i][1], RECTS[i][2], RECTS[i][3], H, W, P).to(dtype)
+                planes = n.to(tl.int64) * x_planes[i % len(xs)] + c
+                x = _images(xs[i % len(xs)], planes, in_batch, H * W, P).to(dtype)
+                acc = tl.dot(matrix, x, acc, input_precision=PRECISION)
+                if len(ys) > 1:
+                    _store(acc, ys[i], scale, shift, c, y_planes, in_batch, RELU, H * W, P)
+                    acc = tl.zeros((P, BN), dtype=tl.float32)
+            if len(ys) == 1:
+                _store(acc, ys[0], scale, shift, c, y_planes, in_batch, RELU, H * W, P)

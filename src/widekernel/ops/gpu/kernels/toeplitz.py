@@ -1,0 +1,151 @@
+"""Banded Toeplitz products on tensor cores: sums of rectangles for any size, several inputs or outputs in one launch.
+
+One row of a convolution is a product with a banded Toeplitz matrix. For a channel, a block of output pixels (RH rows by TW
+columns, the M of a matrix product) is the sum over input rows of `T · X`, in which X holds columns of that row (K) of many
+images and row blocks (N), and T[(r, j), i] = kernel[δ - r + row, i - j + column]. Rows of padding are never visited, and
+columns outside the band only as far as blocks of BK reach over it.
+
+Matrices T are not stored. `expand` stores every kernel row S times, each time one place further to the right, between zeros:
+then any row of any T starts at a multiple of 16 bytes, and a block of T is one load without a gather.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def expand(w, e, KH: tl.constexpr, KW: tl.constexpr, PAD: tl.constexpr, L: tl.constexpr, S: tl.constexpr, BL: tl.constexpr):
+    """Store e[c, ky, s, i] = w[c, ky, i - s - PAD], zero outside; one program a kernel row of a channel."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BL)
+    for s in tl.static_range(S):
+        for start in tl.static_range(0, L, BL):
+            i = start + at
+            kx = i - s - PAD
+            taps = tl.load(w + row * KW + kx, mask=(kx >= 0) & (kx < KW), other=0.0)
+            tl.store(e + (row * S + s) * L + i, taps.to(e.dtype.element_ty), mask=i < L)
+
+
+@triton.jit
+def _accumulate(
+    acc, x, e, c, planes, in_batch, h0, hb, w0, H: tl.constexpr, W: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    ROW: tl.constexpr, COL: tl.constexpr, PAD: tl.constexpr, L: tl.constexpr, LEAD: tl.constexpr, S: tl.constexpr,
+    TURNED: tl.constexpr, RH: tl.constexpr, TW: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Add one rectangle to `acc` (RH·TW, images·BH)."""
+    m = tl.arange(0, RH * TW)
+    r = m // TW
+    j = m % TW
+    k = tl.arange(0, BK)
+    # Of the rows that the block of outputs may see, those inside the image.
+    first = tl.maximum(-ROW, -h0 - (BH - 1) * RH)
+    last = tl.minimum(RH + KH - 1 - ROW, H - h0)
+    # Blocks begin LEAD columns before the outputs, and those that lie in the padding on the left are left out.
+    left = w0 - LEAD + tl.maximum(LEAD - w0, 0) // BK * BK
+    right = tl.minimum(w0 + TW + KW - 1 - COL, W)
+    blocks = tl.maximum(tl.cdiv(right - left, BK), 0)
+    # Copy of the kernel row and place in it: together a multiple of S, whatever j is.
+    t = e + c.to(tl.int64) * (KH * S * L) + ((j % S) * L - j // S * S)[:, None]
+    start = PAD + COL - w0
+    row_stride: tl.constexpr = 1 if TURNED else W
+    column_stride: tl.constexpr = H if TURNED else 1
+    xs = x + planes * (H * W)
+    kind: tl.constexpr = tl.float32 if UPCAST else x.dtype.element_ty
+    # One loop over rows and blocks of columns, because only the innermost loop is pipelined.
+    for step in range(tl.maximum(last - first, 0) * blocks):
+        delta = first + step // blocks
+        column = left + step % blocks * BK
+        ky = delta - r + ROW
+        row = h0 + hb * RH + delta
+        inside = (ky >= 0) & (ky < KH)
+        toeplitz = tl.load(
+            t + (ky * (S * L))[:, None] + (start + column + k)[None, :],
+            mask=inside[:, None],
+            other=0.0,
+            cache_modifier=".ca",
+        )
+        seen = (in_batch & (row >= 0) & (row < H))[None, :] & ((column + k >= 0) & (column + k < W))[:, None]
+        pixels = xs[None, :] + (row * row_stride)[None, :] + ((column + k) * column_stride)[:, None]
+        image = tl.load(pixels, mask=seen, other=0.0)
+        acc = tl.dot(toeplitz.to(kind), image.to(kind), acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _finish(acc, y, scale, shift, c, planes, in_batch, h0, hb, w0, RELU: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
+            TURNED: tl.constexpr, RH: tl.constexpr, TW: tl.constexpr):  # fmt: skip
+    """Apply scale, shift and rectifier, and store a block of outputs."""
+    if scale is not None:
+        acc *= tl.load(scale + c).to(tl.float32)
+    if shift is not None:
+        acc += tl.load(shift + c).to(tl.float32)
+    if RELU:
+        # Written so that NaN stays NaN.
+        acc = tl.where(acc < 0.0, 0.0, acc)
+    m = tl.arange(0, RH * TW)
+    h = h0 + (m // TW)[:, None] + (hb * RH)[None, :]
+    w = w0 + m % TW
+    mask = (h < H) & (w < W)[:, None] & in_batch[None, :]
+    row_stride: tl.constexpr = 1 if TURNED else W
+    column_stride: tl.constexpr = H if TURNED else 1
+    pixels = y + planes[None, :] * (H * W) + h * row_stride + (w * column_stride)[:, None]
+    tl.store(pixels, acc.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["N", "C"])
+def toeplitz_sum(
+    xs, es, ys, scale, shift, x_planes, N, C, RECTS: tl.constexpr, H: tl.constexpr, W: tl.constexpr, S: tl.constexpr,
+    TURNED: tl.constexpr, RELU: tl.constexpr, RH: tl.constexpr, TW: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Compute y = relu(scale · Σ_r x_r * kernel_r + shift), or without the sum one y for each rectangle.
+
+    What is said here of rows and columns is the other way round where TURNED.
+
+    Args:
+        xs: images, one for each rectangle or one for all; planes of H·W contiguous pixels.
+        es: what `expand` made of each kernel.
+        ys: outputs (N, C, H, W), one for each rectangle or one for their sum.
+        scale, shift: (C,) or None.
+        x_planes: for each of `xs` how many planes further the next image is.
+        N, C: images, channels.
+        RECTS: for each rectangle (KH, KW, ROW, COL, PAD, L, LEAD): its size, the tap on the output pixel, what `expand` was
+            told, and how many columns before the outputs the blocks of input columns begin.
+        H, W: rows, columns.
+        S: copies of each kernel row.
+        TURNED: whether H counts the columns of the images and W their rows, likewise all that follows from them: bands then
+            run along the columns, which suits tall kernels, at the price of loads that begin anywhere.
+        RELU: whether negative numbers become zero.
+        RH, TW: output rows and columns in M.
+        BH, BN: row blocks and images in N.
+        BK: input columns in K.
+        PRECISION: of products of float32.
+        UPCAST: whether to multiply in float32; for the interpreter, whose products of bfloat16 are wrong.
+    """
+    across: tl.constexpr = (W + TW - 1) // TW
+    down: tl.constexpr = (H + RH * BH - 1) // (RH * BH)
+    program = tl.program_id(0)
+    tile = program % (across * down)
+    c = program // (across * down) % C
+    n0 = program // (across * down) // C * BN
+    h0 = tile // across * (RH * BH)
+    w0 = tile % across * TW
+    column = tl.arange(0, BN * BH)
+    hb = column % BH
+    n = n0 + column // BH
+    in_batch = n < N
+    y_planes = n.to(tl.int64) * C + c
+    acc = tl.zeros((RH * TW, BN * BH), dtype=tl.float32)
+    for i in tl.static_range(len(RECTS)):
+        x = xs[i % len(xs)]
+        planes = n.to(tl.int64) * x_planes[i % len(xs)] + c
+        acc = _accumulate(
+            acc, x, es[i], c, planes, in_batch, h0, hb, w0, H, W, RECTS[i][0], RECTS[i][1], RECTS[i][2], RECTS[i][3],
+            RECTS[i][4], RECTS[i][5], RECTS[i][6], S, TURNED, RH, TW, BH, BK, PRECISION, UPCAST,
+        )  # fmt: skip
+        if len(ys) > 1:
+            _finish(acc, ys[i], scale, shift, c, y_planes, in_batch, h0, hb, w0, RELU, H, W, TURNED, RH, TW)
+            acc = tl.zeros((RH * TW, BN * BH), dtype=tl.float32)
+    if len(ys) == 1:
+        _finish(acc, ys[0], scale, shift, c, y_planes, in_batch, h0, hb, w0, RELU, H, W, TURNED, RH, TW)

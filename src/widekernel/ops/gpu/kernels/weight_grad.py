@@ -1,0 +1,87 @@
+"""Weight gradients, deterministic: no atomics, a fixed split of the sum, partial sums in float32 added in a fixed order.
+
+For one channel and one kernel row, G = Xᵀ·dY over images and rows is a matrix (columns of x, columns of dY) made on tensor
+cores, and tap kx is the sum of its diagonal i - j = kx - column. So M is (KYB kernel rows, WI columns of x), N is WO columns
+of dY, and K runs over all pairs of an image and an output row. The diagonals are gathered at the end, once.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _diagonals(acc, middle, KYB: tl.constexpr, KXB: tl.constexpr, WI: tl.constexpr, WO: tl.constexpr):
+    """Sum, for each kernel row, over the pairs of columns of x and g that meet at tap kx: i - j = kx - middle."""
+    q = tl.arange(0, KYB * KXB)
+    source = tl.arange(0, WO)[None, :] + (q % KXB)[:, None] - middle
+    there = (source >= 0) & (source < WI)
+    sums = tl.gather(acc, (q // KXB * WI)[:, None] + tl.where(there, source, 0), 0)
+    return tl.sum(tl.where(there, sums, 0.0), 1)
+
+
+@triton.jit(do_not_specialize=["N", "C", "x_planes", "g_planes", "steps_each"])
+def toeplitz_weight_grad(
+    x, g, partial, x_planes, g_planes, N, C, steps_each, H: tl.constexpr, W: tl.constexpr, KH: tl.constexpr,
+    KW: tl.constexpr, ROW: tl.constexpr, COL: tl.constexpr, KYB: tl.constexpr, KXB: tl.constexpr, WI: tl.constexpr,
+    WO: tl.constexpr, OFFSET: tl.constexpr, ACROSS: tl.constexpr, BK: tl.constexpr, TURNED: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Store partial sums (splits·ACROSS, C, KH, KW) of w[c, ky, kx] = Σ g[n, c, h, w] · x[n, c, h + ky - ROW, w + kx - COL].
+
+    The grid is (C · kernel row blocks, ACROSS, splits). Rows and columns change places where TURNED.
+
+    Args:
+        x, g, partial: images, gradients of the output, both planes of H·W contiguous pixels; float32.
+        x_planes, g_planes: how many planes further the next image is.
+        N, C, H, W, steps_each: images, channels, rows, columns; steps of BK for each split.
+        KH, KW, ROW, COL: size of the kernel, and its tap that sits on the output pixel.
+        KYB, KXB: kernel rows of a program; at least KW; both powers of two.
+        WI, WO: columns of x and of g in a block.
+        OFFSET, ACROSS: column of x, relative to the first one of g, at which its blocks begin, and how many there are.
+        BK: pairs of an image and a row at a time.
+        TURNED: whether H counts the columns of the images and W their rows, as in `toeplitz.toeplitz_sum`.
+        PRECISION: of products of float32.
+        UPCAST: whether to multiply in float32; for the interpreter, whose products of bfloat16 are wrong.
+    """
+    row_blocks: tl.constexpr = (KH + KYB - 1) // KYB
+    column_blocks: tl.constexpr = (W + WO - 1) // WO
+    c = tl.program_id(0) // row_blocks
+    ky0 = tl.program_id(0) % row_blocks * KYB
+    e = tl.program_id(1)
+    split = tl.program_id(2)
+    m = tl.arange(0, KYB * WI)
+    ky = ky0 + m // WI
+    i = m % WI
+    j = tl.arange(0, WO)
+    k = tl.arange(0, BK)
+    # Output rows that meet the image with some kernel row of the block.
+    first = tl.maximum(ROW - (ky0 + KYB - 1), 0)
+    rows = tl.maximum(tl.minimum(H + ROW - ky0, H) - first, 0)
+    pairs = N * rows
+    # K is padded for every block of columns, so that blocks of K do not straddle them.
+    steps = tl.cdiv(pairs, BK)
+    row_stride: tl.constexpr = 1 if TURNED else W
+    column_stride: tl.constexpr = H if TURNED else 1
+    kind: tl.constexpr = tl.float32 if UPCAST else x.dtype.element_ty
+    acc = tl.zeros((KYB * WI, WO), dtype=tl.float32)
+    for step in range(split * steps_each, tl.minimum((split + 1) * steps_each, steps * column_blocks)):
+        w0 = step // steps * WO
+        pair = step % steps * BK + k
+        n = (pair // rows).to(tl.int64)
+        h = first + pair % rows
+        here = pair < pairs
+        hi = h[None, :] + ky[:, None] - ROW
+        wi = w0 + OFFSET + e * WI + i
+        seen = here[None, :] & (hi >= 0) & (hi < H) & ((wi >= 0) & (wi < W))[:, None]
+        pixels = x + ((n * x_planes + c) * (H * W))[None, :] + hi * row_stride + (wi * column_stride)[:, None]
+        left = tl.load(pixels, mask=seen, other=0.0)
+        wo = w0 + j
+        of = here[:, None] & (wo < W)[None, :]
+        outputs = g + ((n * g_planes + c) * (H * W) + h * row_stride)[:, None] + (wo * column_stride)[None, :]
+        right = tl.load(outputs, mask=of, other=0.0)
+        acc = tl.dot(left.to(kind), right.to(kind), acc, input_precision=PRECISION)
+    taps = _diagonals(acc, COL + OFFSET + e * WI, KYB, KXB, WI, WO)
+    q = tl.arange(0, KYB * KXB)
+    kyo = ky0 + q // KXB
+    place = ((split * ACROSS + e).to(tl.int64) * C + c) * (KH * KW) + kyo * KW + q % KXB
+    tl.store(partial + place, taps, mask=(kyo < KH) & (q % KXB < KW))

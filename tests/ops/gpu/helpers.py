@@ -1,0 +1,67 @@
+"""What the tests of the GPU kernels share: a device to run on, problems, and the exact answers.
+
+Without a GPU the kernels run in Triton's interpreter on tensors of the CPU; the conftest of all tests switches it on before
+Triton is imported. On a GPU the same tests run the compiled kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tests.ops.cases import TOLERANCE, Case, definition, relative_error
+from widekernel.ops.gpu import backend
+from widekernel.ops.gpu.configs import Chip, Config
+from widekernel.ops.gpu.launch import PreparedSum, PreparedWeightGrad
+from widekernel.ops.problem import Problem
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+H200 = Chip((9, 0), 132, 227 * 1024)
+
+
+def limit(dtype: torch.dtype) -> float:
+    """Largest error allowed; weight gradients too are rounded to the type of the input."""
+    # Three products of TF32 leave a little more than float32 does.
+    return {torch.float32: 4 * TOLERANCE[torch.float32]}.get(dtype, TOLERANCE[dtype])
+
+
+def assert_exact(got: Tensor, want: Tensor) -> None:
+    error = relative_error(got.cpu(), want.cpu())
+    assert error <= limit(got.dtype), f"relative error {error:.3g} of {got.dtype}"
+
+
+def poison(problem: Problem) -> None:
+    """Fill the memory that outputs are going to get with NaN, as far as the allocator gives it again."""
+    for _ in range(4):
+        torch.full(problem.shape, float("nan"), dtype=problem.dtype, device=DEVICE)
+
+
+def draw(
+    case: Case, dtype: torch.dtype, layout: torch.memory_format = torch.contiguous_format
+) -> tuple[Tensor, list[Tensor]]:
+    """Draw an image and kernels, on the device under test."""
+    x, kernels, _ = case.tensors(dtype, bias=False)
+    return x.to(DEVICE).contiguous(memory_format=layout), [kernel.to(DEVICE) for kernel in kernels]
+
+
+def exact(x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[tuple[int, int]]) -> Tensor:
+    """The sum of rectangles in float64."""
+    return definition(x.double(), [kernel.double() for kernel in kernels], anchors)
+
+
+def prepared_sum(x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[tuple[int, int]], config: Config) -> PreparedSum:
+    problem = Problem.of_sum(x, kernels, anchors)
+    poison(problem)
+    return PreparedSum(problem, config, chip())
+
+
+def prepared_grad(x: Tensor, size: tuple[int, int], anchor: tuple[int, int], config: Config) -> PreparedWeightGrad:
+    problem = Problem.of_weight_grad(x, size, anchor)
+    return PreparedWeightGrad(problem, config, chip())
+
+
+def chip() -> Chip:
+    return backend._chip()

@@ -1,0 +1,216 @@
+"""Derivatives of branches: numerical checks of first and second order, function transforms, and what must raise."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import grad, jacrev, vmap
+
+from tests.ops.cases import assert_close, definition
+from tests.ops.fused import BRANCHES, SUM_OF_BRANCHES, Fused, OnlyBackward, OnlyForward, registered
+from widekernel import ops
+
+ANCHORS = [(0, 3), (1, 0), (0, 0)]
+NAMES = ("x", "wide", "square", "tap")
+BACKENDS = {"portable": None, "fused": Fused, "only-forward": OnlyForward, "only-backward": OnlyBackward}
+
+
+@pytest.fixture(params=BACKENDS, autouse=True)
+def _backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    made = BACKENDS[request.param]
+    if made is None:
+        yield
+        return
+    with registered(made()):
+        yield
+
+
+def arguments(batch: int | None = None) -> list[Tensor]:
+    """x and three kernels, each with a leading dimension if `batch` is given."""
+    lead = () if batch is None else (batch,)
+    shapes = [(2, 2, 3, 3), (2, 1, 2, 4), (2, 1, 2, 2), (2, 1, 1, 1)]
+    return [torch.randn(*lead, *shape, dtype=torch.float64) for shape in shapes]
+
+
+def mixed(ys: list[Tensor]) -> Tensor:
+    """Something in which every branch plays a part of its own."""
+    return ys[0].sin() + ys[1].cos() * ys[2]
+
+
+def ours(x: Tensor, *kernels: Tensor) -> Tensor:
+    return mixed(ops.depthwise_branches(x, kernels, ANCHORS))
+
+
+def theirs(x: Tensor, *kernels: Tensor) -> Tensor:
+    return mixed([definition(x, [kernel], [anchor]) for kernel, anchor in zip(kernels, ANCHORS)])
+
+
+def loss(function):
+    """A scalar whose second derivatives do not vanish."""
+    return lambda *args: (function(*args).sin() * torch.linspace(1, 2, 36, dtype=torch.float64).view(2, 2, 3, 3)).sum()
+
+
+@pytest.mark.parametrize("check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])
+def test_numerical_gradients(check) -> None:
+    inputs = [t.requires_grad_() for t in arguments()]
+    assert check(lambda x, *kernels: ops.depthwise_branches(x, kernels, ANCHORS), inputs, fast_mode=True)
+
+
+def test_the_second_derivative_is_fused_too() -> None:
+    x, *kernels = (t.requires_grad_() for t in arguments())
+    with registered(Fused("first")), ops.trace() as trace:
+        ys = ops.depthwise_branches(x, kernels, ANCHORS)
+        (g,) = torch.autograd.grad(mixed(ys).sum(), x, create_graph=True)
+        trace.calls.clear()
+        g.square().sum().backward()
+    found = [problem.op for _, problem in trace.calls]
+    # In the cotangents of the first pass, and then in x.
+    assert (found.count(BRANCHES), found.count(SUM_OF_BRANCHES), found.count("depthwise_sum")) == (1, 1, 0)
+    assert set(trace.backends()) == {"first"}
+
+
+def test_func_grad() -> None:
+    args = arguments()
+    got = grad(loss(ours), argnums=(0, 1, 2, 3))(*args)
+    for mine, truth in zip(got, grad(loss(theirs), argnums=(0, 1, 2, 3))(*args)):
+        assert_close(mine, truth)
+
+
+def test_func_grad_of_some_branches() -> None:
+    args = arguments()
+
+    def some(x: Tensor, *kernels: Tensor) -> Tensor:
+        first, _, last = ops.depthwise_branches(x, kernels, ANCHORS)
+        return (first * last).sum()
+
+    def same(x: Tensor, *kernels: Tensor) -> Tensor:
+        return (definition(x, kernels[:1], ANCHORS[:1]) * definition(x, kernels[2:], ANCHORS[2:])).sum()
+
+    everything = (0, 1, 2, 3)
+    for mine, truth in zip(grad(some, everything)(*args), grad(same, everything)(*args)):
+        assert_close(mine, truth)
+    many = arguments(2)
+    for mine, truth in zip(vmap(grad(some, everything))(*many), vmap(grad(same, everything))(*many)):
+        assert_close(mine, truth)
+
+
+MAPPED = [which for which in itertools.product([False, True], repeat=4) if any(which)]
+
+
+def mapped_id(which: tuple[bool, ...]) -> str:
+    return "+".join(name for name, mapped in zip(NAMES, which) if mapped)
+
+
+@pytest.mark.parametrize("which", MAPPED, ids=mapped_id)
+def test_per_sample_gradients(which: tuple[bool, ...]) -> None:
+    batched, single = arguments(3), arguments()
+    args = [many if mapped else one for mapped, many, one in zip(which, batched, single)]
+    everything = (0, 1, 2, 3)
+    got = vmap(grad(loss(ours), everything), tuple(0 if mapped else None for mapped in which))(*args)
+    for i in range(3):
+        one = [arg[i] if mapped else arg for mapped, arg in zip(which, args)]
+        for mine, truth in zip(got, grad(loss(theirs), everything)(*one)):
+            assert_close(mine[i], truth)
+
+
+@pytest.mark.parametrize("which", MAPPED, ids=mapped_id)
+def test_mapped_outputs(which: tuple[bool, ...]) -> None:
+    """Other dimensions than the first are mapped over, and put elsewhere in the output."""
+    batched, single = arguments(3), arguments()
+    args = [many.movedim(0, -1) if mapped else one for mapped, many, one in zip(which, batched, single)]
+    got = vmap(ours, tuple(-1 if mapped else None for mapped in which), 2)(*args)
+    each = [theirs(*(many[i] if mapped else one for mapped, many, one in zip(which, batched, single))) for i in range(3)]
+    assert_close(got, torch.stack(each, 2))
+
+
+def test_gradients_of_a_map() -> None:
+    args = arguments(3)
+    got = grad(lambda *a: vmap(loss(ours))(*a).sum(), (0, 1, 2, 3))(*args)
+    for mine, truth in zip(got, grad(lambda *a: vmap(loss(theirs))(*a).sum(), (0, 1, 2, 3))(*args)):
+        assert_close(mine, truth)
+
+
+def test_nested_maps() -> None:
+    x, kernels = torch.randn(3, 2, 2, 3, 3, dtype=torch.float64), arguments(2)[1:]
+    got = vmap(vmap(ours, (None, 0, 0, 0)), (0, None, None, None))(x, *kernels)
+    assert_close(got, torch.stack([torch.stack([theirs(one, *rest) for rest in zip(*kernels)]) for one in x]))
+
+
+@pytest.mark.parametrize("second", range(4), ids=NAMES)
+@pytest.mark.parametrize("first", range(4), ids=NAMES)
+def test_hessians(first: int, second: int) -> None:
+    args = [t[:, :1] if t.shape[1] == 2 else t[:1] for t in arguments()]
+
+    def scalar(function):
+        return lambda *a: function(*a).sin().sum()
+
+    got = jacrev(jacrev(scalar(ours), first), second)(*args)
+    assert_close(got, jacrev(jacrev(scalar(theirs), first), second)(*args))
+
+
+@pytest.mark.parametrize("position", range(4), ids=NAMES)
+def test_vectorised_jacobians(position: int) -> None:
+    args = arguments()
+
+    def of_one(value: Tensor) -> Tensor:
+        return ours(*args[:position], value, *args[position + 1 :])
+
+    jacobian = torch.autograd.functional.jacobian
+    loop = jacobian(of_one, args[position])
+    assert loop.abs().max() > 0
+    assert_close(jacobian(of_one, args[position], vectorize=True), loop)
+
+
+def test_vectorised_hessian() -> None:
+    args = arguments()
+    hessian = torch.autograd.functional.hessian
+    got = hessian(loss(ours), tuple(args), vectorize=True)
+    for mine, truth in zip(itertools.chain(*got), itertools.chain(*hessian(loss(theirs), tuple(args)))):
+        assert_close(mine, truth)
+
+
+@pytest.mark.parametrize("create_graph", [False, True], ids=["plain", "with-graph"])
+def test_batched_gradients(create_graph: bool) -> None:
+    args = [t.requires_grad_() for t in arguments()]
+    many = torch.randn(4, 2, 2, 3, 3, dtype=torch.float64)
+    got = torch.autograd.grad(ours(*args), args, many, is_grads_batched=True, create_graph=create_graph)
+    y = theirs(*args)
+    for i, one in enumerate(many):
+        for mine, truth in zip(got, torch.autograd.grad(y, args, one, retain_graph=True)):
+            assert_close(mine[i], truth)
+
+
+def test_third_derivatives() -> None:
+    args = [t.requires_grad_() for t in arguments()]
+
+    def third(function) -> Tensor:
+        value = loss(function)(*args)
+        for _ in range(2):
+            value = sum(g.square().sum() for g in torch.autograd.grad(value, args, create_graph=True))
+        return torch.cat([g.flatten() for g in torch.autograd.grad(value, args)])
+
+    assert_close(third(ours), third(theirs), 1e-11)
+
+
+@pytest.mark.parametrize("position", range(4), ids=NAMES)
+def test_forward_mode_raises(position: int) -> None:
+    args = arguments()
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(lambda t: ours(*args[:position], t, *args[position + 1 :]), (args[position],), (args[position],))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(args[position], torch.ones_like(args[position]))
+        with pytest.raises(NotImplementedError, match="jvp"):
+            ours(*args[:position], dual, *args[position + 1 :])
+
+
+def test_no_graph_without_gradients() -> None:
+    args = [t.requires_grad_() for t in arguments()]
+    with torch.no_grad():
+        assert not ours(*args).requires_grad
+    with torch.inference_mode():
+        assert ours(*args).is_inference()
+    assert ours(*args).requires_grad
