@@ -118,7 +118,7 @@ class Recorder:
         assert 0 < grid[0] < 2**31 and all(0 < size < 2**16 for size in grid[1:]), f"no GPU takes the grid {grid}"
         return self._launch
 
-    def _launch(self, *values: Any, num_warps: int, num_stages: int = 3, **constants: Any) -> None:
+    def _launch(self, *values: Any, num_warps: int, num_stages: int = 3, enable_fp_fusion: bool, **constants: Any) -> None:
         import triton
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
@@ -142,7 +142,7 @@ class Recorder:
                     hints[(i,)] = _ALIGNED
         source = ASTSource(fn=self.kernel, signature=signature, constexprs=constexprs, attrs=hints)
         major, minor = self.chip.capability
-        options = {"num_warps": num_warps, "num_stages": num_stages}
+        options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": enable_fp_fusion}
         compiled = triton.compile(source, target=GPUTarget("cuda", 10 * major + minor, 32), options=options)
         self.found.append(_described(self.kernel.__name__, compiled))
 

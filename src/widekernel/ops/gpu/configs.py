@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -136,6 +136,9 @@ LARGEST_DIRECT = 9
 LARGEST_DIRECT_PLANES = 25
 """Taps of a kernel up to which contiguous planes are computed by multiply-adds."""
 _ACCUMULATORS = 256 * 128
+WIDEST_DIAGONALS = 64
+"""Kernel columns of one launch of the weight gradient; wider kernels take several."""
+_MOST_GATHERED = 64
 
 
 def from_entry(entry: dict[str, Any]) -> Config:
@@ -148,7 +151,7 @@ def from_entry(entry: dict[str, Any]) -> Config:
     method = numbers.pop("method", None)
     if method not in KINDS:
         raise ArgumentError(f"there is no method {method!r}: it must be one of {', '.join(KINDS)}")
-    names = set(KINDS[method].__dataclass_fields__)
+    names = {field.name for field in fields(KINDS[method])}
     whole = all(isinstance(number, int) and number >= (name != "turned") for name, number in numbers.items())
     if set(numbers) != names or not whole:
         raise ArgumentError(f"{method} has {numbers}: it needs positive whole numbers {', '.join(sorted(names))}")
@@ -253,7 +256,8 @@ def _channels(problem: Problem) -> list[Config]:
         for columns, side in ((4, 64), (8, 32), (8, 64), (16, 32), (4, 128)):
             fits = rows <= power_of_two(height) and columns <= max(4, power_of_two(width))
             if fits and side <= max(32, power_of_two(channels)):
-                found += [Channels(warps, 1, rows, columns, side) for warps in (2, 4) if columns * side >= 64 * warps]
+                # Two numbers a thread: with more the taps of a column do not fit into registers, with one loads are small.
+                found += [Channels(warps, 1, rows, columns, side) for warps in (2, 4, 8) if columns * side == 64 * warps]
     return found
 
 
@@ -274,8 +278,10 @@ def _toeplitz_grads(problem: Problem, chip: Chip) -> list[Config]:
                         stages = 3
                         # The pipeline, or the accumulators when their diagonals are gathered.
                         held = max((rows + outputs) * depth * itemsize(problem.dtype) * stages, rows * outputs * 4)
-                        if held <= chip.shared_bytes - 4096:
-                            warps = 8 if rows * outputs > 64 * 64 else 4
+                        warps = 8 if rows * outputs > 64 * 64 else 4
+                        # Diagonals that a thread gathers at the end: more of them spill.
+                        gathered = kernel_rows * power_of_two(min(kw, WIDEST_DIAGONALS)) * outputs // (32 * warps)
+                        if held <= chip.shared_bytes - 4096 and gathered <= _MOST_GATHERED:
                             found.append(ToeplitzGrad(warps, stages, kernel_rows, inputs, outputs, depth, rows_in_m))
     return found
 

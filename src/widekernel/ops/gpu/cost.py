@@ -112,7 +112,7 @@ def _pieces(problem: Problem, width: int, is_turned: int) -> float:
 def _flat(problem: Problem, config: Flat, chip: Chip) -> float:
     batch, channels = problem.shape[:2]
     step = _step(problem, chip, config.pixels, config.images, config.pixels, 2 * config.pixels * config.images, 0)
-    step += 2 * config.pixels * config.images / _LOADS_EACH
+    step += 2 * config.pixels * config.images / _LOADS_EACH + _STEP
     matrix = len(problem.kernels) * config.pixels**2 / _LOADS_EACH
     splits = flat_splits(problem, config, chip)
     each = matrix + _PROGRAM + math.ceil(batch / config.images / splits) * step

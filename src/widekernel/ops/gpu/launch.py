@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from widekernel.ops.gpu.configs import (
+    WIDEST_DIAGONALS,
     Channels,
     ChannelsGrad,
     Chip,
@@ -27,9 +28,6 @@ from widekernel.ops.gpu.configs import (
 from widekernel.ops.gpu.cost import flat_splits, grad_splits
 from widekernel.ops.gpu.kernels import direct, flat, toeplitz, weight_grad
 from widekernel.ops.problem import Anchor, Problem, in_layout
-
-WIDEST_DIAGONALS = 64
-"""Kernel columns of one launch of the weight gradient; wider kernels take several."""
 
 Images = Sequence[Tensor]
 Epilogue = tuple[Tensor | None, Tensor | None, bool]
@@ -53,6 +51,7 @@ class PreparedSum:
         self, x: Tensor, kernels: Sequence[Tensor], scale: Tensor | None, shift: Tensor | None, relu: bool
     ) -> Tensor:
         """Compute relu(scale · sum + shift), the affine map per channel (C,) and the rectifier both being optional."""
+        scale, shift = (None if values is None else _plain(values).contiguous() for values in (scale, shift))
         return self._run((x,), kernels, 1, (scale, shift, relu))[0]
 
     def branches(self, x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor]) -> list[Tensor]:
@@ -99,6 +98,7 @@ class _ToeplitzSum:
         self.rects = tuple(self._rect(*size, *anchor) for size, anchor in zip(problem.kernels, problem.anchors))
         self.tiles = math.ceil(self.height / (config.rows * config.row_blocks)) * math.ceil(self.width / config.columns)
         self.options = _options(problem, config)
+        self.one_warp = _warps(problem, config) | {"num_warps": 1}
 
     def _rect(self, kh: int, kw: int, row: int, column: int) -> tuple[int, ...]:
         """Add to a rectangle the zeros in front of its rows, their length with the zeros behind, and where blocks begin."""
@@ -114,7 +114,7 @@ class _ToeplitzSum:
             kernel = kernel.transpose(2, 3) if self.config.turned else kernel
             e = kernel.new_empty(self.channels, kh, self.copies, length)
             sizes = {"KH": kh, "KW": kw, "PAD": pad, "L": length, "S": self.copies, "BL": min(128, power_of_two(length))}
-            toeplitz.expand[(self.channels * kh,)](kernel.contiguous(), e, **sizes, num_warps=1)
+            toeplitz.expand[(self.channels * kh,)](kernel.contiguous(), e, **sizes, **self.one_warp)
             expanded.append(e)
         images, planes = zip(*(_in_planes(x) for x in xs))
         scale, shift, relu = epilogue
@@ -183,6 +183,7 @@ class _PlanesSum:
         self.rects = _rects(problem)
         blocks = math.ceil(self.height * self.width / config.pixels)
         self.programs = math.ceil(batch * self.channels / config.planes) * blocks
+        self.options = _warps(problem, config)
 
     def __call__(self, xs: Images, kernels: Sequence[Tensor], ys: Images, epilogue: Epilogue) -> None:
         scale, shift, relu = epilogue
@@ -202,7 +203,7 @@ class _PlanesSum:
             RELU=relu,
             BP=self.config.planes,
             BM=self.config.pixels,
-            num_warps=self.config.warps,
+            **self.options,
         )
 
 
@@ -213,6 +214,7 @@ class _ChannelsSum:
         self.rects = _rects(problem)
         tiles = math.ceil(self.height / config.rows) * math.ceil(self.width / config.columns)
         self.programs = math.ceil(self.channels / config.channels) * tiles * batch
+        self.options = _warps(problem, config)
 
     def __call__(self, xs: Images, kernels: Sequence[Tensor], ys: Images, epilogue: Epilogue) -> None:
         scale, shift, relu = epilogue
@@ -233,7 +235,7 @@ class _ChannelsSum:
             RH=self.config.rows,
             TW=self.config.columns,
             BC=self.config.channels,
-            num_warps=self.config.warps,
+            **self.options,
         )
 
 
@@ -296,6 +298,7 @@ class _ChannelsWeightGrad:
         self.config, self.problem = config, problem
         self.programs = math.ceil(self.channels / config.channels) * problem.kernels[0][0]
         self.splits = grad_splits(problem, self.programs, self.batch * self.height, chip)
+        self.options = _warps(problem, config)
 
     def __call__(self, x: Tensor, grad: Tensor) -> Tensor:
         (kh, kw), (row, column) = self.problem.kernels[0], self.problem.anchors[0]
@@ -318,7 +321,7 @@ class _ChannelsWeightGrad:
             COL=column,
             TW=self.config.columns,
             BC=self.config.channels,
-            num_warps=self.config.warps,
+            **self.options,
         )
         return partial.sum(0).permute(2, 0, 1).unsqueeze(1).contiguous()
 
@@ -332,7 +335,12 @@ def _options(problem: Problem, config: Config) -> dict:
     precision = "tf32x3" if problem.dtype == torch.float32 and not problem.tf32 else "tf32"
     # Only in Triton's interpreter do tensors lie on a CPU; its products of bfloat16 are wrong.
     upcast = problem.device == "cpu" and problem.dtype == torch.bfloat16
-    return {"PRECISION": precision, "UPCAST": upcast, "num_warps": config.warps, "num_stages": config.stages}
+    return {"PRECISION": precision, "UPCAST": upcast, "num_stages": config.stages, **_warps(problem, config)}
+
+
+def _warps(problem: Problem, config: Config) -> dict:
+    """Give what all launches have in common; that multiplications and additions are fused is no default in every Triton."""
+    return {"num_warps": config.warps} | ({} if problem.device == "cpu" else {"enable_fp_fusion": True})
 
 
 def _on(x: Tensor) -> AbstractContextManager:

@@ -43,7 +43,8 @@ def plan(problem: Problem, chip: Chip, device: str) -> Plan:
         config = config_of(entry)
         # A table of another version may hold what this one cannot run.
         if config in candidates(problem, chip):
-            return Plan(config, source, _faster_in_pytorch(entry))
+            measured = "" if entry.get("us") is not None else ", estimated and compiled but not measured"
+            return Plan(config, source + measured, _faster_in_pytorch(entry) or _unmeasured(problem, entry))
     return Plan(_cheapest(problem, chip), "estimated, not measured", _estimated_better(problem))
 
 
@@ -63,6 +64,10 @@ def _faster_in_pytorch(entry: dict) -> str:
     if ours is None or theirs is None or ours <= theirs * SLOWER:
         return ""
     return f"PyTorch takes {theirs:.0f} µs where this backend takes {ours:.0f} µs (measured)"
+
+
+def _unmeasured(problem: Problem, entry: dict) -> str:
+    return _estimated_better(problem) if entry.get("us") is None else ""
 
 
 def _estimated_better(problem: Problem) -> str:

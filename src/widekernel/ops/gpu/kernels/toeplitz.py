@@ -42,12 +42,11 @@ def _accumulate(
     first = tl.maximum(-ROW, -h0 - (BH - 1) * RH)
     last = tl.minimum(RH + KH - 1 - ROW, H - h0)
     # Blocks begin LEAD columns before the outputs, and those that lie in the padding on the left are left out.
-    left = w0 - LEAD + tl.maximum(LEAD - w0, 0) // BK * BK
+    first_block = tl.maximum(LEAD - w0, 0) // BK
     right = tl.minimum(w0 + TW + KW - 1 - COL, W)
-    blocks = tl.maximum(tl.cdiv(right - left, BK), 0)
-    # Copy of the kernel row and place in it: together a multiple of S, whatever j is.
-    t = e + c.to(tl.int64) * (KH * S * L) + ((j % S) * L - j // S * S)[:, None]
-    start = PAD + COL - w0
+    blocks = tl.maximum(tl.cdiv(right - (w0 - LEAD), BK) - first_block, 0)
+    # Copy of the kernel row and place in it: together a multiple of S, as is the place of the first block, whatever j is.
+    t = e + c.to(tl.int64) * (KH * S * L) + (PAD + COL - LEAD) + ((j % S) * L - j // S * S)[:, None]
     row_stride: tl.constexpr = 1 if TURNED else W
     column_stride: tl.constexpr = H if TURNED else 1
     xs = x + planes * (H * W)
@@ -55,12 +54,13 @@ def _accumulate(
     # One loop over rows and blocks of columns, because only the innermost loop is pipelined.
     for step in range(tl.maximum(last - first, 0) * blocks):
         delta = first + step // blocks
-        column = left + step % blocks * BK
+        block = first_block + step % blocks
+        column = w0 - LEAD + block * BK
         ky = delta - r + ROW
         row = h0 + hb * RH + delta
         inside = (ky >= 0) & (ky < KH)
         toeplitz = tl.load(
-            t + (ky * (S * L))[:, None] + (start + column + k)[None, :],
+            t + (ky * (S * L))[:, None] + (block * BK + k)[None, :],
             mask=inside[:, None],
             other=0.0,
             cache_modifier=".ca",

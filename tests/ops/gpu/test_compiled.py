@@ -1,0 +1,159 @@
+"""Every shipped configuration compiled for its architecture, and others for all: tensor cores, registers, shared memory."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from functools import lru_cache
+
+import pytest
+import torch
+
+from tests.ops.gpu.compiling import CHIPS, Compiled, Job, compile_all
+from widekernel.ops.gpu.configs import Channels, ChannelsGrad, Config, Planes, Toeplitz, ToeplitzGrad, from_entry, itemsize
+from widekernel.ops.gpu.plan import ranked
+from widekernel.ops.gpu.tables import SHIPPED, key_of, read
+from widekernel.ops.problem import (
+    DEPTHWISE_BRANCHES,
+    DEPTHWISE_SUM,
+    DEPTHWISE_SUM_OF_BRANCHES,
+    DEPTHWISE_WEIGHT_GRAD,
+    Problem,
+)
+
+BY_MULTIPLY_ADDS = (Planes, Channels, ChannelsGrad)
+CROSS = ((51, 5), (5, 51), (5, 5))
+_KEY = re.compile(r"(\w+) (\w+)( tf32)? (NCHW|NHWC) N(\d+) C(\d+) (\d+)x(\d+) (\S+)")
+
+
+def problem_of(key: str) -> Problem:
+    """Read a line of a table back; batch and channels are the powers of two that it names."""
+    found = _KEY.fullmatch(key)
+    assert found is not None, key
+    op, dtype, tf32, layout, *sizes, rects = found.groups()
+    numbers = [tuple(map(int, re.split(r"[x@,]", rect))) for rect in rects.split("+")]
+    kernels, anchors = tuple(n[:2] for n in numbers), tuple(n[2:] for n in numbers)
+    n, c, h, w = map(int, sizes)
+    return Problem(op, "cuda", getattr(torch, dtype), (n, c, h, w), kernels, anchors, layout == "NHWC", "", bool(tf32))
+
+
+def shipped() -> list[Job]:
+    jobs = []
+    for chip, entries in read(SHIPPED).items():
+        jobs += [Job(problem_of(key), from_entry(entry["config"]), chip) for key, entry in entries.items()]
+    return jobs
+
+
+def problem(op: str, extent: int, *kernels: tuple[int, int], **others: object) -> Problem:
+    anchors = tuple((kh // 2, kw // 2) for kh, kw in kernels)
+    made = Problem(op, "cuda", torch.float32, (64, 128, extent, extent), kernels, anchors)
+    return replace(made, **others)  # type: ignore[arg-type]
+
+
+def more() -> list[Job]:
+    """What the shipped table leaves to estimates: float32, channels_last, other methods, one image."""
+    asked = [
+        problem(DEPTHWISE_SUM, 56, (31, 31)),
+        problem(DEPTHWISE_SUM, 56, (31, 31), tf32=True),
+        problem(DEPTHWISE_SUM, 56, (31, 31), dtype=torch.bfloat16, shape=(1, 128, 56, 56)),
+        problem(DEPTHWISE_SUM, 7, (13, 13), tf32=True),
+        problem(DEPTHWISE_SUM, 28, (3, 3), dtype=torch.bfloat16),
+        problem(DEPTHWISE_SUM, 28, (7, 7), dtype=torch.bfloat16, channels_last=True),
+        problem(DEPTHWISE_SUM_OF_BRANCHES, 56, *CROSS, dtype=torch.bfloat16),
+        problem(DEPTHWISE_BRANCHES, 28, *CROSS),
+        problem(DEPTHWISE_WEIGHT_GRAD, 56, (31, 31)),
+        problem(DEPTHWISE_WEIGHT_GRAD, 56, (31, 31), tf32=True),
+        problem(DEPTHWISE_WEIGHT_GRAD, 28, (7, 7), dtype=torch.bfloat16, channels_last=True),
+    ]
+    jobs = [Job(one, ranked(one, CHIPS["sm_90"])[0], "sm_90") for one in asked]
+    jobs += [Job(one, ranked(one, CHIPS[name])[0], name) for one in (asked[0], asked[8]) for name in ("sm_80", "sm_100")]
+    tall = problem(DEPTHWISE_SUM, 56, (51, 5), dtype=torch.bfloat16)
+    jobs.append(Job(tall, Toeplitz(8, 4, 1, 64, 32, 4, 16, turned=1), "sm_90"))
+    grad = problem(DEPTHWISE_WEIGHT_GRAD, 56, (51, 5), dtype=torch.bfloat16)
+    jobs.append(Job(grad, ToeplitzGrad(8, 3, 2, 64, 64, 32, turned=1), "sm_90"))
+    return jobs
+
+
+@lru_cache(maxsize=1)
+def compiled() -> dict[Job, list[Compiled]]:
+    """Compile all of it at once; configurations of float16 are those of bfloat16, and some of them are compiled too."""
+    short = [job for job in shipped() if job.problem.dtype == torch.float16 and job.problem.op == DEPTHWISE_SUM]
+    jobs = [job for job in shipped() if job.problem.dtype != torch.float16] + short[::4] + more()
+    return dict(zip(jobs, compile_all(jobs)))
+
+
+def main_kernel(job: Job) -> Compiled:
+    kernels = compiled()[job]
+    assert [kernel.kernel for kernel in kernels[:-1]] == ["expand"] * (len(kernels) - 1)
+    return kernels[-1]
+
+
+def kernel_rows(config: Config) -> int:
+    """Rows of the accumulators, on which it depends which instruction can compute them."""
+    if isinstance(config, Toeplitz):
+        return config.rows * config.columns
+    return config.kernel_rows * config.inputs if isinstance(config, ToeplitzGrad) else 64
+
+
+def test_the_table_speaks_of_every_architecture_alike() -> None:
+    keys = {chip: set(entries) for chip, entries in read(SHIPPED).items()}
+    assert set(keys) == set(CHIPS) and len(set(map(frozenset, keys.values()))) == 1
+    assert all(key_of(problem_of(key)) == key for key in keys["sm_90"])
+
+
+def test_short_types_share_their_configurations() -> None:
+    for entries in read(SHIPPED).values():
+        for key, entry in entries.items():
+            twin = entries[key.replace(" bfloat16 ", " float16 ")]
+            assert twin["config"] == entry["config"] or entry["us"] is not None
+
+
+@pytest.mark.timeout(600)
+def test_tensor_cores_multiply() -> None:
+    wanted = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
+    for job in compiled():
+        products = main_kernel(job).products
+        if isinstance(job.config, BY_MULTIPLY_ADDS):
+            assert products == {}, job
+        elif kernel_rows(job.config) < 64:
+            assert products, job
+        else:
+            assert set(products) == {wanted[job.chip]}, job
+
+
+def test_what_is_compiled_is_for_the_architecture_itself() -> None:
+    targets = {"sm_80": "sm_80", "sm_90": "sm_90a", "sm_100": "sm_100a"}
+    assert all(kernel.target == targets[job.chip] for job, kernels in compiled().items() for kernel in kernels)
+
+
+def test_nothing_spills_and_everything_fits() -> None:
+    for job, kernels in compiled().items():
+        for kernel in kernels:
+            assert kernel.stack == 0, (job, kernel)
+            assert kernel.registers <= 255 and kernel.shared <= CHIPS[job.chip].shared_bytes, (job, kernel)
+
+
+def test_images_and_kernels_are_copied_asynchronously_and_in_large_pieces() -> None:
+    seen = 0
+    for job in compiled():
+        width = job.problem.shape[3] * itemsize(job.problem.dtype)
+        if not isinstance(job.config, (Toeplitz, ToeplitzGrad)) or job.config.turned or job.config.stages < 2:
+            continue
+        copies = {int(size) for size in main_kernel(job).copies}
+        if width % 16 == 0:
+            # Of a kernel's block there may be less than 16 bytes for every thread.
+            if job.problem.tf32 and isinstance(job.config, ToeplitzGrad):
+                # Products of TF32 want K contiguous, which here is not what is contiguous in memory.
+                continue
+            each = kernel_rows(job.config) * job.config.depth * itemsize(job.problem.dtype) // (32 * job.config.warps)
+            assert 16 in copies or each in copies, job
+            seen += 16 in copies
+        elif width % 4 == 0:
+            assert copies, job
+    assert seen > 20
+
+
+def test_odd_rows_cannot_be_copied_asynchronously() -> None:
+    """A check of the checks: rows of 7 numbers of two bytes begin at odd places."""
+    narrow = [job for job in compiled() if job.problem.shape[3] == 7 and isinstance(job.config, ToeplitzGrad)]
+    assert narrow and all(not main_kernel(job).copies for job in narrow if job.problem.dtype == torch.bfloat16)
