@@ -15,6 +15,7 @@ COMMANDS = {
     "recipes": "list the training recipes",
     "complexity": "count parameters and operations of a model, as trained and folded",
     "bench": "time the operators, or networks, against PyTorch on this machine",
+    "tune": "find the fastest configurations of the GPU kernels on this machine, and keep them",
     "demo": "train, evaluate, fold, save and picture a large-kernel network on real digits",
 }
 

@@ -64,4 +64,4 @@ def prepared_grad(x: Tensor, size: tuple[int, int], anchor: tuple[int, int], con
 
 
 def chip() -> Chip:
-    return backend._chip()
+    return backend.chip()

@@ -69,6 +69,8 @@ def more() -> list[Job]:
     jobs += [Job(one, ranked(one, CHIPS[name])[0], name) for one in (asked[0], asked[8]) for name in ("sm_80", "sm_100")]
     tall = problem(DEPTHWISE_SUM, 56, (51, 5), dtype=torch.bfloat16)
     jobs.append(Job(tall, Toeplitz(8, 4, 1, 64, 32, 4, 16, turned=1), "sm_90"))
+    narrow = problem(DEPTHWISE_WEIGHT_GRAD, 7, (13, 13), dtype=torch.bfloat16)
+    jobs.append(Job(narrow, ToeplitzGrad(4, 3, 8, 16, 16, 64), "sm_90"))
     grad = problem(DEPTHWISE_WEIGHT_GRAD, 56, (51, 5), dtype=torch.bfloat16)
     jobs.append(Job(grad, ToeplitzGrad(8, 3, 2, 64, 64, 32, turned=1), "sm_90"))
     return jobs

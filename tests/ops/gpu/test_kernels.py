@@ -9,7 +9,7 @@ from torch import Tensor
 from tests.ops.cases import CASES, Case
 from tests.ops.gpu.helpers import DEVICE, DTYPES, assert_exact, draw, exact, prepared_grad, prepared_sum
 from widekernel.ops import reference
-from widekernel.ops.gpu.configs import Channels, ChannelsGrad, Config, Flat, Planes, Toeplitz, ToeplitzGrad
+from widekernel.ops.gpu.configs import Channels, ChannelsGrad, Config, Flat, FlatGrad, Planes, Toeplitz, ToeplitzGrad
 from widekernel.ops.problem import Anchor
 
 pytestmark = pytest.mark.interpreted
@@ -33,7 +33,10 @@ TOEPLITZ_GRADS = [
     ToeplitzGrad(4, 3, kernel_rows=1, inputs=32, outputs=16, depth=16),
     ToeplitzGrad(4, 3, kernel_rows=8, inputs=16, outputs=32, depth=32),
     ToeplitzGrad(4, 3, kernel_rows=2, inputs=16, outputs=16, depth=32, turned=1),
+    ToeplitzGrad(4, 3, kernel_rows=4, inputs=16, outputs=16, depth=16, copied=1),
+    ToeplitzGrad(4, 3, kernel_rows=2, inputs=16, outputs=16, depth=32, turned=1, copied=1),
 ]
+FLAT_GRAD = FlatGrad(4, 2, pixels=64, images=16)
 PLANES = Planes(4, 1, planes=8, pixels=64)
 FLAT = Flat(4, 2, pixels=64, images=16)
 NHWC = torch.channels_last
@@ -41,7 +44,7 @@ NHWC = torch.channels_last
 
 def fits(config: Config, case: Case) -> bool:
     few_taps = max(kh * kw for kh, kw, _ in case.rects) <= 40
-    if isinstance(config, Flat):
+    if isinstance(config, (Flat, FlatGrad)):
         return case.shape[2] * case.shape[3] <= config.pixels
     return few_taps or not isinstance(config, (Planes, Channels, ChannelsGrad))
 
@@ -96,15 +99,17 @@ def check_grad(case: Case, config: Config, dtype: torch.dtype, layout: torch.mem
         assert_exact(got, want)
 
 
-@pytest.mark.parametrize(("case", "config"), pairs(TOEPLITZ_GRADS[:1], ALL) + pairs(TOEPLITZ_GRADS[1:], SOME), ids=str)
+@pytest.mark.parametrize(
+    ("case", "config"), pairs([TOEPLITZ_GRADS[0], FLAT_GRAD], ALL) + pairs(TOEPLITZ_GRADS[1:], SOME), ids=str
+)
 def test_weight_gradient(case: Case, config: Config) -> None:
     check_grad(case, config, torch.float32, torch.contiguous_format)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("case", SOME[1:], ids=str)
-def test_weight_gradient_in_short_types(case: Case, dtype: torch.dtype) -> None:
-    check_grad(case, TOEPLITZ_GRADS[0], dtype, torch.contiguous_format)
+@pytest.mark.parametrize(("case", "config"), pairs([TOEPLITZ_GRADS[0], TOEPLITZ_GRADS[4], FLAT_GRAD], SOME[1:]), ids=str)
+def test_weight_gradient_in_short_types(case: Case, config: Config, dtype: torch.dtype) -> None:
+    check_grad(case, config, dtype, torch.contiguous_format)
 
 
 def test_weight_gradient_of_more_columns_than_one_launch_has() -> None:

@@ -60,10 +60,10 @@ def prepare(problem: Problem) -> Callable[..., Any]:
         return _NOTHING[problem.op]
     from widekernel.ops.gpu import launch
 
-    chosen, chip = _planned(problem), _chip()
+    chosen, on = _planned(problem), chip()
     if problem.op == DEPTHWISE_WEIGHT_GRAD:
-        return launch.PreparedWeightGrad(problem, chosen.config, chip)
-    prepared = launch.PreparedSum(problem, chosen.config, chip)
+        return launch.PreparedWeightGrad(problem, chosen.config, on)
+    prepared = launch.PreparedSum(problem, chosen.config, on)
     others: dict[str, Callable[..., Any]] = {
         DEPTHWISE_SUM: prepared,
         DEPTHWISE_BRANCHES: prepared.branches,
@@ -109,10 +109,11 @@ def _obstacles(problem: Problem) -> list[str]:
         reasons.append("small kernels on channels_last images are computed one by one")
     if _too_large(problem):
         reasons.append("it computes channels_last images of fewer than 2**31 numbers")
-    return reasons or _machine_obstacles(problem.device)
+    return reasons or machine_obstacles(problem.device)
 
 
-def _machine_obstacles(device: str) -> list[str]:
+def machine_obstacles(device: str) -> list[str]:
+    """List what keeps kernels from running on this machine at all, on `cuda`, or on `cpu` interpreted."""
     if importlib.util.find_spec("triton") is None:
         return ["Triton is not installed: pip install triton"]
     if device == "cpu":
@@ -139,10 +140,11 @@ def _too_large(problem: Problem) -> bool:
 
 
 def _planned(problem: Problem) -> Plan:
-    return plan(problem, _chip() if problem.device == "cuda" else INTERPRETED, _device_name())
+    return plan(problem, chip() if problem.device == "cuda" else INTERPRETED, device_name())
 
 
-def _chip() -> Chip:
+def chip() -> Chip:
+    """Describe the current GPU, or what stands for it in the interpreter."""
     return _chip_of(torch.cuda.current_device()) if torch.cuda.is_available() else INTERPRETED
 
 
@@ -153,7 +155,8 @@ def _chip_of(index: int) -> Chip:
     return Chip((properties.major, properties.minor), properties.multi_processor_count, shared)
 
 
-def _device_name() -> str:
+def device_name() -> str:
+    """Give the full name of the current GPU."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "interpreter"
 
 

@@ -105,7 +105,8 @@ class Channels(Config):
 class ToeplitzGrad(Config):
     """Weight gradient by products: M = kernel_rows·inputs, N = outputs columns, K = depth pairs of an image and a row.
 
-    With `turned` 1 rows are columns and columns rows.
+    With `turned` 1 rows are columns and columns rows. With `copied` 1 both images are copied first, so that rows (or what is
+    called so) are contiguous and begin at multiples of 16 bytes.
     """
 
     method = "toeplitz weight gradient"
@@ -114,6 +115,16 @@ class ToeplitzGrad(Config):
     outputs: int
     depth: int
     turned: int = 0
+    copied: int = 0
+
+
+@dataclass(frozen=True)
+class FlatGrad(Config):
+    """Weight gradient of small maps: one product of all `pixels` of a plane with all others, `images` at a time."""
+
+    method = "flat weight gradient"
+    pixels: int
+    images: int
 
 
 @dataclass(frozen=True)
@@ -126,7 +137,7 @@ class ChannelsGrad(Config):
 
 
 KINDS: dict[str, type[Config]] = {
-    kind.method: kind for kind in (Toeplitz, Flat, Planes, Channels, ToeplitzGrad, ChannelsGrad)
+    kind.method: kind for kind in (Toeplitz, Flat, Planes, Channels, ToeplitzGrad, FlatGrad, ChannelsGrad)
 }
 
 MOST_FLAT_PIXELS = 128
@@ -139,6 +150,7 @@ _ACCUMULATORS = 256 * 128
 WIDEST_DIAGONALS = 64
 """Kernel columns of one launch of the weight gradient; wider kernels take several."""
 _MOST_GATHERED = 64
+_MOST_SQUARE = 64
 
 
 def from_entry(entry: dict[str, Any]) -> Config:
@@ -152,7 +164,7 @@ def from_entry(entry: dict[str, Any]) -> Config:
     if method not in KINDS:
         raise ArgumentError(f"there is no method {method!r}: it must be one of {', '.join(KINDS)}")
     names = {field.name for field in fields(KINDS[method])}
-    whole = all(isinstance(number, int) and number >= (name != "turned") for name, number in numbers.items())
+    whole = all(isinstance(number, int) and number >= (name not in ("turned", "copied")) for name, number in numbers.items())
     if set(numbers) != names or not whole:
         raise ArgumentError(f"{method} has {numbers}: it needs positive whole numbers {', '.join(sorted(names))}")
     return KINDS[method](**numbers)
@@ -171,7 +183,9 @@ def itemsize(dtype: torch.dtype) -> int:
 def candidates(problem: Problem, chip: Chip) -> list[Config]:
     """List the configurations with which the problem can run on such a GPU, in no order."""
     if problem.op == DEPTHWISE_WEIGHT_GRAD:
-        return _channels_grads(problem) if small_channels_last(problem) else _toeplitz_grads(problem, chip)
+        if small_channels_last(problem):
+            return _channels_grads(problem)
+        return _toeplitz_grads(problem, chip) + _flat_grads(problem, chip)
     if small_channels_last(problem):
         return _channels(problem)
     if problem.algorithm == DIRECT:
@@ -222,7 +236,7 @@ def _toeplitz(problem: Problem, chip: Chip) -> list[Config]:
                     for depth in (16, 32, 64):
                         stages = 4 if depth < 64 else 3
                         held = (rows * columns + total) * depth * itemsize(problem.dtype) * stages
-                        if held <= min(chip.shared_bytes, 160 * 1024) - 4096 and depth < 2 * power_of_two(width):
+                        if held <= min(chip.shared_bytes, 160 * 1024) - 4096 and depth < max(2 * power_of_two(width), 32):
                             warps = 4 if rows * columns * total <= 128 * 64 else 8
                             found.append(Toeplitz(warps, stages, rows, columns, row_blocks, images, depth, columns_in_m))
     return found
@@ -252,8 +266,8 @@ def _planes(problem: Problem) -> list[Config]:
 def _channels(problem: Problem) -> list[Config]:
     _, channels, height, width = problem.shape
     found: list[Config] = []
-    for rows in (2, 4, 8):
-        for columns, side in ((4, 64), (8, 32), (8, 64), (16, 32), (4, 128)):
+    for rows in (1, 2, 4, 8):
+        for columns, side in ((4, 32), (4, 64), (8, 32), (8, 64), (16, 32), (4, 128)):
             fits = rows <= power_of_two(height) and columns <= max(4, power_of_two(width))
             if fits and side <= max(32, power_of_two(channels)):
                 # Two numbers a thread: with more the taps of a column do not fit into registers, with one loads are small.
@@ -282,14 +296,30 @@ def _toeplitz_grads(problem: Problem, chip: Chip) -> list[Config]:
                         # Diagonals that a thread gathers at the end: more of them spill.
                         gathered = kernel_rows * power_of_two(min(kw, WIDEST_DIAGONALS)) * outputs // (32 * warps)
                         if held <= chip.shared_bytes - 4096 and gathered <= _MOST_GATHERED:
-                            found.append(ToeplitzGrad(warps, stages, kernel_rows, inputs, outputs, depth, rows_in_m))
+                            chosen = ToeplitzGrad(warps, stages, kernel_rows, inputs, outputs, depth, rows_in_m)
+                            found.append(chosen)
+                            if rows_in_m or width * itemsize(problem.dtype) % 16:
+                                found.append(replace(chosen, copied=1))
+    return found
+
+
+def _flat_grads(problem: Problem, chip: Chip) -> list[Config]:
+    pixels = power_of_two(max(16, problem.shape[2] * problem.shape[3]))
+    taps = power_of_two(max(16, problem.kernels[0][0] * problem.kernels[0][1]))
+    bytes_each = itemsize(problem.dtype)
+    found: list[Config] = []
+    for images in (16, 32, 64):
+        for warps in (4, 8):
+            fits = max(2 * pixels * images * bytes_each, pixels * pixels * 4) <= chip.shared_bytes - 4096
+            if fits and pixels <= _MOST_SQUARE and taps * pixels <= _MOST_GATHERED * 32 * warps:
+                found.append(FlatGrad(warps, 2, pixels, images))
     return found
 
 
 def _channels_grads(problem: Problem) -> list[Config]:
     channels, width = problem.shape[1], problem.shape[3]
     found: list[Config] = []
-    for columns, side in ((4, 64), (8, 32), (8, 64), (16, 32)):
+    for columns, side in ((4, 32), (4, 64), (8, 32), (8, 64), (16, 32)):
         if columns <= max(4, power_of_two(width)) and side <= max(32, power_of_two(channels)):
             found.append(ChannelsGrad(4, 1, columns, side))
     return found
@@ -306,6 +336,12 @@ def lead_of(config: Toeplitz, kw: int, column: int, copies: int) -> int:
 
     leads = [-(-column // unit) * unit for unit in (copies, copies // 2, copies // 4)]
     return min(leads, key=blocks)
+
+
+def padded_width(width: int, dtype: torch.dtype) -> int:
+    """Give the number of columns, not below `width`, with which rows are a multiple of 16 bytes."""
+    numbers = 16 // itemsize(dtype)
+    return -(-width // numbers) * numbers
 
 
 def blocks_across(config: ToeplitzGrad, width: int, kw: int, column: int, align: int) -> tuple[int, int]:

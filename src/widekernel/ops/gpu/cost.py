@@ -17,12 +17,15 @@ from widekernel.ops.gpu.configs import (
     Chip,
     Config,
     Flat,
+    FlatGrad,
     Planes,
     Toeplitz,
     ToeplitzGrad,
     blocks_across,
     itemsize,
     lead_of,
+    padded_width,
+    power_of_two,
     turned,
 )
 from widekernel.ops.problem import Problem
@@ -34,8 +37,12 @@ _TENSOR_OF_OTHERS = 1024
 _MULTIPLY_ADDS, _DIRECT_SHARE = 256, 0.4
 # Bytes in a cycle of a multiprocessor: from L2, into shared memory, and of loads that hit the L1 cache.
 _FROM_L2, _INTO_SHARED = 28, 64
-# Cycles that a step of the pipeline takes to issue, that a program takes to start and finish, and to launch a kernel.
-_STEP, _PROGRAM, _LAUNCH = 90, 1500, 4000
+# Cycles that a program takes to start and finish, and to launch a kernel.
+_PROGRAM, _LAUNCH = 1500, 4000
+# Instructions of each warp in a step of the pipeline, and for each load of a thread: counted in what was compiled for sm_90.
+_STEP, _COPY, _COPY_FOR_GRADIENT = 55, 9, 28
+_COPIED = 20  # bytes in a cycle of a multiprocessor, between device memory and device memory
+_ISSUED = 4  # instructions in a cycle of a multiprocessor
 _LOADS_EACH = 32  # of one element, in a cycle
 
 
@@ -47,6 +54,8 @@ def cycles(problem: Problem, config: Config, chip: Chip) -> float:
         return _flat(problem, config, chip)
     if isinstance(config, ToeplitzGrad):
         return _toeplitz_grad(problem, config, chip)
+    if isinstance(config, FlatGrad):
+        return _flat_grad(problem, config, chip)
     if isinstance(config, (Planes, Channels)):
         return _direct(problem, config, chip)
     assert isinstance(config, ChannelsGrad)
@@ -70,11 +79,26 @@ def _over(programs: float, each: float, chip: Chip, resident: int) -> float:
     return _LAUNCH + each * resident * (math.ceil(waves) if waves < 4 else waves)
 
 
-def _step(problem: Problem, chip: Chip, rows: int, columns: int, depth: int, l2: float, shared: float) -> float:
-    """Give the cycles of one product of blocks, of which the larger demand counts."""
+def _step(problem: Problem, chip: Chip, block: tuple[int, int, int], l2: float, shared: float, instructions: float) -> float:
+    """Give the cycles of one product of blocks (rows, columns, depth), of which the largest demand counts.
+
+    Args:
+        problem: says the type.
+        chip: says the rates.
+        block: rows and columns of accumulators, and depth.
+        l2: numbers that come from the L2 cache.
+        shared: numbers that are written to shared memory.
+        instructions: of all warps together.
+    """
+    rows, columns, depth = block
     tensor = 2 * rows * columns * depth / tensor_rate(problem, chip, rows)
     bytes_each = itemsize(problem.dtype)
-    return max(tensor, l2 * bytes_each / _FROM_L2, shared * bytes_each / _INTO_SHARED, _STEP)
+    return max(tensor, l2 * bytes_each / _FROM_L2, shared * bytes_each / _INTO_SHARED, instructions / _ISSUED)
+
+
+def _instructions(config: Config, loads: float, of_each: int) -> float:
+    """Give the instructions of all warps in a step in which the threads load so many pieces."""
+    return _STEP * config.warps + of_each * loads / 32
 
 
 def _toeplitz(problem: Problem, config: Toeplitz, chip: Chip) -> float:
@@ -96,30 +120,32 @@ def _toeplitz(problem: Problem, config: Toeplitz, chip: Chip) -> float:
         steps += visited * blocks
     tiles = math.ceil(height / (config.rows * config.row_blocks)) * math.ceil(width / config.columns)
     rows, columns = config.rows * config.columns, config.images * config.row_blocks
-    step = _step(problem, chip, rows, columns, config.depth, columns * config.depth, (rows + columns) * config.depth)
     # Maps whose rows do not begin at multiples of 16 bytes are loaded in smaller pieces.
-    step = max(step, columns * config.depth / _pieces(problem, width, config.turned) / _LOADS_EACH * 4)
+    loads = config.depth * (rows / align + columns / _pieces(problem, width, config.turned))
+    image, both = columns * config.depth, (rows + columns) * config.depth
+    step = _step(problem, chip, (rows, columns, config.depth), image, both, _instructions(config, loads, _COPY))
     programs = tiles * channels * math.ceil(batch / config.images)
     each = steps / tiles * step + _PROGRAM + 2 * rows * columns / _LOADS_EACH
     return _over(programs, each, chip, 2 if rows * columns <= 128 * 128 else 1)
 
 
-def _pieces(problem: Problem, width: int, is_turned: int) -> float:
+def _pieces(problem: Problem, width: int, is_turned: bool | int) -> float:
     """Give the numbers that are loaded at once: rows of some maps do not begin at multiples of 16 bytes."""
     return 1 if is_turned else math.gcd(16, width * itemsize(problem.dtype)) / itemsize(problem.dtype)
 
 
 def _flat(problem: Problem, config: Flat, chip: Chip) -> float:
     batch, channels = problem.shape[:2]
-    step = _step(problem, chip, config.pixels, config.images, config.pixels, 2 * config.pixels * config.images, 0)
-    step += 2 * config.pixels * config.images / _LOADS_EACH + _STEP
+    numbers = 2 * config.pixels * config.images
+    block = (config.pixels, config.images, config.pixels)
+    step = _step(problem, chip, block, numbers, 0, _instructions(config, numbers, _COPY)) + _STEP
     matrix = len(problem.kernels) * config.pixels**2 / _LOADS_EACH
     splits = flat_splits(problem, config, chip)
     each = matrix + _PROGRAM + math.ceil(batch / config.images / splits) * step
     return _over(channels * splits, each, chip, 3)
 
 
-def flat_splits(problem: Problem, config: Flat, chip: Chip) -> int:
+def flat_splits(problem: Problem, config: Flat | FlatGrad, chip: Chip) -> int:
     """Give the number of programs among which the images of one channel are divided."""
     blocks = math.ceil(problem.shape[0] / config.images)
     return max(1, min(blocks, math.ceil(3 * chip.processors / max(1, problem.shape[1]))))
@@ -134,22 +160,45 @@ def _toeplitz_grad(problem: Problem, config: ToeplitzGrad, chip: Chip) -> float:
     batch, channels = problem.shape[:2]
     problem = turned(problem) if config.turned else problem
     height, width = problem.shape[2:]
+    width = padded_width(width, problem.dtype) if config.copied else width
     (kh, kw), (_, column) = problem.kernels[0], problem.anchors[0]
     align = 16 // itemsize(problem.dtype)
     _, across = blocks_across(config, width, kw, column, align)
     row_blocks = math.ceil(kh / config.kernel_rows)
-    steps = math.ceil(batch * height / config.depth) * math.ceil(width / config.outputs)
+    row = problem.anchors[0][0]
+    column_blocks = math.ceil(width / config.outputs)
+    steps = math.ceil(batch * height / config.depth) * column_blocks
     programs = channels * row_blocks * across
     splits = grad_splits(problem, programs, steps, chip)
+    # Output rows that meet the image with some kernel row of each block.
+    starts = range(0, kh, config.kernel_rows)
+    met = [min(height + row - ky, height) - max(row - (ky + config.kernel_rows - 1), 0) for ky in starts]
+    visited = sum(math.ceil(batch * max(rows, 0) / config.depth) for rows in met) * column_blocks
     rows = config.kernel_rows * config.inputs
     # Of the rows of x that the kernel rows of a block need, neighbours share all but one.
     fresh = (config.inputs * (1 + config.kernel_rows / 4) + config.outputs) * config.depth
     filled = (rows + config.outputs) * config.depth
-    step = _step(problem, chip, rows, config.outputs, config.depth, fresh, filled)
-    step = max(step, filled / _pieces(problem, width, config.turned) / _LOADS_EACH * 4)
+    loads = filled / _pieces(problem, width, config.turned and not config.copied)
+    block = (rows, config.outputs, config.depth)
+    step = _step(problem, chip, block, fresh, filled, _instructions(config, loads, _COPY_FOR_GRADIENT))
     gathering = config.kernel_rows * 32 * config.outputs / _LOADS_EACH * 2
-    each = math.ceil(steps / splits) * step + _PROGRAM + gathering
-    return _over(programs * splits, each, chip, 1 if rows * config.outputs > 128 * 64 else 2)
+    each = visited / row_blocks / splits * step + _PROGRAM + gathering
+    # Two images are read and written once more.
+    copying = 4 * batch * channels * height * width * itemsize(problem.dtype) / _COPIED / chip.processors
+    extra = 2 * _LAUNCH + copying * (2 if config.turned else 1) if config.copied else 0
+    return extra + _over(programs * splits, each, chip, 1 if rows * config.outputs > 128 * 64 else 2)
+
+
+def _flat_grad(problem: Problem, config: FlatGrad, chip: Chip) -> float:
+    batch, channels = problem.shape[:2]
+    kh, kw = problem.kernels[0]
+    numbers = 2 * config.pixels * config.images
+    block = (config.pixels, config.pixels, config.images)
+    step = _step(problem, chip, block, numbers, 0, _instructions(config, numbers, _COPY)) + _STEP
+    gathering = power_of_two(kh * kw) * config.pixels / _LOADS_EACH * 2
+    splits = flat_splits(problem, config, chip)
+    each = math.ceil(batch / config.images / splits) * step + _PROGRAM + gathering
+    return _over(channels * splits, each, chip, 2)
 
 
 def _direct(problem: Problem, config: Planes | Channels, chip: Chip) -> float:

@@ -2,14 +2,21 @@
 
 A table is a JSON file {"format": 1, "gpus": {gpu: {problem: entry}}}. `gpu` is an architecture such as sm_90 in the table
 that is shipped, and the full name of the device in that of a machine. An entry is {"config": …, "us": …,
-"pytorch_us": …, …}, its times null where nothing was measured.
+"pytorch_us": …, …}, its times in microseconds, null where nothing was measured.
+
+A file that changes is read again at the next choice. Choices that were made are remembered, in `select` and in compiled
+code: a shape that a process has computed before stays as it is until the process ends.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
+import threading
 import warnings
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,7 +31,9 @@ VARIABLE = "WIDEKERNEL_TUNED"
 SHIPPED = Path(__file__).parent / "configurations.json"
 _FIX = f"remove it and run `widekernel tune` again, or set {VARIABLE}=0"
 
-Entries = dict[str, dict[str, Any]]
+Entry = dict[str, Any]
+Entries = dict[str, Entry]
+_Stamp = tuple[int, int, int]
 
 
 def key_of(problem: Problem) -> str:
@@ -39,14 +48,19 @@ def key_of(problem: Problem) -> str:
 
 
 def tuned_file() -> Path | None:
-    """Give the file of this machine's table, whether or not it exists; None if the environment says there is none."""
+    """Give the file of this machine's table, whether or not it exists; None if there is to be none."""
     named = os.environ.get(VARIABLE)
     if named == "0":
         return None
     if named:
         return Path(named)
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "widekernel" / "tuned.json"
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        # The standard wants relative paths in that variable ignored.
+        folder = Path(cache) if Path(cache).is_absolute() else Path.home() / ".cache"
+    except RuntimeError:  # a user without a home
+        return None
+    return folder / "widekernel" / "tuned.json"
 
 
 def read(path: Path) -> dict[str, Entries]:
@@ -57,63 +71,109 @@ def read(path: Path) -> dict[str, Entries]:
     """
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArgumentError(f"{path} cannot be read as a table of configurations ({error}): {_FIX}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("gpus"), dict):
+    gpus = content.get("gpus") if isinstance(content, dict) and content.get("format") == FORMAT else None
+    if not isinstance(gpus, dict) or not all(isinstance(entries, dict) for entries in gpus.values()):
         raise ArgumentError(f'{path} is no table of configurations of format {FORMAT}, with "gpus": {_FIX}')
-    for gpu, entries in content["gpus"].items():
+    for gpu, entries in gpus.items():
         for key, entry in entries.items():
             try:
-                from_entry(entry["config"])
-            except (TypeError, KeyError, ArgumentError) as error:
-                raise ArgumentError(f"{path} has a bad entry for {key} on {gpu} ({error}): {_FIX}") from error
-    return content["gpus"]
+                _check(entry)
+            except (TypeError, KeyError, ValueError) as error:
+                raise ArgumentError(f"{path} has a bad entry for {key} on {gpu} ({error!r}): {_FIX}") from error
+    return gpus
 
 
 def write(path: Path, gpus: dict[str, Entries]) -> None:
     """Write a table in one step, so that whoever reads or breaks off meanwhile finds the old one or the new one."""
+    path = path.resolve()  # of a link the file behind it is replaced, not the link
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps({"format": FORMAT, "gpus": gpus}, indent=1, sort_keys=True) + "\n")
-    beside.replace(path)
+    beside = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        beside.write_text(json.dumps({"format": FORMAT, "gpus": gpus}, indent=1, sort_keys=True, allow_nan=False) + "\n")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
-def entry_of(problem: Problem, chip: Chip, device: str) -> tuple[dict[str, Any], str] | None:
+def merge(path: Path, gpu: str, entries: Entries) -> None:
+    """Add entries to a table, in place of those for the same problems; what others wrote meanwhile stays.
+
+    Raises:
+        ArgumentError: if there is a file that is no table; it is left as it is.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(path.parent):
+        gpus = read(path) if path.exists() else {}
+        gpus[gpu] = gpus.get(gpu, {}) | entries
+        write(path, gpus)
+
+
+def entry_of(problem: Problem, chip: Chip, device: str) -> tuple[Entry, str] | None:
     """Give the entry for a problem and where it comes from, this machine's table first; None if there is none."""
     key = key_of(problem)
     path = tuned_file()
     if path is not None:
-        entry = _tuned(path, _stamp(path)).get(device, {}).get(key)
+        entry = _loaded(path, _stamp(path)).get(device, {}).get(key)
         if entry is not None:
             return entry, "tuned on this machine"
-    entry = _shipped().get(chip.name, {}).get(key)
+    entry = _loaded(SHIPPED, _stamp(SHIPPED)).get(chip.name, {}).get(key)
     return None if entry is None else (entry, "shipped table")
 
 
-def config_of(entry: dict[str, Any]) -> Config:
+def config_of(entry: Entry) -> Config:
     """Give the configuration of an entry."""
     return from_entry(entry["config"])
 
 
-def _stamp(path: Path) -> float | None:
+def _check(entry: Entry) -> None:
+    """Raise unless this is an entry: what is made of it at run time must not fail there."""
+    if not isinstance(entry, dict) or not isinstance(entry["config"], dict):
+        raise TypeError(f"it is {entry!r}, not an object with a config")
+    from_entry(entry["config"])
+    for name in ("us", "pytorch_us"):
+        time = entry.get(name)
+        if time is not None and (type(time) not in (int, float) or not 0 < time < math.inf):
+            raise TypeError(f"{name} is {time!r}, not a positive number or null")
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other processes that merge into a table of this folder waiting, where the system can.
+
+    Without it no table is spoilt, but of two that merge at the same moment one may lose its entry.
+    """
     try:
-        return path.stat().st_mtime
+        import fcntl
+    except ImportError:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # file systems without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _stamp(path: Path) -> _Stamp | None:
+    """Give what changes whenever the file is replaced: several times within one tick of the clock, too."""
+    try:
+        found = path.stat()
     except OSError:
         return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 @lru_cache(maxsize=8)
-def _tuned(path: Path, stamp: float | None) -> dict[str, Entries]:
+def _loaded(path: Path, stamp: _Stamp | None) -> dict[str, Entries]:
     if stamp is None:
         return {}
     try:
         return read(path)
     except ArgumentError as error:
-        # A spoilt cache costs speed, which the user should know, but no run.
-        warnings.warn(f"{error}. Until then the shipped table and estimates are used.", RuntimeWarning, stacklevel=2)
+        # A spoilt table costs speed, which the user should know, but no run.
+        warnings.warn(f"{error}. Until then it is ignored: other tables or estimates decide.", RuntimeWarning, stacklevel=2)
         return {}
-
-
-@lru_cache(maxsize=1)
-def _shipped() -> dict[str, Entries]:
-    return read(SHIPPED) if SHIPPED.exists() else {}

@@ -1,7 +1,9 @@
 """Small maps on tensor cores: all pixels of a plane at once, because every output sees nearly every input.
 
 For each channel the convolution is one product with a matrix of (H·W)² numbers, which is gathered from the kernel once and
-used for many images. Rectangles that are summed are summed in that matrix, so that any number of them costs one product.
+used for many images. Rectangles that are summed are summed in that matrix, so that any number of them costs one product. The
+weight gradient is one product too, of the pixels of x with those of dY, in which K runs over the images; what belongs to a
+tap is gathered at the end.
 """
 
 import triton
@@ -97,3 +99,43 @@ def flat_sum(
                     acc = tl.zeros((P, BN), dtype=tl.float32)
             if len(ys) == 1:
                 _store(acc, ys[0], scale, shift, c, y_planes, in_batch, RELU, H * W, P)
+
+
+@triton.jit(do_not_specialize=["N", "C", "x_planes", "g_planes", "per_program"])
+def flat_weight_grad(
+    x, g, partial, x_planes, g_planes, N, C, per_program, H: tl.constexpr, W: tl.constexpr, KH: tl.constexpr,
+    KW: tl.constexpr, ROW: tl.constexpr, COL: tl.constexpr, P: tl.constexpr, TAPS: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Store partial sums (splits, C, KH, KW) of w[c, ky, kx] = Σ g[n, c, h, w] · x[n, c, h + ky - ROW, w + kx - COL].
+
+    Args:
+        x, g, partial: images, gradients of the output, both planes of H·W contiguous pixels; float32.
+        x_planes, g_planes: how many planes further the next image is.
+        N, C: images, channels.
+        per_program: images of one program.
+        H, W: rows, columns.
+        KH, KW, ROW, COL: size of the kernel, and its tap that sits on the output pixel.
+        P, TAPS: powers of two, at least H·W and KH·KW.
+        BN: images in one product.
+        PRECISION: of products of float32.
+        UPCAST: whether to multiply in float32; for the interpreter, whose products of bfloat16 are wrong.
+    """
+    c = tl.program_id(0) % C
+    split = tl.program_id(0) // C
+    dtype: tl.constexpr = tl.float32 if UPCAST else x.dtype.element_ty
+    acc = tl.zeros((P, P), dtype=tl.float32)
+    for n0 in range(split * per_program, tl.minimum((split + 1) * per_program, N), BN):
+        n = n0 + tl.arange(0, BN)
+        in_batch = n < N
+        seen = _images(x, n.to(tl.int64) * x_planes + c, in_batch, H * W, P)
+        out = _images(g, n.to(tl.int64) * g_planes + c, in_batch, H * W, P)
+        acc = tl.dot(seen.to(dtype), tl.trans(out.to(dtype)), acc, input_precision=PRECISION)
+    tap = tl.arange(0, TAPS)[:, None]
+    pixel = tl.arange(0, P)[None, :]
+    row = pixel // W + tap // KW - ROW
+    column = pixel % W + tap % KW - COL
+    there = (row >= 0) & (row < H) & (column >= 0) & (column < W) & (pixel < H * W) & (tap < KH * KW)
+    sums = tl.gather(acc, tl.where(there, row * W + column, 0), 0)
+    place = partial + (split.to(tl.int64) * C + c) * (KH * KW) + tl.arange(0, TAPS)
+    tl.store(place, tl.sum(tl.where(there, sums, 0.0), 1), mask=tl.arange(0, TAPS) < KH * KW)

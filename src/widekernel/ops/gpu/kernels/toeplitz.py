@@ -52,23 +52,28 @@ def _accumulate(
     xs = x + planes * (H * W)
     kind: tl.constexpr = tl.float32 if UPCAST else x.dtype.element_ty
     # One loop over rows and blocks of columns, because only the innermost loop is pipelined.
-    for step in range(tl.maximum(last - first, 0) * blocks):
-        delta = first + step // blocks
-        block = first_block + step % blocks
+    delta = first
+    block = first_block
+    for _ in range(tl.maximum(last - first, 0) * blocks):
         column = w0 - LEAD + block * BK
         ky = delta - r + ROW
         row = h0 + hb * RH + delta
         inside = (ky >= 0) & (ky < KH)
         toeplitz = tl.load(
-            t + (ky * (S * L))[:, None] + (block * BK + k)[None, :],
+            t + ((ky * (S * L))[:, None] + (block * BK + k)[None, :]),
             mask=inside[:, None],
             other=0.0,
             cache_modifier=".ca",
         )
         seen = (in_batch & (row >= 0) & (row < H))[None, :] & ((column + k >= 0) & (column + k < W))[:, None]
-        pixels = xs[None, :] + (row * row_stride)[None, :] + ((column + k) * column_stride)[:, None]
+        # Added up in 32 bits before they become addresses.
+        pixels = xs[None, :] + ((row * row_stride)[None, :] + ((column + k) * column_stride)[:, None])
         image = tl.load(pixels, mask=seen, other=0.0)
         acc = tl.dot(toeplitz.to(kind), image.to(kind), acc, input_precision=PRECISION)
+        block += 1
+        is_last = block == first_block + blocks
+        block = tl.where(is_last, first_block, block)
+        delta += tl.where(is_last, 1, 0)
     return acc
 
 

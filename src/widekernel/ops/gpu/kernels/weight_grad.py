@@ -19,36 +19,35 @@ def _diagonals(acc, middle, KYB: tl.constexpr, KXB: tl.constexpr, WI: tl.constex
     return tl.sum(tl.where(there, sums, 0.0), 1)
 
 
-@triton.jit(do_not_specialize=["N", "C", "x_planes", "g_planes", "steps_each"])
-def toeplitz_weight_grad(
-    x, g, partial, x_planes, g_planes, N, C, steps_each, H: tl.constexpr, W: tl.constexpr, KH: tl.constexpr,
-    KW: tl.constexpr, ROW: tl.constexpr, COL: tl.constexpr, KYB: tl.constexpr, KXB: tl.constexpr, WI: tl.constexpr,
-    WO: tl.constexpr, OFFSET: tl.constexpr, ACROSS: tl.constexpr, BK: tl.constexpr, TURNED: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+@triton.jit
+def _image_and_row(pair, rows, WRAPS: tl.constexpr, LONG: tl.constexpr):
+    """Divide pairs by the number of rows; where they pass few ends of images, by counting those."""
+    if WRAPS == 0:
+        n = pair // rows
+    else:
+        n = tl.zeros_like(pair)
+        for i in tl.static_range(WRAPS):
+            n += tl.where(pair >= (i + 1) * rows, 1, 0)
+    row = pair - n * rows
+    if LONG:
+        n = n.to(tl.int64)
+    return n, row
+
+
+@triton.jit
+def _first_plane(n, planes, c):
+    """Give n · planes + c in 64 bits; n is a counter, which in the interpreter has no type to convert."""
+    return n * (c.to(tl.int64) * 0 + planes) + c
+
+
+@triton.jit
+def _product(
+    x, g, c, ky0, e, split, x_planes, g_planes, N, steps_each, H: tl.constexpr, W: tl.constexpr, ROW: tl.constexpr,
+    KYB: tl.constexpr, WI: tl.constexpr, WO: tl.constexpr, OFFSET: tl.constexpr, BK: tl.constexpr, WRAPS: tl.constexpr,
+    LONG: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Store partial sums (splits·ACROSS, C, KH, KW) of w[c, ky, kx] = Σ g[n, c, h, w] · x[n, c, h + ky - ROW, w + kx - COL].
-
-    The grid is (C · kernel row blocks, ACROSS, splits). Rows and columns change places where TURNED.
-
-    Args:
-        x, g, partial: images, gradients of the output, both planes of H·W contiguous pixels; float32.
-        x_planes, g_planes: how many planes further the next image is.
-        N, C, H, W, steps_each: images, channels, rows, columns; steps of BK for each split.
-        KH, KW, ROW, COL: size of the kernel, and its tap that sits on the output pixel.
-        KYB, KXB: kernel rows of a program; at least KW; both powers of two.
-        WI, WO: columns of x and of g in a block.
-        OFFSET, ACROSS: column of x, relative to the first one of g, at which its blocks begin, and how many there are.
-        BK: pairs of an image and a row at a time.
-        TURNED: whether H counts the columns of the images and W their rows, as in `toeplitz.toeplitz_sum`.
-        PRECISION: of products of float32.
-        UPCAST: whether to multiply in float32; for the interpreter, whose products of bfloat16 are wrong.
-    """
-    row_blocks: tl.constexpr = (KH + KYB - 1) // KYB
+    """Multiply, for a part of the sum, columns of x shifted by each kernel row with columns of g: (KYB·WI, WO)."""
     column_blocks: tl.constexpr = (W + WO - 1) // WO
-    c = tl.program_id(0) // row_blocks
-    ky0 = tl.program_id(0) % row_blocks * KYB
-    e = tl.program_id(1)
-    split = tl.program_id(2)
     m = tl.arange(0, KYB * WI)
     ky = ky0 + m // WI
     i = m % WI
@@ -65,21 +64,65 @@ def toeplitz_weight_grad(
     kind: tl.constexpr = tl.float32 if UPCAST else x.dtype.element_ty
     acc = tl.zeros((KYB * WI, WO), dtype=tl.float32)
     for step in range(split * steps_each, tl.minimum((split + 1) * steps_each, steps * column_blocks)):
-        w0 = step // steps * WO
-        pair = step % steps * BK + k
-        n = (pair // rows).to(tl.int64)
-        h = first + pair % rows
-        here = pair < pairs
+        # Divisions by numbers that are not known to the compiler cost as much as loading.
+        w0 = 0 if column_blocks == 1 else step // steps * WO
+        pair = (step if column_blocks == 1 else step % steps) * BK
+        here = pair + k < pairs
+        # Image and row of the first pair are numbers; those of the others are counted from there, in 32 bits.
+        n0 = pair // rows
+        n, h = _image_and_row(pair % rows + k, rows, WRAPS, LONG)
+        h += first
         hi = h[None, :] + ky[:, None] - ROW
         wi = w0 + OFFSET + e * WI + i
         seen = here[None, :] & (hi >= 0) & (hi < H) & ((wi >= 0) & (wi < W))[:, None]
-        pixels = x + ((n * x_planes + c) * (H * W))[None, :] + hi * row_stride + (wi * column_stride)[:, None]
-        left = tl.load(pixels, mask=seen, other=0.0)
+        image = x + _first_plane(n0, x_planes, c) * (H * W)
+        within = (ky - ROW) * row_stride + wi * column_stride
+        pixels = (n * (x_planes * H * W) + h * row_stride)[None, :] + within[:, None]
+        # Rows of x serve several kernel rows, and are found in the L1 cache again.
+        left = tl.load(image + pixels, mask=seen, other=0.0, cache_modifier=".ca")
         wo = w0 + j
         of = here[:, None] & (wo < W)[None, :]
-        outputs = g + ((n * g_planes + c) * (H * W) + h * row_stride)[:, None] + (wo * column_stride)[None, :]
-        right = tl.load(outputs, mask=of, other=0.0)
+        image = g + _first_plane(n0, g_planes, c) * (H * W)
+        outputs = (n * (g_planes * H * W) + h * row_stride)[:, None] + (wo * column_stride)[None, :]
+        right = tl.load(image + outputs, mask=of, other=0.0)
         acc = tl.dot(left.to(kind), right.to(kind), acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit(do_not_specialize=["N", "C", "x_planes", "g_planes", "steps_each"])
+def toeplitz_weight_grad(
+    x, g, partial, x_planes, g_planes, N, C, steps_each, H: tl.constexpr, W: tl.constexpr, KH: tl.constexpr,
+    KW: tl.constexpr, ROW: tl.constexpr, COL: tl.constexpr, KYB: tl.constexpr, KXB: tl.constexpr, WI: tl.constexpr,
+    WO: tl.constexpr, OFFSET: tl.constexpr, ACROSS: tl.constexpr, BK: tl.constexpr, WRAPS: tl.constexpr,
+    LONG: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Store partial sums (splits·ACROSS, C, KH, KW) of w[c, ky, kx] = Σ g[n, c, h, w] · x[n, c, h + ky - ROW, w + kx - COL].
+
+    The grid is (C · kernel row blocks, ACROSS, splits). Rows and columns change places where TURNED.
+
+    Args:
+        x, g, partial: images, gradients of the output, both planes of H·W contiguous pixels; float32.
+        x_planes, g_planes: how many planes further the next image is.
+        N, C, H, W, steps_each: images, channels, rows, columns; steps of BK for each split.
+        KH, KW, ROW, COL: size of the kernel, and its tap that sits on the output pixel.
+        KYB, KXB: kernel rows of a program; at least KW; both powers of two.
+        WI, WO: columns of x and of g in a block.
+        OFFSET, ACROSS: column of x, relative to the first one of g, at which its blocks begin, and how many there are.
+        BK, WRAPS: pairs of an image and a row at a time, and how often they may go on to the next image; 0 for any number.
+        LONG: whether what they are apart in memory takes 64 bits.
+        TURNED: whether H counts the columns of the images and W their rows, as in `toeplitz.toeplitz_sum`.
+        PRECISION: of products of float32.
+        UPCAST: whether to multiply in float32; for the interpreter, whose products of bfloat16 are wrong.
+    """
+    row_blocks: tl.constexpr = (KH + KYB - 1) // KYB
+    c = tl.program_id(0) // row_blocks
+    ky0 = tl.program_id(0) % row_blocks * KYB
+    e = tl.program_id(1)
+    split = tl.program_id(2)
+    acc = _product(
+        x, g, c, ky0, e, split, x_planes, g_planes, N, steps_each, H, W, ROW, KYB, WI, WO, OFFSET, BK, WRAPS, LONG, TURNED,
+        PRECISION, UPCAST,
+    )  # fmt: skip
     taps = _diagonals(acc, COL + OFFSET + e * WI, KYB, KXB, WI, WO)
     q = tl.arange(0, KYB * KXB)
     kyo = ky0 + q // KXB

@@ -1,0 +1,220 @@
+"""``widekernel tune``."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jsonargparse
+
+from widekernel.cli import tune_session
+from widekernel.cli.console import results
+from widekernel.cli.parsing import new_parser, parse
+from widekernel.cli.tune_session import Session, print_table, progress, say
+from widekernel.data.config import require
+from widekernel.data.errors import ConfigError
+from widekernel.errors import WidekernelError, nearest
+from widekernel.ops.gpu import tables
+
+if TYPE_CHECKING:
+    from widekernel.ops.gpu.tuning import Rig
+    from widekernel.ops.problem import Problem
+
+_DESCRIPTION = (
+    "Find the fastest configurations of the kernels for NVIDIA GPUs on this machine, and keep them in a table that is used "
+    "from then on. For every operator problem that the models pose, the most promising configurations are checked against "
+    "float64 and timed, in turns with PyTorch's convolutions. Every winner is written at once, so that breaking off loses "
+    "nothing and a second run goes on. Running processes take up a new table at the next problem that is new to them; what "
+    f"they have computed before they go on computing as they did. The table is ~/.cache/widekernel/tuned.json, or the file "
+    f"that {tables.VARIABLE} names (0: no table)."
+)
+_BATCH, _MINUTES, _SECONDS, _CANDIDATES = 64, 10.0, 0.1, 12
+_MODES, _LAYOUTS = ("train", "infer"), ("NCHW", "NHWC")
+_ALONE = ("show", "forget")
+
+
+def run(arguments: list[str]) -> int:
+    """Tune, print the results and write the table; or show or remove the table."""
+    parser = _parser()
+    values = parse(parser, arguments)
+    for option in _ALONE:
+        if values[option]:
+            require(len(arguments) == 1, option, True, f"the only argument: give --{option} alone")
+            return {"show": _show, "forget": _forget}[option]()
+    _check(values)
+    target = _target(values)
+    rig = tune_session.rig_on(values["device"], values["seconds"])
+    session = Session.begun(values, rig, target)
+    session.tune(_problems(values, rig))
+    session.report()
+    return 0
+
+
+def _parser() -> jsonargparse.ArgumentParser:
+    parser = new_parser("tune", _DESCRIPTION)
+    parser.add_argument("names", type=str, nargs="*", help="models (`widekernel models --all` lists them)")
+    parser.add_argument("--batch", type=int | None, default=None, help=f"images in a call; default {_BATCH}")
+    parser.add_argument("--size", type=int | None, default=None, help="pixels; default: the model's own")
+    dtypes = "which of bfloat16,tf32,float16,float32 to compute in, the 16-bit ones by autocast"
+    parser.add_argument("--dtypes", type=str, default="bfloat16", help=dtypes)
+    parser.add_argument("--modes", type=str | None, default=None, help="which of train,infer; default: both")
+    parser.add_argument("--layouts", type=str, default="NCHW", help="which of NCHW,NHWC the images are stored in")
+    parser.add_argument("--shape", type=str | None, default=None, help="a case of your own: N,C,H,W such as 64,128,56,56")
+    parser.add_argument("--kernel", type=str | None, default=None, help="its kernel, such as 31x31 or 51x5")
+    parser.add_argument("--device", type=str, default="cuda", help="cuda or cuda:N")
+    minutes = "budget: no problem is begun later, and what is left is listed; the longest problems come first"
+    parser.add_argument("--minutes", type=float, default=_MINUTES, help=minutes)
+    parser.add_argument("--candidates", type=int, default=_CANDIDATES, help="configurations to try for each problem")
+    parser.add_argument("--seconds", type=float, default=_SECONDS, help="of timing for each configuration, roughly")
+    parser.add_argument("--output", type=str | None, default=None, help="write this machine's table to another file")
+    table = "write a table by architecture (sm_90 etc.) instead, as the package ships it"
+    parser.add_argument("--table", type=str | None, default=None, help=table)
+    again = "tune anew what was tuned with these versions of PyTorch, Triton and widekernel, too"
+    parser.add_argument("--again", action="store_true", help=again)
+    parser.add_argument("--report", action="store_true", help="print every configuration that was tried")
+    parser.add_argument("--show", action="store_true", help="print the tables in force instead")
+    parser.add_argument("--forget", action="store_true", help="remove this machine's table instead")
+    return parser
+
+
+def _check(values: dict[str, Any]) -> None:
+    """Refuse what means nothing before anything takes time; fill in defaults and read lists."""
+    from widekernel.analysis.benchmark.named import check_names
+    from widekernel.analysis.benchmark.precision import parse_precisions
+
+    for key in ("batch", "size", "minutes", "candidates", "seconds"):
+        number = values[key]
+        require(number is None or 0 < number < math.inf, key, number, "positive")
+    is_case = values["shape"] is not None or values["kernel"] is not None
+    if is_case:
+        given = [key for key in ("names", "batch", "size", "modes") if values[key]]
+        if values["shape"] is None or values["kernel"] is None:
+            shape, kernel = values["shape"], values["kernel"]
+            raise ConfigError(
+                f"shape is {shape!r} and kernel {kernel!r}: a case of your own needs both, --shape and --kernel."
+            )
+        if given:
+            raise ConfigError(f"--shape and --kernel are a case of their own: leave {', '.join(given)} out.")
+    else:
+        require(bool(values["names"]), "names", values["names"], "at least one model, or --shape and --kernel a case")
+    values["batch"] = values["batch"] or _BATCH
+    values["modes"] = _listed("modes", values["modes"] or ",".join(_MODES), _MODES)
+    values["layouts"] = _listed("layouts", values["layouts"], _LAYOUTS)
+    values["dtypes"] = parse_precisions(values["dtypes"])
+    check_names(values["names"])
+
+
+def _listed(option: str, text: str, known: Sequence[str]) -> list[str]:
+    """Read names separated by commas, in the order of `known`."""
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"{option} has {name!r}.{nearest(name, known)} It takes {', '.join(known)}, with commas.")
+    return [name for name in known if name in names]
+
+
+def _target(values: dict[str, Any]) -> Path:
+    """Give the file to write, having made sure that it can be, and that what is there is a table."""
+    given = [key for key in ("output", "table") if values[key] is not None]
+    if len(given) == 2:
+        raise ConfigError("--output and --table name different kinds of tables: give one of them.")
+    path = Path(values[given[0]]) if given else tables.tuned_file()
+    if path is None:
+        why = f"{tables.VARIABLE} is 0" if os.environ.get(tables.VARIABLE) == "0" else "there is no home folder"
+        raise ConfigError(
+            f"{why}, so that this machine has no table: set {tables.VARIABLE} to a file, or give --output FILE."
+        )
+    key = given[0] if given else "the table of this machine"
+    require(not path.is_dir(), key, str(path), "a file, not a folder")
+    if path.exists():
+        tables.read(path)
+    folder = path.resolve().parent
+    if not given:  # what is missing of the folders in the cache is ours to make, later
+        folder = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        fix = "give a file in a folder that exists and can be written" + ("" if given else ": --output FILE")
+        raise ConfigError(f"{key} is {str(path)!r}, which cannot be written ({error.strerror}): {fix}.") from error
+    return path
+
+
+def _problems(values: dict[str, Any], rig: Rig) -> list[Problem]:
+    """Give what is to be tuned, the longest first."""
+    from widekernel.analysis.benchmark import parse_case
+    from widekernel.analysis.benchmark.named import built
+    from widekernel.cli.tune_problems import Runs, problems_of_case, problems_of_network
+    from widekernel.ops.gpu import backend
+    from widekernel.ops.gpu.tuning import by_weight
+
+    runs = Runs(values["batch"], values["modes"], values["dtypes"], values["layouts"])
+    if values["shape"] is not None:
+        found = problems_of_case(parse_case(values["shape"], values["kernel"]), runs, rig.device)
+        for problem in found:
+            if not backend.can_run(problem):
+                raise ConfigError(f"{problem} is nothing to tune: {'; '.join(backend.reasons_against(problem))}.")
+        return by_weight(found, rig.chip)
+    found = Counter()
+    with progress(len(values["names"])) as advance:
+        for name in values["names"]:
+            advance(f"running {name}", 0)
+            model, usual = built(name)
+            size = values["size"] or usual
+            try:
+                posed = problems_of_network(model, size, runs, rig.device)
+            except (RuntimeError, ValueError, AssertionError) as error:
+                raise ConfigError(
+                    f"{name} does not run on images of {size}x{size}: {str(error).rstrip('.')}. Give another --size."
+                ) from error
+            if not posed:
+                raise ConfigError(f"{name} has no depthwise convolution that our kernels take: there is nothing to tune.")
+            found += posed
+            advance("", 1)
+    return by_weight(found, rig.chip)
+
+
+def _show() -> int:
+    """Print this machine's table and the shipped one."""
+    mine = tables.tuned_file()
+    for title, path in (("This machine's table", mine), ("Shipped table", tables.SHIPPED)):
+        if path is None or not path.exists():
+            where = f"none, {tables.VARIABLE} is 0" if path is None else f"none, {path} does not exist"
+            results().print(f"{title}: {where}.", markup=False, soft_wrap=True)
+            continue
+        for gpu, entries in sorted(tables.read(path).items()):
+            rows = [_shown(key, entry) for key, entry in sorted(entries.items())]
+            print_table(f"{title}: {path}, {gpu}", ("problem", "configuration", "µs", "PyTorch µs", "found with"), rows)
+    return 0
+
+
+def _shown(key: str, entry: tables.Entry) -> tuple[str, ...]:
+    times = [entry.get(name) for name in ("us", "pytorch_us")]
+    found = ", ".join(f"{name} {entry[name]}" for name in ("torch", "triton", "widekernel") if name in entry)
+    return key, str(tables.config_of(entry)), *("" if time is None else f"{time:.1f}" for time in times), found
+
+
+def _forget() -> int:
+    """Remove this machine's table, be it readable or not."""
+    path = tables.tuned_file()
+    if path is None or not path.exists():
+        where = f"{tables.VARIABLE} is 0" if path is None else f"{path} does not exist"
+        say([f"There is nothing to forget: {where}."])
+        return 0
+    try:
+        what = "; ".join(f"{len(entries)} entries for {gpu}" for gpu, entries in tables.read(path).items()) or "no entries"
+    except WidekernelError:
+        what = "it was no readable table"
+    try:
+        path.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be removed ({error.strerror}): remove it yourself, or set {tables.VARIABLE}=0."
+        ) from error
+    say([f"Removed {path}: {what}."])
+    return 0

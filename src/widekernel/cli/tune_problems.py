@@ -1,0 +1,145 @@
+"""Which problems `widekernel tune` tunes: those that networks pose, or the passes of one convolution."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from widekernel import ops
+from widekernel.ops.gpu import backend as gpu
+from widekernel.ops.problem import DEPTHWISE_SUM, DEPTHWISE_WEIGHT_GRAD, Anchor, Problem, memory_format, mirror
+
+if TYPE_CHECKING:
+    from widekernel.analysis.benchmark import Case
+    from widekernel.analysis.benchmark.precision import Precision
+
+TRAIN, INFER = MODES = ("train", "infer")
+LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
+_FEW = 2
+"""Images that a network is run on; batch norm cannot do with one."""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """How networks are run.
+
+    Attributes:
+        batch: images in a call.
+        modes: members of `MODES`.
+        precisions: in which they compute, the 16-bit ones by autocast.
+        layouts: keys of `LAYOUTS`, in which the images are stored.
+    """
+
+    batch: int
+    modes: Sequence[str]
+    precisions: Sequence[Precision]
+    layouts: Sequence[str]
+
+
+def problems_of_network(model: nn.Module, size: int, runs: Runs, device: torch.device) -> Counter[Problem]:
+    """Run a network and count the problems that our kernels can take: in training forward and backward, else folded.
+
+    Nothing is convolved: a backend in front of all others notes the problems and answers with zeros. So few images do, and
+    what the tables say now has no influence. A network without an operator of ours is accelerated first.
+
+    Args:
+        model: changed.
+        size: height and width of the images.
+        runs: how it is run.
+        device: where.
+    """
+    from widekernel.transforms.acceleration import accelerate
+
+    model = model.to(device)
+    found = _counted(model, size, runs, device)
+    if not found:
+        found = _counted(accelerate(model, pointwise=False)[0], size, runs, device)
+    return found
+
+
+def problems_of_case(case: Case, runs: Runs, device: torch.device) -> Counter[Problem]:
+    """Give the three passes of a convolution in every precision and layout."""
+    anchor = (case.kernel[0] // 2, case.kernel[1] // 2)
+    passes = ((DEPTHWISE_SUM, anchor), (DEPTHWISE_SUM, mirror(case.kernel, anchor)), (DEPTHWISE_WEIGHT_GRAD, anchor))
+    found: Counter[Problem] = Counter()
+    for precision in runs.precisions:
+        for layout in runs.layouts:
+            for op, at in passes:
+                is_last = layout == "NHWC"
+                tf32 = precision.matmul == "high" and device.type == "cuda"
+                kernels, anchors = (case.kernel,), (at,)
+                found[Problem(op, device.type, precision.dtype, case.shape, kernels, anchors, is_last, tf32=tf32)] += 1
+    return found
+
+
+class _Noting:
+    """The backend that notes problems; it answers with zeros."""
+
+    name = "noting for widekernel tune"
+
+    def reasons_against(self, problem: Problem) -> list[str]:
+        return [] if self.can_run(problem) else ["our kernels for GPUs cannot take it"]
+
+    def can_run(self, problem: Problem) -> bool:
+        return gpu.can_run(problem) and 0 not in problem.shape
+
+    def depthwise_sum(self, x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor], bias: Tensor | None) -> Tensor:
+        return torch.zeros_like(x, memory_format=memory_format(x))
+
+    def depthwise_weight_grad(self, x: Tensor, grad: Tensor, kernel: tuple[int, int], anchor: Anchor) -> Tensor:
+        return x.new_zeros(x.shape[1], 1, *kernel)
+
+    def depthwise_branches(self, x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor]) -> list[Tensor]:
+        return [self.depthwise_sum(x, [], [], None) for _ in kernels]
+
+    def depthwise_sum_of_branches(self, xs: Sequence[Tensor], kernels: Any, anchors: Any) -> Tensor:
+        return self.depthwise_sum(xs[0], [], [], None)
+
+
+def _counted(model: nn.Module, size: int, runs: Runs, device: torch.device) -> Counter[Problem]:
+    from widekernel.analysis.benchmark.precision import in_force
+
+    channels = getattr(model, "in_chans", 3)
+    noting = _Noting()
+    ops.register(noting)
+    try:
+        with ops.trace() as ran:
+            for layout in runs.layouts:
+                images = torch.zeros(_FEW, channels, size, size, device=device).contiguous(memory_format=LAYOUTS[layout])
+                stored = model.to(memory_format=LAYOUTS[layout])  # type: ignore[call-overload]
+                for mode in runs.modes:
+                    for precision in runs.precisions:
+                        with in_force(precision, search=False), _autocast(device, precision):
+                            _run(stored, mode, images)
+    finally:
+        ops.unregister(noting.name)
+    found: Counter[Problem] = Counter()
+    for name, problem in ran.calls:
+        if name == noting.name:
+            # Networks that turn images into more of them do so in proportion.
+            found[replace(problem, shape=(problem.shape[0] * runs.batch // _FEW, *problem.shape[1:]))] += 1
+    return found
+
+
+def _autocast(device: torch.device, precision: Precision) -> Any:
+    return nullcontext() if precision.autocast is None else torch.autocast(device.type, precision.autocast)
+
+
+def _run(model: nn.Module, mode: str, images: Tensor) -> None:
+    """Run as networks run that are trained, or that are folded for inference."""
+    from widekernel.transforms.fold import fold
+
+    if mode == TRAIN:
+        model.train()(images).float().sum().backward()
+        model.zero_grad()
+        return
+    with warnings.catch_warnings(), torch.inference_mode():
+        warnings.simplefilter("ignore")  # of layers that stay as they are, as they do for the user
+        fold(model)(images)
