@@ -8,12 +8,14 @@ NATIVE := native/CMakeLists.txt native/editable/CMakeLists.txt $(wildcard native
 # Threads that wait by spinning take the cores from those that work, wherever something else runs beside them.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-all lint format clean help
+.PHONY: demo test test-all test-gpu bench-gpu lint format clean help
 
 help:
 	@echo "make demo      set up, then train, evaluate, fold, save and picture a large-kernel network on real digits"
 	@echo "make test      set up, then the fast tests"
 	@echo "make test-all  every test that this machine can run, full-size models included"
+	@echo "make test-gpu  the tests of the GPU kernels, compiled, on a machine with a GPU; under compute-sanitizer if it is there"
+	@echo "make bench-gpu speed of operators, networks and sparsity on a GPU, into benchmarks/results; at most half an hour"
 	@echo "make lint      ruff and mypy"
 
 $(STAMP): pyproject.toml $(NATIVE)
@@ -31,6 +33,31 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -m 'not gpu'
+
+# Out-of-bounds accesses show only where every tensor is an allocation of its own. Races, slow to look for, in fewer tests.
+CHECKED := tests/ops/gpu/test_operator.py tests/ops/gpu/test_kernels.py -m interpreted
+MEMCHECK = $(CHECKED) -k 'values_and_gradients or their_gradients or stored or any_strides or wider-than-a-block'
+RACECHECK = $(CHECKED) -k 'test_values_and_gradients or test_branches_and_their_gradients'
+SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --report-api-errors no --tool
+
+test-gpu: $(STAMP)
+	@$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "make test-gpu needs an NVIDIA GPU, and PyTorch finds none")'
+	$(BIN)/python -m pytest -m 'gpu or interpreted' tests
+ifneq ($(shell command -v compute-sanitizer 2>/dev/null),)
+	$(SANITIZE) memcheck $(BIN)/python -m pytest -p no:cacheprovider $(MEMCHECK)
+	$(SANITIZE) racecheck $(BIN)/python -m pytest -p no:cacheprovider $(RACECHECK)
+else
+	@echo "compute-sanitizer is not on PATH, so memory accesses and races were NOT checked: it comes with the CUDA toolkit (bin/)"
+endif
+
+# Tables that are begun stay, however it ends: rows are written as they come.
+RESULTS := benchmarks/results
+bench-gpu: $(STAMP)
+	$(BIN)/widekernel bench ops --device cuda --csv $(RESULTS)/bench_ops_gpu.csv --markdown $(RESULTS)/bench_ops_gpu.md \
+		--plot docs/images/bench_ops_gpu.png
+	$(BIN)/widekernel bench models --device cuda --compile --csv $(RESULTS)/bench_models_gpu.csv \
+		--markdown $(RESULTS)/bench_models_gpu.md
+	$(BIN)/python benchmarks/sparsity_overhead.py cuda > $(RESULTS)/sparsity_overhead_gpu.md
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -6,7 +6,7 @@ from widekernel.models import load_checkpoint, save_checkpoint
 from widekernel.transforms.acceleration import accelerate
 from widekernel.transforms.fold import fold
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 __all__ = [
     "DepthwiseConv2d",

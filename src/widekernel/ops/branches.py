@@ -32,6 +32,7 @@ from widekernel.ops.registration import (
     LIBRARY,
     How,
     autocast,
+    chosen_for,
     define,
     differentiated,
     facts,
@@ -130,7 +131,8 @@ def _branches_op(x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[int], b
             rects = zip(kernels, anchors)
             return [depthwise_sum_op(x, [kernel], anchor, None, backend, algorithm) for kernel, anchor in rects]
 
-        run = prepare(key, Problem.of_branches(x, kernels, pairs(anchors), algorithm), backend, one_by_one)
+        with chosen_for(x):
+            run = prepare(key, Problem.of_branches(x, kernels, pairs(anchors), algorithm), backend, one_by_one)
     return run(x, kernels, pairs(anchors))
 
 
@@ -171,7 +173,8 @@ def _sum_of_branches_op(
             assert total is not None
             return in_layout(total, memory_format(xs[0]))
 
-        run = prepare(key, Problem.of_sum_of_branches(xs[0], kernels, pairs(anchors), algorithm), backend, one_by_one)
+        with chosen_for(xs[0]):
+            run = prepare(key, Problem.of_sum_of_branches(xs[0], kernels, pairs(anchors), algorithm), backend, one_by_one)
     return run(xs, kernels, pairs(anchors))
 
 

@@ -27,6 +27,7 @@ from widekernel.ops.registration import (
     LIBRARY,
     How,
     autocast,
+    chosen_for,
     define,
     differentiated,
     facts,
@@ -150,7 +151,8 @@ def depthwise_sum_op(
     key = ("sum", *facts(x), sizes, tuple(anchors), backend, algorithm)
     run = prepared(key)
     if run is None:
-        run = prepare(key, Problem.of_sum(x, kernels, pairs(anchors), algorithm), backend)
+        with chosen_for(x):
+            run = prepare(key, Problem.of_sum(x, kernels, pairs(anchors), algorithm), backend)
     return run(x, kernels, pairs(anchors), bias)
 
 
@@ -182,7 +184,8 @@ def _depthwise_weight_grad_op(x: Tensor, grad: Tensor, geometry: Sequence[int], 
     key = ("weight grad", *facts(x), tuple(geometry), backend, algorithm)
     run = prepared(key)
     if run is None:
-        run = prepare(key, Problem.of_weight_grad(x, (kh, kw), (row, column), algorithm), backend)
+        with chosen_for(x):
+            run = prepare(key, Problem.of_weight_grad(x, (kh, kw), (row, column), algorithm), backend)
     return run(x, grad, (kh, kw), (row, column))
 
 

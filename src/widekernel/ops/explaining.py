@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from widekernel.ops.problem import Anchor, Problem, check_algorithm, check_sum, middles, mirror
-from widekernel.ops.registration import autocast
+from widekernel.ops.registration import autocast, chosen_for
 from widekernel.ops.select import Explanation, explain_branches, explain_problem
 
 
@@ -39,6 +39,13 @@ def explain(
     algorithm = algorithm or ""
     check_algorithm(algorithm)
     check_sum(x, kernels, anchors, None)
+    with chosen_for(x):
+        return _explained(x, kernels, list(anchors), backend, algorithm, branches)
+
+
+def _explained(
+    x: Tensor, kernels: Sequence[Tensor], anchors: list[Anchor], backend: str | None, algorithm: str, branches: bool
+) -> list[Explanation]:
     mirrored = [mirror(kernel.shape[2:], anchor) for kernel, anchor in zip(kernels, anchors)]
     if branches and len(kernels) > 1:
         forward = explain_branches(Problem.of_branches(x, kernels, anchors, algorithm), backend)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -39,8 +40,15 @@ def implements(name: str) -> Callable[[Callable[..., Any]], Any]:
 
 def facts(x: Tensor) -> tuple[Any, ...]:
     """Give what the choice for a call depends on besides kernels and anchors: a part of its key."""
-    device = x.device.type
-    return x.shape, x.dtype, device, memory_format(x), device == "cuda" and allows_tf32(x)
+    if x.device.type != "cuda":
+        return x.shape, x.dtype, x.device.type, memory_format(x), False
+    # A machine may have different GPUs.
+    return x.shape, x.dtype, x.device, memory_format(x), allows_tf32(x)
+
+
+def chosen_for(x: Tensor) -> AbstractContextManager:
+    """Make the GPU of `x` the current one, which is what backends ask when they decide how to compute a problem."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" and torch.cuda.is_available() else nullcontext()
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

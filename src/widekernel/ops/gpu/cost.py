@@ -151,6 +151,11 @@ def flat_splits(problem: Problem, config: Flat | FlatGrad, chip: Chip) -> int:
     return max(1, min(blocks, math.ceil(3 * chip.processors / max(1, problem.shape[1]))))
 
 
+def flat_share(problem: Problem, config: Flat | FlatGrad, splits: int) -> int:
+    """Give the images of each of so many programs: whole blocks, so that no image is in two of them."""
+    return math.ceil(math.ceil(problem.shape[0] / config.images) / splits) * config.images
+
+
 def grad_splits(problem: Problem, programs: int, steps: int, chip: Chip) -> int:
     """Give the number of parts of a sum over `steps`: enough to fill the GPU, none with little to do."""
     return max(1, min(math.ceil(6 * chip.processors / max(1, programs)), steps // 8))

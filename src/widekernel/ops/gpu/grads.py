@@ -20,7 +20,7 @@ from widekernel.ops.gpu.configs import (
     power_of_two,
     turned,
 )
-from widekernel.ops.gpu.cost import flat_splits, grad_splits
+from widekernel.ops.gpu.cost import flat_share, flat_splits, grad_splits
 from widekernel.ops.gpu.images import in_planes, launch_options, product_options, with_channels_inside
 from widekernel.ops.gpu.kernels import direct, flat, weight_grad
 from widekernel.ops.problem import Anchor, Problem
@@ -110,6 +110,7 @@ class FlatWeightGrad:
         self.batch, self.channels, self.height, self.width = problem.shape
         self.config, self.problem = config, problem
         self.splits = flat_splits(problem, config, chip)
+        self.each = flat_share(problem, config, self.splits)
         self.options = product_options(problem, config)
 
     def __call__(self, x: Tensor, grad: Tensor) -> Tensor:
@@ -125,7 +126,7 @@ class FlatWeightGrad:
             g_planes,
             self.batch,
             self.channels,
-            math.ceil(self.batch / self.splits),
+            self.each,
             H=self.height,
             W=self.width,
             KH=kh,

@@ -24,7 +24,7 @@ from widekernel.ops.gpu.configs import (
     power_of_two,
     turned,
 )
-from widekernel.ops.gpu.cost import flat_splits
+from widekernel.ops.gpu.cost import flat_share, flat_splits
 from widekernel.ops.gpu.images import (
     in_planes,
     launch_options,
@@ -161,12 +161,12 @@ class _FlatSum:
         self.config = config
         self.rects = _rects(problem)
         self.splits = flat_splits(problem, config, chip)
+        self.each = flat_share(problem, config, self.splits)
         self.options = product_options(problem, config)
 
     def __call__(self, xs: Images, kernels: Sequence[Tensor], ys: Images, epilogue: Epilogue) -> None:
         images, planes = zip(*(in_planes(x) for x in xs))
         scale, shift, relu = epilogue
-        each = math.ceil(self.batch / self.splits)
         flat.flat_sum[(self.channels * self.splits,)](
             images,
             tuple(kernel.contiguous() for kernel in kernels),
@@ -176,7 +176,7 @@ class _FlatSum:
             planes,
             self.batch,
             self.channels,
-            each,
+            self.each,
             RECTS=self.rects,
             H=self.height,
             W=self.width,

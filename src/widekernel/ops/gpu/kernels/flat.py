@@ -58,7 +58,7 @@ def flat_sum(
         x_planes: for each of `xs` how many planes further the next image is.
         N: images.
         C: channels.
-        per_program: images of one program.
+        per_program: images of one program, a multiple of BN.
         RECTS: for each rectangle (KH, KW, ROW, COL).
         H: rows.
         W: columns.
@@ -113,7 +113,7 @@ def flat_weight_grad(
         x, g, partial: images, gradients of the output, both planes of H·W contiguous pixels; float32.
         x_planes, g_planes: how many planes further the next image is.
         N, C: images, channels.
-        per_program: images of one program.
+        per_program: images of one program, a multiple of BN.
         H, W: rows, columns.
         KH, KW, ROW, COL: size of the kernel, and its tap that sits on the output pixel.
         P, TAPS: powers of two, at least H·W and KH·KW.

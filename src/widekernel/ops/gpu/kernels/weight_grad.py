@@ -77,13 +77,13 @@ def _product(
         seen = here[None, :] & (hi >= 0) & (hi < H) & ((wi >= 0) & (wi < W))[:, None]
         image = x + _first_plane(n0, x_planes, c) * (H * W)
         within = (ky - ROW) * row_stride + wi * column_stride
-        pixels = (n * (x_planes * H * W) + h * row_stride)[None, :] + within[:, None]
+        pixels = (n * x_planes * (H * W) + h * row_stride)[None, :] + within[:, None]
         # Rows of x serve several kernel rows, and are found in the L1 cache again.
         left = tl.load(image + pixels, mask=seen, other=0.0, cache_modifier=".ca")
         wo = w0 + j
         of = here[:, None] & (wo < W)[None, :]
         image = g + _first_plane(n0, g_planes, c) * (H * W)
-        outputs = (n * (g_planes * H * W) + h * row_stride)[:, None] + (wo * column_stride)[None, :]
+        outputs = (n * g_planes * (H * W) + h * row_stride)[:, None] + (wo * column_stride)[None, :]
         right = tl.load(image + outputs, mask=of, other=0.0)
         acc = tl.dot(left.to(kind), right.to(kind), acc, input_precision=PRECISION)
     return acc
