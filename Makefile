@@ -8,6 +8,9 @@ NATIVE := native/CMakeLists.txt native/editable/CMakeLists.txt $(wildcard native
 # Threads that wait by spinning take the cores from those that work, wherever something else runs beside them.
 export OMP_WAIT_POLICY ?= passive
 
+# Most tests are short and use one core; files stay together, because some of them share what takes long to make.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile
+
 .PHONY: demo test test-all test-gpu bench-gpu lint format clean help
 
 help:
@@ -29,7 +32,7 @@ demo: $(STAMP)
 	$(BIN)/widekernel demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -m 'not gpu'

@@ -42,11 +42,11 @@ def _seeded() -> None:
 
 
 def _interpreter_fails() -> bool:
-    """Whether Triton's interpreter is broken here: until 3.7 it made numbers of arrays, which NumPy 2.4 refuses."""
+    """Whether Triton's interpreter fails here: that of 3.6, not of 3.9, makes numbers of arrays, as NumPy 2.4 forbids."""
     import numpy
     import triton
 
-    old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+    old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
     return old and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4)
 
 

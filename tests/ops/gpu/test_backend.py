@@ -59,6 +59,7 @@ def _no_tables(monkeypatch: pytest.MonkeyPatch) -> None:
 def pretend(monkeypatch: pytest.MonkeyPatch, chip: Chip | None, name: str = "NVIDIA H200") -> None:
     """Have PyTorch find that GPU, or none."""
     monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.delenv(backend.INTERPRETER, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: chip is not None)
     if chip is None:
         return
@@ -268,7 +269,7 @@ def test_tf32_is_another_problem(op: str) -> None:
     assert "TF32 allowed" in str(select.explain_problem(rounded)) and "TF32" not in str(select.explain_problem(exact))
     times = [cost.cycles(of, planning.ranked(of, CHIPS["sm_90"])[0], CHIPS["sm_90"]) for of in (exact, rounded)]
     assert times[1] < times[0]
-    precisions = [backend.prepare(of)._launch.options["PRECISION"] for of in (exact, rounded)]
+    precisions = [backend.prepare(of)._run._launch.options["PRECISION"] for of in (exact, rounded)]
     assert precisions == ["tf32x3", "tf32"]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -11,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from widekernel.ops.gpu.configs import OLDEST, Chip, small_channels_last, small_contiguous
-from widekernel.ops.gpu.plan import INTERPRETED, Plan, plan
+from widekernel.ops.gpu.configs import OLDEST, Chip, Config, small_channels_last, small_contiguous
+from widekernel.ops.gpu.images import INTERPRETER, is_interpreted
+from widekernel.ops.gpu.plan import INTERPRETED, Plan, plan, ranked
 from widekernel.ops.problem import (
     DEPTHWISE_BRANCHES,
     DEPTHWISE_SUM,
@@ -29,8 +29,10 @@ name = "triton"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_RECTS = 16
 """Of one launch, which is compiled for all of its rectangles."""
-INTERPRETER = "TRITON_INTERPRET"
-"""Environment variable of Triton's: 1 has kernels interpreted, which is how they run on a CPU, for tests."""
+MOST_PIXELS = 2**30
+"""Of a plane: places in it are counted in 32 bits, and those beyond its end too, before they are masked."""
+MOST_TRIED = 8
+"""Configurations of which a program may turn out too large for the GPU, before the call fails."""
 
 
 def reasons_against(problem: Problem) -> list[str]:
@@ -38,8 +40,9 @@ def reasons_against(problem: Problem) -> list[str]:
     reasons = _obstacles(problem)
     if reasons:
         return reasons
-    if problem.device == "cpu":
-        return [f"on a CPU it runs in Triton's interpreter, only when asked for with backend={name!r}"]
+    if is_interpreted():
+        where = "on a CPU it runs" if problem.device == "cpu" else f"with {INTERPRETER}=1 it runs"
+        return [f"{where} in Triton's interpreter, only when asked for with backend={name!r}"]
     better = "" if 0 in problem.shape else _planned(problem).better_in_pytorch
     return [better] if better else []
 
@@ -60,16 +63,21 @@ def prepare(problem: Problem) -> Callable[..., Any]:
         return _NOTHING[problem.op]
     from widekernel.ops.gpu import launch
 
-    chosen, on = _planned(problem), chip()
-    if problem.op == DEPTHWISE_WEIGHT_GRAD:
-        return launch.PreparedWeightGrad(problem, chosen.config, on)
-    prepared = launch.PreparedSum(problem, chosen.config, on)
-    others: dict[str, Callable[..., Any]] = {
-        DEPTHWISE_SUM: prepared,
-        DEPTHWISE_BRANCHES: prepared.branches,
-        DEPTHWISE_SUM_OF_BRANCHES: prepared.sum_of_branches,
-    }
-    return others[problem.op]
+    chosen, on = _planned(problem).config, chip()
+    others = [config for config in ranked(problem, on)[:MOST_TRIED] if config != chosen]
+
+    def with_config(config: Config) -> Callable[..., Any]:
+        if problem.op == DEPTHWISE_WEIGHT_GRAD:
+            return launch.PreparedWeightGrad(problem, config, on)
+        prepared = launch.PreparedSum(problem, config, on)
+        operators: dict[str, Callable[..., Any]] = {
+            DEPTHWISE_SUM: prepared,
+            DEPTHWISE_BRANCHES: prepared.branches,
+            DEPTHWISE_SUM_OF_BRANCHES: prepared.sum_of_branches,
+        }
+        return operators[problem.op]
+
+    return launch.FirstThatFits(with_config, [chosen, *others])
 
 
 def depthwise_sum(x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor], bias: Tensor | None) -> Tensor:
@@ -94,7 +102,7 @@ def depthwise_sum_of_branches(xs: Sequence[Tensor], kernels: Sequence[Tensor], a
 
 def _obstacles(problem: Problem) -> list[str]:
     reasons = []
-    interpreted = problem.device == "cpu" and os.environ.get(INTERPRETER) == "1"
+    interpreted = problem.device == "cpu" and is_interpreted()
     if problem.device != "cuda" and not interpreted:
         reasons.append(f"it runs on NVIDIA GPUs, not on {problem.device}")
     if problem.dtype not in _DTYPES:
@@ -109,6 +117,8 @@ def _obstacles(problem: Problem) -> list[str]:
         reasons.append("small kernels on channels_last images are computed one by one")
     if _too_large(problem):
         reasons.append("it computes channels_last images of fewer than 2**31 numbers")
+    if problem.shape[2] * problem.shape[3] > MOST_PIXELS:
+        reasons.append(f"it computes images of at most {MOST_PIXELS} pixels")
     return reasons or machine_obstacles(problem.device)
 
 

@@ -151,6 +151,8 @@ WIDEST_DIAGONALS = 64
 """Kernel columns of one launch of the weight gradient; wider kernels take several."""
 _MOST_GATHERED = 64
 _MOST_SQUARE = 64
+_MOST_IN_PARTS = 64 * 32
+_MOST_UNROLLED = 400
 
 
 def from_entry(entry: dict[str, Any]) -> Config:
@@ -223,6 +225,8 @@ def _toeplitz(problem: Problem, chip: Chip) -> list[Config]:
         if columns_in_m and not any(kw > 2 * kh for kh, kw in each.kernels):
             continue
         batch, _, height, width = each.shape
+        # Rows that begin anywhere are copied in small pieces, which take registers for addresses.
+        most = _ACCUMULATORS // (1 if width * itemsize(problem.dtype) % 16 == 0 else 2)
         for rows, columns in _TILES[:1] + _TILES[9:10] if columns_in_m else _TILES:
             if columns > max(16, power_of_two(width)) or rows > power_of_two(height):
                 continue
@@ -231,13 +235,15 @@ def _toeplitz(problem: Problem, chip: Chip) -> list[Config]:
                     continue
                 for total in (16, 32, 64, 128, 256):
                     images = total // row_blocks
-                    if not 1 <= images <= max(power_of_two(batch), 16) or rows * columns * total > _ACCUMULATORS:
+                    if not 1 <= images <= max(power_of_two(batch), 16) or rows * columns * total > most:
                         continue
                     for depth in (16, 32, 64):
                         stages = 4 if depth < 64 else 3
                         held = (rows * columns + total) * depth * itemsize(problem.dtype) * stages
                         if held <= min(chip.shared_bytes, 160 * 1024) - 4096 and depth < max(2 * power_of_two(width), 32):
-                            warps = 4 if rows * columns * total <= 128 * 64 else 8
+                            # Float32 takes twice the registers on the way to the tensor cores.
+                            few = 128 * 64 if itemsize(problem.dtype) < 4 else 64 * 64
+                            warps = 4 if rows * columns * total <= few else 8
                             found.append(Toeplitz(warps, stages, rows, columns, row_blocks, images, depth, columns_in_m))
     return found
 
@@ -249,10 +255,20 @@ def _flat(problem: Problem, chip: Chip) -> list[Config]:
     most = power_of_two(max(16, problem.shape[0]))
     bytes_each = itemsize(problem.dtype)
     found: list[Config] = []
+    one_matrix = problem.op == DEPTHWISE_SUM
+    # Float32 is multiplied in parts, of which there are as many in shared memory, and more in registers than there are.
+    in_parts = problem.dtype == torch.float32 and not problem.tf32
     for images in (16, 32, 64, 128):
-        held = pixels * (pixels + 2 * images) * bytes_each
-        if images <= most and held <= chip.shared_bytes - 4096:
-            found += [Flat(4 if pixels * images <= 64 * 128 else 8, stages, pixels, images) for stages in (1, 2)]
+        few = pixels * images <= _MOST_IN_PARTS and (one_matrix or pixels <= 64)
+        if images > most or (in_parts and not few and not (one_matrix and chip.capability[0] == 9)):
+            continue
+        warps = 4 if pixels * images <= (64 * 16 if in_parts else 64 * 128) else 8
+        # Matrices of several branches are pipelined like images; of float32 they are too large for that.
+        for stages in (1, 2) if one_matrix or bytes_each < 4 else (1,):
+            matrices = (2 if in_parts else 1) * (1 if one_matrix else stages)
+            held = pixels * (pixels * matrices + images * (stages + 1)) * bytes_each
+            if held <= chip.shared_bytes - 4096:
+                found.append(Flat(warps, stages, pixels, images))
     return found
 
 
@@ -265,8 +281,12 @@ def _planes(problem: Problem) -> list[Config]:
 
 def _channels(problem: Problem) -> list[Config]:
     _, channels, height, width = problem.shape
+    taps = sum(kh * kw for kh, kw in problem.kernels)
     found: list[Config] = []
     for rows in (1, 2, 4, 8):
+        # Every tap of every row is an instruction of its own: more of them take minutes to compile, and spill.
+        if rows > 1 and rows * taps > _MOST_UNROLLED:
+            break
         for columns, side in ((4, 32), (4, 64), (8, 32), (8, 64), (16, 32), (4, 128)):
             fits = rows <= power_of_two(height) and columns <= max(4, power_of_two(width))
             if fits and side <= max(32, power_of_two(channels)):
@@ -308,9 +328,11 @@ def _flat_grads(problem: Problem, chip: Chip) -> list[Config]:
     taps = power_of_two(max(16, problem.kernels[0][0] * problem.kernels[0][1]))
     bytes_each = itemsize(problem.dtype)
     found: list[Config] = []
+    in_parts = problem.dtype == torch.float32 and not problem.tf32
     for images in (16, 32, 64):
         for warps in (4, 8):
             fits = max(2 * pixels * images * bytes_each, pixels * pixels * 4) <= chip.shared_bytes - 4096
+            fits = fits and not (in_parts and images > 32)
             if fits and pixels <= _MOST_SQUARE and taps * pixels <= _MOST_GATHERED * 32 * warps:
                 found.append(FlatGrad(warps, 2, pixels, images))
     return found
@@ -336,6 +358,11 @@ def lead_of(config: Toeplitz, kw: int, column: int, copies: int) -> int:
 
     leads = [-(-column // unit) * unit for unit in (copies, copies // 2, copies // 4)]
     return min(leads, key=blocks)
+
+
+def expanded_length(config: Toeplitz, pad: int, kw: int) -> int:
+    """Give the length of a kernel row between zeros, `pad` of them in front, as far as blocks reach over it."""
+    return -(-(pad + kw + config.columns + config.depth) // 16) * 16
 
 
 def padded_width(width: int, dtype: torch.dtype) -> int:

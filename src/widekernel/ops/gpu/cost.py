@@ -22,6 +22,7 @@ from widekernel.ops.gpu.configs import (
     Toeplitz,
     ToeplitzGrad,
     blocks_across,
+    expanded_length,
     itemsize,
     lead_of,
     padded_width,
@@ -126,7 +127,17 @@ def _toeplitz(problem: Problem, config: Toeplitz, chip: Chip) -> float:
     step = _step(problem, chip, (rows, columns, config.depth), image, both, _instructions(config, loads, _COPY))
     programs = tiles * channels * math.ceil(batch / config.images)
     each = steps / tiles * step + _PROGRAM + 2 * rows * columns / _LOADS_EACH
-    return _over(programs, each, chip, 2 if rows * columns <= 128 * 128 else 1)
+    return _expanding(problem, config, chip) + _over(programs, each, chip, 2 if rows * columns <= 128 * 128 else 1)
+
+
+def _expanding(problem: Problem, config: Toeplitz, chip: Chip) -> float:
+    """Give the time of storing the kernels between zeros, which are then read again."""
+    copies = 16 // itemsize(problem.dtype)
+    numbers = 0
+    for (kh, kw), (_, column) in zip(problem.kernels, problem.anchors):
+        pad = config.columns + lead_of(config, kw, column, copies) - column
+        numbers += problem.shape[1] * kh * copies * expanded_length(config, pad, kw)
+    return _LAUNCH * len(problem.kernels) + 2 * numbers * itemsize(problem.dtype) / _COPIED / chip.processors
 
 
 def _pieces(problem: Problem, width: int, is_turned: bool | int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -10,13 +11,21 @@ from torch import Tensor
 from widekernel.ops.gpu.configs import Config
 from widekernel.ops.problem import Problem
 
+INTERPRETER = "TRITON_INTERPRET"
+"""Environment variable of Triton's: 1 has kernels interpreted, which is how they run on a CPU, for tests."""
+
 
 def product_options(problem: Problem, config: Config) -> dict:
     """Give what the kernels with products have in common: their precision, warps and stages."""
     precision = "tf32x3" if problem.dtype == torch.float32 and not problem.tf32 else "tf32"
-    # Only in Triton's interpreter do tensors lie on a CPU; its products of bfloat16 are wrong.
-    upcast = problem.device == "cpu" and problem.dtype == torch.bfloat16
+    # Triton's interpreter multiplies bfloat16 wrongly.
+    upcast = is_interpreted() and problem.dtype == torch.bfloat16
     return {"PRECISION": precision, "UPCAST": upcast, "num_stages": config.stages, **launch_options(problem, config)}
+
+
+def is_interpreted() -> bool:
+    """Whether Triton interprets kernels instead of compiling them."""
+    return os.environ.get(INTERPRETER) == "1"
 
 
 def launch_options(problem: Problem, config: Config) -> dict:
@@ -51,6 +60,7 @@ def in_planes(x: Tensor) -> tuple[Tensor, int]:
 
 def with_channels_inside(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
     """Give `x` with its channels side by side, and the other strides."""
-    if x.shape[1] > 1 and x.stride(1) != 1:
+    farthest = x.shape[2] * x.stride(2) + x.shape[3] * x.stride(3)  # counted in 32 bits by the kernels
+    if (x.shape[1] > 1 and x.stride(1) != 1) or farthest >= 2**31:
         x = x.contiguous(memory_format=torch.channels_last)
     return x, (x.stride(0), x.stride(2), x.stride(3))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from widekernel.ops.gpu.configs import (
     Planes,
     Toeplitz,
     ToeplitzGrad,
+    expanded_length,
     itemsize,
     lead_of,
     power_of_two,
@@ -34,12 +37,55 @@ from widekernel.ops.gpu.images import (
     with_channels_inside,
 )
 from widekernel.ops.gpu.kernels import direct, flat, toeplitz
+from widekernel.ops.gpu.kernels.errors import OutOfResources
 from widekernel.ops.problem import Anchor, Problem, in_layout
 
 Images = Sequence[Tensor]
 Epilogue = tuple[Tensor | None, Tensor | None, bool]
 PLAIN: Epilogue = (None, None, False)
 """Neither scale nor shift nor rectifier."""
+
+
+class FirstThatFits:
+    """An operator with the first of several configurations of which the GPU can hold a program.
+
+    What a program needs of shared memory and registers is known for sure only once it is compiled.
+
+    Args:
+        with_config: gives the operator with a configuration.
+        configs: in the order of preference.
+    """
+
+    def __init__(self, with_config: Callable[[Config], Callable[..., Any]], configs: Sequence[Config]) -> None:
+        self._with_config, self._left = with_config, list(configs)
+        self._run = with_config(self._left[0])
+
+    @property
+    def config(self) -> Config:
+        """Give the configuration in use."""
+        return self._left[0]
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Compute a call.
+
+        Raises:
+            OutOfResources: Triton's, if no configuration fits.
+        """
+        while True:
+            run = self._run
+            try:
+                return run(*arguments)
+            except OutOfResources as error:
+                if len(self._left) == 1:
+                    raise
+                failed = self._left.pop(0)
+                warnings.warn(
+                    f"{failed} does not fit this GPU ({error}): {self.config} takes its place; "
+                    "`widekernel tune` finds the best",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+                self._run = self._with_config(self.config)
 
 
 class PreparedSum:
@@ -114,10 +160,10 @@ class _ToeplitzSum:
     def _rect(self, kh: int, kw: int, row: int, column: int) -> tuple[int, ...]:
         """Add to a rectangle the zeros in front of its rows, their length with the zeros behind, and where blocks begin."""
         lead = lead_of(self.config, kw, column, self.copies)
-        beyond = self.config.columns + self.config.depth + 2 * self.copies
-        # Blocks begin at multiples of 16 bytes of the copies, whatever the lead.
-        pad = -(-(lead + beyond) // self.copies) * self.copies + lead - column
-        return kh, kw, row, column, pad, -(-(pad + kw + beyond) // 16) * 16, lead
+        # Blocks begin at multiples of 16 bytes of the copies, whatever the lead; the first taps are read as far in front of
+        # them as a block of outputs is wide.
+        pad = -(-self.config.columns // self.copies) * self.copies + lead - column
+        return kh, kw, row, column, pad, expanded_length(self.config, pad, kw), lead
 
     def __call__(self, xs: Images, kernels: Sequence[Tensor], ys: Images, epilogue: Epilogue) -> None:
         expanded = []

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from widekernel.ops.gpu.configs import Chip, Config, candidates
+from widekernel.ops.gpu.configs import Chip, Config, candidates, power_of_two
 from widekernel.ops.gpu.cost import cycles
 from widekernel.ops.gpu.tables import config_of, entry_of
 from widekernel.ops.problem import DEPTHWISE_SUM, DEPTHWISE_WEIGHT_GRAD, Problem
@@ -45,7 +45,9 @@ def plan(problem: Problem, chip: Chip, device: str) -> Plan:
         if config in candidates(problem, chip):
             measured = "" if entry.get("us") is not None else ", estimated and compiled but not measured"
             return Plan(config, source + measured, _faster_in_pytorch(entry) or _unmeasured(problem, entry))
-    return Plan(_cheapest(problem, chip), "estimated, not measured", _estimated_better(problem))
+    # By the magnitude of the batch, as in tables: a smaller last batch shall not have kernels compiled anew.
+    rounded = replace(problem, shape=(power_of_two(problem.shape[0]), *problem.shape[1:]))
+    return Plan(_cheapest(rounded, chip), "estimated, not measured", _estimated_better(problem))
 
 
 def ranked(problem: Problem, chip: Chip) -> list[Config]:

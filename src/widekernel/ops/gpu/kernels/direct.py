@@ -53,8 +53,8 @@ def direct_sum_nchw(
     acc = tl.zeros((BP, BM), dtype=tl.float32)
     for i in tl.static_range(len(RECTS)):
         taps = ws[i] + c * (RECTS[i][0] * RECTS[i][1])
-        for ky in tl.static_range(RECTS[i][0]):
-            for kx in tl.static_range(RECTS[i][1]):
+        for ky in tl.static_range(tl.constexpr(RECTS[i][0])):
+            for kx in tl.static_range(tl.constexpr(RECTS[i][1])):
                 row = h + (ky - RECTS[i][2])
                 column = w + (kx - RECTS[i][3])
                 seen = exists & (row >= 0) & (row < H) & (column >= 0) & (column < W)
@@ -66,7 +66,7 @@ def direct_sum_nchw(
     tl.store(y + plane * (H * W) + pixel, acc.to(y.dtype.element_ty), mask=exists & (pixel < H * W))
 
 
-@triton.jit(do_not_specialize=["N", "C", "x_image", "x_row", "x_column"])
+@triton.jit(do_not_specialize=["N"])
 def direct_sum_nhwc(
     x, ws, y, scale, shift, x_image, x_row, x_column, N, C, RECTS: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
     RELU: tl.constexpr, RH: tl.constexpr, TW: tl.constexpr, BC: tl.constexpr,
@@ -108,9 +108,9 @@ def direct_sum_nhwc(
     accs = (tl.zeros((TW, BC), dtype=tl.float32),) * RH
     for i in tl.static_range(len(RECTS)):
         # Column by column, so that the taps of one column are all that has to stay in registers.
-        for kx in tl.static_range(RECTS[i][1]):
+        for kx in tl.static_range(tl.constexpr(RECTS[i][1])):
             column = w + (kx - RECTS[i][3])
-            for delta in tl.static_range(-RECTS[i][2], RH + RECTS[i][0] - 1 - RECTS[i][2]):
+            for delta in tl.static_range(tl.constexpr(-RECTS[i][2]), tl.constexpr(RH + RECTS[i][0] - 1 - RECTS[i][2])):
                 row = h0 + delta + 0 * j  # the interpreter takes no masks made from numbers alone
                 seen = exists & (row >= 0) & (row < H) & (column >= 0) & (column < W)
                 values = tl.load(x + n * x_image + row * x_row + column * x_column + c, mask=seen, other=0.0).to(tl.float32)
@@ -126,7 +126,7 @@ def direct_sum_nhwc(
         tl.store(y + place, acc.to(y.dtype.element_ty), mask=exists & (h0 + r + 0 * j < H) & (w < W))
 
 
-@triton.jit(do_not_specialize=["N", "C", "x_image", "x_row", "x_column", "g_image", "g_row", "g_column", "rows_each"])
+@triton.jit(do_not_specialize=["N", "rows_each"])
 def direct_weight_grad_nhwc(
     x, g, partial, x_image, x_row, x_column, g_image, g_row, g_column, N, C, rows_each, H: tl.constexpr, W: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, ROW: tl.constexpr, COL: tl.constexpr, TW: tl.constexpr, BC: tl.constexpr,

@@ -1,0 +1,5 @@
+"""What Triton raises when a kernel is launched."""
+
+from triton.runtime.errors import OutOfResources
+
+__all__ = ["OutOfResources"]
