@@ -108,7 +108,8 @@ def _at_once(x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor], ho
             Problem.of_branches(x, kernels, pairs(numbers), how.algorithm),
             Problem.of_sum_of_branches(x, kernels, _mirrored(kernels, pairs(numbers)), how.algorithm),
         )
-        known = remember(key, any(fused(problem, how.backend or None) is not None for problem in problems))
+        with chosen_for(x):
+            known = remember(key, any(fused(problem, how.backend or None) is not None for problem in problems))
     return bool(known)
 
 
