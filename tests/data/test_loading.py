@@ -1,4 +1,5 @@
 import random
+import signal
 import subprocess
 import sys
 import textwrap
@@ -224,7 +225,6 @@ from tests.data.test_loading import array_source, training_loader
 if __name__ == "__main__":
     loader = training_loader(array_source(64), workers=2)
     batches = loader.epoch(0)
-    next(batches)
 {textwrap.indent(textwrap.dedent(body), "    ")}
 """
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False, **options)
@@ -236,6 +236,7 @@ def test_workers_survive_signals_to_the_process_group():
         """
         signal.signal(signal.SIGTERM, lambda *_: None)
         signal.signal(signal.SIGINT, lambda *_: None)
+        next(batches)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
             os.killpg(0, number)
             time.sleep(0.1)
@@ -247,6 +248,26 @@ def test_workers_survive_signals_to_the_process_group():
     assert (result.stdout, result.returncode) == ("15\n", 0), result.stderr
 
 
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="masks of POSIX")
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
+def test_workers_survive_signals_while_they_start(number):
+    result = run_script(
+        f"""
+        import threading
+        from torch.utils.data._utils import signal_handling
+
+        started = signal_handling._set_worker_signal_handlers
+        signal_handling._set_worker_signal_handlers = lambda: (time.sleep(1), started())
+        signal.signal(signal.{number}, lambda *_: print("signalled", flush=True))
+        threading.Timer(0.4, os.killpg, (0, signal.{number})).start()
+        print(len(list(batches)), flush=True)
+        del batches
+        """,
+        start_new_session=True,
+    )
+    assert (result.stdout, result.returncode) == ("signalled\n16\n", 0), result.stderr
+
+
 @pytest.mark.slow
 def test_a_process_that_leaves_takes_its_workers_along():
-    assert run_script("print('leaving')").returncode == 0
+    assert run_script("next(batches); print('leaving')").returncode == 0

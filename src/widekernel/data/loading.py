@@ -198,13 +198,30 @@ def evaluation_loader(samples: EvaluationSamples, options: LoaderOptions, share:
     return _make_loader(samples, options, batch_size=options.batch_size, sampler=indices)
 
 
+_TO_THE_GROUP = (signal.SIGINT, signal.SIGTERM)
+
+
+class _SignalSafeLoader(DataLoader):
+    """A loader whose workers, while they start, have signals to the process group wait until they can ignore them."""
+
+    def __iter__(self) -> Any:
+        if not self.num_workers or not hasattr(signal, "pthread_sigmask"):
+            return super().__iter__()
+        # A process inherits the mask of the thread that starts it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _TO_THE_GROUP)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _make_loader(samples: Dataset, options: LoaderOptions, **batching: Any) -> DataLoader:
     start_worker = None
     if options.workers:
         leaving = RawValue("b", False)
         atexit.register(_announce, leaving)
         start_worker = partial(_ignore_signals_to_the_group, leaving=leaving)
-    return DataLoader(
+    return _SignalSafeLoader(
         samples,
         num_workers=options.workers,
         pin_memory=options.pin_memory,
@@ -226,3 +243,5 @@ def _ignore_signals_to_the_group(_worker: int, leaving: Any) -> None:
     # When it leaves, it terminates the workers that still wait, and only then they obey.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if leaving.value else None)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _TO_THE_GROUP)
