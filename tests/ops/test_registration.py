@@ -101,8 +101,9 @@ def test_meta_tensors() -> None:
 def test_opcheck_of_the_sum(name: str, layout: str, backend: str) -> None:
     case = next(case for case in CASES if case.name == name)
     x, kernels, bias = case.tensors(torch.float32)
-    torch.library.opcheck(SUM, (LAYOUTS[layout](x), kernels, flat(case.anchors), bias, backend, ""))
-    torch.library.opcheck(SUM, (LAYOUTS[layout](x), kernels, flat(case.anchors), None, "", "direct"))
+    arguments = (LAYOUTS[layout](x), kernels, flat(case.anchors))
+    torch.library.opcheck(SUM, (*arguments, bias, None, False, backend, ""))
+    torch.library.opcheck(SUM, (*arguments, None, bias, True, "", "direct"))
 
 
 @BACKENDS

@@ -114,9 +114,9 @@ class FoldedLargeKernel(nn.Module):
         self.register_buffer("anchor_table", torch.tensor(self.anchors, dtype=torch.int32, device=bias.device))
         self.bias = nn.Parameter(bias.detach().clone())
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C, H, W)."""
-        return ops.depthwise_sum(x, list(self.kernels), self.anchors, self.bias)
+    def forward(self, x: Tensor, relu: bool = False) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W), if `relu` its positive part, which costs nothing here but a pass afterwards."""
+        return ops.depthwise_sum(x, list(self.kernels), self.anchors, self.bias, relu=relu)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, strict: bool, *rest: Any) -> None:
         """Refuse the weights of a layer of the same shapes whose kernels sit elsewhere on the output pixel."""

@@ -13,7 +13,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from widekernel.errors import ArgumentError
-from widekernel.layers import ConvNorm, LargeKernel, Rectangles
+from widekernel.layers import ConvNorm, FoldedLargeKernel, LargeKernel, Rectangles
 from widekernel.layers.norms import is_foldable
 from widekernel.models.base import (
     Parts,
@@ -86,7 +86,11 @@ class LargeKernelBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
-        y = self.act(self.large_kernel(self.pw1(self.prelkb_bn(x))))
+        y = self.pw1(self.prelkb_bn(x))
+        if isinstance(self.large_kernel, FoldedLargeKernel) and type(self.act) is nn.ReLU:
+            y = self.large_kernel(y, relu=True)
+        else:
+            y = self.act(self.large_kernel(y))
         return x + self.drop_path(self.pw2(y))
 
     def foldable(self) -> bool:

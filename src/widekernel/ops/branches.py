@@ -77,7 +77,7 @@ def depthwise_branches(
         NoBackendError: if no backend, or not the one asked for, can compute the call.
     """
     anchors = middles(kernels) if anchors is None else anchors
-    x, kernels, _ = autocast(x, kernels, None)
+    x, kernels = autocast(x, kernels)
     how = How(backend or "", algorithm or "")
     check_algorithm(how.algorithm)
     check_sum(x, kernels, anchors, None, DEPTHWISE_BRANCHES)
@@ -130,7 +130,7 @@ def _branches_op(x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[int], b
 
         def one_by_one(x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor]) -> list[Tensor]:
             rects = zip(kernels, anchors)
-            return [depthwise_sum_op(x, [kernel], anchor, None, backend, algorithm) for kernel, anchor in rects]
+            return [depthwise_sum_op(x, [kernel], anchor, None, None, False, backend, algorithm) for kernel, anchor in rects]
 
         with chosen_for(x):
             run = prepare(key, Problem.of_branches(x, kernels, pairs(anchors), algorithm), backend, one_by_one)
@@ -169,7 +169,7 @@ def _sum_of_branches_op(
             total: Tensor | None = None
             # In the order in which autograd adds the gradients of separate calls, so that the last bit is the same.
             for x, kernel, anchor in reversed(list(zip(xs, kernels, anchors))):
-                part = depthwise_sum_op(x, [kernel], anchor, None, backend, algorithm)
+                part = depthwise_sum_op(x, [kernel], anchor, None, None, False, backend, algorithm)
                 total = part if total is None else total.add_(part)
             assert total is not None
             return in_layout(total, memory_format(xs[0]))

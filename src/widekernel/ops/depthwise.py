@@ -17,12 +17,14 @@ from widekernel.ops.problem import (
     Anchor,
     Problem,
     check_algorithm,
+    check_per_channel,
     check_sum,
     check_weight_grad,
     memory_format,
     middles,
     mirror,
 )
+from widekernel.ops.reference import epilogue
 from widekernel.ops.registration import (
     LIBRARY,
     How,
@@ -47,15 +49,19 @@ def depthwise_sum(
     anchors: Sequence[Anchor] | None = None,
     bias: Tensor | None = None,
     *,
+    scale: Tensor | None = None,
+    relu: bool = False,
     backend: str | None = None,
     algorithm: str | None = None,
 ) -> Tensor:
     """Add up depthwise convolutions of one input with several rectangular kernels: stride 1, same size.
 
-        y[n, c, i, j] = bias[c] + Σ_r Σ_uv kernels[r][c, 0, u, v] · x[n, c, i + u - row_r, j + v - column_r]
+        s[n, c, i, j] = Σ_r Σ_uv kernels[r][c, 0, u, v] · x[n, c, i + u - row_r, j + v - column_r]
+        y[n, c, i, j] = scale[c] · s[n, c, i, j] + bias[c], and of that the positive part if `relu`
 
-    Pixels outside the image are zero. Differentiable in `x`, `kernels` and `bias`, to any order; under autocast the
-    arguments are converted to the autocast type, as for a convolution.
+    Pixels outside the image are zero. Differentiable in every tensor, to any order; under autocast the arguments are
+    converted to the autocast type, as for a convolution. Where no gradient is asked for, our kernels apply scale, bias and
+    rectifier before they store, which saves a pass over the image.
 
     Args:
         x: (N, C, H, W), contiguous or channels_last; the result has the same layout.
@@ -63,6 +69,8 @@ def depthwise_sum(
         anchors: for each rectangle the (row, column) of the tap that sits on the output pixel; by default the middle
             one, `(kh // 2, kw // 2)`.
         bias: (C,) or None.
+        scale: (C,) or None; with `bias` the affine map of a batch norm in evaluation.
+        relu: whether negative numbers become zero.
         backend: name of the backend that must compute the call and its gradients; by default the best one that can.
         algorithm: "direct" for sums over the pixels under the kernel and nothing else, in the gradients too; by default the
             fastest, which on a CPU may be a Fourier transform of whole rows: its error is relative to the largest value of
@@ -73,11 +81,17 @@ def depthwise_sum(
         NoBackendError: if no backend, or not the one asked for, can compute the call.
     """
     anchors = middles(kernels) if anchors is None else anchors
-    x, kernels, bias = autocast(x, kernels, bias)
+    x, kernels, bias, scale = autocast(x, kernels, bias, scale)
     how = How(backend or "", algorithm or "")
     check_algorithm(how.algorithm)
     check_sum(x, kernels, anchors, bias)
-    return summed(x, kernels, anchors, bias, how)
+    if scale is not None:
+        check_per_channel("scale", scale, x)
+    if not differentiated(x, bias, scale, *kernels):
+        return depthwise_sum_op(x, kernels, flattened(anchors), bias, scale, relu, *how)
+    if scale is None:
+        return epilogue(summed(x, kernels, anchors, bias, how), None, None, relu)
+    return epilogue(summed(x, kernels, anchors, None, how), scale, bias, relu)
 
 
 def depthwise_weight_grad(
@@ -116,9 +130,9 @@ def depthwise_weight_grad(
 
 
 def summed(x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor], bias: Tensor | None, how: How) -> Tensor:
-    """Compute `depthwise_sum` of arguments that were converted and checked."""
+    """Compute `depthwise_sum` with derivatives, if any is wanted, of arguments that were converted and checked."""
     if not differentiated(x, bias, *kernels):
-        return depthwise_sum_op(x, kernels, flattened(anchors), bias, *how)
+        return depthwise_sum_op(x, kernels, flattened(anchors), bias, None, False, *how)
     geometry = tuple((k.shape[2], k.shape[3], *anchor) for k, anchor in zip(kernels, anchors))
     # Under a function transform a tensor does not know what the outer levels ask of it.
     transformed = torch._C._are_functorch_transforms_active()
@@ -137,14 +151,21 @@ def grad_of_one(x: Tensor, grad: Tensor, kernel: Tensor, anchor: Anchor, how: Ho
     return _DepthwiseWeightGrad.apply(x, grad, (kernel.shape[2], kernel.shape[3], *anchor), how)
 
 
-define("depthwise_sum", "Tensor x, Tensor[] kernels, SymInt[] anchors, Tensor? bias")
+define("depthwise_sum", "Tensor x, Tensor[] kernels, SymInt[] anchors, Tensor? bias, Tensor? scale, bool relu")
 define("depthwise_weight_grad", "Tensor x, Tensor grad, SymInt[] geometry")
 define("depthwise_sum_of_taps", "Tensor x, Tensor taps, SymInt[] geometry")
 
 
 @implements("depthwise_sum")
 def depthwise_sum_op(
-    x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[int], bias: Tensor | None, backend: str, algorithm: str
+    x: Tensor,
+    kernels: Sequence[Tensor],
+    anchors: Sequence[int],
+    bias: Tensor | None,
+    scale: Tensor | None,
+    relu: bool,
+    backend: str,
+    algorithm: str,
 ) -> Tensor:
     """Compute `depthwise_sum` without derivatives; the anchors are one list of numbers."""
     sizes = tuple([kernel.shape for kernel in kernels])
@@ -153,29 +174,27 @@ def depthwise_sum_op(
     if run is None:
         with chosen_for(x):
             run = prepare(key, Problem.of_sum(x, kernels, pairs(anchors), algorithm), backend)
-    return run(x, kernels, pairs(anchors), bias)
+    return run(x, kernels, pairs(anchors), bias, scale, relu)
 
 
 @torch.library.register_fake("widekernel::depthwise_sum", lib=LIBRARY)
-def _(
-    x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[int], bias: Tensor | None, backend: str, algorithm: str
-) -> Tensor:
+def _(x: Tensor, kernels: Any, anchors: Any, bias: Any, scale: Any, relu: bool, backend: str, algorithm: str) -> Tensor:
     return torch.empty_like(x, memory_format=memory_format(x))
 
 
 @torch.library.register_vmap("widekernel::depthwise_sum", lib=LIBRARY)
 def _(
-    info: Any, dims: Any, x: Tensor, kernels: Any, anchors: Any, bias: Any, backend: str, algorithm: str
+    info: Any, dims: Any, x: Tensor, kernels: Any, anchors: Any, bias: Any, scale: Any, relu: bool, *how: str
 ) -> tuple[Tensor, int]:
     size, of_kernels = info.batch_size, dims[1] or [None] * len(kernels)
-    if dims[3] is None and all(dim is None for dim in of_kernels):
-        y = depthwise_sum_op(into_batch(x, dims[0], size), kernels, anchors, bias, backend, algorithm)
+    if dims[3] is None and dims[4] is None and all(dim is None for dim in of_kernels):
+        y = depthwise_sum_op(into_batch(x, dims[0], size), kernels, anchors, bias, scale, relu, *how)
         return y.unflatten(0, (size, -1)), 0
     # Kernels that differ along the mapped dimension become channels of their own.
     planes = into_channels(x, dims[0], size)
     wide = [into_batch(kernel, dim, size) for kernel, dim in zip(kernels, of_kernels)]
-    shift = None if bias is None else into_batch(bias, dims[3], size)
-    return depthwise_sum_op(planes, wide, anchors, shift, backend, algorithm).unflatten(1, (size, -1)), 1
+    shift, factor = (None if v is None else into_batch(v, dim, size) for v, dim in zip((bias, scale), dims[3:5]))
+    return depthwise_sum_op(planes, wide, anchors, shift, factor, relu, *how).unflatten(1, (size, -1)), 1
 
 
 @implements("depthwise_weight_grad")
@@ -247,7 +266,7 @@ class _DepthwiseSum(torch.autograd.Function):
             y = _depthwise_sum_of_taps_op(x, taps, [number for rect in call.geometry for number in rect], *call.how)
             return y if bias is None else y + bias.view(-1, 1, 1)
         anchors = [a for _, _, row, column in call.geometry for a in (row, column)]
-        return depthwise_sum_op(x, _parted(taps, call), anchors, bias, *call.how)
+        return depthwise_sum_op(x, _parted(taps, call), anchors, bias, None, False, *call.how)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

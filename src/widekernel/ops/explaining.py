@@ -35,7 +35,7 @@ def explain(
         algorithm: asked for.
     """
     anchors = middles(kernels) if anchors is None else anchors
-    x, kernels, _ = autocast(x, kernels, None)
+    x, kernels = autocast(x, kernels)
     algorithm = algorithm or ""
     check_algorithm(algorithm)
     check_sum(x, kernels, anchors, None)

@@ -180,9 +180,7 @@ def check_sum(
         check_anchor(kernel.shape[2:], anchor)
         _check_same(f"kernels[{i}]", kernel, x)
     if bias is not None:
-        if bias.shape != (channels,):
-            raise ArgumentError(f"bias has shape {tuple(bias.shape)}: an input with {channels} channels needs ({channels},)")
-        _check_same("bias", bias, x)
+        check_per_channel("bias", bias, x)
 
 
 def check_weight_grad(x: Tensor, grad: Tensor, kernel: Sequence[int], anchor: Sequence[int]) -> None:
@@ -194,6 +192,14 @@ def check_weight_grad(x: Tensor, grad: Tensor, kernel: Sequence[int], anchor: Se
         raise ArgumentError(f"kernel size {tuple(kernel)} must be two positive numbers (kh, kw)")
     check_anchor(kernel, anchor)
     _check_same("grad", grad, x)
+
+
+def check_per_channel(name: str, values: Tensor, x: Tensor) -> None:
+    """Raise unless `values` has a number for every channel of `x`."""
+    channels = x.shape[1]
+    if values.shape != (channels,):
+        raise ArgumentError(f"{name} has shape {tuple(values.shape)}: an input with {channels} channels needs ({channels},)")
+    _check_same(name, values, x)
 
 
 def _check_floating(x: Tensor, op: str) -> None:

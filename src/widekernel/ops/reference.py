@@ -32,6 +32,15 @@ def depthwise_sum(x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor
     return y if bias is None else y + bias.view(1, -1, 1, 1)
 
 
+def epilogue(y: Tensor, scale: Tensor | None, shift: Tensor | None, relu: bool) -> Tensor:
+    """Compute scale · y + shift (both (C,)) of images `y`, and its positive part if `relu`; NaN stays NaN."""
+    if scale is not None:
+        y = y * scale.view(-1, 1, 1)
+    if shift is not None:
+        y = y + shift.view(-1, 1, 1)
+    return y.relu() if relu else y
+
+
 def depthwise_weight_grad(x: Tensor, grad: Tensor, kernel: tuple[int, int], anchor: Anchor) -> Tensor:
     """Compute w[c, 0, u, v] = Σ_nij grad[n, c, i, j] · x[n, c, i + u - row, j + v - column], shape (C, 1, kh, kw)."""
     rows = []

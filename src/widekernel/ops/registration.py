@@ -62,12 +62,12 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
-def autocast(x: Tensor, kernels: Sequence[Tensor], bias: Tensor | None) -> tuple[Tensor, Sequence[Tensor], Tensor | None]:
+def autocast(x: Tensor, kernels: Sequence[Tensor], *others: Tensor | None) -> tuple[Any, ...]:
     """Convert the arguments of a call as autocast converts those of a convolution."""
     dtype = autocast_dtype(x)
     if dtype is None or isinstance(kernels, Tensor):  # a bare tensor is for `check_sum` to refuse
-        return x, kernels, bias
-    return x.to(dtype), [kernel.to(dtype) for kernel in kernels], None if bias is None else bias.to(dtype)
+        return x, kernels, *others
+    return x.to(dtype), [kernel.to(dtype) for kernel in kernels], *[t if t is None else t.to(dtype) for t in others]
 
 
 def differentiated(*tensors: Tensor | None) -> bool:

@@ -3,7 +3,8 @@
 A backend is a module or an object with `name`, `reasons_against(problem)`, `can_run(problem)` and the two operators. It
 answers with the list of its reasons instead of a yes or no, so that an error, or `explain`, can say what to change. It may
 also have `prepare(problem)`, which gives the operator with all that follows from the problem decided, and
-`describe(problem)`, which says in words what was decided.
+`describe(problem)`, which says in words what was decided. A prepared `depthwise_sum` is called with a scale and a rectifier
+too, `(x, kernels, anchors, bias, scale, relu)`; after one that is not, both are applied here.
 
 A backend may have the fused operators `depthwise_branches(x, kernels, anchors) -> list of Tensors` and
 `depthwise_sum_of_branches(xs, kernels, anchors) -> Tensor`, either or both. It is asked about such a problem only if it has
@@ -25,7 +26,7 @@ from widekernel.errors import ArgumentError, WidekernelError, nearest
 from widekernel.ops import portable, reference
 from widekernel.ops.cpu import native
 from widekernel.ops.gpu import backend as gpu
-from widekernel.ops.problem import DEPTHWISE_BRANCHES, DEPTHWISE_WEIGHT_GRAD, Anchor, Problem, in_layout
+from widekernel.ops.problem import DEPTHWISE_BRANCHES, DEPTHWISE_SUM, DEPTHWISE_WEIGHT_GRAD, Anchor, Problem, in_layout
 
 
 class Backend(Protocol):
@@ -196,10 +197,20 @@ def _in_pytorch(chosen: Any, problem: Problem) -> Callable[..., Any]:
     def run(*arguments: Any) -> Any:
         # The arguments have the type to compute in; PyTorch's convolutions must not convert them once more.
         with torch.autocast(problem.device, enabled=False):
+            if problem.op == DEPTHWISE_SUM:
+                return in_layout(_with_epilogue(operator, *arguments), layout)
             result = operator(*arguments)
             return [in_layout(y, layout) for y in result] if problem.op == DEPTHWISE_BRANCHES else in_layout(result, layout)
 
     return run
+
+
+def _with_epilogue(
+    operator: Any, x: Tensor, kernels: Any, anchors: Any, bias: Tensor | None, scale: Tensor | None, relu: bool
+) -> Tensor:
+    if scale is None:
+        return reference.epilogue(operator(x, kernels, anchors, bias), None, None, relu)
+    return reference.epilogue(operator(x, kernels, anchors, None), scale, bias, relu)
 
 
 def explain_problem(problem: Problem, backend: str | None = None) -> Explanation:

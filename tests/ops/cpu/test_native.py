@@ -182,12 +182,12 @@ def test_the_epilogue(layout: str, method: int) -> None:
     prepared = native.PreparedSum(problem, forced(problem, method))
     want = reference.depthwise_sum(x.double(), [kernel.double()], [(2, 2)], None)
     want = want * scale.double().view(-1, 1, 1) + shift.double().view(-1, 1, 1)
-    assert relative_error(prepared.epilogue(x, [kernel], scale, shift, False), want) <= LIMIT[method]
-    rectified = prepared.epilogue(x, [kernel], scale, shift, True)
+    assert relative_error(prepared(x, [kernel], [(2, 2)], shift, scale, False), want) <= LIMIT[method]
+    rectified = prepared(x, [kernel], [(2, 2)], shift, scale, True)
     assert relative_error(rectified, want.relu()) <= LIMIT[method]
     assert rectified.min() == 0
     x[0, 5] = float("nan")
-    assert prepared.epilogue(x, [kernel], scale, shift, True)[0, 5].isnan().all()
+    assert prepared(x, [kernel], [(2, 2)], shift, scale, True)[0, 5].isnan().all()
 
 
 @METHOD

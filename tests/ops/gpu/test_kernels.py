@@ -63,7 +63,7 @@ def check_sum(case: Case, config: Config, dtype: torch.dtype, layout: torch.memo
     assert_exact(plain, want)
     assert plain.is_contiguous(memory_format=layout)
     affine = (scale.view(-1, 1, 1) * want.cpu().to(DEVICE) + shift.view(-1, 1, 1)).relu()
-    assert_exact(prepared.epilogue(x, kernels, scale, shift, True), affine)
+    assert_exact(prepared(x, kernels, case.anchors, shift, scale, True), affine)
 
 
 @pytest.mark.parametrize(("case", "config"), pairs([TOEPLITZ[0], FLAT, PLANES], ALL) + pairs(TOEPLITZ[1:], SOME), ids=str)

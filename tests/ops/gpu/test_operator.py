@@ -491,7 +491,7 @@ def test_autocast_that_is_on_only_backward_converts_nothing() -> None:
 @pytest.mark.parametrize("case", [LARGE, SMALL], ids=str)
 def test_what_pytorch_checks_of_operators(case: Case) -> None:
     x, *kernels, bias = (t.detach() for t in arguments(case))
-    torch.library.opcheck(OPERATORS.depthwise_sum.default, (x, kernels, flat(case.anchors), bias, "triton", ""))
+    torch.library.opcheck(OPERATORS.depthwise_sum.default, (x, kernels, flat(case.anchors), bias, bias, True, "triton", ""))
     geometry = [*kernels[0].shape[2:], *case.anchors[0]]
     torch.library.opcheck(OPERATORS.depthwise_weight_grad.default, (x, x.cos(), geometry, "triton", ""))
 

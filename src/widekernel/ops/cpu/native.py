@@ -84,14 +84,16 @@ class PreparedSum:
         # By the strides of input and output. What is in it never changes, so that threads may share it.
         self._calls: dict[tuple[int, ...], native.Sum] = {}
 
-    def __call__(self, x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor], bias: Tensor | None) -> Tensor:
-        """Compute the sum, in the layout of `x`; see `reference.depthwise_sum`."""
-        return self.epilogue(x, kernels, None, bias, False)
-
-    def epilogue(
-        self, x: Tensor, kernels: Sequence[Tensor], scale: Tensor | None, shift: Tensor | None, relu: bool
+    def __call__(
+        self,
+        x: Tensor,
+        kernels: Sequence[Tensor],
+        anchors: Sequence[Anchor],
+        bias: Tensor | None,
+        scale: Tensor | None = None,
+        relu: bool = False,
     ) -> Tensor:
-        """Compute relu(scale · sum + shift), the affine map per channel (C,) and the rectifier both being optional."""
+        """Compute relu(scale · sum + bias), in the layout of `x`; see `reference.depthwise_sum` and `epilogue`."""
         x = addressable(x)
         y = torch.empty_like(x, memory_format=memory_format(x))
         strides = x.stride() + y.stride()
@@ -100,8 +102,8 @@ class PreparedSum:
             call = self._calls.setdefault(strides, self._call(x, y))
         taps = [_floats(kernel) for kernel in kernels]
         addresses = self._addresses(*[tap.data_ptr() for tap in taps])
-        scale, shift = (None if v is None else _floats(v) for v in (scale, shift))
-        factors = (None if v is None else v.data_ptr() for v in (scale, shift))
+        scale, bias = (None if v is None else _floats(v) for v in (scale, bias))
+        factors = (None if v is None else v.data_ptr() for v in (scale, bias))
         error = self._run(call, x.data_ptr(), y.data_ptr(), addresses, *factors, relu)
         if error:
             self._library.check(error)
@@ -153,7 +155,7 @@ class PreparedWeightGrad:
         return native.WeightGrad(_DTYPES[x.dtype], self.plan.threads, *x.shape, *images, extent, None, *whole)
 
 
-def _empty_sum(x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor], bias: Tensor | None) -> Tensor:
+def _empty_sum(x: Tensor, *others: Any) -> Tensor:
     return torch.empty_like(x, memory_format=memory_format(x))
 
 

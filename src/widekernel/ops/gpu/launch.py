@@ -96,16 +96,18 @@ class PreparedSum:
         launch = {Toeplitz: _ToeplitzSum, Flat: _FlatSum, Planes: _PlanesSum, Channels: _ChannelsSum}[type(config)]
         self._launch: Callable[..., None] = launch(problem, config, chip)
 
-    def __call__(self, x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor], bias: Tensor | None) -> Tensor:
-        """Compute `depthwise_sum`, in the layout of `x`."""
-        return self.epilogue(x, kernels, None, bias, False)
-
-    def epilogue(
-        self, x: Tensor, kernels: Sequence[Tensor], scale: Tensor | None, shift: Tensor | None, relu: bool
+    def __call__(
+        self,
+        x: Tensor,
+        kernels: Sequence[Tensor],
+        anchors: Sequence[Anchor],
+        bias: Tensor | None,
+        scale: Tensor | None = None,
+        relu: bool = False,
     ) -> Tensor:
-        """Compute relu(scale · sum + shift), the affine map per channel (C,) and the rectifier both being optional."""
-        scale, shift = (None if values is None else resolved(values).contiguous() for values in (scale, shift))
-        return self._run((x,), kernels, 1, (scale, shift, relu))[0]
+        """Compute relu(scale · sum + bias), in the layout of `x`; see `reference.depthwise_sum` and `epilogue`."""
+        scale, bias = (None if values is None else resolved(values).contiguous() for values in (scale, bias))
+        return self._run((x,), kernels, 1, (scale, bias, relu))[0]
 
     def branches(self, x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor]) -> list[Tensor]:
         """Compute an output for each rectangle from one reading of `x`."""
