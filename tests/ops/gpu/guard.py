@@ -1,0 +1,194 @@
+"""Triton's interpreter with the bounds of every tensor watched: what compute-sanitizer does on a GPU, without one.
+
+Interpreted kernels read and write the memory of this process, where an address outside of a tensor is mostly one of
+something else: a load gives a number that may be multiplied by zero afterwards, a store harms somebody who is not asked.
+Comparing results finds neither. Here every tensor that a launch is given is moved, as far as the kernel can see, into a
+range of addresses of its own, far from all others, so that an address tells which tensor it was computed from. A launch
+fails that
+
+* loads or stores what is no element of that tensor, be it in the same allocation, such as the images beside a slice;
+* stores an element twice, in whatever order programs run, or only a part of the elements of a tensor;
+* loads from a tensor into which it stores.
+
+Memory that nobody has written holds NaN meanwhile, so that results show what was not written or was read before it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+_RANGE = 2**40
+"""Addresses of each tensor, which begins in the middle of them: no offset of 32 bits leads to another one."""
+
+
+class AccessError(AssertionError):
+    """A launch did with memory what no kernel may."""
+
+
+class Watched:
+    """A tensor at addresses of its own."""
+
+    def __init__(self, tensor: Tensor, number: int) -> None:
+        self.tensor, self.begin = tensor, number * _RANGE + _RANGE // 2
+        span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) if tensor.numel() else 0
+        elements = torch.zeros(span, dtype=torch.bool)
+        if span:
+            # Repeated numbers are there once.
+            sizes = [size if stride else 1 for size, stride in zip(tensor.shape, tensor.stride())]
+            elements.as_strided(sizes, tensor.stride(), 0).fill_(True)
+        self.elements = elements.numpy()
+        self.stored, self.loaded = np.zeros(span, dtype=bool), False
+
+    def __str__(self) -> str:
+        return f"{self.tensor.dtype} {tuple(self.tensor.shape)} with strides {self.tensor.stride()}"
+
+    def places(self, addresses: np.ndarray, verb: str) -> np.ndarray:
+        """Turn addresses into places in the tensor, counted in elements.
+
+        Raises:
+            AccessError: if there is none at some of them.
+        """
+        each = self.tensor.element_size()
+        places, rest = np.divmod(addresses.astype(np.int64) - self.begin, each)
+        wrong = (rest != 0) | (places < 0) | (places >= len(self.elements))
+        wrong |= ~self.elements.take(places, mode="clip") if len(self.elements) else True
+        if wrong.any():
+            raise AccessError(
+                f"{verb} outside of {self}: {int(wrong.sum())} of {wrong.size} numbers, the first at {places[wrong][0]}"
+            )
+        return places
+
+    def store(self, places: np.ndarray) -> None:
+        """Note what is stored.
+
+        Raises:
+            AccessError: if it was before.
+        """
+        if self.stored[places].any() or len(np.unique(places)) < len(places):
+            raise AccessError(f"store of an element that is stored already in {self}")
+        self.stored[places] = True
+
+
+class Guard:
+    """Stands between interpreted kernels and memory."""
+
+    def __init__(self) -> None:
+        self.launches = 0
+        self._watched: list[Watched] = []
+        self._violation: AccessError | None = None
+
+    def begin(self) -> None:
+        """Forget the launch before."""
+        self._watched, self._violation = [], None
+
+    def moved(self, tensor: Tensor) -> int:
+        """Give the address at which a kernel is to find the tensor."""
+        self._watched.append(Watched(tensor, len(self._watched) + 1))
+        return self._watched[-1].begin
+
+    def access(self, pointers: np.ndarray, mask: np.ndarray, verb: str) -> np.ndarray:
+        """Give the addresses in memory of what is loaded or stored, those that are masked being left out as zeros."""
+        try:
+            return self._access(pointers, np.broadcast_to(mask, pointers.shape), verb)
+        except AccessError as violation:
+            # The interpreter wraps what is raised in kernels, once for every function that they call.
+            self._violation = violation
+            raise
+
+    def _access(self, pointers: np.ndarray, mask: np.ndarray, verb: str) -> np.ndarray:
+        memory = np.zeros(pointers.shape, dtype=np.uint64)
+        addresses = pointers[mask]
+        if not addresses.size:
+            return memory
+        number = int(addresses[0]) // _RANGE
+        if not 1 <= number <= len(self._watched):
+            raise AccessError(f"{verb} at {int(addresses[0]):#x}, which is in no tensor of the launch")
+        watched = self._watched[number - 1]
+        places = watched.places(addresses, verb)
+        if verb == "store":
+            watched.store(places)
+        else:
+            watched.loaded = True
+        memory[mask] = watched.tensor.data_ptr() + places * watched.tensor.element_size()
+        return memory
+
+    def launch(self, kernel: str, run: Callable[[], None]) -> None:
+        """Run a launch.
+
+        Raises:
+            AccessError: of what it does with memory.
+        """
+        from triton.runtime.errors import InterpreterError
+
+        self.begin()
+        try:
+            run()
+        except InterpreterError:
+            if self._violation is None:
+                raise
+            raise AccessError(f"{kernel}: {self._violation}") from None
+        for watched in self._watched:
+            left = int((watched.elements & ~watched.stored).sum())
+            if watched.stored.any() and left:
+                raise AccessError(f"{kernel}: {left} numbers are never stored of {watched}")
+            if watched.stored.any() and watched.loaded:
+                raise AccessError(f"{kernel}: loads from what it stores into, {watched}")
+        self.launches += 1
+
+
+@contextmanager
+def guarded() -> Iterator[Guard]:
+    """Watch all launches of the interpreter, and have new memory hold NaN."""
+    from triton.runtime import interpreter
+
+    guard, builder, executor = Guard(), interpreter.InterpreterBuilder, interpreter.GridExecutor
+    load, store = builder.create_masked_load, builder.create_masked_store
+    convert, call = interpreter._implicit_cvt, executor.__call__
+
+    def at(handle: Any, mask: Any, verb: str) -> Any:
+        return interpreter.TensorHandle(guard.access(handle.data, mask.data, verb), handle.dtype)
+
+    def guarded_load(self: Any, pointers: Any, mask: Any, *others: Any) -> Any:
+        return load(self, at(pointers, mask, "load"), mask, *others)
+
+    def guarded_store(self: Any, pointers: Any, values: Any, mask: Any, *others: Any) -> Any:
+        return store(self, at(pointers, mask, "store"), values, mask, *others)
+
+    def moving(argument: Any) -> Any:
+        converted = convert(argument)
+        if isinstance(argument, Tensor):
+            converted.handle.data[...] = guard.moved(argument)
+        return converted
+
+    def refused(*_: Any) -> Any:
+        raise NotImplementedError(
+            "the guard knows no atomics, and results that depend on the order of programs are no results"
+        )
+
+    def guarded_call(self: Any, *arguments: Any, **named: Any) -> None:
+        guard.launch(self.fn.__name__, lambda: call(self, *arguments, **named))
+
+    deterministic, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builder, "create_masked_load", guarded_load)
+        patch.setattr(builder, "create_masked_store", guarded_store)
+        patch.setattr(builder, "create_atomic_rmw", refused)
+        patch.setattr(builder, "create_atomic_cas", refused)
+        patch.setattr(interpreter, "_implicit_cvt", moving)
+        patch.setattr(executor, "__call__", guarded_call)
+        patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield guard
+        finally:
+            torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)

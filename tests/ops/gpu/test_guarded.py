@@ -1,0 +1,39 @@
+"""Random problems of every kernel with memory watched: wrong results, accesses outside of tensors, numbers not stored."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.ops.gpu.drawing import KINDS, Kind, drawn
+from tests.ops.gpu.guard import Guard
+from tests.ops.gpu.helpers import DTYPES
+
+pytestmark = pytest.mark.interpreted
+
+# Numbers of what is drawn for each kernel and type.
+FEW, MANY = range(2), range(2, 10)
+
+
+def check(guard: Guard, kind: Kind, dtype: torch.dtype, number: int, accesses: int) -> None:
+    problem = drawn(kind, dtype, number, accesses)
+    try:
+        problem.check()
+    except AssertionError as error:
+        raise AssertionError(f"{problem}: {error}") from error
+    assert guard.launches > 0
+
+
+@pytest.mark.parametrize("number", FEW)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_random_problems(guard: Guard, kind: Kind, dtype: torch.dtype, number: int) -> None:
+    check(guard, kind, dtype, number, 150)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", MANY)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_more_random_problems(guard: Guard, kind: Kind, dtype: torch.dtype, number: int) -> None:
+    check(guard, kind, dtype, number, 1000)
