@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,22 +66,25 @@ def _check_layers(name: str, rival: Rival) -> None:
     if not names:
         return
     got, wanted = (_outputs(network, names, rival.images) for network in (rival.network, on_pytorch(rival.network)))
-    for layer, output in got.items():
-        outputs = {rival.name: output, PYTORCH: wanted[layer]}
+    for layer, (output, rectified) in got.items():
+        theirs, _ = wanted[layer]
+        # A layer of ours may do what comes after it in the other network.
+        outputs = {rival.name: output, PYTORCH: theirs.relu() if rectified else theirs}
         check_agreement(outputs, PYTORCH, f"the layer {layer or type(rival.network).__name__} of {name}", TOLERANCE)
 
 
-def _outputs(network: nn.Module, names: Sequence[str], images: Tensor) -> dict[str, Tensor]:
-    """Run a network and give what the layers of these names put out, in their last call."""
-    outputs: dict[str, Tensor] = {}
+def _outputs(network: nn.Module, names: Sequence[str], images: Tensor) -> dict[str, tuple[Tensor, bool]]:
+    """Run a network and give what the layers of these names put out in their last call, and whether it asked for `relu`."""
+    outputs: dict[str, tuple[Tensor, bool]] = {}
     torch.manual_seed(0)  # for networks that drop something at random
     with ExitStack() as hooks:
         for name in names:
 
-            def note(module: nn.Module, args: object, output: Tensor, name: str = name) -> None:
-                outputs[name] = output
+            def note(module: nn.Module, args: Any, options: dict[str, Any], output: Tensor, name: str = name) -> None:
+                # A rectifier in place must not change what is kept.
+                outputs[name] = output.clone(), bool(options.get("relu"))
 
-            hooks.callback(network.get_submodule(name).register_forward_hook(note).remove)
+            hooks.callback(network.get_submodule(name).register_forward_hook(note, with_kwargs=True).remove)
         network(images)
     return outputs
 
