@@ -117,7 +117,7 @@ def test_compiled_networks_are_compared_as_they_are_timed(on_cpu, monkeypatch: p
     """With a compiler that does nothing, and one that computes something else."""
     monkeypatch.setattr(rivals, "_compiled", lambda network, number: network)
     rows = measured(on_cpu, build=convnext, compiled=True)
-    assert [row.compiled for row in rows] == [False, True] * 4 and not any(row.remark for row in rows)
+    assert [row.compiled for row in rows] == [False] * 4 + [True] * 4 and not any(row.remark for row in rows)
     assert all((row.depthwise_share is None) == row.compiled for row in rows)
     monkeypatch.setattr(rivals, "_compiled", lambda network, number: lambda x: 2 * network(x))
     course = Course(10)
@@ -125,6 +125,26 @@ def test_compiled_networks_are_compared_as_they_are_timed(on_cpu, monkeypatch: p
     for row in rows:
         assert math.isnan(row.ms) == row.compiled == row.remark.startswith("its output is off by 1 of what it is without")
     assert len(course.wrong) == 4 and course.wrong[0].startswith("it, infer, PyTorch NCHW compiled: its output is off")
+
+
+def test_compiling_costs_no_row_of_anything_else(on_cpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes last, and what there is no time to compile is left out."""
+    monkeypatch.setattr(rivals, "_compiled", lambda network, number: network)
+    rows = measured(on_cpu, build=convnext, compiled=True, modes=["train", "infer"])
+    assert [(row.compiled, row.mode) for row in rows[::4]] == [(c, m) for c in (False, True) for m in ("train", "infer")]
+    asked = []
+    course = Course(1, lambda: 60.0 * (len(asked) > 0))
+    real = measuring.call_of
+
+    def compiling(rival, *given):
+        call = real(rival, *given)
+        return (lambda: (asked.append(rival.name), call())[1]) if rival.compiled else call
+
+    monkeypatch.setattr(measuring, "call_of", compiling)
+    rows = measured(on_cpu, build=convnext, compiled=True, batches=[3, 4], course=course)
+    assert [row.batch for row in rows] == [3] * 4 + [4] * 4 + [3] * 4
+    assert [row.remark for row in rows] == [""] * 9 + ["no time was left to compile it"] * 3
+    assert course.lines()[0].startswith("Left out in bfloat16: it, 4 images, compiled (infer), because the 1 minutes were")
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import product
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,8 @@ class DeviceNetworkRow(NetworkRow):
 
     Attributes:
         dtype: name of the precision; float16 and bfloat16 by autocast.
-        times_best: how many times faster it is than the fastest of PyTorch's, folded and compiled ones included.
+        times_best: how many times faster it is than the fastest of PyTorch's, folded ones included, and for what is
+            compiled, compiled ones too.
         remark: what failed, or computed wrongly, and therefore has no times.
     """
 
@@ -89,30 +91,32 @@ def measure_networks(
 ) -> Iterator[DeviceNetworkRow]:
     """Time networks, all rivals in turns, and give the rows of each precision, batch and mode as soon as they are there.
 
+    What is compiled comes last, in a second round with all the others once more, since compiling takes minutes a network:
+    it must cost no row of anything else.
+
     Args:
         plan: what to time.
         accelerator: where.
         course: says when time is over, and takes notes of what has no times.
         advance: is told what comes next, and the number of networks that are done.
     """
-    for name, build in plan.networks.items():
-        # Not before there is time for it.
-        model = cache(partial(_built, build, accelerator.device))
-        for precision in plan.precisions:
-            for batch in plan.batches:
-                for mode in plan.modes:
-                    what = f"{name}, {batch} images"
-                    if not course.has_time():
-                        course.leave_out(precision.name, what, mode)
-                        continue
-                    advance(f"{what}, {mode}, {precision.name}", 0)
-                    network, usual = model()
-                    trial = _Trial(name, mode, precision, plan, accelerator, course)
-                    yield from trial.rows(network, batch, plan.size or usual)
-                    if plan.compiled:
-                        # What has been compiled is of no further use, and takes memory and places among the few forms kept.
-                        torch.compiler.reset()
-        advance("", 1)
+    for compiled in (False, True) if plan.compiled else (False,):
+        for name, build in plan.networks.items():
+            # Not before there is time for it.
+            model = cache(partial(_built, build, accelerator.device))
+            for precision, batch, mode in product(plan.precisions, plan.batches, plan.modes):
+                what = f"{name}, {batch} images{', compiled' if compiled else ''}"
+                if not course.has_time():
+                    course.leave_out(precision.name, what, mode)
+                    continue
+                advance(f"{what}, {mode}, {precision.name}", 0)
+                network, usual = model()
+                trial = _Trial(name, mode, precision, replace(plan, compiled=compiled), accelerator, course)
+                yield from trial.rows(network, batch, plan.size or usual)
+                if compiled:
+                    # What has been compiled is of no further use, and takes memory and places among the few forms kept.
+                    torch.compiler.reset()
+            advance("", 0 if compiled else 1)
 
 
 def _built(build: Callable[[], tuple[nn.Module, int]], device: torch.device) -> tuple[nn.Module, int]:
@@ -152,7 +156,8 @@ class _Trial:
         except Exception as error:
             failure = in_short(error)
         if not failure:
-            return [self._row(rival) for rival in rivals]
+            # The others had theirs in the first round.
+            return [self._row(rival) for rival in rivals if rival.compiled == self.plan.compiled]
         if lost:
             self.course.lose_device(failure)
         else:
@@ -183,7 +188,12 @@ class _Trial:
 
     def _time(self, rivals: Sequence[Rival], target: Tensor) -> None:
         calls = {rival.name: call_of(rival, self.mode, target, self.conditions) for rival in rivals}
-        _, first = first_calls(calls, self.stopwatch, self.failures)
+        first: dict[str, float] = {}
+        for rival in rivals:
+            if rival.compiled and not self.course.has_time():
+                self.failures[rival.name] = "no time was left to compile it"
+            else:
+                first |= first_calls({rival.name: calls[rival.name]}, self.stopwatch, self.failures)[1]
         self._check_compiled([rival for rival in rivals if rival.name in first])
         right = {name: call for name, call in calls.items() if name in first and name not in self.failures}
         self.timings = interleave(right, first, self.plan.seconds, self.plan.rounds, PATIENCE, self.stopwatch)

@@ -282,8 +282,8 @@ DEVICE_NETWORK_NOTES = (
     "dtype: bfloat16 and float16 by autocast, with parameters in float32 (float16 without scaling the loss); tf32 is "
     "float32 with `torch.set_float32_matmul_precision('high')` and cuDNN's tf32 allowed. `cudnn.benchmark` is on.",
     *NETWORK_NOTES[1:4],
-    "× best of PyTorch: how many times faster it is than the fastest of PyTorch's rows: either layout, folded or not, "
-    "compiled or not.",
+    "× best of PyTorch: how many times faster it is than the fastest of PyTorch's: either layout, folded or not, and for "
+    "compiled rows, which were timed in turns with all the others once more, compiled or not.",
     "depthwise: share of the time in depthwise convolutions, measured in a call of its own.",
     "Before anything is timed every large-kernel layer is compared with the same layer on PyTorch's convolutions, and then "
     "the outputs, or the gradients of one step, of all rivals: on two images in strict float32, where a difference means "
