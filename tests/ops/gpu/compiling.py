@@ -37,6 +37,14 @@ CHIPS = {
     "sm_90": Chip((9, 0), 132, 227 * 1024),
     "sm_100": Chip((10, 0), 148, 227 * 1024),
 }
+"""GPUs of which the shipped table speaks."""
+OTHERS = {
+    "sm_86": Chip((8, 6), 82, 99 * 1024),
+    "sm_89": Chip((8, 9), 128, 99 * 1024),
+    "sm_120": Chip((12, 0), 170, 99 * 1024),
+}
+"""GPUs for which every configuration is estimated: RTX 30, RTX 40 and RTX 50, with less shared memory."""
+ALL_CHIPS = CHIPS | OTHERS
 TENSOR_CORES = re.compile(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync")
 
 
@@ -194,7 +202,7 @@ def compile_job(job: Job) -> list[Compiled]:
     from widekernel.ops.gpu import launch
     from widekernel.ops.gpu.kernels import direct, flat, toeplitz, weight_grad
 
-    chip, found = CHIPS[job.chip], []
+    chip, found = ALL_CHIPS[job.chip], []
     replaced = []
     for module in (direct, flat, toeplitz, weight_grad):
         for name, value in list(vars(module).items()):
@@ -211,7 +219,7 @@ def compile_job(job: Job) -> list[Compiled]:
 
 
 def _launch(job: Job, launch: Any) -> None:
-    problem, chip = job.problem, CHIPS[job.chip]
+    problem, chip = job.problem, ALL_CHIPS[job.chip]
     x = torch.empty(problem.shape, dtype=problem.dtype, device="meta")
     if problem.channels_last:
         x = x.contiguous(memory_format=torch.channels_last)

@@ -153,6 +153,10 @@ _MOST_GATHERED = 64
 _MOST_SQUARE = 64
 _MOST_IN_PARTS = 64 * 32
 _MOST_UNROLLED = 400
+_FROM_SHARED = (9, 10)
+"""Major compute capabilities whose tensor cores read from shared memory. All others read from registers."""
+_MOST_KEPT = {1: 64, 2: 48}
+"""Numbers of matrices in a thread that leave registers for the rest, by the 16-bit words of a number."""
 
 
 def from_entry(entry: dict[str, Any]) -> Config:
@@ -259,10 +263,9 @@ def _flat(problem: Problem, chip: Chip) -> list[Config]:
     # Float32 is multiplied in parts, of which there are as many in shared memory, and more in registers than there are.
     in_parts = problem.dtype == torch.float32 and not problem.tf32
     for images in (16, 32, 64, 128):
-        few = pixels * images <= _MOST_IN_PARTS and (one_matrix or pixels <= 64)
-        if images > most or (in_parts and not few and not (one_matrix and chip.capability[0] == 9)):
+        warps = _flat_warps(problem, chip, pixels, images, in_parts)
+        if images > most or not warps:
             continue
-        warps = 4 if pixels * images <= (64 * 16 if in_parts else 64 * 128) else 8
         # Matrices of several branches are pipelined like images; of float32 they are too large for that.
         for stages in (1, 2) if one_matrix or bytes_each < 4 else (1,):
             matrices = (2 if in_parts else 1) * (1 if one_matrix else stages)
@@ -272,11 +275,29 @@ def _flat(problem: Problem, chip: Chip) -> list[Config]:
     return found
 
 
+def _flat_warps(problem: Problem, chip: Chip, pixels: int, images: int, in_parts: bool) -> int:
+    """Give the warps of such a program, 0 if it needs more registers than there are."""
+    one_matrix = problem.op == DEPTHWISE_SUM
+    if in_parts:
+        few = pixels * images <= _MOST_IN_PARTS and (one_matrix or pixels <= 64)
+        if not few and not (one_matrix and chip.capability[0] == 9):
+            return 0
+    if one_matrix or chip.capability[0] in _FROM_SHARED:
+        return 4 if pixels * images <= (64 * 16 if in_parts else 64 * 128) else 8
+    # Matrices of all branches, unless they are large, are kept in registers from one block of images to the next.
+    warps = 8 if pixels == 64 else 4
+    kept = 0 if pixels > 64 else len(problem.kernels) * pixels**2 // (32 * warps)
+    words = itemsize(problem.dtype) // 2
+    return warps if kept <= _MOST_KEPT[words] and words * pixels * images <= _MOST_IN_PARTS else 0
+
+
 def _planes(problem: Problem) -> list[Config]:
     if not small_contiguous(problem):
         return []
     pixels = power_of_two(max(16, problem.shape[2] * problem.shape[3]))
-    return [Planes(4, 1, max(1, total // pixels), min(pixels, total)) for total in (256, 512, 1024, 2048)]
+    # Loads of all taps are in flight at once, and of several planes their taps too: more of them spill, up to 10 KiB each.
+    totals = (256, 512, 1024) if pixels > 64 else (256, 512)
+    return [Planes(4, 1, max(1, total // pixels), min(pixels, total)) for total in totals]
 
 
 def _channels(problem: Problem) -> list[Config]:
