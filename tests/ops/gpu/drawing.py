@@ -140,6 +140,8 @@ def drawn(kind: Kind, dtype: torch.dtype, number: int, most: int) -> Drawn:
     rng = random.Random(f"{kind} {dtype} {number}")
     torch.manual_seed(rng.getrandbits(32))
     wide = rng.random() < 0.5
+    # Every row of every image is an access of its own, and only many are split among programs.
+    most *= 2 if kind.method is ChannelsGrad else 1
     while True:
         problem = _problem(rng, kind, dtype, wide)
         chip = Chip((9, 0), rng.choice(PROCESSORS), rng.choice(SHARED))
@@ -184,8 +186,8 @@ def _accesses(problem: Problem, config: Config) -> int:
 
 
 # Sums over images are split among programs only where there are many, and unevenly only where they are odd.
-BATCHES: dict[type[Config], tuple[int, ...]] = {ToeplitzGrad: (1, 3, 17, 42, 97), ChannelsGrad: (3, 7, 19)}
-MOST_PIXELS = {ToeplitzGrad: 9000}
+BATCHES: dict[type[Config], tuple[int, ...]] = {ToeplitzGrad: (1, 17, 97, 150), ChannelsGrad: (5, 9, 19)}
+MOST_PIXELS = {ToeplitzGrad: 15000}
 # Rows or columns of a kernel, and taps.
 MOST_TAPS = {Planes: (5, 50), Channels: (5, 50), ChannelsGrad: (3, 9)}
 
@@ -197,7 +199,7 @@ def _problem(rng: random.Random, kind: Kind, dtype: torch.dtype, wide: bool) -> 
     while True:
         batch, channels = rng.choice(BATCHES.get(kind.method, (1, 2, 3, 5, 17, 33))), rng.randint(1, 3)
         height, width = rng.randint(1, 9 if flat else 12), rng.randint(1, 9 if flat else 12)
-        if wide and not flat:
+        if wide and not flat and kind.method is not ChannelsGrad:
             # More columns than a block has; where rows are columns, more rows.
             height, width = (width, height + 16) if not kind.turned else (width + 16, height)
         rects = 1
