@@ -153,10 +153,9 @@ _MOST_GATHERED = 64
 _MOST_SQUARE = 64
 _MOST_IN_PARTS = 64 * 32
 _MOST_UNROLLED = 400
+# Major compute capabilities whose tensor cores read from shared memory. All others read from registers.
 _FROM_SHARED = (9, 10)
-"""Major compute capabilities whose tensor cores read from shared memory. All others read from registers."""
-_MOST_KEPT = {1: 64, 2: 48}
-"""Numbers of matrices in a thread that leave registers for the rest, by the 16-bit words of a number."""
+_MOST_KEPT = {1: 64, 2: 48}  # numbers of matrices in a thread, by their 16-bit words, that leave registers for the rest
 
 
 def from_entry(entry: dict[str, Any]) -> Config:
