@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -41,18 +42,23 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-def _interpreter_fails() -> bool:
-    """Whether Triton's interpreter fails here: that of 3.6, not of 3.9, makes numbers of arrays, as NumPy 2.4 forbids."""
+def _why_not_interpreted() -> str:
+    """Say why kernels cannot be interpreted, "" if they can.
+
+    The interpreter of Triton 3.6, not of 3.9, makes numbers of arrays, which NumPy 2.4 forbids.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
     import numpy
     import triton
 
     old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
-    return old and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4)
+    fails = old and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4)
+    return "Triton's interpreter does not work with this NumPy: pip install 'numpy<2.4'" if fails else ""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     interpreted = [item for item in items if item.get_closest_marker("interpreted")]
-    if interpreted and os.environ.get("TRITON_INTERPRET") == "1" and _interpreter_fails():
-        skip = pytest.mark.skip(reason="Triton's interpreter does not work with this NumPy: pip install 'numpy<2.4'")
+    if interpreted and os.environ.get("TRITON_INTERPRET") == "1" and (reason := _why_not_interpreted()):
         for item in interpreted:
-            item.add_marker(skip)
+            item.add_marker(pytest.mark.skip(reason=reason))

@@ -139,7 +139,8 @@ def middles(kernels: Sequence[Tensor]) -> list[Anchor]:
 
 def check_anchor(kernel: Sequence[int], anchor: Sequence[int]) -> None:
     """Raise unless `anchor` is one of the taps of a (kh, kw) kernel."""
-    whole = len(anchor) == 2 and all(hasattr(number, "__index__") for number in anchor)
+    # The compiler of PyTorch 2.11 cannot ask a number that is a symbol what it has.
+    whole = len(anchor) == 2 and all(isinstance(n, (int, torch.SymInt)) or hasattr(n, "__index__") for n in anchor)
     if not whole or not (0 <= anchor[0] < kernel[0] and 0 <= anchor[1] < kernel[1]):
         raise ArgumentError(
             f"anchor {tuple(anchor)} lies outside the {kernel[0]}x{kernel[1]} kernel: "

@@ -20,7 +20,7 @@ from tests.ops.fused import BRANCHES, SUM_OF_BRANCHES
 from widekernel import ops
 from widekernel.errors import ArgumentError
 from widekernel.ops import select
-from widekernel.ops.gpu import backend, cost, tables
+from widekernel.ops.gpu import backend, cost, launch, tables
 from widekernel.ops.gpu import plan as planning
 from widekernel.ops.gpu.configs import (
     KINDS,
@@ -73,6 +73,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, chip: Chip | None, name: str = "NVI
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: chip.capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
+    monkeypatch.setattr(launch, "obstacle", lambda: "")
 
 
 @pytest.fixture
@@ -208,6 +209,30 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_on_an_old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, Chip((7, 5), 40, 64 * 1024), "Tesla T4")
     assert refused(LARGE) == "it needs compute capability 8.0 or newer, and Tesla T4 has 7.5"
+
+
+def test_where_nothing_can_be_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    class WithoutCompiler:
+        @property
+        def active(self) -> None:
+            raise RuntimeError("Failed to find C compiler.")
+
+    asked = launch.obstacle
+    pretend(monkeypatch, CHIPS["sm_90"])
+    monkeypatch.setattr(launch, "obstacle", asked)
+    monkeypatch.setattr(launch.driver, "driver", WithoutCompiler())
+    launch.driver.obstacle.cache_clear()
+    try:
+        reason = refused(LARGE)
+        with pytest.raises(select.NoBackendError, match="Failed to find C compiler"):
+            select.select(LARGE, "triton")
+        assert select.select(LARGE).name == "portable"
+    finally:
+        launch.driver.obstacle.cache_clear()
+    assert reason == (
+        "Triton cannot build what launches kernels (RuntimeError: Failed to find C compiler.): it needs a C compiler, gcc "
+        "or clang or what the variable CC names, Python's header files, and the driver's libcuda.so.1"
+    )
 
 
 # ---- What it would do

@@ -136,7 +136,11 @@ def machine_obstacles(device: str) -> list[str]:
     if capability < OLDEST:
         wanted, has = (".".join(map(str, version)) for version in (OLDEST, capability))
         return [f"it needs compute capability {wanted} or newer, and {torch.cuda.get_device_name()} has {has}"]
-    return []
+    if is_interpreted():
+        return []
+    from widekernel.ops.gpu import launch
+
+    return [reason] if (reason := launch.obstacle()) else []
 
 
 def _is_direct(problem: Problem) -> bool:

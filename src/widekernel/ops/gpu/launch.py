@@ -36,7 +36,7 @@ from widekernel.ops.gpu.images import (
     resolved,
     with_channels_inside,
 )
-from widekernel.ops.gpu.kernels import direct, flat, toeplitz
+from widekernel.ops.gpu.kernels import direct, driver, flat, toeplitz
 from widekernel.ops.gpu.kernels.errors import OutOfResources
 from widekernel.ops.problem import Anchor, Problem, in_layout
 
@@ -44,6 +44,11 @@ Images = Sequence[Tensor]
 Epilogue = tuple[Tensor | None, Tensor | None, bool]
 PLAIN: Epilogue = (None, None, False)
 """Neither scale nor shift nor rectifier."""
+
+
+def obstacle() -> str:
+    """Say why nothing can be launched on the GPU of this machine, "" if something can."""
+    return driver.obstacle()
 
 
 class FirstThatFits:
