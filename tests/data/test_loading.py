@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import numpy as np
 import pytest
@@ -266,6 +267,44 @@ def test_workers_survive_signals_while_they_start(number):
         start_new_session=True,
     )
     assert (result.stdout, result.returncode) == ("signalled\n16\n", 0), result.stderr
+
+
+class SlowToArrive:
+    """Takes its time to be unpickled, and so do the workers that are sent it to start."""
+
+    def __getstate__(self):
+        return {"seconds": 2}
+
+    def __setstate__(self, state):
+        time.sleep(state["seconds"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="masks of POSIX")
+def test_spawned_workers_survive_signals_while_they_start():
+    result = run_script(
+        """
+        import multiprocessing
+        from tests.data.test_loading import SlowToArrive
+
+        multiprocessing.set_start_method("spawn")
+        loader.samples.slow = SlowToArrive()
+        signal.signal(signal.SIGTERM, lambda *_: None)
+
+        def disturb():
+            while True:
+                time.sleep(0.3)
+                os.killpg(0, signal.SIGTERM)
+
+        import threading
+        threading.Thread(target=disturb, daemon=True).start()
+        print(len(list(batches)), flush=True)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        del batches
+        """,
+        start_new_session=True,
+    )
+    assert (result.stdout, result.returncode) == ("16\n", 0), result.stderr
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import timm
@@ -183,11 +184,19 @@ def test_compiled(requires_grad: bool) -> None:
         (torch.randn(3, 1, 1), r"scale has shape \(3, 1, 1\): an input with 3 channels needs \(3,\)"),
         (torch.randn(3).double(), "scale has dtype torch.float64 but x has torch.float32"),
         (torch.randn(3, device="meta"), "scale is on meta but x is on cpu"),
+        (2.0, r"scale is 2\.0: it must be a tensor of a number for each channel"),
     ],
 )
-def test_wrong_scales(scale: Tensor, message: str) -> None:
+def test_wrong_scales(scale: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ops.depthwise_sum(torch.randn(1, 3, 4, 4), [torch.randn(3, 1, 3, 3)], scale=scale)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_wrong_rectifier(trained: bool) -> None:
+    kernel = torch.randn(3, 1, 3, 3, requires_grad=trained)
+    with pytest.raises(ValueError, match="relu is 'no': it must be True or False"):
+        ops.depthwise_sum(torch.randn(1, 3, 4, 4), [kernel], relu="no")  # type: ignore[arg-type]
 
 
 def block(act: nn.Module) -> nn.Module:
@@ -223,6 +232,27 @@ def test_another_activation_is_kept(act: nn.Module) -> None:
     x = torch.randn(2, whole.pw2.conv.out_channels, 8, 8, dtype=torch.float64)
     assert_close(widekernel.fold(whole)(x), whole(x))
     assert not torch.allclose(whole(x), block_with_relu(whole)(x))
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"])
+def test_an_activation_that_is_watched_is_called(register: str) -> None:
+    folded = widekernel.fold(block(nn.ReLU()))
+    seen = []
+    getattr(folded.act, register)(lambda *args: seen.append(args))
+    folded(torch.randn(1, folded.pw2.conv.out_channels, 8, 8, dtype=torch.float64, requires_grad=True)).sum().backward()
+    assert len(seen) == 1
+
+
+def test_a_layer_derived_from_ours_is_called_as_any_other() -> None:
+    class Doubled(FoldedLargeKernel):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    folded = widekernel.fold(block(nn.ReLU()))
+    x = torch.randn(1, folded.pw2.conv.out_channels, 8, 8, dtype=torch.float64)
+    plain = folded(x)
+    folded.large_kernel.__class__ = Doubled
+    assert not torch.allclose(folded(x), plain)
 
 
 def block_with_relu(whole: nn.Module) -> nn.Module:

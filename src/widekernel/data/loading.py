@@ -1,11 +1,13 @@
 """Batches whose content depends on (seed, epoch, position) alone, in any number of workers and on any rank."""
 
 import atexit
+import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import resource_tracker
 from multiprocessing.sharedctypes import RawValue
 from typing import Any, NamedTuple
 
@@ -202,11 +204,17 @@ _TO_THE_GROUP = (signal.SIGINT, signal.SIGTERM)
 
 
 class _SignalSafeLoader(DataLoader):
-    """A loader whose workers, while they start, have signals to the process group wait until they can ignore them."""
+    """A loader whose workers, while they start, have signals to the process group wait until they can ignore them.
+
+    Where workers are forked or spawned; those that a fork server forks start with the mask of that server.
+    """
 
     def __iter__(self) -> Any:
         if not self.num_workers or not hasattr(signal, "pthread_sigmask"):
             return super().__iter__()
+        if multiprocessing.get_context().get_start_method() == "spawn":
+            # What spawned processes need of it unblocks signals when it starts, so it must be there before.
+            resource_tracker.ensure_running()
         # A process inherits the mask of the thread that starts it.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _TO_THE_GROUP)
         try:

@@ -98,6 +98,12 @@ class LargeKernel(nn.Module):
         return ops.depthwise_sum(x, [rect.kernel for rect in rects], [rect.anchor for rect in rects])
 
 
+def is_plain_relu(act: nn.Module) -> bool:
+    """Whether `act` is a rectifier and nothing more: no kind of its own, and no hook that waits for its call."""
+    hooks = (act._forward_hooks, act._forward_pre_hooks, act._backward_hooks, act._backward_pre_hooks)
+    return type(act) is nn.ReLU and not any(hooks)
+
+
 class FoldedLargeKernel(nn.Module):
     """y = Σ_r depthwise(x, rect_r) + bias: one operator call, the fast form for inference.
 
@@ -115,7 +121,7 @@ class FoldedLargeKernel(nn.Module):
         self.bias = nn.Parameter(bias.detach().clone())
 
     def forward(self, x: Tensor, relu: bool = False) -> Tensor:
-        """(N, C, H, W) -> (N, C, H, W), if `relu` its positive part, which costs nothing here but a pass afterwards."""
+        """(N, C, H, W) -> (N, C, H, W), if `relu` its positive part, for which our kernels need no pass of its own."""
         return ops.depthwise_sum(x, list(self.kernels), self.anchors, self.bias, relu=relu)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, strict: bool, *rest: Any) -> None:

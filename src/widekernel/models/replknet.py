@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from widekernel.errors import ArgumentError
 from widekernel.layers import ConvNorm, FoldedLargeKernel, LargeKernel, Rectangles
+from widekernel.layers.large_kernel import is_plain_relu
 from widekernel.layers.norms import is_foldable
 from widekernel.models.base import (
     Parts,
@@ -87,7 +88,7 @@ class LargeKernelBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
         y = self.pw1(self.prelkb_bn(x))
-        if isinstance(self.large_kernel, FoldedLargeKernel) and type(self.act) is nn.ReLU:
+        if type(self.large_kernel) is FoldedLargeKernel and is_plain_relu(self.act):
             y = self.large_kernel(y, relu=True)
         else:
             y = self.act(self.large_kernel(y))

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from widekernel.errors import ArgumentError
 from widekernel.ops.problem import (
     Anchor,
     Problem,
@@ -61,7 +62,7 @@ def depthwise_sum(
 
     Pixels outside the image are zero. Differentiable in every tensor, to any order; under autocast the arguments are
     converted to the autocast type, as for a convolution. Where no gradient is asked for, our kernels apply scale, bias and
-    rectifier before they store, which saves a pass over the image.
+    rectifier before they store, which saves a pass over the image; otherwise the sum is rounded to the type of `x` first.
 
     Args:
         x: (N, C, H, W), contiguous or channels_last; the result has the same layout.
@@ -87,6 +88,8 @@ def depthwise_sum(
     check_sum(x, kernels, anchors, bias)
     if scale is not None:
         check_per_channel("scale", scale, x)
+    if not isinstance(relu, bool):
+        raise ArgumentError(f"relu is {relu!r}: it must be True or False")
     if not differentiated(x, bias, scale, *kernels):
         return depthwise_sum_op(x, kernels, flattened(anchors), bias, scale, relu, *how)
     if scale is None:

@@ -197,6 +197,8 @@ def check_weight_grad(x: Tensor, grad: Tensor, kernel: Sequence[int], anchor: Se
 
 def check_per_channel(name: str, values: Tensor, x: Tensor) -> None:
     """Raise unless `values` has a number for every channel of `x`."""
+    if not isinstance(values, Tensor):
+        raise ArgumentError(f"{name} is {values!r}: it must be a tensor of a number for each channel")
     channels = x.shape[1]
     if values.shape != (channels,):
         raise ArgumentError(f"{name} has shape {tuple(values.shape)}: an input with {channels} channels needs ({channels},)")

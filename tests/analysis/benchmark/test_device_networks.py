@@ -66,11 +66,13 @@ def test_the_comparison_is_made_in_strict_float32(on_cpu, monkeypatch: pytest.Mo
     assert seen == [("highest", False, {2})] * 2 and torch.get_float32_matmul_precision() == before
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("mode", ["infer", "train"])
-def test_no_times_of_a_network_that_computes_wrongly(mode: str, on_cpu, spoil) -> None:
+def test_no_times_of_a_network_that_computes_wrongly(mode: str, compiled: bool, on_cpu, spoil) -> None:
     spoil(lambda problem: problem.op == ("depthwise_sum" if mode == "infer" else "depthwise_weight_grad"))
     course = Course(10)
-    (row,) = measured(on_cpu, modes=[mode], course=course)
+    (row,) = measured(on_cpu, modes=[mode], course=course, compiled=compiled)
+    assert len(course.wrong) == 1
     assert row.rival == "all" and math.isnan(row.ms) and row.calls == 0 and "it: ours N" in row.remark
     assert course.wrong[0].startswith(f"it, {mode}, bfloat16, 3 images: the ")
 

@@ -119,8 +119,9 @@ class Drawn:
         prepared, anchors = PreparedSum(problem, self.config, self.chip), problem.anchors
         alone = [exact(x, [kernel], [anchor]) for x, kernel, anchor in zip(images * len(kernels), kernels, anchors)]
         if problem.op == DEPTHWISE_SUM:
-            bias = torch.randn(channels).to(problem.dtype)
-            got, want = [prepared(images[0], kernels, anchors, bias)], [sum(alone) + bias.double().view(-1, 1, 1)]
+            bias, scale = (torch.randn(channels).to(problem.dtype) for _ in range(2))
+            got = [prepared(images[0], kernels, anchors, bias, scale, True)]
+            want = [reference.epilogue(sum(alone), scale.double(), bias.double(), True)]  # type: ignore[arg-type]
         elif problem.op == DEPTHWISE_BRANCHES:
             got, want = prepared.branches(images[0], kernels, anchors), alone
         else:

@@ -100,12 +100,15 @@ def measure_networks(
         course: says when time is over, and takes notes of what has no times.
         advance: is told what comes next, and the number of networks that are done.
     """
+    failed: set[tuple[object, ...]] = set()
     for compiled in (False, True) if plan.compiled else (False,):
         for name, build in plan.networks.items():
             # Not before there is time for it.
             model = cache(partial(_built, build, accelerator.device))
             for precision, batch, mode in product(plan.precisions, plan.batches, plan.modes):
                 what = f"{name}, {batch} images{', compiled' if compiled else ''}"
+                if (name, precision, batch, mode) in failed:
+                    continue
                 if not course.has_time():
                     course.leave_out(precision.name, what, mode)
                     continue
@@ -113,6 +116,8 @@ def measure_networks(
                 network, usual = model()
                 trial = _Trial(name, mode, precision, replace(plan, compiled=compiled), accelerator, course)
                 yield from trial.rows(network, batch, plan.size or usual)
+                if trial.failed:
+                    failed.add((name, precision, batch, mode))
                 if compiled:
                     # What has been compiled is of no further use, and takes memory and places among the few forms kept.
                     torch.compiler.reset()
@@ -132,6 +137,7 @@ class _Trial:
     ) -> None:
         self.name, self.mode, self.precision, self.plan = name, mode, precision, plan
         self.device, self.stopwatch, self.course = accelerator.device, accelerator.stopwatch, course
+        self.failed = False
         self.failures: dict[str, str] = {}
         self.timings: dict[str, Timing] = {}
         self.shares: dict[str, float] = {}
@@ -162,6 +168,7 @@ class _Trial:
             self.course.lose_device(failure)
         else:
             self._recover()
+        self.failed = True
         self.timings.clear()
         all_of_them = Rival(_ALL, "", False, model, model, torch.empty(batch, 0, size, size, device="meta"))
         self.failures[all_of_them.name] = failure
