@@ -158,11 +158,14 @@ def test_number_of_kernels(op: str) -> None:
 @pytest.mark.usefixtures("h200")
 def test_the_direct_algorithm() -> None:
     assert "'direct' excludes" in refused(replace(LARGE, algorithm=DIRECT))
-    assert "'direct' excludes" in refused(problem((3, 3), op=WEIGHT_GRAD, algorithm=DIRECT))
+    assert "'direct' excludes" in refused(problem((3, 31), op=WEIGHT_GRAD, algorithm=DIRECT))
     for channels_last, kernel in [(False, (5, 5)), (True, (9, 9))]:
         of = problem(kernel, algorithm=DIRECT, channels_last=channels_last)
         assert backend.reasons_against(of) == []
         assert backend.describe(of).startswith("direct")
+        of = replace(of, op=WEIGHT_GRAD)
+        assert backend.reasons_against(of) == []
+        assert backend.describe(of).startswith("direct weight gradient")
 
 
 @pytest.mark.usefixtures("h200")

@@ -17,6 +17,7 @@ from tests.ops.gpu.helpers import DEVICE, DTYPES, assert_exact, draw
 from tests.ops.test_registration import AMBIGUOUS, flat
 from widekernel import ops
 from widekernel.layers import LargeKernel, Rectangles
+from widekernel.ops import reference
 from widekernel.ops.gpu import backend as gpu
 from widekernel.ops.problem import Problem, memory_format
 
@@ -251,6 +252,25 @@ def test_the_direct_algorithm_is_for_small_kernels(layout: torch.memory_format) 
         ops.depthwise_sum(x, [wide], backend="triton", algorithm="direct")
     with pytest.raises(ops.NoBackendError, match=f"{WEIGHT_GRAD} of .*algorithm 'direct' excludes"):
         ops.depthwise_weight_grad(x, x, (3, 31), backend="triton", algorithm="direct")
+
+
+@BOTH_LAYOUTS
+def test_direct_gradients_of_small_kernels(layout: torch.memory_format) -> None:
+    """One infinite pixel in a corner reaches the taps that see it, the others are right."""
+    x, kernel, _ = (t.detach() for t in arguments(SMALL, torch.float32, layout))
+    grad = torch.randn_like(x)
+    x[0, 0, 0, 0] = float("inf")
+    kernel.requires_grad_()
+    with ops.trace() as trace:
+        y = ops.depthwise_sum(x, [kernel], backend="triton", algorithm="direct")
+        (got,) = torch.autograd.grad(y, [kernel], grad)
+    assert ran(trace) == [SUM, WEIGHT_GRAD]
+    of = x.double().cpu(), grad.double().cpu(), tuple(kernel.shape[2:]), (kernel.shape[2] // 2, kernel.shape[3] // 2)
+    want = reference.depthwise_weight_grad(*of)
+    finite = want.isfinite()
+    assert 0 < (~finite).sum() < finite[0].numel()
+    assert torch.equal(got.cpu().isfinite(), finite)
+    assert_exact(got.cpu()[finite], want[finite])
 
 
 # ---- Layouts

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from widekernel.ops.gpu.configs import OLDEST, Chip, Config, small_channels_last, small_contiguous
+from widekernel.ops.gpu.configs import OLDEST, Chip, Config, small, small_channels_last, small_contiguous
 from widekernel.ops.gpu.images import INTERPRETER, is_interpreted
 from widekernel.ops.gpu.plan import INTERPRETED, Plan, plan, ranked
 from widekernel.ops.problem import (
@@ -145,6 +145,8 @@ def machine_obstacles(device: str) -> list[str]:
 
 def _is_direct(problem: Problem) -> bool:
     """Whether the problem can be computed by a kernel that sums over the pixels under the rectangle and no others."""
+    if problem.op == DEPTHWISE_WEIGHT_GRAD:
+        return small(problem)
     return problem.op == DEPTHWISE_SUM and (small_channels_last(problem) or small_contiguous(problem))
 
 

@@ -188,7 +188,7 @@ def itemsize(dtype: torch.dtype) -> int:
 def candidates(problem: Problem, chip: Chip) -> list[Config]:
     """List the configurations with which the problem can run on such a GPU, in no order."""
     if problem.op == DEPTHWISE_WEIGHT_GRAD:
-        if small_channels_last(problem):
+        if small_channels_last(problem) or problem.algorithm == DIRECT:
             return _channels_grads(problem)
         return _toeplitz_grads(problem, chip) + _flat_grads(problem, chip)
     if small_channels_last(problem):
@@ -200,7 +200,12 @@ def candidates(problem: Problem, chip: Chip) -> list[Config]:
 
 def small_channels_last(problem: Problem) -> bool:
     """Whether the images stay channels_last: kernels for which a change of layout takes longer than what it saves."""
-    return problem.channels_last and all(max(size) <= LARGEST_DIRECT for size in problem.kernels)
+    return problem.channels_last and small(problem)
+
+
+def small(problem: Problem) -> bool:
+    """Whether multiply-adds on channels_last images are for kernels of these sizes."""
+    return all(max(size) <= LARGEST_DIRECT for size in problem.kernels)
 
 
 def small_contiguous(problem: Problem) -> bool:
