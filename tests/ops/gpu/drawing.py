@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tests.ops.gpu.helpers import assert_exact, exact
 from widekernel.ops import reference
+from widekernel.ops.gpu.candidates import candidates, small_channels_last
 from widekernel.ops.gpu.configs import (
     Channels,
     ChannelsGrad,
@@ -25,8 +26,6 @@ from widekernel.ops.gpu.configs import (
     Planes,
     Toeplitz,
     ToeplitzGrad,
-    candidates,
-    small_channels_last,
     turned,
 )
 from widekernel.ops.gpu.launch import PreparedSum, PreparedWeightGrad

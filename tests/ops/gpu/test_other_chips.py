@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from tests.ops.gpu.compiling import OTHERS, Compiled, Job, compile_all
-from widekernel.ops.gpu.configs import Channels, ChannelsGrad, Config, Flat, Planes, candidates
+from widekernel.ops.gpu.candidates import candidates
+from widekernel.ops.gpu.configs import Channels, ChannelsGrad, Config, Flat, Planes
 from widekernel.ops.gpu.plan import ranked
 from widekernel.ops.problem import (
     DEPTHWISE_BRANCHES,

@@ -11,7 +11,8 @@ from torch import Tensor
 from tests.ops.gpu.helpers import DEVICE, assert_exact
 from widekernel.ops import reference
 from widekernel.ops.gpu import backend
-from widekernel.ops.gpu.configs import Channels, ChannelsGrad, Chip, Config, Flat, FlatGrad, ToeplitzGrad, candidates
+from widekernel.ops.gpu.candidates import candidates
+from widekernel.ops.gpu.configs import Channels, ChannelsGrad, Chip, Config, Flat, FlatGrad, ToeplitzGrad
 from widekernel.ops.gpu.launch import PreparedWeightGrad
 from widekernel.ops.problem import DEPTHWISE_BRANCHES, DEPTHWISE_SUM, DEPTHWISE_SUM_OF_BRANCHES, Problem
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from widekernel.ops.gpu.configs import OLDEST, Chip, Config, small, small_channels_last, small_contiguous
+from widekernel.ops.gpu.candidates import small, small_channels_last, small_contiguous
+from widekernel.ops.gpu.configs import OLDEST, Chip, Config
 from widekernel.ops.gpu.images import INTERPRETER, is_interpreted
 from widekernel.ops.gpu.plan import INTERPRETED, Plan, plan, ranked
 from widekernel.ops.problem import (

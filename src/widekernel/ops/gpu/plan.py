@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from widekernel.ops.gpu.configs import Chip, Config, candidates, power_of_two
+from widekernel.ops.gpu.candidates import candidates
+from widekernel.ops.gpu.configs import Chip, Config, power_of_two
 from widekernel.ops.gpu.cost import cycles
 from widekernel.ops.gpu.tables import config_of, entry_of
 from widekernel.ops.problem import DEPTHWISE_SUM, DEPTHWISE_WEIGHT_GRAD, Problem

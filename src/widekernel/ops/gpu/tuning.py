@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from widekernel.ops.gpu.configs import Chip, Config, candidates
+from widekernel.ops.gpu.candidates import candidates
+from widekernel.ops.gpu.configs import Chip, Config
 from widekernel.ops.gpu.cost import cycles
 from widekernel.ops.gpu.plan import SLOWER, plan, ranked
 from widekernel.ops.gpu.rivals import Call, Numbers, compared, exact, in_place, our_call, poison, pytorchs_calls
