@@ -168,6 +168,8 @@ def _channels(problem: Problem) -> list[Config]:
 
 def _toeplitz_grads(problem: Problem, chip: Chip) -> list[Config]:
     found: list[Config] = []
+    # Numbers that are split in two for products of TF32 take registers, of which Triton 3.6 else has too few.
+    most = 128 * 64 if problem.dtype == torch.float32 and not problem.tf32 else _ACCUMULATORS
     for rows_in_m, each in ((0, problem), (1, turned(problem))):
         (kh, kw), width = each.kernels[0], each.shape[3]
         if rows_in_m and kw <= 2 * kh:
@@ -178,6 +180,8 @@ def _toeplitz_grads(problem: Problem, chip: Chip) -> list[Config]:
                 for outputs in (16, 32, 64):
                     rows = kernel_rows * inputs
                     if inputs > 2 * whole or outputs > whole or not 16 <= rows <= 256 or kernel_rows > power_of_two(kh):
+                        continue
+                    if rows * outputs > most:
                         continue
                     for depth in (32, 64):
                         stages = 3
