@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_LONGEST_IN_SHORT = 200
+
 
 class WidekernelError(Exception):
     """Base class: the command line prints these without a traceback."""
@@ -24,6 +26,13 @@ class CheckpointError(WidekernelError, ValueError):
 
 class ShapeError(WidekernelError, ValueError):
     """A tensor or an image of a shape that the layer or network cannot take."""
+
+
+def in_short(error: BaseException) -> str:
+    """Give the kind and the first line of an error, for a table."""
+    line = next(iter(str(error).strip().splitlines()), "")
+    text = f"{type(error).__name__}: {line}" if line else type(error).__name__
+    return text if len(text) <= _LONGEST_IN_SHORT else f"{text[: _LONGEST_IN_SHORT - 1]}…"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

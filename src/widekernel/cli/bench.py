@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jsonargparse
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from widekernel.cli.console import progress_console, results
-from widekernel.cli.parsing import new_parser, parse
+from widekernel.cli.console import for_tables, progress, progress_console, results
+from widekernel.cli.parsing import listed, new_parser, parse
 from widekernel.data.config import require
 from widekernel.data.errors import ConfigError
 from widekernel.errors import nearest
@@ -42,10 +40,6 @@ _WORDS = {"case", "N×C×H×W, kernel", "pass", "layout", "backend", "algorithm"
 _WORDS |= {"dtype", "floor is", "remark"}
 """Headers of columns that are not numbers."""
 _DTYPES = "which of bfloat16,tf32,float16,float32 to compute in"
-_WIDE = 400
-"""Columns of a table that goes to a file or a pipe, where nothing has to fit."""
-
-Advance = Callable[[str, int], None]
 
 
 def run(arguments: list[str]) -> int:
@@ -78,7 +72,7 @@ def _bench_ops(arguments: list[str]) -> int:
     from widekernel.analysis.benchmark.plots import draw
     from widekernel.ops.problem import check_algorithm
 
-    passes = [dict(zip(_PASSES, PASSES))[name] for name in _listed("passes", values["passes"], _PASSES)]
+    passes = [dict(zip(_PASSES, PASSES))[name] for name in listed("passes", values["passes"], _PASSES)]
     _require_backend(values["backend"])
     check_algorithm(values["algorithm"] or "")
     if accelerator is not None:
@@ -87,7 +81,7 @@ def _bench_ops(arguments: list[str]) -> int:
     remarks += engines.absences()
     _say(remarks)
     rows: list = []
-    with using_threads(values["threads"]), _progress(len(cases)) as advance:
+    with using_threads(values["threads"]), progress(len(cases)) as advance:
         advance("checking the operator", 0)
         check_operator(values["backend"], values["algorithm"])
         machine = measure_machine()
@@ -140,7 +134,7 @@ def _on_device(
 
     course = Course(values["minutes"])
     rows: list = []
-    with using_threads(values["threads"]), accelerator.current(), _progress(steps) as advance:
+    with using_threads(values["threads"]), accelerator.current(), progress(steps) as advance:
         advance("measuring the device", 0)
         gpu = limits.measure_gpu(accelerator)
         rows += tables.write_each(measure(accelerator, gpu, course, advance), files.get("csv"))
@@ -156,7 +150,7 @@ def _bench_models(arguments: list[str]) -> int:
     from widekernel.analysis.benchmark.named import built, check_names
     from widekernel.analysis.benchmark.networks import MODES, measure_network
 
-    modes = _listed("modes", values["modes"], MODES)
+    modes = listed("modes", values["modes"], MODES)
     if accelerator is not None:
         return _models_on_device(values, modes, batches, files, accelerator, _command("models", arguments))
     require(bool(values["names"]), "names", values["names"], "at least one model: on the CPU there are no default ones")
@@ -164,7 +158,7 @@ def _bench_models(arguments: list[str]) -> int:
     batch = batches[0] if batches else _CPU_IMAGES
     check_names(values["names"])
     rows: list = []
-    with using_threads(values["threads"]), _progress(len(values["names"])) as advance:
+    with using_threads(values["threads"]), progress(len(values["names"])) as advance:
         advance("checking the operator", 0)
         check_operator()
         machine = measure_machine()
@@ -303,15 +297,6 @@ def _numbers(option: str, text: str | None) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _listed(option: str, text: str, known: Sequence[str]) -> list[str]:
-    """Read names separated by commas, in the order of `known`."""
-    names = [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in known:
-            raise ConfigError(f"{option} has {name!r}.{nearest(name, known)} It takes {', '.join(known)}, with commas.")
-    return [name for name in known if name in names]
-
-
 def _cases(values: dict[str, Any], usual: str, batch: int | None) -> tuple[list[Case], list[str]]:
     from widekernel.analysis.benchmark import choose, parse_case
 
@@ -338,18 +323,6 @@ def _require_backend(name: str | None) -> None:
         raise ConfigError(f"backend is {name!r}, which does not exist.{nearest(name, known)} Backends: {', '.join(known)}.")
 
 
-@contextmanager
-def _progress(total: int) -> Iterator[Advance]:
-    columns = TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=progress_console(), transient=True) as progress:
-        task = progress.add_task("", total=total)
-
-        def advance(what: str, steps: int) -> None:
-            progress.update(task, advance=steps, description=what)
-
-        yield advance
-
-
 class _Page(NamedTuple):
     """What surrounds the rows of a table: title, columns, facts about the machine, how to read it, the command."""
 
@@ -363,9 +336,7 @@ class _Page(NamedTuple):
         """Print the table with the facts below it, then `remarks`, and write the page if a file is asked for."""
         from widekernel.analysis.benchmark import tables
 
-        console = results()
-        if not console.is_terminal:
-            console.width = _WIDE
+        console = for_tables()
         table = Table(title=self.title, caption="\n".join(self.facts), caption_justify="left")
         for header, _ in self.columns:
             table.add_column(header, justify="left" if header in _WORDS else "right")

@@ -1,5 +1,7 @@
 """The console: progress on standard error, results on standard output."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
@@ -20,6 +22,11 @@ from widekernel.training.progress import Reporter
 WIDE = 120
 """From this width of the terminal on, progress bars are long and show the times taken and left."""
 
+_NO_SCREEN = 400
+
+Advance = Callable[[str, int], None]
+"""Takes what is done now, and by how many steps to move on."""
+
 
 def results() -> Console:
     """Where results go."""
@@ -29,6 +36,27 @@ def results() -> Console:
 def progress_console() -> Console:
     """Where progress and messages go, so that results can be piped."""
     return Console(stderr=True, highlight=False)
+
+
+def for_tables() -> Console:
+    """Where tables go: results, with room for every column in a file or a pipe, where nothing has to fit."""
+    console = results()
+    if not console.is_terminal:
+        console.width = _NO_SCREEN
+    return console
+
+
+@contextmanager
+def progress(total: int) -> Iterator[Advance]:
+    """Show a bar on standard error; give what sets its text and moves it on."""
+    columns = TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=progress_console(), transient=True) as bar:
+        task = bar.add_task("", total=total)
+
+        def advance(what: str, steps: int) -> None:
+            bar.update(task, advance=steps, description=what)
+
+        yield advance
 
 
 class ConsoleReporter(Reporter):

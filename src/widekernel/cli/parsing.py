@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -109,6 +110,15 @@ def typed(args: dict[str, Any]) -> dict[str, Any]:
                 value = {"True": True, "False": False, "None": None}.get(value, value)
         values[key] = value
     return values
+
+
+def listed(option: str, text: str, known: Sequence[str]) -> list[str]:
+    """Read names separated by commas, in the order of `known`."""
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"{option} has {name!r}.{nearest(name, known)} It takes {', '.join(known)}, with commas.")
+    return [name for name in known if name in names]
 
 
 def _check_names(parser: jsonargparse.ArgumentParser, arguments: list[str]) -> None:

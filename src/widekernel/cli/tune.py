@@ -6,20 +6,21 @@ import math
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jsonargparse
 
 from widekernel.cli import tune_session
-from widekernel.cli.console import results
-from widekernel.cli.parsing import new_parser, parse
-from widekernel.cli.tune_session import Session, print_table, progress, say
+from widekernel.cli.console import progress, results
+from widekernel.cli.parsing import listed, new_parser, parse
+from widekernel.cli.tune_problems import MODES, Runs, problems_of_case, problems_of_network
+from widekernel.cli.tune_session import Session, print_table, say
 from widekernel.data.config import require
 from widekernel.data.errors import ConfigError
-from widekernel.errors import WidekernelError, nearest
+from widekernel.errors import WidekernelError
 from widekernel.ops.gpu import tables
+from widekernel.ops.problem import LAYOUTS
 
 if TYPE_CHECKING:
     from widekernel.ops.gpu.tuning import Rig
@@ -34,7 +35,6 @@ _DESCRIPTION = (
     f"that {tables.VARIABLE} names (0: no table)."
 )
 _BATCH, _MINUTES, _SECONDS, _CANDIDATES = 64, 10.0, 0.1, 12
-_MODES, _LAYOUTS = ("train", "infer"), ("NCHW", "NHWC")
 _ALONE = ("show", "forget")
 
 
@@ -103,19 +103,10 @@ def _check(values: dict[str, Any]) -> None:
     else:
         require(bool(values["names"]), "names", values["names"], "at least one model, or --shape and --kernel a case")
     values["batch"] = values["batch"] or _BATCH
-    values["modes"] = _listed("modes", values["modes"] or ",".join(_MODES), _MODES)
-    values["layouts"] = _listed("layouts", values["layouts"], _LAYOUTS)
+    values["modes"] = listed("modes", values["modes"] or ",".join(MODES), MODES)
+    values["layouts"] = listed("layouts", values["layouts"], list(LAYOUTS))
     values["dtypes"] = parse_precisions(values["dtypes"])
     check_names(values["names"])
-
-
-def _listed(option: str, text: str, known: Sequence[str]) -> list[str]:
-    """Read names separated by commas, in the order of `known`."""
-    names = [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in known:
-            raise ConfigError(f"{option} has {name!r}.{nearest(name, known)} It takes {', '.join(known)}, with commas.")
-    return [name for name in known if name in names]
 
 
 def _target(values: dict[str, Any]) -> Path:
@@ -149,7 +140,6 @@ def _problems(values: dict[str, Any], rig: Rig) -> list[Problem]:
     """Give what is to be tuned, the longest first."""
     from widekernel.analysis.benchmark import parse_case
     from widekernel.analysis.benchmark.named import built
-    from widekernel.cli.tune_problems import Runs, problems_of_case, problems_of_network
     from widekernel.ops.gpu import backend
     from widekernel.ops.gpu.tuning import by_weight
 

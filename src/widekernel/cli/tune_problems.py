@@ -14,14 +14,13 @@ from torch import Tensor, nn
 
 from widekernel import ops
 from widekernel.ops.gpu import backend as gpu
-from widekernel.ops.problem import DEPTHWISE_SUM, DEPTHWISE_WEIGHT_GRAD, Anchor, Problem, memory_format, mirror
+from widekernel.ops.problem import DEPTHWISE_SUM, DEPTHWISE_WEIGHT_GRAD, LAYOUTS, Anchor, Problem, memory_format, mirror
 
 if TYPE_CHECKING:
     from widekernel.analysis.benchmark import Case
     from widekernel.analysis.benchmark.precision import Precision
 
 TRAIN, INFER = MODES = ("train", "infer")
-LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 _FEW = 2
 """Images that a network is run on; batch norm cannot do with one."""
 

@@ -10,11 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from widekernel.cli.console import progress_console, results
+from widekernel.cli.console import for_tables, progress, results
 from widekernel.data.config import require
 from widekernel.data.errors import ConfigError
 from widekernel.errors import WidekernelError
@@ -28,9 +27,6 @@ if TYPE_CHECKING:
     from widekernel.analysis.benchmark.timing import Stopwatch
     from widekernel.ops.gpu.tuning import Rig, Trial, Tuning
     from widekernel.ops.problem import Problem
-
-_WIDE = 400
-"""Columns of a table that goes to a file or a pipe, where nothing has to fit."""
 
 
 def rig_on(device: str, seconds: float) -> Rig:
@@ -209,9 +205,7 @@ def _us(seconds: float) -> str:
 
 def print_table(title: str, headers: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print a table on standard output."""
-    console = results()
-    if not console.is_terminal:
-        console.width = _WIDE
+    console = for_tables()
     table = Table(title=title)
     for header in headers:
         table.add_column(header, justify="right" if "µs" in header or header in ("error", "times faster") else "left")
@@ -224,16 +218,3 @@ def say(lines: Iterable[str]) -> None:
     """Print lines on standard output."""
     for line in lines:
         results().print(line, markup=False, soft_wrap=True)
-
-
-@contextmanager
-def progress(total: int) -> Iterator[Callable[[str, int], None]]:
-    """Show a bar on standard error; give what sets its text and moves it on."""
-    columns = TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=progress_console(), transient=True) as bar:
-        task = bar.add_task("", total=total)
-
-        def advance(what: str, steps: int) -> None:
-            bar.update(task, advance=steps, description=what)
-
-        yield advance

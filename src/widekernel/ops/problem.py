@@ -20,6 +20,8 @@ DEPTHWISE_SUM_OF_BRANCHES = "depthwise_sum_of_branches"
 # NaN reach no further than the kernel does.
 DIRECT = "direct"
 ALGORITHMS = (DIRECT,)
+LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
+"""How images are stored, by the names that tables and options have for it."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -48,6 +49,14 @@ def depthwise_weight_grad(x: Tensor, grad: Tensor, kernel: tuple[int, int], anch
         taps = [(grad * shifted(x, u - anchor[0], v - anchor[1])).sum((0, 2, 3)) for v in range(kernel[1])]
         rows.append(torch.stack(taps, -1))
     return torch.stack(rows, -2).unsqueeze(1)
+
+
+def relative_error(got: Tensor, exact: Tensor) -> float:
+    """Give the largest error as a share of the largest exact number; infinity if shapes differ."""
+    if got.shape != exact.shape:
+        return math.inf
+    scale = exact.abs().max().item()
+    return ((got - exact).abs().max() / (scale or 1.0)).item()
 
 
 def shifted(x: Tensor, down: int, right: int) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from widekernel import ops
 from widekernel.analysis.benchmark.errors import BenchmarkError
 from widekernel.ops.problem import Anchor, mirror
+from widekernel.ops.reference import relative_error
 
 OPERATOR_TOLERANCE = 1e-5
 RIVALS_TOLERANCE = 1e-4
@@ -84,7 +85,7 @@ def check_agreement(outputs: Mapping[str, Tensor], yardstick: str, what: str, to
     """
     largest = 0.0
     for name, output in outputs.items():
-        error = difference(output, outputs[yardstick])
+        error = relative_error(output, outputs[yardstick])
         # Written so that NaN is an error as well.
         if not error <= tolerance:
             raise BenchmarkError(
@@ -94,14 +95,6 @@ def check_agreement(outputs: Mapping[str, Tensor], yardstick: str, what: str, to
             )
         largest = max(largest, error)
     return largest
-
-
-def difference(output: Tensor, wanted: Tensor) -> float:
-    """Give the largest difference of two tensors relative to the largest number of `wanted`; infinity if shapes differ."""
-    if output.shape != wanted.shape:
-        return float("inf")
-    scale = wanted.abs().max().item()
-    return ((output - wanted).abs().max() / (scale or 1.0)).item()
 
 
 class _Problem(NamedTuple):
@@ -139,7 +132,7 @@ class _Problem(NamedTuple):
 
 
 def _compare(got: Tensor, wanted: Tensor, backend: str, what: str) -> None:
-    error = difference(got.double(), wanted)
+    error = relative_error(got.double(), wanted)
     if not error <= OPERATOR_TOLERANCE:
         raise BenchmarkError(
             f"{backend} computes {what} wrongly: it differs from the definition by {error:.2g} of the largest number, more "

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from widekernel.analysis.benchmark.agreement import NOISE_FACTOR, check_rivals
-from widekernel.analysis.benchmark.checking import difference
 from widekernel.analysis.benchmark.course import Course
 from widekernel.analysis.benchmark.devices import Accelerator
 from widekernel.analysis.benchmark.errors import BenchmarkError, DeviceLostError
@@ -29,7 +28,9 @@ from widekernel.analysis.benchmark.rivals import (
     with_visible_blocks,
 )
 from widekernel.analysis.benchmark.shares import depthwise_share
-from widekernel.analysis.benchmark.timing import Timing, first_calls, in_short, interleave
+from widekernel.analysis.benchmark.timing import Timing, first_calls, interleave
+from widekernel.errors import in_short
+from widekernel.ops.reference import relative_error
 
 PATIENCE = 2.0, 10.0
 """Seconds of one call beyond which there is one more, and none."""
@@ -219,10 +220,10 @@ class _Trial:
         if not pairs:
             return
         layouts = [self._output(rival) for rival in plain.values() if rival.rival == PYTORCH]
-        noise = difference(*layouts) if len(layouts) == 2 else 0.0
+        noise = relative_error(*layouts) if len(layouts) == 2 else 0.0
         allowed = max(COMPILED_TOLERANCE[self.precision.name], NOISE_FACTOR * noise)
         for rival, twin in pairs:
-            error = math.nan if twin is None else difference(self._output(rival), self._output(twin))
+            error = math.nan if twin is None else relative_error(self._output(rival), self._output(twin))
             # Written so that NaN is an error as well.
             if not error <= allowed:
                 why = f"its output is off by {error:.2g} of what it is without compiling, more than {allowed:.2g}"

@@ -18,13 +18,12 @@ from torch import Tensor
 
 from widekernel import ops
 from widekernel.analysis.benchmark.cases import PASSES, WEIGHT_GRAD, Case
-from widekernel.analysis.benchmark.checking import Asked, check_agreement, difference
+from widekernel.analysis.benchmark.checking import Asked, check_agreement
 from widekernel.analysis.benchmark.course import Course
 from widekernel.analysis.benchmark.devices import Accelerator
 from widekernel.analysis.benchmark.errors import BenchmarkError, DeviceLostError
 from widekernel.analysis.benchmark.gpu import Gpu
 from widekernel.analysis.benchmark.operators import (
-    LAYOUTS,
     Call,
     Limits,
     Row,
@@ -34,7 +33,10 @@ from widekernel.analysis.benchmark.operators import (
     row_fields,
 )
 from widekernel.analysis.benchmark.precision import Precision, in_force
-from widekernel.analysis.benchmark.timing import Stopwatch, Timing, first_calls, in_short, interleave
+from widekernel.analysis.benchmark.timing import Stopwatch, Timing, first_calls, interleave
+from widekernel.errors import in_short
+from widekernel.ops.problem import LAYOUTS
+from widekernel.ops.reference import relative_error
 
 PATIENCE = 0.1, 0.2
 """Seconds of one call beyond which there is one more, and none: a gradient of PyTorch's can take longer than all else."""
@@ -249,7 +251,7 @@ class _Trial:
                 got = ours(self.direction, image, gradient, kernel, self.plan.asked)()
             else:
                 got = outputs[name][chosen]
-            self.reference_errors[name] = difference(got.double(), wanted)
+            self.reference_errors[name] = relative_error(got.double(), wanted)
             self._refuse(name, self.reference_errors[name], self.precision.tolerance, outputs)
 
     def _check_rivals(self, numbers: _Numbers, outputs: dict[str, Tensor]) -> None:
@@ -263,7 +265,7 @@ class _Trial:
             self.error = check_agreement(floats, yardstick, self.direction, allowed)
         except BenchmarkError:
             wanted = pytorchs(self.direction, *(tensor.double() for tensor in numbers))()
-            errors = {name: difference(output.double(), wanted) for name, output in floats.items()}
+            errors = {name: relative_error(output.double(), wanted) for name, output in floats.items()}
             for name, error in errors.items():
                 self._refuse(name, error, allowed, outputs)
             self.error = max((errors[name] for name in outputs), default=math.nan)

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import torch
 
 from widekernel.analysis.benchmark.errors import DeviceLostError
-from widekernel.analysis.benchmark.timing import Stopwatch, in_short
-from widekernel.errors import ArgumentError
+from widekernel.analysis.benchmark.timing import Stopwatch
+from widekernel.errors import ArgumentError, in_short
 
 HEAD_START = 2.5e-4
 """Seconds that the device is kept busy before a timed call, while the host launches the kernels of that call."""

@@ -17,9 +17,8 @@ from widekernel.analysis.benchmark.cases import FORWARD, INPUT_GRAD, PASSES, Cas
 from widekernel.analysis.benchmark.checking import Asked, check_agreement
 from widekernel.analysis.benchmark.machine import Machine, copy_bandwidth
 from widekernel.analysis.benchmark.timing import Timing, first_calls, interleave
-from widekernel.ops.problem import mirror
+from widekernel.ops.problem import LAYOUTS, mirror
 
-LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 Call = Callable[[], Tensor]
 _SMALLEST_COPY, _COPY_SECONDS = 2**16, 0.03  # numbers; below, a copy is the call of an operator and little else
 

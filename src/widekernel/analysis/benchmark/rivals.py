@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from widekernel.analysis.benchmark.operators import LAYOUTS
 from widekernel.analysis.benchmark.plain import on_pytorch, ours_in
+from widekernel.ops.problem import LAYOUTS
 from widekernel.transforms.acceleration import accelerate
 from widekernel.transforms.fold import Foldable, fold
 

@@ -16,13 +16,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from widekernel.errors import in_short
+
 PATIENCE = 1.0, 10.0
 """Seconds of one call beyond which a rival is slow, and very slow."""
 QUICK = 0.1
 """Below this many seconds a first call says little about the next ones, and a second one is made before planning."""
 FEWEST, MOST = 5, 300
 """Calls of a rival that is not slow."""
-_LONGEST_MESSAGE = 200
 
 Clock = Callable[[], float]
 
@@ -183,10 +184,3 @@ def _seconds(call: Callable[[], Any], stopwatch: Stopwatch) -> float:
         call()  # what it returns is freed at once, within the time: some rivals have more of it to free than others
 
     return stopwatch.time(run)[1]
-
-
-def in_short(error: BaseException) -> str:
-    """Give the kind and the first line of an error, for a table."""
-    line = next(iter(str(error).strip().splitlines()), "")
-    text = f"{type(error).__name__}: {line}" if line else type(error).__name__
-    return text if len(text) <= _LONGEST_MESSAGE else f"{text[: _LONGEST_MESSAGE - 1]}…"

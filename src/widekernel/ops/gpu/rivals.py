@@ -16,10 +16,9 @@ from widekernel.ops.problem import (
     DEPTHWISE_SUM,
     DEPTHWISE_SUM_OF_BRANCHES,
     DEPTHWISE_WEIGHT_GRAD,
+    LAYOUTS,
     Problem,
 )
-
-_LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 
 Call = Callable[[], Any]
 
@@ -45,7 +44,7 @@ class Numbers(NamedTuple):
         def draw(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, device=device).to(problem.dtype)
 
-        layout = _LAYOUTS["NHWC" if problem.channels_last else "NCHW"]
+        layout = LAYOUTS["NHWC" if problem.channels_last else "NCHW"]
         images = len(problem.kernels) if problem.op == DEPTHWISE_SUM_OF_BRANCHES else 1
         xs = [draw(*problem.shape).contiguous(memory_format=layout) for _ in range(images)]
         kernels = [draw(problem.shape[1], 1, *size) for size in problem.kernels]
@@ -101,7 +100,7 @@ def pytorchs_calls(problem: Problem, numbers: Numbers) -> dict[str, Call]:
     ways: dict[str, Call] = {}
     if problem.op == DEPTHWISE_WEIGHT_GRAD:
         ways[in_place(problem)] = _portable(problem, numbers)
-    for name, layout in _LAYOUTS.items():
+    for name, layout in LAYOUTS.items():
         stored = numbers.in_layout(layout)
         if problem.op != DEPTHWISE_WEIGHT_GRAD:
             ways[f"PyTorch {name}"] = _portable(problem, stored)

@@ -1,6 +1,6 @@
 """Which configuration is fastest for a problem: candidates are checked against float64, timed in turns, the best one kept.
 
-How calls are timed is handed in, as are the device and what tells right from wrong; nothing here reads a clock.
+How calls are timed is handed in, as is the device; nothing here reads a clock.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from importlib import metadata
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from widekernel.errors import in_short
 from widekernel.ops.gpu.candidates import candidates
 from widekernel.ops.gpu.configs import Chip, Config
 from widekernel.ops.gpu.cost import cycles
@@ -22,19 +22,11 @@ from widekernel.ops.gpu.plan import SLOWER, plan, ranked
 from widekernel.ops.gpu.rivals import Call, Numbers, compared, exact, in_place, our_call, poison, pytorchs_calls
 from widekernel.ops.gpu.tables import Entry, config_of, key_of
 from widekernel.ops.problem import Problem
+from widekernel.ops.reference import relative_error
 
 TOLERANCE = {torch.float32: 8e-6, torch.float16: 4e-3, torch.bfloat16: 1.6e-2}
 """Largest error allowed, as a share of the largest exact number."""
 TF32_TOLERANCE = 2e-3
-_LONGEST_MESSAGE = 200
-
-
-def difference(got: Tensor, exact: Tensor) -> float:
-    """Give the largest error as a share of the largest exact number; infinity if shapes differ."""
-    if got.shape != exact.shape:
-        return math.inf
-    scale = exact.abs().max().item()
-    return (got.double() - exact).abs().max().item() / (scale or 1.0)
 
 
 def _as_they_are(problem: Problem) -> AbstractContextManager[Any]:
@@ -56,7 +48,6 @@ class Rig:
         measure: gives the seconds of each of several calls; it warms them up and makes them in turns.
         recover: frees what a failed call has left behind, and raises if no further call can work.
         conditions: makes the context with the settings of PyTorch under which a problem is computed; it restores them.
-        difference: of a result from the exact one in float64, compared with the tolerance.
     """
 
     device: torch.device
@@ -65,7 +56,6 @@ class Rig:
     measure: Callable[[Mapping[str, Call]], Mapping[str, float]]
     recover: Callable[[], None] = _nothing
     conditions: Callable[[Problem], AbstractContextManager[Any]] = _as_they_are
-    difference: Callable[[Tensor, Tensor], float] = difference
 
 
 @dataclass
@@ -191,7 +181,7 @@ class Tuning:
                 call = our_call(self.problem, trial.config, self.rig.chip, few)
                 poison(self.problem, self.rig.device)
                 outputs = compared(self.problem, call())
-                trial.error = max((self.rig.difference(y, e) for y, e in zip(outputs, wanted)), key=_or_infinity)
+                trial.error = max((relative_error(y, e) for y, e in zip(outputs, wanted)), key=_or_infinity)
 
             self._attempt(trial, compare)
             # Written so that NaN is an error as well.
@@ -208,7 +198,7 @@ class Tuning:
             call()
             return
         except Exception as error:
-            what.failure = _in_short(error)
+            what.failure = in_short(error)
         # Outside of the handler: while the error lives, so do the tensors of the frames that it came through.
         self.rig.recover()
 
@@ -266,10 +256,3 @@ def _fastest(trials: Iterable[Trial]) -> Trial | None:
 
 def _microseconds(seconds: float) -> float | None:
     return round(1e6 * seconds, 3) if math.isfinite(seconds) else None
-
-
-def _in_short(error: BaseException) -> str:
-    """Give the kind and the first line of an error."""
-    line = next(iter(str(error).strip().splitlines()), "")
-    text = f"{type(error).__name__}: {line}" if line else type(error).__name__
-    return text if len(text) <= _LONGEST_MESSAGE else f"{text[: _LONGEST_MESSAGE - 1]}…"
