@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from pathlib import Path
 
@@ -13,6 +12,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
+
+from tests import interpreting
+from tests.suites import SuiteReport
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -42,23 +44,12 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-def _why_not_interpreted() -> str:
-    """Say why kernels cannot be interpreted, "" if they can.
-
-    The interpreter of Triton 3.6, not of 3.9, makes numbers of arrays, which NumPy 2.4 forbids.
-    """
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    import numpy
-    import triton
-
-    old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
-    fails = old and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4)
-    return "Triton's interpreter does not work with this NumPy: pip install 'numpy<2.4'" if fails else ""
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(SuiteReport(config))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     interpreted = [item for item in items if item.get_closest_marker("interpreted")]
-    if interpreted and os.environ.get("TRITON_INTERPRET") == "1" and (reason := _why_not_interpreted()):
+    if interpreted and os.environ.get("TRITON_INTERPRET") == "1" and (reason := interpreting.why_not()):
         for item in interpreted:
             item.add_marker(pytest.mark.skip(reason=reason))

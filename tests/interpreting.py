@@ -1,0 +1,46 @@
+"""Triton's interpreter, made to work with the installed NumPy."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from typing import Any
+
+import torch
+
+
+def let_scalars_be_integers() -> None:
+    """Let the interpreter of Triton 3.6 and 3.7 take a loop bound from an array of one element.
+
+    They call ``int`` on arrays of shape ``(1,)``, which NumPy 2.4 and newer refuse; later versions squeeze the array first, as here.
+    Nothing changes on other versions.
+    """
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+    if getattr(patch, "squeezes", False):
+        return
+
+    @functools.wraps(patch)
+    def patched(tensor: Any, scope: Any) -> Any:
+        given = patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+        return given
+
+    patched.squeezes = True  # type: ignore[attr-defined]
+    interpreter._patch_lang_tensor = patched
+
+
+def why_not() -> str:
+    """Say why kernels cannot be interpreted here, "" if they can. A kernel with a loop is run to find out."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    let_scalars_be_integers()
+    from tests.interpreted_sample import counted
+
+    out = torch.zeros(1, dtype=torch.int32)
+    try:
+        counted[(1,)](out, 3)
+    except Exception as error:  # whatever it is, it is the reason
+        return f"Triton's interpreter does not work here: {error}"
+    return "" if int(out) == 3 else f"Triton's interpreter counts to {int(out)} instead of 3"

@@ -1,0 +1,136 @@
+"""What a run of the tests says at its end: which suites ran, which did not, and why. With CI set, one that ought to have run fails it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+from _pytest.mark.expression import Expression
+
+from widekernel.ops.cpu import library
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Tests that stand or fall with something that a machine may lack.
+
+    Args:
+        name: what the summary calls it
+        marker: the marker of its tests, or ""
+        folder: the folder or file of its tests, or ""
+        ought_to_run: whether this machine has, or should have, what it needs
+        how: the command that runs it, where it is left out by default
+    """
+
+    name: str
+    marker: str = ""
+    folder: str = ""
+    ought_to_run: Callable[[], bool] = lambda: False
+    how: str = ""
+
+    def holds(self, report: pytest.TestReport) -> bool:
+        """Whether a test belongs to the suite."""
+        return self.marker in report.keywords if self.marker else report.nodeid.startswith(self.folder)
+
+
+def _has_triton() -> bool:
+    return sys.platform == "linux"  # PyTorch brings it there
+
+
+def _has_native() -> bool:
+    return library.load().wanted  # a machine without a compiler has none, and is to say so
+
+
+def _has_references() -> bool:
+    from tests.conftest import shared_folder
+
+    return shared_folder() is not None
+
+
+SUITES = (
+    Suite("GPU kernels", marker="interpreted", ought_to_run=_has_triton),
+    Suite("native CPU kernels", folder="tests/ops/cpu/test_native.py", ought_to_run=_has_native),
+    Suite("reference numbers", folder="tests/parity/", ought_to_run=_has_references),
+    Suite("slow", marker="slow", how="make test-all"),
+    Suite("full-size models", marker="full", how="make test-all"),
+    Suite("several processes", marker="dist", how="make test-all"),
+    Suite("other libraries", marker="clients", how="make test-clients"),
+    Suite("compiled GPU kernels", marker="gpu", how="make test-gpu, on a machine with an NVIDIA GPU"),
+)
+
+
+@dataclass
+class Tally:
+    """How the tests of one suite ended, and why some were skipped."""
+
+    ended: Counter = field(default_factory=Counter)
+    reasons: Counter = field(default_factory=Counter)
+
+    @property
+    def ran(self) -> bool:
+        return self.ended["passed"] + self.ended["failed"] > 0
+
+
+class SuiteReport:
+    """A plugin that counts tests by suite, prints the counts, and fails a run in CI that left a suite out."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.tallies: dict[str, Tally] = defaultdict(Tally)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when != "call" and report.passed:
+            return
+        for suite in SUITES:
+            if suite.holds(report):
+                tally = self.tallies[suite.name]
+                tally.ended[report.outcome] += 1
+                if report.skipped and isinstance(report.longrepr, tuple):
+                    tally.reasons[report.longrepr[2].removeprefix("Skipped: ")] += 1
+
+    def selected(self, suite: Suite) -> bool:
+        """Whether the marker expression of this run lets tests of the suite through."""
+        expression = self.config.option.markexpr
+        return not expression or Expression.compile(expression).evaluate(lambda name, **_: name == suite.marker)
+
+    def missing(self) -> list[Suite]:
+        """List the suites that ought to have run and did not; in a run of some files only, those that were skipped."""
+        everything = (
+            self.config.args_source == pytest.Config.ArgsSource.TESTPATHS
+            and not self.config.option.keyword
+            and not self.config.option.collectonly
+        )
+        wanted = [suite for suite in SUITES if self.selected(suite) and suite.ought_to_run()]
+        return [
+            suite
+            for suite in wanted
+            if not self.tallies[suite.name].ran and (everything or self.tallies[suite.name].ended["skipped"])
+        ]
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        controls = not hasattr(self.config, "workerinput")
+        if controls and os.environ.get("CI") and self.missing() and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        terminalreporter.section("suites")
+        for suite in SUITES:
+            terminalreporter.line(f"{suite.name + ':':22}{self._line(suite)}")
+        for suite in self.missing():
+            verdict = "which fails this run, because CI is set" if os.environ.get("CI") else "with CI set that fails the run"
+            terminalreporter.line(f"The suite {suite.name!r} ought to run here and did not, {verdict}.", red=True)
+
+    def _line(self, suite: Suite) -> str:
+        tally = self.tallies[suite.name]
+        if not tally.ended:
+            why = "has no tests among those chosen" if self.selected(suite) else "left out by the marker expression"
+            return f"did not run: {why}{': ' + suite.how if suite.how else ''}"
+        counts = ", ".join(f"{number:,} {outcome}" for outcome, number in sorted(tally.ended.items()))
+        reasons = "; ".join(f"{reason} ({number:,})" for reason, number in tally.reasons.most_common(3))
+        return ("" if tally.ran else "did not run: ") + counts + (f": {reasons}" if reasons else "")
+
