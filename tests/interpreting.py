@@ -12,8 +12,8 @@ import torch
 def let_scalars_be_integers() -> None:
     """Let the interpreter of Triton 3.6 and 3.7 take a loop bound from an array of one element.
 
-    They call ``int`` on arrays of shape ``(1,)``, which NumPy 2.4 and newer refuse; later versions squeeze the array first, as here.
-    Nothing changes on other versions.
+    They call ``int`` on arrays of shape ``(1,)``, which NumPy 2.4 and newer refuse. Later versions squeeze the array first.
+    On them nothing changes.
     """
     from triton.runtime import interpreter
 

@@ -1,4 +1,4 @@
-"""What a run of the tests says at its end: which suites ran, which did not, and why. With CI set, one that ought to have run fails it."""
+"""Which suites ran, which did not, and why, at the end of every run; with CI set, one that ought to have run fails it."""
 
 from __future__ import annotations
 
@@ -133,4 +133,3 @@ class SuiteReport:
         counts = ", ".join(f"{number:,} {outcome}" for outcome, number in sorted(tally.ended.items()))
         reasons = "; ".join(f"{reason} ({number:,})" for reason, number in tally.reasons.most_common(3))
         return ("" if tally.ran else "did not run: ") + counts + (f": {reasons}" if reasons else "")
-

@@ -161,9 +161,7 @@ def test_a_wrong_fold_is_not_saved(finished, tmp_path, capsys, monkeypatch):
 def test_finished_run_is_reported_not_repeated(finished, images, tmp_path, capsys):
     config = write_config(tmp_path, images)
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
-    started = time.perf_counter()
     assert main(["train", "--config", str(config), "--output", str(finished), "--data.workers", "1"]) == 0
-    assert time.perf_counter() - started < 5
     assert "already finished" in capsys.readouterr().out
     changed = [path.name for path in before if path.is_file() and path.stat().st_mtime_ns != before[path]]
     assert not changed

@@ -1,7 +1,6 @@
 """The demo, shortened for the fast tests and whole for the slow ones."""
 
 import re
-import time
 
 import pytest
 import torch
@@ -43,11 +42,9 @@ def test_demo(short, tmp_path, capsys):
     assert {path.name for path in folder.iterdir()} >= {"dense.safetensors", "folded.safetensors", "demo.png"}
     with Image.open(folder / "demo.png") as picture:
         assert min(picture.size) > 800
-    started = time.perf_counter()
     assert main(["demo", "--output", str(folder)]) == 0
-    assert time.perf_counter() - started < 30
     second = capsys.readouterr().out
-    assert "finished already" in second
+    assert "finished already" in second and "epoch" in first and "epoch" not in second
     assert accuracies(second) == accuracies(first)
 
 
