@@ -18,15 +18,19 @@ import torch
 from tests.ops.cpu.compiling import NATIVE, compiled
 from widekernel.ops.cpu import library
 
-# Tasks that write down which thread ran them, and as how many-th.
+# Tasks that write down which thread ran them, and as how many-th. Those that are to meet wait until that number of threads
+# have begun one, however slowly a busy machine starts them.
 PROBE = """
 #include "threads.hpp"
 #include <atomic>
 #include <unistd.h>
 
-struct Log { int64_t *thread, *order; std::atomic<int64_t> clock{0}; int32_t microseconds, inner; };
+struct Log { int64_t *thread, *order; int64_t run; int32_t meeting, inner; std::atomic<int64_t> clock{0}, arrived{0}; };
 
 static int64_t myself() { static thread_local char mark; return reinterpret_cast<int64_t>(&mark); }
+
+static std::atomic<int64_t> runs{0};
+static thread_local int64_t met = 0;
 
 static void count(void *counter, int64_t) { ++*static_cast<std::atomic<int64_t> *>(counter); }
 
@@ -34,7 +38,11 @@ static void task(void *context, int64_t task) {
     Log &log = *static_cast<Log *>(context);
     log.thread[task] = myself();
     log.order[task] = log.clock++;
-    if (log.microseconds) usleep(log.microseconds);
+    if (met != log.run) {
+        met = log.run;
+        ++log.arrived;
+    }
+    for (int wait = 0; log.arrived < log.meeting && wait < 300000; ++wait) usleep(100);
     if (log.inner) {
         std::atomic<int64_t> done{0};
         wk::parallel(4, log.inner, count, &done);
@@ -44,8 +52,8 @@ static void task(void *context, int64_t task) {
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT void probe(int32_t threads, int64_t tasks, int64_t *thread, int64_t *order, int32_t microseconds, int32_t inner) {
-    Log log{thread, order, {0}, microseconds, inner};
+EXPORT void probe(int32_t threads, int64_t tasks, int64_t *thread, int64_t *order, int32_t meeting, int32_t inner) {
+    Log log{thread, order, ++runs, meeting, inner};
     wk::parallel(threads, tasks, task, &log);
 }
 
@@ -72,10 +80,10 @@ class Probe:
         self.calls.probe.restype = None
         self.bound = bool(self.calls.wk_bind_openmp(os.fsencode(library.openmp_runtime() or ""))) if bound else False
 
-    def run(self, threads: int, tasks: int, microseconds: int = 0, inner: int = 0) -> np.ndarray:
-        """Give each task's thread and number, (tasks, 2)."""
+    def run(self, threads: int, tasks: int, meeting: int = 0, inner: int = 0) -> np.ndarray:
+        """Return each task's thread and number, (tasks, 2); no task ends before `meeting` threads have begun one."""
         thread, order = (np.full(tasks, -7, np.int64) for _ in range(2))
-        self.calls.probe(threads, tasks, thread, order, microseconds, inner)
+        self.calls.probe(threads, tasks, thread, order, meeting, inner)
         return np.stack([thread, order], axis=1)
 
 
@@ -138,15 +146,15 @@ def test_what_cannot_be_bound(fresh: Callable[..., Probe], tmp_path: Path) -> No
 
 
 def test_tasks_are_shared(probe: Probe) -> None:
-    log = probe.run(3, 30, microseconds=2000)
+    log = probe.run(3, 30, meeting=3)
     check(log, 3)
     assert threads_of(log) == 3
 
 
 @pytest.mark.parametrize("threads", [2, 4])
 def test_no_task_waits_for_a_busy_thread(probe: Probe, threads: int) -> None:
-    """As many slow tasks as threads: each runs one."""
-    log = probe.run(threads, threads, microseconds=50_000)
+    """As many tasks as threads, none of which ends before all have begun: each runs one."""
+    log = probe.run(threads, threads, meeting=threads)
     check(log, threads)
     assert threads_of(log) == threads
 
@@ -189,16 +197,16 @@ def test_the_pool_is_that_of_pytorch(probe: Probe, two_threads: None) -> None:
     use_pytorch_threads()
     before = thread_ids()
     for tasks in (2, 3, 50):
-        assert threads_of(probe.run(2, tasks, microseconds=5000)) == 2
+        assert threads_of(probe.run(2, tasks, meeting=2)) == 2
         use_pytorch_threads()
     assert thread_ids() == before
 
 
 @linux
 def test_fewer_tasks_than_threads_keep_the_pool(probe: Probe) -> None:
-    probe.run(6, 100, microseconds=200)
+    probe.run(6, 100, meeting=6)
     before = thread_ids()
-    probe.run(6, 2, microseconds=200)
+    probe.run(6, 2, meeting=2)
     assert thread_ids() == before
 
 
@@ -214,7 +222,7 @@ def in_child(method: str, target: Callable, *arguments: object) -> None:
 
 def work(probe: Probe, threads: int, times: int = 20) -> None:
     for _ in range(times):
-        log = probe.run(threads, 12, microseconds=1000)
+        log = probe.run(threads, 12, meeting=threads)
         check(log, threads)
         assert threads_of(log) == threads
 
