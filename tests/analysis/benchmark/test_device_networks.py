@@ -22,7 +22,8 @@ from widekernel.data.errors import ConfigError
 
 
 def replknet() -> tuple[nn.Module, int]:
-    return timm.create_model("replknet_nano"), 32
+    # Of smaller images the last norm would see one value an image, and its gradients would be what rounding leaves.
+    return timm.create_model("replknet_nano"), 64
 
 
 def convnext() -> tuple[nn.Module, int]:
@@ -43,7 +44,7 @@ def test_rows_in_bfloat16(on_cpu) -> None:
     assert [(r.batch, r.mode, r.rival, r.layout) for r in rows] == [(3, *form) for form in forms]
     for row in rows:
         best = min(r.ms for r in rows if r.mode == row.mode and r.rival.startswith("PyTorch"))
-        assert row.dtype == "bfloat16" and row.size == 32 and row.calls == 1 and not row.remark
+        assert row.dtype == "bfloat16" and row.size == 64 and row.calls == 1 and not row.remark
         assert row.times_best == pytest.approx(best / row.ms) and row.images_per_second == pytest.approx(
             1e3 * row.batch / row.ms
         )

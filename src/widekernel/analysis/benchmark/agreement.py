@@ -24,13 +24,18 @@ TOLERANCE = 1e-3
 GRADIENT_TOLERANCE = 1e-2
 """Norm of the difference of gradients allowed, relative to the norm of that parameter's gradient."""
 NOISE_FACTOR = 4.0
-"""How much further than PyTorch's two layouts from each other a gradient may be, where those differ by more than that.
+"""How many times as far as rounding moves PyTorch's own gradient one may be off, where that is more than the tolerance.
 
-Batch norm over a few images makes a deep network that has not been trained magnify the rounding of its first layers.
+Batch norm over a few values makes a deep network that has not been trained magnify the rounding of its first layers. By how
+much is seen twice: between PyTorch's two layouts, and between images and the same images with their last digits changed.
 """
+LAST_DIGITS = 1e-6
+"""How much the images are changed for that, relative to each number: the rounding error of a sum of a thousand of them."""
 # A parameter whose gradient is smaller than this, relative to the largest one, has none in theory (a bias before a batch
 # norm), and in practice what rounding leaves.
 _NO_GRADIENT = 1e-4
+# With so much allowed a wrong gradient would pass.
+_MEANS_NOTHING = 0.5
 
 YARDSTICK = f"{PYTORCH} NHWC"
 
@@ -47,10 +52,12 @@ def check_rivals(name: str, rivals: Sequence[Rival], mode: str, target: Tensor) 
         if rival.rival not in (PYTORCH, PYTORCH_FOLDED) and not rival.compiled:
             _check_layers(name, rival)
         if mode == TRAIN:
-            got = _gradients(name, rival, target)
-            wanted = wanted or [gradient.clone() for gradient in got]
-            if rival.rival == PYTORCH and not rival.compiled and rival.name != YARDSTICK and not noise:
-                noise = [_difference(*pair) for pair in zip(got, wanted)]
+            got = _gradients(name, rival, target, rival.images)
+            if not wanted:
+                wanted = [gradient.clone() for gradient in got]
+                noise = _moved(wanted, _gradients(name, rival, target, _with_other_last_digits(rival.images)), noise)
+            elif rival.rival == PYTORCH and not rival.compiled:
+                noise = _moved(wanted, got, noise)
             _check_gradients(name, rival, got, wanted, noise)
         else:
             with torch.inference_mode():
@@ -89,10 +96,23 @@ def _outputs(network: nn.Module, names: Sequence[str], images: Tensor) -> dict[s
     return outputs
 
 
-def _gradients(name: str, rival: Rival, target: Tensor) -> list[Tensor]:
+def _with_other_last_digits(images: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    factors = 1 + LAST_DIGITS * torch.randn(images.shape, generator=generator)
+    return images.clone().mul_(factors.to(images))
+
+
+def _moved(wanted: Sequence[Tensor], got: Sequence[Tensor], noise: Sequence[float]) -> list[float]:
+    """Return by how much gradients differ where that is more than the noise seen before, else that noise."""
+    seen = [_difference(*pair) for pair in zip(got, wanted)]
+    return [max(pair) for pair in zip(seen, noise)] if noise else seen
+
+
+def _gradients(name: str, rival: Rival, target: Tensor, images: Tensor) -> list[Tensor]:
+    rival.network.zero_grad()
     torch.manual_seed(0)
     try:
-        F.cross_entropy(rival.forward(rival.images), target).backward()
+        F.cross_entropy(rival.forward(images), target).backward()
     except (RuntimeError, ValueError) as error:
         shape = tuple(rival.images.shape)
         raise BenchmarkError(
@@ -112,14 +132,22 @@ def _check_gradients(
 ) -> None:
     largest = max((gradient.norm().item() for gradient in wanted), default=0.0)
     same = [g.shape for g in got] == [w.shape for w in wanted]
+    compared = steady = 0
     for i, (ours, theirs) in enumerate(zip(got, wanted) if same else ()):
+        if theirs.norm().item() <= _NO_GRADIENT * largest:
+            continue
         allowed = max(GRADIENT_TOLERANCE, NOISE_FACTOR * noise[i]) if noise else GRADIENT_TOLERANCE
+        compared, steady = compared + 1, steady + (allowed < _MEANS_NOTHING)
         # Written so that NaN counts as different.
-        if theirs.norm().item() > _NO_GRADIENT * largest and not _difference(ours, theirs) <= allowed:
-            same = False
+        same &= _difference(ours, theirs) <= allowed
+    if same and 2 * steady < compared:
+        raise BenchmarkError(
+            f"the gradients of {name} cannot be compared: rounding alone changes {compared - steady} of {compared} by more "
+            f"than {_MEANS_NOTHING / NOISE_FACTOR:.0%} of their norms. Give a larger batch or larger images, or time inference."
+        )
     if not same or largest != largest:
         raise BenchmarkError(
             f"the gradients of {name}: {rival.name} and {YARDSTICK} differ by more than {GRADIENT_TOLERANCE:g} of the norm "
-            f"of one of them, and by more than {NOISE_FACTOR:g} times what PyTorch's layouts differ by. Nothing is "
+            f"of one of them, and by more than {NOISE_FACTOR:g} times what rounding changes in PyTorch's. Nothing is "
             "reported: find out which of the two is wrong, or time inference only."
         )
