@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from tests.sparsity.nets import controlled, quick, small_net, train_step
+from tests.sparsity.nets import quick, small_net, train_step
 from widekernel.errors import ArgumentError
 from widekernel.sparsity import (
     DynamicSparsity,
@@ -188,11 +188,3 @@ def test_an_optimizer_without_hooks_is_an_error() -> None:
     model = small_net()
     with pytest.raises(ArgumentError, match="Lookahead calls no hooks"):
         DynamicSparsity(model, Lookahead(torch.optim.SGD(model.parameters(), 0.1)), quick())
-
-
-def test_a_closure_is_an_error_before_anything_moves() -> None:
-    model, optimizer, _ = controlled(quick(), "sgd")
-    before = model.fc.weight.clone()
-    with pytest.raises(ArgumentError, match="closure"):
-        optimizer.step(lambda: 0.0)
-    assert torch.equal(model.fc.weight, before)

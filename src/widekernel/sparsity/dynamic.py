@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -13,25 +13,40 @@ from torch.optim import Optimizer
 from widekernel.errors import ArgumentError
 from widekernel.sparsity import exact, published
 from widekernel.sparsity.allocation import check_finite
+from widekernel.sparsity.averages import Averages
 from widekernel.sparsity.blocks import groups_of
 from widekernel.sparsity.config import DynamicSparsityConfig
+from widekernel.sparsity.gradients import Gradients
+from widekernel.sparsity.kept import Kept
+from widekernel.sparsity.optimizers import (
+    check_trained,
+    clear_moments,
+    closure_of,
+    inner_optimizer,
+    keeps_zeros,
+    overflowed,
+    with_closure,
+)
 from widekernel.sparsity.processes import check_equal
 from widekernel.sparsity.saving import restore_state, state_of
-from widekernel.sparsity.selection import Choice, check_optimizer, masked_parameters, unwrap
-from widekernel.sparsity.setting_up import averaged_weights, choices_for, snip_scores
+from widekernel.sparsity.selection import Choice, check_whole, masked_parameters, unwrap
+from widekernel.sparsity.setting_up import choices_for, snip_scores
 from widekernel.sparsity.state import Churn, MaskState
-
-# With these a weight whose gradient, moments and value are zero stays zero: no need to mask it after each step.
-_KEEP_ZEROS = {getattr(torch.optim, name) for name in ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "Adagrad")}
+from widekernel.sparsity.watch import Watch
 
 
 class DynamicSparsity:
     """Keeps a network sparse while it is trained, and moves its masks (SET, RigL, SNFS; SLaK, section 3.2).
 
     The weights stay plain parameters, with the keys that they have, and are exactly zero outside the masks. Create it after
-    the optimizer; from then on the optimizer's steps do everything. Under mixed precision steps that the gradient scaler
-    skips are not counted, with accumulated gradients a step is a step of the optimizer, and under data parallelism every
-    process finds the same masks by itself, which a digest of 8 bytes checks at every update.
+    the optimizer; from then on the optimizer's steps do everything, with a closure or without. Under mixed precision steps
+    that the gradient scaler skips are not counted, with accumulated gradients a step is a step of the optimizer, and under
+    data parallelism every process finds the same masks by itself, which a digest of 8 bytes checks at every update.
+
+    A run is continued by loading network, optimizer, averages and this in any order, before or after making this: what its
+    first masks removed is kept until the first step and given back if the masks that are loaded let it live. Weights that
+    something else has written outside the masks, parameters that were replaced, and steps that this did not see are errors
+    at the next step or `state_dict()`.
 
     Two things the hooks cannot do. Where gradients are clipped, call `mask_gradients()` once before, so that their norm is
     that of the live weights. And `state_dict()` belongs into the checkpoint beside those of model and optimizer.
@@ -41,7 +56,7 @@ class DynamicSparsity:
 
     Args:
         model: the network, wrapped or not.
-        optimizer: of the network's parameters.
+        optimizer: of the network's parameters; or what Accelerate, Lightning or Fabric have wrapped around it.
         config: the settings.
         batch: inputs and targets to score weights with (`init="snip"`), used on a copy of the network in training mode.
         loss: of the network's outputs and the targets of `batch`.
@@ -50,7 +65,9 @@ class DynamicSparsity:
         masks: start from these (parameter name -> bool), and mask only these parameters.
 
     Attributes:
-        masks: parameter name -> bool tensor of its shape, True where weights live; changed in place.
+        optimizer: the optimizer itself, out of its wrappers.
+        masks: parameter name -> bool tensor of its shape, True where weights live; changed in place, unless the network
+            moves to another device.
         choices: for every parameter of the network whether it is masked, and if not, why.
         step: optimizer steps done.
         updates: updates of the masks done.
@@ -59,14 +76,14 @@ class DynamicSparsity:
         moved: weights that grew at the last update, by parameter name.
 
     Raises:
-        ArgumentError: nothing can be masked; the optimizer is not the network's; a parameter is shared; the masks belong to
-            another network.
+        ArgumentError: nothing can be masked; the optimizer is not the network's; a parameter is shared, or spread over
+            processes; the masks belong to another network.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Any,
         config: DynamicSparsityConfig | None = None,
         *,
         batch: tuple[Tensor, Tensor] | None = None,
@@ -76,20 +93,26 @@ class DynamicSparsity:
     ) -> None:
         self.config = config or DynamicSparsityConfig()
         self.config.check_timed()
-        self.optimizer = optimizer
         self._model = unwrap(model)
+        check_whole(self._model)
+        self.optimizer, self._trusted = inner_optimizer(optimizer)
         self.choices = choices_for(self._model, self.config, masks)
         parameters = masked_parameters(self._model, self.choices)
-        check_optimizer(optimizer, parameters)
-        self._averages = [averaged_weights(network, parameters) for network in averages]
-        _check_alone(optimizer, set(parameters))
+        check_trained(self.optimizer, parameters)
         self._state = MaskState(self.config, parameters, groups_of(self._model, parameters, self.config))
+        self._all_choices = self.choices
+        self._averages = Averages(averages, self._state)
+        _check_alone(self.optimizer, set(parameters))
+        self._watch = Watch(self._model, self._state)
         self._rule = exact if self.config.rule == "exact" else published
         self.step = self.updates = self.skipped = 0
         self.churn: list[Churn] = []
         self.moved: dict[str, int] = {}
-        self._dense: dict[str, Tensor] | None = None
-        self._momentum: dict[str, Tensor] = {}
+        self._gradients = Gradients(self._state)
+        self._kept: Kept | None = None  # until the next step
+        self._zeros: dict[str, int] | None = None  # live weights that were zero when the state was saved that was loaded
+        self._chosen = masks is None and self.config.init != "from_weights"  # masks that nobody has seen yet
+        self._settled = self._running = False
         self._pending = masks is None and self.config.init in ("snip", "snip_mask")
         if masks is not None:
             self._take(masks)
@@ -99,8 +122,9 @@ class DynamicSparsity:
         elif batch is not None:
             self._initialise(snip_scores(self._model, parameters, batch, loss))
         self._hooks = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
+            self.optimizer.register_step_pre_hook(self._before_step),
+            self.optimizer.register_step_post_hook(self._after_step),
+            self.optimizer.register_load_state_dict_post_hook(self._unsettle),
         ]
 
     # -- what others see -------------------------------------------------------------------------------------------------
@@ -124,21 +148,49 @@ class DynamicSparsity:
             hook.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """Give masks (bit-packed), counters and what else an exact resumption needs, as tensors and plain containers."""
+        """Give masks (bit-packed), counters and what else an exact resumption needs, as tensors and plain containers.
+
+        Raises:
+            ArgumentError: the masks do not hold, because something other than the optimizer's steps has changed the weights.
+        """
+        self._state.follow()
+        self._watch.check_attached()
+        if not self._pending:
+            self._watch.check_outside(self._state.parameters)
         return state_of(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what `state_dict` gave; weights outside the masks are set to zero.
 
+        Before the first step, weights that only the first masks of this had removed are given back before.
+
         Raises:
             CheckpointError: the state belongs to another network.
         """
+        self._state.follow()
+        self._watch.check_attached()
+        self._averages.find()
         restore_state(self, state)
+
+    @torch.no_grad()
+    def apply_masks(self) -> None:
+        """Set weights and averages outside the masks to zero, whatever has written to them."""
+        self._state.follow()
+        if not self._pending:
+            self._state.mask_weights()
+            if self.config.rule == "exact":
+                self._averages.clear(self._state.masks)
+            self._watch.note()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
         raise ArgumentError(
             "a DynamicSparsity belongs to one network and its optimizer and cannot be copied: copy those, make a new one, "
             "and give it this one's state_dict()"
+        )
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise ArgumentError(
+            "a DynamicSparsity belongs to one network and its optimizer and cannot be pickled: save its state_dict()"
         )
 
     # -- around a step ---------------------------------------------------------------------------------------------------
@@ -149,91 +201,104 @@ class DynamicSparsity:
 
         Without clipping there is no need to: it happens before every step.
         """
+        self._state.follow()
         if self._pending:
             self._initialise_from_gradients()
         if self._pending or self.config.rule == "published":
             return
-        gradients = {name: p.grad for name, p in self._state.parameters.items() if p.grad is not None}
-        due = self.config.is_due(self.step + 1)
-        if self.config.growth == "momentum" or (due and self.config.growth == "gradient"):
-            # A fused optimizer takes scaled gradients and is told the scale, which changes from step to step.
-            scale = getattr(self.optimizer, "grad_scale", None)
-            self._dense = {n: gradient.clone() if scale is None else gradient / scale for n, gradient in gradients.items()}
-        self._mask_again(gradients)
+        self._gradients.remember(self.step + 1, getattr(self.optimizer, "grad_scale", None))
+        self._gradients.mask()
 
-    def _mask_again(self, gradients: dict[str, Tensor]) -> None:
-        for name, gradient in gradients.items():
-            gradient.mul_(self._state.masks[name])
-
-    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if len(args) > 1 or kwargs.get("closure") is not None:
-            raise ArgumentError(
-                "the optimizer was given a closure, which computes gradients after they were to be masked: call it and "
-                "backward() yourself, then optimizer.step()"
-            )
-        if _overflowed(optimizer):
-            return
-        if self._dense is None:
-            self.mask_gradients()
+    def _mask_gradients_of_step(self) -> None:
+        if self._gradients.remembered:  # masked before clipping
+            self._gradients.mask()
         else:
-            with torch.no_grad():
-                self._mask_again({n: p.grad for n, p in self._state.parameters.items() if p.grad is not None})
+            self.mask_gradients()
+        if not self._settled:
+            self._settle()
+
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if overflowed(optimizer):
+            return None
+        self._running = True
+        self._settle()
+        has_closure = closure_of(args, kwargs) is not None
+        # A closure computes the gradients of this step; those that are there may be old and choose no masks.
+        if not (has_closure and self._pending):
+            self._mask_gradients_of_step()
+        return with_closure(args, kwargs, self._gradients.forget, self._mask_gradients_of_step) if has_closure else None
+
+    def _settle(self) -> None:
+        """Before a step: raise if something has undone the masks since the last one, and forget what they have removed."""
+        if self._pending:
+            return
+        self._state.follow()
+        # Writing past PyTorch's own count of writes is to be feared of wrappers that are not known.
+        self._watch.check_outside(self._watch.written() if self._trusted else self._state.parameters)
+        self._watch.note()
+        if self._settled:
+            return
+        self._watch.check_attached()
+        self._averages.find()
+        if self._zeros is not None:
+            self._watch.check_zeros(self._zeros)
+        elif self._chosen:
+            self._watch.check_not_sparse()
+        self._kept, self._zeros, self._chosen, self._settled = None, None, False, True
+        if self.config.rule == "exact":
+            for name, parameter in self._state.parameters.items():
+                clear_moments(self.optimizer, parameter, self._state.masks[name])
+
+    def _unsettle(self, optimizer: Optimizer | None = None) -> None:
+        """Have the next step look again: a state was loaded."""
+        self._settled = False
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        dense, self._dense = self._dense, None
-        if _overflowed(optimizer):
+        if overflowed(optimizer):
+            self._gradients.forget()
+            return
+        again, self._running = not self._running, False
+        if again:  # the step of a class around that of its base class, which both call hooks
+            self._hold()
             return
         self.step += 1
         if self._pending:
             return
-        self._follow_momentum(dense)
-        if self.config.rule == "published":
-            self._mask_published()
-        elif type(optimizer) not in _KEEP_ZEROS:
-            self._state.mask_weights()
-        self._start_averages()
-        if self.config.is_due(self.step):
-            self._update(dense)
-
-    def _follow_momentum(self, dense: dict[str, Tensor] | None) -> None:
-        if self.config.rule == "published" or self.config.growth != "momentum":
-            return
-        for name, gradient in (dense or {}).items():
-            mean = self._momentum.setdefault(name, torch.zeros_like(gradient))
-            mean.lerp_(gradient, 1 - self.config.momentum)
-
-    def _mask_published(self) -> None:
-        self._state.mask_weights()
-        for name, parameter in self._state.parameters.items():
-            buffer = self.optimizer.state.get(parameter, {}).get("momentum_buffer")
-            if buffer is not None:
-                buffer.mul_(self._state.masks[name])
-
-    def _start_averages(self) -> None:
-        """Let averages of weights that grew at the last update begin at their first value that is not zero."""
-        for average in self._averages:
-            for name, parameter in self._state.parameters.items():
-                values = average[name]  # may be on another device
-                if self.config.rule == "published":
-                    mask = self._state.masks[name].to(values.device)
-                    values.mul_(mask)
-                    values.copy_(torch.where(mask & (values == 0), parameter.to(values), values))
-                elif name in self._state.fresh:
-                    values.copy_(torch.where(self._state.fresh[name].to(values.device), parameter.to(values), values))
+        self._gradients.follow()
+        self._hold()
+        self._averages.start()
         self._state.fresh = {}
+        if self.config.is_due(self.step):
+            self._update()
+        self._gradients.forget()
+
+    def _hold(self) -> None:
+        """Set to zero what a step may have changed outside the masks."""
+        if self._pending:
+            return
+        if self.config.rule == "published":
+            self._state.mask_weights()
+            published.mask_momentum(self.optimizer, self._state)
+        elif not keeps_zeros(self.optimizer):
+            self._state.mask_weights()
+        self._watch.note()
 
     # -- updates ---------------------------------------------------------------------------------------------------------
 
-    def _update(self, dense: dict[str, Tensor] | None) -> None:
-        self._check_attached()
+    def _update(self) -> None:
+        self._watch.check_attached()
+        self._averages.find()
         state = self._state
         former = {name: mask.clone() for name, mask in state.masks.items()}
         # The published code counts intervals; an update that is left out here was none.
         number = self.step // self.config.update_interval
-        if not self._rule.update(state, self.step, number, self._growth_scores(dense)):
+        if not self._rule.update(state, self.step, number, self._gradients.scores(self.optimizer)):
             self.skipped += 1
             return
+        for name, parameter in state.parameters.items():
+            if not parameter.requires_grad:  # frozen since: stays as it is
+                state.masks[name].copy_(former[name])
         self.updates += 1
         state.mask_weights()
         removed, self.moved = 0, {}
@@ -243,51 +308,27 @@ class DynamicSparsity:
             self.moved[name] = int(new.sum())
             if self.config.rule == "exact":
                 self._clear(name, parameter, survivors)
-                if self._averages and self.moved[name]:
+                if self._averages.weights and self.moved[name]:
                     state.fresh[name] = new
         self.churn.append(Churn(self.step, removed, sum(self.moved.values()), self.active()))
+        self._watch.note()
         check_equal(state.masks)
 
     def _clear(self, name: str, parameter: nn.Parameter, survivors: Tensor) -> None:
         """Forget gradient, moments and averages of what was removed or has just grown."""
         if parameter.grad is not None:
             parameter.grad.mul_(survivors)
-        for value in self.optimizer.state.get(parameter, {}).values():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                value.mul_(survivors.to(value.device))
-        for average in self._averages:
-            average[name].mul_(survivors.to(average[name].device))
-
-    def _growth_scores(self, dense: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
-        if self.config.growth in ("random", "none"):
-            return None
-        found: dict[str, Tensor | None]
-        if self.config.rule == "exact":
-            chosen = self._momentum if self.config.growth == "momentum" else dense or {}
-            found = {name: chosen.get(name) for name in self._state.parameters}
-        elif self.config.growth == "momentum":
-            found = {n: published.momentum_scores(self.optimizer, p) for n, p in self._state.parameters.items()}
-        else:
-            found = {name: parameter.grad for name, parameter in self._state.parameters.items()}
-        # A parameter that took no part in the loss has no gradient: none of its weights is better than another.
-        zeros = {name: torch.zeros_like(self._state.parameters[name]) for name, value in found.items() if value is None}
-        return {name: zeros[name] if value is None else value for name, value in found.items()}
-
-    def _check_attached(self) -> None:
-        now = dict(self._model.named_parameters())
-        lost = [name for name, parameter in self._state.parameters.items() if now.get(name) is not parameter]
-        if lost:
-            raise ArgumentError(
-                f"{lost[0]} is no longer the parameter that its mask was made for: change weights in place, or make a new "
-                "DynamicSparsity after replacing parts of the network"
-            )
+        clear_moments(self.optimizer, parameter, survivors)
+        self._averages.clear({name: survivors})
 
     # -- first masks -----------------------------------------------------------------------------------------------------
 
     def _initialise_from_gradients(self) -> None:
         gradients = [parameter.grad for parameter in self._state.parameters.values() if parameter.grad is not None]
-        if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
-            return  # an overflow, after which the scaler skips the step
+        # Without any, as in a step before the first backward pass, all scores would be equal. After an overflow the scaler
+        # skips the step.
+        if not gradients or not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
+            return
         self._initialise(
             {
                 name: torch.zeros_like(parameter) if parameter.grad is None else (parameter * parameter.grad).abs()
@@ -305,17 +346,12 @@ class DynamicSparsity:
             self._give_up(published.almost_dense(self._state))
         self._start()
 
-    def _give_up(self, names: list[str]) -> None:
-        for name in names:
-            self._state.masks[name].fill_(True)
-        keep = [group for group in self._state.groups if not set(group.names) <= set(names)]
-        gone = set(self._state.parameters) - {name for group in keep for name in group.names}
-        self._state.groups = keep
-        for name in gone:
-            del self._state.parameters[name], self._state.masks[name], self._state.densities[name]
+    def _give_up(self, names: Iterable[str]) -> None:
+        """Mask all parameters that were chosen but these, which the published rule leaves dense."""
+        gone = self._state.give_up(names)
         self.choices = [
             Choice(choice.name, choice.shape, "was drawn almost dense") if choice.name in gone else choice
-            for choice in self.choices
+            for choice in self._all_choices
         ]
 
     @torch.no_grad()
@@ -334,12 +370,16 @@ class DynamicSparsity:
 
     @torch.no_grad()
     def _start(self) -> None:
-        self._pending = False
-        self._state.mask_weights()
-        for name, parameter in self._state.parameters.items():
-            if self.config.rule == "exact":
-                self._clear(name, parameter, self._state.masks[name])
+        at_a_step, self._pending = self._running, False
+        if at_a_step and self._chosen:
+            self._watch.check_not_sparse()
+        if not at_a_step:
+            self._kept = Kept(self._holders())
+        self.apply_masks()
         check_equal(self._state.masks)
+
+    def _holders(self) -> list[dict[str, nn.Parameter]]:
+        return [self._state.parameters, *self._averages.weights]
 
 
 def _check_alone(optimizer: Optimizer, names: set[str]) -> None:
@@ -351,9 +391,3 @@ def _check_alone(optimizer: Optimizer, names: set[str]) -> None:
                 f"{both[0]} is masked by another DynamicSparsity of this optimizer already: call its remove() first, or "
                 "mask other layers"
             )
-
-
-def _overflowed(optimizer: Optimizer) -> bool:
-    """Whether a gradient scaler has told a fused optimizer to leave out this step."""
-    found = getattr(optimizer, "found_inf", None)
-    return found is not None and bool(found)

@@ -113,6 +113,15 @@ def grow_where(alive: Tensor, count: int, uniform: Tensor) -> Tensor:
     return alive | (~alive & (uniform < count / dead)) if dead else alive
 
 
+@torch.no_grad()
+def mask_momentum(optimizer: Optimizer, state: MaskState) -> None:
+    """Set SGD's momentum to zero outside the masks; the moments of other optimizers run on, as in the published code."""
+    for name, parameter in state.parameters.items():
+        buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
+        if buffer is not None:
+            buffer.mul_(state.masks[name])
+
+
 def momentum_scores(optimizer: Optimizer, parameter: Tensor) -> Tensor | None:
     """Give Adam's m / (√v + 1e-8), or the momentum buffer of SGD; None before the first step or for other optimizers."""
     found = optimizer.state.get(parameter, {})

@@ -13,6 +13,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from widekernel.errors import CheckpointError
+from widekernel.sparsity.kept import Kept
 from widekernel.sparsity.packing import pack, unpack
 from widekernel.sparsity.selection import unwrap
 from widekernel.sparsity.state import Churn
@@ -37,9 +38,10 @@ def state_of(controller: DynamicSparsity) -> dict[str, Any]:
         "masks": {name: pack(mask) for name, mask in state.masks.items()},
         "densities": dict(state.densities),
         "fresh": {name: pack(mask) for name, mask in state.fresh.items()},
-        "momentum": {name: value.clone() for name, value in controller._momentum.items()},
+        "momentum": {name: value.clone() for name, value in controller._gradients.momentum.items()},
         "churn": [(churn.step, churn.removed, churn.grown, churn.active) for churn in controller.churn],
         "moved": dict(controller.moved),
+        "live_zeros": {} if controller._pending else controller._watch.live_zeros(),
     }
 
 
@@ -53,20 +55,31 @@ def restore_state(controller: DynamicSparsity, saved: dict[str, Any]) -> None:
         raise CheckpointError(f"the sparsity state has format {saved.get('format')!r}; this version reads format {FORMAT}")
     state = controller._state
     shapes = {name: tuple(shape) for name, shape in saved["shapes"].items()}
-    # Layers that were drawn almost dense have given up their masks before the state was saved.
-    controller._give_up(
-        [name for name in state.masks if name not in shapes] if controller.config.rule == "published" else []
-    )
-    check_names(shapes, {name: tuple(mask.shape) for name, mask in state.masks.items()})
+    if controller.config.rule == "published":
+        # Layers that were drawn almost dense have given up their masks: here others may have than where it was saved.
+        known = {name: tuple(parameter.shape) for name, parameter in state.chosen.items()}
+        check_names(shapes, {name: shape for name, shape in known.items() if name in shapes})
+        given_up = [name for name in known if name not in shapes]
+    else:
+        given_up = []
+        check_names(shapes, {name: tuple(mask.shape) for name, mask in state.masks.items()})
+    if controller._kept is not None:
+        controller._kept.give_back(controller._holders(), state.masks)
+    controller._give_up(given_up)
+    controller._averages.find()
+    controller._kept = Kept(controller._holders())
     with torch.no_grad():
         for name, mask in state.masks.items():
             mask.copy_(unpack(saved["masks"][name], shapes[name]))
-        state.mask_weights()
+    controller._pending = saved["pending"]
+    controller.apply_masks()
+    controller._zeros = dict(saved.get("live_zeros", {}))
+    controller._settled = controller._chosen = False
     state.densities = {name: float(saved["densities"][name]) for name in state.masks}
     state.fresh = {name: unpack(bits, shapes[name]).to(state.masks[name].device) for name, bits in saved["fresh"].items()}
-    controller._momentum = {name: value.to(state.parameters[name], copy=True) for name, value in saved["momentum"].items()}
+    means = saved["momentum"].items()
+    controller._gradients.momentum = {name: value.to(state.parameters[name], copy=True) for name, value in means}
     controller.step, controller.updates, controller.skipped = saved["step"], saved["updates"], saved["skipped"]
-    controller._pending = saved["pending"]
     controller.churn = [Churn(*row) for row in saved["churn"]]
     controller.moved = dict(saved["moved"])
 

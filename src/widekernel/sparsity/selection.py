@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -15,6 +14,10 @@ from widekernel.layers import LargeKernel, Rectangles
 from widekernel.layers.sources import KernelSource
 
 LARGE = 7  # a depthwise convolution from this size on counts as one of large kernels
+SPREAD = (
+    "spread over processes (FSDP, or another kind of DTensor), which masks do not support: train with "
+    "DistributedDataParallel, or densely"
+)
 
 
 @dataclass(frozen=True)
@@ -38,14 +41,29 @@ class Choice:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Give the network inside data-parallel and compiled wrappers, whose parameters have the network's own names."""
+    """Give the network inside data-parallel, compiled and Fabric's wrappers; its parameters have the network's own names."""
     while True:
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = model._orig_mod  # type: ignore[assignment]
+        elif isinstance(getattr(model, "_original_module", None), nn.Module):
+            model = model._original_module  # type: ignore[assignment]  # Lightning Fabric's
         else:
             return model
+
+
+def is_spread(parameter: object) -> bool:
+    """Whether a parameter is a DTensor, of which a process holds a part."""
+    return hasattr(parameter, "placements")
+
+
+def check_whole(model: nn.Module) -> None:
+    """Raise an `ArgumentError` if the network is sharded, which its parameters do not show while they are gathered."""
+    kinds = ("FSDPModule", "FullyShardedDataParallel")
+    for module in model.modules():
+        if any(kind.__name__ in kinds for kind in type(module).__mro__) or any(map(is_spread, module._parameters.values())):
+            raise ArgumentError(f"the parameters of the network are {SPREAD}")
 
 
 def choose(model: nn.Module, layers: str | Sequence[str], exclude: Sequence[str] = ()) -> list[Choice]:
@@ -98,8 +116,8 @@ def _owners(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, nn.Paramet
 
 
 def _reason(name: str, owner: nn.Module, parameter: Tensor) -> str:
-    if hasattr(parameter, "placements"):
-        return "is spread over several devices, which is not supported"
+    if is_spread(parameter):
+        return f"is {SPREAD}"
     if not parameter.is_floating_point():
         return f"has whole numbers ({parameter.dtype})"
     if ".parametrizations." in f".{name}":
@@ -165,21 +183,3 @@ def masked_parameters(model: nn.Module, choices: Sequence[Choice]) -> dict[str, 
     """Give the parameters that are masked, by name, in the network's order."""
     wanted = {choice.name for choice in choices if choice.masked}
     return {name: parameter for name, parameter in model.named_parameters() if name in wanted}
-
-
-def check_optimizer(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> None:
-    """Raise unless the optimizer trains all the parameters and calls hooks around its steps."""
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ArgumentError(f"the optimizer is a {type(optimizer).__name__}: give a torch.optim.Optimizer")
-    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    missing = [name for name, parameter in parameters.items() if id(parameter) not in trained]
-    if missing:
-        raise ArgumentError(
-            f"the optimizer does not train {len(missing)} of the {len(parameters)} masked parameters, such as {missing[0]}: "
-            "create it from the same network, before or after moving that to its device but not from a copy"
-        )
-    if not getattr(type(optimizer).step, "hooked", False):
-        raise ArgumentError(
-            f"{type(optimizer).__name__} calls no hooks around its steps, so masks would not hold: use an optimizer whose "
-            "constructor calls that of torch.optim.Optimizer"
-        )

@@ -66,8 +66,8 @@ def _reason_against(weight: Tensor, config: DynamicSparsityConfig) -> str:
     return "is not 2:4 now" if bool((groups.sum(1) > 2).any()) else ""
 
 
-def averaged_weights(network: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Give the averaged weights by name.
+def averaged_weights(network: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Give the averaged weights by name, as the network holds them now.
 
     Raises:
         ArgumentError: the network lacks one of them.
@@ -77,7 +77,7 @@ def averaged_weights(network: nn.Module, parameters: dict[str, nn.Parameter]) ->
     for name, parameter in parameters.items():
         if name not in found or found[name].shape != parameter.shape:
             raise ArgumentError(f"averages: {type(network).__name__} has no {name} of shape {tuple(parameter.shape)}")
-    return {name: found[name].data for name in parameters}
+    return {name: found[name] for name in parameters}
 
 
 def snip_scores(

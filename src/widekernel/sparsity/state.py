@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -34,9 +34,32 @@ class MaskState:
 
     def __post_init__(self) -> None:
         for name, parameter in self.parameters.items():
-            # In the weight's own memory order, in which the two are multiplied at every step.
-            self.masks[name] = torch.ones_like(parameter, dtype=torch.bool, requires_grad=False)
+            self.masks[name] = _ones_like(parameter)
         self.densities = dict.fromkeys(self.parameters, 1.0)
+        self._chosen, self._all_groups = dict(self.parameters), self.groups
+
+    @property
+    def chosen(self) -> dict[str, nn.Parameter]:
+        """The parameters that were chosen to be masked, with those whose masks were given up."""
+        return dict(self._chosen)
+
+    def give_up(self, names: Iterable[str]) -> set[str]:
+        """Mask all parameters that were chosen but these; name those that have no mask now.
+
+        Parameters that share a mask are given up together only. What had no mask before starts from one that lets all live.
+        """
+        names = set(names)
+        self.groups = [group for group in self._all_groups if not set(group.names) <= names]
+        masked = {name for group in self.groups for name in group.names}
+        for name, parameter in self._chosen.items():  # in the network's order
+            mask = self.masks.pop(name, None)
+            self.parameters.pop(name, None)
+            if name in masked:
+                fresh = mask is None or name in names
+                self.masks[name] = _ones_like(parameter) if fresh else mask  # type: ignore[assignment]
+                self.parameters[name] = parameter
+        self.densities = {name: self.densities.get(name, 1.0) for name in self.parameters}
+        return set(self._chosen) - masked
 
     def alive(self, group: Group) -> list[Tensor]:
         """Say which blocks of each parameter of a group live."""
@@ -62,11 +85,23 @@ class MaskState:
         for name, blocks, live in zip(group.names, group.blocks, alive):
             self.masks[name].copy_(blocks.expand(live))
 
+    def follow(self) -> None:
+        """Move masks to where their parameters are by now."""
+        for name, parameter in self.parameters.items():
+            for held in (self.masks, self.fresh):
+                if name in held and held[name].device != parameter.device:
+                    held[name] = torch.empty_like(parameter, dtype=torch.bool, requires_grad=False).copy_(held[name])
+
     @torch.no_grad()
     def mask_weights(self) -> None:
         """Set all weights outside the masks to zero."""
         for name, parameter in self.parameters.items():
             parameter.mul_(self.masks[name])
+
+
+def _ones_like(parameter: Tensor) -> Tensor:
+    """Let all weights live, in their own memory order, in which the two are multiplied at every step."""
+    return torch.ones_like(parameter, dtype=torch.bool, requires_grad=False)
 
 
 @dataclass(frozen=True)
