@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.sparsity.nets import OPTIMIZERS, data, quick, small_net
+from widekernel.errors import ArgumentError
 from widekernel.sparsity import DynamicSparsity, DynamicSparsityConfig, MaskMismatchError
 from widekernel.sparsity.processes import check_equal
 
@@ -126,3 +128,89 @@ def one_layer(rank: int, folder: Path) -> str:
 def test_a_single_different_bit_is_found(tmp_path: Path) -> None:
     for message in in_two(tmp_path, one_layer):
         assert message.startswith("the masks of b differ between processes")
+
+
+def sharded(rank: int, folder: Path) -> dict[str, str]:
+    """Say what happens with a sharded network: fresh, after an evaluation, sharded later, and the older wrapper."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    def said(work: Callable[..., object], *args: object) -> str:
+        try:
+            work(*args)
+        except ArgumentError as error:
+            return str(error)
+        return "nothing noticed"
+
+    found = {}
+    for name in ("fresh", "evaluated", "trained"):
+        model = plain_net()
+        fully_shard(model[0])
+        fully_shard(model)
+        optimizer = torch.optim.AdamW(model.parameters())
+        if name == "evaluated":
+            with torch.no_grad():
+                model(torch.randn(2, 8))
+        elif name == "trained":
+            model(torch.randn(2, 8)).sum().backward()
+            optimizer.step()
+        found[name] = said(DynamicSparsity, model, optimizer, quick())
+    model = plain_net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    controller = DynamicSparsity(model, optimizer, quick())
+    fully_shard(model)
+    model(torch.randn(2, 8)).sum().backward()
+    found["later"] = said(controller.state_dict)
+    older = FullyShardedDataParallel(plain_net(), device_id=torch.device("cpu"))
+    found["older"] = said(DynamicSparsity, older, torch.optim.SGD(older.parameters(), 0.1), quick())
+    return found
+
+
+def plain_net() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+def test_sharded_networks_are_refused_for_what_they_are_whatever_was_done_before(tmp_path: Path) -> None:
+    for found in in_two(tmp_path, sharded):
+        assert len(found) == 5
+        for name, message in found.items():
+            assert "spread over processes (FSDP, or another kind of DTensor)" in message, (name, message)
+            assert "does not train" not in message, name
+
+
+def resumed_in_the_order_of_hooks(rank: int, folder: Path) -> dict:
+    """Cut after an update; weights are loaded before the wrapper and the controller are made, masks after them."""
+
+    def make(weights: dict | None) -> tuple:
+        network = small_net(seed=rank if weights is None else 5)
+        if weights is not None:
+            network.load_state_dict(weights)
+        model = DistributedDataParallel(network)
+        optimizer = OPTIMIZERS["adamw"](model.parameters())
+        config = quick(init="erk", growth="gradient")
+        return model, optimizer, DynamicSparsity(model, optimizer, config)
+
+    def go(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for step in steps:
+            x, y = data(2 * step + rank)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+
+    model, optimizer, controller = make(None)
+    go(model, optimizer, range(4))
+    saved = copy.deepcopy((model.module.state_dict(), optimizer.state_dict(), controller.state_dict()))
+    go(model, optimizer, range(4, 7))
+    again = make(saved[0])
+    again[1].load_state_dict(saved[1])
+    again[2].load_state_dict(saved[2])
+    # statistics of batches are each process's own, and the wrapper hands those of the first around
+    found = {"given back": all(torch.equal(p, saved[0][n]) for n, p in again[0].module.named_parameters())}
+    go(again[0], again[1], range(4, 7))
+    assert controller.updates == again[2].updates == 3
+    found["went on"] = all(torch.equal(v, again[0].state_dict()[n]) for n, v in model.state_dict().items())
+    return found
+
+
+def test_a_run_of_two_goes_on_in_the_order_of_hooks(tmp_path: Path) -> None:
+    for found in in_two(tmp_path, resumed_in_the_order_of_hooks):
+        assert found == {"given back": True, "went on": True}

@@ -1,0 +1,100 @@
+"""What tests of third-party libraries share: code out of the documentation, a small network, and two processes."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from tests.sparsity.nets import SmallNet, data, small_net
+from widekernel.sparsity import DynamicSparsity, DynamicSparsityConfig
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "sparsity.md"
+CONFIG = DynamicSparsityConfig(sparsity=0.5, init="erk", growth="gradient", update_interval=2)
+
+
+def documented(heading: str, **names: Any) -> dict[str, Any]:
+    """Run the first block of Python below a heading of docs/sparsity.md with these names, and give what it has named."""
+    text = DOCUMENT.read_text()
+    below = text[text.index(f"\n### {heading}\n") :].removeprefix(f"\n### {heading}")
+    block = below[: below.index("\n### ")].split("```python\n")[1].split("```")[0]
+    names = {"torch": torch, "F": nn.functional, "DynamicSparsity": DynamicSparsity, "config": CONFIG, **names}
+    exec(compile(block, f"{DOCUMENT.name}: {heading}", "exec"), names)
+    return names
+
+
+class Samples(Dataset):
+    """32 images and classes; as dictionaries for the Trainer."""
+
+    def __init__(self, as_dictionary: bool = False) -> None:
+        self._as_dictionary = as_dictionary
+        self._images, self._classes = data(0, 32)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, place: int) -> Any:
+        image, kind = self._images[place], self._classes[place]
+        return {"x": image, "labels": kind} if self._as_dictionary else (image, kind)
+
+
+def samples() -> DataLoader:
+    """Batches of four, in order."""
+    return DataLoader(Samples(), batch_size=4)
+
+
+def network(seed: int = 0) -> SmallNet:
+    """Give a network in training mode."""
+    net = small_net(seed)
+    net.train()
+    return net
+
+
+def outside(model: nn.Module, controller: DynamicSparsity) -> int:
+    """Count the weights that live outside the masks, of which there must be some."""
+    weights = dict(model.named_parameters())
+    assert any(not mask.all() for mask in controller.masks.values())
+    return sum(int(weights[name][~mask].count_nonzero()) for name, mask in controller.masks.items())
+
+
+def flat(state: Any) -> list:
+    """List what nested containers hold, with the keys of dictionaries."""
+    if isinstance(state, dict):
+        return [part for key in state for part in (key, *flat(state[key]))]
+    if isinstance(state, (list, tuple)):
+        return [part for item in state for part in flat(item)]
+    return [state]
+
+
+def equal(left: Any, right: Any) -> bool:
+    """Whether nested containers of tensors are the same to the bit."""
+    left, right = flat(left), flat(right)
+    return len(left) == len(right) and all(
+        torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(left, right)
+    )
+
+
+def in_two(folder: Path, work: Callable[[int, Path], Any]) -> list[Any]:
+    """Give what `work(rank, folder)` gives in each of two processes that were started as by torchrun."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_started, args=(str(folder), port, work), nprocs=2)
+    return [torch.load(folder / f"result{rank}.pth", weights_only=True) for rank in range(2)]
+
+
+def _started(rank: int, folder: str, port: int, work: Callable[[int, Path], Any]) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "NODE_RANK": "0"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    torch.set_num_threads(1)
+    result = work(rank, Path(folder))
+    torch.save(result, Path(folder) / f"result{rank}.pth")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
