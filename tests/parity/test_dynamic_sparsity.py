@@ -17,10 +17,11 @@ import widekernel
 from tests.parity.reference import arguments, assert_close, create, manifest, official_file
 from widekernel.models.layouts.translate import layouts_of
 from widekernel.sparsity import DynamicSparsity, published, published_shiftwise, published_slak
-from widekernel.sparsity.allocation import erk_densities
+from widekernel.sparsity.allocation import erk_densities, strictly_above
 from widekernel.sparsity.config import DynamicSparsityConfig
 from widekernel.sparsity.schedules import PUBLISHED_FLOOR, cosine
-from widekernel.sparsity.selection import choose
+from widekernel.sparsity.selection import choose, masked_parameters
+from widekernel.sparsity.setting_up import snip_scores
 
 
 def read(golden: Path, name: str) -> dict[str, Any]:
@@ -34,15 +35,16 @@ def official_names(model: nn.Module) -> dict[str, str]:
 
 
 def loaded(shared: Path, folder: Path, name: str, seed: int) -> nn.Module:
+    """Give a network in float64: which weights a threshold or a ranking parts is the same on every machine then."""
     model = create(manifest(shared, name))
     widekernel.load_checkpoint(model, official_file(shared, folder, name, seed))
-    return model.train()
+    return model.train().double()
 
 
-def labelled(seed: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def labelled(seed: int, count: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
     rng = np.random.RandomState(seed)
     x = rng.standard_normal((count, 3, 64, 64)).astype(np.float32)
-    return torch.from_numpy(x), torch.from_numpy(rng.randint(0, 10, count))
+    return torch.from_numpy(x).to(dtype), torch.from_numpy(rng.randint(0, 10, count))
 
 
 # -- what is masked, and how densely -----------------------------------------------------------------------------------
@@ -103,6 +105,32 @@ def test_snip_densities(shared: Path, golden: Path, tmp_path: Path, number: int)
     assert all(torch.equal(before[name], value) for name, value in model.named_buffers() if name in buffers)
 
 
+@pytest.mark.parametrize("number", range(3))
+def test_snip_in_single_precision(shared: Path, golden: Path, tmp_path: Path, number: int) -> None:
+    """A weight is on another side of the threshold only if its score is within rounding of it, and as many are kept."""
+    case = read(golden, "dst_snip")
+    result = case["results"][number]
+    model = loaded(shared, tmp_path, case["manifest"], case["seed"])
+    parameters, names = masked_parameters(model, choose(model, "all")), official_names(model)
+    batches = [labelled(case["seed"], 8, dtype) for dtype in (torch.float64, torch.float32)]
+    exact = snip_scores(model, parameters, batches[0], nn.functional.cross_entropy)
+    single = snip_scores(model.float(), parameters, batches[1], nn.functional.cross_entropy)
+    assert all(score.dtype == torch.float32 for score in single.values())
+    every = torch.cat([score.flatten() for score in exact.values()])
+    kept = int(every.numel() * result["density"])
+    threshold = every.kthvalue(every.numel() - kept + 1).values
+    distance, error = (every - threshold).abs(), (every - torch.cat([score.flatten() for score in single.values()])).abs()
+    rounding = (
+        4 * error[distance < 0.01 * threshold].max()
+    )  # errors of the weights that may change sides, and of the threshold
+    assert rounding < 1e-3 * threshold
+    counts = {name: round(share * exact[name].numel()) for name, share in strictly_above(single, result["density"]).items()}
+    assert sum(counts.values()) == kept - 1
+    for name, count in counts.items():
+        near = int(((exact[name] - threshold).abs() <= rounding).sum())
+        assert abs(count - (1 - result["sparsities"][names[name]]) * exact[name].numel()) <= near + 1e-6, name
+
+
 @pytest.mark.parametrize("number", range(4))
 def test_coarse_snip_densities(shared: Path, golden: Path, tmp_path: Path, number: int) -> None:
     case = read(golden, "dst_coarse_snip")
@@ -122,7 +150,7 @@ def test_coarse_snip_densities(shared: Path, golden: Path, tmp_path: Path, numbe
 def test_coarse_masks(shared: Path, golden: Path, tmp_path: Path) -> None:
     """The same tensors are masked, tile by tile; the tile sets share their mask from the start (officially after a step)."""
     case = read(golden, "dst_coarse_init")
-    model = create(manifest(shared, "shiftwise_v2_mini"))
+    model = create(manifest(shared, "shiftwise_v2_mini")).double()
     config = published_shiftwise(0.3)
     controller = DynamicSparsity(model, torch.optim.SGD(model.parameters(), 0.1), config, batch=labelled(0, 4))
     names = official_names(model)
@@ -186,7 +214,7 @@ def test_coarse_prune_and_grow(golden: Path) -> None:
     for case in cases:
         name, branches = case["name"], range(case["branches"])
         given = [{k: torch.from_numpy(arrays[f"{name}.{k}{b}"]) for k in ("w", "mask", "u")} for b in branches]
-        sums = [branch["w"].abs().flatten(1).sum(1) for branch in given]
+        sums = [branch["w"].double().abs().flatten(1).sum(1) for branch in given]  # in whatever order they are added up
         masks = [branch["mask"].flatten().bool() for branch in given]
         parts = [list(branches)] if case["aligned_step"] else [[branch] for branch in branches]
         for part in parts:

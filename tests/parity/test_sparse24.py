@@ -144,7 +144,15 @@ def test_blocked_depthwise_differs_as_documented(shared: Path, golden: Path) -> 
     assert difference == pytest.approx(case.info["max_abs_diff_vs_masked_conv"], abs=1e-4)
     layer = case.layer()
     by_hand = F.conv2d(case["x"], layer.weight.detach() * ours["mask"], layer.bias.detach(), padding=3, groups=4)
-    assert torch.equal(ours["y"], by_hand)
+    # 49 products at most are added up, in an order that is each kernel's own
+    bound = (
+        49
+        * torch.finfo(torch.float32).eps
+        * F.conv2d(
+            case["x"].abs(), (layer.weight.detach() * ours["mask"]).abs(), layer.bias.detach().abs(), padding=3, groups=4
+        )
+    )
+    assert ((ours["y"] - by_hand).abs() <= bound).all()
 
 
 def test_size_that_the_official_code_refuses(shared: Path, golden: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -82,3 +83,24 @@ def masks_of(controller: DynamicSparsity) -> dict[str, torch.Tensor]:
 
 def same(left: dict, right: dict) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def check_same_network(ours: nn.Module, theirs: nn.Module, x: Tensor) -> None:
+    """Raise unless two networks in evaluation have weights and buffers that are equal to the bit, and compute the same.
+
+    Weights may lie in another memory order, for which there are other kernels, so outputs are compared in float64, where
+    these differ by nothing but a rounding of 1e-16.
+
+    Args:
+        ours: of plain weights.
+        theirs: with weights of the same names, plain or parametrised.
+        x: what both take.
+    """
+    ours, theirs = copy.deepcopy(ours).eval(), copy.deepcopy(theirs).eval()
+    names = [name for name, _ in (*ours.named_parameters(), *ours.named_buffers())]
+    assert names
+    for name in names:
+        owner, _, key = name.rpartition(".")
+        assert torch.equal(getattr(ours.get_submodule(owner), key), getattr(theirs.get_submodule(owner), key)), name
+    with torch.no_grad():
+        torch.testing.assert_close(ours.double()(x.double()), theirs.double()(x.double()), rtol=1e-11, atol=1e-11)

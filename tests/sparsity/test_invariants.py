@@ -90,9 +90,11 @@ def check_moves(controller: DynamicSparsity, former: dict, weights: dict) -> Non
             continue  # their masks may have differed before, so that the shared ranking is among more than one's own
         before = group.blocks[0].alive(former[group.names[0]])
         after = group.blocks[0].alive(state.masks[group.names[0]])
-        scores = sum(b.sums(weights[n].abs()) for n, b in zip(group.names, group.blocks))
+        scores = state.ranking(group, weights)
+        by_hand = sum(b.sums(weights[n].double().abs()) for n, b in zip(group.names, group.blocks))
         if group.blocks[0].tile is not None:  # tiles at an edge may be smaller
-            scores = scores / sum(b.sizes() for b in group.blocks)
+            by_hand = by_hand / sum(b.sizes() for b in group.blocks)
+        torch.testing.assert_close(scores.double(), by_hand, rtol=1e-5, atol=1e-6)
         removed, grown = before & ~after, after & ~before
         if controller.config.initial_sparsity is None:
             assert int(removed.sum()) == int(grown.sum())

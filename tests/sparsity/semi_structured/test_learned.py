@@ -289,11 +289,36 @@ def test_resumed_learning_is_bit_identical() -> None:
         assert resumed.flip_rate() == rate
 
 
+def same_controllers(one: ss.SemiStructured, other: ss.SemiStructured) -> bool:
+    """Whether step, temperature, logits, choices and masks are the same, of the same layers."""
+    assert (
+        one.choices.keys() == other.choices.keys() == one.masks.keys() == other.masks.keys() and len(one.parameters()) == 2
+    )
+    pairs = [*zip(one.parameters(), other.parameters())]
+    for name in one.choices:
+        pairs += [(one.choices[name], other.choices[name]), (one.masks[name], other.masks[name])]
+    same = all(torch.equal(ours, theirs) for ours, theirs in pairs)
+    return same and (one.state_dict()["step"], one.entropy()) == (other.state_dict()["step"], other.entropy())
+
+
 def test_state_survives_a_file(tmp_path: object) -> None:
-    controller = ss.prepare(network(), config())
+    """Of a controller that has learned: step, logits, choices and masks come back, and it goes on from there."""
+    model = network()
+    controller = ss.prepare(model, config())
+    train(model, controller, torch.optim.Adam(controller.parameters(), 0.5), range(3))
+    controller.flip_rate()
     torch.save(controller.state_dict(), tmp_path / "state.pt")  # type: ignore[operator]
     loaded = torch.load(tmp_path / "state.pt", weights_only=True)  # type: ignore[operator]
-    ss.prepare(network(), config()).load_state_dict(loaded)
+    other = ss.prepare(network(), config())
+    assert not same_controllers(other, controller)
+    other.load_state_dict(loaded)
+    assert same_controllers(other, controller)
+    rates = []
+    for one in (controller, other):
+        for logits in one.parameters():
+            logits.data.neg_()
+        rates.append(one.flip_rate())
+    assert rates[0] == rates[1] > 0, "what had been chosen last is in the file, too"
 
 
 def test_a_state_of_something_else_is_refused() -> None:
@@ -386,6 +411,7 @@ def test_copies_learn_by_themselves() -> None:
     controller = ss.prepare(model, config())
     other = copy.deepcopy(model)
     x, _ = data(0)
-    assert torch.equal(other(x), model(x))
+    assert torch.equal(other[3].weight, model[3].weight)
+    torch.testing.assert_close(other(x), model(x))
     controller.step()
-    assert not torch.equal(other(x), model(x)), "the copy is still at its step"
+    assert not torch.equal(other[3].weight, model[3].weight), "the copy is still at its step"

@@ -25,8 +25,9 @@ def convert(model: ModelT, target: Literal["dense", "torch_sparse"] = "dense") -
 
     Args:
         model: what `prepare` was given, or a network that was converted or loaded from a sparse file.
-        target: "dense" for plain weights with zeros; outputs equal those of the prepared network in evaluation bit for bit,
-            and parameters that were frozen for the masks are trainable again. "torch_sparse" also replaces linear layers and
+        target: "dense" for plain weights with zeros; they equal those of the prepared network in evaluation bit for bit, so
+            that outputs differ by rounding at most, where the machine has several kernels for a layer. Parameters that were
+            frozen for the masks are trainable again. "torch_sparse" also replaces linear layers and
             1x1 convolutions by `torch.sparse` semi-structured ones: fp16, bf16 or int8 on a CUDA device, for inference.
             Layers that cannot be stay dense; `manifest_of(result).dense` says why.
 
