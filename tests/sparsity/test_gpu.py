@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.sparsity.nets import data, masks_of, same, small_net
+from tests.sparsity.nets import data, masks_of, quick, same, small_net
 from widekernel.sparsity import DynamicSparsity, DynamicSparsityConfig
 
 pytestmark = [
@@ -58,3 +58,17 @@ def test_states_go_from_one_device_to_the_other() -> None:
     second = DynamicSparsity(here, torch.optim.SGD(here.parameters(), 0.1), config)
     second.load_state_dict(first.state_dict())
     assert same({name: mask.cpu() for name, mask in masks_of(first).items()}, masks_of(second))
+
+
+def test_masks_follow_a_network_that_moves_to_the_device() -> None:
+    model = small_net().train()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    controller = DynamicSparsity(model, optimizer, quick(growth="momentum"))
+    model.cuda()
+    for step in range(4):
+        x = torch.randn(4, 3, 10, 10, generator=torch.Generator().manual_seed(step)).cuda()
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    assert controller.updates == 2 and all(mask.is_cuda for mask in controller.masks.values())
+    assert not any(p[~controller.masks[n]].any() for n, p in model.named_parameters() if n in controller.masks)

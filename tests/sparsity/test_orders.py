@@ -102,6 +102,19 @@ def test_what_fresh_masks_removed_comes_back(between: str) -> None:
     assert same(masks_of(other), masks_of(controller))
 
 
+def test_a_state_that_counts_no_zeros_still_loads() -> None:
+    """As older versions wrote it."""
+    model, optimizer, controller = controlled(quick())
+    train_step(model, optimizer, 0)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), controller.state_dict()))
+    assert set(saved[2].pop("live_zeros")) == set(controller.masks)
+    again = controlled(quick(seed=4), seed=1)
+    for part, state in zip(again, saved):
+        part.load_state_dict(state)
+    train_step(again[0], again[1], 1)
+    assert again[2].step == 2 and outside(again[0], again[2]) == 0
+
+
 def test_nothing_is_kept_after_the_first_step() -> None:
     model, optimizer, controller = controlled(quick())
     assert controller._kept is not None
