@@ -352,3 +352,16 @@ def test_wrappers_may_come_before_or_after(wrap, first: str) -> None:
     assert set(controller.masks) <= {name for name, _ in model.named_parameters()}
     assert controller.updates == 1 and outside(model, controller) == 0
     torch._dynamo.reset()
+
+
+def test_a_new_controller_takes_the_masks_of_one_whose_parameters_were_replaced() -> None:
+    model, optimizer, controller = controlled(quick())
+    train_step(model, optimizer, 0)
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    model.requires_grad_(True)
+    other = OPTIMIZERS["adamw"](model.parameters())
+    again = DynamicSparsity(model, other, quick(), masks=controller.masks)
+    for step in range(1, 3):
+        train_step(model, other, step)
+        assert outside(model, again) == 0
+    assert again.updates == 1
