@@ -2,15 +2,18 @@
 
 import pickle
 import urllib.error
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 from timm.data import create_dataset
 
+from widekernel.data.class_names import refuse_one_class
 from widekernel.data.config import DataConfig
 from widekernel.data.digits import load_digits
 from widekernel.data.errors import DataError
-from widekernel.data.sources import FolderSource, ImageSource, MappedSource, TarSource
+from widekernel.data.formats import listed
+from widekernel.data.places import expanded, how_to_go_deeper, open_files
+from widekernel.data.sources import FileSource, ImageSource, MappedSource
 from widekernel.data.torchvision_sets import class_names, known_names, open_torchvision
 from widekernel.errors import nearest
 
@@ -27,22 +30,22 @@ def open_split(config: DataConfig, split: str) -> ImageSource:
         return load_digits()[0 if split == "train" else 1]
     part = config.train_split if split == "train" else config.val_split
     if config.name == "folder":
-        return _open_files(config, part, f"data.{split}_split")
+        return open_files(config, part, f"data.{split}_split")
     return _open_named(config, part)
 
 
 def open_train_and_val(config: DataConfig) -> tuple[ImageSource, ImageSource]:
-    """Open both splits and check that they have the same classes in the same order.
+    """Open both splits and check that they have the same classes in the same order, and several of them.
 
     Raises:
-        DataError: as ``open_split``, or the class names differ.
+        DataError: as ``open_split``, or the class names differ, or there is only one class.
     """
     train, val = open_split(config, "train"), open_split(config, "val")
     if train.class_names != val.class_names:
         only_train = sorted(set(train.class_names) - set(val.class_names))
         only_val = sorted(set(val.class_names) - set(train.class_names))
         detail = [
-            f"only in {part}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+            f"only in {part}: {listed(names)}"
             for part, names in (("training", only_train), ("validation", only_val))
             if names
         ]
@@ -50,35 +53,14 @@ def open_train_and_val(config: DataConfig) -> tuple[ImageSource, ImageSource]:
             f"Training has {len(train.class_names)} classes and validation {len(val.class_names)} "
             f"({'; '.join(detail)}), but both must hold the same ones. Check data.train_split and data.val_split."
         )
+    if isinstance(train, FileSource):
+        fix = how_to_go_deeper(train, config.train_split, "data.train_split")
+        refuse_one_class(str(train.path), train.listing, train.class_names, f"Give more classes. {fix}")
+        if isinstance(val, FileSource) and val.path.samefile(train.path):
+            train.notes += (f"{train.path}: the held-out images are the training images, so accuracy says nothing new.",)
+    else:
+        refuse_one_class(config.name, None, train.class_names, "Choose a data set with several classes.")
     return train, val
-
-
-def _open_files(config: DataConfig, part: str, key: str) -> ImageSource:
-    if config.root is None and not Path(part).is_absolute():
-        raise DataError(
-            "data.root is not set. Give the folder that holds the images (--data.root DIR), "
-            "or name a data set, for example --data.name digits."
-        )
-    root = Path(config.root or ".")
-    if not root.exists():
-        raise DataError(f"data.root is {str(root)!r}, which does not exist. Give the folder that holds the images.")
-    if not root.is_dir():
-        raise DataError(
-            f"data.root is {str(root)!r}, which is not a folder. Give the folder, and name an archive "
-            f"inside it by --{key} {root.name}."
-        )
-    for path in (root / part, root / f"{part}.tar"):
-        if path.is_dir():
-            return FolderSource(path)
-        if path.is_file() and path.suffix == ".tar":
-            return TarSource(path)
-        if path.is_file():
-            raise DataError(f"{path} is neither a folder nor an uncompressed .tar archive; unpack it first.")
-    found = sorted(entry.name for entry in root.iterdir() if entry.is_dir() or entry.suffix == ".tar")
-    hint = f"It holds: {', '.join(found[:8])}." if found else "It holds no folders and no .tar archives."
-    raise DataError(
-        f"{root / part} does not exist (nor {part}.tar beside it). {hint} Set --{key} to the one that holds the images."
-    )
 
 
 def _open_named(config: DataConfig, part: str) -> ImageSource:
@@ -97,6 +79,8 @@ def _open_named(config: DataConfig, part: str) -> ImageSource:
         )
     if config.root is None and prefix == "torch":
         raise DataError(f"data.root is not set; give the folder where {config.name} is kept (--data.root DIR).")
+    if config.root is not None:
+        config = replace(config, root=expanded(config.root))
     dataset = _open(config, part)
     # timm's data set would replace an unreadable image by its neighbour without a word: its reader does not
     return MappedSource(getattr(dataset, "reader", dataset), _class_names(dataset), config.name)

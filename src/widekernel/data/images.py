@@ -9,9 +9,13 @@ from typing import IO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from widekernel.data.formats import image_formats
+
 MAX_PIXELS = 50_000_000
 """Largest accepted image, in pixels, checked from the header before anything is decoded."""
 
+MAX_BYTES = 2**29
+"""Largest accepted image file: more than ``MAX_PIXELS`` pixels of 16 bits in four channels take."""
 
 DECODER_ERRORS = (
     OSError, ValueError, SyntaxError, EOFError, LookupError, RuntimeError, TypeError, AttributeError, AssertionError,
@@ -27,25 +31,42 @@ class UnreadableImageError(Exception):
 def decode_image(file: IO[bytes]) -> Image.Image:
     """Decode ``file`` to an 8-bit RGB image.
 
-    16-bit grey images are scaled to 8 bits (a plain conversion would clip them to white), transparent images are
+    Grey images of 12 and 16 bits are scaled to 8 (a plain conversion would clip them to white), transparent images are
     composited on black, animated images give their first frame. EXIF orientation is not applied, as in the
     published ImageNet pipelines.
 
     Raises:
-        UnreadableImageError: the file is damaged, is no image, has floating-point or 32-bit pixels (their range is
-            unknown), or more than ``MAX_PIXELS`` pixels.
+        UnreadableImageError: the file is damaged, is no image, has floating-point, signed or 32-bit pixels (their range
+            is unknown), or more than ``MAX_PIXELS`` pixels or ``MAX_BYTES`` bytes.
     """
+    try:
+        content = file.read(MAX_BYTES + 1)
+    except DECODER_ERRORS as error:
+        raise UnreadableImageError(reason_of(error)) from error
+    if len(content) > MAX_BYTES:
+        raise UnreadableImageError(too_large(len(content)))
+    return decode_bytes(content)
+
+
+def decode_bytes(content: bytes) -> Image.Image:
+    """Decode the contents of a file, by the rules of ``decode_image`` and with its errors."""
     try:
         # Pillow warns about large images and odd palettes; the pixel limit below is the rule that holds here
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(file.read()))
+            # What a file is shows in its first bytes, not in its name: formats that other programs would read are not tried
+            image = Image.open(io.BytesIO(content), formats=image_formats())
             _check_size(image)
             return to_rgb(image)
     except UnreadableImageError:
         raise
     except DECODER_ERRORS as error:
         raise UnreadableImageError(reason_of(error)) from error
+
+
+def too_large(size: int) -> str:
+    """Why a file of ``size`` bytes, or more, is not read."""
+    return f"the file has {size:,} bytes or more, and the limit is {MAX_BYTES:,}"
 
 
 def reason_of(error: BaseException) -> str:
@@ -67,13 +88,50 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         UnreadableImageError: the range of its pixels is unknown.
     """
-    if image.mode.startswith("I;16"):
-        values = np.asarray(image, dtype=np.uint16)
-        return Image.fromarray((values.astype(np.float32) / 257.0).round().astype(np.uint8)).convert("RGB")
-    if image.mode in ("F", "I"):
-        raise UnreadableImageError(f"pixels of type {image.mode} have no known range; save the image with 8 or 16 bits")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    mode = image.mode
+    if mode.startswith("I;16") or (mode == "I" and image.format in _SCALED_TO_16_BITS):
+        return _from_16_bits(image)
+    if mode in ("F", "I"):
+        raise UnreadableImageError(f"pixels of type {mode} have no known range; save the image with 8 or 16 bits")
+    if _sample_format(image) == _SIGNED:
+        raise UnreadableImageError("its pixels are signed numbers, whose range is unknown; save them without a sign")
+    if mode == "La":
+        image = image.convert("LA")
+    if mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         background = Image.new("RGBA", rgba.size, (0, 0, 0, 255))
         return Image.alpha_composite(background, rgba).convert("RGB")
     return image.convert("RGB")
+
+
+_SCALED_TO_16_BITS = {"PPM", "PNG"}
+"""Formats whose pixels Pillow may give as 32-bit numbers, but always from 0 to 65,535."""
+
+# Tags of TIFF files, and values of them.
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
+_WHITE_IS_ZERO, _SIGNED = 0, 2
+
+
+def _from_16_bits(image: Image.Image) -> Image.Image:
+    if image.format == "FITS":
+        raise UnreadableImageError("16-bit pixels of FITS files are signed, and their range is unknown")
+    values = np.asarray(image).astype(np.float32)
+    largest = 65535
+    if image.format == "TIFF":
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        largest = 2 ** tags.get(_BITS_PER_SAMPLE, (16,))[0] - 1
+        if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+            values = largest - values
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        values[values == transparent] = 0
+    # 65535 / 257 is 255 exactly, so that 16-bit copies of 8-bit images give those
+    scaled = values / 257.0 if largest == 65535 else values * (255.0 / largest)
+    return Image.fromarray(scaled.round().astype(np.uint8)).convert("RGB")
+
+
+def _sample_format(image: Image.Image) -> int | None:
+    if image.format != "TIFF":
+        return None
+    values = image.tag_v2.get(_SAMPLE_FORMAT, (1,))  # type: ignore[attr-defined]
+    return int(values[0])

@@ -6,38 +6,38 @@ from pathlib import Path
 from widekernel.data.errors import DataError
 
 
-def check_links(split: Path, names: list[str]) -> None:
-    """Check the links below the class folders ``names`` of ``split``; links to places elsewhere are fine.
+class Links:
+    """The links below the class folders ``names`` of ``split``; links to places elsewhere are fine."""
 
-    Raises:
-        DataError: a link leads to a folder that holds it, or into the folder of another class.
-    """
-    home = os.path.realpath(split)
-    classes = [(name, os.path.join(home, name)) for name in names]  # noqa: PTH118 - compared as text
-    for name, place in classes:
-        others = [other for other_name, other in classes if other_name != name]
-        link = split / name
-        if link.is_symlink():
-            place = _follow(link, [home], others)
-        _check_below(link, [home, place], others)
+    def __init__(self, split: Path, names: list[str]) -> None:
+        self.split = split
+        self.home = os.path.realpath(split)
+        self.classes = {name: self.home + os.sep + name for name in names}
 
+    def enter(self, folder: str) -> tuple[str, ...]:
+        """The real places of the split and of the class folder ``folder``, which may be a link.
 
-def _check_below(folder: Path, above: list[str], others: list[str]) -> None:
-    with os.scandir(folder) as entries:
-        found = [entry for entry in entries if entry.is_dir()]
-    for entry in found:
-        link = folder / entry.name
-        place = _follow(link, above, others) if entry.is_symlink() else f"{above[-1]}{os.sep}{entry.name}"
-        _check_below(link, [*above, place], others)
+        Raises:
+            DataError: as ``follow``.
+        """
+        if (self.split / folder).is_symlink():
+            return (self.home, self.follow(folder, (self.home,)))
+        return (self.home, self.classes[folder])
 
+    def follow(self, link: str, above: tuple[str, ...]) -> str:
+        """The real place that ``link``, a path below the split, leads to; ``above`` are the places it lies in.
 
-def _follow(link: Path, above: list[str], others: list[str]) -> str:
-    target = os.path.realpath(link)
-    if any(_holds(target, folder) for folder in above):
-        raise DataError(f"{link} is a link to {target}, which holds the link itself. Remove it.")
-    if any(_holds(other, target) for other in others):
-        raise DataError(f"{link} is a link to {target}, which belongs to another class. Remove it.")
-    return target
+        Raises:
+            DataError: the link leads to a folder that holds it, or into the folder of another class.
+        """
+        path = self.split / link
+        target = os.path.realpath(path)
+        if any(_holds(target, place) for place in above):
+            raise DataError(f"{path} is a link to {target}, which holds the link itself. Remove it.")
+        own = link.partition("/")[0]
+        if any(_holds(place, target) for name, place in self.classes.items() if name != own):
+            raise DataError(f"{path} is a link to {target}, which belongs to another class. Remove it.")
+        return target
 
 
 def _holds(folder: str, place: str) -> bool:

@@ -17,6 +17,9 @@ ImageTransform = Callable[[Image.Image], Tensor]
 WARP_FROM = 384
 """From this input size on, evaluation warps the whole image to the square instead of cropping its centre."""
 
+MOST_ELONGATED = 64
+"""Longest accepted side in evaluation as a multiple of the short one; of longer images the middle is taken."""
+
 
 @dataclass(frozen=True)
 class Preprocessing:
@@ -73,16 +76,24 @@ class Preprocessing:
         )
 
     def eval_transform(self) -> ImageTransform:
-        """The deterministic transform of evaluation."""
-        return create_transform(
+        """The deterministic transform of evaluation.
+
+        Of an image whose long side is more than ``MOST_ELONGATED`` times the short one, only the middle is resized: the
+        centre crop keeps nothing else, and the whole would take memory without bound.
+        """
+        squash = self.input_size >= WARP_FROM and self.crop_pct == 1.0
+        transform = create_transform(
             self.input_size,
             is_training=False,
             interpolation=self.interpolation,
             mean=self.mean,
             std=self.std,
             crop_pct=self.crop_pct,
-            crop_mode="squash" if self.input_size >= WARP_FROM and self.crop_pct == 1.0 else "center",
+            crop_mode="squash" if squash else "center",
         )
+        if not squash:
+            transform.transforms.insert(0, middle)
+        return transform
 
     def train_transform(self, augment: AugmentConfig) -> ImageTransform:
         """The random transform of training; it draws from the global generators.
@@ -112,6 +123,14 @@ class Preprocessing:
             ) from error
         _allow_posterize_to_nothing(transform)
         return transform
+
+
+def middle(image: Image.Image) -> Image.Image:
+    """The middle part of an image that is longer than ``MOST_ELONGATED`` times its short side; others as they are."""
+    width, height = image.size
+    most = MOST_ELONGATED * min(width, height)
+    left, top = max(0, width - most) // 2, max(0, height - most) // 2
+    return image.crop((left, top, width - left, height - top)) if left or top else image
 
 
 def _allow_posterize_to_nothing(transform: Any) -> None:

@@ -1,0 +1,52 @@
+"""Whether the folders that are taken for classes are classes."""
+
+from widekernel.data.errors import DataError
+from widekernel.data.formats import listed, printable
+from widekernel.data.listing import Listing, twins
+
+SPLITS = frozenset({"train", "training", "trainval", "val", "valid", "validation", "dev", "test", "testing"})
+"""Names of splits, in lower case."""
+
+_PARTS = SPLITS | {"images", "image", "imgs", "img", "jpegimages", "annotations", "masks", "labels", "data"}
+
+
+def question_classes(label: str, listing: Listing, fix: str) -> tuple[str, ...]:
+    """Notes on class folders that hardly are what was meant; ``fix`` says how to name another folder.
+
+    Raises:
+        DataError: all of them have names of splits or of other parts of a data set.
+    """
+    names = listing.class_names
+    parts = [name for name in names if name.lower() in _PARTS]
+    if len(parts) == len(names):
+        few = "one class" if len(names) == 1 else f"{len(names)} classes"
+        raise DataError(
+            f"{label} would have {few}, {listed(names)}: the name of a part of a data set, not of a class. {fix} If it is "
+            "meant, rename the folder."
+        )
+    notes = []
+    if parts:
+        notes.append(f"{label}: among the {len(names)} classes is {listed(parts)}, the name of a part of a data set. {fix}")
+    alike = twins(names)
+    if alike:
+        notes.append(f"{label}: classes differ only in case or spaces: {listed(alike)}. Merge them if they are the same.")
+    inside = listing.inside()
+    if len(names) > 1 and len(inside) > 1:
+        notes.append(
+            f"{label}: the classes are {listed(names)}, and each holds the same folders {listed(inside)}. If those are the "
+            f"classes, put the images of each into one folder directly below {label}."
+        )
+    return tuple(notes)
+
+
+def refuse_one_class(label: str, listing: Listing | None, names: tuple[str, ...], fix: str) -> None:
+    """Raise a ``DataError`` if there is nothing to tell apart."""
+    if len(names) > 1:
+        return
+    inside = listing.inside() if listing is not None else ()
+    more = f" It holds the folders {listed(inside)}." if inside else ""
+    raise DataError(
+        f"{label} has only one class, {printable(names[0])!r}, so there is nothing to learn.{more} {fix}"
+        if names
+        else f"{label} has no classes. {fix}"
+    )

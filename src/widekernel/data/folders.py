@@ -1,0 +1,133 @@
+"""Images in class folders."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image
+from typing_extensions import override
+
+from widekernel.data.errors import DataError
+from widekernel.data.formats import ending_of, image_endings, is_clutter, listed
+from widekernel.data.images import UnreadableImageError, decode_image
+from widekernel.data.links import Links
+from widekernel.data.listing import LeftOut, Listing, order_of_classes
+from widekernel.data.names import in_order, normalised
+from widekernel.data.sources import FileSource
+
+
+class FolderSource(FileSource):
+    """Images in ``root/<class>/**``, classes in alphabetical order (torchvision's layout).
+
+    Raises:
+        DataError: the folder is missing, or has no classes, or a class without images, or a link in it leads back to
+            itself or to another class.
+    """
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root, list_folder(root))
+
+    @override
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        try:
+            with (self.path / self.names[index]).open("rb") as file:
+                return decode_image(file), self.targets[index]
+        except OSError as error:
+            raise UnreadableImageError(error.strerror or str(error)) from error
+
+
+def list_folder(root: Path) -> Listing:
+    """List the images below the class folders of ``root``; hidden files and clutter are passed over.
+
+    Raises:
+        DataError: as ``FolderSource``.
+    """
+    left_out = LeftOut()
+    found = []
+    for entry in _entries(root):
+        if is_folder(entry):
+            found.append(entry.name)
+        elif ending_of(entry.name) in image_endings():
+            left_out.add_outside(entry.name)
+        else:
+            left_out.add(entry.name)
+    if not found:
+        raise DataError(_without_classes(root, left_out))
+    folders, class_names = order_of_classes(str(root), found)
+    listing = Listing(class_names, left_out=left_out)
+    links = Links(root, folders)
+    for index, folder in enumerate(folders):
+        below = set()
+        for place, files in _walk(root, folder, links, left_out):
+            listing.names.extend(place + "/", in_order(files))
+            listing.targets.extend([index] * len(files))
+            below.add(place[len(folder) + 1 :])
+        listing.below.append(below)
+    listing.check(str(root))
+    return listing
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder or leads to one; a link in a circle leads nowhere."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def _walk(root: Path, top: str, links: Links, left_out: LeftOut) -> Iterator[tuple[str, list[str]]]:
+    """The folders in ``top`` that hold images, and the names of these; in the order of the folders' paths."""
+    found = []
+    waiting = [(top, links.enter(top))]
+    endings = image_endings()
+    while waiting:
+        folder, above = waiting.pop()
+        images = []
+        for entry in _entries(root / folder):
+            name = entry.name
+            # the plain case first: of millions of files nearly all are
+            if name[name.rfind(".") :].lower() in endings and entry.is_file(follow_symlinks=False):
+                images.append(name)
+                continue
+            path = f"{folder}/{entry.name}"
+            if is_folder(entry):
+                place = links.follow(path, above) if entry.is_symlink() else f"{above[-1]}{os.sep}{entry.name}"
+                waiting.append((path, (*above, place)))
+            elif ending_of(name) in endings and _is_file(entry):
+                images.append(entry.name)
+            else:
+                left_out.add(path)
+        if images:
+            found.append((folder, images))
+    found.sort(key=lambda item: (normalised(item[0]), item[0]))
+    yield from found
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a file or a broken link, which is told as an unreadable image; no pipe, socket or device."""
+    try:
+        return entry.is_file() or (entry.is_symlink() and not Path(entry.path).exists())
+    except OSError:
+        return True  # a link in a circle
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return [entry for entry in entries if entry.name[0] != "." and not is_clutter(entry.name)]
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read as an image folder: {error.strerror}.") from error
+
+
+def _without_classes(root: Path, left_out: LeftOut) -> str:
+    if left_out.outside:
+        return (
+            f"{root} has no class folders, but {left_out.outside:,} image(s). If it is the folder of one class, name the "
+            f"folder that holds it; else put each class's images into a folder named after the class."
+        )
+    archives = sorted(entry.name for entry in _entries(root) if ending_of(entry.name) in (".tar", ".gz", ".tgz", ".zip"))
+    packed = f" It holds {listed(archives)}: name an archive without compression, or unpack it." if archives else ""
+    return (
+        f"{root} has no class folders, but the layout is {root.name}/<class>/<image>. "
+        f"Put each class's images into a folder named after the class.{packed}"
+    )

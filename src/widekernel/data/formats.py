@@ -1,0 +1,63 @@
+"""Which files are images, and which are left behind by operating systems and tools."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+from PIL import Image
+
+_NOT_DECODED = {
+    "BUFR", "GRIB", "HDF5",  # recognised, but read by other programs
+    "EPS", "PDF", "WMF",  # drawings, which other programs have to render
+    "MPEG",  # only the size of the picture is read
+    "IPTC",  # a container
+}  # fmt: skip
+
+_CLUTTER = {
+    "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "$recycle.bin", "system volume information",
+    "lost+found",
+}  # fmt: skip
+_LONGEST_CLUTTER = max(len(name) for name in _CLUTTER)
+
+
+@lru_cache(maxsize=1)
+def image_formats() -> tuple[str, ...]:
+    """The formats that Pillow decodes to pixels by itself on this machine."""
+    Image.init()
+    with_endings = set(Image.registered_extensions().values())
+    return tuple(name for name in Image.OPEN if name in with_endings and name not in _NOT_DECODED)
+
+
+@lru_cache(maxsize=1)
+def image_endings() -> frozenset[str]:
+    """The endings of files in ``image_formats``, in lower case and with their dot."""
+    formats = {*image_formats(), "MPO"}  # several JPEG images in one file, which the JPEG plugin opens
+    return frozenset(ending for ending, name in Image.registered_extensions().items() if name in formats)
+
+
+def ending_of(name: str) -> str:
+    """The ending of a file name in lower case with its dot, empty if it has none."""
+    stem, dot, ending = name.rpartition(".")
+    return f".{ending.lower()}" if dot and stem else ""
+
+
+def is_clutter(name: str) -> bool:
+    """Whether a file or folder is hidden, or one that operating systems leave in other people's folders."""
+    return name.startswith(".") or (len(name) <= _LONGEST_CLUTTER and name.lower() in _CLUTTER)
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """The first ``most`` of ``names`` for a message, on one line and printable."""
+    shown = ", ".join(printable(name) for name in names[:most])
+    return f"{shown}, ..." if len(names) > most else shown
+
+
+def printable(name: str) -> str:
+    """A name for a message: line breaks and bytes that are not UTF-8 are escaped."""
+    if name.isprintable():
+        return name
+    escaped = "".join(char if char.isprintable() or _is_raw(char) else repr(char)[1:-1] for char in name)
+    return escaped.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
+def _is_raw(char: str) -> bool:
+    return "\udc80" <= char <= "\udcff"

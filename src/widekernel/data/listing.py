@@ -1,0 +1,106 @@
+"""What was found below the folder of a split, in a folder or in an archive: images, classes and what was left out."""
+
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from widekernel.data.errors import DataError
+from widekernel.data.formats import ending_of, image_endings, listed, printable
+from widekernel.data.names import Names, normalised
+
+
+@dataclass
+class LeftOut:
+    """Files below a split that are no images of it. Clutter of operating systems is not among them."""
+
+    endings: Counter[str] = field(default_factory=Counter)
+    example: str = ""
+    outside: int = 0
+    example_outside: str = ""
+
+    def add(self, path: str) -> None:
+        """Count a file whose ending is not one of an image, or that is none by its ending alone."""
+        self.endings[ending_of(path.rpartition("/")[2])] += 1
+        self.example = self.example or path
+
+    def add_outside(self, path: str) -> None:
+        """Count an image that lies in no class folder."""
+        self.outside += 1
+        self.example_outside = self.example_outside or path
+
+    def notes(self, label: str) -> tuple[str, ...]:
+        """One line for each kind of file, to be shown to the user; ``label`` names the split."""
+        notes = []
+        if self.endings:
+            kinds = [f"{count:,} {ending or 'without an ending'}" for ending, count in self.endings.most_common()]
+            notes.append(
+                f"{label}: {self.endings.total():,} file(s) left out, which are no images by their ending "
+                f"({listed(kinds)}), such as {printable(self.example)}."
+            )
+        if self.outside:
+            notes.append(
+                f"{label}: {self.outside:,} image(s) left out, which lie in no class folder, "
+                f"such as {printable(self.example_outside)}."
+            )
+        return tuple(notes)
+
+
+@dataclass
+class Listing:
+    """The images of a split.
+
+    Args:
+        class_names: normalised names in the order of the class indices
+        names: paths of the images below the split, in their order
+        targets: class index of every image
+        left_out: what else was there
+        below: for every class the folders in its folder that hold images, "" for the folder itself
+    """
+
+    class_names: tuple[str, ...]
+    names: Names = field(default_factory=Names)
+    targets: "array[int]" = field(default_factory=lambda: array("i"))
+    left_out: LeftOut = field(default_factory=LeftOut)
+    below: list[set[str]] = field(default_factory=list)
+
+    def check(self, label: str) -> None:
+        """Raise a ``DataError`` if there are no images, or classes without."""
+        empty = [name for name, folders in zip(self.class_names, self.below, strict=True) if not folders]
+        kinds = ", ".join(sorted(image_endings()))
+        if len(empty) == len(self.class_names):
+            raise DataError(f"{label} holds no images: none of its {len(empty)} class folders has a file of {kinds}.")
+        if empty:
+            raise DataError(
+                f"{label} has {len(empty)} class folder(s) without images: {listed(empty)}. Add images ({kinds}) or remove "
+                "the folder."
+            )
+
+    def inside(self) -> tuple[str, ...]:
+        """The folders directly inside the class folders, if all classes have the same ones."""
+        tops = [{folder.partition("/")[0] for folder in folders} for folders in self.below]
+        alike = bool(tops) and all(top == tops[0] for top in tops) and "" not in tops[0]
+        return tuple(sorted(tops[0])) if alike else ()
+
+
+def order_of_classes(label: str, folders: Iterable[str]) -> tuple[list[str], tuple[str, ...]]:
+    """Class folders in the order of their classes, and the classes' names.
+
+    Raises:
+        DataError: two folders have the same name after Unicode normalisation.
+    """
+    ordered = sorted(folders, key=lambda name: (normalised(name), name))
+    names = tuple(normalised(name) for name in ordered)
+    for first, second in zip(names, names[1:]):
+        if first == second:
+            raise DataError(
+                f"{label} has two class folders named {printable(first)!r}, which differ only in how Unicode writes their "
+                "characters. Merge or rename them."
+            )
+    return ordered, names
+
+
+def twins(names: Sequence[str]) -> list[str]:
+    """Names that differ from another one only in case or in spaces around them."""
+    count = Counter(name.strip().casefold() for name in names)
+    return [name for name in names if count[name.strip().casefold()] > 1]

@@ -1,0 +1,68 @@
+"""Names of files: compared after Unicode normalisation, and kept without an object for every file."""
+
+import unicodedata
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from typing import overload
+
+from typing_extensions import override
+
+
+def normalised(name: str) -> str:
+    """``name`` in the form that names are compared in: composed characters (NFC), whereas macOS stores decomposed ones."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+def in_order(names: list[str]) -> list[str]:
+    """``names`` in the order of their normalised forms."""
+    if "".join(names).isascii():
+        return sorted(names)
+    return sorted(names, key=lambda name: (normalised(name), name))
+
+
+def place_of(path: str) -> tuple[str, str, str]:
+    """Where a file stands in the order of its data set, for its path below the split.
+
+    Files are ordered by class folder, then by folder as text, then by name.
+    """
+    folder, _, name = path.rpartition("/")
+    top, _, below = folder.partition("/")
+    return normalised(top), normalised(below), normalised(name)
+
+
+class Names(Sequence[str]):
+    """Many strings in one block of memory, which worker processes share with the process that forks them."""
+
+    def __init__(self, names: Iterable[str] = ()) -> None:
+        self._text = bytearray()
+        self._ends = array("q", [0])
+        self.extend("", names)
+
+    def extend(self, start: str, names: Iterable[str]) -> None:
+        """Add ``start`` with each of ``names``; surrogates that stand for other bytes are kept."""
+        for name in names:
+            self._text += (start + name).encode(errors="surrogateescape")
+            self._ends.append(len(self._text))
+
+    @override
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "list[str]": ...
+
+    @override
+    def __getitem__(self, index: int | slice) -> "str | list[str]":
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        number = index + len(self) if index < 0 else index
+        if not 0 <= number < len(self):
+            raise IndexError(f"There are {len(self)} names, but number {index} was asked for.")
+        return self._text[self._ends[number] : self._ends[number + 1]].decode(errors="surrogateescape")
+
+    @override
+    def __iter__(self) -> Iterator[str]:
+        return (self[number] for number in range(len(self)))

@@ -1,0 +1,113 @@
+"""From the names of folders and archives in a configuration to the images in them."""
+
+import os
+import tarfile
+from pathlib import Path
+
+from widekernel.data.class_names import SPLITS, question_classes
+from widekernel.data.config import DataConfig
+from widekernel.data.errors import DataError
+from widekernel.data.folders import FolderSource
+from widekernel.data.formats import ending_of, image_endings, listed
+from widekernel.data.sources import FileSource
+from widekernel.data.tars import TarSource
+
+_PACKED = {
+    b"PK\x03\x04": ("a zip archive", "unzip"), b"\x1f\x8b": ("compressed by gzip", "gunzip"),
+    b"BZh": ("compressed by bzip2", "bunzip2"), b"\xfd7zXZ\0": ("compressed by xz", "unxz"),
+    b"\x28\xb5\x2f\xfd": ("compressed by zstd", "unzstd"), b"7z\xbc\xaf\x27\x1c": ("a 7z archive", "7z x"),
+    b"Rar!": ("a rar archive", "unrar x"),
+}  # fmt: skip
+_PACKED_ENDINGS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z", ".rar")
+
+
+def open_files(config: DataConfig, part: str, key: str) -> FileSource:
+    """Open the folder or archive ``part`` below ``config.root``; ``key`` is the setting that names it.
+
+    Raises:
+        DataError: there is no such folder or archive, or it holds no classes of images.
+    """
+    path = _find(config, part, key)
+    source = FolderSource(path) if path.is_dir() else TarSource(path)
+    source.notes += question_classes(str(path), source.listing, how_to_go_deeper(source, part, key))
+    return source
+
+
+def how_to_go_deeper(source: FileSource, part: str, key: str) -> str:
+    """What to set if the classes lie one folder deeper than they were looked for."""
+    parts = [name for name in source.class_names if name.lower() in SPLITS] or list(source.class_names)
+    if source.path.is_dir():
+        return f"If the classes are the folders inside {listed(parts, 2)}, set --{key} {os.path.normpath(f'{part}/{parts[0]}')}."
+    return f"If the classes are the folders inside {listed(parts, 2)}, create an archive from that folder alone."
+
+
+def expanded(text: str) -> str:
+    """``text`` with ``~`` and variables replaced as a shell does, unless it names what exists as it is written."""
+    if Path(text).exists():
+        return text
+    return os.path.expandvars(os.path.expanduser(text))  # noqa: PTH111 - variables are not pathlib's
+
+
+def _find(config: DataConfig, part: str, key: str) -> Path:
+    part = expanded(part)
+    if config.root is None and not Path(part).is_absolute():
+        raise DataError(
+            "data.root is not set. Give the folder that holds the images (--data.root DIR), "
+            "or name a data set, for example --data.name digits."
+        )
+    root = Path(expanded(config.root or "."))
+    if not root.exists():
+        raise DataError(f"data.root is {str(root)!r}, which does not exist. Give the folder that holds the images.")
+    if not root.is_dir():
+        raise DataError(_root_is_a_file(root, key))
+    for path in (root / part, root / f"{part}.tar"):
+        if path.is_dir():
+            return path
+        if path.is_file():
+            _check_archive(path)
+            return path
+    for ending in _PACKED_ENDINGS:
+        path = root / f"{part}{ending}"
+        if path.is_file():
+            _check_archive(path)
+    raise DataError(_nothing_there(root, part, key))
+
+
+def _check_archive(path: Path) -> None:
+    """Raise a ``DataError`` for a file that is no plain tar archive, and say what it is."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+    for magic, (kind, tool) in _PACKED.items():
+        if start.startswith(magic):
+            raise DataError(
+                f"{path} is {kind}, in which images cannot be reached one by one. Unpack it first, for example with "
+                f"`{tool}`: folders and uncompressed .tar archives are read."
+            )
+    if ending_of(path.name) == ".tar":
+        return
+    if ending_of(path.name) in image_endings():
+        raise DataError(f"{path} is a single image; give the folder that holds the class folders.")
+    named = " It is one, but is not named so: let its name end in .tar." if tarfile.is_tarfile(path) else ""
+    raise DataError(f"{path} is neither a folder nor an uncompressed .tar archive; unpack it first.{named}")
+
+
+def _root_is_a_file(root: Path, key: str) -> str:
+    text = f"data.root is {str(root)!r}, which is not a folder."
+    if ending_of(root.name) in image_endings():
+        return f"{text} It is a single image: give the folder that holds the splits, with class folders in them."
+    return f"{text} Give the folder, and name an archive inside it by --{key} {root.name}."
+
+
+def _nothing_there(root: Path, part: str, key: str) -> str:
+    try:
+        found = sorted(entry.name for entry in root.iterdir() if entry.is_dir() or entry.suffix == ".tar")
+    except OSError as error:
+        return f"data.root is {str(root)!r}, which cannot be read: {error.strerror}."
+    text = f"{root / part} does not exist (nor {part}.tar beside it)."
+    if root.name.lower() in {part.lower(), *SPLITS} and found and not SPLITS & {name.lower() for name in found}:
+        return f"{text} data.root seems to be a split itself: set --data.root {root.resolve().parent}."
+    hint = f"It holds: {listed(found, 8)}." if found else "It holds no folders and no .tar archives."
+    return f"{text} {hint} Set --{key} to the one that holds the images."

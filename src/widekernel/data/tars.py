@@ -1,0 +1,157 @@
+"""Images in class folders inside a tar archive, read without unpacking."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from typing_extensions import override
+
+from widekernel.data.archives import Contents, read_contents
+from widekernel.data.class_names import SPLITS
+from widekernel.data.errors import DataError
+from widekernel.data.formats import ending_of, image_endings, is_clutter, listed, printable
+from widekernel.data.images import MAX_BYTES, UnreadableImageError, decode_bytes, too_large
+from widekernel.data.listing import Listing, order_of_classes
+from widekernel.data.names import place_of
+from widekernel.data.sources import FileSource
+
+
+class TarSource(FileSource):
+    """Images in a tar archive, with the classes, order and names that its contents have as a folder.
+
+    The archive may hold the class folders themselves or one folder, or folders in one another, around them.
+
+    Raises:
+        DataError: the archive is damaged, incomplete, compressed, or holds no images in class folders, or does not
+            show which folders are the classes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        contents = read_contents(path)
+        listing, numbers = list_archive(path, contents)
+        super().__init__(path, listing)
+        self._offsets = type(contents.offsets)("q", (contents.offsets[number] for number in numbers))
+        self._sizes = type(contents.sizes)("q", (contents.sizes[number] for number in numbers))
+        self._broken = {index: contents.broken[number] for index, number in enumerate(numbers) if number in contents.broken}
+        self._file: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_file": None}
+
+    @override
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        if index in self._broken:
+            raise UnreadableImageError(self._broken[index])
+        size = self._sizes[index]
+        if size > MAX_BYTES:
+            raise UnreadableImageError(too_large(size))
+        try:
+            if self._file is None:
+                self._file = self.path.open("rb", buffering=0)
+            # it leaves the position alone, which processes share with the one that forked them
+            content = os.pread(self._file.fileno(), size, self._offsets[index])
+        except OSError as error:
+            raise UnreadableImageError(error.strerror or str(error)) from error
+        return decode_bytes(content), self.targets[index]
+
+
+def list_archive(path: Path, contents: Contents) -> tuple[Listing, list[int]]:
+    """List the images below the class folders of an archive, and their numbers in it.
+
+    Raises:
+        DataError: as ``TarSource``.
+    """
+    endings = image_endings()
+    root = _find_root(path, contents)
+    start = f"{root}/" if root else ""
+    images: list[str] = []
+    listing = Listing(())
+    folders = {_first(folder[len(start) :]) for folder in contents.folders if folder.startswith(start)} - {""}
+    for full in contents.paths:
+        inside = full[len(start) :]
+        if not full.startswith(start) or any(is_clutter(part) for part in inside.split("/")):
+            continue
+        if "/" in inside:
+            folders.add(_first(inside))
+        if ending_of(inside) not in endings:
+            listing.left_out.add(inside)
+        elif "/" in inside:
+            images.append(inside)
+        else:
+            listing.left_out.add_outside(inside)
+    ordered, listing.class_names = order_of_classes(str(path), (name for name in folders if not is_clutter(name)))
+    index_of = {name: index for index, name in enumerate(ordered)}
+    listing.below = [set() for _ in ordered]
+    images.sort(key=lambda name: (place_of(name), name))
+    listing.names.extend("", images)
+    for name in images:
+        top, _, below = name.rpartition("/")[0].partition("/")
+        listing.targets.append(index_of[top])
+        listing.below[index_of[top]].add(below)
+    listing.check(str(path))
+    return listing, [contents.paths[start + name] for name in images]
+
+
+def _first(path: str) -> str:
+    return path.partition("/")[0]
+
+
+def _find_root(path: Path, contents: Contents) -> str:
+    """The folder of the archive whose folders are the classes, "" for the archive itself.
+
+    A folder that is called like the archive or like a split is it; otherwise the first that holds several folders.
+    """
+    places = _places_of_images(path, contents)
+    chain: list[str] = []
+    while len(inner := {place[len(chain)] for place in places if len(place) > len(chain)}) == 1:
+        chain += inner
+    for depth in range(len(chain), 0, -1):
+        if _names_a_split(chain[depth - 1], path) and any(len(place) > depth for place in places):
+            return "/".join(chain[:depth])
+    holds_images = [depth for depth in range(1, len(chain) + 1) if tuple(chain[:depth]) in places]
+    if not holds_images:
+        _check_beside(path, inner)
+        return "/".join(chain)
+    only = chain[: holds_images[0]]
+    if only[-1].lower() in SPLITS:
+        raise DataError(_outside(path))
+    if len(only) > 1:
+        raise DataError(
+            f"{path} holds images in {printable('/'.join(only))} alone, and which of these folders is the class cannot be "
+            f"told. Name the folder around the class folders {path.stem!r}, or put them at the top of the archive."
+        )
+    return ""
+
+
+def _places_of_images(path: Path, contents: Contents) -> set[tuple[str, ...]]:
+    endings = image_endings()
+    folders = {full.rpartition("/")[0] for full in contents.paths if ending_of(full.rpartition("/")[2]) in endings}
+    places = {tuple(folder.split("/")) if folder else () for folder in folders}
+    shared = os.path.commonprefix(sorted(places)) if places else ()
+    # hidden folders around everything hide nothing: an archive of ~/.cache/data holds its images
+    places = {place for place in places if not any(is_clutter(part) for part in place[len(shared) :])}
+    kinds = ", ".join(sorted(endings))
+    if not places:
+        raise DataError(f"{path} holds no images; the layout is <split>/<class>/<image> with {kinds}.")
+    if places == {()}:
+        raise DataError(_outside(path))
+    return places
+
+
+def _names_a_split(name: str, path: Path) -> bool:
+    return name.lower() in SPLITS or name == path.stem
+
+
+def _check_beside(path: Path, folders: set[str]) -> None:
+    splits = sorted(name for name in folders if _names_a_split(name, path))
+    if splits and len(splits) < len(folders):
+        others = sorted(folders - set(splits))
+        raise DataError(
+            f"{path} holds {listed(splits)} beside {listed(others)}, so that either may be the folder of the classes. "
+            f"Create an archive of the class folders alone."
+        )
+
+
+def _outside(path: Path) -> str:
+    return f"{path} holds images outside class folders only; the layout is <split>/<class>/<image>."
