@@ -10,8 +10,8 @@ from widekernel.data import DataError, EvaluationSamples, LoaderOptions, Preproc
 from widekernel.data.images import UnreadableImageError
 from widekernel.errors import CheckpointError
 from widekernel.tasks.assembly import build_model, choose_device
+from widekernel.tasks.class_order import class_order
 from widekernel.tasks.evaluation import EvaluationOptions, evaluate
-from widekernel.tasks.loading import class_order
 from widekernel.tasks.saved import SavedModel, read_saved, restore_model, save_model
 from widekernel.training import Processes, TrainingError
 

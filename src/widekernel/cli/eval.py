@@ -13,8 +13,9 @@ from widekernel.cli.parsing import build, known_keys, new_parser, parse, setting
 from widekernel.data import DataConfig, EvaluationSamples, LoaderOptions, Share, evaluation_loader, open_split
 from widekernel.data.config import require
 from widekernel.tasks.assembly import choose_device
+from widekernel.tasks.class_order import assumption, class_order
 from widekernel.tasks.evaluation import Evaluation, EvaluationOptions, evaluate
-from widekernel.tasks.loading import Source, Weights, class_order, load
+from widekernel.tasks.loading import Source, Weights, load
 from widekernel.tasks.saved import SavedModel
 from widekernel.training.interrupts import Interrupted, InterruptGuard
 
@@ -101,6 +102,8 @@ def evaluate_on(model: nn.Module, saved: SavedModel, data: DataConfig, options: 
     loading = LoaderOptions(options.batch_size, data.workers, pin_memory=device.type == "cuda")
     loader = evaluation_loader(EvaluationSamples(source, transform), loading, Share())
     with ConsoleReporter() as reporter, InterruptGuard() as guard:
+        for note in filter(None, (*source.notes, assumption(saved, source.class_names))):
+            reporter.message(note)
         how = EvaluationOptions(
             device, data.max_unreadable, order, reporter=reporter, stop=lambda: guard.received is not None
         )

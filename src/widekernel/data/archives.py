@@ -71,7 +71,7 @@ class _Scan:
         """Add the members of the archive ``file``, which starts at byte ``start`` of the outer one."""
         with tarfile.open(fileobj=file, mode="r:") as archive:
             while (member := archive.next()) is not None:
-                archive.members.clear()  # a million of them would stay in memory
+                archive.members.clear()  # type: ignore[attr-defined]  # a million of them would stay in memory
                 self._add(archive, member, prefix, start)
             self._check_end(file, archive.offset)
 

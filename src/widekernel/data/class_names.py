@@ -39,14 +39,7 @@ def question_classes(label: str, listing: Listing, fix: str) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def refuse_one_class(label: str, listing: Listing | None, names: tuple[str, ...], fix: str) -> None:
-    """Raise a ``DataError`` if there is nothing to tell apart."""
-    if len(names) > 1:
-        return
-    inside = listing.inside() if listing is not None else ()
-    more = f" It holds the folders {listed(inside)}." if inside else ""
-    raise DataError(
-        f"{label} has only one class, {printable(names[0])!r}, so there is nothing to learn.{more} {fix}"
-        if names
-        else f"{label} has no classes. {fix}"
-    )
+def refuse_one_class(label: str, names: tuple[str, ...], fix: str) -> None:
+    """Raise a ``DataError`` if there is nothing to tell apart among the classes of the training images."""
+    if len(names) == 1:
+        raise DataError(f"{label} has only one class, {printable(names[0])!r}, so there is nothing to learn. {fix}")

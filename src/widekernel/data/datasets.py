@@ -55,11 +55,11 @@ def open_train_and_val(config: DataConfig) -> tuple[ImageSource, ImageSource]:
         )
     if isinstance(train, FileSource):
         fix = how_to_go_deeper(train, config.train_split, "data.train_split")
-        refuse_one_class(str(train.path), train.listing, train.class_names, f"Give more classes. {fix}")
+        refuse_one_class(str(train.path), train.class_names, f"Add folders of other classes. {fix}")
         if isinstance(val, FileSource) and val.path.samefile(train.path):
             train.notes += (f"{train.path}: the held-out images are the training images, so accuracy says nothing new.",)
     else:
-        refuse_one_class(config.name, None, train.class_names, "Choose a data set with several classes.")
+        refuse_one_class(config.name, train.class_names, "Choose a data set with several classes.")
     return train, val
 
 

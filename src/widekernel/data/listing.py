@@ -4,6 +4,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from widekernel.data.errors import DataError
 from widekernel.data.formats import ending_of, image_endings, listed, printable
@@ -91,7 +92,7 @@ def order_of_classes(label: str, folders: Iterable[str]) -> tuple[list[str], tup
     """
     ordered = sorted(folders, key=lambda name: (normalised(name), name))
     names = tuple(normalised(name) for name in ordered)
-    for first, second in zip(names, names[1:]):
+    for first, second in pairwise(names):
         if first == second:
             raise DataError(
                 f"{label} has two class folders named {printable(first)!r}, which differ only in how Unicode writes their "

@@ -35,10 +35,13 @@ def open_files(config: DataConfig, part: str, key: str) -> FileSource:
 
 def how_to_go_deeper(source: FileSource, part: str, key: str) -> str:
     """What to set if the classes lie one folder deeper than they were looked for."""
-    parts = [name for name in source.class_names if name.lower() in SPLITS] or list(source.class_names)
-    if source.path.is_dir():
-        return f"If the classes are the folders inside {listed(parts, 2)}, set --{key} {os.path.normpath(f'{part}/{parts[0]}')}."
-    return f"If the classes are the folders inside {listed(parts, 2)}, create an archive from that folder alone."
+    names = source.class_names
+    parts = [name for name in names if name.lower() in SPLITS] or list(names)
+    inside = source.listing.inside()
+    which = f"If the classes are the folders inside {listed(parts, 2)}{f' ({listed(inside, 3)})' if inside else ''}"
+    if not source.path.is_dir():
+        return f"{which}, create an archive from that folder alone."
+    return f"{which}, set --{key} {os.path.normpath(f'{part}/{parts[0]}')}."
 
 
 def expanded(text: str) -> str:

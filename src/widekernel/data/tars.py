@@ -128,9 +128,11 @@ def _places_of_images(path: Path, contents: Contents) -> set[tuple[str, ...]]:
     endings = image_endings()
     folders = {full.rpartition("/")[0] for full in contents.paths if ending_of(full.rpartition("/")[2]) in endings}
     places = {tuple(folder.split("/")) if folder else () for folder in folders}
-    shared = os.path.commonprefix(sorted(places)) if places else ()
     # hidden folders around everything hide nothing: an archive of ~/.cache/data holds its images
-    places = {place for place in places if not any(is_clutter(part) for part in place[len(shared) :])}
+    depth = 0
+    while places and all(len(place) > depth for place in places) and len({place[depth] for place in places}) == 1:
+        depth += 1
+    places = {place for place in places if not any(is_clutter(part) for part in place[depth:])}
     kinds = ", ".join(sorted(endings))
     if not places:
         raise DataError(f"{path} holds no images; the layout is <split>/<class>/<image> with {kinds}.")

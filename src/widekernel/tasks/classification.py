@@ -131,6 +131,8 @@ def train(config: TrainConfig, reporter: Reporter | None = None, processes: Proc
 def _train(config: TrainConfig, folder: RunFolder, reporter: Reporter, processes: Processes) -> RunResult:
     device = choose_device(config.loop.device)
     train_source, val_source = open_train_and_val(config.data)
+    for note in dict.fromkeys((*train_source.notes, *val_source.notes)):
+        reporter.message(note)
     num_classes = _count_classes(config, train_source)
     seed_run(config.seed, processes.rank)
     model = _build(config, num_classes, _has_begun(folder), reporter)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import nn
 
 import widekernel
-from widekernel.data import ConfigError, DataConfig, DataError, Preprocessing
+from widekernel.data import ConfigError, DataConfig, Preprocessing
 from widekernel.errors import CheckpointError
 from widekernel.tasks.assembly import build_model, pretrained_cfg
 from widekernel.tasks.saved import SavedModel, restore_model
@@ -137,28 +137,3 @@ def _check_options(source: Source) -> None:
         raise ConfigError(
             f"{' and '.join(useless)} describes the model of a checkpoint that does not tell: add --model NAME."
         )
-
-
-def class_order(saved: SavedModel, names: tuple[str, ...]) -> tuple[int, ...] | None:
-    """For every class of the data the model's output, or ``None`` if both are in the same order.
-
-    A model that knows its class names may be evaluated on data that holds only some of them.
-
-    Raises:
-        DataError: the data has classes that the model does not know, or another number of classes.
-    """
-    if not saved.class_names:
-        if len(names) != saved.num_classes:
-            raise DataError(
-                f"The data has {len(names)} classes, but {saved.name} has {saved.num_classes} outputs and no class "
-                "names to match them by. Check the data set, or give --num_classes."
-            )
-        return None
-    unknown = [name for name in names if name not in saved.class_names]
-    if unknown:
-        raise DataError(
-            f"The data has {len(unknown)} classes that the model was not trained on, such as {unknown[0]!r}; "
-            f"its {saved.num_classes} classes are {', '.join(saved.class_names[:10])}"
-            f"{', ...' if len(saved.class_names) > 10 else ''}."
-        )
-    return None if names == saved.class_names else tuple(saved.class_names.index(name) for name in names)

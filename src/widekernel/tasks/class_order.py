@@ -1,0 +1,94 @@
+"""Which output of a network stands for which class of the data."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+from timm.data import ImageNetInfo
+from timm.utils.misc import natural_key
+
+from widekernel.data import DataError
+from widekernel.data.formats import listed, printable
+from widekernel.data.names import normalised
+from widekernel.tasks.saved import SavedModel
+
+
+def class_order(saved: SavedModel, names: tuple[str, ...]) -> tuple[int, ...] | None:
+    """For every class of the data the model's output, or ``None`` if both are in the same order.
+
+    A model that knows its class names may be evaluated on data that holds only some of them; names are compared after
+    Unicode normalisation. Without class names classes that are numbers are matched in the order of the numbers, and those
+    with WordNet identifiers of ImageNet by these if the model has 1,000 outputs; ``assumption`` says what was assumed.
+
+    Raises:
+        DataError: the data has classes that the model does not know, or another number of classes.
+    """
+    names = tuple(normalised(name) for name in names)
+    if not saved.class_names:
+        return _without_names(saved, names)
+    known = {normalised(name): output for output, name in enumerate(saved.class_names)}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise DataError(
+            f"The data has {len(unknown)} classes that the model was not trained on, such as {printable(unknown[0])!r}; "
+            f"its {saved.num_classes} classes are {listed(saved.class_names, 10)}."
+        )
+    return _unless_trivial(tuple(known[name] for name in names), saved.num_classes)
+
+
+def assumption(saved: SavedModel, names: tuple[str, ...]) -> str:
+    """What ``class_order`` assumes without being told, in a line for the user; empty if it is certain.
+
+    Args:
+        saved: the model
+        names: the classes of the data, which ``class_order`` accepts
+    """
+    if saved.class_names or set(names) <= _imagenet().keys():
+        return ""
+    if _are_numbers(names):
+        ordered = _by_number(names)
+        if ordered == list(names) and int(ordered[0]) == 0 and int(ordered[-1]) == len(names) - 1:
+            return ""
+        return (
+            f"{saved.name} has no class names, so the numbered classes are matched to its outputs by number: "
+            f"{_pairs(ordered)}. Weights that were trained on the same folders in alphabetical order would need names."
+        )
+    text = f"{saved.name} has no class names, so its outputs are taken in alphabetical order: {_pairs(names)}."
+    counted = sorted(names, key=natural_key)
+    return text if counted == list(names) else f"{text} Ordered by the numbers in them they would be {listed(counted, 3)}."
+
+
+def _without_names(saved: SavedModel, names: tuple[str, ...]) -> tuple[int, ...] | None:
+    imagenet = _imagenet()
+    if saved.num_classes == len(imagenet) and set(names) <= imagenet.keys():
+        return _unless_trivial(tuple(imagenet[name] for name in names), saved.num_classes)
+    if len(names) != saved.num_classes:
+        raise DataError(
+            f"The data has {len(names)} classes, but {saved.name} has {saved.num_classes} outputs and no class "
+            "names to match them by. Check the data set, or give --num_classes."
+        )
+    if not _are_numbers(names):
+        return None
+    output = {name: number for number, name in enumerate(_by_number(names))}
+    return _unless_trivial(tuple(output[name] for name in names), saved.num_classes)
+
+
+def _unless_trivial(order: tuple[int, ...], outputs: int) -> tuple[int, ...] | None:
+    return None if order == tuple(range(outputs)) else order
+
+
+def _are_numbers(names: Sequence[str]) -> bool:
+    return all(name.isascii() and name.isdigit() for name in names) and len({int(name) for name in names}) == len(names)
+
+
+def _by_number(names: Sequence[str]) -> list[str]:
+    return sorted(names, key=int)
+
+
+def _pairs(names: Sequence[str]) -> str:
+    return listed([f"{printable(name)!r} is output {number}" for number, name in enumerate(names)], 3)
+
+
+@lru_cache(maxsize=1)
+def _imagenet() -> dict[str, int]:
+    """The outputs of networks for ImageNet-1k by WordNet identifier."""
+    return {name: output for output, name in enumerate(ImageNetInfo("imagenet-1k").label_names())}
