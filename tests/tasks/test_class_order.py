@@ -1,0 +1,81 @@
+"""Which output stands for which class, with and without names in the weights."""
+
+import random
+import unicodedata
+
+import pytest
+
+from widekernel.data import DataConfig, DataError, Preprocessing
+from widekernel.tasks.class_order import _imagenet, assumption, class_order
+from widekernel.tasks.saved import SavedModel
+
+
+def saved(outputs: int, names: tuple[str, ...] = ()) -> SavedModel:
+    return SavedModel("a_model", {}, "training", outputs, names, Preprocessing.resolve(DataConfig(), {}))
+
+
+def folders(names) -> tuple[str, ...]:
+    return tuple(sorted(names))
+
+
+def test_numbers_are_matched_by_number():
+    names = folders(str(number) for number in range(1000))
+    assert names[:3] == ("0", "1", "10")
+    order = class_order(saved(1000), names)
+    assert order is not None
+    assert [int(name) for name in names] == list(order)
+    assert "'2' is output 2" in assumption(saved(1000), names)
+    assert "alphabetical order would need names" in assumption(saved(1000), names)
+
+
+def test_numbers_of_equal_length_need_no_word():
+    names = folders(f"{number:03}" for number in range(1000))
+    assert class_order(saved(1000), names) is None
+    assert assumption(saved(1000), names) == ""
+
+
+def test_numbers_from_one_on_are_told():
+    names = folders(str(number) for number in range(1, 13))
+    assert class_order(saved(12), names) == tuple(int(name) - 1 for name in names)
+    assert "'1' is output 0" in assumption(saved(12), names)
+    assert "'01' is output 0" in assumption(saved(2), ("01", "02"))
+
+
+def test_one_number_written_in_two_ways():
+    assert class_order(saved(2), ("01", "1")) is None
+    assert assumption(saved(2), ("01", "1"))
+
+
+def test_other_names_are_told_with_their_numbers():
+    assert "alphabetical order: 'cat' is output 0, 'dog' is output 1" in assumption(saved(2), ("cat", "dog"))
+    assert "Ordered by" not in assumption(saved(2), ("cat", "dog"))
+    names = folders(f"class{number}" for number in range(12))
+    assert class_order(saved(12), names) is None
+    assert "Ordered by the numbers in them they would be class0, class1, class2" in assumption(saved(12), names)
+
+
+def test_wordnet_identifiers():
+    every = folders(_imagenet())
+    assert len(every) == 1000
+    assert class_order(saved(1000), every) is None
+    some = folders(random.Random(0).sample(every, 10))
+    assert class_order(saved(1000), some) == tuple(every.index(name) for name in some)
+    assert assumption(saved(1000), some) == assumption(saved(10), some) == ""
+    assert class_order(saved(10), some) is None
+    with pytest.raises(DataError, match="10 classes, but a_model has 999 outputs"):
+        class_order(saved(999), some)
+
+
+@pytest.mark.parametrize("stored", ["NFC", "NFD"])
+@pytest.mark.parametrize("found", ["NFC", "NFD"])
+def test_stored_names_are_normalised(stored, found):
+    name = "pâté"
+    known = ("zoo", unicodedata.normalize(stored, name))
+    assert class_order(saved(2, known), (unicodedata.normalize(found, name), "zoo")) == (1, 0)
+
+
+def test_stored_names_go_before_numbers():
+    known = ("0", "1", "10", "2")
+    assert class_order(saved(4, known), known) is None
+    assert class_order(saved(4, known), ("10", "2")) == (2, 3)
+    assert assumption(saved(4, known), ("10", "2")) == ""
