@@ -217,7 +217,7 @@ def test_zip_archives(tmp_path, name):
         opened(tmp_path)
 
 
-def test_roots_that_are_something_else(tmp_path, monkeypatch):
+def test_roots_that_are_something_else(tmp_path):
     plant(tmp_path / "data" / "train", TWO)
     for root, part, message in (
         (tmp_path / "data" / "train", "train", f"seems to be a split itself: set --data.root {tmp_path / 'data'}"),
@@ -225,6 +225,7 @@ def test_roots_that_are_something_else(tmp_path, monkeypatch):
         (tmp_path / "data" / "train" / "cat", "1.png", "is a single image"),
         (tmp_path / "data" / "train" / "cat", ".", "no class folders, but 1 image"),
         (tmp_path / "data", "valid", "It holds: train"),
+        (tmp_path / "data" / "train" / "cat", "train", "seems to be the folder of one class"),
     ):
         with pytest.raises(DataError, match=message):
             opened(root, part)
@@ -243,15 +244,18 @@ def test_home_and_variables(tmp_path, monkeypatch):
     assert len(open_split(DataConfig(root="~"), "train")) == 3  # a folder of that name goes before
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
-def test_folders_that_may_not_be_read(tmp_path):
+def test_folders_that_may_not_be_read(tmp_path, monkeypatch):
     plant(tmp_path / "train", TWO)
-    (tmp_path / "train" / "cat").chmod(0)
-    try:
-        with pytest.raises(DataError, match="cat cannot be read as an image folder"):
-            opened(tmp_path)
-    finally:
-        (tmp_path / "train" / "cat").chmod(0o755)
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("cat"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match="cat cannot be read as an image folder: Permission denied"):
+        opened(tmp_path)
 
 
 def test_hidden_files_of_an_archive_only(tmp_path):

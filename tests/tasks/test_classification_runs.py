@@ -89,6 +89,24 @@ def test_moved_images_are_the_same_images(make, images):
     assert not train(make(data=data)).was_finished
 
 
+def test_images_of_other_content_are_noticed(make, images):
+    config = make()
+    die_at(3, config)
+    Image.new("RGB", (200, 100), (1, 2, 3)).save(images / "train" / "a" / "0.png")
+    with pytest.raises(CheckpointError, match="digest of the sizes of training files was"):
+        train(config)
+
+
+def test_what_the_data_leave_out_is_told(make, images):
+    (images / "train" / "a" / "notes.txt").write_text("x")
+    (images / "val" / "b" / "list.csv").write_text("x")
+    listener = Listener(kill_at=1)
+    with pytest.raises(Killed):
+        train(make(), listener)
+    told = [message for message in listener.messages if "left out" in message]
+    assert ["a/notes.txt" in told[0], "b/list.csv" in told[1], len(told)] == [True, True, 2]
+
+
 def test_images_in_memory_are_compared_by_content():
     from tests.training.tiny import array_source
 

@@ -116,7 +116,7 @@ class _Scan:
             if number is not None:
                 self.contents.paths[link] = number
             elif ending_of(link) in image_endings():
-                number = self.contents.add(link, 0, 0)
+                number = self.contents.add(link, 0, -1)
                 self.contents.broken[number] = "is a link to a file that is not in the archive"
             else:
                 raise DataError(

@@ -35,6 +35,13 @@ class FolderSource(FileSource):
         except OSError as error:
             raise UnreadableImageError(error.strerror or str(error)) from error
 
+    @override
+    def size(self, index: int) -> int:
+        try:
+            return (self.path / self.names[index]).stat().st_size
+        except OSError:
+            return -1
+
 
 def list_folder(root: Path) -> Listing:
     """List the images below the class folders of ``root``; hidden files and clutter are passed over.

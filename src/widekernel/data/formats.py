@@ -48,7 +48,7 @@ def is_clutter(name: str) -> bool:
 def listed(names: Sequence[str], most: int = 5) -> str:
     """The first ``most`` of ``names`` for a message, on one line and printable."""
     shown = ", ".join(printable(name) for name in names[:most])
-    return f"{shown}, ..." if len(names) > most else shown
+    return f"{shown} and {len(names) - most:,} more" if len(names) > most else shown
 
 
 def printable(name: str) -> str:

@@ -8,7 +8,7 @@ from widekernel.data.class_names import SPLITS, question_classes
 from widekernel.data.config import DataConfig
 from widekernel.data.errors import DataError
 from widekernel.data.folders import FolderSource
-from widekernel.data.formats import ending_of, image_endings, listed
+from widekernel.data.formats import ending_of, image_endings, is_clutter, listed
 from widekernel.data.sources import FileSource
 from widekernel.data.tars import TarSource
 
@@ -106,10 +106,15 @@ def _root_is_a_file(root: Path, key: str) -> str:
 
 def _nothing_there(root: Path, part: str, key: str) -> str:
     try:
-        found = sorted(entry.name for entry in root.iterdir() if entry.is_dir() or entry.suffix == ".tar")
+        entries = sorted((entry for entry in root.iterdir() if not is_clutter(entry.name)), key=lambda entry: entry.name)
     except OSError as error:
         return f"data.root is {str(root)!r}, which cannot be read: {error.strerror}."
     text = f"{root / part} does not exist (nor {part}.tar beside it)."
+    found = [entry.name for entry in entries if entry.is_dir() or entry.suffix.lower() in (".tar", ".gz", ".tgz", ".zip")]
+    if not found and any(ending_of(entry.name) in image_endings() for entry in entries):
+        return (
+            f"{text} data.root seems to be the folder of one class: it holds images. Give the folder that holds the splits."
+        )
     if root.name.lower() in {part.lower(), *SPLITS} and found and not SPLITS & {name.lower() for name in found}:
         return f"{text} data.root seems to be a split itself: set --data.root {root.resolve().parent}."
     hint = f"It holds: {listed(found, 8)}." if found else "It holds no folders and no .tar archives."

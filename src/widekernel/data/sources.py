@@ -61,6 +61,10 @@ class FileSource(ImageSource):
     def sample_name(self, index: int) -> str:
         return self.names[index]
 
+    @abstractmethod
+    def size(self, index: int) -> int:
+        """Bytes of the image's file, -1 if it is a link that leads nowhere."""
+
 
 class ArraySource(ImageSource):
     """Images held in memory as 8-bit grey or RGB arrays.

@@ -55,6 +55,10 @@ class TarSource(FileSource):
             raise UnreadableImageError(error.strerror or str(error)) from error
         return decode_bytes(content), self.targets[index]
 
+    @override
+    def size(self, index: int) -> int:
+        return self._sizes[index]
+
 
 def list_archive(path: Path, contents: Contents) -> tuple[Listing, list[int]]:
     """List the images below the class folders of an archive, and their numbers in it.
