@@ -1,6 +1,8 @@
 """The same tree means the same as a folder and as an archive, however it is wrapped."""
 
+import contextlib
 import pickle
+import random
 import shutil
 import string
 import subprocess
@@ -218,3 +220,43 @@ def test_names_are_compared_after_normalisation(tmp_path):
     plant(tmp_path / "val", [f"{composed}/y.png"])
     with pytest.raises(DataError, match="two class folders named"):
         open_split(DataConfig(root=str(tmp_path)), "val")
+
+
+def test_damaged_archives_are_refused_or_read(tmp_path):
+    plant(tmp_path / "tree", ["cat/1.png", "cat/é/2.png", f"dog/{'x' * 120}/3.png", "dog/4.png"])
+    (tmp_path / "tree" / "dog" / "link.png").symlink_to("4.png")
+    good = pack(tmp_path / "tree", tmp_path / "good.tar", "train").read_bytes()
+    headers = [start for start in range(0, len(good), 512) if good[start + 257 : start + 262] == b"ustar"]
+    assert len(headers) > 8
+    draw = random.Random(0)
+    outcomes = set()
+    for _ in range(150):
+        content = bytearray(good)
+        start = draw.choice(headers)
+        content[start + draw.choice([draw.randrange(512), 124 + draw.randrange(12), 156, 157])] = draw.randrange(256)
+        if draw.random() < 0.8:  # a checksum that is right
+            header = content[start : start + 512]
+            content[start + 148 : start + 156] = b"%06o\0 " % (256 + sum(header[:148]) + sum(header[156:]))
+        (tmp_path / "train.tar").write_bytes(content)
+        try:
+            source = opened(tmp_path)
+        except DataError:
+            outcomes.add("refused")
+            continue
+        for index in range(len(source)):
+            with contextlib.suppress(UnreadableImageError):
+                source.load(index)
+        outcomes.add("read")
+    assert outcomes == {"refused", "read"}
+
+
+@pytest.mark.parametrize("error", [OverflowError("x"), ValueError("x"), MemoryError("x"), tarfile.HeaderError("x")])
+def test_every_error_of_the_archive_reader_is_told(tmp_path, monkeypatch, error):
+    write_tar(tmp_path / "train.tar", [("a/x.png", png()), ("b/x.png", png())])
+
+    def fail(_archive):
+        raise error
+
+    monkeypatch.setattr(tarfile.TarFile, "next", fail)
+    with pytest.raises(DataError, match=r"train\.tar is not a readable"):
+        opened(tmp_path)

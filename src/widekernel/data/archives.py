@@ -1,7 +1,9 @@
 """What a tar archive holds: files by their path, links followed, the last of several files of one name."""
 
 import posixpath
+import struct
 import tarfile
+import zlib
 from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +14,11 @@ from widekernel.data.formats import ending_of, image_endings, is_clutter, printa
 
 SPARSE = "is stored with holes; create the archive without --sparse"
 _MOST_LINKS = 40
+
+_TAR_ERRORS = (
+    tarfile.TarError, ValueError, OverflowError, MemoryError, LookupError, EOFError, struct.error, zlib.error,
+)  # fmt: skip
+"""What the standard library raises for damaged archives."""
 
 
 @dataclass
@@ -51,12 +58,14 @@ def read_contents(path: Path) -> Contents:
     try:
         with path.open("rb") as file:
             scan.read(file, "", 0)
-    except tarfile.TarError as error:
+    except DataError:
+        raise
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except _TAR_ERRORS as error:
         raise DataError(
             f"{path} is not a readable, uncompressed tar archive ({error}). Unpack it or re-create it."
         ) from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
     scan.follow_links()
     return scan.contents
 

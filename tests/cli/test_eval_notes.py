@@ -1,0 +1,32 @@
+"""What evaluation says about the data and about what it assumed of the weights."""
+
+import pytest
+import torch
+from PIL import Image
+
+from widekernel.cli import eval as command
+from widekernel.data import DataConfig, Preprocessing
+from widekernel.tasks.saved import SavedModel
+
+
+@pytest.mark.parametrize("names", [(), ("0", "1", "10", "2")])
+def test_notes_of_an_evaluation(tmp_path, capsys, names):
+    for name, shade in (("0", 0), ("1", 60), ("2", 120), ("10", 180)):
+        (tmp_path / "val" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8), (shade, 0, 0)).save(tmp_path / "val" / name / "x.png")
+        (tmp_path / "val" / name / "x.xml").write_text("x")
+
+    class Reads(torch.nn.Module):
+        """Output number shade/60, which is the place of the number among the numbers."""
+
+        def forward(self, images):
+            return torch.nn.functional.one_hot((images[:, 0, 4, 4] * 255 / 60).round().long(), 4).float()
+
+    preprocessing = Preprocessing(8, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "nearest", 1.0)
+    saved = SavedModel("a_model", {}, "training", 4, names, preprocessing)
+    data = DataConfig(root=str(tmp_path), workers=0)
+    result = command.evaluate_on(Reads(), saved, data, command.EvalOptions(device="cpu"))
+    told = " ".join(capsys.readouterr().err.split())
+    assert "4 file(s) left out" in told and "4 .xml" in told
+    assert ("matched to its outputs by number" in told) == (names == ())
+    assert result.top1 == (100 if names == () else 50)
