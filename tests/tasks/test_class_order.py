@@ -4,10 +4,11 @@ import random
 import unicodedata
 
 import pytest
+import torch
 
 from widekernel.data import DataConfig, DataError, Preprocessing
-from widekernel.tasks.class_order import _imagenet, assumption, class_order
-from widekernel.tasks.saved import SavedModel
+from widekernel.tasks.class_order import _imagenet, assumption, class_order, inherited
+from widekernel.tasks.saved import SavedModel, save_model
 
 
 def saved(outputs: int, names: tuple[str, ...] = ()) -> SavedModel:
@@ -79,3 +80,18 @@ def test_stored_names_go_before_numbers():
     assert class_order(saved(4, known), known) is None
     assert class_order(saved(4, known), ("10", "2")) == (2, 3)
     assert assumption(saved(4, known), ("10", "2")) == ""
+
+
+def test_classifiers_that_are_taken_over(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_model(torch.nn.Linear(2, 2), path, saved(2, ("cat", "dog")))
+    assert inherited(path, ("cat", "dog")) == ""
+    assert inherited(path, ("cat", "cow", "dog")) == ""  # left out, as its size does not fit
+    assert "trained on cat, dog, and the classes here are ant, bee" in inherited(path, ("ant", "bee"))
+
+
+def test_classifiers_without_names_that_are_taken_over(tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save({"weight": torch.ones(2)}, path)
+    assert inherited(path, ("cat", "dog")) == inherited(path, ("00", "01")) == inherited(path, ("0", "1")) == ""
+    assert "alphabetical order: '1' is output 0, '10' is output 1, '2' is output 2" in inherited(path, ("1", "10", "2"))

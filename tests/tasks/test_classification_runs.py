@@ -7,12 +7,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import widekernel
-from widekernel.data import DataConfig
+from widekernel.data import DataConfig, Preprocessing
 from widekernel.errors import CheckpointError, WidekernelError
 from widekernel.tasks import classification
+from widekernel.tasks.assembly import build_model
 from widekernel.tasks.classification import train
 from widekernel.tasks.config import ModelConfig, TrainConfig
 from widekernel.tasks.fingerprint import fingerprint
+from widekernel.tasks.saved import SavedModel, save_model
 from widekernel.training import EmaConfig, LoopConfig, RunFolder, RunFolderError, ScheduleConfig, SilentReporter
 from widekernel.training.metrics_log import read_metrics
 
@@ -105,6 +107,15 @@ def test_what_the_data_leave_out_is_told(make, images):
         train(make(), listener)
     told = [message for message in listener.messages if "left out" in message]
     assert ["a/notes.txt" in told[0], "b/list.csv" in told[1], len(told)] == [True, True, 2]
+
+
+def test_a_classifier_of_other_classes_is_told(make, tmp_path):
+    path, preprocessing = tmp_path / "other.safetensors", Preprocessing.resolve(DataConfig(), {})
+    save_model(build_model(MODEL, 2, {}), path, SavedModel(MODEL, {}, "training", 2, ("b", "c"), preprocessing))
+    listener = Listener(kill_at=1)
+    with pytest.raises(Killed):
+        train(make(model=ModelConfig(MODEL, weights=str(path))), listener)
+    assert sum("was trained on b, c, and the classes here are a, b" in message for message in listener.messages) == 1
 
 
 def test_images_in_memory_are_compared_by_content():

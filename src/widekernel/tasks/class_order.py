@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 
 from timm.data import ImageNetInfo
 from timm.utils.misc import natural_key
@@ -9,7 +10,8 @@ from timm.utils.misc import natural_key
 from widekernel.data import DataError
 from widekernel.data.formats import listed, printable
 from widekernel.data.names import normalised
-from widekernel.tasks.saved import SavedModel
+from widekernel.errors import CheckpointError
+from widekernel.tasks.saved import SavedModel, read_saved
 
 
 def class_order(saved: SavedModel, names: tuple[str, ...]) -> tuple[int, ...] | None:
@@ -55,6 +57,36 @@ def assumption(saved: SavedModel, names: tuple[str, ...]) -> str:
     text = f"{saved.name} has no class names, so its outputs are taken in alphabetical order: {_pairs(names)}."
     counted = sorted(names, key=natural_key)
     return text if counted == list(names) else f"{text} Ordered by the numbers in them they would be {listed(counted, 3)}."
+
+
+def inherited(weights: Path, names: tuple[str, ...]) -> str:
+    """What training assumes of a classifier that starts from ``weights``, in a line for the user; empty if nothing.
+
+    The outputs are taken over by position where their number fits.
+
+    Args:
+        weights: checkpoint that training starts from
+        names: the classes of the data
+    """
+    try:
+        saved = read_saved(weights)
+    except CheckpointError:  # a file of another kind, which does not tell its classes
+        known: tuple[str, ...] = ()
+    else:
+        known = tuple(normalised(name) for name in saved.class_names)
+        if saved.num_classes != len(names) or known == names:
+            return ""
+    if known:
+        return (
+            f"The classifier in {weights} was trained on {listed(known, 3)}, and the classes here are {listed(names, 3)}: "
+            "its outputs are taken over by position and have to be learned again."
+        )
+    if not _are_numbers(names) or _by_number(names) == list(names):
+        return ""
+    return (
+        f"{weights} does not name its classes. If it has a classifier for {len(names)} of them, its outputs are taken over "
+        f"in alphabetical order: {_pairs(names)}. Give the folders numbers of equal length (00, 01, ...) to keep their order."
+    )
 
 
 def _without_names(saved: SavedModel, names: tuple[str, ...]) -> tuple[int, ...] | None:

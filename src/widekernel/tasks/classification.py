@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from widekernel.data.seeding import scoped_seed
 from widekernel.models.checkpoint import load_checkpoint
 from widekernel.sparsity import save_masks
 from widekernel.tasks.assembly import build_model, choose_device, pretrained_cfg
+from widekernel.tasks.class_order import inherited
 from widekernel.tasks.config import TrainConfig
 from widekernel.tasks.evaluation import EvaluationOptions, evaluate
 from widekernel.tasks.fingerprint import fingerprint
@@ -131,7 +133,10 @@ def train(config: TrainConfig, reporter: Reporter | None = None, processes: Proc
 def _train(config: TrainConfig, folder: RunFolder, reporter: Reporter, processes: Processes) -> RunResult:
     device = choose_device(config.loop.device)
     train_source, val_source = open_train_and_val(config.data)
-    for note in dict.fromkeys((*train_source.notes, *val_source.notes)):
+    notes = [*train_source.notes, *val_source.notes]
+    if config.model.weights is not None and not _has_begun(folder):
+        notes.append(inherited(Path(config.model.weights), train_source.class_names))
+    for note in filter(None, dict.fromkeys(notes)):
         reporter.message(note)
     num_classes = _count_classes(config, train_source)
     seed_run(config.seed, processes.rank)
