@@ -85,7 +85,7 @@ def inherited(weights: Path, names: tuple[str, ...]) -> str:
         return ""
     return (
         f"{weights} does not name its classes. If it has a classifier for {len(names)} of them, its outputs are taken over "
-        f"in alphabetical order: {_pairs(names)}. Give the folders numbers of equal length (00, 01, ...) to keep their order."
+        f"in alphabetical order: {_pairs(names)}. Numbers of equal length (00, 01, ...) keep their order."
     )
 
 
