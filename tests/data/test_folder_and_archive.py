@@ -144,6 +144,19 @@ def test_archives_in_an_archive_are_folders(tmp_path):
     ]
 
 
+def test_a_class_may_be_named_like_a_split(tmp_path):
+    plant(tmp_path / "train", ["test/1.png", "cat/1.png"])
+    (tmp_path / "packed").mkdir()
+    pack(tmp_path / "train", tmp_path / "packed" / "train.tar")
+    assert described(opened(tmp_path / "packed")) == described(opened(tmp_path))
+
+
+def test_a_damaged_archive_in_an_archive_is_named(tmp_path):
+    write_tar(tmp_path / "train.tar", [("cat.tar", b"junk" * 300), ("dog/1.png", png())])
+    with pytest.raises(DataError, match=r"train\.tar is not .*cat\.tar in it"):
+        opened(tmp_path)
+
+
 def test_the_last_of_several_members_counts(tmp_path):
     write_tar(
         tmp_path / "train.tar", [("a/x.png", png(1)), ("b/x.png", png(2)), ("./a/x.png", png(3)), ("a//y.png", png(4))]

@@ -99,7 +99,10 @@ class _Scan:
             if ending_of(path) == ".tar" and not prefix and not is_clutter(posixpath.basename(path)):
                 inner = archive.extractfile(member)
                 assert inner is not None, "a regular file has contents"
-                self.read(inner, path[: -len(".tar")], start + member.offset_data)
+                try:
+                    self.read(inner, path[: -len(".tar")], start + member.offset_data)
+                except tarfile.TarError as error:
+                    raise tarfile.ReadError(f"{printable(path)} in it: {error}") from error
                 return
             number = self.contents.add(path, start + member.offset_data, member.size)
             if member.issparse():

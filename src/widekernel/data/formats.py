@@ -34,6 +34,12 @@ def image_endings() -> frozenset[str]:
     return frozenset(ending for ending, name in Image.registered_extensions().items() if name in formats)
 
 
+def usual_endings() -> str:
+    """The best known of ``image_endings``, for a message."""
+    known = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
+    return f"{', '.join(ending for ending in known if ending in image_endings())} and others"
+
+
 def ending_of(name: str) -> str:
     """The ending of a file name in lower case with its dot, empty if it has none."""
     stem, dot, ending = name.rpartition(".")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from widekernel.data.errors import DataError
-from widekernel.data.formats import ending_of, image_endings, listed, printable
+from widekernel.data.formats import ending_of, listed, printable, usual_endings
 from widekernel.data.names import Names, normalised
 
 
@@ -68,7 +68,7 @@ class Listing:
     def check(self, label: str) -> None:
         """Raise a ``DataError`` if there are no images, or classes without."""
         empty = [name for name, folders in zip(self.class_names, self.below, strict=True) if not folders]
-        kinds = ", ".join(sorted(image_endings()))
+        kinds = usual_endings()
         if len(empty) == len(self.class_names):
             raise DataError(f"{label} holds no images: none of its {len(empty)} class folders has a file of {kinds}.")
         if empty:

@@ -10,7 +10,7 @@ from typing_extensions import override
 from widekernel.data.archives import Contents, read_contents
 from widekernel.data.class_names import SPLITS
 from widekernel.data.errors import DataError
-from widekernel.data.formats import ending_of, image_endings, is_clutter, listed, printable
+from widekernel.data.formats import ending_of, image_endings, is_clutter, listed, printable, usual_endings
 from widekernel.data.images import MAX_BYTES, UnreadableImageError, decode_bytes, too_large
 from widekernel.data.listing import Listing, order_of_classes
 from widekernel.data.names import place_of
@@ -115,7 +115,7 @@ def _find_root(path: Path, contents: Contents) -> str:
             return "/".join(chain[:depth])
     holds_images = [depth for depth in range(1, len(chain) + 1) if tuple(chain[:depth]) in places]
     if not holds_images:
-        _check_beside(path, inner)
+        _check_beside(path, inner, {place[len(chain)] for place in places if len(place) > len(chain) + 1})
         return "/".join(chain)
     only = chain[: holds_images[0]]
     if only[-1].lower() in SPLITS:
@@ -137,9 +137,8 @@ def _places_of_images(path: Path, contents: Contents) -> set[tuple[str, ...]]:
     while places and all(len(place) > depth for place in places) and len({place[depth] for place in places}) == 1:
         depth += 1
     places = {place for place in places if not any(is_clutter(part) for part in place[depth:])}
-    kinds = ", ".join(sorted(endings))
     if not places:
-        raise DataError(f"{path} holds no images; the layout is <split>/<class>/<image> with {kinds}.")
+        raise DataError(f"{path} holds no images; the layout is <split>/<class>/<image> with {usual_endings()}.")
     if places == {()}:
         raise DataError(_outside(path))
     return places
@@ -149,10 +148,11 @@ def _names_a_split(name: str, path: Path) -> bool:
     return name.lower() in SPLITS or name == path.stem
 
 
-def _check_beside(path: Path, folders: set[str]) -> None:
-    splits = sorted(name for name in folders if _names_a_split(name, path))
-    if splits and len(splits) < len(folders):
-        others = sorted(folders - set(splits))
+def _check_beside(path: Path, folders: set[str], deep: set[str]) -> None:
+    """Raise a ``DataError`` if among ``folders`` there is a split, which is one of ``deep``, those that hold folders."""
+    splits = sorted(name for name in deep if _names_a_split(name, path))
+    others = sorted(folders - set(splits))
+    if splits and others:
         raise DataError(
             f"{path} holds {listed(splits)} beside {listed(others)}, so that either may be the folder of the classes. "
             f"Create an archive of the class folders alone."
