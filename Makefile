@@ -8,8 +8,9 @@ NATIVE := native/CMakeLists.txt native/editable/CMakeLists.txt $(wildcard native
 # Threads that wait by spinning take the cores from those that work, wherever something else runs beside them.
 export OMP_WAIT_POLICY ?= passive
 
-# Most tests are short and use one core; files stay together, because some of them share what takes long to make.
-PARALLEL := -n auto --maxprocesses 4 --dist loadfile
+# Most tests are short and use one core. Each process starts with whole files, because tests of a file share what takes long to
+# make, and takes from the others when it has nothing left.
+PARALLEL := -n auto --maxprocesses 4 --dist worksteal --durations 20
 
 .PHONY: demo test test-all test-gpu bench-gpu lint format clean help
 

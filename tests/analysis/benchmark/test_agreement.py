@@ -60,6 +60,6 @@ def test_what_is_wrong_stays_wrong() -> None:
 
 def test_gradients_that_are_nothing_but_rounding_cannot_be_compared() -> None:
     with pytest.raises(
-        BenchmarkError, match=r"the gradients of it cannot be compared: rounding alone changes 3 of 4 .* larger batch"
+        BenchmarkError, match=r"the gradients of it cannot be compared: rounding alone changes 3 of 4 .* larger images"
     ):
         check_rivals("it", rivals(with_rounding, spread=1e-7), TRAIN, TARGET)

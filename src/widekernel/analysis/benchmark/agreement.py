@@ -143,7 +143,7 @@ def _check_gradients(
     if same and 2 * steady < compared:
         raise BenchmarkError(
             f"the gradients of {name} cannot be compared: rounding alone changes {compared - steady} of {compared} by more "
-            f"than {_MEANS_NOTHING / NOISE_FACTOR:.0%} of their norms. Give a larger batch or larger images, or time inference."
+            f"than {_MEANS_NOTHING / NOISE_FACTOR:.0%} of their norms. Take more or larger images, or time inference."
         )
     if not same or largest != largest:
         raise BenchmarkError(
