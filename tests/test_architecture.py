@@ -22,6 +22,8 @@ FILES = sorted(SOURCE.rglob("*.py"))
 FOLDERS = ["ops", "layers", "models", "transforms", "sparsity", "data", "training", "tasks", "analysis", "recipes", "cli"]
 HANDED_A_MODEL = ["sparsity", "data", "training"]
 FOR_EVERYBODY = ["errors"]
+# Programs for `python -m`, which nobody imports.
+PROGRAMS = ["timm"]
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60
 NOT_LOADED = ["matplotlib", "sklearn", "rich", "jsonargparse", "torchmetrics", "pytest", "hypothesis"]
 
@@ -65,7 +67,7 @@ def test_every_folder_has_its_place() -> None:
     folders = {path.name for path in SOURCE.iterdir() if path.is_dir() and any(path.rglob("*.py"))}
     assert folders <= set(FOLDERS), "name a new folder in the order of imports"
     alone = {path.stem for path in SOURCE.glob("*.py")} - {"__init__", "__main__"}
-    assert alone <= set(FOR_EVERYBODY)
+    assert alone <= {*FOR_EVERYBODY, *PROGRAMS}
 
 
 def test_imports_are_found() -> None:
@@ -102,6 +104,12 @@ def test_kernels_for_gpus_are_loaded_only_to_be_launched() -> None:
 @pytest.mark.parametrize("name", FOR_EVERYBODY)
 def test_what_everybody_imports_imports_nothing_of_ours(name: str) -> None:
     assert not {n for n in imported(ast.parse((SOURCE / f"{name}.py").read_text()), "widekernel") if "widekernel" in n}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_programs_are_imported_by_nobody(name: str) -> None:
+    users = [file for file in FILES if f"widekernel.{name}" in imported(ast.parse(file.read_text()), "widekernel")]
+    assert not users
 
 
 @pytest.mark.parametrize("file", FILES, ids=relative)
