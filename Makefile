@@ -12,7 +12,23 @@ export OMP_WAIT_POLICY ?= passive
 # make, and takes from the others when it has nothing left.
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal --durations 20
 
-.PHONY: demo test test-all test-gpu bench-gpu lint format clean help
+.PHONY: demo test test-all test-gpu bench-gpu offline-bundle gpu-session gpu-rehearsal lint format clean help
+
+# OFFLINE=1 is for machines without a network: nothing is set up, and what PYTHON lacks is taken from the folder of wheels that
+# `make offline-bundle` has filled elsewhere.
+BUNDLE ?= build/offline-bundle
+UNPACKED := build/offline-site
+ifdef OFFLINE
+READY :=
+RUN := $(PYTHON)
+export PYTHONPATH := $(CURDIR)/src:$(CURDIR)/$(UNPACKED)$(if $(PYTHONPATH),:$(PYTHONPATH))
+UNPACK = test ! -d "$(BUNDLE)" || $(PYTHON) -m benchmarks.gpu_session.wheels "$(BUNDLE)" $(UNPACKED)
+else
+READY := $(STAMP)
+RUN := $(BIN)/python
+UNPACK = :
+endif
+WIDEKERNEL := $(RUN) -c 'import sys; from widekernel.cli.main import main; sys.exit(main())'
 
 help:
 	@echo "make demo      set up, then train, evaluate, fold, save and picture a large-kernel network on real digits"
@@ -20,6 +36,10 @@ help:
 	@echo "make test-all  every test that this machine can run, full-size models included"
 	@echo "make test-gpu  the tests of the GPU kernels, compiled, on a machine with a GPU; under compute-sanitizer if it is there"
 	@echo "make bench-gpu speed of operators, networks and sparsity on a GPU, into benchmarks/results; at most half an hour"
+	@echo "make offline-bundle  the wheels that a machine without a network may lack, into $(BUNDLE)"
+	@echo "make gpu-session OUT=FOLDER  nine minutes of a GPU made the most of, without a network; MINUTES=9 PYTHON=python3"
+	@echo "make gpu-rehearsal OUT=FOLDER  the same on a GPU that is pretended"
+	@echo "               OFFLINE=1 with test-gpu or bench-gpu: set nothing up, use PYTHON and $(BUNDLE)"
 	@echo "make lint      ruff and mypy"
 
 $(STAMP): pyproject.toml $(NATIVE)
@@ -47,29 +67,45 @@ SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1
 # Nearly all of their time is Triton's compiler on one core, so several compile at a time; what times calls runs alone.
 GPU_PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 
-test-gpu: $(STAMP)
-	@$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "make test-gpu needs an NVIDIA GPU, and PyTorch finds none")'
-	failed=0; $(BIN)/python -m pytest $(GPU_PARALLEL) -m 'interpreted and not gpu' tests || failed=1; \
-	$(BIN)/python -m pytest -m gpu tests || failed=1; exit $$failed
+test-gpu: $(READY)
+	@$(UNPACK)
+	@$(RUN) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "make test-gpu needs an NVIDIA GPU, and PyTorch finds none")'
+	failed=0; $(RUN) -m pytest $(GPU_PARALLEL) -m 'interpreted and not gpu' tests || failed=1; \
+	$(RUN) -m pytest -m gpu tests || failed=1; exit $$failed
 ifneq ($(shell command -v compute-sanitizer 2>/dev/null),)
-	$(SANITIZE) memcheck $(BIN)/python -m pytest -p no:cacheprovider $(MEMCHECK)
-	$(SANITIZE) racecheck $(BIN)/python -m pytest -p no:cacheprovider $(RACECHECK)
+	$(SANITIZE) memcheck $(RUN) -m pytest -p no:cacheprovider $(MEMCHECK)
+	$(SANITIZE) racecheck $(RUN) -m pytest -p no:cacheprovider $(RACECHECK)
 else
 	@echo "compute-sanitizer is not on PATH, so memory accesses and races were NOT checked: it comes with the CUDA toolkit (bin/)"
 endif
 
 # Tables that are begun stay, however it ends: rows are written as they come. What goes wrong in one leaves the next its turn.
 RESULTS := benchmarks/results
-MINUTES ?= 10
 OVERHEAD := $(RESULTS)/sparsity_overhead_gpu.md
-bench-gpu: $(STAMP)
+bench-gpu: $(READY)
+	@$(UNPACK)
 	failed=0; \
-	$(BIN)/widekernel bench ops --device cuda --minutes $(MINUTES) --csv $(RESULTS)/bench_ops_gpu.csv \
+	$(WIDEKERNEL) bench ops --device cuda --minutes $(or $(MINUTES),10) --csv $(RESULTS)/bench_ops_gpu.csv \
 		--markdown $(RESULTS)/bench_ops_gpu.md --plot docs/images/bench_ops_gpu.png || failed=1; \
-	$(BIN)/widekernel bench models --device cuda --compile --minutes $(MINUTES) --csv $(RESULTS)/bench_models_gpu.csv \
+	$(WIDEKERNEL) bench models --device cuda --compile --minutes $(or $(MINUTES),10) --csv $(RESULTS)/bench_models_gpu.csv \
 		--markdown $(RESULTS)/bench_models_gpu.md || failed=1; \
-	$(BIN)/python benchmarks/sparsity_overhead.py cuda > $(OVERHEAD).new && mv $(OVERHEAD).new $(OVERHEAD) || failed=1; \
+	$(RUN) benchmarks/sparsity_overhead.py cuda > $(OVERHEAD).new && mv $(OVERHEAD).new $(OVERHEAD) || failed=1; \
 	exit $$failed
+
+# What `python3` finds there is what the GPU works with; nothing is installed, and nothing written but OUT.
+gpu-session:
+	@test -n "$(OUT)" || { echo "make gpu-session needs OUT=FOLDER, new or empty"; exit 2; }
+	$(PYTHON) benchmarks/gpu_session --out "$(OUT)" --minutes $(or $(MINUTES),9) $(WHEELS)
+
+# In a network namespace of its own, if that is allowed here: then nothing can be fetched by accident.
+gpu-rehearsal:
+	@test -n "$(OUT)" || { echo "make gpu-rehearsal needs OUT=FOLDER, new or empty"; exit 2; }
+	$$(unshare -rn true 2>/dev/null && echo unshare -rn) \
+		$(PYTHON) benchmarks/gpu_session --rehearse --out "$(OUT)" --minutes $(or $(MINUTES),6) $(WHEELS)
+
+# For which Python: FOR="--python 3.12 --given torch==2.11.0 torchvision==0.26.0 triton==3.6.0 numpy==2.5.*", which is the default.
+offline-bundle: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu_session.bundle $(BUNDLE) $(FOR)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,0 +1,144 @@
+"""What is checked on a GPU: problems of the networks that count, in every type and pass, by every kernel that takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from widekernel.ops.gpu.configs import Chip, Config
+from widekernel.ops.gpu.plan import plan, ranked
+from widekernel.ops.problem import (
+    DEPTHWISE_BRANCHES,
+    DEPTHWISE_SUM,
+    DEPTHWISE_SUM_OF_BRANCHES,
+    DEPTHWISE_WEIGHT_GRAD,
+    Problem,
+)
+
+BATCH = 64
+KINDS = {
+    "bfloat16": (torch.bfloat16, False),
+    "float16": (torch.float16, False),
+    "float32": (torch.float32, False),
+    "tf32": (torch.float32, True),
+}
+PASSES = {
+    DEPTHWISE_SUM: "forward, folded",
+    DEPTHWISE_BRANCHES: "forward",
+    DEPTHWISE_SUM_OF_BRANCHES: "input gradient",
+    DEPTHWISE_WEIGHT_GRAD: "weight gradient",
+}
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer: images (N, C, H, W) and the rectangles that are convolved with them."""
+
+    name: str
+    shape: tuple[int, int, int, int]
+    kernels: tuple[Size, ...]
+    channels_last: bool = False
+
+    def small(self) -> Layer:
+        """Give one of its kind that takes no time: a few images, channels and pixels, and kernels in proportion."""
+        _, _, height, width = self.shape
+        sides = min(height, 9), min(width, 12)
+        kernels = tuple((min(kh, 2 * sides[0] - 1), min(kw, 13)) for kh, kw in self.kernels)
+        return replace(self, shape=(2, 2, *sides), kernels=kernels)
+
+
+def _square(name: str, channels: int, extent: int, *kernels: Size, last: bool = False) -> Layer:
+    return Layer(name, (BATCH, channels, extent, extent), kernels, last)
+
+
+def layers() -> list[Layer]:
+    """List the layers: those of the networks, and shapes at which block shapes do not come out even."""
+    found = []
+    for stage, (channels, extent, size) in enumerate([(128, 56, 31), (256, 28, 29), (512, 14, 27), (1024, 7, 13)], 1):
+        found.append(_square(f"replknet-{stage}", channels, extent, (size, size), (5, 5)))
+    for stage, (channels, extent, size) in enumerate([(124, 56, 51), (249, 28, 49), (499, 14, 47), (998, 7, 13)], 1):
+        found.append(_square(f"slak-{stage}", channels, extent, (size, 5), (5, size), (5, 5)))
+    return [
+        *found,
+        _square("convnext-1-channels_last", 96, 56, (7, 7), last=True),
+        _square("convnext-4-channels_last", 768, 7, (7, 7), last=True),
+        _square("slak-1-channels_last", 124, 56, (51, 5), (5, 51), (5, 5), last=True),
+        _square("convnext-2", 192, 28, (7, 7)),
+        _square("small-kernels", 64, 28, (5, 5), (3, 3)),
+        Layer("odd-sizes", (5, 19, 29, 37), ((17, 23), (3, 3))),
+        Layer("tall-and-narrow", (3, 33, 57, 10), ((31, 3), (3, 5))),
+        Layer("one-image", (1, 40, 100, 96), ((31, 31), (5, 5))),
+    ]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A problem and the configuration that it is computed with."""
+
+    layer: str
+    kind: str
+    problem: Problem
+    config: Config
+    chosen: bool
+
+    @property
+    def direction(self) -> str:
+        """The pass."""
+        return PASSES[self.problem.op]
+
+
+def problems(layer: Layer, kind: str, device: str) -> Iterator[Problem]:
+    """Give those of a layer: folded, in training forward, and its gradients."""
+    dtype, tf32 = KINDS[kind]
+    anchors = tuple((kh // 2, kw // 2) for kh, kw in layer.kernels)
+
+    def problem(op: str, chosen: Sequence[int]) -> Problem:
+        kernels, at = tuple(layer.kernels[i] for i in chosen), tuple(anchors[i] for i in chosen)
+        return Problem(op, device, dtype, layer.shape, kernels, at, layer.channels_last, tf32=tf32)
+
+    every = range(len(layer.kernels))
+    yield problem(DEPTHWISE_SUM, every)
+    if len(every) > 1:
+        yield problem(DEPTHWISE_BRANCHES, every)
+        yield problem(DEPTHWISE_SUM_OF_BRANCHES, every)
+    for number in every:
+        yield problem(DEPTHWISE_WEIGHT_GRAD, [number])
+
+
+def jobs(device: str, chip: Chip, name: str, small: bool = False) -> list[Job]:
+    """List all, what matters most first: the configurations in use by type, then the best of every other kernel.
+
+    Args:
+        device: "cuda", or "cpu" where kernels are interpreted.
+        chip: the GPU.
+        name: its full name.
+        small: problems of the same kinds that take no time.
+    """
+    used: list[Job] = []
+    others: list[Job] = []
+    for kind in KINDS:
+        seen: set[tuple] = set()
+        for layer in layers():
+            each = layer.small() if small else layer
+            for problem in problems(each, kind, device):
+                configs = ranked(problem, chip)
+                if not configs:
+                    # Branches of small kernels on channels_last images are computed one by one.
+                    continue
+                chosen = plan(problem, chip, name).config
+                used.append(Job(layer.name, kind, problem, chosen, True))
+                seen.add(_form(problem, chosen))
+                for config in configs:
+                    if _form(problem, config) not in seen:
+                        seen.add(_form(problem, config))
+                        others.append(Job(layer.name, kind, problem, config, False))
+    return used + others
+
+
+def _form(problem: Problem, config: Config) -> tuple:
+    """Tell kernels apart: what is another program, not another block shape."""
+    return problem.op, config.method, getattr(config, "turned", 0), getattr(config, "copied", 0)

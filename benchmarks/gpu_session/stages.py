@@ -1,0 +1,94 @@
+"""The stages of a session on a GPU, and of its rehearsal without one."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from benchmarks.gpu_session import record
+from benchmarks.gpu_session.schedule import Stage
+
+NETWORKS = ("replknet_31b", "slak_tiny")
+MORE_NETWORKS = ("convnext_tiny", "shiftwise_tiny")
+PRETENCE = "tests.gpu_session.pretence"
+"""What runs a stage on a GPU that is pretended."""
+_COMMAND_LINE = "import sys; from widekernel.cli.main import main; sys.exit(main(sys.argv[1:]))"
+_A_MOMENT = 3.0
+"""Seconds in which a stage that watches the time itself can say how it went."""
+_BESIDES = 25.0
+"""Seconds of a stage kept free: for imports before it begins, for finishing what has been begun, and for the page."""
+
+
+def program(rehearsal: bool, module: str) -> list[str]:
+    """Give the beginning of a command: the command line of widekernel, or a module of the session."""
+    if rehearsal:
+        return [sys.executable, "-m", PRETENCE, module]
+    if module == "widekernel":
+        return [sys.executable, "-c", _COMMAND_LINE]
+    return [sys.executable, "-m", f"benchmarks.gpu_session.{module}"]
+
+
+def working(seconds: float) -> float:
+    """Give the seconds in which something may be begun, of those that a stage has."""
+    return max(0.5 * seconds, seconds - _BESIDES)
+
+
+def stages(out: Path, facts: Path, rehearsal: bool) -> list[Stage]:
+    """List them: is there anything to measure on, is it right, how fast is it, can it be faster, what do networks gain.
+
+    Args:
+        out: the folder for everything that comes of it.
+        facts: file for what is found out about the machine.
+        rehearsal: on a pretended GPU, with sizes that take no time there.
+    """
+    files = {name: str(out / name) for name in record.FILES}
+    none, tuned = {"WIDEKERNEL_TUNED": "0"}, {"WIDEKERNEL_TUNED": files[record.TUNED]}
+    ready = ("ready",)
+
+    def ours(*arguments: str) -> Callable[[float], Sequence[str]]:
+        return lambda seconds: [*program(rehearsal, "widekernel"), *arguments, "--minutes", f"{working(seconds) / 60:.3f}"]
+
+    def check(seconds: float) -> Sequence[str]:
+        small = ["--small"] if rehearsal else []
+        limits = ["--csv", files[record.CORRECTNESS], "--until", f"{time.time() + seconds - _A_MOMENT:.1f}"]
+        return [*program(rehearsal, "correctness"), *limits, *small]
+
+    operators, networks, tuning = (_REHEARSED if rehearsal else _REAL).values()
+    to = [["--csv", files[table], "--markdown", files[page]] for table, page in _PAGES]
+    return [
+        Stage("ready", lambda seconds: [*program(rehearsal, "ready"), str(facts)], 0.4, most=120.0, environment=none),
+        Stage("correctness", check, 0.18, 5.0, needs=ready, environment=none),
+        Stage("operators", ours("bench", "ops", *operators, *to[0]), 0.28, 5.0, needs=ready, environment=none),
+        Stage("tuning", ours("tune", *tuning, "--output", files[record.TUNED]), 0.27, 5.0, needs=ready, environment=tuned),
+        Stage("networks", ours("bench", "models", *networks, *to[1]), 0.18, 5.0, needs=ready, environment=tuned),
+    ]
+
+
+_PAGES = ((record.OPS, record.OPS_PAGE), (record.MODELS, record.MODELS_PAGE))
+_REAL = {
+    # What the networks are made of comes first, dense kernels and a detector's image after it.
+    "operators": ["--device", "cuda", "--dtypes", "bfloat16", "--cases", "layers", "targets", "--batch", "64"],
+    "networks": [*NETWORKS, *MORE_NETWORKS, "--device", "cuda", "--dtypes", "bfloat16", "--batch", "64,128"],
+    "tuning": [*NETWORKS, "--dtypes", "bfloat16", "--candidates", "8", "--seconds", "0.05"],
+}
+_NANO = ("replknet_nano", "slak_nano", "--batch", "2", "--size", "32")
+_REHEARSED = {
+    "operators": [
+        "--device",
+        "cuda",
+        "--dtypes",
+        "bfloat16",
+        "--shape",
+        "2,4,8,8",
+        "--kernel",
+        "5x5",
+        "--rounds",
+        "1",
+        "--backend",
+        "triton",
+    ],
+    "networks": [*_NANO, "--device", "cuda", "--dtypes", "bfloat16", "--rounds", "1"],
+    "tuning": [*_NANO, "--dtypes", "bfloat16", "--candidates", "1"],
+}

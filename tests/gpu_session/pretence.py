@@ -1,0 +1,86 @@
+"""A program of a session on a GPU, run on a GPU that is pretended: kernels are interpreted, on tensors of the CPU.
+
+python -m tests.gpu_session.pretence MODULE [ARGUMENTS]        # widekernel, ready or correctness
+"""
+
+from __future__ import annotations
+
+import os
+
+# Before Triton is imported, by timm for instance.
+os.environ["TRITON_INTERPRET"] = "1"
+
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+NAME = "a pretended GPU"
+CPU = torch.device("cpu")
+
+
+def interpret_with_new_numpy() -> None:
+    """Let numbers of one element be numbers again in the interpreter of older Tritons: NumPy 2.4 made that an error."""
+    from triton.runtime import interpreter
+
+    real = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, *others: Any) -> None:
+        real(tensor, *others)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patched
+
+
+def pretend() -> None:
+    """Have the benchmarks and the tuning find a GPU that is the CPU, and take its times by the clock of the host."""
+    from widekernel.analysis.benchmark import devices, gpu
+    from widekernel.analysis.benchmark.timing import WallClock
+    from widekernel.cli import tune_session
+    from widekernel.ops.gpu.plan import INTERPRETED
+    from widekernel.ops.gpu.tuning import Rig
+
+    products = dict.fromkeys(("bfloat16", "tf32", "float16", "float32"), 1e3)
+    found = gpu.Gpu(NAME, "9.0", 1, 1.0, 1.0, "the host", {"PyTorch": torch.__version__}, 100.0, products)
+    devices.accelerator = lambda text: devices.Accelerator(CPU, WallClock())
+    gpu.measure_gpu = lambda accelerator: found
+
+    def measured(calls: Any) -> dict[str, float]:
+        return tune_session.in_turns(calls, WallClock(), 0.0)
+
+    tune_session.rig_on = lambda device, seconds: Rig(CPU, NAME, INTERPRETED, measured)
+
+
+def pretend_to_be_found() -> None:
+    """Have PyTorch speak of a GPU, for a program that only asks."""
+    about = SimpleNamespace(name=NAME, major=9, minor=0, total_memory=2**37, multi_processor_count=1)
+    torch.cuda.is_available = lambda: True
+    torch.cuda.get_device_properties = lambda *device: about
+    torch.cuda.get_device_capability = lambda *device: (9, 0)
+    torch.cuda.device = lambda *device: nullcontext()
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the program that the first argument names."""
+    module, rest = arguments[0], list(arguments[1:])
+    interpret_with_new_numpy()
+    if module == "ready":
+        from benchmarks.gpu_session import ready
+
+        pretend_to_be_found()
+        return ready.main(rest)
+    if module == "correctness":
+        from benchmarks.gpu_session import correctness
+
+        return correctness.main(rest, (sys.executable, "-m", "tests.gpu_session.pretence", "correctness"))
+    from widekernel.cli.main import main as command_line
+
+    pretend()
+    return command_line(rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
