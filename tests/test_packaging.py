@@ -122,7 +122,7 @@ def test_wheel_without_a_compiler(builder: Path, checkout: Path, tracked: list[s
     leftover = checkout / "src" / f"{NATIVE}.so"
     leftover.write_text("old")
     name, files = wheel(builder, checkout, CXX="/nonexistent")
-    assert name.endswith("-py3-none-any.whl")
+    assert name.endswith("-0nocompiler-py3-none-any.whl"), "whoever sees the file should know"
     assert files == package_files(tracked)
     done = run(builder, "-m", "pip", "--python", target, "install", "--no-deps", checkout / "dist" / name, cwd=checkout)
     assert done.returncode == 0, done.stderr
@@ -130,6 +130,28 @@ def test_wheel_without_a_compiler(builder: Path, checkout: Path, tracked: list[s
     assert Path(file).is_relative_to(target.parent.parent)
     assert path == "None"
     assert "was not built" in reason
+
+
+@pytest.mark.slow
+def test_what_was_built_without_a_compiler_stays_in_the_cache_of_pip(builder: Path, checkout: Path, target: Path) -> None:
+    """A second installation by name gives the same again, in silence: the way out is the one that the warning names."""
+    succeed(builder, "-c", "from scikit_build_core.build import build_sdist; build_sdist('dist')", cwd=checkout)
+    (checkout / "empty").mkdir()
+    lent = next((builder.parent.parent / "lib").glob("python*/site-packages"))
+    environment = {"PIP_CACHE_DIR": str(checkout / "cache"), "CXX": "/nonexistent", "PYTHONPATH": str(lent)}
+
+    def install(*options: str, **more: str) -> subprocess.CompletedProcess[str]:
+        from_there = ["--no-index", "--find-links", checkout / "dist", "--force-reinstall", *options, "widekernel"]
+        command = ("--python", target, "install", *from_there)
+        return pip(builder, *command, cwd=checkout / "empty", **environment, **more)
+
+    assert install().returncode == 0
+    assert install(WIDEKERNEL_REQUIRE_NATIVE="1").returncode == 0, "if pip builds anew, the warning may say less"
+    anew = install("--no-cache-dir", WIDEKERNEL_REQUIRE_NATIVE="1")
+    assert anew.returncode != 0 and "/nonexistent" in anew.stdout + anew.stderr
+    used = "import torch; from widekernel import ops; ops.depthwise_sum(torch.zeros(1, 2, 4, 4), [torch.zeros(2, 1, 3, 3)])"
+    done = run(target, "-c", used, cwd=checkout.parent, WIDEKERNEL_REQUIRE_NATIVE="1")
+    assert done.returncode != 0 and "NativeMissingError" in done.stderr and "--no-cache-dir" in done.stderr
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from tests.ops.cpu.compiling import NATIVE, compiled, compiler
+from widekernel import ops
 from widekernel.errors import ArgumentError, WidekernelError
 from widekernel.ops.cpu import library
 from widekernel.ops.cpu.library import Library
@@ -57,6 +58,7 @@ def hollow(tmp_path: Path) -> Path:
 def unloaded(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """As after the import: nothing loaded, no warning given."""
     monkeypatch.setattr(library, "_loaded", None)
+    monkeypatch.delenv("WIDEKERNEL_REQUIRE_NATIVE", raising=False)
     monkeypatch.setattr(library, "_warned", False)
     return monkeypatch
 
@@ -142,6 +144,7 @@ def test_not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "__file__", str(tmp_path / "library.py"))
     loaded = library.open_library({})
     assert f"was not built, {tmp_path} has none; install a C++17 compiler" in loaded.reason
+    assert "WIDEKERNEL_REQUIRE_NATIVE=1 pip install --force-reinstall --no-deps --no-cache-dir widekernel" in loaded.reason
     assert loaded.wanted
 
 
@@ -203,6 +206,33 @@ def test_no_warning(unloaded: pytest.MonkeyPatch, answer: Library) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         library.warn_once_if_missing()
+
+
+@pytest.mark.parametrize("value", ["1", "yes", "ON"])
+@pytest.mark.parametrize("wanted", [True, False], ids=["missing", "switched off"])
+def test_a_library_that_is_required_is_not_done_without(unloaded: pytest.MonkeyPatch, wanted: bool, value: str) -> None:
+    unloaded.setattr(library, "open_library", lambda _: Library("there is no compiler", wanted=wanted))
+    unloaded.setenv("WIDEKERNEL_REQUIRE_NATIVE", value)
+    x, kernel = torch.zeros(1, 2, 4, 4), torch.zeros(2, 1, 3, 3)
+    for _ in range(2):
+        with pytest.raises(library.NativeMissingError, match=f"REQUIRE_NATIVE is '{value}'.* but there is no compiler"):
+            ops.explain(x, [kernel])
+    with ops.trace() as ran:
+        ops.depthwise_sum(x, [kernel], backend="portable")
+    assert ran.backends() == ["portable"], "what another backend was asked for needs no library"
+
+
+@pytest.mark.parametrize("value", ["", "0", "no", "False"])
+def test_a_library_that_is_not_required(unloaded: pytest.MonkeyPatch, value: str) -> None:
+    unloaded.setattr(library, "open_library", lambda _: Library("there is no compiler", wanted=False))
+    unloaded.setenv("WIDEKERNEL_REQUIRE_NATIVE", value)
+    assert ops.explain(torch.zeros(1, 2, 4, 4), [torch.zeros(2, 1, 3, 3)])[0].backend != "native"
+
+
+def test_a_library_that_is_required_and_there(unloaded: pytest.MonkeyPatch) -> None:
+    unloaded.setattr(library, "open_library", lambda _: Library())
+    unloaded.setenv("WIDEKERNEL_REQUIRE_NATIVE", "1")
+    library.warn_once_if_missing()
 
 
 PROGRAM = """

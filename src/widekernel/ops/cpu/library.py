@@ -7,6 +7,8 @@ Environment variables, read then:
 * `WIDEKERNEL_NATIVE=0`: do without the library.
 * `WIDEKERNEL_ISA=avx2`: use this instruction set instead of the best one that the processor has.
 * `WIDEKERNEL_LIBRARY=build/native/_native.so`: load this file, for instance one built with sanitizers.
+* `WIDEKERNEL_REQUIRE_NATIVE=1`: never do without the library. Where it could run and cannot, calls raise. (When the package
+  is installed, the same variable makes a failed build an error.)
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ ABI = 2
 MOST_PASSES, MOST_RECTS = 16, 64
 FLOAT32, BFLOAT16, FLOAT16 = range(3)
 DIRECT, HYBRID_ALONG_ROWS, HYBRID_ALONG_COLUMNS = range(3)
+REQUIRED = "WIDEKERNEL_REQUIRE_NATIVE"
 OK, BAD_ARGUMENT, OUT_OF_MEMORY = range(3)
 ISAS = ("avx512", "avx2", "neon", "portable")
 
@@ -38,6 +41,10 @@ Address = ctypes.c_void_p
 
 class NativeMemoryError(WidekernelError, MemoryError):
     """The native library could not have its working memory."""
+
+
+class NativeMissingError(WidekernelError, RuntimeError):
+    """There is no native library that can run, and the environment says that there must be one."""
 
 
 class Tensor(ctypes.Structure):
@@ -178,10 +185,22 @@ def load() -> Library:
 
 
 def warn_once_if_missing() -> None:
-    """Say, once in a process, that native kernels could have run and cannot, and why; unless they were switched off."""
+    """Say, once in a process, that native kernels could have run and cannot, and why; unless they were switched off.
+
+    Raises:
+        NativeMissingError: every time, if `WIDEKERNEL_REQUIRE_NATIVE` is set.
+    """
     global _warned
     library = load()
-    if _warned or library.reason is None or not library.wanted:
+    if library.reason is None:
+        return
+    required = os.environ.get(REQUIRED, "")
+    if is_on(required):
+        raise NativeMissingError(
+            f"{REQUIRED} is {required!r}, so that operators must not run without the native CPU library, but "
+            f"{library.reason}. Unset {REQUIRED} to do without it."
+        )
+    if _warned or not library.wanted:
         return
     with _LOCK:
         if _warned:
@@ -193,6 +212,13 @@ def warn_once_if_missing() -> None:
         RuntimeWarning,
         stacklevel=2,
     )
+
+
+def is_on(value: str) -> bool:
+    """Whether a variable is set to something that does not mean no; as the build system reads it."""
+    if value.isdigit():
+        return int(value) != 0
+    return value.lower() not in ("", "n", "no", "off", "false", "f")
 
 
 def open_library(environment: Mapping[str, str]) -> Library:
@@ -233,8 +259,9 @@ def _find(named: str) -> tuple[Path | None, str | None]:
         if path.is_file():
             return path, None
     return None, (
-        f"the native CPU library was not built, {folder} has none; install a C++17 compiler (GCC or Clang) and reinstall "
-        "widekernel, with WIDEKERNEL_REQUIRE_NATIVE=1 to be told why if that fails"
+        f"the native CPU library was not built, {folder} has none; install a C++17 compiler (GCC or Clang), then "
+        f"`{REQUIRED}=1 pip install --force-reinstall --no-deps --no-cache-dir widekernel` (in a checkout `.` in place of "
+        "widekernel), which says why if it fails; without --no-cache-dir pip installs what it has built before again"
     )
 
 
