@@ -46,16 +46,15 @@ class Record:
         self._written, self._lock = 0, threading.Lock()
         self._begun = time.monotonic()
 
-    def output(self, data: bytes) -> None:
+    def output(self, data: bytes, always: bool = False) -> None:
         """Append to the log, as long as it is not too long, and show it."""
         with self._lock:
-            if self._written < LONGEST_LOG:
-                self._log.write(data)
-                self._log.flush()
-                self._written += len(data)
-                if self._written >= LONGEST_LOG:
-                    self._log.write(b"\nThe log is full: what follows was shown only.\n")
-                    self._log.flush()
+            room = len(data) if always else max(0, LONGEST_LOG - self._written)
+            self._log.write(data[:room])
+            if 0 < room < len(data):
+                self._log.write(b"\nThe log is full: what follows was shown only.\n")
+            self._log.flush()
+            self._written += len(data)
         self._screen.write(data.decode(errors="replace"))
         self._screen.flush()
 
@@ -75,7 +74,7 @@ class Record:
     def finish(self, results: Sequence[Result]) -> None:
         """Say how it went, and see to it that the folder holds what it may hold and nothing else."""
         self.tidy()
-        self.output(table(results).encode())
+        self.output(table(results).encode(), always=True)
         self.update(results, ended=True)
         self._log.close()
 
@@ -88,7 +87,7 @@ class Record:
             path = self.folder / name
             if path.is_file() and path.stat().st_size > LARGEST:
                 os.truncate(path, LARGEST)
-                self.output(f"{name} was cut to {LARGEST} bytes.\n".encode())
+                self.output(f"{name} was cut to {LARGEST} bytes.\n".encode(), always=True)
 
 
 def table(results: Sequence[Result]) -> str:
