@@ -1,6 +1,6 @@
 """Every kernel, compiled, against float64: several processes at a time, because nearly all of the time is the compiler's.
 
-    python3 -m benchmarks.gpu_session.correctness --csv FILE [--until SECONDS] [--workers 8] [--small]
+    python3 -m benchmarks.gpu_session.correctness --csv FILE [--until SECONDS] [--workers 12] [--small]
 
 A row is written as soon as it is there. A job that hangs, or that leaves its process without a GPU, costs that job alone:
 its process is replaced. Nothing is imported here before these processes have been started, because all import the same.
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 LONGEST_JOB = 60.0
 """Seconds after which a job counts as one that hangs."""
-MOST_WORKERS = 8
+MOST_WORKERS = 12
 
 
 def all_jobs(small: bool) -> list[Job]:

@@ -18,6 +18,8 @@ from widekernel.ops.problem import (
 )
 
 BATCH = 64
+TRIED = 8
+"""Configurations that tuning tries for a problem."""
 KINDS = {
     "bfloat16": (torch.bfloat16, False),
     "float16": (torch.float16, False),
@@ -36,12 +38,13 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer: images (N, C, H, W) and the rectangles that are convolved with them."""
+    """A layer: images (N, C, H, W), the rectangles that are convolved with them, and whether its network is tuned."""
 
     name: str
     shape: tuple[int, int, int, int]
     kernels: tuple[Size, ...]
     channels_last: bool = False
+    tuned: bool = False
 
     def small(self) -> Layer:
         """Give one of its kind that takes no time: a few images, channels and pixels, and kernels in proportion."""
@@ -51,17 +54,17 @@ class Layer:
         return replace(self, shape=(2, 2, *sides), kernels=kernels)
 
 
-def _square(name: str, channels: int, extent: int, *kernels: Size, last: bool = False) -> Layer:
-    return Layer(name, (BATCH, channels, extent, extent), kernels, last)
+def _square(name: str, channels: int, extent: int, *kernels: Size, last: bool = False, tuned: bool = False) -> Layer:
+    return Layer(name, (BATCH, channels, extent, extent), kernels, last, tuned)
 
 
 def layers() -> list[Layer]:
     """List the layers: those of the networks, and shapes at which block shapes do not come out even."""
     found = []
     for stage, (channels, extent, size) in enumerate([(128, 56, 31), (256, 28, 29), (512, 14, 27), (1024, 7, 13)], 1):
-        found.append(_square(f"replknet-{stage}", channels, extent, (size, size), (5, 5)))
+        found.append(_square(f"replknet-{stage}", channels, extent, (size, size), (5, 5), tuned=True))
     for stage, (channels, extent, size) in enumerate([(124, 56, 51), (249, 28, 49), (499, 14, 47), (998, 7, 13)], 1):
-        found.append(_square(f"slak-{stage}", channels, extent, (size, 5), (5, size), (5, 5)))
+        found.append(_square(f"slak-{stage}", channels, extent, (size, 5), (5, size), (5, 5), tuned=True))
     return [
         *found,
         _square("convnext-1-channels_last", 96, 56, (7, 7), last=True),
@@ -101,7 +104,7 @@ def problems(layer: Layer, kind: str, device: str) -> Iterator[Problem]:
         return Problem(op, device, dtype, layer.shape, kernels, at, layer.channels_last, tf32=tf32)
 
     every = range(len(layer.kernels))
-    yield problem(DEPTHWISE_SUM, every)
+    yield problem(DEPTHWISE_SUM, maximal(layer.kernels))
     if len(every) > 1:
         yield problem(DEPTHWISE_BRANCHES, every)
         yield problem(DEPTHWISE_SUM_OF_BRANCHES, every)
@@ -109,8 +112,21 @@ def problems(layer: Layer, kind: str, device: str) -> Iterator[Problem]:
         yield problem(DEPTHWISE_WEIGHT_GRAD, [number])
 
 
+def maximal(kernels: Sequence[Size]) -> list[int]:
+    """Number the rectangles that are left when a layer is folded: those that lie in another one are added into it."""
+    distinct = sorted({size: number for number, size in reversed(list(enumerate(kernels)))}.values())
+    return [i for i in distinct if not any(i != j and _covers(kernels[j], kernels[i]) for j in distinct)]
+
+
+def _covers(outer: Size, inner: Size) -> bool:
+    return outer[0] >= inner[0] and outer[1] >= inner[1]
+
+
 def jobs(device: str, chip: Chip, name: str, small: bool = False) -> list[Job]:
-    """List all, what matters most first: the configurations in use by type, then the best of every other kernel.
+    """List all, what matters most first.
+
+    First come the configurations in use, by type; then the best of every other kernel; then, in bfloat16, those that tuning
+    is going to try for the networks: it finds their programs compiled, by many processes here and not by its one.
 
     Args:
         device: "cuda", or "cpu" where kernels are interpreted.
@@ -120,6 +136,7 @@ def jobs(device: str, chip: Chip, name: str, small: bool = False) -> list[Job]:
     """
     used: list[Job] = []
     others: list[Job] = []
+    promising: list[tuple[int, Job]] = []
     for kind in KINDS:
         seen: set[tuple] = set()
         for layer in layers():
@@ -132,11 +149,15 @@ def jobs(device: str, chip: Chip, name: str, small: bool = False) -> list[Job]:
                 chosen = plan(problem, chip, name).config
                 used.append(Job(layer.name, kind, problem, chosen, True))
                 seen.add(_form(problem, chosen))
-                for config in configs:
+                fresh = [config for config in configs if config != chosen]
+                if kind == "bfloat16" and layer.tuned and not small:
+                    promising += [(r, Job(layer.name, kind, problem, c, False)) for r, c in enumerate(fresh[: TRIED - 1])]
+                for config in fresh:
                     if _form(problem, config) not in seen:
                         seen.add(_form(problem, config))
                         others.append(Job(layer.name, kind, problem, config, False))
-    return used + others
+    once = dict.fromkeys([*used, *others, *(job for _, job in sorted(promising, key=lambda pair: pair[0]))])
+    return list(once)
 
 
 def _form(problem: Problem, config: Config) -> tuple:

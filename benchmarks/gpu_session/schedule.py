@@ -170,7 +170,9 @@ class Schedule:
         for line in process.stdout:
             if line.strip():
                 tail.append(line.strip())
-            self.recorder.output(line)
+            # A full disk or a closed terminal must not keep the stage waiting for somebody who reads.
+            with suppress(OSError, ValueError):
+                self.recorder.output(line)
 
 
 def last_words(tail: Sequence[bytes], code: int) -> str:

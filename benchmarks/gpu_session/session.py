@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import io
 import json
 import os
 import shutil
@@ -42,6 +43,8 @@ def main(arguments: Sequence[str]) -> int:
     begun = time.monotonic()
     options = _parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, _interrupt)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     scratch = None
     try:
         out = _folder(options.out)
@@ -156,6 +159,7 @@ def environment(scratch: Path) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(part for part in path if part),
         "PYTHONUSERBASE": site.getuserbase(),  # packages of the user, wherever the home is now
         "PYTHONUNBUFFERED": "1",
+        "PYTHONUTF8": "1",
         "HF_HUB_OFFLINE": "1",
         "MPLBACKEND": "Agg",
         "OMP_WAIT_POLICY": "passive",

@@ -11,6 +11,7 @@ from benchmarks.gpu_session import record
 from benchmarks.gpu_session.schedule import Stage
 
 NETWORKS = ("replknet_31b", "slak_tiny")
+TUNED_CANDIDATES = 8
 MORE_NETWORKS = ("convnext_tiny", "shiftwise_tiny")
 PRETENCE = "tests.gpu_session.pretence"
 """What runs a stage on a GPU that is pretended."""
@@ -71,7 +72,7 @@ _REAL = {
     # What the networks are made of comes first, dense kernels and a detector's image after it.
     "operators": ["--device", "cuda", "--dtypes", "bfloat16", "--cases", "layers", "targets", "--batch", "64"],
     "networks": [*NETWORKS, *MORE_NETWORKS, "--device", "cuda", "--dtypes", "bfloat16", "--batch", "64,128"],
-    "tuning": [*NETWORKS, "--dtypes", "bfloat16", "--candidates", "8", "--seconds", "0.05"],
+    "tuning": [*NETWORKS, "--dtypes", "bfloat16", "--candidates", str(TUNED_CANDIDATES), "--seconds", "0.05"],
 }
 _NANO = ("replknet_nano", "slak_nano", "--batch", "2", "--size", "32")
 _REHEARSED = {

@@ -1,0 +1,97 @@
+"""What a session checks: every kernel, type and pass; and that what is wrong, hangs or crashes is told apart."""
+
+from __future__ import annotations
+
+import csv
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from benchmarks.gpu_session import check, problems
+from benchmarks.gpu_session.correctness import Run, Worker
+from benchmarks.gpu_session.problems import KINDS, PASSES, Job, jobs, layers, maximal
+from benchmarks.gpu_session.stages import NETWORKS, TUNED_CANDIDATES
+
+from widekernel.ops.gpu.configs import KINDS as KERNELS
+from widekernel.ops.gpu.plan import INTERPRETED, plan
+from widekernel.ops.problem import Problem
+
+
+@pytest.fixture(scope="module")
+def few() -> list[Job]:
+    return jobs("cpu", INTERPRETED, "interpreter", small=True)
+
+
+def test_every_kernel_type_and_pass(few: list[Job]) -> None:
+    assert {(job.kind, job.direction) for job in few} == {(kind, of) for kind in KINDS for of in PASSES.values()}
+    for kind in KINDS:
+        assert {job.config.method for job in few if job.kind == kind} == set(KERNELS)
+    in_use = [job.chosen for job in few]
+    assert in_use == sorted(in_use, reverse=True), "what is in use comes first"
+    assert len(set(few)) == len(few)
+    for job in few[:20]:
+        assert job.config == plan(job.problem, INTERPRETED, "interpreter").config
+
+
+def test_layers_are_those_that_are_tuned_and_folded() -> None:
+    tuned = [layer for layer in layers() if layer.tuned]
+    assert len(tuned) == 4 * len(NETWORKS) and problems.TRIED == TUNED_CANDIDATES
+    folded = {layer.name: [layer.kernels[i] for i in maximal(layer.kernels)] for layer in tuned}
+    assert folded["replknet-1"] == [(31, 31)] and folded["slak-1"] == [(51, 5), (5, 51)]
+    assert maximal([(3, 3), (3, 3)]) == [0]
+
+
+@pytest.mark.interpreted
+def test_right_and_wrong(few: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    job = next(job for job in few if job.config.method == "direct" and job.kind == "float32")
+    row = check.run(job, torch.device("cpu"), INTERPRETED)
+    assert row["verdict"] == check.RIGHT and 0 <= row["error"] <= row["limit"] and set(row) == set(check.COLUMNS)
+    real = check.our_call
+
+    def spoilt(problem: Problem, *others):
+        call = real(problem, *others)
+        return lambda: call() + 0.1
+
+    monkeypatch.setattr(check, "our_call", spoilt)
+    assert check.run(job, torch.device("cpu"), INTERPRETED)["verdict"].startswith("WRONG: differs from float64")
+    monkeypatch.setattr(check, "our_call", lambda *given: lambda: torch.full(job.problem.shape, float("nan")))
+    assert check.run(job, torch.device("cpu"), INTERPRETED)["verdict"].startswith("WRONG")
+    broken = replace(job, config=replace(job.config, pixels=3))
+    monkeypatch.setattr(check, "our_call", real)
+    assert check.run(broken, torch.device("cpu"), INTERPRETED)["verdict"].startswith("FAILED: ")
+
+
+WORKER = """
+import json, os, sys, time
+for line in sys.stdin:
+    number = int(line)
+    if number == 1:
+        os._exit(9)
+    if number == 2:
+        time.sleep(600)
+    row = dict.fromkeys(({columns}), 1) | dict(zip(("layer", "dtype", "pass", "config"), "abcd"))
+    print(json.dumps(row | {{"verdict": "right" if number != 3 else "WRONG: by far"}}), flush=True)
+"""
+
+
+def test_a_job_that_crashes_or_hangs_costs_that_job_alone(few: list[Job], tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("benchmarks.gpu_session.correctness.LONGEST_JOB", 2.0)
+    command = [sys.executable, "-S", "-E", "-c", WORKER.format(columns=repr(check.COLUMNS)[1:-1])]
+    running = Run(few[:6], tmp_path / "c.csv", 60.0)
+    begun = time.monotonic()
+    running.all([Worker(command)])
+    assert time.monotonic() - begun < 40
+    with (tmp_path / "c.csv").open(newline="") as file:
+        verdicts = [row["verdict"] for row in csv.DictReader(file)]
+    crashed, hung = "FAILED: its process ended with code 9", "FAILED: no answer within 2 s"
+    assert verdicts == ["right", crashed, hung, "WRONG: by far", "right", "right"]
+    assert running.verdicts == {"right": 3, "FAILED": 2, "WRONG": 1} and len(running.wrong) == 3
+
+
+def test_no_job_is_begun_when_time_is_over(few: list[Job], tmp_path: Path) -> None:
+    running = Run(few[:3], tmp_path / "c.csv", 0.0)
+    running.all([Worker([sys.executable, "-S", "-c", "import sys; sys.stdin.read()"])])
+    assert not running.verdicts and (tmp_path / "c.csv").read_text().count("\n") == 1
