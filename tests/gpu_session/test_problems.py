@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,14 +16,24 @@ from benchmarks.gpu_session.correctness import Run, Worker
 from benchmarks.gpu_session.problems import KINDS, PASSES, Job, jobs, layers, maximal
 from benchmarks.gpu_session.stages import NETWORKS, TUNED_CANDIDATES
 
+from tests.ops.gpu.helpers import DEVICE
+from widekernel.ops.gpu import backend
 from widekernel.ops.gpu.configs import KINDS as KERNELS
-from widekernel.ops.gpu.plan import INTERPRETED, plan
+from widekernel.ops.gpu.plan import plan
 from widekernel.ops.problem import Problem
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _as_shipped() -> Iterator[None]:
+    """This machine's table plays no part."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WIDEKERNEL_TUNED", "0")
+        yield
 
 
 @pytest.fixture(scope="module")
 def few() -> list[Job]:
-    return jobs("cpu", INTERPRETED, "interpreter", small=True)
+    return jobs(DEVICE, backend.chip(), backend.device_name(), small=True)
 
 
 def test_every_kernel_type_and_pass(few: list[Job]) -> None:
@@ -33,7 +44,7 @@ def test_every_kernel_type_and_pass(few: list[Job]) -> None:
     assert in_use == sorted(in_use, reverse=True), "what is in use comes first"
     assert len(set(few)) == len(few)
     for job in few[:20]:
-        assert job.config == plan(job.problem, INTERPRETED, "interpreter").config
+        assert job.config == plan(job.problem, backend.chip(), backend.device_name()).config
 
 
 def test_layers_are_those_that_are_tuned_and_folded() -> None:
@@ -47,7 +58,7 @@ def test_layers_are_those_that_are_tuned_and_folded() -> None:
 @pytest.mark.interpreted
 def test_right_and_wrong(few: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
     job = next(job for job in few if job.config.method == "direct" and job.kind == "float32")
-    row = check.run(job, torch.device("cpu"), INTERPRETED)
+    row = check.run(job, torch.device(DEVICE), backend.chip())
     assert row["verdict"] == check.RIGHT and 0 <= row["error"] <= row["limit"] and set(row) == set(check.COLUMNS)
     real = check.our_call
 
@@ -56,12 +67,12 @@ def test_right_and_wrong(few: list[Job], monkeypatch: pytest.MonkeyPatch) -> Non
         return lambda: call() + 0.1
 
     monkeypatch.setattr(check, "our_call", spoilt)
-    assert check.run(job, torch.device("cpu"), INTERPRETED)["verdict"].startswith("WRONG: differs from float64")
-    monkeypatch.setattr(check, "our_call", lambda *given: lambda: torch.full(job.problem.shape, float("nan")))
-    assert check.run(job, torch.device("cpu"), INTERPRETED)["verdict"].startswith("WRONG")
+    assert check.run(job, torch.device(DEVICE), backend.chip())["verdict"].startswith("WRONG: differs from float64")
+    monkeypatch.setattr(check, "our_call", lambda *given: lambda: torch.full(job.problem.shape, float("nan"), device=DEVICE))
+    assert check.run(job, torch.device(DEVICE), backend.chip())["verdict"].startswith("WRONG")
     broken = replace(job, config=replace(job.config, pixels=3))
     monkeypatch.setattr(check, "our_call", real)
-    assert check.run(broken, torch.device("cpu"), INTERPRETED)["verdict"].startswith("FAILED: ")
+    assert check.run(broken, torch.device(DEVICE), backend.chip())["verdict"].startswith("FAILED: ")
 
 
 WORKER = """

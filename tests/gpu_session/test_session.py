@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from benchmarks.gpu_session import ready, session, wheels
 from benchmarks.gpu_session.session import environment, main
 from benchmarks.gpu_session.wheels import Wheel, is_needed, minima, unpack
@@ -111,8 +112,6 @@ def test_stages_write_into_the_scratch_folder_only(tmp_path: Path, monkeypatch: 
 
 
 def test_no_gpu_is_said_plainly(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(ready, "NEEDED", ("torch",))
     assert ready.main([str(tmp_path / "facts.json")]) == 2
@@ -139,7 +138,7 @@ def test_a_session_where_nothing_can_be_imported(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.interpreted
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which need not be pretended")
 def test_rehearsal(tmp_path: Path) -> None:
     """The whole of it on a pretended GPU; where that is allowed, in a network namespace without any network."""
     out = tmp_path / "out"
