@@ -180,7 +180,7 @@ def test_commands_stop_before_their_deadline() -> None:
         real = {each.name: each for each in stages(Path("/out"), Path("/facts"), rehearsal)}
         for name in ("operators", "tuning", "networks"):
             command = list(real[name].command(120.0))
-            assert 60 * float(command[command.index("--minutes") + 1]) == pytest.approx(95, abs=1)
+            assert 60 * float(command[command.index("--minutes") + 1]) == pytest.approx(90, abs=1)
         command = list(real["correctness"].command(120.0))
         assert 100 < float(command[command.index("--until") + 1]) - time.time() <= 120
         assert all(each.needs == ("ready",) for name, each in real.items() if name != "ready")
