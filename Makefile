@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY ?= passive
 # make, and takes from the others when it has nothing left.
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal --durations 20
 
-.PHONY: demo test test-all test-gpu bench-gpu offline-bundle gpu-session gpu-rehearsal lint format clean help
+.PHONY: demo test test-all test-clients test-gpu bench-gpu offline-bundle gpu-session gpu-rehearsal lint format clean help
 
 # OFFLINE=1 is for machines without a network: nothing is set up, and what PYTHON lacks is taken from the folder of wheels that
 # `make offline-bundle` has filled elsewhere.
@@ -34,6 +34,7 @@ help:
 	@echo "make demo      set up, then train, evaluate, fold, save and picture a large-kernel network on real digits"
 	@echo "make test      set up, then the fast tests"
 	@echo "make test-all  every test that this machine can run, full-size models included"
+	@echo "make test-clients  set up with the libraries that widekernel is used from, then the tests with them"
 	@echo "make test-gpu  the tests of the GPU kernels, compiled, on a machine with a GPU; under compute-sanitizer if it is there"
 	@echo "make bench-gpu speed of operators, networks and sparsity on a GPU, into benchmarks/results; at most half an hour"
 	@echo "make offline-bundle  the wheels that a machine without a network may lack, into $(BUNDLE)"
@@ -57,6 +58,13 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -m 'not gpu'
+
+$(VENV)/.clients: $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable '.[demo,dev,clients]'
+	@touch $@
+
+test-clients: $(VENV)/.clients
+	$(BIN)/python -m pytest -m clients tests
 
 # Out-of-bounds accesses show only where every tensor is an allocation of its own. Races, slow to look for, in fewer tests.
 CHECKED := tests/ops/gpu/test_operator.py tests/ops/gpu/test_kernels.py -m interpreted

@@ -18,21 +18,10 @@ from typing import Any
 
 import torch
 
+from tests.interpreting import let_scalars_be_integers
+
 NAME = "a pretended GPU"
 CPU = torch.device("cpu")
-
-
-def interpret_with_new_numpy() -> None:
-    """Let numbers of one element be numbers again in the interpreter of older Tritons: NumPy 2.4 made that an error."""
-    from triton.runtime import interpreter
-
-    real = interpreter._patch_lang_tensor
-
-    def patched(tensor: Any, *others: Any) -> None:
-        real(tensor, *others)
-        tensor.__index__ = lambda self: int(self.handle.data.item())
-
-    interpreter._patch_lang_tensor = patched
 
 
 def pretend() -> None:
@@ -66,7 +55,7 @@ def pretend_to_be_found() -> None:
 def main(arguments: Sequence[str]) -> int:
     """Run the program that the first argument names."""
     module, rest = arguments[0], list(arguments[1:])
-    interpret_with_new_numpy()
+    let_scalars_be_integers()
     if module == "ready":
         from benchmarks.gpu_session import ready
 
