@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from widekernel import ops
 from widekernel.errors import ArgumentError
+from widekernel.layers.folding import Fusable
 from widekernel.layers.norms import affine_of, is_foldable
 from widekernel.layers.pointwise import PointwiseConv2d, PointwiseLinear
 
@@ -53,7 +54,7 @@ def reasons_against_depthwise(conv: nn.Conv2d) -> list[str]:
     return reasons
 
 
-class ConvNorm(nn.Module):
+class ConvNorm(Fusable, nn.Module):
     """Convolution, batch norm and activation; the convolution has a bias only once the norm is folded into it.
 
     Args:

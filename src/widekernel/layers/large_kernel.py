@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from widekernel import ops
 from widekernel.errors import ArgumentError
+from widekernel.layers.folding import Fusable
 from widekernel.layers.norms import affine_of, reasons_against_folding
 from widekernel.layers.rect import Rect, maximal_rectangles
 from widekernel.layers.sources import KernelSource, rects_of
 from widekernel.ops.registration import autocast_dtype
 
 
-class LargeKernel(nn.Module):
+class LargeKernel(Fusable, nn.Module):
     """y = Σ_b norm_b( branch_b(x) ) [+ x], the one trainable large-kernel layer of all the families.
 
     Without normalisation the branches are computed by a single operator call.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from widekernel.errors import ArgumentError
+from widekernel.layers.folding import Fusable
 from widekernel.layers.large_kernel import LargeKernel
 
 GHOST_SEED = 123  # the seed that the Shift-wise authors' code picks the untouched channels with
@@ -20,7 +21,7 @@ def seeded_selection(channels: int, count: int) -> list[int]:
     return sorted(set(range(channels)) - set(ghosts.tolist()))
 
 
-class PartialChannels(nn.Module):
+class PartialChannels(Fusable, nn.Module):
     """Applies a large kernel to some channels; the output holds these first, then the others untouched ("ghosts").
 
     Args:

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from widekernel.layers import KernelSource
 from widekernel.layers.conv import fold_affine, is_plain
+from widekernel.layers.folding import Fusable
 from widekernel.models.base import Parts, Stage
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
-class MixerBlock(nn.Module):
+class MixerBlock(Fusable, nn.Module):
     """ConvNeXt's block with any spatial layer: mixer, layer norm, two linear layers with GELU, layer scale, residual.
 
     Liu et al., A ConvNet for the 2020s, CVPR 2022.

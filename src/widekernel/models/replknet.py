@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from widekernel.errors import ArgumentError
 from widekernel.layers import ConvNorm, FoldedLargeKernel, LargeKernel, Rectangles
+from widekernel.layers.folding import Fusable
 from widekernel.layers.large_kernel import is_plain_relu
 from widekernel.layers.norms import is_foldable
 from widekernel.models.base import (
@@ -60,7 +61,7 @@ class RepLKNetConfig:
         )
 
 
-class LargeKernelBlock(nn.Module):
+class LargeKernelBlock(Fusable, nn.Module):
     """Batch norm, 1x1, large depthwise kernel, 1x1, residual.
 
     Args:
@@ -105,7 +106,7 @@ class LargeKernelBlock(nn.Module):
         return self
 
 
-class FeedForwardBlock(nn.Module):
+class FeedForwardBlock(Fusable, nn.Module):
     """Batch norm, 1x1, GELU, 1x1, residual.
 
     Args:

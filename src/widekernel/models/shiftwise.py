@@ -16,6 +16,7 @@ from torch import Tensor, full, nn
 from widekernel.errors import ArgumentError
 from widekernel.layers import LargeKernel, PartialChannels, ShiftTiles
 from widekernel.layers.conv import fold_affine, is_plain
+from widekernel.layers.folding import Fusable
 from widekernel.layers.norms import affine_of, is_foldable
 from widekernel.layers.partial import seeded_selection
 from widekernel.models.base import (
@@ -72,7 +73,7 @@ class ShiftWiseConfig:
         return tuple(int(dim * self.width_factor) for dim in self.dims)
 
 
-class ShiftWiseBlock(nn.Module):
+class ShiftWiseBlock(Fusable, nn.Module):
     """Block of the second version: shift-wise layer, batch norm, squeeze-excite, MLP with response norm, residual.
 
     Args:

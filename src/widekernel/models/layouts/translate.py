@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from widekernel.errors import CheckpointError
+from widekernel.layers.folding import is_folded
 from widekernel.models.layouts import convnext
 from widekernel.models.layouts.layout import FOLDED, Layout, State, identify, official_order
 
@@ -54,7 +55,7 @@ def translate(model: nn.Module, state: State) -> Translation:
     own = model.state_dict()
     family = identify(state)
     for layout in layouts_of(model):
-        if layout.family == family and not getattr(model, "is_folded", False):
+        if layout.family == family and not is_folded(model):
             return _translate(layout, state, own, seeded_tables(model))
     backbone = {key for key in own if not key.startswith(HEAD)}
     if family == identify(own) and backbone & set(state):
@@ -88,7 +89,7 @@ def to_official(model: nn.Module) -> State:
     layouts = layouts_of(model)
     if not layouts:
         raise CheckpointError(f"{type(model).__name__} has no official layout here: save with layout='native'")
-    if getattr(model, "is_folded", False):
+    if is_folded(model):
         raise CheckpointError("the network is folded and has no place in an official layout: save with layout='native'")
     layout, out, tables = layouts[0], {}, seeded_tables(model)
     for key, value in model.state_dict().items():
