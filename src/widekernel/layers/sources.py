@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import TypeVar
 
+import torch.nn.functional as F
 from torch import Tensor, empty, nn
 
 from widekernel import ops
@@ -34,15 +36,21 @@ class KernelSource(nn.Module, ABC):
 
 
 class RectSource(KernelSource):
-    """A source whose branches are rectangles exactly, so that it can be folded."""
+    """A source whose branches are rectangles exactly, so that it can be folded.
+
+    Attributes:
+        dilation: distance of the taps on the map, see `dilate`. The parameters are those of a layer without.
+    """
+
+    dilation = 1
 
     @abstractmethod
     def rects(self) -> list[Rect]:
-        """Give the rectangle of each branch, differentiable in the parameters."""
+        """Give the rectangle of each branch before dilation, differentiable in the parameters."""
 
     def responses(self, x: Tensor) -> list[Tensor]:
         """Convolve with every rectangle, in one call where a backend has one."""
-        return _branches(x, self.rects())
+        return _branches(x, rects_of(self) or [])
 
 
 class Rectangles(RectSource):
@@ -109,10 +117,42 @@ class SourceGroup(KernelSource):
 def rects_of(source: nn.Module) -> list[Rect] | None:
     """Give the rectangles of every branch of a source, or None if some branch is not a rectangle."""
     if isinstance(source, RectSource):
-        return source.rects()
+        return [dilated(rect, source.dilation) for rect in source.rects()]
     if isinstance(source, SourceGroup) and _is_made_of_rects(source):
         return [rect for part in source.sources for rect in rects_of(part) or []]
     return None
+
+
+SourceT = TypeVar("SourceT", bound=KernelSource)
+
+
+def dilate(source: SourceT, dilation: int) -> SourceT:
+    """Set the distance of the taps of a source on the map, and give the source.
+
+    Raises:
+        ArgumentError: if the source is not made of rectangles.
+    """
+    if dilation == 1:
+        return source
+    if not _is_made_of_rects(source):
+        raise ArgumentError(
+            "the branches of this layer are no rectangles and cannot be dilated: leave out output_stride, or padding='same'"
+        )
+    for part in source.modules():
+        if isinstance(part, RectSource):
+            part.dilation = dilation
+    return source
+
+
+def dilated(rect: Rect, dilation: int) -> Rect:
+    """Put the taps of a rectangle `dilation` apart: a larger one with zeros between them."""
+    if dilation == 1:
+        return rect
+    channels, _, kh, kw = rect.kernel.shape
+    apart = F.pad(rect.kernel.view(channels, 1, kh, 1, kw, 1), (0, dilation - 1, 0, 0, 0, dilation - 1))
+    kernel = apart.reshape(channels, 1, kh * dilation, kw * dilation)
+    anchor = rect.anchor[0] * dilation, rect.anchor[1] * dilation
+    return Rect(kernel[:, :, : (kh - 1) * dilation + 1, : (kw - 1) * dilation + 1], anchor)
 
 
 def _is_made_of_rects(source: nn.Module) -> bool:

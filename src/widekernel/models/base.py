@@ -3,43 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from contextlib import nullcontext
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import (
-    ClassifierHead,
-    LayerNorm2d,
-    NormMlpClassifierHead,
-    calculate_drop_path_rates,
-    register_notrace_module,
-)
-from timm.models import build_model_with_cfg, checkpoint_seq, register_model
+from timm.layers import ClassifierHead, NormMlpClassifierHead, get_device_dtype, register_notrace_module
+from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from widekernel import layers
-from widekernel.errors import ArgumentError, ShapeError, UnknownArgumentError, nearest
+from widekernel.errors import ArgumentError, ShapeError, nearest
+from widekernel.layers.folding import Fusable, is_folded
+from widekernel.layers.grouped import GroupedKernels
+from widekernel.models.asked import Asked, drop_path_rates
 from widekernel.models.layouts.layout import Layout
-from widekernel.models.layouts.translate import translate
 
 _LARGE = (layers.DepthwiseConv2d, layers.FoldedLargeKernel, layers.FoldedPartialChannels, layers.LargeKernel)
 for _leaf in (*_LARGE, layers.PartialChannels, layers.PointwiseConv2d, layers.PointwiseLinear):
     register_notrace_module(_leaf)  # feature extraction by tracing keeps these whole
-
-ConfigT = TypeVar("ConfigT")
-BUILDER_ARGUMENTS = (
-    "cache_dir",
-    "feature_cls",
-    "features_only",
-    "out_indices",
-    "pretrained_cfg",
-    "pretrained_cfg_overlay",
-    "pretrained_strict",
-)
 
 
 @register_notrace_module
@@ -115,7 +98,7 @@ class Parts:
     feature_norms: Sequence[nn.Module] = ()
 
 
-class StagedConvNet(nn.Module):
+class StagedConvNet(Fusable, nn.Module):
     """stem -> stages -> norm -> pooling, norm, classifier; with everything that timm expects of a model.
 
     Args:
@@ -123,9 +106,20 @@ class StagedConvNet(nn.Module):
         num_classes: 0 for none, then the network returns pooled features.
         in_chans: channels of the image.
         global_pool: as timm's; "" for none.
+        output_stride: 8 or 16 for maps of that stride: the later stages keep the resolution and their kernels are dilated
+            instead, as in timm's ConvNeXt. 32 changes nothing.
         drop_rate: dropout before the classifier.
         drop_path_rate: of the last block; it grows linearly from 0.
+        act_layer: name or maker of the activation between the two pointwise layers of the blocks (the road: of every
+            activation), in the place of the family's own.
+        norm_layer: name or maker of the norm in the place of the family's layer norms ("rmsnorm", "simplenorm"), in
+            RepLKNet, and on the road before it turns to layer norms, in the place of its batch norms.
+        device: where the network is made, "meta" for one without memory.
+        dtype: type of its weights, a floating-point one.
     """
+
+    # Not for TorchScript, which would compile it.
+    __jit_unused_properties__ = ["_model_args"]
 
     def __init__(
         self,
@@ -133,13 +127,31 @@ class StagedConvNet(nn.Module):
         num_classes: int = 1000,
         in_chans: int = 3,
         global_pool: str = "avg",
+        output_stride: int | None = None,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        act_layer: str | Callable[..., nn.Module] | None = None,
+        norm_layer: str | Callable[..., nn.Module] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        parts = self.parts(cfg, in_chans, drop_path_rates(drop_path_rate, self.blocks_by_stage(cfg)))
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ArgumentError(f"dtype {dtype!r} is no type of weights: give a floating-point one, such as torch.bfloat16")
+        rates = drop_path_rates(drop_path_rate, self.blocks_by_stage(cfg))
+        asked = Asked(in_chans, rates, output_stride, act_layer, norm_layer)
+        with nullcontext() if device is None else torch.device(device):
+            self._make(cfg, asked, num_classes, global_pool, drop_rate)
+            self.init_weights()
+        if dtype is not None:
+            self.to(dtype)
+
+    def _make(self, cfg: Any, asked: Asked, num_classes: int, global_pool: str, drop_rate: float) -> None:
+        parts = self.parts(cfg, asked)
+        in_chans = asked.in_chans
         widths = [width for _, width in parts.stages]
         self.cfg = cfg
+        self._recorded_args: dict[str, Any] = {}
         self.num_classes, self.drop_rate, self.in_chans = num_classes, drop_rate, in_chans
         self.num_features = self.head_hidden_size = widths[-1]
         self.feature_info: list[dict[str, Any]] = [
@@ -154,14 +166,13 @@ class StagedConvNet(nn.Module):
         self.head: Any
         if parts.head_norm:
             self.head = NormMlpClassifierHead(
-                widths[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, norm_layer=LayerNorm2d
+                widths[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, norm_layer=asked.channel_norm()
             )
         else:
             self.head = ClassifierHead(widths[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate)
-        self.init_weights()
 
-    def parts(self, cfg: Any, in_chans: int, rates: list[list[float]]) -> Parts:
-        """Make what the family puts into the frame, given the drop-path rate of every block, listed by stage."""
+    def parts(self, cfg: Any, asked: Asked) -> Parts:
+        """Make what the family puts into the frame."""
         raise NotImplementedError
 
     def blocks_by_stage(self, cfg: Any) -> Sequence[int]:
@@ -174,6 +185,24 @@ class StagedConvNet(nn.Module):
     def layouts(self) -> tuple[Layout, ...]:
         """Give the official checkpoint layouts of this network; the first one is written, all are read."""
         raise NotImplementedError
+
+    @property
+    def _model_args(self) -> dict[str, Any]:
+        """What timm's hub format records, so that the network can be made again: timm's arguments, and the form.
+
+        Raises:
+            ArgumentError: if no arguments lead to a network like this.
+        """
+        if any(isinstance(module, GroupedKernels) for module in self.modules()) or hasattr(self, "compaction"):
+            raise ArgumentError(
+                "a compacted network cannot be made again from its arguments, so that timm's hub format has no place for "
+                "it: save the masked network it comes from, and compact again after loading"
+            )
+        return {**self._recorded_args, **({"folded": True} if is_folded(self) else {})}
+
+    @_model_args.setter
+    def _model_args(self, args: dict[str, Any]) -> None:
+        self._recorded_args = {key: value for key, value in args.items() if key != "folded"}
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -206,7 +235,10 @@ class StagedConvNet(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None, reset_other: bool = False) -> None:
         """Put a new classifier in; 0 classes for none, `global_pool=""` for no pooling."""
         self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool, reset_other=reset_other)
+        self.head.reset(
+            num_classes, global_pool, reset_other=reset_other, in_features=self.num_features, **get_device_dtype(self)
+        )
+        self.head_hidden_size = self.head.num_features
 
     def intermediate(self, index: int, x: Tensor) -> Tensor:
         """Give the feature map of stage `index` in the form in which it is handed out."""
@@ -265,8 +297,7 @@ class StagedConvNet(nn.Module):
         if shortened:
             self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
         if prune_head or shortened:
-            self.num_classes = 0
-            self.head.reset(0, "", reset_other=True, in_features=self.num_features)
+            self.reset_classifier(0, "", reset_other=True)
         return take
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -281,11 +312,6 @@ class StagedConvNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_chans, H, W) -> logits (N, num_classes)."""
         return self.forward_head(self.forward_features(x))
-
-
-def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
-    """Let the drop-path rate run linearly from 0 to `rate` over all the blocks, listed by stage."""
-    return calculate_drop_path_rates(rate, list(depths), stagewise=True)  # type: ignore[return-value]
 
 
 def check_stages(**per_stage: Sequence[Any]) -> None:
@@ -315,82 +341,3 @@ def check_choices(config: Any) -> None:
             choices = ", ".join(map(repr, words))
             hint = nearest(str(value), words)
             raise ArgumentError(f"{name} {value!r} is unknown: it must be one of {choices}.{hint}")
-
-
-def default_cfg(input_size: int = 224, stride: int = 32, **kwargs: Any) -> dict[str, Any]:
-    """Describe a network's preprocessing and head the way timm wants it; `kwargs` overrides entries."""
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, input_size, input_size),
-        "pool_size": (input_size // stride, input_size // stride),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.0",
-        "classifier": "head.fc",
-        **kwargs,
-    }
-
-
-def build(
-    model_cls: Callable[..., nn.Module], variant: str, config: ConfigT, pretrained: bool, kwargs: dict[str, Any]
-) -> Any:
-    """Create a network from its configuration, arguments that override parts of it, and timm's usual ones.
-
-    Raises:
-        UnknownArgumentError: a TypeError, for an argument that nobody takes; names the nearest.
-    """
-    fields = [field.name for field in dataclasses.fields(config)]  # type: ignore[arg-type]
-    of_model = [name for name in inspect.signature(model_cls).parameters if name != "cfg"]
-    known = [*fields, *of_model, *BUILDER_ARGUMENTS]
-    for name in kwargs:
-        if name not in known:
-            raise UnknownArgumentError(
-                f"{variant} got an unknown argument {name!r}.{nearest(name, known)} It takes {', '.join(fields + of_model)}"
-            )
-    overrides = {name: _frozen(kwargs.pop(name)) for name in fields if name in kwargs}
-    # timm hands the pretrained configuration's arguments to every model; the defaults are the same here.
-    feature_cfg = {"feature_cls": "getter", **_default_indices(model_cls, config, overrides)}
-    if kwargs.get("feature_cls") in ("list", "dict"):
-        feature_cfg["flatten_sequential"] = True
-    return build_model_with_cfg(
-        model_cls,
-        variant,
-        pretrained,
-        model_cfg=dataclasses.replace(config, **overrides),  # type: ignore[type-var]
-        feature_cfg=feature_cfg,
-        pretrained_filter_fn=_to_native,
-        **kwargs,
-    )
-
-
-def register(network: type[StagedConvNet], name: str, config: Any, doc: str) -> None:
-    """Register a configuration of a network with timm, as a function of that name in the network's module."""
-
-    def entry(pretrained: bool = False, **kwargs: Any) -> Any:
-        return build(network, name, config, pretrained, kwargs)
-
-    entry.__name__ = entry.__qualname__ = name
-    entry.__doc__ = doc
-    entry.__module__ = network.__module__
-    setattr(sys.modules[network.__module__], name, entry)
-    register_model(entry)
-
-
-def _default_indices(model_cls: Any, config: Any, overrides: dict[str, Any]) -> dict[str, Any]:
-    config = dataclasses.replace(config, **overrides)
-    choose = getattr(model_cls, "default_out_indices", None)
-    return {"out_indices": choose(config) if choose else tuple(range(len(config.depths)))}
-
-
-def _to_native(state: dict[str, Tensor], model: StagedConvNet) -> dict[str, Tensor]:
-    """Translate a pretrained state dict for timm's loader, which is to name the keys that no rule knows."""
-    found = translate(model, state)
-    unknown = {key: state[key] for key in found.unknown if key in state}
-    return {**unknown, **found.state}
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value

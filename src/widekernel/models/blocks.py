@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
-from timm.layers import DropPath, LayerNorm, LayerNorm2d, Mlp
+from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
 from widekernel.layers import KernelSource
 from widekernel.layers.conv import fold_affine, is_plain
 from widekernel.layers.folding import Fusable
+from widekernel.models.asked import Asked, Step
 from widekernel.models.base import Parts, Stage
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -28,13 +29,14 @@ class MixerBlock(Fusable, nn.Module):
         dim: C.
         drop_path: rate at which whole samples skip the block in training.
         layer_scale: initial value of the factor per channel, 0 for none.
+        asked: which norm and activation.
     """
 
-    def __init__(self, mixer: nn.Module, dim: int, drop_path: float, layer_scale: float) -> None:
+    def __init__(self, mixer: nn.Module, dim: int, drop_path: float, layer_scale: float, asked: Asked) -> None:
         super().__init__()
         self.mixer = mixer
-        self.norm = LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, 4 * dim)
+        self.norm = asked.last_norm(dim)
+        self.mlp = Mlp(dim, 4 * dim, act_layer=asked.activation(nn.GELU))  # type: ignore[arg-type]
         self.gamma = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale > 0 else None
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
@@ -66,35 +68,32 @@ def with_part(module: ModuleT, name: str, part: nn.Module) -> ModuleT:
     return new
 
 
-def patch_stem(in_chans: int, dim: int, patch: int) -> nn.Sequential:
-    """ConvNeXt's stem: patches of `patch` x `patch` pixels, then a layer norm."""
-    return nn.Sequential(nn.Conv2d(in_chans, dim, patch, stride=patch), LayerNorm2d(dim))
-
-
-def norm_downsample(dim_in: int, dim_out: int) -> nn.Sequential:
-    """ConvNeXt's downsampling: layer norm, then a 2x2 convolution of stride 2."""
-    return nn.Sequential(LayerNorm2d(dim_in), nn.Conv2d(dim_in, dim_out, 2, stride=2))
+def norm_downsample(dim_in: int, dim_out: int, step: Step, asked: Asked) -> nn.Sequential:
+    """ConvNeXt's downsampling: layer norm, then a 2x2 convolution of stride 2; of stride 1, it keeps the size."""
+    if step.stride > 1:
+        conv = nn.Conv2d(dim_in, dim_out, 2, stride=step.stride)
+    else:
+        conv = nn.Conv2d(dim_in, dim_out, 2, padding="same", dilation=step.dilation_before)
+    return nn.Sequential(asked.channel_norm()(dim_in), conv)
 
 
 def convnext_parts(
-    widths: Sequence[int],
-    in_chans: int,
-    rates: Sequence[Sequence[float]],
-    block: Callable[[int, int, float], nn.Module],
+    widths: Sequence[int], asked: Asked, block: Callable[[int, int, float, Step], nn.Module], patch: int = 4
 ) -> Parts:
     """Put blocks into ConvNeXt's frame.
 
     Args:
         widths: of the stages.
-        in_chans: channels of the image.
-        rates: drop-path rate of every block, listed by stage.
-        block: makes a block, given the index of its stage, its width and its drop-path rate.
+        asked: what the network is asked for.
+        block: makes a block, given the index of its stage, its width, its drop-path rate, and the step to its stage.
+        patch: side of the stem's patches in pixels.
     """
-    stages = []
-    for i, width in enumerate(widths):
-        downsample = norm_downsample(widths[i - 1], width) if i else nn.Identity()
-        stages.append((Stage(downsample, [block(i, width, rate) for rate in rates[i]]), width))
-    return Parts(patch_stem(in_chans, widths[0], 4), stages, [4 * 2**i for i in range(len(stages))])
+    stages, steps = [], asked.steps(len(widths), patch)
+    for i, (width, step) in enumerate(zip(widths, steps)):
+        downsample = norm_downsample(widths[i - 1], width, step, asked) if i else nn.Identity()
+        stages.append((Stage(downsample, [block(i, width, rate, step) for rate in asked.rates[i]]), width))
+    stem = nn.Sequential(nn.Conv2d(asked.in_chans, widths[0], patch, stride=patch), asked.channel_norm()(widths[0]))
+    return Parts(stem, stages, [step.reduction for step in steps])
 
 
 def init_convnext(model: nn.Module, head_init_scale: float) -> None:

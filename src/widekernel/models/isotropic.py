@@ -14,8 +14,10 @@ from torch import nn
 from widekernel.errors import ArgumentError
 from widekernel.layers import DepthwiseConv2d
 from widekernel.layers.sources import check_odd
-from widekernel.models.base import Parts, Stage, StagedConvNet, build, default_cfg
+from widekernel.models.asked import Asked
+from widekernel.models.base import Parts, Stage, StagedConvNet
 from widekernel.models.blocks import MixerBlock, init_convnext
+from widekernel.models.building import build, default_cfg
 from widekernel.models.layouts import convnext as layouts
 from widekernel.models.layouts.layout import Layout
 
@@ -54,13 +56,18 @@ class ConvNeXtIsotropic(StagedConvNet):
     Its arguments are those of `StagedConvNet`.
     """
 
-    def parts(self, cfg: IsotropicConfig, in_chans: int, rates: list[list[float]]) -> Parts:
+    def parts(self, cfg: IsotropicConfig, asked: Asked) -> Parts:
         """Make the stem, and a stage of every block."""
+        if asked.output_stride not in (None, cfg.patch_size):
+            raise ArgumentError(
+                f"output_stride={asked.output_stride} is not for isotropic networks, which have one resolution throughout, "
+                f"of stride {cfg.patch_size}: leave it out, and choose the stride with patch_size"
+            )
         stages = []
-        for rate in rates[0]:
+        for rate in asked.rates[0]:
             mixer = DepthwiseConv2d(cfg.dim, cfg.dim, cfg.kernel_size, padding=cfg.kernel_size // 2, groups=cfg.dim)
-            stages.append((Stage(nn.Identity(), [MixerBlock(mixer, cfg.dim, rate, cfg.layer_scale)]), cfg.dim))
-        stem = nn.Conv2d(in_chans, cfg.dim, cfg.patch_size, stride=cfg.patch_size)
+            stages.append((Stage(nn.Identity(), [MixerBlock(mixer, cfg.dim, rate, cfg.layer_scale, asked)]), cfg.dim))
+        stem = nn.Conv2d(asked.in_chans, cfg.dim, cfg.patch_size, stride=cfg.patch_size)
         return Parts(stem, stages, [cfg.patch_size] * len(stages))
 
     def blocks_by_stage(self, cfg: IsotropicConfig) -> tuple[int]:

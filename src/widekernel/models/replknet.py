@@ -5,6 +5,7 @@ Ding et al., Scaling Up Your Kernels to 31x31: Revisiting Large Kernel Design in
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,15 +18,16 @@ from widekernel.layers import ConvNorm, FoldedLargeKernel, LargeKernel, Rectangl
 from widekernel.layers.folding import Fusable
 from widekernel.layers.large_kernel import is_plain_relu
 from widekernel.layers.norms import is_foldable
+from widekernel.layers.sources import dilate
+from widekernel.models.asked import Asked, Step
 from widekernel.models.base import (
     Parts,
     Stage,
     StagedConvNet,
-    build,
     check_stages,
     check_widths,
-    default_cfg,
 )
+from widekernel.models.building import build, default_cfg
 from widekernel.models.layouts import replknet as layouts
 from widekernel.models.layouts.layout import Layout
 
@@ -70,20 +72,31 @@ class LargeKernelBlock(Fusable, nn.Module):
         kernel_size: K.
         small_kernel: size of the parallel kernel, None or 0 for none.
         drop_path: rate at which whole samples skip the block in training.
+        dilation: of the kernels.
+        norm: makes a norm of so many channels.
     """
 
-    def __init__(self, dim: int, width: int, kernel_size: int, small_kernel: int | None, drop_path: float) -> None:
+    def __init__(
+        self,
+        dim: int,
+        width: int,
+        kernel_size: int,
+        small_kernel: int | None,
+        drop_path: float,
+        dilation: int = 1,
+        norm: Callable[..., nn.Module] = nn.BatchNorm2d,
+    ) -> None:
         super().__init__()
         sizes = [(kernel_size, kernel_size)]
         if small_kernel:
             if small_kernel > kernel_size:
                 raise ArgumentError(f"small_kernel {small_kernel} is larger than the kernel size {kernel_size}")
             sizes.append((small_kernel, small_kernel))
-        self.prelkb_bn = nn.BatchNorm2d(dim)
-        self.pw1 = ConvNorm(nn.Conv2d(dim, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
-        self.large_kernel = LargeKernel(Rectangles(width, sizes), [nn.BatchNorm2d(width) for _ in sizes])
+        self.prelkb_bn = norm(dim)
+        self.pw1 = ConvNorm(nn.Conv2d(dim, width, 1, bias=False), norm(width), nn.ReLU())
+        self.large_kernel = LargeKernel(dilate(Rectangles(width, sizes), dilation), [norm(width) for _ in sizes])
         self.act = nn.ReLU()
-        self.pw2 = ConvNorm(nn.Conv2d(width, dim, 1, bias=False), nn.BatchNorm2d(dim))
+        self.pw2 = ConvNorm(nn.Conv2d(width, dim, 1, bias=False), norm(dim))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -113,13 +126,22 @@ class FeedForwardBlock(Fusable, nn.Module):
         dim: C.
         hidden: width between the 1x1 convolutions.
         drop_path: rate at which whole samples skip the block in training.
+        norm: makes a norm of so many channels.
+        act: makes the activation.
     """
 
-    def __init__(self, dim: int, hidden: int, drop_path: float) -> None:
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        drop_path: float,
+        norm: Callable[..., nn.Module] = nn.BatchNorm2d,
+        act: Callable[..., nn.Module] = nn.GELU,
+    ) -> None:
         super().__init__()
-        self.preffn_bn = nn.BatchNorm2d(dim)
-        self.pw1 = ConvNorm(nn.Conv2d(dim, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.GELU())
-        self.pw2 = ConvNorm(nn.Conv2d(hidden, dim, 1, bias=False), nn.BatchNorm2d(dim))
+        self.preffn_bn = norm(dim)
+        self.pw1 = ConvNorm(nn.Conv2d(dim, hidden, 1, bias=False), norm(hidden), act())
+        self.pw2 = ConvNorm(nn.Conv2d(hidden, dim, 1, bias=False), norm(dim))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -143,23 +165,24 @@ class RepLKNet(StagedConvNet):
     Its arguments are those of `StagedConvNet`.
     """
 
-    def parts(self, cfg: RepLKNetConfig, in_chans: int, rates: list[list[float]]) -> Parts:
+    def parts(self, cfg: RepLKNetConfig, asked: Asked) -> Parts:
         """Make stem, stages and norms."""
-        stages = []
-        for i, dim in enumerate(cfg.dims):
+        norm, act = asked.batch_norm(), asked.activation(nn.GELU)
+        stages, steps = [], asked.steps(len(cfg.dims))
+        for i, (dim, step) in enumerate(zip(cfg.dims, steps)):
+            width, hidden, size = int(dim * cfg.dw_ratio), int(dim * cfg.ffn_ratio), cfg.kernel_sizes[i]
             blocks: list[nn.Module] = []
-            for rate in rates[i]:
-                width, hidden = int(dim * cfg.dw_ratio), int(dim * cfg.ffn_ratio)
-                blocks.append(LargeKernelBlock(dim, width, cfg.kernel_sizes[i], cfg.small_kernel, rate))
-                blocks.append(FeedForwardBlock(dim, hidden, rate))
-            stages.append((Stage(_transition(cfg.dims[i - 1], dim) if i else nn.Identity(), blocks), dim))
+            for rate in asked.rates[i]:
+                blocks.append(LargeKernelBlock(dim, width, size, cfg.small_kernel, rate, step.dilation, norm))
+                blocks.append(FeedForwardBlock(dim, hidden, rate, norm, act))
+            stages.append((Stage(_transition(cfg.dims[i - 1], dim, step, norm) if i else nn.Identity(), blocks), dim))
         return Parts(
-            stem=_stem(in_chans, cfg.dims[0]),
+            stem=_stem(asked.in_chans, cfg.dims[0], norm),
             stages=stages,
-            reductions=[4 * 2**i for i in range(len(stages))],
-            norm_pre=nn.BatchNorm2d(cfg.dims[-1]),
+            reductions=[step.reduction for step in steps],
+            norm_pre=norm(cfg.dims[-1]),
             head_norm=False,
-            feature_norms=[nn.BatchNorm2d(dim) for dim in cfg.dims] if cfg.norm_intermediate_features else [],
+            feature_norms=[norm(dim) for dim in cfg.dims] if cfg.norm_intermediate_features else [],
         )
 
     def layouts(self) -> tuple[Layout, ...]:
@@ -167,23 +190,23 @@ class RepLKNet(StagedConvNet):
         return layouts.layouts(len(self.cfg.dims))
 
 
-def _conv_bn_relu(dim_in: int, dim_out: int, kernel_size: int, stride: int, groups: int = 1) -> ConvNorm:
-    padding = kernel_size // 2
-    conv = nn.Conv2d(dim_in, dim_out, kernel_size, stride=stride, padding=padding, groups=groups, bias=False)
-    return ConvNorm(conv, nn.BatchNorm2d(dim_out), nn.ReLU())
+def _normed(conv: nn.Conv2d, norm: Callable[..., nn.Module]) -> ConvNorm:
+    return ConvNorm(conv, norm(conv.out_channels), nn.ReLU())
 
 
-def _stem(in_chans: int, dim: int) -> nn.Sequential:
+def _stem(in_chans: int, dim: int, norm: Callable[..., nn.Module]) -> nn.Sequential:
     return nn.Sequential(
-        _conv_bn_relu(in_chans, dim, 3, 2),
-        _conv_bn_relu(dim, dim, 3, 1, groups=dim),
-        _conv_bn_relu(dim, dim, 1, 1),
-        _conv_bn_relu(dim, dim, 3, 2, groups=dim),
+        _normed(nn.Conv2d(in_chans, dim, 3, stride=2, padding=1, bias=False), norm),
+        _normed(nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False), norm),
+        _normed(nn.Conv2d(dim, dim, 1, bias=False), norm),
+        _normed(nn.Conv2d(dim, dim, 3, stride=2, padding=1, groups=dim, bias=False), norm),
     )
 
 
-def _transition(dim_in: int, dim_out: int) -> nn.Sequential:
-    return nn.Sequential(_conv_bn_relu(dim_in, dim_out, 1, 1), _conv_bn_relu(dim_out, dim_out, 3, 2, groups=dim_out))
+def _transition(dim_in: int, dim_out: int, step: Step, norm: Callable[..., nn.Module]) -> nn.Sequential:
+    apart = 1 if step.stride > 1 else step.dilation_before
+    depthwise = nn.Conv2d(dim_out, dim_out, 3, stride=step.stride, padding=apart, dilation=apart, groups=dim_out, bias=False)
+    return nn.Sequential(_normed(nn.Conv2d(dim_in, dim_out, 1, bias=False), norm), _normed(depthwise, norm))
 
 
 _LARGE = (192, 384, 768, 1536)

@@ -9,23 +9,23 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from timm.layers import DropPath, LayerNorm2d
+from timm.layers import DropPath
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from widekernel.errors import ArgumentError
 from widekernel.layers import ConvNorm, DepthwiseConv2d
 from widekernel.layers.sources import check_odd
+from widekernel.models.asked import Asked, Step
 from widekernel.models.base import (
     Parts,
     Stage,
     StagedConvNet,
     check_choices,
     check_stages,
-    default_cfg,
-    register,
 )
 from widekernel.models.blocks import MixerBlock, init_convnext, norm_downsample
+from widekernel.models.building import default_cfg, register
 from widekernel.models.layouts import convnext as layouts
 from widekernel.models.layouts.layout import Layout
 
@@ -101,17 +101,21 @@ class RoadmapBlock(nn.Module):
         width: of the stage, as in the configuration.
         stride: of the spatial convolution.
         drop_path: rate at which whole samples skip the block in training.
+        dilation: of the spatial convolution.
+        asked: which norm and activation.
     """
 
-    def __init__(self, cfg: RoadmapConfig, dim_in: int, width: int, stride: int, drop_path: float) -> None:
+    def __init__(
+        self, cfg: RoadmapConfig, dim_in: int, width: int, stride: int, drop_path: float, dilation: int, asked: Asked
+    ) -> None:
         super().__init__()
         dim_out = out_width(cfg, width)
-        self.layers = nn.Sequential(*_block_layers(cfg, dim_in, width, stride))
+        self.layers = nn.Sequential(*_block_layers(cfg, dim_in, width, stride, dilation, asked))
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or dim_in != dim_out:
             conv = nn.Conv2d(dim_in, dim_out, 1, stride=stride, bias=False)
-            self.shortcut = ConvNorm(conv, _norm(cfg, dim_out))
-        self.act = nn.Identity() if cfg.fewer_acts else _act(cfg)
+            self.shortcut = ConvNorm(conv, _norm(cfg, dim_out, asked))
+        self.act = nn.Identity() if cfg.fewer_acts else _act(cfg, asked)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -125,15 +129,15 @@ class Roadmap(StagedConvNet):
     Its arguments are those of `StagedConvNet`.
     """
 
-    def parts(self, cfg: RoadmapConfig, in_chans: int, rates: list[list[float]]) -> Parts:
+    def parts(self, cfg: RoadmapConfig, asked: Asked) -> Parts:
         """Make stem and stages."""
         make_stage = _convnext_stage if cfg.separate_downsample else _strided_stage
-        stages, dim = [], cfg.width
-        for i, stage_rates in enumerate(rates):
+        stages, steps, dim = [], asked.steps(len(cfg.depths)), cfg.width
+        for i, step in enumerate(steps):
             width = cfg.width * 2**i
-            stages.append((make_stage(cfg, dim, width, i, stage_rates), out_width(cfg, width)))
+            stages.append((make_stage(cfg, dim, width, i, step, asked), out_width(cfg, width)))
             dim = out_width(cfg, width)
-        return Parts(_stem(cfg, in_chans), stages, [4 * 2**i for i in range(len(stages))], head_norm=cfg.final_norm)
+        return Parts(_stem(cfg, asked), stages, [step.reduction for step in steps], head_norm=cfg.final_norm)
 
     def init_weights(self) -> None:
         """Initialise as ConvNeXt does."""
@@ -149,15 +153,15 @@ def out_width(cfg: RoadmapConfig, width: int) -> int:
     return width if cfg.block == "inverted" else 4 * width
 
 
-def _norm(cfg: RoadmapConfig, dim: int) -> nn.Module:
-    return nn.BatchNorm2d(dim) if cfg.norm == "bn" else LayerNorm2d(dim)
+def _norm(cfg: RoadmapConfig, dim: int, asked: Asked) -> nn.Module:
+    return asked.batch_norm()(dim) if cfg.norm == "bn" else asked.channel_norm()(dim)
 
 
-def _act(cfg: RoadmapConfig) -> nn.Module:
-    return nn.ReLU() if cfg.act == "relu" else nn.GELU()
+def _act(cfg: RoadmapConfig, asked: Asked) -> nn.Module:
+    return asked.activation(nn.ReLU if cfg.act == "relu" else nn.GELU)()
 
 
-def _block_layers(cfg: RoadmapConfig, dim_in: int, width: int, stride: int) -> list[nn.Module]:
+def _block_layers(cfg: RoadmapConfig, dim_in: int, width: int, stride: int, dilation: int, asked: Asked) -> list[nn.Module]:
     """List the block's convolutions, each with the norm and the activation that follow it."""
     hidden = 4 * width if cfg.block == "inverted" else width
     spatial_at = dim_in if cfg.dw_first else hidden
@@ -167,10 +171,19 @@ def _block_layers(cfg: RoadmapConfig, dim_in: int, width: int, stride: int) -> l
     def layer(role: str, dim_a: int, dim_b: int, kernel_size: int, step: int) -> ConvNorm:
         groups = dim_b if role == "spatial" and cfg.depthwise else 1
         conv_cls = DepthwiseConv2d if groups > 1 else nn.Conv2d
-        padding, bias = kernel_size // 2, cfg.fewer_norms
-        conv = conv_cls(dim_a, dim_b, kernel_size, stride=step, padding=padding, groups=groups, bias=bias)
-        norm = _norm(cfg, dim_b) if role in normed else nn.Identity()
-        return ConvNorm(conv, norm, _act(cfg) if role in active else None)
+        apart = dilation if role == "spatial" else 1
+        conv = conv_cls(
+            dim_a,
+            dim_b,
+            kernel_size,
+            stride=step,
+            padding=kernel_size // 2 * apart,
+            dilation=apart,
+            groups=groups,
+            bias=cfg.fewer_norms,
+        )
+        norm = _norm(cfg, dim_b, asked) if role in normed else nn.Identity()
+        return ConvNorm(conv, norm, _act(cfg, asked) if role in active else None)
 
     first = layer("first", dim_in, hidden, 1, 1)
     spatial = layer("spatial", spatial_at, spatial_at, cfg.kernel_size, stride)
@@ -178,30 +191,31 @@ def _block_layers(cfg: RoadmapConfig, dim_in: int, width: int, stride: int) -> l
     return [spatial, first, last] if cfg.dw_first else [first, spatial, last]
 
 
-def _strided_stage(cfg: RoadmapConfig, dim: int, width: int, index: int, rates: list[float]) -> Stage:
+def _strided_stage(cfg: RoadmapConfig, dim: int, width: int, index: int, step: Step, asked: Asked) -> Stage:
     blocks = []
-    for j, rate in enumerate(rates):
-        stride = 2 if index and j == 0 else 1
-        blocks.append(RoadmapBlock(cfg, dim, width, stride, rate))
+    for j, rate in enumerate(asked.rates[index]):
+        stride, dilation = (step.stride, step.dilation_before) if j == 0 else (1, step.dilation)
+        blocks.append(RoadmapBlock(cfg, dim, width, stride, rate, dilation, asked))
         dim = out_width(cfg, width)
     return Stage(nn.Identity(), blocks)
 
 
-def _convnext_stage(cfg: RoadmapConfig, dim: int, width: int, index: int, rates: list[float]) -> Stage:
+def _convnext_stage(cfg: RoadmapConfig, dim: int, width: int, index: int, step: Step, asked: Asked) -> Stage:
     blocks = []
-    for rate in rates:
-        mixer = DepthwiseConv2d(width, width, cfg.kernel_size, padding=cfg.kernel_size // 2, groups=width)
-        blocks.append(MixerBlock(mixer, width, rate, cfg.layer_scale))
-    return Stage(norm_downsample(dim, width) if index else nn.Identity(), blocks)
+    for rate in asked.rates[index]:
+        reach = cfg.kernel_size // 2 * step.dilation
+        mixer = DepthwiseConv2d(width, width, cfg.kernel_size, padding=reach, dilation=step.dilation, groups=width)
+        blocks.append(MixerBlock(mixer, width, rate, cfg.layer_scale, asked))
+    return Stage(norm_downsample(dim, width, step, asked) if index else nn.Identity(), blocks)
 
 
-def _stem(cfg: RoadmapConfig, in_chans: int) -> nn.Sequential:
-    norm = _norm(cfg, cfg.width)
+def _stem(cfg: RoadmapConfig, asked: Asked) -> nn.Sequential:
+    norm = _norm(cfg, cfg.width, asked)
     if cfg.stem == "resnet":
-        conv = nn.Conv2d(in_chans, cfg.width, 7, stride=2, padding=3, bias=False)
-        return nn.Sequential(ConvNorm(conv, norm, _act(cfg)), nn.MaxPool2d(3, stride=2, padding=1))
-    conv = nn.Conv2d(in_chans, cfg.width, 4, stride=4, bias=cfg.separate_downsample)
-    return nn.Sequential(ConvNorm(conv, norm, None if cfg.fewer_acts else _act(cfg)))
+        conv = nn.Conv2d(asked.in_chans, cfg.width, 7, stride=2, padding=3, bias=False)
+        return nn.Sequential(ConvNorm(conv, norm, _act(cfg, asked)), nn.MaxPool2d(3, stride=2, padding=1))
+    conv = nn.Conv2d(asked.in_chans, cfg.width, 4, stride=4, bias=cfg.separate_downsample)
+    return nn.Sequential(ConvNorm(conv, norm, None if cfg.fewer_acts else _act(cfg, asked)))
 
 
 # Each step changes one thing in the network before it.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from timm.layers import DropPath, LayerNorm2d, Mlp, SqueezeExcite
+from timm.layers import DropPath, Mlp, SqueezeExcite
 from timm.layers.grn import GlobalResponseNorm
 from timm.models import generate_default_cfgs
 from torch import Tensor, full, nn
@@ -19,16 +19,17 @@ from widekernel.layers.conv import fold_affine, is_plain
 from widekernel.layers.folding import Fusable
 from widekernel.layers.norms import affine_of, is_foldable
 from widekernel.layers.partial import seeded_selection
+from widekernel.layers.sources import dilate
+from widekernel.models.asked import Asked, Step
 from widekernel.models.base import (
     Parts,
     Stage,
     StagedConvNet,
     check_stages,
     check_widths,
-    default_cfg,
-    register,
 )
 from widekernel.models.blocks import MixerBlock, convnext_parts, init_convnext, with_part
+from widekernel.models.building import default_cfg, register
 from widekernel.models.layouts import shiftwise as layouts
 from widekernel.models.layouts.layout import Layout
 
@@ -81,14 +82,16 @@ class ShiftWiseBlock(Fusable, nn.Module):
         dim: C.
         drop_path: rate at which whole samples skip the block in training.
         layer_scale: initial value of the factor per channel, 0 for none.
+        asked: which activation.
     """
 
-    def __init__(self, mixer: nn.Module, dim: int, drop_path: float, layer_scale: float) -> None:
+    def __init__(self, mixer: nn.Module, dim: int, drop_path: float, layer_scale: float, asked: Asked) -> None:
         super().__init__()
         self.mixer = mixer
         self.norm = nn.BatchNorm2d(dim)
         self.se = SqueezeExcite(dim, rd_channels=dim // 4)
-        self.mlp = Mlp(dim, 4 * dim, norm_layer=GlobalResponseNorm, bias=(True, False))
+        act: Any = asked.activation(nn.GELU)
+        self.mlp = Mlp(dim, 4 * dim, act_layer=act, norm_layer=GlobalResponseNorm, bias=(True, False))
         self.norm2 = nn.BatchNorm2d(dim)
         self.gamma = nn.Parameter(full((dim,), layer_scale)) if layer_scale > 0 else None
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
@@ -125,16 +128,17 @@ class ShiftWise(StagedConvNet):
     Its arguments are those of `StagedConvNet`.
     """
 
-    def parts(self, cfg: ShiftWiseConfig, in_chans: int, rates: list[list[float]]) -> Parts:
+    def parts(self, cfg: ShiftWiseConfig, asked: Asked) -> Parts:
         """Make stem and stages."""
-        stages = []
-        for i, width in enumerate(cfg.widths):
-            blocks = [
-                ShiftWiseBlock(_shift_wise(width, cfg.kernel_sizes[i], cfg, _even_part), width, rate, cfg.layer_scale)
-                for rate in rates[i]
-            ]
-            stages.append((Stage(_conv_downsample(cfg.widths[i - 1], width) if i else nn.Identity(), blocks), width))
-        return Parts(_conv_stem(in_chans, cfg.widths[0]), stages, [4 * 2**i for i in range(len(stages))])
+        stages, steps = [], asked.steps(len(cfg.widths))
+        for i, (width, step) in enumerate(zip(cfg.widths, steps)):
+            blocks = []
+            for rate in asked.rates[i]:
+                mixer = _shift_wise(width, cfg.kernel_sizes[i], cfg, _even_part, step.dilation)
+                blocks.append(ShiftWiseBlock(mixer, width, rate, cfg.layer_scale, asked))
+            downsample = _conv_downsample(cfg.widths[i - 1], width, step, asked) if i else nn.Identity()
+            stages.append((Stage(downsample, blocks), width))
+        return Parts(_conv_stem(cfg.widths[0], asked), stages, [step.reduction for step in steps])
 
     def init_weights(self) -> None:
         """Initialise as ConvNeXt does."""
@@ -151,14 +155,14 @@ class ShiftWiseV1(StagedConvNet):
     Its arguments are those of `StagedConvNet`.
     """
 
-    def parts(self, cfg: ShiftWiseConfig, in_chans: int, rates: list[list[float]]) -> Parts:
+    def parts(self, cfg: ShiftWiseConfig, asked: Asked) -> Parts:
         """Make ConvNeXt's frame with Shift-wise layers."""
 
-        def block(i: int, width: int, rate: float) -> MixerBlock:
-            mixer = _shift_wise(width, cfg.kernel_sizes[i], cfg, _all_but_ghosts)
-            return MixerBlock(mixer, width, rate, cfg.layer_scale)
+        def block(i: int, width: int, rate: float, step: Step) -> MixerBlock:
+            mixer = _shift_wise(width, cfg.kernel_sizes[i], cfg, _all_but_ghosts, step.dilation)
+            return MixerBlock(mixer, width, rate, cfg.layer_scale, asked)
 
-        return convnext_parts(cfg.widths, in_chans, rates, block)
+        return convnext_parts(cfg.widths, asked, block)
 
     def init_weights(self) -> None:
         """Initialise as ConvNeXt does."""
@@ -179,27 +183,30 @@ def _all_but_ghosts(channels: int, ghost_ratio: float) -> int:
     return channels - int(channels * ghost_ratio)
 
 
-def _shift_wise(channels: int, big: int, cfg: ShiftWiseConfig, count: Any) -> nn.Module:
+def _shift_wise(channels: int, big: int, cfg: ShiftWiseConfig, count: Any, dilation: int) -> nn.Module:
     worked = count(channels, cfg.ghost_ratio)
     if worked < 1:
         raise ArgumentError(f"ghost_ratio {cfg.ghost_ratio} leaves none of {channels} channels to work on: lower it")
-    source = ShiftTiles(worked, big, cfg.small_kernel, cfg.paths, cfg.groups)
+    source = dilate(ShiftTiles(worked, big, cfg.small_kernel, cfg.paths, cfg.groups), dilation)
     layer = LargeKernel(source, [nn.BatchNorm2d(worked) for _ in range(source.num_branches)], identity=True)
     return PartialChannels(layer, seeded_selection(channels, worked), channels)
 
 
-def _conv_stem(in_chans: int, dim: int) -> nn.Sequential:
+def _conv_stem(dim: int, asked: Asked) -> nn.Sequential:
+    norm = asked.channel_norm()
     return nn.Sequential(
-        nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1),
-        LayerNorm2d(dim // 2),
+        nn.Conv2d(asked.in_chans, dim // 2, 3, stride=2, padding=1),
+        norm(dim // 2),
         nn.GELU(),
         nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1),
-        LayerNorm2d(dim),
+        norm(dim),
     )
 
 
-def _conv_downsample(dim_in: int, dim_out: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(dim_in, dim_out, 3, stride=2, padding=1), LayerNorm2d(dim_out))
+def _conv_downsample(dim_in: int, dim_out: int, step: Step, asked: Asked) -> nn.Sequential:
+    reach = 1 if step.stride > 1 else step.dilation_before
+    conv = nn.Conv2d(dim_in, dim_out, 3, stride=step.stride, padding=reach, dilation=reach)
+    return nn.Sequential(conv, asked.channel_norm()(dim_out))
 
 
 _TINY = ShiftWiseConfig()

@@ -23,17 +23,17 @@ from widekernel.layers import (
     SplitStrips,
     TruncatedTiles,
 )
-from widekernel.layers.sources import check_odd
+from widekernel.layers.sources import check_odd, dilate
+from widekernel.models.asked import Asked, Step
 from widekernel.models.base import (
     Parts,
     StagedConvNet,
     check_choices,
     check_stages,
     check_widths,
-    default_cfg,
-    register,
 )
 from widekernel.models.blocks import MixerBlock, convnext_parts, init_convnext
+from widekernel.models.building import default_cfg, register
 from widekernel.models.layouts import slak as layouts
 from widekernel.models.layouts.layout import Layout
 
@@ -115,13 +115,14 @@ class SLaK(StagedConvNet):
     Its arguments are those of `StagedConvNet`.
     """
 
-    def parts(self, cfg: SLaKConfig, in_chans: int, rates: list[list[float]]) -> Parts:
+    def parts(self, cfg: SLaKConfig, asked: Asked) -> Parts:
         """Make ConvNeXt's frame with SLaK's layers."""
 
-        def block(i: int, width: int, rate: float) -> MixerBlock:
-            return MixerBlock(_large_kernel(width, cfg.kernel_sizes[i], cfg), width, rate, cfg.layer_scale)
+        def block(i: int, width: int, rate: float, step: Step) -> MixerBlock:
+            mixer = _large_kernel(width, cfg.kernel_sizes[i], cfg, step.dilation)
+            return MixerBlock(mixer, width, rate, cfg.layer_scale, asked)
 
-        return convnext_parts(cfg.widths, in_chans, rates, block)
+        return convnext_parts(cfg.widths, asked, block)
 
     def init_weights(self) -> None:
         """Initialise as ConvNeXt does."""
@@ -132,8 +133,8 @@ class SLaK(StagedConvNet):
         return layouts.layouts(self.cfg.strips, self.cfg.decomposed, self.cfg.short or 0, len(self.cfg.dims))
 
 
-def _large_kernel(channels: int, big: int, cfg: SLaKConfig) -> LargeKernel:
-    source = _source(channels, big, cfg)
+def _large_kernel(channels: int, big: int, cfg: SLaKConfig, dilation: int) -> LargeKernel:
+    source = dilate(_source(channels, big, cfg), dilation)
     return LargeKernel(source, [nn.BatchNorm2d(channels) for _ in range(source.num_branches)] if cfg.bn else None)
 
 
