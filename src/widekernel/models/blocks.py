@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
-from timm.layers import DropPath, Mlp
+from timm.layers import DropPath, Mlp, create_conv2d
 from torch import Tensor, nn
 
 from widekernel.layers import KernelSource
@@ -70,10 +70,11 @@ def with_part(module: ModuleT, name: str, part: nn.Module) -> ModuleT:
 
 def norm_downsample(dim_in: int, dim_out: int, step: Step, asked: Asked) -> nn.Sequential:
     """ConvNeXt's downsampling: layer norm, then a 2x2 convolution of stride 2; of stride 1, it keeps the size."""
+    conv: nn.Module
     if step.stride > 1:
         conv = nn.Conv2d(dim_in, dim_out, 2, stride=step.stride)
     else:
-        conv = nn.Conv2d(dim_in, dim_out, 2, padding="same", dilation=step.dilation_before)
+        conv = create_conv2d(dim_in, dim_out, 2, stride=1, dilation=step.dilation_before, padding="same", bias=True)
     return nn.Sequential(asked.channel_norm()(dim_in), conv)
 
 

@@ -19,7 +19,17 @@ from torch import Tensor, nn
 
 from widekernel.errors import CheckpointError
 from widekernel.models.layouts import containers
-from widekernel.models.layouts.translate import HEAD, Translation, strip_prefixes, table_problems, to_official, translate
+from widekernel.models.layouts.translate import (
+    HEAD,
+    Translation,
+    is_classifier,
+    strip_prefixes,
+    table_problems,
+    to_official,
+    translate,
+)
+
+_PLAIN = "head.fc.weight"  # of a classifier that is one linear layer
 
 
 @dataclass(frozen=True)
@@ -31,7 +41,7 @@ class LoadReport:
         container: entry of the file that the weights were in; "" for a bare state dict.
         layout: family whose layout they were in, or "native".
         loaded: our keys that were filled.
-        dropped: head weights of another number of classes, left out; named as in the file.
+        dropped: weights of a classifier for other classes or of another make, left out; named as in the file.
         missing: our keys that the file does not hold (the head of a backbone checkpoint), left as they were.
         ignored: keys of the file that belong to other parts of a larger network, or to stages that were taken off this one.
         generated: tables that the file does not hold; they were drawn anew, as the authors' code does.
@@ -66,8 +76,8 @@ def load_checkpoint(model: nn.Module, path: str | Path, weights: Literal["model"
 
     Takes training checkpoints, bare state dicts, those of wrapped models and of larger networks with this one as backbone,
     safetensors; the official layouts of the model's family, merged forms included, and our own. Nothing in the file is
-    executed. A classifier of another number of classes is left out (as fine-tuning needs it), with a warning; a head that
-    the file lacks stays as it is. Anything else that does not fit raises, and the model is left untouched.
+    executed. A classifier of another number of classes or of another make (a `Sequential` in its place, say) is left out, as
+    fine-tuning needs it, with a warning; a head that the file lacks stays as it is. Anything else that does not fit raises, and the model is left untouched.
 
     Args:
         model: one of our networks, also in its `features_only` form, or timm's ConvNeXt; compiled and data-parallel
@@ -197,10 +207,11 @@ def _plan(own: Mapping[str, Tensor], translation: Translation, is_backbone: bool
     plan = _Plan({}, [], [], list(translation.unknown) if is_backbone else [], [])
     if not is_backbone:
         plan.problems += [f"{key}: the network has no such weight" for key in translation.unknown]
-    wrong_classifier = _classifier_mismatch(own, translation)
+    wrong_classifier = _classifier_mismatch(own, translation.state)
+    headless = not any(map(is_classifier, own))
     for key, value in translation.state.items():
         name = translation.official.get(key, key)
-        if key.startswith("head.fc.") and (wrong_classifier or not any(k.startswith("head.fc.") for k in own)):
+        if is_classifier(key) and (wrong_classifier or headless):
             plan.dropped.append(name)
             plan.why_dropped = wrong_classifier
         elif key.startswith(removed):
@@ -219,7 +230,7 @@ def _plan(own: Mapping[str, Tensor], translation: Translation, is_backbone: bool
             plan.accepted[key] = value
             if value.dtype != own[key].dtype:
                 plan.converted.add(f"{value.dtype} to {own[key].dtype}".replace("torch.", ""))
-    _find_missing(own, translation, plan)
+    _find_missing(own, translation, plan, bool(wrong_classifier))
     return plan
 
 
@@ -238,12 +249,13 @@ def _type_problem(value: Tensor, own: Tensor) -> str:
     return "" if kinds[0] == kinds[1] else f"has type {value.dtype} but the network's is {own.dtype}"
 
 
-def _find_missing(own: Mapping[str, Tensor], translation: Translation, plan: _Plan) -> None:
-    headless = not any(key.startswith("head.fc.") for key in translation.state)
+def _find_missing(own: Mapping[str, Tensor], translation: Translation, plan: _Plan, wrong_classifier: bool) -> None:
+    headless = not any(map(is_classifier, translation.state))
     for key in own:
         if key in translation.state or key in translation.generated:
             continue
-        if key.endswith("num_batches_tracked") or (headless and key.startswith(HEAD)):
+        of_head = headless and (key.startswith(HEAD) or is_classifier(key))
+        if key.endswith("num_batches_tracked") or of_head or (wrong_classifier and is_classifier(key)):
             plan.missing.append(key)
         else:
             plan.problems.append(f"{key}: the file holds no such weight")
@@ -251,21 +263,34 @@ def _find_missing(own: Mapping[str, Tensor], translation: Translation, plan: _Pl
 
 def _classifier_warning(report: LoadReport, network: nn.Module, why_dropped: str) -> str:
     """Say why the network's classifier was left untrained, "" if it was not or there is none."""
-    if "head.fc.weight" not in network.state_dict():
+    if not any(map(is_classifier, network.state_dict())):
         return ""
     if report.dropped:
         return f"{', '.join(report.dropped)} of {report.path} were left out: {why_dropped}; the classifier is untrained"
-    if "head.fc.weight" in report.missing:
+    if any(map(is_classifier, report.missing)):
         return f"{report.path} holds no classifier: the network's is untrained"
     return ""
 
 
-def _classifier_mismatch(own: Mapping[str, Tensor], translation: Translation) -> str:
-    """Say how the classifiers differ, "" if they do not."""
-    theirs, ours = translation.state.get("head.fc.weight"), own.get("head.fc.weight")
-    if theirs is None or ours is None or theirs.shape == ours.shape or theirs.shape[1:] != ours.shape[1:]:
+def _classifier_mismatch(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """Say how the classifiers differ, "" if they do not, or if one of the two has none.
+
+    A plain one that reads features of another width is no other classifier but another network.
+    """
+    theirs, ours = ({key: value for key, value in each.items() if is_classifier(key)} for each in (state, own))
+    if not theirs or not ours:
         return ""
-    return f"they are for {theirs.shape[0]} classes, the network has {ours.shape[0]}"
+    if _PLAIN in theirs and _PLAIN in ours:
+        a, b = theirs[_PLAIN].shape, ours[_PLAIN].shape
+        return "" if a == b or a[1:] != b[1:] else f"they are for {a[0]} classes, the network has {b[0]}"
+    if theirs.keys() != ours.keys():
+        return f"they are of another make than the network's ({', '.join(ours)})"
+    different = [key for key in ours if theirs[key].shape != ours[key].shape]
+    return (
+        f"{different[0]} has shape {tuple(theirs[different[0]].shape)}, the network's {tuple(ours[different[0]].shape)}"
+        if different
+        else ""
+    )
 
 
 def _write(path: Path, write: Callable[[Path], Any]) -> Path:

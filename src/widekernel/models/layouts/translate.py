@@ -17,6 +17,11 @@ HEAD = ("head.fc.", "head.norm.", "norm_pre.")
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
 
 
+def is_classifier(key: str) -> bool:
+    """Whether one of our keys belongs to the classifier, of whatever make: to the head, but not to the norm in it."""
+    return key.startswith("head.") and not key.startswith("head.norm.")
+
+
 @dataclass
 class Translation:
     """A state dict in our layout.
@@ -57,7 +62,7 @@ def translate(model: nn.Module, state: State) -> Translation:
     for layout in layouts_of(model):
         if layout.family == family and not is_folded(model):
             return _translate(layout, state, own, seeded_tables(model))
-    backbone = {key for key in own if not key.startswith(HEAD)}
+    backbone = {key for key in own if not key.startswith(HEAD) and not is_classifier(key)}
     if family == identify(own) and backbone & set(state):
         tables = {key: table for key, table in seeded_tables(model).items() if key not in state}
         return Translation({**state, **tables}, "native", {key: key for key in state}, generated=tuple(tables))
