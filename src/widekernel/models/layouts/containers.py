@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import pickle
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from widekernel.errors import CheckpointError
+from widekernel.models.layouts import pickles
 from widekernel.models.layouts.layout import State
+from widekernel.models.layouts.pickles import Placeholder
 
 # Where the official scripts, timm and the mm* frameworks keep the weights, in the order in which they are looked for.
-_LOADING = threading.Lock()
 MODEL_KEYS = ("model", "state_dict", "module", "model_state")
 EMA_KEYS = ("model_ema", "state_dict_ema", "ema", "model_ema_state")
 
@@ -62,19 +60,12 @@ def read(path: str | Path, weights: str = "model") -> Container:
 
 def _load(path: Path) -> Any:
     try:
-        # The official checkpoints carry their command line; a Namespace is a bare holder of values. The list of what may
-        # be loaded is the process's, so that two threads must not change it at once.
-        with _LOADING, torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        return pickles.load(path)
+    except pickles.RefusedError as error:
+        raise _unsafe(path, _summary(str(error))) from error
     except pickle.UnpicklingError as error:
-        reason = str(error)
-        if any(sign in reason for sign in ("GLOBAL", "Unsupported class")):
-            raise CheckpointError(
-                f"{path} holds more than tensors and could run code when loaded; it was not opened. "
-                f"({_summary(reason)}) Save its weights alone: torch.save(model.state_dict(), path)"
-            ) from error
         raise CheckpointError(
-            f"{path} is damaged, cut off or not a checkpoint ({_summary(reason)}); nothing in it was run"
+            f"{path} is damaged, cut off or not a checkpoint ({_summary(str(error))}); nothing in it was run"
         ) from error
     except PermissionError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
@@ -85,39 +76,60 @@ def _load(path: Path) -> Any:
         ) from error
 
 
+def _unsafe(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} holds more than tensors and could run code when loaded; it was not opened. "
+        f"({what}) Save its weights alone: torch.save(model.state_dict(), path)"
+    )
+
+
 def _summary(reason: str) -> str:
-    """Give the line of a loader's message that says what was wrong, without its advice to load unsafely."""
+    """Give the first line of a loader's message, without its advice to load unsafely."""
     lines = [line.strip() for line in reason.splitlines() if line.strip()]
-    telling = [line for line in lines if "nsupported" in line or "GLOBAL" in line]
-    return (telling or lines or ["no reason given"])[0].split(" Please use")[0][:200]
+    return (lines or ["no reason given"])[0].split(" Please use")[0][:200]
 
 
 def _pick(path: Path, loaded: Any, weights: str) -> Container:
+    if isinstance(loaded, Placeholder) and not loaded:
+        raise _unsafe(path, f"where weights are looked for, it has a {loaded.named}")
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{path} holds a {type(loaded).__name__}, not a state dict: save model.state_dict()")
+    objects = []
     for name in MODEL_KEYS if weights == "model" else EMA_KEYS:
         inner = loaded.get(name)
-        if isinstance(inner, Mapping):
+        if isinstance(inner, Placeholder) and not inner:
+            objects.append(inner)
+        elif isinstance(inner, Mapping):
             others = tuple(str(key) for key in loaded if key != name)
-            if not any(isinstance(value, Tensor) for value in inner.values()):
+            if not _holds_tensors(inner):
                 within = _pick(path, inner, "model")  # downstream RepLKNet: model -> state_dict
                 return Container(within.state, f"{name}.{within.found_in}".rstrip("."), (*others, *within.others))
             unlike = tuple(f"{name}.{key}" for key, value in inner.items() if not isinstance(value, Tensor))
-            return Container(_tensors(inner), name, (*others, *unlike))
+            return Container(_tensors(path, inner), name, (*others, *unlike))
     others = tuple(str(key) for key, value in loaded.items() if not isinstance(value, Tensor))
-    if weights == "ema":
+    if weights == "ema" and not objects:
         raise CheckpointError(
             f"{path} holds no averaged (EMA) weights; its entries are {', '.join(others) or 'only weights'}: "
             "load weights='model'"
         )
-    if any(isinstance(value, Tensor) for value in loaded.values()):
-        return Container(_tensors(loaded), "", others)
+    if weights == "model" and _holds_tensors(loaded):
+        return Container(_tensors(path, loaded), "", others)
+    if objects:
+        raise _unsafe(path, f"where weights are looked for, it has a {objects[0].named}")
     averaged = [name for name in EMA_KEYS if name in others]
     advice = ": load weights='ema'" if averaged else ""
     raise CheckpointError(f"{path} holds no weights; its entries are {', '.join(others) or 'none'}{advice}")
 
 
-def _tensors(state: Mapping[str, Any]) -> State:
+def _holds_tensors(mapping: Mapping[Any, Any]) -> bool:
+    return any(isinstance(value, Tensor) for value in mapping.values())
+
+
+def _tensors(path: Path, state: Mapping[str, Any]) -> State:
+    """Give the tensors among the weights; refuse objects among them, of which nobody knows what they stand for."""
+    for key, value in state.items():
+        if isinstance(value, Placeholder) and not value.harmless:
+            raise _unsafe(path, f"among the weights, {key} is a {value.named}")
     return {str(key): value for key, value in state.items() if isinstance(value, Tensor)}
 
 

@@ -10,7 +10,6 @@ from functools import cache
 from torch import Tensor
 
 State = dict[str, Tensor]
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,19 @@ class Rule:
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """What the network asks of a state dict in a layout, by official key.
+
+    Attributes:
+        shapes: of the tensors.
+        eps: what a batch norm adds to the variance, by the name of the norm.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    eps: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Layout:
     """How the authors of a network name its weights.
 
@@ -45,13 +57,13 @@ class Layout:
         rules: tried in order, in both directions.
         generated: patterns of our keys that official files do not hold, because their code draws them anew.
         upgrade: turns other official forms (merged kernels, strips to be cut into tiles) into the one that the rules
-            describe, given the shapes wanted; returns a note on what it did, or "".
+            describe, given what the network wants; returns a note on what it did, or "".
     """
 
     family: str
     rules: tuple[Rule, ...]
     generated: tuple[str, ...] = ()
-    upgrade: Callable[[State, Shapes], tuple[State, str]] | None = field(default=None, compare=False)
+    upgrade: Callable[[State, Wanted], tuple[State, str]] | None = field(default=None, compare=False)
 
     def to_native(self, official: str) -> tuple[str, Rule] | None:
         """Translate an official key; None if no rule knows it."""

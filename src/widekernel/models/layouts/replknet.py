@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from widekernel.models.layouts.layout import Layout, Rule, Shapes, State
+from widekernel.models.layouts.layout import Layout, Rule, State, Wanted
 
 _BLOCK = "stages.{i}.blocks.{j}"
-_EPS = 1e-5
 
 
 def layouts(stages: int) -> tuple[Layout, ...]:
@@ -33,7 +32,7 @@ def layouts(stages: int) -> tuple[Layout, ...]:
     return (Layout("RepLKNet", rules, upgrade=unmerge),)
 
 
-def unmerge(state: State, shapes: Shapes) -> tuple[State, str]:
+def unmerge(state: State, wanted: Wanted) -> tuple[State, str]:
     """Put merged kernels and fused biases back into the training form, which then computes the same.
 
     A merged kernel goes into the large branch and its bias into that branch's batch norm, which is set to pass everything
@@ -45,12 +44,12 @@ def unmerge(state: State, shapes: Shapes) -> tuple[State, str]:
             layer = key.split(".lkb_reparam.")[0]
             if key.endswith("weight"):
                 out[f"{layer}.lkb_origin.conv.weight"] = value
-                out.update(_zero_branch(f"{layer}.small_conv", shapes))
+                out.update(_zero_branch(f"{layer}.small_conv", wanted))
                 merged += 1
             else:
-                out.update(_passing_norm(f"{layer}.lkb_origin.bn", value))
+                out.update(_passing_norm(f"{layer}.lkb_origin.bn", value, wanted))
         elif key.endswith(".conv.bias") and f"{key[: -len('.conv.bias')]}.bn.weight" not in state:
-            out.update(_passing_norm(f"{key[: -len('.conv.bias')]}.bn", value))
+            out.update(_passing_norm(f"{key[: -len('.conv.bias')]}.bn", value, wanted))
             fused += 1
         else:
             out[key] = value
@@ -62,19 +61,20 @@ def unmerge(state: State, shapes: Shapes) -> tuple[State, str]:
     return out, "; ".join(notes)
 
 
-def _passing_norm(prefix: str, bias: torch.Tensor) -> State:
+def _passing_norm(prefix: str, bias: torch.Tensor, wanted: Wanted) -> State:
     """Batch norm that adds `bias` and does nothing else in evaluation."""
+    variance = 1.0 - wanted.eps.get(prefix, 0.0)
     return {
         f"{prefix}.weight": torch.ones_like(bias),
         f"{prefix}.bias": bias,
         f"{prefix}.running_mean": torch.zeros_like(bias),
-        f"{prefix}.running_var": torch.full_like(bias, 1.0 - _EPS),
+        f"{prefix}.running_var": torch.full_like(bias, variance),
         f"{prefix}.num_batches_tracked": torch.tensor(0),
     }
 
 
-def _zero_branch(prefix: str, shapes: Shapes) -> State:
-    kernel = shapes.get(f"{prefix}.conv.weight")
+def _zero_branch(prefix: str, wanted: Wanted) -> State:
+    kernel = wanted.shapes.get(f"{prefix}.conv.weight")
     if kernel is None:
         return {}
-    return {f"{prefix}.conv.weight": torch.zeros(kernel), **_passing_norm(f"{prefix}.bn", torch.zeros(kernel[0]))}
+    return {f"{prefix}.conv.weight": torch.zeros(kernel), **_passing_norm(f"{prefix}.bn", torch.zeros(kernel[0]), wanted)}

@@ -7,7 +7,7 @@ import re
 import torch
 
 from widekernel.models.layouts.convnext import BLOCK, OFFICIAL_BLOCK, TAIL, backbone_rules, block_rules
-from widekernel.models.layouts.layout import Layout, Rule, Shapes, State
+from widekernel.models.layouts.layout import Layout, Rule, State, Wanted
 
 _LAYER, _OURS = f"{OFFICIAL_BLOCK}.large_kernel", f"{BLOCK}.mixer.layer"
 _SHIFT = (
@@ -43,7 +43,7 @@ def second_version(stages: int) -> tuple[Layout, ...]:
     return (Layout("ShiftWise_v2", rules, _TABLES, _unmerge),)
 
 
-def _unmerge(state: State, shapes: Shapes) -> tuple[State, str]:
+def _unmerge(state: State, wanted: Wanted) -> tuple[State, str]:
     """Put merged tiles into the first path and zeros into the others."""
     out, merged = {}, 0
     for key, value in state.items():
@@ -53,7 +53,7 @@ def _unmerge(state: State, shapes: Shapes) -> tuple[State, str]:
             continue
         merged += 1
         path = 0
-        while (name := f"{match.group(1)}.LoRAs.{path}.weight") in shapes:
+        while (name := f"{match.group(1)}.LoRAs.{path}.weight") in wanted.shapes:
             out[name] = value if path == 0 else torch.zeros_like(value)
             path += 1
     return out, f"{merged} merged tile sets were put into the first path, the other paths set to zero" if merged else ""

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from widekernel.layers.tiles import cut_into_tiles
 from widekernel.models.layouts.convnext import BLOCK, OFFICIAL_BLOCK, TAIL, backbone_rules, block_rules
-from widekernel.models.layouts.layout import Layout, Rule, Shapes, State
+from widekernel.models.layouts.layout import Layout, Rule, State, Wanted
 from widekernel.models.layouts.replknet import unmerge
 
 _LAYER, _OURS = f"{OFFICIAL_BLOCK}.large_kernel", f"{BLOCK}.mixer"
@@ -35,7 +35,7 @@ def layouts(strips: str, decomposed: bool, small: int, stages: int) -> tuple[Lay
         rules = [*_split("LoRA1", "tall", 0), *_split("LoRA2", "wide", 1), *square]
         whole = _layout("SLaK_reg", rules, stages)
 
-        def cut(state: State, shapes: Shapes) -> tuple[State, str]:
+        def cut(state: State, wanted: Wanted) -> tuple[State, str]:
             return _cut_strips(state, small)
 
         return whole, Layout("SLaK", whole.rules, upgrade=cut)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from widekernel.errors import CheckpointError
 from widekernel.layers.folding import is_folded
 from widekernel.models.layouts import convnext
-from widekernel.models.layouts.layout import FOLDED, Layout, State, identify, official_order
+from widekernel.models.layouts.layout import FOLDED, Layout, State, Wanted, identify, official_order
 
 HEAD = ("head.fc.", "head.norm.", "norm_pre.")
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
@@ -61,7 +61,7 @@ def translate(model: nn.Module, state: State) -> Translation:
     family = identify(state)
     for layout in layouts_of(model):
         if layout.family == family and not is_folded(model):
-            return _translate(layout, state, own, seeded_tables(model))
+            return _translate(layout, state, model)
     backbone = {key for key in own if not key.startswith(HEAD) and not is_classifier(key)}
     if family == identify(own) and backbone & set(state):
         tables = {key: table for key, table in seeded_tables(model).items() if key not in state}
@@ -157,13 +157,19 @@ def table_problems(model: nn.Module, state: State) -> list[str]:
     return problems
 
 
-def _translate(layout: Layout, state: State, own: State, tables: State) -> Translation:
-    wanted = {}
-    for key, value in own.items():
+def _wanted(layout: Layout, model: nn.Module) -> Wanted:
+    shapes, eps = {}, {}
+    for key, value in model.state_dict().items():
         found = layout.to_official(key)
         if found is not None:
-            wanted[found[0]] = tuple(found[1].to_official(value).shape)
-    note = ""
+            shapes[found[0]] = tuple(found[1].to_official(value).shape)
+            if key.endswith(".running_var"):
+                eps[found[0].removesuffix(".running_var")] = float(model.get_submodule(key.rpartition(".")[0]).eps)  # type: ignore[arg-type]
+    return Wanted(shapes, eps)
+
+
+def _translate(layout: Layout, state: State, model: nn.Module) -> Translation:
+    note, wanted, tables = "", _wanted(layout, model), seeded_tables(model)
     if layout.upgrade is not None:
         given = state
         state, note = layout.upgrade(given, wanted)

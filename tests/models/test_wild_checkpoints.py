@@ -1,0 +1,261 @@
+"""Checkpoints as they are found: with objects of all kinds beside the weights, none of which is looked up or run."""
+
+from __future__ import annotations
+
+import argparse
+import builtins
+import collections
+import copyreg
+import datetime
+import decimal
+import enum
+import functools
+import io
+import operator
+import os
+import pathlib
+import pickle
+import re
+import sys
+import tarfile
+import types
+import uuid
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import widekernel
+from tests.models.zoo import alive, assert_same_state, create, snapshot
+from widekernel.errors import CheckpointError
+from widekernel.models.layouts import containers, pickles
+
+
+class Colour(enum.Enum):
+    RED = 1
+
+
+class Settings(dict):  # type: ignore[type-arg]
+    """A mapping of a framework that is not installed where the file is read."""
+
+
+class Holder:
+    def __init__(self, **values: Any) -> None:
+        self.__dict__.update(values)
+
+    def __setstate__(self, state: Any) -> None:
+        raise AssertionError("code of the file's author was run")
+
+
+EXTRAS: dict[str, Any] = {
+    "numpy_scalars": [
+        np.float64(0.5),
+        np.float32(1),
+        np.int64(3),
+        np.bool_(True),
+        np.str_("a"),
+        np.datetime64("2024-01-01"),
+    ],
+    "numpy_arrays": {"curve": np.arange(4.0), "names": np.array(["a", "b"]), "objects": np.array([None, "x"], dtype=object)},
+    "numpy_types": [np.dtype("float32"), np.float64, np.random.RandomState(0), np.random.default_rng(0)],
+    "paths": [pathlib.PurePosixPath("/a/b"), pathlib.PureWindowsPath("C:/a"), Path("c")],
+    "dates": [datetime.datetime.now(), datetime.date.today(), datetime.timedelta(3), datetime.timezone.utc],
+    "dicts": [
+        collections.OrderedDict(a=1),
+        collections.defaultdict(list, a=[1]),
+        collections.Counter("aab"),
+        collections.defaultdict(functools.partial(collections.defaultdict, int)),
+    ],
+    "sequences": [collections.deque([1, 2], maxlen=3), {1, 2}, frozenset([3]), slice(1, 2), range(3), (1, None), b"x", 1j],
+    "namespaces": [argparse.Namespace(lr=0.1, out=Path("o")), types.SimpleNamespace(a=1)],
+    "torch": [torch.Size([1, 2]), torch.float16, torch.device("cpu"), torch.tensor(3), nn.Parameter(torch.ones(2))],
+    "modules": [nn.Linear(2, 2), nn.Sequential(nn.BatchNorm2d(3), nn.GELU())],
+    "optimizer": torch.optim.AdamW([nn.Parameter(torch.ones(1))]).state_dict(),
+    "others": [decimal.Decimal("1.5"), uuid.uuid4(), re.compile("a+"), Colour.RED, Ellipsis, NotImplemented],
+    "unhashable_keys": {Path("a"): 1, np.int64(3): 2, Colour.RED: 3, frozenset([1]): {Path("b")}},
+    "unknown": [Holder(a=1, b=Holder(c=torch.ones(2))), Settings(a=Settings(b=1))],
+}
+
+
+def _save(path: Path, content: Any, protocol: int = 2, zipped: bool = True) -> Path:
+    torch.save(content, path, pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
+    return path
+
+
+@pytest.mark.parametrize("form", ["zip", "zip_of_protocol_4", "old"])
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_what_lies_beside_the_weights_does_not_matter(extra: str, form: str, tmp_path: Path) -> None:
+    state = nn.BatchNorm2d(3).state_dict()
+    content = {extra: EXTRAS[extra], "model": state, "epoch": np.int64(7)}
+    path = _save(tmp_path / "a.pth", content, 4 if form == "zip_of_protocol_4" else 2, form != "old")
+    found = containers.read(path)
+    assert set(found.others) == {extra, "epoch"}
+    assert_same_state(found.state, state)
+
+
+def test_a_network_is_filled_whatever_lies_beside_its_weights(tmp_path: Path) -> None:
+    model, other = alive("slak_nano"), create("slak_nano")
+    report = widekernel.load_checkpoint(other, _save(tmp_path / "a.pth", {**EXTRAS, "model": model.state_dict()}))
+    assert set(report.unused) == set(EXTRAS)
+    assert_same_state(other.state_dict(), model.state_dict())
+
+
+def test_no_class_of_a_file_is_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also not one that is not there any more."""
+    path = _save(tmp_path / "a.pth", {"model": alive("slak_nano").state_dict(), "args": Holder(a=Settings(b=1))})
+    monkeypatch.delattr(sys.modules[__name__], "Holder")
+    monkeypatch.delattr(sys.modules[__name__], "Settings")
+    found = pickles.load(path)["args"]
+    assert isinstance(found, pickles.Placeholder)
+    assert repr(found) == f"<{__name__}.Holder>"
+    assert widekernel.load_checkpoint(create("slak_nano"), path).unused == ("args",)
+
+
+@pytest.mark.parametrize("name", ["numpy.core.multiarray", "numpy._core.multiarray"])
+def test_scalars_of_numpy_1_and_2(name: str) -> None:
+    """The module of their maker has two names; both are read whichever version is installed, or none."""
+    assert repr(_read(b"\x80\x02c" + name.encode() + b"\nscalar\n)R.")) == f"<{name}.scalar>"
+
+
+@pytest.mark.parametrize("kind", [collections.OrderedDict, collections.defaultdict, Settings])
+def test_weights_in_any_mapping(kind: Any, tmp_path: Path) -> None:
+    model = alive("slak_nano")
+    state = kind(list) if kind is collections.defaultdict else kind()
+    state.update(model.state_dict())
+    for content in (state, {"state_dict": state, "hyper_parameters": Settings(lr=1)}, Settings(model=state)):
+        other = create("slak_nano")
+        widekernel.load_checkpoint(other, _save(tmp_path / "a.pth", content))
+        assert_same_state(other.state_dict(), model.state_dict())
+
+
+def test_weights_that_are_parameters_with_attributes(tmp_path: Path) -> None:
+    model, other = alive("slak_nano"), create("slak_nano")
+    state = {key: nn.Parameter(value) if value.is_floating_point() else value for key, value in model.state_dict().items()}
+    state["head.fc.bias"].tag = Holder(a=1)  # type: ignore[union-attr]
+    state["head.fc.weight"] = state["head.fc.weight"].detach()
+    state["head.fc.weight"].tag = "x"  # type: ignore[union-attr]
+    widekernel.load_checkpoint(other, _save(tmp_path / "a.pth", state))
+    assert_same_state(other.state_dict(), model.state_dict())
+
+
+def test_values_among_the_weights(tmp_path: Path) -> None:
+    model, other = alive("slak_nano"), create("slak_nano")
+    more = {"epoch": np.int64(3), "args": argparse.Namespace(lr=1), "when": datetime.datetime.now(), "out": Path("a")}
+    report = widekernel.load_checkpoint(other, _save(tmp_path / "a.pth", {**model.state_dict(), **more}))
+    assert set(report.unused) == set(more)
+    assert_same_state(other.state_dict(), model.state_dict())
+
+
+# ---- What is refused, and never run
+
+
+def _refused(path: Path, message: str) -> str:
+    model = create("slak_nano")
+    before = snapshot(model)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        widekernel.load_checkpoint(model, path)
+    assert_same_state(model.state_dict(), before)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["model", "state_dict", None])
+def test_whole_networks_are_refused_where_weights_are_looked_for(key: str | None, tmp_path: Path) -> None:
+    model = create("slak_nano")
+    path = _save(tmp_path / "a.pth", {key: model, "epoch": 3} if key else model)
+    message = _refused(path, r"it was not opened\. \(where weights are looked for, it has a .*SLaK\)")
+    assert "torch.save(model.state_dict(), path)" in message
+
+
+def test_weights_beside_a_whole_network_are_found(tmp_path: Path) -> None:
+    model, other = alive("slak_nano"), create("slak_nano")
+    path = _save(tmp_path / "a.pth", {"model": create("slak_nano"), "state_dict": model.state_dict()})
+    assert widekernel.load_checkpoint(other, path).container == "state_dict"
+    assert_same_state(other.state_dict(), model.state_dict())
+
+
+class _Call:
+    def __init__(self, function: Any, *args: Any) -> None:
+        self.function, self.args = function, args
+
+    def __reduce__(self) -> Any:
+        return self.function, self.args
+
+
+HOSTILE = {
+    "system": lambda trace: _Call(os.system, f"touch {trace}"),
+    "open": lambda trace: _Call(builtins.open, str(trace), "w"),
+    "import": lambda trace: _Call(builtins.__import__, "antigravity"),
+    "getattr": lambda trace: _Call(builtins.getattr, (), "count"),
+    "operator": lambda trace: _Call(operator.attrgetter("system"), ()),
+    "input": lambda trace: _Call(builtins.input),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_what_could_only_serve_to_run_something_is_refused(kind: str, protocol: int, tmp_path: Path) -> None:
+    trace = tmp_path / "executed"
+    content = {"model": nn.BatchNorm2d(3).state_dict(), "args": [HOSTILE[kind](trace)]}
+    with pytest.raises(CheckpointError, match="could run code when loaded; it was not opened"):
+        containers.read(_save(tmp_path / "a.pth", content, protocol))
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("function", [np.save, torch.hub.load, torch.load, pickles.load, torch._dynamo.reset])
+def test_functions_of_other_packages_are_not_called(function: Any, tmp_path: Path) -> None:
+    """They are as inert as classes: what is called in their place does nothing."""
+    content = {"model": nn.BatchNorm2d(3).state_dict(), "args": _Call(function, str(tmp_path / "executed.npy"), 1)}
+    assert containers.read(_save(tmp_path / "a.pth", content)).others == ("args",)
+    assert not (tmp_path / "executed.npy").exists()
+
+
+def _read(stream: bytes) -> Any:
+    reader = type("Reader", (pickles._Reader,), {"unknown": set(), "newest": 5})
+    return reader(io.BytesIO(stream)).load()
+
+
+def test_no_attribute_of_what_is_looked_up_can_be_set() -> None:
+    before = dict(vars(torch.UntypedStorage))
+    state = b"N}U\x07invadedU\x01xs\x86"
+    assert _read(b"\x80\x02ctorch.storage\nUntypedStorage\n" + state + b"b.") is torch.UntypedStorage
+    assert dict(vars(torch.UntypedStorage)) == before
+    assert not hasattr(_read(b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n" + state + b"b."), "invaded")
+
+
+def test_registered_objects_are_refused() -> None:
+    copyreg.add_extension("os", "system", 240)
+    try:
+        with pytest.raises(pickles.RefusedError, match="number 240"):
+            _read(b"\x80\x02\x82\xf0.")
+    finally:
+        copyreg.remove_extension("os", "system", 240)
+
+
+def test_only_what_makes_tensors_is_called_to_make_one() -> None:
+    stream = b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\n(c__main__\nmake\nc__main__\nKind\n)}tR."
+    with pytest.raises(pickles.RefusedError, match="where a tensor is put together"):
+        _read(stream)
+
+
+def test_archives_of_other_kinds_are_refused(tmp_path: Path) -> None:
+    torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)).save(str(tmp_path / "script.pth"))
+    _refused(tmp_path / "script.pth", r"not a checkpoint \(a TorchScript archive\); nothing in it was run")
+    with tarfile.open(tmp_path / "old.pth", "w") as archive:
+        archive.addfile(tarfile.TarInfo("storages"), io.BytesIO())
+    _refused(tmp_path / "old.pth", r"not a checkpoint \(a tar archive\); nothing in it was run")
+
+
+def test_what_pytorch_is_told_to_refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
+    plain = _save(tmp_path / "a.pth", {"model": alive("slak_nano").state_dict(), "epoch": 3})
+    assert containers.read(plain).others == ("epoch",)
+    with pytest.raises(CheckpointError, match="nothing in it was run"):
+        containers.read(_save(tmp_path / "b.pth", {"model": alive("slak_nano").state_dict(), "args": Holder()}))
+
+
+def test_pickles_of_a_network_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.pth").write_bytes(pickle.dumps(create("slak_nano"), protocol=2))
+    _refused(tmp_path / "a.pth", "could run code when loaded; it was not opened")
