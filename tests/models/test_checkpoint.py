@@ -234,6 +234,25 @@ def test_merged_replknet(arguments: dict[str, Any], deep: bool, tmp_path: Path) 
     assert_near(_logits(other), _logits(model))
 
 
+def test_merged_files_in_networks_with_another_eps(tmp_path: Path) -> None:
+    """The norm that is to pass everything on has to know what it adds to the variance."""
+    model, other = alive("replknet_nano"), alive("replknet_nano")
+    state = _official_state(model, tmp_path)
+    _merge(state)
+    _fuse(state)
+    norms = [module for module in other.stages.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.eps = 1e-2
+    _load(other, tmp_path, {"model": state})
+    passing = [norm for norm in norms if norm.running_var.sub(1 - 1e-2).abs().max() < 1e-6]
+    assert len(passing) > len(norms) / 2
+    for norm in set(norms) - set(passing):  # those before a convolution are in no file merged
+        norm.eps = 1e-5
+    for norm in (module for module in other.stem.modules() if isinstance(module, nn.BatchNorm2d)):
+        assert norm.running_var.sub(1 - 1e-5).abs().max() < 1e-6
+    assert_near(_logits(other), _logits(model))
+
+
 @pytest.mark.parametrize("name", ["shiftwise_nano", "shiftwise_v1_nano"])
 def test_merged_shiftwise(name: str, tmp_path: Path) -> None:
     model, other = alive(name), alive(name)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from widekernel.errors import ArgumentError
+from widekernel.layers.guarding import guard
 from widekernel.layers.large_kernel import FoldedLargeKernel
 from widekernel.layers.rect import Rect
 from widekernel.ops.problem import is_channels_last, memory_format
@@ -79,6 +79,7 @@ class GroupedKernels(nn.Module):
             self.register_buffer(f"take_{i}", torch.tensor(list(group.take), dtype=torch.int64, device=device))
             self.register_buffer(f"put_{i}", torch.tensor(list(group.put), dtype=torch.int64, device=device))
         self._tables = {name: table.tolist() for name, table in self.named_buffers(recurse=False)}
+        guard(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C', H, W) -> (N, C, H, W), in the layout of `x`."""
@@ -108,13 +109,14 @@ class GroupedKernels(nn.Module):
         seen = _taken(x, self.source, None) if self.reordered else x
         return torch.addcmul(shift, seen.to(dtype), self.scale.to(dtype).view(-1, 1, 1))
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, strict: bool, *rest: Any) -> None:
-        """Refuse the weights of a layer of the same shapes whose groups hold other channels."""
+    def table_misfits(self, state: Mapping[str, Tensor], prefix: str) -> list[str]:
+        """Say if the weights are of a layer whose groups hold other channels."""
+        found = []
         for name, own in self._tables.items():
-            table = state_dict.get(f"{prefix}{name}")
-            if table is not None and table.tolist() != own:
-                rest[-1].append(f"{prefix}{name} names other channels in the file: compact the same masked network")
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *rest)
+            table = state.get(f"{prefix}{name}")
+            if table is not None and not table.is_meta and table.tolist() != own:
+                found.append(f"{prefix}{name} names other channels in the file: compact the same masked network")
+        return found
 
     def macs(self) -> int:
         """Count the multiply-accumulates a pixel that the convolutions execute."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from widekernel import ops
 from widekernel.errors import ArgumentError
 from widekernel.layers.folding import Fusable
+from widekernel.layers.guarding import guard
 from widekernel.layers.norms import affine_of, reasons_against_folding
 from widekernel.layers.rect import Rect, maximal_rectangles
 from widekernel.layers.sources import KernelSource, rects_of
@@ -120,17 +120,18 @@ class FoldedLargeKernel(nn.Module):
         # Part of the state dict only to be compared with when weights are loaded: see below.
         self.register_buffer("anchor_table", torch.tensor(self.anchors, dtype=torch.int32, device=bias.device))
         self.bias = nn.Parameter(bias.detach().clone())
+        guard(self)
 
     def forward(self, x: Tensor, relu: bool = False) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W), if `relu` its positive part, for which our kernels need no pass of its own."""
         return ops.depthwise_sum(x, list(self.kernels), self.anchors, self.bias, relu=relu)
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, strict: bool, *rest: Any) -> None:
-        """Refuse the weights of a layer of the same shapes whose kernels sit elsewhere on the output pixel."""
-        table = state_dict.get(f"{prefix}anchor_table")
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *rest)
-        if table is not None and tuple(map(tuple, table.tolist())) != self.anchors:
-            rest[-1].append(f"{prefix}anchors are {table.tolist()} in the file but {list(self.anchors)} here")
+    def table_misfits(self, state: Mapping[str, Tensor], prefix: str) -> list[str]:
+        """Say if the weights are of a layer whose kernels sit elsewhere on the output pixel."""
+        table = state.get(f"{prefix}anchor_table")
+        if table is None or table.is_meta or tuple(map(tuple, table.tolist())) == self.anchors:
+            return []
+        return [f"{prefix}anchors are {table.tolist()} in the file but {list(self.anchors)} here"]
 
     def table_problem(self, name: str, tables: Mapping[str, Tensor]) -> str:
         """Say what is wrong with the table of a file, "" if its anchors are those of this layer."""

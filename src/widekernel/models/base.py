@@ -17,6 +17,7 @@ from widekernel import layers
 from widekernel.errors import ArgumentError, ShapeError, nearest
 from widekernel.layers.folding import Fusable, is_folded
 from widekernel.layers.grouped import GroupedKernels
+from widekernel.layers.guarding import guard
 from widekernel.models.asked import Asked, drop_path_rates
 from widekernel.models.layouts.layout import Layout
 
@@ -143,6 +144,7 @@ class StagedConvNet(Fusable, nn.Module):
         with nullcontext() if device is None else torch.device(device):
             self._make(cfg, asked, num_classes, global_pool, drop_rate)
             self.init_weights()
+        guard(self)
         if dtype is not None:
             self.to(dtype)
 

@@ -8,6 +8,7 @@ from typing import TypeVar
 from torch import nn
 
 from widekernel.layers.folding import Foldable, fold_in_place, warn_of_kept
+from widekernel.layers.guarding import guard
 
 __all__ = ["Foldable", "fold"]
 
@@ -26,6 +27,7 @@ def fold(model: ModelT) -> ModelT:
     a network without trainable parameters stays without.
     """
     result = fold_in_place(copy.deepcopy(model).eval(), {})
+    guard(result)
     warn_of_kept(result, stacklevel=2)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         result.requires_grad_(False)
