@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from widekernel.errors import ArgumentError
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 @runtime_checkable
@@ -29,6 +38,7 @@ class Fusable:
         """
         assert isinstance(self, nn.Module)
         frozen = not any(parameter.requires_grad for parameter in self.parameters())
+        settle(self)
         result = fold_in_place(self, {})
         warn_of_kept(result, stacklevel=3)
         return result.requires_grad_(False) if frozen else result
@@ -48,6 +58,39 @@ def fold_in_place(module: nn.Module, done: dict[nn.Module, nn.Module]) -> nn.Mod
         if child is not None:
             setattr(result, name, fold_in_place(child, done))
     return result
+
+
+def copied(model: ModuleT) -> ModuleT:
+    """Give a copy of `model`, also where hooks have left computed weights in it, which PyTorch would not copy."""
+    computed = [value for part in model.modules() for value in vars(part).values() if isinstance(value, Tensor)]
+    return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed if not value.is_leaf})
+
+
+def settle(model: nn.Module) -> None:
+    """Put the weights that hooks compute before every call (pruning, old weight and spectral norms) in for good.
+
+    Raises:
+        ArgumentError: if a kernel was pruned that PyTorch never applies the mask to, and has been trained since.
+    """
+    for name, part in model.named_modules():
+        for key, hook in list(part._forward_pre_hooks.items()):
+            if isinstance(hook, prune.BasePruningMethod):
+                _check_in_force(name, part, hook)
+                prune.remove(part, hook._tensor_name)
+            elif isinstance(hook, (SpectralNorm, WeightNorm)):
+                hook.remove(part)
+                del part._forward_pre_hooks[key]
+
+
+def _check_in_force(name: str, part: nn.Module, hook: prune.BasePruningMethod) -> None:
+    """Raise if a pruned list of kernels, which is never called itself, does not hold what its mask and weights give."""
+    key = hook._tensor_name
+    if isinstance(part, nn.ParameterList) and not torch.equal(getattr(part, key), hook.apply_mask(part)):
+        raise ArgumentError(
+            f"{name}.{key} was trained after torch.nn.utils.prune had pruned it, without effect: the mask is applied when a "
+            "module is called, which a list of kernels never is. Call torch.nn.utils.prune.remove on it before training and "
+            "mask it with widekernel.sparsity, which holds in any loop"
+        )
 
 
 def is_folded(module: nn.Module) -> bool:

@@ -233,6 +233,13 @@ def _plan(own: Mapping[str, Tensor], translation: Translation, is_backbone: bool
             if value.dtype != own[key].dtype:
                 plan.converted.add(f"{value.dtype} to {own[key].dtype}".replace("torch.", ""))
     _find_missing(own, translation, plan, bool(wrong_classifier))
+    if plan.problems and any(
+        ".parametrizations." in key for key in translation.unknown or translation.state if key not in own
+    ):
+        plan.problems.append(
+            "the file is of a network with parametrised weights: call torch.nn.utils.parametrize.remove_parametrizations on "
+            "its layers before saving it, or parametrise this network alike before loading"
+        )
     return plan
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TypeVar
 
 from torch import nn
 
-from widekernel.layers.folding import Foldable, fold_in_place, warn_of_kept
+from widekernel.layers.folding import Foldable, copied, fold_in_place, settle, warn_of_kept
 from widekernel.layers.guarding import guard
 
 __all__ = ["Foldable", "fold"]
@@ -24,9 +23,15 @@ def fold(model: ModelT) -> ModelT:
 
     Layers that equal no single kernel (SLaK_pw with `padding="same"`), or whose norms are more than batch norms with running
     statistics, stay as they are; a warning names them and says why. Modules that are used in several places stay shared, and
-    a network without trainable parameters stays without.
+    a network without trainable parameters stays without. Masks of `torch.nn.utils.prune` and the old weight and spectral
+    norms are made permanent in the copy.
+
+    Raises:
+        ArgumentError: if a pruned kernel was trained without its mask being applied; the message says what to do.
     """
-    result = fold_in_place(copy.deepcopy(model).eval(), {})
+    copy = copied(model)
+    settle(copy)
+    result = fold_in_place(copy.eval(), {})
     guard(result)
     warn_of_kept(result, stacklevel=2)
     if not any(parameter.requires_grad for parameter in model.parameters()):

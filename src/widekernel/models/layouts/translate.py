@@ -58,6 +58,7 @@ def translate(model: nn.Module, state: State) -> Translation:
         CheckpointError: if it is in no layout that the model can be loaded from.
     """
     own = model.state_dict()
+    state = _unpruned(state, own)
     family = identify(state)
     for layout in layouts_of(model):
         if layout.family == family and not is_folded(model):
@@ -67,6 +68,16 @@ def translate(model: nn.Module, state: State) -> Translation:
         tables = {key: table for key, table in seeded_tables(model).items() if key not in state}
         return Translation({**state, **tables}, "native", {key: key for key in state}, generated=tuple(tables))
     raise CheckpointError(_mismatch(model, own, state))
+
+
+def _unpruned(state: State, own: State) -> State:
+    """Put masked weights in the place of the weights and masks that `torch.nn.utils.prune` keeps apart, in other networks."""
+    out = dict(state)
+    for key in [key for key in state if key.endswith("_orig") and key not in own]:
+        mask = f"{key.removesuffix('_orig')}_mask"
+        if mask in state and mask not in own:
+            out[key.removesuffix("_orig")] = out.pop(key) * out.pop(mask)
+    return out
 
 
 def _mismatch(model: nn.Module, own: State, state: State) -> str:
