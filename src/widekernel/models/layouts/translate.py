@@ -71,7 +71,7 @@ def translate(model: nn.Module, state: State) -> Translation:
 
 
 def _unpruned(state: State, own: State) -> State:
-    """Put masked weights in the place of the weights and masks that `torch.nn.utils.prune` keeps apart, in other networks."""
+    """Put masked weights in the place of the weights and masks that a pruned network keeps apart, if this one does not."""
     out = dict(state)
     for key in [key for key in state if key.endswith("_orig") and key not in own]:
         mask = f"{key.removesuffix('_orig')}_mask"
