@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from widekernel.errors import ArgumentError
-from widekernel.ops.problem import Anchor, check_anchor
+from widekernel.ops.problem import Anchor, check_anchor, whole_sizes
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,15 @@ class Rect:
     anchor: Anchor
 
     def __post_init__(self) -> None:
-        if self.kernel.dim() != 4 or self.kernel.shape[1] != 1:
+        if self.kernel.dim() != 4 or whole_sizes(self.kernel)[1] != 1:
             raise ArgumentError(f"kernel has shape {tuple(self.kernel.shape)}: a Rect needs (C, 1, kh, kw)")
-        check_anchor(self.kernel.shape[2:], self.anchor)
+        check_anchor(self.size, self.anchor)
 
     @classmethod
     def centred(cls, kernel: Tensor) -> Rect:
         """Anchor an odd-sized kernel at its middle tap."""
-        return cls(kernel, (kernel.shape[2] // 2, kernel.shape[3] // 2))
+        sizes = whole_sizes(kernel)
+        return cls(kernel, (sizes[2] // 2, sizes[3] // 2))
 
     @classmethod
     def identity(cls, like: Tensor) -> Rect:
@@ -44,7 +45,8 @@ class Rect:
     @property
     def size(self) -> tuple[int, int]:
         """(kh, kw)."""
-        return self.kernel.shape[2], self.kernel.shape[3]
+        sizes = whole_sizes(self.kernel)
+        return sizes[2], sizes[3]
 
     @property
     def reach(self) -> tuple[int, int, int, int]:

@@ -1,16 +1,19 @@
 """Kernel sources: modules that own the parameters of a large kernel and say which rectangles they stand for."""
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, empty, nn
 
 from widekernel import ops
 from widekernel.errors import ArgumentError
 from widekernel.layers.rect import Rect
+from widekernel.ops import plain
+from widekernel.ops.problem import whole_sizes
+
+# No `from __future__ import annotations` here: TorchScript reads the attributes' types of `KernelSource` and needs types.
 
 
 class KernelSource(nn.Module, ABC):
@@ -34,15 +37,30 @@ class KernelSource(nn.Module, ABC):
 
 
 class RectSource(KernelSource):
-    """A source whose branches are rectangles exactly, so that it can be folded."""
+    """A source whose branches are rectangles exactly, so that it can be folded.
 
-    @abstractmethod
+    A source of one's own says which they are by `branch_kernels` and `branch_anchors`, in the part of Python that
+    TorchScript knows if layers with it are to be scripted; or by `rects` alone.
+    """
+
+    def branch_kernels(self) -> list[Tensor]:
+        """Give the kernel (C, 1, kh, kw) of each branch, differentiable in the parameters."""
+        raise NotImplementedError
+
+    def branch_anchors(self) -> list[tuple[int, int]]:
+        """Give the anchor (row, column) of each branch."""
+        raise NotImplementedError
+
     def rects(self) -> list[Rect]:
         """Give the rectangle of each branch, differentiable in the parameters."""
+        return [Rect(kernel, anchor) for kernel, anchor in zip(self.branch_kernels(), self.branch_anchors())]
 
     def responses(self, x: Tensor) -> list[Tensor]:
         """Convolve with every rectangle, in one call where a backend has one."""
-        return _branches(x, self.rects())
+        if torch.jit.is_scripting():
+            return plain.depthwise_branches(x, self.branch_kernels(), self.branch_anchors())
+        else:  # noqa: RET505 - TorchScript leaves out the other branch, and only that
+            return _branches(x, self.rects())
 
 
 class Rectangles(RectSource):
@@ -66,9 +84,20 @@ class Rectangles(RectSource):
         for kernel in self.kernels:
             nn.init.kaiming_uniform_(kernel, a=math.sqrt(5))
 
-    def rects(self) -> list[Rect]:
-        """Give each kernel, anchored at its middle."""
-        return [Rect.centred(kernel) for kernel in self.kernels]
+    def branch_kernels(self) -> list[Tensor]:
+        """Give each kernel."""
+        kernels: list[Tensor] = []
+        for kernel in self.kernels:  # TorchScript has no comprehension over parameters
+            kernels.append(kernel)  # noqa: PERF402
+        return kernels
+
+    def branch_anchors(self) -> list[tuple[int, int]]:
+        """Give the middle of each kernel."""
+        anchors: list[tuple[int, int]] = []
+        for kernel in self.kernels:
+            sizes = whole_sizes(kernel)
+            anchors.append((sizes[2] // 2, sizes[3] // 2))
+        return anchors
 
     def published_macs(self, height: int, width: int) -> int:
         """Count every tap of every kernel at every pixel."""
@@ -96,6 +125,16 @@ class SourceGroup(KernelSource):
 
     def responses(self, x: Tensor) -> list[Tensor]:
         """Compute the branches of every source: in one call if all are rectangles, otherwise source by source."""
+        if torch.jit.is_scripting():
+            responses: list[Tensor] = []
+            for source in self.sources:
+                responses += source.responses(x)  # type: ignore[operator]
+            return responses
+        else:  # noqa: RET505 - TorchScript leaves out the other branch, and only that
+            return self._in_one_call(x)
+
+    @torch.jit.unused
+    def _in_one_call(self, x: Tensor) -> list[Tensor]:
         rects = rects_of(self)
         if rects is not None:
             return _branches(x, rects)

@@ -25,6 +25,7 @@ from widekernel import layers
 from widekernel.errors import ArgumentError, ShapeError, UnknownArgumentError, nearest
 from widekernel.models.layouts.layout import Layout
 from widekernel.models.layouts.translate import translate
+from widekernel.ops.problem import whole_sizes
 
 _LARGE = (layers.DepthwiseConv2d, layers.FoldedLargeKernel, layers.FoldedPartialChannels, layers.LargeKernel)
 for _leaf in (*_LARGE, layers.PartialChannels, layers.PointwiseConv2d, layers.PointwiseLinear):
@@ -57,19 +58,28 @@ class InputCheck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_chans, H, W) -> the same."""
-        if x.dim() != 4:
-            raise ShapeError(f"the input has shape {tuple(x.shape)}: the network takes (N, {self.in_chans}, H, W)")
-        if x.shape[1] != self.in_chans:
+        if torch.jit.is_scripting():
+            assert x.dim() == 4, "the input has another shape than (N, C, H, W)"
+            assert x.shape[1] == self.in_chans, "the input has another number of channels than the network takes"
+            assert min(x.shape[2], x.shape[3]) >= self.stride, "the image is smaller than the network's stride"
+        else:
+            self._check(whole_sizes(x))
+        return x
+
+    @torch.jit.unused
+    def _check(self, shape: Sequence[int]) -> None:
+        if len(shape) != 4:
+            raise ShapeError(f"the input has shape {tuple(shape)}: the network takes (N, {self.in_chans}, H, W)")
+        if shape[1] != self.in_chans:
             raise ShapeError(
-                f"the input has {x.shape[1]} channels but the network takes {self.in_chans}: "
-                f"create it with in_chans={x.shape[1]}, or convert the images"
+                f"the input has {shape[1]} channels but the network takes {self.in_chans}: "
+                f"create it with in_chans={shape[1]}, or convert the images"
             )
-        if x.shape[2] < self.stride or x.shape[3] < self.stride:
+        if shape[2] < self.stride or shape[3] < self.stride:
             raise ShapeError(
-                f"the image is {x.shape[2]}x{x.shape[3]} but the network's stride is {self.stride}: "
+                f"the image is {shape[2]}x{shape[3]} but the network's stride is {self.stride}: "
                 f"both sides must be at least {self.stride} pixels; enlarge the image"
             )
-        return x
 
 
 class Stage(nn.Module):
@@ -89,7 +99,7 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C', H', W')."""
         x = self.downsample(x)
-        if self.grad_checkpointing and self.training:
+        if self.grad_checkpointing and self.training and not torch.jit.is_scripting():
             return checkpoint_seq(self.blocks, x)
         return self.blocks(x)
 
