@@ -88,7 +88,7 @@ class Rectangles(RectSource):
         """Give each kernel."""
         kernels: list[Tensor] = []
         for kernel in self.kernels:  # TorchScript has no comprehension over parameters
-            kernels.append(kernel)  # noqa: PERF402
+            kernels.append(kernel)
         return kernels
 
     def branch_anchors(self) -> list[tuple[int, int]]:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from widekernel.errors import ArgumentError
 from widekernel.layers.rect import Rect
-from widekernel.layers.sources import KernelSource, RectSource, check_odd
+from widekernel.layers.sources import RectSource, check_odd
 from widekernel.ops.problem import whole_sizes
 
 TABLE_SEED = 123  # the seed that the Shift-wise authors' code draws its tables with
@@ -329,49 +329,6 @@ class ShuffledStrips(RectSource):
     def extra_repr(self) -> str:
         """Name the geometry."""
         return f"{self.channels}, big={self.big}, small={self.small}, branches={self.tile_at.shape[1]}"
-
-
-class TruncatedTiles(KernelSource):
-    """The strips of another source, with the tiles dropped whose middle lies outside the image.
-
-    This is what padding the tile convolution by N // 2 does: near a border it computes something that no single kernel
-    does. An ablation; it is exact but slow, and cannot be folded.
-
-    Args:
-        source: whose arranged tiles are used.
-    """
-
-    num_branches = 2
-
-    def __init__(self, source: ShuffledStrips) -> None:
-        super().__init__()
-        self.source = source
-        self.channels = source.channels
-
-    def responses(self, x: Tensor) -> list[Tensor]:
-        """Convolve with every tile at every pixel, then shift and add the maps."""
-        wide, tall = self.source.arranged()
-        return [self._shift_add(x, wide, 3), self._shift_add(x, tall, 2)]
-
-    def published_macs(self, height: int, width: int) -> int:
-        """Count one tile convolution of the image's own size."""
-        return self.source.tiles.numel() * height * width
-
-    def _shift_add(self, x: Tensor, tiles: Tensor, axis: int) -> Tensor:
-        channels, count, small, _ = tiles.shape
-        maps = F.conv2d(x, tiles.reshape(-1, 1, small, small), padding=small // 2, groups=channels)
-        maps = maps.unflatten(1, (channels, count))
-        extent, total = x.shape[axis], torch.zeros_like(x)
-        for i in range(count):
-            offset = i * small - self.source.big // 2 + small // 2
-            if abs(offset) < extent:
-                start, length = max(0, offset), extent - abs(offset)
-                part = maps[:, :, i].narrow(axis, start, length)
-                before = max(0, -offset)
-                pad = [0, 0, 0, 0]
-                pad[2 * (3 - axis)], pad[2 * (3 - axis) + 1] = before, extent - length - before
-                total = total + F.pad(part, pad)
-        return total
 
 
 def draw_tables(channels: int, count: int, groups: int) -> tuple[Tensor, Tensor]:

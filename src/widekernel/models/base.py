@@ -22,10 +22,10 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from widekernel import layers
-from widekernel.errors import ArgumentError, ShapeError, UnknownArgumentError, nearest
+from widekernel.errors import ArgumentError, UnknownArgumentError, nearest
+from widekernel.models.input_check import InputCheck
 from widekernel.models.layouts.layout import Layout
 from widekernel.models.layouts.translate import translate
-from widekernel.ops.problem import whole_sizes
 
 _LARGE = (layers.DepthwiseConv2d, layers.FoldedLargeKernel, layers.FoldedPartialChannels, layers.LargeKernel)
 for _leaf in (*_LARGE, layers.PartialChannels, layers.PointwiseConv2d, layers.PointwiseLinear):
@@ -41,45 +41,6 @@ BUILDER_ARGUMENTS = (
     "pretrained_cfg_overlay",
     "pretrained_strict",
 )
-
-
-@register_notrace_module
-class InputCheck(nn.Module):
-    """Passes images on, or says what is wrong with their shape.
-
-    Args:
-        in_chans: channels that the network takes.
-        stride: of the whole network; a smaller image would vanish on its way through it.
-    """
-
-    def __init__(self, in_chans: int, stride: int) -> None:
-        super().__init__()
-        self.in_chans, self.stride = in_chans, stride
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, in_chans, H, W) -> the same."""
-        if torch.jit.is_scripting():
-            assert x.dim() == 4, "the input has another shape than (N, C, H, W)"
-            assert x.shape[1] == self.in_chans, "the input has another number of channels than the network takes"
-            assert min(x.shape[2], x.shape[3]) >= self.stride, "the image is smaller than the network's stride"
-        else:
-            self._check(whole_sizes(x))
-        return x
-
-    @torch.jit.unused
-    def _check(self, shape: Sequence[int]) -> None:
-        if len(shape) != 4:
-            raise ShapeError(f"the input has shape {tuple(shape)}: the network takes (N, {self.in_chans}, H, W)")
-        if shape[1] != self.in_chans:
-            raise ShapeError(
-                f"the input has {shape[1]} channels but the network takes {self.in_chans}: "
-                f"create it with in_chans={shape[1]}, or convert the images"
-            )
-        if shape[2] < self.stride or shape[3] < self.stride:
-            raise ShapeError(
-                f"the image is {shape[2]}x{shape[3]} but the network's stride is {self.stride}: "
-                f"both sides must be at least {self.stride} pixels; enlarge the image"
-            )
 
 
 class Stage(nn.Module):

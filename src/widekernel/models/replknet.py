@@ -89,10 +89,7 @@ class LargeKernelBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
         y = self.pw1(self.prelkb_bn(x))
-        if torch.jit.is_scripting():
-            y = self.act(self.large_kernel(y))
-        else:
-            y = self._rectified(y)
+        y = self.act(self.large_kernel(y)) if torch.jit.is_scripting() else self._rectified(y)
         return x + self.drop_path(self.pw2(y))
 
     @torch.jit.unused

@@ -2,7 +2,7 @@
 
 TorchScript, recorded traces, and exported programs that are decomposed consist of this: they need no widekernel where they
 are loaded, and counters, converters and other runtimes know every operation. Nothing depends on the size of the image. All
-of it is TorchScript, differentiable by PyTorch's own rules; forward it is as fast as the portable backend, backward it is not.
+of it is TorchScript, differentiable by PyTorch's own rules: forward as fast as the portable backend, backward slower.
 """
 
 from __future__ import annotations
@@ -50,9 +50,7 @@ def depthwise_weight_grad(x: Tensor, grad: Tensor, kernel_size: tuple[int, int],
     like = x.new_empty([channels, 1, kernel_size[0], kernel_size[1]])
     padded = F.pad(x, _padding([kernel_size[0], kernel_size[1]], anchor))
     ones, zeros, wanted = [1, 1], [0, 0], [False, True, False]
-    grads = torch.ops.aten.convolution_backward(
-        grad, padded, like, None, ones, zeros, ones, False, zeros, channels, wanted
-    )
+    grads = torch.ops.aten.convolution_backward(grad, padded, like, None, ones, zeros, ones, False, zeros, channels, wanted)
     return grads[1].contiguous()
 
 

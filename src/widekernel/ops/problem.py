@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-
 from typing import Any
 
 import torch
@@ -119,11 +118,11 @@ def is_recorded() -> bool:
 def unrecorded() -> Iterator[None]:
     """Look at tensors without `torch.jit.trace` making it a part of the graph: their sizes are whole numbers here."""
     state = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        torch._C._set_tracing_state(state)
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
 
 def whole_sizes(tensor: Tensor) -> list[int]:

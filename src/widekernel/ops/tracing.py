@@ -86,7 +86,7 @@ def _whole(pairs: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
 def _note(problem: Problem, backend: str | None) -> None:
     if backend not in (None, portable.name):
         raise NoBackendError(
-            f"backend {backend!r} was asked for, but torch.jit.trace records PyTorch's own convolutions, so that the graph can "
-            "be read without widekernel: leave the backend out while a graph is recorded, or use torch.export"
+            f"backend {backend!r} was asked for, but torch.jit.trace records PyTorch's own convolutions, so that other "
+            "programs can read the graph: leave the backend out while a graph is recorded, or use torch.export"
         )
     record(NAME, problem)
