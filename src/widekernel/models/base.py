@@ -1,7 +1,7 @@
 """What all the networks here share: stem, stages and head, timm's model contract, and checks of the input."""
 
-from __future__ import annotations
-
+# No `from __future__ import annotations` here: graphs that torch.fx makes of a network keep the types of `forward`, and
+# TorchScript does not know them as text.
 import dataclasses
 import inspect
 import sys
@@ -181,7 +181,10 @@ class StagedConvNet(nn.Module):
 
     def intermediate(self, index: int, x: Tensor) -> Tensor:
         """Give the feature map of stage `index` in the form in which it is handed out."""
-        return self.feature_norms[index](x) if len(self.feature_norms) else x
+        for i, norm in enumerate(self.feature_norms):  # TorchScript cannot pick one
+            if i == index:
+                x = norm(x)
+        return x
 
     def forward_intermediates(
         self,
@@ -191,7 +194,7 @@ class StagedConvNet(nn.Module):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
-    ) -> Any:
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """Compute the feature maps of several stages.
 
         Args:
@@ -206,19 +209,20 @@ class StagedConvNet(nn.Module):
             The final map and the list of intermediate ones (N, C, H, W), or only the list.
         """
         if output_fmt != "NCHW":
-            raise ArgumentError(f"output_fmt {output_fmt!r} is not supported: these networks give 'NCHW' maps")
+            raise ArgumentError(f"output_fmt '{output_fmt}' is not supported: these networks give 'NCHW' maps")
         take, last = feature_take_indices(len(self.stages), indices)
-        maps = []
+        final = len(self.stages) - 1
+        last = last if stop_early else final
+        maps: list[Tensor] = []
         x = self.stem(self.input_check(x))
-        stages = self.stages[: last + 1] if stop_early else self.stages
-        for i, stage in enumerate(stages):
-            x = stage(x)
-            if i in take:
-                final = norm and i == len(self.stages) - 1
-                maps.append(self.norm_pre(x) if final else self.intermediate(i, x))
+        for i, stage in enumerate(self.stages):
+            if i <= last:
+                x = stage(x)
+                if i in take:
+                    maps.append(self.norm_pre(x) if norm and i == final else self.intermediate(i, x))
         if intermediates_only:
             return maps
-        return (self.norm_pre(x) if len(stages) == len(self.stages) else x), maps
+        return (self.norm_pre(x) if last == final else x), maps
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True

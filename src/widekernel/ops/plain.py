@@ -45,13 +45,13 @@ def depthwise_branches(x: Tensor, kernels: list[Tensor], anchors: list[tuple[int
 
 
 def depthwise_weight_grad(x: Tensor, grad: Tensor, kernel_size: tuple[int, int], anchor: tuple[int, int]) -> Tensor:
-    """Compute `ops.depthwise_weight_grad`; arguments are not checked."""
-    channels = whole_sizes(x)[1]
-    like = x.new_empty([channels, 1, kernel_size[0], kernel_size[1]])
+    """Compute `ops.depthwise_weight_grad`; arguments are not checked. A recorded graph is of that many images only."""
+    batch, channels, height, width = x.shape
     padded = F.pad(x, _padding([kernel_size[0], kernel_size[1]], anchor))
-    ones, zeros, wanted = [1, 1], [0, 0], [False, True, False]
-    grads = torch.ops.aten.convolution_backward(grad, padded, like, None, ones, zeros, ones, False, zeros, channels, wanted)
-    return grads[1].contiguous()
+    # Every channel of every image is a channel of its own, with its gradient as the kernel.
+    planes = padded.reshape(1, batch * channels, height + kernel_size[0] - 1, width + kernel_size[1] - 1)
+    sums = F.conv2d(planes, grad.reshape(batch * channels, 1, height, width), groups=batch * channels)
+    return sums.reshape(batch, channels, kernel_size[0], kernel_size[1]).sum(0).unsqueeze(1)
 
 
 def _convolved(x: Tensor, kernel: Tensor, anchor: tuple[int, int], bias: Tensor | None) -> Tensor:
