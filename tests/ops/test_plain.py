@@ -112,8 +112,9 @@ def test_gradients_of_a_recorded_graph() -> None:
 def test_a_recorded_weight_gradient() -> None:
     x, grad = torch.randn(2, 3, 6, 7, dtype=torch.float64), torch.randn(2, 3, 6, 7, dtype=torch.float64)
     graph = recorded(lambda x, grad: ops.depthwise_weight_grad(x, grad, (3, 11), (0, 8)), x, grad)
-    for x, grad in ((x, grad), (torch.randn(2, 3, 5, 20).double(), torch.randn(2, 3, 5, 20).double())):
-        assert_close(graph(x, grad), ops.depthwise_weight_grad(x, grad, (3, 11), (0, 8)))
+    wide = torch.randn(2, 3, 5, 20, dtype=torch.float64)
+    for a, b in ((x, grad), (wide, wide.square())):
+        assert_close(graph(a, b), ops.depthwise_weight_grad(a, b, (3, 11), (0, 8)))
     with pytest.raises(RuntimeError, match="groups"):  # of another number of images it is refused, not wrong
         graph(x[:1], grad[:1])
 
