@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from widekernel.errors import ArgumentError
-from widekernel.ops.problem import Anchor, check_anchor, whole_sizes
+from widekernel.ops.problem import Anchor, check_anchor, sizes_now
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,15 @@ class Rect:
     anchor: Anchor
 
     def __post_init__(self) -> None:
-        if self.kernel.dim() != 4 or whole_sizes(self.kernel)[1] != 1:
+        sizes = sizes_now(self.kernel)
+        if len(sizes) != 4 or sizes[1] != 1:
             raise ArgumentError(f"kernel has shape {tuple(self.kernel.shape)}: a Rect needs (C, 1, kh, kw)")
-        check_anchor(self.size, self.anchor)
+        check_anchor(sizes[2:], self.anchor)
 
     @classmethod
     def centred(cls, kernel: Tensor) -> Rect:
         """Anchor an odd-sized kernel at its middle tap."""
-        sizes = whole_sizes(kernel)
+        sizes = sizes_now(kernel)
         return cls(kernel, (sizes[2] // 2, sizes[3] // 2))
 
     @classmethod
@@ -45,7 +46,7 @@ class Rect:
     @property
     def size(self) -> tuple[int, int]:
         """(kh, kw)."""
-        sizes = whole_sizes(self.kernel)
+        sizes = sizes_now(self.kernel)
         return sizes[2], sizes[3]
 
     @property

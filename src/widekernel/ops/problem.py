@@ -130,10 +130,11 @@ def whole_sizes(tensor: Tensor) -> list[int]:
     if torch.jit.is_scripting():
         return tensor.size()  # type: ignore[return-value]
     else:  # noqa: RET505 - TorchScript leaves out the other branch, and only that
-        return _whole_sizes(tensor)
+        return sizes_now(tensor)
 
 
-def _whole_sizes(tensor: Tensor) -> Any:
+def sizes_now(tensor: Tensor) -> Any:
+    """Do the same where TorchScript need not know it, in less time."""
     if torch._C._get_tracing_state() is None:
         return tensor.shape
     with unrecorded():
