@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula
+from torch.utils.flop_counter import FlopCounterMode
 
 from widekernel.errors import ShapeError
 from widekernel.layers import FoldedLargeKernel, LargeKernel
@@ -25,9 +25,7 @@ from widekernel.sparsity.semi_structured.manifest import recall
 from widekernel.transforms.fold import fold
 
 aten = torch.ops.aten
-_SUM = torch.ops.widekernel.depthwise_sum
-_WEIGHT_GRAD = torch.ops.widekernel.depthwise_weight_grad
-_LAYERS = (aten.convolution, aten.addmm, aten.mm, aten.bmm, _SUM)
+_LAYERS = (aten.convolution, aten.addmm, aten.mm, aten.bmm, torch.ops.widekernel.depthwise_sum)
 
 
 @dataclass(frozen=True)
@@ -237,17 +235,3 @@ class _Activations(TorchDispatchMode):
         if func._overloadpacket in _LAYERS and isinstance(out, Tensor):
             self.total += out.numel()
         return out
-
-
-def _sum_flops(x: Any, kernels: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    batch, _, height, width = x
-    return 2 * batch * height * width * sum(torch.Size(kernel).numel() for kernel in kernels)
-
-
-def _weight_grad_flops(x: Any, grad: Any, geometry: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return 2 * torch.Size(x).numel() * geometry[0] * geometry[1]
-
-
-for _op, _formula in ((_SUM, _sum_flops), (_WEIGHT_GRAD, _weight_grad_flops)):
-    if _op not in flop_registry:  # the registry refuses a second entry, as when a module is reloaded
-        register_flop_formula(_op)(_formula)

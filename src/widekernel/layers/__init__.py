@@ -6,7 +6,8 @@ from widekernel.layers.partial import FoldedPartialChannels, PartialChannels
 from widekernel.layers.pointwise import PointwiseConv2d, PointwiseLinear
 from widekernel.layers.rect import Rect, maximal_rectangles
 from widekernel.layers.sources import KernelSource, Rectangles, RectSource, SourceGroup
-from widekernel.layers.tiles import SharedStrips, ShiftTiles, ShuffledStrips, SplitStrips, TruncatedTiles
+from widekernel.layers.tiles import SharedStrips, ShiftTiles, ShuffledStrips, SplitStrips
+from widekernel.layers.truncated import TruncatedTiles
 
 __all__ = [
     "ConvNorm",

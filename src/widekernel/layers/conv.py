@@ -28,6 +28,13 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) or (C, H, W) -> the same as `nn.Conv2d`."""
+        if torch.jit.is_scripting():
+            return self._conv_forward(x, self.weight, self.bias)
+        else:  # noqa: RET505 - TorchScript leaves out the other branch, and only that
+            return self._computed(x)
+
+    @torch.jit.unused
+    def _computed(self, x: Tensor) -> Tensor:
         # Looked up at every call, because code that adapts networks sets strides and paddings of existing layers.
         if x.dim() not in (3, 4) or not x.dtype.is_floating_point or self.reasons_against():
             return super().forward(x)

@@ -12,7 +12,7 @@ from widekernel.errors import ArgumentError
 from widekernel.layers.guarding import guard
 from widekernel.layers.large_kernel import FoldedLargeKernel
 from widekernel.layers.rect import Rect
-from widekernel.ops.problem import is_channels_last, memory_format
+from widekernel.ops.problem import is_channels_last, is_recorded, memory_format, unrecorded
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,9 @@ class GroupedKernels(nn.Module):
         self.shift = nn.Parameter(shift.detach().clone())
         order = list(range(channels)) if source is None else list(source)
         self.reordered = order != list(range(channels))
+        # For `_joined`: where every channel of the output stands behind the channels that no group writes.
+        self.takes = [list(group.take) for group in groups]
+        self.order = _order(channels, written)
         self.runs = [(_run(group.take), _run(group.put)) for group in groups]
         device = scale.device
         self.source: Tensor
@@ -83,6 +86,24 @@ class GroupedKernels(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C', H, W) -> (N, C, H, W), in the layout of `x`."""
+        if torch.jit.is_scripting():
+            return self._joined(x)
+        else:  # noqa: RET505 - TorchScript leaves out the other branch, and only that
+            return self._joined(x) if is_recorded() else self._written(x)
+
+    def _joined(self, x: Tensor) -> Tensor:
+        """Compute the layer without writing into a map, for other programs to read: take, convolve, join, put in order."""
+        shift, scale = self.shift.to(x.dtype).view(-1, 1, 1), self.scale.to(x.dtype).view(-1, 1, 1)
+        if self.passes:
+            parts = [torch.addcmul(shift, x.index_select(1, self.source) if self.reordered else x, scale)]
+        else:
+            parts = [torch.zeros_like(x[:, :1]) + shift]
+        for i, kernel in enumerate(self.kernels):
+            parts.append(kernel(x.index_select(1, _table(self.takes[i], x))))
+        return torch.cat(parts, 1).index_select(1, _table(self.order, x))
+
+    @torch.jit.unused
+    def _written(self, x: Tensor) -> Tensor:
         parts = [
             kernel(_taken(x, self.get_buffer(f"take_{i}"), run[0]))
             for i, (kernel, run) in enumerate(zip(self.kernels, self.runs))
@@ -126,6 +147,25 @@ class GroupedKernels(nn.Module):
         """Name channels: all, and those that are convolved."""
         worked = sum(len(table) for name, table in self._tables.items() if name.startswith("put_"))
         return f"{self.channels}, convolved={worked}, groups={len(self.kernels)}"
+
+
+def _table(numbers: list[int], x: Tensor) -> Tensor:
+    """Give numbers as a tensor beside `x`; it is a constant of a recorded graph."""
+    if torch.jit.is_scripting():
+        return torch.tensor(numbers, device=x.device)
+    else:  # noqa: RET505 - TorchScript leaves out the other branch, and only that
+        return _recorded_table(numbers, x)
+
+
+def _recorded_table(numbers: list[int], x: Tensor) -> Tensor:
+    with unrecorded():
+        return torch.tensor(numbers, device=x.device)
+
+
+def _order(channels: int, written: Sequence[int]) -> list[int]:
+    """Give for every channel where it stands in all of them followed by those written once more."""
+    place = {channel: channels + i for i, channel in enumerate(written)}
+    return [place.get(channel, channel) for channel in range(channels)]
 
 
 def _run(channels: Sequence[int]) -> int | None:

@@ -14,6 +14,7 @@ from widekernel.layers.guarding import guard
 from widekernel.layers.norms import affine_of, reasons_against_folding
 from widekernel.layers.rect import Rect, maximal_rectangles
 from widekernel.layers.sources import KernelSource, rects_of
+from widekernel.ops import plain
 from widekernel.ops.registration import autocast_dtype
 
 
@@ -38,6 +39,23 @@ class LargeKernel(Fusable, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
+        if torch.jit.is_scripting():
+            return self._scripted(x)
+        else:  # noqa: RET505 - TorchScript leaves out the other branch, and only that
+            return self._computed(x)
+
+    def _scripted(self, x: Tensor) -> Tensor:
+        responses = self.source.responses(x)
+        if len(self.norms) == 0:
+            y = torch.stack(responses).sum(0)
+        else:
+            y = torch.zeros_like(responses[0])
+            for i, norm in enumerate(self.norms):
+                y = norm(responses[i]) if i == 0 else y + norm(responses[i])
+        return y + x if self.identity else y
+
+    @torch.jit.unused
+    def _computed(self, x: Tensor) -> Tensor:
         # Under autocast the branches share one converted copy of the input.
         dtype = autocast_dtype(x)
         cast = x if dtype is None else x.to(dtype)
@@ -124,6 +142,18 @@ class FoldedLargeKernel(nn.Module):
 
     def forward(self, x: Tensor, relu: bool = False) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W), if `relu` its positive part, for which our kernels need no pass of its own."""
+        if torch.jit.is_scripting():
+            kernels: list[Tensor] = []
+            anchors: list[tuple[int, int]] = []
+            for kernel, anchor in zip(self.kernels, self.anchors):
+                kernels.append(kernel)
+                anchors.append(anchor)
+            return plain.depthwise_sum(x, kernels, anchors, self.bias, None, relu)
+        else:  # noqa: RET505 - TorchScript leaves out the other branch, and only that
+            return self._computed(x, relu)
+
+    @torch.jit.unused
+    def _computed(self, x: Tensor, relu: bool) -> Tensor:
         return ops.depthwise_sum(x, list(self.kernels), self.anchors, self.bias, relu=relu)
 
     def table_misfits(self, state: Mapping[str, Tensor], prefix: str) -> list[str]:

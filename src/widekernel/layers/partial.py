@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from widekernel.errors import ArgumentError
 from widekernel.layers.folding import Fusable
 from widekernel.layers.large_kernel import LargeKernel
+from widekernel.ops.problem import whole_sizes
 
 GHOST_SEED = 123  # the seed that the Shift-wise authors' code picks the untouched channels with
 
@@ -50,7 +51,7 @@ class PartialChannels(Fusable, nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W), channels reordered."""
         worked = self.layer(x.index_select(1, self.selected))
-        if not self.ghosts.numel():
+        if whole_sizes(self.ghosts)[0] == 0:
             return worked
         return torch.cat([worked, x.index_select(1, self.ghosts)], 1)
 
@@ -112,7 +113,7 @@ class FoldedPartialChannels(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W), channels reordered."""
         worked = self.layer(x.index_select(1, self.selected))
-        if not self.ghosts.numel():
+        if whole_sizes(self.ghosts)[0] == 0:
             return worked
         rest = torch.addcmul(self.shift.to(x.dtype), x.index_select(1, self.ghosts), self.scale.to(x.dtype))
         return torch.cat([worked, rest], 1)

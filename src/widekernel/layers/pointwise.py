@@ -11,14 +11,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from widekernel.ops.problem import is_recorded
+
 
 class PointwiseLinear(nn.Linear):
     """`nn.Linear` that is computed as a 1x1 convolution over an image of one column and as many rows as there are."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C')."""
+        if torch.jit.is_scripting():
+            return F.linear(x, self.weight, self.bias)
+        else:  # noqa: RET505 - TorchScript leaves out the other branch, and only that
+            return self._computed(x)
+
+    @torch.jit.unused
+    def _computed(self, x: Tensor) -> Tensor:
         # What does not fit is left to `F.linear`, whose error then speaks of the linear layer that one wrote.
-        if x.device.type != "cpu" or x.shape[-1:] != (self.in_features,) or x.numel() == 0:
+        if is_recorded() or x.device.type != "cpu" or x.shape[-1:] != (self.in_features,) or x.numel() == 0:
             return super().forward(x)
         # (1, C, rows, 1), stored as NHWC: a view of `x`, unless its rows do not follow each other in memory.
         rows = x.reshape(1, -1, 1, self.in_features).permute(0, 3, 1, 2)
@@ -39,6 +48,15 @@ class PointwiseConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) or (C, H, W) -> (N, C', H, W) or (C', H, W)."""
+        if torch.jit.is_scripting():
+            return self._conv_forward(x, self.weight, self.bias)
+        else:  # noqa: RET505 - TorchScript leaves out the other branch, and only that
+            return self._computed(x)
+
+    @torch.jit.unused
+    def _computed(self, x: Tensor) -> Tensor:
+        if is_recorded():
+            return super().forward(x)
         fits = x.dim() in (3, 4) and x.shape[-3] == self.in_channels and x.numel() != 0
         # Looked up at every call, because code that adapts networks sets strides and paddings of existing layers.
         if x.device.type != "cpu" or not fits or self.reasons_against():

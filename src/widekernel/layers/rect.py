@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from widekernel.errors import ArgumentError
-from widekernel.ops.problem import Anchor, check_anchor
+from widekernel.ops.problem import Anchor, check_anchor, sizes_now
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,16 @@ class Rect:
     anchor: Anchor
 
     def __post_init__(self) -> None:
-        if self.kernel.dim() != 4 or self.kernel.shape[1] != 1:
+        sizes = sizes_now(self.kernel)
+        if len(sizes) != 4 or sizes[1] != 1:
             raise ArgumentError(f"kernel has shape {tuple(self.kernel.shape)}: a Rect needs (C, 1, kh, kw)")
-        check_anchor(self.kernel.shape[2:], self.anchor)
+        check_anchor(sizes[2:], self.anchor)
 
     @classmethod
     def centred(cls, kernel: Tensor) -> Rect:
         """Anchor an odd-sized kernel at its middle tap."""
-        return cls(kernel, (kernel.shape[2] // 2, kernel.shape[3] // 2))
+        sizes = sizes_now(kernel)
+        return cls(kernel, (sizes[2] // 2, sizes[3] // 2))
 
     @classmethod
     def identity(cls, like: Tensor) -> Rect:
@@ -44,7 +46,8 @@ class Rect:
     @property
     def size(self) -> tuple[int, int]:
         """(kh, kw)."""
-        return self.kernel.shape[2], self.kernel.shape[3]
+        sizes = sizes_now(self.kernel)
+        return sizes[2], sizes[3]
 
     @property
     def reach(self) -> tuple[int, int, int, int]:

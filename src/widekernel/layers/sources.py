@@ -1,18 +1,21 @@
 """Kernel sources: modules that own the parameters of a large kernel and say which rectangles they stand for."""
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TypeVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, empty, nn
 
 from widekernel import ops
 from widekernel.errors import ArgumentError
 from widekernel.layers.rect import Rect
+from widekernel.ops import plain
+from widekernel.ops.problem import whole_sizes
+
+# No `from __future__ import annotations` here: TorchScript reads the attributes' types of `KernelSource` and needs types.
 
 
 class KernelSource(nn.Module, ABC):
@@ -38,19 +41,43 @@ class KernelSource(nn.Module, ABC):
 class RectSource(KernelSource):
     """A source whose branches are rectangles exactly, so that it can be folded.
 
+    A source of one's own says which they are by `branch_kernels` and `branch_anchors`, in the part of Python that
+    TorchScript knows if layers with it are to be scripted; or by `rects` alone.
+
     Attributes:
         dilation: distance of the taps on the map, see `dilate`. The parameters are those of a layer without.
     """
 
-    dilation = 1
+    dilation: int
 
-    @abstractmethod
+    def __init__(self) -> None:
+        super().__init__()
+        self.dilation = 1
+
+    def branch_kernels(self) -> list[Tensor]:
+        """Give the kernel (C, 1, kh, kw) of each branch, differentiable in the parameters."""
+        raise NotImplementedError
+
+    def branch_anchors(self) -> list[tuple[int, int]]:
+        """Give the anchor (row, column) of each branch."""
+        raise NotImplementedError
+
     def rects(self) -> list[Rect]:
         """Give the rectangle of each branch before dilation, differentiable in the parameters."""
+        return [Rect(kernel, anchor) for kernel, anchor in zip(self.branch_kernels(), self.branch_anchors())]
 
     def responses(self, x: Tensor) -> list[Tensor]:
         """Convolve with every rectangle, in one call where a backend has one."""
-        return _branches(x, rects_of(self) or [])
+        if torch.jit.is_scripting():
+            kernels: list[Tensor] = []
+            for kernel in self.branch_kernels():
+                kernels.append(dilated_kernel(kernel, self.dilation))
+            anchors: list[tuple[int, int]] = []
+            for row, column in self.branch_anchors():
+                anchors.append((row * self.dilation, column * self.dilation))
+            return plain.depthwise_branches(x, kernels, anchors)
+        else:  # noqa: RET505 - TorchScript leaves out the other branch, and only that
+            return _branches(x, rects_of(self) or [])
 
 
 class Rectangles(RectSource):
@@ -74,8 +101,24 @@ class Rectangles(RectSource):
         for kernel in self.kernels:
             nn.init.kaiming_uniform_(kernel, a=math.sqrt(5))
 
+    def branch_kernels(self) -> list[Tensor]:
+        """Give each kernel."""
+        kernels: list[Tensor] = []
+        for kernel in self.kernels:  # TorchScript has no comprehension over parameters
+            kernels.append(kernel)
+        return kernels
+
+    def branch_anchors(self) -> list[tuple[int, int]]:
+        """Give the middle of each kernel."""
+        anchors: list[tuple[int, int]] = []
+        for kernel in self.kernels:
+            sizes = whole_sizes(kernel)
+            anchors.append((sizes[2] // 2, sizes[3] // 2))
+        return anchors
+
     def rects(self) -> list[Rect]:
         """Give each kernel, anchored at its middle."""
+        # Looking through a list of parameters takes as long as a small operator: once, and not for anchors again.
         return [Rect.centred(kernel) for kernel in self.kernels]
 
     def published_macs(self, height: int, width: int) -> int:
@@ -104,6 +147,16 @@ class SourceGroup(KernelSource):
 
     def responses(self, x: Tensor) -> list[Tensor]:
         """Compute the branches of every source: in one call if all are rectangles, otherwise source by source."""
+        if torch.jit.is_scripting():
+            responses: list[Tensor] = []
+            for source in self.sources:
+                responses += source.responses(x)  # type: ignore[operator]
+            return responses
+        else:  # noqa: RET505 - TorchScript leaves out the other branch, and only that
+            return self._in_one_call(x)
+
+    @torch.jit.unused
+    def _in_one_call(self, x: Tensor) -> list[Tensor]:
         rects = rects_of(self)
         if rects is not None:
             return _branches(x, rects)
@@ -148,11 +201,18 @@ def dilated(rect: Rect, dilation: int) -> Rect:
     """Put the taps of a rectangle `dilation` apart: a larger one with zeros between them."""
     if dilation == 1:
         return rect
-    channels, _, kh, kw = rect.kernel.shape
-    apart = F.pad(rect.kernel.view(channels, 1, kh, 1, kw, 1), (0, dilation - 1, 0, 0, 0, dilation - 1))
-    kernel = apart.reshape(channels, 1, kh * dilation, kw * dilation)
-    anchor = rect.anchor[0] * dilation, rect.anchor[1] * dilation
-    return Rect(kernel[:, :, : (kh - 1) * dilation + 1, : (kw - 1) * dilation + 1], anchor)
+    return Rect(dilated_kernel(rect.kernel, dilation), (rect.anchor[0] * dilation, rect.anchor[1] * dilation))
+
+
+def dilated_kernel(kernel: Tensor, dilation: int) -> Tensor:
+    """Put the taps of a kernel (C, 1, kh, kw) `dilation` apart, with zeros between them. TorchScript knows it."""
+    if dilation == 1:
+        return kernel
+    sizes = whole_sizes(kernel)
+    channels, kh, kw = sizes[0], sizes[2], sizes[3]
+    apart = F.pad(kernel.reshape(channels, 1, kh, 1, kw, 1), [0, dilation - 1, 0, 0, 0, dilation - 1])
+    wide = apart.reshape(channels, 1, kh * dilation, kw * dilation)
+    return wide[:, :, : (kh - 1) * dilation + 1, : (kw - 1) * dilation + 1]
 
 
 def _is_made_of_rects(source: nn.Module) -> bool:

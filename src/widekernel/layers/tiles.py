@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from widekernel.errors import ArgumentError
 from widekernel.layers.rect import Rect
-from widekernel.layers.sources import KernelSource, RectSource, check_odd
+from widekernel.layers.sources import RectSource, check_odd
+from widekernel.ops.problem import whole_sizes
 
 TABLE_SEED = 123  # the seed that the Shift-wise authors' code draws its tables with
 
@@ -31,15 +32,24 @@ def num_tiles(big: int, small: int) -> int:
 
 def tall_strip(tiles: Tensor, big: int) -> Rect:
     """Stack tiles (C, nk, N, N) below one another into a rectangle of nk·N x N taps."""
-    channels, count, small, _ = tiles.shape
-    return Rect(tiles.reshape(channels, 1, count * small, small), (big // 2, small // 2))
+    return Rect(stacked(tiles), (big // 2, tiles.shape[3] // 2))
 
 
 def wide_strip(tiles: Tensor, big: int) -> Rect:
     """Put tiles (C, nk, N, N) side by side into a rectangle of N x nk·N taps."""
-    channels, count, small, _ = tiles.shape
-    kernel = tiles.transpose(1, 2).reshape(channels, 1, small, count * small)
-    return Rect(kernel, (small // 2, big // 2))
+    return Rect(side_by_side(tiles), (tiles.shape[2] // 2, big // 2))
+
+
+def stacked(tiles: Tensor) -> Tensor:
+    """Stack tiles (C, nk, N, N) below one another: (C, 1, nk·N, N)."""
+    channels, count, height, width = whole_sizes(tiles)
+    return tiles.reshape(channels, 1, count * height, width)
+
+
+def side_by_side(tiles: Tensor) -> Tensor:
+    """Put tiles (C, nk, N, N) side by side: (C, 1, N, nk·N)."""
+    channels, count, height, width = whole_sizes(tiles)
+    return tiles.transpose(1, 2).reshape(channels, 1, height, count * width)
 
 
 def cut_into_tiles(strip: Tensor, small: int) -> Tensor:
@@ -96,10 +106,14 @@ class SplitStrips(RectSource):
         for tiles in (self.tall, self.wide):
             nn.init.kaiming_uniform_(tiles, a=math.sqrt(5))
 
-    def rects(self) -> list[Rect]:
+    def branch_kernels(self) -> list[Tensor]:
         """Give the tall and the wide strip."""
-        shape = self.channels, -1, self.small, self.small
-        return [tall_strip(self.tall.view(shape), self.big), wide_strip(self.wide.view(shape), self.big)]
+        shape = [self.channels, -1, self.small, self.small]
+        return [stacked(self.tall.view(shape)), side_by_side(self.wide.view(shape))]
+
+    def branch_anchors(self) -> list[tuple[int, int]]:
+        """Give the middles of the kernels that the strips stand for."""
+        return [(self.big // 2, self.small // 2), (self.small // 2, self.big // 2)]
 
     def published_macs(self, height: int, width: int) -> int:
         """Count the tile convolutions, which run on an image padded along the strip."""
@@ -137,11 +151,16 @@ class SharedStrips(RectSource):
         for gate in self.gates:
             nn.init.uniform_(gate, -1.0, 1.0)
 
-    def rects(self) -> list[Rect]:
+    def branch_kernels(self) -> list[Tensor]:
         """Give the wide and the tall strip of the gated tiles."""
-        shape = self.channels, -1, self.small, self.small
-        wide, tall = (self.tiles * gate.sigmoid().view(-1, 1, 1, 1) for gate in self.gates)
-        return [wide_strip(wide.view(shape), self.big), tall_strip(tall.view(shape), self.big)]
+        shape = [self.channels, -1, self.small, self.small]
+        wide = self.tiles * self.gates[0].sigmoid().view(-1, 1, 1, 1)
+        tall = self.tiles * self.gates[1].sigmoid().view(-1, 1, 1, 1)
+        return [side_by_side(wide.view(shape)), stacked(tall.view(shape))]
+
+    def branch_anchors(self) -> list[tuple[int, int]]:
+        """Give the middles of the kernels that the strips stand for."""
+        return [(self.small // 2, self.big // 2), (self.big // 2, self.small // 2)]
 
     def published_macs(self, height: int, width: int) -> int:
         """Count the one tile convolution that both directions share, on an image padded on all sides."""
@@ -196,15 +215,21 @@ class ShiftTiles(RectSource):
         for gate in self.gates:
             nn.init.uniform_(gate, -1.0, 1.0)
 
-    def rects(self) -> list[Rect]:
+    def branch_kernels(self) -> list[Tensor]:
         """Give the wide strip, the tall strip and the tile in the middle."""
         tiles = self.tiles[0]
-        for path in list(self.tiles)[1:]:
-            tiles = tiles + path
+        for i, path in enumerate(self.tiles):
+            if i > 0:
+                tiles = tiles + path
         flat = tiles.flatten(1)
-        wide, tall = (self._moved(self._weighted(flat, d), d) for d in range(2))
+        wide, tall = self._moved(self._weighted(flat, 0), 0), self._moved(self._weighted(flat, 1), 1)
         middle = _take_sum(flat, self.centre, self.channels).view(self.channels, 1, self.small, self.small)
-        return [wide_strip(wide, self.big), tall_strip(tall, self.big), Rect.centred(middle)]
+        return [side_by_side(wide), stacked(tall), middle]
+
+    def branch_anchors(self) -> list[tuple[int, int]]:
+        """Give the middles of the kernels that the strips stand for, and of the tile."""
+        big, small = self.big // 2, self.small // 2
+        return [(small, big), (big, small), (small, small)]
 
     def published_macs(self, height: int, width: int) -> int:
         """Count the tile convolutions of every path, which compute N - 1 pixels more on each axis."""
@@ -230,7 +255,10 @@ class ShiftTiles(RectSource):
         return "" if inside else f"names tiles outside 0..{count - 1}"
 
     def _weighted(self, flat: Tensor, direction: int) -> Tensor:
-        return flat * self.gates[direction].sigmoid().unsqueeze(1) if len(self.gates) else flat
+        for d, gate in enumerate(self.gates):  # none, or two
+            if d == direction:
+                flat = flat * gate.sigmoid().unsqueeze(1)
+        return flat
 
     def _moved(self, flat: Tensor, direction: int) -> Tensor:
         moved = _take_sum(flat, self.tile_at[direction], self.channels)
@@ -279,14 +307,19 @@ class ShuffledStrips(RectSource):
     def arranged(self) -> tuple[Tensor, Tensor]:
         """Give the tiles (C, nk, N, N) of the wide and of the tall strip, in the order of their slots."""
         flat = self.tiles.flatten(1)
-        shape = self.channels, -1, self.small, self.small
-        wide, tall = (_take_sum(flat, table, self.channels).view(shape) for table in self.tile_at)
+        shape = [self.channels, -1, self.small, self.small]
+        wide = _take_sum(flat, self.tile_at[0], self.channels).view(shape)
+        tall = _take_sum(flat, self.tile_at[1], self.channels).view(shape)
         return wide, tall
 
-    def rects(self) -> list[Rect]:
+    def branch_kernels(self) -> list[Tensor]:
         """Give the wide and the tall strip."""
         wide, tall = self.arranged()
-        return [wide_strip(wide, self.big), tall_strip(tall, self.big)]
+        return [side_by_side(wide), stacked(tall)]
+
+    def branch_anchors(self) -> list[tuple[int, int]]:
+        """Give the middles of the kernels that the strips stand for."""
+        return [(self.small // 2, self.big // 2), (self.big // 2, self.small // 2)]
 
     def published_macs(self, height: int, width: int) -> int:
         """Count one tile convolution on an image padded by N - 1 on every side."""
@@ -296,49 +329,6 @@ class ShuffledStrips(RectSource):
     def extra_repr(self) -> str:
         """Name the geometry."""
         return f"{self.channels}, big={self.big}, small={self.small}, branches={self.tile_at.shape[1]}"
-
-
-class TruncatedTiles(KernelSource):
-    """The strips of another source, with the tiles dropped whose middle lies outside the image.
-
-    This is what padding the tile convolution by N // 2 does: near a border it computes something that no single kernel
-    does. An ablation; it is exact but slow, and cannot be folded.
-
-    Args:
-        source: whose arranged tiles are used.
-    """
-
-    num_branches = 2
-
-    def __init__(self, source: ShuffledStrips) -> None:
-        super().__init__()
-        self.source = source
-        self.channels = source.channels
-
-    def responses(self, x: Tensor) -> list[Tensor]:
-        """Convolve with every tile at every pixel, then shift and add the maps."""
-        wide, tall = self.source.arranged()
-        return [self._shift_add(x, wide, 3), self._shift_add(x, tall, 2)]
-
-    def published_macs(self, height: int, width: int) -> int:
-        """Count one tile convolution of the image's own size."""
-        return self.source.tiles.numel() * height * width
-
-    def _shift_add(self, x: Tensor, tiles: Tensor, axis: int) -> Tensor:
-        channels, count, small, _ = tiles.shape
-        maps = F.conv2d(x, tiles.reshape(-1, 1, small, small), padding=small // 2, groups=channels)
-        maps = maps.unflatten(1, (channels, count))
-        extent, total = x.shape[axis], torch.zeros_like(x)
-        for i in range(count):
-            offset = i * small - self.source.big // 2 + small // 2
-            if abs(offset) < extent:
-                start, length = max(0, offset), extent - abs(offset)
-                part = maps[:, :, i].narrow(axis, start, length)
-                before = max(0, -offset)
-                pad = [0, 0, 0, 0]
-                pad[2 * (3 - axis)], pad[2 * (3 - axis) + 1] = before, extent - length - before
-                total = total + F.pad(part, pad)
-        return total
 
 
 def draw_tables(channels: int, count: int, groups: int) -> tuple[Tensor, Tensor]:
@@ -386,14 +376,17 @@ def check_tiles(big: int, small: int) -> None:
 
 
 def _take_sum(flat: Tensor, table: Tensor, channels: int) -> Tensor:
-    """Add up the rows of `flat` (C·nk, taps) that each group's table names: (C, slots, taps), or (C, taps) for one slot."""
-    count = flat.shape[0] // channels
-    start = torch.arange(channels, device=flat.device) * count
-    total: Tensor | None = None
+    """Add up the rows of `flat` (C·nk, taps) that the groups of a table (groups, C) or (groups, C, slots) name.
+
+    Returns:
+        (C·slots, taps)
+    """
+    count = whole_sizes(flat)[0] // channels
+    start = torch.arange(channels, device=flat.device).unsqueeze(1) * count
+    groups = table if table.dim() == 3 else table.unsqueeze(2)
     # One gather a group: within a group no row is taken twice, so that the gradient is summed in a fixed order.
-    for group in table:
-        index = group.long() + (start.unsqueeze(1) if group.dim() == 2 else start)
-        taken = flat.index_select(0, index.flatten()).view(*index.shape, -1)
-        total = taken if total is None else total + taken
-    assert total is not None
+    rows = [(group.long() + start).flatten() for group in groups.unbind(0)]
+    total = flat.index_select(0, rows[0])
+    for row in rows[1:]:
+        total = total + flat.index_select(0, row)
     return total

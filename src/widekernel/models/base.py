@@ -1,7 +1,7 @@
 """What all the networks here share: stem, stages and head, timm's model contract, and checks of the input."""
 
-from __future__ import annotations
-
+# No `from __future__ import annotations` here: graphs that torch.fx makes of a network keep the types of `forward`, and
+# TorchScript does not know them as text.
 import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -14,46 +14,17 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from widekernel import layers
-from widekernel.errors import ArgumentError, ShapeError, nearest
+from widekernel.errors import ArgumentError, nearest
 from widekernel.layers.folding import Fusable, is_folded
 from widekernel.layers.grouped import GroupedKernels
 from widekernel.layers.guarding import guard
 from widekernel.models.asked import Asked, drop_path_rates
+from widekernel.models.input_check import InputCheck
 from widekernel.models.layouts.layout import Layout
 
 _LARGE = (layers.DepthwiseConv2d, layers.FoldedLargeKernel, layers.FoldedPartialChannels, layers.LargeKernel)
 for _leaf in (*_LARGE, layers.PartialChannels, layers.PointwiseConv2d, layers.PointwiseLinear):
     register_notrace_module(_leaf)  # feature extraction by tracing keeps these whole
-
-
-@register_notrace_module
-class InputCheck(nn.Module):
-    """Passes images on, or says what is wrong with their shape.
-
-    Args:
-        in_chans: channels that the network takes.
-        stride: of the whole network; a smaller image would vanish on its way through it.
-    """
-
-    def __init__(self, in_chans: int, stride: int) -> None:
-        super().__init__()
-        self.in_chans, self.stride = in_chans, stride
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, in_chans, H, W) -> the same."""
-        if x.dim() != 4:
-            raise ShapeError(f"the input has shape {tuple(x.shape)}: the network takes (N, {self.in_chans}, H, W)")
-        if x.shape[1] != self.in_chans:
-            raise ShapeError(
-                f"the input has {x.shape[1]} channels but the network takes {self.in_chans}: "
-                f"create it with in_chans={x.shape[1]}, or convert the images"
-            )
-        if x.shape[2] < self.stride or x.shape[3] < self.stride:
-            raise ShapeError(
-                f"the image is {x.shape[2]}x{x.shape[3]} but the network's stride is {self.stride}: "
-                f"both sides must be at least {self.stride} pixels; enlarge the image"
-            )
-        return x
 
 
 class Stage(nn.Module):
@@ -73,7 +44,7 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C', H', W')."""
         x = self.downsample(x)
-        if self.grad_checkpointing and self.training:
+        if self.grad_checkpointing and self.training and not torch.jit.is_scripting():
             return checkpoint_seq(self.blocks, x)
         return self.blocks(x)
 
@@ -244,7 +215,10 @@ class StagedConvNet(Fusable, nn.Module):
 
     def intermediate(self, index: int, x: Tensor) -> Tensor:
         """Give the feature map of stage `index` in the form in which it is handed out."""
-        return self.feature_norms[index](x) if len(self.feature_norms) else x
+        for i, norm in enumerate(self.feature_norms):  # TorchScript cannot pick one
+            if i == index:
+                x = norm(x)
+        return x
 
     def forward_intermediates(
         self,
@@ -254,7 +228,7 @@ class StagedConvNet(Fusable, nn.Module):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
-    ) -> Any:
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """Compute the feature maps of several stages.
 
         Args:
@@ -269,19 +243,20 @@ class StagedConvNet(Fusable, nn.Module):
             The final map and the list of intermediate ones (N, C, H, W), or only the list.
         """
         if output_fmt != "NCHW":
-            raise ArgumentError(f"output_fmt {output_fmt!r} is not supported: these networks give 'NCHW' maps")
+            raise ArgumentError(f"output_fmt '{output_fmt}' is not supported: these networks give 'NCHW' maps")
         take, last = feature_take_indices(len(self.stages), indices)
-        maps = []
+        final = len(self.stages) - 1
+        last = last if stop_early else final
+        maps: list[Tensor] = []
         x = self.stem(self.input_check(x))
-        stages = self.stages[: last + 1] if stop_early else self.stages
-        for i, stage in enumerate(stages):
-            x = stage(x)
-            if i in take:
-                final = norm and i == len(self.stages) - 1
-                maps.append(self.norm_pre(x) if final else self.intermediate(i, x))
+        for i, stage in enumerate(self.stages):
+            if i <= last:
+                x = stage(x)
+                if i in take:
+                    maps.append(self.norm_pre(x) if norm and i == final else self.intermediate(i, x))
         if intermediates_only:
             return maps
-        return (self.norm_pre(x) if len(stages) == len(self.stages) else x), maps
+        return (self.norm_pre(x) if last == final else x), maps
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True

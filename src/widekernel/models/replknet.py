@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from timm.layers import DropPath
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
@@ -102,11 +103,14 @@ class LargeKernelBlock(Fusable, nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
         y = self.pw1(self.prelkb_bn(x))
-        if type(self.large_kernel) is FoldedLargeKernel and is_plain_relu(self.act):
-            y = self.large_kernel(y, relu=True)
-        else:
-            y = self.act(self.large_kernel(y))
+        y = self.act(self.large_kernel(y)) if torch.jit.is_scripting() else self._rectified(y)
         return x + self.drop_path(self.pw2(y))
+
+    @torch.jit.unused
+    def _rectified(self, x: Tensor) -> Tensor:
+        if type(self.large_kernel) is FoldedLargeKernel and is_plain_relu(self.act):
+            return self.large_kernel(x, relu=True)
+        return self.act(self.large_kernel(x))
 
     def foldable(self) -> bool:
         """Whether the norms around the 1x1 convolutions can be folded into them."""

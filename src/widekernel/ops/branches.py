@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from widekernel.ops import tracing
 from widekernel.ops.depthwise import depthwise_sum_op, grad_of_one, of_one, summed
 from widekernel.ops.problem import (
     DEPTHWISE_BRANCHES,
@@ -42,6 +43,7 @@ from widekernel.ops.registration import (
     into_batch,
     into_channels,
     pairs,
+    promises,
 )
 from widekernel.ops.select import fused, prepare, prepared, remember
 
@@ -76,6 +78,8 @@ def depthwise_branches(
         ValueError: if shapes, types or anchors do not fit together.
         NoBackendError: if no backend, or not the one asked for, can compute the call.
     """
+    if torch._C._get_tracing_state() is not None:
+        return tracing.depthwise_branches(x, kernels, anchors, backend, algorithm)
     anchors = middles(kernels) if anchors is None else anchors
     x, kernels = autocast(x, kernels)
     how = How(backend or "", algorithm or "")
@@ -137,7 +141,7 @@ def _branches_op(x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[int], b
     return run(x, kernels, pairs(anchors))
 
 
-@torch.library.register_fake("widekernel::depthwise_branches", lib=LIBRARY)
+@promises("depthwise_branches")
 def _(x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[int], backend: str, algorithm: str) -> list[Tensor]:
     return [torch.empty_like(x, memory_format=memory_format(x)) for _ in kernels]
 
@@ -179,7 +183,7 @@ def _sum_of_branches_op(
     return run(xs, kernels, pairs(anchors))
 
 
-@torch.library.register_fake("widekernel::depthwise_sum_of_branches", lib=LIBRARY)
+@promises("depthwise_sum_of_branches")
 def _(xs: Sequence[Tensor], kernels: Sequence[Tensor], anchors: Sequence[int], backend: str, algorithm: str) -> Tensor:
     return torch.empty_like(xs[0], memory_format=memory_format(xs[0]))
 

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from widekernel.errors import ArgumentError
+from widekernel.ops import tracing
 from widekernel.ops.problem import (
     Anchor,
     Problem,
     check_algorithm,
-    check_per_channel,
+    check_epilogue,
     check_sum,
     check_weight_grad,
     memory_format,
@@ -40,6 +40,7 @@ from widekernel.ops.registration import (
     into_batch,
     into_channels,
     pairs,
+    promises,
 )
 from widekernel.ops.select import prepare, prepared
 
@@ -81,15 +82,14 @@ def depthwise_sum(
         ValueError: if shapes, types or anchors do not fit together.
         NoBackendError: if no backend, or not the one asked for, can compute the call.
     """
+    if torch._C._get_tracing_state() is not None:
+        return tracing.depthwise_sum(x, kernels, anchors, bias, scale, relu, backend, algorithm)
     anchors = middles(kernels) if anchors is None else anchors
     x, kernels, bias, scale = autocast(x, kernels, bias, scale)
     how = How(backend or "", algorithm or "")
     check_algorithm(how.algorithm)
     check_sum(x, kernels, anchors, bias)
-    if scale is not None:
-        check_per_channel("scale", scale, x)
-    if not isinstance(relu, bool):
-        raise ArgumentError(f"relu is {relu!r}: it must be True or False")
+    check_epilogue(x, scale, relu)
     if not differentiated(x, bias, scale, *kernels):
         return depthwise_sum_op(x, kernels, flattened(anchors), bias, scale, relu, *how)
     if scale is None:
@@ -121,6 +121,8 @@ def depthwise_weight_grad(
     Returns:
         (C, 1, kh, kw)
     """
+    if torch._C._get_tracing_state() is not None:
+        return tracing.depthwise_weight_grad(x, grad, kernel_size, anchor, backend, algorithm)
     if anchor is None:
         anchor = (kernel_size[0] // 2, kernel_size[-1] // 2)
     how = How(backend or "", algorithm or "")
@@ -180,7 +182,7 @@ def depthwise_sum_op(
     return run(x, kernels, pairs(anchors), bias, scale, relu)
 
 
-@torch.library.register_fake("widekernel::depthwise_sum", lib=LIBRARY)
+@promises("depthwise_sum")
 def _(x: Tensor, kernels: Any, anchors: Any, bias: Any, scale: Any, relu: bool, backend: str, algorithm: str) -> Tensor:
     return torch.empty_like(x, memory_format=memory_format(x))
 
@@ -211,7 +213,7 @@ def _depthwise_weight_grad_op(x: Tensor, grad: Tensor, geometry: Sequence[int], 
     return run(x, grad, (kh, kw), (row, column))
 
 
-@torch.library.register_fake("widekernel::depthwise_weight_grad", lib=LIBRARY)
+@promises("depthwise_weight_grad")
 def _(x: Tensor, grad: Tensor, geometry: Sequence[int], backend: str, algorithm: str) -> Tensor:
     return x.new_empty(x.shape[1], 1, geometry[0], geometry[1])
 
@@ -230,7 +232,7 @@ def _depthwise_sum_of_taps_op(x: Tensor, taps: Tensor, geometry: Sequence[int], 
     return _DepthwiseSum.forward(x, taps, None, _Call(rects, (), How(backend, algorithm)))
 
 
-@torch.library.register_fake("widekernel::depthwise_sum_of_taps", lib=LIBRARY)
+@promises("depthwise_sum_of_taps")
 def _(x: Tensor, taps: Tensor, geometry: Sequence[int], backend: str, algorithm: str) -> Tensor:
     return torch.empty_like(x, memory_format=memory_format(x))
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,6 +109,38 @@ def is_channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
+def is_recorded() -> bool:
+    """Whether `torch.jit.trace`, or what is built on it, records a graph."""
+    return torch._C._get_tracing_state() is not None
+
+
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """Look at tensors without `torch.jit.trace` making it a part of the graph: their sizes are whole numbers here."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
+
+
+def whole_sizes(tensor: Tensor) -> list[int]:
+    """Give the sizes of a tensor, which in a graph that is recorded are those that it has now."""
+    if torch.jit.is_scripting():
+        return tensor.size()  # type: ignore[return-value]
+    else:  # noqa: RET505 - TorchScript leaves out the other branch, and only that
+        return sizes_now(tensor)
+
+
+def sizes_now(tensor: Tensor) -> Any:
+    """Do the same where TorchScript need not know it, in less time."""
+    if torch._C._get_tracing_state() is None:
+        return tensor.shape
+    with unrecorded():
+        return tensor.shape
+
+
 def memory_format(x: Tensor) -> torch.memory_format:
     """Give the layout of `x`, which is also the layout of what the operators return for it."""
     return torch.channels_last if is_channels_last(x) else torch.contiguous_format
@@ -195,6 +229,14 @@ def check_weight_grad(x: Tensor, grad: Tensor, kernel: Sequence[int], anchor: Se
         raise ArgumentError(f"kernel size {tuple(kernel)} must be two positive numbers (kh, kw)")
     check_anchor(kernel, anchor)
     _check_same("grad", grad, x)
+
+
+def check_epilogue(x: Tensor, scale: Tensor | None, relu: bool) -> None:
+    """Raise unless `scale` and `relu` are what may follow the sum of an input `x`."""
+    if scale is not None:
+        check_per_channel("scale", scale, x)
+    if not isinstance(relu, bool):
+        raise ArgumentError(f"relu is {relu!r}: it must be True or False")
 
 
 def check_per_channel(name: str, values: Tensor, x: Tensor) -> None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch._decomp import register_decomposition
 
 from widekernel.ops.problem import Anchor, allows_tf32, memory_format
 
@@ -34,6 +35,17 @@ def implements(name: str) -> Callable[[Callable[..., Any]], Any]:
     def register(function: Callable[..., Any]) -> Any:
         LIBRARY.impl(name, function, "CompositeExplicitAutograd")
         return getattr(torch.ops.widekernel, name).default
+
+    return register
+
+
+def promises(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Make the decorated function say the shape and the layout of what the operator `name` returns."""
+
+    def register(function: Callable[..., Any]) -> Any:
+        torch.library.register_fake(f"widekernel::{name}", function, lib=LIBRARY)
+        # Where sizes are symbols, PyTorch would otherwise rather ask what the operator is made of; see `decomposing`.
+        return register_decomposition(getattr(torch.ops.widekernel, name).default, type="meta")(function)
 
     return register
 

@@ -1,0 +1,57 @@
+"""What a network says of images that it cannot take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from timm.layers import register_notrace_module
+from torch import Tensor, nn
+
+from widekernel.errors import ShapeError
+from widekernel.ops.problem import whole_sizes
+
+
+@register_notrace_module
+class InputCheck(nn.Module):
+    """Passes images on, or says what is wrong with their shape.
+
+    Args:
+        in_chans: channels that the network takes.
+        stride: of the whole network; a smaller image would vanish on its way through it.
+    """
+
+    def __init__(self, in_chans: int, stride: int) -> None:
+        super().__init__()
+        self.in_chans, self.stride = in_chans, stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_chans, H, W) -> the same."""
+        if torch.jit.is_scripting():
+            self._check_in_script(x)
+        else:
+            self._check(whole_sizes(x))
+        return x
+
+    def _check_in_script(self, x: Tensor) -> None:
+        # TorchScript can neither raise our errors nor compose their texts.
+        if x.dim() != 4 or x.shape[1] != self.in_chans or min(x.shape[2], x.shape[3]) < self.stride:
+            raise ValueError(
+                f"the input has shape {x.shape}: the network takes (N, {self.in_chans}, H, W), "
+                f"H and W at least {self.stride} pixels"
+            )
+
+    @torch.jit.unused
+    def _check(self, shape: Sequence[int]) -> None:
+        if len(shape) != 4:
+            raise ShapeError(f"the input has shape {tuple(shape)}: the network takes (N, {self.in_chans}, H, W)")
+        if shape[1] != self.in_chans:
+            raise ShapeError(
+                f"the input has {shape[1]} channels but the network takes {self.in_chans}: "
+                f"create it with in_chans={shape[1]}, or convert the images"
+            )
+        if shape[2] < self.stride or shape[3] < self.stride:
+            raise ShapeError(
+                f"the image is {shape[2]}x{shape[3]} but the network's stride is {self.stride}: "
+                f"both sides must be at least {self.stride} pixels; enlarge the image"
+            )
