@@ -32,9 +32,9 @@ class Suite:
     ought_to_run: Callable[[], bool] = lambda: False
     how: str = ""
 
-    def holds(self, report: pytest.TestReport) -> bool:
+    def holds(self, item: pytest.Item) -> bool:
         """Whether a test belongs to the suite."""
-        return self.marker in report.keywords if self.marker else report.nodeid.startswith(self.folder)
+        return item.get_closest_marker(self.marker) is not None if self.marker else item.nodeid.startswith(self.folder)
 
 
 def _has_triton() -> bool:
@@ -82,15 +82,19 @@ class SuiteReport:
         self.config = config
         self.tallies: dict[str, Tally] = defaultdict(Tally)
 
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        # Properties travel with the reports of other processes.
+        for item in items:
+            item.user_properties += [("suite", suite.name) for suite in SUITES if suite.holds(item)]
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call" and report.passed:
             return
-        for suite in SUITES:
-            if suite.holds(report):
-                tally = self.tallies[suite.name]
-                tally.ended[report.outcome] += 1
-                if report.skipped and isinstance(report.longrepr, tuple):
-                    tally.reasons[report.longrepr[2].removeprefix("Skipped: ")] += 1
+        for tally in (self.tallies[value] for name, value in report.user_properties if name == "suite"):
+            tally.ended[report.outcome] += 1
+            if report.skipped and isinstance(report.longrepr, tuple):
+                tally.reasons[report.longrepr[2].removeprefix("Skipped: ")] += 1
 
     def selected(self, suite: Suite) -> bool:
         """Whether the marker expression of this run lets tests of the suite through."""

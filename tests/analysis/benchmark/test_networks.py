@@ -82,7 +82,7 @@ def test_what_is_pytorchs_already_stays() -> None:
 def test_rows_of_one_of_ours() -> None:
     model = timm.create_model("slak_nano")
     before = copy.deepcopy(model.state_dict())
-    rows = list(measure_network("slak_nano", model, batch=2, size=32, rounds=1))
+    rows = list(measure_network("slak_nano", model, batch=2, size=64, rounds=1))
     train = ["PyTorch", "ours", "ours, accelerated"]
     infer = ["PyTorch", "ours", "PyTorch, folded", "ours, folded", "ours, accelerated"]
     wanted = [(m, r, layout) for m, rs in (("train", train), ("infer", infer)) for layout in ("NCHW", "NHWC") for r in rs]
@@ -120,18 +120,25 @@ def test_compiled() -> None:
 def test_no_times_of_a_network_that_computes_wrongly(mode: str, op: str, what: str, spoil) -> None:
     spoil(lambda problem: problem.op == op)
     with pytest.raises(BenchmarkError, match=what):
-        list(measure_network("it", _nano(), batch=2, size=32, modes=[mode], rounds=1))
+        list(measure_network("it", _nano(), batch=2, size=64, modes=[mode], rounds=1))
+
+
+class Louder(nn.Module):
+    """Changes outputs and gradients by a tenth."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 1.1 * x
 
 
 @pytest.mark.parametrize("mode", ["infer", "train"])
 def test_no_times_of_a_network_that_is_transformed_wrongly(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def spoilt(network: nn.Module, example: torch.Tensor) -> tuple[nn.Module, None]:
-        return nn.Sequential(network, nn.LeakyReLU(0.9)), None
+        return nn.Sequential(network, Louder()), None
 
     monkeypatch.setattr(rivals, "accelerate", spoilt)
     what = "output" if mode == "infer" else "gradients"
     with pytest.raises(BenchmarkError, match=f"the {what} of it: ours, accelerated N... and PyTorch NHWC differ"):
-        list(measure_network("it", _nano(), batch=2, size=32, modes=[mode], rounds=1))
+        list(measure_network("it", _nano(), batch=2, size=64, modes=[mode], rounds=1))
 
 
 def test_sizes_that_do_not_fit() -> None:
