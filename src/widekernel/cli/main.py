@@ -4,6 +4,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from widekernel import __version__
 from widekernel.errors import WidekernelError, nearest
 
 COMMANDS = {
@@ -29,9 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(_usage())
         return 0 if arguments else EXIT_ERROR
     if arguments[0] == "--version":
-        from importlib.metadata import version
-
-        sys.stdout.write(f"widekernel {version('widekernel')}\n")
+        sys.stdout.write(f"widekernel {__version__}\n")
         return 0
     try:
         return _run(arguments[0], arguments[1:])

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import jsonargparse
 import yaml
 
+from widekernel.cli.paths import with_paths_expanded
 from widekernel.data.errors import ConfigError
 from widekernel.errors import nearest
 
@@ -36,7 +37,7 @@ def parse(parser: jsonargparse.ArgumentParser, arguments: list[str]) -> dict[str
         namespace = parser.parse_args(arguments)
     except jsonargparse.ArgumentError as error:
         raise ConfigError(f"{parser.prog}: {_one_line(error)}. See `{parser.prog} --help`.") from error
-    return namespace.as_dict()
+    return with_paths_expanded(namespace.as_dict())
 
 
 def build(kind: type[T], values: dict[str, Any], key: str = "") -> T:

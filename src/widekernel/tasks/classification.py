@@ -26,9 +26,11 @@ from widekernel.data import (
 )
 from widekernel.data.loading import MIX_STREAM
 from widekernel.data.seeding import scoped_seed
+from widekernel.files import explained, write_atomically
 from widekernel.models.checkpoint import load_checkpoint
 from widekernel.sparsity import save_masks
 from widekernel.tasks.assembly import build_model, choose_device, pretrained_cfg
+from widekernel.tasks.channels import for_channels, input_channels
 from widekernel.tasks.config import TrainConfig
 from widekernel.tasks.evaluation import EvaluationOptions, evaluate
 from widekernel.tasks.fingerprint import fingerprint
@@ -45,7 +47,6 @@ from widekernel.training import (
 )
 from widekernel.training.config import Metrics
 from widekernel.training.curves import save_curves
-from widekernel.training.files import explained, write_atomically
 from widekernel.training.metrics_log import read_metrics
 from widekernel.training.random_state import seed_run
 
@@ -135,7 +136,9 @@ def _train(config: TrainConfig, folder: RunFolder, reporter: Reporter, processes
     seed_run(config.seed, processes.rank)
     model = _build(config, num_classes, _has_begun(folder), reporter)
     preprocessing = Preprocessing.resolve(config.data, pretrained_cfg(model))
-    train_transform = preprocessing.train_transform(config.augment)
+    channels = input_channels(model)
+    train_transform = for_channels(preprocessing.train_transform(config.augment), channels)
+    eval_transform = for_channels(preprocessing.eval_transform(), channels)
     folder.prepare(config.to_dict())
     summary = folder.read_summary(SUMMARY_KEYS)
     if summary is not None and not _lacks_models(config, folder, reporter):
@@ -145,7 +148,7 @@ def _train(config: TrainConfig, folder: RunFolder, reporter: Reporter, processes
     loader = TrainingLoader(TrainingSamples(train_source, train_transform, config.seed), options, processes.share)
     eval_size = config.loop.eval_batch_size or max(1, config.loop.batch_size * 3 // 2)
     val_loader = evaluation_loader(
-        EvaluationSamples(val_source, preprocessing.eval_transform()),
+        EvaluationSamples(val_source, eval_transform),
         replace(options, batch_size=eval_size),
         processes.share,
     )

@@ -13,8 +13,8 @@ from widekernel.training.config import (
     ScheduleConfig,
     SparsityConfig,
     TrainingConfig,
+    check_averaging,
 )
-from widekernel.training.sparsification import check_averaging
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from torch import nn
 import widekernel
 from widekernel.data.seeding import derive_seed
 from widekernel.errors import WidekernelError
+from widekernel.tasks.channels import input_channels
 
 RELATIVE_TOLERANCE = 1e-3
 """Largest accepted difference of outputs, relative to the largest output."""
@@ -41,7 +42,7 @@ def fold_and_check(model: nn.Module, input_size: int, images: int = 4) -> tuple[
     model = model.eval()
     folded = widekernel.fold(model).eval()
     generator = torch.Generator().manual_seed(derive_seed(0))
-    inputs = torch.randn(images, 3, input_size, input_size, generator=generator)
+    inputs = torch.randn(images, input_channels(model), input_size, input_size, generator=generator)
     with torch.inference_mode():
         expected, found = model(inputs), folded(inputs)
     check = FoldCheck((expected - found).abs().max().item(), expected.abs().max().item(), images)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from widekernel.errors import CheckpointError
-from widekernel.training.files import reason_of, sha256_of, write_atomically
+from widekernel.files import reason_of, sha256_of, write_atomically
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})\.pt$")

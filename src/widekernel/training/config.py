@@ -6,7 +6,7 @@ from typing import Any, Literal
 from widekernel.data.config import require
 from widekernel.data.errors import ConfigError
 from widekernel.sparsity import DynamicSparsityConfig
-from widekernel.sparsity.semi_structured import SemiStructuredConfig
+from widekernel.sparsity.two_four_config import SemiStructuredConfig
 
 
 @dataclass(frozen=True)
@@ -161,6 +161,12 @@ class SparsityConfig:
                 f"sparsity.semi_structured.method is {self.semi_structured.method!r}, which needs no training: use "
                 "`widekernel sparsify`, then train with --sparsity.method dynamic, .init from_weights and .block 2:4."
             )
+
+
+def check_averaging(config: SparsityConfig, decay: float | None) -> None:
+    """Raise a ``ConfigError`` if weights that stay as they are were to be averaged."""
+    if config.method == "2:4" and decay is not None:
+        raise ConfigError(f"ema.decay is {decay}, but learned 2:4 masks leave the weights as they are: set it to null.")
 
 
 @dataclass(frozen=True)

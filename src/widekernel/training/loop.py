@@ -238,7 +238,7 @@ class Trainer:
         progress = self.progress
         name = self.objective.best_metric
         value = float(metrics[name if self.ema is None else f"ema_{name}"])
-        is_best = progress.best is None or value > progress.best
+        is_best = is_better(value, progress.best)
         if is_best:
             progress.best, progress.best_step = value, progress.step
         self._write_row({**metrics, "train_unreadable": len(progress.unreadable)})
@@ -353,6 +353,11 @@ class Trainer:
         self.progress = Progress.from_state(state["progress"])
         self.log.truncate(state["metrics_rows"])
         restore_random_state(state["random"])
+
+
+def is_better(value: float, best: float | None) -> bool:
+    """Whether a figure beats the best one so far; NaN beats nothing, and anything else beats NaN."""
+    return not math.isnan(value) and (best is None or math.isnan(best) or value > best)
 
 
 def check_unreadable(names: set[str], limit: int, part: str) -> None:

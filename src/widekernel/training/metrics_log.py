@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from widekernel.errors import WidekernelError
-from widekernel.training.files import explained
+from widekernel.files import explained
 
 
 class MetricsLog:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from widekernel.errors import WidekernelError
-from widekernel.training.files import explained, write_atomically
+from widekernel.files import explained, write_atomically
 from widekernel.training.locks import exclusive
 
 LIVE_KEYS = frozenset(
