@@ -209,6 +209,8 @@ def test_what_cannot_be_written_is_explained(tmp_path, write):
 def test_run_folder_names_the_differing_keys(tmp_path):
     folder = RunFolder(tmp_path)
     folder.prepare({"a": {"b": 1, "c": [1, 2]}, "output": "x", "data": {"workers": 1}})
+    folder.begin()
+    MetricsLog(folder.metrics).append({"step": 1})
     folder.prepare({"a": {"b": 1, "c": (1, 2)}, "output": "y", "data": {"workers": 4}})
     with pytest.raises(RunFolderError) as caught:
         folder.prepare({"a": {"b": 2, "c": [1, 2]}, "data": {"workers": 1}, "d": None})
@@ -220,6 +222,8 @@ def test_run_folder_lets_change_what_alters_no_result(tmp_path):
     folder = RunFolder(tmp_path)
     config = make_config(tmp_path).to_dict()
     folder.prepare(config)
+    folder.begin()
+    MetricsLog(folder.metrics).append({"step": 1})
     data = {**config["data"], "max_unreadable": 7, "download": True, "root": "elsewhere"}
     folder.prepare({**config, "data": data, "checkpoint": {"every_epochs": 3, "every_steps": 5, "keep": 9}})
 

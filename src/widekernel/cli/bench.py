@@ -229,7 +229,7 @@ def _ops_parser() -> jsonargparse.ArgumentParser:
 
 
 def _models_parser() -> jsonargparse.ArgumentParser:
-    parser = new_parser("bench models", _MODELS)
+    parser = new_parser("bench models", _MODELS, "[NAMES ...]")
     names = "models (`widekernel models --all` lists them); default on CUDA: RepLKNet-31B, SLaK-T, SW-T and ConvNeXt-T"
     parser.add_argument("names", type=str, nargs="*", help=names)
     parser.add_argument("--batch", type=str | None, default=None, help="images in a call; default 4, on CUDA 64,128")

@@ -28,7 +28,7 @@ _FILES = (".safetensors", ".pth", ".pt")
 
 def make_parser() -> jsonargparse.ArgumentParser:
     """The parser of the command."""
-    parser = new_parser("complexity", _DESCRIPTION)
+    parser = new_parser("complexity", _DESCRIPTION, "SOURCE")
     add_source_arguments(parser, "model name (`widekernel models`), run folder, or checkpoint file")
     parser.add_argument("--input_size", type=int | None, default=None, help="pixels; default: the model's own")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

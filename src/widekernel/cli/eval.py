@@ -27,7 +27,7 @@ _DESCRIPTION = (
 
 def make_parser() -> jsonargparse.ArgumentParser:
     """The parser of the command."""
-    parser = new_parser("eval", _DESCRIPTION)
+    parser = new_parser("eval", _DESCRIPTION, "SOURCE")
     add_source_arguments(parser)
     parser.add_class_arguments(EvalOptions, as_group=False)
     parser.add_class_arguments(DataConfig, "data")

@@ -15,7 +15,7 @@ from widekernel.tasks.sources import Source
 
 def make_parser() -> jsonargparse.ArgumentParser:
     """The parser of the command."""
-    parser = new_parser("fold", "Merge branches and batch norms, verify that the outputs are the same, and save.")
+    parser = new_parser("fold", "Merge branches and batch norms, verify that the outputs are the same, and save.", "SOURCE")
     add_source_arguments(parser)
     parser.add_argument("--output", type=str | None, default=None, help="file to write; default: beside the source")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")

@@ -1,7 +1,9 @@
 """Entry point of ``widekernel``: chooses the command and turns expected errors into one clear message."""
 
 import importlib
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from widekernel import __version__
@@ -35,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(arguments[0], arguments[1:])
     except WidekernelError as error:
+        if os.environ.get("WIDEKERNEL_TRACEBACK"):
+            traceback.print_exc()
         sys.stderr.write(f"error: {error}\n")
         return EXIT_ERROR
     except KeyboardInterrupt:

@@ -13,7 +13,7 @@ from widekernel.errors import nearest
 
 def make_parser() -> jsonargparse.ArgumentParser:
     """The parser of the command."""
-    parser = new_parser("models", "List widekernel's models with parameters (millions) and default input size.")
+    parser = new_parser("models", "List widekernel's models with parameters (millions) and default input size.", "[PATTERN]")
     parser.add_argument("pattern", type=str, nargs="?", default="*", help="only names that match, such as slak*")
     parser.add_argument("--all", action="store_true", help="timm's other models as well (names only)")
     return parser

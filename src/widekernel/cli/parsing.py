@@ -19,10 +19,18 @@ FREE_KEYS = ("model.args", "model_args")
 T = TypeVar("T")
 
 
-def new_parser(command: str, description: str) -> jsonargparse.ArgumentParser:
-    """A parser that raises instead of leaving the program, and accepts no abbreviations."""
+def new_parser(command: str, description: str, takes: str = "") -> jsonargparse.ArgumentParser:
+    """A parser that raises instead of leaving the program, and accepts no abbreviations.
+
+    Args:
+        command: its name.
+        description: what it does.
+        takes: what stands before the options, such as SOURCE.
+    """
+    prog = f"widekernel {command}"
+    usage = " ".join(part for part in (prog, takes, "[OPTIONS]") if part)
     return jsonargparse.ArgumentParser(
-        prog=f"widekernel {command}", description=description, exit_on_error=False, allow_abbrev=False
+        prog=prog, usage=usage, description=description, exit_on_error=False, allow_abbrev=False
     )
 
 

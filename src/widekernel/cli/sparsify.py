@@ -31,7 +31,7 @@ _DESCRIPTION = (
 
 def make_parser() -> jsonargparse.ArgumentParser:
     """The parser of the command."""
-    parser = new_parser("sparsify", _DESCRIPTION)
+    parser = new_parser("sparsify", _DESCRIPTION, "SOURCE")
     add_source_arguments(parser)
     parser.add_class_arguments(SparsifyConfig, as_group=False)
     parser.add_class_arguments(LearningConfig, as_group=False)

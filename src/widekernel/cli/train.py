@@ -80,6 +80,9 @@ def print_result(result: RunResult) -> None:
     """Tell how a run ended."""
     summary, console = result.summary, results()
     state = "was already finished" if result.was_finished else "is finished"
+    if result.other_code:
+        state = f"was finished {result.other_code};"
+        state += " `widekernel eval` measures its model with this code, another --output trains anew"
     console.print(f"The run in {result.folder.path} {state} ({summary['epochs']} epochs, {summary['step']} steps).",
                   soft_wrap=True)  # fmt: skip
     console.print(f"  weights           top-1 {summary['val_top1']:.2f} %  top-5 {summary['val_top5']:.2f} %")

@@ -59,7 +59,7 @@ def run(arguments: list[str]) -> int:
 
 def make_parser() -> jsonargparse.ArgumentParser:
     """The parser of the command."""
-    parser = new_parser("tune", _DESCRIPTION)
+    parser = new_parser("tune", _DESCRIPTION, "[NAMES ...]")
     parser.add_argument("names", type=str, nargs="*", help="models (`widekernel models --all` lists them)")
     parser.add_argument("--batch", type=int | None, default=None, help=f"images in a call; default {_BATCH}")
     parser.add_argument("--size", type=int | None, default=None, help="pixels; default: the model's own")

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from widekernel.data.errors import DataError
 from widekernel.data.loading import Unreadable
+from widekernel.training.failures import explained_failure
 from widekernel.training.loop import check_unreadable
 from widekernel.training.processes import Processes
 from widekernel.training.progress import Reporter, SilentReporter
@@ -108,7 +109,8 @@ def _rounds(loader: DataLoader, processes: Processes) -> int:
 
 
 def _batch_sums(model: nn.Module, images: Tensor, targets: Tensor, options: EvaluationOptions) -> Tensor:
-    logits = model(images.to(options.device, non_blocking=True)).float()
+    with explained_failure("Evaluating the network"):
+        logits = model(images.to(options.device, non_blocking=True)).float()
     if options.class_order is not None:
         targets = torch.tensor(options.class_order)[targets]
     targets = targets.to(options.device, non_blocking=True)

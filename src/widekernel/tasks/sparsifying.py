@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -96,9 +97,9 @@ def learn(
     model, saved = load(source)
     if saved.form != "training":
         raise ConfigError(f"{source.path} is folded; masks are learned before folding. Give the network it was made from.")
-    reference = folder / "start.safetensors"
+    reference, run = folder / "start.safetensors", RunFolder(folder)
     _check_start(model, reference, source)
-    RunFolder(folder).make_writable()
+    made = run.make_writable()
     save_model(model, reference, saved)
     settings = TrainConfig(
         seed=config.seed,
@@ -113,7 +114,14 @@ def learn(
         loop=LoopConfig(batch_size=learning.batch_size, device=learning.device),
         sparsity=SparsityConfig("2:4", semi_structured=_two_four(config)),
     )
-    train(settings, reporter)
+    try:
+        train(settings, reporter)
+    finally:
+        if not run.has_begun():
+            reference.unlink()
+            for each in reversed(made):
+                with suppress(OSError):  # a folder that is not empty stays
+                    each.rmdir()
     learned, _ = load(Source(folder))
     masks = load_masks(RunFolder(folder).masks, learned)
     # The same layers are chosen by any method; this one finds the reasons against the others again.
@@ -132,10 +140,14 @@ def learn(
     ), saved
 
 
+_NOT_YET = {"start.safetensors", ".lock"}
+"""What a run that was killed before its first step leaves."""
+
+
 def _check_start(model: nn.Module, reference: Path, source: Source) -> None:
     """Raise unless the run folder is new, or learns the masks of just this network."""
     folder = reference.parent
-    if not folder.exists():
+    if not folder.exists() or ({path.name for path in folder.iterdir()} <= _NOT_YET and not RunFolder(folder).has_begun()):
         return
     if not reference.is_file():
         if any(folder.iterdir()):
