@@ -21,6 +21,7 @@ from widekernel.training import (
     TrainingError,
 )
 from widekernel.training.curves import save_curves
+from widekernel.training.loop import is_better
 from widekernel.training.metrics_log import MetricsLog, read_metrics
 from widekernel.training.optimization import create_optimizer, create_schedule
 
@@ -257,3 +258,12 @@ def test_curves_of_short_runs(tmp_path, rows):
     save_curves(rows, tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as picture:
         assert picture.format == "PNG"
+
+
+@pytest.mark.parametrize(
+    ("value", "best", "expected"),
+    [(1.0, None, True), (2.0, 1.0, True), (1.0, 1.0, False), (1.0, math.nan, True), (math.nan, 1.0, False),
+     (math.nan, None, False), (math.nan, math.nan, False)],
+)  # fmt: skip
+def test_nan_is_worse_than_anything(value, best, expected):
+    assert is_better(value, best) is expected

@@ -73,7 +73,7 @@ def read_settings(path: str, parser: jsonargparse.ArgumentParser) -> dict[str, A
         ConfigError: the file is missing, is no YAML mapping, or holds an unknown key.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        content = yaml.load(Path(path).read_text(encoding="utf-8-sig"), Loader=_StrictLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"The configuration file {path!r} cannot be read: {error}.") from error
     except yaml.YAMLError as error:
@@ -128,6 +128,20 @@ def listed(option: str, text: str, known: Sequence[str]) -> list[str]:
         if name not in known:
             raise ConfigError(f"{option} has {name!r}.{nearest(name, known)} It takes {', '.join(known)}, with commas.")
     return [name for name in known if name in names]
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML would take the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge" and isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    line = key.start_mark.line + 1
+                    raise yaml.YAMLError(f"the key {key.value!r} stands twice in one section, again in line {line}")
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def _check_names(parser: jsonargparse.ArgumentParser, arguments: list[str]) -> None:
