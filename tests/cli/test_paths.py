@@ -81,3 +81,15 @@ def test_a_key_that_stands_twice_is_refused(home: Path, capsys: pytest.CaptureFi
     (home / "c.yaml").write_text("optimizer:\n  lr: 1e-3\n  eps: 1e-8\n  lr: 2e-3\n")
     assert main(["train", "--config", "c.yaml"]) == 2
     assert "'lr' stands twice in one section, again in line 4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["", " adam"])
+def test_a_section_that_holds_no_settings(value: str, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (home / "c.yaml").write_text(f"optimizer:{value}\n")
+    assert main(["train", "--config", "c.yaml"]) == 2
+    assert f"optimizer is {(value.strip() or None)!r}, but must hold settings: betas, clip_grad" in capsys.readouterr().err
+
+
+def test_an_empty_file_sets_nothing(home: Path) -> None:
+    (home / "c.yaml").write_text("# nothing yet\n")
+    assert parse_config(["--config", "c.yaml"]) == parse_config([])

@@ -12,31 +12,33 @@ from widekernel.training import RunFolder, RunFolderError
 from widekernel.training.metrics_log import MetricsLog
 
 
-def test_what_fails_before_its_first_step_leaves_nothing(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path / "a" / "b" / "run")
-    with pytest.raises(KeyError), folder.reserved():
+def fail(folder: RunFolder, after_a_step: bool = False) -> None:
+    with folder.reserved():
         assert folder.lock.exists()
         folder.prepare({"a": 1})
+        if after_a_step:
+            folder.begin()
+            MetricsLog(folder.metrics).append({"step": 1})
         raise KeyError
+
+
+def test_what_fails_before_its_first_step_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyError):
+        fail(RunFolder(tmp_path / "a" / "b" / "run"))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_of_somebody_stays_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    folder = RunFolder(tmp_path)
-    with pytest.raises(KeyError), folder.reserved():
-        folder.prepare({"a": 1})
-        raise KeyError
+    with pytest.raises(KeyError):
+        fail(RunFolder(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_a_run_that_has_begun_keeps_its_folder(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
-    with pytest.raises(KeyError), folder.reserved():
-        folder.prepare({"a": 1})
-        folder.begin()
-        MetricsLog(folder.metrics).append({"step": 1})
-        raise KeyError
+    with pytest.raises(KeyError):
+        fail(folder, after_a_step=True)
     assert folder.lock.exists() and folder.read_config() == {"a": 1} and folder.has_begun()
     with pytest.raises(RunFolderError, match="a: 1 there, 2 now"):
         RunFolder(folder.path).prepare({"a": 2})

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -44,7 +45,7 @@ def parse(parser: jsonargparse.ArgumentParser, arguments: list[str]) -> dict[str
     try:
         namespace = parser.parse_args(arguments)
     except jsonargparse.ArgumentError as error:
-        raise ConfigError(f"{parser.prog}: {_one_line(error)}. See `{parser.prog} --help`.") from error
+        raise ConfigError(f"{parser.prog}: {_readable(_one_line(error))}. See `{parser.prog} --help`.") from error
     return with_paths_expanded(namespace.as_dict())
 
 
@@ -83,9 +84,12 @@ def read_settings(path: str, parser: jsonargparse.ArgumentParser) -> dict[str, A
     if not isinstance(content, dict):
         raise ConfigError(f"The configuration file {path!r} holds {type(content).__name__}, but must hold settings.")
     known = known_keys(parser)
-    for key in settings_by_key(content, known):
+    for key, value in settings_by_key(content, known).items():
         if key not in known:
             raise ConfigError(f"{path} holds the unknown key {key!r}.{nearest(key, known)}")
+        inside = sorted(name.removeprefix(f"{key}.") for name in known if name.startswith(f"{key}."))
+        if inside and key not in FREE_KEYS and (value is None or (isinstance(value, str) and not Path(value).is_file())):
+            raise ConfigError(f"{path}: {key} is {value!r}, but must hold settings: {', '.join(inside)}.")
     return content
 
 
@@ -167,6 +171,21 @@ def _nested_type(field: dataclasses.Field) -> Any:
 
 def _tuples(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
+
+
+_WORDS = {
+    "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null",
+    "tuple": "a list of numbers such as [0.5, 1]", "list": "a list such as [a, b]", "dict": "settings",
+}  # fmt: skip
+
+
+def _readable(text: str) -> str:
+    """Say what jsonargparse says of a value of the wrong type in the form of other errors."""
+    of_a_key = re.match(r'Parser key "([^"]+)": .*(?:Got|Given) value: (.*)$', text)
+    wanted = list(dict.fromkeys(re.findall(r"Expected an? <class '(\w+)'>", text)))
+    if of_a_key is None or not wanted or any(kind not in _WORDS for kind in wanted):
+        return text
+    return f"{of_a_key.group(1)} is {of_a_key.group(2)}, but must be {' or '.join(_WORDS[kind] for kind in wanted)}"
 
 
 def _one_line(error: Exception) -> str:

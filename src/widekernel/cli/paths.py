@@ -27,8 +27,10 @@ def expanded(key: str, text: str) -> str:
         text: the path as it was written.
 
     Raises:
-        ConfigError: a variable is not set.
+        ConfigError: a variable is not set, or nothing is left.
     """
+    if not text.strip():
+        raise ConfigError(f"{key} is {text!r}, but must be a path: give one, or leave it out.")
     if os.path.lexists(text):
         return text
 

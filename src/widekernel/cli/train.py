@@ -60,14 +60,15 @@ def parse_config(arguments: list[str]) -> TrainConfig:
     parser = make_parser()
     files, rest = _split_config_files(arguments)
     recipe_name = None
-    for file in files:
-        recipe_name = read_settings(file, parser).get("recipe", recipe_name)
+    contents = {file: read_settings(file, parser) for file in files}
+    for content in contents.values():
+        recipe_name = content.get("recipe", recipe_name)
     recipe_name = _recipe_argument(rest) or recipe_name
     if recipe_name is not None:
         recipe = load_recipe(recipe_name)
         parser.set_defaults(settings_by_key(recipe.settings, known_keys(parser)))
     # files first: the command line wins wherever --config stands on it
-    values = parse(parser, [f"--config={file}" for file in files] + rest)
+    values = parse(parser, [f"--config={file}" for file in files if contents[file]] + rest)
     values.pop("config", None)
     values.pop("recipe", None)
     values["model"]["args"] = typed(values["model"]["args"])
