@@ -64,7 +64,7 @@ def test_other_settings_take_the_place_of_a_run_that_never_began(names: list[str
 
 def test_files_like_those_of_a_run_are_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"somebody's")
-    with pytest.raises(RunFolderError, match=r"holds model\.safetensors, but no config\.yaml"):
+    with pytest.raises(RunFolderError, match=r"holds model\.safetensors without its config\.yaml"):
         RunFolder(tmp_path).prepare({"a": 1})
 
 

@@ -73,7 +73,7 @@ class RunFolder:
             found = [path.name for path in own if path.exists()]
             if found:
                 raise RunFolderError(
-                    f"{self.path} holds {', '.join(found)}, but no config.yaml, so it is no run that can be resumed. "
+                    f"{self.path} holds {', '.join(found)} without its config.yaml, so it is no run that can be resumed. "
                     "Choose another --output."
                 )
         self._pending = config
