@@ -7,7 +7,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import widekernel
-from widekernel.data import DataConfig
+from widekernel.data import AugmentConfig, DataConfig
 from widekernel.errors import CheckpointError, WidekernelError
 from widekernel.tasks import classification
 from widekernel.tasks.classification import train
@@ -200,7 +200,10 @@ def test_the_corrected_command_follows_a_first_attempt_that_failed(make, images,
         (make(data=DataConfig(root=str(images / "nowhere"), workers=0)), "nowhere"),
         (make(loop=LoopConfig(batch_size=4000, device="cpu")), "4000"),
         (make(ema=EmaConfig(decay=0.99999)), r"ema\.decay is 0\.99999"),
-        (make(model=ModelConfig("test_vit")), "Training step 1 failed"),
+        (
+            make(loop=LoopConfig(batch_size=1, device="cpu"), augment=AugmentConfig(mixup=0, cutmix=0)),
+            "raise loop.batch_size",
+        ),
     ):
         with pytest.raises(WidekernelError, match=words):
             train(config)

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from widekernel.data.errors import ConfigError
+from widekernel.training.run_folder import RunFolder
 
 
 def output_file(path: Path, what: str, source: Path, overwrite: bool, beside: tuple[Path, ...] = ()) -> Path:
@@ -26,14 +27,18 @@ def output_file(path: Path, what: str, source: Path, overwrite: bool, beside: tu
     for file in (path, *beside):
         if file.is_dir():
             raise ConfigError(f"The output is {str(file)!r}, which is a folder. Give --output a file.")
-        if file.exists() and source.exists() and file.samefile(source):
-            raise ConfigError(
-                f"The output {str(file)!r} is the source itself, which would be lost. Choose another --output."
-            )
+        if file.exists() and any(file.samefile(own) for own in _not_to_be_lost(source)):
+            raise ConfigError(f"The output {str(file)!r} is the source, which would be lost. Choose another --output.")
         if file.exists() and not overwrite:
             raise ConfigError(f"{file} exists. Choose another --output, or add --overwrite.")
     check_folder(path.parent, "--output")
     return path
+
+
+def _not_to_be_lost(source: Path) -> list[Path]:
+    """What a network is read from: the file, or the results of the run in the folder."""
+    run = RunFolder(source)
+    return [path for path in (source, run.model, run.model_ema, run.masks) if path.is_file()]
 
 
 def check_folder(folder: Path, option: str) -> None:

@@ -232,12 +232,11 @@ def _lacks_models(config: TrainConfig, folder: RunFolder, reporter: Reporter) ->
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a model file is there and not cut off."""
+    """Whether a model file is there, not cut off, and in the form that training leaves."""
     try:
-        read_saved(path)
+        return read_saved(path).form == "training"
     except CheckpointError:
         return False
-    return True
 
 
 def _finish(trainer: Trainer, saved: SavedModel) -> dict[str, Any]:
