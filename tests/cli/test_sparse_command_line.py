@@ -222,3 +222,6 @@ def test_outputs_that_would_lose_something(command: str, tmp_path: Path, capsys)
     ):
         assert words in refused(capsys, command, str(path), "--output", str(output), "--overwrite")
     assert path.read_bytes() == b"the source"
+    (tmp_path / "model.safetensors").write_bytes(b"of the run")
+    own = str(tmp_path / "model.safetensors")
+    assert "is the source" in refused(capsys, command, str(tmp_path), "--output", own, "--overwrite")
