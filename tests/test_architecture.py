@@ -21,7 +21,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # Each folder imports only from itself and from those before it.
 FOLDERS = ["ops", "layers", "models", "transforms", "sparsity", "data", "training", "tasks", "analysis", "recipes", "cli"]
 HANDED_A_MODEL = ["sparsity", "data", "training"]
-FOR_EVERYBODY = ["errors"]
+FOR_EVERYBODY = ["errors", "files", "lazy"]
 # Programs for `python -m`, which nobody imports.
 PROGRAMS = ["timm"]
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60
@@ -47,11 +47,35 @@ def imported(tree: ast.Module, package: str) -> set[str]:
     return names
 
 
-def folders_imported(file: Path) -> set[str]:
-    package = module_name(file) if file.name == "__init__.py" else module_name(file).rpartition(".")[0]
-    names = imported(ast.parse(file.read_text()), package)
+def used_of_the_package(tree: ast.Module) -> set[str]:
+    """Name what a file takes from `import widekernel`: the attributes that it uses, and the networks, which it registers."""
+    bound = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name == "widekernel" or (alias.name.startswith("widekernel.") and not alias.asname):
+                    bound.add(alias.asname or "widekernel")
+    attributes = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)]
+    used = {f"widekernel.{node.attr}" for node in attributes if node.value.id in bound}
+    plain = any(isinstance(n, ast.Import) and any(a.name == "widekernel" for a in n.names) for n in ast.walk(tree))
+    return used | ({"widekernel.models"} if plain else set())
+
+
+def defining(name: str) -> str:
+    """Give the module that a public name of the package comes from: `widekernel.fold` is of `widekernel.transforms.fold`."""
+    top, _, attribute = name.partition(".")
+    return widekernel._WHERE.get(attribute, name) if top == "widekernel" else name
+
+
+def folders_of(tree: ast.Module, package: str) -> set[str]:
+    names = {defining(name) for name in imported(tree, package) | used_of_the_package(tree)}
     inside = {name.split(".")[1] for name in names if name.startswith("widekernel.")}
     return inside & {path.name for path in SOURCE.iterdir() if path.is_dir()}
+
+
+def folders_imported(file: Path) -> set[str]:
+    package = module_name(file) if file.name == "__init__.py" else module_name(file).rpartition(".")[0]
+    return folders_of(ast.parse(file.read_text()), package)
 
 
 def relative(file: Path) -> str:
@@ -76,6 +100,20 @@ def test_imports_are_found() -> None:
     assert imported(tree, "p.q") == {"a.b", "a", "a.c", "p.q", "p.q.d", "p.e", "p.e.g"}
     assert folders_imported(SOURCE / "layers" / "conv.py") == {"ops", "layers"}
     assert "ops" in folders_imported(SOURCE / "__init__.py")
+
+
+@pytest.mark.parametrize(
+    ("text", "folders"),
+    [
+        ("import widekernel", {"models"}),
+        ("import widekernel\nwidekernel.fold(0)", {"models", "transforms"}),
+        ("import widekernel as w\nw.sparsity.compact", {"models", "sparsity"}),
+        ("from widekernel import fold", {"transforms"}),
+        ("import widekernel.data.config\nwidekernel.tasks.saved", {"data", "tasks"}),
+    ],
+)
+def test_the_package_itself_is_no_way_around(text: str, folders: set[str]) -> None:
+    assert folders_of(ast.parse(text), "widekernel.any") == folders
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if folder_of(file)], ids=relative)
@@ -103,7 +141,8 @@ def test_kernels_for_gpus_are_loaded_only_to_be_launched() -> None:
 
 @pytest.mark.parametrize("name", FOR_EVERYBODY)
 def test_what_everybody_imports_imports_nothing_of_ours(name: str) -> None:
-    assert not {n for n in imported(ast.parse((SOURCE / f"{name}.py").read_text()), "widekernel") if "widekernel" in n}
+    names = {n for n in imported(ast.parse((SOURCE / f"{name}.py").read_text()), "widekernel") if "widekernel" in n}
+    assert {n.split(".")[1] for n in names} <= set(FOR_EVERYBODY) - {name}
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -200,7 +239,7 @@ def test_importing_loads_no_heavy_packages(importing: list) -> None:
 
 def test_importing_loads_only_what_the_networks_need(importing: list) -> None:
     loaded = {name.split(".")[1] for name in importing[2] if name.startswith("widekernel.")}
-    assert loaded == {"errors", "layers", "models", "ops", "sparsity", "transforms"}
+    assert loaded == {"errors", "files", "layers", "lazy", "models", "ops"}
 
 
 def seconds(statement: str) -> float:

@@ -1,10 +1,16 @@
 """ConvNets with very wide and very sparse kernels. Importing the package registers its networks with timm."""
 
-from widekernel import ops, sparsity
-from widekernel.layers import DepthwiseConv2d, LargeKernel, Rectangles, ShiftTiles
-from widekernel.models import load_checkpoint, save_checkpoint
-from widekernel.transforms.acceleration import accelerate
-from widekernel.transforms.fold import fold
+import sys
+from typing import TYPE_CHECKING
+
+from widekernel.lazy import attach
+
+if TYPE_CHECKING:
+    from widekernel import ops, sparsity
+    from widekernel.layers import DepthwiseConv2d, LargeKernel, Rectangles, ShiftTiles
+    from widekernel.models import load_checkpoint, save_checkpoint
+    from widekernel.transforms.acceleration import accelerate
+    from widekernel.transforms.fold import fold
 
 __version__ = "0.4.0"
 
@@ -21,3 +27,34 @@ __all__ = [
     "save_checkpoint",
     "sparsity",
 ]
+
+_WHERE = {
+    "DepthwiseConv2d": "widekernel.layers",
+    "LargeKernel": "widekernel.layers",
+    "Rectangles": "widekernel.layers",
+    "ShiftTiles": "widekernel.layers",
+    "accelerate": "widekernel.transforms.acceleration",
+    "fold": "widekernel.transforms.fold",
+    "layers": "widekernel.layers",
+    "load_checkpoint": "widekernel.models",
+    "models": "widekernel.models",
+    "ops": "widekernel.ops",
+    "save_checkpoint": "widekernel.models",
+    "sparsity": "widekernel.sparsity",
+    "transforms": "widekernel.transforms",
+}
+__getattr__, __dir__ = attach(__name__, _WHERE)
+
+
+def _is_the_command() -> bool:
+    """Whether this process is the command line, which imports the networks where it needs them, and not for --help."""
+    if "widekernel_command" in sys.modules:
+        return True
+    # `python -m widekernel`: Python imports the package before it says so in sys.argv[0].
+    arguments = sys.argv[1:]
+    interpreter = sys.orig_argv[: len(sys.orig_argv) - len(arguments)]
+    return sys.argv[:1] == ["-m"] and (interpreter[-2:] == ["-m", "widekernel"] or interpreter[-1:] == ["-mwidekernel"])
+
+
+if not _is_the_command():
+    import widekernel.models  # noqa: F401 - registers the networks

@@ -4,7 +4,8 @@ import pytest
 import torch
 from PIL import Image
 
-from widekernel.cli import eval as command
+from widekernel.cli.evaluating import evaluate_on
+from widekernel.cli.options import EvalOptions
 from widekernel.data import DataConfig, Preprocessing
 from widekernel.tasks.saved import SavedModel
 
@@ -25,7 +26,7 @@ def test_notes_of_an_evaluation(tmp_path, capsys, names):
     preprocessing = Preprocessing(8, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "nearest", 1.0)
     saved = SavedModel("a_model", {}, "training", 4, names, preprocessing)
     data = DataConfig(root=str(tmp_path), workers=0)
-    result = command.evaluate_on(Reads(), saved, data, command.EvalOptions(device="cpu"))
+    result = evaluate_on(Reads(), saved, data, EvalOptions(device="cpu"))
     told = " ".join(capsys.readouterr().err.split())
     assert "4 file(s) left out" in told and "4 .xml" in told
     assert ("matched to its outputs by number" in told) == (names == ())

@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 from tests.cli.test_command_line_run import finished, images, write_config  # noqa: F401 - fixtures
 
 from widekernel.cli.main import main
+from widekernel.data import Preprocessing
 from widekernel.sparsity import load_masks
-from widekernel.tasks.saved import restore_model
+from widekernel.tasks.assembly import build_model
+from widekernel.tasks.saved import SavedModel, restore_model, save_model
 from widekernel.training.metrics_log import read_metrics
 
 
@@ -192,3 +194,34 @@ def test_learned_masks_are_not_taken_for_those_of_another_network(finished: Path
     arguments[5] = str(tmp_path / "other.safetensors")
     assert "holds something else" in refused(capsys, "sparsify", str(finished), *arguments)
     assert [path.name for path in other.iterdir()] == ["notes.txt"]
+
+
+def test_a_named_data_set_is_evaluated_on(tmp_path: Path, capsys) -> None:
+    pytest.importorskip("sklearn")
+    preprocessing = Preprocessing(16, (0.5,) * 3, (0.5,) * 3, "bilinear", 1.0)
+    saved = SavedModel("test_resnet", {}, "training", 10, tuple("0123456789"), preprocessing)
+    path = tmp_path / "m.safetensors"
+    save_model(build_model("test_resnet", 10, {}), path, saved)
+    text = said(capsys, "sparsify", str(path), "--data.name", "digits", "--data.workers", "0")
+    assert "before" in text and "after (360 images)" in text and "no data was given" not in text
+    error = refused(capsys, "sparsify", str(path), "--data.workers", "0", "--overwrite")
+    assert "no data set: name it with --data.root or --data.name" in error
+
+
+@pytest.mark.parametrize("command", ["fold", "sparsify"])
+def test_outputs_that_would_lose_something(command: str, tmp_path: Path, capsys) -> None:
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(b"the source")
+    (tmp_path / "link.safetensors").symlink_to(path)
+    (tmp_path / "folder.safetensors").mkdir()
+    for output, words in (
+        (path, "is the source"),
+        (tmp_path / "link.safetensors", "is the source"),
+        (tmp_path / "folder.safetensors", "is a folder"),
+        (path / "x.safetensors", "is a file"),
+    ):
+        assert words in refused(capsys, command, str(path), "--output", str(output), "--overwrite")
+    assert path.read_bytes() == b"the source"
+    (tmp_path / "model.safetensors").write_bytes(b"of the run")
+    own = str(tmp_path / "model.safetensors")
+    assert "is the source" in refused(capsys, command, str(tmp_path), "--output", own, "--overwrite")

@@ -7,7 +7,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import widekernel
-from widekernel.data import DataConfig, Preprocessing
+from widekernel.data import AugmentConfig, DataConfig, Preprocessing
 from widekernel.errors import CheckpointError, WidekernelError
 from widekernel.tasks import classification
 from widekernel.tasks.assembly import build_model
@@ -214,3 +214,81 @@ def test_an_empty_summary_is_explained(make):
     folder.summary.unlink()
     train(config)
     assert folder.read_summary(classification.SUMMARY_KEYS)
+
+
+class Breaking(SilentReporter):
+    """Stands for whatever goes wrong before the first step."""
+
+    def start_training(self, epochs, steps_per_epoch, first_step):
+        raise Killed
+
+
+def test_the_corrected_command_follows_a_first_attempt_that_failed(make, images, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    for config, words in (
+        (make(data=DataConfig(root=str(images / "nowhere"), workers=0)), "nowhere"),
+        (make(loop=LoopConfig(batch_size=4000, device="cpu")), "4000"),
+        (make(ema=EmaConfig(decay=0.99999)), r"ema\.decay is 0\.99999"),
+        (
+            make(loop=LoopConfig(batch_size=1, device="cpu"), augment=AugmentConfig(mixup=0, cutmix=0)),
+            "raise loop.batch_size",
+        ),
+    ):
+        with pytest.raises(WidekernelError, match=words):
+            train(config)
+        assert not folder.path.exists()
+    with pytest.raises(Killed):
+        train(make(schedule=ScheduleConfig(epochs=3, warmup_epochs=0)), Breaking())
+    assert not folder.path.exists()
+    assert train(make()).summary["epochs"] == 2
+
+
+def test_a_run_killed_before_its_first_step_is_no_run(make, tmp_path):
+    """Nothing could be tidied up."""
+    folder = RunFolder(tmp_path / "run")
+    folder.prepare(make(schedule=ScheduleConfig(epochs=3, warmup_epochs=0)).to_dict())
+    folder.begin()
+    folder.lock.touch()
+    assert train(make()).summary["epochs"] == 2
+
+
+def test_a_result_on_other_images_is_not_reported(make, images):
+    config = make()
+    summary = train(config).summary
+    assert summary["data"]["images"] == 16 and summary["code"]["widekernel"] == widekernel.__version__
+    (images / "val" / "a" / "0.png").rename(images / "val" / "a" / "new.png")
+    with pytest.raises(CheckpointError, match=r"digest of the held-out images was .* --model\.weights"):
+        train(config)
+    # earlier versions kept the description of the data in training states only
+    folder = RunFolder(config.output)
+    folder.write_summary({key: value for key, value in summary.items() if key not in ("data", "code")})
+    with pytest.raises(CheckpointError, match="digest of the held-out images was"):
+        train(config)
+    (images / "val" / "a" / "new.png").rename(images / "val" / "a" / "0.png")
+    again = train(config)
+    assert again.was_finished and "did not note its code" in again.other_code
+
+
+def test_a_result_of_other_code_is_said_to_be_one(make, monkeypatch):
+    config = make()
+    assert train(config).other_code == ""
+    assert train(config).other_code == ""
+    monkeypatch.setattr(classification, "code_fingerprint", lambda: {"widekernel": "9.9", "torch": "x"})
+    again = train(config)
+    assert again.was_finished
+    assert f"widekernel {widekernel.__version__} (now 9.9)" in again.other_code
+
+
+def test_more_epochs_name_the_way_on(make):
+    result = train(make())
+    with pytest.raises(RunFolderError, match=r"schedule\.epochs: 2 there, 3 now") as caught:
+        train(make(schedule=ScheduleConfig(epochs=3, warmup_epochs=0)))
+    assert f"--model.weights {result.folder.model}" in str(caught.value)
+
+
+def test_a_cut_off_model_is_written_again(make):
+    folder = train(make()).folder
+    whole = folder.model.read_bytes()
+    folder.model.write_bytes(whole[: len(whole) // 2])
+    assert train(make()).was_finished
+    assert folder.model.read_bytes() == whole

@@ -208,3 +208,14 @@ def test_devices():
         assert choose_device("auto").type == "cpu"
         with pytest.raises(ValueError, match="no usable CUDA device"):
             choose_device("cuda")
+
+
+def test_every_module_gets_its_own_mode_back():
+    """Frozen layers stay frozen in a network that is trained."""
+    model = nn.Sequential(nn.Sequential(nn.Flatten(), nn.BatchNorm1d(192)), ByBrightness()).train()
+    model[0][1].eval()
+    model[1].drop.eval()
+    modes = [module.training for module in model.modules()]
+    assert len(set(modes)) == 2
+    evaluate(model, loader(array_source(8)), options())
+    assert [module.training for module in model.modules()] == modes

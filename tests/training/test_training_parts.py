@@ -21,6 +21,7 @@ from widekernel.training import (
     TrainingError,
 )
 from widekernel.training.curves import save_curves
+from widekernel.training.loop import is_better
 from widekernel.training.metrics_log import MetricsLog, read_metrics
 from widekernel.training.optimization import create_optimizer, create_schedule
 
@@ -209,6 +210,8 @@ def test_what_cannot_be_written_is_explained(tmp_path, write):
 def test_run_folder_names_the_differing_keys(tmp_path):
     folder = RunFolder(tmp_path)
     folder.prepare({"a": {"b": 1, "c": [1, 2]}, "output": "x", "data": {"workers": 1}})
+    folder.begin()
+    MetricsLog(folder.metrics).append({"step": 1})
     folder.prepare({"a": {"b": 1, "c": (1, 2)}, "output": "y", "data": {"workers": 4}})
     with pytest.raises(RunFolderError) as caught:
         folder.prepare({"a": {"b": 2, "c": [1, 2]}, "data": {"workers": 1}, "d": None})
@@ -220,6 +223,8 @@ def test_run_folder_lets_change_what_alters_no_result(tmp_path):
     folder = RunFolder(tmp_path)
     config = make_config(tmp_path).to_dict()
     folder.prepare(config)
+    folder.begin()
+    MetricsLog(folder.metrics).append({"step": 1})
     data = {**config["data"], "max_unreadable": 7, "download": True, "root": "elsewhere"}
     folder.prepare({**config, "data": data, "checkpoint": {"every_epochs": 3, "every_steps": 5, "keep": 9}})
 
@@ -253,3 +258,12 @@ def test_curves_of_short_runs(tmp_path, rows):
     save_curves(rows, tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as picture:
         assert picture.format == "PNG"
+
+
+@pytest.mark.parametrize(
+    ("value", "best", "expected"),
+    [(1.0, None, True), (2.0, 1.0, True), (1.0, 1.0, False), (1.0, math.nan, True), (math.nan, 1.0, False),
+     (math.nan, None, False), (math.nan, math.nan, False)],
+)  # fmt: skip
+def test_nan_is_worse_than_anything(value, best, expected):
+    assert is_better(value, best) is expected

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from widekernel.errors import CheckpointError
+from widekernel.files import sha256_of
 from widekernel.training.checkpoint import CheckpointStore, load_state
-from widekernel.training.files import sha256_of
 from widekernel.training.random_state import random_state, restore_random_state
 
 

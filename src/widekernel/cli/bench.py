@@ -52,7 +52,7 @@ def run(arguments: list[str]) -> int:
             f"widekernel bench cannot time {arguments[0]!r}.{nearest(arguments[0], kinds)} It times {' or '.join(kinds)}."
         )
     usage = ["usage: widekernel bench {ops,models} [OPTIONS]", *(f"{name}: {text}" for name, (_, text) in kinds.items())]
-    results().print("\n\n".join(usage), markup=False)
+    results().print("\n\n".join(usage))
     return 0 if arguments else 2
 
 
@@ -229,7 +229,7 @@ def _ops_parser() -> jsonargparse.ArgumentParser:
 
 
 def _models_parser() -> jsonargparse.ArgumentParser:
-    parser = new_parser("bench models", _MODELS)
+    parser = new_parser("bench models", _MODELS, "[NAMES ...]")
     names = "models (`widekernel models --all` lists them); default on CUDA: RepLKNet-31B, SLaK-T, SW-T and ConvNeXt-T"
     parser.add_argument("names", type=str, nargs="*", help=names)
     parser.add_argument("--batch", type=str | None, default=None, help="images in a call; default 4, on CUDA 64,128")
@@ -312,7 +312,7 @@ def _cases(values: dict[str, Any], usual: str, batch: int | None) -> tuple[list[
 
 def _say(remarks: Sequence[str]) -> None:
     for remark in remarks:
-        progress_console().print(remark, markup=False, soft_wrap=True)
+        progress_console().print(remark, soft_wrap=True)
 
 
 def _require_backend(name: str | None) -> None:
@@ -342,9 +342,9 @@ class _Page(NamedTuple):
             table.add_column(header, justify="left" if header in _WORDS else "right")
         for row in rows:
             table.add_row(*(cell(row) for _, cell in self.columns))
-        console.print(table, markup=False)
+        console.print(table)
         for remark in remarks:
-            console.print(remark, markup=False, soft_wrap=True)
+            console.print(remark, soft_wrap=True)
         if "markdown" in files:
             text = tables.document(self.title, self.facts, tables.markdown(rows, self.columns), self.notes, self.command)
             tables.write(text.encode(), files["markdown"])

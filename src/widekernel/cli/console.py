@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -16,7 +17,6 @@ from rich.progress import (
 )
 from typing_extensions import override
 
-from widekernel.training.config import Metrics
 from widekernel.training.progress import Reporter
 
 WIDE = 120
@@ -29,13 +29,13 @@ Advance = Callable[[str, int], None]
 
 
 def results() -> Console:
-    """Where results go."""
-    return Console(highlight=False)
+    """Where results go. Nothing that is printed, in tables and their titles neither, is read as markup or emoji."""
+    return Console(highlight=False, markup=False, emoji=False)
 
 
 def progress_console() -> Console:
     """Where progress and messages go, so that results can be piped."""
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def for_tables() -> Console:
@@ -46,10 +46,15 @@ def for_tables() -> Console:
     return console
 
 
+def _plain(template: str) -> TextColumn:
+    """A column of a progress bar whose text is no markup, whatever it holds."""
+    return TextColumn(template, markup=False)
+
+
 @contextmanager
 def progress(total: int) -> Iterator[Advance]:
     """Show a bar on standard error; give what sets its text and moves it on."""
-    columns = TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn()
+    columns = _plain("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=progress_console(), transient=True) as bar:
         task = bar.add_task("", total=total)
 
@@ -66,11 +71,11 @@ class ConsoleReporter(Reporter):
         self.console = console or progress_console()
         times = [TimeElapsedColumn(), TimeRemainingColumn()] if self.console.width >= WIDE else []
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            _plain("{task.description}"),
             BarColumn(bar_width=40 if self.console.width >= WIDE else 12),
             MofNCompleteColumn(),
             *times,
-            TextColumn("{task.fields[note]}"),
+            _plain("{task.fields[note]}"),
             console=self.console,
             transient=True,
         )
@@ -87,7 +92,7 @@ class ConsoleReporter(Reporter):
 
     @override
     def message(self, text: str) -> None:
-        self.console.print(text, markup=False, soft_wrap=True)
+        self.console.print(text, soft_wrap=True)
 
     @override
     def start_training(self, epochs: int, steps_per_epoch: int, first_step: int) -> None:
@@ -115,11 +120,11 @@ class ConsoleReporter(Reporter):
             self._progress.advance(self._evaluation, batches)
 
     @override
-    def epoch(self, epoch: int, metrics: Metrics) -> None:
+    def epoch(self, epoch: int, metrics: dict[str, Any]) -> None:
         if self._evaluation is not None:
             self._progress.remove_task(self._evaluation)
             self._evaluation = None
         text = f"epoch {epoch + 1:>3}/{self._epochs}  top-1 {metrics['val_top1']:6.2f} %  loss {metrics['val_loss']:.4f}"
         if "ema_val_top1" in metrics:
             text += f"  averaged weights: top-1 {metrics['ema_val_top1']:6.2f} %  loss {metrics['ema_val_loss']:.4f}"
-        self.console.print(text, markup=False, soft_wrap=True)
+        self.console.print(text, soft_wrap=True)

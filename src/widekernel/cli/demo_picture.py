@@ -14,11 +14,11 @@ from matplotlib.image import AxesImage
 from PIL import Image
 from torch import Tensor, nn
 
+from widekernel.files import write_atomically
 from widekernel.layers import FoldedLargeKernel, LargeKernel, Rect
 from widekernel.layers.norms import affine_of
 from widekernel.layers.sources import rects_of
 from widekernel.training.curves import draw_accuracy, draw_loss
-from widekernel.training.files import write_atomically
 
 SHOWN = 32
 

@@ -1,9 +1,14 @@
 """Entry point of ``widekernel``: chooses the command and turns expected errors into one clear message."""
 
+import codecs
 import importlib
+import io
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 
+from widekernel import __version__
 from widekernel.errors import WidekernelError, nearest
 
 COMMANDS = {
@@ -20,22 +25,38 @@ COMMANDS = {
 }
 
 EXIT_ERROR = 2
+_AS_GIVEN = "widekernel: bytes of file names as they are"
+
+
+def _as_given(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Write bytes of file names that are no text as they are, and other characters that a terminal lacks as escapes."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    part = error.object[error.start : error.end]
+    try:
+        return part.encode("ascii", "surrogateescape"), error.end
+    except UnicodeEncodeError:
+        return part.encode("ascii", "backslashreplace"), error.end
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 2 for an expected error, 128 + n for signal n."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    codecs.register_error(_AS_GIVEN, _as_given)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=_AS_GIVEN)
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(_usage())
         return 0 if arguments else EXIT_ERROR
     if arguments[0] == "--version":
-        from importlib.metadata import version
-
-        sys.stdout.write(f"widekernel {version('widekernel')}\n")
+        sys.stdout.write(f"widekernel {__version__}\n")
         return 0
     try:
         return _run(arguments[0], arguments[1:])
     except WidekernelError as error:
+        if os.environ.get("WIDEKERNEL_TRACEBACK"):
+            traceback.print_exc()
         sys.stderr.write(f"error: {error}\n")
         return EXIT_ERROR
     except KeyboardInterrupt:

@@ -2,24 +2,30 @@
 
 import fnmatch
 
-import timm
-import torch
+import jsonargparse
 from rich.table import Table
 
-import widekernel.models  # noqa: F401 - registers the models
 from widekernel.cli.console import results
 from widekernel.cli.parsing import new_parser, parse
 from widekernel.data.errors import ConfigError
 from widekernel.errors import nearest
-from widekernel.tasks.assembly import pretrained_cfg
+
+
+def make_parser() -> jsonargparse.ArgumentParser:
+    """The parser of the command."""
+    parser = new_parser("models", "List widekernel's models with parameters (millions) and default input size.", "[PATTERN]")
+    parser.add_argument("pattern", type=str, nargs="?", default="*", help="only names that match, such as slak*")
+    parser.add_argument("--all", action="store_true", help="timm's other models as well (names only)")
+    return parser
 
 
 def run(arguments: list[str]) -> int:
     """Print the models whose name matches a pattern, with their size."""
-    parser = new_parser("models", "List widekernel's models with parameters (millions) and default input size.")
-    parser.add_argument("pattern", type=str, nargs="?", default="*", help="only names that match, such as slak*")
-    parser.add_argument("--all", action="store_true", help="timm's other models as well (names only)")
-    values = parse(parser, arguments)
+    values = parse(make_parser(), arguments)
+    import timm
+
+    import widekernel.models  # noqa: F401 - registers the models
+
     known = timm.list_models() if values["all"] else list_own_models()
     pattern = values["pattern"]
     names = [name for name in known if fnmatch.fnmatch(name, pattern) or pattern in name]
@@ -27,7 +33,7 @@ def run(arguments: list[str]) -> int:
         raise ConfigError(f"No model matches {pattern!r}.{nearest(pattern, known)} Use a pattern such as slak*.")
     if values["all"]:
         for name in names:
-            results().print(name, markup=False)
+            results().print(name)
         return 0
     table = Table("model", "parameters (M)", "input")
     table.columns[1].justify = "right"
@@ -40,10 +46,19 @@ def run(arguments: list[str]) -> int:
 
 def list_own_models() -> list[str]:
     """Names of the models that widekernel registers with timm."""
+    import timm
+
+    import widekernel.models  # noqa: F401 - registers the models
+
     return [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("widekernel.")]
 
 
 def _describe(name: str) -> tuple[int, int]:
+    import timm
+    import torch
+
+    from widekernel.tasks.assembly import pretrained_cfg
+
     # on the meta device nothing is allocated and nothing initialised
     with torch.device("meta"):
         model = timm.create_model(name)

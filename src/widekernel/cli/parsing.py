@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,6 +10,7 @@ from typing import Any, TypeVar
 import jsonargparse
 import yaml
 
+from widekernel.cli.paths import with_paths_expanded
 from widekernel.data.errors import ConfigError
 from widekernel.errors import nearest
 
@@ -18,10 +20,18 @@ FREE_KEYS = ("model.args", "model_args")
 T = TypeVar("T")
 
 
-def new_parser(command: str, description: str) -> jsonargparse.ArgumentParser:
-    """A parser that raises instead of leaving the program, and accepts no abbreviations."""
+def new_parser(command: str, description: str, takes: str = "") -> jsonargparse.ArgumentParser:
+    """A parser that raises instead of leaving the program, and accepts no abbreviations.
+
+    Args:
+        command: its name.
+        description: what it does.
+        takes: what stands before the options, such as SOURCE.
+    """
+    prog = f"widekernel {command}"
+    usage = " ".join(part for part in (prog, takes, "[OPTIONS]") if part)
     return jsonargparse.ArgumentParser(
-        prog=f"widekernel {command}", description=description, exit_on_error=False, allow_abbrev=False
+        prog=prog, usage=usage, description=description, exit_on_error=False, allow_abbrev=False
     )
 
 
@@ -35,8 +45,8 @@ def parse(parser: jsonargparse.ArgumentParser, arguments: list[str]) -> dict[str
     try:
         namespace = parser.parse_args(arguments)
     except jsonargparse.ArgumentError as error:
-        raise ConfigError(f"{parser.prog}: {_one_line(error)}. See `{parser.prog} --help`.") from error
-    return namespace.as_dict()
+        raise ConfigError(f"{parser.prog}: {_readable(_one_line(error))}. See `{parser.prog} --help`.") from error
+    return with_paths_expanded(namespace.as_dict())
 
 
 def build(kind: type[T], values: dict[str, Any], key: str = "") -> T:
@@ -64,7 +74,7 @@ def read_settings(path: str, parser: jsonargparse.ArgumentParser) -> dict[str, A
         ConfigError: the file is missing, is no YAML mapping, or holds an unknown key.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        content = yaml.load(Path(path).read_text(encoding="utf-8-sig"), Loader=_StrictLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"The configuration file {path!r} cannot be read: {error}.") from error
     except yaml.YAMLError as error:
@@ -74,9 +84,12 @@ def read_settings(path: str, parser: jsonargparse.ArgumentParser) -> dict[str, A
     if not isinstance(content, dict):
         raise ConfigError(f"The configuration file {path!r} holds {type(content).__name__}, but must hold settings.")
     known = known_keys(parser)
-    for key in settings_by_key(content, known):
+    for key, value in settings_by_key(content, known).items():
         if key not in known:
             raise ConfigError(f"{path} holds the unknown key {key!r}.{nearest(key, known)}")
+        inside = sorted(name.removeprefix(f"{key}.") for name in known if name.startswith(f"{key}."))
+        if inside and key not in FREE_KEYS and (value is None or (isinstance(value, str) and not Path(value).is_file())):
+            raise ConfigError(f"{path}: {key} is {value!r}, but must hold settings: {', '.join(inside)}.")
     return content
 
 
@@ -121,6 +134,20 @@ def listed(option: str, text: str, known: Sequence[str]) -> list[str]:
     return [name for name in known if name in names]
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML would take the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge" and isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    line = key.start_mark.line + 1
+                    raise yaml.YAMLError(f"the key {key.value!r} stands twice in one section, again in line {line}")
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _check_names(parser: jsonargparse.ArgumentParser, arguments: list[str]) -> None:
     known = known_keys(parser) | {"help", "print_config"}
     for argument in arguments:
@@ -144,6 +171,21 @@ def _nested_type(field: dataclasses.Field) -> Any:
 
 def _tuples(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
+
+
+_WORDS = {
+    "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null",
+    "tuple": "a list of numbers such as [0.5, 1]", "list": "a list such as [a, b]", "dict": "settings",
+}  # fmt: skip
+
+
+def _readable(text: str) -> str:
+    """Say what jsonargparse says of a value of the wrong type in the form of other errors."""
+    of_a_key = re.match(r'Parser key "([^"]+)": .*(?:Got|Given) value: (.*)$', text)
+    wanted = list(dict.fromkeys(re.findall(r"Expected an? <class '(\w+)'>", text)))
+    if of_a_key is None or not wanted or any(kind not in _WORDS for kind in wanted):
+        return text
+    return f"{of_a_key.group(1)} is {of_a_key.group(2)}, but must be {' or '.join(_WORDS[kind] for kind in wanted)}"
 
 
 def _one_line(error: Exception) -> str:

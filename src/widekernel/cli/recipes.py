@@ -1,5 +1,6 @@
 """``widekernel recipes``."""
 
+import jsonargparse
 from rich.table import Table
 
 from widekernel.cli.console import results
@@ -7,9 +8,14 @@ from widekernel.cli.parsing import new_parser, parse
 from widekernel.recipes import list_recipes, load_recipe
 
 
+def make_parser() -> jsonargparse.ArgumentParser:
+    """The parser of the command."""
+    return new_parser("recipes", "List the training recipes.")
+
+
 def run(arguments: list[str]) -> int:
     """Print all recipes."""
-    parse(new_parser("recipes", "List the training recipes."), arguments)
+    parse(make_parser(), arguments)
     table = Table("recipe", "model", "data", "what it does")
     for name in list_recipes():
         recipe = load_recipe(name)

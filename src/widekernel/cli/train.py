@@ -1,18 +1,24 @@
 """``widekernel train``."""
 
+from __future__ import annotations
+
 import argparse
 import signal
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jsonargparse
 
 from widekernel.cli.console import ConsoleReporter, results
 from widekernel.cli.parsing import build, known_keys, new_parser, parse, read_settings, settings_by_key, typed
+from widekernel.cli.paths import expanded
 from widekernel.data.errors import ConfigError
 from widekernel.recipes import load_recipe
-from widekernel.tasks.classification import RunResult, train
 from widekernel.tasks.config import TrainConfig
 from widekernel.training.interrupts import Interrupted
+
+if TYPE_CHECKING:
+    from widekernel.tasks.classification import RunResult
 
 _DESCRIPTION = (
     "Train a classifier. Settings come from a recipe, then from configuration files, then from the command line; "
@@ -23,6 +29,8 @@ _DESCRIPTION = (
 def run(arguments: list[str]) -> int:
     """Parse ``arguments``, train, and print the result."""
     config = parse_config(arguments)
+    from widekernel.tasks.classification import train
+
     with ConsoleReporter() as reporter:
         try:
             result = train(config, reporter)
@@ -52,14 +60,15 @@ def parse_config(arguments: list[str]) -> TrainConfig:
     parser = make_parser()
     files, rest = _split_config_files(arguments)
     recipe_name = None
-    for file in files:
-        recipe_name = read_settings(file, parser).get("recipe", recipe_name)
+    contents = {file: read_settings(file, parser) for file in files}
+    for content in contents.values():
+        recipe_name = content.get("recipe", recipe_name)
     recipe_name = _recipe_argument(rest) or recipe_name
     if recipe_name is not None:
         recipe = load_recipe(recipe_name)
         parser.set_defaults(settings_by_key(recipe.settings, known_keys(parser)))
     # files first: the command line wins wherever --config stands on it
-    values = parse(parser, [f"--config={file}" for file in files] + rest)
+    values = parse(parser, [f"--config={file}" for file in files if contents[file]] + rest)
     values.pop("config", None)
     values.pop("recipe", None)
     values["model"]["args"] = typed(values["model"]["args"])
@@ -72,15 +81,18 @@ def print_result(result: RunResult) -> None:
     """Tell how a run ended."""
     summary, console = result.summary, results()
     state = "was already finished" if result.was_finished else "is finished"
+    if result.other_code:
+        state = f"was finished {result.other_code};"
+        state += " `widekernel eval` measures its model with this code, another --output trains anew"
     console.print(f"The run in {result.folder.path} {state} ({summary['epochs']} epochs, {summary['step']} steps).",
-                  markup=False, soft_wrap=True)  # fmt: skip
+                  soft_wrap=True)  # fmt: skip
     console.print(f"  weights           top-1 {summary['val_top1']:.2f} %  top-5 {summary['val_top5']:.2f} %")
     if "ema_val_top1" in summary:
         console.print(f"  averaged weights  top-1 {summary['ema_val_top1']:.2f} %  top-5 {summary['ema_val_top5']:.2f} %")
     skipped = summary["train_unreadable"], summary["val_unreadable"]
     if any(skipped):
         console.print(f"  unreadable images: {skipped[0]} in training, {skipped[1]} held out")
-    console.print(f"  model             {result.folder.model}", markup=False, soft_wrap=True)
+    console.print(f"  model             {result.folder.model}", soft_wrap=True)
 
 
 def _split_config_files(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -90,7 +102,7 @@ def _split_config_files(arguments: list[str]) -> tuple[list[str], list[str]]:
         found, rest = finder.parse_known_args(arguments)
     except argparse.ArgumentError as error:
         raise ConfigError(f"widekernel train: {error}.") from error
-    return found.config, rest
+    return [expanded("--config", file) for file in found.config], rest
 
 
 def _recipe_argument(arguments: list[str]) -> str | None:

@@ -11,20 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import jsonargparse
 
-from widekernel.cli import tune_session
 from widekernel.cli.console import progress, results
 from widekernel.cli.parsing import listed, new_parser, parse
-from widekernel.cli.tune_problems import MODES, Runs, problems_of_case, problems_of_network
-from widekernel.cli.tune_session import Session, print_table, say
 from widekernel.data.config import require
 from widekernel.data.errors import ConfigError
 from widekernel.errors import WidekernelError
-from widekernel.ops.gpu import tables
-from widekernel.ops.problem import LAYOUTS
 
 if TYPE_CHECKING:
+    from widekernel.ops.gpu import tables
     from widekernel.ops.gpu.tuning import Rig
     from widekernel.ops.problem import Problem
+
+VARIABLE = "WIDEKERNEL_TUNED"
+"""`tables.VARIABLE`, which cannot be imported without PyTorch."""
 
 _DESCRIPTION = (
     "Find the fastest configurations of the kernels for NVIDIA GPUs on this machine, and keep them in a table that is used "
@@ -32,7 +31,7 @@ _DESCRIPTION = (
     "float64 and timed, in turns with PyTorch's convolutions. Every winner is written at once, so that breaking off loses "
     "nothing and a second run goes on. Running processes take up a new table at the next problem that is new to them; what "
     f"they have computed before they go on computing as they did. The table is ~/.cache/widekernel/tuned.json, or the file "
-    f"that {tables.VARIABLE} names (0: no table)."
+    f"that {VARIABLE} names (0: no table)."
 )
 _BATCH, _MINUTES, _SECONDS, _CANDIDATES = 64, 10.0, 0.1, 12
 _ALONE = ("show", "forget")
@@ -40,12 +39,15 @@ _ALONE = ("show", "forget")
 
 def run(arguments: list[str]) -> int:
     """Tune, print the results and write the table; or show or remove the table."""
-    parser = _parser()
+    parser = make_parser()
     values = parse(parser, arguments)
     for option in _ALONE:
         if values[option]:
             require(len(arguments) == 1, option, True, f"the only argument: give --{option} alone")
             return {"show": _show, "forget": _forget}[option]()
+    from widekernel.cli import tune_session
+    from widekernel.cli.tune_session import Session
+
     _check(values)
     target = _target(values)
     rig = tune_session.rig_on(values["device"], values["seconds"])
@@ -55,8 +57,9 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _parser() -> jsonargparse.ArgumentParser:
-    parser = new_parser("tune", _DESCRIPTION)
+def make_parser() -> jsonargparse.ArgumentParser:
+    """The parser of the command."""
+    parser = new_parser("tune", _DESCRIPTION, "[NAMES ...]")
     parser.add_argument("names", type=str, nargs="*", help="models (`widekernel models --all` lists them)")
     parser.add_argument("--batch", type=int | None, default=None, help=f"images in a call; default {_BATCH}")
     parser.add_argument("--size", type=int | None, default=None, help="pixels; default: the model's own")
@@ -86,6 +89,8 @@ def _check(values: dict[str, Any]) -> None:
     """Refuse what means nothing before anything takes time; fill in defaults and read lists."""
     from widekernel.analysis.benchmark.named import check_names
     from widekernel.analysis.benchmark.precision import parse_precisions
+    from widekernel.cli.tune_problems import MODES
+    from widekernel.ops.problem import LAYOUTS
 
     for key in ("batch", "size", "minutes", "candidates", "seconds"):
         number = values[key]
@@ -111,15 +116,15 @@ def _check(values: dict[str, Any]) -> None:
 
 def _target(values: dict[str, Any]) -> Path:
     """Give the file to write, having made sure that it can be, and that what is there is a table."""
+    from widekernel.ops.gpu import tables
+
     given = [key for key in ("output", "table") if values[key] is not None]
     if len(given) == 2:
         raise ConfigError("--output and --table name different kinds of tables: give one of them.")
     path = Path(values[given[0]]) if given else tables.tuned_file()
     if path is None:
-        why = f"{tables.VARIABLE} is 0" if os.environ.get(tables.VARIABLE) == "0" else "there is no home folder"
-        raise ConfigError(
-            f"{why}, so that this machine has no table: set {tables.VARIABLE} to a file, or give --output FILE."
-        )
+        why = f"{VARIABLE} is 0" if os.environ.get(VARIABLE) == "0" else "there is no home folder"
+        raise ConfigError(f"{why}, so that this machine has no table: set {VARIABLE} to a file, or give --output FILE.")
     key = given[0] if given else "the table of this machine"
     require(not path.is_dir(), key, str(path), "a file, not a folder")
     if path.exists():
@@ -140,6 +145,7 @@ def _problems(values: dict[str, Any], rig: Rig) -> list[Problem]:
     """Give what is to be tuned, the longest first."""
     from widekernel.analysis.benchmark import parse_case
     from widekernel.analysis.benchmark.named import built
+    from widekernel.cli.tune_problems import Runs, problems_of_case, problems_of_network
     from widekernel.ops.gpu import backend
     from widekernel.ops.gpu.tuning import by_weight
 
@@ -171,11 +177,14 @@ def _problems(values: dict[str, Any], rig: Rig) -> list[Problem]:
 
 def _show() -> int:
     """Print this machine's table and the shipped one."""
+    from widekernel.cli.tune_session import print_table
+    from widekernel.ops.gpu import tables
+
     mine = tables.tuned_file()
     for title, path in (("This machine's table", mine), ("Shipped table", tables.SHIPPED)):
         if path is None or not path.exists():
-            where = f"none, {tables.VARIABLE} is 0" if path is None else f"none, {path} does not exist"
-            results().print(f"{title}: {where}.", markup=False, soft_wrap=True)
+            where = f"none, {VARIABLE} is 0" if path is None else f"none, {path} does not exist"
+            results().print(f"{title}: {where}.", soft_wrap=True)
             continue
         for gpu, entries in sorted(tables.read(path).items()):
             rows = [_shown(key, entry) for key, entry in sorted(entries.items())]
@@ -184,6 +193,8 @@ def _show() -> int:
 
 
 def _shown(key: str, entry: tables.Entry) -> tuple[str, ...]:
+    from widekernel.ops.gpu import tables
+
     times = [entry.get(name) for name in ("us", "pytorch_us")]
     found = ", ".join(f"{name} {entry[name]}" for name in ("torch", "triton", "widekernel") if name in entry)
     return key, str(tables.config_of(entry)), *("" if time is None else f"{time:.1f}" for time in times), found
@@ -191,9 +202,12 @@ def _shown(key: str, entry: tables.Entry) -> tuple[str, ...]:
 
 def _forget() -> int:
     """Remove this machine's table, be it readable or not."""
+    from widekernel.cli.tune_session import say
+    from widekernel.ops.gpu import tables
+
     path = tables.tuned_file()
     if path is None or not path.exists():
-        where = f"{tables.VARIABLE} is 0" if path is None else f"{path} does not exist"
+        where = f"{VARIABLE} is 0" if path is None else f"{path} does not exist"
         say([f"There is nothing to forget: {where}."])
         return 0
     try:
@@ -204,7 +218,7 @@ def _forget() -> int:
         path.unlink()
     except OSError as error:
         raise ConfigError(
-            f"{path} cannot be removed ({error.strerror}): remove it yourself, or set {tables.VARIABLE}=0."
+            f"{path} cannot be removed ({error.strerror}): remove it yourself, or set {VARIABLE}=0."
         ) from error
     say([f"Removed {path}: {what}."])
     return 0

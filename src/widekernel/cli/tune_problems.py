@@ -104,8 +104,9 @@ class _Noting:
 
 def _counted(model: nn.Module, size: int, runs: Runs, device: torch.device) -> Counter[Problem]:
     from widekernel.analysis.benchmark.precision import in_force
+    from widekernel.tasks.channels import input_channels
 
-    channels = getattr(model, "in_chans", 3)
+    channels = input_channels(model)
     noting = _Noting()
     ops.register(noting)
     try:

@@ -217,4 +217,4 @@ def print_table(title: str, headers: Sequence[str], rows: Iterable[Sequence[str]
 def say(lines: Iterable[str]) -> None:
     """Print lines on standard output."""
     for line in lines:
-        results().print(line, markup=False, soft_wrap=True)
+        results().print(line, soft_wrap=True)

@@ -1,19 +1,24 @@
 """Images, preprocessing and batches, on timm's and torchvision's readers and transforms."""
 
-from widekernel.data.config import AugmentConfig, DataConfig
-from widekernel.data.datasets import open_split, open_train_and_val
-from widekernel.data.errors import ConfigError, DataError
-from widekernel.data.loading import (
-    Batch,
-    EvaluationSamples,
-    LoaderOptions,
-    Share,
-    TrainingLoader,
-    TrainingSamples,
-    evaluation_loader,
-)
-from widekernel.data.preprocess import Preprocessing
-from widekernel.data.sources import ImageSource
+from typing import TYPE_CHECKING
+
+from widekernel.lazy import attach
+
+if TYPE_CHECKING:
+    from widekernel.data.config import AugmentConfig, DataConfig
+    from widekernel.data.datasets import open_split, open_train_and_val
+    from widekernel.data.errors import ConfigError, DataError
+    from widekernel.data.loading import (
+        Batch,
+        EvaluationSamples,
+        LoaderOptions,
+        Share,
+        TrainingLoader,
+        TrainingSamples,
+        evaluation_loader,
+    )
+    from widekernel.data.preprocess import Preprocessing
+    from widekernel.data.sources import ImageSource
 
 __all__ = [
     "AugmentConfig",
@@ -32,3 +37,22 @@ __all__ = [
     "open_split",
     "open_train_and_val",
 ]
+
+_WHERE = {
+    "AugmentConfig": "widekernel.data.config",
+    "Batch": "widekernel.data.loading",
+    "ConfigError": "widekernel.data.errors",
+    "DataConfig": "widekernel.data.config",
+    "DataError": "widekernel.data.errors",
+    "EvaluationSamples": "widekernel.data.loading",
+    "ImageSource": "widekernel.data.sources",
+    "LoaderOptions": "widekernel.data.loading",
+    "Preprocessing": "widekernel.data.preprocess",
+    "Share": "widekernel.data.loading",
+    "TrainingLoader": "widekernel.data.loading",
+    "TrainingSamples": "widekernel.data.loading",
+    "evaluation_loader": "widekernel.data.loading",
+    "open_split": "widekernel.data.datasets",
+    "open_train_and_val": "widekernel.data.datasets",
+}
+__getattr__, __dir__ = attach(__name__, _WHERE)

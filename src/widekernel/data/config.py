@@ -1,6 +1,8 @@
 """Configuration of data sets, preprocessing and augmentation."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
+from typing import Any
 
 from widekernel.data.errors import ConfigError
 
@@ -9,6 +11,15 @@ def require(ok: bool, key: str, value: object, rule: str) -> None:
     """Raise a ``ConfigError`` for ``key`` unless ``ok``."""
     if not ok:
         raise ConfigError(f"{key} is {value!r}, but must be {rule}.")
+
+
+def require_finite(settings: Any, section: str) -> None:
+    """Raise a ``ConfigError`` if a number among the fields of the dataclass ``settings`` is infinite or NaN."""
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        numbers = value if isinstance(value, (tuple, list)) else (value,)
+        ok = all(math.isfinite(number) for number in numbers if isinstance(number, float))
+        require(ok, f"{section}.{field.name}", value, "finite")
 
 
 @dataclass(frozen=True)
@@ -46,6 +57,7 @@ class DataConfig:
     max_unreadable: int = 100
 
     def __post_init__(self) -> None:
+        require_finite(self, "data")
         require(self.input_size is None or self.input_size > 0, "data.input_size", self.input_size, "positive")
         require(self.crop_pct is None or 0 < self.crop_pct <= 1, "data.crop_pct", self.crop_pct, "above 0 and at most 1")
         require(self.workers >= 0, "data.workers", self.workers, "0 or more")
@@ -90,6 +102,7 @@ class AugmentConfig:
     switch_prob: float = 0.5
 
     def __post_init__(self) -> None:
+        require_finite(self, "augment")
         low, high = self.crop_scale
         require(0 < low <= high <= 1, "augment.crop_scale", self.crop_scale, "two numbers with 0 < low <= high <= 1")
         low, high = self.crop_ratio

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +16,7 @@ from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from widekernel.errors import CheckpointError
+from widekernel.files import replace_atomically
 from widekernel.models.layouts import containers
 from widekernel.models.layouts.translate import (
     HEAD,
@@ -303,20 +302,10 @@ def _classifier_mismatch(own: Mapping[str, Tensor], state: Mapping[str, Tensor])
 
 
 def _write(path: Path, write: Callable[[Path], Any]) -> Path:
-    """Write a file under another name and put it in place when it is complete."""
-    partial = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+    """Write a file, whole or not at all."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.touch()
-        mode = partial.stat().st_mode
-        write(partial)
-        partial.chmod(mode)  # safetensors makes files that nobody else may read
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
+        replace_atomically(path, write)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
-    finally:
-        with suppress(OSError):  # where nothing could be written, nothing is left to remove
-            partial.unlink()
     return path

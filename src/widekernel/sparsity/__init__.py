@@ -1,13 +1,18 @@
 """Sparsity that is part of the checkpoint: dynamic sparse training, coarse pruning, learned 2:4 masks."""
 
-from widekernel.sparsity import semi_structured
-from widekernel.sparsity.compaction import CostModel, compact, compact_report
-from widekernel.sparsity.config import DynamicSparsityConfig, published_shiftwise, published_slak
-from widekernel.sparsity.dynamic import DynamicSparsity
-from widekernel.sparsity.merging import check_merged_support, merged_support, shared_mask
-from widekernel.sparsity.processes import MaskMismatchError
-from widekernel.sparsity.report import SparsityReport
-from widekernel.sparsity.saving import load_masks, save_masks
+from typing import TYPE_CHECKING
+
+from widekernel.lazy import attach
+
+if TYPE_CHECKING:
+    from widekernel.sparsity import semi_structured
+    from widekernel.sparsity.compaction import CostModel, compact, compact_report
+    from widekernel.sparsity.config import DynamicSparsityConfig, published_shiftwise, published_slak
+    from widekernel.sparsity.dynamic import DynamicSparsity
+    from widekernel.sparsity.merging import check_merged_support, merged_support, shared_mask
+    from widekernel.sparsity.processes import MaskMismatchError
+    from widekernel.sparsity.report import SparsityReport
+    from widekernel.sparsity.saving import load_masks, save_masks
 
 __all__ = [
     "CostModel",
@@ -26,3 +31,22 @@ __all__ = [
     "semi_structured",
     "shared_mask",
 ]
+
+_WHERE = {
+    "CostModel": "widekernel.sparsity.compaction",
+    "DynamicSparsity": "widekernel.sparsity.dynamic",
+    "DynamicSparsityConfig": "widekernel.sparsity.config",
+    "MaskMismatchError": "widekernel.sparsity.processes",
+    "SparsityReport": "widekernel.sparsity.report",
+    "check_merged_support": "widekernel.sparsity.merging",
+    "compact": "widekernel.sparsity.compaction",
+    "compact_report": "widekernel.sparsity.compaction",
+    "load_masks": "widekernel.sparsity.saving",
+    "merged_support": "widekernel.sparsity.merging",
+    "published_shiftwise": "widekernel.sparsity.config",
+    "published_slak": "widekernel.sparsity.config",
+    "save_masks": "widekernel.sparsity.saving",
+    "semi_structured": "widekernel.sparsity.semi_structured",
+    "shared_mask": "widekernel.sparsity.merging",
+}
+__getattr__, __dir__ = attach(__name__, _WHERE)

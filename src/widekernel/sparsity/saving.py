@@ -13,6 +13,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from widekernel.errors import CheckpointError
+from widekernel.files import explained, write_atomically
 from widekernel.sparsity.kept import Kept
 from widekernel.sparsity.packing import pack, unpack
 from widekernel.sparsity.selection import unwrap
@@ -106,10 +107,16 @@ def check_names(theirs: Mapping[str, tuple[int, ...]], ours: Mapping[str, tuple[
 
 
 def save_masks(masks: Mapping[str, Tensor], path: str | Path) -> None:
-    """Write masks (parameter name -> bool) to a .safetensors file, one bit a weight."""
+    """Write masks (parameter name -> bool) to a .safetensors file, one bit a weight, whole or not at all.
+
+    Raises:
+        WidekernelError: it cannot be written.
+    """
     shapes = {name: list(mask.shape) for name, mask in masks.items()}
     metadata = {METADATA_KEY: json.dumps({"format": FORMAT, "shapes": shapes})}
-    Path(path).write_bytes(save({name: pack(mask) for name, mask in masks.items()}, metadata=metadata))
+    content = save({name: pack(mask) for name, mask in masks.items()}, metadata=metadata)
+    with explained(Path(path)):
+        write_atomically(Path(path), lambda file: file.write(content))
 
 
 def load_masks(path: str | Path, model: nn.Module | None = None) -> dict[str, Tensor]:

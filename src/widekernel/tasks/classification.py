@@ -27,14 +27,17 @@ from widekernel.data import (
 )
 from widekernel.data.loading import MIX_STREAM
 from widekernel.data.seeding import scoped_seed
+from widekernel.errors import CheckpointError
+from widekernel.files import explained, write_atomically
 from widekernel.models.checkpoint import load_checkpoint
 from widekernel.sparsity import save_masks
 from widekernel.tasks.assembly import build_model, choose_device, pretrained_cfg
+from widekernel.tasks.channels import for_channels, input_channels
 from widekernel.tasks.class_order import inherited
 from widekernel.tasks.config import TrainConfig
 from widekernel.tasks.evaluation import EvaluationOptions, evaluate
-from widekernel.tasks.fingerprint import fingerprint
-from widekernel.tasks.saved import SavedModel, save_model
+from widekernel.tasks.fingerprint import code_fingerprint, difference, fingerprint
+from widekernel.tasks.saved import SavedModel, read_saved, save_model
 from widekernel.training import (
     CheckpointStore,
     Processes,
@@ -45,9 +48,9 @@ from widekernel.training import (
     Surroundings,
     Trainer,
 )
+from widekernel.training.checks import notes_on_workers
 from widekernel.training.config import Metrics
 from widekernel.training.curves import save_curves
-from widekernel.training.files import explained, write_atomically
 from widekernel.training.metrics_log import read_metrics
 from widekernel.training.random_state import seed_run
 
@@ -105,11 +108,19 @@ class Classification:
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished run: its folder, its final figures, and whether it had been finished before."""
+    """A finished run.
+
+    Args:
+        folder: where it is
+        summary: its final figures
+        was_finished: whether it had been finished before
+        other_code: if it had, how the code that finished it differs from this; "" if it does not
+    """
 
     folder: RunFolder
     summary: dict[str, Any]
     was_finished: bool
+    other_code: str = ""
 
 
 def train(config: TrainConfig, reporter: Reporter | None = None, processes: Processes | None = None) -> RunResult:
@@ -125,8 +136,7 @@ def train(config: TrainConfig, reporter: Reporter | None = None, processes: Proc
         raise ConfigError("output is not set; give the run folder.")
     reporter, processes = reporter or SilentReporter(), processes or Processes()
     folder = RunFolder(config.output)
-    folder.make_writable()
-    with folder.locked() if processes.is_main else nullcontext():
+    with folder.reserved() if processes.is_main else nullcontext():
         return _train(config, folder, reporter, processes)
 
 
@@ -134,25 +144,32 @@ def _train(config: TrainConfig, folder: RunFolder, reporter: Reporter, processes
     device = choose_device(config.loop.device)
     train_source, val_source = open_train_and_val(config.data)
     notes = [*train_source.notes, *val_source.notes]
-    if config.model.weights is not None and not _has_begun(folder):
+    if config.model.weights is not None and not _has_states(folder):
         notes.append(inherited(Path(config.model.weights), train_source.class_names))
     for note in filter(None, dict.fromkeys(notes)):
         reporter.message(note)
     num_classes = _count_classes(config, train_source)
     seed_run(config.seed, processes.rank)
-    model = _build(config, num_classes, _has_begun(folder), reporter)
+    model = _build(config, num_classes, _has_states(folder), reporter)
     preprocessing = Preprocessing.resolve(config.data, pretrained_cfg(model))
-    train_transform = preprocessing.train_transform(config.augment)
+    channels = input_channels(model)
+    train_transform = for_channels(preprocessing.train_transform(config.augment), channels)
+    eval_transform = for_channels(preprocessing.eval_transform(), channels)
     folder.prepare(config.to_dict())
+    images, code = fingerprint(train_source, val_source), code_fingerprint()
     summary = folder.read_summary(SUMMARY_KEYS)
-    if summary is not None and not _lacks_models(config, folder, reporter):
-        return RunResult(folder, summary, was_finished=True)
+    if summary is not None:
+        folder.check_same_data(_data_of(summary, folder), images)
+        if not _lacks_models(config, folder, reporter):
+            return RunResult(folder, summary, was_finished=True, other_code=difference(summary.get("code"), code))
+    for note in notes_on_workers(config.data.workers):
+        reporter.message(note)
 
     options = _loader_options(config, device)
     loader = TrainingLoader(TrainingSamples(train_source, train_transform, config.seed), options, processes.share)
     eval_size = config.loop.eval_batch_size or max(1, config.loop.batch_size * 3 // 2)
     val_loader = evaluation_loader(
-        EvaluationSamples(val_source, preprocessing.eval_transform()),
+        EvaluationSamples(val_source, eval_transform),
         replace(options, batch_size=eval_size),
         processes.share,
     )
@@ -172,8 +189,7 @@ def _train(config: TrainConfig, folder: RunFolder, reporter: Reporter, processes
         class_names=train_source.class_names,
         preprocessing=preprocessing,
     )
-    description = fingerprint(train_source, val_source)
-    around = Surroundings(folder, device, processes, reporter, description, saved.to_dict())
+    around = Surroundings(folder, device, processes, reporter, images, code, saved.to_dict())
     trainer = Trainer(model, objective, loader, config.training, around)
     report = trainer.sparsity.report()
     if report is not None:
@@ -182,8 +198,15 @@ def _train(config: TrainConfig, folder: RunFolder, reporter: Reporter, processes
     return RunResult(folder, _finish(trainer, saved), was_finished=summary is not None)
 
 
-def _has_begun(folder: RunFolder) -> bool:
-    return bool(CheckpointStore(folder.checkpoints).paths())
+def _has_states(folder: RunFolder) -> bool:
+    return folder.has_begun() and bool(CheckpointStore(folder.checkpoints).paths())
+
+
+def _data_of(summary: dict[str, Any], folder: RunFolder) -> dict[str, Any]:
+    """Description of the data of a finished run, which versions before 0.5 kept in training states only."""
+    if "data" not in summary and _has_states(folder):
+        return CheckpointStore(folder.checkpoints).load_latest()["data"]  # type: ignore[index]
+    return summary.get("data", {})
 
 
 def _build(config: TrainConfig, num_classes: int, has_begun: bool, reporter: Reporter) -> nn.Module:
@@ -202,16 +225,24 @@ def _lacks_models(config: TrainConfig, folder: RunFolder, reporter: Reporter) ->
         RunFolderError: it would have to, but has no training state left.
     """
     expected = [folder.model] if config.ema.decay is None else [folder.model, folder.model_ema]
-    missing = [path for path in expected if not path.exists()]
+    missing = [path for path in expected if not _is_whole(path)]
     if not missing:
         return False
-    if not _has_begun(folder):
+    if not _has_states(folder):
         raise RunFolderError(
-            f"The run in {folder.path} is finished, but {missing[0].name} is missing and there is no training state to "
-            "write it from. Restore the file, or choose another --output."
+            f"The run in {folder.path} is finished, but {missing[0].name} is missing or damaged, and there is no training "
+            "state to write it from. Restore the file, or choose another --output."
         )
-    reporter.message(f"{missing[0]} is missing; it is written again from the last training state.")
+    reporter.message(f"{missing[0]} is missing or damaged; it is written again from the last training state.")
     return True
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a model file is there, not cut off, and in the form that training leaves."""
+    try:
+        return read_saved(path).form == "training"
+    except CheckpointError:
+        return False
 
 
 def _finish(trainer: Trainer, saved: SavedModel) -> dict[str, Any]:
@@ -224,6 +255,8 @@ def _finish(trainer: Trainer, saved: SavedModel) -> dict[str, Any]:
         **{key: value for key, value in last.items() if key not in ("epoch", "lr")},
         "best_top1": progress.best,
         "best_step": progress.best_step,
+        "data": trainer.around.fingerprint,
+        "code": trainer.around.code,
     }
     if trainer.around.processes.is_main:
         save_model(trainer.sparsity.finished(trainer.model), folder.model, saved)

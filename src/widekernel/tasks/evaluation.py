@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from widekernel.data.errors import DataError
 from widekernel.data.loading import Unreadable
+from widekernel.training.failures import explained_failure
 from widekernel.training.loop import check_unreadable
 from widekernel.training.processes import Processes
 from widekernel.training.progress import Reporter, SilentReporter
@@ -59,7 +60,7 @@ class EvaluationOptions:
 
 
 def evaluate(model: nn.Module, loader: DataLoader, options: EvaluationOptions, name: str = "") -> Evaluation | None:
-    """Evaluate ``model`` in evaluation mode and full precision; its mode is restored afterwards.
+    """Evaluate ``model`` in evaluation mode and full precision; every module's own mode is restored afterwards.
 
     Returns ``None`` only if ``options.stop()`` became true.
 
@@ -67,7 +68,7 @@ def evaluate(model: nn.Module, loader: DataLoader, options: EvaluationOptions, n
         DataError: not a single image could be read.
         TrainingError: more images than accepted could not be read.
     """
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     options.reporter.start_evaluation(len(loader), name)
     sums = torch.zeros(4, dtype=torch.float64)  # right at 1, right at 5, loss, images
@@ -86,7 +87,8 @@ def evaluate(model: nn.Module, loader: DataLoader, options: EvaluationOptions, n
                     sums += _batch_sums(model, batch.images, batch.targets, options)
                 options.reporter.evaluated(1)
     finally:
-        model.train(was_training)
+        for module, was_training in modes:
+            module.training = was_training  # not train(), which would set the modules below it as well
     right1, right5, loss, images = options.processes.sum(sums).tolist()
     unreadable = options.processes.union(unreadable)
     if not images:
@@ -107,7 +109,8 @@ def _rounds(loader: DataLoader, processes: Processes) -> int:
 
 
 def _batch_sums(model: nn.Module, images: Tensor, targets: Tensor, options: EvaluationOptions) -> Tensor:
-    logits = model(images.to(options.device, non_blocking=True)).float()
+    with explained_failure("Evaluating the network"):
+        logits = model(images.to(options.device, non_blocking=True)).float()
     if options.class_order is not None:
         targets = torch.tensor(options.class_order)[targets]
     targets = targets.to(options.device, non_blocking=True)

@@ -1,12 +1,16 @@
-"""What identifies the images of a run, so that a resumed run notices that they are others."""
+"""What identifies the images and the program of a run, so that it is noticed that they are others."""
 
 import hashlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
+import torch
 
+import widekernel
 from widekernel.data import ImageSource
 from widekernel.data.names import normalised
 from widekernel.data.sources import FileSource
@@ -34,6 +38,30 @@ def fingerprint(train: ImageSource, val: ImageSource) -> dict[str, Any]:
             sizes = (str(source.size(index)) for index in chosen)
             description[f"digest of the sizes of {part} files"] = _digest_of_lines(sizes)
     return description
+
+
+_COMPUTING = ("ops", "layers", "models", "transforms", "sparsity", "data", "training", "tasks")
+"""Folders of the package that decide what a run computes."""
+
+
+def code_fingerprint() -> dict[str, str]:
+    """Versions of widekernel, PyTorch and timm, and a digest of the sources that decide what a run computes."""
+    package = Path(widekernel.__file__).parent
+    digest = hashlib.sha256()
+    for folder in _COMPUTING:
+        for file in sorted((package / folder).rglob("*.py")):
+            digest.update(file.relative_to(package).as_posix().encode())
+            digest.update(file.read_bytes())
+    versions = {"widekernel": widekernel.__version__, "torch": str(torch.__version__), "timm": timm.__version__}
+    return {**versions, "digest of the sources": digest.hexdigest()[:16]}
+
+
+def difference(then: dict[str, str] | None, now: dict[str, str]) -> str:
+    """Say how the program of then differs from that of now, "" if it does not."""
+    if then is None:
+        return "by a version that did not note its code"
+    changed = [f"{key} {then.get(key)} (now {value})" for key, value in now.items() if then.get(key) != value]
+    return f"by other code: {', '.join(changed)}" if changed else ""
 
 
 def _digest(source: ImageSource) -> str:

@@ -8,6 +8,8 @@ from torch import nn
 import widekernel
 from widekernel.data.seeding import derive_seed
 from widekernel.errors import WidekernelError
+from widekernel.tasks.channels import input_channels
+from widekernel.training.failures import explained_failure
 
 RELATIVE_TOLERANCE = 1e-3
 """Largest accepted difference of outputs, relative to the largest output."""
@@ -41,8 +43,8 @@ def fold_and_check(model: nn.Module, input_size: int, images: int = 4) -> tuple[
     model = model.eval()
     folded = widekernel.fold(model).eval()
     generator = torch.Generator().manual_seed(derive_seed(0))
-    inputs = torch.randn(images, 3, input_size, input_size, generator=generator)
-    with torch.inference_mode():
+    inputs = torch.randn(images, input_channels(model), input_size, input_size, generator=generator)
+    with torch.inference_mode(), explained_failure(f"Running the network on images of {input_size}×{input_size} pixels"):
         expected, found = model(inputs), folded(inputs)
     check = FoldCheck((expected - found).abs().max().item(), expected.abs().max().item(), images)
     if not check.max_error <= RELATIVE_TOLERANCE * max(check.max_output, 1e-6):

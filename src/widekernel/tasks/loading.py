@@ -1,8 +1,7 @@
 """From what the user names - a run folder, a model file, a checkpoint - to a network that is ready to evaluate."""
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
@@ -11,39 +10,10 @@ from widekernel.data import ConfigError, DataConfig, Preprocessing
 from widekernel.errors import CheckpointError
 from widekernel.tasks.assembly import build_model, pretrained_cfg
 from widekernel.tasks.saved import SavedModel, restore_model
+from widekernel.tasks.sources import Source
 from widekernel.training.checkpoint import CheckpointStore, load_state, step_of
 from widekernel.training.run_folder import RunFolder
 from widekernel.training.sparsification import restore_learned
-
-Weights = Literal["model", "ema"]
-
-
-@dataclass(frozen=True)
-class Source:
-    """What to load.
-
-    Args:
-        path: run folder, or checkpoint file: of a model, or a training state of a run
-        weights: the weights themselves or their moving average
-        state: for a run folder: its last weights, or those of the best evaluation
-        model: model name, for a checkpoint file that does not describe itself
-        model_args: arguments of that model
-        num_classes: outputs of that model; ``None`` keeps its own number
-    """
-
-    path: Path
-    weights: Weights = "model"
-    state: Literal["last", "best"] = "last"
-    model: str | None = None
-    model_args: dict[str, Any] | None = None
-    num_classes: int | None = None
-
-    def run_folder(self) -> RunFolder | None:
-        """The run that ``path`` is, or lies in."""
-        for candidate in (self.path, self.path.parent):
-            if (candidate / "config.yaml").is_file():
-                return RunFolder(candidate)
-        return None
 
 
 def load(source: Source) -> tuple[nn.Module, SavedModel]:
@@ -108,7 +78,10 @@ def _load_state(folder: RunFolder, source: Source) -> tuple[nn.Module, SavedMode
     if source.state == "best":
         best = state["progress"]["best_step"]
         if best is None:
-            raise CheckpointError(f"The run in {folder.path} has not been evaluated yet: use --state last.")
+            raise CheckpointError(
+                f"The run in {folder.path} has no best state: it has not been evaluated yet, or every figure was NaN. "
+                "Use --state last."
+            )
         state = store.load_step(best)
     return _restore_state(state, source)
 

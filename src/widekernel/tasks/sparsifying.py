@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,71 +14,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from widekernel.data import AugmentConfig, DataConfig
-from widekernel.data.config import require
 from widekernel.data.errors import ConfigError
 from widekernel.sparsity import DynamicSparsity, DynamicSparsityConfig, SparsityReport, load_masks, semi_structured
 from widekernel.sparsity.selection import Choice
+from widekernel.tasks.channels import input_channels
 from widekernel.tasks.classification import train
 from widekernel.tasks.config import ModelConfig, TrainConfig
-from widekernel.tasks.loading import Source, load
+from widekernel.tasks.loading import load
 from widekernel.tasks.saved import SavedModel, save_model
+from widekernel.tasks.sources import Source
+from widekernel.tasks.sparsify_config import LearningConfig, SparsifyConfig
 from widekernel.training import EmaConfig, LoopConfig, OptimizerConfig, Reporter, RunFolder, ScheduleConfig
 from widekernel.training.config import SparsityConfig
-
-Method = Literal["magnitude", "permuted", "learned"]
-
-
-@dataclass(frozen=True)
-class SparsifyConfig:
-    """How a trained network becomes sparse.
-
-    Args:
-        method: which weights stay: those of the largest magnitude; the same after channels were reordered so that this loses
-            less (2:4 only); or those that training the masks on images finds (2:4 only, needs data)
-        block: 2:4 (two of four input channels), or what is zero together: element, kernel, branch, channel
-        sparsity: share of zeros, for other blocks than 2:4
-        layers: name patterns of what becomes sparse (2:4: of layers; else of parameters), separated by commas; default: all
-        exclude: name patterns of what stays dense, likewise
-        axis: what four weights form a group: consecutive input channels of a tap (channels), or of the flattened filters
-            (im2col, as in the paper)
-        seed: of random choices
-    """
-
-    method: Method = "magnitude"
-    block: str = "2:4"
-    sparsity: float = 0.5
-    layers: str | None = None
-    exclude: str | None = None
-    axis: Literal["channels", "im2col"] = "channels"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.method != "magnitude" and self.block != "2:4":
-            raise ConfigError(f"method {self.method!r} makes masks 2:4, but block is {self.block!r}: use method magnitude.")
-        if self.block == "2:4" and self.sparsity != 0.5:
-            raise ConfigError(f"sparsity is {self.sparsity}, but block 2:4 keeps half: leave it out, or use another block.")
-
-
-@dataclass(frozen=True)
-class LearningConfig:
-    """How masks are learned over frozen weights.
-
-    Args:
-        epochs: passes over the training images
-        lr: learning rate of the logits at the first step, from which it falls along half a cosine
-        batch_size: images per step
-        device: auto, cpu, cuda or cuda:N
-    """
-
-    epochs: int = 1
-    lr: float = 0.1
-    batch_size: int = 128
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        require(self.epochs > 0, "epochs", self.epochs, "positive")
-        require(self.lr > 0, "lr", self.lr, "positive")
-        require(self.batch_size > 0, "batch_size", self.batch_size, "positive")
 
 
 @dataclass(frozen=True)
@@ -105,7 +53,7 @@ def sparsify(model: nn.Module, config: SparsifyConfig) -> Sparsified:
         ConfigError: the method needs training: see `learn`.
     """
     if config.method == "learned":
-        raise ConfigError("method learned needs images: give --data.root.")
+        raise ConfigError("method learned needs images: give --data.root or --data.name.")
     before = {name: parameter.detach().abs() for name, parameter in model.named_parameters()}
     if config.block == "2:4":
         controller = semi_structured.prepare(model, _two_four(config))
@@ -149,9 +97,9 @@ def learn(
     model, saved = load(source)
     if saved.form != "training":
         raise ConfigError(f"{source.path} is folded; masks are learned before folding. Give the network it was made from.")
-    reference = folder / "start.safetensors"
+    reference, run = folder / "start.safetensors", RunFolder(folder)
     _check_start(model, reference, source)
-    RunFolder(folder).make_writable()
+    made = run.make_writable()
     save_model(model, reference, saved)
     settings = TrainConfig(
         seed=config.seed,
@@ -166,7 +114,14 @@ def learn(
         loop=LoopConfig(batch_size=learning.batch_size, device=learning.device),
         sparsity=SparsityConfig("2:4", semi_structured=_two_four(config)),
     )
-    train(settings, reporter)
+    try:
+        train(settings, reporter)
+    finally:
+        if not run.has_begun():
+            reference.unlink()
+            for each in reversed(made):
+                with suppress(OSError):  # a folder that is not empty stays
+                    each.rmdir()
     learned, _ = load(Source(folder))
     masks = load_masks(RunFolder(folder).masks, learned)
     # The same layers are chosen by any method; this one finds the reasons against the others again.
@@ -185,10 +140,14 @@ def learn(
     ), saved
 
 
+_NOT_YET = {"start.safetensors", ".lock"}
+"""What a run that was killed before its first step leaves."""
+
+
 def _check_start(model: nn.Module, reference: Path, source: Source) -> None:
     """Raise unless the run folder is new, or learns the masks of just this network."""
     folder = reference.parent
-    if not folder.exists():
+    if not folder.exists() or ({path.name for path in folder.iterdir()} <= _NOT_YET and not RunFolder(folder).has_begun()):
         return
     if not reference.is_file():
         if any(folder.iterdir()):
@@ -213,7 +172,7 @@ def _weight(row: semi_structured.LayerReport) -> str:
 def agreement(model: nn.Module, other: nn.Module, input_size: int, images: int = 16) -> float:
     """Share of random images on which two networks have the same first class."""
     generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(images, int(getattr(model, "in_chans", 3)), input_size, input_size, generator=generator)
+    inputs = torch.randn(images, input_channels(model), input_size, input_size, generator=generator)
     with torch.inference_mode():
         same = model.eval()(inputs).argmax(1) == other.eval()(inputs).argmax(1)
     return float(same.float().mean())

@@ -1,11 +1,16 @@
 """The training loop and what it keeps: configuration, checkpoints, metrics and the run folder."""
 
-from widekernel.training.checkpoint import CheckpointStore
-from widekernel.training.config import CheckpointConfig, EmaConfig, LoopConfig, OptimizerConfig, ScheduleConfig
-from widekernel.training.loop import Objective, Surroundings, Trainer, TrainingError
-from widekernel.training.processes import Processes
-from widekernel.training.progress import Reporter, SilentReporter
-from widekernel.training.run_folder import RunFolder, RunFolderError
+from typing import TYPE_CHECKING
+
+from widekernel.lazy import attach
+
+if TYPE_CHECKING:
+    from widekernel.training.checkpoint import CheckpointStore
+    from widekernel.training.config import CheckpointConfig, EmaConfig, LoopConfig, OptimizerConfig, ScheduleConfig
+    from widekernel.training.loop import Objective, Surroundings, Trainer, TrainingError
+    from widekernel.training.processes import Processes
+    from widekernel.training.progress import Reporter, SilentReporter
+    from widekernel.training.run_folder import RunFolder, RunFolderError
 
 __all__ = [
     "CheckpointConfig",
@@ -24,3 +29,22 @@ __all__ = [
     "Trainer",
     "TrainingError",
 ]
+
+_WHERE = {
+    "CheckpointConfig": "widekernel.training.config",
+    "CheckpointStore": "widekernel.training.checkpoint",
+    "EmaConfig": "widekernel.training.config",
+    "LoopConfig": "widekernel.training.config",
+    "Objective": "widekernel.training.loop",
+    "OptimizerConfig": "widekernel.training.config",
+    "Processes": "widekernel.training.processes",
+    "Reporter": "widekernel.training.progress",
+    "RunFolder": "widekernel.training.run_folder",
+    "RunFolderError": "widekernel.training.run_folder",
+    "ScheduleConfig": "widekernel.training.config",
+    "SilentReporter": "widekernel.training.progress",
+    "Surroundings": "widekernel.training.loop",
+    "Trainer": "widekernel.training.loop",
+    "TrainingError": "widekernel.training.loop",
+}
+__getattr__, __dir__ = attach(__name__, _WHERE)

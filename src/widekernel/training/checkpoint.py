@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from widekernel.errors import CheckpointError
-from widekernel.training.files import reason_of, sha256_of, write_atomically
+from widekernel.errors import CheckpointError, in_short
+from widekernel.files import reason_of, sha256_of, write_atomically
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})\.pt$")
@@ -123,7 +123,7 @@ def load_state(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a file that is none of its own
-        raise CheckpointError(f"{path.name} is not a training state ({error}).") from error
+        raise CheckpointError(f"{path.name} is not a training state ({in_short(error)}).") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path.name} is not a training state: it holds a {type(state).__name__}.")
     if state.get("format") != FORMAT:

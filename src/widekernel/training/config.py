@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from widekernel.data.config import require
+from widekernel.data.config import require, require_finite
 from widekernel.data.errors import ConfigError
 from widekernel.sparsity import DynamicSparsityConfig
-from widekernel.sparsity.semi_structured import SemiStructuredConfig
+from widekernel.sparsity.two_four_config import SemiStructuredConfig
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class OptimizerConfig:
     clip_mode: Literal["norm", "value", "agc"] = "norm"
 
     def __post_init__(self) -> None:
+        require_finite(self, "optimizer")
         require(self.lr > 0, "optimizer.lr", self.lr, "positive")
         require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
         require(self.eps is None or self.eps > 0, "optimizer.eps", self.eps, "positive")
@@ -42,6 +43,8 @@ class OptimizerConfig:
         ok = self.layer_decay is None or 0 < self.layer_decay <= 1
         require(ok, "optimizer.layer_decay", self.layer_decay, "above 0 and at most 1")
         require(self.clip_grad is None or self.clip_grad > 0, "optimizer.clip_grad", self.clip_grad, "positive")
+        if self.clip_grad is None and self.clip_mode != "norm":
+            raise ConfigError(f"optimizer.clip_mode is {self.clip_mode!r}, but nothing is clipped: set optimizer.clip_grad.")
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class ScheduleConfig:
     min_lr: float = 1e-6
 
     def __post_init__(self) -> None:
+        require_finite(self, "schedule")
         require(self.epochs > 0, "schedule.epochs", self.epochs, "positive")
         ok = 0 <= self.warmup_epochs < self.epochs
         require(ok, "schedule.warmup_epochs", self.warmup_epochs, f"from 0 to below schedule.epochs ({self.epochs})")
@@ -82,6 +86,8 @@ class EmaConfig:
 
     def __post_init__(self) -> None:
         require(self.decay is None or 0 <= self.decay < 1, "ema.decay", self.decay, "from 0 to below 1")
+        if self.warmup and self.decay is None:
+            raise ConfigError("ema.warmup is true, but nothing is averaged: set ema.decay, such as 0.9999.")
 
 
 @dataclass(frozen=True)
@@ -161,6 +167,12 @@ class SparsityConfig:
                 f"sparsity.semi_structured.method is {self.semi_structured.method!r}, which needs no training: use "
                 "`widekernel sparsify`, then train with --sparsity.method dynamic, .init from_weights and .block 2:4."
             )
+
+
+def check_averaging(config: SparsityConfig, decay: float | None) -> None:
+    """Raise a ``ConfigError`` if weights that stay as they are were to be averaged."""
+    if config.method == "2:4" and decay is not None:
+        raise ConfigError(f"ema.decay is {decay}, but learned 2:4 masks leave the weights as they are: set it to null.")
 
 
 @dataclass(frozen=True)

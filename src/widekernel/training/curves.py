@@ -4,7 +4,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from widekernel.training.files import explained, write_atomically
+from widekernel.files import explained, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

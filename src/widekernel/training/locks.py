@@ -15,7 +15,9 @@ _held: set[int] = set()
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """Hold the lock on the file ``path``, which is created and stays, during the block. Does nothing on Windows.
+    """Hold the lock on the file ``path``, which is created, during the block. Does nothing on Windows.
+
+    Only who holds the lock may remove the file.
 
     Raises:
         BlockingIOError: another process holds it.
@@ -24,16 +26,36 @@ def exclusive(path: Path) -> Iterator[None]:
     if fcntl is None:
         yield
         return
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    _held.add(descriptor)
+    descriptor = _locked(path)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
         if descriptor in _held:  # not in a child
             _held.discard(descriptor)
             fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
+
+
+def _locked(path: Path) -> int:
+    """Open and lock the file that is at ``path`` once it is locked: the former holder may have removed another one."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(descriptor, path):
+                _held.add(descriptor)
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _release_in_child() -> None:

@@ -15,8 +15,10 @@ from widekernel.data.errors import ConfigError, DataError
 from widekernel.data.loading import Batch, TrainingLoader, Unreadable
 from widekernel.errors import CheckpointError, WidekernelError
 from widekernel.training.checkpoint import CheckpointStore
+from widekernel.training.checks import check_length
 from widekernel.training.config import Metrics, TrainingConfig
 from widekernel.training.curves import save_curves
+from widekernel.training.failures import explained_failure
 from widekernel.training.interrupts import Interrupted, InterruptGuard
 from widekernel.training.metrics_log import MetricsLog, read_metrics
 from widekernel.training.optimization import create_optimizer, create_schedule
@@ -94,6 +96,7 @@ class Surroundings:
         processes: the processes that train together
         reporter: told about progress
         fingerprint: description of the training data; a resumed run must meet the same
+        code: description of the program, told if a run is resumed by another
         description: description of the model, kept in training states so that they can be used without this run
     """
 
@@ -102,6 +105,7 @@ class Surroundings:
     processes: Processes = field(default_factory=Processes)
     reporter: Reporter = field(default_factory=SilentReporter)
     fingerprint: dict[str, Any] = field(default_factory=dict)
+    code: dict[str, str] = field(default_factory=dict)
     description: dict[str, Any] = field(default_factory=dict)
 
 
@@ -136,6 +140,8 @@ class Trainer:
                 f"The training data has {len(loader.samples)} images, but one optimizer step takes {needed} "
                 f"(loop.batch_size × loop.accumulate × processes). Lower loop.batch_size."
             )
+        for note in check_length(config, self.total_steps):
+            around.reporter.message(note)
         self.sparsity = create_sparsification(model, config.sparsity, config.seed, self.total_steps)
         self.optimizer = create_optimizer(self.sparsity.trained(model), config.optimizer)
         self.schedule = create_schedule(self.optimizer, config.schedule, self.steps_per_epoch)
@@ -175,9 +181,11 @@ class Trainer:
         accumulate = self.config.loop.accumulate
         batches = self.loader.epoch(self.progress.epoch, skip=self.progress.step_in_epoch * accumulate)
         while self.progress.step_in_epoch < self.steps_per_epoch:
-            self._step([next(batches) for _ in range(accumulate)])
+            with explained_failure(f"Training step {self.progress.step + 1}"):
+                self._step([next(batches) for _ in range(accumulate)])
             every = self.config.checkpoint.every_steps
-            due = every is not None and self.progress.step % every == 0
+            # The first step shows that all works: now the folder is the run's, and that states can be written.
+            due = self.progress.step == 1 or (every is not None and self.progress.step % every == 0)
             stop = self.around.processes.any(guard.received is not None)
             if due or stop:
                 self.save()
@@ -202,6 +210,9 @@ class Trainer:
                 "in another output folder. The last training state was saved before this."
             )
         self._update()
+        if self.progress.step == 0 and self.around.processes.is_main:
+            self.around.folder.begin()
+            self.log.truncate(0)
         self.progress.step += 1
         self.progress.step_in_epoch += 1
         if self.ema is not None:
@@ -238,7 +249,7 @@ class Trainer:
         progress = self.progress
         name = self.objective.best_metric
         value = float(metrics[name if self.ema is None else f"ema_{name}"])
-        is_best = progress.best is None or value > progress.best
+        is_best = is_better(value, progress.best)
         if is_best:
             progress.best, progress.best_step = value, progress.step
         self._write_row({**metrics, "train_unreadable": len(progress.unreadable)})
@@ -313,19 +324,20 @@ class Trainer:
             "metrics_rows": self.log.rows,
             "world_size": self.around.processes.world_size,
             "data": self.around.fingerprint,
+            "code": self.around.code,
             "saved_model": self.around.description,
         }
 
     def _resume_or_start(self) -> None:
-        state = self.store.load_latest()
+        state = self.store.load_latest() if self.around.folder.has_begun() else None
         if state is None:
-            self.log.truncate(0)
-            self.save()
             return
         self.load_state(state)
         self.around.reporter.message(
             f"Resuming {self.around.folder.path} after step {self.progress.step} of {self.total_steps}."
         )
+        if state.get("code") != self.around.code:
+            self.around.reporter.message("The steps so far were made by other code, or with other versions of libraries.")
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from ``state``.
@@ -333,12 +345,7 @@ class Trainer:
         Raises:
             CheckpointError: it was saved with other training data or another number of processes.
         """
-        for key, now in self.around.fingerprint.items():
-            if state["data"].get(key) != now:
-                raise CheckpointError(
-                    f"The training data has changed: {key} was {state['data'].get(key)!r} and is {now!r}. "
-                    "Restore the data, or choose another --output."
-                )
+        self.around.folder.check_same_data(state["data"], self.around.fingerprint)
         if state["world_size"] != self.around.processes.world_size:
             raise CheckpointError(
                 f"The run was saved by {state['world_size']} process(es) and is resumed by "
@@ -353,6 +360,11 @@ class Trainer:
         self.progress = Progress.from_state(state["progress"])
         self.log.truncate(state["metrics_rows"])
         restore_random_state(state["random"])
+
+
+def is_better(value: float, best: float | None) -> bool:
+    """Whether a figure beats the best one so far; NaN beats nothing, and anything else beats NaN."""
+    return not math.isnan(value) and (best is None or math.isnan(best) or value > best)
 
 
 def check_unreadable(names: set[str], limit: int, part: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from widekernel.errors import WidekernelError
-from widekernel.training.files import explained
+from widekernel.files import explained
 
 
 class MetricsLog:
@@ -34,9 +34,11 @@ class MetricsLog:
                 f"{self.path} has {len(lines)} rows, but the training state was saved after {rows}: the file was "
                 "changed. Restore it, or choose another --output."
             )
+        self.rows = rows
+        if not lines:
+            return
         with explained(self.path), self.path.open("ab") as file:
             file.truncate(sum(len(line) for line in lines[:rows]))
-        self.rows = rows
 
     def append(self, row: dict[str, Any]) -> None:
         """Write one row through to the file system.

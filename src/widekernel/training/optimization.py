@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from widekernel.data.errors import ConfigError
-from widekernel.errors import nearest
+from widekernel.errors import in_short, nearest
 from widekernel.training.config import OptimizerConfig, ScheduleConfig
 
 
@@ -17,7 +17,7 @@ def create_optimizer(trained: nn.Module | list[nn.Parameter], config: OptimizerC
     """The configured optimizer, for a network with weight decay only on weights of two and more dimensions.
 
     Raises:
-        ConfigError: timm knows no optimizer of that name.
+        ConfigError: timm knows no optimizer of that name, or it does not take a setting.
     """
     known = [str(name) for name in list_optimizers()]
     if config.name.lower() not in known:
@@ -26,14 +26,22 @@ def create_optimizer(trained: nn.Module | list[nn.Parameter], config: OptimizerC
     if isinstance(trained, list):
         # Parameters that are no weights: neither decayed nor grouped by layer.
         config = replace(config, weight_decay=0.0, layer_decay=None)
-    return create_optimizer_v2(
-        trained,
-        opt=config.name,
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        layer_decay=config.layer_decay,
-        **{key: value for key, value in options.items() if value is not None},
-    )
+    given = {key: value for key, value in options.items() if value is not None}
+    try:
+        return create_optimizer_v2(
+            trained,
+            opt=config.name,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            layer_decay=config.layer_decay,
+            **given,
+        )
+    except (TypeError, ValueError, AssertionError, ImportError, RuntimeError) as error:
+        raise ConfigError(
+            f"The optimizer {config.name!r} cannot be made with lr {config.lr}, weight_decay {config.weight_decay}"
+            f"{''.join(f', {key} {value}' for key, value in given.items())} ({in_short(error).rstrip('.')}). Leave out what "
+            "it does not take, or choose another optimizer.name."
+        ) from error
 
 
 def create_schedule(optimizer: Optimizer, config: ScheduleConfig, steps_per_epoch: int) -> CosineLRScheduler:

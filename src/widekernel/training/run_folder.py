@@ -3,14 +3,14 @@
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from widekernel.errors import WidekernelError
-from widekernel.training.files import explained, write_atomically
+from widekernel.errors import CheckpointError, WidekernelError
+from widekernel.files import explained, write_atomically
 from widekernel.training.locks import exclusive
 
 LIVE_KEYS = frozenset(
@@ -29,6 +29,9 @@ LIVE_KEYS = frozenset(
     }
 )
 """Settings that a resumed run may change: they do not alter what is computed."""
+
+
+_FIRST_STATE = "step-00000000.pt"
 
 
 class RunFolderError(WidekernelError, ValueError):
@@ -51,33 +54,62 @@ class RunFolder:
         self.sparsity = self.path / "sparsity.json"
         self.sparsity_picture = self.path / "sparsity.png"
         self.lock = self.path / ".lock"
+        self._pending: dict[str, Any] | None = None
 
     def prepare(self, config: dict[str, Any]) -> None:
-        """Create the folder for ``config``, or check that it already belongs to it.
+        """Check that the folder is free for ``config`` or belongs to it; `begin` is what makes it so.
 
         Raises:
-            RunFolderError: the folder is not writable, holds a run with another configuration (the message names
-                the keys), or holds something else.
+            RunFolderError: the folder is not writable, holds a run with another configuration that has begun (the message
+                names the keys), or holds something else.
         """
         self.make_writable()
         if self.config.exists():
-            self._check_same(config)
-        elif self.checkpoints.exists() or self.metrics.exists():
-            raise RunFolderError(
-                f"{self.path} holds a run without its config.yaml, so it cannot be resumed. Choose another --output."
-            )
+            saved = self.read_config()
+            if self.has_begun():
+                self._check_same(saved, config)
         else:
-            text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+            own = (self.checkpoints, self.metrics, self.summary, self.model, self.model_ema, self.masks)
+            found = [path.name for path in own if path.exists()]
+            if found:
+                raise RunFolderError(
+                    f"{self.path} holds {', '.join(found)} without its config.yaml, so it is no run that can be resumed. "
+                    "Choose another --output."
+                )
+        self._pending = config
+
+    def begin(self) -> None:
+        """Make the folder that of the configuration that was prepared: the first optimizer step is done.
+
+        Raises:
+            WidekernelError: it cannot be written.
+        """
+        if self._pending is not None:
+            for leftover in self.checkpoints.glob(f"{_FIRST_STATE}*"):  # of earlier versions, before any step
+                leftover.unlink()
+            text = yaml.safe_dump(self._pending, sort_keys=False, allow_unicode=True)
             with explained(self.config):
+                if self.config.exists() and self.config.read_text() != text:  # of nothing that has begun; perhaps the user's
+                    self.config.replace(self.config.with_name("config.yaml.replaced"))
                 write_atomically(self.config, lambda file: file.write(text.encode()))
 
-    def make_writable(self) -> None:
+    def has_begun(self) -> bool:
+        """Whether there is a training state after at least one optimizer step, a row of metrics or a result."""
+        states = (path.name for path in self.checkpoints.glob("step-*.pt*"))
+        rows = self.metrics.exists() and self.metrics.stat().st_size > 0
+        return rows or self.summary.exists() or any(not name.startswith(_FIRST_STATE) for name in states)
+
+    def make_writable(self) -> list[Path]:
         """Create the folder and write a file to it.
+
+        Returns:
+            the folders that did not exist before, outermost first.
 
         Raises:
             RunFolderError: that is not possible.
         """
         probe = self.path / f".probe.tmp.{os.getpid()}"
+        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()][::-1]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             probe.write_bytes(b"")
@@ -87,6 +119,27 @@ class RunFolder:
                 f"The output folder {str(self.path)!r} cannot be written: {error.strerror or error}. "
                 "Choose another --output."
             ) from error
+        return made
+
+    @contextmanager
+    def reserved(self) -> Iterator[None]:
+        """Create and lock the folder during the block; what no run has begun in is afterwards as it was before.
+
+        Raises:
+            RunFolderError: it cannot be written, or another process trains in it.
+        """
+        made = self.make_writable()
+        try:
+            with self.locked():
+                try:
+                    yield
+                finally:
+                    if not self.config.exists():
+                        self.lock.unlink(missing_ok=True)
+        finally:
+            for folder in reversed(made):
+                with suppress(OSError):  # a folder that is not empty stays
+                    folder.rmdir()
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -109,8 +162,8 @@ class RunFolder:
                 ) from error
             yield
 
-    def _check_same(self, config: dict[str, Any]) -> None:
-        saved, new = flatten(self.read_config()), flatten(config)
+    def _check_same(self, there: dict[str, Any], config: dict[str, Any]) -> None:
+        saved, new = flatten(there), flatten(config)
         if new.get("sparsity.method") == "none":
             saved.setdefault("sparsity.method", "none")  # which runs of version 0.1 do not state
         differing = sorted(
@@ -121,8 +174,31 @@ class RunFolder:
             raise RunFolderError(
                 f"{self.path} holds a run with a different configuration:\n"
                 + "\n".join(lines)
-                + "\nResume with the same settings, or choose another --output."
+                + f"\nResume with the same settings, or choose another --output.{self.how_to_go_on()}"
             )
+
+    def check_same_data(self, then: dict[str, Any], now: dict[str, Any]) -> None:
+        """Raise unless the data are those of the run.
+
+        Args:
+            then: description of the run's data; one written by an earlier version may lack some keys.
+            now: that of the present ones.
+
+        Raises:
+            CheckpointError: naming what differs.
+        """
+        for key, value in now.items():
+            if key in then and then[key] != value:
+                raise CheckpointError(
+                    f"The training data has changed: {key} was {then[key]!r} and is {value!r}. "
+                    f"Restore the data, or choose another --output.{self.how_to_go_on()}"
+                )
+
+    def how_to_go_on(self) -> str:
+        """Say how other settings, more epochs or other data start from what the run has learned; "" if it has nothing."""
+        states = sorted(self.checkpoints.glob("step-*.pt"))
+        weights = self.model if self.model.exists() else states[-1] if states else None
+        return "" if weights is None else f" A run there goes on from these weights with --model.weights {weights}"
 
     def read_config(self) -> dict[str, Any]:
         """The saved configuration.

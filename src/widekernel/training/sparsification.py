@@ -9,7 +9,6 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from widekernel.data.errors import ConfigError
 from widekernel.errors import CheckpointError
 from widekernel.sparsity import DynamicSparsity, SparsityReport, load_masks, semi_structured
 from widekernel.sparsity.config import with_total_steps
@@ -257,9 +256,3 @@ def _check_kind(state: dict[str, Any] | None, kind: str) -> None:
         raise CheckpointError(
             f"The run was saved with sparsity.method {found!r} and is resumed with {kind!r}. Resume with the same."
         )
-
-
-def check_averaging(config: SparsityConfig, decay: float | None) -> None:
-    """Raise a ``ConfigError`` if weights that stay as they are were to be averaged."""
-    if config.method == "2:4" and decay is not None:
-        raise ConfigError(f"ema.decay is {decay}, but learned 2:4 masks leave the weights as they are: set it to null.")

@@ -25,6 +25,7 @@ from widekernel.analysis.benchmark.rivals import (
 )
 from widekernel.analysis.benchmark.shares import depthwise_share
 from widekernel.analysis.benchmark.timing import Timing, first_calls, interleave
+from widekernel.tasks.channels import input_channels
 
 # Seconds of one call beyond which there is one more, and none.
 _PATIENCE = 10.0, 60.0
@@ -112,7 +113,7 @@ def examples(name: str, model: nn.Module, batch: int, size: int) -> tuple[Tensor
     Raises:
         BenchmarkError: if the network does not run on such images, or is no classifier.
     """
-    images = torch.randn(batch, getattr(model, "in_chans", 3), size, size, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(batch, input_channels(model), size, size, generator=torch.Generator().manual_seed(0))
     device = next((parameter.device for parameter in model.parameters()), images.device)
     images = images.to(device)
     return images, torch.arange(batch, device=device) % _classes(name, model, images)

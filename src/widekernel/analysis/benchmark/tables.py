@@ -14,7 +14,7 @@ from widekernel.analysis.benchmark.device_networks import DeviceNetworkRow
 from widekernel.analysis.benchmark.device_operators import DeviceRow
 from widekernel.analysis.benchmark.networks import NetworkRow
 from widekernel.analysis.benchmark.operators import Row
-from widekernel.training.files import write_atomically
+from widekernel.files import write_atomically
 
 Column = tuple[str, Callable[[Any], str]]
 

@@ -9,14 +9,11 @@ Learned masks (`method="learned"`) freeze the weights; train `controller.paramet
 """
 
 from widekernel.sparsity.semi_structured.chains import Chain, find_chains
-from widekernel.sparsity.semi_structured.config import SemiStructuredConfig
 from widekernel.sparsity.semi_structured.controller import SemiStructured
 from widekernel.sparsity.semi_structured.convert import convert, manifest_of, validate
 from widekernel.sparsity.semi_structured.eligibility import LayerReport
 from widekernel.sparsity.semi_structured.files import is_sparse_file, load_sparse, save_sparse
 from widekernel.sparsity.semi_structured.grouping import (
-    AXES,
-    Axis,
     group_count,
     group_view,
     paper_padding,
@@ -41,6 +38,7 @@ from widekernel.sparsity.semi_structured.prepare import prepare
 from widekernel.sparsity.semi_structured.stability import LayerStability, StabilityReport, stability_report
 from widekernel.sparsity.semi_structured.storage import decode, encode, pack_choices, unpack_choices
 from widekernel.sparsity.semi_structured.transposable import transposable_mask
+from widekernel.sparsity.two_four_config import AXES, Axis, SemiStructuredConfig
 
 __all__ = [
     "AXES",

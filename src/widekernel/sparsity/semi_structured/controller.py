@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from widekernel.errors import ArgumentError, CheckpointError
-from widekernel.sparsity.semi_structured.config import SemiStructuredConfig
 from widekernel.sparsity.semi_structured.eligibility import LayerReport
 from widekernel.sparsity.semi_structured.learned import ChoiceMask, Schedule, kept_share
 from widekernel.sparsity.semi_structured.manifest import Manifest, MaskedWeight
 from widekernel.sparsity.semi_structured.masks import check_choices, choices_to_mask
+from widekernel.sparsity.two_four_config import SemiStructuredConfig
 
 STATE_VERSION = 1
 

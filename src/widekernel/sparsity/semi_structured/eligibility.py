@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from widekernel.errors import ArgumentError, nearest
-from widekernel.sparsity.semi_structured.config import SemiStructuredConfig
+from widekernel.sparsity.two_four_config import SemiStructuredConfig
 
 Layer = nn.Conv2d | nn.Linear
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +13,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from widekernel.errors import ArgumentError, CheckpointError, WidekernelError
+from widekernel.files import replace_atomically
 from widekernel.sparsity.selection import unwrap
 from widekernel.sparsity.semi_structured.controller import SemiStructured
 from widekernel.sparsity.semi_structured.convert import convert, manifest_of, refreshed, validate
-from widekernel.sparsity.semi_structured.grouping import check_axis
 from widekernel.sparsity.semi_structured.hardware import is_compressed
 from widekernel.sparsity.semi_structured.manifest import Manifest, MaskedWeight, recall, remember
 from widekernel.sparsity.semi_structured.storage import decode, encode, unpack_choices
+from widekernel.sparsity.two_four_config import check_axis
 
 HEADER = "widekernel.two_four"
 VERSION = 1
@@ -179,20 +178,10 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Path:
-    """Write under another name and put the file in place when it is complete."""
-    partial = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+    """Write a file, whole or not at all."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.touch()
-        mode = partial.stat().st_mode
-        save_file(tensors, partial, metadata=metadata)
-        partial.chmod(mode)  # safetensors makes files that nobody else may read
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
+        replace_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
-    finally:
-        with suppress(OSError):  # where nothing could be written, nothing is left to remove
-            partial.unlink()
     return path

@@ -4,24 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from widekernel.errors import ArgumentError, ShapeError, nearest
-
-Axis = Literal["channels", "im2col", "taps"]
-AXES: tuple[Axis, ...] = ("channels", "im2col", "taps")
-
-
-def check_axis(axis: str) -> None:
-    """Raise ArgumentError unless `axis` is one of the groupings."""
-    if axis not in AXES:
-        raise ArgumentError(
-            f"axis {axis!r} is unknown: it must be one of {', '.join(map(repr, AXES))}.{nearest(axis, AXES)}"
-        )
+from widekernel.errors import ArgumentError, ShapeError
+from widekernel.sparsity.two_four_config import Axis, check_axis
 
 
 def paper_padding(rows: int, columns: int) -> tuple[int, int]:

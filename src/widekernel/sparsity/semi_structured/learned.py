@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from widekernel.sparsity.semi_structured.config import SemiStructuredConfig
 from widekernel.sparsity.semi_structured.grouping import Axis, group_view, ungroup
 from widekernel.sparsity.semi_structured.masks import legal_choices, magnitude_choices
 from widekernel.sparsity.semi_structured.noise import gumbel
 from widekernel.sparsity.semi_structured.patterns import bits_of, pattern_table
+from widekernel.sparsity.two_four_config import SemiStructuredConfig
 
 ILLEGAL = -1e9  # finite, because 0 · log 0 must be 0 in the entropy and in its gradient
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from widekernel.sparsity.semi_structured.chains import Chain, find_chains
-from widekernel.sparsity.semi_structured.config import SemiStructuredConfig
 from widekernel.sparsity.semi_structured.permutation import kept_magnitude, search_permutation
+from widekernel.sparsity.two_four_config import SemiStructuredConfig
 
 
 @dataclass(frozen=True)

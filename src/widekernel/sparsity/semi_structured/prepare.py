@@ -13,7 +13,6 @@ from torch.nn.utils import parametrize
 
 from widekernel.errors import ArgumentError
 from widekernel.sparsity.selection import unwrap
-from widekernel.sparsity.semi_structured.config import SemiStructuredConfig
 from widekernel.sparsity.semi_structured.controller import SemiStructured, keep_in_evaluation
 from widekernel.sparsity.semi_structured.eligibility import LayerReport, conv_groups, layers_of, reasons_against
 from widekernel.sparsity.semi_structured.grouping import group_count
@@ -21,6 +20,7 @@ from widekernel.sparsity.semi_structured.learned import ChoiceMask, Schedule, in
 from widekernel.sparsity.semi_structured.manifest import MaskedWeight, recall, remember
 from widekernel.sparsity.semi_structured.masks import check_choices, magnitude_choices
 from widekernel.sparsity.semi_structured.permute import Permuted, permute_channels
+from widekernel.sparsity.two_four_config import SemiStructuredConfig
 
 
 def prepare(

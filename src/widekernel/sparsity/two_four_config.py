@@ -6,9 +6,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 from widekernel.errors import ArgumentError, nearest
-from widekernel.sparsity.semi_structured.grouping import check_axis
 
 METHODS = ("magnitude", "permuted", "learned")
+Axis = Literal["channels", "im2col", "taps"]
+AXES: tuple[Axis, ...] = ("channels", "im2col", "taps")
+
+
+def check_axis(axis: str) -> None:
+    """Raise ArgumentError unless `axis` is one of the groupings."""
+    if axis not in AXES:
+        raise ArgumentError(
+            f"axis {axis!r} is unknown: it must be one of {', '.join(map(repr, AXES))}.{nearest(axis, AXES)}"
+        )
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -18,17 +18,35 @@ def write_atomically(
     ``before_rename`` sees the complete temporary file. A failed write leaves ``path`` as it was and removes the
     temporary file.
     """
-    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
-    try:
+
+    def fill(temporary: Path) -> None:
         with temporary.open("wb") as file:
             write(file)
-            file.flush()
+
+    replace_atomically(path, fill, before_rename)
+
+
+def replace_atomically(
+    path: Path, write: Callable[[Path], object], before_rename: Callable[[Path], object] | None = None
+) -> None:
+    """Do what ``write_atomically`` does with a ``write`` that takes the path of the temporary file.
+
+    The new file can be read and written by whom the system's defaults allow, whatever ``write`` sets.
+    """
+    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        write(temporary)
+        temporary.chmod(mode)  # safetensors makes files that nobody else may read
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         if before_rename is not None:
             before_rename(temporary)
         temporary.replace(path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # where nothing could be written, nothing is left to remove
+            temporary.unlink()
         raise
     sync_folder(path.parent)
 

@@ -1,0 +1,162 @@
+"""What ``widekernel demo`` does: the whole life of a large-kernel network on real digits, in about two minutes on a CPU."""
+
+import dataclasses
+import statistics
+import time
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from widekernel.cli.console import ConsoleReporter, progress_console, results
+from widekernel.cli.demo_picture import PictureContent, draw
+from widekernel.cli.train import parse_config
+from widekernel.data import (
+    DataConfig,
+    EvaluationSamples,
+    ImageSource,
+    LoaderOptions,
+    Share,
+    evaluation_loader,
+    open_split,
+)
+from widekernel.errors import WidekernelError
+from widekernel.tasks.classification import train
+from widekernel.tasks.evaluation import EvaluationOptions, evaluate
+from widekernel.tasks.folding import fold_and_check
+from widekernel.tasks.saved import SavedModel, restore_model, save_model
+from widekernel.training import RunFolder
+from widekernel.training.interrupts import Interrupted
+from widekernel.training.metrics_log import read_metrics
+
+RECIPE = "slak_nano_digits"
+LATENCY_BATCH = 16
+LATENCY_ROUNDS = 9
+
+
+class DemoError(WidekernelError, RuntimeError):
+    """Two forms of the network that should agree do not."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One form of the network on the held-out digits.
+
+    Args:
+        name: what the form is called
+        model: the network
+        top1: accuracy in percent
+        predictions: predicted class of every digit ``(n,)``
+        targets: true classes ``(n,)``
+    """
+
+    name: str
+    model: nn.Module
+    top1: float
+    predictions: Tensor
+    targets: Tensor
+
+
+def show(output: str, seed: int) -> int:
+    """Train or reuse the run in the folder ``output``, then evaluate, fold, save, reload, compare and draw."""
+    config = parse_config(["--recipe", RECIPE, f"--output={output}", f"--seed={seed}"])
+    started = time.perf_counter()
+    try:
+        with ConsoleReporter() as reporter:
+            outcome = train(config, reporter)
+    except Interrupted as interruption:
+        progress_console().print("Stopped; the state is saved. The same command goes on from here.")
+        return 128 + interruption.signal_number
+    console = results()
+    if outcome.was_finished:
+        console.print(f"The run in {outcome.folder.path} is finished already and is used as it is.", soft_wrap=True)
+    else:
+        console.print(f"Trained {config.model.name} on digits in {time.perf_counter() - started:.0f} s.")
+    _show(outcome.folder, config.data, console)
+    return 0
+
+
+def _show(folder: RunFolder, data: DataConfig, console: Console) -> None:
+    dense, saved = restore_model(folder.model)
+    folded, check = fold_and_check(dense, saved.preprocessing.input_size)
+    console.print(f"Folding changes no output by more than {check.max_error:.2g} (outputs reach {check.max_output:.3g}).")
+    paths = folder.path / "dense.safetensors", folder.path / "folded.safetensors"
+    save_model(dense, paths[0], saved)
+    save_model(folded, paths[1], dataclasses.replace(saved, form="folded"))
+    digits = open_split(data, "val")
+    forms = {
+        "dense, as trained": dense,
+        "folded": folded,
+        "dense, reloaded": restore_model(paths[0])[0],
+        "folded, reloaded": restore_model(paths[1])[0],
+    }
+    measured = [_measure(name, model, digits, saved) for name, model in forms.items()]
+    latencies = _latencies([form.model for form in measured], saved.preprocessing.input_size)
+    table = _table(measured, latencies, len(digits))
+    console.print(table)
+    _require_equal(measured)
+    content = PictureContent(
+        digits=[digits.load(index)[0] for index in range(len(digits))],
+        class_names=saved.class_names,
+        targets=measured[0].targets.tolist(),
+        predictions=measured[1].predictions.tolist(),
+        metrics=read_metrics(folder.metrics),
+        dense=dense,
+        folded=folded,
+        rows=[(form.name, form.top1, latency) for form, latency in zip(measured, latencies, strict=True)],
+    )
+    picture = folder.path / "demo.png"
+    draw(content, picture)
+    console.print(f"Saved {paths[0]} and {paths[1]}", soft_wrap=True)
+    console.print(f"Picture: {picture.resolve()}", soft_wrap=True)
+
+
+def _measure(name: str, model: nn.Module, source: ImageSource, saved: SavedModel) -> Measured:
+    predictions, targets = [], []
+
+    def observe(logits: Tensor, wanted: Tensor) -> None:
+        predictions.append(logits.argmax(1))
+        targets.append(wanted)
+
+    samples = EvaluationSamples(source, saved.preprocessing.eval_transform())
+    loader = evaluation_loader(samples, LoaderOptions(batch_size=90), Share())
+    result = evaluate(model, loader, EvaluationOptions(torch.device("cpu"), max_unreadable=0, observe=observe))
+    if result is None:
+        raise DemoError("The evaluation was stopped.")
+    return Measured(name, model, result.top1, torch.cat(predictions), torch.cat(targets))
+
+
+def _latencies(models: list[nn.Module], size: int) -> list[float]:
+    """Median milliseconds per image, the models timed in turn so that a busy machine is unfair to none."""
+    images = torch.randn(LATENCY_BATCH, 3, size, size, generator=torch.Generator().manual_seed(0))
+    times: list[list[float]] = [[] for _ in models]
+    with torch.inference_mode():
+        for _ in range(LATENCY_ROUNDS + 2):
+            for model, taken in zip(models, times, strict=True):
+                start = time.perf_counter()
+                model(images)
+                taken.append((time.perf_counter() - start) * 1e3 / LATENCY_BATCH)
+    return [statistics.median(taken[2:]) for taken in times]  # the first two rounds warm up
+
+
+def _table(measured: list[Measured], latencies: list[float], count: int) -> Table:
+    table = Table("network", "parameters", "top-1 (%)", "ms per image", title=f"{count} held-out digits")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for form, latency in zip(measured, latencies, strict=True):
+        parameters = sum(parameter.numel() for parameter in form.model.parameters())
+        table.add_row(form.name, f"{parameters:,}", f"{form.top1:.2f}", f"{latency:.2f}")
+    table.caption = f"medians of {LATENCY_ROUNDS} batches of {LATENCY_BATCH}, timed in turn"
+    return table
+
+
+def _require_equal(measured: list[Measured]) -> None:
+    first = measured[0]
+    for form in measured[1:]:
+        differing = int((form.predictions != first.predictions).sum())
+        if form.top1 != first.top1 or differing:
+            raise DemoError(
+                f"The network ({form.name}) has {form.top1:.2f} % and the one {first.name} {first.top1:.2f} %, "
+                f"with {differing} different predictions; they must agree."
+            )

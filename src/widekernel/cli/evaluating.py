@@ -1,0 +1,38 @@
+"""Measuring a network on the held-out split of a data set, with a progress bar."""
+
+from torch import nn
+
+from widekernel.cli.console import ConsoleReporter
+from widekernel.cli.options import EvalOptions
+from widekernel.data import DataConfig, EvaluationSamples, LoaderOptions, Share, evaluation_loader, open_split
+from widekernel.tasks.assembly import choose_device
+from widekernel.tasks.channels import for_channels, input_channels
+from widekernel.tasks.class_order import assumption, class_order
+from widekernel.tasks.evaluation import Evaluation, EvaluationOptions, evaluate
+from widekernel.tasks.saved import SavedModel
+from widekernel.training.interrupts import Interrupted, InterruptGuard
+
+
+def evaluate_on(model: nn.Module, saved: SavedModel, data: DataConfig, options: EvalOptions) -> Evaluation:
+    """Accuracy of ``model`` on the held-out split of ``data``, preprocessed as ``saved`` says unless ``data`` differs.
+
+    Raises:
+        WidekernelError: the data cannot be used, or has other classes.
+        Interrupted: stopped by a signal.
+    """
+    device = choose_device(options.device)
+    source = open_split(data, "val")
+    order = class_order(saved, source.class_names)
+    transform = for_channels(saved.preprocessing.overridden_by(data).eval_transform(), input_channels(model))
+    loading = LoaderOptions(options.batch_size, data.workers, pin_memory=device.type == "cuda")
+    loader = evaluation_loader(EvaluationSamples(source, transform), loading, Share())
+    with ConsoleReporter() as reporter, InterruptGuard() as guard:
+        for note in filter(None, (*source.notes, assumption(saved, source.class_names))):
+            reporter.message(note)
+        how = EvaluationOptions(
+            device, data.max_unreadable, order, reporter=reporter, stop=lambda: guard.received is not None
+        )
+        result = evaluate(model.to(device), loader, how)
+    if result is None:
+        raise Interrupted(guard.received or 0)
+    return result

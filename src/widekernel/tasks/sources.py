@@ -1,0 +1,37 @@
+"""What the user names: a run folder, a model file or a checkpoint, and which of its weights."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from widekernel.training.run_folder import RunFolder
+
+Weights = Literal["model", "ema"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What to load.
+
+    Args:
+        path: run folder, or checkpoint file: of a model, or a training state of a run
+        weights: the weights themselves or their moving average
+        state: for a run folder: its last weights, or those of the best evaluation
+        model: model name, for a checkpoint file that does not describe itself
+        model_args: arguments of that model
+        num_classes: outputs of that model; ``None`` keeps its own number
+    """
+
+    path: Path
+    weights: Weights = "model"
+    state: Literal["last", "best"] = "last"
+    model: str | None = None
+    model_args: dict[str, Any] | None = None
+    num_classes: int | None = None
+
+    def run_folder(self) -> RunFolder | None:
+        """The run that ``path`` is, or lies in."""
+        for candidate in (self.path, self.path.parent):
+            if (candidate / "config.yaml").is_file():
+                return RunFolder(candidate)
+        return None

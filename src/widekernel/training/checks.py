@@ -1,0 +1,64 @@
+"""Settings that cannot do what they are for in a run of so many steps, found before its first one."""
+
+from __future__ import annotations
+
+import os
+
+from widekernel.data.errors import ConfigError
+from widekernel.sparsity.config import with_total_steps
+from widekernel.training.config import SparsityConfig, TrainingConfig
+
+MOSTLY, NOTICEABLY = 0.9, 0.05
+"""Shares of the first weights in the average at the end, from which on a run is refused, and from which on it is told."""
+
+
+def check_length(config: TrainingConfig, total_steps: int) -> list[str]:
+    """Check what the length of a run decides.
+
+    Args:
+        config: of the run.
+        total_steps: its optimizer steps.
+
+    Returns:
+        what the user should know.
+
+    Raises:
+        ConfigError: the averaged weights would stay at their start, or the sparsity at its.
+    """
+    return [*_check_average(config, total_steps), *_check_masks(config.sparsity, total_steps)]
+
+
+def _check_average(config: TrainingConfig, total_steps: int) -> list[str]:
+    decay = config.ema.decay
+    if decay is None or config.ema.warmup:
+        return []
+    left = decay**total_steps
+    what = f"ema.decay is {decay}, with which {100 * left:.3g} % of the average would be the first weights after the "
+    what += f"{total_steps} steps of the run"
+    if left > MOSTLY:
+        suited = 1 - 5 / max(total_steps, 10)
+        raise ConfigError(f"{what}: set ema.warmup to true, ema.decay to {suited:.3g} or lower, or ema.decay to null.")
+    return [f"{what}; ema.warmup avoids it."] if left > NOTICEABLY else []
+
+
+def _check_masks(config: SparsityConfig, total_steps: int) -> list[str]:
+    if config.method != "dynamic":
+        return []
+    dynamic = with_total_steps(config.dynamic, total_steps)
+    moves = dynamic.growth != "none" and dynamic.prune_fraction > 0
+    if not (moves or dynamic.initial_sparsity is not None) or dynamic.update_interval <= min(dynamic.stop_step, total_steps):
+        return []
+    last = int(min(dynamic.stop_step, total_steps))
+    what = (
+        f"sparsity.dynamic.update_interval is {dynamic.update_interval}, but masks move only in the first {last} of "
+        f"{total_steps} steps"
+    )
+    if dynamic.initial_sparsity is not None:
+        raise ConfigError(f"{what}, so the sparsity would stay at initial_sparsity ({dynamic.initial_sparsity}): lower it.")
+    return [f"{what}, so they never will."]
+
+
+def notes_on_workers(workers: int) -> list[str]:
+    """Tell if more processes decode images than there are processors for them."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return [f"data.workers is {workers}, but there are {cores} processors here."] if workers > cores else []

@@ -1,0 +1,95 @@
+"""Paths with what a shell would expand, and what none would."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.cli.test_help import parsers
+
+from widekernel.cli.main import main
+from widekernel.cli.paths import PATHS, expanded
+from widekernel.cli.train import parse_config
+from widekernel.data.errors import ConfigError
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SCRATCH_X", "/scratch/x y")
+    monkeypatch.delenv("SCRTCH_X", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_expanded(home: Path) -> None:
+    assert expanded("k", "~") == str(home)
+    assert expanded("k", "~/runs/a") == f"{home}/runs/a"
+    assert expanded("k", "$SCRATCH_X/[a] b") == "/scratch/x y/[a] b"
+    assert expanded("k", "a/${SCRATCH_X}b") == "a//scratch/x yb"
+    for text in ("a~", "./~/b", "~nobody-of-that-name/x", "cost$", "$1", "%s", "{y}", "a[b"):
+        assert expanded("k", text) == text
+
+
+def test_a_name_that_exists_is_taken_as_it_is(home: Path) -> None:
+    (home / "$SCRATCH_X").mkdir()
+    (home / "~").mkdir()
+    assert expanded("k", "$SCRATCH_X") == "$SCRATCH_X"
+    assert expanded("k", "~") == "~"
+
+
+def test_an_unset_variable_is_named(home: Path) -> None:
+    with pytest.raises(ConfigError, match=r"output is '\$SCRTCH_X/a', but the variable SCRTCH_X is not set.*SCRATCH_X"):
+        expanded("output", "$SCRTCH_X/a")
+
+
+def test_in_files_and_flags_alike(home: Path) -> None:
+    (home / "c.yaml").write_text("data:\n  root: ~/images\nmodel:\n  weights: ${SCRATCH_X}/w.pth\noutput: $HOME/run\n")
+    config = parse_config(["--config=~/c.yaml"])
+    assert (config.data.root, config.model.weights) == (f"{home}/images", "/scratch/x y/w.pth")
+    assert config.output == f"{home}/run"
+    config = parse_config(["--output=~/[a]", "--data.root", "$HOME/d", "--model.args.pattern", "~/x"])
+    assert (config.output, config.data.root) == (f"{home}/[a]", f"{home}/d")
+    assert config.model.args == {"pattern": "~/x"}
+
+
+def test_every_option_that_is_a_path_is_known_as_one() -> None:
+    """Whatever says that it is a file or folder is expanded."""
+    words = ("file to", "file for", "file of", "file with", " file:", "folder,", "folder;", "run folder", "folder that")
+    for command, parser in parsers():
+        for action in parser._actions:
+            text = f" {action.help}"
+            is_split = action.dest.endswith("_split") or action.dest == "state"
+            is_text = any(word in text for word in words) and not is_split and action.nargs != 0
+            is_config = "Path to a configuration file" in text
+            if is_text and not is_config and action.dest not in PATHS:
+                pytest.fail(f"{command}: {action.dest} ({action.help})")
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="file systems there take UTF-8 only")
+def test_names_that_are_no_text_are_printed_as_they_are(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "widekernel", "eval", os.fsencode(tmp_path) + b"/caf\xe9[/b]"]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert done.returncode == 2
+    assert b"/caf\xe9[/b] does not exist" in done.stderr and b"Traceback" not in done.stderr
+
+
+def test_a_key_that_stands_twice_is_refused(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (home / "c.yaml").write_text("optimizer:\n  lr: 1e-3\n  eps: 1e-8\n  lr: 2e-3\n")
+    assert main(["train", "--config", "c.yaml"]) == 2
+    assert "'lr' stands twice in one section, again in line 4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["", " adam"])
+def test_a_section_that_holds_no_settings(value: str, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (home / "c.yaml").write_text(f"optimizer:{value}\n")
+    assert main(["train", "--config", "c.yaml"]) == 2
+    assert f"optimizer is {(value.strip() or None)!r}, but must hold settings: betas, clip_grad" in capsys.readouterr().err
+
+
+def test_an_empty_file_sets_nothing(home: Path) -> None:
+    (home / "c.yaml").write_text("# nothing yet\n")
+    assert parse_config(["--config", "c.yaml"]) == parse_config([])

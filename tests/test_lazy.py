@@ -1,0 +1,38 @@
+"""Packages whose names are imported when they are used."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+
+LAZY = ("widekernel", "widekernel.data", "widekernel.sparsity", "widekernel.training")
+
+
+@pytest.mark.parametrize("package", LAZY)
+def test_every_name_is_there(package: str) -> None:
+    module = importlib.import_module(package)
+    assert set(module.__all__) <= set(dir(module))
+    for name, where in module._WHERE.items():
+        value = getattr(module, name)
+        assert value is getattr(importlib.import_module(where), name, importlib.import_module(where))
+    with pytest.raises(AttributeError, match=f"{package}' has no attribute 'nothing'"):
+        _ = module.nothing
+
+
+@pytest.mark.parametrize("package", LAZY)
+def test_no_name_is_that_of_another_submodule(package: str) -> None:
+    """Which would take its place as soon as somebody imports it."""
+    module = importlib.import_module(package)
+    submodules = {name for name in module._WHERE if importlib.util.find_spec(f"{package}.{name}")}
+    assert {name for name in submodules if module._WHERE[name] != f"{package}.{name}"} == set()
+
+
+def test_importing_the_package_registers_its_networks_wherever_it_starts() -> None:
+    """Also in a program that runs as `python -m`, or has such arguments of its own."""
+    code = "import sys; sys.argv = ['-m', 'a']; import widekernel, timm; print(timm.is_model('slak_nano'))"
+    done = subprocess.run([sys.executable, "-c", code, "-m", "widekernel"], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"

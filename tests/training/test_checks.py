@@ -1,0 +1,63 @@
+"""Settings that cannot work, told before the first step."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from tests.training.tiny import make_config
+
+from widekernel.data import AugmentConfig, ConfigError, DataConfig
+from widekernel.sparsity import DynamicSparsityConfig
+from widekernel.tasks.config import TrainConfig
+from widekernel.training import EmaConfig, OptimizerConfig, ScheduleConfig
+from widekernel.training.checks import check_length, notes_on_workers
+from widekernel.training.config import SparsityConfig
+
+
+def length(tmp_path, steps: int, **changes) -> list[str]:
+    return check_length(make_config(tmp_path, **{"ema": EmaConfig(), **changes}).training, steps)
+
+
+def test_an_average_that_stays_at_its_start(tmp_path) -> None:
+    with pytest.raises(ConfigError, match=r"ema\.decay is 0\.9999, with which 99 % .* after the 100 steps .* ema\.warmup"):
+        length(tmp_path, 100, ema=EmaConfig(0.9999))
+    assert "36.8 % of the average" in length(tmp_path, 10_000, ema=EmaConfig(0.9999))[0]
+    assert length(tmp_path, 100_000, ema=EmaConfig(0.9999)) == []
+    assert length(tmp_path, 100, ema=EmaConfig(0.9999, warmup=True)) == length(tmp_path, 100) == []
+
+
+def test_masks_that_never_move(tmp_path) -> None:
+    def sparse(**settings) -> SparsityConfig:
+        return SparsityConfig("dynamic", DynamicSparsityConfig(**settings))
+
+    assert "100, but masks move only in the first 75 of 100 steps" in length(tmp_path, 100, sparsity=sparse())[0]
+    assert length(tmp_path, 200, sparsity=sparse()) == length(tmp_path, 100, sparsity=sparse(growth="none")) == []
+    with pytest.raises(ConfigError, match=r"would stay at initial_sparsity \(0\.1\)"):
+        length(tmp_path, 100, sparsity=sparse(growth="none", initial_sparsity=0.1))
+
+
+def test_workers() -> None:
+    assert notes_on_workers(0) == []
+    assert "data.workers is 100000" in notes_on_workers(100_000)[0]
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: OptimizerConfig(lr=0.0), r"optimizer\.lr is 0\.0, but must be positive"),
+        (lambda: OptimizerConfig(lr=math.inf), r"optimizer\.lr is inf, but must be finite"),
+        (lambda: OptimizerConfig(betas=(0.9, math.nan)), r"optimizer\.betas is \(0\.9, nan\), but must be finite"),
+        (lambda: OptimizerConfig(clip_mode="agc"), r"optimizer\.clip_mode is 'agc', but nothing is clipped"),
+        (lambda: ScheduleConfig(min_lr=math.nan), r"schedule\.min_lr is nan, but must be finite"),
+        (lambda: ScheduleConfig(epochs=5), r"schedule\.warmup_epochs is 20"),
+        (lambda: EmaConfig(warmup=True), r"ema\.warmup is true, but nothing is averaged"),
+        (lambda: DataConfig(mean=(0.5, 0.5, math.inf)), r"data\.mean is .*, but must be finite"),
+        (lambda: AugmentConfig(color_jitter=math.inf), r"augment\.color_jitter is inf, but must be finite"),
+        (lambda: TrainConfig(optimizer=OptimizerConfig(lr=1e-7)), r"schedule\.min_lr is 1e-06, but must be at most .*1e-07"),
+        (lambda: TrainConfig(label_smoothing=1.0), r"label_smoothing is 1\.0"),
+    ],
+)
+def test_out_of_range(make, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        make()
