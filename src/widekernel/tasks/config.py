@@ -80,9 +80,6 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require(self.seed >= 0, "seed", self.seed, "0 or more")
         require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "from 0 to below 1")
-        for key in ("warmup_lr", "min_lr"):
-            rule = f"at most optimizer.lr ({self.optimizer.lr}), the peak"
-            require(getattr(self.schedule, key) <= self.optimizer.lr, f"schedule.{key}", getattr(self.schedule, key), rule)
         check_averaging(self.sparsity, self.ema.decay)
         if self.sparsity.method == "2:4" and not (self.model.pretrained or self.model.weights):
             raise ConfigError(

@@ -25,7 +25,7 @@ def check_length(config: TrainingConfig, total_steps: int) -> list[str]:
     Raises:
         ConfigError: the averaged weights would stay at their start, or the sparsity at its.
     """
-    return [*_check_average(config, total_steps), *_check_masks(config.sparsity, total_steps)]
+    return [*_check_average(config, total_steps), *_check_masks(config.sparsity, total_steps), *_notes_on_rates(config)]
 
 
 def _check_average(config: TrainingConfig, total_steps: int) -> list[str]:
@@ -39,6 +39,16 @@ def _check_average(config: TrainingConfig, total_steps: int) -> list[str]:
         suited = 1 - 5 / max(total_steps, 10)
         raise ConfigError(f"{what}: set ema.warmup to true, ema.decay to {suited:.3g} or lower, or ema.decay to null.")
     return [f"{what}; ema.warmup avoids it."] if left > NOTICEABLY else []
+
+
+def _notes_on_rates(config: TrainingConfig) -> list[str]:
+    lr, schedule = config.optimizer.lr, config.schedule
+    notes = []
+    if schedule.min_lr > lr:
+        notes.append(f"schedule.min_lr ({schedule.min_lr}) is above optimizer.lr ({lr}): the learning rate will rise to it.")
+    if schedule.warmup_epochs and schedule.warmup_lr > lr:
+        notes.append(f"schedule.warmup_lr ({schedule.warmup_lr}) is above optimizer.lr ({lr}): the warm-up will fall.")
+    return notes
 
 
 def _check_masks(config: SparsityConfig, total_steps: int) -> list[str]:
