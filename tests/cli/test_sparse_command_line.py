@@ -63,7 +63,14 @@ def test_sparse_training(images, tmp_path: Path, capsys) -> None:  # noqa: F811
         ["--sparsity.dynamic.block", "[3, 3]", "--sparsity.dynamic.layers", "['*.kernels.*']"],
         ["--sparsity.dynamic.block", "2:4", "--sparsity.dynamic.sparsity", "0.5", "--sparsity.dynamic.init", "magnitude"],
         ["--sparsity.dynamic.rule", "published", "--sparsity.dynamic.growth", "momentum"],
-        ["--sparsity.dynamic.initial_sparsity", "0.0", "--sparsity.dynamic.init", "erk"],
+        [
+            "--sparsity.dynamic.initial_sparsity",
+            "0.0",
+            "--sparsity.dynamic.init",
+            "erk",
+            "--sparsity.dynamic.update_interval",
+            "1",
+        ],
     ],
     ids=["channel", "tiles", "2:4", "published", "gradual"],
 )
