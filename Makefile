@@ -18,7 +18,8 @@ PARALLEL := -n auto --maxprocesses 4 --dist worksteal --durations 20
 # `make offline-bundle` has filled elsewhere.
 BUNDLE ?= build/offline-bundle
 UNPACKED := build/offline-site
-ifdef OFFLINE
+WHEELS = $(if $(wildcard $(BUNDLE)),--wheels "$(BUNDLE)")
+ifeq ($(OFFLINE),1)
 READY :=
 RUN := $(PYTHON)
 export PYTHONPATH := $(CURDIR)/src:$(CURDIR)/$(UNPACKED)$(if $(PYTHONPATH),:$(PYTHONPATH))

@@ -24,11 +24,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from benchmarks.gpu_session.problems import Job
 
 LONGEST_JOB = 60.0
 """Seconds after which a job counts as one that hangs."""
 MOST_WORKERS = 12
+ENDS = "ends"
+"""In the row of a job: whether its process takes no more jobs."""
 
 
 def all_jobs(small: bool) -> list[Job]:
@@ -53,14 +56,24 @@ def work(small: bool) -> int:
     device = torch.device(todo[0].problem.device)
     for line in sys.stdin:
         row = run(todo[int(line)], device, backend.chip())
-        sys.stdout.write(json.dumps(row) + "\n")
+        healthy = _is_healthy(device)
+        sys.stdout.write(json.dumps(row | {ENDS: not healthy}) + "\n")
         sys.stdout.flush()
-        try:
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-        except RuntimeError:
+        if not healthy:
             return 1
     return 0
+
+
+def _is_healthy(device: torch.device) -> bool:
+    """Whether the device takes more work: a fault in a kernel spoils the process."""
+    import torch
+
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
 
 
 class Worker:
@@ -89,7 +102,10 @@ class Worker:
             code = self._process.wait() if self._process else None
             self.end()
             return f"its process ended with code {code}"
-        return json.loads(answer)
+        row = json.loads(answer)
+        if row.pop(ENDS, False):
+            self.end()  # the next job gets a process of its own, and no blame
+        return row
 
     def end(self) -> None:
         """End the process."""

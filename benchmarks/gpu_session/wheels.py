@@ -59,7 +59,9 @@ def numbers(version: str) -> tuple[int, ...]:
 
 def minima(pyproject: Path = ROOT / "pyproject.toml") -> dict[str, str]:
     """Give the oldest version of every package that ours names one for."""
-    return {normalized(name): least for name, least in re.findall(r'"([\w.-]+)>=([\d.]+)', pyproject.read_text())}
+    return {
+        normalized(name): least for name, least in re.findall(r'"([\w.-]+)(?:\[[^\]]*\])?>=([\d.]+)', pyproject.read_text())
+    }
 
 
 def is_needed(wheel: Wheel, least: dict[str, str]) -> bool:

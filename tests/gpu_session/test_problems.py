@@ -84,7 +84,11 @@ for line in sys.stdin:
     if number == 2:
         time.sleep(600)
     row = dict.fromkeys(({columns}), 1) | dict(zip(("layer", "dtype", "pass", "config"), "abcd"))
-    print(json.dumps(row | {{"verdict": "right" if number != 3 else "WRONG: by far"}}), flush=True)
+    verdict = {{"verdict": "right" if number != 3 else "WRONG: by far", "ends": number == 4}}
+    print(json.dumps(row | verdict), flush=True)
+    if number == 4:  # a fault spoils the process, which takes a while to end
+        time.sleep(0.5)
+        os._exit(1)
 """
 
 

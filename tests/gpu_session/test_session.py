@@ -44,7 +44,7 @@ def test_only_what_is_missing_or_too_old_is_unpacked(tmp_path: Path) -> None:
     unpacked, foreign = unpack(tmp_path, tmp_path / "site")
     assert unpacked == ["absent-package 1.0"] and foreign == ["other-absent 1.0 (for cp38)"]
     assert [path.name for path in (tmp_path / "site").iterdir()] == ["absent_module.py"]
-    assert minima()["timm"] and minima()["torch"]
+    assert minima()["timm"] and minima()["torch"] and minima()["jsonargparse"]
     timm = Wheel(tmp_path, "timm", "1000", "py3", "none")
     assert is_needed(timm, {"timm": "1000"}) and not is_needed(timm, {"timm": "0.1"}) and not is_needed(timm, {})
     with pytest.raises(ValueError, match=r"no folder of wheels: fill it .* `make offline-bundle`"):

@@ -200,6 +200,23 @@ def test_weights_loaded_alone_are_noticed() -> None:
         assert controller.step == steps + 1 and outside(model, controller) == 0
 
 
+@pytest.mark.parametrize(("write", "steps"), [("replace", 1), ("add", 2)])
+def test_weights_written_past_the_count_of_writes_are_noticed(write: str, steps: int) -> None:
+    """Other memory at the next step; numbers written into the same memory at the next update."""
+    model, optimizer, _controller = controlled(quick())
+    for step in range(2):
+        train_step(model, optimizer, step)
+    weight = model.stem.weight
+    before = weight._version
+    if write == "replace":
+        weight.data = torch.ones_like(weight.data)
+    else:
+        weight.data.add_(1)
+    assert weight._version == before
+    with pytest.raises(ArgumentError, match=r"weights live outside the masks of 1 parameters \(\d+ in stem\.weight\)"):
+        _ = [train_step(model, optimizer, step) for step in range(steps)]
+
+
 def test_masks_loaded_alone_are_noticed() -> None:
     """Into a network that trained on, whose removed weights are gone."""
     model, optimizer, controller = controlled(quick(growth="random"))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from widekernel.errors import ShapeError
-from widekernel.training.failures import NetworkError, explained_failure
+from widekernel.training.failures import LoadingError, NetworkError, explained_failure, explained_loading
 
 
 @pytest.mark.parametrize(
@@ -34,3 +34,11 @@ def test_what_is_raised_on_purpose_stays() -> None:
         raise ShapeError("as it is")
     with pytest.raises(KeyError), explained_failure("Step 1"):  # nothing that PyTorch raises for its input
         _ = {}["x"]
+
+
+def test_processes_that_load_images_are_no_networks() -> None:
+    told = r"^Loading failed \(RuntimeError: DataLoader worker .*lower data\.workers"
+    with pytest.raises(LoadingError, match=told), explained_loading("Loading"):
+        raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
+    with pytest.raises(ShapeError, match=r"^as it is$"), explained_loading("Loading"):
+        raise ShapeError("as it is")

@@ -94,3 +94,13 @@ def test_a_lock_on_a_file_that_was_removed_is_none(tmp_path: Path, monkeypatch: 
     with folder.locked():
         assert folder.lock.exists()
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model_ema.safetensors", "masks.safetensors"])
+def test_a_result_that_was_copied_with_its_settings_belongs_to_them(name: str, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.config.write_text("a: 1\n")
+    (tmp_path / name).write_bytes(b"weights")
+    with pytest.raises(RunFolderError, match="a: 1 there, 2 now"):
+        folder.prepare({"a": 2})
+    assert folder.config.read_text() == "a: 1\n" and (tmp_path / name).read_bytes() == b"weights"

@@ -288,6 +288,7 @@ class DynamicSparsity:
 
     def _update(self) -> None:
         self._watch.check_attached()
+        self._watch.check_outside(self._state.parameters)  # what was written to `parameter.data` shows only here
         self._averages.find()
         state = self._state
         former = {name: mask.clone() for name, mask in state.masks.items()}

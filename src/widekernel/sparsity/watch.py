@@ -25,15 +25,18 @@ class Watch:
 
     def __init__(self, model: nn.Module, state: MaskState) -> None:
         self._model, self._state = model, state
-        self._versions: dict[str, int] = {}
+        self._versions: dict[str, tuple[int, int]] = {}
 
     def note(self) -> None:
         """Take the weights as they are now for those that a step left."""
-        self._versions = {name: parameter._version for name, parameter in self._state.parameters.items()}
+        self._versions = {name: _version(parameter) for name, parameter in self._state.parameters.items()}
 
     def written(self) -> list[str]:
-        """Name the parameters that were written to since `note`."""
-        return [n for n, parameter in self._state.parameters.items() if self._versions.get(n) != parameter._version]
+        """Name the parameters that were written to since `note`, or whose memory is another.
+
+        Writes into `parameter.data` are in no count: those are found at the next update.
+        """
+        return [n for n, parameter in self._state.parameters.items() if self._versions.get(n) != _version(parameter)]
 
     def check_attached(self) -> None:
         """Raise an `ArgumentError` if the network holds another parameter than the one that a mask was made for."""
@@ -95,3 +98,7 @@ class Watch:
                 "the state of the controller that it was trained with, give its masks (masks=...), or take them from the "
                 "weights (init='from_weights')"
             )
+
+
+def _version(parameter: nn.Parameter) -> tuple[int, int]:
+    return parameter._version, parameter.data_ptr()

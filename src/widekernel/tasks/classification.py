@@ -203,7 +203,7 @@ def _has_states(folder: RunFolder) -> bool:
 
 
 def _data_of(summary: dict[str, Any], folder: RunFolder) -> dict[str, Any]:
-    """Description of the data of a finished run, which versions before 0.5 kept in training states only."""
+    """Description of the data of a finished run, which earlier versions kept in training states only."""
     if "data" not in summary and _has_states(folder):
         return CheckpointStore(folder.checkpoints).load_latest()["data"]  # type: ignore[index]
     return summary.get("data", {})

@@ -100,7 +100,9 @@ def learn(
     reference, run = folder / "start.safetensors", RunFolder(folder)
     _check_start(model, reference, source)
     made = run.make_writable()
-    save_model(model, reference, saved)
+    begins = not reference.exists()
+    if begins:
+        save_model(model, reference, saved)
     settings = TrainConfig(
         seed=config.seed,
         output=str(folder),
@@ -117,7 +119,7 @@ def learn(
     try:
         train(settings, reporter)
     finally:
-        if not run.has_begun():
+        if begins and not run.has_begun():  # otherwise the file is that of another process
             reference.unlink()
             for each in reversed(made):
                 with suppress(OSError):  # a folder that is not empty stays

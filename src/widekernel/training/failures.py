@@ -1,4 +1,4 @@
-"""What a network raises when it is run on images that it cannot take, in one line that says what to do."""
+"""What a network raises when it is run on images that it cannot take, and what loading them raises, in one line each."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +26,10 @@ class NetworkError(WidekernelError, RuntimeError):
     """A network that fails when it is run."""
 
 
+class LoadingError(WidekernelError, RuntimeError):
+    """Processes that load images and fail, not because of an image."""
+
+
 @contextmanager
 def explained_failure(what: str) -> Iterator[None]:
     """Within the block, an error of PyTorch's becomes a `NetworkError` that says what failed, why and what to do.
@@ -46,3 +50,25 @@ def explained_failure(what: str) -> Iterator[None]:
         if isinstance(error, MemoryError):
             remedy = _SMALLER
         raise NetworkError(f"{what} failed ({in_short(error).rstrip('.')}). {remedy}") from error
+
+
+@contextmanager
+def explained_loading(what: str) -> Iterator[None]:
+    """Within the block, an error of the processes that load images becomes a `LoadingError`.
+
+    Args:
+        what: what is done in the block, such as "Loading the images of training step 3".
+
+    Raises:
+        LoadingError: the block raised one.
+    """
+    try:
+        yield
+    except WidekernelError:
+        raise
+    except (RuntimeError, MemoryError, OSError) as error:
+        raise LoadingError(
+            f"{what} failed ({in_short(error).rstrip('.')}). The memory may not suffice for the loading processes: lower "
+            "data.workers, or set it to 0 to load in the training process and see what happens; "
+            "with WIDEKERNEL_TRACEBACK=1 in the environment the command shows where it happened."
+        ) from error

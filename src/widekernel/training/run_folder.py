@@ -66,7 +66,7 @@ class RunFolder:
         self.make_writable()
         if self.config.exists():
             saved = self.read_config()
-            if self.has_begun():
+            if self.has_begun() or any(path.exists() for path in (self.model, self.model_ema, self.masks)):
                 self._check_same(saved, config)
         else:
             own = (self.checkpoints, self.metrics, self.summary, self.model, self.model_ema, self.masks)
