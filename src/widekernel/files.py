@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,9 +32,11 @@ def replace_atomically(
 ) -> None:
     """Do what ``write_atomically`` does with a ``write`` that takes the path of the temporary file.
 
-    The new file can be read and written by whom the system's defaults allow, whatever ``write`` sets.
+    The new file can be read and written by whom the system's defaults allow, whatever ``write`` sets. Where ``path`` is
+    a link, the file behind it is replaced and not the link.
     """
-    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+    path = path.resolve()
+    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}.{threading.get_ident()}")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
@@ -83,5 +86,5 @@ def explained(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise WidekernelError(
-            f"{path} cannot be written: {reason_of(error)}. Free some space or choose another --output."
+            f"{path} cannot be written: {reason_of(error)}. Free some space or choose another place."
         ) from error

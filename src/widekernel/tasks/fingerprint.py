@@ -14,6 +14,8 @@ import widekernel
 from widekernel.data import ImageSource
 from widekernel.data.names import normalised
 from widekernel.data.sources import FileSource
+from widekernel.files import sha256_of
+from widekernel.ops.cpu import library
 
 SIZES = 4096
 """So many files of a split, evenly spread, are asked for their size: more would take minutes on file systems far away."""
@@ -45,7 +47,7 @@ _COMPUTING = ("ops", "layers", "models", "transforms", "sparsity", "data", "trai
 
 
 def code_fingerprint() -> dict[str, str]:
-    """Versions of widekernel, PyTorch and timm, and a digest of the sources that decide what a run computes."""
+    """Versions of widekernel, PyTorch and timm, and digests of our sources and of the native library that computes."""
     package = Path(widekernel.__file__).parent
     digest = hashlib.sha256()
     for folder in _COMPUTING:
@@ -53,7 +55,12 @@ def code_fingerprint() -> dict[str, str]:
             digest.update(file.relative_to(package).as_posix().encode())
             digest.update(file.read_bytes())
     versions = {"widekernel": widekernel.__version__, "torch": str(torch.__version__), "timm": timm.__version__}
-    return {**versions, "digest of the sources": digest.hexdigest()[:16]}
+    native = library.load().path
+    return {
+        **versions,
+        "digest of the sources": digest.hexdigest()[:16],
+        "digest of the native library": sha256_of(native)[:16] if native else "none",
+    }
 
 
 def difference(then: dict[str, str] | None, now: dict[str, str]) -> str:

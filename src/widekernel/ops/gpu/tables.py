@@ -14,7 +14,6 @@ import contextlib
 import json
 import math
 import os
-import threading
 import warnings
 from collections.abc import Iterator
 from functools import lru_cache
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from widekernel.errors import ArgumentError
+from widekernel.files import write_atomically
 from widekernel.ops.gpu.configs import Chip, Config, from_entry, power_of_two
 from widekernel.ops.problem import Problem
 
@@ -87,14 +87,9 @@ def read(path: Path) -> dict[str, Entries]:
 
 def write(path: Path, gpus: dict[str, Entries]) -> None:
     """Write a table in one step, so that whoever reads or breaks off meanwhile finds the old one or the new one."""
-    path = path.resolve()  # of a link the file behind it is replaced, not the link
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
-    try:
-        beside.write_text(json.dumps({"format": FORMAT, "gpus": gpus}, indent=1, sort_keys=True, allow_nan=False) + "\n")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    path.resolve().parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"format": FORMAT, "gpus": gpus}, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def merge(path: Path, gpu: str, entries: Entries) -> None:
