@@ -45,7 +45,9 @@ def test_a_name_that_exists_is_taken_as_it_is(home: Path) -> None:
 
 
 def test_an_unset_variable_is_named(home: Path) -> None:
-    with pytest.raises(ConfigError, match=r"output is '\$SCRTCH_X/a', but the variable SCRTCH_X is not set\. Set and") as error:
+    with pytest.raises(
+        ConfigError, match=r"output is '\$SCRTCH_X/a', but the variable SCRTCH_X is not set\. Set and"
+    ) as error:
         expanded("output", "$SCRTCH_X/a")
     assert "SCRATCH_X" not in str(error.value)  # variables of other programs are nobody's business
     for config, key in (
