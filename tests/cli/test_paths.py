@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 from tests.cli.test_help import parsers
+from tests.data.trees import pack, plant
 
 from widekernel.cli.main import main
-from widekernel.cli.paths import PATHS, expanded
+from widekernel.cli.paths import PATHS
 from widekernel.cli.train import parse_config
+from widekernel.data import DataConfig, open_split
 from widekernel.data.errors import ConfigError
+from widekernel.data.paths import expanded
 
 
 @pytest.fixture
@@ -42,8 +45,38 @@ def test_a_name_that_exists_is_taken_as_it_is(home: Path) -> None:
 
 
 def test_an_unset_variable_is_named(home: Path) -> None:
-    with pytest.raises(ConfigError, match=r"output is '\$SCRTCH_X/a', but the variable SCRTCH_X is not set.*SCRATCH_X"):
+    with pytest.raises(
+        ConfigError, match=r"output is '\$SCRTCH_X/a', but the variable SCRTCH_X is not set\. Set and"
+    ) as error:
         expanded("output", "$SCRTCH_X/a")
+    assert "SCRATCH_X" not in str(error.value)  # variables of other programs are nobody's business
+    for config, key in (
+        (DataConfig(root="$SCRTCH_X"), "data.root"),
+        (DataConfig(root="$SCRTCH_X", name="torch/cifar10"), "data.root"),
+        (DataConfig(root=".", train_split="${SCRTCH_X}/train"), "data.train_split"),
+    ):
+        with pytest.raises(ConfigError, match=f"{key} is .* the variable SCRTCH_X is not set"):
+            open_split(config, "train")
+
+
+@pytest.mark.parametrize("name", ["$SCRTCH_X", "~", "$SCRATCH_X"])
+@pytest.mark.parametrize("ending", ["", ".tar"])
+def test_a_split_of_that_very_name_below_the_root(name: str, ending: str, home: Path) -> None:
+    plant(home / "tree", ["cat/1.png", "dog/1.png"])
+    (home / "root").mkdir()
+    place = home / "root" / f"{name}{ending}"
+    if ending:
+        pack(home / "tree", place)
+    else:
+        (home / "tree").rename(place)
+    assert open_split(DataConfig(root="~/root", train_split=name), "train").class_names == ("cat", "dog")
+
+
+def test_a_split_with_a_variable(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(home / "tree", ["cat/1.png", "dog/1.png"])
+    monkeypatch.setenv("PART_X", "tree")
+    for config in (DataConfig(root="~", train_split="$PART_X"), DataConfig(train_split="~/${PART_X}")):
+        assert len(open_split(config, "train")) == 2
 
 
 def test_in_files_and_flags_alike(home: Path) -> None:

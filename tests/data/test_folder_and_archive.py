@@ -36,7 +36,7 @@ letters = st.sampled_from([*string.ascii_letters[:6], "0", "1", "-", " ", "[", "
 part = st.lists(letters, min_size=1, max_size=3).map(lambda parts: f"n{''.join(parts)}n")
 clutter = st.sampled_from([".ipynb_checkpoints", "._a.png", "__MACOSX", "Thumbs.db", ".hidden"])
 image = st.builds(lambda stem, ending: stem + ending, part, st.sampled_from([".png", ".JPG", ".jfif", ".tif", ".webp"]))
-other = st.builds(lambda stem, ending: stem + ending, part, st.sampled_from([".txt", "", ".tar.gz", ".PNGx"]))
+other = st.builds(lambda stem, ending: stem + ending, part, st.sampled_from([".txt", "", ".tar", ".tar.gz", ".PNGx"]))
 path = st.builds(
     lambda top, folders, name: "/".join((top, *folders, name)),
     part,
@@ -157,6 +157,63 @@ def test_a_damaged_archive_in_an_archive_is_named(tmp_path):
         opened(tmp_path)
 
 
+def test_an_archive_in_an_archive_that_is_cut_short_is_named(tmp_path):
+    for name in ("cat", "dog"):
+        write_tar(tmp_path / f"{name}.tar", [("1.png", png()), ("2.png", png())])
+    members = [
+        ("train/cat.tar", (tmp_path / "cat.tar").read_bytes()),
+        ("train/dog.tar", (tmp_path / "dog.tar").read_bytes()[:1024]),
+    ]
+    write_tar(tmp_path / "train.tar", members)
+    with pytest.raises(DataError, match=r"train/dog\.tar in .*train\.tar is incomplete or damaged: after 1,024 bytes"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("wrapper", ["train", ".", "any"])
+def test_archives_deeper_than_class_folders_are_left_out(tmp_path, wrapper):
+    plant(tmp_path / "train", ["a/1.png", "b/1.png", "b/in/notes.tar", "b/notes.TAR"])  # no archives in truth
+    plant(tmp_path / "more", ["1.png", "x/2.png"])
+    pack(tmp_path / "more", tmp_path / "train" / "a" / "orig.tar")
+    (tmp_path / "packed").mkdir()
+    pack(tmp_path / "train", tmp_path / "packed" / "train.tar", wrapper)
+    assert outcome(tmp_path / "packed", "train") == outcome(tmp_path, "train")
+    assert opened(tmp_path / "packed").listing.left_out.endings == {".tar": 3}
+    assert list(opened(tmp_path / "packed").names) == ["a/1.png", "b/1.png"]
+
+
+def test_an_archive_beside_the_folder_of_its_name_is_left_out(tmp_path):
+    plant(tmp_path / "train", ["a/1.png", "b/1.png"])
+    pack(tmp_path / "train" / "a", tmp_path / "train" / "a.tar")
+    (tmp_path / "packed").mkdir()
+    pack(tmp_path / "train", tmp_path / "packed" / "train.tar", "train")
+    assert outcome(tmp_path / "packed", "train") == outcome(tmp_path, "train")
+
+
+@pytest.mark.parametrize("target", ["n01.tar", "n01"])
+def test_links_to_archives_that_stand_for_folders(tmp_path, target):
+    write_tar(tmp_path / "n01.tar", [("1.png", png())])
+    members = [("n01.tar", (tmp_path / "n01.tar").read_bytes()), ("b/1.png", png()), ("n02.tar", ("sym", target))]
+    write_tar(tmp_path / "train.tar", members)
+    with pytest.raises(DataError, match=r"holds the link n02\.tar, which leads to a folder"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("size", [-1, -512, -1024, -1536])
+def test_sizes_below_zero_are_damage(tmp_path, size, inside):
+    header = tarfile.TarInfo("train/b/y.png" if not inside else "y.png")
+    header.size = size
+    write_tar(tmp_path / "one.tar", [("train/a/x.png", png())])
+    content = (tmp_path / "one.tar").read_bytes()[:1024] + header.tobuf(tarfile.GNU_FORMAT) + bytes(1024)
+    (tmp_path / "train.tar").write_bytes(content)
+    if inside:
+        write_tar(tmp_path / "train.tar", [("b.tar", content), ("c/1.png", png())])
+    with pytest.raises(
+        DataError, match=r"train\.tar (is not .*|in .* )(damaged|\(.*offset|\(.*header)|incomplete or damaged"
+    ):
+        opened(tmp_path)
+
+
 def test_the_last_of_several_members_counts(tmp_path):
     write_tar(
         tmp_path / "train.tar", [("a/x.png", png(1)), ("b/x.png", png(2)), ("./a/x.png", png(3)), ("a//y.png", png(4))]
@@ -191,11 +248,26 @@ def test_broken_links_are_unreadable_images(tmp_path):
                 source.load(index)
 
 
-@pytest.mark.parametrize("target", ["../stock", "/elsewhere", "x"])
-def test_links_to_folders_in_archives(tmp_path, target):
-    write_tar(tmp_path / "train.tar", [("train/a/x.png", png()), ("train/b/x.png", png()), ("train/c", ("sym", target))])
-    with pytest.raises(DataError, match=r"holds the link train/c, .* tar --dereference"):
+@pytest.mark.parametrize("target", ["../train/a", "a/in", ".", "..", "a/../b"])
+@pytest.mark.parametrize("link", ["train/c", "train/c.png", "train/b/c/more.txt"])
+def test_links_to_folders_in_archives(tmp_path, target, link):
+    climb = "../" * (link.count("/") - 1)
+    members = [("train/a/in/x.png", png()), ("train/b/x.png", png()), (link, ("sym", climb + target))]
+    write_tar(tmp_path / "train.tar", members)
+    with pytest.raises(DataError, match=rf"holds the link {link}, .* tar --dereference"):
         opened(tmp_path)
+
+
+def test_broken_links_by_their_ending_no_images(tmp_path):
+    plant(tmp_path / "train", ["a/x.png", "b/y.png"])
+    for link, target in (("b/note.txt", "/nowhere"), ("b/circle", "circle"), ("c", "../stock"), ("a/LICENSE", "/no/x.png")):
+        (tmp_path / "train" / link).symlink_to(target)
+    (tmp_path / "packed").mkdir()
+    pack(tmp_path / "train", tmp_path / "packed" / "train.tar", "train")
+    assert outcome(tmp_path / "packed", "train") == outcome(tmp_path, "train")
+    source = opened(tmp_path / "packed")
+    assert source.listing.left_out.endings == {".txt": 1, "": 3}
+    assert "4 of these are links that lead out of the archive or nowhere, such as " in source.notes[-1]
 
 
 def test_sparse_members_are_unreadable_with_the_reason(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, features
 from trees import opened, pack, plant, png, write_tar
 
-from widekernel.data import DataConfig, DataError, open_split, open_train_and_val
+from widekernel.data import ConfigError, DataConfig, DataError, open_split, open_train_and_val
 from widekernel.data.formats import image_endings, image_formats, is_clutter, printable
 from widekernel.data.images import UnreadableImageError, decode_image
 
@@ -237,7 +237,7 @@ def test_home_and_variables(tmp_path, monkeypatch):
     monkeypatch.setenv("WHERE", str(tmp_path / "data"))
     for root, part in (("~/data", "train"), ("$WHERE", "train"), ("${WHERE}", "train"), (None, "~/data/train")):
         assert len(open_split(DataConfig(root=root, train_split=part), "train")) == 2
-    with pytest.raises(DataError, match="'\\$NOWHERE/x', which does not exist"):
+    with pytest.raises(ConfigError, match=r"data\.root is '\$NOWHERE/x', but the variable NOWHERE is not set"):
         open_split(DataConfig(root="$NOWHERE/x"), "train")
     monkeypatch.chdir(tmp_path)
     plant(tmp_path / "~" / "train", ["a/1.png", "b/1.png", "c/1.png"])

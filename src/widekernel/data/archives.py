@@ -5,15 +5,18 @@ import struct
 import tarfile
 import zlib
 from array import array
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
 from widekernel.data.errors import DataError
-from widekernel.data.formats import ending_of, image_endings, is_clutter, printable
+from widekernel.data.formats import ending_of, is_clutter, printable
 
 SPARSE = "is stored with holes; create the archive without --sparse"
+LOST = "is a link to a file that is not in the archive"
 _MOST_LINKS = 40
+_OUTSIDE = "/"  # where absolute links lead, which is no path in an archive
 
 _TAR_ERRORS = (
     tarfile.TarError, ValueError, OverflowError, MemoryError, LookupError, EOFError, struct.error, zlib.error,
@@ -48,8 +51,12 @@ class Contents:
         return number
 
 
-def read_contents(path: Path) -> Contents:
-    """Read the table of an archive, and of archives in it, which stand for folders.
+def read_contents(path: Path, which_inside: Callable[[Contents], Iterable[str]]) -> Contents:
+    """Read the table of an archive, and of the archives in it that stand for folders.
+
+    Args:
+        path: the archive
+        which_inside: tells, of the contents, the paths of the files that are such archives
 
     Raises:
         DataError: it is no tar archive, damaged, incomplete or compressed, or a link in it cannot be followed.
@@ -58,6 +65,7 @@ def read_contents(path: Path) -> Contents:
     try:
         with path.open("rb") as file:
             scan.read(file, "", 0)
+            scan.open_inside(file, which_inside(scan.contents))
     except DataError:
         raise
     except OSError as error:
@@ -75,16 +83,43 @@ class _Scan:
         self.path = path
         self.contents = Contents()
         self.links: dict[str, str] = {}
+        self.inside: dict[str, tarfile.TarInfo] = {}
+        self.opened: list[str] = []
 
     def read(self, file: IO[bytes], prefix: str, start: int) -> None:
         """Add the members of the archive ``file``, which starts at byte ``start`` of the outer one."""
         with tarfile.open(fileobj=file, mode="r:") as archive:
+            before = -1
             while (member := archive.next()) is not None:
                 archive.members.clear()  # type: ignore[attr-defined]  # a million of them would stay in memory
-                self._add(archive, member, prefix, start)
-            self._check_end(file, archive.offset)
+                if member.size < 0 or archive.offset <= before:  # it would lead back, and around for ever
+                    raise tarfile.ReadError(f"damaged: {printable(member.name)} is {member.size:,} bytes long")
+                before = archive.offset
+                self._add(member, prefix, start)
+            self._check_end(file, archive.offset, prefix)
 
-    def _add(self, archive: tarfile.TarFile, member: tarfile.TarInfo, prefix: str, start: int) -> None:
+    def open_inside(self, file: IO[bytes], paths: Iterable[str]) -> None:
+        """Put the members of archives in the archive ``file`` in the place of these."""
+        for path in list(paths):
+            number = self.contents.paths.pop(path)
+            member = self.inside[path]
+            if number in self.contents.broken:
+                raise DataError(f"{printable(path)} in {self.path} {self.contents.broken[number]}.")
+            folder = path[: -len(".tar")]
+            self.contents.folders.add(folder)
+            self.opened.append(path)
+            file.seek(0)
+            with tarfile.open(fileobj=file, mode="r:") as archive:
+                inner = archive.extractfile(member)
+                assert inner is not None, "a regular file has contents"
+                try:
+                    self.read(inner, folder, member.offset_data)
+                except _TAR_ERRORS as error:
+                    if isinstance(error, DataError):
+                        raise
+                    raise tarfile.ReadError(f"{printable(path)} in it: {error}") from error
+
+    def _add(self, member: tarfile.TarInfo, prefix: str, start: int) -> None:
         path = _join(prefix, member.name)
         if member.isdir():
             self.contents.folders.add(path)
@@ -93,31 +128,28 @@ class _Scan:
         if member.islnk() or member.issym():
             folder = prefix if member.islnk() else posixpath.dirname(path)
             outside = member.issym() and member.linkname.startswith("/")
-            self.links[path] = "" if outside else _join(folder, member.linkname)
+            self.links[path] = _OUTSIDE if outside else _join(folder, member.linkname)
             self.contents.paths.pop(path, None)
         elif member.isfile():
-            if ending_of(path) == ".tar" and not prefix and not is_clutter(posixpath.basename(path)):
-                inner = archive.extractfile(member)
-                assert inner is not None, "a regular file has contents"
-                try:
-                    self.read(inner, path[: -len(".tar")], start + member.offset_data)
-                except tarfile.TarError as error:
-                    raise tarfile.ReadError(f"{printable(path)} in it: {error}") from error
-                return
+            if ending_of(path) == ".tar" and not prefix:
+                self.inside[path] = member
             number = self.contents.add(path, start + member.offset_data, member.size)
             if member.issparse():
                 self.contents.broken[number] = SPARSE
 
-    def _check_end(self, file: IO[bytes], end: int) -> None:
+    def _check_end(self, file: IO[bytes], end: int, prefix: str) -> None:
         # tarfile takes the end of the file, a header cut short and a damaged header for the end of the archive
         file.seek(end)
         if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+            name = f"{printable(prefix)}.tar in {self.path}" if prefix else str(self.path)
             raise DataError(
-                f"{self.path} is incomplete or damaged: after {end:,} bytes neither a file nor the end of the archive "
+                f"{name} is incomplete or damaged: after {end:,} bytes neither a file nor the end of the archive "
                 "follows, so images are missing. Copy it again or re-create it."
             )
 
     def follow_links(self) -> None:
+        folders: set[str] = set()
+        lost: list[str] = []
         for link in sorted(self.links):
             if any(is_clutter(part) for part in link.split("/")):
                 continue
@@ -127,14 +159,25 @@ class _Scan:
             number = self.contents.paths.get(target)
             if number is not None:
                 self.contents.paths[link] = number
-            elif ending_of(link) in image_endings():
-                number = self.contents.add(link, 0, -1)
-                self.contents.broken[number] = "is a link to a file that is not in the archive"
-            else:
+                continue
+            folders = folders or self._folders()
+            if target in folders:
                 raise DataError(
-                    f"{self.path} holds the link {printable(link)}, which leads to a folder or out of the archive. Create "
-                    "the archive with the contents in place of links: tar --dereference."
+                    f"{self.path} holds the link {printable(link)}, which leads to a folder. Create the archive with the "
+                    "contents in place of links: tar --dereference."
                 )
+            lost.append(link)
+        for link in lost:
+            self.contents.broken[self.contents.add(link, 0, -1)] = LOST
+
+    def _folders(self) -> set[str]:
+        """Every folder of the archive, mentioned or not, and archives in it that were opened in place of one."""
+        found = {"", *self.opened}
+        for path in (*self.contents.folders, *(posixpath.dirname(path) for path in self.contents.paths)):
+            while path not in found:
+                found.add(path)
+                path = posixpath.dirname(path)
+        return found
 
 
 def _join(folder: str, name: str) -> str:

@@ -12,7 +12,8 @@ from widekernel.data.config import DataConfig
 from widekernel.data.digits import load_digits
 from widekernel.data.errors import DataError
 from widekernel.data.formats import listed
-from widekernel.data.places import expanded, how_to_go_deeper, open_files
+from widekernel.data.paths import expanded
+from widekernel.data.places import how_to_go_deeper, open_files
 from widekernel.data.sources import FileSource, ImageSource, MappedSource
 from widekernel.data.torchvision_sets import class_names, known_names, open_torchvision
 from widekernel.errors import nearest
@@ -24,6 +25,7 @@ def open_split(config: DataConfig, split: str) -> ImageSource:
     """Open ``"train"`` or ``"val"`` of the configured data set.
 
     Raises:
+        ConfigError: a variable in a path is not set.
         DataError: it does not exist, is empty, or cannot be indexed; the message says which and what to do.
     """
     if config.name == "digits":
@@ -80,7 +82,7 @@ def _open_named(config: DataConfig, part: str) -> ImageSource:
     if config.root is None and prefix == "torch":
         raise DataError(f"data.root is not set; give the folder where {config.name} is kept (--data.root DIR).")
     if config.root is not None:
-        config = replace(config, root=expanded(config.root))
+        config = replace(config, root=expanded("data.root", config.root))
     dataset = _open(config, part)
     # timm's data set would replace an unreadable image by its neighbour without a word: its reader does not
     return MappedSource(getattr(dataset, "reader", dataset), _class_names(dataset), config.name)

@@ -19,6 +19,8 @@ class LeftOut:
     example: str = ""
     outside: int = 0
     example_outside: str = ""
+    lost: int = 0
+    example_lost: str = ""
 
     def add(self, path: str) -> None:
         """Count a file whose ending is not one of an image, or that is none by its ending alone."""
@@ -29,6 +31,11 @@ class LeftOut:
         """Count an image that lies in no class folder."""
         self.outside += 1
         self.example_outside = self.example_outside or path
+
+    def add_lost(self, path: str) -> None:
+        """Count a link in an archive that leads nowhere there, perhaps to a folder elsewhere; by its ending no image."""
+        self.lost += 1
+        self.example_lost = self.example_lost or path
 
     def notes(self, label: str) -> tuple[str, ...]:
         """One line for each kind of file, to be shown to the user; ``label`` names the split."""
@@ -43,6 +50,11 @@ class LeftOut:
             notes.append(
                 f"{label}: {self.outside:,} image(s) left out, which lie in no class folder, "
                 f"such as {printable(self.example_outside)}."
+            )
+        if self.lost:
+            notes.append(
+                f"{label}: {self.lost:,} of these are links that lead out of the archive or nowhere, such as "
+                f"{printable(self.example_lost)}. If they stand for folders, create it with tar --dereference."
             )
         return tuple(notes)
 

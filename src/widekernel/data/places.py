@@ -9,6 +9,7 @@ from widekernel.data.config import DataConfig
 from widekernel.data.errors import DataError
 from widekernel.data.folders import FolderSource
 from widekernel.data.formats import ending_of, image_endings, is_clutter, listed
+from widekernel.data.paths import expanded
 from widekernel.data.sources import FileSource
 from widekernel.data.tars import TarSource
 
@@ -25,6 +26,7 @@ def open_files(config: DataConfig, part: str, key: str) -> FileSource:
     """Open the folder or archive ``part`` below ``config.root``; ``key`` is the setting that names it.
 
     Raises:
+        ConfigError: a variable in its name is not set.
         DataError: there is no such folder or archive, or it holds no classes of images.
     """
     path = _find(config, part, key)
@@ -44,21 +46,15 @@ def how_to_go_deeper(source: FileSource, part: str, key: str) -> str:
     return f"{which}, set --{key} {os.path.normpath(f'{part}/{parts[0]}')}."
 
 
-def expanded(text: str) -> str:
-    """``text`` with ``~`` and variables replaced as a shell does, unless it names what exists as it is written."""
-    if Path(text).exists():
-        return text
-    return os.path.expandvars(os.path.expanduser(text))  # noqa: PTH111 - variables are not pathlib's
-
-
 def _find(config: DataConfig, part: str, key: str) -> Path:
-    part = expanded(part)
+    root = Path(expanded("data.root", config.root) if config.root else ".")
+    if part.strip() and not (root / f"{part}.tar").exists():
+        part = expanded(key, part, root)
     if config.root is None and not Path(part).is_absolute():
         raise DataError(
             "data.root is not set. Give the folder that holds the images (--data.root DIR), "
             "or name a data set, for example --data.name digits."
         )
-    root = Path(expanded(config.root or "."))
     if not root.exists():
         raise DataError(f"data.root is {str(root)!r}, which does not exist. Give the folder that holds the images.")
     if not root.is_dir():

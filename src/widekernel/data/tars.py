@@ -1,13 +1,15 @@
 """Images in class folders inside a tar archive, read without unpacking."""
 
 import os
+import posixpath
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from typing_extensions import override
 
-from widekernel.data.archives import Contents, read_contents
+from widekernel.data.archives import LOST, Contents, read_contents
 from widekernel.data.class_names import SPLITS
 from widekernel.data.errors import DataError
 from widekernel.data.formats import ending_of, image_endings, is_clutter, listed, printable, usual_endings
@@ -28,7 +30,7 @@ class TarSource(FileSource):
     """
 
     def __init__(self, path: Path) -> None:
-        contents = read_contents(path)
+        contents = read_contents(path, lambda contents: _class_archives(path, contents))
         listing, numbers = list_archive(path, contents)
         super().__init__(path, listing)
         self._offsets = type(contents.offsets)("q", (contents.offsets[number] for number in numbers))
@@ -72,7 +74,7 @@ def list_archive(path: Path, contents: Contents) -> tuple[Listing, list[int]]:
     images: list[str] = []
     listing = Listing(())
     folders = {_first(folder[len(start) :]) for folder in contents.folders if folder.startswith(start)} - {""}
-    for full in contents.paths:
+    for full, number in contents.paths.items():
         inside = full[len(start) :]
         if not full.startswith(start) or any(is_clutter(part) for part in inside.split("/")):
             continue
@@ -80,6 +82,8 @@ def list_archive(path: Path, contents: Contents) -> tuple[Listing, list[int]]:
             folders.add(_first(inside))
         if ending_of(inside) not in endings:
             listing.left_out.add(inside)
+            if contents.broken.get(number) == LOST:
+                listing.left_out.add_lost(inside)
         elif "/" in inside:
             images.append(inside)
         else:
@@ -106,7 +110,25 @@ def _find_root(path: Path, contents: Contents) -> str:
 
     A folder that is called like the archive or like a split is it; otherwise the first that holds several folders.
     """
-    places = _places_of_images(path, contents)
+    return _root_of(path, _places_of_images(path, contents))
+
+
+def _class_archives(path: Path, contents: Contents) -> list[str]:
+    """The archives in an archive that stand for class folders: those where class folders lie, unless there is the folder."""
+    inside = [full for full in contents.paths if ending_of(posixpath.basename(full)) == ".tar"]
+    inside = [full for full in inside if not any(is_clutter(part) for part in full.split("/"))]
+    if not inside:
+        return []
+    try:
+        root = _root_of(path, _places_of_images(path, contents, inside))
+    except DataError:
+        root = _find_root(path, contents)
+    start = f"{root}/" if root else ""
+    folders = {start + _first(full[len(start) :]) for full in (*contents.folders, *contents.paths) if full.startswith(start)}
+    return [full for full in inside if posixpath.dirname(full) == root and full[: -len(".tar")] not in folders]
+
+
+def _root_of(path: Path, places: set[tuple[str, ...]]) -> str:
     chain: list[str] = []
     while len(inner := {place[len(chain)] for place in places if len(place) > len(chain)}) == 1:
         chain += inner
@@ -128,9 +150,11 @@ def _find_root(path: Path, contents: Contents) -> str:
     return ""
 
 
-def _places_of_images(path: Path, contents: Contents) -> set[tuple[str, ...]]:
+def _places_of_images(path: Path, contents: Contents, archives: Sequence[str] = ()) -> set[tuple[str, ...]]:
+    """The folders that hold images, in parts; ``archives`` in the archive count as folders that do."""
     endings = image_endings()
     folders = {full.rpartition("/")[0] for full in contents.paths if ending_of(full.rpartition("/")[2]) in endings}
+    folders |= {archive[: -len(".tar")] for archive in archives}
     places = {tuple(folder.split("/")) if folder else () for folder in folders}
     # hidden folders around everything hide nothing: an archive of ~/.cache/data holds its images
     depth = 0

@@ -44,7 +44,8 @@ def assumption(saved: SavedModel, names: tuple[str, ...]) -> str:
         saved: the model
         names: the classes of the data, which ``class_order`` accepts
     """
-    if saved.class_names or set(names) <= _imagenet().keys():
+    imagenet = _imagenet()
+    if saved.class_names or (saved.num_classes == len(imagenet) and set(names) <= imagenet.keys()):
         return ""
     if _are_numbers(names):
         ordered = _by_number(names)

@@ -1,0 +1,36 @@
+"""Paths as people write them: with ``~`` and variables, which no shell expands in ``--flag=~/x`` or in a YAML file."""
+
+import os
+import re
+from pathlib import Path
+
+from widekernel.data.errors import ConfigError
+
+_VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
+
+
+def expanded(key: str, text: str, base: Path | None = None) -> str:
+    """Expand ``~``, ``~user``, ``$NAME`` and ``${NAME}`` in a path, unless there is one of just that name.
+
+    Args:
+        key: the setting, for messages
+        text: the path as it was written
+        base: the folder that it is relative to; ``None``: the working folder
+
+    Raises:
+        ConfigError: a variable is not set, or the path is empty.
+    """
+    if not text.strip():
+        raise ConfigError(f"{key} is {text!r}, but must be a path: give one, or leave it out.")
+    if os.path.lexists(text if base is None else base / text):
+        return text
+
+    def value(match: re.Match[str]) -> str:
+        name = match.group(1) or match.group(2)
+        if name not in os.environ:
+            raise ConfigError(
+                f"{key} is {text!r}, but the variable {name} is not set. Set and export it, or write the path out."
+            )
+        return os.environ[name]
+
+    return _VARIABLE.sub(value, os.path.expanduser(text))  # noqa: PTH111 - of pathlib's form an unknown user is an error
