@@ -16,6 +16,7 @@ import widekernel
 from tests.models.zoo import NANO, alive, assert_same_state, create, snapshot
 from widekernel.errors import CheckpointError
 from widekernel.models import checkpoint
+from widekernel.models.layouts import kinds
 
 # How an error names each network, as a file and as a model.
 FAMILY = {
@@ -100,6 +101,10 @@ def test_other_files_are_told_by_what_they_look_like(kind: str, suffix: str, tmp
 def test_safetensors_under_another_name(tmp_path: Path) -> None:
     path = widekernel.save_checkpoint(create("slak_nano"), tmp_path / "a.safetensors").rename(tmp_path / "a.bin")
     _refused(create("slak_nano"), path, "looks like a safetensors file under another name.*ends in .safetensors")
+
+
+def test_files_that_cannot_be_opened_look_like_nothing(tmp_path: Path) -> None:
+    assert kinds.looks_like(tmp_path) == kinds.looks_like(tmp_path / "none") == ""
 
 
 def test_text_of_old_files_is_not_taken_for_other_text(tmp_path: Path) -> None:

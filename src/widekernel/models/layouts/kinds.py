@@ -20,8 +20,11 @@ _MAGIC_OF_TORCH = b"L119547037146038801333356L"  # how old files start when they
 
 def looks_like(path: Path) -> str:
     """Say what a file that is no checkpoint looks like by its first bytes, "" if that cannot be told."""
-    with path.open("rb") as file:
-        head = file.read(_READ)
+    try:
+        with path.open("rb") as file:
+            head = file.read(_READ)
+    except OSError:
+        return ""
     for start, kind in _STARTS.items():
         if head.startswith(start):
             return kind
