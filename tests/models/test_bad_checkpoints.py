@@ -16,6 +16,7 @@ import widekernel
 from tests.models.zoo import NANO, alive, assert_same_state, create, snapshot
 from widekernel.errors import CheckpointError
 from widekernel.models import checkpoint
+from widekernel.models.layouts import kinds
 
 # How an error names each network, as a file and as a model.
 FAMILY = {
@@ -67,13 +68,71 @@ def test_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".bin"])
 @pytest.mark.parametrize(
     "content",
-    [b"", b"weights, honestly\n" * 100, bytes(range(256)) * 64, b"\x00" * 1000, b"PK\x03\x04" + bytes(200)],
-    ids=["empty", "text", "random", "zeros", "start_of_a_zip"],
+    [b"", bytes(range(256)) * 64, b"\x00" * 1000, b"PK\x03\x04" + bytes(200)],
+    ids=["empty", "random", "zeros", "start_of_a_zip"],
 )
 def test_not_a_checkpoint(content: bytes, suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"file{suffix}"
     path.write_bytes(content)
     _refused(create("slak_nano"), path, "is damaged, cut off or not a (checkpoint|safetensors file)")
+
+
+OTHER_FILES = {
+    "yaml": (b"model: slak_tiny\ndata: {size: 224}\n", "text, which starts with 'model: slak_tiny'"),
+    "yaml_that_starts_like_a_pickle": (b"classes: 10\nname: x\n", "text, which starts with 'classes: 10'"),
+    "json": (b'{"epoch": 3}', "text, which starts with '{"),
+    "text": ("weights, honestly – é\n".encode() * 100, "text, which starts with 'weights, honestly"),
+    "page": (b"<!DOCTYPE html><html>404</html>", "a web page"),
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "a pointer of Git LFS"),
+    "picture": (b"\x89PNG\r\n\x1a\n" + bytes(64), "a picture"),
+}
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".yaml", ".safetensors"])
+@pytest.mark.parametrize("kind", OTHER_FILES)
+def test_other_files_are_told_by_what_they_look_like(kind: str, suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"file{suffix}"
+    content, looks = OTHER_FILES[kind]
+    path.write_bytes(content)
+    message = _refused(create("slak_nano"), path, r"is no checkpoint: it looks like .*torch\.save .*\.safetensors")
+    assert looks in message
+
+
+def test_safetensors_under_another_name(tmp_path: Path) -> None:
+    path = widekernel.save_checkpoint(create("slak_nano"), tmp_path / "a.safetensors").rename(tmp_path / "a.bin")
+    _refused(create("slak_nano"), path, "looks like a safetensors file under another name.*ends in .safetensors")
+
+
+def test_files_that_cannot_be_opened_look_like_nothing(tmp_path: Path) -> None:
+    assert kinds.looks_like(tmp_path) == kinds.looks_like(tmp_path / "none") == ""
+
+
+def test_text_of_old_files_is_not_taken_for_other_text(tmp_path: Path) -> None:
+    state = alive("slak_nano").state_dict()
+    torch.save(state, tmp_path / "a.pth", pickle_protocol=0, _use_new_zipfile_serialization=False)
+    _refused(create("slak_nano"), tmp_path / "a.pth", "cannot be read here: it keeps .* as files of pickle protocol 0 do")
+    (tmp_path / "a.pth").write_bytes((tmp_path / "a.pth").read_bytes()[:60])
+    _refused(create("slak_nano"), tmp_path / "a.pth", "is damaged, cut off or not a checkpoint")
+
+
+def test_masks_of_another_shape(tmp_path: Path) -> None:
+    state = dict(create("slak_nano").state_dict())
+    weight = state.pop("head.fc.weight")
+    state["head.fc.weight_orig"] = weight
+    for shape in ((3, 5), weight.shape[1:]):
+        state["head.fc.weight_mask"] = torch.ones(shape)
+        message = _refused(create("slak_nano"), _saved(tmp_path, state), r"head\.fc\.weight_orig has shape")
+        assert f"{tuple(weight.shape)} but head.fc.weight_mask has {tuple(shape)}" in message
+
+
+@pytest.mark.parametrize("names", [("model",), ("model", "state_dict")])
+def test_entries_that_hold_themselves(names: tuple[str, ...], tmp_path: Path) -> None:
+    content: dict[str, Any] = {}
+    inner = content
+    for name in names[1:]:
+        inner = inner.setdefault(name, {})
+    inner[names[0]] = content
+    _refused(create("slak_nano"), _saved(tmp_path, content), "holds entries within entries, more than 8 deep")
 
 
 @pytest.mark.parametrize("layout", ["native", "official"])

@@ -74,6 +74,8 @@ EXTRAS: dict[str, Any] = {
     "torch": [torch.Size([1, 2]), torch.float16, torch.device("cpu"), torch.tensor(3), nn.Parameter(torch.ones(2))],
     "modules": [nn.Linear(2, 2), nn.Sequential(nn.BatchNorm2d(3), nn.GELU())],
     "optimizer": torch.optim.AdamW([nn.Parameter(torch.ones(1))]).state_dict(),
+    "exceptions": [ValueError("a"), OSError(2, "b"), KeyboardInterrupt()],
+    "functions": [operator.itemgetter(1), len, max],
     "others": [decimal.Decimal("1.5"), uuid.uuid4(), re.compile("a+"), Colour.RED, Ellipsis, NotImplemented],
     "unhashable_keys": {Path("a"): 1, np.int64(3): 2, Colour.RED: 3, frozenset([1]): {Path("b")}},
     "unknown": [Holder(a=1, b=Holder(c=torch.ones(2))), Settings(a=Settings(b=1))],
@@ -149,6 +151,57 @@ def test_values_among_the_weights(tmp_path: Path) -> None:
     assert_same_state(other.state_dict(), model.state_dict())
 
 
+def _complex() -> torch.Tensor:
+    return torch.tensor([1 + 1j, 2 + 2j, 3 - 3j])
+
+
+TENSORS = {
+    "negated": lambda: torch.conj(_complex()).imag,
+    "conjugate": lambda: _complex().conj(),
+    "negated_and_conjugate": lambda: torch._neg_view(_complex().conj()),
+    "part": lambda: torch.conj(_complex()).imag[1:],
+    "parameter": lambda: nn.Parameter(torch.conj(_complex()).imag),
+    "float8": lambda: torch.tensor([1.0, -2.0, 3.0, 4.0]).to(torch.float8_e4m3fn)[1:],
+    "unsigned": lambda: torch.tensor([1, 2]).to(torch.uint16),
+}
+
+
+# PyTorch itself cannot read the newest types from old files.
+@pytest.mark.parametrize(
+    ("kind", "zipped"),
+    [(kind, zipped) for kind in TENSORS for zipped in (True, False) if zipped or kind not in ("float8", "unsigned")],
+)
+def test_tensors_that_are_stored_in_other_ways(kind: str, zipped: bool, tmp_path: Path) -> None:
+    saved = TENSORS[kind]().detach()
+    found = containers.read(_save(tmp_path / "a.pth", {"x": saved}, zipped=zipped)).state["x"]
+    assert found.dtype is saved.dtype
+    assert not found.is_neg() and not found.is_conj()
+    wide = torch.complex128 if saved.is_complex() else torch.float64
+    assert torch.equal(found.to(wide), saved.to(wide).resolve_neg().resolve_conj())
+
+
+@pytest.mark.parametrize("marks", [{"scaled": True}, {"neg": 2}, {"neg": True, "other": True}, [1]])
+def test_unknown_marks_of_tensors_are_told(marks: Any, tmp_path: Path) -> None:
+    class Marked:
+        def __reduce__(self) -> Any:
+            function, arguments = torch.ones(2).__reduce_ex__(2)
+            return function, (*arguments, marks)
+
+    path = _save(tmp_path / "a.pth", {"x": Marked()})
+    with pytest.raises(CheckpointError, match=r"cannot be read here: it (marks|describes) a tensor .*; save plain tensors"):
+        containers.read(path)
+
+
+@pytest.mark.parametrize("kept", [0.5, 0.9, 0.999])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_damage_is_told_whatever_lies_beside_the_weights(kept: float, zipped: bool, tmp_path: Path) -> None:
+    content = {"args": [Holder(a=1), Settings()], "model": {"x": torch.ones(50_000)}}
+    path = _save(tmp_path / "a.pth", content, zipped=zipped)
+    path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
+    with pytest.raises(CheckpointError, match="is damaged, cut off or not a checkpoint"):
+        containers.read(path)
+
+
 # ---- What is refused, and never run
 
 
@@ -213,7 +266,7 @@ def test_functions_of_other_packages_are_not_called(function: Any, tmp_path: Pat
 
 
 def _read(stream: bytes) -> Any:
-    reader = type("Reader", (pickles._Reader,), {"unknown": set(), "newest": 5})
+    reader = type("Reader", (pickles._Reader,), {"newest": 5})
     return reader(io.BytesIO(stream)).load()
 
 
@@ -232,6 +285,21 @@ def test_registered_objects_are_refused() -> None:
             _read(b"\x80\x02\x82\xf0.")
     finally:
         copyreg.remove_extension("os", "system", 240)
+
+
+@pytest.mark.parametrize("kind", [b"module", "other", None, ("module",), "whole"])
+def test_unknown_ids_of_what_lies_outside_are_refused(kind: Any) -> None:
+    """PyTorch reads bytes as text, and would compare the source of a class with one in the file, and write a patch."""
+    given: list[Any] = []
+    reader = type("Reader", (pickles._Reader,), {"newest": 5})(io.BytesIO())
+    reader.persistent_load = given.append
+    error = pickles.UnreadableError if kind == "whole" else pickles.RefusedError
+    with pytest.raises(error, match="outside of the pickle"):
+        reader.persistent_load("module" if kind == "whole" else (kind, nn.Linear, "a.py", "source"))
+    assert reader.persistent_load(("module", nn.Linear, "a.py", "source")) is nn.Linear
+    assert given == []
+    reader.persistent_load(("storage", 1))
+    assert given == [("storage", 1)]
 
 
 def test_only_what_makes_tensors_is_called_to_make_one() -> None:

@@ -12,13 +12,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from widekernel.errors import CheckpointError
-from widekernel.models.layouts import pickles
+from widekernel.models.layouts import kinds, pickles
 from widekernel.models.layouts.layout import State
 from widekernel.models.layouts.pickles import Placeholder
 
 # Where the official scripts, timm and the mm* frameworks keep the weights, in the order in which they are looked for.
 MODEL_KEYS = ("model", "state_dict", "module", "model_state")
 EMA_KEYS = ("model_ema", "state_dict_ema", "ema", "model_ema_state")
+_DEEPEST = 8  # containers within containers; an entry may hold itself
 
 
 @dataclass
@@ -63,17 +64,31 @@ def _load(path: Path) -> Any:
         return pickles.load(path)
     except pickles.RefusedError as error:
         raise _unsafe(path, _summary(str(error))) from error
+    except pickles.UnreadableError as error:
+        raise CheckpointError(f"{path} cannot be read here: {_summary(str(error))}; save plain tensors") from error
     except pickle.UnpicklingError as error:
+        _refuse_other_kinds(path)
         raise CheckpointError(
             f"{path} is damaged, cut off or not a checkpoint ({_summary(str(error))}); nothing in it was run"
         ) from error
     except PermissionError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except Exception as error:  # torch.load raises whatever the damaged bytes lead to
+        _refuse_other_kinds(path)
         raise CheckpointError(
             f"{path} is damaged, cut off or not a checkpoint ({type(error).__name__}: {_summary(str(error))}): "
             "fetch it again"
         ) from error
+
+
+def _refuse_other_kinds(path: Path) -> None:
+    """Raise if a file that could not be read is recognised as something else."""
+    kind = kinds.looks_like(path)
+    if kind:
+        raise CheckpointError(
+            f"{path} is no checkpoint: it looks like {kind}. Give a file written by torch.save (.pth, .pt, .bin, ...) or a "
+            "safetensors file whose name ends in .safetensors"
+        )
 
 
 def _unsafe(path: Path, what: str) -> CheckpointError:
@@ -89,7 +104,9 @@ def _summary(reason: str) -> str:
     return (lines or ["no reason given"])[0].split(" Please use")[0][:200]
 
 
-def _pick(path: Path, loaded: Any, weights: str) -> Container:
+def _pick(path: Path, loaded: Any, weights: str, depth: int = 0) -> Container:
+    if depth > _DEEPEST:
+        raise CheckpointError(f"{path} holds entries within entries, more than {_DEEPEST} deep: save model.state_dict()")
     if isinstance(loaded, Placeholder) and not loaded:
         raise _unsafe(path, f"where weights are looked for, it has a {loaded.named}")
     if not isinstance(loaded, Mapping):
@@ -102,7 +119,7 @@ def _pick(path: Path, loaded: Any, weights: str) -> Container:
         elif isinstance(inner, Mapping):
             others = tuple(str(key) for key in loaded if key != name)
             if not _holds_tensors(inner):
-                within = _pick(path, inner, "model")  # downstream RepLKNet: model -> state_dict
+                within = _pick(path, inner, "model", depth + 1)  # downstream RepLKNet: model -> state_dict
                 return Container(within.state, f"{name}.{within.found_in}".rstrip("."), (*others, *within.others))
             unlike = tuple(f"{name}.{key}" for key, value in inner.items() if not isinstance(value, Tensor))
             return Container(_tensors(path, inner), name, (*others, *unlike))
@@ -130,7 +147,12 @@ def _tensors(path: Path, state: Mapping[str, Any]) -> State:
     for key, value in state.items():
         if isinstance(value, Placeholder) and not value.harmless:
             raise _unsafe(path, f"among the weights, {key} is a {value.named}")
-    return {str(key): value for key, value in state.items() if isinstance(value, Tensor)}
+    return {str(key): _resolved(value) for key, value in state.items() if isinstance(value, Tensor)}
+
+
+def _resolved(value: Tensor) -> Tensor:
+    """Give the numbers themselves of a tensor whose memory holds their negatives or conjugates."""
+    return value.resolve_conj().resolve_neg() if value.is_conj() or value.is_neg() else value
 
 
 def _read_safetensors(path: Path, weights: str) -> Container:
@@ -140,4 +162,5 @@ def _read_safetensors(path: Path, weights: str) -> Container:
         with safe_open(path, framework="pt") as file:
             return Container({key: file.get_tensor(key) for key in file.keys()}, "")  # noqa: SIM118
     except (SafetensorError, ValueError, OSError) as error:
+        _refuse_other_kinds(path)
         raise CheckpointError(f"{path} is damaged, cut off or not a safetensors file ({error}): fetch it again") from error

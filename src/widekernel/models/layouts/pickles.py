@@ -4,10 +4,15 @@ Checkpoints found in the wild hold numbers of NumPy, paths, dates, settings of f
 the weights. Nobody reads them here, so that no class of theirs is ever looked up: in its place stands a class made on the
 spot, which takes whatever it is given and does nothing. What is called for true is the few functions of PyTorch that put a
 tensor together; and no attribute of anything is ever set.
+
+As a second fence, a file is refused that names what it takes to run something: anything of the standard library but its
+values, such as `os.system`, and `builtins.getattr`, which also stands for a bound method.
 """
 
 from __future__ import annotations
 
+import builtins
+import functools
 import os
 import pickle
 import sys
@@ -23,6 +28,7 @@ from torch import Tensor, _utils
 from torch.serialization import _get_layout
 
 # Modules of the standard library that hold values. What others offer does something, and is in no checkpoint by chance.
+# Of `builtins` and `operator`, some names only; exceptions are values too.
 _HARMLESS = {
     *("_codecs", "argparse", "array", "collections", "copyreg", "dataclasses", "datetime", "decimal", "enum", "fractions"),
     *(
@@ -58,16 +64,28 @@ _HARMLESS_BUILTINS = {
         "slice",
     ),
     *("str", "tuple", "type", "Ellipsis", "NotImplemented", "long", "unicode", "xrange"),
+    *("abs", "len", "max", "min", "pow", "round", "sorted", "sum"),
+    *(name for name, value in vars(builtins).items() if isinstance(value, type) and issubclass(value, BaseException)),
 }
 _HARMLESS_PACKAGES = {"numpy", "omegaconf"}
-_HARMLESS_NAMES = {("torch", "Size"), ("torch", "device"), ("torch.torch_version", "TorchVersion")}
-_OLD_NAMES = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # of Python 2, which the default protocol keeps to
+_HARMLESS_NAMES = {
+    ("operator", "itemgetter"),
+    ("torch", "Size"),
+    ("torch", "device"),
+    ("torch.torch_version", "TorchVersion"),
+}
+# Of Python 2, which the default protocol keeps to.
+_OLD_NAMES = {"__builtin__": "builtins", "copy_reg": "copyreg", "exceptions": "builtins"}
 _NEWEST_OF_OLD_FILES = 2
 _TRUE = ("1", "y", "yes", "true")
 
 
 class RefusedError(pickle.UnpicklingError):
     """A file asks for something that no checkpoint needs."""
+
+
+class UnreadableError(pickle.UnpicklingError):
+    """A file is whole and harmless, for all that is known, but not of a kind that is read here."""
 
 
 class Placeholder(dict[Any, Any]):
@@ -114,7 +132,9 @@ def load(path: Path) -> Any:
     Where `TORCH_FORCE_WEIGHTS_ONLY_LOAD` is set, PyTorch reads it, and refuses all that it does not know.
 
     Raises:
-        RefusedError: if the file names something that no checkpoint needs, such as a function that runs commands.
+        RefusedError: if the file names something that no checkpoint needs, such as a function that runs commands, or is a
+            bare pickle of objects.
+        UnreadableError: if it holds a tensor of a kind that is unknown here.
         UnpicklingError: if it is no such file.
         Exception: whatever the damaged bytes lead to.
     """
@@ -128,32 +148,43 @@ def load(path: Path) -> Any:
         raise pickle.UnpicklingError("a tar archive")
 
     class Reader(_Reader):
-        unknown: set[str] = set()
         newest = pickle.HIGHEST_PROTOCOL if zipped else _NEWEST_OF_OLD_FILES
 
-    module: Any = types.SimpleNamespace(
-        __name__=__name__, Unpickler=Reader, load=lambda file, **options: Reader(file, **options).load()
-    )
+    module: Any = types.SimpleNamespace(__name__=__name__, Unpickler=Reader, load=functools.partial(_load_numbers, Reader))
+    return torch.load(path, map_location="cpu", weights_only=False, pickle_module=module)
+
+
+def _load_numbers(reader_class: type[_Reader], file: Any, **options: Any) -> Any:
+    """Read one of the pickles around that of the contents, which name no class in a file of `torch.save`."""
+    reader = reader_class(file, **options)
     try:
-        return torch.load(path, map_location="cpu", weights_only=False, pickle_module=module)
-    except (OSError, RefusedError):
+        found = reader.load()
+    except (OSError, EOFError, pickle.UnpicklingError):
         raise
     except Exception as error:
-        if Reader.unknown:
-            raise RefusedError(f"it names {', '.join(sorted(Reader.unknown))}") from error
+        if reader.unknown:
+            raise RefusedError(f"it names {', '.join(sorted(reader.unknown))}") from error
         raise
+    if reader.unknown:
+        raise RefusedError(f"it names {', '.join(sorted(reader.unknown))}")
+    return found
 
 
 class _Reader(pickle._Unpickler):
     """Unpickler that looks nothing up but what tensors are made of."""
 
-    unknown: set[str]  # classes met that are not known to be harmless
     newest: int
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+
+    def __init__(self, file: Any, **options: Any) -> None:
+        super().__init__(file, **options)
+        self.unknown: set[str] = set()  # classes met that are not known to be harmless
 
     def find_class(self, module: str, name: str) -> Any:
         """Give what a tensor is made of, or the class of a placeholder."""
         module = _OLD_NAMES.get(module, module)
+        if any(character.isspace() for character in module):
+            raise pickle.UnpicklingError(f"a module called {module!r}")
         if (module, name) in _PARTS:
             return _PARTS[module, name]
         if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
@@ -172,8 +203,16 @@ class _Reader(pickle._Unpickler):
 
     @persistent_load.setter
     def persistent_load(self, load: Callable[[Any], Any]) -> None:
-        # Old files keep classes of modules there, whose sources PyTorch would compare.
-        self._persistent_load = lambda saved: saved[1] if saved[0] == "module" else load(saved)
+        def checked(saved: Any) -> Any:
+            if type(saved) is not tuple or not saved:
+                raise UnreadableError(f"it keeps {saved!r} outside of the pickle, as files of pickle protocol 0 do")
+            kind = saved[0]
+            if type(kind) is not str or kind not in ("module", "storage"):
+                raise RefusedError(f"it keeps {kind!r} outside of the pickle")
+            # Old files keep classes of modules there, whose sources PyTorch would compare.
+            return saved[1] if kind == "module" else load(saved)
+
+        self._persistent_load = checked
 
     def get_extension(self, code: int) -> None:
         """Refuse what stands for a registered object."""
@@ -207,7 +246,24 @@ def _is_zip(path: Path) -> bool:
 
 
 def _tensor(storage: Any, offset: int, size: Any, stride: Any, *rest: Any) -> Tensor:
-    return _utils._rebuild_tensor(storage, offset, size, stride)  # type: ignore[no-any-return]
+    """Give a tensor; `rest` is whether it had a gradient, its hooks, and its marks, all of which older files may lack."""
+    return _marked(_utils._rebuild_tensor(storage, offset, size, stride), *rest[2:])
+
+
+def _tensor_of_type(storage: Any, offset: int, size: Any, stride: Any, *rest: Any) -> Tensor:
+    """Give a tensor of one of the newer types, whose storage is of bytes; its type comes after the hooks."""
+    return _marked(torch.empty(0, dtype=rest[2]).set_(storage._untyped_storage, offset, size, stride), *rest[3:])
+
+
+def _marked(tensor: Tensor, marks: Any = None, *rest: Any) -> Tensor:
+    """Mark a tensor whose storage holds the negatives or conjugates; in old files, the storage is filled later."""
+    if rest or not (marks is None or type(marks) is dict):
+        raise UnreadableError(f"it describes a tensor in a way that is unknown here: {(marks, *rest)!r}")
+    for mark, value in (marks or {}).items():
+        if mark not in ("conj", "neg") or value is not True:
+            raise UnreadableError(f"it marks a tensor with {mark!r}: {value!r}; known are 'conj' and 'neg', each True")
+    _utils.set_tensor_metadata(tensor, marks or {})
+    return tensor
 
 
 def _itself(data: Any, *rest: Any) -> Any:
@@ -234,6 +290,7 @@ _PARTS: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_sparse_tensor"): _utils._rebuild_sparse_tensor,
     ("torch._utils", "_rebuild_tensor"): _tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch._utils", "_rebuild_tensor_v3"): _tensor_of_type,
     ("torch.serialization", "_get_layout"): _get_layout,
     ("torch.storage", "UntypedStorage"): torch.UntypedStorage,
 }

@@ -71,11 +71,20 @@ def translate(model: nn.Module, state: State) -> Translation:
 
 
 def _unpruned(state: State, own: State) -> State:
-    """Put masked weights in the place of the weights and masks that a pruned network keeps apart, if this one does not."""
+    """Put masked weights in the place of the weights and masks that a pruned network keeps apart, if this one does not.
+
+    Raises:
+        CheckpointError: if the shapes of the two differ.
+    """
     out = dict(state)
     for key in [key for key in state if key.endswith("_orig") and key not in own]:
         mask = f"{key.removesuffix('_orig')}_mask"
         if mask in state and mask not in own:
+            shapes = [tuple(state[name].shape) for name in (key, mask)]
+            if shapes[0] != shapes[1]:
+                raise CheckpointError(
+                    f"{key} has shape {shapes[0]} but {mask} has {shapes[1]}: a weight and its mask must have the same"
+                )
             out[key.removesuffix("_orig")] = out.pop(key) * out.pop(mask)
     return out
 
