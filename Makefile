@@ -65,7 +65,7 @@ $(VENV)/.clients: $(STAMP)
 	@touch $@
 
 test-clients: $(VENV)/.clients
-	$(BIN)/python -m pytest -m clients tests
+	$(BIN)/python -m pytest -m 'clients and not full' tests
 
 # Out-of-bounds accesses show only where every tensor is an allocation of its own. Races, slow to look for, in fewer tests.
 CHECKED := tests/ops/gpu/test_operator.py tests/ops/gpu/test_kernels.py -m interpreted
