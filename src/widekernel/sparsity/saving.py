@@ -73,6 +73,7 @@ def restore_state(controller: DynamicSparsity, saved: dict[str, Any]) -> None:
         for name, mask in state.masks.items():
             mask.copy_(unpack(saved["masks"][name], shapes[name]))
     controller._pending = saved["pending"]
+    controller._untold.watch() if controller._pending else controller._untold.stop()
     controller.apply_masks()
     controller._zeros = dict(saved.get("live_zeros", {}))
     controller._settled = controller._chosen = False
