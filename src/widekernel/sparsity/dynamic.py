@@ -112,7 +112,8 @@ class DynamicSparsity:
         self._gradients = Gradients(self._state)
         self._kept: Kept | None = None  # until the next step
         self._zeros: dict[str, int] | None = None  # live weights that were zero when the state was saved that was loaded
-        self._chosen = masks is None and self.config.init != "from_weights"  # masks that nobody has seen yet
+        # Masks by the settings, and such that nobody has seen yet.
+        self._by_settings = self._chosen = masks is None and self.config.init != "from_weights"
         self._settled = self._running = False
         self._pending = masks is None and self.config.init in ("snip", "snip_mask")
         self._untold = UntoldSteps(parameters)
@@ -169,7 +170,7 @@ class DynamicSparsity:
         Before the first step, weights that only the first masks of this had removed are given back before.
 
         Raises:
-            CheckpointError: the state belongs to another network.
+            CheckpointError: the state belongs to another network, or was saved with another sparsity, block or rule.
         """
         self._state.follow()
         self._watch.check_attached()
@@ -224,9 +225,8 @@ class DynamicSparsity:
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if overflowed(optimizer):
             return None
-        self._running = True
+        self._running, has_closure = True, closure_of(args, kwargs) is not None
         self._settle()
-        has_closure = closure_of(args, kwargs) is not None
         # A closure computes the gradients of this step; those that are there may be old and choose no masks.
         if not (has_closure and self._pending):
             self._mask_gradients_of_step()
