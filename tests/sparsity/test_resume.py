@@ -125,3 +125,46 @@ def test_masks_of_another_network_are_refused(tmp_path: Path) -> None:
     path.write_bytes(b"nonsense")
     with pytest.raises(CheckpointError, match="is not a readable file of masks"):
         load_masks(path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({"sparsity": 0.8}, "sparsity=0.5, and this controller was made with sparsity=0.8, which the state would override"),
+        ({"block": "kernel"}, "block='element', and .* block='kernel'"),
+        ({"block": (3, 3)}, r"block='element', and .* block=\[3, 3\]"),
+        ({"rule": "published"}, "rule='exact', and .* rule='published'"),
+        ({"initial_sparsity": 0.1, "total_steps": 9}, "initial_sparsity=None, and .* initial_sparsity=0.1"),
+    ],
+)
+def test_settings_that_a_state_would_override_are_refused(settings: dict, names: str) -> None:
+    saved = controlled(quick())[2].state_dict()
+    controller = controlled(quick(**settings))[2]
+    before = controller.masks
+    with pytest.raises(CheckpointError, match=names):
+        controller.load_state_dict(saved)
+    assert same(controller.masks, before)
+
+
+def test_settings_that_hold_from_loading_on_may_differ() -> None:
+    saved = controlled(quick())[2].state_dict()
+    others = {"prune_fraction": 0.1, "growth": "gradient", "update_interval": 7, "total_steps": 9, "init": "erk", "seed": 3}
+    controlled(quick(**others))[2].load_state_dict(saved)
+    masks = controlled(quick())[2].masks
+    controlled(quick(sparsity=0.9), masks=masks)[2].load_state_dict(saved)  # not what the masks came from
+    controlled(quick(sparsity=0.9, init="from_weights"))[2].load_state_dict(saved)
+    pending = controlled(quick(init="snip"))[2].state_dict()
+    controlled(quick(init="snip", sparsity=0.9))[2].load_state_dict(pending)  # nothing drawn yet
+    older = {name: value for name, value in saved.items() if name != "config"}
+    controlled(quick())[2].load_state_dict(older)
+
+
+def test_what_is_no_state_is_refused() -> None:
+    _, _, controller = controlled(quick())
+    saved = controller.state_dict()
+    for strange in (None, [1], "state.pt"):
+        with pytest.raises(CheckpointError, match=f"is a {type(strange).__name__}: give the dict that state_dict"):
+            controller.load_state_dict(strange)
+    for key in set(saved) - {"format", "config", "live_zeros"}:
+        with pytest.raises(CheckpointError, match=f"lacks {key}: give all"):
+            controller.load_state_dict({name: value for name, value in saved.items() if name != key})

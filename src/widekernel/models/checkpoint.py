@@ -136,6 +136,9 @@ def save_checkpoint(
 ) -> Path:
     """Save the weights of `model`, whole or not at all.
 
+    Weights are saved as they are. A moving average is as sparse as the network only if `DynamicSparsity` was given it
+    (`averages=`).
+
     Args:
         model: the network, or its `features_only` form.
         path: ends in `.safetensors` for layout "native", in `.pth` or `.pt` for "official".

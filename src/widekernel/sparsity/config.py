@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import numbers
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -37,8 +38,8 @@ class DynamicSparsityConfig:
         stop_fraction: share of `total_steps` after which the masks stay as they are.
         initial_sparsity: start this sparse, and follow the cubic of Zhu & Gupta (2017) to `sparsity` at the last update.
         layers: `all` matrices and kernels, `large_kernel_only` (the widest of every large-kernel layer), or name
-            patterns, in one text separated by commas or in several.
-        exclude: name patterns of parameters that stay dense.
+            patterns, in one text separated by commas or in several; the name of a module stands for all its parameters.
+        exclude: name patterns of parameters, or names of modules, that stay dense.
         block: what lives or dies together: one `element`; an N×N `kernel` (one input of one output channel, or one tile of
             Shift-wise convolution); a channel's kernel in one `branch` of a large-kernel layer; a `channel` in all its
             branches (elsewhere: an output channel); a pair of numbers, for tiles of that height and width; or `2:4`, two of
@@ -83,9 +84,13 @@ class DynamicSparsityConfig:
         _one_of("growth", self.growth, GROWTHS)
         _one_of("prune_schedule", self.prune_schedule, SCHEDULES)
         _one_of("rule", self.rule, RULES)
+        for name in ("prune_fraction", "stop_fraction"):
+            _number(name, getattr(self, name))
         _require(0 <= self.prune_fraction <= 1, "prune_fraction", self.prune_fraction, "from 0 to 1")
         _require(0 < self.stop_fraction <= 1, "stop_fraction", self.stop_fraction, "above 0 and at most 1")
         _within("momentum", self.momentum, 0, 1)
+        if not isinstance(self.regrow, bool):
+            raise ArgumentError(f"regrow={self.regrow!r} must be True or False")
         for name, least in (("update_interval", 1), ("share_every", 1), ("min_fan_in", 0), ("seed", 0)):
             _whole(name, getattr(self, name), least)
         if self.total_steps is not None:
@@ -96,15 +101,22 @@ class DynamicSparsityConfig:
 
     def _check_layers(self) -> None:
         if isinstance(self.layers, str):
-            if not any(sign in self.layers for sign in "*?[,."):
+            # One word that is no rule, nor resembles one, may be the name of a module.
+            word = self.layers.strip() and not any(sign in self.layers for sign in "*?[,.")
+            if not self.layers.strip() or (word and (self.layers in LAYER_RULES or nearest(self.layers, LAYER_RULES))):
                 _one_of("layers", self.layers, LAYER_RULES)
             else:
                 object.__setattr__(self, "layers", _split(self.layers))
         for name in ("layers", "exclude"):
             value = getattr(self, name)
             patterns = _split(value) if isinstance(value, str) else value
-            if not all(isinstance(pattern, str) and pattern for pattern in patterns):
+            if not isinstance(patterns, Collection) or not all(isinstance(p, str) and p for p in patterns):
                 raise ArgumentError(f"{name}={value!r} must hold patterns of parameter names, such as 'stages.*.fc1.weight'")
+            if name == "layers" and not patterns:
+                raise ArgumentError(
+                    f"layers={value!r} names nothing to be masked: give patterns such as 'stages.*.fc1.weight', or "
+                    f"one of {', '.join(LAYER_RULES)}"
+                )
             if name == "exclude" or not isinstance(value, str):
                 object.__setattr__(self, name, tuple(patterns))
 
@@ -112,9 +124,10 @@ class DynamicSparsityConfig:
         if isinstance(self.block, str):
             _one_of("block", self.block, BLOCKS)
             return
-        block = tuple(self.block)
+        block = tuple(self.block) if isinstance(self.block, Sequence) else ()
         if len(block) != 2 or not all(isinstance(side, int) and side > 0 for side in block):
-            raise ArgumentError(f"block={self.block!r} must be one of {', '.join(BLOCKS)}, or two positive integers")
+            pair = f", such as ({self.block}, {self.block})" if isinstance(self.block, int) and self.block > 0 else ""
+            raise ArgumentError(f"block={self.block!r} must be one of {', '.join(BLOCKS)}, or two positive integers{pair}")
         object.__setattr__(self, "block", block)
 
     def _check_combinations(self) -> None:
@@ -211,7 +224,13 @@ def _require(holds: bool, name: str, value: Any, rule: str) -> None:
 
 
 def _within(name: str, value: float, low: float, high: float) -> None:
+    _number(name, value)
     _require(low <= value < high, name, value, f"from {low} to below {high}")
+
+
+def _number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ArgumentError(f"{name}={value!r} is a {type(value).__name__}: give a number, such as 0.5")
 
 
 def _whole(name: str, value: int, least: int) -> None:

@@ -32,6 +32,7 @@ from widekernel.sparsity.saving import restore_state, state_of
 from widekernel.sparsity.selection import Choice, check_whole, masked_parameters, unwrap
 from widekernel.sparsity.setting_up import choices_for, snip_scores
 from widekernel.sparsity.state import Churn, MaskState
+from widekernel.sparsity.untold import UntoldSteps
 from widekernel.sparsity.watch import Watch
 
 
@@ -111,9 +112,11 @@ class DynamicSparsity:
         self._gradients = Gradients(self._state)
         self._kept: Kept | None = None  # until the next step
         self._zeros: dict[str, int] | None = None  # live weights that were zero when the state was saved that was loaded
-        self._chosen = masks is None and self.config.init != "from_weights"  # masks that nobody has seen yet
+        # Masks by the settings, and such that nobody has seen yet.
+        self._by_settings = self._chosen = masks is None and self.config.init != "from_weights"
         self._settled = self._running = False
         self._pending = masks is None and self.config.init in ("snip", "snip_mask")
+        self._untold = UntoldSteps(parameters)
         if masks is not None:
             self._take(masks)
         elif not self._pending:
@@ -144,6 +147,7 @@ class DynamicSparsity:
 
     def remove(self) -> None:
         """Take the hooks off the optimizer: from now on the network trains densely."""
+        self._untold.stop()
         for hook in self._hooks:
             hook.remove()
 
@@ -151,10 +155,11 @@ class DynamicSparsity:
         """Give masks (bit-packed), counters and what else an exact resumption needs, as tensors and plain containers.
 
         Raises:
-            ArgumentError: the masks do not hold, because something other than the optimizer's steps has changed the weights.
+            ArgumentError: the masks do not hold, or were never drawn: something else than the optimizer's steps trained.
         """
         self._state.follow()
         self._watch.check_attached()
+        self._untold.check()
         if not self._pending:
             self._watch.check_outside(self._state.parameters)
         return state_of(self)
@@ -165,7 +170,7 @@ class DynamicSparsity:
         Before the first step, weights that only the first masks of this had removed are given back before.
 
         Raises:
-            CheckpointError: the state belongs to another network.
+            CheckpointError: the state belongs to another network, or was saved with another sparsity, block or rule.
         """
         self._state.follow()
         self._watch.check_attached()
@@ -220,9 +225,8 @@ class DynamicSparsity:
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if overflowed(optimizer):
             return None
-        self._running = True
+        self._running, has_closure = True, closure_of(args, kwargs) is not None
         self._settle()
-        has_closure = closure_of(args, kwargs) is not None
         # A closure computes the gradients of this step; those that are there may be old and choose no masks.
         if not (has_closure and self._pending):
             self._mask_gradients_of_step()
@@ -255,6 +259,7 @@ class DynamicSparsity:
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._untold.told()
         if overflowed(optimizer):
             self._gradients.forget()
             return
@@ -372,10 +377,10 @@ class DynamicSparsity:
     @torch.no_grad()
     def _start(self) -> None:
         at_a_step, self._pending = self._running, False
+        self._untold.stop()
         if at_a_step and self._chosen:
             self._watch.check_not_sparse()
-        if not at_a_step:
-            self._kept = Kept(self._holders())
+        self._kept = None if at_a_step else Kept(self._holders())
         self.apply_masks()
         check_equal(self._state.masks)
 

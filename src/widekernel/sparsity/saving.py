@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from widekernel.sparsity.dynamic import DynamicSparsity
 
 FORMAT = 1
+NEEDED = ("step", "updates", "skipped", "pending", "shapes", "masks", "densities", "fresh", "momentum", "churn", "moved")
 METADATA_KEY = "widekernel_masks"
 
 
@@ -31,6 +32,7 @@ def state_of(controller: DynamicSparsity) -> dict[str, Any]:
     state = controller._state
     return {
         "format": FORMAT,
+        "config": _overridden(controller),
         "step": controller.step,
         "updates": controller.updates,
         "skipped": controller.skipped,
@@ -50,10 +52,18 @@ def restore_state(controller: DynamicSparsity, saved: dict[str, Any]) -> None:
     """Put a controller into a saved state.
 
     Raises:
-        CheckpointError: the state belongs to another network, or to a newer version.
+        CheckpointError: the state belongs to another network, to settings that it would override, or to a newer version; or
+            is none.
     """
+    if not isinstance(saved, Mapping):
+        raise CheckpointError(f"the sparsity state is a {type(saved).__name__}: give the dict that state_dict() gave")
     if saved.get("format") != FORMAT:
         raise CheckpointError(f"the sparsity state has format {saved.get('format')!r}; this version reads format {FORMAT}")
+    if missing := [key for key in NEEDED if key not in saved]:
+        raise CheckpointError(
+            f"the sparsity state lacks {', '.join(missing)}: give all of what state_dict() gave, not a part or an excerpt"
+        )
+    _check_settings(controller, saved)
     state = controller._state
     shapes = {name: tuple(shape) for name, shape in saved["shapes"].items()}
     if controller.config.rule == "published":
@@ -73,6 +83,7 @@ def restore_state(controller: DynamicSparsity, saved: dict[str, Any]) -> None:
         for name, mask in state.masks.items():
             mask.copy_(unpack(saved["masks"][name], shapes[name]))
     controller._pending = saved["pending"]
+    controller._untold.watch() if controller._pending else controller._untold.stop()
     controller.apply_masks()
     controller._zeros = dict(saved.get("live_zeros", {}))
     controller._settled = controller._chosen = False
@@ -83,6 +94,37 @@ def restore_state(controller: DynamicSparsity, saved: dict[str, Any]) -> None:
     controller.step, controller.updates, controller.skipped = saved["step"], saved["updates"], saved["skipped"]
     controller.churn = [Churn(*row) for row in saved["churn"]]
     controller.moved = dict(saved["moved"])
+
+
+def _overridden(controller: DynamicSparsity) -> dict[str, Any]:
+    """Give the settings, as plain values, that show in masks and densities only; all others hold from loading on."""
+    config = controller.config
+    start = config.initial_sparsity
+    return {
+        "rule": config.rule,
+        "block": config.block if isinstance(config.block, str) else list(config.block),
+        "sparsity": float(config.sparsity),
+        "initial_sparsity": None if start is None else float(start),
+    }
+
+
+def _check_settings(controller: DynamicSparsity, saved: Mapping[str, Any]) -> None:
+    """Raise if masks and densities of a state are those of other settings, which would be ignored from here on."""
+    theirs = saved.get("config")
+    if theirs is None or saved["pending"]:  # of an older version; or masks are still to be drawn, by the settings here
+        return
+    ours = _overridden(controller)
+    names = ["rule", "block"]
+    if controller._by_settings:
+        names += ["sparsity", "initial_sparsity"]
+    other = [name for name in names if ours[name] != theirs[name]]
+    if other:
+        here, there = (", ".join(f"{name}={values[name]!r}" for name in other) for values in (ours, theirs))
+        raise CheckpointError(
+            f"the sparsity state was saved with {there}, and this controller was made with {here}, which the state would "
+            f"override: make it with {there}; or load the weights alone and begin with masks of their own "
+            "(init='magnitude' for a higher sparsity)"
+        )
 
 
 def check_names(theirs: Mapping[str, tuple[int, ...]], ours: Mapping[str, tuple[int, ...]]) -> None:

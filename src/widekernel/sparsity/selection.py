@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from widekernel.errors import ArgumentError
+from widekernel.errors import ArgumentError, nearest
 from widekernel.layers import LargeKernel, Rectangles
 from widekernel.layers.sources import KernelSource
 
@@ -71,8 +71,8 @@ def choose(model: nn.Module, layers: str | Sequence[str], exclude: Sequence[str]
 
     Args:
         model: the network.
-        layers: `all`, `large_kernel_only` or name patterns.
-        exclude: patterns of names that stay dense.
+        layers: `all`, `large_kernel_only` or name patterns; a module's name stands for all its parameters.
+        exclude: patterns of names that stay dense, or names of modules.
 
     Raises:
         ArgumentError: a pattern names nothing, or something that cannot be masked; a parameter to be masked has two names;
@@ -82,15 +82,18 @@ def choose(model: nn.Module, layers: str | Sequence[str], exclude: Sequence[str]
     large = _large_kernels(model) if layers == "large_kernel_only" else set()
     patterns = () if isinstance(layers, str) else tuple(layers)
     for pattern in (*patterns, *exclude):
-        if not any(fnmatchcase(name, pattern) for name in owners):
+        if not any(_names(pattern, name) for name in owners):
+            modules = [name for name, _ in model.named_modules() if name]
             raise ArgumentError(
-                f"the pattern {pattern!r} names no parameter of the network: its first are {', '.join(list(owners)[:3])}"
+                f"the pattern {pattern!r} names no parameter of the network: its first are {', '.join(list(owners)[:3])}."
+                f"{nearest(pattern, [*owners, *modules])}"
             )
-    choices = []
+    choices, spared = [], 0
     for name, (owner, parameter) in owners.items():
         reason = _reason(name, owner, parameter)
-        named = any(fnmatchcase(name, pattern) for pattern in patterns)
-        if any(fnmatchcase(name, pattern) for pattern in exclude):
+        named = any(_names(pattern, name) for pattern in patterns)
+        if any(_names(pattern, name) for pattern in exclude):
+            spared += not reason
             reason = "excluded by name"
         elif named and reason and parameter.dim() > 1:
             raise ArgumentError(f"layers={list(patterns)} names {name}, which cannot be masked: it {reason}. Leave it out")
@@ -99,8 +102,18 @@ def choose(model: nn.Module, layers: str | Sequence[str], exclude: Sequence[str]
         elif layers == "large_kernel_only" and id(parameter) not in large:
             reason = reason or "no large kernel"
         choices.append(Choice(name, tuple(parameter.shape), reason))
+    if spared and not any(choice.masked for choice in choices):
+        raise ArgumentError(
+            f"exclude={list(exclude)} leaves nothing to be masked of layers={layers!r}: it names {spared} parameters that "
+            "could be. Exclude fewer"
+        )
     _check(model, choices)
     return choices
+
+
+def _names(pattern: str, name: str) -> bool:
+    """Whether a pattern names a parameter: by its own name, or by that of a module which it is in."""
+    return fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")
 
 
 def _owners(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, nn.Parameter]]]:
@@ -180,6 +193,17 @@ def _check(model: nn.Module, choices: list[Choice]) -> None:
 
 
 def masked_parameters(model: nn.Module, choices: Sequence[Choice]) -> dict[str, nn.Parameter]:
-    """Give the parameters that are masked, by name, in the network's order."""
+    """Give the parameters that are masked, by name, in the network's order.
+
+    Raises:
+        ArgumentError: one is on the meta device, where it has no values.
+    """
     wanted = {choice.name for choice in choices if choice.masked}
-    return {name: parameter for name, parameter in model.named_parameters() if name in wanted}
+    found = {name: parameter for name, parameter in model.named_parameters() if name in wanted}
+    for name, parameter in found.items():
+        if parameter.is_meta:
+            raise ArgumentError(
+                f"{name} is on the meta device and has no values to be masked: call model.to_empty(device=...) and load "
+                "weights, then make optimizer and controller"
+            )
+    return found

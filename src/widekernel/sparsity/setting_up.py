@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from widekernel.errors import ArgumentError
@@ -24,6 +25,7 @@ def choices_for(model: nn.Module, config: DynamicSparsityConfig, masks: dict[str
         ArgumentError: masks belong to another network, or nothing can be masked.
     """
     if masks is not None:
+        _check_tensors(masks)
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         wrong = [name for name, mask in masks.items() if shapes.get(name) != tuple(mask.shape)]
         if wrong or not masks:
@@ -58,6 +60,14 @@ def choices_for(model: nn.Module, config: DynamicSparsityConfig, masks: dict[str
     return choices
 
 
+def _check_tensors(masks: object) -> None:
+    if not isinstance(masks, Mapping):
+        raise ArgumentError(f"masks is a {type(masks).__name__}: give a dict of parameter names and bool tensors")
+    for name, mask in masks.items():
+        if not isinstance(mask, Tensor):
+            raise ArgumentError(f"the mask of {name} is a {type(mask).__name__}: give a bool tensor (torch.as_tensor)")
+
+
 def _reason_against(weight: Tensor, config: DynamicSparsityConfig) -> str:
     reason = reason_against(tuple(weight.shape))
     if reason or config.init != "from_weights":
@@ -86,16 +96,39 @@ def snip_scores(
     batch: tuple[Tensor, Tensor],
     loss: Callable[[Any, Tensor], Tensor],
 ) -> dict[str, Tensor]:
-    """Compute |weight · gradient| on a copy of the network in training mode, without touching the random numbers."""
+    """Compute |weight · gradient| on a copy of the network in training mode, without touching the random numbers.
+
+    Raises:
+        ArgumentError: `batch` is no pair, or its targets are not what cross-entropy takes.
+    """
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        length = f" of {len(batch)}" if isinstance(batch, (tuple, list, dict, str)) else ""
+        raise ArgumentError(f"batch is a {type(batch).__name__}{length}: give a pair, batch=(inputs, targets)")
     devices = sorted({parameter.device.index or 0 for parameter in parameters.values() if parameter.is_cuda})
     with torch.random.fork_rng(devices):
         trial = copy.deepcopy(model).train()
         inputs, targets = batch
         with torch.enable_grad():
-            loss(trial(inputs), targets).backward()
+            outputs = trial(inputs)
+            if loss is F.cross_entropy:
+                _check_targets(outputs, targets)
+            loss(outputs, targets).backward()
     scores = {}
     for name, parameter in trial.named_parameters():
         if name in parameters:
             gradient = torch.zeros_like(parameter) if parameter.grad is None else average(parameter.grad)
             scores[name] = (parameter.detach() * gradient).abs()
     return {name: scores[name] for name in parameters}
+
+
+def _check_targets(outputs: object, targets: object) -> None:
+    """Raise unless cross-entropy takes these: class numbers, or a probability for every output."""
+    if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
+        found = f"outputs are a {type(outputs).__name__}, the targets a {type(targets).__name__}"
+        raise ArgumentError(f"batch: cross-entropy takes two tensors; the network's {found}. Give a loss that takes these")
+    if targets.dtype == torch.int64 or (targets.is_floating_point() and targets.shape == outputs.shape):
+        return
+    raise ArgumentError(
+        f"batch: the targets are {targets.dtype} {tuple(targets.shape)}; cross-entropy takes class numbers (torch.int64) or "
+        f"probabilities of the outputs' shape {tuple(outputs.shape)}: convert them (targets.long()), or give another loss"
+    )
