@@ -19,6 +19,7 @@ from widekernel.layers import FoldedLargeKernel, LargeKernel, PartialChannels
 from widekernel.layers.alterations import alteration
 from widekernel.layers.large_kernel import is_plain_relu
 from widekernel.sparsity.compaction import compact, compact_report
+from widekernel.sparsity.semi_structured.controller import keep_in_evaluation
 
 BLOCK = "stages.0.blocks.0"
 
@@ -270,3 +271,12 @@ def test_channels_with_a_hook_fold_what_they_hold() -> None:
     mixer = folded.get_submodule(f"{BLOCK}.mixer")
     assert isinstance(mixer, PartialChannels)
     assert isinstance(mixer.layer, FoldedLargeKernel)
+
+
+def test_norms_kept_in_evaluation_by_our_own_hook_are_folded() -> None:
+    model = network("slak_nano")
+    model.get_submodule(f"{BLOCK}.mixer.norms.0").register_forward_pre_hook(keep_in_evaluation)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        folded = widekernel.fold(model)
+    assert isinstance(folded.get_submodule(f"{BLOCK}.mixer"), FoldedLargeKernel)
