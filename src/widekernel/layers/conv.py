@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from widekernel import ops
 from widekernel.errors import ArgumentError
-from widekernel.layers.folding import Fusable
+from widekernel.layers.alterations import alterations
+from widekernel.layers.folding import Fusable, is_trained
 from widekernel.layers.norms import affine_of, is_foldable
 from widekernel.layers.pointwise import PointwiseConv2d, PointwiseLinear
 
@@ -81,8 +82,12 @@ class ConvNorm(Fusable, nn.Module):
         return self.act(self.bn(self.conv(x)))
 
     def foldable(self) -> bool:
-        """Whether the norm is an affine map in evaluation, and the convolution a plain one."""
-        return is_foldable(self.bn) and is_plain(self.conv)
+        """Whether the norm is an affine map in evaluation, and the convolution a plain one; neither with hooks."""
+        return is_foldable(self.bn) and is_plain(self.conv) and not alterations(self, ("", "conv"))
+
+    def alterations(self) -> list[str]:
+        """List hooks and replaced methods that keep a norm from being folded; empty without a norm."""
+        return [] if type(self.bn) is nn.Identity else alterations(self, ("", "conv", "bn"))
 
     def folded(self, before: nn.Module | None = None) -> ConvNorm:
         """Give the layer with the norm folded into the convolution.
@@ -94,6 +99,7 @@ class ConvNorm(Fusable, nn.Module):
         conv = fold_affine(self.conv, *affine_of(self.bn, self.conv.out_channels))
         if before is not None:
             conv = fold_affine_before(conv, *affine_of(before, self.conv.in_channels))
+        conv.requires_grad_(is_trained(self.conv, self.bn, before))
         return ConvNorm(conv, nn.Identity(), self.act)
 
 

@@ -98,12 +98,21 @@ def is_folded(module: nn.Module) -> bool:
     return any(getattr(part, "was_folded", False) for part in module.modules())
 
 
-def warn_of_kept(module: nn.Module, stacklevel: int) -> None:
-    """Warn of large kernels that could not be folded, and say why."""
-    kept = [
-        f"{name or 'the layer'} ({'; '.join(part.reasons_against_folding())})"  # type: ignore[operator]
-        for name, part in module.named_modules()
-        if hasattr(part, "reasons_against_folding")
+def is_trained(*sources: nn.Module | Tensor | None) -> bool:
+    """Whether any of the parameters requires gradients, so that what is made from them all does."""
+    tensors = [
+        source.parameters() if isinstance(source, nn.Module) else [source] for source in sources if source is not None
     ]
+    return any(tensor.requires_grad for some in tensors for tensor in some)
+
+
+def warn_of_kept(module: nn.Module, stacklevel: int) -> None:
+    """Warn of large kernels that could not be folded, and of layers left alone for what users put on them; say why."""
+    kept = []
+    for name, part in module.named_modules():
+        listing = getattr(part, "reasons_against_folding", getattr(part, "alterations", list))
+        reasons: list[str] = listing()
+        if reasons:
+            kept.append(f"{name or 'the layer'} ({'; '.join(reasons)})")
     if kept:
         warnings.warn(f"these layers were not folded: {', '.join(kept)}", stacklevel=stacklevel + 1)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from widekernel import ops
 from widekernel.errors import ArgumentError
-from widekernel.layers.folding import Fusable
+from widekernel.layers.alterations import alteration
+from widekernel.layers.folding import Fusable, is_trained
 from widekernel.layers.guarding import guard
 from widekernel.layers.norms import affine_of, reasons_against_folding
 from widekernel.layers.rect import Rect, maximal_rectangles
@@ -75,6 +76,8 @@ class LargeKernel(Fusable, nn.Module):
     def reasons_against_folding(self) -> list[str]:
         """List why the layer cannot be folded; empty if it can."""
         reasons = [] if rects_of(self.source) is not None else ["a branch equals no single kernel near the borders"]
+        if text := alteration(self):
+            reasons.append(text)
         return list(dict.fromkeys(reasons + [why for norm in self.norms for why in reasons_against_folding(norm)]))
 
     @torch.no_grad()
@@ -108,7 +111,7 @@ class LargeKernel(Fusable, nn.Module):
         if shift is not None:
             bias = bias + shift.double()
         merged = [Rect(rect.kernel.to(dtype), rect.anchor) for rect in maximal_rectangles(rects)]
-        return FoldedLargeKernel(merged, bias.to(dtype))
+        return FoldedLargeKernel(merged, bias.to(dtype)).requires_grad_(is_trained(self))
 
     def _unnormalised(self, x: Tensor) -> Tensor:
         rects = rects_of(self.source)
@@ -119,8 +122,7 @@ class LargeKernel(Fusable, nn.Module):
 
 def is_plain_relu(act: nn.Module) -> bool:
     """Whether `act` is a rectifier and nothing more: no kind of its own, and no hook that waits for its call."""
-    hooks = (act._forward_hooks, act._forward_pre_hooks, act._backward_hooks, act._backward_pre_hooks)
-    return type(act) is nn.ReLU and not any(hooks)
+    return type(act) is nn.ReLU and not alteration(act)
 
 
 class FoldedLargeKernel(nn.Module):

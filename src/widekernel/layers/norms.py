@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from widekernel.layers.alterations import alteration
+
 # Only these and what does not change their forward: a subclass may add an activation, which is no affine map.
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -18,6 +20,8 @@ def is_foldable(norm: nn.Module) -> bool:
 
 def reasons_against_folding(norm: nn.Module) -> list[str]:
     """List why `norm` is no fixed affine map per channel in evaluation; empty if it is one."""
+    if text := alteration(norm):
+        return [text]
     if isinstance(norm, nn.Identity) or _is_frozen(norm):
         return []
     plain = isinstance(norm, _BATCH_NORMS) and type(norm).forward in {kind.forward for kind in _BATCH_NORMS}
@@ -36,7 +40,7 @@ def affine_of(norm: nn.Module, channels: int) -> tuple[Tensor, Tensor]:
     Raises:
         TypeError: for any other normalisation, and for batch norm without running statistics.
     """
-    if isinstance(norm, nn.Identity):
+    if isinstance(norm, nn.Identity) and not alteration(norm):
         return torch.ones(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
     reasons = reasons_against_folding(norm)
     if reasons:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from widekernel.errors import ArgumentError
-from widekernel.layers.folding import Fusable
+from widekernel.layers.alterations import alterations
+from widekernel.layers.folding import Fusable, is_trained
 from widekernel.layers.large_kernel import LargeKernel
 from widekernel.ops.problem import whole_sizes
 
@@ -57,7 +58,11 @@ class PartialChannels(Fusable, nn.Module):
 
     def foldable(self) -> bool:
         """Whether the large kernel can be folded."""
-        return self.layer.foldable()
+        return getattr(self.layer, "foldable", lambda: False)() and not self.alterations()
+
+    def alterations(self) -> list[str]:
+        """List hooks and replaced methods that keep it from being folded."""
+        return alterations(self, ("", "layer"))
 
     def seeded_tables(self) -> dict[str, Tensor]:
         """Give the tables of the channels picked by the authors' code, by the name of their buffer."""
@@ -82,7 +87,9 @@ class PartialChannels(Fusable, nn.Module):
         shift = torch.zeros(channels, device=device, dtype=torch.float64) if shift is None else shift.double()
         worked = self.selected.numel()
         layer = self.layer.folded(scale[:worked], shift[:worked])
-        return FoldedPartialChannels(layer, self.selected, self.ghosts, scale[worked:].to(dtype), shift[worked:].to(dtype))
+        ghosts = scale[worked:].to(dtype), shift[worked:].to(dtype)
+        result = FoldedPartialChannels(layer, self.selected, self.ghosts, *ghosts)
+        return result.requires_grad_(is_trained(self))
 
 
 class FoldedPartialChannels(nn.Module):

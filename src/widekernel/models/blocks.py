@@ -11,8 +11,9 @@ from timm.layers import DropPath, Mlp, create_conv2d
 from torch import Tensor, nn
 
 from widekernel.layers import KernelSource
+from widekernel.layers.alterations import alterations, parametrised, replacement_of_forward
 from widekernel.layers.conv import fold_affine, is_plain
-from widekernel.layers.folding import Fusable
+from widekernel.layers.folding import Fusable, is_trained
 from widekernel.models.asked import Asked, Step
 from widekernel.models.base import Parts, Stage
 
@@ -50,15 +51,26 @@ class MixerBlock(Fusable, nn.Module):
 
     def foldable(self) -> bool:
         """Whether there is a layer scale to fold, and a plain layer to fold it into."""
-        return self.gamma is not None and is_plain(self.mlp.fc2)
+        return self.gamma is not None and is_plain(self.mlp.fc2) and not self.alterations()
+
+    def alterations(self) -> list[str]:
+        """List hooks, replaced methods and a parametrisation that keep a layer scale from being folded."""
+        return [] if self.gamma is None else alterations_around_scale(self)
 
     def folded(self) -> MixerBlock:
         """Put the layer scale into the second linear layer."""
         assert self.gamma is not None
         fc2 = fold_affine(self.mlp.fc2, self.gamma.double(), torch.zeros_like(self.gamma).double())
+        fc2.requires_grad_(is_trained(self.mlp.fc2, self.gamma))
         self.mlp = with_part(self.mlp, "fc2", fc2)
         self.gamma = None
         return self
+
+
+def alterations_around_scale(block: nn.Module, *others: str) -> list[str]:
+    """List what keeps a layer scale from going into `mlp.fc2`: hooks that would see scaled values, a computed `gamma`."""
+    found = replacement_of_forward(block) + alterations(block, ("mlp", "mlp.fc2", "mlp.drop2", *others))
+    return found + parametrised(block, "gamma")
 
 
 def with_part(module: ModuleT, name: str, part: nn.Module) -> ModuleT:

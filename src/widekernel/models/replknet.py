@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from widekernel.errors import ArgumentError
 from widekernel.layers import ConvNorm, FoldedLargeKernel, LargeKernel, Rectangles
+from widekernel.layers.alterations import alteration, alterations, replaced, replacement_of_forward
 from widekernel.layers.folding import Fusable
 from widekernel.layers.large_kernel import is_plain_relu
 from widekernel.layers.norms import is_foldable
@@ -108,13 +109,22 @@ class LargeKernelBlock(Fusable, nn.Module):
 
     @torch.jit.unused
     def _rectified(self, x: Tensor) -> Tensor:
-        if type(self.large_kernel) is FoldedLargeKernel and is_plain_relu(self.act):
+        together = type(self.large_kernel) is FoldedLargeKernel and not alteration(self.large_kernel)
+        if together and is_plain_relu(self.act):
             return self.large_kernel(x, relu=True)
         return self.act(self.large_kernel(x))
 
     def foldable(self) -> bool:
         """Whether the norms around the 1x1 convolutions can be folded into them."""
-        return is_foldable(self.prelkb_bn) and self.pw1.foldable() and self.pw2.foldable()
+        norms = is_foldable(self.prelkb_bn) and self.pw1.foldable() and self.pw2.foldable()
+        return norms and not replaced(self)
+
+    def alterations(self) -> list[str]:
+        """List hooks and replaced methods that keep the first norm from being folded; empty without one."""
+        if type(self.prelkb_bn) is nn.Identity:
+            return []
+        parts = ("prelkb_bn", "pw1", "pw1.conv", "pw1.bn", "pw2", "pw2.conv", "pw2.bn")
+        return replacement_of_forward(self) + alterations(self, parts)
 
     def folded(self) -> LargeKernelBlock:
         """Fold the norms before and after the 1x1 convolutions; the large kernel folds by itself."""
@@ -154,7 +164,15 @@ class FeedForwardBlock(Fusable, nn.Module):
 
     def foldable(self) -> bool:
         """Whether the norms around the 1x1 convolutions can be folded into them."""
-        return is_foldable(self.preffn_bn) and self.pw1.foldable() and self.pw2.foldable()
+        norms = is_foldable(self.preffn_bn) and self.pw1.foldable() and self.pw2.foldable()
+        return norms and not replaced(self)
+
+    def alterations(self) -> list[str]:
+        """List hooks and replaced methods that keep the first norm from being folded; empty without one."""
+        if type(self.preffn_bn) is nn.Identity:
+            return []
+        parts = ("preffn_bn", "pw1", "pw1.conv", "pw1.bn", "pw2", "pw2.conv", "pw2.bn")
+        return replacement_of_forward(self) + alterations(self, parts)
 
     def folded(self) -> FeedForwardBlock:
         """Fold the norms before and after the 1x1 convolutions."""

@@ -16,7 +16,7 @@ from torch import Tensor, full, nn
 from widekernel.errors import ArgumentError
 from widekernel.layers import LargeKernel, PartialChannels, ShiftTiles
 from widekernel.layers.conv import fold_affine, is_plain
-from widekernel.layers.folding import Fusable
+from widekernel.layers.folding import Fusable, is_trained
 from widekernel.layers.norms import affine_of, is_foldable
 from widekernel.layers.partial import seeded_selection
 from widekernel.layers.sources import dilate
@@ -28,7 +28,7 @@ from widekernel.models.base import (
     check_stages,
     check_widths,
 )
-from widekernel.models.blocks import MixerBlock, convnext_parts, init_convnext, with_part
+from widekernel.models.blocks import MixerBlock, alterations_around_scale, convnext_parts, init_convnext, with_part
 from widekernel.models.building import default_cfg, register
 from widekernel.models.layouts import shiftwise as layouts
 from widekernel.models.layouts.layout import Layout
@@ -107,16 +107,25 @@ class ShiftWiseBlock(Fusable, nn.Module):
     def foldable(self) -> bool:
         """Whether norms and mixer can be folded."""
         around = is_foldable(self.norm) and is_foldable(self.norm2) and is_plain(self.mlp.fc2)
-        return around and getattr(self.mixer, "foldable", lambda: False)()
+        return around and getattr(self.mixer, "foldable", lambda: False)() and not self.alterations()
+
+    def alterations(self) -> list[str]:
+        """List hooks, replaced methods and a parametrisation that keep norms and layer scale from being folded."""
+        parts = self.norm, self.norm2
+        if self.gamma is None and all(type(part) is nn.Identity for part in parts):
+            return []
+        return alterations_around_scale(self, "mixer", "norm", "norm2")
 
     def folded(self) -> ShiftWiseBlock:
         """Fold the first norm into the shift-wise layer, the second and the layer scale into the MLP."""
         dim: int = self.mlp.fc2.out_features  # type: ignore[assignment]
-        self.mixer = self.mixer.folded(*affine_of(self.norm, dim))  # type: ignore[operator]
+        trained = is_trained(self.mixer, self.norm)
+        self.mixer = self.mixer.folded(*affine_of(self.norm, dim)).requires_grad_(trained)  # type: ignore[operator]
         scale, shift = affine_of(self.norm2, dim)
         if self.gamma is not None:
             scale, shift = scale * self.gamma.detach().double(), shift * self.gamma.detach().double()
-        self.mlp = with_part(self.mlp, "fc2", fold_affine(self.mlp.fc2, scale, shift))
+        fc2 = fold_affine(self.mlp.fc2, scale, shift).requires_grad_(is_trained(self.mlp.fc2, self.norm2, self.gamma))
+        self.mlp = with_part(self.mlp, "fc2", fc2)
         self.norm, self.norm2 = nn.Identity(), nn.Identity()  # type: ignore[assignment]
         self.gamma = None
         return self

@@ -22,9 +22,10 @@ def fold(model: ModelT) -> ModelT:
     Outputs in evaluation mode stay the same up to rounding.
 
     Layers that equal no single kernel (SLaK_pw with `padding="same"`), or whose norms are more than batch norms with running
-    statistics, stay as they are; a warning names them and says why. Modules that are used in several places stay shared, and
-    a network without trainable parameters stays without. Masks of `torch.nn.utils.prune` and the old weight and spectral
-    norms are made permanent in the copy.
+    statistics, stay as they are; a warning names them and says why. So do layers with hooks or with a `forward` that was
+    replaced on the instance, and what would show such a layer other values. Modules that are used in several places stay
+    shared, and what is made of frozen parameters alone stays frozen. Masks of `torch.nn.utils.prune` and the old weight and
+    spectral norms are made permanent in the copy.
 
     Raises:
         ArgumentError: if a pruned kernel was trained without its mask being applied; the message says what to do.

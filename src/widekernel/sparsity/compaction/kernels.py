@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from widekernel.layers import DepthwiseConv2d, FoldedLargeKernel, FoldedPartialChannels, Rect, maximal_rectangles
+from widekernel.layers.alterations import alteration
+from widekernel.layers.folding import is_trained
 from widekernel.layers.grouped import ChannelGroup, GroupedKernels
 from widekernel.sparsity.compaction.boxes import cut, gathered
 from widekernel.sparsity.compaction.cost import CostModel, Image
@@ -17,9 +19,11 @@ from widekernel.sparsity.compaction.report import LayerReport
 
 
 def can_compact(module: nn.Module) -> bool:
-    """Whether the module is a layer of depthwise kernels of a folded network."""
+    """Whether the module is a layer of depthwise kernels of a folded network, without hooks."""
+    if alteration(module):
+        return False
     if isinstance(module, FoldedPartialChannels):
-        return isinstance(module.layer, FoldedLargeKernel)
+        return isinstance(module.layer, FoldedLargeKernel) and not alteration(module.layer)
     if isinstance(module, DepthwiseConv2d):
         plain = type(module).forward is DepthwiseConv2d.forward and not hasattr(module, "parametrizations")
         return plain and not module.reasons_against()
@@ -36,6 +40,8 @@ def compacted_kernels(module: nn.Module, name: str, cost: CostModel, image: Imag
     partial = isinstance(module, FoldedPartialChannels)
     plan = make_plan(moved, cost, image, moved_anyway=partial)
     result = _plain(module, rects, moved, plan, bias) if plan.whole else _grouped(module, moved, plan, bias)
+    if result is not module:
+        result.requires_grad_(is_trained(module))
     kernels = [k for m in result.modules() if isinstance(m, FoldedLargeKernel) for k in m.kernels]
     realised = before if result is module else sum(kernel.numel() for kernel in kernels)
     kept = bias.numel() if plan.whole else sum(len(group) for group in plan.groups)

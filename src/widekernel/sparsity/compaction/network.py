@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from widekernel.errors import ArgumentError, ShapeError
-from widekernel.layers import DepthwiseConv2d, LargeKernel
+from widekernel.layers import DepthwiseConv2d, FoldedLargeKernel, LargeKernel
+from widekernel.layers.alterations import alteration
 from widekernel.layers.grouped import GroupedKernels
 from widekernel.sparsity.compaction.cost import CostModel, Image
 from widekernel.sparsity.compaction.kernels import can_compact, compacted_kernels
@@ -24,11 +25,12 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 def compact(model: ModelT, cost: CostModel | None = None, input_size: Sequence[int] | None = None) -> ModelT:
     """Give a copy of a masked network without what is dead in it, with equal outputs; the original is left as it is.
 
-    Dead is what is exactly zero: masks need not be given. The network is folded first (one that is folded already is fine);
-    then rectangles that are zero vanish, strips lose zero rows and columns at their ends, channels whose kernel is zero are
-    not convolved, and channels are convolved in a few groups of like extents where `cost` says that this pays. Hidden units
-    of an MLP that are constant or not read are removed. Outputs are those of the masked network in evaluation up to
-    rounding, and the order of channels stays, also behind `PartialChannels`.
+    Dead is what is exactly zero, where no hook and no replaced `forward` could change it: masks need not be given. The
+    network is folded first (one that is folded already is fine); then rectangles that are zero vanish, strips lose zero rows
+    and columns at their ends, channels whose kernel is zero are not convolved, and channels are convolved in a few groups of
+    like extents where `cost` says that this pays. Hidden units of an MLP that are constant or not read are removed. Outputs
+    are those of the masked network in evaluation up to rounding, and the order of channels stays, also behind
+    `PartialChannels`.
 
     What saves nothing: zeros between live taps, and unstructured zeros of ordinary convolutions and linear layers, which
     are computed in full. `compact_report` says so layer by layer.
@@ -160,9 +162,13 @@ def _reason_against(module: nn.Module) -> str | None:
     """Say why a layer that holds zeros, or a large kernel, stays as it is; None for any other module."""
     if isinstance(module, LargeKernel):
         return "not folded: " + "; ".join(module.reasons_against_folding())
+    if isinstance(module, FoldedLargeKernel):
+        return alteration(module)
     if isinstance(module, (nn.Conv2d, nn.Linear)) and bool((module.weight == 0).any()):
         if isinstance(module, DepthwiseConv2d) and module.reasons_against():
             return "; ".join(module.reasons_against())
+        if isinstance(module, DepthwiseConv2d) and alteration(module):
+            return alteration(module)
         return "zeros of convolutions and linear layers are computed like other weights"
     return None
 

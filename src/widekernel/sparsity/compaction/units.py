@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from widekernel.layers import ConvNorm
+from widekernel.layers.alterations import alterations, replacement_of_forward
 from widekernel.layers.conv import is_plain
+from widekernel.layers.folding import is_trained
 from widekernel.sparsity.compaction.report import LayerReport
 
 # Each unit by itself; only for these the output of a dead row is a constant and a dead column loses nothing.
@@ -26,6 +28,8 @@ _ELEMENTWISE = {
     "SiLU",
 }
 _FEED_FORWARD = {"preffn_bn", "pw1", "pw2", "drop_path"}
+# What the units go through, of both kinds of MLP.
+_SEEING_UNITS = ("fc1", "act", "drop1", "norm", "fc2", "pw1", "pw1.conv", "pw1.bn", "pw1.act", "pw2", "pw2.conv")
 
 
 def compacted_units(module: nn.Module, name: str) -> tuple[nn.Module, LayerReport] | None:
@@ -33,7 +37,8 @@ def compacted_units(module: nn.Module, name: str) -> tuple[nn.Module, LayerRepor
 
     A unit is dead if the second layer does not read it, or if it is a constant (its row of the first layer is zero); the
     constant moves to the bias of the second layer. Known are timm's `Mlp` without a norm between the layers, and the
-    feed-forward block of RepLKNet. A response norm mixes the units, so that there none can be removed.
+    feed-forward block of RepLKNet. A response norm mixes the units, so that there none can be removed. Nor is any if a hook
+    or a replaced method could read or change them; the report says so.
     """
     pair = _pair(module)
     if pair is None:
@@ -45,6 +50,8 @@ def compacted_units(module: nn.Module, name: str) -> tuple[nn.Module, LayerRepor
     keep = ~(constant | unread)
     if bool(keep.all()):
         return None
+    if reasons := replacement_of_forward(module) + alterations(module, _SEEING_UNITS):
+        return module, _kept(module, name, rows, columns, int((~keep).sum()), reasons)
     if not bool(keep.any()):
         keep[0] = True  # a layer needs at least one unit, whose numbers stay what they are
     new_first, new_second = _without(first, second, act, keep)
@@ -60,6 +67,14 @@ def compacted_units(module: nn.Module, name: str) -> tuple[nn.Module, LayerRepor
     share = 100 * (1 - nonzero / realised) if nonzero < realised else 0
     reason = f"{share:.0f} % zeros in matrices, which are computed in full" if share else ""
     return result, LayerReport(name, type(module).__name__, len(keep), int(keep.sum()), dense, nonzero, realised, reason)
+
+
+def _kept(module: nn.Module, name: str, rows: Tensor, columns: Tensor, dead: int, reasons: list[str]) -> LayerReport:
+    """Report an MLP that keeps its dead units because of what was put on its layers."""
+    dense = rows.numel() + columns.numel()
+    nonzero = int(rows.count_nonzero()) + int(columns.count_nonzero())
+    reason = f"{dead} hidden units have zero weights but are kept: " + "; ".join(reasons)
+    return LayerReport(name, type(module).__name__, len(rows), len(rows), dense, nonzero, dense, reason)
 
 
 def _pair(module: nn.Module) -> tuple[Any, nn.Module, Any] | None:
@@ -112,8 +127,9 @@ def _like(layer: Any, weight: Tensor, bias: Tensor | None) -> Any:
     """Give a layer like `layer` with other numbers of inputs and outputs; without a draw of random numbers."""
     new = copy.copy(layer)
     new._parameters = dict(layer._parameters)
-    new.weight = nn.Parameter(weight.clone())
-    new.bias = None if bias is None else nn.Parameter(bias.clone())
+    trained = is_trained(layer)
+    new.weight = nn.Parameter(weight.clone(), requires_grad=trained)
+    new.bias = None if bias is None else nn.Parameter(bias.clone(), requires_grad=trained)
     names = ("out_channels", "in_channels") if isinstance(layer, nn.Conv2d) else ("out_features", "in_features")
     for name, size in zip(names, weight.shape):
         setattr(new, name, size)

@@ -243,6 +243,9 @@ def keep_in_evaluation(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         module.eval()
 
 
+keep_in_evaluation.only_in_training = True  # type: ignore[attr-defined] # folding need not keep a norm for it
+
+
 def unparametrise(layer: nn.Module) -> None:
     """Replace a learned mask by the weight that evaluation computes with it."""
     parametrised: Any = layer.parametrizations

@@ -11,12 +11,11 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from widekernel.layers import DepthwiseConv2d, PointwiseConv2d, PointwiseLinear
+from widekernel.layers.alterations import replaced
 from widekernel.layers.conv import reasons_against_depthwise
 from widekernel.layers.pointwise import reasons_against_pointwise
 
 ACCELERATED = (DepthwiseConv2d, PointwiseConv2d, PointwiseLinear)
-# What an instance has when someone has put something in the place of its class's way of computing.
-_REPLACED = ("forward", "_conv_forward", "__call__")
 
 
 @dataclass(frozen=True)
@@ -91,9 +90,8 @@ def _reason_against(module: Any, replacement: type[nn.Module]) -> str:
         return "its weights are parametrised, which gives it a class of its own"
     if kind is not expected:
         return f"{kind.__module__}.{kind.__qualname__} is a subclass of nn.{expected.__name__}: it may do something else"
-    replaced = [name for name in _REPLACED if name in vars(module)]
-    if replaced:
-        return f"its {replaced[0]} has been replaced"
+    if replaced(module):
+        return f"its {replaced(module)} has been replaced"
     if getattr(module, "_compiled_call_impl", None) is not None:
         return "it is compiled: accelerate before compiling"
     weight = getattr(module, "weight", None)
