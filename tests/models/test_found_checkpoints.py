@@ -66,6 +66,13 @@ def test_weights_in_an_entry_of_any_name(name: str, tmp_path: Path) -> None:
     assert_same_state(other.state_dict(), model.state_dict())
 
 
+def test_settings_are_no_weights(tmp_path: Path) -> None:
+    model, other = alive("slak_nano"), create("slak_nano")
+    report = _load(other, tmp_path, {"model": {"name": "slak", "depth": 3}, "weights": model.state_dict()})
+    assert (report.container, report.unused) == ("weights", ("model",))
+    assert_same_state(other.state_dict(), model.state_dict())
+
+
 def test_several_networks_are_named(tmp_path: Path) -> None:
     content = {"generator": create("slak_nano").state_dict(), "discriminator": nn.Sequential(nn.Linear(2, 2)).state_dict()}
     message = r"several networks, in generator, discriminator: save the one .*torch\.load\(path\)\['generator'\]"

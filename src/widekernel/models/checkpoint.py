@@ -91,10 +91,10 @@ class LoadReport:
 def load_checkpoint(model: nn.Module, path: str | Path, weights: Literal["model", "ema"] = "model") -> LoadReport:
     """Load a checkpoint into `model`, whatever official container and layout it is in.
 
-    Takes training checkpoints, bare state dicts, those of wrapped models and of larger networks with this one as backbone,
+    Takes training checkpoints, bare state dicts, those of wrapped models and of larger networks with this one as a part,
     safetensors, also in shards; the official layouts of the model's family, merged forms included, and our own. Nothing in
-    the file is executed: what it holds beside the weights may be of any class of any package, none of which is looked up. Of the
-    standard library it may be any value; a file is refused that names what can run something (`os.system`, or
+    the file is executed: what it holds beside the weights may be of any class of any package, none of which is looked up. Of
+    the standard library it may be any value; a file is refused that names what can run something (`os.system`, or
     `builtins.getattr`, which a bound method needs too). A classifier of another number of classes or of another make (a
     `Sequential` in its place, say) is left out, as fine-tuning needs it, with a warning; a head that the file lacks stays
     as it is. Anything else that does not fit raises, and the model is left untouched.

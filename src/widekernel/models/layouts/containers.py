@@ -119,8 +119,10 @@ def _pick(path: Path, loaded: Any, weights: str, depth: int = 0) -> Container:
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{path} holds a {type(loaded).__name__}, not a state dict: save model.state_dict()")
     names: tuple[str, ...] = MODEL_KEYS if weights == "model" else EMA_KEYS
-    objects = [value for name in names if _is_object(value := loaded.get(name))]
-    found = [name for name in names if isinstance(value := loaded.get(name), Mapping) and not _is_object(value)][:1]
+    known = [(name, loaded[name]) for name in names if isinstance(loaded.get(name), Mapping)]
+    objects = [value for _, value in known if _is_object(value)]
+    # A mapping of settings, say, is no container.
+    found = [name for name, value in known if any(isinstance(inner, (Tensor, Mapping)) for inner in value.values())][:1]
     bare = weights == "model" and entries.is_bare(loaded)
     found = found or ([] if bare else list(entries.networks(loaded, averaged=weights == "ema")))
     if len(found) > 1:
@@ -132,7 +134,7 @@ def _pick(path: Path, loaded: Any, weights: str, depth: int = 0) -> Container:
         return Container(_tensors(path, loaded), "", others)
     if objects:
         raise _unsafe(path, f"where weights are looked for, it has a {objects[0].named}")
-    if entries.holds_arrays(loaded):
+    if entries.holds_arrays(loaded) or any(entries.holds_arrays(value) for _, value in known):
         raise CheckpointError(
             f"{path} holds NumPy arrays, not tensors: save "
             "{key: torch.from_numpy(array) for key, array in state.items()} with torch.save"
