@@ -18,6 +18,8 @@ from tests.models.zoo import alive, assert_same_state, create, snapshot
 from widekernel.errors import ArgumentError, CheckpointError
 from widekernel.models.checkpoint import LoadReport
 from widekernel.models.layouts import containers
+from widekernel.sparsity import semi_structured
+from widekernel.sparsity.semi_structured import SemiStructuredConfig
 
 ASIDE = {
     "epoch": 1,
@@ -260,3 +262,9 @@ def test_normalised_weights_come_with_a_remedy(normalise: Any, message: str, tmp
     model = create("slak_nano")
     normalise(model.get_submodule("stem.0"))
     _refused(tmp_path, model.state_dict(), message)
+
+
+def test_masks_that_are_being_learned_come_with_a_remedy(tmp_path: Path) -> None:
+    model = create("slak_nano")
+    semi_structured.prepare(model, SemiStructuredConfig(method="learned", min_in_channels=4, min_out_channels=4))
+    _refused(tmp_path, model.state_dict(), r"2:4 masks are being learned: save it after .*semi_structured\.convert")

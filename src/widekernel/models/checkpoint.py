@@ -32,7 +32,12 @@ from widekernel.models.layouts.translate import (
 
 # Where wrappers keep the network: compiled, fully sharded, data-parallel and averaged ones.
 _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "module")
+# Parts of keys that the network lacks, and what to do about them; the first that fits is given.
 _REMEDIES = {
+    (".parametrizations.weight.0.logits$",): (
+        "the file is of a network whose 2:4 masks are being learned: save it after "
+        "widekernel.sparsity.semi_structured.convert, or prepare this network alike before loading"
+    ),
     (".parametrizations.",): (
         "the file is of a network with parametrised weights: call torch.nn.utils.parametrize.remove_parametrizations on "
         "its layers before saving it, or parametrise this network alike before loading"
@@ -285,7 +290,7 @@ def _plan(own: Mapping[str, Tensor], translation: Translation, is_backbone: bool
 def _remedies(own: Mapping[str, Tensor], keys: Iterable[str]) -> list[str]:
     """Say what to do where a file has weights in a form that the network does not."""
     foreign = [key for key in keys if key not in own]
-    return [remedy for parts, remedy in _REMEDIES.items() if all(any(p in f"{key}$" for key in foreign) for p in parts)]
+    return [remedy for parts, remedy in _REMEDIES.items() if all(any(p in f"{key}$" for key in foreign) for p in parts)][:1]
 
 
 def _storage_problem(value: Tensor) -> str:
