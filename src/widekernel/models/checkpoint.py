@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,19 +15,42 @@ from safetensors.torch import save_file
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
-from widekernel.errors import CheckpointError
+from widekernel.errors import ArgumentError, CheckpointError
 from widekernel.files import replace_atomically
 from widekernel.models.layouts import containers
+from widekernel.models.layouts.layout import State
+from widekernel.models.layouts.prefixes import strip_prefixes
 from widekernel.models.layouts.translate import (
     HEAD,
     Translation,
     is_classifier,
-    strip_prefixes,
+    known_keys,
     table_problems,
     to_official,
     translate,
 )
 
+# Where wrappers keep the network: compiled, fully sharded, data-parallel and averaged ones.
+_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "module")
+# Parts of keys that the network lacks, and what to do about them; the first that fits is given.
+_REMEDIES = {
+    (".parametrizations.weight.0.logits$",): (
+        "the file is of a network whose 2:4 masks are being learned: save it after "
+        "widekernel.sparsity.semi_structured.convert, or prepare this network alike before loading"
+    ),
+    (".parametrizations.",): (
+        "the file is of a network with parametrised weights: call torch.nn.utils.parametrize.remove_parametrizations on "
+        "its layers before saving it, or parametrise this network alike before loading"
+    ),
+    (".weight_g$", ".weight_v$"): (
+        "the file is of a network with weight normalisation: call torch.nn.utils.remove_weight_norm on its layers before "
+        "saving it, or normalise this network alike before loading"
+    ),
+    (".weight_orig$", ".weight_u$"): (
+        "the file is of a network with spectral normalisation: call torch.nn.utils.remove_spectral_norm on its layers "
+        "before saving it, or normalise this network alike before loading"
+    ),
+}
 _PLAIN = "head.fc.weight"  # of a classifier that is one linear layer
 
 
@@ -73,33 +96,29 @@ class LoadReport:
 def load_checkpoint(model: nn.Module, path: str | Path, weights: Literal["model", "ema"] = "model") -> LoadReport:
     """Load a checkpoint into `model`, whatever official container and layout it is in.
 
-    Takes training checkpoints, bare state dicts, those of wrapped models and of larger networks with this one as backbone,
-    safetensors; the official layouts of the model's family, merged forms included, and our own. Nothing in the file is
-    executed: what it holds beside the weights may be of any class of any package, none of which is looked up. Of the
-    standard library it may be any value; a file is refused that names what can run something (`os.system`, or
+    Takes training checkpoints, bare state dicts, those of wrapped models and of larger networks with this one as a part,
+    safetensors, also in shards; the official layouts of the model's family, merged forms included, and our own. Nothing in
+    the file is executed: what it holds beside the weights may be of any class of any package, none of which is looked up. Of
+    the standard library it may be any value; a file is refused that names what can run something (`os.system`, or
     `builtins.getattr`, which a bound method needs too). A classifier of another number of classes or of another make (a
     `Sequential` in its place, say) is left out, as fine-tuning needs it, with a warning; a head that the file lacks stays
     as it is. Anything else that does not fit raises, and the model is left untouched.
 
     Args:
-        model: one of our networks, also in its `features_only` form, or timm's ConvNeXt; compiled and data-parallel
-            wrappers are seen through.
-        path: of the file.
+        model: one of our networks, also in its `features_only` form, or timm's ConvNeXt; compiled, data-parallel
+            and averaging (EMA, SWA) wrappers are seen through.
+        path: of the file; `~` stands for the home folder.
         weights: "model", or "ema" for the averaged weights of a training checkpoint.
 
     Raises:
+        ArgumentError: if `model` is no network or `path` no path.
         CheckpointError: if the file cannot be read safely, holds another network, or does not fill the model; the message
             names every key.
     """
-    network = _inner(model)
+    network, path = _inner(model), _checked(path)
     container = containers.read(path, weights)
-    state, prefixes, others = strip_prefixes(container.state)
-    is_backbone = "backbone." in prefixes
-    _refuse(path, network, [f"{key} {problem}" for key, value in state.items() if (problem := _storage_problem(value))])
-    try:
-        translation = translate(network, state)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path} does not fit: {error}") from None
+    translation, prefixes, others = _translated(network, container.state, path)
+    is_backbone = any(f".{prefix}".endswith(".backbone.") for prefix in prefixes)
     own = network.state_dict()
     plan = _plan(own, translation, is_backbone, _removed_parts(network))
     _refuse(path, network, plan.problems + table_problems(network, plan.accepted))
@@ -146,9 +165,10 @@ def save_checkpoint(
         metadata: JSON-able values to keep in a safetensors file.
 
     Raises:
+        ArgumentError: if `model` is no network or `path` no path.
         CheckpointError: if the suffix does not fit, the layout has no place for a weight, or the file cannot be written.
     """
-    path = Path(path)
+    path = _checked(path)
     suffixes = {"native": (".safetensors",), "official": (".pth", ".pt")}
     if layout not in suffixes:
         raise CheckpointError(f"layout {layout!r} is unknown: it must be 'native' or 'official'")
@@ -166,17 +186,46 @@ def save_checkpoint(
     return _write(path, lambda file: save_file(native, file, metadata=header))
 
 
+def _translated(network: nn.Module, state: State, path: Path) -> tuple[Translation, tuple[str, ...], tuple[str, ...]]:
+    """Bring the weights of a file into our layout; give the prefixes removed and the keys outside of them, too."""
+    try:
+        inside, prefixes, others = strip_prefixes(state, known_keys(network))
+        problems = [f"{key} {problem}" for key, value in inside.items() if (problem := _storage_problem(value))]
+        translation = None if problems else translate(network, inside)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} does not fit: {error}") from None
+    _refuse(path, network, problems)
+    assert translation is not None
+    return translation, prefixes, others
+
+
+def _checked(path: Any) -> Path:
+    """Give the path of a file, with `~` put in full.
+
+    Raises:
+        ArgumentError: if it is none.
+    """
+    try:
+        return Path(path).expanduser()
+    except TypeError:
+        raise ArgumentError(
+            f"path is a {type(path).__name__}: it must be the path of a file, as a str or Path. Load a state dict that is "
+            "in memory with model.load_state_dict(state), or write it to a file with torch.save"
+        ) from None
+
+
 def _inner(model: nn.Module) -> nn.Module:
-    """Give the network within wrappers: timm's that hands out feature maps, compiled and data-parallel modules."""
+    """Give the network within wrappers: timm's that hands out feature maps, compiled, data-parallel and averaged modules."""
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model is a {type(model).__name__}: it must be an nn.Module, and the path comes second")
     while True:
         if isinstance(model, FeatureGetterNet):
             model = model.model  # type: ignore[assignment]
-        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif "_orig_mod" in model._modules:
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
+            continue
+        inner = next((name for name in _WRAPPED if isinstance(model._modules.get(name), nn.Module)), "")
+        if not inner or (inner == "module" and len(model._modules) > 1):
             return model
+        model = model._modules[inner]  # type: ignore[assignment]
 
 
 def _refuse(path: str | Path, network: nn.Module, problems: Sequence[str]) -> None:
@@ -236,14 +285,15 @@ def _plan(own: Mapping[str, Tensor], translation: Translation, is_backbone: bool
             if value.dtype != own[key].dtype:
                 plan.converted.add(f"{value.dtype} to {own[key].dtype}".replace("torch.", ""))
     _find_missing(own, translation, plan, bool(wrong_classifier))
-    if plan.problems and any(
-        ".parametrizations." in key for key in translation.unknown or translation.state if key not in own
-    ):
-        plan.problems.append(
-            "the file is of a network with parametrised weights: call torch.nn.utils.parametrize.remove_parametrizations on "
-            "its layers before saving it, or parametrise this network alike before loading"
-        )
+    if plan.problems:
+        plan.problems += _remedies(own, translation.unknown or translation.state)
     return plan
+
+
+def _remedies(own: Mapping[str, Tensor], keys: Iterable[str]) -> list[str]:
+    """Say what to do where a file has weights in a form that the network does not."""
+    foreign = [key for key in keys if key not in own]
+    return [remedy for parts, remedy in _REMEDIES.items() if all(any(p in f"{key}$" for key in foreign) for p in parts)][:1]
 
 
 def _storage_problem(value: Tensor) -> str:

@@ -12,13 +12,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from widekernel.errors import CheckpointError
-from widekernel.models.layouts import kinds, pickles
+from widekernel.models.layouts import entries, kinds, pickles, sharded
+from widekernel.models.layouts.entries import EMA_KEYS, MODEL_KEYS
 from widekernel.models.layouts.layout import State
 from widekernel.models.layouts.pickles import Placeholder
 
-# Where the official scripts, timm and the mm* frameworks keep the weights, in the order in which they are looked for.
-MODEL_KEYS = ("model", "state_dict", "module", "model_state")
-EMA_KEYS = ("model_ema", "state_dict_ema", "ema", "model_ema_state")
 _DEEPEST = 8  # containers within containers; an entry may hold itself
 
 
@@ -41,7 +39,7 @@ def read(path: str | Path, weights: str = "model") -> Container:
     """Read the weights of a checkpoint without running any code that it may carry.
 
     Args:
-        path: a `.safetensors` file or one written by `torch.save`.
+        path: a `.safetensors` file, one written by `torch.save`, or the index of a sharded checkpoint or the folder with it.
         weights: "model" or "ema".
 
     Raises:
@@ -52,8 +50,17 @@ def read(path: str | Path, weights: str = "model") -> Container:
         raise CheckpointError(f"weights={weights!r} is unknown: it must be 'model' or 'ema'")
     if not path.exists():
         raise CheckpointError(f"there is no checkpoint at {path}")
+    index = sharded.index_of(path)
+    if index:
+        if weights == "ema":
+            raise CheckpointError(f"{path} is sharded and holds one set of weights: load weights='model'")
+        return Container(sharded.merged(index, lambda shard: _read_file(shard, weights).state), "")
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder: give the path of a checkpoint file in it")
+    return _read_file(path, weights)
+
+
+def _read_file(path: Path, weights: str) -> Container:
     if path.suffix == ".safetensors":
         return _read_safetensors(path, weights)
     return _pick(path, _load(path), weights)
@@ -107,35 +114,68 @@ def _summary(reason: str) -> str:
 def _pick(path: Path, loaded: Any, weights: str, depth: int = 0) -> Container:
     if depth > _DEEPEST:
         raise CheckpointError(f"{path} holds entries within entries, more than {_DEEPEST} deep: save model.state_dict()")
-    if isinstance(loaded, Placeholder) and not loaded:
+    if _is_object(loaded):
         raise _unsafe(path, f"where weights are looked for, it has a {loaded.named}")
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{path} holds a {type(loaded).__name__}, not a state dict: save model.state_dict()")
-    objects = []
-    for name in MODEL_KEYS if weights == "model" else EMA_KEYS:
-        inner = loaded.get(name)
-        if isinstance(inner, Placeholder) and not inner:
-            objects.append(inner)
-        elif isinstance(inner, Mapping):
-            others = tuple(str(key) for key in loaded if key != name)
-            if not _holds_tensors(inner):
-                within = _pick(path, inner, "model", depth + 1)  # downstream RepLKNet: model -> state_dict
-                return Container(within.state, f"{name}.{within.found_in}".rstrip("."), (*others, *within.others))
-            unlike = tuple(f"{name}.{key}" for key, value in inner.items() if not isinstance(value, Tensor))
-            return Container(_tensors(path, inner), name, (*others, *unlike))
+    names: tuple[str, ...] = MODEL_KEYS if weights == "model" else EMA_KEYS
+    known = [(name, loaded[name]) for name in names if isinstance(loaded.get(name), Mapping)]
+    objects = [value for _, value in known if _is_object(value)]
+    # A mapping of settings, say, is no container.
+    found = [name for name, value in known if any(isinstance(inner, (Tensor, Mapping)) for inner in value.values())][:1]
+    bare = weights == "model" and entries.is_bare(loaded)
+    found = found or ([] if bare else list(entries.networks(loaded, averaged=weights == "ema")))
+    if len(found) > 1:
+        raise CheckpointError(_several(path, found))
+    if found:
+        return _entry(path, loaded, found[0], depth)
     others = tuple(str(key) for key, value in loaded.items() if not isinstance(value, Tensor))
-    if weights == "ema" and not objects:
-        raise CheckpointError(
-            f"{path} holds no averaged (EMA) weights; its entries are {', '.join(others) or 'only weights'}: "
-            "load weights='model'"
-        )
     if weights == "model" and _holds_tensors(loaded):
         return Container(_tensors(path, loaded), "", others)
     if objects:
         raise _unsafe(path, f"where weights are looked for, it has a {objects[0].named}")
-    averaged = [name for name in EMA_KEYS if name in others]
-    advice = ": load weights='ema'" if averaged else ""
-    raise CheckpointError(f"{path} holds no weights; its entries are {', '.join(others) or 'none'}{advice}")
+    if entries.holds_arrays(loaded) or any(entries.holds_arrays(value) for _, value in known):
+        raise CheckpointError(
+            f"{path} holds NumPy arrays, not tensors: save "
+            "{key: torch.from_numpy(array) for key, array in state.items()} with torch.save"
+        )
+    raise CheckpointError(_nothing(path, loaded, weights, others))
+
+
+def _entry(path: Path, loaded: Mapping[Any, Any], name: str, depth: int) -> Container:
+    """Give the weights in an entry, or in an entry of the entry."""
+    inner = loaded[name]
+    others = tuple(str(key) for key in loaded if key != name)
+    if not _holds_tensors(inner):
+        within = _pick(path, inner, "model", depth + 1)  # downstream RepLKNet: model -> state_dict
+        return Container(within.state, f"{name}.{within.found_in}".rstrip("."), (*others, *within.others))
+    unlike = tuple(f"{name}.{key}" for key, value in inner.items() if not isinstance(value, Tensor))
+    return Container(_tensors(path, inner), name, (*others, *unlike))
+
+
+def _several(path: Path, found: list[str]) -> str:
+    return (
+        f"{path} holds the weights of several networks, in {', '.join(found)}: save the one to load by itself, as "
+        f"torch.save(torch.load(path)[{found[0]!r}], 'weights.pth')"
+    )
+
+
+def _nothing(path: Path, loaded: Mapping[Any, Any], weights: str, others: tuple[str, ...]) -> str:
+    """Say that there are no weights of the kind asked for, and which there are."""
+    held = f"its entries are {', '.join(others) or ('none' if weights == 'model' else 'only weights')}"
+    if weights == "ema":
+        there = (
+            _holds_tensors(loaded) or any(name in loaded for name in MODEL_KEYS) or entries.networks(loaded, averaged=False)
+        )
+        advice = ": load weights='model' for those that are not averaged" if there else ""
+        return f"{path} holds no averaged (EMA) weights; {held}{advice}"
+    averaged = any(isinstance(loaded[name], Mapping) and entries.is_averaged(str(name)) for name in loaded)
+    return f"{path} holds no weights; {held}{': load weights=' + repr('ema') if averaged else ''}"
+
+
+def _is_object(value: Any) -> bool:
+    """Whether a value stands for an object of unknown contents."""
+    return isinstance(value, Placeholder) and not value
 
 
 def _holds_tensors(mapping: Mapping[Any, Any]) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import timm.models
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from widekernel.errors import CheckpointError
 from widekernel.layers.folding import is_folded
@@ -14,7 +14,6 @@ from widekernel.models.layouts import convnext
 from widekernel.models.layouts.layout import FOLDED, Layout, State, Wanted, identify, official_order
 
 HEAD = ("head.fc.", "head.norm.", "norm_pre.")
-PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
 
 
 def is_classifier(key: str) -> bool:
@@ -132,24 +131,11 @@ def to_official(model: nn.Module) -> State:
     return {key: out[key] for key in sorted(out, key=official_order)}
 
 
-def strip_prefixes(state: dict[str, Tensor]) -> tuple[State, tuple[str, ...], tuple[str, ...]]:
-    """Remove the prefixes of wrappers (DDP, compiled modules, feature extractors, larger networks) from the keys.
-
-    Returns:
-        The state dict, the prefixes removed, and the keys left out because they belong to other parts of the network.
-    """
-    removed, others = [], []
-    while True:
-        for prefix in PREFIXES:
-            inside = {key: value for key, value in state.items() if key.startswith(prefix)}
-            # A model averaged over training has a counter beside the wrapped weights.
-            if inside and (prefix == "backbone." or len(inside) == len(state.keys() - {"n_averaged"})):
-                others += [key for key in state if key not in inside]
-                state = {key[len(prefix) :]: value for key, value in inside.items()}
-                removed.append(prefix)
-                break
-        else:
-            return state, tuple(removed), tuple(others)
+def known_keys(model: nn.Module) -> set[str]:
+    """Give the keys that a network takes, in our layout and in the official ones."""
+    own = model.state_dict()
+    official = {found[0] for layout in layouts_of(model) for key in own if (found := layout.to_official(key))}
+    return official | own.keys()
 
 
 def seeded_tables(model: nn.Module) -> State:
