@@ -102,7 +102,7 @@ def test_an_interrupted_run_says_so_and_takes_no_other_states(tmp_path: Path, ca
         train(config(other, str(images), label_smoothing=0.2), Listener(stop_at=2))
     shutil.rmtree(other / "checkpoints")
     shutil.copytree(run / "checkpoints", other / "checkpoints")
-    with pytest.raises(CheckpointError, match="label_smoothing: 0.1 in the state, 0.2 in the run"):
+    with pytest.raises(CheckpointError, match=r"label_smoothing: 0\.1 in the state, 0\.2 in the run"):
         train(config(other, str(images), label_smoothing=0.2))
     assert main(["eval", str(other)]) == 2 and "other settings" in capsys.readouterr().err
     # a state whose digest file is lost is not called damaged
