@@ -21,7 +21,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # Each folder imports only from itself and from those before it.
 FOLDERS = ["ops", "layers", "models", "transforms", "sparsity", "data", "training", "tasks", "analysis", "recipes", "cli"]
 HANDED_A_MODEL = ["sparsity", "data", "training"]
-FOR_EVERYBODY = ["errors", "files", "lazy"]
+FOR_EVERYBODY = ["errors", "files", "lazy", "tensor_files"]
 # Programs for `python -m`, which nobody imports.
 PROGRAMS = ["timm"]
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from widekernel.cli.console import for_tables
 from widekernel.cli.parsing import new_parser, parse, typed
-from widekernel.cli.source import add_source_arguments, source_from
+from widekernel.cli.source import add_source_arguments, loaded, source_from
 from widekernel.data.config import require
 
 if TYPE_CHECKING:
@@ -67,12 +67,11 @@ def _network(values: dict[str, Any]) -> tuple[nn.Module, tuple[int, int, int]]:
     from widekernel.models import list_models
     from widekernel.tasks.assembly import build_model, pretrained_cfg
     from widekernel.tasks.channels import input_channels
-    from widekernel.tasks.loading import load
 
     source = Path(values["source"])
     is_file = source.exists() or values["model"] is not None or source.suffix in _FILES or len(source.parts) > 1
     if values["source"] not in list_models() and is_file:
-        model, saved = load(source_from(values))
+        model, saved = loaded(source_from(values))
         pixels = saved.preprocessing.input_size
         return model, (input_channels(model), pixels, pixels)
     useless = [f"--{key}" for key, default in (("weights", "model"), ("state", "last")) if values[key] != default]

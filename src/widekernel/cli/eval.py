@@ -12,7 +12,7 @@ import jsonargparse
 from widekernel.cli.console import progress_console, results
 from widekernel.cli.options import EvalOptions, with_data_of_the_run
 from widekernel.cli.parsing import build, new_parser, parse
-from widekernel.cli.source import add_source_arguments, source_from
+from widekernel.cli.source import add_source_arguments, loaded, source_from
 from widekernel.data.config import DataConfig
 from widekernel.training.interrupts import Interrupted
 
@@ -39,15 +39,15 @@ def run(arguments: list[str]) -> int:
     """Evaluate what ``arguments`` name and print the figures."""
     parser = make_parser()
     values = parse(parser, arguments)
-    values, _ = with_data_of_the_run(parser, arguments, values, source_from(values))
+    source = source_from(values)
+    values, _ = with_data_of_the_run(parser, arguments, values, source)
     data = build(DataConfig, values["data"])
     options = build(EvalOptions, values)
     from widekernel.cli.evaluating import evaluate_on
-    from widekernel.tasks.loading import load
 
-    model, saved = load(source_from(values))
+    model, saved = loaded(source)
     try:
-        result = evaluate_on(model, saved, data, options)
+        result = evaluate_on(model, saved, data, options, source.run_folder())
     except Interrupted as interruption:
         progress_console().print(f"Evaluation {interruption}.")
         return 128 + interruption.signal_number

@@ -9,12 +9,18 @@ from widekernel.tasks.assembly import choose_device
 from widekernel.tasks.channels import for_channels, input_channels
 from widekernel.tasks.class_order import assumption, class_order
 from widekernel.tasks.evaluation import Evaluation, EvaluationOptions, evaluate
+from widekernel.tasks.held_out import other_images, place_of
 from widekernel.tasks.saved import SavedModel
 from widekernel.training.interrupts import Interrupted, InterruptGuard
+from widekernel.training.run_folder import RunFolder
 
 
-def evaluate_on(model: nn.Module, saved: SavedModel, data: DataConfig, options: EvalOptions) -> Evaluation:
+def evaluate_on(
+    model: nn.Module, saved: SavedModel, data: DataConfig, options: EvalOptions, run: RunFolder | None = None
+) -> Evaluation:
     """Accuracy of ``model`` on the held-out split of ``data``, preprocessed as ``saved`` says unless ``data`` differs.
+
+    Says which images these are, and warns if ``run``, which the network comes from, had others in the same place.
 
     Raises:
         WidekernelError: the data cannot be used, or has other classes.
@@ -27,7 +33,8 @@ def evaluate_on(model: nn.Module, saved: SavedModel, data: DataConfig, options: 
     loading = LoaderOptions(options.batch_size, data.workers, pin_memory=device.type == "cuda")
     loader = evaluation_loader(EvaluationSamples(source, transform), loading, Share())
     with ConsoleReporter() as reporter, InterruptGuard() as guard:
-        for note in filter(None, (*source.notes, assumption(saved, source.class_names))):
+        reporter.message(f"Evaluating on {place_of(data, source)}.")
+        for note in filter(None, (other_images(run, data, source), *source.notes, assumption(saved, source.class_names))):
             reporter.message(note)
         how = EvaluationOptions(
             device, data.max_unreadable, order, reporter=reporter, stop=lambda: guard.received is not None

@@ -8,7 +8,7 @@ import jsonargparse
 from widekernel.cli.console import results
 from widekernel.cli.files import output_file
 from widekernel.cli.parsing import new_parser, parse
-from widekernel.cli.source import add_source_arguments, source_from
+from widekernel.cli.source import add_source_arguments, loaded, source_from
 from widekernel.data.errors import ConfigError
 from widekernel.tasks.sources import Source
 
@@ -29,10 +29,9 @@ def run(arguments: list[str]) -> int:
     wanted = Path(values["output"]) if values["output"] else _default_output(source)
     output = output_file(wanted, "folded checkpoints", source.path, bool(values["overwrite"]))
     from widekernel.tasks.folding import fold_and_check
-    from widekernel.tasks.loading import load
     from widekernel.tasks.saved import save_model
 
-    model, saved = load(source)
+    model, saved = loaded(source)
     if saved.form == "folded":
         raise ConfigError(f"{source.path} is folded already.")
     folded, check = fold_and_check(model, saved.preprocessing.input_size)

@@ -179,13 +179,20 @@ _WORDS = {
 }  # fmt: skip
 
 
+_COUNTS = {"2": "two", "3": "three"}
+
+
 def _readable(text: str) -> str:
     """Say what jsonargparse says of a value of the wrong type in the form of other errors."""
     of_a_key = re.match(r'Parser key "([^"]+)": .*(?:Got|Given) value: (.*)$', text)
     wanted = list(dict.fromkeys(re.findall(r"Expected an? <class '(\w+)'>", text)))
     if of_a_key is None or not wanted or any(kind not in _WORDS for kind in wanted):
         return text
-    return f"{of_a_key.group(1)} is {of_a_key.group(2)}, but must be {' or '.join(_WORDS[kind] for kind in wanted)}"
+    words = [_WORDS[kind] for kind in wanted]
+    of_length = re.search(r"Expected a tuple with (\d+) elements", text)
+    if of_length is not None:
+        words.insert(0, f"{_COUNTS.get(of_length.group(1), of_length.group(1))} numbers")
+    return f"{of_a_key.group(1)} is {of_a_key.group(2)}, but must be {(', or ' if of_length else ' or ').join(words)}"
 
 
 def _one_line(error: Exception) -> str:

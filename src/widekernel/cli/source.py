@@ -1,10 +1,18 @@
 """The arguments that name a network: a run folder or a file, and which of its weights."""
 
-from pathlib import Path
-from typing import Any
+from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from widekernel.cli.console import progress_console
 from widekernel.cli.parsing import typed
 from widekernel.tasks.sources import Source, Weights
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from widekernel.tasks.saved import SavedModel
 
 
 def add_source_arguments(parser: Any, what: str = "run folder, or checkpoint file (.safetensors, .pth)") -> None:
@@ -25,6 +33,17 @@ def add_source_arguments(parser: Any, what: str = "run folder, or checkpoint fil
         default=None,
         help="further arguments of that model, such as --model_args.in_chans 1",
     )
+
+
+def loaded(source: Source) -> tuple[nn.Module, SavedModel]:
+    """Load the network of ``source``; what the user should know of it goes to standard error.
+
+    Raises:
+        WidekernelError: it cannot be loaded.
+    """
+    from widekernel.tasks.loading import load
+
+    return load(source, lambda text: progress_console().print(text, soft_wrap=True))
 
 
 def source_from(values: dict[str, Any]) -> Source:

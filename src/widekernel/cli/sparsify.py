@@ -12,7 +12,7 @@ from widekernel.cli.console import ConsoleReporter, results
 from widekernel.cli.files import output_file
 from widekernel.cli.options import EvalOptions, with_data_of_the_run
 from widekernel.cli.parsing import build, new_parser, parse
-from widekernel.cli.source import add_source_arguments, source_from
+from widekernel.cli.source import add_source_arguments, loaded, source_from
 from widekernel.data.config import DataConfig
 from widekernel.data.errors import ConfigError
 from widekernel.tasks.sources import Source
@@ -72,15 +72,14 @@ def _sparsify(
 
     from widekernel.cli.evaluating import evaluate_on
     from widekernel.sparsity import semi_structured
-    from widekernel.tasks.loading import load
     from widekernel.tasks.saved import save_model
     from widekernel.tasks.sparsifying import agreement, learn, sparsify
 
     output, compressed = to
-    model, saved = load(source)
+    model, saved = loaded(source)
     options = EvalOptions(learning.batch_size, learning.device)
     # First, because data that cannot be used ends the command before anything is made.
-    before = None if data is None else evaluate_on(model, saved, data, options)
+    before = None if data is None else evaluate_on(model, saved, data, options, source.run_folder())
     if config.method == "learned":
         assert data is not None
         with ConsoleReporter() as reporter:

@@ -1,6 +1,7 @@
 """Configuration of data sets, preprocessing and augmentation."""
 
 import math
+import os
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -22,6 +23,18 @@ def require_finite(settings: Any, section: str) -> None:
         require(ok, f"{section}.{field.name}", value, "finite")
 
 
+def processors() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _require_statistics(key: str, values: Any, ok: bool, rule: str) -> None:
+    """Raise unless ``values`` are ``None`` or three numbers for pixels from 0 to 1."""
+    require(values is None or len(values) == 3, key, values, "three numbers, or null")
+    if not ok:
+        raise ConfigError(f"{key} is {values!r}, but must be {rule}: values are for pixels in 0..1, divide by 255.")
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Where the images come from and how they reach the network.
@@ -34,12 +47,13 @@ class DataConfig:
         val_split: held-out split, in the same form
         download: let a named data set download itself into root
         input_size: height and width of the network's input in pixels; null takes the model's own
-        mean: channel means; null takes the model's own
-        std: channel standard deviations; null takes the model's own
+        mean: channel means of pixels from 0 to 1; null takes the model's own
+        std: channel standard deviations of pixels from 0 to 1; null takes the model's own
         interpolation: resampling in evaluation (nearest, bilinear, bicubic, ...); null: bicubic
         crop_pct: share of the resized image that the evaluation crop keeps; null: 0.875 below 384 pixels, and from
             384 on the whole image warped to the square
-        workers: processes that decode images; 0 decodes in the training process
+        workers: processes that decode images; 0 decodes in the training process. Default: 4, or the number of processors if
+            that is smaller
         max_unreadable: stop once more than this many different images could not be decoded
     """
 
@@ -53,7 +67,7 @@ class DataConfig:
     std: tuple[float, float, float] | None = None
     interpolation: str | None = None
     crop_pct: float | None = None
-    workers: int = 4
+    workers: int = min(4, processors())
     max_unreadable: int = 100
 
     def __post_init__(self) -> None:
@@ -62,7 +76,9 @@ class DataConfig:
         require(self.crop_pct is None or 0 < self.crop_pct <= 1, "data.crop_pct", self.crop_pct, "above 0 and at most 1")
         require(self.workers >= 0, "data.workers", self.workers, "0 or more")
         require(self.max_unreadable >= 0, "data.max_unreadable", self.max_unreadable, "0 or more")
-        require(self.std is None or min(self.std) > 0, "data.std", self.std, "three positive numbers")
+        mean, std = self.mean or (0.0,), self.std or (1.0,)
+        _require_statistics("data.mean", self.mean, min(mean) >= 0 and max(mean) <= 1, "three numbers from 0 to 1")
+        _require_statistics("data.std", self.std, min(std) > 0 and max(std) <= 1, "three numbers above 0 and at most 1")
         require(
             self.interpolation in (None, "nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"),
             "data.interpolation",

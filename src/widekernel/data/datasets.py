@@ -29,7 +29,10 @@ def open_split(config: DataConfig, split: str) -> ImageSource:
         DataError: it does not exist, is empty, or cannot be indexed; the message says which and what to do.
     """
     if config.name == "digits":
-        return load_digits()[0 if split == "train" else 1]
+        digits = load_digits()[0 if split == "train" else 1]
+        if config.root is not None:
+            digits.notes += (f"data.root ({config.root}) has no effect: data.name is 'digits', which scikit-learn holds.",)
+        return digits
     part = config.train_split if split == "train" else config.val_split
     if config.name == "folder":
         return open_files(config, part, f"data.{split}_split")

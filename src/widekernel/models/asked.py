@@ -154,3 +154,10 @@ def _plain(name: str) -> str:
 def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
     """Let the drop-path rate run linearly from 0 to `rate` over all the blocks, listed by stage."""
     return calculate_drop_path_rates(rate, list(depths), stagewise=True)  # type: ignore[return-value]
+
+
+def check_drop_rates(**rates: float) -> None:
+    """Raise an `ArgumentError` for a share of dropped values or paths that is not from 0 to below 1."""
+    for name, rate in rates.items():
+        if rate is not None and (isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < 1):
+            raise ArgumentError(f"{name} is {rate!r}, but must be a number from 0 to below 1")

@@ -18,7 +18,7 @@ from widekernel.errors import ArgumentError, nearest
 from widekernel.layers.folding import Fusable, is_folded
 from widekernel.layers.grouped import GroupedKernels
 from widekernel.layers.guarding import guard
-from widekernel.models.asked import Asked, drop_path_rates
+from widekernel.models.asked import Asked, check_drop_rates, drop_path_rates
 from widekernel.models.input_check import InputCheck
 from widekernel.models.layouts.layout import Layout
 
@@ -110,6 +110,7 @@ class StagedConvNet(Fusable, nn.Module):
         super().__init__()
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ArgumentError(f"dtype {dtype!r} is no type of weights: give a floating-point one, such as torch.bfloat16")
+        check_drop_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
         rates = drop_path_rates(drop_path_rate, self.blocks_by_stage(cfg))
         asked = Asked(in_chans, rates, output_stride, act_layer, norm_layer)
         with nullcontext() if device is None else torch.device(device):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -18,6 +18,7 @@ from widekernel.sparsity.kept import Kept
 from widekernel.sparsity.packing import pack, unpack
 from widekernel.sparsity.selection import unwrap
 from widekernel.sparsity.state import Churn
+from widekernel.tensor_files import tensor_file
 
 if TYPE_CHECKING:
     from widekernel.sparsity.dynamic import DynamicSparsity
@@ -172,7 +173,7 @@ def load_masks(path: str | Path, model: nn.Module | None = None) -> dict[str, Te
         CheckpointError: the file is unreadable or no mask file, or belongs to another network.
     """
     try:
-        with safe_open(str(path), framework="pt") as file:
+        with tensor_file(path) as file:
             described = json.loads((file.metadata() or {})[METADATA_KEY])
             shapes = {name: tuple(shape) for name, shape in described["shapes"].items()}
             masks = {name: unpack(file.get_tensor(name), shape) for name, shape in shapes.items()}

@@ -1,6 +1,7 @@
 """Image classification: loss with mixing and smoothing, evaluation, and a whole run from its configuration."""
 
 import json
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -26,10 +27,10 @@ from widekernel.data import (
     open_train_and_val,
 )
 from widekernel.data.loading import MIX_STREAM
+from widekernel.data.paths import expanded
 from widekernel.data.seeding import scoped_seed
 from widekernel.errors import CheckpointError
 from widekernel.files import explained, write_atomically
-from widekernel.models.checkpoint import load_checkpoint
 from widekernel.sparsity import save_masks
 from widekernel.tasks.assembly import build_model, choose_device, pretrained_cfg
 from widekernel.tasks.channels import for_channels, input_channels
@@ -38,6 +39,8 @@ from widekernel.tasks.config import TrainConfig
 from widekernel.tasks.evaluation import EvaluationOptions, evaluate
 from widekernel.tasks.fingerprint import code_fingerprint, difference, fingerprint
 from widekernel.tasks.saved import SavedModel, read_saved, save_model
+from widekernel.tasks.unreadable import lost_classes
+from widekernel.tasks.weights import load_weights
 from widekernel.training import (
     CheckpointStore,
     Processes,
@@ -155,7 +158,8 @@ def _train(config: TrainConfig, folder: RunFolder, reporter: Reporter, processes
     channels = input_channels(model)
     train_transform = for_channels(preprocessing.train_transform(config.augment), channels)
     eval_transform = for_channels(preprocessing.eval_transform(), channels)
-    folder.prepare(config.to_dict())
+    settings = _located(config)
+    folder.prepare(settings)
     images, code = fingerprint(train_source, val_source), code_fingerprint()
     summary = folder.read_summary(SUMMARY_KEYS)
     if summary is not None:
@@ -189,13 +193,23 @@ def _train(config: TrainConfig, folder: RunFolder, reporter: Reporter, processes
         class_names=train_source.class_names,
         preprocessing=preprocessing,
     )
-    around = Surroundings(folder, device, processes, reporter, images, code, saved.to_dict())
+    around = Surroundings(folder, device, processes, reporter, images, code, saved.to_dict(), settings)
     trainer = Trainer(model, objective, loader, config.training, around)
     report = trainer.sparsity.report()
     if report is not None:
         reporter.message(report.summary())
     trainer.run()
+    for note in lost_classes(train_source, trainer.progress.unreadable):
+        reporter.message(note)
     return RunResult(folder, _finish(trainer, saved), was_finished=summary is not None)
+
+
+def _located(config: TrainConfig) -> dict[str, Any]:
+    """The settings as the run keeps them: the folder of the data means the same from wherever it is read."""
+    if config.data.root is not None:
+        root = os.path.abspath(expanded("data.root", config.data.root))  # noqa: PTH100 - resolve() would follow links
+        config = replace(config, data=replace(config.data, root=root))
+    return config.to_dict()
 
 
 def _has_states(folder: RunFolder) -> bool:
@@ -214,7 +228,10 @@ def _build(config: TrainConfig, num_classes: int, has_begun: bool, reporter: Rep
     pretrained = config.model.pretrained and not has_begun
     model = build_model(config.model.name, num_classes, config.model.args, pretrained)
     if config.model.weights is not None and not has_begun:
-        reporter.message(str(load_checkpoint(model, config.model.weights)))
+        report, untrained = load_weights(model, config.model.weights, reporter.message)
+        reporter.message(str(report))
+        if untrained:
+            reporter.message(f"{untrained}: this run trains it.")
     return model
 
 

@@ -34,12 +34,26 @@ def fingerprint(train: ImageSource, val: ImageSource) -> dict[str, Any]:
         "digest of the training images": _digest(train),
         "digest of the held-out images": _digest(val),
     }
-    for part, source in (("training", train), ("held-out", val)):
-        if isinstance(source, FileSource):
-            chosen = range(0, len(source), -(-len(source) // SIZES) or 1)
-            sizes = (str(source.size(index)) for index in chosen)
-            description[f"digest of the sizes of {part} files"] = _digest_of_lines(sizes)
-    return description
+    return {**description, **_sizes("training", train), **_sizes("held-out", val)}
+
+
+def held_out_difference(then: dict[str, Any], val: ImageSource) -> str:
+    """Say how the held-out images differ from those that a run described ``then``; "" if they do not."""
+    now = {
+        "held-out images": len(val),
+        "digest of the class names": _digest_of_lines(val.class_names),
+        "digest of the held-out images": _digest(val),
+        **_sizes("held-out", val),
+    }
+    changed = [f"{key} was {then[key]!r} and is {value!r}" for key, value in now.items() if then.get(key, value) != value]
+    return ", ".join(changed)
+
+
+def _sizes(part: str, source: ImageSource) -> dict[str, str]:
+    if not isinstance(source, FileSource):
+        return {}
+    chosen = range(0, len(source), -(-len(source) // SIZES) or 1)
+    return {f"digest of the sizes of {part} files": _digest_of_lines(str(source.size(index)) for index in chosen)}
 
 
 _COMPUTING = ("ops", "layers", "models", "transforms", "sparsity", "data", "training", "tasks")
@@ -76,7 +90,7 @@ def _digest(source: ImageSource) -> str:
 
 
 def _lines(source: ImageSource) -> Iterator[str]:
-    targets = _targets(source)
+    targets = targets_of(source)
     for index in range(len(source)):
         yield f"{normalised(source.sample_name(index))}\t{'?' if targets is None else targets[index]}"
     images = getattr(source, "images", None)
@@ -84,7 +98,7 @@ def _lines(source: ImageSource) -> Iterator[str]:
         yield hashlib.sha256(np.ascontiguousarray(images).tobytes()).hexdigest()
 
 
-def _targets(source: ImageSource) -> Sequence[int] | None:
+def targets_of(source: ImageSource) -> Sequence[int] | None:
     """Class indices in the order of the images, where they are known without decoding."""
     for holder in (source, getattr(source, "dataset", None)):
         targets = getattr(holder, "targets", None)

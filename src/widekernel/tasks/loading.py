@@ -1,23 +1,28 @@
 """From what the user names - a run folder, a model file, a checkpoint - to a network that is ready to evaluate."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-import widekernel
 from widekernel.data import ConfigError, DataConfig, Preprocessing
 from widekernel.errors import CheckpointError
 from widekernel.tasks.assembly import build_model, pretrained_cfg
 from widekernel.tasks.saved import SavedModel, restore_model
 from widekernel.tasks.sources import Source
+from widekernel.tasks.weights import Tell, load_weights
 from widekernel.training.checkpoint import CheckpointStore, load_state, step_of
 from widekernel.training.run_folder import RunFolder
 from widekernel.training.sparsification import restore_learned
 
 
-def load(source: Source) -> tuple[nn.Module, SavedModel]:
+def load(source: Source, tell: Tell | None = None) -> tuple[nn.Module, SavedModel]:
     """The network of ``source`` in evaluation mode on the CPU, and its description.
+
+    Args:
+        source: what the user named.
+        tell: is given what the user should know, such as that a run is unfinished.
 
     Raises:
         CheckpointError: there is nothing to load, or it does not fit the model.
@@ -27,7 +32,7 @@ def load(source: Source) -> tuple[nn.Module, SavedModel]:
         raise CheckpointError(f"{source.path} does not exist. Give a run folder or a checkpoint file.")
     _check_options(source)
     if source.path.is_dir():
-        return _load_run(source)
+        return _load_run(source, tell)
     if source.model is None:
         if source.path.suffix == ".safetensors":
             return restore_model(source.path, source.weights)
@@ -35,12 +40,16 @@ def load(source: Source) -> tuple[nn.Module, SavedModel]:
             return _restore_state(load_state(source.path), source)
         raise ConfigError(f"{source.path} does not say which model it belongs to. Name it with --model NAME.")
     model = build_model(source.model, source.num_classes, source.model_args or {})
-    report = widekernel.load_checkpoint(model, source.path, weights=source.weights)
+    report, untrained = load_weights(model, source.path, tell, weights=source.weights)
     if report.dropped:
+        found = re.search(r"they are for (\d+) classes", untrained)
+        number = f"Add --num_classes {found.group(1)}" if found else "Give the number of its classes with --num_classes"
         raise CheckpointError(
             f"The classifier in {source.path} ({', '.join(report.dropped)}) does not fit the {model.num_classes} outputs "
-            f"of {source.model}, which would be untrained. Give the number of its classes with --num_classes."
+            f"of {source.model}, which would be untrained. {number}."
         )
+    if untrained and tell is not None:
+        tell(f"{untrained[0].upper()}{untrained[1:]}.")
     return model.eval(), SavedModel(
         name=source.model,
         model_args=source.model_args or {},
@@ -58,7 +67,7 @@ def _is_state(path: Path) -> bool:
         return False
 
 
-def _load_run(source: Source) -> tuple[nn.Module, SavedModel]:
+def _load_run(source: Source, tell: Tell | None) -> tuple[nn.Module, SavedModel]:
     folder = RunFolder(source.path)
     config = folder.read_config()
     averaged = source.weights == "ema"
@@ -67,14 +76,19 @@ def _load_run(source: Source) -> tuple[nn.Module, SavedModel]:
     exported = folder.model_ema if averaged else folder.model
     if source.state == "last" and exported.exists():
         return restore_model(exported)
-    return _load_state(folder, source)
+    return _load_state(folder, source, tell)
 
 
-def _load_state(folder: RunFolder, source: Source) -> tuple[nn.Module, SavedModel]:
+def _load_state(folder: RunFolder, source: Source, tell: Tell | None) -> tuple[nn.Module, SavedModel]:
     store = CheckpointStore(folder.checkpoints)
     state = store.load_latest()
     if state is None:
         raise CheckpointError(f"The run in {folder.path} has no training states yet.")
+    config = folder.read_config()
+    folder.check_own(state, config)
+    epochs, done = (config.get("schedule") or {}).get("epochs"), state["progress"]["epoch"]
+    if tell is not None and epochs is not None and done < epochs:
+        tell(f"The run in {folder.path} is unfinished: epoch {min(done + 1, epochs)} of {epochs}.")
     if source.state == "best":
         best = state["progress"]["best_step"]
         if best is None:

@@ -5,8 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors import SafetensorError
 from torch import nn
 
 import widekernel
@@ -14,6 +13,7 @@ from widekernel.data.preprocess import Preprocessing
 from widekernel.errors import CheckpointError
 from widekernel.sparsity import semi_structured
 from widekernel.tasks.assembly import build_model
+from widekernel.tensor_files import read_tensors, tensor_file
 
 METADATA_KEY = "widekernel"
 FORMAT = 1
@@ -97,7 +97,7 @@ def read_saved(path: Path) -> SavedModel:
         CheckpointError: the file is missing, damaged, or does not describe its model.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        with tensor_file(path) as file:
             metadata = file.metadata()
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist.") from error
@@ -125,7 +125,7 @@ def restore_model(path: Path, weights: Literal["model", "ema"] = "model") -> tup
         semi_structured.load_sparse(model, path)
         return model.eval(), saved
     try:
-        model.load_state_dict(load_file(path))
+        model.load_state_dict(read_tensors(path))
     except RuntimeError as error:
         raise CheckpointError(f"{path} does not fit the {saved.form} form of {saved.name}: {error}") from error
     return model.eval(), saved

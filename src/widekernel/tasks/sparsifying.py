@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from widekernel.data import AugmentConfig, DataConfig
@@ -24,6 +23,7 @@ from widekernel.tasks.loading import load
 from widekernel.tasks.saved import SavedModel, save_model
 from widekernel.tasks.sources import Source
 from widekernel.tasks.sparsify_config import LearningConfig, SparsifyConfig
+from widekernel.tensor_files import read_tensors
 from widekernel.training import EmaConfig, LoopConfig, OptimizerConfig, Reporter, RunFolder, ScheduleConfig
 from widekernel.training.config import SparsityConfig
 
@@ -155,7 +155,7 @@ def _check_start(model: nn.Module, reference: Path, source: Source) -> None:
         if any(folder.iterdir()):
             raise ConfigError(f"{folder}, where masks would be learned, holds something else. Choose another --output.")
         return
-    started, own = load_file(reference), model.state_dict()
+    started, own = read_tensors(reference), model.state_dict()
     if started.keys() != own.keys() or any(not torch.equal(started[name], value.cpu()) for name, value in own.items()):
         raise ConfigError(
             f"{folder} learns masks of another network than {source.path}. Choose another --output, or remove that folder."

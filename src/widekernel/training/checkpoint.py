@@ -94,7 +94,7 @@ class CheckpointStore:
             except CheckpointError as error:
                 reasons.append(str(error))
                 self._passed_over.add(path)
-                self._report(f"Passed over a damaged training state: {error}")
+                self._report(f"Passed over a training state: {error}")
         if reasons:
             raise CheckpointError(
                 f"None of the {len(reasons)} training states in {self.folder} can be used: {'; '.join(reasons)} "
@@ -113,6 +113,11 @@ def load_state(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file or its digest is missing, or they do not match, or the format is newer.
     """
+    if path.exists() and not _digest_path(path).exists():
+        raise CheckpointError(
+            f"{path.name} cannot be verified: its digest file {_digest_path(path).name} is missing. Restore that file; or, "
+            f"if you are sure that the state is whole, make it with `sha256sum {path.name} > {_digest_path(path).name}`."
+        )
     try:
         expected = _digests(path)
         found = sha256_of(path)

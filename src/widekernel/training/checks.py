@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-
+from widekernel.data.config import processors
 from widekernel.data.errors import ConfigError
 from widekernel.sparsity.config import with_total_steps
 from widekernel.training.config import SparsityConfig, TrainingConfig
@@ -70,5 +69,5 @@ def _check_masks(config: SparsityConfig, total_steps: int) -> list[str]:
 
 def notes_on_workers(workers: int) -> list[str]:
     """Tell if more processes decode images than there are processors for them."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = processors()
     return [f"data.workers is {workers}, but there are {cores} processors here."] if workers > cores else []

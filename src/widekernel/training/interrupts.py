@@ -13,8 +13,16 @@ class Interrupted(Exception):  # noqa: N818 - a request that was honoured, not a
         self.signal_number = signal_number
 
 
+def _asking_to_stop() -> list[int]:
+    """SIGINT and SIGTERM, and SIGHUP of a terminal that closes unless it is ignored, as under nohup."""
+    hangup = getattr(signal, "SIGHUP", None)
+    if hangup is None or signal.getsignal(hangup) == signal.SIG_IGN:
+        return [signal.SIGINT, signal.SIGTERM]
+    return [signal.SIGINT, signal.SIGTERM, hangup]
+
+
 class InterruptGuard:
-    """Within the block, the first SIGINT or SIGTERM is remembered instead of raised; a second SIGINT raises at once.
+    """Within the block, the first SIGINT, SIGTERM or SIGHUP is remembered instead of raised; a second SIGINT raises at once.
 
     The former handlers return at the end of the block. Outside the main thread signals cannot be caught, and the
     guard does nothing.
@@ -26,7 +34,7 @@ class InterruptGuard:
 
     def __enter__(self) -> "InterruptGuard":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in _asking_to_stop():
                 self._former[number] = signal.signal(number, self._remember)
         return self
 

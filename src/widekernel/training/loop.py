@@ -98,6 +98,7 @@ class Surroundings:
         fingerprint: description of the training data; a resumed run must meet the same
         code: description of the program, told if a run is resumed by another
         description: description of the model, kept in training states so that they can be used without this run
+        settings: of the run, kept in training states so that those of another run are not taken for its own
     """
 
     folder: RunFolder
@@ -107,6 +108,7 @@ class Surroundings:
     fingerprint: dict[str, Any] = field(default_factory=dict)
     code: dict[str, str] = field(default_factory=dict)
     description: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 class Trainer:
@@ -163,7 +165,7 @@ class Trainer:
         """Train from where the run folder stands to the end.
 
         Raises:
-            Interrupted: SIGINT or SIGTERM arrived; the state was saved first.
+            Interrupted: SIGINT, SIGTERM or SIGHUP arrived; the state was saved first.
             TrainingError: the loss is not finite, or more than ``max_unreadable`` images cannot be read.
             CheckpointError: no training state can be read, or none can be written.
         """
@@ -328,6 +330,7 @@ class Trainer:
             "data": self.around.fingerprint,
             "code": self.around.code,
             "saved_model": self.around.description,
+            "settings": self.around.settings,
         }
 
     def _resume_or_start(self) -> None:
@@ -345,8 +348,10 @@ class Trainer:
         """Continue from ``state``.
 
         Raises:
-            CheckpointError: it was saved with other training data or another number of processes.
+            CheckpointError: it is of a run with other settings, or was saved with other training data or another number
+                of processes.
         """
+        self.around.folder.check_own(state, self.around.settings)
         self.around.folder.check_same_data(state["data"], self.around.fingerprint)
         if state["world_size"] != self.around.processes.world_size:
             raise CheckpointError(

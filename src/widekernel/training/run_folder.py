@@ -163,18 +163,26 @@ class RunFolder:
             yield
 
     def _check_same(self, there: dict[str, Any], config: dict[str, Any]) -> None:
-        saved, new = flatten(there), flatten(config)
-        if new.get("sparsity.method") == "none":
-            saved.setdefault("sparsity.method", "none")  # which runs of version 0.1 do not state
-        differing = sorted(
-            key for key in saved.keys() | new.keys() if key not in LIVE_KEYS and saved.get(key) != new.get(key)
-        )
-        if differing:
-            lines = [f"  {key}: {saved.get(key)!r} there, {new.get(key)!r} now" for key in differing]
+        lines = _differing(there, config)
+        if lines:
             raise RunFolderError(
                 f"{self.path} holds a run with a different configuration:\n"
                 + "\n".join(lines)
                 + f"\nResume with the same settings, or choose another --output.{self.how_to_go_on()}"
+            )
+
+    def check_own(self, state: dict[str, Any], config: dict[str, Any]) -> None:
+        """Raise unless a training state, if it notes its settings, is of a run with the settings ``config``.
+
+        Raises:
+            CheckpointError: naming what differs.
+        """
+        lines = _differing(state.get("settings") or config, config, ("in the state", "in the run"))
+        if lines:
+            raise CheckpointError(
+                f"A training state in {self.checkpoints} is of a run with other settings:\n"
+                + "\n".join(lines)
+                + "\nRemove the states that were copied there, or choose another --output."
             )
 
     def check_same_data(self, then: dict[str, Any], now: dict[str, Any]) -> None:
@@ -252,3 +260,12 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
     return flat
+
+
+def _differing(there: dict[str, Any], now: dict[str, Any], words: tuple[str, str] = ("there", "now")) -> list[str]:
+    """A line for every setting that decides what is computed and is another one."""
+    saved, new = flatten(there), flatten(now)
+    if new.get("sparsity.method") == "none":
+        saved.setdefault("sparsity.method", "none")  # which runs of version 0.1 do not state
+    keys = sorted(key for key in saved.keys() | new.keys() if key not in LIVE_KEYS and saved.get(key) != new.get(key))
+    return [f"  {key}: {saved.get(key)!r} {words[0]}, {new.get(key)!r} {words[1]}" for key in keys]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -21,6 +21,7 @@ from widekernel.sparsity.semi_structured.hardware import is_compressed
 from widekernel.sparsity.semi_structured.manifest import Manifest, MaskedWeight, recall, remember
 from widekernel.sparsity.semi_structured.storage import decode, encode, unpack_choices
 from widekernel.sparsity.two_four_config import check_axis
+from widekernel.tensor_files import tensor_file
 
 HEADER = "widekernel.two_four"
 VERSION = 1
@@ -77,7 +78,7 @@ def save_sparse(what: nn.Module | SemiStructured, path: str | Path, metadata: Ma
 def is_sparse_file(path: str | Path) -> bool:
     """Whether `path` is a readable file that `save_sparse` wrote."""
     try:
-        with safe_open(Path(path), framework="pt") as file:
+        with tensor_file(path) as file:
             return HEADER in (file.metadata() or {})
     except (SafetensorError, OSError):
         return False
@@ -157,7 +158,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.is_file():
         raise CheckpointError(f"there is no file {path}: give the path of one that save_sparse wrote")
     try:
-        with safe_open(path, framework="pt") as file:
+        with tensor_file(path) as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, ValueError, OSError) as error:

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from widekernel.errors import CheckpointError
 from widekernel.sparsity.semi_structured.eligibility import Layer, conv_groups, layers_of
 from widekernel.sparsity.semi_structured.grouping import Axis, group_count, matrix_shape
 from widekernel.sparsity.semi_structured.patterns import pattern_table
+from widekernel.tensor_files import read_tensors
 
 AXIS: Axis = "im2col"
 CONTAINERS = ("model", "state_dict")
@@ -229,7 +229,7 @@ def _load(path: Path) -> Any:
         raise CheckpointError(f"there is no checkpoint at {path}")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return read_tensors(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # the scripts keep their command line in the file
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

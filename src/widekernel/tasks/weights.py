@@ -1,0 +1,43 @@
+"""Loading a checkpoint of another make, with what it warns of told where the other messages go."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from widekernel.models.checkpoint import LoadReport, load_checkpoint
+
+Tell = Callable[[str], None]
+"""Takes a message for the user."""
+
+
+def load_weights(model: nn.Module, path: str | Path, tell: Tell | None = None, **how: Any) -> tuple[LoadReport, str]:
+    """Load the checkpoint ``path`` into ``model``.
+
+    Args:
+        model: the network.
+        path: the file.
+        tell: is given other warnings; ``None``: they stay Python's.
+        how: further arguments of `load_checkpoint`.
+
+    Returns:
+        what was loaded, and why the classifier is untrained, "" if it is not.
+
+    Raises:
+        CheckpointError: the file cannot be read, or does not fit.
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        report = load_checkpoint(model, path, **how)
+    untrained = ""
+    for warning in caught:
+        text = str(warning.message)
+        if warning.category is UserWarning and text.endswith("is untrained"):
+            untrained = text
+        elif tell is None:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        else:
+            tell(f"{text.rstrip('.')}.")
+    return report, untrained
