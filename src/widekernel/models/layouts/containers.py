@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from widekernel.errors import CheckpointError
@@ -16,6 +16,7 @@ from widekernel.models.layouts import entries, kinds, pickles, sharded
 from widekernel.models.layouts.entries import EMA_KEYS, MODEL_KEYS
 from widekernel.models.layouts.layout import State
 from widekernel.models.layouts.pickles import Placeholder
+from widekernel.tensor_files import tensor_file
 
 _DEEPEST = 8  # containers within containers; an entry may hold itself
 
@@ -199,7 +200,7 @@ def _read_safetensors(path: Path, weights: str) -> Container:
     if weights == "ema":
         raise CheckpointError(f"{path} is a safetensors file, which holds one set of weights: load weights='model'")
     try:
-        with safe_open(path, framework="pt") as file:
+        with tensor_file(path) as file:
             return Container({key: file.get_tensor(key) for key in file.keys()}, "")  # noqa: SIM118
     except (SafetensorError, ValueError, OSError) as error:
         _refuse_other_kinds(path)
