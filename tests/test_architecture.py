@@ -239,7 +239,7 @@ def test_importing_loads_no_heavy_packages(importing: list) -> None:
 
 def test_importing_loads_only_what_the_networks_need(importing: list) -> None:
     loaded = {name.split(".")[1] for name in importing[2] if name.startswith("widekernel.")}
-    assert loaded == {"errors", "files", "layers", "lazy", "models", "ops"}
+    assert loaded == {"errors", "files", "layers", "lazy", "models", "ops", "tensor_files"}
 
 
 def seconds(statement: str) -> float:
