@@ -2,6 +2,7 @@ import pytest
 import timm
 
 from widekernel.data import ConfigError
+from widekernel.errors import WidekernelError
 from widekernel.tasks.assembly import build_model
 
 
@@ -27,9 +28,12 @@ def test_other_sources_of_models(name):
         build_model(name, None, {})
 
 
-@pytest.mark.parametrize("model", ["slak_nano", "test_resnet"])
-def test_arguments_of_a_wrong_type(model):
-    with pytest.raises(ConfigError, match=r"types of model\.args") as caught:
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [("slak_nano", "drop_path_rate is 'abc', but must be a number"), ("test_resnet", r"types of model\.args")],
+)
+def test_arguments_of_a_wrong_type(model, words):
+    with pytest.raises(WidekernelError, match=words) as caught:
         build_model(model, None, {"drop_path_rate": "abc"})
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 300

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +89,15 @@ def test_a_relative_root_means_the_same_from_everywhere(
     assert "not those of the run" not in capsys.readouterr().err
 
 
+@pytest.fixture
+def hangs_up() -> Iterator[None]:
+    """Let SIGHUP be received, which whoever runs the tests with nohup has it ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hangs_up")
 def test_an_interrupted_run_says_so_and_takes_no_other_states(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     images = make_images(tmp_path / "d")
     run, other = tmp_path / "run", tmp_path / "other"
