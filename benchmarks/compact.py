@@ -20,7 +20,7 @@ from torch import nn
 from widekernel import fold
 from widekernel.layers import FoldedLargeKernel, LargeKernel, PartialChannels, Rectangles, ShiftTiles
 from widekernel.layers.partial import seeded_selection
-from widekernel.sparsity.compaction import CostModel, compact
+from widekernel.transforms.compaction import CostModel, compact
 
 RESULTS = Path(__file__).parent / "results"
 TOLERANCE = 1e-6

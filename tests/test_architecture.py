@@ -19,9 +19,22 @@ import widekernel
 SOURCE = Path(widekernel.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 # Each folder imports only from itself and from those before it.
-FOLDERS = ["ops", "layers", "models", "transforms", "sparsity", "data", "training", "tasks", "analysis", "recipes", "cli"]
+FOLDERS = [
+    "ops",
+    "layers",
+    "models",
+    "transforms",
+    "sparsity",
+    "data",
+    "training",
+    "tasks",
+    "analysis",
+    "bench",
+    "recipes",
+    "cli",
+]
 HANDED_A_MODEL = ["sparsity", "data", "training"]
-FOR_EVERYBODY = ["errors", "files", "lazy", "tensor_files"]
+FOR_EVERYBODY = ["deprecation", "errors", "figures", "files", "lazy", "settings", "tensor_files"]
 # Programs for `python -m`, which nobody imports.
 PROGRAMS = ["timm"]
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60
@@ -239,7 +252,7 @@ def test_importing_loads_no_heavy_packages(importing: list) -> None:
 
 def test_importing_loads_only_what_the_networks_need(importing: list) -> None:
     loaded = {name.split(".")[1] for name in importing[2] if name.startswith("widekernel.")}
-    assert loaded == {"errors", "files", "layers", "lazy", "models", "ops", "tensor_files"}
+    assert loaded == {"errors", "files", "layers", "lazy", "models", "ops", "settings", "tensor_files"}
 
 
 def seconds(statement: str) -> float:

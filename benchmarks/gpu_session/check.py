@@ -11,9 +11,9 @@ from benchmarks.gpu_session.problems import Job
 from torch import Tensor
 
 from widekernel.errors import in_short
+from widekernel.ops.gpu.baselines import Numbers, compared, exact, our_call, poison
 from widekernel.ops.gpu.configs import Chip
 from widekernel.ops.gpu.launch import PreparedSum
-from widekernel.ops.gpu.rivals import Numbers, compared, exact, our_call, poison
 from widekernel.ops.gpu.tuning import TF32_TOLERANCE, TOLERANCE
 from widekernel.ops.problem import DEPTHWISE_SUM
 from widekernel.ops.reference import relative_error

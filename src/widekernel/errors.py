@@ -16,6 +16,14 @@ class ArgumentError(WidekernelError, ValueError):
     """An argument of a layer, a network or an operator that it cannot take."""
 
 
+class ConfigError(ArgumentError):
+    """A setting that is unknown, out of range or at odds with another one."""
+
+
+class DataError(WidekernelError, ValueError):
+    """A data set that cannot be used: missing, empty, inconsistent or unreadable."""
+
+
 class UnknownArgumentError(WidekernelError, TypeError):
     """An argument that a network does not have."""
 

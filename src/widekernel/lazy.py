@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 
 
-def attach(package: str, where: Mapping[str, str]) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
-    """Give the ``__getattr__`` and ``__dir__`` of a package.
+def attach(
+    package: str, where: Mapping[str, str], moved: Mapping[str, str] | None = None
+) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
+    """Return the ``__getattr__`` and ``__dir__`` of a package.
 
     Args:
         package: its ``__name__``.
         where: public name -> module that defines it. A name that is the last part of its module stands for the module; else
             it must not be that of a submodule, which would take its place once imported.
+        moved: name that has left the package -> module that has it now; using it warns.
     """
+    moved = moved or {}
 
     def get(name: str) -> object:
+        if name in moved:
+            place = moved[name]
+            warnings.warn(f"{package}.{name} has moved: import it from {place}", FutureWarning, stacklevel=2)
+            return getattr(importlib.import_module(place), name)
         if name not in where:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         module = importlib.import_module(where[name])

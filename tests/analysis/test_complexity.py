@@ -22,9 +22,9 @@ from widekernel.data import DataConfig, Preprocessing
 from widekernel.errors import ShapeError
 from widekernel.layers import LargeKernel, Rectangles
 from widekernel.models import list_models
-from widekernel.sparsity.compaction import compact
 from widekernel.tasks.assembly import pretrained_cfg
 from widekernel.tasks.saved import SavedModel, save_model
+from widekernel.transforms.compaction import compact
 
 ROAD = [name for name in list_models("roadmap_*") if name != "roadmap_nano"]
 

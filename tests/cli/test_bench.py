@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.analysis.benchmark.conftest import device_gpu, hasty, on_cpu, spoil  # noqa: F401 - fixtures
+from tests.bench.conftest import device_gpu, hasty, on_cpu, spoil  # noqa: F401 - fixtures
 
 from widekernel import ops
-from widekernel.analysis.benchmark import devices, gpu
+from widekernel.bench import devices, gpu
 from widekernel.cli.main import main
 
 pytestmark = pytest.mark.usefixtures("hasty")

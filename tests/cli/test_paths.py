@@ -15,8 +15,8 @@ from widekernel.cli.main import main
 from widekernel.cli.paths import PATHS
 from widekernel.cli.train import parse_config
 from widekernel.data import DataConfig, open_split
-from widekernel.data.errors import ConfigError
 from widekernel.data.paths import expanded
+from widekernel.errors import ConfigError
 
 
 @pytest.fixture

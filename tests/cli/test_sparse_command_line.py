@@ -180,7 +180,10 @@ def test_train_refuses(images, tmp_path: Path, capsys) -> None:  # noqa: F811
     config = str(write_config(tmp_path, images))
     for arguments, message in (
         (["--sparsity.method", "2:4", "--ema.decay", "null"], "learns masks over trained weights"),
-        (["--sparsity.method", "dynamic", "--sparsity.dynamic.sparsity", "1"], "sparsity=1 is out of range"),
+        (
+            ["--sparsity.method", "dynamic", "--sparsity.dynamic.sparsity", "1"],
+            "sparsity is 1, but must be from 0 to below 1",
+        ),
         (["--sparsity.method", "dynamic", "--sparsity.dynamic.init", "snipp"], "Did you mean 'snip'"),
         (["--sparsity.dynamc.init", "snip"], "Did you mean"),
         (["--sparsity.method", "dynamic", "--sparsity.masks", "nowhere.safetensors"], "is not a readable file of masks"),

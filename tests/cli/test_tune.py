@@ -11,16 +11,16 @@ import pytest
 import torch
 
 from widekernel import ops
-from widekernel.analysis.benchmark.devices import Accelerator
-from widekernel.analysis.benchmark.errors import DeviceLostError
-from widekernel.analysis.benchmark.named import built
-from widekernel.analysis.benchmark.precision import BFLOAT16, FLOAT32, TF32
-from widekernel.analysis.benchmark.timing import WallClock
+from widekernel.bench.devices import Accelerator
+from widekernel.bench.errors import DeviceLostError
+from widekernel.bench.lookup import built
+from widekernel.bench.precision import BFLOAT16, FLOAT32, TF32
+from widekernel.bench.timing import WallClock
 from widekernel.cli import tune, tune_session
 from widekernel.cli.main import main
 from widekernel.cli.tune_problems import Runs, problems_of_case, problems_of_network
-from widekernel.data.errors import ConfigError
-from widekernel.ops.gpu import backend, rivals, tables, tuning
+from widekernel.errors import ConfigError
+from widekernel.ops.gpu import backend, baselines, tables, tuning
 from widekernel.ops.gpu.configs import Config
 from widekernel.ops.gpu.plan import INTERPRETED, ranked
 from widekernel.ops.gpu.tuning import Rig
@@ -118,7 +118,7 @@ def ranked_config() -> dict:
 
 
 def case():
-    from widekernel.analysis.benchmark import parse_case
+    from widekernel.bench import parse_case
 
     return parse_case("2,3,8,8", "5x5")
 
@@ -138,7 +138,7 @@ def test_what_is_wrong_is_an_error(tuned: Path, capsys, pretended, monkeypatch: 
     first, second = (str(config) for config in ranked(problem, INTERPRETED)[:2])
 
     def spoilt(of: Problem, config: Config, *others: Any) -> Callable[[], torch.Tensor]:
-        call = rivals.our_call(of, config, *others)
+        call = baselines.our_call(of, config, *others)
         return (lambda: call() + 1) if str(config) == first else call
 
     monkeypatch.setattr(tuning, "our_call", spoilt)

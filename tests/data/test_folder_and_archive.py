@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from torchvision.datasets.folder import find_classes, make_dataset
 from trees import described, opened, pack, plant, png, write_tar
 
-from widekernel.data import DataConfig, DataError, open_split, open_train_and_val
+from widekernel.data import DataConfig, open_split, open_train_and_val
 from widekernel.data.images import UnreadableImageError
 from widekernel.data.tars import TarSource
+from widekernel.errors import DataError
 from widekernel.tasks.fingerprint import fingerprint
 
 TREE = [

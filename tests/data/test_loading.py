@@ -13,9 +13,7 @@ from tests.training.tiny import array_source
 
 from widekernel.data import (
     AugmentConfig,
-    ConfigError,
     DataConfig,
-    DataError,
     EvaluationSamples,
     LoaderOptions,
     Preprocessing,
@@ -27,6 +25,7 @@ from widekernel.data import (
 )
 from widekernel.data.loading import EpochBatches
 from widekernel.data.seeding import derive_seed, scoped_seed
+from widekernel.errors import ConfigError, DataError
 
 PREPROCESSING = Preprocessing(8, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), "bilinear", 1.0)
 

@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 from torchvision import datasets as sets
 
-from widekernel.data import DataConfig, DataError, open_split
+from widekernel.data import DataConfig, open_split
 from widekernel.data.torchvision_sets import known_names
+from widekernel.errors import DataError
 
 
 def fake(monkeypatch, name, **attributes):

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from widekernel.data import DataConfig, DataError, datasets, open_split, open_train_and_val
+from widekernel.data import DataConfig, datasets, open_split, open_train_and_val
 from widekernel.data.images import UnreadableImageError, decode_image
 from widekernel.data.sources import MappedSource
+from widekernel.errors import DataError
 
 AVIF = ("AVIF",) if features.check("avif") else ()
 

@@ -11,9 +11,10 @@ import pytest
 from PIL import Image, features
 from trees import opened, pack, plant, png, write_tar
 
-from widekernel.data import ConfigError, DataConfig, DataError, open_split, open_train_and_val
+from widekernel.data import DataConfig, open_split, open_train_and_val
 from widekernel.data.formats import image_endings, image_formats, is_clutter, printable
 from widekernel.data.images import UnreadableImageError, decode_image
+from widekernel.errors import ConfigError, DataError
 
 TWO = ["cat/1.png", "dog/1.png"]
 

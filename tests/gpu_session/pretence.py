@@ -26,8 +26,8 @@ CPU = torch.device("cpu")
 
 def pretend() -> None:
     """Have the benchmarks and the tuning find a GPU that is the CPU, and take its times by the clock of the host."""
-    from widekernel.analysis.benchmark import devices, gpu
-    from widekernel.analysis.benchmark.timing import WallClock
+    from widekernel.bench import devices, gpu
+    from widekernel.bench.timing import WallClock
     from widekernel.cli import tune_session
     from widekernel.ops.gpu.plan import INTERPRETED
     from widekernel.ops.gpu.tuning import Rig

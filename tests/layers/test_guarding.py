@@ -18,7 +18,7 @@ from widekernel.layers import FoldedLargeKernel, Rect
 from widekernel.layers.grouped import GroupedKernels
 from widekernel.layers.sources import Rectangles
 from widekernel.sparsity import compact as compact_at_price
-from widekernel.sparsity.compaction.cost import CostModel
+from widekernel.transforms.compaction.cost import CostModel
 
 
 def masked(dead: int, **kwargs: Any) -> nn.Module:

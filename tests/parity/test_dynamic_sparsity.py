@@ -16,12 +16,13 @@ from torch import nn
 import widekernel
 from tests.parity.reference import arguments, assert_close, create, manifest, official_file
 from widekernel.models.layouts.translate import layouts_of
-from widekernel.sparsity import DynamicSparsity, published, published_shiftwise, published_slak
+from widekernel.sparsity import DynamicSparsity, published_shiftwise, published_slak
 from widekernel.sparsity.allocation import erk_densities, strictly_above
 from widekernel.sparsity.config import DynamicSparsityConfig
+from widekernel.sparsity.init import snip_scores
+from widekernel.sparsity.rules import published
 from widekernel.sparsity.schedules import PUBLISHED_FLOOR, cosine
 from widekernel.sparsity.selection import choose, masked_parameters
-from widekernel.sparsity.setting_up import snip_scores
 
 
 def read(golden: Path, name: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import timm
 import widekernel  # noqa: F401 - registers the models
 from widekernel.cli.parsing import known_keys, settings_by_key
 from widekernel.cli.train import make_parser, parse_config
-from widekernel.data import ConfigError
+from widekernel.errors import ConfigError
 from widekernel.recipes import list_recipes, load_recipe
 
 

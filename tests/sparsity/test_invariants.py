@@ -11,11 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.sparsity.nets import OPTIMIZERS, controlled, small_net, states_of, train_step
-from widekernel.sparsity import DynamicSparsity, DynamicSparsityConfig, exact
+from widekernel.sparsity import DynamicSparsity, DynamicSparsityConfig
 from widekernel.sparsity.allocation import erk_densities, whole_counts
 from widekernel.sparsity.blocks import Blocks
 from widekernel.sparsity.criteria import at_random, generator_for, largest, smallest
 from widekernel.sparsity.packing import pack, unpack
+from widekernel.sparsity.rules import exact
 from widekernel.sparsity.schedules import prune_fraction, sparsity_at
 from widekernel.sparsity.semi_structured import magnitude_mask
 

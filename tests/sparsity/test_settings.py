@@ -23,11 +23,11 @@ from widekernel.sparsity.selection import choose
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sparsity": 1.0}, "sparsity=1.0 is out of range: it must be from 0 to below 1"),
+        ({"sparsity": 1.0}, "sparsity is 1.0, but must be from 0 to below 1"),
         ({"sparsity": -0.1}, "from 0 to below 1"),
         ({"sparsity": float("nan")}, "from 0 to below 1"),
         ({"init": "snipp"}, "Did you mean 'snip'"),
-        ({"growth": "grad"}, "one of random, gradient"),
+        ({"growth": "grad"}, "one of 'random', 'gradient'"),
         ({"growth": "gradients"}, "Did you mean 'gradient'"),
         ({"prune": "magnitud"}, "Did you mean 'magnitude'"),
         ({"prune_schedule": "cosin"}, "Did you mean 'cosine'"),

@@ -1,8 +1,7 @@
 import pytest
 import timm
 
-from widekernel.data import ConfigError
-from widekernel.errors import WidekernelError
+from widekernel.errors import ConfigError, WidekernelError
 from widekernel.tasks.assembly import build_model
 
 

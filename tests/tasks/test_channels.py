@@ -9,7 +9,8 @@ from PIL import Image
 from tests.tasks.test_classification_runs import images, make  # noqa: F401 - fixtures
 from torch import nn
 
-from widekernel.data import ConfigError, Preprocessing
+from widekernel.data import Preprocessing
+from widekernel.errors import ConfigError
 from widekernel.tasks.assembly import build_model
 from widekernel.tasks.channels import for_channels, input_channels
 from widekernel.tasks.classification import train

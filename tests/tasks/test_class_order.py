@@ -6,7 +6,8 @@ import unicodedata
 import pytest
 import torch
 
-from widekernel.data import DataConfig, DataError, Preprocessing
+from widekernel.data import DataConfig, Preprocessing
+from widekernel.errors import DataError
 from widekernel.tasks.class_order import _imagenet, assumption, class_order, inherited
 from widekernel.tasks.saved import SavedModel, save_model
 

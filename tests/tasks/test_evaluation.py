@@ -6,9 +6,9 @@ from tests.training.tiny import array_source
 from torch import nn
 from torch.nn import functional as F
 
-from widekernel.data import DataError, EvaluationSamples, LoaderOptions, Preprocessing, Share, evaluation_loader
+from widekernel.data import EvaluationSamples, LoaderOptions, Preprocessing, Share, evaluation_loader
 from widekernel.data.images import UnreadableImageError
-from widekernel.errors import CheckpointError
+from widekernel.errors import CheckpointError, DataError
 from widekernel.tasks.assembly import build_model, choose_device
 from widekernel.tasks.class_order import class_order
 from widekernel.tasks.evaluation import EvaluationOptions, evaluate

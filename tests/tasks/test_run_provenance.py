@@ -16,9 +16,9 @@ import yaml
 from PIL import Image
 
 from widekernel.cli.main import main
-from widekernel.data import AugmentConfig, ConfigError, DataConfig, open_split
+from widekernel.data import AugmentConfig, DataConfig, open_split
 from widekernel.data.config import processors
-from widekernel.errors import CheckpointError, WidekernelError
+from widekernel.errors import CheckpointError, ConfigError, WidekernelError
 from widekernel.tasks.classification import train
 from widekernel.tasks.config import ModelConfig, TrainConfig
 from widekernel.training import EmaConfig, LoopConfig, ScheduleConfig, SilentReporter

@@ -7,7 +7,8 @@ import math
 import pytest
 from tests.training.tiny import make_config
 
-from widekernel.data import AugmentConfig, ConfigError, DataConfig
+from widekernel.data import AugmentConfig, DataConfig
+from widekernel.errors import ConfigError
 from widekernel.sparsity import DynamicSparsityConfig
 from widekernel.tasks.config import TrainConfig
 from widekernel.training import EmaConfig, OptimizerConfig, ScheduleConfig

@@ -10,8 +10,7 @@ import torch
 from tests.training.test_resume import KillAt, Killed
 from tests.training.tiny import TinyNet, make_config, make_trainer, states_equal
 
-from widekernel.data.errors import ConfigError
-from widekernel.errors import ArgumentError, CheckpointError
+from widekernel.errors import ArgumentError, CheckpointError, ConfigError
 from widekernel.sparsity import DynamicSparsityConfig, load_masks, save_masks
 from widekernel.sparsity.semi_structured import SemiStructuredConfig
 from widekernel.tasks.config import ModelConfig, TrainConfig

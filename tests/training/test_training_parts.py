@@ -9,8 +9,8 @@ from PIL import Image
 from tests.training.tiny import TinyNet, array_source, make_config, make_trainer
 from torch import nn
 
-from widekernel.data import AugmentConfig, ConfigError, DataError
-from widekernel.errors import WidekernelError
+from widekernel.data import AugmentConfig
+from widekernel.errors import ConfigError, DataError, WidekernelError
 from widekernel.training import (
     EmaConfig,
     LoopConfig,

@@ -26,7 +26,7 @@ from widekernel import accelerate, fold, ops
 from widekernel.errors import ArgumentError
 from widekernel.layers import DepthwiseConv2d, PointwiseConv2d, PointwiseLinear
 from widekernel.transforms.acceleration import timing
-from widekernel.transforms.acceleration.observation import Situation
+from widekernel.transforms.acceleration.input_capture import Situation
 
 OURS = (DepthwiseConv2d, PointwiseConv2d, PointwiseLinear)
 NETWORKS = {

@@ -18,8 +18,8 @@ from tests.layers.helpers import assert_close, randomised
 from widekernel.layers import FoldedLargeKernel, LargeKernel, PartialChannels
 from widekernel.layers.alterations import alteration
 from widekernel.layers.large_kernel import is_plain_relu
-from widekernel.sparsity.compaction import compact, compact_report
 from widekernel.sparsity.semi_structured.controller import keep_in_evaluation
+from widekernel.transforms.compaction import compact, compact_report
 
 BLOCK = "stages.0.blocks.0"
 

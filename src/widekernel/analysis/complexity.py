@@ -18,10 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from widekernel.errors import ShapeError
 from widekernel.layers import FoldedLargeKernel, LargeKernel
+from widekernel.layers.notes import recall
 from widekernel.layers.sources import SourceGroup, rects_of
-from widekernel.sparsity.compaction import compact
 from widekernel.sparsity.semi_structured import SemiStructured, convert
-from widekernel.sparsity.semi_structured.manifest import recall
+from widekernel.transforms.compaction import compact
 from widekernel.transforms.fold import fold
 
 aten = torch.ops.aten

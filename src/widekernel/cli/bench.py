@@ -12,16 +12,15 @@ from rich.table import Table
 
 from widekernel.cli.console import for_tables, progress, progress_console, results
 from widekernel.cli.parsing import listed, new_parser, parse
-from widekernel.data.config import require
-from widekernel.data.errors import ConfigError
-from widekernel.errors import nearest
+from widekernel.errors import ConfigError, nearest
+from widekernel.settings import require
 
 if TYPE_CHECKING:
-    from widekernel.analysis.benchmark import Case
-    from widekernel.analysis.benchmark.course import Course
-    from widekernel.analysis.benchmark.devices import Accelerator
-    from widekernel.analysis.benchmark.gpu import Gpu
-    from widekernel.analysis.benchmark.tables import Column
+    from widekernel.bench import Case
+    from widekernel.bench.devices import Accelerator
+    from widekernel.bench.gpu import Gpu
+    from widekernel.bench.tables import Column
+    from widekernel.bench.time_budget import Course
 
 _OPS = (
     "Time depthwise convolutions with large kernels: forward, input gradient and weight gradient, ours against PyTorch "
@@ -60,7 +59,7 @@ def _bench_ops(arguments: list[str]) -> int:
     values = parse(_ops_parser(), arguments)
     require(values["batch"] is None or values["batch"] > 0, "batch", values["batch"], "positive")
     files, accelerator = _check_common(values, "ops")
-    from widekernel.analysis.benchmark import (
+    from widekernel.bench import (
         PASSES,
         check_operator,
         engines,
@@ -69,7 +68,7 @@ def _bench_ops(arguments: list[str]) -> int:
         tables,
         using_threads,
     )
-    from widekernel.analysis.benchmark.plots import draw
+    from widekernel.bench.plots import draw
     from widekernel.ops.problem import check_algorithm
 
     passes = [dict(zip(_PASSES, PASSES))[name] for name in listed("passes", values["passes"], _PASSES)]
@@ -104,10 +103,10 @@ def _bench_ops(arguments: list[str]) -> int:
 def _ops_on_device(
     values: dict[str, Any], passes: list[str], files: dict[str, Path], accelerator: Accelerator, command: str
 ) -> int:
-    from widekernel.analysis.benchmark import tables
-    from widekernel.analysis.benchmark.device_operators import Plan, measure_cases
-    from widekernel.analysis.benchmark.plots import draw_device
-    from widekernel.analysis.benchmark.precision import PRECISIONS
+    from widekernel.bench import tables
+    from widekernel.bench.device_operators import Plan, measure_cases
+    from widekernel.bench.plots import draw_device
+    from widekernel.bench.precision import PRECISIONS
 
     precisions = values["dtypes"] or list(PRECISIONS.values())
     cases, remarks = _cases(values, "layers", _CUDA_BATCH)
@@ -128,9 +127,9 @@ def _on_device(
     values: dict[str, Any], files: dict[str, Path], accelerator: Accelerator, steps: int, measure: Callable[..., Iterator]
 ) -> tuple[list, Gpu, Course]:
     """Measure the device and then what `measure` does on it; each row is in the CSV file before the next one is begun."""
-    from widekernel.analysis.benchmark import gpu as limits
-    from widekernel.analysis.benchmark import tables, using_threads
-    from widekernel.analysis.benchmark.course import Course
+    from widekernel.bench import gpu as limits
+    from widekernel.bench import tables, using_threads
+    from widekernel.bench.time_budget import Course
 
     course = Course(values["minutes"])
     rows: list = []
@@ -146,9 +145,9 @@ def _bench_models(arguments: list[str]) -> int:
     require(values["size"] is None or values["size"] > 0, "size", values["size"], "positive")
     batches = _numbers("batch", values["batch"])
     files, accelerator = _check_common(values, "models")
-    from widekernel.analysis.benchmark import check_operator, measure_machine, tables, using_threads
-    from widekernel.analysis.benchmark.named import built, check_names
-    from widekernel.analysis.benchmark.networks import MODES, measure_network
+    from widekernel.bench import check_operator, measure_machine, tables, using_threads
+    from widekernel.bench.lookup import built, check_names
+    from widekernel.bench.networks import MODES, measure_network
 
     modes = listed("modes", values["modes"], MODES)
     if accelerator is not None:
@@ -185,10 +184,10 @@ def _models_on_device(
     accelerator: Accelerator,
     command: str,
 ) -> int:
-    from widekernel.analysis.benchmark import device_networks as measuring
-    from widekernel.analysis.benchmark import tables
-    from widekernel.analysis.benchmark.named import built, check_names
-    from widekernel.analysis.benchmark.precision import BFLOAT16
+    from widekernel.bench import device_networks as measuring
+    from widekernel.bench import tables
+    from widekernel.bench.lookup import built, check_names
+    from widekernel.bench.precision import BFLOAT16
 
     names = values["names"] or measuring.DEFAULT_NETWORKS
     check_names(names)
@@ -262,8 +261,8 @@ def _check_common(values: dict[str, Any], kind: str) -> tuple[dict[str, Path], A
     Returns:
         the files to write, and the device, which is None for the CPU.
     """
-    from widekernel.analysis.benchmark import devices
-    from widekernel.analysis.benchmark.precision import FLOAT32, parse_precisions
+    from widekernel.bench import devices
+    from widekernel.bench.precision import FLOAT32, parse_precisions
 
     for key in ("threads", "rounds", "seconds", "minutes"):
         require(values[key] is None or values[key] > 0, key, values[key], "positive")
@@ -298,7 +297,7 @@ def _numbers(option: str, text: str | None) -> list[int]:
 
 
 def _cases(values: dict[str, Any], usual: str, batch: int | None) -> tuple[list[Case], list[str]]:
-    from widekernel.analysis.benchmark import choose, parse_case
+    from widekernel.bench import choose, parse_case
 
     shape, kernel, names = values["shape"], values["kernel"], values["cases"]
     if shape is None and kernel is None:
@@ -334,7 +333,7 @@ class _Page(NamedTuple):
 
     def show(self, rows: Sequence[Any], files: dict[str, Path], remarks: Sequence[str] = ()) -> None:
         """Print the table with the facts below it, then `remarks`, and write the page if a file is asked for."""
-        from widekernel.analysis.benchmark import tables
+        from widekernel.bench import tables
 
         console = for_tables()
         table = Table(title=self.title, caption="\n".join(self.facts), caption_justify="left")

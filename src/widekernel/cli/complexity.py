@@ -13,7 +13,7 @@ from rich.table import Table
 from widekernel.cli.console import for_tables
 from widekernel.cli.parsing import new_parser, parse, typed
 from widekernel.cli.source import add_source_arguments, loaded, source_from
-from widekernel.data.config import require
+from widekernel.settings import require
 
 if TYPE_CHECKING:
     from torch import nn

@@ -1,6 +1,5 @@
 """The demo's one picture: digits with predictions, curves, a kernel before and after folding, and the confusions."""
 
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -8,12 +7,12 @@ from typing import Any, cast
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.figure import SubFigure
 from matplotlib.image import AxesImage
 from PIL import Image
 from torch import Tensor, nn
 
+from widekernel.figures import new_figure, to_png
 from widekernel.files import write_atomically
 from widekernel.layers import FoldedLargeKernel, LargeKernel, Rect
 from widekernel.layers.norms import affine_of
@@ -50,8 +49,7 @@ class PictureContent:
 
 def draw(content: PictureContent, path: Path) -> None:
     """Draw ``content`` and write it to ``path`` as PNG."""
-    figure = Figure(figsize=(17, 13), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(17, 13)
     top, middle, bottom = cast(Any, figure.subfigures(3, 1, height_ratios=[1, 0.95, 1]))
     left, right = top.subfigures(1, 2, width_ratios=[1, 1.35])
     _draw_digits(left, content)
@@ -63,9 +61,8 @@ def draw(content: PictureContent, path: Path) -> None:
     confusion, table = bottom.subplots(1, 2, width_ratios=[1, 1.35])
     _draw_confusion(confusion, content)
     _draw_table(table, content)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=90)
-    write_atomically(path, lambda file: file.write(buffer.getvalue()))
+    picture = to_png(figure, dpi=90)
+    write_atomically(path, lambda file: file.write(picture))
 
 
 def _draw_digits(figure: SubFigure, content: PictureContent) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from widekernel.data.errors import ConfigError
+from widekernel.errors import ConfigError
 from widekernel.training.run_folder import RunFolder
 
 

@@ -9,7 +9,7 @@ from widekernel.cli.console import results
 from widekernel.cli.files import output_file
 from widekernel.cli.parsing import new_parser, parse
 from widekernel.cli.source import add_source_arguments, loaded, source_from
-from widekernel.data.errors import ConfigError
+from widekernel.errors import ConfigError
 from widekernel.tasks.sources import Source
 
 

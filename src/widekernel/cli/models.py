@@ -7,8 +7,7 @@ from rich.table import Table
 
 from widekernel.cli.console import results
 from widekernel.cli.parsing import new_parser, parse
-from widekernel.data.errors import ConfigError
-from widekernel.errors import nearest
+from widekernel.errors import ConfigError, nearest
 
 
 def make_parser() -> jsonargparse.ArgumentParser:

@@ -8,7 +8,8 @@ from typing import Any
 import jsonargparse
 
 from widekernel.cli.parsing import known_keys, parse, settings_by_key
-from widekernel.data.config import DataConfig, require
+from widekernel.data.config import DataConfig
+from widekernel.settings import require
 from widekernel.tasks.sources import Source
 
 

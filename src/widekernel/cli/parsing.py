@@ -11,8 +11,7 @@ import jsonargparse
 import yaml
 
 from widekernel.cli.paths import with_paths_expanded
-from widekernel.data.errors import ConfigError
-from widekernel.errors import nearest
+from widekernel.errors import ConfigError, nearest
 
 FREE_KEYS = ("model.args", "model_args")
 """Keys whose content is up to the model, so that anything below them is accepted."""

@@ -14,7 +14,7 @@ from widekernel.cli.options import EvalOptions, with_data_of_the_run
 from widekernel.cli.parsing import build, new_parser, parse
 from widekernel.cli.source import add_source_arguments, loaded, source_from
 from widekernel.data.config import DataConfig
-from widekernel.data.errors import ConfigError
+from widekernel.errors import ConfigError
 from widekernel.tasks.sources import Source
 from widekernel.tasks.sparsify_config import LearningConfig, SparsifyConfig
 from widekernel.training.interrupts import Interrupted

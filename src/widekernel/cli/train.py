@@ -11,8 +11,8 @@ import jsonargparse
 
 from widekernel.cli.console import ConsoleReporter, results
 from widekernel.cli.parsing import build, known_keys, new_parser, parse, read_settings, settings_by_key, typed
-from widekernel.data.errors import ConfigError
 from widekernel.data.paths import expanded
+from widekernel.errors import ConfigError
 from widekernel.recipes import load_recipe
 from widekernel.tasks.config import TrainConfig
 from widekernel.training.interrupts import Interrupted

@@ -13,9 +13,8 @@ import jsonargparse
 
 from widekernel.cli.console import progress, results
 from widekernel.cli.parsing import listed, new_parser, parse
-from widekernel.data.config import require
-from widekernel.data.errors import ConfigError
-from widekernel.errors import WidekernelError
+from widekernel.errors import ConfigError, WidekernelError
+from widekernel.settings import require
 
 if TYPE_CHECKING:
     from widekernel.ops.gpu import tables
@@ -87,8 +86,8 @@ def make_parser() -> jsonargparse.ArgumentParser:
 
 def _check(values: dict[str, Any]) -> None:
     """Refuse what means nothing before anything takes time; fill in defaults and read lists."""
-    from widekernel.analysis.benchmark.named import check_names
-    from widekernel.analysis.benchmark.precision import parse_precisions
+    from widekernel.bench.lookup import check_names
+    from widekernel.bench.precision import parse_precisions
     from widekernel.cli.tune_problems import MODES
     from widekernel.ops.problem import LAYOUTS
 
@@ -143,8 +142,8 @@ def _target(values: dict[str, Any]) -> Path:
 
 def _problems(values: dict[str, Any], rig: Rig) -> list[Problem]:
     """Give what is to be tuned, the longest first."""
-    from widekernel.analysis.benchmark import parse_case
-    from widekernel.analysis.benchmark.named import built
+    from widekernel.bench import parse_case
+    from widekernel.bench.lookup import built
     from widekernel.cli.tune_problems import Runs, problems_of_case, problems_of_network
     from widekernel.ops.gpu import backend
     from widekernel.ops.gpu.tuning import by_weight

@@ -17,8 +17,8 @@ from widekernel.ops.gpu import backend as gpu
 from widekernel.ops.problem import DEPTHWISE_SUM, DEPTHWISE_WEIGHT_GRAD, LAYOUTS, Anchor, Problem, memory_format, mirror
 
 if TYPE_CHECKING:
-    from widekernel.analysis.benchmark import Case
-    from widekernel.analysis.benchmark.precision import Precision
+    from widekernel.bench import Case
+    from widekernel.bench.precision import Precision
 
 TRAIN, INFER = MODES = ("train", "infer")
 _FEW = 2
@@ -103,7 +103,7 @@ class _Noting:
 
 
 def _counted(model: nn.Module, size: int, runs: Runs, device: torch.device) -> Counter[Problem]:
-    from widekernel.analysis.benchmark.precision import in_force
+    from widekernel.bench.precision import in_force
     from widekernel.tasks.channels import input_channels
 
     channels = input_channels(model)

@@ -14,24 +14,23 @@ from rich.table import Table
 from rich.text import Text
 
 from widekernel.cli.console import for_tables, progress, results
-from widekernel.data.config import require
-from widekernel.data.errors import ConfigError
-from widekernel.errors import WidekernelError
+from widekernel.errors import ConfigError, WidekernelError
 from widekernel.ops.gpu import tables
 from widekernel.ops.gpu.plan import SLOWER
 from widekernel.ops.problem import DEPTHWISE_BRANCHES, DEPTHWISE_SUM_OF_BRANCHES
+from widekernel.settings import require
 
 if TYPE_CHECKING:
-    from widekernel.analysis.benchmark.course import Course
-    from widekernel.analysis.benchmark.devices import Accelerator
-    from widekernel.analysis.benchmark.timing import Stopwatch
+    from widekernel.bench.devices import Accelerator
+    from widekernel.bench.time_budget import Course
+    from widekernel.bench.timing import Stopwatch
     from widekernel.ops.gpu.tuning import Rig, Trial, Tuning
     from widekernel.ops.problem import Problem
 
 
 def rig_on(device: str, seconds: float) -> Rig:
     """Give what measures on a CUDA device."""
-    from widekernel.analysis.benchmark import devices
+    from widekernel.bench import devices
     from widekernel.ops.gpu import backend
     from widekernel.ops.gpu.tuning import Rig
 
@@ -62,7 +61,7 @@ def _accelerator(device: str, give: Callable[[str], Accelerator | None]) -> Acce
 @contextmanager
 def _conditions(accelerator: Accelerator, problem: Problem) -> Iterator[None]:
     """Compute a problem on the device, with PyTorch's settings for its type and cuDNN looking for its fastest way."""
-    from widekernel.analysis.benchmark.precision import PRECISIONS, TF32, in_force
+    from widekernel.bench.precision import PRECISIONS, TF32, in_force
 
     precision = TF32 if problem.tf32 else PRECISIONS[str(problem.dtype).removeprefix("torch.")]
     with accelerator.current(), in_force(precision):
@@ -71,8 +70,8 @@ def _conditions(accelerator: Accelerator, problem: Problem) -> Iterator[None]:
 
 def in_turns(calls: Mapping[str, Callable[[], Any]], stopwatch: Stopwatch, seconds: float) -> dict[str, float]:
     """Give the median seconds of each call."""
-    from widekernel.analysis.benchmark.device_operators import PATIENCE
-    from widekernel.analysis.benchmark.timing import first_calls, interleave
+    from widekernel.bench.device_operators import PATIENCE
+    from widekernel.bench.timing import first_calls, interleave
 
     # One by one, so that what each returns is freed before the next.
     first = {name: first_calls({name: call}, stopwatch)[1][name] for name, call in calls.items()}
@@ -98,7 +97,7 @@ class Session:
     @classmethod
     def begun(cls, values: dict[str, Any], rig: Rig, target: Path) -> Session:
         """Begin to count the minutes."""
-        from widekernel.analysis.benchmark.course import Course
+        from widekernel.bench.time_budget import Course
         from widekernel.ops.gpu.tuning import versions
 
         gpu = rig.name if values["table"] is None else rig.chip.name
@@ -132,7 +131,7 @@ class Session:
 
     def _tune(self, problem: Problem) -> tables.Entries:
         """Tune a problem and give what was written: one entry, or none if nothing works."""
-        from widekernel.analysis.benchmark.errors import DeviceLostError
+        from widekernel.bench.errors import DeviceLostError
         from widekernel.ops.gpu.tuning import Tuning
 
         tuning = Tuning(problem, self.rig, self.most)

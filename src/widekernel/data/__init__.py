@@ -7,7 +7,6 @@ from widekernel.lazy import attach
 if TYPE_CHECKING:
     from widekernel.data.config import AugmentConfig, DataConfig
     from widekernel.data.datasets import open_split, open_train_and_val
-    from widekernel.data.errors import ConfigError, DataError
     from widekernel.data.loading import (
         Batch,
         EvaluationSamples,
@@ -23,9 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AugmentConfig",
     "Batch",
-    "ConfigError",
     "DataConfig",
-    "DataError",
     "EvaluationSamples",
     "ImageSource",
     "LoaderOptions",
@@ -41,9 +38,7 @@ __all__ = [
 _WHERE = {
     "AugmentConfig": "widekernel.data.config",
     "Batch": "widekernel.data.loading",
-    "ConfigError": "widekernel.data.errors",
     "DataConfig": "widekernel.data.config",
-    "DataError": "widekernel.data.errors",
     "EvaluationSamples": "widekernel.data.loading",
     "ImageSource": "widekernel.data.sources",
     "LoaderOptions": "widekernel.data.loading",
@@ -55,4 +50,5 @@ _WHERE = {
     "open_split": "widekernel.data.datasets",
     "open_train_and_val": "widekernel.data.datasets",
 }
-__getattr__, __dir__ = attach(__name__, _WHERE)
+_MOVED = {"ConfigError": "widekernel.errors", "DataError": "widekernel.errors"}
+__getattr__, __dir__ = attach(__name__, _WHERE, _MOVED)

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from widekernel.data.errors import DataError
 from widekernel.data.formats import ending_of, is_clutter, printable
+from widekernel.errors import DataError
 
 SPARSE = "is stored with holes; create the archive without --sparse"
 LOST = "is a link to a file that is not in the archive"

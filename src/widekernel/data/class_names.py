@@ -1,8 +1,8 @@
 """Whether the folders that are taken for classes are classes."""
 
-from widekernel.data.errors import DataError
 from widekernel.data.formats import listed, printable
 from widekernel.data.listing import Listing, twins
+from widekernel.errors import DataError
 
 SPLITS = frozenset({"train", "training", "trainval", "val", "valid", "validation", "dev", "test", "testing"})
 """Names of splits, in lower case."""

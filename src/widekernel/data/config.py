@@ -1,26 +1,11 @@
 """Configuration of data sets, preprocessing and augmentation."""
 
-import math
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
-from widekernel.data.errors import ConfigError
-
-
-def require(ok: bool, key: str, value: object, rule: str) -> None:
-    """Raise a ``ConfigError`` for ``key`` unless ``ok``."""
-    if not ok:
-        raise ConfigError(f"{key} is {value!r}, but must be {rule}.")
-
-
-def require_finite(settings: Any, section: str) -> None:
-    """Raise a ``ConfigError`` if a number among the fields of the dataclass ``settings`` is infinite or NaN."""
-    for field in fields(settings):
-        value = getattr(settings, field.name)
-        numbers = value if isinstance(value, (tuple, list)) else (value,)
-        ok = all(math.isfinite(number) for number in numbers if isinstance(number, float))
-        require(ok, f"{section}.{field.name}", value, "finite")
+from widekernel.errors import ConfigError
+from widekernel.settings import require, require_finite
 
 
 def processors() -> int:

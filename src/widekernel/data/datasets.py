@@ -10,13 +10,12 @@ from timm.data import create_dataset
 from widekernel.data.class_names import refuse_one_class
 from widekernel.data.config import DataConfig
 from widekernel.data.digits import load_digits
-from widekernel.data.errors import DataError
 from widekernel.data.formats import listed
 from widekernel.data.paths import expanded
 from widekernel.data.places import how_to_go_deeper, open_files
 from widekernel.data.sources import FileSource, ImageSource, MappedSource
 from widekernel.data.torchvision_sets import class_names, known_names, open_torchvision
-from widekernel.errors import nearest
+from widekernel.errors import DataError, nearest
 
 STREAMED_PREFIXES = ("tfds", "wds", "hfids")
 

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from widekernel.data.errors import DataError
 from widekernel.data.sources import ArraySource, ImageSource
+from widekernel.errors import DataError
 
 HELD_OUT = 0.2
 """Share of the digits held out, the same number in every class up to one."""

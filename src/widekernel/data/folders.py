@@ -7,13 +7,13 @@ from pathlib import Path
 from PIL import Image
 from typing_extensions import override
 
-from widekernel.data.errors import DataError
 from widekernel.data.formats import ending_of, image_endings, is_clutter, listed
 from widekernel.data.images import UnreadableImageError, decode_image
 from widekernel.data.links import Links
 from widekernel.data.listing import LeftOut, Listing, order_of_classes
 from widekernel.data.names import in_order, normalised
 from widekernel.data.sources import FileSource
+from widekernel.errors import DataError
 
 
 class FolderSource(FileSource):

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from widekernel.data.errors import DataError
+from widekernel.errors import DataError
 
 
 class Links:

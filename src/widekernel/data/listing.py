@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from widekernel.data.errors import DataError
 from widekernel.data.formats import ending_of, listed, printable, usual_endings
 from widekernel.data.names import Names, normalised
+from widekernel.errors import DataError
 
 
 @dataclass

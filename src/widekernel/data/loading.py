@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from widekernel.data.errors import DataError
 from widekernel.data.images import UnreadableImageError
 from widekernel.data.preprocess import ImageTransform
 from widekernel.data.seeding import derive_seed, scoped_seed
 from widekernel.data.sources import ImageSource
+from widekernel.errors import DataError
 
 # First keys of the random streams: each purpose draws from its own.
 SHUFFLE_STREAM, AUGMENT_STREAM, MIX_STREAM = 1, 2, 3

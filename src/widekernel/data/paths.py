@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from widekernel.data.errors import ConfigError
+from widekernel.errors import ConfigError
 
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
 

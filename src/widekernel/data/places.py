@@ -6,12 +6,12 @@ from pathlib import Path
 
 from widekernel.data.class_names import SPLITS, question_classes
 from widekernel.data.config import DataConfig
-from widekernel.data.errors import DataError
 from widekernel.data.folders import FolderSource
 from widekernel.data.formats import ending_of, image_endings, is_clutter, listed
 from widekernel.data.paths import expanded
 from widekernel.data.sources import FileSource
 from widekernel.data.tars import TarSource
+from widekernel.errors import DataError
 
 _PACKED = {
     b"PK\x03\x04": ("a zip archive", "unzip"), b"\x1f\x8b": ("compressed by gzip", "gunzip"),

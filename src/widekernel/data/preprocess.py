@@ -10,7 +10,7 @@ from timm.data.auto_augment import posterize
 from torch import Tensor
 
 from widekernel.data.config import AugmentConfig, DataConfig
-from widekernel.data.errors import ConfigError
+from widekernel.errors import ConfigError
 
 ImageTransform = Callable[[Image.Image], Tensor]
 

@@ -11,12 +11,12 @@ from typing_extensions import override
 
 from widekernel.data.archives import LOST, Contents, read_contents
 from widekernel.data.class_names import SPLITS
-from widekernel.data.errors import DataError
 from widekernel.data.formats import ending_of, image_endings, is_clutter, listed, printable, usual_endings
 from widekernel.data.images import MAX_BYTES, UnreadableImageError, decode_bytes, too_large
 from widekernel.data.listing import Listing, order_of_classes
 from widekernel.data.names import place_of
 from widekernel.data.sources import FileSource
+from widekernel.errors import DataError
 
 
 class TarSource(FileSource):

@@ -9,7 +9,7 @@ from timm.data import create_dataset
 from torchvision import datasets
 
 from widekernel.data.config import DataConfig
-from widekernel.data.errors import DataError
+from widekernel.errors import DataError
 
 TIMM_NAMES = (
     "cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist", "places365", "imagenet", "inaturalist", "inat",

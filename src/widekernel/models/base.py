@@ -5,7 +5,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
 import torch
 from timm.layers import ClassifierHead, NormMlpClassifierHead, get_device_dtype, register_notrace_module
@@ -14,7 +14,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from widekernel import layers
-from widekernel.errors import ArgumentError, nearest
+from widekernel.errors import ArgumentError
 from widekernel.layers.folding import Fusable, is_folded
 from widekernel.layers.grouped import GroupedKernels
 from widekernel.layers.guarding import guard
@@ -309,13 +309,3 @@ def check_widths(**widths: Sequence[int]) -> None:
     for name, values in widths.items():
         if min(values) < 1:
             raise ArgumentError(f"{name} come out as {tuple(values)}: every stage needs at least one channel")
-
-
-def check_choices(config: Any) -> None:
-    """Raise unless every field of a configuration that is declared as one of several words is one of them."""
-    for name, kind in get_type_hints(type(config)).items():
-        words, value = get_args(kind), getattr(config, name)
-        if get_origin(kind) is Literal and value not in words:
-            choices = ", ".join(map(repr, words))
-            hint = nearest(str(value), words)
-            raise ArgumentError(f"{name} {value!r} is unknown: it must be one of {choices}.{hint}")

@@ -21,13 +21,13 @@ from widekernel.models.base import (
     Parts,
     Stage,
     StagedConvNet,
-    check_choices,
     check_stages,
 )
 from widekernel.models.blocks import MixerBlock, init_convnext, norm_downsample
 from widekernel.models.building import default_cfg, register
 from widekernel.models.layouts import convnext as layouts
 from widekernel.models.layouts.layout import Layout
+from widekernel.settings import require_literals
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class RoadmapConfig:
     def __post_init__(self) -> None:
         check_odd("kernel size", self.kernel_size)
         check_stages(depths=self.depths, stages=range(4))
-        check_choices(self)
+        require_literals(self)
         needs = {
             "layer_scale needs separate_downsample=True": self.layer_scale > 0 and not self.separate_downsample,
             "block='inverted' needs depthwise=True": self.block == "inverted" and not self.depthwise,

@@ -28,7 +28,6 @@ from widekernel.models.asked import Asked, Step
 from widekernel.models.base import (
     Parts,
     StagedConvNet,
-    check_choices,
     check_stages,
     check_widths,
 )
@@ -36,6 +35,7 @@ from widekernel.models.blocks import MixerBlock, convnext_parts, init_convnext
 from widekernel.models.building import default_cfg, register
 from widekernel.models.layouts import slak as layouts
 from widekernel.models.layouts.layout import Layout
+from widekernel.settings import require_literals
 
 Strips = Literal["free", "split", "shared", "shuffled"]
 Padding = Literal["full", "k-1", "same"]
@@ -78,7 +78,7 @@ class SLaKConfig:
 
     def __post_init__(self) -> None:
         check_stages(kernel_sizes=self.kernel_sizes, depths=self.depths, dims=self.dims)
-        check_choices(self)
+        require_literals(self)
         if self.strips != "shuffled" and (self.padding != "full" or self.branches != 1):
             raise ArgumentError("padding and branches are options of the slak_pw_* networks only")
         if not self.decomposed and self.strips != "free":

@@ -6,8 +6,7 @@ from typing import Any
 
 import yaml
 
-from widekernel.data.errors import ConfigError
-from widekernel.errors import nearest
+from widekernel.errors import ConfigError, nearest
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from widekernel.sparsity.setting_up import averaged_weights
+from widekernel.sparsity.init import averaged_weights
 from widekernel.sparsity.state import MaskState
 
 

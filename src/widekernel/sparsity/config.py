@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from widekernel.errors import ArgumentError, nearest
+from widekernel.settings import require, require_number, require_one_of, require_whole, require_within
 
 INITS = ("snip", "snip_mask", "erk", "uniform", "magnitude", "from_weights")
 GROWTHS = ("random", "gradient", "momentum", "none")
@@ -78,23 +78,23 @@ class DynamicSparsityConfig:
     rule: str = "exact"
 
     def __post_init__(self) -> None:
-        _within("sparsity", self.sparsity, 0, 1)
-        _one_of("init", self.init, INITS)
-        _one_of("prune", self.prune, ("magnitude",))
-        _one_of("growth", self.growth, GROWTHS)
-        _one_of("prune_schedule", self.prune_schedule, SCHEDULES)
-        _one_of("rule", self.rule, RULES)
+        require_within("sparsity", self.sparsity, 0, 1)
+        require_one_of("init", self.init, INITS)
+        require_one_of("prune", self.prune, ("magnitude",))
+        require_one_of("growth", self.growth, GROWTHS)
+        require_one_of("prune_schedule", self.prune_schedule, SCHEDULES)
+        require_one_of("rule", self.rule, RULES)
         for name in ("prune_fraction", "stop_fraction"):
-            _number(name, getattr(self, name))
-        _require(0 <= self.prune_fraction <= 1, "prune_fraction", self.prune_fraction, "from 0 to 1")
-        _require(0 < self.stop_fraction <= 1, "stop_fraction", self.stop_fraction, "above 0 and at most 1")
-        _within("momentum", self.momentum, 0, 1)
+            require_number(name, getattr(self, name))
+        require(0 <= self.prune_fraction <= 1, "prune_fraction", self.prune_fraction, "from 0 to 1")
+        require(0 < self.stop_fraction <= 1, "stop_fraction", self.stop_fraction, "above 0 and at most 1")
+        require_within("momentum", self.momentum, 0, 1)
         if not isinstance(self.regrow, bool):
             raise ArgumentError(f"regrow={self.regrow!r} must be True or False")
         for name, least in (("update_interval", 1), ("share_every", 1), ("min_fan_in", 0), ("seed", 0)):
-            _whole(name, getattr(self, name), least)
+            require_whole(name, getattr(self, name), least)
         if self.total_steps is not None:
-            _whole("total_steps", self.total_steps, 1)
+            require_whole("total_steps", self.total_steps, 1)
         self._check_layers()
         self._check_block()
         self._check_combinations()
@@ -104,7 +104,7 @@ class DynamicSparsityConfig:
             # One word that is no rule, nor resembles one, may be the name of a module.
             word = self.layers.strip() and not any(sign in self.layers for sign in "*?[,.")
             if not self.layers.strip() or (word and (self.layers in LAYER_RULES or nearest(self.layers, LAYER_RULES))):
-                _one_of("layers", self.layers, LAYER_RULES)
+                require_one_of("layers", self.layers, LAYER_RULES)
             else:
                 object.__setattr__(self, "layers", _split(self.layers))
         for name in ("layers", "exclude"):
@@ -122,7 +122,7 @@ class DynamicSparsityConfig:
 
     def _check_block(self) -> None:
         if isinstance(self.block, str):
-            _one_of("block", self.block, BLOCKS)
+            require_one_of("block", self.block, BLOCKS)
             return
         block = tuple(self.block) if isinstance(self.block, Sequence) else ()
         if len(block) != 2 or not all(isinstance(side, int) and side > 0 for side in block):
@@ -132,8 +132,8 @@ class DynamicSparsityConfig:
 
     def _check_combinations(self) -> None:
         if self.initial_sparsity is not None:
-            _within("initial_sparsity", self.initial_sparsity, 0, 1)
-            _require(
+            require_within("initial_sparsity", self.initial_sparsity, 0, 1)
+            require(
                 self.initial_sparsity <= self.sparsity, "initial_sparsity", self.initial_sparsity, f"at most {self.sparsity}"
             )
         if self.min_fan_in and self.block != "element":
@@ -211,28 +211,3 @@ def with_total_steps(config: DynamicSparsityConfig, total_steps: int) -> Dynamic
 
 def _split(text: str) -> tuple[str, ...]:
     return tuple(pattern.strip() for pattern in text.split(",") if pattern.strip())
-
-
-def _one_of(name: str, value: Any, known: Sequence[str]) -> None:
-    if value not in known:
-        raise ArgumentError(f"{name}={value!r} is unknown: use one of {', '.join(known)}.{nearest(str(value), known)}")
-
-
-def _require(holds: bool, name: str, value: Any, rule: str) -> None:
-    if not holds:
-        raise ArgumentError(f"{name}={value!r} is out of range: it must be {rule}")
-
-
-def _within(name: str, value: float, low: float, high: float) -> None:
-    _number(name, value)
-    _require(low <= value < high, name, value, f"from {low} to below {high}")
-
-
-def _number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise ArgumentError(f"{name}={value!r} is a {type(value).__name__}: give a number, such as 0.5")
-
-
-def _whole(name: str, value: int, least: int) -> None:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    _require(whole and value >= least, name, value, f"a whole number, at least {least}")

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from widekernel.errors import ArgumentError
-from widekernel.sparsity import exact, published
 from widekernel.sparsity.allocation import check_finite
 from widekernel.sparsity.averages import Averages
 from widekernel.sparsity.blocks import groups_of
 from widekernel.sparsity.config import DynamicSparsityConfig
 from widekernel.sparsity.gradients import Gradients
+from widekernel.sparsity.init import choices_for, snip_scores
 from widekernel.sparsity.kept import Kept
 from widekernel.sparsity.optimizers import (
     check_trained,
@@ -28,9 +28,9 @@ from widekernel.sparsity.optimizers import (
     with_closure,
 )
 from widekernel.sparsity.processes import check_equal
-from widekernel.sparsity.saving import restore_state, state_of
+from widekernel.sparsity.rules import exact, published
 from widekernel.sparsity.selection import Choice, check_whole, masked_parameters, unwrap
-from widekernel.sparsity.setting_up import choices_for, snip_scores
+from widekernel.sparsity.serialization import restore_state, state_of
 from widekernel.sparsity.state import Churn, MaskState
 from widekernel.sparsity.untold import UntoldSteps
 from widekernel.sparsity.watch import Watch

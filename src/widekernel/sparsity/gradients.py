@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from widekernel.sparsity import published
+from widekernel.sparsity.rules import published
 from widekernel.sparsity.state import MaskState
 
 

@@ -139,7 +139,7 @@ class SparsityReport:
 
     def picture(self) -> bytes:
         """Draw density per layer, churn per update and some kernels with their masks: a PNG file."""
-        from widekernel.sparsity.drawing import draw
+        from widekernel.sparsity.plot import draw
 
         return draw(self)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from widekernel.errors import ArgumentError, nearest
+from widekernel.settings import require, require_one_of
 
 METHODS = ("magnitude", "permuted", "learned")
 Axis = Literal["channels", "im2col", "taps"]
@@ -72,11 +73,7 @@ class SemiStructuredConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ArgumentError(
-                f"method {self.method!r} is unknown: it must be one of {', '.join(map(repr, METHODS))}."
-                f"{nearest(self.method, METHODS)}"
-            )
+        require_one_of("method", self.method, METHODS)
         check_axis(self.axis)
         if self.method == "permuted" and self.axis != "channels":
             raise ArgumentError(
@@ -91,16 +88,11 @@ class SemiStructuredConfig:
             raise ArgumentError(f"exclude={self.exclude!r} must be a tuple of names: write ({self.exclude!r},)")
         object.__setattr__(self, "exclude", tuple(self.exclude))
         for field in ("min_in_channels", "min_out_channels", "total_steps"):
-            _require(getattr(self, field) >= 1, field, getattr(self, field), "1 or more")
+            require(getattr(self, field) >= 1, field, getattr(self, field), "1 or more")
         for field in ("tau_start", "tau_end", "kappa_start", "kappa_end"):
-            _require(0 < getattr(self, field) < float("inf"), field, getattr(self, field), "positive")
-        _require(self.tau_end <= self.tau_start, "tau_end", self.tau_end, f"at most tau_start ({self.tau_start})")
+            require(0 < getattr(self, field) < float("inf"), field, getattr(self, field), "positive")
+        require(self.tau_end <= self.tau_start, "tau_end", self.tau_end, f"at most tau_start ({self.tau_start})")
         for field in ("prior_strength", "entropy_penalty", "weight_regularization"):
-            _require(0 <= getattr(self, field) < float("inf"), field, getattr(self, field), "0 or more")
+            require(0 <= getattr(self, field) < float("inf"), field, getattr(self, field), "0 or more")
         for field in ("permutation_rounds", "permutation_escapes", "seed"):
-            _require(getattr(self, field) >= 0, field, getattr(self, field), "0 or more")
-
-
-def _require(ok: bool, name: str, value: object, rule: str) -> None:
-    if not ok:
-        raise ArgumentError(f"{name}={value!r} must be {rule}: change it in SemiStructuredConfig")
+            require(getattr(self, field) >= 0, field, getattr(self, field), "0 or more")

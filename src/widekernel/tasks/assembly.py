@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 import widekernel.models  # noqa: F401 - registers the models with timm
-from widekernel.data.errors import ConfigError
-from widekernel.errors import WidekernelError, nearest
+from widekernel.errors import ConfigError, WidekernelError, nearest
 
 
 def build_model(name: str, num_classes: int | None, args: dict[str, Any], pretrained: bool = False) -> nn.Module:

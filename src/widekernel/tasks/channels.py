@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from PIL import Image
 from torch import Tensor, nn
 
-from widekernel.data.errors import ConfigError
 from widekernel.data.preprocess import ImageTransform
+from widekernel.errors import ConfigError
 from widekernel.tasks.assembly import pretrained_cfg
 
 RGB = 3

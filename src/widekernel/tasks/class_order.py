@@ -7,10 +7,9 @@ from pathlib import Path
 from timm.data import ImageNetInfo
 from timm.utils.misc import natural_key
 
-from widekernel.data import DataError
 from widekernel.data.formats import listed, printable
 from widekernel.data.names import normalised
-from widekernel.errors import CheckpointError
+from widekernel.errors import CheckpointError, DataError
 from widekernel.tasks.saved import SavedModel, read_saved
 
 

@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader
 
 from widekernel.data import (
     Batch,
-    ConfigError,
     EvaluationSamples,
     ImageSource,
     LoaderOptions,
@@ -29,7 +28,7 @@ from widekernel.data import (
 from widekernel.data.loading import MIX_STREAM
 from widekernel.data.paths import expanded
 from widekernel.data.seeding import scoped_seed
-from widekernel.errors import CheckpointError
+from widekernel.errors import CheckpointError, ConfigError
 from widekernel.files import explained, write_atomically
 from widekernel.sparsity import save_masks
 from widekernel.tasks.assembly import build_model, choose_device, pretrained_cfg

@@ -3,8 +3,9 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from widekernel.data.config import AugmentConfig, DataConfig, require
-from widekernel.data.errors import ConfigError
+from widekernel.data.config import AugmentConfig, DataConfig
+from widekernel.errors import ConfigError
+from widekernel.settings import require
 from widekernel.training.config import (
     CheckpointConfig,
     EmaConfig,

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from widekernel.data.errors import DataError
 from widekernel.data.loading import Unreadable
+from widekernel.errors import DataError
 from widekernel.training.failures import explained_failure
 from widekernel.training.loop import check_unreadable
 from widekernel.training.processes import Processes

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from widekernel.data import ConfigError, DataConfig, Preprocessing
-from widekernel.errors import CheckpointError
+from widekernel.data import DataConfig, Preprocessing
+from widekernel.errors import CheckpointError, ConfigError
 from widekernel.tasks.assembly import build_model, pretrained_cfg
 from widekernel.tasks.saved import SavedModel, restore_model
 from widekernel.tasks.sources import Source

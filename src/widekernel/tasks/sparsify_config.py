@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from widekernel.data.config import require
-from widekernel.data.errors import ConfigError
+from widekernel.errors import ConfigError
+from widekernel.settings import require
 
 Method = Literal["magnitude", "permuted", "learned"]
 

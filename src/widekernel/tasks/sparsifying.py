@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from widekernel.data import AugmentConfig, DataConfig
-from widekernel.data.errors import ConfigError
+from widekernel.errors import ConfigError
 from widekernel.sparsity import DynamicSparsity, DynamicSparsityConfig, SparsityReport, load_masks, semi_structured
 from widekernel.sparsity.selection import Choice
 from widekernel.tasks.channels import input_channels

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from widekernel.data.config import processors
-from widekernel.data.errors import ConfigError
+from widekernel.errors import ConfigError
 from widekernel.sparsity.config import with_total_steps
 from widekernel.training.config import SparsityConfig, TrainingConfig
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from widekernel.data.config import require, require_finite
-from widekernel.data.errors import ConfigError
+from widekernel.errors import ConfigError
+from widekernel.settings import require, require_finite
 from widekernel.sparsity import DynamicSparsityConfig
 from widekernel.sparsity.two_four_config import SemiStructuredConfig
 

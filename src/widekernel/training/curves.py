@@ -1,9 +1,9 @@
 """Training curves as a picture, drawn without touching matplotlib's global state."""
 
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from widekernel.figures import new_figure, to_png
 from widekernel.files import explained, write_atomically
 
 if TYPE_CHECKING:
@@ -16,18 +16,13 @@ def save_curves(rows: list[dict[str, Any]], path: Path) -> None:
     Raises:
         WidekernelError: the picture cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(10, 4)
     left, right = figure.subplots(1, 2)
     draw_loss(left, rows)
     draw_accuracy(right, rows)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
+    picture = to_png(figure, dpi=120)
     with explained(path):
-        write_atomically(path, lambda file: file.write(buffer.getvalue()))
+        write_atomically(path, lambda file: file.write(picture))
 
 
 def draw_loss(axes: "Axes", rows: list[dict[str, Any]]) -> None:

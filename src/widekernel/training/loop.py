@@ -11,9 +11,8 @@ import torch
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 
-from widekernel.data.errors import ConfigError, DataError
 from widekernel.data.loading import Batch, TrainingLoader, Unreadable
-from widekernel.errors import CheckpointError, WidekernelError
+from widekernel.errors import CheckpointError, ConfigError, DataError, WidekernelError
 from widekernel.training.checkpoint import CheckpointStore
 from widekernel.training.checks import check_length
 from widekernel.training.config import Metrics, TrainingConfig

@@ -8,8 +8,7 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.optim import Optimizer
 
-from widekernel.data.errors import ConfigError
-from widekernel.errors import in_short, nearest
+from widekernel.errors import ConfigError, in_short, nearest
 from widekernel.training.config import OptimizerConfig, ScheduleConfig
 
 

@@ -14,7 +14,7 @@ import torch
 from tests.ops.cases import definition, relative_error
 from tests.ops.gpu.helpers import DEVICE
 from widekernel.ops import reference
-from widekernel.ops.gpu import backend, rivals, tables, tuning
+from widekernel.ops.gpu import backend, baselines, tables, tuning
 from widekernel.ops.gpu.configs import Channels, Config, Flat, Planes, ToeplitzGrad
 from widekernel.ops.gpu.plan import ranked
 from widekernel.ops.gpu.tuning import Rig, Tuning
@@ -78,15 +78,17 @@ def ours(of: Problem, count: int) -> list[str]:
 @pytest.mark.parametrize("of", PROBLEMS, ids=tables.key_of)
 def test_the_fastest_wins_and_is_used(of: Problem) -> None:
     names = ours(of, 2)
-    clock = Clock(**{names[0]: 3e-5, names[1]: 2e-5, rivals.in_place(of): 5e-5, "PyTorch NCHW": 4e-5, "PyTorch NHWC": 6e-5})
+    clock = Clock(
+        **{names[0]: 3e-5, names[1]: 2e-5, baselines.in_place(of): 5e-5, "PyTorch NCHW": 4e-5, "PyTorch NHWC": 6e-5}
+    )
     done = Tuning(of, rig(clock), 2)
     done.run()
     assert not done.failure and not done.wrong()
-    assert clock.measured[:2] == names and rivals.in_place(of) in clock.measured[2:]
+    assert clock.measured[:2] == names and baselines.in_place(of) in clock.measured[2:]
     assert all(0 <= trial.error < 1e-2 for trial in done.trials)
     entry = done.entry(USED)
     best = 4e-5 if "PyTorch NCHW" in clock.measured else 5e-5
-    in_place = clock.seconds[rivals.in_place(of)]
+    in_place = clock.seconds[baselines.in_place(of)]
     assert entry["us"] == 20 and entry["pytorch_us"] == pytest.approx(1e6 * in_place)
     assert entry["best_pytorch_us"] == pytest.approx(1e6 * best)
     assert entry["candidates"] == 2 and {name: entry[name] for name in USED} == USED
@@ -100,7 +102,7 @@ def test_the_fastest_wins_and_is_used(of: Problem) -> None:
 @pytest.mark.parametrize("of", PROBLEMS, ids=tables.key_of)
 def test_what_results_are_compared_with(of: Problem) -> None:
     """PyTorch's ways and the exact results are those of the definition."""
-    numbers = rivals.Numbers.drawn(of, torch.device(DEVICE))
+    numbers = baselines.Numbers.drawn(of, torch.device(DEVICE))
     xs, kernels, grad = (numbers.xs, numbers.kernels, numbers.grad)
     if grad is not None:
         wanted = [reference.depthwise_weight_grad(xs[0].double(), grad.double(), of.kernels[0], of.anchors[0])]
@@ -108,24 +110,24 @@ def test_what_results_are_compared_with(of: Problem) -> None:
         sources = xs if len(xs) > 1 else xs * len(kernels)
         wanted = [definition(x.double(), [kernel.double()], [at]) for x, kernel, at in zip(sources, kernels, of.anchors)]
         wanted = wanted if of.op == DEPTHWISE_BRANCHES else [sum(wanted)]  # type: ignore[list-item]
-    for call in rivals.pytorchs_calls(of, numbers).values():
+    for call in baselines.pytorchs_calls(of, numbers).values():
         result = call()
         for y, exact in zip([result] if isinstance(result, torch.Tensor) else result, wanted):
             assert relative_error(y, exact) < 2e-2
     if grad is None:
-        for y, exact in zip(rivals.exact(of, numbers), wanted):
+        for y, exact in zip(baselines.exact(of, numbers), wanted):
             assert relative_error(y, exact[[0, 2]]) < 1e-12
     else:
         few = numbers.with_few_gradients()
         exact = reference.depthwise_weight_grad(xs[0].double(), few.grad.double(), of.kernels[0], of.anchors[0])
-        assert relative_error(rivals.exact(of, numbers)[0], exact) < 1e-12
+        assert relative_error(baselines.exact(of, numbers)[0], exact) < 1e-12
 
 
 def spoiling(monkeypatch: pytest.MonkeyPatch, spoilt: str, how) -> None:
     """Have one configuration answer with what `how` makes of the right result."""
 
     def spoil(of: Problem, config: Config, *others: Any) -> Callable[[], torch.Tensor]:
-        call = rivals.our_call(of, config, *others)
+        call = baselines.our_call(of, config, *others)
         return (lambda: how(call())) if str(config) == spoilt else call
 
     monkeypatch.setattr(tuning, "our_call", spoil)
@@ -161,7 +163,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, *failing: str) -> None:
     def fail(of: Problem, config: Config, *others: Any) -> Callable[[], torch.Tensor]:
         if str(config) in failing:
             raise OutOfResourcesError("out of resource: shared memory\nand more")
-        return rivals.our_call(of, config, *others)
+        return baselines.our_call(of, config, *others)
 
     monkeypatch.setattr(tuning, "our_call", fail)
 
@@ -207,7 +209,7 @@ def test_no_memory_for_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     def drawn(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
 
-    monkeypatch.setattr(rivals.Numbers, "drawn", drawn)
+    monkeypatch.setattr(baselines.Numbers, "drawn", drawn)
     done = Tuning(problem(), rig(Clock()), 2)
     done.run()
     assert done.failure.startswith("OutOfMemoryError: CUDA out of memory") and done.best is None

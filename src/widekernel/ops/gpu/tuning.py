@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from widekernel.errors import in_short
+from widekernel.ops.gpu.baselines import Call, Numbers, compared, exact, in_place, our_call, poison, pytorchs_calls
 from widekernel.ops.gpu.candidates import candidates
 from widekernel.ops.gpu.configs import Chip, Config
 from widekernel.ops.gpu.cost import cycles
 from widekernel.ops.gpu.plan import SLOWER, plan, ranked
-from widekernel.ops.gpu.rivals import Call, Numbers, compared, exact, in_place, our_call, poison, pytorchs_calls
 from widekernel.ops.gpu.tables import Entry, config_of, key_of
 from widekernel.ops.problem import Problem
 from widekernel.ops.reference import relative_error

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from widekernel.errors import ArgumentError, nearest
+from widekernel.layers.notes import recall, remember
 from widekernel.sparsity.selection import unwrap
 from widekernel.sparsity.semi_structured import hardware
 from widekernel.sparsity.semi_structured.controller import SemiStructured, keep_in_evaluation, unparametrise
 from widekernel.sparsity.semi_structured.grouping import Axis
-from widekernel.sparsity.semi_structured.manifest import Manifest, MaskedWeight, recall, remember
+from widekernel.sparsity.semi_structured.manifest import Manifest, MaskedWeight
 from widekernel.sparsity.semi_structured.masks import check_two_four, choices_to_mask, mask_to_choices
 
 ModelT = TypeVar("ModelT", bound=nn.Module)

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from widekernel.errors import ArgumentError, CheckpointError, WidekernelError
 from widekernel.files import replace_atomically
+from widekernel.layers.notes import recall, remember
 from widekernel.sparsity.selection import unwrap
 from widekernel.sparsity.semi_structured.controller import SemiStructured
 from widekernel.sparsity.semi_structured.convert import convert, manifest_of, refreshed, validate
 from widekernel.sparsity.semi_structured.hardware import is_compressed
-from widekernel.sparsity.semi_structured.manifest import Manifest, MaskedWeight, recall, remember
+from widekernel.sparsity.semi_structured.manifest import Manifest, MaskedWeight
 from widekernel.sparsity.semi_structured.storage import decode, encode, unpack_choices
 from widekernel.sparsity.two_four_config import check_axis
 from widekernel.tensor_files import tensor_file

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from widekernel.sparsity.semi_structured.grouping import Axis
-
-ATTRIBUTE = "_widekernel_two_four"
 
 
 @dataclass(frozen=True)
@@ -37,18 +35,3 @@ class Manifest:
 
     weights: dict[str, MaskedWeight]
     dense: dict[str, str] = field(default_factory=dict)
-
-
-def remember(model: nn.Module, record: object) -> None:
-    """Let a network carry its controller or manifest; outside of the state dict, but copied along with the network."""
-    model.__dict__[ATTRIBUTE] = record
-
-
-def forget(model: nn.Module) -> None:
-    """Remove what `remember` left."""
-    model.__dict__.pop(ATTRIBUTE, None)
-
-
-def recall(model: nn.Module) -> object | None:
-    """Give what `remember` left, or None."""
-    return model.__dict__.get(ATTRIBUTE)

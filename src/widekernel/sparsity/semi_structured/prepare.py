@@ -12,12 +12,13 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from widekernel.errors import ArgumentError
+from widekernel.layers.notes import recall, remember
 from widekernel.sparsity.selection import unwrap
 from widekernel.sparsity.semi_structured.controller import SemiStructured, keep_in_evaluation
 from widekernel.sparsity.semi_structured.eligibility import LayerReport, conv_groups, layers_of, reasons_against
 from widekernel.sparsity.semi_structured.grouping import group_count
 from widekernel.sparsity.semi_structured.learned import ChoiceMask, Schedule, initial_logits, kept_share
-from widekernel.sparsity.semi_structured.manifest import MaskedWeight, recall, remember
+from widekernel.sparsity.semi_structured.manifest import MaskedWeight
 from widekernel.sparsity.semi_structured.masks import check_choices, magnitude_choices
 from widekernel.sparsity.semi_structured.permute import Permuted, permute_channels
 from widekernel.sparsity.two_four_config import SemiStructuredConfig

@@ -14,7 +14,7 @@ from widekernel.errors import ArgumentError
 from widekernel.layers import PointwiseConv2d
 from widekernel.transforms.acceleration import timing
 from widekernel.transforms.acceleration.candidates import Candidate, candidates, describe
-from widekernel.transforms.acceleration.observation import Situation, observe
+from widekernel.transforms.acceleration.input_capture import Situation, observe
 from widekernel.transforms.acceleration.report import AccelerationReport, LayerAcceleration
 from widekernel.transforms.acceleration.timing import Timing
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from widekernel import ops
-from widekernel.transforms.acceleration.observation import Situation
+from widekernel.transforms.acceleration.input_capture import Situation
 
 # Two ways within this factor are the same: what is measured varies by a few percent.
 LEAST_GAIN = 1.05

@@ -1,0 +1,41 @@
+"""Old names of arguments, which work for one more version and warn."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+CallableT = TypeVar("CallableT", bound=Callable[..., Any])
+
+
+def renamed_arguments(**names: str) -> Callable[[CallableT], CallableT]:
+    """Let the decorated function take keyword arguments by their old names too, with a `FutureWarning`.
+
+    Args:
+        names: old name = "new name".
+
+    Raises:
+        TypeError: when called with an argument under both names.
+    """
+
+    def decorate(function: CallableT) -> CallableT:
+        @functools.wraps(function)
+        def renamed(*args: Any, **kwargs: Any) -> Any:
+            for old in names.keys() & kwargs.keys():
+                new = names[old]
+                if new in kwargs:
+                    raise TypeError(f"{function.__qualname__}() got {old!r} and {new!r}, its new name: pass {new!r} only")
+                warnings.warn(
+                    f"{function.__qualname__}(): argument {old!r} is now called {new!r}; "
+                    "the old name will stop working in the next version",
+                    FutureWarning,
+                    stacklevel=2,
+                )
+                kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return renamed  # type: ignore[return-value]
+
+    return decorate

@@ -1,0 +1,58 @@
+"""Validation of settings: each function raises a `ConfigError` that states the value, the rule and the fix."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Collection
+from dataclasses import fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from widekernel.errors import ConfigError, nearest
+
+
+def require(ok: bool, name: str, value: object, rule: str) -> None:
+    """Raise unless `ok`; `rule` completes the sentence "NAME is VALUE, but must be …"."""
+    if not ok:
+        raise ConfigError(f"{name} is {value!r}, but must be {rule}.")
+
+
+def require_one_of(name: str, value: object, choices: Collection[str]) -> None:
+    """Raise unless `value` is one of `choices`; the message suggests the choice that is spelled most like it."""
+    if value not in choices:
+        allowed = ", ".join(map(repr, choices))
+        raise ConfigError(f"{name} {value!r} is unknown: it must be one of {allowed}.{nearest(str(value), choices)}")
+
+
+def require_number(name: str, value: object) -> None:
+    """Raise unless `value` is a real number and not a boolean."""
+    ok = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    require(ok, name, value, "a number, such as 0.5")
+
+
+def require_whole(name: str, value: object, least: int) -> None:
+    """Raise unless `value` is a whole number of at least `least`."""
+    ok = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    require(ok, name, value, f"a whole number, at least {least}")
+
+
+def require_within(name: str, value: Any, low: float, high: float) -> None:
+    """Raise unless `value` is a number with `low` <= `value` < `high`."""
+    require_number(name, value)
+    require(low <= value < high, name, value, f"from {low} to below {high}")
+
+
+def require_finite(settings: Any, section: str) -> None:
+    """Raise if a number among the fields of the dataclass `settings` is infinite or NaN; names start with `section`."""
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        entries = value if isinstance(value, (tuple, list)) else (value,)
+        ok = all(math.isfinite(entry) for entry in entries if isinstance(entry, float))
+        require(ok, f"{section}.{field.name}", value, "finite")
+
+
+def require_literals(settings: Any) -> None:
+    """Raise unless each field that is annotated with a `Literal` holds one of its choices."""
+    for name, kind in get_type_hints(type(settings)).items():
+        if get_origin(kind) is Literal:
+            require_one_of(name, getattr(settings, name), get_args(kind))

@@ -1,0 +1,1 @@
+"""The rules by which masks move: `exact` and `published`."""

@@ -1,0 +1,182 @@
+"""Compacting a whole network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from widekernel.errors import ArgumentError, ShapeError
+from widekernel.layers import DepthwiseConv2d, FoldedLargeKernel, LargeKernel
+from widekernel.layers.alterations import alteration
+from widekernel.layers.grouped import GroupedKernels
+from widekernel.layers.notes import forget
+from widekernel.transforms.compaction.cost import CostModel, Image
+from widekernel.transforms.compaction.kernels import can_compact, compacted_kernels
+from widekernel.transforms.compaction.report import CompactReport, LayerReport
+from widekernel.transforms.compaction.units import compacted_units
+from widekernel.transforms.fold import fold
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def compact(model: ModelT, cost: CostModel | None = None, input_size: Sequence[int] | None = None) -> ModelT:
+    """Give a copy of a masked network without what is dead in it, with equal outputs; the original is left as it is.
+
+    Dead is what is exactly zero, where no hook and no replaced `forward` could change it: masks need not be given. The
+    network is folded first (one that is folded already is fine); then rectangles that are zero vanish, strips lose zero rows
+    and columns at their ends, channels whose kernel is zero are not convolved, and channels are convolved in a few groups of
+    like extents where `cost` says that this pays. Hidden units of an MLP that are constant or not read are removed. Outputs
+    are those of the masked network in evaluation up to rounding, and the order of channels stays, also behind
+    `PartialChannels`.
+
+    What saves nothing: zeros between live taps, and unstructured zeros of ordinary convolutions and linear layers, which
+    are computed in full. `compact_report` says so layer by layer.
+
+    The result is in evaluation mode whatever the mode of `model`, can be moved, copied, compiled, exported and pickled, and
+    its state dict loads into the network that is compacted from the same weights. It is for inference: it cannot be
+    trained further in any useful way, is not written in an official layout, and what is saved of it is not recognised by
+    the name of the network (save the masked one, and compact again after loading). It is no longer known to be 2:4.
+
+    Args:
+        model: any module.
+        cost: prices of convolving and of moving channels, by default those measured on a CPU.
+        input_size: (N, C, H, W) of the batches to come, by which the prices are weighed: on few pixels, convolving dead
+            channels can be faster than gathering the others. By default every layer is weighed as if it saw four 28x28
+            maps. Outputs do not depend on it.
+
+    Raises:
+        ShapeError: if the network cannot take such a batch.
+        ArgumentError: if `model` is no module, or has no weights yet (meta device).
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"compact was given a {type(model).__name__}: it takes a network (torch.nn.Module)")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ArgumentError("compact was given a network on the meta device: zeros can be told from weights only; load some")
+    earlier = getattr(model, "compaction", None)
+    folded = fold(model)
+    compaction = _Compaction(cost or CostModel(), _images_seen(folded, input_size))
+    result = compaction.of(folded).eval()
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        result.requires_grad_(False)
+    # Hidden units that are gone have moved the others: groups of four are no longer what they were.
+    forget(result)
+    result.compaction = _report(earlier, compaction.rows)  # type: ignore[assignment]
+    return result  # type: ignore[return-value]
+
+
+def compact_report(
+    model: nn.Module, cost: CostModel | None = None, input_size: Sequence[int] | None = None
+) -> CompactReport:
+    """Say what was removed from a compacted network, or what `compact` would remove from another one, and why no more.
+
+    Raises:
+        ArgumentError: as `compact`.
+    """
+    made = getattr(model, "compaction", None)
+    return made if isinstance(made, CompactReport) else compact(model, cost, input_size).compaction  # type: ignore[return-value]
+
+
+def _report(earlier: object, rows: list[LayerReport]) -> CompactReport:
+    """Put what was removed now beside what was removed when the network was compacted before."""
+    if not isinstance(earlier, CompactReport):
+        return CompactReport(tuple(rows))
+    now = {row.name: row for row in rows if row.realised < row.dense}
+    before = [now.pop(row.name, row) for row in earlier.layers]
+    return CompactReport((*before, *now.values()))
+
+
+class _Compaction:
+    """One pass over a folded network.
+
+    Attributes:
+        cost: prices.
+        images: what each layer sees, by module, where it is known.
+        rows: reports of the layers so far.
+        done: the result for every module seen, so that shared ones stay shared.
+    """
+
+    def __init__(self, cost: CostModel, images: dict[nn.Module, Image]) -> None:
+        self.cost, self.images = cost, images
+        self.rows: list[LayerReport] = []
+        self.done: dict[nn.Module, nn.Module] = {}
+
+    def of(self, module: nn.Module, name: str = "") -> nn.Module:
+        """Compact `module` and what it holds."""
+        if module in self.done:
+            return self.done[module]
+        result, finished = self._itself(module, name)
+        self.done[module] = self.done[result] = result
+        if not finished:
+            # Not `named_children`, which leaves out the second name of a module.
+            for key, child in result._modules.items():
+                if child is not None:
+                    setattr(result, key, self.of(child, f"{name}.{key}" if name else key))
+        return result
+
+    def _itself(self, module: nn.Module, name: str) -> tuple[nn.Module, bool]:
+        """Compact `module` as a layer, if it is one; and say whether what it holds is done with, too."""
+        if isinstance(module, GroupedKernels):
+            return module, True
+        if can_compact(module):
+            result, row = compacted_kernels(module, name, self.cost, self.images.get(module, Image()))
+            self.rows.append(row)
+            return result.train(module.training), True
+        fewer = compacted_units(module, name)
+        if fewer is not None:
+            self.rows.append(fewer[1])
+            return fewer[0], True
+        reason = _reason_against(module)
+        if reason is not None:
+            self.rows.append(_untouched(module, name, reason))
+        return module, isinstance(module, LargeKernel)
+
+
+def _images_seen(model: nn.Module, input_size: Sequence[int] | None) -> dict[nn.Module, Image]:
+    """Say what each layer of depthwise kernels sees for a batch (N, C, H, W); nothing is computed."""
+    if input_size is None:
+        return {}
+    if len(input_size) != 4 or min(input_size) < 1:
+        raise ShapeError(f"input_size {tuple(input_size)} must be four positive numbers: batch, channels, height, width")
+    seen: dict[nn.Module, Image] = {}
+
+    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+        batch, _, height, width = args[0].shape
+        seen[module] = Image(batch * height * width, (height, width))
+
+    hooks = [module.register_forward_pre_hook(note) for module in model.modules() if can_compact(module)]
+    meta = {key: value.to("meta") for key, value in (*model.named_parameters(), *model.named_buffers())}
+    dtype = next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.float32)
+    try:
+        with torch.no_grad():
+            torch.func.functional_call(model, meta, (torch.empty(*input_size, device="meta", dtype=dtype),))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def _reason_against(module: nn.Module) -> str | None:
+    """Say why a layer that holds zeros, or a large kernel, stays as it is; None for any other module."""
+    if isinstance(module, LargeKernel):
+        return "not folded: " + "; ".join(module.reasons_against_folding())
+    if isinstance(module, FoldedLargeKernel):
+        return alteration(module)
+    if isinstance(module, (nn.Conv2d, nn.Linear)) and bool((module.weight == 0).any()):
+        if isinstance(module, DepthwiseConv2d) and module.reasons_against():
+            return "; ".join(module.reasons_against())
+        if isinstance(module, DepthwiseConv2d) and alteration(module):
+            return alteration(module)
+        return "zeros of convolutions and linear layers are computed like other weights"
+    return None
+
+
+@torch.no_grad()
+def _untouched(module: nn.Module, name: str, reason: str) -> LayerReport:
+    """Report a layer that stays as it is."""
+    weights: list[Any] = [weight for weight in module.parameters() if weight.dim() > 1]
+    dense, nonzero = sum(w.numel() for w in weights), sum(int(w.count_nonzero()) for w in weights)
+    channels: int = module.source.channels if isinstance(module, LargeKernel) else len(weights[0])
+    return LayerReport(name, type(module).__name__, channels, channels, dense, nonzero, dense, reason)

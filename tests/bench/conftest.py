@@ -1,0 +1,74 @@
+"""A machine that need not be measured, and backends that compute wrongly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from widekernel import ops
+from widekernel.bench import Machine
+from widekernel.bench import machine as measuring
+from widekernel.bench.devices import Accelerator
+from widekernel.bench.gpu import Gpu
+from widekernel.bench.timing import WallClock
+from widekernel.ops import portable
+
+
+class Wrong:
+    """Computes the problems that `spoils` names, and no others, wrongly in one number."""
+
+    name = "wrong"
+
+    def __init__(self, spoils: Callable) -> None:
+        self.spoils = spoils
+
+    def reasons_against(self, problem) -> list[str]:
+        return [] if self.spoils(problem) else ["it spoils only others"]
+
+    def can_run(self, problem) -> bool:
+        return self.spoils(problem)
+
+    def depthwise_sum(self, x, kernels, anchors, bias):
+        return self.spoilt(portable.depthwise_sum(x, kernels, anchors, bias))
+
+    def depthwise_weight_grad(self, x, grad, kernel, anchor):
+        return self.spoilt(portable.depthwise_weight_grad(x, grad, kernel, anchor))
+
+    def spoilt(self, result):
+        result[-1, 0, -1, -1] += 0.1 * result.abs().max()
+        return result
+
+
+@pytest.fixture
+def spoil() -> Iterator[Callable]:
+    """Give a function that puts a wrong backend in front of the others, for the problems that its argument names."""
+    yield lambda spoils: ops.register(Wrong(spoils))
+    ops.unregister("wrong")
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure the limits of the machine in no time, and badly."""
+    monkeypatch.setattr(measuring, "_PEAK_SECONDS", 0.005)
+    monkeypatch.setattr(measuring, "_COPIED", 2**16)
+
+
+@pytest.fixture
+def machine() -> Machine:
+    versions = {"Python": "3", "PyTorch": "2"}
+    return Machine("A processor", 2, 1, "none", "none", versions, 100.0, "made up", 10.0, "passive")
+
+
+@pytest.fixture
+def device_gpu() -> Gpu:
+    """A device whose ceilings are 4 TB/s and, in TFLOP/s, 800 in bfloat16, 390 in tf32, 780 in float16, 50 in float32."""
+    products = {"bfloat16": 800e3, "tf32": 390e3, "float16": 780e3, "float32": 50e3}
+    return Gpu("Some GPU", "9.0", 132, 140.0, 50.0, "A processor", {"driver": "1", "PyTorch": "2"}, 4000.0, products)
+
+
+@pytest.fixture
+def on_cpu() -> Accelerator:
+    """What measures on devices, on the CPU and by the clock of the host."""
+    return Accelerator(torch.device("cpu"), WallClock())

@@ -1,0 +1,76 @@
+"""What is counted as work, and the named sets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from widekernel.bench import Case, choose, parse_case
+from widekernel.bench.cases import LARGEST_TENSOR, MOST_MACS, inside
+from widekernel.errors import ArgumentError
+
+
+@pytest.mark.parametrize(("height", "width", "kernel"), [(7, 9, (3, 3)), (5, 6, (13, 1)), (8, 8, (5, 15)), (1, 1, (1, 7))])
+def test_macs_are_the_taps_that_lie_on_pixels(height: int, width: int, kernel: tuple[int, int]) -> None:
+    """A convolution of ones with ones counts them."""
+    padding = kernel[0] // 2, kernel[1] // 2
+    counted = F.conv2d(torch.ones(1, 1, height, width), torch.ones(1, 1, *kernel), padding=padding).sum().item()
+    case = Case("some", 3, 2, height, width, kernel)
+    assert case.macs == 6 * counted
+    assert inside(height, kernel[0]) * inside(width, kernel[1]) == counted
+
+
+def test_bytes_moved() -> None:
+    case = Case("some", 2, 3, 4, 5, (3, 1))
+    assert case.tensor_bytes == 480 and case.bytes_moved == 960 + 36
+    assert case.intensity == 2 * case.macs / 996
+
+
+def test_targets() -> None:
+    cases, left_out = choose(["targets"])
+    assert len(cases) == 16 and not left_out
+    shapes = {case.name: (case.shape, case.kernel) for case in cases}
+    assert shapes["replknet-1"] == ((8, 128, 56, 56), (31, 31))
+    assert shapes["slak-1"] == ((8, 124, 56, 56), (51, 5)) and shapes["slak-1-wide"] == ((8, 124, 56, 56), (5, 51))
+    assert shapes["detection"] == ((1, 128, 200, 320), (31, 31))
+
+
+def test_names_patterns_and_batches() -> None:
+    cases, _ = choose(["slak-*", "slak-1", "detection"], batch=2)
+    assert [case.name for case in cases] == ["slak-1", "slak-1-wide", "slak-2", "slak-3-wide", "slak-4", "detection"]
+    assert [case.batch for case in cases] == [2, 2, 2, 2, 2, 1]
+
+
+def test_sweep_says_what_it_leaves_out() -> None:
+    cases, left_out = choose(["sweep"])
+    assert {case.batch for case in cases} == {1, 8, 32}
+    assert {31, 61} <= {case.kernel[0] for case in cases if case.kernel[0] == case.kernel[1]}
+    assert {(51, 5), (5, 51)} <= {case.kernel for case in cases}
+    assert all(case.tensor_bytes <= LARGEST_TENSOR and case.macs <= MOST_MACS for case in cases)
+    assert len(left_out) == 3 and len(cases) + sum(int(line.split()[0]) for line in left_out) == 3 * 6 * 6 * (9 + 10)
+    assert {case.batch for case in choose(["sweep"], batch=4)[0]} == {4}
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(ArgumentError, match=r"no case 'replknt-1'.* Did you mean 'replknet-1'\?.*targets"):
+        choose(["replknt-1"])
+
+
+def test_a_case_from_texts() -> None:
+    assert parse_case("1,2,30,40", "51x5") == Case("given", 1, 2, 30, 40, (51, 5))
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernel", "message"),
+    [
+        ("1,2,3", "3x3", "shape is '1,2,3', but must be four numbers"),
+        ("1,2,3,x", "3x3", "but must be four numbers"),
+        ("1,2,3,4", "3", "kernel is '3', but must be two numbers"),
+        ("1,2,3,4", "3x4", "3x4: both sizes must be positive odd"),
+        ("1,0,3,4", "3x3", "must be positive"),
+    ],
+)
+def test_texts_that_are_no_case(shape: str, kernel: str, message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        parse_case(shape, kernel)

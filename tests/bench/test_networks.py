@@ -1,0 +1,172 @@
+"""The benchmark of networks: the rival on PyTorch's convolutions, the rows, and refusals."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import widekernel
+from widekernel import ops
+from widekernel.bench import BenchmarkError, baselines
+from widekernel.bench.baselines import with_visible_blocks
+from widekernel.bench.depthwise_share import depthwise_share
+from widekernel.bench.networks import measure_network
+from widekernel.layers import LargeKernel, PartialChannels, Rectangles, ShiftTiles, TruncatedTiles
+from widekernel.layers.tiles import ShuffledStrips
+from widekernel.models import list_models
+from widekernel.transforms.to_torch import PlainLayer, on_pytorch, ours_in
+
+NANO = [name for name in list_models() if name.endswith("_nano")]
+
+
+def images(size: int = 32) -> torch.Tensor:
+    return torch.randn(2, 3, size, size)
+
+
+@pytest.mark.parametrize("name", NANO)
+def test_the_rival_is_the_same_network_without_our_operator(name: str) -> None:
+    model = with_visible_blocks(timm.create_model(name)).eval()
+    plain, changed = on_pytorch(model), ours_in(model)
+    x = images()
+    with ops.trace() as ran:
+        got = plain(x)
+    assert changed and not ran.calls
+    with ops.trace() as ran:
+        want = model(x)
+    assert len(ran.calls) >= len(changed)
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    assert [p.shape for p in plain.parameters()] == [p.shape for p in model.parameters()]
+    got.square().sum().backward()
+    want.square().sum().backward()
+    for theirs, ours in zip(plain.parameters(), model.parameters()):
+        largest = ours.grad.abs().max().item()
+        torch.testing.assert_close(theirs.grad, ours.grad, atol=1e-3 * largest + 1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        LargeKernel(Rectangles(6, [(13, 3), (5, 5)])),
+        LargeKernel(ShiftTiles(6, 17, 3), [nn.BatchNorm2d(6) for _ in range(3)], identity=True),
+        LargeKernel(TruncatedTiles(ShuffledStrips(6, 13, 3)), [nn.BatchNorm2d(6) for _ in range(2)]),
+        PartialChannels(LargeKernel(Rectangles(4, [(7, 7)]), identity=True), [0, 2, 3, 5], 6),
+    ],
+    ids=["no norms", "tiles", "no rectangles", "some channels"],
+)
+@pytest.mark.parametrize("folded", [False, True])
+def test_layers_on_pytorch(layer: nn.Module, folded: bool) -> None:
+    layer = copy.deepcopy(layer).eval()
+    if folded and "TruncatedTiles" not in repr(layer):
+        layer = widekernel.fold(layer)
+    plain = on_pytorch(layer)
+    x = torch.randn(2, 6, 10, 12)
+    assert len(ours_in(layer)) == 1
+    with ops.trace() as ran:
+        got = plain(x)
+    assert not ran.calls
+    torch.testing.assert_close(got, layer(x), atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_pytorchs_already_stays() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 3, groups=3), nn.Linear(4, 4))
+    assert not ours_in(model) and str(on_pytorch(model)) == str(model)
+    shared = LargeKernel(Rectangles(3, [(5, 5)]))
+    plain = on_pytorch(nn.Sequential(shared, nn.ReLU(), shared))
+    assert plain[0] is plain[2] and isinstance(plain[0], PlainLayer)
+
+
+def test_rows_of_one_of_ours() -> None:
+    model = timm.create_model("slak_nano")
+    before = copy.deepcopy(model.state_dict())
+    rows = list(measure_network("slak_nano", model, batch=2, size=64, rounds=1))
+    train = ["PyTorch", "ours", "ours, accelerated"]
+    infer = ["PyTorch", "ours", "PyTorch, folded", "ours, folded", "ours, accelerated"]
+    wanted = [(m, r, layout) for m, rs in (("train", train), ("infer", infer)) for layout in ("NCHW", "NHWC") for r in rs]
+    assert [(row.mode, row.rival, row.layout) for row in rows] == wanted
+    for row in rows:
+        (base,) = [r.ms for r in rows if (r.mode, r.rival, r.layout) == (row.mode, "PyTorch", "NHWC")]
+        assert row.calls == 1 and row.times_nhwc == pytest.approx(base / row.ms)
+        assert row.images_per_second == pytest.approx(2000 / row.ms)
+        assert 0 < row.depthwise_share < 1
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_network_of_timm_is_compared_with_its_accelerated_form() -> None:
+    with ops.trace() as ran:
+        rows = list(measure_network("convnext", _convnext(), batch=2, size=32, modes=["train"], rounds=1))
+    assert [row.rival for row in rows] == ["PyTorch", "ours, accelerated"] * 2
+    assert {problem.op for _, problem in ran.calls} == {"depthwise_sum", "depthwise_weight_grad"}
+
+
+@pytest.mark.slow
+def test_compiled() -> None:
+    rows = list(measure_network("convnext", _convnext(), batch=2, size=32, modes=["infer"], compiled=True, rounds=1))
+    assert [(row.rival, row.compiled) for row in rows[:2]] == [("PyTorch", False), ("PyTorch", True)]
+    assert len(rows) == 8 and all((row.depthwise_share is None) == row.compiled for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("mode", "op", "what"),
+    [
+        ("infer", "depthwise_sum", r"the layer stages\..* of it: ours N... and PyTorch differ"),
+        ("train", "depthwise_sum", r"the layer stages\..* of it: ours N... and PyTorch differ"),
+        ("train", "depthwise_weight_grad", "the gradients of it: ours N... and PyTorch NHWC differ"),
+    ],
+)
+def test_no_times_of_a_network_that_computes_wrongly(mode: str, op: str, what: str, spoil) -> None:
+    spoil(lambda problem: problem.op == op)
+    with pytest.raises(BenchmarkError, match=what):
+        list(measure_network("it", _nano(), batch=2, size=64, modes=[mode], rounds=1))
+
+
+class Louder(nn.Module):
+    """Changes outputs and gradients by a tenth."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 1.1 * x
+
+
+@pytest.mark.parametrize("mode", ["infer", "train"])
+def test_no_times_of_a_network_that_is_transformed_wrongly(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoilt(network: nn.Module, example: torch.Tensor) -> tuple[nn.Module, None]:
+        return nn.Sequential(network, Louder()), None
+
+    monkeypatch.setattr(baselines, "accelerate", spoilt)
+    what = "output" if mode == "infer" else "gradients"
+    with pytest.raises(BenchmarkError, match=f"the {what} of it: ours, accelerated N... and PyTorch NHWC differ"):
+        list(measure_network("it", _nano(), batch=2, size=64, modes=[mode], rounds=1))
+
+
+def test_sizes_that_do_not_fit() -> None:
+    with pytest.raises(BenchmarkError, match=r"it does not run on images of \(3, 1, 1\)"):
+        list(measure_network("it", _nano(), batch=2, size=1, rounds=1))
+    with pytest.raises(BenchmarkError, match="only classifiers"):
+        list(measure_network("it", nn.Conv2d(3, 3, 1), batch=2, size=8, rounds=1))
+
+
+def test_share_of_depthwise_convolutions() -> None:
+    x = torch.randn(2, 8, 16, 16)
+    pointwise, depthwise = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 7, padding=3, groups=8)
+    one = nn.Conv2d(1, 8, 3)
+    assert depthwise_share(lambda: pointwise(x)) == 0
+    assert depthwise_share(lambda: one(x[:, :1])) == 0
+    for call in (
+        lambda: depthwise(x),
+        lambda: torch.inference_mode()(depthwise)(x),
+        lambda: widekernel.DepthwiseConv2d(8, 8, 7, padding=3, groups=8)(x),
+    ):
+        assert 0 < depthwise_share(call) < 1
+    y = depthwise(x.clone().requires_grad_())
+    assert 0 < depthwise_share(lambda: y.sum().backward()) < 1
+
+
+def _nano() -> nn.Module:
+    return timm.create_model("replknet_nano")
+
+
+def _convnext() -> nn.Module:
+    return timm.create_model("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32), num_classes=10)
