@@ -15,8 +15,7 @@ from widekernel.bench import BenchmarkError, baselines
 from widekernel.bench.baselines import with_visible_blocks
 from widekernel.bench.depthwise_share import depthwise_share
 from widekernel.bench.networks import measure_network
-from widekernel.layers import LargeKernel, PartialChannels, Rectangles, ShiftTiles, TruncatedTiles
-from widekernel.layers.tiles import ShuffledStrips
+from widekernel.layers import LargeKernel, PartialChannels, Rectangles, ShiftTiles, ShuffledStrips, TruncatedTiles
 from widekernel.models import list_models
 from widekernel.transforms.to_torch import PlainLayer, on_pytorch, ours_in
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import widekernel  # noqa: F401
-from widekernel.layers import tiles
+from widekernel.layers import tile_tables
 from widekernel.models import list_models
 
 NANO = list_models("*nano")
@@ -85,7 +85,7 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 @contextmanager
 def tables_drawn_once() -> Iterator[None]:
     """Draw each arrangement table once instead of once a block, which is most of the time a big Shift-wise network takes."""
-    with mock.patch.object(tiles, "draw_tables", cache(tiles.draw_tables)):
+    with mock.patch.object(tile_tables, "draw_tables", cache(tile_tables.draw_tables)):
         yield
 
 

@@ -5,8 +5,9 @@ from widekernel.layers.large_kernel import FoldedLargeKernel, LargeKernel
 from widekernel.layers.partial import FoldedPartialChannels, PartialChannels
 from widekernel.layers.pointwise import PointwiseConv2d, PointwiseLinear
 from widekernel.layers.rect import Rect, maximal_rectangles
+from widekernel.layers.shift_tiles import ShiftTiles
 from widekernel.layers.sources import KernelSource, Rectangles, RectSource, SourceGroup
-from widekernel.layers.tiles import SharedStrips, ShiftTiles, ShuffledStrips, SplitStrips
+from widekernel.layers.strips import SharedStrips, ShuffledStrips, SplitStrips
 from widekernel.layers.truncated import TruncatedTiles
 
 __all__ = [

@@ -165,10 +165,10 @@ def _sides(source: nn.Module) -> Iterator[tuple[int, int]]:
     for part in source.modules():
         if isinstance(part, Rectangles):
             yield from ((id(kernel), max(kernel.shape[2:])) for kernel in part.kernels)
-        elif isinstance(part, KernelSource) and isinstance(getattr(part, "big", None), int):
+        elif isinstance(part, KernelSource) and isinstance(getattr(part, "kernel_size", None), int):
             for name, parameter in part.named_parameters():
                 if not name.startswith("gates"):
-                    yield id(parameter), part.big  # type: ignore[misc]
+                    yield id(parameter), part.kernel_size  # type: ignore[misc]
 
 
 def _check(model: nn.Module, choices: list[Choice]) -> None:
