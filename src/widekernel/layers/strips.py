@@ -30,7 +30,7 @@ class TileSource(RectSource):
     """
 
     # Properties that TorchScript must not compile.
-    __jit_unused_properties__ = ["num_tiles", "big", "small"]
+    __jit_ignored_attributes__ = ["num_tiles", "big", "small"]
 
     def __init__(self, channels: int, kernel_size: int, tile_size: int) -> None:
         super().__init__()
@@ -56,7 +56,6 @@ class TileSource(RectSource):
         """Return channels and sizes."""
         return f"{self.channels}, kernel_size={self.kernel_size}, tile_size={self.tile_size}"
 
-    @torch.jit.unused
     def _renamed(self, old: str, new: str) -> int:
         text = f"{type(self).__name__}.{old} is now called {new}; the old name will stop working in the next version"
         warnings.warn(text, FutureWarning, stacklevel=3)
