@@ -362,10 +362,6 @@ def test_old_names_of_the_sizes_work_and_warn(kind: type) -> None:
     with pytest.warns(FutureWarning, match="'big' is now called 'kernel_size'"):
         source = kind(C, big=9, small=3)
     assert (source.kernel_size, source.tile_size) == (9, 3)
-    with pytest.warns(FutureWarning, match="big is now called kernel_size"):
-        assert source.big == 9
-    with pytest.warns(FutureWarning, match="small is now called tile_size"):
-        assert source.small == 3
 
 
 @pytest.mark.parametrize(

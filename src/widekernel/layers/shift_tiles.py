@@ -92,7 +92,8 @@ class ShiftTiles(TileSource):
 
     def seeded_tables(self) -> dict[str, Tensor]:
         """Return the tables as the authors' code draws them, by the name of their buffer."""
-        tile_at, centre = tile_tables.draw_tables(self.channels, self.num_tiles, self.tile_at.shape[1])
+        _, groups, _, count = self.tile_at.shape
+        tile_at, centre = tile_tables.draw_tables(self.channels, count, groups)
         return {"tile_at": tile_at, "centre": centre}
 
     def table_problem(self, name: str, tables: Mapping[str, Tensor]) -> str:

@@ -7,7 +7,6 @@ included. So the sources yield strips, and no feature map is ever nk times as la
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 
 import torch
@@ -37,30 +36,9 @@ class TileSource(RectSource):
         check_tiles(kernel_size, tile_size)
         self.channels, self.kernel_size, self.tile_size = channels, kernel_size, tile_size
 
-    @property
-    def num_tiles(self) -> int:
-        """nk, the number of tiles in a strip."""
-        return num_tiles(self.kernel_size, self.tile_size)
-
-    @property
-    def big(self) -> int:
-        """The old name of `kernel_size`."""
-        return self._renamed("big", "kernel_size")
-
-    @property
-    def small(self) -> int:
-        """The old name of `tile_size`."""
-        return self._renamed("small", "tile_size")
-
     def extra_repr(self) -> str:
         """Return channels and sizes."""
         return f"{self.channels}, kernel_size={self.kernel_size}, tile_size={self.tile_size}"
-
-    def _renamed(self, old: str, new: str) -> int:
-        text = f"{type(self).__name__}.{old} is now called {new}; the old name will stop working in the next version"
-        warnings.warn(text, FutureWarning, stacklevel=3)
-        value: int = getattr(self, new)
-        return value
 
 
 class SplitStrips(TileSource):
@@ -180,7 +158,8 @@ class ShuffledStrips(TileSource):
 
     def seeded_tables(self) -> dict[str, Tensor]:
         """Return the table as it is drawn at construction, by the name of its buffer."""
-        return {"tile_at": tile_tables.draw_ordered_table(self.channels, self.num_tiles, self.tile_at.shape[1])}
+        _, branches, _, count = self.tile_at.shape
+        return {"tile_at": tile_tables.draw_ordered_table(self.channels, count, branches)}
 
     def table_problem(self, name: str, tables: Mapping[str, Tensor]) -> str:
         """Return what is wrong with a table read from a file, "" if nothing is."""
