@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tests.layers.helpers import assert_close, image, randomised
 from widekernel import ops
 from widekernel.layers import ConvNorm, DepthwiseConv2d
-from widekernel.layers.conv import fold_affine, fold_affine_before
+from widekernel.layers.affine import fold_affine, fold_input_affine
 from widekernel.layers.norms import affine_of
 
 C = 4
@@ -251,7 +251,7 @@ def test_affine_maps_around_a_linear_layer(bias: bool) -> None:
     scale, shift, _ = line(6, 0)
     assert_close(fold_affine(layer, scale, shift)(x), layer(x) * scale + shift)
     scale, shift, _ = line(C, 0)
-    assert_close(fold_affine_before(layer, scale, shift)(x), layer(x * scale + shift))
+    assert_close(fold_input_affine(layer, scale, shift)(x), layer(x * scale + shift))
 
 
 UNPADDED = {
@@ -266,7 +266,7 @@ UNPADDED = {
 def test_an_affine_map_before_a_convolution(conv: str) -> None:
     layer, x = UNPADDED[conv]().double(), image(C)
     scale, shift, shape = line(C, 2)
-    assert_close(fold_affine_before(layer, scale, shift)(x), layer(x * scale.view(shape) + shift.view(shape)))
+    assert_close(fold_input_affine(layer, scale, shift)(x), layer(x * scale.view(shape) + shift.view(shape)))
 
 
 @pytest.mark.parametrize(
@@ -283,10 +283,10 @@ def test_an_affine_map_before_a_convolution(conv: str) -> None:
 def test_no_affine_map_before_padding_or_groups(layer: nn.Conv2d) -> None:
     scale, shift, _ = line(C, 0)
     with pytest.raises(ValueError, match=r"a norm cannot be folded into the input of Conv2d.*ungrouped and without padding"):
-        fold_affine_before(layer, scale, shift)
+        fold_input_affine(layer, scale, shift)
 
 
-@pytest.mark.parametrize("fold", [fold_affine, fold_affine_before])
+@pytest.mark.parametrize("fold", [fold_affine, fold_input_affine])
 def test_folding_draws_no_random_numbers_and_keeps_type_and_mode(fold) -> None:
     layer = nn.Conv2d(C, C, 1, bias=False, dtype=torch.float16).eval()
     scale, shift, _ = line(C, 0)

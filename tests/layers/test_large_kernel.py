@@ -147,7 +147,7 @@ def test_the_folded_layer_owns_its_memory() -> None:
         module.source.kernels[0].zero_()
     assert torch.equal(folded.kernels[0], before)
     kernel, bias = torch.randn(C, 1, 3, 3), torch.randn(C)
-    copied = FoldedLargeKernel([Rect.centred(kernel)], bias)
+    copied = FoldedLargeKernel([Rect.centered(kernel)], bias)
     kernel.zero_()
     assert copied.kernels[0].count_nonzero() == kernel.numel()
 

@@ -13,7 +13,8 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
 from widekernel.layers import ConvNorm, PointwiseConv2d, PointwiseLinear
-from widekernel.layers.conv import fold_affine, fold_affine_before, is_plain
+from widekernel.layers.affine import fold_affine, fold_input_affine
+from widekernel.layers.rebuilding import is_plain
 
 IN, OUT = 5, 7
 ROWS = {"vector": (), "matrix": (6,), "tokens": (2, 3), "image": (2, 4, 3), "one": (1,), "deep": (1, 2, 3, 2)}
@@ -262,7 +263,7 @@ def test_folding_keeps_the_kind() -> None:
         folded = fold_affine(layer, scale, shift)
         assert type(folded) is type(layer)
         assert_close(folded(x), layer(x) * scale.view(shape) + shift.view(shape))
-        folded = fold_affine_before(layer, *before)
+        folded = fold_input_affine(layer, *before)
         assert type(folded) is type(layer)
         assert_close(folded(x), layer(x * before[0].view(shape) + before[1].view(shape)))
     assert ConvNorm(convolutions()[1], nn.BatchNorm2d(OUT)).foldable()

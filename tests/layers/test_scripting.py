@@ -57,8 +57,8 @@ def test_some_channels_only() -> None:
 def test_groups_of_channels(source: list[int] | None, scale: float) -> None:
     wide, tall, square = (torch.randn(n, 1, *size).double() for n, size in ((3, (2, 12)), (3, (5, 5)), (2, (3, 3))))
     groups = [
-        ChannelGroup([Rect.centred(tall), Rect(wide, (0, 11))], torch.randn(3).double(), [0, 2, 4], [1, 3, 0]),
-        ChannelGroup([Rect.centred(square)], torch.randn(2).double(), [5, 1], [4, 5]),
+        ChannelGroup([Rect.centered(tall), Rect(wide, (0, 11))], torch.randn(3).double(), [0, 2, 4], [1, 3, 0]),
+        ChannelGroup([Rect.centered(square)], torch.randn(2).double(), [5, 1], [4, 5]),
     ]
     module = GroupedKernels(groups, torch.full((7,), scale).double(), torch.randn(7).double(), source)
     with torch.no_grad():

@@ -527,7 +527,7 @@ def test_state_dicts(small: nn.Module) -> None:
 def test_a_state_of_other_groups_is_refused() -> None:
     kernel = torch.randn(2, 1, 3, 3)
     ours, theirs = (
-        GroupedKernels([ChannelGroup([Rect.centred(kernel)], torch.zeros(2), put, put)], torch.zeros(4), torch.zeros(4))
+        GroupedKernels([ChannelGroup([Rect.centered(kernel)], torch.zeros(2), put, put)], torch.zeros(4), torch.zeros(4))
         for put in ([0, 2], [1, 3])
     )
     with pytest.raises(RuntimeError, match="take_0 names other channels in the file: compact the same masked network"):
@@ -599,6 +599,6 @@ def test_wrong_prices(wrong: dict[str, float]) -> None:
 
 
 def test_groups_that_overlap() -> None:
-    group = ChannelGroup([Rect.centred(torch.randn(2, 1, 3, 3))], torch.zeros(2), [0, 1], [0, 1])
+    group = ChannelGroup([Rect.centered(torch.randn(2, 1, 3, 3))], torch.zeros(2), [0, 1], [0, 1])
     with pytest.raises(ArgumentError, match=r"must be different channels of 0\.\.3"):
         GroupedKernels([group, group], torch.zeros(4), torch.zeros(4))

@@ -174,7 +174,7 @@ def test_a_parametrised_layer_scale_is_kept_and_named(name: str, form: str) -> N
     model, x = network(name), pictures()
     parametrize.register_parametrization(model.get_submodule(BLOCK), "gamma", Doubled())
     called = "the layer" if form == "reparameterize" else BLOCK
-    text = rf"{called} \(gamma is parametrised: call .*remove_parametrizations\(block, 'gamma'\)"
+    text = rf"{called} \(gamma is parametrized: call .*remove_parametrizations\(block, 'gamma'\)"
     with pytest.warns(UserWarning, match=text):
         folded = FORMS[form](model)
     assert_close(folded(x), model(x), 1e-9)

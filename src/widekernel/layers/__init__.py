@@ -1,6 +1,7 @@
-"""Large-kernel layers, their kernel sources and what they fold to."""
+"""Large-kernel layers, their kernel sources and their folded forms."""
 
-from widekernel.layers.conv import ConvNorm, DepthwiseConv2d
+from widekernel.layers.conv import DepthwiseConv2d
+from widekernel.layers.conv_norm import ConvNorm
 from widekernel.layers.large_kernel import FoldedLargeKernel, LargeKernel
 from widekernel.layers.partial import FoldedPartialChannels, PartialChannels
 from widekernel.layers.pointwise import PointwiseConv2d, PointwiseLinear

@@ -1,4 +1,4 @@
-"""Loading weights into folded and compacted networks: whole or not at all."""
+"""Loading weights into folded and compacted networks completely or not at all."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from torch import Tensor, nn
 
 
 def guard(module: nn.Module) -> None:
-    """Let `load_state_dict` of a network refuse weights that do not fit before it has loaded any.
+    """Make `load_state_dict` of a network refuse weights that do not fit before it loads any.
 
-    PyTorch loads what fits and raises afterwards. Where layers hold tables of what was merged, a mixture is worse than
-    either.
+    PyTorch loads what fits and raises afterwards. Where layers hold tables of what was merged, the mixture is worse than
+    either network.
     """
     if not any(getattr(hook, "hook", None) is _refuse for hook in module._load_state_dict_pre_hooks.values()):
         module.register_load_state_dict_pre_hook(_refuse)
 
 
 def misfits(module: nn.Module, state: Mapping[str, Tensor], prefix: str) -> list[str]:
-    """List what makes a state dict unfit for a network with layers that hold tables; empty if it fits, or if there are none.
+    """List why a state dict does not fit a network with layers that hold tables; empty if it does, or if there are none.
 
     Args:
-        module: whose layers have `table_misfits(state, prefix)`.
-        state: the state dict; what it lacks is not looked at.
+        module: its layers that hold tables have a method `table_misfits(state, prefix)`.
+        state: the state dict; missing keys are not reported.
         prefix: of the module's keys in it, "" or ending in a dot.
     """
     found, layers = [], [(name, part) for name, part in module.named_modules() if hasattr(part, "table_misfits")]

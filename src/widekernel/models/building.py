@@ -103,7 +103,7 @@ def register(network: type[StagedConvNet], name: str, config: Any, doc: str) -> 
 
 def _folded_form(model_cls: type[StagedConvNet]) -> Callable[..., nn.Module]:
     def make(**kwargs: Any) -> nn.Module:
-        return fold_in_place(model_cls(**kwargs).eval(), {}).train()
+        return fold_in_place(model_cls(**kwargs).eval()).train()
 
     return make
 

@@ -15,10 +15,12 @@ from torch import Tensor, full, nn
 
 from widekernel.errors import ArgumentError
 from widekernel.layers import LargeKernel, PartialChannels, ShiftTiles
-from widekernel.layers.conv import fold_affine, is_plain
+from widekernel.layers.affine import fold_affine
 from widekernel.layers.folding import Fusable, is_trained
 from widekernel.layers.norms import affine_of, is_foldable
 from widekernel.layers.partial import seeded_selection
+from widekernel.layers.rebuilding import is_plain
+from widekernel.layers.replacing import with_submodule
 from widekernel.layers.sources import dilate
 from widekernel.models.asked import Asked, Step
 from widekernel.models.base import (
@@ -28,7 +30,7 @@ from widekernel.models.base import (
     check_stages,
     check_widths,
 )
-from widekernel.models.blocks import MixerBlock, alterations_around_scale, convnext_parts, init_convnext, with_part
+from widekernel.models.blocks import MixerBlock, alterations_around_scale, convnext_parts, init_convnext
 from widekernel.models.building import default_cfg, register
 from widekernel.models.layouts import shiftwise as layouts
 from widekernel.models.layouts.layout import Layout
@@ -125,7 +127,7 @@ class ShiftWiseBlock(Fusable, nn.Module):
         if self.gamma is not None:
             scale, shift = scale * self.gamma.detach().double(), shift * self.gamma.detach().double()
         fc2 = fold_affine(self.mlp.fc2, scale, shift).requires_grad_(is_trained(self.mlp.fc2, self.norm2, self.gamma))
-        self.mlp = with_part(self.mlp, "fc2", fc2)
+        self.mlp = with_submodule(self.mlp, "fc2", fc2)
         self.norm, self.norm2 = nn.Identity(), nn.Identity()  # type: ignore[assignment]
         self.gamma = None
         return self

@@ -140,7 +140,7 @@ def shared_mask(layer: LargeKernel, masks: Mapping[str, Tensor], prefix: str = "
     own = _own_masks(layer, masks, prefix)
     names = [f"source.kernels.{i}" for i in range(len(layer.source.kernels))]
     live = [
-        Rect.centred(own.get(name, torch.ones_like(kernel, dtype=torch.bool)))
+        Rect.centered(own.get(name, torch.ones_like(kernel, dtype=torch.bool)))
         for name, kernel in zip(names, layer.source.kernels)
     ]
     return {f"{prefix}{name}": _union_within(rect, live) for name, rect in zip(names, live)}

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from widekernel.layers.folding import Foldable, copied, fold_in_place, settle, warn_of_kept
+from widekernel.layers.folding import Foldable, deep_copy, fold_in_place, make_permanent, warn_about_unfolded
 from widekernel.layers.guarding import guard
 
 __all__ = ["Foldable", "fold"]
@@ -15,7 +15,7 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 def fold(model: ModelT) -> ModelT:
-    """Give a copy of `model` in its fast inference form; the original is left as it is.
+    """Return a copy of `model` in its fast inference form; the original is left as it is.
 
     Every large-kernel layer becomes one operator call: its batch norms and identity are folded in and covered kernels
     absorbed. Batch norms before and after 1x1 convolutions and linear layers, and layer scales, are folded too.
@@ -30,11 +30,11 @@ def fold(model: ModelT) -> ModelT:
     Raises:
         ArgumentError: if a pruned kernel was trained without its mask being applied; the message says what to do.
     """
-    copy = copied(model)
-    settle(copy)
-    result = fold_in_place(copy.eval(), {})
+    copy = deep_copy(model)
+    make_permanent(copy)
+    result = fold_in_place(copy.eval())
     guard(result)
-    warn_of_kept(result, stacklevel=2)
+    warn_about_unfolded(result, stacklevel=2)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         result.requires_grad_(False)
     return result  # type: ignore[return-value]

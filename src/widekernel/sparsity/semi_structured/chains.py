@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from widekernel.layers import KernelSource, LargeKernel, PartialChannels
-from widekernel.layers.conv import is_plain
+from widekernel.layers.rebuilding import is_plain
 from widekernel.sparsity.semi_structured.eligibility import conv_groups
 
 # Exact types, because a subclass may do anything. None of them mixes or tells apart channels.

@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from widekernel.layers import DepthwiseConv2d, PointwiseConv2d, PointwiseLinear
-from widekernel.layers.alterations import replaced
+from widekernel.layers.alterations import replaced_method
 from widekernel.layers.conv import reasons_against_depthwise
 from widekernel.layers.pointwise import reasons_against_pointwise
 
@@ -87,11 +87,11 @@ def _reason_against(module: Any, replacement: type[nn.Module]) -> str:
     if any(is_lazy(parameter) for parameter in module.parameters(recurse=False)):
         return "its parameters do not exist yet: run the network once before"
     if is_parametrized(module):
-        return "its weights are parametrised, which gives it a class of its own"
+        return "its weights are parametrized, which gives it a class of its own"
     if kind is not expected:
         return f"{kind.__module__}.{kind.__qualname__} is a subclass of nn.{expected.__name__}: it may do something else"
-    if replaced(module):
-        return f"its {replaced(module)} has been replaced"
+    if replaced_method(module):
+        return f"its {replaced_method(module)} has been replaced"
     if getattr(module, "_compiled_call_impl", None) is not None:
         return "it is compiled: accelerate before compiling"
     weight = getattr(module, "weight", None)

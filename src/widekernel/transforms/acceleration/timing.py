@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from widekernel import ops
+from widekernel.layers.rebuilding import layer_like
 from widekernel.transforms.acceleration.input_capture import Situation
 
 # Two ways within this factor are the same: what is measured varies by a few percent.
@@ -40,7 +41,8 @@ def compare(layer: Any, replacement: type[nn.Module], situation: Situation, back
 
     What has been timed before in the same circumstances is not timed again.
     """
-    before, after = _twin(layer, type(layer)), _twin(layer, replacement)
+    # Of the same data, but without hooks, which are not to run, and gradients.
+    before, after = (layer_like(layer, layer.weight, layer.bias, kind) for kind in (type(layer), replacement))
     trained = tuple(parameter.requires_grad for parameter in before.parameters()) if backward else None
     device = situation.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -123,27 +125,3 @@ def _input(situation: Situation) -> Tensor:
     stride = torch.empty(situation.shape, device="meta").stride() if overlapping else situation.stride
     x = torch.empty_strided(situation.shape, stride, dtype=situation.dtype, device=situation.device)
     return x.normal_(generator=torch.Generator(situation.device).manual_seed(0))
-
-
-def _twin(layer: Any, kind: Any) -> Any:
-    """Give a layer with the data of `layer`, but without its hooks, which are not to run, and its gradients."""
-    twin: Any
-    if isinstance(layer, nn.Linear):
-        twin = kind(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-    else:
-        twin = kind(
-            layer.in_channels,
-            layer.out_channels,
-            layer.kernel_size,
-            stride=layer.stride,
-            padding=layer.padding,
-            dilation=layer.dilation,
-            groups=layer.groups,
-            bias=layer.bias is not None,
-            padding_mode=layer.padding_mode,
-            device="meta",
-        )
-    twin.weight = nn.Parameter(layer.weight.detach(), layer.weight.requires_grad)
-    if layer.bias is not None:
-        twin.bias = nn.Parameter(layer.bias.detach(), layer.bias.requires_grad)
-    return twin.train(layer.training)
