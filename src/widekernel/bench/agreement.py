@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from widekernel.bench.baselines import PYTORCH, PYTORCH_FOLDED, TRAIN, Rival
 from widekernel.bench.checking import check_agreement
 from widekernel.bench.errors import BenchmarkError
-from widekernel.transforms.to_torch import on_pytorch, ours_in
+from widekernel.transforms.to_torch import operator_layers, to_torch
 
 TOLERANCE = 1e-3
 """Largest difference of outputs allowed, relative to the largest number."""
@@ -69,10 +69,10 @@ def check_rivals(name: str, rivals: Sequence[Rival], mode: str, target: Tensor) 
 @torch.no_grad()
 def _check_layers(name: str, rival: Rival) -> None:
     """Compare every layer that runs on our operator with the same layer on PyTorch's convolutions."""
-    names = ours_in(rival.network)
+    names = operator_layers(rival.network)
     if not names:
         return
-    got, wanted = (_outputs(network, names, rival.images) for network in (rival.network, on_pytorch(rival.network)))
+    got, wanted = (_outputs(network, names, rival.images) for network in (rival.network, to_torch(rival.network)))
     for layer, (output, rectified) in got.items():
         theirs, _ = wanted[layer]
         # A layer of ours may do what comes after it in the other network.
