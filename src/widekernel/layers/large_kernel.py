@@ -150,14 +150,17 @@ class FoldedLargeKernel(Folded, nn.Module):
     def forward(self, x: Tensor, relu: bool = False) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W); with `relu` its positive part, which our kernels compute in the same pass."""
         if torch.jit.is_scripting():
-            kernels: list[Tensor] = []
-            anchors: list[tuple[int, int]] = []
-            for kernel, anchor in zip(self.kernels, self.anchors):
-                kernels.append(kernel)
-                anchors.append(anchor)
-            return plain.depthwise_sum(x, kernels, anchors, self.bias, None, relu)
+            return self._scripted(x, relu)
         else:  # noqa: RET505 - TorchScript leaves out the other branch, and only that
             return ops.depthwise_sum(x, tensors_of(self.kernels), self.anchors, self.bias, relu=relu)
+
+    def _scripted(self, x: Tensor, relu: bool) -> Tensor:
+        kernels: list[Tensor] = []
+        anchors: list[tuple[int, int]] = []
+        for kernel, anchor in zip(self.kernels, self.anchors):
+            kernels.append(kernel)
+            anchors.append(anchor)
+        return plain.depthwise_sum(x, kernels, anchors, self.bias, None, relu)
 
     def table_misfits(self, state: Mapping[str, Tensor], prefix: str) -> list[str]:
         """List, if it is so, that the weights are of a layer whose kernels have other anchors."""
