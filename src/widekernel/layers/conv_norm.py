@@ -40,8 +40,8 @@ class ConvNorm(Fusable, nn.Module):
         return [] if type(self.bn) is nn.Identity else alterations(self, ("", "conv", "bn"))
 
     @renamed_arguments(before="input_norm")
-    def folded(self, input_norm: nn.Module | None = None) -> FoldedConvNorm:
-        """Return the layer with the norm folded into the convolution, which then has a bias.
+    def folded(self, input_norm: nn.Module | None = None) -> ConvNorm:
+        """Return the layer with the norm folded into the convolution, which has a bias then.
 
         Args:
             input_norm: a batch norm whose output the layer takes, to be folded in too. The convolution must not pad its
@@ -54,7 +54,9 @@ class ConvNorm(Fusable, nn.Module):
         if input_norm is not None:
             conv = fold_input_affine(conv, *affine_of(input_norm, self.conv.in_channels))
         conv.requires_grad_(is_trained(self.conv, self.bn, input_norm))
-        return FoldedConvNorm(conv, nn.Identity(), self.act)
+        has_norm = not isinstance(self.bn, nn.Identity) or not isinstance(input_norm, (nn.Identity, type(None)))
+        kind = FoldedConvNorm if has_norm or isinstance(self, FoldedConvNorm) else ConvNorm
+        return kind(conv, nn.Identity(), self.act)
 
 
 class FoldedConvNorm(Folded, ConvNorm):
