@@ -14,7 +14,7 @@ from widekernel.layers.folding import Folded, Fusable, is_trained
 from widekernel.layers.guarding import guard
 from widekernel.layers.norms import affine_of, reasons_against_folding
 from widekernel.layers.rect import Rect, maximal_rectangles
-from widekernel.layers.sources import KernelSource, branches_of, rects_of, tensors_of
+from widekernel.layers.sources import KernelSource, rects_of, tensors_of
 from widekernel.ops import plain
 from widekernel.ops.registration import autocast_dtype
 
@@ -60,16 +60,14 @@ class LargeKernel(Fusable, nn.Module):
 
     @torch.jit.unused
     def _computed(self, x: Tensor) -> Tensor:
-        # Under autocast the branches share one converted copy of the input.
-        dtype = autocast_dtype(x)
-        cast = x if dtype is None else x.to(dtype)
         source, norms = self.source, list(self.norms)
-        if norms:
-            y = add_normalized(source.responses(cast), norms)
-        elif (branches := branches_of(source)) is not None:
-            y = ops.depthwise_sum(cast, *branches)
+        if not norms and (branches := source.branches()) is not None:
+            y = ops.depthwise_sum(x, *branches)
         else:
-            y = torch.stack(source.responses(cast)).sum(0)
+            # Under autocast the branches share one converted copy of the input.
+            dtype = autocast_dtype(x)
+            responses = source.responses(x if dtype is None else x.to(dtype))
+            y = add_normalized(responses, norms) if norms else torch.stack(responses).sum(0)
         return y + x if self.identity else y
 
     def foldable(self) -> bool:
@@ -78,7 +76,7 @@ class LargeKernel(Fusable, nn.Module):
 
     def reasons_against_folding(self) -> list[str]:
         """List why the layer cannot be folded; empty if it can."""
-        reasons = [] if branches_of(self.source) is not None else ["a branch equals no single kernel near the borders"]
+        reasons = [] if self.source.branches() is not None else ["a branch equals no single kernel near the borders"]
         if text := alteration(self):
             reasons.append(text)
         return list(dict.fromkeys(reasons + [why for norm in self.norms for why in reasons_against_folding(norm)]))

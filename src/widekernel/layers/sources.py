@@ -13,7 +13,7 @@ from widekernel import ops
 from widekernel.errors import ArgumentError
 from widekernel.layers.rect import Rect
 from widekernel.ops import plain
-from widekernel.ops.problem import Anchor, whole_sizes
+from widekernel.ops.problem import Anchor, sizes_now, whole_sizes
 
 # No `from __future__ import annotations` here: TorchScript reads the attributes' types of `KernelSource` and needs types.
 
@@ -35,6 +35,11 @@ class KernelSource(nn.Module, ABC):
     @abstractmethod
     def responses(self, x: Tensor) -> list[Tensor]:
         """Compute the branches of `x` (N, C, H, W), before normalization."""
+
+    @torch.jit.unused
+    def branches(self) -> Branches | None:
+        """Return the kernel and the anchor of every branch, dilated, or None if some branch is not a rectangle."""
+        return None
 
     @abstractmethod
     def published_macs(self, height: int, width: int) -> int:
@@ -84,7 +89,7 @@ class RectSource(KernelSource):
 
     @torch.jit.unused
     def branches(self) -> Branches:
-        """Return the kernels and the anchors of the branches, dilated: `rects` without its checks, for every call."""
+        """Return the kernels and anchors of the branches, dilated: what `rects` returns, but without its checks."""
         if type(self).rects is RectSource.rects and self.dilation == 1:
             return self.branch_kernels(), self.branch_anchors()
         rects = [dilated(rect, self.dilation) for rect in self.rects()]
@@ -130,6 +135,15 @@ class Rectangles(RectSource):
             anchors.append((sizes[2] // 2, sizes[3] // 2))
         return anchors
 
+    @torch.jit.unused
+    def branches(self) -> Branches:
+        """Return the kernels and their middles, dilated."""
+        if self.dilation != 1 or type(self).rects is not RectSource.rects:
+            return super().branches()
+        kernels = tensors_of(self.kernels)
+        sizes = [sizes_now(kernel) for kernel in kernels]
+        return kernels, [(size[2] // 2, size[3] // 2) for size in sizes]
+
     def published_macs(self, height: int, width: int) -> int:
         """Count every tap of every kernel at every pixel."""
         return height * width * sum(kernel.numel() for kernel in self.kernels)
@@ -166,29 +180,32 @@ class SourceGroup(KernelSource):
 
     @torch.jit.unused
     def _in_one_call(self, x: Tensor) -> list[Tensor]:
-        branches = branches_of(self)
+        branches = self.branches()
         if branches is not None:
             return _convolved(x, branches)
         return [response for source in self.sources for response in source.responses(x)]  # type: ignore[operator]
+
+    @torch.jit.unused
+    def branches(self) -> Branches | None:
+        """Return the branches of all sources, or None if some branch is not a rectangle."""
+        kernels: list[Tensor] = []
+        anchors: list[Anchor] = []
+        for source in self.sources:
+            found: Branches | None = source.branches()  # type: ignore[operator]
+            if found is None:
+                return None
+            kernels += found[0]
+            anchors += found[1]
+        return kernels, anchors
 
     def published_macs(self, height: int, width: int) -> int:
         """Add up the sources."""
         return sum(source.published_macs(height, width) for source in self.sources)  # type: ignore[operator]
 
 
-def branches_of(source: nn.Module) -> Branches | None:
-    """Return the kernels and anchors of every branch of a source, or None if some branch is not a rectangle."""
-    if isinstance(source, RectSource):
-        return source.branches()
-    if isinstance(source, SourceGroup) and _is_made_of_rects(source):
-        found = [branches_of(part) or ([], []) for part in source.sources]
-        return [kernel for kernels, _ in found for kernel in kernels], [anchor for _, anchors in found for anchor in anchors]
-    return None
-
-
 def rects_of(source: nn.Module) -> list[Rect] | None:
     """Return the rectangles of every branch of a source, or None if some branch is not a rectangle."""
-    branches = branches_of(source)
+    branches = source.branches() if isinstance(source, KernelSource) else None
     return None if branches is None else [Rect(kernel, anchor) for kernel, anchor in zip(*branches)]
 
 
@@ -240,10 +257,13 @@ def tensors_of(parameters: nn.ParameterList) -> list[Tensor]:
     Its own iterator takes as long as a small operator, because it looks up every entry by way of `nn.Module`.
     """
     held = parameters._parameters
-    keys = _KEYS[: len(parameters)]
+    count = len(held)
     # Entries that are computed (pruned, parametrized) or belong to a replica are no parameters.
-    if len(held) == len(parameters) == len(keys) and all(key in held for key in keys):
-        return [held[key] for key in keys]  # type: ignore[misc]
+    if count == len(parameters) <= len(_KEYS):
+        try:
+            return [held[key] for key in _KEYS[:count]]  # type: ignore[misc]
+        except KeyError:
+            pass
     return list(parameters)
 
 

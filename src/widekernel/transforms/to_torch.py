@@ -13,7 +13,7 @@ from widekernel.errors import ArgumentError
 from widekernel.layers import DepthwiseConv2d, FoldedLargeKernel, LargeKernel, PointwiseConv2d, PointwiseLinear, SourceGroup
 from widekernel.layers.folding import deep_copy
 from widekernel.layers.large_kernel import add_normalized
-from widekernel.layers.sources import branches_of, tensors_of
+from widekernel.layers.sources import KernelSource, tensors_of
 from widekernel.ops.problem import Anchor
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -58,7 +58,7 @@ class TorchLargeKernel(LargeKernel):
 
     @torch.jit.unused
     def _on_torch(self, x: Tensor) -> Tensor:
-        branches, norms = branches_of(self.source), list(self.norms)
+        branches, norms = self.source.branches(), list(self.norms)
         if norms:
             y = add_normalized(_responses(self.source, x), norms)
         elif branches is not None:
@@ -107,15 +107,14 @@ def _torch_class(name: str, module: nn.Module) -> Any:
     return _TORCH_CLASSES[kind]
 
 
-def _responses(source: nn.Module, x: Tensor) -> list[Tensor]:
+def _responses(source: KernelSource, x: Tensor) -> list[Tensor]:
     """Compute the branches of a source; those that are no rectangles are left to the source itself."""
-    branches = branches_of(source)
+    branches = source.branches()
     if branches is not None:
         return [_convolution(x, kernel, anchor, None) for kernel, anchor in zip(*branches)]
     if isinstance(source, SourceGroup):
-        return [response for part in source.sources for response in _responses(part, x)]
-    responses: list[Tensor] = source.responses(x)  # type: ignore[operator]
-    return responses
+        return [response for part in source.sources for response in _responses(part, x)]  # type: ignore[arg-type]
+    return source.responses(x)
 
 
 def _sum(x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor], bias: Tensor | None) -> Tensor:
