@@ -19,7 +19,7 @@ from tests.transforms.acceleration import (
 from widekernel import accelerate
 from widekernel.layers import DepthwiseConv2d, PointwiseConv2d, PointwiseLinear
 from widekernel.transforms.acceleration import timing
-from widekernel.transforms.acceleration.input_capture import Situation
+from widekernel.transforms.acceleration.input_capture import InputSpec
 
 
 def test_backward_is_measured_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +95,7 @@ def test_measuring(layer: nn.Module, backward: bool, monkeypatch: pytest.MonkeyP
     before, numbers = state_of(layer), torch.get_rng_state()
     replacement = DepthwiseConv2d if layer.groups > 1 else PointwiseConv2d
     for x in layouts:
-        times = timing.compare(layer, replacement, Situation.of(x), backward)
+        times = timing.compare(layer, replacement, InputSpec.of(x), backward)
         assert min(times) > 0
     assert state_of(layer) == before
     assert torch.equal(torch.get_rng_state(), numbers)
@@ -104,7 +104,7 @@ def test_measuring(layer: nn.Module, backward: bool, monkeypatch: pytest.MonkeyP
 def test_measuring_frozen_layers_and_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "PATIENCE", 0.0)
     frozen = nn.Linear(6, 4).requires_grad_(False)
-    assert min(timing.compare(frozen, PointwiseLinear, Situation.of(torch.randn(3, 6)), True)) > 0
+    assert min(timing.compare(frozen, PointwiseLinear, InputSpec.of(torch.randn(3, 6)), True)) > 0
 
 
 def test_real_measurements_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:

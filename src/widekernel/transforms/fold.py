@@ -1,4 +1,4 @@
-"""Folding: the fast inference form of a network, with the same outputs."""
+"""`fold`: the fast inference form of a network, with the same outputs."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def fold(model: ModelT) -> ModelT:
     """Return a copy of `model` in its fast inference form; the original is left as it is.
 
     Every large-kernel layer becomes one operator call: its batch norms and identity are folded in and covered kernels
-    absorbed. Batch norms before and after 1x1 convolutions and linear layers, and layer scales, are folded too.
+    absorbed. Batch norms before and after 1x1 convolutions and linear layers, and layer scales, are folded, too.
     Outputs in evaluation mode stay the same up to rounding.
 
     Layers that equal no single kernel (SLaK_pw with `padding="same"`), or whose norms are more than batch norms with running
     statistics, stay as they are; a warning names them and says why. So do layers with hooks or with a `forward` that was
-    replaced on the instance, and what would show such a layer other values. Modules that are used in several places stay
-    shared, and what is made of frozen parameters alone stays frozen. Masks of `torch.nn.utils.prune` and the old weight and
-    spectral norms are made permanent in the copy.
+    replaced on the instance, and layers whose folding would show such a layer other values. Modules that are used in several
+    places stay shared, and whatever is computed from frozen parameters alone stays frozen. Masks of `torch.nn.utils.prune`
+    and the old weight and spectral norms are made permanent in the copy.
 
     Raises:
         ArgumentError: if a pruned kernel was trained without its mask being applied; the message says what to do.
