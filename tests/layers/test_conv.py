@@ -124,7 +124,7 @@ def test_copies_run_on_the_operator() -> None:
     [("stride", (2, 2)), ("padding", (0, 0)), ("dilation", (2, 2)), ("padding_mode", "circular")],
     ids=["stride", "padding", "dilation", "padding_mode"],
 )
-def test_attributes_changed_later_are_honoured(name: str, value: Any) -> None:
+def test_attributes_changed_later_are_honored(name: str, value: Any) -> None:
     theirs, ours = pair((C, C, C), {"kernel_size": 3, "padding": 1}, torch.float64)
     x = image(C)
     assert_close(ours(x), theirs(x))
@@ -153,7 +153,7 @@ def test_reasons_against(arguments: dict[str, Any], reasons: list[str]) -> None:
     assert DepthwiseConv2d(C, C, **arguments).reasons_against() == reasons
 
 
-def test_all_reasons_are_given() -> None:
+def test_all_reasons_are_listed() -> None:
     assert len(DepthwiseConv2d(C, C, 4, stride=2, padding=1, dilation=2, padding_mode="reflect").reasons_against()) == 5
 
 

@@ -58,7 +58,7 @@ WRAPPED = {
 
 
 @pytest.mark.parametrize("how", WRAPPED)
-def test_a_compacted_network_is_as_it_was(how: str) -> None:
+def test_a_refused_state_leaves_a_compacted_network_unchanged(how: str) -> None:
     model, other = (WRAPPED[how](compact(masked(dead))) for dead in (0, 1))
     assert any(isinstance(module, GroupedKernels) for module in model.modules())
     _refused(model, other.state_dict(), "nothing was loaded:\n.*names other channels in the file")
@@ -112,7 +112,7 @@ def test_layers_that_stand_alone() -> None:
     assert_same_state(model.state_dict(), before)
 
 
-def test_networks_without_tables_load_as_ever() -> None:
+def test_networks_without_tables_load_as_before() -> None:
     model = timm.create_model("slak_nano", num_classes=3)
     assert model.load_state_dict({}, strict=False).missing_keys
     with pytest.raises(RuntimeError, match="Missing key"):

@@ -62,7 +62,7 @@ def test_plus_is_the_sum_of_both() -> None:
     assert_close(definition(x, [total.kernel], [total.anchor]), both)
 
 
-def test_plus_refuses_what_it_would_have_to_crop() -> None:
+def test_plus_refuses_rectangles_that_it_does_not_cover() -> None:
     with pytest.raises(ValueError, match=r"a 3x3 rectangle of 2 channels .* cannot absorb one of 5x1, 2 channels"):
         rect(3, 3).plus(rect(5, 1))
     with pytest.raises(ValueError, match=r"anchored at \(0, 0\).* cannot absorb .* anchored at \(1, 1\)"):
@@ -115,7 +115,7 @@ def test_equal_rectangles_become_one() -> None:
     assert [m.size for m in maximal_rectangles([rect(3, 5)] * 4)] == [(3, 5)]
 
 
-def test_nothing_collapses_to_nothing() -> None:
+def test_an_empty_sum_stays_empty() -> None:
     assert maximal_rectangles([]) == []
 
 

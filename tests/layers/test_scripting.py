@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:Futur
 
 
 def check(module: nn.Module, *images: Tensor, scripted: bool = True) -> None:
-    """Compare with what is recorded of the first image, and with what is scripted."""
+    """Compare with the trace of the first image, and with the scripted module."""
     module = module.eval()
     with warnings.catch_warnings():
         warnings.simplefilter("error", torch.jit.TracerWarning)

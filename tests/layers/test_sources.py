@@ -1,4 +1,4 @@
-"""Kernel sources against tile maps that are shifted and added as the papers write it, and the contents of their state."""
+"""Kernel sources compared with tile maps that are shifted and added as in the papers, and the contents of their state."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_shuffled_strips(kernel_size: int, tile_size: int, branches: int) -> Non
 
 
 def truncated(x: Tensor, tiles: Tensor, kernel_size: int, wide: bool) -> Tensor:
-    """At every pixel add the tiles whose middle lies in the image, pixel by pixel along the strip."""
+    """Add at every pixel the tiles whose middle lies in the image, pixel by pixel along the strip."""
     if not wide:
         return truncated(x.transpose(2, 3), tiles.transpose(2, 3), kernel_size, wide=True).transpose(2, 3)
     tile_size = tiles.shape[-1]
@@ -137,7 +137,7 @@ def test_truncated_tiles(kernel_size: int, tile_size: int, branches: int) -> Non
 
 
 def test_truncated_tiles_differ_from_the_strips_only_where_a_tile_is_cut() -> None:
-    """Of 3-wide tiles in the middle and 3 pixels to both sides, one is dropped that reaches into the image, at each end."""
+    """There are 3-wide tiles in the middle and 3 pixels to each side; at each end one that reaches into the image is dropped."""
     strips = ShuffledStrips(C, 9, 3).double()
     x = image(C, 25, 26)
     for d, (part, whole) in enumerate(zip(TruncatedTiles(strips).responses(x), strips.responses(x))):
@@ -240,7 +240,7 @@ def test_the_state_restores_the_source(name: str) -> None:
 
 
 @WITH_TABLES
-def test_tables_survive_a_change_of_type_and_reinitialisation(name: str) -> None:
+def test_tables_survive_a_change_of_type_and_reinitialization(name: str) -> None:
     source, fresh = SOURCES[name](), SOURCES[name]()
     assert {table.dtype for table in tables_of(source.bfloat16()).values()} == {torch.int32}
     (source.source if name == "truncated" else source).reset_parameters()
@@ -257,8 +257,8 @@ def test_tables_do_not_depend_on_the_seed_but_weights_do(name: str) -> None:
     assert same == {key for key in first if not first[key].is_floating_point()}
 
 
-def test_tables_that_are_drawn_once_are_each_networks_own() -> None:
-    """Drawing takes long, so that it is done once; changing what was drawn must not change what is drawn next."""
+def test_cached_tables_are_copied_for_every_network() -> None:
+    """Drawing is slow and done once; changing the drawn tables must not change later ones."""
     first, second = draw_tables(8, 7, 3), draw_tables(8, 7, 3)
     for one, other in zip(first, second):
         assert torch.equal(one, other)
@@ -291,7 +291,7 @@ def test_drawing_tables_leaves_the_global_random_numbers_alone() -> None:
 
 @EACH
 def test_constructing_draws_weights_and_nothing_else(name: str) -> None:
-    """The next random number is the one that follows after as many weights, so nothing was reseeded on the way."""
+    """The next random number is the one that follows after drawing the weights alone, so nothing was reseeded."""
     numpy_before = np.random.get_state()[1].copy()
     torch.manual_seed(5)
     source = SOURCES[name]()
@@ -314,7 +314,7 @@ def test_every_group_is_a_permutation_of_its_own(groups: int) -> None:
 
 @WITH_TABLES
 def test_tables_on_another_default_device(name: str) -> None:
-    """A network may be built where a generator of the CPU cannot draw; the numbers stay those of the CPU."""
+    """A network may be built on a device where a CPU generator cannot draw; the tables are those of the CPU."""
     with torch.device("meta"):
         built, tables = SOURCES[name](), draw_tables(C, 3, 2)
     assert {value.device.type for value in built.state_dict().values()} == {"meta"}

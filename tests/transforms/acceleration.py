@@ -1,4 +1,4 @@
-"""What the tests of `accelerate` share: networks, replaced measurements, and what must stay as it is."""
+"""Shared by the tests of `accelerate`: networks, replaced measurements, and snapshots of what must not change."""
 
 from __future__ import annotations
 
@@ -29,8 +29,10 @@ EACH = pytest.mark.parametrize("name", NETWORKS)
 Measure = Callable[[nn.Module, nn.Module, Tensor, bool], tuple[float, float]]
 
 
-def deciding(monkeypatch: pytest.MonkeyPatch, faster: bool | Callable[[nn.Module, Tensor], bool] = True) -> list[Any]:
-    """Let the other way be twice as fast where `faster` says so, half as fast elsewhere; gives the list of measurements."""
+def replace_measurement(
+    monkeypatch: pytest.MonkeyPatch, faster: bool | Callable[[nn.Module, Tensor], bool] = True
+) -> list[Any]:
+    """Make the other way twice as fast where `faster` says so, half as fast elsewhere; return the list of measurements."""
     asked: list[Any] = []
 
     def measure(before: nn.Module, after: nn.Module, x: Tensor, backward: bool) -> tuple[float, float]:
@@ -52,7 +54,7 @@ def pictures(name: str, dtype: torch.dtype = torch.float64, batch: int = 2) -> T
 
 
 def small() -> nn.Sequential:
-    """Every kind of layer, in 8 channels."""
+    """Make a network with every kind of layer, of 8 channels."""
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1),
         nn.Conv2d(8, 8, 5, padding=2, groups=8),
@@ -72,7 +74,7 @@ def image(channels: int = 3, batch: int = 2) -> Tensor:
 
 
 def candidates_of(model: nn.Module) -> set[str]:
-    """Name what must be in a report, by rules written down here once more."""
+    """Return the names of the layers that a report must contain, by rules of its own."""
     names = set()
     for name, module in model.named_modules():
         wanted = isinstance(module, nn.Linear)
@@ -85,7 +87,7 @@ def candidates_of(model: nn.Module) -> set[str]:
 
 
 def state_of(model: nn.Module) -> tuple[Any, ...]:
-    """What must stay as it is: objects, values, flags and hooks."""
+    """Return what must not change: objects, values, flags and hooks."""
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return (
         [(key, id(tensor), hash(tensor.detach().numpy().tobytes())) for key, tensor in tensors],

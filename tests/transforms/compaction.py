@@ -1,4 +1,4 @@
-"""What the tests of `compact` share: prices, masks, and small folded layers."""
+"""Shared by the tests of `compact`: prices, masks, and small folded layers."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.transforms.acceleration import deciding
+from tests.transforms.acceleration import replace_measurement
 from widekernel.transforms.acceleration import timing
 
 
@@ -19,5 +19,5 @@ def _no_memory() -> Iterator[None]:
 
 
 @pytest.fixture
-def always(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    return deciding(monkeypatch)
+def always_faster(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    return replace_measurement(monkeypatch)

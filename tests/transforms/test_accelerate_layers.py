@@ -12,10 +12,10 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.testing import assert_close
 
 from tests.transforms.acceleration import (
-    deciding,
     image,
     kinds,
     outputs_and_gradients,
+    replace_measurement,
     small,
 )
 from widekernel import accelerate
@@ -24,7 +24,7 @@ from widekernel.transforms.acceleration import timing
 
 
 def only(layer: nn.Module, x: Tensor | None = None, **kwargs: Any) -> tuple[type, str]:
-    """Accelerate one layer, and give its class and the reason."""
+    """Accelerate one layer, and return its class and the reason."""
     _, report = accelerate(layer, x, **kwargs)
     (row,) = report.layers
     return type(layer), row.reason
@@ -44,7 +44,9 @@ def only(layer: nn.Module, x: Tensor | None = None, **kwargs: Any) -> tuple[type
         (lambda: nn.Linear(6, 4, bias=False), PointwiseLinear, (6,)),
     ],
 )
-def test_a_model_that_is_a_layer(layer: Any, kind: type, shape: tuple[int, ...], example: bool, always: list[Any]) -> None:
+def test_a_model_that_is_a_layer(
+    layer: Any, kind: type, shape: tuple[int, ...], example: bool, always_faster: list[Any]
+) -> None:
     model, x = layer(), torch.randn(shape)
     want = outputs_and_gradients(model, x)
     result, report = accelerate(model, x if example else None)
@@ -80,16 +82,16 @@ def test_a_model_that_is_a_layer(layer: Any, kind: type, shape: tuple[int, ...],
         (lambda: PointwiseConv2d(6, 4, 1), "accelerated already"),
     ],
 )
-def test_layers_that_are_left_alone(layer: Any, reason: str, always: list[Any]) -> None:
+def test_layers_that_are_left_alone(layer: Any, reason: str, always_faster: list[Any]) -> None:
     model = layer()
     before = type(model)
     kind, why = only(model)
     assert kind is before
     assert reason in why
-    assert always == []
+    assert always_faster == []
 
 
-def test_layers_that_are_none_of_ours(always: list[Any]) -> None:
+def test_layers_that_are_none_of_ours(always_faster: list[Any]) -> None:
     others = [nn.Conv2d(6, 4, 3), nn.Conv2d(1, 8, 3), nn.Conv2d(6, 6, 3, groups=2), nn.Conv1d(6, 6, 3, groups=6)]
     others += [nn.ConvTranspose2d(6, 6, 3, groups=6), nn.Bilinear(2, 2, 2), nn.Embedding(3, 3), nn.Identity()]
     others += [torch.ao.nn.quantized.Linear(6, 4), torch.ao.nn.quantized.Conv2d(6, 4, 1)]
@@ -100,13 +102,13 @@ def test_layers_that_are_none_of_ours(always: list[Any]) -> None:
     assert str(accelerate(nn.ReLU())[1]).endswith("0 of 0 layers swapped.")
 
 
-def test_replaced_forward_is_left_alone(always: list[Any]) -> None:
+def test_replaced_forward_is_left_alone(always_faster: list[Any]) -> None:
     layer = nn.Linear(6, 4)
     layer.forward = lambda x: x  # type: ignore[method-assign]
     assert only(layer) == (nn.Linear, "its forward has been replaced")
 
 
-def test_without_pointwise(always: list[Any]) -> None:
+def test_without_pointwise(always_faster: list[Any]) -> None:
     model = small()
     _, report = accelerate(model, image(), pointwise=False)
     assert [row.name for row in report.layers] == ["1", "4", "5"]
@@ -115,7 +117,7 @@ def test_without_pointwise(always: list[Any]) -> None:
 
 
 def test_only_what_is_faster_is_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
-    deciding(monkeypatch, lambda after, x: isinstance(after, PointwiseConv2d))
+    replace_measurement(monkeypatch, lambda after, x: isinstance(after, PointwiseConv2d))
     model = small()
     _, report = accelerate(model, image())
     assert [row.name for row in report.swapped] == ["3"]
@@ -131,18 +133,18 @@ def test_equal_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert accelerate(small(), image())[1].swapped == ()
 
 
-def test_second_time_changes_nothing(always: list[Any]) -> None:
+def test_second_time_changes_nothing(always_faster: list[Any]) -> None:
     model = small()
     accelerate(model, image())
-    before, asked = kinds(model), list(always)
+    before, asked = kinds(model), list(always_faster)
     _, report = accelerate(model, image())
     assert kinds(model) == before
-    assert always == asked
+    assert always_faster == asked
     assert report.swapped == ()
     assert [row.reason for row in report.layers].count("accelerated already") == 3
 
 
-def test_shared_layers_and_parameters(always: list[Any]) -> None:
+def test_shared_layers_and_parameters(always_faster: list[Any]) -> None:
     class Shared(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -167,7 +169,7 @@ def test_shared_layers_and_parameters(always: list[Any]) -> None:
         assert_close(got, expected)
 
 
-def test_hooks_stay_and_run(always: list[Any]) -> None:
+def test_hooks_stay_and_run(always_faster: list[Any]) -> None:
     model, x, calls = small().eval(), image(), []
     model[1].register_forward_hook(lambda *_: calls.append("forward"))
     model[3].register_forward_pre_hook(lambda module, args: (2 * args[0],))
@@ -182,7 +184,7 @@ def test_hooks_stay_and_run(always: list[Any]) -> None:
     assert sorted(calls) == ["backward", "forward", "weight"]
 
 
-def test_parametrised_layers_stay_right(always: list[Any]) -> None:
+def test_parametrized_layers_stay_correct(always_faster: list[Any]) -> None:
     class Doubled(nn.Module):
         def forward(self, weight: Tensor) -> Tensor:
             return 2 * weight
@@ -193,14 +195,14 @@ def test_parametrised_layers_stay_right(always: list[Any]) -> None:
     want = model(x)
     assert [row.name for row in accelerate(model, x)[1].swapped] == ["1"]
     assert_close(model(x), want)
-    # What is parametrised afterwards is right, too, and so is what was when it is no longer.
+    # Layers that are parametrized later are correct, too, and stay so when the parametrization is removed.
     parametrize.register_parametrization(model[1], "weight", Doubled())
     parametrize.remove_parametrizations(model[1], "weight")
     assert isinstance(model[1], PointwiseLinear)
     assert model(x).shape == want.shape
 
 
-def test_weights_that_hooks_compute(always: list[Any]) -> None:
+def test_weights_that_hooks_compute(always_faster: list[Any]) -> None:
     model = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1, groups=6), nn.Conv2d(6, 4, 1))
     prune.l1_unstructured(model[0], "weight", 0.5)
     with pytest.warns(FutureWarning):
@@ -212,7 +214,7 @@ def test_weights_that_hooks_compute(always: list[Any]) -> None:
         assert_close(got, expected)
 
 
-def test_attention_of_pytorch(always: list[Any]) -> None:
+def test_attention_of_pytorch(always_faster: list[Any]) -> None:
     model, x = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), torch.randn(2, 5, 8)
     want = model(x)
     _, report = accelerate(model, x)
@@ -220,7 +222,7 @@ def test_attention_of_pytorch(always: list[Any]) -> None:
     assert_close(model(x), want)
 
 
-def test_layers_that_the_example_does_not_call(always: list[Any]) -> None:
+def test_layers_that_the_example_does_not_call(always_faster: list[Any]) -> None:
     model = small()
     model.unused = nn.Linear(3, 3)  # type: ignore[assignment]
     model.forward = lambda x: nn.Sequential.forward(model[:-2], x)  # type: ignore[method-assign]
@@ -228,7 +230,7 @@ def test_layers_that_the_example_does_not_call(always: list[Any]) -> None:
     assert report["unused"].reason == report["9"].reason == "the example does not call it"
 
 
-def test_inputs_by_keyword_and_several_arguments(always: list[Any]) -> None:
+def test_inputs_by_keyword_and_several_arguments(always_faster: list[Any]) -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -11,8 +11,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from tests.transforms.acceleration import (
-    deciding,
     image,
+    replace_measurement,
     small,
     state_of,
 )
@@ -23,7 +23,7 @@ from widekernel.transforms.acceleration.input_capture import InputSpec
 
 
 def test_backward_is_measured_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = deciding(monkeypatch)
+    asked = replace_measurement(monkeypatch)
     assert accelerate(small(), image())[1].backward
     assert all(backward for *_, backward in asked)
     asked.clear()
@@ -35,31 +35,31 @@ def test_backward_is_measured_in_training(monkeypatch: pytest.MonkeyPatch) -> No
     assert not any(backward for *_, backward in asked)
 
 
-def test_what_was_measured_is_remembered(always: list[Any]) -> None:
+def test_what_was_measured_is_remembered(always_faster: list[Any]) -> None:
     model = nn.Sequential(*[nn.Conv2d(8, 8, 3, padding=1, groups=8) for _ in range(3)])
     accelerate(model, image(8))
-    assert len(always) == 1
+    assert len(always_faster) == 1
     accelerate(copy.deepcopy(small()[1:2]), image(8))
-    assert len(always) == 2
+    assert len(always_faster) == 2
     accelerate(nn.Conv2d(8, 8, 3, padding=1, groups=8), image(8))
-    assert len(always) == 2
+    assert len(always_faster) == 2
     accelerate(nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False), image(8))
     accelerate(nn.Conv2d(8, 8, 3, padding=1, groups=8), image(8, batch=3))
     accelerate(nn.Conv2d(8, 8, 3, padding=1, groups=8), image(8).contiguous(memory_format=torch.channels_last))
     accelerate(nn.Conv2d(8, 8, 3, padding=1, groups=8).eval(), image(8))
     accelerate(nn.Conv2d(8, 8, 3, padding=1, groups=8).double(), image(8).double())
-    assert len(always) == 7
+    assert len(always_faster) == 7
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try:
         accelerate(nn.Conv2d(8, 8, 3, padding=1, groups=8), image(8))
     finally:
         torch.set_num_threads(threads)
-    assert len(always) == 8
+    assert len(always_faster) == 8
 
 
 def test_without_example_pointwise_must_win_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = deciding(monkeypatch)
+    asked = replace_measurement(monkeypatch)
     model = nn.Sequential(nn.Linear(96, 384), nn.Conv2d(384, 768, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8))
     report = accelerate(model)[1]
     assert len(report.swapped) == 3
@@ -67,13 +67,13 @@ def test_without_example_pointwise_must_win_everywhere(monkeypatch: pytest.Monke
     maps = [(batch, 384, 14, 14) for batch in (1, 1, 8, 8)]
     assert [shape for _, _, shape, _ in asked] == [(1, 56, 56, 96), (8, 56, 56, 96), *maps]
     timing.forget()
-    deciding(monkeypatch, lambda after, x: x.shape[0] == 8)
+    replace_measurement(monkeypatch, lambda after, x: x.shape[0] == 8)
     report = accelerate(nn.Sequential(nn.Linear(96, 384), nn.Conv2d(384, 768, 1)))[1]
     assert report.swapped == ()
     assert report["0"].reason == "not faster for (1, 56, 56, 96), contiguous"
     assert report["1"].reason == "not faster for (1, 384, 14, 14), contiguous"
     timing.forget()
-    deciding(monkeypatch, lambda after, x: x.stride(1) != 1)
+    replace_measurement(monkeypatch, lambda after, x: x.stride(1) != 1)
     assert accelerate(nn.Conv2d(384, 768, 1))[1][""].reason == "not faster for (1, 384, 14, 14), channels_last"
 
 
@@ -82,7 +82,7 @@ def test_without_example_pointwise_must_win_everywhere(monkeypatch: pytest.Monke
     "layer", [nn.Conv2d(6, 6, 3, padding=1, groups=6), nn.Conv2d(6, 4, 1), nn.Conv2d(6, 4, 1, bias=False)], ids=str
 )
 def test_measuring(layer: nn.Module, backward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The measurement itself, on tiny layers: it gives times, and leaves gradients, hooks and random numbers alone."""
+    """The measurement itself, on tiny layers: it returns times and does not touch gradients, hooks and random numbers."""
     monkeypatch.setattr(timing, "SECONDS", 0.0)
     layer = copy.deepcopy(layer).train(backward)
     layer.register_forward_hook(lambda *_: pytest.fail("a hook ran"))

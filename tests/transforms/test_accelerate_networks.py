@@ -32,7 +32,7 @@ from widekernel.layers import PointwiseLinear
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @EACH
-def test_outputs_and_gradients_stay(name: str, channels_last: bool, always: list[Any]) -> None:
+def test_outputs_and_gradients_stay(name: str, channels_last: bool, always_faster: list[Any]) -> None:
     model, x = network(name).eval(), pictures(name)
     if channels_last:
         model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
@@ -45,7 +45,7 @@ def test_outputs_and_gradients_stay(name: str, channels_last: bool, always: list
 
 
 @EACH
-def test_outputs_stay_in_single_precision(name: str, always: list[Any]) -> None:
+def test_outputs_stay_in_single_precision(name: str, always_faster: list[Any]) -> None:
     model, x = network(name, torch.float32).eval(), pictures(name, torch.float32)
     with torch.no_grad():
         want = model(x)
@@ -55,7 +55,7 @@ def test_outputs_stay_in_single_precision(name: str, always: list[Any]) -> None:
 
 @pytest.mark.parametrize("example", [False, True])
 @EACH
-def test_objects_and_keys_stay(name: str, example: bool, always: list[Any]) -> None:
+def test_objects_and_keys_stay(name: str, example: bool, always_faster: list[Any]) -> None:
     model = network(name, torch.float32)
     before, keys = state_of(model), list(model.state_dict())
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -67,7 +67,7 @@ def test_objects_and_keys_stay(name: str, example: bool, always: list[Any]) -> N
 
 
 @EACH
-def test_every_candidate_is_reported_once(name: str, always: list[Any]) -> None:
+def test_every_candidate_is_reported_once(name: str, always_faster: list[Any]) -> None:
     model = network(name, torch.float32)
     wanted, before = candidates_of(model), dict(model.named_modules())
     classes = {key: type(module) for key, module in before.items()}
@@ -84,7 +84,7 @@ def test_every_candidate_is_reported_once(name: str, always: list[Any]) -> None:
     json.dumps(report.to_dict())
 
 
-def test_state_dicts_load_both_ways(always: list[Any]) -> None:
+def test_state_dicts_load_both_ways(always_faster: list[Any]) -> None:
     plain, x = network("mobilenetv3_small_050"), pictures("mobilenetv3_small_050")
     fast = accelerate(network("mobilenetv3_small_050"), x)[0]
     fast.load_state_dict(plain.state_dict())
@@ -97,7 +97,7 @@ def test_state_dicts_load_both_ways(always: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("name", ["convnext_atto", "mobilenetv3_small_050"])
-def test_training_with_an_optimizer_of_before(name: str, always: list[Any]) -> None:
+def test_training_with_an_optimizer_built_before(name: str, always_faster: list[Any]) -> None:
     plain = network(name)
     fast = copy.deepcopy(plain)
     steps = []
@@ -117,7 +117,7 @@ def test_training_with_an_optimizer_of_before(name: str, always: list[Any]) -> N
     assert_close(steps[1], steps[0], rtol=1e-8, atol=1e-8)
 
 
-def test_autocast(always: list[Any]) -> None:
+def test_autocast(always_faster: list[Any]) -> None:
     model, x = network("convnext_atto", torch.float32).eval(), pictures("convnext_atto", torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         want = model(x)
@@ -128,7 +128,7 @@ def test_autocast(always: list[Any]) -> None:
     got.float().sum().backward()
 
 
-def test_what_runs(always: list[Any]) -> None:
+def test_which_backends_run(always_faster: list[Any]) -> None:
     model, x = small(), image()
     with ops.trace() as before:
         model(x)
@@ -140,7 +140,7 @@ def test_what_runs(always: list[Any]) -> None:
     assert set(after.backends()) <= set(ops.backends())
 
 
-def test_copies_of_an_accelerated_network(always: list[Any]) -> None:
+def test_copies_of_an_accelerated_network(always_faster: list[Any]) -> None:
     model = accelerate(small().eval(), image())[0]
     x = image()
     file = io.BytesIO()
@@ -152,7 +152,7 @@ def test_copies_of_an_accelerated_network(always: list[Any]) -> None:
         assert_close(other(x), model(x))
 
 
-def test_folding_what_was_accelerated(always: list[Any]) -> None:
+def test_folding_what_was_accelerated(always_faster: list[Any]) -> None:
     model, x = network("slak_nano").eval(), pictures("slak_nano")
     accelerate(model, x)
     want = model(x)
@@ -162,7 +162,7 @@ def test_folding_what_was_accelerated(always: list[Any]) -> None:
     assert_close(accelerate(fold(network("replknet_nano")), pictures("replknet_nano"))[0](x).shape, want.shape)
 
 
-def test_compiles_whole(always: list[Any]) -> None:
+def test_compiles_whole(always_faster: list[Any]) -> None:
     torch._dynamo.reset()
     model, x = small().double().eval(), image().double()
     accelerate(model, x)
@@ -172,7 +172,7 @@ def test_compiles_whole(always: list[Any]) -> None:
 
 
 @pytest.mark.slow
-def test_compiles_a_network(always: list[Any]) -> None:
+def test_compiles_a_network(always_faster: list[Any]) -> None:
     torch._dynamo.reset()
     model, x = network("convnext_atto", torch.float32).eval(), pictures("convnext_atto", torch.float32)
     accelerate(model, x)
@@ -181,7 +181,7 @@ def test_compiles_a_network(always: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("name", ["convnext_atto", "mobilenetv3_small_050"])
-def test_exports(name: str, always: list[Any]) -> None:
+def test_exports(name: str, always_faster: list[Any]) -> None:
     model, x = network(name).eval(), pictures(name)
     accelerate(model, x)
     program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
@@ -189,7 +189,7 @@ def test_exports(name: str, always: list[Any]) -> None:
     assert_close(program.module()(more), model(more))
 
 
-def test_features_by_tracing(always: list[Any]) -> None:
+def test_features_by_tracing(always_faster: list[Any]) -> None:
     model = timm.create_model("efficientnet_b0", features_only=True, feature_cls="fx").eval()
     x = pictures("efficientnet_b0", torch.float32)
     wanted = model(x)

@@ -24,8 +24,8 @@ from widekernel.layers import PointwiseLinear
 from widekernel.transforms.acceleration import timing
 
 
-class Restless(nn.Module):
-    """Does whatever a network should not do in evaluation."""
+class Unruly(nn.Module):
+    """Does in evaluation what a network should not do: changes buffers, draws random numbers, replaces tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,19 +41,19 @@ class Restless(nn.Module):
         self.count = self.count + 1
         random.random(), np.random.rand(), torch.rand(3)
         if x.sum() == 0:
-            raise RuntimeError("no light")
+            raise RuntimeError("all zeros")
         return self.drop(self.norm(self.fc(x)))
 
     def train(self, mode: bool = True) -> nn.Module:
         pytest.fail("train() was called")
 
 
-@pytest.mark.parametrize("dark", [False, True])
-def test_the_run_leaves_no_trace(dark: bool, always: list[Any]) -> None:
-    model = Restless()
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_run_leaves_no_trace(fails: bool, always_faster: list[Any]) -> None:
+    model = Unruly()
     before, numbers = state_of(model), (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist())
-    if dark:
-        with pytest.raises(ArgumentError, match=r"\(2, 4\) float32.*no light"):
+    if fails:
+        with pytest.raises(ArgumentError, match=r"\(2, 4\) float32.*all zeros"):
             accelerate(model, torch.zeros(2, 4))
         assert type(model.fc) is nn.Linear
     else:
@@ -78,7 +78,7 @@ def test_the_run_leaves_no_trace(dark: bool, always: list[Any]) -> None:
         (lambda: {1: image()}, "example_input is a dict"),
     ],
 )
-def test_examples_that_do_not_fit(example: Any, message: str, always: list[Any]) -> None:
+def test_examples_that_do_not_fit(example: Any, message: str, always_faster: list[Any]) -> None:
     model = small()
     before, classes = state_of(model), kinds(model)
     with pytest.raises(ArgumentError, match=message):
@@ -102,7 +102,7 @@ def test_failing_measurements_leave_the_network_alone(monkeypatch: pytest.Monkey
         assert kinds(model) == classes
 
 
-def test_what_is_no_network() -> None:
+def test_models_that_are_refused() -> None:
     for wrong in (None, torch.zeros(3), nn.Linear, "resnet18"):
         with pytest.raises(ArgumentError, match=r"nn\.Module"):
             accelerate(wrong)  # type: ignore[type-var]
@@ -112,7 +112,7 @@ def test_what_is_no_network() -> None:
         accelerate(nn.Sequential(nn.LazyLinear(3)), torch.randn(2, 4))
 
 
-def test_networks_without_data(always: list[Any]) -> None:
+def test_networks_without_data(always_faster: list[Any]) -> None:
     with torch.device("meta"):
         model, x = small(), image()
     _, report = accelerate(model, x)
@@ -121,12 +121,12 @@ def test_networks_without_data(always: list[Any]) -> None:
     assert [row.name for row in accelerate(model)[1].swapped] == ["1"]
 
 
-def test_empty_inputs(always: list[Any]) -> None:
+def test_empty_inputs(always_faster: list[Any]) -> None:
     _, report = accelerate(nn.Linear(6, 4), torch.randn(0, 6))
     assert "is empty" in report[""].reason
 
 
-def test_in_inference_mode(always: list[Any]) -> None:
+def test_in_inference_mode(always_faster: list[Any]) -> None:
     model, x = small().eval(), image()
     want = model(x)
     with torch.inference_mode():

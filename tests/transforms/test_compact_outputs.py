@@ -27,12 +27,12 @@ from widekernel.transforms.compaction import CostModel, compact, compact_report
 @pytest.mark.parametrize("granularity", ["tile", "branch", "channel"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_outputs_of_networks(name: str, granularity: str, share: float) -> None:
-    """Against the masked network in its training form, so that what folding rounds counts too."""
+    """Compared with the masked network in its training form, so that the rounding of folding counts, too."""
     model, x = alive(name), images(batch=1)
     with torch.no_grad():
         unmasked = model(x)
         mask(model, granularity, share)
-        # The kernels have a say in the output that is far beyond the tolerance.
+        # The kernels contribute far more to the output than the tolerance.
         assert share == 0 or (model(x) - unmasked).abs().max() > 1e-4 * unmasked.abs().max()
     before = snapshot(model)
     for dtype, tolerance in TOLERANCE.items():
@@ -46,7 +46,7 @@ def test_outputs_of_networks(name: str, granularity: str, share: float) -> None:
 
 @st.composite
 def layers(draw: st.DrawFn) -> FoldedLargeKernel:
-    """Random rectangles with random anchors, in which rows, columns, kernels and channels are dead."""
+    """Draw random rectangles with random anchors, in which rows, columns, kernels and channels are dead."""
     torch.manual_seed(draw(st.integers(0, 2**20)))
     channels = draw(st.integers(1, 7))
     rects = []
@@ -86,7 +86,7 @@ def test_outputs_of_single_layers(layer: FoldedLargeKernel, cost: CostModel, cha
 @given(layers(), st.integers(0, 3), st.integers(0, 2**20))
 @settings(max_examples=60, deadline=None)
 def test_outputs_of_layers_on_some_channels(layer: FoldedLargeKernel, ghosts: int, seed: int) -> None:
-    """The output holds worked channels first, then ghosts; so it must stay."""
+    """The output holds convolved channels first, then ghosts; this order must stay."""
     worked = layer.bias.numel()
     order = torch.randperm(worked + ghosts, generator=torch.Generator().manual_seed(seed)).int()
     numbers = torch.randn(2, ghosts, dtype=torch.float64)

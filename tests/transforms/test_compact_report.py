@@ -1,4 +1,4 @@
-"""The report of compacting, which does not flatter, and refused arguments."""
+"""The report of compaction, which says what was not saved, too, and refused arguments."""
 
 from __future__ import annotations
 

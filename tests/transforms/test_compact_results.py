@@ -1,4 +1,4 @@
-"""What can be done with a compacted network: saving, copying, compiling, exporting."""
+"""Using a compacted network: saving, copying, compiling and exporting it."""
 
 from __future__ import annotations
 

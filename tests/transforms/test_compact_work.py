@@ -1,4 +1,4 @@
-"""What a compacted network computes: dead parts are left out, and groups are made where prices say so."""
+"""The work of a compacted network: dead parts are left out, and channels are grouped where this pays off."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_dead_branch_of_a_channel_is_not_convolved() -> None:
     assert row.reason == ""
 
 
-def test_a_rectangle_that_is_dead_everywhere_vanishes() -> None:
+def test_a_rectangle_that_is_dead_in_all_channels_is_removed() -> None:
     layer = crossed()
     with torch.no_grad():
         layer.kernels[0].zero_()
@@ -72,7 +72,7 @@ def test_strips_become_narrower_and_their_anchors_move() -> None:
     assert problem.anchors == ((1, 1), (1, 4))
 
 
-def test_a_layer_that_is_dead_altogether_is_its_bias() -> None:
+def test_an_entirely_dead_layer_is_its_bias() -> None:
     layer = crossed()
     with torch.no_grad():
         for kernel in layer.kernels:
@@ -85,7 +85,7 @@ def test_a_layer_that_is_dead_altogether_is_its_bias() -> None:
 
 
 def test_a_small_kernel_moves_to_the_strip_that_is_alive() -> None:
-    """The first strip takes in the small square when the layer is folded; it must not be kept for it."""
+    """The first strip absorbs the small square when the layer is folded; it must not be kept for that reason."""
     source = Rectangles(4, [(9, 3), (3, 9), (3, 3)])
     layer = LargeKernel(source, identity=True).double().eval()
     with torch.no_grad():
@@ -136,7 +136,7 @@ def test_networks_compute_less() -> None:
     assert 0.3 < work[1] / work[0] < 0.7
 
 
-def test_no_group_that_does_not_pay() -> None:
+def test_groups_that_do_not_pay_off_are_not_made() -> None:
     layer = crossed()
     with torch.no_grad():
         for kernel in layer.kernels:
@@ -148,7 +148,7 @@ def test_no_group_that_does_not_pay() -> None:
     assert row.reason == "computing 1 dead channels costs less than gathering the others"
 
 
-def test_few_pixels_make_groups_dearer() -> None:
+def test_few_pixels_make_groups_more_expensive() -> None:
     layer = folded_layer((torch.randn(64, 1, 31, 9), (15, 4)))
     with torch.no_grad():
         layer.kernels[0][::2] = 0
@@ -177,7 +177,7 @@ def test_groups_are_filled_up_to_blocks() -> None:
     torch.testing.assert_close(small(x), layer(x), rtol=1e-5, atol=1e-4)
 
 
-def test_extents_are_told_apart() -> None:
+def test_extents_are_distinguished() -> None:
     layer = folded_layer((torch.randn(8, 1, 21, 1, dtype=torch.float64), (10, 0)))
     with torch.no_grad():
         layer.kernels[0][:4, :, :8] = 0
@@ -189,7 +189,7 @@ def test_extents_are_told_apart() -> None:
 
 @pytest.mark.parametrize("count", [1, 3, 7])
 def test_channels_of_an_extent_stay_together(count: int) -> None:
-    """A few channels that keep the small square only must not be computed as the large ones that are many."""
+    """A few channels that only keep the small square must not be computed with the large kernel of the others."""
     layer = folded_layer((torch.randn(8, 1, 9, 9, dtype=torch.float64), (4, 4)))
     with torch.no_grad():
         outer = torch.ones(9, 9, dtype=torch.bool)
