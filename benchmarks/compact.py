@@ -1,7 +1,7 @@
-"""Speed of layers whose channels are half pruned: the masked folded layer against the compacted one, in alternation.
+"""Speed of layers of which half is pruned: the masked folded layer and the compacted one, timed in turn.
 
-Run it with `OMP_WAIT_POLICY=passive python benchmarks/compact.py --write`; it takes some four minutes and refuses to
-report if an output differs by more than 1e-6 of the largest one.
+Run `OMP_WAIT_POLICY=passive python benchmarks/compact.py --write`. It takes about four minutes. It stops without a report if
+an output differs by more than 1e-6 of the largest one.
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ TOLERANCE = 1e-6
 TARGET = 0.8
 LOAD = os.getloadavg()[0]
 NOTES = """
-Half of the kernels of one layer are set to zero; the masked layer is folded, the other one folded and compacted, and both
-run on the same images in turn. Medians.
+Half of the kernels of one layer are set to zero. The layer is folded, and a copy of it is folded and compacted. Both run on
+the same images in turn. Times are medians.
 
-- "dense / non-zero": what the mask promises, "dense / realised": how much less is executed, both in multiply-accumulates;
+- "dense / non-zero": the ratio of multiply-accumulates that the mask allows. "dense / realised": the ratio that is reached.
   "of the MAC ratio": the speed-up divided by the latter.
-- "inside": the ratio of those multiply-accumulates whose tap lies on a pixel of the image. PyTorch's convolution skips
-  padding, and of a strip that is as long as the image the outer taps lie on padding for most pixels; half of the strip is
-  less than half of the work. "of it": the speed-up divided by that.
-- "plain": all channels are computed, in smaller rectangles where possible. A ratio of 1 says that nothing was removed.
+- "inside": the ratio of the multiply-accumulates whose tap lies on a pixel of the image. PyTorch's convolution skips
+  padding. Of a strip as long as the image, the outer taps lie on padding for most pixels, so half of the strip is less than
+  half of the work. "of it": the speed-up divided by that ratio.
+- "plain": all channels are computed, in smaller rectangles where possible. A ratio of 1 means that nothing was removed.
 """
 WHY = """
-Where the target is missed, or nothing is removed:
+Reasons why the target is missed or nothing is removed:
 
-- *Few pixels on two threads.* Gathering and writing back channels are two operators more, and every operator wakes a
-  sleeping thread. The smaller the maps, the larger their part, and the prices then keep the plain layer. The half of this
-  page with two threads uses the default prices of `compact`, the one with one thread `CostModel.one_thread()`.
-- *Strips, outer half.* See "inside": the work that goes is less than the multiply-accumulates say.
-- *Branches at random* make four kinds of channels (both strips, one, the other, the small square or none), and each kind
-  needs calls of its own on a part of the channels, which are gathered and written back though most of them are alive. The
-  prices are an estimate, and some of the groups that they accept gain nothing.
-- *Tiles at random in Shift-wise* with 4 groups and 2 paths: eight tiles are added up in every slot of a strip, and all are
-  dead in one of 256. Practically no tap of the folded kernel is zero, and nothing is saved. Whole channels have to go.
-- Layers that are the same before and after ("plain" with a ratio of 1) show how far two measurements differ.
+- *Few pixels on two threads.* Gathering channels and writing them back takes two more operators, and every operator wakes a
+  sleeping thread. The smaller the feature maps, the larger this share, and then the prices keep the plain layer. The section
+  with two threads uses the default prices of `compact`, the one with one thread `CostModel.one_thread()`.
+- *Strips, outer half.* See "inside": less work is removed than the multiply-accumulates suggest.
+- *Branches at random* make four kinds of channels (both strips, one, the other, the small square or none). Each kind needs
+  calls of its own on some of the channels, which are gathered and written back although most of them are alive. The prices
+  are an estimate, and some of the groups that they accept gain nothing.
+- *Tiles at random in Shift-wise* with 4 groups and 2 paths: eight tiles are added up in every slot of a strip, and in only
+  one of 256 slots all are dead. Hardly any tap of the folded kernel is zero, and nothing is saved. Prune whole channels.
+- Layers that are the same before and after ("plain" with a ratio of 1) show how much two measurements differ.
 """
 
 SLAK = {
@@ -76,8 +76,8 @@ def norms(channels: int, count: int) -> list[nn.Module]:
 
 
 def crossed(channels: int, strip: tuple[int, int]) -> LargeKernel:
-    big, small = strip
-    source = Rectangles(channels, [(big, small), (small, big), (small, small)])
+    kernel_size, short = strip
+    source = Rectangles(channels, [(kernel_size, short), (short, kernel_size), (short, short)])
     return LargeKernel(source, norms(channels, 3))
 
 
@@ -85,14 +85,14 @@ def square(channels: int, size: int) -> LargeKernel:
     return LargeKernel(Rectangles(channels, [(size, size), (5, 5)]), norms(channels, 2))
 
 
-def shiftwise(channels: int, big: int, groups: int = 4) -> PartialChannels:
-    worked = int(channels * (1 - 0.23)) // 2 * 2
-    layer = LargeKernel(ShiftTiles(worked, big, 3, 2, groups), norms(worked, 3), identity=True)
-    return PartialChannels(layer, seeded_selection(channels, worked), channels)
+def shiftwise(channels: int, kernel_size: int, groups: int = 4) -> PartialChannels:
+    convolved = int(channels * (1 - 0.23)) // 2 * 2
+    layer = LargeKernel(ShiftTiles(convolved, kernel_size, 3, 2, groups), norms(convolved, 3), identity=True)
+    return PartialChannels(layer, seeded_selection(channels, convolved), channels)
 
 
 def kernels_of(layer: nn.Module) -> list[tuple[nn.Parameter, int]]:
-    """List the trained kernels of a layer, each with its number of kernels per channel."""
+    """List the trained kernels of a layer, each with the number of its kernels per channel."""
     inner = layer.layer if isinstance(layer, PartialChannels) else layer
     channels = inner.source.channels
     return [(p, p.shape[0] // channels) for p in inner.source.parameters() if p.dim() == 4]
@@ -100,7 +100,7 @@ def kernels_of(layer: nn.Module) -> list[tuple[nn.Parameter, int]]:
 
 @torch.no_grad()
 def prune(layer: nn.Module, how: str) -> nn.Module:
-    """Set half of the kernels to zero: of channels, of branches (one kernel of a channel), or the outer half of strips."""
+    """Set half of the weights to zero: whole channels, branches (one kernel of a channel), or the outer half of strips."""
     first, _ = kernels_of(layer)[0]
     channels = first.shape[0] // kernels_of(layer)[0][1]
     dead = torch.randperm(channels)[: channels // 2]
@@ -171,7 +171,7 @@ def measure(
 
 
 def inside_macs(layer: nn.Module, size: int) -> int:
-    """Count the multiply-accumulates of one image whose tap does not lie on padding."""
+    """Count the multiply-accumulates for one image whose tap does not lie on padding."""
     total = 0
     for module in layer.modules():
         if isinstance(module, FoldedLargeKernel):
@@ -199,10 +199,10 @@ def cases(batches: list[int]) -> list[tuple]:
         for name, (channels, kernel, size) in REPLKNET.items():
             for how in ("channel, random", "branch, random", "strip, outer half"):
                 found.append((name, lambda c=channels, k=kernel: square(c, k), how, batch, (channels, size), "contiguous"))
-        for name, (channels, big, size) in SHIFTWISE.items():
+        for name, (channels, kernel_size, size) in SHIFTWISE.items():
             for how in ("channel, random", "channel, tail", "tile, random"):
                 found.append(
-                    (name, lambda c=channels, b=big: shiftwise(c, b), how, batch, (channels, size), "channels_last")
+                    (name, lambda c=channels, k=kernel_size: shiftwise(c, k), how, batch, (channels, size), "channels_last")
                 )
     return found
 
@@ -243,7 +243,7 @@ def table(rows: list[dict]) -> str:
 
 
 def summary(rows: list[dict]) -> str:
-    """Count, pruning by pruning, the cases that reach the target, and those in which nothing was removed."""
+    """Count the cases that reach the target and those in which nothing was removed, for every kind of pruning."""
     lines = []
     for how in dict.fromkeys(row["pruned"] for row in rows):
         of = [row for row in rows if row["pruned"] == how]
@@ -273,8 +273,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, nargs="+", default=[2, 1])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--seconds", type=float, default=1.5, help="per case")
-    parser.add_argument("--only", default="", help="part of the names of layers")
+    parser.add_argument("--seconds", type=float, default=1.5, help="time per case, in seconds")
+    parser.add_argument("--only", default="", help="measure only layers whose name contains this")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/compact_cpu.json and .md")
     options = parser.parse_args()
     runs = {}

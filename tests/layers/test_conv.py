@@ -224,7 +224,9 @@ def test_conv_norm_folded_with_the_norm_before(norm: str, bias: bool) -> None:
     before = randomised(BATCH_NORMS[norm](C))
     layer = randomised(ConvNorm(nn.Conv2d(C, 6, 1, bias=bias), nn.BatchNorm2d(6), nn.ReLU()))
     x = image(C)
-    assert_close(layer.folded(before=before)(x), layer(before(x)))
+    assert_close(layer.folded(input_norm=before)(x), layer(before(x)))
+    with pytest.warns(FutureWarning, match="'before' is now called 'input_norm'"):
+        assert_close(layer.folded(before=before)(x), layer(before(x)))
 
 
 def test_conv_norm_without_a_batch_norm() -> None:

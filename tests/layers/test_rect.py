@@ -24,6 +24,8 @@ def test_size_and_reach() -> None:
 
 def test_centered() -> None:
     assert Rect.centered(torch.zeros(2, 1, 5, 7)).anchor == (2, 3)
+    with pytest.warns(FutureWarning, match=r"Rect\.centred is now called Rect\.centered"):
+        assert Rect.centred(torch.zeros(2, 1, 5, 7)).anchor == (2, 3)
 
 
 def test_identity() -> None:

@@ -137,7 +137,7 @@ def test_truncated_tiles(kernel_size: int, tile_size: int, branches: int) -> Non
 
 
 def test_truncated_tiles_differ_from_the_strips_only_where_a_tile_is_cut() -> None:
-    """There are 3-wide tiles in the middle and 3 pixels to each side; at each end one that reaches into the image is dropped."""
+    """At each end one tile is dropped that reaches into the image: 3-wide tiles, 3 pixels to each side of the middle."""
     strips = ShuffledStrips(C, 9, 3).double()
     x = image(C, 25, 26)
     for d, (part, whole) in enumerate(zip(TruncatedTiles(strips).responses(x), strips.responses(x))):
