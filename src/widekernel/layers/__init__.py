@@ -2,6 +2,8 @@
 
 from widekernel.layers.conv import DepthwiseConv2d
 from widekernel.layers.conv_norm import ConvNorm
+from widekernel.layers.folding import Foldable, Folded
+from widekernel.layers.hidden_units import Compactable, HiddenUnits
 from widekernel.layers.large_kernel import FoldedLargeKernel, LargeKernel
 from widekernel.layers.partial import FoldedPartialChannels, PartialChannels
 from widekernel.layers.pointwise import PointwiseConv2d, PointwiseLinear
@@ -12,10 +14,14 @@ from widekernel.layers.strips import SharedStrips, ShuffledStrips, SplitStrips
 from widekernel.layers.truncated import TruncatedTiles
 
 __all__ = [
+    "Compactable",
     "ConvNorm",
     "DepthwiseConv2d",
+    "Foldable",
+    "Folded",
     "FoldedLargeKernel",
     "FoldedPartialChannels",
+    "HiddenUnits",
     "KernelSource",
     "LargeKernel",
     "PartialChannels",

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from widekernel.errors import ArgumentError
 from widekernel.layers.folding import Folded
-from widekernel.layers.guarding import guard
 from widekernel.layers.large_kernel import FoldedLargeKernel
 from widekernel.layers.rect import Rect
+from widekernel.layers.strict_loading import load_strictly
 from widekernel.ops.problem import is_channels_last, is_recorded, memory_format, unrecorded
 
 
@@ -83,7 +83,7 @@ class GroupedKernels(Folded, nn.Module):
             self.register_buffer(f"take_{i}", torch.tensor(list(group.inputs), dtype=torch.int64, device=device))
             self.register_buffer(f"put_{i}", torch.tensor(list(group.outputs), dtype=torch.int64, device=device))
         self._tables = {name: table.tolist() for name, table in self.named_buffers(recurse=False)}
-        guard(self)
+        load_strictly(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C', H, W) -> (N, C, H, W), in the layout of `x`."""

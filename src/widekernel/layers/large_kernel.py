@@ -11,10 +11,10 @@ from widekernel import ops
 from widekernel.errors import ArgumentError
 from widekernel.layers.alterations import alteration
 from widekernel.layers.folding import Folded, Fusable, is_trained
-from widekernel.layers.guarding import guard
 from widekernel.layers.norms import affine_of, reasons_against_folding
 from widekernel.layers.rect import Rect, maximal_rectangles
 from widekernel.layers.sources import KernelSource, rects_of, tensors_of
+from widekernel.layers.strict_loading import load_strictly
 from widekernel.ops import plain
 from widekernel.ops.registration import autocast_dtype
 
@@ -143,7 +143,7 @@ class FoldedLargeKernel(Folded, nn.Module):
         # Part of the state dict only so that `table_misfits` can compare it when weights are loaded.
         self.register_buffer("anchor_table", torch.tensor(self.anchors, dtype=torch.int32, device=bias.device))
         self.bias = nn.Parameter(bias.detach().clone())
-        guard(self)
+        load_strictly(self)
 
     def forward(self, x: Tensor, relu: bool = False) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W); with `relu` its positive part, which our kernels compute in the same pass."""

@@ -7,7 +7,7 @@ from typing import TypeVar
 from torch import nn
 
 from widekernel.layers.folding import Foldable, deep_copy, fold_in_place, make_permanent, warn_about_unfolded
-from widekernel.layers.guarding import guard
+from widekernel.layers.strict_loading import load_strictly
 
 __all__ = ["Foldable", "fold"]
 
@@ -33,7 +33,7 @@ def fold(model: ModelT) -> ModelT:
     copy = deep_copy(model)
     make_permanent(copy)
     result = fold_in_place(copy.eval())
-    guard(result)
+    load_strictly(result)
     warn_about_unfolded(result, stacklevel=2)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         result.requires_grad_(False)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 
-def guard(module: nn.Module) -> None:
+def load_strictly(module: nn.Module) -> None:
     """Make `load_state_dict` of a network refuse weights that do not fit before it loads any.
 
     PyTorch loads what fits and raises afterwards. Where layers hold tables of what was merged, the mixture is worse than
