@@ -13,10 +13,10 @@ from widekernel.bench import machine as measuring
 from widekernel.bench.devices import Accelerator
 from widekernel.bench.gpu import Gpu
 from widekernel.bench.timing import WallClock
-from widekernel.ops import portable
+from widekernel.ops import torch_conv
 
 
-class Wrong:
+class Wrong(ops.Backend):
     """Computes the problems that `spoils` names, and no others, wrongly in one number."""
 
     name = "wrong"
@@ -27,18 +27,15 @@ class Wrong:
     def reasons_against(self, problem) -> list[str]:
         return [] if self.spoils(problem) else ["it spoils only others"]
 
-    def can_run(self, problem) -> bool:
-        return self.spoils(problem)
+    def prepare(self, problem):
+        right = {"depthwise_sum": torch_conv.depthwise_sum, "depthwise_weight_grad": torch_conv.depthwise_weight_grad}
 
-    def depthwise_sum(self, x, kernels, anchors, bias):
-        return self.spoilt(portable.depthwise_sum(x, kernels, anchors, bias))
+        def compute(*arguments):
+            result = right[problem.op](*arguments)
+            result[-1, 0, -1, -1] += 0.1 * result.abs().max()
+            return result
 
-    def depthwise_weight_grad(self, x, grad, kernel, anchor):
-        return self.spoilt(portable.depthwise_weight_grad(x, grad, kernel, anchor))
-
-    def spoilt(self, result):
-        result[-1, 0, -1, -1] += 0.1 * result.abs().max()
-        return result
+        return compute
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.func import grad, jacrev, vmap
 
+from tests.ops.backends import BRANCHES, SUM_OF_BRANCHES, Fused, OnlyBackward, OnlyForward, registered
 from tests.ops.cases import assert_close, definition
-from tests.ops.fused import BRANCHES, SUM_OF_BRANCHES, Fused, OnlyBackward, OnlyForward, registered
 from widekernel import ops
 
 ANCHORS = [(0, 3), (1, 0), (0, 0)]

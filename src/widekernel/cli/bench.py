@@ -69,11 +69,11 @@ def _bench_ops(arguments: list[str]) -> int:
         using_threads,
     )
     from widekernel.bench.plots import draw
-    from widekernel.ops.problem import check_algorithm
+    from widekernel.ops.checks import check_algorithm
 
     passes = [dict(zip(_PASSES, PASSES))[name] for name in listed("passes", values["passes"], _PASSES)]
     _require_backend(values["backend"])
-    check_algorithm(values["algorithm"] or "")
+    check_algorithm(values["algorithm"])
     if accelerator is not None:
         return _ops_on_device(values, passes, files, accelerator, _command("ops", arguments))
     cases, remarks = _cases(values, "targets", None)

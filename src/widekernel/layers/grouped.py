@@ -12,7 +12,8 @@ from widekernel.errors import ArgumentError
 from widekernel.layers.guarding import guard
 from widekernel.layers.large_kernel import FoldedLargeKernel
 from widekernel.layers.rect import Rect
-from widekernel.ops.problem import is_channels_last, is_recorded, memory_format, unrecorded
+from widekernel.ops.jit_trace import is_tracing, tracing_paused
+from widekernel.ops.problem import is_channels_last, memory_format
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class GroupedKernels(nn.Module):
         if torch.jit.is_scripting():
             return self._joined(x)
         else:  # noqa: RET505 - TorchScript leaves out the other branch, and only that
-            return self._joined(x) if is_recorded() else self._written(x)
+            return self._joined(x) if is_tracing() else self._written(x)
 
     def _joined(self, x: Tensor) -> Tensor:
         """Compute the layer without writing into a map, for other programs to read: take, convolve, join, put in order."""
@@ -158,7 +159,7 @@ def _table(numbers: list[int], x: Tensor) -> Tensor:
 
 
 def _recorded_table(numbers: list[int], x: Tensor) -> Tensor:
-    with unrecorded():
+    with tracing_paused():
         return torch.tensor(numbers, device=x.device)
 
 

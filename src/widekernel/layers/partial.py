@@ -12,7 +12,7 @@ from widekernel.errors import ArgumentError
 from widekernel.layers.alterations import alterations
 from widekernel.layers.folding import Fusable, is_trained
 from widekernel.layers.large_kernel import LargeKernel
-from widekernel.ops.problem import whole_sizes
+from widekernel.ops.jit_trace import static_shape
 
 GHOST_SEED = 123  # the seed that the Shift-wise authors' code picks the untouched channels with
 
@@ -52,7 +52,7 @@ class PartialChannels(Fusable, nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W), channels reordered."""
         worked = self.layer(x.index_select(1, self.selected))
-        if whole_sizes(self.ghosts)[0] == 0:
+        if static_shape(self.ghosts)[0] == 0:
             return worked
         return torch.cat([worked, x.index_select(1, self.ghosts)], 1)
 
@@ -120,7 +120,7 @@ class FoldedPartialChannels(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W), channels reordered."""
         worked = self.layer(x.index_select(1, self.selected))
-        if whole_sizes(self.ghosts)[0] == 0:
+        if static_shape(self.ghosts)[0] == 0:
             return worked
         rest = torch.addcmul(self.shift.to(x.dtype), x.index_select(1, self.ghosts), self.scale.to(x.dtype))
         return torch.cat([worked, rest], 1)

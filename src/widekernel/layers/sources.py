@@ -13,7 +13,7 @@ from widekernel import ops
 from widekernel.errors import ArgumentError
 from widekernel.layers.rect import Rect
 from widekernel.ops import plain
-from widekernel.ops.problem import whole_sizes
+from widekernel.ops.jit_trace import static_shape
 
 # No `from __future__ import annotations` here: TorchScript reads the attributes' types of `KernelSource` and needs types.
 
@@ -112,7 +112,7 @@ class Rectangles(RectSource):
         """Give the middle of each kernel."""
         anchors: list[tuple[int, int]] = []
         for kernel in self.kernels:
-            sizes = whole_sizes(kernel)
+            sizes = static_shape(kernel)
             anchors.append((sizes[2] // 2, sizes[3] // 2))
         return anchors
 
@@ -208,7 +208,7 @@ def dilated_kernel(kernel: Tensor, dilation: int) -> Tensor:
     """Put the taps of a kernel (C, 1, kh, kw) `dilation` apart, with zeros between them. TorchScript knows it."""
     if dilation == 1:
         return kernel
-    sizes = whole_sizes(kernel)
+    sizes = static_shape(kernel)
     channels, kh, kw = sizes[0], sizes[2], sizes[3]
     apart = F.pad(kernel.reshape(channels, 1, kh, 1, kw, 1), [0, dilation - 1, 0, 0, 0, dilation - 1])
     wide = apart.reshape(channels, 1, kh * dilation, kw * dilation)

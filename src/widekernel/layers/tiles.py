@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from widekernel.errors import ArgumentError
 from widekernel.layers.rect import Rect
 from widekernel.layers.sources import RectSource, check_odd
-from widekernel.ops.problem import whole_sizes
+from widekernel.ops.jit_trace import static_shape
 
 TABLE_SEED = 123  # the seed that the Shift-wise authors' code draws its tables with
 
@@ -42,13 +42,13 @@ def wide_strip(tiles: Tensor, big: int) -> Rect:
 
 def stacked(tiles: Tensor) -> Tensor:
     """Stack tiles (C, nk, N, N) below one another: (C, 1, nk·N, N)."""
-    channels, count, height, width = whole_sizes(tiles)
+    channels, count, height, width = static_shape(tiles)
     return tiles.reshape(channels, 1, count * height, width)
 
 
 def side_by_side(tiles: Tensor) -> Tensor:
     """Put tiles (C, nk, N, N) side by side: (C, 1, N, nk·N)."""
-    channels, count, height, width = whole_sizes(tiles)
+    channels, count, height, width = static_shape(tiles)
     return tiles.transpose(1, 2).reshape(channels, 1, height, count * width)
 
 
@@ -381,7 +381,7 @@ def _take_sum(flat: Tensor, table: Tensor, channels: int) -> Tensor:
     Returns:
         (C·slots, taps)
     """
-    count = whole_sizes(flat)[0] // channels
+    count = static_shape(flat)[0] // channels
     start = torch.arange(channels, device=flat.device).unsqueeze(1) * count
     groups = table if table.dim() == 3 else table.unsqueeze(2)
     # One gather a group: within a group no row is taken twice, so that the gradient is summed in a fixed order.

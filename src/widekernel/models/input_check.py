@@ -9,7 +9,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from widekernel.errors import ShapeError
-from widekernel.ops.problem import whole_sizes
+from widekernel.ops.jit_trace import static_shape
 
 
 @register_notrace_module
@@ -30,7 +30,7 @@ class InputCheck(nn.Module):
         if torch.jit.is_scripting():
             self._check_in_script(x)
         else:
-            self._check(whole_sizes(x))
+            self._check(static_shape(x))
         return x
 
     def _check_in_script(self, x: Tensor) -> None:

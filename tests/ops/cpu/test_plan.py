@@ -12,7 +12,7 @@ from widekernel.ops.cpu.plan import Piece, Plan, plan, reason_for_pytorch
 from widekernel.ops.problem import Problem
 
 
-def of(kernels, shape=(8, 128, 56, 56), op="depthwise_sum", algorithm="", anchors=None, channels_last=False) -> Problem:
+def of(kernels, shape=(8, 128, 56, 56), op="depthwise_sum", algorithm=None, anchors=None, channels_last=False) -> Problem:
     anchors = anchors or tuple((kh // 2, kw // 2) for kh, kw in kernels)
     return Problem(op, "cpu", torch.float32, shape, tuple(kernels), tuple(anchors), channels_last, algorithm)
 

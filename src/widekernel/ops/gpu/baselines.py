@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from widekernel.ops import portable
+from widekernel.ops import torch_conv
 from widekernel.ops.gpu.configs import Chip, Config
 from widekernel.ops.problem import (
     DEPTHWISE_BRANCHES,
@@ -113,15 +113,15 @@ def _portable(problem: Problem, numbers: Numbers) -> Call:
     xs, kernels, grad = numbers
     rects = list(zip(kernels, problem.anchors))
     if problem.op == DEPTHWISE_SUM:
-        return lambda: portable.depthwise_sum(xs[0], kernels, problem.anchors, None)
+        return lambda: torch_conv.depthwise_sum(xs[0], kernels, problem.anchors, None)
     if problem.op == DEPTHWISE_BRANCHES:
-        return lambda: [portable.depthwise_sum(xs[0], [kernel], [anchor], None) for kernel, anchor in rects]
+        return lambda: [torch_conv.depthwise_sum(xs[0], [kernel], [anchor], None) for kernel, anchor in rects]
     if problem.op == DEPTHWISE_WEIGHT_GRAD:
         assert grad is not None
-        return lambda: portable.depthwise_weight_grad(xs[0], grad, problem.kernels[0], problem.anchors[0])
+        return lambda: torch_conv.depthwise_weight_grad(xs[0], grad, problem.kernels[0], problem.anchors[0])
 
     def add_up() -> Tensor:
-        parts = (portable.depthwise_sum(x, [kernel], [anchor], None) for x, (kernel, anchor) in zip(xs, rects))
+        parts = (torch_conv.depthwise_sum(x, [kernel], [anchor], None) for x, (kernel, anchor) in zip(xs, rects))
         total = next(parts)
         for part in parts:
             total.add_(part)

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from tests.ops.backends import use_portable_and_reference
 from widekernel import ops
-from widekernel.ops import portable, reference, select
+from widekernel.ops import torch_conv
 
 
 class Spy:
@@ -29,14 +30,14 @@ class Spy:
 @pytest.fixture
 def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
     spy = Spy()
-    monkeypatch.setattr(portable, "F", spy)
+    monkeypatch.setattr(torch_conv, "F", spy)
     return spy
 
 
 @pytest.fixture(autouse=True)
 def _no_native_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is looked at here is what runs without them, in gradients too."""
-    monkeypatch.setattr(select, "_BACKENDS", [portable, reference])
+    use_portable_and_reference(monkeypatch)
 
 
 def is_nhwc(x: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""How many operations `torch.utils.flop_counter` counts for a call of each operator: two for a tap of every pixel."""
+"""The number of operations that `torch.utils.flop_counter` counts for an operator: two for each tap of each pixel."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from widekernel.ops import branches, depthwise  # noqa: F401 - they define what is counted
+from widekernel.ops import operators  # noqa: F401 - it defines what is counted
 
 _OPS = torch.ops.widekernel
 
