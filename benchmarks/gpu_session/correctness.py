@@ -39,10 +39,10 @@ def all_jobs(small: bool) -> list[Job]:
     import torch
     from benchmarks.gpu_session.problems import jobs
 
-    from widekernel.ops.gpu import backend
+    from widekernel.ops.gpu import machine
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return jobs(device, backend.chip(), backend.device_name(), small)
+    return jobs(device, machine.chip(), machine.device_name(), small)
 
 
 def work(small: bool) -> int:
@@ -51,11 +51,11 @@ def work(small: bool) -> int:
     import torch
     from benchmarks.gpu_session.check import run
 
-    from widekernel.ops.gpu import backend
+    from widekernel.ops.gpu import machine
 
     device = torch.device(todo[0].problem.device)
     for line in sys.stdin:
-        row = run(todo[int(line)], device, backend.chip())
+        row = run(todo[int(line)], device, machine.chip())
         healthy = _is_healthy(device)
         sys.stdout.write(json.dumps(row | {ENDS: not healthy}) + "\n")
         sys.stdout.flush()

@@ -66,9 +66,9 @@ def main(arguments: list[str]) -> int:
             "where `nvidia-smi` lists a GPU, or rehearse with --rehearse."
         )
         return 2
-    from widekernel.ops.gpu.backend import machine_obstacles
+    from widekernel.ops.gpu import machine
 
-    obstacles = machine_obstacles("cuda")
+    obstacles = machine.obstacles("cuda")
     if obstacles:
         print(f"error: our kernels cannot run here: {'; '.join(obstacles)}")
         return 2

@@ -20,11 +20,14 @@ from widekernel.cli import tune, tune_session
 from widekernel.cli.main import main
 from widekernel.cli.tune_problems import Runs, problems_of_case, problems_of_network
 from widekernel.errors import ConfigError
-from widekernel.ops.gpu import backend, baselines, tables, tuning
+from widekernel.ops.backends.triton import TritonBackend
+from widekernel.ops.gpu import baselines, machine, tables, tuning
 from widekernel.ops.gpu.configs import Config
 from widekernel.ops.gpu.plan import INTERPRETED, ranked
 from widekernel.ops.gpu.tuning import Rig
 from widekernel.ops.problem import DEPTHWISE_BRANCHES, DEPTHWISE_SUM_OF_BRANCHES, DEPTHWISE_WEIGHT_GRAD, Problem
+
+TRITON = TritonBackend()
 
 pytestmark = pytest.mark.interpreted
 
@@ -298,10 +301,10 @@ def test_what_measures_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         pytest.skip("the device would have to be the CPU")
     monkeypatch.setattr(tune_session, "_accelerator", lambda *_: Accelerator(CPU, WallClock()))
-    monkeypatch.setattr(backend, "machine_obstacles", lambda device: ["it is too old"])
+    monkeypatch.setattr(machine, "obstacles", lambda device: ["it is too old"])
     with pytest.raises(ConfigError, match="device is 'cuda:0', but it is too old"):
         tune_session.rig_on("cuda:0", 1e-4)
-    monkeypatch.setattr(backend, "machine_obstacles", lambda device: [])
+    monkeypatch.setattr(machine, "obstacles", lambda device: [])
     rig = tune_session.rig_on("cuda:0", 1e-4)
     assert (rig.device, rig.name, rig.chip) == (CPU, GPU, INTERPRETED)
     before = torch.backends.cudnn.benchmark
@@ -350,7 +353,7 @@ def test_on_cuda(tuned: Path, capsys) -> None:
     entries = tables.read(tuned)[torch.cuda.get_device_name()]
     assert len(entries) == 8 and all(entry["us"] > 0 and entry["pytorch_us"] > 0 for entry in entries.values())
     problem = Problem("depthwise_sum", "cuda", torch.bfloat16, (4, 64, 14, 14), ((13, 13),), ((6, 6),))
-    assert "tuned on this machine" in backend.describe(problem)
+    assert "tuned on this machine" in TRITON.describe(problem)
     code, out, err = run(capsys, "replknet_nano", "--size", "64", "--batch", "4", "--candidates", "2", "--seconds", "0.01")
     assert code == 0, err + out
     after = torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()

@@ -17,7 +17,7 @@ from benchmarks.gpu_session.problems import KINDS, PASSES, Job, jobs, layers, ma
 from benchmarks.gpu_session.stages import NETWORKS, TUNED_CANDIDATES
 
 from tests.ops.gpu.helpers import DEVICE
-from widekernel.ops.gpu import backend
+from widekernel.ops.gpu import machine
 from widekernel.ops.gpu.configs import KINDS as KERNELS
 from widekernel.ops.gpu.plan import plan
 from widekernel.ops.problem import Problem
@@ -33,7 +33,7 @@ def _as_shipped() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def few() -> list[Job]:
-    return jobs(DEVICE, backend.chip(), backend.device_name(), small=True)
+    return jobs(DEVICE, machine.chip(), machine.device_name(), small=True)
 
 
 def test_every_kernel_type_and_pass(few: list[Job]) -> None:
@@ -44,7 +44,7 @@ def test_every_kernel_type_and_pass(few: list[Job]) -> None:
     assert in_use == sorted(in_use, reverse=True), "what is in use comes first"
     assert len(set(few)) == len(few)
     for job in few[:20]:
-        assert job.config == plan(job.problem, backend.chip(), backend.device_name()).config
+        assert job.config == plan(job.problem, machine.chip(), machine.device_name()).config
 
 
 def test_layers_are_those_that_are_tuned_and_folded() -> None:
@@ -58,7 +58,7 @@ def test_layers_are_those_that_are_tuned_and_folded() -> None:
 @pytest.mark.interpreted
 def test_right_and_wrong(few: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
     job = next(job for job in few if job.config.method == "direct" and job.kind == "float32")
-    row = check.run(job, torch.device(DEVICE), backend.chip())
+    row = check.run(job, torch.device(DEVICE), machine.chip())
     assert row["verdict"] == check.RIGHT and 0 <= row["error"] <= row["limit"] and set(row) == set(check.COLUMNS)
     real = check.our_call
 
@@ -67,12 +67,12 @@ def test_right_and_wrong(few: list[Job], monkeypatch: pytest.MonkeyPatch) -> Non
         return lambda: call() + 0.1
 
     monkeypatch.setattr(check, "our_call", spoilt)
-    assert check.run(job, torch.device(DEVICE), backend.chip())["verdict"].startswith("WRONG: differs from float64")
+    assert check.run(job, torch.device(DEVICE), machine.chip())["verdict"].startswith("WRONG: differs from float64")
     monkeypatch.setattr(check, "our_call", lambda *given: lambda: torch.full(job.problem.shape, float("nan"), device=DEVICE))
-    assert check.run(job, torch.device(DEVICE), backend.chip())["verdict"].startswith("WRONG")
+    assert check.run(job, torch.device(DEVICE), machine.chip())["verdict"].startswith("WRONG")
     broken = replace(job, config=replace(job.config, pixels=3))
     monkeypatch.setattr(check, "our_call", real)
-    assert check.run(broken, torch.device(DEVICE), backend.chip())["verdict"].startswith("FAILED: ")
+    assert check.run(broken, torch.device(DEVICE), machine.chip())["verdict"].startswith("FAILED: ")
 
 
 WORKER = """

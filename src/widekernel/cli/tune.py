@@ -145,15 +145,15 @@ def _problems(values: dict[str, Any], rig: Rig) -> list[Problem]:
     from widekernel.bench import parse_case
     from widekernel.bench.lookup import built
     from widekernel.cli.tune_problems import Runs, problems_of_case, problems_of_network
-    from widekernel.ops.gpu import backend
+    from widekernel.ops.backends.triton import TritonBackend
     from widekernel.ops.gpu.tuning import by_weight
 
     runs = Runs(values["batch"], values["modes"], values["dtypes"], values["layouts"])
     if values["shape"] is not None:
         found = problems_of_case(parse_case(values["shape"], values["kernel"]), runs, rig.device)
         for problem in found:
-            if not backend.can_run(problem):
-                raise ConfigError(f"{problem} is nothing to tune: {'; '.join(backend.reasons_against(problem))}.")
+            if not TritonBackend().can_run(problem):
+                raise ConfigError(f"{problem} is nothing to tune: {'; '.join(TritonBackend().reasons_against(problem))}.")
         return by_weight(found, rig.chip)
     found = Counter()
     with progress(len(values["names"])) as advance:

@@ -13,8 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from widekernel import ops
-from widekernel.ops.gpu import backend as gpu
-from widekernel.ops.problem import DEPTHWISE_SUM, DEPTHWISE_WEIGHT_GRAD, LAYOUTS, Anchor, Problem, memory_format, mirror
+from widekernel.ops.backends.base import Backend, Operator
+from widekernel.ops.backends.triton import TritonBackend
+from widekernel.ops.problem import (
+    DEPTHWISE_BRANCHES,
+    DEPTHWISE_SUM,
+    DEPTHWISE_SUM_OF_BRANCHES,
+    DEPTHWISE_WEIGHT_GRAD,
+    LAYOUTS,
+    Problem,
+    memory_format,
+    mirror,
+)
 
 if TYPE_CHECKING:
     from widekernel.bench import Case
@@ -78,28 +88,30 @@ def problems_of_case(case: Case, runs: Runs, device: torch.device) -> Counter[Pr
     return found
 
 
-class _Noting:
-    """The backend that notes problems; it answers with zeros."""
+class _NotingBackend(Backend):
+    """A backend that computes zeros, so that the problems of a network can be read off a trace."""
 
     name = "noting for widekernel tune"
+    operators = TritonBackend.operators
 
     def reasons_against(self, problem: Problem) -> list[str]:
-        return [] if self.can_run(problem) else ["our kernels for GPUs cannot take it"]
+        can_run = 0 not in problem.shape and TritonBackend().can_run(problem)
+        return [] if can_run else ["our kernels for GPUs cannot take it"]
 
-    def can_run(self, problem: Problem) -> bool:
-        return gpu.can_run(problem) and 0 not in problem.shape
+    def prepare(self, problem: Problem) -> Operator:
+        return _ZEROS[problem.op]
 
-    def depthwise_sum(self, x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor], bias: Tensor | None) -> Tensor:
-        return torch.zeros_like(x, memory_format=memory_format(x))
 
-    def depthwise_weight_grad(self, x: Tensor, grad: Tensor, kernel: tuple[int, int], anchor: Anchor) -> Tensor:
-        return x.new_zeros(x.shape[1], 1, *kernel)
+def _zeros(x: Tensor, *others: Any) -> Tensor:
+    return torch.zeros_like(x, memory_format=memory_format(x))
 
-    def depthwise_branches(self, x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor]) -> list[Tensor]:
-        return [self.depthwise_sum(x, [], [], None) for _ in kernels]
 
-    def depthwise_sum_of_branches(self, xs: Sequence[Tensor], kernels: Any, anchors: Any) -> Tensor:
-        return self.depthwise_sum(xs[0], [], [], None)
+_ZEROS: dict[str, Operator] = {
+    DEPTHWISE_SUM: _zeros,
+    DEPTHWISE_WEIGHT_GRAD: lambda x, grad, kernel_size, anchor: x.new_zeros(x.shape[1], 1, *kernel_size),
+    DEPTHWISE_BRANCHES: lambda x, kernels, anchors: [_zeros(x) for _ in kernels],
+    DEPTHWISE_SUM_OF_BRANCHES: lambda xs, kernels, anchors: _zeros(xs[0]),
+}
 
 
 def _counted(model: nn.Module, size: int, runs: Runs, device: torch.device) -> Counter[Problem]:
@@ -107,7 +119,7 @@ def _counted(model: nn.Module, size: int, runs: Runs, device: torch.device) -> C
     from widekernel.tasks.channels import input_channels
 
     channels = input_channels(model)
-    noting = _Noting()
+    noting = _NotingBackend()
     ops.register(noting)
     try:
         with ops.trace() as ran:

@@ -31,16 +31,16 @@ if TYPE_CHECKING:
 def rig_on(device: str, seconds: float) -> Rig:
     """Give what measures on a CUDA device."""
     from widekernel.bench import devices
-    from widekernel.ops.gpu import backend
+    from widekernel.ops.gpu import machine
     from widekernel.ops.gpu.tuning import Rig
 
     require(device.split(":")[0] == "cuda", "device", device, "cuda or cuda:N, because only kernels for GPUs are tuned")
     accelerator = _accelerator(device, devices.accelerator)
     with accelerator.current():
-        obstacles = backend.machine_obstacles("cuda")
+        obstacles = machine.obstacles("cuda")
         if obstacles:
             raise ConfigError(f"device is {device!r}, but {'; '.join(obstacles)}.")
-        chip, name = backend.chip(), backend.device_name()
+        chip, name = machine.chip(), machine.device_name()
     measure = partial(in_turns, stopwatch=accelerator.stopwatch, seconds=seconds)
     return Rig(accelerator.device, name, chip, measure, accelerator.stopwatch.recover, partial(_conditions, accelerator))
 

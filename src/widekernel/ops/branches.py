@@ -16,7 +16,8 @@ from widekernel.ops import dispatch, traced_calls
 from widekernel.ops.autograd import differentiable_branches, differentiable_sum, mirror_anchors
 from widekernel.ops.checks import check_algorithm, check_sum
 from widekernel.ops.dispatch import dispatch_key, select_fused
-from widekernel.ops.problem import DEPTHWISE_BRANCHES, Algorithm, Anchor, Problem, center_anchors
+from widekernel.ops.jit_trace import is_tracing
+from widekernel.ops.problem import DEPTHWISE_BRANCHES, Anchor, Problem, center_anchors
 from widekernel.ops.registration import CallOptions, autocast, on_gpu_of
 
 _IS_FUSED = "branches are fused"
@@ -52,11 +53,11 @@ def depthwise_branches(
         ValueError: if shapes, types or anchors do not fit together.
         NoBackendError: if no backend, or not the one asked for, can compute the call.
     """
-    if torch._C._get_tracing_state() is not None:
-        return traced_calls.depthwise_branches(x, kernels, anchors, CallOptions(backend, algorithm))
+    options = CallOptions(backend or None, check_algorithm(algorithm))
+    if is_tracing():
+        return traced_calls.depthwise_branches(x, kernels, anchors, options)
     anchors = center_anchors(kernels) if anchors is None else anchors
     x, kernels = autocast(x, kernels)
-    options = CallOptions(backend or None, check_algorithm(algorithm))
     check_sum(x, kernels, anchors, None, DEPTHWISE_BRANCHES)
     if len(kernels) == 1 or not _are_one_call(x, kernels, anchors, options):
         return [differentiable_sum(x, [kernel], [anchor], None, options) for kernel, anchor in zip(kernels, anchors)]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from widekernel.ops import traced_calls
 from widekernel.ops.autograd import differentiable_sum, differentiable_weight_grad
 from widekernel.ops.checks import check_algorithm, check_epilogue, check_sum, check_weight_grad
 from widekernel.ops.eager import find_sum, is_ordinary_call
+from widekernel.ops.jit_trace import is_tracing
 from widekernel.ops.operators import run_sum, run_weight_grad
-from widekernel.ops.problem import Algorithm, Anchor, center_anchors
+from widekernel.ops.problem import Anchor, center_anchors
 from widekernel.ops.reference import epilogue
 from widekernel.ops.registration import CallOptions, autocast, needs_derivatives
 
@@ -60,12 +60,12 @@ def depthwise_sum(
             places = found.problem.anchors
             if not needs_derivatives(x, bias, scale, *kernels):
                 return found(x, kernels, places, bias, scale, relu)
-            return _differentiable(x, kernels, places, bias, scale, relu, CallOptions(backend, algorithm))
-    if torch._C._get_tracing_state() is not None:
-        return traced_calls.depthwise_sum(x, kernels, anchors, bias, scale, relu, CallOptions(backend, algorithm))
+            return _differentiable(x, kernels, places, bias, scale, relu, CallOptions(backend, found.problem.algorithm))
+    options = CallOptions(backend or None, check_algorithm(algorithm))
+    if is_tracing():
+        return traced_calls.depthwise_sum(x, kernels, anchors, bias, scale, relu, options)
     anchors = center_anchors(kernels) if anchors is None else anchors
     x, kernels, bias, scale = autocast(x, kernels, bias, scale)
-    options = CallOptions(backend or None, check_algorithm(algorithm))
     check_sum(x, kernels, anchors, bias)
     check_epilogue(x, scale, relu)
     if not needs_derivatives(x, bias, scale, *kernels):
@@ -115,11 +115,11 @@ def depthwise_weight_grad(
         ValueError: if shapes, types or the anchor do not fit together.
         NoBackendError: if no backend, or not the one asked for, can compute the call.
     """
-    if torch._C._get_tracing_state() is not None:
-        return traced_calls.depthwise_weight_grad(x, grad, kernel_size, anchor, CallOptions(backend, algorithm))
+    options = CallOptions(backend or None, check_algorithm(algorithm))
+    if is_tracing():
+        return traced_calls.depthwise_weight_grad(x, grad, kernel_size, anchor, options)
     if anchor is None:
         anchor = (kernel_size[0] // 2, kernel_size[-1] // 2)
-    options = CallOptions(backend or None, check_algorithm(algorithm))
     check_weight_grad(x, grad, kernel_size, anchor)
     if not needs_derivatives(x, grad):
         return run_weight_grad(x, grad, (*kernel_size, *anchor), options)

@@ -58,10 +58,10 @@ def explain(
     """
     anchors = center_anchors(kernels) if anchors is None else anchors
     x, kernels = autocast(x, kernels)
-    algorithm = check_algorithm(algorithm)
+    insisted = check_algorithm(algorithm)
     check_sum(x, kernels, anchors, None)
     with on_gpu_of(x):
-        return _explanations(x, kernels, list(anchors), backend, algorithm, branches)
+        return _explanations(x, kernels, list(anchors), backend, insisted, branches)
 
 
 def _explanations(
@@ -75,8 +75,8 @@ def _explanations(
     mirrored = [mirror(kernel.shape[2:], anchor) for kernel, anchor in zip(kernels, anchors)]
     if branches and len(kernels) > 1:
         explanations = [
-            *_of_branches(Problem.of_branches(x, kernels, anchors, algorithm), backend),
-            *_of_branches(Problem.of_sum_of_branches(x, kernels, mirrored, algorithm), backend),
+            *explain_branches(Problem.of_branches(x, kernels, anchors, algorithm), backend),
+            *explain_branches(Problem.of_sum_of_branches(x, kernels, mirrored, algorithm), backend),
         ]
     else:
         explanations = [explain_problem(Problem.of_sum(x, kernels, of, algorithm), backend) for of in (anchors, mirrored)]
@@ -91,8 +91,8 @@ def explain_problem(problem: Problem, backend: str | None = None) -> Explanation
     return _explanation(dispatch.select(problem, backend), problem, backend)
 
 
-def _of_branches(problem: Problem, backend: str | None) -> list[Explanation]:
-    """Return one explanation if a backend computes all branches in one call, else one a branch."""
+def explain_branches(problem: Problem, backend: str | None = None) -> list[Explanation]:
+    """Say the same of a problem of several branches: one explanation if a backend computes them fused, else one a branch."""
     fused = dispatch.select_fused(problem, backend)
     if fused is not None:
         return [_explanation(fused, problem, backend)]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from widekernel.ops import call_trace, plain, torch_conv
-from widekernel.ops.checks import check_algorithm, check_epilogue, check_sum, check_weight_grad
+from widekernel.ops.checks import check_epilogue, check_sum, check_weight_grad
 from widekernel.ops.dispatch import NoBackendError
 from widekernel.ops.jit_trace import tracing_paused
 from widekernel.ops.problem import DEPTHWISE_BRANCHES, Anchor, Problem, center_anchors
@@ -33,12 +33,11 @@ def depthwise_sum(
     """Record `ops.depthwise_sum`; the checks are made now and are no part of the graph."""
     x, kernels, bias, scale = autocast(x, kernels, bias, scale)
     with tracing_paused():
-        algorithm = check_algorithm(options.algorithm)
         anchors = center_anchors(kernels) if anchors is None else anchors
         check_sum(x, kernels, anchors, bias)
         check_epilogue(x, scale, relu)
         anchors = _integers(anchors)
-        _note(Problem.of_sum(x, kernels, anchors, algorithm), options.backend)
+        _note(Problem.of_sum(x, kernels, anchors, options.algorithm), options.backend)
     return plain.depthwise_sum(x, list(kernels), anchors, bias, scale, relu)
 
 
@@ -48,11 +47,10 @@ def depthwise_branches(
     """Record `ops.depthwise_branches`."""
     x, kernels = autocast(x, kernels)
     with tracing_paused():
-        algorithm = check_algorithm(options.algorithm)
         anchors = center_anchors(kernels) if anchors is None else anchors
         check_sum(x, kernels, anchors, None, DEPTHWISE_BRANCHES)
         anchors = _integers(anchors)
-        _note(Problem.of_branches(x, kernels, anchors, algorithm), options.backend)
+        _note(Problem.of_branches(x, kernels, anchors, options.algorithm), options.backend)
     return plain.depthwise_branches(x, list(kernels), anchors)
 
 
@@ -61,11 +59,10 @@ def depthwise_weight_grad(
 ) -> Tensor:
     """Record `ops.depthwise_weight_grad`."""
     with tracing_paused():
-        algorithm = check_algorithm(options.algorithm)
         anchor = (kernel_size[0] // 2, kernel_size[-1] // 2) if anchor is None else anchor
         check_weight_grad(x, grad, kernel_size, anchor)
         (size, anchor) = _integers([kernel_size, anchor])
-        _note(Problem.of_weight_grad(x, size, anchor, algorithm), options.backend)
+        _note(Problem.of_weight_grad(x, size, anchor, options.algorithm), options.backend)
     return plain.depthwise_weight_grad(x, grad, size, anchor)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.ops.cases import TOLERANCE, Case, definition, relative_error
-from widekernel.ops.gpu import backend
+from widekernel.ops.gpu import machine
 from widekernel.ops.gpu.configs import Chip, Config
 from widekernel.ops.gpu.launch import PreparedSum, PreparedWeightGrad
 from widekernel.ops.problem import Problem
@@ -64,4 +64,4 @@ def prepared_grad(x: Tensor, size: tuple[int, int], anchor: tuple[int, int], con
 
 
 def chip() -> Chip:
-    return backend.chip()
+    return machine.chip()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
@@ -16,11 +17,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.ops.fused import BRANCHES, SUM_OF_BRANCHES
+from tests.ops.backends import BRANCHES, SUM_OF_BRANCHES
 from widekernel import ops
 from widekernel.errors import ArgumentError
-from widekernel.ops import select
-from widekernel.ops.gpu import backend, cost, launch, tables
+from widekernel.ops import dispatch, explanation
+from widekernel.ops.backends import triton
+from widekernel.ops.backends.triton import TritonBackend
+from widekernel.ops.gpu import cost, launch, machine, tables
 from widekernel.ops.gpu import plan as planning
 from widekernel.ops.gpu.configs import (
     KINDS,
@@ -37,6 +40,8 @@ from widekernel.ops.gpu.configs import (
     itemsize,
 )
 from widekernel.ops.problem import DIRECT, Problem
+
+TRITON = TritonBackend()
 
 SUM, WEIGHT_GRAD = "depthwise_sum", "depthwise_weight_grad"
 ALL = [SUM, BRANCHES, SUM_OF_BRANCHES, WEIGHT_GRAD]
@@ -59,7 +64,7 @@ def _no_tables(monkeypatch: pytest.MonkeyPatch) -> None:
 def pretend(monkeypatch: pytest.MonkeyPatch, chip: Chip | None, name: str = "NVIDIA H200") -> None:
     """Have PyTorch find that GPU, or none."""
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.delenv(backend.INTERPRETER, raising=False)
+    monkeypatch.delenv(triton.INTERPRETER, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: chip is not None)
     if chip is None:
         return
@@ -74,19 +79,20 @@ def pretend(monkeypatch: pytest.MonkeyPatch, chip: Chip | None, name: str = "NVI
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
     monkeypatch.setattr(launch, "obstacle", lambda: "")
+    monkeypatch.setattr(machine, "_warned", True)
 
 
 @pytest.fixture
 def h200(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    backend._chip_of.cache_clear()
+    machine._chip_of.cache_clear()
     pretend(monkeypatch, CHIPS["sm_90"])
     yield
-    backend._chip_of.cache_clear()
+    machine._chip_of.cache_clear()
 
 
 @pytest.fixture
 def _interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(backend.INTERPRETER, "1")
+    monkeypatch.setenv(triton.INTERPRETER, "1")
 
 
 def problem(*kernels: tuple[int, int], op: str = SUM, **others: Any) -> Problem:
@@ -99,10 +105,10 @@ LARGE = problem((31, 31))
 
 def refused(of: Problem) -> str:
     """Give the only reason against a problem, which a call by name gives too."""
-    (reason,) = backend.reasons_against(of)
-    assert not backend.can_run(of)
+    (reason,) = TRITON.reasons_against(of)
+    assert not TRITON.can_run(of)
     with pytest.raises(ops.NoBackendError) as error:
-        select.select(of, "triton")
+        dispatch.select(of, "triton")
     assert str(error.value) == f"triton cannot compute {of}: {reason}"
     return reason
 
@@ -114,8 +120,8 @@ def refused(of: Problem) -> str:
 @pytest.mark.parametrize("op", ALL)
 def test_on_a_cpu_it_runs_only_when_asked_for(op: str) -> None:
     of = problem((31, 31), op=op, device="cpu")
-    assert backend.can_run(of)
-    assert backend.reasons_against(of) == [
+    assert TRITON.can_run(of)
+    assert TRITON.reasons_against(of) == [
         "on a CPU it runs in Triton's interpreter, only when asked for with backend='triton'"
     ]
 
@@ -130,7 +136,7 @@ def test_on_a_cpu_another_backend_is_chosen() -> None:
 
 
 def test_on_a_cpu_without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(backend.INTERPRETER, raising=False)
+    monkeypatch.delenv(triton.INTERPRETER, raising=False)
     assert refused(replace(LARGE, device="cpu")) == "it runs on NVIDIA GPUs, not on cpu"
 
 
@@ -143,7 +149,7 @@ def test_other_devices(device: str) -> None:
 @pytest.mark.usefixtures("h200")
 def test_types() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        assert backend.reasons_against(replace(LARGE, dtype=dtype)) == []
+        assert TRITON.reasons_against(replace(LARGE, dtype=dtype)) == []
     reason = refused(replace(LARGE, dtype=torch.float64))
     assert reason == "it computes float32, bfloat16 and float16, not torch.float64"
 
@@ -151,7 +157,7 @@ def test_types() -> None:
 @pytest.mark.usefixtures("h200")
 @pytest.mark.parametrize("op", [SUM, BRANCHES, SUM_OF_BRANCHES])
 def test_number_of_kernels(op: str) -> None:
-    assert backend.can_run(problem(*[(5, 11)] * 16, op=op))
+    assert TRITON.can_run(problem(*[(5, 11)] * 16, op=op))
     assert refused(problem(*[(5, 11)] * 17, op=op)) == "it adds up at most 16 kernels, not 17"
 
 
@@ -161,11 +167,11 @@ def test_the_direct_algorithm() -> None:
     assert "'direct' excludes" in refused(problem((3, 31), op=WEIGHT_GRAD, algorithm=DIRECT))
     for channels_last, kernel in [(False, (5, 5)), (True, (9, 9))]:
         of = problem(kernel, algorithm=DIRECT, channels_last=channels_last)
-        assert backend.reasons_against(of) == []
-        assert backend.describe(of).startswith("direct")
+        assert TRITON.reasons_against(of) == []
+        assert TRITON.describe(of).startswith("direct")
         of = replace(of, op=WEIGHT_GRAD)
-        assert backend.reasons_against(of) == []
-        assert backend.describe(of).startswith("direct weight gradient")
+        assert TRITON.reasons_against(of) == []
+        assert TRITON.describe(of).startswith("direct weight gradient")
 
 
 @pytest.mark.usefixtures("h200")
@@ -173,28 +179,28 @@ def test_the_direct_algorithm() -> None:
 def test_small_branches_of_channels_last_images(op: str) -> None:
     of = problem((9, 9), (3, 3), op=op, channels_last=True)
     assert refused(of) == "small kernels on channels_last images are computed one by one"
-    assert backend.can_run(problem((9, 10), (3, 3), op=op, channels_last=True))
+    assert TRITON.can_run(problem((9, 10), (3, 3), op=op, channels_last=True))
 
 
 @pytest.mark.usefixtures("h200")
 def test_very_large_channels_last_images() -> None:
     of = problem((7, 7), shape=(1, 512, 2048, 2048), channels_last=True)
     assert refused(of) == "it computes channels_last images of fewer than 2**31 numbers"
-    assert backend.can_run(replace(of, shape=(2048, 512, 32, 32)))
-    assert backend.can_run(replace(of, channels_last=False))
+    assert TRITON.can_run(replace(of, shape=(2048, 512, 32, 32)))
+    assert TRITON.can_run(replace(of, channels_last=False))
 
 
 @pytest.mark.usefixtures("h200")
 def test_all_obstacles_are_listed() -> None:
     of = problem(*[(31, 31)] * 17, device="cpu", dtype=torch.float64)
-    assert len(backend.reasons_against(of)) >= 2
+    assert len(TRITON.reasons_against(of)) >= 2
 
 
 @pytest.mark.usefixtures("h200")
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None)
     assert refused(LARGE) == "Triton is not installed: pip install triton"
-    monkeypatch.setenv(backend.INTERPRETER, "1")
+    monkeypatch.setenv(triton.INTERPRETER, "1")
     assert refused(replace(LARGE, device="cpu")) == "Triton is not installed: pip install triton"
 
 
@@ -227,15 +233,55 @@ def test_where_nothing_can_be_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     launch.driver.obstacle.cache_clear()
     try:
         reason = refused(LARGE)
-        with pytest.raises(select.NoBackendError, match="Failed to find C compiler"):
-            select.select(LARGE, "triton")
-        assert select.select(LARGE).name == "portable"
+        with pytest.raises(dispatch.NoBackendError, match="Failed to find C compiler"):
+            dispatch.select(LARGE, "triton")
+        assert dispatch.select(LARGE).name == "portable"
     finally:
         launch.driver.obstacle.cache_clear()
     assert reason == (
         "Triton cannot build what launches kernels (RuntimeError: Failed to find C compiler.): it needs a C compiler, gcc "
         "or clang or what the variable CC names, Python's header files, and the driver's libcuda.so.1"
     )
+
+
+WARNINGS = {
+    "Triton": "PyTorch's convolutions, many times slower: Triton is not installed: pip install triton",
+    "compiler": "PyTorch's convolutions, many times slower: Triton cannot build .* needs a C compiler",
+}
+
+
+@pytest.mark.usefixtures("h200")
+@pytest.mark.parametrize("missing", WARNINGS)
+def test_missing_software_is_reported_once(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    if missing == "Triton":
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None)
+    else:
+        text = "Triton cannot build what launches kernels (RuntimeError: no gcc): it needs a C compiler"
+        monkeypatch.setattr(launch, "obstacle", lambda: text)
+    monkeypatch.setattr(machine, "_warned", False)
+    with pytest.warns(RuntimeWarning, match=WARNINGS[missing]):
+        assert dispatch.select(LARGE).name == "portable"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for of in (LARGE, problem((5, 5)), problem((31, 31), op=WEIGHT_GRAD)):
+            assert dispatch.select(of).name == "portable"
+
+
+@pytest.mark.parametrize("machine_has", ["no GPU", "an old GPU", "an AMD GPU", "all it needs"])
+def test_nothing_is_reported_where_no_software_is_missing(monkeypatch: pytest.MonkeyPatch, machine_has: str) -> None:
+    old = Chip((7, 5), 40, 64 * 1024)
+    chips = {"no GPU": None, "an old GPU": old, "an AMD GPU": CHIPS["sm_90"], "all it needs": CHIPS["sm_90"]}
+    machine._chip_of.cache_clear()
+    pretend(monkeypatch, chips[machine_has])
+    if machine_has == "an AMD GPU":
+        monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(machine, "_warned", False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        TRITON.reasons_against(LARGE)
+        TRITON.reasons_against(replace(LARGE, device="cpu"))
+    assert not machine._warned
+    machine._chip_of.cache_clear()
 
 
 # ---- What it would do
@@ -246,14 +292,14 @@ def test_where_nothing_can_be_launched(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_large_kernels_run_on_it_unasked(op: str) -> None:
     kernels = [(31, 31)] if op == WEIGHT_GRAD else [(31, 31), (5, 51)]
     of = problem(*kernels, op=op)
-    assert backend.reasons_against(of) == []
+    assert TRITON.reasons_against(of) == []
     if op in (SUM, WEIGHT_GRAD):
-        explained = select.explain_problem(of)
+        explained = explanation.explain_problem(of)
     else:
-        (explained,) = select.explain_branches(of)
+        (explained,) = explanation.explain_branches(of)
     assert explained.backend == "triton"
     assert explained.reasons["portable"] in (["triton comes first"], [f"it has no {op}"])
-    assert explained.details == backend.describe(of)
+    assert explained.details == TRITON.describe(of)
     assert explained.details.endswith("; estimated, not measured")
     assert f"  runs on: triton ({explained.details})" in str(explained)
 
@@ -262,31 +308,31 @@ def test_large_kernels_run_on_it_unasked(op: str) -> None:
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 def test_few_taps_are_left_to_pytorch_until_measured(channels_last: bool) -> None:
     of = problem((3, 3), channels_last=channels_last)
-    explained = select.explain_problem(of)
+    explained = explanation.explain_problem(of)
     assert explained.backend == "portable"
     assert explained.reasons["triton"] == [
         "PyTorch's kernels for 9 taps are bound by memory already (an estimate; `widekernel tune` measures)"
     ]
-    assert backend.can_run(of)
-    assert select.explain_problem(of, "triton").backend == "triton"
-    assert select.explain_problem(problem((5, 5), channels_last=channels_last)).backend == "triton"
+    assert TRITON.can_run(of)
+    assert explanation.explain_problem(of, "triton").backend == "triton"
+    assert explanation.explain_problem(problem((5, 5), channels_last=channels_last)).backend == "triton"
     # Several at once are more than PyTorch has a kernel for.
-    assert select.explain_problem(problem((3, 3), (3, 3), channels_last=channels_last)).backend == "triton"
+    assert explanation.explain_problem(problem((3, 3), (3, 3), channels_last=channels_last)).backend == "triton"
 
 
 @pytest.mark.usefixtures("h200")
 def test_the_gradient_of_one_tap_is_left_to_pytorch() -> None:
-    assert select.explain_problem(problem((1, 1), op=WEIGHT_GRAD)).backend == "portable"
-    assert select.explain_problem(problem((3, 3), op=WEIGHT_GRAD)).backend == "triton"
+    assert explanation.explain_problem(problem((1, 1), op=WEIGHT_GRAD)).backend == "portable"
+    assert explanation.explain_problem(problem((3, 3), op=WEIGHT_GRAD)).backend == "triton"
 
 
 @pytest.mark.usefixtures("h200")
 @pytest.mark.parametrize("op", ALL)
 def test_nothing_to_compute(op: str) -> None:
     of = problem((31, 31), op=op, shape=(0, 64, 56, 56))
-    assert backend.reasons_against(of) == []
-    assert backend.describe(of) == "nothing to compute"
-    assert callable(backend.prepare(of))
+    assert TRITON.reasons_against(of) == []
+    assert TRITON.describe(of) == "nothing to compute"
+    assert callable(TRITON.prepare(of))
 
 
 @pytest.mark.usefixtures("h200")
@@ -294,17 +340,19 @@ def test_nothing_to_compute(op: str) -> None:
 def test_tf32_is_another_problem(op: str) -> None:
     exact, rounded = (problem((31, 31), op=op, tf32=allowed) for allowed in (False, True))
     assert tables.key_of(exact) != tables.key_of(rounded)
-    assert "TF32 allowed" in str(select.explain_problem(rounded)) and "TF32" not in str(select.explain_problem(exact))
+    assert "TF32 allowed" in str(explanation.explain_problem(rounded)) and "TF32" not in str(
+        explanation.explain_problem(exact)
+    )
     times = [cost.cycles(of, planning.ranked(of, CHIPS["sm_90"])[0], CHIPS["sm_90"]) for of in (exact, rounded)]
     assert times[1] < times[0]
-    precisions = [backend.prepare(of)._run._launch.options["PRECISION"] for of in (exact, rounded)]
+    precisions = [TRITON.prepare(of)._run._launch.options["PRECISION"] for of in (exact, rounded)]
     assert precisions == ["tf32x3", "tf32"]
 
 
 @pytest.mark.usefixtures("h200")
 def test_the_gpu_is_asked_once() -> None:
-    assert backend.chip() == CHIPS["sm_90"]
-    assert backend.chip() is backend.chip()
+    assert machine.chip() == CHIPS["sm_90"]
+    assert machine.chip() is machine.chip()
 
 
 @pytest.mark.usefixtures("h200")
@@ -319,12 +367,12 @@ def test_what_was_measured_decides(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     path = tmp_path / "tuned.json"
     tables.write(path, {"NVIDIA H200": entries})
     monkeypatch.setenv(tables.VARIABLE, str(path))
-    assert select.explain_problem(few).backend == "triton"
-    assert backend.describe(few).startswith(str(last[few]))
-    explained = select.explain_problem(many)
+    assert explanation.explain_problem(few).backend == "triton"
+    assert TRITON.describe(few).startswith(str(last[few]))
+    explained = explanation.explain_problem(many)
     assert explained.backend == "portable"
     assert explained.reasons["triton"] == ["PyTorch takes 10 µs where this backend takes 20 µs (measured)"]
-    assert select.explain_problem(many, "triton").details.startswith(str(last[many]))
+    assert explanation.explain_problem(many, "triton").details.startswith(str(last[many]))
 
 
 # ---- Configurations for anything
@@ -339,7 +387,7 @@ def problems(draw: st.DrawFn) -> Problem:
     shape = draw(st.integers(1, 256)), draw(st.integers(1, 600)), draw(extent), draw(extent)
     dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
     tf32 = dtype == torch.float32 and draw(st.booleans())
-    return Problem(op, "cuda", dtype, shape, tuple(kernels), tuple(anchors), draw(st.booleans()), "", tf32)
+    return Problem(op, "cuda", dtype, shape, tuple(kernels), tuple(anchors), draw(st.booleans()), None, tf32)
 
 
 def shared_bytes(of: Problem, config: Config) -> int:

@@ -37,7 +37,7 @@ def problem_of(key: str) -> Problem:
     numbers = [tuple(map(int, re.split(r"[x@,]", rect))) for rect in rects.split("+")]
     kernels, anchors = tuple(n[:2] for n in numbers), tuple(n[2:] for n in numbers)
     n, c, h, w = map(int, sizes)
-    return Problem(op, "cuda", getattr(torch, dtype), (n, c, h, w), kernels, anchors, layout == "NHWC", "", bool(tf32))
+    return Problem(op, "cuda", getattr(torch, dtype), (n, c, h, w), kernels, anchors, layout == "NHWC", None, bool(tf32))
 
 
 def shipped() -> list[Job]:

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.ops.backends import BRANCHES, SUM_OF_BRANCHES
 from tests.ops.cases import relative_error
-from tests.ops.fused import BRANCHES, SUM_OF_BRANCHES
 from widekernel import ops
 from widekernel.layers import LargeKernel, Rectangles
 

@@ -11,15 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
+from tests.ops.backends import BRANCHES, SUM_OF_BRANCHES, registered, several
 from tests.ops.cases import EMPTY, Case, definition, relative_error
-from tests.ops.fused import BRANCHES, SUM_OF_BRANCHES, registered, several
 from tests.ops.gpu.helpers import DEVICE, DTYPES, assert_exact, draw
 from tests.ops.test_registration import AMBIGUOUS, flat
 from widekernel import ops
 from widekernel.layers import LargeKernel, Rectangles
-from widekernel.ops import reference
-from widekernel.ops.gpu import backend as gpu
+from widekernel.ops import call_trace, reference
+from widekernel.ops.backends import triton
+from widekernel.ops.backends.triton import TritonBackend
 from widekernel.ops.problem import Problem, memory_format
+
+TRITON = TritonBackend()
 
 pytestmark = pytest.mark.interpreted
 
@@ -97,7 +100,7 @@ def assert_near(got: Tensor, want: Tensor) -> None:
     assert error <= SEVERAL_CALLS, f"relative error {error:.3g}"
 
 
-def ran(trace: ops.select.Trace) -> list[str]:
+def ran(trace: call_trace.Trace) -> list[str]:
     """Name the operators that ran, all of them on the kernels under test."""
     assert set(trace.backends()) == {"triton"}
     return sorted(problem.op for _, problem in trace.calls)
@@ -175,7 +178,7 @@ def test_small_branches_of_channels_last_images_are_computed_one_by_one() -> Non
 
 
 def test_more_branches_than_one_launch_takes() -> None:
-    case = Case("many", (1, 2, 4, 5), tuple((1 + i % 3, 1 + i % 2, None) for i in range(gpu.MOST_RECTS + 1)))
+    case = Case("many", (1, 2, 4, 5), tuple((1 + i % 3, 1 + i % 2, None) for i in range(triton.MOST_RECTS + 1)))
     inputs = arguments(case)[:-1]
     with ops.trace() as trace:
         ys = ours_branched(case, *inputs)
@@ -519,16 +522,17 @@ def test_what_pytorch_checks_of_operators(case: Case) -> None:
 # ---- A layer
 
 
-class Preferred:
-    """The backend under another name, in front of all the others, on whatever device it can run."""
+class Preferred(ops.Backend):
+    """The Triton backend under another name, in front of all the others, on whatever device it can run."""
 
     name = "preferred"
-
-    def __getattr__(self, attribute: str) -> Any:
-        return getattr(gpu, attribute)
+    operators, calls_pytorch = TRITON.operators, TRITON.calls_pytorch
 
     def reasons_against(self, problem: Problem) -> list[str]:
-        return [] if gpu.can_run(problem) else gpu.reasons_against(problem)
+        return [] if TRITON.can_run(problem) else TRITON.reasons_against(problem)
+
+    def prepare(self, problem: Problem) -> Any:
+        return TRITON.prepare(problem)
 
 
 @BOTH_LAYOUTS

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from tests.ops.gpu.helpers import DEVICE, assert_exact
 from widekernel.ops import reference
-from widekernel.ops.gpu import backend
+from widekernel.ops.backends.triton import TritonBackend
 from widekernel.ops.gpu.candidates import candidates
 from widekernel.ops.gpu.configs import Channels, ChannelsGrad, Chip, Config, Flat, FlatGrad, ToeplitzGrad
 from widekernel.ops.gpu.launch import PreparedWeightGrad
 from widekernel.ops.problem import DEPTHWISE_BRANCHES, DEPTHWISE_SUM, DEPTHWISE_SUM_OF_BRANCHES, Problem
+
+TRITON = TritonBackend()
 
 # So many processors that sums over images are split among several programs.
 WIDE = Chip((9, 0), 16, 227 * 1024)
@@ -51,8 +53,8 @@ def test_the_pairs_of_one_product_may_pass_as_many_images_as_the_shortest_block_
 
 def test_pixels_of_a_plane_that_32_bits_do_not_count() -> None:
     problem = Problem(DEPTHWISE_SUM, "cuda", torch.bfloat16, (1, 1, 2**16, 2**15), ((31, 31),), ((15, 15),))
-    assert not backend.can_run(problem)
-    assert "it computes images of at most 1073741824 pixels" in backend.reasons_against(problem)
+    assert not TRITON.can_run(problem)
+    assert "it computes images of at most 1073741824 pixels" in TRITON.reasons_against(problem)
 
 
 @pytest.mark.interpreted

@@ -13,9 +13,13 @@ import torch
 from tests.ops.gpu.helpers import DEVICE
 from widekernel import ops
 from widekernel.errors import ArgumentError
-from widekernel.ops.gpu import backend, tables
+from widekernel.ops.backends import triton
+from widekernel.ops.backends.triton import TritonBackend
+from widekernel.ops.gpu import machine, tables
 from widekernel.ops.gpu.configs import Flat, Planes
 from widekernel.ops.problem import DEPTHWISE_BRANCHES, DEPTHWISE_SUM, DEPTHWISE_WEIGHT_GRAD, DIRECT, Problem
+
+TRITON = TritonBackend()
 
 X, KERNEL = torch.zeros(2, 3, 8, 8).to(DEVICE), torch.zeros(3, 1, 5, 5).to(DEVICE)
 PROBLEM = Problem.of_sum(X, [KERNEL], [(2, 2)])
@@ -34,7 +38,7 @@ def tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def name() -> str:
-    return backend.device_name()
+    return machine.device_name()
 
 
 @pytest.mark.parametrize(
@@ -161,10 +165,10 @@ def test_spoilt_tables(content: str, tuned: Path) -> None:
             call()
     assert tuned.read_text(encoding="latin-1") == content
     with pytest.warns(RuntimeWarning, match="Until then it is ignored"):
-        assert backend.describe(PROBLEM).endswith("estimated, not measured")
+        assert TRITON.describe(PROBLEM).endswith("estimated, not measured")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert backend.describe(PROBLEM).endswith("estimated, not measured")
+        assert TRITON.describe(PROBLEM).endswith("estimated, not measured")
 
 
 def details() -> str:
@@ -174,13 +178,13 @@ def details() -> str:
 def test_the_plan_uses_the_table_of_this_machine(tuned: Path) -> None:
     """Without a restart: also what was written a moment ago."""
     assert "estimated" in details()
-    tables.merge(tables.SHIPPED, backend.chip().name, {tables.key_of(PROBLEM): ENTRY})
+    tables.merge(tables.SHIPPED, machine.chip().name, {tables.key_of(PROBLEM): ENTRY})
     assert details() == f"{CONFIG}; shipped table"
     other = Planes(4, 1, planes=8, pixels=64)
     for config in (CONFIG, other, CONFIG):
         tables.merge(tuned, name(), {tables.key_of(PROBLEM): ENTRY | {"config": config.entry()}})
         assert details() == f"{config}; tuned on this machine"
-    assert backend.prepare(PROBLEM).config == CONFIG
+    assert TRITON.prepare(PROBLEM).config == CONFIG
     tuned.unlink()
     assert "shipped" in details()
 
@@ -199,7 +203,7 @@ def test_entries_for_others_are_not_used(tuned: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(("us", "is_left"), [(10.0, False), (21.0, False), (21.1, True), (None, False)])
 def test_what_pytorch_does_faster_is_left_to_it(us: float | None, is_left: bool, tuned: Path) -> None:
     tables.merge(tuned, name(), {tables.key_of(PROBLEM): ENTRY | {"us": us}})
-    assert backend._planned(PROBLEM).better_in_pytorch == (
+    assert triton.planned(PROBLEM).better_in_pytorch == (
         "PyTorch takes 20 µs where this backend takes 21 µs (measured)" if is_left else ""
     )
-    assert backend.can_run(PROBLEM)
+    assert TRITON.can_run(PROBLEM)

@@ -14,7 +14,8 @@ import torch
 from tests.ops.cases import definition, relative_error
 from tests.ops.gpu.helpers import DEVICE
 from widekernel.ops import reference
-from widekernel.ops.gpu import backend, baselines, tables, tuning
+from widekernel.ops.backends import triton
+from widekernel.ops.gpu import baselines, machine, tables, tuning
 from widekernel.ops.gpu.configs import Channels, Config, Flat, Planes, ToeplitzGrad
 from widekernel.ops.gpu.plan import ranked
 from widekernel.ops.gpu.tuning import Rig, Tuning
@@ -68,11 +69,11 @@ def _no_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def rig(clock: Clock, **more) -> Rig:
-    return Rig(torch.device(DEVICE), backend.device_name(), backend.chip(), clock, **more)
+    return Rig(torch.device(DEVICE), machine.device_name(), machine.chip(), clock, **more)
 
 
 def ours(of: Problem, count: int) -> list[str]:
-    return [str(config) for config in ranked(of, backend.chip())[:count]]
+    return [str(config) for config in ranked(of, machine.chip())[:count]]
 
 
 @pytest.mark.parametrize("of", PROBLEMS, ids=tables.key_of)
@@ -94,8 +95,8 @@ def test_the_fastest_wins_and_is_used(of: Problem) -> None:
     assert entry["candidates"] == 2 and {name: entry[name] for name in USED} == USED
     path = tables.tuned_file()
     assert path is not None
-    tables.merge(path, backend.device_name(), {done.key: entry})
-    planned = backend._planned(of)
+    tables.merge(path, machine.device_name(), {done.key: entry})
+    planned = triton.planned(of)
     assert str(planned) == f"{names[1]}; tuned on this machine" and not planned.better_in_pytorch
 
 
@@ -189,7 +190,7 @@ def test_nothing_works(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "ranked", lambda *_: [])
     done = Tuning(of, rig(Clock()), 2)
     done.run()
-    assert done.failure == "there is no configuration for it" and tuning.by_weight({of: 1}, backend.chip()) == [of]
+    assert done.failure == "there is no configuration for it" and tuning.by_weight({of: 1}, machine.chip()) == [of]
 
 
 def test_a_lost_device_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,17 +237,17 @@ def test_conditions_hold_throughout() -> None:
 
 def test_the_configuration_in_use_takes_part() -> None:
     of = problem()
-    unpromising = ranked(of, backend.chip())[-1]
+    unpromising = ranked(of, machine.chip())[-1]
     path = tables.tuned_file()
     assert path is not None
-    tables.merge(path, backend.device_name(), {tables.key_of(of): {"config": unpromising.entry()}})
+    tables.merge(path, machine.device_name(), {tables.key_of(of): {"config": unpromising.entry()}})
     done = Tuning(of, rig(Clock()), 2)
     done.run()
     assert [trial.name for trial in done.trials] == [str(unpromising), *ours(of, 1)]
 
 
 def test_what_need_not_be_tuned_again() -> None:
-    of, chip = problem(), backend.chip()
+    of, chip = problem(), machine.chip()
     possible = ranked(of, chip)
     entry = {"config": possible[0].entry(), "us": 1.0, "pytorch_us": 1.0, "candidates": 5, **USED}
 
@@ -267,7 +268,7 @@ def test_what_is_left_to_pytorch() -> None:
 
 
 def test_the_heaviest_come_first_and_one_for_each_key() -> None:
-    chip = backend.chip()
+    chip = machine.chip()
     small, large = problem(), Problem(DEPTHWISE_SUM, DEVICE, torch.float32, (64, 256, 64, 64), ((31, 31),), ((15, 15),))
     same = Problem(DEPTHWISE_SUM, DEVICE, torch.float32, (63, 250, 64, 64), ((31, 31),), ((15, 15),))
     assert tuning.by_weight({small: 1, same: 1, large: 1}, chip) == [large, small]
