@@ -50,7 +50,9 @@ def differentiable_sum(
 def differentiable_weight_grad(
     x: Tensor, grad: Tensor, kernel_size: Sequence[int], anchor: Anchor, options: CallOptions
 ) -> Tensor:
-    """Compute `depthwise_weight_grad` with derivatives."""
+    """Compute `depthwise_weight_grad` of checked arguments, with whatever derivatives are wanted."""
+    if not needs_derivatives(x, grad):
+        return run_weight_grad(x, grad, (*kernel_size, *anchor), options)  # type: ignore[arg-type]
     return _DepthwiseWeightGrad.apply(x, grad, (*kernel_size, *anchor), options)
 
 
@@ -180,7 +182,9 @@ class _DepthwiseSumOfTaps(torch.autograd.Function):
             flipped = join_kernels([kernel.flip(-1, -2) for kernel in call.split(taps)])
             for_x = _DepthwiseSumOfTaps.apply(grad, flipped, None, call.mirrored())
         if ctx.needs_input_grad[1]:
-            for_taps = join_kernels([_DepthwiseWeightGrad.apply(x, grad, rect, call.options) for rect in call.geometry])
+            for_taps = join_kernels(
+                [differentiable_weight_grad(x, grad, rect[:2], rect[2:], call.options) for rect in call.geometry]
+            )
         if ctx.needs_input_grad[2]:
             for_bias = grad.sum((0, 2, 3))
         return for_x, for_taps, for_bias, None

@@ -11,7 +11,7 @@ from widekernel.ops.autograd import differentiable_sum, differentiable_weight_gr
 from widekernel.ops.checks import check_algorithm, check_epilogue, check_sum, check_weight_grad
 from widekernel.ops.eager import find_sum, is_ordinary_call
 from widekernel.ops.jit_trace import is_tracing
-from widekernel.ops.operators import run_sum, run_weight_grad
+from widekernel.ops.operators import run_sum
 from widekernel.ops.problem import Anchor, center_anchors
 from widekernel.ops.reference import epilogue
 from widekernel.ops.registration import CallOptions, autocast, needs_derivatives
@@ -121,6 +121,4 @@ def depthwise_weight_grad(
     if anchor is None:
         anchor = (kernel_size[0] // 2, kernel_size[-1] // 2)
     check_weight_grad(x, grad, kernel_size, anchor)
-    if not needs_derivatives(x, grad):
-        return run_weight_grad(x, grad, (*kernel_size, *anchor), options)
     return differentiable_weight_grad(x, grad, kernel_size, anchor, options)

@@ -14,7 +14,6 @@ from functools import lru_cache
 
 from widekernel.ops.cpu.library import DIRECT, HYBRID_ALONG_COLUMNS, HYBRID_ALONG_ROWS, MOST_PASSES
 from widekernel.ops.problem import DEPTHWISE_SUM, Problem, touching
-from widekernel.ops.problem import DIRECT as LOCAL
 
 METHODS = {DIRECT: "direct", HYBRID_ALONG_ROWS: "hybrid along rows", HYBRID_ALONG_COLUMNS: "hybrid along columns"}
 
@@ -152,7 +151,7 @@ def _cheapest(piece: Piece, problem: Problem) -> tuple[Pass, float]:
     grad = problem.op != DEPTHWISE_SUM
     turned = Piece(piece.columns, piece.rows, piece.column, piece.row)
     options = [(DIRECT, _direct(piece if piece.columns >= piece.rows else turned, *_seen(piece, height, width), grad))]
-    if problem.algorithm != LOCAL:
+    if problem.algorithm is None:
         options.append((HYBRID_ALONG_ROWS, _hybrid(piece, height, width, images, grad)))
         options.append((HYBRID_ALONG_COLUMNS, _hybrid(turned, width, height, images, grad)))
     method, cycles = min(options, key=lambda option: option[1])
