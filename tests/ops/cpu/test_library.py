@@ -143,13 +143,13 @@ def test_switched_off() -> None:
 def test_not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "__file__", str(tmp_path / "library.py"))
     loaded = library.open_library({})
-    assert f"was not built, {tmp_path} has none; install a C++17 compiler" in loaded.reason
+    assert f"was not built ({tmp_path} has none); install a C++17 compiler" in loaded.reason
     assert "WIDEKERNEL_REQUIRE_NATIVE=1 pip install --force-reinstall --no-deps --no-cache-dir widekernel" in loaded.reason
     assert loaded.wanted
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    assert opened(tmp_path / "no.so").reason == f"WIDEKERNEL_LIBRARY={tmp_path / 'no.so'} is no file: correct or unset it"
+    assert opened(tmp_path / "no.so").reason == f"WIDEKERNEL_LIBRARY={tmp_path / 'no.so'} is not a file: correct or unset it"
 
 
 def test_a_file_that_cannot_be_loaded(tmp_path: Path) -> None:
