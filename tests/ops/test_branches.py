@@ -96,7 +96,7 @@ def test_nothing_to_compute(case: Case, layout: str, backend: str) -> None:
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_one_by_one_is_bit_for_bit_the_calls_of_before(dtype: torch.dtype, layout: str) -> None:
+def test_branches_one_by_one_equal_separate_calls_bit_for_bit(dtype: torch.dtype, layout: str) -> None:
     """Also where other users of the input add to its gradient."""
 
     def step(together: bool) -> tuple[list[Tensor], list[str]]:
@@ -162,7 +162,7 @@ def test_the_fused_operators_get_the_arguments(fused_first: Fused) -> None:
 
 @pytest.mark.parametrize("used", [(0, 1), (0, 2), (1,), (2,)], ids=str)
 @pytest.mark.parametrize("backend", ["portable", "fused"])
-def test_outputs_that_are_not_used_cost_nothing(backend: str, used: tuple[int, ...]) -> None:
+def test_nothing_is_computed_for_outputs_that_are_not_used(backend: str, used: tuple[int, ...]) -> None:
     x, kernels, _ = CROSS.tensors()
     inputs = [t.requires_grad_() for t in (x, *kernels)]
     ys = ops.depthwise_branches(x, kernels, CROSS.anchors, backend=backend)

@@ -118,7 +118,7 @@ def test_the_algorithm_is_part_of_the_problems() -> None:
     assert {of.algorithm for _, of in trace.calls} == {"direct"}
 
 
-def test_results_take_the_promised_layout() -> None:
+def test_results_have_the_layout_of_the_input() -> None:
     class Careless(Fused):
         def branches(self, *arguments: Any) -> list[Tensor]:
             return [y.transpose(2, 3).contiguous().transpose(2, 3) for y in super().branches(*arguments)]
@@ -190,7 +190,7 @@ def test_the_sources_of_a_group_are_one_call() -> None:
     assert len(trace.calls[0][1].kernels) == 3
 
 
-def test_a_source_without_rectangles_keeps_its_neighbours_apart() -> None:
+def test_a_source_without_rectangles_separates_its_neighbors() -> None:
     tiles = ShuffledStrips(3, 7, 3)
     group = SourceGroup([TruncatedTiles(tiles), Rectangles(3, [(3, 3), (5, 1)])]).double()
     with registered(Fused()), ops.trace() as trace:

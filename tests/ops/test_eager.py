@@ -195,7 +195,7 @@ def test_negated_views_are_read_right() -> None:
 
 
 @pytest.mark.parametrize("case", CASES[:4], ids=str)
-def test_programs_of_0_4_0_say_nothing_by_an_empty_string(case) -> None:
+def test_an_empty_string_means_none_as_in_programs_of_0_4_0(case) -> None:
     x, kernels, bias = case.tensors(torch.float32)
     flat = [number for anchor in case.anchors for number in anchor]
     assert_close(SUM(x, kernels, flat, bias, None, False, "", ""), SUM(x, kernels, flat, bias, None, False, None, None))
@@ -206,7 +206,7 @@ def test_arguments_of_the_operator_itself_are_checked() -> None:
         SUM(X, [K], [1, 1], B[:2], None, False, None, None)
 
 
-def test_only_so_many_choices_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_choices_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "registry", dispatch.Registry(dispatch.registry.backends))
     monkeypatch.setattr(dispatch, "MOST_CHOICES", 3)
     for height in range(1, 8):

@@ -67,7 +67,7 @@ def test_native_kernels_run_where_they_exist() -> None:
         assert "not torch.float64" in double.reasons["native"][0]
 
 
-def test_the_choice_is_not_that_of_a_backend_which_is_gone() -> None:
+def test_no_choice_outlives_its_backend() -> None:
     """The next backend may be given the memory, and so the id, of the one before."""
     for i in range(50):
         ops.register(TestBackend(f"backend-{i}"))
@@ -212,7 +212,7 @@ def test_a_backend_may_take_one_operator_only(in_front, only: str) -> None:
     assert [e.backend for e in ops.explain(*tensors())] == expected
 
 
-def test_results_of_a_backend_take_the_promised_layout(in_front) -> None:
+def test_results_of_a_careless_backend_have_the_layout_of_the_input(in_front) -> None:
     """The contract of the operator does not depend on how careful a backend is."""
     careless = fake()
     careless.compute["depthwise_sum"] = lambda *args: reference.depthwise_sum(*args).mT.contiguous().mT
@@ -358,7 +358,7 @@ def test_unregistered_backends_are_gone() -> None:
 
 
 @pytest.mark.usefixtures("_own_list")
-def test_names_of_backends_are_their_own() -> None:
+def test_names_of_backends_are_unique() -> None:
     before = ops.backends()
     for name in before:
         with pytest.raises(ArgumentError, match=f"there is a backend '{name}' already"):

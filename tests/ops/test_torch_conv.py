@@ -109,7 +109,7 @@ def test_the_weight_gradient_is_a_forward_convolution(spy: Spy, size: tuple[int,
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_the_weight_gradient_of_short_types_runs_in_float32(spy: Spy, dtype: torch.dtype) -> None:
+def test_the_weight_gradient_of_half_precision_runs_in_float32(spy: Spy, dtype: torch.dtype) -> None:
     """A bfloat16 convolution with a kernel of 28x30 taps takes minutes where it is compiled for the processor's tiles."""
     x = torch.randn(2, 4, 28, 30).to(dtype)
     assert ops.depthwise_weight_grad(x, x, (31, 31)).dtype == dtype
@@ -117,7 +117,7 @@ def test_the_weight_gradient_of_short_types_runs_in_float32(spy: Spy, dtype: tor
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_convolutions_of_short_types_keep_the_size(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+def test_half_precision_convolutions_keep_the_size(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     """Padding further than the kernel needs takes minutes for 5x51 taps in bfloat16 on such processors."""
     shapes, conv2d = [], F.conv2d
     monkeypatch.setattr(F, "conv2d", lambda *args, **options: shapes.append((y := conv2d(*args, **options)).shape) or y)

@@ -98,7 +98,7 @@ def test_channels_around_the_width_of_a_vector(channels: int, layout: str, metho
 @METHOD
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_short_types(dtype: torch.dtype, layout: str, method: int) -> None:
+def test_half_precision(dtype: torch.dtype, layout: str, method: int) -> None:
     x = LAYOUTS[layout](torch.randn(2, 21, 12, 13).to(dtype))
     check(x, [torch.randn(21, 1, 9, 5).to(dtype)], [(4, 2)], torch.randn(21).to(dtype), method)
 
