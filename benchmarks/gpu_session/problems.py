@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from widekernel.ops.gpu.configs import Chip, Config
-from widekernel.ops.gpu.plan import plan, ranked
+from widekernel.ops.gpu.config_choice import choose_config, ranked_configs
+from widekernel.ops.gpu.kernel_configs import Chip, KernelConfig
 from widekernel.ops.problem import (
     DEPTHWISE_BRANCHES,
     DEPTHWISE_SUM,
@@ -85,7 +85,7 @@ class Job:
     layer: str
     kind: str
     problem: Problem
-    config: Config
+    config: KernelConfig
     chosen: bool
 
     @property
@@ -142,11 +142,11 @@ def jobs(device: str, chip: Chip, name: str, small: bool = False) -> list[Job]:
         for layer in layers():
             each = layer.small() if small else layer
             for problem in problems(each, kind, device):
-                configs = ranked(problem, chip)
+                configs = ranked_configs(problem, chip)
                 if not configs:
                     # Branches of small kernels on channels_last images are computed one by one.
                     continue
-                chosen = plan(problem, chip, name).config
+                chosen = choose_config(problem, chip, name).config
                 used.append(Job(layer.name, kind, problem, chosen, True))
                 seen.add(_form(problem, chosen))
                 fresh = [config for config in configs if config != chosen]
@@ -160,6 +160,6 @@ def jobs(device: str, chip: Chip, name: str, small: bool = False) -> list[Job]:
     return list(once)
 
 
-def _form(problem: Problem, config: Config) -> tuple:
+def _form(problem: Problem, config: KernelConfig) -> tuple:
     """Tell kernels apart: what is another program, not another block shape."""
-    return problem.op, config.method, getattr(config, "turned", 0), getattr(config, "copied", 0)
+    return problem.op, config.method, getattr(config, "transposed", 0), getattr(config, "copied", 0)

@@ -29,8 +29,8 @@ def pretend() -> None:
     from widekernel.bench import devices, gpu
     from widekernel.bench.timing import WallClock
     from widekernel.cli import tune_session
-    from widekernel.ops.gpu.plan import INTERPRETED
-    from widekernel.ops.gpu.tuning import Rig
+    from widekernel.ops.gpu.config_choice import INTERPRETED_CHIP
+    from widekernel.ops.gpu.tuning import MeasurementSetup
 
     products = dict.fromkeys(("bfloat16", "tf32", "float16", "float32"), 1e3)
     found = gpu.Gpu(NAME, "9.0", 1, 1.0, 1.0, "the host", {"PyTorch": torch.__version__}, 100.0, products)
@@ -38,9 +38,9 @@ def pretend() -> None:
     gpu.measure_gpu = lambda accelerator: found
 
     def measured(calls: Any) -> dict[str, float]:
-        return tune_session.in_turns(calls, WallClock(), 0.0)
+        return tune_session.median_seconds(calls, WallClock(), 0.0)
 
-    tune_session.rig_on = lambda device, seconds: Rig(CPU, NAME, INTERPRETED, measured)
+    tune_session.setup_on = lambda device, seconds: MeasurementSetup(CPU, NAME, INTERPRETED_CHIP, measured)
 
 
 def pretend_to_be_found() -> None:

@@ -18,8 +18,8 @@ from benchmarks.gpu_session.stages import NETWORKS, TUNED_CANDIDATES
 
 from tests.ops.gpu.helpers import DEVICE
 from widekernel.ops.gpu import machine
-from widekernel.ops.gpu.configs import KINDS as KERNELS
-from widekernel.ops.gpu.plan import plan
+from widekernel.ops.gpu.config_choice import choose_config
+from widekernel.ops.gpu.kernel_configs import CONFIG_TYPES as KERNELS
 from widekernel.ops.problem import Problem
 
 
@@ -44,7 +44,7 @@ def test_every_kernel_type_and_pass(few: list[Job]) -> None:
     assert in_use == sorted(in_use, reverse=True), "what is in use comes first"
     assert len(set(few)) == len(few)
     for job in few[:20]:
-        assert job.config == plan(job.problem, machine.chip(), machine.device_name()).config
+        assert job.config == choose_config(job.problem, machine.chip(), machine.device_name()).config
 
 
 def test_layers_are_those_that_are_tuned_and_folded() -> None:
@@ -60,18 +60,20 @@ def test_right_and_wrong(few: list[Job], monkeypatch: pytest.MonkeyPatch) -> Non
     job = next(job for job in few if job.config.method == "direct" and job.kind == "float32")
     row = check.run(job, torch.device(DEVICE), machine.chip())
     assert row["verdict"] == check.RIGHT and 0 <= row["error"] <= row["limit"] and set(row) == set(check.COLUMNS)
-    real = check.our_call
+    real = check.kernel_call
 
     def spoilt(problem: Problem, *others):
         call = real(problem, *others)
         return lambda: call() + 0.1
 
-    monkeypatch.setattr(check, "our_call", spoilt)
+    monkeypatch.setattr(check, "kernel_call", spoilt)
     assert check.run(job, torch.device(DEVICE), machine.chip())["verdict"].startswith("WRONG: differs from float64")
-    monkeypatch.setattr(check, "our_call", lambda *given: lambda: torch.full(job.problem.shape, float("nan"), device=DEVICE))
+    monkeypatch.setattr(
+        check, "kernel_call", lambda *given: lambda: torch.full(job.problem.shape, float("nan"), device=DEVICE)
+    )
     assert check.run(job, torch.device(DEVICE), machine.chip())["verdict"].startswith("WRONG")
     broken = replace(job, config=replace(job.config, pixels=3))
-    monkeypatch.setattr(check, "our_call", real)
+    monkeypatch.setattr(check, "kernel_call", real)
     assert check.run(broken, torch.device(DEVICE), machine.chip())["verdict"].startswith("FAILED: ")
 
 

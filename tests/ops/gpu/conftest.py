@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 
-from widekernel.ops.gpu.images import is_interpreted
+from widekernel.ops.gpu.interpreter import is_interpreted
 
-# There is none for macOS.
+# There is no Triton for macOS.
 collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["test_*.py"]
 
 
 @pytest.fixture
 def guard() -> Iterator[Any]:
-    """Interpret kernels with their accesses to memory watched; on a GPU compute-sanitizer does that in `make test-gpu`."""
+    """Interpret kernels under bounds checks; on a GPU, compute-sanitizer does that in `make test-gpu`."""
     if not is_interpreted():
-        pytest.skip("watches Triton's interpreter, which does not run here")
+        pytest.skip("needs Triton's interpreter, which does not run here")
     from tests.ops.gpu.guard import guarded
 
     with guarded() as watching:

@@ -23,22 +23,21 @@ from widekernel.errors import ArgumentError
 from widekernel.ops import dispatch, explanation
 from widekernel.ops.backends import triton
 from widekernel.ops.backends.triton import TritonBackend
-from widekernel.ops.gpu import cost, launch, machine, tables
-from widekernel.ops.gpu import plan as planning
-from widekernel.ops.gpu.configs import (
-    KINDS,
-    Channels,
-    ChannelsGrad,
+from widekernel.ops.gpu import config_choice, cost_model, launch, machine, tuning_tables
+from widekernel.ops.gpu.kernel_configs import (
+    CONFIG_TYPES,
     Chip,
-    Config,
+    DirectNchw,
+    DirectNhwc,
+    DirectNhwcGrad,
     Flat,
     FlatGrad,
-    Planes,
+    KernelConfig,
     Toeplitz,
     ToeplitzGrad,
-    from_entry,
-    itemsize,
+    config_from_entry,
 )
+from widekernel.ops.gpu.launch_geometry import itemsize
 from widekernel.ops.problem import DIRECT, Problem
 
 TRITON = TritonBackend()
@@ -57,8 +56,8 @@ CHIPS = {
 @pytest.fixture(autouse=True)
 def _no_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing was measured."""
-    monkeypatch.setenv(tables.VARIABLE, "0")
-    monkeypatch.setattr(tables, "SHIPPED", Path("there is none"))
+    monkeypatch.setenv(tuning_tables.VARIABLE, "0")
+    monkeypatch.setattr(tuning_tables, "SHIPPED", Path("there is none"))
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, chip: Chip | None, name: str = "NVIDIA H200") -> None:
@@ -339,11 +338,14 @@ def test_nothing_to_compute(op: str) -> None:
 @pytest.mark.parametrize("op", [SUM, WEIGHT_GRAD])
 def test_tf32_is_another_problem(op: str) -> None:
     exact, rounded = (problem((31, 31), op=op, tf32=allowed) for allowed in (False, True))
-    assert tables.key_of(exact) != tables.key_of(rounded)
+    assert tuning_tables.table_key(exact) != tuning_tables.table_key(rounded)
     assert "TF32 allowed" in str(explanation.explain_problem(rounded)) and "TF32" not in str(
         explanation.explain_problem(exact)
     )
-    times = [cost.cycles(of, planning.ranked(of, CHIPS["sm_90"])[0], CHIPS["sm_90"]) for of in (exact, rounded)]
+    times = [
+        cost_model.estimated_cycles(of, config_choice.ranked_configs(of, CHIPS["sm_90"])[0], CHIPS["sm_90"])
+        for of in (exact, rounded)
+    ]
     assert times[1] < times[0]
     precisions = [TRITON.prepare(of)._run._launch.options["PRECISION"] for of in (exact, rounded)]
     assert precisions == ["tf32x3", "tf32"]
@@ -358,15 +360,15 @@ def test_the_gpu_is_asked_once() -> None:
 @pytest.mark.usefixtures("h200")
 def test_what_was_measured_decides(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     few, many = problem((3, 3)), problem((31, 31))
-    last = {of: planning.ranked(of, CHIPS["sm_90"])[-1] for of in (few, many)}
+    last = {of: config_choice.ranked_configs(of, CHIPS["sm_90"])[-1] for of in (few, many)}
     times = {few: (10.0, 20.0), many: (20.0, 10.0)}
     entries = {
-        tables.key_of(of): {"config": last[of].entry(), "us": ours, "pytorch_us": theirs}
+        tuning_tables.table_key(of): {"config": last[of].to_entry(), "us": ours, "pytorch_us": theirs}
         for of, (ours, theirs) in times.items()
     }
     path = tmp_path / "tuned.json"
-    tables.write(path, {"NVIDIA H200": entries})
-    monkeypatch.setenv(tables.VARIABLE, str(path))
+    tuning_tables.write(path, {"NVIDIA H200": entries})
+    monkeypatch.setenv(tuning_tables.VARIABLE, str(path))
     assert explanation.explain_problem(few).backend == "triton"
     assert TRITON.describe(few).startswith(str(last[few]))
     explained = explanation.explain_problem(many)
@@ -390,7 +392,7 @@ def problems(draw: st.DrawFn) -> Problem:
     return Problem(op, "cuda", dtype, shape, tuple(kernels), tuple(anchors), draw(st.booleans()), None, tf32)
 
 
-def shared_bytes(of: Problem, config: Config) -> int:
+def shared_bytes(of: Problem, config: KernelConfig) -> int:
     """What the blocks of a product and the accumulators that are gathered take."""
     each = itemsize(of.dtype)
     if isinstance(config, Toeplitz):
@@ -403,11 +405,11 @@ def shared_bytes(of: Problem, config: Config) -> int:
     if isinstance(config, ToeplitzGrad):
         rows = config.kernel_rows * config.inputs
         return max((rows + config.outputs) * config.depth * config.stages * each, rows * config.outputs * 4)
-    assert isinstance(config, (Planes, Channels, ChannelsGrad)), "say what the blocks of this one take"
+    assert isinstance(config, (DirectNchw, DirectNhwc, DirectNhwcGrad)), "say what the blocks of this one take"
     return 0
 
 
-def product_of(config: Config) -> tuple[int, int, int] | None:
+def product_of(config: KernelConfig) -> tuple[int, int, int] | None:
     """M, N and K."""
     if isinstance(config, Toeplitz):
         return config.rows * config.columns, config.images * config.row_blocks, config.depth
@@ -421,10 +423,10 @@ def product_of(config: Config) -> tuple[int, int, int] | None:
 
 
 def check(of: Problem, chip: Chip) -> None:
-    listed = planning.ranked(of, chip)
+    listed = config_choice.ranked_configs(of, chip)
     assert listed, f"no configuration for {of} on {chip.name}"
     assert len(set(listed)) == len(listed)
-    costs = [cost.cycles(of, config, chip) for config in listed]
+    costs = [cost_model.estimated_cycles(of, config, chip) for config in listed]
     assert costs == sorted(costs) and all(0 < each < math.inf for each in costs)
     for config in listed:
         assert shared_bytes(of, config) <= chip.shared_bytes
@@ -453,37 +455,37 @@ def test_maps_of_a_few_rows_or_columns(kernel: tuple[int, int], op: str, channel
         for width in EXTENTS if height < 130 else EXTENTS[:-1]:
             of = problem(kernel, op=op, shape=(2, 3, height, width), channels_last=channels_last)
             for name in ("sm_86", "sm_90"):
-                assert planning.ranked(of, CHIPS[name]), f"no configuration for {of} on {name}"
+                assert config_choice.ranked_configs(of, CHIPS[name]), f"no configuration for {of} on {name}"
 
 
 @given(problems(), st.sampled_from(sorted(CHIPS)), st.randoms(use_true_random=False))
 @settings(max_examples=25, deadline=None)
 def test_the_ranking_depends_on_nothing_but_the_problem(of: Problem, name: str, random: Any) -> None:
     chip = CHIPS[name]
-    first = planning.ranked(of, chip)
+    first = config_choice.ranked_configs(of, chip)
     found = list(first)
     random.shuffle(found)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning, "candidates", lambda *args: found)
-        assert planning.ranked(of, chip) == first
+        patch.setattr(config_choice, "candidates", lambda *args: found)
+        assert config_choice.ranked_configs(of, chip) == first
 
 
 # ---- Entries of tables
 
 
-EVERY_KIND = [kind(**{field.name: 16 << i for i, field in enumerate(fields(kind))}) for kind in KINDS.values()]
+EVERY_KIND = [kind(**{field.name: 16 << i for i, field in enumerate(fields(kind))}) for kind in CONFIG_TYPES.values()]
 
 
 @pytest.mark.parametrize("config", EVERY_KIND, ids=str)
-def test_configurations_and_their_entries(config: Config) -> None:
-    entry = config.entry()
-    assert from_entry(entry) == config
-    assert from_entry(json.loads(json.dumps(entry))) == config
+def test_configurations_and_their_entries(config: KernelConfig) -> None:
+    entry = config.to_entry()
+    assert config_from_entry(entry) == config
+    assert config_from_entry(json.loads(json.dumps(entry))) == config
     assert entry["method"] == config.method
     assert str(config).startswith(f"{config.method} (warps {config.warps}, stages {config.stages}, ")
 
 
-FLAT = Flat(4, 2, pixels=64, images=16).entry()
+FLAT = Flat(4, 2, pixels=64, images=16).to_entry()
 BAD = {
     "no-method": ({name: number for name, number in FLAT.items() if name != "method"}, "there is no method None"),
     "unknown-method": (
@@ -500,7 +502,7 @@ BAD = {
     "half": (FLAT | {"pixels": 64.5}, "positive whole numbers"),
     "words": (FLAT | {"pixels": "64"}, "positive whole numbers"),
     "nothing": (FLAT | {"pixels": None}, "positive whole numbers"),
-    "turned-back": (EVERY_KIND[0].entry() | {"turned": -1}, "positive whole numbers"),
+    "transposed-back": (EVERY_KIND[0].to_entry() | {"transposed": -1}, "positive whole numbers"),
 }
 
 
@@ -508,4 +510,4 @@ BAD = {
 def test_bad_entries(bad: str) -> None:
     entry, message = BAD[bad]
     with pytest.raises(ArgumentError, match=message):
-        from_entry(entry)
+        config_from_entry(entry)

@@ -14,8 +14,8 @@ import torch
 
 from tests.ops.gpu.compiling import OTHERS, Compiled, Job, compile_all
 from widekernel.ops.gpu.candidates import candidates
-from widekernel.ops.gpu.configs import Channels, ChannelsGrad, Config, Flat, Planes
-from widekernel.ops.gpu.plan import ranked
+from widekernel.ops.gpu.config_choice import ranked_configs
+from widekernel.ops.gpu.kernel_configs import DirectNchw, DirectNhwc, DirectNhwcGrad, Flat, KernelConfig
 from widekernel.ops.problem import (
     DEPTHWISE_BRANCHES,
     DEPTHWISE_SUM,
@@ -78,7 +78,7 @@ ALL += [
 
 
 def chosen(problems: list[Problem], chip: str) -> list[Job]:
-    return [Job(one, ranked(one, OTHERS[chip])[0], chip) for one in problems]
+    return [Job(one, ranked_configs(one, OTHERS[chip])[0], chip) for one in problems]
 
 
 @lru_cache(maxsize=1)
@@ -92,7 +92,7 @@ def check(job: Job, kernels: list[Compiled]) -> None:
     for kernel in kernels:
         assert kernel.stack <= MOST_SPILLED and kernel.registers <= 255, (job, kernel)
         assert kernel.target == TARGETS[job.chip] and kernel.shared <= OTHERS[job.chip].shared_bytes, (job, kernel)
-    by_multiply_adds = isinstance(job.config, (Planes, Channels, ChannelsGrad))
+    by_multiply_adds = isinstance(job.config, (DirectNchw, DirectNhwc, DirectNhwcGrad))
     assert set(kernels[-1].products) == (set() if by_multiply_adds else {"mma.sync"}), (job, kernels[-1])
 
 
@@ -114,7 +114,7 @@ def test_what_is_chosen(chip: str) -> None:
         check(job, kernels)
 
 
-def flat(problem: Problem, chip: str) -> list[Config]:
+def flat(problem: Problem, chip: str) -> list[KernelConfig]:
     return [config for config in candidates(problem, OTHERS[chip]) if isinstance(config, Flat)]
 
 
@@ -131,5 +131,5 @@ def test_a_thread_computes_few_outputs_by_multiply_adds() -> None:
     """With 16 of them, of several planes, the three rectangles of a cross take 10 KiB of local memory."""
     for extent, most in ((7, 4), (14, 8)):
         found = candidates(problem(DEPTHWISE_SUM, extent, (5, 5), (1, 25), (25, 1)), OTHERS["sm_120"])
-        planes = [config for config in found if isinstance(config, Planes)]
+        planes = [config for config in found if isinstance(config, DirectNchw)]
         assert planes and max(config.planes * config.pixels // (32 * config.warps) for config in planes) == most
