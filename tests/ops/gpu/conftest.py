@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from widekernel.ops.gpu import machine, tuning_tables
 from widekernel.ops.gpu.interpreter import is_interpreted
 
 # There is no Triton for macOS.
@@ -23,3 +25,27 @@ def guard() -> Iterator[Any]:
 
     with guarded() as watching:
         yield watching
+
+
+@pytest.fixture
+def no_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hide all tuning tables, so that every configuration is estimated."""
+    monkeypatch.setenv(tuning_tables.VARIABLE, "0")
+    monkeypatch.setattr(tuning_tables, "SHIPPED", Path("there is none"))
+
+
+@pytest.fixture
+def h200(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Make PyTorch find an H200."""
+    from tests.ops.gpu.pretended_gpu import CHIPS, pretend
+
+    machine._chip_of.cache_clear()
+    pretend(monkeypatch, CHIPS["sm_90"])
+    yield
+    machine._chip_of.cache_clear()
+
+
+@pytest.fixture
+def no_tuned_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hide the tuning table of this machine."""
+    monkeypatch.setenv(tuning_tables.VARIABLE, "0")

@@ -119,10 +119,10 @@ class Guard:
         return memory
 
     def launch(self, kernel: str, run: Callable[[], None]) -> None:
-        """Run a launch.
+        """Run a launch and check its accesses.
 
         Raises:
-            AccessError: of what it does with memory.
+            AccessError: if an access is not allowed.
         """
         from triton.runtime.errors import InterpreterError
 
@@ -138,13 +138,13 @@ class Guard:
             if watched.stored.any() and left:
                 raise AccessError(f"{kernel}: {left} numbers are never stored of {watched}")
             if watched.stored.any() and watched.loaded:
-                raise AccessError(f"{kernel}: loads from what it stores into, {watched}")
+                raise AccessError(f"{kernel}: loads from the tensor that it stores into, {watched}")
         self.launches += 1
 
 
 @contextmanager
 def guarded() -> Iterator[Guard]:
-    """Watch all launches of the interpreter, and have new memory hold NaN."""
+    """Check all launches of the interpreter inside the block, and fill uninitialized memory with NaN."""
     from triton.runtime import interpreter
 
     guard, builder, executor = Guard(), interpreter.InterpreterBuilder, interpreter.GridExecutor
@@ -167,9 +167,7 @@ def guarded() -> Iterator[Guard]:
         return converted
 
     def refused(*_: Any) -> Any:
-        raise NotImplementedError(
-            "the guard knows no atomics, and results that depend on the order of programs are no results"
-        )
+        raise NotImplementedError("the guard supports no atomics, because results must not depend on the order of programs")
 
     def guarded_call(self: Any, *arguments: Any, **named: Any) -> None:
         guard.launch(self.fn.__name__, lambda: call(self, *arguments, **named))

@@ -1,4 +1,4 @@
-"""The guard itself: it finds what is planted, in kernels made for that and in those of the library, and nothing else."""
+"""The guard itself: it finds planted faults, in test kernels and in those of the library, and nothing else."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CHIP = Chip((9, 0), 1, 227 * 1024)
 
 @triton.jit
 def _copied(x, y, first, read, step, written, stored, BLOCK: tl.constexpr):
-    """Copy blocks; `read` and `written` are where they begin, `step` how far programs are apart, `stored` how many."""
+    """Copy blocks: `read` and `written` are offsets, `step` the distance between programs, `stored` the number of elements."""
     i = first + tl.program_id(0) * step + tl.arange(0, BLOCK)
     values = tl.load(x + read + i)
     tl.store(y + written + i, values, mask=i < stored)
@@ -53,7 +53,7 @@ def copy(x: Tensor, y: Tensor, read: int = 0, step: int = BLOCK, written: int = 
 
 
 def pair() -> tuple[Tensor, Tensor]:
-    """Two tensors that follow one another in memory."""
+    """Return two tensors that are adjacent in memory."""
     both = torch.randn(4 * BLOCK)
     return both[: 2 * BLOCK], both[2 * BLOCK :]
 
@@ -82,7 +82,7 @@ FAULTS: dict[str, tuple[Callable[[Tensor, Tensor], None], str]] = {
     "never-stored": (lambda x, y: copy(x, y, stored=2 * BLOCK - 1), "1 numbers are never stored"),
     "stored-by-two-programs": (lambda x, y: copy(x, y, step=BLOCK - 1), "stored already"),
     "stored-twice-at-once": (lambda x, y: _folded[(1,)](x, y, BLOCK=BLOCK), "stored already"),
-    "loaded-and-stored": (lambda x, y: _in_place[(1,)](x[:BLOCK], BLOCK=BLOCK), "loads from what it stores into"),
+    "loaded-and-stored": (lambda x, y: _in_place[(1,)](x[:BLOCK], BLOCK=BLOCK), "loads from the tensor that it stores into"),
 }
 
 
@@ -95,7 +95,7 @@ def test_planted_faults_are_found(guard: Guard, fault: str) -> None:
 
 def test_atomics_are_refused(guard: Guard) -> None:
     x, y = pair()
-    with pytest.raises(Exception, match="knows no atomics"):
+    with pytest.raises(Exception, match="supports no atomics"):
         _added[(1,)](x, y)
 
 
