@@ -1,9 +1,9 @@
-"""Write the table of configurations that the package ships, for the layers of the networks it is about.
+"""Write the tuning table that the package ships, for the layers of RepLKNet and SLaK.
 
     python -m benchmarks.gpu_configurations
 
-Needs no GPU: takes the configuration that the cost model ranks first among those that compile without spilling registers,
-for each of the architectures. Entries measured on a GPU (`widekernel tune --table`) take their place and are kept.
+Needs no GPU: for each architecture, the configuration that the cost model ranks first among those that compile without
+spilling registers is chosen. Entries measured on a GPU (`widekernel tune --table`) take precedence and are kept.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def problem(op: str, channels: int, extent: int, *kernels: Size) -> Problem:
 
 
 def problems() -> Iterator[Problem]:
-    """Yield what one training step and one folded forward pass of the networks ask for."""
+    """Yield the problems of a training step and of a folded forward pass of the networks."""
     for channels, extent, k in REPLKNET:
         yield problem(DEPTHWISE_SUM, channels, extent, (k, k))
         yield problem(DEPTHWISE_BRANCHES, channels, extent, (k, k), (5, 5))

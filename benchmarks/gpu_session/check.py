@@ -1,4 +1,4 @@
-"""One job: computed on the GPU, compared with float64, and a row made of it."""
+"""A single job: compute it on the GPU, compare it with float64, and return a row."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ RIGHT = "right"
 
 
 def row_of(job: Job) -> dict[str, Any]:
-    """Give what is known of a job before it runs."""
+    """Return the fields of a row that are known before the job runs."""
     problem = job.problem
     return {
         "layer": job.layer,
@@ -53,7 +53,7 @@ def row_of(job: Job) -> dict[str, Any]:
 
 @torch.no_grad()
 def run(job: Job, device: torch.device, chip: Chip) -> dict[str, Any]:
-    """Compute and compare; seconds include compiling. Whatever goes wrong becomes the verdict."""
+    """Compute and compare; return the row. Its seconds include compiling, and an error becomes its verdict."""
     row, begun = row_of(job), time.perf_counter()
     try:
         error = _error(job, device, chip)
@@ -79,7 +79,7 @@ def _error(job: Job, device: torch.device, chip: Chip) -> float:
 
 
 def _epilogue_error(job: Job, chip: Chip, inputs: Inputs, wanted: Tensor) -> float:
-    """The same with a scale, a bias and a rectifier, which are applied before anything is stored."""
+    """Return the error with a scale, a bias and a ReLU, which are applied before the result is stored."""
     channels, like = job.problem.shape[1], inputs.xs[0]
     scale = torch.linspace(0.5, 1.5, channels, dtype=torch.float32).to(like.device)
     bias = torch.linspace(-1, 1, channels, dtype=torch.float32).to(like.device)

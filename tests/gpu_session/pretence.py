@@ -1,4 +1,4 @@
-"""A program of a session on a GPU, run on a GPU that is pretended: kernels are interpreted, on tensors of the CPU.
+"""Runs a program of a GPU session on a pretended GPU: kernels are interpreted, on CPU tensors.
 
 python -m tests.gpu_session.pretence MODULE [ARGUMENTS]        # widekernel, ready or correctness
 """
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 def pretend() -> None:
-    """Have the benchmarks and the tuning find a GPU that is the CPU, and take its times by the clock of the host."""
+    """Make benchmarks and tuning find a GPU that is the CPU, and use the clock of the host."""
     from widekernel.bench import devices, gpu
     from widekernel.bench.timing import WallClock
     from widekernel.cli import tune_session
@@ -43,8 +43,8 @@ def pretend() -> None:
     tune_session.setup_on = lambda device, seconds: MeasurementSetup(CPU, NAME, INTERPRETED_CHIP, measured)
 
 
-def pretend_to_be_found() -> None:
-    """Have PyTorch speak of a GPU, for a program that only asks."""
+def pretend_properties() -> None:
+    """Make PyTorch report a GPU, for a program that only asks for its properties."""
     about = SimpleNamespace(name=NAME, major=9, minor=0, total_memory=2**37, multi_processor_count=1)
     torch.cuda.is_available = lambda: True
     torch.cuda.get_device_properties = lambda *device: about
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
     if module == "ready":
         from benchmarks.gpu_session import ready
 
-        pretend_to_be_found()
+        pretend_properties()
         return ready.main(rest)
     if module == "correctness":
         from benchmarks.gpu_session import correctness

@@ -164,8 +164,8 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         launch.driver.obstacle.cache_clear()
     assert reason == (
-        "Triton cannot build what launches kernels (RuntimeError: Failed to find C compiler.): it needs a C compiler, gcc "
-        "or clang or what the variable CC names, Python's header files, and the driver's libcuda.so.1"
+        "Triton cannot build its kernel launcher (RuntimeError: Failed to find C compiler.): it needs a C compiler (gcc, "
+        "clang or the one that the variable CC names), Python's header files, and the driver's libcuda.so.1"
     )
 
 
@@ -181,7 +181,7 @@ def test_missing_software_is_reported_once(monkeypatch: pytest.MonkeyPatch, miss
     if missing == "Triton":
         monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None)
     else:
-        text = "Triton cannot build what launches kernels (RuntimeError: no gcc): it needs a C compiler"
+        text = "Triton cannot build its kernel launcher (RuntimeError: no gcc): it needs a C compiler"
         monkeypatch.setattr(launch, "obstacle", lambda: text)
     monkeypatch.setattr(machine, "_warned", False)
     with pytest.warns(RuntimeWarning, match=WARNINGS[missing]):

@@ -25,7 +25,7 @@ CHIP = Chip((9, 0), 1, 227 * 1024)
 
 @triton.jit
 def _copied(x, y, first, read, step, written, stored, BLOCK: tl.constexpr):
-    """Copy blocks: `read` and `written` are offsets, `step` the distance between programs, `stored` the number of elements."""
+    """Copy blocks: `read` and `written` are offsets, `step` separates programs, `stored` is the number of elements."""
     i = first + tl.program_id(0) * step + tl.arange(0, BLOCK)
     values = tl.load(x + read + i)
     tl.store(y + written + i, values, mask=i < stored)

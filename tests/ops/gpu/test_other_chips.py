@@ -27,8 +27,8 @@ from widekernel.ops.problem import (
 TARGETS = {"sm_86": "sm_86", "sm_89": "sm_89", "sm_120": "sm_120a"}
 FLOAT32 = torch.float32
 MOST_SPILLED = 128
-"""Bytes per thread that may spill; they stay in the L1 cache. The cost model does not count registers, but estimates that every
-alternative for float32 branches of small images takes twice the time."""
+"""Bytes per thread that may spill; they stay in the L1 cache. The cost model does not count registers, but estimates that
+every alternative for float32 branches of small images takes twice the time."""
 STRIPS = ((51, 5), (5, 51), (5, 5))
 SMALL_STRIPS = ((13, 5), (5, 13), (5, 5))
 
