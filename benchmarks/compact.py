@@ -1,7 +1,7 @@
 """Speed of half-pruned layers: the masked folded layer and the compacted one, timed alternately.
 
-Run it with `OMP_WAIT_POLICY=passive python benchmarks/compact.py --write`. It takes about four minutes and reports nothing if
-an output differs by more than 1e-6 of the largest one.
+Run it with `OMP_WAIT_POLICY=passive python benchmarks/compact.py --write`. It takes about four minutes and reports nothing
+if an output differs by more than 1e-6 of the largest one.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ TOLERANCE = 1e-6
 TARGET = 0.8
 LOAD = os.getloadavg()[0]
 NOTES = """
-Half of the kernels of a layer are set to zero. The masked layer is folded, its copy is folded and compacted, and both run on
-the same images in turns. Times are medians.
+Half of the kernels of a layer are set to zero. The masked layer is folded, its copy is folded and compacted, and both run
+on the same images in turns. Times are medians.
 
 - "dense / non-zero": the reduction that the mask promises. "dense / realized": the reduction of what is executed. Both count
   multiply-accumulates (MACs). "of the MAC ratio": the speed-up divided by the latter.
 - "inside": the ratio of those multiply-accumulates whose tap lies on a pixel of the image. PyTorch's convolution skips
-  padding. The outer taps of a strip that is as long as the image lie on padding for most pixels, so that half of the strip is
-  less than half of the work. "of it": the speed-up divided by this ratio.
+  padding. The outer taps of a strip that is as long as the image lie on padding for most pixels, so that half of the strip
+  is less than half of the work. "of it": the speed-up divided by this ratio.
 - "plain": all channels are computed, in smaller rectangles where possible. A ratio of 1 means that nothing was removed.
 """
 WHY = """
@@ -45,9 +45,9 @@ Why the target is missed, or nothing is removed:
   sleeping thread. Their share grows as images get smaller, until the cost model keeps the plain layer. The part of this page
   with two threads uses the default costs of `compact`, the part with one thread `CostModel.one_thread()`.
 - *Strips, outer half.* See "inside": less work is removed than the multiply-accumulates suggest.
-- *Random branches* make four kinds of channels (both strips, one, the other, the small square or none). Each kind needs calls
-  of its own on some of the channels, which are gathered and written back although most of them are alive. The costs are
-  estimates, and some of the groups that they accept gain nothing.
+- *Random branches* make four kinds of channels (both strips, one, the other, the small square or none). Each kind needs
+  calls of its own on some of the channels, which are gathered and written back although most of them are alive. The costs
+  are estimates, and some of the groups that they accept gain nothing.
 - *Random tiles in Shift-wise* with 4 groups and 2 paths: eight tiles are added up in every slot of a strip, and all of them
   are dead in one slot of 256. Almost no tap of the folded kernel is zero, and nothing is saved. Only removing whole channels
   helps.

@@ -54,7 +54,7 @@ def row_of(job: Job) -> dict[str, Any]:
 @torch.no_grad()
 def run(job: Job, device: torch.device, chip: Chip) -> dict[str, Any]:
     """Compute and compare; return the row. Its seconds include compiling, and an error becomes its verdict."""
-    row, begun = row_of(job), time.perf_counter()
+    row, started = row_of(job), time.perf_counter()
     try:
         error = _error(job, device, chip)
         row["error"] = error
@@ -62,7 +62,7 @@ def run(job: Job, device: torch.device, chip: Chip) -> dict[str, Any]:
         row["verdict"] = RIGHT if error <= row["limit"] else "WRONG: differs from float64 by more than the limit"
     except Exception as raised:
         row["verdict"] = f"FAILED: {in_short(raised)}"
-    row["seconds"] = round(time.perf_counter() - begun, 2)
+    row["seconds"] = round(time.perf_counter() - started, 2)
     return row
 
 

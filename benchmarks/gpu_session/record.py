@@ -44,7 +44,7 @@ class Record:
         self._before = {path.name for path in folder.iterdir()}
         self._log = (folder / LOG).open("wb")
         self._written, self._lock = 0, threading.Lock()
-        self._begun = time.monotonic()
+        self._started = time.monotonic()
 
     def output(self, data: bytes, always: bool = False) -> None:
         """Append to the log, unless it is too long already, and to the screen."""
@@ -63,7 +63,7 @@ class Record:
         content = {
             **self.facts,
             "ended": ended,
-            "seconds": round(time.monotonic() - self._begun, 1),
+            "seconds": round(time.monotonic() - self._started, 1),
             "stages": [_rounded(result) for result in results],
             "files": {name: (self.folder / name).stat().st_size for name in FILES if (self.folder / name).is_file()},
         }

@@ -98,8 +98,8 @@ class Schedule:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.stages, self.recorder, self.environment = list(stages), recorder, dict(environment)
-        self._clock, self._begun = clock, clock()
-        self._deadline = self._begun + seconds
+        self._clock, self._started = clock, clock()
+        self._deadline = self._started + seconds
         self.results = [Result(stage.name) for stage in self.stages]
 
     def run(self) -> list[Result]:
@@ -110,7 +110,7 @@ class Schedule:
         """
         for number, stage in enumerate(self.stages):
             result = self.results[number]
-            result.start = self._clock() - self._begun
+            result.start = self._clock() - self._started
             result.budget = budget(self.stages[number:], self._deadline - self._clock())
             result.reason = self._obstacle(stage, result.budget)
             if not result.reason:
@@ -130,7 +130,7 @@ class Schedule:
     def _run(self, stage: Stage, result: Result) -> None:
         result.state = RUNNING
         self.recorder.update(self.results)
-        begun = self._clock()
+        started = self._clock()
         tail: deque[bytes] = deque(maxlen=40)
         process = None
         try:
@@ -155,7 +155,7 @@ class Schedule:
         except Exception as error:
             result.state, result.reason = FAILED, f"it could not be run ({type(error).__name__}: {error})"
         finally:
-            result.seconds = self._clock() - begun
+            result.seconds = self._clock() - started
             self.recorder.update(self.results)
 
     def _start(self, stage: Stage, seconds: float) -> subprocess.Popen[bytes]:

@@ -40,7 +40,7 @@ class UsageError(Exception):
 
 def main(arguments: Sequence[str]) -> int:
     """Run a session; return 0 if every stage was done, 1 if not, 2 if it could not begin, 128 + n for signal n."""
-    begun = time.monotonic()
+    started = time.monotonic()
     options = _parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, _interrupt)
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
         if not 0 < options.minutes < 1440:
             raise UsageError(f"--minutes is {options.minutes:g}, but must be positive and less than a day")
         scratch = _scratch(out)
-        return _run(options, out, scratch, begun)
+        return _run(options, out, scratch, started)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return _USAGE_ERROR
@@ -99,7 +99,7 @@ def _scratch(out: Path) -> Path:
         return Path(tempfile.mkdtemp(prefix=".scratch-", dir=out))
 
 
-def _run(options: argparse.Namespace, out: Path, scratch: Path, begun: float) -> int:
+def _run(options: argparse.Namespace, out: Path, scratch: Path, started: float) -> int:
     facts: dict[str, Any] = {
         "begun": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "minutes": options.minutes,
@@ -111,7 +111,7 @@ def _run(options: argparse.Namespace, out: Path, scratch: Path, begun: float) ->
         record.output(b"A REHEARSAL: the GPU is pretended, and all numbers are meaningless.\n")
     _prepare(options.wheels, scratch / "site", record)
     found = scratch / "facts.json"
-    left = 60 * options.minutes - (time.monotonic() - begun) - _RESERVE
+    left = 60 * options.minutes - (time.monotonic() - started) - _RESERVE
     schedule = Schedule(stages(out, found, options.rehearse), left, _FactRecorder(record, found), environment(scratch))
     code = 0
     try:
@@ -119,7 +119,7 @@ def _run(options: argparse.Namespace, out: Path, scratch: Path, begun: float) ->
     except KeyboardInterrupt as error:
         code = 128 + (error.args[0] if error.args else signal.SIGINT)
     record.finish(schedule.results)
-    _print_outcome(schedule.results, out, time.monotonic() - begun)
+    _print_outcome(schedule.results, out, time.monotonic() - started)
     return code or int(any(result.state != DONE for result in schedule.results))
 
 

@@ -58,11 +58,11 @@ def test_rows_are_in_bfloat16(device) -> None:
 def test_the_comparison_is_made_in_strict_float32(device, monkeypatch: pytest.MonkeyPatch) -> None:
     seen, real = [], measuring.check_variants
 
-    def noting(name, some, mode, target) -> None:
+    def recording(name, some, mode, target) -> None:
         seen.append((torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cpu"), {len(r.images) for r in some}))
         real(name, some, mode, target)
 
-    monkeypatch.setattr(measuring, "check_variants", noting)
+    monkeypatch.setattr(measuring, "check_variants", recording)
     before = torch.get_float32_matmul_precision()
     assert {row.dtype for row in measured(device, build=convnext, precisions=[TF32, BFLOAT16])} == {"tf32", "bfloat16"}
     assert seen == [("highest", False, {2})] * 2 and torch.get_float32_matmul_precision() == before

@@ -104,7 +104,7 @@ def test_errors_in_some_images_only_are_found(direction: str, device, monkeypatc
     """The image in the middle is not among those compared with float64, but all implementations are compared on it."""
     real = measuring.implementations
 
-    def spoilt(*given) -> dict:
+    def corrupted(*given) -> dict:
         calls = real(*given)
         call = calls["ours NHWC"]
 
@@ -115,7 +115,7 @@ def test_errors_in_some_images_only_are_found(direction: str, device, monkeypatc
 
         return calls | {"ours NHWC": run}
 
-    monkeypatch.setattr(measuring, "implementations", spoilt)
+    monkeypatch.setattr(measuring, "implementations", corrupted)
     nchw, nhwc = measured(device, passes=[direction])
     assert nchw.ours_ms > 0 and math.isnan(nhwc.ours_ms) and nhwc.torch_nchw_ms > 0
     assert "ours NHWC: differs from float64 by 0.1" in nhwc.remark
@@ -187,10 +187,10 @@ def test_a_lost_device_ends_the_run(device_gpu, monkeypatch: pytest.MonkeyPatch)
     def fail() -> None:
         raise RuntimeError("illegal")
 
-    def spoilt(direction, *given) -> dict:
+    def corrupted(direction, *given) -> dict:
         return real(direction, *given) | ({"ours NCHW": fail} if direction == INPUT_GRAD else {})
 
-    monkeypatch.setattr(measuring, "implementations", spoilt)
+    monkeypatch.setattr(measuring, "implementations", corrupted)
     budget = TimeBudget(10)
     rows = measured(cuda_platform(Accelerator(torch.device("cpu"), LostDevice()), device_gpu), budget=budget)
     assert [row.direction for row in rows] == [FORWARD] * 2 + [INPUT_GRAD] * 2

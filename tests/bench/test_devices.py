@@ -62,12 +62,12 @@ def test_caches_are_flushed_before_each_call_and_not_timed() -> None:
     assert result == "of call" and seconds == pytest.approx(0.002)
     assert queue.log == ["flush", "mark", "call", "mark", "wait"]
     queue.log.clear()
-    rivals = {name: lambda name=name: queue.call(name) for name in "ab"}
-    timings = interleave(rivals, {"a": 0.002, "b": 0.002}, 1.0, rounds=3, stopwatch=queue.stopwatch)
+    calls = {name: lambda name=name: queue.call(name) for name in "ab"}
+    timings = interleave(calls, {"a": 0.002, "b": 0.002}, 1.0, rounds=3, stopwatch=queue.stopwatch)
     assert timings["a"].seconds == pytest.approx((0.002,) * 3) and queue.log.count("flush") == 6
-    calls = [place for place, what in enumerate(queue.log) if what in "ab"]
-    assert [queue.log[place] for place in calls] == list("abbaab")
-    assert all(queue.log[place - 2 : place] == ["flush", "mark"] for place in calls)
+    places = [place for place, what in enumerate(queue.log) if what in "ab"]
+    assert [queue.log[place] for place in places] == list("abbaab")
+    assert all(queue.log[place - 2 : place] == ["flush", "mark"] for place in places)
 
 
 def test_the_first_call_on_a_device_is_not_timed() -> None:

@@ -137,10 +137,10 @@ class Louder(nn.Module):
 
 @pytest.mark.parametrize("mode", ["infer", "train"])
 def test_a_wrong_transformation_is_found(mode: str, monkeypatch: pytest.MonkeyPatch, cpu: Platform) -> None:
-    def spoilt(network: nn.Module, example: torch.Tensor) -> tuple[nn.Module, None]:
+    def corrupted(network: nn.Module, example: torch.Tensor) -> tuple[nn.Module, None]:
         return nn.Sequential(network, Louder()), None
 
-    monkeypatch.setattr(variants, "accelerate", spoilt)
+    monkeypatch.setattr(variants, "accelerate", corrupted)
     what = "output" if mode == "infer" else "gradients"
     with pytest.raises(BenchmarkError, match=f"the {what} of it: ours, accelerated N... and PyTorch NHWC differ"):
         measured("it", _nano(), cpu, size=64, modes=[mode])

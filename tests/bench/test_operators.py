@@ -24,8 +24,8 @@ from widekernel.bench import (
 from widekernel.bench.machine import copy_bandwidth, fma_peak, measure_machine, using_threads
 from widekernel.bench.notes import OPERATOR_NOTES
 from widekernel.bench.plots import draw
-from widekernel.bench.rows import OperatorRow
-from widekernel.bench.tables import document, markdown, operator_columns, write_each
+from widekernel.bench.rows import NetworkRow, OperatorRow
+from widekernel.bench.tables import csv_columns, document, markdown, operator_columns, write_each
 from widekernel.errors import ArgumentError
 
 TINY = Case("tiny", 2, 5, 9, 11, (13, 3))
@@ -112,6 +112,13 @@ def test_csv_has_a_column_for_every_field(cpu: Platform, tmp_path: Path) -> None
     assert float(read[3]["ours_ms"]) == pytest.approx(rows[3].ours_ms, rel=1e-5)
     assert read[0]["shape"] == "2x5x9x11 13x3"
     assert read[-1]["openvino_ms"] == ""
+
+
+@pytest.mark.parametrize(("kind", "table"), [(OperatorRow, "bench_ops_cpu"), (NetworkRow, "bench_models_cpu")])
+def test_csv_columns_equal_those_of_the_published_tables(kind: type, table: str) -> None:
+    published = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / f"{table}.csv"
+    with published.open(newline="") as file:
+        assert list(csv_columns(kind)) == csv.DictReader(file).fieldnames
 
 
 def test_page_describes_the_machine_and_marks_few_calls(cpu: Platform) -> None:

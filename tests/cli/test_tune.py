@@ -142,11 +142,11 @@ def test_wrong_results_are_an_error(tuned: Path, capsys, pretended, monkeypatch:
     (problem,) = {p for p in problems_of_case(case(), Runs(1, [], [BFLOAT16], ["NCHW"]), CPU) if "sum" in p.op}
     first, second = (str(config) for config in ranked_configs(problem, INTERPRETED_CHIP)[:2])
 
-    def spoilt(of: Problem, config: KernelConfig, *others: Any) -> Callable[[], torch.Tensor]:
+    def corrupted(of: Problem, config: KernelConfig, *others: Any) -> Callable[[], torch.Tensor]:
         call = baselines.kernel_call(of, config, *others)
         return (lambda: call() + 1) if str(config) == first else call
 
-    monkeypatch.setattr(tuning, "kernel_call", spoilt)
+    monkeypatch.setattr(tuning, "kernel_call", corrupted)
     code, out, err = run(capsys, *TINY)
     assert code == 2 and f"1 configurations compute wrong results and were not chosen: {SUM}: {first} differs from" in err
     assert str(tuning_tables.entry_config(tuning_tables.read(tuned)[GPU][SUM])) == second and "1 of 2 failed" in out

@@ -62,11 +62,11 @@ def test_verdicts(few: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
     assert row["verdict"] == check.RIGHT and 0 <= row["error"] <= row["limit"] and set(row) == set(check.COLUMNS)
     real = check.kernel_call
 
-    def spoilt(problem: Problem, *others):
+    def corrupted(problem: Problem, *others):
         call = real(problem, *others)
         return lambda: call() + 0.1
 
-    monkeypatch.setattr(check, "kernel_call", spoilt)
+    monkeypatch.setattr(check, "kernel_call", corrupted)
     assert check.run(job, torch.device(DEVICE), machine.chip())["verdict"].startswith("WRONG: differs from float64")
     monkeypatch.setattr(
         check, "kernel_call", lambda *given: lambda: torch.full(job.problem.shape, float("nan"), device=DEVICE)
@@ -98,9 +98,9 @@ def test_crashes_and_hangs_affect_no_other_job(few: list[Job], tmp_path: Path, m
     monkeypatch.setattr("benchmarks.gpu_session.correctness.LONGEST_JOB", 2.0)
     command = [sys.executable, "-S", "-E", "-c", WORKER.format(columns=repr(check.COLUMNS)[1:-1])]
     running = Run(few[:6], tmp_path / "c.csv", 60.0)
-    begun = time.monotonic()
+    started = time.monotonic()
     running.all([Worker(command)])
-    assert time.monotonic() - begun < 40
+    assert time.monotonic() - started < 40
     with (tmp_path / "c.csv").open(newline="") as file:
         verdicts = [row["verdict"] for row in csv.DictReader(file)]
     crashed, hung = "FAILED: its process ended with code 9", "FAILED: no answer within 2 s"

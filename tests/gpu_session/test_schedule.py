@@ -104,10 +104,10 @@ open({str(child)!r}, "w").write(str(child.pid))
 {FOR_EVER}
 """
     # The first ignores the request to end; its share determines its deadline.
-    begun = time.monotonic()
+    started = time.monotonic()
     results = run([stage("hangs", program, 1, most=2.0), stage("next", "print('my turn')")], 60, record)
     assert results["hangs"].state == OUT_OF_TIME and results["next"].state == DONE
-    assert time.monotonic() - begun < 30
+    assert time.monotonic() - started < 30
     assert csv.read_text() == "one row\n", "what was written counts"
     assert not _lives(int(child.read_text()))
 
@@ -128,10 +128,10 @@ open({str(pid)!r}, "w").write(str(child.pid))
 """
     kept: list[int] = []
     watching = Stage("watch", lambda seconds: kept.append(int(pid.read_text())) or [*PLAIN, ""], 1.0)
-    begun = time.monotonic()
+    started = time.monotonic()
     results = run([stage("leaves", program), watching], 60, record)
     assert [result.state for result in results.values()] == [DONE, DONE]
-    assert time.monotonic() - begun < 30 and not _lives(kept[0])
+    assert time.monotonic() - started < 30 and not _lives(kept[0])
 
 
 def test_an_interrupt_is_recorded(record: Record, folder: Path) -> None:

@@ -145,10 +145,10 @@ def test_numbers_that_are_not_finite_stay_in_their_plane(case: Case, layout: tor
     value = float("inf") if case is LARGE else float("nan")
     x, *kernels, bias = arguments(case, torch.float32, layout)
     clean = ours(case, x, *kernels, bias)
-    spoilt = x.detach().clone()
-    spoilt[1, 0, 2, 3] = value
-    spoilt.requires_grad_()
-    y = ours(case, spoilt, *kernels, bias)
+    corrupted = x.detach().clone()
+    corrupted[1, 0, 2, 3] = value
+    corrupted.requires_grad_()
+    y = ours(case, corrupted, *kernels, bias)
     assert not y[1, 0, 2, 3].isfinite()
     elsewhere = torch.ones(y.shape[:2], dtype=torch.bool, device=DEVICE)
     elsewhere[1, 0] = False

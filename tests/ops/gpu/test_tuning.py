@@ -123,12 +123,12 @@ def test_pytorch_calls_and_exact_outputs_equal_the_definition(of: Problem) -> No
         assert relative_error(baselines.exact_outputs(of, inputs)[0], exact) < 1e-12
 
 
-def spoiling(monkeypatch: pytest.MonkeyPatch, spoilt: str, how) -> None:
+def corrupting(monkeypatch: pytest.MonkeyPatch, corrupted: str, how) -> None:
     """Make one configuration return what `how` makes of the right result."""
 
     def spoil(of: Problem, config: KernelConfig, *others: Any) -> Callable[[], torch.Tensor]:
         call = baselines.kernel_call(of, config, *others)
-        return (lambda: how(call())) if str(config) == spoilt else call
+        return (lambda: how(call())) if str(config) == corrupted else call
 
     monkeypatch.setattr(tuning, "kernel_call", spoil)
 
@@ -146,7 +146,7 @@ def unwritten(y: torch.Tensor) -> torch.Tensor:
 def test_a_wrong_configuration_never_wins(how, monkeypatch: pytest.MonkeyPatch) -> None:
     of = problem()
     first, second = ours(of, 2)
-    spoiling(monkeypatch, first, how)
+    corrupting(monkeypatch, first, how)
     clock = Clock(**{first: 1e-9, second: 1e-3})
     done = Tuning(of, setup(clock), 2)
     done.run()

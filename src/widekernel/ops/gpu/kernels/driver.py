@@ -15,7 +15,7 @@ def obstacle() -> str:
         driver.active.utils  # noqa: B018 - the first access builds it
     except Exception as error:
         return (
-            f"Triton cannot build its kernel launcher ({type(error).__name__}: {error}): it needs a C compiler (gcc, clang or "
-            "the one that the variable CC names), Python's header files, and the driver's libcuda.so.1"
+            f"Triton cannot build its kernel launcher ({type(error).__name__}: {error}): it needs a C compiler (gcc, clang "
+            "or the one that the variable CC names), Python's header files, and the driver's libcuda.so.1"
         )
     return ""
