@@ -79,7 +79,7 @@ def test_nothing_is_timed_if_the_operator_is_wrong(tmp_path: Path, capsys, spoil
         (["ops", "--cases", "slack-1"], "no case 'slack-1'. Did you mean 'slak-1'?"),
         (["ops", "--shape", "1,2,3,4"], "needs both, --shape and --kernel"),
         (["ops", "--shape", "1,2,3", "--kernel", "3x3"], "must be four numbers"),
-        ([*TINY, "--batch", "3"], "leave --cases and --batch out"),
+        ([*TINY, "--batch", "3"], "leave batch out"),
         ([*TINY, "--passes", "forwards"], "passes has 'forwards'. Did you mean 'forward'?"),
         ([*TINY, "--backend", "portabel"], "backend is 'portabel', which does not exist. Did you mean 'portable'?"),
         ([*TINY, "--algorithm", "fast"], "unknown algorithm 'fast'"),

@@ -12,6 +12,7 @@ import jsonargparse
 from rich.table import Table
 
 from widekernel.cli.console import for_tables, progress, progress_console, results
+from widekernel.cli.custom_case import custom_case
 from widekernel.cli.parsing import listed, new_parser, parse
 from widekernel.errors import ConfigError, nearest
 from widekernel.settings import require
@@ -216,16 +217,10 @@ def _numbers(option: str, text: str | None) -> list[int]:
 
 
 def _cases(values: dict[str, Any], default: str, batch: int | None) -> tuple[list[Case], list[str]]:
-    from widekernel.bench import choose, parse_case
+    from widekernel.bench import choose
 
-    shape, kernel, names = values["shape"], values["kernel"], values["cases"]
-    if shape is None and kernel is None:
-        return choose(names or [default], values["batch"] or batch)
-    if shape is None or kernel is None:
-        raise ConfigError(f"shape is {shape!r} and kernel {kernel!r}: a custom case needs both, --shape and --kernel.")
-    if names is not None or values["batch"] is not None:
-        raise ConfigError("--shape and --kernel define a custom case: leave --cases and --batch out.")
-    return [parse_case(shape, kernel)], []
+    case = custom_case(values, ("cases", "batch"))
+    return choose(values["cases"] or [default], values["batch"] or batch) if case is None else ([case], [])
 
 
 def _require_backend(name: str | None) -> None:

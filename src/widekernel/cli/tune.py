@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jsonargparse
 
 from widekernel.cli.console import progress, results
+from widekernel.cli.custom_case import custom_case
 from widekernel.cli.parsing import listed, new_parser, parse
 from widekernel.errors import ConfigError, WidekernelError
 from widekernel.settings import require
@@ -94,15 +95,8 @@ def _check(values: dict[str, Any]) -> None:
     for key in ("batch", "size", "minutes", "candidates", "seconds"):
         number = values[key]
         require(number is None or 0 < number < math.inf, key, number, "positive")
-    is_case = values["shape"] is not None or values["kernel"] is not None
-    if is_case:
-        given = [key for key in ("names", "batch", "size", "modes") if values[key]]
-        if values["shape"] is None or values["kernel"] is None:
-            shape, kernel = values["shape"], values["kernel"]
-            raise ConfigError(f"shape is {shape!r} and kernel {kernel!r}: a custom case needs both, --shape and --kernel.")
-        if given:
-            raise ConfigError(f"--shape and --kernel define a custom case: leave {', '.join(given)} out.")
-    else:
+    values["case"] = custom_case(values, ("names", "batch", "size", "modes"))
+    if values["case"] is None:
         require(bool(values["names"]), "names", values["names"], "at least one model, or a case by --shape and --kernel")
     values["batch"] = values["batch"] or _BATCH
     values["modes"] = listed("modes", values["modes"] or ",".join(MODES), MODES)
@@ -140,16 +134,15 @@ def _target(values: dict[str, Any]) -> Path:
 
 def _problems(values: dict[str, Any], setup: MeasurementSetup) -> list[Problem]:
     """Return the problems to tune, the longest first."""
-    from widekernel.bench import parse_case
     from widekernel.bench.lookup import build_network
     from widekernel.cli.tune_problems import Runs, problems_of_case, problems_of_network
     from widekernel.ops.backends.triton import TritonBackend
     from widekernel.ops.gpu.tuning import longest_first
 
     runs = Runs(values["batch"], values["modes"], values["dtypes"], values["layouts"])
-    if values["shape"] is not None:
+    if values["case"] is not None:
         triton = TritonBackend()
-        found = problems_of_case(parse_case(values["shape"], values["kernel"]), runs, setup.device)
+        found = problems_of_case(values["case"], runs, setup.device)
         for problem in found:
             if not triton.can_run(problem):
                 raise ConfigError(f"{problem} cannot be tuned: {'; '.join(triton.reasons_against(problem))}.")
