@@ -23,7 +23,7 @@ from widekernel.errors import ConfigError
 
 
 def replknet() -> tuple[nn.Module, int]:
-    # Of smaller images the last norm would see one value an image, and its gradients would be what rounding leaves.
+    # For smaller images the last norm would have one value per image, and its gradients would be rounding errors.
     return timm.create_model("replknet_nano"), 64
 
 

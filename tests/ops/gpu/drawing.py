@@ -38,7 +38,7 @@ from widekernel.ops.problem import (
 )
 
 NHWC = torch.channels_last
-# Inputs of processors for which sums over images are split among several programs, or not.
+# Numbers of processors for which sums over images are split among several programs, or not.
 PROCESSORS = (1, 4, 16, 40)
 SHARED = (99 * 1024, 227 * 1024)
 

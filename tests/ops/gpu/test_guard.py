@@ -62,7 +62,7 @@ def test_what_is_right_passes(guard: Guard) -> None:
     x, y = pair()
     copy(x, y)
     assert torch.equal(x, y) and guard.launches == 1
-    # What is masked may lie anywhere.
+    # Masked addresses may be anywhere.
     copy(x, y[:BLOCK], stored=BLOCK)
     rows = torch.arange(4.0 * BLOCK).view(4, BLOCK)
     copy(rows[1:3], y)

@@ -11,7 +11,7 @@ from tests.ops.gpu.helpers import DTYPES
 
 pytestmark = pytest.mark.interpreted
 
-# Inputs that determine what is drawn for each kernel and type.
+# Numbers that determine what is drawn for each kernel and type.
 FEW, MANY = range(2), range(2, 10)
 
 

@@ -170,7 +170,7 @@ def _channels(problem: Problem) -> list[KernelConfig]:
 
 def _toeplitz_grads(problem: Problem, chip: Chip) -> list[KernelConfig]:
     found: list[KernelConfig] = []
-    # Inputs that are split in two for products of TF32 take registers, of which Triton 3.6 else has too few.
+    # Numbers that are split in two for products in TF32 occupy registers; with more, Triton 3.6 runs out of them.
     most = 128 * 64 if problem.dtype == torch.float32 and not problem.tf32 else _ACCUMULATORS
     for rows_in_m, each in ((0, problem), (1, transposed(problem))):
         (kh, kw), width = each.kernels[0], each.shape[3]
