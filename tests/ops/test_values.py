@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.ops.cases import CASES, EMPTY, LAYOUTS, Case, assert_close, definition
 from widekernel import ops
 from widekernel.ops.cpu import library
-from widekernel.ops.gpu.images import is_interpreted
+from widekernel.ops.gpu.interpreter import is_interpreted
 
 SYMMETRIC = [case for case in CASES if all(kh % 2 and kw % 2 and a is None for kh, kw, a in case.rects)]
 REDUCED = [torch.float32, torch.float16, torch.bfloat16]

@@ -10,9 +10,9 @@ from widekernel.ops.backends.base import Backend, Operator
 from widekernel.ops.empty import EMPTY
 from widekernel.ops.gpu import machine
 from widekernel.ops.gpu.candidates import small, small_channels_last, small_contiguous
-from widekernel.ops.gpu.configs import Config
-from widekernel.ops.gpu.images import INTERPRETER, is_interpreted
-from widekernel.ops.gpu.plan import INTERPRETED, Plan, plan, ranked
+from widekernel.ops.gpu.config_choice import INTERPRETED_CHIP, ConfigChoice, choose_config, ranked_configs
+from widekernel.ops.gpu.interpreter import INTERPRETER, is_interpreted
+from widekernel.ops.gpu.kernel_configs import KernelConfig
 from widekernel.ops.problem import (
     DEPTHWISE_BRANCHES,
     DEPTHWISE_SUM,
@@ -65,9 +65,9 @@ class TritonBackend(Backend):
         from widekernel.ops.gpu import launch
 
         chosen, chip = planned(problem).config, machine.chip()
-        others = [config for config in ranked(problem, chip)[:MOST_TRIED] if config != chosen]
+        others = [config for config in ranked_configs(problem, chip)[:MOST_TRIED] if config != chosen]
 
-        def with_config(config: Config) -> Operator:
+        def with_config(config: KernelConfig) -> Operator:
             if problem.op == DEPTHWISE_WEIGHT_GRAD:
                 return launch.PreparedWeightGrad(problem, config, chip)
             prepared = launch.PreparedSum(problem, config, chip)
@@ -90,9 +90,9 @@ class TritonBackend(Backend):
         return obstacles
 
 
-def planned(problem: Problem) -> Plan:
+def planned(problem: Problem) -> ConfigChoice:
     """Return the plan of a problem that is not empty, on the current GPU."""
-    return plan(problem, machine.chip() if problem.device == "cuda" else INTERPRETED, machine.device_name())
+    return choose_config(problem, machine.chip() if problem.device == "cuda" else INTERPRETED_CHIP, machine.device_name())
 
 
 def _limits(problem: Problem) -> list[str]:

@@ -8,9 +8,9 @@ from functools import lru_cache
 
 import torch
 
-from widekernel.ops.gpu.configs import OLDEST, Chip
-from widekernel.ops.gpu.images import is_interpreted
-from widekernel.ops.gpu.plan import INTERPRETED
+from widekernel.ops.gpu.config_choice import INTERPRETED_CHIP
+from widekernel.ops.gpu.interpreter import is_interpreted
+from widekernel.ops.gpu.kernel_configs import OLDEST_CAPABILITY, Chip
 
 _NO_TRITON = "Triton is not installed: pip install triton"
 _warned = False
@@ -53,8 +53,8 @@ def _unsupported_gpu() -> str:
     if not torch.cuda.is_available():
         return "PyTorch finds no GPU"
     capability = torch.cuda.get_device_capability()
-    if capability < OLDEST:
-        wanted, has = (".".join(map(str, version)) for version in (OLDEST, capability))
+    if capability < OLDEST_CAPABILITY:
+        wanted, has = (".".join(map(str, version)) for version in (OLDEST_CAPABILITY, capability))
         return f"it needs compute capability {wanted} or newer, and {torch.cuda.get_device_name()} has {has}"
     return ""
 
@@ -70,7 +70,7 @@ def _failure_of_triton() -> str:
 
 def chip() -> Chip:
     """Return the properties of the current GPU, or of what stands for one in the interpreter."""
-    return _chip_of(torch.cuda.current_device()) if torch.cuda.is_available() else INTERPRETED
+    return _chip_of(torch.cuda.current_device()) if torch.cuda.is_available() else INTERPRETED_CHIP
 
 
 @lru_cache(maxsize=64)

@@ -1,4 +1,4 @@
-"""The forms of a network that are compared: on PyTorch's convolutions, ours, folded, accelerated, compiled."""
+"""The variants of a network that are compared: on PyTorch's convolutions, on ours, folded, accelerated, compiled."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ TRAIN, INFER = MODES = ("train", "infer")
 PYTORCH, PYTORCH_FOLDED = "PyTorch", "PyTorch, folded"
 OURS, FOLDED, ACCELERATED = "ours", "ours, folded", "ours, accelerated"
 
-# A scale that the output of a block is multiplied with starts so small that nothing wrong within the block would be seen.
-_TINY, _SEEN = 0.01, 0.5
+# Layer scales start so small that an error within a block would hardly change the output, and are therefore raised.
+_SMALL_SCALE, _VISIBLE_SCALE = 0.01, 0.5
 
 
 @dataclass(frozen=True)
-class Rival:
-    """One of the forms, in one layout.
+class Variant:
+    """One variant of a network, in one layout.
 
     Attributes:
-        rival: which form.
+        kind: which variant, such as `ours, folded`.
         layout: a key of `LAYOUTS`.
         compiled: whether `forward` is compiled.
-        network: whose parameters are trained.
-        forward: what is called.
-        images: in that layout.
+        network: the module that holds the parameters.
+        forward: the function to call.
+        images: input, in that layout.
     """
 
-    rival: str
+    kind: str
     layout: str
     compiled: bool
     network: nn.Module
@@ -46,46 +46,46 @@ class Rival:
 
     @property
     def name(self) -> str:
-        """What tells it from the others."""
-        return f"{self.rival} {self.layout}{' compiled' if self.compiled else ''}"
+        """Name that is unique among the variants of a network."""
+        return f"{self.kind} {self.layout}{' compiled' if self.compiled else ''}"
 
 
 @torch.no_grad()
 def with_visible_blocks(model: nn.Module) -> nn.Module:
-    """Give a copy whose blocks all have an influence on the output, as after training."""
+    """Return a copy in which every block influences the output, as it does after training."""
     model = copy.deepcopy(model)
     for parameter in model.parameters():
-        if 0 < parameter.abs().max() <= _TINY and parameter.unique().numel() == 1:
-            parameter.fill_(_SEEN)
+        if 0 < parameter.abs().max() <= _SMALL_SCALE and parameter.unique().numel() == 1:
+            parameter.fill_(_VISIBLE_SCALE)
     return model
 
 
 Conditions = Callable[[], AbstractContextManager[object]]
-"""Makes a context in which networks run, autocast for instance."""
+"""Creates the context in which networks run, such as autocast."""
 
 
-def build_rivals(
+def build_variants(
     model: nn.Module, mode: str, images: Tensor, compiled: bool, conditions: Conditions = nullcontext
-) -> list[Rival]:
-    """Build the networks to compare; those that would be the same network twice are left out.
+) -> list[Variant]:
+    """Build the variants to compare, leaving out those that would be the same network twice.
 
     Args:
-        model: copied.
-        mode: a member of `MODES`.
+        model: network to copy.
+        mode: one of `MODES`.
         images: (N, C, H, W), on the device of the model.
-        compiled: whether each network takes part compiled as well.
-        conditions: in which they will run, and in which `accelerate` therefore measures.
+        compiled: whether to add a compiled copy of each variant.
+        conditions: creates the context in which the variants will run, and in which `accelerate` therefore measures.
     """
-    rivals = []
+    variants = []
     for layout, memory_format in LAYOUTS.items():
         x = images.contiguous(memory_format=memory_format)
-        for name, network in _networks(model, mode, x, conditions).items():
+        for kind, network in _networks(model, mode, x, conditions).items():
             network = network.to(memory_format=memory_format)  # type: ignore[call-overload]
-            rivals.append(Rival(name, layout, False, network, network, x))
+            variants.append(Variant(kind, layout, False, network, network, x))
             if compiled:
                 twin = copy.deepcopy(network)
-                rivals.append(Rival(name, layout, True, twin, _compiled(twin, len(rivals)), x))
-    return rivals
+                variants.append(Variant(kind, layout, True, twin, _compiled(twin, len(variants)), x))
+    return variants
 
 
 def _networks(model: nn.Module, mode: str, x: Tensor, conditions: Conditions) -> dict[str, nn.Module]:
@@ -97,7 +97,7 @@ def _networks(model: nn.Module, mode: str, x: Tensor, conditions: Conditions) ->
     fast = copy.deepcopy(base)
     if mode == INFER and any(isinstance(module, Foldable) and module.foldable() for module in base.modules()):
         with warnings.catch_warnings():
-            # Of layers that stay as they are, which is a result and no news.
+            # About layers that cannot be folded: here that is part of the result.
             warnings.simplefilter("ignore")
             fast = fold(base)
         if is_ours:
@@ -113,7 +113,7 @@ def _compiled(network: nn.Module, number: int) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
         return network(x)
 
-    # PyTorch keeps what it has compiled by code, a few forms of each. Rivals with the same code would take these from each
-    # other, and every call would have to find its own.
+    # PyTorch caches compiled programs by code object, a few for each. Variants that share their code would evict each
+    # other's programs, and every call would have to search among them.
     forward.__code__ = forward.__code__.replace(co_name=f"forward_{number}")
     return torch.compile(forward, dynamic=False)
