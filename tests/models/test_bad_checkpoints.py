@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 import widekernel
 from tests.models.zoo import NANO, alive, assert_same_state, create, snapshot
 from widekernel.errors import CheckpointError
-from widekernel.models import checkpoint
-from widekernel.models.layouts import kinds
+from widekernel.models.checkpoint import saving
+from widekernel.models.checkpoint.file_types import describe_file_type
 
 # How an error names each network, as a file and as a model.
 FAMILY = {
@@ -104,7 +104,7 @@ def test_safetensors_under_another_name(tmp_path: Path) -> None:
 
 
 def test_files_that_cannot_be_opened_look_like_nothing(tmp_path: Path) -> None:
-    assert kinds.looks_like(tmp_path) == kinds.looks_like(tmp_path / "none") == ""
+    assert describe_file_type(tmp_path) == describe_file_type(tmp_path / "none") == ""
 
 
 def test_text_of_old_files_is_not_taken_for_other_text(tmp_path: Path) -> None:
@@ -366,7 +366,7 @@ def test_an_interrupted_write_leaves_the_old_file(
         Path(file).write_bytes(before[: len(before) // 2])
         raise error
 
-    monkeypatch.setattr(checkpoint, "save_file", half)
+    monkeypatch.setattr(saving, "save_file", half)
     monkeypatch.setattr(torch, "save", half)
     expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else CheckpointError
     with pytest.raises(expected):

@@ -17,7 +17,7 @@ import widekernel
 from tests.models.zoo import alive, assert_same_state, create, snapshot
 from widekernel.errors import ArgumentError, CheckpointError
 from widekernel.models.checkpoint import LoadReport
-from widekernel.models.layouts import containers
+from widekernel.models.checkpoint import reader
 from widekernel.sparsity import semi_structured
 from widekernel.sparsity.semi_structured import SemiStructuredConfig
 
@@ -188,10 +188,10 @@ def test_sharded_checkpoints(tmp_path: Path) -> None:
         (index, "is sharded and holds one set of weights", "ema"),
     ):
         with pytest.raises(CheckpointError, match=message):
-            containers.read(path, weights)
+            reader.read_checkpoint(path, weights)
     shard.unlink()
     with pytest.raises(CheckpointError, match=rf"names the shard {shard.name}, which is missing"):
-        containers.read(index)
+        reader.read_checkpoint(index)
 
 
 @pytest.mark.parametrize(
@@ -203,14 +203,14 @@ def test_shards_lie_beside_their_index(name: str, tmp_path: Path) -> None:
     index.parent.mkdir()
     index.write_text(json.dumps({"weight_map": {"x.y": name}}))
     with pytest.raises(CheckpointError, match="shards must be files beside it"):
-        containers.read(index)
+        reader.read_checkpoint(index)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}'])
 def test_damaged_indices(text: str, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(CheckpointError, match="is no index of a sharded checkpoint"):
-        containers.read(tmp_path / "model.safetensors.index.json")
+        reader.read_checkpoint(tmp_path / "model.safetensors.index.json")
 
 
 # ---- Wrappers and arguments
@@ -228,7 +228,7 @@ def test_averaging_wrappers_are_seen_through(wrap: Any, tmp_path: Path) -> None:
     report = widekernel.load_checkpoint(wrapped, widekernel.save_checkpoint(model, tmp_path / "a.safetensors"))
     assert set(report.loaded) == set(model.state_dict())
     assert_same_state(wrapped.module.state_dict(), model.state_dict())
-    found = containers.read(widekernel.save_checkpoint(wrapped, tmp_path / "b.safetensors")).state
+    found = reader.read_checkpoint(widekernel.save_checkpoint(wrapped, tmp_path / "b.safetensors")).state
     assert found.keys() == model.state_dict().keys()
 
 

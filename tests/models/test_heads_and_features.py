@@ -13,7 +13,7 @@ from torch import nn
 import widekernel
 from tests.models.zoo import NANO, alive, assert_same_state, create, images, snapshot
 from widekernel.errors import CheckpointError
-from widekernel.models.layouts import containers
+from widekernel.models.checkpoint import reader
 
 WITH_OFFICIAL = [name for name in NANO if name != "slak_pw_nano"]
 every_family = pytest.mark.parametrize("name", NANO)
@@ -82,7 +82,7 @@ def test_shortened_extractors_leave_out_the_later_stages(name: str, layout: str,
     path = _save(model, tmp_path, layout)
     report = widekernel.load_checkpoint(extractor, path)
     assert report.ignored
-    assert len(report.ignored) + len(report.dropped) + len(report.loaded) == len(containers.read(path).state)
+    assert len(report.ignored) + len(report.dropped) + len(report.loaded) == len(reader.read_checkpoint(path).state)
     with torch.no_grad():
         expected = model.forward_intermediates(images(), indices=[0, 1], intermediates_only=True)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(_maps(extractor), expected))

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 import widekernel
 from tests.models.zoo import NANO, alive, assert_near, assert_same_state, create, images, snapshot
 from widekernel.errors import CheckpointError
-from widekernel.models import checkpoint
+from widekernel.models.checkpoint import loading
 from widekernel.models.checkpoint import LoadReport
 
 TABLES = ("tile_at", "centre", "selected", "ghosts")
@@ -383,7 +383,7 @@ def test_a_full_disk(written: int, tmp_path: Path, monkeypatch: pytest.MonkeyPat
             Path(file).write_bytes(bytes(written))
         raise SafetensorError(f"Error while serializing: I/O error: No space left on device (os error {errno.ENOSPC})")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(saving, "save_file", full)
     with pytest.raises(CheckpointError, match=r"a\.safetensors cannot be written: .*No space left on device"):
         widekernel.save_checkpoint(create("slak_nano"), tmp_path / "a.safetensors")
     assert not list(tmp_path.iterdir())
@@ -404,7 +404,7 @@ def test_wrapped_networks_are_read_and_written_like_the_inner_one(wrapper: str, 
     model, other = alive("slak_nano"), create("slak_nano")
     plain = widekernel.save_checkpoint(model, tmp_path / f"plain{suffix}", layout=layout)
     wrapped = widekernel.save_checkpoint(wrap(model), tmp_path / f"wrapped{suffix}", layout=layout)
-    states = [widekernel.models.layouts.containers.read(path).state for path in (plain, wrapped)]
+    states = [widekernel.models.checkpoint.reader.read_checkpoint(path).state for path in (plain, wrapped)]
     assert_same_state(*states)
     report = widekernel.load_checkpoint(wrap(other), plain)
     assert not report.notes

@@ -31,7 +31,7 @@ from torch import nn
 import widekernel
 from tests.models.zoo import alive, assert_same_state, create, snapshot
 from widekernel.errors import CheckpointError
-from widekernel.models.layouts import containers, pickles
+from widekernel.models.checkpoint import reader, safe_pickle
 
 
 class Colour(enum.Enum):
@@ -93,7 +93,7 @@ def test_what_lies_beside_the_weights_does_not_matter(extra: str, form: str, tmp
     state = nn.BatchNorm2d(3).state_dict()
     content = {extra: EXTRAS[extra], "model": state, "epoch": np.int64(7)}
     path = _save(tmp_path / "a.pth", content, 4 if form == "zip_of_protocol_4" else 2, form != "old")
-    found = containers.read(path)
+    found = reader.read_checkpoint(path)
     assert set(found.others) == {extra, "epoch"}
     assert_same_state(found.state, state)
 
@@ -110,8 +110,8 @@ def test_no_class_of_a_file_is_looked_up(tmp_path: Path, monkeypatch: pytest.Mon
     path = _save(tmp_path / "a.pth", {"model": alive("slak_nano").state_dict(), "args": Holder(a=Settings(b=1))})
     monkeypatch.delattr(sys.modules[__name__], "Holder")
     monkeypatch.delattr(sys.modules[__name__], "Settings")
-    found = pickles.load(path)["args"]
-    assert isinstance(found, pickles.Placeholder)
+    found = safe_pickle.unpickle(path)["args"]
+    assert isinstance(found, safe_pickle.Placeholder)
     assert repr(found) == f"<{__name__}.Holder>"
     assert widekernel.load_checkpoint(create("slak_nano"), path).unused == ("args",)
 
@@ -173,7 +173,7 @@ TENSORS = {
 )
 def test_tensors_that_are_stored_in_other_ways(kind: str, zipped: bool, tmp_path: Path) -> None:
     saved = TENSORS[kind]().detach()
-    found = containers.read(_save(tmp_path / "a.pth", {"x": saved}, zipped=zipped)).state["x"]
+    found = reader.read_checkpoint(_save(tmp_path / "a.pth", {"x": saved}, zipped=zipped)).state["x"]
     assert found.dtype is saved.dtype
     assert not found.is_neg() and not found.is_conj()
     wide = torch.complex128 if saved.is_complex() else torch.float64
@@ -189,7 +189,7 @@ def test_unknown_marks_of_tensors_are_told(marks: Any, tmp_path: Path) -> None:
 
     path = _save(tmp_path / "a.pth", {"x": Marked()})
     with pytest.raises(CheckpointError, match=r"cannot be read here: it (marks|describes) a tensor .*; save plain tensors"):
-        containers.read(path)
+        reader.read_checkpoint(path)
 
 
 @pytest.mark.parametrize("kept", [0.5, 0.9, 0.999])
@@ -199,7 +199,7 @@ def test_damage_is_told_whatever_lies_beside_the_weights(kept: float, zipped: bo
     path = _save(tmp_path / "a.pth", content, zipped=zipped)
     path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
     with pytest.raises(CheckpointError, match="is damaged, cut off or not a checkpoint"):
-        containers.read(path)
+        reader.read_checkpoint(path)
 
 
 # ---- What is refused, and never run
@@ -253,20 +253,20 @@ def test_what_could_only_serve_to_run_something_is_refused(kind: str, protocol: 
     trace = tmp_path / "executed"
     content = {"model": nn.BatchNorm2d(3).state_dict(), "args": [HOSTILE[kind](trace)]}
     with pytest.raises(CheckpointError, match="could run code when loaded; it was not opened"):
-        containers.read(_save(tmp_path / "a.pth", content, protocol))
+        reader.read_checkpoint(_save(tmp_path / "a.pth", content, protocol))
     assert not trace.exists()
 
 
-@pytest.mark.parametrize("function", [np.save, torch.hub.load, torch.load, pickles.load, torch._dynamo.reset])
+@pytest.mark.parametrize("function", [np.save, torch.hub.load, torch.load, safe_pickle.unpickle, torch._dynamo.reset])
 def test_functions_of_other_packages_are_not_called(function: Any, tmp_path: Path) -> None:
     """They are as inert as classes: what is called in their place does nothing."""
     content = {"model": nn.BatchNorm2d(3).state_dict(), "args": _Call(function, str(tmp_path / "executed.npy"), 1)}
-    assert containers.read(_save(tmp_path / "a.pth", content)).others == ("args",)
+    assert reader.read_checkpoint(_save(tmp_path / "a.pth", content)).others == ("args",)
     assert not (tmp_path / "executed.npy").exists()
 
 
 def _read(stream: bytes) -> Any:
-    reader = type("Reader", (pickles._Reader,), {"newest": 5})
+    reader = type("Reader", (safe_pickle._Reader,), {"newest": 5})
     return reader(io.BytesIO(stream)).load()
 
 
@@ -281,7 +281,7 @@ def test_no_attribute_of_what_is_looked_up_can_be_set() -> None:
 def test_registered_objects_are_refused() -> None:
     copyreg.add_extension("os", "system", 240)
     try:
-        with pytest.raises(pickles.RefusedError, match="number 240"):
+        with pytest.raises(safe_pickle.RefusedError, match="number 240"):
             _read(b"\x80\x02\x82\xf0.")
     finally:
         copyreg.remove_extension("os", "system", 240)
@@ -291,9 +291,9 @@ def test_registered_objects_are_refused() -> None:
 def test_unknown_ids_of_what_lies_outside_are_refused(kind: Any) -> None:
     """PyTorch reads bytes as text, and would compare the source of a class with one in the file, and write a patch."""
     given: list[Any] = []
-    reader = type("Reader", (pickles._Reader,), {"newest": 5})(io.BytesIO())
+    reader = type("Reader", (safe_pickle._Reader,), {"newest": 5})(io.BytesIO())
     reader.persistent_load = given.append
-    error = pickles.UnreadableError if kind == "whole" else pickles.RefusedError
+    error = safe_pickle.UnreadableError if kind == "whole" else safe_pickle.RefusedError
     with pytest.raises(error, match="outside of the pickle"):
         reader.persistent_load("module" if kind == "whole" else (kind, nn.Linear, "a.py", "source"))
     assert reader.persistent_load(("module", nn.Linear, "a.py", "source")) is nn.Linear
@@ -304,7 +304,7 @@ def test_unknown_ids_of_what_lies_outside_are_refused(kind: Any) -> None:
 
 def test_only_what_makes_tensors_is_called_to_make_one() -> None:
     stream = b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\n(c__main__\nmake\nc__main__\nKind\n)}tR."
-    with pytest.raises(pickles.RefusedError, match="where a tensor is put together"):
+    with pytest.raises(safe_pickle.RefusedError, match="where a tensor is put together"):
         _read(stream)
 
 
@@ -319,9 +319,9 @@ def test_archives_of_other_kinds_are_refused(tmp_path: Path) -> None:
 def test_what_pytorch_is_told_to_refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
     plain = _save(tmp_path / "a.pth", {"model": alive("slak_nano").state_dict(), "epoch": 3})
-    assert containers.read(plain).others == ("epoch",)
+    assert reader.read_checkpoint(plain).others == ("epoch",)
     with pytest.raises(CheckpointError, match="nothing in it was run"):
-        containers.read(_save(tmp_path / "b.pth", {"model": alive("slak_nano").state_dict(), "args": Holder()}))
+        reader.read_checkpoint(_save(tmp_path / "b.pth", {"model": alive("slak_nano").state_dict(), "args": Holder()}))
 
 
 def test_pickles_of_a_network_are_refused(tmp_path: Path) -> None:

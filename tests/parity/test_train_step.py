@@ -11,7 +11,7 @@ import torch
 
 import widekernel
 from tests.parity.reference import assert_close, create, images, manifest, official_file
-from widekernel.models.layouts.translate import layouts_of
+from widekernel.models.layouts.registry import layouts_of
 
 NAMES = ["slak_mini", "slak_reg_mini", "slak_pww_mini", "convnext_mini", "replknet_mini", "shiftwise_v2_mini"]
 # The gates of SLaK_pww have tiny gradients: the official code itself differs by this much between float32 and float64.
