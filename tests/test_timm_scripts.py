@@ -71,7 +71,7 @@ def test_a_script_and_a_process_that_it_starts(folder: Path, method: str) -> Non
     assert facts["known"] and facts["child"] == ["__mp_main__", True, arguments]
 
 
-def test_an_error_of_the_script_is_its_own(folder: Path) -> None:
+def test_errors_of_the_script_are_unchanged(folder: Path) -> None:
     (folder / "bad.py").write_text("import timm\nprint('begun')\nraise KeyError('of the script')\n")
     done = run(folder, "bad.py")
     assert done.returncode == 1 and done.stdout == "begun\n"
@@ -86,7 +86,7 @@ def test_an_error_of_the_script_is_its_own(folder: Path) -> None:
         (["--model", "slak_tiny"], "SCRIPT is '--model', but this command has no options"),
     ],
 )
-def test_what_is_no_script(folder: Path, capsys, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str) -> None:
+def test_invalid_scripts(folder: Path, capsys, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str) -> None:
     monkeypatch.chdir(folder)
     before, environment = list(sys.argv), dict(os.environ)
     assert main(arguments, {}) == 2

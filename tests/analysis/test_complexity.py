@@ -88,7 +88,7 @@ def test_there_is_a_test_for_every_row(shared: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ROAD)
-def test_the_road(name: str, shared: Any) -> None:
+def test_roadmap_costs(name: str, shared: Any) -> None:
     row = _rows("roadmap.json")[int(name[8:10])]
     model = on_meta(name)
     counted = complexity(model)
@@ -109,7 +109,7 @@ def test_the_road(name: str, shared: Any) -> None:
         ("roadmap_13_convnext_t", 28_589_128, 4_455_531_264),
     ],
 )
-def test_defaults_cost_what_the_papers_say(name: str, params: int, macs: int) -> None:
+def test_defaults_cost_what_the_papers_report(name: str, params: int, macs: int) -> None:
     counted = complexity(on_meta(name))
     assert (counted.training.params, counted.published_macs) == (params, macs)
 
@@ -166,7 +166,7 @@ def test_cost_grows_with_the_image(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NANO)
-def test_the_folded_form_is_what_fold_gives(name: str) -> None:
+def test_folded_column_is_the_cost_of_the_folded_network(name: str) -> None:
     model = create(name)
     folded = widekernel.fold(model)
     counted = complexity(model, (3, 64, 64)).folded
@@ -174,7 +174,7 @@ def test_the_folded_form_is_what_fold_gives(name: str) -> None:
     assert counted == complexity(folded, (3, 64, 64)).training
 
 
-def test_rows_are_the_two_forms() -> None:
+def test_rows() -> None:
     counted = complexity(create("slak_nano"), (3, 64, 64))
     assert [row[0] for row in counted.rows()] == ["training", "folded"]
     assert counted.rows()[1][1:] == (counted.folded.params, counted.folded.macs, counted.folded.activations)
@@ -184,7 +184,7 @@ def test_rows_are_the_two_forms() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_the_model_stays_as_it_is(training: bool) -> None:
+def test_model_stays_unchanged(training: bool) -> None:
     model = create("slak_nano").train(training)
     # A frozen batch norm in a network that is trained.
     frozen = model.stages[0].blocks[0].mixer.norms[0].eval()
@@ -204,7 +204,7 @@ def test_the_model_stays_as_it_is(training: bool) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_the_model_stays_as_it_is_after_an_error() -> None:
+def test_model_stays_unchanged_after_an_error() -> None:
     model = create("slak_nano").train()
     with pytest.raises(ShapeError):
         complexity(model, (3, 16, 16))
@@ -235,7 +235,7 @@ def test_precision_does_not_matter(dtype: torch.dtype) -> None:
     assert complexity(create("slak_nano").to(dtype), (3, 64, 64)) == expected
 
 
-def test_real_weights_and_none_count_alike() -> None:
+def test_networks_with_and_without_weights_count_alike() -> None:
     with tables_drawn_once():
         real = timm.create_model("shiftwise_nano")
     assert complexity(real, (3, 64, 64)) == complexity(on_meta("shiftwise_nano"), (3, 64, 64))
@@ -274,7 +274,7 @@ def test_zeros_counted_by_hand() -> None:
 
 @pytest.mark.parametrize("name", [*NANO, "slak_nano_square", "slak_pw_nano_truncated"])
 @pytest.mark.filterwarnings("ignore:these layers were not folded")
-def test_without_zeros_the_columns_are_equal(name: str) -> None:
+def test_columns_agree_without_zeros(name: str) -> None:
     counted = complexity(create(name), (3, 64, 64))
     assert counted.nonzero == counted.dense
     assert counted.realised == counted.folded
@@ -282,7 +282,7 @@ def test_without_zeros_the_columns_are_equal(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["slak_nano", "replknet_nano", "slak_reg_nano", "slak_pw_nano_truncated"])
 @pytest.mark.filterwarnings("ignore:these layers were not folded")
-def test_scattered_zeros_are_not_computed_less(name: str) -> None:
+def test_scattered_zeros_save_no_computation(name: str) -> None:
     model = create(name)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -294,7 +294,7 @@ def test_scattered_zeros_are_not_computed_less(name: str) -> None:
     assert counted.realised == counted.folded
 
 
-def test_dead_kernels_are_not_realised() -> None:
+def test_dead_kernels_are_removed_in_the_realised_column() -> None:
     model = create("shiftwise_nano")
     with torch.no_grad():
         for module in model.modules():
@@ -319,7 +319,7 @@ def test_folded_and_compacted_networks_are_counted_too() -> None:
     assert small.dense == small.nonzero == counted.realised == folded.realised
 
 
-def test_as_json() -> None:
+def test_to_dict() -> None:
     counted = complexity(create("slak_nano"), (3, 64, 64))
     values = json.loads(json.dumps(counted.to_dict()))
     assert values["input_size"] == [3, 64, 64]
@@ -353,7 +353,7 @@ def _command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, 
     return code, said.out, said.err
 
 
-def test_the_table_of_a_name(capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_prints_the_table_of_a_name(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = _command(capsys, "slak_nano")
     assert code == 0
     for word in ("dense", "non-zero", "folded", "realised", "parameters (M)", "MACs (G)", "activations (M)"):
@@ -361,7 +361,7 @@ def test_the_table_of_a_name(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("form", ["training", "folded"])
-def test_a_file_with_zeros(tmp_path: Path, capsys: pytest.CaptureFixture[str], form: Any) -> None:
+def test_command_reads_a_file_with_zeros(tmp_path: Path, capsys: pytest.CaptureFixture[str], form: Any) -> None:
     model = timm.create_model("slak_nano", num_classes=5)
     with torch.no_grad():
         for kernel in model.stages[0].blocks[0].mixer.source.kernels:
@@ -385,7 +385,7 @@ def test_a_file_with_zeros(tmp_path: Path, capsys: pytest.CaptureFixture[str], f
         (["slak_nona"], "'slak_nano'"),
     ],
 )
-def test_wrong_sources(capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:
+def test_command_refuses_wrong_sources(capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:
     code, _, err = _command(capsys, *arguments)
     assert code == 2
     assert words in " ".join(err.split())

@@ -50,7 +50,7 @@ def test_output_strides(name: str, architecture: str, output_stride: int) -> Non
         torch.testing.assert_close(widekernel.fold(model)(x), want, rtol=1e-4, atol=1e-4)
 
 
-def test_one_resolution_is_no_pyramid() -> None:
+def test_isotropic_networks_have_no_feature_pyramid() -> None:
     """The library finds that itself; an output stride is refused by ours, with the reason."""
     with pytest.raises(ValueError, match="Unsupported model downsampling pattern"):
         _model("Unet", "convnext_isotropic_nano")

@@ -159,7 +159,7 @@ def test_every_kind_of_extractor(name: str) -> None:
 
 
 @every_name
-def test_there_are_no_pretrained_weights_and_it_is_said(name: str) -> None:
+def test_missing_pretrained_weights_are_reported(name: str) -> None:
     assert not timm.is_model_pretrained(name)
     assert name not in timm.list_models(pretrained=True)
     with torch.device("meta"), pytest.raises(RuntimeError, match=f"No pretrained weights exist for {name}"):

@@ -73,7 +73,7 @@ def test_the_documented_callback_masks_and_continues_exactly(tmp_path: Path) -> 
     }  # fmt: skip
 
 
-def test_a_checkpoint_without_masks_is_no_silent_start(tmp_path: Path) -> None:
+def test_checkpoint_without_masks_is_an_error(tmp_path: Path) -> None:
     trainer(tmp_path)[0].train()
     (tmp_path / "checkpoint-4" / "sparsity.pt").unlink()
     with pytest.raises(FileNotFoundError, match=r"sparsity\.pt"):

@@ -46,7 +46,7 @@ def _alone(tmp_path: Path) -> Iterator[None]:
 
 @pytest.mark.usefixtures("_alone")
 @pytest.mark.parametrize("name", NANO)
-def test_one_process_steps_as_without(name: str) -> None:
+def test_one_process_trains_as_without_distribution(name: str) -> None:
     model = alive(name, num_classes=4).train()
     other = copy.deepcopy(model)
     parallel = _step(model, 1)
@@ -91,7 +91,7 @@ def _train_all(rank: int, folder: Path) -> None:
 
 
 @pytest.mark.dist
-def test_two_processes_stay_alike(tmp_path: Path) -> None:
+def test_two_processes_stay_equal(tmp_path: Path) -> None:
     mp.spawn(_train_all, args=(tmp_path,), nprocs=2)
     for name in NANO:
         first, second = (torch.load(tmp_path / f"{name}_{rank}.pth", weights_only=True) for rank in range(2))

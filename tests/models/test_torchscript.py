@@ -39,7 +39,7 @@ def operators(module: torch.jit.ScriptModule) -> set[str]:
 
 @pytest.mark.parametrize("form", ["training", "folded"])
 @every_family
-def test_scripted_and_recorded_networks_compute_the_same(name: str, form: str) -> None:
+def test_scripted_and_traced_networks_compute_the_same(name: str, form: str) -> None:
     model = alive(name) if form == "training" else fold(alive(name))
     before = list(model.modules())
     x, other = images(), images(96, 3)
@@ -74,7 +74,7 @@ def test_dilated_kernels(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["slak_nano", "shiftwise_nano"])
 @pytest.mark.parametrize("how", ["scripted", "recorded"])
-def test_training_a_scripted_or_recorded_network(name: str, how: str) -> None:
+def test_training_a_scripted_or_traced_network(name: str, how: str) -> None:
     model, x = alive(name).train(), images()
     module = torch.jit.script(model) if how == "scripted" else recorded(model, x)
     state = {key: value.clone() for key, value in model.state_dict().items()}
@@ -101,7 +101,7 @@ def test_feature_maps(kind: str) -> None:
                 assert_near(got, want)
 
 
-def test_scripting_what_symbolic_tracing_gives() -> None:
+def test_scripting_a_symbolically_traced_network() -> None:
     model, x = alive("replknet_nano"), images()
     module = torch.jit.script(create_feature_extractor(model, {"head": "logits"}).eval())
     with torch.no_grad():
@@ -118,7 +118,7 @@ def test_tiles_beyond_the_border_at_any_size() -> None:
                 assert_near(module(images(size)), model(images(size)))
 
 
-def test_images_that_do_not_fit_are_refused_in_script() -> None:
+def test_scripted_networks_refuse_wrong_images() -> None:
     module = torch.jit.script(create("slak_nano").eval())
     for shape in [(1, 3, 64), (1, 1, 64, 64), (1, 3, 16, 64)]:
         with pytest.raises(torch.jit.Error, match=r"the input has shape .*takes \(N, 3, H, W\), H and W at least 32"):
