@@ -1,4 +1,4 @@
-"""Parameters and multiply-accumulates: the published numbers, hand-counted ones, and what counting leaves alone."""
+"""Parameters and multiply-accumulates: published and hand-counted numbers, and that counting changes nothing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from widekernel.tasks.assembly import pretrained_cfg
 from widekernel.tasks.saved import SavedModel, save_model
 from widekernel.transforms.compaction import compact
 
-ROAD = [name for name in list_models("roadmap_*") if name != "roadmap_nano"]
+ROADMAP = [name for name in list_models("roadmap_*") if name != "roadmap_nano"]
 
 
 def _rows(file: str) -> list[dict[str, Any]]:
@@ -39,7 +39,7 @@ def _published() -> list[Any]:
 
 
 def _network(row: dict[str, Any]) -> nn.Module:
-    """Make the network that a row of the published numbers describes, without memory for its weights."""
+    """Create the network that a row of the published numbers describes, without memory for its weights."""
     model = row["model"]
     if model.startswith("torchvision "):
         with torch.device("meta"):
@@ -63,7 +63,7 @@ def _network(row: dict[str, Any]) -> nn.Module:
 
 
 def _merge_large_kernels(model: nn.Module) -> nn.Module:
-    """Fold the large kernels alone, as the authors' merge does."""
+    """Fold only the large kernels, as the authors' merge does."""
     for name, module in [(name, module) for name, module in model.named_modules() if isinstance(module, LargeKernel)]:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, module.folded())
@@ -72,7 +72,7 @@ def _merge_large_kernels(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("row", _published())
 def test_published_numbers(row: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    # Half of the time would go into a folded form that no row is about.
+    # No row is about the folded form, which would take half of the time.
     monkeypatch.setattr("widekernel.analysis.complexity.fold", lambda model: nn.Identity())
     model = _network(row)
     if "merged form" in row["model"]:
@@ -84,10 +84,10 @@ def test_published_numbers(row: dict[str, Any], monkeypatch: pytest.MonkeyPatch)
 
 def test_there_is_a_test_for_every_row(shared: Any) -> None:
     assert len(_published()) == 44
-    assert len(_rows("roadmap.json")) == len(ROAD) == 14
+    assert len(_rows("roadmap.json")) == len(ROADMAP) == 14
 
 
-@pytest.mark.parametrize("name", ROAD)
+@pytest.mark.parametrize("name", ROADMAP)
 def test_roadmap_costs(name: str, shared: Any) -> None:
     row = _rows("roadmap.json")[int(name[8:10])]
     model = on_meta(name)
@@ -98,7 +98,7 @@ def test_roadmap_costs(name: str, shared: Any) -> None:
     assert sum(layer.weight.numel() for layer in layers) == row["conv_and_linear_weights"]
 
 
-# What the tables above say of our own networks, for where they are not at hand.
+# Some figures of the tables above, for machines without those tables.
 @pytest.mark.parametrize(
     ("name", "params", "macs"),
     [
@@ -145,7 +145,7 @@ def test_a_network_counted_by_hand() -> None:
 
 
 def test_tiles_cost_less_than_published() -> None:
-    """The authors convolve with every tile, padded; here the tiles are put together to a strip first."""
+    """The authors convolve with every padded tile; here the tiles are assembled into a strip first."""
     counted = complexity(create("slak_reg_nano"), (3, 64, 64))
     assert counted.published_macs > counted.training.macs
     assert (
@@ -180,13 +180,13 @@ def test_rows() -> None:
     assert counted.rows()[1][1:] == (counted.folded.params, counted.folded.macs, counted.folded.activations)
 
 
-# ---- What counting leaves alone
+# ---- Counting changes nothing
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_model_stays_unchanged(training: bool) -> None:
     model = create("slak_nano").train(training)
-    # A frozen batch norm in a network that is trained.
+    # A network in training mode with a frozen batch norm.
     frozen = model.stages[0].blocks[0].mixer.norms[0].eval()
     model.head.fc.weight.requires_grad_(False)
     modes = [module.training for module in model.modules()]
@@ -245,7 +245,7 @@ def test_networks_with_and_without_weights_count_alike() -> None:
 
 
 def test_zeros_counted_by_hand() -> None:
-    """As the network above in small; half of the channels of the large kernel are dead, other zeros are scattered."""
+    """A small version of the network above: half of the large kernel's channels are dead, other zeros are scattered."""
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3, padding=1),
         LargeKernel(Rectangles(4, [(7, 7), (3, 3)]), [nn.BatchNorm2d(4), nn.BatchNorm2d(4)]),
@@ -267,7 +267,7 @@ def test_zeros_counted_by_hand() -> None:
     assert counted.nonzero.params == counted.dense.params - 27 - 4 * 49 - 2 * 9 - 6 - 15
     assert counted.nonzero.macs == counted.dense.macs - pixels * (27 + 4 * 49 + 2 * 9 + 6) - 15
     assert counted.nonzero.activations == counted.dense.activations
-    # The 7x7 is gone and the 3x3 is left, in all channels: gathering two of them would not pay.
+    # The 7x7 is removed; the 3x3 stays in all channels, as gathering two of them would not pay.
     assert counted.realised.macs == counted.folded.macs - pixels * 4 * (49 - 9)
     assert counted.realised.params == counted.folded.params - 4 * (49 - 9)
 

@@ -1,4 +1,4 @@
-"""Networks in timm's hub format: saved by `save_for_hf`, made again by `create_model` from a folder or the hub."""
+"""Networks in timm's hub format: saved by `save_for_hf`, created by `create_model` from a folder or the hub."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_folded_network_round_trip(name: str, how: Any, tmp_path: Path) -> None:
     for folder in (tmp_path / "b",):
         save_for_hf(again, str(folder))
         assert torch.equal(_logits(_again(folder)), _logits(model))
-    if name != "convnext_isotropic_nano":  # there is nothing to fold in it
+    if name != "convnext_isotropic_nano":  # it has nothing to fold
         assert json.loads((tmp_path / "config.json").read_text())["model_args"]["folded"] is True
 
 
@@ -81,7 +81,7 @@ def test_other_classes_and_channels_for_what_was_saved(tmp_path: Path) -> None:
 
 
 def test_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same format, fetched from elsewhere."""
+    """The format is the same; the files are downloaded."""
     model = widekernel.fold(alive("replknet_nano", num_classes=4))
     save_for_hf(model, str(tmp_path), safe_serialization=True)
     monkeypatch.setattr(_hub, "hf_hub_download", lambda repo_id, filename, **kwargs: str(tmp_path / filename))

@@ -103,14 +103,14 @@ def test_slak_defaults(size: str, dims: tuple[int, ...], depths: tuple[int, ...]
 
 
 def test_slak_as_convnext() -> None:
-    """The authors' "7 7 7 7 100" has one 7x7 kernel a block, each with a batch norm."""
+    """The authors' "7 7 7 7 100" has one 7x7 kernel per block, with a batch norm."""
     from widekernel.models.slak import slak_tiny
 
     with torch.device("meta"):
         model = slak_tiny(kernel_sizes=(7, 7, 7, 7), small_kernel=None, decomposed=False, width_factor=1.0)
     assert sum(parameter.numel() for parameter in model.parameters()) == 28_595_752
     assert [_kernels(model, i) for i in range(4)] == [[(96 * 2**i, 1, 7, 7)] for i in range(4)]
-    # timm takes arguments that are None as not given, which is the same here.
+    # timm drops arguments that are None, which makes no difference here.
     through_timm = on_meta("slak_tiny", kernel_sizes=(7, 7, 7, 7), small_kernel=None, decomposed=False, width_factor=1.0)
     assert _shapes(through_timm, "") == _shapes(model, "")
 
@@ -220,7 +220,7 @@ def test_shiftwise_arguments(name: str) -> None:
     assert timm.create_model(name, ghost_ratio=0.0).stages[0].blocks[0].mixer.ghosts.numel() == 0
 
 
-# ---- The road
+# ---- The roadmap
 
 
 @pytest.mark.parametrize("name", WITH_7X7_KERNELS)
@@ -257,7 +257,7 @@ def test_construction_does_not_reseed(name: str) -> None:
     assert state[2:] == before[2:]
     assert torch.equal(after_first, after_again)
     assert torch.equal(first.head.fc.weight, again.head.fc.weight)
-    # Two in a row differ, and another seed leaves another state: nothing was seeded on the way.
+    # Two in a row differ, and another seed leaves another state: nothing was seeded in between.
     assert not torch.equal(first.head.fc.weight, second.head.fc.weight)
     torch.manual_seed(2)
     create(name)

@@ -35,7 +35,7 @@ def test_backward_reaches_every_parameter(name: str) -> None:
     model = create(name, num_classes=7).train()
     model(images()).square().mean().backward()
     without = [key for key, parameter in model.named_parameters() if parameter.grad is None]
-    # A norm of a feature map that is only handed out has no part in the logits.
+    # A norm of returned feature maps has no influence on the logits.
     assert [key for key in without if not key.startswith("feature_norms.")] == []
     broken = [key for key, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
     assert broken == []

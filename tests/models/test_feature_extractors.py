@@ -1,4 +1,4 @@
-"""Feature extractors that hand out some maps only: what they still need, of images and of parameters."""
+"""Feature extractors that return only some maps: which image sizes and parameters they still need."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from tests.models.zoo import NANO, alive, create, images
 from widekernel.errors import ShapeError
 
-# Of those whose stride grows from stage to stage.
+# The networks whose stride grows from stage to stage.
 STAGED = [name for name in NANO if name != "convnext_isotropic_nano"]
 
 

@@ -1,4 +1,4 @@
-"""timm's contract for the published sizes, on tensors without memory; with real ones under the marker `full`."""
+"""timm's contract for the published sizes, on the meta device; with real tensors under the marker `full`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints of other people's training scripts: entries and prefixes of any name, shards, leftovers of tools."""
+"""Checkpoints of third-party training scripts: entries and prefixes of any name, shards, leftovers of tools."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_head_of_a_larger_network_is_ignored(tmp_path: Path) -> None:
 
 @both_layouts
 def test_leftovers_of_tools(layout: str, tmp_path: Path) -> None:
-    """Counters of operations, and the names of compiled stages."""
+    """The leftovers are counters of operations and the names of compiled stages."""
     model, other = alive("slak_nano"), create("slak_nano")
     state = {key.replace("stages.0.", "stages.0._orig_mod."): v for key, v in state_of(model, tmp_path, layout).items()}
     counters = {"total_ops": torch.ones(1), "stages.0.total_params": torch.ones(1)}

@@ -1,4 +1,4 @@
-"""Networks as TorchScript, by scripting and by tracing: for other programs, and where widekernel is not installed."""
+"""Networks as TorchScript, scripted and traced, for programs in which widekernel is not installed."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:Futur
 
 def recorded(model: nn.Module, x: torch.Tensor) -> torch.jit.ScriptModule:
     with warnings.catch_warnings():
-        # Whatever the tracer warns of would make the graph wrong for other images; but for what PyTorch itself does in a
-        # batch norm in training, and that a list comes out.
+        # Warnings of the tracer mean that the graph is wrong for other images, except for those about PyTorch's own batch norm
+        # in training and about lists as outputs.
         warnings.simplefilter("error", torch.jit.TracerWarning)
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"torch\.nn\.functional")
         warnings.filterwarnings("ignore", "Encountering a list", torch.jit.TracerWarning)
@@ -53,7 +53,7 @@ def test_scripted_and_traced_networks_compute_the_same(name: str, form: str) -> 
                 assert trace.calls == []
     for module in both:
         assert operators(module) == {"aten"}
-    # The network itself stays what it was, and on our kernels.
+    # The network itself is unchanged and still uses our kernels.
     assert list(model.modules()) == before
     with ops.trace() as trace, torch.no_grad():
         model(x)
@@ -63,7 +63,7 @@ def test_scripted_and_traced_networks_compute_the_same(name: str, form: str) -> 
 
 @pytest.mark.parametrize("name", ["replknet_nano", "slak_nano"])
 def test_dilated_kernels(name: str) -> None:
-    """Of a network whose last stages keep their resolution."""
+    """The last stages of the network keep their resolution."""
     model, x = alive(name, output_stride=8), images()
     modules = [torch.jit.script(model), recorded(model, x), torch.jit.script(fold(model))]
     with torch.no_grad():
@@ -109,7 +109,7 @@ def test_scripting_a_symbolically_traced_network() -> None:
 
 
 def test_tiles_beyond_the_border_at_any_size() -> None:
-    """What is dropped depends on the size of the image, which a recorded graph must not fix."""
+    """Which tiles are dropped depends on the size of the image, which a traced graph must not fix."""
     model, x = alive("slak_pw_nano_truncated"), images()
     both = [torch.jit.script(model), recorded(model, x)]
     with torch.no_grad():

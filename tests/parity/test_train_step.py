@@ -50,7 +50,7 @@ def _check_gradients(model: torch.nn.Module, reference: dict[str, list[float]], 
         assert parameter.grad is not None, key
         ours = parameter.grad.double()
         assert abs(ours.norm().item() - norm) <= relative * norm, key
-        # A sum cancels: its error is that of the norm times the root of the number of elements.
+        # Terms of a sum cancel: its error is that of the norm times the square root of the number of elements.
         assert abs(ours.sum().item() - total) <= relative * norm * ours.numel() ** 0.5 + 1e-6, key
         compared += 1
     assert compared > 0.8 * len(reference)
