@@ -1,4 +1,4 @@
-"""Distributed training with gloo: every family starts, which needs buffers that can be sent, and all processes stay equal."""
+"""Distributed training with gloo: all families have buffers that can be sent, and all processes stay equal."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:Futur
 
 def recorded(model: nn.Module, x: torch.Tensor) -> torch.jit.ScriptModule:
     with warnings.catch_warnings():
-        # Warnings of the tracer mean that the graph is wrong for other images, except for those about PyTorch's own batch norm
+        # Warnings of the tracer mean that the graph is wrong for other images, except those about PyTorch's own batch norm
         # in training and about lists as outputs.
         warnings.simplefilter("error", torch.jit.TracerWarning)
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"torch\.nn\.functional")
