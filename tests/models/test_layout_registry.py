@@ -39,8 +39,8 @@ class ToyConfig:
 class ToyNet(StagedConvNet):
     def parts(self, cfg: ToyConfig, options: ModelOptions) -> Parts:
         def make_block(i: int, width: int, rate: float, spec: StageSpec) -> nn.Module:
-            source = Rectangles(width, [(cfg.kernel_size, 3), (3, cfg.kernel_size)])
-            mixer = LargeKernel(source, [nn.BatchNorm2d(width) for _ in range(2)])
+            source = Rectangles(width, [(cfg.kernel_size, 3), (3, cfg.kernel_size), (5, 5), (3, 3)])
+            mixer = LargeKernel(source, [nn.BatchNorm2d(width) for _ in range(4)])
             return MixerBlock(mixer, width, rate, layer_scale=0.1, options=options)
 
         return convnext_parts(cfg.dims, options, make_block)
@@ -72,7 +72,7 @@ def toynet(monkeypatch: pytest.MonkeyPatch) -> ToyNet:
     register_layouts(ToyNet)(toy_layouts)
     register_signature("ToyNet", r"^stages\.\d+\.\d+\.toy\.conv", "official")
     register_signature(
-        "widekernel's ToyNet", rf"{BLOCK_KEY}mixer\.source\.kernels\.1$", "native", over=("widekernel's SLaK",)
+        "widekernel's ToyNet", rf"{BLOCK_KEY}mixer\.source\.kernels\.3$", "native", over=("widekernel's SLaK",)
     )
     return alive_toy()
 
@@ -102,10 +102,11 @@ def test_errors_name_the_new_family(toynet: ToyNet, tmp_path: Path) -> None:
     official = widekernel.save_checkpoint(toynet, tmp_path / "a.pth", layout="official")
     native = widekernel.save_checkpoint(toynet, tmp_path / "a.safetensors")
     assert_refused(create("slak_nano"), official, "holds ToyNet, but the model is a SLaK")
-    # Its keys match the signature of SLaK, too.
+    # Its keys match the signature of SLaK too, which has three branches at most.
     assert_refused(create("replknet_nano"), native, "holds widekernel's ToyNet, but the model is a RepLKNet")
-    slak = widekernel.save_checkpoint(create("slak_reg_nano"), tmp_path / "b.safetensors")
-    assert_refused(toynet, slak, r"the model is a ToyNet \(widekernel's ToyNet\), which takes official weights of ToyNet:")
+    slak = widekernel.save_checkpoint(create("slak_nano"), tmp_path / "b.safetensors")
+    message = assert_refused(toynet, slak, r"holds widekernel's SLaK, but the model is a ToyNet \(widekernel's ToyNet\)")
+    assert "which takes official weights of ToyNet: create the matching model" in message
 
 
 def test_new_family_folds_and_extracts_features(toynet: ToyNet) -> None:

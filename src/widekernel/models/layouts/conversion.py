@@ -122,7 +122,7 @@ def to_official(model: nn.Module) -> State:
         if found is None:
             raise CheckpointError(f"{key} has no place in the official layout of {layout.family}: save with layout='native'")
         out[found[0]] = found[1].to_official(value)
-    return {key: out[key] for key in sorted(out, key=layout.position)}
+    return {key: out[key] for key in sorted(out, key=layout.position)} if layout.part_order else out
 
 
 def known_keys(model: nn.Module) -> set[str]:

@@ -59,7 +59,7 @@ class Layout:
         family: name of the official network, as in the `Signature` that recognizes it.
         rules: key templates, tried in order in both directions.
         part_order: names of the parts of the authors' modules in the order of their definition, which is that of the keys
-            in their files. Official conversion scripts pair weights by position.
+            in their files: official conversion scripts pair weights by position. If empty, the order is that of our keys.
         generated: patterns of our keys that official files lack, because the authors' code generates these tensors.
         upgrade: converts other official forms (merged kernels, strips to be cut into tiles) to the one that the rules
             describe, given what the network expects; returns a note on what it did, or "".
