@@ -26,7 +26,7 @@ HEADS: dict[str, Any] = {
     "mlp": lambda model: setattr(model.head, "fc", nn.ModuleDict({"a": nn.Linear(model.num_features, 4)})),
     "without_bias": lambda model: setattr(model.head, "fc", nn.Linear(model.num_features, 4, bias=False)),
     "linear_head": lambda model: setattr(model, "head", nn.Linear(model.num_features, 4)),
-    "parametrised": lambda model: nn.utils.parametrizations.weight_norm(model.head.fc),
+    "parametrized": lambda model: nn.utils.parametrizations.weight_norm(model.head.fc),
 }
 
 

@@ -244,18 +244,18 @@ def test_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    ("normalise", "message"),
+    ("normalize", "message"),
     [
         (nn.utils.weight_norm, "call torch.nn.utils.remove_weight_norm on its layers"),
         (nn.utils.spectral_norm, "call torch.nn.utils.remove_spectral_norm on its layers"),
         (nn.utils.parametrizations.weight_norm, "remove_parametrizations on its layers"),
     ],
-    ids=["weight_norm", "spectral_norm", "parametrised"],
+    ids=["weight_norm", "spectral_norm", "parametrized"],
 )
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_error_says_how_to_remove_weight_normalization(normalise: Any, message: str, tmp_path: Path) -> None:
+def test_error_says_how_to_remove_weight_normalization(normalize: Any, message: str, tmp_path: Path) -> None:
     model = create("slak_nano")
-    normalise(model.get_submodule("stem.0"))
+    normalize(model.get_submodule("stem.0"))
     assert_content_refused(create("slak_nano"), tmp_path, model.state_dict(), message)
 
 

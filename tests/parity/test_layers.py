@@ -61,10 +61,10 @@ def test_gated_strips(big: int, shared: Path, golden: Path) -> None:
 
 @pytest.mark.parametrize("name", ["13_3_c4_g2", "51_3_c3_g4", "13_5_c2_g3"])
 def test_shift_and_add(name: str, golden: Path) -> None:
-    """The official operator on feature maps is our strip on the kernels: outputs and input gradient.
+    """The official operator on feature maps equals our strip of moved tiles: outputs and input gradient.
 
-    Its input z has one map a tile, on an image N - 1 pixels larger. A tile of a single tap makes such maps out of an
-    image; so each map is fed in as a channel of its own, through a kernel whose one tap stands where the tile would be.
+    Its input z has one map per tile, on an image that is N - 1 pixels larger. A tile with a single tap makes such maps from
+    an image, so each map is passed as a channel of its own through a kernel with one tap at the place of the tile.
     """
     cases = json.loads((golden / "shift_add_op.json").read_text())["cases"]
     case = next(c for c in cases if c["name"] == name)
@@ -156,9 +156,9 @@ def test_shift_tiles_equal_the_official_composition(name: str, golden: Path) -> 
 
 @pytest.mark.parametrize("name", ["shiftwise_v1_mini", "shiftwise_v2_mini", "shiftwise_v2_tiny"])
 def test_tables_are_the_official_ones(name: str, golden: Path) -> None:
-    """The private generator draws what the official code draws, so that its checkpoints mean the same here.
+    """The private generator draws the official tables, on which the meaning of official checkpoints depends.
 
-    The official tables give the displacement of every tile; ours the tile in every slot.
+    The official tables hold the displacement of every tile, ours the tile in every slot.
     """
     data = np.load(golden / f"{name}_tables.npz")
     for stage in range(4):

@@ -54,7 +54,7 @@ class MixerBlock(Fusable, nn.Module):
         return self.gamma is not None and is_plain(self.mlp.fc2) and not self.alterations()
 
     def alterations(self) -> list[str]:
-        """List hooks, replaced methods and a parametrisation that keep a layer scale from being folded."""
+        """List hooks, replaced methods and a parametrization that keep a layer scale from being folded."""
         return [] if self.gamma is None else alterations_around_scale(self)
 
     def folded(self) -> MixerBlock:
