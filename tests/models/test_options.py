@@ -1,4 +1,4 @@
-"""What timm gives its own ConvNeXt: output stride, activation, norm, device and type."""
+"""Options that timm's ConvNeXt also takes: output stride, activation, norm, device and type."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from widekernel.layers import LargeKernel, Rect, Rectangles, ShiftTiles
 from widekernel.layers.sources import dilate, dilated, rects_of
 
 STAGED = [name for name in NANO if "isotropic" not in name]
-# Without layers that look at the whole map, each pixel of a strided network is one of the dilated network.
+# If no layer depends on the whole map, each pixel of the strided network is one of the dilated network.
 LOCAL = [name for name in STAGED if name != "shiftwise_nano"]
 
 
@@ -55,7 +55,7 @@ def test_a_dilated_source_has_the_same_parameters_and_gradients() -> None:
 
 @pytest.mark.parametrize("output_stride", [8, 16])
 @pytest.mark.parametrize("name", LOCAL)
-def test_dilation_computes_the_same_at_more_places(name: str, output_stride: int) -> None:
+def test_dilated_network_computes_the_same_at_more_positions(name: str, output_stride: int) -> None:
     model, other = alive(name), create(name, output_stride=output_stride).eval()
     other.load_state_dict(model.state_dict())
     x = images()
@@ -70,7 +70,7 @@ def test_dilation_computes_the_same_at_more_places(name: str, output_stride: int
 
 
 @pytest.mark.parametrize("name", STAGED)
-def test_weights_fit_whatever_the_stride(name: str, tmp_path: Any) -> None:
+def test_weights_fit_any_output_stride(name: str, tmp_path: Any) -> None:
     model, other = alive(name), create(name, output_stride=8)
     path = widekernel.save_checkpoint(model, tmp_path / "a.safetensors")
     widekernel.load_checkpoint(other, path)
@@ -79,7 +79,7 @@ def test_weights_fit_whatever_the_stride(name: str, tmp_path: Any) -> None:
     assert all(parameter.grad is not None for parameter in other.parameters())
 
 
-def test_thirty_two_changes_nothing() -> None:
+def test_output_stride_32_changes_nothing() -> None:
     for name in STAGED:
         torch.manual_seed(1)
         model = create(name).eval()
@@ -87,7 +87,7 @@ def test_thirty_two_changes_nothing() -> None:
         assert torch.equal(_out(create(name, output_stride=32).eval(), images()), _out(model, images()))
 
 
-def test_output_strides_that_there_are_not() -> None:
+def test_invalid_output_strides() -> None:
     for wrong in (4, 64, 12, "16", True):
         with pytest.raises(ArgumentError, match=r"output_stride .* is unknown: it must be 8, 16 or 32"):
             create("slak_nano", output_stride=wrong)
@@ -131,7 +131,7 @@ def test_batch_norms(norm: Any) -> None:
     assert model(images()).isfinite().all()
 
 
-def test_norms_and_activations_that_do_not_fit() -> None:
+def test_invalid_norms_and_activations() -> None:
     with pytest.raises(ArgumentError, match=r"norm_layer 'batchnorm2d' cannot take the place of this family's layer norms"):
         create("slak_nano", norm_layer="batchnorm2d")
     with pytest.raises(ArgumentError, match=r"norm_layer 'rmsnrm' .*Did you mean 'rmsnorm'\?"):
@@ -160,6 +160,6 @@ def test_device_and_type(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, "bfloat16"])
-def test_types_that_weights_cannot_have(dtype: Any) -> None:
-    with pytest.raises(ArgumentError, match="is no type of weights"):
+def test_invalid_weight_types(dtype: Any) -> None:
+    with pytest.raises(ArgumentError, match="cannot be the type of weights"):
         create("slak_nano", dtype=dtype)

@@ -1,12 +1,12 @@
-"""Reading what `torch.save` wrote without running anything: tensors are rebuilt, all else becomes an inert placeholder.
+"""Reading of `torch.save` files without running anything: tensors are rebuilt, all else becomes an inert placeholder.
 
-Checkpoints found in the wild hold numbers of NumPy, paths, dates, settings of frameworks that are not installed, ... beside
-the weights. Nobody reads them here, so that no class of theirs is ever looked up: in its place stands a class made on the
-spot, which takes whatever it is given and does nothing. What is called for true is the few functions of PyTorch that put a
-tensor together; and no attribute of anything is ever set.
+Checkpoints found in the wild hold NumPy numbers, paths, dates, settings of frameworks that are not installed, ... beside the
+weights. None of these is needed here, so none of their classes is imported. Each object is replaced by a placeholder of a
+class that is created on the spot, accepts any arguments and does nothing. Only the few PyTorch functions that rebuild a
+tensor are called, and no attribute of any object is ever set.
 
-As a second fence, a file is refused that names what it takes to run something: anything of the standard library but its
-values, such as `os.system`, and `builtins.getattr`, which also stands for a bound method.
+As a second line of defense, a file is refused if it names what is needed to run code: anything of the standard library but
+value types, such as `os.system`, or `builtins.getattr`, which also stands for a bound method.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, _utils
 from torch.serialization import _get_layout
 
-# Modules of the standard library that hold values. What others offer does something, and is in no checkpoint by chance.
-# Of `builtins` and `operator`, some names only; exceptions are values too.
+# Modules of the standard library with value types. Functions of other modules act, and no honest checkpoint names them.
+# Of `builtins` and `operator`, only some names are harmless; exceptions are values, too.
 _HARMLESS = {
     *("_codecs", "argparse", "array", "collections", "copyreg", "dataclasses", "datetime", "decimal", "enum", "fractions"),
     *(
@@ -74,39 +74,39 @@ _HARMLESS_NAMES = {
     ("torch", "device"),
     ("torch.torch_version", "TorchVersion"),
 }
-# Of Python 2, which the default protocol keeps to.
+# Names in Python 2, which pickle protocol 2 still writes.
 _OLD_NAMES = {"__builtin__": "builtins", "copy_reg": "copyreg", "exceptions": "builtins"}
-_NEWEST_OF_OLD_FILES = 2
+_MAX_PROTOCOL_OF_OLD_FILES = 2
 _TRUE = ("1", "y", "yes", "true")
 
 
 class RefusedError(pickle.UnpicklingError):
-    """A file asks for something that no checkpoint needs."""
+    """A file names something that no checkpoint needs."""
 
 
 class UnreadableError(pickle.UnpicklingError):
-    """A file is whole and harmless, for all that is known, but not of a kind that is read here."""
+    """A file appears to be intact and harmless but is of a kind that cannot be read here."""
 
 
 class Placeholder(dict[Any, Any]):
-    """What stands in the place of an object of a class that is not looked up; entries of a mapping are kept.
+    """Inert replacement of an object whose class is not imported; the entries of a mapping are kept.
 
     Attributes:
-        named: the class that the file names.
-        harmless: whether it is known to hold values and no more.
+        named: class that the file names.
+        harmless: whether the class is known to hold only values.
     """
 
     named = ""
     harmless = False
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Placeholder:
-        """Make one, whatever it is given."""
+        """Create a placeholder from any arguments, which are dropped."""
         return super().__new__(cls)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
 
-    # An element of a set, or a key of a mapping, may be one.
+    # Placeholders can be elements of sets and keys of mappings.
     def __hash__(self) -> int:  # type: ignore[override]
         return id(self)
 
@@ -126,36 +126,36 @@ class Placeholder(dict[Any, Any]):
         """Drop an element of a set."""
 
 
-def load(path: Path) -> Any:
-    """Read a file of `torch.save`, on the CPU.
+def unpickle(path: Path) -> Any:
+    """Load a `torch.save` file on the CPU.
 
-    Where `TORCH_FORCE_WEIGHTS_ONLY_LOAD` is set, PyTorch reads it, and refuses all that it does not know.
+    If `TORCH_FORCE_WEIGHTS_ONLY_LOAD` is set, PyTorch's own unpickler loads the file and refuses everything unknown to it.
 
     Raises:
         RefusedError: if the file names something that no checkpoint needs, such as a function that runs commands, or is a
             bare pickle of objects.
-        UnreadableError: if it holds a tensor of a kind that is unknown here.
-        UnpicklingError: if it is no such file.
-        Exception: whatever the damaged bytes lead to.
+        UnreadableError: if it holds a tensor of an unknown kind.
+        UnpicklingError: if it is not such a file.
+        Exception: damaged bytes can raise anything.
     """
     if os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0").lower() in _TRUE:
         return torch.load(path, map_location="cpu", weights_only=True)
     zipped = _is_zip(path)
-    # For these two `torch.load` leaves the unpickler it is given.
+    # `torch.load` would not read these two with the given unpickler.
     if zipped and "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():
         raise pickle.UnpicklingError("a TorchScript archive")
     if not zipped and tarfile.is_tarfile(path):
         raise pickle.UnpicklingError("a tar archive")
 
     class Reader(_Reader):
-        newest = pickle.HIGHEST_PROTOCOL if zipped else _NEWEST_OF_OLD_FILES
+        max_protocol = pickle.HIGHEST_PROTOCOL if zipped else _MAX_PROTOCOL_OF_OLD_FILES
 
-    module: Any = types.SimpleNamespace(__name__=__name__, Unpickler=Reader, load=functools.partial(_load_numbers, Reader))
+    module: Any = types.SimpleNamespace(__name__=__name__, Unpickler=Reader, load=functools.partial(_load_header, Reader))
     return torch.load(path, map_location="cpu", weights_only=False, pickle_module=module)
 
 
-def _load_numbers(reader_class: type[_Reader], file: Any, **options: Any) -> Any:
-    """Read one of the pickles around that of the contents, which name no class in a file of `torch.save`."""
+def _load_header(reader_class: type[_Reader], file: Any, **options: Any) -> Any:
+    """Load one of the pickles around that of the contents; in a `torch.save` file they name no class."""
     reader = reader_class(file, **options)
     try:
         found = reader.load()
@@ -171,22 +171,22 @@ def _load_numbers(reader_class: type[_Reader], file: Any, **options: Any) -> Any
 
 
 class _Reader(pickle._Unpickler):
-    """Unpickler that looks nothing up but what tensors are made of."""
+    """Unpickler that resolves only the names that tensors are rebuilt from."""
 
-    newest: int
+    max_protocol: int
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
 
     def __init__(self, file: Any, **options: Any) -> None:
         super().__init__(file, **options)
-        self.unknown: set[str] = set()  # classes met that are not known to be harmless
+        self.unknown: set[str] = set()  # names of classes in the file that are not known to be harmless
 
     def find_class(self, module: str, name: str) -> Any:
-        """Give what a tensor is made of, or the class of a placeholder."""
+        """Return what a tensor is rebuilt with, or a class of placeholders."""
         module = _OLD_NAMES.get(module, module)
         if any(character.isspace() for character in module):
             raise pickle.UnpicklingError(f"a module called {module!r}")
-        if (module, name) in _PARTS:
-            return _PARTS[module, name]
+        if (module, name) in _TENSOR_BUILDERS:
+            return _TENSOR_BUILDERS[module, name]
         if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
             return vars(torch)[name]
         harmless = _is_harmless(module, name)
@@ -198,7 +198,7 @@ class _Reader(pickle._Unpickler):
 
     @property
     def persistent_load(self) -> Callable[[Any], Any]:  # type: ignore[override]
-        """What gives the storages that lie outside of the pickle; PyTorch sets it."""
+        """Function that loads the storages, which lie outside of the pickle; PyTorch sets it."""
         return self._persistent_load
 
     @persistent_load.setter
@@ -209,19 +209,19 @@ class _Reader(pickle._Unpickler):
             kind = saved[0]
             if type(kind) is not str or kind not in ("module", "storage"):
                 raise RefusedError(f"it keeps {kind!r} outside of the pickle")
-            # Old files keep classes of modules there, whose sources PyTorch would compare.
+            # Old files keep classes of modules there; PyTorch would compare their source code with that in the file.
             return saved[1] if kind == "module" else load(saved)
 
         self._persistent_load = checked
 
     def get_extension(self, code: int) -> None:
-        """Refuse what stands for a registered object."""
+        """Refuse codes of the `copyreg` extension registry."""
         raise RefusedError(f"it names a registered object by the number {code}")
 
     def load_proto(self) -> None:
-        """Refuse protocols that files of this kind never had."""
+        """Refuse protocols that files of this kind never use."""
         protocol = self.read(1)[0]  # type: ignore[attr-defined]
-        if protocol > self.newest:
+        if protocol > self.max_protocol:
             raise pickle.UnpicklingError(f"a pickle of protocol {protocol}")
         self.proto = protocol
 
@@ -246,46 +246,46 @@ def _is_zip(path: Path) -> bool:
 
 
 def _tensor(storage: Any, offset: int, size: Any, stride: Any, *rest: Any) -> Tensor:
-    """Give a tensor; `rest` is whether it had a gradient, its hooks, and its marks, all of which older files may lack."""
-    return _marked(_utils._rebuild_tensor(storage, offset, size, stride), *rest[2:])
+    """Rebuild a tensor; `rest` is its `requires_grad`, its hooks and its metadata, which older files may lack."""
+    return _with_metadata(_utils._rebuild_tensor(storage, offset, size, stride), *rest[2:])
 
 
 def _tensor_of_type(storage: Any, offset: int, size: Any, stride: Any, *rest: Any) -> Tensor:
-    """Give a tensor of one of the newer types, whose storage is of bytes; its type comes after the hooks."""
-    return _marked(torch.empty(0, dtype=rest[2]).set_(storage._untyped_storage, offset, size, stride), *rest[3:])
+    """Rebuild a tensor of one of the newer types, whose storage is of bytes; its type comes after the hooks."""
+    return _with_metadata(torch.empty(0, dtype=rest[2]).set_(storage._untyped_storage, offset, size, stride), *rest[3:])
 
 
-def _marked(tensor: Tensor, marks: Any = None, *rest: Any) -> Tensor:
+def _with_metadata(tensor: Tensor, metadata: Any = None, *rest: Any) -> Tensor:
     """Mark a tensor whose storage holds the negatives or conjugates; in old files, the storage is filled later."""
-    if rest or not (marks is None or type(marks) is dict):
-        raise UnreadableError(f"it describes a tensor in a way that is unknown here: {(marks, *rest)!r}")
-    for mark, value in (marks or {}).items():
+    if rest or not (metadata is None or type(metadata) is dict):
+        raise UnreadableError(f"it describes a tensor in an unknown way: {(metadata, *rest)!r}")
+    for mark, value in (metadata or {}).items():
         if mark not in ("conj", "neg") or value is not True:
             raise UnreadableError(f"it marks a tensor with {mark!r}: {value!r}; known are 'conj' and 'neg', each True")
-    _utils.set_tensor_metadata(tensor, marks or {})
+    _utils.set_tensor_metadata(tensor, metadata or {})
     return tensor
 
 
-def _itself(data: Any, *rest: Any) -> Any:
-    """Give the data of a parameter; hooks and state that it may have are dropped."""
+def _parameter_data(data: Any, *rest: Any) -> Any:
+    """Return the data of a parameter; its hooks and its state are dropped."""
     return data
 
 
-def _of_subclass(make: Callable[..., Any], kind: Any, args: Any, *state: Any) -> Any:
-    """Give a tensor with attributes, or of a subclass, as a plain one."""
-    if make not in _PARTS.values():
-        raise RefusedError(f"it names {make!r} where a tensor is put together")
+def _plain_tensor(make: Callable[..., Any], kind: Any, args: Any, *state: Any) -> Any:
+    """Rebuild a tensor of a subclass, or with attributes, as a plain tensor."""
+    if make not in _TENSOR_BUILDERS.values():
+        raise RefusedError(f"it names {make!r} where a tensor is rebuilt")
     return make(*args)
 
 
-_PARTS: dict[tuple[str, str], Any] = {
+_TENSOR_BUILDERS: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): OrderedDict,
     ("torch", "Size"): torch.Size,
     ("torch", "device"): torch.device,
-    ("torch._tensor", "_rebuild_from_type_v2"): _of_subclass,
+    ("torch._tensor", "_rebuild_from_type_v2"): _plain_tensor,
     ("torch._utils", "_rebuild_meta_tensor_no_storage"): _utils._rebuild_meta_tensor_no_storage,
-    ("torch._utils", "_rebuild_parameter"): _itself,
-    ("torch._utils", "_rebuild_parameter_with_state"): _itself,
+    ("torch._utils", "_rebuild_parameter"): _parameter_data,
+    ("torch._utils", "_rebuild_parameter_with_state"): _parameter_data,
     ("torch._utils", "_rebuild_qtensor"): _utils._rebuild_qtensor,
     ("torch._utils", "_rebuild_sparse_tensor"): _utils._rebuild_sparse_tensor,
     ("torch._utils", "_rebuild_tensor"): _tensor,

@@ -1,79 +1,70 @@
-"""State dicts between the official layouts and ours."""
+"""Conversion of state dicts between the official layouts and ours."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import timm.models
 import torch
 from torch import nn
 
 from widekernel.errors import CheckpointError
 from widekernel.layers.folding import is_folded
-from widekernel.models.layouts import convnext
-from widekernel.models.layouts.layout import FOLDED, Layout, State, Wanted, identify, official_order
+from widekernel.models.layouts.layout import Expected, Layout, State
+from widekernel.models.layouts.registry import identify, layouts_of
 
-HEAD = ("head.fc.", "head.norm.", "norm_pre.")
+HEAD_PREFIXES = ("head.fc.", "head.norm.", "norm_pre.")
 
 
-def is_classifier(key: str) -> bool:
-    """Whether one of our keys belongs to the classifier, of whatever make: to the head, but not to the norm in it."""
+def is_classifier_key(key: str) -> bool:
+    """Return whether one of our keys belongs to the classifier, whatever it is made of: to the head but not to its norm."""
     return key.startswith("head.") and not key.startswith("head.norm.")
 
 
 @dataclass
-class Translation:
-    """A state dict in our layout.
+class Converted:
+    """A state dict in our layout, and how it came about.
 
     Attributes:
         state: our key -> tensor.
-        layout: family whose layout it came in, or "native".
-        official: our key -> key in the file.
-        unknown: keys of the file that no rule knows.
+        layout: family whose layout the file is in, or "native".
+        source_keys: our key -> key in the file.
+        unknown: keys of the file that no rule maps.
         note: what was converted on the way, or "".
-        generated: our keys that the file lacks and that were drawn anew, as the authors' code draws them.
+        generated: our keys that the file lacks and that were generated, as the authors' code does.
     """
 
     state: State
     layout: str
-    official: dict[str, str] = field(default_factory=dict)
+    source_keys: dict[str, str] = field(default_factory=dict)
     unknown: tuple[str, ...] = ()
     note: str = ""
     generated: tuple[str, ...] = ()
 
 
-def layouts_of(model: nn.Module) -> tuple[Layout, ...]:
-    """Give the official layouts that a network, ours or timm's ConvNeXt, can be loaded from."""
-    if isinstance(model, timm.models.ConvNeXt):
-        return (convnext.TIMM,)
-    layouts = getattr(model, "layouts", None)
-    return layouts() if callable(layouts) else ()
-
-
-def translate(model: nn.Module, state: State) -> Translation:
-    """Bring a state dict, without container and prefixes, into the layout of `model`.
+def to_native(model: nn.Module, state: State) -> Converted:
+    """Convert a state dict, without container and prefixes, to the layout of `model`.
 
     Raises:
         CheckpointError: if it is in no layout that the model can be loaded from.
     """
     own = model.state_dict()
-    state = _unpruned(state, own)
-    family = identify(state)
+    state = _apply_pruning_masks(state, own)
+    theirs, ours = identify(state), identify(own)
     for layout in layouts_of(model):
-        if layout.family == family and not is_folded(model):
-            return _translate(layout, state, model)
-    backbone = {key for key in own if not key.startswith(HEAD) and not is_classifier(key)}
-    if family == identify(own) and backbone & set(state):
+        if theirs is not None and layout.family == theirs.name and not is_folded(model):
+            return _from_layout(layout, state, model)
+    backbone = {key for key in own if not key.startswith(HEAD_PREFIXES) and not is_classifier_key(key)}
+    if theirs == ours and backbone & set(state):
         tables = {key: table for key, table in seeded_tables(model).items() if key not in state}
-        return Translation({**state, **tables}, "native", {key: key for key in state}, generated=tuple(tables))
+        return Converted({**state, **tables}, "native", {key: key for key in state}, generated=tuple(tables))
     raise CheckpointError(_mismatch(model, own, state))
 
 
-def _unpruned(state: State, own: State) -> State:
-    """Put masked weights in the place of the weights and masks that a pruned network keeps apart, if this one does not.
+def _apply_pruning_masks(state: State, own: State) -> State:
+    """Replace the pairs `*_orig` and `*_mask` of `torch.nn.utils.prune` by their product, unless the network has them too.
 
     Raises:
-        CheckpointError: if the shapes of the two differ.
+        CheckpointError: if the shapes of a pair differ.
     """
     out = dict(state)
     for key in [key for key in state if key.endswith("_orig") and key not in own]:
@@ -89,23 +80,26 @@ def _unpruned(state: State, own: State) -> State:
 
 
 def _mismatch(model: nn.Module, own: State, state: State) -> str:
-    """Say which networks the file and the model are, and what to do."""
-    theirs, ours = identify(state) or "an unknown network", identify(own)
+    """Return the message that names the networks of the file and of the model, and says what to do."""
+    theirs, ours = identify(state), identify(own)
+    file_folded = theirs is not None and theirs.form == "folded"
+    model_folded = ours is not None and ours.form == "folded"
     known = " or ".join(sorted({layout.family for layout in layouts_of(model)}))
     advice = "create the matching model"
-    if (ours or "").startswith(FOLDED) and not theirs.startswith(FOLDED):
+    if model_folded and not file_folded:
         advice = "load the weights before folding the model"
-    elif theirs.startswith(FOLDED) and not (ours or "").startswith(FOLDED):
+    elif file_folded and not model_folded:
         advice = "fold the model before loading this file, or load the weights that it was folded from"
     return (
-        f"the checkpoint holds {theirs}, but the model is a {type(model).__name__}{f' ({ours})' if ours else ''}"
+        f"the checkpoint holds {theirs.name if theirs else 'an unknown network'}, but the model is a "
+        f"{type(model).__name__}{f' ({ours.name})' if ours else ''}"
         f"{f', which takes official weights of {known}' if known else ''}: {advice}. "
         f"First keys of the file: {', '.join(list(state)[:3]) or 'none'}"
     )
 
 
 def to_official(model: nn.Module) -> State:
-    """Give the weights of `model` in its first official layout, in the order of the authors' files.
+    """Return the weights of `model` in its first official layout, in the order of the authors' files.
 
     Raises:
         CheckpointError: if the network has no official code, or is folded.
@@ -120,26 +114,26 @@ def to_official(model: nn.Module) -> State:
         if layout.is_generated(key):
             if not torch.equal(value.cpu(), tables[key]):
                 raise CheckpointError(
-                    f"{key} is not the table that the official code of {layout.family} draws, which its files do not hold: "
-                    "save with layout='native'"
+                    f"{key} is not the table that the official code of {layout.family} generates and leaves out of its "
+                    "files: save with layout='native'"
                 )
             continue
         found = layout.to_official(key)
         if found is None:
             raise CheckpointError(f"{key} has no place in the official layout of {layout.family}: save with layout='native'")
         out[found[0]] = found[1].to_official(value)
-    return {key: out[key] for key in sorted(out, key=official_order)}
+    return {key: out[key] for key in sorted(out, key=layout.position)} if layout.part_order else out
 
 
 def known_keys(model: nn.Module) -> set[str]:
-    """Give the keys that a network takes, in our layout and in the official ones."""
+    """Return the keys that a network takes, in our layout and in the official ones."""
     own = model.state_dict()
     official = {found[0] for layout in layouts_of(model) for key in own if (found := layout.to_official(key))}
     return official | own.keys()
 
 
 def seeded_tables(model: nn.Module) -> State:
-    """Give all the tables of a network as the authors' code draws them, whatever the network's own are."""
+    """Return all tables of a network as the authors' code generates them, whatever the network's own tables are."""
     return {
         f"{prefix}.{name}".lstrip("."): table
         for prefix, module in model.named_modules()
@@ -149,13 +143,13 @@ def seeded_tables(model: nn.Module) -> State:
 
 
 def table_problems(model: nn.Module, state: State) -> list[str]:
-    """List what is wrong with the tables in a state dict of ours, whose shapes must be those of the network."""
+    """Return what is wrong with the tables in a state dict of ours, whose shapes must be those of the network."""
     problems = []
     for prefix, module in model.named_modules():
         if not hasattr(module, "table_problem"):
             continue
         keys = {name: f"{prefix}.{name}".lstrip(".") for name, _ in module.named_buffers(recurse=False)}
-        # What is not there has been named already.
+        # A missing table is reported elsewhere.
         if all(key in state for key in keys.values()):
             tables = {name: state[key].long() for name, key in keys.items()}
             found = ((key, module.table_problem(name, tables)) for name, key in keys.items())  # type: ignore[operator]
@@ -163,7 +157,7 @@ def table_problems(model: nn.Module, state: State) -> list[str]:
     return problems
 
 
-def _wanted(layout: Layout, model: nn.Module) -> Wanted:
+def _expected(layout: Layout, model: nn.Module) -> Expected:
     shapes, eps = {}, {}
     for key, value in model.state_dict().items():
         found = layout.to_official(key)
@@ -171,20 +165,20 @@ def _wanted(layout: Layout, model: nn.Module) -> Wanted:
             shapes[found[0]] = tuple(found[1].to_official(value).shape)
             if key.endswith(".running_var"):
                 eps[found[0].removesuffix(".running_var")] = float(model.get_submodule(key.rpartition(".")[0]).eps)  # type: ignore[arg-type]
-    return Wanted(shapes, eps)
+    return Expected(shapes, eps)
 
 
-def _translate(layout: Layout, state: State, model: nn.Module) -> Translation:
-    note, wanted, tables = "", _wanted(layout, model), seeded_tables(model)
+def _from_layout(layout: Layout, state: State, model: nn.Module) -> Converted:
+    note, expected, tables = "", _expected(layout, model), seeded_tables(model)
     if layout.upgrade is not None:
         given = state
-        state, note = layout.upgrade(given, wanted)
+        state, note = layout.upgrade(given, expected)
         converted = {key: value for key, value in given.items() if key not in state}
-        twice = [key for key in layout.upgrade(converted, wanted)[0] if key in given]
+        twice = [key for key in layout.upgrade(converted, expected)[0] if key in given]
         if twice:
             raise CheckpointError(f"the file holds weights twice, in two forms: remove one of {', '.join(twice)}")
     out: State = {}
-    origin: dict[str, str] = {}
+    source_keys: dict[str, str] = {}
     unknown: list[str] = []
     for key, value in state.items():
         found = layout.to_native(key)
@@ -192,9 +186,11 @@ def _translate(layout: Layout, state: State, model: nn.Module) -> Translation:
             unknown.append(key)
         else:
             if found[0] in out:
-                raise CheckpointError(f"the file holds one weight twice, as {origin[found[0]]} and as {key}: remove one")
+                raise CheckpointError(
+                    f"the file holds one weight twice, as {source_keys[found[0]]} and as {key}: remove one"
+                )
             out[found[0]] = found[1].to_native(value)
-            origin[found[0]] = key
+            source_keys[found[0]] = key
     generated = tuple(key for key in tables if key not in out)
     out.update((key, tables[key]) for key in generated)
-    return Translation(out, layout.family, origin, tuple(unknown), note, generated)
+    return Converted(out, layout.family, source_keys, tuple(unknown), note, generated)

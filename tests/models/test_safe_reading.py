@@ -1,4 +1,4 @@
-"""Checkpoints as they are found: with objects of all kinds beside the weights, none of which is looked up or run."""
+"""Safe reading of checkpoints with objects of all kinds beside the weights, none of which is imported or run."""
 
 from __future__ import annotations
 
@@ -29,17 +29,18 @@ import torch
 from torch import nn
 
 import widekernel
-from tests.models.zoo import alive, assert_same_state, create, snapshot
+from tests.models.checkpoints import assert_refused
+from tests.models.zoo import alive, assert_same_state, create
 from widekernel.errors import CheckpointError
-from widekernel.models.layouts import containers, pickles
+from widekernel.models.checkpoint import reader, safe_pickle
 
 
-class Colour(enum.Enum):
+class Color(enum.Enum):
     RED = 1
 
 
 class Settings(dict):  # type: ignore[type-arg]
-    """A mapping of a framework that is not installed where the file is read."""
+    """Mapping of a framework that is not installed where the file is read."""
 
 
 class Holder:
@@ -76,8 +77,8 @@ EXTRAS: dict[str, Any] = {
     "optimizer": torch.optim.AdamW([nn.Parameter(torch.ones(1))]).state_dict(),
     "exceptions": [ValueError("a"), OSError(2, "b"), KeyboardInterrupt()],
     "functions": [operator.itemgetter(1), len, max],
-    "others": [decimal.Decimal("1.5"), uuid.uuid4(), re.compile("a+"), Colour.RED, Ellipsis, NotImplemented],
-    "unhashable_keys": {Path("a"): 1, np.int64(3): 2, Colour.RED: 3, frozenset([1]): {Path("b")}},
+    "others": [decimal.Decimal("1.5"), uuid.uuid4(), re.compile("a+"), Color.RED, Ellipsis, NotImplemented],
+    "unhashable_keys": {Path("a"): 1, np.int64(3): 2, Color.RED: 3, frozenset([1]): {Path("b")}},
     "unknown": [Holder(a=1, b=Holder(c=torch.ones(2))), Settings(a=Settings(b=1))],
 }
 
@@ -89,36 +90,36 @@ def _save(path: Path, content: Any, protocol: int = 2, zipped: bool = True) -> P
 
 @pytest.mark.parametrize("form", ["zip", "zip_of_protocol_4", "old"])
 @pytest.mark.parametrize("extra", EXTRAS)
-def test_what_lies_beside_the_weights_does_not_matter(extra: str, form: str, tmp_path: Path) -> None:
+def test_objects_beside_the_weights_are_ignored(extra: str, form: str, tmp_path: Path) -> None:
     state = nn.BatchNorm2d(3).state_dict()
     content = {extra: EXTRAS[extra], "model": state, "epoch": np.int64(7)}
     path = _save(tmp_path / "a.pth", content, 4 if form == "zip_of_protocol_4" else 2, form != "old")
-    found = containers.read(path)
+    found = reader.read_checkpoint(path)
     assert set(found.others) == {extra, "epoch"}
     assert_same_state(found.state, state)
 
 
-def test_a_network_is_filled_whatever_lies_beside_its_weights(tmp_path: Path) -> None:
+def test_weights_load_with_any_objects_beside_them(tmp_path: Path) -> None:
     model, other = alive("slak_nano"), create("slak_nano")
     report = widekernel.load_checkpoint(other, _save(tmp_path / "a.pth", {**EXTRAS, "model": model.state_dict()}))
     assert set(report.unused) == set(EXTRAS)
     assert_same_state(other.state_dict(), model.state_dict())
 
 
-def test_no_class_of_a_file_is_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also not one that is not there any more."""
+def test_no_class_of_a_file_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This includes classes that no longer exist."""
     path = _save(tmp_path / "a.pth", {"model": alive("slak_nano").state_dict(), "args": Holder(a=Settings(b=1))})
     monkeypatch.delattr(sys.modules[__name__], "Holder")
     monkeypatch.delattr(sys.modules[__name__], "Settings")
-    found = pickles.load(path)["args"]
-    assert isinstance(found, pickles.Placeholder)
+    found = safe_pickle.unpickle(path)["args"]
+    assert isinstance(found, safe_pickle.Placeholder)
     assert repr(found) == f"<{__name__}.Holder>"
     assert widekernel.load_checkpoint(create("slak_nano"), path).unused == ("args",)
 
 
 @pytest.mark.parametrize("name", ["numpy.core.multiarray", "numpy._core.multiarray"])
 def test_scalars_of_numpy_1_and_2(name: str) -> None:
-    """The module of their maker has two names; both are read whichever version is installed, or none."""
+    """Both names of the module are read, whichever version is installed, or none."""
     assert repr(_read(b"\x80\x02c" + name.encode() + b"\nscalar\n)R.")) == f"<{name}.scalar>"
 
 
@@ -173,7 +174,7 @@ TENSORS = {
 )
 def test_tensors_that_are_stored_in_other_ways(kind: str, zipped: bool, tmp_path: Path) -> None:
     saved = TENSORS[kind]().detach()
-    found = containers.read(_save(tmp_path / "a.pth", {"x": saved}, zipped=zipped)).state["x"]
+    found = reader.read_checkpoint(_save(tmp_path / "a.pth", {"x": saved}, zipped=zipped)).state["x"]
     assert found.dtype is saved.dtype
     assert not found.is_neg() and not found.is_conj()
     wide = torch.complex128 if saved.is_complex() else torch.float64
@@ -181,7 +182,7 @@ def test_tensors_that_are_stored_in_other_ways(kind: str, zipped: bool, tmp_path
 
 
 @pytest.mark.parametrize("marks", [{"scaled": True}, {"neg": 2}, {"neg": True, "other": True}, [1]])
-def test_unknown_marks_of_tensors_are_told(marks: Any, tmp_path: Path) -> None:
+def test_unknown_tensor_metadata_is_refused(marks: Any, tmp_path: Path) -> None:
     class Marked:
         def __reduce__(self) -> Any:
             function, arguments = torch.ones(2).__reduce_ex__(2)
@@ -189,36 +190,29 @@ def test_unknown_marks_of_tensors_are_told(marks: Any, tmp_path: Path) -> None:
 
     path = _save(tmp_path / "a.pth", {"x": Marked()})
     with pytest.raises(CheckpointError, match=r"cannot be read here: it (marks|describes) a tensor .*; save plain tensors"):
-        containers.read(path)
+        reader.read_checkpoint(path)
 
 
 @pytest.mark.parametrize("kept", [0.5, 0.9, 0.999])
 @pytest.mark.parametrize("zipped", [True, False])
-def test_damage_is_told_whatever_lies_beside_the_weights(kept: float, zipped: bool, tmp_path: Path) -> None:
+def test_damage_is_reported_with_any_objects_beside_the_weights(kept: float, zipped: bool, tmp_path: Path) -> None:
     content = {"args": [Holder(a=1), Settings()], "model": {"x": torch.ones(50_000)}}
     path = _save(tmp_path / "a.pth", content, zipped=zipped)
     path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
     with pytest.raises(CheckpointError, match="is damaged, cut off or not a checkpoint"):
-        containers.read(path)
+        reader.read_checkpoint(path)
 
 
-# ---- What is refused, and never run
-
-
-def _refused(path: Path, message: str) -> str:
-    model = create("slak_nano")
-    before = snapshot(model)
-    with pytest.raises(CheckpointError, match=message) as caught:
-        widekernel.load_checkpoint(model, path)
-    assert_same_state(model.state_dict(), before)
-    return str(caught.value)
+# ---- What is refused
 
 
 @pytest.mark.parametrize("key", ["model", "state_dict", None])
-def test_whole_networks_are_refused_where_weights_are_looked_for(key: str | None, tmp_path: Path) -> None:
+def test_pickled_networks_are_refused_in_place_of_weights(key: str | None, tmp_path: Path) -> None:
     model = create("slak_nano")
     path = _save(tmp_path / "a.pth", {key: model, "epoch": 3} if key else model)
-    message = _refused(path, r"it was not opened\. \(where weights are looked for, it has a .*SLaK\)")
+    message = assert_refused(
+        create("slak_nano"), path, r"it was not opened\. \(where weights are looked for, it has a .*SLaK\)"
+    )
     assert "torch.save(model.state_dict(), path)" in message
 
 
@@ -249,28 +243,28 @@ HOSTILE = {
 
 @pytest.mark.parametrize("kind", HOSTILE)
 @pytest.mark.parametrize("protocol", [2, 4])
-def test_what_could_only_serve_to_run_something_is_refused(kind: str, protocol: int, tmp_path: Path) -> None:
+def test_functions_that_run_code_are_refused(kind: str, protocol: int, tmp_path: Path) -> None:
     trace = tmp_path / "executed"
     content = {"model": nn.BatchNorm2d(3).state_dict(), "args": [HOSTILE[kind](trace)]}
     with pytest.raises(CheckpointError, match="could run code when loaded; it was not opened"):
-        containers.read(_save(tmp_path / "a.pth", content, protocol))
+        reader.read_checkpoint(_save(tmp_path / "a.pth", content, protocol))
     assert not trace.exists()
 
 
-@pytest.mark.parametrize("function", [np.save, torch.hub.load, torch.load, pickles.load, torch._dynamo.reset])
+@pytest.mark.parametrize("function", [np.save, torch.hub.load, torch.load, safe_pickle.unpickle, torch._dynamo.reset])
 def test_functions_of_other_packages_are_not_called(function: Any, tmp_path: Path) -> None:
-    """They are as inert as classes: what is called in their place does nothing."""
+    """Like classes, they are replaced by placeholders that do nothing when called."""
     content = {"model": nn.BatchNorm2d(3).state_dict(), "args": _Call(function, str(tmp_path / "executed.npy"), 1)}
-    assert containers.read(_save(tmp_path / "a.pth", content)).others == ("args",)
+    assert reader.read_checkpoint(_save(tmp_path / "a.pth", content)).others == ("args",)
     assert not (tmp_path / "executed.npy").exists()
 
 
 def _read(stream: bytes) -> Any:
-    reader = type("Reader", (pickles._Reader,), {"newest": 5})
+    reader = type("Reader", (safe_pickle._Reader,), {"max_protocol": 5})
     return reader(io.BytesIO(stream)).load()
 
 
-def test_no_attribute_of_what_is_looked_up_can_be_set() -> None:
+def test_no_attribute_of_resolved_names_can_be_set() -> None:
     before = dict(vars(torch.UntypedStorage))
     state = b"N}U\x07invadedU\x01xs\x86"
     assert _read(b"\x80\x02ctorch.storage\nUntypedStorage\n" + state + b"b.") is torch.UntypedStorage
@@ -281,19 +275,19 @@ def test_no_attribute_of_what_is_looked_up_can_be_set() -> None:
 def test_registered_objects_are_refused() -> None:
     copyreg.add_extension("os", "system", 240)
     try:
-        with pytest.raises(pickles.RefusedError, match="number 240"):
+        with pytest.raises(safe_pickle.RefusedError, match="number 240"):
             _read(b"\x80\x02\x82\xf0.")
     finally:
         copyreg.remove_extension("os", "system", 240)
 
 
 @pytest.mark.parametrize("kind", [b"module", "other", None, ("module",), "whole"])
-def test_unknown_ids_of_what_lies_outside_are_refused(kind: Any) -> None:
-    """PyTorch reads bytes as text, and would compare the source of a class with one in the file, and write a patch."""
+def test_unknown_persistent_ids_are_refused(kind: Any) -> None:
+    """PyTorch itself would compare the source of a class with the one in the file, and write a patch file."""
     given: list[Any] = []
-    reader = type("Reader", (pickles._Reader,), {"newest": 5})(io.BytesIO())
+    reader = type("Reader", (safe_pickle._Reader,), {"max_protocol": 5})(io.BytesIO())
     reader.persistent_load = given.append
-    error = pickles.UnreadableError if kind == "whole" else pickles.RefusedError
+    error = safe_pickle.UnreadableError if kind == "whole" else safe_pickle.RefusedError
     with pytest.raises(error, match="outside of the pickle"):
         reader.persistent_load("module" if kind == "whole" else (kind, nn.Linear, "a.py", "source"))
     assert reader.persistent_load(("module", nn.Linear, "a.py", "source")) is nn.Linear
@@ -302,28 +296,30 @@ def test_unknown_ids_of_what_lies_outside_are_refused(kind: Any) -> None:
     assert given == [("storage", 1)]
 
 
-def test_only_what_makes_tensors_is_called_to_make_one() -> None:
+def test_only_tensor_builders_are_called() -> None:
     stream = b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\n(c__main__\nmake\nc__main__\nKind\n)}tR."
-    with pytest.raises(pickles.RefusedError, match="where a tensor is put together"):
+    with pytest.raises(safe_pickle.RefusedError, match="where a tensor is rebuilt"):
         _read(stream)
 
 
 def test_archives_of_other_kinds_are_refused(tmp_path: Path) -> None:
     torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)).save(str(tmp_path / "script.pth"))
-    _refused(tmp_path / "script.pth", r"not a checkpoint \(a TorchScript archive\); nothing in it was run")
+    assert_refused(
+        create("slak_nano"), tmp_path / "script.pth", r"not a checkpoint \(a TorchScript archive\); nothing in it was run"
+    )
     with tarfile.open(tmp_path / "old.pth", "w") as archive:
         archive.addfile(tarfile.TarInfo("storages"), io.BytesIO())
-    _refused(tmp_path / "old.pth", r"not a checkpoint \(a tar archive\); nothing in it was run")
+    assert_refused(create("slak_nano"), tmp_path / "old.pth", r"not a checkpoint \(a tar archive\); nothing in it was run")
 
 
-def test_what_pytorch_is_told_to_refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_only_loading_can_be_forced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
     plain = _save(tmp_path / "a.pth", {"model": alive("slak_nano").state_dict(), "epoch": 3})
-    assert containers.read(plain).others == ("epoch",)
+    assert reader.read_checkpoint(plain).others == ("epoch",)
     with pytest.raises(CheckpointError, match="nothing in it was run"):
-        containers.read(_save(tmp_path / "b.pth", {"model": alive("slak_nano").state_dict(), "args": Holder()}))
+        reader.read_checkpoint(_save(tmp_path / "b.pth", {"model": alive("slak_nano").state_dict(), "args": Holder()}))
 
 
 def test_pickles_of_a_network_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.pth").write_bytes(pickle.dumps(create("slak_nano"), protocol=2))
-    _refused(tmp_path / "a.pth", "could run code when loaded; it was not opened")
+    assert_refused(create("slak_nano"), tmp_path / "a.pth", "could run code when loaded; it was not opened")

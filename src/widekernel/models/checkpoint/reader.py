@@ -1,4 +1,4 @@
-"""Reading checkpoint files safely, whatever container the weights are in."""
+"""Safe reading of checkpoint files, whatever container the weights are in."""
 
 from __future__ import annotations
 
@@ -12,22 +12,30 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from widekernel.errors import CheckpointError
-from widekernel.models.layouts import entries, kinds, pickles, sharded
-from widekernel.models.layouts.entries import EMA_KEYS, MODEL_KEYS
+from widekernel.models.checkpoint.entries import (
+    EMA_KEYS,
+    MODEL_KEYS,
+    find_networks,
+    holds_arrays,
+    is_averaged,
+    is_state_dict,
+)
+from widekernel.models.checkpoint.file_types import describe_file_type
+from widekernel.models.checkpoint.safe_pickle import Placeholder, RefusedError, UnreadableError, unpickle
+from widekernel.models.checkpoint.shards import find_index, read_shards
 from widekernel.models.layouts.layout import State
-from widekernel.models.layouts.pickles import Placeholder
 from widekernel.tensor_files import tensor_file
 
-_DEEPEST = 8  # containers within containers; an entry may hold itself
+_MAX_DEPTH = 8  # of containers in containers; an entry may contain itself
 
 
 @dataclass
-class Container:
-    """What a checkpoint file holds.
+class CheckpointContent:
+    """The weights in a checkpoint file, and what else it holds.
 
     Attributes:
-        state: the weights asked for, as they are named in the file.
-        found_in: the entry that they were in, "" for a bare state dict.
+        state: the requested weights, under their names in the file.
+        found_in: name of the entry that holds them; "" for a bare state dict.
         others: names of the other entries, such as the optimizer's.
     """
 
@@ -36,66 +44,67 @@ class Container:
     others: tuple[str, ...] = ()
 
 
-def read(path: str | Path, weights: str = "model") -> Container:
+def read_checkpoint(path: str | Path, weights: str = "model") -> CheckpointContent:
     """Read the weights of a checkpoint without running any code that it may carry.
 
     Args:
-        path: a `.safetensors` file, one written by `torch.save`, or the index of a sharded checkpoint or the folder with it.
+        path: path of a `.safetensors` file, of a file written by `torch.save`, of the index of a sharded checkpoint, or of
+            the folder with that index.
         weights: "model" or "ema".
 
     Raises:
-        CheckpointError: if the file is missing, damaged, unsafe, or holds no such weights.
+        CheckpointError: if the file is missing, damaged or unsafe, or holds no such weights.
     """
     path = Path(path)
     if weights not in ("model", "ema"):
         raise CheckpointError(f"weights={weights!r} is unknown: it must be 'model' or 'ema'")
     if not path.exists():
         raise CheckpointError(f"there is no checkpoint at {path}")
-    index = sharded.index_of(path)
+    index = find_index(path)
     if index:
         if weights == "ema":
             raise CheckpointError(f"{path} is sharded and holds one set of weights: load weights='model'")
-        return Container(sharded.merged(index, lambda shard: _read_file(shard, weights).state), "")
+        return CheckpointContent(read_shards(index, lambda shard: _read_file(shard, weights).state), "")
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder: give the path of a checkpoint file in it")
     return _read_file(path, weights)
 
 
-def _read_file(path: Path, weights: str) -> Container:
+def _read_file(path: Path, weights: str) -> CheckpointContent:
     if path.suffix == ".safetensors":
         return _read_safetensors(path, weights)
-    return _pick(path, _load(path), weights)
+    return _find_weights(path, _load(path), weights)
 
 
 def _load(path: Path) -> Any:
     try:
-        return pickles.load(path)
-    except pickles.RefusedError as error:
+        return unpickle(path)
+    except RefusedError as error:
         raise _unsafe(path, _summary(str(error))) from error
-    except pickles.UnreadableError as error:
+    except UnreadableError as error:
         raise CheckpointError(f"{path} cannot be read here: {_summary(str(error))}; save plain tensors") from error
     except pickle.UnpicklingError as error:
-        _refuse_other_kinds(path)
+        _raise_if_other_type(path)
         raise CheckpointError(
             f"{path} is damaged, cut off or not a checkpoint ({_summary(str(error))}); nothing in it was run"
         ) from error
     except PermissionError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except Exception as error:  # torch.load raises whatever the damaged bytes lead to
-        _refuse_other_kinds(path)
+    except Exception as error:  # damaged bytes can make torch.load raise anything
+        _raise_if_other_type(path)
         raise CheckpointError(
             f"{path} is damaged, cut off or not a checkpoint ({type(error).__name__}: {_summary(str(error))}): "
             "fetch it again"
         ) from error
 
 
-def _refuse_other_kinds(path: Path) -> None:
-    """Raise if a file that could not be read is recognised as something else."""
-    kind = kinds.looks_like(path)
-    if kind:
+def _raise_if_other_type(path: Path) -> None:
+    """Raise an error if a file that could not be read is recognized as a file of another type."""
+    file_type = describe_file_type(path)
+    if file_type:
         raise CheckpointError(
-            f"{path} is no checkpoint: it looks like {kind}. Give a file written by torch.save (.pth, .pt, .bin, ...) or a "
-            "safetensors file whose name ends in .safetensors"
+            f"{path} is not a checkpoint: it looks like {file_type}. "
+            "Give a file that torch.save wrote (.pth, .pt, .bin, ...), or a safetensors file whose name ends in .safetensors"
         )
 
 
@@ -107,14 +116,15 @@ def _unsafe(path: Path, what: str) -> CheckpointError:
 
 
 def _summary(reason: str) -> str:
-    """Give the first line of a loader's message, without its advice to load unsafely."""
+    """Return the first line of a loader's message, without its advice to load unsafely."""
     lines = [line.strip() for line in reason.splitlines() if line.strip()]
     return (lines or ["no reason given"])[0].split(" Please use")[0][:200]
 
 
-def _pick(path: Path, loaded: Any, weights: str, depth: int = 0) -> Container:
-    if depth > _DEEPEST:
-        raise CheckpointError(f"{path} holds entries within entries, more than {_DEEPEST} deep: save model.state_dict()")
+def _find_weights(path: Path, loaded: Any, weights: str, depth: int = 0) -> CheckpointContent:
+    """Find the requested weights in the contents of a file, or in those of an entry."""
+    if depth > _MAX_DEPTH:
+        raise CheckpointError(f"{path} holds entries within entries, more than {_MAX_DEPTH} deep: save model.state_dict()")
     if _is_object(loaded):
         raise _unsafe(path, f"where weights are looked for, it has a {loaded.named}")
     if not isinstance(loaded, Mapping):
@@ -122,60 +132,58 @@ def _pick(path: Path, loaded: Any, weights: str, depth: int = 0) -> Container:
     names: tuple[str, ...] = MODEL_KEYS if weights == "model" else EMA_KEYS
     known = [(name, loaded[name]) for name in names if isinstance(loaded.get(name), Mapping)]
     objects = [value for _, value in known if _is_object(value)]
-    # A mapping of settings, say, is no container.
+    # A mapping without tensors or mappings is not a container but, for example, the network's settings.
     found = [name for name, value in known if any(isinstance(inner, (Tensor, Mapping)) for inner in value.values())][:1]
-    bare = weights == "model" and entries.is_bare(loaded)
-    found = found or ([] if bare else list(entries.networks(loaded, averaged=weights == "ema")))
+    bare = weights == "model" and is_state_dict(loaded)
+    found = found or ([] if bare else list(find_networks(loaded, averaged=weights == "ema")))
     if len(found) > 1:
-        raise CheckpointError(_several(path, found))
+        raise CheckpointError(_several_networks_message(path, found))
     if found:
         return _entry(path, loaded, found[0], depth)
     others = tuple(str(key) for key, value in loaded.items() if not isinstance(value, Tensor))
     if weights == "model" and _holds_tensors(loaded):
-        return Container(_tensors(path, loaded), "", others)
+        return CheckpointContent(_tensors(path, loaded), "", others)
     if objects:
         raise _unsafe(path, f"where weights are looked for, it has a {objects[0].named}")
-    if entries.holds_arrays(loaded) or any(entries.holds_arrays(value) for _, value in known):
+    if holds_arrays(loaded) or any(holds_arrays(value) for _, value in known):
         raise CheckpointError(
             f"{path} holds NumPy arrays, not tensors: save "
             "{key: torch.from_numpy(array) for key, array in state.items()} with torch.save"
         )
-    raise CheckpointError(_nothing(path, loaded, weights, others))
+    raise CheckpointError(_no_weights_message(path, loaded, weights, others))
 
 
-def _entry(path: Path, loaded: Mapping[Any, Any], name: str, depth: int) -> Container:
-    """Give the weights in an entry, or in an entry of the entry."""
+def _entry(path: Path, loaded: Mapping[Any, Any], name: str, depth: int) -> CheckpointContent:
+    """Return the weights in an entry, or in an entry of the entry."""
     inner = loaded[name]
     others = tuple(str(key) for key in loaded if key != name)
     if not _holds_tensors(inner):
-        within = _pick(path, inner, "model", depth + 1)  # downstream RepLKNet: model -> state_dict
-        return Container(within.state, f"{name}.{within.found_in}".rstrip("."), (*others, *within.others))
-    unlike = tuple(f"{name}.{key}" for key, value in inner.items() if not isinstance(value, Tensor))
-    return Container(_tensors(path, inner), name, (*others, *unlike))
+        within = _find_weights(path, inner, "model", depth + 1)  # downstream RepLKNet: model -> state_dict
+        return CheckpointContent(within.state, f"{name}.{within.found_in}".rstrip("."), (*others, *within.others))
+    no_tensors = tuple(f"{name}.{key}" for key, value in inner.items() if not isinstance(value, Tensor))
+    return CheckpointContent(_tensors(path, inner), name, (*others, *no_tensors))
 
 
-def _several(path: Path, found: list[str]) -> str:
+def _several_networks_message(path: Path, found: list[str]) -> str:
     return (
         f"{path} holds the weights of several networks, in {', '.join(found)}: save the one to load by itself, as "
         f"torch.save(torch.load(path)[{found[0]!r}], 'weights.pth')"
     )
 
 
-def _nothing(path: Path, loaded: Mapping[Any, Any], weights: str, others: tuple[str, ...]) -> str:
-    """Say that there are no weights of the kind asked for, and which there are."""
+def _no_weights_message(path: Path, loaded: Mapping[Any, Any], weights: str, others: tuple[str, ...]) -> str:
+    """Return the message that there are no weights of the requested kind, and which other weights there are."""
     held = f"its entries are {', '.join(others) or ('none' if weights == 'model' else 'only weights')}"
     if weights == "ema":
-        there = (
-            _holds_tensors(loaded) or any(name in loaded for name in MODEL_KEYS) or entries.networks(loaded, averaged=False)
-        )
+        there = _holds_tensors(loaded) or any(name in loaded for name in MODEL_KEYS) or find_networks(loaded, averaged=False)
         advice = ": load weights='model' for those that are not averaged" if there else ""
         return f"{path} holds no averaged (EMA) weights; {held}{advice}"
-    averaged = any(isinstance(loaded[name], Mapping) and entries.is_averaged(str(name)) for name in loaded)
+    averaged = any(isinstance(loaded[name], Mapping) and is_averaged(str(name)) for name in loaded)
     return f"{path} holds no weights; {held}{': load weights=' + repr('ema') if averaged else ''}"
 
 
 def _is_object(value: Any) -> bool:
-    """Whether a value stands for an object of unknown contents."""
+    """Return whether a value stands for an object of unknown contents."""
     return isinstance(value, Placeholder) and not value
 
 
@@ -184,7 +192,7 @@ def _holds_tensors(mapping: Mapping[Any, Any]) -> bool:
 
 
 def _tensors(path: Path, state: Mapping[str, Any]) -> State:
-    """Give the tensors among the weights; refuse objects among them, of which nobody knows what they stand for."""
+    """Return the tensors of a state dict; raise an error if it holds objects, which may stand for weights."""
     for key, value in state.items():
         if isinstance(value, Placeholder) and not value.harmless:
             raise _unsafe(path, f"among the weights, {key} is a {value.named}")
@@ -192,16 +200,16 @@ def _tensors(path: Path, state: Mapping[str, Any]) -> State:
 
 
 def _resolved(value: Tensor) -> Tensor:
-    """Give the numbers themselves of a tensor whose memory holds their negatives or conjugates."""
+    """Return the values of a tensor whose memory holds their negatives or conjugates."""
     return value.resolve_conj().resolve_neg() if value.is_conj() or value.is_neg() else value
 
 
-def _read_safetensors(path: Path, weights: str) -> Container:
+def _read_safetensors(path: Path, weights: str) -> CheckpointContent:
     if weights == "ema":
         raise CheckpointError(f"{path} is a safetensors file, which holds one set of weights: load weights='model'")
     try:
         with tensor_file(path) as file:
-            return Container({key: file.get_tensor(key) for key in file.keys()}, "")  # noqa: SIM118
+            return CheckpointContent({key: file.get_tensor(key) for key in file.keys()}, "")  # noqa: SIM118
     except (SafetensorError, ValueError, OSError) as error:
-        _refuse_other_kinds(path)
+        _raise_if_other_type(path)
         raise CheckpointError(f"{path} is damaged, cut off or not a safetensors file ({error}): fetch it again") from error

@@ -1,4 +1,4 @@
-"""Files that cannot be loaded or written: what is said, and that the model stays as it was."""
+"""Files that cannot be loaded or written: the error is clear, and the model is unchanged."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import save_file
 
 import widekernel
-from tests.models.zoo import NANO, alive, assert_same_state, create, snapshot
+from tests.models.checkpoints import assert_refused, state_of
+from tests.models.zoo import NANO, alive, create
 from widekernel.errors import CheckpointError
-from widekernel.models import checkpoint
-from widekernel.models.layouts import kinds
+from widekernel.models.checkpoint import saving
+from widekernel.models.checkpoint.file_types import describe_file_type
 
-# How an error names each network, as a file and as a model.
+# How an error names each network, that of the file and that of the model.
 FAMILY = {
     "convnext_isotropic_nano": "isotropic ConvNeXt",
     "replknet_nano": "RepLKNet",
@@ -33,36 +34,21 @@ FAMILY = {
 OFFICIAL = ["convnext_isotropic_nano", "replknet_nano", "shiftwise_nano", "shiftwise_v1_nano", "slak_nano", "slak_pww_nano"]
 
 
-def _refused(model: torch.nn.Module, path: Path, message: str, **kwargs: Any) -> str:
-    """Check that loading fails with that message and changes nothing."""
-    before = snapshot(model)
-    with pytest.raises(CheckpointError, match=message) as caught:
-        widekernel.load_checkpoint(model, path, **kwargs)
-    assert_same_state(model.state_dict(), before)
-    assert str(path) in str(caught.value) or kwargs
-    return str(caught.value)
-
-
 def _saved(folder: Path, content: Any, name: str = "file.pth") -> Path:
     torch.save(content, folder / name)
     return folder / name
-
-
-def _official(name: str, folder: Path) -> dict[str, torch.Tensor]:
-    path = widekernel.save_checkpoint(create(name), folder / "official.pth", layout="official")
-    return torch.load(path, weights_only=True)["model"]
 
 
 # ---- The file itself
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    _refused(create("slak_nano"), tmp_path / "none.pth", "there is no checkpoint at")
-    _refused(create("slak_nano"), tmp_path / "none.safetensors", "there is no checkpoint at")
+    assert_refused(create("slak_nano"), tmp_path / "none.pth", "there is no checkpoint at")
+    assert_refused(create("slak_nano"), tmp_path / "none.safetensors", "there is no checkpoint at")
 
 
 def test_folder(tmp_path: Path) -> None:
-    _refused(create("slak_nano"), tmp_path, "is a folder: give the path of a checkpoint file")
+    assert_refused(create("slak_nano"), tmp_path, "is a folder: give the path of a checkpoint file")
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".bin"])
@@ -74,45 +60,47 @@ def test_folder(tmp_path: Path) -> None:
 def test_not_a_checkpoint(content: bytes, suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"file{suffix}"
     path.write_bytes(content)
-    _refused(create("slak_nano"), path, "is damaged, cut off or not a (checkpoint|safetensors file)")
+    assert_refused(create("slak_nano"), path, "is damaged, cut off or not a (checkpoint|safetensors file)")
 
 
 OTHER_FILES = {
-    "yaml": (b"model: slak_tiny\ndata: {size: 224}\n", "text, which starts with 'model: slak_tiny'"),
-    "yaml_that_starts_like_a_pickle": (b"classes: 10\nname: x\n", "text, which starts with 'classes: 10'"),
-    "json": (b'{"epoch": 3}', "text, which starts with '{"),
-    "text": ("weights, honestly – é\n".encode() * 100, "text, which starts with 'weights, honestly"),
+    "yaml": (b"model: slak_tiny\ndata: {size: 224}\n", "text that starts with 'model: slak_tiny'"),
+    "yaml_that_starts_like_a_pickle": (b"classes: 10\nname: x\n", "text that starts with 'classes: 10'"),
+    "json": (b'{"epoch": 3}', "text that starts with '{"),
+    "text": ("weights, honestly – é\n".encode() * 100, "text that starts with 'weights, honestly"),
     "page": (b"<!DOCTYPE html><html>404</html>", "a web page"),
-    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "a pointer of Git LFS"),
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "a Git LFS pointer"),
     "picture": (b"\x89PNG\r\n\x1a\n" + bytes(64), "a picture"),
 }
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".yaml", ".safetensors"])
 @pytest.mark.parametrize("kind", OTHER_FILES)
-def test_other_files_are_told_by_what_they_look_like(kind: str, suffix: str, tmp_path: Path) -> None:
+def test_error_names_the_type_of_other_files(kind: str, suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"file{suffix}"
     content, looks = OTHER_FILES[kind]
     path.write_bytes(content)
-    message = _refused(create("slak_nano"), path, r"is no checkpoint: it looks like .*torch\.save .*\.safetensors")
+    message = assert_refused(create("slak_nano"), path, r"is not a checkpoint: it looks like .*torch\.save .*\.safetensors")
     assert looks in message
 
 
 def test_safetensors_under_another_name(tmp_path: Path) -> None:
     path = widekernel.save_checkpoint(create("slak_nano"), tmp_path / "a.safetensors").rename(tmp_path / "a.bin")
-    _refused(create("slak_nano"), path, "looks like a safetensors file under another name.*ends in .safetensors")
+    assert_refused(create("slak_nano"), path, "looks like a safetensors file under another name.*ends in .safetensors")
 
 
-def test_files_that_cannot_be_opened_look_like_nothing(tmp_path: Path) -> None:
-    assert kinds.looks_like(tmp_path) == kinds.looks_like(tmp_path / "none") == ""
+def test_type_of_unreadable_files_is_unknown(tmp_path: Path) -> None:
+    assert describe_file_type(tmp_path) == describe_file_type(tmp_path / "none") == ""
 
 
-def test_text_of_old_files_is_not_taken_for_other_text(tmp_path: Path) -> None:
+def test_old_text_pickles_are_not_called_text(tmp_path: Path) -> None:
     state = alive("slak_nano").state_dict()
     torch.save(state, tmp_path / "a.pth", pickle_protocol=0, _use_new_zipfile_serialization=False)
-    _refused(create("slak_nano"), tmp_path / "a.pth", "cannot be read here: it keeps .* as files of pickle protocol 0 do")
+    assert_refused(
+        create("slak_nano"), tmp_path / "a.pth", "cannot be read here: it keeps .* as files of pickle protocol 0 do"
+    )
     (tmp_path / "a.pth").write_bytes((tmp_path / "a.pth").read_bytes()[:60])
-    _refused(create("slak_nano"), tmp_path / "a.pth", "is damaged, cut off or not a checkpoint")
+    assert_refused(create("slak_nano"), tmp_path / "a.pth", "is damaged, cut off or not a checkpoint")
 
 
 def test_masks_of_another_shape(tmp_path: Path) -> None:
@@ -121,18 +109,18 @@ def test_masks_of_another_shape(tmp_path: Path) -> None:
     state["head.fc.weight_orig"] = weight
     for shape in ((3, 5), weight.shape[1:]):
         state["head.fc.weight_mask"] = torch.ones(shape)
-        message = _refused(create("slak_nano"), _saved(tmp_path, state), r"head\.fc\.weight_orig has shape")
+        message = assert_refused(create("slak_nano"), _saved(tmp_path, state), r"head\.fc\.weight_orig has shape")
         assert f"{tuple(weight.shape)} but head.fc.weight_mask has {tuple(shape)}" in message
 
 
 @pytest.mark.parametrize("names", [("model",), ("model", "state_dict")])
-def test_entries_that_hold_themselves(names: tuple[str, ...], tmp_path: Path) -> None:
+def test_recursive_entries(names: tuple[str, ...], tmp_path: Path) -> None:
     content: dict[str, Any] = {}
     inner = content
     for name in names[1:]:
         inner = inner.setdefault(name, {})
     inner[names[0]] = content
-    _refused(create("slak_nano"), _saved(tmp_path, content), "holds entries within entries, more than 8 deep")
+    assert_refused(create("slak_nano"), _saved(tmp_path, content), "holds entries within entries, more than 8 deep")
 
 
 @pytest.mark.parametrize("layout", ["native", "official"])
@@ -141,7 +129,7 @@ def test_truncated(layout: Any, kept: float, tmp_path: Path) -> None:
     path = tmp_path / ("whole.safetensors" if layout == "native" else "whole.pth")
     content = widekernel.save_checkpoint(alive("slak_nano"), path, layout=layout).read_bytes()
     path.write_bytes(content[: kept if isinstance(kept, int) else int(kept * len(content))])
-    _refused(create("slak_nano"), path, "is damaged, cut off or not a")
+    assert_refused(create("slak_nano"), path, "is damaged, cut off or not a")
 
 
 @pytest.mark.parametrize(
@@ -159,8 +147,8 @@ def test_truncated(layout: Any, kept: float, tmp_path: Path) -> None:
     ],
     ids=["tensor", "list", "nothing", "no_weights", "empty_model", "foreign"],
 )
-def test_no_network_in_it(content: Any, message: str, tmp_path: Path) -> None:
-    _refused(create("slak_nano"), _saved(tmp_path, content), message)
+def test_file_without_a_network(content: Any, message: str, tmp_path: Path) -> None:
+    assert_refused(create("slak_nano"), _saved(tmp_path, content), message)
 
 
 # ---- Pickles that run code
@@ -178,7 +166,7 @@ class _Custom:
     pass
 
 
-# Objects beside the weights are loaded as nothing: see test_wild_checkpoints.py.
+# Objects beside the weights are replaced by placeholders: see test_safe_reading.py.
 @pytest.mark.parametrize(
     ("where", "kind"),
     [
@@ -203,7 +191,7 @@ def test_nothing_in_a_file_is_executed(kind: str, where: str, tmp_path: Path) ->
         path.write_bytes(pickle.dumps(attack, protocol=2))
     else:
         torch.save({"model": state, "args": attack} if where == "entry" else {"model": {**state, "x": attack}}, path)
-    message = _refused(
+    message = assert_refused(
         create("slak_nano"), path, "holds more than tensors and could run code when loaded; it was not opened"
     )
     assert "torch.save(model.state_dict(), path)" in message
@@ -214,7 +202,7 @@ def test_nothing_in_a_file_is_executed(kind: str, where: str, tmp_path: Path) ->
 def test_pickles_of_newer_protocols_are_not_executed_either(tmp_path: Path) -> None:
     path = tmp_path / "file.pth"
     path.write_bytes(pickle.dumps(_Attack(os.system, f"touch {tmp_path / 'executed'}"), protocol=4))
-    _refused(create("slak_nano"), path, "not a checkpoint .*nothing in it was run")
+    assert_refused(create("slak_nano"), path, "not a checkpoint .*nothing in it was run")
     assert not (tmp_path / "executed").exists()
 
 
@@ -229,7 +217,9 @@ def test_another_family(name: str, file: str, tmp_path: Path) -> None:
     if file == name:
         assert widekernel.load_checkpoint(model, path).layout == "native"
         return
-    message = _refused(model, path, "does not fit: the checkpoint holds .*, but the model is a .*create the matching model")
+    message = assert_refused(
+        model, path, "does not fit: the checkpoint holds .*, but the model is a .*create the matching model"
+    )
     theirs, ours = message.split(", but the model is ")
     assert theirs.endswith(FAMILY[file])
     assert f"{FAMILY[name]})" in ours
@@ -240,7 +230,7 @@ def test_another_family_in_its_official_layout(file: str, tmp_path: Path) -> Non
     path = widekernel.save_checkpoint(create(file), tmp_path / "a.pth", layout="official")
     for name in NANO:
         if name != file and (file, name) != ("slak_nano", "slak_reg_nano"):
-            message = _refused(create(name), path, f"the checkpoint holds {FAMILY[file]}, but the model is a ")
+            message = assert_refused(create(name), path, f"the checkpoint holds {FAMILY[file]}, but the model is a ")
             assert f"{FAMILY[name]})" in message
 
 
@@ -250,15 +240,15 @@ def test_folded_and_training_form(name: str, tmp_path: Path) -> None:
     folded = widekernel.fold(model)
     of_training = widekernel.save_checkpoint(model, tmp_path / "training.safetensors")
     of_folded = widekernel.save_checkpoint(folded, tmp_path / "folded.safetensors")
-    _refused(model, of_folded, r"holds a folded .*, but the model is a .*: fold the model before loading this file")
-    _refused(folded, of_training, r"the model is a \w+ \(a folded .*: load the weights before folding the model")
+    assert_refused(model, of_folded, r"holds a folded .*, but the model is a .*: fold the model before loading this file")
+    assert_refused(folded, of_training, r"the model is a \w+ \(a folded .*: load the weights before folding the model")
     with pytest.raises(CheckpointError, match="is folded and has no place in an official layout: save with layout='native'"):
         widekernel.save_checkpoint(folded, tmp_path / "folded.pth", layout="official")
 
 
-def test_folded_steps_of_the_road_are_named_key_by_key(tmp_path: Path) -> None:
+def test_keys_of_folded_roadmap_networks_are_named(tmp_path: Path) -> None:
     path = widekernel.save_checkpoint(widekernel.fold(alive("roadmap_nano")), tmp_path / "folded.safetensors")
-    message = _refused(create("roadmap_nano"), path, "does not fit the Roadmap; nothing was loaded")
+    message = assert_refused(create("roadmap_nano"), path, "does not fit the Roadmap; nothing was loaded")
     assert message.count("gamma: the file holds no such weight") == 5
 
 
@@ -268,14 +258,14 @@ def test_folded_steps_of_the_road_are_named_key_by_key(tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", ["native", "official"])
 def test_missing_and_unexpected_keys_and_shapes_are_all_named(layout: str, tmp_path: Path) -> None:
     model = create("slak_nano")
-    state = dict(model.state_dict()) if layout == "native" else _official("slak_nano", tmp_path)
+    state = dict(model.state_dict()) if layout == "native" else state_of(create("slak_nano"), tmp_path, "official")
     missing = [key for key in state if key.endswith("pwconv1.weight" if layout == "official" else "mlp.fc1.weight")]
     wrong = next(key for key in state if key.endswith("gamma"))
     for key in missing:
         del state[key]
     state[wrong] = torch.ones(3)
     state["stages.0.surplus"] = torch.ones(1)
-    message = _refused(model, _saved(tmp_path, {"model": state}), "does not fit the SLaK; nothing was loaded")
+    message = assert_refused(model, _saved(tmp_path, {"model": state}), "does not fit the SLaK; nothing was loaded")
     lines = [line.strip() for line in message.splitlines()[1:]]
     assert f"{wrong} has shape (3,) but the network's is (16,)" in lines
     assert "stages.0.surplus: the network has no such weight" in lines
@@ -302,27 +292,27 @@ def test_missing_and_unexpected_keys_and_shapes_are_all_named(layout: str, tmp_p
 def test_other_architectures_of_one_family(name: str, arguments: dict[str, Any], layout: Any, tmp_path: Path) -> None:
     path = tmp_path / ("a.safetensors" if layout == "native" else "a.pth")
     widekernel.save_checkpoint(create(name, **arguments), path, layout=layout)
-    _refused(create(name), path, r"nothing was loaded:\n  ")
+    assert_refused(create(name), path, r"nothing was loaded:\n  ")
 
 
-def test_heads_of_other_widths_are_an_error_not_another_number_of_classes(tmp_path: Path) -> None:
+def test_classifiers_of_another_width_are_an_error(tmp_path: Path) -> None:
     state = dict(create("slak_nano").state_dict())
     state["head.fc.weight"] = torch.ones(1000, 64)
-    _refused(create("slak_nano"), _saved(tmp_path, state), r"head\.fc\.weight has shape \(1000, 64\)")
+    assert_refused(create("slak_nano"), _saved(tmp_path, state), r"head\.fc\.weight has shape \(1000, 64\)")
 
 
 def test_no_averaged_weights(tmp_path: Path) -> None:
     state = create("slak_nano").state_dict()
     for content in ({"model": state, "epoch": 3}, {"model": state, "model_ema": None}, state):
         path = _saved(tmp_path, content)
-        _refused(create("slak_nano"), path, r"holds no averaged \(EMA\) weights.*load weights='model'", weights="ema")
+        assert_refused(create("slak_nano"), path, r"holds no averaged \(EMA\) weights.*load weights='model'", weights="ema")
     save_file(state, tmp_path / "a.safetensors")
-    _refused(create("slak_nano"), tmp_path / "a.safetensors", "holds one set of weights", weights="ema")
+    assert_refused(create("slak_nano"), tmp_path / "a.safetensors", "holds one set of weights", weights="ema")
 
 
 def test_unknown_choice_of_weights(tmp_path: Path) -> None:
     path = _saved(tmp_path, create("slak_nano").state_dict())
-    _refused(create("slak_nano"), path, "weights='best' is unknown: it must be 'model' or 'ema'", weights="best")
+    assert_refused(create("slak_nano"), path, "weights='best' is unknown: it must be 'model' or 'ema'", weights="best")
 
 
 # ---- Writing
@@ -344,7 +334,7 @@ def test_suffixes_and_layouts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("suffix", "layout"), [(".safetensors", "native"), (".pth", "official")])
-def test_where_nothing_can_be_written(suffix: str, layout: Any, tmp_path: Path) -> None:
+def test_unwritable_paths(suffix: str, layout: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     (tmp_path / f"folder{suffix}").mkdir()
     for path in (tmp_path / "file" / f"a{suffix}", tmp_path / "file" / "b" / f"a{suffix}", tmp_path / f"folder{suffix}"):
@@ -366,7 +356,7 @@ def test_an_interrupted_write_leaves_the_old_file(
         Path(file).write_bytes(before[: len(before) // 2])
         raise error
 
-    monkeypatch.setattr(checkpoint, "save_file", half)
+    monkeypatch.setattr(saving, "save_file", half)
     monkeypatch.setattr(torch, "save", half)
     expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else CheckpointError
     with pytest.raises(expected):

@@ -1,4 +1,4 @@
-"""Feature extractors that hand out some maps only: what they still need, of images and of parameters."""
+"""Feature extractors that return only some maps: which image sizes and parameters they still need."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import nn
 from tests.models.zoo import NANO, alive, create, images
 from widekernel.errors import ShapeError
 
-# Of those whose stride grows from stage to stage.
+# The networks whose stride grows from stage to stage.
 STAGED = [name for name in NANO if name != "convnext_isotropic_nano"]
 
 
 @pytest.mark.parametrize("name", STAGED)
-def test_smaller_images_do_where_later_stages_are_gone(name: str) -> None:
+def test_shortened_extractors_take_smaller_images(name: str) -> None:
     extractor = create(name, features_only=True, out_indices=(0, 1)).eval()
     with torch.no_grad():
         assert [tuple(feature.shape[2:]) for feature in extractor(images(16))] == [(4, 4), (2, 2)]
@@ -27,7 +27,7 @@ def test_smaller_images_do_where_later_stages_are_gone(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", STAGED)
-def test_the_maps_of_small_images_are_those_of_the_whole_network(name: str) -> None:
+def test_maps_of_small_images_are_those_of_the_whole_network(name: str) -> None:
     model = alive(name)
     extractor = create(name, features_only=True, out_indices=(0, 1)).eval()
     extractor.model.load_state_dict(model.state_dict(), strict=False)
