@@ -68,7 +68,7 @@ test-clients: $(VENV)/.clients
 	$(BIN)/python -m pytest -m 'clients and not full' tests
 
 # Out-of-bounds accesses show only where every tensor is an allocation of its own. Races, slow to look for, in fewer tests.
-CHECKED := tests/ops/gpu/test_operator.py tests/ops/gpu/test_kernels.py -m interpreted
+CHECKED := tests/ops/gpu/test_operator_values.py tests/ops/gpu/test_kernels.py -m interpreted
 MEMCHECK = $(CHECKED) -k 'values_and_gradients or their_gradients or stored or any_strides or wider-than-a-block'
 RACECHECK = $(CHECKED) -k 'test_values_and_gradients or test_branches_and_their_gradients'
 SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --report-api-errors no --tool

@@ -1,7 +1,7 @@
-"""Speed of layers of which half is pruned: the masked folded layer and the compacted one, timed in turn.
+"""Speed of half-pruned layers: the masked folded layer and the compacted one, timed alternately.
 
-Run `OMP_WAIT_POLICY=passive python benchmarks/compact.py --write`. It takes about four minutes. It stops without a report if
-an output differs by more than 1e-6 of the largest one.
+Run it with `OMP_WAIT_POLICY=passive python benchmarks/compact.py --write`. It takes about four minutes and reports nothing
+if an output differs by more than 1e-6 of the largest one.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from widekernel import fold
+from widekernel.bench.machine import cpu_model
 from widekernel.layers import FoldedLargeKernel, LargeKernel, PartialChannels, Rectangles, ShiftTiles
 from widekernel.layers.partial import seeded_selection
 from widekernel.transforms.compaction import CostModel, compact
@@ -27,28 +28,29 @@ TOLERANCE = 1e-6
 TARGET = 0.8
 LOAD = os.getloadavg()[0]
 NOTES = """
-Half of the kernels of one layer are set to zero. The layer is folded, and a copy of it is folded and compacted. Both run on
-the same images in turn. Times are medians.
+Half of the kernels of a layer are set to zero. The masked layer is folded, its copy is folded and compacted, and both run
+on the same images in turns. Times are medians.
 
-- "dense / non-zero": the ratio of multiply-accumulates that the mask allows. "dense / realised": the ratio that is reached.
-  "of the MAC ratio": the speed-up divided by the latter.
-- "inside": the ratio of the multiply-accumulates whose tap lies on a pixel of the image. PyTorch's convolution skips
-  padding. Of a strip as long as the image, the outer taps lie on padding for most pixels, so half of the strip is less than
-  half of the work. "of it": the speed-up divided by that ratio.
+- "dense / non-zero": the reduction that the mask promises. "dense / realized": the reduction of what is executed. Both count
+  multiply-accumulates (MACs). "of the MAC ratio": the speed-up divided by the latter.
+- "inside": the ratio of those multiply-accumulates whose tap lies on a pixel of the image. PyTorch's convolution skips
+  padding. The outer taps of a strip that is as long as the image lie on padding for most pixels, so that half of the strip
+  is less than half of the work. "of it": the speed-up divided by this ratio.
 - "plain": all channels are computed, in smaller rectangles where possible. A ratio of 1 means that nothing was removed.
 """
 WHY = """
-Reasons why the target is missed or nothing is removed:
+Why the target is missed, or nothing is removed:
 
 - *Few pixels on two threads.* Gathering channels and writing them back takes two more operators, and every operator wakes a
-  sleeping thread. The smaller the feature maps, the larger this share, and then the prices keep the plain layer. The section
-  with two threads uses the default prices of `compact`, the one with one thread `CostModel.one_thread()`.
+  sleeping thread. Their share grows as images get smaller, until the cost model keeps the plain layer. The part of this page
+  with two threads uses the default costs of `compact`, the part with one thread `CostModel.one_thread()`.
 - *Strips, outer half.* See "inside": less work is removed than the multiply-accumulates suggest.
-- *Branches at random* make four kinds of channels (both strips, one, the other, the small square or none). Each kind needs
-  calls of its own on some of the channels, which are gathered and written back although most of them are alive. The prices
-  are an estimate, and some of the groups that they accept gain nothing.
-- *Tiles at random in Shift-wise* with 4 groups and 2 paths: eight tiles are added up in every slot of a strip, and in only
-  one of 256 slots all are dead. Hardly any tap of the folded kernel is zero, and nothing is saved. Prune whole channels.
+- *Random branches* make four kinds of channels (both strips, one, the other, the small square or none). Each kind needs
+  calls of its own on some of the channels, which are gathered and written back although most of them are alive. The costs
+  are estimates, and some of the groups that they accept gain nothing.
+- *Random tiles in Shift-wise* with 4 groups and 2 paths: eight tiles are added up in every slot of a strip, and all of them
+  are dead in one slot of 256. Almost no tap of the folded kernel is zero, and nothing is saved. Only removing whole channels
+  helps.
 - Layers that are the same before and after ("plain" with a ratio of 1) show how much two measurements differ.
 """
 
@@ -92,7 +94,7 @@ def shiftwise(channels: int, kernel_size: int, groups: int = 4) -> PartialChanne
 
 
 def kernels_of(layer: nn.Module) -> list[tuple[nn.Parameter, int]]:
-    """List the trained kernels of a layer, each with the number of its kernels per channel."""
+    """Return the trained kernels of a layer, each with its number of kernels per channel."""
     inner = layer.layer if isinstance(layer, PartialChannels) else layer
     channels = inner.source.channels
     return [(p, p.shape[0] // channels) for p in inner.source.parameters() if p.dim() == 4]
@@ -171,7 +173,7 @@ def measure(
 
 
 def inside_macs(layer: nn.Module, size: int) -> int:
-    """Count the multiply-accumulates for one image whose tap does not lie on padding."""
+    """Count the multiply-accumulates of one image whose tap does not lie on padding."""
     total = 0
     for module in layer.modules():
         if isinstance(module, FoldedLargeKernel):
@@ -208,11 +210,8 @@ def cases(batches: list[int]) -> list[tuple]:
 
 
 def environment(threads: int) -> dict[str, str]:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return {
-        "CPU": f"{names[0] if names else platform.processor()}, {torch.backends.cpu.get_cpu_capability()}",
+        "CPU": f"{cpu_model()}, {torch.backends.cpu.get_cpu_capability()}",
         "threads": str(threads),
         "PyTorch": torch.__version__,
         "Python": platform.python_version(),
@@ -231,7 +230,7 @@ def line(row: dict) -> str:
 
 
 def table(rows: list[dict]) -> str:
-    head = ("layer", "image", "pruned", "form", "dense / non-zero", "dense / realised", "masked, ms", "compacted, ms")
+    head = ("layer", "image", "pruned", "form", "dense / non-zero", "dense / realized", "masked, ms", "compacted, ms")
     head = (*head, "speed-up", "of the MAC ratio", "inside", "of it", "error")
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for r in rows:
@@ -243,7 +242,7 @@ def table(rows: list[dict]) -> str:
 
 
 def summary(rows: list[dict]) -> str:
-    """Count the cases that reach the target and those in which nothing was removed, for every kind of pruning."""
+    """Count, for each kind of pruning, the cases that reach the target and those in which nothing was removed."""
     lines = []
     for how in dict.fromkeys(row["pruned"] for row in rows):
         of = [row for row in rows if row["pruned"] == how]

@@ -1,9 +1,9 @@
-"""Write the table of configurations that the package ships, for the layers of the networks it is about.
+"""Write the tuning table that the package ships, for the layers of RepLKNet and SLaK.
 
     python -m benchmarks.gpu_configurations
 
-Needs no GPU: takes the configuration that the cost model ranks first among those that compile without spilling registers,
-for each of the architectures. Entries measured on a GPU (`widekernel tune --table`) take their place and are kept.
+Needs no GPU: for each architecture, the configuration that the cost model ranks first among those that compile without
+spilling registers is chosen. Entries measured on a GPU (`widekernel tune --table`) take precedence and are kept.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import torch
 from rich.progress import track
 from tests.ops.gpu.compiling import CHIPS, Job, compile_job
 
-from widekernel.ops.gpu.configs import Config
-from widekernel.ops.gpu.plan import ranked
-from widekernel.ops.gpu.tables import SHIPPED, key_of, read, write
+from widekernel.ops.gpu.config_choice import ranked_configs
+from widekernel.ops.gpu.kernel_configs import KernelConfig
+from widekernel.ops.gpu.tuning_tables import SHIPPED, read, table_key, write
 from widekernel.ops.problem import DEPTHWISE_BRANCHES, DEPTHWISE_SUM, DEPTHWISE_WEIGHT_GRAD, Problem
 
 BATCH = 64
@@ -38,7 +38,7 @@ def problem(op: str, channels: int, extent: int, *kernels: Size) -> Problem:
 
 
 def problems() -> Iterator[Problem]:
-    """Yield what one training step and one folded forward pass of the networks ask for."""
+    """Yield the problems of a training step and of a folded forward pass of the networks."""
     for channels, extent, k in REPLKNET:
         yield problem(DEPTHWISE_SUM, channels, extent, (k, k))
         yield problem(DEPTHWISE_BRANCHES, channels, extent, (k, k), (5, 5))
@@ -50,8 +50,8 @@ def problems() -> Iterator[Problem]:
             yield problem(DEPTHWISE_WEIGHT_GRAD, channels, extent, kernel)
 
 
-def screened(asked: Problem, chip: str) -> Config | None:
-    for config in ranked(asked, CHIPS[chip])[:MOST_TRIED]:
+def screened(asked: Problem, chip: str) -> KernelConfig | None:
+    for config in ranked_configs(asked, CHIPS[chip])[:MOST_TRIED]:
         compiled = compile_job(Job(asked, config, chip))
         if all(kernel.stack == 0 and kernel.shared <= CHIPS[chip].shared_bytes for kernel in compiled):
             return config
@@ -64,11 +64,11 @@ def main() -> None:
     for asked, chip in track(jobs, "compiling"):
         config = screened(asked, chip)
         for dtype in (torch.bfloat16, torch.float16):
-            key = key_of(replace(asked, dtype=dtype))
+            key = table_key(replace(asked, dtype=dtype))
             entries = gpus.setdefault(chip, {})
             measured = entries.get(key, {}).get("us") is not None
             if config is not None and not measured:
-                entries[key] = {"config": config.entry(), "us": None, "pytorch_us": None}
+                entries[key] = {"config": config.to_entry(), "us": None, "pytorch_us": None}
     write(SHIPPED, gpus)
 
 

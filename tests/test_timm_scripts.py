@@ -1,4 +1,4 @@
-"""`python -m widekernel.timm SCRIPT`: scripts that make networks by name, in their own process and in those they start."""
+"""`python -m widekernel.timm SCRIPT`: scripts that create networks by name, in their own process and in new ones."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ if __name__ == "__main__":
     print(json.dumps(facts))
     sys.exit(7)
 '''
-OURS = {"main", "Path", "os", "io"}
+NAMES_OF_THE_MODULE = {"main", "Path", "os", "io"}
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -67,11 +67,11 @@ def test_a_script_and_a_process_that_it_starts(folder: Path, method: str) -> Non
     assert facts["argv"] == arguments and facts["name"] == "__main__"
     assert facts["file"] == str(folder / "code" / "train.py") and facts["path"] == str((folder / "code").resolve())
     assert facts["doc"] == "A script of somebody else's." and facts["beside"] == "a module beside the script"
-    assert not OURS & set(facts["names"]), "nothing of ours stands in the script's namespace"
+    assert not NAMES_OF_THE_MODULE & set(facts["names"]), "the script must not see names of this module"
     assert facts["known"] and facts["child"] == ["__mp_main__", True, arguments]
 
 
-def test_an_error_of_the_script_is_its_own(folder: Path) -> None:
+def test_errors_of_the_script_are_unchanged(folder: Path) -> None:
     (folder / "bad.py").write_text("import timm\nprint('begun')\nraise KeyError('of the script')\n")
     done = run(folder, "bad.py")
     assert done.returncode == 1 and done.stdout == "begun\n"
@@ -86,7 +86,7 @@ def test_an_error_of_the_script_is_its_own(folder: Path) -> None:
         (["--model", "slak_tiny"], "SCRIPT is '--model', but this command has no options"),
     ],
 )
-def test_what_is_no_script(folder: Path, capsys, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str) -> None:
+def test_invalid_scripts(folder: Path, capsys, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str) -> None:
     monkeypatch.chdir(folder)
     before, environment = list(sys.argv), dict(os.environ)
     assert main(arguments, {}) == 2

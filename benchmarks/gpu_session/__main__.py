@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-if sys.version_info < (3, 10):  # noqa: UP036 - machines have what they have
-    sys.exit("widekernel needs Python 3.10 or newer, and this is %d.%d: name another" % sys.version_info[:2])  # noqa: UP031
+if sys.version_info < (3, 10):  # noqa: UP036 - the Python of the machine may be older
+    sys.exit("widekernel needs Python 3.10 or newer, and this is %d.%d: run it with another one" % sys.version_info[:2])  # noqa: UP031
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 

@@ -1,9 +1,9 @@
-"""Fill a folder with the wheels that a Python on a machine without a network may lack: what `make offline-bundle` does.
+"""Download the wheels that a Python on a machine without a network may lack: the program behind `make offline-bundle`.
 
     python -m benchmarks.gpu_session.bundle FOLDER [--python 3.12] [--platform x86_64] [--given torch==2.11.0 …]
 
-What is given stays out, with everything that comes with it. pip resolves for that Python and those versions, and
-fetches. Needs a network, pip 23.3 or newer and `packaging`.
+Packages that are given are left out, with all their dependencies. pip resolves for that Python and those versions, and
+downloads. Needs a network, pip 23.3 or newer and `packaging`.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 GIVEN = ("torch==2.11.0", "torchvision==0.26.0", "triton==3.6.0", "numpy==2.5.*")
-# For `make test-gpu OFFLINE=1`; the others of the development group check text.
+# For `make test-gpu OFFLINE=1`; the other packages of the development group check source code.
 ALSO = ("pytest", "pytest-timeout", "pytest-xdist", "hypothesis")
 LARGEST = 60 * 2**20
-"""Bytes of the whole folder."""
-# pip compares these literally: of each system library that manylinux wheels are built for, down to the oldest.
+"""Largest size of the folder, in bytes."""
+# pip compares these literally: every version of the C library that manylinux wheels are built for, down to the oldest.
 _GLIBC = (*range(40, 16, -1), 12, 5)
 
 
 def platforms(machine: str) -> list[str]:
-    """Name the platforms whose wheels run on Linux on such a machine, the newest first."""
+    """Return the platforms whose wheels run on Linux on such a machine, the newest first."""
     older = {17: "manylinux2014", 12: "manylinux2010", 5: "manylinux1"}
     names = [
         [f"manylinux_2_{minor}_{machine}", *([f"{older[minor]}_{machine}"] if minor in older else [])] for minor in _GLIBC
@@ -41,7 +41,7 @@ def platforms(machine: str) -> list[str]:
 
 
 def ours(also: Sequence[str] = ALSO) -> list[str]:
-    """Give what our package depends on, and those of its development group that `also` names."""
+    """Return the dependencies of our package, and those of its development group that `also` names."""
     text = (ROOT / "pyproject.toml").read_text()
     core = re.search(r"^dependencies = \[(.*?)^\]", text, re.MULTILINE | re.DOTALL)
     dev = re.search(r"^dev = \[(.*?)^\]", text, re.MULTILINE | re.DOTALL)
@@ -52,12 +52,12 @@ def ours(also: Sequence[str] = ALSO) -> list[str]:
 
 
 def wanted(report: Mapping[str, Any], roots: Sequence[str], given: Sequence[str]) -> list[str]:
-    """Give NAME==VERSION of what the roots need, without what is given and all that comes with it.
+    """Return NAME==VERSION for all that the roots need, without the given packages and their dependencies.
 
     Args:
-        report: pip's, of an installation for the other Python.
+        report: pip's report of an installation for the other Python.
         roots: requirements.
-        given: requirements of what is there already.
+        given: requirements that are already installed there.
     """
     found = {canonicalize_name(item["metadata"]["name"]): item["metadata"] for item in report["install"]}
     environment = {key: str(value) for key, value in report["environment"].items()}
@@ -69,7 +69,7 @@ def wanted(report: Mapping[str, Any], roots: Sequence[str], given: Sequence[str]
 def _reached(
     found: Mapping[str, Any], environment: Mapping[str, str], lines: Sequence[str], there: frozenset[str]
 ) -> set[str]:
-    """Give the names of what requirements lead to, without those that are there and what only they lead to."""
+    """Return the names of all packages that requirements lead to, without following those in `there`."""
 
     def needs(lines: Sequence[str], extras: frozenset[str]) -> Iterator[tuple[str, frozenset[str]]]:
         for requirement in map(Requirement, lines):
@@ -100,7 +100,7 @@ def pip(*arguments: str) -> None:
 
 
 def fill(folder: Path, python: str, machine: str, given: Sequence[str]) -> int:
-    """Fill a folder, and give its size in bytes."""
+    """Fill a folder with wheels; return its size in bytes."""
     target = ["--only-binary=:all:", "--implementation", "cp", "--python-version", python]
     target += [part for name in platforms(machine) for part in ("--platform", name)]
     folder.mkdir(parents=True, exist_ok=True)
@@ -116,17 +116,17 @@ def fill(folder: Path, python: str, machine: str, given: Sequence[str]) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Fill the folder and say what it holds."""
+    """Fill the folder and print what it holds."""
     parser = argparse.ArgumentParser(prog="bundle", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--python", default="3.12", help="version of the other Python; default 3.12")
+    parser.add_argument("--python", default="3.12", help="version of the Python on the other machine; default 3.12")
     parser.add_argument("--platform", default="x86_64", help="its processor: x86_64 (the default) or aarch64")
-    parser.add_argument("--given", nargs="*", default=list(GIVEN), help=f"what is there; default {' '.join(GIVEN)}")
+    parser.add_argument("--given", nargs="*", default=list(GIVEN), help=f"packages that it has; default {' '.join(GIVEN)}")
     options = parser.parse_args(arguments)
     size = fill(options.folder, options.python, options.platform, options.given)
     print(f"{options.folder}: {len(list(options.folder.glob('*.whl')))} wheels, {size / 2**20:.1f} MB")
     if size > LARGEST:
-        print(f"error: that is more than {LARGEST / 2**20:.0f} MB: name more with --given", file=sys.stderr)
+        print(f"error: that is more than {LARGEST / 2**20:.0f} MB: name more packages with --given", file=sys.stderr)
         return 1
     return 0
 

@@ -1,4 +1,4 @@
-"""One job: computed on the GPU, compared with float64, and a row made of it."""
+"""A single job: compute it on the GPU, compare it with float64, and return a row."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from benchmarks.gpu_session.problems import Job
 from torch import Tensor
 
 from widekernel.errors import in_short
-from widekernel.ops.gpu.baselines import Numbers, compared, exact, our_call, poison
-from widekernel.ops.gpu.configs import Chip
+from widekernel.ops.gpu.baselines import Inputs, compared_outputs, exact_outputs, fill_free_memory_with_nan, kernel_call
+from widekernel.ops.gpu.kernel_configs import Chip
 from widekernel.ops.gpu.launch import PreparedSum
 from widekernel.ops.gpu.tuning import TF32_TOLERANCE, TOLERANCE
 from widekernel.ops.problem import DEPTHWISE_SUM
@@ -36,7 +36,7 @@ RIGHT = "right"
 
 
 def row_of(job: Job) -> dict[str, Any]:
-    """Give what is known of a job before it runs."""
+    """Return the fields of a row that are known before the job runs."""
     problem = job.problem
     return {
         "layer": job.layer,
@@ -53,8 +53,8 @@ def row_of(job: Job) -> dict[str, Any]:
 
 @torch.no_grad()
 def run(job: Job, device: torch.device, chip: Chip) -> dict[str, Any]:
-    """Compute and compare; seconds include compiling. Whatever goes wrong becomes the verdict."""
-    row, begun = row_of(job), time.perf_counter()
+    """Compute and compare; return the row. Its seconds include compiling, and an error becomes its verdict."""
+    row, started = row_of(job), time.perf_counter()
     try:
         error = _error(job, device, chip)
         row["error"] = error
@@ -62,28 +62,28 @@ def run(job: Job, device: torch.device, chip: Chip) -> dict[str, Any]:
         row["verdict"] = RIGHT if error <= row["limit"] else "WRONG: differs from float64 by more than the limit"
     except Exception as raised:
         row["verdict"] = f"FAILED: {in_short(raised)}"
-    row["seconds"] = round(time.perf_counter() - begun, 2)
+    row["seconds"] = round(time.perf_counter() - started, 2)
     return row
 
 
 def _error(job: Job, device: torch.device, chip: Chip) -> float:
     problem = job.problem
-    numbers = Numbers.drawn(problem, device)
-    wanted = exact(problem, numbers)
-    call = our_call(problem, job.config, chip, numbers.with_few_gradients())
-    poison(problem, device)
-    errors = [relative_error(y, e) for y, e in zip(compared(problem, call()), wanted, strict=True)]
+    inputs = Inputs.random(problem, device)
+    wanted = exact_outputs(problem, inputs)
+    call = kernel_call(problem, job.config, chip, inputs.with_compared_gradients())
+    fill_free_memory_with_nan(problem, device)
+    errors = [relative_error(y, e) for y, e in zip(compared_outputs(problem, call()), wanted, strict=True)]
     if problem.op == DEPTHWISE_SUM:
-        errors.append(_epilogue_error(job, chip, numbers, wanted[0]))
+        errors.append(_epilogue_error(job, chip, inputs, wanted[0]))
     return max(errors, key=lambda error: math.inf if math.isnan(error) else error)
 
 
-def _epilogue_error(job: Job, chip: Chip, numbers: Numbers, wanted: Tensor) -> float:
-    """The same with a scale, a bias and a rectifier, which are applied before anything is stored."""
-    channels, like = job.problem.shape[1], numbers.xs[0]
+def _epilogue_error(job: Job, chip: Chip, inputs: Inputs, wanted: Tensor) -> float:
+    """Return the error with a scale, a bias and a ReLU, which are applied before the result is stored."""
+    channels, like = job.problem.shape[1], inputs.xs[0]
     scale = torch.linspace(0.5, 1.5, channels, dtype=torch.float32).to(like.device)
     bias = torch.linspace(-1, 1, channels, dtype=torch.float32).to(like.device)
     prepared = PreparedSum(job.problem, job.config, chip)
-    got = prepared(like, numbers.kernels, job.problem.anchors, bias, scale, True)
+    got = prepared(like, inputs.kernels, job.problem.anchors, bias, scale, True)
     affine = scale.double().view(-1, 1, 1) * wanted + bias.double().view(-1, 1, 1)
-    return relative_error(compared(job.problem, got)[0], affine.relu())
+    return relative_error(compared_outputs(job.problem, got)[0], affine.relu())

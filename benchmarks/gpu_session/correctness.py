@@ -1,9 +1,9 @@
-"""Every kernel, compiled, against float64: several processes at a time, because nearly all of the time is the compiler's.
+"""Checks every compiled kernel against float64, in several processes, because compiling takes nearly all of the time.
 
     python3 -m benchmarks.gpu_session.correctness --csv FILE [--until SECONDS] [--workers 12] [--small]
 
-A row is written as soon as it is there. A job that hangs, or that leaves its process without a GPU, costs that job alone:
-its process is replaced. Nothing is imported here before these processes have been started, because all import the same.
+Every row is written at once. A job that hangs, or that makes its process lose the GPU, affects no other job: its process is
+replaced. Heavy imports wait until the processes have been started, because all of them import the same modules.
 """
 
 from __future__ import annotations
@@ -28,34 +28,34 @@ if TYPE_CHECKING:
     from benchmarks.gpu_session.problems import Job
 
 LONGEST_JOB = 60.0
-"""Seconds after which a job counts as one that hangs."""
+"""Seconds after which a job is considered to hang."""
 MOST_WORKERS = 12
 ENDS = "ends"
-"""In the row of a job: whether its process takes no more jobs."""
+"""Key in the answer of a process: whether it accepts no more jobs."""
 
 
 def all_jobs(small: bool) -> list[Job]:
-    """List the jobs of this machine; the same in every process."""
+    """Return the jobs for this machine, which are the same in every process."""
     import torch
     from benchmarks.gpu_session.problems import jobs
 
-    from widekernel.ops.gpu import backend
+    from widekernel.ops.gpu import machine
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return jobs(device, backend.chip(), backend.device_name(), small)
+    return jobs(device, machine.chip(), machine.device_name(), small)
 
 
 def work(small: bool) -> int:
-    """Run the jobs whose numbers come in, a line each, and put out their rows; end when the device takes no more."""
+    """Read the numbers of jobs, one per line, run them and print their rows; end when the device accepts no more calls."""
     todo = all_jobs(small)
     import torch
     from benchmarks.gpu_session.check import run
 
-    from widekernel.ops.gpu import backend
+    from widekernel.ops.gpu import machine
 
     device = torch.device(todo[0].problem.device)
     for line in sys.stdin:
-        row = run(todo[int(line)], device, backend.chip())
+        row = run(todo[int(line)], device, machine.chip())
         healthy = _is_healthy(device)
         sys.stdout.write(json.dumps(row | {ENDS: not healthy}) + "\n")
         sys.stdout.flush()
@@ -65,7 +65,7 @@ def work(small: bool) -> int:
 
 
 def _is_healthy(device: torch.device) -> bool:
-    """Whether the device takes more work: a fault in a kernel spoils the process."""
+    """Return whether the device accepts more calls: after a fault in a kernel the process cannot use it."""
     import torch
 
     try:
@@ -85,7 +85,7 @@ class Worker:
         self._running()
 
     def ask(self, number: int, seconds: float) -> dict[str, Any] | str:
-        """Give the row of a job, or why there is none."""
+        """Return the row of a job, or why there is none."""
         try:
             process = self._running()
             assert process.stdin is not None
@@ -104,7 +104,7 @@ class Worker:
             return f"its process ended with code {code}"
         row = json.loads(answer)
         if row.pop(ENDS, False):
-            self.end()  # the next job gets a process of its own, and no blame
+            self.end()  # the next job gets a new process
         return row
 
     def end(self) -> None:
@@ -130,14 +130,14 @@ def _listen(process: subprocess.Popen[str], answers: queue.Queue[str]) -> None:
 
 
 class Run:
-    """Jobs dealt to workers, and a file of rows."""
+    """Distributes jobs to workers and writes their rows to a file."""
 
     def __init__(self, todo: Sequence[Job], target: Path, seconds: float) -> None:
         from benchmarks.gpu_session.check import COLUMNS
 
         self.todo, self.verdicts = todo, Counter()
         self.wrong: list[str] = []
-        self._until = time.monotonic() + seconds
+        self._deadline = time.monotonic() + seconds
         self._waiting = iter(range(len(todo)))
         self._lock = threading.Lock()
         self._file = target.open("w", encoding="utf-8", newline="")
@@ -145,7 +145,7 @@ class Run:
         self._writer.writeheader()
 
     def all(self, workers: Sequence[Worker]) -> None:
-        """Run until nothing waits or time is over."""
+        """Run jobs until none is left or the time is over."""
         threads = [threading.Thread(target=self._deal, args=(worker,), daemon=True) for worker in workers]
         for thread in threads:
             thread.start()
@@ -156,15 +156,15 @@ class Run:
     def _deal(self, worker: Worker) -> None:
         from benchmarks.gpu_session.check import row_of
 
-        while (left := self._until - time.monotonic()) > 0:
+        while (left := self._deadline - time.monotonic()) > 0:
             with self._lock:
                 number = next(self._waiting, None)
             if number is None:
                 break
             answer = worker.ask(number, min(left, LONGEST_JOB))
             if isinstance(answer, str):
-                if time.monotonic() >= self._until:
-                    break  # it was given less time than it may take
+                if time.monotonic() >= self._deadline:
+                    break  # it had less time than it may take
                 answer = row_of(self.todo[number]) | {"verdict": f"FAILED: {answer}"}
             self._note(answer)
         worker.end()
@@ -184,14 +184,14 @@ class Run:
 def main(
     arguments: Sequence[str], program: Sequence[str] = (sys.executable, "-m", "benchmarks.gpu_session.correctness")
 ) -> int:
-    """Run all jobs, or those that a parent process names; `program` starts this program again."""
+    """Run all jobs, or those that the parent process requests; `program` starts this program again."""
     parser = argparse.ArgumentParser(prog="correctness")
     parser.add_argument("--csv", type=Path)
-    until = "when to stop, in seconds since 1970: before they are imported, packages take their time"
+    until = "when to stop, in seconds since 1970, because imports take time too"
     parser.add_argument("--until", type=float, default=time.time() + 90, help=until)
     parser.add_argument("--workers", type=int, default=max(1, min(MOST_WORKERS, (os.cpu_count() or 2) - 1)))
     parser.add_argument("--small", action="store_true")
-    parser.add_argument("--work", action="store_true", help="run the jobs that come in on standard input")
+    parser.add_argument("--work", action="store_true", help="run the jobs whose numbers arrive on standard input")
     options = parser.parse_args(arguments)
     if options.work:
         return work(options.small)
@@ -201,7 +201,7 @@ def main(
     running = Run(todo, options.csv, options.until - time.time())
     running.all(workers)
     count, left = running.verdicts.total(), len(todo) - running.verdicts.total()
-    print(f"{running.verdicts['right']} of {count} right; {left} of {len(todo)} not checked, for want of time")
+    print(f"{running.verdicts['right']} of {count} right; {left} of {len(todo)} not checked for lack of time")
     if running.wrong:
         print(f"error: {len(running.wrong)} wrong or failed, the first: {running.wrong[0]}")
         return 1

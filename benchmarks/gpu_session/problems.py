@@ -1,4 +1,4 @@
-"""What is checked on a GPU: problems of the networks that count, in every type and pass, by every kernel that takes them."""
+"""The problems that are checked on a GPU: layers of networks, in every type and pass, by every kernel that can run them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from widekernel.ops.gpu.configs import Chip, Config
-from widekernel.ops.gpu.plan import plan, ranked
+from widekernel.ops.gpu.config_choice import choose_config, ranked_configs
+from widekernel.ops.gpu.kernel_configs import Chip, KernelConfig
 from widekernel.ops.problem import (
     DEPTHWISE_BRANCHES,
     DEPTHWISE_SUM,
@@ -19,7 +19,7 @@ from widekernel.ops.problem import (
 
 BATCH = 64
 TRIED = 8
-"""Configurations that tuning tries for a problem."""
+"""Number of configurations that tuning tries for a problem."""
 KINDS = {
     "bfloat16": (torch.bfloat16, False),
     "float16": (torch.float16, False),
@@ -38,7 +38,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer: images (N, C, H, W), the rectangles that are convolved with them, and whether its network is tuned."""
+    """A layer: images (N, C, H, W), the rectangles that they are convolved with, and whether its network is tuned."""
 
     name: str
     shape: tuple[int, int, int, int]
@@ -47,7 +47,7 @@ class Layer:
     tuned: bool = False
 
     def small(self) -> Layer:
-        """Give one of its kind that takes no time: a few images, channels and pixels, and kernels in proportion."""
+        """Return a tiny layer of the same kind: a few images, channels and pixels, and kernels in proportion."""
         _, _, height, width = self.shape
         sides = min(height, 9), min(width, 12)
         kernels = tuple((min(kh, 2 * sides[0] - 1), min(kw, 13)) for kh, kw in self.kernels)
@@ -59,7 +59,7 @@ def _square(name: str, channels: int, extent: int, *kernels: Size, last: bool = 
 
 
 def layers() -> list[Layer]:
-    """List the layers: those of the networks, and shapes at which block shapes do not come out even."""
+    """Return the layers: those of the networks, and shapes that are not multiples of block shapes."""
     found = []
     for stage, (channels, extent, size) in enumerate([(128, 56, 31), (256, 28, 29), (512, 14, 27), (1024, 7, 13)], 1):
         found.append(_square(f"replknet-{stage}", channels, extent, (size, size), (5, 5), tuned=True))
@@ -80,22 +80,22 @@ def layers() -> list[Layer]:
 
 @dataclass(frozen=True)
 class Job:
-    """A problem and the configuration that it is computed with."""
+    """A problem and the configuration to compute it with; `chosen` if it is the one in use."""
 
     layer: str
     kind: str
     problem: Problem
-    config: Config
+    config: KernelConfig
     chosen: bool
 
     @property
     def direction(self) -> str:
-        """The pass."""
+        """Name of the pass."""
         return PASSES[self.problem.op]
 
 
 def problems(layer: Layer, kind: str, device: str) -> Iterator[Problem]:
-    """Give those of a layer: folded, in training forward, and its gradients."""
+    """Yield the problems of a layer: folded, forward in training, and gradients."""
     dtype, tf32 = KINDS[kind]
     anchors = tuple((kh // 2, kw // 2) for kh, kw in layer.kernels)
 
@@ -113,7 +113,7 @@ def problems(layer: Layer, kind: str, device: str) -> Iterator[Problem]:
 
 
 def maximal(kernels: Sequence[Size]) -> list[int]:
-    """Number the rectangles that are left when a layer is folded: those that lie in another one are added into it."""
+    """Return the indices of the rectangles of the folded layer: those inside another one are added to it."""
     distinct = sorted({size: number for number, size in reversed(list(enumerate(kernels)))}.values())
     return [i for i in distinct if not any(i != j and _covers(kernels[j], kernels[i]) for j in distinct)]
 
@@ -123,16 +123,16 @@ def _covers(outer: Size, inner: Size) -> bool:
 
 
 def jobs(device: str, chip: Chip, name: str, small: bool = False) -> list[Job]:
-    """List all, what matters most first.
+    """Return all jobs, the most important first.
 
     First come the configurations in use, by type; then the best of every other kernel; then, in bfloat16, those that tuning
-    is going to try for the networks: it finds their programs compiled, by many processes here and not by its one.
+    will try for the networks: tuning has a single process, and finds them compiled by the many processes here.
 
     Args:
         device: "cuda", or "cpu" where kernels are interpreted.
         chip: the GPU.
         name: its full name.
-        small: problems of the same kinds that take no time.
+        small: use tiny problems of the same kinds.
     """
     used: list[Job] = []
     others: list[Job] = []
@@ -142,24 +142,24 @@ def jobs(device: str, chip: Chip, name: str, small: bool = False) -> list[Job]:
         for layer in layers():
             each = layer.small() if small else layer
             for problem in problems(each, kind, device):
-                configs = ranked(problem, chip)
+                configs = ranked_configs(problem, chip)
                 if not configs:
                     # Branches of small kernels on channels_last images are computed one by one.
                     continue
-                chosen = plan(problem, chip, name).config
+                chosen = choose_config(problem, chip, name).config
                 used.append(Job(layer.name, kind, problem, chosen, True))
-                seen.add(_form(problem, chosen))
+                seen.add(_kernel_of(problem, chosen))
                 fresh = [config for config in configs if config != chosen]
                 if kind == "bfloat16" and layer.tuned and not small:
                     promising += [(r, Job(layer.name, kind, problem, c, False)) for r, c in enumerate(fresh[: TRIED - 1])]
                 for config in fresh:
-                    if _form(problem, config) not in seen:
-                        seen.add(_form(problem, config))
+                    if _kernel_of(problem, config) not in seen:
+                        seen.add(_kernel_of(problem, config))
                         others.append(Job(layer.name, kind, problem, config, False))
     once = dict.fromkeys([*used, *others, *(job for _, job in sorted(promising, key=lambda pair: pair[0]))])
     return list(once)
 
 
-def _form(problem: Problem, config: Config) -> tuple:
-    """Tell kernels apart: what is another program, not another block shape."""
-    return problem.op, config.method, getattr(config, "turned", 0), getattr(config, "copied", 0)
+def _kernel_of(problem: Problem, config: KernelConfig) -> tuple:
+    """Return a key that differs for different programs, but not for different block shapes."""
+    return problem.op, config.method, getattr(config, "transposed", 0), getattr(config, "copied", 0)

@@ -1,4 +1,4 @@
-"""Whether anything can be measured here: the packages, the GPU, and what builds programs for it.
+"""Check whether this machine can measure anything: packages, GPU and compiler.
 
 python3 -m benchmarks.gpu_session.ready FACTS.json
 """
@@ -16,7 +16,7 @@ NEEDED = ("torch", "torchvision", "triton", "numpy", "timm", "jsonargparse", "ri
 
 
 def missing() -> list[str]:
-    """List the packages that cannot be imported, each with the reason."""
+    """Return the packages that cannot be imported, each with the reason."""
     found = []
     for name in NEEDED:
         try:
@@ -27,7 +27,7 @@ def missing() -> list[str]:
 
 
 def facts() -> dict[str, Any]:
-    """Describe the GPU and the versions in use."""
+    """Return facts about the GPU and the versions in use."""
     import numpy
     import timm
     import torch
@@ -52,7 +52,7 @@ def facts() -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> int:
-    """Write the facts, or say what is in the way."""
+    """Write the facts; print what is missing and return 2 if nothing can be measured."""
     lacking = missing()
     if lacking:
         print(f"error: this Python lacks {'; '.join(lacking)}. `make offline-bundle` fills a folder to give as --wheels.")
@@ -66,9 +66,9 @@ def main(arguments: list[str]) -> int:
             "where `nvidia-smi` lists a GPU, or rehearse with --rehearse."
         )
         return 2
-    from widekernel.ops.gpu.backend import machine_obstacles
+    from widekernel.ops.gpu import machine
 
-    obstacles = machine_obstacles("cuda")
+    obstacles = machine.obstacles("cuda")
     if obstacles:
         print(f"error: our kernels cannot run here: {'; '.join(obstacles)}")
         return 2

@@ -1,4 +1,4 @@
-"""What a session leaves: at most eight files in one folder, each of a size that travels."""
+"""The results of a session: at most eight files in one folder, each small enough to be copied easily."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ SUMMARY, LOG, CORRECTNESS, OPS, OPS_PAGE, TUNED, MODELS, MODELS_PAGE = FILES = (
     "models.md",
 )
 LARGEST = 16 * 2**20
-"""Bytes of a file."""
+"""Largest size of a file, in bytes."""
 LONGEST_LOG = LARGEST // 2
 
 
 class Record:
-    """The folder, and what is noted in it while the session goes on.
+    """The folder of the results, with a log and a summary that are kept up to date.
 
     Args:
-        folder: exists and can be written to.
-        facts: stand at the beginning of the summary; more may be added at any time.
-        screen: shows the output as well.
+        folder: exists and is writable.
+        facts: come first in the summary; more may be added at any time.
+        screen: stream that also receives the output; standard output by default.
     """
 
     def __init__(self, folder: Path, facts: dict[str, Any], screen: TextIO | None = None) -> None:
@@ -44,26 +44,26 @@ class Record:
         self._before = {path.name for path in folder.iterdir()}
         self._log = (folder / LOG).open("wb")
         self._written, self._lock = 0, threading.Lock()
-        self._begun = time.monotonic()
+        self._started = time.monotonic()
 
     def output(self, data: bytes, always: bool = False) -> None:
-        """Append to the log, as long as it is not too long, and show it."""
+        """Append to the log, unless it is too long already, and to the screen."""
         with self._lock:
             room = len(data) if always else max(0, LONGEST_LOG - self._written)
             self._log.write(data[:room])
             if 0 < room < len(data):
-                self._log.write(b"\nThe log is full: what follows was shown only.\n")
+                self._log.write(b"\nThe log is full: further output was only shown.\n")
             self._log.flush()
             self._written += len(data)
         self._screen.write(data.decode(errors="replace"))
         self._screen.flush()
 
     def update(self, results: Sequence[Result], ended: bool = False) -> None:
-        """Write the summary anew, in one step."""
+        """Rewrite the summary atomically."""
         content = {
             **self.facts,
             "ended": ended,
-            "seconds": round(time.monotonic() - self._begun, 1),
+            "seconds": round(time.monotonic() - self._started, 1),
             "stages": [_rounded(result) for result in results],
             "files": {name: (self.folder / name).stat().st_size for name in FILES if (self.folder / name).is_file()},
         }
@@ -72,14 +72,14 @@ class Record:
         beside.replace(self.folder / SUMMARY)
 
     def finish(self, results: Sequence[Result]) -> None:
-        """Say how it went, and see to it that the folder holds what it may hold and nothing else."""
+        """Print the results of the stages, tidy up and write the final summary."""
         self.tidy()
         self.output(table(results).encode(), always=True)
         self.update(results, ended=True)
         self._log.close()
 
     def tidy(self) -> None:
-        """Remove what stages that were broken off have left here, and cut what is too large."""
+        """Remove files left by interrupted stages, and truncate files that are too large."""
         for path in self.folder.iterdir():
             if path.name not in FILES and path.name not in self._before and path.is_file():
                 path.unlink()
@@ -87,11 +87,11 @@ class Record:
             path = self.folder / name
             if path.is_file() and path.stat().st_size > LARGEST:
                 os.truncate(path, LARGEST)
-                self.output(f"{name} was cut to {LARGEST} bytes.\n".encode(), always=True)
+                self.output(f"{name} was truncated to {LARGEST} bytes.\n".encode(), always=True)
 
 
 def table(results: Sequence[Result]) -> str:
-    """Give the results as text, a line a stage."""
+    """Return the results as text, one line per stage."""
     lines = [f"\n{'stage':<14}{'state':<14}{'start':>8}{'budget':>9}{'took':>8}{'exit':>6}  reason"]
     for result in results:
         code = "" if result.exit is None else result.exit

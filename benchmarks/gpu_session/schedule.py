@@ -1,4 +1,4 @@
-"""Stages one after the other, each with a deadline of its own, whatever becomes of the others."""
+"""Runs stages one after the other, each with its own deadline, whether or not the others succeed."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ DONE, FAILED, OUT_OF_TIME, NOT_RUN, RUNNING, INTERRUPTED = (
     "interrupted",
 )
 GRACE = 4.0
-"""Seconds from the polite request to end to the end of the whole group of processes."""
+"""Seconds between asking a stage to end and killing its group of processes."""
 _LONGEST_REASON = 300
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A command and its part of the time.
+    """A command and its share of the time.
 
     Attributes:
-        name: short, for the summary.
-        command: gives the arguments, the program first, when told the seconds that the stage has.
-        share: of the time that is left when the stage begins, in proportion to those of the stages after it.
-        least: seconds with less than which it is not begun.
-        most: seconds that it may have however much is left.
-        needs: stages without whose success this one is pointless.
-        environment: variables for this stage alone.
+        name: short name for the summary.
+        command: returns the program and its arguments, given the seconds that the stage has.
+        share: of the time that is left when the stage begins, relative to the shares of the stages after it.
+        least: seconds that it needs at least; with less it is not started.
+        most: seconds that it gets at most.
+        needs: stages that must have succeeded.
+        environment: variables for this stage only.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Stage:
 
 @dataclass
 class Result:
-    """How a stage went; times in seconds, `start` since the session began."""
+    """The outcome of a stage; times in seconds, `start` counted from the start of the session."""
 
     stage: str
     state: str = NOT_RUN
@@ -63,17 +63,17 @@ class Result:
 
 
 class Recorder(Protocol):
-    """Takes down what happens."""
+    """Records what happens."""
 
     def output(self, data: bytes) -> None:
-        """Keep what a stage has printed."""
+        """Record the output of a stage."""
 
     def update(self, results: Sequence[Result]) -> None:
-        """Keep how things stand, after every change."""
+        """Record the state of all stages; called after every change."""
 
 
 def budget(stages: Sequence[Stage], left: float) -> float:
-    """Give the seconds of the first stage: what the earlier ones have left over is shared among all that follow."""
+    """Return the seconds of the first stage; what earlier ones left over is shared among all that follow."""
     total = sum(stage.share for stage in stages)
     return min(stages[0].most, max(0.0, left) * stages[0].share / total)
 
@@ -83,10 +83,10 @@ class Schedule:
 
     Args:
         stages: in their order.
-        seconds: for all of them.
-        recorder: is told everything.
+        seconds: for all of them together.
+        recorder: is informed of everything.
         environment: of the commands.
-        clock: gives the time in seconds.
+        clock: returns the time in seconds.
     """
 
     def __init__(
@@ -98,20 +98,20 @@ class Schedule:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.stages, self.recorder, self.environment = list(stages), recorder, dict(environment)
-        self._clock, self._begun = clock, clock()
-        self._until = self._begun + seconds
+        self._clock, self._started = clock, clock()
+        self._deadline = self._started + seconds
         self.results = [Result(stage.name) for stage in self.stages]
 
     def run(self) -> list[Result]:
-        """Run them all; what goes wrong in one leaves the next its turn.
+        """Run all stages; a failure does not keep later stages from running.
 
         Raises:
-            KeyboardInterrupt: if that is what came; the stage has been ended and everything recorded.
+            KeyboardInterrupt: if the session is interrupted, after the stage has been ended and everything recorded.
         """
         for number, stage in enumerate(self.stages):
             result = self.results[number]
-            result.start = self._clock() - self._begun
-            result.budget = budget(self.stages[number:], self._until - self._clock())
+            result.start = self._clock() - self._started
+            result.budget = budget(self.stages[number:], self._deadline - self._clock())
             result.reason = self._obstacle(stage, result.budget)
             if not result.reason:
                 self._run(stage, result)
@@ -124,13 +124,13 @@ class Schedule:
         if missing:
             return f"{missing[0]} did not succeed: {states[missing[0]].reason}"
         if seconds < stage.least:
-            return f"{seconds:.0f} s are left for it, and it is of no use with less than {stage.least:.0f}"
+            return f"{seconds:.0f} s are left for it, and it needs at least {stage.least:.0f}"
         return ""
 
     def _run(self, stage: Stage, result: Result) -> None:
         result.state = RUNNING
         self.recorder.update(self.results)
-        begun = self._clock()
+        started = self._clock()
         tail: deque[bytes] = deque(maxlen=40)
         process = None
         try:
@@ -138,7 +138,7 @@ class Schedule:
             pump = threading.Thread(target=self._pump, args=(process, tail), daemon=True)
             pump.start()
             result.exit = process.wait(max(0.1, result.budget))
-            # What a stage has left running would hold the output open, and the GPU.
+            # Processes that the stage left running would keep the output open, and the GPU busy.
             end_group(process, 0.0)
             pump.join(GRACE)
             result.state = DONE if result.exit == 0 else FAILED
@@ -146,16 +146,16 @@ class Schedule:
         except subprocess.TimeoutExpired:
             end_group(process, GRACE)
             result.state, result.exit = OUT_OF_TIME, process.poll()
-            result.reason = f"its {result.budget:.0f} s were over; what it had written by then counts"
+            result.reason = f"its {result.budget:.0f} s were over; what it has written by then is kept"
         except KeyboardInterrupt:
             if process is not None:
                 end_group(process, 1.0)
-            result.state, result.reason = INTERRUPTED, "the session was ended from outside"
+            result.state, result.reason = INTERRUPTED, "the session was interrupted"
             raise
         except Exception as error:
             result.state, result.reason = FAILED, f"it could not be run ({type(error).__name__}: {error})"
         finally:
-            result.seconds = self._clock() - begun
+            result.seconds = self._clock() - started
             self.recorder.update(self.results)
 
     def _start(self, stage: Stage, seconds: float) -> subprocess.Popen[bytes]:
@@ -170,13 +170,13 @@ class Schedule:
         for line in process.stdout:
             if line.strip():
                 tail.append(line.strip())
-            # A full disk or a closed terminal must not keep the stage waiting for somebody who reads.
+            # A full disk or a closed terminal must not block the stage.
             with suppress(OSError, ValueError):
                 self.recorder.output(line)
 
 
 def last_words(tail: Sequence[bytes], code: int) -> str:
-    """Give in a line why a command failed: the last that it said, an error before all else."""
+    """Return a line that says why a command failed: its last error, or otherwise its last output."""
     lines = [line.decode(errors="replace") for line in tail]
     errors = [line for line in lines if line.startswith("error:")]
     how = f"signal {-code}" if code < 0 else f"exit code {code}"
@@ -185,7 +185,7 @@ def last_words(tail: Sequence[bytes], code: int) -> str:
 
 
 def end_group(process: subprocess.Popen[bytes], grace: float) -> None:
-    """End a process and all that it has started: politely if there is time, in any case for good."""
+    """End a process and all that it has started: ask first if there is time, then kill."""
     if grace and process.poll() is None:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGINT)
@@ -193,6 +193,6 @@ def end_group(process: subprocess.Popen[bytes], grace: float) -> None:
             process.wait(grace)
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    # A process that hangs in the driver does not end even so; the others must not wait for it.
+    # A process that hangs in the driver survives even that; other stages must not wait for it.
     with suppress(subprocess.TimeoutExpired):
         process.wait(GRACE)

@@ -1,4 +1,4 @@
-"""The program: prepares the Python that is there, runs the stages, and leaves what came of them in one folder."""
+"""The program: prepares the Python of the machine, runs the stages, and collects the results in one folder."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ from benchmarks.gpu_session.stages import stages
 ROOT = Path(__file__).resolve().parents[2]
 BUNDLE = ROOT / "build" / "offline-bundle"
 MINUTES = 9.0
-_AT_THE_END = 6.0
-"""Seconds kept for what follows the last stage."""
-_WRONG_USE = 2
-# Each of them would change what is measured, or say where something is that is not wanted.
+_RESERVE = 6.0
+"""Seconds reserved for what follows the last stage."""
+_USAGE_ERROR = 2
+# Variables that would change what is measured, or point to files that must not be used.
 _DROPPED = ("TRITON_INTERPRET", "WIDEKERNEL_REQUIRE_NATIVE", "WIDEKERNEL_LIBRARY", "WIDEKERNEL_ISA", "PYTHONHOME")
 
 
-class UseError(Exception):
-    """Why the session cannot even begin."""
+class UsageError(Exception):
+    """The session cannot begin."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run a session: 0 if every stage was done, 1 if not, 2 if it could not begin, 128 + n for signal n."""
-    begun = time.monotonic()
+    """Run a session; return 0 if every stage was done, 1 if not, 2 if it could not begin, 128 + n for signal n."""
+    started = time.monotonic()
     options = _parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, _interrupt)
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -49,12 +49,12 @@ def main(arguments: Sequence[str]) -> int:
     try:
         out = _folder(options.out)
         if not 0 < options.minutes < 1440:
-            raise UseError(f"--minutes is {options.minutes:g}, but must be positive and less than a day")
+            raise UsageError(f"--minutes is {options.minutes:g}, but must be positive and less than a day")
         scratch = _scratch(out)
-        return _run(options, out, scratch, begun)
-    except UseError as error:
+        return _run(options, out, scratch, started)
+    except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
-        return _WRONG_USE
+        return _USAGE_ERROR
     finally:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -62,11 +62,11 @@ def main(arguments: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="gpu_session", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results, new or empty; at most eight files")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help=f"for everything; default {MINUTES:g}")
-    usual = "default: build/offline-bundle, if it is there"
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results, new or empty")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help=f"time for everything; default {MINUTES:g}")
+    usual = "default: build/offline-bundle, if it exists"
     parser.add_argument("--wheels", type=Path, default=None, help=f"folder that `make offline-bundle` has filled; {usual}")
-    parser.add_argument("--rehearse", action="store_true", help="on a pretended GPU, with sizes that take no time there")
+    parser.add_argument("--rehearse", action="store_true", help="use a pretended GPU, with tiny sizes")
     return parser
 
 
@@ -75,7 +75,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _folder(path: Path) -> Path:
-    """Make the folder of the results, or make sure that it is empty and can be written to."""
+    """Create the folder of the results, or check that it is empty and writable."""
     try:
         path = path.expanduser().resolve()
         path.mkdir(parents=True, exist_ok=True)
@@ -83,21 +83,23 @@ def _folder(path: Path) -> Path:
         with tempfile.TemporaryFile(dir=path):
             pass
     except (OSError, RuntimeError) as error:
-        raise UseError(f"--out is {path}, where nothing can be written ({error}): give another folder") from error
+        raise UsageError(f"--out is {path}, where nothing can be written ({error}): give another folder") from error
     if there:
-        raise UseError(f"--out is {path}, which holds {sorted(there)[0]}: give a new folder, so that nothing is mixed up")
+        raise UsageError(
+            f"--out is {path}, which holds {sorted(there)[0]}: give a new folder, so that results are not mixed up"
+        )
     return path
 
 
 def _scratch(out: Path) -> Path:
-    """Make a folder for caches and unpacked packages: neither the home nor the source tree need be writable."""
+    """Create a folder for caches and unpacked packages: home folder and source tree need not be writable."""
     try:
         return Path(tempfile.mkdtemp(prefix="widekernel-"))
     except OSError:
         return Path(tempfile.mkdtemp(prefix=".scratch-", dir=out))
 
 
-def _run(options: argparse.Namespace, out: Path, scratch: Path, begun: float) -> int:
+def _run(options: argparse.Namespace, out: Path, scratch: Path, started: float) -> int:
     facts: dict[str, Any] = {
         "begun": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "minutes": options.minutes,
@@ -106,26 +108,26 @@ def _run(options: argparse.Namespace, out: Path, scratch: Path, begun: float) ->
     }
     record = Record(out, facts)
     if options.rehearse:
-        record.output(b"A REHEARSAL: the GPU is pretended, and no number in here means anything.\n")
+        record.output(b"A REHEARSAL: the GPU is pretended, and all numbers are meaningless.\n")
     _prepare(options.wheels, scratch / "site", record)
     found = scratch / "facts.json"
-    left = 60 * options.minutes - (time.monotonic() - begun) - _AT_THE_END
-    schedule = Schedule(stages(out, found, options.rehearse), left, _Noting(record, found), environment(scratch))
+    left = 60 * options.minutes - (time.monotonic() - started) - _RESERVE
+    schedule = Schedule(stages(out, found, options.rehearse), left, _FactRecorder(record, found), environment(scratch))
     code = 0
     try:
         schedule.run()
     except KeyboardInterrupt as error:
         code = 128 + (error.args[0] if error.args else signal.SIGINT)
     record.finish(schedule.results)
-    _say(schedule.results, out, time.monotonic() - begun)
+    _print_outcome(schedule.results, out, time.monotonic() - started)
     return code or int(any(result.state != DONE for result in schedule.results))
 
 
 def _prepare(folder: Path | None, target: Path, record: Record) -> None:
-    """Unpack the packages that this Python lacks; without all of them some stages may do."""
+    """Unpack the packages that this Python lacks; some stages may work without all of them."""
     target.mkdir()
     if folder is None and not BUNDLE.is_dir():
-        record.output(b"No folder of wheels was given: this Python has to have everything.\n")
+        record.output(b"No folder of wheels was given: this Python must have all packages.\n")
         return
     try:
         unpacked, foreign = wheels.unpack(folder or BUNDLE, target)
@@ -133,13 +135,13 @@ def _prepare(folder: Path | None, target: Path, record: Record) -> None:
         record.output(f"error: {error}\n".encode())
         return
     record.facts["unpacked"] = unpacked
-    record.output(f"From the wheels: {', '.join(unpacked) or 'nothing, this Python has all'}\n".encode())
+    record.output(f"From the wheels: {', '.join(unpacked) or 'nothing, this Python has all packages'}\n".encode())
     if foreign:
-        record.output(f"error: wheels for another Python, left out: {', '.join(foreign)}\n".encode())
+        record.output(f"error: left out wheels for another Python: {', '.join(foreign)}\n".encode())
 
 
 def environment(scratch: Path) -> dict[str, str]:
-    """Give the variables of the stages: our source before all else, and every cache in a folder that can be written to."""
+    """Return the environment of the stages: our source comes first, and every cache is in a writable folder."""
     kept = {name: value for name, value in os.environ.items() if name not in _DROPPED}
     path = [str(ROOT / "src"), str(ROOT), str(scratch / "site"), os.environ.get("PYTHONPATH", "")]
     folders = {
@@ -157,18 +159,18 @@ def environment(scratch: Path) -> dict[str, str]:
         **kept,
         **{name: str(scratch / folder) for name, folder in folders.items()},
         "PYTHONPATH": os.pathsep.join(part for part in path if part),
-        "PYTHONUSERBASE": site.getuserbase(),  # packages of the user, wherever the home is now
+        "PYTHONUSERBASE": site.getuserbase(),  # packages of the user, although HOME is changed
         "PYTHONUNBUFFERED": "1",
         "PYTHONUTF8": "1",
         "HF_HUB_OFFLINE": "1",
         "MPLBACKEND": "Agg",
         "OMP_WAIT_POLICY": "passive",
-        "WIDEKERNEL_NATIVE": "0",  # what is built for CPUs need not be here
+        "WIDEKERNEL_NATIVE": "0",  # the native CPU library need not be built
     }
 
 
-class _Noting:
-    """Passes everything on to the record, and what has been found out about the machine."""
+class _FactRecorder:
+    """Passes everything on to the record, with the facts about the machine once they are known."""
 
     def __init__(self, record: Record, found: Path) -> None:
         self._record, self._found = record, found
@@ -182,7 +184,7 @@ class _Noting:
         self._record.update(results)
 
 
-def _say(results: Sequence[Result], out: Path, seconds: float) -> None:
+def _print_outcome(results: Sequence[Result], out: Path, seconds: float) -> None:
     files = [name for name in FILES if (out / name).is_file()]
     bad = [f"{result.stage}: {result.state}, {result.reason}" for result in results if result.state != DONE]
     print(f"{seconds:.0f} s; in {out}: {', '.join(files)}")

@@ -14,16 +14,16 @@ NETWORKS = ("replknet_31b", "slak_tiny")
 TUNED_CANDIDATES = 8
 MORE_NETWORKS = ("convnext_tiny", "shiftwise_tiny")
 PRETENCE = "tests.gpu_session.pretence"
-"""What runs a stage on a GPU that is pretended."""
+"""The module that runs a stage on a pretended GPU."""
 _COMMAND_LINE = "import sys; from widekernel.cli.main import main; sys.exit(main(sys.argv[1:]))"
-_A_MOMENT = 8.0
-"""Seconds in which a stage that watches the time itself can say how it went, and end: that takes a while with PyTorch."""
-_BESIDES = 30.0
-"""Seconds of a stage kept free: for imports before it begins, for finishing what has been begun, and for the page."""
+_TO_END = 8.0
+"""Seconds that a stage with its own time limit needs to report and end, which takes a while with PyTorch."""
+_RESERVE = 30.0
+"""Seconds of a stage kept free for imports, for finishing what was started, and for writing the page."""
 
 
 def program(rehearsal: bool, module: str) -> list[str]:
-    """Give the beginning of a command: the command line of widekernel, or a module of the session."""
+    """Return the beginning of a command: the command line of widekernel, or a module of the session."""
     if rehearsal:
         return [sys.executable, "-m", PRETENCE, module]
     if module == "widekernel":
@@ -32,17 +32,17 @@ def program(rehearsal: bool, module: str) -> list[str]:
 
 
 def working(seconds: float) -> float:
-    """Give the seconds in which something may be begun, of those that a stage has."""
-    return max(0.5 * seconds, seconds - _BESIDES)
+    """Return how many of the seconds of a stage have passed when nothing new may be started."""
+    return max(0.5 * seconds, seconds - _RESERVE)
 
 
 def stages(out: Path, facts: Path, rehearsal: bool) -> list[Stage]:
-    """List them: is there anything to measure on, is it right, how fast is it, can it be faster, what do networks gain.
+    """Return the stages: readiness, correctness, speed of operators, tuning, speed of networks.
 
     Args:
-        out: the folder for everything that comes of it.
-        facts: file for what is found out about the machine.
-        rehearsal: on a pretended GPU, with sizes that take no time there.
+        out: folder for the results.
+        facts: file for the facts about the machine.
+        rehearsal: use a pretended GPU, with tiny sizes.
     """
     files = {name: str(out / name) for name in record.FILES}
     none, tuned = {"WIDEKERNEL_TUNED": "0"}, {"WIDEKERNEL_TUNED": files[record.TUNED]}
@@ -57,7 +57,7 @@ def stages(out: Path, facts: Path, rehearsal: bool) -> list[Stage]:
             "--csv",
             files[record.CORRECTNESS],
             "--until",
-            f"{time.time() + max(0.8 * seconds, seconds - _A_MOMENT):.1f}",
+            f"{time.time() + max(0.8 * seconds, seconds - _TO_END):.1f}",
         ]
         return [*program(rehearsal, "correctness"), *limits, *small]
 
@@ -74,7 +74,7 @@ def stages(out: Path, facts: Path, rehearsal: bool) -> list[Stage]:
 
 _PAGES = ((record.OPS, record.OPS_PAGE), (record.MODELS, record.MODELS_PAGE))
 _REAL = {
-    # What the networks are made of comes first, dense kernels and a detector's image after it.
+    # The layers of networks come first, then dense kernels and the image of a detector.
     "operators": ["--device", "cuda", "--dtypes", "bfloat16", "--cases", "layers", "targets", "--batch", "64"],
     "networks": [*NETWORKS, *MORE_NETWORKS, "--device", "cuda", "--dtypes", "bfloat16", "--batch", "64,128"],
     "tuning": [*NETWORKS, "--dtypes", "bfloat16", "--candidates", str(TUNED_CANDIDATES), "--seconds", "0.05"],

@@ -1,4 +1,4 @@
-"""Packages that a Python lacks, out of a folder of wheels: wheels are archives, so that neither pip nor a network is needed.
+"""Unpacks the packages that a Python lacks from a folder of wheels; being archives, they need neither pip nor a network.
 
 python3 -m benchmarks.gpu_session.wheels WHEELS FOLDER        # then PYTHONPATH=FOLDER
 """
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Wheel:
-    """A wheel file and what its name says."""
+    """A wheel file and the fields of its name."""
 
     path: Path
     name: str
@@ -27,10 +27,10 @@ class Wheel:
 
     @classmethod
     def of(cls, path: Path) -> Wheel:
-        """Read the name of a file.
+        """Parse the name of a file.
 
         Raises:
-            ValueError: if it is not that of a wheel.
+            ValueError: if it is not the name of a wheel.
         """
         parts = path.stem.split("-")
         if path.suffix != ".whl" or len(parts) not in (5, 6):
@@ -38,7 +38,7 @@ class Wheel:
         return cls(path, normalized(parts[0]), parts[1], parts[-3], parts[-2])
 
     def fits(self, version: tuple[int, int]) -> bool:
-        """Whether it is for that version of Python; the platform is that of the folder."""
+        """Return whether it fits that version of Python; the folder is for a single platform."""
         tags = self.python.split(".")
         if "py3" in tags or f"cp{version[0]}{version[1]}" in tags:
             return True
@@ -47,25 +47,25 @@ class Wheel:
 
 
 def normalized(name: str) -> str:
-    """Give the name of a package in the form in which names are compared."""
+    """Return the name of a package in the form in which names are compared."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """Give the release part of a version, for comparison."""
+    """Return the release part of a version, for comparison."""
     found = re.match(r"\d+(\.\d+)*", version)
     return tuple(int(part) for part in found.group().split(".")) if found else ()
 
 
 def minima(pyproject: Path = ROOT / "pyproject.toml") -> dict[str, str]:
-    """Give the oldest version of every package that ours names one for."""
+    """Return the oldest accepted version of every package for which our package states one."""
     return {
         normalized(name): least for name, least in re.findall(r'"([\w.-]+)(?:\[[^\]]*\])?>=([\d.]+)', pyproject.read_text())
     }
 
 
 def is_needed(wheel: Wheel, least: dict[str, str]) -> bool:
-    """Whether this Python has no such package, or an older one than ours needs."""
+    """Return whether this Python lacks the package, or has an older one than ours needs."""
     try:
         present = metadata.version(wheel.name)
     except metadata.PackageNotFoundError:
@@ -74,16 +74,16 @@ def is_needed(wheel: Wheel, least: dict[str, str]) -> bool:
 
 
 def unpack(folder: Path, target: Path) -> tuple[list[str], list[str]]:
-    """Unpack what this Python lacks.
+    """Unpack the packages that this Python lacks.
 
     Returns:
-        what was unpacked, and the wheels among those needed that are for another Python, as NAME VERSION.
+        what was unpacked, and needed wheels that are for another Python, as NAME VERSION.
 
     Raises:
-        ValueError: if there is no such folder, or something in it is no wheel.
+        ValueError: if there is no such folder, or a file in it is not a wheel.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder of wheels: fill it where there is a network, with `make offline-bundle`")
+        raise ValueError(f"{folder} is no folder of wheels: fill it on a machine with a network, by `make offline-bundle`")
     least, unpacked, foreign = minima(), [], []
     for path in sorted(folder.glob("*.whl")):
         wheel = Wheel.of(path)
@@ -100,7 +100,7 @@ def unpack(folder: Path, target: Path) -> tuple[list[str], list[str]]:
 
 
 def main(arguments: list[str]) -> int:
-    """Unpack and say what."""
+    """Unpack the packages and print their names."""
     if len(arguments) != 2:
         print(__doc__, file=sys.stderr)
         return 2
@@ -109,7 +109,7 @@ def main(arguments: list[str]) -> int:
     except (ValueError, OSError, zipfile.BadZipFile) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"unpacked: {', '.join(unpacked) or 'nothing, this Python has all'}")
+    print(f"unpacked: {', '.join(unpacked) or 'nothing, this Python has all packages'}")
     if foreign:
         print(f"for another Python than {sys.version.split()[0]}: {', '.join(foreign)}", file=sys.stderr)
     return 2 if foreign else 0

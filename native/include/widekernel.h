@@ -14,7 +14,7 @@ extern "C" {
 
 // Raised whenever a structure or a function here changes its meaning.
 #define WK_ABI 2
-// Passes and kernels of one call at most.
+// Most passes and kernels of one call.
 #define WK_MOST_PASSES 16
 #define WK_MOST_RECTS 64
 
@@ -72,21 +72,21 @@ typedef struct {
 int32_t wk_abi(void);
 // The instruction set in use: "avx512", "avx2", "neon" or "portable".
 const char *wk_isa(void);
-// Use that instruction set from now on; WK_BAD_ARGUMENT if this build or processor lacks it. For tests and comparisons.
+// Use that instruction set from now on, for tests and comparisons; WK_BAD_ARGUMENT if this build or processor lacks it.
 int32_t wk_use_isa(const char *name);
 // Number of channels computed together, the width of a vector.
 int32_t wk_lanes(void);
-// Take the OpenMP runtime that is already loaded from the file `path`. Returns 1 if threads can be had from it, else 0.
+// Use the OpenMP runtime that was loaded from the file `path`. Returns 1 if it provides threads, else 0.
 int32_t wk_bind_openmp(const char *path);
 
 int32_t wk_depthwise_sum(const wk_sum *call);
 int32_t wk_depthwise_weight_grad(const wk_weight_grad *call);
 // The same with other addresses in place of those in `call`, which stays as it is and may be used by several threads at once:
-// sizes and strides are filled in once and for all. `taps` has one address for each rect.
+// sizes and strides are filled in once. `taps` has one address for each rect.
 int32_t wk_depthwise_sum_at(const wk_sum *call, const void *x, void *y, const float *const *taps, const float *scale,
                             const float *shift, int32_t relu);
 int32_t wk_depthwise_weight_grad_at(const wk_weight_grad *call, const void *x, const void *grad, float *taps);
-// Bytes of working memory that the call takes: what each thread has of its own, and what all share (the packed kernels).
+// Bytes of working memory of a call: of each thread, and of what all threads share (the packed kernels).
 void wk_sum_workspace(const wk_sum *call, int64_t *per_thread, int64_t *shared);
 void wk_weight_grad_workspace(const wk_weight_grad *call, int64_t *per_thread, int64_t *shared);
 const char *wk_error_text(int32_t error);

@@ -1,8 +1,8 @@
 // The micro-kernels: windowed one-dimensional correlations of vectors, with their outputs kept in registers.
 //
-// All three passes of a depthwise convolution are made of them. What slides is the window w, a row of the kernel (forward,
-// input gradient) or of the output's gradient (weight gradient). Steps where some output has left the window are unrolled, so
-// that padding costs nothing.
+// All three passes of a depthwise convolution are made of them. The window w slides: a row of the kernel (forward, input
+// gradient) or of the output's gradient (weight gradient). Steps where some output has left the window are unrolled, so that
+// padding costs nothing.
 #pragma once
 
 #include "simd.hpp"
@@ -12,8 +12,8 @@ namespace WK_NAMESPACE {
 
 // out[r][t] = start + Σ_n Σ_v x[n][r][v] · w[n][v - t]   for 0 ≤ n < repeats, lo ≤ v < hi, 0 ≤ v - t < taps
 //
-// where start is what is in `out`, if `add`, or else the given vector. Strides of `out` and `x`, which need not be aligned, are in
-// floats; the taps of a row of the window adjoin.
+// where start is the contents of `out` if `add`, else the given vector. Strides of `out` and `x`, which need not be aligned, are
+// in floats; the taps of a row of the window are adjacent.
 struct Correlation {
     float *out;
     int64_t out_row, out_column;
@@ -136,7 +136,7 @@ WK_INLINE int64_t widest_tile(int64_t taps) {
     return taps == 3 || taps == 5 || taps == 7 ? WIDEST_TILE : least(WIDEST_TILE, taps);
 }
 
-// Three correlations at once, of a complex signal with a complex window in three real products (Gauss):
+// Three correlations in one loop, of a complex signal with a complex window in three real products (Gauss):
 //
 //     p = wr (xr + xi),  q = (wi - wr) xr,  s = (wr + wi) xi;   re = p - s,  im = p + q
 //

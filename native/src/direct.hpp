@@ -23,7 +23,7 @@ struct Tiles {
 };
 
 // out[a][b] = start + Σ_ij x[a + i - anchor.rows][b + j - anchor.columns] · window[i][j], pixels outside x being zero, where
-// start is what is in `out`, if `add`, or else the given vector.
+// start is the contents of `out` if `add`, else the given vector.
 //
 // With `margin`, MARGIN rows of zeros lie in memory above and below x, and both rows of a tile run over the union of their
 // kernel rows; without it they share what they have in common, and the rest is added row by row.

@@ -11,7 +11,7 @@ namespace WK_NAMESPACE {
 
 // A block and what is computed from it should stay in the second-level cache.
 constexpr int64_t CACHED_VECTORS = (int64_t{5} << 18) / static_cast<int64_t>(sizeof(Vec));
-// Blocks that are packed together when channels adjoin; the transforms need room in the cache for themselves.
+// Blocks that are packed together when channels are adjacent; the transforms need room in the cache, too.
 constexpr int64_t MOST_TOGETHER = 8, MOST_TOGETHER_HYBRID = 4;
 
 // A pass as it is computed: taller kernels are turned, so that the long axis is the one that the micro-kernels slide along.
@@ -37,7 +37,7 @@ struct Step {
     int64_t spectrum_column() const { return taps.rows | 1; }
 };
 
-// Rows of an image that are put out together, with the rows of the input that they depend on.
+// Output rows that are computed together, with the rows of the input that they depend on.
 struct Band {
     int64_t begin, end, from, to;
     Extent outputs, inputs;
@@ -78,7 +78,7 @@ struct Padded {
     }
 };
 
-// Into groups of how many blocks each image is cut: as large as may be, as long as there is work for all threads, and even.
+// Number of blocks in a group: as large as possible while there is work for all threads, and even.
 inline int64_t blocks_together(bool adjoin, bool hybrid, int64_t blocks, int64_t images, int64_t threads) {
     int64_t together = !adjoin ? 1 : hybrid ? MOST_TOGETHER_HYBRID : MOST_TOGETHER;
     while (together > 1 && images * ceil_div(blocks, together) < 2 * threads) together /= 2;
@@ -95,11 +95,11 @@ inline int64_t bands_for(int64_t pieces, int64_t threads, int64_t height, int64_
     return least(most(bands, 1), height);
 }
 
-// Kernels with at most so many taps are computed where the image lies if its channels adjoin: packing would take as long.
+// Kernels with at most so many taps are computed in place if the channels of the image are adjacent: packing would take as long.
 constexpr int64_t FEW_TAPS = 64, NARROW_MAP = 40;
 inline int lanes_of(int64_t block, int64_t channels) { return static_cast<int>(least(LANES, channels - block * LANES)); }
 
-// Pack `blocks` neighbouring blocks, of which `from` is the first, into planes of the same strides.
+// Pack `blocks` neighboring blocks, of which `from` is the first, into planes of the same strides.
 template <class Type>
 void pack_blocks(const Plane *planes, int64_t blocks, const Block<Type> &from, int last_lanes, const Extent &extent) {
     if (blocks == 1) {

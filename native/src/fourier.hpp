@@ -1,8 +1,8 @@
 // Real Fourier transforms of short signals, written as small matrix products: scalar coefficient × vector of channels.
 //
-// A transform of length L over signals that reach at most `reach` pixels to each side of their centre. Cosines are even and
-// sines odd about the centre, and frequency L/2 - f differs from f only in the sign of the odd pixels, so four sums over a
-// quarter of the terms each give both frequencies. No fast Fourier transform does with fewer operations at these lengths, and
+// A transform of length L over signals that reach at most `reach` pixels to each side of their center. Cosines are even and
+// sines odd about the center, and frequency L/2 - f differs from f only in the sign of the odd pixels, so four sums over a
+// quarter of the terms each give both frequencies. No fast Fourier transform takes fewer operations at these lengths, and
 // L may be any multiple of 4.
 #pragma once
 

@@ -9,7 +9,7 @@
 namespace wk {
 namespace WK_NAMESPACE {
 
-// How the transformed axis is cut up, and how far the three signals reach from the centre of a tile.
+// How the transformed axis is cut up, and how far the three signals reach from the center of a tile.
 struct Tiling {
     int64_t tiles, tile, length;
     int64_t reach_in, reach_out, reach_taps;
@@ -59,7 +59,7 @@ struct Tables {
                coefficients_needed(t.length, t.reach_taps);
     }
 
-    // For a sum the kernel is the window and pixels are put out; for a weight gradient it is the other way round.
+    // For a sum the kernel is the window and pixels are the output; for a weight gradient it is the other way round.
     static Tables make(const Tiling &t, bool weight_grad, float *store) {
         Circle circle(t.length);
         Tables tables;
@@ -115,9 +115,9 @@ inline void hybrid_sum(Plane out, Extent outputs, Plane x, Extent size, const Sp
     const Lines lines{outputs.rows, size.rows, taps, anchor};
     for (int64_t tile = 0; tile < tiling.tiles; tile++) {
         const int64_t begin = outputs.columns * tile / tiling.tiles, end = outputs.columns * (tile + 1) / tiling.tiles;
-        const int64_t middle = begin + (end - begin) / 2, centre = middle + shift;
-        analyse<2>(tables.input, x.from(0, centre), size.rows, least(middle - begin + tiling.reach_taps, centre),
-                   least(end - 1 - middle + tiling.reach_taps, size.columns - 1 - centre), spectrum, anchor, folded);
+        const int64_t middle = begin + (end - begin) / 2, center = middle + shift;
+        analyse<2>(tables.input, x.from(0, center), size.rows, least(middle - begin + tiling.reach_taps, center),
+                   least(end - 1 - middle + tiling.reach_taps, size.columns - 1 - center), spectrum, anchor, folded);
         for (int64_t f = 0; f < tiling.frequencies(); f++) {
             Vec *re = spectrum.of(f, 0), *im = spectrum.of(f, 1);
             bool real = f == 0 || f == tiling.length / 2;
@@ -136,9 +136,9 @@ inline void hybrid_weight_grad(const Spectrum &sums, int64_t taps, Plane grad, E
     const Lines lines{taps, size.rows, window.rows, anchor};
     for (int64_t tile = 0; tile < tiling.tiles; tile++) {
         const int64_t begin = window.columns * tile / tiling.tiles, end = window.columns * (tile + 1) / tiling.tiles;
-        const int64_t middle = begin + (end - begin) / 2, centre = middle + shift;
-        analyse<2>(tables.input, x.from(0, centre), size.rows, least(middle - begin + tiling.reach_taps, centre),
-                   least(end - 1 - middle + tiling.reach_taps, size.columns - 1 - centre), input, 0, folded);
+        const int64_t middle = begin + (end - begin) / 2, center = middle + shift;
+        analyse<2>(tables.input, x.from(0, center), size.rows, least(middle - begin + tiling.reach_taps, center),
+                   least(end - 1 - middle + tiling.reach_taps, size.columns - 1 - center), input, 0, folded);
         analyse<3>(tables.window, grad.from(0, middle), window.rows, middle - begin, end - 1 - middle, factors, 0, folded);
         for (int64_t f = 0; f < tiling.frequencies(); f++) {
             bool real = f == 0 || f == tiling.length / 2;

@@ -136,8 +136,8 @@ void unpack(const Block<Type> &to, const Plane &from, int64_t rows, int64_t colu
     }
 }
 
-// The same for several neighbouring blocks whose channels adjoin. A block of its own is one short piece of every pixel, which
-// caches and their prefetchers handle badly: memory is read and written here in the order in which it lies.
+// The same for several neighboring blocks whose channels are adjacent. A single block is a short piece of every pixel, which
+// caches and prefetchers handle badly: memory is read and written here in address order.
 template <class Type>
 void pack_together(Vec *const *to, int64_t row, int64_t column, const Block<Type> &first, int64_t blocks, int last, int64_t rows,
                    int64_t columns) {

@@ -70,7 +70,7 @@ class Sum {
         auto task = call_.dtype == WK_FLOAT32    ? &Sum::start<Float32>
                     : call_.dtype == WK_BFLOAT16 ? &Sum::start<BFloat16>
                                                  : &Sum::start<Float16>;
-        // Kernels are packed by the first tasks of one and the same region: to wake the threads twice would take too long.
+        // Kernels are packed by the first tasks of the same parallel region: waking the threads twice would take too long.
         parallel(call_.threads, blocks_ + call_.images * groups_ * bands_, task, this);
         shared_memory.shrink();
         return __atomic_load_n(&out_of_memory_, __ATOMIC_RELAXED) ? WK_OUT_OF_MEMORY : WK_OK;
@@ -103,7 +103,7 @@ class Sum {
         }
     }
 
-    // For putting one block's kernel of a pass together and transforming it.
+    // For assembling one block's kernel of a pass and transforming it.
     int64_t kernel_room() const {
         int64_t room = 0;
         for (int64_t i = 0; i < call_.passes; i++) {
@@ -113,7 +113,7 @@ class Sum {
         return room;
     }
 
-    // Null, and noted, when there is no memory.
+    // Null if there is no memory, which is remembered.
     char *own_block() {
         char *block = own_memory.at_least(own_bytes_);
         if (!block) __atomic_store_n(&out_of_memory_, 1, __ATOMIC_RELAXED);
@@ -161,7 +161,7 @@ class Sum {
                 *placed.from(u + down, v + right).at += loose[u * rect.columns + v];
     }
 
-    // Bands of one image share rows, and neighbouring images the kernels.
+    // Bands of one image share rows, and neighboring images share the kernels.
     Place place(int64_t task) const { return {task / bands_ % call_.images, task / bands_ / call_.images, task % bands_}; }
 
     template <class Type> static void start(void *self, int64_t task) {
@@ -183,7 +183,7 @@ class Sum {
         const Place at = place(task);
         const Band band = band_at(at.band);
         const int64_t first = at.group * together_, blocks = least(together_, blocks_ - first);
-        // Tasks are begun in their order: whoever packs these kernels is at it already.
+        // Tasks start in order: some thread is packing these kernels already.
         for (int64_t b = 0; b < blocks; b++)
             while (!__atomic_load_n(&ready_[first + b], __ATOMIC_ACQUIRE)) sched_yield();
         if (in_place_ && lanes_of(first + blocks - 1, call_.channels) == LANES) {
@@ -191,7 +191,7 @@ class Sum {
             return;
         }
         const Padded padded(inputs_);
-        // One plane more than there are inputs: each output takes the place of the input before it.
+        // One more plane than there are inputs: each output takes the place of the input before it.
         Vec *planes[MOST_TOGETHER + 1];
         for (int64_t b = 0; b <= blocks; b++) planes[b] = own.planes + b * padded.room();
         Plane inputs[MOST_TOGETHER];
@@ -207,7 +207,7 @@ class Sum {
         put<Type>(output<Type>(at), planes, band.outputs, first, blocks);
     }
 
-    // Without packing: the image is read, and the result written, where they lie.
+    // Without packing: the image is read, and the result written, in place.
     void compute_in_place(int64_t image, int64_t first, int64_t blocks, const Band &band) const {
         for (int64_t i = 0; i < call_.passes; i++) {
             const Step &s = steps_[i];

@@ -10,7 +10,7 @@
 #include <algorithm>
 #include <atomic>
 
-// Everything is hidden but what the C interface declares.
+// Only what the C interface declares is exported.
 #pragma GCC visibility push(default)
 #include "widekernel.h"
 #pragma GCC visibility pop
@@ -18,7 +18,7 @@
 namespace {
 
 using Region = void (*)(void *);
-// What compilers call for `#pragma omp parallel`; exported by GNU's, LLVM's and Intel's runtime alike.
+// The function that compilers call for `#pragma omp parallel`; GNU's, LLVM's and Intel's runtimes export it.
 using OpenRegion = void (*)(Region, void *, unsigned threads, unsigned flags);
 
 constexpr int32_t most_threads = 1024;
@@ -43,7 +43,7 @@ void *crew_member(void *job) {
     return nullptr;
 }
 
-// Threads of our own for one call: dearer than a pool (some ten microseconds each), but nothing that a fork can have broken.
+// Threads of our own for one call: slower than a pool (some ten microseconds each), but a fork cannot have broken them.
 void work_with_new_threads(Job &job, int32_t threads) {
     pthread_t crew[most_threads];
     int32_t hired = 0;
@@ -93,7 +93,7 @@ void parallel(int32_t threads, int64_t tasks, void (*run)(void *context, int64_t
     }
     Job job{run, context, tasks};
     if (forked.load(std::memory_order_relaxed)) {
-        // A pool does not survive a fork: its threads stay behind in the parent, and GNU's runtime waits for them for ever.
+        // A pool does not survive a fork: its threads stay behind in the parent, and GNU's runtime waits for them forever.
         work_with_new_threads(job, static_cast<int32_t>(std::min<int64_t>(threads, tasks)));
     } else {
         // Never a smaller team for fewer tasks: GNU's runtime would end the threads left over and start them again for the next

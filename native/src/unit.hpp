@@ -29,7 +29,7 @@ inline void weight_grad_workspace(const wk_weight_grad &call, int64_t &per_threa
     per_thread = grad.own_bytes(), shared = grad.shared_bytes();
 }
 
-// As many independent chains as it takes to keep two multiply-add units of latency four or five busy.
+// Enough independent chains to keep two multiply-add units of latency four or five busy.
 inline int64_t multiply_add_for(double seconds) {
     auto now = [] {
         timespec t;
@@ -47,7 +47,7 @@ inline int64_t multiply_add_for(double seconds) {
                 hold(chain[c]);
                 chain[c] = chain[c] * factor + step;
             });
-    // Results that nobody looks at would not be computed.
+    // The compiler would drop results that nobody reads.
     volatile float seen = 0;
     unroll<CHAINS>([&](auto i) { seen = seen + chain[i][0]; });
     return rounds * 10000 * CHAINS * LANES * 2;

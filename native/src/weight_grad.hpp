@@ -1,4 +1,4 @@
-// depthwise_weight_grad: the output's gradient slides over the input, and what is put out is the kernel.
+// depthwise_weight_grad: the output's gradient slides over the input, and the output is the kernel.
 #pragma once
 
 #include "engine.hpp"
@@ -14,7 +14,7 @@ class WeightGrad {
     explicit WeightGrad(const wk_weight_grad &call)
         : call_(call), blocks_(ceil_div(call.channels, LANES)), step_(Step::of(call.pass)) {
         above_ = call.pass.row, below_ = call.pass.rows - 1 - call.pass.row;
-        // Sums of several images stay together as long as there are blocks enough; else every chunk adds up its own.
+        // Sums over images are kept together if there are enough blocks; else every chunk has a sum of its own.
         const bool adjoin = call.x.channel == 1 && call.grad.channel == 1;
         together_ = blocks_together(adjoin, true, blocks_, call.images, call.threads);
         groups_ = ceil_div(blocks_, together_);
@@ -114,7 +114,7 @@ class WeightGrad {
         if (chunks_ == 1) {
             for (int64_t b = 0; b < blocks; b++) put(first + b, sums[b], own.room);
         } else if (__atomic_add_fetch(&done_[group], 1, __ATOMIC_ACQ_REL) == chunks_) {
-            // The last one adds up what all of them have, in their order, whoever was the last.
+            // The thread that finishes last adds up all sums, in the order of the chunks.
             for (int64_t b = 0; b < blocks; b++) join(first + b, own.room);
         }
     }
@@ -135,7 +135,7 @@ class WeightGrad {
         Plane x[MOST_TOGETHER], grad[MOST_TOGETHER];
         for (int64_t b = 0; b < blocks; b++) {
             x[b] = padded.plane(own.x + b * padded.room());
-            // The window's taps adjoin along the axis that it slides along.
+            // The window's taps are adjacent along the axis that it slides along.
             Vec *at = own.grad + b * band.outputs.area();
             grad[b] = step_.turned ? Plane{at, 1, band.outputs.rows} : Plane{at, call_.width, 1};
         }
@@ -156,7 +156,7 @@ class WeightGrad {
             add_direct(sums, step_.seen(x), inputs, grad.at, window, anchor, room);
     }
 
-    // One number after the other would be added to an ever longer sum; the sum of each piece keeps the error small.
+    // Adding numbers one by one to a growing sum loses precision; adding up the sums of short pieces keeps the error small.
     void add_direct(Vec *sums, const Field &x, Extent size, const Vec *grad, Extent window, Extent anchor, Vec *piece) const {
         Direct{Plane{piece, step_.taps.columns, 1}, step_.taps, x, size, grad, window, anchor, false, true, {}}.run();
         for (int64_t tap = 0; tap < step_.taps.area(); tap++) sums[tap] += piece[tap];

@@ -1,4 +1,4 @@
-"""Reading safetensors files wherever they lie: its own reader takes no path that is not UTF-8."""
+"""Reading of safetensors files at any path; the reader of safetensors takes only paths that are valid UTF-8."""
 
 import json
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class _InMemory:
-    """The part of safetensors' open file that is used here, of a file that was read whole."""
+    """The interface of an open safetensors file, for a file that was read into memory."""
 
     def __init__(self, content: bytes) -> None:
         self._tensors = safetensors.torch.load(content)
@@ -31,15 +31,15 @@ class _InMemory:
 
 @contextmanager
 def tensor_file(path: str | Path) -> Iterator[Any]:
-    """Open a safetensors file, with ``metadata()``, ``keys()`` and ``get_tensor(name)``, on the CPU.
+    """Open a safetensors file on the CPU; it has `metadata()`, `keys()` and `get_tensor(name)`.
 
     Raises:
-        OSError: it cannot be read.
-        SafetensorError: it is damaged or no such file.
+        OSError: if it cannot be read.
+        SafetensorError: if it is damaged or not a safetensors file.
     """
     try:
         str(path).encode()
-    except UnicodeEncodeError:  # bytes of the path that are no text
+    except UnicodeEncodeError:  # the path has bytes that are not UTF-8
         yield _InMemory(Path(path).read_bytes())
         return
     with safe_open(Path(path), framework="pt") as file:
@@ -47,11 +47,11 @@ def tensor_file(path: str | Path) -> Iterator[Any]:
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, on the CPU.
+    """Return all tensors of a safetensors file, on the CPU.
 
     Raises:
-        OSError: it cannot be read.
-        SafetensorError: it is damaged or no such file.
+        OSError: if it cannot be read.
+        SafetensorError: if it is damaged or not a safetensors file.
     """
     with tensor_file(path) as file:
         return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118

@@ -1,8 +1,8 @@
-"""Runs a script as Python would, with the networks of widekernel registered with timm: `python -m widekernel.timm SCRIPT …`.
+"""Program that runs a script with widekernel's networks registered with timm: `python -m widekernel.timm SCRIPT ...`.
 
-For scripts that make their networks by name and have no option to import a package first. The package is imported before
-the script; the script is then `__main__`, with its own arguments and its own folder first on the path. Processes that the
-script starts with `multiprocessing`, loader workers included, have the networks too, whichever way they are started.
+It is for scripts that create networks by name and have no option to import a package first. The package is imported, then
+the script runs as Python would run it: as `__main__`, with its own arguments and its own folder first on the path. Processes
+that the script starts with `multiprocessing`, such as loader workers, have the networks too, with every start method.
 """
 
 from __future__ import annotations
@@ -22,37 +22,41 @@ _USAGE = (
 )
 _EXIT_ERROR = 2
 _CHILD = "__mp_main__"
-"""What `multiprocessing` calls the main module in a process that it has started afresh."""
+"""Name that `multiprocessing` gives the main module in a new process."""
 _SCRIPT = "WIDEKERNEL_TIMM_SCRIPT"
-"""Environment variable that tells such processes the path of the script; this command sets it."""
+"""Environment variable with the path of the script, which this program sets for such processes."""
 
 
 def main(arguments: Sequence[str], namespace: dict[str, Any]) -> int:
-    """Run the script that the first argument names, in a namespace which thereby becomes that of the script.
+    """Run the script that the first argument names.
+
+    Args:
+        arguments: path of the script and its arguments.
+        namespace: global names of `__main__`, which become those of the script.
 
     Returns:
-        2, with a line on standard error, if there is no such script; otherwise 0, unless the script leaves another way.
+        0, unless the script itself exits; 2, with a line on standard error, if there is no such script.
     """
     if not arguments or arguments[0] in ("-h", "--help"):
         (sys.stdout if arguments else sys.stderr).write(_USAGE)
         return 0 if arguments else _EXIT_ERROR
     script = arguments[0]
-    wrong = _obstacle(script)
-    if wrong:
-        sys.stderr.write(f"error: {wrong}\n")
+    problem = _script_problem(script)
+    if problem:
+        sys.stderr.write(f"error: {problem}\n")
         return _EXIT_ERROR
     sys.argv[:] = arguments
-    # As Python does: the folder of the file behind a link. With -P, or in a safe path, there is no folder to replace.
+    # Like Python, use the folder of the file behind a link. With `-P`, or a safe path, there is no folder to replace.
     if not getattr(sys.flags, "safe_path", False):
         sys.path[0] = str(Path(script).resolve().parent)
-    path = os.path.abspath(script)  # noqa: PTH100 - links stay, as Python leaves them
+    path = os.path.abspath(script)  # noqa: PTH100 - like Python, keep links
     os.environ[_SCRIPT] = path
     _execute(path, namespace, "__main__")
     return 0
 
 
-def _obstacle(script: str) -> str:
-    """Say why a script cannot be run, "" if it can be read."""
+def _script_problem(script: str) -> str:
+    """Return why a script cannot be run, "" if it can be read."""
     fix = "give the path of a Python file, and after it the script's own arguments"
     if script.startswith("-"):
         return f"SCRIPT is {script!r}, but this command has no options: {fix}"
@@ -67,21 +71,21 @@ def _obstacle(script: str) -> str:
 
 
 def _execute(path: str, namespace: dict[str, Any], name: str) -> None:
-    """Execute a file with the names that Python gives a script. What is compiled is bytes: they say their own encoding."""
+    """Execute a file with the global names that Python gives a script; its bytes name their own encoding."""
     with io.open_code(path) as file:
         code = compile(file.read(), path, "exec", dont_inherit=True)
     loader = importlib.machinery.SourceFileLoader(name, path)
-    # `__spec__` stays that of this module: `multiprocessing` goes by it, and then runs this module in its children.
+    # `__spec__` stays that of this module: by it, `multiprocessing` finds the module to run in new processes.
     names = {"__name__": name, "__file__": path, "__loader__": loader, "__spec__": namespace["__spec__"]}
     names |= {"__builtins__": builtins, "__package__": None, "__cached__": None, "__doc__": None}
-    # Nothing of this module is left for the script to find, and from here on nothing of it can be used.
+    # The script sees no names of this module; none can be used after this.
     namespace.clear()
     namespace.update(names)
     exec(code, namespace)
 
 
 if __name__ == _CHILD:
-    # Imported by now, the package has registered its networks. The parent's arguments are here, but for the first.
+    # The package is imported and has registered its networks. Python has set all arguments but the first.
     sys.argv[0] = os.environ[_SCRIPT]
     _execute(sys.argv[0], globals(), _CHILD)
 elif __name__ == "__main__":

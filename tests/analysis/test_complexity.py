@@ -1,4 +1,4 @@
-"""Parameters and multiply-accumulates: the published numbers, hand-counted ones, and what counting leaves alone."""
+"""Parameters and multiply-accumulates: published and hand-counted numbers, and that counting changes nothing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from widekernel.tasks.assembly import pretrained_cfg
 from widekernel.tasks.saved import SavedModel, save_model
 from widekernel.transforms.compaction import compact
 
-ROAD = [name for name in list_models("roadmap_*") if name != "roadmap_nano"]
+ROADMAP = [name for name in list_models("roadmap_*") if name != "roadmap_nano"]
 
 
 def _rows(file: str) -> list[dict[str, Any]]:
@@ -39,7 +39,7 @@ def _published() -> list[Any]:
 
 
 def _network(row: dict[str, Any]) -> nn.Module:
-    """Make the network that a row of the published numbers describes, without memory for its weights."""
+    """Create the network that a row of the published numbers describes, without memory for its weights."""
     model = row["model"]
     if model.startswith("torchvision "):
         with torch.device("meta"):
@@ -63,7 +63,7 @@ def _network(row: dict[str, Any]) -> nn.Module:
 
 
 def _merge_large_kernels(model: nn.Module) -> nn.Module:
-    """Fold the large kernels alone, as the authors' merge does."""
+    """Fold only the large kernels, as the authors' merge does."""
     for name, module in [(name, module) for name, module in model.named_modules() if isinstance(module, LargeKernel)]:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, module.folded())
@@ -72,7 +72,7 @@ def _merge_large_kernels(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("row", _published())
 def test_published_numbers(row: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    # Half of the time would go into a folded form that no row is about.
+    # No row is about the folded form, which would take half of the time.
     monkeypatch.setattr("widekernel.analysis.complexity.fold", lambda model: nn.Identity())
     model = _network(row)
     if "merged form" in row["model"]:
@@ -84,11 +84,11 @@ def test_published_numbers(row: dict[str, Any], monkeypatch: pytest.MonkeyPatch)
 
 def test_there_is_a_test_for_every_row(shared: Any) -> None:
     assert len(_published()) == 44
-    assert len(_rows("roadmap.json")) == len(ROAD) == 14
+    assert len(_rows("roadmap.json")) == len(ROADMAP) == 14
 
 
-@pytest.mark.parametrize("name", ROAD)
-def test_the_road(name: str, shared: Any) -> None:
+@pytest.mark.parametrize("name", ROADMAP)
+def test_roadmap_costs(name: str, shared: Any) -> None:
     row = _rows("roadmap.json")[int(name[8:10])]
     model = on_meta(name)
     counted = complexity(model)
@@ -98,7 +98,7 @@ def test_the_road(name: str, shared: Any) -> None:
     assert sum(layer.weight.numel() for layer in layers) == row["conv_and_linear_weights"]
 
 
-# What the tables above say of our own networks, for where they are not at hand.
+# Some figures of the tables above, for machines without those tables.
 @pytest.mark.parametrize(
     ("name", "params", "macs"),
     [
@@ -109,7 +109,7 @@ def test_the_road(name: str, shared: Any) -> None:
         ("roadmap_13_convnext_t", 28_589_128, 4_455_531_264),
     ],
 )
-def test_defaults_cost_what_the_papers_say(name: str, params: int, macs: int) -> None:
+def test_defaults_cost_what_the_papers_report(name: str, params: int, macs: int) -> None:
     counted = complexity(on_meta(name))
     assert (counted.training.params, counted.published_macs) == (params, macs)
 
@@ -145,7 +145,7 @@ def test_a_network_counted_by_hand() -> None:
 
 
 def test_tiles_cost_less_than_published() -> None:
-    """The authors convolve with every tile, padded; here the tiles are put together to a strip first."""
+    """The authors convolve with every padded tile; here the tiles are assembled into a strip first."""
     counted = complexity(create("slak_reg_nano"), (3, 64, 64))
     assert counted.published_macs > counted.training.macs
     assert (
@@ -166,7 +166,7 @@ def test_cost_grows_with_the_image(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NANO)
-def test_the_folded_form_is_what_fold_gives(name: str) -> None:
+def test_folded_column_is_the_cost_of_the_folded_network(name: str) -> None:
     model = create(name)
     folded = widekernel.fold(model)
     counted = complexity(model, (3, 64, 64)).folded
@@ -174,19 +174,19 @@ def test_the_folded_form_is_what_fold_gives(name: str) -> None:
     assert counted == complexity(folded, (3, 64, 64)).training
 
 
-def test_rows_are_the_two_forms() -> None:
+def test_rows() -> None:
     counted = complexity(create("slak_nano"), (3, 64, 64))
     assert [row[0] for row in counted.rows()] == ["training", "folded"]
     assert counted.rows()[1][1:] == (counted.folded.params, counted.folded.macs, counted.folded.activations)
 
 
-# ---- What counting leaves alone
+# ---- Counting changes nothing
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_the_model_stays_as_it_is(training: bool) -> None:
+def test_model_stays_unchanged(training: bool) -> None:
     model = create("slak_nano").train(training)
-    # A frozen batch norm in a network that is trained.
+    # A network in training mode with a frozen batch norm.
     frozen = model.stages[0].blocks[0].mixer.norms[0].eval()
     model.head.fc.weight.requires_grad_(False)
     modes = [module.training for module in model.modules()]
@@ -204,7 +204,7 @@ def test_the_model_stays_as_it_is(training: bool) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_the_model_stays_as_it_is_after_an_error() -> None:
+def test_model_stays_unchanged_after_an_error() -> None:
     model = create("slak_nano").train()
     with pytest.raises(ShapeError):
         complexity(model, (3, 16, 16))
@@ -235,7 +235,7 @@ def test_precision_does_not_matter(dtype: torch.dtype) -> None:
     assert complexity(create("slak_nano").to(dtype), (3, 64, 64)) == expected
 
 
-def test_real_weights_and_none_count_alike() -> None:
+def test_networks_with_and_without_weights_count_alike() -> None:
     with tables_drawn_once():
         real = timm.create_model("shiftwise_nano")
     assert complexity(real, (3, 64, 64)) == complexity(on_meta("shiftwise_nano"), (3, 64, 64))
@@ -245,7 +245,7 @@ def test_real_weights_and_none_count_alike() -> None:
 
 
 def test_zeros_counted_by_hand() -> None:
-    """As the network above in small; half of the channels of the large kernel are dead, other zeros are scattered."""
+    """A small version of the network above: half of the large kernel's channels are dead, other zeros are scattered."""
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3, padding=1),
         LargeKernel(Rectangles(4, [(7, 7), (3, 3)]), [nn.BatchNorm2d(4), nn.BatchNorm2d(4)]),
@@ -267,14 +267,14 @@ def test_zeros_counted_by_hand() -> None:
     assert counted.nonzero.params == counted.dense.params - 27 - 4 * 49 - 2 * 9 - 6 - 15
     assert counted.nonzero.macs == counted.dense.macs - pixels * (27 + 4 * 49 + 2 * 9 + 6) - 15
     assert counted.nonzero.activations == counted.dense.activations
-    # The 7x7 is gone and the 3x3 is left, in all channels: gathering two of them would not pay.
+    # The 7x7 is removed; the 3x3 stays in all channels, as gathering two of them would not pay.
     assert counted.realised.macs == counted.folded.macs - pixels * 4 * (49 - 9)
     assert counted.realised.params == counted.folded.params - 4 * (49 - 9)
 
 
 @pytest.mark.parametrize("name", [*NANO, "slak_nano_square", "slak_pw_nano_truncated"])
 @pytest.mark.filterwarnings("ignore:these layers were not folded")
-def test_without_zeros_the_columns_are_equal(name: str) -> None:
+def test_columns_agree_without_zeros(name: str) -> None:
     counted = complexity(create(name), (3, 64, 64))
     assert counted.nonzero == counted.dense
     assert counted.realised == counted.folded
@@ -282,7 +282,7 @@ def test_without_zeros_the_columns_are_equal(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["slak_nano", "replknet_nano", "slak_reg_nano", "slak_pw_nano_truncated"])
 @pytest.mark.filterwarnings("ignore:these layers were not folded")
-def test_scattered_zeros_are_not_computed_less(name: str) -> None:
+def test_scattered_zeros_save_no_computation(name: str) -> None:
     model = create(name)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -294,7 +294,7 @@ def test_scattered_zeros_are_not_computed_less(name: str) -> None:
     assert counted.realised == counted.folded
 
 
-def test_dead_kernels_are_not_realised() -> None:
+def test_dead_kernels_are_removed_in_the_realised_column() -> None:
     model = create("shiftwise_nano")
     with torch.no_grad():
         for module in model.modules():
@@ -319,7 +319,7 @@ def test_folded_and_compacted_networks_are_counted_too() -> None:
     assert small.dense == small.nonzero == counted.realised == folded.realised
 
 
-def test_as_json() -> None:
+def test_to_dict() -> None:
     counted = complexity(create("slak_nano"), (3, 64, 64))
     values = json.loads(json.dumps(counted.to_dict()))
     assert values["input_size"] == [3, 64, 64]
@@ -353,7 +353,7 @@ def _command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, 
     return code, said.out, said.err
 
 
-def test_the_table_of_a_name(capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_prints_the_table_of_a_name(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = _command(capsys, "slak_nano")
     assert code == 0
     for word in ("dense", "non-zero", "folded", "realised", "parameters (M)", "MACs (G)", "activations (M)"):
@@ -361,7 +361,7 @@ def test_the_table_of_a_name(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("form", ["training", "folded"])
-def test_a_file_with_zeros(tmp_path: Path, capsys: pytest.CaptureFixture[str], form: Any) -> None:
+def test_command_reads_a_file_with_zeros(tmp_path: Path, capsys: pytest.CaptureFixture[str], form: Any) -> None:
     model = timm.create_model("slak_nano", num_classes=5)
     with torch.no_grad():
         for kernel in model.stages[0].blocks[0].mixer.source.kernels:
@@ -385,7 +385,7 @@ def test_a_file_with_zeros(tmp_path: Path, capsys: pytest.CaptureFixture[str], f
         (["slak_nona"], "'slak_nano'"),
     ],
 )
-def test_wrong_sources(capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:
+def test_command_refuses_wrong_sources(capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:
     code, _, err = _command(capsys, *arguments)
     assert code == 2
     assert words in " ".join(err.split())

@@ -1,4 +1,4 @@
-"""A machine that need not be measured, and backends that compute wrongly."""
+"""Machines that need not be measured, and a backend that computes wrong results."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from widekernel import ops
-from widekernel.bench import Machine
+from widekernel.bench import Machine, Platform, cpu_platform, cuda_platform
 from widekernel.bench import machine as measuring
 from widekernel.bench.devices import Accelerator
 from widekernel.bench.gpu import Gpu
 from widekernel.bench.timing import WallClock
-from widekernel.ops import portable
+from widekernel.ops import torch_conv
 
 
-class Wrong:
-    """Computes the problems that `spoils` names, and no others, wrongly in one number."""
+class Wrong(ops.Backend):
+    """Takes only the problems for which `spoils` returns true, and computes one number of them wrong."""
 
     name = "wrong"
 
@@ -25,32 +25,29 @@ class Wrong:
         self.spoils = spoils
 
     def reasons_against(self, problem) -> list[str]:
-        return [] if self.spoils(problem) else ["it spoils only others"]
+        return [] if self.spoils(problem) else ["it takes only others"]
 
-    def can_run(self, problem) -> bool:
-        return self.spoils(problem)
+    def prepare(self, problem):
+        right = {"depthwise_sum": torch_conv.depthwise_sum, "depthwise_weight_grad": torch_conv.depthwise_weight_grad}
 
-    def depthwise_sum(self, x, kernels, anchors, bias):
-        return self.spoilt(portable.depthwise_sum(x, kernels, anchors, bias))
+        def compute(*arguments):
+            result = right[problem.op](*arguments)
+            result[-1, 0, -1, -1] += 0.1 * result.abs().max()
+            return result
 
-    def depthwise_weight_grad(self, x, grad, kernel, anchor):
-        return self.spoilt(portable.depthwise_weight_grad(x, grad, kernel, anchor))
-
-    def spoilt(self, result):
-        result[-1, 0, -1, -1] += 0.1 * result.abs().max()
-        return result
+        return compute
 
 
 @pytest.fixture
 def spoil() -> Iterator[Callable]:
-    """Give a function that puts a wrong backend in front of the others, for the problems that its argument names."""
+    """Return a function that registers a wrong backend, first in line, for the problems that its argument selects."""
     yield lambda spoils: ops.register(Wrong(spoils))
     ops.unregister("wrong")
 
 
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measure the limits of the machine in no time, and badly."""
+    """Measure the limits of the machine quickly and roughly."""
     monkeypatch.setattr(measuring, "_PEAK_SECONDS", 0.005)
     monkeypatch.setattr(measuring, "_COPIED", 2**16)
 
@@ -63,12 +60,23 @@ def machine() -> Machine:
 
 @pytest.fixture
 def device_gpu() -> Gpu:
-    """A device whose ceilings are 4 TB/s and, in TFLOP/s, 800 in bfloat16, 390 in tf32, 780 in float16, 50 in float32."""
+    """A device whose limits are 4 TB/s and, in TFLOP/s, 800 in bfloat16, 390 in tf32, 780 in float16, 50 in float32."""
     products = {"bfloat16": 800e3, "tf32": 390e3, "float16": 780e3, "float32": 50e3}
     return Gpu("Some GPU", "9.0", 132, 140.0, 50.0, "A processor", {"driver": "1", "PyTorch": "2"}, 4000.0, products)
 
 
 @pytest.fixture
 def on_cpu() -> Accelerator:
-    """What measures on devices, on the CPU and by the clock of the host."""
+    """An accelerator that is the CPU, with the clock of the host."""
     return Accelerator(torch.device("cpu"), WallClock())
+
+
+@pytest.fixture
+def device(on_cpu: Accelerator, device_gpu: Gpu) -> Platform:
+    """A platform that measures as on a CUDA device, but on the CPU."""
+    return cuda_platform(on_cpu, device_gpu)
+
+
+@pytest.fixture
+def cpu(machine: Machine) -> Platform:
+    return cpu_platform(machine)

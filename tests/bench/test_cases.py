@@ -1,4 +1,4 @@
-"""What is counted as work, and the named sets."""
+"""The work that is counted for a case, the named sets, and parsing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from widekernel.errors import ArgumentError
 
 
 @pytest.mark.parametrize(("height", "width", "kernel"), [(7, 9, (3, 3)), (5, 6, (13, 1)), (8, 8, (5, 15)), (1, 1, (1, 7))])
-def test_macs_are_the_taps_that_lie_on_pixels(height: int, width: int, kernel: tuple[int, int]) -> None:
+def test_macs_count_taps_on_pixels(height: int, width: int, kernel: tuple[int, int]) -> None:
     """A convolution of ones with ones counts them."""
     padding = kernel[0] // 2, kernel[1] // 2
     counted = F.conv2d(torch.ones(1, 1, height, width), torch.ones(1, 1, *kernel), padding=padding).sum().item()
@@ -21,13 +21,13 @@ def test_macs_are_the_taps_that_lie_on_pixels(height: int, width: int, kernel: t
     assert inside(height, kernel[0]) * inside(width, kernel[1]) == counted
 
 
-def test_bytes_moved() -> None:
+def test_bytes_moved_are_two_images_and_a_kernel() -> None:
     case = Case("some", 2, 3, 4, 5, (3, 1))
     assert case.tensor_bytes == 480 and case.bytes_moved == 960 + 36
     assert case.intensity == 2 * case.macs / 996
 
 
-def test_targets() -> None:
+def test_targets_are_the_layers_of_the_networks() -> None:
     cases, left_out = choose(["targets"])
     assert len(cases) == 16 and not left_out
     shapes = {case.name: (case.shape, case.kernel) for case in cases}
@@ -36,13 +36,13 @@ def test_targets() -> None:
     assert shapes["detection"] == ((1, 128, 200, 320), (31, 31))
 
 
-def test_names_patterns_and_batches() -> None:
+def test_names_patterns_and_batches_are_chosen() -> None:
     cases, _ = choose(["slak-*", "slak-1", "detection"], batch=2)
     assert [case.name for case in cases] == ["slak-1", "slak-1-wide", "slak-2", "slak-3-wide", "slak-4", "detection"]
     assert [case.batch for case in cases] == [2, 2, 2, 2, 2, 1]
 
 
-def test_sweep_says_what_it_leaves_out() -> None:
+def test_sweep_lists_what_it_leaves_out() -> None:
     cases, left_out = choose(["sweep"])
     assert {case.batch for case in cases} == {1, 8, 32}
     assert {31, 61} <= {case.kernel[0] for case in cases if case.kernel[0] == case.kernel[1]}
@@ -57,7 +57,7 @@ def test_unknown_names_are_refused() -> None:
         choose(["replknt-1"])
 
 
-def test_a_case_from_texts() -> None:
+def test_a_case_is_parsed() -> None:
     assert parse_case("1,2,30,40", "51x5") == Case("given", 1, 2, 30, 40, (51, 5))
 
 
@@ -71,6 +71,6 @@ def test_a_case_from_texts() -> None:
         ("1,0,3,4", "3x3", "must be positive"),
     ],
 )
-def test_texts_that_are_no_case(shape: str, kernel: str, message: str) -> None:
+def test_malformed_cases_are_refused(shape: str, kernel: str, message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         parse_case(shape, kernel)

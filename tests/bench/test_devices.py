@@ -1,4 +1,4 @@
-"""Devices, their stopwatch and limits, and the course of a run, without any device."""
+"""Devices, their stopwatch and limits, and time budgets, without any device."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch
 from widekernel.bench import BenchmarkError, depthwise_share, devices, gpu
 from widekernel.bench.devices import EventStopwatch, accelerator
 from widekernel.bench.errors import DeviceLostError
-from widekernel.bench.gpu import copy_speed, product_speed
+from widekernel.bench.gpu import device_copy_speed, product_speed
 from widekernel.bench.precision import BFLOAT16, FLOAT32, PRECISIONS, TF32
-from widekernel.bench.time_budget import Course
+from widekernel.bench.time_budget import TimeBudget
 from widekernel.bench.timing import FEWEST, Timing, WallClock, first_calls, interleave
 from widekernel.errors import ArgumentError
 
 
 class Queue:
-    """A device on which only flushes and calls take time, and a record of what was asked of it."""
+    """A device on which only flushes and calls take time, and a record of what it was asked to do."""
 
     def __init__(self) -> None:
         self.now, self.log = 0.0, []
@@ -56,18 +56,18 @@ class Mark:
         return 1e3 * (end.at - self.at)
 
 
-def test_caches_are_flushed_before_each_call_outside_of_its_time() -> None:
+def test_caches_are_flushed_before_each_call_and_not_timed() -> None:
     queue = Queue()
     result, seconds = queue.stopwatch.time(queue.call)
     assert result == "of call" and seconds == pytest.approx(0.002)
     assert queue.log == ["flush", "mark", "call", "mark", "wait"]
     queue.log.clear()
-    rivals = {name: lambda name=name: queue.call(name) for name in "ab"}
-    timings = interleave(rivals, {"a": 0.002, "b": 0.002}, 1.0, rounds=3, stopwatch=queue.stopwatch)
+    calls = {name: lambda name=name: queue.call(name) for name in "ab"}
+    timings = interleave(calls, {"a": 0.002, "b": 0.002}, 1.0, rounds=3, stopwatch=queue.stopwatch)
     assert timings["a"].seconds == pytest.approx((0.002,) * 3) and queue.log.count("flush") == 6
-    calls = [place for place, what in enumerate(queue.log) if what in "ab"]
-    assert [queue.log[place] for place in calls] == list("abbaab")
-    assert all(queue.log[place - 2 : place] == ["flush", "mark"] for place in calls)
+    places = [place for place, what in enumerate(queue.log) if what in "ab"]
+    assert [queue.log[place] for place in places] == list("abbaab")
+    assert all(queue.log[place - 2 : place] == ["flush", "mark"] for place in places)
 
 
 def test_the_first_call_on_a_device_is_not_timed() -> None:
@@ -78,7 +78,7 @@ def test_the_first_call_on_a_device_is_not_timed() -> None:
     assert queue.log == ["a", "flush", "mark", "a", "mark", "wait"]
 
 
-def test_a_rival_that_fails_is_left_out() -> None:
+def test_a_failing_call_is_left_out() -> None:
     queue, failures = Queue(), {}
 
     def fail() -> None:
@@ -94,15 +94,15 @@ def test_a_rival_that_fails_is_left_out() -> None:
         first_calls({"a": fail}, queue.stopwatch, failures)
 
 
-def test_no_calls_have_no_times() -> None:
+def test_a_timing_without_calls() -> None:
     assert Timing(()).calls == 0 and Timing(()).spread == 0 and Timing(()).median != Timing(()).median
 
 
-def test_rivals_that_are_slow_on_a_device() -> None:
-    from widekernel.bench.device_operators import PATIENCE
+def test_slow_calls_on_a_device() -> None:
+    from widekernel.bench.platforms import DEVICE_PATIENCE
     from widekernel.bench.timing import planned_calls
 
-    assert [planned_calls(seconds, 0.1, None, PATIENCE) for seconds in (0.3, 0.15, 0.09)] == [0, 1, FEWEST]
+    assert [planned_calls(seconds, 0.1, None, DEVICE_PATIENCE) for seconds in (0.3, 0.15, 0.09)] == [0, 1, FEWEST]
 
 
 def test_the_device_is_kept_busy_until_the_host_is_ahead() -> None:
@@ -111,16 +111,16 @@ def test_the_device_is_kept_busy_until_the_host_is_ahead() -> None:
     def work() -> None:
         queue.now += 6e-5
 
-    assert devices._times_for(2.5e-4, work, lambda: Mark(queue)) == 5
+    assert devices._repetitions(2.5e-4, work, lambda: Mark(queue)) == 5
 
 
 @pytest.mark.parametrize("text", ["mps", "cuda:x", "gpu", "cuda:-1", ""])
-def test_devices_that_are_none(text: str) -> None:
+def test_unknown_devices_are_refused(text: str) -> None:
     with pytest.raises(ArgumentError, match=f"device is '{text}', but benchmarks run on cpu, cuda or cuda:N only"):
         accelerator(text)
 
 
-def test_devices_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert accelerator("cpu") is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(
@@ -145,14 +145,14 @@ def test_limits_of_a_device(device_gpu) -> None:
     assert "driver 1, PyTorch 2" in lines
 
 
-def test_speeds_are_the_best_that_was_seen() -> None:
+def test_speeds_are_the_best_of_several() -> None:
     ticks = iter(range(1000))
     watch = WallClock(lambda: float(next(ticks)))
-    assert copy_speed(torch.device("cpu"), watch, 1000) == pytest.approx(2 * 2000 / 1e9)
+    assert device_copy_speed(torch.device("cpu"), watch, 1000) == pytest.approx(2 * 2000 / 1e9)
     assert product_speed(torch.device("cpu"), watch, BFLOAT16, 8) == pytest.approx(2 * 512 / 1e9)
 
 
-def test_the_driver_says_its_version_or_not(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+def test_version_of_the_driver(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\necho 580.1\necho 580.1\n")
     tool.chmod(0o755)
@@ -166,7 +166,7 @@ def test_the_driver_says_its_version_or_not(monkeypatch: pytest.MonkeyPatch, tmp
 
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have PyTorch speak of the CPU as of a CUDA device, with events that take the time of the host."""
+    """Make PyTorch describe the CPU as a CUDA device, with events that read the clock of the host."""
 
     class Event:
         def __init__(self, enable_timing: bool) -> None:
@@ -192,11 +192,11 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     for name, pretence in pretences.items():
         monkeypatch.setattr(torch.cuda, name, pretence)
-    monkeypatch.setattr(devices, "_FLUSHED", 2**12)
+    monkeypatch.setattr(devices, "_MIN_FLUSHED", 2**12)
     monkeypatch.setattr(gpu, "_MATRIX", 16)
 
 
-def test_what_is_asked_of_pytorch(pretended: None) -> None:
+def test_stopwatch_and_limits_of_a_pretended_device(pretended: None) -> None:
     where = devices.Accelerator(torch.device("cpu"), devices.cuda_stopwatch(torch.device("cpu")))
     with where.current():
         result, seconds = where.stopwatch.time(lambda: "result")
@@ -207,37 +207,37 @@ def test_what_is_asked_of_pytorch(pretended: None) -> None:
     assert set(found.products) == set(PRECISIONS) and min(found.products.values()) > 0 and len(found.lines()) == 4
 
 
-def test_marks_in_the_queue_of_a_device(pretended: None) -> None:
-    marks = depthwise_share._Events(torch.device("cuda"))
+def test_marks_by_events(pretended: None) -> None:
+    marks = depthwise_share._DeviceMarks(torch.device("cuda"))
     start, end = marks.now(), marks.now()
     assert 0 < marks.seconds([(start, end)]) < 1 and marks.seconds([]) == 0
 
 
-def test_the_course_of_a_run() -> None:
+def test_time_budget() -> None:
     now = 100.0
-    course = Course(2, lambda: now)
-    assert course.has_time() and not course.lines()
-    course.finish()
+    budget = TimeBudget(2, lambda: now)
+    assert budget.has_time() and not budget.lines()
+    budget.finish()
     now = 221.0
-    assert not course.has_time()
-    course.leave_out("tf32", "slak-1", "forward")
-    course.leave_out("tf32", "slak-1", "weight gradient")
-    course.leave_out("tf32", "slak-2", "forward")
-    course.leave_out("float32", "slak-1", "forward")
+    assert not budget.has_time()
+    budget.leave_out("tf32", "slak-1", "forward")
+    budget.leave_out("tf32", "slak-1", "weight gradient")
+    budget.leave_out("tf32", "slak-2", "forward")
+    budget.leave_out("float32", "slak-1", "forward")
     why = "because the 2 minutes were over; --minutes gives more"
-    assert course.lines() == [
+    assert budget.lines() == [
         f"Left out in tf32: slak-1 (forward, weight gradient), slak-2 (forward), {why}.",
         f"Left out in float32: slak-1 (forward), {why}.",
     ]
-    course.wrong.append("forward of it")
-    assert course.lines()[-1] == "No times: forward of it"
+    budget.wrong.append("forward of it")
+    assert budget.lines()[-1] == "No times: forward of it"
     with pytest.raises(BenchmarkError, match=r"1 of what was to be timed has no times.*the first: forward of it"):
-        course.finish()
+        budget.finish()
 
 
-def test_a_device_that_is_lost_ends_the_run() -> None:
-    course = Course(2, lambda: 0.0)
-    course.lose_device("the device takes no more calls")
-    assert not course.has_time() and course.lines() == ["At the end the device takes no more calls."]
-    course.leave_out("tf32", "slak-1", "forward")
-    assert course.lines() == ["Left out in tf32: slak-1 (forward), because the device takes no more calls."]
+def test_a_lost_device_ends_the_budget() -> None:
+    budget = TimeBudget(2, lambda: 0.0)
+    budget.lose_device("the device takes no more calls")
+    assert not budget.has_time() and budget.lines() == ["At the end the device takes no more calls."]
+    budget.leave_out("tf32", "slak-1", "forward")
+    assert budget.lines() == ["Left out in tf32: slak-1 (forward), because the device takes no more calls."]

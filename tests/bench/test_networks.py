@@ -1,4 +1,4 @@
-"""The benchmark of networks: the rows, and refusals."""
+"""Benchmarks of networks on the CPU: rows, and errors."""
 
 from __future__ import annotations
 
@@ -11,38 +11,43 @@ from torch import nn
 
 import widekernel
 from widekernel import ops
-from widekernel.bench import BenchmarkError, baselines
+from widekernel.bench import BenchmarkError, NetworkPlan, Platform, TimeBudget, measure_networks, variants
 from widekernel.bench.depthwise_share import depthwise_share
-from widekernel.bench.networks import measure_network
+from widekernel.bench.rows import NetworkRow
 
 
-def test_rows_of_one_of_ours() -> None:
+def measured(name: str, model: nn.Module, cpu: Platform, *, batch: int = 2, size: int, **settings) -> list[NetworkRow]:
+    plan = NetworkPlan({name: lambda: (model, size)}, [batch], rounds=1, **settings)
+    return list(measure_networks(plan, cpu, TimeBudget()))
+
+
+def test_rows_of_our_network(cpu: Platform) -> None:
     model = timm.create_model("slak_nano")
     before = copy.deepcopy(model.state_dict())
-    rows = list(measure_network("slak_nano", model, batch=2, size=64, rounds=1))
+    rows = measured("slak_nano", model, cpu, size=64)
     train = ["PyTorch", "ours", "ours, accelerated"]
     infer = ["PyTorch", "ours", "PyTorch, folded", "ours, folded", "ours, accelerated"]
     wanted = [(m, r, layout) for m, rs in (("train", train), ("infer", infer)) for layout in ("NCHW", "NHWC") for r in rs]
-    assert [(row.mode, row.rival, row.layout) for row in rows] == wanted
+    assert [(row.mode, row.variant, row.layout) for row in rows] == wanted
     for row in rows:
-        (base,) = [r.ms for r in rows if (r.mode, r.rival, r.layout) == (row.mode, "PyTorch", "NHWC")]
+        (base,) = [r.ms for r in rows if (r.mode, r.variant, r.layout) == (row.mode, "PyTorch", "NHWC")]
         assert row.calls == 1 and row.times_nhwc == pytest.approx(base / row.ms)
         assert row.images_per_second == pytest.approx(2000 / row.ms)
         assert 0 < row.depthwise_share < 1
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_a_network_of_timm_is_compared_with_its_accelerated_form() -> None:
+def test_a_timm_network_is_compared_with_its_accelerated_form(cpu: Platform) -> None:
     with ops.trace() as ran:
-        rows = list(measure_network("convnext", _convnext(), batch=2, size=32, modes=["train"], rounds=1))
-    assert [row.rival for row in rows] == ["PyTorch", "ours, accelerated"] * 2
+        rows = measured("convnext", _convnext(), cpu, size=32, modes=["train"])
+    assert [row.variant for row in rows] == ["PyTorch", "ours, accelerated"] * 2
     assert {problem.op for _, problem in ran.calls} == {"depthwise_sum", "depthwise_weight_grad"}
 
 
 @pytest.mark.slow
-def test_compiled() -> None:
-    rows = list(measure_network("convnext", _convnext(), batch=2, size=32, modes=["infer"], compiled=True, rounds=1))
-    assert [(row.rival, row.compiled) for row in rows[:2]] == [("PyTorch", False), ("PyTorch", True)]
+def test_compiled_variants(cpu: Platform) -> None:
+    rows = measured("convnext", _convnext(), cpu, size=32, modes=["infer"], compiled=True)
+    assert [(row.variant, row.compiled) for row in rows[:2]] == [("PyTorch", False), ("PyTorch", True)]
     assert len(rows) == 8 and all((row.depthwise_share is None) == row.compiled for row in rows)
 
 
@@ -54,10 +59,10 @@ def test_compiled() -> None:
         ("train", "depthwise_weight_grad", "the gradients of it: ours N... and PyTorch NHWC differ"),
     ],
 )
-def test_no_times_of_a_network_that_computes_wrongly(mode: str, op: str, what: str, spoil) -> None:
+def test_a_wrong_operator_is_found(mode: str, op: str, what: str, spoil, cpu: Platform) -> None:
     spoil(lambda problem: problem.op == op)
     with pytest.raises(BenchmarkError, match=what):
-        list(measure_network("it", _nano(), batch=2, size=64, modes=[mode], rounds=1))
+        measured("it", _nano(), cpu, size=64, modes=[mode])
 
 
 class Louder(nn.Module):
@@ -68,24 +73,24 @@ class Louder(nn.Module):
 
 
 @pytest.mark.parametrize("mode", ["infer", "train"])
-def test_no_times_of_a_network_that_is_transformed_wrongly(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def spoilt(network: nn.Module, example: torch.Tensor) -> tuple[nn.Module, None]:
+def test_a_wrong_transformation_is_found(mode: str, monkeypatch: pytest.MonkeyPatch, cpu: Platform) -> None:
+    def corrupted(network: nn.Module, example: torch.Tensor) -> tuple[nn.Module, None]:
         return nn.Sequential(network, Louder()), None
 
-    monkeypatch.setattr(baselines, "accelerate", spoilt)
+    monkeypatch.setattr(variants, "accelerate", corrupted)
     what = "output" if mode == "infer" else "gradients"
     with pytest.raises(BenchmarkError, match=f"the {what} of it: ours, accelerated N... and PyTorch NHWC differ"):
-        list(measure_network("it", _nano(), batch=2, size=64, modes=[mode], rounds=1))
+        measured("it", _nano(), cpu, size=64, modes=[mode])
 
 
-def test_sizes_that_do_not_fit() -> None:
+def test_sizes_that_do_not_fit(cpu: Platform) -> None:
     with pytest.raises(BenchmarkError, match=r"it does not run on images of \(3, 1, 1\)"):
-        list(measure_network("it", _nano(), batch=2, size=1, rounds=1))
+        measured("it", _nano(), cpu, size=1)
     with pytest.raises(BenchmarkError, match="only classifiers"):
-        list(measure_network("it", nn.Conv2d(3, 3, 1), batch=2, size=8, rounds=1))
+        measured("it", nn.Conv2d(3, 3, 1), cpu, size=8)
 
 
-def test_share_of_depthwise_convolutions() -> None:
+def test_depthwise_share() -> None:
     x = torch.randn(2, 8, 16, 16)
     pointwise, depthwise = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 7, padding=3, groups=8)
     one = nn.Conv2d(1, 8, 3)

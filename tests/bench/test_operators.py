@@ -11,21 +11,32 @@ import torch
 import torch.nn.functional as F
 
 from widekernel import ops
-from widekernel.bench import PASSES, BenchmarkError, Case, Machine, Row, engines, measure_case
+from widekernel.bench import (
+    PASSES,
+    BenchmarkError,
+    Case,
+    OperatorPlan,
+    Platform,
+    TimeBudget,
+    engines,
+    measure_operators,
+)
 from widekernel.bench.machine import copy_bandwidth, fma_peak, measure_machine, using_threads
+from widekernel.bench.notes import OPERATOR_NOTES
 from widekernel.bench.plots import draw
-from widekernel.bench.tables import OPERATOR_NOTES, columns, document, markdown, write_csv
+from widekernel.bench.rows import NetworkRow, OperatorRow
+from widekernel.bench.tables import csv_columns, document, markdown, operator_columns, write_each
 from widekernel.errors import ArgumentError
 
 TINY = Case("tiny", 2, 5, 9, 11, (13, 3))
 
 
-def rows_of(case: Case, machine: Machine, **settings) -> list[Row]:
-    return list(measure_case(case, machine, rounds=2, **settings))
+def rows_of(case: Case, platform: Platform, **settings) -> list[OperatorRow]:
+    return list(measure_operators(OperatorPlan([case], rounds=2, **settings), platform, TimeBudget()))
 
 
-def test_every_pass_in_both_layouts(machine: Machine) -> None:
-    rows = rows_of(TINY, machine)
+def test_every_pass_is_timed_in_both_layouts(cpu: Platform) -> None:
+    rows = rows_of(TINY, cpu)
     assert [(row.direction, row.layout) for row in rows] == [(p, layout) for p in PASSES for layout in ("NCHW", "NHWC")]
     for row in rows:
         assert (row.case, row.kernel_height, row.kernel_width) == ("tiny", 13, 3)
@@ -39,49 +50,51 @@ def test_every_pass_in_both_layouts(machine: Machine) -> None:
         assert row.limit_ms == pytest.approx(limit) and row.limit_share == pytest.approx(limit / row.ours_ms)
 
 
-def test_the_backend_is_the_one_that_ran(machine: Machine) -> None:
+def test_row_names_the_backend_that_ran(cpu: Platform) -> None:
     with ops.trace() as ran:
-        rows = rows_of(TINY, machine, backend="reference")
+        rows = rows_of(TINY, cpu, backend="reference")
     assert {row.backend for row in rows} == set(ran.backends()) == {"reference"}
     x, kernel = torch.randn(TINY.shape), torch.randn(5, 1, 13, 3)
     chosen = [explanation.backend for explanation in ops.explain(x, [kernel])]
-    assert [row.backend for row in rows_of(TINY, machine) if row.layout == "NCHW"] == chosen
+    assert [row.backend for row in rows_of(TINY, cpu) if row.layout == "NCHW"] == chosen
 
 
-def test_only_the_passes_asked_for(machine: Machine) -> None:
+def test_only_requested_passes_are_timed(cpu: Platform) -> None:
     with ops.trace() as ran:
-        rows = rows_of(TINY, machine, passes=["weight gradient"])
+        rows = rows_of(TINY, cpu, passes=["weight gradient"])
     assert {row.direction for row in rows} == {"weight gradient"}
     assert {problem.op for _, problem in ran.calls} == {"depthwise_weight_grad"}
 
 
-def test_the_algorithm_asked_for(machine: Machine) -> None:
+def test_requested_algorithm_is_used(cpu: Platform) -> None:
     with ops.trace() as ran:
-        rows_of(TINY, machine, algorithm="direct")
+        rows_of(TINY, cpu, algorithm="direct")
     assert {problem.algorithm for _, problem in ran.calls} == {"direct"}
 
 
 @pytest.mark.parametrize("direction", PASSES)
-def test_no_times_of_a_case_that_is_computed_wrongly(direction: str, machine: Machine, spoil) -> None:
+def test_a_wrong_case_has_no_times(direction: str, cpu: Platform, spoil) -> None:
     spoil(lambda problem: problem.shape == TINY.shape)
     with pytest.raises(BenchmarkError, match=f"{direction} of 2x5x9x11 13x3: ours NCHW and PyTorch NHWC differ"):
-        rows_of(TINY, machine, passes=[direction])
+        rows_of(TINY, cpu, passes=[direction])
 
 
-def test_engines_run_forward_only(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engines_are_timed_in_the_forward_pass_only(cpu: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "missing", lambda engine: [] if engine == "openvino" else [engine])
     monkeypatch.setattr(engines, "forward_in", lambda _, x, k: lambda: F.conv2d(x, k, padding=(6, 1), groups=5))
-    rows = rows_of(TINY, machine)
+    rows = rows_of(TINY, cpu)
     timed = {row.direction for row in rows if row.openvino_ms is not None}
     assert timed == {"forward"} and all(row.onnxruntime_ms is None for row in rows)
-    assert "openvino, ms" in markdown(rows, columns(rows)) and "onnxruntime" not in markdown(rows, columns(rows))
+    assert "openvino, ms" in markdown(rows, operator_columns(rows)) and "onnxruntime" not in markdown(
+        rows, operator_columns(rows)
+    )
     monkeypatch.setattr(engines, "forward_in", lambda _, x, k: lambda: torch.zeros_like(x))
     with pytest.raises(BenchmarkError, match="openvino and PyTorch NHWC differ"):
-        rows_of(TINY, machine, passes=["forward"])
+        rows_of(TINY, cpu, passes=["forward"])
 
 
 @pytest.mark.parametrize("engine", engines.ENGINES)
-def test_engines(engine: str) -> None:
+def test_engines_compute_the_convolution(engine: str) -> None:
     if engines.missing(engine):
         pytest.skip(f"{engine} is not installed")
     x, kernel = torch.randn(2, 5, 9, 11).contiguous(memory_format=torch.channels_last), torch.randn(5, 1, 13, 3)
@@ -89,34 +102,41 @@ def test_engines(engine: str) -> None:
     torch.testing.assert_close(got, F.conv2d(x, kernel, padding=(6, 1), groups=5), atol=1e-5, rtol=1e-5)
 
 
-def test_csv_has_every_field(machine: Machine, tmp_path: Path) -> None:
-    rows = rows_of(TINY, machine)
-    write_csv(rows, tmp_path / "times.csv")
+def test_csv_has_a_column_for_every_field(cpu: Platform, tmp_path: Path) -> None:
+    rows = rows_of(TINY, cpu)
+    assert list(write_each(rows, tmp_path / "times.csv")) == rows
     with (tmp_path / "times.csv").open(newline="") as file:
         read = list(csv.DictReader(file))
-    assert list(read[0]) == [field.name for field in dataclasses.fields(Row)]
+    assert list(read[0]) == [field.name for field in dataclasses.fields(OperatorRow)]
     assert [row["direction"] for row in read] == [row.direction for row in rows]
     assert float(read[3]["ours_ms"]) == pytest.approx(rows[3].ours_ms, rel=1e-5)
     assert read[0]["shape"] == "2x5x9x11 13x3"
     assert read[-1]["openvino_ms"] == ""
 
 
-def test_the_page_says_where_it_was_measured_and_how_few_calls(machine: Machine) -> None:
-    rows = [dataclasses.replace(row, torch_nchw_ms=1234.5, torch_nchw_calls=1) for row in rows_of(TINY, machine)]
-    page = document("Title", machine.lines(), markdown(rows, columns(rows)), OPERATOR_NOTES, "widekernel bench ops")
+@pytest.mark.parametrize(("kind", "table"), [(OperatorRow, "bench_ops_cpu"), (NetworkRow, "bench_models_cpu")])
+def test_csv_columns_equal_those_of_the_published_tables(kind: type, table: str) -> None:
+    published = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / f"{table}.csv"
+    with published.open(newline="") as file:
+        assert list(csv_columns(kind)) == csv.DictReader(file).fieldnames
+
+
+def test_page_describes_the_machine_and_marks_few_calls(cpu: Platform) -> None:
+    rows = [dataclasses.replace(row, torch_nchw_ms=1234.5, torch_nchw_calls=1) for row in rows_of(TINY, cpu)]
+    page = document("Title", cpu.facts, markdown(rows, operator_columns(rows)), OPERATOR_NOTES, "widekernel bench ops")
     assert "CPU: A processor, 2 cores, 1 threads used" in page and "100 GFLOP/s (made up)" in page
     assert "1234 (1)" in page
     table = [line for line in page.splitlines() if line.startswith("|")]
     assert len(table) == 2 + len(rows) and len({line.count("|") for line in table}) == 1
 
 
-def test_picture(machine: Machine) -> None:
-    small = rows_of(TINY, machine) + rows_of(Case("large", 2, 5, 9, 11, (17, 3)), machine)
+def test_plot(cpu: Platform) -> None:
+    small = rows_of(TINY, cpu) + rows_of(Case("large", 2, 5, 9, 11, (17, 3)), cpu)
     for rows in (small, small[:1]):
-        assert draw(rows, machine).startswith(b"\x89PNG")
+        assert draw(rows, cpu).startswith(b"\x89PNG")
 
 
-def test_machine(hasty: None) -> None:
+def test_measured_machine(hasty: None) -> None:
     with using_threads(1):
         found = measure_machine()
         assert found.threads == torch.get_num_threads() == 1
@@ -134,7 +154,7 @@ def test_peak_without_the_native_library(monkeypatch: pytest.MonkeyPatch) -> Non
     assert copy_bandwidth(1024, 0.001) > 0
 
 
-def test_threads_are_put_back() -> None:
+def test_number_of_threads_is_restored() -> None:
     before = torch.get_num_threads()
     with pytest.raises(ArgumentError, match="threads is 0"), using_threads(0):
         pass

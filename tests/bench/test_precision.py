@@ -1,4 +1,4 @@
-"""Types, how exact they must be, and PyTorch's settings, which are put back."""
+"""Precisions, how exact they must be, and PyTorch's settings, which are restored."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def settings() -> dict:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS.values(), ids=str)
-def test_settings_are_in_force_and_put_back(precision) -> None:
+def test_settings_are_in_force_and_restored(precision) -> None:
     before = settings()
     with in_force(precision):
         inside = settings()
@@ -52,7 +52,7 @@ def test_cudnn_may_be_kept_from_searching() -> None:
         assert not torch.backends.cudnn.benchmark
 
 
-def test_settings_of_the_user_are_put_back_too() -> None:
+def test_settings_of_the_user_are_restored_too() -> None:
     with in_force(FLOAT32):  # which also puts back what this test sets
         torch.set_float32_matmul_precision("medium")
         torch.backends.cudnn.allow_tf32 = True
@@ -62,14 +62,14 @@ def test_settings_of_the_user_are_put_back_too() -> None:
         assert settings() == own
 
 
-def test_what_they_are() -> None:
+def test_tolerances_and_types() -> None:
     assert [p.tolerance for p in (FLOAT32, TF32, FLOAT16, BFLOAT16)] == [1e-5, 2e-3, 4e-3, 1.6e-2]
-    assert [p.rivals_tolerance for p in (FLOAT32, TF32, FLOAT16, BFLOAT16)] == [1e-4, 4e-3, 8e-3, 3.2e-2]
+    assert [p.agreement_tolerance for p in (FLOAT32, TF32, FLOAT16, BFLOAT16)] == [1e-4, 4e-3, 8e-3, 3.2e-2]
     assert [p.bytes for p in (FLOAT32, TF32, FLOAT16, BFLOAT16)] == [4, 4, 2, 2]
     assert TF32.dtype == torch.float32 and TF32.autocast is None and BFLOAT16.autocast == torch.bfloat16
 
 
-def test_names() -> None:
+def test_names_are_parsed() -> None:
     assert parse_precisions("float32, bfloat16") == [BFLOAT16, FLOAT32]
     with pytest.raises(ArgumentError, match=r"dtypes has 'floot16'. Did you mean 'float16'\? It takes bfloat16, tf32"):
         parse_precisions("bfloat16,floot16")

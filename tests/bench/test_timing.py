@@ -1,4 +1,4 @@
-"""The order and the number of calls, by a clock that only the rivals move."""
+"""The order and the number of calls, by a clock that only the calls advance."""
 
 from __future__ import annotations
 
@@ -9,50 +9,50 @@ import pytest
 from widekernel.bench.timing import FEWEST, MOST, Timing, WallClock, first_calls, interleave, planned_calls
 
 
-class Stage:
-    """Rivals that take the seconds they are said to take, and a record of their calls."""
+class Scene:
+    """Calls that take a given number of seconds, and a record of them."""
 
     def __init__(self, **seconds: float) -> None:
-        self.now, self.calls = 0.0, []
+        self.now, self.made = 0.0, []
         self.stopwatch = WallClock(lambda: self.now)
-        self.rivals = {name: lambda name=name, s=s: self.run(name, s) for name, s in seconds.items()}
+        self.calls = {name: lambda name=name, s=s: self.run(name, s) for name, s in seconds.items()}
 
     def run(self, name: str, seconds: float) -> str:
         self.now += seconds
-        self.calls.append(name)
+        self.made.append(name)
         return f"of {name}"
 
 
-def test_rivals_take_turns_in_alternating_order() -> None:
-    stage = Stage(a=0.25, b=0.5)
-    outputs, first = first_calls(stage.rivals, stage.stopwatch)
+def test_calls_take_turns_in_alternating_order() -> None:
+    scene = Scene(a=0.25, b=0.5)
+    outputs, first = first_calls(scene.calls, scene.stopwatch)
     assert outputs == {"a": "of a", "b": "of b"} and first == {"a": 0.25, "b": 0.5}
-    stage.calls.clear()
-    timings = interleave(stage.rivals, first, 1.0, rounds=4, stopwatch=stage.stopwatch)
-    assert stage.calls == ["a", "b", "b", "a", "a", "b", "b", "a"]
+    scene.made.clear()
+    timings = interleave(scene.calls, first, 1.0, rounds=4, stopwatch=scene.stopwatch)
+    assert scene.made == ["a", "b", "b", "a", "a", "b", "b", "a"]
     assert timings == {"a": Timing((0.25,) * 4), "b": Timing((0.5,) * 4)}
 
 
-def test_rivals_with_fewer_calls_are_spread_over_all_rounds() -> None:
-    stage = Stage(fast=0.125, slow=1.5)
-    timings = interleave(stage.rivals, {"fast": 0.125, "slow": 1.5}, 1.25, stopwatch=stage.stopwatch)
+def test_fewer_calls_are_spread_over_all_rounds() -> None:
+    scene = Scene(fast=0.125, slow=1.5)
+    timings = interleave(scene.calls, {"fast": 0.125, "slow": 1.5}, 1.25, stopwatch=scene.stopwatch)
     assert timings["fast"].calls == 10 and timings["slow"].calls == 1
-    stage = Stage(fast=0.125, slower=0.25)
-    interleave(stage.rivals, {"fast": 0.125, "slower": 0.25}, 2.0, stopwatch=stage.stopwatch)
-    places = [place for place, name in enumerate(stage.calls) if name == "slower"]
+    scene = Scene(fast=0.125, slower=0.25)
+    interleave(scene.calls, {"fast": 0.125, "slower": 0.25}, 2.0, stopwatch=scene.stopwatch)
+    places = [place for place, name in enumerate(scene.made) if name == "slower"]
     assert len(places) == 8 and max(b - a for a, b in itertools.pairwise(places)) <= 4
 
 
-def test_a_very_slow_rival_is_called_once_in_all() -> None:
-    stage = Stage(fast=0.5, slow=11.0)
-    _, first = first_calls(stage.rivals, stage.stopwatch)
-    timings = interleave(stage.rivals, first, 1.0, stopwatch=stage.stopwatch)
-    assert stage.calls.count("slow") == 1 and timings["slow"] == Timing((11.0,))
+def test_a_very_slow_call_is_made_once_in_all() -> None:
+    scene = Scene(fast=0.5, slow=11.0)
+    _, first = first_calls(scene.calls, scene.stopwatch)
+    timings = interleave(scene.calls, first, 1.0, stopwatch=scene.stopwatch)
+    assert scene.made.count("slow") == 1 and timings["slow"] == Timing((11.0,))
 
 
-def test_a_slow_first_call_of_a_quick_rival_is_not_believed() -> None:
-    stage = Stage(a=0.001)
-    timings = interleave(stage.rivals, {"a": 0.09}, 0.1, stopwatch=stage.stopwatch)
+def test_a_slow_first_call_of_a_quick_one_is_not_believed() -> None:
+    scene = Scene(a=0.001)
+    timings = interleave(scene.calls, {"a": 0.09}, 0.1, stopwatch=scene.stopwatch)
     assert timings["a"].calls == 100
 
 
@@ -64,7 +64,7 @@ def test_number_of_calls(estimate: float, rounds: int | None, calls: int) -> Non
     assert planned_calls(estimate, 1.0, rounds) == calls
 
 
-def test_patience_can_be_chosen() -> None:
+def test_patience_can_be_set() -> None:
     assert planned_calls(5.0, 1.0, None, (10.0, 60.0)) == FEWEST
     assert planned_calls(20.0, 1.0, None, (10.0, 60.0)) == 1
 

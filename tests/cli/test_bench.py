@@ -64,7 +64,7 @@ def test_networks(tmp_path: Path, capsys) -> None:
     assert "`widekernel bench models replknet_nano --batch 2 --size 32" in (tmp_path / "m.md").read_text()
 
 
-def test_nothing_is_timed_when_the_operator_is_wrong(tmp_path: Path, capsys, spoil) -> None:  # noqa: F811
+def test_nothing_is_timed_if_the_operator_is_wrong(tmp_path: Path, capsys, spoil) -> None:  # noqa: F811
     spoil(lambda problem: True)
     for arguments in (TINY, ["models", "replknet_nano", "--size", "32"]):
         code, out, err = bench(capsys, *arguments, "--csv", str(tmp_path / "t.csv"))
@@ -79,7 +79,7 @@ def test_nothing_is_timed_when_the_operator_is_wrong(tmp_path: Path, capsys, spo
         (["ops", "--cases", "slack-1"], "no case 'slack-1'. Did you mean 'slak-1'?"),
         (["ops", "--shape", "1,2,3,4"], "needs both, --shape and --kernel"),
         (["ops", "--shape", "1,2,3", "--kernel", "3x3"], "must be four numbers"),
-        ([*TINY, "--batch", "3"], "leave --cases and --batch out"),
+        ([*TINY, "--batch", "3"], "leave batch out"),
         ([*TINY, "--passes", "forwards"], "passes has 'forwards'. Did you mean 'forward'?"),
         ([*TINY, "--backend", "portabel"], "backend is 'portabel', which does not exist. Did you mean 'portable'?"),
         ([*TINY, "--algorithm", "fast"], "unknown algorithm 'fast'"),
@@ -111,7 +111,7 @@ def test_mistakes(arguments: list[str], message: str, capsys) -> None:
 
 
 @pytest.mark.parametrize("arguments", [TINY, ["models"], ["models", "slak_nano"]], ids=" ".join)
-def test_cuda_where_there_is_none(arguments: list[str], capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_without_a_device(arguments: list[str], capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for device in ("cuda", "cuda:1"):
         code, out, err = bench(capsys, *arguments, "--device", device)
@@ -121,7 +121,7 @@ def test_cuda_where_there_is_none(arguments: list[str], capsys, monkeypatch: pyt
 
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch, on_cpu, device_gpu) -> None:  # noqa: F811
-    """Have a CUDA device that is the CPU."""
+    """Pretend that there is a CUDA device, which is the CPU."""
     monkeypatch.setattr(devices, "accelerator", lambda text: on_cpu)
     monkeypatch.setattr(gpu, "measure_gpu", lambda accelerator: device_gpu)
 
@@ -143,7 +143,7 @@ def test_operators_on_a_device(tmp_path: Path, capsys, pretended: None) -> None:
     assert files["plot"].read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_device_has_a_batch_types_and_a_budget_of_its_own(tmp_path: Path, capsys, pretended: None) -> None:
+def test_defaults_and_budget_of_a_device(tmp_path: Path, capsys, pretended: None) -> None:
     arguments = ["ops", "--cases", "small-map", "--dtypes", "float16", "--minutes", "1e-9", *CUDA]
     code, out, _ = bench(capsys, *arguments, "--markdown", str(tmp_path / "t.md"), "--plot", str(tmp_path / "t.png"))
     left_out = (
@@ -154,8 +154,8 @@ def test_a_device_has_a_batch_types_and_a_budget_of_its_own(tmp_path: Path, caps
     assert code == 0 and "64x64x7x7 13x13" in out and "│ float32" not in out and "│ float16" in out
 
 
-def test_a_device_on_which_ours_is_wrong(tmp_path: Path, capsys, pretended: None, spoil) -> None:  # noqa: F811
-    """What is right is kept, and the command fails all the same."""
+def test_a_wrong_operator_on_a_device(tmp_path: Path, capsys, pretended: None, spoil) -> None:  # noqa: F811
+    """Rows that are right are kept, and the command still fails."""
     spoil(lambda problem: problem.op == "depthwise_weight_grad")
     arguments = ["ops", "--shape", "2,4,8,8", "--kernel", "5x5", "--dtypes", "float32", *CUDA]
     code, out, err = bench(capsys, *arguments, "--csv", str(tmp_path / "t.csv"))

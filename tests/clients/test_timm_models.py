@@ -1,4 +1,4 @@
-"""What timm's own tests ask of every model, asked of every registered name."""
+"""The checks of timm's own model tests, for every registered name."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _plain_numbers(weight: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Ten
 
 
 def _create(name: str, **kwargs: Any) -> nn.Module:
-    # Drawing truncated normals takes longer than all the rest where there are hundreds of millions.
+    # Drawing hundreds of millions of truncated normals takes longer than everything else.
     with tables_drawn_once(), mock.patch.object(nn.init, "trunc_normal_", _plain_numbers):
         return timm.create_model(name, **kwargs)
 
@@ -159,7 +159,7 @@ def test_every_kind_of_extractor(name: str) -> None:
 
 
 @every_name
-def test_there_are_no_pretrained_weights_and_it_is_said(name: str) -> None:
+def test_missing_pretrained_weights_are_reported(name: str) -> None:
     assert not timm.is_model_pretrained(name)
     assert name not in timm.list_models(pretrained=True)
     with torch.device("meta"), pytest.raises(RuntimeError, match=f"No pretrained weights exist for {name}"):

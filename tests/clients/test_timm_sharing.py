@@ -1,4 +1,4 @@
-"""Networks in timm's hub format: saved by `save_for_hf`, made again by `create_model` from a folder or the hub."""
+"""Networks in timm's hub format: saved by `save_for_hf`, created by `create_model` from a folder or the hub."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("safe", [False, True, "both"], ids=str)
 @pytest.mark.parametrize("arguments", ARGUMENTS)
 @pytest.mark.parametrize("name", ["slak_nano", "replknet_nano", "shiftwise_nano", "roadmap_nano"])
-def test_a_network_comes_back(name: str, arguments: str, safe: Any, tmp_path: Path) -> None:
+def test_network_round_trip(name: str, arguments: str, safe: Any, tmp_path: Path) -> None:
     given = ARGUMENTS[arguments]
     model = alive(name, **given)
     save_for_hf(model, str(tmp_path), safe_serialization=safe)
@@ -54,7 +54,7 @@ def test_a_network_comes_back(name: str, arguments: str, safe: Any, tmp_path: Pa
 
 @pytest.mark.parametrize("how", [widekernel.fold, reparameterize_model])
 @pytest.mark.parametrize("name", NANO)
-def test_a_folded_network_comes_back_folded(name: str, how: Any, tmp_path: Path) -> None:
+def test_folded_network_round_trip(name: str, how: Any, tmp_path: Path) -> None:
     model = how(alive(name, num_classes=4))
     save_for_hf(model, str(tmp_path))
     again = _again(tmp_path)
@@ -63,7 +63,7 @@ def test_a_folded_network_comes_back_folded(name: str, how: Any, tmp_path: Path)
     for folder in (tmp_path / "b",):
         save_for_hf(again, str(folder))
         assert torch.equal(_logits(_again(folder)), _logits(model))
-    if name != "convnext_isotropic_nano":  # there is nothing to fold in it
+    if name != "convnext_isotropic_nano":  # it has nothing to fold
         assert json.loads((tmp_path / "config.json").read_text())["model_args"]["folded"] is True
 
 
@@ -81,7 +81,7 @@ def test_other_classes_and_channels_for_what_was_saved(tmp_path: Path) -> None:
 
 
 def test_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same format, fetched from elsewhere."""
+    """The format is the same; the files are downloaded."""
     model = widekernel.fold(alive("replknet_nano", num_classes=4))
     save_for_hf(model, str(tmp_path), safe_serialization=True)
     monkeypatch.setattr(_hub, "hf_hub_download", lambda repo_id, filename, **kwargs: str(tmp_path / filename))
@@ -89,7 +89,7 @@ def test_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(_logits(again), _logits(model))
 
 
-def test_what_has_no_place_in_the_format(tmp_path: Path) -> None:
+def test_compacted_networks_cannot_be_saved(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match=r"a compacted network .* timm's hub format has no place"):
         save_for_hf(compact(alive("slak_nano")), str(tmp_path / "a"))
     with pytest.raises(ValueError, match="'act_layer' is not serializable"):
@@ -99,7 +99,7 @@ def test_what_has_no_place_in_the_format(tmp_path: Path) -> None:
         _again(tmp_path / "c", folded=True)
 
 
-def test_everything_that_timms_factory_passes_on(tmp_path: Path) -> None:
+def test_all_arguments_of_timms_factory(tmp_path: Path) -> None:
     state = alive("slak_nano").state_dict()
     torch.save(state, tmp_path / "a.pth")
     model = timm.create_model(

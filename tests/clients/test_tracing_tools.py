@@ -89,7 +89,7 @@ def test_openvino_computes_the_same(source: str, form: str) -> None:
     else:
         program = torch.export.export(model, (x,)).run_decompositions(ops.decompositions())
         converted = openvino.convert_model(program)
-    # Unasked it computes in half precision where the processor has that.
+    # By default it computes in half precision if the processor supports that.
     compiled = openvino.compile_model(converted, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     for y in (x, images(96, 3)) if source == "module" else (x,):
         assert_near(torch.from_numpy(compiled(y.numpy())[0]), logits(model, y))
@@ -99,7 +99,7 @@ def test_ptflops_counts_a_decomposed_program() -> None:
     ptflops = pytest.importorskip("ptflops")
     model, x = network("slak_nano", "folded"), images(batch=1)
     program = torch.export.export(model, (x,)).run_decompositions(ops.decompositions()).module()
-    program.eval = lambda: program  # exported modules have no modes, and the counter asks for one
+    program.eval = lambda: program  # exported modules have no modes, and the counter sets one
     macs, _ = ptflops.get_model_complexity_info(
         program, (3, 64, 64), as_strings=False, print_per_layer_stat=False, backend="aten"
     )

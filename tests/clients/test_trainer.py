@@ -1,4 +1,4 @@
-"""Masks in the Trainer of transformers, by the callback of docs/sparsity.md."""
+"""Masks in the Trainer of transformers, with the callback of docs/sparsity.md."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = [
 
 
 class Classifier(nn.Module):
-    """The small network, as the Trainer calls one."""
+    """The small network with the interface that the Trainer expects."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Classifier(nn.Module):
 
 
 def trainer(folder: Path, seed: int = 0, **settings: Any) -> tuple[Any, Any]:
-    """Give a Trainer of 8 steps and its callback; states of step 4 and 8 are saved."""
+    """Return a Trainer of 8 steps and its callback; the states of steps 4 and 8 are saved."""
     from transformers import Trainer, TrainingArguments
 
     settings = {"max_steps": 8, "save_steps": 4, "per_device_train_batch_size": 4, "bf16": True, **settings}
@@ -48,7 +48,7 @@ def trainer(folder: Path, seed: int = 0, **settings: Any) -> tuple[Any, Any]:
 
 
 def saved(folder: Path, step: int) -> list[Any]:
-    """Give weights, moments and masks of a checkpoint."""
+    """Return the weights, moments and masks of a checkpoint."""
     place = folder / f"checkpoint-{step}"
     return [load_file(place / "model.safetensors"), *(torch.load(place / f"{n}.pt") for n in ("optimizer", "sparsity"))]
 
@@ -73,7 +73,7 @@ def test_the_documented_callback_masks_and_continues_exactly(tmp_path: Path) -> 
     }  # fmt: skip
 
 
-def test_a_checkpoint_without_masks_is_no_silent_start(tmp_path: Path) -> None:
+def test_checkpoint_without_masks_is_an_error(tmp_path: Path) -> None:
     trainer(tmp_path)[0].train()
     (tmp_path / "checkpoint-4" / "sparsity.pt").unlink()
     with pytest.raises(FileNotFoundError, match=r"sparsity\.pt"):

@@ -57,7 +57,7 @@ def test_upernet(name: str, tmp_path: Path) -> None:
 
 
 class _Pyramid(nn.Module):
-    """Feature maps of a network, brought to one width."""
+    """Feature pyramid on the maps of a network, with one width."""
 
     out_channels = 16
 

@@ -1,4 +1,4 @@
-"""A program of a session on a GPU, run on a GPU that is pretended: kernels are interpreted, on tensors of the CPU.
+"""Runs a program of a GPU session on a pretended GPU: kernels are interpreted, on CPU tensors.
 
 python -m tests.gpu_session.pretence MODULE [ARGUMENTS]        # widekernel, ready or correctness
 """
@@ -25,12 +25,12 @@ CPU = torch.device("cpu")
 
 
 def pretend() -> None:
-    """Have the benchmarks and the tuning find a GPU that is the CPU, and take its times by the clock of the host."""
+    """Make benchmarks and tuning find a GPU that is the CPU, and use the clock of the host."""
     from widekernel.bench import devices, gpu
     from widekernel.bench.timing import WallClock
     from widekernel.cli import tune_session
-    from widekernel.ops.gpu.plan import INTERPRETED
-    from widekernel.ops.gpu.tuning import Rig
+    from widekernel.ops.gpu.config_choice import INTERPRETED_CHIP
+    from widekernel.ops.gpu.tuning import MeasurementSetup
 
     products = dict.fromkeys(("bfloat16", "tf32", "float16", "float32"), 1e3)
     found = gpu.Gpu(NAME, "9.0", 1, 1.0, 1.0, "the host", {"PyTorch": torch.__version__}, 100.0, products)
@@ -38,13 +38,13 @@ def pretend() -> None:
     gpu.measure_gpu = lambda accelerator: found
 
     def measured(calls: Any) -> dict[str, float]:
-        return tune_session.in_turns(calls, WallClock(), 0.0)
+        return tune_session.median_seconds(calls, WallClock(), 0.0)
 
-    tune_session.rig_on = lambda device, seconds: Rig(CPU, NAME, INTERPRETED, measured)
+    tune_session.setup_on = lambda device, seconds: MeasurementSetup(CPU, NAME, INTERPRETED_CHIP, measured)
 
 
-def pretend_to_be_found() -> None:
-    """Have PyTorch speak of a GPU, for a program that only asks."""
+def pretend_properties() -> None:
+    """Make PyTorch report a GPU, for a program that only asks for its properties."""
     about = SimpleNamespace(name=NAME, major=9, minor=0, total_memory=2**37, multi_processor_count=1)
     torch.cuda.is_available = lambda: True
     torch.cuda.get_device_properties = lambda *device: about
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
     if module == "ready":
         from benchmarks.gpu_session import ready
 
-        pretend_to_be_found()
+        pretend_properties()
         return ready.main(rest)
     if module == "correctness":
         from benchmarks.gpu_session import correctness

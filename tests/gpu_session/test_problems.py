@@ -1,4 +1,4 @@
-"""What a session checks: every kernel, type and pass; and that what is wrong, hangs or crashes is told apart."""
+"""The checks of a session: every kernel, type and pass; wrong results, hangs and crashes are distinguished."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from benchmarks.gpu_session.problems import KINDS, PASSES, Job, jobs, layers, ma
 from benchmarks.gpu_session.stages import NETWORKS, TUNED_CANDIDATES
 
 from tests.ops.gpu.helpers import DEVICE
-from widekernel.ops.gpu import backend
-from widekernel.ops.gpu.configs import KINDS as KERNELS
-from widekernel.ops.gpu.plan import plan
+from widekernel.ops.gpu import machine
+from widekernel.ops.gpu.config_choice import choose_config
+from widekernel.ops.gpu.kernel_configs import CONFIG_TYPES as KERNELS
 from widekernel.ops.problem import Problem
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _as_shipped() -> Iterator[None]:
-    """This machine's table plays no part."""
+    """Ignore this machine's table."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WIDEKERNEL_TUNED", "0")
         yield
@@ -33,10 +33,10 @@ def _as_shipped() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def few() -> list[Job]:
-    return jobs(DEVICE, backend.chip(), backend.device_name(), small=True)
+    return jobs(DEVICE, machine.chip(), machine.device_name(), small=True)
 
 
-def test_every_kernel_type_and_pass(few: list[Job]) -> None:
+def test_jobs_cover_every_kernel_type_and_pass(few: list[Job]) -> None:
     assert {(job.kind, job.direction) for job in few} == {(kind, of) for kind in KINDS for of in PASSES.values()}
     for kind in KINDS:
         assert {job.config.method for job in few if job.kind == kind} == set(KERNELS)
@@ -44,7 +44,7 @@ def test_every_kernel_type_and_pass(few: list[Job]) -> None:
     assert in_use == sorted(in_use, reverse=True), "what is in use comes first"
     assert len(set(few)) == len(few)
     for job in few[:20]:
-        assert job.config == plan(job.problem, backend.chip(), backend.device_name()).config
+        assert job.config == choose_config(job.problem, machine.chip(), machine.device_name()).config
 
 
 def test_layers_are_those_that_are_tuned_and_folded() -> None:
@@ -56,23 +56,25 @@ def test_layers_are_those_that_are_tuned_and_folded() -> None:
 
 
 @pytest.mark.interpreted
-def test_right_and_wrong(few: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verdicts(few: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
     job = next(job for job in few if job.config.method == "direct" and job.kind == "float32")
-    row = check.run(job, torch.device(DEVICE), backend.chip())
+    row = check.run(job, torch.device(DEVICE), machine.chip())
     assert row["verdict"] == check.RIGHT and 0 <= row["error"] <= row["limit"] and set(row) == set(check.COLUMNS)
-    real = check.our_call
+    real = check.kernel_call
 
-    def spoilt(problem: Problem, *others):
+    def corrupted(problem: Problem, *others):
         call = real(problem, *others)
         return lambda: call() + 0.1
 
-    monkeypatch.setattr(check, "our_call", spoilt)
-    assert check.run(job, torch.device(DEVICE), backend.chip())["verdict"].startswith("WRONG: differs from float64")
-    monkeypatch.setattr(check, "our_call", lambda *given: lambda: torch.full(job.problem.shape, float("nan"), device=DEVICE))
-    assert check.run(job, torch.device(DEVICE), backend.chip())["verdict"].startswith("WRONG")
+    monkeypatch.setattr(check, "kernel_call", corrupted)
+    assert check.run(job, torch.device(DEVICE), machine.chip())["verdict"].startswith("WRONG: differs from float64")
+    monkeypatch.setattr(
+        check, "kernel_call", lambda *given: lambda: torch.full(job.problem.shape, float("nan"), device=DEVICE)
+    )
+    assert check.run(job, torch.device(DEVICE), machine.chip())["verdict"].startswith("WRONG")
     broken = replace(job, config=replace(job.config, pixels=3))
-    monkeypatch.setattr(check, "our_call", real)
-    assert check.run(broken, torch.device(DEVICE), backend.chip())["verdict"].startswith("FAILED: ")
+    monkeypatch.setattr(check, "kernel_call", real)
+    assert check.run(broken, torch.device(DEVICE), machine.chip())["verdict"].startswith("FAILED: ")
 
 
 WORKER = """
@@ -86,19 +88,19 @@ for line in sys.stdin:
     row = dict.fromkeys(({columns}), 1) | dict(zip(("layer", "dtype", "pass", "config"), "abcd"))
     verdict = {{"verdict": "right" if number != 3 else "WRONG: by far", "ends": number == 4}}
     print(json.dumps(row | verdict), flush=True)
-    if number == 4:  # a fault spoils the process, which takes a while to end
+    if number == 4:  # after a fault, the process takes a while to end
         time.sleep(0.5)
         os._exit(1)
 """
 
 
-def test_a_job_that_crashes_or_hangs_costs_that_job_alone(few: list[Job], tmp_path: Path, monkeypatch) -> None:
+def test_crashes_and_hangs_affect_no_other_job(few: list[Job], tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("benchmarks.gpu_session.correctness.LONGEST_JOB", 2.0)
     command = [sys.executable, "-S", "-E", "-c", WORKER.format(columns=repr(check.COLUMNS)[1:-1])]
     running = Run(few[:6], tmp_path / "c.csv", 60.0)
-    begun = time.monotonic()
+    started = time.monotonic()
     running.all([Worker(command)])
-    assert time.monotonic() - begun < 40
+    assert time.monotonic() - started < 40
     with (tmp_path / "c.csv").open(newline="") as file:
         verdicts = [row["verdict"] for row in csv.DictReader(file)]
     crashed, hung = "FAILED: its process ended with code 9", "FAILED: no answer within 2 s"
@@ -106,7 +108,7 @@ def test_a_job_that_crashes_or_hangs_costs_that_job_alone(few: list[Job], tmp_pa
     assert running.verdicts == {"right": 3, "FAILED": 2, "WRONG": 1} and len(running.wrong) == 3
 
 
-def test_no_job_is_begun_when_time_is_over(few: list[Job], tmp_path: Path) -> None:
+def test_no_job_starts_after_the_deadline(few: list[Job], tmp_path: Path) -> None:
     running = Run(few[:3], tmp_path / "c.csv", 0.0)
     running.all([Worker([sys.executable, "-S", "-c", "import sys; sys.stdin.read()"])])
     assert not running.verdicts and (tmp_path / "c.csv").read_text().count("\n") == 1

@@ -1,4 +1,4 @@
-"""Stages of a session on a GPU: their time, their end, and what is left of them. The stages here are tiny programs."""
+"""Stages of a GPU session: their time, how they end, and what they leave behind. The stages here are tiny programs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def summary(folder: Path) -> dict:
     return json.loads((folder / "summary.json").read_text())
 
 
-def test_what_a_stage_leaves_over_goes_to_those_after_it() -> None:
+def test_unused_time_goes_to_later_stages() -> None:
     stages = [stage("a", "", 1), stage("b", "", 2), stage("c", "", 1)]
     assert budget(stages, 80) == 20 and budget(stages[1:], 75) == 50 and budget(stages[2:], 25) == 25
     assert budget([stage("a", "", 3, most=30), stages[0]], 100) == 30, "no more than it can use"
@@ -52,7 +52,7 @@ def test_what_a_stage_leaves_over_goes_to_those_after_it() -> None:
 
 
 @pytest.mark.parametrize("shrunk", [1.0, 0.01])
-def test_budgets_shrink_with_the_time_that_there_is(shrunk: float) -> None:
+def test_budgets_shrink_with_the_time(shrunk: float) -> None:
     from benchmarks.gpu_session.stages import stages
 
     real = stages(Path("out"), Path("facts"), rehearsal=False)
@@ -70,7 +70,7 @@ def test_budgets_shrink_with_the_time_that_there_is(shrunk: float) -> None:
     assert 1 <= check <= 2 and 2 <= operators <= 3 and 2 <= tuning <= 3 and networks > 1
 
 
-def test_failures_leave_the_next_its_turn(record: Record, folder: Path) -> None:
+def test_failures_do_not_stop_later_stages(record: Record, folder: Path) -> None:
     stages = [
         stage("good", "print('all well')"),
         stage("bad", "import sys; print('error: it broke'); print('more'); sys.exit(3)"),
@@ -86,14 +86,14 @@ def test_failures_leave_the_next_its_turn(record: Record, folder: Path) -> None:
     assert (results["bad"].exit, results["bad"].reason) == (3, "exit code 3: error: it broke")
     assert "FileNotFoundError" in results["absent"].reason and results["killed"].reason == "signal 11"
     assert results["pointless"].reason == "bad did not succeed: exit code 3: error: it broke"
-    assert "of no use with less than 1000000" in results["late"].reason
+    assert "needs at least 1000000" in results["late"].reason
     log = (folder / "session.log").read_text()
     assert "all well" in log and "the end" in log and "not to be seen" not in log
     content = summary(folder)
     assert content["ended"] and [each["state"] for each in content["stages"]] == states
 
 
-def test_a_deadline_ends_a_stage_and_all_that_it_has_started(record: Record, tmp_path: Path, folder: Path) -> None:
+def test_a_deadline_ends_a_stage_and_its_processes(record: Record, tmp_path: Path, folder: Path) -> None:
     child, csv = tmp_path / "child", folder / "ops.csv"
     program = f"""
 import os, signal, subprocess, sys
@@ -103,11 +103,11 @@ open({str(csv)!r}, "w").write("one row\\n")
 open({str(child)!r}, "w").write(str(child.pid))
 {FOR_EVER}
 """
-    # The first ignores the polite request; its share is what makes its deadline.
-    begun = time.monotonic()
+    # The first ignores the request to end; its share determines its deadline.
+    started = time.monotonic()
     results = run([stage("hangs", program, 1, most=2.0), stage("next", "print('my turn')")], 60, record)
     assert results["hangs"].state == OUT_OF_TIME and results["next"].state == DONE
-    assert time.monotonic() - begun < 30
+    assert time.monotonic() - started < 30
     assert csv.read_text() == "one row\n", "what was written counts"
     assert not _lives(int(child.read_text()))
 
@@ -119,7 +119,7 @@ def _lives(number: int) -> bool:
         return False
 
 
-def test_what_a_stage_leaves_running_is_ended(record: Record, tmp_path: Path) -> None:
+def test_processes_left_running_are_ended(record: Record, tmp_path: Path) -> None:
     pid = tmp_path / "pid"
     program = f"""
 import subprocess, sys
@@ -128,10 +128,10 @@ open({str(pid)!r}, "w").write(str(child.pid))
 """
     kept: list[int] = []
     watching = Stage("watch", lambda seconds: kept.append(int(pid.read_text())) or [*PLAIN, ""], 1.0)
-    begun = time.monotonic()
+    started = time.monotonic()
     results = run([stage("leaves", program), watching], 60, record)
     assert [result.state for result in results.values()] == [DONE, DONE]
-    assert time.monotonic() - begun < 30 and not _lives(kept[0])
+    assert time.monotonic() - started < 30 and not _lives(kept[0])
 
 
 def test_an_interrupt_is_recorded(record: Record, folder: Path) -> None:
@@ -145,7 +145,7 @@ def test_an_interrupt_is_recorded(record: Record, folder: Path) -> None:
     assert [each["state"] for each in summary(folder)["stages"]] == [DONE, "interrupted", NOT_RUN]
 
 
-def test_at_most_eight_files_of_a_size_that_travels(record: Record, folder: Path, monkeypatch) -> None:
+def test_at_most_eight_small_files(record: Record, folder: Path, monkeypatch) -> None:
     monkeypatch.setattr(recording, "LARGEST", 1000)
     monkeypatch.setattr(recording, "LONGEST_LOG", 500)
     names = [*recording.FILES[2:], "tuned.json.123.456", "core", ".ops.csv.new"]
@@ -164,7 +164,7 @@ print("y" * 5000)
     assert all(part.isalnum() or part in "._-" for name in recording.FILES for part in name)
 
 
-def test_how_things_stand_is_on_disk_at_any_time(record: Record, folder: Path) -> None:
+def test_summary_is_always_up_to_date(record: Record, folder: Path) -> None:
     def look(seconds: float) -> Sequence[str]:
         program = f"import json; print([s['state'] for s in json.load(open({str(folder / 'summary.json')!r}))['stages']])"
         return [*PLAIN, program]

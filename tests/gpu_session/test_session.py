@@ -1,4 +1,4 @@
-"""What a session needs of the machine, and what it does without."""
+"""What a session requires of the machine, and what it does not."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def put(folder: Path, name: str, module: str = "absent_module") -> Path:
     return folder / name
 
 
-def test_names_of_wheels() -> None:
+def test_names_of_wheels_are_parsed() -> None:
     plain = Wheel.of(Path("markdown_it_py-4.3.0-py3-none-any.whl"))
     assert (plain.name, plain.version) == ("markdown-it-py", "4.3.0") and plain.fits((3, 12))
     built = Wheel.of(Path("widekernel-0.4.0-0nocompiler-py3-none-any.whl"))
@@ -58,7 +58,7 @@ def test_unpacking_from_the_command_line(tmp_path: Path, capsys) -> None:
     assert wheels.main(["one"]) == 2
 
 
-def test_what_has_to_be_downloaded() -> None:
+def test_packages_to_download() -> None:
     pytest.importorskip("packaging")
     from benchmarks.gpu_session.bundle import ours, wanted
 
@@ -83,7 +83,7 @@ def test_what_has_to_be_downloaded() -> None:
     assert not any(line.startswith(("mypy", "ruff")) for line in ours())
 
 
-def test_folders_that_cannot_be_used(tmp_path: Path, capsys) -> None:
+def test_unusable_folders_are_refused(tmp_path: Path, capsys) -> None:
     (tmp_path / "tuned.json").write_text("{}")
     assert main(["--out", str(tmp_path)]) == 2
     assert f"--out is {tmp_path}, which holds tuned.json: give a new folder" in capsys.readouterr().err
@@ -111,7 +111,7 @@ def test_stages_write_into_the_scratch_folder_only(tmp_path: Path, monkeypatch: 
     assert given["PYTHONPATH"].split(os.pathsep) == [str(ROOT / "src"), str(ROOT), str(tmp_path / "site"), "/mine"]
 
 
-def test_no_gpu_is_said_plainly(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_gpu_is_reported(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(ready, "NEEDED", ("torch",))
     assert ready.main([str(tmp_path / "facts.json")]) == 2
@@ -121,8 +121,8 @@ def test_no_gpu_is_said_plainly(tmp_path: Path, capsys, monkeypatch: pytest.Monk
     assert "lacks no_such_package (ModuleNotFoundError" in capsys.readouterr().out
 
 
-def test_a_session_where_nothing_can_be_imported(tmp_path: Path) -> None:
-    """The program itself needs Python alone, says what is missing, and still leaves its files."""
+def test_a_session_without_any_packages(tmp_path: Path) -> None:
+    """The program itself needs only Python, reports what is missing, and still leaves its files."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
     (tmp_path / "wheels").mkdir()
     out = tmp_path / "deep" / "out"
@@ -140,7 +140,7 @@ def test_a_session_where_nothing_can_be_imported(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which need not be pretended")
 def test_rehearsal(tmp_path: Path) -> None:
-    """The whole of it on a pretended GPU; where that is allowed, in a network namespace without any network."""
+    """A whole session on a pretended GPU, without a network where namespaces are allowed."""
     out = tmp_path / "out"
     program = [sys.executable, ROOT / "benchmarks" / "gpu_session", "--rehearse", "--out", out, "--minutes", "12"]
     alone = ["unshare", "-rn"] if subprocess.run(["unshare", "-rn", "true"], check=False).returncode == 0 else []

@@ -13,7 +13,7 @@ from torch import nn
 from tests.models.zoo import NANO, SMALL, create, images, on_meta
 from widekernel.layers import LargeKernel, Rectangles, SharedStrips, ShiftTiles, ShuffledStrips, SplitStrips, TruncatedTiles
 
-LAST_DW_FIRST = [name for name in timm.list_models("roadmap_*") if name[8:10].isdigit() and int(name[8:10]) >= 7]
+WITH_7X7_KERNELS = [name for name in timm.list_models("roadmap_*") if name[8:10].isdigit() and int(name[8:10]) >= 7]
 
 
 def _shapes(model: nn.Module, pattern: str) -> list[tuple[int, ...]]:
@@ -103,14 +103,14 @@ def test_slak_defaults(size: str, dims: tuple[int, ...], depths: tuple[int, ...]
 
 
 def test_slak_as_convnext() -> None:
-    """The authors' "7 7 7 7 100" has one 7x7 kernel a block, each with a batch norm."""
+    """The authors' "7 7 7 7 100" has one 7x7 kernel per block, with a batch norm."""
     from widekernel.models.slak import slak_tiny
 
     with torch.device("meta"):
         model = slak_tiny(kernel_sizes=(7, 7, 7, 7), small_kernel=None, decomposed=False, width_factor=1.0)
     assert sum(parameter.numel() for parameter in model.parameters()) == 28_595_752
     assert [_kernels(model, i) for i in range(4)] == [[(96 * 2**i, 1, 7, 7)] for i in range(4)]
-    # timm takes arguments that are None as not given, which is the same here.
+    # timm drops arguments that are None, which makes no difference here.
     through_timm = on_meta("slak_tiny", kernel_sizes=(7, 7, 7, 7), small_kernel=None, decomposed=False, width_factor=1.0)
     assert _shapes(through_timm, "") == _shapes(model, "")
 
@@ -124,12 +124,12 @@ def test_slak_arguments() -> None:
     assert len(model.stages[0].blocks) == 2
 
 
-def test_slak_squares() -> None:
+def test_slak_without_strips() -> None:
     assert _kernels(timm.create_model("slak_nano", decomposed=False), 0) == [(16, 1, 31, 31), (16, 1, 3, 3)]
     assert _kernels(timm.create_model("slak_nano", decomposed=False, small_kernel=0), 0) == [(16, 1, 31, 31)]
 
 
-def test_slak_strips_as_short_as_long_have_no_square() -> None:
+def test_slak_strips_of_equal_sides_have_no_square() -> None:
     model = timm.create_model("slak_nano", kernel_sizes=(9, 7, 5, 5), small_kernel=5)
     assert _kernels(model, 3) == [(128, 1, 5, 5), (128, 1, 5, 5)]
     assert len(model.stages[3].blocks[0].mixer.norms) == 2
@@ -153,7 +153,7 @@ def test_slak_without_batch_norm(kind: str) -> None:
         ("shiftwise_v1_tiny", ShiftTiles),
     ],
 )
-def test_what_the_strips_are_made_of(name: str, strips: type) -> None:
+def test_strips_come_from_the_kernel_source_of_their_kind(name: str, strips: type) -> None:
     kinds = (Rectangles, SplitStrips, ShuffledStrips, SharedStrips, ShiftTiles)
     layers = [module for module in on_meta(name).modules() if isinstance(module, LargeKernel)]
     assert len(layers) in (18, 27)
@@ -220,12 +220,12 @@ def test_shiftwise_arguments(name: str) -> None:
     assert timm.create_model(name, ghost_ratio=0.0).stages[0].blocks[0].mixer.ghosts.numel() == 0
 
 
-# ---- The road
+# ---- The roadmap
 
 
-@pytest.mark.parametrize("name", LAST_DW_FIRST)
+@pytest.mark.parametrize("name", WITH_7X7_KERNELS)
 @pytest.mark.parametrize("size", [1, 5, 31])
-def test_road_with_other_kernels(name: str, size: int) -> None:
+def test_roadmap_with_other_kernel_sizes(name: str, size: int) -> None:
     model = timm.create_model(name, kernel_size=size, depths=(1, 1, 1, 1), width=8, num_classes=2)
     depthwise = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
     assert len(depthwise) == 4
@@ -234,16 +234,16 @@ def test_road_with_other_kernels(name: str, size: int) -> None:
         assert model.eval()(images(32)).shape == (2, 2)
 
 
-def test_road_has_seven_steps_with_that_argument() -> None:
-    assert len(LAST_DW_FIRST) == 7
-    assert all(on_meta(name).cfg.kernel_size == 7 for name in LAST_DW_FIRST)
+def test_seven_roadmap_steps_have_7x7_kernels() -> None:
+    assert len(WITH_7X7_KERNELS) == 7
+    assert all(on_meta(name).cfg.kernel_size == 7 for name in WITH_7X7_KERNELS)
 
 
 # ---- Randomness
 
 
 @pytest.mark.parametrize("name", NANO)
-def test_construction_leaves_global_randomness_in_order(name: str) -> None:
+def test_construction_does_not_reseed(name: str) -> None:
     np.random.seed(7)
     before = np.random.get_state()
     torch.manual_seed(1)
@@ -257,7 +257,7 @@ def test_construction_leaves_global_randomness_in_order(name: str) -> None:
     assert state[2:] == before[2:]
     assert torch.equal(after_first, after_again)
     assert torch.equal(first.head.fc.weight, again.head.fc.weight)
-    # Two in a row differ, and another seed leaves another state: nothing was seeded on the way.
+    # Two in a row differ, and another seed leaves another state: nothing was seeded in between.
     assert not torch.equal(first.head.fc.weight, second.head.fc.weight)
     torch.manual_seed(2)
     create(name)
@@ -276,7 +276,7 @@ def test_tables_are_the_same_in_every_construction(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in NANO if name.startswith(("shiftwise", "slak_pw_"))])
-def test_tables_of_two_networks_are_equal_and_apart(name: str) -> None:
+def test_tables_of_two_networks_are_equal_but_not_shared(name: str) -> None:
     first, second = (dict(create(name).named_buffers()) for _ in range(2))
     tables = [key for key in first if key.endswith(("tile_at", "centre", "selected", "ghosts"))]
     assert tables

@@ -1,4 +1,4 @@
-"""Distributed training with gloo: every family starts, which needs buffers that can be sent, and steps alike everywhere."""
+"""Distributed training with gloo: all families have buffers that can be sent, and all processes stay equal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.models.zoo import NANO, alive, create
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="PyTorch has no gloo here")
 
-# What gloo can broadcast.
+# Types that gloo can broadcast.
 SENDABLE = {torch.float64, torch.float32, torch.float16, torch.int64, torch.int32, torch.int8, torch.uint8}
 
 
@@ -46,7 +46,7 @@ def _alone(tmp_path: Path) -> Iterator[None]:
 
 @pytest.mark.usefixtures("_alone")
 @pytest.mark.parametrize("name", NANO)
-def test_one_process_steps_as_without(name: str) -> None:
+def test_one_process_trains_as_without_distribution(name: str) -> None:
     model = alive(name, num_classes=4).train()
     other = copy.deepcopy(model)
     parallel = _step(model, 1)
@@ -81,7 +81,7 @@ def _train_all(rank: int, folder: Path) -> None:
         for name in NANO:
             torch.manual_seed(rank)
             model = create(name, num_classes=4)
-            if rank:  # what process 0 has is what counts
+            if rank:  # process 0 decides
                 for key, buffer in model.named_buffers():
                     if key.endswith("tile_at"):
                         buffer.zero_()
@@ -91,10 +91,10 @@ def _train_all(rank: int, folder: Path) -> None:
 
 
 @pytest.mark.dist
-def test_two_processes_stay_alike(tmp_path: Path) -> None:
+def test_two_processes_stay_equal(tmp_path: Path) -> None:
     mp.spawn(_train_all, args=(tmp_path,), nprocs=2)
     for name in NANO:
         first, second = (torch.load(tmp_path / f"{name}_{rank}.pth", weights_only=True) for rank in range(2))
-        # The statistics of batch norms are each process's own until the next forward pass.
+        # Each process has statistics of batch norms of its own until the next forward pass.
         shared = [key for key in first if "running" not in key]
         assert all(torch.equal(first[key], second[key]) for key in shared), name

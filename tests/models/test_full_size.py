@@ -1,4 +1,4 @@
-"""timm's contract for the published sizes, on tensors without memory; with real ones under the marker `full`."""
+"""timm's contract for the published sizes, on the meta device; with real tensors under the marker `full`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def model(request: pytest.FixtureRequest) -> nn.Module:
     return on_meta(request.param).eval()
 
 
-def test_no_memory_is_taken(model: nn.Module) -> None:
+def test_no_memory_is_allocated(model: nn.Module) -> None:
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
 
 
@@ -30,7 +30,7 @@ def test_default_cfg(model: nn.Module) -> None:
     assert model.get_classifier() is model.get_submodule(cfg["classifier"])
 
 
-def test_shapes_all_the_way(model: nn.Module) -> None:
+def test_shapes_of_all_feature_maps(model: nn.Module) -> None:
     cfg = model.default_cfg
     size = cfg["input_size"][-1]
     final, maps = model.forward_intermediates(torch.empty(2, *cfg["input_size"], device="meta"))
@@ -43,7 +43,7 @@ def test_shapes_all_the_way(model: nn.Module) -> None:
     assert model.forward_head(final, pre_logits=True).shape == (2, model.num_features)
 
 
-def test_classifier_can_be_exchanged(model: nn.Module) -> None:
+def test_classifier_can_be_replaced(model: nn.Module) -> None:
     final = torch.empty(2, model.num_features, 7, 7, device="meta")
     head, num_classes = copy.deepcopy(model.head), model.num_classes
     model.reset_classifier(0)

@@ -1,4 +1,4 @@
-"""Networks as TorchScript, by scripting and by tracing: for other programs, and where widekernel is not installed."""
+"""Networks as TorchScript, scripted and traced, for programs in which widekernel is not installed."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:Futur
 
 def recorded(model: nn.Module, x: torch.Tensor) -> torch.jit.ScriptModule:
     with warnings.catch_warnings():
-        # Whatever the tracer warns of would make the graph wrong for other images; but for what PyTorch itself does in a
-        # batch norm in training, and that a list comes out.
+        # Warnings of the tracer mean that the graph is wrong for other images, except those about PyTorch's own batch norm
+        # in training and about lists as outputs.
         warnings.simplefilter("error", torch.jit.TracerWarning)
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"torch\.nn\.functional")
         warnings.filterwarnings("ignore", "Encountering a list", torch.jit.TracerWarning)
@@ -39,7 +39,7 @@ def operators(module: torch.jit.ScriptModule) -> set[str]:
 
 @pytest.mark.parametrize("form", ["training", "folded"])
 @every_family
-def test_scripted_and_recorded_networks_compute_the_same(name: str, form: str) -> None:
+def test_scripted_and_traced_networks_compute_the_same(name: str, form: str) -> None:
     model = alive(name) if form == "training" else fold(alive(name))
     before = list(model.modules())
     x, other = images(), images(96, 3)
@@ -53,7 +53,7 @@ def test_scripted_and_recorded_networks_compute_the_same(name: str, form: str) -
                 assert trace.calls == []
     for module in both:
         assert operators(module) == {"aten"}
-    # The network itself stays what it was, and on our kernels.
+    # The network itself is unchanged and still uses our kernels.
     assert list(model.modules()) == before
     with ops.trace() as trace, torch.no_grad():
         model(x)
@@ -63,7 +63,7 @@ def test_scripted_and_recorded_networks_compute_the_same(name: str, form: str) -
 
 @pytest.mark.parametrize("name", ["replknet_nano", "slak_nano"])
 def test_dilated_kernels(name: str) -> None:
-    """Of a network whose last stages keep their resolution."""
+    """The last stages of the network keep their resolution."""
     model, x = alive(name, output_stride=8), images()
     modules = [torch.jit.script(model), recorded(model, x), torch.jit.script(fold(model))]
     with torch.no_grad():
@@ -74,7 +74,7 @@ def test_dilated_kernels(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["slak_nano", "shiftwise_nano"])
 @pytest.mark.parametrize("how", ["scripted", "recorded"])
-def test_training_a_scripted_or_recorded_network(name: str, how: str) -> None:
+def test_training_a_scripted_or_traced_network(name: str, how: str) -> None:
     model, x = alive(name).train(), images()
     module = torch.jit.script(model) if how == "scripted" else recorded(model, x)
     state = {key: value.clone() for key, value in model.state_dict().items()}
@@ -101,7 +101,7 @@ def test_feature_maps(kind: str) -> None:
                 assert_near(got, want)
 
 
-def test_scripting_what_symbolic_tracing_gives() -> None:
+def test_scripting_a_symbolically_traced_network() -> None:
     model, x = alive("replknet_nano"), images()
     module = torch.jit.script(create_feature_extractor(model, {"head": "logits"}).eval())
     with torch.no_grad():
@@ -109,7 +109,7 @@ def test_scripting_what_symbolic_tracing_gives() -> None:
 
 
 def test_tiles_beyond_the_border_at_any_size() -> None:
-    """What is dropped depends on the size of the image, which a recorded graph must not fix."""
+    """Which tiles are dropped depends on the size of the image, which a traced graph must not fix."""
     model, x = alive("slak_pw_nano_truncated"), images()
     both = [torch.jit.script(model), recorded(model, x)]
     with torch.no_grad():
@@ -118,7 +118,7 @@ def test_tiles_beyond_the_border_at_any_size() -> None:
                 assert_near(module(images(size)), model(images(size)))
 
 
-def test_images_that_do_not_fit_are_refused_in_script() -> None:
+def test_scripted_networks_refuse_wrong_images() -> None:
     module = torch.jit.script(create("slak_nano").eval())
     for shape in [(1, 3, 64), (1, 1, 64, 64), (1, 3, 16, 64)]:
         with pytest.raises(torch.jit.Error, match=r"the input has shape .*takes \(N, 3, H, W\), H and W at least 32"):

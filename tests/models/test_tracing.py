@@ -1,4 +1,4 @@
-"""Tracing, compiling and exporting: no network breaks a graph."""
+"""Tracing, compiling and exporting: no network causes a graph break."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from timm.models._features_fx import FeatureGraphNet, create_feature_extractor
 from tests.models.zoo import NANO, SMALL, alive, assert_near, images
 
 every_small_model = pytest.mark.parametrize("name", SMALL)
-# Compiling takes seconds: variants that differ in where their kernels come from only are left to the slow tests.
+# Compiling takes seconds: variants that differ only in their kernel sources are slow tests.
 ALIKE = ("shiftwise_v1_nano", "slak_pww_nano", "slak_reg_nano")
 every_family = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] if name in ALIKE else []) for name in NANO]

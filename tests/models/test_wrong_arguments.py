@@ -1,4 +1,4 @@
-"""What a network cannot be made with, or fed with, is refused with a message that says why."""
+"""Arguments and images that a network cannot take are refused with a message that says why."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_unknown_argument(name: str, typo: str, meant: str, features_only: bool)
 
 
 @pytest.mark.parametrize("name", NANO)
-def test_an_argument_like_no_other(name: str) -> None:
+def test_unknown_argument_without_a_similar_one(name: str) -> None:
     with pytest.raises(TypeError, match=rf"{name} got an unknown argument 'zzzz'\. It takes .*num_classes"):
         timm.create_model(name, zzzz=1)
 
@@ -43,14 +43,14 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("replknet_nano", {"kernel_sizes": (30, 15, 7, 5)}, "kernel size 30 is not a positive odd number.*use 31"),
     ("replknet_nano", {"small_kernel": 4}, "kernel size 4 is not a positive odd number"),
     ("replknet_nano", {"small_kernel": 7}, "small_kernel 7 is larger than the kernel size 5"),
-    ("replknet_nano", {"depths": (1, 1, 1)}, "one entry a stage.*'depths': 3"),
-    ("replknet_nano", {"dims": (8, 8, 8, 8, 8)}, "one entry a stage.*'dims': 5"),
-    ("replknet_nano", {"kernel_sizes": 31}, "kernel_sizes must be a sequence with one entry a stage, not 31"),
+    ("replknet_nano", {"depths": (1, 1, 1)}, "one entry per stage.*'depths': 3"),
+    ("replknet_nano", {"dims": (8, 8, 8, 8, 8)}, "one entry per stage.*'dims': 5"),
+    ("replknet_nano", {"kernel_sizes": 31}, "kernel_sizes must be a sequence with one entry per stage, not 31"),
     ("replknet_nano", {"dw_ratio": 0.0}, "depthwise_widths come out as .*at least one channel"),
     ("replknet_nano", {"ffn_ratio": 0.01}, "hidden_widths come out as .*at least one channel"),
     ("slak_nano", {"kernel_sizes": (31, 16, 7, 5)}, "kernel size 16 is not a positive odd number"),
     ("slak_nano", {"kernel_sizes": (31, -3, 7, 5)}, "kernel size -3 is not a positive odd number"),
-    ("slak_nano", {"kernel_sizes": (31, 15, 7)}, "one entry a stage.*'kernel_sizes': 3"),
+    ("slak_nano", {"kernel_sizes": (31, 15, 7)}, "one entry per stage.*'kernel_sizes': 3"),
     ("slak_nano", {"small_kernel": 4}, "small_kernel 4 is not a positive odd number"),
     ("slak_nano", {"small_kernel": 7}, r"small_kernel 7 is larger than a kernel size of \(31, 15, 7, 5\)"),
     ("slak_nano", {"small_kernel": 4, "decomposed": False}, "small_kernel 4 is not a positive odd number"),
@@ -80,7 +80,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("shiftwise_nano", {"groups": 0}, "paths=2 and groups=0 must both be at least 1"),
     ("shiftwise_nano", {"small_kernel": 2}, "tile size 2 is not a positive odd number"),
     ("shiftwise_nano", {"kernel_sizes": (31, 15, 7, 3)}, "tile size 3 is not smaller than the kernel size 3"),
-    ("shiftwise_nano", {"depths": (1, 1)}, "one entry a stage.*'depths': 2"),
+    ("shiftwise_nano", {"depths": (1, 1)}, "one entry per stage.*'depths': 2"),
     ("convnext_isotropic_nano", {"kernel_size": 8}, "kernel size 8 is not a positive odd number"),
     ("roadmap_07_kernel7", {"kernel_size": 6}, "kernel size 6 is not a positive odd number.*use 7"),
     ("roadmap_07_kernel7", {"kernel_size": 7.0}, "kernel size 7.0 is not a positive odd number"),
@@ -89,9 +89,12 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
         for name in NANO
         if name != "convnext_isotropic_nano"
     ),
-    *(("convnext_isotropic_nano", {"depth": depth}, f"depth {depth} is not a positive whole number") for depth in (-1, 0)),
-    ("replknet_nano", {"depths": 3}, "depths must be a sequence with one entry a stage, not 3"),
-    ("roadmap_00_resnet50", {"depths": (3, 4, 6)}, "one entry a stage.*'depths': 3"),
+    *(
+        ("convnext_isotropic_nano", {"depth": depth}, f"depth is {depth}, but must be a whole number, at least 1")
+        for depth in (-1, 0)
+    ),
+    ("replknet_nano", {"depths": 3}, "depths must be a sequence with one entry per stage, not 3"),
+    ("roadmap_00_resnet50", {"depths": (3, 4, 6)}, "one entry per stage.*'depths': 3"),
     ("roadmap_00_resnet50", {"dw_first": True}, "dw_first=True needs block='inverted'"),
     ("roadmap_02_patchify", {"block": "inverted"}, "block='inverted' needs depthwise=True"),
     ("roadmap_05_inverted", {"fewer_norms": True}, "fewer_norms=True needs dw_first=True"),
@@ -127,14 +130,14 @@ class TestWrongImages:
         with pytest.raises(ShapeError, match=r"shape \(3, 64, 64\): the network takes \(N, 3, H, W\)"):
             create(name)(images()[0])
 
-    def test_the_same_where_features_are_asked_for(self, name: str) -> None:
+    def test_features_only(self, name: str) -> None:
         model = create(name, features_only=True)
         for wrong in (images(channels=4), images()[0], images(4)):
             with pytest.raises(ShapeError):
                 model(wrong)
 
 
-def test_a_small_kernel_that_is_not_smaller_is_left_out() -> None:
+def test_small_kernel_that_is_not_smaller_is_left_out() -> None:
     """The authors write "7 7 7 7 100" for a network without small kernels."""
     model = timm.create_model("slak_nano", kernel_sizes=(7, 7, 7, 7), small_kernel=100, decomposed=False)
     layers = [module for module in model.modules() if isinstance(module, LargeKernel)]
@@ -144,7 +147,7 @@ def test_a_small_kernel_that_is_not_smaller_is_left_out() -> None:
     assert [some.stages[i].blocks[0].mixer.source.num_branches for i in range(4)] == [2, 2, 1, 1]
 
 
-def test_three_stages_are_as_good_as_four() -> None:
+def test_networks_with_three_stages() -> None:
     arguments = {"kernel_sizes": (9, 7, 5), "depths": (1, 1, 1), "dims": (8, 12, 16)}
     for name in ("slak_nano", "replknet_nano", "shiftwise_nano"):
         maps = timm.create_model(name, features_only=True, **arguments)(images())
@@ -152,7 +155,7 @@ def test_three_stages_are_as_good_as_four() -> None:
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 5])
-def test_shallow_isotropic_networks_hand_out_each_map_once(depth: int) -> None:
+def test_shallow_isotropic_networks_return_each_map_once(depth: int) -> None:
     model = timm.create_model("convnext_isotropic_nano", depth=depth, features_only=True)
     maps = model(images())
     assert len(maps) == len(model.feature_info.channels()) == min(depth, 4)

@@ -1,4 +1,4 @@
-"""Every registered network: the small ones as they are, the steps of the road made small."""
+"""Every registered network in a small form: the nano networks, and the roadmap steps with fewer blocks."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from widekernel.models import list_models
 
 NANO = list_models("*nano")
 FULL_SIZE = [name for name in list_models() if name not in NANO]
-_TINY_ROAD = {"depths": (1, 1, 2, 1), "width": 16}
+_TINY_ROADMAP = {"depths": (1, 1, 2, 1), "width": 16}
 
-# Everything cheap enough to be computed with: id -> (registered name, arguments).
+# Networks that are cheap to run: id -> (registered name, arguments).
 SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in NANO},
-    **{f"{name}_small": (name, _TINY_ROAD) for name in FULL_SIZE if name.startswith("roadmap_")},
+    **{f"{name}_small": (name, _TINY_ROADMAP) for name in FULL_SIZE if name.startswith("roadmap_")},
     "replknet_nano_feature_norms": ("replknet_nano", {"norm_intermediate_features": True}),
     "slak_nano_square": ("slak_nano", {"decomposed": False}),
     "slak_nano_without_bn": ("slak_nano", {"bn": False}),
@@ -34,13 +34,13 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def create(identity: str, **kwargs: Any) -> nn.Module:
-    """Make a small network by its id in `SMALL`."""
+    """Create a small network by its id in `SMALL`."""
     name, arguments = SMALL[identity]
     return timm.create_model(name, **{**arguments, **kwargs})
 
 
 def alive(identity: str, **kwargs: Any) -> nn.Module:
-    """Make a small network in which every part has a say: no zeros at the start, batch norms that have seen data."""
+    """Create a small network in which every part matters: no zeros at the start, batch norms with statistics."""
     model = create(identity, **kwargs)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
@@ -63,14 +63,14 @@ def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def assert_same_state(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> None:
-    """Equal to the bit, NaN included."""
+    """Assert that two state dicts are equal bit by bit, NaN included."""
     assert list(ours) == list(theirs)
     different = [key for key in ours if not _same_bits(ours[key], theirs[key])]
     assert not different
 
 
 def assert_near(ours: torch.Tensor, theirs: torch.Tensor, relative: float = 1e-5) -> None:
-    """|a - b| <= relative * max|b|, as rounding in a sum of many terms is."""
+    """Assert |a - b| <= relative * max|b|, a bound for rounding in sums of many terms."""
     assert ours.shape == theirs.shape
     error, bound = (ours - theirs).abs().max().item(), relative * theirs.abs().max().item()
     assert error <= bound, f"largest difference {error:.3g}, allowed {bound:.3g}"
@@ -84,12 +84,12 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 @contextmanager
 def tables_drawn_once() -> Iterator[None]:
-    """Draw each arrangement table once instead of once a block, which is most of the time a big Shift-wise network takes."""
+    """Draw each table once instead of once per block, which takes most of the time in a big Shift-wise network."""
     with mock.patch.object(tile_tables, "draw_tables", cache(tile_tables.draw_tables)):
         yield
 
 
 def on_meta(name: str, **kwargs: Any) -> nn.Module:
-    """Make a network of any size without memory for its weights."""
+    """Create a network of any size without memory for its weights."""
     with torch.device("meta"), tables_drawn_once():
         return timm.create_model(name, **kwargs)

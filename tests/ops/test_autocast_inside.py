@@ -32,7 +32,7 @@ def gradients(backend: str, autocast: bool, twice: bool = False) -> tuple[Tensor
 
 @BACKENDS
 @pytest.mark.parametrize("twice", [False, True], ids=["first", "second"])
-def test_backward_inside_of_a_forward_outside(backend: str, twice: bool) -> None:
+def test_backward_under_autocast_of_a_forward_without_it(backend: str, twice: bool) -> None:
     for got, want in zip(gradients(backend, True, twice), gradients(backend, False, twice)):
         assert got.dtype == torch.float32
         assert torch.equal(got, want)

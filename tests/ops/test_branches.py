@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.ops.backends import BRANCHES, SUM_OF_BRANCHES, Fused, Kernels, registered, several
 from tests.ops.cases import CASES, EMPTY, LAYOUTS, Case, assert_close, definition
-from tests.ops.fused import BRANCHES, SUM_OF_BRANCHES, Fused, Prepared, registered, several
 from widekernel import ops
 from widekernel.errors import ArgumentError
 from widekernel.ops.cpu import library
@@ -23,12 +23,12 @@ SUM, WEIGHT_GRAD = "depthwise_sum", "depthwise_weight_grad"
 @pytest.fixture(autouse=True)
 def _fused() -> Iterator[None]:
     """Two more backends that run where they are asked for."""
-    with registered(Fused(), "reference"), registered(Prepared("prepared"), "reference"):
+    with registered(Fused(), "reference"), registered(Kernels("kernels"), "reference"):
         yield
 
 
 def is_fused(backend: str) -> bool:
-    return backend in ("fused", "prepared")
+    return backend in ("fused", "kernels")
 
 
 def outputs_and_gradients(case: Case, tensors: tuple, grads: list[Tensor], backend: str | None) -> list[Tensor]:
@@ -59,7 +59,7 @@ def check(case: Case, dtype: torch.dtype, layout: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("backend", ["portable", "fused", "prepared"])
+@pytest.mark.parametrize("backend", ["portable", "fused", "kernels"])
 @pytest.mark.parametrize("case", MANY, ids=str)
 def test_values_in_float64(case: Case, backend: str, layout: str) -> None:
     check(case, torch.float64, layout, backend)
@@ -96,7 +96,7 @@ def test_nothing_to_compute(case: Case, layout: str, backend: str) -> None:
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_one_by_one_is_bit_for_bit_the_calls_of_before(dtype: torch.dtype, layout: str) -> None:
+def test_branches_one_by_one_equal_separate_calls_bit_for_bit(dtype: torch.dtype, layout: str) -> None:
     """Also where other users of the input add to its gradient."""
 
     def step(together: bool) -> tuple[list[Tensor], list[str]]:
@@ -152,7 +152,8 @@ def test_the_fused_operators_get_the_arguments(fused_first: Fused) -> None:
     assert trace.calls[1][1].anchors == tuple(mirrored)
     assert {problem.kernels for _, problem in trace.calls[:2]} == {((13, 3), (3, 13), (3, 3))}
     forward, backward = fused_first.received
-    assert (forward[0], forward[3], backward[0], backward[3]) == (BRANCHES, anchors, SUM_OF_BRANCHES, mirrored)
+    assert (forward[0], list(forward[3])) == (BRANCHES, anchors)
+    assert (backward[0], list(backward[3])) == (SUM_OF_BRANCHES, mirrored)
     assert torch.equal(forward[1], x)
     assert all(map(torch.equal, forward[2], kernels))
     assert all(map(torch.equal, backward[1], grads))
@@ -161,7 +162,7 @@ def test_the_fused_operators_get_the_arguments(fused_first: Fused) -> None:
 
 @pytest.mark.parametrize("used", [(0, 1), (0, 2), (1,), (2,)], ids=str)
 @pytest.mark.parametrize("backend", ["portable", "fused"])
-def test_outputs_that_are_not_used_cost_nothing(backend: str, used: tuple[int, ...]) -> None:
+def test_nothing_is_computed_for_outputs_that_are_not_used(backend: str, used: tuple[int, ...]) -> None:
     x, kernels, _ = CROSS.tensors()
     inputs = [t.requires_grad_() for t in (x, *kernels)]
     ys = ops.depthwise_branches(x, kernels, CROSS.anchors, backend=backend)

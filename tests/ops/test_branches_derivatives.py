@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.func import grad, jacrev, vmap
 
+from tests.ops.backends import BRANCHES, SUM_OF_BRANCHES, Fused, OnlyBackward, OnlyForward, registered
 from tests.ops.cases import assert_close, definition
-from tests.ops.fused import BRANCHES, SUM_OF_BRANCHES, Fused, OnlyBackward, OnlyForward, registered
 from widekernel import ops
 
 ANCHORS = [(0, 3), (1, 0), (0, 0)]
@@ -118,7 +118,7 @@ def test_per_sample_gradients(which: tuple[bool, ...]) -> None:
 
 
 @pytest.mark.parametrize("which", MAPPED, ids=mapped_id)
-def test_mapped_outputs(which: tuple[bool, ...]) -> None:
+def test_vmap_of_the_outputs(which: tuple[bool, ...]) -> None:
     """Other dimensions than the first are mapped over, and put elsewhere in the output."""
     batched, single = arguments(3), arguments()
     args = [many.movedim(0, -1) if mapped else one for mapped, many, one in zip(which, batched, single)]
@@ -127,14 +127,14 @@ def test_mapped_outputs(which: tuple[bool, ...]) -> None:
     assert_close(got, torch.stack(each, 2))
 
 
-def test_gradients_of_a_map() -> None:
+def test_gradients_of_vmap() -> None:
     args = arguments(3)
     got = grad(lambda *a: vmap(loss(ours))(*a).sum(), (0, 1, 2, 3))(*args)
     for mine, truth in zip(got, grad(lambda *a: vmap(loss(theirs))(*a).sum(), (0, 1, 2, 3))(*args)):
         assert_close(mine, truth)
 
 
-def test_nested_maps() -> None:
+def test_nested_vmap() -> None:
     x, kernels = torch.randn(3, 2, 2, 3, 3, dtype=torch.float64), arguments(2)[1:]
     got = vmap(vmap(ours, (None, 0, 0, 0)), (0, None, None, None))(x, *kernels)
     assert_close(got, torch.stack([torch.stack([theirs(one, *rest) for rest in zip(*kernels)]) for one in x]))
@@ -153,7 +153,7 @@ def test_hessians(first: int, second: int) -> None:
 
 
 @pytest.mark.parametrize("position", range(4), ids=NAMES)
-def test_vectorised_jacobians(position: int) -> None:
+def test_vectorized_jacobians(position: int) -> None:
     args = arguments()
 
     def of_one(value: Tensor) -> Tensor:
@@ -165,7 +165,7 @@ def test_vectorised_jacobians(position: int) -> None:
     assert_close(jacobian(of_one, args[position], vectorize=True), loop)
 
 
-def test_vectorised_hessian() -> None:
+def test_vectorized_hessian() -> None:
     args = arguments()
     hessian = torch.autograd.functional.hessian
     got = hessian(loss(ours), tuple(args), vectorize=True)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from tests.ops.backends import BRANCHES, SUM_OF_BRANCHES, Fused, registered, several
 from tests.ops.cases import CASES, EMPTY, LAYOUTS, Case, assert_close, definition
-from tests.ops.fused import BRANCHES, SUM_OF_BRANCHES, Fused, registered, several
 from tests.ops.test_registration import AMBIGUOUS
 from widekernel import ops
 from widekernel.layers import LargeKernel, Rectangles
@@ -37,7 +37,7 @@ def _fused(request: pytest.FixtureRequest) -> Iterator[None]:
 
 def strides(case: Case, x: Tensor, kernels: list[Tensor], backend: str) -> list[tuple]:
     """Those of the branches, and those of their sum."""
-    flat = registration.flattened(case.anchors)
+    flat = registration.flatten_anchors(case.anchors)
     ys = BRANCHES_OP(x, kernels, flat, backend, "")
     total = SUM_OF_BRANCHES_OP([x] * len(kernels), kernels, flat, backend, "")
     return [(y.shape, y.dtype, y.stride()) for y in (*ys, total)]
@@ -56,7 +56,7 @@ def check_strides(case: Case, x: Tensor, kernels: list[Tensor], backend: str) ->
 @BACKENDS
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", [several(case) for case in CASES + EMPTY], ids=str)
-def test_strides_are_those_promised(case: Case, layout: str, backend: str) -> None:
+def test_strides_are_those_of_the_fake_implementation(case: Case, layout: str, backend: str) -> None:
     x, kernels, _ = case.tensors(torch.float32)
     check_strides(case, LAYOUTS[layout](x), kernels, backend)
 
@@ -82,16 +82,16 @@ def test_meta_tensors() -> None:
 def test_opcheck(name: str, layout: str, backend: str) -> None:
     case = several(next(case for case in CASES if case.name == name))
     x, kernels, _ = case.tensors(torch.float32)
-    x, flat = LAYOUTS[layout](x), registration.flattened(case.anchors)
+    x, flat = LAYOUTS[layout](x), registration.flatten_anchors(case.anchors)
     torch.library.opcheck(BRANCHES_OP, (x, kernels, flat, backend, ""))
     xs = [LAYOUTS[layout](torch.randn_like(x)) for _ in kernels]
     torch.library.opcheck(SUM_OF_BRANCHES_OP, (xs, kernels, flat, backend, ""))
 
 
-def test_the_operators_and_their_maps_without_a_fused_backend() -> None:
+def test_the_operators_and_their_vmap_without_a_fused_backend() -> None:
     """Where no backend is fused only a compiler calls them."""
     x, kernels, _ = CROSS.tensors()
-    flat = registration.flattened(CROSS.anchors)
+    flat = registration.flatten_anchors(CROSS.anchors)
     xs = [torch.randn_like(x) for _ in kernels]
     ys = BRANCHES_OP(x, kernels, flat, "", "")
     for y, kernel, anchor in zip(ys, kernels, CROSS.anchors):
@@ -198,7 +198,7 @@ def test_compiled_function_gradients(chosen: str) -> None:
 
 @CHOSEN
 @pytest.mark.usefixtures("_fresh_compiler")
-def test_compiled_maps(chosen: str) -> None:
+def test_compiled_vmap(chosen: str) -> None:
     x, kernels, _ = CROSS.tensors()
     images = torch.stack([x, x + 1])
     mapped = torch.compile(torch.func.vmap(function, (0, None)), fullgraph=True, backend="aot_eager")(images, kernels)
@@ -285,7 +285,7 @@ def test_autocast_mixes_types_and_leaves_float64_alone(chosen: str) -> None:
 
 @CHOSEN
 @pytest.mark.parametrize("twice", [False, True], ids=["first", "second"])
-def test_backward_inside_of_a_forward_outside(twice: bool, chosen: str) -> None:
+def test_backward_under_autocast_of_a_forward_without_it(twice: bool, chosen: str) -> None:
     """Nothing is converted unasked by an autocast that was not on when the arguments were made."""
 
     def gradients(autocast: bool) -> tuple[Tensor, ...]:

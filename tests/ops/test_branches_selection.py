@@ -10,10 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from tests.layers.helpers import image
-from tests.ops.fused import BRANCHES, SUM_OF_BRANCHES, Fused, OnlyBackward, OnlyForward, Prepared, registered
+from tests.ops.backends import (
+    BRANCHES,
+    SUM_OF_BRANCHES,
+    Fused,
+    Kernels,
+    OnlyBackward,
+    OnlyForward,
+    registered,
+    use_portable_and_reference,
+)
 from widekernel import ops
 from widekernel.layers import LargeKernel, Rectangles, SharedStrips, ShuffledStrips, SourceGroup, TruncatedTiles
-from widekernel.ops import portable, problem, reference, registration, select
+from widekernel.ops import dispatch, problem
+from widekernel.ops.backends.base import Backend
 from widekernel.ops.problem import Problem
 
 SUM, WEIGHT_GRAD = "depthwise_sum", "depthwise_weight_grad"
@@ -23,7 +33,7 @@ SIZES = [(7, 3), (3, 7), (1, 1)]
 @pytest.fixture(autouse=True)
 def _two_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rules of the choice are tried on those that run everywhere."""
-    monkeypatch.setattr(select, "_BACKENDS", [portable, reference])
+    use_portable_and_reference(monkeypatch)
 
 
 def tensors() -> tuple[Tensor, list[Tensor]]:
@@ -84,7 +94,7 @@ def test_every_branch_is_chosen_for_by_itself() -> None:
     """A backend that takes some branches only leaves the others to the next one."""
 
     class NotWide(Fused):
-        depthwise_branches = depthwise_sum_of_branches = property()
+        operators = Backend.operators
 
         def reasons_against(self, of: Problem) -> list[str]:
             return ["too wide"] if of.kernels[0][1] == 7 else []
@@ -95,11 +105,11 @@ def test_every_branch_is_chosen_for_by_itself() -> None:
             assert step()[0] == ("fused", BRANCHES)  # the one in front of it does not take all
 
 
-def test_prepared_operators() -> None:
-    with registered(Prepared()) as backend:
+def test_operators_of_a_backend_of_kernels() -> None:
+    with registered(Kernels()) as backend:
         assert step()[:2] == [("fused", BRANCHES), ("fused", SUM_OF_BRANCHES)]
         assert [received[0] for received in backend.received] == [BRANCHES, SUM_OF_BRANCHES]
-        assert ops.explain(*tensors(), branches=True)[0].details == "3 at once"
+        assert ops.explain(*tensors(), branches=True)[0].details == "3 fused"
 
 
 def test_the_algorithm_is_part_of_the_problems() -> None:
@@ -108,13 +118,13 @@ def test_the_algorithm_is_part_of_the_problems() -> None:
     assert {of.algorithm for _, of in trace.calls} == {"direct"}
 
 
-def test_results_take_the_promised_layout() -> None:
+def test_results_have_the_layout_of_the_input() -> None:
     class Careless(Fused):
-        def depthwise_branches(self, *arguments: Any) -> list[Tensor]:
-            return [y.transpose(2, 3).contiguous().transpose(2, 3) for y in super().depthwise_branches(*arguments)]
+        def branches(self, *arguments: Any) -> list[Tensor]:
+            return [y.transpose(2, 3).contiguous().transpose(2, 3) for y in super().branches(*arguments)]
 
-        def depthwise_sum_of_branches(self, *arguments: Any) -> Tensor:
-            return super().depthwise_sum_of_branches(*arguments).transpose(2, 3).contiguous().transpose(2, 3)
+        def sum_of_branches(self, *arguments: Any) -> Tensor:
+            return super().sum_of_branches(*arguments).transpose(2, 3).contiguous().transpose(2, 3)
 
     with registered(Careless()):
         for layout in (torch.contiguous_format, torch.channels_last):
@@ -180,7 +190,7 @@ def test_the_sources_of_a_group_are_one_call() -> None:
     assert len(trace.calls[0][1].kernels) == 3
 
 
-def test_a_source_without_rectangles_keeps_its_neighbours_apart() -> None:
+def test_a_source_without_rectangles_separates_its_neighbors() -> None:
     tiles = ShuffledStrips(3, 7, 3)
     group = SourceGroup([TruncatedTiles(tiles), Rectangles(3, [(3, 3), (5, 1)])]).double()
     with registered(Fused()), ops.trace() as trace:
@@ -239,14 +249,14 @@ def test_tf32_is_allowed_by_the_precision_of_matrix_products(allowed: str) -> No
 def test_tf32_is_part_of_the_problem_and_of_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
     x, kernels = tensors()
     assert "TF32" not in str(Problem.of_sum(x, kernels, [(0, 0)] * 3))
-    assert registration.facts(x)[-1] is False
+    assert problem.allows_tf32(x) is False
     meta = SimpleNamespace(**{name: getattr(x, name) for name in ("shape", "dtype", "is_contiguous")})
-    meta.device = torch.device("cuda")
+    meta.device, meta.is_cuda = torch.device("cuda"), True
     keys = []
     for allowed in (False, True):
         monkeypatch.setattr(problem, "allows_tf32", lambda x, allowed=allowed: allowed)
-        monkeypatch.setattr(registration, "allows_tf32", problem.allows_tf32)
-        keys.append(registration.facts(meta))
+        monkeypatch.setattr(dispatch, "allows_tf32", problem.allows_tf32)
+        keys.append(dispatch.dispatch_key("any", meta))
         for of in (
             Problem.of_sum(meta, kernels, [(0, 0)] * 3),
             Problem.of_branches(meta, kernels, [(0, 0)] * 3),

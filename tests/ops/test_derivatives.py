@@ -90,7 +90,7 @@ def test_per_sample_gradients(which: tuple[bool, ...]) -> None:
 
 
 @pytest.mark.parametrize("which", MAPPED, ids=mapped_id)
-def test_mapped_outputs(which: tuple[bool, ...]) -> None:
+def test_vmap_of_the_outputs(which: tuple[bool, ...]) -> None:
     """Other dimensions than the first are mapped over, and put elsewhere in the output."""
     batched, single = arguments(3), arguments()
     args = [many.movedim(0, -1) if mapped else one for mapped, many, one in zip(which, batched, single)]
@@ -102,7 +102,7 @@ def test_mapped_outputs(which: tuple[bool, ...]) -> None:
 
 
 @pytest.mark.parametrize("which", [(True, True), (True, False), (False, True)], ids=["both", "x", "gradient"])
-def test_mapped_weight_gradients(which: tuple[bool, bool]) -> None:
+def test_vmap_of_the_weight_gradient(which: tuple[bool, bool]) -> None:
     x, g = (torch.randn(*([3] if mapped else []), 2, 2, 3, 3, dtype=torch.float64) for mapped in which)
     got = vmap(lambda x, g: ops.depthwise_weight_grad(x, g, (2, 4), (0, 3)), tuple(0 if m else None for m in which))(x, g)
     for i in range(3):
@@ -110,7 +110,7 @@ def test_mapped_weight_gradients(which: tuple[bool, bool]) -> None:
         assert_close(got[i], ops.depthwise_weight_grad(*args, (2, 4), (0, 3), backend="reference"))
 
 
-def test_nested_maps() -> None:
+def test_nested_vmap() -> None:
     x, kernels, squares, biases = torch.randn(3, 2, 2, 3, 3, dtype=torch.float64), *arguments(2)[1:]
     got = vmap(vmap(ours, (None, 0, 0, 0)), (0, None, None, None))(x, kernels, squares, biases)
     want = [torch.stack([theirs(one, *rest) for rest in zip(kernels, squares, biases)]) for one in x]
@@ -131,7 +131,7 @@ def test_hessians(first: int, second: int) -> None:
 
 @pytest.mark.parametrize("backend", ["portable", "reference"])
 @pytest.mark.parametrize("position", range(4), ids=NAMES)
-def test_vectorised_jacobians(position: int, backend: str) -> None:
+def test_vectorized_jacobians(position: int, backend: str) -> None:
     args = arguments()
 
     def of_one(value: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ def test_vectorised_jacobians(position: int, backend: str) -> None:
 
 
 @pytest.mark.parametrize("position", [0, 1], ids=["x", "gradient"])
-def test_vectorised_jacobians_of_the_weight_gradient(position: int) -> None:
+def test_vectorized_jacobians_of_the_weight_gradient(position: int) -> None:
     args = [torch.randn(2, 2, 3, 3, dtype=torch.float64) for _ in range(2)]
 
     def of_one(value: Tensor) -> Tensor:

@@ -70,13 +70,13 @@ def names_of(backend: str, requires_grad: bool) -> set[str]:
 
 
 @pytest.mark.parametrize("backend", [NATIVE])
-def test_our_kernels_do_it_themselves(backend: str) -> None:
+def test_our_kernels_apply_the_epilogue(backend: str) -> None:
     after = {"aten::relu", "aten::mul", "aten::add", "aten::clamp_min"}
     assert not names_of(backend, False) & after
     assert {"aten::relu", "aten::mul", "aten::add"} <= names_of(backend, True), "with gradients PyTorch does"
 
 
-def test_after_pytorch_s_convolutions_pytorch_does_it() -> None:
+def test_after_pytorchs_convolutions_pytorch_applies_the_epilogue() -> None:
     assert {"aten::relu", "aten::mul", "aten::add"} <= names_of("portable", False)
 
 
@@ -104,7 +104,7 @@ def test_numerical_gradients(check, relu: bool) -> None:
 
 
 @pytest.mark.parametrize("trained", ["x", "kernels", "bias", "scale"])
-def test_each_may_be_the_only_one_with_a_gradient(trained: str) -> None:
+def test_each_argument_alone_may_have_a_gradient(trained: str) -> None:
     tensors = dict(zip(("x", "kernels", "bias", "scale"), drawn()))
     wanted = tensors[trained] if isinstance(tensors[trained], list) else [tensors[trained]]
     for tensor in wanted:
@@ -138,7 +138,7 @@ MAPPED = [which for which in itertools.product([False, True], repeat=4) if any(w
 
 
 @pytest.mark.parametrize("which", MAPPED, ids=str)
-def test_mapped_operator(which: tuple[bool, ...]) -> None:
+def test_vmap_of_the_operator(which: tuple[bool, ...]) -> None:
     """The operator itself, as a compiled or exported network calls it."""
     x, kernels, bias, scale = drawn()
     args = [x, kernels[0], bias, scale]
@@ -184,7 +184,7 @@ def test_compiled(requires_grad: bool) -> None:
         (torch.randn(3, 1, 1), r"scale has shape \(3, 1, 1\): an input with 3 channels needs \(3,\)"),
         (torch.randn(3).double(), "scale has dtype torch.float64 but x has torch.float32"),
         (torch.randn(3, device="meta"), "scale is on meta but x is on cpu"),
-        (2.0, r"scale is 2\.0: it must be a tensor of a number for each channel"),
+        (2.0, r"scale is 2\.0: it must be a tensor with a number for each channel"),
     ],
 )
 def test_wrong_scales(scale: Any, message: str) -> None:
@@ -235,7 +235,7 @@ def test_another_activation_is_kept(act: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"])
-def test_an_activation_that_is_watched_is_called(register: str) -> None:
+def test_an_activation_with_a_hook_is_called(register: str) -> None:
     folded = widekernel.fold(block(nn.ReLU()))
     seen = []
     getattr(folded.act, register)(lambda *args: seen.append(args))
@@ -243,7 +243,7 @@ def test_an_activation_that_is_watched_is_called(register: str) -> None:
     assert len(seen) == 1
 
 
-def test_a_layer_derived_from_ours_is_called_as_any_other() -> None:
+def test_a_subclass_of_a_folded_layer_is_called_like_any_module() -> None:
     class Doubled(FoldedLargeKernel):
         def forward(self, x: Tensor) -> Tensor:
             return 2 * super().forward(x)

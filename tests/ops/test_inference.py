@@ -40,7 +40,7 @@ def test_a_folded_network_has_one_operator_a_layer() -> None:
 
 
 @pytest.mark.parametrize("trained", [(True, False, False), (False, True, True), (False, False, False)])
-def test_frozen_kernels_cost_no_gradient(trained: tuple[bool, ...]) -> None:
+def test_no_gradient_is_computed_for_frozen_kernels(trained: tuple[bool, ...]) -> None:
     sizes = [(7, 3), (3, 7), (1, 1)]
     x = torch.randn(2, 3, 8, 9, requires_grad=True)
     kernels = [torch.randn(3, 1, *size, requires_grad=wanted) for size, wanted in zip(sizes, trained)]
@@ -54,7 +54,7 @@ def test_frozen_kernels_cost_no_gradient(trained: tuple[bool, ...]) -> None:
         assert torch.equal(kernel.grad, other.grad) if kernel.requires_grad else kernel.grad is None
 
 
-def test_an_input_without_gradient_costs_none() -> None:
+def test_no_gradient_is_computed_for_an_input_without_one() -> None:
     kernel = torch.randn(3, 1, 5, 5, requires_grad=True)
     with ops.trace() as trace:
         ops.depthwise_sum(torch.randn(2, 3, 8, 9), [kernel]).sum().backward()

@@ -81,7 +81,7 @@ def test_a_recorded_graph_serves_any_image(case: Case) -> None:
         assert trace.calls == []
 
 
-def test_middles_are_found_while_a_graph_is_recorded() -> None:
+def test_default_anchors_while_a_graph_is_recorded() -> None:
     x, kernels, _ = CROSS.tensors()
     graph = recorded(lambda x, *kernels: torch.stack(ops.depthwise_branches(x, kernels)), x, *kernels)
     got = graph(x, *kernels)

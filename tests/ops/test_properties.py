@@ -148,7 +148,7 @@ def test_channels_do_not_mix(problem) -> None:
 
 @given(problems())
 @SETTINGS
-def test_a_kernel_padded_with_zeros_is_the_same_kernel(problem) -> None:
+def test_padding_a_kernel_with_zeros_changes_nothing(problem) -> None:
     x, rects = problem
     padded = [
         Rect(torch.nn.functional.pad(rect.kernel, (2, 1, 3, 0)), (rect.anchor[0] + 3, rect.anchor[1] + 2)) for rect in rects

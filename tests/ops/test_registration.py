@@ -58,7 +58,7 @@ def real_and_fake(x: Tensor, kernels: list[Tensor], anchors: list[tuple[int, int
 @BACKENDS
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", CASES + EMPTY, ids=str)
-def test_strides_are_those_promised(case: Case, layout: str, backend: str) -> None:
+def test_strides_are_those_of_the_fake_implementation(case: Case, layout: str, backend: str) -> None:
     x, kernels, _ = case.tensors(torch.float32)
     x = LAYOUTS[layout](x)
     y, promised = real_and_fake(x, kernels, case.anchors, backend)

@@ -8,37 +8,25 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.ops.backends import TestBackend, use_only, use_portable_and_reference
 from widekernel import ops
 from widekernel.errors import ArgumentError, WidekernelError
-from widekernel.ops import portable, reference, select
+from widekernel.ops import call_trace, dispatch, reference
+from widekernel.ops.backends.reference import ReferenceBackend
 from widekernel.ops.cpu import library
-from widekernel.ops.problem import Problem
 
 SIZES = [(7, 3), (3, 7), (1, 1)]
 
 
-class Fake:
-    """A backend that is the reference, with reasons of one's choice against itself."""
-
-    def __init__(self, *reasons: str, only: str | None = None) -> None:
-        self.name, self.reasons, self.only = "fake", list(reasons), only
-
-    def reasons_against(self, problem: Problem) -> list[str]:
-        wrong = [f"{problem.op} is not {self.only}"] if self.only not in (None, problem.op) else []
-        return [*self.reasons, *wrong]
-
-    def can_run(self, problem: Problem) -> bool:
-        return not self.reasons_against(problem)
-
-    depthwise_sum = staticmethod(reference.depthwise_sum)
-    depthwise_weight_grad = staticmethod(reference.depthwise_weight_grad)
+def fake(*reasons: str, only: str | None = None) -> TestBackend:
+    return TestBackend("fake", *reasons, only=only)
 
 
 @pytest.fixture(autouse=True)
 def _two_backends(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rules of the choice are tried on those that run everywhere."""
     if "all_backends" not in request.fixturenames:
-        monkeypatch.setattr(select, "_BACKENDS", [portable, reference])
+        use_portable_and_reference(monkeypatch)
 
 
 @pytest.fixture
@@ -49,7 +37,7 @@ def all_backends() -> None:
 @pytest.fixture
 def in_front(monkeypatch: pytest.MonkeyPatch):
     """Puts a backend in front of the others for the length of a test."""
-    return lambda backend: monkeypatch.setattr(select, "_BACKENDS", [backend, *select._BACKENDS])
+    return lambda backend: use_only(monkeypatch, backend, *dispatch.registry.backends)
 
 
 def tensors(dtype: torch.dtype = torch.float32) -> tuple[Tensor, list[Tensor]]:
@@ -57,7 +45,7 @@ def tensors(dtype: torch.dtype = torch.float32) -> tuple[Tensor, list[Tensor]]:
     return x, [torch.randn(3, 1, *size, dtype=torch.float64).to(dtype).requires_grad_() for size in SIZES]
 
 
-def step(backend: str | None = None) -> select.Trace:
+def step(backend: str | None = None) -> call_trace.Trace:
     x, kernels = tensors()
     with ops.trace() as trace:
         ops.depthwise_sum(x, kernels, backend=backend).sum().backward()
@@ -79,10 +67,10 @@ def test_native_kernels_run_where_they_exist() -> None:
         assert "not torch.float64" in double.reasons["native"][0]
 
 
-def test_the_choice_is_not_that_of_a_backend_which_is_gone() -> None:
+def test_no_choice_outlives_its_backend() -> None:
     """The next backend may be given the memory, and so the id, of the one before."""
     for i in range(50):
-        ops.register(Named(f"backend-{i}"))
+        ops.register(TestBackend(f"backend-{i}"))
         assert set(step().backends()) == {f"backend-{i}"}
         ops.unregister(f"backend-{i}")
     assert set(step().backends()) == {"portable"}
@@ -149,7 +137,7 @@ def test_nothing_is_recorded_outside_the_block() -> None:
         pass
     step()
     assert trace.calls == []
-    assert select._TRACES == []
+    assert call_trace.OPEN_TRACES == []
 
 
 def test_traces_nest_and_close_on_errors() -> None:
@@ -161,7 +149,7 @@ def test_traces_nest_and_close_on_errors() -> None:
         with pytest.raises(ValueError, match="x has shape"), ops.trace():
             ops.depthwise_sum(x[0], kernels)
     assert (len(outer.calls), len(inner.calls)) == (2, 1)
-    assert select._TRACES == []
+    assert call_trace.OPEN_TRACES == []
 
 
 def test_traces_see_other_threads() -> None:
@@ -201,7 +189,7 @@ def test_explain_of_a_backend_asked_for() -> None:
 
 
 def test_a_backend_in_front_is_chosen(in_front) -> None:
-    in_front(Fake())
+    in_front(fake())
     assert step().backends() == ["fake"] * 5
     explained = ops.explain(*tensors())
     assert {e.backend for e in explained} == {"fake"}
@@ -209,7 +197,7 @@ def test_a_backend_in_front_is_chosen(in_front) -> None:
 
 
 def test_a_backend_with_reasons_against_itself_is_skipped(in_front) -> None:
-    in_front(Fake("the moon is full", "it is Tuesday"))
+    in_front(fake("the moon is full", "it is Tuesday"))
     assert step().backends() == ["portable"] * 5
     explanation = ops.explain(*tensors())[0]
     assert explanation.reasons["fake"] == ["the moon is full", "it is Tuesday"]
@@ -218,17 +206,17 @@ def test_a_backend_with_reasons_against_itself_is_skipped(in_front) -> None:
 
 @pytest.mark.parametrize("only", ["depthwise_sum", "depthwise_weight_grad"])
 def test_a_backend_may_take_one_operator_only(in_front, only: str) -> None:
-    in_front(Fake(only=only))
+    in_front(fake(only=only))
     expected = ["fake" if op == only else "portable" for op in ["depthwise_sum"] * 2 + ["depthwise_weight_grad"] * 3]
     assert step().backends() == expected
     assert [e.backend for e in ops.explain(*tensors())] == expected
 
 
-def test_results_of_a_backend_take_the_promised_layout(in_front) -> None:
+def test_results_of_a_careless_backend_have_the_layout_of_the_input(in_front) -> None:
     """The contract of the operator does not depend on how careful a backend is."""
-    fake = Fake()
-    fake.depthwise_sum = lambda *args: reference.depthwise_sum(*args).transpose(2, 3).contiguous().transpose(2, 3)
-    in_front(fake)
+    careless = fake()
+    careless.compute["depthwise_sum"] = lambda *args: reference.depthwise_sum(*args).mT.contiguous().mT
+    in_front(careless)
     x, kernels = tensors()
     assert ops.depthwise_sum(x, kernels).is_contiguous()
     y = ops.depthwise_sum(x.contiguous(memory_format=torch.channels_last), kernels)
@@ -236,13 +224,13 @@ def test_results_of_a_backend_take_the_promised_layout(in_front) -> None:
 
 
 def test_a_backend_that_cannot_run_says_why_when_asked_for(in_front) -> None:
-    in_front(Fake("the moon is full"))
+    in_front(fake("the moon is full"))
     with pytest.raises(ops.NoBackendError, match=r"fake cannot compute depthwise_sum of .*: the moon is full"):
         ops.depthwise_sum(*tensors(), backend="fake")
 
 
 def test_all_reasons_are_listed_when_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(select, "_BACKENDS", [Fake("the moon is full"), reference])
+    use_only(monkeypatch, fake("the moon is full"), ReferenceBackend())
     with pytest.raises(ops.NoBackendError) as error:
         ops.depthwise_sum(*tensors())
     message = str(error.value)
@@ -337,24 +325,18 @@ def test_a_bare_kernel_under_autocast() -> None:
 # ---- Backends from elsewhere
 
 
-class Named(Fake):
-    def __init__(self, name: str, *reasons: str) -> None:
-        super().__init__(*reasons)
-        self.name = name
-
-
 @pytest.fixture
 def _own_list(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(select, "_BACKENDS", list(select._BACKENDS))
+    use_only(monkeypatch, *dispatch.registry.backends)
 
 
 @pytest.mark.usefixtures("_own_list")
 def test_registered_backends_stand_where_they_were_put() -> None:
-    ops.register(Named("first"))
+    ops.register(TestBackend("first"))
     assert ops.backends() == ("first", "portable", "reference")
-    ops.register(Named("second"), before="portable")
-    ops.register(Named("last"), before="reference")
-    ops.register(Named("zeroth"))
+    ops.register(TestBackend("second"), before="portable")
+    ops.register(TestBackend("last"), before="reference")
+    ops.register(TestBackend("zeroth"))
     assert ops.backends() == ("zeroth", "first", "second", "portable", "last", "reference")
     assert step().backends() == ["zeroth"] * 5
     assert step("last").backends() == ["last"] * 5
@@ -364,23 +346,23 @@ def test_registered_backends_stand_where_they_were_put() -> None:
 def test_unregistered_backends_are_gone() -> None:
     before = ops.backends()
     for name in ("first", "second"):
-        ops.register(Named(name))
+        ops.register(TestBackend(name))
     ops.unregister("second")
     assert step().backends() == ["first"] * 5
     ops.unregister("first")
     assert ops.backends() == before
     with pytest.raises(ops.NoBackendError, match="unknown backend 'first'"):
         ops.explain(*tensors(), backend="first")
-    ops.register(Named("first"))  # its name is free again
+    ops.register(TestBackend("first"))  # its name is free again
     assert ops.backends()[0] == "first"
 
 
 @pytest.mark.usefixtures("_own_list")
-def test_names_of_backends_are_their_own() -> None:
+def test_names_of_backends_are_unique() -> None:
     before = ops.backends()
     for name in before:
         with pytest.raises(ArgumentError, match=f"there is a backend '{name}' already"):
-            ops.register(Named(name))
+            ops.register(TestBackend(name))
     assert ops.backends() == before
 
 
@@ -388,5 +370,5 @@ def test_names_of_backends_are_their_own() -> None:
 def test_registering_in_front_of_no_backend() -> None:
     before = ops.backends()
     with pytest.raises(ArgumentError, match="no backend 'portabel': the backends are portable, reference"):
-        ops.register(Named("first"), before="portabel")
+        ops.register(TestBackend("first"), before="portabel")
     assert ops.backends() == before

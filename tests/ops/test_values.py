@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.ops.cases import CASES, EMPTY, LAYOUTS, Case, assert_close, definition
 from widekernel import ops
 from widekernel.ops.cpu import library
-from widekernel.ops.gpu.images import is_interpreted
+from widekernel.ops.gpu.interpreter import is_interpreted
 
 SYMMETRIC = [case for case in CASES if all(kh % 2 and kw % 2 and a is None for kh, kw, a in case.rects)]
 REDUCED = [torch.float32, torch.float16, torch.bfloat16]
@@ -66,7 +66,7 @@ def test_the_reference_is_conv2d(case: Case) -> None:
     assert_close(y, sum(parts) + bias.view(-1, 1, 1))
 
 
-def test_the_definition_counts_by_hand() -> None:
+def test_the_definition_agrees_with_a_sum_by_hand() -> None:
     """One row of pixels and four taps, anchored at the second: every term is written out."""
     x = torch.tensor([[[[1.0, 10.0, 100.0]]]], dtype=torch.float64)
     kernel = torch.tensor([[[[2.0, 3.0, 5.0, 7.0]]]], dtype=torch.float64)
@@ -141,7 +141,7 @@ def poisoned() -> Iterator[None]:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.usefixtures("poisoned")
-def test_nothing_uninitialised_is_read(case: Case, layout: str, backend: str) -> None:
+def test_nothing_uninitialized_is_read(case: Case, layout: str, backend: str) -> None:
     check(case, torch.float64, layout, backend)
 
 

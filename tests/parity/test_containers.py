@@ -31,7 +31,9 @@ def _official(model: torch.nn.Module, folder: Path) -> dict[str, torch.Tensor]:
         ("raw_ddp.pth", "model", 0, ""),
     ],
 )
-def test_weights_arrive(file: str, which, seed: int, container: str, shared: Path, golden: Path, tmp_path: Path) -> None:
+def test_weights_load_from_every_container(
+    file: str, which, seed: int, container: str, shared: Path, golden: Path, tmp_path: Path
+) -> None:
     model = _mini(shared)
     report = widekernel.load_checkpoint(model, golden / "containers" / file, weights=which)
     assert report.container == container
@@ -69,7 +71,7 @@ def test_zeros_of_a_sparse_network_survive(shared: Path, golden: Path) -> None:
     assert report.layout == "SLaK"
 
 
-def test_a_head_of_other_classes_is_left_out_and_named(shared: Path, golden: Path) -> None:
+def test_classifier_of_other_classes_is_left_out_and_named(shared: Path, golden: Path) -> None:
     model = _mini(shared)
     with pytest.warns(UserWarning, match=r"head\.weight.*21 classes, the network has 10"):
         report = widekernel.load_checkpoint(model, golden / "containers" / "other_head.pth")

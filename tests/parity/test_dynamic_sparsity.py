@@ -15,7 +15,7 @@ from torch import nn
 
 import widekernel
 from tests.parity.reference import arguments, assert_close, create, manifest, official_file
-from widekernel.models.layouts.translate import layouts_of
+from widekernel.models.layouts.registry import layouts_of
 from widekernel.sparsity import DynamicSparsity, published_shiftwise, published_slak
 from widekernel.sparsity.allocation import erk_densities, strictly_above
 from widekernel.sparsity.config import DynamicSparsityConfig

@@ -61,10 +61,10 @@ def test_gated_strips(big: int, shared: Path, golden: Path) -> None:
 
 @pytest.mark.parametrize("name", ["13_3_c4_g2", "51_3_c3_g4", "13_5_c2_g3"])
 def test_shift_and_add(name: str, golden: Path) -> None:
-    """The official operator on feature maps is our strip on the kernels: outputs and input gradient.
+    """The official operator on feature maps equals our strip of moved tiles: outputs and input gradient.
 
-    Its input z has one map a tile, on an image N - 1 pixels larger. A tile of a single tap makes such maps out of an
-    image; so each map is fed in as a channel of its own, through a kernel whose one tap stands where the tile would be.
+    Its input z has one map per tile, on an image that is N - 1 pixels larger. A tile with a single tap makes such maps from
+    an image, so each map is passed as a channel of its own through a kernel with one tap at the place of the tile.
     """
     cases = json.loads((golden / "shift_add_op.json").read_text())["cases"]
     case = next(c for c in cases if c["name"] == name)
@@ -87,7 +87,7 @@ def test_shift_and_add(name: str, golden: Path) -> None:
 
 
 def _tables(data, name: str, big: int, small: int, channels: int, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turn the official displacements of each map into the tile that stands in each slot."""
+    """Convert the official displacements of each map to the tile in each slot."""
     shifts = torch.from_numpy(data[f"{name}.pad_hv"].astype(np.int64))
     slots = (big // 2 - (small - 1) - shifts) // small
     count = shifts.shape[0] // channels
@@ -105,7 +105,7 @@ def _moved(z: torch.Tensor, table: torch.Tensor, big: int, small: int, size: tup
         moved = maps.gather(2, index)
         shape = (1, count * small) if axis == 3 else (count * small, 1)
         single = torch.zeros(channels, 1, *shape, dtype=z.dtype)
-        # One map a slot: each is convolved with the kernel that holds one tap, at the slot's first column.
+        # One map per slot: each is convolved with a kernel of one tap, at the slot's first column.
         for slot in range(count):
             tap = single.clone()
             tap[:, :, 0 if axis == 3 else slot * small, slot * small if axis == 3 else 0] = 1
@@ -133,7 +133,7 @@ def _picked(z: torch.Tensor, centre: torch.Tensor, count: int, small: int, size:
 
 @pytest.mark.parametrize("name", ["13_3_c4_g2", "51_3_c3_g4", "13_5_c2_g3"])
 def test_shift_tiles_equal_the_official_composition(name: str, golden: Path) -> None:
-    """ShiftTiles on an image equals tile convolutions, then the official displacements, then the sum."""
+    """`ShiftTiles` equals tile convolutions, then the official displacements, then the sum."""
     cases = json.loads((golden / "shift_add_op.json").read_text())["cases"]
     case = next(c for c in cases if c["name"] == name)
     data = np.load(golden / "shift_add_op.npz")
@@ -156,9 +156,9 @@ def test_shift_tiles_equal_the_official_composition(name: str, golden: Path) -> 
 
 @pytest.mark.parametrize("name", ["shiftwise_v1_mini", "shiftwise_v2_mini", "shiftwise_v2_tiny"])
 def test_tables_are_the_official_ones(name: str, golden: Path) -> None:
-    """The private generator draws what the official code draws, so that its checkpoints mean the same here.
+    """The private generator draws the official tables, on which the meaning of official checkpoints depends.
 
-    The official tables give the displacement of every tile; ours the tile in every slot.
+    The official tables hold the displacement of every tile, ours the tile in every slot.
     """
     data = np.load(golden / f"{name}_tables.npz")
     for stage in range(4):

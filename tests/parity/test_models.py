@@ -24,7 +24,7 @@ FAMILIES = (
     "convnext",
     "convnext_isotropic",
 )
-# These fill another network's weights first and have tests of their own below.
+# These convert weights of another network first and have tests of their own below.
 CONVERTED = ("replknet31b_merged_s0_224", "slak_to_slak_reg_s0")
 
 
@@ -82,7 +82,7 @@ def test_merged_replknet(shared: Path, golden: Path, tmp_path: Path) -> None:
 
 
 def test_merged_mini_replknet(shared: Path, golden: Path, tmp_path: Path) -> None:
-    """Merged and deeply fused files give their logits, and our fold the official merged kernels."""
+    """Merged and deeply fused files give the official logits; our fold gives the official merged kernels."""
     model, _ = _loaded(shared, tmp_path, {"manifest": "replknet_mini", "seed": 0})
     expected = np.load(golden / "replknet_mini_merged_s0.npz")
     folded = widekernel.fold(model)

@@ -11,7 +11,7 @@ import torch
 
 import widekernel
 from tests.parity.reference import assert_close, create, images, manifest, official_file
-from widekernel.models.layouts.translate import layouts_of
+from widekernel.models.layouts.registry import layouts_of
 
 NAMES = ["slak_mini", "slak_reg_mini", "slak_pww_mini", "convnext_mini", "replknet_mini", "shiftwise_v2_mini"]
 # The gates of SLaK_pww have tiny gradients: the official code itself differs by this much between float32 and float64.
@@ -50,7 +50,7 @@ def _check_gradients(model: torch.nn.Module, reference: dict[str, list[float]], 
         assert parameter.grad is not None, key
         ours = parameter.grad.double()
         assert abs(ours.norm().item() - norm) <= relative * norm, key
-        # A sum cancels: its error is that of the norm times the root of the number of elements.
+        # Terms of a sum cancel: its error is that of the norm times the square root of the number of elements.
         assert abs(ours.sum().item() - total) <= relative * norm * ours.numel() ** 0.5 + 1e-6, key
         compared += 1
     assert compared > 0.8 * len(reference)

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations
 import widekernel
 from tests.layers.helpers import randomised
 from widekernel import ops
-from widekernel.bench.baselines import with_visible_blocks
+from widekernel.bench.variants import with_visible_blocks
 from widekernel.errors import ArgumentError
 from widekernel.layers import (
     ConvNorm,

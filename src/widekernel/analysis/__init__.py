@@ -1,1 +1,1 @@
-"""Looking at networks: what they cost."""
+"""Analysis of networks: what they cost."""

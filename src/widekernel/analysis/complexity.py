@@ -1,7 +1,7 @@
-"""Parameters, multiply-accumulates and activations of a network, counted by PyTorch's own counter without computing.
+"""Parameters, multiply-accumulates and activations of a network, counted by PyTorch's counter without computing anything.
 
-A sparse network has three sizes: all that it holds (dense), what of that is not zero - the figures of the papers -, and what
-is computed once it is folded and what is dead removed (realised). Only the last one is time.
+A sparse network has three sizes: all its weights (dense); without the weights that are zero, as papers report it (non-zero);
+and what is computed once the network is folded and dead parts are removed (realised). Only the last one saves time.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _LAYERS = (aten.convolution, aten.addmm, aten.mm, aten.bmm, torch.ops.widekernel
 
 @dataclass(frozen=True)
 class Cost:
-    """What one form of a network costs for one image.
+    """Cost of one form of a network for one image.
 
     Attributes:
-        params: elements of all parameters.
-        macs: multiply-accumulates of convolutions and linear layers; taps on padding count.
-        activations: elements put out by convolutions and linear layers.
+        params: number of elements of all parameters.
+        macs: multiply-accumulates of convolutions and linear layers, including those with padding.
+        activations: number of elements that convolutions and linear layers output.
     """
 
     params: int
@@ -45,17 +45,17 @@ class Cost:
 
 @dataclass(frozen=True)
 class Complexity:
-    """Cost of a network in its training form, without its zeros, folded, and as it is executed in the end.
+    """Cost of a network in its training form, without its zeros, folded, and compacted.
 
     Attributes:
         input_size: (channels, height, width) of the image.
-        training: as it is executed here; the dense size.
-        folded: after `fold`.
-        published_macs: of the training form as the authors' code executes it. Differs where tiles are convolved one by
-            one there, while here they are put together to a strip first.
-        nonzero: of the training form, without what a zero weight of a convolution, linear layer or large kernel costs.
+        training: cost of the training form as it is executed here: the dense size.
+        folded: cost after `fold`.
+        published_macs: multiply-accumulates of the training form as the authors' code executes it. They differ for tiles,
+            which the authors convolve one by one and which are assembled into strips first here.
+        nonzero: cost of the training form without the zero weights of convolutions, linear layers and large kernels.
             Vectors (biases, norms, layer scales) count in full.
-        realised: after `widekernel.sparsity.compact`; scattered zeros save nothing there.
+        realised: cost after `widekernel.transforms.compaction.compact`, where scattered zeros save nothing.
     """
 
     input_size: tuple[int, int, int]
@@ -67,35 +67,36 @@ class Complexity:
 
     @property
     def dense(self) -> Cost:
-        """Another name of `training`."""
+        """Cost of the training form: another name for `training`."""
         return self.training
 
     def rows(self) -> list[tuple[str, int, int, int]]:
-        """List (form, parameters, multiply-accumulates, activations) of the training and of the folded form."""
+        """Return (form, parameters, multiply-accumulates, activations) of the training and the folded form."""
         return [
             ("training", self.training.params, self.training.macs, self.training.activations),
             ("folded", self.folded.params, self.folded.macs, self.folded.activations),
         ]
 
     def columns(self) -> dict[str, Cost]:
-        """Give the costs by the name of their column."""
+        """Return the costs by the names of their columns."""
         return {"dense": self.training, "non-zero": self.nonzero, "folded": self.folded, "realised": self.realised}
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the JSON form."""
+        """Return the costs as a dictionary for JSON."""
         costs = {name.replace("-", ""): asdict(cost) for name, cost in self.columns().items()}
         return {"input_size": list(self.input_size), "published_macs": self.published_macs, **costs}
 
 
 def complexity(model: nn.Module, input_size: Sequence[int] = (3, 224, 224)) -> Complexity:
-    """Count what `model` costs for one image, in evaluation. Nothing is computed and the model stays as it is.
+    """Count what `model` costs for one image in evaluation mode.
+
+    Nothing is computed, and the model is not changed. Zero weights save multiply-accumulates only in two-dimensional
+    convolutions, linear layers and large kernels that are called as modules; other products count in full.
 
     Args:
-        model: the network, in its training form. Its zeros are those of its weights, so that a mask has to be applied; a
-            network without weights (meta device) counts as one without zeros. Learned 2:4 masks are applied first.
-            Non-zero multiply-accumulates are those of two-dimensional convolutions, linear layers and large kernels that
-            are called as modules; whatever else multiplies counts in full there, though its parameters are counted.
-        input_size: (channels, height, width).
+        model: the network in its training form. Masks must be applied to its weights, except learned 2:4 masks, which are
+            applied here. A network without data (meta device) counts as one without zeros.
+        input_size: (channels, height, width) of the image.
 
     Raises:
         ShapeError: if the network cannot take such an image.
@@ -105,7 +106,7 @@ def complexity(model: nn.Module, input_size: Sequence[int] = (3, 224, 224)) -> C
     size = (input_size[0], input_size[1], input_size[2])
     record = recall(model)
     if isinstance(record, SemiStructured) and record.is_learned:
-        model = convert(model)  # whose logits are no part of it
+        model = convert(model)  # the logits of the masks do not count
     training, extra = _cost(model, size)
     folded, _ = _cost(fold(_without_data(model)), size)
     zero_weights = sum(parameter.numel() - _nonzero(parameter) for parameter in _weights(model))
@@ -115,11 +116,11 @@ def complexity(model: nn.Module, input_size: Sequence[int] = (3, 224, 224)) -> C
 
 
 @dataclass
-class _Extra:
-    """What the counter cannot know of a forward pass: multiply-accumulates beside those that it counts.
+class _Uncounted:
+    """Multiply-accumulates of a forward pass that PyTorch's counter does not know.
 
     Attributes:
-        published: by how many the authors' execution has more.
+        published: how many more the authors' execution takes.
         zeros: how many have a zero weight.
     """
 
@@ -128,7 +129,7 @@ class _Extra:
 
 
 def _without_data(model: nn.Module) -> nn.Module:
-    """Copy a network without copying its weights."""
+    """Copy a network to the meta device, without copying its weights."""
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
@@ -136,11 +137,13 @@ def _without_data(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _cost(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[Cost, _Extra]:
-    """Count, and say what the counter does not know."""
+def _cost(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[Cost, _Uncounted]:
+    """Count the cost of a network, and what the counter does not know."""
     modes = [(module, module.training) for module in model.modules()]
-    extra = _Extra()
-    hooks = [module.register_forward_hook(_noting(extra, module)) for module in model.modules() if _holds_weights(module)]
+    extra = _Uncounted()
+    hooks = [
+        module.register_forward_hook(_counting_hook(extra, module)) for module in model.modules() if _holds_weights(module)
+    ]
     meta = {key: value.to("meta") for key, value in (*model.named_parameters(), *model.named_buffers())}
     image = torch.empty(1, *input_size, device="meta", dtype=_dtype(model))
     try:
@@ -156,13 +159,13 @@ def _cost(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[Cost, _Ex
     return Cost(params, counter.get_total_flops() // 2, activations.total), extra
 
 
-def _noting(extra: _Extra, module: nn.Module) -> Any:
-    """Give a hook that adds to `extra`; zeros are counted now, because a counted pass runs on weights without data."""
+def _counting_hook(extra: _Uncounted, module: nn.Module) -> Any:
+    """Return a forward hook that adds to `extra`; zeros are counted now, as the pass itself has no data."""
     zeros = _zeros(module)
 
     def hook(layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
         if isinstance(layer, LargeKernel):
-            extra.published += _difference(layer, args[0])
+            extra.published += _published_difference(layer, args[0])
         if zeros:
             channels = out.shape[-1] if isinstance(layer, nn.Linear) else out.shape[1]
             extra.zeros += zeros * (out.numel() // channels)
@@ -176,18 +179,18 @@ def _holds_weights(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def _zeros(module: nn.Module) -> int:
-    """Count the zeros among the weights that a layer multiplies with at every pixel of its output."""
+    """Count the zeros among the weights that a layer multiplies with at every output pixel."""
     if isinstance(module, LargeKernel):
-        weights = _multiplied(module.source)
+        weights = _convolved_kernels(module.source)
     else:
         weights = list(module.kernels) if isinstance(module, FoldedLargeKernel) else [module.weight]  # type: ignore[list-item]
     return sum(weight.numel() - _nonzero(weight) for weight in weights)
 
 
-def _multiplied(source: nn.Module) -> list[Tensor]:
-    """List the kernels that a source convolves with; one that has no rectangles convolves with its tiles once a branch."""
+def _convolved_kernels(source: nn.Module) -> list[Tensor]:
+    """Return the kernels that a source convolves with: its rectangles, or its tiles, once per branch, if it has none."""
     if isinstance(source, SourceGroup):
-        return [kernel for part in source.sources for kernel in _multiplied(part)]
+        return [kernel for part in source.sources for kernel in _convolved_kernels(part)]
     rects = rects_of(source)
     if rects is not None:
         return [rect.kernel for rect in rects]
@@ -203,14 +206,15 @@ def _nonzero(weight: Tensor) -> int:
 
 
 def _has_dead_parts(model: nn.Module) -> bool:
-    """Whether a factor is zero anywhere; if none is, there is nothing to compact, and no need for a copy of the weights."""
+    """Return whether any factor is zero; otherwise there is nothing to compact, and no need to copy the weights."""
     named = list(model.named_parameters())
     if any(parameter.is_meta for _, parameter in named):
         return False
     return any(_nonzero(p) < p.numel() for name, p in named if p.dim() > 1 or not name.endswith("bias"))
 
 
-def _difference(layer: LargeKernel, x: Tensor) -> int:
+def _published_difference(layer: LargeKernel, x: Tensor) -> int:
+    """Return how many more multiply-accumulates the authors' execution of a layer takes."""
     height, width = x.shape[-2:]
     rects = rects_of(layer.source)
     if rects is None:
@@ -224,7 +228,7 @@ def _dtype(model: nn.Module) -> torch.dtype:
 
 
 class _Activations(TorchDispatchMode):
-    """Adds up the sizes of what convolutions and linear layers put out."""
+    """Mode that adds up the sizes of the outputs of convolutions and linear layers."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,10 +1,13 @@
-"""Speed of the operators and of networks on a CPU or a CUDA device, beside PyTorch and inference engines."""
+"""Side-by-side timings of operators and networks on a CPU or a CUDA device: ours, PyTorch's and inference engines."""
 
 from widekernel.bench.cases import PASSES, SETS, Case, choose, parse_case
 from widekernel.bench.checking import check_operator
 from widekernel.bench.errors import BenchmarkError
 from widekernel.bench.machine import Machine, measure_machine, using_threads
-from widekernel.bench.operators import Row, measure_case
+from widekernel.bench.networks import NetworkPlan, measure_networks
+from widekernel.bench.operators import OperatorPlan, measure_operators
+from widekernel.bench.platforms import Platform, cpu_platform, cuda_platform
+from widekernel.bench.time_budget import TimeBudget
 
 __all__ = [
     "PASSES",
@@ -12,11 +15,17 @@ __all__ = [
     "BenchmarkError",
     "Case",
     "Machine",
-    "Row",
+    "NetworkPlan",
+    "OperatorPlan",
+    "Platform",
+    "TimeBudget",
     "check_operator",
     "choose",
-    "measure_case",
+    "cpu_platform",
+    "cuda_platform",
     "measure_machine",
+    "measure_networks",
+    "measure_operators",
     "parse_case",
     "using_threads",
 ]

@@ -1,7 +1,7 @@
-"""Whether rivals among networks compute the same: their large kernels one by one, their outputs, and their gradients.
+"""Checks that the variants of a network compute the same: large kernels one by one, outputs, and gradients.
 
-Outputs alone would not tell. In a network that has not been trained a block changes little of what passes by it, and norms
-take factors away: with all large kernels wrong by a half, the output of a small RepLKNet is off by a ten-thousandth.
+Comparing outputs alone would not suffice. In a network that has not been trained, a block changes little of what bypasses
+it, and norms remove factors: with all large kernels off by a half, the output of a small RepLKNet is off by 1e-4.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from widekernel.bench.baselines import PYTORCH, PYTORCH_FOLDED, TRAIN, Rival
 from widekernel.bench.checking import check_agreement
 from widekernel.bench.errors import BenchmarkError
+from widekernel.bench.variants import PYTORCH, PYTORCH_FOLDED, TRAIN, Variant
 from widekernel.transforms.to_torch import operator_layers, to_torch
 
 TOLERANCE = 1e-3
@@ -24,130 +24,131 @@ TOLERANCE = 1e-3
 GRADIENT_TOLERANCE = 1e-2
 """Norm of the difference of gradients allowed, relative to the norm of that parameter's gradient."""
 NOISE_FACTOR = 4.0
-"""How many times as far as rounding moves PyTorch's own gradient one may be off, where that is more than the tolerance.
+"""Factor by which a gradient may be further off than rounding moves PyTorch's own, where that is more than the tolerance.
 
-Batch norm over a few values makes a deep network that has not been trained magnify the rounding of its first layers. By how
-much is seen twice: between PyTorch's two layouts, and between images and the same images with their last digits changed.
+A deep network that has not been trained, with batch norms over a few values, magnifies the rounding errors of its first
+layers. How much is measured twice: between PyTorch's two layouts, and between images and slightly perturbed images.
 """
-LAST_DIGITS = 1e-6
-"""How much the images are changed for that, relative to each number: the rounding error of a sum of a thousand of them."""
-# A parameter whose gradient is smaller than this, relative to the largest one, has none in theory (a bias before a batch
-# norm), and in practice what rounding leaves.
-_NO_GRADIENT = 1e-4
-# With so much allowed a wrong gradient would pass.
-_MEANS_NOTHING = 0.5
+PERTURBATION = 1e-6
+"""Size of that perturbation, relative to each number: the rounding error of a sum of a thousand numbers."""
+# A gradient that is smaller than this, relative to the largest one, is zero in theory (such as that of a bias before a batch
+# norm) and consists of rounding errors in practice.
+_ZERO_GRADIENT = 1e-4
+# Above this tolerance the comparison is meaningless: a wrong gradient would pass.
+_MEANINGLESS = 0.5
 
-YARDSTICK = f"{PYTORCH} NHWC"
+REFERENCE = f"{PYTORCH} NHWC"
+"""Name of the variant that the others are compared with."""
 
 
-def check_rivals(name: str, rivals: Sequence[Rival], mode: str, target: Tensor) -> None:
-    """Compare the rivals; compiles what is to be compiled.
+def check_variants(name: str, variants: Sequence[Variant], mode: str, target: Tensor) -> None:
+    """Compare the variants of a network; compiles those that are to be compiled.
 
     Raises:
         BenchmarkError: if they differ, or the network cannot be trained on these images.
     """
     wanted: list[Tensor] = []
     noise: list[float] = []
-    for rival in sorted(rivals, key=lambda rival: (rival.name != YARDSTICK, rival.rival != PYTORCH, rival.compiled)):
-        if rival.rival not in (PYTORCH, PYTORCH_FOLDED) and not rival.compiled:
-            _check_layers(name, rival)
+    for variant in sorted(variants, key=lambda v: (v.name != REFERENCE, v.kind != PYTORCH, v.compiled)):
+        if variant.kind not in (PYTORCH, PYTORCH_FOLDED) and not variant.compiled:
+            _check_layers(name, variant)
         if mode == TRAIN:
-            got = _gradients(name, rival, target, rival.images)
+            got = _gradients(name, variant, target, variant.images)
             if not wanted:
                 wanted = [gradient.clone() for gradient in got]
-                noise = _moved(wanted, _gradients(name, rival, target, _with_other_last_digits(rival.images)), noise)
-            elif rival.rival == PYTORCH and not rival.compiled:
-                noise = _moved(wanted, got, noise)
-            _check_gradients(name, rival, got, wanted, noise)
+                noise = _largest_noise(wanted, _gradients(name, variant, target, _perturbed(variant.images)), noise)
+            elif variant.kind == PYTORCH and not variant.compiled:
+                noise = _largest_noise(wanted, got, noise)
+            _check_gradients(name, variant, got, wanted, noise)
         else:
             with torch.inference_mode():
-                got = [rival.forward(rival.images)]
+                got = [variant.forward(variant.images)]
             wanted = wanted or got
-            check_agreement({rival.name: got[0], YARDSTICK: wanted[0]}, YARDSTICK, f"the output of {name}", TOLERANCE)
+            check_agreement({variant.name: got[0], REFERENCE: wanted[0]}, REFERENCE, f"the output of {name}", TOLERANCE)
 
 
 @torch.no_grad()
-def _check_layers(name: str, rival: Rival) -> None:
+def _check_layers(name: str, variant: Variant) -> None:
     """Compare every layer that runs on our operator with the same layer on PyTorch's convolutions."""
-    names = operator_layers(rival.network)
-    if not names:
+    layers = operator_layers(variant.network)
+    if not layers:
         return
-    got, wanted = (_outputs(network, names, rival.images) for network in (rival.network, to_torch(rival.network)))
+    got, wanted = (_layer_outputs(net, layers, variant.images) for net in (variant.network, to_torch(variant.network)))
     for layer, (output, rectified) in got.items():
         theirs, _ = wanted[layer]
-        # A layer of ours may do what comes after it in the other network.
-        outputs = {rival.name: output, PYTORCH: theirs.relu() if rectified else theirs}
-        check_agreement(outputs, PYTORCH, f"the layer {layer or type(rival.network).__name__} of {name}", TOLERANCE)
+        # Our layer may apply the activation that follows it in the other network.
+        outputs = {variant.name: output, PYTORCH: theirs.relu() if rectified else theirs}
+        check_agreement(outputs, PYTORCH, f"the layer {layer or type(variant.network).__name__} of {name}", TOLERANCE)
 
 
-def _outputs(network: nn.Module, names: Sequence[str], images: Tensor) -> dict[str, tuple[Tensor, bool]]:
-    """Run a network and give what the layers of these names put out in their last call, and whether it asked for `relu`."""
+def _layer_outputs(network: nn.Module, layers: Sequence[str], images: Tensor) -> dict[str, tuple[Tensor, bool]]:
+    """Run a network; return the last output of each named layer and whether the layer was called with `relu`."""
     outputs: dict[str, tuple[Tensor, bool]] = {}
-    torch.manual_seed(0)  # for networks that drop something at random
+    torch.manual_seed(0)  # for networks with dropout or stochastic depth
     with ExitStack() as hooks:
-        for name in names:
+        for layer in layers:
 
-            def note(module: nn.Module, args: Any, options: dict[str, Any], output: Tensor, name: str = name) -> None:
-                # A rectifier in place must not change what is kept.
-                outputs[name] = output.clone(), bool(options.get("relu"))
+            def note(module: nn.Module, args: Any, options: dict[str, Any], output: Tensor, layer: str = layer) -> None:
+                # Cloned, because an activation that works in place must not change it.
+                outputs[layer] = output.clone(), bool(options.get("relu"))
 
-            hooks.callback(network.get_submodule(name).register_forward_hook(note, with_kwargs=True).remove)
+            hooks.callback(network.get_submodule(layer).register_forward_hook(note, with_kwargs=True).remove)
         network(images)
     return outputs
 
 
-def _with_other_last_digits(images: Tensor) -> Tensor:
+def _perturbed(images: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    factors = 1 + LAST_DIGITS * torch.randn(images.shape, generator=generator)
+    factors = 1 + PERTURBATION * torch.randn(images.shape, generator=generator)
     return images.clone().mul_(factors.to(images))
 
 
-def _moved(wanted: Sequence[Tensor], got: Sequence[Tensor], noise: Sequence[float]) -> list[float]:
-    """Return by how much gradients differ where that is more than the noise seen before, else that noise."""
+def _largest_noise(wanted: Sequence[Tensor], got: Sequence[Tensor], noise: Sequence[float]) -> list[float]:
+    """Return, for each gradient, its difference or the noise seen before, whichever is larger."""
     seen = [_difference(*pair) for pair in zip(got, wanted)]
     return [max(pair) for pair in zip(seen, noise)] if noise else seen
 
 
-def _gradients(name: str, rival: Rival, target: Tensor, images: Tensor) -> list[Tensor]:
-    rival.network.zero_grad()
+def _gradients(name: str, variant: Variant, target: Tensor, images: Tensor) -> list[Tensor]:
+    variant.network.zero_grad()
     torch.manual_seed(0)
     try:
-        F.cross_entropy(rival.forward(images), target).backward()
+        F.cross_entropy(variant.forward(images), target).backward()
     except (RuntimeError, ValueError) as error:
-        shape = tuple(rival.images.shape)
+        shape = tuple(variant.images.shape)
         raise BenchmarkError(
-            f"{name} ({rival.name}) cannot be trained on images {shape}: {error}. Give another batch or size, or time "
+            f"{name} ({variant.name}) cannot be trained on images {shape}: {error}. Give another batch or size, or time "
             "inference only."
         ) from error
-    return [p.grad for p in rival.network.parameters() if p.grad is not None]
+    return [p.grad for p in variant.network.parameters() if p.grad is not None]
 
 
 def _difference(got: Tensor, wanted: Tensor) -> float:
-    """Give the norm of the difference, relative to the norm of what is wanted."""
+    """Return the norm of the difference, relative to the norm of `wanted`; NaN if the shapes differ."""
     return (got - wanted).norm().item() / max(wanted.norm().item(), 1e-30) if got.shape == wanted.shape else float("nan")
 
 
 def _check_gradients(
-    name: str, rival: Rival, got: Sequence[Tensor], wanted: Sequence[Tensor], noise: Sequence[float]
+    name: str, variant: Variant, got: Sequence[Tensor], wanted: Sequence[Tensor], noise: Sequence[float]
 ) -> None:
     largest = max((gradient.norm().item() for gradient in wanted), default=0.0)
     same = [g.shape for g in got] == [w.shape for w in wanted]
-    compared = steady = 0
+    compared = meaningful = 0
     for i, (ours, theirs) in enumerate(zip(got, wanted) if same else ()):
-        if theirs.norm().item() <= _NO_GRADIENT * largest:
+        if theirs.norm().item() <= _ZERO_GRADIENT * largest:
             continue
         allowed = max(GRADIENT_TOLERANCE, NOISE_FACTOR * noise[i]) if noise else GRADIENT_TOLERANCE
-        compared, steady = compared + 1, steady + (allowed < _MEANS_NOTHING)
+        compared, meaningful = compared + 1, meaningful + (allowed < _MEANINGLESS)
         # Written so that NaN counts as different.
         same &= _difference(ours, theirs) <= allowed
-    if same and 2 * steady < compared:
+    if same and 2 * meaningful < compared:
         raise BenchmarkError(
-            f"the gradients of {name} cannot be compared: rounding alone changes {compared - steady} of {compared} by more "
-            f"than {_MEANS_NOTHING / NOISE_FACTOR:.0%} of their norms. Take more or larger images, or time inference."
+            f"the gradients of {name} cannot be compared: rounding alone changes {compared - meaningful} of {compared} by "
+            f"more than {_MEANINGLESS / NOISE_FACTOR:.0%} of their norms. Use more or larger images, or time inference."
         )
     if not same or largest != largest:
         raise BenchmarkError(
-            f"the gradients of {name}: {rival.name} and {YARDSTICK} differ by more than {GRADIENT_TOLERANCE:g} of the norm "
-            f"of one of them, and by more than {NOISE_FACTOR:g} times what rounding changes in PyTorch's. Nothing is "
+            f"the gradients of {name}: {variant.name} and {REFERENCE} differ by more than {GRADIENT_TOLERANCE:g} of the "
+            f"norm of one of them, and by more than {NOISE_FACTOR:g} times what rounding changes in PyTorch's. Nothing is "
             "reported: find out which of the two is wrong, or time inference only."
         )

@@ -1,4 +1,4 @@
-"""What is timed: convolutions with the work and the memory traffic that they cannot do without, in named sets."""
+"""The convolutions that are timed, in named sets, with the least work and memory traffic that each of them needs."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from widekernel.errors import ArgumentError, nearest
 
 FORWARD, INPUT_GRAD, WEIGHT_GRAD = PASSES = ("forward", "input gradient", "weight gradient")
 BYTES = 4
-"""Of a number, unless said otherwise: on the CPU everything is timed in float32."""
+"""Bytes per number, unless stated otherwise: on the CPU everything is timed in float32."""
 DEFAULT_BATCH = 8
 
-# A sweep leaves out what would take minutes a call in the slowest rival, or gigabytes for all of them.
+# A sweep leaves out cases that take minutes per call in the slowest implementation, or gigabytes in all of them.
 LARGEST_TENSOR = 2**28
 MOST_MACS = 40e9
 
@@ -31,12 +31,12 @@ class Case:
     """A depthwise convolution with stride 1 that keeps the size of its input.
 
     Attributes:
-        name: short, for tables.
+        name: short name for tables.
         batch: N.
         channels: C.
         height: H.
         width: W.
-        kernel: (kh, kw), odd numbers, anchored at the middle tap: what PyTorch can compute as well.
+        kernel: (kh, kw), both odd; anchored at the middle tap, as PyTorch requires.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Case:
         if min(self.kernel) < 1 or not all(size % 2 for size in self.kernel):
             raise ArgumentError(
                 f"the kernel of {self.name} is {self.kernel[0]}x{self.kernel[1]}: both sizes must be positive odd numbers, "
-                "because PyTorch pads both sides of an image alike"
+                "because PyTorch pads both sides of an image equally"
             )
 
     @property
@@ -62,26 +62,26 @@ class Case:
 
     @property
     def tensor_bytes(self) -> int:
-        """Size of the input, and of the output."""
+        """Size of the input, which is also that of the output."""
         return BYTES * self.batch * self.channels * self.height * self.width
 
     @property
     def bytes_moved(self) -> int:
-        """What any algorithm reads and writes at least, in each of the passes: two images and one kernel."""
+        """Least number of bytes that any algorithm reads and writes in each pass: two images and one kernel."""
         return self.bytes_moved_in(BYTES)
 
     def bytes_moved_in(self, size: int) -> int:
-        """Give `bytes_moved` for numbers of `size` bytes."""
+        """Return `bytes_moved` for numbers of `size` bytes."""
         return size * self.channels * (2 * self.batch * self.height * self.width + self.kernel[0] * self.kernel[1])
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates, in each of the passes, of taps that lie on a pixel and not on padding."""
+        """Multiply-accumulates in each pass, counting taps on pixels and not those on padding."""
         return self.batch * self.channels * inside(self.height, self.kernel[0]) * inside(self.width, self.kernel[1])
 
     @property
     def intensity(self) -> float:
-        """Floating-point operations for each byte moved."""
+        """Floating-point operations per byte moved."""
         return 2 * self.macs / self.bytes_moved
 
     def __str__(self) -> str:
@@ -91,13 +91,13 @@ class Case:
 
 @lru_cache(maxsize=1024)
 def inside(extent: int, taps: int) -> int:
-    """Count the pairs of an output and a tap, along one axis of `extent` pixels, for which the tap lies on a pixel."""
+    """Count the pairs of an output and a tap whose tap lies on a pixel, along an axis of `extent` pixels."""
     reach = taps // 2
     return sum(min(extent - 1, i + reach) - max(0, i - reach) + 1 for i in range(extent))
 
 
 def _set(rows: str) -> dict[str, Case]:
-    """Read cases from lines "name C H W kh kw [N]"."""
+    """Parse cases from lines "name C H W kh kw [N]"."""
     cases = {}
     for line in rows.strip().splitlines():
         name, *numbers = line.split()
@@ -106,7 +106,7 @@ def _set(rows: str) -> dict[str, Case]:
     return cases
 
 
-# The layers of the networks for which the operator was made, and dense kernels of SLaK's size.
+# Layers of the networks that the operator is made for, and dense kernels of SLaK's size.
 _TARGETS = _set("""
     replknet-1    128  56  56 31 31
     replknet-2    256  28  28 29 29
@@ -125,7 +125,7 @@ _TARGETS = _set("""
     dense-61      128  56  56 61 61
     detection     128 200 320 31 31 1
 """)
-# One of each kind, over in a minute.
+# One of each kind; takes a minute.
 _SMALL = _set("""
     small-square   32  28  28 31 31
     small-strip    32  28  28 31  5
@@ -133,19 +133,19 @@ _SMALL = _set("""
     small-map      64   7   7 13 13
     small-seven    32  28  28  7  7
 """)
-# Cases whose batch is part of what they are about.
-_OWN_BATCH = frozenset({"detection"})
-# What networks that exist are made of, and a few minutes on a GPU are enough for.
+# Cases whose batch is part of their definition.
+_FIXED_BATCH = frozenset({"detection"})
+# Layers of published networks; takes a few minutes on a GPU.
 _LAYERS = {name: case for name, case in _TARGETS.items() if name not in ("dense-51", "dense-61", "detection")}
 SETS = ("targets", "layers", "small", "sweep")
 
 
 def choose(names: Sequence[str], batch: int | None = None) -> tuple[list[Case], list[str]]:
-    """Give the cases that `names` stand for, each once, and a line about each kind of case that was left out.
+    """Return the cases that `names` stand for, each once, and a line about each kind of case that was left out.
 
     Args:
-        names: of sets (`SETS`), of single cases, or patterns such as `slak-*`.
-        batch: N for all of them but those whose batch is part of the case; a sweep then has only this one.
+        names: names of sets (`SETS`), names of cases, or patterns such as `slak-*`.
+        batch: N of all cases except those with a fixed batch; a sweep then covers this batch only.
 
     Raises:
         ArgumentError: if a name is unknown.
@@ -158,22 +158,24 @@ def choose(names: Sequence[str], batch: int | None = None) -> tuple[list[Case], 
             swept, left_out = _sweep((batch,) if batch else SWEPT_BATCHES)
             cases += swept
             continue
-        own = {"targets": _TARGETS, "layers": _LAYERS, "small": _SMALL}.get(name)
-        found = list(own.values()) if own else [known[key] for key in known if fnmatch.fnmatchcase(key, name)]
+        cases_of_set = {"targets": _TARGETS, "layers": _LAYERS, "small": _SMALL}.get(name)
+        found = (
+            list(cases_of_set.values()) if cases_of_set else [known[key] for key in known if fnmatch.fnmatchcase(key, name)]
+        )
         if not found:
             raise ArgumentError(
                 f"there is no case {name!r}.{nearest(name, [*SETS, *known])} Sets: {', '.join(SETS)}. "
                 f"Cases: {', '.join(known)}."
             )
-        cases += [case if batch is None or case.name in _OWN_BATCH else replace(case, batch=batch) for case in found]
+        cases += [case if batch is None or case.name in _FIXED_BATCH else replace(case, batch=batch) for case in found]
     return list(dict.fromkeys(cases)), left_out
 
 
 def parse_case(shape: str, kernel: str) -> Case:
-    """Read a case from texts such as `8,128,56,56` and `31x31`.
+    """Parse a case from texts such as `8,128,56,56` and `31x31`.
 
     Raises:
-        ArgumentError: if they are something else.
+        ArgumentError: if the texts have another form.
     """
     sizes, taps = _numbers(shape, ","), _numbers(kernel, "x")
     if sizes is None or len(sizes) != 4:
@@ -190,10 +192,10 @@ def _numbers(text: str, separator: str) -> list[int] | None:
 
 def _sweep(batches: Sequence[int]) -> tuple[list[Case], list[str]]:
     cases: list[Case] = []
-    useless = large = long = 0
+    outside = large = long = 0
     for case in _swept(batches):
         if max(case.kernel) > 2 * case.height - 1:
-            useless += 1
+            outside += 1
         elif case.tensor_bytes > LARGEST_TENSOR:
             large += 1
         elif case.macs > MOST_MACS:
@@ -201,7 +203,7 @@ def _sweep(batches: Sequence[int]) -> tuple[list[Case], list[str]]:
         else:
             cases.append(case)
     reasons = {
-        "the outer taps of the kernel meet no pixel (more than 2·map − 1 of them)": useless,
+        "the outer taps of the kernel meet no pixel (more than 2·map − 1 of them)": outside,
         f"a tensor takes more than {LARGEST_TENSOR / 2**20:.0f} MiB": large,
         f"a pass takes more than {MOST_MACS / 1e9:.0f} G multiply-accumulates": long,
     }

@@ -1,4 +1,4 @@
-"""No times of what is wrong: the operator against its definition in float64, and the rivals against each other."""
+"""Checks that come before any timing: the operator against its definition in float64, implementations against each other."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from widekernel.ops.problem import Anchor, mirror
 from widekernel.ops.reference import relative_error
 
 OPERATOR_TOLERANCE = 1e-5
-RIVALS_TOLERANCE = 1e-4
-"""Largest difference allowed, relative to the largest number."""
+AGREEMENT_TOLERANCE = 1e-4
+"""Largest differences allowed, relative to the largest number."""
 
 _COMPUTED = ("depthwise_sum", "depthwise_sum (an input gradient)", "depthwise_weight_grad")
 
 
-class Asked(TypedDict):
-    """What a call insists on, as arguments of the operators."""
+class BackendRequest(TypedDict):
+    """The backend and algorithm that a call asks for, as arguments of the operators."""
 
     backend: str | None
     algorithm: str | None
@@ -30,7 +30,7 @@ class Asked(TypedDict):
 Shape = tuple[int, int, int, int]
 
 # (N, C, H, W), kernels and their anchors: squares, strips, kernels larger than the image, even ones, several in one call,
-# and numbers of channels and images that fill no vector and no tile.
+# and numbers of channels and images that are no multiple of a vector or a tile.
 _SMALL: tuple[tuple[Shape, list[tuple[Anchor, Anchor]]], ...] = (
     ((1, 19, 33, 37), [((31, 31), (15, 15)), ((5, 5), (2, 2))]),
     ((1, 33, 14, 14), [((27, 27), (13, 13))]),
@@ -42,20 +42,20 @@ _SMALL: tuple[tuple[Shape, list[tuple[Anchor, Anchor]]], ...] = (
 
 
 def check_operator(backend: str | None = None, algorithm: str | None = None) -> None:
-    """Compare both primitives with their definition, on small problems in both layouts.
+    """Compare both operators with their definition, on small problems in both layouts.
 
     Args:
-        backend: the one to check, on those of the problems that it takes; by default whichever is chosen for each of them.
+        backend: to check, on the problems that it takes; by default the one that is selected for each problem.
         algorithm: that it must use; by default the fastest.
 
     Raises:
         BenchmarkError: if a number is wrong.
-        NoBackendError: if the backend asked for takes none of the problems.
+        NoBackendError: if the backend takes none of the problems.
     """
     generator = torch.Generator().manual_seed(0)
     refusals, checked = [], 0
     for shape, rects in _SMALL:
-        problem = _Problem.drawn(shape, rects, generator)
+        problem = _Problem.random(shape, rects, generator)
         wanted = problem.computed(torch.float64, torch.contiguous_format, "reference", None)
         for layout in (torch.contiguous_format, torch.channels_last):
             try:
@@ -71,25 +71,27 @@ def check_operator(backend: str | None = None, algorithm: str | None = None) -> 
         raise refusals[0]
 
 
-def check_agreement(outputs: Mapping[str, Tensor], yardstick: str, what: str, tolerance: float = RIVALS_TOLERANCE) -> float:
-    """Compare what rivals returned, and give the largest difference relative to the largest number.
+def check_agreement(
+    outputs: Mapping[str, Tensor], reference: str, what: str, tolerance: float = AGREEMENT_TOLERANCE
+) -> float:
+    """Compare outputs with one of them; return the largest difference, relative to the largest number.
 
     Args:
-        outputs: of every rival, one of which is `yardstick`.
-        yardstick: the rival that the others are compared with.
+        outputs: of every implementation, by name.
+        reference: name of the output that the others are compared with.
         what: was computed, for the message.
         tolerance: largest difference allowed.
 
     Raises:
-        BenchmarkError: if two of them differ by more.
+        BenchmarkError: if an output differs by more.
     """
     largest = 0.0
     for name, output in outputs.items():
-        error = relative_error(output, outputs[yardstick])
+        error = relative_error(output, outputs[reference])
         # Written so that NaN is an error as well.
         if not error <= tolerance:
             raise BenchmarkError(
-                f"{what}: {name} and {yardstick} differ by {error:.2g} of the largest number, more than {tolerance:g}. "
+                f"{what}: {name} and {reference} differ by {error:.2g} of the largest number, more than {tolerance:g}. "
                 "Nothing is reported, because times of wrong results mean nothing: find out which of the two is wrong, or "
                 "leave the case out."
             )
@@ -98,7 +100,7 @@ def check_agreement(outputs: Mapping[str, Tensor], yardstick: str, what: str, to
 
 
 class _Problem(NamedTuple):
-    """Numbers for the three passes."""
+    """Tensors for the three passes."""
 
     x: Tensor
     grad: Tensor
@@ -107,8 +109,8 @@ class _Problem(NamedTuple):
     bias: Tensor
 
     @classmethod
-    def drawn(cls, shape: Shape, rects: Sequence[tuple[Anchor, Anchor]], generator: torch.Generator) -> _Problem:
-        """Draw them for rectangles of (size, anchor)."""
+    def random(cls, shape: Shape, rects: Sequence[tuple[Anchor, Anchor]], generator: torch.Generator) -> _Problem:
+        """Draw random tensors for rectangles of (size, anchor)."""
         x, grad = (torch.randn(shape, generator=generator) for _ in range(2))
         kernels = [torch.randn(shape[1], 1, *size, generator=generator) for size, _ in rects]
         return cls(x, grad, kernels, [anchor for _, anchor in rects], torch.randn(shape[1], generator=generator))
@@ -117,17 +119,17 @@ class _Problem(NamedTuple):
     def computed(
         self, dtype: torch.dtype, layout: torch.memory_format, backend: str | None, algorithm: str | None
     ) -> list[Tensor]:
-        """Compute what `_COMPUTED` names."""
-        asked: Asked = {"backend": backend, "algorithm": algorithm}
+        """Compute the outputs that `_COMPUTED` names."""
+        request: BackendRequest = {"backend": backend, "algorithm": algorithm}
         x, grad = (image.to(dtype=dtype, memory_format=layout) for image in (self.x, self.grad))
         kernels = [kernel.to(dtype) for kernel in self.kernels]
         flipped = [kernel.flip(-1, -2) for kernel in kernels]
         mirrored = [mirror(kernel.shape[2:], anchor) for kernel, anchor in zip(kernels, self.anchors)]
         size = (kernels[0].shape[2], kernels[0].shape[3])
         return [
-            ops.depthwise_sum(x, kernels, self.anchors, self.bias.to(dtype), **asked),
-            ops.depthwise_sum(grad, flipped, mirrored, **asked),
-            ops.depthwise_weight_grad(x, grad, size, self.anchors[0], **asked),
+            ops.depthwise_sum(x, kernels, self.anchors, self.bias.to(dtype), **request),
+            ops.depthwise_sum(grad, flipped, mirrored, **request),
+            ops.depthwise_weight_grad(x, grad, size, self.anchors[0], **request),
         ]
 
 
@@ -136,5 +138,5 @@ def _compare(got: Tensor, wanted: Tensor, backend: str, what: str) -> None:
     if not error <= OPERATOR_TOLERANCE:
         raise BenchmarkError(
             f"{backend} computes {what} wrongly: it differs from the definition by {error:.2g} of the largest number, more "
-            f"than {OPERATOR_TOLERANCE:g}. Nothing is timed: run the tests of widekernel.ops, or ask for another backend."
+            f"than {OPERATOR_TOLERANCE:g}. Nothing is timed: run the tests of widekernel.ops, or choose another backend."
         )

@@ -1,7 +1,7 @@
-"""Which share of a network's time goes into depthwise convolutions.
+"""The share of a network's time that is spent in depthwise convolutions.
 
-Operators are timed as they are called, forward and backward. PyTorch's profiler would say the same and more, but not without
-messages on the error stream.
+Operators are timed as they are called, forward and backward. PyTorch's profiler would report the same and more, but it also
+prints messages to the error stream.
 """
 
 from __future__ import annotations
@@ -15,34 +15,34 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
 _OURS = "widekernel.depthwise_"
-# Of each operator of PyTorch's the places of the kernel and of the number of groups among its arguments.
+# Positions of the kernel and of the number of groups among the arguments of PyTorch's operators.
 _PYTORCH = {
     torch.ops.aten.convolution: (1, 8),
-    torch.ops.aten.conv2d: (1, 6),  # seen whole in inference mode only
+    torch.ops.aten.conv2d: (1, 6),  # dispatched as a whole in inference mode only
     torch.ops.aten.convolution_backward: (2, 9),
 }
 
 
 def depthwise_share(call: Callable[[], Any], device: torch.device | None = None) -> float:
-    """Run one call and give the share of depthwise convolutions in its time, between 0 and 1.
+    """Make one call and return the share of its time spent in depthwise convolutions, between 0 and 1.
 
-    On a CUDA device the host must be ahead of it, as it is with batches that are worth timing: otherwise what passes
-    between two launches counts as well.
+    On a CUDA device the host must be ahead of the device, as it is for batches of a realistic size. Otherwise the gaps
+    between launches are counted as well.
 
     Args:
-        call: what to run.
-        device: where it computes; by default on the CPU.
+        call: to make.
+        device: where it computes; by default the CPU.
     """
-    marks = _Events(device) if device is not None and device.type == "cuda" else _Times()
-    with _Watch(marks) as watch:
+    marks = _DeviceMarks(device) if device is not None and device.type == "cuda" else _HostMarks()
+    with _Recorder(marks) as recorder:
         start = marks.now()
         call()
         end = marks.now()
-    return marks.seconds(watch.spans) / marks.seconds([(start, end)])
+    return marks.seconds(recorder.spans) / marks.seconds([(start, end)])
 
 
-class _Times:
-    """Marks in the time of the host."""
+class _HostMarks:
+    """Marks points in time by the clock of the host."""
 
     def now(self) -> Any:
         return time.perf_counter()
@@ -51,8 +51,8 @@ class _Times:
         return sum(end - start for start, end in spans)
 
 
-class _Events:
-    """Marks in the queue of a device."""
+class _DeviceMarks:
+    """Marks points in time by events in the queue of a device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -67,10 +67,10 @@ class _Events:
         return sum(start.elapsed_time(end) for start, end in spans) / 1e3
 
 
-class _Watch(TorchDispatchMode):
-    """Marks the spans of depthwise convolutions; what an operator calls in turn is not seen."""
+class _Recorder(TorchDispatchMode):
+    """Records when depthwise convolutions start and end; operators that an operator calls are not recorded."""
 
-    def __init__(self, marks: _Times | _Events) -> None:
+    def __init__(self, marks: _HostMarks | _DeviceMarks) -> None:
         super().__init__()
         self.spans: list[tuple[Any, Any]] = []
         self._marks = marks
@@ -90,7 +90,7 @@ def _is_depthwise(operator: Any, args: Any) -> bool:
         return True
     if operator not in _PYTORCH:
         return False
-    of_kernel, of_groups = _PYTORCH[operator]
-    kernel, groups = args[of_kernel], args[of_groups] if len(args) > of_groups else 1
-    # A single group is an ordinary convolution, whatever its channels.
+    kernel_at, groups_at = _PYTORCH[operator]
+    kernel, groups = args[kernel_at], args[groups_at] if len(args) > groups_at else 1
+    # With a single group it is an ordinary convolution, whatever the number of channels.
     return kernel.dim() == 4 and kernel.shape[1] == 1 and groups > 1

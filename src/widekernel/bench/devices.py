@@ -1,4 +1,4 @@
-"""Where a benchmark runs: the CPU, or a CUDA device with a stopwatch of its own."""
+"""CUDA devices as the command line names them, and a stopwatch that times calls by CUDA events."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from widekernel.bench.timing import Stopwatch
 from widekernel.errors import ArgumentError, in_short
 
 HEAD_START = 2.5e-4
-"""Seconds that the device is kept busy before a timed call, while the host launches the kernels of that call."""
-_FLUSHED, _OTHERWISE = 2**28, 2**27  # bytes zeroed, at least; L2 cache assumed where PyTorch cannot say
+"""Seconds for which the device is kept busy before a timed call, while the host launches the kernels of that call."""
+_MIN_FLUSHED = 2**28  # bytes zeroed to flush the caches, at least
+_ASSUMED_CACHE = 2**27  # bytes of L2 cache, where PyTorch cannot tell
 
 
 @dataclass(frozen=True)
 class Accelerator:
-    """A device to measure on, and what times calls there."""
+    """A device to measure on, and the stopwatch that times calls there."""
 
     device: torch.device
     stopwatch: Stopwatch
 
     @contextmanager
     def current(self) -> Iterator[None]:
-        """Let it be the device that streams and events belong to inside the block."""
+        """Make this the current device inside the block, to which streams and events belong."""
         if self.device.type != "cuda":
             yield
             return
@@ -38,29 +39,29 @@ class Accelerator:
 
 
 class Event(Protocol):
-    """A CUDA event that can be timed."""
+    """A CUDA event with timing enabled."""
 
     def record(self) -> Any:
-        """Note the time at which the device gets to this place in its queue."""
+        """Record the time at which the device reaches this place in its queue."""
 
     def synchronize(self) -> Any:
-        """Wait until the device has got there."""
+        """Wait until the device has reached that place."""
 
     def elapsed_time(self, end: Any) -> float:
-        """Give the milliseconds from here to `end`."""
+        """Return the milliseconds from this event to `end`."""
 
 
 class EventStopwatch:
     """Times calls by events in the queue of a device, with cold caches.
 
-    Before each call the caches are flushed, which is not timed and takes long enough for the host to launch what the call
-    consists of: what is timed is the device's work, unless the host takes longer still.
+    The caches are flushed before each call. That is not timed, and takes long enough for the host to launch the kernels of
+    the call. So the time is that of the device's work, unless the host takes even longer.
 
     Args:
-        flush: queues work that leaves nothing of any call in the caches, and lasts for `HEAD_START`.
-        new_event: makes an `Event`.
+        flush: queues work that takes `HEAD_START` and evicts from the caches what earlier calls left there.
+        new_event: creates an `Event`.
         synchronize: waits for the device.
-        release: frees what is cached for further allocations.
+        release: returns cached memory to the device.
     """
 
     warms_up = True
@@ -76,7 +77,7 @@ class EventStopwatch:
         self._start, self._end = new_event(), new_event()
 
     def time(self, call: Callable[[], Any]) -> tuple[Any, float]:
-        """Make a call and give what it returns, and the seconds that the device was at it."""
+        """Make a call; return its result and the seconds that the device spent on it."""
         self._flush()
         self._start.record()
         result = call()
@@ -88,7 +89,7 @@ class EventStopwatch:
         """Free memory after a call that failed.
 
         Raises:
-            DeviceLostError: if the device reports an error by itself, as it does for ever after an illegal access.
+            DeviceLostError: if the device reports an error on its own, as it does permanently after an illegal access.
         """
         try:
             self._synchronize()
@@ -101,13 +102,13 @@ class EventStopwatch:
 
 
 def accelerator(text: str) -> Accelerator | None:
-    """Give the device that a command names, None for the CPU.
+    """Return the device that a command line names; None for the CPU.
 
     Args:
         text: `cpu`, `cuda` or `cuda:N`.
 
     Raises:
-        ArgumentError: if it is something else, or there is no such device.
+        ArgumentError: if the text names no device, or there is no such device.
     """
     if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
         raise ArgumentError(f"device is {text!r}, but benchmarks run on cpu, cuda or cuda:N only: give one of these")
@@ -130,23 +131,23 @@ def accelerator(text: str) -> Accelerator | None:
 
 
 def cuda_stopwatch(device: torch.device) -> EventStopwatch:
-    """Make a stopwatch for a CUDA device; takes 256 MiB of its memory, or twice its L2 cache."""
-    cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or _OTHERWISE
-    buffer = torch.empty(max(_FLUSHED, 2 * cache) // 4, device=device)
+    """Create a stopwatch for a CUDA device. It occupies 256 MiB of device memory, or twice the size of the L2 cache."""
+    cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or _ASSUMED_CACHE
+    buffer = torch.empty(max(_MIN_FLUSHED, 2 * cache) // 4, device=device)
 
-    def once() -> None:
+    def zero() -> None:
         buffer.zero_()
 
     def new_event() -> Event:
         return torch.cuda.Event(enable_timing=True)
 
     with torch.cuda.device(device):
-        times = _times_for(HEAD_START, once, new_event)
+        times = _repetitions(HEAD_START, zero, new_event)
 
     def flush() -> None:
         for _ in range(times):
-            once()
-        # Read once more: what is left in the cache is then clean, and the timed call need not write it back.
+            zero()
+        # Read the buffer once more: the cache then holds clean lines, which the timed call need not write back.
         buffer.sum()
 
     def synchronize() -> None:
@@ -155,8 +156,8 @@ def cuda_stopwatch(device: torch.device) -> EventStopwatch:
     return EventStopwatch(flush, new_event, synchronize, torch.cuda.empty_cache)
 
 
-def _times_for(seconds: float, work: Callable[[], None], new_event: Callable[[], Event]) -> int:
-    """Say how often `work` has to be queued to keep the device busy for so long."""
+def _repetitions(seconds: float, work: Callable[[], None], new_event: Callable[[], Event]) -> int:
+    """Return how often `work` must be queued to keep the device busy for so many seconds."""
     start, end = new_event(), new_event()
     for _ in range(3):
         work()

@@ -1,7 +1,7 @@
-"""The forward pass in other inference engines, if they are installed: onnxruntime and OpenVINO.
+"""The forward pass in other inference engines, where they are installed: onnxruntime and OpenVINO.
 
-Each gets one depthwise convolution as its network, with the kernel as a constant, and computes in float32 on as many threads
-as PyTorch. What it returns is not copied.
+Each engine runs a network of one depthwise convolution with a constant kernel, in float32 and on as many threads as PyTorch.
+Its output is not copied.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# What has to be importable for each of them.
+# The packages that each engine needs.
 _NEEDS = {"onnxruntime": ("onnxruntime", "onnx"), "openvino": ("openvino",)}
 ENGINES = tuple(_NEEDS)
 
 
 def missing(engine: str) -> list[str]:
-    """Name the packages that `engine` needs and that are not installed."""
+    """Return the packages that `engine` needs and that are not installed."""
     return [package for package in _NEEDS[engine] if importlib.util.find_spec(package) is None]
 
 
 def absences() -> list[str]:
-    """Say which of them take no part, a line each."""
+    """Return a line for each engine that is left out because it is not installed."""
     lacking = {engine: missing(engine) for engine in ENGINES}
-    return [f"{engine} takes no part: not installed ({', '.join(what)})" for engine, what in lacking.items() if what]
+    return [f"{engine} is left out: not installed ({', '.join(what)})" for engine, what in lacking.items() if what]
 
 
 def forward_in(engine: str, x: Tensor, kernel: Tensor) -> Callable[[], Tensor]:
-    """Give a call of the depthwise convolution of `x` (N, C, H, W) with `kernel` (C, 1, kh, kw) in `engine`."""
+    """Return a call that convolves `x` (N, C, H, W) depthwise with `kernel` (C, 1, kh, kw) in `engine`."""
     return {"onnxruntime": _onnxruntime, "openvino": _openvino}[engine](x, kernel)
 
 
@@ -44,11 +44,11 @@ def _onnxruntime(x: Tensor, kernel: Tensor) -> Callable[[], Tensor]:
     ends = [helper.make_tensor_value_info(name, number, list(x.shape)) for name in "xy"]
     constant = onnx.numpy_helper.from_array(kernel.numpy(), "kernel")
     graph = helper.make_graph([node], "depthwise", ends[:1], ends[1:], [constant])
-    # Versions that every onnxruntime of the last years reads.
+    # Versions that every recent onnxruntime reads.
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    # Its threads would go on spinning into the time of the next rival.
+    # Otherwise its threads would go on spinning while the next implementation is timed.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     feed = {"x": x.contiguous().numpy()}
@@ -62,7 +62,7 @@ def _openvino(x: Tensor, kernel: Tensor) -> Callable[[], Tensor]:
     image = operators.parameter(list(x.shape), np.float32)
     filters = operators.constant(kernel.unsqueeze(1).numpy())
     y = operators.group_convolution(image, filters, [1, 1], pads, pads, [1, 1])
-    # Otherwise it computes in bfloat16 where the processor can.
+    # Otherwise it computes in bfloat16 where the processor supports it.
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     compiled = openvino.Core().compile_model(openvino.Model([y], [image]), "CPU", settings)
     request, feed = compiled.create_infer_request(), openvino.Tensor(x.contiguous().numpy(), shared_memory=True)

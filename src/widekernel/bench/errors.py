@@ -1,4 +1,4 @@
-"""The errors of benchmarks."""
+"""Errors of the benchmarks."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from widekernel.errors import WidekernelError
 
 
 class BenchmarkError(WidekernelError, RuntimeError):
-    """What was to be timed computes the wrong numbers, so that no time is reported."""
+    """Something to be timed computes wrong results, so that no time is reported."""
 
 
 class DeviceLostError(WidekernelError, RuntimeError):
-    """A device that answers every further call with an error."""
+    """The device answers every further call with an error."""

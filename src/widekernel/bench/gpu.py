@@ -1,8 +1,7 @@
-"""The CUDA device that is measured on: what it is, and the speeds that limit any convolution on it."""
+"""The CUDA device that is measured on: its description, and the speeds that limit every convolution on it."""
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 import subprocess
@@ -12,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from widekernel.bench.devices import Accelerator
-from widekernel.bench.machine import cpu_model, installed
+from widekernel.bench.machine import copy_speed, cpu_model, installed_version, usable_cores
 from widekernel.bench.precision import FLOAT32, PRECISIONS, TF32, Precision, in_force
 from widekernel.bench.timing import Stopwatch
 
@@ -22,16 +21,16 @@ _CALLS = 10
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a table of times must say about the device they were measured on.
+    """The facts about a device that belong beside a table of times.
 
     Attributes:
         name: of the device.
         capability: compute capability, such as `9.0`.
-        multiprocessors: their number.
+        multiprocessors: number of streaming multiprocessors.
         memory: in GiB.
         cache: L2 cache in MiB.
         host: the processor and its cores.
-        versions: of the driver and of every package that takes part.
+        versions: of the driver and of every package that is timed.
         bandwidth: bytes read and written by copies of large tensors, in GB/s.
         products: GFLOP/s of the product of large matrices, by the name of the precision.
     """
@@ -47,53 +46,51 @@ class Gpu:
     products: dict[str, float] = field(default_factory=dict)
 
     def peak(self, precision: Precision) -> float:
-        """Give the ceiling of computations in a precision, in GFLOP/s.
+        """Return the highest speed of computations in a precision, in GFLOP/s.
 
-        Strict float32 can be had from three tf32 products as well as from the units for float32: the faster way counts.
+        Strict float32 can use three TF32 products as well as the float32 units: the faster way counts.
         """
         peak = self.products[precision.name]
         return max(peak, self.products[TF32.name] / 3) if precision is FLOAT32 else peak
 
     def lines(self) -> list[str]:
-        """Describe it, a line a fact."""
+        """Describe the device, one line per fact."""
         products = ", ".join(f"{name} {speed / 1e3:.3g}" for name, speed in self.products.items())
         return [
             f"GPU: {self.name}, compute capability {self.capability}, {self.multiprocessors} multiprocessors, "
             f"{self.memory:.0f} GiB, {self.cache:.0f} MiB of L2 cache",
-            f"ceilings, measured: copying {self.bandwidth / 1e3:.2f} TB/s; matrix products in TFLOP/s: {products}",
+            f"limits, measured: copying {self.bandwidth / 1e3:.2f} TB/s; matrix products in TFLOP/s: {products}",
             ", ".join(f"{name} {version}" for name, version in self.versions.items()),
             f"host: {self.host}",
         ]
 
 
 def measure_gpu(accelerator: Accelerator) -> Gpu:
-    """Describe a CUDA device and measure its limits; takes some seconds and up to 2 GiB of its memory."""
+    """Describe a CUDA device and measure its limits. Takes some seconds and up to 2 GiB of device memory."""
     device, stopwatch = accelerator.device, accelerator.stopwatch
     properties = torch.cuda.get_device_properties(device)
     free, _ = torch.cuda.mem_get_info(device)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Gpu(
         name=properties.name,
         capability=f"{properties.major}.{properties.minor}",
         multiprocessors=properties.multi_processor_count,
         memory=properties.total_memory / 2**30,
         cache=getattr(properties, "L2_cache_size", 0) / 2**20,
-        host=f"{cpu_model()}, {cores} cores",
+        host=f"{cpu_model()}, {usable_cores()} cores",
         versions=_versions(),
-        bandwidth=copy_speed(device, stopwatch, min(_COPIED, free // 16)),
+        bandwidth=device_copy_speed(device, stopwatch, min(_COPIED, free // 16)),
         products={name: product_speed(device, stopwatch, p, _MATRIX) for name, p in PRECISIONS.items()},
     )
 
 
-def copy_speed(device: torch.device, stopwatch: Stopwatch, numbers: int) -> float:
-    """Measure the bytes that `Tensor.copy_` reads and writes between bfloat16 tensors of that size, in GB/s."""
+def device_copy_speed(device: torch.device, stopwatch: Stopwatch, numbers: int) -> float:
+    """Measure the GB/s that are read and written by copies between tensors of `numbers` bfloat16 numbers."""
     source = torch.ones(numbers, dtype=torch.bfloat16, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / _shortest(lambda: target.copy_(source), stopwatch) / 1e9
+    return copy_speed(source, lambda call: _shortest(call, stopwatch))
 
 
 def product_speed(device: torch.device, stopwatch: Stopwatch, precision: Precision, rows: int) -> float:
-    """Measure the product of two square matrices of random numbers, in GFLOP/s: zeros would take less power."""
+    """Measure the product of two square matrices in GFLOP/s. The numbers are random, because zeros need less power."""
     generator = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(rows, rows, device=device, generator=generator).to(precision.dtype) for _ in range(2))
     out = torch.empty_like(a)
@@ -102,7 +99,7 @@ def product_speed(device: torch.device, stopwatch: Stopwatch, precision: Precisi
 
 
 def _shortest(call: Callable[[], object], stopwatch: Stopwatch) -> float:
-    """Give the shortest time of some calls, after two that do not count: a ceiling is the best that was seen."""
+    """Return the shortest time of several calls, after two warm-up calls: a limit is the best that was seen."""
     for _ in range(2):
         call()
     return min(stopwatch.time(call)[1] for _ in range(_CALLS))
@@ -114,15 +111,15 @@ def _versions() -> dict[str, str]:
         "CUDA": torch.version.cuda or "none",
         "cuDNN": str(torch.backends.cudnn.version() or "none"),
         "PyTorch": torch.__version__,
-        "Triton": installed("triton") or "not installed",
+        "Triton": installed_version("triton", "not installed"),
         "Python": platform.python_version(),
-        "widekernel": installed("widekernel") or "unknown",
-        "timm": installed("timm") or "unknown",
+        "widekernel": installed_version("widekernel"),
+        "timm": installed_version("timm"),
     }
 
 
 def _driver() -> str:
-    """Ask the driver's own tool, since PyTorch does not know the version of the driver."""
+    """Return the version of the driver as `nvidia-smi` reports it, because PyTorch does not know it."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return "unknown"

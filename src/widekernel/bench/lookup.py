@@ -1,4 +1,4 @@
-"""Networks by the names that widekernel and timm know them by."""
+"""Networks by the names under which widekernel and timm register them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import widekernel.models  # noqa: F401 - registers the models
 from widekernel.tasks.assembly import build_model, pretrained_cfg
 
 
-def built(name: str) -> tuple[nn.Module, int]:
-    """Build a network, and give the height and width of the images that it is made for."""
+def build_network(name: str) -> tuple[nn.Module, int]:
+    """Build a network; return it and the side length of the images that it is made for, in pixels."""
     model = build_model(name, None, {})
     return model, int(pretrained_cfg(model)["input_size"][-1])
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Refuse unknown names before the first network is timed, by building them without numbers.
+    """Raise if a name is unknown, before anything is timed. The networks are built on the meta device.
 
     Raises:
-        ConfigError: if one is unknown.
+        ConfigError: if a name is unknown.
     """
     with torch.device("meta"):
         for name in names:

@@ -1,4 +1,4 @@
-"""The machine that is measured on: what it is, and the two speeds that limit any convolution on it."""
+"""The machine that is measured on: its description, and the two speeds that limit every convolution on its CPU."""
 
 from __future__ import annotations
 
@@ -12,29 +12,30 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from widekernel.errors import ArgumentError
 from widekernel.ops.cpu import library
 
 _PEAK_SECONDS = 0.3
-_MATRIX, _COPIED = 2048, 2**26  # rows of a square matrix; numbers of a tensor that no usual cache holds
+_MATRIX, _COPIED = 2048, 2**26  # rows of a square matrix; numbers of a tensor that is larger than usual caches
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a table of times must say about where they were measured.
+    """The facts about a CPU that belong beside a table of times.
 
     Attributes:
         cpu: model of the processor.
-        cores: that this process may use.
-        threads: that it does use.
+        cores: number of cores that this process may use.
+        threads: number of threads that it uses.
         capability: vector instructions that PyTorch uses.
-        native: those that the native library uses, or `none`.
-        versions: of Python and of every package that takes part.
-        peak: fused multiply-adds of all threads, in GFLOP/s.
-        peak_source: how that was measured.
-        bandwidth: bytes read and written by copies of tensors that no usual cache holds, in GB/s.
-        waiting: how threads wait for work, as far as the environment says.
+        native: vector instructions that the native library uses, or `none`.
+        versions: of Python and of every package that is timed.
+        peak: fused multiply-adds of all threads together, in GFLOP/s.
+        peak_source: how the peak was measured.
+        bandwidth: bytes read and written by copies of tensors that are larger than usual caches, in GB/s.
+        waiting: how threads wait for work, as the environment sets it.
     """
 
     cpu: str
@@ -49,7 +50,7 @@ class Machine:
     waiting: str
 
     def lines(self) -> list[str]:
-        """Describe it, a line a fact."""
+        """Describe the machine, one line per fact."""
         return [
             f"CPU: {self.cpu}, {self.cores} cores, {self.threads} threads used, PyTorch uses {self.capability}",
             f"native library: {self.native}",
@@ -60,12 +61,12 @@ class Machine:
 
 
 def measure_machine() -> Machine:
-    """Describe this machine and measure its limits with the current number of threads; takes about a second."""
+    """Describe this machine and measure its limits with the current number of threads. Takes about a second."""
     threads = torch.get_num_threads()
     peak, source = fma_peak(threads)
     return Machine(
         cpu=cpu_model(),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=usable_cores(),
         threads=threads,
         capability=torch.backends.cpu.get_cpu_capability(),
         native=_native(),
@@ -78,30 +79,36 @@ def measure_machine() -> Machine:
 
 
 def fma_peak(threads: int) -> tuple[float, str]:
-    """Measure fused multiply-adds in GFLOP/s, and say how: by the native library or, without it, by a matrix product.
+    """Measure fused multiply-adds; return the GFLOP/s and how they were measured.
 
-    A matrix product stays below the peak, in some builds of PyTorch far below it.
+    Without the native library the speed of a matrix product stands in. It stays below the peak, in some builds of PyTorch
+    far below it.
     """
     loaded = library.load()
     if loaded.reason is None:
-        # The best of several, because whatever else the machine does only slows it down.
+        # The best of several, because other work on the machine only slows a measurement down.
         tries = [loaded.calls.wk_fma_peak(threads, _PEAK_SECONDS / 5) for _ in range(5)]
         return max(tries) / 1e9, "measured in registers by the native library"
     a, b = torch.randn(_MATRIX, _MATRIX), torch.randn(_MATRIX, _MATRIX)
     out = torch.empty_like(a)
-    seconds = _best(lambda: torch.mm(a, b, out=out), _PEAK_SECONDS)
+    seconds = _shortest(lambda: torch.mm(a, b, out=out), _PEAK_SECONDS)
     return 2 * _MATRIX**3 / seconds / 1e9, f"estimated by a matrix product of {_MATRIX} rows"
 
 
 def copy_bandwidth(numbers: int, seconds: float) -> float:
-    """Measure the bytes that `Tensor.copy_` reads and writes between tensors of that size, in GB/s."""
-    source, target = torch.ones(numbers), torch.empty(numbers)
-    return 2 * source.nbytes / _best(lambda: target.copy_(source), seconds) / 1e9
+    """Measure the GB/s that are read and written by copies between tensors of `numbers` float32 numbers."""
+    return copy_speed(torch.ones(numbers), lambda call: _shortest(call, seconds))
+
+
+def copy_speed(source: Tensor, shortest: Callable[[Callable[[], object]], float]) -> float:
+    """Return the GB/s that copies of `source` read and write; `shortest` measures the time of a call in seconds."""
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / shortest(lambda: target.copy_(source)) / 1e9
 
 
 @contextmanager
 def using_threads(threads: int | None) -> Iterator[None]:
-    """Compute with that many threads inside the block; None leaves their number as it is.
+    """Compute with that many threads inside the block; None leaves the number unchanged.
 
     Raises:
         ArgumentError: if the number is not positive.
@@ -117,7 +124,7 @@ def using_threads(threads: int | None) -> Iterator[None]:
 
 
 def cpu_model() -> str:
-    """Name the processor."""
+    """Return the model of the processor."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():
@@ -126,39 +133,44 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def installed(package: str) -> str | None:
-    """Give the version of an installed package."""
+def usable_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def installed_version(package: str, otherwise: str = "unknown") -> str:
+    """Return the version of an installed package, or `otherwise` if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return None
+        return otherwise
 
 
 def _native() -> str:
     loaded = library.load()
     if loaded.reason is not None:
-        # Not the reason, which names folders: tables are published.
+        # Without the reason, which contains paths: tables are published.
         return "none"
     return f"{loaded.isa}, {'threads of PyTorch' if loaded.threads_available else 'one thread only'}"
 
 
 def _versions() -> dict[str, str]:
     packages = {"widekernel": "widekernel", "PyTorch": "torch", "timm": "timm"}
-    versions = {"Python": platform.python_version()}
-    versions |= {name: installed(package) or "unknown" for name, package in packages.items()}
-    for rival in ("onnxruntime", "openvino"):
-        versions[rival] = installed(rival) or "not installed"
-    return versions
+    return {
+        "Python": platform.python_version(),
+        **{name: installed_version(package) for name, package in packages.items()},
+        **{engine: installed_version(engine, "not installed") for engine in ("onnxruntime", "openvino")},
+    }
 
 
-def _best(call: Callable[[], object], seconds: float) -> float:
-    """Give the shortest time of calls made for so many seconds, after one that does not count."""
+def _shortest(call: Callable[[], object], seconds: float) -> float:
+    """Repeat a call for so many seconds, after one warm-up call, and return its shortest time."""
     call()
-    shortest, until = float("inf"), time.perf_counter() + seconds
+    shortest, deadline = float("inf"), time.perf_counter() + seconds
     while True:
         start = time.perf_counter()
         call()
         end = time.perf_counter()
         shortest = min(shortest, end - start)
-        if end > until:
+        if end > deadline:
             return shortest

@@ -1,10 +1,16 @@
-"""The three passes of a depthwise convolution, ours against PyTorch's and those of inference engines."""
+"""The three passes of depthwise convolutions: our operator beside PyTorch's and those of inference engines.
+
+Every row is yielded as soon as it is measured. On a CPU the first call that fails or computes wrong results raises. On a
+device it has no times and its row says why, and everything else goes on.
+"""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,165 +19,135 @@ from torch import Tensor
 
 from widekernel import ops
 from widekernel.bench import engines
-from widekernel.bench.cases import FORWARD, INPUT_GRAD, PASSES, Case
-from widekernel.bench.checking import Asked, check_agreement
-from widekernel.bench.machine import Machine, copy_bandwidth
+from widekernel.bench.cases import FORWARD, INPUT_GRAD, PASSES, WEIGHT_GRAD, Case
+from widekernel.bench.checking import BackendRequest, check_agreement
+from widekernel.bench.errors import BenchmarkError, DeviceLostError
+from widekernel.bench.platforms import Limits, Platform
+from widekernel.bench.precision import FLOAT32, Precision, in_force
+from widekernel.bench.rows import DeviceOperatorRow, OperatorRow
+from widekernel.bench.time_budget import TimeBudget
 from widekernel.bench.timing import Timing, first_calls, interleave
+from widekernel.errors import in_short
 from widekernel.ops.problem import LAYOUTS, mirror
+from widekernel.ops.reference import relative_error
+
+PYTORCH = ("PyTorch NHWC", "PyTorch NCHW")
+"""The implementations that the others are compared with; the first one that ran counts."""
+_FAILED = Timing(())
 
 Call = Callable[[], Tensor]
-_SMALLEST_COPY, _COPY_SECONDS = 2**16, 0.03  # numbers; below, a copy is the call of an operator and little else
 
 
 @dataclass(frozen=True)
-class Row:
-    """One pass of one case in one layout; times in milliseconds, None for what was not run and NaN for what failed.
+class OperatorPlan:
+    """What is measured, and for how long.
 
     Attributes:
-        case: its name.
-        shape: N, C, H, W and the kernel, in words.
-        batch: N.
-        channels: C.
-        height: H.
-        width: W.
-        kernel_height: kh.
-        kernel_width: kw.
-        direction: the pass.
-        layout: of our call; the times of the rivals are in its two rows alike.
-        ours_ms: median.
-        ours_spread: half the distance between the quartiles, relative to the median.
-        ours_calls: that count.
-        torch_nchw_ms: PyTorch in its default layout.
-        torch_nchw_calls: that count; 1 if a call takes more than a second.
-        torch_nhwc_ms: PyTorch with channels_last.
-        torch_nhwc_calls: that count.
-        onnxruntime_ms: forward only, NCHW.
-        openvino_ms: forward only, NCHW.
-        times_best: how many times faster ours is than PyTorch in its better layout.
-        times_default: how many times faster ours is than PyTorch in NCHW.
-        gflops: of ours, in operations on pixels: taps on padding do not count.
-        peak_share: `gflops` as a share of the machine's fused multiply-adds; above 1 for algorithms that need fewer.
-        copy_gbs: GB/s read and written by copies of tensors as large as the input.
-        limit_ms: the larger one of the times that direct computation at that peak, and moving the data at that speed, take.
-        limit_share: `limit_ms` as a share of the time of ours.
-        intensity: operations for each byte that has to be moved.
-        backend: that ran.
-        algorithm: that it says it uses; '' if it does not.
-        error: largest difference of any rival from PyTorch in NHWC, relative to the largest number.
+        cases: the convolutions.
+        precisions: each case is computed in all of them.
+        passes: the passes to time.
+        backend: that our operator must use; None for the one that is selected.
+        algorithm: that our operator must use; None for the fastest.
+        seconds: for each implementation of each pass.
+        rounds: timed calls of each implementation, instead of `seconds`.
     """
 
-    case: str
-    shape: str
-    batch: int
-    channels: int
-    height: int
-    width: int
-    kernel_height: int
-    kernel_width: int
-    direction: str
-    layout: str
-    ours_ms: float
-    ours_spread: float
-    ours_calls: int
-    torch_nchw_ms: float
-    torch_nchw_calls: int
-    torch_nhwc_ms: float
-    torch_nhwc_calls: int
-    onnxruntime_ms: float | None
-    openvino_ms: float | None
-    times_best: float
-    times_default: float
-    gflops: float
-    peak_share: float
-    copy_gbs: float
-    limit_ms: float
-    limit_share: float
-    intensity: float
-    backend: str
-    algorithm: str
-    error: float
+    cases: Sequence[Case]
+    precisions: Sequence[Precision] = (FLOAT32,)
+    passes: Sequence[str] = PASSES
+    backend: str | None = None
+    algorithm: str | None = None
+    seconds: float = 0.1
+    rounds: int | None = None
+
+    @property
+    def request(self) -> BackendRequest:
+        """The backend and algorithm that our calls ask for."""
+        return {"backend": self.backend, "algorithm": self.algorithm}
 
 
-def measure_case(
-    case: Case,
-    machine: Machine,
-    *,
-    passes: Sequence[str] = PASSES,
-    backend: str | None = None,
-    algorithm: str | None = None,
-    seconds: float = 0.5,
-    rounds: int | None = None,
-) -> Iterator[Row]:
-    """Time the passes of a case, all rivals in turns, and give two rows a pass: ours in NCHW and in NHWC.
+class Tensors(NamedTuple):
+    """Input (N, C, H, W), gradient of the output (N, C, H, W) and kernel (C, 1, kh, kw)."""
+
+    x: Tensor
+    grad: Tensor
+    kernel: Tensor
+
+    @classmethod
+    def random(cls, case: Case, precision: Precision, device: torch.device) -> Tensors:
+        """Draw random numbers; except for rounding they are the same in every precision."""
+        generator = torch.Generator(device).manual_seed(0)
+        shapes = case.shape, case.shape, (case.channels, 1, *case.kernel)
+        return cls(*(torch.randn(shape, generator=generator, device=device).to(precision.dtype) for shape in shapes))
+
+
+def measure_operators(
+    plan: OperatorPlan,
+    platform: Platform,
+    budget: TimeBudget,
+    advance: Callable[[str, int], None] = lambda what, steps: None,
+) -> Iterator[OperatorRow]:
+    """Time all cases; yield two rows for each precision, case and pass: our operator in NCHW and in NHWC.
 
     Args:
-        case: the convolution.
-        machine: whose limits the times are compared with.
-        passes: those to time.
-        backend: that ours must run on; by default whichever is chosen.
-        algorithm: that ours must use; by default the fastest.
-        seconds: for each rival of each pass.
-        rounds: calls of each rival, instead.
+        plan: what to time.
+        platform: where.
+        budget: tells when the time is over, and collects notes of what has no times.
+        advance: is called with what comes next, and with the number of cases that were finished.
 
     Raises:
-        BenchmarkError: if rivals differ in what they compute.
-        NoBackendError: if the backend asked for does not compute the case.
+        BenchmarkError: on a CPU, if implementations disagree.
+        NoBackendError: on a CPU, if the backend asked for does not compute a case.
     """
-    # Of tensors of this size: small ones stay in caches.
-    copying = copy_bandwidth(max(math.prod(case.shape), _SMALLEST_COPY), _COPY_SECONDS)
-    generator = torch.Generator().manual_seed(0)
-    x, grad = (torch.randn(case.shape, generator=generator) for _ in range(2))
-    kernel = torch.randn(case.channels, 1, *case.kernel, generator=generator)
-    asked: Asked = {"backend": backend, "algorithm": algorithm}
-    for direction in passes:
-        rivals = rivals_in_pytorch(direction, x, grad, kernel, asked) | _engines(direction, x, kernel)
-        with torch.no_grad():
-            with ops.trace() as ran:
-                outputs, first = first_calls(rivals)
-            error = check_agreement(outputs, "PyTorch NHWC", f"{direction} of {case}")
-            # Large outputs would otherwise be held throughout.
-            outputs.clear()
-            timings = interleave(rivals, first, seconds, rounds)
-        for layout, name in zip(LAYOUTS, ran.backends()):
-            image = x.contiguous(memory_format=LAYOUTS[layout])
-            details = ops.explain(image, [kernel], **asked)[PASSES.index(direction)].details
-            # The first thing that a backend says of itself is how it computes, what follows are its means.
-            ran_as = name, details.partition(";")[0], error
-            limits = Limits(machine.peak, copying, case.bytes_moved)
-            yield Row(**row_fields(case, direction, layout, timings, limits, ran_as))
+    names = Counter(case.name for case in plan.cases)
+    for precision in plan.precisions:
+        for case in plan.cases:
+            label = case.name if names[case.name] == 1 else str(case)
+            draw = cache(partial(Tensors.random, case, precision, platform.device))
+            limits = cache(partial(platform.limits, case, precision))
+            for direction in plan.passes:
+                if not budget.has_time():
+                    budget.leave_out(precision.name, label, direction)
+                    continue
+                advance(f"{precision.name} {label} {direction}", 0)
+                trial = _Trial(case, direction, precision, plan, platform)
+                try:
+                    # Nothing is yielded in here, so that the consumer of the rows sees PyTorch's settings unchanged.
+                    with in_force(precision), torch.no_grad():
+                        trial.run(draw)
+                except DeviceLostError as error:
+                    budget.lose_device(str(error))
+                    trial.fail(in_short(error))
+                yield from trial.rows(limits())
+                budget.wrong += trial.wrong
+            advance("", 1)
 
 
-def rivals_in_pytorch(direction: str, x: Tensor, grad: Tensor, kernel: Tensor, asked: Asked) -> dict[str, Call]:
-    """Give the calls to compare, ours first, on the same numbers in both layouts."""
-    rivals: dict[str, Call] = {}
+def implementations(direction: str, x: Tensor, grad: Tensor, kernel: Tensor, request: BackendRequest) -> dict[str, Call]:
+    """Return the calls of our operator and then those of PyTorch, on the same numbers in both layouts."""
+    calls: dict[str, Call] = {}
     images = {name: [t.contiguous(memory_format=layout) for t in (x, grad)] for name, layout in LAYOUTS.items()}
     for name, (image, gradient) in images.items():
-        rivals[f"ours {name}"] = ours(direction, image, gradient, kernel, asked)
+        calls[f"ours {name}"] = our_call(direction, image, gradient, kernel, request)
     for name, (image, gradient) in images.items():
-        rivals[f"PyTorch {name}"] = pytorchs(direction, image, gradient, kernel)
-    return rivals
+        calls[f"PyTorch {name}"] = pytorch_call(direction, image, gradient, kernel)
+    return calls
 
 
-def _engines(direction: str, x: Tensor, kernel: Tensor) -> dict[str, Call]:
-    if direction != FORWARD:
-        return {}
-    return {engine: engines.forward_in(engine, x, kernel) for engine in engines.ENGINES if not engines.missing(engine)}
-
-
-def ours(direction: str, x: Tensor, grad: Tensor, kernel: Tensor, asked: Asked) -> Call:
-    """Give the call of our operator that computes a pass."""
+def our_call(direction: str, x: Tensor, grad: Tensor, kernel: Tensor, request: BackendRequest) -> Call:
+    """Return the call of our operator that computes a pass."""
     size = (kernel.shape[2], kernel.shape[3])
     anchor = (size[0] // 2, size[1] // 2)
     if direction == FORWARD:
-        return lambda: ops.depthwise_sum(x, [kernel], [anchor], **asked)
+        return lambda: ops.depthwise_sum(x, [kernel], [anchor], **request)
     if direction == INPUT_GRAD:
-        # As the backward pass has it, flipping included.
-        return lambda: ops.depthwise_sum(grad, [kernel.flip(-1, -2)], [mirror(size, anchor)], **asked)
-    return lambda: ops.depthwise_weight_grad(x, grad, size, anchor, **asked)
+        # As in the backward pass, which flips the kernel at each call.
+        return lambda: ops.depthwise_sum(grad, [kernel.flip(-1, -2)], [mirror(size, anchor)], **request)
+    return lambda: ops.depthwise_weight_grad(x, grad, size, anchor, **request)
 
 
-def pytorchs(direction: str, x: Tensor, grad: Tensor, kernel: Tensor) -> Call:
-    """Give the call of PyTorch's operator that computes a pass."""
+def pytorch_call(direction: str, x: Tensor, grad: Tensor, kernel: Tensor) -> Call:
+    """Return the call of PyTorch's operator that computes a pass."""
     channels, padding = x.shape[1], [kernel.shape[2] // 2, kernel.shape[3] // 2]
     if direction == FORWARD:
         return lambda: F.conv2d(x, kernel, padding=padding, groups=channels)
@@ -187,72 +163,205 @@ def pytorchs(direction: str, x: Tensor, grad: Tensor, kernel: Tensor) -> Call:
     return call
 
 
-class Limits(NamedTuple):
-    """What no call can be faster than: GFLOP/s, GB/s, and the bytes that it has to read and write."""
-
-    peak: float
-    copying: float
-    bytes_moved: int
-
-    def seconds(self, macs: int) -> tuple[float, float]:
-        """Give the time of so many multiply-accumulates, and that of moving the data."""
-        return 2 * macs / (self.peak * 1e9), self.bytes_moved / (self.copying * 1e9)
+def engine_calls(x: Tensor, kernel: Tensor) -> dict[str, Call]:
+    """Return the calls of the installed inference engines that compute the forward pass."""
+    return {name: engines.forward_in(name, x, kernel) for name in engines.ENGINES if not engines.missing(name)}
 
 
-_FAILED = Timing(())
+@dataclass
+class _Trial:
+    """One pass of one case in one precision, from the first call to its rows."""
+
+    case: Case
+    direction: str
+    precision: Precision
+    plan: OperatorPlan
+    platform: Platform
+    wrong: list[str] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)
+    backends: dict[str, str] = field(default_factory=dict)
+    algorithms: dict[str, str] = field(default_factory=dict)
+    reference_errors: dict[str, float] = field(default_factory=dict)
+    timings: dict[str, Timing] = field(default_factory=dict)
+    error: float = math.nan
+
+    def run(self, draw: Callable[[], Tensors]) -> None:
+        """Call, check and time; on a device, failures are noted.
+
+        Args:
+            draw: returns the tensors; memory may already run out there.
+
+        Raises:
+            DeviceLostError: if the device takes no more calls.
+            Exception: on a CPU, whatever a call raises.
+        """
+        try:
+            self._measure(draw())
+            return
+        except DeviceLostError:
+            raise
+        except Exception as error:
+            if not self.platform.is_device:
+                raise
+            self.fail(in_short(error))
+        self.platform.stopwatch.recover()
+
+    def fail(self, why: str) -> None:
+        """Discard all times and note why."""
+        self.timings.clear()
+        self.failures[self.direction] = why
+
+    def rows(self, limits: Limits) -> Iterator[OperatorRow]:
+        """Yield what was measured: our operator in NCHW and in NHWC."""
+        computing, moving = limits.seconds(self.case.macs)
+        for layout in LAYOUTS:
+            fields = self._fields(layout, limits)
+            if not self.platform.is_device:
+                yield OperatorRow(**fields)
+                continue
+            name = f"ours {layout}"
+            failed = [who for who in (self.direction, name, *PYTORCH) if who in self.failures]
+            yield DeviceOperatorRow(
+                **fields,
+                dtype=self.precision.name,
+                limited_by="matmul" if computing > moving else "copy",
+                reference_error=self.reference_errors.get(name, math.nan),
+                remark="; ".join(f"{who}: {self.failures[who]}" for who in failed),
+            )
+
+    def _measure(self, tensors: Tensors) -> None:
+        calls = implementations(self.direction, *tensors, self.plan.request)
+        if self.direction == FORWARD and not self.platform.is_device:
+            calls |= engine_calls(tensors.x, tensors.kernel)
+        outputs, first = self._first_calls(calls)
+        self._note_algorithms(tensors)
+        if self.platform.is_device:
+            self._check_reference(tensors, outputs)
+        self._check_agreement(tensors, outputs)
+        right = {name: call for name, call in calls.items() if name in outputs}
+        # Otherwise large outputs would stay in memory throughout.
+        outputs.clear()
+        patience, stopwatch = self.platform.operator_patience, self.platform.stopwatch
+        self.timings = interleave(right, first, self.plan.seconds, self.plan.rounds, patience, stopwatch)
+
+    def _first_calls(self, calls: dict[str, Call]) -> tuple[dict[str, Tensor], dict[str, float]]:
+        failures = self.failures if self.platform.is_device else None
+        outputs: dict[str, Tensor] = {}
+        first: dict[str, float] = {}
+        for name, call in calls.items():
+            with ops.trace() as ran:
+                output, seconds = first_calls({name: call}, self.platform.stopwatch, failures)
+            outputs |= output
+            first |= seconds
+            self.backends[name] = ", ".join(dict.fromkeys(ran.backends()))
+        return outputs, first
+
+    def _note_algorithms(self, tensors: Tensors) -> None:
+        """Note how each backend that ran computes: backends name their algorithm first and further details after it."""
+        for layout, memory_format in LAYOUTS.items():
+            image = tensors.x.contiguous(memory_format=memory_format)
+            try:
+                explained = ops.explain(image, [tensors.kernel], **self.plan.request)[PASSES.index(self.direction)]
+            except ops.NoBackendError:
+                # All passes are explained or none, and this one may have run all the same.
+                continue
+            self.algorithms[f"ours {layout}"] = explained.details.partition(";")[0]
+
+    def _check_reference(self, tensors: Tensors, outputs: dict[str, Tensor]) -> None:
+        """Compare our operator with float64 on the first and the last image of the very call that is timed.
+
+        A call with another batch might be computed in another way. The weight gradient is a sum over images; for it the
+        gradient of all other images is set to zero.
+        """
+        x, grad, kernel = tensors
+        chosen = sorted({0, self.case.batch - 1})
+        wanted = pytorch_call(self.direction, x[chosen].double(), grad[chosen].double(), kernel.double())()
+        few = torch.zeros_like(grad)
+        few[chosen] = grad[chosen]
+        for layout, memory_format in LAYOUTS.items():
+            name = f"ours {layout}"
+            if name not in outputs:
+                continue
+            if self.direction == WEIGHT_GRAD:
+                image, gradient = (tensor.contiguous(memory_format=memory_format) for tensor in (x, few))
+                got = our_call(self.direction, image, gradient, kernel, self.plan.request)()
+            else:
+                got = outputs[name][chosen]
+            self.reference_errors[name] = relative_error(got.double(), wanted)
+            self._refuse(name, self.reference_errors[name], self.precision.tolerance, outputs)
+
+    def _check_agreement(self, tensors: Tensors, outputs: dict[str, Tensor]) -> None:
+        """Compare the implementations on the whole batch. On a device, float64 decides which of them are right."""
+        reference = next((name for name in PYTORCH if name in outputs), next(iter(outputs), None))
+        if reference is None:
+            return
+        floats = {name: output.float() for name, output in outputs.items()}
+        allowed = self.precision.agreement_tolerance
+        what = f"{self.direction} of {self.case}"
+        try:
+            self.error = check_agreement(floats, reference, what, allowed)
+        except BenchmarkError:
+            if not self.platform.is_device:
+                raise
+            wanted = pytorch_call(self.direction, *(tensor.double() for tensor in tensors))()
+            errors = {name: relative_error(output.double(), wanted) for name, output in floats.items()}
+            for name, error in errors.items():
+                self._refuse(name, error, allowed, outputs)
+            self.error = max((errors[name] for name in outputs), default=math.nan)
+
+    def _refuse(self, name: str, error: float, allowed: float, outputs: dict[str, Tensor]) -> None:
+        # Written so that NaN is an error as well.
+        if error <= allowed:
+            return
+        self.failures[name] = f"differs from float64 by {error:.2g} of the largest number, more than {allowed:g}"
+        if name.startswith("ours"):
+            what = f"{self.direction} of {self.case.name} {self.case} in {self.precision.name}"
+            self.wrong.append(f"{what}, {name} ({self.backends[name]}): {self.failures[name]}")
+        del outputs[name]
+
+    def _fields(self, layout: str, limits: Limits) -> dict[str, Any]:
+        """Return the fields of an `OperatorRow`; the times of implementations that have no timing are NaN."""
+        case, name = self.case, f"ours {layout}"
+        ours, nchw, nhwc = (self.timings.get(key, _FAILED) for key in (name, "PyTorch NCHW", "PyTorch NHWC"))
+        seconds, limit = ours.median, max(limits.seconds(case.macs))
+        gflops = 2 * case.macs / seconds / 1e9
+        return {
+            "case": case.name,
+            "shape": str(case),
+            "batch": case.batch,
+            "channels": case.channels,
+            "height": case.height,
+            "width": case.width,
+            "kernel_height": case.kernel[0],
+            "kernel_width": case.kernel[1],
+            "direction": self.direction,
+            "layout": layout,
+            "ours_ms": 1e3 * seconds,
+            "ours_spread": ours.spread,
+            "ours_calls": ours.calls,
+            "torch_nchw_ms": 1e3 * nchw.median,
+            "torch_nchw_calls": nchw.calls,
+            "torch_nhwc_ms": 1e3 * nhwc.median,
+            "torch_nhwc_calls": nhwc.calls,
+            **_engine_times(self.timings),
+            "times_best": shortest_of(nchw.median, nhwc.median) / seconds,
+            "times_default": nchw.median / seconds,
+            "gflops": gflops,
+            "peak_share": gflops / limits.peak,
+            "copy_gbs": limits.copying,
+            "limit_ms": 1e3 * limit,
+            "limit_share": limit / seconds,
+            "intensity": 2 * case.macs / limits.bytes_moved,
+            "backend": self.backends.get(name, ""),
+            "algorithm": self.algorithms.get(name, ""),
+            "error": self.error,
+        }
 
 
-def row_fields(
-    case: Case, direction: str, layout: str, timings: Mapping[str, Timing], limits: Limits, ran: tuple[str, str, float]
-) -> dict[str, Any]:
-    """Give the fields of a `Row`; of rivals without a timing the times are NaN.
-
-    Args:
-        case: what was timed.
-        direction: which pass of it.
-        layout: of our call.
-        timings: by the names of the rivals.
-        limits: of the machine, for this case.
-        ran: the backend of our call, its algorithm, and the largest difference of the rivals.
-    """
-    ours, nchw, nhwc = (timings.get(name, _FAILED) for name in (f"ours {layout}", "PyTorch NCHW", "PyTorch NHWC"))
-    seconds, limit = ours.median, max(limits.seconds(case.macs))
-    gflops = 2 * case.macs / seconds / 1e9
-    others = {engine: 1e3 * timings[engine].median if engine in timings else None for engine in engines.ENGINES}
-    return {
-        "case": case.name,
-        "shape": str(case),
-        "batch": case.batch,
-        "channels": case.channels,
-        "height": case.height,
-        "width": case.width,
-        "kernel_height": case.kernel[0],
-        "kernel_width": case.kernel[1],
-        "direction": direction,
-        "layout": layout,
-        "ours_ms": 1e3 * seconds,
-        "ours_spread": ours.spread,
-        "ours_calls": ours.calls,
-        "torch_nchw_ms": 1e3 * nchw.median,
-        "torch_nchw_calls": nchw.calls,
-        "torch_nhwc_ms": 1e3 * nhwc.median,
-        "torch_nhwc_calls": nhwc.calls,
-        "onnxruntime_ms": others["onnxruntime"],
-        "openvino_ms": others["openvino"],
-        "times_best": best_of(nchw.median, nhwc.median) / seconds,
-        "times_default": nchw.median / seconds,
-        "gflops": gflops,
-        "peak_share": gflops / limits.peak,
-        "copy_gbs": limits.copying,
-        "limit_ms": 1e3 * limit,
-        "limit_share": limit / seconds,
-        "intensity": 2 * case.macs / limits.bytes_moved,
-        "backend": ran[0],
-        "algorithm": ran[1],
-        "error": ran[2],
-    }
+def _engine_times(timings: Mapping[str, Timing]) -> dict[str, float | None]:
+    return {f"{name}_ms": 1e3 * timings[name].median if name in timings else None for name in engines.ENGINES}
 
 
-def best_of(*medians: float) -> float:
-    """Give the shortest of some times, whichever of them are there; NaN if none is."""
+def shortest_of(*medians: float) -> float:
+    """Return the shortest of several times, ignoring NaN; NaN if there is none."""
     return min((median for median in medians if not math.isnan(median)), default=math.nan)

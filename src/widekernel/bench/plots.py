@@ -1,4 +1,4 @@
-"""Pictures of measurements, drawn without touching matplotlib's global state."""
+"""Plots of operator times and rooflines, drawn without touching matplotlib's global state."""
 
 from __future__ import annotations
 
@@ -8,18 +8,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from widekernel.bench.cases import PASSES
-from widekernel.bench.device_operators import DeviceRow
-from widekernel.bench.gpu import Gpu
-from widekernel.bench.machine import Machine
-from widekernel.bench.operators import Row
-from widekernel.bench.precision import PRECISIONS
+from widekernel.bench.platforms import Platform
+from widekernel.bench.precision import FLOAT32, PRECISIONS, Precision
+from widekernel.bench.rows import DeviceOperatorRow, OperatorRow
 from widekernel.figures import new_figure, to_png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Of each rival: the field of its time, the layout of the rows it is taken from (None: either), and its colour.
-_RIVALS = {
+# For each implementation: the field of its time, the layout of the rows that it is taken from (None: either), and its color.
+_IMPLEMENTATIONS = {
     "ours NCHW": ("ours_ms", "NCHW", "#1d4e89"),
     "ours NHWC": ("ours_ms", "NHWC", "#00a6a6"),
     "PyTorch NCHW": ("torch_nchw_ms", None, "#c9372c"),
@@ -28,55 +26,46 @@ _RIVALS = {
     "OpenVINO": ("openvino_ms", None, "#7a7a7a"),
 }
 _MARKERS = dict(zip(PASSES, "osv"))
+_WIDTH, _HEIGHT = 5.8, 4.8  # of a panel, in inches
 
 
-def draw(rows: Sequence[Row], machine: Machine) -> bytes:
-    """Draw the times against the size of the kernel, a panel a pass, and the roofline, as a PNG file."""
+def draw(rows: Sequence[OperatorRow], platform: Platform) -> bytes:
+    """Plot times over kernel sizes, one panel per pass, and the roofline, for each precision; return a PNG file."""
     passes = [direction for direction in PASSES if any(row.direction == direction for row in rows)]
-    # Three passes and the roofline make a square.
-    lines = 1 + len(passes) // 2
-    figure = new_figure(13, 5.2 * lines)
-    panels = figure.subplots(lines, 2, squeeze=False).ravel()
-    for axes, direction in zip(panels, passes):
-        _draw_times(axes, [row for row in rows if row.direction == direction], direction)
-    limits = [limit for axes in panels[: len(passes)] for limit in axes.get_ylim()]
-    for axes in panels[: len(passes)]:
-        axes.set_ylim(min(limits), max(limits))
-    _draw_roofline(panels[len(passes)], rows, machine.peak, f"FMA {machine.peak:.0f} GFLOP/s")
-    for axes in panels[len(passes) + 1 :]:
-        axes.set_axis_off()
-    figure.suptitle(f"{machine.cpu}, {machine.threads} threads, float32", fontsize=10)
+    groups = {p: [row for row in rows if _precision_of(row) is p] for p in PRECISIONS.values()}
+    groups = {precision: group for precision, group in groups.items() if group}
+    panels = len(passes) + 1
+    # A single precision fills two columns, several ones a line each.
+    columns = min(2, panels) if len(groups) == 1 else panels
+    lines_each = math.ceil(panels / columns)
+    lines = max(1, lines_each * len(groups))
+    figure = new_figure(_WIDTH * columns, _HEIGHT * lines)
+    grid = figure.subplots(lines, columns, squeeze=False)
+    for number, (precision, group) in enumerate(groups.items()):
+        axes = grid[number * lines_each : (number + 1) * lines_each].ravel()
+        for direction, panel in zip(passes, axes):
+            _draw_times(panel, [row for row in group if row.direction == direction], f"{direction}, {precision.name}")
+        limits = [limit for panel in axes[: len(passes)] for limit in panel.get_ylim()]
+        for panel in axes[: len(passes)]:
+            panel.set_ylim(min(limits), max(limits))
+        _draw_roofline(axes[len(passes)], group, platform.peak(precision), platform.peak_name)
+        for panel in axes[panels:]:
+            panel.set_axis_off()
+    figure.suptitle(platform.title, fontsize=10)
     return to_png(figure)
 
 
-def draw_device(rows: Sequence[DeviceRow], gpu: Gpu) -> bytes:
-    """Draw a line of panels for each type, one a pass and the roofline, as a PNG file."""
-    passes = [direction for direction in PASSES if any(row.direction == direction for row in rows)]
-    precisions = [p for name, p in PRECISIONS.items() if any(row.dtype == name for row in rows)]
-    figure = new_figure(5.4 * (len(passes) + 1), 4.4 * max(1, len(precisions)))
-    lines = figure.subplots(max(1, len(precisions)), len(passes) + 1, squeeze=False)
-    for panels, precision in zip(lines, precisions):
-        own = [row for row in rows if row.dtype == precision.name]
-        for axes, direction in zip(panels, passes):
-            _draw_times(axes, [row for row in own if row.direction == direction], direction)
-            axes.set_title(f"{direction}, {precision.name}")
-        limits = [limit for axes in panels[:-1] for limit in axes.get_ylim()]
-        for axes in panels[:-1]:
-            axes.set_ylim(min(limits), max(limits))
-        peak = gpu.peak(precision)
-        _draw_roofline(panels[-1], own, peak, f"matrix products, {peak / 1e3:.3g} TFLOP/s")
-    figure.suptitle(gpu.name, fontsize=10)
-    return to_png(figure)
+def _precision_of(row: OperatorRow) -> Precision:
+    return PRECISIONS[row.dtype] if isinstance(row, DeviceOperatorRow) else FLOAT32
 
 
-def _draw_times(axes: Axes, rows: Sequence[Row], direction: str) -> None:
-    for label, (field, layout, colour) in _RIVALS.items():
-        named = False
-        for line in _lines(rows, field, layout):
+def _draw_times(axes: Axes, rows: Sequence[OperatorRow], title: str) -> None:
+    for label, (field, layout, color) in _IMPLEMENTATIONS.items():
+        for number, line in enumerate(_lines(rows, field, layout)):
             sizes, times = zip(*line)
-            axes.plot(sizes, times, color=colour, marker="o", markersize=4, linewidth=1, label=None if named else label)
-            named = True
-    axes.set(xscale="log", yscale="log", xlabel="longer side of the kernel", title=direction)
+            in_legend = label if number == 0 else None
+            axes.plot(sizes, times, color=color, marker="o", markersize=4, linewidth=1, label=in_legend)
+    axes.set(xscale="log", yscale="log", xlabel="longer side of the kernel", title=title)
     axes.set_ylabel("milliseconds (lines: same image, same shape of kernel)", fontsize=8)
     ticks = sorted({_size(row) for row in rows})
     axes.set_xticks(ticks, [str(size) for size in ticks], fontsize=7)
@@ -86,26 +75,26 @@ def _draw_times(axes: Axes, rows: Sequence[Row], direction: str) -> None:
         axes.legend(fontsize=7)
 
 
-def _lines(rows: Sequence[Row], field: str, layout: str | None) -> list[list[tuple[int, float]]]:
-    """Give (size, time) of what differs in the size of the kernel only, one list each."""
+def _lines(rows: Sequence[OperatorRow], field: str, layout: str | None) -> list[list[tuple[int, float]]]:
+    """Return lists of (size, time); the rows of each list differ in the size of the kernel only."""
     lines: dict[tuple, dict[int, float]] = defaultdict(dict)
     for row in rows:
         value = getattr(row, field)
         if value is None or math.isnan(value) or layout not in (None, row.layout):
             continue
-        kind = (row.kernel_height > row.kernel_width) - (row.kernel_height < row.kernel_width)
-        lines[row.batch, row.channels, row.height, row.width, kind][_size(row)] = value
+        orientation = (row.kernel_height > row.kernel_width) - (row.kernel_height < row.kernel_width)
+        lines[row.batch, row.channels, row.height, row.width, orientation][_size(row)] = value
     return [sorted(line.items()) for line in lines.values()]
 
 
-def _size(row: Row) -> int:
+def _size(row: OperatorRow) -> int:
     return max(row.kernel_height, row.kernel_width)
 
 
-def _draw_roofline(axes: Axes, rows: Sequence[Row], peak: float, what: str) -> None:
+def _draw_roofline(axes: Axes, rows: Sequence[OperatorRow], peak: float, peak_name: str) -> None:
     for direction, marker in _MARKERS.items():
         chosen = [row for row in rows if row.direction == direction]
-        for label, (field, layout, colour) in _RIVALS.items():
+        for label, (field, layout, color) in _IMPLEMENTATIONS.items():
             points = [
                 (row.intensity, row.gflops * row.ours_ms / getattr(row, field))
                 for row in chosen
@@ -113,27 +102,21 @@ def _draw_roofline(axes: Axes, rows: Sequence[Row], peak: float, what: str) -> N
             ]
             points = [point for point in points if not math.isnan(point[1])]
             if points:
-                shown = label if direction == chosen[0].direction == rows[0].direction else None
-                axes.scatter(
-                    [x for x, _ in points],
-                    [y for _, y in points],
-                    s=18,
-                    marker=marker,
-                    color=colour,
-                    label=shown,
-                    linewidths=0,
-                )
+                in_legend = label if direction == rows[0].direction else None
+                xs, ys = zip(*points)
+                axes.scatter(xs, ys, s=18, marker=marker, color=color, label=in_legend, linewidths=0)
         if chosen:
             axes.scatter([], [], s=18, marker=marker, color="0.4", label=direction)
     low, high = (bound([row.intensity for row in rows]) for bound in (min, max))
-    # Small tensors are copied within caches, so that every case has a roof of its own; this is the highest.
+    # Small tensors are copied within caches, so that every case has its own roof; the highest one is drawn.
     copying = max(row.copy_gbs for row in rows)
-    span = [low / 2, peak / copying, high * 2]
-    ceiling = [min(peak, copying * intensity) for intensity in sorted(span)]
-    axes.plot(sorted(span), ceiling, color="black", linewidth=1.2)
-    axes.set(xscale="log", yscale="log", xlabel="operations for each byte moved", title="roofline")
+    span = sorted([low / 2, peak / copying, high * 2])
+    roof = [min(peak, copying * intensity) for intensity in span]
+    axes.plot(span, roof, color="black", linewidth=1.2)
+    axes.set(xscale="log", yscale="log", xlabel="operations per byte moved", title="roofline")
     axes.set_ylabel("GFLOP/s (taps on pixels)", fontsize=8)
-    axes.text(span[-1], peak, what, ha="right", va="bottom", fontsize=7)
-    axes.text(span[0], ceiling[0], f" copy, up to {copying:.0f} GB/s", ha="left", va="top", fontsize=7)
+    speed = f"{peak / 1e3:.3g} TFLOP/s" if peak >= 1e3 else f"{peak:.0f} GFLOP/s"
+    axes.text(span[-1], peak, f"{peak_name}, {speed}", ha="right", va="bottom", fontsize=7)
+    axes.text(span[0], roof[0], f" copy, up to {copying:.0f} GB/s", ha="left", va="top", fontsize=7)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=6, ncols=2)

@@ -1,8 +1,8 @@
-"""The types that are timed, how exact each of them has to be, and the settings of PyTorch under which it is timed."""
+"""The numeric precisions that are timed, how exact each must be, and the PyTorch settings that select them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,13 +13,13 @@ from widekernel.errors import ArgumentError, nearest
 
 @dataclass(frozen=True)
 class Precision:
-    """A type of numbers, or a way of computing with it.
+    """A type of numbers and the way in which PyTorch computes with it.
 
     Attributes:
         name: for tables and the command line.
         dtype: of the tensors.
-        tolerance: largest difference from float64 allowed, relative to the largest number.
-        matmul: what `torch.set_float32_matmul_precision` is set to: `high` allows float32 tensors to be multiplied as tf32.
+        tolerance: largest error allowed against float64, relative to the largest number.
+        matmul: argument of `torch.set_float32_matmul_precision`; `high` allows products of float32 tensors in TF32.
     """
 
     name: str
@@ -28,18 +28,18 @@ class Precision:
     matmul: str = "highest"
 
     @property
-    def rivals_tolerance(self) -> float:
-        """Largest difference of two rivals allowed, each of which is off by its rounding of sums over all images."""
+    def agreement_tolerance(self) -> float:
+        """Largest difference allowed between two implementations, both of which round sums over all images."""
         return 1e-4 if self is FLOAT32 else 2 * self.tolerance
 
     @property
     def bytes(self) -> int:
-        """Of a number."""
+        """Bytes per number."""
         return self.dtype.itemsize
 
     @property
     def autocast(self) -> torch.dtype | None:
-        """What networks with float32 parameters are autocast to; None: nothing."""
+        """The type that networks with float32 parameters are autocast to; None for no autocast."""
         return None if self.dtype == torch.float32 else self.dtype
 
 
@@ -49,14 +49,14 @@ FLOAT16 = Precision("float16", torch.float16, 4e-3)
 BFLOAT16 = Precision("bfloat16", torch.bfloat16, 1.6e-2)
 
 PRECISIONS = {precision.name: precision for precision in (BFLOAT16, TF32, FLOAT16, FLOAT32)}
-"""In the order in which they are timed: what is most used comes first, because time may run out."""
+"""In the order in which they are timed: the most common ones first, because time may run out."""
 
 
 def parse_precisions(text: str) -> list[Precision]:
-    """Read names separated by commas.
+    """Parse names separated by commas; return the precisions in the order of `PRECISIONS`.
 
     Raises:
-        ArgumentError: if one is unknown.
+        ArgumentError: if a name is unknown.
     """
     names = [name.strip() for name in text.split(",")]
     for name in names:
@@ -67,21 +67,16 @@ def parse_precisions(text: str) -> list[Precision]:
     return [precision for name, precision in PRECISIONS.items() if name in names]
 
 
-def names_of(precisions: Sequence[Precision]) -> str:
-    """Give what `parse_precisions` reads."""
-    return ",".join(precision.name for precision in precisions)
-
-
 @contextmanager
 def in_force(precision: Precision, search: bool = True) -> Iterator[None]:
-    """Let PyTorch compute in `precision` inside the block.
+    """Make PyTorch compute in `precision` inside the block, and restore all settings afterwards.
 
-    All settings are afterwards what they were. They are set by PyTorch's older interface alone, since it refuses to answer
-    once both have been used; the newer one's values, which follow, are put back as well.
+    The settings are changed by PyTorch's older interface alone, which refuses to answer once both have been used. The values
+    of the newer one, which follow, are restored as well.
 
     Args:
         precision: to compute in.
-        search: whether cuDNN looks for its fastest way in the first call of each shape, which takes time.
+        search: whether cuDNN searches for its fastest algorithm in the first call of each shape, which takes time.
     """
     backends = torch.backends
     newer = [(of, of.fp32_precision) for of in (backends.cuda.matmul, backends.mkldnn.matmul)]  # type: ignore[attr-defined]

@@ -1,34 +1,35 @@
-"""How a run on a device goes: the time that is left, what it was not enough for, and what computed wrongly."""
+"""The time that is left in a run, with notes of what was left out and of what computed wrong results."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
 from widekernel.bench.errors import BenchmarkError
 
 
-class Course:
-    """Keeps a budget of time and takes notes.
+class TimeBudget:
+    """Tracks the time that a run may take and what went wrong meanwhile.
 
     Args:
-        minutes: for the whole run, counted from now.
-        clock: gives the time in seconds.
+        minutes: for the whole run, counted from now; by default unlimited.
+        clock: returns the time in seconds.
 
     Attributes:
-        wrong: a line about everything that has no times because it was refused.
+        wrong: a line for everything that has no times because it was refused.
     """
 
-    def __init__(self, minutes: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, minutes: float = math.inf, clock: Callable[[], float] = time.monotonic) -> None:
         self.minutes = minutes
         self.wrong: list[str] = []
-        self._clock, self._until = clock, clock() + 60 * minutes
+        self._clock, self._deadline = clock, clock() + 60 * minutes
         self._left_out: dict[str, dict[str, list[str]]] = {}
-        self._lost = ""
+        self._device_error = ""
 
     def has_time(self) -> bool:
-        """Whether anything further may be started; it is then finished, however long it takes."""
-        return not self._lost and self._clock() < self._until
+        """Return whether something new may be started. What has been started is finished, however long it takes."""
+        return not self._device_error and self._clock() < self._deadline
 
     def leave_out(self, group: str, what: str, part: str) -> None:
         """Note that `part` of `what` is not measured."""
@@ -36,17 +37,17 @@ class Course:
 
     def lose_device(self, why: str) -> None:
         """Note that nothing further can be measured."""
-        self._lost = why
+        self._device_error = why
 
     def lines(self) -> list[str]:
-        """Say what was left out and why, a line a group, and what computed wrongly."""
-        why = self._lost or f"the {self.minutes:g} minutes were over; --minutes gives more"
+        """Return the notes: what was left out and why, one line for each group, and what computed wrong results."""
+        why = self._device_error or f"the {self.minutes:g} minutes were over; --minutes gives more"
         lines = []
         for group, parts in self._left_out.items():
             listed = ", ".join(f"{what} ({', '.join(names)})" for what, names in parts.items())
             lines.append(f"Left out in {group}: {listed}, because {why}.")
-        if self._lost and not lines:
-            lines.append(f"At the end {self._lost}.")
+        if self._device_error and not lines:
+            lines.append(f"At the end {self._device_error}.")
         return [*lines, *(f"No times: {line}" for line in self.wrong)]
 
     def finish(self) -> None:
@@ -57,7 +58,7 @@ class Course:
         """
         if self.wrong:
             raise BenchmarkError(
-                f"{len(self.wrong)} of what was to be timed has no times, because it computes wrongly or cannot run; "
-                f"the first: {self.wrong[0]}. The remarks in the table tell the others. Run the tests of widekernel.ops, or "
-                "ask for another backend."
+                f"{len(self.wrong)} of what was to be timed has no times, because it computes wrong results or cannot run; "
+                f"the first: {self.wrong[0]}. The remarks in the table list the others. Run the tests of widekernel.ops, or "
+                "choose another backend."
             )

@@ -1,10 +1,10 @@
-"""Timing rivals in turns, so that whatever else the machine does meets all of them alike.
+"""Timing of several calls in turns, so that whatever else the machine does affects all of them alike.
 
-Every rival is called once before, for its output; that call also tells how many further ones it can have. These are spread
-evenly over rounds, and the order within a round alternates. A slow rival gets one more, a very slow one none: its first call
-is then the measurement.
+Each call is made once up front, for its output and for an estimate of its time. The estimate determines how many timed calls
+follow. These are spread evenly over rounds, and the order within a round alternates. A slow call is timed once more; a very
+slow one is not repeated, and its first call is the measurement.
 
-What times a single call is a stopwatch: by the clock of the host (`WallClock`), or by the events of a device
+A `Stopwatch` times a single call: by the clock of the host (`WallClock`) or by the events of a device
 (`devices.EventStopwatch`).
 """
 
@@ -19,27 +19,27 @@ from typing import Any, Protocol
 from widekernel.errors import in_short
 
 PATIENCE = 1.0, 10.0
-"""Seconds of one call beyond which a rival is slow, and very slow."""
+"""Seconds beyond which a call counts as slow, and as very slow."""
 QUICK = 0.1
-"""Below this many seconds a first call says little about the next ones, and a second one is made before planning."""
+"""Seconds below which the first call is a poor estimate, so that a second one is made before planning."""
 FEWEST, MOST = 5, 300
-"""Calls of a rival that is not slow."""
+"""Smallest and largest number of timed calls, unless a call is slow."""
 
 Clock = Callable[[], float]
 
 
 class Stopwatch(Protocol):
-    """What times a call."""
+    """Times a single call."""
 
     @property
     def warms_up(self) -> bool:
-        """Whether a rival's first call compiles and chooses algorithms for the next ones, so that it must not be timed."""
+        """Whether the first call compiles or selects algorithms, so that it must not be timed."""
 
     def time(self, call: Callable[[], Any]) -> tuple[Any, float]:
-        """Make a call and give what it returns, and the seconds that it took."""
+        """Make a call; return its result and its time in seconds."""
 
     def recover(self) -> None:
-        """Tidy up after a call that failed.
+        """Clean up after a call that failed.
 
         Raises:
             DeviceLostError: if no further call can work.
@@ -47,10 +47,10 @@ class Stopwatch(Protocol):
 
 
 class WallClock:
-    """Times calls by a clock of the host.
+    """A stopwatch that reads a clock of the host.
 
     Args:
-        clock: gives the time in seconds.
+        clock: returns the time in seconds.
     """
 
     warms_up = False
@@ -59,13 +59,13 @@ class WallClock:
         self._clock = clock
 
     def time(self, call: Callable[[], Any]) -> tuple[Any, float]:
-        """Make a call and give what it returns, and the seconds that it took."""
+        """Make a call; return its result and its time in seconds."""
         start = self._clock()
         result = call()
         return result, self._clock() - start
 
     def recover(self) -> None:
-        """Do nothing: a failed call leaves nothing behind."""
+        """Do nothing: on the host, a failed call leaves nothing behind."""
 
 
 _WALL = WallClock()
@@ -73,27 +73,27 @@ _WALL = WallClock()
 
 @dataclass(frozen=True)
 class Timing:
-    """The times of one rival.
+    """The times of one call.
 
     Attributes:
-        seconds: of every call that counts; none if the rival failed.
+        seconds: one entry for each timed call; empty if the call failed.
     """
 
     seconds: tuple[float, ...]
 
     @property
     def calls(self) -> int:
-        """How many calls count."""
+        """Number of timed calls."""
         return len(self.seconds)
 
     @property
     def median(self) -> float:
-        """Seconds; NaN without any call."""
+        """Median time in seconds; NaN if nothing was timed."""
         return statistics.median(self.seconds) if self.seconds else float("nan")
 
     @property
     def spread(self) -> float:
-        """Half the distance between the quartiles, relative to the median; 0 for a single call."""
+        """Half the interquartile range, relative to the median; 0 for fewer than two calls."""
         if self.calls < 2:
             return 0.0
         lower, _, upper = statistics.quantiles(self.seconds, n=4, method="inclusive")
@@ -101,20 +101,20 @@ class Timing:
 
 
 def first_calls(
-    rivals: Mapping[str, Callable[[], Any]], stopwatch: Stopwatch = _WALL, failures: dict[str, str] | None = None
+    calls: Mapping[str, Callable[[], Any]], stopwatch: Stopwatch = _WALL, failures: dict[str, str] | None = None
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """Call every rival once and give what each returned, and the seconds that it took.
+    """Make each call once and return its result and its time in seconds, both by name.
 
-    Where the first call must not be timed there is a second one.
+    If the stopwatch says that a first call must not be timed, a second one is timed.
 
     Args:
-        rivals: what to call.
-        stopwatch: what times them.
-        failures: takes the message of each rival that fails, which is then missing in what is returned; by default the
+        calls: the calls by name.
+        stopwatch: times them.
+        failures: receives the message of each call that fails, which is then missing from both results. Without it, the
             first failure is raised.
     """
     outputs, seconds = {}, {}
-    for name, call in rivals.items():
+    for name, call in calls.items():
         try:
             if stopwatch.warms_up:
                 outputs[name] = call()
@@ -126,51 +126,51 @@ def first_calls(
             if failures is None:
                 raise
             failures[name] = in_short(error)
-        # Outside of the handler: while the error lives, so do the tensors of the frames that it came through.
+        # Outside the handler: the error keeps the tensors of its traceback's frames alive.
         outputs.pop(name, None)
         stopwatch.recover()
     return outputs, seconds
 
 
 def interleave(
-    rivals: Mapping[str, Callable[[], Any]],
+    calls: Mapping[str, Callable[[], Any]],
     first: Mapping[str, float],
     budget: float,
     rounds: int | None = None,
     patience: tuple[float, float] = PATIENCE,
     stopwatch: Stopwatch = _WALL,
 ) -> dict[str, Timing]:
-    """Time rivals in turns.
+    """Time several calls in turns.
 
     Args:
-        rivals: what to call.
-        first: seconds of the first call of each.
-        budget: seconds for each of them.
-        rounds: calls of each that is not slow, instead of as many as the budget allows.
-        patience: seconds of one call beyond which a rival is slow, and very slow.
-        stopwatch: what times them.
+        calls: the calls by name.
+        first: time of each first call, in seconds.
+        budget: seconds to spend on each call.
+        rounds: number of timed calls, instead of as many as fit into the budget; slow calls get fewer.
+        patience: seconds beyond which a call counts as slow, and as very slow.
+        stopwatch: times them.
     """
     wanted = {}
-    for name, call in rivals.items():
+    for name, call in calls.items():
         estimate = first[name]
         if estimate < QUICK and rounds is None:
             estimate = min(estimate, _seconds(call, stopwatch))
         wanted[name] = planned_calls(estimate, budget, rounds, patience)
-    times: dict[str, list[float]] = {name: [] if calls else [first[name]] for name, calls in wanted.items()}
+    times: dict[str, list[float]] = {name: [] if count else [first[name]] for name, count in wanted.items()}
     total = max(wanted.values(), default=0)
     for turn in range(total):
-        order = list(rivals) if turn % 2 == 0 else list(rivals)[::-1]
+        order = list(calls) if turn % 2 == 0 else list(calls)[::-1]
         for name in order:
-            # True in as many turns as the rival has calls, evenly spread.
+            # True in exactly `wanted[name]` of the turns, evenly spread.
             if (turn + 1) * wanted[name] // total > turn * wanted[name] // total:
-                times[name].append(_seconds(rivals[name], stopwatch))
+                times[name].append(_seconds(calls[name], stopwatch))
     return {name: Timing(tuple(seconds)) for name, seconds in times.items()}
 
 
 def planned_calls(
     estimate: float, budget: float, rounds: int | None = None, patience: tuple[float, float] = PATIENCE
 ) -> int:
-    """Say how many calls a rival gets after its first one, given the seconds of one call."""
+    """Return how many timed calls follow the first one, whose time in seconds is `estimate`."""
     slow, very_slow = patience
     if estimate > slow:
         return int(estimate <= very_slow)
@@ -181,6 +181,6 @@ def planned_calls(
 
 def _seconds(call: Callable[[], Any], stopwatch: Stopwatch) -> float:
     def run() -> None:
-        call()  # what it returns is freed at once, within the time: some rivals have more of it to free than others
+        call()  # the result is freed at once and within the time: some calls have more to free than others
 
     return stopwatch.time(run)[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,38 +12,36 @@ import jsonargparse
 from rich.table import Table
 
 from widekernel.cli.console import for_tables, progress, progress_console, results
+from widekernel.cli.custom_case import custom_case
 from widekernel.cli.parsing import listed, new_parser, parse
 from widekernel.errors import ConfigError, nearest
 from widekernel.settings import require
 
 if TYPE_CHECKING:
-    from widekernel.bench import Case
+    from widekernel.bench import Case, Platform, TimeBudget
     from widekernel.bench.devices import Accelerator
-    from widekernel.bench.gpu import Gpu
     from widekernel.bench.tables import Column
-    from widekernel.bench.time_budget import Course
 
 _OPS = (
-    "Time depthwise convolutions with large kernels: forward, input gradient and weight gradient, ours against PyTorch "
-    "(NCHW and NHWC) and, forward on the CPU, against onnxruntime and OpenVINO where they are installed; on a CUDA device "
-    "in several types, with a budget of time. Nothing is timed before it has passed a check and the rivals agree."
+    "Time depthwise convolutions with large kernels: forward, input gradient and weight gradient, ours beside PyTorch's "
+    "(NCHW and NHWC) and, forward on the CPU, those of onnxruntime and OpenVINO where they are installed; on a CUDA device "
+    "in several precisions and within a time budget. Nothing is timed before it is checked and all implementations agree."
 )
 _MODELS = (
-    "Time networks in training and inference: ours as they are, folded and accelerated, against the same networks on "
+    "Time networks in training and inference: ours as they are, folded and accelerated, beside the same networks on "
     "PyTorch's convolutions. Takes the names of widekernel's and of timm's models; on a CUDA device there are default ones."
 )
 _PASSES = ("forward", "input", "weight")
 _FILES = {"csv": ".csv", "markdown": ".md", "plot": ".png"}
 _CPU_SECONDS, _CUDA_SECONDS = {"ops": 0.5, "models": 3.0}, {"ops": 0.1, "models": 1.0}
 _MINUTES, _CUDA_BATCH, _CPU_IMAGES = 10.0, 64, 4
-_WORDS = {"case", "N×C×H×W, kernel", "pass", "layout", "backend", "algorithm", "model", "mode", "rival"}
-_WORDS |= {"dtype", "floor is", "remark"}
-"""Headers of columns that are not numbers."""
+_TEXT_COLUMNS = {"case", "N×C×H×W, kernel", "pass", "layout", "backend", "algorithm", "model", "mode", "variant"}
+_TEXT_COLUMNS |= {"dtype", "floor is", "remark"}
 _DTYPES = "which of bfloat16,tf32,float16,float32 to compute in"
 
 
 def run(arguments: list[str]) -> int:
-    """Time operators or networks, print the table and write what was asked for."""
+    """Time operators or networks, print the table and write the requested files."""
     kinds = {"ops": (_bench_ops, _OPS), "models": (_bench_models, _MODELS)}
     if arguments and arguments[0] in kinds:
         return kinds[arguments[0]][0](arguments[1:])
@@ -59,85 +58,31 @@ def _bench_ops(arguments: list[str]) -> int:
     values = parse(_ops_parser(), arguments)
     require(values["batch"] is None or values["batch"] > 0, "batch", values["batch"], "positive")
     files, accelerator = _check_common(values, "ops")
-    from widekernel.bench import (
-        PASSES,
-        check_operator,
-        engines,
-        measure_case,
-        measure_machine,
-        tables,
-        using_threads,
-    )
+    from widekernel.bench import PASSES, OperatorPlan, check_operator, engines, measure_operators, notes, tables
     from widekernel.bench.plots import draw
-    from widekernel.ops.problem import check_algorithm
+    from widekernel.bench.precision import FLOAT32, PRECISIONS
+    from widekernel.ops.checks import check_algorithm
 
     passes = [dict(zip(_PASSES, PASSES))[name] for name in listed("passes", values["passes"], _PASSES)]
     _require_backend(values["backend"])
-    check_algorithm(values["algorithm"] or "")
-    if accelerator is not None:
-        return _ops_on_device(values, passes, files, accelerator, _command("ops", arguments))
-    cases, remarks = _cases(values, "targets", None)
-    remarks += engines.absences()
-    _say(remarks)
-    rows: list = []
-    with using_threads(values["threads"]), progress(len(cases)) as advance:
-        advance("checking the operator", 0)
-        check_operator(values["backend"], values["algorithm"])
-        machine = measure_machine()
-        for case in cases:
-            advance(f"{case.name} {case}", 0)
-            given = {name: values[name] for name in ("backend", "algorithm", "seconds", "rounds")}
-            rows += measure_case(case, machine, passes=passes, **given)
-            if "csv" in files:
-                # After every case, so that little is lost if somebody loses patience.
-                tables.write_csv(rows, files["csv"])
-            advance("", 1)
-    notes = (*remarks, *tables.OPERATOR_NOTES)
-    page = _Page("Depthwise convolutions", tables.columns(rows), machine.lines(), notes, _command("ops", arguments))
-    page.show(rows, files)
-    if "plot" in files:
-        tables.write(draw(rows, machine), files["plot"])
-    return 0
-
-
-def _ops_on_device(
-    values: dict[str, Any], passes: list[str], files: dict[str, Path], accelerator: Accelerator, command: str
-) -> int:
-    from widekernel.bench import tables
-    from widekernel.bench.device_operators import Plan, measure_cases
-    from widekernel.bench.plots import draw_device
-    from widekernel.bench.precision import PRECISIONS
-
-    precisions = values["dtypes"] or list(PRECISIONS.values())
-    cases, remarks = _cases(values, "layers", _CUDA_BATCH)
-    _say(remarks)
+    check_algorithm(values["algorithm"])
+    cases, remarks = _cases(values, *(("targets", None) if accelerator is None else ("layers", _CUDA_BATCH)))
+    precisions, about = values["dtypes"] or list(PRECISIONS.values()), notes.DEVICE_OPERATOR_NOTES
+    if accelerator is None:
+        precisions, about, remarks = [FLOAT32], notes.OPERATOR_NOTES, remarks + engines.absences()
+    for remark in remarks:
+        progress_console().print(remark, soft_wrap=True)
     given = {name: values[name] for name in ("backend", "algorithm", "seconds", "rounds")}
-    plan = Plan(cases, precisions, passes, **given)
-    rows, gpu, course = _on_device(values, files, accelerator, len(cases) * len(precisions), partial(measure_cases, plan))
-    notes = (*course.lines(), *remarks, *tables.DEVICE_OPERATOR_NOTES)
-    page = _Page("Depthwise convolutions on a GPU", tables.device_columns(rows), gpu.lines(), notes, command)
-    page.show(rows, files, course.lines())
+    plan = OperatorPlan(cases, precisions, passes, **given)
+    run = _Run(values, files, accelerator, len(cases) * len(precisions))
+    rows = run.measure(partial(measure_operators, plan), lambda: check_operator(values["backend"], values["algorithm"]))
+    title = "Depthwise convolutions" + ("" if accelerator is None else " on a GPU")
+    columns = tables.operator_columns(rows, accelerator is not None)
+    run.show(_Page(title, columns, (*remarks, *about), _command("ops", arguments)), rows)
     if "plot" in files:
-        tables.write(draw_device(rows, gpu), files["plot"])
-    course.finish()
+        tables.write(draw(rows, run.platform), files["plot"])
+    run.budget.finish()
     return 0
-
-
-def _on_device(
-    values: dict[str, Any], files: dict[str, Path], accelerator: Accelerator, steps: int, measure: Callable[..., Iterator]
-) -> tuple[list, Gpu, Course]:
-    """Measure the device and then what `measure` does on it; each row is in the CSV file before the next one is begun."""
-    from widekernel.bench import gpu as limits
-    from widekernel.bench import tables, using_threads
-    from widekernel.bench.time_budget import Course
-
-    course = Course(values["minutes"])
-    rows: list = []
-    with using_threads(values["threads"]), accelerator.current(), progress(steps) as advance:
-        advance("measuring the device", 0)
-        gpu = limits.measure_gpu(accelerator)
-        rows += tables.write_each(measure(accelerator, gpu, course, advance), files.get("csv"))
-    return rows, gpu, course
 
 
 def _bench_models(arguments: list[str]) -> int:
@@ -145,63 +90,30 @@ def _bench_models(arguments: list[str]) -> int:
     require(values["size"] is None or values["size"] > 0, "size", values["size"], "positive")
     batches = _numbers("batch", values["batch"])
     files, accelerator = _check_common(values, "models")
-    from widekernel.bench import check_operator, measure_machine, tables, using_threads
-    from widekernel.bench.lookup import built, check_names
-    from widekernel.bench.networks import MODES, measure_network
+    from widekernel.bench import check_operator, notes, tables
+    from widekernel.bench.lookup import build_network, check_names
+    from widekernel.bench.networks import DEFAULT_BATCHES, DEFAULT_NETWORKS, MODES, NetworkPlan, measure_networks
+    from widekernel.bench.precision import BFLOAT16, FLOAT32
 
     modes = listed("modes", values["modes"], MODES)
-    if accelerator is not None:
-        return _models_on_device(values, modes, batches, files, accelerator, _command("models", arguments))
-    require(bool(values["names"]), "names", values["names"], "at least one model: on the CPU there are no default ones")
-    require(len(batches) < 2, "batch", values["batch"], "one number on the CPU; several are for --device cuda")
-    batch = batches[0] if batches else _CPU_IMAGES
-    check_names(values["names"])
-    rows: list = []
-    with using_threads(values["threads"]), progress(len(values["names"])) as advance:
-        advance("checking the operator", 0)
-        check_operator()
-        machine = measure_machine()
-        for name in values["names"]:
-            advance(name, 0)
-            model, usual = built(name)
-            size = values["size"] or usual
-            given = {key: values[key] for key in ("seconds", "rounds")}
-            compiled = bool(values["compile"])
-            rows += measure_network(name, model, batch=batch, size=size, modes=modes, compiled=compiled, **given)
-            if "csv" in files:
-                tables.write_csv(rows, files["csv"])
-            advance("", 1)
-    title, facts, notes = f"Networks, {batch} images at a time", machine.lines(), tables.NETWORK_NOTES
-    _Page(title, tables.network_columns(rows), facts, notes, _command("models", arguments)).show(rows, files)
-    return 0
-
-
-def _models_on_device(
-    values: dict[str, Any],
-    modes: list[str],
-    batches: list[int],
-    files: dict[str, Path],
-    accelerator: Accelerator,
-    command: str,
-) -> int:
-    from widekernel.bench import device_networks as measuring
-    from widekernel.bench import tables
-    from widekernel.bench.lookup import built, check_names
-    from widekernel.bench.precision import BFLOAT16
-
-    names = values["names"] or measuring.DEFAULT_NETWORKS
+    names = values["names"]
+    if accelerator is None:
+        require(bool(names), "names", names, "at least one model: on the CPU there are no default ones")
+        require(len(batches) < 2, "batch", values["batch"], "one number on the CPU; several are for --device cuda")
+        batches, precisions, about = batches or [_CPU_IMAGES], [FLOAT32], notes.NETWORK_NOTES
+        title = f"Networks, {batches[0]} images at a time"
+    else:
+        names, batches = names or DEFAULT_NETWORKS, batches or list(DEFAULT_BATCHES)
+        precisions, about, title = values["dtypes"] or [BFLOAT16], notes.DEVICE_NETWORK_NOTES, "Networks on a GPU"
     check_names(names)
-    networks: dict[str, Callable] = {name: partial(built, name) for name in names}
     given = {name: values[name] for name in ("size", "seconds", "rounds")}
-    precisions, compiled = values["dtypes"] or [BFLOAT16], bool(values["compile"])
-    plan = measuring.NetworkPlan(networks, batches or measuring.DEFAULT_BATCHES, precisions, modes, compiled, **given)
-    rows, gpu, course = _on_device(
-        values, files, accelerator, len(names), lambda on, _, *how: measuring.measure_networks(plan, on, *how)
-    )
-    notes = (*course.lines(), *tables.DEVICE_NETWORK_NOTES)
-    page = _Page("Networks on a GPU", tables.device_network_columns(rows), gpu.lines(), notes, command)
-    page.show(rows, files, course.lines())
-    course.finish()
+    networks = {name: partial(build_network, name) for name in names}
+    plan = NetworkPlan(networks, batches, precisions, modes, bool(values["compile"]), **given)
+    run = _Run(values, files, accelerator, len(names))
+    rows = run.measure(partial(measure_networks, plan), check_operator)
+    columns = tables.network_columns(rows, accelerator is not None)
+    run.show(_Page(title, columns, about, _command("models", arguments)), rows)
+    run.budget.finish()
     return 0
 
 
@@ -209,15 +121,17 @@ def _ops_parser() -> jsonargparse.ArgumentParser:
     parser = new_parser("bench ops", _OPS)
     cases = "targets (the default on the CPU), layers (on CUDA), small, sweep (takes hours), or names such as slak-*"
     parser.add_argument("--cases", type=str, nargs="+", default=None, help=cases)
-    parser.add_argument("--shape", type=str | None, default=None, help="a case of your own: N,C,H,W such as 8,128,56,56")
+    parser.add_argument("--shape", type=str | None, default=None, help="a custom case: N,C,H,W such as 8,128,56,56")
     parser.add_argument("--kernel", type=str | None, default=None, help="its kernel, such as 31x31 or 51x5")
     parser.add_argument(
-        "--batch", type=int | None, default=None, help="N of all cases; default 8, in a sweep 1, 8 and 32; on CUDA 64"
+        "--batch", type=int | None, default=None, help="N of all cases; default 8, on CUDA 64, in a sweep 1, 8 and 32"
     )
     parser.add_argument("--passes", type=str, default=",".join(_PASSES), help="which of forward,input,weight to time")
-    parser.add_argument("--backend", type=str | None, default=None, help="that ours must run on; default: the best one")
     parser.add_argument(
-        "--algorithm", type=str | None, default=None, help="that ours must use: direct; default: the fastest"
+        "--backend", type=str | None, default=None, help="backend of our operator; default: the selected one"
+    )
+    parser.add_argument(
+        "--algorithm", type=str | None, default=None, help="algorithm of our operator: direct; default: the fastest"
     )
     parser.add_argument("--plot", type=str | None, default=None, help="PNG file: time against kernel size, and the roofline")
     parser.add_argument(
@@ -236,27 +150,33 @@ def _models_parser() -> jsonargparse.ArgumentParser:
     parser.add_argument("--dtypes", type=str | None, default=None, help=dtypes)
     parser.add_argument("--size", type=int | None, default=None, help="pixels; default: the model's own")
     parser.add_argument("--modes", type=str, default="train,infer", help="which of train,infer to time")
-    parser.add_argument("--compile", action="store_true", help="time all of them compiled by torch.compile as well")
+    parser.add_argument("--compile", action="store_true", help="also time every variant compiled by torch.compile")
     _add_common(parser, "models")
     return parser
 
 
 def _add_common(parser: jsonargparse.ArgumentParser, kind: str) -> None:
     parser.add_argument("--device", type=str, default="cpu", help="cpu, cuda or cuda:N")
-    minutes = f"budget for the whole run, on CUDA only: what is left then is left out; default {_MINUTES:g}"
+    minutes = f"time budget of the whole run, on CUDA only: what does not fit is left out; default {_MINUTES:g}"
     parser.add_argument("--minutes", type=float | None, default=None, help=minutes)
-    parser.add_argument("--threads", type=int | None, default=None, help="default: as many as PyTorch uses")
-    seconds = f"for each rival of each row, roughly; default {_CPU_SECONDS[kind]:g}, on CUDA {_CUDA_SECONDS[kind]:g}"
-    parser.add_argument("--seconds", type=float | None, default=None, help=seconds)
-    parser.add_argument("--rounds", type=int | None, default=None, help="calls of each rival instead, unless it is slow")
-    parser.add_argument("--csv", type=str | None, default=None, help="file for all numbers; written as they come")
     parser.add_argument(
-        "--markdown", type=str | None, default=None, help="file for the table, the machine and how to read it"
+        "--threads", type=int | None, default=None, help="number of threads; default: as many as PyTorch uses"
+    )
+    seconds = (
+        f"roughly, for each of the calls compared in a row; default {_CPU_SECONDS[kind]:g}, on CUDA {_CUDA_SECONDS[kind]:g}"
+    )
+    parser.add_argument("--seconds", type=float | None, default=None, help=seconds)
+    parser.add_argument(
+        "--rounds", type=int | None, default=None, help="timed calls of each, instead of --seconds; slow calls get fewer"
+    )
+    parser.add_argument("--csv", type=str | None, default=None, help="file for all numbers, written row by row")
+    parser.add_argument(
+        "--markdown", type=str | None, default=None, help="file for the table, the machine and notes on how to read it"
     )
 
 
 def _check_common(values: dict[str, Any], kind: str) -> tuple[dict[str, Path], Accelerator | None]:
-    """Refuse what means nothing before anything takes time; read `dtypes` and fill in what depends on the device.
+    """Validate the common options before anything takes time; parse `dtypes` and fill in what depends on the device.
 
     Returns:
         the files to write, and the device, which is None for the CPU.
@@ -289,29 +209,18 @@ def _files(values: dict[str, Any]) -> dict[str, Path]:
 
 
 def _numbers(option: str, text: str | None) -> list[int]:
-    """Read positive whole numbers separated by commas; none from None."""
+    """Parse positive whole numbers separated by commas; None gives an empty list."""
     parts = [] if text is None else [part.strip() for part in text.split(",")]
     sound = all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts)
     require(sound, option, text, "positive whole numbers with commas, such as 64,128")
     return [int(part) for part in parts]
 
 
-def _cases(values: dict[str, Any], usual: str, batch: int | None) -> tuple[list[Case], list[str]]:
-    from widekernel.bench import choose, parse_case
+def _cases(values: dict[str, Any], default: str, batch: int | None) -> tuple[list[Case], list[str]]:
+    from widekernel.bench import choose
 
-    shape, kernel, names = values["shape"], values["kernel"], values["cases"]
-    if shape is None and kernel is None:
-        return choose(names or [usual], values["batch"] or batch)
-    if shape is None or kernel is None:
-        raise ConfigError(f"shape is {shape!r} and kernel {kernel!r}: a case of your own needs both, --shape and --kernel.")
-    if names is not None or values["batch"] is not None:
-        raise ConfigError("--shape and --kernel are a case of their own: leave --cases and --batch out.")
-    return [parse_case(shape, kernel)], []
-
-
-def _say(remarks: Sequence[str]) -> None:
-    for remark in remarks:
-        progress_console().print(remark, soft_wrap=True)
+    case = custom_case(values, ("cases", "batch"))
+    return choose(values["cases"] or [default], values["batch"] or batch) if case is None else ([case], [])
 
 
 def _require_backend(name: str | None) -> None:
@@ -323,34 +232,75 @@ def _require_backend(name: str | None) -> None:
 
 
 class _Page(NamedTuple):
-    """What surrounds the rows of a table: title, columns, facts about the machine, how to read it, the command."""
+    """The parts of a page around the rows: title, columns, notes on how to read them, and the command."""
 
     title: str
     columns: Sequence[Column]
-    facts: Sequence[str]
     notes: Sequence[str]
     command: str
 
-    def show(self, rows: Sequence[Any], files: dict[str, Path], remarks: Sequence[str] = ()) -> None:
-        """Print the table with the facts below it, then `remarks`, and write the page if a file is asked for."""
+
+class _Run:
+    """A run on a CPU or a device, from the first check to the printed table.
+
+    Args:
+        values: the options.
+        files: to write, by option.
+        accelerator: the device; None for the CPU.
+        steps: number of steps of the progress bar.
+    """
+
+    def __init__(self, values: dict[str, Any], files: dict[str, Path], accelerator: Accelerator | None, steps: int) -> None:
+        from widekernel.bench import TimeBudget
+
+        self._values, self._files, self._accelerator, self._steps = values, files, accelerator, steps
+        self.budget: TimeBudget = TimeBudget() if accelerator is None else TimeBudget(values["minutes"])
+        self.platform: Platform
+
+    def measure(self, measure: Callable[..., Iterator], check: Callable[[], None]) -> list:
+        """Measure the platform and then what `measure` yields; each row is in the CSV file before the next one begins.
+
+        On the CPU, `check` comes first.
+        """
+        from widekernel.bench import tables, using_threads
+
+        current = nullcontext() if self._accelerator is None else self._accelerator.current()
+        with using_threads(self._values["threads"]), current, progress(self._steps) as advance:
+            self.platform = self._measured_platform(advance, check)
+            measured = measure(self.platform, self.budget, advance)
+            return list(tables.write_each(measured, self._files.get("csv")))
+
+    def show(self, page: _Page, rows: Sequence[Any]) -> None:
+        """Print the table, the facts about the machine and the notes of the run; write the page if a file is given."""
         from widekernel.bench import tables
 
-        console = for_tables()
-        table = Table(title=self.title, caption="\n".join(self.facts), caption_justify="left")
-        for header, _ in self.columns:
-            table.add_column(header, justify="left" if header in _WORDS else "right")
+        remarks, console = self.budget.lines(), for_tables()
+        table = Table(title=page.title, caption="\n".join(self.platform.facts), caption_justify="left")
+        for header, _ in page.columns:
+            table.add_column(header, justify="left" if header in _TEXT_COLUMNS else "right")
         for row in rows:
-            table.add_row(*(cell(row) for _, cell in self.columns))
+            table.add_row(*(cell(row) for _, cell in page.columns))
         console.print(table)
         for remark in remarks:
             console.print(remark, soft_wrap=True)
-        if "markdown" in files:
-            text = tables.document(self.title, self.facts, tables.markdown(rows, self.columns), self.notes, self.command)
-            tables.write(text.encode(), files["markdown"])
+        if "markdown" in self._files:
+            content = tables.markdown(rows, page.columns)
+            text = tables.document(page.title, self.platform.facts, content, (*remarks, *page.notes), page.command)
+            tables.write(text.encode(), self._files["markdown"])
+
+    def _measured_platform(self, advance: Callable[[str, int], None], check: Callable[[], None]) -> Platform:
+        from widekernel.bench import cpu_platform, cuda_platform, gpu, measure_machine
+
+        if self._accelerator is not None:
+            advance("measuring the device", 0)
+            return cuda_platform(self._accelerator, gpu.measure_gpu(self._accelerator))
+        advance("checking the operator", 0)
+        check()
+        return cpu_platform(measure_machine())
 
 
 def _command(kind: str, arguments: Sequence[str]) -> str:
-    """Give the command without the files that it writes, which are nobody else's business."""
+    """Return the command without the files that it writes, which matter to nobody else."""
     kept, skip = [], False
     for argument in arguments:
         option = argument[2:].split("=", 1)[0] if argument.startswith("--") else ""

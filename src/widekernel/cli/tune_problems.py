@@ -1,4 +1,4 @@
-"""Which problems `widekernel tune` tunes: those that networks pose, or the passes of one convolution."""
+"""The problems that `widekernel tune` tunes: those that occur in networks, or the passes of one convolution."""
 
 from __future__ import annotations
 
@@ -13,8 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from widekernel import ops
-from widekernel.ops.gpu import backend as gpu
-from widekernel.ops.problem import DEPTHWISE_SUM, DEPTHWISE_WEIGHT_GRAD, LAYOUTS, Anchor, Problem, memory_format, mirror
+from widekernel.ops.backends.base import Backend, Operator
+from widekernel.ops.backends.triton import TritonBackend
+from widekernel.ops.problem import (
+    DEPTHWISE_BRANCHES,
+    DEPTHWISE_SUM,
+    DEPTHWISE_SUM_OF_BRANCHES,
+    DEPTHWISE_WEIGHT_GRAD,
+    LAYOUTS,
+    Problem,
+    memory_format,
+    mirror,
+)
 
 if TYPE_CHECKING:
     from widekernel.bench import Case
@@ -22,7 +32,7 @@ if TYPE_CHECKING:
 
 TRAIN, INFER = MODES = ("train", "infer")
 _FEW = 2
-"""Images that a network is run on; batch norm cannot do with one."""
+"""Number of images that a network is run on; batch norm needs more than one."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +40,10 @@ class Runs:
     """How networks are run.
 
     Attributes:
-        batch: images in a call.
-        modes: members of `MODES`.
+        batch: images per call.
+        modes: some of `MODES`.
         precisions: in which they compute, the 16-bit ones by autocast.
-        layouts: keys of `LAYOUTS`, in which the images are stored.
+        layouts: of the images, keys of `LAYOUTS`.
     """
 
     batch: int
@@ -43,16 +53,16 @@ class Runs:
 
 
 def problems_of_network(model: nn.Module, size: int, runs: Runs, device: torch.device) -> Counter[Problem]:
-    """Run a network and count the problems that our kernels can take: in training forward and backward, else folded.
+    """Run a network and count the problems that our kernels can compute: forward and backward in training, folded otherwise.
 
-    Nothing is convolved: a backend in front of all others notes the problems and answers with zeros. So few images do, and
-    what the tables say now has no influence. A network without an operator of ours is accelerated first.
+    Nothing is convolved: a backend in front of all others records the problems and returns zeros. So a few images suffice,
+    and the present tables have no influence. A network without any of our operators is accelerated first.
 
     Args:
-        model: changed.
+        model: to run; it is modified.
         size: height and width of the images.
         runs: how it is run.
-        device: where.
+        device: where it is run.
     """
     from widekernel.transforms.acceleration import accelerate
 
@@ -64,7 +74,7 @@ def problems_of_network(model: nn.Module, size: int, runs: Runs, device: torch.d
 
 
 def problems_of_case(case: Case, runs: Runs, device: torch.device) -> Counter[Problem]:
-    """Give the three passes of a convolution in every precision and layout."""
+    """Return the three passes of a convolution in every precision and layout."""
     anchor = (case.kernel[0] // 2, case.kernel[1] // 2)
     passes = ((DEPTHWISE_SUM, anchor), (DEPTHWISE_SUM, mirror(case.kernel, anchor)), (DEPTHWISE_WEIGHT_GRAD, anchor))
     found: Counter[Problem] = Counter()
@@ -78,28 +88,30 @@ def problems_of_case(case: Case, runs: Runs, device: torch.device) -> Counter[Pr
     return found
 
 
-class _Noting:
-    """The backend that notes problems; it answers with zeros."""
+class _RecordingBackend(Backend):
+    """A backend that returns zeros, so that a trace records the problems of a network without computing them."""
 
-    name = "noting for widekernel tune"
+    name = "recording for widekernel tune"
+    operators = TritonBackend.operators
 
     def reasons_against(self, problem: Problem) -> list[str]:
-        return [] if self.can_run(problem) else ["our kernels for GPUs cannot take it"]
+        can_run = 0 not in problem.shape and TritonBackend().can_run(problem)
+        return [] if can_run else ["our GPU kernels cannot compute it"]
 
-    def can_run(self, problem: Problem) -> bool:
-        return gpu.can_run(problem) and 0 not in problem.shape
+    def prepare(self, problem: Problem) -> Operator:
+        return _ZEROS[problem.op]
 
-    def depthwise_sum(self, x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor], bias: Tensor | None) -> Tensor:
-        return torch.zeros_like(x, memory_format=memory_format(x))
 
-    def depthwise_weight_grad(self, x: Tensor, grad: Tensor, kernel: tuple[int, int], anchor: Anchor) -> Tensor:
-        return x.new_zeros(x.shape[1], 1, *kernel)
+def _zeros(x: Tensor, *others: Any) -> Tensor:
+    return torch.zeros_like(x, memory_format=memory_format(x))
 
-    def depthwise_branches(self, x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor]) -> list[Tensor]:
-        return [self.depthwise_sum(x, [], [], None) for _ in kernels]
 
-    def depthwise_sum_of_branches(self, xs: Sequence[Tensor], kernels: Any, anchors: Any) -> Tensor:
-        return self.depthwise_sum(xs[0], [], [], None)
+_ZEROS: dict[str, Operator] = {
+    DEPTHWISE_SUM: _zeros,
+    DEPTHWISE_WEIGHT_GRAD: lambda x, grad, kernel_size, anchor: x.new_zeros(x.shape[1], 1, *kernel_size),
+    DEPTHWISE_BRANCHES: lambda x, kernels, anchors: [_zeros(x) for _ in kernels],
+    DEPTHWISE_SUM_OF_BRANCHES: lambda xs, kernels, anchors: _zeros(xs[0]),
+}
 
 
 def _counted(model: nn.Module, size: int, runs: Runs, device: torch.device) -> Counter[Problem]:
@@ -107,8 +119,8 @@ def _counted(model: nn.Module, size: int, runs: Runs, device: torch.device) -> C
     from widekernel.tasks.channels import input_channels
 
     channels = input_channels(model)
-    noting = _Noting()
-    ops.register(noting)
+    recording = _RecordingBackend()
+    ops.register(recording)
     try:
         with ops.trace() as ran:
             for layout in runs.layouts:
@@ -119,11 +131,11 @@ def _counted(model: nn.Module, size: int, runs: Runs, device: torch.device) -> C
                         with in_force(precision, search=False), _autocast(device, precision):
                             _run(stored, mode, images)
     finally:
-        ops.unregister(noting.name)
+        ops.unregister(recording.name)
     found: Counter[Problem] = Counter()
     for name, problem in ran.calls:
-        if name == noting.name:
-            # Networks that turn images into more of them do so in proportion.
+        if name == recording.name:
+            # A network that makes several images of one does so in proportion to the batch.
             found[replace(problem, shape=(problem.shape[0] * runs.batch // _FEW, *problem.shape[1:]))] += 1
     return found
 
@@ -133,7 +145,7 @@ def _autocast(device: torch.device, precision: Precision) -> Any:
 
 
 def _run(model: nn.Module, mode: str, images: Tensor) -> None:
-    """Run as networks run that are trained, or that are folded for inference."""
+    """Run a network as in training, or folded as for inference."""
     from widekernel.transforms.fold import fold
 
     if mode == TRAIN:
@@ -141,5 +153,5 @@ def _run(model: nn.Module, mode: str, images: Tensor) -> None:
         model.zero_grad()
         return
     with warnings.catch_warnings(), torch.inference_mode():
-        warnings.simplefilter("ignore")  # of layers that stay as they are, as they do for the user
+        warnings.simplefilter("ignore")  # about layers that cannot be folded
         fold(model)(images)

@@ -1,4 +1,4 @@
-"""What `widekernel tune` does: measure on a CUDA device, problem after problem, write the winners and print all."""
+"""A run of `widekernel tune`: it measures problems on a CUDA device one by one, writes the winners and prints a report."""
 
 from __future__ import annotations
 
@@ -15,37 +15,39 @@ from rich.text import Text
 
 from widekernel.cli.console import for_tables, progress, results
 from widekernel.errors import ConfigError, WidekernelError
-from widekernel.ops.gpu import tables
-from widekernel.ops.gpu.plan import SLOWER
+from widekernel.ops.gpu import tuning_tables
+from widekernel.ops.gpu.config_choice import TOLERATED_SLOWDOWN
 from widekernel.ops.problem import DEPTHWISE_BRANCHES, DEPTHWISE_SUM_OF_BRANCHES
 from widekernel.settings import require
 
 if TYPE_CHECKING:
     from widekernel.bench.devices import Accelerator
-    from widekernel.bench.time_budget import Course
+    from widekernel.bench.time_budget import TimeBudget
     from widekernel.bench.timing import Stopwatch
-    from widekernel.ops.gpu.tuning import Rig, Trial, Tuning
+    from widekernel.ops.gpu.tuning import MeasurementSetup, Trial, Tuning
     from widekernel.ops.problem import Problem
 
 
-def rig_on(device: str, seconds: float) -> Rig:
-    """Give what measures on a CUDA device."""
+def setup_on(device: str, seconds: float) -> MeasurementSetup:
+    """Return the setup that measures on a CUDA device."""
     from widekernel.bench import devices
-    from widekernel.ops.gpu import backend
-    from widekernel.ops.gpu.tuning import Rig
+    from widekernel.ops.gpu import machine
+    from widekernel.ops.gpu.tuning import MeasurementSetup
 
-    require(device.split(":")[0] == "cuda", "device", device, "cuda or cuda:N, because only kernels for GPUs are tuned")
+    require(device.split(":")[0] == "cuda", "device", device, "cuda or cuda:N, because only GPU kernels are tuned")
     accelerator = _accelerator(device, devices.accelerator)
     with accelerator.current():
-        obstacles = backend.machine_obstacles("cuda")
+        obstacles = machine.obstacles("cuda")
         if obstacles:
             raise ConfigError(f"device is {device!r}, but {'; '.join(obstacles)}.")
-        chip, name = backend.chip(), backend.device_name()
-    measure = partial(in_turns, stopwatch=accelerator.stopwatch, seconds=seconds)
-    return Rig(accelerator.device, name, chip, measure, accelerator.stopwatch.recover, partial(_conditions, accelerator))
+        chip, name = machine.chip(), machine.device_name()
+    measure = partial(median_seconds, stopwatch=accelerator.stopwatch, seconds=seconds)
+    return MeasurementSetup(
+        accelerator.device, name, chip, measure, accelerator.stopwatch.recover, partial(_conditions, accelerator)
+    )
 
 
-def _accelerator(device: str, give: Callable[[str], Accelerator | None]) -> Accelerator:
+def _accelerator(device: str, find: Callable[[str], Accelerator | None]) -> Accelerator:
     import torch
 
     if not torch.cuda.is_available():
@@ -53,14 +55,14 @@ def _accelerator(device: str, give: Callable[[str], Accelerator | None]) -> Acce
             f"device is {device!r}, but PyTorch {torch.__version__} finds no CUDA device: tune where `nvidia-smi` lists one "
             "and with a build of PyTorch for CUDA. Without a GPU there is nothing to tune."
         )
-    accelerator = give(device)
+    accelerator = find(device)
     assert accelerator is not None
     return accelerator
 
 
 @contextmanager
 def _conditions(accelerator: Accelerator, problem: Problem) -> Iterator[None]:
-    """Compute a problem on the device, with PyTorch's settings for its type and cuDNN looking for its fastest way."""
+    """Make the device current, with PyTorch's settings for the precision of a problem and cuDNN's search switched on."""
     from widekernel.bench.precision import PRECISIONS, TF32, in_force
 
     precision = TF32 if problem.tf32 else PRECISIONS[str(problem.dtype).removeprefix("torch.")]
@@ -68,111 +70,127 @@ def _conditions(accelerator: Accelerator, problem: Problem) -> Iterator[None]:
         yield
 
 
-def in_turns(calls: Mapping[str, Callable[[], Any]], stopwatch: Stopwatch, seconds: float) -> dict[str, float]:
-    """Give the median seconds of each call."""
-    from widekernel.bench.device_operators import PATIENCE
+def median_seconds(calls: Mapping[str, Callable[[], Any]], stopwatch: Stopwatch, seconds: float) -> dict[str, float]:
+    """Time calls in turns; return the median seconds of each."""
+    from widekernel.bench.platforms import DEVICE_PATIENCE
     from widekernel.bench.timing import first_calls, interleave
 
-    # One by one, so that what each returns is freed before the next.
+    # One by one, so that the result of each call is freed before the next one.
     first = {name: first_calls({name: call}, stopwatch)[1][name] for name, call in calls.items()}
-    timings = interleave(calls, first, seconds, None, PATIENCE, stopwatch)
+    timings = interleave(calls, first, seconds, None, DEVICE_PATIENCE, stopwatch)
     return {name: timing.median for name, timing in timings.items()}
 
 
 @dataclass
 class Session:
-    """A run, from the problems to the printed table."""
+    """A run, from the problems to the printed report.
 
-    rig: Rig
+    Attributes:
+        setup: where and how candidates are measured.
+        target: file of the table that is written.
+        gpu: key of the GPU in that table.
+        max_candidates: number of configurations to try for each problem.
+        again: whether to tune problems that were tuned before with the same versions.
+        full_report: whether to print every configuration that was tried.
+        budget: of time.
+        versions: of the packages that times depend on.
+        done: the problems that were tuned.
+        skipped: number of problems that had been tuned before.
+    """
+
+    setup: MeasurementSetup
     target: Path
     gpu: str
-    most: int
+    max_candidates: int
     again: bool
-    in_full: bool
-    course: Course
-    used: dict[str, str]
+    full_report: bool
+    budget: TimeBudget
+    versions: dict[str, str]
     done: list[Tuning] = field(default_factory=list)
     skipped: int = 0
 
     @classmethod
-    def begun(cls, values: dict[str, Any], rig: Rig, target: Path) -> Session:
-        """Begin to count the minutes."""
-        from widekernel.bench.time_budget import Course
-        from widekernel.ops.gpu.tuning import versions
+    def start(cls, values: dict[str, Any], setup: MeasurementSetup, target: Path) -> Session:
+        """Return a new session whose time budget starts now."""
+        from widekernel.bench.time_budget import TimeBudget
+        from widekernel.ops.gpu.tuning import installed_versions
 
-        gpu = rig.name if values["table"] is None else rig.chip.name
+        gpu = setup.name if values["table"] is None else setup.chip.name
         options = values["candidates"], values["again"], values["report"]
-        return cls(rig, target, gpu, *options, Course(values["minutes"]), versions())
+        return cls(setup, target, gpu, *options, TimeBudget(values["minutes"]), installed_versions())
 
     def tune(self, problems: Sequence[Problem]) -> None:
-        """Tune problem after problem and write every winner, as long as there is time."""
+        """Tune one problem after the other and write every winner, as long as there is time."""
         from widekernel.ops.gpu.tuning import is_left_to_pytorch, is_tuned
 
-        there = tables.read(self.target).get(self.gpu, {}) if self.target.exists() else {}
-        waiting, known = list(problems), {tables.key_of(problem) for problem in problems}
+        there = tuning_tables.read(self.target).get(self.gpu, {}) if self.target.exists() else {}
+        waiting, known = list(problems), {tuning_tables.table_key(problem) for problem in problems}
         with progress(len(waiting)) as advance:
             while waiting:
                 problem = waiting.pop(0)
-                key = tables.key_of(problem)
-                if not self.again and is_tuned(there.get(key), problem, self.rig.chip, self.most, self.used):
+                key = tuning_tables.table_key(problem)
+                if not self.again and is_tuned(there.get(key), problem, self.setup.chip, self.max_candidates, self.versions):
                     self.skipped += 1
-                elif not self.course.has_time():
-                    self.course.leave_out("this run", "problems", key)
+                elif not self.budget.has_time():
+                    self.budget.leave_out("this run", "problems", key)
                     continue
                 else:
                     advance(key, 0)
                     there |= self._tune(problem)
                 if problem.op in (DEPTHWISE_BRANCHES, DEPTHWISE_SUM_OF_BRANCHES) and is_left_to_pytorch(there.get(key)):
-                    # It will be computed branch by branch, for which our kernels may be the better ones.
-                    alone = {tables.key_of(branch): branch for branch in problem.branches()}
+                    # It will be computed branch by branch, where our kernels may be faster.
+                    alone = {tuning_tables.table_key(branch): branch for branch in problem.branches()}
                     waiting += [branch for name, branch in alone.items() if name not in known]
                     known |= set(alone)
                 advance("", 1)
 
-    def _tune(self, problem: Problem) -> tables.Entries:
-        """Tune a problem and give what was written: one entry, or none if nothing works."""
+    def _tune(self, problem: Problem) -> tuning_tables.Entries:
+        """Tune a problem and return what was written: one entry, or none if no configuration works."""
         from widekernel.bench.errors import DeviceLostError
         from widekernel.ops.gpu.tuning import Tuning
 
-        tuning = Tuning(problem, self.rig, self.most)
+        tuning = Tuning(problem, self.setup, self.max_candidates)
         self.done.append(tuning)
         try:
             tuning.run()
         except DeviceLostError as error:
-            self.course.lose_device(f"{tuning.key}: {error}")
+            self.budget.lose_device(f"{tuning.key}: {error}")
         if tuning.best is None:
             return {}
-        entries = {tuning.key: tuning.entry(self.used)}
+        entries = {tuning.key: tuning.entry(self.versions)}
         try:
-            tables.merge(self.target, self.gpu, entries)
+            tuning_tables.merge(self.target, self.gpu, entries)
         except OSError as error:
-            what = f"{self.target} cannot be written any more ({error.strerror})"
-            raise ConfigError(f"{what}: make room for it, and go on with the same command.") from error
+            what = f"{self.target} can no longer be written ({error.strerror})"
+            raise ConfigError(f"{what}: make room for it, and continue with the same command.") from error
         return entries
 
     def report(self) -> None:
-        """Print what was found.
+        """Print the results.
 
         Raises:
-            WidekernelError: if something computes wrongly, or has no configuration.
+            WidekernelError: if a configuration computes wrong results, or a problem has no configuration that works.
         """
         if self.done:
-            print_table(f"Tuned for {self.rig.name}", _HEADERS, [_row(tuning) for tuning in self.done])
-        if self.in_full:
+            print_table(f"Tuned for {self.setup.name}", _HEADERS, [_row(tuning) for tuning in self.done])
+        if self.full_report:
             for tuning in self.done:
                 print_table(
-                    tuning.key, ("way", "µs", "error", "remark"), [_trial(t) for t in (*tuning.trials, *tuning.rivals)]
+                    tuning.key,
+                    ("computed by", "µs", "error", "remark"),
+                    [_trial(t) for t in (*tuning.trials, *tuning.pytorch_trials)],
                 )
-        lines = self.course.lines()
+        lines = self.budget.lines()
         if self.skipped:
             lines.append(f"{self.skipped} problems were tuned before with these versions: --again tunes them anew.")
         written = sum(tuning.best is not None for tuning in self.done)
         lines.append(f"{written} entries for {self.gpu} written to {self.target}.")
         say(lines)
-        wrong = [line for tuning in self.done for line in tuning.wrong()]
+        wrong = [line for tuning in self.done for line in tuning.wrong_results()]
         if wrong:
             raise WidekernelError(
-                f"{len(wrong)} configurations compute wrongly, and were not chosen: {'; '.join(wrong)}. Please report this."
+                f"{len(wrong)} configurations compute wrong results and were not chosen: {'; '.join(wrong)}. "
+                "Please report this."
             )
         without = [tuning.key for tuning in self.done if tuning.best is None]
         if without:
@@ -183,14 +201,14 @@ _HEADERS = ("problem", "configuration", "µs", "PyTorch µs", "its best µs", "t
 
 
 def _row(tuning: Tuning) -> tuple[str, ...]:
-    best, theirs = tuning.best, tuning.best_of_pytorch
+    best, theirs = tuning.best, tuning.best_pytorch_trial
     if best is None:
         return (tuning.key, *[""] * 5, tuning.failure or "no configuration works: --report says why")
     failed = sum(bool(trial.failure) for trial in tuning.trials)
-    remarks = ["left to PyTorch"] if best.seconds > SLOWER * tuning.instead else []
+    remarks = ["left to PyTorch"] if best.seconds > TOLERATED_SLOWDOWN * tuning.fallback_seconds else []
     remarks += [f"{failed} of {len(tuning.trials)} failed"] if failed else []
-    gain = tuning.instead / best.seconds
-    times = (_us(best.seconds), _us(tuning.instead), _us(theirs.seconds) if theirs else "")
+    gain = tuning.fallback_seconds / best.seconds
+    times = (_us(best.seconds), _us(tuning.fallback_seconds), _us(theirs.seconds) if theirs else "")
     return tuning.key, best.name, *times, f"{gain:.2f}" if gain > 0 else "", "; ".join(remarks)
 
 
@@ -209,7 +227,7 @@ def print_table(title: str, headers: Sequence[str], rows: Iterable[Sequence[str]
     for header in headers:
         table.add_column(header, justify="right" if "µs" in header or header in ("error", "times faster") else "left")
     for row in rows:
-        table.add_row(*map(Text, row))  # messages of compilers are no markup
+        table.add_row(*map(Text, row))  # as plain text, because messages of compilers are not markup
     console.print(table)
 
 

@@ -13,7 +13,8 @@ from widekernel.layers.folding import Folded
 from widekernel.layers.large_kernel import FoldedLargeKernel
 from widekernel.layers.rect import Rect
 from widekernel.layers.strict_loading import load_strictly
-from widekernel.ops.problem import is_channels_last, is_recorded, memory_format, unrecorded
+from widekernel.ops.jit_trace import is_tracing, tracing_paused
+from widekernel.ops.problem import is_channels_last, memory_format
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class GroupedKernels(Folded, nn.Module):
         if torch.jit.is_scripting():
             return self._joined(x)
         else:  # noqa: RET505 - TorchScript leaves out the other branch, and only that
-            return self._joined(x) if is_recorded() else self._written(x)
+            return self._joined(x) if is_tracing() else self._written(x)
 
     def _joined(self, x: Tensor) -> Tensor:
         """Compute the layer without writing into a tensor, for graphs that other programs read: gather, convolve, join."""
@@ -159,7 +160,7 @@ def _table(numbers: list[int], x: Tensor) -> Tensor:
 
 
 def _recorded_table(numbers: list[int], x: Tensor) -> Tensor:
-    with unrecorded():
+    with tracing_paused():
         return torch.tensor(numbers, device=x.device)
 
 

@@ -12,7 +12,7 @@ from widekernel.errors import ArgumentError
 from widekernel.layers.alterations import alterations
 from widekernel.layers.folding import Folded, Fusable, is_trained
 from widekernel.layers.large_kernel import LargeKernel
-from widekernel.ops.problem import whole_sizes
+from widekernel.ops.jit_trace import static_shape
 
 GHOST_SEED = 123  # the seed with which the Shift-wise authors' code selects the untouched channels
 
@@ -55,7 +55,7 @@ class PartialChannels(Fusable, nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W), channels reordered."""
         convolved = self.layer(x.index_select(1, self.selected))
-        if whole_sizes(self.ghosts)[0] == 0:
+        if static_shape(self.ghosts)[0] == 0:
             return convolved
         return torch.cat([convolved, x.index_select(1, self.ghosts)], 1)
 
@@ -128,7 +128,7 @@ class FoldedPartialChannels(Folded, nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W), channels reordered."""
         convolved = self.layer(x.index_select(1, self.selected))
-        if whole_sizes(self.ghosts)[0] == 0:
+        if static_shape(self.ghosts)[0] == 0:
             return convolved
         rest = torch.addcmul(self.shift.to(x.dtype), x.index_select(1, self.ghosts), self.scale.to(x.dtype))
         return torch.cat([convolved, rest], 1)

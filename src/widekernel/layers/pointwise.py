@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from widekernel.ops.problem import is_recorded
+from widekernel.ops.jit_trace import is_tracing
 
 
 class PointwiseLinear(nn.Linear):
@@ -28,7 +28,7 @@ class PointwiseLinear(nn.Linear):
     @torch.jit.unused
     def _computed(self, x: Tensor) -> Tensor:
         # Inputs that do not fit are left to `F.linear`, whose error then speaks of the linear layer that the user wrote.
-        if is_recorded() or x.device.type != "cpu" or x.shape[-1:] != (self.in_features,) or x.numel() == 0:
+        if is_tracing() or x.device.type != "cpu" or x.shape[-1:] != (self.in_features,) or x.numel() == 0:
             return super().forward(x)
         # (1, C, rows, 1), stored as NHWC: a view of `x`, unless its rows are not consecutive in memory.
         rows = x.reshape(1, -1, 1, self.in_features).permute(0, 3, 1, 2)
@@ -56,7 +56,7 @@ class PointwiseConv2d(nn.Conv2d):
 
     @torch.jit.unused
     def _computed(self, x: Tensor) -> Tensor:
-        if is_recorded():
+        if is_tracing():
             return super().forward(x)
         fits = x.dim() in (3, 4) and x.shape[-3] == self.in_channels and x.numel() != 0
         # Looked up at every call, because code that adapts networks sets strides and paddings of existing layers.

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from widekernel.errors import ArgumentError
-from widekernel.ops.problem import Anchor, check_anchor, sizes_now
+from widekernel.ops.checks import check_anchor
+from widekernel.ops.jit_trace import eager_static_shape
+from widekernel.ops.problem import Anchor
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Rect:
     anchor: Anchor
 
     def __post_init__(self) -> None:
-        sizes = sizes_now(self.kernel)
+        sizes = eager_static_shape(self.kernel)
         if len(sizes) != 4 or sizes[1] != 1:
             raise ArgumentError(f"kernel has shape {tuple(self.kernel.shape)}: a Rect needs (C, 1, kh, kw)")
         check_anchor(sizes[2:], self.anchor)
@@ -39,7 +41,7 @@ class Rect:
     @classmethod
     def centered(cls, kernel: Tensor) -> Rect:
         """Anchor an odd-sized kernel at its middle tap."""
-        sizes = sizes_now(kernel)
+        sizes = eager_static_shape(kernel)
         return cls(kernel, (sizes[2] // 2, sizes[3] // 2))
 
     @classmethod
@@ -57,7 +59,7 @@ class Rect:
     @property
     def size(self) -> tuple[int, int]:
         """(kh, kw)."""
-        sizes = sizes_now(self.kernel)
+        sizes = eager_static_shape(self.kernel)
         return sizes[2], sizes[3]
 
     @property

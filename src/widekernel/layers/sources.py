@@ -13,7 +13,8 @@ from widekernel import ops
 from widekernel.errors import ArgumentError
 from widekernel.layers.rect import Rect
 from widekernel.ops import plain
-from widekernel.ops.problem import Anchor, sizes_now, whole_sizes
+from widekernel.ops.jit_trace import eager_static_shape, static_shape
+from widekernel.ops.problem import Anchor
 
 # No `from __future__ import annotations` here: TorchScript reads the attributes' types of `KernelSource` and needs types.
 
@@ -131,7 +132,7 @@ class Rectangles(RectSource):
         """Return the middle of each kernel."""
         anchors: list[tuple[int, int]] = []
         for kernel in self.branch_kernels():
-            sizes = whole_sizes(kernel)
+            sizes = static_shape(kernel)
             anchors.append((sizes[2] // 2, sizes[3] // 2))
         return anchors
 
@@ -141,7 +142,7 @@ class Rectangles(RectSource):
         if self.dilation != 1 or type(self).rects is not RectSource.rects:
             return super().branches()
         kernels = tensors_of(self.kernels)
-        sizes = [sizes_now(kernel) for kernel in kernels]
+        sizes = [eager_static_shape(kernel) for kernel in kernels]
         return kernels, [(size[2] // 2, size[3] // 2) for size in sizes]
 
     def published_macs(self, height: int, width: int) -> int:
@@ -241,7 +242,7 @@ def dilated_kernel(kernel: Tensor, dilation: int) -> Tensor:
     """Put the taps of a kernel (C, 1, kh, kw) `dilation` apart, with zeros between them. TorchScript compiles it."""
     if dilation == 1:
         return kernel
-    sizes = whole_sizes(kernel)
+    sizes = static_shape(kernel)
     channels, kh, kw = sizes[0], sizes[2], sizes[3]
     apart = F.pad(kernel.reshape(channels, 1, kh, 1, kw, 1), [0, dilation - 1, 0, 0, 0, dilation - 1])
     wide = apart.reshape(channels, 1, kh * dilation, kw * dilation)

@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from widekernel.ops.problem import whole_sizes
+from widekernel.ops.jit_trace import static_shape
 
 TABLE_SEED = 123  # the seed in the authors' code
 
@@ -55,7 +55,7 @@ def take_sum(flat: Tensor, table: Tensor, channels: int) -> Tensor:
     Returns:
         (C·slots, taps)
     """
-    num_tiles = whole_sizes(flat)[0] // channels
+    num_tiles = static_shape(flat)[0] // channels
     start = torch.arange(channels, device=flat.device).unsqueeze(1) * num_tiles
     groups = table if table.dim() == 3 else table.unsqueeze(2)
     # One gather per group: within a group no row is taken twice, so that the gradient is summed in a fixed order.

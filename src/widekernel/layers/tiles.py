@@ -13,7 +13,7 @@ from torch import Tensor
 from widekernel.errors import ArgumentError
 from widekernel.layers.rect import Rect
 from widekernel.layers.sources import check_odd
-from widekernel.ops.problem import whole_sizes
+from widekernel.ops.jit_trace import static_shape
 
 
 def check_tiles(kernel_size: int, tile_size: int) -> None:
@@ -41,13 +41,13 @@ def wide_strip(tiles: Tensor, kernel_size: int) -> Rect:
 
 def stacked(tiles: Tensor) -> Tensor:
     """Stack tiles (C, nk, N, N) below one another: (C, 1, nk·N, N)."""
-    channels, count, height, width = whole_sizes(tiles)
+    channels, count, height, width = static_shape(tiles)
     return tiles.reshape(channels, 1, count * height, width)
 
 
 def side_by_side(tiles: Tensor) -> Tensor:
     """Put tiles (C, nk, N, N) side by side: (C, 1, N, nk·N)."""
-    channels, count, height, width = whole_sizes(tiles)
+    channels, count, height, width = static_shape(tiles)
     return tiles.transpose(1, 2).reshape(channels, 1, height, count * width)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from widekernel.layers.sources import KernelSource
 from widekernel.layers.strips import ShuffledStrips
-from widekernel.ops.problem import whole_sizes
+from widekernel.ops.jit_trace import static_shape
 
 
 class TruncatedTiles(KernelSource):
@@ -38,7 +38,7 @@ class TruncatedTiles(KernelSource):
         return self.source.tiles.numel() * height * width
 
     def _shift_add(self, x: Tensor, tiles: Tensor, axis: int) -> Tensor:
-        channels, count, tile_size, _ = whole_sizes(tiles)
+        channels, count, tile_size, _ = static_shape(tiles)
         maps = F.conv2d(x, tiles.reshape(-1, 1, tile_size, tile_size), padding=tile_size // 2, groups=channels)
         maps = maps.unflatten(1, (channels, count))
         total = torch.zeros_like(x)

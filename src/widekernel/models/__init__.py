@@ -1,19 +1,26 @@
-"""The networks, registered with timm when this package is imported."""
+"""The networks; importing this package registers them with timm, and their checkpoint layouts."""
 
 from __future__ import annotations
 
 import timm
 
-from widekernel.models import isotropic, replknet, roadmap, shiftwise, slak
+# Each family registers its networks and its layouts when it is imported: add new families here.
+from widekernel.models import (  # noqa: F401
+    convnext_layouts,
+    foreign_signatures,
+    isotropic_layouts,
+    replknet_layouts,
+    roadmap_layouts,
+    shiftwise_layouts,
+    slak_layouts,
+)
 from widekernel.models.checkpoint import LoadReport, load_checkpoint, save_checkpoint
-
-MODULES = (replknet, slak, shiftwise, isotropic, roadmap)
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Name the networks of this package that match a shell pattern, sorted."""
-    ours = {name for module in MODULES for name in module.__all__}  # type: ignore[attr-defined]
-    return [name for name in timm.list_models(pattern) if name in ours]
+    """Return the sorted names of this package's networks that match a shell pattern."""
+    ours = f"{__name__}."
+    return [name for name in timm.list_models(pattern) if timm.model_entrypoint(name).__module__.startswith(ours)]
 
 
 __all__ = ["LoadReport", "list_models", "load_checkpoint", "save_checkpoint"]

@@ -1,7 +1,7 @@
-"""What all the networks here share: stem, stages and head, timm's model contract, and checks of the input."""
+"""What all networks share: stem, stages and head, and timm's model contract."""
 
-# No `from __future__ import annotations` here: graphs that torch.fx makes of a network keep the types of `forward`, and
-# TorchScript does not know them as text.
+# No `from __future__ import annotations` here: torch.fx copies the annotations of `forward` into its graphs, and TorchScript
+# cannot read them as strings.
 import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -18,20 +18,20 @@ from widekernel.errors import ArgumentError
 from widekernel.layers.folding import Fusable, is_folded
 from widekernel.layers.grouped import GroupedKernels
 from widekernel.layers.strict_loading import load_strictly
-from widekernel.models.asked import Asked, check_drop_rates, drop_path_rates
 from widekernel.models.input_check import InputCheck
-from widekernel.models.layouts.layout import Layout
+from widekernel.models.options import ModelOptions, linear_drop_path_rates
+from widekernel.models.validation import require_drop_rates
 
-_LARGE = (layers.DepthwiseConv2d, layers.FoldedLargeKernel, layers.FoldedPartialChannels, layers.LargeKernel)
-for _leaf in (*_LARGE, layers.PartialChannels, layers.PointwiseConv2d, layers.PointwiseLinear):
-    register_notrace_module(_leaf)  # feature extraction by tracing keeps these whole
+_LARGE_KERNELS = (layers.DepthwiseConv2d, layers.FoldedLargeKernel, layers.FoldedPartialChannels, layers.LargeKernel)
+for _leaf in (*_LARGE_KERNELS, layers.PartialChannels, layers.PointwiseConv2d, layers.PointwiseLinear):
+    register_notrace_module(_leaf)  # torch.fx keeps these whole when timm extracts features with it
 
 
 class Stage(nn.Module):
     """Downsampling, then residual blocks at one resolution.
 
     Args:
-        downsample: module that changes resolution and width.
+        downsample: module that changes the resolution and the width.
         blocks: residual blocks.
     """
 
@@ -51,15 +51,15 @@ class Stage(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What a family puts into the frame that all the networks share.
+    """The parts of a network that its family defines.
 
     Attributes:
         stem: first layers, from the image to the first stage.
-        stages: with the width of each.
-        reductions: stride of each stage's output against the image.
-        norm_pre: normalisation of the last map, before pooling; None for none.
-        head_norm: whether a channel layer norm stands between pooling and classifier.
-        feature_norms: normalisations of the stages' maps where they are handed out; empty for none.
+        stages: the stages, each with its width.
+        reductions: total stride of each stage's output, in pixels of the image.
+        norm_pre: normalization of the last feature map, before pooling; None for none.
+        head_norm: whether the head normalizes the pooled features before the classifier.
+        feature_norms: normalizations of the stages' feature maps when they are returned as such; empty for none.
     """
 
     stem: nn.Module
@@ -73,24 +73,27 @@ class Parts:
 class StagedConvNet(Fusable, nn.Module):
     """stem -> stages -> norm -> pooling, norm, classifier; with everything that timm expects of a model.
 
+    A family is a subclass: it defines `parts`, and may define `init_weights` and `blocks_by_stage`. A static method
+    `default_out_indices(cfg)` chooses the stages of feature extractors if not all of them are wanted.
+
     Args:
-        cfg: architecture.
-        num_classes: 0 for none, then the network returns pooled features.
-        in_chans: channels of the image.
-        global_pool: as timm's; "" for none.
-        output_stride: 8 or 16 for maps of that stride: the later stages keep the resolution and their kernels are dilated
-            instead, as in timm's ConvNeXt. 32 changes nothing.
-        drop_rate: dropout before the classifier.
-        drop_path_rate: of the last block; it grows linearly from 0.
-        act_layer: name or maker of the activation between the two pointwise layers of the blocks (the road: of every
-            activation), in the place of the family's own.
-        norm_layer: name or maker of the norm in the place of the family's layer norms ("rmsnorm", "simplenorm"), in
-            RepLKNet, and on the road before it turns to layer norms, in the place of its batch norms.
-        device: where the network is made, "meta" for one without memory.
-        dtype: type of its weights, a floating-point one.
+        cfg: architecture, a frozen dataclass of the family.
+        num_classes: number of classes; with 0 the network returns the pooled features.
+        in_chans: number of channels of the image.
+        global_pool: type of pooling, as in timm; "" for none.
+        output_stride: 8 or 16 for feature maps of that stride: the later stages keep the resolution and their kernels are
+            dilated instead, as in timm's ConvNeXt. 32 changes nothing.
+        drop_rate: dropout rate before the classifier.
+        drop_path_rate: drop-path rate of the last block; the rates grow linearly from 0.
+        act_layer: name or constructor of the activation between the two pointwise layers of each block (roadmap networks:
+            of every activation); None for the family's own.
+        norm_layer: name or constructor of the norm that replaces the family's layer norms ("rmsnorm", "simplenorm"), or
+            the batch norms of RepLKNet and of the roadmap networks that have them; None for the family's own.
+        device: device to create the network on; "meta" for a network without memory.
+        dtype: floating-point type of the weights.
     """
 
-    # Not for TorchScript, which would compile it.
+    # TorchScript would compile this property.
     __jit_unused_properties__ = ["_model_args"]
 
     def __init__(
@@ -109,20 +112,22 @@ class StagedConvNet(Fusable, nn.Module):
     ) -> None:
         super().__init__()
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ArgumentError(f"dtype {dtype!r} is no type of weights: give a floating-point one, such as torch.bfloat16")
-        check_drop_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
-        rates = drop_path_rates(drop_path_rate, self.blocks_by_stage(cfg))
-        asked = Asked(in_chans, rates, output_stride, act_layer, norm_layer)
+            raise ArgumentError(
+                f"dtype {dtype!r} cannot be the type of weights: give a floating-point type, such as torch.bfloat16"
+            )
+        require_drop_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
+        rates = linear_drop_path_rates(drop_path_rate, self.blocks_by_stage(cfg))
+        options = ModelOptions(in_chans, rates, output_stride, act_layer, norm_layer)
         with nullcontext() if device is None else torch.device(device):
-            self._make(cfg, asked, num_classes, global_pool, drop_rate)
+            self._assemble(cfg, options, num_classes, global_pool, drop_rate)
             self.init_weights()
         load_strictly(self)
         if dtype is not None:
             self.to(dtype)
 
-    def _make(self, cfg: Any, asked: Asked, num_classes: int, global_pool: str, drop_rate: float) -> None:
-        parts = self.parts(cfg, asked)
-        in_chans = asked.in_chans
+    def _assemble(self, cfg: Any, options: ModelOptions, num_classes: int, global_pool: str, drop_rate: float) -> None:
+        parts = self.parts(cfg, options)
+        in_chans = options.in_chans
         widths = [width for _, width in parts.stages]
         self.cfg = cfg
         self._recorded_args: dict[str, Any] = {}
@@ -140,37 +145,33 @@ class StagedConvNet(Fusable, nn.Module):
         self.head: Any
         if parts.head_norm:
             self.head = NormMlpClassifierHead(
-                widths[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, norm_layer=asked.channel_norm()
+                widths[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, norm_layer=options.channel_norm()
             )
         else:
             self.head = ClassifierHead(widths[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate)
 
-    def parts(self, cfg: Any, asked: Asked) -> Parts:
-        """Make what the family puts into the frame."""
+    def parts(self, cfg: Any, options: ModelOptions) -> Parts:
+        """Create the parts of the network that its family defines."""
         raise NotImplementedError
 
     def blocks_by_stage(self, cfg: Any) -> Sequence[int]:
-        """Count the blocks, or units, of each stage."""
+        """Return the number of blocks, or units, of each stage: as many as it has drop-path rates."""
         return cfg.depths
 
     def init_weights(self) -> None:
-        """Draw the initial weights where PyTorch's own are not wanted."""
-
-    def layouts(self) -> tuple[Layout, ...]:
-        """Give the official checkpoint layouts of this network; the first one is written, all are read."""
-        raise NotImplementedError
+        """Initialize the weights; by default they stay as PyTorch initializes them."""
 
     @property
     def _model_args(self) -> dict[str, Any]:
-        """What timm's hub format records, so that the network can be made again: timm's arguments, and the form.
+        """The arguments that timm's hub format records to build the network again, with `folded` for a folded one.
 
         Raises:
-            ArgumentError: if no arguments lead to a network like this.
+            ArgumentError: if the network is compacted: no arguments build one like it.
         """
         if any(isinstance(module, GroupedKernels) for module in self.modules()) or hasattr(self, "compaction"):
             raise ArgumentError(
-                "a compacted network cannot be made again from its arguments, so that timm's hub format has no place for "
-                "it: save the masked network it comes from, and compact again after loading"
+                "a compacted network cannot be built from arguments, so timm's hub format cannot hold it: "
+                "save the masked network it comes from, and compact again after loading"
             )
         return {**self._recorded_args, **({"folded": True} if is_folded(self) else {})}
 
@@ -180,12 +181,12 @@ class StagedConvNet(Fusable, nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Name parameters to spare from weight decay beyond those of one dimension."""
+        """Return the names of parameters without weight decay, beyond those of one dimension."""
         return set()
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Give the patterns that layer-wise learning rates group parameters by."""
+        """Return the patterns by which layer-wise learning rates group the parameters."""
         blocks: Any = r"^stages\.(\d+)"
         if not coarse:
             blocks = [
@@ -197,17 +198,17 @@ class StagedConvNet(Fusable, nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the activations of each stage in the backward pass instead of storing them."""
+        """Recompute the activations of each stage in the backward pass instead of storing them, or stop doing so."""
         for stage in self.stages:
             stage.grad_checkpointing = enable  # type: ignore[assignment]
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
-        """Give the classifier layer."""
+        """Return the classifier layer."""
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None, reset_other: bool = False) -> None:
-        """Put a new classifier in; 0 classes for none, `global_pool=""` for no pooling."""
+        """Replace the classifier: 0 classes for none, `global_pool=""` for no pooling."""
         self.num_classes = num_classes
         self.head.reset(
             num_classes, global_pool, reset_other=reset_other, in_features=self.num_features, **get_device_dtype(self)
@@ -215,8 +216,8 @@ class StagedConvNet(Fusable, nn.Module):
         self.head_hidden_size = self.head.num_features
 
     def intermediate(self, index: int, x: Tensor) -> Tensor:
-        """Give the feature map of stage `index` in the form in which it is handed out."""
-        for i, norm in enumerate(self.feature_norms):  # TorchScript cannot pick one
+        """Return the feature map `x` of stage `index` as feature extractors return it: normalized if it has a norm."""
+        for i, norm in enumerate(self.feature_norms):  # TorchScript cannot index them
             if i == index:
                 x = norm(x)
         return x
@@ -234,17 +235,17 @@ class StagedConvNet(Fusable, nn.Module):
 
         Args:
             x: images (N, in_chans, H, W).
-            indices: of the stages; an integer for the last n, None for all.
-            norm: apply the final norm to the last stage's map.
-            stop_early: do not compute the stages after the last one asked for.
-            output_fmt: only "NCHW".
-            intermediates_only: return only the list of maps.
+            indices: indices of the stages; an integer n for the last n stages, None for all.
+            norm: whether to apply the final norm to the last stage's map.
+            stop_early: whether to skip the stages after the last requested one.
+            output_fmt: must be "NCHW".
+            intermediates_only: whether to return only the list of maps.
 
         Returns:
-            The final map and the list of intermediate ones (N, C, H, W), or only the list.
+            The final map and the list of intermediate maps (N, C, H, W), or only the list.
         """
         if output_fmt != "NCHW":
-            raise ArgumentError(f"output_fmt '{output_fmt}' is not supported: these networks give 'NCHW' maps")
+            raise ArgumentError(f"output_fmt '{output_fmt}' is not supported: these networks return 'NCHW' maps")
         take, last = feature_take_indices(len(self.stages), indices)
         final = len(self.stages) - 1
         last = last if stop_early else final
@@ -262,7 +263,7 @@ class StagedConvNet(Fusable, nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what is not needed to compute the feature maps of the stages `indices`."""
+        """Remove what is not needed to compute the feature maps of the stages `indices`; return these indices."""
         take, last = feature_take_indices(len(self.stages), indices)
         shortened = last < len(self.stages) - 1
         self.stages = self.stages[: last + 1]
@@ -284,28 +285,9 @@ class StagedConvNet(Fusable, nn.Module):
         return self.norm_pre(self.stages(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(N, num_features, H', W') -> logits (N, num_classes), or what the classifier would get."""
+        """(N, num_features, H', W') -> logits (N, num_classes), or the input of the classifier."""
         return self.head(x, pre_logits=True) if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_chans, H, W) -> logits (N, num_classes)."""
         return self.forward_head(self.forward_features(x))
-
-
-def check_stages(**per_stage: Sequence[Any]) -> None:
-    """Raise unless every given sequence has the same length, one entry a stage."""
-    for name, values in per_stage.items():
-        if not isinstance(values, Sequence):
-            raise ArgumentError(f"{name} must be a sequence with one entry a stage, not {values!r}")
-        if name == "depths" and not all(isinstance(value, int) and value >= 0 for value in values):
-            raise ArgumentError(f"depths are {tuple(values)}: every stage needs a whole number of blocks, 0 or more")
-    lengths = {name: len(values) for name, values in per_stage.items()}
-    if len(set(lengths.values())) != 1:
-        raise ArgumentError(f"one entry a stage is needed, all alike, but the lengths are {lengths}")
-
-
-def check_widths(**widths: Sequence[int]) -> None:
-    """Raise unless every stage has at least one channel."""
-    for name, values in widths.items():
-        if min(values) < 1:
-            raise ArgumentError(f"{name} come out as {tuple(values)}: every stage needs at least one channel")

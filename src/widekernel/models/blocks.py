@@ -1,4 +1,4 @@
-"""Residual blocks and other parts that several families share."""
+"""Residual blocks and other parts of networks that several families share."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from widekernel.layers.alterations import alterations, parametrized, replaced_me
 from widekernel.layers.folding import Fusable, is_trained
 from widekernel.layers.rebuilding import is_plain
 from widekernel.layers.replacing import with_submodule
-from widekernel.models.asked import Asked, Step
 from widekernel.models.base import Parts, Stage
+from widekernel.models.options import ModelOptions, StageSpec
 
 
 class MixerBlock(Fusable, nn.Module):
@@ -24,18 +24,18 @@ class MixerBlock(Fusable, nn.Module):
     Liu et al., A ConvNet for the 2020s, CVPR 2022.
 
     Args:
-        mixer: (N, C, H, W) -> (N, C, H, W).
+        mixer: spatial layer, (N, C, H, W) -> (N, C, H, W).
         dim: C.
         drop_path: rate at which whole samples skip the block in training.
         layer_scale: initial value of the factor per channel, 0 for none.
-        asked: which norm and activation.
+        options: provides the norm and the activation.
     """
 
-    def __init__(self, mixer: nn.Module, dim: int, drop_path: float, layer_scale: float, asked: Asked) -> None:
+    def __init__(self, mixer: nn.Module, dim: int, drop_path: float, layer_scale: float, options: ModelOptions) -> None:
         super().__init__()
         self.mixer = mixer
-        self.norm = asked.last_norm(dim)
-        self.mlp = Mlp(dim, 4 * dim, act_layer=asked.activation(nn.GELU))  # type: ignore[arg-type]
+        self.norm = options.channels_last_norm(dim)
+        self.mlp = Mlp(dim, 4 * dim, act_layer=options.activation(nn.GELU))  # type: ignore[arg-type]
         self.layer_scale = layer_scale
         self.gamma = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale > 0 else None
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
@@ -49,19 +49,19 @@ class MixerBlock(Fusable, nn.Module):
         return x + self.drop_path(y.permute(0, 3, 1, 2))
 
     def foldable(self) -> bool:
-        """Whether there is a layer scale to fold, and a plain layer to fold it into."""
+        """Return whether there is a layer scale to fold, and an unaltered layer to fold it into."""
         return self.gamma is not None and is_plain(self.mlp.fc2) and not self.alterations()
 
     def is_folded(self) -> bool:
-        """Whether there was a layer scale, which has been folded."""
+        """Return whether there was a layer scale, which has been folded."""
         return self.gamma is None and self.layer_scale > 0
 
     def alterations(self) -> list[str]:
-        """List hooks, replaced methods and a parametrisation that keep a layer scale from being folded."""
+        """List hooks, replaced methods and a parametrization that keep a layer scale from being folded."""
         return [] if self.gamma is None else alterations_around_scale(self)
 
     def folded(self) -> MixerBlock:
-        """Put the layer scale into the second linear layer."""
+        """Fold the layer scale into the second linear layer."""
         assert self.gamma is not None
         fc2 = fold_affine(self.mlp.fc2, self.gamma.double(), torch.zeros_like(self.gamma).double())
         fc2.requires_grad_(is_trained(self.mlp.fc2, self.gamma))
@@ -71,42 +71,58 @@ class MixerBlock(Fusable, nn.Module):
 
 
 def alterations_around_scale(block: nn.Module, *others: str) -> list[str]:
-    """List what keeps a layer scale from going into `mlp.fc2`: hooks that would see scaled values, a computed `gamma`."""
+    """List what keeps the layer scale from being folded into `mlp.fc2`.
+
+    These are hooks, which would see scaled values, replaced methods, and a parametrized `gamma`.
+
+    Args:
+        block: block with the parts `mlp` and `gamma`.
+        others: names of other parts of the block that must be unaltered.
+    """
     found = replaced_methods(block) + alterations(block, ("mlp", "mlp.fc2", "mlp.drop2", *others))
     return found + parametrized(block, "gamma")
 
 
-def norm_downsample(dim_in: int, dim_out: int, step: Step, asked: Asked) -> nn.Sequential:
-    """ConvNeXt's downsampling: layer norm, then a 2x2 convolution of stride 2; of stride 1, it keeps the size."""
+def norm_downsample(dim_in: int, dim_out: int, spec: StageSpec, options: ModelOptions) -> nn.Sequential:
+    """Create ConvNeXt's downsampling: layer norm, then a 2x2 convolution, which keeps the size if the stride is 1."""
     conv: nn.Module
-    if step.stride > 1:
-        conv = nn.Conv2d(dim_in, dim_out, 2, stride=step.stride)
+    if spec.stride > 1:
+        conv = nn.Conv2d(dim_in, dim_out, 2, stride=spec.stride)
     else:
-        conv = create_conv2d(dim_in, dim_out, 2, stride=1, dilation=step.dilation_before, padding="same", bias=True)
-    return nn.Sequential(asked.channel_norm()(dim_in), conv)
+        conv = create_conv2d(dim_in, dim_out, 2, stride=1, dilation=spec.downsample_dilation, padding="same", bias=True)
+    return nn.Sequential(options.channel_norm()(dim_in), conv)
 
 
 def convnext_parts(
-    widths: Sequence[int], asked: Asked, block: Callable[[int, int, float, Step], nn.Module], patch: int = 4
+    widths: Sequence[int],
+    options: ModelOptions,
+    make_block: Callable[[int, int, float, StageSpec], nn.Module],
+    patch: int = 4,
 ) -> Parts:
-    """Put blocks into ConvNeXt's frame.
+    """Create the parts of a network that is a ConvNeXt with blocks of its own.
 
     Args:
-        widths: of the stages.
-        asked: what the network is asked for.
-        block: makes a block, given the index of its stage, its width, its drop-path rate, and the step to its stage.
+        widths: width of each stage.
+        options: options of the network.
+        make_block: creates a block from the index of its stage, its width, its drop-path rate and the stage's strides.
         patch: side of the stem's patches in pixels.
     """
-    stages, steps = [], asked.steps(len(widths), patch)
-    for i, (width, step) in enumerate(zip(widths, steps)):
-        downsample = norm_downsample(widths[i - 1], width, step, asked) if i else nn.Identity()
-        stages.append((Stage(downsample, [block(i, width, rate, step) for rate in asked.rates[i]]), width))
-    stem = nn.Sequential(nn.Conv2d(asked.in_chans, widths[0], patch, stride=patch), asked.channel_norm()(widths[0]))
-    return Parts(stem, stages, [step.reduction for step in steps])
+    stages, specs = [], options.stage_specs(len(widths), patch)
+    for i, (width, spec) in enumerate(zip(widths, specs)):
+        downsample = norm_downsample(widths[i - 1], width, spec, options) if i else nn.Identity()
+        blocks = [make_block(i, width, rate, spec) for rate in options.drop_path_rates[i]]
+        stages.append((Stage(downsample, blocks), width))
+    stem = nn.Sequential(nn.Conv2d(options.in_chans, widths[0], patch, stride=patch), options.channel_norm()(widths[0]))
+    return Parts(stem, stages, [spec.reduction for spec in specs])
 
 
 def init_convnext(model: nn.Module, head_init_scale: float) -> None:
-    """Initialise as ConvNeXt does: every convolution, kernel and linear layer from a normal of deviation 0.02."""
+    """Initialize a network as ConvNeXt: convolutions, kernels and linear layers from a normal of standard deviation 0.02.
+
+    Args:
+        model: the network.
+        head_init_scale: factor on the initial weights of the classifier.
+    """
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             nn.init.trunc_normal_(module.weight, std=0.02)
@@ -114,7 +130,7 @@ def init_convnext(model: nn.Module, head_init_scale: float) -> None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, KernelSource):
             for weight in module.parameters(recurse=True):
-                if weight.dim() == 4 and weight.shape[-1] > 1:  # not the gates
+                if weight.dim() == 4 and weight.shape[-1] > 1:  # the gates keep their initial values
                     nn.init.trunc_normal_(weight, std=0.02)
     classifier = model.head.fc  # type: ignore[union-attr]
     if isinstance(classifier, nn.Linear):

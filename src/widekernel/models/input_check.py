@@ -1,4 +1,4 @@
-"""What a network says of images that it cannot take."""
+"""Check of the images that a network is given."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from widekernel.errors import ShapeError
-from widekernel.ops.problem import whole_sizes
+from widekernel.ops.jit_trace import static_shape
 
 
 @register_notrace_module
 class InputCheck(nn.Module):
-    """Passes images on, or says what is wrong with their shape.
+    """Pass images on, or raise an error that says what is wrong with their shape.
 
     Args:
-        in_chans: channels that the network takes.
-        stride: of the whole network; a smaller image would vanish on its way through it.
+        in_chans: number of channels that the network takes.
+        stride: total stride of the network, in pixels; both sides of an image must be at least as long.
     """
 
     def __init__(self, in_chans: int, stride: int) -> None:
@@ -30,11 +30,11 @@ class InputCheck(nn.Module):
         if torch.jit.is_scripting():
             self._check_in_script(x)
         else:
-            self._check(whole_sizes(x))
+            self._check(static_shape(x))
         return x
 
     def _check_in_script(self, x: Tensor) -> None:
-        # TorchScript can neither raise our errors nor compose their texts.
+        # TorchScript can neither raise our errors nor build their messages.
         if x.dim() != 4 or x.shape[1] != self.in_chans or min(x.shape[2], x.shape[3]) < self.stride:
             raise ValueError(
                 f"the input has shape {x.shape}: the network takes (N, {self.in_chans}, H, W), "

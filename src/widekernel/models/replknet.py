@@ -1,4 +1,4 @@
-"""RepLKNet: 31x31 depthwise kernels with a small parallel branch that folds into them.
+"""RepLKNet: 31x31 depthwise kernels with a parallel branch of small kernels that folds into them.
 
 Ding et al., Scaling Up Your Kernels to 31x31: Revisiting Large Kernel Design in CNNs, CVPR 2022.
 """
@@ -22,17 +22,10 @@ from widekernel.layers.hidden_units import HiddenUnits
 from widekernel.layers.large_kernel import is_plain_relu
 from widekernel.layers.norms import is_foldable
 from widekernel.layers.sources import dilate
-from widekernel.models.asked import Asked, Step
-from widekernel.models.base import (
-    Parts,
-    Stage,
-    StagedConvNet,
-    check_stages,
-    check_widths,
-)
-from widekernel.models.building import build, default_cfg
-from widekernel.models.layouts import replknet as layouts
-from widekernel.models.layouts.layout import Layout
+from widekernel.models.base import Parts, Stage, StagedConvNet
+from widekernel.models.builder import build_model, default_cfg
+from widekernel.models.options import ModelOptions, StageSpec
+from widekernel.models.validation import require_channels, require_one_per_stage
 
 
 @dataclass(frozen=True)
@@ -40,13 +33,13 @@ class RepLKNetConfig:
     """Architecture of a RepLKNet.
 
     Attributes:
-        kernel_sizes: K of each stage, odd.
-        small_kernel: size of the parallel small kernel; None or 0 for none.
-        depths: units a stage, each a large-kernel block and a feed-forward block.
+        kernel_sizes: side of the large kernels of each stage, odd.
+        small_kernel: side of the parallel small kernels; None or 0 for none.
+        depths: number of units per stage; a unit is a large-kernel block and a feed-forward block.
         dims: width of each stage.
-        dw_ratio: width of the depthwise layers over that of their stage.
-        ffn_ratio: hidden width of the feed-forward blocks over that of their stage.
-        norm_intermediate_features: give each stage's feature map a batch norm of its own where it is handed out.
+        dw_ratio: width of the depthwise layers relative to that of their stage.
+        ffn_ratio: hidden width of the feed-forward blocks relative to that of their stage.
+        norm_intermediate_features: whether feature extractors apply a batch norm to each stage's feature map.
     """
 
     kernel_sizes: tuple[int, ...] = (31, 29, 27, 13)
@@ -58,8 +51,8 @@ class RepLKNetConfig:
     norm_intermediate_features: bool = False
 
     def __post_init__(self) -> None:
-        check_stages(kernel_sizes=self.kernel_sizes, depths=self.depths, dims=self.dims)
-        check_widths(
+        require_one_per_stage(kernel_sizes=self.kernel_sizes, depths=self.depths, dims=self.dims)
+        require_channels(
             dims=self.dims,
             depthwise_widths=[int(dim * self.dw_ratio) for dim in self.dims],
             hidden_widths=[int(dim * self.ffn_ratio) for dim in self.dims],
@@ -67,16 +60,16 @@ class RepLKNetConfig:
 
 
 class LargeKernelBlock(Fusable, nn.Module):
-    """Batch norm, 1x1, large depthwise kernel, 1x1, residual.
+    """Batch norm, 1x1 convolution, large depthwise kernel, 1x1 convolution, residual.
 
     Args:
         dim: C.
-        width: of the depthwise layer.
-        kernel_size: K.
-        small_kernel: size of the parallel kernel, None or 0 for none.
+        width: width of the depthwise layer.
+        kernel_size: side of the large kernels.
+        small_kernel: side of the parallel small kernels, None or 0 for none.
         drop_path: rate at which whole samples skip the block in training.
-        dilation: of the kernels.
-        norm: makes a norm of so many channels.
+        dilation: dilation of the kernels.
+        norm: creates a norm from a number of channels.
     """
 
     def __init__(
@@ -105,44 +98,44 @@ class LargeKernelBlock(Fusable, nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
         y = self.pw1(self.prelkb_bn(x))
-        y = self.act(self.large_kernel(y)) if torch.jit.is_scripting() else self._rectified(y)
+        y = self.act(self.large_kernel(y)) if torch.jit.is_scripting() else self._large_kernel_and_act(y)
         return x + self.drop_path(self.pw2(y))
 
     @torch.jit.unused
-    def _rectified(self, x: Tensor) -> Tensor:
-        together = type(self.large_kernel) is FoldedLargeKernel and not alteration(self.large_kernel)
-        if together and is_plain_relu(self.act):
+    def _large_kernel_and_act(self, x: Tensor) -> Tensor:
+        fused = type(self.large_kernel) is FoldedLargeKernel and not alteration(self.large_kernel)
+        if fused and is_plain_relu(self.act):
             return self.large_kernel(x, relu=True)
         return self.act(self.large_kernel(x))
 
     def foldable(self) -> bool:
-        """Whether the norms around the 1x1 convolutions can be folded into them."""
+        """Return whether the norms around the 1x1 convolutions can be folded into them."""
         norms = is_foldable(self.prelkb_bn) and self.pw1.foldable() and self.pw2.foldable()
         return norms and not replaced_method(self)
 
     def alterations(self) -> list[str]:
-        """List hooks and replaced methods that keep the first norm from being folded; empty without one."""
+        """List the hooks and replaced methods that keep the first norm from being folded; none if it is folded already."""
         if type(self.prelkb_bn) is nn.Identity:
             return []
         parts = ("prelkb_bn", "pw1", "pw1.conv", "pw1.bn", "pw2", "pw2.conv", "pw2.bn")
         return replaced_methods(self) + alterations(self, parts)
 
     def folded(self) -> LargeKernelBlock:
-        """Fold the norms before and after the 1x1 convolutions; the large kernel folds by itself."""
+        """Fold the norms before and after the 1x1 convolutions; the large-kernel layer is folded on its own."""
         self.pw1, self.pw2 = self.pw1.folded(input_norm=self.prelkb_bn), self.pw2.folded()
         self.prelkb_bn = nn.Identity()  # type: ignore[assignment]
         return self
 
 
 class FeedForwardBlock(Fusable, nn.Module):
-    """Batch norm, 1x1, GELU, 1x1, residual.
+    """Batch norm, 1x1 convolution, GELU, 1x1 convolution, residual.
 
     Args:
         dim: C.
         hidden: width between the 1x1 convolutions.
         drop_path: rate at which whole samples skip the block in training.
-        norm: makes a norm of so many channels.
-        act: makes the activation.
+        norm: creates a norm from a number of channels.
+        act: creates the activation.
     """
 
     def __init__(
@@ -164,12 +157,12 @@ class FeedForwardBlock(Fusable, nn.Module):
         return x + self.drop_path(self.pw2(self.pw1(self.preffn_bn(x))))
 
     def foldable(self) -> bool:
-        """Whether the norms around the 1x1 convolutions can be folded into them."""
+        """Return whether the norms around the 1x1 convolutions can be folded into them."""
         norms = is_foldable(self.preffn_bn) and self.pw1.foldable() and self.pw2.foldable()
         return norms and not replaced_method(self)
 
     def alterations(self) -> list[str]:
-        """List hooks and replaced methods that keep the first norm from being folded; empty without one."""
+        """List the hooks and replaced methods that keep the first norm from being folded; none if it is folded already."""
         if type(self.preffn_bn) is nn.Identity:
             return []
         parts = ("preffn_bn", "pw1", "pw1.conv", "pw1.bn", "pw2", "pw2.conv", "pw2.bn")
@@ -191,56 +184,51 @@ class FeedForwardBlock(Fusable, nn.Module):
 class RepLKNet(StagedConvNet):
     """RepLKNet.
 
-    Its arguments are those of `StagedConvNet`.
+    It takes the arguments of `StagedConvNet`.
     """
 
-    def parts(self, cfg: RepLKNetConfig, asked: Asked) -> Parts:
-        """Make stem, stages and norms."""
-        norm, act = asked.batch_norm(), asked.activation(nn.GELU)
-        stages, steps = [], asked.steps(len(cfg.dims))
-        for i, (dim, step) in enumerate(zip(cfg.dims, steps)):
+    def parts(self, cfg: RepLKNetConfig, options: ModelOptions) -> Parts:
+        """Create the stem, the stages and the norms."""
+        norm, act = options.batch_norm(), options.activation(nn.GELU)
+        stages, specs = [], options.stage_specs(len(cfg.dims))
+        for i, (dim, spec) in enumerate(zip(cfg.dims, specs)):
             width, hidden, size = int(dim * cfg.dw_ratio), int(dim * cfg.ffn_ratio), cfg.kernel_sizes[i]
             blocks: list[nn.Module] = []
-            for rate in asked.rates[i]:
-                blocks.append(LargeKernelBlock(dim, width, size, cfg.small_kernel, rate, step.dilation, norm))
+            for rate in options.drop_path_rates[i]:
+                blocks.append(LargeKernelBlock(dim, width, size, cfg.small_kernel, rate, spec.dilation, norm))
                 blocks.append(FeedForwardBlock(dim, hidden, rate, norm, act))
-            stages.append((Stage(_transition(cfg.dims[i - 1], dim, step, norm) if i else nn.Identity(), blocks), dim))
+            stages.append((Stage(_transition(cfg.dims[i - 1], dim, spec, norm) if i else nn.Identity(), blocks), dim))
         return Parts(
-            stem=_stem(asked.in_chans, cfg.dims[0], norm),
+            stem=_stem(options.in_chans, cfg.dims[0], norm),
             stages=stages,
-            reductions=[step.reduction for step in steps],
+            reductions=[spec.reduction for spec in specs],
             norm_pre=norm(cfg.dims[-1]),
             head_norm=False,
             feature_norms=[norm(dim) for dim in cfg.dims] if cfg.norm_intermediate_features else [],
         )
 
-    def layouts(self) -> tuple[Layout, ...]:
-        """Give the layouts of the training and of the merged form."""
-        return layouts.layouts(len(self.cfg.dims))
 
-
-def _normed(conv: nn.Conv2d, norm: Callable[..., nn.Module]) -> ConvNorm:
+def _conv_norm_relu(conv: nn.Conv2d, norm: Callable[..., nn.Module]) -> ConvNorm:
     return ConvNorm(conv, norm(conv.out_channels), nn.ReLU())
 
 
 def _stem(in_chans: int, dim: int, norm: Callable[..., nn.Module]) -> nn.Sequential:
     return nn.Sequential(
-        _normed(nn.Conv2d(in_chans, dim, 3, stride=2, padding=1, bias=False), norm),
-        _normed(nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False), norm),
-        _normed(nn.Conv2d(dim, dim, 1, bias=False), norm),
-        _normed(nn.Conv2d(dim, dim, 3, stride=2, padding=1, groups=dim, bias=False), norm),
+        _conv_norm_relu(nn.Conv2d(in_chans, dim, 3, stride=2, padding=1, bias=False), norm),
+        _conv_norm_relu(nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False), norm),
+        _conv_norm_relu(nn.Conv2d(dim, dim, 1, bias=False), norm),
+        _conv_norm_relu(nn.Conv2d(dim, dim, 3, stride=2, padding=1, groups=dim, bias=False), norm),
     )
 
 
-def _transition(dim_in: int, dim_out: int, step: Step, norm: Callable[..., nn.Module]) -> nn.Sequential:
-    apart = 1 if step.stride > 1 else step.dilation_before
-    depthwise = nn.Conv2d(dim_out, dim_out, 3, stride=step.stride, padding=apart, dilation=apart, groups=dim_out, bias=False)
-    return nn.Sequential(_normed(nn.Conv2d(dim_in, dim_out, 1, bias=False), norm), _normed(depthwise, norm))
+def _transition(dim_in: int, dim_out: int, spec: StageSpec, norm: Callable[..., nn.Module]) -> nn.Sequential:
+    dilation = 1 if spec.stride > 1 else spec.downsample_dilation
+    depthwise = nn.Conv2d(
+        dim_out, dim_out, 3, stride=spec.stride, padding=dilation, dilation=dilation, groups=dim_out, bias=False
+    )
+    return nn.Sequential(_conv_norm_relu(nn.Conv2d(dim_in, dim_out, 1, bias=False), norm), _conv_norm_relu(depthwise, norm))
 
 
-_LARGE = (192, 384, 768, 1536)
-_XL = RepLKNetConfig(kernel_sizes=(27, 27, 27, 13), small_kernel=None, dims=(256, 512, 1024, 2048), dw_ratio=1.5)
-_NANO = RepLKNetConfig(kernel_sizes=(31, 15, 7, 5), small_kernel=3, depths=(1, 1, 2, 1), dims=(16, 32, 64, 128))
 _INCEPTION: dict[str, Any] = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 
 default_cfgs = generate_default_cfgs(
@@ -255,23 +243,39 @@ default_cfgs = generate_default_cfgs(
 
 @register_model
 def replknet_31b(pretrained: bool = False, **kwargs: Any) -> RepLKNet:
-    """RepLKNet-31B: 79.9 M parameters, 15.4 GMACs at 224."""
-    return build(RepLKNet, "replknet_31b", RepLKNetConfig(), pretrained, kwargs)
+    """RepLKNet-31B (Ding et al., CVPR 2022): kernels 31, 29, 27, 13; depths 2, 2, 18, 2; widths 128 to 1024.
+
+    79.9 M parameters, 15.4 GMACs at 224.
+    """
+    return _build("replknet_31b", RepLKNetConfig(), pretrained, kwargs)
 
 
 @register_model
 def replknet_31l(pretrained: bool = False, **kwargs: Any) -> RepLKNet:
-    """RepLKNet-31L: 172.7 M parameters, 96.3 GMACs at 384."""
-    return build(RepLKNet, "replknet_31l", RepLKNetConfig(dims=_LARGE), pretrained, kwargs)
+    """RepLKNet-31L (Ding et al., CVPR 2022): kernels 31, 29, 27, 13; depths 2, 2, 18, 2; widths 192 to 1536.
+
+    172.7 M parameters, 96.3 GMACs at 384.
+    """
+    return _build("replknet_31l", RepLKNetConfig(dims=(192, 384, 768, 1536)), pretrained, kwargs)
 
 
 @register_model
 def replknet_xl(pretrained: bool = False, **kwargs: Any) -> RepLKNet:
-    """RepLKNet-XL: 335.4 M parameters, 128.7 GMACs at 320; preprocessing with mean and deviation 0.5."""
-    return build(RepLKNet, "replknet_xl", _XL, pretrained, kwargs)
+    """RepLKNet-XL (Ding et al., CVPR 2022): kernels 27, 27, 27, 13; depths 2, 2, 18, 2; widths 256 to 2048.
+
+    It has no small kernels, and its depthwise layers are 1.5 times as wide. 335.4 M parameters, 128.7 GMACs at 320;
+    preprocessing with mean and standard deviation 0.5.
+    """
+    config = RepLKNetConfig(kernel_sizes=(27, 27, 27, 13), small_kernel=None, dims=(256, 512, 1024, 2048), dw_ratio=1.5)
+    return _build("replknet_xl", config, pretrained, kwargs)
 
 
 @register_model
 def replknet_nano(pretrained: bool = False, **kwargs: Any) -> RepLKNet:
-    """A small RepLKNet for images of 64 pixels, for quick work."""
-    return build(RepLKNet, "replknet_nano", _NANO, pretrained, kwargs)
+    """Small RepLKNet for images of 64 pixels, for tests and demos: kernels 31, 15, 7, 5; widths 16 to 128."""
+    config = RepLKNetConfig(kernel_sizes=(31, 15, 7, 5), small_kernel=3, depths=(1, 1, 2, 1), dims=(16, 32, 64, 128))
+    return _build("replknet_nano", config, pretrained, kwargs)
+
+
+def _build(variant: str, config: RepLKNetConfig, pretrained: bool, kwargs: dict[str, Any]) -> RepLKNet:
+    return build_model(RepLKNet, variant, config, pretrained, kwargs)  # type: ignore[no-any-return]

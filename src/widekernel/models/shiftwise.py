@@ -1,16 +1,16 @@
-"""Shift-wise convolution: wide kernels out of small tiles that are moved differently in each direction.
+"""Shift-wise convolution: wide kernels made of small tiles that are shifted differently in each direction.
 
 Li et al., ShiftwiseConv: Small Convolutional Kernel with Large Kernel Effect, CVPR 2025.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from timm.layers import DropPath, Mlp, SqueezeExcite
 from timm.layers.grn import GlobalResponseNorm
-from timm.models import generate_default_cfgs
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, full, nn
 
 from widekernel.errors import ArgumentError
@@ -22,18 +22,11 @@ from widekernel.layers.partial import seeded_selection
 from widekernel.layers.rebuilding import is_plain
 from widekernel.layers.replacing import with_submodule
 from widekernel.layers.sources import dilate
-from widekernel.models.asked import Asked, Step
-from widekernel.models.base import (
-    Parts,
-    Stage,
-    StagedConvNet,
-    check_stages,
-    check_widths,
-)
+from widekernel.models.base import Parts, Stage, StagedConvNet
 from widekernel.models.blocks import MixerBlock, alterations_around_scale, convnext_parts, init_convnext
-from widekernel.models.building import default_cfg, register
-from widekernel.models.layouts import shiftwise as layouts
-from widekernel.models.layouts.layout import Layout
+from widekernel.models.builder import build_model, default_cfg
+from widekernel.models.options import ModelOptions, StageSpec
+from widekernel.models.validation import require_channels, require_one_per_stage
 
 
 @dataclass(frozen=True)
@@ -41,15 +34,15 @@ class ShiftWiseConfig:
     """Architecture of a Shift-wise network.
 
     Attributes:
-        kernel_sizes: K of each stage, odd.
-        small_kernel: N, the side of the tiles.
-        ghost_ratio: share of the channels that pass the large kernel untouched.
-        paths: tile sets added up in training.
-        groups: permutations a direction.
-        width_factor: factor on `dims`, rounded down.
-        depths: blocks a stage.
-        dims: width of each stage.
-        layer_scale: initial value, 0 for none.
+        kernel_sizes: long side K of the kernels of each stage, odd.
+        small_kernel: side N of the tiles.
+        ghost_ratio: fraction of the channels that bypass the large kernel.
+        paths: number of tile sets that are summed in training.
+        groups: number of permutations per direction.
+        width_factor: factor on `dims`; the widths are rounded down.
+        depths: number of blocks per stage.
+        dims: width of each stage before `width_factor`.
+        layer_scale: initial value of the layer scale, 0 for none.
         head_init_scale: factor on the initial weights of the classifier.
     """
 
@@ -65,10 +58,12 @@ class ShiftWiseConfig:
     head_init_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        check_stages(kernel_sizes=self.kernel_sizes, depths=self.depths, dims=self.dims)
-        check_widths(widths=self.widths)
+        require_one_per_stage(kernel_sizes=self.kernel_sizes, depths=self.depths, dims=self.dims)
+        require_channels(widths=self.widths)
         if not 0 <= self.ghost_ratio < 1:
-            raise ArgumentError(f"ghost_ratio {self.ghost_ratio} must lie in [0, 1): some channels must be worked on")
+            raise ArgumentError(
+                f"ghost_ratio {self.ghost_ratio} must lie in [0, 1): some channels must go through the large kernel"
+            )
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -84,15 +79,15 @@ class ShiftWiseBlock(Fusable, nn.Module):
         dim: C.
         drop_path: rate at which whole samples skip the block in training.
         layer_scale: initial value of the factor per channel, 0 for none.
-        asked: which activation.
+        options: provides the activation.
     """
 
-    def __init__(self, mixer: nn.Module, dim: int, drop_path: float, layer_scale: float, asked: Asked) -> None:
+    def __init__(self, mixer: nn.Module, dim: int, drop_path: float, layer_scale: float, options: ModelOptions) -> None:
         super().__init__()
         self.mixer = mixer
         self.norm = nn.BatchNorm2d(dim)
         self.se = SqueezeExcite(dim, rd_channels=dim // 4)
-        act: Any = asked.activation(nn.GELU)
+        act: Any = options.activation(nn.GELU)
         self.mlp = Mlp(dim, 4 * dim, act_layer=act, norm_layer=GlobalResponseNorm, bias=(True, False))
         self.norm2 = nn.BatchNorm2d(dim)
         self.gamma = nn.Parameter(full((dim,), layer_scale)) if layer_scale > 0 else None
@@ -107,12 +102,12 @@ class ShiftWiseBlock(Fusable, nn.Module):
         return x + self.drop_path(y)
 
     def foldable(self) -> bool:
-        """Whether norms and mixer can be folded."""
+        """Return whether the norms and the mixer can be folded."""
         around = is_foldable(self.norm) and is_foldable(self.norm2) and is_plain(self.mlp.fc2)
         return around and getattr(self.mixer, "foldable", lambda: False)() and not self.alterations()
 
     def alterations(self) -> list[str]:
-        """List hooks, replaced methods and a parametrisation that keep norms and layer scale from being folded."""
+        """List the hooks, replaced methods and parametrizations that keep norms and layer scale from being folded."""
         parts = self.norm, self.norm2
         if self.gamma is None and all(type(part) is nn.Identity for part in parts):
             return []
@@ -136,77 +131,61 @@ class ShiftWiseBlock(Fusable, nn.Module):
 class ShiftWise(StagedConvNet):
     """Shift-wise network, second version: convolutional stem, squeeze-excite, response norm.
 
-    Its arguments are those of `StagedConvNet`.
+    It takes the arguments of `StagedConvNet`.
     """
 
-    def parts(self, cfg: ShiftWiseConfig, asked: Asked) -> Parts:
-        """Make stem and stages."""
-        stages, steps = [], asked.steps(len(cfg.widths))
-        for i, (width, step) in enumerate(zip(cfg.widths, steps)):
+    def parts(self, cfg: ShiftWiseConfig, options: ModelOptions) -> Parts:
+        """Create the stem and the stages."""
+        stages, specs = [], options.stage_specs(len(cfg.widths))
+        for i, (width, spec) in enumerate(zip(cfg.widths, specs)):
             blocks = []
-            for rate in asked.rates[i]:
-                mixer = _shift_wise(width, cfg.kernel_sizes[i], cfg, _even_part, step.dilation)
-                blocks.append(ShiftWiseBlock(mixer, width, rate, cfg.layer_scale, asked))
-            downsample = _conv_downsample(cfg.widths[i - 1], width, step, asked) if i else nn.Identity()
+            for rate in options.drop_path_rates[i]:
+                worked = int(width * (1 - cfg.ghost_ratio)) // 2 * 2  # an even number, as officially
+                mixer = _shift_wise(width, worked, cfg.kernel_sizes[i], cfg, spec.dilation)
+                blocks.append(ShiftWiseBlock(mixer, width, rate, cfg.layer_scale, options))
+            downsample = _conv_downsample(cfg.widths[i - 1], width, spec, options) if i else nn.Identity()
             stages.append((Stage(downsample, blocks), width))
-        return Parts(_conv_stem(cfg.widths[0], asked), stages, [step.reduction for step in steps])
+        return Parts(_conv_stem(cfg.widths[0], options), stages, [spec.reduction for spec in specs])
 
     def init_weights(self) -> None:
-        """Initialise as ConvNeXt does."""
+        """Initialize as ConvNeXt."""
         init_convnext(self, self.cfg.head_init_scale)
-
-    def layouts(self) -> tuple[Layout, ...]:
-        """Give the layout of the official network, merged or not."""
-        return layouts.second_version(len(self.cfg.dims))
 
 
 class ShiftWiseV1(StagedConvNet):
-    """Shift-wise network, first version: ConvNeXt's stem and blocks around the shift-wise layer.
+    """Shift-wise network, first version: ConvNeXt with shift-wise spatial layers.
 
-    Its arguments are those of `StagedConvNet`.
+    It takes the arguments of `StagedConvNet`.
     """
 
-    def parts(self, cfg: ShiftWiseConfig, asked: Asked) -> Parts:
-        """Make ConvNeXt's frame with Shift-wise layers."""
+    def parts(self, cfg: ShiftWiseConfig, options: ModelOptions) -> Parts:
+        """Create a ConvNeXt with shift-wise spatial layers."""
 
-        def block(i: int, width: int, rate: float, step: Step) -> MixerBlock:
-            mixer = _shift_wise(width, cfg.kernel_sizes[i], cfg, _all_but_ghosts, step.dilation)
-            return MixerBlock(mixer, width, rate, cfg.layer_scale, asked)
+        def make_block(i: int, width: int, rate: float, spec: StageSpec) -> MixerBlock:
+            worked = width - int(width * cfg.ghost_ratio)
+            mixer = _shift_wise(width, worked, cfg.kernel_sizes[i], cfg, spec.dilation)
+            return MixerBlock(mixer, width, rate, cfg.layer_scale, options)
 
-        return convnext_parts(cfg.widths, asked, block)
+        return convnext_parts(cfg.widths, options, make_block)
 
     def init_weights(self) -> None:
-        """Initialise as ConvNeXt does."""
+        """Initialize as ConvNeXt."""
         init_convnext(self, self.cfg.head_init_scale)
 
-    def layouts(self) -> tuple[Layout, ...]:
-        """Give the layout of the official network, merged or not."""
-        return layouts.first_version(len(self.cfg.dims))
 
-
-def _even_part(channels: int, ghost_ratio: float) -> int:
-    """Count the channels that the second version works on, an even number."""
-    return int(channels * (1 - ghost_ratio)) // 2 * 2
-
-
-def _all_but_ghosts(channels: int, ghost_ratio: float) -> int:
-    """Count the channels that the first version works on."""
-    return channels - int(channels * ghost_ratio)
-
-
-def _shift_wise(channels: int, big: int, cfg: ShiftWiseConfig, count: Any, dilation: int) -> nn.Module:
-    worked = count(channels, cfg.ghost_ratio)
+def _shift_wise(channels: int, worked: int, kernel_size: int, cfg: ShiftWiseConfig, dilation: int) -> nn.Module:
+    """Create the shift-wise layer for `worked` of `channels` channels; the others bypass it."""
     if worked < 1:
         raise ArgumentError(f"ghost_ratio {cfg.ghost_ratio} leaves none of {channels} channels to work on: lower it")
-    source = dilate(ShiftTiles(worked, big, cfg.small_kernel, cfg.paths, cfg.groups), dilation)
+    source = dilate(ShiftTiles(worked, kernel_size, cfg.small_kernel, cfg.paths, cfg.groups), dilation)
     layer = LargeKernel(source, [nn.BatchNorm2d(worked) for _ in range(source.num_branches)], identity=True)
     return PartialChannels(layer, seeded_selection(channels, worked), channels)
 
 
-def _conv_stem(dim: int, asked: Asked) -> nn.Sequential:
-    norm = asked.channel_norm()
+def _conv_stem(dim: int, options: ModelOptions) -> nn.Sequential:
+    norm = options.channel_norm()
     return nn.Sequential(
-        nn.Conv2d(asked.in_chans, dim // 2, 3, stride=2, padding=1),
+        nn.Conv2d(options.in_chans, dim // 2, 3, stride=2, padding=1),
         norm(dim // 2),
         nn.GELU(),
         nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1),
@@ -214,42 +193,121 @@ def _conv_stem(dim: int, asked: Asked) -> nn.Sequential:
     )
 
 
-def _conv_downsample(dim_in: int, dim_out: int, step: Step, asked: Asked) -> nn.Sequential:
-    reach = 1 if step.stride > 1 else step.dilation_before
-    conv = nn.Conv2d(dim_in, dim_out, 3, stride=step.stride, padding=reach, dilation=reach)
-    return nn.Sequential(conv, asked.channel_norm()(dim_out))
+def _conv_downsample(dim_in: int, dim_out: int, spec: StageSpec, options: ModelOptions) -> nn.Sequential:
+    dilation = 1 if spec.stride > 1 else spec.downsample_dilation
+    conv = nn.Conv2d(dim_in, dim_out, 3, stride=spec.stride, padding=dilation, dilation=dilation)
+    return nn.Sequential(conv, options.channel_norm()(dim_out))
 
 
-_TINY = ShiftWiseConfig()
 _SMALL_DEPTHS = (3, 3, 27, 3)
+_SMALL_DIMS = (96, 192, 384, 768)
+_BASE_DIMS = (128, 256, 512, 1024)
 _NANO = ShiftWiseConfig((31, 15, 7, 5), depths=(1, 1, 2, 1), dims=(16, 32, 64, 128))
-_SECOND = {
-    "tiny": _TINY,
-    "small": replace(_TINY, depths=_SMALL_DEPTHS, dims=(96, 192, 384, 768)),
-    "base": replace(_TINY, depths=_SMALL_DEPTHS, dims=(128, 256, 512, 1024)),
-    "nano": _NANO,
-}
-_FIRST_TINY = ShiftWiseConfig(small_kernel=5, depths=(3, 3, 9, 3), dims=(96, 192, 384, 768))
-_FIRST = {
-    "tiny": _FIRST_TINY,
-    "small": replace(_FIRST_TINY, depths=_SMALL_DEPTHS),
-    "base": replace(_FIRST_TINY, depths=_SMALL_DEPTHS, dims=(128, 256, 512, 1024)),
-    "nano": _NANO,
-}
-_KINDS: dict[str, tuple[Any, dict[str, ShiftWiseConfig]]] = {
-    "shiftwise": (ShiftWise, _SECOND),
-    "shiftwise_v1": (ShiftWiseV1, _FIRST),
-}
-
 
 default_cfgs = generate_default_cfgs(
     {
-        f"{kind}_{size}.untrained": default_cfg(64 if size == "nano" else 224)
-        for kind, (_, configs) in _KINDS.items()
-        for size in configs
+        "shiftwise_tiny.untrained": default_cfg(),
+        "shiftwise_small.untrained": default_cfg(),
+        "shiftwise_base.untrained": default_cfg(),
+        "shiftwise_nano.untrained": default_cfg(64),
+        "shiftwise_v1_tiny.untrained": default_cfg(),
+        "shiftwise_v1_small.untrained": default_cfg(),
+        "shiftwise_v1_base.untrained": default_cfg(),
+        "shiftwise_v1_nano.untrained": default_cfg(64),
     }
 )
-for _kind, (_network, _configs) in _KINDS.items():
-    for _size, _cfg in _configs.items():
-        _kernels = ", ".join(map(str, _cfg.kernel_sizes))
-        register(_network, f"{_kind}_{_size}", _cfg, f"{_kind}_{_size}: kernels {_kernels} out of moved tiles.")
+
+
+@register_model
+def shiftwise_tiny(pretrained: bool = False, **kwargs: Any) -> ShiftWise:
+    """Shift-wise-T, second version (Li et al., CVPR 2025): kernels 51, 49, 47, 13 made of 3x3 tiles.
+
+    Depths 3, 3, 18, 3; widths 80 to 640.
+    """
+    config = ShiftWiseConfig()
+    return build_model(ShiftWise, "shiftwise_tiny", config, pretrained, kwargs)  # type: ignore[no-any-return]
+
+
+@register_model
+def shiftwise_small(pretrained: bool = False, **kwargs: Any) -> ShiftWise:
+    """Shift-wise-S, second version (Li et al., CVPR 2025): kernels 51, 49, 47, 13 made of 3x3 tiles.
+
+    Depths 3, 3, 27, 3; widths 96 to 768.
+    """
+    return build_model(
+        ShiftWise, "shiftwise_small", ShiftWiseConfig(depths=_SMALL_DEPTHS, dims=_SMALL_DIMS), pretrained, kwargs
+    )  # type: ignore[no-any-return]
+
+
+@register_model
+def shiftwise_base(pretrained: bool = False, **kwargs: Any) -> ShiftWise:
+    """Shift-wise-B, second version (Li et al., CVPR 2025): kernels 51, 49, 47, 13 made of 3x3 tiles.
+
+    Depths 3, 3, 27, 3; widths 128 to 1024.
+    """
+    return build_model(
+        ShiftWise, "shiftwise_base", ShiftWiseConfig(depths=_SMALL_DEPTHS, dims=_BASE_DIMS), pretrained, kwargs
+    )  # type: ignore[no-any-return]
+
+
+@register_model
+def shiftwise_nano(pretrained: bool = False, **kwargs: Any) -> ShiftWise:
+    """Small Shift-wise network, second version, for images of 64 pixels, for tests and demos.
+
+    Kernels 31, 15, 7, 5 made of 3x3 tiles; depths 1, 1, 2, 1; widths 16 to 128.
+    """
+    return build_model(ShiftWise, "shiftwise_nano", _NANO, pretrained, kwargs)  # type: ignore[no-any-return]
+
+
+@register_model
+def shiftwise_v1_tiny(pretrained: bool = False, **kwargs: Any) -> ShiftWiseV1:
+    """Shift-wise-T, first version (Li et al., CVPR 2025): kernels 51, 49, 47, 13 made of 5x5 tiles.
+
+    Depths 3, 3, 9, 3; widths 96 to 768.
+    """
+    return build_model(
+        ShiftWiseV1,
+        "shiftwise_v1_tiny",
+        ShiftWiseConfig(small_kernel=5, depths=(3, 3, 9, 3), dims=_SMALL_DIMS),
+        pretrained,
+        kwargs,
+    )  # type: ignore[no-any-return]
+
+
+@register_model
+def shiftwise_v1_small(pretrained: bool = False, **kwargs: Any) -> ShiftWiseV1:
+    """Shift-wise-S, first version (Li et al., CVPR 2025): kernels 51, 49, 47, 13 made of 5x5 tiles.
+
+    Depths 3, 3, 27, 3; widths 96 to 768.
+    """
+    return build_model(
+        ShiftWiseV1,
+        "shiftwise_v1_small",
+        ShiftWiseConfig(small_kernel=5, depths=_SMALL_DEPTHS, dims=_SMALL_DIMS),
+        pretrained,
+        kwargs,
+    )  # type: ignore[no-any-return]
+
+
+@register_model
+def shiftwise_v1_base(pretrained: bool = False, **kwargs: Any) -> ShiftWiseV1:
+    """Shift-wise-B, first version (Li et al., CVPR 2025): kernels 51, 49, 47, 13 made of 5x5 tiles.
+
+    Depths 3, 3, 27, 3; widths 128 to 1024.
+    """
+    return build_model(
+        ShiftWiseV1,
+        "shiftwise_v1_base",
+        ShiftWiseConfig(small_kernel=5, depths=_SMALL_DEPTHS, dims=_BASE_DIMS),
+        pretrained,
+        kwargs,
+    )  # type: ignore[no-any-return]
+
+
+@register_model
+def shiftwise_v1_nano(pretrained: bool = False, **kwargs: Any) -> ShiftWiseV1:
+    """Small Shift-wise network, first version, for images of 64 pixels, for tests and demos.
+
+    Kernels 31, 15, 7, 5 made of 3x3 tiles; depths 1, 1, 2, 1; widths 16 to 128.
+    """
+    return build_model(ShiftWiseV1, "shiftwise_v1_nano", _NANO, pretrained, kwargs)  # type: ignore[no-any-return]

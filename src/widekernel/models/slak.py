@@ -1,4 +1,4 @@
-"""SLaK: 51x51 kernels as two crossed strips and a small square, and its variants out of small tiles.
+"""SLaK: 51x51 kernels as two crossed strips and a small square, and its variants with strips made of small tiles.
 
 Liu et al., More ConvNets in the 2020s: Scaling up Kernels Beyond 51x51 using Sparsity, ICLR 2023. The variants SLaK_reg,
 SLaK_pw and SLaK_pww come from the first version of Shift-wise convolution.
@@ -6,10 +6,10 @@ SLaK_pw and SLaK_pww come from the first version of Shift-wise convolution.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from timm.models import generate_default_cfgs
+from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from widekernel.errors import ArgumentError
@@ -24,17 +24,11 @@ from widekernel.layers import (
     TruncatedTiles,
 )
 from widekernel.layers.sources import check_odd, dilate
-from widekernel.models.asked import Asked, Step
-from widekernel.models.base import (
-    Parts,
-    StagedConvNet,
-    check_stages,
-    check_widths,
-)
+from widekernel.models.base import Parts, StagedConvNet
 from widekernel.models.blocks import MixerBlock, convnext_parts, init_convnext
-from widekernel.models.building import default_cfg, register
-from widekernel.models.layouts import slak as layouts
-from widekernel.models.layouts.layout import Layout
+from widekernel.models.builder import build_model, default_cfg
+from widekernel.models.options import ModelOptions, StageSpec
+from widekernel.models.validation import require_channels, require_one_per_stage
 from widekernel.settings import require_literals
 
 Strips = Literal["free", "split", "shared", "shuffled"]
@@ -43,23 +37,24 @@ Padding = Literal["full", "k-1", "same"]
 
 @dataclass(frozen=True)
 class SLaKConfig:
-    """Architecture of a SLaK.
+    """Architecture of a SLaK or one of its variants.
 
     Attributes:
-        kernel_sizes: K of each stage, odd.
-        small_kernel: N, the short side of the strips and the side of the small square, which is left out where it is not
-            smaller than K. By default 5 with strips and none without; 0 for no small square without strips.
-        width_factor: factor on `dims`, rounded down.
-        decomposed: strips K x N and N x K in the place of the K x K square.
-        bn: a batch norm after every branch.
-        depths: blocks a stage.
+        kernel_sizes: long side K of the kernels of each stage, odd.
+        small_kernel: short side N of the strips and side of the small square, which is left out if it is not smaller than
+            K. By default 5 with strips and none without; 0 for no small square without strips.
+        width_factor: factor on `dims`; the widths are rounded down.
+        decomposed: whether strips K x N and N x K replace the K x K square.
+        bn: whether a batch norm follows every branch.
+        depths: number of blocks per stage.
         dims: width of each stage before `width_factor`.
-        strips: what the strips are made of: free kernels (SLaK), tiles of their own (SLaK_reg), tiles shared by both
-            directions with gates (SLaK_pww), or shared and shuffled in the second direction (SLaK_pw).
-        padding: of the tile convolutions of `shuffled` strips. "full" and "k-1" keep every tile that touches the image,
-            which is the same function; "same" drops the tiles whose middle lies outside.
-        branches: shuffled arrangements that are added up, for `shuffled` strips.
-        layer_scale: initial value, 0 for none.
+        strips: how the strips are parametrized: "free" kernels (SLaK), "split" into tiles of each direction's own
+            (SLaK_reg), tiles "shared" by both directions with gates (SLaK_pww), or shared tiles that are "shuffled" in the
+            second direction (SLaK_pw).
+        padding: padding of the tile convolutions of "shuffled" strips. "full" and "k-1" keep every tile that touches the
+            image and are the same function; "same" drops the tiles whose center lies outside.
+        branches: number of shuffled arrangements that are summed, for "shuffled" strips.
+        layer_scale: initial value of the layer scale, 0 for none.
         head_init_scale: factor on the initial weights of the classifier.
     """
 
@@ -77,7 +72,7 @@ class SLaKConfig:
     head_init_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        check_stages(kernel_sizes=self.kernel_sizes, depths=self.depths, dims=self.dims)
+        require_one_per_stage(kernel_sizes=self.kernel_sizes, depths=self.depths, dims=self.dims)
         require_literals(self)
         if self.strips != "shuffled" and (self.padding != "full" or self.branches != 1):
             raise ArgumentError("padding and branches are options of the slak_pw_* networks only")
@@ -85,20 +80,20 @@ class SLaKConfig:
             raise ArgumentError(f"decomposed=False leaves no strips to build as {self.strips!r}: use a plain slak_* network")
         if self.decomposed and self.small_kernel == 0:
             raise ArgumentError("small_kernel=0 leaves the strips without a short side: give it, or set decomposed=False")
-        check_widths(widths=self.widths)
+        require_channels(widths=self.widths)
         check_odd("kernel size", *self.kernel_sizes)
         if self.decomposed and self.short is not None and self.short > min(self.kernel_sizes):
             raise ArgumentError(
                 f"small_kernel {self.short} is larger than a kernel size of {self.kernel_sizes}, so that there is no strip: "
                 "lower it, or set decomposed=False"
             )
-        # Without strips a small kernel that is no smaller than the large one is left out, whatever it is (officially 100).
+        # Without strips, a small kernel that is not smaller than the large one is left out; the official commands give 100.
         if self.short is not None and any(self.short < size for size in self.kernel_sizes):
             check_odd("small_kernel", self.short)
 
     @property
     def short(self) -> int | None:
-        """N, with the default filled in."""
+        """Short side N, with the default filled in; None for none."""
         if self.small_kernel is None:
             return 5 if self.decomposed else None
         return self.small_kernel or None
@@ -110,27 +105,23 @@ class SLaKConfig:
 
 
 class SLaK(StagedConvNet):
-    """SLaK.
+    """SLaK and its tile variants.
 
-    Its arguments are those of `StagedConvNet`.
+    It takes the arguments of `StagedConvNet`.
     """
 
-    def parts(self, cfg: SLaKConfig, asked: Asked) -> Parts:
-        """Make ConvNeXt's frame with SLaK's layers."""
+    def parts(self, cfg: SLaKConfig, options: ModelOptions) -> Parts:
+        """Create a ConvNeXt with SLaK's spatial layers."""
 
-        def block(i: int, width: int, rate: float, step: Step) -> MixerBlock:
-            mixer = _large_kernel(width, cfg.kernel_sizes[i], cfg, step.dilation)
-            return MixerBlock(mixer, width, rate, cfg.layer_scale, asked)
+        def make_block(i: int, width: int, rate: float, spec: StageSpec) -> MixerBlock:
+            mixer = _large_kernel(width, cfg.kernel_sizes[i], cfg, spec.dilation)
+            return MixerBlock(mixer, width, rate, cfg.layer_scale, options)
 
-        return convnext_parts(cfg.widths, asked, block)
+        return convnext_parts(cfg.widths, options, make_block)
 
     def init_weights(self) -> None:
-        """Initialise as ConvNeXt does."""
+        """Initialize as ConvNeXt."""
         init_convnext(self, self.cfg.head_init_scale)
-
-    def layouts(self) -> tuple[Layout, ...]:
-        """Give the layout of the official network of this kind, and that of SLaK where it can be split into tiles."""
-        return layouts.layouts(self.cfg.strips, self.cfg.decomposed, self.cfg.short or 0, len(self.cfg.dims))
 
 
 def _large_kernel(channels: int, big: int, cfg: SLaKConfig, dilation: int) -> LargeKernel:
@@ -157,37 +148,225 @@ def _source(channels: int, big: int, cfg: SLaKConfig) -> KernelSource:
     return SourceGroup([strips, Rectangles(channels, square)])
 
 
-_TINY = SLaKConfig()
-_SIZES = {
-    "tiny": _TINY,
-    "small": replace(_TINY, depths=(3, 3, 27, 3)),
-    "base": replace(_TINY, depths=(3, 3, 27, 3), dims=(128, 256, 512, 1024)),
-    "large": replace(_TINY, depths=(3, 3, 27, 3), dims=(192, 384, 768, 1536)),
-    "nano": SLaKConfig((31, 15, 7, 5), small_kernel=3, width_factor=1.0, depths=(1, 1, 2, 1), dims=(16, 32, 64, 128)),
+# The published commands use kernels of 43 and 45 in the third stage if the tiles are shared.
+_PW_KERNELS = (51, 49, 43, 13)
+_PWW_KERNELS = (51, 49, 45, 13)
+_SMALL: dict[str, Any] = {"depths": (3, 3, 27, 3)}
+_BASE: dict[str, Any] = {"depths": (3, 3, 27, 3), "dims": (128, 256, 512, 1024)}
+_LARGE: dict[str, Any] = {"depths": (3, 3, 27, 3), "dims": (192, 384, 768, 1536)}
+_NANO: dict[str, Any] = {
+    "kernel_sizes": (31, 15, 7, 5),
+    "small_kernel": 3,
+    "width_factor": 1.0,
+    "depths": (1, 1, 2, 1),
+    "dims": (16, 32, 64, 128),
 }
-_KINDS: dict[str, tuple[Strips, str]] = {
-    "slak": ("free", "crossed strips of free kernels"),
-    "slak_reg": ("split", "strips out of tiles, each direction with its own"),
-    "slak_pw": ("shuffled", "strips out of tiles that both directions share, the second one shuffled"),
-    "slak_pww": ("shared", "strips out of tiles that both directions share, gated by weights"),
-}
-# The kernels of the published commands: 43 and 45 in the third stage where tiles are shared.
-_THIRD_STAGE = {"slak_pw": 43, "slak_pww": 45}
-
-
-def _config(kind: str, size: str) -> SLaKConfig:
-    cfg = replace(_SIZES[size], strips=_KINDS[kind][0])
-    if kind in _THIRD_STAGE and size != "nano":
-        first, second, _, fourth = cfg.kernel_sizes
-        cfg = replace(cfg, kernel_sizes=(first, second, _THIRD_STAGE[kind], fourth))
-    return cfg
-
 
 default_cfgs = generate_default_cfgs(
-    {f"{kind}_{size}.untrained": default_cfg(64 if size == "nano" else 224) for kind in _KINDS for size in _SIZES}
+    {
+        "slak_tiny.untrained": default_cfg(),
+        "slak_small.untrained": default_cfg(),
+        "slak_base.untrained": default_cfg(),
+        "slak_large.untrained": default_cfg(),
+        "slak_nano.untrained": default_cfg(64),
+        "slak_reg_tiny.untrained": default_cfg(),
+        "slak_reg_small.untrained": default_cfg(),
+        "slak_reg_base.untrained": default_cfg(),
+        "slak_reg_large.untrained": default_cfg(),
+        "slak_reg_nano.untrained": default_cfg(64),
+        "slak_pw_tiny.untrained": default_cfg(),
+        "slak_pw_small.untrained": default_cfg(),
+        "slak_pw_base.untrained": default_cfg(),
+        "slak_pw_large.untrained": default_cfg(),
+        "slak_pw_nano.untrained": default_cfg(64),
+        "slak_pww_tiny.untrained": default_cfg(),
+        "slak_pww_small.untrained": default_cfg(),
+        "slak_pww_base.untrained": default_cfg(),
+        "slak_pww_large.untrained": default_cfg(),
+        "slak_pww_nano.untrained": default_cfg(64),
+    }
 )
-for _kind, (_, _what) in _KINDS.items():
-    for _size in _SIZES:
-        _cfg = _config(_kind, _size)
-        _kernels = ", ".join(map(str, _cfg.kernel_sizes))
-        register(SLaK, f"{_kind}_{_size}", _cfg, f"{_kind}_{_size}: {_what}, kernels {_kernels}.")
+
+
+@register_model
+def slak_tiny(pretrained: bool = False, **kwargs: Any) -> SLaK:
+    """SLaK-T (Liu et al., ICLR 2023): crossed strips of free kernels.
+
+    Kernels 51, 49, 47, 13 with a short side of 5; depths 3, 3, 9, 3; widths 124 to 998.
+    """
+    return _build("slak_tiny", SLaKConfig(), pretrained, kwargs)
+
+
+@register_model
+def slak_small(pretrained: bool = False, **kwargs: Any) -> SLaK:
+    """SLaK-S (Liu et al., ICLR 2023): crossed strips of free kernels.
+
+    Kernels 51, 49, 47, 13 with a short side of 5; depths 3, 3, 27, 3; widths 124 to 998.
+    """
+    return _build("slak_small", SLaKConfig(**_SMALL), pretrained, kwargs)
+
+
+@register_model
+def slak_base(pretrained: bool = False, **kwargs: Any) -> SLaK:
+    """SLaK-B (Liu et al., ICLR 2023): crossed strips of free kernels.
+
+    Kernels 51, 49, 47, 13 with a short side of 5; depths 3, 3, 27, 3; widths 166 to 1331.
+    """
+    return _build("slak_base", SLaKConfig(**_BASE), pretrained, kwargs)
+
+
+@register_model
+def slak_large(pretrained: bool = False, **kwargs: Any) -> SLaK:
+    """SLaK-L (Liu et al., ICLR 2023): crossed strips of free kernels.
+
+    Kernels 51, 49, 47, 13 with a short side of 5; depths 3, 3, 27, 3; widths 249 to 1996.
+    """
+    return _build("slak_large", SLaKConfig(**_LARGE), pretrained, kwargs)
+
+
+@register_model
+def slak_nano(pretrained: bool = False, **kwargs: Any) -> SLaK:
+    """Small SLaK for images of 64 pixels, for tests and demos: crossed strips of free kernels.
+
+    Kernels 31, 15, 7, 5 with a short side of 3; depths 1, 1, 2, 1; widths 16 to 128.
+    """
+    return _build("slak_nano", SLaKConfig(**_NANO), pretrained, kwargs)
+
+
+@register_model
+def slak_reg_tiny(pretrained: bool = False, **kwargs: Any) -> SLaK:
+    """SLaK_reg-T (Li et al., CVPR 2025): strips of tiles, each direction with its own.
+
+    Kernels 51, 49, 47, 13 with a short side of 5; depths 3, 3, 9, 3; widths 124 to 998.
+    """
+    return _build("slak_reg_tiny", SLaKConfig(strips="split"), pretrained, kwargs)
+
+
+@register_model
+def slak_reg_small(pretrained: bool = False, **kwargs: Any) -> SLaK:
+    """SLaK_reg-S (Li et al., CVPR 2025): strips of tiles, each direction with its own.
+
+    Kernels 51, 49, 47, 13 with a short side of 5; depths 3, 3, 27, 3; widths 124 to 998.
+    """
+    return _build("slak_reg_small", SLaKConfig(strips="split", **_SMALL), pretrained, kwargs)
+
+
+@register_model
+def slak_reg_base(pretrained: bool = False, **kwargs: Any) -> SLaK:
+    """SLaK_reg-B (Li et al., CVPR 2025): strips of tiles, each direction with its own.
+
+    Kernels 51, 49, 47, 13 with a short side of 5; depths 3, 3, 27, 3; widths 166 to 1331.
+    """
+    return _build("slak_reg_base", SLaKConfig(strips="split", **_BASE), pretrained, kwargs)
+
+
+@register_model
+def slak_reg_large(pretrained: bool = False, **kwargs: Any) -> SLaK:
+    """SLaK_reg-L (Li et al., CVPR 2025): strips of tiles, each direction with its own.
+
+    Kernels 51, 49, 47, 13 with a short side of 5; depths 3, 3, 27, 3; widths 249 to 1996.
+    """
+    return _build("slak_reg_large", SLaKConfig(strips="split", **_LARGE), pretrained, kwargs)
+
+
+@register_model
+def slak_reg_nano(pretrained: bool = False, **kwargs: Any) -> SLaK:
+    """Small SLaK_reg for images of 64 pixels, for tests and demos: strips of tiles, each direction with its own.
+
+    Kernels 31, 15, 7, 5 with a short side of 3; depths 1, 1, 2, 1; widths 16 to 128.
+    """
+    return _build("slak_reg_nano", SLaKConfig(strips="split", **_NANO), pretrained, kwargs)
+
+
+@register_model
+def slak_pw_tiny(pretrained: bool = False, **kwargs: Any) -> SLaK:
+    """SLaK_pw-T (Li et al., CVPR 2025): strips of shared tiles, shuffled in one direction.
+
+    Kernels 51, 49, 43, 13 with a short side of 5; depths 3, 3, 9, 3; widths 124 to 998.
+    """
+    return _build("slak_pw_tiny", SLaKConfig(_PW_KERNELS, strips="shuffled"), pretrained, kwargs)
+
+
+@register_model
+def slak_pw_small(pretrained: bool = False, **kwargs: Any) -> SLaK:
+    """SLaK_pw-S (Li et al., CVPR 2025): strips of shared tiles, shuffled in one direction.
+
+    Kernels 51, 49, 43, 13 with a short side of 5; depths 3, 3, 27, 3; widths 124 to 998.
+    """
+    return _build("slak_pw_small", SLaKConfig(_PW_KERNELS, strips="shuffled", **_SMALL), pretrained, kwargs)
+
+
+@register_model
+def slak_pw_base(pretrained: bool = False, **kwargs: Any) -> SLaK:
+    """SLaK_pw-B (Li et al., CVPR 2025): strips of shared tiles, shuffled in one direction.
+
+    Kernels 51, 49, 43, 13 with a short side of 5; depths 3, 3, 27, 3; widths 166 to 1331.
+    """
+    return _build("slak_pw_base", SLaKConfig(_PW_KERNELS, strips="shuffled", **_BASE), pretrained, kwargs)
+
+
+@register_model
+def slak_pw_large(pretrained: bool = False, **kwargs: Any) -> SLaK:
+    """SLaK_pw-L (Li et al., CVPR 2025): strips of shared tiles, shuffled in one direction.
+
+    Kernels 51, 49, 43, 13 with a short side of 5; depths 3, 3, 27, 3; widths 249 to 1996.
+    """
+    return _build("slak_pw_large", SLaKConfig(_PW_KERNELS, strips="shuffled", **_LARGE), pretrained, kwargs)
+
+
+@register_model
+def slak_pw_nano(pretrained: bool = False, **kwargs: Any) -> SLaK:
+    """Small SLaK_pw for images of 64 pixels, for tests and demos: strips of shared tiles, shuffled in one direction.
+
+    Kernels 31, 15, 7, 5 with a short side of 3; depths 1, 1, 2, 1; widths 16 to 128.
+    """
+    return _build("slak_pw_nano", SLaKConfig(strips="shuffled", **_NANO), pretrained, kwargs)
+
+
+@register_model
+def slak_pww_tiny(pretrained: bool = False, **kwargs: Any) -> SLaK:
+    """SLaK_pww-T (Li et al., CVPR 2025): strips of tiles that both directions share, with gates.
+
+    Kernels 51, 49, 45, 13 with a short side of 5; depths 3, 3, 9, 3; widths 124 to 998.
+    """
+    return _build("slak_pww_tiny", SLaKConfig(_PWW_KERNELS, strips="shared"), pretrained, kwargs)
+
+
+@register_model
+def slak_pww_small(pretrained: bool = False, **kwargs: Any) -> SLaK:
+    """SLaK_pww-S (Li et al., CVPR 2025): strips of tiles that both directions share, with gates.
+
+    Kernels 51, 49, 45, 13 with a short side of 5; depths 3, 3, 27, 3; widths 124 to 998.
+    """
+    return _build("slak_pww_small", SLaKConfig(_PWW_KERNELS, strips="shared", **_SMALL), pretrained, kwargs)
+
+
+@register_model
+def slak_pww_base(pretrained: bool = False, **kwargs: Any) -> SLaK:
+    """SLaK_pww-B (Li et al., CVPR 2025): strips of tiles that both directions share, with gates.
+
+    Kernels 51, 49, 45, 13 with a short side of 5; depths 3, 3, 27, 3; widths 166 to 1331.
+    """
+    return _build("slak_pww_base", SLaKConfig(_PWW_KERNELS, strips="shared", **_BASE), pretrained, kwargs)
+
+
+@register_model
+def slak_pww_large(pretrained: bool = False, **kwargs: Any) -> SLaK:
+    """SLaK_pww-L (Li et al., CVPR 2025): strips of tiles that both directions share, with gates.
+
+    Kernels 51, 49, 45, 13 with a short side of 5; depths 3, 3, 27, 3; widths 249 to 1996.
+    """
+    return _build("slak_pww_large", SLaKConfig(_PWW_KERNELS, strips="shared", **_LARGE), pretrained, kwargs)
+
+
+@register_model
+def slak_pww_nano(pretrained: bool = False, **kwargs: Any) -> SLaK:
+    """Small SLaK_pww for images of 64 pixels, for tests and demos: strips of tiles that both directions share, with gates.
+
+    Kernels 31, 15, 7, 5 with a short side of 3; depths 1, 1, 2, 1; widths 16 to 128.
+    """
+    return _build("slak_pww_nano", SLaKConfig(strips="shared", **_NANO), pretrained, kwargs)
+
+
+def _build(variant: str, config: SLaKConfig, pretrained: bool, kwargs: dict[str, Any]) -> SLaK:
+    return build_model(SLaK, variant, config, pretrained, kwargs)  # type: ignore[no-any-return]

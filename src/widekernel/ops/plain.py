@@ -1,8 +1,8 @@
-"""The operators out of PyTorch's convolutions alone, for graphs that other programs read.
+"""The operators made of PyTorch's convolutions alone, for graphs that other programs read.
 
-TorchScript, recorded traces, and exported programs that are decomposed consist of this: they need no widekernel where they
+TorchScript, recorded traces and decomposed exported programs consist of these functions: they need no widekernel where they
 are loaded, and counters, converters and other runtimes know every operation. Nothing depends on the size of the image. All
-of it is TorchScript, differentiable by PyTorch's own rules: forward as fast as the portable backend, backward slower.
+functions are TorchScript and are differentiated by PyTorch's own rules: forward as fast as `torch_conv`, backward slower.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from widekernel.ops.portable import WIDEST_CONTIGUOUS_KERNEL
-from widekernel.ops.problem import is_channels_last, whole_sizes
+from widekernel.ops.jit_trace import static_shape
+from widekernel.ops.problem import is_channels_last
+from widekernel.ops.torch_conv import WIDEST_CONTIGUOUS_KERNEL
 
 
 def depthwise_sum(
@@ -24,28 +25,31 @@ def depthwise_sum(
     relu: bool = False,
 ) -> Tensor:
     """Compute `ops.depthwise_sum` of one or more rectangles; arguments are not checked."""
-    image = _readable(x, kernels)
-    y = _convolved(image, kernels[0], anchors[0], bias if scale is None else None)
+    image = _in_fast_layout(x, kernels)
+    y = _convolve(image, kernels[0], anchors[0], bias if scale is None else None)
     for i in range(1, len(kernels)):
-        y = y + _convolved(image, kernels[i], anchors[i], None)
+        y = y + _convolve(image, kernels[i], anchors[i], None)
     if scale is not None:
         y = y * scale.view(-1, 1, 1)
         if bias is not None:
             y = y + bias.view(-1, 1, 1)
-    return _stored_like(y.relu() if relu else y, x)
+    return _in_layout_of(y.relu() if relu else y, x)
 
 
 def depthwise_branches(x: Tensor, kernels: list[Tensor], anchors: list[tuple[int, int]]) -> list[Tensor]:
     """Compute `ops.depthwise_branches`; arguments are not checked."""
-    image = _readable(x, kernels)
+    image = _in_fast_layout(x, kernels)
     branches: list[Tensor] = []
     for kernel, anchor in zip(kernels, anchors):
-        branches.append(_stored_like(_convolved(image, kernel, anchor, None), x))
+        branches.append(_in_layout_of(_convolve(image, kernel, anchor, None), x))
     return branches
 
 
 def depthwise_weight_grad(x: Tensor, grad: Tensor, kernel_size: tuple[int, int], anchor: tuple[int, int]) -> Tensor:
-    """Compute `ops.depthwise_weight_grad`; arguments are not checked. A recorded graph is of that many images only."""
+    """Compute `ops.depthwise_weight_grad`; arguments are not checked.
+
+    A recorded graph takes only batches of the size that it was recorded with.
+    """
     batch, channels, height, width = x.shape
     padded = F.pad(x, _padding([kernel_size[0], kernel_size[1]], anchor))
     # Every channel of every image is a channel of its own, with its gradient as the kernel.
@@ -54,8 +58,8 @@ def depthwise_weight_grad(x: Tensor, grad: Tensor, kernel_size: tuple[int, int],
     return sums.reshape(batch, channels, kernel_size[0], kernel_size[1]).sum(0).unsqueeze(1)
 
 
-def _convolved(x: Tensor, kernel: Tensor, anchor: tuple[int, int], bias: Tensor | None) -> Tensor:
-    sizes = whole_sizes(kernel)
+def _convolve(x: Tensor, kernel: Tensor, anchor: tuple[int, int], bias: Tensor | None) -> Tensor:
+    sizes = static_shape(kernel)
     left, right, above, below = _padding(sizes[2:], anchor)
     if left == right and above == below:
         return F.conv2d(x, kernel, bias, padding=[above, left], groups=sizes[0])
@@ -67,17 +71,17 @@ def _padding(kernel_size: list[int], anchor: tuple[int, int]) -> list[int]:
     return [anchor[1], kernel_size[1] - 1 - anchor[1], anchor[0], kernel_size[0] - 1 - anchor[0]]
 
 
-def _readable(x: Tensor, kernels: list[Tensor], limit: int = WIDEST_CONTIGUOUS_KERNEL) -> Tensor:
-    """Give `x` in the layout in which convolutions with these kernels are not pathologically slow; see `portable`."""
+def _in_fast_layout(x: Tensor, kernels: list[Tensor], limit: int = WIDEST_CONTIGUOUS_KERNEL) -> Tensor:
+    """Return `x` in the layout in which convolutions with these kernels are not pathologically slow; see `torch_conv`."""
     widest = 0
     for kernel in kernels:
-        widest = max(widest, whole_sizes(kernel)[3])
+        widest = max(widest, static_shape(kernel)[3])
     if x.device.type == "cpu" and widest > limit:
         return x.contiguous(memory_format=torch.channels_last)
     return x
 
 
-def _stored_like(y: Tensor, x: Tensor) -> Tensor:
+def _in_layout_of(y: Tensor, x: Tensor) -> Tensor:
     if is_channels_last(x):
         return y.contiguous(memory_format=torch.channels_last)
     return y.contiguous()

@@ -132,7 +132,7 @@ def test_errors_of_calls(hollow: Path) -> None:
     assert isinstance(raised.value, WidekernelError)
 
 
-def test_switched_off() -> None:
+def test_a_library_that_is_switched_off() -> None:
     for value in ("0", "off"):
         loaded = library.open_library({"WIDEKERNEL_NATIVE": value})
         assert f"switched off by WIDEKERNEL_NATIVE={value}" in loaded.reason
@@ -140,16 +140,16 @@ def test_switched_off() -> None:
         assert not loaded.threads_available
 
 
-def test_not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_that_was_not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "__file__", str(tmp_path / "library.py"))
     loaded = library.open_library({})
-    assert f"was not built, {tmp_path} has none; install a C++17 compiler" in loaded.reason
+    assert f"was not built ({tmp_path} has none); install a C++17 compiler" in loaded.reason
     assert "WIDEKERNEL_REQUIRE_NATIVE=1 pip install --force-reinstall --no-deps --no-cache-dir widekernel" in loaded.reason
     assert loaded.wanted
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    assert opened(tmp_path / "no.so").reason == f"WIDEKERNEL_LIBRARY={tmp_path / 'no.so'} is no file: correct or unset it"
+    assert opened(tmp_path / "no.so").reason == f"WIDEKERNEL_LIBRARY={tmp_path / 'no.so'} is not a file: correct or unset it"
 
 
 def test_a_file_that_cannot_be_loaded(tmp_path: Path) -> None:
@@ -158,13 +158,13 @@ def test_a_file_that_cannot_be_loaded(tmp_path: Path) -> None:
     assert re.match(rf"{file} cannot be loaded \(.*\); reinstall", opened(file).reason)
 
 
-def test_another_interface(tmp_path: Path) -> None:
+def test_a_library_with_another_interface(tmp_path: Path) -> None:
     file = compiled(tmp_path / "other.so", f"#define VERSION {library.ABI + 1}\n{HOLLOW}")
     wanted = f"{file} has interface {library.ABI + 1}, this version of widekernel needs {library.ABI}; reinstall"
     assert opened(file).reason.startswith(wanted)
 
 
-def test_a_library_of_others(tmp_path: Path) -> None:
+def test_a_file_that_is_another_library(tmp_path: Path) -> None:
     file = compiled(tmp_path / "foreign.so", 'extern "C" int foreign() { return 1; }\n')
     assert "is not the native library of widekernel (" in opened(file).reason
     file = compiled(tmp_path / "partial.so", f'extern "C" int wk_abi() {{ return {library.ABI}; }}\n')
@@ -210,7 +210,7 @@ def test_no_warning(unloaded: pytest.MonkeyPatch, answer: Library) -> None:
 
 @pytest.mark.parametrize("value", ["1", "yes", "ON"])
 @pytest.mark.parametrize("wanted", [True, False], ids=["missing", "switched off"])
-def test_a_library_that_is_required_is_not_done_without(unloaded: pytest.MonkeyPatch, wanted: bool, value: str) -> None:
+def test_a_required_library_that_is_missing_raises(unloaded: pytest.MonkeyPatch, wanted: bool, value: str) -> None:
     unloaded.setattr(library, "open_library", lambda _: Library("there is no compiler", wanted=wanted))
     unloaded.setenv("WIDEKERNEL_REQUIRE_NATIVE", value)
     x, kernel = torch.zeros(1, 2, 4, 4), torch.zeros(2, 1, 3, 3)
@@ -223,13 +223,13 @@ def test_a_library_that_is_required_is_not_done_without(unloaded: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("value", ["", "0", "no", "False"])
-def test_a_library_that_is_not_required(unloaded: pytest.MonkeyPatch, value: str) -> None:
+def test_a_missing_library_that_is_not_required(unloaded: pytest.MonkeyPatch, value: str) -> None:
     unloaded.setattr(library, "open_library", lambda _: Library("there is no compiler", wanted=False))
     unloaded.setenv("WIDEKERNEL_REQUIRE_NATIVE", value)
     assert ops.explain(torch.zeros(1, 2, 4, 4), [torch.zeros(2, 1, 3, 3)])[0].backend != "native"
 
 
-def test_a_library_that_is_required_and_there(unloaded: pytest.MonkeyPatch) -> None:
+def test_a_required_library_that_is_there(unloaded: pytest.MonkeyPatch) -> None:
     unloaded.setattr(library, "open_library", lambda _: Library())
     unloaded.setenv("WIDEKERNEL_REQUIRE_NATIVE", "1")
     library.warn_once_if_missing()

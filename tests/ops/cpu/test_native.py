@@ -18,8 +18,10 @@ from tests.ops.cases import CASES, EMPTY, LAYOUTS, Case, relative_error
 from widekernel import ops
 from widekernel.errors import ArgumentError
 from widekernel.ops import reference
-from widekernel.ops.cpu import library, native
+from widekernel.ops.backends.native import NativeBackend
+from widekernel.ops.cpu import library
 from widekernel.ops.cpu.plan import METHODS, Pass, Piece, Plan
+from widekernel.ops.cpu.prepared import PreparedSum, PreparedWeightGrad
 from widekernel.ops.problem import Problem, mirror
 
 pytestmark = pytest.mark.skipif(library.load().reason is not None, reason=str(library.load().reason))
@@ -42,14 +44,14 @@ def native_sum(
     x: Tensor, kernels: list[Tensor], anchors: list, bias: Tensor | None, method: int, threads: int = 2
 ) -> Tensor:
     problem = Problem.of_sum(x, kernels, anchors)
-    return native.PreparedSum(problem, forced(problem, method, threads))(x, kernels, anchors, bias)
+    return PreparedSum(problem, forced(problem, method, threads))(x, kernels, anchors, bias)
 
 
 def native_weight_grad(
     x: Tensor, grad: Tensor, size: tuple[int, int], anchor: tuple, method: int, threads: int = 2
 ) -> Tensor:
     problem = Problem.of_weight_grad(x, size, anchor)
-    return native.PreparedWeightGrad(problem, forced(problem, method, threads))(x, grad, size, anchor)
+    return PreparedWeightGrad(problem, forced(problem, method, threads))(x, grad, size, anchor)
 
 
 def check(x: Tensor, kernels: list[Tensor], anchors: list, bias: Tensor | None, method: int, threads: int = 2) -> None:
@@ -96,7 +98,7 @@ def test_channels_around_the_width_of_a_vector(channels: int, layout: str, metho
 @METHOD
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_short_types(dtype: torch.dtype, layout: str, method: int) -> None:
+def test_half_precision(dtype: torch.dtype, layout: str, method: int) -> None:
     x = LAYOUTS[layout](torch.randn(2, 21, 12, 13).to(dtype))
     check(x, [torch.randn(21, 1, 9, 5).to(dtype)], [(4, 2)], torch.randn(21).to(dtype), method)
 
@@ -168,7 +170,7 @@ def test_kernels_joined_into_one_pass(together: bool, method: int, layout: str) 
         passes, targets = (Pass(Piece(11, 9, 5, 4), method),), (0, 0, 0)
     else:
         passes, targets = (Pass(Piece(11, 3, 5, 1), method), Pass(Piece(3, 9, 0, 4), DIRECT)), (0, 1, 0)
-    y = native.PreparedSum(problem, Plan(passes, targets, 2, 0.0))(x, kernels, anchors, None)
+    y = PreparedSum(problem, Plan(passes, targets, 2, 0.0))(x, kernels, anchors, None)
     want = reference.depthwise_sum(x.double(), [k.double() for k in kernels], anchors, None)
     assert relative_error(y, want) <= LIMIT[method] + LIMIT[DIRECT]
 
@@ -179,7 +181,7 @@ def test_the_epilogue(layout: str, method: int) -> None:
     x, kernel = LAYOUTS[layout](torch.randn(2, 37, 9, 9)), torch.randn(37, 1, 5, 5)
     scale, shift = torch.randn(37), torch.randn(37)
     problem = Problem.of_sum(x, [kernel], [(2, 2)])
-    prepared = native.PreparedSum(problem, forced(problem, method))
+    prepared = PreparedSum(problem, forced(problem, method))
     want = reference.depthwise_sum(x.double(), [kernel.double()], [(2, 2)], None)
     want = want * scale.double().view(-1, 1, 1) + shift.double().view(-1, 1, 1)
     assert relative_error(prepared(x, [kernel], [(2, 2)], shift, scale, False), want) <= LIMIT[method]
@@ -251,7 +253,7 @@ def test_working_memory_does_not_depend_on_the_batch() -> None:
         bytes_needed = set()
         for batch in (8, 64):
             problem = Problem(op, "cpu", torch.float32, (batch, 256, 56, 56), ((31, 31),), ((15, 15),), channels_last)
-            own, shared = native.prepare(problem).workspace()  # type: ignore[attr-defined]
+            own, shared = NativeBackend().prepare(problem).workspace()  # type: ignore[attr-defined]
             bytes_needed.add((own, shared))
             assert 0 < own < 8 << 20
         assert len(bytes_needed) == 1

@@ -12,7 +12,7 @@ from widekernel.ops.cpu.plan import Piece, Plan, plan, reason_for_pytorch
 from widekernel.ops.problem import Problem
 
 
-def of(kernels, shape=(8, 128, 56, 56), op="depthwise_sum", algorithm="", anchors=None, channels_last=False) -> Problem:
+def of(kernels, shape=(8, 128, 56, 56), op="depthwise_sum", algorithm=None, anchors=None, channels_last=False) -> Problem:
     anchors = anchors or tuple((kh // 2, kw // 2) for kh, kw in kernels)
     return Problem(op, "cpu", torch.float32, shape, tuple(kernels), tuple(anchors), channels_last, algorithm)
 
@@ -36,7 +36,7 @@ def test_the_transform_runs_along_the_long_axis() -> None:
     assert str(plan(of([(51, 5)]), 2, 16)) == "51x5 hybrid along columns"
 
 
-def test_direct_is_direct() -> None:
+def test_the_direct_algorithm_is_never_hybrid() -> None:
     assert methods(plan(of([(31, 31)], algorithm="direct"), 2, 16)) == [False]
     assert methods(plan(of([(31, 31)], op="depthwise_weight_grad", algorithm="direct"), 2, 16)) == [False]
 
@@ -63,7 +63,7 @@ def test_small_calls_wake_no_thread() -> None:
     assert plan(of([(31, 31)]), 8, 16).threads == 8
 
 
-def test_where_pytorch_is_faster() -> None:
+def test_problems_that_pytorch_computes_faster() -> None:
     assert reason_for_pytorch(of([(3, 3)], channels_last=True))
     assert reason_for_pytorch(of([(7, 7)], (8, 1024, 14, 14), channels_last=True))
     for problem in [

@@ -128,14 +128,14 @@ def test_one_thread_is_the_caller(probe: Probe) -> None:
     assert set(probe.run(8, 1)[:, 0]) == {probe.calls.caller()}
 
 
-def test_without_a_runtime_the_caller_works_alone(fresh: Callable[..., Probe]) -> None:
+def test_without_a_runtime_one_thread_works(fresh: Callable[..., Probe]) -> None:
     alone = fresh(bound=False)
     log = alone.run(4, 50)
     check(log, 1)
     assert set(log[:, 0]) == {alone.calls.caller()}
 
 
-def test_what_cannot_be_bound(fresh: Callable[..., Probe], tmp_path: Path) -> None:
+def test_files_whose_runtime_cannot_be_used(fresh: Callable[..., Probe], tmp_path: Path) -> None:
     """Neither a file that is not loaded, and is not loaded for this, nor one without OpenMP."""
     alone = fresh(bound=False)
     assert alone.calls.wk_bind_openmp(None) == 0
@@ -159,7 +159,7 @@ def test_no_task_waits_for_a_busy_thread(probe: Probe, threads: int) -> None:
     assert threads_of(log) == threads
 
 
-def test_nested(probe: Probe) -> None:
+def test_nested_parallel_regions(probe: Probe) -> None:
     check(probe.run(3, 40, inner=25), 3)
 
 

@@ -1,8 +1,8 @@
-"""Compile launches for GPUs that are not here, and read from the result what a test can assert.
+"""Compile launches for GPUs that this machine does not have, and extract facts that tests can assert.
 
-Triton needs no GPU to compile. The launching code itself is run on tensors without data, every kernel replaced by a
-recorder that compiles what it is called with. That happens in processes of their own, because where there is no GPU the
-tests run with Triton's interpreter, which takes the compiler's place when Triton is imported.
+Triton needs no GPU to compile. The launching code runs on meta tensors, with every kernel replaced by a recorder that
+compiles each call. That happens in separate processes: without a GPU the tests run in Triton's interpreter, which replaces
+the compiler when Triton is imported.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from widekernel.ops.gpu.configs import Chip, Config, from_entry
+from widekernel.ops.gpu.kernel_configs import Chip, KernelConfig, config_from_entry
 from widekernel.ops.problem import (
     DEPTHWISE_BRANCHES,
     DEPTHWISE_SUM,
@@ -37,28 +37,28 @@ CHIPS = {
     "sm_90": Chip((9, 0), 132, 227 * 1024),
     "sm_100": Chip((10, 0), 148, 227 * 1024),
 }
-"""GPUs of which the shipped table speaks."""
+"""The GPUs in the shipped table."""
 OTHERS = {
     "sm_86": Chip((8, 6), 82, 99 * 1024),
     "sm_89": Chip((8, 9), 128, 99 * 1024),
     "sm_120": Chip((12, 0), 170, 99 * 1024),
 }
-"""GPUs for which every configuration is estimated: RTX 30, RTX 40 and RTX 50, with less shared memory."""
+"""GPUs whose configurations are all estimated: RTX 30, RTX 40 and RTX 50, with less shared memory."""
 ALL_CHIPS = CHIPS | OTHERS
 TENSOR_CORES = re.compile(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync")
 
 
 @dataclass(frozen=True)
 class Job:
-    """A problem, how it is to be computed, and for which GPU."""
+    """A problem, its configuration, and the GPU to compile for."""
 
     problem: Problem
-    config: Config
+    config: KernelConfig
     chip: str
 
     def packed(self) -> dict[str, Any]:
         problem = asdict(self.problem) | {"dtype": str(self.problem.dtype).removeprefix("torch.")}
-        return {"problem": problem, "config": self.config.entry(), "chip": self.chip}
+        return {"problem": problem, "config": self.config.to_entry(), "chip": self.chip}
 
     @staticmethod
     def unpacked(packed: dict[str, Any]) -> Job:
@@ -66,7 +66,7 @@ class Job:
         fields["dtype"] = getattr(torch, fields["dtype"])
         for name in ("shape", "kernels", "anchors"):
             fields[name] = tuple(tuple(v) if isinstance(v, list) else v for v in fields[name])
-        return Job(Problem(**fields), from_entry(packed["config"]), packed["chip"])
+        return Job(Problem(**fields), config_from_entry(packed["config"]), packed["chip"])
 
     def __str__(self) -> str:
         return f"{self.chip} {self.problem.dtype} {self.problem} {self.config}"
@@ -74,16 +74,16 @@ class Job:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one kernel became.
+    """Facts about a compiled kernel.
 
     Attributes:
         kernel: its name.
-        target: that it was compiled for, such as sm_90a.
-        shared: bytes of shared memory of a program.
-        registers: of a thread.
-        stack: bytes of a thread in local memory: what does not fit the registers.
-        products: instructions of the tensor cores, by name.
-        copies: asynchronous copies into shared memory, by their bytes.
+        target: the architecture, such as sm_90a.
+        shared: bytes of shared memory per program.
+        registers: per thread.
+        stack: bytes of local memory per thread, used for what does not fit into registers.
+        products: number of tensor-core instructions, by name.
+        copies: number of asynchronous copies into shared memory, by their bytes.
     """
 
     kernel: str
@@ -96,7 +96,7 @@ class Compiled:
 
 
 def compile_all(jobs: Sequence[Job], processes: int = 2) -> list[list[Compiled]]:
-    """Compile what each job launches, in so many processes."""
+    """Compile the kernels that each job launches, in so many processes."""
     shares = [list(range(start, len(jobs), processes)) for start in range(processes)]
     with ThreadPoolExecutor(processes) as pool:
         parts = list(pool.map(lambda share: _in_a_process([jobs[i] for i in share]), shares))
@@ -117,7 +117,7 @@ def _in_a_process(jobs: Sequence[Job]) -> list[list[Compiled]]:
 
 
 class Recorder:
-    """Stands in a module for a kernel: compiles every launch and counts the instructions."""
+    """Replaces a kernel in its module: compiles every launch and counts instructions."""
 
     def __init__(self, kernel: Any, chip: Chip, found: list[Compiled]) -> None:
         self.kernel, self.chip, self.found = kernel, chip, found
@@ -165,7 +165,7 @@ def _kind(value: Any) -> str:
 
 
 def _aligned(value: Any) -> bool:
-    """Whether Triton would know the value to be a multiple of 16; new tensors begin at such addresses."""
+    """Return whether Triton would know that the value is a multiple of 16; new tensors begin at such addresses."""
     return isinstance(value, Tensor) or value % 16 == 0
 
 
@@ -184,7 +184,7 @@ def _described(name: str, compiled: Any) -> Compiled:
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """Ask the disassembler that Triton carries for registers and local memory."""
+    """Return registers and bytes of local memory, as reported by the disassembler that Triton ships."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -198,7 +198,7 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def compile_job(job: Job) -> list[Compiled]:
-    """Run the launching code of a job on tensors without data, and give what its kernels became."""
+    """Run the launching code of a job on meta tensors; return the compiled kernels."""
     from widekernel.ops.gpu import launch
     from widekernel.ops.gpu.kernels import direct, flat, toeplitz, weight_grad
 
@@ -206,7 +206,7 @@ def compile_job(job: Job) -> list[Compiled]:
     replaced = []
     for module in (direct, flat, toeplitz, weight_grad):
         for name, value in list(vars(module).items()):
-            # Only what is launched; functions of kernels stay what they are.
+            # Only kernels that are launched; the functions that they call stay unchanged.
             if type(value).__name__ == "JITFunction" and not name.startswith("_") and value.__module__ == module.__name__:
                 replaced.append((module, name, value))
                 setattr(module, name, Recorder(value, chip, found))

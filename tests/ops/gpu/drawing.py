@@ -1,6 +1,6 @@
-"""Small problems drawn at random for each kernel, with a configuration that fits and images stored in some way.
+"""Random small problems for each kernel, with a configuration that fits and images stored in various ways.
 
-What is drawn follows from the kind, the type and a number, so that a failure can be had again.
+The kind, the type and a number determine what is drawn, so that a failure can be reproduced.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from torch import Tensor
 from tests.ops.gpu.helpers import assert_exact, exact
 from widekernel.ops import reference
 from widekernel.ops.gpu.candidates import candidates, small_channels_last
-from widekernel.ops.gpu.configs import (
-    Channels,
-    ChannelsGrad,
+from widekernel.ops.gpu.kernel_configs import (
     Chip,
-    Config,
+    DirectNchw,
+    DirectNhwc,
+    DirectNhwcGrad,
     Flat,
     FlatGrad,
-    Planes,
+    KernelConfig,
     Toeplitz,
     ToeplitzGrad,
-    turned,
 )
 from widekernel.ops.gpu.launch import PreparedSum, PreparedWeightGrad
+from widekernel.ops.gpu.launch_geometry import transposed
 from widekernel.ops.problem import (
     DEPTHWISE_BRANCHES,
     DEPTHWISE_SUM,
@@ -38,7 +38,7 @@ from widekernel.ops.problem import (
 )
 
 NHWC = torch.channels_last
-# So many processors that sums over images are split among several programs, or not.
+# Numbers of processors for which sums over images are split among several programs, or not.
 PROCESSORS = (1, 4, 16, 40)
 SHARED = (99 * 1024, 227 * 1024)
 
@@ -48,33 +48,33 @@ class Kind:
     """An operator and the kernel that computes it."""
 
     op: str
-    method: type[Config]
-    turned: int = 0
+    method: type[KernelConfig]
+    transposed: int = 0
     copied: int = 0
 
     def __str__(self) -> str:
-        how = ["turned"] * self.turned + ["copied"] * self.copied
+        how = ["transposed"] * self.transposed + ["copied"] * self.copied
         return "-".join([self.op.removeprefix("depthwise_"), self.method.__name__.lower(), *how])
 
-    def computes_by(self, config: Config) -> bool:
-        how = getattr(config, "turned", 0), getattr(config, "copied", 0)
-        return isinstance(config, self.method) and how == (self.turned, self.copied)
+    def computes_by(self, config: KernelConfig) -> bool:
+        how = getattr(config, "transposed", 0), getattr(config, "copied", 0)
+        return isinstance(config, self.method) and how == (self.transposed, self.copied)
 
 
 KINDS = [
     *[Kind(op, Toeplitz) for op in (DEPTHWISE_SUM, DEPTHWISE_BRANCHES, DEPTHWISE_SUM_OF_BRANCHES)],
-    *[Kind(op, Toeplitz, turned=1) for op in (DEPTHWISE_SUM, DEPTHWISE_BRANCHES, DEPTHWISE_SUM_OF_BRANCHES)],
+    *[Kind(op, Toeplitz, transposed=1) for op in (DEPTHWISE_SUM, DEPTHWISE_BRANCHES, DEPTHWISE_SUM_OF_BRANCHES)],
     *[Kind(op, Flat) for op in (DEPTHWISE_SUM, DEPTHWISE_BRANCHES, DEPTHWISE_SUM_OF_BRANCHES)],
-    Kind(DEPTHWISE_SUM, Planes),
-    Kind(DEPTHWISE_SUM, Channels),
-    *[Kind(DEPTHWISE_WEIGHT_GRAD, ToeplitzGrad, turned, copied) for turned in (0, 1) for copied in (0, 1)],
+    Kind(DEPTHWISE_SUM, DirectNchw),
+    Kind(DEPTHWISE_SUM, DirectNhwc),
+    *[Kind(DEPTHWISE_WEIGHT_GRAD, ToeplitzGrad, transposed, copied) for transposed in (0, 1) for copied in (0, 1)],
     Kind(DEPTHWISE_WEIGHT_GRAD, FlatGrad),
-    Kind(DEPTHWISE_WEIGHT_GRAD, ChannelsGrad),
+    Kind(DEPTHWISE_WEIGHT_GRAD, DirectNhwcGrad),
 ]
 
 
 def _among(x: Tensor, shape: tuple[int, ...], part: tuple[slice, ...]) -> Tensor:
-    """Store the images as a part of something larger, of which the rest is NaN and so not to be read."""
+    """Store the images as a part of a larger tensor whose other elements are NaN and must not be read."""
     whole = torch.full(shape, float("nan"), dtype=x.dtype)
     whole[part] = x
     return whole[part]
@@ -99,15 +99,15 @@ STORED: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Drawn:
-    """A problem and how to compute it; `stored` names how each image lies in memory."""
+    """A problem and how to compute it; `stored` names the way in which each image is stored."""
 
     problem: Problem
-    config: Config
+    config: KernelConfig
     chip: Chip
     stored: tuple[str, ...]
 
     def check(self) -> None:
-        """Compute it, and compare with float64."""
+        """Compute the problem and compare the results with float64."""
         problem = self.problem
         images = [STORED[name](torch.randn(problem.shape).to(problem.dtype)) for name in self.stored]
         channels = problem.shape[1]
@@ -136,12 +136,12 @@ class Drawn:
 
 
 def drawn(kind: Kind, dtype: torch.dtype, number: int, most: int) -> Drawn:
-    """Draw until the kernel can compute it with about `most` accesses to memory: what the interpreter's time goes by."""
+    """Draw until the kernel can compute the problem with about `most` accesses to memory, which determine the time."""
     rng = random.Random(f"{kind} {dtype} {number}")
     torch.manual_seed(rng.getrandbits(32))
     wide = rng.random() < 0.5
-    # Every row of every image is an access of its own, and only many are split among programs.
-    most *= 2 if kind.method is ChannelsGrad else 1
+    # Every row of every image is a separate access, and only many of them are split among programs.
+    most *= 2 if kind.method is DirectNhwcGrad else 1
     while True:
         problem = _problem(rng, kind, dtype, wide)
         chip = Chip((9, 0), rng.choice(PROCESSORS), rng.choice(SHARED))
@@ -155,13 +155,13 @@ def drawn(kind: Kind, dtype: torch.dtype, number: int, most: int) -> Drawn:
             return Drawn(problem, rng.choice(configs), chip, tuple(rng.choices(list(STORED), k=images)))
 
 
-def _block(config: Config) -> int:
+def _block(config: KernelConfig) -> int:
     held = [getattr(config, name, 1) for name in ("rows", "columns", "row_blocks", "images", "channels", "planes", "pixels")]
     return math.prod(held)
 
 
-def _accesses(problem: Problem, config: Config) -> int:
-    problem = turned(problem) if getattr(config, "turned", 0) else problem
+def _accesses(problem: Problem, config: KernelConfig) -> int:
+    problem = transposed(problem) if getattr(config, "transposed", 0) else problem
     batch, channels, height, width = problem.shape
     taps = sum(map(math.prod, problem.kernels))
     kh, kw = map(max, zip(*problem.kernels))
@@ -175,21 +175,21 @@ def _accesses(problem: Problem, config: Config) -> int:
     if isinstance(config, ToeplitzGrad):
         blocks = math.ceil(batch * height / config.depth) * math.ceil(width / config.outputs)
         return 2 * channels * math.ceil(kh / config.kernel_rows) * math.ceil(width / config.inputs) * blocks
-    if isinstance(config, ChannelsGrad):
+    if isinstance(config, DirectNhwcGrad):
         return kh * (kw + 1) * batch * height * math.ceil(width / config.columns)
-    if isinstance(config, Channels):
+    if isinstance(config, DirectNhwc):
         tiles = math.ceil(height / config.rows) * math.ceil(width / config.columns)
         return batch * tiles * taps * (config.rows + 1)
-    if isinstance(config, Planes):
+    if isinstance(config, DirectNchw):
         return 2 * taps * math.ceil(batch * channels / config.planes) * math.ceil(height * width / config.pixels)
     return channels * (1 + 2 * math.ceil(batch / config.images))  # type: ignore[attr-defined]
 
 
-# Sums over images are split among programs only where there are many, and unevenly only where they are odd.
-BATCHES: dict[type[Config], tuple[int, ...]] = {ToeplitzGrad: (1, 17, 97, 150), ChannelsGrad: (5, 9, 19)}
+# Sums are split among programs only for many images, and unevenly only for an odd number of them.
+BATCHES: dict[type[KernelConfig], tuple[int, ...]] = {ToeplitzGrad: (1, 17, 97, 150), DirectNhwcGrad: (5, 9, 19)}
 MOST_PIXELS = {ToeplitzGrad: 15000}
-# Rows or columns of a kernel, and taps.
-MOST_TAPS = {Planes: (5, 50), Channels: (5, 50), ChannelsGrad: (3, 9)}
+# Largest side of a kernel, and largest number of taps.
+MOST_TAPS = {DirectNchw: (5, 50), DirectNhwc: (5, 50), DirectNhwcGrad: (3, 9)}
 
 
 def _problem(rng: random.Random, kind: Kind, dtype: torch.dtype, wide: bool) -> Problem:
@@ -199,20 +199,20 @@ def _problem(rng: random.Random, kind: Kind, dtype: torch.dtype, wide: bool) -> 
     while True:
         batch, channels = rng.choice(BATCHES.get(kind.method, (1, 2, 3, 5, 17, 33))), rng.randint(1, 3)
         height, width = rng.randint(1, 9 if flat else 12), rng.randint(1, 9 if flat else 12)
-        if wide and not flat and kind.method is not ChannelsGrad:
-            # More columns than a block has; where rows are columns, more rows.
-            height, width = (width, height + 16) if not kind.turned else (width + 16, height)
+        if wide and not flat and kind.method is not DirectNhwcGrad:
+            # More columns than a block has; if transposed, more rows.
+            height, width = (width, height + 16) if not kind.transposed else (width + 16, height)
         rects = 1
         if kind.op == DEPTHWISE_SUM:
             rects = rng.choice((1, 1, 2))
         elif kind.op != DEPTHWISE_WEIGHT_GRAD:
             rects = rng.choice((2, 3))
-        kernels = tuple(_size(rng, longest, kind.turned) for _ in range(rects))
+        kernels = tuple(_size(rng, longest, kind.transposed) for _ in range(rects))
         pixels = batch * channels * height * width
         if pixels <= MOST_PIXELS.get(kind.method, 2500) and sum(map(math.prod, kernels)) <= taps:
             break
     anchors = tuple((_anchor(rng, kh), _anchor(rng, kw)) for kh, kw in kernels)
-    last = kind.method in (Channels, ChannelsGrad) or (not direct and rng.random() < 0.2)
+    last = kind.method in (DirectNhwc, DirectNhwcGrad) or (not direct and rng.random() < 0.2)
     return Problem(kind.op, "cpu", dtype, (batch, channels, height, width), kernels, anchors, channels_last=last)
 
 

@@ -1,16 +1,15 @@
-"""Triton's interpreter with the bounds of every tensor watched: what compute-sanitizer does on a GPU, without one.
+"""Triton's interpreter with bounds checks for every tensor: what compute-sanitizer does on a GPU, without a GPU.
 
-Interpreted kernels read and write the memory of this process, where an address outside of a tensor is mostly one of
-something else: a load gives a number that may be multiplied by zero afterwards, a store harms somebody who is not asked.
-Comparing results finds neither. Here every tensor that a launch is given is moved, as far as the kernel can see, into a
-range of addresses of its own, far from all others, so that an address tells which tensor it was computed from. A launch
-fails that
+Interpreted kernels read and write the memory of this process, where an address outside a tensor usually belongs to
+something else: a load returns a number that may be multiplied by zero later, a store damages unrelated data. Comparing
+results finds neither. Here every tensor that is passed to a launch appears to the kernel at a range of addresses of its own,
+far from all others, so that an address tells which tensor it was computed from. A launch fails if it
 
-* loads or stores what is no element of that tensor, be it in the same allocation, such as the images beside a slice;
-* stores an element twice, in whatever order programs run, or only a part of the elements of a tensor;
+* loads or stores an address that is no element of that tensor, even in the same allocation, such as images beside a slice;
+* stores an element twice, in whatever order programs run, or only some of the elements of a tensor;
 * loads from a tensor into which it stores.
 
-Memory that nobody has written holds NaN meanwhile, so that results show what was not written or was read before it was.
+Meanwhile uninitialized memory holds NaN, so that results show what was not written, or was read before it was written.
 """
 
 from __future__ import annotations
@@ -25,22 +24,22 @@ import torch
 from torch import Tensor
 
 _RANGE = 2**40
-"""Addresses of each tensor, which begins in the middle of them: no offset of 32 bits leads to another one."""
+"""Size of the range of each tensor, which begins in its middle: no 32-bit offset leads to another range."""
 
 
 class AccessError(AssertionError):
-    """A launch did with memory what no kernel may."""
+    """A launch accessed memory in a way that is not allowed."""
 
 
 class Watched:
-    """A tensor at addresses of its own."""
+    """A tensor that appears at a range of addresses of its own."""
 
     def __init__(self, tensor: Tensor, number: int) -> None:
         self.tensor, self.begin = tensor, number * _RANGE + _RANGE // 2
         span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) if tensor.numel() else 0
         elements = torch.zeros(span, dtype=torch.bool)
         if span:
-            # Repeated numbers are there once.
+            # Elements that are repeated by a stride of 0 exist once.
             sizes = [size if stride else 1 for size, stride in zip(tensor.shape, tensor.stride())]
             elements.as_strided(sizes, tensor.stride(), 0).fill_(True)
         self.elements = elements.numpy()
@@ -50,10 +49,10 @@ class Watched:
         return f"{self.tensor.dtype} {tuple(self.tensor.shape)} with strides {self.tensor.stride()}"
 
     def places(self, addresses: np.ndarray, verb: str) -> np.ndarray:
-        """Turn addresses into places in the tensor, counted in elements.
+        """Convert addresses to offsets in the tensor, in elements.
 
         Raises:
-            AccessError: if there is none at some of them.
+            AccessError: if some of them are no element of the tensor.
         """
         each = self.tensor.element_size()
         places, rest = np.divmod(addresses.astype(np.int64) - self.begin, each)
@@ -61,15 +60,15 @@ class Watched:
         wrong |= ~self.elements.take(places, mode="clip") if len(self.elements) else True
         if wrong.any():
             raise AccessError(
-                f"{verb} outside of {self}: {int(wrong.sum())} of {wrong.size} numbers, the first at {places[wrong][0]}"
+                f"{verb} outside {self}: {int(wrong.sum())} of {wrong.size} numbers, the first at {places[wrong][0]}"
             )
         return places
 
     def store(self, places: np.ndarray) -> None:
-        """Note what is stored.
+        """Record that elements are stored.
 
         Raises:
-            AccessError: if it was before.
+            AccessError: if one of them was stored before.
         """
         if self.stored[places].any() or len(np.unique(places)) < len(places):
             raise AccessError(f"store of an element that is stored already in {self}")
@@ -77,7 +76,7 @@ class Watched:
 
 
 class Guard:
-    """Stands between interpreted kernels and memory."""
+    """Checks the accesses of interpreted kernels to memory."""
 
     def __init__(self) -> None:
         self.launches = 0
@@ -85,20 +84,20 @@ class Guard:
         self._violation: AccessError | None = None
 
     def begin(self) -> None:
-        """Forget the launch before."""
+        """Start checking a new launch."""
         self._watched, self._violation = [], None
 
     def moved(self, tensor: Tensor) -> int:
-        """Give the address at which a kernel is to find the tensor."""
+        """Return the address at which the tensor appears to a kernel."""
         self._watched.append(Watched(tensor, len(self._watched) + 1))
         return self._watched[-1].begin
 
     def access(self, pointers: np.ndarray, mask: np.ndarray, verb: str) -> np.ndarray:
-        """Give the addresses in memory of what is loaded or stored, those that are masked being left out as zeros."""
+        """Return the actual addresses of what is loaded or stored; masked ones are zero."""
         try:
             return self._access(pointers, np.broadcast_to(mask, pointers.shape), verb)
         except AccessError as violation:
-            # The interpreter wraps what is raised in kernels, once for every function that they call.
+            # The interpreter wraps errors in kernels, once for every function that they call.
             self._violation = violation
             raise
 
@@ -120,10 +119,10 @@ class Guard:
         return memory
 
     def launch(self, kernel: str, run: Callable[[], None]) -> None:
-        """Run a launch.
+        """Run a launch and check its accesses.
 
         Raises:
-            AccessError: of what it does with memory.
+            AccessError: if an access is not allowed.
         """
         from triton.runtime.errors import InterpreterError
 
@@ -139,13 +138,13 @@ class Guard:
             if watched.stored.any() and left:
                 raise AccessError(f"{kernel}: {left} numbers are never stored of {watched}")
             if watched.stored.any() and watched.loaded:
-                raise AccessError(f"{kernel}: loads from what it stores into, {watched}")
+                raise AccessError(f"{kernel}: loads from the tensor that it stores into, {watched}")
         self.launches += 1
 
 
 @contextmanager
 def guarded() -> Iterator[Guard]:
-    """Watch all launches of the interpreter, and have new memory hold NaN."""
+    """Check all launches of the interpreter inside the block, and fill uninitialized memory with NaN."""
     from triton.runtime import interpreter
 
     guard, builder, executor = Guard(), interpreter.InterpreterBuilder, interpreter.GridExecutor
@@ -168,9 +167,7 @@ def guarded() -> Iterator[Guard]:
         return converted
 
     def refused(*_: Any) -> Any:
-        raise NotImplementedError(
-            "the guard knows no atomics, and results that depend on the order of programs are no results"
-        )
+        raise NotImplementedError("the guard supports no atomics, because results must not depend on the order of programs")
 
     def guarded_call(self: Any, *arguments: Any, **named: Any) -> None:
         guard.launch(self.fn.__name__, lambda: call(self, *arguments, **named))

@@ -1,7 +1,7 @@
-"""What the tests of the GPU kernels share: a device to run on, problems, and the exact answers.
+"""Helpers of the tests of the GPU kernels: the device to run on, problems, and exact results.
 
-Without a GPU the kernels run in Triton's interpreter on tensors of the CPU; the conftest of all tests switches it on before
-Triton is imported. On a GPU the same tests run the compiled kernels.
+Without a GPU the kernels run in Triton's interpreter on CPU tensors, which the top-level conftest switches on before Triton
+is imported. On a GPU the same tests run the compiled kernels.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from tests.ops.cases import TOLERANCE, Case, definition, relative_error
-from widekernel.ops.gpu import backend
-from widekernel.ops.gpu.configs import Chip, Config
+from widekernel.ops.gpu import machine
+from widekernel.ops.gpu.kernel_configs import Chip, KernelConfig
 from widekernel.ops.gpu.launch import PreparedSum, PreparedWeightGrad
 from widekernel.ops.problem import Problem
 
@@ -23,8 +23,8 @@ H200 = Chip((9, 0), 132, 227 * 1024)
 
 
 def limit(dtype: torch.dtype) -> float:
-    """Largest error allowed; weight gradients too are rounded to the type of the input."""
-    # Three products of TF32 leave a little more than float32 does.
+    """Return the largest error allowed; weight gradients are also rounded to the type of the input."""
+    # Three products of TF32 are slightly less exact than float32.
     return {torch.float32: 4 * TOLERANCE[torch.float32]}.get(dtype, TOLERANCE[dtype])
 
 
@@ -34,7 +34,7 @@ def assert_exact(got: Tensor, want: Tensor) -> None:
 
 
 def poison(problem: Problem) -> None:
-    """Fill the memory that outputs are going to get with NaN, as far as the allocator gives it again."""
+    """Fill memory with NaN that the allocator is likely to reuse for outputs."""
     for _ in range(4):
         torch.full(problem.shape, float("nan"), dtype=problem.dtype, device=DEVICE)
 
@@ -42,26 +42,28 @@ def poison(problem: Problem) -> None:
 def draw(
     case: Case, dtype: torch.dtype, layout: torch.memory_format = torch.contiguous_format
 ) -> tuple[Tensor, list[Tensor]]:
-    """Draw an image and kernels, on the device under test."""
+    """Return random images and kernels, on the device under test."""
     x, kernels, _ = case.tensors(dtype, bias=False)
     return x.to(DEVICE).contiguous(memory_format=layout), [kernel.to(DEVICE) for kernel in kernels]
 
 
 def exact(x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[tuple[int, int]]) -> Tensor:
-    """The sum of rectangles in float64."""
+    """Compute the sum of rectangles in float64."""
     return definition(x.double(), [kernel.double() for kernel in kernels], anchors)
 
 
-def prepared_sum(x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[tuple[int, int]], config: Config) -> PreparedSum:
+def prepared_sum(
+    x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[tuple[int, int]], config: KernelConfig
+) -> PreparedSum:
     problem = Problem.of_sum(x, kernels, anchors)
     poison(problem)
     return PreparedSum(problem, config, chip())
 
 
-def prepared_grad(x: Tensor, size: tuple[int, int], anchor: tuple[int, int], config: Config) -> PreparedWeightGrad:
+def prepared_grad(x: Tensor, size: tuple[int, int], anchor: tuple[int, int], config: KernelConfig) -> PreparedWeightGrad:
     problem = Problem.of_weight_grad(x, size, anchor)
     return PreparedWeightGrad(problem, config, chip())
 
 
 def chip() -> Chip:
-    return backend.chip()
+    return machine.chip()

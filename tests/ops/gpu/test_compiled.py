@@ -1,6 +1,6 @@
 """Shipped configurations compiled for their architectures, and others for all: tensor cores, registers, shared memory.
 
-By default one of each kind of configuration is compiled for each architecture; every one is as a slow test.
+By default one configuration of each kind is compiled for each architecture; a slow test compiles all of them.
 """
 
 from __future__ import annotations
@@ -13,9 +13,18 @@ import pytest
 import torch
 
 from tests.ops.gpu.compiling import CHIPS, Compiled, Job, compile_all
-from widekernel.ops.gpu.configs import Channels, ChannelsGrad, Config, Planes, Toeplitz, ToeplitzGrad, from_entry, itemsize
-from widekernel.ops.gpu.plan import ranked
-from widekernel.ops.gpu.tables import SHIPPED, key_of, read
+from widekernel.ops.gpu.config_choice import ranked_configs
+from widekernel.ops.gpu.kernel_configs import (
+    DirectNchw,
+    DirectNhwc,
+    DirectNhwcGrad,
+    KernelConfig,
+    Toeplitz,
+    ToeplitzGrad,
+    config_from_entry,
+)
+from widekernel.ops.gpu.launch_geometry import itemsize
+from widekernel.ops.gpu.tuning_tables import SHIPPED, read, table_key
 from widekernel.ops.problem import (
     DEPTHWISE_BRANCHES,
     DEPTHWISE_SUM,
@@ -24,26 +33,26 @@ from widekernel.ops.problem import (
     Problem,
 )
 
-BY_MULTIPLY_ADDS = (Planes, Channels, ChannelsGrad)
+BY_MULTIPLY_ADDS = (DirectNchw, DirectNhwc, DirectNhwcGrad)
 CROSS = ((51, 5), (5, 51), (5, 5))
 _KEY = re.compile(r"(\w+) (\w+)( tf32)? (NCHW|NHWC) N(\d+) C(\d+) (\d+)x(\d+) (\S+)")
 
 
 def problem_of(key: str) -> Problem:
-    """Read a line of a table back; batch and channels are the powers of two that it names."""
+    """Return the problem of a table key; batch and channels are the powers of two in the key."""
     found = _KEY.fullmatch(key)
     assert found is not None, key
     op, dtype, tf32, layout, *sizes, rects = found.groups()
     numbers = [tuple(map(int, re.split(r"[x@,]", rect))) for rect in rects.split("+")]
     kernels, anchors = tuple(n[:2] for n in numbers), tuple(n[2:] for n in numbers)
     n, c, h, w = map(int, sizes)
-    return Problem(op, "cuda", getattr(torch, dtype), (n, c, h, w), kernels, anchors, layout == "NHWC", "", bool(tf32))
+    return Problem(op, "cuda", getattr(torch, dtype), (n, c, h, w), kernels, anchors, layout == "NHWC", None, bool(tf32))
 
 
 def shipped() -> list[Job]:
     jobs = []
     for chip, entries in read(SHIPPED).items():
-        jobs += [Job(problem_of(key), from_entry(entry["config"]), chip) for key, entry in entries.items()]
+        jobs += [Job(problem_of(key), config_from_entry(entry["config"]), chip) for key, entry in entries.items()]
     return jobs
 
 
@@ -54,7 +63,7 @@ def problem(op: str, extent: int, *kernels: tuple[int, int], **others: object) -
 
 
 def more() -> list[Job]:
-    """What the shipped table leaves to estimates: float32, channels_last, other methods, one image."""
+    """Return problems whose configurations are estimated: float32, channels_last, other methods, one image."""
     asked = [
         problem(DEPTHWISE_SUM, 56, (31, 31)),
         problem(DEPTHWISE_SUM, 56, (31, 31), tf32=True),
@@ -68,30 +77,32 @@ def more() -> list[Job]:
         problem(DEPTHWISE_WEIGHT_GRAD, 56, (31, 31), tf32=True),
         problem(DEPTHWISE_WEIGHT_GRAD, 28, (7, 7), dtype=torch.bfloat16, channels_last=True),
     ]
-    jobs = [Job(one, ranked(one, CHIPS["sm_90"])[0], "sm_90") for one in asked]
-    jobs += [Job(one, ranked(one, CHIPS[name])[0], name) for one in (asked[0], asked[8]) for name in ("sm_80", "sm_100")]
+    jobs = [Job(one, ranked_configs(one, CHIPS["sm_90"])[0], "sm_90") for one in asked]
+    jobs += [
+        Job(one, ranked_configs(one, CHIPS[name])[0], name) for one in (asked[0], asked[8]) for name in ("sm_80", "sm_100")
+    ]
     tall = problem(DEPTHWISE_SUM, 56, (51, 5), dtype=torch.bfloat16)
-    jobs.append(Job(tall, Toeplitz(8, 4, 1, 64, 32, 4, 16, turned=1), "sm_90"))
+    jobs.append(Job(tall, Toeplitz(8, 4, 1, 64, 32, 4, 16, transposed=1), "sm_90"))
     narrow = problem(DEPTHWISE_WEIGHT_GRAD, 7, (13, 13), dtype=torch.bfloat16)
     jobs.append(Job(narrow, ToeplitzGrad(4, 3, 8, 16, 16, 64), "sm_90"))
     grad = problem(DEPTHWISE_WEIGHT_GRAD, 56, (51, 5), dtype=torch.bfloat16)
-    jobs.append(Job(grad, ToeplitzGrad(8, 3, 2, 64, 64, 32, turned=1), "sm_90"))
+    jobs.append(Job(grad, ToeplitzGrad(8, 3, 2, 64, 64, 32, transposed=1), "sm_90"))
     return jobs
 
 
 def of_each_kind(jobs: list[Job]) -> list[Job]:
-    """Choose a job for each architecture, operator, type and kind of configuration: that with the largest kernel."""
+    """Return a job for each architecture, operator, type and kind of configuration: the one with the largest kernel."""
     size = lambda job: max(kh * kw for kh, kw in job.problem.kernels)  # noqa: E731
     chosen: dict[tuple, Job] = {}
     for job in sorted(jobs, key=size):
-        turned = getattr(job.config, "turned", 0)
-        chosen[job.chip, job.problem.op, job.problem.dtype, type(job.config), turned] = job
+        transposed = getattr(job.config, "transposed", 0)
+        chosen[job.chip, job.problem.op, job.problem.dtype, type(job.config), transposed] = job
     return list(chosen.values())
 
 
 @lru_cache(maxsize=1)
 def _compiled(every: bool) -> dict[Job, list[Compiled]]:
-    """Compile all of it at once; configurations of float16 are those of bfloat16, and some of them are compiled too."""
+    """Compile everything at once. Configurations of float16 equal those of bfloat16; some of them are compiled too."""
     short = [job for job in shipped() if job.problem.dtype == torch.float16 and job.problem.op == DEPTHWISE_SUM]
     others = [job for job in shipped() if job.problem.dtype != torch.float16]
     jobs = (others + short[::4] if every else of_each_kind(others) + short[:1]) + more()
@@ -111,17 +122,17 @@ def main_kernel(kernels: list[Compiled]) -> Compiled:
     return kernels[-1]
 
 
-def kernel_rows(config: Config) -> int:
-    """Rows of the accumulators, on which it depends which instruction can compute them."""
+def kernel_rows(config: KernelConfig) -> int:
+    """Return the rows of the accumulators, which determine the instructions that can compute them."""
     if isinstance(config, Toeplitz):
         return config.rows * config.columns
     return config.kernel_rows * config.inputs if isinstance(config, ToeplitzGrad) else 64
 
 
-def test_the_table_speaks_of_every_architecture_alike() -> None:
+def test_the_table_has_the_same_problems_for_every_architecture() -> None:
     keys = {chip: set(entries) for chip, entries in read(SHIPPED).items()}
     assert set(keys) == set(CHIPS) and len(set(map(frozenset, keys.values()))) == 1
-    assert all(key_of(problem_of(key)) == key for key in keys["sm_90"])
+    assert all(table_key(problem_of(key)) == key for key in keys["sm_90"])
 
 
 def test_short_types_share_their_configurations() -> None:
@@ -144,7 +155,7 @@ def test_tensor_cores_multiply(compiled: Kernels) -> None:
             assert set(products) == {wanted[job.chip]}, job
 
 
-def test_what_is_compiled_is_for_the_architecture_itself(compiled: Kernels) -> None:
+def test_kernels_are_compiled_for_the_exact_architecture(compiled: Kernels) -> None:
     targets = {"sm_80": "sm_80", "sm_90": "sm_90a", "sm_100": "sm_100a"}
     assert all(kernel.target == targets[job.chip] for job, kernels in compiled.items() for kernel in kernels)
 
@@ -152,7 +163,7 @@ def test_what_is_compiled_is_for_the_architecture_itself(compiled: Kernels) -> N
 def test_nothing_spills_and_everything_fits(compiled: Kernels) -> None:
     for job, kernels in compiled.items():
         for kernel in kernels:
-            # A few compilers put a pair of registers aside.
+            # Some compilers spill a pair of registers.
             assert kernel.stack <= 16, (job, kernel)
             assert kernel.registers <= 255 and kernel.shared <= CHIPS[job.chip].shared_bytes, (job, kernel)
 
@@ -161,13 +172,13 @@ def test_images_and_kernels_are_copied_asynchronously_and_in_large_pieces(compil
     seen = 0
     for job in compiled:
         width = job.problem.shape[3] * itemsize(job.problem.dtype)
-        if not isinstance(job.config, (Toeplitz, ToeplitzGrad)) or job.config.turned or job.config.stages < 2:
+        if not isinstance(job.config, (Toeplitz, ToeplitzGrad)) or job.config.transposed or job.config.stages < 2:
             continue
         copies = {int(size) for size in main_kernel(compiled[job]).copies}
         if width % 16 == 0:
-            # Of a kernel's block there may be less than 16 bytes for every thread.
+            # A block of the kernel may have less than 16 bytes per thread.
             if job.problem.tf32 and isinstance(job.config, ToeplitzGrad):
-                # Products of TF32 want K contiguous, which here is not what is contiguous in memory.
+                # Products of TF32 require K to be contiguous, which it is not in memory here.
                 continue
             each = kernel_rows(job.config) * job.config.depth * itemsize(job.problem.dtype) // (32 * job.config.warps)
             assert 16 in copies or each in copies, job
@@ -178,6 +189,6 @@ def test_images_and_kernels_are_copied_asynchronously_and_in_large_pieces(compil
 
 
 def test_odd_rows_cannot_be_copied_asynchronously(compiled: Kernels) -> None:
-    """A check of the checks: rows of 7 numbers of two bytes begin at odd places."""
+    """This checks the checks: rows of 7 numbers of two bytes are not aligned."""
     narrow = [job for job in compiled if job.problem.shape[3] == 7 and isinstance(job.config, ToeplitzGrad)]
     assert narrow and all(not main_kernel(compiled[job]).copies for job in narrow if job.problem.dtype == torch.bfloat16)

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.ops.backends import BRANCHES, SUM_OF_BRANCHES
 from tests.ops.cases import relative_error
-from tests.ops.fused import BRANCHES, SUM_OF_BRANCHES
 from widekernel import ops
 from widekernel.layers import LargeKernel, Rectangles
 
@@ -25,7 +25,7 @@ pytestmark = [
 DEVICE = "cuda"
 NHWC = torch.channels_last
 SUM, WEIGHT_GRAD = "depthwise_sum", "depthwise_weight_grad"
-# Tensor cores add with fewer bits than they hold, which tells in sums of many; one product of TF32 is off by far more.
+# Tensor cores add with fewer bits than they hold, which shows in long sums; a single product of TF32 is off by far more.
 LIMITS = {"float32": 5e-5, "tf32": 3e-3, "bfloat16": 1.6e-2, "float16": 4e-3}
 KINDS = pytest.mark.parametrize("kind", LIMITS)
 CASES: dict[str, tuple[tuple[int, ...], list[tuple[int, int]], torch.memory_format]] = {
@@ -44,7 +44,7 @@ CASE = pytest.mark.parametrize("case", CASES)
 
 @pytest.fixture(autouse=True)
 def _as_shipped(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Neither this machine's table nor the precision that was set before plays a part."""
+    """Ignore this machine's table and the precision that was set before."""
     monkeypatch.setenv("WIDEKERNEL_TUNED", "0")
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
@@ -54,14 +54,14 @@ def _as_shipped(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def dtype_of(kind: str) -> torch.dtype:
-    """Give the type; that of "tf32" is float32, with rounding allowed."""
+    """Return the type; for "tf32" it is float32, and rounding to TF32 is switched on."""
     if kind == "tf32":
         torch.set_float32_matmul_precision("high")
     return torch.float32 if kind == "tf32" else getattr(torch, kind)
 
 
 def arguments(case: str, dtype: torch.dtype = torch.float32, device: str | torch.device | None = None) -> list[Tensor]:
-    """x, the kernels and a bias, all trained; the same on every device."""
+    """Return x, the kernels and a bias, all requiring gradients; the same on every device."""
     shape, sizes, layout = CASES[case]
     x = torch.randn(shape).to(device or DEVICE, dtype).contiguous(memory_format=layout)
     kernels = [torch.randn(shape[1], 1, *size).to(x) for size in sizes]
@@ -73,7 +73,7 @@ def doubled(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def convolutions(x: Tensor, kernels: Sequence[Tensor]) -> list[Tensor]:
-    """PyTorch's own, of kernels that are anchored in their middle."""
+    """Compute PyTorch's convolutions with kernels that are anchored in the middle."""
     sizes = [(kernel.shape[2] // 2, kernel.shape[3] // 2) for kernel in kernels]
     return [F.conv2d(x, kernel, padding=size, groups=x.shape[1]) for kernel, size in zip(kernels, sizes)]
 
@@ -83,7 +83,7 @@ def summed(inputs: Sequence[Tensor]) -> Tensor:
 
 
 def step(inputs: Sequence[Tensor], grad: Tensor, **options: Any) -> list[Tensor]:
-    """The sum and all its gradients."""
+    """Compute the sum and all its gradients."""
     y = ops.depthwise_sum(inputs[0], inputs[1:-1], bias=inputs[-1], **options)
     return [y.detach(), *torch.autograd.grad(y, inputs, grad)]
 
@@ -145,7 +145,7 @@ def test_tf32_is_less_exact_than_float32() -> None:
 
 @pytest.mark.parametrize("case", ["31x31", "5x51", "51x5", "cross", "27x27", "13x13"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_large_kernels_run_on_these_unasked(dtype: torch.dtype, case: str) -> None:
+def test_large_kernels_run_on_triton_by_default(dtype: torch.dtype, case: str) -> None:
     inputs = arguments(case, dtype)
     with ops.trace() as trace:
         step(inputs, torch.ones_like(inputs[0]))
@@ -154,12 +154,12 @@ def test_large_kernels_run_on_these_unasked(dtype: torch.dtype, case: str) -> No
 
 
 @CASE
-def test_runs_are_equal_to_the_last_bit(case: str) -> None:
+def test_runs_are_bitwise_equal(case: str) -> None:
     inputs = arguments(case, torch.bfloat16)
     grad = torch.randn_like(inputs[0])
     first = step(inputs, grad, backend="triton")
     for _ in range(3):
-        # Another place in memory, and something else at work.
+        # The tensors get other addresses, and other work runs in between.
         noise = torch.randn(1 << 24, device=DEVICE).sin_()
         assert_same(step(inputs, grad, backend="triton"), first)
         del noise
@@ -169,7 +169,7 @@ def test_runs_are_equal_to_the_last_bit(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", ["31x31", "cross", "13x13", "7x7-channels_last"])
-def test_captured_and_replayed(case: str) -> None:
+def test_cuda_graphs(case: str) -> None:
     inputs = arguments(case, torch.bfloat16)
     grad = torch.randn_like(inputs[0])
     aside = torch.cuda.Stream()
@@ -271,15 +271,15 @@ def test_data_parallel(tmp_path: Path) -> None:
     finally:
         torch.distributed.destroy_process_group()
     for mine, theirs in zip(inner.parameters(), alone.parameters()):
-        # PyTorch's own convolutions around these need not be the same to the last bit.
+        # PyTorch's convolutions around ours need not be bitwise equal.
         assert relative_error(mine.grad, theirs.grad) <= 1e-3
 
 
 # ---- Streams and devices
 
 
-def test_a_stream_of_ones_own() -> None:
-    """What is launched elsewhere would read the images before they are there."""
+def test_kernels_run_on_the_current_stream() -> None:
+    """A launch on another stream would read the images before they are written."""
     inputs = [t.detach() for t in arguments("cross", torch.bfloat16)]
     grad = torch.randn_like(inputs[0])
 
@@ -319,7 +319,7 @@ def test_a_device_that_is_not_the_current_one(case: str) -> None:
 
 
 MANY = 2**31
-# Just above 2**31 numbers, by the kernels that are likely to compute them.
+# Just above 2**31 numbers, named after the kernels that are likely to compute them.
 HUGE = {
     "bands": ((MANY // 2**18 + 1, 64, 64, 64), (31, 5), torch.contiguous_format),
     "wide": ((MANY // 2**18 + 1, 64, 64, 64), (5, 51), torch.contiguous_format),
@@ -336,8 +336,8 @@ def enough_memory(numbers: int) -> bool:
 
 
 @pytest.mark.parametrize("huge", HUGE)
-def test_more_numbers_than_32_bits_count(huge: str) -> None:
-    """All is zero but the last planes, so that they say everything there is to say."""
+def test_more_numbers_than_32_bits_can_index(huge: str) -> None:
+    """Only the last planes are not zero, so that they determine the results."""
     shape, size, layout = HUGE[huge]
     numbers = torch.Size(shape).numel()
     assert numbers > MANY

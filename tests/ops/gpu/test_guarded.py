@@ -1,4 +1,4 @@
-"""Random problems of every kernel with memory watched: wrong results, accesses outside of tensors, numbers not stored."""
+"""Random problems for every kernel under bounds checks: wrong results, accesses outside tensors, missing stores."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.ops.gpu.helpers import DTYPES
 
 pytestmark = pytest.mark.interpreted
 
-# Numbers of what is drawn for each kernel and type.
+# Numbers that determine what is drawn for each kernel and type.
 FEW, MANY = range(2), range(2, 10)
 
 

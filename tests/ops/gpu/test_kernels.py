@@ -1,4 +1,4 @@
-"""Every kernel against the definition in float64, on shapes that fill no block, in several configurations and all types."""
+"""Every kernel against the definition in float64: shapes that do not fill blocks, several configurations, all types."""
 
 from __future__ import annotations
 
@@ -9,7 +9,16 @@ from torch import Tensor
 from tests.ops.cases import CASES, Case
 from tests.ops.gpu.helpers import DEVICE, DTYPES, assert_exact, draw, exact, prepared_grad, prepared_sum
 from widekernel.ops import reference
-from widekernel.ops.gpu.configs import Channels, ChannelsGrad, Config, Flat, FlatGrad, Planes, Toeplitz, ToeplitzGrad
+from widekernel.ops.gpu.kernel_configs import (
+    DirectNchw,
+    DirectNhwc,
+    DirectNhwcGrad,
+    Flat,
+    FlatGrad,
+    KernelConfig,
+    Toeplitz,
+    ToeplitzGrad,
+)
 from widekernel.ops.problem import Anchor
 
 pytestmark = pytest.mark.interpreted
@@ -19,41 +28,41 @@ MORE = [
     Case("cross", (2, 2, 12, 18), ((11, 3, None), (3, 17, None), (5, 5, (0, 4)))),
 ]
 ALL = CASES + MORE
-# An anchor outside the middle, a map smaller than the kernel, several rectangles, blocks that do not fill the image.
+# An anchor outside the middle, an image smaller than the kernel, several rectangles, blocks that do not fill the image.
 SOME = [*[case for case in CASES if case.name in ("wide-anchored-left", "kernel-larger-than-image")], *MORE]
-# Rows in M only, rows in N as well, images and rows in N, and blocks of columns narrower than what they see.
+# Rows in M only, rows in N as well, images and rows in N, and blocks of columns narrower than their input.
 TOEPLITZ = [
     Toeplitz(4, 3, rows=4, columns=16, row_blocks=1, images=16, depth=16),
     Toeplitz(4, 3, rows=1, columns=16, row_blocks=16, images=1, depth=32),
     Toeplitz(4, 3, rows=2, columns=8, row_blocks=4, images=4, depth=16),
-    Toeplitz(4, 3, rows=1, columns=16, row_blocks=16, images=2, depth=16, turned=1),
+    Toeplitz(4, 3, rows=1, columns=16, row_blocks=16, images=2, depth=16, transposed=1),
 ]
 TOEPLITZ_GRADS = [
     ToeplitzGrad(4, 3, kernel_rows=2, inputs=16, outputs=16, depth=32),
     ToeplitzGrad(4, 3, kernel_rows=1, inputs=32, outputs=16, depth=16),
     ToeplitzGrad(4, 3, kernel_rows=8, inputs=16, outputs=32, depth=32),
-    ToeplitzGrad(4, 3, kernel_rows=2, inputs=16, outputs=16, depth=32, turned=1),
+    ToeplitzGrad(4, 3, kernel_rows=2, inputs=16, outputs=16, depth=32, transposed=1),
     ToeplitzGrad(4, 3, kernel_rows=4, inputs=16, outputs=16, depth=16, copied=1),
-    ToeplitzGrad(4, 3, kernel_rows=2, inputs=16, outputs=16, depth=32, turned=1, copied=1),
+    ToeplitzGrad(4, 3, kernel_rows=2, inputs=16, outputs=16, depth=32, transposed=1, copied=1),
 ]
 FLAT_GRAD = FlatGrad(4, 2, pixels=64, images=16)
-PLANES = Planes(4, 1, planes=8, pixels=64)
+PLANES = DirectNchw(4, 1, planes=8, pixels=64)
 FLAT = Flat(4, 2, pixels=64, images=16)
 NHWC = torch.channels_last
 
 
-def fits(config: Config, case: Case) -> bool:
+def fits(config: KernelConfig, case: Case) -> bool:
     few_taps = max(kh * kw for kh, kw, _ in case.rects) <= 40
     if isinstance(config, (Flat, FlatGrad)):
         return case.shape[2] * case.shape[3] <= config.pixels
-    return few_taps or not isinstance(config, (Planes, Channels, ChannelsGrad))
+    return few_taps or not isinstance(config, (DirectNchw, DirectNhwc, DirectNhwcGrad))
 
 
-def pairs(configs: list[Config], cases: list[Case]) -> list[tuple[Case, Config]]:
+def pairs(configs: list[KernelConfig], cases: list[Case]) -> list[tuple[Case, KernelConfig]]:
     return [(case, config) for config in configs for case in cases if fits(config, case)]
 
 
-def check_sum(case: Case, config: Config, dtype: torch.dtype, layout: torch.memory_format) -> None:
+def check_sum(case: Case, config: KernelConfig, dtype: torch.dtype, layout: torch.memory_format) -> None:
     x, kernels = draw(case, dtype, layout)
     scale = torch.rand(x.shape[1]).to(DEVICE) + 0.5
     shift = torch.randn(x.shape[1]).to(DEVICE)
@@ -67,29 +76,29 @@ def check_sum(case: Case, config: Config, dtype: torch.dtype, layout: torch.memo
 
 
 @pytest.mark.parametrize(("case", "config"), pairs([TOEPLITZ[0], FLAT, PLANES], ALL) + pairs(TOEPLITZ[1:], SOME), ids=str)
-def test_sum_of_planes(case: Case, config: Config) -> None:
+def test_sum_of_planes(case: Case, config: KernelConfig) -> None:
     check_sum(case, config, torch.float32, torch.contiguous_format)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize(("case", "config"), pairs([TOEPLITZ[0], TOEPLITZ[3], FLAT, PLANES], [SOME[0], SOME[2]]), ids=str)
-def test_sum_of_planes_in_short_types(case: Case, config: Config, dtype: torch.dtype) -> None:
+def test_sum_of_planes_in_short_types(case: Case, config: KernelConfig, dtype: torch.dtype) -> None:
     check_sum(case, config, dtype, torch.contiguous_format)
 
 
-@pytest.mark.parametrize("config", [Channels(4, 1, rows=2, columns=8, channels=4), Channels(2, 1, 4, 4, 4)], ids=str)
+@pytest.mark.parametrize("config", [DirectNhwc(4, 1, rows=2, columns=8, channels=4), DirectNhwc(2, 1, 4, 4, 4)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [case for case in CASES if max(max(r[:2]) for r in case.rects) <= 5], ids=str)
-def test_sum_of_channels_last(case: Case, dtype: torch.dtype, config: Channels) -> None:
+def test_sum_of_channels_last(case: Case, dtype: torch.dtype, config: DirectNhwc) -> None:
     check_sum(case, config, dtype, NHWC)
 
 
 @pytest.mark.parametrize("config", [TOEPLITZ[0], FLAT], ids=str)
-def test_channels_last_images_of_large_kernels_come_back_channels_last(config: Config) -> None:
+def test_large_kernels_return_channels_last_images(config: KernelConfig) -> None:
     check_sum(Case("large", (2, 3, 7, 6), ((13, 11, None),)), config, torch.float32, NHWC)
 
 
-def check_grad(case: Case, config: Config, dtype: torch.dtype, layout: torch.memory_format) -> None:
+def check_grad(case: Case, config: KernelConfig, dtype: torch.dtype, layout: torch.memory_format) -> None:
     x, _ = draw(case, dtype, layout)
     grad = torch.randn(x.shape).to(x)
     for (kh, kw, _), anchor in zip(case.rects, case.anchors):
@@ -102,29 +111,29 @@ def check_grad(case: Case, config: Config, dtype: torch.dtype, layout: torch.mem
 @pytest.mark.parametrize(
     ("case", "config"), pairs([TOEPLITZ_GRADS[0], FLAT_GRAD], ALL) + pairs(TOEPLITZ_GRADS[1:], SOME), ids=str
 )
-def test_weight_gradient(case: Case, config: Config) -> None:
+def test_weight_gradient(case: Case, config: KernelConfig) -> None:
     check_grad(case, config, torch.float32, torch.contiguous_format)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize(("case", "config"), pairs([TOEPLITZ_GRADS[0], TOEPLITZ_GRADS[4], FLAT_GRAD], SOME[1:]), ids=str)
-def test_weight_gradient_in_short_types(case: Case, config: Config, dtype: torch.dtype) -> None:
+def test_weight_gradient_in_short_types(case: Case, config: KernelConfig, dtype: torch.dtype) -> None:
     check_grad(case, config, dtype, torch.contiguous_format)
 
 
-def test_weight_gradient_of_more_columns_than_one_launch_has() -> None:
+def test_weight_gradient_of_more_columns_than_one_launch_computes() -> None:
     check_grad(Case("wide", (2, 1, 3, 80), ((2, 150, (1, 70)),)), TOEPLITZ_GRADS[1], torch.float32, torch.contiguous_format)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [CASES[0], CASES[6], CASES[10]], ids=str)
 def test_weight_gradient_of_channels_last(case: Case, dtype: torch.dtype) -> None:
-    check_grad(case, ChannelsGrad(4, 1, columns=4, channels=2), dtype, NHWC)
+    check_grad(case, DirectNhwcGrad(4, 1, columns=4, channels=2), dtype, NHWC)
 
 
 @pytest.mark.parametrize("config", [TOEPLITZ[0], FLAT], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_branches_and_their_adjoint(dtype: torch.dtype, config: Config) -> None:
+def test_branches_and_their_adjoint(dtype: torch.dtype, config: KernelConfig) -> None:
     case = Case("branches", (3, 2, 7, 8), ((7, 3, None), (3, 7, None), (3, 2, (0, 1))))
     x, kernels = draw(case, dtype)
     prepared = prepared_sum(x, kernels, case.anchors, config)
@@ -132,7 +141,7 @@ def test_branches_and_their_adjoint(dtype: torch.dtype, config: Config) -> None:
     assert len(ys) == len(kernels)
     for y, kernel, anchor in zip(ys, kernels, case.anchors):
         assert_exact(y, exact(x, [kernel], [anchor]))
-    # The inputs need not lie in memory alike.
+    # The inputs may be stored in different ways.
     xs = [x, torch.randn(x.shape).to(x).contiguous(memory_format=NHWC), torch.randn(3, 5, 7, 8).to(x)[:, 1:3]]
     want = sum(exact(image, [kernel], [anchor]) for image, kernel, anchor in zip(xs, kernels, case.anchors))
     assert_exact(prepared.sum_of_branches(xs, kernels, case.anchors), want)
@@ -157,14 +166,14 @@ STORED = {
 @pytest.mark.parametrize("stored", STORED)
 @pytest.mark.parametrize(
     ("config", "layout"),
-    [(TOEPLITZ[0], torch.contiguous_format), (FLAT, torch.contiguous_format), (Channels(4, 1, 2, 4, 2), NHWC)],
+    [(TOEPLITZ[0], torch.contiguous_format), (FLAT, torch.contiguous_format), (DirectNhwc(4, 1, 2, 4, 2), NHWC)],
     ids=lambda value: str(value),
 )
-def test_any_strides(config: Config, layout: torch.memory_format, stored: str) -> None:
+def test_any_strides(config: KernelConfig, layout: torch.memory_format, stored: str) -> None:
     case = Case("strides", (2, 3, 7, 6), ((3, 5, None),))
     x, kernels = draw(case, torch.float32, layout)
     x = STORED[stored](x)
-    # The problem says in which layout the result is given; what the images are like is for each call to find out.
+    # The problem determines the layout of the result; each call adapts to the strides of its images.
     prepared = prepared_sum(
         torch.empty(case.shape, device=DEVICE).contiguous(memory_format=layout), kernels, case.anchors, config
     )
@@ -172,16 +181,16 @@ def test_any_strides(config: Config, layout: torch.memory_format, stored: str) -
 
 
 @pytest.mark.parametrize("stored", STORED)
-@pytest.mark.parametrize("config", [TOEPLITZ_GRADS[0], ChannelsGrad(4, 1, 4, 2)], ids=str)
-def test_any_strides_of_weight_gradients(config: Config, stored: str) -> None:
+@pytest.mark.parametrize("config", [TOEPLITZ_GRADS[0], DirectNhwcGrad(4, 1, 4, 2)], ids=str)
+def test_any_strides_of_weight_gradients(config: KernelConfig, stored: str) -> None:
     x, grad = (STORED[stored](torch.randn(2, 3, 7, 6).to(DEVICE)) for _ in range(2))
     size: Anchor = (3, 5)
     got = prepared_grad(x.contiguous(), size, (1, 2), config)(x, grad, size, (1, 2))
     assert_exact(got, reference.depthwise_weight_grad(x.double(), grad.double(), size, (1, 2)))
 
 
-@pytest.mark.parametrize("config", [TOEPLITZ_GRADS[0], ChannelsGrad(4, 1, 4, 2)], ids=str)
-def test_two_runs_are_equal_to_the_last_bit(config: Config) -> None:
+@pytest.mark.parametrize("config", [TOEPLITZ_GRADS[0], DirectNhwcGrad(4, 1, 4, 2)], ids=str)
+def test_two_runs_are_bitwise_equal(config: KernelConfig) -> None:
     x, grad = torch.randn(5, 3, 6, 4).to(DEVICE), torch.randn(5, 3, 6, 4).to(DEVICE)
     prepared = prepared_grad(x, (3, 3), (1, 1), config)
     first, second = (prepared(x, grad, (3, 3), (1, 1)) for _ in range(2))

@@ -1,7 +1,7 @@
-"""What the cost model chooses for GPUs of which no table speaks, compiled for them: RTX 30, RTX 40 and L4, RTX 50.
+"""The choices of the cost model for GPUs that are in no table, compiled for them: RTX 30, RTX 40 and L4, RTX 50.
 
-Their programs have less than half the shared memory of those that the shipped table is about, and their tensor cores read
-from registers.
+Programs on these GPUs have less than half the shared memory of those in the shipped table, and their tensor cores read from
+registers.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 
 from tests.ops.gpu.compiling import OTHERS, Compiled, Job, compile_all
 from widekernel.ops.gpu.candidates import candidates
-from widekernel.ops.gpu.configs import Channels, ChannelsGrad, Config, Flat, Planes
-from widekernel.ops.gpu.plan import ranked
+from widekernel.ops.gpu.config_choice import ranked_configs
+from widekernel.ops.gpu.kernel_configs import DirectNchw, DirectNhwc, DirectNhwcGrad, Flat, KernelConfig
 from widekernel.ops.problem import (
     DEPTHWISE_BRANCHES,
     DEPTHWISE_SUM,
@@ -27,8 +27,8 @@ from widekernel.ops.problem import (
 TARGETS = {"sm_86": "sm_86", "sm_89": "sm_89", "sm_120": "sm_120a"}
 FLOAT32 = torch.float32
 MOST_SPILLED = 128
-"""Bytes of a thread, which stay in the L1 cache: the model of the cost counts no registers, but estimates all else that
-could compute float32 branches of small maps at twice the time."""
+"""Bytes per thread that may spill; they stay in the L1 cache. The cost model does not count registers, but estimates that
+every alternative for float32 branches of small images takes twice the time."""
 STRIPS = ((51, 5), (5, 51), (5, 5))
 SMALL_STRIPS = ((13, 5), (5, 13), (5, 5))
 
@@ -78,7 +78,7 @@ ALL += [
 
 
 def chosen(problems: list[Problem], chip: str) -> list[Job]:
-    return [Job(one, ranked(one, OTHERS[chip])[0], chip) for one in problems]
+    return [Job(one, ranked_configs(one, OTHERS[chip])[0], chip) for one in problems]
 
 
 @lru_cache(maxsize=1)
@@ -92,13 +92,13 @@ def check(job: Job, kernels: list[Compiled]) -> None:
     for kernel in kernels:
         assert kernel.stack <= MOST_SPILLED and kernel.registers <= 255, (job, kernel)
         assert kernel.target == TARGETS[job.chip] and kernel.shared <= OTHERS[job.chip].shared_bytes, (job, kernel)
-    by_multiply_adds = isinstance(job.config, (Planes, Channels, ChannelsGrad))
+    by_multiply_adds = isinstance(job.config, (DirectNchw, DirectNhwc, DirectNhwcGrad))
     assert set(kernels[-1].products) == (set() if by_multiply_adds else {"mma.sync"}), (job, kernels[-1])
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("chip", OTHERS)
-def test_what_is_chosen_for_some_problems(chip: str) -> None:
+def test_choices_for_some_problems(chip: str) -> None:
     found = {job: kernels for job, kernels in compiled_some().items() if job.chip == chip}
     assert len(found) == len(SOME[chip])
     for job, kernels in found.items():
@@ -108,19 +108,19 @@ def test_what_is_chosen_for_some_problems(chip: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("chip", OTHERS)
-def test_what_is_chosen(chip: str) -> None:
+def test_choices_for_all_problems(chip: str) -> None:
     jobs = chosen(ALL, chip)
     for job, kernels in zip(jobs, compile_all(jobs)):
         check(job, kernels)
 
 
-def flat(problem: Problem, chip: str) -> list[Config]:
+def flat(problem: Problem, chip: str) -> list[KernelConfig]:
     return [config for config in candidates(problem, OTHERS[chip]) if isinstance(config, Flat)]
 
 
 @pytest.mark.parametrize("chip", OTHERS)
-def test_matrices_of_many_branches_that_do_not_fit_the_registers_are_no_candidates(chip: str) -> None:
-    """With 4 warps and 64 images those of four branches take 760 bytes of a thread more than there are registers."""
+def test_matrices_that_do_not_fit_into_registers_are_no_candidates(chip: str) -> None:
+    """With 4 warps and 64 images, those of four branches spill 760 bytes per thread."""
     two, many = (((13, 13), (5, 5)), ((13, 13), (13, 5), (5, 13), (5, 5), (3, 3), (7, 7)))
     assert all(config.warps == 8 for config in flat(problem(DEPTHWISE_BRANCHES, 7, *two), chip))
     assert flat(problem(DEPTHWISE_BRANCHES, 7, *two), chip) and not flat(problem(DEPTHWISE_BRANCHES, 7, *many), chip)
@@ -128,8 +128,8 @@ def test_matrices_of_many_branches_that_do_not_fit_the_registers_are_no_candidat
 
 
 def test_a_thread_computes_few_outputs_by_multiply_adds() -> None:
-    """With 16 of them, of several planes, the three rectangles of a cross take 10 KiB of local memory."""
+    """With 16 outputs, of several planes, the three rectangles of a cross spill 10 KiB."""
     for extent, most in ((7, 4), (14, 8)):
         found = candidates(problem(DEPTHWISE_SUM, extent, (5, 5), (1, 25), (25, 1)), OTHERS["sm_120"])
-        planes = [config for config in found if isinstance(config, Planes)]
+        planes = [config for config in found if isinstance(config, DirectNchw)]
         assert planes and max(config.planes * config.pixels // (32 * config.warps) for config in planes) == most

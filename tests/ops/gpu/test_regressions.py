@@ -1,4 +1,4 @@
-"""What the kernels or the choice among them once got wrong."""
+"""Errors that the kernels, or the choice among them, once had."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from torch import Tensor
 
 from tests.ops.gpu.helpers import DEVICE, assert_exact
 from widekernel.ops import reference
-from widekernel.ops.gpu import backend
+from widekernel.ops.backends.triton import TritonBackend
 from widekernel.ops.gpu.candidates import candidates
-from widekernel.ops.gpu.configs import Channels, ChannelsGrad, Chip, Config, Flat, FlatGrad, ToeplitzGrad
+from widekernel.ops.gpu.kernel_configs import Chip, DirectNhwc, DirectNhwcGrad, Flat, FlatGrad, KernelConfig, ToeplitzGrad
 from widekernel.ops.gpu.launch import PreparedWeightGrad
 from widekernel.ops.problem import DEPTHWISE_BRANCHES, DEPTHWISE_SUM, DEPTHWISE_SUM_OF_BRANCHES, Problem
 
-# So many processors that sums over images are split among several programs.
+TRITON = TritonBackend()
+
+# Enough processors for sums over images to be split among several programs.
 WIDE = Chip((9, 0), 16, 227 * 1024)
 SMALL_SHARED = Chip((8, 6), 84, 99 * 1024)
 
 
-def check_grad(x: Tensor, grad: Tensor, config: Config) -> None:
+def check_grad(x: Tensor, grad: Tensor, config: KernelConfig) -> None:
     problem = Problem.of_weight_grad(x, (3, 3), (1, 1))
     prepared = PreparedWeightGrad(problem, config, WIDE)
     want = reference.depthwise_weight_grad(x.double(), grad.double(), (3, 3), (1, 1))
@@ -31,17 +33,17 @@ def check_grad(x: Tensor, grad: Tensor, config: Config) -> None:
 @pytest.mark.interpreted
 @pytest.mark.parametrize(
     "config",
-    [FlatGrad(4, 2, pixels=32, images=16), ToeplitzGrad(4, 3, 4, 16, 16, 16), ChannelsGrad(4, 1, columns=4, channels=4)],
+    [FlatGrad(4, 2, pixels=32, images=16), ToeplitzGrad(4, 3, 4, 16, 16, 16), DirectNhwcGrad(4, 1, columns=4, channels=4)],
     ids=str,
 )
-def test_no_image_is_counted_twice_where_programs_share_the_sum(config: Config) -> None:
-    layout = torch.channels_last if isinstance(config, ChannelsGrad) else torch.contiguous_format
+def test_no_image_is_counted_twice_where_programs_share_the_sum(config: KernelConfig) -> None:
+    layout = torch.channels_last if isinstance(config, DirectNhwcGrad) else torch.contiguous_format
     x, grad = (torch.randn(42, 4, 7, 3).to(DEVICE).contiguous(memory_format=layout) for _ in range(2))
     check_grad(x, grad, config)
 
 
 @pytest.mark.interpreted
-def test_the_pairs_of_one_product_may_pass_as_many_images_as_the_shortest_block_of_rows_allows() -> None:
+def test_pairs_of_one_product_may_span_several_images() -> None:
     x, grad = (torch.randn(12, 1, 20, 3).to(DEVICE) for _ in range(2))
     problem = Problem.of_weight_grad(x, (13, 3), (6, 1))
     prepared = PreparedWeightGrad(problem, ToeplitzGrad(4, 3, kernel_rows=1, inputs=16, outputs=16, depth=32), WIDE)
@@ -49,15 +51,15 @@ def test_the_pairs_of_one_product_may_pass_as_many_images_as_the_shortest_block_
     assert_exact(prepared(x, grad, (13, 3), (6, 1)), want)
 
 
-def test_pixels_of_a_plane_that_32_bits_do_not_count() -> None:
+def test_planes_with_more_pixels_than_32_bits_can_index() -> None:
     problem = Problem(DEPTHWISE_SUM, "cuda", torch.bfloat16, (1, 1, 2**16, 2**15), ((31, 31),), ((15, 15),))
-    assert not backend.can_run(problem)
-    assert "it computes images of at most 1073741824 pixels" in backend.reasons_against(problem)
+    assert not TRITON.can_run(problem)
+    assert "it computes images of at most 1073741824 pixels" in TRITON.reasons_against(problem)
 
 
 @pytest.mark.interpreted
-def test_images_of_the_weight_gradient_that_lie_far_apart() -> None:
-    """Further than 32 bits count; memory that nobody touches costs nothing."""
+def test_weight_gradient_of_images_that_are_far_apart() -> None:
+    """The distance exceeds 32 bits; memory that is never touched costs nothing."""
     far = 2**31
     x = torch.empty(far + 16, dtype=torch.float16, device=DEVICE).as_strided((2, 1, 4, 4), (far, 16, 4, 1))
     x.copy_(torch.randn(2, 1, 4, 4))
@@ -65,7 +67,7 @@ def test_images_of_the_weight_gradient_that_lie_far_apart() -> None:
 
 
 @pytest.mark.parametrize("op", [DEPTHWISE_SUM, DEPTHWISE_BRANCHES, DEPTHWISE_SUM_OF_BRANCHES])
-def test_matrices_of_float32_that_do_not_fit_are_no_candidates(op: str) -> None:
+def test_float32_matrices_that_do_not_fit_are_no_candidates(op: str) -> None:
     """Compiled for sm_86, the smallest of these with 128 pixels needs 136 KiB of the 99 that there are."""
     kernels, anchors = ((13, 13), (5, 5)), ((6, 6), (2, 2))
     problem = Problem(op, "cuda", torch.float32, (64, 256, 10, 10), kernels, anchors)
@@ -78,10 +80,10 @@ def test_programs_of_many_taps_have_few_rows() -> None:
     """With 8 rows these take minutes to compile."""
     kernels = ((9, 9), (9, 9), (3, 3))
     problem = Problem(DEPTHWISE_SUM, "cuda", torch.float32, (64, 96, 56, 56), kernels, ((4, 4), (4, 4), (1, 1)), True)
-    found = [config for config in candidates(problem, WIDE) if isinstance(config, Channels)]
+    found = [config for config in candidates(problem, WIDE) if isinstance(config, DirectNhwc)]
     assert max(config.rows for config in found) == 2
     single = replace(problem, kernels=((7, 7),), anchors=((3, 3),))
-    assert max(config.rows for config in candidates(single, WIDE) if isinstance(config, Channels)) == 8
+    assert max(config.rows for config in candidates(single, WIDE) if isinstance(config, DirectNhwc)) == 8
 
 
 def test_a_configuration_that_does_not_fit_gives_way_to_the_next() -> None:
@@ -90,7 +92,7 @@ def test_a_configuration_that_does_not_fit_gives_way_to_the_next() -> None:
 
     tried = []
 
-    def with_config(config: Config):  # type: ignore[no-untyped-def]
+    def with_config(config: KernelConfig):  # type: ignore[no-untyped-def]
         def run(number: int) -> str:
             tried.append(config)
             if isinstance(config, Flat):
@@ -108,7 +110,7 @@ def test_a_configuration_that_does_not_fit_gives_way_to_the_next() -> None:
 
 
 @pytest.mark.interpreted
-def test_pairs_that_go_on_to_several_images() -> None:
+def test_pairs_that_continue_in_several_images() -> None:
     """Blocks of kernel rows meet 5 to 9 output rows here, so that 16 pairs may pass the ends of three images."""
     x, grad = (torch.randn(6, 2, 9, 6).to(DEVICE) for _ in range(2))
     problem = Problem.of_weight_grad(x, (9, 3), (4, 1))

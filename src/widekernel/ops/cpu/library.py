@@ -1,14 +1,14 @@
-"""The native library: its C interface (native/include/widekernel.h) in ctypes, finding it, and why there is none.
+"""The native library: its C interface (native/include/widekernel.h) in ctypes, finding it, and the reason if it is missing.
 
-Nothing happens on import. `load()` opens the library once, on first use, and answers the same from then on.
+Nothing happens on import. `load()` opens the library on first use and returns the same object from then on.
 
-Environment variables, read then:
+Environment variables that `load()` reads:
 
-* `WIDEKERNEL_NATIVE=0`: do without the library.
+* `WIDEKERNEL_NATIVE=0`: do not use the library.
 * `WIDEKERNEL_ISA=avx2`: use this instruction set instead of the best one that the processor has.
 * `WIDEKERNEL_LIBRARY=build/native/_native.so`: load this file, for instance one built with sanitizers.
-* `WIDEKERNEL_REQUIRE_NATIVE=1`: never do without the library. Where it could run and cannot, calls raise. (When the package
-  is installed, the same variable makes a failed build an error.)
+* `WIDEKERNEL_REQUIRE_NATIVE=1`: raise where the library should run and cannot. (At installation the same variable makes a
+  failed build an error.)
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ REQUIRED = "WIDEKERNEL_REQUIRE_NATIVE"
 OK, BAD_ARGUMENT, OUT_OF_MEMORY = range(3)
 ISAS = ("avx512", "avx2", "neon", "portable")
 
-# The type of the pointers to numbers that the structures hold: tensors give addresses.
+# Pointers to numbers are plain addresses, as `Tensor.data_ptr` returns them.
 Address = ctypes.c_void_p
 
 
 class NativeMemoryError(WidekernelError, MemoryError):
-    """The native library could not have its working memory."""
+    """The native library could not allocate its working memory."""
 
 
 class NativeMissingError(WidekernelError, RuntimeError):
-    """There is no native library that can run, and the environment says that there must be one."""
+    """The environment requires the native library, and it cannot run."""
 
 
 class Tensor(ctypes.Structure):
@@ -60,7 +60,7 @@ class Pass(ctypes.Structure):
 
 
 class Rect(ctypes.Structure):
-    """A kernel as the caller has it, and the pass that it is added into."""
+    """A kernel of the caller, and the pass that it is added into."""
 
     _fields_ = [("taps", Address), *((name, ctypes.c_int32) for name in ("rows", "columns", "row", "column", "pass"))]
 
@@ -121,14 +121,14 @@ class Library:
     """The loaded library, or the reason why there is none.
 
     Attributes:
-        reason: Why nothing native can run; None if it can.
-        calls: The C functions, under the names of the header. Set if `reason` is None, as is all that follows.
-        path: The file.
-        openmp: The file of the OpenMP runtime whose threads are used; None if calls run on one thread.
-        isas: The instruction sets of this build that the processor has, the preferred one first.
-        isa: The one in use.
-        lanes: Its number of channels computed together.
-        wanted: False if the user has switched the library off, so that its absence is no news.
+        reason: why the library cannot run; None if it can.
+        calls: the C functions, under the names of the header. Set if `reason` is None, as are all that follow.
+        path: the file.
+        openmp: the file of the OpenMP runtime whose threads are used; None if calls run on one thread.
+        isas: the instruction sets of this build that the processor has, the preferred one first.
+        isa: the instruction set in use.
+        lanes: number of channels that it computes together.
+        wanted: False if the user has switched the library off, so that nobody need be warned.
     """
 
     reason: str | None = None
@@ -142,11 +142,11 @@ class Library:
 
     @property
     def threads_available(self) -> bool:
-        """Whether a call can use more than one thread."""
+        """Return whether a call can use more than one thread."""
         return self.openmp is not None
 
     def use_isa(self, name: str) -> None:
-        """Compute with that instruction set from now on, in every thread.
+        """Use that instruction set from now on, in every thread.
 
         Raises:
             ArgumentError: if this build or the processor lacks it, or there is no library.
@@ -158,7 +158,7 @@ class Library:
         self.isa, self.lanes = self.calls.wk_isa().decode(), self.calls.wk_lanes()
 
     def check(self, error: int) -> None:
-        """Raise for what a C function returned, unless it is `OK`.
+        """Raise the error that a C function returned, unless it is `OK`.
 
         Raises:
             NativeMemoryError: for `OUT_OF_MEMORY`.
@@ -175,7 +175,7 @@ _warned = False
 
 
 def load() -> Library:
-    """Load the library on the first call; give the same object, usable or not, on every later one."""
+    """Load the library on the first call; return the same object, usable or not, on every later one."""
     global _loaded
     if _loaded is None:
         with _LOCK:
@@ -185,7 +185,7 @@ def load() -> Library:
 
 
 def warn_once_if_missing() -> None:
-    """Say, once in a process, that native kernels could have run and cannot, and why; unless they were switched off.
+    """Warn, once in a process, that native kernels should run and cannot, and why; not if they were switched off.
 
     Raises:
         NativeMissingError: every time, if `WIDEKERNEL_REQUIRE_NATIVE` is set.
@@ -197,8 +197,8 @@ def warn_once_if_missing() -> None:
     required = os.environ.get(REQUIRED, "")
     if is_on(required):
         raise NativeMissingError(
-            f"{REQUIRED} is {required!r}, so that operators must not run without the native CPU library, but "
-            f"{library.reason}. Unset {REQUIRED} to do without it."
+            f"{REQUIRED} is {required!r}, so operators must not run without the native CPU library, but "
+            f"{library.reason}. Unset {REQUIRED} to run without it."
         )
     if _warned or not library.wanted:
         return
@@ -215,14 +215,14 @@ def warn_once_if_missing() -> None:
 
 
 def is_on(value: str) -> bool:
-    """Whether a variable is set to something that does not mean no; as the build system reads it."""
+    """Return whether the value of a variable means yes, as the build system reads it."""
     if value.isdigit():
         return int(value) != 0
     return value.lower() not in ("", "n", "no", "off", "false", "f")
 
 
 def open_library(environment: Mapping[str, str]) -> Library:
-    """Find, load and check the library; what stands in the way becomes the `reason`."""
+    """Find, load and check the library; any obstacle becomes the `reason`."""
     switch = environment.get("WIDEKERNEL_NATIVE", "")
     if switch not in ("", "1"):
         reason = f"the native CPU library is switched off by WIDEKERNEL_NATIVE={switch} (unset it, or set it to 1)"
@@ -249,19 +249,19 @@ def open_library(environment: Mapping[str, str]) -> Library:
 
 
 def _find(named: str) -> tuple[Path | None, str | None]:
-    """Return the library's file, or None and the reason. Installed or editable, it lies beside this module."""
+    """Return the file of the library, which lies beside this module, or None and the reason."""
     if named:
         path = Path(named).resolve()
-        return (path, None) if path.is_file() else (None, f"WIDEKERNEL_LIBRARY={named} is no file: correct or unset it")
+        return (path, None) if path.is_file() else (None, f"WIDEKERNEL_LIBRARY={named} is not a file: correct or unset it")
     folder = Path(__file__).parent
     for suffix in (".dylib", ".so") if sys.platform == "darwin" else (".so",):
         path = folder / f"_native{suffix}"
         if path.is_file():
             return path, None
     return None, (
-        f"the native CPU library was not built, {folder} has none; install a C++17 compiler (GCC or Clang), then "
-        f"`{REQUIRED}=1 pip install --force-reinstall --no-deps --no-cache-dir widekernel` (in a checkout `.` in place of "
-        "widekernel), which says why if it fails; without --no-cache-dir pip installs what it has built before again"
+        f"the native CPU library was not built ({folder} has none); install a C++17 compiler (GCC or Clang), then run "
+        f"`{REQUIRED}=1 pip install --force-reinstall --no-deps --no-cache-dir widekernel` (in a checkout, `.` instead of "
+        "widekernel), which prints the reason if it fails; without --no-cache-dir pip reinstalls the wheel it built before"
     )
 
 
@@ -280,30 +280,28 @@ def _configured(library: Library, isa: str) -> Library:
 
 
 def _isa_unavailable(value: str, available: tuple[str, ...]) -> str:
-    return (
-        f"{value}: this build of the native CPU library has, for this processor, {', '.join(available)}; choose one of these"
-    )
+    return f"{value}: for this processor the native CPU library has {', '.join(available)}; choose one of these"
 
 
 class _SymbolInfo(ctypes.Structure):
-    """What `dladdr` tells of an address."""
+    """The result of `dladdr`."""
 
     _fields_ = [("file", ctypes.c_char_p), ("base", Address), ("symbol", ctypes.c_char_p), ("address", Address)]
 
 
 def openmp_runtime() -> str | None:
-    """Name the file of the OpenMP runtime that PyTorch's operators run on; None if there is none to share.
+    """Return the file of the OpenMP runtime that PyTorch's operators run on; None if there is none to share.
 
-    A process may hold several (scikit-learn brings its own), so a search of the loaded files would not do. The symbol is
+    A process may hold several (scikit-learn brings its own), so searching the loaded files is not enough. The symbol is
     looked up as the dynamic linker does it for PyTorch, where a preloaded runtime wins too. Nothing is loaded here.
     """
     if os.name != "posix":
         return None
     suffix = "dylib" if sys.platform == "darwin" else "so"
     pytorch = f"libtorch_cpu.{suffix}"
-    # By file where the wheels have it, by name where a distribution has moved it.
+    # By path, as in PyTorch's wheels, or by name where a distribution has moved the file.
     scopes: list[str | None] = [str(Path(torch.__file__).parent / "lib" / pytorch), pytorch]
-    # On Linux what is global comes before a library's own dependencies; on macOS each symbol names its library.
+    # On Linux, global symbols come before a library's own dependencies; on macOS each symbol names its library.
     scopes.insert(len(scopes) if sys.platform == "darwin" else 0, None)
     for scope in scopes:
         try:

@@ -1,8 +1,8 @@
 """How a problem is computed by the native library: which kernels are joined, and by which algorithm each is run.
 
 The *direct* algorithm goes tap by tap. The *hybrid* one transforms one axis and is direct along the other: it takes fewer
-operations where a kernel is long and the image not small. A model of the cost, in processor cycles for one block of channels
-of one image, decides; its constants were fitted to measurements (see `widekernel bench ops`).
+operations if a kernel is long and the image is not small. A cost model, in processor cycles for one block of channels of one
+image, decides; its constants were fitted to measurements (see `widekernel bench ops`).
 """
 
 from __future__ import annotations
@@ -14,21 +14,20 @@ from functools import lru_cache
 
 from widekernel.ops.cpu.library import DIRECT, HYBRID_ALONG_COLUMNS, HYBRID_ALONG_ROWS, MOST_PASSES
 from widekernel.ops.problem import DEPTHWISE_SUM, Problem, touching
-from widekernel.ops.problem import DIRECT as LOCAL
 
 METHODS = {DIRECT: "direct", HYBRID_ALONG_ROWS: "hybrid along rows", HYBRID_ALONG_COLUMNS: "hybrid along columns"}
 
-# Transforms are no longer than this; wider kernels are computed directly.
+# The longest transform; wider kernels are computed directly.
 LONGEST_TRANSFORM = 256
-# Multiply-adds of a vector in a cycle that the micro-kernels reach, and the cycles lost in each call of one.
+# Vector multiply-adds that the micro-kernels do in a cycle, and the cycles lost in each call of one.
 DIRECT_RATE, DIRECT_TILE = 1.8, 35
 COMPLEX_RATE, COMPLEX_TILE = 1.75, 45
 TRANSFORM_RATE, TRANSFORM_TILE = 1.8, 230
-# Width of the register tiles.
+# Widths of the register tiles.
 DIRECT_WIDTH, COMPLEX_WIDTH, WAVES, LINES = 10, 5, 5, 4
-# Cycles for packing and unpacking one vector, and for having one of a transformed kernel in the cache.
+# Cycles for packing and unpacking one vector, and for fetching a vector of a transformed kernel into the cache.
 PACKING, FETCHING = 12, 2.5
-# Below so many numbers in the image a call costs more than its computation.
+# Images with fewer numbers than this take less time than the call itself.
 SMALL_CALL = 1 << 16
 
 
@@ -42,7 +41,7 @@ class Piece:
     column: int
 
     def covers(self, other: Piece) -> bool:
-        """Whether every tap of `other` lies on one of this kernel's, anchor on anchor."""
+        """Return whether every tap of `other` lies on one of this kernel's, anchor on anchor."""
         return (
             other.row <= self.row
             and other.column <= self.column
@@ -53,7 +52,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Pass:
-    """A kernel as it is executed, and how."""
+    """A kernel as it is executed, and the method (a key of `METHODS`)."""
 
     piece: Piece
     method: int
@@ -64,7 +63,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class Plan:
-    """The passes of a call, which pass each kernel is added into, the threads, and the cycles that the model expects."""
+    """The passes of a call, the pass that each kernel is added into, the threads, and the cycles that the model expects."""
 
     passes: tuple[Pass, ...]
     targets: tuple[int, ...]
@@ -77,7 +76,7 @@ class Plan:
 
 @lru_cache(maxsize=4096)
 def plan(problem: Problem, threads: int, lanes: int) -> Plan:
-    """Choose the cheapest way of computing `problem`."""
+    """Choose the cheapest way to compute `problem`."""
     _, _, height, width = problem.shape
     pieces = [_cropped(size, anchor, height, width) for size, anchor in zip(problem.kernels, problem.anchors)]
     best: tuple[float, tuple[Pass, ...], tuple[int, ...]] | None = None
@@ -93,15 +92,15 @@ def plan(problem: Problem, threads: int, lanes: int) -> Plan:
     assert best is not None
     blocks = problem.shape[0] * math.ceil(problem.shape[1] / lanes)
     total = blocks * (best[0] + 2 * PACKING * height * width)
-    return Plan(best[1], best[2], _useful_threads(total, threads), total)
+    return Plan(best[1], best[2], _worthwhile_threads(total, threads), total)
 
 
 def reason_for_pytorch(problem: Problem) -> str | None:
-    """Say why PyTorch's convolution should compute the problem instead, None if it should not.
+    """Return why PyTorch's convolution should compute the problem instead, None if it should not.
 
     Measured on one and two threads, AVX-512, with 16 to 1,024 channels and maps of 7 to 112 pixels: for channels_last
     images oneDNN's kernels for up to 5x5 taps take 0.5 to 0.9 of our time, except on tensors so small that the call itself
-    takes longest. With 7x7 taps that is so only where pixels lie a multiple of 2 KiB apart, which caches handle badly.
+    takes longest. With 7x7 taps that is so only if pixels lie a multiple of 2 KiB apart, which caches handle badly.
     """
     batch, channels, height, width = problem.shape
     if problem.op != DEPTHWISE_SUM or not problem.channels_last or len(problem.kernels) != 1:
@@ -114,19 +113,19 @@ def reason_for_pytorch(problem: Problem) -> str | None:
     return None
 
 
-def _useful_threads(cycles: float, threads: int) -> int:
-    # Waking a thread costs tens of microseconds where threads wait passively.
+def _worthwhile_threads(cycles: float, threads: int) -> int:
+    # Waking a thread takes tens of microseconds if threads wait passively.
     return threads if cycles > 60_000 else 1
 
 
 def _cropped(size: tuple[int, int], anchor: tuple[int, int], height: int, width: int) -> Piece:
-    """Leave out the taps that see only padding."""
+    """Return the kernel without the taps that see only padding."""
     rows, columns = touching(size[0], anchor[0], height), touching(size[1], anchor[1], width)
     return Piece(rows.stop - rows.start, columns.stop - columns.start, anchor[0] - rows.start, anchor[1] - columns.start)
 
 
 def _groupings(pieces: Sequence[Piece]) -> list[list[list[int]]]:
-    """Give the ways of joining kernels into passes that are worth a thought: covered ones into others, or all into one."""
+    """Return the promising ways to join kernels into passes: covered ones into others, or all into one."""
     maximal: list[list[int]] = []
     order = sorted(range(len(pieces)), key=lambda i: -pieces[i].rows * pieces[i].columns)
     for i in order:
@@ -151,35 +150,37 @@ def _cheapest(piece: Piece, problem: Problem) -> tuple[Pass, float]:
     images, _, height, width = problem.shape
     grad = problem.op != DEPTHWISE_SUM
     turned = Piece(piece.columns, piece.rows, piece.column, piece.row)
-    options = [(DIRECT, _direct(piece if piece.columns >= piece.rows else turned, *_seen(piece, height, width), grad))]
-    if problem.algorithm != LOCAL:
+    options = [
+        (DIRECT, _direct(piece if piece.columns >= piece.rows else turned, *_lines_and_extent(piece, height, width), grad))
+    ]
+    if problem.algorithm is None:
         options.append((HYBRID_ALONG_ROWS, _hybrid(piece, height, width, images, grad)))
         options.append((HYBRID_ALONG_COLUMNS, _hybrid(turned, width, height, images, grad)))
     method, cycles = min(options, key=lambda option: option[1])
     return Pass(piece, method), cycles
 
 
-def _seen(piece: Piece, height: int, width: int) -> tuple[int, int]:
+def _lines_and_extent(piece: Piece, height: int, width: int) -> tuple[int, int]:
     return (height, width) if piece.columns >= piece.rows else (width, height)
 
 
-def _meetings(taps: int, anchor: int, extent: int) -> int:
+def _overlaps(taps: int, anchor: int, extent: int) -> int:
     """Count the pairs of an output pixel and a tap that sees a pixel, along one axis."""
     return sum(min(extent, i + taps - anchor) - max(0, i - anchor) for i in range(extent))
 
 
 def _direct(piece: Piece, lines: int, extent: int, grad: bool) -> float:
-    """Cycles of the direct algorithm, which slides along `extent`."""
-    work = _meetings(piece.rows, piece.row, lines) * _meetings(piece.columns, piece.column, extent)
+    """Estimate the cycles of the direct algorithm, which slides along `extent`."""
+    work = _overlaps(piece.rows, piece.row, lines) * _overlaps(piece.columns, piece.column, extent)
     outputs, across, window = (piece.rows, piece.columns, extent) if grad else (lines, extent, piece.columns)
     tiles = math.ceil(outputs / 2) * math.ceil(across / min(DIRECT_WIDTH, max(window, 3)))
     return work / DIRECT_RATE + tiles * DIRECT_TILE
 
 
 def _hybrid(piece: Piece, lines: int, extent: int, images: int, grad: bool) -> float:
-    """Cycles of the hybrid algorithm with the transform along `extent`; infinite if that is too long."""
+    """Estimate the cycles of the hybrid algorithm with the transform along `extent`; infinite if that is too long."""
     reach = max(piece.column, piece.columns - 1 - piece.column)
-    between = _meetings(piece.rows, piece.row, lines)
+    between = _overlaps(piece.rows, piece.row, lines)
     outputs, window = (piece.rows, lines) if grad else (lines, piece.rows)
     best = math.inf
     for tiles in range(1, 9):

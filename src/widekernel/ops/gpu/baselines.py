@@ -1,4 +1,4 @@
-"""The calls that tuning compares: our kernels in a configuration, PyTorch's ways, and what is exact, on the same numbers."""
+"""The calls that tuning compares on the same inputs: our kernels, PyTorch's alternatives, and an exact computation."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from widekernel.ops import portable
-from widekernel.ops.gpu.configs import Chip, Config
+from widekernel.ops import torch_conv
+from widekernel.ops.gpu.kernel_configs import Chip, KernelConfig
 from widekernel.ops.problem import (
     DEPTHWISE_BRANCHES,
     DEPTHWISE_SUM,
@@ -23,22 +23,22 @@ from widekernel.ops.problem import (
 Call = Callable[[], Any]
 
 
-def in_place(problem: Problem) -> str:
-    """Name the way of PyTorch's that computes a problem which we leave to it: the portable backend, in the same layout."""
+def fallback_name(problem: Problem) -> str:
+    """Return the name of the PyTorch call that computes a problem if our kernels do not, in the same layout."""
     layout = "NHWC" if problem.channels_last else "NCHW"
     return f"PyTorch {layout}" if problem.op != DEPTHWISE_WEIGHT_GRAD else "PyTorch, as a forward convolution"
 
 
-class Numbers(NamedTuple):
-    """What a problem is computed with: images (N, C, H, W), kernels (C, 1, kh, kw), gradients like the images."""
+class Inputs(NamedTuple):
+    """The tensors of a problem: images (N, C, H, W), kernels (C, 1, kh, kw), and a gradient shaped like the images."""
 
     xs: list[Tensor]
     kernels: list[Tensor]
     grad: Tensor | None
 
     @classmethod
-    def drawn(cls, problem: Problem, device: torch.device) -> Numbers:
-        """Draw them, in the layout of the problem."""
+    def random(cls, problem: Problem, device: torch.device) -> Inputs:
+        """Draw random tensors, in the layout of the problem."""
         generator = torch.Generator(device).manual_seed(0)
 
         def draw(*shape: int) -> Tensor:
@@ -51,36 +51,36 @@ class Numbers(NamedTuple):
         is_grad = problem.op == DEPTHWISE_WEIGHT_GRAD
         return cls(xs, kernels, draw(*problem.shape).contiguous(memory_format=layout) if is_grad else None)
 
-    def with_few_gradients(self) -> Numbers:
-        """Give the same with a gradient of zero but for the images that are compared: weight gradients sum over images."""
+    def with_compared_gradients(self) -> Inputs:
+        """Return a copy whose gradient is zero except for the compared images, because weight gradients sum over images."""
         if self.grad is None:
             return self
-        few, chosen = torch.zeros_like(self.grad), _chosen(self.grad)
+        few, chosen = torch.zeros_like(self.grad), _compared_images(self.grad)
         few[chosen] = self.grad[chosen]
         return self._replace(grad=few)
 
-    def in_layout(self, layout: torch.memory_format) -> Numbers:
-        """Give the same with images and gradients stored in another layout."""
+    def in_layout(self, layout: torch.memory_format) -> Inputs:
+        """Return a copy whose images and gradient are stored in another layout."""
         grad = None if self.grad is None else self.grad.contiguous(memory_format=layout)
         return self._replace(xs=[x.contiguous(memory_format=layout) for x in self.xs], grad=grad)
 
-    def exactly(self) -> Numbers:
-        """Give the images that are compared, and what belongs to them, in float64."""
-        chosen = _chosen(self.xs[0])
+    def in_float64(self) -> Inputs:
+        """Return the compared images, and the kernels and gradient that belong to them, in float64."""
+        chosen = _compared_images(self.xs[0])
         grad = None if self.grad is None else self.grad[chosen].double()
-        return Numbers([x[chosen].double() for x in self.xs], [kernel.double() for kernel in self.kernels], grad)
+        return Inputs([x[chosen].double() for x in self.xs], [kernel.double() for kernel in self.kernels], grad)
 
 
-def _chosen(x: Tensor) -> list[int]:
-    """Number the images that are compared: the first and the last of the very call that is timed."""
+def _compared_images(x: Tensor) -> list[int]:
+    """Return the indices of the images that are compared: the first and the last of the call that is timed."""
     return sorted({0, len(x) - 1})
 
 
-def our_call(problem: Problem, config: Config, chip: Chip, numbers: Numbers) -> Call:
-    """Give the call of our kernels, prepared as it is at run time."""
+def kernel_call(problem: Problem, config: KernelConfig, chip: Chip, inputs: Inputs) -> Call:
+    """Return the call of our kernels, prepared as at run time."""
     from widekernel.ops.gpu import launch
 
-    xs, kernels, grad = numbers
+    xs, kernels, grad = inputs
     anchors = problem.anchors
     if problem.op == DEPTHWISE_WEIGHT_GRAD:
         assert grad is not None
@@ -95,68 +95,68 @@ def our_call(problem: Problem, config: Config, chip: Chip, numbers: Numbers) -> 
     return calls[problem.op]
 
 
-def pytorchs_calls(problem: Problem, numbers: Numbers) -> dict[str, Call]:
-    """Give PyTorch's ways of computing a problem, in both layouts."""
-    ways: dict[str, Call] = {}
+def pytorch_calls(problem: Problem, inputs: Inputs) -> dict[str, Call]:
+    """Return the PyTorch calls that compute a problem, by name, in both layouts."""
+    calls: dict[str, Call] = {}
     if problem.op == DEPTHWISE_WEIGHT_GRAD:
-        ways[in_place(problem)] = _portable(problem, numbers)
+        calls[fallback_name(problem)] = _portable(problem, inputs)
     for name, layout in LAYOUTS.items():
-        stored = numbers.in_layout(layout)
+        stored = inputs.in_layout(layout)
         if problem.op != DEPTHWISE_WEIGHT_GRAD:
-            ways[f"PyTorch {name}"] = _portable(problem, stored)
-        elif _is_centred(problem):
-            ways[f"PyTorch {name}"] = _backward(problem, stored)
-    return ways
+            calls[f"PyTorch {name}"] = _portable(problem, stored)
+        elif _is_centered(problem):
+            calls[f"PyTorch {name}"] = _backward(problem, stored)
+    return calls
 
 
-def _portable(problem: Problem, numbers: Numbers) -> Call:
-    xs, kernels, grad = numbers
+def _portable(problem: Problem, inputs: Inputs) -> Call:
+    xs, kernels, grad = inputs
     rects = list(zip(kernels, problem.anchors))
     if problem.op == DEPTHWISE_SUM:
-        return lambda: portable.depthwise_sum(xs[0], kernels, problem.anchors, None)
+        return lambda: torch_conv.depthwise_sum(xs[0], kernels, problem.anchors, None)
     if problem.op == DEPTHWISE_BRANCHES:
-        return lambda: [portable.depthwise_sum(xs[0], [kernel], [anchor], None) for kernel, anchor in rects]
+        return lambda: [torch_conv.depthwise_sum(xs[0], [kernel], [anchor], None) for kernel, anchor in rects]
     if problem.op == DEPTHWISE_WEIGHT_GRAD:
         assert grad is not None
-        return lambda: portable.depthwise_weight_grad(xs[0], grad, problem.kernels[0], problem.anchors[0])
+        return lambda: torch_conv.depthwise_weight_grad(xs[0], grad, problem.kernels[0], problem.anchors[0])
 
-    def add_up() -> Tensor:
-        parts = (portable.depthwise_sum(x, [kernel], [anchor], None) for x, (kernel, anchor) in zip(xs, rects))
+    def sum_of_branches() -> Tensor:
+        parts = (torch_conv.depthwise_sum(x, [kernel], [anchor], None) for x, (kernel, anchor) in zip(xs, rects))
         total = next(parts)
         for part in parts:
             total.add_(part)
         return total
 
-    return add_up
+    return sum_of_branches
 
 
-def _is_centred(problem: Problem) -> bool:
-    """Whether the gradient is one of a convolution that pads both sides alike."""
+def _is_centered(problem: Problem) -> bool:
+    """Return whether a convolution that pads both sides equally has this gradient."""
     (kh, kw), anchor = problem.kernels[0], problem.anchors[0]
     return kh % 2 == kw % 2 == 1 and anchor == (kh // 2, kw // 2)
 
 
-def _backward(problem: Problem, numbers: Numbers) -> Call:
-    (x,), (kernel,), grad = numbers
+def _backward(problem: Problem, inputs: Inputs) -> Call:
+    (x,), (kernel,), grad = inputs
     padding, channels = list(problem.anchors[0]), problem.shape[1]
     backward = torch.ops.aten.convolution_backward
     mask = [False, True, False]
     return lambda: backward(grad, x, kernel, None, [1, 1], padding, [1, 1], False, [0, 0], channels, mask)[1]
 
 
-def exact(problem: Problem, numbers: Numbers) -> list[Tensor]:
-    """Compute in float64, by PyTorch's convolutions, what is compared."""
-    return _listed(_portable(problem, numbers.exactly())())
+def exact_outputs(problem: Problem, inputs: Inputs) -> list[Tensor]:
+    """Compute the outputs that are compared in float64, by PyTorch's convolutions."""
+    return _listed(_portable(problem, inputs.in_float64())())
 
 
-def compared(problem: Problem, result: Any) -> list[Tensor]:
-    """Give of a result what is compared."""
+def compared_outputs(problem: Problem, result: Any) -> list[Tensor]:
+    """Return the part of a result that is compared."""
     outputs = _listed(result)
-    return outputs if problem.op == DEPTHWISE_WEIGHT_GRAD else [y[_chosen(y)] for y in outputs]
+    return outputs if problem.op == DEPTHWISE_WEIGHT_GRAD else [y[_compared_images(y)] for y in outputs]
 
 
-def poison(problem: Problem, device: torch.device) -> None:
-    """Fill memory that outputs are going to get with NaN: it may hold the right results of the candidate before."""
+def fill_free_memory_with_nan(problem: Problem, device: torch.device) -> None:
+    """Fill memory with NaN that is likely to be reused for outputs: it may hold right results of an earlier candidate."""
     shape = (problem.shape[1], 1, *problem.kernels[0]) if problem.op == DEPTHWISE_WEIGHT_GRAD else problem.shape
     outputs = len(problem.kernels) if problem.op == DEPTHWISE_BRANCHES else 1
     held = [torch.full(shape, math.nan, dtype=problem.dtype, device=device) for _ in range(outputs + 1)]

@@ -1,4 +1,4 @@
-"""Calls of the kernels: what is decided once for a problem, and what is done at each call."""
+"""Launches of the kernels: what is decided once for a problem, and what is done at each call."""
 
 from __future__ import annotations
 
@@ -10,25 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from widekernel.ops.gpu import grads
-from widekernel.ops.gpu.configs import (
-    Channels,
-    ChannelsGrad,
+from widekernel.ops.gpu import launch_weight_grad
+from widekernel.ops.gpu.kernel_configs import (
     Chip,
-    Config,
+    DirectNchw,
+    DirectNhwc,
+    DirectNhwcGrad,
     Flat,
     FlatGrad,
-    Planes,
+    KernelConfig,
     Toeplitz,
     ToeplitzGrad,
-    expanded_length,
-    itemsize,
-    lead_of,
-    power_of_two,
-    turned,
 )
-from widekernel.ops.gpu.cost import flat_share, flat_splits
-from widekernel.ops.gpu.images import (
+from widekernel.ops.gpu.kernels import direct, driver, flat, toeplitz
+from widekernel.ops.gpu.kernels.errors import OutOfResources
+from widekernel.ops.gpu.launch_common import (
     in_planes,
     launch_options,
     on_device_of,
@@ -36,45 +32,52 @@ from widekernel.ops.gpu.images import (
     resolved,
     with_channels_inside,
 )
-from widekernel.ops.gpu.kernels import direct, driver, flat, toeplitz
-from widekernel.ops.gpu.kernels.errors import OutOfResources
+from widekernel.ops.gpu.launch_geometry import (
+    expanded_length,
+    flat_images_each,
+    flat_splits,
+    itemsize,
+    leading_columns,
+    next_power_of_two,
+    transposed,
+)
 from widekernel.ops.problem import Anchor, Problem, in_layout
 
 Images = Sequence[Tensor]
 Epilogue = tuple[Tensor | None, Tensor | None, bool]
 PLAIN: Epilogue = (None, None, False)
-"""Neither scale nor shift nor rectifier."""
+"""Neither scale nor shift nor ReLU."""
 
 
 def obstacle() -> str:
-    """Say why nothing can be launched on the GPU of this machine, "" if something can."""
+    """Return why nothing can be launched on the GPU of this machine; "" if kernels can be launched."""
     return driver.obstacle()
 
 
 class FirstThatFits:
-    """An operator with the first of several configurations of which the GPU can hold a program.
+    """An operator with the first of several configurations that fits on the GPU.
 
-    What a program needs of shared memory and registers is known for sure only once it is compiled.
+    How much shared memory and how many registers a program needs is known exactly only once it is compiled.
 
     Args:
-        with_config: gives the operator with a configuration.
+        with_config: returns the operator with a given configuration.
         configs: in the order of preference.
     """
 
-    def __init__(self, with_config: Callable[[Config], Callable[..., Any]], configs: Sequence[Config]) -> None:
+    def __init__(self, with_config: Callable[[KernelConfig], Callable[..., Any]], configs: Sequence[KernelConfig]) -> None:
         self._with_config, self._left = with_config, list(configs)
         self._run = with_config(self._left[0])
 
     @property
-    def config(self) -> Config:
-        """Give the configuration in use."""
+    def config(self) -> KernelConfig:
+        """The configuration in use."""
         return self._left[0]
 
     def __call__(self, *arguments: Any) -> Any:
-        """Compute a call.
+        """Compute the operator.
 
         Raises:
-            OutOfResources: Triton's, if no configuration fits.
+            OutOfResources: Triton's error, if no configuration fits.
         """
         while True:
             run = self._run
@@ -94,11 +97,11 @@ class FirstThatFits:
 
 
 class PreparedSum:
-    """Sums of rectangles of one problem: of one input or of one for each rectangle, added up or an output for each."""
+    """Sums of rectangles for one problem: of one input or one for each rectangle, with one output or one for each."""
 
-    def __init__(self, problem: Problem, config: Config, chip: Chip) -> None:
+    def __init__(self, problem: Problem, config: KernelConfig, chip: Chip) -> None:
         self.problem, self.config = problem, config
-        launch = {Toeplitz: _ToeplitzSum, Flat: _FlatSum, Planes: _PlanesSum, Channels: _ChannelsSum}[type(config)]
+        launch = {Toeplitz: _ToeplitzSum, Flat: _FlatSum, DirectNchw: _PlanesSum, DirectNhwc: _ChannelsSum}[type(config)]
         self._launch: Callable[..., None] = launch(problem, config, chip)
 
     def __call__(
@@ -110,21 +113,21 @@ class PreparedSum:
         scale: Tensor | None = None,
         relu: bool = False,
     ) -> Tensor:
-        """Compute relu(scale · sum + bias), in the layout of `x`; see `reference.depthwise_sum` and `epilogue`."""
+        """Compute relu(scale · sum + bias) in the layout of `x`; see `reference.depthwise_sum` and `reference.epilogue`."""
         scale, bias = (None if values is None else resolved(values).contiguous() for values in (scale, bias))
         return self._run((x,), kernels, 1, (scale, bias, relu))[0]
 
     def branches(self, x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor]) -> list[Tensor]:
-        """Compute an output for each rectangle from one reading of `x`."""
+        """Compute an output for each rectangle, reading `x` once."""
         return self._run((x,), kernels, len(kernels), PLAIN)
 
     def sum_of_branches(self, xs: Images, kernels: Sequence[Tensor], anchors: Sequence[Anchor]) -> Tensor:
-        """Add up the rectangles, each of an input of its own."""
+        """Compute the sum of the rectangles, each applied to its own input."""
         return self._run(xs, kernels, 1, PLAIN)[0]
 
     def _run(self, xs: Images, kernels: Sequence[Tensor], outputs: int, epilogue: Epilogue) -> list[Tensor]:
         last = self.problem.channels_last
-        stays = last and isinstance(self.config, Channels)
+        stays = last and isinstance(self.config, DirectNhwc)
         layout = torch.channels_last if stays else torch.contiguous_format
         with on_device_of(xs[0]):
             ys = [
@@ -136,14 +139,14 @@ class PreparedSum:
 
 
 class PreparedWeightGrad:
-    """Weight gradients of one problem."""
+    """Weight gradients for one problem."""
 
-    def __init__(self, problem: Problem, config: Config, chip: Chip) -> None:
+    def __init__(self, problem: Problem, config: KernelConfig, chip: Chip) -> None:
         self.problem, self.config = problem, config
         launch = {
-            ToeplitzGrad: grads.ToeplitzWeightGrad,
-            FlatGrad: grads.FlatWeightGrad,
-            ChannelsGrad: grads.ChannelsWeightGrad,
+            ToeplitzGrad: launch_weight_grad.ToeplitzWeightGrad,
+            FlatGrad: launch_weight_grad.FlatWeightGrad,
+            DirectNhwcGrad: launch_weight_grad.ChannelsWeightGrad,
         }[type(config)]
         self._launch: Callable[[Tensor, Tensor], Tensor] = launch(problem, config, chip)
 
@@ -155,7 +158,7 @@ class PreparedWeightGrad:
 
 class _ToeplitzSum:
     def __init__(self, problem: Problem, config: Toeplitz, chip: Chip) -> None:
-        problem = turned(problem) if config.turned else problem
+        problem = transposed(problem) if config.transposed else problem
         _, self.channels, self.height, self.width = problem.shape
         self.copies = 16 // itemsize(problem.dtype)
         self.config = config
@@ -165,19 +168,26 @@ class _ToeplitzSum:
         self.one_warp = launch_options(problem, config) | {"num_warps": 1}
 
     def _rect(self, kh: int, kw: int, row: int, column: int) -> tuple[int, ...]:
-        """Add to a rectangle the zeros in front of its rows, their length with the zeros behind, and where blocks begin."""
-        lead = lead_of(self.config, kw, column, self.copies)
-        # Blocks begin at multiples of 16 bytes of the copies, whatever the lead; the first taps are read as far in front of
-        # them as a block of outputs is wide.
+        """Return a rectangle, the zeros in front of its rows, their length with all zeros, and where blocks begin."""
+        lead = leading_columns(self.config, kw, column, self.copies)
+        # Blocks begin at multiples of 16 bytes of the copies, for any number of leading columns. Reading starts as far in
+        # front of the first taps as a block of outputs is wide.
         pad = -(-self.config.columns // self.copies) * self.copies + lead - column
         return kh, kw, row, column, pad, expanded_length(self.config, pad, kw), lead
 
     def __call__(self, xs: Images, kernels: Sequence[Tensor], ys: Images, epilogue: Epilogue) -> None:
         expanded = []
         for kernel, (kh, kw, _, _, pad, length, _) in zip(kernels, self.rects):
-            kernel = kernel.transpose(2, 3) if self.config.turned else kernel
+            kernel = kernel.transpose(2, 3) if self.config.transposed else kernel
             e = kernel.new_empty(self.channels, kh, self.copies, length)
-            sizes = {"KH": kh, "KW": kw, "PAD": pad, "L": length, "S": self.copies, "BL": min(128, power_of_two(length))}
+            sizes = {
+                "KH": kh,
+                "KW": kw,
+                "PAD": pad,
+                "L": length,
+                "S": self.copies,
+                "BL": min(128, next_power_of_two(length)),
+            }
             toeplitz.expand[(self.channels * kh,)](kernel.contiguous(), e, **sizes, **self.one_warp)
             expanded.append(e)
         images, planes = zip(*(in_planes(x) for x in xs))
@@ -197,7 +207,7 @@ class _ToeplitzSum:
             H=self.height,
             W=self.width,
             S=self.copies,
-            TURNED=bool(c.turned),
+            TURNED=bool(c.transposed),
             RELU=relu,
             RH=c.rows,
             TW=c.columns,
@@ -214,7 +224,7 @@ class _FlatSum:
         self.config = config
         self.rects = _rects(problem)
         self.splits = flat_splits(problem, config, chip)
-        self.each = flat_share(problem, config, self.splits)
+        self.each = flat_images_each(problem, config, self.splits)
         self.options = product_options(problem, config)
 
     def __call__(self, xs: Images, kernels: Sequence[Tensor], ys: Images, epilogue: Epilogue) -> None:
@@ -241,7 +251,7 @@ class _FlatSum:
 
 
 class _PlanesSum:
-    def __init__(self, problem: Problem, config: Planes, chip: Chip) -> None:
+    def __init__(self, problem: Problem, config: DirectNchw, chip: Chip) -> None:
         batch, self.channels, self.height, self.width = problem.shape
         self.config, self.batch = config, batch
         self.rects = _rects(problem)
@@ -251,7 +261,7 @@ class _PlanesSum:
 
     def __call__(self, xs: Images, kernels: Sequence[Tensor], ys: Images, epilogue: Epilogue) -> None:
         scale, shift, relu = epilogue
-        image, planes = in_planes(_one(xs, ys))
+        image, planes = in_planes(_single_input(xs, ys))
         direct.direct_sum_nchw[(self.programs,)](
             image,
             tuple(kernel.contiguous() for kernel in kernels),
@@ -272,7 +282,7 @@ class _PlanesSum:
 
 
 class _ChannelsSum:
-    def __init__(self, problem: Problem, config: Channels, chip: Chip) -> None:
+    def __init__(self, problem: Problem, config: DirectNhwc, chip: Chip) -> None:
         batch, self.channels, self.height, self.width = problem.shape
         self.config, self.batch = config, batch
         self.rects = _rects(problem)
@@ -282,7 +292,7 @@ class _ChannelsSum:
 
     def __call__(self, xs: Images, kernels: Sequence[Tensor], ys: Images, epilogue: Epilogue) -> None:
         scale, shift, relu = epilogue
-        x, strides = with_channels_inside(_one(xs, ys))
+        x, strides = with_channels_inside(_single_input(xs, ys))
         direct.direct_sum_nhwc[(self.programs,)](
             x,
             tuple(kernel[:, 0].permute(1, 2, 0).float().contiguous() for kernel in kernels),
@@ -307,7 +317,7 @@ def _rects(problem: Problem) -> tuple[tuple[int, ...], ...]:
     return tuple((*size, *anchor) for size, anchor in zip(problem.kernels, problem.anchors))
 
 
-def _one(xs: Images, ys: Images) -> Tensor:
+def _single_input(xs: Images, ys: Images) -> Tensor:
     if len(xs) != 1 or len(ys) != 1:
-        raise ValueError(f"{len(xs)} inputs and {len(ys)} outputs: the direct kernels have one of each")
+        raise ValueError(f"{len(xs)} inputs and {len(ys)} outputs: the direct kernels take exactly one of each")
     return xs[0]

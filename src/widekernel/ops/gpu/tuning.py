@@ -1,6 +1,6 @@
-"""Which configuration is fastest for a problem: candidates are checked against float64, timed in turns, the best one kept.
+"""The search for the fastest configuration of a problem: candidates are checked against float64 and timed in turns.
 
-How calls are timed is handed in, as is the device; nothing here reads a clock.
+The caller provides the device and the function that times calls; nothing here reads a clock.
 """
 
 from __future__ import annotations
@@ -15,21 +15,30 @@ from typing import Any
 import torch
 
 from widekernel.errors import in_short
-from widekernel.ops.gpu.baselines import Call, Numbers, compared, exact, in_place, our_call, poison, pytorchs_calls
+from widekernel.ops.gpu.baselines import (
+    Call,
+    Inputs,
+    compared_outputs,
+    exact_outputs,
+    fallback_name,
+    fill_free_memory_with_nan,
+    kernel_call,
+    pytorch_calls,
+)
 from widekernel.ops.gpu.candidates import candidates
-from widekernel.ops.gpu.configs import Chip, Config
-from widekernel.ops.gpu.cost import cycles
-from widekernel.ops.gpu.plan import SLOWER, plan, ranked
-from widekernel.ops.gpu.tables import Entry, config_of, key_of
+from widekernel.ops.gpu.config_choice import TOLERATED_SLOWDOWN, choose_config, ranked_configs
+from widekernel.ops.gpu.cost_model import estimated_cycles
+from widekernel.ops.gpu.kernel_configs import Chip, KernelConfig
+from widekernel.ops.gpu.tuning_tables import Entry, entry_config, table_key
 from widekernel.ops.problem import Problem
 from widekernel.ops.reference import relative_error
 
 TOLERANCE = {torch.float32: 8e-6, torch.float16: 4e-3, torch.bfloat16: 1.6e-2}
-"""Largest error allowed, as a share of the largest exact number."""
+"""Largest error allowed, relative to the largest exact number."""
 TF32_TOLERANCE = 2e-3
 
 
-def _as_they_are(problem: Problem) -> AbstractContextManager[Any]:
+def _unchanged(problem: Problem) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
@@ -38,16 +47,16 @@ def _nothing() -> None:
 
 
 @dataclass(frozen=True)
-class Rig:
-    """Where is measured, and how.
+class MeasurementSetup:
+    """Where and how candidates are measured.
 
     Attributes:
         device: that computes.
-        name: its full name, under which this machine's table has it.
-        chip: what it is.
-        measure: gives the seconds of each of several calls; it warms them up and makes them in turns.
+        name: full name of the device, which is its key in this machine's table.
+        chip: its properties.
+        measure: returns the seconds of each of several calls, which it warms up and makes in turns.
         recover: frees what a failed call has left behind, and raises if no further call can work.
-        conditions: makes the context with the settings of PyTorch under which a problem is computed; it restores them.
+        conditions: creates a context with the PyTorch settings under which a problem is computed, restored afterwards.
     """
 
     device: torch.device
@@ -55,24 +64,24 @@ class Rig:
     chip: Chip
     measure: Callable[[Mapping[str, Call]], Mapping[str, float]]
     recover: Callable[[], None] = _nothing
-    conditions: Callable[[Problem], AbstractContextManager[Any]] = _as_they_are
+    conditions: Callable[[Problem], AbstractContextManager[Any]] = _unchanged
 
 
 @dataclass
 class Trial:
-    """How one way of computing a problem did.
+    """The result of one way to compute a problem.
 
     Attributes:
-        name: of the configuration, or of PyTorch's way.
-        config: None for PyTorch's.
-        seconds: of a call; NaN if it has no time.
-        error: of the result, relative to the largest number; NaN where nothing was compared.
-        failure: why it has no time, '' if it has one.
-        wrong: whether it has none because of its error.
+        name: of the configuration, or of the PyTorch call.
+        config: None for PyTorch.
+        seconds: time of a call; NaN if it has no time.
+        error: of the output, relative to the largest number; NaN if nothing was compared.
+        failure: why it has no time; '' if it has one.
+        wrong: whether it has no time because its output is wrong.
     """
 
     name: str
-    config: Config | None = None
+    config: KernelConfig | None = None
     seconds: float = math.nan
     error: float = math.nan
     failure: str = ""
@@ -81,107 +90,107 @@ class Trial:
 
 @dataclass
 class Tuning:
-    """The tuning of one problem, which fills in the trials; they stay readable if it breaks off.
+    """The tuning of one problem. The trials that it fills in stay readable if it is interrupted.
 
     Attributes:
-        problem: what is computed.
-        rig: on what.
-        most: configurations that are tried.
-        trials: of ours, the most promising first.
-        rivals: of PyTorch's ways.
-        failure: why nothing could be tried, '' otherwise.
+        problem: to be computed.
+        setup: where and how candidates are measured.
+        max_candidates: number of configurations to try.
+        trials: of our kernels, the most promising first.
+        pytorch_trials: of the PyTorch calls.
+        failure: why nothing could be tried; '' otherwise.
     """
 
     problem: Problem
-    rig: Rig
-    most: int
+    setup: MeasurementSetup
+    max_candidates: int
     trials: list[Trial] = field(default_factory=list)
-    rivals: list[Trial] = field(default_factory=list)
+    pytorch_trials: list[Trial] = field(default_factory=list)
     failure: str = ""
 
     @property
     def key(self) -> str:
-        """The line of a table."""
-        return key_of(self.problem)
+        """Key of the problem in tables."""
+        return table_key(self.problem)
 
     @property
     def best(self) -> Trial | None:
-        """The fastest of ours that is right; None if none is."""
+        """The fastest of our kernels whose output is right; None if there is none."""
         return _fastest(self.trials)
 
     @property
-    def instead(self) -> float:
-        """Seconds of what computes the problem if we leave it to PyTorch; NaN if that has no time."""
-        return next((rival.seconds for rival in self.rivals if rival.name == in_place(self.problem)), math.nan)
+    def fallback_seconds(self) -> float:
+        """Time that PyTorch takes for the problem where our kernels do not run, in seconds; NaN if it was not measured."""
+        return next((trial.seconds for trial in self.pytorch_trials if trial.name == fallback_name(self.problem)), math.nan)
 
     @property
-    def best_of_pytorch(self) -> Trial | None:
-        """The fastest of PyTorch's ways, whether or not anything would take it."""
-        return _fastest(self.rivals)
+    def best_pytorch_trial(self) -> Trial | None:
+        """The fastest of the PyTorch calls, whether or not it would ever be used."""
+        return _fastest(self.pytorch_trials)
 
-    def wrong(self) -> list[str]:
-        """Say which configurations compute wrongly, a line each."""
+    def wrong_results(self) -> list[str]:
+        """Return a line for each configuration that computes wrong results."""
         return [f"{self.key}: {trial.name} {trial.failure}" for trial in self.trials if trial.wrong]
 
     def run(self) -> None:
-        """Try the configurations and PyTorch's ways; what fails is noted.
+        """Try the configurations and the PyTorch calls; failures are noted.
 
         Raises:
-            Exception: what `Rig.recover` raises.
+            Exception: whatever `MeasurementSetup.recover` raises.
         """
-        configs = ranked(self.problem, self.rig.chip)
+        configs = ranked_configs(self.problem, self.setup.chip)
         if not configs:
             self.failure = "there is no configuration for it"
             return
-        configs = list(dict.fromkeys([self._present(), *configs]))[: self.most]
+        configs = list(dict.fromkeys([self._current_config(), *configs]))[: self.max_candidates]
         self.trials = [Trial(str(config), config) for config in configs]
-        with self.rig.conditions(self.problem), torch.no_grad():
+        with self.setup.conditions(self.problem), torch.no_grad():
             self._attempt(self, self._measure)
 
-    def entry(self, used: Mapping[str, str]) -> Entry:
-        """Give the entry of the best; the versions in use are noted in it."""
-        best, theirs = self.best, self.best_of_pytorch
+    def entry(self, versions: Mapping[str, str]) -> Entry:
+        """Return the table entry of the best configuration, with the versions in use."""
+        best, theirs = self.best, self.best_pytorch_trial
         assert best is not None
         assert best.config is not None
         return {
-            "config": best.config.entry(),
+            "config": best.config.to_entry(),
             "us": _microseconds(best.seconds),
-            "pytorch_us": _microseconds(self.instead),
+            "pytorch_us": _microseconds(self.fallback_seconds),
             "best_pytorch_us": _microseconds(theirs.seconds if theirs else math.nan),
             "error": best.error if math.isfinite(best.error) else None,
             "candidates": len(self.trials),
-            "device": self.rig.name,
-            **used,
+            "device": self.setup.name,
+            **versions,
         }
 
-    def _present(self) -> Config:
-        """Give the configuration in use, which may come from a table and need not be promising."""
-        return plan(self.problem, self.rig.chip, self.rig.name).config
+    def _current_config(self) -> KernelConfig:
+        """Return the configuration in use, which may come from a table and need not be promising."""
+        return choose_config(self.problem, self.setup.chip, self.setup.name).config
 
     def _measure(self) -> None:
-        numbers = Numbers.drawn(self.problem, self.rig.device)
-        calls = dict(self._right_ones(numbers))
-        for name, call in pytorchs_calls(self.problem, numbers).items():
-            rival = Trial(name)
-            self.rivals.append(rival)
-            self._attempt(rival, call)
-            if not rival.failure:
+        inputs = Inputs.random(self.problem, self.setup.device)
+        calls = dict(self._checked_calls(inputs))
+        for name, call in pytorch_calls(self.problem, inputs).items():
+            trial = Trial(name)
+            self.pytorch_trials.append(trial)
+            self._attempt(trial, call)
+            if not trial.failure:
                 calls[name] = call
-        seconds = self.rig.measure(calls)
-        for trial in (*self.trials, *self.rivals):
+        seconds = self.setup.measure(calls)
+        for trial in (*self.trials, *self.pytorch_trials):
             trial.seconds = seconds.get(trial.name, math.nan)
 
-    def _right_ones(self, numbers: Numbers) -> Iterator[tuple[str, Call]]:
-        few, wanted = numbers.with_few_gradients(), exact(self.problem, numbers)
+    def _checked_calls(self, inputs: Inputs) -> Iterator[tuple[str, Call]]:
+        few, wanted = inputs.with_compared_gradients(), exact_outputs(self.problem, inputs)
         limit = TF32_TOLERANCE if self.problem.tf32 else TOLERANCE[self.problem.dtype]
         for trial in self.trials:
 
             def compare(trial: Trial = trial) -> None:
                 assert trial.config is not None
-                call = our_call(self.problem, trial.config, self.rig.chip, few)
-                poison(self.problem, self.rig.device)
-                outputs = compared(self.problem, call())
-                trial.error = max((relative_error(y, e) for y, e in zip(outputs, wanted)), key=_or_infinity)
+                call = kernel_call(self.problem, trial.config, self.setup.chip, few)
+                fill_free_memory_with_nan(self.problem, self.setup.device)
+                outputs = compared_outputs(self.problem, call())
+                trial.error = max((relative_error(y, e) for y, e in zip(outputs, wanted)), key=_nan_as_infinity)
 
             self._attempt(trial, compare)
             # Written so that NaN is an error as well.
@@ -190,62 +199,62 @@ class Tuning:
                 trial.failure = f"differs from float64 by {trial.error:.2g} of the largest number, more than {limit:g}"
             if not trial.failure:
                 assert trial.config is not None
-                yield trial.name, our_call(self.problem, trial.config, self.rig.chip, numbers)
+                yield trial.name, kernel_call(self.problem, trial.config, self.setup.chip, inputs)
 
     def _attempt(self, what: Trial | Tuning, call: Call) -> None:
-        """Make a call, and note at `what` how it failed if it did."""
+        """Make a call; if it fails, note the error in `what`."""
         try:
             call()
             return
         except Exception as error:
             what.failure = in_short(error)
-        # Outside of the handler: while the error lives, so do the tensors of the frames that it came through.
-        self.rig.recover()
+        # Outside the handler: the error keeps the tensors of its traceback's frames alive.
+        self.setup.recover()
 
 
-def versions() -> dict[str, str]:
-    """Give the versions that times depend on."""
-    used = {"torch": str(torch.__version__)}
+def installed_versions() -> dict[str, str]:
+    """Return the versions of the packages that times depend on."""
+    found = {"torch": str(torch.__version__)}
     for package in ("triton", "widekernel"):
         try:
-            used[package] = metadata.version(package)
+            found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            used[package] = "unknown"
-    return used
+            found[package] = "unknown"
+    return found
 
 
-def is_tuned(entry: Entry | None, problem: Problem, chip: Chip, most: int, used: Mapping[str, str]) -> bool:
-    """Whether an entry was found with these versions, from at least as many configurations, and can be run still."""
-    if entry is None or any(entry.get(name) != version for name, version in used.items()):
+def is_tuned(entry: Entry | None, problem: Problem, chip: Chip, max_candidates: int, versions: Mapping[str, str]) -> bool:
+    """Return whether an entry was found with these versions, among at least as many configurations, and can still run."""
+    if entry is None or any(entry.get(name) != version for name, version in versions.items()):
         return False
     possible, tried = candidates(problem, chip), entry.get("candidates")
-    return isinstance(tried, int) and tried >= min(most, len(possible)) and config_of(entry) in possible
+    return isinstance(tried, int) and tried >= min(max_candidates, len(possible)) and entry_config(entry) in possible
 
 
 def is_left_to_pytorch(entry: Entry | None) -> bool:
-    """Whether an entry has PyTorch compute the problem."""
-    return entry is not None and (entry["us"] or 0) > SLOWER * (entry["pytorch_us"] or math.inf)
+    """Return whether PyTorch computes the problem, according to an entry."""
+    return entry is not None and (entry["us"] or 0) > TOLERATED_SLOWDOWN * (entry["pytorch_us"] or math.inf)
 
 
-def by_weight(counts: Mapping[Problem, int], chip: Chip) -> list[Problem]:
-    """Order problems by the time that they should take altogether, the longest first; one for each line of a table.
+def longest_first(counts: Mapping[Problem, int], chip: Chip) -> list[Problem]:
+    """Return problems, one for each key of a table, ordered by their estimated total time, the longest first.
 
     Args:
         counts: how often each problem occurs.
-        chip: what computes them.
+        chip: the GPU that computes them.
     """
     estimated = {}
     for problem, count in counts.items():
-        best = next(iter(ranked(problem, chip)), None)
-        estimated[problem] = 0 if best is None else count * cycles(problem, best, chip)
+        best = next(iter(ranked_configs(problem, chip)), None)
+        estimated[problem] = 0 if best is None else count * estimated_cycles(problem, best, chip)
     chosen: dict[str, Problem] = {}
     for problem in sorted(estimated, key=lambda problem: (-estimated[problem], str(problem))):
-        chosen.setdefault(key_of(problem), problem)
+        chosen.setdefault(table_key(problem), problem)
     return list(chosen.values())
 
 
-def _or_infinity(error: float) -> float:
-    """Let NaN be the largest of errors."""
+def _nan_as_infinity(error: float) -> float:
+    """Return the error, or infinity for NaN, so that NaN is the largest error."""
     return math.inf if math.isnan(error) else error
 
 

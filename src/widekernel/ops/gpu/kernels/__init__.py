@@ -1,1 +1,1 @@
-"""The kernels. Imported only when they are to run, because Triton takes a while to import and may not be there."""
+"""The kernels. They are imported only to be launched, because Triton is slow to import and may not be installed."""

@@ -1,4 +1,4 @@
-"""Small kernels by multiply-adds: bound by memory, in both layouts, without a change of layout."""
+"""Small kernels by multiply-adds: bound by memory, for both layouts without converting between them."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def _finished(acc, scale, shift, c, in_channels, RELU: tl.constexpr):
-    """Apply scale, shift and rectifier to (pixels, channels) or (planes, pixels) with channels `c` of a shape to match."""
+    """Apply scale, shift and ReLU to (pixels, channels) or (planes, pixels); `c` holds the channels in a matching shape."""
     if scale is not None:
         acc *= tl.load(scale + c, mask=in_channels, other=0.0).to(tl.float32)
     if shift is not None:
@@ -22,7 +22,7 @@ def direct_sum_nchw(
     x, ws, y, scale, shift, x_planes, N, C, RECTS: tl.constexpr, H: tl.constexpr, W: tl.constexpr, RELU: tl.constexpr,
     BP: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """Compute y = relu(scale · Σ_r x * kernel_r + shift) of contiguous planes.
+    """Compute y = relu(scale · Σ_r x * kernel_r + shift) for contiguous planes.
 
     Args:
         x: images; planes of H·W contiguous pixels.
@@ -30,15 +30,15 @@ def direct_sum_nchw(
         y: (N, C, H, W).
         scale: (C,) or None.
         shift: (C,) or None.
-        x_planes: how many planes further the next image is.
-        N: images.
-        C: channels.
+        x_planes: number of planes from one image to the next.
+        N: number of images.
+        C: number of channels.
         RECTS: for each rectangle (KH, KW, ROW, COL).
-        H: rows.
-        W: columns.
-        RELU: whether negative numbers become zero.
-        BP: planes of a program.
-        BM: pixels of a program.
+        H: number of rows.
+        W: number of columns.
+        RELU: whether negative numbers are set to zero.
+        BP: planes per program.
+        BM: pixels per program.
     """
     blocks: tl.constexpr = (H * W + BM - 1) // BM
     program = tl.program_id(0)
@@ -71,9 +71,9 @@ def direct_sum_nhwc(
     x, ws, y, scale, shift, x_image, x_row, x_column, N, C, RECTS: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
     RELU: tl.constexpr, RH: tl.constexpr, TW: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Compute y = relu(scale · Σ_r x * kernel_r + shift) of images with their channels side by side.
+    """Compute y = relu(scale · Σ_r x * kernel_r + shift) of images with adjacent channels.
 
-    Each value of x that a thread loads serves all RH output rows that see it.
+    Each value of x that a thread loads is used for all of the RH output rows that it affects.
 
     Args:
         x: images, channels contiguous.
@@ -81,18 +81,18 @@ def direct_sum_nhwc(
         y: (N, H, W, C).
         scale: (C,) or None.
         shift: (C,) or None.
-        x_image: stride of x.
-        x_row: stride of x.
-        x_column: stride of x.
-        N: images.
-        C: channels.
+        x_image: stride of x between images.
+        x_row: stride of x between rows.
+        x_column: stride of x between columns.
+        N: number of images.
+        C: number of channels.
         RECTS: for each rectangle (KH, KW, ROW, COL).
-        H: rows.
-        W: columns.
-        RELU: whether negative numbers become zero.
-        RH: output rows of a program.
-        TW: output columns of a program.
-        BC: channels of a program.
+        H: number of rows.
+        W: number of columns.
+        RELU: whether negative numbers are set to zero.
+        RH: output rows per program.
+        TW: output columns per program.
+        BC: channels per program.
     """
     across: tl.constexpr = (W + TW - 1) // TW
     down: tl.constexpr = (H + RH - 1) // RH
@@ -107,15 +107,15 @@ def direct_sum_nhwc(
     exists = c < C
     accs = (tl.zeros((TW, BC), dtype=tl.float32),) * RH
     for i in tl.static_range(len(RECTS)):
-        # Column by column, so that the taps of one column are all that has to stay in registers.
+        # Column by column, so that only the taps of one column have to stay in registers.
         for kx in tl.static_range(tl.constexpr(RECTS[i][1])):
             column = w + (kx - RECTS[i][3])
             for delta in tl.static_range(tl.constexpr(-RECTS[i][2]), tl.constexpr(RH + RECTS[i][0] - 1 - RECTS[i][2])):
-                row = h0 + delta + 0 * j  # the interpreter takes no masks made from numbers alone
+                row = h0 + delta + 0 * j  # the interpreter accepts no masks made from scalars alone
                 seen = exists & (row >= 0) & (row < H) & (column >= 0) & (column < W)
                 values = tl.load(x + n * x_image + row * x_row + column * x_column + c, mask=seen, other=0.0).to(tl.float32)
                 for r in tl.static_range(RH):
-                    # The kernel row; of the rows outside, nothing is compiled.
+                    # The kernel row; rows outside the kernel are not compiled.
                     if delta - r + RECTS[i][2] >= 0 and delta - r + RECTS[i][2] < RECTS[i][0]:
                         place = ((delta - r + RECTS[i][2]) * RECTS[i][1] + kx) * C + c
                         tap = tl.load(ws[i] + place, mask=exists, other=0.0).to(tl.float32)
@@ -131,31 +131,31 @@ def direct_weight_grad_nhwc(
     x, g, partial, x_image, x_row, x_column, g_image, g_row, g_column, N, C, rows_each, H: tl.constexpr, W: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, ROW: tl.constexpr, COL: tl.constexpr, TW: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Store partial sums (splits, KH, KW, C) of images with their channels side by side.
+    """Store partial sums (splits, KH, KW, C) of images with adjacent channels.
 
-    The grid is (channel blocks · KH, splits): a program has one kernel row, and each of its values of g serves KW taps.
+    The grid is (channel blocks · KH, splits): a program computes one kernel row, and uses each value of g for KW taps.
 
     Args:
         x: images, channels contiguous.
         g: gradients of the output, channels contiguous.
         partial: float32.
-        x_image: stride of x.
-        x_row: stride of x.
-        x_column: stride of x.
-        g_image: stride of g.
-        g_row: stride of g.
-        g_column: stride of g.
-        N: images.
-        C: channels.
-        rows_each: rows, of all images together, of one split.
-        H: rows.
-        W: columns.
-        KH: kernel rows.
-        KW: kernel columns.
-        ROW: kernel row that sits on the output pixel.
-        COL: kernel column that sits on the output pixel.
+        x_image: stride of x between images.
+        x_row: stride of x between rows.
+        x_column: stride of x between columns.
+        g_image: stride of g between images.
+        g_row: stride of g between rows.
+        g_column: stride of g between columns.
+        N: number of images.
+        C: number of channels.
+        rows_each: rows per split, counted over all images.
+        H: number of rows.
+        W: number of columns.
+        KH: number of kernel rows.
+        KW: number of kernel columns.
+        ROW: kernel row on the output pixel.
+        COL: kernel column on the output pixel.
         TW: columns at a time.
-        BC: channels of a program.
+        BC: channels per program.
     """
     ky = tl.program_id(0) % KH
     c = tl.program_id(0) // KH * BC + tl.arange(0, BC)[None, :]
@@ -167,10 +167,10 @@ def direct_weight_grad_nhwc(
     for step in range(split * rows_each * across, tl.minimum((split + 1) * rows_each, N * H) * across):
         line = step // across
         h = line % H
-        # Without a method of integers, which the counter is not in the interpreter.
+        # Without calling a method of the counter, which is a Python integer in the interpreter.
         n = line // H + tl.zeros((1, 1), dtype=tl.int64)
         w = step % across * TW + j
-        hi = h + ky - ROW + 0 * j  # the interpreter takes no masks made from numbers alone
+        hi = h + ky - ROW + 0 * j  # the interpreter accepts no masks made from scalars alone
         here = exists & (w < W) & (hi >= 0) & (hi < H)
         grad = tl.load(g + n * g_image + h * g_row + w * g_column + c, mask=here, other=0.0).to(tl.float32)
         for kx in tl.static_range(KW):

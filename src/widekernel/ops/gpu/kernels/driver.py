@@ -7,15 +7,15 @@ from triton.runtime import driver
 
 @cache
 def obstacle() -> str:
-    """Say why Triton cannot launch kernels on the GPU, "" if it can.
+    """Return why Triton cannot launch kernels on the GPU; "" if it can.
 
-    Triton builds what launches kernels out of C when it is first used, about a second long, and keeps it on disk.
+    When Triton is first used, it compiles its launcher from C, which takes about a second, and caches it on disk.
     """
     try:
-        driver.active.utils  # noqa: B018 - built where it is first asked for
+        driver.active.utils  # noqa: B018 - the first access builds it
     except Exception as error:
         return (
-            f"Triton cannot build what launches kernels ({type(error).__name__}: {error}): it needs a C compiler, gcc or "
-            "clang or what the variable CC names, Python's header files, and the driver's libcuda.so.1"
+            f"Triton cannot build its kernel launcher ({type(error).__name__}: {error}): it needs a C compiler (gcc, clang "
+            "or the one that the variable CC names), Python's header files, and the driver's libcuda.so.1"
         )
     return ""

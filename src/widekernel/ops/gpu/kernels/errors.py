@@ -1,4 +1,4 @@
-"""What Triton raises when a kernel is launched."""
+"""The error that Triton raises if a kernel does not fit on the GPU."""
 
 from triton.runtime.errors import OutOfResources
 

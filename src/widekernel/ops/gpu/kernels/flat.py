@@ -1,9 +1,9 @@
-"""Small maps on tensor cores: all pixels of a plane at once, because every output sees nearly every input.
+"""Small images on tensor cores: all pixels of a plane at once, because every output depends on nearly every input.
 
 For each channel the convolution is one product with a matrix of (H·W)² numbers, which is gathered from the kernel once and
 used for many images. Rectangles that are summed are summed in that matrix, so that any number of them costs one product. The
-weight gradient is one product too, of the pixels of x with those of dY, in which K runs over the images; what belongs to a
-tap is gathered at the end.
+weight gradient is one product too, of the pixels of x with those of dY, where K runs over the images; the terms of each tap
+are gathered at the end.
 """
 
 import triton
@@ -47,7 +47,7 @@ def flat_sum(
     xs, ws, ys, scale, shift, x_planes, N, C, per_program, RECTS: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
     RELU: tl.constexpr, P: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Compute what `toeplitz.toeplitz_sum` does, for maps of at most P pixels.
+    """Compute the same as `toeplitz.toeplitz_sum`, for images of at most P pixels.
 
     Args:
         xs: images, one for each rectangle or one for all; planes of H·W contiguous pixels.
@@ -55,18 +55,18 @@ def flat_sum(
         ys: outputs (N, C, H, W), one for each rectangle or one for their sum.
         scale: (C,) or None.
         shift: (C,) or None.
-        x_planes: for each of `xs` how many planes further the next image is.
-        N: images.
-        C: channels.
-        per_program: images of one program, a multiple of BN.
+        x_planes: for each of `xs`, the number of planes from one image to the next.
+        N: number of images.
+        C: number of channels.
+        per_program: images per program, a multiple of BN.
         RECTS: for each rectangle (KH, KW, ROW, COL).
-        H: rows.
-        W: columns.
-        RELU: whether negative numbers become zero.
+        H: number of rows.
+        W: number of columns.
+        RELU: whether negative numbers are set to zero.
         P: power of two, at least H·W.
         BN: images in one product.
-        PRECISION: of products of float32.
-        UPCAST: whether to multiply in float32; for the interpreter, whose products of bfloat16 are wrong.
+        PRECISION: of float32 products.
+        UPCAST: whether to multiply in float32; for the interpreter, whose bfloat16 products are wrong.
     """
     program = tl.program_id(0)
     c = program % C
@@ -111,15 +111,15 @@ def flat_weight_grad(
 
     Args:
         x, g, partial: images, gradients of the output, both planes of H·W contiguous pixels; float32.
-        x_planes, g_planes: how many planes further the next image is.
-        N, C: images, channels.
-        per_program: images of one program, a multiple of BN.
-        H, W: rows, columns.
-        KH, KW, ROW, COL: size of the kernel, and its tap that sits on the output pixel.
+        x_planes, g_planes: number of planes from one image to the next.
+        N, C: numbers of images and channels.
+        per_program: images per program, a multiple of BN.
+        H, W: numbers of rows and columns.
+        KH, KW, ROW, COL: size of the kernel, and its tap on the output pixel.
         P, TAPS: powers of two, at least H·W and KH·KW.
         BN: images in one product.
-        PRECISION: of products of float32.
-        UPCAST: whether to multiply in float32; for the interpreter, whose products of bfloat16 are wrong.
+        PRECISION: of float32 products.
+        UPCAST: whether to multiply in float32; for the interpreter, whose bfloat16 products are wrong.
     """
     c = tl.program_id(0) % C
     split = tl.program_id(0) // C

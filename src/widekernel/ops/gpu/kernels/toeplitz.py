@@ -1,12 +1,12 @@
-"""Banded Toeplitz products on tensor cores: sums of rectangles for any size, several inputs or outputs in one launch.
+"""Banded Toeplitz products on tensor cores: sums of rectangles of any size, with several inputs or outputs in one launch.
 
 One row of a convolution is a product with a banded Toeplitz matrix. For a channel, a block of output pixels (RH rows by TW
 columns, the M of a matrix product) is the sum over input rows of `T · X`, in which X holds columns of that row (K) of many
 images and row blocks (N), and T[(r, j), i] = kernel[δ - r + row, i - j + column]. Rows of padding are never visited, and
-columns outside the band only as far as blocks of BK reach over it.
+columns outside the band only as far as blocks of BK extend over it.
 
-Matrices T are not stored. `expand` stores every kernel row S times, each time one place further to the right, between zeros:
-then any row of any T starts at a multiple of 16 bytes, and a block of T is one load without a gather.
+The matrices T are not stored. `expand` stores every kernel row S times between zeros, each time shifted right by one. Then
+every row of every T starts at a multiple of 16 bytes, and a block of T is one load without a gather.
 """
 
 import triton
@@ -15,7 +15,7 @@ import triton.language as tl
 
 @triton.jit
 def expand(w, e, KH: tl.constexpr, KW: tl.constexpr, PAD: tl.constexpr, L: tl.constexpr, S: tl.constexpr, BL: tl.constexpr):
-    """Store e[c, ky, s, i] = w[c, ky, i - s - PAD], zero outside; one program a kernel row of a channel."""
+    """Store e[c, ky, s, i] = w[c, ky, i - s - PAD], zero outside; one program per kernel row of a channel."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BL)
     for s in tl.static_range(S):
@@ -38,20 +38,20 @@ def _accumulate(
     r = m // TW
     j = m % TW
     k = tl.arange(0, BK)
-    # Of the rows that the block of outputs may see, those inside the image.
+    # Of the rows that the block of outputs depends on, those inside the image.
     first = tl.maximum(-ROW, -h0 - (BH - 1) * RH)
     last = tl.minimum(RH + KH - 1 - ROW, H - h0)
-    # Blocks begin LEAD columns before the outputs, and those that lie in the padding on the left are left out.
+    # Blocks begin LEAD columns before the outputs; those in the padding on the left are skipped.
     first_block = tl.maximum(LEAD - w0, 0) // BK
     right = tl.minimum(w0 + TW + KW - 1 - COL, W)
     blocks = tl.maximum(tl.cdiv(right - (w0 - LEAD), BK) - first_block, 0)
-    # Copy of the kernel row and place in it: together a multiple of S, as is the place of the first block, whatever j is.
+    # Copy of the kernel row and offset in it: together a multiple of S, as is the offset of the first block, for every j.
     t = e + c.to(tl.int64) * (KH * S * L) + (PAD + COL - LEAD) + ((j % S) * L - j // S * S)[:, None]
     row_stride: tl.constexpr = 1 if TURNED else W
     column_stride: tl.constexpr = H if TURNED else 1
     xs = x + planes * (H * W)
     kind: tl.constexpr = tl.float32 if UPCAST else x.dtype.element_ty
-    # One loop over rows and blocks of columns, because only the innermost loop is pipelined.
+    # A single loop over rows and blocks of columns, because only the innermost loop is pipelined.
     delta = first
     block = first_block
     for _ in range(tl.maximum(last - first, 0) * blocks):
@@ -66,7 +66,7 @@ def _accumulate(
             cache_modifier=".ca",
         )
         seen = (in_batch & (row >= 0) & (row < H))[None, :] & ((column + k >= 0) & (column + k < W))[:, None]
-        # Added up in 32 bits before they become addresses.
+        # Computed in 32 bits before they become addresses.
         pixels = xs[None, :] + ((row * row_stride)[None, :] + ((column + k) * column_stride)[:, None])
         image = tl.load(pixels, mask=seen, other=0.0)
         acc = tl.dot(toeplitz.to(kind), image.to(kind), acc, input_precision=PRECISION)
@@ -80,7 +80,7 @@ def _accumulate(
 @triton.jit
 def _finish(acc, y, scale, shift, c, planes, in_batch, h0, hb, w0, RELU: tl.constexpr, H: tl.constexpr, W: tl.constexpr,
             TURNED: tl.constexpr, RH: tl.constexpr, TW: tl.constexpr):  # fmt: skip
-    """Apply scale, shift and rectifier, and store a block of outputs."""
+    """Apply scale, shift and ReLU, and store a block of outputs."""
     if scale is not None:
         acc *= tl.load(scale + c).to(tl.float32)
     if shift is not None:
@@ -106,27 +106,27 @@ def toeplitz_sum(
 ):  # fmt: skip
     """Compute y = relu(scale · Σ_r x_r * kernel_r + shift), or without the sum one y for each rectangle.
 
-    What is said here of rows and columns is the other way round where TURNED.
+    Rows and columns are exchanged if TURNED.
 
     Args:
         xs: images, one for each rectangle or one for all; planes of H·W contiguous pixels.
-        es: what `expand` made of each kernel.
+        es: the output of `expand` for each kernel.
         ys: outputs (N, C, H, W), one for each rectangle or one for their sum.
         scale, shift: (C,) or None.
-        x_planes: for each of `xs` how many planes further the next image is.
-        N, C: images, channels.
-        RECTS: for each rectangle (KH, KW, ROW, COL, PAD, L, LEAD): its size, the tap on the output pixel, what `expand` was
-            told, and how many columns before the outputs the blocks of input columns begin.
-        H, W: rows, columns.
+        x_planes: for each of `xs`, the number of planes from one image to the next.
+        N, C: numbers of images and channels.
+        RECTS: for each rectangle (KH, KW, ROW, COL, PAD, L, LEAD): its size, the tap on the output pixel, the arguments of
+            `expand`, and how many columns before the outputs the blocks of input columns begin.
+        H, W: numbers of rows and columns.
         S: copies of each kernel row.
-        TURNED: whether H counts the columns of the images and W their rows, likewise all that follows from them: bands then
-            run along the columns, which suits tall kernels, at the price of loads that begin anywhere.
-        RELU: whether negative numbers become zero.
+        TURNED: whether the problem is transposed: H counts the columns of the images and W their rows, and so on. Bands then
+            run along the columns, which suits tall kernels, at the cost of unaligned loads.
+        RELU: whether negative numbers are set to zero.
         RH, TW: output rows and columns in M.
         BH, BN: row blocks and images in N.
         BK: input columns in K.
-        PRECISION: of products of float32.
-        UPCAST: whether to multiply in float32; for the interpreter, whose products of bfloat16 are wrong.
+        PRECISION: of float32 products.
+        UPCAST: whether to multiply in float32; for the interpreter, whose bfloat16 products are wrong.
     """
     across: tl.constexpr = (W + TW - 1) // TW
     down: tl.constexpr = (H + RH * BH - 1) // (RH * BH)

@@ -1,4 +1,4 @@
-"""Weight gradients, deterministic: no atomics, a fixed split of the sum, partial sums in float32 added in a fixed order.
+"""Deterministic weight gradients: no atomics, a fixed split of the sum, float32 partial sums added in a fixed order.
 
 For one channel and one kernel row, G = Xᵀ·dY over images and rows is a matrix (columns of x, columns of dY) made on tensor
 cores, and tap kx is the sum of its diagonal i - j = kx - column. So M is (KYB kernel rows, WI columns of x), N is WO columns
@@ -11,7 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def _diagonals(acc, middle, KYB: tl.constexpr, KXB: tl.constexpr, WI: tl.constexpr, WO: tl.constexpr):
-    """Sum, for each kernel row, over the pairs of columns of x and g that meet at tap kx: i - j = kx - middle."""
+    """Sum, for each kernel row, over the pairs of columns of x and g that belong to tap kx: i - j = kx - middle."""
     q = tl.arange(0, KYB * KXB)
     source = tl.arange(0, WO)[None, :] + (q % KXB)[:, None] - middle
     there = (source >= 0) & (source < WI)
@@ -21,7 +21,7 @@ def _diagonals(acc, middle, KYB: tl.constexpr, KXB: tl.constexpr, WI: tl.constex
 
 @triton.jit
 def _image_and_row(pair, rows, WRAPS: tl.constexpr, LONG: tl.constexpr):
-    """Divide pairs by the number of rows; where they pass few ends of images, by counting those."""
+    """Divide pairs by the number of rows; if they span few images, by counting the ends of images."""
     if WRAPS == 0:
         n = pair // rows
     else:
@@ -36,7 +36,7 @@ def _image_and_row(pair, rows, WRAPS: tl.constexpr, LONG: tl.constexpr):
 
 @triton.jit
 def _first_plane(n, planes, c):
-    """Give n · planes + c in 64 bits; n is a counter, which in the interpreter has no type to convert."""
+    """Return n · planes + c in 64 bits; in the interpreter the counter n has no type to convert."""
     return n * (c.to(tl.int64) * 0 + planes) + c
 
 
@@ -53,7 +53,7 @@ def _product(
     i = m % WI
     j = tl.arange(0, WO)
     k = tl.arange(0, BK)
-    # Output rows that meet the image with some kernel row of the block.
+    # Output rows for which some kernel row of the block lies on the image.
     first = tl.maximum(ROW - (ky0 + KYB - 1), 0)
     rows = tl.maximum(tl.minimum(H + ROW - ky0, H) - first, 0)
     pairs = N * rows
@@ -64,11 +64,11 @@ def _product(
     kind: tl.constexpr = tl.float32 if UPCAST else x.dtype.element_ty
     acc = tl.zeros((KYB * WI, WO), dtype=tl.float32)
     for step in range(split * steps_each, tl.minimum((split + 1) * steps_each, steps * column_blocks)):
-        # Divisions by numbers that are not known to the compiler cost as much as loading.
+        # Divisions by numbers that the compiler does not know cost as much as loads.
         w0 = 0 if column_blocks == 1 else step // steps * WO
         pair = (step if column_blocks == 1 else step % steps) * BK
         here = pair + k < pairs
-        # Image and row of the first pair are numbers; those of the others are counted from there, in 32 bits.
+        # Image and row of the first pair are scalars; those of the other pairs are counted from there, in 32 bits.
         n0 = pair // rows
         n, h = _image_and_row(pair % rows + k, rows, WRAPS, LONG)
         h += first
@@ -78,7 +78,7 @@ def _product(
         image = x + _first_plane(n0, x_planes, c) * (H * W)
         within = (ky - ROW) * row_stride + wi * column_stride
         pixels = (n * x_planes * (H * W) + h * row_stride)[None, :] + within[:, None]
-        # Rows of x serve several kernel rows, and are found in the L1 cache again.
+        # Rows of x are used for several kernel rows, and are found in the L1 cache again.
         left = tl.load(image + pixels, mask=seen, other=0.0, cache_modifier=".ca")
         wo = w0 + j
         of = here[:, None] & (wo < W)[None, :]
@@ -98,21 +98,21 @@ def toeplitz_weight_grad(
 ):  # fmt: skip
     """Store partial sums (splits·ACROSS, C, KH, KW) of w[c, ky, kx] = Σ g[n, c, h, w] · x[n, c, h + ky - ROW, w + kx - COL].
 
-    The grid is (C · kernel row blocks, ACROSS, splits). Rows and columns change places where TURNED.
+    The grid is (C · kernel row blocks, ACROSS, splits). Rows and columns are exchanged if TURNED.
 
     Args:
         x, g, partial: images, gradients of the output, both planes of H·W contiguous pixels; float32.
-        x_planes, g_planes: how many planes further the next image is.
-        N, C, H, W, steps_each: images, channels, rows, columns; steps of BK for each split.
-        KH, KW, ROW, COL: size of the kernel, and its tap that sits on the output pixel.
-        KYB, KXB: kernel rows of a program; at least KW; both powers of two.
+        x_planes, g_planes: number of planes from one image to the next.
+        N, C, H, W, steps_each: numbers of images, channels, rows and columns; steps of BK per split.
+        KH, KW, ROW, COL: size of the kernel, and its tap on the output pixel.
+        KYB, KXB: kernel rows per program, and a number of at least KW; both powers of two.
         WI, WO: columns of x and of g in a block.
-        OFFSET, ACROSS: column of x, relative to the first one of g, at which its blocks begin, and how many there are.
-        BK, WRAPS: pairs of an image and a row at a time, and how often they may go on to the next image; 0 for any number.
-        LONG: whether what they are apart in memory takes 64 bits.
-        TURNED: whether H counts the columns of the images and W their rows, as in `toeplitz.toeplitz_sum`.
-        PRECISION: of products of float32.
-        UPCAST: whether to multiply in float32; for the interpreter, whose products of bfloat16 are wrong.
+        OFFSET, ACROSS: where the blocks of columns of x begin, relative to the first column of g, and their number.
+        BK, WRAPS: pairs of an image and a row at a time, and how often they may reach the next image; 0 for any number.
+        LONG: whether their distance in memory takes 64 bits.
+        TURNED: whether the problem is transposed, as in `toeplitz.toeplitz_sum`.
+        PRECISION: of float32 products.
+        UPCAST: whether to multiply in float32; for the interpreter, whose bfloat16 products are wrong.
     """
     row_blocks: tl.constexpr = (KH + KYB - 1) // KYB
     c = tl.program_id(0) // row_blocks

@@ -1,0 +1,119 @@
+"""The variants of a network that are compared: on PyTorch's convolutions, on ours, folded, accelerated, compiled."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from widekernel.ops.problem import LAYOUTS
+from widekernel.transforms.acceleration import accelerate
+from widekernel.transforms.fold import Foldable, fold
+from widekernel.transforms.to_torch import operator_layers, to_torch
+
+TRAIN, INFER = MODES = ("train", "infer")
+PYTORCH, PYTORCH_FOLDED = "PyTorch", "PyTorch, folded"
+OURS, FOLDED, ACCELERATED = "ours", "ours, folded", "ours, accelerated"
+
+# Layer scales start so small that an error within a block would hardly change the output, and are therefore raised.
+_SMALL_SCALE, _VISIBLE_SCALE = 0.01, 0.5
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One variant of a network, in one layout.
+
+    Attributes:
+        kind: which variant, such as `ours, folded`.
+        layout: a key of `LAYOUTS`.
+        compiled: whether `forward` is compiled.
+        network: the module that holds the parameters.
+        forward: the function to call.
+        images: input, in that layout.
+    """
+
+    kind: str
+    layout: str
+    compiled: bool
+    network: nn.Module
+    forward: Callable[[Tensor], Tensor]
+    images: Tensor
+
+    @property
+    def name(self) -> str:
+        """Name that is unique among the variants of a network."""
+        return f"{self.kind} {self.layout}{' compiled' if self.compiled else ''}"
+
+
+@torch.no_grad()
+def with_visible_blocks(model: nn.Module) -> nn.Module:
+    """Return a copy in which every block influences the output, as it does after training."""
+    model = copy.deepcopy(model)
+    for parameter in model.parameters():
+        if 0 < parameter.abs().max() <= _SMALL_SCALE and parameter.unique().numel() == 1:
+            parameter.fill_(_VISIBLE_SCALE)
+    return model
+
+
+Conditions = Callable[[], AbstractContextManager[object]]
+"""Creates the context in which networks run, such as autocast."""
+
+
+def build_variants(
+    model: nn.Module, mode: str, images: Tensor, compiled: bool, conditions: Conditions = nullcontext
+) -> list[Variant]:
+    """Build the variants to compare, leaving out those that would be the same network twice.
+
+    Args:
+        model: network to copy.
+        mode: one of `MODES`.
+        images: (N, C, H, W), on the device of the model.
+        compiled: whether to add a compiled copy of each variant.
+        conditions: creates the context in which the variants will run, and in which `accelerate` therefore measures.
+    """
+    variants = []
+    for layout, memory_format in LAYOUTS.items():
+        x = images.contiguous(memory_format=memory_format)
+        for kind, network in _networks(model, mode, x, conditions).items():
+            network = network.to(memory_format=memory_format)  # type: ignore[call-overload]
+            variants.append(Variant(kind, layout, False, network, network, x))
+            if compiled:
+                twin = copy.deepcopy(network)
+                variants.append(Variant(kind, layout, True, twin, _compiled(twin, len(variants)), x))
+    return variants
+
+
+def _networks(model: nn.Module, mode: str, x: Tensor, conditions: Conditions) -> dict[str, nn.Module]:
+    base = copy.deepcopy(model).train(mode == TRAIN)
+    is_ours = bool(operator_layers(base))
+    networks = {PYTORCH: to_torch(base)}
+    if is_ours:
+        networks[OURS] = base
+    fast = copy.deepcopy(base)
+    if mode == INFER and any(isinstance(module, Foldable) and module.foldable() for module in base.modules()):
+        with warnings.catch_warnings():
+            # About layers that cannot be folded: here that is part of the result.
+            warnings.simplefilter("ignore")
+            fast = fold(base)
+        if is_ours:
+            networks[PYTORCH_FOLDED] = to_torch(fast)
+        networks[FOLDED] = copy.deepcopy(fast)
+    layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    with torch.set_grad_enabled(mode == TRAIN), conditions():
+        networks[ACCELERATED], _ = accelerate(fast.to(memory_format=layout), x)  # type: ignore[call-overload]
+    return networks
+
+
+def _compiled(network: nn.Module, number: int) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        return network(x)
+
+    # PyTorch caches compiled programs by code object, a few for each. Variants that share their code would evict each
+    # other's programs, and every call would have to search among them.
+    forward.__code__ = forward.__code__.replace(co_name=f"forward_{number}")
+    return torch.compile(forward, dynamic=False)

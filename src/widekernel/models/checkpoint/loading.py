@@ -1,0 +1,118 @@
+"""Loading of checkpoints in every official layout and in our own."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from widekernel.errors import CheckpointError
+from widekernel.models.checkpoint.arguments import resolve_path, unwrap
+from widekernel.models.checkpoint.matching import match_weights, storage_problem
+from widekernel.models.checkpoint.prefixes import strip_prefixes
+from widekernel.models.checkpoint.reader import read_checkpoint
+from widekernel.models.checkpoint.report import LoadReport
+from widekernel.models.layouts.conversion import Converted, is_classifier_key, known_keys, table_problems, to_native
+from widekernel.models.layouts.layout import State
+
+
+def load_checkpoint(model: nn.Module, path: str | Path, weights: Literal["model", "ema"] = "model") -> LoadReport:
+    """Load a checkpoint into `model`, whatever official container and layout it is in.
+
+    The file may be a training checkpoint, a bare state dict, that of a wrapped model or of a larger network with this one
+    as a part, or in safetensors format; it may consist of shards. It may be in the official layouts of the model's family,
+    merged forms included, or in our own.
+
+    Nothing in the file is executed. Beside the weights it may hold objects of any class of any package, none of which is
+    imported. Of the standard library it may hold any value; a file that names something which can run code is refused
+    (`os.system`, or `builtins.getattr`, which bound methods also need).
+
+    A classifier for another number of classes or of another structure (such as a `Sequential`) is left out, as fine-tuning
+    needs it, with a warning. A head that the file lacks keeps its values. Anything else that does not fit raises an error,
+    and the model is left untouched.
+
+    Args:
+        model: one of our networks, also in its `features_only` form, or timm's ConvNeXt; it may be inside compiled,
+            data-parallel and averaging (EMA, SWA) wrappers.
+        path: path of the file; `~` stands for the home folder.
+        weights: "model", or "ema" for the averaged weights of a training checkpoint.
+
+    Raises:
+        ArgumentError: if `model` is not a network or `path` not a path.
+        CheckpointError: if the file cannot be read safely, holds another network, or does not fill the model; the message
+            names every key.
+    """
+    network, path = unwrap(model), resolve_path(path)
+    content = read_checkpoint(path, weights)
+    converted, prefixes, others = _convert(network, content.state, path)
+    is_backbone = any(f".{prefix}".endswith(".backbone.") for prefix in prefixes)
+    own = network.state_dict()
+    match = match_weights(own, converted, is_backbone, _removed_prefixes(network))
+    _raise_problems(path, network, match.problems + table_problems(network, match.accepted))
+    try:
+        network.load_state_dict({**own, **match.accepted})
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not fit the {type(network).__name__}: {error}") from error
+    notes = [f"removed the prefix {prefix!r}" for prefix in prefixes]
+    notes += [converted.note] if converted.note else []
+    notes += [f"converted {', '.join(sorted(match.conversions))}"] if match.conversions else []
+    report = LoadReport(
+        path=str(path),
+        container=content.found_in,
+        layout=converted.layout,
+        loaded=tuple(key for key in match.accepted if key not in converted.generated),
+        dropped=tuple(match.dropped),
+        missing=tuple(match.missing),
+        ignored=(*others, *match.ignored),
+        generated=converted.generated,
+        unused=content.others,
+        notes=tuple(notes),
+    )
+    warning = _classifier_warning(report, network, match.why_dropped)
+    if warning:
+        warnings.warn(warning, stacklevel=2)
+    return report
+
+
+def _convert(network: nn.Module, state: State, path: Path) -> tuple[Converted, tuple[str, ...], tuple[str, ...]]:
+    """Convert the weights of a file to our layout; return the removed prefixes and the keys without them, too."""
+    try:
+        inside, prefixes, others = strip_prefixes(state, known_keys(network))
+        problems = [f"{key} {problem}" for key, value in inside.items() if (problem := storage_problem(value))]
+        converted = None if problems else to_native(network, inside)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} does not fit: {error}") from None
+    _raise_problems(path, network, problems)
+    assert converted is not None
+    return converted, prefixes, others
+
+
+def _raise_problems(path: Path, network: nn.Module, problems: Sequence[str]) -> None:
+    """Raise an error that lists the problems, if there are any."""
+    if problems:
+        raise CheckpointError(
+            f"{path} does not fit the {type(network).__name__}; nothing was loaded:\n"
+            + "\n".join(f"  {problem}" for problem in problems)
+        )
+
+
+def _removed_prefixes(network: nn.Module) -> tuple[str, ...]:
+    """Return the key prefixes of the stages, and of the norms of their maps, that a shortened network no longer has."""
+    stages, described = getattr(network, "stages", ()), getattr(network, "feature_info", ())
+    norms: Any = getattr(network, "feature_norms", ())
+    removed = [f"stages.{i}." for i in range(len(stages), len(described))]
+    return (*removed, *(f"feature_norms.{i}." for i, norm in enumerate(norms) if isinstance(norm, nn.Identity)))
+
+
+def _classifier_warning(report: LoadReport, network: nn.Module, why_dropped: str) -> str:
+    """Return why the network's classifier is untrained, "" if it was loaded or there is none."""
+    if not any(map(is_classifier_key, network.state_dict())):
+        return ""
+    if report.dropped:
+        return f"{', '.join(report.dropped)} of {report.path} were left out: {why_dropped}; the classifier is untrained"
+    if any(map(is_classifier_key, report.missing)):
+        return f"{report.path} holds no classifier: the network's is untrained"
+    return ""

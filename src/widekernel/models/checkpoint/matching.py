@@ -1,0 +1,151 @@
+"""Matching of the tensors of a file with those of a network: which are loaded, which left out, and what is an error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from widekernel.models.layouts.conversion import HEAD_PREFIXES, Converted, is_classifier_key
+
+# Parts of keys that the network lacks, and what to do about them; the first that fits is reported. `$` is the end of a key.
+_REMEDIES = {
+    (".parametrizations.weight.0.logits$",): (
+        "the file is of a network whose 2:4 masks are being learned: save it after "
+        "widekernel.sparsity.semi_structured.convert, or prepare this network alike before loading"
+    ),
+    (".parametrizations.",): (
+        "the file is of a network with parametrized weights: call torch.nn.utils.parametrize.remove_parametrizations on "
+        "its layers before saving it, or parametrize this network alike before loading"
+    ),
+    (".weight_g$", ".weight_v$"): (
+        "the file is of a network with weight normalization: call torch.nn.utils.remove_weight_norm on its layers before "
+        "saving it, or normalize this network alike before loading"
+    ),
+    (".weight_orig$", ".weight_u$"): (
+        "the file is of a network with spectral normalization: call torch.nn.utils.remove_spectral_norm on its layers "
+        "before saving it, or normalize this network alike before loading"
+    ),
+}
+_LINEAR_CLASSIFIER = "head.fc.weight"
+
+
+@dataclass
+class Match:
+    """How the tensors of a file match those of a network.
+
+    Attributes:
+        accepted: our key -> tensor to load.
+        dropped: keys of the file that belong to another classifier.
+        missing: our keys that the file may lack and does.
+        ignored: keys of the file that belong to parts which this network lacks.
+        problems: one message for every error.
+        why_dropped: how the classifiers differ, or "".
+        conversions: changes of type, such as "float16 to float32".
+    """
+
+    accepted: dict[str, Tensor] = field(default_factory=dict)
+    dropped: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    why_dropped: str = ""
+    conversions: set[str] = field(default_factory=set)
+
+
+def match_weights(own: Mapping[str, Tensor], converted: Converted, is_backbone: bool, removed: tuple[str, ...]) -> Match:
+    """Sort the tensors of a file into those to load, those to leave out, and those that are an error.
+
+    Args:
+        own: the network's state dict.
+        converted: the file's state dict in our layout.
+        is_backbone: whether the file holds the network as the backbone of a larger one, whose other parts are ignored.
+        removed: prefixes of keys that belong to parts which were removed from the network.
+    """
+    match = Match(ignored=list(converted.unknown) if is_backbone else [])
+    if not is_backbone:
+        match.problems += [f"{key}: the network has no such weight" for key in converted.unknown]
+    other_classifier = _compare_classifiers(own, converted.state)
+    headless = not any(map(is_classifier_key, own))
+    for key, value in converted.state.items():
+        name = converted.source_keys.get(key, key)
+        if is_classifier_key(key) and (other_classifier or headless):
+            match.dropped.append(name)
+            match.why_dropped = other_classifier
+        elif key.startswith(removed):
+            match.ignored.append(name)
+        elif key not in own:
+            # A feature extractor without a head does not use the final norm either.
+            if key.startswith(HEAD_PREFIXES) and not any(k.startswith(HEAD_PREFIXES) for k in own):
+                match.dropped.append(name)
+            else:
+                match.problems.append(f"{name}: the network has no such weight")
+        elif value.shape != own[key].shape:
+            match.problems.append(f"{name} has shape {tuple(value.shape)} but the network's is {tuple(own[key].shape)}")
+        elif problem := _type_problem(value, own[key]):
+            match.problems.append(f"{name} {problem}")
+        else:
+            match.accepted[key] = value
+            if value.dtype != own[key].dtype:
+                match.conversions.add(f"{value.dtype} to {own[key].dtype}".replace("torch.", ""))
+    _find_missing(own, converted, match, bool(other_classifier))
+    if match.problems:
+        match.problems += _remedies(own, converted.unknown or converted.state)
+    return match
+
+
+def storage_problem(value: Tensor) -> str:
+    """Return why a tensor of a file cannot be used at all, "" if it can."""
+    if value.is_meta:
+        return "has a shape but no data in the file"
+    return "" if value.layout is torch.strided else f"is stored as {value.layout}, the network's is dense"
+
+
+def _type_problem(value: Tensor, own: Tensor) -> str:
+    """Return why a tensor of a file cannot be copied to one of the network, "" if it can."""
+    if own.is_meta:
+        return "cannot be loaded: the network was created without data; call model.to_empty(device=...) first"
+    kinds = [(t.dtype.is_floating_point, t.dtype.is_complex) for t in (value, own)]
+    return "" if kinds[0] == kinds[1] else f"has type {value.dtype} but the network's is {own.dtype}"
+
+
+def _find_missing(own: Mapping[str, Tensor], converted: Converted, match: Match, other_classifier: bool) -> None:
+    """Add our keys that the file does not have to `missing`, or to the problems if the file must have them."""
+    headless = not any(map(is_classifier_key, converted.state))
+    for key in own:
+        if key in converted.state or key in converted.generated:
+            continue
+        of_head = headless and (key.startswith(HEAD_PREFIXES) or is_classifier_key(key))
+        if key.endswith("num_batches_tracked") or of_head or (other_classifier and is_classifier_key(key)):
+            match.missing.append(key)
+        else:
+            match.problems.append(f"{key}: the file holds no such weight")
+
+
+def _compare_classifiers(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """Return how the classifiers differ, "" if they do not, or if one of the two is missing.
+
+    A linear classifier for features of another width is no other classifier but belongs to another network.
+    """
+    theirs, ours = ({key: value for key, value in each.items() if is_classifier_key(key)} for each in (state, own))
+    if not theirs or not ours:
+        return ""
+    if _LINEAR_CLASSIFIER in theirs and _LINEAR_CLASSIFIER in ours:
+        a, b = theirs[_LINEAR_CLASSIFIER].shape, ours[_LINEAR_CLASSIFIER].shape
+        return "" if a == b or a[1:] != b[1:] else f"they are for {a[0]} classes, the network has {b[0]}"
+    if theirs.keys() != ours.keys():
+        return f"the network's classifier is built differently ({', '.join(ours)})"
+    different = [key for key in ours if theirs[key].shape != ours[key].shape]
+    return (
+        f"{different[0]} has shape {tuple(theirs[different[0]].shape)}, the network's {tuple(ours[different[0]].shape)}"
+        if different
+        else ""
+    )
+
+
+def _remedies(own: Mapping[str, Tensor], keys: Iterable[str]) -> list[str]:
+    """Return what to do if the file has weights in a form that the network does not, as a list of at most one message."""
+    foreign = [key for key in keys if key not in own]
+    return [remedy for parts, remedy in _REMEDIES.items() if all(any(p in f"{key}$" for key in foreign) for p in parts)][:1]

@@ -1,0 +1,67 @@
+"""Saving of checkpoints in our layout and in the official ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import nn
+
+from widekernel.errors import CheckpointError
+from widekernel.files import replace_atomically
+from widekernel.models.checkpoint.arguments import resolve_path, unwrap
+from widekernel.models.layouts.conversion import to_official
+
+
+def save_checkpoint(
+    model: nn.Module,
+    path: str | Path,
+    layout: Literal["native", "official"] = "native",
+    metadata: Mapping[str, Any] | None = None,
+) -> Path:
+    """Save the weights of `model` atomically, and return the path.
+
+    Weights are saved as they are. A moving average is as sparse as the network only if `DynamicSparsity` manages it too
+    (`averages=`).
+
+    Args:
+        model: the network, or its `features_only` form.
+        path: path of the file; it must end in `.safetensors` for layout "native", in `.pth` or `.pt` for "official".
+        layout: "native" for our own names, "official" for those of the authors' code, which can then load the file.
+        metadata: values that JSON can represent, to be stored in a safetensors file.
+
+    Raises:
+        ArgumentError: if `model` is not a network or `path` not a path.
+        CheckpointError: if the suffix does not fit, the layout has no place for a weight, or the file cannot be written.
+    """
+    path = resolve_path(path)
+    suffixes = {"native": (".safetensors",), "official": (".pth", ".pt")}
+    if layout not in suffixes:
+        raise CheckpointError(f"layout {layout!r} is unknown: it must be 'native' or 'official'")
+    if path.suffix not in suffixes[layout]:
+        raise CheckpointError(f"{path} must end in {' or '.join(suffixes[layout])} for layout {layout!r}")
+    if layout == "official":
+        if metadata:
+            raise CheckpointError("the official layout has no place for metadata: save with layout='native'")
+        state = {key: value.detach().cpu() for key, value in to_official(unwrap(model)).items()}
+        return _write(path, lambda file: torch.save({"model": state}, file))
+    native = {key: value.detach().cpu() for key, value in unwrap(model).state_dict().items()}
+    # safetensors does not write views, nor tensors that share memory.
+    native = {key: value.clone(memory_format=torch.contiguous_format) for key, value in native.items()}
+    header = {"widekernel": json.dumps(dict(metadata), sort_keys=True)} if metadata else None
+    return _write(path, lambda file: save_file(native, file, metadata=header))
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> Path:
+    """Write a file atomically, in a folder that is created if needed."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_atomically(path, write)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be written: {error}") from error
+    return path

@@ -1,0 +1,7 @@
+"""Networks of other packages, which cannot be loaded here; they are recognized so that errors can name them."""
+
+from widekernel.models.layouts.registry import register_signature
+
+register_signature("torchvision's ConvNeXt", r"^features\.\d+\.\d+\.block\.", "foreign")
+register_signature("a ResNet", r"^layer\d\.\d+\.conv\d\.", "foreign")
+register_signature("a vision transformer", r"^blocks\.\d+\.attn\.", "foreign")

@@ -1,0 +1,196 @@
+"""Conversion of state dicts between the official layouts and ours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from widekernel.errors import CheckpointError
+from widekernel.layers.folding import is_folded
+from widekernel.models.layouts.layout import Expected, Layout, State
+from widekernel.models.layouts.registry import identify, layouts_of
+
+HEAD_PREFIXES = ("head.fc.", "head.norm.", "norm_pre.")
+
+
+def is_classifier_key(key: str) -> bool:
+    """Return whether one of our keys belongs to the classifier, whatever it is made of: to the head but not to its norm."""
+    return key.startswith("head.") and not key.startswith("head.norm.")
+
+
+@dataclass
+class Converted:
+    """A state dict in our layout, and how it came about.
+
+    Attributes:
+        state: our key -> tensor.
+        layout: family whose layout the file is in, or "native".
+        source_keys: our key -> key in the file.
+        unknown: keys of the file that no rule maps.
+        note: what was converted on the way, or "".
+        generated: our keys that the file lacks and that were generated, as the authors' code does.
+    """
+
+    state: State
+    layout: str
+    source_keys: dict[str, str] = field(default_factory=dict)
+    unknown: tuple[str, ...] = ()
+    note: str = ""
+    generated: tuple[str, ...] = ()
+
+
+def to_native(model: nn.Module, state: State) -> Converted:
+    """Convert a state dict, without container and prefixes, to the layout of `model`.
+
+    Raises:
+        CheckpointError: if it is in no layout that the model can be loaded from.
+    """
+    own = model.state_dict()
+    state = _apply_pruning_masks(state, own)
+    theirs, ours = identify(state), identify(own)
+    for layout in layouts_of(model):
+        if theirs is not None and layout.family == theirs.name and not is_folded(model):
+            return _from_layout(layout, state, model)
+    backbone = {key for key in own if not key.startswith(HEAD_PREFIXES) and not is_classifier_key(key)}
+    if theirs == ours and backbone & set(state):
+        tables = {key: table for key, table in seeded_tables(model).items() if key not in state}
+        return Converted({**state, **tables}, "native", {key: key for key in state}, generated=tuple(tables))
+    raise CheckpointError(_mismatch(model, own, state))
+
+
+def _apply_pruning_masks(state: State, own: State) -> State:
+    """Replace the pairs `*_orig` and `*_mask` of `torch.nn.utils.prune` by their product, unless the network has them too.
+
+    Raises:
+        CheckpointError: if the shapes of a pair differ.
+    """
+    out = dict(state)
+    for key in [key for key in state if key.endswith("_orig") and key not in own]:
+        mask = f"{key.removesuffix('_orig')}_mask"
+        if mask in state and mask not in own:
+            shapes = [tuple(state[name].shape) for name in (key, mask)]
+            if shapes[0] != shapes[1]:
+                raise CheckpointError(
+                    f"{key} has shape {shapes[0]} but {mask} has {shapes[1]}: a weight and its mask must have the same"
+                )
+            out[key.removesuffix("_orig")] = out.pop(key) * out.pop(mask)
+    return out
+
+
+def _mismatch(model: nn.Module, own: State, state: State) -> str:
+    """Return the message that names the networks of the file and of the model, and says what to do."""
+    theirs, ours = identify(state), identify(own)
+    file_folded = theirs is not None and theirs.form == "folded"
+    model_folded = ours is not None and ours.form == "folded"
+    known = " or ".join(sorted({layout.family for layout in layouts_of(model)}))
+    advice = "create the matching model"
+    if model_folded and not file_folded:
+        advice = "load the weights before folding the model"
+    elif file_folded and not model_folded:
+        advice = "fold the model before loading this file, or load the weights that it was folded from"
+    return (
+        f"the checkpoint holds {theirs.name if theirs else 'an unknown network'}, but the model is a "
+        f"{type(model).__name__}{f' ({ours.name})' if ours else ''}"
+        f"{f', which takes official weights of {known}' if known else ''}: {advice}. "
+        f"First keys of the file: {', '.join(list(state)[:3]) or 'none'}"
+    )
+
+
+def to_official(model: nn.Module) -> State:
+    """Return the weights of `model` in its first official layout, in the order of the authors' files.
+
+    Raises:
+        CheckpointError: if the network has no official code, or is folded.
+    """
+    layouts = layouts_of(model)
+    if not layouts:
+        raise CheckpointError(f"{type(model).__name__} has no official layout here: save with layout='native'")
+    if is_folded(model):
+        raise CheckpointError("the network is folded and has no place in an official layout: save with layout='native'")
+    layout, out, tables = layouts[0], {}, seeded_tables(model)
+    for key, value in model.state_dict().items():
+        if layout.is_generated(key):
+            if not torch.equal(value.cpu(), tables[key]):
+                raise CheckpointError(
+                    f"{key} is not the table that the official code of {layout.family} generates and leaves out of its "
+                    "files: save with layout='native'"
+                )
+            continue
+        found = layout.to_official(key)
+        if found is None:
+            raise CheckpointError(f"{key} has no place in the official layout of {layout.family}: save with layout='native'")
+        out[found[0]] = found[1].to_official(value)
+    return {key: out[key] for key in sorted(out, key=layout.position)} if layout.part_order else out
+
+
+def known_keys(model: nn.Module) -> set[str]:
+    """Return the keys that a network takes, in our layout and in the official ones."""
+    own = model.state_dict()
+    official = {found[0] for layout in layouts_of(model) for key in own if (found := layout.to_official(key))}
+    return official | own.keys()
+
+
+def seeded_tables(model: nn.Module) -> State:
+    """Return all tables of a network as the authors' code generates them, whatever the network's own tables are."""
+    return {
+        f"{prefix}.{name}".lstrip("."): table
+        for prefix, module in model.named_modules()
+        if hasattr(module, "seeded_tables")
+        for name, table in module.seeded_tables().items()  # type: ignore[operator]
+    }
+
+
+def table_problems(model: nn.Module, state: State) -> list[str]:
+    """Return what is wrong with the tables in a state dict of ours, whose shapes must be those of the network."""
+    problems = []
+    for prefix, module in model.named_modules():
+        if not hasattr(module, "table_problem"):
+            continue
+        keys = {name: f"{prefix}.{name}".lstrip(".") for name, _ in module.named_buffers(recurse=False)}
+        # A missing table is reported elsewhere.
+        if all(key in state for key in keys.values()):
+            tables = {name: state[key].long() for name, key in keys.items()}
+            found = ((key, module.table_problem(name, tables)) for name, key in keys.items())  # type: ignore[operator]
+            problems += [f"{key} {problem}" for key, problem in found if problem]
+    return problems
+
+
+def _expected(layout: Layout, model: nn.Module) -> Expected:
+    shapes, eps = {}, {}
+    for key, value in model.state_dict().items():
+        found = layout.to_official(key)
+        if found is not None:
+            shapes[found[0]] = tuple(found[1].to_official(value).shape)
+            if key.endswith(".running_var"):
+                eps[found[0].removesuffix(".running_var")] = float(model.get_submodule(key.rpartition(".")[0]).eps)  # type: ignore[arg-type]
+    return Expected(shapes, eps)
+
+
+def _from_layout(layout: Layout, state: State, model: nn.Module) -> Converted:
+    note, expected, tables = "", _expected(layout, model), seeded_tables(model)
+    if layout.upgrade is not None:
+        given = state
+        state, note = layout.upgrade(given, expected)
+        converted = {key: value for key, value in given.items() if key not in state}
+        twice = [key for key in layout.upgrade(converted, expected)[0] if key in given]
+        if twice:
+            raise CheckpointError(f"the file holds weights twice, in two forms: remove one of {', '.join(twice)}")
+    out: State = {}
+    source_keys: dict[str, str] = {}
+    unknown: list[str] = []
+    for key, value in state.items():
+        found = layout.to_native(key)
+        if found is None:
+            unknown.append(key)
+        else:
+            if found[0] in out:
+                raise CheckpointError(
+                    f"the file holds one weight twice, as {source_keys[found[0]]} and as {key}: remove one"
+                )
+            out[found[0]] = found[1].to_native(value)
+            source_keys[found[0]] = key
+    generated = tuple(key for key in tables if key not in out)
+    out.update((key, tables[key]) for key in generated)
+    return Converted(out, layout.family, source_keys, tuple(unknown), note, generated)

@@ -1,0 +1,97 @@
+"""The layouts that networks can be loaded from, and the signatures that recognize a network by its keys.
+
+Families register themselves: `@register_layouts(Network)` on a function that lists the layouts of a network, and
+`register_signature` for every form in which its weights may be found.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, get_args
+
+from torch import nn
+
+from widekernel.errors import ArgumentError
+from widekernel.models.layouts.layout import Layout
+from widekernel.settings import require_one_of
+
+# In the order of the search: a file in an official layout may have keys that match a native signature too.
+Form = Literal["folded", "official", "foreign", "native"]
+# Keys of the blocks of our networks start with this pattern.
+BLOCK_KEY = r"^stages\.\d+\.blocks\.\d+\."
+ANY_FOLDED = "a folded widekernel network"
+
+ListLayoutsT = TypeVar("ListLayoutsT", bound=Callable[[Any], tuple[Layout, ...]])
+
+
+@dataclass(frozen=True)
+class Signature:
+    """How to recognize a network by the keys of its state dict.
+
+    Attributes:
+        name: what errors call the network; for official forms the `family` of a `Layout`.
+        pattern: regular expression that matches part of at least one key.
+        form: "native" for our training form, "folded" for our folded form, "official" for the authors' form, which can be
+            loaded, and "foreign" for networks that are recognized only so that errors can name them.
+        over: names of signatures of the same form that match such keys too but are less specific.
+    """
+
+    name: str
+    pattern: str
+    form: Form
+    over: tuple[str, ...] = ()
+
+
+_SIGNATURES: dict[str, Signature] = {}
+_LAYOUTS: dict[type[nn.Module], Callable[[Any], tuple[Layout, ...]]] = {}
+
+
+def register_signature(name: str, pattern: str, form: Form, over: tuple[str, ...] = ()) -> None:
+    """Register a signature; the arguments are the attributes of `Signature`.
+
+    Raises:
+        ArgumentError: if another signature has the name.
+    """
+    require_one_of("form", form, get_args(Form))
+    signature = Signature(name, pattern, form, over)
+    if _SIGNATURES.setdefault(name, signature) != signature:
+        raise ArgumentError(f"the signature {name!r} is registered already, with other keys: choose another name")
+
+
+def register_layouts(network: type[nn.Module]) -> Callable[[ListLayoutsT], ListLayoutsT]:
+    """Return a decorator that registers a function as the one that lists the layouts of a network.
+
+    The function is called with a network of that class, or of a subclass without layouts of its own. It returns the layouts
+    that can be loaded; the first one is written by `save_checkpoint(layout="official")`.
+    """
+
+    def register(list_layouts: ListLayoutsT) -> ListLayoutsT:
+        _LAYOUTS[network] = list_layouts
+        return list_layouts
+
+    return register
+
+
+def layouts_of(model: nn.Module) -> tuple[Layout, ...]:
+    """Return the official layouts that a network can be loaded from; none if it has no official code."""
+    for cls in type(model).__mro__:
+        if cls in _LAYOUTS:
+            return _LAYOUTS[cls](model)
+    return ()
+
+
+def identify(keys: Iterable[str]) -> Signature | None:
+    """Return the signature of the network that a state dict with these keys belongs to; None if it is unknown."""
+    keys = list(keys)
+    for form in get_args(Form):
+        found = [s for s in _SIGNATURES.values() if s.form == form and any(re.search(s.pattern, key) for key in keys)]
+        general = {name for signature in found for name in signature.over}
+        for signature in found:
+            if signature.name not in general:
+                return signature
+    return None
+
+
+register_signature(ANY_FOLDED, r"(mixer|large_kernel|layer)\.kernels\.\d+$", "folded")

@@ -1,0 +1,61 @@
+"""What every backend is: an object that takes problems, or says why not, and prepares operators for them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+from widekernel.ops.problem import DEPTHWISE_SUM, DEPTHWISE_WEIGHT_GRAD, Problem
+
+Operator = Callable[..., Any]
+"""An operator that a backend has prepared for one problem. All are called with positional arguments:
+
+    depthwise_sum                (x, kernels, anchors, bias, scale, relu) -> Tensor
+    depthwise_weight_grad        (x, grad, kernel_size, anchor) -> Tensor
+    depthwise_branches           (x, kernels, anchors) -> list of Tensors
+    depthwise_sum_of_branches    (xs, kernels, anchors) -> Tensor
+
+`widekernel.ops.reference` defines what they return.
+"""
+
+
+class Backend(ABC):
+    """One way of computing the operators.
+
+    Implement `name`, `reasons_against` and `prepare`, and pass an instance to `widekernel.ops.register`.
+
+    Attributes:
+        operators: names of the operators that the backend computes. The two of branches are optional: what no backend
+            computes fused is computed branch by branch, each branch a `depthwise_sum`.
+        calls_pytorch: whether prepared operators call PyTorch's own operators. Autocast is then off while they run (the
+            arguments already have the type to compute in), and results are brought into the layout of the input. A backend
+            of kernels sets this to False and returns tensors with the strides of `torch.empty` in that layout.
+    """
+
+    operators: frozenset[str] = frozenset({DEPTHWISE_SUM, DEPTHWISE_WEIGHT_GRAD})
+    calls_pytorch: bool = True
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The name by which a call can ask for the backend; a class attribute will do."""
+
+    @abstractmethod
+    def reasons_against(self, problem: Problem) -> list[str]:
+        """List why the backend cannot, or should not unless asked for, compute `problem`; empty if it will.
+
+        It is only called for problems of `operators`.
+        """
+
+    def can_run(self, problem: Problem) -> bool:
+        """Return whether the backend can compute `problem` when a call asks for it by name."""
+        return not self.reasons_against(problem)
+
+    @abstractmethod
+    def prepare(self, problem: Problem) -> Operator:
+        """Decide everything that follows from shapes, once, and return the operator that computes calls of `problem`."""
+
+    def describe(self, problem: Problem) -> str:
+        """Describe how the backend computes `problem`, for `explain`; empty if there is nothing to say."""
+        return ""

@@ -1,0 +1,66 @@
+"""The backend of our own kernels for CPUs: float32, bfloat16 and float16, any rectangle, both layouts."""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+
+from widekernel.ops.backends.base import Backend, Operator
+from widekernel.ops.cpu import library
+from widekernel.ops.cpu.plan import plan, reason_for_pytorch
+from widekernel.ops.cpu.prepared import DTYPES, PreparedSum, PreparedWeightGrad
+from widekernel.ops.empty import EMPTY
+from widekernel.ops.problem import DEPTHWISE_SUM, Problem
+
+
+@final
+class NativeBackend(Backend):
+    """The kernels of the native library."""
+
+    name = "native"
+    calls_pytorch = False
+
+    def reasons_against(self, problem: Problem) -> list[str]:
+        """List why the kernels cannot compute the problem, or why PyTorch's are better; empty if they will."""
+        obstacles = self._obstacles(problem)
+        if obstacles:
+            return obstacles
+        slower = reason_for_pytorch(problem)
+        return [slower] if slower else []
+
+    def can_run(self, problem: Problem) -> bool:
+        """Return whether the kernels can compute the problem, be it slower than PyTorch's."""
+        return not self._obstacles(problem)
+
+    def prepare(self, problem: Problem) -> Operator:
+        """Choose passes, algorithms and the number of threads."""
+        return EMPTY[problem.op] if 0 in problem.shape else self._prepared(problem)
+
+    def describe(self, problem: Problem) -> str:
+        """Describe the passes, threads and working memory."""
+        if 0 in problem.shape:
+            return "nothing to compute"
+        prepared = self._prepared(problem)
+        own, shared = prepared.workspace()
+        count = prepared.plan.threads
+        threads = f"{count} thread{'s' if count > 1 else ''}"
+        memory = f"working memory {own / 2**20:.2f} MiB a thread and {shared / 2**20:.2f} MiB shared"
+        return f"{prepared.plan}; {library.load().isa}, {threads}, {memory}"
+
+    def _prepared(self, problem: Problem) -> PreparedSum | PreparedWeightGrad:
+        chosen = plan(problem, torch.get_num_threads(), library.load().lanes)
+        return PreparedSum(problem, chosen) if problem.op == DEPTHWISE_SUM else PreparedWeightGrad(problem, chosen)
+
+    def _obstacles(self, problem: Problem) -> list[str]:
+        obstacles = []
+        if problem.device != "cpu":
+            obstacles.append(f"it runs on a CPU, not on {problem.device}")
+        if problem.dtype not in DTYPES:
+            obstacles.append(f"it computes float32, bfloat16 and float16, not {problem.dtype}")
+        if len(problem.kernels) > library.MOST_RECTS:
+            obstacles.append(f"it adds up at most {library.MOST_RECTS} kernels, not {len(problem.kernels)}")
+        if not obstacles and library.load().reason is not None:
+            library.warn_once_if_missing()
+            obstacles.append(str(library.load().reason))
+        return obstacles

@@ -1,0 +1,63 @@
+"""The operators as PyTorch's own ones, for exported programs that are to run without widekernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._decomp import register_decomposition
+
+from widekernel.ops import plain
+from widekernel.ops.operators import split_kernels
+from widekernel.ops.registration import unflatten_anchors
+
+_OPS = torch.ops.widekernel
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """Return for every operator the function that computes it with PyTorch's own operators.
+
+    An exported program calls our operators, so `import widekernel` must come before its file is loaded. A decomposed one,
+    `torch.export.export(...).run_decompositions(ops.decompositions())`, does not need widekernel: it consists of
+    convolutions, which every converter, counter and quantizer knows, and which run without our kernels.
+    """
+    return {
+        _OPS.depthwise_sum.default: _sum,
+        _OPS.depthwise_sum_of_taps.default: _sum_of_taps,
+        _OPS.depthwise_branches.default: _branches,
+        _OPS.depthwise_sum_of_branches.default: _sum_of_branches,
+        _OPS.depthwise_weight_grad.default: _weight_grad,
+    }
+
+
+def _sum(x: Tensor, kernels: Any, anchors: Sequence[int], bias: Any, scale: Any, relu: bool, *options: Any) -> Tensor:
+    return plain.depthwise_sum(x, kernels, list(unflatten_anchors(anchors)), bias, scale, relu)
+
+
+def _sum_of_taps(x: Tensor, taps: Tensor, geometry: Sequence[int], *options: Any) -> Tensor:
+    kernels = split_kernels(taps, list(zip(geometry[::4], geometry[1::4])))
+    return plain.depthwise_sum(x, kernels, list(zip(geometry[2::4], geometry[3::4])))
+
+
+def _branches(x: Tensor, kernels: Any, anchors: Sequence[int], *options: Any) -> list[Tensor]:
+    return plain.depthwise_branches(x, kernels, list(unflatten_anchors(anchors)))
+
+
+def _sum_of_branches(xs: Any, kernels: Any, anchors: Sequence[int], *options: Any) -> Tensor:
+    total: Tensor | None = None
+    for x, kernel, anchor in zip(xs, kernels, list(unflatten_anchors(anchors))):
+        part = plain.depthwise_sum(x, [kernel], [anchor])
+        total = part if total is None else total + part
+    assert total is not None
+    return total
+
+
+def _weight_grad(x: Tensor, grad: Tensor, geometry: Sequence[int], *options: Any) -> Tensor:
+    return plain.depthwise_weight_grad(x, grad, (geometry[0], geometry[1]), (geometry[2], geometry[3]))
+
+
+# PyTorch's ONNX exporter looks here for operators it does not know.
+for _operator, _function in decompositions().items():
+    register_decomposition(_operator)(_function)

@@ -1,0 +1,84 @@
+"""The geometry of launches: how blocks cover images and kernels, and how sums are split among programs.
+
+The launches and the cost model both depend on it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+
+from widekernel.ops.gpu.kernel_configs import Chip, Flat, FlatGrad, Toeplitz, ToeplitzGrad
+from widekernel.ops.problem import Problem
+
+GRAD_LAUNCH_COLUMNS = 64
+"""Kernel columns that one launch of the weight gradient computes; wider kernels take several launches."""
+
+
+def next_power_of_two(number: int) -> int:
+    """Return the smallest power of two that is not less than `number`."""
+    return 1 << max(0, number - 1).bit_length()
+
+
+def itemsize(dtype: torch.dtype) -> int:
+    """Return the bytes per number."""
+    return torch.empty((), dtype=dtype, device="meta").element_size()
+
+
+def transposed(problem: Problem) -> Problem:
+    """Return the problem with rows and columns exchanged."""
+    batch, channels, height, width = problem.shape
+    kernels = tuple((kw, kh) for kh, kw in problem.kernels)
+    anchors = tuple((column, row) for row, column in problem.anchors)
+    return replace(problem, shape=(batch, channels, width, height), kernels=kernels, anchors=anchors)
+
+
+def leading_columns(config: Toeplitz, kw: int, column: int, copies: int) -> int:
+    """Return how many columns before the outputs the blocks of input columns begin, at least `column`.
+
+    Asynchronous copies of 16 bytes require multiples of `copies`. Halves and quarters of that are used where they save a
+    block.
+    """
+
+    def blocks(lead: int) -> int:
+        return math.ceil((lead + config.columns + kw - 1 - column) / config.depth)
+
+    leads = [-(-column // unit) * unit for unit in (copies, copies // 2, copies // 4)]
+    return min(leads, key=blocks)
+
+
+def expanded_length(config: Toeplitz, pad: int, kw: int) -> int:
+    """Return the length of a kernel row with `pad` zeros in front and as many zeros behind as blocks extend over it."""
+    return -(-(pad + kw + config.columns + config.depth) // 16) * 16
+
+
+def padded_width(width: int, dtype: torch.dtype) -> int:
+    """Return the number of columns, not less than `width`, for which rows are a multiple of 16 bytes."""
+    numbers = 16 // itemsize(dtype)
+    return -(-width // numbers) * numbers
+
+
+def blocks_across(config: ToeplitzGrad, width: int, kw: int, column: int, align: int) -> tuple[int, int]:
+    """Return where the blocks of input columns begin, relative to a block of output columns, and their number."""
+    if width <= config.outputs:
+        return 0, math.ceil(width / config.inputs)
+    offset = -column // align * align
+    return offset, math.ceil((config.outputs + kw - 1 - column - offset) / config.inputs)
+
+
+def flat_splits(problem: Problem, config: Flat | FlatGrad, chip: Chip) -> int:
+    """Return the number of programs among which the images of one channel are divided."""
+    blocks = math.ceil(problem.shape[0] / config.images)
+    return max(1, min(blocks, math.ceil(3 * chip.processors / max(1, problem.shape[1]))))
+
+
+def flat_images_each(problem: Problem, config: Flat | FlatGrad, splits: int) -> int:
+    """Return the number of images of each of so many programs: whole blocks, so that no image is in two of them."""
+    return math.ceil(math.ceil(problem.shape[0] / config.images) / splits) * config.images
+
+
+def grad_splits(programs: int, steps: int, chip: Chip) -> int:
+    """Return the number of parts of a sum over `steps`: enough to fill the GPU, but none with little work."""
+    return max(1, min(math.ceil(6 * chip.processors / max(1, programs)), steps // 8))

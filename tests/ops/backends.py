@@ -1,0 +1,115 @@
+"""Backends for tests, all of them made of the reference: a small one, one with reasons, and ones with fused operators."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from tests.ops.cases import Case
+from widekernel import ops
+from widekernel.ops import dispatch, reference
+from widekernel.ops.backends.base import Backend, Operator
+from widekernel.ops.backends.reference import ReferenceBackend
+from widekernel.ops.backends.torch_conv import TorchConvBackend
+from widekernel.ops.problem import DEPTHWISE_SUM, DEPTHWISE_WEIGHT_GRAD, Problem
+
+Anchors = Sequence[tuple[int, int]]
+BRANCHES, SUM_OF_BRANCHES = "depthwise_branches", "depthwise_sum_of_branches"
+
+
+class TestBackend(Backend):
+    """The reference under another name, with reasons of one's choice against itself."""
+
+    __test__ = False
+
+    def __init__(self, name: str = "test", *reasons: str, only: str | None = None) -> None:
+        self._name, self.reasons, self.only = name, list(reasons), only
+        self.compute: dict[str, Operator] = {
+            DEPTHWISE_SUM: reference.depthwise_sum,
+            DEPTHWISE_WEIGHT_GRAD: reference.depthwise_weight_grad,
+        }
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    def reasons_against(self, problem: Problem) -> list[str]:
+        wrong = [f"{problem.op} is not {self.only}"] if self.only not in (None, problem.op) else []
+        return [*self.reasons, *wrong]
+
+    def prepare(self, problem: Problem) -> Operator:
+        return self.compute[problem.op]
+
+
+class Fused(TestBackend):
+    """Has both fused operators; `received` lists the arguments of each call of one of them."""
+
+    operators = frozenset({DEPTHWISE_SUM, DEPTHWISE_WEIGHT_GRAD, BRANCHES, SUM_OF_BRANCHES})
+
+    def __init__(self, name: str = "fused", reasons: Sequence[str] = (), against: Sequence[str] = ()) -> None:
+        super().__init__(name, *reasons)
+        self.against = against
+        self.received: list[tuple[Any, ...]] = []
+        self.compute |= {BRANCHES: self.branches, SUM_OF_BRANCHES: self.sum_of_branches}
+
+    def reasons_against(self, problem: Problem) -> list[str]:
+        return self.reasons if problem.op in self.against else []
+
+    def branches(self, x: Tensor, kernels: Sequence[Tensor], anchors: Anchors) -> list[Tensor]:
+        self.received.append((BRANCHES, x, kernels, anchors))
+        return [reference.depthwise_sum(x, [kernel], [anchor]) for kernel, anchor in zip(kernels, anchors)]
+
+    def sum_of_branches(self, xs: Sequence[Tensor], kernels: Sequence[Tensor], anchors: Anchors) -> Tensor:
+        self.received.append((SUM_OF_BRANCHES, xs, kernels, anchors))
+        parts = [reference.depthwise_sum(x, [k], [a]) for x, k, a in zip(xs, kernels, anchors)]
+        return sum(parts[1:], parts[0])
+
+
+class OnlyForward(Fused):
+    """Has no sum of branches."""
+
+    operators = Fused.operators - {SUM_OF_BRANCHES}
+
+
+class OnlyBackward(Fused):
+    """Has no branches."""
+
+    operators = Fused.operators - {BRANCHES}
+
+
+class Kernels(Fused):
+    """Its operators run as they are, as those of a backend of kernels do."""
+
+    calls_pytorch = False
+
+    def describe(self, problem: Problem) -> str:
+        return f"{len(problem.kernels)} fused"
+
+
+@contextmanager
+def registered(backend: Fused, before: str | None = None) -> Iterator[Fused]:
+    """Register a backend inside the block."""
+    ops.register(backend, before)
+    try:
+        yield backend
+    finally:
+        ops.unregister(backend.name)
+
+
+def use_only(monkeypatch: pytest.MonkeyPatch, *backends: Backend) -> None:
+    """Make these the only backends until the end of the test."""
+    monkeypatch.setattr(dispatch, "registry", dispatch.Registry(backends))
+
+
+def use_portable_and_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the backends that run everywhere; the rules of the choice are tried on them."""
+    use_only(monkeypatch, TorchConvBackend(), ReferenceBackend())
+
+
+def several(case: Case) -> Case:
+    """Add branches to those of a case, so that none has only one."""
+    return Case(case.name, case.shape, (*case.rects, (3, 2, (1, 1)), (1, 5, None)))
