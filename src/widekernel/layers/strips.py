@@ -12,9 +12,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, empty, nn
 
+import widekernel.layers.tile_tables as tile_tables
 from widekernel.deprecation import renamed_arguments
 from widekernel.errors import ArgumentError
-from widekernel.layers import tile_tables
 from widekernel.layers.sources import RectSource
 from widekernel.layers.tiles import check_tiles, num_tiles, side_by_side, stacked, tile_convolution_padding
 
