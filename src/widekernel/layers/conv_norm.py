@@ -32,7 +32,7 @@ class ConvNorm(Fusable, nn.Module):
         return self.act(self.bn(self.conv(x)))
 
     def foldable(self) -> bool:
-        """Whether the norm is an affine map in evaluation and the convolution a plain one, both without hooks."""
+        """Return whether the norm is an affine map in evaluation and the convolution a plain one, both without hooks."""
         return is_foldable(self.bn) and is_plain(self.conv) and not alterations(self, ("", "conv"))
 
     def alterations(self) -> list[str]:

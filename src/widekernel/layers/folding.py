@@ -27,7 +27,7 @@ class Foldable(Protocol):
     """
 
     def foldable(self) -> bool:
-        """Whether this module, as it is configured, has such a form."""
+        """Return whether this module, as it is configured, has such a form."""
 
     def folded(self) -> nn.Module:
         """Return that form. It may take over parts of the module; only copies are ever folded."""
@@ -102,12 +102,12 @@ def _check_applied(name: str, part: nn.Module, hook: prune.BasePruningMethod) ->
 
 
 def is_folded(model: nn.Module) -> bool:
-    """Whether anything in `model` has been folded, so that its parameters are no longer the trained ones."""
+    """Return whether anything in `model` has been folded, so that its parameters are no longer the trained ones."""
     return any(part.is_folded() for part in model.modules() if hasattr(type(part), "is_folded"))  # type: ignore[operator]
 
 
 def is_trained(*sources: nn.Module | Tensor | None) -> bool:
-    """Whether any of the parameters requires gradients, so that whatever is computed from them requires gradients, too."""
+    """Return whether any of the parameters requires gradients, so that whatever is computed from them does, too."""
     tensors = [
         source.parameters() if isinstance(source, nn.Module) else [source] for source in sources if source is not None
     ]

@@ -71,7 +71,7 @@ class LargeKernel(Fusable, nn.Module):
         return y + x if self.identity else y
 
     def foldable(self) -> bool:
-        """Whether every branch is a rectangle and every norm an affine map in evaluation."""
+        """Return whether every branch is a rectangle and every norm an affine map in evaluation."""
         return not self.reasons_against_folding()
 
     def reasons_against_folding(self) -> list[str]:
@@ -124,7 +124,7 @@ def add_normalized(responses: Sequence[Tensor], norms: Sequence[nn.Module]) -> T
 
 
 def is_plain_relu(act: nn.Module) -> bool:
-    """Whether `act` is a rectifier and nothing more: no subclass, and no hook that waits for its call."""
+    """Return whether `act` is a rectifier and nothing more: no subclass, and no hook that waits for its call."""
     return type(act) is nn.ReLU and not alteration(act)
 
 

@@ -14,7 +14,7 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 
 
 def is_foldable(norm: nn.Module) -> bool:
-    """Whether `norm` is a fixed affine map per channel in evaluation."""
+    """Return whether `norm` is a fixed affine map per channel in evaluation."""
     return not reasons_against_folding(norm)
 
 
@@ -56,6 +56,6 @@ def affine_of(norm: nn.Module, channels: int) -> tuple[Tensor, Tensor]:
 
 
 def _is_frozen(norm: nn.Module) -> bool:
-    """Whether `norm` is torchvision's FrozenBatchNorm2d, recognized by name: this folder imports PyTorch only."""
+    """Return whether `norm` is torchvision's FrozenBatchNorm2d, recognized by name: this folder imports PyTorch only."""
     kind = type(norm)
     return kind.__name__ == "FrozenBatchNorm2d" and kind.__module__.startswith("torchvision.")

@@ -60,7 +60,7 @@ class PartialChannels(Fusable, nn.Module):
         return torch.cat([convolved, x.index_select(1, self.ghosts)], 1)
 
     def foldable(self) -> bool:
-        """Whether the large kernel can be folded."""
+        """Return whether the large kernel can be folded."""
         return getattr(self.layer, "foldable", lambda: False)() and not self.alterations()
 
     def alterations(self) -> list[str]:

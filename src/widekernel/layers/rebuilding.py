@@ -14,7 +14,7 @@ _PLAIN = (nn.Conv2d, nn.Linear, DepthwiseConv2d, PointwiseConv2d, PointwiseLinea
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether `layer` computes what a convolution or linear layer with its weight and bias does, parametrized or not."""
+    """Return whether `layer`, parametrized or not, computes what a plain layer with its weight and bias does."""
     return type(layer).forward in {kind.forward for kind in _PLAIN}
 
 

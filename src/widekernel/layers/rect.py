@@ -69,7 +69,7 @@ class Rect:
         return row, kh - 1 - row, column, kw - 1 - column
 
     def covers(self, other: Rect) -> bool:
-        """Whether every tap of `other` has a tap of this rectangle at the same offset from the anchor."""
+        """Return whether every tap of `other` has a tap of this rectangle at the same offset from the anchor."""
         return all(mine >= theirs for mine, theirs in zip(self.reach, other.reach))
 
     def scaled(self, scale: Tensor) -> Rect:

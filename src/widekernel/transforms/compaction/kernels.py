@@ -19,7 +19,7 @@ from widekernel.transforms.compaction.report import LayerReport
 
 
 def can_compact(module: nn.Module) -> bool:
-    """Whether the module is a layer of depthwise kernels of a folded network and has no hooks."""
+    """Return whether the module is a layer of depthwise kernels of a folded network and has no hooks."""
     if alteration(module):
         return False
     if isinstance(module, FoldedPartialChannels):
