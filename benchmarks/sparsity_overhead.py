@@ -81,7 +81,7 @@ def measure(name: str, size: int, batch: int, steps: int, options: dict, fused: 
         cells.append(f"{1e3 * statistics.median(times[growth]):.1f} ({100 * extra / dense:+.2f} %)")
     masks = sum(mask.numel() for mask in controllers["random"].masks.values())
     start = clock()
-    controllers["random"]._rule.update(controllers["random"]._state, 10**6, 1, None)
+    controllers["random"]._rule.update_masks(controllers["random"]._state, 10**6, 1, None)
     return [*cells, f"{masks / 1e6:.2f}", f"{1e3 * (clock() - start):.0f}"]
 
 

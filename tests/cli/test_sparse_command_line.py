@@ -61,7 +61,14 @@ def test_sparse_training(images, tmp_path: Path, capsys) -> None:  # noqa: F811
     [
         ["--sparsity.dynamic.block", "channel", "--sparsity.dynamic.layers", "large_kernel_only"],
         ["--sparsity.dynamic.block", "[3, 3]", "--sparsity.dynamic.layers", "['*.kernels.*']"],
-        ["--sparsity.dynamic.block", "2:4", "--sparsity.dynamic.sparsity", "0.5", "--sparsity.dynamic.init", "magnitude"],
+        [
+            "--sparsity.dynamic.block",
+            "semi_structured",
+            "--sparsity.dynamic.sparsity",
+            "0.5",
+            "--sparsity.dynamic.init",
+            "magnitude",
+        ],
         ["--sparsity.dynamic.rule", "published", "--sparsity.dynamic.growth", "momentum"],
         [
             "--sparsity.dynamic.initial_sparsity",
@@ -72,7 +79,7 @@ def test_sparse_training(images, tmp_path: Path, capsys) -> None:  # noqa: F811
             "1",
         ],
     ],
-    ids=["channel", "tiles", "2:4", "published", "gradual"],
+    ids=["channel", "tiles", "semi_structured", "published", "gradual"],
 )
 def test_kinds_of_sparse_training(settings: list[str], images, tmp_path: Path, capsys) -> None:  # noqa: F811
     config = write_config(tmp_path, images, schedule={"epochs": 1, "warmup_epochs": 0})
@@ -86,7 +93,7 @@ def test_kinds_of_sparse_training(settings: list[str], images, tmp_path: Path, c
 def test_learned_masks_by_training(finished: Path, images, tmp_path: Path, capsys) -> None:  # noqa: F811
     config = write_config(tmp_path, images, ema={"decay": None})
     run = tmp_path / "run"
-    given = ["--model.weights", str(finished / "model.safetensors"), "--sparsity.method", "2:4"]
+    given = ["--model.weights", str(finished / "model.safetensors"), "--sparsity.method", "semi_structured"]
     small = ["--sparsity.semi_structured.min_in_channels", "8"]
     said(capsys, "train", "--config", str(config), "--output", str(run), *given, *small)
     before, after = load_file(finished / "model.safetensors"), load_file(run / "model.safetensors")
@@ -101,7 +108,7 @@ def test_learned_masks_by_training(finished: Path, images, tmp_path: Path, capsy
 
 
 @pytest.mark.parametrize("method", ["magnitude", "permuted", "learned"])
-def test_sparsify_two_of_four(method: str, finished: Path, tmp_path: Path, capsys) -> None:  # noqa: F811
+def test_sparsify_semi_structured(method: str, finished: Path, tmp_path: Path, capsys) -> None:  # noqa: F811
     output = tmp_path / "sparse.safetensors"
     arguments = ["--method", method, "--output", str(output), "--batch_size", "6", "--exclude", "*.downsample.*, head.*"]
     text = said(capsys, "sparsify", str(finished), *arguments)
@@ -139,7 +146,7 @@ def test_sparsify_a_file_without_data(finished: Path, tmp_path: Path, capsys) ->
     source = tmp_path / "net.safetensors"
     source.write_bytes((finished / "model.safetensors").read_bytes())
     assert "random images" in said(capsys, "sparsify", str(source))
-    assert (tmp_path / "net_2to4_magnitude.safetensors").exists()
+    assert (tmp_path / "net_semi_structured_magnitude.safetensors").exists()
     assert "--data.root" in refused(capsys, "sparsify", str(source), "--method", "learned")
 
 
@@ -160,7 +167,7 @@ def test_compressed_files(method: str, finished: Path, tmp_path: Path, capsys) -
     ("arguments", "message"),
     [
         (["--method", "permuted", "--block", "channel"], "makes masks 2:4"),
-        (["--sparsity", "0.4"], "block 2:4 keeps half"),
+        (["--sparsity", "0.4"], "block semi_structured (2:4) keeps half"),
         (["--block", "kernals", "--sparsity", "0.4"], "Did you mean 'kernel'"),
         (["--block", "element", "--sparsity", "1.0"], "from 0 to below 1"),
         (["--block", "element", "--sparsity", "0.4", "--compressed"], "--compressed is for 2:4 networks"),
@@ -179,7 +186,7 @@ def test_sparsify_refuses(arguments: list[str], message: str, finished: Path, tm
 def test_train_refuses(images, tmp_path: Path, capsys) -> None:  # noqa: F811
     config = str(write_config(tmp_path, images))
     for arguments, message in (
-        (["--sparsity.method", "2:4", "--ema.decay", "null"], "learns masks over trained weights"),
+        (["--sparsity.method", "semi_structured", "--ema.decay", "null"], "learns masks over trained weights"),
         (
             ["--sparsity.method", "dynamic", "--sparsity.dynamic.sparsity", "1"],
             "sparsity is 1, but must be from 0 to below 1",

@@ -17,12 +17,13 @@ import widekernel
 from tests.parity.reference import arguments, assert_close, create, manifest, official_file
 from widekernel.models.layouts.registry import layouts_of
 from widekernel.sparsity import DynamicSparsity, published_shiftwise, published_slak
-from widekernel.sparsity.allocation import erk_densities, strictly_above
-from widekernel.sparsity.config import DynamicSparsityConfig
-from widekernel.sparsity.init import snip_scores
-from widekernel.sparsity.rules import published
-from widekernel.sparsity.schedules import PUBLISHED_FLOOR, cosine
-from widekernel.sparsity.selection import choose, masked_parameters
+from widekernel.sparsity.dynamic.config import DynamicSparsityConfig
+from widekernel.sparsity.dynamic.densities import densities_above_threshold, erk_densities
+from widekernel.sparsity.dynamic.init import snip_scores
+from widekernel.sparsity.dynamic.masked_parameters import masked_parameters
+from widekernel.sparsity.dynamic.rules import published
+from widekernel.sparsity.dynamic.schedules import PUBLISHED_FLOOR, cosine
+from widekernel.sparsity.selection import select
 
 
 def read(golden: Path, name: str) -> dict[str, Any]:
@@ -56,7 +57,7 @@ def test_masked_parameters_of_slak_tiny(golden: Path, rule: str) -> None:
     case = read(golden, "dst_erk")
     model = timm.create_model("slak_tiny")
     names = official_names(model)
-    ours = {names[choice.name] for choice in choose(model, rule) if choice.masked}
+    ours = {names[choice.name] for choice in select(model, rule) if choice.masked}
     theirs = case["masked_names_slak_tiny" if rule == "all" else "masked_names_slak_tiny_only_L"]
     assert ours == set(theirs)
 
@@ -81,7 +82,7 @@ def test_erk_densities(golden: Path, number: int) -> None:
 def test_erk_of_shapes_alone(golden: Path) -> None:
     case = read(golden, "dst_erk")["models"][3]
     model = timm.create_model(case["model"], **arguments("SLaK", case["kwargs"]))
-    shapes = {choice.name: choice.shape for choice in choose(model, "all") if choice.masked}
+    shapes = {choice.name: choice.shape for choice in select(model, "all") if choice.masked}
     found = erk_densities(shapes, case["density"])
     total = sum(np.prod(shape) for shape in shapes.values())
     assert sum(found[name] * np.prod(shape) for name, shape in shapes.items()) == pytest.approx(case["density"] * total)
@@ -112,7 +113,7 @@ def test_snip_in_single_precision(shared: Path, golden: Path, tmp_path: Path, nu
     case = read(golden, "dst_snip")
     result = case["results"][number]
     model = loaded(shared, tmp_path, case["manifest"], case["seed"])
-    parameters, names = masked_parameters(model, choose(model, "all")), official_names(model)
+    parameters, names = masked_parameters(model, select(model, "all")), official_names(model)
     batches = [labelled(case["seed"], 8, dtype) for dtype in (torch.float64, torch.float32)]
     exact = snip_scores(model, parameters, batches[0], nn.functional.cross_entropy)
     single = snip_scores(model.float(), parameters, batches[1], nn.functional.cross_entropy)
@@ -121,11 +122,13 @@ def test_snip_in_single_precision(shared: Path, golden: Path, tmp_path: Path, nu
     kept = int(every.numel() * result["density"])
     threshold = every.kthvalue(every.numel() - kept + 1).values
     distance, error = (every - threshold).abs(), (every - torch.cat([score.flatten() for score in single.values()])).abs()
-    rounding = (
-        4 * error[distance < 0.01 * threshold].max()
-    )  # errors of the weights that may change sides, and of the threshold
+    # The errors of the weights that may change sides, and of the threshold.
+    rounding = 4 * error[distance < 0.01 * threshold].max()
     assert rounding < 1e-3 * threshold
-    counts = {name: round(share * exact[name].numel()) for name, share in strictly_above(single, result["density"]).items()}
+    counts = {
+        name: round(share * exact[name].numel())
+        for name, share in densities_above_threshold(single, result["density"]).items()
+    }
     assert sum(counts.values()) == kept - 1
     for name, count in counts.items():
         near = int(((exact[name] - threshold).abs() <= rounding).sum())
@@ -194,7 +197,7 @@ def test_prune_and_grow(golden: Path) -> None:
         alive, removed = published.prune([weight.abs()], [mask], case["prune_rate"])
         assert removed == case["removed"], name
         if case["growth"] == "random":
-            grown = published.grow_where(alive, removed, given["u"].flatten())
+            grown = published.grow_at_random(alive, removed, given["u"].flatten())
         else:
             parameter = nn.Parameter(given["w"])
             optimizer = torch.optim.SGD([parameter], 0.1)
@@ -220,7 +223,7 @@ def test_coarse_prune_and_grow(golden: Path) -> None:
         parts = [list(branches)] if case["aligned_step"] else [[branch] for branch in branches]
         for part in parts:
             alive, removed = published.prune([sums[b] for b in part], [masks[b] for b in part], case["prune_rate"])
-            grown = published.grow_where(alive, removed, given[part[0]]["u"].flatten())
+            grown = published.grow_at_random(alive, removed, given[part[0]]["u"].flatten())
             for b in part:
                 new = torch.from_numpy(arrays[f"{name}.new_mask{b}"]).flatten().bool()
                 assert torch.equal(grown, new), (name, b)

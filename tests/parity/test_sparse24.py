@@ -16,6 +16,10 @@ from torch.nn import functional as F
 from tests.parity.reference import assert_close, filler, images, manifest, weights
 from widekernel.errors import CheckpointError
 from widekernel.sparsity import semi_structured as ss
+from widekernel.sparsity.semi_structured.grouping import group_count, paper_padding, ungroup
+from widekernel.sparsity.semi_structured.learned import gumbel_mask
+from widekernel.sparsity.semi_structured.masks import check_semi_structured
+from widekernel.sparsity.semi_structured.patterns import PATTERNS
 
 LAYERS = [
     *(
@@ -93,8 +97,8 @@ def run(case: Case) -> dict[str, Tensor]:
     shape, groups = layer.weight.shape, case.groups
     logits = case["choice_weights"].clone().requires_grad_()
     x = case["x"].clone().requires_grad_()
-    drawn = ss.gumbel_mask(logits, case["gumbel"])
-    mask = ss.ungroup(drawn, shape, "im2col", groups)
+    drawn = gumbel_mask(logits, case["gumbel"])
+    mask = ungroup(drawn, shape, "im2col", groups)
     y = F.conv2d(x, layer.weight * mask, layer.bias, layer.stride, layer.padding, groups=groups)
     y.backward(case["gout"])
     return {
@@ -161,8 +165,8 @@ def test_size_that_the_official_code_refuses(shared: Path, golden: Path) -> None
     assert "must be divisible by 4" in case.info["official_error"]
     layer = case.layer()
     mask = ss.magnitude_mask(layer.weight, "im2col")
-    ss.check_two_four(layer.weight.detach() * mask, "im2col")
-    assert ss.group_count(layer.weight.shape, "im2col") == 35
+    check_semi_structured(layer.weight.detach() * mask, "im2col")
+    assert group_count(layer.weight.shape, "im2col") == 35
 
 
 def test_layer_without_masks(shared: Path, golden: Path) -> None:
@@ -186,7 +190,7 @@ def test_layers_load(shared: Path, golden: Path, name: str) -> None:
     if name == "dense_sparse2x4_off":
         return
     assert torch.equal(masks.logits["0.weight"], case["choice_weights"])
-    drawn = ss.gumbel_mask(masks.logits["0.weight"], case["gumbel"])
+    drawn = gumbel_mask(masks.logits["0.weight"], case["gumbel"])
     assert torch.equal(case.padded_mask(drawn).to(torch.uint8), case["mask"])
     controller = ss.prepare(model, ss.SemiStructuredConfig("learned", "im2col"), logits=masks.logits)
     assert torch.equal(controller.choices["0.weight"], case["choice_weights"].argmax(1).to(torch.uint8))
@@ -212,8 +216,8 @@ def test_linear(shared: Path, golden: Path, name: str) -> None:
     rows, columns = filled["weight"].shape
     model = nn.Sequential(nn.Linear(columns, rows, bias=case["bias"]))
     masks = ss.load_official(model, {f"0.{key}": value for key, value in filled.items()})
-    drawn = ss.gumbel_mask(masks.logits["0.weight"], torch.from_numpy(arrays[f"{name}.gumbel"]))
-    mask = ss.ungroup(drawn, (rows, columns), "im2col")
+    drawn = gumbel_mask(masks.logits["0.weight"], torch.from_numpy(arrays[f"{name}.gumbel"]))
+    mask = ungroup(drawn, (rows, columns), "im2col")
     assert torch.equal(mask.to(torch.uint8), torch.from_numpy(arrays[f"{name}.mask"]))
     y = F.linear(torch.from_numpy(arrays[f"{name}.x"]), model[0].weight * mask, model[0].bias)
     assert_close(y.detach(), arrays[f"{name}.y"])
@@ -223,9 +227,9 @@ def test_padding_rule(golden: Path) -> None:
     rows = json.loads((golden / "sparse24_augment.json").read_text())["rows"]
     assert len(rows) == 14
     for row in rows:
-        padded = ss.paper_padding(row["out"], row["in"])
+        padded = paper_padding(row["out"], row["in"])
         assert padded == (row["padded_out"], row["padded_in"])
-        assert ss.group_count((row["out"], row["in"]), "im2col") == row["quadruplets"]
+        assert group_count((row["out"], row["in"]), "im2col") == row["quadruplets"]
         kind = "OUTPUT" if padded[0] > row["out"] else "INPUT" if padded[1] > row["in"] else "NONE"
         assert kind == row["augmented"]
 
@@ -245,7 +249,7 @@ def with_masks(model: nn.Module, masks: ss.OfficialMasks, noise: dict[str, Tenso
     with torch.no_grad():
         for key, logits in masks.logits.items():
             weight = model.get_parameter(key)
-            weight.mul_(ss.ungroup(ss.gumbel_mask(logits, noise[key]), weight.shape, "im2col"))
+            weight.mul_(ungroup(gumbel_mask(logits, noise[key]), weight.shape, "im2col"))
     return model
 
 
@@ -371,7 +375,7 @@ def as_official(model: nn.Module, names: list[str], blocked: bool) -> dict[str, 
         else:
             state[f"{prefix}.W" if blocked else f"{prefix}.Ws.0"] = value.flatten(1)
             state[f"{prefix}.choice_weights"] = torch.randn(value.numel() // 4, 6)
-            state[f"{prefix}.masking_patterns"] = torch.tensor(ss.PATTERNS).float()
+            state[f"{prefix}.masking_patterns"] = torch.tensor(PATTERNS).float()
             if not blocked:
                 state[f"{prefix}.zero_bias"] = torch.zeros(value.shape[0])
     return state

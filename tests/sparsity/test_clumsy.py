@@ -9,7 +9,7 @@ import torch
 from tests.sparsity.nets import controlled, data, quick, small_net
 from widekernel.errors import ArgumentError
 from widekernel.sparsity import DynamicSparsity, DynamicSparsityConfig
-from widekernel.sparsity.selection import choose
+from widekernel.sparsity.selection import select
 
 
 @pytest.mark.parametrize(
@@ -38,20 +38,20 @@ def test_settings_of_the_wrong_kind(settings: dict, message: str) -> None:
 
 def test_a_module_stands_for_its_parameters() -> None:
     def masked(*arguments) -> set[str]:
-        return {choice.name for choice in choose(small_net(), *arguments) if choice.masked}
+        return {choice.name for choice in select(small_net(), *arguments) if choice.masked}
 
     assert masked(["fc"]) == masked(DynamicSparsityConfig(layers="fc").layers) == {"fc.weight"}
     assert masked("all") - masked("all", ["strips"]) == {f"strips.source.kernels.{i}" for i in range(3)}
     assert masked("all") - masked("all", ["strips.source"]) == masked("all") - masked("all", ["strips"])
     with pytest.raises(ArgumentError, match=r"'head.fc' names no parameter.*Did you mean 'head'"):
-        choose(small_net(), ["head.fc"])
+        select(small_net(), ["head.fc"])
 
 
 def test_excluding_everything_is_named() -> None:
     with pytest.raises(ArgumentError, match=r"exclude=\['\*'\] leaves nothing .* names 8 parameters that could be"):
-        choose(small_net(), "all", ["*"])
+        select(small_net(), "all", ["*"])
     with pytest.raises(ArgumentError, match=r"exclude=\['fc'\] leaves nothing .* names 1 param"):
-        choose(small_net(), ["fc.*"], ["fc"])
+        select(small_net(), ["fc.*"], ["fc"])
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from torch import nn
 from tests.sparsity.nets import OPTIMIZERS, controlled, data, masks_of, quick, same, small_net, train_step
 from widekernel.errors import ArgumentError
 from widekernel.sparsity import DynamicSparsity, SparsityReport, published_slak
-from widekernel.sparsity.selection import choose
+from widekernel.sparsity.selection import select
+from widekernel.sparsity.snapshot import take_snapshot
 
 # -- first masks -------------------------------------------------------------------------------------------------------
 
@@ -135,7 +136,7 @@ def test_gradient_growth_takes_the_largest_dense_gradients() -> None:
     for name, mask in controller.masks.items():
         grown = mask & ~former[name]
         left = ~mask & ~former[name]
-        assert int(grown.sum()) == int((former[name] & ~mask).sum()) == controller.moved[name]
+        assert int(grown.sum()) == int((former[name] & ~mask).sum()) == controller.grown[name]
         if grown.any() and left.any():
             assert dense[name].abs()[grown].min() >= dense[name].abs()[left].max()
 
@@ -386,7 +387,7 @@ def test_published_rule_differs_as_documented() -> None:
 def test_published_rule_gives_up_masks_that_are_almost_dense() -> None:
     _model, _optimizer, controller = controlled(published_slak(0.001, init="uniform"))
     assert len(controller.masks) < 8
-    assert any(choice.reason == "was drawn almost dense" for choice in controller.choices)
+    assert any(choice.reason == "was drawn almost dense" for choice in controller.selection)
     again = controlled(published_slak(0.001, init="uniform"), seed=1)[2]
     again.load_state_dict(controller.state_dict())
     assert same(masks_of(again), masks_of(controller))
@@ -397,21 +398,21 @@ def test_published_rule_gives_up_masks_that_are_almost_dense() -> None:
 
 def test_the_report_tells_every_parameter_and_the_churn() -> None:
     model, optimizer, controller = controlled(quick(growth="gradient", init="snip", exclude="head.*"))
-    waiting = SparsityReport.of(model, controller.choices, controller.masks, controller)
-    assert "masks follow with the first step" in waiting.summary() and waiting.picture().startswith(b"\x89PNG")
+    waiting = SparsityReport(controller.snapshot())
+    assert "masks are drawn at the first step" in waiting.summary() and waiting.picture().startswith(b"\x89PNG")
     for step in range(4):
         train_step(model, optimizer, step)
-    report = SparsityReport.of(model, controller.choices, controller.masks, controller)
+    report = SparsityReport(controller.snapshot())
     assert [layer.name for layer in report.layers] == [name for name, _ in model.named_parameters()]
     assert {layer.name for layer in report.masked} == set(controller.masks)
     assert sum(layer.active for layer in report.masked) == controller.active()
     assert report.sparsity() == pytest.approx(0.5, abs=1e-3)
     assert [churn.step for churn in report.churn] == [2, 4]
-    assert sum(layer.moved for layer in report.layers) == report.churn[-1].grown == report.churn[-1].removed
+    assert sum(layer.grown for layer in report.layers) == report.churn[-1].grown == report.churn[-1].removed
     plain = json.loads(json.dumps(report.to_dict()))
     assert {layer["reason"] for layer in plain["layers"]} == {"", "scales or shifts channels", "excluded by name"}
     assert "excluded by name" in report.summary()
-    for name, image in report.pictures.items():
+    for name, image in report.snapshot.images.items():
         assert image.isnan().any() and not controller.masks[name].all()
     assert report.picture().startswith(b"\x89PNG")
 
@@ -419,5 +420,5 @@ def test_the_report_tells_every_parameter_and_the_churn() -> None:
 def test_networks_without_live_weights_are_drawn() -> None:
     model = small_net()
     masks = {"fc.weight": torch.zeros(12, 8, dtype=torch.bool)}
-    report = SparsityReport.of(model, choose(model, ["fc.weight"]), masks)
+    report = SparsityReport(take_snapshot(model, select(model, ["fc.weight"]), masks))
     assert report.sparsity() == 1 and report.picture().startswith(b"\x89PNG")

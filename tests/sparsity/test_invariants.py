@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from tests.sparsity.nets import OPTIMIZERS, controlled, small_net, states_of, train_step
 from widekernel.sparsity import DynamicSparsity, DynamicSparsityConfig
-from widekernel.sparsity.allocation import erk_densities, whole_counts
-from widekernel.sparsity.blocks import Blocks
-from widekernel.sparsity.criteria import at_random, generator_for, largest, smallest
+from widekernel.sparsity.dynamic.blocks import Blocks
+from widekernel.sparsity.dynamic.densities import erk_densities, whole_counts
+from widekernel.sparsity.dynamic.ranking import at_random, generator_for, largest, smallest
+from widekernel.sparsity.dynamic.rules import exact
+from widekernel.sparsity.dynamic.schedules import prune_fraction, sparsity_at
 from widekernel.sparsity.packing import pack, unpack
-from widekernel.sparsity.rules import exact
-from widekernel.sparsity.schedules import prune_fraction, sparsity_at
 from widekernel.sparsity.semi_structured import magnitude_mask
 
 BLOCKS = ["element", "kernel", "branch", "channel", (3, 3), (2, 3)]
@@ -48,16 +48,16 @@ def configs(draw: st.DrawFn) -> DynamicSparsityConfig:
 class Spy:
     """The rule, remembering the masks and weights that an update ranked."""
 
-    allocate, draw = staticmethod(exact.allocate), staticmethod(exact.draw)
+    allocate_densities, draw_masks = staticmethod(exact.allocate_densities), staticmethod(exact.draw_masks)
 
     def __init__(self) -> None:
         self.masks: dict[str, torch.Tensor] = {}
         self.weights: dict[str, torch.Tensor] = {}
 
-    def update(self, state, *arguments) -> bool:
+    def update_masks(self, state, *arguments) -> bool:
         self.masks = {name: mask.clone() for name, mask in state.masks.items()}
         self.weights = {name: parameter.detach().clone() for name, parameter in state.parameters.items()}
-        return exact.update(state, *arguments)
+        return exact.update_masks(state, *arguments)
 
 
 def check_nothing_lives_outside(model, optimizer, controller, average) -> None:
@@ -77,9 +77,9 @@ def check_counts(controller: DynamicSparsity, step: int) -> None:
     state = controller._state
     counts = exact.target_counts(state, step)
     for group in state.groups:
-        for alive in state.alive(group):
+        for alive in state.live_blocks(group):
             assert int(alive.sum()) == counts[group.names[0]]
-        for name, blocks, alive in zip(group.names, group.blocks, state.alive(group)):
+        for name, blocks, alive in zip(group.names, group.blocks, state.live_blocks(group)):
             assert torch.equal(state.masks[name], blocks.expand(alive))  # whole blocks
 
 
@@ -87,11 +87,11 @@ def check_moves(controller: DynamicSparsity, former: dict, weights: dict) -> Non
     """The removed are the smallest; what survives has not grown."""
     state = controller._state
     for group in state.groups:
-        if len(group.names) > 1 and not group.always:
+        if len(group.names) > 1 and not group.always_shared:
             continue  # their masks may have differed before, so that the shared ranking is among more than one's own
-        before = group.blocks[0].alive(former[group.names[0]])
-        after = group.blocks[0].alive(state.masks[group.names[0]])
-        scores = state.ranking(group, weights)
+        before = group.blocks[0].live(former[group.names[0]])
+        after = group.blocks[0].live(state.masks[group.names[0]])
+        scores = state.block_magnitudes(group, weights)
         by_hand = sum(b.sums(weights[n].double().abs()) for n, b in zip(group.names, group.blocks))
         if group.blocks[0].tile is not None:  # tiles at an edge may be smaller
             by_hand = by_hand / sum(b.sizes() for b in group.blocks)
@@ -219,7 +219,7 @@ def test_blocks_cut_every_weight_once(shape: tuple[int, ...], tile: tuple[int, i
         alive = torch.rand(blocks.count, generator=torch.Generator().manual_seed(seed)) < 0.5
         mask = blocks.expand(alive)
         assert mask.shape == shape
-        assert torch.equal(blocks.alive(mask), alive)
+        assert torch.equal(blocks.live(mask), alive)
         assert int(mask.sum()) == int(blocks.sizes()[alive].sum())
         # every block has the sum of its own weights
         numbered = torch.rand(shape, dtype=torch.float64)
@@ -265,7 +265,7 @@ def test_every_output_keeps_its_least_fan_in(init: str) -> None:
 
 @pytest.mark.parametrize("growth", ["random", "gradient", "momentum"])
 def test_two_of_four_holds_through_training(growth: str) -> None:
-    config = DynamicSparsityConfig(sparsity=0.5, block="2:4", init="magnitude", growth=growth, update_interval=2)
+    config = DynamicSparsityConfig(sparsity=0.5, block="semi_structured", init="magnitude", growth=growth, update_interval=2)
     model, optimizer, controller = controlled(config)
     assert set(controller.masks) == {"fc.weight", "head.weight"}  # the others have 1 or 3 input channels
     assert set(controller.densities().values()) == {0.5}
@@ -275,7 +275,7 @@ def test_two_of_four_holds_through_training(growth: str) -> None:
         for name, mask in controller.masks.items():
             assert (mask.view(-1, 4).sum(1) == 2).all()
             assert not dict(model.named_parameters())[name][~mask].any()
-    assert controller.updates == 3 and sum(controller.moved.values()) > 0
+    assert controller.updates == 3 and sum(controller.grown.values()) > 0
     assert any(not torch.equal(former[name], mask) for name, mask in controller.masks.items())
 
 
@@ -290,7 +290,7 @@ def test_two_of_four_of_channels_that_are_no_multiple_of_four(init: str) -> None
             for layer in (model[0], model[2]):
                 layer.weight.mul_(magnitude_mask(layer.weight))
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    config = DynamicSparsityConfig(sparsity=0.5, block="2:4", init=init, growth="gradient", update_interval=1)
+    config = DynamicSparsityConfig(sparsity=0.5, block="semi_structured", init=init, growth="gradient", update_interval=1)
     controller = DynamicSparsity(model, optimizer, config)
     mask = controller.masks["0.weight"]
     for step in range(4):
@@ -299,6 +299,6 @@ def test_two_of_four_of_channels_that_are_no_multiple_of_four(init: str) -> None
         model(x).square().mean().backward()
         optimizer.step()
         assert (mask[:, :4].sum(1) == 2).all() and (mask[:, 4:].sum(1) == 2).all()
-        assert not torch.equal(before, mask) and controller.moved["0.weight"] > 0
+        assert not torch.equal(before, mask) and controller.grown["0.weight"] > 0
         assert not model[0].weight[~mask].any()
     assert controller.densities()["0.weight"] == pytest.approx(4 / 7)

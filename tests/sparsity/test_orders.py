@@ -15,7 +15,7 @@ from tests.sparsity.nets import OPTIMIZERS, controlled, masks_of, quick, same, s
 from tests.sparsity.test_resume import bf16_steps, build, equal
 from widekernel.errors import ArgumentError, CheckpointError
 from widekernel.sparsity import DynamicSparsity, DynamicSparsityConfig, published_slak
-from widekernel.sparsity.state import MaskState
+from widekernel.sparsity.dynamic.state import MaskState
 
 PARTS = ["model", "optimizer", "average", "make", "controller"]
 ORDERS = [order for order in itertools.permutations(PARTS) if order.index("make") < order.index("controller")]
@@ -117,9 +117,9 @@ def test_a_state_that_counts_no_zeros_still_loads() -> None:
 
 def test_nothing_is_kept_after_the_first_step() -> None:
     model, optimizer, controller = controlled(quick())
-    assert controller._kept is not None
+    assert controller._removed is not None
     train_step(model, optimizer, 0)
-    assert controller._kept is None
+    assert controller._removed is None
 
 
 def test_moments_loaded_from_dense_training_do_not_move_what_is_removed() -> None:
@@ -145,7 +145,7 @@ def test_layers_that_gave_up_their_masks_elsewhere() -> None:
     fresh.load_state_dict(model.state_dict())
     other.load_state_dict(controller.state_dict())
     assert same(masks_of(other), masks_of(controller)) and list(other.masks) == list(controller.masks)
-    assert all(not choice.reason for choice in other.choices if choice.name in controller.masks)
+    assert all(not choice.reason for choice in other.selection if choice.name in controller.masks)
     train_step(fresh, other.optimizer, 0)
     assert other.step == 1 and outside(fresh, other) == 0
 
@@ -288,7 +288,7 @@ def test_masks_hold_in_a_network_that_changes_its_type(dtype: torch.dtype, growt
         optimizer.step()
         optimizer.zero_grad()
         assert outside(model, controller) == 0
-    assert controller.updates == 3 and controller.moved["fc.weight"] > 0
+    assert controller.updates == 3 and controller.grown["fc.weight"] > 0
 
 
 def test_masks_follow_their_parameters_to_another_device() -> None:
@@ -296,10 +296,10 @@ def test_masks_follow_their_parameters_to_another_device() -> None:
     state = MaskState(quick(), {"a": weight}, [])
     state.fresh = {"a": torch.zeros(4, 3, dtype=torch.bool)}
     held = state.masks["a"]
-    state.follow()
+    state.follow_parameters()
     assert state.masks["a"] is held
     state.parameters["a"] = nn.Parameter(weight.detach().to("meta"))
-    state.follow()
+    state.follow_parameters()
     assert state.masks["a"].device.type == state.fresh["a"].device.type == "meta"
 
 
@@ -311,7 +311,7 @@ def test_what_is_frozen_later_stays_as_it_is() -> None:
     weight, mask = model.fc.weight.clone(), controller.masks["fc.weight"].clone()
     for step in range(1, 4):
         train_step(model, optimizer, step)
-    assert controller.updates == 4 and controller.moved["head.weight"] > 0 == controller.moved["fc.weight"]
+    assert controller.updates == 4 and controller.grown["head.weight"] > 0 == controller.grown["fc.weight"]
     assert torch.equal(model.fc.weight, weight) and torch.equal(controller.masks["fc.weight"], mask)
 
 
@@ -326,7 +326,7 @@ def test_groups_added_later_train_densely_as_their_choice_says() -> None:
     for step in range(3):
         train_step(model, optimizer, step)
     assert "fc.weight" not in controller.masks and model.fc.weight.all() and not torch.equal(model.fc.weight, before)
-    assert next(choice for choice in controller.choices if choice.name == "fc.weight").reason.startswith("is frozen")
+    assert next(choice for choice in controller.selection if choice.name == "fc.weight").reason.startswith("is frozen")
     assert outside(model, controller) == 0
 
 

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tests.sparsity.nets import OPTIMIZERS, data, quick, small_net
 from widekernel.errors import ArgumentError
 from widekernel.sparsity import DynamicSparsity, DynamicSparsityConfig, MaskMismatchError
-from widekernel.sparsity.processes import check_equal
+from widekernel.sparsity.dynamic.processes import check_equal
 
 pytestmark = [
     pytest.mark.dist,

@@ -15,7 +15,7 @@ from widekernel.sparsity import (
     published_shiftwise,
     published_slak,
 )
-from widekernel.sparsity.selection import choose
+from widekernel.sparsity.selection import select
 
 # -- settings ----------------------------------------------------------------------------------------------------------
 
@@ -45,7 +45,7 @@ from widekernel.sparsity.selection import choose
         ({"seed": -1}, "at least 0"),
         ({"initial_sparsity": 0.9, "total_steps": 9}, "at most 0.4"),
         ({"min_fan_in": 1, "block": "kernel"}, "use block='element'"),
-        ({"block": "2:4"}, "set sparsity=0.5"),
+        ({"block": "semi_structured"}, "set sparsity=0.5"),
         ({"rule": "published", "min_fan_in": 1}, "use rule='exact'"),
         ({"exclude": ("",)}, "patterns of parameter names"),
     ],
@@ -83,14 +83,14 @@ def test_published_settings() -> None:
 
 def test_every_parameter_has_an_answer() -> None:
     model = small_net()
-    choices = {choice.name: choice for choice in choose(model, "all")}
+    choices = {choice.name: choice for choice in select(model, "all")}
     assert list(choices) == [name for name, _ in model.named_parameters()]
     masked = {name for name, choice in choices.items() if choice.masked}
     assert masked == {name for name, p in model.named_parameters() if p.dim() > 1 and name != "gamma"}
     assert choices["gamma"].reason == "scales or shifts channels"
-    large = {choice.name for choice in choose(model, "large_kernel_only") if choice.masked}
+    large = {choice.name for choice in select(model, "large_kernel_only") if choice.masked}
     assert large == {"strips.source.kernels.0", "strips.source.kernels.1", "tiles.source.tiles.0", "tiles.source.tiles.1"}
-    some = {choice.name: choice.reason for choice in choose(model, ["fc.*", "head.weight"], ["fc.*"])}
+    some = {choice.name: choice.reason for choice in select(model, ["fc.*", "head.weight"], ["fc.*"])}
     assert some["fc.weight"] == "excluded by name" and not some["head.weight"]
     assert some["stem.weight"] == "not among the layers named"
 
@@ -98,9 +98,9 @@ def test_every_parameter_has_an_answer() -> None:
 @pytest.mark.parametrize("name", ["replknet_31b", "slak_pww_tiny", "slak_reg_tiny", "shiftwise_tiny", "convnext_atto"])
 def test_large_kernels_of_the_families(name: str) -> None:
     model = timm.create_model(name, num_classes=2)
-    chosen = [choice for choice in choose(model, "large_kernel_only") if choice.masked]
+    chosen = [choice for choice in select(model, "large_kernel_only") if choice.masked]
     assert chosen and all(len(choice.shape) == 4 and choice.shape[1] == 1 for choice in chosen)
-    small = [choice for choice in choose(model, "large_kernel_only") if "gates" in choice.name]
+    small = [choice for choice in select(model, "large_kernel_only") if "gates" in choice.name]
     assert not any(choice.masked for choice in small)
     if name == "replknet_31b":
         assert {choice.shape[2:] for choice in chosen} == {(31, 31), (29, 29), (27, 27), (13, 13)}
@@ -110,7 +110,7 @@ def test_embeddings_and_other_kinds_stay_dense() -> None:
     model = nn.ModuleDict(
         {"e": nn.Embedding(5, 4), "l": nn.Linear(4, 4), "c": nn.Conv1d(2, 3, 3)} | {"b": nn.Bilinear(2, 3, 4)}
     )
-    reasons = {choice.name: choice.reason for choice in choose(model, "all")}
+    reasons = {choice.name: choice.reason for choice in select(model, "all")}
     assert reasons["e.weight"] == "is an embedding" and not reasons["l.weight"] and not reasons["c.weight"]
     assert reasons["b.weight"] == "has 3 dimensions and belongs to no convolution"
 
@@ -124,7 +124,7 @@ def test_nothing_to_mask_is_an_error() -> None:
         DynamicSparsity(frozen, torch.optim.SGD(frozen.parameters(), 0.1), quick())
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8))
     with pytest.raises(ArgumentError, match="no layer has groups of four input channels"):
-        DynamicSparsity(net, torch.optim.SGD(net.parameters(), 0.1), quick(block="2:4"))
+        DynamicSparsity(net, torch.optim.SGD(net.parameters(), 0.1), quick(block="semi_structured"))
 
 
 def test_patterns_that_cannot_be_met_are_errors() -> None:
@@ -148,7 +148,7 @@ def test_frozen_parameters_stay_as_they_are() -> None:
     for step in range(4):
         train_step(model, optimizer, step)
     assert "fc.weight" not in controller.masks and torch.equal(model.fc.weight, before)
-    assert next(choice.reason for choice in controller.choices if choice.name == "fc.weight").startswith("is frozen")
+    assert next(choice.reason for choice in controller.selection if choice.name == "fc.weight").startswith("is frozen")
 
 
 def test_shared_parameters_are_an_error() -> None:

@@ -134,7 +134,7 @@ def test_a_step_around_that_of_the_base_class_is_one_step(way: str) -> None:
     for step in range(4):
         WAYS[way](optimizer, closure_for(model, optimizer, step))
         check_masked(model, controller)
-    assert (controller.step, controller.updates) == (4, 2) and sum(controller.moved.values())
+    assert (controller.step, controller.updates) == (4, 2) and sum(controller.grown.values())
 
 
 def test_a_closure_that_is_called_many_times() -> None:

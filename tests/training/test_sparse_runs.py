@@ -26,7 +26,7 @@ def dynamic(**settings) -> SparsityConfig:
 
 def learned() -> SparsityConfig:
     settings = SemiStructuredConfig(method="learned", min_in_channels=4, min_out_channels=1)
-    return SparsityConfig("2:4", semi_structured=settings)
+    return SparsityConfig("semi_structured", semi_structured=settings)
 
 
 def settings_of(kind: str, accumulate: int) -> dict:
@@ -47,7 +47,7 @@ def config_of(folder, kind: str, accumulate: int) -> TrainConfig:
     return make_config(folder, model=ModelConfig(weights="given"), **settings_of(kind, accumulate))
 
 
-CASES = [("dynamic", 1), ("dynamic", 3), ("2:4", 1)]
+CASES = [("dynamic", 1), ("dynamic", 3), ("semi_structured", 1)]
 
 
 @pytest.mark.parametrize(("kind", "accumulate"), CASES, ids=lambda value: str(value))
@@ -92,7 +92,7 @@ def test_what_a_sparse_step_does(tmp_path) -> None:
 
 
 def test_learned_masks_leave_the_weights_and_move_the_logits(tmp_path) -> None:
-    trainer = make_trainer(config_of(tmp_path, "2:4", 1))
+    trainer = make_trainer(config_of(tmp_path, "semi_structured", 1))
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     trainer.run()
     after = trainer.model.state_dict()
@@ -147,12 +147,12 @@ def test_masks_from_a_file(tmp_path) -> None:
 
 
 def test_settings_that_do_not_go_together(tmp_path) -> None:
-    with pytest.raises(ConfigError, match="none, dynamic or 2:4"):
+    with pytest.raises(ConfigError, match="none, dynamic or semi_structured"):
         SparsityConfig("dynamics")
     with pytest.raises(ConfigError, match="use method dynamic"):
         SparsityConfig(masks="x")
     with pytest.raises(ConfigError, match="needs no training"):
-        SparsityConfig("2:4", semi_structured=SemiStructuredConfig())
+        SparsityConfig("semi_structured", semi_structured=SemiStructuredConfig())
     with pytest.raises(ConfigError, match="learns masks over trained weights"):
         TrainConfig(sparsity=learned())
     with pytest.raises(ConfigError, match=r"ema\.decay is 0\.9, but learned 2:4 masks"):

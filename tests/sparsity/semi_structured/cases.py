@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from widekernel.sparsity import semi_structured as ss
+from widekernel.sparsity.semi_structured.config import Axis
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DTYPES = (*FLOATS, torch.int8)
@@ -16,7 +16,7 @@ DTYPES = (*FLOATS, torch.int8)
 
 class Case(NamedTuple):
     weight: Tensor
-    axis: ss.Axis
+    axis: Axis
     groups: int
 
 

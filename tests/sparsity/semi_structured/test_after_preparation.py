@@ -16,7 +16,6 @@ from widekernel.sparsity import DynamicSparsity, DynamicSparsityConfig, compact,
 from widekernel.sparsity.semi_structured import (
     SemiStructuredConfig,
     convert,
-    find_chains,
     load_sparse,
     magnitude_mask,
     manifest_of,
@@ -24,6 +23,7 @@ from widekernel.sparsity.semi_structured import (
     save_sparse,
     validate,
 )
+from widekernel.sparsity.semi_structured.chains import find_chains
 
 
 def mlp() -> nn.Sequential:
@@ -45,12 +45,14 @@ def test_choices_follow_other_two_of_four_weights(tmp_path: Path) -> None:
     load_sparse(loaded, save_sparse(plain, tmp_path / "a.safetensors"))
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters()))
     optimizer = torch.optim.SGD(plain.parameters(), 0.1)
-    config = DynamicSparsityConfig(sparsity=0.5, block="2:4", init="from_weights", growth="random", update_interval=1)
+    config = DynamicSparsityConfig(
+        sparsity=0.5, block="semi_structured", init="from_weights", growth="random", update_interval=1
+    )
     controller = DynamicSparsity(plain, optimizer, config)
     for _ in range(3):
         plain(torch.randn(4, 16)).square().mean().backward()
         optimizer.step()
-    assert sum(controller.moved.values())
+    assert sum(controller.grown.values())
     load_sparse(loaded, save_sparse(plain, tmp_path / "b.safetensors"))
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), plain.parameters()))
 
@@ -58,7 +60,7 @@ def test_choices_follow_other_two_of_four_weights(tmp_path: Path) -> None:
 def test_layers_that_are_not_two_of_four_stay_dense_when_masks_come_from_weights() -> None:
     model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 1))
     prepare(model)  # eight input channels are too few for hardware, so that the first layer stays dense
-    config = DynamicSparsityConfig(sparsity=0.5, block="2:4", init="from_weights", growth="none")
+    config = DynamicSparsityConfig(sparsity=0.5, block="semi_structured", init="from_weights", growth="none")
     controller = DynamicSparsity(model, torch.optim.SGD(model.parameters(), 0.1), config)
     reasons = {choice.name: choice.reason for choice in controller.choices}
     assert set(controller.masks) == {"2.weight"} and reasons["0.weight"] == "is not 2:4 now"

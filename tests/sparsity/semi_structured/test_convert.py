@@ -17,7 +17,9 @@ from widekernel.errors import ArgumentError
 from widekernel.layers import ConvNorm
 from widekernel.sparsity import semi_structured as ss
 from widekernel.sparsity.semi_structured import hardware
-from widekernel.sparsity.semi_structured.convert import manifest_of
+from widekernel.sparsity.semi_structured.conversion import manifest_of
+from widekernel.sparsity.semi_structured.hardware import HardwareSupport, hardware_support, plan_padding
+from widekernel.sparsity.semi_structured.masks import check_semi_structured
 
 METHODS = ["magnitude", "permuted", "learned"]
 
@@ -142,7 +144,7 @@ def test_layers_parametrised_further_are_refused() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["slak_tiny", "replknet_31b", "shiftwise_tiny"])
-def test_folding_keeps_two_four(method: str, name: str) -> None:
+def test_folding_keeps_semi_structured_weights(method: str, name: str) -> None:
     """Folding a norm after a layer scales its rows: the support stays inside the mask."""
     model = timm.create_model(name, depths=(1, 1, 1, 1), dims=(16, 16, 32, 32), num_classes=8).eval()
     ss.prepare(model, ss.SemiStructuredConfig(method, permutation_rounds=5, layers=("stages*",)))
@@ -151,7 +153,7 @@ def test_folding_keeps_two_four(method: str, name: str) -> None:
     checked = 0
     for key in manifest_of(plain).weights:
         weight = dict(folded.named_parameters())[key]
-        ss.check_two_four(weight, name=key)
+        check_semi_structured(weight, name=key)
         assert not weight[plain.get_parameter(key) == 0].any()
         checked += 1
     assert checked >= 8
@@ -189,7 +191,7 @@ def test_folding_a_pointwise_convolution(converted: bool) -> None:
     folded = widekernel.fold(ss.convert(model) if converted else model)
     weight = folded.pw.conv.weight
     assert isinstance(folded.pw.bn, nn.Identity)
-    ss.check_two_four(weight)
+    check_semi_structured(weight)
     assert torch.equal(weight != 0, controller.masks["pw.conv.weight"])
     x = torch.randn(2, 16, 5, 5)
     torch.testing.assert_close(folded(x), model(x))
@@ -197,7 +199,7 @@ def test_folding_a_pointwise_convolution(converted: bool) -> None:
 
 def test_no_device_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    capability = ss.probe()
+    capability = hardware_support()
     assert not capability.available and capability.reason == "there is no CUDA device"
     assert capability.backend in hardware.MULTIPLES
     model = network()
@@ -212,9 +214,9 @@ def test_old_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Old GPU")
-    assert ss.probe().reason == "Old GPU is older than capability 8.0"
+    assert hardware_support().reason == "Old GPU is older than capability 8.0"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    assert ss.probe().available
+    assert hardware_support().available
 
 
 @pytest.mark.parametrize(
@@ -228,7 +230,7 @@ def test_old_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_padding(size: tuple[int, int], dtype: torch.dtype, backend: str, padded: tuple[int, int]) -> None:
-    plan = ss.plan_padding(*size, dtype, backend)
+    plan = plan_padding(*size, dtype, backend)
     assert (plan.padded_rows, plan.padded_columns) == padded and (plan.rows, plan.columns) == size and not plan.reason
 
 
@@ -244,11 +246,11 @@ def test_multiples_are_those_of_torch() -> None:
             assert size == (limits.sparse_min_rows, limits.sparse_min_cols)
 
 
-def test_types_without_two_four_are_refused() -> None:
-    assert "1:2 there, so that values would be lost" in ss.plan_padding(32, 64, torch.float32).reason
-    assert "float64 has no kernels" in ss.plan_padding(32, 64, torch.float64).reason
+def test_types_without_hardware_support_are_refused() -> None:
+    assert "1:2 there, so that values would be lost" in plan_padding(32, 64, torch.float32).reason
+    assert "float64 has no kernels" in plan_padding(32, 64, torch.float64).reason
     with pytest.raises(ArgumentError, match="backend 'cublas' is unknown"):
-        ss.plan_padding(32, 64, torch.float16, "cublas")
+        plan_padding(32, 64, torch.float16, "cublas")
 
 
 def masked(layer: nn.Module) -> nn.Module:
@@ -260,7 +262,7 @@ def masked(layer: nn.Module) -> nn.Module:
 def compress(weight: Tensor) -> Tensor:
     """Stands for PyTorch's: checks what the hardware asks for and leaves the weight dense."""
     assert weight.shape[0] % 32 == 0 and weight.shape[1] % 64 == 0 and weight.is_contiguous()
-    ss.check_two_four(weight)
+    check_semi_structured(weight)
     return weight
 
 
@@ -281,7 +283,7 @@ def test_compressed_pointwise_convolutions(stride: object) -> None:
     torch.testing.assert_close(sparse(x), layer(x), atol=0.02, rtol=0.02)
 
 
-def test_compression_refuses_what_is_not_two_four() -> None:
+def test_compression_refuses_weights_that_are_not_semi_structured() -> None:
     with pytest.raises(ArgumentError, match="is not 2:4"):
         hardware.compressed(nn.Linear(64, 32).bfloat16(), "cutlass", compress)
 
@@ -310,7 +312,7 @@ def test_layers_that_stay_dense_say_why(layer: nn.Module, axis: str, reason: str
 
 def test_conversion_lists_what_stays_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the device and the compression replaced by stand-ins, on the CPU."""
-    monkeypatch.setattr(hardware, "probe", lambda: ss.Capability(True, "", "cutlass"))
+    monkeypatch.setattr(hardware, "hardware_support", lambda: HardwareSupport(True, "", "cutlass"))
     monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", compress)
     reason = hardware.reason_against
     monkeypatch.setattr(hardware, "reason_against", lambda *a: "" if "not on a CUDA" in reason(*a) else reason(*a))

@@ -14,7 +14,7 @@ from torch import nn
 from tests.sparsity.semi_structured.cases import FLOATS, as_bits
 from widekernel.errors import ArgumentError, CheckpointError
 from widekernel.sparsity import semi_structured as ss
-from widekernel.sparsity.semi_structured.convert import manifest_of
+from widekernel.sparsity.semi_structured.conversion import manifest_of
 
 
 def network(width: int = 32) -> nn.Module:

@@ -13,7 +13,10 @@ from torch.nn import functional as F
 
 from widekernel.errors import ArgumentError, CheckpointError
 from widekernel.sparsity import semi_structured as ss
+from widekernel.sparsity.semi_structured.learned import gumbel_mask, kept_share
+from widekernel.sparsity.semi_structured.masks import magnitude_choices
 from widekernel.sparsity.semi_structured.noise import gumbel, uniform
+from widekernel.sparsity.semi_structured.patterns import PATTERNS
 
 
 def network() -> nn.Module:
@@ -44,7 +47,7 @@ def train(model: nn.Module, controller: ss.SemiStructured, optimizer: torch.opti
     for step in steps:
         x, y = data(step)
         optimizer.zero_grad()
-        loss = F.cross_entropy(model.train()(x), y) + controller.regularisation()
+        loss = F.cross_entropy(model.train()(x), y) + controller.regularization()
         loss.backward()
         optimizer.step()
         controller.step()
@@ -109,7 +112,7 @@ def test_a_network_prepared_in_evaluation_mode_stays_there() -> None:
     assert not any(module.training for module in model.modules())
 
 
-def test_training_masks_are_two_four_and_change_with_the_step_only() -> None:
+def test_training_masks_are_semi_structured_and_change_with_the_step_only() -> None:
     model = network().train()
     controller = ss.prepare(model, config(prior_strength=0.0))
     first = model[3].weight.detach().clone()
@@ -155,8 +158,8 @@ def test_draws_follow_the_logits() -> None:
     """The share of each pattern among many draws is softmax(kappa · logits), at every temperature."""
     logits = torch.tensor([[0.0, 1.0, -1.0, 0.5, 2.0, 0.0]]).repeat(50_000, 1)
     for tau in (4.0, 0.05):
-        drawn = ss.gumbel_mask(logits, gumbel(logits.shape, 0, 0, "x"), tau, 2.0)
-        table = torch.tensor(ss.PATTERNS).float()
+        drawn = gumbel_mask(logits, gumbel(logits.shape, 0, 0, "x"), tau, 2.0)
+        table = torch.tensor(PATTERNS).float()
         shares = (drawn.unsqueeze(1) == table).all(2).float().mean(0)
         torch.testing.assert_close(shares, torch.softmax(2.0 * logits[0], 0), atol=0.01, rtol=0)
 
@@ -165,11 +168,11 @@ def test_gradient_is_that_of_the_soft_mask() -> None:
     """hard - soft.detach() + soft, as published, in double precision."""
     logits = torch.randn(20, 6, dtype=torch.float64, requires_grad=True)
     noise, out = torch.randn(20, 6, dtype=torch.float64), torch.randn(20, 4, dtype=torch.float64)
-    mask = ss.gumbel_mask(logits, noise, 0.7, 1.3)
+    mask = gumbel_mask(logits, noise, 0.7, 1.3)
     (ours,) = torch.autograd.grad(mask, logits, out)
     soft = torch.softmax((1.3 * logits + noise) / 0.7, 1)
     hard = F.one_hot(soft.argmax(1), 6).double()
-    reference = (hard - soft.detach() + soft) @ torch.tensor(ss.PATTERNS, dtype=torch.float64)
+    reference = (hard - soft.detach() + soft) @ torch.tensor(PATTERNS, dtype=torch.float64)
     (theirs,) = torch.autograd.grad(reference, logits, out)
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(mask, reference)
@@ -182,13 +185,13 @@ def test_padding_is_never_chosen_over_a_real_weight() -> None:
         kept = (model[0].weight != 0).sum(1)
         assert torch.equal(kept, torch.full((8, 3, 3), 10)), "8 of 16 channels and 2 of 3"
         controller.step()
-    controller.regularisation().backward()
+    controller.regularization().backward()
     assert all(bool(one.grad.isfinite().all()) for one in controller.parameters())
 
 
 def test_prior_starts_from_the_magnitude_mask() -> None:
     model = network()
-    magnitude = ss.magnitude_choices(model[3].weight)
+    magnitude = magnitude_choices(model[3].weight)
     controller = ss.prepare(model, config(prior_strength=2.0))
     assert torch.equal(controller.choices["3.weight"], magnitude)
     logits = controller.parameters()[0]
@@ -201,13 +204,11 @@ def test_report_follows_the_masks() -> None:
     before = copy.deepcopy(model[3].weight.detach())
     controller = ss.prepare(model, config())
     row = next(row for row in controller.report if row.name == "3")
-    assert row.kept == pytest.approx(ss.kept_share(before, ss.magnitude_choices(before), "channels"))
+    assert row.kept == pytest.approx(kept_share(before, magnitude_choices(before), "channels"))
     with torch.no_grad():
         controller.parameters()[0].copy_(torch.randn_like(controller.parameters()[0]))
     now = next(row for row in controller.report if row.name == "3")
-    assert (
-        now.kept == pytest.approx(ss.kept_share(before, controller.choices["3.weight"], "channels")) and now.kept < row.kept
-    )
+    assert now.kept == pytest.approx(kept_share(before, controller.choices["3.weight"], "channels")) and now.kept < row.kept
 
 
 def test_schedules() -> None:
@@ -246,19 +247,19 @@ def test_flip_rate_is_since_the_last_call() -> None:
     assert controller.flip_rate() == 0
 
 
-def test_regularisation() -> None:
+def test_regularization() -> None:
     """Entropy counts against, and the norm of what the drawn masks keep in favour."""
     model = network().train()
     controller = ss.prepare(model, config(entropy_penalty=0.5, weight_regularization=0.1))
     kept = sum(float(model[i].weight.detach().square().sum()) for i in (3, 8))
-    assert float(controller.regularisation().detach()) == pytest.approx(0.5 * controller.entropy() - 0.1 * kept, rel=1e-4)
-    controller.regularisation().backward()
+    assert float(controller.regularization().detach()) == pytest.approx(0.5 * controller.entropy() - 0.1 * kept, rel=1e-4)
+    controller.regularization().backward()
     assert all(bool(logits.grad.any()) for logits in controller.parameters())
 
 
-def test_regularisation_can_be_off() -> None:
+def test_regularization_can_be_off() -> None:
     controller = ss.prepare(network(), config(entropy_penalty=0.0))
-    assert float(controller.regularisation()) == 0
+    assert float(controller.regularization()) == 0
 
 
 def test_resumed_learning_is_bit_identical() -> None:
@@ -357,9 +358,9 @@ def test_bfloat16_weights() -> None:
 
 def test_gradients_of_logits_do_not_depend_on_autocast() -> None:
     logits, noise, out = torch.randn(50, 6, requires_grad=True), torch.randn(50, 6), torch.randn(50, 4)
-    (plain,) = torch.autograd.grad(ss.gumbel_mask(logits, noise), logits, out)
+    (plain,) = torch.autograd.grad(gumbel_mask(logits, noise), logits, out)
     with torch.autocast("cpu", torch.bfloat16):
-        mask = ss.gumbel_mask(logits, noise)
+        mask = gumbel_mask(logits, noise)
     (mixed,) = torch.autograd.grad(mask, logits, out)
     assert mask.dtype == torch.float32 and torch.equal(plain, mixed)
 
@@ -388,7 +389,7 @@ def test_learned_masks_lose_less_than_those_of_magnitude() -> None:
             batch = order[torch.randint(0, 1200, (64,))]
             loss = F.cross_entropy(network.train()(images[batch]), labels[batch])
             optimizer.zero_grad()
-            (loss if controller is None else loss + controller.regularisation()).backward()
+            (loss if controller is None else loss + controller.regularization()).backward()
             optimizer.step()
             if controller is not None:
                 controller.step()

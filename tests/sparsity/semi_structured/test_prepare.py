@@ -81,7 +81,7 @@ def test_magnitude_masks_are_zeros_in_plain_parameters() -> None:
     for name, mask in controller.masks.items():
         assert torch.equal(mask, ss.magnitude_mask(before[name]))
         assert torch.equal(model.get_parameter(name), torch.where(mask, before[name], 0))
-    assert controller.parameters() == [] and float(controller.regularisation()) == 0 and not controller.is_learned
+    assert controller.parameters() == [] and float(controller.regularization()) == 0 and not controller.is_learned
 
 
 def test_masks_hold_in_training() -> None:

@@ -14,6 +14,8 @@ from torch.sparse._semi_structured_conversions import (
 from tests.sparsity.semi_structured.cases import DTYPES, as_bits
 from widekernel.errors import ArgumentError, CheckpointError
 from widekernel.sparsity import semi_structured as ss
+from widekernel.sparsity.semi_structured.encoding import decode, encode, pack_choices, unpack_choices
+from widekernel.sparsity.semi_structured.masks import check_semi_structured, magnitude_choices, mask_to_choices
 
 SIZES = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.int8: torch.int8}
 
@@ -22,13 +24,13 @@ SIZES = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.int8: to
 @given(st.lists(st.integers(0, 5), max_size=40))
 def test_three_choices_a_byte(choices: list[int]) -> None:
     tensor = torch.tensor(choices, dtype=torch.uint8)
-    packed = ss.pack_choices(tensor)
+    packed = pack_choices(tensor)
     assert packed.numel() == -(-len(choices) // 3) and packed.dtype == torch.uint8
-    assert torch.equal(ss.unpack_choices(packed, len(choices)), tensor)
+    assert torch.equal(unpack_choices(packed, len(choices)), tensor)
 
 
 def test_packing_is_base_six_first_choice_lowest() -> None:
-    assert ss.pack_choices(torch.tensor([1, 2, 3, 4], dtype=torch.uint8)).tolist() == [1 + 2 * 6 + 3 * 36, 4]
+    assert pack_choices(torch.tensor([1, 2, 3, 4], dtype=torch.uint8)).tolist() == [1 + 2 * 6 + 3 * 36, 4]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8])
@@ -42,16 +44,16 @@ def test_every_bit_pattern_survives(dtype: torch.dtype) -> None:
         bits[1, :, 0] = -0x80000000  # -0
     values = bits.view(dtype).reshape(-1, 2)
     choices = torch.randint(0, 6, (values.shape[0],), dtype=torch.uint8)
-    dense = ss.decode(values, ss.pack_choices(choices), (64, 64 * 2))
-    again, packed = ss.encode(dense, choices)
+    dense = decode(values, pack_choices(choices), (64, 64 * 2))
+    again, packed = encode(dense, choices)
     assert torch.equal(as_bits(again), as_bits(values))
-    assert torch.equal(ss.unpack_choices(packed, choices.numel()), choices)
+    assert torch.equal(unpack_choices(packed, choices.numel()), choices)
 
 
 def test_sizes_are_what_they_should_be() -> None:
     weight = torch.randn(768, 768)
     weight *= ss.magnitude_mask(weight)
-    values, packed = ss.encode(weight, ss.mask_to_choices(weight))
+    values, packed = encode(weight, mask_to_choices(weight))
     assert values.numel() * 2 == weight.numel()
     assert packed.numel() * 8 / weight.numel() == pytest.approx(2 / 3, rel=1e-3), "bits a weight"
 
@@ -59,25 +61,25 @@ def test_sizes_are_what_they_should_be() -> None:
 def test_what_is_not_kept_must_be_zero() -> None:
     weight = torch.randn(4, 8)
     with pytest.raises(ArgumentError, match="16 weights that the choices do not keep are not zero"):
-        ss.encode(weight, ss.magnitude_choices(weight))
+        encode(weight, magnitude_choices(weight))
 
 
 def test_negative_zeros_that_are_not_kept() -> None:
     weight = torch.tensor([[-0.0, -0.0, 1.0, -0.0]])
     choices = torch.tensor([0], dtype=torch.uint8)  # keeps the last two
-    decoded = ss.decode(*ss.encode(weight, choices), (1, 4))
+    decoded = decode(*encode(weight, choices), (1, 4))
     assert torch.signbit(decoded).tolist() == [[False, False, False, True]]
 
 
 def test_errors() -> None:
     with pytest.raises(ArgumentError, match=r"uint8 in 0\.\.5"):
-        ss.pack_choices(torch.tensor([6], dtype=torch.uint8))
+        pack_choices(torch.tensor([6], dtype=torch.uint8))
     with pytest.raises(CheckpointError, match="4 choices take 2 bytes"):
-        ss.unpack_choices(torch.zeros(1, dtype=torch.uint8), 4)
+        unpack_choices(torch.zeros(1, dtype=torch.uint8), 4)
     with pytest.raises(CheckpointError, match="hold the byte 216, above 215: they are damaged"):
-        ss.unpack_choices(torch.tensor([216], dtype=torch.uint8), 3)
+        unpack_choices(torch.tensor([216], dtype=torch.uint8), 3)
     with pytest.raises(CheckpointError, match=r"has \(16, 2\)"):
-        ss.decode(torch.zeros(15, 2), torch.zeros(6, dtype=torch.uint8), (8, 8))
+        decode(torch.zeros(15, 2), torch.zeros(6, dtype=torch.uint8), (8, 8))
 
 
 @pytest.mark.parametrize("dtype", SIZES)
@@ -87,11 +89,11 @@ def test_torch_converters_round_trip(dtype: torch.dtype) -> None:
     weight[0], weight[1, 4:] = 0, 0  # groups without and with one non-zero
     if dtype.is_floating_point:
         weight[3, weight[3] != 0] = -torch.inf
-    ss.check_two_four(weight)
+    check_semi_structured(weight)
     values, meta = sparse_semi_structured_from_dense_cutlass(weight)
     again = sparse_semi_structured_to_dense_cutlass(values, meta)
     assert torch.equal(as_bits(again), as_bits(weight))
-    decoded = ss.decode(*ss.encode(weight, ss.mask_to_choices(weight)), weight.shape)
+    decoded = decode(*encode(weight, mask_to_choices(weight)), weight.shape)
     assert torch.equal(as_bits(decoded), as_bits(weight))
 
 
@@ -101,7 +103,7 @@ def test_torch_converter_changes_the_bits_of_some_nans() -> None:
     weight[2, ::2] = torch.nan
     again = sparse_semi_structured_to_dense_cutlass(*sparse_semi_structured_from_dense_cutlass(weight))
     assert torch.equal(again.isnan(), weight.isnan())
-    decoded = ss.decode(*ss.encode(weight, ss.mask_to_choices(weight)), weight.shape)
+    decoded = decode(*encode(weight, mask_to_choices(weight)), weight.shape)
     assert torch.equal(as_bits(decoded), as_bits(weight))
 
 
