@@ -1,4 +1,4 @@
-"""Masks, prune rates and whole sparse training runs of the official code."""
+"""Masks, prune rates and whole sparse training runs against the official code."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def official_names(model: nn.Module) -> dict[str, str]:
 
 
 def loaded(shared: Path, folder: Path, name: str, seed: int) -> nn.Module:
-    """Give a network in float64: which weights a threshold or a ranking parts is the same on every machine then."""
+    """Return a network in float64, so that thresholds and rankings separate the same weights on every machine."""
     model = create(manifest(shared, name))
     widekernel.load_checkpoint(model, official_file(shared, folder, name, seed))
     return model.train().double()
@@ -49,7 +49,7 @@ def labelled(seed: int, count: int, dtype: torch.dtype = torch.float64) -> tuple
     return torch.from_numpy(x).to(dtype), torch.from_numpy(rng.randint(0, 10, count))
 
 
-# -- what is masked, and how densely -----------------------------------------------------------------------------------
+# -- selection and densities -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rule", ["all", "large_kernel_only"])
@@ -74,7 +74,7 @@ def test_erk_densities(golden: Path, number: int) -> None:
     assert ours.keys() == case["densities"].keys()
     assert max(abs(ours[name] - density) for name, density in case["densities"].items()) <= 1e-12
     assert {name for name, density in ours.items() if density == 1} == set(case["fully_dense"])
-    # exact counts: the whole network meets the sparsity to the weight
+    # Exact counts: the whole network has the sparsity to the weight.
     total = sum(mask.numel() for mask in controller.masks.values())
     assert controller.active() == round(total * case["density"])
 
@@ -98,7 +98,7 @@ def test_snip_densities(shared: Path, golden: Path, tmp_path: Path, number: int)
     controller = DynamicSparsity(model, torch.optim.SGD(model.parameters(), 0.1), config, batch=labelled(case["seed"], 8))
     names = official_names(model)
     ours = {names[name]: density for name, density in controller.densities().items()}
-    # almost dense layers lose their mask, as officially, once it is drawn
+    # Almost dense layers lose their mask once it is drawn, as officially.
     assert set(result["sparsities"]) - set(ours) <= {n for n, s in result["sparsities"].items() if s < 0.03}
     assert len(ours) >= len(result["sparsities"]) - 3
     for name, density in ours.items():
@@ -109,7 +109,7 @@ def test_snip_densities(shared: Path, golden: Path, tmp_path: Path, number: int)
 
 @pytest.mark.parametrize("number", range(3))
 def test_snip_in_single_precision(shared: Path, golden: Path, tmp_path: Path, number: int) -> None:
-    """A weight is on another side of the threshold only if its score is within rounding of it, and as many are kept."""
+    """A weight is on the other side of the threshold only if its score is within rounding of it; as many are kept."""
     case = read(golden, "dst_snip")
     result = case["results"][number]
     model = loaded(shared, tmp_path, case["manifest"], case["seed"])
@@ -152,7 +152,7 @@ def test_coarse_snip_densities(shared: Path, golden: Path, tmp_path: Path, numbe
 
 
 def test_coarse_masks(shared: Path, golden: Path, tmp_path: Path) -> None:
-    """The same tensors are masked, tile by tile; the tile sets share their mask from the start (officially after a step)."""
+    """The same tensors are masked, tile by tile; tile sets share their mask from the start (officially after one step)."""
     case = read(golden, "dst_coarse_init")
     model = create(manifest(shared, "shiftwise_v2_mini")).double()
     config = published_shiftwise(0.3)
@@ -167,7 +167,7 @@ def test_coarse_masks(shared: Path, golden: Path, tmp_path: Path) -> None:
         assert torch.equal(masks[name], masks[name.replace("LoRAs.1", "LoRAs.0")])
         first = name.replace("LoRAs.1", "LoRAs.0")
         assert case["masked_kernels"][name] == case["masked_kernels"][first]
-        # documented difference: there the second set is not yet masked
+        # Documented difference: officially the second set is not masked yet.
         if "LoRAs.1" in name:
             assert case["zero_kernels_in_weights_right_after_init"][name] == 0
         weight = dict(model.named_parameters())[next(ours for ours, theirs in names.items() if theirs == name)]
@@ -218,7 +218,7 @@ def test_coarse_prune_and_grow(golden: Path) -> None:
     for case in cases:
         name, branches = case["name"], range(case["branches"])
         given = [{k: torch.from_numpy(arrays[f"{name}.{k}{b}"]) for k in ("w", "mask", "u")} for b in branches]
-        sums = [branch["w"].double().abs().flatten(1).sum(1) for branch in given]  # in whatever order they are added up
+        sums = [branch["w"].double().abs().flatten(1).sum(1) for branch in given]  # in any order of summation
         masks = [branch["mask"].flatten().bool() for branch in given]
         parts = [list(branches)] if case["aligned_step"] else [[branch] for branch in branches]
         for part in parts:
@@ -277,7 +277,7 @@ def test_training_loop(shared: Path, golden: Path, tmp_path: Path, name: str) ->
         total_steps=case["T_max"],
     )
     average = Average(model, case["ema_decay"])
-    # the masks are applied to the weights before the average is copied
+    # The masks are applied to the weights before the average is copied.
     with torch.no_grad():
         for key, parameter in average.module.named_parameters():
             if key in masks:

@@ -1,4 +1,4 @@
-"""Learned masks: what is trained, what is not, noise, schedules and exact resumption."""
+"""Learned masks: trained and frozen parts, noise, schedules and exact resumption."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def digest(model: nn.Module, skip: str = "logits") -> str:
 
 
 def test_only_logits_are_trained() -> None:
-    """Weights, biases and batch norms (statistics too, in training mode) have the same bytes after training."""
+    """Weights, biases and batch norms (and their statistics, in training mode) have the same bytes after training."""
     model = network()
     controller = ss.prepare(model, config())
     before, logits = digest(model), [one.detach().clone() for one in controller.parameters()]
@@ -84,7 +84,7 @@ def test_learning_lowers_the_loss() -> None:
     assert any(not torch.equal(choices[name], now) for name, now in controller.choices.items())
 
 
-def test_norms_may_move_if_asked() -> None:
+def test_norms_are_updated_if_configured() -> None:
     model = network()
     controller = ss.prepare(model, config(freeze_norms=False))
     before = digest(model)
@@ -92,7 +92,7 @@ def test_norms_may_move_if_asked() -> None:
     assert digest(model) != before
 
 
-def test_evaluation_is_the_most_probable_mask_without_noise() -> None:
+def test_evaluation_uses_the_most_probable_mask_without_noise() -> None:
     model = network()
     controller = ss.prepare(model, config(prior_strength=0.5))
     x, _ = data(0)
@@ -122,8 +122,8 @@ def test_training_masks_are_semi_structured_and_change_with_the_step_only() -> N
     assert not torch.equal(model[3].weight, first)
 
 
-def test_noise_is_its_own() -> None:
-    """It neither reads nor moves the global generator."""
+def test_noise_uses_no_generator() -> None:
+    """It neither reads nor advances the global generator."""
     model = network().train()
     ss.prepare(model, config())
     torch.manual_seed(1)
@@ -164,7 +164,7 @@ def test_draws_follow_the_logits() -> None:
         torch.testing.assert_close(shares, torch.softmax(2.0 * logits[0], 0), atol=0.01, rtol=0)
 
 
-def test_gradient_is_that_of_the_soft_mask() -> None:
+def test_the_gradient_is_that_of_the_soft_mask() -> None:
     """hard - soft.detach() + soft, as published, in double precision."""
     logits = torch.randn(20, 6, dtype=torch.float64, requires_grad=True)
     noise, out = torch.randn(20, 6, dtype=torch.float64), torch.randn(20, 4, dtype=torch.float64)
@@ -189,7 +189,7 @@ def test_padding_is_never_chosen_over_a_real_weight() -> None:
     assert all(bool(one.grad.isfinite().all()) for one in controller.parameters())
 
 
-def test_prior_starts_from_the_magnitude_mask() -> None:
+def test_the_prior_prefers_the_magnitude_mask() -> None:
     model = network()
     magnitude = magnitude_choices(model[3].weight)
     controller = ss.prepare(model, config(prior_strength=2.0))
@@ -248,7 +248,7 @@ def test_flip_rate_is_since_the_last_call() -> None:
 
 
 def test_regularization() -> None:
-    """Entropy counts against, and the norm of what the drawn masks keep in favour."""
+    """Entropy is added, and the squared norm of the kept weights is subtracted."""
     model = network().train()
     controller = ss.prepare(model, config(entropy_penalty=0.5, weight_regularization=0.1))
     kept = sum(float(model[i].weight.detach().square().sum()) for i in (3, 8))
@@ -263,7 +263,7 @@ def test_regularization_can_be_off() -> None:
 
 
 def test_resumed_learning_is_bit_identical() -> None:
-    """Cut after any step: losses, logits and flip rates as without the cut, whatever the global generator does."""
+    """Resumed after any step, losses, logits and flip rates are the same, whatever the state of the global generator."""
     initial = network().state_dict()
 
     def start() -> tuple[nn.Module, ss.SemiStructured, torch.optim.Optimizer]:
@@ -291,7 +291,7 @@ def test_resumed_learning_is_bit_identical() -> None:
 
 
 def same_controllers(one: ss.SemiStructured, other: ss.SemiStructured) -> bool:
-    """Whether step, temperature, logits, choices and masks are the same, of the same layers."""
+    """Return whether two controllers have the same layers, step, temperature, logits, choices and masks."""
     assert (
         one.choices.keys() == other.choices.keys() == one.masks.keys() == other.masks.keys() and len(one.parameters()) == 2
     )
@@ -303,7 +303,7 @@ def same_controllers(one: ss.SemiStructured, other: ss.SemiStructured) -> bool:
 
 
 def test_state_survives_a_file(tmp_path: object) -> None:
-    """Of a controller that has learned: step, logits, choices and masks come back, and it goes on from there."""
+    """Step, logits, choices and masks of a trained controller are restored, and it continues from there."""
     model = network()
     controller = ss.prepare(model, config())
     train(model, controller, torch.optim.Adam(controller.parameters(), 0.5), range(3))
@@ -325,7 +325,7 @@ def test_state_survives_a_file(tmp_path: object) -> None:
 def test_a_state_of_something_else_is_refused() -> None:
     controller = ss.prepare(network(), config())
     state = controller.state_dict()
-    with pytest.raises(CheckpointError, match="no state of 2:4 masks"):
+    with pytest.raises(CheckpointError, match="not a state of 2:4 masks"):
         controller.load_state_dict({})
     with pytest.raises(CheckpointError, match=r"another configuration \(seed 0 -> 3\)"):
         ss.prepare(network(), config(seed=3)).load_state_dict(state)
@@ -336,7 +336,7 @@ def test_a_state_of_something_else_is_refused() -> None:
         ss.prepare(wide, config()).load_state_dict(state)
 
 
-def test_given_logits_go_on() -> None:
+def test_learning_continues_from_given_logits() -> None:
     first = ss.prepare(network(), config(axis="im2col"))
     logits = {"3.weight": torch.randn(first.parameters()[0].shape)}
     controller = ss.prepare(network(), config(axis="im2col"), logits=logits)
@@ -366,8 +366,8 @@ def test_gradients_of_logits_do_not_depend_on_autocast() -> None:
 
 
 @pytest.mark.slow
-def test_learned_masks_lose_less_than_those_of_magnitude() -> None:
-    """Handwritten digits, without touching a weight: what learning masks is for."""
+def test_learned_masks_lose_less_than_magnitude_masks() -> None:
+    """On handwritten digits, without changing a weight."""
     from sklearn.datasets import load_digits
 
     images, labels = (torch.tensor(part) for part in load_digits(return_X_y=True))
@@ -407,7 +407,7 @@ def test_learned_masks_lose_less_than_those_of_magnitude() -> None:
     assert accuracy(ss.convert(learned)) > max(accuracy(magnitude), accuracy(model) - 0.05)
 
 
-def test_copies_learn_by_themselves() -> None:
+def test_copies_learn_independently() -> None:
     model = network().train()
     controller = ss.prepare(model, config())
     other = copy.deepcopy(model)

@@ -42,7 +42,7 @@ def check_masks(case: Case) -> None:
     mask = choices_to_mask(choices, weight.shape, axis, groups)
     assert choices.dtype == torch.uint8 and int(choices.max()) < 6 and mask.shape == weight.shape
     kept, valid = group_view(mask, axis, groups)
-    # As many real weights stay as a group of four allows: padding adds no non-zeros and takes no place.
+    # As many real weights are kept as a group of four allows: padding adds no non-zeros and takes no place.
     assert torch.equal(kept.sum(1), valid.sum(1).clamp(max=2))
     magnitudes, _ = group_view(weight.double().abs(), axis, groups)
     assert torch.equal((magnitudes * kept).sum(1), magnitudes.topk(2, 1).values.sum(1))
@@ -106,13 +106,13 @@ def test_paper_groups_straddle_taps_and_rows() -> None:
 
 
 @pytest.mark.parametrize(("values", "kept"), [([1, 1, 1, 1], 0), ([2, 1, 1, 1], 3), ([1, 1, 0, 0], 5), ([0, 0, 0, 0], 0)])
-def test_of_equal_weights_the_later_stays(values: list[float], kept: int) -> None:
+def test_of_equal_weights_the_later_is_kept(values: list[float], kept: int) -> None:
     for sign in (1, -1):
         assert magnitude_choices(torch.tensor([values]).float() * sign).tolist() == [kept]
 
 
-def test_sums_that_rounding_makes_equal() -> None:
-    """The sums of all patterns with the first weight are equal in float32; the two largest are kept anyway."""
+def test_pattern_sums_that_rounding_makes_equal() -> None:
+    """The sums of all patterns with the first weight are equal in float32, but the two largest are kept."""
     assert ss.magnitude_mask(torch.tensor([[1e8, 1.0, 3.0, 2.0]])).tolist() == [[True, False, True, False]]
 
 
@@ -122,15 +122,15 @@ def test_extreme_values() -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 5, 6])
-def test_padding_takes_no_place(channels: int) -> None:
-    """Also where the real weights are zero, which is what padding looks like."""
+def test_padding_takes_no_place_of_a_weight(channels: int) -> None:
+    """Also if the real weights are zero, as padding is."""
     mask = ss.magnitude_mask(torch.zeros(3, channels, 2, 2))
     rest = channels % 4
     expected = channels // 4 * 2 + min(rest, 2)
     assert torch.equal(mask.sum(1), torch.full((3, 2, 2), expected))
 
 
-def test_two_of_six_channels_left_over_are_both_kept() -> None:
+def test_both_remaining_channels_of_six_are_kept() -> None:
     mask = ss.magnitude_mask(torch.randn(5, 6))
     assert mask[:, 4:].all() and torch.equal(mask[:, :4].sum(1), torch.full((5,), 2))
 
@@ -181,7 +181,7 @@ def test_errors() -> None:
         ss.magnitude_mask(weight, "taps")
     with pytest.raises(ArgumentError, match="groups=3 must divide the 8 outputs"):
         group_view(weight, "im2col", 3)
-    with pytest.raises(ArgumentError, match="has 16 groups along axis='channels'; give as many uint8"):
+    with pytest.raises(ArgumentError, match="has 16 groups along axis='channels'; give one uint8 for each"):
         choices_to_mask(torch.zeros(15, dtype=torch.uint8), (8, 8))
     with pytest.raises(ArgumentError, match="hold the value 6: patterns are numbered"):
         choices_to_mask(torch.full((16,), 6, dtype=torch.uint8), (8, 8))

@@ -16,7 +16,7 @@ from widekernel.sparsity.semi_structured.patterns import PATTERNS
 
 
 class Code:
-    """Something that runs when it is unpickled."""
+    """An object whose unpickling runs code."""
 
     def __reduce__(self) -> tuple:
         return (print, ("run",))

@@ -34,8 +34,8 @@ def test_both_directions(rows: int, columns: int, kernel: tuple[int, int] | None
     assert torch.equal(mask, ss.transposable_mask(weight))
 
 
-def test_the_best_pattern_is_taken() -> None:
-    """Against every way to choose two of four in four rows, block by block."""
+def test_the_best_pattern_is_chosen() -> None:
+    """Compared with every way to keep two of four in four rows, block by block."""
     weight = torch.randn(8, 8)
     mask = ss.transposable_mask(weight)
     for i, j in itertools.product((0, 4), (0, 4)):

@@ -75,14 +75,11 @@ def prepare(
     for name, one in made.items():
         if one.learned is not None:
             _attach(model.get_submodule(name), one.learned)
-    report = tuple(
-        _row(name, layer.weight, reasons[name], made.get(name), permuted.get(name))
-        for name, layer in layers_of(model).items()
-    )
+    rows = (_row(n, layer.weight, reasons[n], made.get(n), permuted.get(n)) for n, layer in layers_of(model).items())
     controller = SemiStructured(
         model,
         config,
-        report,
+        tuple(rows),
         {weight_name(name): one.weight for name, one in made.items()},
         {weight_name(name): one.learned for name, one in made.items() if one.learned is not None},
         schedule,

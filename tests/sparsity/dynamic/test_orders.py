@@ -1,4 +1,4 @@
-"""Making, loading, moving, copying and replacing in every order: nothing that lived is lost without a word."""
+"""Making, loading, moving, copying and replacing in every order: live weights are never lost silently."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+from tests.sparsity.dynamic.test_resume import bf16_steps, build, equal
 from tests.sparsity.nets import OPTIMIZERS, controlled, masks_of, quick, same, small_net, train_step
-from tests.sparsity.test_resume import bf16_steps, build, equal
 from widekernel.errors import ArgumentError, CheckpointError
 from widekernel.sparsity import DynamicSparsity, DynamicSparsityConfig, published_slak
 from widekernel.sparsity.dynamic.state import MaskState
@@ -40,12 +40,12 @@ def outside(model: nn.Module, controller: DynamicSparsity) -> int:
     return sum(int(weights[name][~mask].count_nonzero()) for name, mask in controller.masks.items())
 
 
-# -- a run that goes on ------------------------------------------------------------------------------------------------
+# -- resuming ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: f"{settings['init']}-{settings['growth']}")
-def test_a_run_goes_on_whatever_is_made_and_loaded_first(settings: dict) -> None:
-    """Sixty orders, cut right after an update, where new weights are zero and fresh masks differ from those of the run."""
+def test_a_run_resumes_in_any_order_of_making_and_loading(settings: dict) -> None:
+    """Sixty orders, right after an update, when grown weights are zero and new masks differ from those of the run."""
     config = DynamicSparsityConfig(sparsity=0.5, update_interval=3, **settings)
     whole = build(config)
     if settings["init"] == "from_weights":
@@ -77,8 +77,8 @@ def test_a_run_goes_on_whatever_is_made_and_loaded_first(settings: dict) -> None
 
 
 @pytest.mark.parametrize("between", ["nothing", "bfloat16", "channels_last", "copy", "twice"])
-def test_what_fresh_masks_removed_comes_back(between: str) -> None:
-    """Also when the network was converted, or another state loaded, in between."""
+def test_weights_removed_by_first_masks_are_restored(between: str) -> None:
+    """Also if the network was converted, or another state loaded, in between."""
     model, optimizer, controller = controlled(quick(growth="random"))
     for step in range(4):
         train_step(model, optimizer, step)
@@ -102,8 +102,8 @@ def test_what_fresh_masks_removed_comes_back(between: str) -> None:
     assert same(masks_of(other), masks_of(controller))
 
 
-def test_a_state_that_counts_no_zeros_still_loads() -> None:
-    """As older versions wrote it."""
+def test_a_state_without_counts_of_zeros_loads() -> None:
+    """Older versions wrote such states."""
     model, optimizer, controller = controlled(quick())
     train_step(model, optimizer, 0)
     saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), controller.state_dict()))
@@ -115,14 +115,14 @@ def test_a_state_that_counts_no_zeros_still_loads() -> None:
     assert again[2].step == 2 and outside(again[0], again[2]) == 0
 
 
-def test_nothing_is_kept_after_the_first_step() -> None:
+def test_removed_weights_are_dropped_after_the_first_step() -> None:
     model, optimizer, controller = controlled(quick())
     assert controller._removed is not None
     train_step(model, optimizer, 0)
     assert controller._removed is None
 
 
-def test_moments_loaded_from_dense_training_do_not_move_what_is_removed() -> None:
+def test_moments_loaded_from_dense_training_do_not_move_removed_weights() -> None:
     dense = small_net().train()
     former = OPTIMIZERS["adamw"](dense.parameters())
     for step in range(2):
@@ -136,8 +136,8 @@ def test_moments_loaded_from_dense_training_do_not_move_what_is_removed() -> Non
     assert optimizer.state[model.fc.weight]["step"] == 4
 
 
-def test_layers_that_gave_up_their_masks_elsewhere() -> None:
-    """Which layers are drawn almost dense may differ where scores come from other weights: here from another seed."""
+def test_layers_that_were_left_dense_elsewhere() -> None:
+    """Other layers may be drawn almost dense if the scores come from other weights: here from another seed."""
     made = [controlled(published_slak(0.02, init="uniform", seed=seed)) for seed in range(6)]
     model, _, controller = max(made, key=lambda parts: len(parts[2].masks))
     fresh, _, other = min(made, key=lambda parts: len(parts[2].masks))
@@ -150,10 +150,10 @@ def test_layers_that_gave_up_their_masks_elsewhere() -> None:
     assert other.step == 1 and outside(fresh, other) == 0
 
 
-# -- what cannot be right is an error ----------------------------------------------------------------------------------
+# -- mistakes ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_sparse_network_without_its_masks_is_noticed() -> None:
+def test_a_sparse_network_without_its_masks_is_an_error() -> None:
     model, optimizer, controller = controlled(quick())
     for step in range(3):
         train_step(model, optimizer, step)
@@ -172,7 +172,7 @@ def test_a_sparse_network_without_its_masks_is_noticed() -> None:
     assert given.step == 1 and outside(again, given) == 0
 
 
-def test_layers_that_start_from_zeros_are_not_taken_for_sparse_ones() -> None:
+def test_layers_initialized_with_zeros_are_not_taken_for_sparse() -> None:
     model = small_net().train()
     nn.init.zeros_(model.head.weight)
     optimizer = OPTIMIZERS["adamw"](model.parameters())
@@ -181,8 +181,8 @@ def test_layers_that_start_from_zeros_are_not_taken_for_sparse_ones() -> None:
     assert controller.step == 1
 
 
-def test_weights_loaded_alone_are_noticed() -> None:
-    """Before the first step as well as later; they may be removed on demand."""
+def test_weights_loaded_without_masks_are_an_error() -> None:
+    """Before the first step and later; apply_masks removes them on request."""
     for steps in (0, 2):
         model, optimizer, controller = controlled(quick())
         for step in range(steps):
@@ -201,8 +201,8 @@ def test_weights_loaded_alone_are_noticed() -> None:
 
 
 @pytest.mark.parametrize(("write", "steps"), [("replace", 1), ("add", 2)])
-def test_weights_written_past_the_count_of_writes_are_noticed(write: str, steps: int) -> None:
-    """Other memory at the next step; numbers written into the same memory at the next update."""
+def test_writes_that_pytorch_does_not_count_are_an_error(write: str, steps: int) -> None:
+    """Replaced memory is noticed at the next step, values written into the same memory at the next update."""
     model, optimizer, _controller = controlled(quick())
     for step in range(2):
         train_step(model, optimizer, step)
@@ -217,8 +217,8 @@ def test_weights_written_past_the_count_of_writes_are_noticed(write: str, steps:
         _ = [train_step(model, optimizer, step) for step in range(steps)]
 
 
-def test_masks_loaded_alone_are_noticed() -> None:
-    """Into a network that trained on, whose removed weights are gone."""
+def test_masks_loaded_without_weights_are_an_error() -> None:
+    """The network was trained further, so the weights that it had removed are gone."""
     model, optimizer, controller = controlled(quick(growth="random"))
     train_step(model, optimizer, 0)
     early = (copy.deepcopy(model.state_dict()), controller.state_dict())
@@ -234,7 +234,7 @@ def test_masks_loaded_alone_are_noticed() -> None:
         assert controller.step == 2 and outside(model, controller) == 0
 
 
-def test_parameters_replaced_by_loading_are_noticed() -> None:
+def test_parameters_replaced_by_loading_are_an_error() -> None:
     model, optimizer, controller = controlled(quick())
     train_step(model, optimizer, 0)
     model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
@@ -245,7 +245,7 @@ def test_parameters_replaced_by_loading_are_noticed() -> None:
 
 
 @pytest.mark.parametrize("second", ["made later", "unpickled"])
-def test_steps_of_another_optimizer_are_noticed(second: str) -> None:
+def test_steps_of_another_optimizer_are_an_error(second: str) -> None:
     model, optimizer, controller = controlled(quick())
     train_step(model, optimizer, 0)
     if second == "made later":
@@ -303,7 +303,7 @@ def test_masks_follow_their_parameters_to_another_device() -> None:
     assert state.masks["a"].device.type == state.fresh["a"].device.type == "meta"
 
 
-def test_what_is_frozen_later_stays_as_it_is() -> None:
+def test_parameters_frozen_later_do_not_change() -> None:
     model, optimizer, controller = controlled(quick(update_interval=1))
     train_step(model, optimizer, 0)
     model.fc.weight.requires_grad_(False)
@@ -315,7 +315,7 @@ def test_what_is_frozen_later_stays_as_it_is() -> None:
     assert torch.equal(model.fc.weight, weight) and torch.equal(controller.masks["fc.weight"], mask)
 
 
-def test_groups_added_later_train_densely_as_their_choice_says() -> None:
+def test_groups_added_later_train_densely_as_their_selection_says() -> None:
     model = small_net().train()
     model.fc.requires_grad_(False)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
@@ -330,7 +330,7 @@ def test_groups_added_later_train_densely_as_their_choice_says() -> None:
     assert outside(model, controller) == 0
 
 
-def test_two_optimizers_have_two_controllers() -> None:
+def test_two_optimizers_need_two_controllers() -> None:
     model = small_net().train()
     body = torch.optim.SGD([p for n, p in model.named_parameters() if not n.startswith("head")], 0.1)
     head = torch.optim.AdamW(model.head.parameters(), 0.01)
@@ -359,7 +359,7 @@ def test_averages_that_were_replaced_are_found_again() -> None:
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
 @pytest.mark.parametrize("first", ["wrapper", "controller"])
-def test_wrappers_may_come_before_or_after(wrap, first: str) -> None:
+def test_wrappers_may_be_made_before_or_after(wrap, first: str) -> None:
     model = small_net().train()
     wrapped = wrap(model)
     optimizer = OPTIMIZERS["adamw"](model.parameters())

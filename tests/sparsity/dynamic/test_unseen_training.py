@@ -1,4 +1,4 @@
-"""Training of which the controller hears nothing before its first masks are drawn."""
+"""Training that the controller does not see before its first masks are drawn."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def backward(model: nn.Module, step: int = 0) -> None:
 
 
 class Sharpness(torch.optim.Optimizer):
-    """Sharpness-aware minimisation as it is commonly written: steps of its own, and those of a base optimizer."""
+    """Sharpness-aware minimization as it is commonly written: its own steps, and those of a base optimizer."""
 
     def __init__(self, parameters, base: torch.optim.Optimizer) -> None:
         super().__init__(parameters, {"rho": 0.05})
@@ -70,7 +70,7 @@ def test_steps_of_another_optimizer_are_an_error(kind: str, steps: int) -> None:
             look()
 
 
-def test_the_step_before_the_last_is_seen_too() -> None:
+def test_a_step_before_the_last_backward_pass_is_noticed() -> None:
     model, _, controller = controlled(SNIP)
     train_step(model, OPTIMIZERS["sgd"](model.parameters()), 0)
     backward(model, 1)
@@ -78,16 +78,16 @@ def test_the_step_before_the_last_is_seen_too() -> None:
         controller.state_dict()
 
 
-def test_sharpness_aware_minimisation() -> None:
-    """Its own steps are an error, those of its base optimizer are what the controller is to be given."""
+def test_sharpness_aware_minimization() -> None:
+    """Its own steps are an error; the controller must be made with its base optimizer."""
     model = small_net().train()
     base = OPTIMIZERS["sgd"](model.parameters())
     sharp = Sharpness(list(model.parameters()), base)
-    deaf = DynamicSparsity(model, sharp, SNIP)
+    blind = DynamicSparsity(model, sharp, SNIP)
     sharp_step(model, sharp, 0)
     with pytest.raises(ArgumentError, match="base optimizer"):
-        deaf.state_dict()
-    deaf.remove()
+        blind.state_dict()
+    blind.remove()
     controller = DynamicSparsity(model, base, SNIP)
     for step in range(3):
         sharp_step(model, sharp, step)
@@ -96,7 +96,7 @@ def test_sharpness_aware_minimisation() -> None:
     assert all(not weights[name][~mask].count_nonzero() for name, mask in controller.masks.items())
 
 
-def test_loading_before_the_first_step_is_none() -> None:
+def test_loading_before_the_first_step_is_not_training() -> None:
     model, optimizer, controller = controlled(SNIP)
     model.load_state_dict(small_net(1).state_dict())
     assert controller.state_dict()["pending"]
@@ -110,7 +110,7 @@ def test_loading_before_the_first_step_is_none() -> None:
     assert controller.state_dict()["step"] == 1 and hooks(model) == 0
 
 
-def test_a_first_step_that_draws_no_masks_is_none() -> None:
+def test_a_first_step_without_finite_gradients_is_not_unseen() -> None:
     model, optimizer, controller = controlled(SNIP)
     backward(model)
     model.fc.weight.grad[0, 0] = float("inf")
@@ -118,7 +118,7 @@ def test_a_first_step_that_draws_no_masks_is_none() -> None:
     assert controller.state_dict()["pending"]
 
 
-def test_a_state_before_the_first_step_begins_anew() -> None:
+def test_loading_a_pending_state_starts_again() -> None:
     model, _, controller = controlled(SNIP)
     weights, saved = copy.deepcopy(model.state_dict()), controller.state_dict()
     train_step(model, OPTIMIZERS["sgd"](model.parameters()), 0)
@@ -127,7 +127,7 @@ def test_a_state_before_the_first_step_begins_anew() -> None:
     assert controller.state_dict()["pending"]
 
 
-def test_hooks_are_on_no_copy_and_gone_in_the_end() -> None:
+def test_copies_have_no_hooks_and_remove_removes_them() -> None:
     model, _, controller = controlled(SNIP)
     assert hooks(model) == len(controller.densities()) == 8
     assert hooks(copy.deepcopy(model)) == 0

@@ -51,7 +51,7 @@ def moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> list[t
     return [value for value in found if isinstance(value, torch.Tensor) and value.shape == parameter.shape]
 
 
-def test_states_go_from_one_device_to_the_other() -> None:
+def test_states_load_on_another_device() -> None:
     config = DynamicSparsityConfig(sparsity=0.5, init="erk")
     there, here = small_net().cuda(), small_net()
     first = DynamicSparsity(there, torch.optim.SGD(there.parameters(), 0.1), config)

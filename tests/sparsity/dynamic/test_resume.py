@@ -1,4 +1,4 @@
-"""Masks survive checkpoints."""
+"""Masks in checkpoints: exact resumption, and states that are refused."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ CASES = [pytest.param(settings, 1, id=f"{settings['init']}-{settings['growth']}-
 
 
 @pytest.mark.parametrize(("settings", "accumulate"), CASES)
-def test_cut_anywhere_and_resumed(settings: dict, accumulate: int) -> None:
-    """30 steps under bf16 autocast with averaging and clipping, cut after every step."""
+def test_resuming_after_any_step_is_exact(settings: dict, accumulate: int) -> None:
+    """30 steps under bf16 autocast with averaging and clipping, resumed after every step."""
     config = DynamicSparsityConfig(sparsity=0.5, update_interval=3, **settings)
     whole, states = build(config), []
     for step in range(31):
@@ -92,7 +92,7 @@ def test_cut_anywhere_and_resumed(settings: dict, accumulate: int) -> None:
         resumed = build(config)
         for name, part in resumed.items():
             part.load_state_dict(saved[name])
-        # to the end, or far enough to meet an update
+        # To the end, or far enough to include an update.
         last = 30 if cut % 10 == 0 else min(cut + 4, 30)
         bf16_steps(resumed, cut, last, accumulate)
         states[last].seek(0)
@@ -146,12 +146,12 @@ def test_settings_that_a_state_would_override_are_refused(settings: dict, names:
     assert same(controller.masks, before)
 
 
-def test_settings_that_hold_from_loading_on_may_differ() -> None:
+def test_settings_that_take_effect_after_loading_may_differ() -> None:
     saved = controlled(quick())[2].state_dict()
     others = {"prune_fraction": 0.1, "growth": "gradient", "update_interval": 7, "total_steps": 9, "init": "erk", "seed": 3}
     controlled(quick(**others))[2].load_state_dict(saved)
     masks = controlled(quick())[2].masks
-    controlled(quick(sparsity=0.9), masks=masks)[2].load_state_dict(saved)  # not what the masks came from
+    controlled(quick(sparsity=0.9), masks=masks)[2].load_state_dict(saved)  # the masks do not follow from this sparsity
     controlled(quick(sparsity=0.9, init="from_weights"))[2].load_state_dict(saved)
     pending = controlled(quick(init="snip"))[2].state_dict()
     controlled(quick(init="snip", sparsity=0.9))[2].load_state_dict(pending)  # nothing drawn yet
@@ -159,7 +159,7 @@ def test_settings_that_hold_from_loading_on_may_differ() -> None:
     controlled(quick())[2].load_state_dict(older)
 
 
-def test_what_is_no_state_is_refused() -> None:
+def test_something_else_than_a_state_is_refused() -> None:
     _, _, controller = controlled(quick())
     saved = controller.state_dict()
     for strange in (None, [1], "state.pt"):

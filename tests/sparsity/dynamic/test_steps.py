@@ -1,4 +1,4 @@
-"""Steps of an optimizer in every way that training loops make them."""
+"""Optimizer steps in all the ways that training loops make them."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def check_masked(model: nn.Module, controller: DynamicSparsity) -> None:
 
 @pytest.mark.parametrize("settings", [{"init": "snip_mask", "growth": "gradient"}, {"init": "erk", "growth": "momentum"}])
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_of_stepping_gives_the_same_training(way: str, settings: dict) -> None:
-    """In float64, where no score is within rounding of another."""
+def test_every_way_of_stepping_trains_alike(way: str, settings: dict) -> None:
+    """In float64, so that no score is within rounding of another."""
     found = []
     for how in ("alone", way):
         model = small_net().train().double()
@@ -93,7 +93,7 @@ def test_gradients_of_a_closure_are_masked_before_the_optimizer_sees_them() -> N
         assert gradient[controller.masks[name]].any() and not gradient[~controller.masks[name]].any()
 
 
-def test_old_gradients_choose_no_masks_where_a_closure_follows() -> None:
+def test_old_gradients_draw_no_masks_before_a_closure() -> None:
     found = []
     for stale in (False, True):
         model, optimizer, controller = controlled(quick(init="snip_mask"), "sgd")
@@ -106,7 +106,7 @@ def test_old_gradients_choose_no_masks_where_a_closure_follows() -> None:
 
 @pytest.mark.parametrize("way", ["alone", "closure"])
 def test_a_step_without_gradients_draws_no_masks(way: str) -> None:
-    """A step before the first backward pass, as some make for their scheduler's sake, has nothing to score weights with."""
+    """A step before the first backward pass, which some loops make for a scheduler, has no gradients to score weights with."""
     model, optimizer, controller = controlled(quick(init="snip"), "sgd")
     optimizer.step() if way == "alone" else optimizer.step(lambda: None)
     assert controller.masks == {} and controller.active() == sum(p.numel() for p in controller._state.parameters.values())
@@ -115,8 +115,8 @@ def test_a_step_without_gradients_draws_no_masks(way: str) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_step_around_that_of_the_base_class_is_one_step(way: str) -> None:
-    """Both classes call hooks."""
+def test_a_step_that_calls_the_base_class_counts_once(way: str) -> None:
+    """Both classes call the hooks."""
 
     class Outer(torch.optim.AdamW):
         def step(self, closure=None):
@@ -148,7 +148,7 @@ def test_a_closure_that_is_called_many_times() -> None:
     assert len(calls) > 8 and (controller.step, controller.updates) == (4, 2)
 
 
-def test_a_closure_that_fails_counts_as_no_step() -> None:
+def test_a_closure_that_fails_is_not_counted_as_a_step() -> None:
     model, optimizer, controller = controlled(quick(), "sgd")
 
     def failing() -> None:
@@ -163,7 +163,7 @@ def test_a_closure_that_fails_counts_as_no_step() -> None:
 
 
 class Wrapper:
-    """What Accelerate's and Lightning's are like, from another library."""
+    """A wrapper like those of Accelerate and Lightning, from another library."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, factor: float = 1.0) -> None:
         self.optimizer, self.factor = optimizer, factor
@@ -176,7 +176,9 @@ class Wrapper:
         result = self.optimizer.step(closure)
         for group in self.param_groups:
             for parameter in group["params"]:
-                parameter.data.copy_(parameter.data * self.factor + (self.factor != 1.0))  # past PyTorch's count of writes
+                parameter.data.copy_(
+                    parameter.data * self.factor + (self.factor != 1.0)
+                )  # PyTorch does not count this write
         return result
 
 
@@ -192,7 +194,7 @@ def test_the_optimizer_is_found_in_its_wrappers() -> None:
     assert controller.updates == 1
 
 
-def test_a_wrapper_that_writes_to_weights_is_noticed() -> None:
+def test_a_wrapper_that_writes_to_weights_is_an_error() -> None:
     model = small_net().train()
     inner = OPTIMIZERS["adamw"](model.parameters())
     wrapped = Wrapper(inner, 0.5)
@@ -219,7 +221,7 @@ def test_schedulers_that_wrap_the_step(first: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["foreach", "fused"])
-def test_kinds_of_one_optimizer(kind: str) -> None:
+def test_variants_of_one_optimizer(kind: str) -> None:
     model = small_net().train()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2, **{kind: True})
     controller = DynamicSparsity(model, optimizer, quick(growth="momentum", init="snip"))

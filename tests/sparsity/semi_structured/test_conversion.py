@@ -1,4 +1,4 @@
-"""Plain networks from prepared ones, with equal outputs; and what the hardware takes."""
+"""Conversion of prepared networks to plain ones with equal outputs, and compression for hardware."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def network() -> nn.Module:
 @pytest.mark.parametrize("axis", ["channels", "im2col"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_weights_stay_bit_for_bit_and_outputs_with_them(method: str, axis: str, channels_last: bool) -> None:
+def test_weights_and_outputs_stay_the_same(method: str, axis: str, channels_last: bool) -> None:
     if (method, axis) == ("permuted", "im2col"):
         return
     model, x = network(), torch.randn(2, 3, 8, 8)
@@ -63,8 +63,8 @@ def test_weights_stay_bit_for_bit_and_outputs_with_them(method: str, axis: str, 
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_prepared_network_goes_on(method: str) -> None:
-    """Converting is a copy: the original computes the same, can be learned further, and be converted again."""
+def test_the_prepared_network_can_be_used_further(method: str) -> None:
+    """Conversion makes a copy: the original computes the same, can be trained further and be converted again."""
     model, x = network().eval(), torch.randn(2, 3, 8, 8)
     controller = ss.prepare(model, ss.SemiStructuredConfig(method))
     first = ss.convert(model)
@@ -90,7 +90,7 @@ def test_a_converted_network_can_be_prepared_again() -> None:
 
 
 def test_networks_can_be_exported() -> None:
-    """Prepared ones too, in evaluation mode: nothing there depends on values."""
+    """Prepared ones too, in evaluation mode, in which nothing depends on values."""
     model, x = nn.Sequential(nn.Conv2d(18, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 1)).eval(), torch.randn(1, 18, 6, 6)
     ss.prepare(model, ss.SemiStructuredConfig("learned"))
     plain = ss.convert(model)
@@ -98,8 +98,8 @@ def test_networks_can_be_exported() -> None:
         torch.testing.assert_close(torch.export.export(one, (x,)).module()(x), plain(x))
 
 
-def test_recomputation_sees_the_same_masks() -> None:
-    """Gradient checkpointing gives the gradients that it would give without."""
+def test_recomputation_uses_the_same_masks() -> None:
+    """Gradients are the same with and without gradient checkpointing."""
     model, x = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8)).train(), torch.randn(4, 16, requires_grad=True)
     controller = ss.prepare(model, ss.SemiStructuredConfig("learned", prior_strength=0.0))
     plain = torch.autograd.grad(model(x).square().sum(), controller.parameters())
@@ -107,7 +107,7 @@ def test_recomputation_sees_the_same_masks() -> None:
     assert all(torch.equal(a, b) for a, b in zip(plain, again))
 
 
-def test_saved_as_any_network(tmp_path: object) -> None:
+def test_saved_like_any_network(tmp_path: object) -> None:
     model = network()
     ss.prepare(model, ss.SemiStructuredConfig("learned"))
     plain = ss.convert(model).eval()
@@ -134,18 +134,18 @@ def test_errors() -> None:
             check(model)
 
 
-def test_layers_parametrised_further_are_refused() -> None:
+def test_layers_parametrized_further_are_refused() -> None:
     model = nn.Sequential(nn.Linear(16, 8))
     ss.prepare(model, ss.SemiStructuredConfig("learned"))
     nn.utils.parametrize.register_parametrization(model[0], "bias", nn.Identity())
-    with pytest.raises(ArgumentError, match="parametrised further after prepare"):
+    with pytest.raises(ArgumentError, match="parametrized further after prepare"):
         ss.convert(model)
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["slak_tiny", "replknet_31b", "shiftwise_tiny"])
 def test_folding_keeps_semi_structured_weights(method: str, name: str) -> None:
-    """Folding a norm after a layer scales its rows: the support stays inside the mask."""
+    """Folding a norm into a layer scales its rows, so the support stays inside the mask."""
     model = timm.create_model(name, depths=(1, 1, 1, 1), dims=(16, 16, 32, 32), num_classes=8).eval()
     ss.prepare(model, ss.SemiStructuredConfig(method, permutation_rounds=5, layers=("stages*",)))
     plain = ss.convert(model)
@@ -197,7 +197,7 @@ def test_folding_a_pointwise_convolution(converted: bool) -> None:
     torch.testing.assert_close(folded(x), model(x))
 
 
-def test_no_device_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_device_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     capability = hardware_support()
     assert not capability.available and capability.reason == "there is no CUDA device"
@@ -247,7 +247,7 @@ def test_multiples_are_those_of_torch() -> None:
 
 
 def test_types_without_hardware_support_are_refused() -> None:
-    assert "1:2 there, so that values would be lost" in plan_padding(32, 64, torch.float32).reason
+    assert "must be 1:2, so values would be lost" in plan_padding(32, 64, torch.float32).reason
     assert "float64 has no kernels" in plan_padding(32, 64, torch.float64).reason
     with pytest.raises(ArgumentError, match="backend 'cublas' is unknown"):
         plan_padding(32, 64, torch.float16, "cublas")
@@ -260,7 +260,7 @@ def masked(layer: nn.Module) -> nn.Module:
 
 
 def compress(weight: Tensor) -> Tensor:
-    """Stands for PyTorch's: checks what the hardware asks for and leaves the weight dense."""
+    """Stand-in for PyTorch's compression: check what the hardware requires and leave the weight dense."""
     assert weight.shape[0] % 32 == 0 and weight.shape[1] % 64 == 0 and weight.is_contiguous()
     check_semi_structured(weight)
     return weight
@@ -296,21 +296,21 @@ class Scaled(nn.Linear):
 @pytest.mark.parametrize(
     ("layer", "axis", "reason"),
     [
-        (nn.Conv2d(16, 8, 3), "channels", "only linear layers and 1x1 convolutions fit"),
-        (nn.Conv2d(16, 8, 1, groups=2), "im2col", "only linear layers and 1x1 convolutions fit"),
+        (nn.Conv2d(16, 8, 3), "channels", "only linear layers and 1x1 convolutions can be compressed"),
+        (nn.Conv2d(16, 8, 1, groups=2), "im2col", "only linear layers and 1x1 convolutions can be compressed"),
         (nn.Conv2d(16, 8, 1, padding=1), "channels", r"padding (1, 1) of a 1x1 convolution"),
         (nn.Linear(18, 8), "im2col", "groups along axis='im2col' do not lie within rows"),
-        (Scaled(16, 8), "channels", "Scaled computes something else than a plain layer"),
+        (Scaled(16, 8), "channels", "Scaled may compute something else than a plain layer"),
         (nn.Linear(64, 32).half(), "channels", "its weight is on cpu, not on a CUDA device"),
-        (nn.Linear(64, 32), "channels", "1:2 there, so that values would be lost"),
-        (nn.Linear(64, 16).half(), "channels", "padding it from 16 x 64 to 32 x 64 takes back all that sparsity can save"),
+        (nn.Linear(64, 32), "channels", "must be 1:2, so values would be lost"),
+        (nn.Linear(64, 16).half(), "channels", "padding it from 16 x 64 to 32 x 64 costs as much as sparsity can save"),
     ],
 )
-def test_layers_that_stay_dense_say_why(layer: nn.Module, axis: str, reason: str) -> None:
+def test_layers_that_stay_dense_have_a_reason(layer: nn.Module, axis: str, reason: str) -> None:
     assert reason in hardware.reason_against(layer, axis, "cutlass")
 
 
-def test_conversion_lists_what_stays_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conversion_lists_layers_that_stay_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the device and the compression replaced by stand-ins, on the CPU."""
     monkeypatch.setattr(hardware, "hardware_support", lambda: HardwareSupport(True, "", "cutlass"))
     monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", compress)

@@ -1,4 +1,4 @@
-"""The controller among optimizers, scalers, averages and wrappers."""
+"""The controller together with optimizers, scalers, averages and wrappers."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_first_masks(init: str) -> None:
         assert torch.equal(dict(model.named_parameters())[name].detach(), weights[name] * mask)
 
 
-def test_snip_scores_weights_of_a_batch_without_disturbing_anything() -> None:
+def test_snip_scores_a_batch_without_side_effects() -> None:
     model = small_net().train()
     model.strips.norms[0].momentum = 0.5
     before = copy.deepcopy(model.state_dict())
@@ -66,7 +66,7 @@ def test_snip_scores_weights_of_a_batch_without_disturbing_anything() -> None:
 
 @pytest.mark.parametrize("init", ["snip", "snip_mask"])
 def test_snip_without_a_batch_uses_the_first_step(init: str) -> None:
-    """All gradients of the step, accumulated ones too, and weights as they were before it."""
+    """It uses all gradients of the step, including accumulated ones, and the weights before the step."""
     model, optimizer, controller = controlled(quick(init=init), "sgd")
     assert controller.masks == {} and set(controller.densities().values()) == {1.0}
     _reference, _other, expected = controlled(quick(init=init), "sgd", batch=data(1))
@@ -78,7 +78,7 @@ def test_snip_without_a_batch_uses_the_first_step(init: str) -> None:
     assert all(not p[~controller.masks[n]].any() for n, p in model.named_parameters() if n in controller.masks)
 
 
-def test_scores_that_are_no_numbers_are_an_error() -> None:
+def test_scores_that_are_not_finite_are_an_error() -> None:
     model = small_net().train()
     with torch.no_grad():
         model.fc.weight[0, 0] = torch.inf
@@ -105,7 +105,7 @@ def test_given_masks() -> None:
 # -- steps -------------------------------------------------------------------------------------------------------------
 
 
-def test_masks_depend_on_nothing_but_seed_step_and_name() -> None:
+def test_masks_depend_on_seed_step_and_name_only() -> None:
     found = []
     for noise in range(2):
         torch.manual_seed(noise)
@@ -141,7 +141,7 @@ def test_gradient_growth_takes_the_largest_dense_gradients() -> None:
             assert dense[name].abs()[grown].min() >= dense[name].abs()[left].max()
 
 
-def test_clipping_sees_live_gradients_only_and_growth_the_dense_ones() -> None:
+def test_clipping_uses_live_gradients_and_growth_dense_ones() -> None:
     clipped, plain = controlled(quick(growth="gradient"), "sgd"), controlled(quick(growth="gradient"), "sgd")
     for step in range(4):
         for index, (model, optimizer, controller) in enumerate((clipped, plain)):
@@ -184,7 +184,7 @@ def test_an_overflow_changes_nothing(fused: bool) -> None:
 
 
 def test_accumulated_gradients_count_as_one_step() -> None:
-    """a batches of b images are one of a·b, up to rounding: this network's norms are set to evaluation.
+    """a batches of b images equal one batch of a·b up to rounding, with norms in evaluation mode.
 
     In float64, where no score is within rounding of another.
     """
@@ -207,7 +207,7 @@ def test_accumulated_gradients_count_as_one_step() -> None:
         assert torch.allclose(value, found[1][1][name], rtol=1e-9, atol=1e-12), name
 
 
-def test_moments_of_what_moved_are_forgotten() -> None:
+def test_moments_of_moved_weights_are_cleared() -> None:
     model, optimizer, controller = controlled(quick(growth="random", prune_fraction=0.5))
     train_step(model, optimizer, 0)
     former = masks_of(controller)
@@ -220,7 +220,7 @@ def test_moments_of_what_moved_are_forgotten() -> None:
                 assert optimizer.state[parameter][key][survivors].any()
 
 
-def test_averages_of_what_grew_start_from_the_live_weight() -> None:
+def test_averages_of_grown_weights_start_from_the_live_weight() -> None:
     model = small_net().train()
     optimizer = OPTIMIZERS["adamw"](model.parameters())
     from timm.utils import ModelEmaV3
@@ -244,7 +244,7 @@ def test_averages_of_what_grew_start_from_the_live_weight() -> None:
         DynamicSparsity(model, optimizer, quick(), averages=[nn.Linear(2, 2)])
 
 
-def test_a_score_that_is_no_number_skips_the_update() -> None:
+def test_a_score_that_is_not_finite_skips_the_update() -> None:
     model, optimizer, controller = controlled(quick(growth="gradient"), "sgd")
     train_step(model, optimizer, 0)
     former = masks_of(controller)
@@ -258,7 +258,7 @@ def test_a_score_that_is_no_number_skips_the_update() -> None:
     assert (controller.updates, controller.skipped) == (0, 1) and same(masks_of(controller), former)
 
 
-def test_updates_stop() -> None:
+def test_updates_stop_at_the_stop_fraction() -> None:
     model, optimizer, controller = controlled(quick(update_interval=1, total_steps=8, stop_fraction=0.5))
     for step in range(8):
         train_step(model, optimizer, step)
@@ -279,7 +279,7 @@ def test_gradual_sparsification_ends_exactly() -> None:
     assert controller.active() == round(0.2 * total)
 
 
-def test_tile_sets_share_masks_when_it_is_their_turn() -> None:
+def test_tile_sets_share_masks_at_every_nth_update() -> None:
     config = quick(block="kernel", layers="large_kernel_only", share_every=2, update_interval=1, exclude=["strips.*"])
     model, optimizer, controller = controlled(config)
     first, second = (controller.masks[f"tiles.source.tiles.{path}"] for path in range(2))
@@ -292,7 +292,7 @@ def test_tile_sets_share_masks_when_it_is_their_turn() -> None:
 
 
 @pytest.mark.parametrize("block", ["channel", "branch"])
-def test_channels_and_branches_die_as_a_whole(block: str) -> None:
+def test_channels_and_branches_are_pruned_as_a_whole(block: str) -> None:
     config = quick(block=block, layers="large_kernel_only")
     model, optimizer, controller = controlled(config)
     for step in range(4):
@@ -320,7 +320,7 @@ def test_memory_order_does_not_matter() -> None:
             x, y = data(step)
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(x.double()), y).backward()
-            with torch.no_grad():  # equal gradients, whatever the rounding of a layout
+            with torch.no_grad():  # equal gradients for both layouts, without rounding
                 for _name, p in model.named_parameters():
                     p.grad.copy_(torch.sin(torch.arange(p.numel()).view(p.shape) * (step + 1.0)))
             optimizer.step()
@@ -343,7 +343,7 @@ def test_compiled_networks_keep_their_names_and_are_not_recompiled() -> None:
     torch._dynamo.reset()
 
 
-def test_a_replaced_parameter_is_noticed() -> None:
+def test_a_replaced_parameter_is_an_error() -> None:
     model, optimizer, _controller = controlled(quick(update_interval=1))
     old = list(model.parameters())
     model.head = nn.Linear(12, 4)
@@ -353,7 +353,7 @@ def test_a_replaced_parameter_is_noticed() -> None:
         optimizer.step()
 
 
-def test_copies_are_refused_and_removal_ends_it() -> None:
+def test_copies_are_refused_and_remove_ends_masking() -> None:
     model, optimizer, controller = controlled(quick(), "sgd")
     with pytest.raises(ArgumentError, match="cannot be copied"):
         copy.deepcopy(controller)
@@ -380,11 +380,11 @@ def test_published_rule_differs_as_documented() -> None:
         for n, p in model.named_parameters()
         if n in controller.masks
     ]
-    assert any(outside)  # moments run on
+    assert any(outside)  # moments continue
     assert all(not p[~controller.masks[n]].any() for n, p in model.named_parameters() if n in controller.masks)
 
 
-def test_published_rule_gives_up_masks_that_are_almost_dense() -> None:
+def test_published_rule_removes_masks_that_are_almost_dense() -> None:
     _model, _optimizer, controller = controlled(published_slak(0.001, init="uniform"))
     assert len(controller.masks) < 8
     assert any(choice.reason == "was drawn almost dense" for choice in controller.selection)
@@ -396,7 +396,7 @@ def test_published_rule_gives_up_masks_that_are_almost_dense() -> None:
 # -- the report --------------------------------------------------------------------------------------------------------
 
 
-def test_the_report_tells_every_parameter_and_the_churn() -> None:
+def test_the_report_lists_every_parameter_and_the_churn() -> None:
     model, optimizer, controller = controlled(quick(growth="gradient", init="snip", exclude="head.*"))
     waiting = SparsityReport(controller.snapshot())
     assert "masks are drawn at the first step" in waiting.summary() and waiting.picture().startswith(b"\x89PNG")
@@ -417,7 +417,7 @@ def test_the_report_tells_every_parameter_and_the_churn() -> None:
     assert report.picture().startswith(b"\x89PNG")
 
 
-def test_networks_without_live_weights_are_drawn() -> None:
+def test_networks_without_live_weights_are_plotted() -> None:
     model = small_net()
     masks = {"fc.weight": torch.zeros(12, 8, dtype=torch.bool)}
     report = SparsityReport(take_snapshot(model, select(model, ["fc.weight"]), masks))

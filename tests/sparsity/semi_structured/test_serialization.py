@@ -27,7 +27,7 @@ def network(width: int = 32) -> nn.Module:
 @pytest.mark.parametrize("axis", ["channels", "im2col"])
 @pytest.mark.parametrize("method", ["magnitude", "learned"])
 def test_round_trip(tmp_path: Path, method: str, axis: str, dtype: torch.dtype) -> None:
-    """Bit for bit, from the prepared network, its controller and the converted one alike."""
+    """Bit for bit, whether saved from the prepared network, its controller or the converted network."""
     model = network().to(dtype)
     with torch.no_grad():
         model[2].weight[0, 0] = torch.nan
@@ -50,7 +50,7 @@ def test_round_trip(tmp_path: Path, method: str, axis: str, dtype: torch.dtype) 
     assert [file.name for file in sorted(tmp_path.iterdir())] == ["again.safetensors", "network.safetensors"]
 
 
-def test_what_is_in_a_file(tmp_path: Path) -> None:
+def test_contents_of_a_file(tmp_path: Path) -> None:
     model = network()
     ss.prepare(model)
     path = ss.save_sparse(model, tmp_path / "network.safetensors")
@@ -98,7 +98,7 @@ def test_a_file_of_another_type_is_refused(tmp_path: Path) -> None:
         ss.load_sparse(network(), ss.save_sparse(model, tmp_path / "network.safetensors"))
 
 
-def test_files_that_are_no_such_file(tmp_path: Path) -> None:
+def test_other_files_are_refused(tmp_path: Path) -> None:
     model = network()
     with pytest.raises(CheckpointError, match="there is no file"):
         ss.load_sparse(model, tmp_path / "none.safetensors")
@@ -163,7 +163,7 @@ def test_errors(tmp_path: Path) -> None:
     assert not (tmp_path / "again.safetensors").exists()
 
 
-def test_a_loaded_network_remembers(tmp_path: Path) -> None:
+def test_a_loaded_network_carries_its_record(tmp_path: Path) -> None:
     model = network()
     ss.prepare(model)
     fresh = network()

@@ -1,4 +1,4 @@
-"""Which layers become 2:4, and which are refused and why."""
+"""Which layers become 2:4, and why others stay dense."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from widekernel.sparsity import semi_structured as ss
 
 
 class Doubled(nn.Linear):
-    """A subclass with a forward of its own."""
+    """A subclass with its own forward."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return 2 * super().forward(x)
@@ -59,11 +59,11 @@ def test_every_layer_is_reported() -> None:
     report = rows(ss.prepare(model, ss.SemiStructuredConfig(exclude=("skip*",))))
     assert [name for name, row in report.items() if row.masked] == ["conv", "linear", "subclass"]
     reasons = {name: row.reason for name, row in report.items()}
-    assert reasons["ours"] == reasons["depthwise"] and reasons["ours"].startswith("depthwise: one input channel")
+    assert reasons["ours"] == reasons["depthwise"] and reasons["ours"].startswith("depthwise: with one input channel")
     assert reasons["grouped"] == "grouped (2 groups)"
     assert reasons["stem"] == "too small: 3 input channels, fewer than min_in_channels=16"
     assert reasons["narrow"] == "too small: 7 output channels, fewer than min_out_channels=8"
-    assert reasons["normed"] == "its weight is parametrised already"
+    assert reasons["normed"] == "its weight is parametrized already"
     assert reasons["meta"] == "its weight has no data (meta device)" and reasons["lazy"] == "its weight has no data yet"
     assert reasons["skipped"] == "excluded"
     assert report["conv"].groups == 8 * 9 * 4 and report["conv"].shape == (8, 16, 3, 3) and 0.6 < report["conv"].kept < 0.9
@@ -114,7 +114,7 @@ def test_layers_by_name() -> None:
     model = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 16), nn.Linear(16, 16))
     report = rows(ss.prepare(model, ss.SemiStructuredConfig(layers=("0", "[2-9]"))))
     assert [row.masked for row in report.values()] == [True, False, True]
-    assert report["1"].reason == "not among the layers asked for"
+    assert report["1"].reason == "not among the selected layers"
 
 
 def test_a_network_of_one_layer() -> None:
@@ -124,9 +124,9 @@ def test_a_network_of_one_layer() -> None:
 
 
 @pytest.mark.parametrize("kind", [DepthwiseConv2d, nn.Conv2d])
-def test_depthwise_layers_asked_for_are_an_error(kind: type[nn.Conv2d]) -> None:
+def test_depthwise_layers_selected_by_name_are_an_error(kind: type[nn.Conv2d]) -> None:
     model = nn.ModuleDict({"mixer": kind(32, 32, 7, groups=32), "pw": nn.Conv2d(32, 32, 1)})
-    with pytest.raises(ArgumentError, match=r"asked for but cannot be 2:4: mixer \(depthwise"):
+    with pytest.raises(ArgumentError, match=r"selected but cannot be 2:4: mixer \(depthwise"):
         ss.prepare(model, ss.SemiStructuredConfig(layers=("mixer", "pw")))
     with pytest.raises(ArgumentError, match=r"no layer of the ModuleDict can be 2:4: mixer: depthwise.*pw: not among"):
         ss.prepare(model, ss.SemiStructuredConfig(layers=("mix*",)))
@@ -150,7 +150,7 @@ def test_errors() -> None:
     with pytest.raises(ArgumentError, match="no layer of the Sequential can be 2:4: it has no Conv2d and no Linear"):
         ss.prepare(nn.Sequential(nn.ReLU()))
     model = nn.ModuleDict({"conv": nn.Conv2d(16, 8, 3), "norm": nn.BatchNorm2d(3)})
-    with pytest.raises(ArgumentError, match=r"'conf' fits no Conv2d or Linear of the network\. Did you mean 'conv'\?"):
+    with pytest.raises(ArgumentError, match=r"'conf' matches no Conv2d or Linear of the network\. Did you mean 'conv'\?"):
         ss.prepare(model, ss.SemiStructuredConfig(layers=("conf",)))
     with pytest.raises(ArgumentError, match="'norm' is a BatchNorm2d: only Conv2d and Linear"):
         ss.prepare(model, ss.SemiStructuredConfig(layers=("norm",)))
@@ -167,7 +167,7 @@ def test_errors() -> None:
         ss.prepare(model)
 
 
-def test_a_refused_network_is_left_as_it_was() -> None:
+def test_a_refused_network_is_unchanged() -> None:
     model = nn.ModuleDict({"conv": nn.Conv2d(16, 8, 3)})
     before = model["conv"].weight.detach().clone()
     for given in (
@@ -210,8 +210,8 @@ def test_networks(name: str, method: str) -> None:
     ss.validate(plain)
 
 
-def test_standardised_weights_stay_dense() -> None:
+def test_standardized_weights_stay_dense() -> None:
     from timm.layers import StdConv2d
 
     report = rows(ss.prepare(nn.ModuleDict({"a": StdConv2d(16, 16, 3), "b": nn.Conv2d(16, 16, 3)})))
-    assert "standardises" in report["a"].reason and report["b"].masked
+    assert "standardizes" in report["a"].reason and report["b"].masked

@@ -1,4 +1,4 @@
-"""Two processes come to the same masks by themselves, and notice if they do not."""
+"""Two processes find the same masks by themselves, and notice if they do not."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = [
 
 def started(rank: int, folder: str, work: Callable[[int, Path], object]) -> None:
     torch.set_num_threads(1)
-    torch.manual_seed(1000 + rank)  # what processes draw for themselves differs
+    torch.manual_seed(1000 + rank)  # processes differ in what they draw from the global generator
     meeting = f"file://{Path(folder) / 'meeting'}"
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=timedelta(seconds=60))
     try:
@@ -69,7 +69,7 @@ def train(rank: int, growth: str, init: str) -> dict:
     for step in range(50):
         x, y = data(2 * step + rank)
         optimizer.zero_grad()
-        with model.no_sync():  # two batches a step; gradients are averaged with the second
+        with model.no_sync():  # two batches per step; gradients are averaged with the second
             nn.functional.cross_entropy(model(x), y).backward()
         nn.functional.cross_entropy(model(x.flip(0)), y.flip(0)).backward()
         optimizer.step()
@@ -91,7 +91,7 @@ def test_masks_are_equal_after_fifty_updates_without_sending_them(work, tmp_path
     assert first["names"] == second["names"] and not any(name.startswith("module.") for name in first["names"])
     for name, mask in first["masks"].items():
         assert torch.equal(mask, second["masks"][name]), name
-    # one digest and its complement at the start and at every update; scores of the first batch where it was given
+    # One digest and its complement at the start and at every update; scores of the first batch if it was given.
     digests = [(name, size) for name, size in first["sent"] if size == 16]
     assert digests == [("all_reduce", 16)] * 51
     others = [entry for entry in first["sent"] if entry[1] != 16]
@@ -131,7 +131,7 @@ def test_a_single_different_bit_is_found(tmp_path: Path) -> None:
 
 
 def sharded(rank: int, folder: Path) -> dict[str, str]:
-    """Say what happens with a sharded network: fresh, after an evaluation, sharded later, and the older wrapper."""
+    """Return the errors for a sharded network: new, after an evaluation, sharded later, and in the older wrapper."""
     from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
     def said(work: Callable[..., object], *args: object) -> str:
@@ -169,16 +169,16 @@ def plain_net() -> nn.Sequential:
     return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
 
 
-def test_sharded_networks_are_refused_for_what_they_are_whatever_was_done_before(tmp_path: Path) -> None:
+def test_sharded_networks_are_refused_as_such_whatever_was_done_before(tmp_path: Path) -> None:
     for found in in_two(tmp_path, sharded):
         assert len(found) == 5
         for name, message in found.items():
-            assert "spread over processes (FSDP, or another kind of DTensor)" in message, (name, message)
+            assert "sharded over processes (FSDP, or another kind of DTensor)" in message, (name, message)
             assert "does not train" not in message, name
 
 
 def resumed_in_the_order_of_hooks(rank: int, folder: Path) -> dict:
-    """Cut after an update; weights are loaded before the wrapper and the controller are made, masks after them."""
+    """Resume after an update; weights are loaded before wrapper and controller are made, masks after."""
 
     def make(weights: dict | None) -> tuple:
         network = small_net(seed=rank if weights is None else 5)
@@ -203,7 +203,7 @@ def resumed_in_the_order_of_hooks(rank: int, folder: Path) -> dict:
     again = make(saved[0])
     again[1].load_state_dict(saved[1])
     again[2].load_state_dict(saved[2])
-    # statistics of batches are each process's own, and the wrapper hands those of the first around
+    # Each process has its own batch statistics, and the wrapper broadcasts those of the first.
     found = {"given back": all(torch.equal(p, saved[0][n]) for n, p in again[0].module.named_parameters())}
     go(again[0], again[1], range(4, 7))
     assert controller.updates == again[2].updates == 3
@@ -211,6 +211,6 @@ def resumed_in_the_order_of_hooks(rank: int, folder: Path) -> dict:
     return found
 
 
-def test_a_run_of_two_goes_on_in_the_order_of_hooks(tmp_path: Path) -> None:
+def test_a_run_of_two_processes_resumes_in_the_order_of_hooks(tmp_path: Path) -> None:
     for found in in_two(tmp_path, resumed_in_the_order_of_hooks):
         assert found == {"given back": True, "went on": True}

@@ -22,7 +22,7 @@ SIZES = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.int8: to
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(0, 5), max_size=40))
-def test_three_choices_a_byte(choices: list[int]) -> None:
+def test_three_choices_per_byte(choices: list[int]) -> None:
     tensor = torch.tensor(choices, dtype=torch.uint8)
     packed = pack_choices(tensor)
     assert packed.numel() == -(-len(choices) // 3) and packed.dtype == torch.uint8
@@ -35,12 +35,12 @@ def test_packing_is_base_six_first_choice_lowest() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8])
 def test_every_bit_pattern_survives(dtype: torch.dtype) -> None:
-    """All kinds of NaN, signalling ones too, infinities, denormals and negative zeros."""
+    """All kinds of NaN, including signaling ones, infinities, denormals and negative zeros."""
     size = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[torch.empty((), dtype=dtype).element_size()]
     limits = torch.iinfo(size)
     bits = torch.randint(limits.min, limits.max, (64, 32, 2), dtype=size)
     if dtype == torch.float32:
-        bits[0, :, 0] = 0x7F800001 + torch.arange(32)  # signalling NaNs
+        bits[0, :, 0] = 0x7F800001 + torch.arange(32)  # signaling NaNs
         bits[1, :, 0] = -0x80000000  # -0
     values = bits.view(dtype).reshape(-1, 2)
     choices = torch.randint(0, 6, (values.shape[0],), dtype=torch.uint8)
@@ -50,7 +50,7 @@ def test_every_bit_pattern_survives(dtype: torch.dtype) -> None:
     assert torch.equal(unpack_choices(packed, choices.numel()), choices)
 
 
-def test_sizes_are_what_they_should_be() -> None:
+def test_encoded_sizes() -> None:
     weight = torch.randn(768, 768)
     weight *= ss.magnitude_mask(weight)
     values, packed = encode(weight, mask_to_choices(weight))
@@ -58,7 +58,7 @@ def test_sizes_are_what_they_should_be() -> None:
     assert packed.numel() * 8 / weight.numel() == pytest.approx(2 / 3, rel=1e-3), "bits a weight"
 
 
-def test_what_is_not_kept_must_be_zero() -> None:
+def test_weights_outside_the_choices_must_be_zero() -> None:
     weight = torch.randn(4, 8)
     with pytest.raises(ArgumentError, match="16 weights that the choices do not keep are not zero"):
         encode(weight, magnitude_choices(weight))
@@ -107,8 +107,8 @@ def test_torch_converter_changes_the_bits_of_some_nans() -> None:
     assert torch.equal(as_bits(decoded), as_bits(weight))
 
 
-def test_torch_converter_loses_what_validation_finds() -> None:
-    """Why every exporter validates: the converter keeps two of three and says nothing."""
+def test_torch_converter_loses_weights_that_validation_finds() -> None:
+    """So every exporter validates first: the converter silently keeps two of three."""
     weight = torch.zeros(32, 64, dtype=torch.float16)
     weight[5, :3] = 1
     again = sparse_semi_structured_to_dense_cutlass(*sparse_semi_structured_from_dense_cutlass(weight))

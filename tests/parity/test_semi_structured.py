@@ -67,7 +67,7 @@ class Case:
         return layer
 
     def official_state(self) -> dict[str, Tensor]:
-        """The layer as the official code stores it, as part of a network that calls it `0`."""
+        """Return the layer as the official code stores it, as layer `0` of a network."""
         state = {}
         for key, shape, _ in self.info["keys"]:
             if key.startswith(("Ws.", "bs.")) or key in ("W", "b"):
@@ -87,12 +87,12 @@ class Case:
         return torch.block_diag(*padded) if key == "W" else padded[int(key[3:])]
 
     def padded_mask(self, mask: Tensor) -> Tensor:
-        """A (G, 4) mask as the official array (groups, out, in), padding included."""
+        """Return a (G, 4) mask as the official array (groups, out, in), including padding."""
         return mask.reshape(self["mask"].shape)
 
 
 def run(case: Case) -> dict[str, Tensor]:
-    """Our masked convolution, forward and backward, with the given logits and noise."""
+    """Run our masked convolution forward and backward with the given logits and noise."""
     layer = case.layer()
     shape, groups = layer.weight.shape, case.groups
     logits = case["choice_weights"].clone().requires_grad_()
@@ -127,7 +127,7 @@ def test_layers(shared: Path, golden: Path, name: str) -> None:
 
 
 def compare_weight_gradient(case: Case, ours: Tensor) -> None:
-    """The stored array is the first matrix, which is the first group or the whole block-diagonal."""
+    """Compare with the stored array: the first matrix, which is the first group or the whole block-diagonal."""
     stored = case["grad_W0"]
     parts = ours.reshape(case.groups, ours.shape[0] // case.groups, -1)
     rows, columns = parts.shape[1:]
@@ -148,7 +148,7 @@ def test_blocked_depthwise_differs_as_documented(shared: Path, golden: Path) -> 
     assert difference == pytest.approx(case.info["max_abs_diff_vs_masked_conv"], abs=1e-4)
     layer = case.layer()
     by_hand = F.conv2d(case["x"], layer.weight.detach() * ours["mask"], layer.bias.detach(), padding=3, groups=4)
-    # 49 products at most are added up, in an order that is each kernel's own
+    # At most 49 products are added, in an order that depends on the kernel.
     bound = (
         49
         * torch.finfo(torch.float32).eps
@@ -180,7 +180,7 @@ def test_layer_without_masks(shared: Path, golden: Path) -> None:
 
 @pytest.mark.parametrize("name", [name for name in LAYERS if name != "odd_noaug"])
 def test_layers_load(shared: Path, golden: Path, name: str) -> None:
-    """Every official form of a layer gives back weight, bias and choice weights; blocked, grouped and padded ones too."""
+    """Weight, bias and choice weights are restored from every official form: blocked, grouped and padded too."""
     case = Case(shared, golden, name)
     reference, model = nn.Sequential(case.layer()), nn.Sequential(case.layer())
     for parameter in model.parameters():
@@ -235,14 +235,14 @@ def test_padding_rule(golden: Path) -> None:
 
 
 def network(name: str) -> nn.Module:
-    """Torchvision's network."""
+    """Return torchvision's network."""
     from torchvision import models
 
     return getattr(models, {"convnext_T": "convnext_tiny"}.get(name, name.removesuffix("_blocked")))(weights=None)
 
 
 def with_masks(model: nn.Module, masks: ss.OfficialMasks, noise: dict[str, Tensor] | None) -> nn.Module:
-    """Put a network's official masks on: the most probable ones, or those that given noise picks."""
+    """Apply a network's official masks: the most probable ones, or those that given noise selects."""
     if noise is None:
         ss.prepare(model, ss.SemiStructuredConfig(axis="im2col"), choices=masks.choices)
         return ss.convert(model)
@@ -364,7 +364,7 @@ def test_zero_bias_of_groups(shared: Path, golden: Path) -> None:
 
 
 def as_official(model: nn.Module, names: list[str], blocked: bool) -> dict[str, Tensor]:
-    """A network's state dict in the official layout, with random choice weights."""
+    """Return a network's state dict in the official layout, with random choice weights."""
     state: dict[str, Tensor] = {}
     for key, value in model.state_dict().items():
         prefix, _, last = key.rpartition(".")
@@ -385,7 +385,7 @@ def as_official(model: nn.Module, names: list[str], blocked: bool) -> dict[str, 
 @pytest.mark.parametrize("blocked", [False, True])
 @pytest.mark.parametrize("name", ["resnet34", "convnext_small"])
 def test_larger_networks_load(name: str, blocked: bool) -> None:
-    """No reference numbers exist for these two; what is loaded is what was written."""
+    """No reference numbers exist for these two, so the loaded values are compared with the written ones."""
     stems = ["conv1", *(f"layer{i}.0.downsample.0" for i in (2, 3, 4))]
     names = stems if name == "resnet34" else ["features.0.0", *(f"features.{i}.1" for i in (2, 4, 6))]
     written, model = network(name).eval(), network(name).eval()
@@ -428,7 +428,7 @@ def test_another_network_is_refused(shared: Path) -> None:
 
 
 def test_weights_between_groups(shared: Path, golden: Path) -> None:
-    """Masked, they are never used and dropped; without masks the layer is no grouped convolution any more."""
+    """With masks they are never used, and dropped; without masks the layer is not a grouped convolution."""
     case = Case(shared, golden, "grouped_blocked")
     state = case.official_state()
     state["0.W"][0, -1] = 3.0

@@ -1,4 +1,4 @@
-"""What settings are refused, and which parameters are masked."""
+"""Settings that are refused, and parameters that are masked."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_wrong_settings_are_refused(settings: dict, message: str) -> None:
 
 
 @pytest.mark.parametrize("settings", [{"prune_schedule": "cosine"}, {"initial_sparsity": 0.1}])
-def test_schedules_need_to_know_when_training_ends(settings: dict) -> None:
+def test_schedules_need_the_length_of_the_training(settings: dict) -> None:
     model = small_net()
     with pytest.raises(ArgumentError, match="set total_steps"):
         DynamicSparsity(model, torch.optim.SGD(model.parameters(), 0.1), quick(**settings))
@@ -78,10 +78,10 @@ def test_published_settings() -> None:
     assert published_slak(0.4, prune_fraction=0.5).prune_fraction == 0.5
 
 
-# -- what is masked ----------------------------------------------------------------------------------------------------
+# -- selection ---------------------------------------------------------------------------------------------------------
 
 
-def test_every_parameter_has_an_answer() -> None:
+def test_every_parameter_is_listed_with_a_reason() -> None:
     model = small_net()
     choices = {choice.name: choice for choice in select(model, "all")}
     assert list(choices) == [name for name, _ in model.named_parameters()]
@@ -127,7 +127,7 @@ def test_nothing_to_mask_is_an_error() -> None:
         DynamicSparsity(net, torch.optim.SGD(net.parameters(), 0.1), quick(block="semi_structured"))
 
 
-def test_patterns_that_cannot_be_met_are_errors() -> None:
+def test_patterns_that_match_nothing_maskable_are_errors() -> None:
     model = small_net()
     model.fc.requires_grad_(False)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -160,7 +160,7 @@ def test_shared_parameters_are_an_error() -> None:
     assert set(DynamicSparsity(model, optimizer, quick(exclude=["a.weight"])).masks) == {"c.weight"}
 
 
-def test_a_foreign_optimizer_is_an_error() -> None:
+def test_an_optimizer_of_another_network_is_an_error() -> None:
     model = small_net()
     with pytest.raises(ArgumentError, match=r"does not train 8 of the 8 masked parameters, such as stem\.weight"):
         DynamicSparsity(model, torch.optim.SGD(small_net().parameters(), 0.1), quick())

@@ -1,4 +1,4 @@
-"""Arguments that are of the wrong kind, and names as users write them: one error each, which says what to give."""
+"""Arguments of the wrong kind: each raises an error that says what to give; and names as users write them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_module_stands_for_its_parameters() -> None:
         select(small_net(), ["head.fc"])
 
 
-def test_excluding_everything_is_named() -> None:
+def test_excluding_everything_is_an_error() -> None:
     with pytest.raises(ArgumentError, match=r"exclude=\['\*'\] leaves nothing .* names 8 parameters that could be"):
         select(small_net(), "all", ["*"])
     with pytest.raises(ArgumentError, match=r"exclude=\['fc'\] leaves nothing .* names 1 param"):
@@ -70,7 +70,7 @@ def test_batches_of_the_wrong_kind(batch, message: str) -> None:
         controlled(quick(init="snip"), batch=batch)
 
 
-def test_probabilities_and_other_losses_are_taken() -> None:
+def test_class_probabilities_and_other_losses_are_accepted() -> None:
     images, _ = data(0)
     assert controlled(quick(init="snip"), batch=(images, torch.full((4, 4), 0.25)))[2].masks
     other = torch.nn.functional.mse_loss

@@ -1,4 +1,4 @@
-"""What holds after every step of every kind of sparse training."""
+"""Invariants that hold after every step of every kind of sparse training."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def configs(draw: st.DrawFn) -> DynamicSparsityConfig:
 
 
 class Spy:
-    """The rule, remembering the masks and weights that an update ranked."""
+    """The exact rule, which records the masks and weights that an update ranked."""
 
     allocate_densities, draw_masks = staticmethod(exact.allocate_densities), staticmethod(exact.draw_masks)
 
@@ -84,11 +84,11 @@ def check_counts(controller: DynamicSparsity, step: int) -> None:
 
 
 def check_moves(controller: DynamicSparsity, former: dict, weights: dict) -> None:
-    """The removed are the smallest; what survives has not grown."""
+    """Check that the removed blocks are the smallest, and that as many have grown."""
     state = controller._state
     for group in state.groups:
         if len(group.names) > 1 and not group.always_shared:
-            continue  # their masks may have differed before, so that the shared ranking is among more than one's own
+            continue  # their masks may have differed before, so the shared ranking includes blocks of the others
         before = group.blocks[0].live(former[group.names[0]])
         after = group.blocks[0].live(state.masks[group.names[0]])
         scores = state.block_magnitudes(group, weights)
@@ -100,7 +100,7 @@ def check_moves(controller: DynamicSparsity, former: dict, weights: dict) -> Non
         if controller.config.initial_sparsity is None:
             assert int(removed.sum()) == int(grown.sum())
         else:
-            # Rounding may give a layer one more while the network gets sparser.
+            # Through rounding a layer may get one block more while the network becomes sparser.
             assert int(removed.sum()) >= int(grown.sum()) - 1
         if controller.config.regrow:
             continue
@@ -169,7 +169,7 @@ def test_packing_is_invertible(shape: tuple[int, ...], seed: int) -> None:
     layers=st.dictionaries(st.text("abc", min_size=1, max_size=3), shapes, min_size=1, max_size=6),
     density=st.floats(1e-3, 1.0),
 )
-def test_erk_densities_are_shares_and_add_up(layers: dict, density: float) -> None:
+def test_erk_densities_are_valid_and_add_up(layers: dict, density: float) -> None:
     found = erk_densities(layers, density)
     total = sum(math.prod(shape) for shape in layers.values())
     kept = sum(found[name] * math.prod(shape) for name, shape in layers.items())
@@ -207,7 +207,7 @@ def test_smallest_and_largest_take_ties_by_position(values: list[int], data: st.
 
 @settings(max_examples=200, deadline=None)
 @given(shape=st.tuples(*[st.integers(1, 7)] * 4), tile=st.tuples(*[st.integers(1, 4)] * 2), seed=st.integers(0, 99))
-def test_blocks_cut_every_weight_once(shape: tuple[int, ...], tile: tuple[int, int], seed: int) -> None:
+def test_every_weight_is_in_one_block(shape: tuple[int, ...], tile: tuple[int, int], seed: int) -> None:
     grid = [-(-side // size) for side, size in zip(shape[2:], tile)]
     for blocks in (
         Blocks(shape, shape[0] * shape[1] * math.prod(grid), tile),
@@ -221,7 +221,7 @@ def test_blocks_cut_every_weight_once(shape: tuple[int, ...], tile: tuple[int, i
         assert mask.shape == shape
         assert torch.equal(blocks.live(mask), alive)
         assert int(mask.sum()) == int(blocks.sizes()[alive].sum())
-        # every block has the sum of its own weights
+        # Every block has the sum of its own weights.
         numbered = torch.rand(shape, dtype=torch.float64)
         one = torch.zeros(blocks.count, dtype=torch.bool)
         one[seed % blocks.count] = True
@@ -240,7 +240,7 @@ def test_schedules_are_monotone_and_end_exactly(config: DynamicSparsityConfig) -
 
 
 @pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
-def test_density_one_is_plain_training(optimizer: str) -> None:
+def test_density_one_is_dense_training(optimizer: str) -> None:
     model, made, controller = controlled(
         DynamicSparsityConfig(sparsity=0.0, init="uniform", growth="gradient", update_interval=2), optimizer
     )
@@ -264,7 +264,7 @@ def test_every_output_keeps_its_least_fan_in(init: str) -> None:
 
 
 @pytest.mark.parametrize("growth", ["random", "gradient", "momentum"])
-def test_two_of_four_holds_through_training(growth: str) -> None:
+def test_semi_structured_masks_hold_through_training(growth: str) -> None:
     config = DynamicSparsityConfig(sparsity=0.5, block="semi_structured", init="magnitude", growth=growth, update_interval=2)
     model, optimizer, controller = controlled(config)
     assert set(controller.masks) == {"fc.weight", "head.weight"}  # the others have 1 or 3 input channels
@@ -280,8 +280,8 @@ def test_two_of_four_holds_through_training(growth: str) -> None:
 
 
 @pytest.mark.parametrize("init", ["magnitude", "uniform", "from_weights"])
-def test_two_of_four_of_channels_that_are_no_multiple_of_four(init: str) -> None:
-    """Two of the last, incomplete group live too, and they move like the others."""
+def test_semi_structured_masks_of_channels_that_are_not_a_multiple_of_four(init: str) -> None:
+    """Two weights of the last, incomplete group are live too, and they move like the others."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Conv2d(7, 6, 3, padding=1), torch.nn.Flatten(), torch.nn.Linear(600, 4))
