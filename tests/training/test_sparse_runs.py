@@ -17,6 +17,7 @@ from widekernel.tasks.config import ModelConfig, TrainConfig
 from widekernel.training import CheckpointConfig, EmaConfig, LoopConfig, RunFolder, RunFolderError, ScheduleConfig
 from widekernel.training.config import SparsityConfig
 from widekernel.training.metrics_log import read_metrics
+from widekernel.training.sparsification import restore_learned
 
 
 def dynamic(**settings) -> SparsityConfig:
@@ -130,6 +131,28 @@ def test_runs_from_before_sparsity_resume(tmp_path) -> None:
     state = resumed.store.load_latest()
     del state["sparsity"]
     resumed.load_state(state)
+
+
+def test_runs_of_version_0_4_resume(tmp_path) -> None:
+    """They call semi-structured sparsity 2:4, in the settings and in the training states."""
+    config = config_of(tmp_path / "old", "semi_structured", 1)
+    with pytest.raises(Killed):
+        make_trainer(config, reporter=KillAt(3)).run()
+    file = RunFolder(tmp_path / "old").config
+    text = file.read_text()
+    assert text.count("method: semi_structured") == 1
+    file.write_text(text.replace("method: semi_structured", "method: '2:4'"))
+    resumed = make_trainer(config)
+    state = resumed.store.load_latest()
+    assert state["sparsity"]["kind"] == "semi_structured"
+    state["sparsity"]["kind"] = "2:4"
+    resumed.load_state(state)
+    assert resumed.progress.step == 2
+    settings = config.to_dict()
+    old = {**settings, "sparsity": {**settings["sparsity"], "method": "2:4"}}
+    RunFolder(tmp_path / "old").check_own({"settings": old}, settings)
+    plain = restore_learned(TinyNet(), state["model"], state["sparsity"])
+    assert list(plain.state_dict()) == list(TinyNet().state_dict())
 
 
 def test_masks_from_a_file(tmp_path) -> None:

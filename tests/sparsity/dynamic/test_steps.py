@@ -106,7 +106,7 @@ def test_old_gradients_draw_no_masks_before_a_closure() -> None:
 
 @pytest.mark.parametrize("way", ["alone", "closure"])
 def test_a_step_without_gradients_draws_no_masks(way: str) -> None:
-    """A step before the first backward pass, which some loops make for a scheduler, has no gradients to score weights with."""
+    """Some loops make a step before the first backward pass, for a scheduler: there are no gradients to score weights with."""
     model, optimizer, controller = controlled(quick(init="snip"), "sgd")
     optimizer.step() if way == "alone" else optimizer.step(lambda: None)
     assert controller.masks == {} and controller.active() == sum(p.numel() for p in controller._state.parameters.values())
@@ -176,9 +176,8 @@ class Wrapper:
         result = self.optimizer.step(closure)
         for group in self.param_groups:
             for parameter in group["params"]:
-                parameter.data.copy_(
-                    parameter.data * self.factor + (self.factor != 1.0)
-                )  # PyTorch does not count this write
+                # PyTorch does not count this write.
+                parameter.data.copy_(parameter.data * self.factor + (self.factor != 1.0))
         return result
 
 
