@@ -106,7 +106,7 @@ def test_old_gradients_draw_no_masks_before_a_closure() -> None:
 
 @pytest.mark.parametrize("way", ["alone", "closure"])
 def test_a_step_without_gradients_draws_no_masks(way: str) -> None:
-    """Some loops make a step before the first backward pass, for a scheduler: there are no gradients to score weights with."""
+    """Some loops step before the first backward pass, for a scheduler: there are no gradients to score weights with."""
     model, optimizer, controller = controlled(quick(init="snip"), "sgd")
     optimizer.step() if way == "alone" else optimizer.step(lambda: None)
     assert controller.masks == {} and controller.active() == sum(p.numel() for p in controller._state.parameters.values())
