@@ -21,17 +21,15 @@ from widekernel.sparsity.dynamic.masked_parameters import masked_parameters, sel
 from widekernel.sparsity.dynamic.optimizer_utils import (
     check_trained,
     clear_moments,
-    closure_of,
     inner_optimizer,
     keeps_zeros,
-    overflowed,
-    with_closure,
 )
 from widekernel.sparsity.dynamic.processes import check_equal
 from widekernel.sparsity.dynamic.removed_weights import RemovedWeights
 from widekernel.sparsity.dynamic.rules import exact, published
 from widekernel.sparsity.dynamic.serialization import ControllerState, check_settings, names_left_dense, settings_in_masks
 from widekernel.sparsity.dynamic.state import MaskState
+from widekernel.sparsity.dynamic.step_hooks import Outcome, StepHooks, owners_of
 from widekernel.sparsity.dynamic.tamper_checks import TamperChecks
 from widekernel.sparsity.dynamic.topology import move_masks
 from widekernel.sparsity.dynamic.unseen_training import UnseenTraining
@@ -119,7 +117,7 @@ class DynamicSparsity:
         self.grown: dict[str, int] = {}
         self._gradients = MaskedGradients(self._state)
         self._removed: RemovedWeights | None = None  # until the next step
-        self._in_step = False
+        self._hooks: StepHooks | None = None
         self._pending = masks is None and self.config.init in ("snip", "snip_mask")
         self._unseen = UnseenTraining(parameters)
         if masks is not None:
@@ -129,11 +127,15 @@ class DynamicSparsity:
             self._draw({name: parameter.detach().abs() for name, parameter in parameters.items()})
         elif batch is not None:
             self._draw(snip_scores(self._model, parameters, batch, loss))
-        self._hooks = [
-            self.optimizer.register_step_pre_hook(self._before_step),
-            self.optimizer.register_step_post_hook(self._after_step),
-            self.optimizer.register_load_state_dict_post_hook(lambda _: self._checks.repeat()),
-        ]
+        self._hooks = StepHooks(
+            self.optimizer,
+            self,
+            self._before_step,
+            before_closure=self._gradients.drop_dense,
+            after_closure=self._mask_gradients_of_step,
+            after=self._after_step,
+        )
+        self._load_hook = self.optimizer.register_load_state_dict_post_hook(lambda _: self._checks.repeat())
 
     choices = renamed_attribute("choices", "selection")
     moved = renamed_attribute("moved", "grown")
@@ -168,8 +170,9 @@ class DynamicSparsity:
     def remove(self) -> None:
         """Remove the hooks from the optimizer: from now on the network trains densely."""
         self._unseen.stop()
-        for hook in self._hooks:
-            hook.remove()
+        self._load_hook.remove()
+        if self._hooks is not None:
+            self._hooks.remove()
 
     def state_dict(self) -> dict[str, Any]:
         """Return masks (bit-packed), counters and what else an exact resume needs, as tensors and plain containers.
@@ -277,15 +280,11 @@ class DynamicSparsity:
         if not self._checks.done:
             self._check_before_step()
 
-    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if overflowed(optimizer):
-            return None
-        self._in_step, has_closure = True, closure_of(args, kwargs) is not None
+    def _before_step(self, has_closure: bool) -> None:
         self._check_before_step()
         # A closure will compute the gradients of this step: present ones may be old, so no masks are drawn from them.
         if not (has_closure and self._pending):
             self._mask_gradients_of_step()
-        return with_closure(args, kwargs, self._gradients.drop_dense, self._mask_gradients_of_step) if has_closure else None
 
     def _check_before_step(self) -> None:
         """Raise if something has undone the masks since the last step, and drop the weights that they removed."""
@@ -300,14 +299,12 @@ class DynamicSparsity:
             for name, parameter in self._state.parameters.items():
                 clear_moments(self.optimizer, parameter, self._state.masks[name])
 
-    @torch.no_grad()
-    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _after_step(self, outcome: Outcome) -> None:
         self._unseen.acknowledge()
-        if overflowed(optimizer):
+        if outcome == "skipped":
             self._gradients.drop_dense()
             return
-        repeated, self._in_step = not self._in_step, False
-        if repeated:  # a class's step calls that of its base class, and both call the hooks
+        if outcome == "repeated":
             self._keep_masked()
             return
         self.step += 1
@@ -378,9 +375,10 @@ class DynamicSparsity:
         """Put the masks in force."""
         self._pending = False
         self._unseen.stop()
-        if self._in_step:
+        in_step = self._hooks is not None and self._hooks.in_step
+        if in_step:
             self._checks.check_first_masks()
-        self._removed = None if self._in_step else RemovedWeights(self._masked_tensors())
+        self._removed = None if in_step else RemovedWeights(self._masked_tensors())
         self.apply_masks()
         check_equal(self._state.masks)
 
@@ -390,8 +388,7 @@ class DynamicSparsity:
 
 def _check_only_controller(optimizer: Optimizer, names: set[str]) -> None:
     """Raise if another controller masks the same parameters through this optimizer."""
-    for hook in optimizer._optimizer_step_pre_hooks.values():
-        other = getattr(hook, "__self__", None)
+    for other in owners_of(optimizer):
         if isinstance(other, DynamicSparsity) and (both := sorted(names & set(other._state.parameters))):
             raise ArgumentError(
                 f"{both[0]} is masked by another DynamicSparsity of this optimizer already: call its remove() first, or "

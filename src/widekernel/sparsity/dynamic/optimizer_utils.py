@@ -1,8 +1,8 @@
-"""Access to the optimizer whose steps hold the masks: inside wrappers, with closures, and its moments."""
+"""Access to the optimizer whose steps keep the masks: inside wrappers, and its moments."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from widekernel.sparsity.selection import SHARDED, is_sharded
 _KEEP_ZEROS = {getattr(torch.optim, name) for name in ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "Adagrad")}
 # Libraries whose wrappers pass a step on and change no weights themselves.
 _TRUSTED = ("accelerate", "lightning", "lightning_fabric", "pytorch_lightning")
-_MARK = "_widekernel_masks_of"
 
 
 def inner_optimizer(optimizer: Any) -> tuple[Optimizer, bool]:
@@ -59,40 +58,6 @@ def check_trained(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) 
 def keeps_zeros(optimizer: Optimizer) -> bool:
     """Return whether a weight that is zero, with gradient and moments, stays zero under this optimizer."""
     return type(optimizer) in _KEEP_ZEROS
-
-
-def overflowed(optimizer: Optimizer) -> bool:
-    """Return whether a gradient scaler has told a fused optimizer to skip this step."""
-    found = getattr(optimizer, "found_inf", None)
-    return found is not None and bool(found)
-
-
-def closure_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[[], Any] | None:
-    """Return the closure among the arguments of a step, of which the first is the optimizer; None without."""
-    found = args[1] if len(args) > 1 else kwargs.get("closure")
-    return found if callable(found) else None
-
-
-def with_closure(
-    args: tuple[Any, ...], kwargs: dict[str, Any], before: Callable[[], None], after: Callable[[], None]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments of a step with `before` and `after` called around each call of its closure.
-
-    A closure that was wrapped already, by the step of a subclass, is not wrapped again.
-    """
-    closure = closure_of(args, kwargs)
-    assert closure is not None, "a step with a closure"
-    if getattr(closure, _MARK, None) == after:
-        return args, kwargs
-
-    def masked() -> Any:
-        before()
-        result = closure()
-        after()
-        return result
-
-    setattr(masked, _MARK, after)
-    return ((args[0], masked, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": masked})
 
 
 @torch.no_grad()
