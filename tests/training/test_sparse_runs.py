@@ -150,7 +150,8 @@ def test_runs_of_version_0_4_resume(tmp_path) -> None:
     assert resumed.progress.step == 2
     settings = config.to_dict()
     old = {**settings, "sparsity": {**settings["sparsity"], "method": "2:4"}}
-    RunFolder(tmp_path / "old").check_own({"settings": old}, settings)
+    for other in (old, settings):
+        RunFolder(tmp_path / "old").check_own({"settings": old}, other)
     plain = restore_learned(TinyNet(), state["model"], state["sparsity"])
     assert list(plain.state_dict()) == list(TinyNet().state_dict())
 

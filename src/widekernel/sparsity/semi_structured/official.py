@@ -6,18 +6,16 @@ with `choice_weights` (quadruplets · groups, 6) and the table `masking_patterns
 
 from __future__ import annotations
 
-import argparse
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from widekernel.errors import CheckpointError
+from widekernel.safe_pickle import RefusedError, unpickle
 from widekernel.sparsity.semi_structured.eligibility import Layer, conv_groups, layers_of
 from widekernel.sparsity.semi_structured.grouping import Axis, group_count, matrix_shape
 from widekernel.sparsity.semi_structured.patterns import pattern_table
@@ -232,13 +230,8 @@ def _load(path: Path) -> Any:
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint at {path}")
     try:
-        if path.suffix == ".safetensors":
-            return read_tensors(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the scripts keep their command line in the file
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} is damaged, or holds more than tensors and could run code; it was not opened"
-        ) from error
-    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:
+        return read_tensors(path) if path.suffix == ".safetensors" else unpickle(path)
+    except RefusedError as error:
+        raise CheckpointError(f"{path} holds more than tensors and could run code; it was not opened ({error})") from error
+    except Exception as error:  # damaged bytes can make torch.load raise anything
         raise CheckpointError(f"{path} is damaged, cut off or not a checkpoint ({error}): fetch it again") from error
