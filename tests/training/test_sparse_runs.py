@@ -1,4 +1,4 @@
-"""Sparse training by the loop: masks in training states, resumed bit for bit, and what a run leaves behind."""
+"""Sparse training by the loop: masks in training states, exact resumption, and the files of a run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def learned() -> SparsityConfig:
 
 
 def settings_of(kind: str, accumulate: int) -> dict:
-    """30 steps and a bit more, under bf16 autocast."""
+    """Return settings of a run of 30 to 36 steps under bf16 autocast."""
     batch = 4 if accumulate == 1 else 2
     per_epoch = 42 // batch // accumulate
     return {
@@ -44,7 +44,7 @@ def settings_of(kind: str, accumulate: int) -> dict:
 
 
 def config_of(folder, kind: str, accumulate: int) -> TrainConfig:
-    # the tiny network is built by the tests, so that a file to start from is only named
+    # The tests build the tiny network themselves, so the file to start from need not exist.
     return make_config(folder, model=ModelConfig(weights="given"), **settings_of(kind, accumulate))
 
 
@@ -52,8 +52,8 @@ CASES = [("dynamic", 1), ("dynamic", 3), ("semi_structured", 1)]
 
 
 @pytest.mark.parametrize(("kind", "accumulate"), CASES, ids=lambda value: str(value))
-def test_cut_at_every_step_and_resumed(kind: str, accumulate: int, tmp_path) -> None:
-    """The run dies after every single step and goes on in a new trainer, for all of its steps."""
+def test_resuming_after_every_step_is_exact(kind: str, accumulate: int, tmp_path) -> None:
+    """The run stops after every single step and is resumed by a new trainer."""
     whole = make_trainer(config_of(tmp_path / "whole", kind, accumulate))
     whole.run()
     assert whole.progress.step >= 30
@@ -61,7 +61,7 @@ def test_cut_at_every_step_and_resumed(kind: str, accumulate: int, tmp_path) -> 
     for step in range(1, whole.progress.step + 1):
         with pytest.raises(Killed):
             make_trainer(config, reporter=KillAt(step)).run()
-        # saved after the step before; what was done since is done again
+        # The state is that of the step before; the last step is repeated.
         newest = make_trainer(config).store.load_latest()
         assert (newest["progress"]["step"] if newest else 0) == step - 1
         resumed = make_trainer(config, reporter=KillAt(step + 1))
@@ -76,7 +76,7 @@ def test_cut_at_every_step_and_resumed(kind: str, accumulate: int, tmp_path) -> 
     assert read_metrics(last.around.folder.metrics) == read_metrics(whole.around.folder.metrics)
 
 
-def test_what_a_sparse_step_does(tmp_path) -> None:
+def test_masks_hold_and_move_during_a_run(tmp_path) -> None:
     trainer = make_trainer(config_of(tmp_path, "dynamic", 3))
     trainer.run()
     controller = trainer.sparsity.controller
@@ -106,7 +106,7 @@ def test_learned_masks_leave_the_weights_and_move_the_logits(tmp_path) -> None:
     assert read_metrics(trainer.around.folder.metrics)[-1]["mask_entropy"] > 0
 
 
-def test_a_run_does_not_change_its_kind(tmp_path) -> None:
+def test_a_run_cannot_change_its_sparsity(tmp_path) -> None:
     config = config_of(tmp_path, "dynamic", 3)
     with pytest.raises(Killed):
         make_trainer(config, reporter=KillAt(3)).run()
@@ -170,7 +170,7 @@ def test_masks_from_a_file(tmp_path) -> None:
         make_trainer(replace(config_of(tmp_path / "c", "dynamic", 3), sparsity=missing))
 
 
-def test_settings_that_do_not_go_together(tmp_path) -> None:
+def test_settings_that_contradict_each_other(tmp_path) -> None:
     with pytest.raises(ConfigError, match="none, dynamic or semi_structured"):
         SparsityConfig("dynamics")
     with pytest.raises(ConfigError, match="use method dynamic"):
@@ -185,7 +185,7 @@ def test_settings_that_do_not_go_together(tmp_path) -> None:
         make_trainer(replace(config_of(tmp_path, "dynamic", 1), sparsity=dynamic(layers=["nothing*"])))
 
 
-def test_what_a_run_states_about_sparsity(tmp_path) -> None:
+def test_sparsity_settings_that_a_run_saves(tmp_path) -> None:
     dense = make_config(tmp_path).to_dict()
     assert dense["sparsity"] == {"method": "none"}
     assert set(make_config(tmp_path, sparsity=dynamic()).to_dict()["sparsity"]) == {"method", "dynamic", "masks"}

@@ -29,7 +29,7 @@ def erk_densities(shapes: Mapping[str, Sequence[int]], density: float) -> dict[s
     raw = {name: sum(shape) / sizes[name] for name, shape in shapes.items()}
     dense: set[str] = set()
     while len(dense) < len(shapes):
-        # What the layers that are not dense may keep, per unit of their raw density.
+        # The density of the layers that are not dense, per unit of their raw density.
         left = sum(size * density if name not in dense else -size * (1 - density) for name, size in sizes.items())
         scale = left / sum(raw[name] * sizes[name] for name in shapes if name not in dense)
         largest = max(raw[name] for name in shapes if name not in dense)

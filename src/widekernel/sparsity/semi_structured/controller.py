@@ -254,7 +254,7 @@ def apply_learned_mask(layer: nn.Module) -> None:
     parametrized.eval()
     with torch.no_grad():
         weight = nn.Parameter(layer.weight.detach(), requires_grad=parametrized["weight"].original.requires_grad)  # type: ignore[operator,union-attr,arg-type]
-    # torch's remove_parametrizations deletes an attribute of the class, which copies of the layer share.
+    # torch's remove_parametrizations is not used: it deletes an attribute of the class, which copies of the layer share.
     layer.__class__ = type(layer).__bases__[0]
     del layer._modules["parametrizations"]
     rest = dict(layer._parameters)
