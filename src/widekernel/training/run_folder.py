@@ -11,6 +11,7 @@ import yaml
 
 from widekernel.errors import CheckpointError, WidekernelError
 from widekernel.files import explained, write_atomically
+from widekernel.sparsity.semi_structured.config import OLD_NAME, SEMI_STRUCTURED
 from widekernel.training.locks import exclusive
 
 LIVE_KEYS = frozenset(
@@ -265,6 +266,10 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _differing(there: dict[str, Any], now: dict[str, Any], words: tuple[str, str] = ("there", "now")) -> list[str]:
     """A line for every setting that decides what is computed and is another one."""
     saved, new = flatten(there), flatten(now)
+    for settings in (saved, new):
+        for key in ("sparsity.method", "sparsity.dynamic.block"):
+            if settings.get(key) == OLD_NAME:  # of semi-structured sparsity, in runs of version 0.4
+                settings[key] = SEMI_STRUCTURED
     if new.get("sparsity.method") == "none":
         saved.setdefault("sparsity.method", "none")  # which runs of version 0.1 do not state
     keys = sorted(key for key in saved.keys() | new.keys() if key not in LIVE_KEYS and saved.get(key) != new.get(key))
