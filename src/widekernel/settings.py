@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -56,3 +56,21 @@ def require_literals(settings: Any) -> None:
     for name, kind in get_type_hints(type(settings)).items():
         if get_origin(kind) is Literal:
             require_one_of(name, getattr(settings, name), get_args(kind))
+
+
+def flatten(settings: Mapping[str, Any], whole: Collection[str] = (), prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by dotted key, such as `optimizer.lr`.
+
+    Args:
+        settings: nested settings; an empty mapping is a value of its own, and tuples become lists.
+        whole: dotted keys of mappings that are values of their own.
+        prefix: of all keys.
+    """
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and value and key not in whole:
+            flat.update(flatten(value, whole, f"{key}."))
+        else:
+            flat[key] = list(value) if isinstance(value, tuple) else value
+    return flat

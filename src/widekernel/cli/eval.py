@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import jsonargparse
 
 from widekernel.cli.console import progress_console, results
-from widekernel.cli.options import EvalOptions, with_data_of_the_run
-from widekernel.cli.parsing import build, new_parser, parse
+from widekernel.cli.options import EvalOptions, parse_with_data_of_the_run
+from widekernel.cli.parsing import build, new_parser
 from widekernel.cli.source import add_source_arguments, loaded, source_from
 from widekernel.data.config import DataConfig
 from widekernel.training.interrupts import Interrupted
@@ -37,10 +37,8 @@ def make_parser() -> jsonargparse.ArgumentParser:
 
 def run(arguments: list[str]) -> int:
     """Evaluate what ``arguments`` name and print the figures."""
-    parser = make_parser()
-    values = parse(parser, arguments)
+    values, _ = parse_with_data_of_the_run(make_parser(), arguments)
     source = source_from(values)
-    values, _ = with_data_of_the_run(parser, arguments, values, source)
     data = build(DataConfig, values["data"])
     options = build(EvalOptions, values)
     from widekernel.cli.evaluating import evaluate_on

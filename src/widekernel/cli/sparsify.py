@@ -10,8 +10,8 @@ import jsonargparse
 
 from widekernel.cli.console import ConsoleReporter, results
 from widekernel.cli.files import output_file
-from widekernel.cli.options import EvalOptions, with_data_of_the_run
-from widekernel.cli.parsing import build, new_parser, parse
+from widekernel.cli.options import EvalOptions, parse_with_data_of_the_run
+from widekernel.cli.parsing import build, new_parser
 from widekernel.cli.source import add_source_arguments, loaded, source_from
 from widekernel.data.config import DataConfig
 from widekernel.errors import ConfigError
@@ -44,10 +44,8 @@ def make_parser() -> jsonargparse.ArgumentParser:
 
 def run(arguments: list[str]) -> int:
     """Sparsify what ``arguments`` name, save it and print what became of it."""
-    parser = make_parser()
-    values = parse(parser, arguments)
+    values, has_data = parse_with_data_of_the_run(make_parser(), arguments)
     source = source_from(values)
-    values, has_data = with_data_of_the_run(parser, arguments, values, source)
     config, learning = build(SparsifyConfig, values), build(LearningConfig, values)
     data = build(DataConfig, values["data"])
     if data != DataConfig() and not has_data:

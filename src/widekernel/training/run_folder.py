@@ -11,6 +11,7 @@ import yaml
 
 from widekernel.errors import CheckpointError, WidekernelError
 from widekernel.files import explained, write_atomically
+from widekernel.settings import flatten
 from widekernel.training.locks import exclusive
 
 LIVE_KEYS = frozenset(
@@ -249,17 +250,6 @@ class RunFolder:
         except (OSError, ValueError) as error:
             raise RunFolderError(f"{self.summary} is damaged ({error}). Delete it, and the run finishes again.") from error
         return summary
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted key; an empty mapping is a value of its own."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
-    return flat
 
 
 def _differing(there: dict[str, Any], now: dict[str, Any], words: tuple[str, str] = ("there", "now")) -> list[str]:
