@@ -14,9 +14,9 @@ from widekernel.errors import WidekernelError
 def write_atomically(
     path: Path, write: Callable[[IO[bytes]], object], before_rename: Callable[[Path], object] | None = None
 ) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, force it to disk and rename it into place.
+    """Let `write` fill a temporary file beside `path`, force it to disk and rename it into place.
 
-    ``before_rename`` sees the complete temporary file. A failed write leaves ``path`` as it was and removes the
+    `before_rename` sees the complete temporary file. A failed write leaves `path` as it was and removes the
     temporary file.
     """
 
@@ -30,9 +30,9 @@ def write_atomically(
 def replace_atomically(
     path: Path, write: Callable[[Path], object], before_rename: Callable[[Path], object] | None = None
 ) -> None:
-    """Do what ``write_atomically`` does with a ``write`` that takes the path of the temporary file.
+    """Do what `write_atomically` does with a `write` that takes the path of the temporary file.
 
-    The new file can be read and written by whom the system's defaults allow, whatever ``write`` sets. Where ``path`` is
+    The new file can be read and written by whom the system's defaults allow, whatever `write` sets. Where `path` is
     a link, the file behind it is replaced and not the link.
     """
     path = path.resolve()
@@ -55,7 +55,7 @@ def replace_atomically(
 
 
 def sync_folder(folder: Path) -> None:
-    """Force a rename in ``folder`` to disk, on systems where folders can be opened."""
+    """Force a rename in `folder` to disk, on systems where folders can be opened."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -81,7 +81,7 @@ def reason_of(error: BaseException) -> str:
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Within the block, a system error becomes a ``WidekernelError`` that names ``path`` and the reason."""
+    """Within the block, a system error becomes a `WidekernelError` that names `path` and the reason."""
     try:
         yield
     except OSError as error:

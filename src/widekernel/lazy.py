@@ -11,25 +11,27 @@ from collections.abc import Callable, Mapping
 def attach(
     package: str, where: Mapping[str, str], moved: Mapping[str, str] | None = None
 ) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
-    """Return the ``__getattr__`` and ``__dir__`` of a package.
+    """Return the `__getattr__` and `__dir__` of a package.
 
     Args:
-        package: its ``__name__``.
-        where: public name -> module that defines it. A name that is the last part of its module stands for the module; else
-            it must not be that of a submodule, which would take its place once imported.
-        moved: name that has left the package -> module that has it now; using it warns.
+        package: its `__name__`.
+        where: public name -> module that defines it. A name that is the last part of its module stands for the module; any
+            other name must differ from those of the submodules, which would take its place once they are imported.
+        moved: name that has left the package -> module that has it now, as "module", or "module:Name" if it is called
+            differently there; using it warns.
     """
     moved = moved or {}
 
     def get(name: str) -> object:
         if name in moved:
-            place = moved[name]
-            warnings.warn(f"{package}.{name} has moved: import it from {place}", FutureWarning, stacklevel=2)
-            return getattr(importlib.import_module(place), name)
+            module, _, new = moved[name].partition(":")
+            change = f"is now called {new}: import that" if new else "has moved: import it"
+            warnings.warn(f"{package}.{name} {change} from {module}", FutureWarning, stacklevel=2)
+            return getattr(importlib.import_module(module), new or name)
         if name not in where:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        module = importlib.import_module(where[name])
-        value = module if where[name] == f"{package}.{name}" else getattr(module, name)
+        defining = importlib.import_module(where[name])
+        value = defining if where[name] == f"{package}.{name}" else getattr(defining, name)
         setattr(sys.modules[package], name, value)
         return value
 

@@ -1,6 +1,6 @@
-"""Where the command ``widekernel`` starts: outside the package, so that ``--help`` need not import PyTorch and the networks.
+"""Where the command `widekernel` starts: outside the package, so that `--help` need not import PyTorch and the networks.
 
-``import widekernel`` registers its networks with timm. When this package is there first, it leaves that to the commands.
+`import widekernel` registers its networks with timm. When this package is there first, it leaves that to the commands.
 """
 
 

@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import widekernel
-from widekernel.cli import demo_course as demo
 from widekernel.cli import demo_picture, train
+from widekernel.cli import demo_run as demo
 from widekernel.cli.main import main
 from widekernel.tasks.assembly import build_model
 from widekernel.training.curves import draw_accuracy, draw_loss

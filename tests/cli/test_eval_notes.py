@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from widekernel.cli.evaluating import evaluate_on
+from widekernel.cli.evaluation import evaluate_on
 from widekernel.cli.options import EvalOptions
 from widekernel.data import DataConfig, Preprocessing
 from widekernel.tasks.saved import SavedModel

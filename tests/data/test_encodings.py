@@ -11,7 +11,7 @@ from PIL import Image, features
 
 from widekernel.data import AugmentConfig, DataConfig, images
 from widekernel.data.images import UnreadableImageError, decode_image, to_rgb
-from widekernel.data.preprocess import MOST_ELONGATED, Preprocessing, middle
+from widekernel.data.preprocess import MOST_ELONGATED, Preprocessing, crop_elongated
 
 
 def decoded(content: bytes) -> list:
@@ -177,10 +177,10 @@ def preprocessing(size: int) -> Preprocessing:
 
 def test_the_middle_is_taken():
     long = Image.fromarray(np.repeat(np.arange(1000, dtype=np.uint16)[None] // 4, 2, 0).astype(np.uint8))
-    cut = middle(long)
+    cut = crop_elongated(long)
     assert cut.size == (2 * MOST_ELONGATED, 2)
     assert np.array_equal(np.asarray(cut), np.asarray(long)[:, 500 - MOST_ELONGATED : 500 + MOST_ELONGATED])
-    assert middle(cut) is cut
+    assert crop_elongated(cut) is cut
 
 
 def test_squashed_images_are_taken_whole():

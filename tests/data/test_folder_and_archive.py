@@ -57,7 +57,7 @@ def outcome(root, part):
         source = opened(root, part)
     except DataError as error:
         return type(error)
-    counts = source.listing.left_out
+    counts = source.listing.skipped
     return described(source), counts.endings, counts.outside
 
 
@@ -178,7 +178,7 @@ def test_archives_deeper_than_class_folders_are_left_out(tmp_path, wrapper):
     (tmp_path / "packed").mkdir()
     pack(tmp_path / "train", tmp_path / "packed" / "train.tar", wrapper)
     assert outcome(tmp_path / "packed", "train") == outcome(tmp_path, "train")
-    assert opened(tmp_path / "packed").listing.left_out.endings == {".tar": 3}
+    assert opened(tmp_path / "packed").listing.skipped.endings == {".tar": 3}
     assert list(opened(tmp_path / "packed").names) == ["a/1.png", "b/1.png"]
 
 
@@ -267,7 +267,7 @@ def test_broken_links_by_their_ending_no_images(tmp_path):
     pack(tmp_path / "train", tmp_path / "packed" / "train.tar", "train")
     assert outcome(tmp_path / "packed", "train") == outcome(tmp_path, "train")
     source = opened(tmp_path / "packed")
-    assert source.listing.left_out.endings == {".txt": 1, "": 3}
+    assert source.listing.skipped.endings == {".txt": 1, "": 3}
     assert "4 of these are links that lead out of the archive or nowhere, such as " in source.notes[-1]
 
 

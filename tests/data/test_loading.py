@@ -17,7 +17,7 @@ from widekernel.data import (
     EvaluationSamples,
     LoaderOptions,
     Preprocessing,
-    Share,
+    Shard,
     TrainingLoader,
     TrainingSamples,
     evaluation_loader,
@@ -32,7 +32,7 @@ PREPROCESSING = Preprocessing(8, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), "bilinear", 1
 
 def training_loader(source, batch_size=4, workers=0, share=None, seed=1):
     samples = TrainingSamples(source, PREPROCESSING.train_transform(AugmentConfig()), seed)
-    return TrainingLoader(samples, LoaderOptions(batch_size, workers), share or Share())
+    return TrainingLoader(samples, LoaderOptions(batch_size, workers), share or Shard())
 
 
 def test_batches_depend_on_seed_and_epoch_only():
@@ -57,12 +57,12 @@ def test_skipping_gives_the_rest_of_the_epoch():
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_ranks_share_one_order(world_size):
-    ranks = [EpochBatches(50, 4, 0, Share(rank, world_size)) for rank in range(world_size)]
+    ranks = [EpochBatches(50, 4, 0, Shard(rank, world_size)) for rank in range(world_size)]
     batches = [list(rank) for rank in ranks]
     assert {len(part) for part in batches} == {50 // (4 * world_size)}
     seen = [key for part in batches for batch in part for key in batch]
     assert len(seen) == len(set(seen))
-    together = EpochBatches(50, 4 * world_size, 0, Share())
+    together = EpochBatches(50, 4 * world_size, 0, Shard())
     assert [[key for part in step for key in part] for step in zip(*batches, strict=True)] == list(together)
 
 
@@ -74,7 +74,7 @@ def test_evaluation_gives_every_image_once(world_size, count):
     samples = EvaluationSamples(source, PREPROCESSING.eval_transform())
     seen = []
     for rank in range(world_size):
-        for batch in evaluation_loader(samples, LoaderOptions(4), Share(rank, world_size)):
+        for batch in evaluation_loader(samples, LoaderOptions(4), Shard(rank, world_size)):
             seen += batch.targets.tolist()
     assert sorted(seen) == list(range(count))
 
@@ -123,7 +123,7 @@ def test_unreadable_training_image_is_replaced_and_named(tmp_path, workers):
 
 def test_unreadable_evaluation_image_is_left_out_and_named(tmp_path):
     source = open_split(damaged_folder(tmp_path, ["val/cat/0.png"]), "val")
-    batches = list(evaluation_loader(EvaluationSamples(source, PREPROCESSING.eval_transform()), LoaderOptions(1), Share()))
+    batches = list(evaluation_loader(EvaluationSamples(source, PREPROCESSING.eval_transform()), LoaderOptions(1), Shard()))
     assert [batch.targets.tolist() for batch in batches] == [[], [1]]
     assert str(batches[0].unreadable[0]) == "cat/0.png: not an image of a known format"
 

@@ -34,7 +34,7 @@ def pack(folder: Path, archive: Path, arcname: str = ".") -> Path:
 
 
 def write_tar(archive: Path, members) -> Path:
-    """Write ``(name, contents)`` in their order: bytes, None for a folder, ("sym" | "hard", target) for links."""
+    """Write `(name, contents)` in their order: bytes, None for a folder, ("sym" | "hard", target) for links."""
     with tarfile.open(archive, "w") as tar:
         for name, contents in members:
             info = tarfile.TarInfo(name)

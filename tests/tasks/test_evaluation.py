@@ -6,11 +6,11 @@ from tests.training.tiny import array_source
 from torch import nn
 from torch.nn import functional as F
 
-from widekernel.data import EvaluationSamples, LoaderOptions, Preprocessing, Share, evaluation_loader
+from widekernel.data import EvaluationSamples, LoaderOptions, Preprocessing, Shard, evaluation_loader
 from widekernel.data.images import UnreadableImageError
 from widekernel.errors import CheckpointError, DataError
 from widekernel.tasks.assembly import build_model, choose_device
-from widekernel.tasks.class_order import class_order
+from widekernel.tasks.class_mapping import class_mapping
 from widekernel.tasks.evaluation import EvaluationOptions, evaluate
 from widekernel.tasks.saved import SavedModel, read_saved, restore_model, save_model
 from widekernel.training import Processes, TrainingError
@@ -35,9 +35,9 @@ def options(**changes):
     return EvaluationOptions(torch.device("cpu"), **{"max_unreadable": 0, **changes})
 
 
-def loader(source, batch_size=4, share=None):
+def loader(source, batch_size=4, shard=None):
     return evaluation_loader(
-        EvaluationSamples(source, PREPROCESSING.eval_transform()), LoaderOptions(batch_size), share or Share()
+        EvaluationSamples(source, PREPROCESSING.eval_transform()), LoaderOptions(batch_size), shard or Shard()
     )
 
 
@@ -69,7 +69,7 @@ def test_processes_together_count_every_image_once():
             return values
 
     for rank in range(3):
-        evaluate(model, loader(source, share=Share(rank, 3)), options(processes=Recording()))
+        evaluate(model, loader(source, shard=Shard(rank, 3)), options(processes=Recording()))
     right1, _, loss, images = torch.stack(parts).sum(0).tolist()
     assert images == 23
     assert 100 * right1 / 23 == pytest.approx(alone.top1)
@@ -82,9 +82,9 @@ def test_processes_ask_equally_often_whether_to_stop(count):
     for rank in range(3):
         processes = Processes(rank, 3)
         processes_options = options(processes=processes, stop=lambda rank=rank: bool(asked.append(rank)))
-        share = loader(array_source(count), share=processes.share)
+        shard = loader(array_source(count), shard=processes.shard)
         with contextlib.suppress(DataError):  # a process without images, when none joins in
-            evaluate(ByBrightness(), share, processes_options)
+            evaluate(ByBrightness(), shard, processes_options)
     assert len({asked.count(rank) for rank in range(3)}) == 1
 
 
@@ -133,13 +133,13 @@ def describe(names, **changes):
 
 def test_classes_are_matched_by_name():
     saved = describe(("a", "b", "c"))
-    assert class_order(saved, ("a", "b", "c")) is None
-    assert class_order(saved, ("c", "a")) == (2, 0)
-    assert class_order(describe(()), ("x", "y", "z")) is None
+    assert class_mapping(saved, ("a", "b", "c")) is None
+    assert class_mapping(saved, ("c", "a")) == (2, 0)
+    assert class_mapping(describe(()), ("x", "y", "z")) is None
     with pytest.raises(DataError, match="not trained on, such as 'd'"):
-        class_order(saved, ("a", "d"))
+        class_mapping(saved, ("a", "d"))
     with pytest.raises(DataError, match="2 classes, but slak_nano has 3 outputs"):
-        class_order(describe(()), ("x", "y"))
+        class_mapping(describe(()), ("x", "y"))
 
 
 def test_class_order_is_applied():
@@ -149,7 +149,7 @@ def test_class_order_is_applied():
         shuffled = ByBrightness(3)
         for name in ("weight", "bias"):
             getattr(shuffled.head, name).copy_(getattr(model.head, name)[[2, 0, 1]])
-    assert evaluate(shuffled, loader(source), options(class_order=(1, 2, 0))).top1 == straight.top1
+    assert evaluate(shuffled, loader(source), options(class_mapping=(1, 2, 0))).top1 == straight.top1
 
 
 @pytest.mark.parametrize("form", ["training", "folded"])

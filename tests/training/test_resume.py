@@ -47,7 +47,7 @@ def reference(tmp_path_factory):
     trainer = make_trainer(make_config(tmp_path_factory.mktemp("reference")))
     trainer.run()
     assert trainer.progress.step == 9
-    return trainer.state(), read_metrics(trainer.around.folder.metrics)
+    return trainer.state(), read_metrics(trainer.context.folder.metrics)
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 4, 8, 9])
@@ -59,7 +59,7 @@ def test_killed_run_resumes_exactly(step, reference, tmp_path):
     resumed.run()
     state, rows = reference
     assert states_equal(resumed.state(), state)
-    assert read_metrics(resumed.around.folder.metrics) == rows
+    assert read_metrics(resumed.context.folder.metrics) == rows
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -93,7 +93,7 @@ def test_interrupt_during_evaluation_resumes_with_the_evaluation(reference, tmp_
     resumed = make_trainer(config)
     resumed.run()
     assert states_equal(resumed.state(), reference[0])
-    assert read_metrics(resumed.around.folder.metrics) == reference[1]
+    assert read_metrics(resumed.context.folder.metrics) == reference[1]
 
 
 def test_signal_to_another_process_is_called_sigterm(tmp_path):
@@ -102,7 +102,7 @@ def test_signal_to_another_process_is_called_sigterm(tmp_path):
             return True
 
     trainer = make_trainer(make_config(tmp_path))
-    object.__setattr__(trainer.around, "processes", Together())
+    object.__setattr__(trainer.context, "processes", Together())
     with pytest.raises(Interrupted) as caught:
         trainer.run()
     assert caught.value.signal_number == signal.SIGTERM
@@ -136,7 +136,7 @@ def test_damaged_latest_state_falls_back_and_says_so(reference, tmp_path):
     resumed.run()
     assert any("damaged" in text and latest.name in text for text in reporter.messages)
     assert states_equal(resumed.state(), reference[0])
-    assert read_metrics(resumed.around.folder.metrics) == reference[1]
+    assert read_metrics(resumed.context.folder.metrics) == reference[1]
 
 
 def test_changed_data_is_refused(tmp_path):

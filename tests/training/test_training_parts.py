@@ -85,7 +85,7 @@ def test_accumulation_equals_one_large_batch(tmp_path):
         trainer = make_trainer(plain(tmp_path / name, loop=loop))
         torch.manual_seed(3)
         model = WithoutBatchStatistics()
-        trainer = type(trainer)(model, trainer.objective, trainer.loader, trainer.config, trainer.around)
+        trainer = type(trainer)(model, trainer.objective, trainer.loader, trainer.config, trainer.context)
         trainer.run()
         assert trainer.progress.step == 9  # 42 images: the last 6 of each epoch fill no group
         states.append(model.state_dict())
@@ -135,7 +135,7 @@ def test_clipping_bounds_the_gradient(tmp_path):
 def test_training_learns(tmp_path):
     trainer = make_trainer(plain(tmp_path, schedule=ScheduleConfig(epochs=12, warmup_epochs=1)))
     trainer.run()
-    assert read_metrics(trainer.around.folder.metrics)[-1]["val_top1"] > 90
+    assert read_metrics(trainer.context.folder.metrics)[-1]["val_top1"] > 90
 
 
 def test_bf16_trains(tmp_path):
@@ -192,7 +192,7 @@ def test_every_row_has_epoch_step_and_loss(tmp_path):
     log_step = trainer._log_step
     trainer._log_step = lambda loss: (losses.append(loss), log_step(loss))
     trainer.run()
-    rows = read_metrics(trainer.around.folder.metrics)
+    rows = read_metrics(trainer.context.folder.metrics)
     assert [(row["epoch"], row["step"]) for row in rows] == [(1, 2), (1, 3), (2, 4), (2, 6), (3, 8), (3, 9)]
     assert [row["step"] for row in rows if "val_top1" in row] == [3, 6, 9]
     spans = [(0, 2), (2, 3), (3, 4), (4, 6), (6, 8), (8, 9)]

@@ -1,4 +1,4 @@
-"""``widekernel complexity``."""
+"""`widekernel complexity`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.table import Table
 
 from widekernel.cli.console import for_tables
 from widekernel.cli.parsing import new_parser, parse, typed
-from widekernel.cli.source import add_source_arguments, loaded, source_from
+from widekernel.cli.source_arguments import add_source_arguments, loaded, source_from
 from widekernel.settings import require
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def _network(values: dict[str, Any]) -> tuple[nn.Module, tuple[int, int, int]]:
     """Give the network that the arguments name, and the (channels, height, width) of its images."""
     from widekernel.models import list_models
     from widekernel.tasks.assembly import build_model, pretrained_cfg
-    from widekernel.tasks.channels import input_channels
+    from widekernel.tasks.image_channels import input_channels
 
     source = Path(values["source"])
     is_file = source.exists() or values["model"] is not None or source.suffix in _FILES or len(source.parts) > 1

@@ -1,4 +1,4 @@
-"""``widekernel demo``: the whole life of a large-kernel network on real digits, in about two minutes on a CPU."""
+"""`widekernel demo`: the whole life of a large-kernel network on real digits, in about two minutes on a CPU."""
 
 from pathlib import Path
 
@@ -18,6 +18,6 @@ def make_parser() -> jsonargparse.ArgumentParser:
 def run(arguments: list[str]) -> int:
     """Train or reuse the run, then evaluate, fold, save, reload, compare and draw."""
     values = parse(make_parser(), arguments)
-    from widekernel.cli.demo_course import show
+    from widekernel.cli.demo_run import show
 
     return show(values["output"], values["seed"])

@@ -48,7 +48,7 @@ class PictureContent:
 
 
 def draw(content: PictureContent, path: Path) -> None:
-    """Draw ``content`` and write it to ``path`` as PNG."""
+    """Draw `content` and write it to `path` as PNG."""
     figure = new_figure(17, 13)
     top, middle, bottom = cast(Any, figure.subfigures(3, 1, height_ratios=[1, 0.95, 1]))
     left, right = top.subfigures(1, 2, width_ratios=[1, 1.35])

@@ -1,4 +1,4 @@
-"""``widekernel eval``."""
+"""`widekernel eval`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import jsonargparse
 from widekernel.cli.console import progress_console, results
 from widekernel.cli.options import EvalOptions, parse_with_data_of_the_run
 from widekernel.cli.parsing import build, new_parser
-from widekernel.cli.source import add_source_arguments, loaded, source_from
+from widekernel.cli.source_arguments import add_source_arguments, loaded, source_from
 from widekernel.data.config import DataConfig
 from widekernel.training.interrupts import Interrupted
 
@@ -36,12 +36,12 @@ def make_parser() -> jsonargparse.ArgumentParser:
 
 
 def run(arguments: list[str]) -> int:
-    """Evaluate what ``arguments`` name and print the figures."""
+    """Evaluate what `arguments` name and print the figures."""
     values, _ = parse_with_data_of_the_run(make_parser(), arguments)
     source = source_from(values)
     data = build(DataConfig, values["data"])
     options = build(EvalOptions, values)
-    from widekernel.cli.evaluating import evaluate_on
+    from widekernel.cli.evaluation import evaluate_on
 
     model, saved = loaded(source)
     try:

@@ -42,7 +42,7 @@ def _not_to_be_lost(source: Path) -> list[Path]:
 
 
 def check_folder(folder: Path, option: str) -> None:
-    """Raise a ``ConfigError`` unless files can be made in ``folder``, or in what would be created for it."""
+    """Raise a `ConfigError` unless files can be made in `folder`, or in what would be created for it."""
     there = folder.absolute()
     while not there.exists() and there != there.parent:
         there = there.parent

@@ -1,4 +1,4 @@
-"""``widekernel fold``."""
+"""`widekernel fold`."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,9 +8,9 @@ import jsonargparse
 from widekernel.cli.console import results
 from widekernel.cli.files import output_file
 from widekernel.cli.parsing import new_parser, parse
-from widekernel.cli.source import add_source_arguments, loaded, source_from
+from widekernel.cli.source_arguments import add_source_arguments, loaded, source_from
 from widekernel.errors import ConfigError
-from widekernel.tasks.sources import Source
+from widekernel.tasks.model_source import ModelSource
 
 
 def make_parser() -> jsonargparse.ArgumentParser:
@@ -23,7 +23,7 @@ def make_parser() -> jsonargparse.ArgumentParser:
 
 
 def run(arguments: list[str]) -> int:
-    """Fold what ``arguments`` name, verify it, save it, and print the error."""
+    """Fold what `arguments` name, verify it, save it, and print the error."""
     values = parse(make_parser(), arguments)
     source = source_from(values)
     wanted = Path(values["output"]) if values["output"] else _default_output(source)
@@ -46,7 +46,7 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _default_output(source: Source) -> Path:
+def _default_output(source: ModelSource) -> Path:
     path = source.path / "model" if source.path.is_dir() else source.path
     parts = [
         path.stem,

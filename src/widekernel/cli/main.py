@@ -1,4 +1,4 @@
-"""Entry point of ``widekernel``: chooses the command and turns expected errors into one clear message."""
+"""Entry point of `widekernel`: chooses the command and turns expected errors into one clear message."""
 
 import codecs
 import importlib

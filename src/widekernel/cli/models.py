@@ -1,4 +1,4 @@
-"""``widekernel models``."""
+"""`widekernel models`."""
 
 import fnmatch
 

@@ -10,7 +10,7 @@ import jsonargparse
 
 from widekernel.cli.parsing import parse, parse_given
 from widekernel.settings import require
-from widekernel.tasks.sources import Source
+from widekernel.tasks.model_source import ModelSource
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ def parse_with_data_of_the_run(parser: jsonargparse.ArgumentParser, arguments: l
         RunFolderError: the configuration of the run cannot be read.
     """
     given = parse_given(parser, arguments)
-    folder = Source(Path(given["source"])).run_folder()
+    folder = ModelSource(Path(given["source"])).run_folder()
     layers = [] if folder is None else [{"data": folder.read_config().get("data") or {}}]
     named = folder is not None or not given.get("data", {}).keys().isdisjoint(("root", "name"))
     return parse(parser, arguments, layers), named

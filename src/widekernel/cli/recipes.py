@@ -1,4 +1,4 @@
-"""``widekernel recipes``."""
+"""`widekernel recipes`."""
 
 import jsonargparse
 from rich.table import Table

@@ -1,4 +1,4 @@
-"""``widekernel sparsify``."""
+"""`widekernel sparsify`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from widekernel.cli.console import ConsoleReporter, results
 from widekernel.cli.files import output_file
 from widekernel.cli.options import EvalOptions, parse_with_data_of_the_run
 from widekernel.cli.parsing import build, new_parser
-from widekernel.cli.source import add_source_arguments, loaded, source_from
+from widekernel.cli.source_arguments import add_source_arguments, loaded, source_from
 from widekernel.data.config import DataConfig
 from widekernel.errors import ConfigError
-from widekernel.tasks.sources import Source
+from widekernel.tasks.model_source import ModelSource
 from widekernel.tasks.sparsify_config import LearningConfig, SparsifyConfig
 from widekernel.training.interrupts import Interrupted
 
@@ -43,7 +43,7 @@ def make_parser() -> jsonargparse.ArgumentParser:
 
 
 def run(arguments: list[str]) -> int:
-    """Sparsify what ``arguments`` name, save it and print what became of it."""
+    """Sparsify what `arguments` name, save it and print what became of it."""
     values, has_data = parse_with_data_of_the_run(make_parser(), arguments)
     source = source_from(values)
     config, learning = build(SparsifyConfig, values), build(LearningConfig, values)
@@ -64,11 +64,11 @@ def run(arguments: list[str]) -> int:
 
 
 def _sparsify(
-    source: Source, config: SparsifyConfig, learning: LearningConfig, data: DataConfig | None, to: tuple[Path, bool]
+    source: ModelSource, config: SparsifyConfig, learning: LearningConfig, data: DataConfig | None, to: tuple[Path, bool]
 ) -> None:
     import copy
 
-    from widekernel.cli.evaluating import evaluate_on
+    from widekernel.cli.evaluation import evaluate_on
     from widekernel.sparsity import semi_structured
     from widekernel.tasks.saved import save_model
     from widekernel.tasks.sparsifying import agreement, learn, sparsify
@@ -101,7 +101,7 @@ def _sparsify(
         console.print(f"same class      on {100 * same:.0f} % of 16 random images (no data was given)")
 
 
-def _default_output(source: Source, config: SparsifyConfig) -> Path:
+def _default_output(source: ModelSource, config: SparsifyConfig) -> Path:
     path = source.path / "model" if source.path.is_dir() else source.path
     block = config.block.replace(":", "to")
     return path.with_name(f"{path.stem}_{block}_{config.method}.safetensors")

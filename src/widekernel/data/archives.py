@@ -29,7 +29,7 @@ class Contents:
     """The files of an archive, by number.
 
     Args:
-        paths: path of every file, without ``./`` and the like, and its number
+        paths: path of every file, without `./` and the like, and its number
         offsets: where its bytes start
         sizes: how many there are
         broken: numbers of files that cannot be read, and why
@@ -87,7 +87,7 @@ class _Scan:
         self.opened: list[str] = []
 
     def read(self, file: IO[bytes], prefix: str, start: int) -> None:
-        """Add the members of the archive ``file``, which starts at byte ``start`` of the outer one."""
+        """Add the members of the archive `file`, which starts at byte `start` of the outer one."""
         with tarfile.open(fileobj=file, mode="r:") as archive:
             before = -1
             while (member := archive.next()) is not None:
@@ -99,7 +99,7 @@ class _Scan:
             self._check_end(file, archive.offset, prefix)
 
     def open_inside(self, file: IO[bytes], paths: Iterable[str]) -> None:
-        """Put the members of archives in the archive ``file`` in the place of these."""
+        """Put the members of archives in the archive `file` in the place of these."""
         for path in list(paths):
             number = self.contents.paths.pop(path)
             member = self.inside[path]
@@ -181,7 +181,7 @@ class _Scan:
 
 
 def _join(folder: str, name: str) -> str:
-    """A path in the archive without empty parts, ``.`` and ``..``; those above the top end there, as in tar."""
+    """A path in the archive without empty parts, `.` and `..`; those above the top end there, as in tar."""
     parts: list[str] = []
     for part in f"{folder}/{name}".split("/"):
         if part == "..":

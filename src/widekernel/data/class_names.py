@@ -1,7 +1,7 @@
 """Whether the folders that are taken for classes are classes."""
 
-from widekernel.data.formats import listed, printable
-from widekernel.data.listing import Listing, twins
+from widekernel.data.formats import brief, printable
+from widekernel.data.listing import Listing, near_duplicates
 from widekernel.errors import DataError
 
 SPLITS = frozenset({"train", "training", "trainval", "val", "valid", "validation", "dev", "test", "testing"})
@@ -10,8 +10,8 @@ SPLITS = frozenset({"train", "training", "trainval", "val", "valid", "validation
 _PARTS = SPLITS | {"images", "image", "imgs", "img", "jpegimages", "annotations", "masks", "labels", "data"}
 
 
-def question_classes(label: str, listing: Listing, fix: str) -> tuple[str, ...]:
-    """Notes on class folders that hardly are what was meant; ``fix`` says how to name another folder.
+def check_class_names(label: str, listing: Listing, fix: str) -> tuple[str, ...]:
+    """Notes on class folders that hardly are what was meant; `fix` says how to name another folder.
 
     Raises:
         DataError: all of them have names of splits or of other parts of a data set.
@@ -21,25 +21,25 @@ def question_classes(label: str, listing: Listing, fix: str) -> tuple[str, ...]:
     if len(parts) == len(names):
         few = "one class" if len(names) == 1 else f"{len(names)} classes"
         raise DataError(
-            f"{label} would have {few}, {listed(names)}: the name of a part of a data set, not of a class. {fix} If it is "
+            f"{label} would have {few}, {brief(names)}: the name of a part of a data set, not of a class. {fix} If it is "
             "meant, rename the folder."
         )
     notes = []
     if parts:
-        notes.append(f"{label}: among the {len(names)} classes is {listed(parts)}, the name of a part of a data set. {fix}")
-    alike = twins(names)
+        notes.append(f"{label}: among the {len(names)} classes is {brief(parts)}, the name of a part of a data set. {fix}")
+    alike = near_duplicates(names)
     if alike:
-        notes.append(f"{label}: classes differ only in case or spaces: {listed(alike)}. Merge them if they are the same.")
+        notes.append(f"{label}: classes differ only in case or spaces: {brief(alike)}. Merge them if they are the same.")
     inside = listing.inside()
     if len(names) > 1 and len(inside) > 1:
         notes.append(
-            f"{label}: the classes are {listed(names)}, and each holds the same folders {listed(inside)}. If those are the "
+            f"{label}: the classes are {brief(names)}, and each holds the same folders {brief(inside)}. If those are the "
             f"classes, put the images of each into one folder directly below {label}."
         )
     return tuple(notes)
 
 
 def refuse_one_class(label: str, names: tuple[str, ...], fix: str) -> None:
-    """Raise a ``DataError`` if there is nothing to tell apart among the classes of the training images."""
+    """Raise a `DataError` if there is nothing to tell apart among the classes of the training images."""
     if len(names) == 1:
         raise DataError(f"{label} has only one class, {printable(names[0])!r}, so there is nothing to learn. {fix}")

@@ -14,7 +14,7 @@ def processors() -> int:
 
 
 def _require_statistics(key: str, values: Any, ok: bool, rule: str) -> None:
-    """Raise unless ``values`` are ``None`` or three numbers for pixels from 0 to 1."""
+    """Raise unless `values` are `None` or three numbers for pixels from 0 to 1."""
     require(values is None or len(values) == 3, key, values, "three numbers, or null")
     if not ok:
         raise ConfigError(f"{key} is {values!r}, but must be {rule}: values are for pixels in 0..1, divide by 255.")

@@ -10,9 +10,9 @@ from timm.data import create_dataset
 from widekernel.data.class_names import refuse_one_class
 from widekernel.data.config import DataConfig
 from widekernel.data.digits import load_digits
-from widekernel.data.formats import listed
+from widekernel.data.formats import brief
+from widekernel.data.locate import deeper_hint, open_files
 from widekernel.data.paths import expanded
-from widekernel.data.places import how_to_go_deeper, open_files
 from widekernel.data.sources import FileSource, ImageSource, MappedSource
 from widekernel.data.torchvision_sets import class_names, known_names, open_torchvision
 from widekernel.errors import DataError, nearest
@@ -21,7 +21,7 @@ STREAMED_PREFIXES = ("tfds", "wds", "hfids")
 
 
 def open_split(config: DataConfig, split: str) -> ImageSource:
-    """Open ``"train"`` or ``"val"`` of the configured data set.
+    """Open `"train"` or `"val"` of the configured data set.
 
     Raises:
         ConfigError: a variable in a path is not set.
@@ -42,14 +42,14 @@ def open_train_and_val(config: DataConfig) -> tuple[ImageSource, ImageSource]:
     """Open both splits and check that they have the same classes in the same order, and several of them.
 
     Raises:
-        DataError: as ``open_split``, or the class names differ, or there is only one class.
+        DataError: as `open_split`, or the class names differ, or there is only one class.
     """
     train, val = open_split(config, "train"), open_split(config, "val")
     if train.class_names != val.class_names:
         only_train = sorted(set(train.class_names) - set(val.class_names))
         only_val = sorted(set(val.class_names) - set(train.class_names))
         detail = [
-            f"only in {part}: {listed(names)}"
+            f"only in {part}: {brief(names)}"
             for part, names in (("training", only_train), ("validation", only_val))
             if names
         ]
@@ -58,7 +58,7 @@ def open_train_and_val(config: DataConfig) -> tuple[ImageSource, ImageSource]:
             f"({'; '.join(detail)}), but both must hold the same ones. Check data.train_split and data.val_split."
         )
     if isinstance(train, FileSource):
-        fix = how_to_go_deeper(train, config.train_split, "data.train_split")
+        fix = deeper_hint(train, config.train_split, "data.train_split")
         refuse_one_class(str(train.path), train.class_names, f"Add folders of other classes. {fix}")
         if isinstance(val, FileSource) and val.path.samefile(train.path):
             train.notes += (f"{train.path}: the held-out images are the training images, so accuracy says nothing new.",)

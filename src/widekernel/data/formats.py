@@ -29,13 +29,13 @@ def image_formats() -> tuple[str, ...]:
 
 @lru_cache(maxsize=1)
 def image_endings() -> frozenset[str]:
-    """The endings of files in ``image_formats``, in lower case and with their dot."""
+    """The endings of files in `image_formats`, in lower case and with their dot."""
     formats = {*image_formats(), "MPO"}  # several JPEG images in one file, which the JPEG plugin opens
     return frozenset(ending for ending, name in Image.registered_extensions().items() if name in formats)
 
 
 def usual_endings() -> str:
-    """The best known of ``image_endings``, for a message."""
+    """The best known of `image_endings`, for a message."""
     known = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
     return f"{', '.join(ending for ending in known if ending in image_endings())} and others"
 
@@ -51,8 +51,8 @@ def is_clutter(name: str) -> bool:
     return name.startswith(".") or (len(name) <= _LONGEST_CLUTTER and name.lower() in _CLUTTER)
 
 
-def listed(names: Sequence[str], most: int = 5) -> str:
-    """The first ``most`` of ``names`` for a message, on one line and printable."""
+def brief(names: Sequence[str], most: int = 5) -> str:
+    """The first `most` of `names` for a message, on one line and printable."""
     shown = ", ".join(printable(name) for name in names[:most])
     return f"{shown} and {len(names) - most:,} more" if len(names) > most else shown
 

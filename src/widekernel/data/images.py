@@ -15,7 +15,7 @@ MAX_PIXELS = 50_000_000
 """Largest accepted image, in pixels, checked from the header before anything is decoded."""
 
 MAX_BYTES = 2**29
-"""Largest accepted image file: more than ``MAX_PIXELS`` pixels of 16 bits in four channels take."""
+"""Largest accepted image file: more than `MAX_PIXELS` pixels of 16 bits in four channels take."""
 
 DECODER_ERRORS = (
     OSError, ValueError, SyntaxError, EOFError, LookupError, RuntimeError, TypeError, AttributeError, AssertionError,
@@ -29,7 +29,7 @@ class UnreadableImageError(Exception):
 
 
 def decode_image(file: IO[bytes]) -> Image.Image:
-    """Decode ``file`` to an 8-bit RGB image.
+    """Decode `file` to an 8-bit RGB image.
 
     Grey images of 12 and 16 bits are scaled to 8 (a plain conversion would clip them to white), transparent images are
     composited on black, animated images give their first frame. EXIF orientation is not applied, as in the
@@ -37,7 +37,7 @@ def decode_image(file: IO[bytes]) -> Image.Image:
 
     Raises:
         UnreadableImageError: the file is damaged, is no image, has floating-point, signed or 32-bit pixels (their range
-            is unknown), or more than ``MAX_PIXELS`` pixels or ``MAX_BYTES`` bytes.
+            is unknown), or more than `MAX_PIXELS` pixels or `MAX_BYTES` bytes.
     """
     try:
         content = file.read(MAX_BYTES + 1)
@@ -49,7 +49,7 @@ def decode_image(file: IO[bytes]) -> Image.Image:
 
 
 def decode_bytes(content: bytes) -> Image.Image:
-    """Decode the contents of a file, by the rules of ``decode_image`` and with its errors."""
+    """Decode the contents of a file, by the rules of `decode_image` and with its errors."""
     try:
         # Pillow warns about large images and odd palettes; the pixel limit below is the rule that holds here
         with warnings.catch_warnings():
@@ -65,7 +65,7 @@ def decode_bytes(content: bytes) -> Image.Image:
 
 
 def too_large(size: int) -> str:
-    """Why a file of ``size`` bytes, or more, is not read."""
+    """Why a file of `size` bytes, or more, is not read."""
     return f"the file has {size:,} bytes or more, and the limit is {MAX_BYTES:,}"
 
 
@@ -83,7 +83,7 @@ def _check_size(image: Image.Image) -> None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an opened image by the rules of ``decode_image``.
+    """Convert an opened image by the rules of `decode_image`.
 
     Raises:
         UnreadableImageError: the range of its pixels is unknown.

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from widekernel.data.formats import ending_of, listed, printable, usual_endings
-from widekernel.data.names import Names, normalised
+from widekernel.data.formats import brief, ending_of, printable, usual_endings
+from widekernel.data.names import Names, normalize_name
 from widekernel.errors import DataError
 
 
 @dataclass
-class LeftOut:
+class SkippedFiles:
     """Files below a split that are no images of it. Clutter of operating systems is not among them."""
 
     endings: Counter[str] = field(default_factory=Counter)
@@ -38,13 +38,13 @@ class LeftOut:
         self.example_lost = self.example_lost or path
 
     def notes(self, label: str) -> tuple[str, ...]:
-        """One line for each kind of file, to be shown to the user; ``label`` names the split."""
+        """One line for each kind of file, to be shown to the user; `label` names the split."""
         notes = []
         if self.endings:
             kinds = [f"{count:,} {ending or 'without an ending'}" for ending, count in self.endings.most_common()]
             notes.append(
                 f"{label}: {self.endings.total():,} file(s) left out, which are no images by their ending "
-                f"({listed(kinds)}), such as {printable(self.example)}."
+                f"({brief(kinds)}), such as {printable(self.example)}."
             )
         if self.outside:
             notes.append(
@@ -64,28 +64,28 @@ class Listing:
     """The images of a split.
 
     Args:
-        class_names: normalised names in the order of the class indices
+        class_names: normalized names in the order of the class indices
         names: paths of the images below the split, in their order
         targets: class index of every image
-        left_out: what else was there
+        skipped: what else was there
         below: for every class the folders in its folder that hold images, "" for the folder itself
     """
 
     class_names: tuple[str, ...]
     names: Names = field(default_factory=Names)
     targets: "array[int]" = field(default_factory=lambda: array("i"))
-    left_out: LeftOut = field(default_factory=LeftOut)
+    skipped: SkippedFiles = field(default_factory=SkippedFiles)
     below: list[set[str]] = field(default_factory=list)
 
     def check(self, label: str) -> None:
-        """Raise a ``DataError`` if there are no images, or classes without."""
+        """Raise a `DataError` if there are no images, or classes without."""
         empty = [name for name, folders in zip(self.class_names, self.below, strict=True) if not folders]
         kinds = usual_endings()
         if len(empty) == len(self.class_names):
             raise DataError(f"{label} holds no images: none of its {len(empty)} class folders has a file of {kinds}.")
         if empty:
             raise DataError(
-                f"{label} has {len(empty)} class folder(s) without images: {listed(empty)}. Add images ({kinds}) or remove "
+                f"{label} has {len(empty)} class folder(s) without images: {brief(empty)}. Add images ({kinds}) or remove "
                 "the folder."
             )
 
@@ -96,14 +96,14 @@ class Listing:
         return tuple(sorted(tops[0])) if alike else ()
 
 
-def order_of_classes(label: str, folders: Iterable[str]) -> tuple[list[str], tuple[str, ...]]:
+def sorted_classes(label: str, folders: Iterable[str]) -> tuple[list[str], tuple[str, ...]]:
     """Class folders in the order of their classes, and the classes' names.
 
     Raises:
         DataError: two folders have the same name after Unicode normalisation.
     """
-    ordered = sorted(folders, key=lambda name: (normalised(name), name))
-    names = tuple(normalised(name) for name in ordered)
+    ordered = sorted(folders, key=lambda name: (normalize_name(name), name))
+    names = tuple(normalize_name(name) for name in ordered)
     for first, second in pairwise(names):
         if first == second:
             raise DataError(
@@ -113,7 +113,7 @@ def order_of_classes(label: str, folders: Iterable[str]) -> tuple[list[str], tup
     return ordered, names
 
 
-def twins(names: Sequence[str]) -> list[str]:
+def near_duplicates(names: Sequence[str]) -> list[str]:
     """Names that differ from another one only in case or in spaces around them."""
     count = Counter(name.strip().casefold() for name in names)
     return [name for name in names if count[name.strip().casefold()] > 1]

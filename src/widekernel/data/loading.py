@@ -39,7 +39,7 @@ class Unreadable(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One image, or (with ``image`` None) the report of an unreadable one."""
+    """One image, or (with `image` None) the report of an unreadable one."""
 
     image: Tensor | None
     target: int
@@ -47,7 +47,7 @@ class Sample(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Images ``(n, 3, size, size)``, class indices ``(n,)``, and the unreadable images met while loading them."""
+    """Images `(n, 3, size, size)`, class indices `(n,)`, and the unreadable images met while loading them."""
 
     images: Tensor
     targets: Tensor
@@ -55,8 +55,8 @@ class Batch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Share:
-    """Which part of every epoch this process loads: position ``rank`` of ``world_size``."""
+class Shard:
+    """Which part of every epoch this process loads: position `rank` of `world_size`."""
 
     rank: int = 0
     world_size: int = 1
@@ -111,12 +111,12 @@ class EvaluationSamples(Dataset):
 class EpochBatches(Sampler[list[SampleKey]]):
     """Shuffled batches of one epoch for one rank; the incomplete last batch is dropped.
 
-    ``start(epoch, skip)`` chooses what the next iteration gives: the order of ``epoch``, without its first ``skip``
+    `start(epoch, skip)` chooses what the next iteration gives: the order of `epoch`, without its first `skip`
     batches. All ranks cut their batches from one common order.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int, share: Share) -> None:
-        self.length, self.batch_size, self.seed, self.share = length, batch_size, seed, share
+    def __init__(self, length: int, batch_size: int, seed: int, shard: Shard) -> None:
+        self.length, self.batch_size, self.seed, self.shard = length, batch_size, seed, shard
         self.epoch = 0
         self.skip = 0
 
@@ -127,7 +127,7 @@ class EpochBatches(Sampler[list[SampleKey]]):
     @property
     def batches_per_epoch(self) -> int:
         """Whole batches of this rank in an epoch; the same number on every rank."""
-        return self.length // (self.batch_size * self.share.world_size)
+        return self.length // (self.batch_size * self.shard.world_size)
 
     def __len__(self) -> int:
         return self.batches_per_epoch - self.skip
@@ -135,9 +135,9 @@ class EpochBatches(Sampler[list[SampleKey]]):
     def __iter__(self) -> Iterator[list[SampleKey]]:
         generator = torch.Generator().manual_seed(derive_seed(SHUFFLE_STREAM, self.seed, self.epoch))
         order = torch.randperm(self.length, generator=generator).tolist()
-        stride = self.batch_size * self.share.world_size
+        stride = self.batch_size * self.shard.world_size
         for number in range(self.skip, self.batches_per_epoch):
-            first = number * stride + self.share.rank * self.batch_size
+            first = number * stride + self.shard.rank * self.batch_size
             yield [(self.epoch, index) for index in order[first : first + self.batch_size]]
 
 
@@ -167,11 +167,11 @@ class LoaderOptions:
 
 
 class TrainingLoader:
-    """Training batches by epoch; ``epoch(n, skip)`` starts anywhere."""
+    """Training batches by epoch; `epoch(n, skip)` starts anywhere."""
 
-    def __init__(self, samples: TrainingSamples, options: LoaderOptions, share: Share) -> None:
+    def __init__(self, samples: TrainingSamples, options: LoaderOptions, shard: Shard) -> None:
         self.samples = samples
-        self.sampler = EpochBatches(len(samples), options.batch_size, samples.seed, share)
+        self.sampler = EpochBatches(len(samples), options.batch_size, samples.seed, shard)
         self._loader = _make_loader(samples, options, batch_sampler=self.sampler)
 
     @property
@@ -180,7 +180,7 @@ class TrainingLoader:
         return self.sampler.batches_per_epoch
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
-        """The batches of ``epoch`` from number ``skip`` on.
+        """The batches of `epoch` from number `skip` on.
 
         Raises:
             DataError: so many neighbouring images are unreadable that no replacement was found.
@@ -194,9 +194,9 @@ class TrainingLoader:
             yield batch
 
 
-def evaluation_loader(samples: EvaluationSamples, options: LoaderOptions, share: Share) -> DataLoader:
+def evaluation_loader(samples: EvaluationSamples, options: LoaderOptions, shard: Shard) -> DataLoader:
     """A loader that gives every image exactly once over all ranks, in order, with nothing repeated to fill up."""
-    indices = range(share.rank, len(samples), share.world_size)
+    indices = range(shard.rank, len(samples), shard.world_size)
     return _make_loader(samples, options, batch_size=options.batch_size, sampler=indices)
 
 

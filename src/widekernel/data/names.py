@@ -8,26 +8,26 @@ from typing import overload
 from typing_extensions import override
 
 
-def normalised(name: str) -> str:
-    """``name`` in the form that names are compared in: composed characters (NFC), whereas macOS stores decomposed ones."""
+def normalize_name(name: str) -> str:
+    """`name` in the form that names are compared in: composed characters (NFC), whereas macOS stores decomposed ones."""
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
-def in_order(names: list[str]) -> list[str]:
-    """``names`` in the order of their normalised forms."""
+def in_normalized_order(names: list[str]) -> list[str]:
+    """`names` in the order of their normalized forms."""
     if "".join(names).isascii():
         return sorted(names)
-    return sorted(names, key=lambda name: (normalised(name), name))
+    return sorted(names, key=lambda name: (normalize_name(name), name))
 
 
-def place_of(path: str) -> tuple[str, str, str]:
+def sort_key(path: str) -> tuple[str, str, str]:
     """Where a file stands in the order of its data set, for its path below the split.
 
     Files are ordered by class folder, then by folder as text, then by name.
     """
     folder, _, name = path.rpartition("/")
     top, _, below = folder.partition("/")
-    return normalised(top), normalised(below), normalised(name)
+    return normalize_name(top), normalize_name(below), normalize_name(name)
 
 
 class Names(Sequence[str]):
@@ -39,7 +39,7 @@ class Names(Sequence[str]):
         self.extend("", names)
 
     def extend(self, start: str, names: Iterable[str]) -> None:
-        """Add ``start`` with each of ``names``; surrogates that stand for other bytes are kept."""
+        """Add `start` with each of `names`; surrogates that stand for other bytes are kept."""
         for name in names:
             self._text += (start + name).encode(errors="surrogateescape")
             self._ends.append(len(self._text))

@@ -1,4 +1,4 @@
-"""Paths as people write them: with ``~`` and variables, which no shell expands in ``--flag=~/x`` or in a YAML file."""
+"""Paths as people write them: with `~` and variables, which no shell expands in `--flag=~/x` or in a YAML file."""
 
 import os
 import re
@@ -10,12 +10,12 @@ _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
 
 
 def expanded(key: str, text: str, base: Path | None = None) -> str:
-    """Expand ``~``, ``~user``, ``$NAME`` and ``${NAME}`` in a path, unless there is one of just that name.
+    """Expand `~`, `~user`, `$NAME` and `${NAME}` in a path, unless there is one of just that name.
 
     Args:
         key: the setting, for messages
         text: the path as it was written
-        base: the folder that it is relative to; ``None``: the working folder
+        base: the folder that it is relative to; `None`: the working folder
 
     Raises:
         ConfigError: a variable is not set, or the path is empty.

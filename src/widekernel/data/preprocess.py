@@ -23,7 +23,7 @@ MOST_ELONGATED = 64
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes a ``(3, size, size)`` tensor; saved with every model.
+    """How an image becomes a `(3, size, size)` tensor; saved with every model.
 
     Args:
         input_size: height and width in pixels
@@ -42,7 +42,7 @@ class Preprocessing:
 
     @classmethod
     def resolve(cls, config: DataConfig, model_cfg: dict[str, Any]) -> "Preprocessing":
-        """Fill what ``config`` leaves open from a timm ``pretrained_cfg`` and the rule for the crop."""
+        """Fill what `config` leaves open from a timm `pretrained_cfg` and the rule for the crop."""
         size = config.input_size or _square(model_cfg.get("input_size") or (3, 224, 224))
         return cls(
             input_size=size,
@@ -53,7 +53,7 @@ class Preprocessing:
         )
 
     def overridden_by(self, config: DataConfig) -> "Preprocessing":
-        """These settings with what ``config`` sets; another input size brings the crop that belongs to it."""
+        """These settings with what `config` sets; another input size brings the crop that belongs to it."""
         size = config.input_size or self.input_size
         same_size = size == self.input_size
         return Preprocessing(
@@ -66,7 +66,7 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Preprocessing":
-        """Rebuild from the JSON form that ``dataclasses.asdict`` gives."""
+        """Rebuild from the JSON form that `dataclasses.asdict` gives."""
         return cls(
             input_size=int(values["input_size"]),
             mean=_triple(values["mean"]),
@@ -78,7 +78,7 @@ class Preprocessing:
     def eval_transform(self) -> ImageTransform:
         """The deterministic transform of evaluation.
 
-        Of an image whose long side is more than ``MOST_ELONGATED`` times the short one, only the middle is resized: the
+        Of an image whose long side is more than `MOST_ELONGATED` times the short one, only the middle is resized: the
         centre crop keeps nothing else, and the whole would take memory without bound.
         """
         squash = self.input_size >= WARP_FROM and self.crop_pct == 1.0
@@ -92,7 +92,7 @@ class Preprocessing:
             crop_mode="squash" if squash else "center",
         )
         if not squash:
-            transform.transforms.insert(0, middle)
+            transform.transforms.insert(0, crop_elongated)
         return transform
 
     def train_transform(self, augment: AugmentConfig) -> ImageTransform:
@@ -125,8 +125,8 @@ class Preprocessing:
         return transform
 
 
-def middle(image: Image.Image) -> Image.Image:
-    """The middle part of an image that is longer than ``MOST_ELONGATED`` times its short side; others as they are."""
+def crop_elongated(image: Image.Image) -> Image.Image:
+    """The middle part of an image that is longer than `MOST_ELONGATED` times its short side; others as they are."""
     width, height = image.size
     most = MOST_ELONGATED * min(width, height)
     left, top = max(0, width - most) // 2, max(0, height - most) // 2

@@ -21,7 +21,7 @@ def derive_seed(*keys: int) -> int:
 
 @contextmanager
 def scoped_seed(*keys: int) -> Iterator[None]:
-    """Within the block the global CPU generators follow ``keys``; afterwards they are as they were before."""
+    """Within the block the global CPU generators follow `keys`; afterwards they are as they were before."""
     python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     seed = derive_seed(*keys)
     random.seed(seed)

@@ -52,7 +52,7 @@ class FileSource(ImageSource):
     def __init__(self, path: Path, listing: Listing) -> None:
         self.path, self.listing = path, listing
         self.names, self.targets, self.class_names = listing.names, listing.targets, listing.class_names
-        self.notes = listing.left_out.notes(str(path))
+        self.notes = listing.skipped.notes(str(path))
 
     def __len__(self) -> int:
         return len(self.names)
@@ -70,8 +70,8 @@ class ArraySource(ImageSource):
     """Images held in memory as 8-bit grey or RGB arrays.
 
     Args:
-        images: array ``(n, height, width)`` or ``(n, height, width, 3)`` of uint8
-        targets: ``n`` class indices
+        images: array `(n, height, width)` or `(n, height, width, 3)` of uint8
+        targets: `n` class indices
         class_names: names of the classes
         label: what sample names start with
     """
@@ -92,7 +92,7 @@ class ArraySource(ImageSource):
 
 
 class MappedSource(ImageSource):
-    """A map-style data set or reader that gives ``(PIL image, encoded bytes or open file, class index)``."""
+    """A map-style data set or reader that gives `(PIL image, encoded bytes or open file, class index)`."""
 
     def __init__(self, dataset: Any, class_names: tuple[str, ...], label: str) -> None:
         self.dataset, self.class_names, self.label = dataset, class_names, label

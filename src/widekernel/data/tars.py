@@ -11,10 +11,10 @@ from typing_extensions import override
 
 from widekernel.data.archives import LOST, Contents, read_contents
 from widekernel.data.class_names import SPLITS
-from widekernel.data.formats import ending_of, image_endings, is_clutter, listed, printable, usual_endings
+from widekernel.data.formats import brief, ending_of, image_endings, is_clutter, printable, usual_endings
 from widekernel.data.images import MAX_BYTES, UnreadableImageError, decode_bytes, too_large
-from widekernel.data.listing import Listing, order_of_classes
-from widekernel.data.names import place_of
+from widekernel.data.listing import Listing, sorted_classes
+from widekernel.data.names import sort_key
 from widekernel.data.sources import FileSource
 from widekernel.errors import DataError
 
@@ -66,7 +66,7 @@ def list_archive(path: Path, contents: Contents) -> tuple[Listing, list[int]]:
     """List the images below the class folders of an archive, and their numbers in it.
 
     Raises:
-        DataError: as ``TarSource``.
+        DataError: as `TarSource`.
     """
     endings = image_endings()
     root = _find_root(path, contents)
@@ -81,17 +81,17 @@ def list_archive(path: Path, contents: Contents) -> tuple[Listing, list[int]]:
         if "/" in inside:
             folders.add(_first(inside))
         if ending_of(inside) not in endings:
-            listing.left_out.add(inside)
+            listing.skipped.add(inside)
             if contents.broken.get(number) == LOST:
-                listing.left_out.add_lost(inside)
+                listing.skipped.add_lost(inside)
         elif "/" in inside:
             images.append(inside)
         else:
-            listing.left_out.add_outside(inside)
-    ordered, listing.class_names = order_of_classes(str(path), (name for name in folders if not is_clutter(name)))
+            listing.skipped.add_outside(inside)
+    ordered, listing.class_names = sorted_classes(str(path), (name for name in folders if not is_clutter(name)))
     index_of = {name: index for index, name in enumerate(ordered)}
     listing.below = [set() for _ in ordered]
-    images.sort(key=lambda name: (place_of(name), name))
+    images.sort(key=lambda name: (sort_key(name), name))
     listing.names.extend("", images)
     for name in images:
         top, _, below = name.rpartition("/")[0].partition("/")
@@ -151,7 +151,7 @@ def _root_of(path: Path, places: set[tuple[str, ...]]) -> str:
 
 
 def _places_of_images(path: Path, contents: Contents, archives: Sequence[str] = ()) -> set[tuple[str, ...]]:
-    """The folders that hold images, in parts; ``archives`` in the archive count as folders that do."""
+    """The folders that hold images, in parts; `archives` in the archive count as folders that do."""
     endings = image_endings()
     folders = {full.rpartition("/")[0] for full in contents.paths if ending_of(full.rpartition("/")[2]) in endings}
     folders |= {archive[: -len(".tar")] for archive in archives}
@@ -173,12 +173,12 @@ def _names_a_split(name: str, path: Path) -> bool:
 
 
 def _check_beside(path: Path, folders: set[str], deep: set[str]) -> None:
-    """Raise a ``DataError`` if among ``folders`` there is a split, which is one of ``deep``, those that hold folders."""
+    """Raise a `DataError` if among `folders` there is a split, which is one of `deep`, those that hold folders."""
     splits = sorted(name for name in deep if _names_a_split(name, path))
     others = sorted(folders - set(splits))
     if splits and others:
         raise DataError(
-            f"{path} holds {listed(splits)} beside {listed(others)}, so that either may be the folder of the classes. "
+            f"{path} holds {brief(splits)} beside {brief(others)}, so that either may be the folder of the classes. "
             f"Create an archive of the class folders alone."
         )
 

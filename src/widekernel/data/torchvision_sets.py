@@ -21,12 +21,12 @@ _TRAIN = ("train", "training")
 
 
 def known_names() -> tuple[str, ...]:
-    """All names that ``open_torchvision`` takes, with their prefix ``torch/``."""
+    """All names that `open_torchvision` takes, with their prefix `torch/`."""
     return tuple(f"torch/{name}" for name in (*TIMM_NAMES, *(name for name in _classes() if name not in TIMM_NAMES)))
 
 
 def open_torchvision(config: DataConfig, part: str) -> Any:
-    """The split ``part`` of the set ``config.name``, as torchvision gives it; its errors are passed on."""
+    """The split `part` of the set `config.name`, as torchvision gives it; its errors are passed on."""
     name = config.name.partition("/")[2]
     if name in TIMM_NAMES:
         return create_dataset(config.name, root=config.root, split=part, download=config.download)
@@ -41,7 +41,7 @@ def open_torchvision(config: DataConfig, part: str) -> Any:
 
 
 def class_names(dataset: Any) -> tuple[str, ...] | None:
-    """The names of the classes of a torchvision set, numbers where they have none, or ``None`` if nothing tells them."""
+    """The names of the classes of a torchvision set, numbers where they have none, or `None` if nothing tells them."""
     for attribute in ("classes", "categories", "all_categories"):
         names = getattr(dataset, attribute, None)
         if names is not None:

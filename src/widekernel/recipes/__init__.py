@@ -31,7 +31,7 @@ def list_recipes() -> list[str]:
 
 
 def load_recipe(name: str) -> Recipe:
-    """The recipe called ``name``.
+    """The recipe called `name`.
 
     Raises:
         ConfigError: there is none; the message offers the nearest name.

@@ -11,7 +11,7 @@ from widekernel.errors import ConfigError, WidekernelError, nearest
 
 
 def build_model(name: str, num_classes: int | None, args: dict[str, Any], pretrained: bool = False) -> nn.Module:
-    """Create a registered model; ``num_classes`` None keeps the model's own head.
+    """Create a registered model; `num_classes` None keeps the model's own head.
 
     Raises:
         ConfigError: the name is unknown (the message offers the nearest), the model does not take an argument, or
@@ -48,12 +48,12 @@ def _first_line(error: Exception) -> str:
 
 
 def pretrained_cfg(model: nn.Module) -> dict[str, Any]:
-    """What timm knows about the model's input: ``input_size``, ``mean``, ``std``; empty for other models."""
+    """What timm knows about the model's input: `input_size`, `mean`, `std`; empty for other models."""
     return cast(dict[str, Any], getattr(model, "pretrained_cfg", {}))
 
 
 def choose_device(name: str) -> torch.device:
-    """The device named ``name``; ``auto`` is CUDA where there is one, else the CPU.
+    """The device named `name`; `auto` is CUDA where there is one, else the CPU.
 
     Raises:
         ConfigError: there is no such device.

@@ -32,28 +32,28 @@ from widekernel.errors import CheckpointError, ConfigError
 from widekernel.files import explained, write_atomically
 from widekernel.sparsity import save_masks
 from widekernel.tasks.assembly import build_model, choose_device, pretrained_cfg
-from widekernel.tasks.channels import for_channels, input_channels
-from widekernel.tasks.class_order import inherited
+from widekernel.tasks.class_mapping import inheritance_note
 from widekernel.tasks.config import TrainConfig
 from widekernel.tasks.evaluation import EvaluationOptions, evaluate
 from widekernel.tasks.fingerprint import code_fingerprint, difference, fingerprint
+from widekernel.tasks.foreign_checkpoint import load_weights
+from widekernel.tasks.image_channels import input_channels, match_channels
+from widekernel.tasks.missing_classes import missing_classes
 from widekernel.tasks.saved import SavedModel, read_saved, save_model
-from widekernel.tasks.unreadable import lost_classes
-from widekernel.tasks.weights import load_weights
 from widekernel.training import (
     CheckpointStore,
     Processes,
     Reporter,
+    RunContext,
     RunFolder,
     RunFolderError,
     SilentReporter,
-    Surroundings,
     Trainer,
 )
-from widekernel.training.checks import notes_on_workers
 from widekernel.training.config import Metrics
 from widekernel.training.curves import save_curves
 from widekernel.training.metrics_log import read_metrics
+from widekernel.training.preflight import notes_on_workers
 from widekernel.training.random_state import seed_run
 
 SUMMARY_KEYS = ("epochs", "step", "val_top1", "val_top5", "train_unreadable", "val_unreadable")
@@ -95,7 +95,7 @@ class Classification:
         return F.cross_entropy(model(images), targets)
 
     def evaluate(self, model: nn.Module, name: str, stop: Callable[[], bool]) -> Metrics | None:
-        """``val_top1`` and ``val_top5`` in percent, ``val_loss``, and the count of unreadable images."""
+        """`val_top1` and `val_top5` in percent, `val_loss`, and the count of unreadable images."""
         result = evaluate(model, self.val_loader, replace(self.options, stop=stop), name)
         if result is None:
             return None
@@ -126,7 +126,7 @@ class RunResult:
 
 
 def train(config: TrainConfig, reporter: Reporter | None = None, processes: Processes | None = None) -> RunResult:
-    """Train as configured in ``config.output``; the same call again resumes, or returns the finished result.
+    """Train as configured in `config.output`; the same call again resumes, or returns the finished result.
 
     Seeds the global random generators, as the entry point of a training process.
 
@@ -147,7 +147,7 @@ def _train(config: TrainConfig, folder: RunFolder, reporter: Reporter, processes
     train_source, val_source = open_train_and_val(config.data)
     notes = [*train_source.notes, *val_source.notes]
     if config.model.weights is not None and not _has_states(folder):
-        notes.append(inherited(Path(config.model.weights), train_source.class_names))
+        notes.append(inheritance_note(Path(config.model.weights), train_source.class_names))
     for note in filter(None, dict.fromkeys(notes)):
         reporter.message(note)
     num_classes = _count_classes(config, train_source)
@@ -155,8 +155,8 @@ def _train(config: TrainConfig, folder: RunFolder, reporter: Reporter, processes
     model = _build(config, num_classes, _has_states(folder), reporter)
     preprocessing = Preprocessing.resolve(config.data, pretrained_cfg(model))
     channels = input_channels(model)
-    train_transform = for_channels(preprocessing.train_transform(config.augment), channels)
-    eval_transform = for_channels(preprocessing.eval_transform(), channels)
+    train_transform = match_channels(preprocessing.train_transform(config.augment), channels)
+    eval_transform = match_channels(preprocessing.eval_transform(), channels)
     settings = _located(config)
     folder.prepare(settings)
     images, code = fingerprint(train_source, val_source), code_fingerprint()
@@ -169,12 +169,12 @@ def _train(config: TrainConfig, folder: RunFolder, reporter: Reporter, processes
         reporter.message(note)
 
     options = _loader_options(config, device)
-    loader = TrainingLoader(TrainingSamples(train_source, train_transform, config.seed), options, processes.share)
+    loader = TrainingLoader(TrainingSamples(train_source, train_transform, config.seed), options, processes.shard)
     eval_size = config.loop.eval_batch_size or max(1, config.loop.batch_size * 3 // 2)
     val_loader = evaluation_loader(
         EvaluationSamples(val_source, eval_transform),
         replace(options, batch_size=eval_size),
-        processes.share,
+        processes.shard,
     )
     layout = torch.channels_last if config.loop.channels_last else torch.contiguous_format
     model.to(device).to(memory_format=layout)
@@ -192,13 +192,13 @@ def _train(config: TrainConfig, folder: RunFolder, reporter: Reporter, processes
         class_names=train_source.class_names,
         preprocessing=preprocessing,
     )
-    around = Surroundings(folder, device, processes, reporter, images, code, saved.to_dict(), settings)
-    trainer = Trainer(model, objective, loader, config.training, around)
+    context = RunContext(folder, device, processes, reporter, images, code, saved.to_dict(), settings)
+    trainer = Trainer(model, objective, loader, config.training, context)
     report = trainer.sparsity.report()
     if report is not None:
         reporter.message(report.summary())
     trainer.run()
-    for note in lost_classes(train_source, trainer.progress.unreadable):
+    for note in missing_classes(train_source, trainer.progress.unreadable):
         reporter.message(note)
     return RunResult(folder, _finish(trainer, saved), was_finished=summary is not None)
 
@@ -262,7 +262,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _finish(trainer: Trainer, saved: SavedModel) -> dict[str, Any]:
-    folder = trainer.around.folder
+    folder = trainer.context.folder
     rows = read_metrics(folder.metrics)
     last = [row for row in rows if "val_top1" in row][-1]
     progress = trainer.progress
@@ -271,10 +271,10 @@ def _finish(trainer: Trainer, saved: SavedModel) -> dict[str, Any]:
         **{key: value for key, value in last.items() if key not in ("epoch", "lr")},
         "best_top1": progress.best,
         "best_step": progress.best_step,
-        "data": trainer.around.fingerprint,
-        "code": trainer.around.code,
+        "data": trainer.context.fingerprint,
+        "code": trainer.context.code,
     }
-    if trainer.around.processes.is_main:
+    if trainer.context.processes.is_main:
         save_model(trainer.sparsity.finished(trainer.model), folder.model, saved)
         _write_sparsity(trainer)
         if trainer.ema is not None:
@@ -286,7 +286,7 @@ def _finish(trainer: Trainer, saved: SavedModel) -> dict[str, Any]:
 
 def _write_sparsity(trainer: Trainer) -> None:
     """Keep the masks and the report of a sparse run beside its model."""
-    report, folder = trainer.sparsity.report(), trainer.around.folder
+    report, folder = trainer.sparsity.report(), trainer.context.folder
     if report is None:
         return
     save_masks(trainer.sparsity.masks(), folder.masks)

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from widekernel.data.loading import Unreadable
 from widekernel.errors import DataError
-from widekernel.training.failures import explained_failure
+from widekernel.training.error_context import explained_failure
 from widekernel.training.loop import check_unreadable
 from widekernel.training.processes import Processes
 from widekernel.training.progress import Reporter, SilentReporter
@@ -43,16 +43,16 @@ class EvaluationOptions:
     Args:
         device: where the model is
         max_unreadable: largest accepted number of unreadable images
-        class_order: for every class index of the data, the model's index of that class; ``None`` if they are the same
+        class_mapping: for every class index of the data, the model's index of that class; `None` if they are the same
         processes: the processes that evaluate together
         reporter: told about progress
         stop: asked between batches, equally often in all processes; true ends the evaluation without a result
-        observe: given the logits ``(n, classes)`` and targets ``(n,)`` of every batch
+        observe: given the logits `(n, classes)` and targets `(n,)` of every batch
     """
 
     device: torch.device
     max_unreadable: int
-    class_order: tuple[int, ...] | None = None
+    class_mapping: tuple[int, ...] | None = None
     processes: Processes = field(default_factory=Processes)
     reporter: Reporter = field(default_factory=SilentReporter)
     stop: Callable[[], bool] = lambda: False
@@ -60,9 +60,9 @@ class EvaluationOptions:
 
 
 def evaluate(model: nn.Module, loader: DataLoader, options: EvaluationOptions, name: str = "") -> Evaluation | None:
-    """Evaluate ``model`` in evaluation mode and full precision; every module's own mode is restored afterwards.
+    """Evaluate `model` in evaluation mode and full precision; every module's own mode is restored afterwards.
 
-    Returns ``None`` only if ``options.stop()`` became true.
+    Returns `None` only if `options.stop()` became true.
 
     Raises:
         DataError: not a single image could be read.
@@ -111,8 +111,8 @@ def _rounds(loader: DataLoader, processes: Processes) -> int:
 def _batch_sums(model: nn.Module, images: Tensor, targets: Tensor, options: EvaluationOptions) -> Tensor:
     with explained_failure("Evaluating the network"):
         logits = model(images.to(options.device, non_blocking=True)).float()
-    if options.class_order is not None:
-        targets = torch.tensor(options.class_order)[targets]
+    if options.class_mapping is not None:
+        targets = torch.tensor(options.class_mapping)[targets]
     targets = targets.to(options.device, non_blocking=True)
     options.observe(logits, targets)
     ranked = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]

@@ -12,7 +12,7 @@ import torch
 
 import widekernel
 from widekernel.data import ImageSource
-from widekernel.data.names import normalised
+from widekernel.data.names import normalize_name
 from widekernel.data.sources import FileSource
 from widekernel.files import sha256_of
 from widekernel.ops.cpu import library
@@ -24,7 +24,7 @@ SIZES = 4096
 def fingerprint(train: ImageSource, val: ImageSource) -> dict[str, Any]:
     """Counts and digests by what they describe; equal for the same data wherever and however they are kept.
 
-    The digests cover names, classes and order of the images; of their content the sizes of up to ``SIZES`` files a split,
+    The digests cover names, classes and order of the images; of their content the sizes of up to `SIZES` files a split,
     and the pixels where they are in memory already.
     """
     description = {
@@ -38,7 +38,7 @@ def fingerprint(train: ImageSource, val: ImageSource) -> dict[str, Any]:
 
 
 def held_out_difference(then: dict[str, Any], val: ImageSource) -> str:
-    """Say how the held-out images differ from those that a run described ``then``; "" if they do not."""
+    """Say how the held-out images differ from those that a run described `then`; "" if they do not."""
     now = {
         "held-out images": len(val),
         "digest of the class names": _digest_of_lines(val.class_names),
@@ -92,7 +92,7 @@ def _digest(source: ImageSource) -> str:
 def _lines(source: ImageSource) -> Iterator[str]:
     targets = targets_of(source)
     for index in range(len(source)):
-        yield f"{normalised(source.sample_name(index))}\t{'?' if targets is None else targets[index]}"
+        yield f"{normalize_name(source.sample_name(index))}\t{'?' if targets is None else targets[index]}"
     images = getattr(source, "images", None)
     if isinstance(images, np.ndarray):
         yield hashlib.sha256(np.ascontiguousarray(images).tobytes()).hexdigest()

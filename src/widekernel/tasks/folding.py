@@ -8,8 +8,8 @@ from torch import nn
 import widekernel
 from widekernel.data.seeding import derive_seed
 from widekernel.errors import WidekernelError
-from widekernel.tasks.channels import input_channels
-from widekernel.training.failures import explained_failure
+from widekernel.tasks.image_channels import input_channels
+from widekernel.training.error_context import explained_failure
 
 RELATIVE_TOLERANCE = 1e-3
 """Largest accepted difference of outputs, relative to the largest output."""
@@ -35,10 +35,10 @@ class FoldCheck:
 
 
 def fold_and_check(model: nn.Module, input_size: int, images: int = 4) -> tuple[nn.Module, FoldCheck]:
-    """Fold ``model`` and compare both forms on random ``input_size`` × ``input_size`` images.
+    """Fold `model` and compare both forms on random `input_size` × `input_size` images.
 
     Raises:
-        FoldError: the outputs differ by more than ``RELATIVE_TOLERANCE`` of the largest one, or are not finite.
+        FoldError: the outputs differ by more than `RELATIVE_TOLERANCE` of the largest one, or are not finite.
     """
     model = model.eval()
     folded = widekernel.fold(model).eval()

@@ -9,16 +9,16 @@ from torch import nn
 from widekernel.data import DataConfig, Preprocessing
 from widekernel.errors import CheckpointError, ConfigError
 from widekernel.tasks.assembly import build_model, pretrained_cfg
+from widekernel.tasks.foreign_checkpoint import Tell, load_weights
+from widekernel.tasks.model_source import ModelSource
 from widekernel.tasks.saved import SavedModel, restore_model
-from widekernel.tasks.sources import Source
-from widekernel.tasks.weights import Tell, load_weights
 from widekernel.training.checkpoint import CheckpointStore, load_state, step_of
 from widekernel.training.run_folder import RunFolder
 from widekernel.training.sparsification import restore_learned
 
 
-def load(source: Source, tell: Tell | None = None) -> tuple[nn.Module, SavedModel]:
-    """The network of ``source`` in evaluation mode on the CPU, and its description.
+def load(source: ModelSource, tell: Tell | None = None) -> tuple[nn.Module, SavedModel]:
+    """The network of `source` in evaluation mode on the CPU, and its description.
 
     Args:
         source: what the user named.
@@ -67,7 +67,7 @@ def _is_state(path: Path) -> bool:
         return False
 
 
-def _load_run(source: Source, tell: Tell | None) -> tuple[nn.Module, SavedModel]:
+def _load_run(source: ModelSource, tell: Tell | None) -> tuple[nn.Module, SavedModel]:
     folder = RunFolder(source.path)
     config = folder.read_config()
     averaged = source.weights == "ema"
@@ -79,7 +79,7 @@ def _load_run(source: Source, tell: Tell | None) -> tuple[nn.Module, SavedModel]
     return _load_state(folder, source, tell)
 
 
-def _load_state(folder: RunFolder, source: Source, tell: Tell | None) -> tuple[nn.Module, SavedModel]:
+def _load_state(folder: RunFolder, source: ModelSource, tell: Tell | None) -> tuple[nn.Module, SavedModel]:
     store = CheckpointStore(folder.checkpoints)
     state = store.load_latest()
     if state is None:
@@ -100,7 +100,7 @@ def _load_state(folder: RunFolder, source: Source, tell: Tell | None) -> tuple[n
     return _restore_state(state, source)
 
 
-def _restore_state(state: dict[str, Any], source: Source) -> tuple[nn.Module, SavedModel]:
+def _restore_state(state: dict[str, Any], source: ModelSource) -> tuple[nn.Module, SavedModel]:
     try:
         saved = SavedModel.from_dict(state["saved_model"])
         weights = state["ema" if source.weights == "ema" else "model"]
@@ -112,8 +112,8 @@ def _restore_state(state: dict[str, Any], source: Source) -> tuple[nn.Module, Sa
     return restore_learned(model, weights, state.get("sparsity")).eval(), saved
 
 
-def _check_options(source: Source) -> None:
-    """Raise a ``ConfigError`` for an option that the source would not heed."""
+def _check_options(source: ModelSource) -> None:
+    """Raise a `ConfigError` for an option that the source would not heed."""
     if source.state != "last" and not source.path.is_dir():
         raise ConfigError(f"--state chooses among the weights of a run folder, but {source.path} is a file.")
     given = {"--model": source.model, "--num_classes": source.num_classes, "--model_args": source.model_args or None}

@@ -25,8 +25,8 @@ class SavedModel:
 
     Args:
         name: registered model name
-        model_args: arguments of the model besides ``num_classes``
-        form: ``training``, or ``folded`` for the merged network
+        model_args: arguments of the model besides `num_classes`
+        form: `training`, or `folded` for the merged network
         num_classes: outputs
         class_names: names in the order of the outputs; empty if unknown
         preprocessing: how images become inputs
@@ -68,7 +68,7 @@ class SavedModel:
 
     @classmethod
     def from_metadata(cls, metadata: dict[str, str] | None, path: Path) -> "SavedModel":
-        """Read the metadata of the file ``path``.
+        """Read the metadata of the file `path`.
 
         Raises:
             CheckpointError: the file does not describe its model, or in a format that is unknown.
@@ -82,7 +82,7 @@ class SavedModel:
 
 
 def save_model(model: nn.Module, path: Path, saved: SavedModel) -> None:
-    """Write the weights of ``model`` with their description, whole or not at all.
+    """Write the weights of `model` with their description, whole or not at all.
 
     Raises:
         CheckpointError: the file cannot be written.
@@ -109,7 +109,7 @@ def read_saved(path: Path) -> SavedModel:
 def restore_model(path: Path, weights: Literal["model", "ema"] = "model") -> tuple[nn.Module, SavedModel]:
     """Rebuild the model of a safetensors file, in its training or folded form, on the CPU.
 
-    The file was written by ``save_model``, or by ``save_sparse`` with the same description.
+    The file was written by `save_model`, or by `save_sparse` with the same description.
 
     Raises:
         CheckpointError: the file cannot be read, or does not fit the model it names.

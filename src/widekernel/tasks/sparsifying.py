@@ -16,12 +16,12 @@ from widekernel.data import AugmentConfig, DataConfig
 from widekernel.errors import ConfigError
 from widekernel.sparsity import DynamicSparsity, DynamicSparsityConfig, SparsityReport, load_masks, semi_structured
 from widekernel.sparsity.selection import Choice
-from widekernel.tasks.channels import input_channels
 from widekernel.tasks.classification import train
 from widekernel.tasks.config import ModelConfig, TrainConfig
+from widekernel.tasks.image_channels import input_channels
 from widekernel.tasks.loading import load
+from widekernel.tasks.model_source import ModelSource
 from widekernel.tasks.saved import SavedModel, save_model
-from widekernel.tasks.sources import Source
 from widekernel.tasks.sparsify_config import LearningConfig, SparsifyConfig
 from widekernel.tensor_files import read_tensors
 from widekernel.training import EmaConfig, LoopConfig, OptimizerConfig, Reporter, RunFolder, ScheduleConfig
@@ -82,7 +82,7 @@ def sparsify(model: nn.Module, config: SparsifyConfig) -> Sparsified:
 
 
 def learn(
-    source: Source, config: SparsifyConfig, learning: LearningConfig, data: DataConfig, where: tuple[Path, Reporter]
+    source: ModelSource, config: SparsifyConfig, learning: LearningConfig, data: DataConfig, where: tuple[Path, Reporter]
 ) -> tuple[Sparsified, SavedModel]:
     """Train the 2:4 masks of a network whose weights stay as they are, in a run folder that can be resumed.
 
@@ -124,7 +124,7 @@ def learn(
             for each in reversed(made):
                 with suppress(OSError):  # a folder that is not empty stays
                     each.rmdir()
-    learned, _ = load(Source(folder))
+    learned, _ = load(ModelSource(folder))
     masks = load_masks(RunFolder(folder).masks, learned)
     # The same layers are chosen by any method; this one finds the reasons against the others again.
     plain = _two_four(replace(config, method="magnitude"))
@@ -146,7 +146,7 @@ _NOT_YET = {"start.safetensors", ".lock"}
 """What a run that was killed before its first step leaves."""
 
 
-def _check_start(model: nn.Module, reference: Path, source: Source) -> None:
+def _check_start(model: nn.Module, reference: Path, source: ModelSource) -> None:
     """Raise unless the run folder is new, or learns the masks of just this network."""
     folder = reference.parent
     if not folder.exists() or ({path.name for path in folder.iterdir()} <= _NOT_YET and not RunFolder(folder).has_begun()):
@@ -203,7 +203,7 @@ def _data_of(data: DataConfig, saved: SavedModel) -> DataConfig:
     )
 
 
-def _augment_of(source: Source) -> AugmentConfig:
+def _augment_of(source: ModelSource) -> AugmentConfig:
     """What the network was trained with, without mixing; for a file of unknown history, crops of most of the image."""
     run = source.run_folder()
     plain: dict[str, Any] = {"mixup": 0.0, "cutmix": 0.0}

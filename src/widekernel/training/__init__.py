@@ -7,7 +7,7 @@ from widekernel.lazy import attach
 if TYPE_CHECKING:
     from widekernel.training.checkpoint import CheckpointStore
     from widekernel.training.config import CheckpointConfig, EmaConfig, LoopConfig, OptimizerConfig, ScheduleConfig
-    from widekernel.training.loop import Objective, Surroundings, Trainer, TrainingError
+    from widekernel.training.loop import Objective, RunContext, Trainer, TrainingError
     from widekernel.training.processes import Processes
     from widekernel.training.progress import Reporter, SilentReporter
     from widekernel.training.run_folder import RunFolder, RunFolderError
@@ -21,11 +21,11 @@ __all__ = [
     "OptimizerConfig",
     "Processes",
     "Reporter",
+    "RunContext",
     "RunFolder",
     "RunFolderError",
     "ScheduleConfig",
     "SilentReporter",
-    "Surroundings",
     "Trainer",
     "TrainingError",
 ]
@@ -43,8 +43,9 @@ _WHERE = {
     "RunFolderError": "widekernel.training.run_folder",
     "ScheduleConfig": "widekernel.training.config",
     "SilentReporter": "widekernel.training.progress",
-    "Surroundings": "widekernel.training.loop",
+    "RunContext": "widekernel.training.loop",
     "Trainer": "widekernel.training.loop",
     "TrainingError": "widekernel.training.loop",
 }
-__getattr__, __dir__ = attach(__name__, _WHERE)
+_MOVED = {"Surroundings": "widekernel.training:RunContext"}
+__getattr__, __dir__ = attach(__name__, _WHERE, _MOVED)

@@ -15,9 +15,9 @@ _NAME = re.compile(r"step-(\d{8,})\.pt$")
 
 
 class CheckpointStore:
-    """The folder ``checkpoints/`` of a run: ``step-XXXXXXXX.pt`` files, each with its ``.sha256``.
+    """The folder `checkpoints/` of a run: `step-XXXXXXXX.pt` files, each with its `.sha256`.
 
-    A state is a plain ``torch.save`` file of tensors and containers, so ``torch.load(..., weights_only=True)`` reads
+    A state is a plain `torch.save` file of tensors and containers, so `torch.load(..., weights_only=True)` reads
     it. The digest is written first: a state file without one, or one that does not match it, is never used.
 
     Args:
@@ -39,10 +39,10 @@ class CheckpointStore:
         return sorted((path for path in self.folder.iterdir() if _NAME.match(path.name)), key=step_of)
 
     def save(self, state: dict[str, Any], step: int, best_step: int | None) -> Path:
-        """Write ``state`` as the state after ``step`` optimizer steps, then drop what is no longer kept.
+        """Write `state` as the state after `step` optimizer steps, then drop what is no longer kept.
 
-        States that could not be read, or that are newer than ``step``, are no predecessors of this one: they are
-        renamed to end in ``.damaged`` first, so that they do not count among the ones that stay.
+        States that could not be read, or that are newer than `step`, are no predecessors of this one: they are
+        renamed to end in `.damaged` first, so that they do not count among the ones that stay.
 
         Raises:
             CheckpointError: the disk is full or not writable; earlier states are untouched.
@@ -81,7 +81,7 @@ class CheckpointStore:
             leftover.unlink(missing_ok=True)
 
     def load_latest(self) -> dict[str, Any] | None:
-        """The newest undamaged state, or ``None`` if there has never been one.
+        """The newest undamaged state, or `None` if there has never been one.
 
         Raises:
             CheckpointError: there are states, but all of them are damaged.
@@ -103,7 +103,7 @@ class CheckpointStore:
         return None
 
     def load_step(self, step: int) -> dict[str, Any]:
-        """The state after ``step`` optimizer steps."""
+        """The state after `step` optimizer steps."""
         return load_state(self.folder / f"step-{step:08d}.pt")
 
 

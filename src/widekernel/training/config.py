@@ -170,7 +170,7 @@ class SparsityConfig:
 
 
 def check_averaging(config: SparsityConfig, decay: float | None) -> None:
-    """Raise a ``ConfigError`` if weights that stay as they are were to be averaged."""
+    """Raise a `ConfigError` if weights that stay as they are were to be averaged."""
     if config.method == "2:4" and decay is not None:
         raise ConfigError(f"ema.decay is {decay}, but learned 2:4 masks leave the weights as they are: set it to null.")
 

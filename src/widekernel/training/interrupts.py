@@ -6,7 +6,7 @@ from types import FrameType, TracebackType
 
 
 class Interrupted(Exception):  # noqa: N818 - a request that was honoured, not an error
-    """Training stopped on request after saving; ``signal_number`` says which signal asked."""
+    """Training stopped on request after saving; `signal_number` says which signal asked."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signal_number).name}")

@@ -15,7 +15,7 @@ _held: set[int] = set()
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """Hold the lock on the file ``path``, which is created, during the block. Does nothing on Windows.
+    """Hold the lock on the file `path`, which is created, during the block. Does nothing on Windows.
 
     Only who holds the lock may remove the file.
 
@@ -37,7 +37,7 @@ def exclusive(path: Path) -> Iterator[None]:
 
 
 def _locked(path: Path) -> int:
-    """Open and lock the file that is at ``path`` once it is locked: the former holder may have removed another one."""
+    """Open and lock the file that is at `path` once it is locked: the former holder may have removed another one."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from widekernel.data.loading import Batch, TrainingLoader, Unreadable
 from widekernel.errors import CheckpointError, ConfigError, DataError, WidekernelError
 from widekernel.training.checkpoint import CheckpointStore
-from widekernel.training.checks import check_length
 from widekernel.training.config import Metrics, TrainingConfig
 from widekernel.training.curves import save_curves
-from widekernel.training.failures import explained_failure, explained_loading
+from widekernel.training.error_context import explained_failure, explained_loading
 from widekernel.training.interrupts import Interrupted, InterruptGuard
 from widekernel.training.metrics_log import MetricsLog, read_metrics
 from widekernel.training.optimization import create_optimizer, create_schedule
+from widekernel.training.preflight import check_run_length
 from widekernel.training.processes import Processes
 from widekernel.training.progress import Reporter, SilentReporter
 from widekernel.training.random_state import random_state, restore_random_state
@@ -36,18 +36,18 @@ class Objective(Protocol):
     """What is minimised and what is measured."""
 
     best_metric: str
-    """The figure of ``evaluate`` that decides which training state is the best; larger is better."""
+    """The figure of `evaluate` that decides which training state is the best; larger is better."""
 
     def loss(self, model: nn.Module, batch: Batch, stream: tuple[int, ...]) -> Tensor:
         """Mean loss of a batch on the model's device.
 
-        Randomness (mixup) must be a function of ``stream``, the position of the batch in training.
+        Randomness (mixup) must be a function of `stream`, the position of the batch in training.
         """
 
     def evaluate(self, model: nn.Module, name: str, stop: Callable[[], bool]) -> Metrics | None:
-        """Figures on the held-out data, ``None`` if ``stop()`` became true meanwhile.
+        """Figures on the held-out data, `None` if `stop()` became true meanwhile.
 
-        ``name`` says in messages whose weights these are.
+        `name` says in messages whose weights these are.
         """
 
 
@@ -81,12 +81,12 @@ class Progress:
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "Progress":
-        """The progress that ``state`` gave."""
+        """The progress that `state` gave."""
         return cls(**{**state, "unreadable": set(state["unreadable"])})
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class RunContext:
     """What the trainer works with besides the model.
 
     Args:
@@ -111,14 +111,14 @@ class Surroundings:
 
 
 class Trainer:
-    """Trains ``model`` on ``loader`` for ``objective`` and keeps the run folder.
+    """Trains `model` on `loader` for `objective` and keeps the run folder.
 
     Args:
-        model: network on ``around.device``
+        model: network on `context.device`
         objective: loss and evaluation
         loader: training batches by epoch
         config: the settings of the loop
-        around: run folder, device, processes and reporter
+        context: run folder, device, processes and reporter
 
     Raises:
         DataError: an epoch has fewer batches than one optimizer step needs.
@@ -131,29 +131,29 @@ class Trainer:
         objective: Objective,
         loader: TrainingLoader,
         config: TrainingConfig,
-        around: Surroundings,
+        context: RunContext,
     ) -> None:
-        self.model, self.objective, self.loader, self.config, self.around = model, objective, loader, config, around
+        self.model, self.objective, self.loader, self.config, self.context = model, objective, loader, config, context
         self.steps_per_epoch = loader.batches_per_epoch // config.loop.accumulate
         if self.steps_per_epoch == 0:
-            needed = config.loop.batch_size * config.loop.accumulate * around.processes.world_size
+            needed = config.loop.batch_size * config.loop.accumulate * context.processes.world_size
             raise DataError(
                 f"The training data has {len(loader.samples)} images, but one optimizer step takes {needed} "
                 f"(loop.batch_size × loop.accumulate × processes). Lower loop.batch_size."
             )
-        for note in check_length(config, self.total_steps):
-            around.reporter.message(note)
+        for note in check_run_length(config, self.total_steps):
+            context.reporter.message(note)
         self.sparsity = create_sparsification(model, config.sparsity, config.seed, self.total_steps)
         self.optimizer = create_optimizer(self.sparsity.trained(model), config.optimizer)
         self.schedule = create_schedule(self.optimizer, config.schedule, self.steps_per_epoch)
         decay = config.ema.decay
         self.ema = None if decay is None else ModelEmaV3(model, decay=decay, use_warmup=config.ema.warmup)
         self.sparsity.attach(self.optimizer, self.ema, self.total_steps)
-        self.autocast = _autocast(config.loop.precision, around.device)
-        self.scaler = torch.amp.GradScaler(around.device.type, enabled=config.loop.precision == "fp16")
+        self.autocast = _autocast(config.loop.precision, context.device)
+        self.scaler = torch.amp.GradScaler(context.device.type, enabled=config.loop.precision == "fp16")
         self.progress = Progress()
-        self.store = CheckpointStore(around.folder.checkpoints, config.checkpoint.keep, around.reporter.message)
-        self.log = MetricsLog(around.folder.metrics)
+        self.store = CheckpointStore(context.folder.checkpoints, config.checkpoint.keep, context.reporter.message)
+        self.log = MetricsLog(context.folder.metrics)
 
     @property
     def total_steps(self) -> int:
@@ -165,11 +165,11 @@ class Trainer:
 
         Raises:
             Interrupted: SIGINT, SIGTERM or SIGHUP arrived; the state was saved first.
-            TrainingError: the loss is not finite, or more than ``max_unreadable`` images cannot be read.
+            TrainingError: the loss is not finite, or more than `max_unreadable` images cannot be read.
             CheckpointError: no training state can be read, or none can be written.
         """
         self._resume_or_start()
-        self.around.reporter.start_training(self.config.schedule.epochs, self.steps_per_epoch, self.progress.step)
+        self.context.reporter.start_training(self.config.schedule.epochs, self.steps_per_epoch, self.progress.step)
         with InterruptGuard() as guard:
             while self.progress.epoch < self.config.schedule.epochs:
                 self._train_epoch(guard)
@@ -189,7 +189,7 @@ class Trainer:
             every = self.config.checkpoint.every_steps
             # The first step shows that all works: now the folder is the run's, and that states can be written.
             due = self.progress.step == 1 or (every is not None and self.progress.step % every == 0)
-            stop = self.around.processes.any(guard.received is not None)
+            stop = self.context.processes.any(guard.received is not None)
             if due or stop:
                 self.save()
             if stop:
@@ -200,7 +200,7 @@ class Trainer:
         total = 0.0
         for number, batch in enumerate(batches):
             self._count_unreadable(batch.unreadable)
-            stream = (self.config.seed, self.progress.step, number, self.around.processes.rank)
+            stream = (self.config.seed, self.progress.step, number, self.context.processes.rank)
             with self.autocast():
                 loss = self.objective.loss(self.model, self._on_device(batch), stream) / len(batches)
                 penalty = self.sparsity.penalty()
@@ -213,8 +213,8 @@ class Trainer:
                 "in another output folder. The last training state was saved before this."
             )
         self._update()
-        if self.progress.step == 0 and self.around.processes.is_main:
-            self.around.folder.begin()
+        if self.progress.step == 0 and self.context.processes.is_main:
+            self.context.folder.begin()
             self.log.truncate(0)
         self.progress.step += 1
         self.progress.step_in_epoch += 1
@@ -238,7 +238,7 @@ class Trainer:
         progress = self.progress
         progress.loss_sum += loss
         progress.loss_count += 1
-        self.around.reporter.step(progress.epoch, progress.step, loss, self._lr())
+        self.context.reporter.step(progress.epoch, progress.step, loss, self._lr())
         # the last row of an epoch waits for the evaluation
         if progress.step % self.config.loop.log_every == 0 and progress.step_in_epoch < self.steps_per_epoch:
             self._write_row({})
@@ -256,18 +256,18 @@ class Trainer:
         if is_best:
             progress.best, progress.best_step = value, progress.step
         self._write_row({**metrics, "train_unreadable": len(progress.unreadable)})
-        self.around.reporter.epoch(progress.epoch, metrics)
+        self.context.reporter.epoch(progress.epoch, metrics)
         progress.epoch += 1
         progress.step_in_epoch = 0
         finished = progress.epoch == self.config.schedule.epochs
         if is_best or finished or progress.epoch % self.config.checkpoint.every_epochs == 0:
             self.save()
-        if self.around.processes.is_main:
-            save_curves(read_metrics(self.around.folder.metrics), self.around.folder.curves)
+        if self.context.processes.is_main:
+            save_curves(read_metrics(self.context.folder.metrics), self.context.folder.curves)
 
     def _evaluate(self, guard: InterruptGuard) -> Metrics | None:
         def stop() -> bool:
-            return self.around.processes.any(guard.received is not None)
+            return self.context.processes.any(guard.received is not None)
 
         metrics = self.objective.evaluate(self.model, "weights", stop)
         if metrics is None or self.ema is None:
@@ -279,13 +279,13 @@ class Trainer:
 
     def _on_device(self, batch: Batch) -> Batch:
         layout = torch.channels_last if self.config.loop.channels_last else torch.contiguous_format
-        images = batch.images.to(self.around.device, non_blocking=True, memory_format=layout)
-        return Batch(images, batch.targets.to(self.around.device, non_blocking=True), batch.unreadable)
+        images = batch.images.to(self.context.device, non_blocking=True, memory_format=layout)
+        return Batch(images, batch.targets.to(self.context.device, non_blocking=True), batch.unreadable)
 
     def _count_unreadable(self, images: tuple[Unreadable, ...]) -> None:
         for image in images:
             if image.name not in self.progress.unreadable:
-                self.around.reporter.message(f"Skipped an unreadable image: {image}")
+                self.context.reporter.message(f"Skipped an unreadable image: {image}")
                 self.progress.unreadable.add(image.name)
         check_unreadable(self.progress.unreadable, self.config.max_unreadable, "training")
 
@@ -299,14 +299,14 @@ class Trainer:
         row = {"epoch": progress.epoch + 1, "step": progress.step, "train_loss": mean, "lr": self._lr()}
         row.update(self.sparsity.figures(), **figures)
         progress.loss_sum, progress.loss_count = 0.0, 0
-        if self.around.processes.is_main:
+        if self.context.processes.is_main:
             self.log.append(row)
 
     # -- training states ---------------------------------------------------------------------------------------------
 
     def save(self) -> None:
         """Write the training state after the steps done so far."""
-        if not self.around.processes.is_main:
+        if not self.context.processes.is_main:
             return
         self.log.sync()
         self.store.save(self.state(), self.progress.step, self.progress.best_step)
@@ -325,37 +325,37 @@ class Trainer:
             "random": random_state(),
             "progress": self.progress.state(),
             "metrics_rows": self.log.rows,
-            "world_size": self.around.processes.world_size,
-            "data": self.around.fingerprint,
-            "code": self.around.code,
-            "saved_model": self.around.description,
-            "settings": self.around.settings,
+            "world_size": self.context.processes.world_size,
+            "data": self.context.fingerprint,
+            "code": self.context.code,
+            "saved_model": self.context.description,
+            "settings": self.context.settings,
         }
 
     def _resume_or_start(self) -> None:
-        state = self.store.load_latest() if self.around.folder.has_begun() else None
+        state = self.store.load_latest() if self.context.folder.has_begun() else None
         if state is None:
             return
         self.load_state(state)
-        self.around.reporter.message(
-            f"Resuming {self.around.folder.path} after step {self.progress.step} of {self.total_steps}."
+        self.context.reporter.message(
+            f"Resuming {self.context.folder.path} after step {self.progress.step} of {self.total_steps}."
         )
-        if state.get("code") != self.around.code:
-            self.around.reporter.message("The steps so far were made by other code, or with other versions of libraries.")
+        if state.get("code") != self.context.code:
+            self.context.reporter.message("The steps so far were made by other code, or with other versions of libraries.")
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from ``state``.
+        """Continue from `state`.
 
         Raises:
             CheckpointError: it is of a run with other settings, or was saved with other training data or another number
                 of processes.
         """
-        self.around.folder.check_own(state, self.around.settings)
-        self.around.folder.check_same_data(state["data"], self.around.fingerprint)
-        if state["world_size"] != self.around.processes.world_size:
+        self.context.folder.check_own(state, self.context.settings)
+        self.context.folder.check_same_data(state["data"], self.context.fingerprint)
+        if state["world_size"] != self.context.processes.world_size:
             raise CheckpointError(
                 f"The run was saved by {state['world_size']} process(es) and is resumed by "
-                f"{self.around.processes.world_size}. Resume with the same number."
+                f"{self.context.processes.world_size}. Resume with the same number."
             )
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
@@ -374,7 +374,7 @@ def is_better(value: float, best: float | None) -> bool:
 
 
 def check_unreadable(names: set[str], limit: int, part: str) -> None:
-    """Raise a ``TrainingError`` once more than ``limit`` different images could not be read."""
+    """Raise a `TrainingError` once more than `limit` different images could not be read."""
     if len(names) > limit:
         raise TrainingError(
             f"{len(names)} {part} images cannot be read, more than data.max_unreadable ({limit}). "

@@ -1,7 +1,7 @@
 """metrics.jsonl: one JSON object a line, without duplicates whatever happened to the run.
 
-Every row has ``epoch`` (counted from 1), ``step`` (optimizer steps done), ``train_loss`` (mean since the row before) and
-``lr``; the last row of an epoch has the figures of the evaluation as well.
+Every row has `epoch` (counted from 1), `step` (optimizer steps done), `train_loss` (mean since the row before) and
+`lr`; the last row of an epoch has the figures of the evaluation as well.
 """
 
 import json
@@ -21,7 +21,7 @@ class MetricsLog:
         self.rows = 0
 
     def truncate(self, rows: int) -> None:
-        """Keep the first ``rows`` rows.
+        """Keep the first `rows` rows.
 
         Raises:
             WidekernelError: the file has fewer rows, so it is not the one that the training state belongs to, or it

@@ -46,7 +46,7 @@ def create_optimizer(trained: nn.Module | list[nn.Parameter], config: OptimizerC
 def create_schedule(optimizer: Optimizer, config: ScheduleConfig, steps_per_epoch: int) -> CosineLRScheduler:
     """Linear warm-up followed by half a cosine, both counted in optimizer steps.
 
-    ``step_update(k)`` sets the rates of the step number ``k``, counted from 0.
+    `step_update(k)` sets the rates of the step number `k`, counted from 0.
     """
     total = config.epochs * steps_per_epoch
     # a warm-up that fills the whole run would leave no step for the cosine

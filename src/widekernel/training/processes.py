@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from widekernel.data.loading import Share
+from widekernel.data.loading import Shard
 
 
 @dataclass(frozen=True)
@@ -20,16 +20,16 @@ class Processes:
         return self.rank == 0
 
     @property
-    def share(self) -> Share:
+    def shard(self) -> Shard:
         """The part of the data that this process loads."""
-        return Share(self.rank, self.world_size)
+        return Shard(self.rank, self.world_size)
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum of ``values`` over all processes."""
+        """Sum of `values` over all processes."""
         return values
 
     def any(self, flag: bool) -> bool:
-        """Whether ``flag`` holds in at least one process."""
+        """Whether `flag` holds in at least one process."""
         return flag
 
     def union(self, names: set[str]) -> set[str]:

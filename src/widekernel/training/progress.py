@@ -14,10 +14,10 @@ class Reporter(Protocol):
         """Something worth telling once: a resume, a skipped checkpoint, an unreadable image."""
 
     def start_training(self, epochs: int, steps_per_epoch: int, first_step: int) -> None:
-        """Training begins at optimizer step ``first_step``."""
+        """Training begins at optimizer step `first_step`."""
 
     def step(self, epoch: int, step: int, loss: float, lr: float) -> None:
-        """One optimizer step is done; ``step`` counts from the start of training."""
+        """One optimizer step is done; `step` counts from the start of training."""
 
     def start_evaluation(self, batches: int, name: str) -> None:
         """An evaluation of so many batches begins."""

@@ -35,7 +35,7 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Bring all global generators back to a state given by ``random_state``."""
+    """Bring all global generators back to a state given by `random_state`."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words.tolist()), gauss))
     keys, position, has_gauss, cached = state["numpy"]

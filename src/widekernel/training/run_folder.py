@@ -58,7 +58,7 @@ class RunFolder:
         self._pending: dict[str, Any] | None = None
 
     def prepare(self, config: dict[str, Any]) -> None:
-        """Check that the folder is free for ``config`` or belongs to it; `begin` is what makes it so.
+        """Check that the folder is free for `config` or belongs to it; `begin` is what makes it so.
 
         Raises:
             RunFolderError: the folder is not writable, holds a run with another configuration that has begun (the message
@@ -173,7 +173,7 @@ class RunFolder:
             )
 
     def check_own(self, state: dict[str, Any], config: dict[str, Any]) -> None:
-        """Raise unless a training state, if it notes its settings, is of a run with the settings ``config``.
+        """Raise unless a training state, if it notes its settings, is of a run with the settings `config`.
 
         Raises:
             CheckpointError: naming what differs.
@@ -235,10 +235,10 @@ class RunFolder:
             write_atomically(self.summary, lambda file: file.write((json.dumps(summary, indent=2) + "\n").encode()))
 
     def read_summary(self, required: Iterable[str] = ()) -> dict[str, Any] | None:
-        """The final result, or ``None`` while the run is unfinished.
+        """The final result, or `None` while the run is unfinished.
 
         Raises:
-            RunFolderError: the file is damaged, or lacks one of the ``required`` figures.
+            RunFolderError: the file is damaged, or lacks one of the `required` figures.
         """
         try:
             summary = json.loads(self.summary.read_text())

@@ -14,12 +14,12 @@ Tell = Callable[[str], None]
 
 
 def load_weights(model: nn.Module, path: str | Path, tell: Tell | None = None, **how: Any) -> tuple[LoadReport, str]:
-    """Load the checkpoint ``path`` into ``model``.
+    """Load the checkpoint `path` into `model`.
 
     Args:
         model: the network.
         path: the file.
-        tell: is given other warnings; ``None``: they stay Python's.
+        tell: is given other warnings; `None`: they stay Python's.
         how: further arguments of `load_checkpoint`.
 
     Returns:

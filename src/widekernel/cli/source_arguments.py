@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from widekernel.cli.console import progress_console
 from widekernel.cli.parsing import typed
-from widekernel.tasks.sources import Source, Weights
+from widekernel.tasks.model_source import ModelSource, Weights
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,8 +35,8 @@ def add_source_arguments(parser: Any, what: str = "run folder, or checkpoint fil
     )
 
 
-def loaded(source: Source) -> tuple[nn.Module, SavedModel]:
-    """Load the network of ``source``; what the user should know of it goes to standard error.
+def loaded(source: ModelSource) -> tuple[nn.Module, SavedModel]:
+    """Load the network of `source`; what the user should know of it goes to standard error.
 
     Raises:
         WidekernelError: it cannot be loaded.
@@ -46,9 +46,9 @@ def loaded(source: Source) -> tuple[nn.Module, SavedModel]:
     return load(source, lambda text: progress_console().print(text, soft_wrap=True))
 
 
-def source_from(values: dict[str, Any]) -> Source:
+def source_from(values: dict[str, Any]) -> ModelSource:
     """The source that parsed arguments name."""
-    return Source(
+    return ModelSource(
         Path(values["source"]),
         weights=values["weights"],
         state=values["state"],

@@ -1,4 +1,4 @@
-"""What ``widekernel demo`` does: the whole life of a large-kernel network on real digits, in about two minutes on a CPU."""
+"""What `widekernel demo` does: the whole life of a large-kernel network on real digits, in about two minutes on a CPU."""
 
 import dataclasses
 import statistics
@@ -17,7 +17,7 @@ from widekernel.data import (
     EvaluationSamples,
     ImageSource,
     LoaderOptions,
-    Share,
+    Shard,
     evaluation_loader,
     open_split,
 )
@@ -47,8 +47,8 @@ class Measured:
         name: what the form is called
         model: the network
         top1: accuracy in percent
-        predictions: predicted class of every digit ``(n,)``
-        targets: true classes ``(n,)``
+        predictions: predicted class of every digit `(n,)`
+        targets: true classes `(n,)`
     """
 
     name: str
@@ -59,7 +59,7 @@ class Measured:
 
 
 def show(output: str, seed: int) -> int:
-    """Train or reuse the run in the folder ``output``, then evaluate, fold, save, reload, compare and draw."""
+    """Train or reuse the run in the folder `output`, then evaluate, fold, save, reload, compare and draw."""
     config = parse_config(["--recipe", RECIPE, f"--output={output}", f"--seed={seed}"])
     started = time.perf_counter()
     try:
@@ -120,7 +120,7 @@ def _measure(name: str, model: nn.Module, source: ImageSource, saved: SavedModel
         targets.append(wanted)
 
     samples = EvaluationSamples(source, saved.preprocessing.eval_transform())
-    loader = evaluation_loader(samples, LoaderOptions(batch_size=90), Share())
+    loader = evaluation_loader(samples, LoaderOptions(batch_size=90), Shard())
     result = evaluate(model, loader, EvaluationOptions(torch.device("cpu"), max_unreadable=0, observe=observe))
     if result is None:
         raise DemoError("The evaluation was stopped.")

@@ -11,7 +11,7 @@ MOSTLY, NOTICEABLY = 0.9, 0.05
 """Shares of the first weights in the average at the end, from which on a run is refused, and from which on it is told."""
 
 
-def check_length(config: TrainingConfig, total_steps: int) -> list[str]:
+def check_run_length(config: TrainingConfig, total_steps: int) -> list[str]:
     """Check what the length of a run decides.
 
     Args:

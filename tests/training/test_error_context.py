@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from widekernel.errors import ShapeError
-from widekernel.training.failures import LoadingError, NetworkError, explained_failure, explained_loading
+from widekernel.training.error_context import LoadingError, NetworkError, explained_failure, explained_loading
 
 
 @pytest.mark.parametrize(

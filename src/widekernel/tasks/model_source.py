@@ -10,7 +10,7 @@ Weights = Literal["model", "ema"]
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """What to load.
 
     Args:
@@ -19,7 +19,7 @@ class Source:
         state: for a run folder: its last weights, or those of the best evaluation
         model: model name, for a checkpoint file that does not describe itself
         model_args: arguments of that model
-        num_classes: outputs of that model; ``None`` keeps its own number
+        num_classes: outputs of that model; `None` keeps its own number
     """
 
     path: Path
@@ -30,7 +30,7 @@ class Source:
     num_classes: int | None = None
 
     def run_folder(self) -> RunFolder | None:
-        """The run that ``path`` is, or lies in."""
+        """The run that `path` is, or lies in."""
         for candidate in (self.path, self.path.parent):
             if (candidate / "config.yaml").is_file():
                 return RunFolder(candidate)

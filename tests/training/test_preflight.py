@@ -12,12 +12,12 @@ from widekernel.errors import ConfigError
 from widekernel.sparsity import DynamicSparsityConfig
 from widekernel.tasks.config import TrainConfig
 from widekernel.training import EmaConfig, OptimizerConfig, ScheduleConfig
-from widekernel.training.checks import check_length, notes_on_workers
 from widekernel.training.config import SparsityConfig
+from widekernel.training.preflight import check_run_length, notes_on_workers
 
 
 def length(tmp_path, steps: int, **changes) -> list[str]:
-    return check_length(make_config(tmp_path, **{"ema": EmaConfig(), **changes}).training, steps)
+    return check_run_length(make_config(tmp_path, **{"ema": EmaConfig(), **changes}).training, steps)
 
 
 def test_an_average_that_stays_at_its_start(tmp_path) -> None:

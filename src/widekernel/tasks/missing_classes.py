@@ -7,8 +7,8 @@ from widekernel.data import ImageSource
 from widekernel.tasks.fingerprint import targets_of
 
 
-def lost_classes(source: ImageSource, unreadable: Collection[str]) -> list[str]:
-    """Tell of every class of ``source`` whose images are all among the names ``unreadable``."""
+def missing_classes(source: ImageSource, unreadable: Collection[str]) -> list[str]:
+    """Tell of every class of `source` whose images are all among the names `unreadable`."""
     targets = targets_of(source) if unreadable else None
     if targets is None:
         return []

@@ -15,7 +15,7 @@ RGB = 3
 
 
 def input_channels(model: nn.Module) -> int:
-    """Channels of the images that ``model`` takes: what it says, else those of its first convolution, else three."""
+    """Channels of the images that `model` takes: what it says, else those of its first convolution, else three."""
     stated = getattr(model, "in_chans", None)
     if stated is not None:
         return int(stated)
@@ -27,22 +27,22 @@ def input_channels(model: nn.Module) -> int:
 
 
 @dataclass(frozen=True)
-class Gray:
-    """A transform to one channel: of the grey image, the mean of what ``transform`` makes of its three equal channels.
+class ToGray:
+    """A transform to one channel: of the grey image, the mean of what `transform` makes of its three equal channels.
 
     Args:
-        transform: from an RGB image to a tensor ``(3, height, width)``
+        transform: from an RGB image to a tensor `(3, height, width)`
     """
 
     transform: ImageTransform
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """Give a tensor ``(1, height, width)``."""
+        """Give a tensor `(1, height, width)`."""
         return self.transform(image.convert("L").convert("RGB")).mean(0, keepdim=True)
 
 
-def for_channels(transform: ImageTransform, channels: int) -> ImageTransform:
-    """Let ``transform``, from RGB images to tensors of three channels, give those that a network takes.
+def match_channels(transform: ImageTransform, channels: int) -> ImageTransform:
+    """Let `transform`, from RGB images to tensors of three channels, give those that a network takes.
 
     Raises:
         ConfigError: it takes neither one nor three.
@@ -50,7 +50,7 @@ def for_channels(transform: ImageTransform, channels: int) -> ImageTransform:
     if channels == RGB:
         return transform
     if channels == 1:
-        return Gray(transform)
+        return ToGray(transform)
     raise ConfigError(
         f"The network takes images of {channels} channels (in_chans), but images are read with {RGB}, or 1 when grey. "
         f"Set in_chans to {RGB} or 1, or train on images of {channels} channels with a loop of your own."

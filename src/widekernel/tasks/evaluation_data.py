@@ -11,7 +11,7 @@ from widekernel.training.run_folder import RunFolder
 _WHICH = ("name", "root", "val_split")
 
 
-def place_of(data: DataConfig, source: ImageSource) -> str:
+def location_of(data: DataConfig, source: ImageSource) -> str:
     """Say where the held-out images are."""
     path = getattr(source, "path", None)
     if path is not None:
@@ -19,7 +19,7 @@ def place_of(data: DataConfig, source: ImageSource) -> str:
     return data.name if data.root is None or data.name == "digits" else f"{data.name} in {data.root}"
 
 
-def other_images(run: RunFolder | None, data: DataConfig, source: ImageSource) -> str:
+def changed_images_warning(run: RunFolder | None, data: DataConfig, source: ImageSource) -> str:
     """Warn if the run's settings lead to other held-out images than it had; "" if not, or if others were asked for."""
     if run is None:
         return ""
@@ -31,7 +31,7 @@ def other_images(run: RunFolder | None, data: DataConfig, source: ImageSource) -
     if not changed:
         return ""
     return (
-        f"Warning: the held-out images in {place_of(data, source)} are not those of the run in {run.path}: {changed}. "
+        f"Warning: the held-out images in {location_of(data, source)} are not those of the run in {run.path}: {changed}. "
         "Restore them, or name the data to evaluate with --data.root."
     )
 
