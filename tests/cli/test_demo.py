@@ -64,7 +64,7 @@ def test_demo_fails_if_the_forms_disagree(short, tmp_path, capsys, monkeypatch):
     assert "must agree" in capsys.readouterr().err
 
 
-def test_kernels_share_one_scale_and_networks_their_colour():
+def test_kernels_share_one_scale_and_networks_their_color():
     figure = Figure()
     top, bottom = figure.subfigures(2, 1)
     dense = build_model("slak_nano", 10, {}).eval()

@@ -294,7 +294,7 @@ def test_archives_can_be_sent_to_other_processes(tmp_path):
     assert described(pickle.loads(pickle.dumps(source))) == described(source)
 
 
-def test_names_are_compared_after_normalisation(tmp_path):
+def test_names_are_compared_after_normalization(tmp_path):
     composed, decomposed = (unicodedata.normalize(form, "pâté") for form in ("NFC", "NFD"))
     assert composed != decomposed
     plant(tmp_path / "train", [f"{composed}/x.png", "zoo/x.png", "pb/x.png"])

@@ -152,7 +152,7 @@ def test_default_crop(size, shape, expected):
 
     preprocessing = Preprocessing.resolve(DataConfig(), {"input_size": (3, size, size)})
     assert preprocessing.crop_pct == expected
-    # the left edge is white: warping keeps it, a centre crop of a wide image cuts it off
+    # the left edge is white: warping keeps it, a center crop of a wide image cuts it off
     image = np.zeros((shape[1], shape[0], 3), dtype=np.uint8)
     image[:, :10] = 255
     output = preprocessing.eval_transform()(Image.fromarray(image))
@@ -209,7 +209,7 @@ def test_unknown_augmentation_policy():
     ],
 )
 def test_values_out_of_range(kind, options, key):
-    with pytest.raises(ConfigError, match=f"{key} is .* must be"):
+    with pytest.raises(ConfigError, match=f"{key} .* must be"):
         kind(**options)
 
 

@@ -200,7 +200,7 @@ def test_the_same_images_twice(tmp_path):
     ("name", "mode", "message"),
     [("train.tar.gz", "w:gz", "compressed by gzip"), ("train.tgz", "w:gz", "`gunzip`"), ("train.tar.xz", "w:xz", "by xz"),
      ("train.tar.bz2", "w:bz2", "by bzip2"), ("train.tar", "w:gz", "train.tar is compressed by gzip"),
-     ("train", "w", "It is one, but is not named so")],
+     ("train", "w", "It is an archive, but its name must end in .tar")],
 )  # fmt: skip
 def test_archives_of_other_kinds(tmp_path, name, mode, message):
     plant(tmp_path / "tree", TWO)

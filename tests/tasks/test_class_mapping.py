@@ -71,7 +71,7 @@ def test_wordnet_identifiers():
 
 @pytest.mark.parametrize("stored", ["NFC", "NFD"])
 @pytest.mark.parametrize("found", ["NFC", "NFD"])
-def test_stored_names_are_normalised(stored, found):
+def test_stored_names_are_normalized(stored, found):
     name = "pâté"
     known = ("zoo", unicodedata.normalize(stored, name))
     assert class_mapping(saved(2, known), (unicodedata.normalize(found, name), "zoo")) == (1, 0)

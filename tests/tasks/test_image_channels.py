@@ -44,11 +44,11 @@ def test_gray() -> None:
     assert match_channels(transform, 3) is transform
     expected = (np.asarray(image.convert("L"), dtype=np.float32) / 255 - 0.2) / 0.5
     np.testing.assert_allclose(match_channels(transform, 1)(image)[0].numpy(), expected, atol=1e-5)
-    with pytest.raises(ConfigError, match=r"images of 4 channels \(in_chans\), but images are read with 3, or 1 when grey"):
+    with pytest.raises(ConfigError, match=r"images of 4 channels \(in_chans\), but images are read with 3, or 1 when gray"):
         match_channels(transform, 4)
 
 
-def test_training_and_evaluation_on_grey_images(make) -> None:  # noqa: F811
+def test_training_and_evaluation_on_gray_images(make) -> None:  # noqa: F811
     result = train(make(model=ModelConfig("test_resnet", args={"in_chans": 1})))
     model, saved = load(ModelSource(result.folder.path))
     assert input_channels(model) == 1 and saved.model_args == {"in_chans": 1}

@@ -1,20 +1,25 @@
-"""Whether the folders that are taken for classes are classes."""
+"""Checks that the folders taken for classes are classes."""
 
 from widekernel.data.formats import brief, printable
 from widekernel.data.listing import Listing, near_duplicates
 from widekernel.errors import DataError
 
 SPLITS = frozenset({"train", "training", "trainval", "val", "valid", "validation", "dev", "test", "testing"})
-"""Names of splits, in lower case."""
+"""Usual names of splits, in lower case."""
 
 _PARTS = SPLITS | {"images", "image", "imgs", "img", "jpegimages", "annotations", "masks", "labels", "data"}
 
 
 def check_class_names(label: str, listing: Listing, fix: str) -> tuple[str, ...]:
-    """Notes on class folders that hardly are what was meant; `fix` says how to name another folder.
+    """Return notes on class folders that are probably not what was meant.
+
+    Args:
+        label: names the split in messages.
+        listing: its images.
+        fix: says how to choose another folder.
 
     Raises:
-        DataError: all of them have names of splits or of other parts of a data set.
+        DataError: all class folders are named like splits or other parts of a data set.
     """
     names = listing.class_names
     parts = [name for name in names if name.lower() in _PARTS]
@@ -40,6 +45,6 @@ def check_class_names(label: str, listing: Listing, fix: str) -> tuple[str, ...]
 
 
 def refuse_one_class(label: str, names: tuple[str, ...], fix: str) -> None:
-    """Raise a `DataError` if there is nothing to tell apart among the classes of the training images."""
+    """Raise a `DataError` if the training images have only one class."""
     if len(names) == 1:
         raise DataError(f"{label} has only one class, {printable(names[0])!r}, so there is nothing to learn. {fix}")

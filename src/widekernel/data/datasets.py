@@ -1,4 +1,4 @@
-"""From a data configuration to the training and held-out images."""
+"""Opening the training and held-out images that a configuration describes."""
 
 import pickle
 import urllib.error
@@ -25,12 +25,12 @@ def open_split(config: DataConfig, split: str) -> ImageSource:
 
     Raises:
         ConfigError: a variable in a path is not set.
-        DataError: it does not exist, is empty, or cannot be indexed; the message says which and what to do.
+        DataError: it does not exist, is empty, or cannot be indexed.
     """
     if config.name == "digits":
         digits = load_digits()[0 if split == "train" else 1]
         if config.root is not None:
-            digits.notes += (f"data.root ({config.root}) has no effect: data.name is 'digits', which scikit-learn holds.",)
+            digits.notes += (f"data.root ({config.root}) has no effect: data.name is 'digits', which is in scikit-learn.",)
         return digits
     part = config.train_split if split == "train" else config.val_split
     if config.name == "folder":
@@ -39,10 +39,10 @@ def open_split(config: DataConfig, split: str) -> ImageSource:
 
 
 def open_train_and_val(config: DataConfig) -> tuple[ImageSource, ImageSource]:
-    """Open both splits and check that they have the same classes in the same order, and several of them.
+    """Open both splits, and check that they have the same two or more classes in the same order.
 
     Raises:
-        DataError: as `open_split`, or the class names differ, or there is only one class.
+        DataError: a split cannot be opened, the class names differ, or there is only one class.
     """
     train, val = open_split(config, "train"), open_split(config, "val")
     if train.class_names != val.class_names:
@@ -55,7 +55,7 @@ def open_train_and_val(config: DataConfig) -> tuple[ImageSource, ImageSource]:
         ]
         raise DataError(
             f"Training has {len(train.class_names)} classes and validation {len(val.class_names)} "
-            f"({'; '.join(detail)}), but both must hold the same ones. Check data.train_split and data.val_split."
+            f"({'; '.join(detail)}), but both must have the same ones. Check data.train_split and data.val_split."
         )
     if isinstance(train, FileSource):
         fix = deeper_hint(train, config.train_split, "data.train_split")
@@ -82,11 +82,11 @@ def _open_named(config: DataConfig, part: str) -> ImageSource:
             f"Known: {', '.join(known)}, and hfds/<owner>/<name>."
         )
     if config.root is None and prefix == "torch":
-        raise DataError(f"data.root is not set; give the folder where {config.name} is kept (--data.root DIR).")
+        raise DataError(f"data.root is not set; give the folder where {config.name} is stored (--data.root DIR).")
     if config.root is not None:
         config = replace(config, root=expanded("data.root", config.root))
     dataset = _open(config, part)
-    # timm's data set would replace an unreadable image by its neighbour without a word: its reader does not
+    # timm's data set silently replaces an unreadable image by its neighbor; its reader does not.
     return MappedSource(getattr(dataset, "reader", dataset), _class_names(dataset), config.name)
 
 

@@ -44,10 +44,10 @@ class FolderSource(FileSource):
 
 
 def list_folder(root: Path) -> Listing:
-    """List the images below the class folders of `root`; hidden files and clutter are passed over.
+    """List the images below the class folders of `root`; hidden files and clutter are ignored.
 
     Raises:
-        DataError: as `FolderSource`.
+        DataError: as for `FolderSource`.
     """
     skipped = SkippedFiles()
     found = []
@@ -75,7 +75,7 @@ def list_folder(root: Path) -> Listing:
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is a folder or leads to one; a link in a circle leads nowhere."""
+    """Return whether an entry is a folder or a link to one; a link in a circle is neither."""
     try:
         return entry.is_dir()
     except OSError:
@@ -83,7 +83,7 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _walk(root: Path, top: str, links: Links, skipped: SkippedFiles) -> Iterator[tuple[str, list[str]]]:
-    """The folders in `top` that hold images, and the names of these; in the order of the folders' paths."""
+    """Yield each folder in `top` that holds images, with the names of the images, in the order of the folders' paths."""
     found = []
     waiting = [(top, links.enter(top))]
     endings = image_endings()
@@ -92,7 +92,7 @@ def _walk(root: Path, top: str, links: Links, skipped: SkippedFiles) -> Iterator
         images = []
         for entry in _entries(root / folder):
             name = entry.name
-            # the plain case first: of millions of files nearly all are
+            # The common case first: it covers nearly all of millions of files.
             if name[name.rfind(".") :].lower() in endings and entry.is_file(follow_symlinks=False):
                 images.append(name)
                 continue
@@ -111,7 +111,7 @@ def _walk(root: Path, top: str, links: Links, skipped: SkippedFiles) -> Iterator
 
 
 def _is_file(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is a file or a broken link, which is told as an unreadable image; no pipe, socket or device."""
+    """Return whether an entry is a file, or a broken link, which counts as an unreadable image; not a pipe or device."""
     try:
         return entry.is_file() or (entry.is_symlink() and not Path(entry.path).exists())
     except OSError:
@@ -130,7 +130,7 @@ def _without_classes(root: Path, skipped: SkippedFiles) -> str:
     if skipped.outside:
         return (
             f"{root} has no class folders, but {skipped.outside:,} image(s). If it is the folder of one class, name the "
-            f"folder that holds it; else put each class's images into a folder named after the class."
+            f"folder that holds it; otherwise put each class's images into a folder named after the class."
         )
     archives = sorted(entry.name for entry in _entries(root) if ending_of(entry.name) in (".tar", ".gz", ".tgz", ".zip"))
     packed = f" It holds {brief(archives)}: name an archive without compression, or unpack it." if archives else ""

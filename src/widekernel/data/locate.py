@@ -1,4 +1,4 @@
-"""From the names of folders and archives in a configuration to the images in them."""
+"""Finding the folder or archive of a split, and saying what is wrong where there is none."""
 
 import os
 import tarfile
@@ -36,7 +36,7 @@ def open_files(config: DataConfig, part: str, key: str) -> FileSource:
 
 
 def deeper_hint(source: FileSource, part: str, key: str) -> str:
-    """What to set if the classes lie one folder deeper than they were looked for."""
+    """Return the sentence that says what to set if the classes lie one folder deeper than expected."""
     names = source.class_names
     parts = [name for name in names if name.lower() in SPLITS] or list(names)
     inside = source.listing.inside()
@@ -83,13 +83,13 @@ def _check_archive(path: Path) -> None:
         if start.startswith(magic):
             raise DataError(
                 f"{path} is {kind}, in which images cannot be reached one by one. Unpack it first, for example with "
-                f"`{tool}`: folders and uncompressed .tar archives are read."
+                f"`{tool}`: folders and uncompressed .tar archives can be used."
             )
     if ending_of(path.name) == ".tar":
         return
     if ending_of(path.name) in image_endings():
         raise DataError(f"{path} is a single image; give the folder that holds the class folders.")
-    named = " It is one, but is not named so: let its name end in .tar." if tarfile.is_tarfile(path) else ""
+    named = " It is an archive, but its name must end in .tar: rename it." if tarfile.is_tarfile(path) else ""
     raise DataError(f"{path} is neither a folder nor an uncompressed .tar archive; unpack it first.{named}")
 
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from widekernel.data.loading import Unreadable
 from widekernel.errors import DataError
-from widekernel.training.error_context import explained_failure
+from widekernel.training.error_context import NetworkError, errors_as
 from widekernel.training.loop import check_unreadable
 from widekernel.training.processes import Processes
 from widekernel.training.progress import Reporter, SilentReporter
@@ -109,7 +109,7 @@ def _rounds(loader: DataLoader, processes: Processes) -> int:
 
 
 def _batch_sums(model: nn.Module, images: Tensor, targets: Tensor, options: EvaluationOptions) -> Tensor:
-    with explained_failure("Evaluating the network"):
+    with errors_as(NetworkError, "Evaluating the network"):
         logits = model(images.to(options.device, non_blocking=True)).float()
     if options.class_mapping is not None:
         targets = torch.tensor(options.class_mapping)[targets]

@@ -1,8 +1,7 @@
 """What identifies the images and the program of a run, so that it is noticed that they are others."""
 
 import hashlib
-from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 import widekernel
 from widekernel.data import ImageSource
 from widekernel.data.names import normalize_name
-from widekernel.data.sources import FileSource
+from widekernel.data.sources import FileSource, targets_of
 from widekernel.files import sha256_of
 from widekernel.ops.cpu import library
 
@@ -96,17 +95,6 @@ def _lines(source: ImageSource) -> Iterator[str]:
     images = getattr(source, "images", None)
     if isinstance(images, np.ndarray):
         yield hashlib.sha256(np.ascontiguousarray(images).tobytes()).hexdigest()
-
-
-def targets_of(source: ImageSource) -> Sequence[int] | None:
-    """Class indices in the order of the images, where they are known without decoding."""
-    for holder in (source, getattr(source, "dataset", None)):
-        targets = getattr(holder, "targets", None)
-        if targets is None:
-            targets = [sample[1] for sample in getattr(holder, "samples", ())]
-        if len(targets) == len(source):
-            return targets if isinstance(targets, array) else [int(target) for target in targets]
-    return None
 
 
 def _digest_of_lines(lines: Iterable[str]) -> str:

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Collection
 
 from widekernel.data import ImageSource
-from widekernel.tasks.fingerprint import targets_of
+from widekernel.data.sources import targets_of
 
 
 def missing_classes(source: ImageSource, unreadable: Collection[str]) -> list[str]:

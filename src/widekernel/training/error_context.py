@@ -1,11 +1,14 @@
-"""What a network raises when it is run on images that it cannot take, and what loading them raises, in one line each."""
+"""Errors of networks and loading processes, restated in one line that says what failed, why and what to do."""
+
+from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import ClassVar
 
 from widekernel.errors import WidekernelError, in_short
 
-_OF_NETWORKS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError, MemoryError)
+_TRACEBACK = "with WIDEKERNEL_TRACEBACK=1 in the environment the command shows where it happened."
 _SMALLER = "The memory does not suffice: use smaller batches (loop.batch_size) or images (data.input_size)."
 _REMEDIES = (
     ("out of memory", _SMALLER),
@@ -16,59 +19,52 @@ _REMEDIES = (
     ("output size is too small", "The images are too small for the network: raise data.input_size."),
     ("doesn't match model", "The network takes images of one size only: leave data.input_size out."),
 )  # fmt: skip
-_OTHERWISE = (
-    "Check model.args, data.input_size and the batch size; with WIDEKERNEL_TRACEBACK=1 in the environment the command "
-    "shows where it happened."
-)
+"""Part of PyTorch's message -> what to do."""
 
 
 class NetworkError(WidekernelError, RuntimeError):
-    """A network that fails when it is run."""
+    """A network fails when it is run."""
+
+    causes: ClassVar = (RuntimeError, ValueError, TypeError, IndexError, AssertionError, MemoryError)
+
+    @staticmethod
+    def remedy(error: Exception) -> str:
+        """Say what to do about `error`."""
+        if isinstance(error, MemoryError):
+            return _SMALLER
+        text = str(error).lower()
+        otherwise = f"Check model.args, data.input_size and the batch size; {_TRACEBACK}"
+        return next((remedy for sign, remedy in _REMEDIES if sign in text), otherwise)
 
 
 class LoadingError(WidekernelError, RuntimeError):
-    """Processes that load images and fail, not because of an image."""
+    """The processes that load images fail, but not because of an image."""
+
+    causes: ClassVar = (RuntimeError, MemoryError, OSError)
+
+    @staticmethod
+    def remedy(error: Exception) -> str:
+        """Say what to do about `error`."""
+        return (
+            "The memory may not suffice for the loading processes: lower data.workers, or set it to 0 to load in the "
+            f"training process and see what happens; {_TRACEBACK}"
+        )
 
 
 @contextmanager
-def explained_failure(what: str) -> Iterator[None]:
-    """Within the block, an error of PyTorch's becomes a `NetworkError` that says what failed, why and what to do.
+def errors_as(kind: type[NetworkError | LoadingError], what: str) -> Iterator[None]:
+    """Restate the errors in `kind.causes` that the block raises as `kind`; our own errors pass unchanged.
 
     Args:
-        what: what is done in the block, such as "The first training step".
+        kind: of the error.
+        what: what the block does, such as "Training step 3".
 
     Raises:
-        NetworkError: the block raised one.
+        NetworkError, LoadingError: whichever `kind` is.
     """
     try:
         yield
     except WidekernelError:
         raise
-    except _OF_NETWORKS as error:
-        text = str(error).lower()
-        remedy = next((remedy for sign, remedy in _REMEDIES if sign in text), _OTHERWISE)
-        if isinstance(error, MemoryError):
-            remedy = _SMALLER
-        raise NetworkError(f"{what} failed ({in_short(error).rstrip('.')}). {remedy}") from error
-
-
-@contextmanager
-def explained_loading(what: str) -> Iterator[None]:
-    """Within the block, an error of the processes that load images becomes a `LoadingError`.
-
-    Args:
-        what: what is done in the block, such as "Loading the images of training step 3".
-
-    Raises:
-        LoadingError: the block raised one.
-    """
-    try:
-        yield
-    except WidekernelError:
-        raise
-    except (RuntimeError, MemoryError, OSError) as error:
-        raise LoadingError(
-            f"{what} failed ({in_short(error).rstrip('.')}). The memory may not suffice for the loading processes: lower "
-            "data.workers, or set it to 0 to load in the training process and see what happens; "
-            "with WIDEKERNEL_TRACEBACK=1 in the environment the command shows where it happened."
-        ) from error
+    except kind.causes as error:
+        raise kind(f"{what} failed ({in_short(error).rstrip('.')}). {kind.remedy(error)}") from error

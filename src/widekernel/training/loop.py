@@ -16,7 +16,7 @@ from widekernel.errors import CheckpointError, ConfigError, DataError, Widekerne
 from widekernel.training.checkpoint import CheckpointStore
 from widekernel.training.config import Metrics, TrainingConfig
 from widekernel.training.curves import save_curves
-from widekernel.training.error_context import explained_failure, explained_loading
+from widekernel.training.error_context import LoadingError, NetworkError, errors_as
 from widekernel.training.interrupts import Interrupted, InterruptGuard
 from widekernel.training.metrics_log import MetricsLog, read_metrics
 from widekernel.training.optimization import create_optimizer, create_schedule
@@ -182,9 +182,9 @@ class Trainer:
         accumulate = self.config.loop.accumulate
         batches = self.loader.epoch(self.progress.epoch, skip=self.progress.step_in_epoch * accumulate)
         while self.progress.step_in_epoch < self.steps_per_epoch:
-            with explained_loading(f"Loading the images of training step {self.progress.step + 1}"):
+            with errors_as(LoadingError, f"Loading the images of training step {self.progress.step + 1}"):
                 images = [next(batches) for _ in range(accumulate)]
-            with explained_failure(f"Training step {self.progress.step + 1}"):
+            with errors_as(NetworkError, f"Training step {self.progress.step + 1}"):
                 self._step(images)
             every = self.config.checkpoint.every_steps
             # The first step shows that all works: now the folder is the run's, and that states can be written.
