@@ -21,9 +21,9 @@ from widekernel.training import (
     TrainingError,
 )
 from widekernel.training.curves import save_curves
-from widekernel.training.loop import is_better
 from widekernel.training.metrics_log import MetricsLog, read_metrics
 from widekernel.training.optimization import create_optimizer, create_schedule
+from widekernel.training.progress import is_better
 
 
 @pytest.mark.parametrize("layer_decay", [None, 0.5])

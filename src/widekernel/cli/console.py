@@ -17,7 +17,7 @@ from rich.progress import (
 )
 from typing_extensions import override
 
-from widekernel.training.progress import Reporter
+from widekernel.training.reporter import Reporter
 
 WIDE = 120
 """From this width of the terminal on, progress bars are long and show the times taken and left."""

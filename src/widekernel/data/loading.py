@@ -88,9 +88,7 @@ class TrainingSamples(Dataset):
                 continue
             with scoped_seed(AUGMENT_STREAM, self.seed, epoch, index):
                 return Sample(self.transform(image), target, tuple(unreadable))
-        return Sample(
-            None, -1, tuple(unreadable)
-        )  # the training process raises: an error in a worker becomes a traceback
+        return Sample(None, -1, tuple(unreadable))  # the training process raises: an error in a worker becomes a traceback
 
 
 class EvaluationSamples(Dataset):

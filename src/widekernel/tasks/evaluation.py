@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader
 from widekernel.data.loading import Unreadable
 from widekernel.errors import DataError
 from widekernel.training.error_context import NetworkError, errors_as
-from widekernel.training.loop import check_unreadable
 from widekernel.training.processes import Processes
-from widekernel.training.progress import Reporter, SilentReporter
+from widekernel.training.reporter import Reporter, SilentReporter
+from widekernel.training.unreadable import check_unreadable
 
 
 @dataclass(frozen=True)

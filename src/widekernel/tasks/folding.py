@@ -44,7 +44,10 @@ def fold_and_check(model: nn.Module, input_size: int, images: int = 4) -> tuple[
     folded = widekernel.fold(model).eval()
     generator = torch.Generator().manual_seed(derive_seed(0))
     inputs = torch.randn(images, input_channels(model), input_size, input_size, generator=generator)
-    with torch.inference_mode(), errors_as(NetworkError, f"Running the network on images of {input_size}×{input_size} pixels"):
+    with (
+        torch.inference_mode(),
+        errors_as(NetworkError, f"Running the network on images of {input_size}×{input_size} pixels"),
+    ):
         expected, found = model(inputs), folded(inputs)
     check = FoldCheck((expected - found).abs().max().item(), expected.abs().max().item(), images)
     if not check.max_error <= RELATIVE_TOLERANCE * max(check.max_output, 1e-6):

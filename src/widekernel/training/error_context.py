@@ -22,6 +22,10 @@ _REMEDIES = (
 """Part of PyTorch's message -> what to do."""
 
 
+class TrainingError(WidekernelError, RuntimeError):
+    """Training cannot go on: the loss is no longer finite, or too many images are unreadable."""
+
+
 class NetworkError(WidekernelError, RuntimeError):
     """A network fails when it is run."""
 

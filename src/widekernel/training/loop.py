@@ -4,114 +4,32 @@ import math
 import signal
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 
 from widekernel.data.loading import Batch, TrainingLoader, Unreadable
-from widekernel.errors import CheckpointError, ConfigError, DataError, WidekernelError
+from widekernel.errors import CheckpointError, ConfigError, DataError
 from widekernel.training.checkpoint import CheckpointStore
 from widekernel.training.config import Metrics, TrainingConfig
 from widekernel.training.curves import save_curves
-from widekernel.training.error_context import LoadingError, NetworkError, errors_as
+from widekernel.training.error_context import LoadingError, NetworkError, TrainingError, errors_as
 from widekernel.training.interrupts import Interrupted, InterruptGuard
 from widekernel.training.metrics_log import MetricsLog, read_metrics
+from widekernel.training.objective import Objective
 from widekernel.training.optimization import create_optimizer, create_schedule
 from widekernel.training.preflight import check_run_length
-from widekernel.training.processes import Processes
-from widekernel.training.progress import Reporter, SilentReporter
+from widekernel.training.progress import Progress
 from widekernel.training.random_state import random_state, restore_random_state
-from widekernel.training.run_folder import RunFolder
+from widekernel.training.run_context import RunContext
 from widekernel.training.sparsification import create_sparsification
-
-
-class TrainingError(WidekernelError, RuntimeError):
-    """Training that cannot go on: the loss is no longer finite, or too many images are unreadable."""
-
-
-class Objective(Protocol):
-    """What is minimised and what is measured."""
-
-    best_metric: str
-    """The figure of `evaluate` that decides which training state is the best; larger is better."""
-
-    def loss(self, model: nn.Module, batch: Batch, stream: tuple[int, ...]) -> Tensor:
-        """Mean loss of a batch on the model's device.
-
-        Randomness (mixup) must be a function of `stream`, the position of the batch in training.
-        """
-
-    def evaluate(self, model: nn.Module, name: str, stop: Callable[[], bool]) -> Metrics | None:
-        """Figures on the held-out data, `None` if `stop()` became true meanwhile.
-
-        `name` says in messages whose weights these are.
-        """
-
-
-@dataclass
-class Progress:
-    """Where training is. All of it is part of a training state.
-
-    Args:
-        epoch: epochs whose evaluation is done
-        step: optimizer steps done
-        step_in_epoch: optimizer steps done in the current epoch
-        loss_sum: sum of the losses since the last row of metrics
-        loss_count: optimizer steps in that sum
-        best: best value of the objective's metric
-        best_step: optimizer steps done when it was reached
-        unreadable: names of the unreadable training images met so far
-    """
-
-    epoch: int = 0
-    step: int = 0
-    step_in_epoch: int = 0
-    loss_sum: float = 0.0
-    loss_count: int = 0
-    best: float | None = None
-    best_step: int | None = None
-    unreadable: set[str] = field(default_factory=set)
-
-    def state(self) -> dict[str, Any]:
-        """Plain containers for a training state."""
-        return {**vars(self), "unreadable": sorted(self.unreadable)}
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> "Progress":
-        """The progress that `state` gave."""
-        return cls(**{**state, "unreadable": set(state["unreadable"])})
-
-
-@dataclass(frozen=True)
-class RunContext:
-    """What the trainer works with besides the model.
-
-    Args:
-        folder: where the run is kept
-        device: where the model is
-        processes: the processes that train together
-        reporter: told about progress
-        fingerprint: description of the training data; a resumed run must meet the same
-        code: description of the program, told if a run is resumed by another
-        description: description of the model, kept in training states so that they can be used without this run
-        settings: of the run, kept in training states so that those of another run are not taken for its own
-    """
-
-    folder: RunFolder
-    device: torch.device
-    processes: Processes = field(default_factory=Processes)
-    reporter: Reporter = field(default_factory=SilentReporter)
-    fingerprint: dict[str, Any] = field(default_factory=dict)
-    code: dict[str, str] = field(default_factory=dict)
-    description: dict[str, Any] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
+from widekernel.training.unreadable import check_unreadable
 
 
 class Trainer:
-    """Trains `model` on `loader` for `objective` and keeps the run folder.
+    """Trains a model for an objective, and maintains the run folder.
 
     Args:
         model: network on `context.device`
@@ -161,7 +79,7 @@ class Trainer:
         return self.steps_per_epoch * self.config.schedule.epochs
 
     def run(self) -> None:
-        """Train from where the run folder stands to the end.
+        """Train from the latest training state in the run folder, or from the start, to the end.
 
         Raises:
             Interrupted: SIGINT, SIGTERM or SIGHUP arrived; the state was saved first.
@@ -187,7 +105,7 @@ class Trainer:
             with errors_as(NetworkError, f"Training step {self.progress.step + 1}"):
                 self._step(images)
             every = self.config.checkpoint.every_steps
-            # The first step shows that all works: now the folder is the run's, and that states can be written.
+            # After the first step the folder belongs to this run; saving at once shows that states can be written.
             due = self.progress.step == 1 or (every is not None and self.progress.step % every == 0)
             stop = self.context.processes.any(guard.received is not None)
             if due or stop:
@@ -196,16 +114,9 @@ class Trainer:
                 raise Interrupted(guard.received or signal.SIGTERM)  # another process may have received it
 
     def _step(self, batches: list[Batch]) -> None:
+        """Make one optimizer step from the gradients of `batches`."""
         self.schedule.step_update(self.progress.step)
-        total = 0.0
-        for number, batch in enumerate(batches):
-            self._count_unreadable(batch.unreadable)
-            stream = (self.config.seed, self.progress.step, number, self.context.processes.rank)
-            with self.autocast():
-                loss = self.objective.loss(self.model, self._on_device(batch), stream) / len(batches)
-                penalty = self.sparsity.penalty()
-            total += loss.item()
-            self.scaler.scale(loss if penalty is None else loss + penalty / len(batches)).backward()
+        total = sum(self._backward(batch, number, len(batches)) for number, batch in enumerate(batches))
         if not math.isfinite(total):
             raise TrainingError(
                 f"The training loss is {total} at step {self.progress.step + 1}. Lower optimizer.lr "
@@ -219,11 +130,23 @@ class Trainer:
         self.progress.step += 1
         self.progress.step_in_epoch += 1
         if self.ema is not None:
-            # given a step, timm lets the first update replace the average, which without warm-up keeps its start
+            # Given a step, timm replaces the average at the first update; without warm-up the average starts as it is.
             self.ema.update(self.model, step=self.progress.step if self.config.ema.warmup else None)
         self._log_step(total)
 
+    def _backward(self, batch: Batch, number: int, count: int) -> float:
+        """Add the gradients of batch `number` of `count` in a step, and return its part of the step's loss."""
+        self._note_unreadable(batch.unreadable)
+        stream = (self.config.seed, self.progress.step, number, self.context.processes.rank)
+        with self.autocast():
+            loss: Tensor = self.objective.loss(self.model, self._on_device(batch), stream) / count
+            penalty = self.sparsity.penalty()
+        value = loss.item()
+        self.scaler.scale(loss if penalty is None else loss + penalty / count).backward()
+        return value
+
     def _update(self) -> None:
+        """Clip the gradients if configured, and let the optimizer step."""
         clip = self.config.optimizer.clip_grad
         if clip is not None:
             self.scaler.unscale_(self.optimizer)
@@ -239,22 +162,20 @@ class Trainer:
         progress.loss_sum += loss
         progress.loss_count += 1
         self.context.reporter.step(progress.epoch, progress.step, loss, self._lr())
-        # the last row of an epoch waits for the evaluation
+        # The last row of an epoch waits for the evaluation.
         if progress.step % self.config.loop.log_every == 0 and progress.step_in_epoch < self.steps_per_epoch:
             self._write_row({})
 
     def _finish_epoch(self, guard: InterruptGuard) -> None:
         metrics = self._evaluate(guard)
         if metrics is None:
-            # the state says that all steps of this epoch are done: the resumed run begins with the evaluation
+            # The state says that all steps of this epoch are done, so the resumed run begins with the evaluation.
             self.save()
             raise Interrupted(guard.received or signal.SIGTERM)
         progress = self.progress
         name = self.objective.best_metric
         value = float(metrics[name if self.ema is None else f"ema_{name}"])
-        is_best = is_better(value, progress.best)
-        if is_best:
-            progress.best, progress.best_step = value, progress.step
+        is_best = progress.note_value(value)
         self._write_row({**metrics, "train_unreadable": len(progress.unreadable)})
         self.context.reporter.epoch(progress.epoch, metrics)
         progress.epoch += 1
@@ -282,7 +203,7 @@ class Trainer:
         images = batch.images.to(self.context.device, non_blocking=True, memory_format=layout)
         return Batch(images, batch.targets.to(self.context.device, non_blocking=True), batch.unreadable)
 
-    def _count_unreadable(self, images: tuple[Unreadable, ...]) -> None:
+    def _note_unreadable(self, images: tuple[Unreadable, ...]) -> None:
         for image in images:
             if image.name not in self.progress.unreadable:
                 self.context.reporter.message(f"Skipped an unreadable image: {image}")
@@ -290,15 +211,14 @@ class Trainer:
         check_unreadable(self.progress.unreadable, self.config.max_unreadable, "training")
 
     def _lr(self) -> float:
-        # the rate of the least scaled group is the nominal one, whatever layer decay does to the others
+        # Layer decay scales the rates of groups down; the largest is the nominal one.
         return max(group["lr"] for group in self.optimizer.param_groups)
 
-    def _write_row(self, figures: Metrics) -> None:
+    def _write_row(self, metrics: Metrics) -> None:
         progress = self.progress
-        mean = progress.loss_sum / progress.loss_count
-        row = {"epoch": progress.epoch + 1, "step": progress.step, "train_loss": mean, "lr": self._lr()}
-        row.update(self.sparsity.figures(), **figures)
-        progress.loss_sum, progress.loss_count = 0.0, 0
+        loss = progress.take_mean_loss()
+        row = {"epoch": progress.epoch + 1, "step": progress.step, "train_loss": loss, "lr": self._lr()}
+        row.update(self.sparsity.figures(), **metrics)
         if self.context.processes.is_main:
             self.log.append(row)
 
@@ -312,7 +232,7 @@ class Trainer:
         self.store.save(self.state(), self.progress.step, self.progress.best_step)
 
     def state(self) -> dict[str, Any]:
-        """Everything a resumed run needs, as tensors and plain containers.
+        """Return everything that a resumed run needs, as tensors and plain containers.
 
         Mixup and augmentation have no state of their own: they are functions of seed and position.
         """
@@ -347,8 +267,7 @@ class Trainer:
         """Continue from `state`.
 
         Raises:
-            CheckpointError: it is of a run with other settings, or was saved with other training data or another number
-                of processes.
+            CheckpointError: it belongs to a run with other settings, other training data or another number of processes.
         """
         self.context.folder.check_own(state, self.context.settings)
         self.context.folder.check_same_data(state["data"], self.context.fingerprint)
@@ -368,21 +287,12 @@ class Trainer:
         restore_random_state(state["random"])
 
 
-def is_better(value: float, best: float | None) -> bool:
-    """Whether a figure beats the best one so far; NaN beats nothing, and anything else beats NaN."""
-    return not math.isnan(value) and (best is None or math.isnan(best) or value > best)
-
-
-def check_unreadable(names: set[str], limit: int, part: str) -> None:
-    """Raise a `TrainingError` once more than `limit` different images could not be read."""
-    if len(names) > limit:
-        raise TrainingError(
-            f"{len(names)} {part} images cannot be read, more than data.max_unreadable ({limit}). "
-            f"The first: {min(names)}. Repair or remove the files, or raise the limit."
-        )
-
-
 def _autocast(precision: str, device: torch.device) -> Callable[[], AbstractContextManager]:
+    """Return what makes the context of the forward pass in `precision`.
+
+    Raises:
+        ConfigError: the precision is not available on the device.
+    """
     if precision == "fp32":
         return nullcontext
     if precision == "fp16" and device.type != "cuda":
