@@ -54,7 +54,7 @@ DIGITS = ["--data.name", "digits", "--model.name", "test_resnet", "--data.worker
         (["train"], ["data.root is not set"]),
         (["eval"], ["source"]),
         (["eval", "nowhere"], ["nowhere does not exist"]),
-        (["eval", "."], ["no run folder"]),
+        (["eval", "."], ["not a run folder"]),
         (["eval", "nowhere", "--weights", "swa"], ["swa"]),
         (["fold", "nowhere", "--output", "x.pth"], [".safetensors"]),
         (["models", "slok"], ["'slok'"]),

@@ -137,7 +137,7 @@ def test_fold(finished, capsys, tmp_path):
     assert "--overwrite" in capsys.readouterr().err
     assert main(["fold", str(finished), "--output", str(output), "--overwrite", "--weights", "ema"]) == 0
     assert main(["fold", str(output), "--output", str(tmp_path / "twice.safetensors")]) == 2
-    assert "folded already" in capsys.readouterr().err
+    assert "already folded" in capsys.readouterr().err
 
 
 def test_a_wrong_fold_is_not_saved(finished, tmp_path, capsys, monkeypatch):

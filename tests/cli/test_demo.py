@@ -45,7 +45,7 @@ def test_demo(short, tmp_path, capsys):
         assert min(picture.size) > 800
     assert main(["demo", "--output", str(folder)]) == 0
     second = capsys.readouterr().out
-    assert "finished already" in second and "Trained" in first and "Trained" not in second
+    assert "already finished" in second and "Trained" in first and "Trained" not in second
     assert accuracies(second) == accuracies(first)
 
 

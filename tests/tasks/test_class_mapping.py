@@ -27,7 +27,7 @@ def test_numbers_are_matched_by_number():
     assert order is not None
     assert [int(name) for name in names] == list(order)
     assert "'2' is output 2" in mapping_note(saved(1000), names)
-    assert "alphabetical order would need names" in mapping_note(saved(1000), names)
+    assert "alphabetical order need class names" in mapping_note(saved(1000), names)
 
 
 def test_numbers_of_equal_length_need_no_word():

@@ -68,15 +68,15 @@ def test_files_like_those_of_a_run_are_not_overwritten(tmp_path: Path) -> None:
         RunFolder(tmp_path).prepare({"a": 1})
 
 
-def test_how_to_go_on(tmp_path: Path) -> None:
+def test_how_to_continue(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    assert folder.how_to_go_on() == ""
+    assert folder.how_to_continue() == ""
     folder.checkpoints.mkdir()
     (folder.checkpoints / "step-00000007.pt").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"images was 3 and is 4\..* --model\.weights .*step-00000007\.pt"):
         folder.check_same_data({"images": 3}, {"images": 4})
     folder.model.write_bytes(b"")
-    assert f"--model.weights {folder.model}" in folder.how_to_go_on()
+    assert f"--model.weights {folder.model}" in folder.how_to_continue()
 
 
 def test_a_lock_on_a_file_that_was_removed_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""`widekernel complexity`."""
+"""The command `widekernel complexity`."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = (
     "Count parameters, multiply-accumulates and activations of a model: dense, without zero weights (the figures of the "
-    "papers), folded, and realised (folded and without what is dead, which is what is computed)."
+    "papers), folded, and realised (folded and compacted, which is what runs)."
 )
 _ROWS = (("parameters (M)", "params", 1e6), ("MACs (G)", "macs", 1e9), ("activations (M)", "activations", 1e6))
 _FILES = (".safetensors", ".pth", ".pt")
 
 
 def make_parser() -> jsonargparse.ArgumentParser:
-    """The parser of the command."""
+    """Return the parser of the command."""
     parser = new_parser("complexity", _DESCRIPTION, "SOURCE")
     add_source_arguments(parser, "model name (`widekernel models`), run folder, or checkpoint file")
     parser.add_argument("--input_size", type=int | None, default=None, help="pixels; default: the model's own")
@@ -36,7 +36,7 @@ def make_parser() -> jsonargparse.ArgumentParser:
 
 
 def run(arguments: list[str]) -> int:
-    """Print parameters, multiply-accumulates and activations of a model in the columns dense, non-zero and realised."""
+    """Print parameters, multiply-accumulates and activations of a model in several forms."""
     values = parse(make_parser(), arguments)
     size = values["input_size"]
     require(size is None or size > 0, "input_size", size, "positive")
@@ -63,7 +63,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _network(values: dict[str, Any]) -> tuple[nn.Module, tuple[int, int, int]]:
-    """Give the network that the arguments name, and the (channels, height, width) of its images."""
+    """Return the network that the arguments name, and the (channels, height, width) of its images."""
     from widekernel.models import list_models
     from widekernel.tasks.assembly import build_model, pretrained_cfg
     from widekernel.tasks.image_channels import input_channels

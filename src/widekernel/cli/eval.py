@@ -1,4 +1,4 @@
-"""`widekernel eval`."""
+"""The command `widekernel eval`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _DESCRIPTION = (
 
 
 def make_parser() -> jsonargparse.ArgumentParser:
-    """The parser of the command."""
+    """Return the parser of the command."""
     parser = new_parser("eval", _DESCRIPTION, "SOURCE")
     add_source_arguments(parser)
     parser.add_class_arguments(EvalOptions, as_group=False)
@@ -36,7 +36,7 @@ def make_parser() -> jsonargparse.ArgumentParser:
 
 
 def run(arguments: list[str]) -> int:
-    """Evaluate what `arguments` name and print the figures."""
+    """Evaluate the network that `arguments` name, and print the results."""
     values, _ = parse_with_data_of_the_run(make_parser(), arguments)
     source = source_from(values)
     data = build(DataConfig, values["data"])

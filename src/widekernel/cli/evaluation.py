@@ -1,4 +1,4 @@
-"""Measuring a network on the held-out split of a data set, with a progress bar."""
+"""Evaluation of a network on the held-out split of a data set, with a progress bar."""
 
 from torch import nn
 
@@ -18,9 +18,9 @@ from widekernel.training.run_folder import RunFolder
 def evaluate_on(
     model: nn.Module, saved: SavedModel, data: DataConfig, options: EvalOptions, run: RunFolder | None = None
 ) -> Evaluation:
-    """Accuracy of `model` on the held-out split of `data`, preprocessed as `saved` says unless `data` differs.
+    """Evaluate `model` on the held-out split of `data`, preprocessed as `saved` says where `data` leaves it open.
 
-    Says which images these are, and warns if `run`, which the network comes from, had others in the same place.
+    Messages say which images these are, and warn if `run`, which the network comes from, had others in the same place.
 
     Raises:
         WidekernelError: the data cannot be used, or has other classes.

@@ -1,4 +1,4 @@
-"""`widekernel fold`."""
+"""The command `widekernel fold`."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from widekernel.tasks.model_source import ModelSource
 
 
 def make_parser() -> jsonargparse.ArgumentParser:
-    """The parser of the command."""
+    """Return the parser of the command."""
     parser = new_parser("fold", "Merge branches and batch norms, verify that the outputs are the same, and save.", "SOURCE")
     add_source_arguments(parser)
     parser.add_argument("--output", type=str | None, default=None, help="file to write; default: beside the source")
@@ -23,7 +23,7 @@ def make_parser() -> jsonargparse.ArgumentParser:
 
 
 def run(arguments: list[str]) -> int:
-    """Fold what `arguments` name, verify it, save it, and print the error."""
+    """Fold the network that `arguments` name, verify and save it, and print the largest error."""
     values = parse(make_parser(), arguments)
     source = source_from(values)
     wanted = Path(values["output"]) if values["output"] else _default_output(source)
@@ -33,7 +33,7 @@ def run(arguments: list[str]) -> int:
 
     model, saved = loaded(source)
     if saved.form == "folded":
-        raise ConfigError(f"{source.path} is folded already.")
+        raise ConfigError(f"{source.path} is already folded: it can be used as it is.")
     folded, check = fold_and_check(model, saved.preprocessing.input_size)
     save_model(folded, output, replace(saved, form="folded"))
     console = results()

@@ -1,4 +1,4 @@
-"""`widekernel models`."""
+"""The command `widekernel models`."""
 
 import fnmatch
 
@@ -11,7 +11,7 @@ from widekernel.errors import ConfigError, nearest
 
 
 def make_parser() -> jsonargparse.ArgumentParser:
-    """The parser of the command."""
+    """Return the parser of the command."""
     parser = new_parser("models", "List widekernel's models with parameters (millions) and default input size.", "[PATTERN]")
     parser.add_argument("pattern", type=str, nargs="?", default="*", help="only names that match, such as slak*")
     parser.add_argument("--all", action="store_true", help="timm's other models as well (names only)")
@@ -19,7 +19,7 @@ def make_parser() -> jsonargparse.ArgumentParser:
 
 
 def run(arguments: list[str]) -> int:
-    """Print the models whose name matches a pattern, with their size."""
+    """Print the models whose names match a pattern, with their sizes."""
     values = parse(make_parser(), arguments)
     import timm
 
@@ -44,7 +44,7 @@ def run(arguments: list[str]) -> int:
 
 
 def list_own_models() -> list[str]:
-    """Names of the models that widekernel registers with timm."""
+    """List the names of the models that widekernel registers with timm."""
     import timm
 
     import widekernel.models  # noqa: F401 - registers the models
@@ -58,7 +58,7 @@ def _describe(name: str) -> tuple[int, int]:
 
     from widekernel.tasks.assembly import pretrained_cfg
 
-    # on the meta device nothing is allocated and nothing initialised
+    # On the meta device nothing is allocated or initialized.
     with torch.device("meta"):
         model = timm.create_model(name)
     return sum(parameter.numel() for parameter in model.parameters()), int(pretrained_cfg(model)["input_size"][-1])

@@ -1,4 +1,4 @@
-"""`widekernel recipes`."""
+"""The command `widekernel recipes`."""
 
 import jsonargparse
 from rich.table import Table
@@ -9,7 +9,7 @@ from widekernel.recipes import list_recipes, load_recipe
 
 
 def make_parser() -> jsonargparse.ArgumentParser:
-    """The parser of the command."""
+    """Return the parser of the command."""
     return new_parser("recipes", "List the training recipes.")
 
 

@@ -1,4 +1,4 @@
-"""Which output of a network stands for which class of the data."""
+"""The mapping from the classes of the data to the outputs of a network."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -14,11 +14,11 @@ from widekernel.tasks.saved import SavedModel, read_saved
 
 
 def class_mapping(saved: SavedModel, names: tuple[str, ...]) -> tuple[int, ...] | None:
-    """For every class of the data the model's output, or `None` if both are in the same order.
+    """Return the model's output for every class of the data, or `None` if both are in the same order.
 
-    A model that knows its class names may be evaluated on data that holds only some of them; names are compared after
-    Unicode normalisation. Without class names classes that are numbers are matched in the order of the numbers, and those
-    with WordNet identifiers of ImageNet by these if the model has 1,000 outputs; `mapping_note` says what was assumed.
+    A model with class names may be evaluated on data that hold only some of them; names are compared after Unicode
+    normalization. For a model without class names, numbered classes are matched in numerical order, and WordNet
+    identifiers by ImageNet's order if the model has 1,000 outputs; `mapping_note` says what was assumed.
 
     Raises:
         DataError: the data has classes that the model does not know, or another number of classes.
@@ -37,7 +37,7 @@ def class_mapping(saved: SavedModel, names: tuple[str, ...]) -> tuple[int, ...] 
 
 
 def mapping_note(saved: SavedModel, names: tuple[str, ...]) -> str:
-    """What `class_mapping` assumes without being told, in a line for the user; empty if it is certain.
+    """Return a line for the user that says what `class_mapping` assumes, or "" if it assumes nothing.
 
     Args:
         saved: the model
@@ -52,7 +52,7 @@ def mapping_note(saved: SavedModel, names: tuple[str, ...]) -> str:
             return ""
         return (
             f"{saved.name} has no class names, so the numbered classes are matched to its outputs by number: "
-            f"{_pairs(ordered)}. Weights that were trained on the same folders in alphabetical order would need names."
+            f"{_pairs(ordered)}. Weights that were trained on the same folders in alphabetical order need class names."
         )
     text = f"{saved.name} has no class names, so its outputs are taken in alphabetical order: {_pairs(names)}."
     counted = sorted(names, key=natural_key)
@@ -60,9 +60,9 @@ def mapping_note(saved: SavedModel, names: tuple[str, ...]) -> str:
 
 
 def inheritance_note(weights: Path, names: tuple[str, ...]) -> str:
-    """What training assumes of a classifier that starts from `weights`, in a line for the user; empty if nothing.
+    """Return a line for the user that says what training assumes of the classifier in `weights`, or "" if nothing.
 
-    The outputs are taken over by position where their number fits.
+    If their number fits, its outputs are taken over by position.
 
     Args:
         weights: checkpoint that training starts from
@@ -70,7 +70,7 @@ def inheritance_note(weights: Path, names: tuple[str, ...]) -> str:
     """
     try:
         saved = read_saved(weights)
-    except CheckpointError:  # a file of another kind, which does not tell its classes
+    except CheckpointError:  # a file of another kind, which does not name its classes
         known: tuple[str, ...] = ()
     else:
         known = tuple(normalize_name(name) for name in saved.class_names)
@@ -122,5 +122,5 @@ def _pairs(names: Sequence[str]) -> str:
 
 @lru_cache(maxsize=1)
 def _imagenet() -> dict[str, int]:
-    """The outputs of networks for ImageNet-1k by WordNet identifier."""
+    """Return the outputs of networks for ImageNet-1k by WordNet identifier."""
     return {name: output for output, name in enumerate(ImageNetInfo("imagenet-1k").label_names())}

@@ -1,4 +1,4 @@
-"""Accuracy and loss of a classifier, every image counted exactly once."""
+"""Accuracy and loss of a classifier; every image counts exactly once."""
 
 import math
 from collections.abc import Callable
@@ -19,14 +19,14 @@ from widekernel.training.unreadable import check_unreadable
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Result of one pass over a data set.
+    """The result of one pass over a data set.
 
     Args:
         top1: images whose largest output is the right class, in percent
         top5: images whose right class is among the five largest outputs, in percent
         loss: mean cross-entropy
-        images: how many images were evaluated
-        unreadable: how many more could not be read
+        images: number of images that were evaluated
+        unreadable: number of further images that could not be read
     """
 
     top1: float
@@ -43,11 +43,11 @@ class EvaluationOptions:
     Args:
         device: where the model is
         max_unreadable: largest accepted number of unreadable images
-        class_mapping: for every class index of the data, the model's index of that class; `None` if they are the same
+        class_mapping: the model's output for every class index of the data; `None` if they are the same
         processes: the processes that evaluate together
-        reporter: told about progress
+        reporter: receives progress and messages
         stop: asked between batches, equally often in all processes; true ends the evaluation without a result
-        observe: given the logits `(n, classes)` and targets `(n,)` of every batch
+        observe: receives the logits `(n, classes)` and targets `(n,)` of every batch
     """
 
     device: torch.device
@@ -60,12 +60,14 @@ class EvaluationOptions:
 
 
 def evaluate(model: nn.Module, loader: DataLoader, options: EvaluationOptions, name: str = "") -> Evaluation | None:
-    """Evaluate `model` in evaluation mode and full precision; every module's own mode is restored afterwards.
+    """Evaluate `model` in evaluation mode and full precision, and restore the mode of every module afterwards.
 
-    Returns `None` only if `options.stop()` became true.
+    Returns:
+        the result; `None` if `options.stop()` became true.
 
     Raises:
-        DataError: not a single image could be read.
+        DataError: no image could be read.
+        NetworkError: the network fails on the images.
         TrainingError: more images than accepted could not be read.
     """
     modes = [(module, module.training) for module in model.modules()]
@@ -88,7 +90,7 @@ def evaluate(model: nn.Module, loader: DataLoader, options: EvaluationOptions, n
                 options.reporter.evaluated(1)
     finally:
         for module, was_training in modes:
-            module.training = was_training  # not train(), which would set the modules below it as well
+            module.training = was_training  # train() would also change its children
     right1, right5, loss, images = options.processes.sum(sums).tolist()
     unreadable = options.processes.union(unreadable)
     if not images:
@@ -103,7 +105,7 @@ def evaluate(model: nn.Module, loader: DataLoader, options: EvaluationOptions, n
 
 
 def _rounds(loader: DataLoader, processes: Processes) -> int:
-    """Batches of the process that has most: to stop together, all processes have to ask equally often."""
+    """Return the largest number of batches in a process: to stop together, all processes must ask equally often."""
     most = math.ceil(len(loader.dataset) / processes.world_size)  # type: ignore[arg-type]
     return max(len(loader), math.ceil(most / (loader.batch_size or 1)))
 

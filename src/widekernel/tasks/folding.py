@@ -1,4 +1,4 @@
-"""Folding a network and proving that it still computes the same."""
+"""Folding a network, and checking that it still computes the same."""
 
 from dataclasses import dataclass
 
@@ -16,15 +16,15 @@ RELATIVE_TOLERANCE = 1e-3
 
 
 class FoldError(WidekernelError, RuntimeError):
-    """A folded network that does not compute what the original does."""
+    """A folded network does not compute what the original does."""
 
 
 @dataclass(frozen=True)
 class FoldCheck:
-    """Outputs of a network and its folded form on the same random images.
+    """Comparison of a network with its folded form on the same random images.
 
     Args:
-        max_error: largest absolute difference
+        max_error: largest absolute difference of the outputs
         max_output: largest absolute output of the original
         images: number of random images
     """
@@ -35,7 +35,7 @@ class FoldCheck:
 
 
 def fold_and_check(model: nn.Module, input_size: int, images: int = 4) -> tuple[nn.Module, FoldCheck]:
-    """Fold `model` and compare both forms on random `input_size` × `input_size` images.
+    """Fold `model`, and compare both forms on random images of `input_size` × `input_size` pixels.
 
     Raises:
         FoldError: the outputs differ by more than `RELATIVE_TOLERANCE` of the largest one, or are not finite.

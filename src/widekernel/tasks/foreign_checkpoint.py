@@ -1,4 +1,4 @@
-"""Loading a checkpoint of another make, with what it warns of told where the other messages go."""
+"""Loading a checkpoint that does not describe its model, with its warnings among the other messages."""
 
 import warnings
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from torch import nn
 from widekernel.models.checkpoint import LoadReport, load_checkpoint
 
 Tell = Callable[[str], None]
-"""Takes a message for the user."""
+"""Receives a message for the user."""
 
 
 def load_weights(model: nn.Module, path: str | Path, tell: Tell | None = None, **how: Any) -> tuple[LoadReport, str]:
@@ -19,11 +19,11 @@ def load_weights(model: nn.Module, path: str | Path, tell: Tell | None = None, *
     Args:
         model: the network.
         path: the file.
-        tell: is given other warnings; `None`: they stay Python's.
+        tell: receives other warnings; with `None` they remain Python warnings.
         how: further arguments of `load_checkpoint`.
 
     Returns:
-        what was loaded, and why the classifier is untrained, "" if it is not.
+        what was loaded, and why the classifier is untrained, or "" if it is not.
 
     Raises:
         CheckpointError: the file cannot be read, or does not fit.

@@ -1,4 +1,4 @@
-"""From what the user names - a run folder, a model file, a checkpoint - to a network that is ready to evaluate."""
+"""Loading the network that the user names as a run folder, a model file or a checkpoint."""
 
 import re
 from pathlib import Path
@@ -18,11 +18,11 @@ from widekernel.training.sparsification import restore_learned
 
 
 def load(source: ModelSource, tell: Tell | None = None) -> tuple[nn.Module, SavedModel]:
-    """The network of `source` in evaluation mode on the CPU, and its description.
+    """Load the network of `source`, in evaluation mode on the CPU, and its description.
 
     Args:
         source: what the user named.
-        tell: is given what the user should know, such as that a run is unfinished.
+        tell: receives messages for the user, such as that a run is unfinished.
 
     Raises:
         CheckpointError: there is nothing to load, or it does not fit the model.
@@ -113,7 +113,7 @@ def _restore_state(state: dict[str, Any], source: ModelSource) -> tuple[nn.Modul
 
 
 def _check_options(source: ModelSource) -> None:
-    """Raise a `ConfigError` for an option that the source would not heed."""
+    """Raise a `ConfigError` for an option that has no effect on this kind of source."""
     if source.state != "last" and not source.path.is_dir():
         raise ConfigError(f"--state chooses among the weights of a run folder, but {source.path} is a file.")
     given = {"--model": source.model, "--num_classes": source.num_classes, "--model_args": source.model_args or None}
@@ -122,5 +122,5 @@ def _check_options(source: ModelSource) -> None:
         raise ConfigError(f"{' and '.join(useless)} cannot be used with a run folder: the run knows its model.")
     if useless and source.model is None:
         raise ConfigError(
-            f"{' and '.join(useless)} describes the model of a checkpoint that does not tell: add --model NAME."
+            f"{' and '.join(useless)} describes the model of a checkpoint that does not name it: add --model NAME."
         )

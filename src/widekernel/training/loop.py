@@ -107,7 +107,7 @@ class Trainer:
             every = self.config.checkpoint.every_steps
             # After the first step the folder belongs to this run; saving at once shows that states can be written.
             due = self.progress.step == 1 or (every is not None and self.progress.step % every == 0)
-            stop = self.context.processes.any(guard.received is not None)
+            stop = self._stop_requested(guard)
             if due or stop:
                 self.save()
             if stop:
@@ -188,7 +188,7 @@ class Trainer:
 
     def _evaluate(self, guard: InterruptGuard) -> Metrics | None:
         def stop() -> bool:
-            return self.context.processes.any(guard.received is not None)
+            return self._stop_requested(guard)
 
         metrics = self.objective.evaluate(self.model, "weights", stop)
         if metrics is None or self.ema is None:
@@ -197,6 +197,10 @@ class Trainer:
         return None if averaged is None else {**metrics, **{f"ema_{name}": value for name, value in averaged.items()}}
 
     # -- small helpers -----------------------------------------------------------------------------------------------
+
+    def _stop_requested(self, guard: InterruptGuard) -> bool:
+        """Return whether any process was asked to stop."""
+        return self.context.processes.any(guard.received is not None)
 
     def _on_device(self, batch: Batch) -> Batch:
         layout = torch.channels_last if self.config.loop.channels_last else torch.contiguous_format

@@ -1,4 +1,4 @@
-"""What the loop tells whoever watches; the library itself prints nothing."""
+"""The interface through which training and evaluation report progress; the library itself prints nothing."""
 
 from typing import Protocol
 
@@ -8,29 +8,29 @@ from widekernel.training.config import Metrics
 
 
 class Reporter(Protocol):
-    """Receives progress. Implementations own the console, the log file or the widget."""
+    """Receives progress and messages. An implementation owns the console, the log file or the widget."""
 
     def message(self, text: str) -> None:
-        """Something worth telling once: a resume, a skipped checkpoint, an unreadable image."""
+        """Show a message, such as that a run is resumed or that an image is unreadable."""
 
     def start_training(self, epochs: int, steps_per_epoch: int, first_step: int) -> None:
-        """Training begins at optimizer step `first_step`."""
+        """Note that training begins after `first_step` optimizer steps."""
 
     def step(self, epoch: int, step: int, loss: float, lr: float) -> None:
-        """One optimizer step is done; `step` counts from the start of training."""
+        """Note that an optimizer step is done; `step` counts from the start of training."""
 
     def start_evaluation(self, batches: int, name: str) -> None:
-        """An evaluation of so many batches begins."""
+        """Note that an evaluation of `batches` batches begins; `name` says whose."""
 
     def evaluated(self, batches: int) -> None:
-        """So many batches of the evaluation are done."""
+        """Note that `batches` more batches are evaluated."""
 
     def epoch(self, epoch: int, metrics: Metrics) -> None:
-        """An epoch and its evaluation are done."""
+        """Note that an epoch and its evaluation are done."""
 
 
 class SilentReporter(Reporter):
-    """Tells nobody."""
+    """A reporter that shows nothing."""
 
     @override
     def message(self, text: str) -> None: ...
