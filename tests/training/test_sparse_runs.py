@@ -147,7 +147,7 @@ def test_masks_from_a_file(tmp_path) -> None:
 
 
 def test_settings_that_do_not_go_together(tmp_path) -> None:
-    with pytest.raises(ConfigError, match="none, dynamic or 2:4"):
+    with pytest.raises(ConfigError, match="it must be one of 'none', 'dynamic', '2:4'"):
         SparsityConfig("dynamics")
     with pytest.raises(ConfigError, match="use method dynamic"):
         SparsityConfig(masks="x")

@@ -268,7 +268,7 @@ class Trainer:
             self.context.reporter.message("The steps so far were made by other code, or with other versions of libraries.")
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from `state`.
+        """Restore the training state `state`.
 
         Raises:
             CheckpointError: it belongs to a run with other settings, other training data or another number of processes.
