@@ -54,6 +54,16 @@ def replace_atomically(
     sync_folder(path.parent)
 
 
+def write_file(path: Path, content: bytes) -> None:
+    """Write `content` to the file `path` as `write_atomically` does.
+
+    Raises:
+        WidekernelError: it cannot be written.
+    """
+    with explained(path):
+        write_atomically(path, lambda file: file.write(content))
+
+
 def sync_folder(folder: Path) -> None:
     """Force a rename in `folder` to disk, on systems where folders can be opened."""
     if os.name == "posix":

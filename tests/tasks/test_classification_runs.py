@@ -1,10 +1,10 @@
 """Whole runs on a tiny network: what happens when the same call meets a folder that is not as it was left."""
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tests.tasks.images import make_images
 
 import widekernel
 from widekernel.data import AugmentConfig, DataConfig, Preprocessing
@@ -39,15 +39,7 @@ class Listener(SilentReporter):
 
 @pytest.fixture
 def images(tmp_path):
-    root = tmp_path / "images"
-    generator = np.random.default_rng(0)
-    for split, count in (("train", 8), ("val", 3)):
-        for name in ("a", "b"):
-            (root / split / name).mkdir(parents=True)
-            for index in range(count):
-                pixels = generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f"{index}.png")
-    return root
+    return make_images(tmp_path / "images", classes=("a", "b"))
 
 
 @pytest.fixture

@@ -9,11 +9,10 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
+from tests.tasks.images import make_images
 
 from widekernel.cli.main import main
 from widekernel.data import AugmentConfig, DataConfig, open_split
@@ -37,17 +36,6 @@ class Listener(SilentReporter):
     def step(self, epoch: int, step: int, loss: float, lr: float) -> None:
         if step == self.stop_at:
             os.kill(os.getpid(), signal.SIGHUP)
-
-
-def make_images(root: Path, seed: int = 0) -> Path:
-    generator = np.random.default_rng(seed)
-    for split, count in (("train", 8), ("val", 3)):
-        for name in ("cat", "dog"):
-            (root / split / name).mkdir(parents=True)
-            for index in range(count):
-                pixels = generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f"{index}.png")
-    return root
 
 
 def config(output: Path | str, root: str, **changes: object) -> TrainConfig:

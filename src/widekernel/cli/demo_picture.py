@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from widekernel.figures import new_figure, to_png
-from widekernel.files import write_atomically
+from widekernel.files import write_file
 from widekernel.layers import FoldedLargeKernel, LargeKernel, Rect
 from widekernel.layers.norms import affine_of
 from widekernel.layers.sources import rects_of
@@ -61,8 +61,7 @@ def draw(content: PictureContent, path: Path) -> None:
     confusion, table = bottom.subplots(1, 2, width_ratios=[1, 1.35])
     _draw_confusion(confusion, content)
     _draw_table(table, content)
-    picture = to_png(figure, dpi=90)
-    write_atomically(path, lambda file: file.write(picture))
+    write_file(path, to_png(figure, dpi=90))
 
 
 def _draw_digits(figure: SubFigure, content: PictureContent) -> None:

@@ -65,9 +65,9 @@ def show(output: str, seed: int) -> int:
     try:
         with ConsoleReporter() as reporter:
             outcome = train(config, reporter)
-    except Interrupted as interruption:
+    except Interrupted:
         progress_console().print("Stopped; the state is saved. The same command resumes the run.")
-        return 128 + interruption.signal_number
+        raise
     console = results()
     if outcome.was_finished:
         console.print(f"The run in {outcome.folder.path} is already finished and is used as it is.", soft_wrap=True)

@@ -48,7 +48,7 @@ def run(arguments: list[str]) -> int:
         result = evaluate_on(model, saved, data, options, source.run_folder())
     except Interrupted as interruption:
         progress_console().print(f"Evaluation {interruption}.")
-        return 128 + interruption.signal_number
+        raise
     _print(result, values["json"])
     return 0
 

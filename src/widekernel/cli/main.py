@@ -4,12 +4,14 @@ import codecs
 import importlib
 import io
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
 
 from widekernel import __version__
 from widekernel.errors import WidekernelError, nearest
+from widekernel.training.interrupts import Interrupted
 
 COMMANDS = {
     "train": "train a classifier, or resume or report a run",
@@ -59,9 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         sys.stderr.write(f"error: {error}\n")
         return EXIT_ERROR
+    except Interrupted as interruption:  # the command has said so
+        return 128 + interruption.signal_number
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted.\n")
-        return 130
+        return 128 + signal.SIGINT
     except BrokenPipeError:
         # The reader of the pipe, such as head or less, has closed it.
         sys.stderr.close()

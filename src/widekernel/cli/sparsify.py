@@ -17,7 +17,6 @@ from widekernel.data.config import DataConfig
 from widekernel.errors import ConfigError
 from widekernel.tasks.model_source import ModelSource
 from widekernel.tasks.sparsify_config import LearningConfig, SparsifyConfig
-from widekernel.training.interrupts import Interrupted
 
 if TYPE_CHECKING:
     from widekernel.tasks.sparsifying import Sparsified
@@ -56,10 +55,7 @@ def run(arguments: list[str]) -> int:
         raise ConfigError("method learned trains masks on images: give them with --data.root or --data.name.")
     wanted = Path(values["output"]) if values["output"] else _default_output(source, config)
     output = output_file(wanted, "sparse networks", source.path, bool(values["overwrite"]), _beside(wanted))
-    try:
-        _sparsify(source, config, learning, data if has_data else None, (output, bool(values["compressed"])))
-    except Interrupted as interruption:
-        return 128 + interruption.signal_number
+    _sparsify(source, config, learning, data if has_data else None, (output, bool(values["compressed"])))
     return 0
 
 
@@ -114,12 +110,10 @@ def _beside(output: Path) -> tuple[Path, Path, Path]:
 
 
 def _write_beside(output: Path, done: Sparsified) -> None:
-    from widekernel.files import explained, write_atomically
+    from widekernel.files import write_file
     from widekernel.sparsity import save_masks
 
     masks, report, picture = _beside(output)
     save_masks(done.masks, masks)
-    contents = {report: json.dumps(done.report.to_dict(), indent=1).encode(), picture: done.report.picture()}
-    for path, content in contents.items():
-        with explained(path):
-            write_atomically(path, lambda file, content=content: file.write(content))  # type: ignore[misc]
+    write_file(report, json.dumps(done.report.to_dict(), indent=1).encode())
+    write_file(picture, done.report.picture())

@@ -40,7 +40,7 @@ def run(arguments: list[str]) -> int:
         except Interrupted as interruption:
             name = signal.Signals(interruption.signal_number).name
             reporter.message(f"Stopped by {name}; the state is saved. The same command resumes the run.")
-            return 128 + interruption.signal_number
+            raise
     print_result(result)
     return 0
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from widekernel.errors import CheckpointError
-from widekernel.files import explained, write_atomically
+from widekernel.files import write_file
 from widekernel.sparsity import save_masks
 from widekernel.tasks.config import TrainConfig
 from widekernel.tasks.fingerprint import difference
@@ -128,9 +128,5 @@ def _write_sparsity(trainer: Trainer) -> None:
     if report is None:
         return
     save_masks(trainer.sparsity.masks(), folder.masks)
-    text = json.dumps(report.to_dict(), indent=1)
-    with explained(folder.sparsity):
-        write_atomically(folder.sparsity, lambda file: file.write(text.encode()))
-    with explained(folder.sparsity_picture):
-        picture = report.picture()
-        write_atomically(folder.sparsity_picture, lambda file: file.write(picture))
+    write_file(folder.sparsity, json.dumps(report.to_dict(), indent=1).encode())
+    write_file(folder.sparsity_picture, report.picture())

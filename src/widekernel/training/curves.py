@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from widekernel.figures import new_figure, to_png
-from widekernel.files import explained, write_atomically
+from widekernel.files import write_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,9 +20,7 @@ def save_curves(rows: list[dict[str, Any]], path: Path) -> None:
     left, right = figure.subplots(1, 2)
     draw_loss(left, rows)
     draw_accuracy(right, rows)
-    picture = to_png(figure, dpi=120)
-    with explained(path):
-        write_atomically(path, lambda file: file.write(picture))
+    write_file(path, to_png(figure, dpi=120))
 
 
 def draw_loss(axes: "Axes", rows: list[dict[str, Any]]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from widekernel.errors import CheckpointError, WidekernelError
-from widekernel.files import explained, write_atomically
+from widekernel.files import explained, write_file
 from widekernel.settings import flatten
 from widekernel.training.locks import exclusive
 
@@ -89,11 +89,10 @@ class RunFolder:
                 leftover.unlink()
             text = yaml.safe_dump(self._pending, sort_keys=False, allow_unicode=True)
             with explained(self.config):
-                if (
-                    self.config.exists() and self.config.read_text() != text
-                ):  # no run of it has begun; perhaps the user's own
+                # Another file belongs to no run that has begun; it may be the user's own.
+                if self.config.exists() and self.config.read_text() != text:
                     self.config.replace(self.config.with_name("config.yaml.replaced"))
-                write_atomically(self.config, lambda file: file.write(text.encode()))
+            write_file(self.config, text.encode())
 
     def has_begun(self) -> bool:
         """Return whether there is a training state after at least one optimizer step, a row of metrics or a result."""
@@ -232,8 +231,7 @@ class RunFolder:
         Raises:
             WidekernelError: it cannot be written.
         """
-        with explained(self.summary):
-            write_atomically(self.summary, lambda file: file.write((json.dumps(summary, indent=2) + "\n").encode()))
+        write_file(self.summary, (json.dumps(summary, indent=2) + "\n").encode())
 
     def read_summary(self, required: Iterable[str] = ()) -> dict[str, Any] | None:
         """Read the final result; return `None` while the run is unfinished.
