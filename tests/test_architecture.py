@@ -125,7 +125,7 @@ def test_imports_are_found() -> None:
         ("import widekernel.data.config\nwidekernel.tasks.saved", {"data", "tasks"}),
     ],
 )
-def test_the_package_itself_is_no_way_around(text: str, folders: set[str]) -> None:
+def test_importing_the_package_itself_counts_as_its_contents(text: str, folders: set[str]) -> None:
     assert folders_of(ast.parse(text), "widekernel.any") == folders
 
 
@@ -139,7 +139,7 @@ def test_imports_point_downwards(file: Path) -> None:
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if folder_of(file) in ("ops", "layers")], ids=relative)
-def test_operators_and_layers_need_torch_and_numpy_only(file: Path) -> None:
+def test_operators_and_layers_import_only_torch_and_numpy(file: Path) -> None:
     names = {name.split(".")[0] for name in imported(ast.parse(file.read_text()), "widekernel.any")}
     also = {"triton"} if file.parent == SOURCE / "ops" / "gpu" / "kernels" else set()
     assert names <= {"numpy", "torch", "widekernel", *sys.stdlib_module_names, *also}
@@ -153,13 +153,13 @@ def test_kernels_for_gpus_are_loaded_only_to_be_launched() -> None:
 
 
 @pytest.mark.parametrize("name", FOR_EVERYBODY)
-def test_what_everybody_imports_imports_nothing_of_ours(name: str) -> None:
+def test_the_ground_floor_imports_only_itself(name: str) -> None:
     names = {n for n in imported(ast.parse((SOURCE / f"{name}.py").read_text()), "widekernel") if "widekernel" in n}
     assert {n.split(".")[1] for n in names} <= set(FOR_EVERYBODY) - {name}
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_programs_are_imported_by_nobody(name: str) -> None:
+def test_programs_are_not_imported(name: str) -> None:
     users = [file for file in FILES if f"widekernel.{name}" in imported(ast.parse(file.read_text()), "widekernel")]
     assert not users
 

@@ -133,7 +133,7 @@ def test_wheel_without_a_compiler(builder: Path, checkout: Path, tracked: list[s
 
 
 @pytest.mark.slow
-def test_what_was_built_without_a_compiler_stays_in_the_cache_of_pip(builder: Path, checkout: Path, target: Path) -> None:
+def test_a_wheel_built_without_a_compiler_has_its_own_place_in_pips_cache(builder: Path, checkout: Path, target: Path) -> None:
     """A second installation by name gives the same again, in silence: the way out is the one that the warning names."""
     succeed(builder, "-c", "from scikit_build_core.build import build_sdist; build_sdist('dist')", cwd=checkout)
     (checkout / "empty").mkdir()
@@ -155,7 +155,7 @@ def test_what_was_built_without_a_compiler_stays_in_the_cache_of_pip(builder: Pa
 
 
 @pytest.mark.slow
-def test_a_library_that_is_required(builder: Path, checkout: Path) -> None:
+def test_a_missing_compiler_is_an_error_if_the_library_is_required(builder: Path, checkout: Path) -> None:
     done = pip(builder, "wheel", ".", cwd=checkout, CXX="/nonexistent", WIDEKERNEL_REQUIRE_NATIVE="1")
     assert done.returncode != 0
     assert "/nonexistent" in done.stdout + done.stderr

@@ -44,25 +44,25 @@ def test_a_suite_that_ran(run, capsys: pytest.CaptureFixture) -> None:
 
 
 @pytest.mark.parametrize("source", [SKIPPED, OTHERS], ids=["skipped", "absent"])
-def test_one_that_ought_to_have_run_fails_the_run_in_ci_only(source: str, run, capsys: pytest.CaptureFixture) -> None:
+def test_a_suite_that_should_have_run_fails_the_run_in_ci_only(source: str, run, capsys: pytest.CaptureFixture) -> None:
     assert run(source) == FAILED
     out = capsys.readouterr().out
     assert f"{LINE}, which fails this run, because CI is set." in out
     assert ("did not run: 1 skipped: no compiler (1)" in out) == (source == SKIPPED)
 
 
-def test_without_ci_it_is_only_said(run, capsys: pytest.CaptureFixture) -> None:
+def test_without_ci_a_suite_that_did_not_run_is_only_reported(run, capsys: pytest.CaptureFixture) -> None:
     assert run(SKIPPED, ci=False) == pytest.ExitCode.OK
     assert f"{LINE}, with CI set that fails the run." in capsys.readouterr().out
 
 
-def test_one_that_need_not_run(run, capsys: pytest.CaptureFixture) -> None:
+def test_a_suite_that_need_not_run(run, capsys: pytest.CaptureFixture) -> None:
     assert run(SKIPPED, ought=False) == pytest.ExitCode.OK
     assert LINE not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments", [("-m", "not kernels"), ("there/test_suite.py",), ("-k", "other")], ids=" ".join)
-def test_runs_of_a_part_need_not_hold_it(arguments: tuple, run, capsys: pytest.CaptureFixture) -> None:
+def test_partial_runs_need_not_contain_every_suite(arguments: tuple, run, capsys: pytest.CaptureFixture) -> None:
     source = PASSING if "-m" in arguments or "-k" in arguments else OTHERS
     assert run(source, *arguments) == pytest.ExitCode.OK
     out = capsys.readouterr().out

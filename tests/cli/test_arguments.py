@@ -108,7 +108,7 @@ def test_unwritable_output(tmp_path, capsys):
     assert "cannot be written" in capsys.readouterr().err
 
 
-def test_foreign_folder_is_not_taken_over(tmp_path, capsys):
+def test_a_folder_of_something_else_is_refused(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     assert main(["train", *DIGITS, "--output", str(tmp_path)]) == 2
     assert "without its config.yaml" in capsys.readouterr().err

@@ -88,6 +88,6 @@ def test_kernels_share_one_scale_and_networks_their_color():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_whole_demo(seed, tmp_path, capsys):
+def test_complete_demo(seed, tmp_path, capsys):
     assert main(["demo", "--output", str(tmp_path / "demo"), "--seed", str(seed)]) == 0
     assert float(accuracies(capsys.readouterr().out)[0]) >= 98.0

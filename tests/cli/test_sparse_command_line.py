@@ -169,14 +169,14 @@ def test_compressed_files(method: str, finished: Path, tmp_path: Path, capsys) -
         (["--output", "net.pth"], "are .safetensors files"),
     ],
 )
-def test_sparsify_refuses(arguments: list[str], message: str, finished: Path, tmp_path: Path, capsys) -> None:  # noqa: F811
+def test_sparsify_refuses_wrong_arguments(arguments: list[str], message: str, finished: Path, tmp_path: Path, capsys) -> None:  # noqa: F811
     if "--output" not in arguments:
         arguments = [*arguments, "--output", str(tmp_path / "out.safetensors")]
     assert message in refused(capsys, "sparsify", str(finished), *arguments)
     assert not list(tmp_path.iterdir())
 
 
-def test_train_refuses(images, tmp_path: Path, capsys) -> None:  # noqa: F811
+def test_train_refuses_wrong_sparsity_settings(images, tmp_path: Path, capsys) -> None:  # noqa: F811
     config = str(write_config(tmp_path, images))
     for arguments, message in (
         (["--sparsity.method", "2:4", "--ema.decay", "null"], "learns masks over trained weights"),
@@ -219,7 +219,7 @@ def test_a_named_data_set_is_evaluated_on(tmp_path: Path, capsys) -> None:
 
 
 @pytest.mark.parametrize("command", ["fold", "sparsify"])
-def test_outputs_that_would_lose_something(command: str, tmp_path: Path, capsys) -> None:
+def test_outputs_that_would_overwrite_a_file_are_refused(command: str, tmp_path: Path, capsys) -> None:
     path = tmp_path / "m.safetensors"
     path.write_bytes(b"the source")
     (tmp_path / "link.safetensors").symlink_to(path)

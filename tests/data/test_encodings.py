@@ -96,13 +96,13 @@ READ = {
 
 
 @pytest.mark.parametrize("name", READ)
-def test_full_range(name):
+def test_decoding_keeps_the_full_range(name):
     content, expected = READ[name]
     assert decoded(content) == expected
 
 
 @pytest.mark.skipif(not features.check("littlecms2"), reason="this Pillow has no color management")
-def test_lab():
+def test_lab_images_become_rgb():
     white, black, red = (255, 0, 0), (0, 0, 0), (139, 80, 67)  # lightness from 0 to 255, a and b signed
     row = np.asarray(decode_image(io.BytesIO(tiff(3, 8, (8,) * 3, bytes([*white, *black, *red])))))[0].astype(int)
     assert row[0].min() >= 253
@@ -136,7 +136,7 @@ def test_modes_in_memory(mode):
     ],
     ids=["float", "32", "signed 16", "signed 8", "color pfm", "pfm"],
 )
-def test_unknown_ranges(content, reason):
+def test_pixels_of_unknown_range_are_refused(content, reason):
     with pytest.raises(UnreadableImageError, match=reason):
         decode_image(io.BytesIO(content))
 
@@ -175,7 +175,7 @@ def preprocessing(size: int) -> Preprocessing:
     return Preprocessing.resolve(config, {})
 
 
-def test_the_middle_is_taken():
+def test_only_the_middle_of_an_elongated_image_is_used():
     long = Image.fromarray(np.repeat(np.arange(1000, dtype=np.uint16)[None] // 4, 2, 0).astype(np.uint8))
     cut = crop_elongated(long)
     assert cut.size == (2 * MOST_ELONGATED, 2)
@@ -183,7 +183,7 @@ def test_the_middle_is_taken():
     assert crop_elongated(cut) is cut
 
 
-def test_squashed_images_are_taken_whole():
+def test_warped_images_are_used_completely():
     image = Image.fromarray(np.linspace(0, 255, 40_000).astype(np.uint8)[None].repeat(2, 0)).convert("RGB")
     result = preprocessing(384).eval_transform()(image)[0, 0]
     assert result[0] < 0.01 and result[-1] > 0.99

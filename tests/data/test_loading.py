@@ -47,7 +47,7 @@ def test_batches_depend_on_seed_and_epoch_only():
     assert not torch.equal(first[0], next(iter(training_loader(source, seed=2).epoch(3))).images)
 
 
-def test_skipping_gives_the_rest_of_the_epoch():
+def test_skipping_batches_yields_the_rest_of_the_epoch():
     loader = training_loader(array_source(18))
     whole = [batch.images for batch in loader.epoch(0)]
     rest = [batch.images for batch in loader.epoch(0, skip=3)]
@@ -68,7 +68,7 @@ def test_ranks_share_one_order(world_size):
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 @pytest.mark.parametrize("count", [1, 20, 23])
-def test_evaluation_gives_every_image_once(world_size, count):
+def test_evaluation_yields_every_image_once(world_size, count):
     source = array_source(count)
     source.targets = list(range(count))
     samples = EvaluationSamples(source, PREPROCESSING.eval_transform())
@@ -179,7 +179,7 @@ def test_augmentation_policies_take_every_image(policy):
             assert transform(source.load(index % 3)[0]).shape == (3, 8, 8)
 
 
-def test_posterizing_to_no_bits_is_black():
+def test_posterizing_to_zero_bits_is_black():
     from widekernel.data.preprocess import _posterize
 
     image = array_source(3).load(2)[0]
@@ -213,7 +213,7 @@ def test_values_out_of_range(kind, options, key):
         kind(**options)
 
 
-def test_encoded_images_are_what_the_tests_think():
+def test_sample_images_have_the_formats_that_the_tests_expect():
     assert encoded()[:4] == b"\x89PNG"
 
 
@@ -307,5 +307,5 @@ def test_spawned_workers_survive_signals_while_they_start():
 
 
 @pytest.mark.slow
-def test_a_process_that_leaves_takes_its_workers_along():
+def test_workers_end_with_their_process():
     assert run_script("next(batches); print('leaving')").returncode == 0

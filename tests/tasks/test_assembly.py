@@ -12,7 +12,7 @@ def test_no_pretrained_weights():
 
 @pytest.mark.parametrize("pretrained", [False, True])
 @pytest.mark.parametrize("error", [ConnectionError("no network"), FileNotFoundError("not in the cache"), RuntimeError("x")])
-def test_no_way_to_the_hub(monkeypatch, error, pretrained):
+def test_an_unreachable_hub_is_explained(monkeypatch, error, pretrained):
     def fail(*_, **__):
         raise error
 

@@ -30,13 +30,13 @@ def test_numbers_are_matched_by_number():
     assert "alphabetical order need class names" in mapping_note(saved(1000), names)
 
 
-def test_numbers_of_equal_length_need_no_word():
+def test_numbers_from_zero_need_no_note():
     names = folders(f"{number:03}" for number in range(1000))
     assert class_mapping(saved(1000), names) is None
     assert mapping_note(saved(1000), names) == ""
 
 
-def test_numbers_from_one_on_are_told():
+def test_numbers_from_one_get_a_note():
     names = folders(str(number) for number in range(1, 13))
     assert class_mapping(saved(12), names) == tuple(int(name) - 1 for name in names)
     assert "'1' is output 0" in mapping_note(saved(12), names)
@@ -48,7 +48,7 @@ def test_one_number_written_in_two_ways():
     assert mapping_note(saved(2), ("01", "1"))
 
 
-def test_other_names_are_told_with_their_numbers():
+def test_other_names_get_a_note_with_their_outputs():
     assert "alphabetical order: 'cat' is output 0, 'dog' is output 1" in mapping_note(saved(2), ("cat", "dog"))
     assert "Ordered by" not in mapping_note(saved(2), ("cat", "dog"))
     names = folders(f"class{number}" for number in range(12))
@@ -77,7 +77,7 @@ def test_stored_names_are_normalized(stored, found):
     assert class_mapping(saved(2, known), (unicodedata.normalize(found, name), "zoo")) == (1, 0)
 
 
-def test_stored_names_go_before_numbers():
+def test_stored_names_take_precedence_over_numbers():
     known = ("0", "1", "10", "2")
     assert class_mapping(saved(4, known), known) is None
     assert class_mapping(saved(4, known), ("10", "2")) == (2, 3)

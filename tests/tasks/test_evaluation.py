@@ -43,7 +43,7 @@ def loader(source, batch_size=4, shard=None):
 
 @pytest.mark.parametrize("classes", [3, 4, 7])
 @pytest.mark.parametrize("batch_size", [1, 4, 50])
-def test_figures_are_those_of_the_definition(classes, batch_size):
+def test_metrics_match_their_definitions(classes, batch_size):
     source, model = array_source(23), ByBrightness(classes).train()
     result = evaluate(model, loader(source, batch_size), options())
     assert model.training
@@ -112,17 +112,17 @@ def test_unreadable_images_are_counted_apart():
     assert (result.images, result.unreadable) == (8, 4)
 
 
-def test_one_unreadable_image_too_many():
+def test_too_many_unreadable_images_are_an_error():
     with pytest.raises(TrainingError, match=r"more than data.max_unreadable \(3\). The first: image 0"):
         evaluate(ByBrightness(), loader(Unreliable()), options(max_unreadable=3))
 
 
-def test_nothing_readable_is_no_accuracy():
+def test_no_readable_image_is_an_error():
     with pytest.raises(DataError, match="None of the 12 images"):
         evaluate(ByBrightness(), loader(Unreliable(every=1)), options(max_unreadable=99))
 
 
-def test_stop_gives_no_result():
+def test_a_stopped_evaluation_has_no_result():
     assert evaluate(ByBrightness(), loader(array_source(12)), options(stop=lambda: True)) is None
 
 
@@ -142,7 +142,7 @@ def test_classes_are_matched_by_name():
         class_mapping(describe(()), ("x", "y"))
 
 
-def test_class_order_is_applied():
+def test_the_class_mapping_is_applied():
     source, model = array_source(21), ByBrightness(3)
     straight = evaluate(model, loader(source), options())
     with torch.no_grad():
@@ -210,7 +210,7 @@ def test_devices():
             choose_device("cuda")
 
 
-def test_every_module_gets_its_own_mode_back():
+def test_the_mode_of_every_module_is_restored():
     """Frozen layers stay frozen in a network that is trained."""
     model = nn.Sequential(nn.Sequential(nn.Flatten(), nn.BatchNorm1d(192)), ByBrightness()).train()
     model[0][1].eval()

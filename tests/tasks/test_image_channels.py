@@ -32,7 +32,7 @@ def test_folding(name: str, args: dict, channels: int) -> None:
     assert check.max_output > 0 and folded(torch.zeros(1, channels, 32, 32)).shape == (1, 3)
 
 
-def test_a_network_that_says_nothing_takes_three() -> None:
+def test_networks_take_three_channels_by_default() -> None:
     assert input_channels(nn.Identity()) == 3
 
 

@@ -50,7 +50,7 @@ def config(output: Path | str, root: str, **changes: object) -> TrainConfig:
     return TrainConfig(output=str(output), **{**settings, **changes})
 
 
-def test_a_relative_root_means_the_same_from_everywhere(
+def test_a_relative_root_is_valid_from_any_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     (tmp_path / "here").mkdir()
@@ -86,7 +86,7 @@ def hangs_up() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("hangs_up")
-def test_an_interrupted_run_says_so_and_takes_no_other_states(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_an_interrupted_run_is_reported_and_refuses_foreign_states(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     images = make_images(tmp_path / "d")
     run, other = tmp_path / "run", tmp_path / "other"
     with pytest.raises(Interrupted) as stopped:  # by the end of the terminal
@@ -111,7 +111,7 @@ def test_an_interrupted_run_says_so_and_takes_no_other_states(tmp_path: Path, ca
     assert "damaged" not in str(lost.value)
 
 
-def test_a_class_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+def test_a_class_without_readable_images_is_reported(tmp_path: Path) -> None:
     images = make_images(tmp_path / "d")
     for path in (images / "train" / "dog").iterdir():
         path.write_bytes(b"damaged")
@@ -121,7 +121,7 @@ def test_a_class_that_cannot_be_read_is_told(tmp_path: Path) -> None:
     assert not any("class cat" in text for text in listener.messages)
 
 
-def test_a_folder_whose_name_is_no_text(tmp_path: Path, capsysbinary: pytest.CaptureFixture) -> None:
+def test_a_folder_whose_name_is_not_text(tmp_path: Path, capsysbinary: pytest.CaptureFixture) -> None:
     images = make_images(tmp_path / "d")
     run = tmp_path / os.fsdecode(b"run\xff")
     try:
@@ -163,23 +163,23 @@ def test_a_checkpoint_of_other_classes_gets_one_message(
         ({"mean": (0.0, 0.0)}, r"data\.mean .* three numbers, or null"),
     ],
 )
-def test_statistics_are_of_pixels_from_0_to_1(settings: dict, message: str) -> None:
+def test_statistics_must_be_for_pixels_from_0_to_1(settings: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         DataConfig(**settings)
 
 
-def test_two_numbers_on_the_command_line(capsys: pytest.CaptureFixture) -> None:
+def test_two_numbers_for_the_mean_are_refused(capsys: pytest.CaptureFixture) -> None:
     assert main(["train", "--data.mean", "[0,0]"]) == 2
     assert "three numbers, or null" in capsys.readouterr().err
 
 
-def test_a_root_that_has_no_effect_is_told() -> None:
+def test_a_root_without_effect_is_reported() -> None:
     pytest.importorskip("sklearn")
     assert any("data.root (d1) has no effect" in note for note in open_split(DataConfig("digits", "d1"), "val").notes)
     assert open_split(DataConfig("digits"), "val").notes == ()
 
 
-def test_workers_are_not_more_than_processors() -> None:
+def test_the_default_number_of_workers() -> None:
     assert DataConfig().workers == min(4, processors())
 
 
@@ -195,7 +195,7 @@ def test_an_ignored_hangup_stays_ignored() -> None:
 
 @pytest.mark.parametrize("rate", [3, -1, 1.0, "x"])
 @pytest.mark.parametrize("name", ["drop_rate", "drop_path_rate"])
-def test_shares_of_dropped_values(name: str, rate: object) -> None:
+def test_drop_rates_must_be_from_0_to_1(name: str, rate: object) -> None:
     from widekernel.tasks.assembly import build_model
 
     with pytest.raises(WidekernelError, match=f"{name}.*{rate}"):

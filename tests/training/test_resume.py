@@ -147,7 +147,7 @@ def test_changed_data_is_refused(tmp_path):
         make_trainer(config, source=array_source(48)).run()
 
 
-def test_training_leaves_no_gap_in_the_states(tmp_path):
+def test_the_latest_states_and_the_best_can_be_loaded(tmp_path):
     trainer = make_trainer(make_config(tmp_path))
     trainer.run()
     names = {path.name for path in trainer.store.folder.iterdir()}

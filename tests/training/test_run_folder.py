@@ -22,13 +22,13 @@ def fail(folder: RunFolder, after_a_step: bool = False) -> None:
         raise KeyError
 
 
-def test_what_fails_before_its_first_step_leaves_nothing(tmp_path: Path) -> None:
+def test_a_run_that_fails_before_its_first_step_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyError):
         fail(RunFolder(tmp_path / "a" / "b" / "run"))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_of_somebody_stays_as_it_is(tmp_path: Path) -> None:
+def test_an_existing_folder_is_left_unchanged(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(KeyError):
         fail(RunFolder(tmp_path))
@@ -45,7 +45,7 @@ def test_a_run_that_has_begun_keeps_its_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("names", [[], ["step-00000000.pt", "step-00000000.pt.sha256"]])
-def test_other_settings_take_the_place_of_a_run_that_never_began(names: list[str], tmp_path: Path) -> None:
+def test_other_settings_replace_a_run_that_never_began(names: list[str], tmp_path: Path) -> None:
     first = RunFolder(tmp_path)
     first.prepare({"a": 1})
     first.begin()
@@ -79,7 +79,7 @@ def test_how_to_continue(tmp_path: Path) -> None:
     assert f"--model.weights {folder.model}" in folder.how_to_continue()
 
 
-def test_a_lock_on_a_file_that_was_removed_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_on_a_removed_file_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The former holder removes the file between the opening and the locking of the next one."""
     folder, real, calls = RunFolder(tmp_path), fcntl.flock, []
 

@@ -51,7 +51,7 @@ CASES = [("dynamic", 1), ("dynamic", 3), ("2:4", 1)]
 
 
 @pytest.mark.parametrize(("kind", "accumulate"), CASES, ids=lambda value: str(value))
-def test_cut_at_every_step_and_resumed(kind: str, accumulate: int, tmp_path) -> None:
+def test_a_sparse_run_interrupted_at_any_step_resumes_exactly(kind: str, accumulate: int, tmp_path) -> None:
     """The run dies after every single step and goes on in a new trainer, for all of its steps."""
     whole = make_trainer(config_of(tmp_path / "whole", kind, accumulate))
     whole.run()
@@ -105,7 +105,7 @@ def test_learned_masks_leave_the_weights_and_move_the_logits(tmp_path) -> None:
     assert read_metrics(trainer.context.folder.metrics)[-1]["mask_entropy"] > 0
 
 
-def test_a_run_does_not_change_its_kind(tmp_path) -> None:
+def test_a_run_cannot_change_its_kind_of_sparsity(tmp_path) -> None:
     config = config_of(tmp_path, "dynamic", 3)
     with pytest.raises(Killed):
         make_trainer(config, reporter=KillAt(3)).run()
@@ -146,7 +146,7 @@ def test_masks_from_a_file(tmp_path) -> None:
         make_trainer(replace(config_of(tmp_path / "c", "dynamic", 3), sparsity=missing))
 
 
-def test_settings_that_do_not_go_together(tmp_path) -> None:
+def test_conflicting_settings_are_refused(tmp_path) -> None:
     with pytest.raises(ConfigError, match="it must be one of 'none', 'dynamic', '2:4'"):
         SparsityConfig("dynamics")
     with pytest.raises(ConfigError, match="use method dynamic"):

@@ -41,7 +41,7 @@ def test_schedule_at_every_step(layer_decay):
             assert group["lr"] == pytest.approx(expected * group.get("lr_scale", 1.0), abs=1e-12)
 
 
-def test_weight_decay_spares_vectors_biases_and_what_the_model_names():
+def test_weight_decay_excludes_vectors_biases_and_names_of_the_model():
     model = TinyNet()
     optimizer = create_optimizer(model, OptimizerConfig(weight_decay=0.1))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -170,7 +170,7 @@ def test_too_few_images(tmp_path):
         make_trainer(plain(tmp_path), source=array_source(11))
 
 
-def test_metrics_go_back_and_never_repeat(tmp_path):
+def test_metrics_can_be_cut_back_and_never_repeat(tmp_path):
     log = MetricsLog(tmp_path / "metrics.jsonl")
     log.truncate(0)
     for step in range(4):
@@ -201,7 +201,7 @@ def test_every_row_has_epoch_step_and_loss(tmp_path):
 
 
 @pytest.mark.parametrize("write", [lambda path: MetricsLog(path).append({}), lambda path: save_curves([], path)])
-def test_what_cannot_be_written_is_explained(tmp_path, write):
+def test_files_that_cannot_be_written_are_explained(tmp_path, write):
     (tmp_path / "blocked").mkdir()
     with pytest.raises(WidekernelError, match=r"blocked cannot be written: Is a directory\. Free some space"):
         write(tmp_path / "blocked")
@@ -219,7 +219,7 @@ def test_run_folder_names_the_differing_keys(tmp_path):
     assert "a.c" not in str(caught.value)
 
 
-def test_run_folder_lets_change_what_alters_no_result(tmp_path):
+def test_settings_that_alter_no_result_may_change(tmp_path):
     folder = RunFolder(tmp_path)
     config = make_config(tmp_path).to_dict()
     folder.prepare(config)
