@@ -133,7 +133,9 @@ def test_wheel_without_a_compiler(builder: Path, checkout: Path, tracked: list[s
 
 
 @pytest.mark.slow
-def test_a_wheel_built_without_a_compiler_has_its_own_place_in_pips_cache(builder: Path, checkout: Path, target: Path) -> None:
+def test_a_wheel_built_without_a_compiler_has_its_own_place_in_pips_cache(
+    builder: Path, checkout: Path, target: Path
+) -> None:
     """A second installation by name gives the same again, in silence: the way out is the one that the warning names."""
     succeed(builder, "-c", "from scikit_build_core.build import build_sdist; build_sdist('dist')", cwd=checkout)
     (checkout / "empty").mkdir()

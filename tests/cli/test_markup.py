@@ -22,7 +22,7 @@ FILES = sorted(Path(widekernel.cli.__file__).parent.glob("*.py"))
 
 
 @pytest.mark.parametrize("text", TEXTS)
-@pytest.mark.parametrize("make", [console.results, console.progress_console, console.for_tables])
+@pytest.mark.parametrize("make", [console.result_console, console.progress_console, console.table_console])
 def test_text_is_not_read_as_markup(make, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     table = Table("column", title=text, caption=text)
     table.add_row(text)
@@ -60,7 +60,9 @@ def test_consoles_are_created_in_one_place(file: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", ["run[exp]", "x [/c]"])
-def test_complexity_of_a_file_in_a_folder_named_like_markup(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_complexity_of_a_file_in_a_folder_named_like_markup(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / folder).mkdir(parents=True)
     path = tmp_path / folder / "m.safetensors"
     preprocessing = Preprocessing(32, (0.5,) * 3, (0.5,) * 3, "bilinear", 1.0)

@@ -15,7 +15,7 @@ from widekernel.cli.main import main
 from widekernel.cli.paths import PATHS
 from widekernel.cli.train import parse_config
 from widekernel.data import DataConfig, open_split
-from widekernel.data.paths import expanded
+from widekernel.data.paths import expand_path
 from widekernel.errors import ConfigError
 
 
@@ -29,26 +29,26 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_expansion_of_home_and_variables(home: Path) -> None:
-    assert expanded("k", "~") == str(home)
-    assert expanded("k", "~/runs/a") == f"{home}/runs/a"
-    assert expanded("k", "$SCRATCH_X/[a] b") == "/scratch/x y/[a] b"
-    assert expanded("k", "a/${SCRATCH_X}b") == "a//scratch/x yb"
+    assert expand_path("k", "~") == str(home)
+    assert expand_path("k", "~/runs/a") == f"{home}/runs/a"
+    assert expand_path("k", "$SCRATCH_X/[a] b") == "/scratch/x y/[a] b"
+    assert expand_path("k", "a/${SCRATCH_X}b") == "a//scratch/x yb"
     for text in ("a~", "./~/b", "~nobody-of-that-name/x", "cost$", "$1", "%s", "{y}", "a[b"):
-        assert expanded("k", text) == text
+        assert expand_path("k", text) == text
 
 
 def test_an_existing_name_is_not_expanded(home: Path) -> None:
     (home / "$SCRATCH_X").mkdir()
     (home / "~").mkdir()
-    assert expanded("k", "$SCRATCH_X") == "$SCRATCH_X"
-    assert expanded("k", "~") == "~"
+    assert expand_path("k", "$SCRATCH_X") == "$SCRATCH_X"
+    assert expand_path("k", "~") == "~"
 
 
 def test_an_unset_variable_is_named(home: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"output is '\$SCRTCH_X/a', but the variable SCRTCH_X is not set\. Set and"
     ) as error:
-        expanded("output", "$SCRTCH_X/a")
+        expand_path("output", "$SCRTCH_X/a")
     assert "SCRATCH_X" not in str(error.value)  # variables of other programs are nobody's business
     for config, key in (
         (DataConfig(root="$SCRTCH_X"), "data.root"),

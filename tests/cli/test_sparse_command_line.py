@@ -169,7 +169,7 @@ def test_compressed_files(method: str, finished: Path, tmp_path: Path, capsys) -
         (["--output", "net.pth"], "are .safetensors files"),
     ],
 )
-def test_sparsify_refuses_wrong_arguments(arguments: list[str], message: str, finished: Path, tmp_path: Path, capsys) -> None:  # noqa: F811
+def test_sparsify_refuses(arguments: list[str], message: str, finished: Path, tmp_path: Path, capsys) -> None:  # noqa: F811
     if "--output" not in arguments:
         arguments = [*arguments, "--output", str(tmp_path / "out.safetensors")]
     assert message in refused(capsys, "sparsify", str(finished), *arguments)

@@ -17,7 +17,7 @@ from trees import described, opened, pack, plant, png, write_tar
 
 from widekernel.data import DataConfig, open_split, open_train_and_val
 from widekernel.data.images import UnreadableImageError
-from widekernel.data.tars import TarSource
+from widekernel.data.tar_source import TarSource
 from widekernel.errors import DataError
 from widekernel.tasks.fingerprint import fingerprint
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import jsonargparse
 from rich.table import Table
 
-from widekernel.cli.console import for_tables
+from widekernel.cli.console import table_console
 from widekernel.cli.parsing import new_parser, parse, typed
-from widekernel.cli.source_arguments import add_source_arguments, loaded, source_from
+from widekernel.cli.source_arguments import add_source_arguments, load_source, source_from
 from widekernel.settings import require
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def run(arguments: list[str]) -> int:
         sys.stdout.write(json.dumps(counted.to_dict()) + "\n")
         return 0
     columns = counted.columns()
-    console = for_tables()
+    console = table_console()
     console.print(f"{values['source']} at {tuple(input_size)}", soft_wrap=True)
     table = Table("", *columns)
     for column in table.columns[1:]:
@@ -71,7 +71,7 @@ def _network(values: dict[str, Any]) -> tuple[nn.Module, tuple[int, int, int]]:
     source = Path(values["source"])
     is_file = source.exists() or values["model"] is not None or source.suffix in _FILES or len(source.parts) > 1
     if values["source"] not in list_models() and is_file:
-        model, saved = loaded(source_from(values))
+        model, saved = load_source(source_from(values))
         pixels = saved.preprocessing.input_size
         return model, (input_channels(model), pixels, pixels)
     useless = [f"--{key}" for key, default in (("weights", "model"), ("state", "last")) if values[key] != default]

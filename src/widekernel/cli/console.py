@@ -29,7 +29,7 @@ Advance = Callable[[str, int], None]
 """Receives a text that says what is done now, and the number of steps to move the bar."""
 
 
-def results() -> Console:
+def result_console() -> Console:
     """Return the console for results. It reads nothing as markup or emoji, not even in tables and their titles."""
     return Console(highlight=False, markup=False, emoji=False)
 
@@ -39,9 +39,9 @@ def progress_console() -> Console:
     return Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
-def for_tables() -> Console:
+def table_console() -> Console:
     """Return the console for tables: that of results, but wide enough for every column if it is not a terminal."""
-    console = results()
+    console = result_console()
     if not console.is_terminal:
         console.width = _NO_SCREEN
     return console

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from widekernel.cli.console import ConsoleReporter, progress_console, results
+from widekernel.cli.console import ConsoleReporter, progress_console, result_console
 from widekernel.cli.demo_picture import PictureContent, draw
 from widekernel.cli.train import parse_config
 from widekernel.data import (
@@ -68,7 +68,7 @@ def show(output: str, seed: int) -> int:
     except Interrupted:
         progress_console().print("Stopped; the state is saved. The same command resumes the run.")
         raise
-    console = results()
+    console = result_console()
     if outcome.was_finished:
         console.print(f"The run in {outcome.folder.path} is already finished and is used as it is.", soft_wrap=True)
     else:

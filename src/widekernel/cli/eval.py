@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import jsonargparse
 
-from widekernel.cli.console import progress_console, results
+from widekernel.cli.console import progress_console, result_console
 from widekernel.cli.options import EvalOptions, parse_with_data_of_the_run
 from widekernel.cli.parsing import build, new_parser
-from widekernel.cli.source_arguments import add_source_arguments, loaded, source_from
+from widekernel.cli.source_arguments import add_source_arguments, load_source, source_from
 from widekernel.data.config import DataConfig
 from widekernel.training.interrupts import Interrupted
 
@@ -43,7 +43,7 @@ def run(arguments: list[str]) -> int:
     options = build(EvalOptions, values)
     from widekernel.cli.evaluation import evaluate_on
 
-    model, saved = loaded(source)
+    model, saved = load_source(source)
     try:
         result = evaluate_on(model, saved, data, options, source.run_folder())
     except Interrupted as interruption:
@@ -57,7 +57,7 @@ def _print(result: Evaluation, as_json: bool) -> None:
     if as_json:
         sys.stdout.write(json.dumps(dataclasses.asdict(result)) + "\n")
         return
-    console = results()
+    console = result_console()
     console.print(f"top-1       {result.top1:.2f} %")
     console.print(f"top-5       {result.top5:.2f} %")
     console.print(f"loss        {result.loss:.4f}")

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import jsonargparse
 
-from widekernel.cli.console import results
-from widekernel.cli.files import output_file
+from widekernel.cli.console import result_console
+from widekernel.cli.output_files import check_output_file
 from widekernel.cli.parsing import new_parser, parse
-from widekernel.cli.source_arguments import add_source_arguments, loaded, source_from
+from widekernel.cli.source_arguments import add_source_arguments, load_source, source_from
 from widekernel.errors import ConfigError
 from widekernel.tasks.model_source import ModelSource
 
@@ -27,16 +27,16 @@ def run(arguments: list[str]) -> int:
     values = parse(make_parser(), arguments)
     source = source_from(values)
     wanted = Path(values["output"]) if values["output"] else _default_output(source)
-    output = output_file(wanted, "folded checkpoints", source.path, bool(values["overwrite"]))
+    output = check_output_file(wanted, "folded checkpoints", source.path, bool(values["overwrite"]))
     from widekernel.tasks.folding import fold_and_check
     from widekernel.tasks.saved import save_model
 
-    model, saved = loaded(source)
+    model, saved = load_source(source)
     if saved.form == "folded":
         raise ConfigError(f"{source.path} is already folded: it can be used as it is.")
     folded, check = fold_and_check(model, saved.preprocessing.input_size)
     save_model(folded, output, replace(saved, form="folded"))
-    console = results()
+    console = result_console()
     before, after = (sum(p.numel() for p in network.parameters()) for network in (model, folded))
     console.print(f"{output}", soft_wrap=True)
     console.print(f"parameters     {before:,} before, {after:,} after")

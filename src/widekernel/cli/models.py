@@ -5,7 +5,7 @@ import fnmatch
 import jsonargparse
 from rich.table import Table
 
-from widekernel.cli.console import results
+from widekernel.cli.console import result_console
 from widekernel.cli.parsing import new_parser, parse
 from widekernel.errors import ConfigError, nearest
 
@@ -32,14 +32,14 @@ def run(arguments: list[str]) -> int:
         raise ConfigError(f"No model matches {pattern!r}.{nearest(pattern, known)} Use a pattern such as slak*.")
     if values["all"]:
         for name in names:
-            results().print(name)
+            result_console().print(name)
         return 0
     table = Table("model", "parameters (M)", "input")
     table.columns[1].justify = "right"
     for name in names:
         parameters, size = _describe(name)
         table.add_row(name, f"{parameters / 1e6:.2f}", f"{size}×{size}")
-    results().print(table)
+    result_console().print(table)
     return 0
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import jsonargparse
 import yaml
 
-from widekernel.cli.paths import with_paths_expanded
+from widekernel.cli.paths import expand_paths
 from widekernel.errors import ConfigError, nearest
 from widekernel.settings import flatten
 
@@ -55,7 +55,7 @@ def parse(
             values = parser.parse_object(dict(settings), values, defaults=False)
         if layers:  # `--model.args.x 3` adds to the mapping of a layer, so the command line comes once more, on top
             values = parser.parse_args(arguments, values)
-    return with_paths_expanded(values.as_dict())
+    return expand_paths(values.as_dict())
 
 
 def parse_given(parser: jsonargparse.ArgumentParser, arguments: list[str]) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def parse_given(parser: jsonargparse.ArgumentParser, arguments: list[str]) -> di
     """
     with _errors_explained(parser):
         given = parser.parse_args(arguments, defaults=False)
-    return with_paths_expanded(given.as_dict())
+    return expand_paths(given.as_dict())
 
 
 def build(kind: type[T], values: dict[str, Any], key: str = "") -> T:
@@ -131,7 +131,7 @@ def typed(args: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def listed(option: str, text: str, known: Sequence[str]) -> list[str]:
+def parse_names(option: str, text: str, known: Sequence[str]) -> list[str]:
     """Read names separated by commas, and return them in the order of `known`.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from widekernel.data.paths import expanded
+from widekernel.data.paths import expand_path
 
 PATHS = frozenset(
     {
@@ -17,7 +17,7 @@ Splits are not among them: they are relative to `data.root`, or names in a data 
 """
 
 
-def with_paths_expanded(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def expand_paths(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested settings with every path among them expanded.
 
     Raises:
@@ -27,9 +27,9 @@ def with_paths_expanded(values: dict[str, Any], prefix: str = "") -> dict[str, A
     for key, value in values.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict):
-            done[key] = with_paths_expanded(value, f"{name}.")
+            done[key] = expand_paths(value, f"{name}.")
         elif name in PATHS and isinstance(value, list):
-            done[key] = [expanded(name, path) for path in value]
+            done[key] = [expand_path(name, path) for path in value]
         else:
-            done[key] = expanded(name, value) if name in PATHS and isinstance(value, str) else value
+            done[key] = expand_path(name, value) if name in PATHS and isinstance(value, str) else value
     return done

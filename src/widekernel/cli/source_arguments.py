@@ -35,7 +35,7 @@ def add_source_arguments(parser: Any, what: str = "run folder, or checkpoint fil
     )
 
 
-def loaded(source: ModelSource) -> tuple[nn.Module, SavedModel]:
+def load_source(source: ModelSource) -> tuple[nn.Module, SavedModel]:
     """Load the network of `source`; messages about it go to standard error.
 
     Raises:

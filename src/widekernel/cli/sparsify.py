@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import jsonargparse
 
-from widekernel.cli.console import ConsoleReporter, results
-from widekernel.cli.files import output_file
+from widekernel.cli.console import ConsoleReporter, result_console
 from widekernel.cli.options import EvalOptions, parse_with_data_of_the_run
+from widekernel.cli.output_files import check_output_file
 from widekernel.cli.parsing import build, new_parser
-from widekernel.cli.source_arguments import add_source_arguments, loaded, source_from
+from widekernel.cli.source_arguments import add_source_arguments, load_source, source_from
 from widekernel.data.config import DataConfig
 from widekernel.errors import ConfigError
 from widekernel.tasks.model_source import ModelSource
@@ -54,7 +54,7 @@ def run(arguments: list[str]) -> int:
     if config.method == "learned" and not has_data:
         raise ConfigError("method learned trains masks on images: give them with --data.root or --data.name.")
     wanted = Path(values["output"]) if values["output"] else _default_output(source, config)
-    output = output_file(wanted, "sparse networks", source.path, bool(values["overwrite"]), _beside(wanted))
+    output = check_output_file(wanted, "sparse networks", source.path, bool(values["overwrite"]), _beside(wanted))
     _sparsify(source, config, learning, data if has_data else None, (output, bool(values["compressed"])))
     return 0
 
@@ -70,7 +70,7 @@ def _sparsify(
     from widekernel.tasks.sparsifying import agreement, learn, sparsify
 
     output, compressed = to
-    model, saved = loaded(source)
+    model, saved = load_source(source)
     options = EvalOptions(learning.batch_size, learning.device)
     # First, because data that cannot be used ends the command before anything is made.
     before = None if data is None else evaluate_on(model, saved, data, options, source.run_folder())
@@ -85,7 +85,7 @@ def _sparsify(
     else:
         save_model(done.model, output, saved)
     _write_beside(output, done)
-    console = results()
+    console = result_console()
     console.print(f"{output}", soft_wrap=True)
     console.print(done.report.summary(), soft_wrap=True)
     console.print(f"kept magnitude  {100 * done.kept:.2f} %")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import jsonargparse
 import yaml
 
-from widekernel.cli.console import ConsoleReporter, results
+from widekernel.cli.console import ConsoleReporter, result_console
 from widekernel.cli.parsing import build, new_parser, parse, parse_given, read_settings, typed
 from widekernel.recipes import load_recipe
 from widekernel.tasks.config import TrainConfig
@@ -80,7 +80,7 @@ def parse_config(arguments: list[str]) -> TrainConfig:
 
 def print_result(result: RunResult) -> None:
     """Print how a run ended."""
-    summary, console = result.summary, results()
+    summary, console = result.summary, result_console()
     state = "was already finished" if result.was_finished else "is finished"
     if result.other_code:
         state = f"was finished {result.other_code};"

@@ -7,13 +7,13 @@ from typing import Any
 
 from timm.data import create_dataset
 
-from widekernel.data.class_names import refuse_one_class
+from widekernel.data.class_checks import refuse_one_class
 from widekernel.data.config import DataConfig
 from widekernel.data.digits import load_digits
 from widekernel.data.formats import brief
-from widekernel.data.locate import deeper_hint, open_files
-from widekernel.data.paths import expanded
+from widekernel.data.paths import expand_path
 from widekernel.data.sources import FileSource, ImageSource, MappedSource
+from widekernel.data.split_files import deeper_hint, open_files
 from widekernel.data.torchvision_sets import class_names, known_names, open_torchvision
 from widekernel.errors import DataError, nearest
 
@@ -84,7 +84,7 @@ def _open_named(config: DataConfig, part: str) -> ImageSource:
     if config.root is None and prefix == "torch":
         raise DataError(f"data.root is not set; give the folder where {config.name} is stored (--data.root DIR).")
     if config.root is not None:
-        config = replace(config, root=expanded("data.root", config.root))
+        config = replace(config, root=expand_path("data.root", config.root))
     dataset = _open(config, part)
     # timm's data set silently replaces an unreadable image by its neighbor; its reader does not.
     return MappedSource(getattr(dataset, "reader", dataset), _class_names(dataset), config.name)

@@ -9,7 +9,7 @@ from widekernel.errors import ConfigError
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
 
 
-def expanded(key: str, text: str, base: Path | None = None) -> str:
+def expand_path(key: str, text: str, base: Path | None = None) -> str:
     """Expand `~`, `~user`, `$NAME` and `${NAME}` in a path, unless a file or folder of exactly that name exists.
 
     Args:

@@ -26,7 +26,7 @@ from widekernel.data import (
     open_train_and_val,
 )
 from widekernel.data.loading import MIX_STREAM
-from widekernel.data.paths import expanded
+from widekernel.data.paths import expand_path
 from widekernel.data.seeding import scoped_seed
 from widekernel.errors import ConfigError
 from widekernel.tasks.assembly import build_model, choose_device, pretrained_cfg
@@ -208,6 +208,6 @@ def _make_loaders(
 def _with_absolute_root(config: TrainConfig) -> dict[str, Any]:
     """Return the settings as the run stores them: with the absolute path of the data, which is valid from any folder."""
     if config.data.root is not None:
-        root = os.path.abspath(expanded("data.root", config.data.root))  # noqa: PTH100 - resolve() would follow links
+        root = os.path.abspath(expand_path("data.root", config.data.root))  # noqa: PTH100 - resolve() would follow links
         config = replace(config, data=replace(config.data, root=root))
     return config.to_dict()

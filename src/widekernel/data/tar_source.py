@@ -9,13 +9,13 @@ from typing import Any
 from PIL import Image
 from typing_extensions import override
 
-from widekernel.data.archives import LOST, Contents, read_contents
-from widekernel.data.class_names import SPLITS
+from widekernel.data.class_checks import SPLITS
 from widekernel.data.formats import brief, ending_of, image_endings, is_clutter, printable, usual_endings
 from widekernel.data.images import MAX_BYTES, UnreadableImageError, decode_bytes, too_large
 from widekernel.data.listing import Listing, sorted_classes
 from widekernel.data.names import sort_key
 from widekernel.data.sources import FileSource
+from widekernel.data.tar_contents import LOST, Contents, read_contents
 from widekernel.errors import DataError
 
 

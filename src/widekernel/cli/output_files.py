@@ -9,7 +9,7 @@ from widekernel.errors import ConfigError
 from widekernel.training.run_folder import RunFolder
 
 
-def output_file(path: Path, what: str, source: Path, overwrite: bool, beside: tuple[Path, ...] = ()) -> Path:
+def check_output_file(path: Path, what: str, source: Path, overwrite: bool, beside: tuple[Path, ...] = ()) -> Path:
     """Return `path` after checking that a .safetensors file can be written there and that nothing is lost.
 
     Args:
@@ -31,7 +31,7 @@ def output_file(path: Path, what: str, source: Path, overwrite: bool, beside: tu
             raise ConfigError(f"The output {str(file)!r} is the source, which would be lost. Choose another --output.")
         if file.exists() and not overwrite:
             raise ConfigError(f"{file} exists. Choose another --output, or add --overwrite.")
-    check_folder(path.parent, "--output")
+    check_output_folder(path.parent, "--output")
     return path
 
 
@@ -41,7 +41,7 @@ def _files_of(source: Path) -> list[Path]:
     return [path for path in (source, run.model, run.model_ema, run.masks) if path.is_file()]
 
 
-def check_folder(folder: Path, option: str) -> None:
+def check_output_folder(folder: Path, option: str) -> None:
     """Raise a `ConfigError` unless files can be created in `folder`, which itself may have to be created."""
     there = folder.absolute()
     while not there.exists() and there != there.parent:

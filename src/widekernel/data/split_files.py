@@ -4,13 +4,13 @@ import os
 import tarfile
 from pathlib import Path
 
-from widekernel.data.class_names import SPLITS, check_class_names
+from widekernel.data.class_checks import SPLITS, check_class_names
 from widekernel.data.config import DataConfig
-from widekernel.data.folders import FolderSource
+from widekernel.data.folder_source import FolderSource
 from widekernel.data.formats import brief, ending_of, image_endings, is_clutter
-from widekernel.data.paths import expanded
+from widekernel.data.paths import expand_path
 from widekernel.data.sources import FileSource
-from widekernel.data.tars import TarSource
+from widekernel.data.tar_source import TarSource
 from widekernel.errors import DataError
 
 _PACKED = {
@@ -47,9 +47,9 @@ def deeper_hint(source: FileSource, part: str, key: str) -> str:
 
 
 def _find(config: DataConfig, part: str, key: str) -> Path:
-    root = Path(expanded("data.root", config.root) if config.root else ".")
+    root = Path(expand_path("data.root", config.root) if config.root else ".")
     if part.strip() and not (root / f"{part}.tar").exists():
-        part = expanded(key, part, root)
+        part = expand_path(key, part, root)
     if config.root is None and not Path(part).is_absolute():
         raise DataError(
             "data.root is not set. Give the folder that holds the images (--data.root DIR), "
