@@ -1,4 +1,4 @@
-"""Validation of settings: what passes, what does not, and what the message says."""
+"""Validation of settings: accepted values, refused values and the messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The summary of suites: it counts, names reasons, and fails a run in CI that silently left out what ought to run."""
+"""The summary of suites: it counts, gives reasons, and fails a run in CI that left out a suite that should run."""
 
 from __future__ import annotations
 
@@ -12,17 +12,15 @@ pytest_plugins = ["pytester"]
 PASSING = "import pytest\n@pytest.mark.kernels\ndef test_it(): pass\ndef test_other(): pass\n"
 SKIPPED = "import pytest\n@pytest.mark.kernels\ndef test_it(): pytest.skip('no compiler')\ndef test_other(): pass\n"
 OTHERS = "def test_other(): pass\n"
-FAILED, LINE = pytest.ExitCode.TESTS_FAILED, "The suite 'kernels' ought to run here and did not"
+FAILED, LINE = pytest.ExitCode.TESTS_FAILED, "The suite 'kernels' should to run here and did not"
 
 
 @pytest.fixture
 def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch):
-    """Run one test file with a suite that ought to run, or need not, and return the exit status."""
+    """Run one test file with a suite that should run, or need not, and return the exit status."""
 
-    def running(source: str, *arguments: str, ci: bool = True, ought: bool = True) -> int:
-        monkeypatch.setattr(
-            suites, "SUITES", (Suite("kernels", marker="kernels", ought_to_run=lambda: ought, how="make x"),)
-        )
+    def running(source: str, *arguments: str, ci: bool = True, should: bool = True) -> int:
+        monkeypatch.setattr(suites, "SUITES", (Suite("kernels", marker="kernels", should_run=lambda: should, how="make x"),))
         monkeypatch.setenv("CI", "true") if ci else monkeypatch.delenv("CI", raising=False)
         pytester.makeini("[pytest]\ntestpaths = there\nmarkers = kernels: needs a compiler\n")
         folder = pytester.mkdir("there")
@@ -57,7 +55,7 @@ def test_without_ci_a_suite_that_did_not_run_is_only_reported(run, capsys: pytes
 
 
 def test_a_suite_that_need_not_run(run, capsys: pytest.CaptureFixture) -> None:
-    assert run(SKIPPED, ought=False) == pytest.ExitCode.OK
+    assert run(SKIPPED, should=False) == pytest.ExitCode.OK
     assert LINE not in capsys.readouterr().out
 
 

@@ -51,11 +51,11 @@ def require_finite(settings: Any, section: str) -> None:
         require(ok, f"{section}.{field.name}", value, "finite")
 
 
-def require_literals(settings: Any) -> None:
-    """Raise unless each field that is annotated with a `Literal` holds one of its choices."""
+def require_literals(settings: Any, section: str = "") -> None:
+    """Raise unless each field that is annotated with a `Literal` holds one of its choices; names start with `section`."""
     for name, kind in get_type_hints(type(settings)).items():
         if get_origin(kind) is Literal:
-            require_one_of(name, getattr(settings, name), get_args(kind))
+            require_one_of(f"{section}.{name}" if section else name, getattr(settings, name), get_args(kind))
 
 
 def flatten(settings: Mapping[str, Any], whole: Collection[str] = (), prefix: str = "") -> dict[str, Any]:

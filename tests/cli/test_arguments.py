@@ -1,4 +1,4 @@
-"""Clumsy and hostile arguments: one clear message, exit code 2, nothing trained."""
+"""Wrong arguments: one clear message, exit code 2, and nothing is trained."""
 
 import subprocess
 import sys

@@ -30,7 +30,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """Red and green images, and one damaged file in each split."""
+    """Write red and green images, and one damaged file in each split."""
     root = tmp_path_factory.mktemp("images")
     generator = np.random.default_rng(0)
     for split, count in (("train", 13), ("val", 7)):
@@ -107,7 +107,7 @@ def test_evaluation_of_a_model_file_outside_its_run(finished, images, capsys, tm
     assert main(["eval", str(tmp_path / "net.safetensors")]) == 2
     assert "data.root is not set" in capsys.readouterr().err
     shutil.copytree(images / "val" / "green", tmp_path / "data" / "val" / "green")
-    # the only class here is the model's first: it must be met by name
+    # the only class here is one of the model's two: it is matched by name
     subset = evaluate(capsys, tmp_path / "net.safetensors", "--data.root", tmp_path / "data", "--data.workers", "0")
     assert subset["images"] == 7
     (tmp_path / "data" / "val" / "green").rename(tmp_path / "data" / "val" / "blue")

@@ -1,4 +1,4 @@
-"""The demo, shortened for the fast tests and whole for the slow ones."""
+"""The demo: shortened in the fast tests, complete in the slow ones."""
 
 import re
 
@@ -19,7 +19,7 @@ pytest.importorskip("sklearn")
 
 @pytest.fixture
 def short(monkeypatch):
-    """Two epochs of a narrower network at half the resolution."""
+    """Shorten the demo to two epochs of a narrower network at half the resolution."""
 
     def shortened(arguments):
         changes = ["--schedule.epochs=2", "--schedule.warmup_epochs=0", "--data.input_size=32", "--loop.batch_size=64",

@@ -1,4 +1,4 @@
-"""Help and version: quick, and with a word about every option."""
+"""Help and version: fast, and with a text for every option."""
 
 from __future__ import annotations
 

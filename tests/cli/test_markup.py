@@ -1,4 +1,4 @@
-"""Nothing that a user names is read as the console's markup."""
+"""No text from the user is read as markup of the console."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_progress_bars_do_not_read_markup(text: str) -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_consoles_are_created_in_one_place(file: Path) -> None:
-    """Elsewhere a console, a column of text or a text with markup could read what a user names."""
+    """A console, text column or text created elsewhere might read a user's text as markup."""
     tree = ast.parse(file.read_text())
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     names = {node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "") for node in calls}

@@ -1,4 +1,4 @@
-"""Paths with what a shell would expand, and what none would."""
+"""Paths with parts that a shell would expand, and with parts that none would."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_an_unset_variable_is_named(home: Path) -> None:
         ConfigError, match=r"output is '\$SCRTCH_X/a', but the variable SCRTCH_X is not set\. Set and"
     ) as error:
         expand_path("output", "$SCRTCH_X/a")
-    assert "SCRATCH_X" not in str(error.value)  # variables of other programs are nobody's business
+    assert "SCRATCH_X" not in str(error.value)  # other variables are not revealed
     for config, key in (
         (DataConfig(root="$SCRTCH_X"), "data.root"),
         (DataConfig(root="$SCRTCH_X", name="torch/cifar10"), "data.root"),
@@ -90,7 +90,7 @@ def test_files_and_options_are_expanded_alike(home: Path) -> None:
 
 
 def test_every_option_that_is_a_path_is_expanded() -> None:
-    """Whatever says that it is a file or folder is expanded."""
+    """Every option whose help text speaks of a file or folder is expanded."""
     words = ("file to", "file for", "file of", "file with", " file:", "folder,", "folder;", "run folder", "folder that")
     for command, parser in parsers():
         for action in parser._actions:

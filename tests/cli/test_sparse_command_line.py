@@ -51,7 +51,7 @@ def test_sparse_training(images, tmp_path: Path, capsys) -> None:  # noqa: F811
     assert read_metrics(run / "metrics.jsonl")[-1]["sparsity"] == report["sparsity"]
     counted = json.loads(said(capsys, "complexity", str(run), "--json"))
     dead = total - sum(int(mask.sum()) for mask in masks.values())
-    # Some live taps reach no pixel of so small maps: having grown, they stay zero.
+    # Some taps reach no pixel of such small maps: they stay zero after they were grown.
     assert dead <= counted["dense"]["params"] - counted["nonzero"]["params"] <= 1.02 * dead
     assert counted["nonzero"]["macs"] < counted["dense"]["macs"]
 
@@ -94,7 +94,7 @@ def test_learned_masks_by_training(finished: Path, images, tmp_path: Path, capsy
     assert before.keys() == after.keys() and masks
     for name, value in after.items():
         expected = before[name] * masks[name] if name in masks else before[name]
-        assert torch.equal(value, expected), name  # weights and statistics are those that were given
+        assert torch.equal(value, expected), name  # weights and statistics are unchanged
     assert all((mask.sum() == mask.numel() // 2) for mask in masks.values() if mask.shape[1] % 4 == 0)
     for state in ("last", "best"):
         assert "images" in said(capsys, "eval", str(run), "--state", state)
@@ -115,7 +115,7 @@ def test_sparsify_two_of_four(method: str, finished: Path, tmp_path: Path, capsy
     assert {layer["name"] for layer in report["layers"] if layer["masked"]} == set(masks)
     assert (tmp_path / "sparse_sparsity.png").exists()
     assert "images" in said(capsys, "eval", str(output), "--data.root", str(images_of(finished)), "--data.workers", "0")
-    # the same again is refused, whole files are not lost
+    # repeating the command is refused, so that files are not lost
     assert "exists" in refused(capsys, "sparsify", str(finished), "--method", method, "--output", str(output))
 
 

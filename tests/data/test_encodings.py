@@ -1,4 +1,4 @@
-"""Every kind of pixel is read with its full range, or refused with the true reason; no image takes memory without bound."""
+"""Every kind of pixel is decoded with its full range, or refused with the reason; no image takes unbounded memory."""
 
 import io
 import struct
@@ -15,7 +15,7 @@ from widekernel.data.preprocess import MOST_ELONGATED, Preprocessing, crop_elong
 
 
 def decoded(content: bytes) -> list:
-    """The first row of the decoded image: a number where it is gray, else three."""
+    """Return the first row of the decoded image: one number for a gray pixel, else three."""
     image = decode_image(io.BytesIO(content))
     assert image.mode == "RGB"
     return [int(pixel[0]) if len(set(pixel.tolist())) == 1 else tuple(pixel.tolist()) for pixel in np.asarray(image)[0]]

@@ -1,4 +1,4 @@
-"""The same tree means the same as a folder and as an archive, however it is wrapped."""
+"""A tree yields the same samples as a folder and as an archive, whatever folders lie around it."""
 
 import contextlib
 import pickle
@@ -72,7 +72,7 @@ def outcome(root, part):
 def test_folders_and_archives_of_any_tree_agree(tmp_path_factory, paths, complete, wrapper):
     root = tmp_path_factory.mktemp("tree")
     plant(root / "split", free_of_conflicts(paths))
-    if complete:  # else a class without images is an error, in both forms
+    if complete:  # otherwise a class without images is an error, in both forms
         plant(root / "split", {f"{path.partition('/')[0]}/one.png" for path in paths if "/" in path})
     plant(root / "split", ["nsurelyn/1.png", "nsure too/1.png"])  # several classes
     expected = outcome(root, "split")
@@ -172,7 +172,7 @@ def test_a_truncated_archive_in_an_archive_is_named(tmp_path):
 
 @pytest.mark.parametrize("wrapper", ["train", ".", "any"])
 def test_archives_deeper_than_class_folders_are_left_out(tmp_path, wrapper):
-    plant(tmp_path / "train", ["a/1.png", "b/1.png", "b/in/notes.tar", "b/notes.TAR"])  # no archives in truth
+    plant(tmp_path / "train", ["a/1.png", "b/1.png", "b/in/notes.tar", "b/notes.TAR"])  # not really archives
     plant(tmp_path / "more", ["1.png", "x/2.png"])
     pack(tmp_path / "more", tmp_path / "train" / "a" / "orig.tar")
     (tmp_path / "packed").mkdir()
@@ -320,7 +320,7 @@ def test_damaged_archives_are_refused_or_read(tmp_path):
         content = bytearray(good)
         start = draw.choice(headers)
         content[start + draw.choice([draw.randrange(512), 124 + draw.randrange(12), 156, 157])] = draw.randrange(256)
-        if draw.random() < 0.8:  # a checksum that is right
+        if draw.random() < 0.8:  # a valid checksum
             header = content[start : start + 512]
             content[start + 148 : start + 156] = b"%06o\0 " % (256 + sum(header[:148]) + sum(header[156:]))
         (tmp_path / "train.tar").write_bytes(content)

@@ -269,7 +269,7 @@ def test_workers_survive_signals_while_they_start(number):
 
 
 class SlowToArrive:
-    """Takes its time to be unpickled, and so do the workers that are sent it to start."""
+    """A data set that is slow to unpickle, so that the workers that receive it start slowly."""
 
     def __getstate__(self):
         return {"seconds": 2}

@@ -13,7 +13,7 @@ from widekernel.errors import DataError
 
 
 def fake(monkeypatch, name, **attributes):
-    """Let `name` of torchvision record its arguments instead of reading files."""
+    """Let the data set `name` of torchvision record its arguments instead of reading files."""
     calls = []
 
     def start(self, root, **options):

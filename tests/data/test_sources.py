@@ -26,7 +26,7 @@ def encoded(mode: str = "RGB", kind: str = "PNG", size: tuple[int, int] = (12, 9
 
 
 def fill(folder, layout):
-    """Write small images: {'train': {'cat': 3}} gives train/cat/0.png ... 2.png."""
+    """Write small images: {'train': {'cat': 3}} makes train/cat/0.png ... 2.png."""
     for split, classes in layout.items():
         for name, count in classes.items():
             (folder / split / name).mkdir(parents=True)
@@ -200,7 +200,7 @@ def test_class_folders_may_be_links(tmp_path):
 
 
 class Reader:
-    """What timm's readers of named data sets look like: an open file and a label."""
+    """A reader like timm's for named data sets: its items are an open file and a label."""
 
     def __init__(self, contents):
         self.contents = contents
@@ -284,7 +284,7 @@ def test_16_bit_images_keep_their_range():
 
 
 def huge_png() -> bytes:
-    """A valid header of 40,000 × 40,000 pixels in a few bytes."""
+    """Return a PNG file of a few bytes whose valid header states 40,000 × 40,000 pixels."""
     header = struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0)
     chunks = b"".join(
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

@@ -1,4 +1,4 @@
-"""Which files are images, what is clutter, what is left out and said, and what is no set of classes."""
+"""Which files are images or clutter, which ones are skipped with a note, and which folders are not classes."""
 
 import io
 import os
@@ -20,7 +20,7 @@ TWO = ["cat/1.png", "dog/1.png"]
 
 
 def both(tmp_path):
-    """The split as a folder and as an archive of it."""
+    """Return the split as a folder and as an archive."""
     (tmp_path / "packed").mkdir()
     pack(tmp_path / "train", tmp_path / "packed" / "train.tar", "train")
     return opened(tmp_path), opened(tmp_path / "packed")
@@ -242,7 +242,7 @@ def test_home_and_variables_in_the_root_are_expanded(tmp_path, monkeypatch):
         open_split(DataConfig(root="$NOWHERE/x"), "train")
     monkeypatch.chdir(tmp_path)
     plant(tmp_path / "~" / "train", ["a/1.png", "b/1.png", "c/1.png"])
-    assert len(open_split(DataConfig(root="~"), "train")) == 3  # a folder of that name goes before
+    assert len(open_split(DataConfig(root="~"), "train")) == 3  # an existing folder of that name takes precedence
 
 
 def test_folders_without_permission_are_refused(tmp_path, monkeypatch):

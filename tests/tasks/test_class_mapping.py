@@ -1,4 +1,4 @@
-"""Which output stands for which class, with and without names in the weights."""
+"""Matching classes of the data with outputs, with and without class names in the weights."""
 
 import random
 import unicodedata
@@ -88,7 +88,7 @@ def test_classifiers_that_are_taken_over(tmp_path):
     path = tmp_path / "model.safetensors"
     save_model(torch.nn.Linear(2, 2), path, saved(2, ("cat", "dog")))
     assert inheritance_note(path, ("cat", "dog")) == ""
-    assert inheritance_note(path, ("cat", "cow", "dog")) == ""  # left out, as its size does not fit
+    assert inheritance_note(path, ("cat", "cow", "dog")) == ""  # ignored, since its size does not fit
     assert "trained on cat, dog, and the classes here are ant, bee" in inheritance_note(path, ("ant", "bee"))
 
 

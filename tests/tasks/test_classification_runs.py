@@ -1,4 +1,4 @@
-"""Whole runs on a tiny network: what happens when the same call meets a folder that is not as it was left."""
+"""Complete runs of a tiny network, repeated on folders that have changed in between."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ MODEL = "test_resnet"
 
 
 class Killed(BaseException):
-    """Stands for the process dying: nothing may catch it."""
+    """Simulates the death of the process: nothing may catch it."""
 
 
 class Listener(SilentReporter):
@@ -209,7 +209,7 @@ def test_an_empty_summary_is_explained(make):
 
 
 class Breaking(SilentReporter):
-    """Stands for whatever goes wrong before the first step."""
+    """Simulates any error before the first step."""
 
     def start_training(self, epochs, steps_per_epoch, first_step):
         raise Killed
@@ -236,7 +236,7 @@ def test_the_corrected_command_follows_a_first_attempt_that_failed(make, images,
 
 
 def test_a_run_killed_before_its_first_step_does_not_count(make, tmp_path):
-    """Nothing could be tidied up."""
+    """Such a run cannot clean up."""
     folder = RunFolder(tmp_path / "run")
     folder.prepare(make(schedule=ScheduleConfig(epochs=3, warmup_epochs=0)).to_dict())
     folder.begin()

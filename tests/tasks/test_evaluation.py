@@ -19,7 +19,7 @@ PREPROCESSING = Preprocessing(8, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), "bilinear", 1
 
 
 class ByBrightness(nn.Module):
-    """Fixed logits of 7 classes that depend on the image, and a memory of its mode."""
+    """A network whose 7 logits depend on the brightness of the image; it records its mode."""
 
     def __init__(self, classes: int = 7) -> None:
         super().__init__()
@@ -83,13 +83,13 @@ def test_processes_ask_equally_often_whether_to_stop(count):
         processes = Processes(rank, 3)
         processes_options = options(processes=processes, stop=lambda rank=rank: bool(asked.append(rank)))
         shard = loader(array_source(count), shard=processes.shard)
-        with contextlib.suppress(DataError):  # a process without images, when none joins in
+        with contextlib.suppress(DataError):  # a process without images, while no other takes part
             evaluate(ByBrightness(), shard, processes_options)
     assert len({asked.count(rank) for rank in range(3)}) == 1
 
 
 class Unreliable:
-    """A source of which every third image cannot be read."""
+    """A data set of which every third image cannot be read."""
 
     def __init__(self, every: int = 3) -> None:
         self.inner, self.every = array_source(12), every
@@ -211,7 +211,7 @@ def test_devices():
 
 
 def test_the_mode_of_every_module_is_restored():
-    """Frozen layers stay frozen in a network that is trained."""
+    """Frozen layers of a network in training stay frozen."""
     model = nn.Sequential(nn.Sequential(nn.Flatten(), nn.BatchNorm1d(192)), ByBrightness()).train()
     model[0][1].eval()
     model[1].drop.eval()

@@ -1,4 +1,4 @@
-"""What a run knows of its data and settings, and what is said where they are not as they were."""
+"""What a run records about its data and settings, and the messages when they have changed."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_relative_root_is_valid_from_any_folder(
 
 @pytest.fixture
 def hangs_up() -> Iterator[None]:
-    """Let SIGHUP be received, which whoever runs the tests with nohup has it ignored."""
+    """Restore the default handling of SIGHUP, which nohup ignores."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
@@ -89,7 +89,7 @@ def hangs_up() -> Iterator[None]:
 def test_an_interrupted_run_is_reported_and_refuses_foreign_states(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     images = make_images(tmp_path / "d")
     run, other = tmp_path / "run", tmp_path / "other"
-    with pytest.raises(Interrupted) as stopped:  # by the end of the terminal
+    with pytest.raises(Interrupted) as stopped:  # by a closing terminal
         train(config(run, str(images)), Listener(stop_at=3))
     assert stopped.value.signal_number == signal.SIGHUP
     for command in (["eval", str(run)], ["fold", str(run)], ["complexity", str(run)], ["sparsify", str(run)]):
@@ -103,7 +103,7 @@ def test_an_interrupted_run_is_reported_and_refuses_foreign_states(tmp_path: Pat
     with pytest.raises(CheckpointError, match=r"label_smoothing: 0\.1 in the state, 0\.2 in the run"):
         train(config(other, str(images), label_smoothing=0.2))
     assert main(["eval", str(other)]) == 2 and "other settings" in capsys.readouterr().err
-    # a state whose digest file is lost is not called damaged
+    # a state without its digest file is not called damaged
     state = max((run / "checkpoints").glob("step-*.pt"))
     state.with_name(f"{state.name}.sha256").unlink()
     with pytest.raises(CheckpointError, match=rf"digest file {state.name}.sha256 is missing.*`sha256sum") as lost:

@@ -1,4 +1,4 @@
-"""Settings that cannot work, told before the first step."""
+"""Settings that cannot work are found before the first step."""
 
 from __future__ import annotations
 

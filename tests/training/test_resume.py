@@ -1,4 +1,4 @@
-"""An interrupted and resumed run is bit for bit the run that was never interrupted."""
+"""A run that is interrupted and resumed equals the uninterrupted run bit for bit."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from widekernel.training.metrics_log import read_metrics
 
 
 class Killed(BaseException):
-    """Stands for the process dying: nothing may catch it."""
+    """Simulates the death of the process: nothing may catch it."""
 
 
 class KillAt:
@@ -43,7 +43,7 @@ class KillAt:
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    """Final state and metrics of an uninterrupted run of 9 steps, 3 an epoch, one batch of each epoch left over."""
+    """Return the final state and metrics of an uninterrupted run: 9 steps, 3 per epoch, one batch left over in each."""
     trainer = make_trainer(make_config(tmp_path_factory.mktemp("reference")))
     trainer.run()
     assert trainer.progress.step == 9

@@ -1,4 +1,4 @@
-"""Sparse training by the loop: masks in training states, resumed bit for bit, and what a run leaves behind."""
+"""Sparse training: masks in training states, resumed bit for bit, and the files that a run writes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def learned() -> SparsityConfig:
 
 
 def settings_of(kind: str, accumulate: int) -> dict:
-    """30 steps and a bit more, under bf16 autocast."""
+    """Return settings of 35 steps under bf16 autocast."""
     batch = 4 if accumulate == 1 else 2
     per_epoch = 42 // batch // accumulate
     return {
@@ -52,7 +52,7 @@ CASES = [("dynamic", 1), ("dynamic", 3), ("2:4", 1)]
 
 @pytest.mark.parametrize(("kind", "accumulate"), CASES, ids=lambda value: str(value))
 def test_a_sparse_run_interrupted_at_any_step_resumes_exactly(kind: str, accumulate: int, tmp_path) -> None:
-    """The run dies after every single step and goes on in a new trainer, for all of its steps."""
+    """The run dies after every single step and is resumed by a new trainer."""
     whole = make_trainer(config_of(tmp_path / "whole", kind, accumulate))
     whole.run()
     assert whole.progress.step >= 30
@@ -60,7 +60,7 @@ def test_a_sparse_run_interrupted_at_any_step_resumes_exactly(kind: str, accumul
     for step in range(1, whole.progress.step + 1):
         with pytest.raises(Killed):
             make_trainer(config, reporter=KillAt(step)).run()
-        # saved after the step before; what was done since is done again
+        # saved one step earlier; that step is repeated
         newest = make_trainer(config).store.load_latest()
         assert (newest["progress"]["step"] if newest else 0) == step - 1
         resumed = make_trainer(config, reporter=KillAt(step + 1))

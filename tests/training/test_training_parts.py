@@ -69,7 +69,7 @@ def test_optimizer_settings_reach_the_optimizer():
 
 
 def plain(tmp_path, **changes):
-    """No randomness besides the order of the images."""
+    """Return settings without randomness except the order of the images."""
     augment = AugmentConfig((1.0, 1.0), (1.0, 1.0), 0.0, 0.0, None, "bilinear", 0.0, mixup=0.0, cutmix=0.0)
     return make_config(tmp_path, augment=augment, ema=EmaConfig(), optimizer=OptimizerConfig(lr=0.01), **changes)
 

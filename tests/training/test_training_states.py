@@ -18,7 +18,7 @@ def small_state(value: float = 1.0):
 
 
 class PowerCut(BaseException):
-    """Stands for the machine stopping: nothing may catch it."""
+    """Simulates a power failure: nothing may catch it."""
 
 
 @pytest.fixture

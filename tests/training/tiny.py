@@ -1,4 +1,4 @@
-"""A small network with everything that makes resuming hard: batch norm buffers and dropout."""
+"""A small network with what makes resuming hard: batch norm buffers and dropout."""
 
 from pathlib import Path
 
@@ -50,7 +50,7 @@ class TinyNet(nn.Module):
 
 
 def array_source(count: int = 42, classes: int = 3) -> ArraySource:
-    """Noise around a class-dependent brightness."""
+    """Return images of noise around a brightness that depends on the class."""
     generator = np.random.default_rng(0)
     targets = [index % classes for index in range(count)]
     images = np.stack([generator.integers(0, 80, (10, 10, 3)) + 60 * target for target in targets]).astype(np.uint8)
@@ -89,7 +89,7 @@ def make_trainer(config: TrainConfig, workers: int = 0, source: ArraySource | No
 
 
 def states_equal(left, right) -> bool:
-    """Whether nested containers are equal, tensors bit for bit."""
+    """Return whether nested containers are equal, tensors bit for bit."""
     if isinstance(left, torch.Tensor):
         return isinstance(right, torch.Tensor) and left.dtype == right.dtype and torch.equal(left, right)
     if isinstance(left, dict):

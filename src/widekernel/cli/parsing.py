@@ -53,7 +53,7 @@ def parse(
         values = parser.parse_args(arguments)
         for settings in layers:
             values = parser.parse_object(dict(settings), values, defaults=False)
-        if layers:  # `--model.args.x 3` adds to the mapping of a layer, so the command line comes once more, on top
+        if layers:  # the command line once more, on top: `--model.args.x 3` adds to the mapping of a layer
             values = parser.parse_args(arguments, values)
     return expand_paths(values.as_dict())
 

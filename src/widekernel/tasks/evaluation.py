@@ -73,7 +73,7 @@ def evaluate(model: nn.Module, loader: DataLoader, options: EvaluationOptions, n
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     options.reporter.start_evaluation(len(loader), name)
-    sums = torch.zeros(4, dtype=torch.float64)  # right at 1, right at 5, loss, images
+    sums = torch.zeros(4, dtype=torch.float64)  # top-1 hits, top-5 hits, loss, images
     unreadable: set[str] = set()
     try:
         with torch.inference_mode():

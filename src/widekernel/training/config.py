@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from widekernel.errors import ConfigError
-from widekernel.settings import require, require_finite, require_one_of
+from widekernel.settings import require, require_finite, require_literals
 from widekernel.sparsity import DynamicSparsityConfig
 from widekernel.sparsity.two_four_config import SemiStructuredConfig
 
@@ -35,6 +35,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         require_finite(self, "optimizer")
+        require_literals(self, "optimizer")
         require(self.lr > 0, "optimizer.lr", self.lr, "positive")
         require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
         require(self.eps is None or self.eps > 0, "optimizer.eps", self.eps, "positive")
@@ -113,6 +114,7 @@ class LoopConfig:
     log_every: int = 10
 
     def __post_init__(self) -> None:
+        require_literals(self, "loop")
         require(self.batch_size > 0, "loop.batch_size", self.batch_size, "positive")
         ok = self.eval_batch_size is None or self.eval_batch_size > 0
         require(ok, "loop.eval_batch_size", self.eval_batch_size, "positive")
@@ -159,7 +161,7 @@ class SparsityConfig:
     masks: str | None = None
 
     def __post_init__(self) -> None:
-        require_one_of("sparsity.method", self.method, ("none", "dynamic", "2:4"))
+        require_literals(self, "sparsity")
         if self.masks is not None and self.method != "dynamic":
             raise ConfigError(f"sparsity.masks is set, but sparsity.method is {self.method!r}: use method dynamic.")
         if self.method == "2:4" and self.semi_structured.method != "learned":
