@@ -30,7 +30,7 @@ def learned() -> SparsityConfig:
 
 
 def settings_of(kind: str, accumulate: int) -> dict:
-    """Return settings of 35 steps under bf16 autocast."""
+    """Return settings of 30 to 35 steps under bf16 autocast."""
     batch = 4 if accumulate == 1 else 2
     per_epoch = 42 // batch // accumulate
     return {
