@@ -113,7 +113,7 @@ def test_file_names_that_are_not_text_are_printed_as_bytes(tmp_path: Path) -> No
 def test_a_duplicate_key_is_refused(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (home / "c.yaml").write_text("optimizer:\n  lr: 1e-3\n  eps: 1e-8\n  lr: 2e-3\n")
     assert main(["train", "--config", "c.yaml"]) == 2
-    assert "'lr' stands twice in one section, again in line 4" in capsys.readouterr().err
+    assert "'lr' occurs twice in one section, again in line 4" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", ["", " adam"])

@@ -84,7 +84,7 @@ def test_hidden_folders_and_stray_files_are_not_classes(tmp_path):
         (DataConfig(name="torch/cifar10", root="does/not/exist"), "data.download true"),
         (DataConfig(name="torch/cifar10"), "data.root is not set"),
         (DataConfig(name="tfds/cifar10", root="."), "streamed"),
-        (DataConfig(name=""), "no known data set"),
+        (DataConfig(name=""), "not a known data set"),
     ],
     ids=lambda value: value.name if isinstance(value, DataConfig) else None,
 )

@@ -113,7 +113,7 @@ def test_skipped_files_are_counted_in_a_note(tmp_path):
         by_ending, outside = source.notes
         assert "4 file(s) left out" in by_ending
         assert "2 .txt" in by_ending and "1 .csv" in by_ending and "1 without an ending" in by_ending
-        assert "1 image(s) left out, which lie in no class folder, such as 1.png" in outside
+        assert "1 image(s) left out, which lie outside the class folders, such as 1.png" in outside
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes here")

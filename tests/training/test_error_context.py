@@ -19,7 +19,7 @@ from widekernel.training.error_context import LoadingError, NetworkError, errors
         ),
         (lambda: nn.Conv2d(3, 4, 9)(torch.ones(1, 3, 4, 4)), r"too small for the network: raise data\.input_size"),
         (lambda: nn.MaxPool2d(4)(torch.ones(1, 3, 2, 2)), r"too small for the network: raise data\.input_size"),
-        (lambda: torch.empty(2**60), r"The memory does not suffice: use smaller batches"),
+        (lambda: torch.empty(2**60), r"There is not enough memory: use smaller batches"),
         (lambda: [][0], r"Step 1 failed \(IndexError: list index out of range\)\. Check model\.args"),
     ],
 )

@@ -55,7 +55,7 @@ def run(arguments: list[str]) -> int:
     for column in table.columns[1:]:
         column.justify = "right"
     if counted.published_macs != counted.training.macs:
-        table.caption = f"as the authors' code executes it, training takes {counted.published_macs / 1e9:.4g} GMACs"
+        table.caption = f"the authors' code takes {counted.published_macs / 1e9:.4g} GMACs in training"
     for label, key, unit in _ROWS:
         table.add_row(label, *(f"{getattr(cost, key) / unit:.4g}" for cost in columns.values()))
     console.print(table)

@@ -157,6 +157,6 @@ def _require_equal(measured: list[Measured]) -> None:
         differing = int((form.predictions != first.predictions).sum())
         if form.top1 != first.top1 or differing:
             raise DemoError(
-                f"The network ({form.name}) has {form.top1:.2f} % and the one {first.name} {first.top1:.2f} %, "
-                f"with {differing} different predictions; they must agree."
+                f"The network ({form.name}) has {form.top1:.2f} % and the network ({first.name}) {first.top1:.2f} %, "
+                f"with {differing} different predictions, but they must agree."
             )

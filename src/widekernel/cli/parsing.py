@@ -140,12 +140,14 @@ def parse_names(option: str, text: str, known: Sequence[str]) -> list[str]:
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if name not in known:
-            raise ConfigError(f"{option} has {name!r}.{nearest(name, known)} It takes {', '.join(known)}, with commas.")
+            raise ConfigError(
+                f"{option} has {name!r}.{nearest(name, known)} It takes any of {', '.join(known)}, separated by commas."
+            )
     return [name for name in known if name in names]
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """A loader that refuses a key that stands twice, where YAML would silently take the last."""
+    """A loader that refuses a key that occurs twice, where YAML would silently take the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -153,7 +155,7 @@ class _StrictLoader(yaml.SafeLoader):
             if key.tag != "tag:yaml.org,2002:merge" and isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
                     line = key.start_mark.line + 1
-                    raise yaml.YAMLError(f"the key {key.value!r} stands twice in one section, again in line {line}")
+                    raise yaml.YAMLError(f"the key {key.value!r} occurs twice in one section, again in line {line}")
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 

@@ -83,10 +83,12 @@ def print_result(result: RunResult) -> None:
     summary, console = result.summary, result_console()
     state = "was already finished" if result.was_finished else "is finished"
     if result.other_code:
-        state = f"was finished {result.other_code};"
-        state += " `widekernel eval` measures its model with this code, another --output trains anew"
-    console.print(f"The run in {result.folder.path} {state} ({summary['epochs']} epochs, {summary['step']} steps).",
-                  soft_wrap=True)  # fmt: skip
+        state = f"was finished {result.other_code}"
+    length = f"{summary['epochs']} epochs, {summary['step']} steps"
+    console.print(f"The run in {result.folder.path} {state} ({length}).", soft_wrap=True)
+    if result.other_code:
+        advice = "`widekernel eval` evaluates its model with the present code; another --output trains anew."
+        console.print(advice, soft_wrap=True)
     console.print(f"  weights           top-1 {summary['val_top1']:.2f} %  top-5 {summary['val_top5']:.2f} %")
     if "ema_val_top1" in summary:
         console.print(f"  averaged weights  top-1 {summary['ema_val_top1']:.2f} %  top-5 {summary['ema_val_top5']:.2f} %")

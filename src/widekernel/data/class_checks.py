@@ -26,8 +26,8 @@ def check_class_names(label: str, listing: Listing, fix: str) -> tuple[str, ...]
     if len(parts) == len(names):
         few = "one class" if len(names) == 1 else f"{len(names)} classes"
         raise DataError(
-            f"{label} would have {few}, {brief(names)}: the name of a part of a data set, not of a class. {fix} If it is "
-            "meant, rename the folder."
+            f"{label} would have {few}, {brief(names)}: the name of a part of a data set, not of a class. {fix} If it "
+            "really is a class, rename the folder."
         )
     notes = []
     if parts:

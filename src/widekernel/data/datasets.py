@@ -78,7 +78,7 @@ def _open_named(config: DataConfig, part: str) -> ImageSource:
     if not (config.name in torchvision or (prefix == "hfds" and rest)):
         known = ("folder", "digits", *torchvision)
         raise DataError(
-            f"data.name is {config.name!r}, which is no known data set.{nearest(config.name, known)} "
+            f"data.name is {config.name!r}, which is not a known data set.{nearest(config.name, known)} "
             f"Known: {', '.join(known)}, and hfds/<owner>/<name>."
         )
     if config.root is None and prefix == "torch":

@@ -52,12 +52,12 @@ class SkippedFiles:
         if self.endings:
             kinds = [f"{count:,} {ending or 'without an ending'}" for ending, count in self.endings.most_common()]
             notes.append(
-                f"{label}: {self.endings.total():,} file(s) left out, which are no images by their ending "
+                f"{label}: {self.endings.total():,} file(s) left out, which do not have the ending of an image "
                 f"({brief(kinds)}), such as {printable(self.example)}."
             )
         if self.outside:
             notes.append(
-                f"{label}: {self.outside:,} image(s) left out, which lie in no class folder, "
+                f"{label}: {self.outside:,} image(s) left out, which lie outside the class folders, "
                 f"such as {printable(self.example_outside)}."
             )
         if self.lost:

@@ -60,7 +60,7 @@ class Names(Sequence[str]):
             return [self[number] for number in range(*index.indices(len(self)))]
         number = index + len(self) if index < 0 else index
         if not 0 <= number < len(self):
-            raise IndexError(f"There are {len(self)} names, but number {index} was asked for.")
+            raise IndexError(f"The index is {index}, but there are {len(self)} names.")
         return self._text[self._ends[number] : self._ends[number + 1]].decode(errors="surrogateescape")
 
     @override

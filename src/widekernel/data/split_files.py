@@ -82,7 +82,7 @@ def _check_archive(path: Path) -> None:
     for magic, (kind, tool) in _PACKED.items():
         if start.startswith(magic):
             raise DataError(
-                f"{path} is {kind}, in which images cannot be reached one by one. Unpack it first, for example with "
+                f"{path} is {kind}, from which single images cannot be read. Unpack it first, for example with "
                 f"`{tool}`: folders and uncompressed .tar archives can be used."
             )
     if ending_of(path.name) == ".tar":

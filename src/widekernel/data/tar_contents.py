@@ -144,7 +144,7 @@ class _Scan:
             name = f"{printable(prefix)}.tar in {self.path}" if prefix else str(self.path)
             raise DataError(
                 f"{name} is incomplete or damaged: after {end:,} bytes neither a file nor the end of the archive "
-                "follows, so images are missing. Copy it again or re-create it."
+                "follows, so images may be missing. Copy it again or re-create it."
             )
 
     def follow_links(self) -> None:

@@ -93,7 +93,7 @@ def _load_state(folder: RunFolder, source: ModelSource, tell: Tell | None) -> tu
         best = state["progress"]["best_step"]
         if best is None:
             raise CheckpointError(
-                f"The run in {folder.path} has no best state: it has not been evaluated yet, or every figure was NaN. "
+                f"The run in {folder.path} has no best state: it has not been evaluated yet, or every result was NaN. "
                 "Use --state last."
             )
         state = store.load_step(best)
@@ -119,7 +119,7 @@ def _check_options(source: ModelSource) -> None:
     given = {"--model": source.model, "--num_classes": source.num_classes, "--model_args": source.model_args or None}
     useless = [option for option, value in given.items() if value is not None]
     if useless and source.path.is_dir():
-        raise ConfigError(f"{' and '.join(useless)} cannot be used with a run folder: the run knows its model.")
+        raise ConfigError(f"{' and '.join(useless)} cannot be used with a run folder, which states its model: leave it out.")
     if useless and source.model is None:
         raise ConfigError(
             f"{' and '.join(useless)} describes the model of a checkpoint that does not name it: add --model NAME."

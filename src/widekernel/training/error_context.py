@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from widekernel.errors import WidekernelError, in_short
 
-_TRACEBACK = "with WIDEKERNEL_TRACEBACK=1 in the environment the command shows where it happened."
-_SMALLER = "The memory does not suffice: use smaller batches (loop.batch_size) or images (data.input_size)."
+_TRACEBACK = "with WIDEKERNEL_TRACEBACK=1 in the environment, the command prints a traceback."
+_SMALLER = "There is not enough memory: use smaller batches (loop.batch_size) or images (data.input_size)."
 _REMEDIES = (
     ("out of memory", _SMALLER),
     ("allocate memory", _SMALLER),
@@ -50,8 +50,8 @@ class LoadingError(WidekernelError, RuntimeError):
     def remedy(error: Exception) -> str:
         """Say what to do about `error`."""
         return (
-            "The memory may not suffice for the loading processes: lower data.workers, or set it to 0 to load in the "
-            f"training process and see what happens; {_TRACEBACK}"
+            "There may not be enough memory for the loading processes: lower data.workers, or set it to 0 to load in the "
+            f"training process and see the error there; {_TRACEBACK}"
         )
 
 

@@ -39,7 +39,7 @@ def create_optimizer(trained: nn.Module | list[nn.Parameter], config: OptimizerC
         )
     except (TypeError, ValueError, AssertionError, ImportError, RuntimeError) as error:
         raise ConfigError(
-            f"The optimizer {config.name!r} cannot be made with lr {config.lr}, weight_decay {config.weight_decay}"
+            f"The optimizer {config.name!r} cannot be created with lr {config.lr}, weight_decay {config.weight_decay}"
             f"{''.join(f', {key} {value}' for key, value in given.items())} ({in_short(error).rstrip('.')}). Leave out what "
             "it does not take, or choose another optimizer.name."
         ) from error

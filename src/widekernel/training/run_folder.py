@@ -207,7 +207,7 @@ class RunFolder:
         """Return a sentence on how another run can start from the weights of this one, or "" if it has none."""
         states = sorted(self.checkpoints.glob("step-*.pt"))
         weights = self.model if self.model.exists() else states[-1] if states else None
-        return "" if weights is None else f" A run there goes on from these weights with --model.weights {weights}"
+        return "" if weights is None else f" A new run starts from the weights of this one with --model.weights {weights}"
 
     def read_config(self) -> dict[str, Any]:
         """Read the settings of the run.
@@ -247,7 +247,9 @@ class RunFolder:
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            raise RunFolderError(f"{self.summary} is damaged ({error}). Delete it, and the run finishes again.") from error
+            raise RunFolderError(
+                f"{self.summary} is damaged ({error}). Delete it, and the same command writes it again."
+            ) from error
         return summary
 
 
