@@ -47,7 +47,7 @@ def module_name(file: Path) -> str:
 
 
 def imported(tree: ast.Module, package: str) -> set[str]:
-    """Name every module that a file imports, anywhere in it; `from package import name` counts as `package.name` too."""
+    """Return every module that a file imports, anywhere in it; `from package import name` counts as `package.name` too."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -61,7 +61,7 @@ def imported(tree: ast.Module, package: str) -> set[str]:
 
 
 def used_of_the_package(tree: ast.Module) -> set[str]:
-    """Name what a file takes from `import widekernel`: the attributes that it uses, and the networks, which it registers."""
+    """Return what a file uses of `import widekernel`: attributes, and the networks, which are registered."""
     bound = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -75,7 +75,7 @@ def used_of_the_package(tree: ast.Module) -> set[str]:
 
 
 def defining(name: str) -> str:
-    """Give the module that a public name of the package comes from: `widekernel.fold` is of `widekernel.transforms.fold`."""
+    """Return the module that defines a public name of the package: `widekernel.transforms.fold` for `widekernel.fold`."""
     top, _, attribute = name.partition(".")
     return widekernel._WHERE.get(attribute, name) if top == "widekernel" else name
 
@@ -108,7 +108,7 @@ def test_every_folder_has_its_place() -> None:
 
 
 def test_imports_are_found() -> None:
-    """The rules below would hold for no imports at all."""
+    """Otherwise the rules below would hold trivially."""
     tree = ast.parse("import a.b\nfrom a import c\ndef f():\n    from . import d\n    from ..e import g\n")
     assert imported(tree, "p.q") == {"a.b", "a", "a.c", "p.q", "p.q.d", "p.e", "p.e.g"}
     assert folders_imported(SOURCE / "layers" / "conv.py") == {"ops", "layers"}
@@ -233,7 +233,7 @@ print(json.dumps([before, state(), sorted(set(sys.modules) - loaded), sorted(sys
 
 @pytest.fixture(scope="module")
 def importing() -> list:
-    """The state before and after the import, the modules that it loaded, and all modules, in a process of its own."""
+    """Return the state before and after the import in a new process, the modules that it loaded, and all modules."""
     done = subprocess.run([sys.executable, "-c", STATE], capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -264,7 +264,7 @@ def seconds(statement: str) -> float:
 
 @pytest.mark.slow
 def test_importing_adds_little_to_timm() -> None:
-    """The fastest of several alternating runs each, measured until they fit or the patience is over."""
+    """Compare the fastest of several alternating runs, which are repeated until they fit or the time is up."""
     ours, theirs = [], []
     deadline = time.monotonic() + 240
     for run in range(12):
