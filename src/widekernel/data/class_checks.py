@@ -35,7 +35,7 @@ def check_class_names(label: str, listing: Listing, fix: str) -> tuple[str, ...]
     alike = near_duplicates(names)
     if alike:
         notes.append(f"{label}: classes differ only in case or spaces: {brief(alike)}. Merge them if they are the same.")
-    inside = listing.inside()
+    inside = listing.common_subfolders()
     if len(names) > 1 and len(inside) > 1:
         notes.append(
             f"{label}: the classes are {brief(names)}, and each holds the same folders {brief(inside)}. If those are the "

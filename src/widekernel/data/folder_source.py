@@ -69,7 +69,7 @@ def list_folder(root: Path) -> Listing:
             listing.names.extend(place + "/", in_normalized_order(files))
             listing.targets.extend([index] * len(files))
             below.add(place[len(folder) + 1 :])
-        listing.below.append(below)
+        listing.image_folders.append(below)
     listing.check(str(root))
     return listing
 

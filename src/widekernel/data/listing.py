@@ -77,18 +77,18 @@ class Listing:
         names: paths of the images below the split, in order
         targets: class index of every image
         skipped: other files
-        below: for every class, the folders inside its folder that hold images; "" is the class folder itself
+        image_folders: for every class, the folders inside its folder that hold images; "" is the class folder itself
     """
 
     class_names: tuple[str, ...]
     names: Names = field(default_factory=Names)
     targets: "array[int]" = field(default_factory=lambda: array("i"))
     skipped: SkippedFiles = field(default_factory=SkippedFiles)
-    below: list[set[str]] = field(default_factory=list)
+    image_folders: list[set[str]] = field(default_factory=list)
 
     def check(self, label: str) -> None:
         """Raise a `DataError` if there are no images, or classes without images."""
-        empty = [name for name, folders in zip(self.class_names, self.below, strict=True) if not folders]
+        empty = [name for name, folders in zip(self.class_names, self.image_folders, strict=True) if not folders]
         kinds = usual_endings()
         if len(empty) == len(self.class_names):
             raise DataError(f"{label} holds no images: none of its {len(empty)} class folders has a file of {kinds}.")
@@ -98,9 +98,9 @@ class Listing:
                 "the folder."
             )
 
-    def inside(self) -> tuple[str, ...]:
+    def common_subfolders(self) -> tuple[str, ...]:
         """Return the folders directly inside the class folders if they are the same in all classes, else nothing."""
-        tops = [{folder.partition("/")[0] for folder in folders} for folders in self.below]
+        tops = [{folder.partition("/")[0] for folder in folders} for folders in self.image_folders]
         alike = bool(tops) and all(top == tops[0] for top in tops) and "" not in tops[0]
         return tuple(sorted(tops[0])) if alike else ()
 

@@ -39,7 +39,7 @@ def deeper_hint(source: FileSource, part: str, key: str) -> str:
     """Return the sentence that says what to set if the classes lie one folder deeper than expected."""
     names = source.class_names
     parts = [name for name in names if name.lower() in SPLITS] or list(names)
-    inside = source.listing.inside()
+    inside = source.listing.common_subfolders()
     which = f"If the classes are the folders inside {brief(parts, 2)}{f' ({brief(inside, 3)})' if inside else ''}"
     if not source.path.is_dir():
         return f"{which}, create an archive from that folder alone."

@@ -90,13 +90,13 @@ def list_archive(path: Path, contents: Contents) -> tuple[Listing, list[int]]:
             listing.skipped.add_outside(inside)
     ordered, listing.class_names = sorted_classes(str(path), (name for name in folders if not is_clutter(name)))
     index_of = {name: index for index, name in enumerate(ordered)}
-    listing.below = [set() for _ in ordered]
+    listing.image_folders = [set() for _ in ordered]
     images.sort(key=lambda name: (sort_key(name), name))
     listing.names.extend("", images)
     for name in images:
         top, _, below = name.rpartition("/")[0].partition("/")
         listing.targets.append(index_of[top])
-        listing.below[index_of[top]].add(below)
+        listing.image_folders[index_of[top]].add(below)
     listing.check(str(path))
     return listing, [contents.paths[start + name] for name in images]
 

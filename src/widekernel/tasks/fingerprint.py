@@ -76,7 +76,7 @@ def code_fingerprint() -> dict[str, str]:
     }
 
 
-def difference(then: dict[str, str] | None, now: dict[str, str]) -> str:
+def code_difference(then: dict[str, str] | None, now: dict[str, str]) -> str:
     """Return how the program that was described as `then` differs from `now`, or "" if it does not."""
     if then is None:
         return "by a version that did not note its code"

@@ -9,17 +9,17 @@ from torch import nn
 
 from widekernel.models.checkpoint import LoadReport, load_checkpoint
 
-Tell = Callable[[str], None]
+Notify = Callable[[str], None]
 """Receives a message for the user."""
 
 
-def load_weights(model: nn.Module, path: str | Path, tell: Tell | None = None, **how: Any) -> tuple[LoadReport, str]:
+def load_weights(model: nn.Module, path: str | Path, notify: Notify | None = None, **how: Any) -> tuple[LoadReport, str]:
     """Load the checkpoint `path` into `model`.
 
     Args:
         model: the network.
         path: the file.
-        tell: receives other warnings; with `None` they remain Python warnings.
+        notify: receives other warnings; with `None` they remain Python warnings.
         how: further arguments of `load_checkpoint`.
 
     Returns:
@@ -36,8 +36,8 @@ def load_weights(model: nn.Module, path: str | Path, tell: Tell | None = None, *
         text = str(warning.message)
         if warning.category is UserWarning and text.endswith("is untrained"):
             untrained = text
-        elif tell is None:
+        elif notify is None:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
         else:
-            tell(f"{text.rstrip('.')}.")
+            notify(f"{text.rstrip('.')}.")
     return report, untrained

@@ -9,7 +9,7 @@ from torch import nn
 from widekernel.data import DataConfig, Preprocessing
 from widekernel.errors import CheckpointError, ConfigError
 from widekernel.tasks.assembly import build_model, pretrained_cfg
-from widekernel.tasks.foreign_checkpoint import Tell, load_weights
+from widekernel.tasks.foreign_checkpoint import Notify, load_weights
 from widekernel.tasks.model_source import ModelSource
 from widekernel.tasks.saved import SavedModel, restore_model
 from widekernel.training.checkpoint import CheckpointStore, load_state, step_of
@@ -17,12 +17,12 @@ from widekernel.training.run_folder import RunFolder
 from widekernel.training.sparsification import restore_learned
 
 
-def load(source: ModelSource, tell: Tell | None = None) -> tuple[nn.Module, SavedModel]:
+def load(source: ModelSource, notify: Notify | None = None) -> tuple[nn.Module, SavedModel]:
     """Load the network of `source`, in evaluation mode on the CPU, and its description.
 
     Args:
         source: what the user named.
-        tell: receives messages for the user, such as that a run is unfinished.
+        notify: receives messages for the user, such as that a run is unfinished.
 
     Raises:
         CheckpointError: there is nothing to load, or it does not fit the model.
@@ -32,7 +32,7 @@ def load(source: ModelSource, tell: Tell | None = None) -> tuple[nn.Module, Save
         raise CheckpointError(f"{source.path} does not exist. Give a run folder or a checkpoint file.")
     _check_options(source)
     if source.path.is_dir():
-        return _load_run(source, tell)
+        return _load_run(source, notify)
     if source.model is None:
         if source.path.suffix == ".safetensors":
             return restore_model(source.path, source.weights)
@@ -40,7 +40,7 @@ def load(source: ModelSource, tell: Tell | None = None) -> tuple[nn.Module, Save
             return _restore_state(load_state(source.path), source)
         raise ConfigError(f"{source.path} does not say which model it belongs to. Name it with --model NAME.")
     model = build_model(source.model, source.num_classes, source.model_args or {})
-    report, untrained = load_weights(model, source.path, tell, weights=source.weights)
+    report, untrained = load_weights(model, source.path, notify, weights=source.weights)
     if report.dropped:
         found = re.search(r"they are for (\d+) classes", untrained)
         number = f"Add --num_classes {found.group(1)}" if found else "Give the number of its classes with --num_classes"
@@ -48,8 +48,8 @@ def load(source: ModelSource, tell: Tell | None = None) -> tuple[nn.Module, Save
             f"The classifier in {source.path} ({', '.join(report.dropped)}) does not fit the {model.num_classes} outputs "
             f"of {source.model}, which would be untrained. {number}."
         )
-    if untrained and tell is not None:
-        tell(f"{untrained[0].upper()}{untrained[1:]}.")
+    if untrained and notify is not None:
+        notify(f"{untrained[0].upper()}{untrained[1:]}.")
     return model.eval(), SavedModel(
         name=source.model,
         model_args=source.model_args or {},
@@ -67,7 +67,7 @@ def _is_state(path: Path) -> bool:
         return False
 
 
-def _load_run(source: ModelSource, tell: Tell | None) -> tuple[nn.Module, SavedModel]:
+def _load_run(source: ModelSource, notify: Notify | None) -> tuple[nn.Module, SavedModel]:
     folder = RunFolder(source.path)
     config = folder.read_config()
     averaged = source.weights == "ema"
@@ -76,10 +76,10 @@ def _load_run(source: ModelSource, tell: Tell | None) -> tuple[nn.Module, SavedM
     exported = folder.model_ema if averaged else folder.model
     if source.state == "last" and exported.exists():
         return restore_model(exported)
-    return _load_state(folder, source, tell)
+    return _load_state(folder, source, notify)
 
 
-def _load_state(folder: RunFolder, source: ModelSource, tell: Tell | None) -> tuple[nn.Module, SavedModel]:
+def _load_state(folder: RunFolder, source: ModelSource, notify: Notify | None) -> tuple[nn.Module, SavedModel]:
     store = CheckpointStore(folder.checkpoints)
     state = store.load_latest()
     if state is None:
@@ -87,8 +87,8 @@ def _load_state(folder: RunFolder, source: ModelSource, tell: Tell | None) -> tu
     config = folder.read_config()
     folder.check_own(state, config)
     epochs, done = (config.get("schedule") or {}).get("epochs"), state["progress"]["epoch"]
-    if tell is not None and epochs is not None and done < epochs:
-        tell(f"The run in {folder.path} is unfinished: epoch {min(done + 1, epochs)} of {epochs}.")
+    if notify is not None and epochs is not None and done < epochs:
+        notify(f"The run in {folder.path} is unfinished: epoch {min(done + 1, epochs)} of {epochs}.")
     if source.state == "best":
         best = state["progress"]["best_step"]
         if best is None:

@@ -11,7 +11,7 @@ from widekernel.errors import CheckpointError
 from widekernel.files import write_file
 from widekernel.sparsity import save_masks
 from widekernel.tasks.config import TrainConfig
-from widekernel.tasks.fingerprint import difference
+from widekernel.tasks.fingerprint import code_difference
 from widekernel.tasks.saved import SavedModel, read_saved, save_model
 from widekernel.training import CheckpointStore, RunContext, RunFolder, RunFolderError, Trainer
 from widekernel.training.curves import save_curves
@@ -57,7 +57,7 @@ def earlier_result(config: TrainConfig, context: RunContext) -> RunResult | None
     folder.check_same_data(_data_of(summary, folder), context.fingerprint)
     if _lacks_models(config, context):
         return None
-    return RunResult(folder, summary, was_finished=True, other_code=difference(summary.get("code"), context.code))
+    return RunResult(folder, summary, was_finished=True, other_code=code_difference(summary.get("code"), context.code))
 
 
 def write_results(trainer: Trainer, saved: SavedModel) -> dict[str, Any]:
