@@ -141,7 +141,7 @@ def parse_names(option: str, text: str, known: Sequence[str]) -> list[str]:
     for name in names:
         if name not in known:
             raise ConfigError(
-                f"{option} has {name!r}.{nearest(name, known)} It takes any of {', '.join(known)}, separated by commas."
+                f"{option} has {name!r}.{nearest(name, known)} It takes {', '.join(known)}, separated by commas."
             )
     return [name for name in known if name in names]
 
