@@ -78,8 +78,8 @@ def norms(channels: int, count: int) -> list[nn.Module]:
 
 
 def crossed(channels: int, strip: tuple[int, int]) -> LargeKernel:
-    big, small = strip
-    source = Rectangles(channels, [(big, small), (small, big), (small, small)])
+    kernel_size, short = strip
+    source = Rectangles(channels, [(kernel_size, short), (short, kernel_size), (short, short)])
     return LargeKernel(source, norms(channels, 3))
 
 
@@ -87,10 +87,10 @@ def square(channels: int, size: int) -> LargeKernel:
     return LargeKernel(Rectangles(channels, [(size, size), (5, 5)]), norms(channels, 2))
 
 
-def shiftwise(channels: int, big: int, groups: int = 4) -> PartialChannels:
-    worked = int(channels * (1 - 0.23)) // 2 * 2
-    layer = LargeKernel(ShiftTiles(worked, big, 3, 2, groups), norms(worked, 3), identity=True)
-    return PartialChannels(layer, seeded_selection(channels, worked), channels)
+def shiftwise(channels: int, kernel_size: int, groups: int = 4) -> PartialChannels:
+    convolved = int(channels * (1 - 0.23)) // 2 * 2
+    layer = LargeKernel(ShiftTiles(convolved, kernel_size, 3, 2, groups), norms(convolved, 3), identity=True)
+    return PartialChannels(layer, seeded_selection(channels, convolved), channels)
 
 
 def kernels_of(layer: nn.Module) -> list[tuple[nn.Parameter, int]]:
@@ -102,7 +102,7 @@ def kernels_of(layer: nn.Module) -> list[tuple[nn.Parameter, int]]:
 
 @torch.no_grad()
 def prune(layer: nn.Module, how: str) -> nn.Module:
-    """Set half of the kernels to zero: of channels, of branches (one kernel of a channel), or the outer half of strips."""
+    """Set half of the weights to zero: whole channels, branches (one kernel of a channel), or the outer half of strips."""
     first, _ = kernels_of(layer)[0]
     channels = first.shape[0] // kernels_of(layer)[0][1]
     dead = torch.randperm(channels)[: channels // 2]
@@ -201,10 +201,10 @@ def cases(batches: list[int]) -> list[tuple]:
         for name, (channels, kernel, size) in REPLKNET.items():
             for how in ("channel, random", "branch, random", "strip, outer half"):
                 found.append((name, lambda c=channels, k=kernel: square(c, k), how, batch, (channels, size), "contiguous"))
-        for name, (channels, big, size) in SHIFTWISE.items():
+        for name, (channels, kernel_size, size) in SHIFTWISE.items():
             for how in ("channel, random", "channel, tail", "tile, random"):
                 found.append(
-                    (name, lambda c=channels, b=big: shiftwise(c, b), how, batch, (channels, size), "channels_last")
+                    (name, lambda c=channels, k=kernel_size: shiftwise(c, k), how, batch, (channels, size), "channels_last")
                 )
     return found
 
@@ -272,8 +272,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, nargs="+", default=[2, 1])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--seconds", type=float, default=1.5, help="per case")
-    parser.add_argument("--only", default="", help="part of the names of layers")
+    parser.add_argument("--seconds", type=float, default=1.5, help="time per case, in seconds")
+    parser.add_argument("--only", default="", help="measure only layers whose name contains this")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/compact_cpu.json and .md")
     options = parser.parse_args()
     runs = {}

@@ -1,9 +1,9 @@
-"""Accuracy of every kind of sparsity on CIFAR-10, over three seeds, by the command line.
+"""Accuracy of every kind of sparsity on CIFAR-10 over three seeds, measured by the command line.
 
     python benchmarks/sparsity_cifar10.py --data DIR --runs DIR [--jobs 2] > benchmarks/results/sparsity_cifar10.md
 
-DIR holds `train/<class>/*.jpg` and `val/<class>/*.jpg`. Finished runs are not repeated, cut ones are resumed. Refuses to
-report if a saved network is not as sparse as it should be.
+The data folder holds `train/<class>/*.jpg` and `val/<class>/*.jpg`. Finished runs are not repeated, and interrupted ones are
+resumed. Nothing is reported if a saved network is not as sparse as it should be.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ CONFIG = "benchmarks/sparsity_cifar10.yaml"
 SEEDS = (0, 1, 2)
 EPOCHS_OF_MASKS = 2
 NOTE = """
-SNIP scores the weights of the untrained network. Here that leaves the layers of the first stage a share of 0.17 to 0.46 of
-their weights (seed 0) and the classifier all of them; ERK keeps the whole first stage. With ERK, and with whole kernels
-pruned, networks end above the dense one, which five epochs do not fit to the images: differences to a dense network trained
-to the end were not measured.
+SNIP scores the weights of the untrained network. Here it leaves the layers of the first stage 0.17 to 0.46 of their weights
+(seed 0) and the classifier all of them; ERK keeps the whole first stage. With ERK, and with whole kernels pruned, networks
+end above the dense one, which is not fully trained after five epochs. Differences from a fully trained dense network were
+not measured.
 """
 
 
@@ -107,7 +107,7 @@ def accuracy(kind: Trained | Sparsified, data: str, runs: Path, seed: int) -> fl
 
 
 def zeros(kind: Trained | Sparsified, runs: Path, seed: int) -> float:
-    """Share of zeros among the masked weights, after checking that the masks hold."""
+    """Check that the masks hold, and return the share of zeros among the masked weights."""
     model, file = kind.files(runs, seed)
     weights, masks = load_file(model), load_masks(file)
     for name, mask in masks.items():
@@ -142,8 +142,8 @@ def main() -> None:
     )
     print(
         f"Top-1 in percent on the 10,000 held-out images, seeds {', '.join(map(str, SEEDS))}. The network is a SLaK of 268 "
-        f"thousand weights (`{CONFIG}`), trained for 5 epochs. Dense, sparse and coarse networks are trained alike; 2:4 "
-        "masks are put on the dense networks, whose weights stay as they are; learned ones see the training images "
+        f"thousand weights (`{CONFIG}`), trained for 5 epochs. Dense, sparse and coarse networks are trained alike. 2:4 "
+        "masks are applied to the dense networks, whose weights do not change; learned masks see the training images "
         f"{EPOCHS_OF_MASKS} times. {machine}.\n"
     )
     print("| | zeros among masked weights | top-1 by seed | mean | against dense |")

@@ -1,9 +1,9 @@
-"""What a controller of masks costs a training step: dense and sparse steps in turn, in one run.
+"""The cost of dynamic sparse training per step: dense and sparse steps alternate in one run.
 
     OMP_WAIT_POLICY=passive python benchmarks/sparsity_overhead.py > benchmarks/results/sparsity_overhead_cpu.md
     python benchmarks/sparsity_overhead.py cuda > benchmarks/results/sparsity_overhead_gpu.md
 
-Refuses to report when the masked network is not masked, or the invariants do not hold.
+Reports nothing if the masks do not hold.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ CASES = [
     ("slak_tiny, 224², batch 8", "slak_tiny", 224, 8, 9, {}),
 ]
 NOTE = """
-An update is left out of the steps and stands alone. The fused AdamW pays for one multiplication of every gradient with its
-mask. The other one pays more on a CPU because it takes the root of the second moments with a vector library that is slow at
-zeros, which dead weights have.
+The steps contain no topology update; its time is in the last column. The fused AdamW pays for one multiplication of every
+gradient by its mask. The unfused one pays more on a CPU: it computes the square root of the second moments with a vector
+library that is slow at zeros, and the second moments of masked weights are zero.
 """
 GROWTHS = ("random", "gradient")
 DEVICE = torch.device(sys.argv[1] if len(sys.argv) > 1 else "cpu")
@@ -76,12 +76,12 @@ def measure(name: str, size: int, batch: int, steps: int, options: dict, fused: 
         held = all(not model[key][~mask].any() for key, mask in controller.masks.items())
         if not held or controller.step != steps + 1 or controller.updates:
             sys.exit(f"the masks of {name} do not hold: nothing is reported")
-        # of neighbouring steps, so that what else the machine does meets both
+        # Of neighboring steps, so that other load on the machine affects both.
         extra = statistics.median(b - a for a, b in zip(times["dense"], times[growth]))
         cells.append(f"{1e3 * statistics.median(times[growth]):.1f} ({100 * extra / dense:+.2f} %)")
     masks = sum(mask.numel() for mask in controllers["random"].masks.values())
     start = clock()
-    controllers["random"]._rule.update(controllers["random"]._state, 10**6, 1, None)
+    controllers["random"]._rule.update_masks(controllers["random"]._state, 10**6, 1, None)
     return [*cells, f"{masks / 1e6:.2f}", f"{1e3 * (clock() - start):.0f}"]
 
 
@@ -94,8 +94,8 @@ def main() -> None:
     machine = torch.cuda.get_device_name() if DEVICE.type == "cuda" else platform.processor() or platform.machine()
     print("# Cost of dynamic sparse training per step, away from updates\n")
     print(f"{machine}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}, "
-          f"widekernel {widekernel.__version__}; medians of dense and sparse steps in turn, AdamW; in brackets the median "
-          "difference of neighbouring steps. `python benchmarks/sparsity_overhead.py`\n")  # fmt: skip
+          f"widekernel {widekernel.__version__}; medians of alternating dense and sparse steps, AdamW; in brackets the "
+          "median difference of neighboring steps. `python benchmarks/sparsity_overhead.py`\n")  # fmt: skip
     columns = ("dense step (ms)", "random growth (ms)", "gradient growth (ms)", "masked weights (M)", "one update (ms)")
     print("| network | AdamW | " + " | ".join(columns) + " |")
     print("|---|---|---|---|---|---|---|")

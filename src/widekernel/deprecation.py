@@ -1,4 +1,4 @@
-"""Old names of arguments, which work for one more version and warn."""
+"""Old names of arguments and attributes, which work for one more version and warn."""
 
 from __future__ import annotations
 
@@ -39,3 +39,17 @@ def renamed_arguments(**names: str) -> Callable[[CallableT], CallableT]:
         return renamed  # type: ignore[return-value]
 
     return decorate
+
+
+def renamed_attribute(old: str, new: str) -> property:
+    """Return a property named `old` that reads the attribute or method `new` with a `FutureWarning`."""
+
+    def get(instance: Any) -> Any:
+        warnings.warn(
+            f"{type(instance).__name__}.{old} is now called {new}; the old name will stop working in the next version",
+            FutureWarning,
+            stacklevel=2,
+        )
+        return getattr(instance, new)
+
+    return property(get)

@@ -1,4 +1,4 @@
-"""Benchmarks of networks on the CPU: the network on PyTorch's convolutions, rows, and errors."""
+"""Benchmarks of networks on the CPU: rows, and errors."""
 
 from __future__ import annotations
 
@@ -14,74 +14,11 @@ from widekernel import ops
 from widekernel.bench import BenchmarkError, NetworkPlan, Platform, TimeBudget, measure_networks, variants
 from widekernel.bench.depthwise_share import depthwise_share
 from widekernel.bench.rows import NetworkRow
-from widekernel.bench.variants import with_visible_blocks
-from widekernel.layers import LargeKernel, PartialChannels, Rectangles, ShiftTiles, TruncatedTiles
-from widekernel.layers.tiles import ShuffledStrips
-from widekernel.models import list_models
-from widekernel.transforms.to_torch import PlainLayer, on_pytorch, ours_in
-
-NANO = [name for name in list_models() if name.endswith("_nano")]
 
 
 def measured(name: str, model: nn.Module, cpu: Platform, *, batch: int = 2, size: int, **settings) -> list[NetworkRow]:
     plan = NetworkPlan({name: lambda: (model, size)}, [batch], rounds=1, **settings)
     return list(measure_networks(plan, cpu, TimeBudget()))
-
-
-def images(size: int = 32) -> torch.Tensor:
-    return torch.randn(2, 3, size, size)
-
-
-@pytest.mark.parametrize("name", NANO)
-def test_baseline_is_the_same_network_without_our_operator(name: str) -> None:
-    model = with_visible_blocks(timm.create_model(name)).eval()
-    baseline, changed = on_pytorch(model), ours_in(model)
-    x = images()
-    with ops.trace() as ran:
-        got = baseline(x)
-    assert changed and not ran.calls
-    with ops.trace() as ran:
-        want = model(x)
-    assert len(ran.calls) >= len(changed)
-    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
-    assert [p.shape for p in baseline.parameters()] == [p.shape for p in model.parameters()]
-    got.square().sum().backward()
-    want.square().sum().backward()
-    for theirs, ours in zip(baseline.parameters(), model.parameters()):
-        largest = ours.grad.abs().max().item()
-        torch.testing.assert_close(theirs.grad, ours.grad, atol=1e-3 * largest + 1e-6, rtol=1e-3)
-
-
-@pytest.mark.parametrize(
-    "layer",
-    [
-        LargeKernel(Rectangles(6, [(13, 3), (5, 5)])),
-        LargeKernel(ShiftTiles(6, 17, 3), [nn.BatchNorm2d(6) for _ in range(3)], identity=True),
-        LargeKernel(TruncatedTiles(ShuffledStrips(6, 13, 3)), [nn.BatchNorm2d(6) for _ in range(2)]),
-        PartialChannels(LargeKernel(Rectangles(4, [(7, 7)]), identity=True), [0, 2, 3, 5], 6),
-    ],
-    ids=["no norms", "tiles", "no rectangles", "some channels"],
-)
-@pytest.mark.parametrize("folded", [False, True])
-def test_layers_on_pytorch(layer: nn.Module, folded: bool) -> None:
-    layer = copy.deepcopy(layer).eval()
-    if folded and "TruncatedTiles" not in repr(layer):
-        layer = widekernel.fold(layer)
-    plain = on_pytorch(layer)
-    x = torch.randn(2, 6, 10, 12)
-    assert len(ours_in(layer)) == 1
-    with ops.trace() as ran:
-        got = plain(x)
-    assert not ran.calls
-    torch.testing.assert_close(got, layer(x), atol=1e-5, rtol=1e-5)
-
-
-def test_pytorch_layers_are_left_unchanged() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 3, 3, groups=3), nn.Linear(4, 4))
-    assert not ours_in(model) and str(on_pytorch(model)) == str(model)
-    shared = LargeKernel(Rectangles(3, [(5, 5)]))
-    plain = on_pytorch(nn.Sequential(shared, nn.ReLU(), shared))
-    assert plain[0] is plain[2] and isinstance(plain[0], PlainLayer)
 
 
 def test_rows_of_our_network(cpu: Platform) -> None:

@@ -51,7 +51,7 @@ def test_sparse_training(images, tmp_path: Path, capsys) -> None:  # noqa: F811
     assert read_metrics(run / "metrics.jsonl")[-1]["sparsity"] == report["sparsity"]
     counted = json.loads(said(capsys, "complexity", str(run), "--json"))
     dead = total - sum(int(mask.sum()) for mask in masks.values())
-    # Some taps reach no pixel of such small maps: they stay zero after they were grown.
+    # Some live taps reach no pixel of such small maps, so after they grow they stay zero.
     assert dead <= counted["dense"]["params"] - counted["nonzero"]["params"] <= 1.02 * dead
     assert counted["nonzero"]["macs"] < counted["dense"]["macs"]
 
@@ -61,7 +61,14 @@ def test_sparse_training(images, tmp_path: Path, capsys) -> None:  # noqa: F811
     [
         ["--sparsity.dynamic.block", "channel", "--sparsity.dynamic.layers", "large_kernel_only"],
         ["--sparsity.dynamic.block", "[3, 3]", "--sparsity.dynamic.layers", "['*.kernels.*']"],
-        ["--sparsity.dynamic.block", "2:4", "--sparsity.dynamic.sparsity", "0.5", "--sparsity.dynamic.init", "magnitude"],
+        [
+            "--sparsity.dynamic.block",
+            "semi_structured",
+            "--sparsity.dynamic.sparsity",
+            "0.5",
+            "--sparsity.dynamic.init",
+            "magnitude",
+        ],
         ["--sparsity.dynamic.rule", "published", "--sparsity.dynamic.growth", "momentum"],
         [
             "--sparsity.dynamic.initial_sparsity",
@@ -72,9 +79,9 @@ def test_sparse_training(images, tmp_path: Path, capsys) -> None:  # noqa: F811
             "1",
         ],
     ],
-    ids=["channel", "tiles", "2:4", "published", "gradual"],
+    ids=["channel", "tiles", "semi_structured", "published", "gradual"],
 )
-def test_kinds_of_sparse_training(settings: list[str], images, tmp_path: Path, capsys) -> None:  # noqa: F811
+def test_sparse_training_with_every_kind_of_block(settings: list[str], images, tmp_path: Path, capsys) -> None:  # noqa: F811
     config = write_config(tmp_path, images, schedule={"epochs": 1, "warmup_epochs": 0})
     run = tmp_path / "run"
     said(capsys, "train", "--config", str(config), "--output", str(run), "--sparsity.method", "dynamic", *settings)
@@ -86,7 +93,7 @@ def test_kinds_of_sparse_training(settings: list[str], images, tmp_path: Path, c
 def test_learned_masks_by_training(finished: Path, images, tmp_path: Path, capsys) -> None:  # noqa: F811
     config = write_config(tmp_path, images, ema={"decay": None})
     run = tmp_path / "run"
-    given = ["--model.weights", str(finished / "model.safetensors"), "--sparsity.method", "2:4"]
+    given = ["--model.weights", str(finished / "model.safetensors"), "--sparsity.method", "semi_structured"]
     small = ["--sparsity.semi_structured.min_in_channels", "8"]
     said(capsys, "train", "--config", str(config), "--output", str(run), *given, *small)
     before, after = load_file(finished / "model.safetensors"), load_file(run / "model.safetensors")
@@ -94,14 +101,14 @@ def test_learned_masks_by_training(finished: Path, images, tmp_path: Path, capsy
     assert before.keys() == after.keys() and masks
     for name, value in after.items():
         expected = before[name] * masks[name] if name in masks else before[name]
-        assert torch.equal(value, expected), name  # weights and statistics are unchanged
+        assert torch.equal(value, expected), name  # weights and statistics do not change
     assert all((mask.sum() == mask.numel() // 2) for mask in masks.values() if mask.shape[1] % 4 == 0)
     for state in ("last", "best"):
         assert "images" in said(capsys, "eval", str(run), "--state", state)
 
 
 @pytest.mark.parametrize("method", ["magnitude", "permuted", "learned"])
-def test_sparsify_two_of_four(method: str, finished: Path, tmp_path: Path, capsys) -> None:  # noqa: F811
+def test_sparsify_semi_structured(method: str, finished: Path, tmp_path: Path, capsys) -> None:  # noqa: F811
     output = tmp_path / "sparse.safetensors"
     arguments = ["--method", method, "--output", str(output), "--batch_size", "6", "--exclude", "*.downsample.*, head.*"]
     text = said(capsys, "sparsify", str(finished), *arguments)
@@ -115,7 +122,7 @@ def test_sparsify_two_of_four(method: str, finished: Path, tmp_path: Path, capsy
     assert {layer["name"] for layer in report["layers"] if layer["masked"]} == set(masks)
     assert (tmp_path / "sparse_sparsity.png").exists()
     assert "images" in said(capsys, "eval", str(output), "--data.root", str(images_of(finished)), "--data.workers", "0")
-    # repeating the command is refused, so that files are not lost
+    # Existing files are not overwritten.
     assert "exists" in refused(capsys, "sparsify", str(finished), "--method", method, "--output", str(output))
 
 
@@ -139,7 +146,7 @@ def test_sparsify_a_file_without_data(finished: Path, tmp_path: Path, capsys) ->
     source = tmp_path / "net.safetensors"
     source.write_bytes((finished / "model.safetensors").read_bytes())
     assert "random images" in said(capsys, "sparsify", str(source))
-    assert (tmp_path / "net_2to4_magnitude.safetensors").exists()
+    assert (tmp_path / "net_semi_structured_magnitude.safetensors").exists()
     assert "--data.root" in refused(capsys, "sparsify", str(source), "--method", "learned")
 
 
@@ -160,7 +167,7 @@ def test_compressed_files(method: str, finished: Path, tmp_path: Path, capsys) -
     ("arguments", "message"),
     [
         (["--method", "permuted", "--block", "channel"], "makes masks 2:4"),
-        (["--sparsity", "0.4"], "block 2:4 keeps half"),
+        (["--sparsity", "0.4"], "block semi_structured (2:4) keeps half"),
         (["--block", "kernals", "--sparsity", "0.4"], "Did you mean 'kernel'"),
         (["--block", "element", "--sparsity", "1.0"], "from 0 to below 1"),
         (["--block", "element", "--sparsity", "0.4", "--compressed"], "--compressed is for 2:4 networks"),
@@ -169,17 +176,17 @@ def test_compressed_files(method: str, finished: Path, tmp_path: Path, capsys) -
         (["--output", "net.pth"], "are .safetensors files"),
     ],
 )
-def test_sparsify_refuses(arguments: list[str], message: str, finished: Path, tmp_path: Path, capsys) -> None:  # noqa: F811
+def test_settings_that_sparsify_refuses(arguments: list[str], message: str, finished: Path, tmp_path: Path, capsys) -> None:  # noqa: F811
     if "--output" not in arguments:
         arguments = [*arguments, "--output", str(tmp_path / "out.safetensors")]
     assert message in refused(capsys, "sparsify", str(finished), *arguments)
     assert not list(tmp_path.iterdir())
 
 
-def test_train_refuses_wrong_sparsity_settings(images, tmp_path: Path, capsys) -> None:  # noqa: F811
+def test_settings_that_train_refuses(images, tmp_path: Path, capsys) -> None:  # noqa: F811
     config = str(write_config(tmp_path, images))
     for arguments, message in (
-        (["--sparsity.method", "2:4", "--ema.decay", "null"], "learns masks over trained weights"),
+        (["--sparsity.method", "semi_structured", "--ema.decay", "null"], "learns masks over trained weights"),
         (
             ["--sparsity.method", "dynamic", "--sparsity.dynamic.sparsity", "1"],
             "sparsity is 1, but must be from 0 to below 1",
@@ -192,11 +199,11 @@ def test_train_refuses_wrong_sparsity_settings(images, tmp_path: Path, capsys) -
         assert message in error.replace("1.0", "1"), error
 
 
-def test_learned_masks_are_not_taken_for_those_of_another_network(finished: Path, tmp_path: Path, capsys) -> None:  # noqa: F811
+def test_a_folder_with_learned_masks_of_another_network_is_refused(finished: Path, tmp_path: Path, capsys) -> None:  # noqa: F811
     output = tmp_path / "out.safetensors"
     arguments = ["--method", "learned", "--batch_size", "6", "--output", str(output), "--overwrite"]
     said(capsys, "sparsify", str(finished), *arguments)
-    said(capsys, "sparsify", str(finished), *arguments)  # the same again
+    said(capsys, "sparsify", str(finished), *arguments)  # repeated
     assert "learns masks of another network" in refused(capsys, "sparsify", str(finished), "--weights", "ema", *arguments)
     other = tmp_path / "other"
     other.mkdir()
@@ -219,7 +226,7 @@ def test_a_named_data_set_is_evaluated_on(tmp_path: Path, capsys) -> None:
 
 
 @pytest.mark.parametrize("command", ["fold", "sparsify"])
-def test_outputs_that_would_overwrite_a_file_are_refused(command: str, tmp_path: Path, capsys) -> None:
+def test_outputs_that_would_overwrite_the_source(command: str, tmp_path: Path, capsys) -> None:
     path = tmp_path / "m.safetensors"
     path.write_bytes(b"the source")
     (tmp_path / "link.safetensors").symlink_to(path)

@@ -1,4 +1,4 @@
-"""What the layer tests share: comparing, and batch norms whose numbers are not the initial ones."""
+"""Shared by the tests of layers: comparisons, and batch norms with other than their initial numbers."""
 
 from __future__ import annotations
 

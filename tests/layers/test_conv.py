@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tests.layers.helpers import assert_close, image, randomised
 from widekernel import ops
 from widekernel.layers import ConvNorm, DepthwiseConv2d
-from widekernel.layers.conv import fold_affine, fold_affine_before
+from widekernel.layers.affine import fold_affine, fold_input_affine
 from widekernel.layers.norms import affine_of
 
 C = 4
@@ -124,7 +124,7 @@ def test_copies_run_on_the_operator() -> None:
     [("stride", (2, 2)), ("padding", (0, 0)), ("dilation", (2, 2)), ("padding_mode", "circular")],
     ids=["stride", "padding", "dilation", "padding_mode"],
 )
-def test_attributes_changed_later_are_honoured(name: str, value: Any) -> None:
+def test_attributes_changed_later_are_honored(name: str, value: Any) -> None:
     theirs, ours = pair((C, C, C), {"kernel_size": 3, "padding": 1}, torch.float64)
     x = image(C)
     assert_close(ours(x), theirs(x))
@@ -153,7 +153,7 @@ def test_reasons_against(arguments: dict[str, Any], reasons: list[str]) -> None:
     assert DepthwiseConv2d(C, C, **arguments).reasons_against() == reasons
 
 
-def test_all_reasons_are_given() -> None:
+def test_all_reasons_are_listed() -> None:
     assert len(DepthwiseConv2d(C, C, 4, stride=2, padding=1, dilation=2, padding_mode="reflect").reasons_against()) == 5
 
 
@@ -224,7 +224,9 @@ def test_conv_norm_folded_with_the_norm_before(norm: str, bias: bool) -> None:
     before = randomised(BATCH_NORMS[norm](C))
     layer = randomised(ConvNorm(nn.Conv2d(C, 6, 1, bias=bias), nn.BatchNorm2d(6), nn.ReLU()))
     x = image(C)
-    assert_close(layer.folded(before=before)(x), layer(before(x)))
+    assert_close(layer.folded(input_norm=before)(x), layer(before(x)))
+    with pytest.warns(FutureWarning, match="'before' is now called 'input_norm'"):
+        assert_close(layer.folded(before=before)(x), layer(before(x)))
 
 
 def test_conv_norm_without_a_batch_norm() -> None:
@@ -251,7 +253,7 @@ def test_affine_maps_around_a_linear_layer(bias: bool) -> None:
     scale, shift, _ = line(6, 0)
     assert_close(fold_affine(layer, scale, shift)(x), layer(x) * scale + shift)
     scale, shift, _ = line(C, 0)
-    assert_close(fold_affine_before(layer, scale, shift)(x), layer(x * scale + shift))
+    assert_close(fold_input_affine(layer, scale, shift)(x), layer(x * scale + shift))
 
 
 UNPADDED = {
@@ -266,7 +268,7 @@ UNPADDED = {
 def test_an_affine_map_before_a_convolution(conv: str) -> None:
     layer, x = UNPADDED[conv]().double(), image(C)
     scale, shift, shape = line(C, 2)
-    assert_close(fold_affine_before(layer, scale, shift)(x), layer(x * scale.view(shape) + shift.view(shape)))
+    assert_close(fold_input_affine(layer, scale, shift)(x), layer(x * scale.view(shape) + shift.view(shape)))
 
 
 @pytest.mark.parametrize(
@@ -283,10 +285,10 @@ def test_an_affine_map_before_a_convolution(conv: str) -> None:
 def test_no_affine_map_before_padding_or_groups(layer: nn.Conv2d) -> None:
     scale, shift, _ = line(C, 0)
     with pytest.raises(ValueError, match=r"a norm cannot be folded into the input of Conv2d.*ungrouped and without padding"):
-        fold_affine_before(layer, scale, shift)
+        fold_input_affine(layer, scale, shift)
 
 
-@pytest.mark.parametrize("fold", [fold_affine, fold_affine_before])
+@pytest.mark.parametrize("fold", [fold_affine, fold_input_affine])
 def test_folding_draws_no_random_numbers_and_keeps_type_and_mode(fold) -> None:
     layer = nn.Conv2d(C, C, 1, bias=False, dtype=torch.float16).eval()
     scale, shift, _ = line(C, 0)

@@ -1,4 +1,4 @@
-"""The large-kernel layer, what it folds to, and the layer that works on some channels."""
+"""The large-kernel layer, its folded form, and the layer for some of the channels."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def layer(name: str, norm: str | None = "bn", identity: bool = False) -> LargeKe
 
 @pytest.mark.parametrize("identity", [False, True], ids=["plain", "identity"])
 @EACH
-def test_the_layer_is_the_sum_of_its_normalised_branches(name: str, identity: bool) -> None:
+def test_the_layer_is_the_sum_of_its_normalized_branches(name: str, identity: bool) -> None:
     module, x = layer(name, identity=identity), image(C)
     want = sum(norm(response) for norm, response in zip(module.norms, module.source.responses(x)))
     assert_close(module(x), want + x if identity else want)
@@ -112,7 +112,7 @@ def test_folding(name: str, norm: str | None, identity: bool) -> None:
 
 
 @EACH
-def test_folding_in_what_follows(name: str) -> None:
+def test_folding_a_following_affine_map(name: str) -> None:
     module, x = layer(name, identity=True), image(C)
     scale, shift = torch.randn(2, C, dtype=torch.float64)
     want = module(x) * scale.view(-1, 1, 1)
@@ -123,7 +123,7 @@ def test_folding_in_what_follows(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["31+5", "crossed", "single", "split"])
 def test_folding_in_float32_rounds_once(name: str) -> None:
-    """The arithmetic of folding is float64 whatever the layer is, so the rounded double fold is what comes out."""
+    """Folding computes in float64 whatever the type of the layer, so the result is the rounded float64 fold."""
     module = layer(name).float()
     folded, exact = module.folded(), copy.deepcopy(module).double().folded()
     for mine, truth in zip(folded.parameters(), exact.parameters()):
@@ -147,7 +147,7 @@ def test_the_folded_layer_owns_its_memory() -> None:
         module.source.kernels[0].zero_()
     assert torch.equal(folded.kernels[0], before)
     kernel, bias = torch.randn(C, 1, 3, 3), torch.randn(C)
-    copied = FoldedLargeKernel([Rect.centred(kernel)], bias)
+    copied = FoldedLargeKernel([Rect.centered(kernel)], bias)
     kernel.zero_()
     assert copied.kernels[0].count_nonzero() == kernel.numel()
 
@@ -167,7 +167,7 @@ def test_the_folded_layer_describes_itself() -> None:
     [lambda: nn.BatchNorm2d(C, track_running_stats=False), lambda: nn.GroupNorm(1, C), lambda: nn.InstanceNorm2d(C)],
     ids=["bn-without-statistics", "group-norm", "instance-norm"],
 )
-def test_norms_that_look_at_their_input_are_refused(norm: Callable[[], nn.Module]) -> None:
+def test_norms_that_depend_on_their_input_are_refused(norm: Callable[[], nn.Module]) -> None:
     module = LargeKernel(Rectangles(C, [(5, 5), (3, 3)]), [nn.BatchNorm2d(C), norm()]).eval()
     assert not module.foldable()
     with pytest.raises(TypeError, match="and cannot be folded: only batch norm"):
@@ -184,7 +184,7 @@ def test_truncated_tiles_are_refused() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
-def test_as_many_norms_as_branches(count: int) -> None:
+def test_numbers_of_norms_and_branches_must_agree(count: int) -> None:
     with pytest.raises(ValueError, match=f"{count} norms for 2 branches: every branch needs one"):
         LargeKernel(Rectangles(C, [(5, 5), (3, 3)]), [nn.BatchNorm2d(C) for _ in range(count)])
 
@@ -238,7 +238,7 @@ def test_partial_channels_under_autocast(dtype: torch.dtype) -> None:
         assert folded(x).dtype == module(x).dtype
 
 
-def test_the_choice_of_channels_is_in_the_state() -> None:
+def test_the_selected_channels_are_part_of_the_state() -> None:
     state = partial().state_dict()
     assert state["selected"].tolist() == [0, 2, 3]
     assert state["ghosts"].tolist() == [1, 4]

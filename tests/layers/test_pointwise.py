@@ -13,7 +13,8 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
 from widekernel.layers import ConvNorm, PointwiseConv2d, PointwiseLinear
-from widekernel.layers.conv import fold_affine, fold_affine_before, is_plain
+from widekernel.layers.affine import fold_affine, fold_input_affine
+from widekernel.layers.rebuilding import is_plain
 
 IN, OUT = 5, 7
 ROWS = {"vector": (), "matrix": (6,), "tokens": (2, 3), "image": (2, 4, 3), "one": (1,), "deep": (1, 2, 3, 2)}
@@ -107,7 +108,7 @@ def test_convolution_equals_pytorch(name: str, bias: bool) -> None:
     [{"stride": 2}, {"padding": 1}, {"kernel_size": 3}, {"kernel_size": 3, "padding": "same"}, {"stride": (1, 2)}],
     ids=str,
 )
-def test_what_is_more_than_a_product_is_left_to_pytorch(kwargs: dict[str, Any]) -> None:
+def test_convolutions_that_are_no_matrix_product_are_left_to_pytorch(kwargs: dict[str, Any]) -> None:
     theirs, ours = convolutions(**kwargs)
     assert ours.reasons_against()
     assert_same(theirs, ours, MAPS["contiguous"]().double())
@@ -116,7 +117,7 @@ def test_what_is_more_than_a_product_is_left_to_pytorch(kwargs: dict[str, Any]) 
 @pytest.mark.parametrize(
     "kwargs", [{"padding": "same"}, {"padding": "valid"}, {"dilation": 3}, {"padding_mode": "circular"}]
 )
-def test_what_means_nothing_for_one_pixel(kwargs: dict[str, Any]) -> None:
+def test_settings_that_do_not_matter_for_1x1_kernels(kwargs: dict[str, Any]) -> None:
     theirs, ours = convolutions(**kwargs)
     assert ours.reasons_against() == []
     assert_same(theirs, ours, MAPS["contiguous"]().double())
@@ -130,12 +131,12 @@ def test_arguments_may_change_later() -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, IN), (2, 0, IN), (0, 3, 3, IN)], ids=str)
-def test_linear_on_nothing(shape: tuple[int, ...]) -> None:
+def test_linear_on_empty_inputs(shape: tuple[int, ...]) -> None:
     theirs, ours = linears()
     assert_same(theirs, ours, torch.randn(shape, dtype=torch.float64))
 
 
-def test_convolution_on_nothing() -> None:
+def test_convolution_on_empty_inputs() -> None:
     theirs, ours = convolutions()
     x = torch.randn(0, IN, 4, 4, dtype=torch.float64)
     assert ours(x).shape == theirs(x).shape
@@ -201,7 +202,7 @@ def test_function_transforms(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_short_types_and_autocast(dtype: torch.dtype) -> None:
+def test_low_precision_and_autocast(dtype: torch.dtype) -> None:
     for (theirs, ours), x in (
         (linears(dtype=torch.float32), torch.randn(2, 4, 4, IN)),
         (convolutions(dtype=torch.float32), MAPS["contiguous"]()),
@@ -239,7 +240,7 @@ def test_exports_with_images_of_any_size() -> None:
     assert_close(program.module()(other), layer(other))
 
 
-def test_other_devices_take_the_way_of_pytorch() -> None:
+def test_other_devices_compute_as_pytorch_does() -> None:
     layers = PointwiseConv2d(IN, OUT, 1, device="meta"), PointwiseLinear(IN, OUT, device="meta")
     assert layers[0](torch.empty(2, IN, 3, 3, device="meta")).shape == (2, OUT, 3, 3)
     assert layers[1](torch.empty(2, 3, IN, device="meta")).shape == (2, 3, OUT)
@@ -262,7 +263,7 @@ def test_folding_keeps_the_kind() -> None:
         folded = fold_affine(layer, scale, shift)
         assert type(folded) is type(layer)
         assert_close(folded(x), layer(x) * scale.view(shape) + shift.view(shape))
-        folded = fold_affine_before(layer, *before)
+        folded = fold_input_affine(layer, *before)
         assert type(folded) is type(layer)
         assert_close(folded(x), layer(x * before[0].view(shape) + before[1].view(shape)))
     assert ConvNorm(convolutions()[1], nn.BatchNorm2d(OUT)).foldable()

@@ -22,8 +22,10 @@ def test_size_and_reach() -> None:
     assert strip.reach == (1, 1, 24, 26)
 
 
-def test_centred() -> None:
-    assert Rect.centred(torch.zeros(2, 1, 5, 7)).anchor == (2, 3)
+def test_centered() -> None:
+    assert Rect.centered(torch.zeros(2, 1, 5, 7)).anchor == (2, 3)
+    with pytest.warns(FutureWarning, match=r"Rect\.centred is now called Rect\.centered"):
+        assert Rect.centred(torch.zeros(2, 1, 5, 7)).anchor == (2, 3)
 
 
 def test_identity() -> None:
@@ -62,10 +64,10 @@ def test_plus_is_the_sum_of_both() -> None:
     assert_close(definition(x, [total.kernel], [total.anchor]), both)
 
 
-def test_plus_refuses_what_it_would_have_to_crop() -> None:
-    with pytest.raises(ValueError, match=r"a 3x3 rectangle of 2 channels .* cannot take in one of 5x1, 2 channels"):
+def test_plus_refuses_rectangles_that_it_does_not_cover() -> None:
+    with pytest.raises(ValueError, match=r"a 3x3 rectangle of 2 channels .* cannot absorb one of 5x1, 2 channels"):
         rect(3, 3).plus(rect(5, 1))
-    with pytest.raises(ValueError, match=r"anchored at \(0, 0\).* cannot take in .* anchored at \(1, 1\)"):
+    with pytest.raises(ValueError, match=r"anchored at \(0, 0\).* cannot absorb .* anchored at \(1, 1\)"):
         rect(5, 5, (0, 0)).plus(rect(3, 3))
 
 
@@ -115,7 +117,7 @@ def test_equal_rectangles_become_one() -> None:
     assert [m.size for m in maximal_rectangles([rect(3, 5)] * 4)] == [(3, 5)]
 
 
-def test_nothing_collapses_to_nothing() -> None:
+def test_an_empty_sum_stays_empty() -> None:
     assert maximal_rectangles([]) == []
 
 
@@ -146,6 +148,6 @@ def test_the_collapse_keeps_the_operator_and_leaves_no_rectangle_covered(rects: 
 
 def test_the_collapse_is_differentiable() -> None:
     kernels = [torch.randn(2, 1, *size, dtype=torch.float64, requires_grad=True) for size in [(5, 5), (3, 3)]]
-    (merged,) = maximal_rectangles([Rect.centred(kernel) for kernel in kernels])
+    (merged,) = maximal_rectangles([Rect.centered(kernel) for kernel in kernels])
     merged.kernel.sum().backward()
     assert all(torch.equal(kernel.grad, torch.ones_like(kernel)) for kernel in kernels)

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:Futur
 
 
 def check(module: nn.Module, *images: Tensor, scripted: bool = True) -> None:
-    """Compare with what is recorded of the first image, and with what is scripted."""
+    """Compare with the trace of the first image, and with the scripted module."""
     module = module.eval()
     with warnings.catch_warnings():
         warnings.simplefilter("error", torch.jit.TracerWarning)
@@ -57,8 +57,8 @@ def test_some_channels_only() -> None:
 def test_groups_of_channels(source: list[int] | None, scale: float) -> None:
     wide, tall, square = (torch.randn(n, 1, *size).double() for n, size in ((3, (2, 12)), (3, (5, 5)), (2, (3, 3))))
     groups = [
-        ChannelGroup([Rect.centred(tall), Rect(wide, (0, 11))], torch.randn(3).double(), [0, 2, 4], [1, 3, 0]),
-        ChannelGroup([Rect.centred(square)], torch.randn(2).double(), [5, 1], [4, 5]),
+        ChannelGroup([Rect.centered(tall), Rect(wide, (0, 11))], torch.randn(3).double(), [0, 2, 4], [1, 3, 0]),
+        ChannelGroup([Rect.centered(square)], torch.randn(2).double(), [5, 1], [4, 5]),
     ]
     module = GroupedKernels(groups, torch.full((7,), scale).double(), torch.randn(7).double(), source)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Kernel sources against tile maps that are shifted and added as the papers write it, and the contents of their state."""
+"""Kernel sources compared with tile maps that are shifted and added as in the papers, and the contents of their state."""
 
 from __future__ import annotations
 
@@ -22,26 +22,27 @@ from widekernel.layers import (
     SourceGroup,
     SplitStrips,
     TruncatedTiles,
-    tiles,
+    tile_tables,
 )
 from widekernel.layers.sources import rects_of
-from widekernel.layers.tiles import cut_into_tiles, draw_tables, num_tiles, tall_strip, wide_strip
+from widekernel.layers.tile_tables import draw_tables
+from widekernel.layers.tiles import cut_into_tiles, num_tiles, tall_strip, wide_strip
 
 C = 3
 # K divisible by N, and with one and two columns too many; the last is wider than the image.
 GEOMETRIES = [(9, 3), (7, 3), (11, 3), (13, 5), (15, 5), (3, 1), (31, 5)]
-GEOMETRY = pytest.mark.parametrize(("big", "small"), GEOMETRIES, ids=lambda size: str(size))
+GEOMETRY = pytest.mark.parametrize(("kernel_size", "tile_size"), GEOMETRIES, ids=lambda size: str(size))
 
 
-def shift_add(x: Tensor, tiles: Tensor, big: int, wide: bool) -> Tensor:
+def shift_add(x: Tensor, tiles: Tensor, kernel_size: int, wide: bool) -> Tensor:
     """Add up the map of every tile, moved to the tile's slot; `tiles` is (C, slots, N, N), pixels outside are zero."""
-    small, (height, width) = tiles.shape[-1], x.shape[-2:]
-    margin = big + small
+    tile_size, (height, width) = tiles.shape[-1], x.shape[-2:]
+    margin = kernel_size + tile_size
     canvas = F.pad(x, (margin,) * 4)
     total = torch.zeros_like(x)
     for slot in range(tiles.shape[1]):
         map_of_tile = F.conv2d(canvas, tiles[:, slot].unsqueeze(1), groups=x.shape[1])
-        along, across = margin + slot * small - big // 2, margin - small // 2
+        along, across = margin + slot * tile_size - kernel_size // 2, margin - tile_size // 2
         top, left = (across, along) if wide else (along, across)
         total = total + map_of_tile[..., top : top + height, left : left + width]
     return total
@@ -61,81 +62,82 @@ def check(source: KernelSource, want: list[Tensor], x: Tensor) -> None:
 
 
 @GEOMETRY
-def test_split_strips(big: int, small: int) -> None:
-    source, x = SplitStrips(C, big, small).double(), image(C)
-    tall, wide = (tiles.detach().view(C, -1, small, small) for tiles in (source.tall, source.wide))
-    check(source, [shift_add(x, tall, big, wide=False), shift_add(x, wide, big, wide=True)], x)
+def test_split_strips(kernel_size: int, tile_size: int) -> None:
+    source, x = SplitStrips(C, kernel_size, tile_size).double(), image(C)
+    tall, wide = (tiles.detach().view(C, -1, tile_size, tile_size) for tiles in (source.tall, source.wide))
+    check(source, [shift_add(x, tall, kernel_size, wide=False), shift_add(x, wide, kernel_size, wide=True)], x)
 
 
 @GEOMETRY
-def test_shared_strips(big: int, small: int) -> None:
-    source, x = SharedStrips(C, big, small).double(), image(C)
-    tiles = source.tiles.detach().view(C, -1, small, small)
+def test_shared_strips(kernel_size: int, tile_size: int) -> None:
+    source, x = SharedStrips(C, kernel_size, tile_size).double(), image(C)
+    tiles = source.tiles.detach().view(C, -1, tile_size, tile_size)
     gates = [1 / (1 + torch.exp(-gate.detach())).view(C, -1, 1, 1) for gate in source.gates]
     assert not torch.equal(*gates)
-    wide, tall = (shift_add(x, tiles * gate, big, wide=d == 0) for d, gate in enumerate(gates))
+    wide, tall = (shift_add(x, tiles * gate, kernel_size, wide=d == 0) for d, gate in enumerate(gates))
     check(source, [wide, tall], x)
 
 
 @GEOMETRY
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize(("paths", "groups"), [(1, 1), (2, 1), (1, 3), (2, 4)], ids=str)
-def test_shift_tiles(big: int, small: int, paths: int, groups: int, gated: bool) -> None:
-    source, x = ShiftTiles(C, big, small, paths, groups, gated).double(), image(C)
+def test_shift_tiles(kernel_size: int, tile_size: int, paths: int, groups: int, gated: bool) -> None:
+    source, x = ShiftTiles(C, kernel_size, tile_size, paths, groups, gated).double(), image(C)
     flat = sum(path.detach() for path in source.tiles).squeeze(1)
     want = []
     for d in range(2):
         weighted = flat * torch.sigmoid(source.gates[d].detach()).view(-1, 1, 1) if gated else flat
-        strips = [shift_add(x, by_slot(weighted, source.tile_at[d, g]), big, wide=d == 0) for g in range(groups)]
+        strips = [shift_add(x, by_slot(weighted, source.tile_at[d, g]), kernel_size, wide=d == 0) for g in range(groups)]
         want.append(sum(strips))
-    count = num_tiles(big, small)
+    count = num_tiles(kernel_size, tile_size)
     middle = [torch.stack([flat[c * count + int(source.centre[g, c])] for c in range(C)]) for g in range(groups)]
-    want.append(F.conv2d(x, sum(middle).unsqueeze(1), padding=small // 2, groups=C))
+    want.append(F.conv2d(x, sum(middle).unsqueeze(1), padding=tile_size // 2, groups=C))
     check(source, want, x)
 
 
 @GEOMETRY
 @pytest.mark.parametrize("branches", [1, 3])
-def test_shuffled_strips(big: int, small: int, branches: int) -> None:
-    source, x = ShuffledStrips(C, big, small, branches).double(), image(C)
+def test_shuffled_strips(kernel_size: int, tile_size: int, branches: int) -> None:
+    source, x = ShuffledStrips(C, kernel_size, tile_size, branches).double(), image(C)
     flat = source.tiles.detach().squeeze(1)
     want = [
-        sum(shift_add(x, by_slot(flat, source.tile_at[d, b]), big, wide=d == 0) for b in range(branches)) for d in range(2)
+        sum(shift_add(x, by_slot(flat, source.tile_at[d, b]), kernel_size, wide=d == 0) for b in range(branches))
+        for d in range(2)
     ]
     check(source, want, x)
-    in_order = torch.arange(num_tiles(big, small), dtype=torch.int32)
+    in_order = torch.arange(num_tiles(kernel_size, tile_size), dtype=torch.int32)
     assert torch.equal(source.tile_at[0, 0], in_order.expand(C, -1))
 
 
-def truncated(x: Tensor, tiles: Tensor, big: int, wide: bool) -> Tensor:
-    """At every pixel add the tiles whose middle lies in the image, pixel by pixel along the strip."""
+def truncated(x: Tensor, tiles: Tensor, kernel_size: int, wide: bool) -> Tensor:
+    """Add at every pixel the tiles whose middle lies in the image, pixel by pixel along the strip."""
     if not wide:
-        return truncated(x.transpose(2, 3), tiles.transpose(2, 3), big, wide=True).transpose(2, 3)
-    small = tiles.shape[-1]
-    half = small // 2
+        return truncated(x.transpose(2, 3), tiles.transpose(2, 3), kernel_size, wide=True).transpose(2, 3)
+    tile_size = tiles.shape[-1]
+    half = tile_size // 2
     padded, (height, width) = F.pad(x, (half,) * 4), x.shape[-2:]
     y = torch.zeros_like(x)
     for column in range(width):
         for slot in range(tiles.shape[1]):
-            middle = column + slot * small + half - big // 2
+            middle = column + slot * tile_size + half - kernel_size // 2
             if 0 <= middle < width:
                 for row in range(height):
-                    patch = padded[..., row : row + small, middle : middle + small]
+                    patch = padded[..., row : row + tile_size, middle : middle + tile_size]
                     y[..., row, column] += (patch * tiles[:, slot]).sum((2, 3))
     return y
 
 
 @pytest.mark.parametrize("branches", [1, 2])
-@pytest.mark.parametrize(("big", "small"), [(9, 3), (7, 3), (13, 5), (31, 5)])
-def test_truncated_tiles(big: int, small: int, branches: int) -> None:
-    strips = ShuffledStrips(C, big, small, branches).double()
+@pytest.mark.parametrize(("kernel_size", "tile_size"), [(9, 3), (7, 3), (13, 5), (31, 5)])
+def test_truncated_tiles(kernel_size: int, tile_size: int, branches: int) -> None:
+    strips = ShuffledStrips(C, kernel_size, tile_size, branches).double()
     source, x = TruncatedTiles(strips).double(), image(C, 7, 8, 1)
     arranged = [tiles.detach() for tiles in strips.arranged()]
-    check(source, [truncated(x, tiles, big, wide=d == 0) for d, tiles in enumerate(arranged)], x)
+    check(source, [truncated(x, tiles, kernel_size, wide=d == 0) for d, tiles in enumerate(arranged)], x)
 
 
 def test_truncated_tiles_differ_from_the_strips_only_where_a_tile_is_cut() -> None:
-    """Of 3-wide tiles in the middle and 3 pixels to both sides, one is dropped that reaches into the image, at each end."""
+    """At each end one tile is dropped that reaches into the image: 3-wide tiles, 3 pixels to each side of the middle."""
     strips = ShuffledStrips(C, 9, 3).double()
     x = image(C, 25, 26)
     for d, (part, whole) in enumerate(zip(TruncatedTiles(strips).responses(x), strips.responses(x))):
@@ -175,11 +177,11 @@ def test_a_group_with_truncated_tiles_is_no_sum_of_rectangles() -> None:
 
 @GEOMETRY
 @pytest.mark.parametrize("along", ["tall", "wide"])
-def test_cutting_a_strip_and_joining_it_again(big: int, small: int, along: str) -> None:
-    shape = (C, 1, big, small) if along == "tall" else (C, 1, small, big)
+def test_cutting_a_strip_and_joining_it_again(kernel_size: int, tile_size: int, along: str) -> None:
+    shape = (C, 1, kernel_size, tile_size) if along == "tall" else (C, 1, tile_size, kernel_size)
     kernel = torch.randn(shape, dtype=torch.float64)
-    tiles = cut_into_tiles(kernel, small).view(C, -1, small, small)
-    strip = (tall_strip if along == "tall" else wide_strip)(tiles, big)
+    tiles = cut_into_tiles(kernel, tile_size).view(C, -1, tile_size, tile_size)
+    strip = (tall_strip if along == "tall" else wide_strip)(tiles, kernel_size)
     assert torch.equal(strip.kernel[..., : shape[2], : shape[3]], kernel)
     assert strip.kernel.count_nonzero() == kernel.count_nonzero()
     assert strip.anchor == (shape[2] // 2, shape[3] // 2)
@@ -238,7 +240,7 @@ def test_the_state_restores_the_source(name: str) -> None:
 
 
 @WITH_TABLES
-def test_tables_survive_a_change_of_type_and_reinitialisation(name: str) -> None:
+def test_tables_survive_a_change_of_type_and_reinitialization(name: str) -> None:
     source, fresh = SOURCES[name](), SOURCES[name]()
     assert {table.dtype for table in tables_of(source.bfloat16()).values()} == {torch.int32}
     (source.source if name == "truncated" else source).reset_parameters()
@@ -255,15 +257,15 @@ def test_tables_do_not_depend_on_the_seed_but_weights_do(name: str) -> None:
     assert same == {key for key in first if not first[key].is_floating_point()}
 
 
-def test_tables_that_are_drawn_once_are_each_networks_own() -> None:
-    """Drawing takes long, so that it is done once; changing what was drawn must not change what is drawn next."""
+def test_cached_tables_are_copied_for_every_network() -> None:
+    """Drawing is slow and done once; changing the drawn tables must not change later ones."""
     first, second = draw_tables(8, 7, 3), draw_tables(8, 7, 3)
     for one, other in zip(first, second):
         assert torch.equal(one, other)
         assert one.data_ptr() != other.data_ptr()
         one.zero_()
     assert all(map(torch.equal, draw_tables(8, 7, 3), second))
-    assert tiles._drawn_tables.cache_info().hits >= 2
+    assert tile_tables._drawn_tables.cache_info().hits >= 2
 
 
 @pytest.mark.parametrize("name", [name for name in SOURCES if "tile_at" in SOURCES[name]().state_dict()])
@@ -289,7 +291,7 @@ def test_drawing_tables_leaves_the_global_random_numbers_alone() -> None:
 
 @EACH
 def test_constructing_draws_weights_and_nothing_else(name: str) -> None:
-    """The next random number is the one that follows after as many weights, so nothing was reseeded on the way."""
+    """The next random number is the one that follows after drawing the weights alone, so nothing was reseeded."""
     numpy_before = np.random.get_state()[1].copy()
     torch.manual_seed(5)
     source = SOURCES[name]()
@@ -312,7 +314,7 @@ def test_every_group_is_a_permutation_of_its_own(groups: int) -> None:
 
 @WITH_TABLES
 def test_tables_on_another_default_device(name: str) -> None:
-    """A network may be built where a generator of the CPU cannot draw; the numbers stay those of the CPU."""
+    """A network may be built on a device where a CPU generator cannot draw; the tables are those of the CPU."""
     with torch.device("meta"):
         built, tables = SOURCES[name](), draw_tables(C, 3, 2)
     assert {value.device.type for value in built.state_dict().values()} == {"meta"}
@@ -340,7 +342,7 @@ TILED = [SplitStrips, SharedStrips, ShiftTiles, ShuffledStrips]
 
 @pytest.mark.parametrize("kind", TILED, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize(
-    ("big", "small", "message"),
+    ("kernel_size", "tile_size", "message"),
     [
         (8, 3, "kernel size 8 is not a positive odd number: .*use 9"),
         (9, 2, "tile size 2 is not a positive odd number: .*use 3"),
@@ -350,9 +352,16 @@ TILED = [SplitStrips, SharedStrips, ShiftTiles, ShuffledStrips]
         (9.0, 3, "kernel size 9.0 is not a positive odd number"),
     ],
 )
-def test_wrong_tiles(kind: type, big: int, small: int, message: str) -> None:
+def test_wrong_tiles(kind: type, kernel_size: int, tile_size: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        kind(C, big, small)
+        kind(C, kernel_size, tile_size)
+
+
+@pytest.mark.parametrize("kind", TILED, ids=lambda kind: kind.__name__)
+def test_old_names_of_the_sizes_work_and_warn(kind: type) -> None:
+    with pytest.warns(FutureWarning, match="'big' is now called 'kernel_size'"):
+        source = kind(C, big=9, small=3)
+    assert (source.kernel_size, source.tile_size) == (9, 3)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def _out(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 def test_a_dilated_rectangle_is_a_dilated_convolution() -> None:
     x, kernel = torch.randn(2, 4, 17, 19, dtype=torch.float64), torch.randn(4, 1, 5, 3, dtype=torch.float64)
-    rect = dilated(Rect.centred(kernel), 3)
+    rect = dilated(Rect.centered(kernel), 3)
     assert rect.size == (13, 7)
     assert rect.anchor == (6, 3)
     want = F.conv2d(x, kernel, padding=(6, 3), dilation=3, groups=4)

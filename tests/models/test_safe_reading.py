@@ -31,8 +31,9 @@ from torch import nn
 import widekernel
 from tests.models.checkpoints import assert_refused
 from tests.models.zoo import alive, assert_same_state, create
+from widekernel import safe_pickle
 from widekernel.errors import CheckpointError
-from widekernel.models.checkpoint import reader, safe_pickle
+from widekernel.models.checkpoint import reader
 
 
 class Color(enum.Enum):

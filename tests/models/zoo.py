@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import widekernel  # noqa: F401
-from widekernel.layers import tiles
+from widekernel.layers import tile_tables
 from widekernel.models import list_models
 
 NANO = list_models("*nano")
@@ -85,7 +85,7 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 @contextmanager
 def tables_drawn_once() -> Iterator[None]:
     """Draw each table once instead of once per block, which takes most of the time in a big Shift-wise network."""
-    with mock.patch.object(tiles, "draw_tables", cache(tiles.draw_tables)):
+    with mock.patch.object(tile_tables, "draw_tables", cache(tile_tables.draw_tables)):
         yield
 
 

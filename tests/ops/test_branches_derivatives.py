@@ -12,6 +12,7 @@ from torch.func import grad, jacrev, vmap
 
 from tests.ops.backends import BRANCHES, SUM_OF_BRANCHES, Fused, OnlyBackward, OnlyForward, registered
 from tests.ops.cases import assert_close, definition
+from tests.ops.derivatives import MAPPED, assert_equal_gradients, assert_equal_per_sample_gradients, assert_equal_vmap, loss
 from widekernel import ops
 
 ANCHORS = [(0, 3), (1, 0), (0, 0)]
@@ -49,11 +50,6 @@ def theirs(x: Tensor, *kernels: Tensor) -> Tensor:
     return mixed([definition(x, [kernel], [anchor]) for kernel, anchor in zip(kernels, ANCHORS)])
 
 
-def loss(function):
-    """A scalar whose second derivatives do not vanish."""
-    return lambda *args: (function(*args).sin() * torch.linspace(1, 2, 36, dtype=torch.float64).view(2, 2, 3, 3)).sum()
-
-
 @pytest.mark.parametrize("check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])
 def test_numerical_gradients(check) -> None:
     inputs = [t.requires_grad_() for t in arguments()]
@@ -74,10 +70,7 @@ def test_the_second_derivative_is_fused_too() -> None:
 
 
 def test_func_grad() -> None:
-    args = arguments()
-    got = grad(loss(ours), argnums=(0, 1, 2, 3))(*args)
-    for mine, truth in zip(got, grad(loss(theirs), argnums=(0, 1, 2, 3))(*args)):
-        assert_close(mine, truth)
+    assert_equal_gradients(ours, theirs, arguments())
 
 
 def test_func_grad_of_some_branches() -> None:
@@ -98,33 +91,18 @@ def test_func_grad_of_some_branches() -> None:
         assert_close(mine, truth)
 
 
-MAPPED = [which for which in itertools.product([False, True], repeat=4) if any(which)]
-
-
 def mapped_id(which: tuple[bool, ...]) -> str:
     return "+".join(name for name, mapped in zip(NAMES, which) if mapped)
 
 
 @pytest.mark.parametrize("which", MAPPED, ids=mapped_id)
 def test_per_sample_gradients(which: tuple[bool, ...]) -> None:
-    batched, single = arguments(3), arguments()
-    args = [many if mapped else one for mapped, many, one in zip(which, batched, single)]
-    everything = (0, 1, 2, 3)
-    got = vmap(grad(loss(ours), everything), tuple(0 if mapped else None for mapped in which))(*args)
-    for i in range(3):
-        one = [arg[i] if mapped else arg for mapped, arg in zip(which, args)]
-        for mine, truth in zip(got, grad(loss(theirs), everything)(*one)):
-            assert_close(mine[i], truth)
+    assert_equal_per_sample_gradients(ours, theirs, which, arguments(3), arguments())
 
 
 @pytest.mark.parametrize("which", MAPPED, ids=mapped_id)
 def test_vmap_of_the_outputs(which: tuple[bool, ...]) -> None:
-    """Other dimensions than the first are mapped over, and put elsewhere in the output."""
-    batched, single = arguments(3), arguments()
-    args = [many.movedim(0, -1) if mapped else one for mapped, many, one in zip(which, batched, single)]
-    got = vmap(ours, tuple(-1 if mapped else None for mapped in which), 2)(*args)
-    each = [theirs(*(many[i] if mapped else one for mapped, many, one in zip(which, batched, single))) for i in range(3)]
-    assert_close(got, torch.stack(each, 2))
+    assert_equal_vmap(ours, theirs, which, arguments(3), arguments())
 
 
 def test_gradients_of_vmap() -> None:

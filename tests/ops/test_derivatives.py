@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from torch import Tensor
 from torch.func import functional_call, grad, jacrev, vmap
 
 from tests.ops.cases import assert_close, definition
+from tests.ops.derivatives import MAPPED, assert_equal_gradients, assert_equal_per_sample_gradients, assert_equal_vmap, loss
 from widekernel import ops
 
 ANCHORS = [(0, 3), (1, 0)]
@@ -29,11 +28,6 @@ def ours(x: Tensor, wide: Tensor, square: Tensor, bias: Tensor) -> Tensor:
 
 def theirs(x: Tensor, wide: Tensor, square: Tensor, bias: Tensor) -> Tensor:
     return definition(x, [wide, square], ANCHORS, bias)
-
-
-def loss(function):
-    """A scalar whose second derivatives do not vanish."""
-    return lambda *args: (function(*args).sin() * torch.linspace(1, 2, 36, dtype=torch.float64).view(2, 2, 3, 3)).sum()
 
 
 @pytest.mark.parametrize("backend", ["portable", "reference"])
@@ -62,14 +56,7 @@ def test_numerical_gradients_with_a_wide_kernel(layout: str) -> None:
 
 
 def test_func_grad() -> None:
-    args = arguments()
-    got = grad(loss(ours), argnums=(0, 1, 2, 3))(*args)
-    want = grad(loss(theirs), argnums=(0, 1, 2, 3))(*args)
-    for mine, truth in zip(got, want):
-        assert_close(mine, truth)
-
-
-MAPPED = [which for which in itertools.product([False, True], repeat=4) if any(which)]
+    assert_equal_gradients(ours, theirs, arguments())
 
 
 def mapped_id(which: tuple[bool, ...]) -> str:
@@ -78,27 +65,12 @@ def mapped_id(which: tuple[bool, ...]) -> str:
 
 @pytest.mark.parametrize("which", MAPPED, ids=mapped_id)
 def test_per_sample_gradients(which: tuple[bool, ...]) -> None:
-    batched, single = arguments(3), arguments()
-    args = [many if mapped else one for mapped, many, one in zip(which, batched, single)]
-    dims = tuple(0 if mapped else None for mapped in which)
-    everything = (0, 1, 2, 3)
-    got = vmap(grad(loss(ours), everything), dims)(*args)
-    for i in range(3):
-        one = [arg[i] if mapped else arg for mapped, arg in zip(which, args)]
-        for mine, truth in zip(got, grad(loss(theirs), everything)(*one)):
-            assert_close(mine[i], truth)
+    assert_equal_per_sample_gradients(ours, theirs, which, arguments(3), arguments())
 
 
 @pytest.mark.parametrize("which", MAPPED, ids=mapped_id)
 def test_vmap_of_the_outputs(which: tuple[bool, ...]) -> None:
-    """Other dimensions than the first are mapped over, and put elsewhere in the output."""
-    batched, single = arguments(3), arguments()
-    args = [many.movedim(0, -1) if mapped else one for mapped, many, one in zip(which, batched, single)]
-    got = vmap(ours, tuple(-1 if mapped else None for mapped in which), 2)(*args)
-    one_by_one = [
-        theirs(*(many[i] if mapped else one for mapped, many, one in zip(which, batched, single))) for i in range(3)
-    ]
-    assert_close(got, torch.stack(one_by_one, 2))
+    assert_equal_vmap(ours, theirs, which, arguments(3), arguments())
 
 
 @pytest.mark.parametrize("which", [(True, True), (True, False), (False, True)], ids=["both", "x", "gradient"])

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
@@ -212,3 +214,38 @@ def test_the_number_of_choices_is_limited(monkeypatch: pytest.MonkeyPatch) -> No
     for height in range(1, 8):
         ops.depthwise_sum(torch.randn(1, 3, height, 4), [K])
         assert len(dispatch.registry.choices) <= 3
+
+
+# ---- A step copies no kernels
+
+
+def kernels_of_a_step(step: Any) -> set[str]:
+    x, kernels = X.clone().requires_grad_(), [torch.randn(3, 1, *size, requires_grad=True) for size in [(3, 3), (1, 5)]]
+    step(x, kernels).backward()
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        step(x, kernels).backward()
+    return {event.key for event in profiler.key_averages()}
+
+
+def test_kernels_are_not_joined_in_a_step() -> None:
+    names = kernels_of_a_step(lambda x, kernels: ops.depthwise_sum(x, kernels).sin().sum())
+    assert "widekernel::depthwise_sum" in names
+    assert not {"aten::cat", "aten::split_with_sizes"} & names
+
+
+def test_kernels_are_not_joined_in_compiled_code() -> None:
+    graphs: list[Any] = []
+
+    def recording(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=recording, bw_compiler=recording)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, *ks: ops.depthwise_sum(x, ks).sin().sum(), backend=backend, fullgraph=True)
+    x, kernels = X.clone().requires_grad_(), [torch.randn(3, 1, *size, requires_grad=True) for size in [(3, 3), (1, 5)]]
+    compiled(x, *kernels).backward()
+    targets = [node.target for graph in graphs for node in graph.graph.nodes]
+    assert targets.count(SUM) == 2
+    assert torch.ops.aten.cat.default not in targets
+    torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""Masks, prune rates and whole sparse training runs of the official code."""
+"""Masks, prune rates and whole sparse training runs against the official code."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ import widekernel
 from tests.parity.reference import arguments, assert_close, create, manifest, official_file
 from widekernel.models.layouts.registry import layouts_of
 from widekernel.sparsity import DynamicSparsity, published_shiftwise, published_slak
-from widekernel.sparsity.allocation import erk_densities, strictly_above
-from widekernel.sparsity.config import DynamicSparsityConfig
-from widekernel.sparsity.init import snip_scores
-from widekernel.sparsity.rules import published
-from widekernel.sparsity.schedules import PUBLISHED_FLOOR, cosine
-from widekernel.sparsity.selection import choose, masked_parameters
+from widekernel.sparsity.dynamic.config import DynamicSparsityConfig
+from widekernel.sparsity.dynamic.densities import densities_above_threshold, erk_densities
+from widekernel.sparsity.dynamic.init import snip_scores
+from widekernel.sparsity.dynamic.masked_parameters import masked_parameters
+from widekernel.sparsity.dynamic.rules import published
+from widekernel.sparsity.dynamic.schedules import PUBLISHED_FLOOR, cosine
+from widekernel.sparsity.selection import select
 
 
 def read(golden: Path, name: str) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def official_names(model: nn.Module) -> dict[str, str]:
 
 
 def loaded(shared: Path, folder: Path, name: str, seed: int) -> nn.Module:
-    """Give a network in float64: which weights a threshold or a ranking parts is the same on every machine then."""
+    """Return a network in float64, so that thresholds and rankings separate the same weights on every machine."""
     model = create(manifest(shared, name))
     widekernel.load_checkpoint(model, official_file(shared, folder, name, seed))
     return model.train().double()
@@ -48,7 +49,7 @@ def labelled(seed: int, count: int, dtype: torch.dtype = torch.float64) -> tuple
     return torch.from_numpy(x).to(dtype), torch.from_numpy(rng.randint(0, 10, count))
 
 
-# -- what is masked, and how densely -----------------------------------------------------------------------------------
+# -- selection and densities -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rule", ["all", "large_kernel_only"])
@@ -56,7 +57,7 @@ def test_masked_parameters_of_slak_tiny(golden: Path, rule: str) -> None:
     case = read(golden, "dst_erk")
     model = timm.create_model("slak_tiny")
     names = official_names(model)
-    ours = {names[choice.name] for choice in choose(model, rule) if choice.masked}
+    ours = {names[choice.name] for choice in select(model, rule) if choice.masked}
     theirs = case["masked_names_slak_tiny" if rule == "all" else "masked_names_slak_tiny_only_L"]
     assert ours == set(theirs)
 
@@ -73,7 +74,7 @@ def test_erk_densities(golden: Path, number: int) -> None:
     assert ours.keys() == case["densities"].keys()
     assert max(abs(ours[name] - density) for name, density in case["densities"].items()) <= 1e-12
     assert {name for name, density in ours.items() if density == 1} == set(case["fully_dense"])
-    # exact counts: the whole network meets the sparsity to the weight
+    # Exact counts: the whole network has the sparsity to the weight.
     total = sum(mask.numel() for mask in controller.masks.values())
     assert controller.active() == round(total * case["density"])
 
@@ -81,7 +82,7 @@ def test_erk_densities(golden: Path, number: int) -> None:
 def test_erk_of_shapes_alone(golden: Path) -> None:
     case = read(golden, "dst_erk")["models"][3]
     model = timm.create_model(case["model"], **arguments("SLaK", case["kwargs"]))
-    shapes = {choice.name: choice.shape for choice in choose(model, "all") if choice.masked}
+    shapes = {choice.name: choice.shape for choice in select(model, "all") if choice.masked}
     found = erk_densities(shapes, case["density"])
     total = sum(np.prod(shape) for shape in shapes.values())
     assert sum(found[name] * np.prod(shape) for name, shape in shapes.items()) == pytest.approx(case["density"] * total)
@@ -97,7 +98,7 @@ def test_snip_densities(shared: Path, golden: Path, tmp_path: Path, number: int)
     controller = DynamicSparsity(model, torch.optim.SGD(model.parameters(), 0.1), config, batch=labelled(case["seed"], 8))
     names = official_names(model)
     ours = {names[name]: density for name, density in controller.densities().items()}
-    # almost dense layers lose their mask, as officially, once it is drawn
+    # Almost dense layers lose their mask once it is drawn, as officially.
     assert set(result["sparsities"]) - set(ours) <= {n for n, s in result["sparsities"].items() if s < 0.03}
     assert len(ours) >= len(result["sparsities"]) - 3
     for name, density in ours.items():
@@ -108,11 +109,11 @@ def test_snip_densities(shared: Path, golden: Path, tmp_path: Path, number: int)
 
 @pytest.mark.parametrize("number", range(3))
 def test_snip_in_single_precision(shared: Path, golden: Path, tmp_path: Path, number: int) -> None:
-    """A weight is on another side of the threshold only if its score is within rounding of it, and as many are kept."""
+    """A weight is on the other side of the threshold only if its score is within rounding of it; as many are kept."""
     case = read(golden, "dst_snip")
     result = case["results"][number]
     model = loaded(shared, tmp_path, case["manifest"], case["seed"])
-    parameters, names = masked_parameters(model, choose(model, "all")), official_names(model)
+    parameters, names = masked_parameters(model, select(model, "all")), official_names(model)
     batches = [labelled(case["seed"], 8, dtype) for dtype in (torch.float64, torch.float32)]
     exact = snip_scores(model, parameters, batches[0], nn.functional.cross_entropy)
     single = snip_scores(model.float(), parameters, batches[1], nn.functional.cross_entropy)
@@ -121,11 +122,13 @@ def test_snip_in_single_precision(shared: Path, golden: Path, tmp_path: Path, nu
     kept = int(every.numel() * result["density"])
     threshold = every.kthvalue(every.numel() - kept + 1).values
     distance, error = (every - threshold).abs(), (every - torch.cat([score.flatten() for score in single.values()])).abs()
-    rounding = (
-        4 * error[distance < 0.01 * threshold].max()
-    )  # errors of the weights that may change sides, and of the threshold
+    # The errors of the weights that may change sides, and of the threshold.
+    rounding = 4 * error[distance < 0.01 * threshold].max()
     assert rounding < 1e-3 * threshold
-    counts = {name: round(share * exact[name].numel()) for name, share in strictly_above(single, result["density"]).items()}
+    counts = {
+        name: round(share * exact[name].numel())
+        for name, share in densities_above_threshold(single, result["density"]).items()
+    }
     assert sum(counts.values()) == kept - 1
     for name, count in counts.items():
         near = int(((exact[name] - threshold).abs() <= rounding).sum())
@@ -149,7 +152,7 @@ def test_coarse_snip_densities(shared: Path, golden: Path, tmp_path: Path, numbe
 
 
 def test_coarse_masks(shared: Path, golden: Path, tmp_path: Path) -> None:
-    """The same tensors are masked, tile by tile; the tile sets share their mask from the start (officially after a step)."""
+    """The same tensors are masked, tile by tile; tile sets share their mask from the start (officially after one step)."""
     case = read(golden, "dst_coarse_init")
     model = create(manifest(shared, "shiftwise_v2_mini")).double()
     config = published_shiftwise(0.3)
@@ -164,7 +167,7 @@ def test_coarse_masks(shared: Path, golden: Path, tmp_path: Path) -> None:
         assert torch.equal(masks[name], masks[name.replace("LoRAs.1", "LoRAs.0")])
         first = name.replace("LoRAs.1", "LoRAs.0")
         assert case["masked_kernels"][name] == case["masked_kernels"][first]
-        # documented difference: there the second set is not yet masked
+        # Documented difference: officially the second set is not masked yet.
         if "LoRAs.1" in name:
             assert case["zero_kernels_in_weights_right_after_init"][name] == 0
         weight = dict(model.named_parameters())[next(ours for ours, theirs in names.items() if theirs == name)]
@@ -194,7 +197,7 @@ def test_prune_and_grow(golden: Path) -> None:
         alive, removed = published.prune([weight.abs()], [mask], case["prune_rate"])
         assert removed == case["removed"], name
         if case["growth"] == "random":
-            grown = published.grow_where(alive, removed, given["u"].flatten())
+            grown = published.grow_at_random(alive, removed, given["u"].flatten())
         else:
             parameter = nn.Parameter(given["w"])
             optimizer = torch.optim.SGD([parameter], 0.1)
@@ -215,12 +218,12 @@ def test_coarse_prune_and_grow(golden: Path) -> None:
     for case in cases:
         name, branches = case["name"], range(case["branches"])
         given = [{k: torch.from_numpy(arrays[f"{name}.{k}{b}"]) for k in ("w", "mask", "u")} for b in branches]
-        sums = [branch["w"].double().abs().flatten(1).sum(1) for branch in given]  # in whatever order they are added up
+        sums = [branch["w"].double().abs().flatten(1).sum(1) for branch in given]  # in any order of summation
         masks = [branch["mask"].flatten().bool() for branch in given]
         parts = [list(branches)] if case["aligned_step"] else [[branch] for branch in branches]
         for part in parts:
             alive, removed = published.prune([sums[b] for b in part], [masks[b] for b in part], case["prune_rate"])
-            grown = published.grow_where(alive, removed, given[part[0]]["u"].flatten())
+            grown = published.grow_at_random(alive, removed, given[part[0]]["u"].flatten())
             for b in part:
                 new = torch.from_numpy(arrays[f"{name}.new_mask{b}"]).flatten().bool()
                 assert torch.equal(grown, new), (name, b)
@@ -274,7 +277,7 @@ def test_training_loop(shared: Path, golden: Path, tmp_path: Path, name: str) ->
         total_steps=case["T_max"],
     )
     average = Average(model, case["ema_decay"])
-    # the masks are applied to the weights before the average is copied
+    # The masks are applied to the weights before the average is copied.
     with torch.no_grad():
         for key, parameter in average.module.named_parameters():
             if key in masks:

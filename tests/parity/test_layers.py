@@ -13,9 +13,9 @@ from torch import nn
 from tests.parity.reference import assert_close, weights
 from widekernel import ops
 from widekernel.layers import LargeKernel, SharedStrips, ShiftTiles
+from widekernel.layers.tile_tables import draw_tables
 from widekernel.layers.tiles import (
     cut_into_tiles,
-    draw_tables,
     tall_strip,
     tile_convolution_padding,
     wide_strip,

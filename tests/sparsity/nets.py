@@ -1,4 +1,4 @@
-"""Small networks with every kind of layer that masks meet, and a few steps of training."""
+"""Small networks with every kind of layer that can be masked, and a few steps of training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": lambda parameters: torch.optim.AdamW(parameters, 1e-2, weight_decay=0.05),
     "nadam": lambda parameters: torch.optim.NAdam(parameters, 1e-2),
     "radam": lambda parameters: torch.optim.RAdam(parameters, 1e-2),
-    # Not among those that keep zeros by themselves: a factored second moment.
+    # Its factored second moment does not keep zeros.
     "adafactor": lambda parameters: torch.optim.Adafactor(parameters, 1e-2),
 }
 
@@ -68,7 +68,7 @@ def controlled(
 
 
 def states_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> list[Tensor]:
-    """Give the optimizer's tensors that have one entry a weight."""
+    """Return the optimizer's tensors that have one entry per weight."""
     found = optimizer.state.get(parameter, {}).values()
     return [value for value in found if isinstance(value, Tensor) and value.shape == parameter.shape]
 
@@ -86,15 +86,15 @@ def same(left: dict, right: dict) -> bool:
 
 
 def check_same_network(ours: nn.Module, theirs: nn.Module, x: Tensor) -> None:
-    """Raise unless two networks in evaluation have weights and buffers that are equal to the bit, and compute the same.
+    """Raise unless two networks in evaluation mode have bit-identical weights and buffers and equal outputs.
 
-    Weights may lie in another memory order, for which there are other kernels, so outputs are compared in float64, where
-    these differ by nothing but a rounding of 1e-16.
+    Weights may have another memory order, for which other kernels are used. So outputs are compared in float64, in which the
+    kernels differ by a rounding of 1e-16 only.
 
     Args:
-        ours: of plain weights.
-        theirs: with weights of the same names, plain or parametrised.
-        x: what both take.
+        ours: with plain weights.
+        theirs: with weights of the same names, plain or parametrized.
+        x: input of both.
     """
     ours, theirs = copy.deepcopy(ours).eval(), copy.deepcopy(theirs).eval()
     names = [name for name, _ in (*ours.named_parameters(), *ours.named_buffers())]

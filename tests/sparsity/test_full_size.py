@@ -16,7 +16,7 @@ pytestmark = pytest.mark.full
 
 @pytest.mark.parametrize("rule", ["exact", "published"])
 def test_slak_tiny_at_forty_percent(rule: str) -> None:
-    """Published after SNIP at 40 %: 30 M parameters and 5.0 G multiply-accumulates, which are non-zero ones."""
+    """Published after SNIP at 40 %: 30 M nonzero parameters and 5.0 G nonzero multiply-accumulates."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = timm.create_model("slak_tiny").train()
@@ -30,15 +30,15 @@ def test_slak_tiny_at_forty_percent(rule: str) -> None:
     assert counted.dense.macs == pytest.approx(8.70e9, rel=1e-3)
     assert 30.4e6 <= counted.nonzero.params <= 30.6e6
     assert 4.9e9 <= counted.nonzero.macs <= 5.0e9
-    # single zeros are computed all the same
+    # Single zeros save no computation.
     assert counted.realised.macs == counted.folded.macs > 8.6e9
     assert json.loads(json.dumps(counted.to_dict()))["nonzero"]["macs"] == counted.nonzero.macs
     if rule == "exact":
         assert controller.active() == round(0.6 * sum(mask.numel() for mask in controller.masks.values()))
 
 
-def test_slak_tiny_with_dead_channels() -> None:
-    """What is dead as a whole is not computed."""
+def test_slak_tiny_with_pruned_channels() -> None:
+    """Channels that are pruned as a whole are not computed."""
     model = timm.create_model("slak_tiny").train()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     config = DynamicSparsityConfig(sparsity=0.5, init="magnitude", block="channel", layers="large_kernel_only")

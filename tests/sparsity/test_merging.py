@@ -48,7 +48,7 @@ def sources(draw: st.DrawFn) -> KernelSource:
 
 @st.composite
 def masked_layers(draw: st.DrawFn) -> tuple[LargeKernel, dict[str, Tensor]]:
-    """A layer, and masks of single weights, tiles or whole channels for some or all of its parameters, applied."""
+    """Draw a masked layer, and masks of single weights, tiles or whole channels for some or all of its parameters."""
     torch.manual_seed(draw(st.integers(0, 2**20)))
     source = draw(sources())
     norms = [nn.BatchNorm2d(source.channels) for _ in range(source.num_branches)] if draw(st.booleans()) else None
@@ -68,7 +68,7 @@ def masked_layers(draw: st.DrawFn) -> tuple[LargeKernel, dict[str, Tensor]]:
 
 @given(masked_layers())
 @settings(max_examples=150, deadline=None)
-def test_folding_makes_no_weight_outside_of_the_masks(masked: tuple[LargeKernel, dict[str, Tensor]]) -> None:
+def test_folding_adds_no_weight_outside_the_masks(masked: tuple[LargeKernel, dict[str, Tensor]]) -> None:
     layer, masks = masked
     assert not any(rect.kernel.any() for rect in taps_outside(layer, masks))
     check_merged_support(layer, masks)
@@ -76,8 +76,8 @@ def test_folding_makes_no_weight_outside_of_the_masks(masked: tuple[LargeKernel,
 
 @given(masked_layers())
 @settings(max_examples=100, deadline=None)
-def test_the_union_is_no_larger_than_it_has_to_be(masked: tuple[LargeKernel, dict[str, Tensor]]) -> None:
-    """Where nothing cancels out, every tap of the union is in the folded kernel."""
+def test_the_union_is_as_small_as_possible(masked: tuple[LargeKernel, dict[str, Tensor]]) -> None:
+    """If nothing cancels out, every tap of the union is nonzero in the folded kernel."""
     layer, masks = masked
     layer.identity = False
     for norm in layer.norms:
@@ -89,8 +89,8 @@ def test_the_union_is_no_larger_than_it_has_to_be(masked: tuple[LargeKernel, dic
         assert torch.equal(rect.kernel, folded.kernel != 0)
 
 
-def test_by_hand() -> None:
-    """Crossed strips and a square, which the first of them takes in."""
+def test_a_union_computed_by_hand() -> None:
+    """Crossed strips and a square that the first strip absorbs."""
     layer = LargeKernel(Rectangles(1, [(5, 3), (3, 5), (3, 3)]))
     masks = {
         f"source.kernels.{i}": torch.zeros(1, 1, *size, dtype=torch.bool) for i, size in enumerate(((5, 3), (3, 5), (3, 3)))
@@ -103,13 +103,13 @@ def test_by_hand() -> None:
     assert not wide.kernel.any()
 
 
-def test_what_is_not_masked_is_alive() -> None:
+def test_parameters_without_masks_are_live() -> None:
     (rect,) = merged_support(LargeKernel(Rectangles(2, [(5, 5), (3, 3)])), {})
     assert rect.kernel.dtype == torch.bool
     assert bool(rect.kernel.all())
 
 
-def test_the_identity_is_excepted_and_nothing_beside_it() -> None:
+def test_only_the_identity_is_excluded() -> None:
     layer = LargeKernel(Rectangles(2, [(5, 5)]), identity=True)
     masks = {"source.kernels.0": torch.zeros(2, 1, 5, 5, dtype=torch.bool)}
     with torch.no_grad():
@@ -122,7 +122,7 @@ def test_the_identity_is_excepted_and_nothing_beside_it() -> None:
     assert outside.kernel.nonzero().tolist() == [[1, 0, 0, 4]]
 
 
-def test_a_network() -> None:
+def test_a_network_is_checked_by_layer() -> None:
     model = alive("slak_nano")
     masks = {name: torch.rand(p.shape) < 0.5 for name, p in model.named_parameters() if p.dim() > 1}
     with pytest.raises(ArgumentError, match=r"stages.0.blocks.0.mixer: \d+ taps of the folded 31x3 kernel .* multiply the"):
@@ -133,7 +133,7 @@ def test_a_network() -> None:
     check_merged_support(model, masks)
 
 
-def test_the_message_names_the_place() -> None:
+def test_the_message_names_the_tap() -> None:
     layer = LargeKernel(Rectangles(2, [(5, 3)]))
     masks = {"source.kernels.0": torch.ones(2, 1, 5, 3, dtype=torch.bool)}
     masks["source.kernels.0"][1, 0, 0, 2] = False
@@ -144,7 +144,7 @@ def test_the_message_names_the_place() -> None:
 @given(st.lists(st.tuples(_odd(1, 9), _odd(1, 9)), min_size=1, max_size=4), st.integers(0, 2**20))
 @settings(max_examples=80, deadline=None)
 def test_shared_masks(sizes: list[tuple[int, int]], seed: int) -> None:
-    """The branches grow, the merged kernel does not; and sharing again changes nothing."""
+    """Branches become denser, the merged kernel does not, and sharing again changes nothing."""
     torch.manual_seed(seed)
     layer = LargeKernel(Rectangles(2, sizes))
     masks = {f"source.kernels.{i}": torch.rand(2, 1, *size) < 0.4 for i, size in enumerate(sizes)}
@@ -155,7 +155,7 @@ def test_shared_masks(sizes: list[tuple[int, int]], seed: int) -> None:
     assert all(torch.equal(again[name], shared[name]) for name in shared)
 
     def offsets(some: dict[str, Tensor]) -> set[tuple[int, ...]]:
-        """Live taps by their distance from the output pixel, of all rectangles together."""
+        """Return the live taps of all rectangles by their distance from the output pixel."""
         return {
             (channel, row - rect.anchor[0], column - rect.anchor[1])
             for rect in merged_support(layer, some)
@@ -169,7 +169,7 @@ def test_shared_masks(sizes: list[tuple[int, int]], seed: int) -> None:
         assert own == {(c, r, k) for c, r, k in live if abs(r) <= kh // 2 and abs(k) <= kw // 2}
 
 
-def test_a_prefix_picks_the_layer() -> None:
+def test_a_prefix_selects_the_layer() -> None:
     model = alive("slak_nano")
     mixer = model.stages[1].blocks[0].mixer
     prefix = "stages.1.blocks.0.mixer."
@@ -191,7 +191,7 @@ def test_a_prefix_picks_the_layer() -> None:
         ("source.kernels.0", torch.ones(2, 1, 5, 3) > 0, r"of the shape of the parameter, \(2, 1, 5, 5\)"),
     ],
 )
-def test_masks_of_something_else(name: str, mask: Tensor, message: str) -> None:
+def test_masks_that_do_not_fit_the_layer(name: str, mask: Tensor, message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         merged_support(LargeKernel(Rectangles(2, [(5, 5)])), {name: mask})
 

@@ -1,4 +1,4 @@
-"""Sparse training: masks in training states, resumed bit for bit, and the files that a run writes."""
+"""Sparse training by the loop: masks in training states, exact resumption, and the files of a run."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from widekernel.tasks.config import ModelConfig, TrainConfig
 from widekernel.training import CheckpointConfig, EmaConfig, LoopConfig, RunFolder, RunFolderError, ScheduleConfig
 from widekernel.training.config import SparsityConfig
 from widekernel.training.metrics_log import read_metrics
+from widekernel.training.sparsification import restore_learned
 
 
 def dynamic(**settings) -> SparsityConfig:
@@ -26,11 +27,11 @@ def dynamic(**settings) -> SparsityConfig:
 
 def learned() -> SparsityConfig:
     settings = SemiStructuredConfig(method="learned", min_in_channels=4, min_out_channels=1)
-    return SparsityConfig("2:4", semi_structured=settings)
+    return SparsityConfig("semi_structured", semi_structured=settings)
 
 
 def settings_of(kind: str, accumulate: int) -> dict:
-    """Return settings of 30 to 35 steps under bf16 autocast."""
+    """Return settings of a run of 30 to 36 steps under bf16 autocast."""
     batch = 4 if accumulate == 1 else 2
     per_epoch = 42 // batch // accumulate
     return {
@@ -43,16 +44,16 @@ def settings_of(kind: str, accumulate: int) -> dict:
 
 
 def config_of(folder, kind: str, accumulate: int) -> TrainConfig:
-    # the tiny network is built by the tests, so that a file to start from is only named
+    # The tests build the tiny network themselves, so the file to start from need not exist.
     return make_config(folder, model=ModelConfig(weights="given"), **settings_of(kind, accumulate))
 
 
-CASES = [("dynamic", 1), ("dynamic", 3), ("2:4", 1)]
+CASES = [("dynamic", 1), ("dynamic", 3), ("semi_structured", 1)]
 
 
 @pytest.mark.parametrize(("kind", "accumulate"), CASES, ids=lambda value: str(value))
-def test_a_sparse_run_interrupted_at_any_step_resumes_exactly(kind: str, accumulate: int, tmp_path) -> None:
-    """The run dies after every single step and is resumed by a new trainer."""
+def test_resuming_after_every_step_is_exact(kind: str, accumulate: int, tmp_path) -> None:
+    """The run stops after every single step and is resumed by a new trainer."""
     whole = make_trainer(config_of(tmp_path / "whole", kind, accumulate))
     whole.run()
     assert whole.progress.step >= 30
@@ -60,7 +61,7 @@ def test_a_sparse_run_interrupted_at_any_step_resumes_exactly(kind: str, accumul
     for step in range(1, whole.progress.step + 1):
         with pytest.raises(Killed):
             make_trainer(config, reporter=KillAt(step)).run()
-        # saved one step earlier; that step is repeated
+        # The state is that of the step before; the last step is repeated.
         newest = make_trainer(config).store.load_latest()
         assert (newest["progress"]["step"] if newest else 0) == step - 1
         resumed = make_trainer(config, reporter=KillAt(step + 1))
@@ -75,7 +76,7 @@ def test_a_sparse_run_interrupted_at_any_step_resumes_exactly(kind: str, accumul
     assert read_metrics(last.context.folder.metrics) == read_metrics(whole.context.folder.metrics)
 
 
-def test_what_a_sparse_step_does(tmp_path) -> None:
+def test_masks_hold_and_move_during_a_run(tmp_path) -> None:
     trainer = make_trainer(config_of(tmp_path, "dynamic", 3))
     trainer.run()
     controller = trainer.sparsity.controller
@@ -92,7 +93,7 @@ def test_what_a_sparse_step_does(tmp_path) -> None:
 
 
 def test_learned_masks_leave_the_weights_and_move_the_logits(tmp_path) -> None:
-    trainer = make_trainer(config_of(tmp_path, "2:4", 1))
+    trainer = make_trainer(config_of(tmp_path, "semi_structured", 1))
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     trainer.run()
     after = trainer.model.state_dict()
@@ -105,7 +106,7 @@ def test_learned_masks_leave_the_weights_and_move_the_logits(tmp_path) -> None:
     assert read_metrics(trainer.context.folder.metrics)[-1]["mask_entropy"] > 0
 
 
-def test_a_run_cannot_change_its_kind_of_sparsity(tmp_path) -> None:
+def test_a_run_cannot_change_its_sparsity(tmp_path) -> None:
     config = config_of(tmp_path, "dynamic", 3)
     with pytest.raises(Killed):
         make_trainer(config, reporter=KillAt(3)).run()
@@ -132,6 +133,29 @@ def test_runs_from_before_sparsity_resume(tmp_path) -> None:
     resumed.load_state(state)
 
 
+def test_runs_of_version_0_4_resume(tmp_path) -> None:
+    """They call semi-structured sparsity 2:4, in the settings and in the training states."""
+    config = config_of(tmp_path / "old", "semi_structured", 1)
+    with pytest.raises(Killed):
+        make_trainer(config, reporter=KillAt(3)).run()
+    file = RunFolder(tmp_path / "old").config
+    text = file.read_text()
+    assert text.count("method: semi_structured") == 1
+    file.write_text(text.replace("method: semi_structured", "method: '2:4'"))
+    resumed = make_trainer(config)
+    state = resumed.store.load_latest()
+    assert state["sparsity"]["kind"] == "semi_structured"
+    state["sparsity"]["kind"] = "2:4"
+    resumed.load_state(state)
+    assert resumed.progress.step == 2
+    settings = config.to_dict()
+    old = {**settings, "sparsity": {**settings["sparsity"], "method": "2:4"}}
+    for other in (old, settings):
+        RunFolder(tmp_path / "old").check_own({"settings": old}, other)
+    plain = restore_learned(TinyNet(), state["model"], state["sparsity"])
+    assert list(plain.state_dict()) == list(TinyNet().state_dict())
+
+
 def test_masks_from_a_file(tmp_path) -> None:
     first = make_trainer(config_of(tmp_path / "a", "dynamic", 3))
     first.run()
@@ -146,13 +170,13 @@ def test_masks_from_a_file(tmp_path) -> None:
         make_trainer(replace(config_of(tmp_path / "c", "dynamic", 3), sparsity=missing))
 
 
-def test_conflicting_settings_are_refused(tmp_path) -> None:
-    with pytest.raises(ConfigError, match="it must be one of 'none', 'dynamic', '2:4'"):
+def test_settings_that_contradict_each_other(tmp_path) -> None:
+    with pytest.raises(ConfigError, match="none, dynamic or semi_structured"):
         SparsityConfig("dynamics")
     with pytest.raises(ConfigError, match="use method dynamic"):
         SparsityConfig(masks="x")
     with pytest.raises(ConfigError, match="needs no training"):
-        SparsityConfig("2:4", semi_structured=SemiStructuredConfig())
+        SparsityConfig("semi_structured", semi_structured=SemiStructuredConfig())
     with pytest.raises(ConfigError, match="learns masks over trained weights"):
         TrainConfig(sparsity=learned())
     with pytest.raises(ConfigError, match=r"ema\.decay is 0\.9, but learned 2:4 masks"):
@@ -161,7 +185,7 @@ def test_conflicting_settings_are_refused(tmp_path) -> None:
         make_trainer(replace(config_of(tmp_path, "dynamic", 1), sparsity=dynamic(layers=["nothing*"])))
 
 
-def test_what_a_run_states_about_sparsity(tmp_path) -> None:
+def test_sparsity_settings_that_a_run_saves(tmp_path) -> None:
     dense = make_config(tmp_path).to_dict()
     assert dense["sparsity"] == {"method": "none"}
     assert set(make_config(tmp_path, sparsity=dynamic()).to_dict()["sparsity"]) == {"method", "dynamic", "masks"}

@@ -166,7 +166,7 @@ def test_a_bare_layer_on_some_channels() -> None:
     assert_close(folded(x), bare(x))
 
 
-def test_a_network_of_ones_own() -> None:
+def test_a_users_own_network() -> None:
     model = randomised(
         nn.Sequential(
             ConvNorm(nn.Conv2d(3, C, 3, padding=1, bias=False), nn.BatchNorm2d(C), nn.GELU()),
@@ -183,7 +183,7 @@ def test_a_network_of_ones_own() -> None:
 
 
 @pytest.mark.parametrize("name", ["replknet_nano", "slak_nano", "shiftwise_nano", "roadmap_08_gelu"])
-def test_synchronised_batch_norms(name: str) -> None:
+def test_synchronized_batch_norms(name: str) -> None:
     model = network(name)
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
     assert count(converted, nn.SyncBatchNorm)

@@ -1,4 +1,4 @@
-"""Folding what users make of networks: parametrised, frozen, shared and replaced parts."""
+"""Folding what users make of networks: parametrized, frozen, shared and replaced parts."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def folded_alike(model: nn.Module, x: Tensor) -> nn.Module:
     return folded
 
 
-# ---- Parametrised layers
+# ---- Parametrized layers
 
 
 class Mask(nn.Module):
@@ -64,7 +64,7 @@ def masked(layer: nn.Module) -> None:
 def weight_normed(layer: nn.Module) -> None:
     parametrizations.weight_norm(layer)
     with torch.no_grad():
-        layer.parametrizations.weight.original0.mul_(1.5)  # or the parametrisation would change nothing
+        layer.parametrizations.weight.original0.mul_(1.5)  # otherwise the parametrization would change nothing
 
 
 PARTS = {
@@ -77,7 +77,7 @@ PARTS = {
 
 @pytest.mark.parametrize("how", [masked, weight_normed], ids=["mask", "weight_norm"])
 @pytest.mark.parametrize("name", PARTS)
-def test_parametrised_layers(name: str, how: Any) -> None:
+def test_parametrized_layers(name: str, how: Any) -> None:
     model, (part, kind) = network(name), PARTS[name]
     before = model(x := pictures())
     where = [f"{name}.{part}" for name, block in model.named_modules() if hasattr(block, part.split(".")[0])]
@@ -92,7 +92,7 @@ def test_parametrised_layers(name: str, how: Any) -> None:
     assert not any(parametrize.is_parametrized(module) for module in folded.modules())
 
 
-def test_parametrised_kernels() -> None:
+def test_parametrized_kernels() -> None:
     layer = randomised(LargeKernel(Rectangles(C, [(5, 5)]), [nn.BatchNorm2d(C)]))
     like = layer.source.kernels[0]
     parametrize.register_parametrization(layer.source.kernels, "0", Mask(like))
@@ -103,7 +103,7 @@ def test_parametrised_kernels() -> None:
 # ---- Norms and convolutions that are more than their name says
 
 
-def test_a_norm_with_an_activation_is_no_norm() -> None:
+def test_a_norm_with_an_activation_is_not_folded() -> None:
     block = randomised(ConvNorm(nn.Conv2d(C, C, 3, padding=1), BatchNormAct2d(C)))
     assert not block.foldable()
     folded = folded_alike(block, image())
@@ -203,7 +203,7 @@ def test_a_frozen_network_stays_frozen(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["slak_nano", "shiftwise_nano", "roadmap_nano"])
 def test_two_blocks_that_share_their_mlp(name: str) -> None:
-    """Each block puts its own layer scale into what was one layer."""
+    """Each block folds its own layer scale into a layer that both shared."""
     model = network(name, depths=(1, 1, 2, 1))
     first, second = model.stages[2].blocks
     second.mlp = first.mlp
@@ -219,7 +219,7 @@ def test_two_blocks_that_share_their_mlp(name: str) -> None:
 # ---- Weights of folded layers
 
 
-def test_kernels_that_sit_elsewhere_are_refused() -> None:
+def test_kernels_with_other_anchors_are_refused() -> None:
     """Strips of 3 x 12 taps may stand for 11, 10 or 12 of them, anchored at different ones."""
 
     def folded(anchor: int) -> FoldedLargeKernel:

@@ -28,7 +28,7 @@ HOW = {
     ),
     "weight_norm": weight_norm,
     "spectral_norm": spectral_norm,
-    "parametrised_spectral_norm": parametrizations.spectral_norm,
+    "parametrized_spectral_norm": parametrizations.spectral_norm,
 }
 
 
@@ -92,7 +92,7 @@ def test_pruned_kernels() -> None:
         widekernel.fold(model)
 
 
-def test_reparameterize_model_settles_them_too() -> None:
+def test_reparameterize_model_makes_them_permanent_too() -> None:
     model, _ = _altered("slak_nano", HOW["pruned"])
     x = _images()
     with torch.no_grad():
@@ -114,7 +114,7 @@ def test_files_of_pruned_networks(tmp_path: Path) -> None:
     assert_same_state(other.state_dict(), model.state_dict())
 
 
-def test_files_of_parametrised_networks_say_what_to_do(tmp_path: Path) -> None:
+def test_files_of_parametrized_networks_say_what_to_do(tmp_path: Path) -> None:
     model = alive("slak_nano")
     parametrizations.weight_norm(model.stages[0].blocks[0].mlp.fc1)
     torch.save({"model": model.state_dict()}, tmp_path / "a.pth")

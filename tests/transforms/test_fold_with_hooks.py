@@ -82,7 +82,7 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "place", "way"), CASES)
 @torch.no_grad()
-def test_what_was_put_on_a_layer_stays_in_force(name: str, place: str, way: str) -> None:
+def test_hooks_and_replaced_methods_stay_in_effect(name: str, place: str, way: str) -> None:
     model, x = network(name), pictures()
     before = model(x)
     WAYS[way](model.get_submodule(f"{BLOCK}.{place}"))
@@ -104,7 +104,7 @@ def test_what_was_put_on_a_layer_stays_in_force(name: str, place: str, way: str)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("place", ["act", "pw1.act", "large_kernel"])
 @torch.no_grad()
-def test_what_was_put_on_a_folded_network_stays_in_force(place: str, way: str) -> None:
+def test_hooks_and_replaced_methods_of_folded_networks_stay_in_effect(place: str, way: str) -> None:
     """The rectifier is not computed within the large kernel where somebody waits for either."""
     model, x = network("replknet_nano"), pictures()
     folded = widekernel.fold(model)
@@ -117,7 +117,7 @@ def test_what_was_put_on_a_folded_network_stays_in_force(place: str, way: str) -
 
 
 @pytest.mark.parametrize("place", ["mixer", "mixer.norms.0", "mlp.fc2"])
-def test_backward_hooks_go_on_firing(place: str) -> None:
+def test_backward_hooks_keep_firing(place: str) -> None:
     model, calls = network("slak_nano"), []
     model.get_submodule(f"{BLOCK}.{place}").register_full_backward_hook(lambda *args: calls.append(1))
     with pytest.warns(UserWarning, match=rf"{BLOCK}.* has a backward hook"):
@@ -126,7 +126,7 @@ def test_backward_hooks_go_on_firing(place: str) -> None:
     assert calls == [1]
 
 
-def test_hooks_on_blocks_and_networks_do_not_hinder() -> None:
+def test_hooks_on_blocks_and_networks_do_not_prevent_folding() -> None:
     model, seen = network("slak_nano"), []
     for part in (model, model.get_submodule(BLOCK), model.get_submodule(f"{BLOCK}.mlp.fc1")):
         part.register_forward_hook(lambda module, args, output: seen.append(type(module).__name__))
@@ -149,7 +149,7 @@ def test_a_block_whose_forward_was_replaced_keeps_its_layer_scale() -> None:
     assert_close(folded(x), model(x), 1e-9)
 
 
-def test_hooks_that_only_compute_weights_do_not_hinder() -> None:
+def test_hooks_that_only_compute_weights_do_not_prevent_folding() -> None:
     model = network("replknet_nano")
     block = model.get_submodule(BLOCK)
     nn.utils.weight_norm(block.pw1.conv)
@@ -170,11 +170,11 @@ class Doubled(nn.Module):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", ["slak_nano", "shiftwise_nano"])
 @torch.no_grad()
-def test_a_parametrised_layer_scale_is_kept_and_named(name: str, form: str) -> None:
+def test_a_parametrized_layer_scale_is_kept_and_named(name: str, form: str) -> None:
     model, x = network(name), pictures()
     parametrize.register_parametrization(model.get_submodule(BLOCK), "gamma", Doubled())
     called = "the layer" if form == "reparameterize" else BLOCK
-    text = rf"{called} \(gamma is parametrised: call .*remove_parametrizations\(block, 'gamma'\)"
+    text = rf"{called} \(gamma is parametrized: call .*remove_parametrizations\(block, 'gamma'\)"
     with pytest.warns(UserWarning, match=text):
         folded = FORMS[form](model)
     assert_close(folded(x), model(x), 1e-9)
@@ -245,7 +245,7 @@ def test_a_frozen_backbone_stays_frozen(name: str, form: str) -> None:
     assert found == {"head.fc.weight", "head.fc.bias"}
 
 
-def test_what_is_made_of_something_trained_is_trained() -> None:
+def test_results_of_trained_parameters_are_trained() -> None:
     model: Any = network("replknet_nano").requires_grad_(False)
     block = model.get_submodule(BLOCK)
     block.pw2.bn.bias.requires_grad_(True)
@@ -263,7 +263,7 @@ def test_plain_rectifiers() -> None:
     assert not is_plain_relu(act)
 
 
-def test_channels_with_a_hook_fold_what_they_hold() -> None:
+def test_partial_channels_with_a_hook_fold_their_layer() -> None:
     model = network("shiftwise_v1_nano")
     output_hook(model.get_submodule(f"{BLOCK}.mixer"))
     with pytest.warns(UserWarning, match="PartialChannels"):

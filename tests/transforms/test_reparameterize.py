@@ -1,4 +1,4 @@
-"""timm's way of merging: `reparameterize_model` does what `fold` does."""
+"""timm's `reparameterize_model` does what `fold` does."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_modes_and_frozen_parameters_stay() -> None:
     assert not any(parameter.requires_grad for parameter in merged.parameters())
 
 
-def test_an_isotropic_network_without_layer_scale_stays_what_it_is(tmp_path: Any) -> None:
+def test_an_isotropic_network_without_layer_scale_is_unchanged(tmp_path: Any) -> None:
     """Nothing in it is folded, so that it has its official form still."""
     model = widekernel.fold(alive("convnext_isotropic_nano"))
     path = widekernel.save_checkpoint(model, tmp_path / "a.pth", layout="official")

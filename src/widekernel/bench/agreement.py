@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from widekernel.bench.checking import check_agreement
 from widekernel.bench.errors import BenchmarkError
 from widekernel.bench.variants import PYTORCH, PYTORCH_FOLDED, TRAIN, Variant
-from widekernel.transforms.to_torch import on_pytorch, ours_in
+from widekernel.transforms.to_torch import operator_layers, to_torch
 
 TOLERANCE = 1e-3
 """Largest difference of outputs allowed, relative to the largest number."""
@@ -70,10 +70,10 @@ def check_variants(name: str, variants: Sequence[Variant], mode: str, target: Te
 @torch.no_grad()
 def _check_layers(name: str, variant: Variant) -> None:
     """Compare every layer that runs on our operator with the same layer on PyTorch's convolutions."""
-    layers = ours_in(variant.network)
+    layers = operator_layers(variant.network)
     if not layers:
         return
-    got, wanted = (_layer_outputs(net, layers, variant.images) for net in (variant.network, on_pytorch(variant.network)))
+    got, wanted = (_layer_outputs(net, layers, variant.images) for net in (variant.network, to_torch(variant.network)))
     for layer, (output, rectified) in got.items():
         theirs, _ = wanted[layer]
         # Our layer may apply the activation that follows it in the other network.

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+_INPUT_GRADIENT = (
+    "The input gradient of ours includes flipping the kernel. PyTorch's gradients are `aten.convolution_backward`, with "
+    "one of them requested at a time."
+)
 OPERATOR_NOTES: tuple[str, ...] = (
     "Times are medians of calls made in turns with the other implementations, on the same numbers, in float32; ± is "
     "half the interquartile range. A number in parentheses is the number of calls, if there were fewer than five: what "
@@ -11,8 +15,7 @@ OPERATOR_NOTES: tuple[str, ...] = (
     "fewer operations can exceed the FMA peak (of peak > 1).",
     "limit: the time of direct computation at the FMA peak, or of reading and writing everything once at the speed at "
     "which PyTorch copies tensors of this size, whichever is longer.",
-    "The input gradient of ours includes flipping the kernel. PyTorch's gradients are `aten.convolution_backward`, with "
-    "one of them requested at a time.",
+    _INPUT_GRADIENT,
     "Before anything is timed, the operator is compared with its definition in float64 on small shapes; before each "
     "case, all implementations are compared with each other.",
 )
@@ -45,8 +48,7 @@ DEVICE_OPERATOR_NOTES: tuple[str, ...] = (
     "third of TF32's, because three of those are equally exact, whichever is faster.",
     "of floor: a share of 1 is out of reach where the floor is matmul: as a matrix product a convolution is a banded "
     "Toeplitz matrix, which in tiles that the hardware supports needs 1.3 to 1.7 times the operations counted here.",
-    "The input gradient of ours includes flipping the kernel. PyTorch's gradients are `aten.convolution_backward`, with "
-    "one of them requested at a time.",
+    _INPUT_GRADIENT,
     "float64 error: largest difference from float64 of the call that is timed, in its first and last image, relative to "
     "the largest number; allowed are 1e-5 in float32, 2e-3 in tf32, 4e-3 in float16, 1.6e-2 in bfloat16. All "
     "implementations are compared with each other on the whole batch, within twice that (1e-4 in float32). What differs "

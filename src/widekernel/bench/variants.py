@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from widekernel.ops.problem import LAYOUTS
 from widekernel.transforms.acceleration import accelerate
 from widekernel.transforms.fold import Foldable, fold
-from widekernel.transforms.to_torch import on_pytorch, ours_in
+from widekernel.transforms.to_torch import operator_layers, to_torch
 
 TRAIN, INFER = MODES = ("train", "infer")
 PYTORCH, PYTORCH_FOLDED = "PyTorch", "PyTorch, folded"
@@ -90,8 +90,8 @@ def build_variants(
 
 def _networks(model: nn.Module, mode: str, x: Tensor, conditions: Conditions) -> dict[str, nn.Module]:
     base = copy.deepcopy(model).train(mode == TRAIN)
-    is_ours = bool(ours_in(base))
-    networks = {PYTORCH: on_pytorch(base)}
+    is_ours = bool(operator_layers(base))
+    networks = {PYTORCH: to_torch(base)}
     if is_ours:
         networks[OURS] = base
     fast = copy.deepcopy(base)
@@ -101,7 +101,7 @@ def _networks(model: nn.Module, mode: str, x: Tensor, conditions: Conditions) ->
             warnings.simplefilter("ignore")
             fast = fold(base)
         if is_ours:
-            networks[PYTORCH_FOLDED] = on_pytorch(fast)
+            networks[PYTORCH_FOLDED] = to_torch(fast)
         networks[FOLDED] = copy.deepcopy(fast)
     layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
     with torch.set_grad_enabled(mode == TRAIN), conditions():

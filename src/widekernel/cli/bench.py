@@ -1,4 +1,4 @@
-"""``widekernel bench``."""
+"""`widekernel bench`."""
 
 from __future__ import annotations
 

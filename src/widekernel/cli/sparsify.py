@@ -15,41 +15,46 @@ from widekernel.cli.parsing import build, new_parser
 from widekernel.cli.source_arguments import add_source_arguments, load_source, source_from
 from widekernel.data.config import DataConfig
 from widekernel.errors import ConfigError
+from widekernel.sparsity.semi_structured.config import SEMI_STRUCTURED
 from widekernel.tasks.model_source import ModelSource
-from widekernel.tasks.sparsify_config import LearningConfig, SparsifyConfig
+from widekernel.tasks.sparsify_config import MaskLearningConfig, SparsifyConfig
 
 if TYPE_CHECKING:
     from widekernel.tasks.sparsifying import Sparsified
 
 _DESCRIPTION = (
     "Make a trained network sparse: 2:4 or in other blocks, by magnitude, by magnitude after a permutation of channels, or "
-    "by training the masks on images (--method learned --data.root FOLDER). With data, the accuracy before and after is "
-    "measured. Writes the network with zeros, its masks, and a report as JSON and as a picture."
+    "by learning the masks on images (--method learned --data.root FOLDER). With data, the accuracy before and after is "
+    "measured. Writes the network with zeros, its masks, and a report as JSON and as a plot."
 )
 
 
 def make_parser() -> jsonargparse.ArgumentParser:
-    """The parser of the command."""
+    """Return the parser of the command."""
     parser = new_parser("sparsify", _DESCRIPTION, "SOURCE")
     add_source_arguments(parser)
     parser.add_class_arguments(SparsifyConfig, as_group=False)
-    parser.add_class_arguments(LearningConfig, as_group=False)
+    parser.add_class_arguments(MaskLearningConfig, as_group=False)
     parser.add_class_arguments(DataConfig, "data")
     parser.add_argument("--output", type=str | None, default=None, help="file to write; default: beside the source")
-    parser.add_argument("--compressed", action="store_true", help="2:4: keep half of the values, and which (smaller file)")
+    parser.add_argument(
+        "--compressed",
+        action="store_true",
+        help="2:4 only: store the kept half of the values and their places (smaller file)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
     return parser
 
 
 def run(arguments: list[str]) -> int:
-    """Sparsify what `arguments` name, save it and print what became of it."""
+    """Sparsify what `arguments` name, save it and print a summary."""
     values, has_data = parse_with_data_of_the_run(make_parser(), arguments)
     source = source_from(values)
-    config, learning = build(SparsifyConfig, values), build(LearningConfig, values)
+    config, learning = build(SparsifyConfig, values), build(MaskLearningConfig, values)
     data = build(DataConfig, values["data"])
     if data != DataConfig() and not has_data:
         raise ConfigError("data settings are given, but no data set: name it with --data.root or --data.name.")
-    if values["compressed"] and config.block != "2:4":
+    if values["compressed"] and config.block != SEMI_STRUCTURED:
         raise ConfigError(f"--compressed is for 2:4 networks, but block is {config.block!r}: leave it out.")
     if config.method == "learned" and not has_data:
         raise ConfigError("method learned trains masks on images: give them with --data.root or --data.name.")
@@ -60,47 +65,47 @@ def run(arguments: list[str]) -> int:
 
 
 def _sparsify(
-    source: ModelSource, config: SparsifyConfig, learning: LearningConfig, data: DataConfig | None, to: tuple[Path, bool]
+    source: ModelSource, config: SparsifyConfig, learning: MaskLearningConfig, data: DataConfig | None, to: tuple[Path, bool]
 ) -> None:
     import copy
 
     from widekernel.cli.evaluation import evaluate_on
     from widekernel.sparsity import semi_structured
+    from widekernel.tasks.mask_learning import learn_masks
     from widekernel.tasks.saved import save_model
-    from widekernel.tasks.sparsifying import agreement, learn, sparsify
+    from widekernel.tasks.sparsifying import agreement, sparsify
 
     output, compressed = to
     model, saved = load_source(source)
     options = EvalOptions(learning.batch_size, learning.device)
-    # First, because data that cannot be used ends the command before anything is made.
+    # First, because data that cannot be used should end the command before anything is made.
     before = None if data is None else evaluate_on(model, saved, data, options, source.run_folder())
     if config.method == "learned":
         assert data is not None
         with ConsoleReporter() as reporter:
-            done, saved = learn(source, config, learning, data, (output.with_suffix(""), reporter))
+            sparse, saved = learn_masks(source, config, learning, data, (output.with_suffix(""), reporter))
     else:
-        done = sparsify(copy.deepcopy(model).cpu(), config)
+        sparse = sparsify(copy.deepcopy(model).cpu(), config)
     if compressed:
-        semi_structured.save_sparse(done.model, output, saved.to_dict())
+        semi_structured.save_sparse(sparse.model, output, saved.to_dict())
     else:
-        save_model(done.model, output, saved)
-    _write_beside(output, done)
+        save_model(sparse.model, output, saved)
+    _write_beside(output, sparse)
     console = result_console()
     console.print(f"{output}", soft_wrap=True)
-    console.print(done.report.summary(), soft_wrap=True)
-    console.print(f"kept magnitude  {100 * done.kept:.2f} %")
+    console.print(sparse.report.summary(), soft_wrap=True)
+    console.print(f"kept magnitude  {100 * sparse.kept:.2f} %")
     if data is not None and before is not None:
-        after = evaluate_on(done.model, saved, data, options)
+        after = evaluate_on(sparse.model, saved, data, options)
         console.print(f"top-1           {before.top1:.2f} % before, {after.top1:.2f} % after ({after.images} images)")
     else:
-        same = agreement(model, done.model, saved.preprocessing.input_size)
+        same = agreement(model, sparse.model, saved.preprocessing.input_size)
         console.print(f"same class      on {100 * same:.0f} % of 16 random images (no data was given)")
 
 
 def _default_output(source: ModelSource, config: SparsifyConfig) -> Path:
     path = source.path / "model" if source.path.is_dir() else source.path
-    block = config.block.replace(":", "to")
-    return path.with_name(f"{path.stem}_{block}_{config.method}.safetensors")
+    return path.with_name(f"{path.stem}_{config.block}_{config.method}.safetensors")
 
 
 def _beside(output: Path) -> tuple[Path, Path, Path]:
@@ -109,11 +114,11 @@ def _beside(output: Path) -> tuple[Path, Path, Path]:
     )
 
 
-def _write_beside(output: Path, done: Sparsified) -> None:
+def _write_beside(output: Path, sparse: Sparsified) -> None:
     from widekernel.files import write_file
     from widekernel.sparsity import save_masks
 
     masks, report, picture = _beside(output)
-    save_masks(done.masks, masks)
-    write_file(report, json.dumps(done.report.to_dict(), indent=1).encode())
-    write_file(picture, done.report.picture())
+    save_masks(sparse.masks, masks)
+    write_file(report, json.dumps(sparse.report.to_dict(), indent=1).encode())
+    write_file(picture, sparse.report.picture())

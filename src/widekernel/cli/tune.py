@@ -1,4 +1,4 @@
-"""``widekernel tune``."""
+"""`widekernel tune`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A large kernel that is computed for some of its channels only, in groups that share their rectangles."""
+"""A folded large kernel that is computed for some of its channels only, in groups that share their rectangles."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from widekernel.errors import ArgumentError
-from widekernel.layers.guarding import guard
+from widekernel.layers.folding import Folded
 from widekernel.layers.large_kernel import FoldedLargeKernel
 from widekernel.layers.rect import Rect
+from widekernel.layers.strict_loading import load_strictly
 from widekernel.ops.jit_trace import is_tracing, tracing_paused
 from widekernel.ops.problem import is_channels_last, memory_format
 
@@ -23,34 +24,34 @@ class ChannelGroup:
     Attributes:
         rects: kernels (n, 1, kh, kw).
         bias: (n,).
-        take: the n channels of the input that are read.
-        put: the n channels of the output that are written, in the same order.
+        inputs: the n channels of the input that are read.
+        outputs: the n channels of the output that are written, in the same order.
     """
 
     rects: Sequence[Rect]
     bias: Tensor
-    take: Sequence[int]
-    put: Sequence[int]
+    inputs: Sequence[int]
+    outputs: Sequence[int]
 
 
-class GroupedKernels(nn.Module):
-    """Depthwise kernels in groups: one operator call a group, and no convolution for channels outside of all groups.
+class GroupedKernels(Folded, nn.Module):
+    """Depthwise kernels in groups: one operator call per group, and no convolution for channels outside of all groups.
 
-        y[:, put_g] = Σ_r depthwise(x[:, take_g], rect_gr) + bias_g      for every group g
-        y[:, c]     = scale[c] · x[:, source[c]] + shift[c]              for every other channel c
+        y[:, outputs_g] = Σ_r depthwise(x[:, inputs_g], rect_gr) + bias_g      for every group g
+        y[:, c]         = scale[c] · x[:, source[c]] + shift[c]                for every other channel c
 
-    What `widekernel.sparsity.compact` makes of a folded layer with dead channels. For inference: gradients flow, but what
-    was removed is not trained again. The tables are buffers and part of the state dict; weights are loaded only into a
-    layer with the same tables.
+    `widekernel.sparsity.compact` makes it of a folded layer with dead channels. It is for inference: gradients flow, but the
+    parts that were removed are not trained again. The tables of channels are buffers and part of the state dict; weights
+    load only into a layer with the same tables.
 
     Args:
-        groups: with disjoint `put`.
-        scale: (C,), one factor an output channel; what it says of channels of a group does not matter.
-        shift: (C,), one summand an output channel; likewise.
-        source: for every output channel the input channel that it is computed from, by default the one of its own number.
+        groups: with disjoint `outputs`.
+        scale: (C,), one factor per output channel; the entries of channels in a group are ignored.
+        shift: (C,), one summand per output channel; likewise.
+        source: the input channel from which every output channel is computed, by default the one with the same number.
 
     Raises:
-        ArgumentError: if groups write the same channel, or one that there is not.
+        ArgumentError: if two groups write the same channel, or one writes a channel that does not exist.
     """
 
     def __init__(
@@ -58,12 +59,12 @@ class GroupedKernels(nn.Module):
     ) -> None:
         super().__init__()
         channels = scale.numel()
-        written = [channel for group in groups for channel in group.put]
+        written = [channel for group in groups for channel in group.outputs]
         if len(set(written)) != len(written) or any(not 0 <= channel < channels for channel in written):
             raise ArgumentError(f"the groups write {sorted(written)}: they must be different channels of 0..{channels - 1}")
         self.channels = channels
         self.kernels = nn.ModuleList(FoldedLargeKernel(group.rects, group.bias) for group in groups)
-        # Asked as numbers, not tensors: a compiled forward pass must not depend on the contents of a table.
+        # Numbers, not tensors: a compiled forward pass must not depend on the contents of a table.
         self.complete = len(written) == channels
         outside = torch.ones(channels, dtype=torch.bool)
         outside[written] = False
@@ -72,18 +73,18 @@ class GroupedKernels(nn.Module):
         self.shift = nn.Parameter(shift.detach().clone())
         order = list(range(channels)) if source is None else list(source)
         self.reordered = order != list(range(channels))
-        # For `_joined`: where every channel of the output stands behind the channels that no group writes.
-        self.takes = [list(group.take) for group in groups]
-        self.order = _order(channels, written)
-        self.runs = [(_run(group.take), _run(group.put)) for group in groups]
+        # For `_joined`: the position of every output channel behind the channels that no group writes.
+        self.takes = [list(group.inputs) for group in groups]
+        self.order = _positions(channels, written)
+        self.runs = [(_run_start(group.inputs), _run_start(group.outputs)) for group in groups]
         device = scale.device
         self.source: Tensor
         self.register_buffer("source", torch.tensor(order, dtype=torch.int64, device=device))
         for i, group in enumerate(groups):
-            self.register_buffer(f"take_{i}", torch.tensor(list(group.take), dtype=torch.int64, device=device))
-            self.register_buffer(f"put_{i}", torch.tensor(list(group.put), dtype=torch.int64, device=device))
+            self.register_buffer(f"take_{i}", torch.tensor(list(group.inputs), dtype=torch.int64, device=device))
+            self.register_buffer(f"put_{i}", torch.tensor(list(group.outputs), dtype=torch.int64, device=device))
         self._tables = {name: table.tolist() for name, table in self.named_buffers(recurse=False)}
-        guard(self)
+        load_strictly(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C', H, W) -> (N, C, H, W), in the layout of `x`."""
@@ -93,7 +94,7 @@ class GroupedKernels(nn.Module):
             return self._joined(x) if is_tracing() else self._written(x)
 
     def _joined(self, x: Tensor) -> Tensor:
-        """Compute the layer without writing into a map, for other programs to read: take, convolve, join, put in order."""
+        """Compute the layer without writing into a tensor, for graphs that other programs read: gather, convolve, join."""
         shift, scale = self.shift.to(x.dtype).view(-1, 1, 1), self.scale.to(x.dtype).view(-1, 1, 1)
         if self.passes:
             parts = [torch.addcmul(shift, x.index_select(1, self.source) if self.reordered else x, scale)]
@@ -106,20 +107,20 @@ class GroupedKernels(nn.Module):
     @torch.jit.unused
     def _written(self, x: Tensor) -> Tensor:
         parts = [
-            kernel(_taken(x, self.get_buffer(f"take_{i}"), run[0]))
-            for i, (kernel, run) in enumerate(zip(self.kernels, self.runs))
+            kernel(_gathered(x, self.get_buffer(f"take_{i}"), start))
+            for i, (kernel, (start, _)) in enumerate(zip(self.kernels, self.runs))
         ]
         dtype = parts[0].dtype if parts else x.dtype
         y = self._outside(x, dtype)
-        for i, (part, run) in enumerate(zip(parts, self.runs)):
-            if run[1] is not None:
-                y.narrow(1, run[1], part.shape[1]).copy_(part)
+        for i, (part, (_, start)) in enumerate(zip(parts, self.runs)):
+            if start is not None:
+                y.narrow(1, start, part.shape[1]).copy_(part)
             else:
-                _write(y, self.get_buffer(f"put_{i}"), part)
+                _scatter(y, self.get_buffer(f"put_{i}"), part)
         return y
 
     def _outside(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Give a map (N, C, H, W) of its own memory in which the channels outside of all groups are right."""
+        """Return a new tensor (N, C, H, W) in which the channels outside of all groups are computed."""
         layout = memory_format(x)
         shape = x.shape[0], self.channels, *x.shape[2:]
         if self.complete:
@@ -128,11 +129,11 @@ class GroupedKernels(nn.Module):
         if not self.passes:
             y = torch.empty(shape, dtype=dtype, device=x.device, memory_format=layout)
             return y.copy_(shift.expand(shape))
-        seen = _taken(x, self.source, None) if self.reordered else x
+        seen = _gathered(x, self.source, None) if self.reordered else x
         return torch.addcmul(shift, seen.to(dtype), self.scale.to(dtype).view(-1, 1, 1))
 
     def table_misfits(self, state: Mapping[str, Tensor], prefix: str) -> list[str]:
-        """Say if the weights are of a layer whose groups hold other channels."""
+        """List the tables by which the weights are of a layer whose groups hold other channels."""
         found = []
         for name, own in self._tables.items():
             table = state.get(f"{prefix}{name}")
@@ -141,17 +142,17 @@ class GroupedKernels(nn.Module):
         return found
 
     def macs(self) -> int:
-        """Count the multiply-accumulates a pixel that the convolutions execute."""
+        """Count the multiply-accumulates per pixel that the convolutions execute."""
         return sum(kernel.numel() for layer in self.kernels for kernel in layer.kernels)  # type: ignore[union-attr]
 
     def extra_repr(self) -> str:
-        """Name channels: all, and those that are convolved."""
-        worked = sum(len(table) for name, table in self._tables.items() if name.startswith("put_"))
-        return f"{self.channels}, convolved={worked}, groups={len(self.kernels)}"
+        """Return the numbers of channels, of those that are convolved, and of groups."""
+        convolved = sum(len(table) for name, table in self._tables.items() if name.startswith("put_"))
+        return f"{self.channels}, convolved={convolved}, groups={len(self.kernels)}"
 
 
 def _table(numbers: list[int], x: Tensor) -> Tensor:
-    """Give numbers as a tensor beside `x`; it is a constant of a recorded graph."""
+    """Return numbers as a tensor on the device of `x`; it is a constant of a traced graph."""
     if torch.jit.is_scripting():
         return torch.tensor(numbers, device=x.device)
     else:  # noqa: RET505 - TorchScript leaves out the other branch, and only that
@@ -163,23 +164,28 @@ def _recorded_table(numbers: list[int], x: Tensor) -> Tensor:
         return torch.tensor(numbers, device=x.device)
 
 
-def _order(channels: int, written: Sequence[int]) -> list[int]:
-    """Give for every channel where it stands in all of them followed by those written once more."""
+def _positions(channels: int, written: Sequence[int]) -> list[int]:
+    """Return where every channel stands in the list of all channels followed by those that groups write."""
     place = {channel: channels + i for i, channel in enumerate(written)}
     return [place.get(channel, channel) for channel in range(channels)]
 
 
-def _run(channels: Sequence[int]) -> int | None:
-    """Give the first of consecutive channels, None if they are not consecutive."""
+def _run_start(channels: Sequence[int]) -> int | None:
+    """Return the first of consecutive channels, None if they are not consecutive."""
     channels = list(channels)
     return channels[0] if channels == list(range(channels[0], channels[0] + len(channels))) else None
 
 
-def _taken(x: Tensor, index: Tensor, start: int | None) -> Tensor:
-    """Give some channels of `x` in its layout.
+def _gathered(x: Tensor, index: Tensor, start: int | None) -> Tensor:
+    """Return some channels of `x`, in its layout.
 
-    `index_select` along the channels of a channels_last tensor takes twice the time of one along the last dimension of a
-    matrix (measured on a CPU), and returns a contiguous tensor.
+    `index_select` along the channels of a channels_last tensor takes twice as long as along the last dimension of a matrix
+    (measured on a CPU), and returns a contiguous tensor.
+
+    Args:
+        x: (N, C, H, W).
+        index: the channels.
+        start: the first of them if they are consecutive, otherwise None.
     """
     count = index.numel()
     if start is not None:
@@ -191,7 +197,7 @@ def _taken(x: Tensor, index: Tensor, start: int | None) -> Tensor:
     return rows.view(batch, height, width, count).permute(0, 3, 1, 2)
 
 
-def _write(y: Tensor, index: Tensor, part: Tensor) -> None:
+def _scatter(y: Tensor, index: Tensor, part: Tensor) -> None:
     """Write the channels `index` of `y`.
 
     For channels_last, scattering into the rows of a matrix takes two thirds of the time of `index_copy_` (on a CPU).

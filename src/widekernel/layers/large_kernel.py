@@ -1,4 +1,4 @@
-"""The large-kernel layer: what is trained, and what it folds to."""
+"""The large-kernel layer: the form that is trained, and the form it folds to."""
 
 from __future__ import annotations
 
@@ -10,24 +10,27 @@ from torch import Tensor, nn
 from widekernel import ops
 from widekernel.errors import ArgumentError
 from widekernel.layers.alterations import alteration
-from widekernel.layers.folding import Fusable, is_trained
-from widekernel.layers.guarding import guard
+from widekernel.layers.folding import Folded, Fusable, is_trained
 from widekernel.layers.norms import affine_of, reasons_against_folding
 from widekernel.layers.rect import Rect, maximal_rectangles
-from widekernel.layers.sources import KernelSource, rects_of
+from widekernel.layers.sources import KernelSource, rects_of, tensors_of
+from widekernel.layers.strict_loading import load_strictly
 from widekernel.ops import plain
 from widekernel.ops.registration import autocast_dtype
 
 
 class LargeKernel(Fusable, nn.Module):
-    """y = Σ_b norm_b( branch_b(x) ) [+ x], the one trainable large-kernel layer of all the families.
+    """y = Σ_b norm_b( branch_b(x) ) [+ x], the trainable large-kernel layer of all families.
 
-    Without normalisation the branches are computed by a single operator call.
+    Without normalization a single operator call computes all branches.
 
     Args:
-        source: where the branches come from.
-        norms: one module a branch, or None for none.
+        source: yields the branches.
+        norms: one module per branch, or None for none.
         identity: whether the input is added.
+
+    Raises:
+        ArgumentError: if the numbers of norms and branches differ.
     """
 
     def __init__(self, source: KernelSource, norms: Sequence[nn.Module] | None = None, identity: bool = False) -> None:
@@ -57,35 +60,33 @@ class LargeKernel(Fusable, nn.Module):
 
     @torch.jit.unused
     def _computed(self, x: Tensor) -> Tensor:
-        # Under autocast the branches share one converted copy of the input.
-        dtype = autocast_dtype(x)
-        cast = x if dtype is None else x.to(dtype)
-        if not self.norms:
-            y = self._unnormalised(cast)
+        source, norms = self.source, list(self.norms)
+        if not norms and (branches := source.branches()) is not None:
+            y = ops.depthwise_sum(x, *branches)
         else:
-            responses = self.source.responses(cast)
-            y = self.norms[0](responses[0])
-            for norm, response in zip(list(self.norms)[1:], responses[1:]):
-                y = y + norm(response)
+            # Under autocast the branches share one converted copy of the input.
+            dtype = autocast_dtype(x)
+            responses = source.responses(x if dtype is None else x.to(dtype))
+            y = add_normalized(responses, norms) if norms else torch.stack(responses).sum(0)
         return y + x if self.identity else y
 
     def foldable(self) -> bool:
-        """Whether every branch is a rectangle and every norm an affine map in evaluation."""
+        """Return whether every branch is a rectangle and every norm an affine map in evaluation."""
         return not self.reasons_against_folding()
 
     def reasons_against_folding(self) -> list[str]:
         """List why the layer cannot be folded; empty if it can."""
-        reasons = [] if rects_of(self.source) is not None else ["a branch equals no single kernel near the borders"]
+        reasons = [] if self.source.branches() is not None else ["a branch equals no single kernel near the borders"]
         if text := alteration(self):
             reasons.append(text)
         return list(dict.fromkeys(reasons + [why for norm in self.norms for why in reasons_against_folding(norm)]))
 
     @torch.no_grad()
     def folded(self, scale: Tensor | None = None, shift: Tensor | None = None) -> FoldedLargeKernel:
-        """Give the layer as few rectangles and a bias: norms and identity folded in, covered rectangles absorbed.
+        """Return the layer as few rectangles and a bias: norms and identity folded in, covered rectangles absorbed.
 
         Args:
-            scale: (C,), applied to the output of the layer and folded in too, for instance that of a following norm.
+            scale: (C,), applied to the output of the layer and folded in, too; for instance that of a following norm.
             shift: (C,), added after that.
 
         Raises:
@@ -113,19 +114,21 @@ class LargeKernel(Fusable, nn.Module):
         merged = [Rect(rect.kernel.to(dtype), rect.anchor) for rect in maximal_rectangles(rects)]
         return FoldedLargeKernel(merged, bias.to(dtype)).requires_grad_(is_trained(self))
 
-    def _unnormalised(self, x: Tensor) -> Tensor:
-        rects = rects_of(self.source)
-        if rects is None:
-            return torch.stack(self.source.responses(x)).sum(0)
-        return ops.depthwise_sum(x, [rect.kernel for rect in rects], [rect.anchor for rect in rects])
+
+def add_normalized(responses: Sequence[Tensor], norms: Sequence[nn.Module]) -> Tensor:
+    """Return Σ_b norm_b(response_b)."""
+    y = norms[0](responses[0])
+    for norm, response in zip(norms[1:], responses[1:]):
+        y = y + norm(response)
+    return y
 
 
 def is_plain_relu(act: nn.Module) -> bool:
-    """Whether `act` is a rectifier and nothing more: no kind of its own, and no hook that waits for its call."""
+    """Return whether `act` is a rectifier and nothing more: no subclass, and no hook that waits for its call."""
     return type(act) is nn.ReLU and not alteration(act)
 
 
-class FoldedLargeKernel(nn.Module):
+class FoldedLargeKernel(Folded, nn.Module):
     """y = Σ_r depthwise(x, rect_r) + bias: one operator call, the fast form for inference.
 
     Args:
@@ -137,46 +140,45 @@ class FoldedLargeKernel(nn.Module):
         super().__init__()
         self.kernels = nn.ParameterList(nn.Parameter(rect.kernel.detach().clone()) for rect in rects)
         self.anchors = tuple(rect.anchor for rect in rects)
-        # Part of the state dict only to be compared with when weights are loaded: see below.
+        # Part of the state dict only so that `table_misfits` can compare it when weights are loaded.
         self.register_buffer("anchor_table", torch.tensor(self.anchors, dtype=torch.int32, device=bias.device))
         self.bias = nn.Parameter(bias.detach().clone())
-        guard(self)
+        load_strictly(self)
 
     def forward(self, x: Tensor, relu: bool = False) -> Tensor:
-        """(N, C, H, W) -> (N, C, H, W), if `relu` its positive part, for which our kernels need no pass of its own."""
+        """(N, C, H, W) -> (N, C, H, W); with `relu` its positive part, which our kernels compute in the same pass."""
         if torch.jit.is_scripting():
-            kernels: list[Tensor] = []
-            anchors: list[tuple[int, int]] = []
-            for kernel, anchor in zip(self.kernels, self.anchors):
-                kernels.append(kernel)
-                anchors.append(anchor)
-            return plain.depthwise_sum(x, kernels, anchors, self.bias, None, relu)
+            return self._scripted(x, relu)
         else:  # noqa: RET505 - TorchScript leaves out the other branch, and only that
-            return self._computed(x, relu)
+            return ops.depthwise_sum(x, tensors_of(self.kernels), self.anchors, self.bias, relu=relu)
 
-    @torch.jit.unused
-    def _computed(self, x: Tensor, relu: bool) -> Tensor:
-        return ops.depthwise_sum(x, list(self.kernels), self.anchors, self.bias, relu=relu)
+    def _scripted(self, x: Tensor, relu: bool) -> Tensor:
+        kernels: list[Tensor] = []
+        anchors: list[tuple[int, int]] = []
+        for kernel, anchor in zip(self.kernels, self.anchors):
+            kernels.append(kernel)
+            anchors.append(anchor)
+        return plain.depthwise_sum(x, kernels, anchors, self.bias, None, relu)
 
     def table_misfits(self, state: Mapping[str, Tensor], prefix: str) -> list[str]:
-        """Say if the weights are of a layer whose kernels sit elsewhere on the output pixel."""
+        """List, if it is so, that the weights are of a layer whose kernels have other anchors."""
         table = state.get(f"{prefix}anchor_table")
         if table is None or table.is_meta or tuple(map(tuple, table.tolist())) == self.anchors:
             return []
         return [f"{prefix}anchors are {table.tolist()} in the file but {list(self.anchors)} here"]
 
     def table_problem(self, name: str, tables: Mapping[str, Tensor]) -> str:
-        """Say what is wrong with the table of a file, "" if its anchors are those of this layer."""
+        """Return what is wrong with the table read from a file, "" if its anchors are those of this layer."""
         theirs = tables[name].tolist()
-        return (
-            "" if theirs == list(map(list, self.anchors)) else f"is {theirs} but the anchors here are {list(self.anchors)}"
-        )
+        if theirs == list(map(list, self.anchors)):
+            return ""
+        return f"is {theirs} but the anchors here are {list(self.anchors)}"
 
     def rects(self) -> list[Rect]:
-        """Give the rectangles."""
+        """Return the rectangles."""
         return [Rect(kernel, anchor) for kernel, anchor in zip(self.kernels, self.anchors)]
 
     def extra_repr(self) -> str:
-        """Name channels, sizes and anchors."""
+        """Return channels, sizes and anchors."""
         sizes = [tuple(kernel.shape[2:]) for kernel in self.kernels]
         return f"{self.bias.numel()}, rects={sizes}, anchors={list(self.anchors)}"

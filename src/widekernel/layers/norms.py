@@ -1,4 +1,4 @@
-"""Batch normalisation as the affine map that it is in evaluation."""
+"""Batch normalization as the affine map that it is in evaluation."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import Tensor, nn
 
 from widekernel.layers.alterations import alteration
 
-# Only these and what does not change their forward: a subclass may add an activation, which is no affine map.
+# Only these, and subclasses with the same forward: another subclass may add an activation, which is no affine map.
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def is_foldable(norm: nn.Module) -> bool:
-    """Whether `norm` is a fixed affine map per channel in evaluation."""
+    """Return whether `norm` is a fixed affine map per channel in evaluation."""
     return not reasons_against_folding(norm)
 
 
 def reasons_against_folding(norm: nn.Module) -> list[str]:
-    """List why `norm` is no fixed affine map per channel in evaluation; empty if it is one."""
+    """List why `norm` is not a fixed affine map per channel in evaluation; empty if it is one."""
     if text := alteration(norm):
         return [text]
     if isinstance(norm, nn.Identity) or _is_frozen(norm):
@@ -33,29 +33,29 @@ def reasons_against_folding(norm: nn.Module) -> list[str]:
 
 
 def affine_of(norm: nn.Module, channels: int) -> tuple[Tensor, Tensor]:
-    """Give the scale and shift, both (C,) in float64, that `norm` applies in evaluation.
+    """Return the scale and the shift, both (C,) in float64, that `norm` applies in evaluation.
 
-    Covers batch norm, synchronised batch norm, torchvision's frozen batch norm, and Identity.
+    Covers batch norm, synchronized batch norm, torchvision's frozen batch norm, and Identity.
 
     Raises:
-        TypeError: for any other normalisation, and for batch norm without running statistics.
+        TypeError: for any other normalization, and for batch norm without running statistics.
     """
     if isinstance(norm, nn.Identity) and not alteration(norm):
         return torch.ones(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
     reasons = reasons_against_folding(norm)
     if reasons:
-        raise TypeError(f"{reasons[0]} and cannot be folded: only batch normalisation with running statistics can")
-    kept: Any = norm
-    scale = (kept.running_var.double() + kept.eps).rsqrt()
-    if kept.weight is not None:
-        scale = scale * kept.weight.double()
-    shift = -kept.running_mean.double() * scale
-    if kept.bias is not None:
-        shift = shift + kept.bias.double()
+        raise TypeError(f"{reasons[0]} and cannot be folded: only batch normalization with running statistics can")
+    batch_norm: Any = norm
+    scale = (batch_norm.running_var.double() + batch_norm.eps).rsqrt()
+    if batch_norm.weight is not None:
+        scale = scale * batch_norm.weight.double()
+    shift = -batch_norm.running_mean.double() * scale
+    if batch_norm.bias is not None:
+        shift = shift + batch_norm.bias.double()
     return scale.detach(), shift.detach()
 
 
 def _is_frozen(norm: nn.Module) -> bool:
-    """Whether `norm` is torchvision's FrozenBatchNorm2d, known by name: this floor imports PyTorch only."""
+    """Return whether `norm` is torchvision's FrozenBatchNorm2d, recognized by name: this folder imports PyTorch only."""
     kind = type(norm)
     return kind.__name__ == "FrozenBatchNorm2d" and kind.__module__.startswith("torchvision.")

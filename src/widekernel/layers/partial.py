@@ -1,4 +1,4 @@
-"""Layers that work on some of the channels and pass the others on."""
+"""Layers that compute some of the channels and pass the others on."""
 
 from __future__ import annotations
 
@@ -10,26 +10,29 @@ from torch import Tensor, nn
 
 from widekernel.errors import ArgumentError
 from widekernel.layers.alterations import alterations
-from widekernel.layers.folding import Fusable, is_trained
+from widekernel.layers.folding import Folded, Fusable, is_trained
 from widekernel.layers.large_kernel import LargeKernel
 from widekernel.ops.jit_trace import static_shape
 
-GHOST_SEED = 123  # the seed that the Shift-wise authors' code picks the untouched channels with
+GHOST_SEED = 123  # the seed with which the Shift-wise authors' code selects the untouched channels
 
 
 def seeded_selection(channels: int, count: int) -> list[int]:
-    """Give the sorted indices of the `count` of `channels` channels that are worked on, picked as the authors' code does."""
+    """Return the sorted indices of the `count` of `channels` channels that the authors' code selects for the kernel."""
     ghosts = np.random.RandomState(GHOST_SEED).choice(channels, channels - count, replace=False)
     return sorted(set(range(channels)) - set(ghosts.tolist()))
 
 
 class PartialChannels(Fusable, nn.Module):
-    """Applies a large kernel to some channels; the output holds these first, then the others untouched ("ghosts").
+    """Applies a large kernel to some channels; the output holds these first, then the untouched ones ("ghosts").
 
     Args:
         layer: large kernel for `len(selected)` channels.
-        selected: sorted indices of the channels it works on.
+        selected: sorted indices of the channels that it is applied to.
         channels: C, the number of channels of the input.
+
+    Raises:
+        ArgumentError: if the indices do not fit the layer or the input.
     """
 
     def __init__(self, layer: LargeKernel, selected: Sequence[int], channels: int) -> None:
@@ -51,23 +54,23 @@ class PartialChannels(Fusable, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W), channels reordered."""
-        worked = self.layer(x.index_select(1, self.selected))
+        convolved = self.layer(x.index_select(1, self.selected))
         if static_shape(self.ghosts)[0] == 0:
-            return worked
-        return torch.cat([worked, x.index_select(1, self.ghosts)], 1)
+            return convolved
+        return torch.cat([convolved, x.index_select(1, self.ghosts)], 1)
 
     def foldable(self) -> bool:
-        """Whether the large kernel can be folded."""
+        """Return whether the large kernel can be folded."""
         return getattr(self.layer, "foldable", lambda: False)() and not self.alterations()
 
     def alterations(self) -> list[str]:
-        """List hooks and replaced methods that keep it from being folded."""
+        """List the hooks and replaced methods that prevent folding."""
         return alterations(self, ("", "layer"))
 
     def seeded_tables(self) -> dict[str, Tensor]:
-        """Give the tables of the channels picked by the authors' code, by the name of their buffer."""
-        worked, channels = self.selected.numel(), self.selected.numel() + self.ghosts.numel()
-        selected = seeded_selection(channels, worked)
+        """Return the tables of the channels that the authors' code selects, by the name of their buffer."""
+        count, channels = self.selected.numel(), self.selected.numel() + self.ghosts.numel()
+        selected = seeded_selection(channels, count)
         rest = sorted(set(range(channels)) - set(selected))
         return {
             "selected": torch.tensor(selected, dtype=torch.int32, device="cpu"),
@@ -75,32 +78,37 @@ class PartialChannels(Fusable, nn.Module):
         }
 
     def table_problem(self, name: str, tables: Mapping[str, Tensor]) -> str:
-        """Say what is wrong with a table of a file, "" if nothing is."""
+        """Return what is wrong with a table read from a file, "" if nothing is."""
         return _channels_problem(name, tables)
 
     @torch.no_grad()
     def folded(self, scale: Tensor | None = None, shift: Tensor | None = None) -> FoldedPartialChannels:
-        """Fold the large kernel and, if given, an affine map (C,) of the layer's output."""
+        """Return the layer with its large kernel folded.
+
+        Args:
+            scale: (C,), applied to the output of the layer and folded in, too; by default ones.
+            shift: (C,), added after that; by default zeros.
+        """
         channels, dtype = self.selected.numel() + self.ghosts.numel(), next(self.layer.parameters()).dtype
         device = self.selected.device
         scale = torch.ones(channels, device=device, dtype=torch.float64) if scale is None else scale.double()
         shift = torch.zeros(channels, device=device, dtype=torch.float64) if shift is None else shift.double()
-        worked = self.selected.numel()
-        layer = self.layer.folded(scale[:worked], shift[:worked])
-        ghosts = scale[worked:].to(dtype), shift[worked:].to(dtype)
+        count = self.selected.numel()
+        layer = self.layer.folded(scale[:count], shift[:count])
+        ghosts = scale[count:].to(dtype), shift[count:].to(dtype)
         result = FoldedPartialChannels(layer, self.selected, self.ghosts, *ghosts)
         return result.requires_grad_(is_trained(self))
 
 
-class FoldedPartialChannels(nn.Module):
+class FoldedPartialChannels(Folded, nn.Module):
     """The folded form of `PartialChannels`; an affine map that followed it also acts on the untouched channels.
 
     Args:
         layer: folded large kernel.
-        selected: indices of the channels it works on.
+        selected: indices of the channels that it is applied to.
         ghosts: indices of the others.
-        scale: one factor a ghost channel.
-        shift: one summand a ghost channel.
+        scale: one factor per ghost channel.
+        shift: one summand per ghost channel.
     """
 
     def __init__(self, layer: nn.Module, selected: Tensor, ghosts: Tensor, scale: Tensor, shift: Tensor) -> None:
@@ -114,20 +122,20 @@ class FoldedPartialChannels(nn.Module):
         self.shift = nn.Parameter(shift.view(-1, 1, 1).clone())
 
     def table_problem(self, name: str, tables: Mapping[str, Tensor]) -> str:
-        """Say what is wrong with a table of a file, "" if nothing is."""
+        """Return what is wrong with a table read from a file, "" if nothing is."""
         return _channels_problem(name, tables)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W), channels reordered."""
-        worked = self.layer(x.index_select(1, self.selected))
+        convolved = self.layer(x.index_select(1, self.selected))
         if static_shape(self.ghosts)[0] == 0:
-            return worked
+            return convolved
         rest = torch.addcmul(self.shift.to(x.dtype), x.index_select(1, self.ghosts), self.scale.to(x.dtype))
-        return torch.cat([worked, rest], 1)
+        return torch.cat([convolved, rest], 1)
 
 
 def _channels_problem(name: str, tables: Mapping[str, Tensor]) -> str:
-    """Say what is wrong with one of the tables `selected` and `ghosts` of a file, which share the channels between them."""
+    """Return what is wrong with one of the tables `selected` and `ghosts` of a file, which together name every channel."""
     channels = sum(table.numel() for table in tables.values())
     own = tables[name].tolist()
     if len(set(own)) != len(own) or not all(0 <= channel < channels for channel in own):

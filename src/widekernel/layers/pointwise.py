@@ -1,8 +1,9 @@
-"""Pointwise layers computed the other way: a linear layer as a 1x1 convolution, a 1x1 convolution as matrix products.
+"""Pointwise layers computed the other way: linear layers as 1x1 convolutions, 1x1 convolutions as matrix products.
 
-On a CPU the two are computed by different libraries, and either can be the faster one: it depends on the processor, on the
-number of threads, on the size and on how the image is stored. `accelerate` measures which. The layers here change nothing
-but the way: same constructors, same state dicts. Off the CPU, where there is nothing to gain, they do as their base class.
+On a CPU different libraries compute the two, and either can be faster: it depends on the processor, the number of threads,
+the size and how the image is stored. `accelerate` measures which one is. The layers here have the constructors and state
+dicts of PyTorch's and change only how the result is computed. On other devices, where nothing is gained, they do what their
+base class does.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from widekernel.ops.jit_trace import is_tracing
 
 
 class PointwiseLinear(nn.Linear):
-    """`nn.Linear` that is computed as a 1x1 convolution over an image of one column and as many rows as there are."""
+    """`nn.Linear` computed as a 1x1 convolution over an image of one column and as many rows as the input has."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C')."""
@@ -26,24 +27,24 @@ class PointwiseLinear(nn.Linear):
 
     @torch.jit.unused
     def _computed(self, x: Tensor) -> Tensor:
-        # What does not fit is left to `F.linear`, whose error then speaks of the linear layer that one wrote.
+        # Inputs that do not fit are left to `F.linear`, whose error then speaks of the linear layer that the user wrote.
         if is_tracing() or x.device.type != "cpu" or x.shape[-1:] != (self.in_features,) or x.numel() == 0:
             return super().forward(x)
-        # (1, C, rows, 1), stored as NHWC: a view of `x`, unless its rows do not follow each other in memory.
+        # (1, C, rows, 1), stored as NHWC: a view of `x`, unless its rows are not consecutive in memory.
         rows = x.reshape(1, -1, 1, self.in_features).permute(0, 3, 1, 2)
         y = F.conv2d(rows, self.weight[:, :, None, None], self.bias)
         return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], self.out_features)
 
 
 class PointwiseConv2d(nn.Conv2d):
-    """`nn.Conv2d` that computes 1x1 convolutions as matrix products: one of all pixels, or one for each image.
+    """`nn.Conv2d` that computes 1x1 convolutions as matrix products: one over all pixels, or one per image.
 
-    The result is stored as the input is. What is no 1x1 convolution (strides and paddings included) it computes as
-    `nn.Conv2d` does; `reasons_against` says which applies.
+    The result is stored as the input is. Anything but a plain 1x1 convolution (strides and paddings included) is computed as
+    `nn.Conv2d` does; `reasons_against` says why.
     """
 
     def reasons_against(self) -> list[str]:
-        """List what keeps this layer from being computed as a matrix product; empty if nothing does."""
+        """List what prevents this layer from being computed as a matrix product; empty if nothing does."""
         return reasons_against_pointwise(self)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -63,7 +64,7 @@ class PointwiseConv2d(nn.Conv2d):
             return super().forward(x)
         batched = x if x.dim() == 4 else x.unsqueeze(0)
         matrix = self.weight.flatten(1)
-        # Not `is_contiguous(channels_last)`, which cannot be asked inside `vmap`. Maps of one pixel come here as well.
+        # Not `is_contiguous(channels_last)`, which fails inside `vmap`. Maps of one pixel come here as well.
         if batched.stride(1) == 1:
             y = F.linear(batched.permute(0, 2, 3, 1), matrix, self.bias).permute(0, 3, 1, 2)
         else:
@@ -72,7 +73,7 @@ class PointwiseConv2d(nn.Conv2d):
 
 
 def reasons_against_pointwise(conv: nn.Conv2d) -> list[str]:
-    """List what makes a convolution more than one matrix product for each pixel; empty if nothing does."""
+    """List what makes a convolution more than one matrix product per pixel; empty if nothing does."""
     reasons = []
     if tuple(conv.kernel_size) != (1, 1):
         reasons.append(f"kernel {tuple(conv.kernel_size)} is not 1x1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -17,12 +18,15 @@ from widekernel.ops.problem import Anchor
 
 @dataclass(frozen=True)
 class Rect:
-    """A depthwise kernel and the place of the output pixel in it.
+    """A depthwise kernel and the position of the output pixel in it.
 
     Attributes:
         kernel: (C, 1, kh, kw).
         anchor: (row, column) of the tap that sits on the output pixel. It need not be the middle one: 17 tiles of width 3
-            stand for a 49-tap strip as 51 columns, 24 of them to the left of the anchor and 26 to its right.
+            stand for a 49-tap strip as 51 columns, 24 to the left of the anchor and 26 to its right.
+
+    Raises:
+        ArgumentError: if the kernel has another shape or the anchor lies outside of it.
     """
 
     kernel: Tensor
@@ -35,14 +39,21 @@ class Rect:
         check_anchor(sizes[2:], self.anchor)
 
     @classmethod
-    def centred(cls, kernel: Tensor) -> Rect:
+    def centered(cls, kernel: Tensor) -> Rect:
         """Anchor an odd-sized kernel at its middle tap."""
         sizes = eager_static_shape(kernel)
         return cls(kernel, (sizes[2] // 2, sizes[3] // 2))
 
     @classmethod
+    def centred(cls, kernel: Tensor) -> Rect:
+        """Do what `centered` does, under its old name, and warn."""
+        text = "Rect.centred is now called Rect.centered; the old name will stop working in the next version"
+        warnings.warn(text, FutureWarning, stacklevel=2)
+        return cls.centered(kernel)
+
+    @classmethod
     def identity(cls, like: Tensor) -> Rect:
-        """Give the 1x1 kernel that copies its input, for as many channels as the kernel `like` has."""
+        """Return the 1x1 kernel that copies its input, with the channels, dtype and device of the kernel `like`."""
         return cls(torch.ones_like(like[:, :, :1, :1]), (0, 0))
 
     @property
@@ -53,24 +64,28 @@ class Rect:
 
     @property
     def reach(self) -> tuple[int, int, int, int]:
-        """Taps above, below, left and right of the anchor."""
+        """Numbers of taps above, below, left and right of the anchor."""
         (kh, kw), (row, column) = self.size, self.anchor
         return row, kh - 1 - row, column, kw - 1 - column
 
     def covers(self, other: Rect) -> bool:
-        """Whether every tap of `other` has a tap of this rectangle at the same offset from the anchor."""
+        """Return whether every tap of `other` has a tap of this rectangle at the same offset from the anchor."""
         return all(mine >= theirs for mine, theirs in zip(self.reach, other.reach))
 
     def scaled(self, scale: Tensor) -> Rect:
-        """Multiply each channel's taps by its entry of `scale` (C,)."""
+        """Return the rectangle with the taps of each channel multiplied by its entry of `scale` (C,)."""
         return Rect(self.kernel * scale.view(-1, 1, 1, 1), self.anchor)
 
     def plus(self, other: Rect) -> Rect:
-        """Add a rectangle of as many channels that this one covers."""
+        """Return the sum of this rectangle and another one that it covers.
+
+        Raises:
+            ArgumentError: if this one does not cover the other, or has another number of channels.
+        """
         if not self.covers(other) or self.kernel.shape[0] != other.kernel.shape[0]:
             raise ArgumentError(
                 f"a {self.size[0]}x{self.size[1]} rectangle of {self.kernel.shape[0]} channels anchored at {self.anchor} "
-                f"cannot take in one of {other.size[0]}x{other.size[1]}, {other.kernel.shape[0]} channels, anchored at "
+                f"cannot absorb one of {other.size[0]}x{other.size[1]}, {other.kernel.shape[0]} channels, anchored at "
                 f"{other.anchor}: it must cover it and have as many channels"
             )
         up, down, left, right = (mine - theirs for mine, theirs in zip(self.reach, other.reach))
@@ -78,9 +93,9 @@ class Rect:
 
 
 def maximal_rectangles(rects: Iterable[Rect]) -> list[Rect]:
-    """Collapse a sum of rectangles to those that no other one covers; the sum stays the same operator.
+    """Reduce a sum of rectangles to those that no other one covers; the sum stays the same operator.
 
-    A 31x31 and a 5x5 kernel become one of 31x31; the strips 51x5 and 5x51 stay two, and take a 5x5 and the identity in.
+    A 31x31 and a 5x5 kernel become one of 31x31. The strips 51x5 and 5x51 stay two and absorb a 5x5 and the identity.
     """
     maximal: list[Rect] = []
     for rect in sorted(rects, key=lambda r: r.size[0] * r.size[1], reverse=True):

@@ -13,9 +13,13 @@ from widekernel import ops
 from widekernel.errors import ArgumentError
 from widekernel.layers.rect import Rect
 from widekernel.ops import plain
-from widekernel.ops.jit_trace import static_shape
+from widekernel.ops.jit_trace import eager_static_shape, static_shape
+from widekernel.ops.problem import Anchor
 
 # No `from __future__ import annotations` here: TorchScript reads the attributes' types of `KernelSource` and needs types.
+
+Branches = tuple[list[Tensor], list[Anchor]]
+"""The kernel (C, 1, kh, kw) and the anchor (row, column) of each branch."""
 
 
 class KernelSource(nn.Module, ABC):
@@ -23,7 +27,7 @@ class KernelSource(nn.Module, ABC):
 
     Attributes:
         channels: C.
-        num_branches: how many outputs the layer adds up, each after a normalisation of its own.
+        num_branches: number of outputs that the layer adds up, each after a normalization of its own.
     """
 
     channels: int
@@ -31,7 +35,12 @@ class KernelSource(nn.Module, ABC):
 
     @abstractmethod
     def responses(self, x: Tensor) -> list[Tensor]:
-        """Compute the branches of `x` (N, C, H, W), before normalisation."""
+        """Compute the branches of `x` (N, C, H, W), before normalization."""
+
+    @torch.jit.unused
+    def branches(self) -> Branches | None:
+        """Return the kernel and the anchor of every branch, dilated, or None if some branch is not a rectangle."""
+        return None
 
     @abstractmethod
     def published_macs(self, height: int, width: int) -> int:
@@ -39,13 +48,13 @@ class KernelSource(nn.Module, ABC):
 
 
 class RectSource(KernelSource):
-    """A source whose branches are rectangles exactly, so that it can be folded.
+    """A source whose branches are exactly rectangles, so that it can be folded.
 
-    A source of one's own says which they are by `branch_kernels` and `branch_anchors`, in the part of Python that
-    TorchScript knows if layers with it are to be scripted; or by `rects` alone.
+    A subclass defines `branch_kernels` and `branch_anchors`, in the part of Python that TorchScript compiles if layers with
+    it are to be scripted; or `rects` alone.
 
     Attributes:
-        dilation: distance of the taps on the map, see `dilate`. The parameters are those of a layer without.
+        dilation: distance of the taps on the feature map, see `dilate`. The parameters do not depend on it.
     """
 
     dilation: int
@@ -55,15 +64,15 @@ class RectSource(KernelSource):
         self.dilation = 1
 
     def branch_kernels(self) -> list[Tensor]:
-        """Give the kernel (C, 1, kh, kw) of each branch, differentiable in the parameters."""
+        """Return the kernel (C, 1, kh, kw) of each branch, differentiable in the parameters."""
         raise NotImplementedError
 
     def branch_anchors(self) -> list[tuple[int, int]]:
-        """Give the anchor (row, column) of each branch."""
+        """Return the anchor (row, column) of each branch."""
         raise NotImplementedError
 
     def rects(self) -> list[Rect]:
-        """Give the rectangle of each branch before dilation, differentiable in the parameters."""
+        """Return the rectangle of each branch before dilation, differentiable in the parameters."""
         return [Rect(kernel, anchor) for kernel, anchor in zip(self.branch_kernels(), self.branch_anchors())]
 
     def responses(self, x: Tensor) -> list[Tensor]:
@@ -77,11 +86,19 @@ class RectSource(KernelSource):
                 anchors.append((row * self.dilation, column * self.dilation))
             return plain.depthwise_branches(x, kernels, anchors)
         else:  # noqa: RET505 - TorchScript leaves out the other branch, and only that
-            return _branches(x, rects_of(self) or [])
+            return _convolved(x, self.branches())
+
+    @torch.jit.unused
+    def branches(self) -> Branches:
+        """Return the kernels and anchors of the branches, dilated: what `rects` returns, but without its checks."""
+        if type(self).rects is RectSource.rects and self.dilation == 1:
+            return self.branch_kernels(), self.branch_anchors()
+        rects = [dilated(rect, self.dilation) for rect in self.rects()]
+        return [rect.kernel for rect in rects], [rect.anchor for rect in rects]
 
 
 class Rectangles(RectSource):
-    """One free kernel a branch: `[(31, 31), (5, 5)]` is RepLKNet's layer, `[(51, 5), (5, 51), (5, 5)]` SLaK's.
+    """One free kernel per branch: `[(31, 31), (5, 5)]` is RepLKNet's layer, `[(51, 5), (5, 51), (5, 5)]` SLaK's.
 
     Args:
         channels: C.
@@ -97,36 +114,43 @@ class Rectangles(RectSource):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the kernels as `nn.Conv2d` would."""
+        """Draw the kernels as `nn.Conv2d` does."""
         for kernel in self.kernels:
             nn.init.kaiming_uniform_(kernel, a=math.sqrt(5))
 
     def branch_kernels(self) -> list[Tensor]:
-        """Give each kernel."""
-        kernels: list[Tensor] = []
-        for kernel in self.kernels:  # TorchScript has no comprehension over parameters
-            kernels.append(kernel)
-        return kernels
+        """Return each kernel."""
+        if torch.jit.is_scripting():
+            kernels: list[Tensor] = []
+            for kernel in self.kernels:  # TorchScript has no comprehension over parameters
+                kernels.append(kernel)
+            return kernels
+        else:  # noqa: RET505 - TorchScript leaves out the other branch, and only that
+            return tensors_of(self.kernels)
 
     def branch_anchors(self) -> list[tuple[int, int]]:
-        """Give the middle of each kernel."""
+        """Return the middle of each kernel."""
         anchors: list[tuple[int, int]] = []
-        for kernel in self.kernels:
+        for kernel in self.branch_kernels():
             sizes = static_shape(kernel)
             anchors.append((sizes[2] // 2, sizes[3] // 2))
         return anchors
 
-    def rects(self) -> list[Rect]:
-        """Give each kernel, anchored at its middle."""
-        # Looking through a list of parameters takes as long as a small operator: once, and not for anchors again.
-        return [Rect.centred(kernel) for kernel in self.kernels]
+    @torch.jit.unused
+    def branches(self) -> Branches:
+        """Return the kernels and their middles, dilated."""
+        if self.dilation != 1 or type(self).rects is not RectSource.rects:
+            return super().branches()
+        kernels = tensors_of(self.kernels)
+        sizes = [eager_static_shape(kernel) for kernel in kernels]
+        return kernels, [(size[2] // 2, size[3] // 2) for size in sizes]
 
     def published_macs(self, height: int, width: int) -> int:
         """Count every tap of every kernel at every pixel."""
         return height * width * sum(kernel.numel() for kernel in self.kernels)
 
     def extra_repr(self) -> str:
-        """Name channels and sizes."""
+        """Return channels and sizes."""
         return f"{self.channels}, {[tuple(kernel.shape[2:]) for kernel in self.kernels]}"
 
 
@@ -157,10 +181,23 @@ class SourceGroup(KernelSource):
 
     @torch.jit.unused
     def _in_one_call(self, x: Tensor) -> list[Tensor]:
-        rects = rects_of(self)
-        if rects is not None:
-            return _branches(x, rects)
+        branches = self.branches()
+        if branches is not None:
+            return _convolved(x, branches)
         return [response for source in self.sources for response in source.responses(x)]  # type: ignore[operator]
+
+    @torch.jit.unused
+    def branches(self) -> Branches | None:
+        """Return the branches of all sources, or None if some branch is not a rectangle."""
+        kernels: list[Tensor] = []
+        anchors: list[Anchor] = []
+        for source in self.sources:
+            found: Branches | None = source.branches()  # type: ignore[operator]
+            if found is None:
+                return None
+            kernels += found[0]
+            anchors += found[1]
+        return kernels, anchors
 
     def published_macs(self, height: int, width: int) -> int:
         """Add up the sources."""
@@ -168,19 +205,16 @@ class SourceGroup(KernelSource):
 
 
 def rects_of(source: nn.Module) -> list[Rect] | None:
-    """Give the rectangles of every branch of a source, or None if some branch is not a rectangle."""
-    if isinstance(source, RectSource):
-        return [dilated(rect, source.dilation) for rect in source.rects()]
-    if isinstance(source, SourceGroup) and _is_made_of_rects(source):
-        return [rect for part in source.sources for rect in rects_of(part) or []]
-    return None
+    """Return the rectangles of every branch of a source, or None if some branch is not a rectangle."""
+    branches = source.branches() if isinstance(source, KernelSource) else None
+    return None if branches is None else [Rect(kernel, anchor) for kernel, anchor in zip(*branches)]
 
 
 SourceT = TypeVar("SourceT", bound=KernelSource)
 
 
 def dilate(source: SourceT, dilation: int) -> SourceT:
-    """Set the distance of the taps of a source on the map, and give the source.
+    """Set the distance of the taps of a source on the feature map, and return the source.
 
     Raises:
         ArgumentError: if the source is not made of rectangles.
@@ -205,7 +239,7 @@ def dilated(rect: Rect, dilation: int) -> Rect:
 
 
 def dilated_kernel(kernel: Tensor, dilation: int) -> Tensor:
-    """Put the taps of a kernel (C, 1, kh, kw) `dilation` apart, with zeros between them. TorchScript knows it."""
+    """Put the taps of a kernel (C, 1, kh, kw) `dilation` apart, with zeros between them. TorchScript compiles it."""
     if dilation == 1:
         return kernel
     sizes = static_shape(kernel)
@@ -215,14 +249,23 @@ def dilated_kernel(kernel: Tensor, dilation: int) -> Tensor:
     return wide[:, :, : (kh - 1) * dilation + 1, : (kw - 1) * dilation + 1]
 
 
-def _is_made_of_rects(source: nn.Module) -> bool:
-    if isinstance(source, SourceGroup):
-        return all(_is_made_of_rects(part) for part in source.sources)
-    return isinstance(source, RectSource)
+_KEYS = tuple(map(str, range(16)))
 
 
-def _branches(x: Tensor, rects: Sequence[Rect]) -> list[Tensor]:
-    return ops.depthwise_branches(x, [rect.kernel for rect in rects], [rect.anchor for rect in rects]) if rects else []
+def tensors_of(parameters: nn.ParameterList) -> list[Tensor]:
+    """Return what a list of parameters holds.
+
+    Its own iterator takes as long as a small operator, because it looks up every entry by way of `nn.Module`.
+    """
+    held = parameters._parameters
+    count = len(held)
+    # Entries that are computed (pruned, parametrized) or belong to a replica are no parameters.
+    if count == len(parameters) <= len(_KEYS):
+        try:
+            return [held[key] for key in _KEYS[:count]]  # type: ignore[misc]
+        except KeyError:
+            pass
+    return list(parameters)
 
 
 def check_odd(what: str, *sizes: int) -> None:
@@ -233,3 +276,14 @@ def check_odd(what: str, *sizes: int) -> None:
                 f"{what} {size!r} is not a positive odd number: an even kernel has no middle tap; "
                 f"use {size + 1 if isinstance(size, int) and size > 0 else 'an odd integer'}"
             )
+
+
+def _is_made_of_rects(source: nn.Module) -> bool:
+    if isinstance(source, SourceGroup):
+        return all(_is_made_of_rects(part) for part in source.sources)
+    return isinstance(source, RectSource)
+
+
+def _convolved(x: Tensor, branches: Branches) -> list[Tensor]:
+    kernels, anchors = branches
+    return ops.depthwise_branches(x, kernels, anchors) if kernels else []

@@ -1,4 +1,4 @@
-"""An ablation: strips out of tiles of which those beyond the border of the image are dropped."""
+"""An ablation: strips made of tiles, where tiles beyond the border of the image are dropped."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from widekernel.layers.sources import KernelSource
-from widekernel.layers.tiles import ShuffledStrips
+from widekernel.layers.strips import ShuffledStrips
 from widekernel.ops.jit_trace import static_shape
 
 
 class TruncatedTiles(KernelSource):
-    """The strips of another source, with the tiles dropped whose middle lies outside the image.
+    """The strips of another source without the tiles whose middle lies outside the image.
 
-    This is what padding the tile convolution by N // 2 does: near a border it computes something that no single kernel
-    does. An ablation; it is exact but slow, and cannot be folded.
+    A tile convolution with padding N // 2 computes this. Near a border it equals no single kernel, so the layer cannot be
+    folded. An ablation: exact but slow.
 
     Args:
-        source: whose arranged tiles are used.
+        source: provides the arranged tiles.
     """
 
     num_branches = 2
@@ -29,42 +29,42 @@ class TruncatedTiles(KernelSource):
         self.channels = source.channels
 
     def responses(self, x: Tensor) -> list[Tensor]:
-        """Convolve with every tile at every pixel, then shift and add the maps."""
+        """Convolve with every tile at every pixel, then shift the maps and add them up."""
         wide, tall = self.source.arranged()
         return [self._shift_add(x, wide, 3), self._shift_add(x, tall, 2)]
 
     def published_macs(self, height: int, width: int) -> int:
-        """Count one tile convolution of the image's own size."""
+        """Count one tile convolution that keeps the size of the image."""
         return self.source.tiles.numel() * height * width
 
     def _shift_add(self, x: Tensor, tiles: Tensor, axis: int) -> Tensor:
-        channels, count, small, _ = static_shape(tiles)
-        maps = F.conv2d(x, tiles.reshape(-1, 1, small, small), padding=small // 2, groups=channels)
+        channels, count, tile_size, _ = static_shape(tiles)
+        maps = F.conv2d(x, tiles.reshape(-1, 1, tile_size, tile_size), padding=tile_size // 2, groups=channels)
         maps = maps.unflatten(1, (channels, count))
         total = torch.zeros_like(x)
         for i in range(count):
-            offset = i * small - self.source.big // 2 + small // 2
-            total = _plus_moved(total, maps[:, :, i], offset, axis)
+            offset = i * tile_size - self.source.kernel_size // 2 + tile_size // 2
+            total = _add_shifted(total, maps[:, :, i], offset, axis)
         return total
 
 
-def _plus_moved(total: Tensor, image: Tensor, offset: int, axis: int) -> Tensor:
-    """Add an image whose pixel at `offset` comes to 0 along an axis; what leaves the image is lost."""
+def _add_shifted(total: Tensor, image: Tensor, offset: int, axis: int) -> Tensor:
+    """Add an image shifted along an axis, so that its pixel `offset` comes to 0; what leaves the image is lost."""
     if torch.jit.is_tracing():
-        return total + _moved(image, offset, axis)
+        return total + _shifted(image, offset, axis)
     extent = image.shape[axis]
     if abs(offset) >= extent:
         return total
-    length, before = extent - abs(offset), max(0, -offset)
+    length, left_pad = extent - abs(offset), max(0, -offset)
     part = image.narrow(axis, max(0, offset), length)
-    return total + F.pad(part, _along(axis, before, extent - length - before))
+    return total + F.pad(part, _padding(axis, left_pad, extent - length - left_pad))
 
 
-def _moved(image: Tensor, offset: int, axis: int) -> Tensor:
-    """Move an image of any size, as a recorded graph must: by padding, and a cut as long as the image."""
+def _shifted(image: Tensor, offset: int, axis: int) -> Tensor:
+    """Shift an image of any size by padding and narrowing, as a traced graph must."""
     reach = abs(offset)
-    return F.pad(image, _along(axis, reach, reach)).narrow(axis, reach + offset, image.shape[axis])
+    return F.pad(image, _padding(axis, reach, reach)).narrow(axis, reach + offset, image.shape[axis])
 
 
-def _along(axis: int, before: int, after: int) -> list[int]:
-    return [before, after, 0, 0] if axis == 3 else [0, 0, before, after]
+def _padding(axis: int, left_pad: int, right_pad: int) -> list[int]:
+    return [left_pad, right_pad, 0, 0] if axis == 3 else [0, 0, left_pad, right_pad]

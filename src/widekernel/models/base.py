@@ -17,7 +17,7 @@ from widekernel import layers
 from widekernel.errors import ArgumentError
 from widekernel.layers.folding import Fusable, is_folded
 from widekernel.layers.grouped import GroupedKernels
-from widekernel.layers.guarding import guard
+from widekernel.layers.strict_loading import load_strictly
 from widekernel.models.input_check import InputCheck
 from widekernel.models.options import ModelOptions, linear_drop_path_rates
 from widekernel.models.validation import require_drop_rates
@@ -121,7 +121,7 @@ class StagedConvNet(Fusable, nn.Module):
         with nullcontext() if device is None else torch.device(device):
             self._assemble(cfg, options, num_classes, global_pool, drop_rate)
             self.init_weights()
-        guard(self)
+        load_strictly(self)
         if dtype is not None:
             self.to(dtype)
 

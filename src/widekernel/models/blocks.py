@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
-from typing import TypeVar
 
 import torch
 from timm.layers import DropPath, Mlp, create_conv2d
 from torch import Tensor, nn
 
 from widekernel.layers import KernelSource
-from widekernel.layers.alterations import alterations, parametrised, replacement_of_forward
-from widekernel.layers.conv import fold_affine, is_plain
+from widekernel.layers.affine import fold_affine
+from widekernel.layers.alterations import alterations, parametrized, replaced_methods
 from widekernel.layers.folding import Fusable, is_trained
+from widekernel.layers.rebuilding import is_plain
+from widekernel.layers.replacing import with_submodule
 from widekernel.models.base import Parts, Stage
 from widekernel.models.options import ModelOptions, StageSpec
-
-ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 class MixerBlock(Fusable, nn.Module):
@@ -38,6 +36,7 @@ class MixerBlock(Fusable, nn.Module):
         self.mixer = mixer
         self.norm = options.channels_last_norm(dim)
         self.mlp = Mlp(dim, 4 * dim, act_layer=options.activation(nn.GELU))  # type: ignore[arg-type]
+        self.layer_scale = layer_scale
         self.gamma = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale > 0 else None
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
@@ -53,6 +52,10 @@ class MixerBlock(Fusable, nn.Module):
         """Return whether there is a layer scale to fold, and an unaltered layer to fold it into."""
         return self.gamma is not None and is_plain(self.mlp.fc2) and not self.alterations()
 
+    def is_folded(self) -> bool:
+        """Return whether there was a layer scale, which has been folded."""
+        return self.gamma is None and self.layer_scale > 0
+
     def alterations(self) -> list[str]:
         """List hooks, replaced methods and a parametrization that keep a layer scale from being folded."""
         return [] if self.gamma is None else alterations_around_scale(self)
@@ -62,7 +65,7 @@ class MixerBlock(Fusable, nn.Module):
         assert self.gamma is not None
         fc2 = fold_affine(self.mlp.fc2, self.gamma.double(), torch.zeros_like(self.gamma).double())
         fc2.requires_grad_(is_trained(self.mlp.fc2, self.gamma))
-        self.mlp = with_part(self.mlp, "fc2", fc2)
+        self.mlp = with_submodule(self.mlp, "fc2", fc2)
         self.gamma = None
         return self
 
@@ -76,15 +79,8 @@ def alterations_around_scale(block: nn.Module, *others: str) -> list[str]:
         block: block with the parts `mlp` and `gamma`.
         others: names of other parts of the block that must be unaltered.
     """
-    found = replacement_of_forward(block) + alterations(block, ("mlp", "mlp.fc2", "mlp.drop2", *others))
-    return found + parametrised(block, "gamma")
-
-
-def with_part(module: ModuleT, name: str, part: nn.Module) -> ModuleT:
-    """Return a shallow copy of `module` with `part` under `name`; other users of `module` keep it as it is."""
-    new = copy.copy(module)
-    new._modules = {**module._modules, name: part}
-    return new
+    found = replaced_methods(block) + alterations(block, ("mlp", "mlp.fc2", "mlp.drop2", *others))
+    return found + parametrized(block, "gamma")
 
 
 def norm_downsample(dim_in: int, dim_out: int, spec: StageSpec, options: ModelOptions) -> nn.Sequential:

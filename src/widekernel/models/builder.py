@@ -105,7 +105,7 @@ def build_model(
 
 def _folded_form(model_cls: type[StagedConvNet]) -> Callable[..., nn.Module]:
     def build_folded(**kwargs: Any) -> nn.Module:
-        return fold_in_place(model_cls(**kwargs).eval(), {}).train()
+        return fold_in_place(model_cls(**kwargs).eval()).train()
 
     return build_folded
 

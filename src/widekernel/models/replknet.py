@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from widekernel.errors import ArgumentError
 from widekernel.layers import ConvNorm, FoldedLargeKernel, LargeKernel, Rectangles
-from widekernel.layers.alterations import alteration, alterations, replaced, replacement_of_forward
+from widekernel.layers.alterations import alteration, alterations, replaced_method, replaced_methods
 from widekernel.layers.folding import Fusable
+from widekernel.layers.hidden_units import HiddenUnits
 from widekernel.layers.large_kernel import is_plain_relu
 from widekernel.layers.norms import is_foldable
 from widekernel.layers.sources import dilate
@@ -110,18 +111,18 @@ class LargeKernelBlock(Fusable, nn.Module):
     def foldable(self) -> bool:
         """Return whether the norms around the 1x1 convolutions can be folded into them."""
         norms = is_foldable(self.prelkb_bn) and self.pw1.foldable() and self.pw2.foldable()
-        return norms and not replaced(self)
+        return norms and not replaced_method(self)
 
     def alterations(self) -> list[str]:
         """List the hooks and replaced methods that keep the first norm from being folded; none if it is folded already."""
         if type(self.prelkb_bn) is nn.Identity:
             return []
         parts = ("prelkb_bn", "pw1", "pw1.conv", "pw1.bn", "pw2", "pw2.conv", "pw2.bn")
-        return replacement_of_forward(self) + alterations(self, parts)
+        return replaced_methods(self) + alterations(self, parts)
 
     def folded(self) -> LargeKernelBlock:
         """Fold the norms before and after the 1x1 convolutions; the large-kernel layer is folded on its own."""
-        self.pw1, self.pw2 = self.pw1.folded(before=self.prelkb_bn), self.pw2.folded()
+        self.pw1, self.pw2 = self.pw1.folded(input_norm=self.prelkb_bn), self.pw2.folded()
         self.prelkb_bn = nn.Identity()  # type: ignore[assignment]
         return self
 
@@ -158,20 +159,26 @@ class FeedForwardBlock(Fusable, nn.Module):
     def foldable(self) -> bool:
         """Return whether the norms around the 1x1 convolutions can be folded into them."""
         norms = is_foldable(self.preffn_bn) and self.pw1.foldable() and self.pw2.foldable()
-        return norms and not replaced(self)
+        return norms and not replaced_method(self)
 
     def alterations(self) -> list[str]:
         """List the hooks and replaced methods that keep the first norm from being folded; none if it is folded already."""
         if type(self.preffn_bn) is nn.Identity:
             return []
         parts = ("preffn_bn", "pw1", "pw1.conv", "pw1.bn", "pw2", "pw2.conv", "pw2.bn")
-        return replacement_of_forward(self) + alterations(self, parts)
+        return replaced_methods(self) + alterations(self, parts)
 
     def folded(self) -> FeedForwardBlock:
         """Fold the norms before and after the 1x1 convolutions."""
-        self.pw1, self.pw2 = self.pw1.folded(before=self.preffn_bn), self.pw2.folded()
+        self.pw1, self.pw2 = self.pw1.folded(input_norm=self.preffn_bn), self.pw2.folded()
         self.preffn_bn = nn.Identity()  # type: ignore[assignment]
         return self
+
+    def hidden_units(self) -> HiddenUnits | None:
+        """Return the units between the 1x1 convolutions, None while norms come after these."""
+        if not (isinstance(self.pw1.bn, nn.Identity) and isinstance(self.pw2.bn, nn.Identity)):
+            return None
+        return HiddenUnits("pw1.conv", "pw1.act", "pw2.conv", others=("pw1", "pw1.bn", "pw2"))
 
 
 class RepLKNet(StagedConvNet):

@@ -15,13 +15,15 @@ from torch import Tensor, full, nn
 
 from widekernel.errors import ArgumentError
 from widekernel.layers import LargeKernel, PartialChannels, ShiftTiles
-from widekernel.layers.conv import fold_affine, is_plain
+from widekernel.layers.affine import fold_affine
 from widekernel.layers.folding import Fusable, is_trained
 from widekernel.layers.norms import affine_of, is_foldable
 from widekernel.layers.partial import seeded_selection
+from widekernel.layers.rebuilding import is_plain
+from widekernel.layers.replacing import with_submodule
 from widekernel.layers.sources import dilate
 from widekernel.models.base import Parts, Stage, StagedConvNet
-from widekernel.models.blocks import MixerBlock, alterations_around_scale, convnext_parts, init_convnext, with_part
+from widekernel.models.blocks import MixerBlock, alterations_around_scale, convnext_parts, init_convnext
 from widekernel.models.builder import build_model, default_cfg
 from widekernel.models.options import ModelOptions, StageSpec
 from widekernel.models.validation import require_channels, require_one_per_stage
@@ -120,7 +122,7 @@ class ShiftWiseBlock(Fusable, nn.Module):
         if self.gamma is not None:
             scale, shift = scale * self.gamma.detach().double(), shift * self.gamma.detach().double()
         fc2 = fold_affine(self.mlp.fc2, scale, shift).requires_grad_(is_trained(self.mlp.fc2, self.norm2, self.gamma))
-        self.mlp = with_part(self.mlp, "fc2", fc2)
+        self.mlp = with_submodule(self.mlp, "fc2", fc2)
         self.norm, self.norm2 = nn.Identity(), nn.Identity()  # type: ignore[assignment]
         self.gamma = None
         return self

@@ -1,4 +1,4 @@
-"""Sparsity that is part of the checkpoint: dynamic sparse training, coarse pruning, learned 2:4 masks."""
+"""Sparsity of the weights: dynamic sparse training, coarse pruning, and semi-structured (2:4) masks."""
 
 from typing import TYPE_CHECKING
 
@@ -6,12 +6,12 @@ from widekernel.lazy import attach
 
 if TYPE_CHECKING:
     from widekernel.sparsity import semi_structured
-    from widekernel.sparsity.config import DynamicSparsityConfig, published_shiftwise, published_slak
-    from widekernel.sparsity.dynamic import DynamicSparsity
+    from widekernel.sparsity.dynamic.config import DynamicSparsityConfig, published_shiftwise, published_slak
+    from widekernel.sparsity.dynamic.controller import DynamicSparsity
+    from widekernel.sparsity.dynamic.processes import MaskMismatchError
+    from widekernel.sparsity.mask_files import load_masks, save_masks
     from widekernel.sparsity.merging import check_merged_support, merged_support, shared_mask
-    from widekernel.sparsity.processes import MaskMismatchError
     from widekernel.sparsity.report import SparsityReport
-    from widekernel.sparsity.serialization import load_masks, save_masks
     from widekernel.transforms.compaction import CostModel, compact, compact_report
 
 __all__ = [
@@ -34,18 +34,18 @@ __all__ = [
 
 _WHERE = {
     "CostModel": "widekernel.transforms.compaction",
-    "DynamicSparsity": "widekernel.sparsity.dynamic",
-    "DynamicSparsityConfig": "widekernel.sparsity.config",
-    "MaskMismatchError": "widekernel.sparsity.processes",
+    "DynamicSparsity": "widekernel.sparsity.dynamic.controller",
+    "DynamicSparsityConfig": "widekernel.sparsity.dynamic.config",
+    "MaskMismatchError": "widekernel.sparsity.dynamic.processes",
     "SparsityReport": "widekernel.sparsity.report",
     "check_merged_support": "widekernel.sparsity.merging",
     "compact": "widekernel.transforms.compaction",
     "compact_report": "widekernel.transforms.compaction",
-    "load_masks": "widekernel.sparsity.serialization",
+    "load_masks": "widekernel.sparsity.mask_files",
     "merged_support": "widekernel.sparsity.merging",
-    "published_shiftwise": "widekernel.sparsity.config",
-    "published_slak": "widekernel.sparsity.config",
-    "save_masks": "widekernel.sparsity.serialization",
+    "published_shiftwise": "widekernel.sparsity.dynamic.config",
+    "published_slak": "widekernel.sparsity.dynamic.config",
+    "save_masks": "widekernel.sparsity.mask_files",
     "semi_structured": "widekernel.sparsity.semi_structured",
     "shared_mask": "widekernel.sparsity.merging",
 }

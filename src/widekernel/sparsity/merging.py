@@ -1,4 +1,4 @@
-"""Masks and folding: where a folded kernel may be non-zero, given the masks of the branches it is merged from."""
+"""Masks and folding: where a folded kernel may be nonzero, given the masks of the branches that it merges."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ from widekernel.layers.sources import rects_of
 
 
 def merged_support(layer: LargeKernel, masks: Mapping[str, Tensor], prefix: str = "") -> list[Rect]:
-    """Give the union of the masks of all branches, in the rectangles that the layer folds to.
+    """Return the union of the masks of all branches, in the rectangles that the layer folds to.
 
-    Tiles are put where their tables put them, anchors are heeded, and a branch that another one covers is part of it. What
-    the masks do not name is alive everywhere. The identity of the layer, which adds the tap on the output pixel to every
-    channel, is no branch and not part of the union.
+    Tiles are placed by their tables, rectangles by their anchors, and a branch that another one covers is part of it.
+    Weights without a mask are live. The identity of the layer, which adds the tap on the output pixel to every channel, is
+    no branch and not part of the union.
 
     Args:
         layer: in its training form.
-        masks: parameter name -> bool tensor of the shape of the parameter, true where the weight is alive.
-        prefix: what stands before the names of the layer's own parameters, for instance `"stages.0.blocks.0.mixer."`; names
-            without it belong to other layers.
+        masks: parameter name -> bool tensor of the shape of the parameter, True where the weight is live.
+        prefix: of the names of the layer's own parameters, for instance `"stages.0.blocks.0.mixer."`; names without it
+            belong to other layers.
 
     Returns:
         rectangles whose kernels are bool (C, 1, kh, kw), in the order of `layer.folded().rects()`.
 
     Raises:
-        ArgumentError: for a mask without a parameter, of another shape or type, and for a layer that cannot be folded.
+        ArgumentError: a mask has no parameter, or another shape or type; or the layer cannot be folded.
     """
     own = _own_masks(layer, masks, prefix)
     source = copy.deepcopy(layer.source)
     with torch.no_grad():
         for name, parameter in source.named_parameters():
             mask = own.get(f"source.{name}")
-            # Sums of numbers that are not negative are zero only where all of them are; gates are positive for any number.
+            # A sum of non-negative numbers is zero only if all of them are; gates are positive for any number.
             parameter.data = torch.ones_like(parameter) if mask is None else mask.to(parameter.device, parameter.dtype)
         rects = rects_of(source)
     if rects is None:
         raise ArgumentError(
-            f"the layer {prefix.rstrip('.') or type(layer.source).__name__} has no merged kernel: it equals no single one "
-            "near the borders; its masks hold in its training form only"
+            f"the layer {prefix.rstrip('.') or type(layer.source).__name__} has no merged kernel: near the borders "
+            "no single kernel equals it; its masks hold in its training form only"
         )
     return [Rect(rect.kernel.detach() > 0, rect.anchor) for rect in maximal_rectangles(rects)]
 
@@ -52,18 +52,18 @@ def merged_support(layer: LargeKernel, masks: Mapping[str, Tensor], prefix: str 
 def taps_outside(
     layer: LargeKernel, masks: Mapping[str, Tensor], prefix: str = "", folded: FoldedLargeKernel | None = None
 ) -> list[Rect]:
-    """Give the taps of the folded layer that are not zero though no branch has a live weight there.
+    """Return the taps of the folded layer that are not zero although no branch has a live weight there.
 
-    The tap of the identity is excepted: it is in the kernel whatever the masks say.
+    The tap of the identity is excluded: it is in the kernel whatever the masks are.
 
     Args:
         layer: in its training form.
         masks: as for `merged_support`.
         prefix: as for `merged_support`.
-        folded: its folded form, by default what `layer.folded()` gives.
+        folded: its folded form, by default `layer.folded()`.
 
     Returns:
-        rectangles whose kernels are bool (C, 1, kh, kw), true at such taps; all false where masks and folding agree.
+        rectangles whose kernels are bool (C, 1, kh, kw), True at such taps; all False if masks and folding agree.
 
     Raises:
         ArgumentError: as `merged_support`, and if `folded` has other rectangles than the layer folds to.
@@ -73,11 +73,11 @@ def taps_outside(
     if [(r.kernel.shape, r.anchor) for r in rects] != [(s.kernel.shape, s.anchor) for s in support]:
         raise ArgumentError(
             f"the folded layer has rectangles {[r.size for r in rects]} but {prefix.rstrip('.') or 'the layer'} folds to "
-            f"{[s.size for s in support]}: give the layer that it was folded from"
+            f"{[s.size for s in support]}: give the layer from which it was folded"
         )
     outside = [Rect((rect.kernel.detach() != 0) & ~allowed.kernel, rect.anchor) for rect, allowed in zip(rects, support)]
     if layer.identity:
-        # Absorbed by the first rectangle, as all of them cover one tap on the output pixel.
+        # The first rectangle absorbs it, because all rectangles cover the tap on the output pixel.
         row, column = outside[0].anchor
         outside[0].kernel[:, :, row, column] = False
     return outside
@@ -86,19 +86,19 @@ def taps_outside(
 def check_merged_support(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Raise unless every large kernel of a network, once folded, is zero where all its branches are masked.
 
-    Layers that cannot be folded are left out.
+    Layers that cannot be folded are skipped.
 
     Args:
         model: a network in its training form, or a single `LargeKernel`.
         masks: parameter name (in `model`) -> bool tensor.
 
     Raises:
-        ArgumentError: a mask belongs to no parameter; or names the layer, how many taps lie outside, and the first of them
-            (channel, row, column from the output pixel); and as `merged_support`.
+        ArgumentError: a mask belongs to no parameter; or taps lie outside: the message names the layer, their number, and
+            the first of them (channel, row, column from the output pixel); and as `merged_support`.
     """
     known = {name for name, _ in model.named_parameters()}
     if unknown := [name for name in masks if name not in known]:
-        raise ArgumentError(f"{unknown[0]} has a mask but is no parameter of the network: give masks by the names it uses")
+        raise ArgumentError(f"{unknown[0]} has a mask but is no parameter of the network: give masks by its parameter names")
     for name, module in model.named_modules():
         if not isinstance(module, LargeKernel) or not module.foldable():
             continue
@@ -116,13 +116,13 @@ def check_merged_support(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
 
 
 def shared_mask(layer: LargeKernel, masks: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
-    """Give masks under which all branches of a layer are alive at the same taps: at each, the union of the given ones.
+    """Return masks under which all branches of a layer are live at the same taps: the union of the given masks.
 
-    The merged kernel then has as many live taps as before, and every branch all that the merged kernel has room for:
-    weights that cost nothing once folded.
+    The merged kernel then has as many live taps as before, and every branch is live at all of them: the additional weights
+    cost nothing once folded.
 
     Args:
-        layer: whose source is `Rectangles`; where tiles are shared and moved a tap belongs to several weights.
+        layer: a layer whose source is `Rectangles`; with shared, moved tiles, a tap belongs to several weights.
         masks: as for `merged_support`.
         prefix: as for `merged_support`.
 
@@ -130,7 +130,7 @@ def shared_mask(layer: LargeKernel, masks: Mapping[str, Tensor], prefix: str = "
         parameter name (with the prefix) -> bool tensor, for every branch.
 
     Raises:
-        ArgumentError: for another source, and as `merged_support`.
+        ArgumentError: the layer has another source; and as `merged_support`.
     """
     if not isinstance(layer.source, Rectangles):
         raise ArgumentError(
@@ -140,24 +140,24 @@ def shared_mask(layer: LargeKernel, masks: Mapping[str, Tensor], prefix: str = "
     own = _own_masks(layer, masks, prefix)
     names = [f"source.kernels.{i}" for i in range(len(layer.source.kernels))]
     live = [
-        Rect.centred(own.get(name, torch.ones_like(kernel, dtype=torch.bool)))
+        Rect.centered(own.get(name, torch.ones_like(kernel, dtype=torch.bool)))
         for name, kernel in zip(names, layer.source.kernels)
     ]
     return {f"{prefix}{name}": _union_within(rect, live) for name, rect in zip(names, live)}
 
 
 def _union_within(window: Rect, live: Sequence[Rect]) -> Tensor:
-    """Give the union of bool rectangles at the taps of one of them."""
+    """Return the union of bool rectangles at the taps of one of them."""
     total = torch.zeros_like(window.kernel)
     for rect in live:
-        # Negative padding cuts.
+        # Negative padding crops.
         up, down, left, right = (mine - theirs for mine, theirs in zip(window.reach, rect.reach))
         total |= F.pad(rect.kernel.to(window.kernel.device), (left, right, up, down))
     return total
 
 
 def _own_masks(layer: LargeKernel, masks: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Pick the masks of a layer and check them."""
+    """Return the masks of a layer by its own names, and check them."""
     parameters = dict(layer.named_parameters())
     own = {name[len(prefix) :]: mask for name, mask in masks.items() if name.startswith(prefix)}
     for name, mask in own.items():

@@ -1,4 +1,4 @@
-"""Masks as bits: for checkpoints, and as digests that processes compare."""
+"""Masks as bits: for checkpoints, and for digests that processes compare."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ from torch import Tensor
 
 
 def pack(mask: Tensor) -> Tensor:
-    """Pack a bool tensor of any shape, in logical order, into uint8 (ceil(numel / 8),) on the CPU, first element highest."""
+    """Pack a bool tensor of any shape into uint8 (ceil(numel / 8),) on the CPU.
+
+    Elements are taken in logical order; the first one becomes the highest bit.
+    """
     flat = mask.detach().reshape(-1).cpu()
     return torch.from_numpy(np.packbits(flat.numpy())).clone()
 
 
 def unpack(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Give back the bool tensor of `shape`, on the CPU."""
+    """Undo `pack`: return the bool tensor of `shape`, on the CPU."""
     count = int(np.prod(shape, dtype=np.int64))
     return torch.from_numpy(np.unpackbits(bits.cpu().numpy(), count=count).astype(bool)).reshape(shape)
 
 
 def digest(name: str, mask: Tensor) -> int:
-    """Give a 64-bit digest of a mask and its name, as a signed integer."""
+    """Return a 64-bit digest of a mask and its name, as a signed integer."""
     content = hashlib.blake2b(name.encode(), digest_size=8)
     content.update(pack(mask).numpy().tobytes())
     return int.from_bytes(content.digest(), "big", signed=True)

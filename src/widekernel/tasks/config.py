@@ -6,6 +6,7 @@ from typing import Any
 from widekernel.data.config import AugmentConfig, DataConfig
 from widekernel.errors import ConfigError
 from widekernel.settings import require
+from widekernel.sparsity.semi_structured.config import SEMI_STRUCTURED
 from widekernel.training.config import (
     CheckpointConfig,
     EmaConfig,
@@ -82,10 +83,10 @@ class TrainConfig:
         require(self.seed >= 0, "seed", self.seed, "0 or more")
         require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "from 0 to below 1")
         check_averaging(self.sparsity, self.ema.decay)
-        if self.sparsity.method == "2:4" and not (self.model.pretrained or self.model.weights):
+        if self.sparsity.method == SEMI_STRUCTURED and not (self.model.pretrained or self.model.weights):
             raise ConfigError(
-                "sparsity.method is '2:4', which learns masks over trained weights: set model.weights to a checkpoint, or "
-                "model.pretrained."
+                f"sparsity.method is {SEMI_STRUCTURED!r}, which learns masks over trained weights: set "
+                "model.weights to a checkpoint, or model.pretrained."
             )
         if self.augment.mixes and self.loop.batch_size % 2:
             raise ConfigError(
@@ -97,7 +98,7 @@ class TrainConfig:
         """Return nested plain values, as in a YAML file."""
         values = _plain(asdict(self))
         # Settings of methods that are not used must not stand in the way of resuming.
-        used = {"none": (), "dynamic": ("dynamic", "masks"), "2:4": ("semi_structured",)}[self.sparsity.method]
+        used = {"none": (), "dynamic": ("dynamic", "masks"), SEMI_STRUCTURED: ("semi_structured",)}[self.sparsity.method]
         values["sparsity"] = {key: values["sparsity"][key] for key in ("method", *used)}
         return values
 

@@ -1,32 +1,35 @@
-"""How a trained network is made sparse: the settings of ``widekernel sparsify``."""
+"""Settings of `widekernel sparsify`: how a trained network is made sparse."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 from widekernel.errors import ConfigError
 from widekernel.settings import require
+from widekernel.sparsity.semi_structured.config import SEMI_STRUCTURED, current_name
 
 Method = Literal["magnitude", "permuted", "learned"]
 
 
 @dataclass(frozen=True)
 class SparsifyConfig:
-    """How a trained network becomes sparse.
+    """How a trained network is made sparse.
 
     Args:
-        method: which weights stay: those of the largest magnitude; the same after channels were reordered so that this loses
-            less (2:4 only); or those that training the masks on images finds (2:4 only, needs data)
-        block: 2:4 (two of four input channels), or what is zero together: element, kernel, branch, channel
-        sparsity: share of zeros, for other blocks than 2:4
-        layers: name patterns of what becomes sparse (2:4: of layers; else of parameters), separated by commas; default: all
+        method: which weights are kept: magnitude (the largest), permuted (the largest after channels were reordered so that
+            less is lost; semi_structured only) or learned (masks trained on images; semi_structured only, needs data)
+        block: semi_structured (2:4: two of four input channels are kept), or what is pruned together: element, kernel,
+            branch or channel
+        sparsity: share of zeros, for blocks other than semi_structured
+        layers: name patterns of what becomes sparse (semi_structured: of layers; else of parameters), separated by commas;
+            default: all
         exclude: name patterns of what stays dense, likewise
-        axis: what four weights form a group: consecutive input channels of a tap (channels), or of the flattened filters
+        axis: what a group of four weights is: consecutive input channels of a tap (channels), or of the flattened filters
             (im2col, as in the paper)
         seed: of random choices
     """
 
     method: Method = "magnitude"
-    block: str = "2:4"
+    block: str = SEMI_STRUCTURED
     sparsity: float = 0.5
     layers: str | None = None
     exclude: str | None = None
@@ -34,14 +37,21 @@ class SparsifyConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.method != "magnitude" and self.block != "2:4":
-            raise ConfigError(f"method {self.method!r} makes masks 2:4, but block is {self.block!r}: use method magnitude.")
-        if self.block == "2:4" and self.sparsity != 0.5:
-            raise ConfigError(f"sparsity is {self.sparsity}, but block 2:4 keeps half: leave it out, or use another block.")
+        object.__setattr__(self, "block", current_name("block", self.block))
+        if self.method != "magnitude" and self.block != SEMI_STRUCTURED:
+            raise ConfigError(
+                f"method {self.method!r} makes masks 2:4, but block is {self.block!r}: use method magnitude, or block "
+                f"{SEMI_STRUCTURED}."
+            )
+        if self.block == SEMI_STRUCTURED and self.sparsity != 0.5:
+            raise ConfigError(
+                f"sparsity is {self.sparsity}, but block {SEMI_STRUCTURED} (2:4) keeps half: leave it out, or use another "
+                "block."
+            )
 
 
 @dataclass(frozen=True)
-class LearningConfig:
+class MaskLearningConfig:
     """How masks are learned over frozen weights.
 
     Args:

@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from widekernel.errors import ConfigError
-from widekernel.settings import require, require_finite, require_literals
+from widekernel.settings import require, require_finite, require_literals, require_one_of
 from widekernel.sparsity import DynamicSparsityConfig
-from widekernel.sparsity.two_four_config import SemiStructuredConfig
+from widekernel.sparsity.semi_structured.config import SEMI_STRUCTURED, SemiStructuredConfig, current_name
 
 
 @dataclass(frozen=True)
@@ -148,32 +148,35 @@ class SparsityConfig:
     """Sparsity of the weights.
 
     Args:
-        method: none; dynamic (masks that move while the weights are trained, pruning of whole blocks included); 2:4 (masks
-            learned over the frozen weights of model.weights or model.pretrained)
+        method: none; dynamic (masks that move while the weights are trained, including coarse pruning); semi_structured (2:4
+            masks learned over the frozen weights of model.weights or model.pretrained); 2:4 (old name of semi_structured)
         dynamic: settings of masks that move
         semi_structured: settings of learned 2:4 masks
         masks: file of masks to start from (sparsity.method dynamic only)
     """
 
-    method: Literal["none", "dynamic", "2:4"] = "none"
+    method: Literal["none", "dynamic", "semi_structured", "2:4"] = "none"
     dynamic: DynamicSparsityConfig = field(default_factory=DynamicSparsityConfig)
     semi_structured: SemiStructuredConfig = field(default_factory=lambda: SemiStructuredConfig(method="learned"))
     masks: str | None = None
 
     def __post_init__(self) -> None:
-        require_literals(self, "sparsity")
+        object.__setattr__(self, "method", current_name("sparsity.method", self.method))
+        methods = ("none", "dynamic", SEMI_STRUCTURED)
+        require_one_of("sparsity.method", self.method, methods)
         if self.masks is not None and self.method != "dynamic":
             raise ConfigError(f"sparsity.masks is set, but sparsity.method is {self.method!r}: use method dynamic.")
-        if self.method == "2:4" and self.semi_structured.method != "learned":
+        if self.method == SEMI_STRUCTURED and self.semi_structured.method != "learned":
             raise ConfigError(
                 f"sparsity.semi_structured.method is {self.semi_structured.method!r}, which needs no training: use "
-                "`widekernel sparsify`, then train with --sparsity.method dynamic, .init from_weights and .block 2:4."
+                "`widekernel sparsify`, then train with --sparsity.method dynamic, .init from_weights and "
+                ".block semi_structured."
             )
 
 
 def check_averaging(config: SparsityConfig, decay: float | None) -> None:
     """Raise a `ConfigError` if averaging is configured for weights that do not change."""
-    if config.method == "2:4" and decay is not None:
+    if config.method == SEMI_STRUCTURED and decay is not None:
         raise ConfigError(f"ema.decay is {decay}, but learned 2:4 masks leave the weights as they are: set it to null.")
 
 

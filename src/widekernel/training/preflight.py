@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from widekernel.data.config import processors
 from widekernel.errors import ConfigError
-from widekernel.sparsity.config import with_total_steps
+from widekernel.sparsity.dynamic.config import with_total_steps
 from widekernel.training.config import SparsityConfig, TrainingConfig
 
 _REFUSE_ABOVE, _NOTE_ABOVE = 0.9, 0.05

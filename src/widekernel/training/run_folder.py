@@ -12,6 +12,7 @@ import yaml
 from widekernel.errors import CheckpointError, WidekernelError
 from widekernel.files import explained, write_file
 from widekernel.settings import flatten
+from widekernel.sparsity.semi_structured.config import OLD_NAME, SEMI_STRUCTURED
 from widekernel.training.locks import exclusive
 
 LIVE_KEYS = frozenset(
@@ -256,6 +257,10 @@ class RunFolder:
 def _differing(there: dict[str, Any], now: dict[str, Any], words: tuple[str, str] = ("there", "now")) -> list[str]:
     """Return one line for every setting that differs and alters what is computed."""
     saved, new = flatten(there), flatten(now)
+    for settings in (saved, new):
+        for key in ("sparsity.method", "sparsity.dynamic.block"):
+            if settings.get(key) == OLD_NAME:  # of semi-structured sparsity, in runs of version 0.4
+                settings[key] = SEMI_STRUCTURED
     if new.get("sparsity.method") == "none":
         saved.setdefault("sparsity.method", "none")  # runs of version 0.1 do not state it
     keys = sorted(key for key in saved.keys() | new.keys() if key not in LIVE_KEYS and saved.get(key) != new.get(key))

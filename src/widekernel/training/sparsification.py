@@ -1,4 +1,4 @@
-"""How a run makes its network sparse, as the loop sees it."""
+"""Sparsification: how a run makes its network sparse, as the training loop sees it."""
 
 from __future__ import annotations
 
@@ -11,102 +11,103 @@ from torch.optim import Optimizer
 
 from widekernel.errors import CheckpointError
 from widekernel.sparsity import DynamicSparsity, SparsityReport, load_masks, semi_structured
-from widekernel.sparsity.config import with_total_steps
-from widekernel.sparsity.selection import Choice
+from widekernel.sparsity.dynamic.config import with_total_steps
+from widekernel.sparsity.semi_structured.config import OLD_NAME, SEMI_STRUCTURED
+from widekernel.sparsity.semi_structured.snapshot import semi_structured_snapshot
 from widekernel.training.config import Metrics, SparsityConfig
 
 
 class Sparsification(Protocol):
-    """What the loop asks at the places of a step where sparsity matters."""
+    """What the training loop calls at the points of a step where sparsity matters."""
 
     def trained(self, model: nn.Module) -> nn.Module | list[nn.Parameter]:
-        """What the optimizer is to be made for."""
+        """Return what the optimizer trains."""
 
     def attach(self, optimizer: Optimizer, average: ModelEmaV3 | None, total_steps: int) -> None:
-        """Take notice of the optimizer and of averaged weights, once both exist."""
+        """Attach to the optimizer and the averaged weights, once both exist."""
 
     def penalty(self) -> Tensor | None:
-        """What is added to the loss of a step, if anything."""
+        """Return what is added to the loss of a step, or None."""
 
     def before_clipping(self) -> None:
-        """All gradients of a step are there, and are about to be clipped."""
+        """Prepare the gradients of a step, which are complete, for clipping."""
 
     def after_step(self) -> None:
-        """The optimizer has made a step."""
+        """Do what follows a step of the optimizer."""
 
     def figures(self) -> Metrics:
-        """Figures for a row of metrics."""
+        """Return figures for a row of metrics."""
 
     def state(self) -> dict[str, Any] | None:
-        """What a training state keeps."""
+        """Return what a training state stores."""
 
     def load_state(self, state: dict[str, Any] | None) -> None:
-        """Continue from what `state` gave."""
+        """Continue from what `state` returned."""
 
     def report(self) -> SparsityReport | None:
-        """Tell what is masked, why not the rest, and how masks have moved."""
+        """Return what is masked, why the rest is not, and how the masks have moved."""
 
     def masks(self) -> dict[str, Tensor]:
-        """Parameter name -> bool mask."""
+        """Return the masks: parameter name -> bool tensor."""
 
     def finished(self, model: nn.Module) -> nn.Module:
-        """The network to be saved at the end of the run."""
+        """Return the network to save at the end of the run."""
 
 
 class Dense(Sparsification):
-    """Nothing is masked."""
+    """No sparsity."""
 
     kind = "none"
 
     def trained(self, model: nn.Module) -> nn.Module | list[nn.Parameter]:
-        """The network."""
+        """Return the network."""
         return model
 
     def attach(self, optimizer: Optimizer, average: ModelEmaV3 | None, total_steps: int) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
     def penalty(self) -> Tensor | None:
-        """No penalty."""
+        """Return None."""
         return None
 
     def before_clipping(self) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
     def after_step(self) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
     def figures(self) -> Metrics:
-        """No figures."""
+        """Return no figures."""
         return {}
 
     def state(self) -> dict[str, Any] | None:
-        """No state."""
+        """Return None."""
         return None
 
     def load_state(self, state: dict[str, Any] | None) -> None:
-        """Refuse the state of a sparse run."""
+        """Raise a `CheckpointError` if the state is that of a sparse run."""
         _check_kind(state, self.kind)
 
     def report(self) -> SparsityReport | None:
-        """No report."""
+        """Return None."""
         return None
 
     def masks(self) -> dict[str, Tensor]:
-        """No masks."""
+        """Return no masks."""
         return {}
 
     def finished(self, model: nn.Module) -> nn.Module:
-        """The network as it is."""
+        """Return the network as it is."""
         return model
 
 
 class Dynamic(Dense):
-    """Masks move while the weights are trained.
+    """Dynamic sparse training: masks move while the weights are trained.
 
     Args:
         model: the network.
         config: the settings.
-        seed: of the run, to which that of the masks is added.
+        seed: of the run; it is added to that of the masks.
     """
 
     kind = "dynamic"
@@ -122,7 +123,7 @@ class Dynamic(Dense):
         return self._controller
 
     def attach(self, optimizer: Optimizer, average: ModelEmaV3 | None, total_steps: int) -> None:
-        """Put masks around the optimizer."""
+        """Make the controller for the optimizer and the averaged weights."""
         settings = with_total_steps(self._config.dynamic, total_steps)
         settings = replace(settings, seed=settings.seed + self._seed)
         given = None if self._config.masks is None else load_masks(self._config.masks, self._model)
@@ -130,11 +131,11 @@ class Dynamic(Dense):
         self._controller = DynamicSparsity(self._model, optimizer, settings, averages=averages, masks=given)
 
     def before_clipping(self) -> None:
-        """Let the norm of the gradients be that of the live weights."""
+        """Mask the gradients, so that their norm is that of the live weights."""
         self.controller.mask_gradients()
 
     def figures(self) -> Metrics:
-        """Sparsity of the masked parameters, updates so far, and the share of live weights that the last one moved."""
+        """Return the sparsity, the number of topology updates, and the share of live weights that the last one moved."""
         controller = self.controller
         total = sum(mask.numel() for mask in controller.masks.values())
         if not total:
@@ -144,35 +145,35 @@ class Dynamic(Dense):
         return {"sparsity": 1 - active / total, "mask_updates": controller.updates, "churn": last / max(1, active)}
 
     def state(self) -> dict[str, Any] | None:
-        """Masks and counters."""
+        """Return masks and counters."""
         return {"kind": self.kind, "state": self.controller.state_dict()}
 
     def load_state(self, state: dict[str, Any] | None) -> None:
-        """Put masks and counters back."""
+        """Restore masks and counters."""
         _check_kind(state, self.kind)
         assert state is not None
         self.controller.load_state_dict(state["state"])
 
     def report(self) -> SparsityReport | None:
-        """Tell about every parameter."""
-        return SparsityReport.of(self._model, self.controller.choices, self.controller.masks, self.controller)
+        """Return a report on every parameter."""
+        return SparsityReport(self.controller.snapshot())
 
     def masks(self) -> dict[str, Tensor]:
-        """The masks now."""
+        """Return the current masks."""
         return self.controller.masks
 
 
 class Learned(Dense):
-    """2:4 masks are trained over frozen weights.
+    """2:4 masks that are learned over frozen weights.
 
     Args:
-        model: the network, whose weights are parametrised from now on.
+        model: the network, whose weights are parametrized from now on.
         config: the settings.
-        seed: of the run, to which that of the noise is added.
+        seed: of the run; it is added to that of the noise.
         total_steps: optimizer steps of the run.
     """
 
-    kind = "2:4"
+    kind = SEMI_STRUCTURED
 
     def __init__(self, model: nn.Module, config: SparsityConfig, seed: int, total_steps: int) -> None:
         settings = config.semi_structured
@@ -181,65 +182,62 @@ class Learned(Dense):
         self._controller = semi_structured.prepare(model, self._settings)
 
     def trained(self, model: nn.Module) -> nn.Module | list[nn.Parameter]:
-        """The logits of the masks."""
+        """Return the logits of the masks."""
         return self._controller.parameters()
 
     def penalty(self) -> Tensor | None:
-        """The regularisation of the logits."""
-        return self._controller.regularisation()
+        """Return the regularization of the logits."""
+        return self._controller.regularization()
 
     def after_step(self) -> None:
-        """Move temperature and noise on."""
+        """Advance temperature and noise."""
         self._controller.step()
 
     def figures(self) -> Metrics:
-        """Entropy of the choices in nats, and the share that changed since the last row."""
+        """Return the entropy of the choices in nats, and the share of choices that changed since the last row."""
         return {"mask_entropy": self._controller.entropy(), "mask_flips": self._controller.flip_rate()}
 
     def state(self) -> dict[str, Any] | None:
-        """Logits, step and the configuration to prepare a network with."""
+        """Return logits, step and the configuration to prepare a network with."""
         return {"kind": self.kind, "state": self._controller.state_dict()}
 
     def load_state(self, state: dict[str, Any] | None) -> None:
-        """Put logits and step back."""
+        """Restore logits and step."""
         _check_kind(state, self.kind)
         assert state is not None
         self._controller.load_state_dict(state["state"])
 
     def report(self) -> SparsityReport | None:
-        """Tell about every layer."""
-        reasons = {f"{row.name}.weight".lstrip("."): row.reason for row in self._controller.report}
-        shapes = {f"{row.name}.weight".lstrip("."): tuple(row.shape) for row in self._controller.report}
-        choices = [Choice(name, shapes[name], reason) for name, reason in reasons.items()]
-        return SparsityReport.of(self.finished(self._model), choices, self.masks())
+        """Return a report on every Conv2d and Linear."""
+        return SparsityReport(semi_structured_snapshot(self.finished(self._model), self._controller.report, self.masks()))
 
     def masks(self) -> dict[str, Tensor]:
-        """The masks that evaluation uses."""
+        """Return the masks that evaluation uses."""
         return self._controller.masks
 
     def finished(self, model: nn.Module) -> nn.Module:
-        """The plain network with zeros."""
+        """Return the plain network with zeros."""
         return semi_structured.convert(model)
 
 
 def create_sparsification(model: nn.Module, config: SparsityConfig, seed: int, total_steps: int) -> Sparsification:
-    """Give what `config` asks for; may parametrise the network."""
+    """Return the sparsification that `config` describes; learned masks parametrize the network."""
     if config.method == "dynamic":
         return Dynamic(model, config, seed)
-    if config.method == "2:4":
+    if config.method == SEMI_STRUCTURED:
         return Learned(model, config, seed, total_steps)
     return Dense()
 
 
 def restore_learned(model: nn.Module, weights: dict[str, Tensor], sparsity: dict[str, Any] | None) -> nn.Module:
-    """Load the weights of a training state into a fresh network, with learned masks applied if it has any.
+    """Load the weights of a training state into a fresh network, and apply its learned masks if it has any.
 
     Args:
         model: the network, dense.
-        weights: the state dict of the trained one.
+        weights: the state dict of the trained network.
         sparsity: the part of the training state about sparsity.
     """
-    if sparsity is None or sparsity["kind"] != Learned.kind:
+    if sparsity is None or _kind(sparsity) != Learned.kind:
         model.load_state_dict(weights)
         return model
     saved = sparsity["state"]["config"]
@@ -250,9 +248,15 @@ def restore_learned(model: nn.Module, weights: dict[str, Tensor], sparsity: dict
     return semi_structured.convert(model)
 
 
+def _kind(state: dict[str, Any] | None) -> str:
+    """Return the method that a state was saved with, by its present name."""
+    found = "none" if state is None else str(state["kind"])
+    return SEMI_STRUCTURED if found == OLD_NAME else found
+
+
 def _check_kind(state: dict[str, Any] | None, kind: str) -> None:
-    found = "none" if state is None else state["kind"]
+    found = _kind(state)
     if found != kind:
         raise CheckpointError(
-            f"The run was saved with sparsity.method {found!r} and is resumed with {kind!r}. Resume with the same."
+            f"The run was saved with sparsity.method {found!r} and is resumed with {kind!r}. Resume with the same method."
         )

@@ -1,5 +1,18 @@
-"""Transformations of networks that act on layers by their type."""
+"""Transformations of networks that act on layers by their type and know no network."""
 
 from widekernel.transforms.acceleration import AccelerationReport, LayerAcceleration, accelerate
+from widekernel.transforms.compaction import CompactReport, CostModel, compact, compact_report
+from widekernel.transforms.fold import fold
+from widekernel.transforms.to_torch import to_torch
 
-__all__ = ["AccelerationReport", "LayerAcceleration", "accelerate"]
+__all__ = [
+    "AccelerationReport",
+    "CompactReport",
+    "CostModel",
+    "LayerAcceleration",
+    "accelerate",
+    "compact",
+    "compact_report",
+    "fold",
+    "to_torch",
+]

@@ -1,101 +1,136 @@
-"""The rival of our networks: the same network on PyTorch's own convolutions.
-
-Not by a backend: the gradients would then be the ones that our operator asks a backend for, while PyTorch has its own, which
-take other times.
-"""
+"""`to_torch`: a network of ours on PyTorch's own convolutions, as a baseline for speed and for numbers."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from widekernel.layers import DepthwiseConv2d, FoldedLargeKernel, LargeKernel, PointwiseConv2d, PointwiseLinear, Rect
-from widekernel.layers.sources import rects_of
+from widekernel.errors import ArgumentError
+from widekernel.layers import DepthwiseConv2d, FoldedLargeKernel, LargeKernel, PointwiseConv2d, PointwiseLinear, SourceGroup
+from widekernel.layers.folding import deep_copy
+from widekernel.layers.large_kernel import add_normalized
+from widekernel.layers.sources import KernelSource, tensors_of
+from widekernel.ops.problem import Anchor
 
-# Layers that are subclasses of PyTorch's only to be computed another way.
-_BASES: dict[type[nn.Module], type[nn.Module]] = {
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def to_torch(model: ModelT) -> ModelT:
+    """Return a copy of `model` in which our operators are plain PyTorch convolutions, one per rectangle.
+
+    Outputs and gradients stay the same up to rounding. Names, state dict, hooks, training mode and `requires_grad` of
+    every layer stay, too. Unlike a backend that calls PyTorch, the copy also has PyTorch's own backward pass. Layers of
+    other libraries and kernel sources that convolve by themselves are left as they are. Call `compact` and `accelerate`
+    before: what they make of the copy may run on our operators again.
+
+    Args:
+        model: any module, folded or not.
+
+    Raises:
+        ArgumentError: if a layer is a subclass of one of ours, parametrized layers included; what it computes is unknown.
+    """
+    torch_baseline = deep_copy(model)
+    for name, module in torch_baseline.named_modules():
+        if isinstance(module, tuple(_TORCH_CLASSES)) and not isinstance(module, _DONE):
+            module.__class__ = _torch_class(name, module)  # type: ignore[arg-type]
+    return torch_baseline
+
+
+def operator_layers(model: nn.Module) -> list[str]:
+    """Return the names of the layers that `to_torch` changes; they have the same names in the copy."""
+    ours = tuple(_TORCH_CLASSES)
+    return [name for name, module in model.named_modules() if isinstance(module, ours) and not isinstance(module, _DONE)]
+
+
+class TorchLargeKernel(LargeKernel):
+    """A `LargeKernel` whose branches are convolutions of PyTorch's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W)."""
+        if torch.jit.is_scripting():
+            return self._scripted(x)
+        else:  # noqa: RET505 - TorchScript leaves out the other branch, and only that
+            return self._on_torch(x)
+
+    @torch.jit.unused
+    def _on_torch(self, x: Tensor) -> Tensor:
+        branches, norms = self.source.branches(), list(self.norms)
+        if norms:
+            y = add_normalized(_responses(self.source, x), norms)
+        elif branches is not None:
+            y = _sum(x, *branches, None)
+        else:
+            y = torch.stack(_responses(self.source, x)).sum(0)
+        return y + x if self.identity else y
+
+    def folded(self, scale: Tensor | None = None, shift: Tensor | None = None) -> FoldedLargeKernel:
+        """Fold as `LargeKernel` does, to a layer that runs on PyTorch's convolutions, too."""
+        result = super().folded(scale, shift)
+        result.__class__ = TorchFoldedLargeKernel
+        return result
+
+
+class TorchFoldedLargeKernel(FoldedLargeKernel):
+    """A `FoldedLargeKernel` whose rectangles are convolutions of PyTorch's."""
+
+    def forward(self, x: Tensor, relu: bool = False) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W); with `relu` its positive part."""
+        if torch.jit.is_scripting():
+            return self._scripted(x, relu)
+        else:  # noqa: RET505 - TorchScript leaves out the other branch, and only that
+            y = _sum(x, tensors_of(self.kernels), self.anchors, self.bias)
+            return y.relu() if relu else y
+
+
+# The last three only compute in another way than their base class.
+_TORCH_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
+    LargeKernel: TorchLargeKernel,
+    FoldedLargeKernel: TorchFoldedLargeKernel,
     DepthwiseConv2d: nn.Conv2d,
     PointwiseConv2d: nn.Conv2d,
     PointwiseLinear: nn.Linear,
 }
+_DONE = (TorchLargeKernel, TorchFoldedLargeKernel)
 
 
-def on_pytorch(model: nn.Module) -> nn.Module:
-    """Give a copy of a network that runs on PyTorch's convolutions, one a branch.
-
-    Parameters and their order stay as they are.
-    """
-    plain = _replaced(copy.deepcopy(model), {})
-    for module in plain.modules():
-        if type(module) in _BASES:
-            module.__class__ = _BASES[type(module)]
-    return plain
+def _torch_class(name: str, module: nn.Module) -> Any:
+    kind = type(module)
+    if kind not in _TORCH_CLASSES:
+        raise ArgumentError(
+            f"{name or 'the layer'} is a {kind.__name__}, a subclass of a layer of widekernel or a parametrized one, and "
+            "what it computes is unknown: remove its parametrizations, or replace it by a layer of that class"
+        )
+    return _TORCH_CLASSES[kind]
 
 
-def ours_in(model: nn.Module) -> list[str]:
-    """Name the layers of a network that `on_pytorch` changes; in the copy they have the same names."""
-    kinds = (LargeKernel, FoldedLargeKernel)
-    return [name for name, module in model.named_modules() if isinstance(module, kinds) or type(module) in _BASES]
+def _responses(source: KernelSource, x: Tensor) -> list[Tensor]:
+    """Compute the branches of a source; those that are no rectangles are left to the source itself."""
+    branches = source.branches()
+    if branches is not None:
+        return [_convolution(x, kernel, anchor, None) for kernel, anchor in zip(*branches)]
+    if isinstance(source, SourceGroup):
+        return [response for part in source.sources for response in _responses(part, x)]  # type: ignore[arg-type]
+    return source.responses(x)
 
 
-class PlainLayer(nn.Module):
-    """A large-kernel layer, in training or folded form, with each of its branches a convolution of PyTorch's.
-
-    Args:
-        layer: whose parameters are used.
-    """
-
-    def __init__(self, layer: LargeKernel | FoldedLargeKernel) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C, H, W)."""
-        layer = self.layer
-        if isinstance(layer, FoldedLargeKernel):
-            return _sum(x, layer.rects(), layer.bias)
-        rects = rects_of(layer.source)
-        if rects is None:  # a source that convolves by itself
-            responses = layer.source.responses(x)
-        elif not layer.norms:
-            responses = [_sum(x, rects, None)]
-        else:
-            responses = [_convolved(x, rect, None) for rect in rects]
-        norms = list(layer.norms) or [nn.Identity()] * len(responses)
-        y = norms[0](responses[0])
-        for norm, response in zip(norms[1:], responses[1:]):
-            y = y + norm(response)
-        return y + x if layer.identity else y
-
-
-def _replaced(module: nn.Module, done: dict[nn.Module, nn.Module]) -> nn.Module:
-    if module not in done:
-        if isinstance(module, (LargeKernel, FoldedLargeKernel)):
-            done[module] = PlainLayer(module).train(module.training)
-            return done[module]
-        done[module] = module
-        for name, child in list(module._modules.items()):
-            if child is not None:
-                setattr(module, name, _replaced(child, done))
-    return done[module]
-
-
-def _sum(x: Tensor, rects: Sequence[Rect], bias: Tensor | None) -> Tensor:
-    y = _convolved(x, rects[0], bias)
-    for rect in rects[1:]:
-        y = y + _convolved(x, rect, None)
+def _sum(x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor], bias: Tensor | None) -> Tensor:
+    y = _convolution(x, kernels[0], anchors[0], bias)
+    for kernel, anchor in zip(kernels[1:], anchors[1:]):
+        y = y + _convolution(x, kernel, anchor, None)
     return y
 
 
-def _convolved(x: Tensor, rect: Rect, bias: Tensor | None) -> Tensor:
-    kernel, (row, column) = rect.kernel, rect.anchor
+def _convolution(x: Tensor, kernel: Tensor, anchor: Anchor, bias: Tensor | None) -> Tensor:
+    """Convolve by one call of PyTorch's depthwise convolution, which needs the same padding on both sides of an axis."""
+    row, column = anchor
     height, width = x.shape[-2:]
-    # PyTorch pads both sides alike: by the longer one, and what is too much is cut off.
-    down, right = max(row, kernel.shape[2] - 1 - row), max(column, kernel.shape[3] - 1 - column)
-    y = F.conv2d(x, kernel, bias, padding=(down, right), groups=x.shape[1])
+    # Both sides get the larger padding, and the surplus is cut off.
+    vertical, horizontal = max(row, kernel.shape[2] - 1 - row), max(column, kernel.shape[3] - 1 - column)
+    y = F.conv2d(x, kernel, bias, padding=(vertical, horizontal), groups=x.shape[1])
     if y.shape == x.shape:
         return y
-    return y[..., down - row :, right - column :][..., :height, :width]
+    return y[..., vertical - row :, horizontal - column :][..., :height, :width]

@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from widekernel.sparsity import semi_structured as ss
+from widekernel.sparsity.semi_structured.config import Axis
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DTYPES = (*FLOATS, torch.int8)
@@ -16,13 +16,13 @@ DTYPES = (*FLOATS, torch.int8)
 
 class Case(NamedTuple):
     weight: Tensor
-    axis: ss.Axis
+    axis: Axis
     groups: int
 
 
 @st.composite
 def weights(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Case:
-    """A weight with many ties and zeros, and a grouping that it has."""
+    """Draw a weight with many ties and zeros, and a grouping for it."""
     groups = draw(st.integers(1, 3))
     out, inner = groups * draw(st.integers(1, 5)), draw(st.integers(1, 11))
     kernel = draw(st.sampled_from([None, (1, 1), (1, 3), (2, 2), (3, 3), (5, 4)]))
@@ -40,6 +40,6 @@ def weights(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Case:
 
 
 def as_bits(tensor: Tensor) -> Tensor:
-    """The bytes of a tensor, so that NaNs and signs of zeros are compared too."""
+    """Return the bytes of a tensor, to compare NaNs and signs of zeros too."""
     size = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     return tensor.contiguous().view(size)

@@ -1,4 +1,4 @@
-"""What happens to 2:4 networks afterwards: other weights, wrappers, compaction, features."""
+"""2:4 networks after preparation: other weights, wrappers, compaction, features."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from widekernel.sparsity import DynamicSparsity, DynamicSparsityConfig, compact,
 from widekernel.sparsity.semi_structured import (
     SemiStructuredConfig,
     convert,
-    find_chains,
     load_sparse,
     magnitude_mask,
     manifest_of,
@@ -24,6 +23,7 @@ from widekernel.sparsity.semi_structured import (
     save_sparse,
     validate,
 )
+from widekernel.sparsity.semi_structured.chains import find_chains
 
 
 def mlp() -> nn.Sequential:
@@ -32,8 +32,8 @@ def mlp() -> nn.Sequential:
         return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
 
 
-def test_choices_follow_other_two_of_four_weights(tmp_path: Path) -> None:
-    """Weights loaded or trained since are 2:4 in other places; nothing of them is lost."""
+def test_choices_follow_other_semi_structured_weights(tmp_path: Path) -> None:
+    """Weights that were loaded or trained since are 2:4 in other places, and none of them is lost."""
     model = mlp()
     prepare(model)
     with torch.no_grad():
@@ -45,20 +45,22 @@ def test_choices_follow_other_two_of_four_weights(tmp_path: Path) -> None:
     load_sparse(loaded, save_sparse(plain, tmp_path / "a.safetensors"))
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters()))
     optimizer = torch.optim.SGD(plain.parameters(), 0.1)
-    config = DynamicSparsityConfig(sparsity=0.5, block="2:4", init="from_weights", growth="random", update_interval=1)
+    config = DynamicSparsityConfig(
+        sparsity=0.5, block="semi_structured", init="from_weights", growth="random", update_interval=1
+    )
     controller = DynamicSparsity(plain, optimizer, config)
     for _ in range(3):
         plain(torch.randn(4, 16)).square().mean().backward()
         optimizer.step()
-    assert sum(controller.moved.values())
+    assert sum(controller.grown.values())
     load_sparse(loaded, save_sparse(plain, tmp_path / "b.safetensors"))
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), plain.parameters()))
 
 
-def test_layers_that_are_not_two_of_four_stay_dense_when_masks_come_from_weights() -> None:
+def test_layers_that_are_not_semi_structured_stay_dense_if_masks_come_from_weights() -> None:
     model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 1))
-    prepare(model)  # eight input channels are too few for hardware, so that the first layer stays dense
-    config = DynamicSparsityConfig(sparsity=0.5, block="2:4", init="from_weights", growth="none")
+    prepare(model)  # eight input channels are too few for hardware, so the first layer stays dense
+    config = DynamicSparsityConfig(sparsity=0.5, block="semi_structured", init="from_weights", growth="none")
     controller = DynamicSparsity(model, torch.optim.SGD(model.parameters(), 0.1), config)
     reasons = {choice.name: choice.reason for choice in controller.choices}
     assert set(controller.masks) == {"2.weight"} and reasons["0.weight"] == "is not 2:4 now"
@@ -75,7 +77,7 @@ def test_wrapped_networks_are_unwrapped(tmp_path: Path) -> None:
     save_sparse(compiled, tmp_path / "a.safetensors")
 
 
-def test_compaction_of_a_two_of_four_network_is_no_longer_known_to_be_one() -> None:
+def test_a_compacted_network_is_no_longer_known_to_be_semi_structured() -> None:
     model = alive("slak_nano", num_classes=4)
     prepare(model, SemiStructuredConfig(axis="im2col"))
     with torch.no_grad():
@@ -121,7 +123,7 @@ def test_features_keep_the_order_of_their_channels() -> None:
     outputs, features = model(x), model.forward_features(x)
     consumers = [name for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
     found = find_chains(model, consumers)
-    assert found["conv_head"] == "it reads what forward_features puts out"
+    assert found["conv_head"] == "it reads the outputs of forward_features"
     controller = prepare(model, SemiStructuredConfig(method="permuted", permutation_rounds=3))
     assert any(row.masked and not row.reason for row in controller.report)
     permuted = convert(model)
@@ -143,7 +145,7 @@ def test_learned_masks_are_compiled_once() -> None:
     torch._dynamo.reset()
 
 
-def test_damaged_headers_are_named(tmp_path: Path) -> None:
+def test_damaged_headers_are_errors(tmp_path: Path) -> None:
     import json
 
     from safetensors.torch import save_file

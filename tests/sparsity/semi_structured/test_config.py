@@ -1,4 +1,4 @@
-"""Values that a configuration cannot have."""
+"""Values that are refused in a configuration."""
 
 from __future__ import annotations
 
@@ -34,6 +34,6 @@ def test_errors(changes: dict, message: str) -> None:
 
 
 def test_lists_become_tuples() -> None:
-    """As they come from a configuration file; equal configurations compare equal and can be keys."""
+    """Configuration files hold lists; equal configurations compare equal and can be keys."""
     config = SemiStructuredConfig(layers=["a", "b*"], exclude=["c"])  # type: ignore[arg-type]
     assert config == SemiStructuredConfig(layers=("a", "b*"), exclude=("c",)) and hash(config)

@@ -1,4 +1,4 @@
-"""Learned masks: what is trained, what is not, noise, schedules and exact resumption."""
+"""Learned masks: trained and frozen parts, noise, schedules and exact resumption."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from torch.nn import functional as F
 
 from widekernel.errors import ArgumentError, CheckpointError
 from widekernel.sparsity import semi_structured as ss
+from widekernel.sparsity.semi_structured.learned import gumbel_mask, kept_share
+from widekernel.sparsity.semi_structured.masks import magnitude_choices
 from widekernel.sparsity.semi_structured.noise import gumbel, uniform
+from widekernel.sparsity.semi_structured.patterns import PATTERNS
 
 
 def network() -> nn.Module:
@@ -44,7 +47,7 @@ def train(model: nn.Module, controller: ss.SemiStructured, optimizer: torch.opti
     for step in steps:
         x, y = data(step)
         optimizer.zero_grad()
-        loss = F.cross_entropy(model.train()(x), y) + controller.regularisation()
+        loss = F.cross_entropy(model.train()(x), y) + controller.regularization()
         loss.backward()
         optimizer.step()
         controller.step()
@@ -58,7 +61,7 @@ def digest(model: nn.Module, skip: str = "logits") -> str:
 
 
 def test_only_logits_are_trained() -> None:
-    """Weights, biases and batch norms (statistics too, in training mode) have the same bytes after training."""
+    """Weights, biases and batch norms (and their statistics, in training mode) have the same bytes after training."""
     model = network()
     controller = ss.prepare(model, config())
     before, logits = digest(model), [one.detach().clone() for one in controller.parameters()]
@@ -81,7 +84,7 @@ def test_learning_lowers_the_loss() -> None:
     assert any(not torch.equal(choices[name], now) for name, now in controller.choices.items())
 
 
-def test_norms_may_move_if_asked() -> None:
+def test_norms_are_updated_if_configured() -> None:
     model = network()
     controller = ss.prepare(model, config(freeze_norms=False))
     before = digest(model)
@@ -89,7 +92,7 @@ def test_norms_may_move_if_asked() -> None:
     assert digest(model) != before
 
 
-def test_evaluation_is_the_most_probable_mask_without_noise() -> None:
+def test_evaluation_uses_the_most_probable_mask_without_noise() -> None:
     model = network()
     controller = ss.prepare(model, config(prior_strength=0.5))
     x, _ = data(0)
@@ -109,7 +112,7 @@ def test_a_network_prepared_in_evaluation_mode_stays_there() -> None:
     assert not any(module.training for module in model.modules())
 
 
-def test_training_masks_are_two_four_and_change_with_the_step_only() -> None:
+def test_training_masks_are_semi_structured_and_change_with_the_step_only() -> None:
     model = network().train()
     controller = ss.prepare(model, config(prior_strength=0.0))
     first = model[3].weight.detach().clone()
@@ -119,8 +122,8 @@ def test_training_masks_are_two_four_and_change_with_the_step_only() -> None:
     assert not torch.equal(model[3].weight, first)
 
 
-def test_noise_is_its_own() -> None:
-    """It neither reads nor moves the global generator."""
+def test_noise_uses_no_generator() -> None:
+    """It neither reads nor advances the global generator."""
     model = network().train()
     ss.prepare(model, config())
     torch.manual_seed(1)
@@ -155,21 +158,21 @@ def test_draws_follow_the_logits() -> None:
     """The share of each pattern among many draws is softmax(kappa · logits), at every temperature."""
     logits = torch.tensor([[0.0, 1.0, -1.0, 0.5, 2.0, 0.0]]).repeat(50_000, 1)
     for tau in (4.0, 0.05):
-        drawn = ss.gumbel_mask(logits, gumbel(logits.shape, 0, 0, "x"), tau, 2.0)
-        table = torch.tensor(ss.PATTERNS).float()
+        drawn = gumbel_mask(logits, gumbel(logits.shape, 0, 0, "x"), tau, 2.0)
+        table = torch.tensor(PATTERNS).float()
         shares = (drawn.unsqueeze(1) == table).all(2).float().mean(0)
         torch.testing.assert_close(shares, torch.softmax(2.0 * logits[0], 0), atol=0.01, rtol=0)
 
 
-def test_gradient_is_that_of_the_soft_mask() -> None:
+def test_the_gradient_is_that_of_the_soft_mask() -> None:
     """hard - soft.detach() + soft, as published, in double precision."""
     logits = torch.randn(20, 6, dtype=torch.float64, requires_grad=True)
     noise, out = torch.randn(20, 6, dtype=torch.float64), torch.randn(20, 4, dtype=torch.float64)
-    mask = ss.gumbel_mask(logits, noise, 0.7, 1.3)
+    mask = gumbel_mask(logits, noise, 0.7, 1.3)
     (ours,) = torch.autograd.grad(mask, logits, out)
     soft = torch.softmax((1.3 * logits + noise) / 0.7, 1)
     hard = F.one_hot(soft.argmax(1), 6).double()
-    reference = (hard - soft.detach() + soft) @ torch.tensor(ss.PATTERNS, dtype=torch.float64)
+    reference = (hard - soft.detach() + soft) @ torch.tensor(PATTERNS, dtype=torch.float64)
     (theirs,) = torch.autograd.grad(reference, logits, out)
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(mask, reference)
@@ -182,13 +185,13 @@ def test_padding_is_never_chosen_over_a_real_weight() -> None:
         kept = (model[0].weight != 0).sum(1)
         assert torch.equal(kept, torch.full((8, 3, 3), 10)), "8 of 16 channels and 2 of 3"
         controller.step()
-    controller.regularisation().backward()
+    controller.regularization().backward()
     assert all(bool(one.grad.isfinite().all()) for one in controller.parameters())
 
 
-def test_prior_starts_from_the_magnitude_mask() -> None:
+def test_the_prior_prefers_the_magnitude_mask() -> None:
     model = network()
-    magnitude = ss.magnitude_choices(model[3].weight)
+    magnitude = magnitude_choices(model[3].weight)
     controller = ss.prepare(model, config(prior_strength=2.0))
     assert torch.equal(controller.choices["3.weight"], magnitude)
     logits = controller.parameters()[0]
@@ -201,13 +204,11 @@ def test_report_follows_the_masks() -> None:
     before = copy.deepcopy(model[3].weight.detach())
     controller = ss.prepare(model, config())
     row = next(row for row in controller.report if row.name == "3")
-    assert row.kept == pytest.approx(ss.kept_share(before, ss.magnitude_choices(before), "channels"))
+    assert row.kept == pytest.approx(kept_share(before, magnitude_choices(before), "channels"))
     with torch.no_grad():
         controller.parameters()[0].copy_(torch.randn_like(controller.parameters()[0]))
     now = next(row for row in controller.report if row.name == "3")
-    assert (
-        now.kept == pytest.approx(ss.kept_share(before, controller.choices["3.weight"], "channels")) and now.kept < row.kept
-    )
+    assert now.kept == pytest.approx(kept_share(before, controller.choices["3.weight"], "channels")) and now.kept < row.kept
 
 
 def test_schedules() -> None:
@@ -246,23 +247,23 @@ def test_flip_rate_is_since_the_last_call() -> None:
     assert controller.flip_rate() == 0
 
 
-def test_regularisation() -> None:
-    """Entropy counts against, and the norm of what the drawn masks keep in favour."""
+def test_regularization() -> None:
+    """Entropy is added, and the squared norm of the kept weights is subtracted."""
     model = network().train()
     controller = ss.prepare(model, config(entropy_penalty=0.5, weight_regularization=0.1))
     kept = sum(float(model[i].weight.detach().square().sum()) for i in (3, 8))
-    assert float(controller.regularisation().detach()) == pytest.approx(0.5 * controller.entropy() - 0.1 * kept, rel=1e-4)
-    controller.regularisation().backward()
+    assert float(controller.regularization().detach()) == pytest.approx(0.5 * controller.entropy() - 0.1 * kept, rel=1e-4)
+    controller.regularization().backward()
     assert all(bool(logits.grad.any()) for logits in controller.parameters())
 
 
-def test_regularisation_can_be_off() -> None:
+def test_regularization_can_be_off() -> None:
     controller = ss.prepare(network(), config(entropy_penalty=0.0))
-    assert float(controller.regularisation()) == 0
+    assert float(controller.regularization()) == 0
 
 
 def test_resumed_learning_is_bit_identical() -> None:
-    """Cut after any step: losses, logits and flip rates as without the cut, whatever the global generator does."""
+    """Resumed after any step, losses, logits and flip rates are the same, whatever the state of the global generator."""
     initial = network().state_dict()
 
     def start() -> tuple[nn.Module, ss.SemiStructured, torch.optim.Optimizer]:
@@ -290,7 +291,7 @@ def test_resumed_learning_is_bit_identical() -> None:
 
 
 def same_controllers(one: ss.SemiStructured, other: ss.SemiStructured) -> bool:
-    """Whether step, temperature, logits, choices and masks are the same, of the same layers."""
+    """Return whether two controllers have the same layers, step, temperature, logits, choices and masks."""
     assert (
         one.choices.keys() == other.choices.keys() == one.masks.keys() == other.masks.keys() and len(one.parameters()) == 2
     )
@@ -302,7 +303,7 @@ def same_controllers(one: ss.SemiStructured, other: ss.SemiStructured) -> bool:
 
 
 def test_state_survives_a_file(tmp_path: object) -> None:
-    """Of a controller that has learned: step, logits, choices and masks come back, and it goes on from there."""
+    """Step, logits, choices and masks of a trained controller are restored, and it continues from there."""
     model = network()
     controller = ss.prepare(model, config())
     train(model, controller, torch.optim.Adam(controller.parameters(), 0.5), range(3))
@@ -324,7 +325,7 @@ def test_state_survives_a_file(tmp_path: object) -> None:
 def test_a_state_of_something_else_is_refused() -> None:
     controller = ss.prepare(network(), config())
     state = controller.state_dict()
-    with pytest.raises(CheckpointError, match="no state of 2:4 masks"):
+    with pytest.raises(CheckpointError, match="not a state of 2:4 masks"):
         controller.load_state_dict({})
     with pytest.raises(CheckpointError, match=r"another configuration \(seed 0 -> 3\)"):
         ss.prepare(network(), config(seed=3)).load_state_dict(state)
@@ -335,7 +336,7 @@ def test_a_state_of_something_else_is_refused() -> None:
         ss.prepare(wide, config()).load_state_dict(state)
 
 
-def test_given_logits_go_on() -> None:
+def test_learning_continues_from_given_logits() -> None:
     first = ss.prepare(network(), config(axis="im2col"))
     logits = {"3.weight": torch.randn(first.parameters()[0].shape)}
     controller = ss.prepare(network(), config(axis="im2col"), logits=logits)
@@ -357,16 +358,16 @@ def test_bfloat16_weights() -> None:
 
 def test_gradients_of_logits_do_not_depend_on_autocast() -> None:
     logits, noise, out = torch.randn(50, 6, requires_grad=True), torch.randn(50, 6), torch.randn(50, 4)
-    (plain,) = torch.autograd.grad(ss.gumbel_mask(logits, noise), logits, out)
+    (plain,) = torch.autograd.grad(gumbel_mask(logits, noise), logits, out)
     with torch.autocast("cpu", torch.bfloat16):
-        mask = ss.gumbel_mask(logits, noise)
+        mask = gumbel_mask(logits, noise)
     (mixed,) = torch.autograd.grad(mask, logits, out)
     assert mask.dtype == torch.float32 and torch.equal(plain, mixed)
 
 
 @pytest.mark.slow
-def test_learned_masks_lose_less_than_those_of_magnitude() -> None:
-    """Handwritten digits, without touching a weight: what learning masks is for."""
+def test_learned_masks_lose_less_than_magnitude_masks() -> None:
+    """On handwritten digits, without changing a weight."""
     from sklearn.datasets import load_digits
 
     images, labels = (torch.tensor(part) for part in load_digits(return_X_y=True))
@@ -388,7 +389,7 @@ def test_learned_masks_lose_less_than_those_of_magnitude() -> None:
             batch = order[torch.randint(0, 1200, (64,))]
             loss = F.cross_entropy(network.train()(images[batch]), labels[batch])
             optimizer.zero_grad()
-            (loss if controller is None else loss + controller.regularisation()).backward()
+            (loss if controller is None else loss + controller.regularization()).backward()
             optimizer.step()
             if controller is not None:
                 controller.step()
@@ -406,7 +407,7 @@ def test_learned_masks_lose_less_than_those_of_magnitude() -> None:
     assert accuracy(ss.convert(learned)) > max(accuracy(magnitude), accuracy(model) - 0.05)
 
 
-def test_copies_learn_by_themselves() -> None:
+def test_copies_learn_independently() -> None:
     model = network().train()
     controller = ss.prepare(model, config())
     other = copy.deepcopy(model)

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from widekernel.errors import CheckpointError
 from widekernel.sparsity import semi_structured as ss
+from widekernel.sparsity.semi_structured.patterns import PATTERNS
 
 
 class Code:
-    """Something that runs when it is unpickled."""
+    """An object whose unpickling runs code."""
 
     def __reduce__(self) -> tuple:
         return (print, ("run",))
@@ -29,7 +30,7 @@ def official() -> dict[str, Tensor]:
     state = {key: value for key, value in network().state_dict().items() if key != "0.weight"}
     layer = {
         "0.choice_weights": torch.randn(72, 6),
-        "0.masking_patterns": torch.tensor(ss.PATTERNS).float(),
+        "0.masking_patterns": torch.tensor(PATTERNS).float(),
         "0.zero_bias": torch.zeros(8),
         "0.Ws.0": torch.randn(8, 36),
     }

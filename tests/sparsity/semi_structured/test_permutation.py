@@ -1,4 +1,4 @@
-"""Reordering channels: a better order is found, and the network computes the same."""
+"""Channel permutation: a better order is found, and the network computes the same."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from torch import Tensor, nn
 import widekernel  # noqa: F401
 from widekernel.errors import ShapeError
 from widekernel.sparsity import semi_structured as ss
+from widekernel.sparsity.semi_structured.channel_permutation import Permuted, permute_channels
+from widekernel.sparsity.semi_structured.permutation_search import kept_magnitude, search_permutation
 
 PERMUTED = ss.SemiStructuredConfig("permuted", permutation_rounds=30, permutation_escapes=2)
 
 
 def randomised(model: nn.Module) -> nn.Module:
-    """Vectors of norms and biases that are all different, so that a wrong order shows."""
+    """Make all entries of norms and biases different, so that a wrong order shows."""
     with torch.no_grad():
         for name, value in [*model.named_parameters(), *model.named_buffers()]:
             if value.dim() == 1 and value.is_floating_point():
@@ -27,13 +29,13 @@ def randomised(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def check_equal(model: nn.Module, x: Tensor, layers: list[str]) -> dict[str, ss.Permuted]:
+def check_equal(model: nn.Module, x: Tensor, layers: list[str]) -> dict[str, Permuted]:
     """Permute and compare outputs in both precisions."""
     single, double = copy.deepcopy(model), copy.deepcopy(model).double()
     with torch.no_grad():
         before, before_double = single(x), double(x.double())
-        results = ss.permute_channels(single, layers, PERMUTED)
-        ss.permute_channels(double, layers, PERMUTED)
+        results = permute_channels(single, layers, PERMUTED)
+        permute_channels(double, layers, PERMUTED)
         scale, scale_double = before.abs().max(), before_double.abs().max()
         assert float((single(x) - before).abs().max() / scale) <= 1e-5
         assert float((double(x.double()) - before_double).abs().max() / scale_double) <= 1e-12
@@ -50,36 +52,36 @@ def test_search_reaches_the_reference_figure() -> None:
     gains, kept = [], []
     for seed in range(3):
         matrix = torch.randn(64, 64, generator=generator)
-        order = ss.search_permutation(matrix, 400, seed=seed)
+        order = search_permutation(matrix, 400, seed=seed)
         assert torch.equal(order.sort().values, torch.arange(64))
-        assert torch.equal(order, ss.search_permutation(matrix, 400, seed=seed)), "deterministic"
-        kept.append(ss.kept_magnitude(matrix[:, order]))
-        gains.append(kept[-1] - ss.kept_magnitude(matrix))
+        assert torch.equal(order, search_permutation(matrix, 400, seed=seed)), "deterministic"
+        kept.append(kept_magnitude(matrix[:, order]))
+        gains.append(kept[-1] - kept_magnitude(matrix))
     assert min(kept) > 0.7623 and min(gains) > 0.02
     assert sum(kept) / 3 < 0.7945
 
 
 def test_search_finds_a_hidden_order() -> None:
-    """Two large columns for every two small ones, but sorted by size: a perfect order loses next to nothing."""
+    """Half of the columns are large, but sorted by size: a perfect order loses almost nothing."""
     matrix = torch.rand(16, 32) * torch.cat([torch.full((16,), 100.0), torch.full((16,), 1.0)])
-    assert ss.kept_magnitude(matrix) < 0.9
-    assert ss.kept_magnitude(matrix[:, ss.search_permutation(matrix)]) > 0.98
+    assert kept_magnitude(matrix) < 0.9
+    assert kept_magnitude(matrix[:, search_permutation(matrix)]) > 0.98
 
 
-def test_search_never_makes_it_worse() -> None:
+def test_search_never_keeps_less() -> None:
     for columns in (4, 8, 12, 20):
         matrix = torch.randn(3, columns)
-        assert ss.kept_magnitude(matrix[:, ss.search_permutation(matrix, 5, 1)]) >= ss.kept_magnitude(matrix)
-    assert torch.equal(ss.search_permutation(torch.randn(8, 16), 0), torch.arange(16)), "no budget, no change"
-    assert torch.equal(ss.search_permutation(torch.zeros(8, 16)), torch.arange(16))
+        assert kept_magnitude(matrix[:, search_permutation(matrix, 5, 1)]) >= kept_magnitude(matrix)
+    assert torch.equal(search_permutation(torch.randn(8, 16), 0), torch.arange(16)), "no budget, no change"
+    assert torch.equal(search_permutation(torch.zeros(8, 16)), torch.arange(16))
     with pytest.raises(ShapeError, match="C a multiple of 4"):
-        ss.search_permutation(torch.randn(4, 6))
+        search_permutation(torch.randn(4, 6))
 
 
 def test_large_matrices_are_judged_by_all_rows() -> None:
     matrix = torch.randn(3000, 32)
-    order = ss.search_permutation(matrix, 50)
-    assert ss.kept_magnitude(matrix[:, order]) > ss.kept_magnitude(matrix)
+    order = search_permutation(matrix, 50)
+    assert kept_magnitude(matrix[:, order]) > kept_magnitude(matrix)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +96,7 @@ def test_large_matrices_are_judged_by_all_rows() -> None:
         lambda: [nn.GELU(), timm.layers.grn.GlobalResponseNorm(32, channels_last=False)],
     ],
 )
-def test_what_may_be_between_convolutions(between: object) -> None:
+def test_modules_allowed_between_convolutions(between: object) -> None:
     model = nn.Sequential(nn.Conv2d(8, 32, 3), *between(), nn.Conv2d(32, 16, 3))  # type: ignore[operator]
     last = str(len(model) - 1)
     assert check_equal(randomised(model), torch.randn(2, 8, 12, 12), [last])[last].producer == "0"
@@ -108,7 +110,7 @@ def test_what_may_be_between_convolutions(between: object) -> None:
         lambda: [nn.GELU(), timm.layers.grn.GlobalResponseNorm(32)],
     ],
 )
-def test_what_may_be_between_linear_layers(between: object) -> None:
+def test_modules_allowed_between_linear_layers(between: object) -> None:
     model = nn.Sequential(nn.Linear(8, 32), *between(), nn.Linear(32, 16))  # type: ignore[operator]
     last = str(len(model) - 1)
     assert check_equal(randomised(model), torch.randn(2, 5, 5, 8), [last])[last].producer == "0"
@@ -158,29 +160,29 @@ class Residual(nn.Module):
         ("training", "it is used differently in training"),
     ],
 )
-def test_what_cannot_be_proved_is_left_alone(kind: str, reason: str) -> None:
+def test_chains_that_cannot_be_proved_are_left_alone(kind: str, reason: str) -> None:
     model = Residual(kind).train()
     before = copy.deepcopy(model.state_dict())
-    result = ss.permute_channels(model, ["second"], PERMUTED)["second"]
+    result = permute_channels(model, ["second"], PERMUTED)["second"]
     assert reason in result.reason
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert model.training and all(module.training for module in model.modules()), "tracing restores the modes"
 
 
 def test_the_plain_chain_is_permuted() -> None:
-    assert not ss.permute_channels(Residual("plain"), ["second"], PERMUTED)["second"].reason
+    assert not permute_channels(Residual("plain"), ["second"], PERMUTED)["second"].reason
 
 
 @pytest.mark.parametrize(
     "between", [nn.GroupNorm(4, 32), nn.PReLU(32), nn.Softmax(1), nn.Conv2d(32, 32, 1, groups=2), nn.InstanceNorm2d(32)]
 )
-def test_layers_that_tell_channels_apart(between: nn.Module) -> None:
+def test_layers_that_treat_channels_differently(between: nn.Module) -> None:
     model = nn.Sequential(nn.Conv2d(8, 32, 3), between, nn.Conv2d(32, 16, 3))
-    assert "does not treat all channels alike" in ss.permute_channels(model, ["2"], PERMUTED)["2"].reason
+    assert "treats channels differently" in permute_channels(model, ["2"], PERMUTED)["2"].reason
 
 
 class Grouping(nn.Linear):
-    """Scales its weight in groups of neighbouring columns, as quantised layers do."""
+    """Scales its weight in groups of neighboring columns, as quantized layers do."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.unflatten(1, (-1, 8))
@@ -188,24 +190,24 @@ class Grouping(nn.Linear):
 
 
 @pytest.mark.parametrize(("first", "second"), [(nn.Linear, Grouping), (Grouping, nn.Linear)])
-def test_layers_with_a_forward_of_their_own(first: type[nn.Linear], second: type[nn.Linear]) -> None:
+def test_layers_with_their_own_forward(first: type[nn.Linear], second: type[nn.Linear]) -> None:
     model = nn.Sequential(first(16, 16), nn.ReLU(), second(16, 16))
-    reason = ss.permute_channels(model, ["2"], PERMUTED)["2"].reason
+    reason = permute_channels(model, ["2"], PERMUTED)["2"].reason
     assert "Grouping" in reason
 
 
 def test_hooks_and_shared_parts_are_left_alone() -> None:
     model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
     model[1].register_forward_hook(lambda *_: None)
-    assert "cannot be traced" in ss.permute_channels(model, ["2"], PERMUTED)["2"].reason
+    assert "cannot be traced" in permute_channels(model, ["2"], PERMUTED)["2"].reason
     shared = nn.Linear(16, 16)
     model = nn.ModuleDict({"block": nn.Sequential(shared, nn.ReLU(), nn.Linear(16, 16)), "other": shared})
-    assert "stands in several places" in ss.permute_channels(model, ["block.2"], PERMUTED)["block.2"].reason
+    assert "is used in several places" in permute_channels(model, ["block.2"], PERMUTED)["block.2"].reason
 
 
-def test_channels_that_are_no_multiple_of_four() -> None:
+def test_channels_that_are_not_a_multiple_of_four() -> None:
     model = nn.Sequential(nn.Linear(16, 18), nn.Linear(18, 16))
-    assert ss.permute_channels(model, ["1"], PERMUTED)["1"].reason == "18 input channels are no multiple of 4"
+    assert permute_channels(model, ["1"], PERMUTED)["1"].reason == "18 input channels are no multiple of 4"
 
 
 def small(name: str) -> tuple[nn.Module, int]:

@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 
 from widekernel.errors import ShapeError
 from widekernel.sparsity import semi_structured as ss
+from widekernel.sparsity.semi_structured.learned import kept_share
+from widekernel.sparsity.semi_structured.masks import check_semi_structured, magnitude_choices
+from widekernel.sparsity.semi_structured.patterns import PATTERNS
 from widekernel.sparsity.semi_structured.transposable import transposable_patterns
 
 
@@ -26,18 +29,18 @@ def test_both_directions(rows: int, columns: int, kernel: tuple[int, int] | None
     weight = torch.randn((rows, columns, *(kernel or ())), generator=torch.Generator().manual_seed(seed))
     mask = ss.transposable_mask(weight)
     assert mask.shape == weight.shape and mask.dtype == torch.bool
-    ss.check_two_four(mask)
-    ss.check_two_four(mask.transpose(0, 1))
+    check_semi_structured(mask)
+    check_semi_structured(mask.transpose(0, 1))
     assert torch.equal(mask, ss.transposable_mask(weight))
 
 
-def test_the_best_pattern_is_taken() -> None:
-    """Against every way to choose two of four in four rows, block by block."""
+def test_the_best_pattern_is_chosen() -> None:
+    """Compared with every way to keep two of four in four rows, block by block."""
     weight = torch.randn(8, 8)
     mask = ss.transposable_mask(weight)
     for i, j in itertools.product((0, 4), (0, 4)):
         block = weight[i : i + 4, j : j + 4].abs()
-        every = [torch.tensor(rows) for rows in itertools.product(ss.PATTERNS, repeat=4)]
+        every = [torch.tensor(rows) for rows in itertools.product(PATTERNS, repeat=4)]
         most = max(float((block * one).sum()) for one in every if bool((one.sum(0) == 2).all()))
         assert float((block * mask[i : i + 4, j : j + 4]).sum()) == pytest.approx(most)
 
@@ -46,7 +49,7 @@ def test_gaussian_share() -> None:
     weight = torch.randn(256, 256)
     kept = float((weight.abs() * ss.transposable_mask(weight)).sum() / weight.abs().sum())
     assert kept == pytest.approx(0.703, abs=0.004)
-    assert kept < ss.kept_share(weight, ss.magnitude_choices(weight), "channels")
+    assert kept < kept_share(weight, magnitude_choices(weight), "channels")
 
 
 def test_extreme_values_and_errors() -> None:

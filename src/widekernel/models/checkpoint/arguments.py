@@ -9,9 +9,10 @@ from timm.models._features import FeatureGetterNet
 from torch import nn
 
 from widekernel.errors import ArgumentError
+from widekernel.layers import wrappers
 
-# Names under which wrappers keep the network: compiled, fully sharded, data-parallel and averaged ones.
-_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "module")
+# Names under which fully sharded and averaged networks keep the network.
+_WRAPPED = ("_fsdp_wrapped_module", "module")
 
 
 def resolve_path(path: Any) -> Path:
@@ -38,6 +39,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model is a {type(model).__name__}: it must be an nn.Module, and the path comes second")
     while True:
+        model = wrappers.unwrap(model)
         if isinstance(model, FeatureGetterNet):
             model = model.model  # type: ignore[assignment]
             continue

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from widekernel.models.checkpoint.safe_pickle import Placeholder
+from widekernel.safe_pickle import Placeholder
 
 # Names that the official scripts, timm, the mm* frameworks and tutorials use, in the order of the search.
 MODEL_KEYS = ("model", "state_dict", "module", "model_state", "model_state_dict")

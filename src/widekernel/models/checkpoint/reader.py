@@ -21,9 +21,9 @@ from widekernel.models.checkpoint.entries import (
     is_state_dict,
 )
 from widekernel.models.checkpoint.file_types import describe_file_type
-from widekernel.models.checkpoint.safe_pickle import Placeholder, RefusedError, UnreadableError, unpickle
 from widekernel.models.checkpoint.shards import find_index, read_shards
 from widekernel.models.layouts.layout import State
+from widekernel.safe_pickle import Placeholder, RefusedError, UnreadableError, unpickle
 from widekernel.tensor_files import tensor_file
 
 _MAX_DEPTH = 8  # of containers in containers; an entry may contain itself

@@ -41,13 +41,13 @@ def candidates(problem: Problem, chip: Chip) -> list[KernelConfig]:
     """Return the configurations with which the problem can run on such a GPU, in no particular order."""
     if problem.op == DEPTHWISE_WEIGHT_GRAD:
         if small_channels_last(problem) or problem.algorithm == DIRECT:
-            return _channels_grads(problem)
+            return _direct_nhwc_grads(problem)
         return _toeplitz_grads(problem, chip) + _flat_grads(problem, chip)
     if small_channels_last(problem):
-        return _channels(problem)
+        return _direct_nhwc(problem)
     if problem.algorithm == DIRECT:
-        return _planes(problem)
-    return _toeplitz(problem, chip) + _flat(problem, chip) + _planes(problem)
+        return _direct_nchw(problem)
+    return _toeplitz(problem, chip) + _flat(problem, chip) + _direct_nchw(problem)
 
 
 def small_channels_last(problem: Problem) -> bool:
@@ -143,7 +143,7 @@ def _flat_warps(problem: Problem, chip: Chip, pixels: int, images: int, in_parts
     return warps if kept <= _MOST_KEPT[words] and words * pixels * images <= _MOST_IN_PARTS else 0
 
 
-def _planes(problem: Problem) -> list[KernelConfig]:
+def _direct_nchw(problem: Problem) -> list[KernelConfig]:
     if not small_contiguous(problem):
         return []
     pixels = next_power_of_two(max(16, problem.shape[2] * problem.shape[3]))
@@ -152,7 +152,7 @@ def _planes(problem: Problem) -> list[KernelConfig]:
     return [DirectNchw(4, 1, max(1, total // pixels), min(pixels, total)) for total in totals]
 
 
-def _channels(problem: Problem) -> list[KernelConfig]:
+def _direct_nhwc(problem: Problem) -> list[KernelConfig]:
     _, channels, height, width = problem.shape
     taps = sum(kh * kw for kh, kw in problem.kernels)
     found: list[KernelConfig] = []
@@ -215,7 +215,7 @@ def _flat_grads(problem: Problem, chip: Chip) -> list[KernelConfig]:
     return found
 
 
-def _channels_grads(problem: Problem) -> list[KernelConfig]:
+def _direct_nhwc_grads(problem: Problem) -> list[KernelConfig]:
     channels, width = problem.shape[1], problem.shape[3]
     found: list[KernelConfig] = []
     for columns, side in ((4, 32), (4, 64), (8, 32), (8, 64), (16, 32)):

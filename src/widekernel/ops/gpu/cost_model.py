@@ -64,7 +64,7 @@ def estimated_cycles(problem: Problem, config: KernelConfig, chip: Chip) -> floa
     if isinstance(config, (DirectNchw, DirectNhwc)):
         return _direct(problem, config, chip)
     assert isinstance(config, DirectNhwcGrad)
-    return _channels_grad(problem, config, chip)
+    return _direct_nhwc_grad(problem, config, chip)
 
 
 def tensor_rate(problem: Problem, chip: Chip, rows: int) -> float:
@@ -224,7 +224,7 @@ def _direct(problem: Problem, config: DirectNchw | DirectNhwc, chip: Chip) -> fl
     return _over(programs, max(work, loads) / max(1, programs) + _PROGRAM / 4, chip, 4)
 
 
-def _channels_grad(problem: Problem, config: DirectNhwcGrad, chip: Chip) -> float:
+def _direct_nhwc_grad(problem: Problem, config: DirectNhwcGrad, chip: Chip) -> float:
     batch, channels, height, width = problem.shape
     kh, kw = problem.kernels[0]
     lines = batch * height

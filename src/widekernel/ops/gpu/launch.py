@@ -101,7 +101,9 @@ class PreparedSum:
 
     def __init__(self, problem: Problem, config: KernelConfig, chip: Chip) -> None:
         self.problem, self.config = problem, config
-        launch = {Toeplitz: _ToeplitzSum, Flat: _FlatSum, DirectNchw: _PlanesSum, DirectNhwc: _ChannelsSum}[type(config)]
+        launch = {Toeplitz: _ToeplitzSum, Flat: _FlatSum, DirectNchw: _DirectNchwSum, DirectNhwc: _DirectNhwcSum}[
+            type(config)
+        ]
         self._launch: Callable[..., None] = launch(problem, config, chip)
 
     def __call__(
@@ -146,7 +148,7 @@ class PreparedWeightGrad:
         launch = {
             ToeplitzGrad: launch_weight_grad.ToeplitzWeightGrad,
             FlatGrad: launch_weight_grad.FlatWeightGrad,
-            DirectNhwcGrad: launch_weight_grad.ChannelsWeightGrad,
+            DirectNhwcGrad: launch_weight_grad.DirectNhwcWeightGrad,
         }[type(config)]
         self._launch: Callable[[Tensor, Tensor], Tensor] = launch(problem, config, chip)
 
@@ -250,7 +252,7 @@ class _FlatSum:
         )
 
 
-class _PlanesSum:
+class _DirectNchwSum:
     def __init__(self, problem: Problem, config: DirectNchw, chip: Chip) -> None:
         batch, self.channels, self.height, self.width = problem.shape
         self.config, self.batch = config, batch
@@ -281,7 +283,7 @@ class _PlanesSum:
         )
 
 
-class _ChannelsSum:
+class _DirectNhwcSum:
     def __init__(self, problem: Problem, config: DirectNhwc, chip: Chip) -> None:
         batch, self.channels, self.height, self.width = problem.shape
         self.config, self.batch = config, batch

@@ -142,7 +142,7 @@ class FlatWeightGrad:
         return partial[0] if len(partial) == 1 else partial.sum(0)
 
 
-class ChannelsWeightGrad:
+class DirectNhwcWeightGrad:
     """The launch of `direct.direct_weight_grad_nhwc`."""
 
     def __init__(self, problem: Problem, config: DirectNhwcGrad, chip: Chip) -> None:

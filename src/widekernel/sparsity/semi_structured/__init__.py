@@ -1,91 +1,106 @@
 """2:4 sparsity: at most two of four consecutive weights are not zero, which sparse matrix units run at up to twice the rate.
 
-    controller = prepare(model, SemiStructuredConfig(method="magnitude"))   # masks in place; controller.report says where
-    plain = convert(model)                                                  # a plain network with zeros
-    save_sparse(plain, "network.safetensors")                               # half of the weights, and choices of 2.7 bits
+    controller = prepare(model, SemiStructuredConfig(method="magnitude"))  # masks in place; controller.report lists layers
+    plain = convert(model)  # a plain network with zeros
+    save_sparse(plain, "network.safetensors")  # half of the weights, and choices of 2.7 bits
 
-Learned masks (`method="learned"`) freeze the weights; train `controller.parameters()` without weight decay, add
-`controller.regularisation()` to the loss and call `controller.step()` after every optimizer step.
+Learned masks (`method="learned"`) freeze the weights: train `controller.parameters()` without weight decay, add
+`controller.regularization()` to the loss and call `controller.step()` after every optimizer step.
 """
 
-from widekernel.sparsity.semi_structured.chains import Chain, find_chains
-from widekernel.sparsity.semi_structured.controller import SemiStructured
-from widekernel.sparsity.semi_structured.convert import convert, manifest_of, validate
-from widekernel.sparsity.semi_structured.eligibility import LayerReport
-from widekernel.sparsity.semi_structured.files import is_sparse_file, load_sparse, save_sparse
-from widekernel.sparsity.semi_structured.grouping import (
-    group_count,
-    group_view,
-    paper_padding,
-    ungroup,
-    valid_slots,
-)
-from widekernel.sparsity.semi_structured.hardware import Capability, PaddingPlan, plan_padding, probe
-from widekernel.sparsity.semi_structured.learned import gumbel_mask, kept_share
-from widekernel.sparsity.semi_structured.manifest import Manifest, MaskedWeight
-from widekernel.sparsity.semi_structured.masks import (
-    check_two_four,
-    choices_to_mask,
-    magnitude_choices,
-    magnitude_mask,
-    mask_to_choices,
-)
-from widekernel.sparsity.semi_structured.official import OfficialMasks, load_official
-from widekernel.sparsity.semi_structured.patterns import PATTERNS
-from widekernel.sparsity.semi_structured.permutation import kept_magnitude, search_permutation
-from widekernel.sparsity.semi_structured.permute import Permuted, permute_channels
-from widekernel.sparsity.semi_structured.prepare import prepare
-from widekernel.sparsity.semi_structured.stability import LayerStability, StabilityReport, stability_report
-from widekernel.sparsity.semi_structured.storage import decode, encode, pack_choices, unpack_choices
-from widekernel.sparsity.semi_structured.transposable import transposable_mask
-from widekernel.sparsity.two_four_config import AXES, Axis, SemiStructuredConfig
+from typing import TYPE_CHECKING
+
+from widekernel.lazy import attach
+
+if TYPE_CHECKING:
+    from widekernel.sparsity.semi_structured.config import SemiStructuredConfig
+    from widekernel.sparsity.semi_structured.controller import SemiStructured
+    from widekernel.sparsity.semi_structured.conversion import convert, manifest_of, validate
+    from widekernel.sparsity.semi_structured.eligibility import LayerReport
+    from widekernel.sparsity.semi_structured.hardware import HardwareSupport, hardware_support
+    from widekernel.sparsity.semi_structured.manifest import Manifest
+    from widekernel.sparsity.semi_structured.masks import magnitude_mask
+    from widekernel.sparsity.semi_structured.official import OfficialMasks, load_official
+    from widekernel.sparsity.semi_structured.preparation import prepare
+    from widekernel.sparsity.semi_structured.serialization import is_sparse_file, load_sparse, save_sparse
+    from widekernel.sparsity.semi_structured.stability import StabilityReport, stability_report
+    from widekernel.sparsity.semi_structured.transposable import transposable_mask
 
 __all__ = [
-    "AXES",
-    "PATTERNS",
-    "Axis",
-    "Capability",
-    "Chain",
+    "HardwareSupport",
     "LayerReport",
-    "LayerStability",
     "Manifest",
-    "MaskedWeight",
     "OfficialMasks",
-    "PaddingPlan",
-    "Permuted",
     "SemiStructured",
     "SemiStructuredConfig",
     "StabilityReport",
-    "check_two_four",
-    "choices_to_mask",
     "convert",
-    "decode",
-    "encode",
-    "find_chains",
-    "group_count",
-    "group_view",
-    "gumbel_mask",
+    "hardware_support",
     "is_sparse_file",
-    "kept_magnitude",
-    "kept_share",
     "load_official",
     "load_sparse",
-    "magnitude_choices",
     "magnitude_mask",
     "manifest_of",
-    "mask_to_choices",
-    "pack_choices",
-    "paper_padding",
-    "permute_channels",
-    "plan_padding",
     "prepare",
-    "probe",
     "save_sparse",
-    "search_permutation",
     "stability_report",
     "transposable_mask",
-    "ungroup",
-    "unpack_choices",
-    "valid_slots",
     "validate",
 ]
+
+_HERE = "widekernel.sparsity.semi_structured"
+_WHERE = {
+    "HardwareSupport": f"{_HERE}.hardware",
+    "LayerReport": f"{_HERE}.eligibility",
+    "Manifest": f"{_HERE}.manifest",
+    "OfficialMasks": f"{_HERE}.official",
+    "SemiStructured": f"{_HERE}.controller",
+    "SemiStructuredConfig": f"{_HERE}.config",
+    "StabilityReport": f"{_HERE}.stability",
+    "convert": f"{_HERE}.conversion",
+    "hardware_support": f"{_HERE}.hardware",
+    "is_sparse_file": f"{_HERE}.serialization",
+    "load_official": f"{_HERE}.official",
+    "load_sparse": f"{_HERE}.serialization",
+    "magnitude_mask": f"{_HERE}.masks",
+    "manifest_of": f"{_HERE}.conversion",
+    "prepare": f"{_HERE}.preparation",
+    "save_sparse": f"{_HERE}.serialization",
+    "stability_report": f"{_HERE}.stability",
+    "transposable_mask": f"{_HERE}.transposable",
+    "validate": f"{_HERE}.conversion",
+}
+# Public up to version 0.4; a name after the colon is the present one.
+_MOVED = {
+    "AXES": f"{_HERE}.config",
+    "Axis": f"{_HERE}.config",
+    "Capability": f"{_HERE}.hardware:HardwareSupport",
+    "Chain": f"{_HERE}.chains",
+    "LayerStability": f"{_HERE}.stability",
+    "MaskedWeight": f"{_HERE}.manifest",
+    "PATTERNS": f"{_HERE}.patterns",
+    "PaddingPlan": f"{_HERE}.hardware",
+    "Permuted": f"{_HERE}.channel_permutation",
+    "check_two_four": f"{_HERE}.masks:check_semi_structured",
+    "choices_to_mask": f"{_HERE}.masks",
+    "decode": f"{_HERE}.encoding",
+    "encode": f"{_HERE}.encoding",
+    "find_chains": f"{_HERE}.chains",
+    "group_count": f"{_HERE}.grouping",
+    "group_view": f"{_HERE}.grouping",
+    "gumbel_mask": f"{_HERE}.learned",
+    "kept_magnitude": f"{_HERE}.permutation_search",
+    "kept_share": f"{_HERE}.learned",
+    "magnitude_choices": f"{_HERE}.masks",
+    "mask_to_choices": f"{_HERE}.masks",
+    "pack_choices": f"{_HERE}.encoding",
+    "paper_padding": f"{_HERE}.grouping",
+    "permute_channels": f"{_HERE}.channel_permutation",
+    "plan_padding": f"{_HERE}.hardware",
+    "probe": f"{_HERE}.hardware:hardware_support",
+    "search_permutation": f"{_HERE}.permutation_search",
+    "ungroup": f"{_HERE}.grouping",
+    "unpack_choices": f"{_HERE}.encoding",
+    "valid_slots": f"{_HERE}.grouping",
+}
+__getattr__, __dir__ = attach(__name__, _WHERE, _MOVED)

@@ -1,4 +1,7 @@
-"""Where channels can be reordered: a layer that alone reads, through per-channel operations, what one other layer writes."""
+"""Chains of layers whose channels can be permuted: one layer writes them, and one other alone reads them.
+
+Only operations on single channels may lie between the two.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,10 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from widekernel.layers import KernelSource, LargeKernel, PartialChannels
-from widekernel.layers.conv import is_plain
+from widekernel.layers.rebuilding import is_plain
 from widekernel.sparsity.semi_structured.eligibility import conv_groups
 
-# Exact types, because a subclass may do anything. None of them mixes or tells apart channels.
+# Exact types, because a subclass may do anything. None of them mixes channels or treats them differently.
 ELEMENTWISE: frozenset[type[nn.Module]] = frozenset(
     {
         *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.Tanh),
@@ -44,7 +47,7 @@ class Chain:
 
 
 class _Tracer(fx.Tracer):
-    """Goes into containers and blocks, but takes single layers as they are."""
+    """Traces containers and blocks, with single layers as leaves."""
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         kinds = (_BatchNorm, nn.LayerNorm, LargeKernel, PartialChannels, KernelSource)
@@ -52,11 +55,15 @@ class _Tracer(fx.Tracer):
 
 
 def find_chains(model: nn.Module, consumers: list[str]) -> dict[str, Chain | str]:
-    """Find the producer of each consumer, or say why its input channels cannot be reordered.
+    """Return for each consumer the chain from its producer, or the reason why its input channels cannot be permuted.
 
-    Blocks are traced with torch.fx, the whole network if that works, else its largest parts that can be traced; in training
-    and in evaluation mode, which must agree. Within a part, every reader of the tensors between two layers is seen; it is
-    assumed that parts are called as modules, through their forward. What `forward_features` puts out keeps its order.
+    The network is traced with torch.fx, as a whole if that works, else in the largest parts that can be traced, in training
+    and in evaluation mode, which must agree. Within a part, every reader of the tensors between two layers is seen. Parts
+    are assumed to be called as modules, through their forward. The outputs of `forward_features` keep their order.
+
+    Args:
+        model: the network.
+        consumers: names of layers.
     """
     found: dict[str, Chain | str] = dict.fromkeys(consumers, "the code around it cannot be traced")
     modes = {module: module.training for module in model.modules()}
@@ -70,28 +77,28 @@ def find_chains(model: nn.Module, consumers: list[str]) -> dict[str, Chain | str
 
 
 def _keep_features(model: nn.Module, found: dict[str, Chain | str]) -> None:
-    """Give up chains between the features of a network and its head: others may read the features (timm)."""
+    """Drop chains between the features of a network and its head, because users may read the features (timm)."""
     if not hasattr(type(model), "forward_features"):
         return
     tracer = _Tracer()
     tracer.traced_func_name = "forward_features"
     try:
         graph = tracer.trace(model)
-    except Exception:  # as in _traced; then its parts were traced one by one, and no chain leaves a part
+    except Exception:  # as in _trace; then its parts were traced one by one, and no chain crosses parts
         return
     inside = {str(node.target) for node in graph.nodes if node.op == "call_module"}
     for name, chain in found.items():
         if isinstance(chain, Chain) and (chain.producer in inside) != (chain.consumer in inside):
-            found[name] = "it reads what forward_features puts out"
+            found[name] = "it reads the outputs of forward_features"
 
 
 def _visit(model: nn.Module, path: str, part: nn.Module, found: dict[str, Chain | str]) -> None:
-    """Look for chains in a part of the network, or in its parts."""
+    """Look for chains in a part of the network, or in the parts of that part."""
     prefix = f"{path}." if path else ""
     inside = [name for name in found if name.startswith(prefix)]
     if not inside or not any(part.children()):
         return
-    graphs = [_traced(part, training) for training in (False, True)]
+    graphs = [_trace(part, training) for training in (False, True)]
     if None in graphs:
         for name, child in part.named_children():
             _visit(model, prefix + name, child, found)
@@ -101,19 +108,19 @@ def _visit(model: nn.Module, path: str, part: nn.Module, found: dict[str, Chain 
         found[name] = results[0] if results[0] == results[1] else "it is used differently in training"
 
 
-def _traced(part: nn.Module, training: bool) -> fx.Graph | None:
-    # Hooks would be called with what tracing passes around.
+def _trace(part: nn.Module, training: bool) -> fx.Graph | None:
+    # Hooks would be called with stand-ins for tensors.
     if any(module._forward_hooks or module._forward_pre_hooks for module in part.modules()):
         return None
     part.train(training)
     try:
         return _Tracer().trace(part)
-    except Exception:  # whatever the network's own code raises when it meets a stand-in for a tensor
+    except Exception:  # whatever the network's code raises when it gets a stand-in for a tensor
         return None
 
 
 def _chain(model: nn.Module, part: nn.Module, graph: fx.Graph, prefix: str, consumer: str) -> Chain | str:
-    """Walk back from a consumer to its producer."""
+    """Walk back from a consumer to its producer, and return the chain or why there is none."""
     calls: dict[str, list[fx.Node]] = {}
     for node in graph.nodes:
         if node.op == "call_module":
@@ -145,21 +152,21 @@ def _chain(model: nn.Module, part: nn.Module, graph: fx.Graph, prefix: str, cons
             if _is_producer(module, channels, linear):
                 return Chain(prefix + name, consumer, tuple(between))
             if not _keeps_channels(module, channels, linear):
-                return f"{prefix}{name} ({type(module).__name__}) before it does not treat all channels alike"
+                return f"{prefix}{name} ({type(module).__name__}) before it treats channels differently"
             if has_state:
                 between.append(prefix + name)
         elif not _is_elementwise(node):
             return _other_reason(node)
         node = node.args[0] if node.args else None
-    return "its input comes from outside of what could be traced"
+    return "its input comes from outside the part that could be traced"
 
 
 def _other_reason(node: fx.Node) -> str:
     if node.op == "placeholder":
-        return "its input comes from outside of what could be traced"
+        return "its input comes from outside the part that could be traced"
     if node.target in SUMS:
         return "its input is a sum (a residual stream)"
-    return f"its input comes from {getattr(node.target, '__name__', node.target)}, which may tell channels apart"
+    return f"its input comes from {getattr(node.target, '__name__', node.target)}, which may treat channels differently"
 
 
 def _is_elementwise(node: fx.Node) -> bool:
@@ -170,17 +177,17 @@ def _is_elementwise(node: fx.Node) -> bool:
 
 
 def _owner_problem(model: nn.Module, module: nn.Module, name: str, read: set[str]) -> str:
-    """Say why the parameters of a module cannot be reordered, "" if they can."""
+    """Return why the parameters of a module cannot be reordered, "" if they can."""
     if any(target.startswith(f"{name}.") for target in read):
         return "its parameters are read directly"
     held = [one for one in model.modules() if one is module]
     places = [path for path, one in model.named_modules(remove_duplicate=False) if one is module]
     if len(held) != 1 or len(places) != 1:
-        return "it stands in several places"
+        return "it is used in several places"
     uses = Counter(id(p) for one in model.modules() for p in one._parameters.values() if p is not None)
     if any(uses[id(p)] > 1 for p in module.parameters()):
         return "it shares parameters"
-    return "it is parametrised" if hasattr(module, "parametrizations") else ""
+    return "it is parametrized" if hasattr(module, "parametrizations") else ""
 
 
 def _is_producer(module: nn.Module, channels: int, linear: bool) -> bool:
@@ -189,12 +196,12 @@ def _is_producer(module: nn.Module, channels: int, linear: bool) -> bool:
 
 
 def _is_known(layer: nn.Module) -> bool:
-    """Whether a convolution or linear layer is a plain one, or timm's with the padding of TensorFlow."""
+    """Return whether a convolution or linear layer is a plain one, or timm's with TensorFlow's padding."""
     return is_plain(layer) or (type(layer).__name__ == "Conv2dSame" and type(layer).__module__.startswith("timm.layers."))
 
 
 def _keeps_channels(module: nn.Module, channels: int, linear: bool) -> bool:
-    """Whether reordering the channels of a module's input and of its own vectors reorders its output, and nothing else."""
+    """Return whether reordering the channels of a module's input and of its own vectors only reorders its output."""
     kind = type(module)
     if kind in ELEMENTWISE or (kind.__module__.startswith("timm.layers.activations") and kind.__name__ != "PReLU"):
         return True

@@ -1,4 +1,4 @@
-"""The object that stands for a network's 2:4 masks."""
+"""The controller of a network's 2:4 masks."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from widekernel.deprecation import renamed_attribute
 from widekernel.errors import ArgumentError, CheckpointError
-from widekernel.sparsity.semi_structured.eligibility import LayerReport
+from widekernel.sparsity.semi_structured.config import SemiStructuredConfig
+from widekernel.sparsity.semi_structured.eligibility import LayerReport, layer_name, weight_name
 from widekernel.sparsity.semi_structured.learned import ChoiceMask, Schedule, kept_share
 from widekernel.sparsity.semi_structured.manifest import Manifest, MaskedWeight
 from widekernel.sparsity.semi_structured.masks import check_choices, choices_to_mask
-from widekernel.sparsity.two_four_config import SemiStructuredConfig
 
 STATE_VERSION = 1
 
 
 class SemiStructured:
-    """The 2:4 masks of a network; made by `prepare`, carried by the network.
+    """The 2:4 masks of a network; `prepare` returns it, and the network carries it.
 
-    For the methods "magnitude" and "permuted" weights stay plain parameters, with zeros; whoever trains them calls
-    `apply_masks` after every optimizer step. For "learned" they are parametrised: give `parameters()` to an optimizer
-    without weight decay (Adam at 0.1 to 0.3 over some hundreds of steps is a start), add `regularisation()` to the loss, and
-    call `step()` after each of its steps.
+    With the methods "magnitude" and "permuted", weights stay plain parameters with zeros; to train them, call `apply_masks`
+    after every optimizer step. With "learned" they are parametrized: give `parameters()` to an optimizer without weight
+    decay (Adam at 0.1 to 0.3 over some hundreds of steps is a start), add `regularization()` to the loss, and call `step()`
+    after each of its steps.
 
     Attributes:
         model: the network.
-        config: how it was prepared.
-        frozen: names of the parameters that were trainable and are not while masks are learned; `convert` makes them so
-            again.
+        config: the settings that it was prepared with.
+        frozen: names of the parameters that are frozen while masks are learned; `convert` makes them trainable again.
     """
 
     def __init__(
@@ -55,21 +55,21 @@ class SemiStructured:
 
     @property
     def report(self) -> tuple[LayerReport, ...]:
-        """What became of every Conv2d and Linear, in the network's order; of learned masks the share kept now."""
+        """A row for every Conv2d and Linear, in the network's order; for learned masks, with the share kept now."""
         if not self._learned:
             return self._report
         return tuple(replace(row, kept=self._kept_now(row.name)) if row.masked else row for row in self._report)
 
     @property
     def choices(self) -> dict[str, Tensor]:
-        """Parameter name -> (G,) uint8; of learned masks the most probable patterns now."""
+        """Parameter name -> (G,) uint8; for learned masks, the most probable patterns now."""
         learned = {name: mask.choices() for name, mask in self._learned.items()}
         return learned or {name: weight.choices for name, weight in self._weights.items()}
 
     @property
     def masks(self) -> dict[str, Tensor]:
         """Parameter name -> bool mask of the weight's shape, as evaluation uses it."""
-        shapes = {f"{row.name}.weight".lstrip("."): row.shape for row in self._report}
+        shapes = {row.weight_name: row.shape for row in self._report}
         return {
             name: choices_to_mask(choices, shapes[name], self._weights[name].axis, self._weights[name].groups)
             for name, choices in self.choices.items()
@@ -77,7 +77,7 @@ class SemiStructured:
 
     @property
     def manifest(self) -> Manifest:
-        """What a converted or saved network remembers."""
+        """The record that a converted or saved network carries."""
         old = self._weights
         return Manifest(
             {name: MaskedWeight(old[name].axis, old[name].groups, choices) for name, choices in self.choices.items()}
@@ -85,50 +85,51 @@ class SemiStructured:
 
     @property
     def is_learned(self) -> bool:
-        """Whether the masks are parametrisations with logits."""
+        """Whether the masks are learned, so that weights are parametrized."""
         return bool(self._learned)
 
     @property
     def steps(self) -> int:
-        """How often `step` was called."""
+        """Number of calls of `step`."""
         return self._schedule.step
 
     @property
     def tau(self) -> float:
-        """The temperature now."""
+        """The current temperature."""
         return self._schedule.tau
 
     @property
     def kappa(self) -> float:
-        """The factor on the logits now."""
+        """The current factor on the logits."""
         return self._schedule.kappa
 
     def parameters(self) -> list[nn.Parameter]:
-        """Give the logits, (G, 6) float32 a layer; empty unless masks are learned. Train them without weight decay."""
+        """Return the logits, (G, 6) float32 per layer; empty unless masks are learned. Train them without weight decay."""
         return [mask.logits for mask in self._learned.values()]
 
     def step(self) -> None:
-        """Move temperature and logit scale on, and draw other noise from now on; once after each optimizer step."""
+        """Advance temperature, logit scale and noise; call it once after each optimizer step."""
         self._schedule.step += 1
 
     def entropy(self) -> float:
-        """Give the mean entropy of the learned choices in nats: log 6 = 1.79 at random, 0 when decided or not learned."""
+        """Return the mean entropy of the choices in nats: log 6 = 1.79 at random, 0 when decided or not learned."""
         if not self._learned:
             return 0.0
         with torch.no_grad():
             return float(self._entropies().mean())
 
     def flip_rate(self) -> float:
-        """Give the share of groups whose most probable pattern differs from the one at the last call (0 at the first)."""
+        """Return the share of groups whose most probable pattern has changed since the last call (0 at the first)."""
         now = self.choices
         flipped = sum(int((now[name] != self._last[name].to(now[name].device)).sum()) for name in now)
         self._last = now
         return flipped / max(1, sum(choices.numel() for choices in now.values()))
 
-    def regularisation(self) -> Tensor:
-        """Give the term to add to the loss: entropy_penalty · mean entropy - weight_regularization · sum of ||M * W||².
+    def regularization(self) -> Tensor:
+        """Return the term to add to the loss; 0 unless masks are learned.
 
-        The second part uses the masks that this step's forward passes draw. Zero unless masks are learned.
+        It is entropy_penalty · mean entropy - weight_regularization · sum of ||M * W||², with the masks M that the forward
+        passes of this step draw.
         """
         if not self._learned:
             return torch.zeros(())
@@ -137,13 +138,15 @@ class SemiStructured:
             total = total + self.config.entropy_penalty * self._entropies().mean()
         if self.config.weight_regularization:
             for name, mask in self._learned.items():
-                norm = (self._original(_layer(name)).float() * mask.drawn()).square().sum().to(total.device)
+                norm = (self._original(layer_name(name)).float() * mask.drawn()).square().sum().to(total.device)
                 total = total - self.config.weight_regularization * norm
         return total
 
+    regularisation = renamed_attribute("regularisation", "regularization")
+
     @torch.no_grad()
     def apply_masks(self) -> None:
-        """Set masked weights to zero again, in place; nothing to do for learned masks, whose weights are frozen."""
+        """Set weights outside the masks to zero, in place; learned masks need no call, because their weights are frozen."""
         if self._learned:
             return
         for name, mask in self.masks.items():
@@ -151,7 +154,7 @@ class SemiStructured:
             weight.masked_fill_(~mask.to(weight.device), 0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what an exact resume needs besides the network's own state: tensors, numbers and strings only."""
+        """Return what an exact resume needs besides the network's own state: tensors, numbers and strings only."""
         return {
             "version": STATE_VERSION,
             "config": _plain(self.config),
@@ -163,15 +166,15 @@ class SemiStructured:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state; the network must have been prepared with the same configuration.
+        """Continue from a state; the network must have been prepared with the same configuration.
 
         Raises:
-            CheckpointError: if the state is of another network or configuration; nothing is changed then.
+            CheckpointError: if the state is of another network or configuration; then nothing is changed.
         """
         parts = {"version", "config", "step", "logits", "choices", "last"}
         if not isinstance(state, Mapping) or set(state) != parts or state["version"] != STATE_VERSION:
             raise CheckpointError(
-                f"this is no state of 2:4 masks of version {STATE_VERSION}: give what state_dict() returned"
+                f"this is not a state of 2:4 masks of version {STATE_VERSION}: give what state_dict() returned"
             )
         ours = _plain(self.config)
         changed = [
@@ -181,7 +184,7 @@ class SemiStructured:
         ]
         if changed:
             raise CheckpointError(
-                f"the masks were made with another configuration ({'; '.join(changed)}): prepare with that one"
+                f"the masks were made with another configuration ({'; '.join(changed)}): prepare the network with that one"
             )
         self._refuse_other_network(state)
         self._schedule.step = int(state["step"])
@@ -193,7 +196,7 @@ class SemiStructured:
         self.apply_masks()
 
     def _refuse_other_network(self, state: Mapping[str, Any]) -> None:
-        shapes = {f"{row.name}.weight".lstrip("."): row.shape for row in self._report}
+        shapes = {row.weight_name: row.shape for row in self._report}
         wanted: dict[str, Mapping[str, Any]] = {"choices": self._weights, "last": self._weights, "logits": self._learned}
         for part, mine in wanted.items():
             different = sorted(set(state[part]) ^ set(mine))
@@ -216,21 +219,17 @@ class SemiStructured:
                 )
 
     def _kept_now(self, layer: str) -> float:
-        mask = self._learned[f"{layer}.weight".lstrip(".")]
+        mask = self._learned[weight_name(layer)]
         return kept_share(self._original(layer), mask.choices(), mask.axis, mask.groups)
 
     def _original(self, layer: str) -> Tensor:
-        """Give the weight that a learned mask is applied to."""
-        parametrised: Any = self.model.get_submodule(layer).parametrizations
-        return parametrised["weight"].original.detach()
+        """Return the weight that a learned mask is applied to."""
+        parametrized: Any = self.model.get_submodule(layer).parametrizations
+        return parametrized["weight"].original.detach()
 
     def _entropies(self) -> Tensor:
         device = next(iter(self._learned.values())).logits.device
         return torch.cat([mask.entropies().to(device) for mask in self._learned.values()])
-
-
-def _layer(name: str) -> str:
-    return name.rpartition(".")[0]
 
 
 def _plain(config: SemiStructuredConfig) -> dict[str, Any]:
@@ -238,24 +237,24 @@ def _plain(config: SemiStructuredConfig) -> dict[str, Any]:
 
 
 def keep_in_evaluation(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Forward hook: a norm that stays in evaluation mode, whatever the training loop asks of the network."""
+    """Forward pre-hook that keeps a norm in evaluation mode, whatever mode the training loop sets."""
     if module.training:
         module.eval()
 
 
-keep_in_evaluation.only_in_training = True  # type: ignore[attr-defined] # folding need not keep a norm for it
+keep_in_evaluation.only_in_training = True  # type: ignore[attr-defined] # so folding may remove the norm
 
 
-def unparametrise(layer: nn.Module) -> None:
-    """Replace a learned mask by the weight that evaluation computes with it."""
-    parametrised: Any = layer.parametrizations
-    others = [name for name in parametrised if name != "weight"]
-    if others or len(parametrised["weight"]) != 1:
-        raise ArgumentError(f"{type(layer).__name__} was parametrised further after prepare: remove that first")
-    parametrised.eval()
+def apply_learned_mask(layer: nn.Module) -> None:
+    """Replace the parametrization of a layer by the plain weight that evaluation computes with it."""
+    parametrized: Any = layer.parametrizations
+    others = [name for name in parametrized if name != "weight"]
+    if others or len(parametrized["weight"]) != 1:
+        raise ArgumentError(f"{type(layer).__name__} was parametrized further after prepare: remove that first")
+    parametrized.eval()
     with torch.no_grad():
-        weight = nn.Parameter(layer.weight.detach(), requires_grad=parametrised["weight"].original.requires_grad)  # type: ignore[operator,union-attr,arg-type]
-    # Not torch's remove_parametrizations: it deletes an attribute of the class, which copies of the layer share.
+        weight = nn.Parameter(layer.weight.detach(), requires_grad=parametrized["weight"].original.requires_grad)  # type: ignore[operator,union-attr,arg-type]
+    # torch's remove_parametrizations is not used: it deletes an attribute of the class, which copies of the layer share.
     layer.__class__ = type(layer).__bases__[0]
     del layer._modules["parametrizations"]
     rest = dict(layer._parameters)

@@ -12,23 +12,23 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from widekernel.errors import ArgumentError, nearest
-from widekernel.sparsity.two_four_config import SemiStructuredConfig
+from widekernel.sparsity.semi_structured.config import SemiStructuredConfig
 
 Layer = nn.Conv2d | nn.Linear
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What became of one layer.
+    """Whether one layer is 2:4, and why not.
 
     Attributes:
         name: of the layer.
         shape: of its weight; () if that has none yet.
         masked: whether it is 2:4 now.
-        reason: why not; for a masked layer, why its channels were not permuted, "" if they were or nobody asked.
+        reason: why it is not; for a masked layer, why its channels were not permuted; "" if there is no reason.
         groups: number of groups of four, 0 if not masked.
         kept: share of the summed magnitude that the mask keeps.
-        kept_before: the same before the permutation of channels, if there was one.
+        kept_before: the same before the permutation of channels; None if there was none.
     """
 
     name: str
@@ -39,28 +39,43 @@ class LayerReport:
     kept: float = 1.0
     kept_before: float | None = None
 
+    @property
+    def weight_name(self) -> str:
+        """Parameter name of the layer's weight."""
+        return weight_name(self.name)
+
+
+def weight_name(layer: str) -> str:
+    """Return the parameter name of the weight of a layer, which is "" if the network is this one layer."""
+    return f"{layer}.weight" if layer else "weight"
+
+
+def layer_name(weight: str) -> str:
+    """Return the name of the layer of a weight."""
+    return weight.rpartition(".")[0]
+
 
 def layers_of(model: nn.Module) -> dict[str, Layer]:
-    """List the 2-D convolutions and linear layers of a network by name, subclasses included."""
+    """Return the 2-D convolutions and linear layers of a network by name, including subclasses."""
     return {name: module for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))}
 
 
 def conv_groups(layer: nn.Module) -> int:
-    """Give the number of groups of a convolution, 1 for a linear layer."""
+    """Return the number of groups of a convolution, 1 for a linear layer."""
     return int(getattr(layer, "groups", 1))
 
 
 def reasons_against(model: nn.Module, config: SemiStructuredConfig, given: Collection[str] | None = None) -> dict[str, str]:
-    """Say for every Conv2d and Linear why it is left dense; "" if it is to be masked.
+    """Return for every Conv2d and Linear why it stays dense, "" if it is to be masked.
 
     Args:
         model: the network.
-        config: says which layers are wanted.
-        given: names of the layers whose masks come from elsewhere: only these are masked, of whatever size.
+        config: which layers to mask.
+        given: names of the layers whose masks are given: only these are masked, whatever their size.
 
     Raises:
-        ArgumentError: if a name of the configuration fits no layer, if a layer named outright cannot be masked, or if none
-            can.
+        ArgumentError: if a name in the configuration matches no layer, if a layer given by its full name cannot be masked,
+            or if no layer can.
     """
     layers = layers_of(model)
     _check_names(layers, config, model)
@@ -72,13 +87,13 @@ def reasons_against(model: nn.Module, config: SemiStructuredConfig, given: Colle
         elif any(fnmatchcase(name, pattern) for pattern in config.exclude):
             reasons[name] = "excluded"
         elif config.layers != "all" and not any(fnmatchcase(name, pattern) for pattern in config.layers):
-            reasons[name] = "not among the layers asked for"
+            reasons[name] = "not among the selected layers"
         else:
             reasons[name] = _cannot(layer, config, uses) or _too_small(layer, config)
     asked = set(given or ()) | set(() if config.layers == "all" else config.layers)
     refused = [f"{name} ({reasons[name]})" for name in layers if name in asked and reasons[name]]
     if refused:
-        raise ArgumentError(f"these layers were asked for but cannot be 2:4: {'; '.join(refused)}. Leave them out of layers")
+        raise ArgumentError(f"these layers were selected but cannot be 2:4: {'; '.join(refused)}. Leave them out of layers")
     if all(reasons.values()):
         listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "it has no Conv2d and no Linear"
         raise ArgumentError(
@@ -95,13 +110,13 @@ def _check_names(layers: dict[str, Layer], config: SemiStructuredConfig, model: 
         module = dict(model.named_modules()).get(pattern)
         if module is not None:
             raise ArgumentError(f"{pattern!r} is a {type(module).__name__}: only Conv2d and Linear layers can be 2:4")
-        raise ArgumentError(f"{pattern!r} fits no Conv2d or Linear of the network.{nearest(pattern, layers)}")
+        raise ArgumentError(f"{pattern!r} matches no Conv2d or Linear of the network.{nearest(pattern, layers)}")
 
 
 def _cannot(layer: Layer, config: SemiStructuredConfig, uses: Counter[int], given: bool = False) -> str:
-    """Say why a layer cannot be masked, whatever its size; "" if it can."""
+    """Return why a layer cannot be masked, whatever its size; "" if it can."""
     if "weight" not in layer._parameters or getattr(layer, "parametrizations", None):
-        return "its weight is parametrised already"
+        return "its weight is parametrized already"
     weight = layer._parameters["weight"]
     if weight is None or is_lazy(weight):
         return "its weight has no data yet"
@@ -112,13 +127,13 @@ def _cannot(layer: Layer, config: SemiStructuredConfig, uses: Counter[int], give
     if uses[id(weight)] > 1:
         return "its weight is shared with another layer"
     if "StdConv" in type(layer).__mro__[0].__name__:
-        return "it standardises its weight, which makes masked weights non-zero"
+        return "it standardizes its weight, which makes masked weights non-zero"
     groups = conv_groups(layer)
     depthwise = groups > 1 and weight.shape[1] == 1
     if config.axis == "taps":
         return "" if depthwise else "axis='taps' is for depthwise layers"
     if depthwise and not (given and config.axis == "im2col"):  # official checkpoints may hold such masks
-        return "depthwise: one input channel an output leaves nothing to choose from"
+        return "depthwise: with one input channel per output there is nothing to choose"
     if groups > 1 and config.axis == "channels":
         return f"grouped ({groups} groups)"
     return ""

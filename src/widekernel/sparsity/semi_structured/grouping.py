@@ -1,4 +1,4 @@
-"""Which four weights form a group, and weights as a list of groups."""
+"""Groups of four: which weights form a group, and a weight as a list of groups."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from widekernel.errors import ArgumentError, ShapeError
-from widekernel.sparsity.two_four_config import Axis, check_axis
+from widekernel.sparsity.semi_structured.config import Axis, check_axis
 
 
 def paper_padding(rows: int, columns: int) -> tuple[int, int]:
-    """Give the padded size of a weight matrix in the paper's grouping (Danhofer, arXiv 2411.00288).
+    """Return the padded size (rows, columns) of a weight matrix in the paper's grouping (Danhofer, arXiv 2411.00288).
 
-    Only if its number of elements is no multiple of 4: then the columns (inputs) are padded to one if that adds fewer
-    elements than padding the rows (outputs), else the rows.
+    A matrix is padded only if its number of elements is no multiple of 4: the columns (inputs) are padded to a multiple of 4
+    if that adds fewer elements than padding the rows (outputs), else the rows are.
     """
     if rows * columns % 4 == 0:
         return rows, columns
@@ -27,13 +27,13 @@ def paper_padding(rows: int, columns: int) -> tuple[int, int]:
 
 
 def group_view(weight: Tensor, axis: Axis = "channels", groups: int = 1) -> tuple[Tensor, Tensor]:
-    """List a weight's groups of four.
+    """Return the groups of four of a weight, one per row.
 
-    * "channels": four consecutive input channels of one output and one tap; groups in the order (out, kh, kw, in), which is
-      the order of a channels-last weight and what sparse matrix units need. Input channels are padded to a multiple of 4.
+    * "channels": four consecutive input channels of one output and one tap. Groups come in the order (out, kh, kw, in), the
+      order of a channels-last weight, which sparse matrix units need. Input channels are padded to a multiple of 4.
     * "im2col": four consecutive elements of the matrix (out, in·kh·kw) of each convolution group, one group after the other;
       padded by `paper_padding`. Groups may straddle taps and rows.
-    * "taps": four consecutive taps of one output and input channel, padded to a multiple of 4. No hardware runs this.
+    * "taps": four consecutive taps of one output and input channel, padded to a multiple of 4. No hardware supports this.
 
     Args:
         weight: (out, in / groups, kh, kw) or (out, in), of any type, strides and memory format.
@@ -51,13 +51,13 @@ def group_view(weight: Tensor, axis: Axis = "channels", groups: int = 1) -> tupl
 def valid_slots(
     shape: Sequence[int], axis: Axis = "channels", groups: int = 1, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Tell which slots of a weight of this shape are real: (G, 4) bool, False where padded."""
+    """Return which slots of a weight of this shape are real: (G, 4) bool, False where padded."""
     _check(shape, axis, groups)
     return _grouped(torch.ones(tuple(shape), dtype=torch.bool, device=device), axis, groups)
 
 
 def ungroup(values: Tensor, shape: Sequence[int], axis: Axis = "channels", groups: int = 1) -> Tensor:
-    """Undo `group_view`: (G, 4) -> a contiguous tensor of `shape`; what is in padded slots is dropped."""
+    """Undo `group_view`: (G, 4) -> a contiguous tensor of `shape`; values in padded slots are dropped."""
     _check(shape, axis, groups)
     rows, columns = matrix_shape(shape, axis, groups)
     padded_rows, padded_columns = _padded(rows, columns, axis)
@@ -65,7 +65,7 @@ def ungroup(values: Tensor, shape: Sequence[int], axis: Axis = "channels", group
     if values.numel() != pieces * padded_rows * padded_columns:
         raise ShapeError(
             f"{values.numel() // 4} groups for a weight of shape {tuple(shape)} with axis={axis!r}, which has "
-            f"{pieces * padded_rows * padded_columns // 4}: give the values that group_view made of it"
+            f"{pieces * padded_rows * padded_columns // 4}: give the values that group_view returned for it"
         )
     matrix = values.reshape(pieces, padded_rows, padded_columns)[:, :rows, :columns]
     if axis == "channels" and len(shape) == 4:
@@ -75,13 +75,13 @@ def ungroup(values: Tensor, shape: Sequence[int], axis: Axis = "channels", group
 
 
 def group_count(shape: Sequence[int], axis: Axis = "channels", groups: int = 1) -> int:
-    """Give G, the number of groups of four of a weight of this shape."""
+    """Return G, the number of groups of four of a weight of this shape."""
     _check(shape, axis, groups)
     return (groups if axis == "im2col" else 1) * prod(_padded(*matrix_shape(shape, axis, groups), axis)) // 4
 
 
 def matrix_shape(shape: Sequence[int], axis: Axis, groups: int = 1) -> tuple[int, int]:
-    """Give rows and columns of the matrix whose rows are cut into groups; for "im2col" that of one convolution group."""
+    """Return rows and columns of the matrix whose rows are divided into groups; for "im2col", of one convolution group."""
     if axis == "im2col":
         return shape[0] // groups, prod(shape[1:])
     if len(shape) == 2:
@@ -91,7 +91,7 @@ def matrix_shape(shape: Sequence[int], axis: Axis, groups: int = 1) -> tuple[int
 
 
 def describe(index: int, shape: Sequence[int], axis: Axis, groups: int = 1) -> str:
-    """Say where in a weight the group of that index is."""
+    """Return a description of where in a weight the group of this index is."""
     rows, columns = _padded(*matrix_shape(shape, axis, groups), axis)
     if axis == "im2col":
         first = index * 4 % (rows * columns)

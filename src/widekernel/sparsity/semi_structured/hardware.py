@@ -1,4 +1,4 @@
-"""`torch.sparse` semi-structured weights: what they can do here, and layers on them."""
+"""`torch.sparse` semi-structured weights: whether this machine supports them, and layers that use them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from widekernel.errors import ArgumentError
 from widekernel.sparsity.semi_structured.manifest import Manifest
-from widekernel.sparsity.semi_structured.masks import check_two_four
+from widekernel.sparsity.semi_structured.masks import check_semi_structured
 
 # Rows and columns of a compressed weight must be multiples of these (torch.sparse.semi_structured, 2.15).
 MULTIPLES = {
@@ -22,13 +22,13 @@ MULTIPLES = {
 
 
 @dataclass(frozen=True)
-class Capability:
+class HardwareSupport:
     """Whether this machine multiplies 2:4 matrices.
 
     Attributes:
         available: whether it does.
-        reason: why not, "" if it does.
-        backend: "cutlass" or "cusparselt", what PyTorch would use.
+        reason: why not; "" if it does.
+        backend: "cutlass" or "cusparselt", whichever PyTorch would use.
     """
 
     available: bool
@@ -38,14 +38,14 @@ class Capability:
 
 @dataclass(frozen=True)
 class PaddingPlan:
-    """How a weight fits the hardware.
+    """How a weight is padded to a size that the hardware supports.
 
     Attributes:
         rows: of the weight.
         columns: of the weight.
-        padded_rows: the next size that the hardware takes; additional outputs are cut off.
-        padded_columns: the same; the input is padded with zeros.
-        reason: why it does not fit at all, "" if it does.
+        padded_rows: the next supported size; additional outputs are cut off.
+        padded_columns: the next supported size; the input is padded with zeros.
+        reason: why the weight does not fit at all; "" if it does.
     """
 
     rows: int
@@ -55,57 +55,53 @@ class PaddingPlan:
     reason: str = ""
 
 
-def probe() -> Capability:
-    """Tell whether `torch.sparse.to_sparse_semi_structured` can be used: it needs a CUDA device of capability 8.0."""
+def hardware_support() -> HardwareSupport:
+    """Return whether `torch.sparse.to_sparse_semi_structured` works here: it needs a CUDA device of capability 8.0."""
     if not hasattr(torch.sparse, "to_sparse_semi_structured"):
-        return Capability(False, f"PyTorch {torch.__version__} has no semi-structured sparsity", "")
+        return HardwareSupport(False, f"PyTorch {torch.__version__} has no semi-structured sparsity", "")
     from torch.sparse import SparseSemiStructuredTensor
 
     backend = "cutlass" if SparseSemiStructuredTensor._FORCE_CUTLASS else "cusparselt"
     if not torch.cuda.is_available():
-        return Capability(False, "there is no CUDA device", backend)
+        return HardwareSupport(False, "there is no CUDA device", backend)
     if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
-        return Capability(False, f"{torch.cuda.get_device_name()} is older than capability 8.0", backend)
-    return Capability(True, "", backend)
+        return HardwareSupport(False, f"{torch.cuda.get_device_name()} is older than capability 8.0", backend)
+    return HardwareSupport(True, "", backend)
 
 
 def plan_padding(rows: int, columns: int, dtype: torch.dtype, backend: str = "cutlass") -> PaddingPlan:
-    """Round the size of a weight (out, in) up to what the hardware takes.
+    """Round the size of a weight (out, in) up to a size that the hardware supports.
 
-    float32 is refused: the hardware does 1:2 there, and PyTorch's conversion would drop non-zeros without an error.
+    float32 is refused: the hardware uses 1:2 there, and PyTorch's conversion would silently drop non-zeros.
 
     Raises:
-        ArgumentError: if there is no such backend.
+        ArgumentError: if the backend is unknown.
     """
     if backend not in MULTIPLES:
         raise ArgumentError(f"backend {backend!r} is unknown: it must be one of {', '.join(map(repr, MULTIPLES))}")
     if dtype not in MULTIPLES[backend]:
-        why = (
-            "float32 weights are 1:2 there, so that values would be lost"
-            if dtype == torch.float32
-            else f"{dtype} has no kernels"
-        )
+        why = "float32 weights must be 1:2, so values would be lost" if dtype == torch.float32 else f"{dtype} has no kernels"
         return PaddingPlan(rows, columns, rows, columns, f"{why}: convert the network to float16 or bfloat16")
     high, wide = MULTIPLES[backend][dtype]
     return PaddingPlan(rows, columns, -(-rows // high) * high, -(-columns // wide) * wide)
 
 
 class SparseLinear(nn.Module):
-    """A linear layer on a compressed weight; for inference.
+    """A linear layer with a compressed weight; for inference.
 
     Args:
         weight: (out, in), 2:4 along its rows.
         bias: (out,) or None.
-        plan: sizes to pad it to.
-        compress: makes the compressed weight of the padded one.
+        plan: the sizes to pad it to.
+        compress: returns the compressed form of the padded weight.
 
     Raises:
-        ArgumentError: if the weight is not 2:4; compressing it would drop non-zeros silently.
+        ArgumentError: if the weight is not 2:4; compressing it would silently drop non-zeros.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, plan: PaddingPlan, compress: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        check_two_four(weight, "channels")
+        check_semi_structured(weight, "channels")
         self.plan = plan
         rows, columns = plan.padded_rows - plan.rows, plan.padded_columns - plan.columns
         padded = F.pad(weight.detach(), (0, columns, 0, rows)).contiguous()
@@ -113,7 +109,7 @@ class SparseLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
+        """Apply the layer: (..., in) -> (..., out)."""
         columns = self.plan.padded_columns - self.plan.columns
         rows = F.pad(x, (0, columns)).reshape(-1, self.plan.padded_columns)
         y = F.linear(rows, self.weight)[:, : self.plan.rows]
@@ -122,7 +118,7 @@ class SparseLinear(nn.Module):
 
 
 class SparsePointwise(nn.Module):
-    """A 1x1 convolution as a `SparseLinear` over channels; for inference.
+    """A 1x1 convolution by a `SparseLinear` over channels; for inference.
 
     Args:
         linear: (out, in).
@@ -135,25 +131,25 @@ class SparsePointwise(nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, in, H, W) -> (N, out, H', W')."""
+        """Apply the convolution: (N, in, H, W) -> (N, out, H', W')."""
         x = x[:, :, :: self.stride[0], :: self.stride[1]]
         return self.linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 def is_compressed(layer: nn.Module) -> bool:
-    """Whether a layer's weight is compressed, so that it is no plain tensor any more."""
+    """Return whether a layer's weight is compressed, so that it is no plain tensor."""
     return isinstance(layer, (SparseLinear, SparsePointwise))
 
 
 def reason_against(layer: nn.Module, axis: str, backend: str) -> str:
-    """Say why a 2:4 layer cannot run on a compressed weight, "" if it can."""
+    """Return why a 2:4 layer cannot use a compressed weight, "" if it can."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    if type(layer) not in (nn.Linear, nn.Conv2d):  # whoever makes a subclass may read its weight
-        return f"{type(layer).__name__} computes something else than a plain layer"
+    if type(layer) not in (nn.Linear, nn.Conv2d):  # a subclass may read the weight in other ways
+        return f"{type(layer).__name__} may compute something else than a plain layer"
     if isinstance(layer, nn.Conv2d):
         if prod(layer.kernel_size) != 1 or layer.groups != 1:
-            return "torch.sparse multiplies matrices: only linear layers and 1x1 convolutions fit"
+            return "torch.sparse multiplies matrices: only linear layers and 1x1 convolutions can be compressed"
         if not isinstance(layer.padding, str) and any(layer.padding):
             return f"padding {layer.padding} of a 1x1 convolution"
     if axis != "channels" and not (axis == "im2col" and weight.shape[1] % 4 == 0):
@@ -163,13 +159,17 @@ def reason_against(layer: nn.Module, axis: str, backend: str) -> str:
         return plan.reason
     if plan.padded_rows * plan.padded_columns >= 2 * plan.rows * plan.columns:
         size, padded = f"{plan.rows} x {plan.columns}", f"{plan.padded_rows} x {plan.padded_columns}"
-        return f"padding it from {size} to {padded} takes back all that sparsity can save, a factor of 2"
+        return f"padding it from {size} to {padded} costs as much as sparsity can save, a factor of 2"
     return "" if weight.is_cuda else f"its weight is on {weight.device}, not on a CUDA device"
 
 
 def compress_layers(model: nn.Module, manifest: Manifest) -> dict[str, str]:
-    """Put every 2:4 layer that fits on a compressed weight, in place; give the others with the reason."""
-    backend = probe().backend
+    """Compress the weight of every 2:4 layer that supports it, in place.
+
+    Returns:
+        the names of the other weights, each with the reason.
+    """
+    backend = hardware_support().backend
     dense = {}
     for name, known in manifest.weights.items():
         path = name.rpartition(".")[0]
@@ -183,7 +183,7 @@ def compress_layers(model: nn.Module, manifest: Manifest) -> dict[str, str]:
 
 
 def compressed(layer: nn.Module, backend: str, compress: Callable[[Tensor], Tensor]) -> nn.Module:
-    """Give a plain linear layer or 1x1 convolution on a compressed weight."""
+    """Return a layer with a compressed weight that computes the same as a linear layer or 1x1 convolution."""
     assert isinstance(layer, (nn.Linear, nn.Conv2d))
     matrix = layer.weight.detach().flatten(1)
     plan = plan_padding(matrix.shape[0], matrix.shape[1], matrix.dtype, backend)

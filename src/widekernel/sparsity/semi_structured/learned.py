@@ -1,4 +1,4 @@
-"""Masks that are learned over frozen weights: a choice among six patterns a group, drawn with the Gumbel-softmax trick."""
+"""Masks learned over frozen weights: per group one of six patterns, drawn with the Gumbel-softmax trick."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from widekernel.sparsity.semi_structured.config import SemiStructuredConfig
 from widekernel.sparsity.semi_structured.grouping import Axis, group_view, ungroup
 from widekernel.sparsity.semi_structured.masks import legal_choices, magnitude_choices
 from widekernel.sparsity.semi_structured.noise import gumbel
 from widekernel.sparsity.semi_structured.patterns import bits_of, pattern_table
-from widekernel.sparsity.two_four_config import SemiStructuredConfig
 
-ILLEGAL = -1e9  # finite, because 0 · log 0 must be 0 in the entropy and in its gradient
+ILLEGAL = -1e9  # finite, so that 0 · log 0 is 0 in the entropy and in its gradient
 
 
 class _HardChoice(torch.autograd.Function):
-    """The pattern of largest probability in the forward pass, the mean pattern's gradient in the backward pass."""
+    """The pattern of largest probability in the forward pass; the gradient of the mean pattern in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor) -> Tensor:
-        # Patterns first: a softmax over rows of six numbers runs several times slower on a CPU.
+        # Transposed, because a softmax over rows of six numbers is several times slower on a CPU.
         ctx.save_for_backward(torch.softmax(scores.T.contiguous(), 0))
         return bits_of(scores.argmax(1)).to(scores.dtype)
 
@@ -35,20 +35,20 @@ class _HardChoice(torch.autograd.Function):
 
 
 def gumbel_mask(logits: Tensor, noise: Tensor, tau: float = 1.0, kappa: float = 1.0, legal: Tensor | None = None) -> Tensor:
-    """Draw a mask for every group, straight through: exactly 0 and 1 forward, the softmax's gradient backward.
+    """Draw a mask for every group with a straight-through estimator: 0 and 1 forward, the softmax's gradient backward.
 
-    z = (kappa · logits + noise) / tau; the one-hot argmax of softmax(z) picks the pattern, and the gradient flows as if it
-    were softmax(z) itself (Jang et al., ICLR 2017; over 2:4 patterns Danhofer, arXiv 2411.00288, with tau = kappa = 1).
+    z = (kappa · logits + noise) / tau; the one-hot argmax of softmax(z) chooses the pattern, and the gradient is that of
+    softmax(z) itself (Jang et al., ICLR 2017; over 2:4 patterns Danhofer, arXiv 2411.00288, with tau = kappa = 1).
 
     Args:
         logits: (G, 6).
-        noise: (G, 6), standard Gumbel; zeros give the most probable pattern.
+        noise: (G, 6), standard Gumbel; with zeros, the most probable pattern is chosen.
         tau: temperature.
         kappa: factor on the logits.
         legal: (G, 6) bool, the patterns to choose from; None for all.
 
     Returns:
-        (G, 4), in the type of `logits`.
+        (G, 4) mask of zeros and ones, in the type of `logits`.
     """
     with torch.autocast(logits.device.type, enabled=False):  # the gradients of logits are small
         scores = kappa * logits + noise
@@ -59,10 +59,10 @@ def gumbel_mask(logits: Tensor, noise: Tensor, tau: float = 1.0, kappa: float = 
 
 @dataclass
 class Schedule:
-    """Where the learning of masks is: the step and, by it, temperature and logit scale.
+    """The step of mask learning, which determines temperature and logit scale.
 
     Attributes:
-        config: start and end of both, and the number of steps between.
+        config: start and end of both, and the number of steps between them.
         step: optimizer steps taken.
     """
 
@@ -71,13 +71,13 @@ class Schedule:
 
     @property
     def tau(self) -> float:
-        """Temperature, falling exponentially."""
+        """The temperature, which falls exponentially."""
         start, end = self.config.tau_start, self.config.tau_end
         return start * math.exp(math.log(end / start) * self._progress)
 
     @property
     def kappa(self) -> float:
-        """Factor on the logits, moving linearly."""
+        """The factor on the logits, which changes linearly."""
         return self.config.kappa_start + (self.config.kappa_end - self.config.kappa_start) * self._progress
 
     @property
@@ -86,17 +86,17 @@ class Schedule:
 
 
 class ChoiceMask(nn.Module):
-    """Parametrisation of a weight: masked by drawn choices in training, by the most probable ones in evaluation.
+    """Parametrization of a weight: masked by drawn choices in training, by the most probable ones in evaluation.
 
-    In evaluation there is no noise; masked weights are +0. Noise depends on seed, step and name only, so all forward passes
-    of one optimizer step (accumulation, recomputation, other ranks) see one mask.
+    In evaluation there is no noise, and masked weights are +0. Noise depends on seed, step and name only, so all forward
+    passes of one optimizer step (accumulation, recomputation, other ranks) use the same mask.
 
     Args:
-        logits: (G, 6) float32, becomes the parameter.
+        logits: (G, 6); become the float32 parameter.
         shape: of the weight.
         axis: which weights form a group.
         groups: of the convolution.
-        name: of the weight; names its noise.
+        name: of the weight; determines its noise.
         schedule: shared by all masks of a network.
     """
 
@@ -108,14 +108,14 @@ class ChoiceMask(nn.Module):
         self.shape, self.axis, self.groups, self.name, self.schedule = shape, axis, groups, name, schedule
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Mask a weight."""
+        """Return the masked weight."""
         if not self.training:
             return torch.where(self.mask(), weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
         return weight * self.drawn().to(weight.dtype)
 
-    @torch.compiler.disable  # what changes with every step would be compiled anew with every step
+    @torch.compiler.disable  # the step is a constant to the compiler, which would compile every step again
     def drawn(self) -> Tensor:
-        """Give this step's mask, of the weight's shape, with gradients to the logits."""
+        """Draw this step's mask, of the weight's shape, with gradients to the logits."""
         schedule = self.schedule
         noise = gumbel(self.logits.shape, schedule.config.seed, schedule.step, self.name, self.logits.device)
         drawn = gumbel_mask(self.logits.float(), noise, schedule.tau, schedule.kappa, self.legal)
@@ -123,17 +123,17 @@ class ChoiceMask(nn.Module):
 
     @torch.no_grad()
     def choices(self) -> Tensor:
-        """Give the most probable patterns, (G,) uint8; of equal ones the first."""
+        """Return the most probable patterns, (G,) uint8; of equal ones the first."""
         return self._scores().argmax(1).to(torch.uint8)
 
     def mask(self) -> Tensor:
-        """Give their mask, bool, of the weight's shape."""
+        """Return the mask of the most probable patterns: bool, of the weight's shape."""
         return ungroup(bits_of(self.choices()), self.shape, self.axis, self.groups)
 
     def entropies(self) -> Tensor:
-        """Give the entropy of each group's choice in nats, (G,), at most log 6: that of softmax(kappa · logits).
+        """Return the entropy of each group's choice in nats, (G,), at most log 6: the entropy of softmax(kappa · logits).
 
-        The temperature does not enter: it changes gradients, but not how often a pattern is drawn.
+        The temperature has no part in it: it changes gradients, but not how often a pattern is drawn.
         """
         log = torch.log_softmax(self._scores().T.contiguous(), 0)
         return -(log.exp() * log).sum(0)
@@ -145,17 +145,19 @@ class ChoiceMask(nn.Module):
 
 @torch.no_grad()
 def initial_logits(weight: Tensor, axis: Axis, groups: int, prior_strength: float) -> Tensor:
-    """Start from the magnitude mask: `prior_strength` for its pattern, half of it for those that share one of its two slots.
+    """Return logits that prefer the magnitude mask.
+
+    Its pattern gets `prior_strength`; patterns that share one of its two slots get half of it.
 
     Returns:
-        (G, 6) float32; zeros, all patterns equally likely, without a prior.
+        (G, 6) float32; with a prior strength of 0 all patterns are equally likely.
     """
     kept = bits_of(magnitude_choices(weight, axis, groups)).float()
     return prior_strength / 2 * (kept @ pattern_table(weight.device, torch.float32).T)
 
 
 def kept_share(weight: Tensor, choices: Tensor, axis: Axis, groups: int = 1) -> float:
-    """Give the share of the summed magnitude that the choices keep (1 for a weight of zeros)."""
+    """Return the share of the summed magnitude that the choices keep (1 for a weight of zeros)."""
     values, _ = group_view(weight.detach(), axis, groups)
     magnitudes = values.double().abs()
     total = float(magnitudes.sum())

@@ -1,4 +1,4 @@
-"""What a network remembers about its 2:4 layers."""
+"""The record of a network's 2:4 layers that the network carries."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from widekernel.sparsity.semi_structured.grouping import Axis
 
 @dataclass(frozen=True)
 class MaskedWeight:
-    """Layout and choices of one 2:4 weight.
+    """Grouping and choices of one 2:4 weight.
 
     Attributes:
         axis: which weights form a group, see `group_view`.
@@ -26,11 +26,11 @@ class MaskedWeight:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The 2:4 weights of a plain network, by parameter name; a converted or loaded network carries it.
+    """The 2:4 weights of a plain network; a converted or loaded network carries it.
 
     Attributes:
-        weights: what is known of each.
-        dense: layers that `convert` left in dense form though they are 2:4, with the reason.
+        weights: grouping and choices by parameter name.
+        dense: weights that `convert` left in dense form although they are 2:4, each with the reason.
     """
 
     weights: dict[str, MaskedWeight]

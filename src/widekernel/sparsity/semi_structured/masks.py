@@ -1,4 +1,4 @@
-"""Masks from weights, from choices, and back."""
+"""Masks and choices: from weights, and from each other."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from widekernel.sparsity.semi_structured.patterns import COUNT, best_choices, bi
 
 @torch.no_grad()
 def magnitude_choices(weight: Tensor, axis: Axis = "channels", groups: int = 1) -> Tensor:
-    """Choose, in each group, the pattern that keeps the two weights of largest magnitude.
+    """Return for each group the choice of the pattern that keeps the two weights of largest magnitude.
 
     Of equal weights the later one is kept (the pattern of lowest index), NaN counts as the largest, and padding never takes
-    a real weight's place; so the result depends on nothing but the values.
+    the place of a real weight, so the result depends on the values only.
 
     Args:
         weight: (out, in / groups, kh, kw) or (out, in).
@@ -28,18 +28,18 @@ def magnitude_choices(weight: Tensor, axis: Axis = "channels", groups: int = 1) 
         (G,) uint8, indices into `PATTERNS`.
     """
     values, valid = group_view(weight, axis, groups)
-    # Before the absolute value: that of the smallest int8 is no int8.
+    # Convert first: the absolute value of the smallest int8 is no int8.
     values = values if values.dtype == torch.float64 else values.float()
     return best_choices(values.abs(), valid)
 
 
 def magnitude_mask(weight: Tensor, axis: Axis = "channels", groups: int = 1) -> Tensor:
-    """Give the mask of `magnitude_choices`: bool, of the weight's shape, True where a weight is kept."""
+    """Return the mask that keeps the two weights of largest magnitude in each group: bool, of the weight's shape."""
     return choices_to_mask(magnitude_choices(weight, axis, groups), weight.shape, axis, groups)
 
 
 def choices_to_mask(choices: Tensor, shape: Sequence[int], axis: Axis = "channels", groups: int = 1) -> Tensor:
-    """Give the mask that choices stand for.
+    """Return the mask of these choices.
 
     Args:
         choices: (G,) uint8, each 0..5.
@@ -51,7 +51,7 @@ def choices_to_mask(choices: Tensor, shape: Sequence[int], axis: Axis = "channel
         bool, of `shape`.
 
     Raises:
-        ArgumentError: if a choice is no pattern, or there are not as many as the weight has groups.
+        ArgumentError: if a choice is no pattern, or the number of choices is not the weight's number of groups.
     """
     check_choices(choices, shape, axis, groups)
     return ungroup(bits_of(choices), shape, axis, groups)
@@ -59,13 +59,13 @@ def choices_to_mask(choices: Tensor, shape: Sequence[int], axis: Axis = "channel
 
 @torch.no_grad()
 def mask_to_choices(mask: Tensor, axis: Axis = "channels", groups: int = 1, name: str = "the mask") -> Tensor:
-    """Give choices whose mask covers `mask`.
+    """Return choices whose mask covers `mask`.
 
-    Of several such patterns one that wastes no slot on padding is taken, then the one of lowest index. If the mask keeps two
-    weights of every full group the result stands for exactly that mask.
+    Of several such patterns, those that keep no padded slot come first, then the one of lowest index. If the mask keeps two
+    weights of every full group, the result is the choices of exactly that mask.
 
     Args:
-        mask: bool, or a weight, whose non-zeros count; of the weight's shape.
+        mask: of the weight's shape: bool, or the weight itself, whose non-zeros count.
         axis: which weights form a group.
         groups: of the convolution.
         name: what to call it in an error.
@@ -83,11 +83,11 @@ def mask_to_choices(mask: Tensor, axis: Axis = "channels", groups: int = 1, name
     return covers.to(torch.uint8).argmax(1).to(torch.uint8)
 
 
-def check_two_four(weight: Tensor, axis: Axis = "channels", groups: int = 1, name: str = "the weight") -> None:
+def check_semi_structured(weight: Tensor, axis: Axis = "channels", groups: int = 1, name: str = "the weight") -> None:
     """Raise unless every group of four has at most two non-zeros.
 
-    PyTorch's converters take any matrix and keep the first two non-zeros of a group silently, so whatever exports a matrix
-    calls this first.
+    PyTorch's converters accept any matrix and silently keep the first two non-zeros of a group, so call this before a matrix
+    is exported.
 
     Args:
         weight: (out, in / groups, kh, kw) or (out, in).
@@ -102,7 +102,7 @@ def check_two_four(weight: Tensor, axis: Axis = "channels", groups: int = 1, nam
 
 
 def refuse_more_than_two(bits: Tensor, shape: Sequence[int], axis: Axis, groups: int, name: str) -> None:
-    """Raise ArgumentError if a row of `bits`, (G, 4) bool, has more than two True."""
+    """Raise an `ArgumentError` if a row of `bits`, (G, 4) bool, has more than two True."""
     counts = bits.sum(1)
     wrong = (counts > 2).nonzero().flatten()
     if wrong.numel():
@@ -115,21 +115,21 @@ def refuse_more_than_two(bits: Tensor, shape: Sequence[int], axis: Axis, groups:
 
 
 def check_choices(choices: Tensor, shape: Sequence[int], axis: Axis, groups: int, name: str = "choices") -> None:
-    """Raise ArgumentError unless `choices` are as many as the weight has groups, and patterns."""
+    """Raise an `ArgumentError` unless there is one choice for each group of the weight, and each is a pattern."""
     wanted = group_count(shape, axis, groups)
     if choices.dtype != torch.uint8 or tuple(choices.shape) != (wanted,):
         raise ArgumentError(
             f"{name} are {choices.dtype} of shape {tuple(choices.shape)}: a weight of shape {tuple(shape)} has {wanted} "
-            f"groups along axis={axis!r}; give as many uint8"
+            f"groups along axis={axis!r}; give one uint8 for each"
         )
     if choices.numel() and int(choices.max()) >= COUNT:
         raise ArgumentError(f"{name} hold the value {int(choices.max())}: patterns are numbered 0..{COUNT - 1}")
 
 
 def legal_choices(shape: Sequence[int], axis: Axis, groups: int = 1, device: torch.device | str = "cpu") -> Tensor | None:
-    """Tell which patterns may be learned: (G, 6) bool, or None if all may.
+    """Return which patterns may be learned: (G, 6) bool, or None if all may.
 
-    Padding must not take a real weight's place, except in the paper's grouping, where it does.
+    Padding must not take the place of a real weight, except in the paper's grouping, where it does.
     """
     if axis == "im2col":
         return None

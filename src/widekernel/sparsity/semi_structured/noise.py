@@ -14,10 +14,10 @@ _FIRST, _SECOND = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
 
 
 def uniform(shape: Sequence[int], seed: int, step: int, name: str, device: torch.device | str = "cpu") -> Tensor:
-    """Draw float32 numbers from the open interval (0, 1), without touching any generator.
+    """Draw float32 numbers from the open interval (0, 1), without using any generator.
 
-    Elements 2i and 2i + 1 are the halves of a hash of i and of (seed, step, name): SplitMix64 (Steele et al., OOPSLA 2014)
-    as a counter. Integer arithmetic, hence the same bits on every device.
+    Elements 2i and 2i + 1 are the two halves of a hash of i and (seed, step, name): SplitMix64 (Steele et al., OOPSLA 2014)
+    as a counter. It is integer arithmetic, so every device yields the same bits.
     """
     key = hashlib.blake2b(f"{seed}/{step}/{name}".encode(), digest_size=8).digest()
     start = int.from_bytes(key, "little", signed=True)
@@ -27,7 +27,7 @@ def uniform(shape: Sequence[int], seed: int, step: int, name: str, device: torch
     x.bitwise_xor_(_shifted(x, 27)).mul_(_SECOND)
     x.bitwise_xor_(_shifted(x, 31))
     halves = torch.stack([_shifted(x, 41), x.bitwise_and_((1 << 23) - 1)], 1).flatten()[:count]
-    # 23 bits and a half: neither 0 nor 1 after rounding to float32.
+    # 23 bits plus one half: neither 0 nor 1 after rounding to float32.
     return halves.to(torch.float32).add_(0.5).mul_(2.0**-23).reshape(tuple(shape))
 
 
@@ -37,5 +37,5 @@ def gumbel(shape: Sequence[int], seed: int, step: int, name: str, device: torch.
 
 
 def _shifted(x: Tensor, by: int) -> Tensor:
-    """Shift right, filling with zeros: that of int64 fills with the sign."""
+    """Shift right, filling with zeros (the shift of int64 fills with the sign)."""
     return (x >> by).bitwise_and_((1 << (64 - by)) - 1)

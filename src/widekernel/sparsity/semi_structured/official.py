@@ -1,23 +1,21 @@
-"""Checkpoints of the paper's code (Danhofer, arXiv 2411.00288) for torchvision's ResNets and ConvNeXts.
+"""Official checkpoints: those of the paper's code (Danhofer, arXiv 2411.00288) for torchvision's ResNets and ConvNeXts.
 
-A 2:4 layer is stored there as matrices (out, in·kh·kw): `Ws.<group>` and `bs.<group>`, or one block-diagonal `W` and `b`,
+They hold a 2:4 layer as matrices (out, in·kh·kw): `Ws.<group>` and `bs.<group>`, or one block-diagonal `W` and `b`,
 with `choice_weights` (quadruplets · groups, 6) and the table `masking_patterns`; rows or columns may be padded.
 """
 
 from __future__ import annotations
 
-import argparse
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from widekernel.errors import CheckpointError
+from widekernel.safe_pickle import RefusedError, unpickle
 from widekernel.sparsity.semi_structured.eligibility import Layer, conv_groups, layers_of
 from widekernel.sparsity.semi_structured.grouping import Axis, group_count, matrix_shape
 from widekernel.sparsity.semi_structured.patterns import pattern_table
@@ -30,17 +28,17 @@ _OWN = ("choice_weights", "masking_patterns", "zero_bias", "W", "b")
 
 @dataclass(frozen=True)
 class OfficialMasks:
-    """The masks of an official checkpoint; its weights are in the network, dense.
+    """The masks of an official checkpoint; its weights are loaded into the network, dense.
 
-    Give `logits` to `prepare(model, SemiStructuredConfig(method="learned", axis="im2col"), logits=...)` to go on learning,
-    or `choices` to `prepare(model, SemiStructuredConfig(axis="im2col"), choices=...)` for the fixed masks.
+    Pass `logits` to `prepare(model, SemiStructuredConfig(method="learned", axis="im2col"), logits=...)` to continue
+    learning, or `choices` to `prepare(model, SemiStructuredConfig(axis="im2col"), choices=...)` for the fixed masks.
 
     Attributes:
         logits: parameter name -> (G, 6) float32, the file's `choice_weights`.
-        choices: parameter name -> (G,) uint8, their argmax, the first of equal ones.
-        key_map: names in the file -> names in the network, of all weights loaded.
-        biases: layers that were given a bias, because the file's `zero_bias`, which is added to outputs, is not zero.
-        dropped: keys of the file that stand for nothing in the network: tables, zeros, `zero_bias` of layers with a bias.
+        choices: parameter name -> (G,) uint8, the argmax of the logits; of equal logits the first.
+        key_map: name in the file -> name in the network, for all weights loaded.
+        biases: layers that got a bias, because the file's `zero_bias`, which is added to outputs, is not zero.
+        dropped: keys of the file with no counterpart in the network: tables, zeros, `zero_bias` of layers with a bias.
         axis: the grouping of all masks.
     """
 
@@ -55,8 +53,8 @@ class OfficialMasks:
 def load_official(model: nn.Module, source: str | Path | Mapping[str, Any]) -> OfficialMasks:
     """Load an official 2:4 checkpoint into a dense network.
 
-    Where layers have learned `choice_weights` their masks are returned; the official evaluation draws new masks at every
-    forward pass, ours takes the most probable ones. Plain dense checkpoints load as well, without masks.
+    For layers with learned `choice_weights` the masks are returned. The official evaluation draws new masks at every forward
+    pass; here the most probable ones are used. Plain dense checkpoints load as well, without masks.
 
     Args:
         model: torchvision's network (ResNet-18/34/50, ConvNeXt-T/S), or timm's with the same keys.
@@ -64,33 +62,33 @@ def load_official(model: nn.Module, source: str | Path | Mapping[str, Any]) -> O
 
     Raises:
         CheckpointError: if the file cannot be read safely or does not fill the model, naming every key; if its table of
-            patterns was trained away from 0 and 1 (an official defect), so that its masks are no longer 2:4; or if a blocked
-            layer without masks has weights between groups. The model is left untouched then.
+            patterns was trained away from 0 and 1 (a defect of the official code), so its masks are no longer 2:4; or if a
+            blocked layer without masks has weights between groups. Then the model is left unchanged.
     """
     where, state = _read(source)
-    plan = _Translation()
+    translation = _Translation()
     layers = layers_of(model)
     for prefix in sorted({prefix for key in state if (prefix := _owner(key)) is not None}):
         if prefix not in layers:
-            plan.problems.append(f"{prefix}: the network has no such convolution or linear layer")
-            plan.seen |= {key for key in state if key.startswith(f"{prefix}.")}
+            translation.problems.append(f"{prefix}: the network has no such convolution or linear layer")
+            translation.seen |= {key for key in state if key.startswith(f"{prefix}.")}
             continue
         own = {key.removeprefix(f"{prefix}."): value for key, value in state.items() if key.startswith(f"{prefix}.")}
-        _translate(prefix, layers[prefix], own, plan)
+        _translate(prefix, layers[prefix], own, translation)
     for key, value in state.items():
-        if key not in plan.seen:
-            plan.add(key, key, value)
-    added = _compare(model, plan)
-    if plan.problems:
-        listed = "\n".join(f"  {problem}" for problem in plan.problems)
+        if key not in translation.seen:
+            translation.add(key, key, value)
+    added = _compare(model, translation)
+    if translation.problems:
+        listed = "\n".join(f"  {problem}" for problem in translation.problems)
         raise CheckpointError(f"{where} does not fit the {type(model).__name__}; nothing was loaded:\n{listed}")
     for key in added:
         layer = layers[key.rpartition(".")[0]]
         layer.bias = nn.Parameter(torch.zeros_like(layer.weight[:, 0].flatten(1)[:, 0]))
-    model.load_state_dict(plan.state)
-    choices = {name: value.argmax(1).to(torch.uint8) for name, value in plan.logits.items()}
+    model.load_state_dict(translation.state)
+    choices = {name: value.argmax(1).to(torch.uint8) for name, value in translation.logits.items()}
     biases = tuple(key.rpartition(".")[0] for key in added)
-    return OfficialMasks(plan.logits, choices, plan.key_map, biases, tuple(plan.dropped))
+    return OfficialMasks(translation.logits, choices, translation.key_map, biases, tuple(translation.dropped))
 
 
 @dataclass
@@ -118,7 +116,7 @@ class _Translation:
 
 
 def _owner(key: str) -> str | None:
-    """Give the name of the layer that a key of the 2:4 layout belongs to, None for other keys."""
+    """Return the name of the layer that a key of the 2:4 layout belongs to, None for other keys."""
     prefix, _, last = key.rpartition(".")
     if last in _OWN:
         return prefix
@@ -126,8 +124,8 @@ def _owner(key: str) -> str | None:
     return before if last.isdigit() and kind in ("Ws", "bs") else None
 
 
-def _translate(prefix: str, layer: Layer, own: dict[str, Tensor], plan: _Translation) -> None:
-    """Translate all keys of one layer; `own` is without its prefix."""
+def _translate(prefix: str, layer: Layer, own: dict[str, Tensor], translation: _Translation) -> None:
+    """Translate all keys of one layer; those of `own` are without its prefix."""
     groups = conv_groups(layer)
     rows, columns = matrix_shape(layer.weight.shape, AXIS, groups)
     has_masks = "choice_weights" in own
@@ -136,51 +134,55 @@ def _translate(prefix: str, layer: Layer, own: dict[str, Tensor], plan: _Transla
         names = ["W"] if "W" in own else matrices
         blocks = _blocks(own["W"], groups) if "W" in own else [own[name] for name in names]
         if "W" in own and not has_masks and _between_groups(own["W"], groups):
-            plan.problems.append(
-                f"{prefix}.W has weights between its {groups} groups and no mask: it is no grouped convolution"
+            translation.problems.append(
+                f"{prefix}.W has weights between its {groups} groups and no mask: it is not a grouped convolution"
             )
         if any(block.dim() != 2 or block.shape[0] < rows or block.shape[1] < columns for block in blocks):
             shapes = ", ".join(str(tuple(own[name].shape)) for name in names)
-            plan.problems.append(f"{prefix}: {shapes} is too small for {groups} matrices of {(rows, columns)}")
+            translation.problems.append(f"{prefix}: {shapes} is too small for {groups} matrices of {(rows, columns)}")
             return
         weight = torch.cat([block[:rows, :columns] for block in blocks]).reshape(layer.weight.shape)
-        plan.add(f"{prefix}.{names[0]}", f"{prefix}.weight", weight)
-        plan.seen |= {f"{prefix}.{name}" for name in names}
-        _translate_bias(prefix, layer, own, rows, groups, plan)
+        translation.add(f"{prefix}.{names[0]}", f"{prefix}.weight", weight)
+        translation.seen |= {f"{prefix}.{name}" for name in names}
+        _translate_bias(prefix, layer, own, rows, groups, translation)
     patterns = own.get("masking_patterns")
     if patterns is not None:
         if not torch.equal(patterns.float().cpu(), pattern_table(dtype=torch.float32)):
-            plan.problems.append(
-                f"{prefix}.masking_patterns: the table of patterns was trained and is not 0 and 1 any more, so these masks "
-                "are not 2:4; train again with the table frozen, or put the constant table back to accept another network"
+            translation.problems.append(
+                f"{prefix}.masking_patterns: the table of patterns was trained and is no longer 0 and 1, so these masks "
+                "are not 2:4; train again with the table frozen, or restore the constant table to accept another network"
             )
-        plan.drop(f"{prefix}.masking_patterns")
+        translation.drop(f"{prefix}.masking_patterns")
     if has_masks:
         logits, wanted = own["choice_weights"], (group_count(layer.weight.shape, AXIS, groups), 6)
         if tuple(logits.shape) != wanted or not bool(logits.isfinite().all()):
-            plan.problems.append(f"{prefix}.choice_weights must be finite and of shape {wanted}, not {tuple(logits.shape)}")
-        plan.seen.add(f"{prefix}.choice_weights")
-        plan.logits[f"{prefix}.weight"] = logits.detach().float().clone()
+            translation.problems.append(
+                f"{prefix}.choice_weights must be finite and of shape {wanted}, not {tuple(logits.shape)}"
+            )
+        translation.seen.add(f"{prefix}.choice_weights")
+        translation.logits[f"{prefix}.weight"] = logits.detach().float().clone()
 
 
-def _translate_bias(prefix: str, layer: Layer, own: dict[str, Tensor], rows: int, groups: int, plan: _Translation) -> None:
+def _translate_bias(
+    prefix: str, layer: Layer, own: dict[str, Tensor], rows: int, groups: int, translation: _Translation
+) -> None:
     separate = [f"bs.{group}" for group in range(groups)]
     outputs = layer.weight.shape[0]
     if "b" in own:
-        plan.add(f"{prefix}.b", f"{prefix}.bias", own["b"][:outputs])
+        translation.add(f"{prefix}.b", f"{prefix}.bias", own["b"][:outputs])
     elif all(name in own for name in separate):
-        plan.add(f"{prefix}.bs.0", f"{prefix}.bias", torch.cat([own[name][:rows] for name in separate]))
-        plan.seen |= {f"{prefix}.{name}" for name in separate}
+        translation.add(f"{prefix}.bs.0", f"{prefix}.bias", torch.cat([own[name][:rows] for name in separate]))
+        translation.seen |= {f"{prefix}.{name}" for name in separate}
     if "zero_bias" in own:
         zero = own["zero_bias"]
-        if f"{prefix}.bias" in plan.state or not bool(zero.any()):
-            plan.drop(f"{prefix}.zero_bias")
+        if f"{prefix}.bias" in translation.state or not bool(zero.any()):
+            translation.drop(f"{prefix}.zero_bias")
         else:  # one vector for every group
-            plan.add(f"{prefix}.zero_bias", f"{prefix}.bias", zero[:rows].repeat(groups))
+            translation.add(f"{prefix}.zero_bias", f"{prefix}.bias", zero[:rows].repeat(groups))
 
 
 def _blocks(matrix: Tensor, groups: int) -> list[Tensor]:
-    """Cut the diagonal blocks out of a block-diagonal matrix."""
+    """Return the diagonal blocks of a block-diagonal matrix."""
     high, wide = matrix.shape[0] // groups, matrix.shape[-1] // groups
     return [matrix[g * high : (g + 1) * high, g * wide : (g + 1) * wide] for g in range(groups)]
 
@@ -189,29 +191,29 @@ def _between_groups(matrix: Tensor, groups: int) -> bool:
     return bool(matrix.ne(torch.block_diag(*_blocks(matrix, groups))).any())
 
 
-def _compare(model: nn.Module, plan: _Translation) -> list[str]:
-    """Note what does not fit; give the biases that the network has to be given."""
+def _compare(model: nn.Module, translation: _Translation) -> list[str]:
+    """Note what does not fit the network, and return the biases that have to be added to it."""
     own = model.state_dict()
-    added = [key for key in plan.state if key not in own and plan.source_of(key).endswith(".zero_bias")]
-    for theirs, ours in plan.key_map.items():
+    added = [key for key in translation.state if key not in own and translation.source_of(key).endswith(".zero_bias")]
+    for theirs, ours in translation.key_map.items():
         if ours in added:
             continue
         if ours not in own:
-            plan.problems.append(f"{theirs}: the network has no weight {ours}")
-        elif plan.state[ours].shape != own[ours].shape:
-            plan.problems.append(
-                f"{theirs} has shape {tuple(plan.state[ours].shape)}, the network's {ours} {tuple(own[ours].shape)}"
+            translation.problems.append(f"{theirs}: the network has no weight {ours}")
+        elif translation.state[ours].shape != own[ours].shape:
+            translation.problems.append(
+                f"{theirs} has shape {tuple(translation.state[ours].shape)}, the network's {ours} {tuple(own[ours].shape)}"
             )
     for ours in own:
-        if ours not in plan.state and not ours.endswith("num_batches_tracked"):
-            plan.problems.append(f"{ours}: the file holds nothing for it")
-        elif ours not in plan.state:
-            plan.state[ours] = own[ours]
+        if ours not in translation.state and not ours.endswith("num_batches_tracked"):
+            translation.problems.append(f"{ours}: the file holds nothing for it")
+        elif ours not in translation.state:
+            translation.state[ours] = own[ours]
     return added
 
 
 def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Tensor]]:
-    """Give what to call the source, and its weights without prefixes of wrappers."""
+    """Return a name for the source, and its weights without prefixes of wrappers."""
     where, loaded = ("the state dict", source) if isinstance(source, Mapping) else (str(source), _load(Path(source)))
     for name in CONTAINERS:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(name), Mapping):
@@ -228,13 +230,8 @@ def _load(path: Path) -> Any:
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint at {path}")
     try:
-        if path.suffix == ".safetensors":
-            return read_tensors(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the scripts keep their command line in the file
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} is damaged, or holds more than tensors and could run code; it was not opened"
-        ) from error
-    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:
+        return read_tensors(path) if path.suffix == ".safetensors" else unpickle(path)
+    except RefusedError as error:
+        raise CheckpointError(f"{path} holds more than tensors and could run code; it was not opened ({error})") from error
+    except Exception as error:  # damaged bytes can make torch.load raise anything
         raise CheckpointError(f"{path} is damaged, cut off or not a checkpoint ({error}): fetch it again") from error

@@ -1,4 +1,4 @@
-"""The six ways to keep two of four weights, and choices among them."""
+"""The six patterns that keep two of four weights, and choices among them."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from functools import cache
 import torch
 from torch import Tensor
 
-# In lexicographic order. A group of four weights is described by the index of its pattern, its choice (uint8, 0..5): masks
-# are derived from choices and never stored.
+# In lexicographic order. The choice of a group of four weights is the index of its pattern (uint8, 0..5). Masks are derived
+# from choices and never stored.
 PATTERNS = ((0, 0, 1, 1), (0, 1, 0, 1), (0, 1, 1, 0), (1, 0, 0, 1), (1, 0, 1, 0), (1, 1, 0, 0))
 COUNT = len(PATTERNS)
 
 
 @cache
 def _table(device: torch.device) -> Tensor:
-    # A cached tensor made in inference mode could not be used for training later.
+    # A cached tensor that was made in inference mode could not be used for training later.
     with torch.inference_mode(False):
         return torch.tensor(PATTERNS, dtype=torch.bool, device=device)
 
 
 def pattern_table(device: torch.device | str = "cpu", dtype: torch.dtype = torch.bool) -> Tensor:
-    """Give the patterns as a new (6, 4) tensor: a constant, never a parameter, so that no optimizer can move it."""
+    """Return the patterns as a new (6, 4) tensor; it is no parameter, so no optimizer can change it."""
     return _table(torch.device(device)).to(dtype=dtype, copy=True)
 
 
@@ -33,17 +33,17 @@ def _slots(device: torch.device) -> Tensor:
 
 
 def kept_slots(choices: Tensor) -> Tensor:
-    """Give the two kept slots of each group in ascending order: (G,) uint8 -> (G, 2) int64."""
+    """Return the two kept slots of each group in ascending order: (G,) uint8 -> (G, 2) int64."""
     return _slots(choices.device)[choices.long()]
 
 
 def bits_of(choices: Tensor) -> Tensor:
-    """Give the pattern of each group: (G,) uint8 -> (G, 4) bool."""
+    """Return the pattern of each group: (G,) uint8 -> (G, 4) bool."""
     return _table(choices.device)[choices.long()]
 
 
 def legal_patterns(valid: Tensor) -> Tensor:
-    """Tell which patterns keep as many real weights as the group allows.
+    """Return which patterns keep as many real weights as the group allows.
 
     Args:
         valid: (G, 4) bool, False where a slot is padding.
@@ -56,11 +56,11 @@ def legal_patterns(valid: Tensor) -> Tensor:
 
 
 def best_choices(scores: Tensor, valid: Tensor) -> Tensor:
-    """Keep the two real slots of highest score in each group.
+    """Return the choice that keeps the two real slots of highest score in each group.
 
-    This is the pattern of largest summed score, found by comparing scores rather than sums, which rounding could make equal.
-    Of patterns that are equally good the one of lowest index wins: of two equal weights the later one is kept. NaN counts as
-    the highest score; a padded slot never takes the place of a real one.
+    This is the pattern of largest summed score, found by comparing scores, because rounding could make sums equal. Of
+    equally good patterns the one of lowest index wins, so of two equal weights the later one is kept. NaN counts as the
+    highest score. A padded slot never takes the place of a real one.
 
     Args:
         scores: (G, 4), of any real type, 0 or more.
@@ -80,5 +80,5 @@ def best_choices(scores: Tensor, valid: Tensor) -> Tensor:
 
 
 def choices_of_bits(bits: Tensor) -> Tensor:
-    """Give the choice whose pattern is `bits`, (G, 4) bool with exactly two True in each row; (G,) uint8."""
+    """Return the choices whose patterns are `bits`, (G, 4) bool with exactly two True in each row: (G,) uint8."""
     return (bits.unsqueeze(1) == _table(bits.device)).all(2).to(torch.uint8).argmax(1).to(torch.uint8)

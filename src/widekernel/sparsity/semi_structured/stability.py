@@ -1,4 +1,4 @@
-"""How much a masked network moves when its weights are updated and its masks stay."""
+"""How much the outputs of a masked network change when its weights are updated under the same masks."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ DECILES = 10
 
 @dataclass(frozen=True)
 class LayerStability:
-    """Size of the update D of one layer's weight as the mask M lets it through; the weight as a matrix (out, in·kh·kw).
+    """Size of the update D of one layer's weight, an (out, in·kh·kw) matrix, under its mask M.
 
-    For every input ||(M*D) x|| <= spectral · ||x|| <= masked · ||x|| <= full · ||x||. For a convolution x is one patch; over
-    whole images the factor is at most sqrt(taps) times as large. (That the spectral norm of M*D is at most that of D is not
-    true in general and not claimed.)
+    For every input ||(M*D) x|| <= spectral · ||x|| <= masked · ||x|| <= full · ||x||. For a convolution, x is one patch;
+    over whole images the factor is at most sqrt(taps) times as large. (The spectral norm of M*D may exceed that of D.)
 
     Attributes:
         name: of the weight.
         masked: ||M*D||, Frobenius.
-        spectral: ||M*D||₂ by power iteration, which approaches it from below.
+        spectral: ||M*D||₂, by power iteration, which approaches it from below.
         full: ||D||, Frobenius.
         relative: ||M*D|| / ||M*W||, Frobenius; 0 if both are 0.
         taps: kh·kw, 1 for a linear layer.
@@ -42,16 +41,16 @@ class LayerStability:
 
 @dataclass(frozen=True)
 class StabilityReport:
-    """What an update does to a masked network.
+    """The effect of an update on a masked network.
 
     Attributes:
         layers: the bounds of each masked layer.
         inputs: number of inputs that the rest was measured on.
-        agreement_updated: share of them with the same top-1 class in the masked network before and after the update.
-        agreement_dense: share with the same top-1 class in the dense and the masked network, both before the update.
-        flips: share of changed classes among the inputs of each tenth by the margin between the two largest logits of the
-            masked network before the update, smallest margins first; NaN for an empty tenth.
-        margins: the mean margin of each tenth.
+        agreement_updated: share of the inputs with the same top-1 class in the masked network before and after the update.
+        agreement_dense: share of the inputs with the same top-1 class in the dense and the masked network before the update.
+        flips: share of inputs whose class changes, in each tenth of the inputs ordered by the margin between the two largest
+            logits of the masked network before the update, smallest margins first; NaN for an empty tenth.
+        margins: the mean margin in each tenth.
     """
 
     layers: tuple[LayerStability, ...]
@@ -71,7 +70,7 @@ def stability_report(
 ) -> StabilityReport:
     """Compare a masked network before and after an update of its weights, under the same masks.
 
-    Networks run in evaluation mode and are left as they were.
+    Networks run in evaluation mode and are left unchanged.
 
     Args:
         model: the dense network before the update, with plain weights.
@@ -80,7 +79,7 @@ def stability_report(
         inputs: a batch or several; the network maps each to (N, classes).
 
     Raises:
-        ArgumentError: if a mask fits no weight, or the networks differ.
+        ArgumentError: if a mask does not fit a weight, or the networks differ.
     """
     before = dict(model.state_dict())
     after = dict(updated.state_dict() if isinstance(updated, nn.Module) else updated)
@@ -108,7 +107,7 @@ def stability_report(
 
 
 def spectral_norm(matrix: Tensor, iterations: int = 100, seed: int = 0) -> float:
-    """Give the largest singular value of (R, C) by power iteration in float64, from a start that `seed` fixes."""
+    """Compute the largest singular value of (R, C) by power iteration in float64, from a random start drawn with `seed`."""
     matrix = matrix.detach().double()
     generator = torch.Generator("cpu").manual_seed(seed)
     v = torch.randn(matrix.shape[1], dtype=torch.float64, device="cpu", generator=generator).to(matrix.device)
@@ -161,5 +160,5 @@ def _check(before: Mapping[str, Tensor], after: Mapping[str, Tensor], masks: Map
         if not mask.shape == before[name].shape == after[name].shape:
             raise ArgumentError(
                 f"{name}: the mask has shape {tuple(mask.shape)}, the weight {tuple(before[name].shape)} before and "
-                f"{tuple(after[name].shape)} after the update: they must be equal"
+                f"{tuple(after[name].shape)} after the update: all three must be equal"
             )

@@ -1,4 +1,4 @@
-"""Masks that are 2:4 along rows and along columns, so that the gradient's product is sparse too."""
+"""Masks that are 2:4 along both rows and columns, so that the matrix product of the gradient is sparse too."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from widekernel.sparsity.semi_structured.patterns import PATTERNS
 
 @cache
 def transposable_patterns() -> tuple[tuple[tuple[int, ...], ...], ...]:
-    """List the 90 patterns of 4 x 4 with two kept in every row and every column, in lexicographic order."""
+    """Return the 90 patterns of 4 x 4 that keep two in every row and every column, in lexicographic order."""
     every = product(PATTERNS, repeat=4)
     return tuple(rows for rows in every if all(sum(column) == 2 for column in zip(*rows)))
 
 
 @torch.no_grad()
 def transposable_mask(weight: Tensor) -> Tensor:
-    """Give the mask of largest kept magnitude whose rows and columns are both 2:4.
+    """Return the mask of largest kept magnitude whose rows and columns are both 2:4.
 
-    Each block of four outputs and four input channels, within one tap, takes the best of the 90 patterns: exact, since
-    there are no others (Hubara et al., Accelerated Sparse Neural Training, NeurIPS 2021). Of equally good ones the first is
-    taken. Borders are padded with zeros, so that blocks there may keep less than half.
+    Each block of four outputs and four input channels, within one tap, gets the best of the 90 patterns. This is exact,
+    since there are no others (Hubara et al., Accelerated Sparse Neural Training, NeurIPS 2021). Of equally good patterns
+    the first is used. Borders are padded with zeros, so blocks there may keep less than half.
 
     Args:
-        weight: (out, in) or (out, in, kh, kw); ungrouped.
+        weight: (out, in) or (out, in, kh, kw), of a layer without groups.
 
     Returns:
         bool, of the weight's shape.

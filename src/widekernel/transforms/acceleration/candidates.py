@@ -1,4 +1,4 @@
-"""Which layers of a network have another way of being computed, and why some of them must be left alone."""
+"""Finding the layers of a network that can be computed in another way, and why some of them must be left alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from widekernel.layers import DepthwiseConv2d, PointwiseConv2d, PointwiseLinear
-from widekernel.layers.alterations import replaced
+from widekernel.layers.alterations import replaced_method
 from widekernel.layers.conv import reasons_against_depthwise
 from widekernel.layers.pointwise import reasons_against_pointwise
 
@@ -23,10 +23,10 @@ class Candidate:
     """A depthwise or pointwise layer.
 
     Attributes:
-        name: in the network, the first one if it has several.
-        layer: itself.
-        replacement: the class that computes it the other way; None if it must be left alone.
-        reason: why it must be.
+        name: its name in the network, the first one if it has several.
+        layer: the layer itself.
+        replacement: class that computes it the other way; None if it must be left alone.
+        reason: why it must be left alone.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Candidate:
 
 
 def candidates(model: nn.Module, pointwise: bool) -> list[Candidate]:
-    """List the depthwise layers, and the pointwise ones if asked to, each once however many places it is used in."""
+    """List the depthwise layers and, with `pointwise`, the pointwise ones, each once however often the network uses it."""
     found = []
     for name, module in model.named_modules():
         replacement = _replacement(module)
@@ -53,7 +53,7 @@ def candidates(model: nn.Module, pointwise: bool) -> list[Candidate]:
 
 
 def describe(layer: Any) -> str:
-    """Say in a few words what a layer is."""
+    """Return a layer's class, sizes and channels in a few words."""
     kind = type(layer).__name__
     if isinstance(layer, nn.Linear):
         return f"{kind} {layer.in_features} -> {layer.out_features}"
@@ -65,7 +65,7 @@ def describe(layer: Any) -> str:
 
 
 def _replacement(module: nn.Module) -> type[nn.Module] | None:
-    """Give the class that computes layers of this form the other way, if there is one."""
+    """Return the class that computes layers of this form the other way, if there is one."""
     if isinstance(module, nn.Linear):
         return PointwiseLinear
     if not isinstance(module, nn.Conv2d):
@@ -79,7 +79,7 @@ def _replacement(module: nn.Module) -> type[nn.Module] | None:
 
 
 def _reason_against(module: Any, replacement: type[nn.Module]) -> str:
-    """Say why a layer must be computed as it is; '' if nothing speaks against the other way."""
+    """Return why a layer must be computed as it is, "" if nothing prevents the other way."""
     kind = type(module)
     expected = nn.Linear if replacement is PointwiseLinear else nn.Conv2d
     if isinstance(module, ACCELERATED):
@@ -87,11 +87,11 @@ def _reason_against(module: Any, replacement: type[nn.Module]) -> str:
     if any(is_lazy(parameter) for parameter in module.parameters(recurse=False)):
         return "its parameters do not exist yet: run the network once before"
     if is_parametrized(module):
-        return "its weights are parametrised, which gives it a class of its own"
+        return "its weights are parametrized, which gives it a class of its own"
     if kind is not expected:
         return f"{kind.__module__}.{kind.__qualname__} is a subclass of nn.{expected.__name__}: it may do something else"
-    if replaced(module):
-        return f"its {replaced(module)} has been replaced"
+    if replaced_method(module):
+        return f"its {replaced_method(module)} has been replaced"
     if getattr(module, "_compiled_call_impl", None) is not None:
         return "it is compiled: accelerate before compiling"
     weight = getattr(module, "weight", None)

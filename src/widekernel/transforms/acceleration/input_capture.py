@@ -1,4 +1,4 @@
-"""What the layers of a network are given when it runs on an example, found out without leaving a trace in the network."""
+"""Capturing the inputs of layers while a network runs on an example, without leaving a trace in the network."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from widekernel.errors import ArgumentError
 
 
 @dataclass(frozen=True)
-class Situation:
-    """The input of a layer, without its data."""
+class InputSpec:
+    """Shape, strides, dtype and device of a layer's input."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -26,40 +26,43 @@ class Situation:
     device: torch.device
 
     @classmethod
-    def of(cls, x: Tensor) -> Situation:
-        """Look at a tensor."""
+    def of(cls, x: Tensor) -> InputSpec:
+        """Describe a tensor."""
         return cls(tuple(x.shape), x.stride(), x.dtype, x.device)
 
     @property
     def layout(self) -> str:
-        """Name the way the input is stored, as far as it has a name."""
+        """The memory format of the input: contiguous, channels_last or neither."""
         x = torch.empty_strided(self.shape, self.stride, device="meta")
         if x.is_contiguous():
             return "contiguous"
         return "channels_last" if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) else "neither"
 
 
-def observe(model: nn.Module, example_input: Any, layers: Iterable[nn.Module]) -> dict[nn.Module, Counter[Situation | str]]:
-    """Run `model` once and note what each of `layers` is given, and how often.
+def capture_inputs(
+    model: nn.Module, example_input: Any, layers: Iterable[nn.Module]
+) -> dict[nn.Module, Counter[InputSpec | str]]:
+    """Run `model` once and count the inputs with which each of `layers` is called.
 
-    It runs in evaluation and without gradients. Training flags, buffers and random numbers are afterwards what they were.
+    The network runs in evaluation and without gradients. Training flags, buffers and random number generators are restored
+    afterwards.
 
     Args:
         model: the network.
         example_input: a tensor, a tuple of arguments or a dict of keyword arguments.
-        layers: those to look at.
+        layers: the layers to watch.
 
     Returns:
-        for each layer its situations; an input that is no plain tensor is noted by the name of its type.
+        for each layer the descriptions of its inputs; for inputs that are no plain tensors, the name of their type instead.
 
     Raises:
         ArgumentError: if the network cannot run on the example.
     """
     args, kwargs = _arguments(example_input)
-    seen: dict[nn.Module, Counter[Situation | str]] = {layer: Counter() for layer in layers}
+    seen: dict[nn.Module, Counter[InputSpec | str]] = {layer: Counter() for layer in layers}
     hooks = [layer.register_forward_pre_hook(_noting(notes), with_kwargs=True) for layer, notes in seen.items()]
     try:
-        # Not inference mode: what a network keeps for its next call (position tables, say) could then never be trained on.
+        # Not inference mode: tensors that a network keeps for later calls (position tables, say) could not be trained on.
         with _unchanged(model), torch.no_grad():
             model(*args, **kwargs)
     except Exception as error:
@@ -96,18 +99,18 @@ def _described(example: Any) -> str:
     return type(example).__name__
 
 
-def _noting(notes: Counter[Situation | str]) -> Callable[..., None]:
+def _noting(notes: Counter[InputSpec | str]) -> Callable[..., None]:
     def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x: Any = args[0] if args else kwargs.get("input")
         plain = type(x) in (Tensor, nn.Parameter) and x.layout == torch.strided
-        notes[Situation.of(x) if plain else type(x).__name__] += 1
+        notes[InputSpec.of(x) if plain else type(x).__name__] += 1
 
     return note
 
 
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Evaluate inside the block, and have training flags, buffers and random numbers afterwards as they were."""
+    """Set evaluation mode inside the block, and restore training flags, buffers and random number generators afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
     values = {id(buffer): (buffer, buffer.detach().clone(), buffer._version) for buffer in model.buffers()}

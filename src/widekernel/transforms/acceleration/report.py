@@ -1,4 +1,4 @@
-"""What `accelerate` has done to a network."""
+"""The report of `accelerate`: what it did to each layer, and why."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ class LayerAcceleration:
     """One depthwise or pointwise layer.
 
     Attributes:
-        name: in the network; '' if it is the network.
-        before: what it was.
-        after: the class that computes it now; None if it was left alone.
+        name: its name in the network, "" if it is the network itself.
+        before: description of the layer before the call.
+        after: class that computes it now; None if it was left alone.
         reason: why it was swapped without measuring, or left alone.
-        calls: how often the example called it; 0 without an example.
-        milliseconds_before: of all its calls together as it was; None if not measured.
-        milliseconds_after: of all its calls together the other way, whether that was chosen or not; None if not measured.
+        calls: number of calls by the example; 0 without an example.
+        milliseconds_before: time of all these calls as the layer was; None if not measured.
+        milliseconds_after: time of all these calls the other way, whether it was chosen or not; None if not measured.
     """
 
     name: str
@@ -30,29 +30,29 @@ class LayerAcceleration:
 
     @property
     def is_swapped(self) -> bool:
-        """Whether it is computed another way than before."""
+        """Whether the layer is computed in another way than before."""
         return self.after is not None
 
     @property
     def gain(self) -> float | None:
-        """How many times faster the other way is; below 1 if slower, None if not measured."""
+        """Time before divided by time the other way: below 1 if that is slower, None if not measured."""
         if self.milliseconds_before is None or not self.milliseconds_after:
             return None
         return self.milliseconds_before / self.milliseconds_after
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the JSON form."""
+        """Return the JSON form."""
         return asdict(self) | {"gain": self.gain}
 
 
 @dataclass(frozen=True)
 class AccelerationReport:
-    """What was done to every depthwise and pointwise layer of a network.
+    """Reports on every depthwise and pointwise layer of a network.
 
     Attributes:
-        layers: all of them, in the network's order, each once.
-        backward: whether backward passes were measured as well.
-        threads: number of threads at the time.
+        layers: one report per layer, in the order of the network.
+        backward: whether backward passes were measured, too.
+        threads: number of threads during the measurement.
     """
 
     layers: tuple[LayerAcceleration, ...]
@@ -61,18 +61,18 @@ class AccelerationReport:
 
     @property
     def swapped(self) -> tuple[LayerAcceleration, ...]:
-        """The layers that are now computed another way."""
+        """The layers that are now computed in another way."""
         return tuple(layer for layer in self.layers if layer.is_swapped)
 
     def __getitem__(self, name: str) -> LayerAcceleration:
-        """Give the layer of a name."""
+        """Return the report on the layer of that name."""
         for layer in self.layers:
             if layer.name == name:
                 return layer
         raise KeyError(f"{name!r} is not among the {len(self.layers)} depthwise and pointwise layers of the report")
 
     def totals(self) -> tuple[float, float]:
-        """Give the milliseconds of all measured layers, before and now."""
+        """Return the time of all measured layers, before and now, in milliseconds."""
         before = now = 0.0
         for layer in self.layers:
             if layer.milliseconds_before is not None and layer.milliseconds_after is not None:
@@ -81,7 +81,7 @@ class AccelerationReport:
         return before, now
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the JSON form."""
+        """Return the JSON form."""
         before, now = self.totals()
         return {
             "layers": [layer.to_dict() for layer in self.layers],
@@ -93,7 +93,7 @@ class AccelerationReport:
         }
 
     def __str__(self) -> str:
-        """One line for every layer, and the sum."""
+        """Return a table with one line per layer, and the sum."""
         table: list[tuple[str, ...]] = [("layer", "was", "is now", "ms before", "other way", "gain", "")]
         table += [_cells(layer) for layer in self.layers]
         widths = [max(len(row[column]) for row in table) for column in range(6)]

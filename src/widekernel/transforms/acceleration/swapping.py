@@ -1,4 +1,4 @@
-"""`accelerate`: decide for every layer, and only then swap."""
+"""`accelerate`: decide on every layer first, and swap afterwards."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from widekernel.errors import ArgumentError
 from widekernel.layers import PointwiseConv2d
 from widekernel.transforms.acceleration import timing
 from widekernel.transforms.acceleration.candidates import Candidate, candidates, describe
-from widekernel.transforms.acceleration.input_capture import Situation, observe
+from widekernel.transforms.acceleration.input_capture import InputSpec, capture_inputs
 from widekernel.transforms.acceleration.report import AccelerationReport, LayerAcceleration
 from widekernel.transforms.acceleration.timing import Timing
 
@@ -22,45 +22,46 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 def accelerate(model: ModelT, example_input: Any = None, pointwise: bool = True) -> tuple[ModelT, AccelerationReport]:
-    """Compute the depthwise and pointwise layers of any network the way that is fastest here. Works in place.
+    """Compute the depthwise and pointwise layers of any network in the way that is fastest here. Works in place.
 
     * Depthwise `nn.Conv2d` become `DepthwiseConv2d`, which runs on `ops.depthwise_sum`.
     * On the CPU, `nn.Linear` become `PointwiseLinear` (computed as 1x1 convolutions) and 1x1 `nn.Conv2d` become
-      `PointwiseConv2d` (computed as matrix products), where that was measured to be faster.
+      `PointwiseConv2d` (computed as matrix products), where this was measured to be faster.
 
-    A layer is swapped by changing its class, as PyTorch does with lazy and parametrised modules: it remains the same object
-    with the same parameters, buffers, hooks and flags. So an optimizer that holds its parameters, modules that share it
-    and whoever else refers to it need not know, and the keys of the state dict stay. Parametrised layers, subclasses of
-    `nn.Conv2d` and `nn.Linear` and whatever the operator does not cover are left alone; the report says why.
+    A layer is swapped by changing its class, as PyTorch does with lazy and parametrized modules. It remains the same object
+    with the same parameters, buffers, hooks and flags. So optimizers that hold its parameters, modules that share it and
+    other references stay valid, and the keys of the state dict stay the same. Parametrized layers, subclasses of `nn.Conv2d`
+    and `nn.Linear`, and layers that the operator does not cover are left alone; the report says why.
 
-    Measurements are made on the number of threads, under the autocast and with the gradients that are in force here:
-    of the backward pass as well for layers in training mode with gradients enabled. They are remembered, so that equal
-    layers, and later calls, cost nothing. Two ways that differ by less than 5 % count as equal.
+    Layers are measured with the number of threads, the autocast state and the gradient mode of the caller. For layers in
+    training mode with gradients enabled this includes the backward pass. Measurements are remembered, so that equal layers
+    and later calls cost nothing. Two ways that differ by less than 5 % count as equal.
 
     Args:
         model: any network; changed, and returned. It must not be compiled yet.
-        example_input: what the network is called with: a tensor, a tuple of arguments or a dict of keyword arguments. The
-            network is run on it once (in evaluation, without gradients, and afterwards in the state that it was in), and
-            every layer is measured in the shapes and layouts that it was given. What is not called is left alone.
-            Without an example depthwise layers are swapped unmeasured, and a pointwise one if it is faster in all of a few
-            situations that are usual for its size: the maps that a pyramid from 224x224 pixels has at that width, of one
-            image and of eight, and for 1x1 convolutions contiguous as well as channels_last.
-        pointwise: whether to look at linear layers and 1x1 convolutions, too.
+        example_input: input of the network: a tensor, a tuple of arguments or a dict of keyword arguments. The network runs
+            on it once (in evaluation, without gradients; its state is restored afterwards), and every layer is measured in
+            the shapes and layouts in which it was called. Layers that are not called are left alone. Without an example,
+            depthwise layers are swapped unmeasured, and a pointwise layer is swapped if it is faster for each of a few
+            inputs that are usual for its size: the feature maps of that width in a network for 224x224 pixels, of one
+            image and of eight, and for 1x1 convolutions contiguous and channels_last.
+        pointwise: whether linear layers and 1x1 convolutions are considered, too.
 
     Returns:
         the model, and a report on each of these layers.
 
     Raises:
-        ArgumentError: if the model is no module, is compiled already, or cannot run on the example; it is then unchanged.
+        ArgumentError: if the model is not a module, is compiled already, or cannot run on the example. The model is then
+            unchanged.
     """
     _check(model, example_input)
     found = candidates(model, pointwise)
     if example_input is None:
         rows = [_without_example(candidate) for candidate in found]
     else:
-        seen = observe(model, example_input, [candidate.layer for candidate in found if candidate.replacement])
+        seen = capture_inputs(model, example_input, [candidate.layer for candidate in found if candidate.replacement])
         rows = [_with_example(candidate, seen.get(candidate.layer, Counter())) for candidate in found]
-    # Nothing below can fail: a network is swapped as decided, or not at all.
+    # Nothing below can fail: either all layers are swapped as decided, or none.
     for candidate, row in zip(found, rows):
         if row.is_swapped:
             candidate.layer.__class__ = candidate.replacement
@@ -90,15 +91,15 @@ def _without_example(candidate: Candidate) -> LayerAcceleration:
     if not candidate.is_pointwise:
         return LayerAcceleration(candidate.name, before, candidate.replacement.__name__, "by rule: no example to measure")
     total = Timing(0.0, 0.0)
-    for situation in _usual(candidate):
-        time = _time(candidate, situation)
+    for spec in _usual_inputs(candidate):
+        time = _time(candidate, spec)
         total = Timing(total.before + time.before, total.after + time.after)
         if not time.is_gain:
-            return _row(candidate, before, False, f"not faster for {situation.shape}, {situation.layout}", 0, time)
-    return _row(candidate, before, True, "faster in every usual situation", 0, total)
+            return _row(candidate, before, False, f"not faster for {spec.shape}, {spec.layout}", 0, time)
+    return _row(candidate, before, True, "faster for every usual input", 0, total)
 
 
-def _with_example(candidate: Candidate, seen: Counter[Situation | str]) -> LayerAcceleration:
+def _with_example(candidate: Candidate, seen: Counter[InputSpec | str]) -> LayerAcceleration:
     before = describe(candidate.layer)
     if candidate.replacement is None:
         return LayerAcceleration(candidate.name, before, None, candidate.reason)
@@ -107,9 +108,9 @@ def _with_example(candidate: Candidate, seen: Counter[Situation | str]) -> Layer
     if reason:
         return LayerAcceleration(candidate.name, before, None, reason, calls)
     total = Timing(0.0, 0.0)
-    for situation, count in seen.items():
-        assert isinstance(situation, Situation)
-        time = _time(candidate, situation)
+    for spec, count in seen.items():
+        assert isinstance(spec, InputSpec)
+        time = _time(candidate, spec)
         total = Timing(total.before + count * time.before, total.after + count * time.after)
     return _row(candidate, before, total.is_gain, "" if total.is_gain else "not faster", calls, total)
 
@@ -120,36 +121,36 @@ def _row(candidate: Candidate, before: str, swap: bool, reason: str, calls: int,
     return LayerAcceleration(candidate.name, before, after, reason, calls, time.before, time.after)
 
 
-def _unmeasurable(candidate: Candidate, seen: Counter[Situation | str]) -> str:
-    """Say why there is nothing to measure a layer on; '' if there is."""
+def _unmeasurable(candidate: Candidate, seen: Counter[InputSpec | str]) -> str:
+    """Return why a layer cannot be measured, "" if it can."""
     if not seen:
         return "the example does not call it"
-    for situation in seen:
-        if isinstance(situation, str):
-            return f"its input is no plain tensor but {situation}"
-        if situation.device.type == "meta":
+    for spec in seen:
+        if isinstance(spec, str):
+            return f"its input is no plain tensor but {spec}"
+        if spec.device.type == "meta":
             return "on the meta device there is nothing to measure"
-        if 0 in situation.shape:
-            return f"its input {situation.shape} is empty"
+        if 0 in spec.shape:
+            return f"its input {spec.shape} is empty"
     return ""
 
 
-def _time(candidate: Candidate, situation: Situation) -> Timing:
+def _time(candidate: Candidate, spec: InputSpec) -> Timing:
     assert candidate.replacement is not None
-    return timing.compare(candidate.layer, candidate.replacement, situation, _trains(candidate.layer))
+    return timing.compare(candidate.layer, candidate.replacement, spec, _trains(candidate.layer))
 
 
 def _trains(layer: nn.Module) -> bool:
     return layer.training and torch.is_grad_enabled()
 
 
-def _usual(candidate: Candidate) -> list[Situation]:
-    """Give inputs that a pointwise layer of this size is likely to get."""
+def _usual_inputs(candidate: Candidate) -> list[InputSpec]:
+    """Return the inputs that a pointwise layer of this size is likely to get."""
     layer = candidate.layer
     convolves = candidate.replacement is PointwiseConv2d
     dim_in, dim_out = (layer.in_channels, layer.out_channels) if convolves else (layer.in_features, layer.out_features)
-    # Networks halve the side of their maps as they double their width: 56x56 pixels at 96 channels, 7x7 at 768. Few channels
-    # beside many do not make a wide map: that is a bottleneck of few numbers for an image.
+    # Networks halve the side of their feature maps as they double their width: 56x56 pixels at 96 channels, 7x7 at 768. Few
+    # channels on one side and many on the other do not mean a large map: that is a bottleneck.
     side = min(56, round(56 * 96 / min(dim_in, dim_out)), round(56 * math.sqrt(384 / max(dim_in, dim_out))))
     side = max(7, side)
     inputs = []
@@ -157,4 +158,4 @@ def _usual(candidate: Candidate) -> list[Situation]:
         image = torch.empty(batch, side, side, dim_in, dtype=layer.weight.dtype, device="meta")
         nhwc = image.permute(0, 3, 1, 2)
         inputs += [nhwc.contiguous(), nhwc] if convolves else [image]
-    return [Situation(tuple(x.shape), x.stride(), x.dtype, layer.weight.device) for x in inputs]
+    return [InputSpec(tuple(x.shape), x.stride(), x.dtype, layer.weight.device) for x in inputs]

@@ -1,4 +1,4 @@
-"""How long a layer takes either way, measured once for each situation and then remembered."""
+"""Measuring how long a layer takes either way, once for each input; results are remembered."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from widekernel import ops
-from widekernel.transforms.acceleration.input_capture import Situation
+from widekernel.layers.rebuilding import layer_like
+from widekernel.transforms.acceleration.input_capture import InputSpec
 
-# Two ways within this factor are the same: what is measured varies by a few percent.
+# Two ways that differ by less than this factor count as equal: measurements vary by a few percent.
 LEAST_GAIN = 1.05
-# Each way is timed so often at least, and until these seconds are over, but never once the last ones are.
+# Each way is timed at least ROUNDS times and for SECONDS, but never longer than PATIENCE (in seconds).
 ROUNDS, SECONDS, PATIENCE = 9, 0.03, 0.5
-# Gains within these are timed so many times as often, because a wrong decision is near.
+# Gains within this interval are timed TIMES_AS_OFTEN as long, because the decision is close.
 CLOSE, TIMES_AS_OFTEN = (0.95, 1.25), 3
 
 
 class Timing(NamedTuple):
-    """Milliseconds of one call, or of several together, before and after."""
+    """Time of one call, or of several together, before and after, in milliseconds."""
 
     before: float
     after: float
@@ -35,20 +36,27 @@ class Timing(NamedTuple):
 _KNOWN: dict[Hashable, Timing] = {}
 
 
-def compare(layer: Any, replacement: type[nn.Module], situation: Situation, backward: bool) -> Timing:
-    """Time a layer as it is, and computed as `replacement` does; with its backward pass if asked to.
+def compare(layer: Any, replacement: type[nn.Module], spec: InputSpec, backward: bool) -> Timing:
+    """Time a layer as it is, and as `replacement` computes it.
 
-    What has been timed before in the same circumstances is not timed again.
+    A pair that has been timed before in the same circumstances is not timed again.
+
+    Args:
+        layer: a convolution or linear layer.
+        replacement: class that computes it the other way.
+        spec: input to time it on.
+        backward: whether to time the backward pass, too.
     """
-    before, after = _twin(layer, type(layer)), _twin(layer, replacement)
+    # They share the data of the layer, but neither its hooks, which must not run, nor its gradients.
+    before, after = (layer_like(layer, layer.weight, layer.bias, kind) for kind in (type(layer), replacement))
     trained = tuple(parameter.requires_grad for parameter in before.parameters()) if backward else None
-    device = situation.device.type
+    device = spec.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     circumstances = (torch.get_num_threads(), torch.backends.mkldnn.enabled, ops.backends(), autocast)
     like = before.weight.dtype, before.weight.stride()
-    key = (replacement, before.extra_repr(), like, trained, situation, circumstances)
+    key = (replacement, before.extra_repr(), like, trained, spec, circumstances)
     if key not in _KNOWN:
-        _KNOWN[key] = Timing(*measure(before, after, _input(situation), backward))
+        _KNOWN[key] = Timing(*measure(before, after, _input(spec), backward))
     return _KNOWN[key]
 
 
@@ -58,13 +66,13 @@ def forget() -> None:
 
 
 def measure(before: nn.Module, after: nn.Module, x: Tensor, backward: bool) -> tuple[float, float]:
-    """Time two layers on one input, taking turns, and give the milliseconds of each: the lower quartile of its times."""
+    """Time two layers on one input in turn, and return the lower quartile of the times of each, in milliseconds."""
     runs = [_run(layer, x, backward) for layer in (before, after)]
     first = [_seconds(run, x.device) for run in runs]
     samples: list[list[float]] = [[], []]
     spent = sum(first)
     while spent < PATIENCE and not _is_enough(samples, spent):
-        # Each goes first every other time, so that neither always finds the caches as the other left them.
+        # Each goes first every other time, so that neither always finds the caches as the other has left them.
         for way in (0, 1) if len(samples[0]) % 2 else (1, 0):
             samples[way].append(_seconds(runs[way], x.device))
             spent += samples[way][-1]
@@ -80,7 +88,7 @@ def _is_enough(samples: list[list[float]], spent: float) -> bool:
 
 
 def _milliseconds(seconds: list[float]) -> float:
-    # Not the median: other programs only ever add to a time, and on a busy machine to more than half of them.
+    # Not the median: other programs only ever add to a time, and on a busy machine they do so in more than half of them.
     return 1e3 * sorted(seconds)[len(seconds) // 4]
 
 
@@ -98,7 +106,7 @@ def _run(layer: nn.Module, x: Tensor, backward: bool) -> Callable[[], None]:
         grad = torch.ones_like(layer(x))
 
     def both_ways() -> None:
-        # Not `backward`, which would add to gradients.
+        # Not `backward`, which would accumulate into the gradients of parameters.
         torch.autograd.grad(layer(x), wanted, grad)
 
     return both_ways
@@ -117,33 +125,9 @@ def _wait_for(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def _input(situation: Situation) -> Tensor:
-    """Make a tensor as the layer was given it; from a generator of its own, as nobody expects random numbers to be used."""
-    overlapping = any(size > 1 and step == 0 for size, step in zip(situation.shape, situation.stride))
-    stride = torch.empty(situation.shape, device="meta").stride() if overlapping else situation.stride
-    x = torch.empty_strided(situation.shape, stride, dtype=situation.dtype, device=situation.device)
-    return x.normal_(generator=torch.Generator(situation.device).manual_seed(0))
-
-
-def _twin(layer: Any, kind: Any) -> Any:
-    """Give a layer with the data of `layer`, but without its hooks, which are not to run, and its gradients."""
-    twin: Any
-    if isinstance(layer, nn.Linear):
-        twin = kind(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-    else:
-        twin = kind(
-            layer.in_channels,
-            layer.out_channels,
-            layer.kernel_size,
-            stride=layer.stride,
-            padding=layer.padding,
-            dilation=layer.dilation,
-            groups=layer.groups,
-            bias=layer.bias is not None,
-            padding_mode=layer.padding_mode,
-            device="meta",
-        )
-    twin.weight = nn.Parameter(layer.weight.detach(), layer.weight.requires_grad)
-    if layer.bias is not None:
-        twin.bias = nn.Parameter(layer.bias.detach(), layer.bias.requires_grad)
-    return twin.train(layer.training)
+def _input(spec: InputSpec) -> Tensor:
+    """Make an input of the layer, from a private generator: the global random numbers must not change."""
+    overlapping = any(size > 1 and step == 0 for size, step in zip(spec.shape, spec.stride))
+    stride = torch.empty(spec.shape, device="meta").stride() if overlapping else spec.stride
+    x = torch.empty_strided(spec.shape, stride, dtype=spec.dtype, device=spec.device)
+    return x.normal_(generator=torch.Generator(spec.device).manual_seed(0))

@@ -1,4 +1,4 @@
-"""Removing what is dead from a masked network: a smaller network with equal outputs, and a report of what it saved."""
+"""Removing the dead parts of a masked network: a smaller network with equal outputs, and a report of what it saves."""
 
 from widekernel.transforms.compaction.cost import CostModel
 from widekernel.transforms.compaction.network import compact, compact_report

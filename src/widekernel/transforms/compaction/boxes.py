@@ -1,4 +1,4 @@
-"""Which part of each rectangle is alive, channel by channel."""
+"""The part of each rectangle that holds weights other than zero (the live box), channel by channel."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ DEAD = -1
 
 
 def live_boxes(rects: Sequence[Rect]) -> np.ndarray:
-    """Give the reach of the live taps of every channel in every rectangle.
+    """Return the reach of the live taps of every channel in every rectangle.
 
     Returns:
-        (C, R, 4): taps above, below, left and right of the anchor, so that the box always holds the anchor; -1 four times
-        where the kernel of the channel is zero.
+        (C, R, 4): numbers of taps above, below, left and right of the anchor; the box always contains the anchor. Four times
+        -1 where the kernel of the channel is zero.
     """
     channels = rects[0].kernel.shape[0] if rects else 0
     boxes = np.full((channels, len(rects), 4), DEAD, dtype=np.int64)
@@ -36,10 +36,13 @@ def live_boxes(rects: Sequence[Rect]) -> np.ndarray:
 
 
 def gathered(rects: Sequence[Rect]) -> list[Rect]:
-    """Move what a channel has in one rectangle to another one where its live taps cover it; the sum stays the same.
+    """Move the taps of a channel from one rectangle to another one whose live box covers them; the sum stays the same.
 
-    A small kernel and the identity are absorbed by the same strip for all channels when a layer is folded. In a channel
-    whose strip is dead they would keep it alive, though the other strip has room for them. Kernels come back in float64.
+    When a layer is folded, a small kernel and the identity are absorbed by the same strip for all channels. In a channel
+    whose strip is dead otherwise they would keep it alive, although the other strip has room for them.
+
+    Returns:
+        the rectangles, with kernels in float64.
     """
     kernels = [rect.kernel.detach().double().clone() for rect in rects]
     anchors = [rect.anchor for rect in rects]
@@ -50,7 +53,7 @@ def gathered(rects: Sequence[Rect]) -> list[Rect]:
             inside = (boxes[:, a] >= 0).all(1) & (boxes[:, b] >= boxes[:, a]).all(1)
             if a == b or not inside.any():
                 continue
-            # Two equal boxes: the first rectangle in this order of pairs keeps both.
+            # Of two equal boxes the first pair in this order decides which rectangle keeps both.
             chosen = torch.from_numpy(np.flatnonzero(inside)).to(kernels[a].device)
             from_a, to_b = _shared_window(rects[a], rects[b])
             moved = kernels[b][chosen]
@@ -62,7 +65,7 @@ def gathered(rects: Sequence[Rect]) -> list[Rect]:
 
 
 def cut(rect: Rect, channels: Tensor, box: Sequence[int]) -> Rect:
-    """Give the taps of some channels (int64 indices) within a box (above, below, left, right) of the anchor."""
+    """Return the taps of some channels (int64 indices) within a box (above, below, left, right) around the anchor."""
     up, down, left, right = box
     row, column = rect.anchor
     kernel = rect.kernel.index_select(0, channels)
@@ -75,9 +78,14 @@ def taps_of(box: Any) -> int:
 
 
 def uncovered(boxes: np.ndarray, extent: tuple[int, int] | None = None) -> list[int]:
-    """Count the taps of the boxes (R, 4) that are alive and that no other one covers, as `maximal_rectangles` keeps them.
+    """Count the taps of the live boxes that no other one covers; `maximal_rectangles` keeps the same ones.
 
-    With the `extent` (H, W) of the image, only taps that can meet a pixel count.
+    Args:
+        boxes: (R, 4), as in `live_boxes`.
+        extent: (H, W) of the image; if given, only taps that can meet a pixel count.
+
+    Returns:
+        one number per box that remains.
     """
     kept: list[np.ndarray] = []
     for box in sorted((b for b in boxes if b[0] >= 0), key=taps_of, reverse=True):
@@ -90,7 +98,7 @@ def uncovered(boxes: np.ndarray, extent: tuple[int, int] | None = None) -> list[
 
 
 def _shared_window(a: Rect, b: Rect) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
-    """Give the slices of both kernels for the offsets from the anchor that both rectangles have."""
+    """Return the slices of both kernels at the offsets from the anchor that both rectangles have."""
     up, down, left, right = (min(mine, theirs) for mine, theirs in zip(a.reach, b.reach))
     slices = [
         (slice(r.anchor[0] - up, r.anchor[0] + down + 1), slice(r.anchor[1] - left, r.anchor[1] + right + 1)) for r in (a, b)

@@ -1,4 +1,4 @@
-"""What a layer costs to run, as a time, so that a smaller layer is never a slower one as far as can be known."""
+"""Estimated run time of a layer, by which compaction avoids smaller layers that would be slower."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from widekernel.errors import ArgumentError
 
 @dataclass(frozen=True)
 class CostModel:
-    """Prices of a depthwise layer.
+    """Prices of the parts of a depthwise layer.
 
     The defaults were measured on a CPU (AVX-512, 2 threads that sleep between operators, float32) with PyTorch's
-    convolutions. Channels are computed sixteen at a time there, and a number that is no multiple of 16 makes all of them
-    15 % slower. Other devices want other numbers; outputs are equal with any.
+    convolutions. They compute sixteen channels at a time, and a number of channels that is no multiple of 16 makes all of
+    them 15 % slower. Other devices need other prices; outputs are equal with any.
 
     Attributes:
-        mac: picoseconds of one multiply-accumulate.
-        move: nanoseconds of gathering one pixel of one channel for a group and writing it back.
-        outside: nanoseconds of writing one pixel of one channel that may lie outside of all groups.
-        call: microseconds that a convolution takes however small it is.
-        group: microseconds that a group takes for being one more.
-        block: channels that are computed together.
+        mac: time of one multiply-accumulate, in picoseconds.
+        move: time to gather one pixel of one channel for a group and to write it back, in nanoseconds.
+        outside: time to write one pixel of one channel that may lie outside of all groups, in nanoseconds.
+        call: time that a convolution takes however small it is, in microseconds.
+        group: time that every group adds, in microseconds.
+        block: number of channels that are computed together.
         ragged: factor on the multiply-accumulates of a convolution whose channels do not fill the last block.
-        fill: a group is filled up to whole blocks with dead channels if they are at most this share of it.
+        fill: largest share of dead channels with which a group is filled up to whole blocks.
 
     Raises:
         ArgumentError: for a price below zero, a block below one or a `ragged` below 1.
@@ -47,11 +47,17 @@ class CostModel:
 
     @classmethod
     def one_thread(cls) -> CostModel:
-        """Give the prices on one thread, where operators are called for little, so that smaller groups pay."""
+        """Return the prices on one thread, where calling an operator costs little, so that smaller groups pay off."""
         return cls(mac=20.0, move=2.0, outside=0.4, call=30.0, group=60.0)
 
     def convolutions(self, channels: int, taps: Sequence[int], pixels: int) -> float:
-        """Give the microseconds of one convolution of `channels` channels for each entry of `taps`, its taps a channel."""
+        """Return the time of several convolutions of the same channels, in microseconds.
+
+        Args:
+            channels: number of channels.
+            taps: of each convolution the number of taps per channel.
+            pixels: number of output pixels, N · H · W.
+        """
         if not channels:
             return 0.0
         padded = math.ceil(channels / self.block) * self.block
@@ -59,17 +65,17 @@ class CostModel:
         return 1e-6 * self.mac * work * sum(taps) * pixels + self.call * len(taps)
 
     def grouped(self, channels: int, taps: Sequence[int], pixels: int) -> float:
-        """Give the microseconds of a group: its convolutions, and moving its channels."""
+        """Return the time of a group in microseconds: its convolutions, and moving its channels; arguments as above."""
         return self.convolutions(channels, taps, pixels) + 1e-3 * self.move * channels * pixels + self.group
 
 
 @dataclass(frozen=True)
 class Image:
-    """What a layer sees, as far as it is known.
+    """The input of a layer, as far as it is known.
 
     Attributes:
         pixels: N · H · W.
-        extent: (H, W), None if unknown: taps that lie further from the output pixel see padding only, and are not computed.
+        extent: (H, W), None if unknown. Taps that are farther from the output pixel see only padding and are not computed.
     """
 
     pixels: int = 4 * 28 * 28

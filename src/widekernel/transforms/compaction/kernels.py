@@ -1,4 +1,4 @@
-"""Compacting one layer of folded depthwise kernels."""
+"""Compacting one layer of depthwise kernels of a folded network."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from widekernel.transforms.compaction.report import LayerReport
 
 
 def can_compact(module: nn.Module) -> bool:
-    """Whether the module is a layer of depthwise kernels of a folded network, without hooks."""
+    """Return whether the module is a layer of depthwise kernels of a folded network and has no hooks."""
     if alteration(module):
         return False
     if isinstance(module, FoldedPartialChannels):
@@ -32,7 +32,7 @@ def can_compact(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def compacted_kernels(module: nn.Module, name: str, cost: CostModel, image: Image) -> tuple[nn.Module, LayerReport]:
-    """Give the cheapest layer with the outputs of `module`, and the report; `module` itself if nothing is saved."""
+    """Return the cheapest layer with the outputs of `module`, and the report; `module` itself if nothing is saved."""
     rects, bias = _parts(module)
     before = sum(rect.kernel.numel() for rect in rects)
     nonzero = sum(int(rect.kernel.count_nonzero()) for rect in rects)
@@ -50,7 +50,7 @@ def compacted_kernels(module: nn.Module, name: str, cost: CostModel, image: Imag
 
 
 def _parts(module: nn.Module) -> tuple[list[Rect], Tensor]:
-    """Give rectangles and bias (C,) of a layer that `can_compact`."""
+    """Return the rectangles and the bias (C,) of a layer that `can_compact`."""
     if isinstance(module, FoldedPartialChannels):
         module = module.layer
     if isinstance(module, FoldedLargeKernel):
@@ -62,7 +62,7 @@ def _parts(module: nn.Module) -> tuple[list[Rect], Tensor]:
 
 
 def _plain(module: nn.Module, rects: Sequence[Rect], moved: Sequence[Rect], plan: Plan, bias: Tensor) -> nn.Module:
-    """Give the layer with all its channels, without dead rectangles and dead outer rows and columns."""
+    """Return the layer with all its channels, but without dead rectangles and dead outer rows and columns."""
     trimmed = _trimmed(moved, plan.groups[0], plan.boxes[0], bias)
     taps = sum(rect.kernel.shape[2] * rect.kernel.shape[3] for rect in trimmed)
     if taps >= sum(rect.kernel.shape[2] * rect.kernel.shape[3] for rect in rects):
@@ -75,8 +75,8 @@ def _plain(module: nn.Module, rects: Sequence[Rect], moved: Sequence[Rect], plan
 
 
 def _grouped(module: nn.Module, moved: Sequence[Rect], plan: Plan, bias: Tensor) -> nn.Module:
-    """Give the layer that convolves the channels of the plan only."""
-    # Outside of the groups a channel has at most the tap on the output pixel, in one of the rectangles.
+    """Return the layer that convolves only the channels of the plan."""
+    # A channel outside of the groups has at most one live tap, the one on the output pixel.
     scale = torch.zeros_like(bias)
     for rect in moved:
         scale = scale + rect.kernel[:, 0, rect.anchor[0], rect.anchor[1]].to(scale)
@@ -99,7 +99,7 @@ def _grouped(module: nn.Module, moved: Sequence[Rect], plan: Plan, bias: Tensor)
 
 
 def _trimmed(rects: Sequence[Rect], channels: np.ndarray, boxes: np.ndarray, like: Tensor) -> list[Rect]:
-    """Cut what is alive for some channels out of the rectangles, and absorb what another rectangle covers."""
+    """Cut the live boxes of some channels out of the rectangles, and absorb rectangles that another one covers."""
     index = torch.from_numpy(channels).to(like.device)
     parts = [cut(rect, index, box) for rect, box in zip(rects, boxes.tolist()) if box[0] >= 0]
     if not parts:
@@ -108,12 +108,12 @@ def _trimmed(rects: Sequence[Rect], channels: np.ndarray, boxes: np.ndarray, lik
 
 
 def _reason(plan: Plan, channels: int, before: int, nonzero: int, realised: int) -> str:
-    """Say why zeros are left that are computed; "" if there are none."""
+    """Return why some zeros are still computed, "" if none are."""
     if realised <= nonzero:
         return ""
     if nonzero == before:
         return "no zeros"
-    dead = channels - len(plan.worked)
+    dead = channels - len(plan.convolved)
     if plan.whole and dead:
         return f"computing {dead} dead channels costs less than gathering the others"
     share = 100 * (1 - nonzero / realised)

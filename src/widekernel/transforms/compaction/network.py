@@ -13,6 +13,7 @@ from widekernel.layers import DepthwiseConv2d, FoldedLargeKernel, LargeKernel
 from widekernel.layers.alterations import alteration
 from widekernel.layers.grouped import GroupedKernels
 from widekernel.layers.notes import forget
+from widekernel.layers.replacing import replace_modules
 from widekernel.transforms.compaction.cost import CostModel, Image
 from widekernel.transforms.compaction.kernels import can_compact, compacted_kernels
 from widekernel.transforms.compaction.report import CompactReport, LayerReport
@@ -23,33 +24,33 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 def compact(model: ModelT, cost: CostModel | None = None, input_size: Sequence[int] | None = None) -> ModelT:
-    """Give a copy of a masked network without what is dead in it, with equal outputs; the original is left as it is.
+    """Return a copy of a masked network without its dead parts, with equal outputs; the original is left as it is.
 
-    Dead is what is exactly zero, where no hook and no replaced `forward` could change it: masks need not be given. The
-    network is folded first (one that is folded already is fine); then rectangles that are zero vanish, strips lose zero rows
-    and columns at their ends, channels whose kernel is zero are not convolved, and channels are convolved in a few groups of
-    like extents where `cost` says that this pays. Hidden units of an MLP that are constant or not read are removed. Outputs
-    are those of the masked network in evaluation up to rounding, and the order of channels stays, also behind
-    `PartialChannels`.
+    Weights that are exactly zero are dead, unless a hook or a replaced `forward` could change their effect; masks need not
+    be given. The network is folded first (one that is folded already is fine). Then rectangles of zeros are removed, strips
+    lose rows and columns of zeros at their ends, and channels whose kernel is zero are not convolved. The other channels are
+    convolved in a few groups of similar extents where this pays off according to `cost`. Hidden units of MLPs, and of blocks
+    that are `Compactable`, are removed if they are constant or not read. Outputs are those of the masked network in
+    evaluation up to rounding. The order of channels stays, also behind `PartialChannels`.
 
-    What saves nothing: zeros between live taps, and unstructured zeros of ordinary convolutions and linear layers, which
+    Nothing is saved by zeros between live taps, nor by unstructured zeros of ordinary convolutions and linear layers, which
     are computed in full. `compact_report` says so layer by layer.
 
-    The result is in evaluation mode whatever the mode of `model`, can be moved, copied, compiled, exported and pickled, and
-    its state dict loads into the network that is compacted from the same weights. It is for inference: it cannot be
-    trained further in any useful way, is not written in an official layout, and what is saved of it is not recognised by
-    the name of the network (save the masked one, and compact again after loading). It is no longer known to be 2:4.
+    The result is in evaluation mode whatever the mode of `model`. It can be moved, copied, compiled, exported and pickled,
+    and its state dict loads into a network that was compacted from the same weights. It is for inference: it cannot be
+    trained further in any useful way, has no official checkpoint layout, and its files are not recognized by the name of the
+    network (save the masked network, and compact again after loading). It no longer counts as 2:4.
 
     Args:
         model: any module.
         cost: prices of convolving and of moving channels, by default those measured on a CPU.
-        input_size: (N, C, H, W) of the batches to come, by which the prices are weighed: on few pixels, convolving dead
-            channels can be faster than gathering the others. By default every layer is weighed as if it saw four 28x28
-            maps. Outputs do not depend on it.
+        input_size: (N, C, H, W) of future batches, for which the prices are computed: on few pixels, convolving dead
+            channels can be faster than gathering the others. By default every layer is assumed to see four 28x28 maps.
+            Outputs do not depend on it.
 
     Raises:
         ShapeError: if the network cannot take such a batch.
-        ArgumentError: if `model` is no module, or has no weights yet (meta device).
+        ArgumentError: if `model` is not a module, or has no weights yet (meta device).
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"compact was given a {type(model).__name__}: it takes a network (torch.nn.Module)")
@@ -58,10 +59,10 @@ def compact(model: ModelT, cost: CostModel | None = None, input_size: Sequence[i
     earlier = getattr(model, "compaction", None)
     folded = fold(model)
     compaction = _Compaction(cost or CostModel(), _images_seen(folded, input_size))
-    result = compaction.of(folded).eval()
+    result = replace_modules(folded, compaction.replace).eval()
     if not any(parameter.requires_grad for parameter in model.parameters()):
         result.requires_grad_(False)
-    # Hidden units that are gone have moved the others: groups of four are no longer what they were.
+    # Removing hidden units moves the others, so that groups of four hold other weights than before.
     forget(result)
     result.compaction = _report(earlier, compaction.rows)  # type: ignore[assignment]
     return result  # type: ignore[return-value]
@@ -70,7 +71,7 @@ def compact(model: ModelT, cost: CostModel | None = None, input_size: Sequence[i
 def compact_report(
     model: nn.Module, cost: CostModel | None = None, input_size: Sequence[int] | None = None
 ) -> CompactReport:
-    """Say what was removed from a compacted network, or what `compact` would remove from another one, and why no more.
+    """Return what was removed from a compacted network, or what `compact` would remove from another one, with reasons.
 
     Raises:
         ArgumentError: as `compact`.
@@ -80,7 +81,7 @@ def compact_report(
 
 
 def _report(earlier: object, rows: list[LayerReport]) -> CompactReport:
-    """Put what was removed now beside what was removed when the network was compacted before."""
+    """Join the report of this compaction to that of an earlier one of the same network."""
     if not isinstance(earlier, CompactReport):
         return CompactReport(tuple(rows))
     now = {row.name: row for row in rows if row.realised < row.dense}
@@ -93,49 +94,34 @@ class _Compaction:
 
     Attributes:
         cost: prices.
-        images: what each layer sees, by module, where it is known.
+        images: the input of each layer, by module, where it is known.
         rows: reports of the layers so far.
-        done: the result for every module seen, so that shared ones stay shared.
     """
 
     def __init__(self, cost: CostModel, images: dict[nn.Module, Image]) -> None:
         self.cost, self.images = cost, images
         self.rows: list[LayerReport] = []
-        self.done: dict[nn.Module, nn.Module] = {}
 
-    def of(self, module: nn.Module, name: str = "") -> nn.Module:
-        """Compact `module` and what it holds."""
-        if module in self.done:
-            return self.done[module]
-        result, finished = self._itself(module, name)
-        self.done[module] = self.done[result] = result
-        if not finished:
-            # Not `named_children`, which leaves out the second name of a module.
-            for key, child in result._modules.items():
-                if child is not None:
-                    setattr(result, key, self.of(child, f"{name}.{key}" if name else key))
-        return result
-
-    def _itself(self, module: nn.Module, name: str) -> tuple[nn.Module, bool]:
-        """Compact `module` as a layer, if it is one; and say whether what it holds is done with, too."""
+    def replace(self, module: nn.Module, name: str) -> tuple[nn.Module, bool]:
+        """Compact `module` if it is a layer or block; return the result and whether to look at what that holds."""
         if isinstance(module, GroupedKernels):
-            return module, True
+            return module, False
         if can_compact(module):
             result, row = compacted_kernels(module, name, self.cost, self.images.get(module, Image()))
             self.rows.append(row)
-            return result.train(module.training), True
+            return result.train(module.training), False
         fewer = compacted_units(module, name)
         if fewer is not None:
             self.rows.append(fewer[1])
-            return fewer[0], True
+            return fewer[0], False
         reason = _reason_against(module)
         if reason is not None:
             self.rows.append(_untouched(module, name, reason))
-        return module, isinstance(module, LargeKernel)
+        return module, not isinstance(module, LargeKernel)
 
 
 def _images_seen(model: nn.Module, input_size: Sequence[int] | None) -> dict[nn.Module, Image]:
-    """Say what each layer of depthwise kernels sees for a batch (N, C, H, W); nothing is computed."""
+    """Return the input of each layer of depthwise kernels for a batch (N, C, H, W), without computing anything."""
     if input_size is None:
         return {}
     if len(input_size) != 4 or min(input_size) < 1:
@@ -159,7 +145,7 @@ def _images_seen(model: nn.Module, input_size: Sequence[int] | None) -> dict[nn.
 
 
 def _reason_against(module: nn.Module) -> str | None:
-    """Say why a layer that holds zeros, or a large kernel, stays as it is; None for any other module."""
+    """Return why a layer that holds zeros, or a large kernel, stays as it is; None for any other module."""
     if isinstance(module, LargeKernel):
         return "not folded: " + "; ".join(module.reasons_against_folding())
     if isinstance(module, FoldedLargeKernel):

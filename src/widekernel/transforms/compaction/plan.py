@@ -1,4 +1,4 @@
-"""Which channels are convolved together, and with which rectangles."""
+"""Planning which channels are convolved together, and with which rectangles."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from widekernel.layers import Rect
 from widekernel.transforms.compaction.boxes import live_boxes, uncovered
 from widekernel.transforms.compaction.cost import CostModel, Image
 
-# Different extents of the same rectangles are told apart in so many steps: merging groups takes the cube of their number.
+# Extents of the same rectangles are distinguished in this many steps: merging groups takes the cube of their number.
 _EXTENTS = 5
 
 
@@ -23,30 +23,30 @@ class Plan:
     Attributes:
         groups: sorted channels of each group.
         boxes: for each group (R, 4), its extent in every rectangle as in `live_boxes`.
-        worked: sorted channels that need a convolution.
-        whole: one group of all channels in their order, as a plain layer computes them.
+        convolved: sorted channels that need a convolution.
+        whole: whether the only group has all channels in their order, as in a plain layer.
     """
 
     groups: list[np.ndarray]
     boxes: list[np.ndarray]
-    worked: np.ndarray
+    convolved: np.ndarray
     whole: bool
 
 
 def make_plan(rects: Sequence[Rect], cost: CostModel, image: Image, moved_anyway: bool = False) -> Plan:
-    """Choose the cheapest partition that merging similar channels step by step comes to; deterministic.
+    """Choose the cheapest partition that is found by merging similar channels step by step; deterministic.
 
     Args:
-        rects: of the layer, after `gathered`.
+        rects: rectangles of the layer, after `gathered`.
         cost: prices.
-        image: that the layer sees.
-        moved_anyway: whether the plain layer gathers its channels too.
+        image: input of the layer.
+        moved_anyway: whether the plain layer gathers its channels, too.
     """
     boxes = live_boxes(rects)
     channels = boxes.shape[0]
     alive: Any = (boxes >= 0).all(2)
     # A lone tap on the output pixel is a factor, not a convolution.
-    worked = np.flatnonzero(alive.any(1) & (boxes.clip(0).sum((1, 2)) > 0) | (alive.sum(1) > 1))
+    convolved = np.flatnonzero(alive.any(1) & (boxes.clip(0).sum((1, 2)) > 0) | (alive.sum(1) > 1))
     union = boxes.max(0) if channels else np.full((len(rects), 4), -1)
     plain_taps = uncovered(union, image.extent)
     price_of_plain = cost.grouped if moved_anyway else cost.convolutions
@@ -55,27 +55,27 @@ def make_plan(rects: Sequence[Rect], cost: CostModel, image: Image, moved_anyway
     def price(count: int, extents: np.ndarray) -> float:
         return cost.grouped(count, uncovered(extents, image.extent), image.pixels)
 
-    groups = _merged(_classes(worked, boxes), boxes, price)
+    groups = _merged(_classes(convolved, boxes), boxes, price)
     total = sum(price(len(group), boxes[group].max(0)) for group in groups)
-    total += 1e-3 * cost.outside * channels * image.pixels * (len(worked) < channels)
-    if len(worked) and (total >= plain or (len(groups) == 1 and len(worked) == channels)):
-        return Plan([np.arange(channels)], [union], worked, True)
-    spare = sorted(set(range(channels)) - set(worked.tolist()))
+    total += 1e-3 * cost.outside * channels * image.pixels * (len(convolved) < channels)
+    if len(convolved) and (total >= plain or (len(groups) == 1 and len(convolved) == channels)):
+        return Plan([np.arange(channels)], [union], convolved, True)
+    spare = sorted(set(range(channels)) - set(convolved.tolist()))
     groups = [_filled(group, spare, cost) for group in groups]
-    return Plan(groups, [boxes[group].max(0) for group in groups], worked, False)
+    return Plan(groups, [boxes[group].max(0) for group in groups], convolved, False)
 
 
-def _classes(worked: np.ndarray, boxes: np.ndarray) -> list[np.ndarray]:
-    """Part channels by which rectangles they are alive in, and these by how far, in at most `_EXTENTS` steps."""
+def _classes(convolved: np.ndarray, boxes: np.ndarray) -> list[np.ndarray]:
+    """Divide channels by the rectangles in which they are alive, and these by their extent, in at most `_EXTENTS` steps."""
     parts: dict[tuple[bool, ...], dict[tuple[int, ...], list[int]]] = {}
-    for channel in worked.tolist():
+    for channel in convolved.tolist():
         extent = tuple(boxes[channel].ravel().tolist())
         parts.setdefault(tuple(side >= 0 for side in extent), {}).setdefault(extent, []).append(channel)
     classes = []
     for _, by_extent in sorted(parts.items()):
         ordered = sorted(by_extent.items(), key=lambda item: (sum(uncovered(boxes[item[1][0]])), item[0]))
         sizes = np.cumsum([len(members) for _, members in ordered])
-        # All channels of an extent stay together; with few extents each is a class of its own.
+        # All channels of an extent stay together; if there are few extents, each is a class of its own.
         step = np.arange(len(ordered)) if len(ordered) <= _EXTENTS else (sizes - 1) * _EXTENTS // sizes[-1]
         for number in np.unique(step):
             members = [channel for (_, some), at in zip(ordered, step) if at == number for channel in some]
@@ -84,7 +84,7 @@ def _classes(worked: np.ndarray, boxes: np.ndarray) -> list[np.ndarray]:
 
 
 def _merged(groups: list[np.ndarray], boxes: np.ndarray, price: Callable[[int, np.ndarray], float]) -> list[np.ndarray]:
-    """Merge the two groups whose merging saves most, until none saves anything."""
+    """Merge the two groups whose merger saves most, until no merger saves anything."""
     groups = list(groups)
     extents = [boxes[group].max(0) for group in groups]
     prices = [price(len(group), extent) for group, extent in zip(groups, extents)]
@@ -106,7 +106,7 @@ def _merged(groups: list[np.ndarray], boxes: np.ndarray, price: Callable[[int, n
 
 
 def _filled(group: np.ndarray, spare: list[int], cost: CostModel) -> np.ndarray:
-    """Add dead channels up to a whole block, where there are some and few are missing; takes them out of `spare`."""
+    """Fill a group up to a whole block with dead channels, which are taken out of `spare`, if few are missing."""
     missing = -len(group) % cost.block
     if not 0 < missing <= min(cost.fill * len(group), len(spare)):
         return group

@@ -1,4 +1,4 @@
-"""What compacting saved, layer by layer, and why it saved nothing where it did not."""
+"""What compacting saved, layer by layer, and the reason where it saved nothing."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ class LayerReport:
     """One layer before and after.
 
     Attributes:
-        name: of the module in the network, "" for the network itself.
+        name: name of the module in the network, "" for the network itself.
         kind: type of the module.
-        channels: channels that the folded layer convolves; hidden units of an MLP.
-        channels_kept: those that are still computed.
+        channels: channels that the folded layer convolves; for an MLP its hidden units.
+        channels_kept: channels, or units, that are still computed.
         dense: multiply-accumulates per output pixel (or token) of the folded layer.
-        nonzero: those of them whose weight is not zero.
-        realised: those that the compacted layer executes; more than `nonzero` where zeros lie between live taps.
-        reason: why nothing, or no more, was removed; "" if everything dead was.
+        nonzero: multiply-accumulates of these whose weight is not zero.
+        realised: multiply-accumulates that the compacted layer executes; more than `nonzero` where zeros lie between live
+            taps.
+        reason: why nothing, or not everything, was removed; "" if everything dead was.
     """
 
     name: str
@@ -39,7 +40,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class CompactReport:
-    """The layers that hold zeros or could be compacted, in the order of the network."""
+    """Reports on the layers that hold zeros or could be compacted, in the order of the network."""
 
     layers: tuple[LayerReport, ...]
 
@@ -53,5 +54,5 @@ class CompactReport:
         return "\n".join(map(str, self.layers)) or "no layer holds zeros or a large kernel"
 
     def to_dict(self) -> list[dict[str, Any]]:
-        """Give the JSON form: one object a layer."""
+        """Return the JSON form: one object per layer."""
         return [asdict(layer) for layer in self.layers]

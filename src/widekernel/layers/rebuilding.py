@@ -1,0 +1,60 @@
+"""Building a convolution or linear layer that is configured like another one and has other weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from widekernel.layers.conv import DepthwiseConv2d
+from widekernel.layers.pointwise import PointwiseConv2d, PointwiseLinear
+
+# The kinds of layers that compute exactly what their weight and bias say, special kinds last.
+_PLAIN = (nn.Conv2d, nn.Linear, DepthwiseConv2d, PointwiseConv2d, PointwiseLinear)
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Return whether `layer`, parametrized or not, computes what a plain layer with its weight and bias does."""
+    return type(layer).forward in {kind.forward for kind in _PLAIN}
+
+
+def layer_like(layer: Any, weight: Tensor, bias: Tensor | None, kind: type[nn.Module] | None = None) -> Any:
+    """Return a layer configured like `layer`, with other weights and without its hooks and parametrizations.
+
+    Kernel size, stride, padding, dilation, groups, training mode, dtype, device and `requires_grad` are those of `layer`.
+    The numbers of channels or features follow from the shape of `weight`. No random numbers are drawn. Weights that have
+    the right dtype and device already are not copied.
+
+    Args:
+        layer: an `nn.Conv2d` or `nn.Linear`.
+        weight: (C', C / groups, kh, kw) or (C', C).
+        bias: (C',), or None for none.
+        kind: class of the result; by default the most special kind of plain layer that `layer` is, so that what was
+            accelerated stays so.
+    """
+    kind = kind or next(known for known in reversed(_PLAIN) if isinstance(layer, known))
+    make: Any = kind
+    # On the meta device: elsewhere the constructors would draw initial weights.
+    if isinstance(layer, nn.Linear):
+        new = make(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    else:
+        new = make(
+            weight.shape[1] * layer.groups,
+            weight.shape[0],
+            layer.kernel_size,
+            stride=layer.stride,
+            padding=layer.padding,
+            dilation=layer.dilation,
+            groups=layer.groups,
+            bias=bias is not None,
+            padding_mode=layer.padding_mode,
+            device="meta",
+        )
+    new.weight = _parameter(weight, layer.weight)
+    if bias is not None:
+        new.bias = _parameter(bias, layer.weight if layer.bias is None else layer.bias)
+    return new.train(layer.training)
+
+
+def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:
+    return nn.Parameter(value.detach().to(like), requires_grad=like.requires_grad)

@@ -1,0 +1,222 @@
+"""Settings of dynamic sparse training: how sparse, which layers, in what blocks, and how the masks move."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from widekernel.errors import ArgumentError, nearest
+from widekernel.settings import require, require_number, require_one_of, require_whole, require_within
+from widekernel.sparsity.semi_structured.config import SEMI_STRUCTURED, current_name
+
+INITS = ("snip", "snip_mask", "erk", "uniform", "magnitude", "from_weights")
+GROWTHS = ("random", "gradient", "momentum", "none")
+SCHEDULES = ("constant", "cosine")
+LAYER_RULES = ("all", "large_kernel_only")
+BLOCKS = ("element", "kernel", "branch", "channel", SEMI_STRUCTURED)
+RULES = ("exact", "published")
+
+
+@dataclass(frozen=True)
+class DynamicSparsityConfig:
+    """Settings of `DynamicSparsity`.
+
+    Args:
+        sparsity: share of zeros among the masked weights, from 0 to below 1.
+        init: how many weights each layer keeps, and which. `snip`: as many as rank among the largest |weight · gradient| of
+            all layers together, at random places (as SLaK does); `snip_mask`: exactly those; `erk`: Erdős–Rényi-kernel
+            densities, at random places; `uniform`: the same density in every layer, at random places; `magnitude`: the
+            largest |weight| of all layers together; `from_weights`: the weights that are not zero now, whatever `sparsity`.
+        prune: which weights an update removes; `magnitude`: the smallest |weight| of each layer.
+        growth: which weights an update grows instead: `random` ones, those with the largest dense `gradient`, those with the
+            largest running mean of dense gradients (`momentum`), or `none`: then only `initial_sparsity` changes the masks.
+        prune_fraction: share of a layer's live weights that an update moves.
+        prune_schedule: `constant`, or `cosine`: the fraction falls to 0 at the last update.
+        update_interval: optimizer steps between updates.
+        total_steps: optimizer steps of the training, needed by `cosine` and `initial_sparsity`; if None, updates never stop.
+        stop_fraction: share of `total_steps` after which the masks no longer change.
+        initial_sparsity: sparsity at the start; it follows the cubic of Zhu & Gupta (2017) to `sparsity` at the last update.
+        layers: `all` matrices and kernels, `large_kernel_only` (the widest kernels of every large-kernel layer), or name
+            patterns, as one string separated by commas or as several; the name of a module stands for all its parameters.
+        exclude: name patterns of parameters, or names of modules, that stay dense.
+        block: which weights are pruned and grow together: one `element`; an N×N `kernel` (one input of one output channel,
+            or one tile of Shift-wise convolution); a channel's kernel in one `branch` of a large-kernel layer; a `channel`
+            in all its branches (elsewhere: an output channel); a pair of numbers: tiles of that height and width; or
+            `semi_structured`: two of every four consecutive input channels (2:4). In layers without such blocks, single
+            elements are masked.
+        share_every: tile sets that a Shift-wise layer adds up are ranked together and share one mask at every
+            `share_every`-th update (officially `sparse_gap`), and are ranked separately at the other updates.
+        regrow: whether weights that an update removes may grow again in the same update.
+        min_fan_in: number of weights that every output channel keeps at least (only with `block="element"`).
+        momentum: decay of the running mean for `growth="momentum"`.
+        seed: of all random choices, which depend on nothing else but the step and the parameter's name.
+        rule: `exact` keeps counts exact and everything outside the masks at zero; `published` reproduces the code of SLaK
+            and Shift-wise convolution (see `published_slak`).
+
+    Raises:
+        ArgumentError: a value is unknown or out of range.
+    """
+
+    sparsity: float = 0.4
+    init: str = "snip"
+    prune: str = "magnitude"
+    growth: str = "random"
+    prune_fraction: float = 0.5
+    prune_schedule: str = "constant"
+    update_interval: int = 100
+    total_steps: int | None = None
+    stop_fraction: float = 0.75
+    initial_sparsity: float | None = None
+    layers: str | Sequence[str] = "all"
+    exclude: str | Sequence[str] = ()
+    block: str | Sequence[int] = "element"
+    share_every: int = 1
+    regrow: bool = False
+    min_fan_in: int = 0
+    momentum: float = 0.9
+    seed: int = 0
+    rule: str = "exact"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "block", current_name("block", self.block))
+        require_within("sparsity", self.sparsity, 0, 1)
+        require_one_of("init", self.init, INITS)
+        require_one_of("prune", self.prune, ("magnitude",))
+        require_one_of("growth", self.growth, GROWTHS)
+        require_one_of("prune_schedule", self.prune_schedule, SCHEDULES)
+        require_one_of("rule", self.rule, RULES)
+        for name in ("prune_fraction", "stop_fraction"):
+            require_number(name, getattr(self, name))
+        require(0 <= self.prune_fraction <= 1, "prune_fraction", self.prune_fraction, "from 0 to 1")
+        require(0 < self.stop_fraction <= 1, "stop_fraction", self.stop_fraction, "above 0 and at most 1")
+        require_within("momentum", self.momentum, 0, 1)
+        if not isinstance(self.regrow, bool):
+            raise ArgumentError(f"regrow={self.regrow!r} must be True or False")
+        for name, least in (("update_interval", 1), ("share_every", 1), ("min_fan_in", 0), ("seed", 0)):
+            require_whole(name, getattr(self, name), least)
+        if self.total_steps is not None:
+            require_whole("total_steps", self.total_steps, 1)
+        self._check_layers()
+        self._check_block()
+        self._check_combinations()
+
+    def _check_layers(self) -> None:
+        if isinstance(self.layers, str):
+            # One word that is neither a rule nor similar to one may be the name of a module.
+            word = self.layers.strip() and not any(sign in self.layers for sign in "*?[,.")
+            if not self.layers.strip() or (word and (self.layers in LAYER_RULES or nearest(self.layers, LAYER_RULES))):
+                require_one_of("layers", self.layers, LAYER_RULES)
+            else:
+                object.__setattr__(self, "layers", _split(self.layers))
+        for name in ("layers", "exclude"):
+            value = getattr(self, name)
+            patterns = _split(value) if isinstance(value, str) else value
+            if not isinstance(patterns, Collection) or not all(isinstance(p, str) and p for p in patterns):
+                raise ArgumentError(f"{name}={value!r} must hold patterns of parameter names, such as 'stages.*.fc1.weight'")
+            if name == "layers" and not patterns:
+                raise ArgumentError(
+                    f"layers={value!r} names nothing to be masked: give patterns such as 'stages.*.fc1.weight', or "
+                    f"one of {', '.join(LAYER_RULES)}"
+                )
+            if name == "exclude" or not isinstance(value, str):
+                object.__setattr__(self, name, tuple(patterns))
+
+    def _check_block(self) -> None:
+        if isinstance(self.block, str):
+            require_one_of("block", self.block, BLOCKS)
+            return
+        block = tuple(self.block) if isinstance(self.block, Sequence) else ()
+        if len(block) != 2 or not all(isinstance(side, int) and side > 0 for side in block):
+            pair = f", such as ({self.block}, {self.block})" if isinstance(self.block, int) and self.block > 0 else ""
+            raise ArgumentError(f"block={self.block!r} must be one of {', '.join(BLOCKS)}, or two positive integers{pair}")
+        object.__setattr__(self, "block", block)
+
+    def _check_combinations(self) -> None:
+        if self.initial_sparsity is not None:
+            require_within("initial_sparsity", self.initial_sparsity, 0, 1)
+            require(
+                self.initial_sparsity <= self.sparsity, "initial_sparsity", self.initial_sparsity, f"at most {self.sparsity}"
+            )
+        if self.min_fan_in and self.block != "element":
+            raise ArgumentError(
+                f"min_fan_in={self.min_fan_in} counts single weights: use block='element', not {self.block!r}"
+            )
+        if self.block == SEMI_STRUCTURED and (self.sparsity != 0.5 or self.initial_sparsity is not None):
+            raise ArgumentError(
+                f"block={SEMI_STRUCTURED!r} keeps two of four weights: set sparsity=0.5 (it is {self.sparsity}) and no "
+                "initial_sparsity"
+            )
+        if self.rule == "published" and (
+            self.initial_sparsity is not None or self.min_fan_in or self.block == SEMI_STRUCTURED
+        ):
+            raise ArgumentError("rule='published' has no initial_sparsity, min_fan_in or 2:4 blocks: use rule='exact'")
+
+    def check_total_steps(self) -> None:
+        """Raise an `ArgumentError` if a schedule needs `total_steps`, and it is not set."""
+        schedules = {
+            "prune_schedule='cosine'": self.prune_schedule == "cosine",
+            "initial_sparsity": self.initial_sparsity is not None,
+        }
+        for name, used in schedules.items():
+            if used and self.total_steps is None:
+                raise ArgumentError(f"{name} needs the length of the training: set total_steps to its optimizer steps")
+
+    @property
+    def stop_step(self) -> float:
+        """The optimizer step after which masks no longer change."""
+        if self.total_steps is None:
+            return math.inf
+        # The published code moves weights until the last step.
+        return self.total_steps * (1.0 if self.rule == "published" else self.stop_fraction)
+
+    def is_due(self, step: int) -> bool:
+        """Return whether the masks move after `step` optimizer steps."""
+        return step > 0 and step % self.update_interval == 0 and step <= self.stop_step
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as plain values by name."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def published_slak(sparsity: float = 0.4, **changes: Any) -> DynamicSparsityConfig:
+    """Return settings under which `DynamicSparsity` reproduces SLaK's code.
+
+    These are the differences from the default (`rule="exact"`): masks and random growth are drawn weight by weight, so
+    counts hold on average only; layers whose drawn density is 0.99 or more lose their mask; gradients are not masked and
+    the moments of removed weights continue, so weights grow with old moments; the number of removed weights is rounded up;
+    removed weights may grow again at once, and then keep their value; masks move until the last step; the cosine falls to
+    0.005.
+
+    Args:
+        sparsity: share of zeros.
+        changes: other settings of `DynamicSparsityConfig`; `total_steps` turns the cosine on, as officially.
+    """
+    if changes.get("total_steps") is not None:
+        changes.setdefault("prune_schedule", "cosine")
+    settings = {"init": "snip", "growth": "random", "prune_fraction": 0.3, "regrow": True, **changes}
+    return DynamicSparsityConfig(sparsity=sparsity, rule="published", **settings)
+
+
+def published_shiftwise(sparsity: float = 0.3, **changes: Any) -> DynamicSparsityConfig:
+    """Return settings under which `DynamicSparsity` reproduces the coarse pruning (`rep_coarse`) of Shift-wise's code.
+
+    They are those of `published_slak`, for whole N×N tiles of the large kernels. The tile sets share one mask from the
+    start, and at every 131st update. Officially, all sets but the first are masked only after one step.
+
+    Args:
+        sparsity: share of zeros among the tiles.
+        changes: other settings of `DynamicSparsityConfig`.
+    """
+    return published_slak(sparsity, **{"block": "kernel", "layers": "large_kernel_only", "share_every": 131, **changes})
+
+
+def with_total_steps(config: DynamicSparsityConfig, total_steps: int) -> DynamicSparsityConfig:
+    """Return `config` with the length of the training, unless it has one."""
+    return config if config.total_steps is not None else replace(config, total_steps=total_steps)
+
+
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(pattern.strip() for pattern in text.split(",") if pattern.strip())

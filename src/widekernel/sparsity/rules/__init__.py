@@ -1,1 +1,0 @@
-"""The rules by which masks move: `exact` and `published`."""
