@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import functools
+import graphlib
 import importlib
 import json
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 
@@ -136,6 +139,86 @@ def test_imports_point_downwards(file: Path) -> None:
     if folder in HANDED_A_MODEL:
         allowed = [name for name in allowed if name != "models"]
     assert folders_imported(file) <= set(allowed)
+
+
+@functools.lru_cache(maxsize=1)
+def imports_of_modules() -> dict[str, set[str]]:
+    """Map each module of the package to those that it imports, in functions and for type checkers too.
+
+    `from package import name` counts for the module `package.name` if there is one, else for the package. That Python
+    runs a package before its modules does not count.
+    """
+    modules = {module_name(file) for file in FILES}
+    graph = {}
+    for file in FILES:
+        name = module_name(file)
+        package = name if file.name == "__init__.py" else name.rpartition(".")[0]
+        graph[name] = modules_imported(ast.parse(file.read_text()), package, modules) - {name}
+    return graph
+
+
+def modules_imported(tree: ast.Module, package: str, modules: set[str]) -> set[str]:
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            inside = imported(ast.Module([node], []), package)
+            base = min(inside, key=len)
+            found |= {name if name in modules else base for name in inside - {base}}
+    return found & modules
+
+
+def between_siblings(imports: Mapping[str, set[str]], folder: str) -> dict[str, set[str]]:
+    """Join the imports of everything inside each file and folder that lies directly in `folder`."""
+
+    def sibling(module: str) -> str | None:
+        if module == folder:
+            return f"{folder}.__init__"
+        inside = module.removeprefix(f"{folder}.")
+        return None if inside == module else f"{folder}.{inside.split('.')[0]}"
+
+    graph: dict[str, set[str]] = {}
+    for module, targets in imports.items():
+        start = sibling(module)
+        if start is not None:
+            graph.setdefault(start, set()).update({sibling(target) for target in targets} - {start, None})
+    return graph
+
+
+def circle(graph: Mapping[str, Iterable[str]]) -> str:
+    """Describe a circle in a graph as "a imports b imports a", or return "" if there is none."""
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return " imports ".join(reversed(error.args[1]))
+    return ""
+
+
+def test_circles_are_found() -> None:
+    graph = {"p.a": {"p.b"}, "p.b": {"p.c.x"}, "p.c.x": set(), "p.c.y": {"p.a"}, "p.c": set(), "p": {"p.a"}}
+    assert circle(graph) == ""
+    assert between_siblings(graph, "p.c") == {"p.c.__init__": set(), "p.c.x": set(), "p.c.y": set()}
+    assert circle(between_siblings(graph, "p")) in {
+        "p.a imports p.b imports p.c imports p.a",
+        "p.b imports p.c imports p.a imports p.b",
+        "p.c imports p.a imports p.b imports p.c",
+    }
+    assert circle({**graph, "p.b": {"p.a"}}) in {"p.a imports p.b imports p.a", "p.b imports p.a imports p.b"}
+    text = "import p.a\nfrom p import b\nif TYPE_CHECKING:\n    from p.c import name\ndef f():\n    from .c import x\n"
+    assert modules_imported(ast.parse(text), "p", set(graph)) == {"p.a", "p.b", "p.c", "p.c.x"}
+
+
+def test_no_circle_of_files() -> None:
+    graph = imports_of_modules()
+    assert "widekernel.errors" in graph["widekernel.settings"]
+    assert circle(graph) == ""
+
+
+@pytest.mark.parametrize("folder", sorted(module_name(file) for file in FILES if file.name == "__init__.py"))
+def test_no_circle_of_folders(folder: str) -> None:
+    """Of the files and folders in one folder, each counts with everything inside it."""
+    assert circle(between_siblings(imports_of_modules(), folder)) == ""
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if folder_of(file) in ("ops", "layers")], ids=relative)
