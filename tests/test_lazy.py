@@ -9,7 +9,14 @@ import sys
 
 import pytest
 
-LAZY = ("widekernel", "widekernel.data", "widekernel.sparsity", "widekernel.training")
+LAZY = (
+    "widekernel",
+    "widekernel.data",
+    "widekernel.sparsity",
+    "widekernel.sparsity.dynamic",
+    "widekernel.sparsity.semi_structured",
+    "widekernel.training",
+)
 
 
 @pytest.mark.parametrize("package", LAZY)

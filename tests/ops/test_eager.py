@@ -73,6 +73,33 @@ def test_wrong_arguments_are_refused_after_right_ones(wrong: str, grad: bool) ->
         ops.depthwise_sum(**arguments)
 
 
+WRONG_BRANCHES = [name for name in WRONG if not name.startswith(("relu", "bias", "scale"))]
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("wrong", WRONG_BRANCHES)
+def test_wrong_arguments_of_branches_are_refused_after_right_ones(wrong: str, grad: bool) -> None:
+    change, message = WRONG[wrong]
+    if isinstance(kernels := change.get("kernels", [K]), list) and kernels:
+        change = {**change, "kernels": [K, *kernels], "anchors": [(1, 1), *change.get("anchors", [(1, 1)])]}
+        message = message.replace("[0", "[1").replace("1 kernels but 0", "2 kernels but 1")
+    arguments = {"x": X.clone().requires_grad_(grad), **change}
+    ops.depthwise_branches(arguments["x"], [K, K])
+    with pytest.raises(ArgumentError, match=message):
+        ops.depthwise_branches(**arguments)
+
+
+def test_branches_that_were_called_before() -> None:
+    kernels, anchors = [K, torch.randn(3, 1, 1, 5)], [(1, 1), (0, 4)]
+    want = [ops.depthwise_sum(X, [k], [a], backend="reference") for k, a in zip(kernels, anchors)]
+    for _ in range(2):
+        with ops.trace() as trace:
+            ys = ops.depthwise_branches(X, kernels, anchors)
+        assert [problem.op for _, problem in trace.calls] == ["depthwise_sum"] * 2
+        for y, truth in zip(ys, want):
+            assert_close(y, truth)
+
+
 def test_an_unknown_backend_is_refused_after_a_known_one() -> None:
     with pytest.raises(ops.NoBackendError, match="unknown backend 'portabel'"):
         ops.depthwise_sum(X, [K], backend="portabel")

@@ -80,9 +80,10 @@ class GroupedKernels(Folded, nn.Module):
         device = scale.device
         self.source: Tensor
         self.register_buffer("source", torch.tensor(order, dtype=torch.int64, device=device))
-        for i, group in enumerate(groups):
-            self.register_buffer(f"take_{i}", torch.tensor(list(group.inputs), dtype=torch.int64, device=device))
-            self.register_buffer(f"put_{i}", torch.tensor(list(group.outputs), dtype=torch.int64, device=device))
+        self.table_names = [(f"take_{i}", f"put_{i}") for i in range(len(groups))]
+        for (take, put), group in zip(self.table_names, groups):
+            self.register_buffer(take, torch.tensor(list(group.inputs), dtype=torch.int64, device=device))
+            self.register_buffer(put, torch.tensor(list(group.outputs), dtype=torch.int64, device=device))
         self._tables = {name: table.tolist() for name, table in self.named_buffers(recurse=False)}
         load_strictly(self)
 
@@ -106,17 +107,18 @@ class GroupedKernels(Folded, nn.Module):
 
     @torch.jit.unused
     def _written(self, x: Tensor) -> Tensor:
+        # Not `get_buffer`, which takes a name apart at every call.
         parts = [
-            kernel(_gathered(x, self.get_buffer(f"take_{i}"), start))
-            for i, (kernel, (start, _)) in enumerate(zip(self.kernels, self.runs))
+            kernel(_gathered(x, getattr(self, take), start))
+            for kernel, (take, _), (start, _) in zip(self.kernels, self.table_names, self.runs)
         ]
         dtype = parts[0].dtype if parts else x.dtype
         y = self._outside(x, dtype)
-        for i, (part, (_, start)) in enumerate(zip(parts, self.runs)):
+        for part, (_, put), (_, start) in zip(parts, self.table_names, self.runs):
             if start is not None:
                 y.narrow(1, start, part.shape[1]).copy_(part)
             else:
-                _scatter(y, self.get_buffer(f"put_{i}"), part)
+                _scatter(y, getattr(self, put), part)
         return y
 
     def _outside(self, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -28,9 +28,6 @@ class TileSource(RectSource):
         tile_size: N, odd, smaller than K.
     """
 
-    # Properties that TorchScript must not compile.
-    __jit_ignored_attributes__ = ["num_tiles", "big", "small"]
-
     def __init__(self, channels: int, kernel_size: int, tile_size: int) -> None:
         super().__init__()
         check_tiles(kernel_size, tile_size)

@@ -6,6 +6,8 @@ from widekernel.ops.branches import depthwise_branches
 from widekernel.ops.call_trace import trace
 from widekernel.ops.decompositions import decompositions
 from widekernel.ops.depthwise import depthwise_sum, depthwise_weight_grad
+
+# `ops.backends` is this function; the classes are imported from the modules in `widekernel.ops.backends`.
 from widekernel.ops.dispatch import NoBackendError, backends, register, unregister
 from widekernel.ops.explanation import Explanation, explain
 from widekernel.ops.problem import Problem

@@ -12,7 +12,8 @@ forward-mode differentiation raises instead of returning a wrong zero tangent.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -105,12 +106,19 @@ def _apply_to_taps(
     return _DepthwiseSumOfTaps.apply(x, join_kernels(kernels), bias, _Call(geometry, options))
 
 
+def _with_signature(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Attach the signature, which PyTorch looks at in every call of a rule and would otherwise take from the code anew."""
+    function.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+    return function
+
+
 class _DepthwiseSum(torch.autograd.Function):
     """The rule of `depthwise_sum` without scale and rectifier."""
 
     generate_vmap_rule = True
 
     @staticmethod
+    @_with_signature
     def forward(x: Tensor, bias: Tensor | None, anchors: Anchors, options: CallOptions, *kernels: Tensor) -> Tensor:
         return run_sum(x, kernels, anchors, options, bias)
 
@@ -162,6 +170,7 @@ class _DepthwiseSumOfTaps(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @_with_signature
     def forward(x: Tensor, taps: Tensor, bias: Tensor | None, call: _Call) -> Tensor:
         if has_batched_gradients(x, taps):
             y = depthwise_sum_of_taps_op(x, taps, [number for rect in call.geometry for number in rect], *call.options)
@@ -196,6 +205,7 @@ class _DepthwiseWeightGrad(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @_with_signature
     def forward(x: Tensor, grad: Tensor, geometry: tuple[int, int, int, int], options: CallOptions) -> Tensor:
         return run_weight_grad(x, grad, geometry, options)
 
@@ -223,6 +233,7 @@ class _DepthwiseBranches(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @_with_signature
     def forward(x: Tensor, anchors: Anchors, options: CallOptions, *kernels: Tensor) -> tuple[Tensor, ...]:
         return tuple(run_branches(x, list(kernels), anchors, options))
 
@@ -257,6 +268,7 @@ class _DepthwiseSumOfBranches(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @_with_signature
     def forward(anchors: Anchors, options: CallOptions, *tensors: Tensor) -> Tensor:
         count = len(anchors)
         return run_sum_of_branches(list(tensors[:count]), list(tensors[count:]), anchors, options)

@@ -15,10 +15,11 @@ from torch import Tensor
 from widekernel.ops import dispatch, traced_calls
 from widekernel.ops.autograd import differentiable_branches, differentiable_sum, mirror_anchors
 from widekernel.ops.checks import check_algorithm, check_sum
-from widekernel.ops.dispatch import dispatch_key, select_fused
+from widekernel.ops.dispatch import BackendChoice, dispatch_key, select_fused
+from widekernel.ops.eager import find_sum, is_ordinary_call
 from widekernel.ops.jit_trace import is_tracing
 from widekernel.ops.problem import DEPTHWISE_BRANCHES, Anchor, Problem, center_anchors
-from widekernel.ops.registration import CallOptions, autocast, on_gpu_of
+from widekernel.ops.registration import CallOptions, autocast, needs_derivatives, on_gpu_of
 
 _IS_FUSED = "branches are fused"
 
@@ -53,6 +54,13 @@ def depthwise_branches(
         ValueError: if shapes, types or anchors do not fit together.
         NoBackendError: if no backend, or not the one asked for, can compute the call.
     """
+    if is_ordinary_call() and (found := _find_separate_calls(x, kernels, anchors, backend, algorithm)):
+        places = [choice.problem.anchors[0] for choice in found]
+        options = CallOptions(backend, found[0].problem.algorithm)
+        if not _are_one_call(x, kernels, places, options):
+            if needs_derivatives(x, *kernels):
+                return _separate_calls(x, kernels, places, options)
+            return [choice(x, [k], (at,), None, None, False) for choice, k, at in zip(found, kernels, places)]
     options = CallOptions(backend or None, check_algorithm(algorithm))
     if is_tracing():
         return traced_calls.depthwise_branches(x, kernels, anchors, options)
@@ -60,8 +68,27 @@ def depthwise_branches(
     x, kernels = autocast(x, kernels)
     check_sum(x, kernels, anchors, None, DEPTHWISE_BRANCHES)
     if len(kernels) == 1 or not _are_one_call(x, kernels, anchors, options):
-        return [differentiable_sum(x, [kernel], [anchor], None, options) for kernel, anchor in zip(kernels, anchors)]
+        return _separate_calls(x, kernels, anchors, options)
     return list(differentiable_branches(x, kernels, tuple(map(tuple, anchors)), options))  # type: ignore[arg-type]
+
+
+def _find_separate_calls(
+    x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor] | None, backend: str | None, algorithm: str | None
+) -> list[BackendChoice]:
+    """Return what was chosen for an earlier call of `depthwise_sum` for each kernel, nothing unless all are known."""
+    if type(kernels) not in (list, tuple) or (anchors is not None and len(anchors) != len(kernels)):
+        return []
+    found = []
+    for i, kernel in enumerate(kernels):
+        choice = find_sum(x, [kernel], None if anchors is None else anchors[i : i + 1], None, None, backend, algorithm)
+        if choice is None:
+            return []
+        found.append(choice)
+    return found
+
+
+def _separate_calls(x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor], options: CallOptions) -> list[Tensor]:
+    return [differentiable_sum(x, [kernel], [anchor], None, options) for kernel, anchor in zip(kernels, anchors)]
 
 
 def _are_one_call(x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor], options: CallOptions) -> bool:
