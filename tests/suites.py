@@ -1,4 +1,4 @@
-"""Which suites ran, which did not, and why, at the end of every run; with CI set, one that ought to have run fails it."""
+"""A summary of the suites that ran, and why others did not; in CI a suite that should have run fails the run."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from widekernel.ops.cpu import library
 
 @dataclass(frozen=True)
 class Suite:
-    """Tests that stand or fall with something that a machine may lack.
+    """Tests that need something that a machine may lack.
 
     Args:
         name: what the summary calls it
         marker: the marker of its tests, or ""
         folder: the folder or file of its tests, or ""
-        ought_to_run: whether this machine has, or should have, what it needs
+        should_run: whether this machine has, or should have, what it needs
         how: the command that runs it, where it is left out by default
     """
 
     name: str
     marker: str = ""
     folder: str = ""
-    ought_to_run: Callable[[], bool] = lambda: False
+    should_run: Callable[[], bool] = lambda: False
     how: str = ""
 
     def holds(self, item: pytest.Item) -> bool:
-        """Whether a test belongs to the suite."""
+        """Return whether a test belongs to the suite."""
         return item.get_closest_marker(self.marker) is not None if self.marker else item.nodeid.startswith(self.folder)
 
 
 def _has_triton() -> bool:
-    return sys.platform == "linux"  # PyTorch brings it there
+    return sys.platform == "linux"  # where PyTorch installs it
 
 
 def _has_native() -> bool:
-    return library.load().wanted  # a machine without a compiler has none, and is to say so
+    return library.load().wanted  # a machine without a compiler has none, and the summary says so
 
 
 def _has_references() -> bool:
@@ -52,9 +52,9 @@ def _has_references() -> bool:
 
 
 SUITES = (
-    Suite("GPU kernels", marker="interpreted", ought_to_run=_has_triton),
-    Suite("native CPU kernels", folder="tests/ops/cpu/test_native.py", ought_to_run=_has_native),
-    Suite("reference numbers", folder="tests/parity/", ought_to_run=_has_references),
+    Suite("GPU kernels", marker="interpreted", should_run=_has_triton),
+    Suite("native CPU kernels", folder="tests/ops/cpu/test_native.py", should_run=_has_native),
+    Suite("reference numbers", folder="tests/parity/", should_run=_has_references),
     Suite("slow", marker="slow", how="make test-all"),
     Suite("full-size models", marker="full", how="make test-all"),
     Suite("several processes", marker="dist", how="make test-all"),
@@ -84,7 +84,7 @@ class SuiteReport:
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        # Properties travel with the reports of other processes.
+        # Reports of other processes carry their properties.
         for item in items:
             item.user_properties += [("suite", suite.name) for suite in SUITES if suite.holds(item)]
 
@@ -97,18 +97,18 @@ class SuiteReport:
                 tally.reasons[report.longrepr[2].removeprefix("Skipped: ")] += 1
 
     def selected(self, suite: Suite) -> bool:
-        """Whether the marker expression of this run lets tests of the suite through."""
+        """Return whether the marker expression of this run selects tests of the suite."""
         expression = self.config.option.markexpr
         return not expression or Expression.compile(expression).evaluate(lambda name, **_: name == suite.marker)
 
     def missing(self) -> list[Suite]:
-        """List the suites that ought to have run and did not; in a run of some files only, those that were skipped."""
+        """List the suites that should have run and did not; in a run of some files only, those that were skipped."""
         everything = (
             self.config.args_source == pytest.Config.ArgsSource.TESTPATHS
             and not self.config.option.keyword
             and not self.config.option.collectonly
         )
-        wanted = [suite for suite in SUITES if self.selected(suite) and suite.ought_to_run()]
+        wanted = [suite for suite in SUITES if self.selected(suite) and suite.should_run()]
         return [
             suite
             for suite in wanted
@@ -127,7 +127,7 @@ class SuiteReport:
             terminalreporter.line(f"{suite.name + ':':22}{self._line(suite)}")
         for suite in self.missing():
             verdict = "which fails this run, because CI is set" if os.environ.get("CI") else "with CI set that fails the run"
-            terminalreporter.line(f"The suite {suite.name!r} ought to run here and did not, {verdict}.", red=True)
+            terminalreporter.line(f"The suite {suite.name!r} should to run here and did not, {verdict}.", red=True)
 
     def _line(self, suite: Suite) -> str:
         tally = self.tallies[suite.name]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import functools
+import graphlib
 import importlib
 import json
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 
@@ -47,7 +50,7 @@ def module_name(file: Path) -> str:
 
 
 def imported(tree: ast.Module, package: str) -> set[str]:
-    """Name every module that a file imports, anywhere in it; `from package import name` counts as `package.name` too."""
+    """Return every module that a file imports, anywhere in it; `from package import name` counts as `package.name` too."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -61,7 +64,7 @@ def imported(tree: ast.Module, package: str) -> set[str]:
 
 
 def used_of_the_package(tree: ast.Module) -> set[str]:
-    """Name what a file takes from `import widekernel`: the attributes that it uses, and the networks, which it registers."""
+    """Return what a file uses of `import widekernel`: attributes, and the networks, which are registered."""
     bound = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -75,7 +78,7 @@ def used_of_the_package(tree: ast.Module) -> set[str]:
 
 
 def defining(name: str) -> str:
-    """Give the module that a public name of the package comes from: `widekernel.fold` is of `widekernel.transforms.fold`."""
+    """Return the module that defines a public name of the package: `widekernel.transforms.fold` for `widekernel.fold`."""
     top, _, attribute = name.partition(".")
     return widekernel._WHERE.get(attribute, name) if top == "widekernel" else name
 
@@ -108,7 +111,7 @@ def test_every_folder_has_its_place() -> None:
 
 
 def test_imports_are_found() -> None:
-    """The rules below would hold for no imports at all."""
+    """Otherwise the rules below would hold trivially."""
     tree = ast.parse("import a.b\nfrom a import c\ndef f():\n    from . import d\n    from ..e import g\n")
     assert imported(tree, "p.q") == {"a.b", "a", "a.c", "p.q", "p.q.d", "p.e", "p.e.g"}
     assert folders_imported(SOURCE / "layers" / "sources.py") == {"ops", "layers"}
@@ -125,7 +128,7 @@ def test_imports_are_found() -> None:
         ("import widekernel.data.config\nwidekernel.tasks.saved", {"data", "tasks"}),
     ],
 )
-def test_the_package_itself_is_no_way_around(text: str, folders: set[str]) -> None:
+def test_importing_the_package_itself_counts_as_its_contents(text: str, folders: set[str]) -> None:
     assert folders_of(ast.parse(text), "widekernel.any") == folders
 
 
@@ -138,8 +141,88 @@ def test_imports_point_downwards(file: Path) -> None:
     assert folders_imported(file) <= set(allowed)
 
 
+@functools.lru_cache(maxsize=1)
+def imports_of_modules() -> dict[str, set[str]]:
+    """Map each module of the package to those that it imports, in functions and for type checkers too.
+
+    `from package import name` counts for the module `package.name` if there is one, else for the package. That Python
+    runs a package before its modules does not count.
+    """
+    modules = {module_name(file) for file in FILES}
+    graph = {}
+    for file in FILES:
+        name = module_name(file)
+        package = name if file.name == "__init__.py" else name.rpartition(".")[0]
+        graph[name] = modules_imported(ast.parse(file.read_text()), package, modules) - {name}
+    return graph
+
+
+def modules_imported(tree: ast.Module, package: str, modules: set[str]) -> set[str]:
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            inside = imported(ast.Module([node], []), package)
+            base = min(inside, key=len)
+            found |= {name if name in modules else base for name in inside - {base}}
+    return found & modules
+
+
+def between_siblings(imports: Mapping[str, set[str]], folder: str) -> dict[str, set[str]]:
+    """Join the imports of everything inside each file and folder that lies directly in `folder`."""
+
+    def sibling(module: str) -> str | None:
+        if module == folder:
+            return f"{folder}.__init__"
+        inside = module.removeprefix(f"{folder}.")
+        return None if inside == module else f"{folder}.{inside.split('.')[0]}"
+
+    graph: dict[str, set[str]] = {}
+    for module, targets in imports.items():
+        start = sibling(module)
+        if start is not None:
+            graph.setdefault(start, set()).update({sibling(target) for target in targets} - {start, None})
+    return graph
+
+
+def circle(graph: Mapping[str, Iterable[str]]) -> str:
+    """Describe a circle in a graph as "a imports b imports a", or return "" if there is none."""
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return " imports ".join(reversed(error.args[1]))
+    return ""
+
+
+def test_circles_are_found() -> None:
+    graph = {"p.a": {"p.b"}, "p.b": {"p.c.x"}, "p.c.x": set(), "p.c.y": {"p.a"}, "p.c": set(), "p": {"p.a"}}
+    assert circle(graph) == ""
+    assert between_siblings(graph, "p.c") == {"p.c.__init__": set(), "p.c.x": set(), "p.c.y": set()}
+    assert circle(between_siblings(graph, "p")) in {
+        "p.a imports p.b imports p.c imports p.a",
+        "p.b imports p.c imports p.a imports p.b",
+        "p.c imports p.a imports p.b imports p.c",
+    }
+    assert circle({**graph, "p.b": {"p.a"}}) in {"p.a imports p.b imports p.a", "p.b imports p.a imports p.b"}
+    text = "import p.a\nfrom p import b\nif TYPE_CHECKING:\n    from p.c import name\ndef f():\n    from .c import x\n"
+    assert modules_imported(ast.parse(text), "p", set(graph)) == {"p.a", "p.b", "p.c", "p.c.x"}
+
+
+def test_no_circle_of_files() -> None:
+    graph = imports_of_modules()
+    assert "widekernel.errors" in graph["widekernel.settings"]
+    assert circle(graph) == ""
+
+
+@pytest.mark.parametrize("folder", sorted(module_name(file) for file in FILES if file.name == "__init__.py"))
+def test_no_circle_of_folders(folder: str) -> None:
+    """Of the files and folders in one folder, each counts with everything inside it."""
+    assert circle(between_siblings(imports_of_modules(), folder)) == ""
+
+
 @pytest.mark.parametrize("file", [file for file in FILES if folder_of(file) in ("ops", "layers")], ids=relative)
-def test_operators_and_layers_need_torch_and_numpy_only(file: Path) -> None:
+def test_operators_and_layers_import_only_torch_and_numpy(file: Path) -> None:
     names = {name.split(".")[0] for name in imported(ast.parse(file.read_text()), "widekernel.any")}
     also = {"triton"} if file.parent == SOURCE / "ops" / "gpu" / "kernels" else set()
     assert names <= {"numpy", "torch", "widekernel", *sys.stdlib_module_names, *also}
@@ -153,13 +236,13 @@ def test_kernels_for_gpus_are_loaded_only_to_be_launched() -> None:
 
 
 @pytest.mark.parametrize("name", FOR_EVERYBODY)
-def test_what_everybody_imports_imports_nothing_of_ours(name: str) -> None:
+def test_the_ground_floor_imports_only_itself(name: str) -> None:
     names = {n for n in imported(ast.parse((SOURCE / f"{name}.py").read_text()), "widekernel") if "widekernel" in n}
     assert {n.split(".")[1] for n in names} <= set(FOR_EVERYBODY) - {name}
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_programs_are_imported_by_nobody(name: str) -> None:
+def test_programs_are_not_imported(name: str) -> None:
     users = [file for file in FILES if f"widekernel.{name}" in imported(ast.parse(file.read_text()), "widekernel")]
     assert not users
 
@@ -233,7 +316,7 @@ print(json.dumps([before, state(), sorted(set(sys.modules) - loaded), sorted(sys
 
 @pytest.fixture(scope="module")
 def importing() -> list:
-    """The state before and after the import, the modules that it loaded, and all modules, in a process of its own."""
+    """Return the state before and after the import in a new process, the modules that it loaded, and all modules."""
     done = subprocess.run([sys.executable, "-c", STATE], capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -265,7 +348,7 @@ def seconds(statement: str) -> float:
 
 @pytest.mark.slow
 def test_importing_adds_little_to_timm() -> None:
-    """The fastest of several alternating runs each, measured until they fit or the patience is over."""
+    """Compare the fastest of several alternating runs, which are repeated until they fit or the time is up."""
     ours, theirs = [], []
     deadline = time.monotonic() + 240
     for run in range(12):

@@ -1,4 +1,4 @@
-"""Old names of arguments and moved names of modules work, warn, and are refused beside the new ones."""
+"""Old names of arguments and moved names of modules work and warn; both names at once are refused."""
 
 from __future__ import annotations
 

@@ -43,3 +43,20 @@ def test_importing_the_package_registers_its_networks_wherever_it_starts() -> No
     code = "import sys; sys.argv = ['-m', 'a']; import widekernel, timm; print(timm.is_model('slak_nano'))"
     done = subprocess.run([sys.executable, "-c", code, "-m", "widekernel"], capture_output=True, text=True, check=True)
     assert done.stdout == "True\n"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("widekernel.data.Share", "widekernel.data.Shard", "is now called Shard: import that from widekernel.data$"),
+        ("widekernel.training.Surroundings", "widekernel.training.RunContext", "is now called RunContext"),
+        ("widekernel.data.DataError", "widekernel.errors.DataError", "has moved: import it from widekernel.errors$"),
+    ],
+)
+def test_an_old_name_works_and_warns(old: str, new: str, says: str) -> None:
+    def value(path: str) -> object:
+        module, _, name = path.rpartition(".")
+        return getattr(importlib.import_module(module), name)
+
+    with pytest.warns(FutureWarning, match=says):
+        assert value(old) is value(new)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
@@ -13,27 +14,45 @@ import widekernel
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = (ROOT / "pyproject.toml").read_text()
-DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow", "typing_extensions": "typing-extensions"}
-# Imported where they are there, or by those who have them.
-OPTIONAL = {"triton", "sklearn", "onnxruntime", "openvino", "onnx", "datasets", "torch_tensorrt", "accelerate", "lightning"}
+# Distributions that are called differently from their package.
+DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow", "sklearn": "scikit-learn", "typing_extensions": "typing-extensions"}
+# Installed by PyTorch where it can use it; imported only to launch kernels.
+WITH_TORCH = {"triton"}
 
 
-def test_one_version() -> None:
+def test_version_citation_and_changelog_agree() -> None:
     stated = re.search(r'^version = "(.+)"$', PROJECT, re.MULTILINE).group(1)
     assert widekernel.__version__ == stated
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == stated
+    released = re.findall(r"^## (\S+) — (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    versions = [tuple(map(int, version.split("."))) for version, _ in released]
+    assert versions[0] == tuple(map(int, stated.split(".")))
+    assert versions == sorted(set(versions), reverse=True)
+
+
+def declared(section: str) -> set[str]:
+    """Return the distributions in a list of requirements of pyproject.toml, in lower case."""
+    text = re.search(rf"^{section} = \[(.*?)\]( *#.*)?$", PROJECT, re.MULTILINE | re.DOTALL).group(1)
+    return {name.lower() for name in re.findall(r'"([A-Za-z0-9-]+)', text)}
+
+
+def imported(nodes: Iterable[ast.AST]) -> set[str]:
+    """Return the top-level packages from elsewhere that the nodes import, as names of distributions."""
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+            found.add(node.module.split(".")[0])
+    foreign = found - set(sys.stdlib_module_names) - {"widekernel", "widekernel_command"}
+    return {DISTRIBUTIONS.get(name, name) for name in foreign}
 
 
 def test_every_import_is_declared() -> None:
-    listed = re.search(r"^dependencies = \[(.*?)^\]", PROJECT, re.MULTILINE | re.DOTALL).group(1)
-    declared = {name.lower() for name in re.findall(r'^\s*"([A-Za-z0-9-]+)', listed, re.MULTILINE)}
-    found = set()
-    for file in Path(widekernel.__file__).parent.rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Import):
-                found |= {alias.name.split(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
-                found.add(node.module.split(".")[0])
-    foreign = found - set(sys.stdlib_module_names) - {"widekernel", "widekernel_command"} - OPTIONAL
-    assert {"torch", "numpy", "yaml", "PIL", "typing_extensions"} <= foreign
-    assert {DISTRIBUTIONS.get(name, name) for name in foreign} <= declared
+    """In the dependencies, or for imports inside functions in an extra."""
+    trees = [ast.parse(file.read_text()) for file in (ROOT / "src").rglob("*.py")]
+    at_once = imported(node for tree in trees for node in tree.body) - WITH_TORCH
+    ever = imported(node for tree in trees for node in ast.walk(tree))
+    assert {"torch", "numpy", "pyyaml", "pillow", "typing-extensions"} <= at_once <= declared("dependencies")
+    assert ever - WITH_TORCH <= declared("dependencies") | declared("demo")
+    assert ever >= WITH_TORCH, "no longer imported"

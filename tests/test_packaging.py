@@ -1,4 +1,4 @@
-"""What an installation holds: wheels with and without a compiler, the source archive, and editable installations."""
+"""The contents of installations: wheels with and without a compiler, the source archive, and editable installations."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CHANGED = "a text that only the test has put here"
 
 
 def run(*command: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a command with the environment as it is, less what would lead it to this installation."""
+    """Run a command in the present environment, without the variables that lead to this installation."""
     outer = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "WIDEKERNEL_LIBRARY")}
     return subprocess.run(
         [str(part) for part in command], cwd=cwd, capture_output=True, text=True, env={**outer, **environment}, check=False
@@ -50,7 +50,7 @@ def tracked() -> list[str]:
 
 @pytest.fixture
 def checkout(tracked: list[str], tmp_path: Path) -> Path:
-    """A copy of the checkout as others would clone it."""
+    """Copy the checkout as others would clone it."""
     folder = tmp_path / "checkout"
     for name in tracked:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ def checkout(tracked: list[str], tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def builder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Python of an environment with pip and the build system, fetched from the package index."""
+    """Return the Python of an environment with pip and the build system from the package index."""
     folder = tmp_path_factory.mktemp("builder")
     succeed(sys.executable, "-m", "venv", folder, cwd=folder)
     requires = re.search(r"^requires = \[\"(.+)\"\]$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE).group(1)
@@ -73,12 +73,12 @@ def builder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def target(tmp_path: Path) -> Path:
-    """The Python of an environment that shares PyTorch and all else with this one, but not widekernel."""
+    """Return the Python of an environment that shares everything with this one except widekernel."""
     folder = tmp_path / "target"
     succeed(sys.executable, "-m", "venv", "--without-pip", folder, cwd=tmp_path)
     python = folder / "bin" / "python"
     packages = Path(succeed(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip())
-    # Path files that lie in a folder added by a path file are not read, an editable installation of widekernel among them.
+    # Path files in a folder that a path file added are not read, so neither is an editable installation of widekernel.
     shared = [path for path in sys.path if Path(path).name == "site-packages"]
     (packages / "shared.pth").write_text("\n".join(shared))
     return python
@@ -90,7 +90,7 @@ def pip(builder: Path, *arguments: object, cwd: Path, **environment: str) -> sub
 
 
 def wheel(builder: Path, checkout: Path, **environment: str) -> tuple[str, set[str]]:
-    """Build a wheel; give its name and its files, less the metadata."""
+    """Build a wheel, and return its name and its files without the metadata."""
     done = pip(builder, "wheel", "--wheel-dir", checkout / "dist", ".", cwd=checkout, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     (file,) = (checkout / "dist").glob("*.whl")
@@ -104,7 +104,7 @@ def package_files(tracked: list[str]) -> set[str]:
 
 @pytest.mark.slow
 def test_wheel(builder: Path, checkout: Path, tracked: list[str]) -> None:
-    """Every file of the package, the library, nothing else, and one wheel for all versions of Python."""
+    """A wheel holds every file of the package and the library, nothing else, and serves all versions of Python."""
     if compiler() is None:
         pytest.skip("needs a C++ compiler")
     name, files = wheel(builder, checkout, WIDEKERNEL_REQUIRE_NATIVE="1")
@@ -118,7 +118,7 @@ def test_wheel(builder: Path, checkout: Path, tracked: list[str]) -> None:
 
 @pytest.mark.slow
 def test_wheel_without_a_compiler(builder: Path, checkout: Path, tracked: list[str], target: Path) -> None:
-    """Pure Python, for every platform, without the library that an earlier editable installation may have left."""
+    """It is pure Python for every platform, without a library that an earlier editable installation may have left."""
     leftover = checkout / "src" / f"{NATIVE}.so"
     leftover.write_text("old")
     name, files = wheel(builder, checkout, CXX="/nonexistent")
@@ -133,8 +133,10 @@ def test_wheel_without_a_compiler(builder: Path, checkout: Path, tracked: list[s
 
 
 @pytest.mark.slow
-def test_what_was_built_without_a_compiler_stays_in_the_cache_of_pip(builder: Path, checkout: Path, target: Path) -> None:
-    """A second installation by name gives the same again, in silence: the way out is the one that the warning names."""
+def test_a_wheel_built_without_a_compiler_has_its_own_place_in_pips_cache(
+    builder: Path, checkout: Path, target: Path
+) -> None:
+    """A second installation by name silently reuses the wheel; the way out is the one that the warning names."""
     succeed(builder, "-c", "from scikit_build_core.build import build_sdist; build_sdist('dist')", cwd=checkout)
     (checkout / "empty").mkdir()
     lent = next((builder.parent.parent / "lib").glob("python*/site-packages"))
@@ -155,7 +157,7 @@ def test_what_was_built_without_a_compiler_stays_in_the_cache_of_pip(builder: Pa
 
 
 @pytest.mark.slow
-def test_a_library_that_is_required(builder: Path, checkout: Path) -> None:
+def test_a_missing_compiler_is_an_error_if_the_library_is_required(builder: Path, checkout: Path) -> None:
     done = pip(builder, "wheel", ".", cwd=checkout, CXX="/nonexistent", WIDEKERNEL_REQUIRE_NATIVE="1")
     assert done.returncode != 0
     assert "/nonexistent" in done.stdout + done.stderr
@@ -163,7 +165,7 @@ def test_a_library_that_is_required(builder: Path, checkout: Path) -> None:
 
 @pytest.mark.slow
 def test_source_archive(builder: Path, checkout: Path, tracked: list[str]) -> None:
-    """What git has, and not what building leaves in the checkout."""
+    """It holds the files of git, and not what a build leaves in the checkout."""
     for name in ("src/widekernel/ops/cpu/_native.so", "native/editable/CMakeCache.txt", "native/editable/native/a.o"):
         (checkout / name).parent.mkdir(exist_ok=True)
         (checkout / name).write_text("left over")
@@ -176,7 +178,7 @@ def test_source_archive(builder: Path, checkout: Path, tracked: list[str]) -> No
 
 @pytest.mark.slow
 def test_editable(builder: Path, checkout: Path, target: Path) -> None:
-    """Python files are taken from the checkout; changed C++ files are compiled again; a failing build leaves no library."""
+    """Python files come from the checkout, changed C++ files are compiled again, and a failing build leaves no library."""
     if compiler() is None:
         pytest.skip("needs a C++ compiler")
 
@@ -194,7 +196,7 @@ def test_editable(builder: Path, checkout: Path, target: Path) -> None:
             "--editable",
             ".",
         ]
-        # The build system of the builder is lent to the target, which has no pip that could fetch one.
+        # The target uses the build system of the builder, since it has no pip to fetch its own.
         lent = next((builder.parent.parent / "lib").glob("python*/site-packages"))
         succeed(*command, cwd=checkout, PATH=path, PYTHONPATH=str(lent), **environment)
         return tuple(succeed(target, "-c", SHOW, cwd=checkout.parent).strip().split("|"))

@@ -1,4 +1,4 @@
-"""Validation of settings: what passes, what does not, and what the message says."""
+"""Validation of settings: accepted values, refused values and the messages."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ class Settings:
         (lambda: require_literals(Settings(mode="slow")), "mode 'slow' is unknown"),  # type: ignore[arg-type]
     ],
 )
-def test_refused(check: Any, message: str) -> None:
+def test_values_that_are_refused(check: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check()
 
 
-def test_accepted() -> None:
+def test_values_that_are_accepted() -> None:
     require_one_of("mode", "fast", ("fast", "exact"))
     require_number("rate", 1)
     require_whole("steps", 0, 0)

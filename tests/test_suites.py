@@ -1,4 +1,4 @@
-"""The summary of suites: it counts, names reasons, and fails a run in CI that silently left out what ought to run."""
+"""The summary of suites: it counts, gives reasons, and fails a run in CI that left out a suite that should run."""
 
 from __future__ import annotations
 
@@ -12,17 +12,15 @@ pytest_plugins = ["pytester"]
 PASSING = "import pytest\n@pytest.mark.kernels\ndef test_it(): pass\ndef test_other(): pass\n"
 SKIPPED = "import pytest\n@pytest.mark.kernels\ndef test_it(): pytest.skip('no compiler')\ndef test_other(): pass\n"
 OTHERS = "def test_other(): pass\n"
-FAILED, LINE = pytest.ExitCode.TESTS_FAILED, "The suite 'kernels' ought to run here and did not"
+FAILED, LINE = pytest.ExitCode.TESTS_FAILED, "The suite 'kernels' should to run here and did not"
 
 
 @pytest.fixture
 def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch):
-    """Run one test file with a suite that ought to run, or need not, and return the exit status."""
+    """Run one test file with a suite that should run, or need not, and return the exit status."""
 
-    def running(source: str, *arguments: str, ci: bool = True, ought: bool = True) -> int:
-        monkeypatch.setattr(
-            suites, "SUITES", (Suite("kernels", marker="kernels", ought_to_run=lambda: ought, how="make x"),)
-        )
+    def running(source: str, *arguments: str, ci: bool = True, should: bool = True) -> int:
+        monkeypatch.setattr(suites, "SUITES", (Suite("kernels", marker="kernels", should_run=lambda: should, how="make x"),))
         monkeypatch.setenv("CI", "true") if ci else monkeypatch.delenv("CI", raising=False)
         pytester.makeini("[pytest]\ntestpaths = there\nmarkers = kernels: needs a compiler\n")
         folder = pytester.mkdir("there")
@@ -44,25 +42,25 @@ def test_a_suite_that_ran(run, capsys: pytest.CaptureFixture) -> None:
 
 
 @pytest.mark.parametrize("source", [SKIPPED, OTHERS], ids=["skipped", "absent"])
-def test_one_that_ought_to_have_run_fails_the_run_in_ci_only(source: str, run, capsys: pytest.CaptureFixture) -> None:
+def test_a_suite_that_should_have_run_fails_the_run_in_ci_only(source: str, run, capsys: pytest.CaptureFixture) -> None:
     assert run(source) == FAILED
     out = capsys.readouterr().out
     assert f"{LINE}, which fails this run, because CI is set." in out
     assert ("did not run: 1 skipped: no compiler (1)" in out) == (source == SKIPPED)
 
 
-def test_without_ci_it_is_only_said(run, capsys: pytest.CaptureFixture) -> None:
+def test_without_ci_a_suite_that_did_not_run_is_only_reported(run, capsys: pytest.CaptureFixture) -> None:
     assert run(SKIPPED, ci=False) == pytest.ExitCode.OK
     assert f"{LINE}, with CI set that fails the run." in capsys.readouterr().out
 
 
-def test_one_that_need_not_run(run, capsys: pytest.CaptureFixture) -> None:
-    assert run(SKIPPED, ought=False) == pytest.ExitCode.OK
+def test_a_suite_that_need_not_run(run, capsys: pytest.CaptureFixture) -> None:
+    assert run(SKIPPED, should=False) == pytest.ExitCode.OK
     assert LINE not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments", [("-m", "not kernels"), ("there/test_suite.py",), ("-k", "other")], ids=" ".join)
-def test_runs_of_a_part_need_not_hold_it(arguments: tuple, run, capsys: pytest.CaptureFixture) -> None:
+def test_partial_runs_need_not_contain_every_suite(arguments: tuple, run, capsys: pytest.CaptureFixture) -> None:
     source = PASSING if "-m" in arguments or "-k" in arguments else OTHERS
     assert run(source, *arguments) == pytest.ExitCode.OK
     out = capsys.readouterr().out

@@ -47,7 +47,7 @@ __getattr__, __dir__ = attach(__name__, _WHERE)
 
 
 def _is_the_command() -> bool:
-    """Whether this process is the command line, which imports the networks where it needs them, and not for --help."""
+    """Return whether this process is the command line, which imports the networks where it needs them, not for --help."""
     if "widekernel_command" in sys.modules:
         return True
     # `python -m widekernel`: Python imports the package before it says so in sys.argv[0].

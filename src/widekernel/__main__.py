@@ -1,4 +1,4 @@
-"""``python -m widekernel``: the command line."""
+"""`python -m widekernel`: the command line."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Files that are either the old or the new version, whenever the machine stops."""
+"""Writing files so that they hold either the old or the new version, whenever the machine stops."""
 
 import hashlib
 import os
@@ -14,9 +14,9 @@ from widekernel.errors import WidekernelError
 def write_atomically(
     path: Path, write: Callable[[IO[bytes]], object], before_rename: Callable[[Path], object] | None = None
 ) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, force it to disk and rename it into place.
+    """Let `write` fill a temporary file beside `path`, force it to disk and rename it into place.
 
-    ``before_rename`` sees the complete temporary file. A failed write leaves ``path`` as it was and removes the
+    `before_rename` sees the complete temporary file. A failed write leaves `path` as it was and removes the
     temporary file.
     """
 
@@ -30,10 +30,10 @@ def write_atomically(
 def replace_atomically(
     path: Path, write: Callable[[Path], object], before_rename: Callable[[Path], object] | None = None
 ) -> None:
-    """Do what ``write_atomically`` does with a ``write`` that takes the path of the temporary file.
+    """Write like `write_atomically`, with a `write` that takes the path of the temporary file.
 
-    The new file can be read and written by whom the system's defaults allow, whatever ``write`` sets. Where ``path`` is
-    a link, the file behind it is replaced and not the link.
+    The new file has the system's default permissions, whatever `write` sets. If `path` is a link, the file behind it is
+    replaced, not the link.
     """
     path = path.resolve()
     temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}.{threading.get_ident()}")
@@ -41,21 +41,31 @@ def replace_atomically(
         temporary.touch()
         mode = temporary.stat().st_mode
         write(temporary)
-        temporary.chmod(mode)  # safetensors makes files that nobody else may read
+        temporary.chmod(mode)  # safetensors creates files that only their owner may read
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         if before_rename is not None:
             before_rename(temporary)
         temporary.replace(path)
     except BaseException:
-        with suppress(OSError):  # where nothing could be written, nothing is left to remove
+        with suppress(OSError):  # if nothing could be written, there is nothing to remove
             temporary.unlink()
         raise
     sync_folder(path.parent)
 
 
+def write_file(path: Path, content: bytes) -> None:
+    """Write `content` to the file `path` as `write_atomically` does.
+
+    Raises:
+        WidekernelError: it cannot be written.
+    """
+    with explained(path):
+        write_atomically(path, lambda file: file.write(content))
+
+
 def sync_folder(folder: Path) -> None:
-    """Force a rename in ``folder`` to disk, on systems where folders can be opened."""
+    """Force a rename in `folder` to disk, on systems where folders can be opened."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -65,7 +75,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """Hexadecimal SHA-256 digest of a file."""
+    """Return the SHA-256 digest of a file in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
@@ -74,14 +84,14 @@ def sha256_of(path: Path) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    """Why a file could not be written: the system's reason where there is one, also behind torch's own error."""
+    """Return the reason why a file could not be written: the system's, even behind an error of torch, if there is one."""
     cause = error if isinstance(error, OSError) else error.__context__ or error
     return getattr(cause, "strerror", None) or str(cause)
 
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Within the block, a system error becomes a ``WidekernelError`` that names ``path`` and the reason."""
+    """Restate a system error that the block raises as a `WidekernelError` that names `path` and the reason."""
     try:
         yield
     except OSError as error:

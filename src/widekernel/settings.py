@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -51,8 +51,26 @@ def require_finite(settings: Any, section: str) -> None:
         require(ok, f"{section}.{field.name}", value, "finite")
 
 
-def require_literals(settings: Any) -> None:
-    """Raise unless each field that is annotated with a `Literal` holds one of its choices."""
+def require_literals(settings: Any, section: str = "") -> None:
+    """Raise unless each field that is annotated with a `Literal` holds one of its choices; names start with `section`."""
     for name, kind in get_type_hints(type(settings)).items():
         if get_origin(kind) is Literal:
-            require_one_of(name, getattr(settings, name), get_args(kind))
+            require_one_of(f"{section}.{name}" if section else name, getattr(settings, name), get_args(kind))
+
+
+def flatten(settings: Mapping[str, Any], whole: Collection[str] = (), prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by dotted key, such as `optimizer.lr`.
+
+    Args:
+        settings: nested settings; an empty mapping is a value of its own, and tuples become lists.
+        whole: dotted keys of mappings that are values of their own.
+        prefix: of all keys.
+    """
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and value and key not in whole:
+            flat.update(flatten(value, whole, f"{key}."))
+        else:
+            flat[key] = list(value) if isinstance(value, tuple) else value
+    return flat

@@ -1,6 +1,6 @@
-"""Where the command ``widekernel`` starts: outside the package, so that ``--help`` need not import PyTorch and the networks.
+"""The entry point of the command `widekernel`, outside the package so that `--help` imports neither PyTorch nor networks.
 
-``import widekernel`` registers its networks with timm. When this package is there first, it leaves that to the commands.
+`import widekernel` registers its networks with timm, unless this package was imported before: then the commands do so.
 """
 
 

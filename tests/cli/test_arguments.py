@@ -1,4 +1,4 @@
-"""Clumsy and hostile arguments: one clear message, exit code 2, nothing trained."""
+"""Wrong arguments: one clear message, exit code 2, and nothing is trained."""
 
 import subprocess
 import sys
@@ -6,6 +6,8 @@ import sys
 import pytest
 
 from widekernel.cli.main import main
+from widekernel.cli.parsing import parse, parse_given
+from widekernel.cli.train import make_parser
 
 DIGITS = ["--data.name", "digits", "--model.name", "test_resnet", "--data.workers", "0"]
 
@@ -52,7 +54,7 @@ DIGITS = ["--data.name", "digits", "--model.name", "test_resnet", "--data.worker
         (["train"], ["data.root is not set"]),
         (["eval"], ["source"]),
         (["eval", "nowhere"], ["nowhere does not exist"]),
-        (["eval", "."], ["no run folder"]),
+        (["eval", "."], ["not a run folder"]),
         (["eval", "nowhere", "--weights", "swa"], ["swa"]),
         (["fold", "nowhere", "--output", "x.pth"], [".safetensors"]),
         (["models", "slok"], ["'slok'"]),
@@ -106,7 +108,7 @@ def test_unwritable_output(tmp_path, capsys):
     assert "cannot be written" in capsys.readouterr().err
 
 
-def test_foreign_folder_is_not_taken_over(tmp_path, capsys):
+def test_a_folder_of_something_else_is_refused(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     assert main(["train", *DIGITS, "--output", str(tmp_path)]) == 2
     assert "without its config.yaml" in capsys.readouterr().err
@@ -147,3 +149,17 @@ def test_importing_the_package_stays_cheap():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+def test_given_values_are_those_of_the_command_line():
+    arguments = ["--optimizer.lr", "1", "--config", "a.yaml", "--config", "b.yaml", "--model.args.depth", "3"]
+    given = parse_given(make_parser(), arguments)
+    assert given == {"optimizer": {"lr": 1.0}, "config": ["a.yaml", "b.yaml"], "model": {"args": {"depth": 3}}}
+
+
+def test_arguments_of_a_model_add_to_those_of_a_layer_or_replace_them():
+    layer = {"model": {"args": {"depth": 3}}, "optimizer": {"lr": 2}}
+    values = parse(make_parser(), ["--model.args.width", "4", "--optimizer.eps", "1"], [layer])
+    assert values["model"]["args"] == {"depth": 3, "width": 4}
+    assert (values["optimizer"]["lr"], values["optimizer"]["eps"]) == (2.0, 1.0)
+    assert parse(make_parser(), ["--model.args", "{}"], [layer])["model"]["args"] == {}

@@ -88,7 +88,7 @@ def test_nothing_is_timed_if_the_operator_is_wrong(tmp_path: Path, capsys, spoil
         ([*TINY, "--csv", "times.txt"], "csv is 'times.txt', but must be a .csv file"),
         ([*TINY, "--plot", "no/such/folder.png"], "must be in a folder that exists"),
         ([*TINY, "--roundz", "3"], "no option --roundz. Did you mean '--rounds'?"),
-        (["models", "slak_tinny"], "'slak_tinny', which is no registered model. Did you mean 'slak_tiny'?"),
+        (["models", "slak_tinny"], "'slak_tinny', which is not a registered model. Did you mean 'slak_tiny'?"),
         (["models", "slak_nano", "--modes", "fit"], "modes has 'fit'. It takes train, infer"),
         (["models", "slak_nano", "--size", "0"], "size is 0, but must be positive"),
         (["models"], "names is [], but must be at least one model"),

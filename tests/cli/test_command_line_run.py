@@ -30,7 +30,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """Red and green images, and one damaged file in each split."""
+    """Write red and green images, and one damaged file in each split."""
     root = tmp_path_factory.mktemp("images")
     generator = np.random.default_rng(0)
     for split, count in (("train", 13), ("val", 7)):
@@ -102,12 +102,12 @@ def test_evaluation_agrees_with_training(finished, capsys):
     assert from_file["top1"] == last["val_top1"]
 
 
-def test_evaluation_elsewhere(finished, images, capsys, tmp_path):
+def test_evaluation_of_a_model_file_outside_its_run(finished, images, capsys, tmp_path):
     shutil.copy(finished / "model.safetensors", tmp_path / "net.safetensors")
     assert main(["eval", str(tmp_path / "net.safetensors")]) == 2
     assert "data.root is not set" in capsys.readouterr().err
     shutil.copytree(images / "val" / "green", tmp_path / "data" / "val" / "green")
-    # the only class here is the model's first: it must be met by name
+    # the only class here is one of the model's two: it is matched by name
     subset = evaluate(capsys, tmp_path / "net.safetensors", "--data.root", tmp_path / "data", "--data.workers", "0")
     assert subset["images"] == 7
     (tmp_path / "data" / "val" / "green").rename(tmp_path / "data" / "val" / "blue")
@@ -137,7 +137,7 @@ def test_fold(finished, capsys, tmp_path):
     assert "--overwrite" in capsys.readouterr().err
     assert main(["fold", str(finished), "--output", str(output), "--overwrite", "--weights", "ema"]) == 0
     assert main(["fold", str(output), "--output", str(tmp_path / "twice.safetensors")]) == 2
-    assert "folded already" in capsys.readouterr().err
+    assert "already folded" in capsys.readouterr().err
 
 
 def test_a_wrong_fold_is_not_saved(finished, tmp_path, capsys, monkeypatch):
@@ -186,7 +186,7 @@ def test_damaged_model_file(finished, tmp_path, capsys):
         assert f"{name}.safetensors" in capsys.readouterr().err
 
 
-def test_checkpoint_of_an_official_kind(images, tmp_path, capsys):
+def test_a_checkpoint_in_an_official_layout(images, tmp_path, capsys):
     import timm
 
     import widekernel
@@ -214,7 +214,7 @@ def test_fine_tuning_starts_from_weights(finished, images, tmp_path):
     assert torch.allclose(before["head.fc.weight"], after["head.fc.weight"], atol=1e-6)
 
 
-def test_models_of_timm_can_be_trained_too(images, tmp_path, capsys):
+def test_models_of_timm_can_be_trained(images, tmp_path, capsys):
     config = write_config(tmp_path, images, model={"name": "test_resnet"}, ema={"decay": None})
     assert main(["train", "--config", str(config), "--output", str(tmp_path / "run")]) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

@@ -1,4 +1,4 @@
-"""The demo, shortened for the fast tests and whole for the slow ones."""
+"""The demo: shortened in the fast tests, complete in the slow ones."""
 
 import re
 
@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import widekernel
-from widekernel.cli import demo_course as demo
 from widekernel.cli import demo_picture, train
+from widekernel.cli import demo_run as demo
 from widekernel.cli.main import main
 from widekernel.tasks.assembly import build_model
 from widekernel.training.curves import draw_accuracy, draw_loss
@@ -19,7 +19,7 @@ pytest.importorskip("sklearn")
 
 @pytest.fixture
 def short(monkeypatch):
-    """Two epochs of a narrower network at half the resolution."""
+    """Shorten the demo to two epochs of a narrower network at half the resolution."""
 
     def shortened(arguments):
         changes = ["--schedule.epochs=2", "--schedule.warmup_epochs=0", "--data.input_size=32", "--loop.batch_size=64",
@@ -45,7 +45,7 @@ def test_demo(short, tmp_path, capsys):
         assert min(picture.size) > 800
     assert main(["demo", "--output", str(folder)]) == 0
     second = capsys.readouterr().out
-    assert "finished already" in second and "Trained" in first and "Trained" not in second
+    assert "already finished" in second and "Trained" in first and "Trained" not in second
     assert accuracies(second) == accuracies(first)
 
 
@@ -64,7 +64,7 @@ def test_demo_fails_if_the_forms_disagree(short, tmp_path, capsys, monkeypatch):
     assert "must agree" in capsys.readouterr().err
 
 
-def test_kernels_share_one_scale_and_networks_their_colour():
+def test_kernels_share_one_scale_and_networks_their_color():
     figure = Figure()
     top, bottom = figure.subfigures(2, 1)
     dense = build_model("slak_nano", 10, {}).eval()
@@ -88,6 +88,6 @@ def test_kernels_share_one_scale_and_networks_their_colour():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_whole_demo(seed, tmp_path, capsys):
+def test_complete_demo(seed, tmp_path, capsys):
     assert main(["demo", "--output", str(tmp_path / "demo"), "--seed", str(seed)]) == 0
     assert float(accuracies(capsys.readouterr().out)[0]) >= 98.0

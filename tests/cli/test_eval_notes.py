@@ -1,10 +1,10 @@
-"""What evaluation says about the data and about what it assumed of the weights."""
+"""The notes of an evaluation on the data, and on what it assumed about the weights."""
 
 import pytest
 import torch
 from PIL import Image
 
-from widekernel.cli.evaluating import evaluate_on
+from widekernel.cli.evaluation import evaluate_on
 from widekernel.cli.options import EvalOptions
 from widekernel.data import DataConfig, Preprocessing
 from widekernel.tasks.saved import SavedModel
@@ -18,7 +18,7 @@ def test_notes_of_an_evaluation(tmp_path, capsys, names):
         (tmp_path / "val" / name / "x.xml").write_text("x")
 
     class Reads(torch.nn.Module):
-        """Output number shade/60, which is the place of the number among the numbers."""
+        """A network whose largest output is number brightness / 60."""
 
         def forward(self, images):
             return torch.nn.functional.one_hot((images[:, 0, 4, 4] * 255 / 60).round().long(), 4).float()

@@ -1,4 +1,4 @@
-"""Help and version: quick, and with a word about every option."""
+"""Help and version: fast, and with a text for every option."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def parsers() -> Iterator[tuple[str, jsonargparse.ArgumentParser]]:
 
 
 @pytest.mark.parametrize(("name", "parser"), list(parsers()), ids=lambda value: value if isinstance(value, str) else "")
-def test_no_option_without_help(name: str, parser: jsonargparse.ArgumentParser) -> None:
+def test_every_option_has_help(name: str, parser: jsonargparse.ArgumentParser) -> None:
     """Explanations of settings come from docstrings, which jsonargparse reads with docstring-parser."""
     actions = [action for action in parser._actions if action.help != "==SUPPRESS=="]
     assert actions
@@ -67,5 +67,5 @@ def test_the_package_runs_as_a_program() -> None:
     assert "widekernel.cli.main" in imported and not imported & set(HEAVY)
 
 
-def test_the_variable_in_the_help_of_tune_is_the_one_that_is_read() -> None:
+def test_the_help_of_tune_names_the_variable_that_is_read() -> None:
     assert tune.VARIABLE == tuning_tables.VARIABLE

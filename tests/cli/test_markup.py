@@ -1,4 +1,4 @@
-"""Nothing that a user names is read as the console's markup."""
+"""No text from the user is read as markup of the console."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ FILES = sorted(Path(widekernel.cli.__file__).parent.glob("*.py"))
 
 
 @pytest.mark.parametrize("text", TEXTS)
-@pytest.mark.parametrize("make", [console.results, console.progress_console, console.for_tables])
-def test_text_is_printed_as_it_is(make, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("make", [console.result_console, console.progress_console, console.table_console])
+def test_text_is_not_read_as_markup(make, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     table = Table("column", title=text, caption=text)
     table.add_row(text)
     page = make()
@@ -35,7 +35,7 @@ def test_text_is_printed_as_it_is(make, text: str, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_bars_show_text_as_it_is(text: str) -> None:
+def test_progress_bars_do_not_read_markup(text: str) -> None:
     page = Console(width=200, file=io.StringIO(), markup=False, emoji=False)
     reporter = console.ConsoleReporter(page)
     reporter.start_evaluation(3, text)
@@ -46,8 +46,8 @@ def test_bars_show_text_as_it_is(text: str) -> None:
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
-def test_the_console_is_made_in_one_place(file: Path) -> None:
-    """Elsewhere a console, a column of text or a text with markup could read what a user names."""
+def test_consoles_are_created_in_one_place(file: Path) -> None:
+    """A console, text column or text created elsewhere might read a user's text as markup."""
     tree = ast.parse(file.read_text())
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     names = {node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "") for node in calls}
@@ -60,7 +60,9 @@ def test_the_console_is_made_in_one_place(file: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", ["run[exp]", "x [/c]"])
-def test_complexity_of_a_file_in_such_a_folder(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_complexity_of_a_file_in_a_folder_named_like_markup(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / folder).mkdir(parents=True)
     path = tmp_path / folder / "m.safetensors"
     preprocessing = Preprocessing(32, (0.5,) * 3, (0.5,) * 3, "bilinear", 1.0)

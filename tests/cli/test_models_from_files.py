@@ -1,4 +1,4 @@
-"""What `eval` and `fold` take as a model, and the options that go with each kind."""
+"""The kinds of models that `eval` and `fold` accept, and the options of each kind."""
 
 import json
 
@@ -21,7 +21,7 @@ SAVED = SavedModel(
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """One network as an official checkpoint, a described file and a training state, and images."""
+    """Write one network as an official checkpoint, a described file and a training state, and images."""
     folder = tmp_path_factory.mktemp("files")
     torch.manual_seed(0)
     model = build_model("slak_nano", 2, ARGS)

@@ -1,4 +1,4 @@
-"""Paths with what a shell would expand, and what none would."""
+"""Paths with parts that a shell would expand, and with parts that none would."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from widekernel.cli.main import main
 from widekernel.cli.paths import PATHS
 from widekernel.cli.train import parse_config
 from widekernel.data import DataConfig, open_split
-from widekernel.data.paths import expanded
+from widekernel.data.paths import expand_path
 from widekernel.errors import ConfigError
 
 
@@ -28,28 +28,28 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_expanded(home: Path) -> None:
-    assert expanded("k", "~") == str(home)
-    assert expanded("k", "~/runs/a") == f"{home}/runs/a"
-    assert expanded("k", "$SCRATCH_X/[a] b") == "/scratch/x y/[a] b"
-    assert expanded("k", "a/${SCRATCH_X}b") == "a//scratch/x yb"
+def test_expansion_of_home_and_variables(home: Path) -> None:
+    assert expand_path("k", "~") == str(home)
+    assert expand_path("k", "~/runs/a") == f"{home}/runs/a"
+    assert expand_path("k", "$SCRATCH_X/[a] b") == "/scratch/x y/[a] b"
+    assert expand_path("k", "a/${SCRATCH_X}b") == "a//scratch/x yb"
     for text in ("a~", "./~/b", "~nobody-of-that-name/x", "cost$", "$1", "%s", "{y}", "a[b"):
-        assert expanded("k", text) == text
+        assert expand_path("k", text) == text
 
 
-def test_a_name_that_exists_is_taken_as_it_is(home: Path) -> None:
+def test_an_existing_name_is_not_expanded(home: Path) -> None:
     (home / "$SCRATCH_X").mkdir()
     (home / "~").mkdir()
-    assert expanded("k", "$SCRATCH_X") == "$SCRATCH_X"
-    assert expanded("k", "~") == "~"
+    assert expand_path("k", "$SCRATCH_X") == "$SCRATCH_X"
+    assert expand_path("k", "~") == "~"
 
 
 def test_an_unset_variable_is_named(home: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"output is '\$SCRTCH_X/a', but the variable SCRTCH_X is not set\. Set and"
     ) as error:
-        expanded("output", "$SCRTCH_X/a")
-    assert "SCRATCH_X" not in str(error.value)  # variables of other programs are nobody's business
+        expand_path("output", "$SCRTCH_X/a")
+    assert "SCRATCH_X" not in str(error.value)  # other variables are not revealed
     for config, key in (
         (DataConfig(root="$SCRTCH_X"), "data.root"),
         (DataConfig(root="$SCRTCH_X", name="torch/cifar10"), "data.root"),
@@ -61,7 +61,7 @@ def test_an_unset_variable_is_named(home: Path) -> None:
 
 @pytest.mark.parametrize("name", ["$SCRTCH_X", "~", "$SCRATCH_X"])
 @pytest.mark.parametrize("ending", ["", ".tar"])
-def test_a_split_of_that_very_name_below_the_root(name: str, ending: str, home: Path) -> None:
+def test_an_existing_split_is_not_expanded(name: str, ending: str, home: Path) -> None:
     plant(home / "tree", ["cat/1.png", "dog/1.png"])
     (home / "root").mkdir()
     place = home / "root" / f"{name}{ending}"
@@ -79,7 +79,7 @@ def test_a_split_with_a_variable(home: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert len(open_split(config, "train")) == 2
 
 
-def test_in_files_and_flags_alike(home: Path) -> None:
+def test_files_and_options_are_expanded_alike(home: Path) -> None:
     (home / "c.yaml").write_text("data:\n  root: ~/images\nmodel:\n  weights: ${SCRATCH_X}/w.pth\noutput: $HOME/run\n")
     config = parse_config(["--config=~/c.yaml"])
     assert (config.data.root, config.model.weights) == (f"{home}/images", "/scratch/x y/w.pth")
@@ -89,8 +89,8 @@ def test_in_files_and_flags_alike(home: Path) -> None:
     assert config.model.args == {"pattern": "~/x"}
 
 
-def test_every_option_that_is_a_path_is_known_as_one() -> None:
-    """Whatever says that it is a file or folder is expanded."""
+def test_every_option_that_is_a_path_is_expanded() -> None:
+    """Every option whose help text speaks of a file or folder is expanded."""
     words = ("file to", "file for", "file of", "file with", " file:", "folder,", "folder;", "run folder", "folder that")
     for command, parser in parsers():
         for action in parser._actions:
@@ -103,21 +103,21 @@ def test_every_option_that_is_a_path_is_known_as_one() -> None:
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="file systems there take UTF-8 only")
-def test_names_that_are_no_text_are_printed_as_they_are(tmp_path: Path) -> None:
+def test_file_names_that_are_not_text_are_printed_as_bytes(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "widekernel", "eval", os.fsencode(tmp_path) + b"/caf\xe9[/b]"]
     done = subprocess.run(command, capture_output=True, check=False)
     assert done.returncode == 2
     assert b"/caf\xe9[/b] does not exist" in done.stderr and b"Traceback" not in done.stderr
 
 
-def test_a_key_that_stands_twice_is_refused(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_duplicate_key_is_refused(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (home / "c.yaml").write_text("optimizer:\n  lr: 1e-3\n  eps: 1e-8\n  lr: 2e-3\n")
     assert main(["train", "--config", "c.yaml"]) == 2
-    assert "'lr' stands twice in one section, again in line 4" in capsys.readouterr().err
+    assert "'lr' occurs twice in one section, again in line 4" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", ["", " adam"])
-def test_a_section_that_holds_no_settings(value: str, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_section_without_settings_is_refused(value: str, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (home / "c.yaml").write_text(f"optimizer:{value}\n")
     assert main(["train", "--config", "c.yaml"]) == 2
     assert f"optimizer is {(value.strip() or None)!r}, but must hold settings: betas, clip_grad" in capsys.readouterr().err

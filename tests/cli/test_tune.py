@@ -237,7 +237,7 @@ def test_show_and_forget(tuned: Path, capsys, pretended) -> None:
     ("arguments", "message"),
     [
         ([], "names is [], but must be at least one model, or a case by --shape and --kernel"),
-        (["slak_tini"], "'slak_tini', which is no registered model. Did you mean 'slak_tiny'?"),
+        (["slak_tini"], "'slak_tini', which is not a registered model. Did you mean 'slak_tiny'?"),
         (["slak_nano", "--batch", "0"], "batch is 0, but must be positive"),
         (["slak_nano", "--batch", "many"], "batch"),
         (["slak_nano", "--size", "-1"], "size is -1, but must be positive"),

@@ -1,4 +1,4 @@
-"""Every kind of pixel is read with its full range, or refused with the true reason; no image takes memory without bound."""
+"""Every kind of pixel is decoded with its full range, or refused with the reason; no image takes unbounded memory."""
 
 import io
 import struct
@@ -11,11 +11,11 @@ from PIL import Image, features
 
 from widekernel.data import AugmentConfig, DataConfig, images
 from widekernel.data.images import UnreadableImageError, decode_image, to_rgb
-from widekernel.data.preprocess import MOST_ELONGATED, Preprocessing, middle
+from widekernel.data.preprocess import MOST_ELONGATED, Preprocessing, crop_elongated
 
 
 def decoded(content: bytes) -> list:
-    """The first row of the decoded image: a number where it is grey, else three."""
+    """Return the first row of the decoded image: one number for a gray pixel, else three."""
     image = decode_image(io.BytesIO(content))
     assert image.mode == "RGB"
     return [int(pixel[0]) if len(set(pixel.tolist())) == 1 else tuple(pixel.tolist()) for pixel in np.asarray(image)[0]]
@@ -31,8 +31,8 @@ def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def png(width: int, bits: int, colour: int, row: bytes, *extra: bytes) -> bytes:
-    header = struct.pack(">IIBBBBB", width, 1, bits, colour, 0, 0, 0)
+def png(width: int, bits: int, color: int, row: bytes, *extra: bytes) -> bytes:
+    header = struct.pack(">IIBBBBB", width, 1, bits, color, 0, 0, 0)
     parts = (chunk(b"IHDR", header), *extra, chunk(b"IDAT", zlib.compress(b"\0" + row)), chunk(b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
@@ -60,13 +60,13 @@ def tiff(width: int, photometric: int, bits: tuple, data: bytes, order="<", samp
 
 SIXTEEN = [0, 257, 32768, 65535]
 READ = {
-    "grey 1": (png(8, 1, 0, bytes([0b01010101])), [0, 255] * 4),
-    "grey 2": (png(4, 2, 0, bytes([0b00011011])), [0, 85, 170, 255]),
-    "grey 16": (png(4, 16, 0, struct.pack(">4H", *SIXTEEN)), [0, 1, 128, 255]),
-    "grey 16, transparent": (png(4, 16, 0, struct.pack(">4H", *SIXTEEN), chunk(b"tRNS", b"\xff\xff")), [0, 1, 128, 0]),
-    "grey and alpha 16": (png(2, 16, 4, struct.pack(">4H", 65535, 65535, 65535, 0)), [255, 0]),
-    "colour 16": (png(2, 16, 2, struct.pack(">6H", 65535, 0, 32768, 256, 256, 256)), [(255, 0, 128), 1]),
-    "colour, transparent": (
+    "gray 1": (png(8, 1, 0, bytes([0b01010101])), [0, 255] * 4),
+    "gray 2": (png(4, 2, 0, bytes([0b00011011])), [0, 85, 170, 255]),
+    "gray 16": (png(4, 16, 0, struct.pack(">4H", *SIXTEEN)), [0, 1, 128, 255]),
+    "gray 16, transparent": (png(4, 16, 0, struct.pack(">4H", *SIXTEEN), chunk(b"tRNS", b"\xff\xff")), [0, 1, 128, 0]),
+    "gray and alpha 16": (png(2, 16, 4, struct.pack(">4H", 65535, 65535, 65535, 0)), [255, 0]),
+    "color 16": (png(2, 16, 2, struct.pack(">6H", 65535, 0, 32768, 256, 256, 256)), [(255, 0, 128), 1]),
+    "color, transparent": (
         png(2, 8, 2, bytes([9, 8, 7, 1, 2, 3]), chunk(b"tRNS", struct.pack(">3H", 9, 8, 7))),
         [0, (1, 2, 3)],
     ),
@@ -84,7 +84,7 @@ READ = {
     "tiff 16, white is 0": (tiff(4, 0, (16,), struct.pack("<4H", *SIXTEEN)), [255, 254, 127, 0]),
     "tiff 12": (tiff(2, 1, (12,), bytes([0xFF, 0xF8, 0x00])), [255, 128]),
     "tiff 8, white is 0": (tiff(2, 0, (8,), bytes([0, 255])), [255, 0]),
-    "tiff colour 16": (tiff(1, 2, (16,) * 3, struct.pack("<3H", 65535, 32768, 0)), [(255, 128, 0)]),
+    "tiff color 16": (tiff(1, 2, (16,) * 3, struct.pack("<3H", 65535, 32768, 0)), [(255, 128, 0)]),
     "tiff cmyk": (tiff(2, 5, (8,) * 4, bytes([0, 0, 0, 0, 255, 0, 0, 0])), [255, (0, 255, 255)]),
     "tiff alpha": (tiff(2, 1, (8, 8), bytes([200, 255, 200, 0]), extra_samples=2), [200, 0]),
     "tiff multiplied alpha": (tiff(2, 1, (8, 8), bytes([200, 255, 0, 0]), extra_samples=1), [200, 0]),
@@ -96,13 +96,13 @@ READ = {
 
 
 @pytest.mark.parametrize("name", READ)
-def test_full_range(name):
+def test_decoding_keeps_the_full_range(name):
     content, expected = READ[name]
     assert decoded(content) == expected
 
 
-@pytest.mark.skipif(not features.check("littlecms2"), reason="this Pillow has no colour management")
-def test_lab():
+@pytest.mark.skipif(not features.check("littlecms2"), reason="this Pillow has no color management")
+def test_lab_images_become_rgb():
     white, black, red = (255, 0, 0), (0, 0, 0), (139, 80, 67)  # lightness from 0 to 255, a and b signed
     row = np.asarray(decode_image(io.BytesIO(tiff(3, 8, (8,) * 3, bytes([*white, *black, *red])))))[0].astype(int)
     assert row[0].min() >= 253
@@ -134,9 +134,9 @@ def test_modes_in_memory(mode):
         (b"PF\n1 1\n-1.0\n" + struct.pack("<3f", 1, 1, 1), "."),
         (b"Pf\n1 1\n-1.0\n" + struct.pack("<f", 1), "type F have no known range"),
     ],
-    ids=["float", "32", "signed 16", "signed 8", "colour pfm", "pfm"],
+    ids=["float", "32", "signed 16", "signed 8", "color pfm", "pfm"],
 )
-def test_unknown_ranges(content, reason):
+def test_pixels_of_unknown_range_are_refused(content, reason):
     with pytest.raises(UnreadableImageError, match=reason):
         decode_image(io.BytesIO(content))
 
@@ -175,15 +175,15 @@ def preprocessing(size: int) -> Preprocessing:
     return Preprocessing.resolve(config, {})
 
 
-def test_the_middle_is_taken():
+def test_only_the_middle_of_an_elongated_image_is_used():
     long = Image.fromarray(np.repeat(np.arange(1000, dtype=np.uint16)[None] // 4, 2, 0).astype(np.uint8))
-    cut = middle(long)
+    cut = crop_elongated(long)
     assert cut.size == (2 * MOST_ELONGATED, 2)
     assert np.array_equal(np.asarray(cut), np.asarray(long)[:, 500 - MOST_ELONGATED : 500 + MOST_ELONGATED])
-    assert middle(cut) is cut
+    assert crop_elongated(cut) is cut
 
 
-def test_squashed_images_are_taken_whole():
+def test_warped_images_are_used_completely():
     image = Image.fromarray(np.linspace(0, 255, 40_000).astype(np.uint8)[None].repeat(2, 0)).convert("RGB")
     result = preprocessing(384).eval_transform()(image)[0, 0]
     assert result[0] < 0.01 and result[-1] > 0.99

@@ -1,4 +1,4 @@
-"""The same tree means the same as a folder and as an archive, however it is wrapped."""
+"""A tree yields the same samples as a folder and as an archive, whatever folders lie around it."""
 
 import contextlib
 import pickle
@@ -17,7 +17,7 @@ from trees import described, opened, pack, plant, png, write_tar
 
 from widekernel.data import DataConfig, open_split, open_train_and_val
 from widekernel.data.images import UnreadableImageError
-from widekernel.data.tars import TarSource
+from widekernel.data.tar_source import TarSource
 from widekernel.errors import DataError
 from widekernel.tasks.fingerprint import fingerprint
 
@@ -57,7 +57,7 @@ def outcome(root, part):
         source = opened(root, part)
     except DataError as error:
         return type(error)
-    counts = source.listing.left_out
+    counts = source.listing.skipped
     return described(source), counts.endings, counts.outside
 
 
@@ -69,10 +69,10 @@ def outcome(root, part):
 )
 @example(paths=["a/1.png", "b/1.png", "c/x.txt"], complete=False, wrapper="split")
 @example(paths=["a/1.png", "b/1.png", "x.png"], complete=True, wrapper="split")
-def test_any_tree(tmp_path_factory, paths, complete, wrapper):
+def test_folders_and_archives_of_any_tree_agree(tmp_path_factory, paths, complete, wrapper):
     root = tmp_path_factory.mktemp("tree")
     plant(root / "split", free_of_conflicts(paths))
-    if complete:  # else a class without images is an error, in both forms
+    if complete:  # otherwise a class without images is an error, in both forms
         plant(root / "split", {f"{path.partition('/')[0]}/one.png" for path in paths if "/" in path})
     plant(root / "split", ["nsurelyn/1.png", "nsure too/1.png"])  # several classes
     expected = outcome(root, "split")
@@ -84,7 +84,7 @@ def test_any_tree(tmp_path_factory, paths, complete, wrapper):
 @pytest.mark.parametrize(
     "wrapper", [".", "train", "./train", "anything", "/home/me/train", "a/b/c", ".cache/x/train", "VAL"]
 )
-def test_wrappers(tmp_path, wrapper):
+def test_folders_around_the_classes_in_an_archive(tmp_path, wrapper):
     plant(tmp_path / "train", TREE)
     (tmp_path / "packed").mkdir()
     pack(tmp_path / "train", tmp_path / "packed" / "train.tar", wrapper)
@@ -94,7 +94,7 @@ def test_wrappers(tmp_path, wrapper):
     assert fingerprint(packed, packed) == fingerprint(folder, folder)
 
 
-def test_order_is_torchvisions(tmp_path):
+def test_the_order_is_that_of_torchvision(tmp_path):
     plant(tmp_path / "train", [name for name in TREE if not name.endswith("gif")])
     names, indices = find_classes(tmp_path / "train")
     expected = make_dataset(str(tmp_path / "train"), indices, extensions=(".png", ".jpg", ".jpeg", ".webp"))
@@ -104,7 +104,7 @@ def test_order_is_torchvisions(tmp_path):
     assert found == expected
 
 
-def test_one_class_in_a_named_wrapper(tmp_path):
+def test_one_class_in_a_folder_named_like_a_split(tmp_path):
     plant(tmp_path / "val", ["cat/images/1.png", "cat/images/2.png"])
     (tmp_path / "packed").mkdir()
     pack(tmp_path / "val", tmp_path / "packed" / "val.tar", "set/val")
@@ -158,7 +158,7 @@ def test_a_damaged_archive_in_an_archive_is_named(tmp_path):
         opened(tmp_path)
 
 
-def test_an_archive_in_an_archive_that_is_cut_short_is_named(tmp_path):
+def test_a_truncated_archive_in_an_archive_is_named(tmp_path):
     for name in ("cat", "dog"):
         write_tar(tmp_path / f"{name}.tar", [("1.png", png()), ("2.png", png())])
     members = [
@@ -172,13 +172,13 @@ def test_an_archive_in_an_archive_that_is_cut_short_is_named(tmp_path):
 
 @pytest.mark.parametrize("wrapper", ["train", ".", "any"])
 def test_archives_deeper_than_class_folders_are_left_out(tmp_path, wrapper):
-    plant(tmp_path / "train", ["a/1.png", "b/1.png", "b/in/notes.tar", "b/notes.TAR"])  # no archives in truth
+    plant(tmp_path / "train", ["a/1.png", "b/1.png", "b/in/notes.tar", "b/notes.TAR"])  # not really archives
     plant(tmp_path / "more", ["1.png", "x/2.png"])
     pack(tmp_path / "more", tmp_path / "train" / "a" / "orig.tar")
     (tmp_path / "packed").mkdir()
     pack(tmp_path / "train", tmp_path / "packed" / "train.tar", wrapper)
     assert outcome(tmp_path / "packed", "train") == outcome(tmp_path, "train")
-    assert opened(tmp_path / "packed").listing.left_out.endings == {".tar": 3}
+    assert opened(tmp_path / "packed").listing.skipped.endings == {".tar": 3}
     assert list(opened(tmp_path / "packed").names) == ["a/1.png", "b/1.png"]
 
 
@@ -201,7 +201,7 @@ def test_links_to_archives_that_stand_for_folders(tmp_path, target):
 
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("size", [-1, -512, -1024, -1536])
-def test_sizes_below_zero_are_damage(tmp_path, size, inside):
+def test_negative_sizes_are_refused(tmp_path, size, inside):
     header = tarfile.TarInfo("train/b/y.png" if not inside else "y.png")
     header.size = size
     write_tar(tmp_path / "one.tar", [("train/a/x.png", png())])
@@ -259,7 +259,7 @@ def test_links_to_folders_in_archives(tmp_path, target, link):
         opened(tmp_path)
 
 
-def test_broken_links_by_their_ending_no_images(tmp_path):
+def test_broken_links_without_the_ending_of_an_image_are_left_out(tmp_path):
     plant(tmp_path / "train", ["a/x.png", "b/y.png"])
     for link, target in (("b/note.txt", "/nowhere"), ("b/circle", "circle"), ("c", "../stock"), ("a/LICENSE", "/no/x.png")):
         (tmp_path / "train" / link).symlink_to(target)
@@ -267,7 +267,7 @@ def test_broken_links_by_their_ending_no_images(tmp_path):
     pack(tmp_path / "train", tmp_path / "packed" / "train.tar", "train")
     assert outcome(tmp_path / "packed", "train") == outcome(tmp_path, "train")
     source = opened(tmp_path / "packed")
-    assert source.listing.left_out.endings == {".txt": 1, "": 3}
+    assert source.listing.skipped.endings == {".txt": 1, "": 3}
     assert "4 of these are links that lead out of the archive or nowhere, such as " in source.notes[-1]
 
 
@@ -286,7 +286,7 @@ def test_sparse_members_are_unreadable_with_the_reason(tmp_path):
     assert source.load(1)[1] == 0
 
 
-def test_archives_can_be_sent_to_other_processes(tmp_path):
+def test_archives_can_be_pickled(tmp_path):
     plant(tmp_path / "train", TREE)
     pack(tmp_path / "train", tmp_path / "train.tar")
     source = TarSource(tmp_path / "train.tar")
@@ -294,7 +294,7 @@ def test_archives_can_be_sent_to_other_processes(tmp_path):
     assert described(pickle.loads(pickle.dumps(source))) == described(source)
 
 
-def test_names_are_compared_after_normalisation(tmp_path):
+def test_names_are_compared_after_normalization(tmp_path):
     composed, decomposed = (unicodedata.normalize(form, "pâté") for form in ("NFC", "NFD"))
     assert composed != decomposed
     plant(tmp_path / "train", [f"{composed}/x.png", "zoo/x.png", "pb/x.png"])
@@ -320,7 +320,7 @@ def test_damaged_archives_are_refused_or_read(tmp_path):
         content = bytearray(good)
         start = draw.choice(headers)
         content[start + draw.choice([draw.randrange(512), 124 + draw.randrange(12), 156, 157])] = draw.randrange(256)
-        if draw.random() < 0.8:  # a checksum that is right
+        if draw.random() < 0.8:  # a valid checksum
             header = content[start : start + 512]
             content[start + 148 : start + 156] = b"%06o\0 " % (256 + sum(header[:148]) + sum(header[156:]))
         (tmp_path / "train.tar").write_bytes(content)
@@ -337,7 +337,7 @@ def test_damaged_archives_are_refused_or_read(tmp_path):
 
 
 @pytest.mark.parametrize("error", [OverflowError("x"), ValueError("x"), MemoryError("x"), tarfile.HeaderError("x")])
-def test_every_error_of_the_archive_reader_is_told(tmp_path, monkeypatch, error):
+def test_every_error_of_the_archive_reader_becomes_a_data_error(tmp_path, monkeypatch, error):
     write_tar(tmp_path / "train.tar", [("a/x.png", png()), ("b/x.png", png())])
 
     def fail(_archive):

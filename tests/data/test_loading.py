@@ -17,7 +17,7 @@ from widekernel.data import (
     EvaluationSamples,
     LoaderOptions,
     Preprocessing,
-    Share,
+    Shard,
     TrainingLoader,
     TrainingSamples,
     evaluation_loader,
@@ -32,7 +32,7 @@ PREPROCESSING = Preprocessing(8, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), "bilinear", 1
 
 def training_loader(source, batch_size=4, workers=0, share=None, seed=1):
     samples = TrainingSamples(source, PREPROCESSING.train_transform(AugmentConfig()), seed)
-    return TrainingLoader(samples, LoaderOptions(batch_size, workers), share or Share())
+    return TrainingLoader(samples, LoaderOptions(batch_size, workers), share or Shard())
 
 
 def test_batches_depend_on_seed_and_epoch_only():
@@ -47,7 +47,7 @@ def test_batches_depend_on_seed_and_epoch_only():
     assert not torch.equal(first[0], next(iter(training_loader(source, seed=2).epoch(3))).images)
 
 
-def test_skipping_gives_the_rest_of_the_epoch():
+def test_skipping_batches_yields_the_rest_of_the_epoch():
     loader = training_loader(array_source(18))
     whole = [batch.images for batch in loader.epoch(0)]
     rest = [batch.images for batch in loader.epoch(0, skip=3)]
@@ -57,24 +57,24 @@ def test_skipping_gives_the_rest_of_the_epoch():
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_ranks_share_one_order(world_size):
-    ranks = [EpochBatches(50, 4, 0, Share(rank, world_size)) for rank in range(world_size)]
+    ranks = [EpochBatches(50, 4, 0, Shard(rank, world_size)) for rank in range(world_size)]
     batches = [list(rank) for rank in ranks]
     assert {len(part) for part in batches} == {50 // (4 * world_size)}
     seen = [key for part in batches for batch in part for key in batch]
     assert len(seen) == len(set(seen))
-    together = EpochBatches(50, 4 * world_size, 0, Share())
+    together = EpochBatches(50, 4 * world_size, 0, Shard())
     assert [[key for part in step for key in part] for step in zip(*batches, strict=True)] == list(together)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 @pytest.mark.parametrize("count", [1, 20, 23])
-def test_evaluation_gives_every_image_once(world_size, count):
+def test_evaluation_yields_every_image_once(world_size, count):
     source = array_source(count)
     source.targets = list(range(count))
     samples = EvaluationSamples(source, PREPROCESSING.eval_transform())
     seen = []
     for rank in range(world_size):
-        for batch in evaluation_loader(samples, LoaderOptions(4), Share(rank, world_size)):
+        for batch in evaluation_loader(samples, LoaderOptions(4), Shard(rank, world_size)):
             seen += batch.targets.tolist()
     assert sorted(seen) == list(range(count))
 
@@ -123,7 +123,7 @@ def test_unreadable_training_image_is_replaced_and_named(tmp_path, workers):
 
 def test_unreadable_evaluation_image_is_left_out_and_named(tmp_path):
     source = open_split(damaged_folder(tmp_path, ["val/cat/0.png"]), "val")
-    batches = list(evaluation_loader(EvaluationSamples(source, PREPROCESSING.eval_transform()), LoaderOptions(1), Share()))
+    batches = list(evaluation_loader(EvaluationSamples(source, PREPROCESSING.eval_transform()), LoaderOptions(1), Shard()))
     assert [batch.targets.tolist() for batch in batches] == [[], [1]]
     assert str(batches[0].unreadable[0]) == "cat/0.png: not an image of a known format"
 
@@ -152,7 +152,7 @@ def test_default_crop(size, shape, expected):
 
     preprocessing = Preprocessing.resolve(DataConfig(), {"input_size": (3, size, size)})
     assert preprocessing.crop_pct == expected
-    # the left edge is white: warping keeps it, a centre crop of a wide image cuts it off
+    # the left edge is white: warping keeps it, a center crop of a wide image cuts it off
     image = np.zeros((shape[1], shape[0], 3), dtype=np.uint8)
     image[:, :10] = 255
     output = preprocessing.eval_transform()(Image.fromarray(image))
@@ -179,7 +179,7 @@ def test_augmentation_policies_take_every_image(policy):
             assert transform(source.load(index % 3)[0]).shape == (3, 8, 8)
 
 
-def test_posterizing_to_no_bits_is_black():
+def test_posterizing_to_zero_bits_is_black():
     from widekernel.data.preprocess import _posterize
 
     image = array_source(3).load(2)[0]
@@ -209,11 +209,11 @@ def test_unknown_augmentation_policy():
     ],
 )
 def test_values_out_of_range(kind, options, key):
-    with pytest.raises(ConfigError, match=f"{key} is .* must be"):
+    with pytest.raises(ConfigError, match=f"{key} .* must be"):
         kind(**options)
 
 
-def test_encoded_images_are_what_the_tests_think():
+def test_sample_images_have_the_formats_that_the_tests_expect():
     assert encoded()[:4] == b"\x89PNG"
 
 
@@ -269,7 +269,7 @@ def test_workers_survive_signals_while_they_start(number):
 
 
 class SlowToArrive:
-    """Takes its time to be unpickled, and so do the workers that are sent it to start."""
+    """A data set that is slow to unpickle, so that the workers that receive it start slowly."""
 
     def __getstate__(self):
         return {"seconds": 2}
@@ -307,5 +307,5 @@ def test_spawned_workers_survive_signals_while_they_start():
 
 
 @pytest.mark.slow
-def test_a_process_that_leaves_takes_its_workers_along():
+def test_workers_end_with_their_process():
     assert run_script("next(batches); print('leaving')").returncode == 0

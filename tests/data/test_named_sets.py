@@ -13,7 +13,7 @@ from widekernel.errors import DataError
 
 
 def fake(monkeypatch, name, **attributes):
-    """Let ``name`` of torchvision record its arguments instead of reading files."""
+    """Let the data set `name` of torchvision record its arguments instead of reading files."""
     calls = []
 
     def start(self, root, **options):
@@ -57,7 +57,7 @@ def test_sets_without_download(monkeypatch):
         open_split(DataConfig(name="torch/fer2013", root=".", download=True), "train")
 
 
-def test_sets_that_do_not_tell_their_classes(monkeypatch):
+def test_sets_without_class_names(monkeypatch):
     fake(monkeypatch, "PCAM")
     with pytest.raises(DataError, match="does not say which classes"):
         open_split(DataConfig(name="torch/pcam", root="."), "train")
@@ -72,7 +72,7 @@ def test_sets_that_do_not_tell_their_classes(monkeypatch):
         ("torch/flowers102", "train", r"data\.download true"),
     ],
 )
-def test_what_cannot_be_opened(name, split, message, tmp_path):
+def test_errors_in_opening_a_set(name, split, message, tmp_path):
     with pytest.raises(DataError, match=message):
         open_split(DataConfig(name=name, root=str(tmp_path), train_split=split), "train")
 

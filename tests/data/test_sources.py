@@ -26,7 +26,7 @@ def encoded(mode: str = "RGB", kind: str = "PNG", size: tuple[int, int] = (12, 9
 
 
 def fill(folder, layout):
-    """Write small images: {'train': {'cat': 3}} gives train/cat/0.png ... 2.png."""
+    """Write small images: {'train': {'cat': 3}} makes train/cat/0.png ... 2.png."""
     for split, classes in layout.items():
         for name, count in classes.items():
             (folder / split / name).mkdir(parents=True)
@@ -65,7 +65,7 @@ def test_folder_classes_are_alphabetical_in_folders_and_tars(tmp_path):
     assert targets == {"1/x.png": 0, "10/x.png": 1, "2/x.png": 2}
 
 
-def test_hidden_folders_and_stray_files_are_no_classes(tmp_path):
+def test_hidden_folders_and_stray_files_are_not_classes(tmp_path):
     config = fill(tmp_path, GOOD)
     (tmp_path / "train" / ".cache").mkdir()
     (tmp_path / "train" / "notes.txt").write_text("x")
@@ -84,7 +84,7 @@ def test_hidden_folders_and_stray_files_are_no_classes(tmp_path):
         (DataConfig(name="torch/cifar10", root="does/not/exist"), "data.download true"),
         (DataConfig(name="torch/cifar10"), "data.root is not set"),
         (DataConfig(name="tfds/cifar10", root="."), "streamed"),
-        (DataConfig(name=""), "no known data set"),
+        (DataConfig(name=""), "not a known data set"),
     ],
     ids=lambda value: value.name if isinstance(value, DataConfig) else None,
 )
@@ -165,7 +165,7 @@ def test_incomplete_tars(tmp_path, cut):
         open_split(DataConfig(root=str(tmp_path)), "train")
 
 
-def test_files_of_other_kinds_may_end_an_archive(tmp_path):
+def test_archives_may_end_with_other_kinds_of_members(tmp_path):
     pack(tmp_path / "train.tar", ["train/a/x.png", "train/notes.txt", "train/more.txt"])
     assert len(open_split(DataConfig(root=str(tmp_path)), "train")) == 1
 
@@ -200,7 +200,7 @@ def test_class_folders_may_be_links(tmp_path):
 
 
 class Reader:
-    """What timm's readers of named data sets look like: an open file and a label."""
+    """A reader like timm's for named data sets: its items are an open file and a label."""
 
     def __init__(self, contents):
         self.contents = contents
@@ -284,7 +284,7 @@ def test_16_bit_images_keep_their_range():
 
 
 def huge_png() -> bytes:
-    """A valid header of 40,000 × 40,000 pixels in a few bytes."""
+    """Return a PNG file of a few bytes whose valid header states 40,000 × 40,000 pixels."""
     header = struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0)
     chunks = b"".join(
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -304,7 +304,7 @@ def float_tiff() -> bytes:
     [b"", b"hello", encoded()[:60], encoded(kind="JPEG")[:200], huge_png(), float_tiff(), b"GIF89a"],
     ids=["empty", "text", "truncated png", "truncated jpeg", "huge", "float", "gif header"],
 )
-def test_undecodable_content_has_one_error(content):
+def test_undecodable_content_raises_one_kind_of_error(content):
     with pytest.raises(UnreadableImageError):
         decode_image(io.BytesIO(content))
 
@@ -324,7 +324,7 @@ def test_every_error_of_a_decoder_is_an_unreadable_image(error, monkeypatch):
         decode_image(io.BytesIO(encoded()))
 
 
-def test_random_damage_never_escapes():
+def test_random_damage_raises_no_other_error():
     generator = np.random.default_rng(1)
     for kind in ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM", *AVIF, "DDS"):
         content = encoded(kind=kind)

@@ -1,4 +1,4 @@
-"""Which files are images, what is clutter, what is left out and said, and what is no set of classes."""
+"""Which files are images or clutter, which ones are skipped with a note, and which folders are not classes."""
 
 import io
 import os
@@ -20,13 +20,13 @@ TWO = ["cat/1.png", "dog/1.png"]
 
 
 def both(tmp_path):
-    """The split as a folder and as an archive of it."""
+    """Return the split as a folder and as an archive."""
     (tmp_path / "packed").mkdir()
     pack(tmp_path / "train", tmp_path / "packed" / "train.tar", "train")
     return opened(tmp_path), opened(tmp_path / "packed")
 
 
-def test_endings_of_pixels_only():
+def test_only_endings_of_pixel_formats_count():
     endings = image_endings()
     assert {
         ".png",
@@ -96,28 +96,28 @@ def test_formats_that_need_other_programs_are_not_tried(monkeypatch):
     ["cat/._1.png", "cat/.ipynb_checkpoints/1-checkpoint.png", ".ipynb_checkpoints/1.png", "__MACOSX/cat/1.png",
      "cat/Thumbs.db", "cat/desktop.ini", "cat/a/b/.hidden/c/1.png", "._cat", "cat/@eaDir/1.png/M.jpg", ".DS_Store"],
 )  # fmt: skip
-def test_clutter_is_passed_over_silently(tmp_path, path):
+def test_clutter_is_ignored_silently(tmp_path, path):
     plant(tmp_path / "train", [*TWO, path])
     for source in both(tmp_path):
         assert (list(source.names), source.class_names, source.notes) == (TWO, ("cat", "dog"), ())
 
 
-def test_names_that_are_no_clutter():
+def test_names_that_are_not_clutter():
     assert not any(is_clutter(name) for name in ("a.b", "thumbs", "_cat", "lost", "macosx", "~cat"))
 
 
-def test_what_is_left_out_is_counted_and_said(tmp_path):
+def test_skipped_files_are_counted_in_a_note(tmp_path):
     plant(tmp_path / "train", [*TWO, "cat/notes.txt", "cat/deep/more.txt", "dog/LICENSE", "1.png", "list.csv"])
     for source in both(tmp_path):
         assert list(source.names) == TWO
         by_ending, outside = source.notes
         assert "4 file(s) left out" in by_ending
         assert "2 .txt" in by_ending and "1 .csv" in by_ending and "1 without an ending" in by_ending
-        assert "1 image(s) left out, which lie in no class folder, such as 1.png" in outside
+        assert "1 image(s) left out, which lie outside the class folders, such as 1.png" in outside
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes here")
-def test_pipes_are_no_images(tmp_path):
+def test_pipes_are_not_images(tmp_path):
     plant(tmp_path / "train", TWO)
     os.mkfifo(tmp_path / "train" / "cat" / "waits.png")
     (tmp_path / "train" / "dog" / "endless.png").symlink_to("/dev/zero")
@@ -127,7 +127,7 @@ def test_pipes_are_no_images(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
-def test_names_that_are_no_text(tmp_path):
+def test_file_names_that_are_not_text(tmp_path):
     names = [b"caf\xe9", b"two\nlines", b" space ", "日本 🐈".encode(), b"[red]x[c]", b"%s"]
     for name in names:
         folder = os.path.join(os.fsencode(tmp_path / "train"), name)  # noqa: PTH118 - bytes
@@ -156,7 +156,7 @@ def test_names_that_are_no_text(tmp_path):
         (["batch.zip"], "no class folders.* It holds batch.zip"),
     ],
 )
-def test_trees_that_are_no_classes(tmp_path, paths, message):
+def test_trees_without_classes_are_refused(tmp_path, paths, message):
     for split in ("train", "val"):
         plant(tmp_path / split, paths)
     with pytest.raises(DataError, match=message):
@@ -174,13 +174,13 @@ def test_trees_that_are_no_classes(tmp_path, paths, message):
         ),
     ],
 )
-def test_trees_that_are_questioned(tmp_path, paths, message):
+def test_suspicious_trees_get_a_note(tmp_path, paths, message):
     plant(tmp_path / "train", paths)
     for source in both(tmp_path):
         assert len(source.notes) == 1 and message in source.notes[0]
 
 
-def test_usual_trees_are_not_questioned(tmp_path):
+def test_usual_trees_get_no_note(tmp_path):
     plant(tmp_path / "train", ["n01/images/1.png", "n02/images/1.png"])
     assert opened(tmp_path).notes == ()
 
@@ -190,7 +190,7 @@ def test_one_class_may_be_evaluated(tmp_path):
     assert open_split(DataConfig(root=str(tmp_path)), "val").class_names == ("cat",)
 
 
-def test_the_same_images_twice(tmp_path):
+def test_held_out_images_that_are_the_training_images_get_a_note(tmp_path):
     plant(tmp_path / "train", TWO)
     train, _ = open_train_and_val(DataConfig(root=str(tmp_path), val_split="./train"))
     assert "the held-out images are the training images" in train.notes[0]
@@ -200,9 +200,9 @@ def test_the_same_images_twice(tmp_path):
     ("name", "mode", "message"),
     [("train.tar.gz", "w:gz", "compressed by gzip"), ("train.tgz", "w:gz", "`gunzip`"), ("train.tar.xz", "w:xz", "by xz"),
      ("train.tar.bz2", "w:bz2", "by bzip2"), ("train.tar", "w:gz", "train.tar is compressed by gzip"),
-     ("train", "w", "It is one, but is not named so")],
+     ("train", "w", "It is an archive, but its name must end in .tar")],
 )  # fmt: skip
-def test_archives_of_other_kinds(tmp_path, name, mode, message):
+def test_compressed_and_misnamed_archives_are_refused(tmp_path, name, mode, message):
     plant(tmp_path / "tree", TWO)
     with tarfile.open(tmp_path / name, mode) as archive:
         archive.add(tmp_path / "tree", ".")
@@ -218,7 +218,7 @@ def test_zip_archives(tmp_path, name):
         opened(tmp_path)
 
 
-def test_roots_that_are_something_else(tmp_path):
+def test_wrong_roots_are_explained(tmp_path):
     plant(tmp_path / "data" / "train", TWO)
     for root, part, message in (
         (tmp_path / "data" / "train", "train", f"seems to be a split itself: set --data.root {tmp_path / 'data'}"),
@@ -232,7 +232,7 @@ def test_roots_that_are_something_else(tmp_path):
             opened(root, part)
 
 
-def test_home_and_variables(tmp_path, monkeypatch):
+def test_home_and_variables_in_the_root_are_expanded(tmp_path, monkeypatch):
     plant(tmp_path / "data" / "train", TWO)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("WHERE", str(tmp_path / "data"))
@@ -242,10 +242,10 @@ def test_home_and_variables(tmp_path, monkeypatch):
         open_split(DataConfig(root="$NOWHERE/x"), "train")
     monkeypatch.chdir(tmp_path)
     plant(tmp_path / "~" / "train", ["a/1.png", "b/1.png", "c/1.png"])
-    assert len(open_split(DataConfig(root="~"), "train")) == 3  # a folder of that name goes before
+    assert len(open_split(DataConfig(root="~"), "train")) == 3  # an existing folder of that name takes precedence
 
 
-def test_folders_that_may_not_be_read(tmp_path, monkeypatch):
+def test_folders_without_permission_are_refused(tmp_path, monkeypatch):
     plant(tmp_path / "train", TWO)
     scandir = os.scandir
 
@@ -259,7 +259,7 @@ def test_folders_that_may_not_be_read(tmp_path, monkeypatch):
         opened(tmp_path)
 
 
-def test_hidden_files_of_an_archive_only(tmp_path):
+def test_archives_of_hidden_files_only_are_refused(tmp_path):
     write_tar(tmp_path / "train.tar", [("train/cat/._1.png", png()), ("train/__MACOSX/1.png", png())])
     with pytest.raises(DataError, match="holds no images"):
         opened(tmp_path)

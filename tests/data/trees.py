@@ -1,4 +1,4 @@
-"""Trees of small images, as folders and packed, for the tests of data sets."""
+"""Trees of small images, as folders and as archives, for the tests of data sets."""
 
 import io
 import tarfile
@@ -16,7 +16,7 @@ def png(shade: int = 0) -> bytes:
 
 
 def plant(root: Path, paths) -> Path:
-    """Write a file for each path, images all different; a path that ends in "/" is an empty folder."""
+    """Write a different image for each path; a path that ends in "/" becomes an empty folder."""
     for number, path in enumerate(sorted(paths)):
         place = root / path
         if path.endswith("/"):
@@ -34,7 +34,7 @@ def pack(folder: Path, archive: Path, arcname: str = ".") -> Path:
 
 
 def write_tar(archive: Path, members) -> Path:
-    """Write ``(name, contents)`` in their order: bytes, None for a folder, ("sym" | "hard", target) for links."""
+    """Write `(name, contents)` in their order: bytes, None for a folder, ("sym" | "hard", target) for links."""
     with tarfile.open(archive, "w") as tar:
         for name, contents in members:
             info = tarfile.TarInfo(name)
@@ -56,7 +56,7 @@ def opened(root: Path, part: str = "train"):
 
 
 def described(source):
-    """Classes, and for every sample its name, label and first pixel."""
+    """Return the classes, and the name, label and first pixel of every sample."""
     samples = []
     for index in range(len(source)):
         image, target = source.load(index)

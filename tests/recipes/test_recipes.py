@@ -2,22 +2,23 @@ import pytest
 import timm
 
 import widekernel  # noqa: F401 - registers the models
-from widekernel.cli.parsing import known_keys, settings_by_key
+from widekernel.cli.parsing import FREE_KEYS, known_keys
 from widekernel.cli.train import make_parser, parse_config
 from widekernel.errors import ConfigError
 from widekernel.recipes import list_recipes, load_recipe
+from widekernel.settings import flatten
 
 
 @pytest.mark.parametrize("name", list_recipes())
 def test_every_recipe_is_a_valid_configuration(name):
     recipe = load_recipe(name)
     known = known_keys(make_parser())
-    settings = settings_by_key(recipe.settings, known)
+    settings = flatten(recipe.settings, FREE_KEYS)
     assert settings.keys() <= known
     config = parse_config(["--recipe", name])
     assert timm.is_model(config.model.name)
     assert recipe.description.endswith(".")
-    flat = settings_by_key(config.to_dict(), known)
+    flat = flatten(config.to_dict(), FREE_KEYS)
     for key, value in settings.items():
         assert flat[key] == value, key
 
@@ -62,3 +63,12 @@ def test_the_configuration_of_a_run_can_be_used_again(tmp_path):
     config = parse_config(["--recipe", "slak_nano_digits", "--model.args.drop_path_rate=0.2", "--output", "x"])
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
     assert parse_config(["--config", str(tmp_path / "config.yaml")]) == config
+
+
+def test_printed_settings_are_a_file_for_the_same_run(tmp_path, capsys):
+    from widekernel.cli.main import main
+
+    arguments = ["--recipe", "slak_nano_digits", "--seed", "3", "--model.args.drop_path_rate=0.2"]
+    assert main(["train", *arguments, "--print_config"]) == 0
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    assert parse_config(["--config", str(tmp_path / "printed.yaml")]) == parse_config(arguments)

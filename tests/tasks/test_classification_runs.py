@@ -1,10 +1,10 @@
-"""Whole runs on a tiny network: what happens when the same call meets a folder that is not as it was left."""
+"""Complete runs of a tiny network, repeated on folders that have changed in between."""
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tests.tasks.images import make_images
 
 import widekernel
 from widekernel.data import AugmentConfig, DataConfig, Preprocessing
@@ -22,7 +22,7 @@ MODEL = "test_resnet"
 
 
 class Killed(BaseException):
-    """Stands for the process dying: nothing may catch it."""
+    """Simulates the death of the process: nothing may catch it."""
 
 
 class Listener(SilentReporter):
@@ -39,15 +39,7 @@ class Listener(SilentReporter):
 
 @pytest.fixture
 def images(tmp_path):
-    root = tmp_path / "images"
-    generator = np.random.default_rng(0)
-    for split, count in (("train", 8), ("val", 3)):
-        for name in ("a", "b"):
-            (root / split / name).mkdir(parents=True)
-            for index in range(count):
-                pixels = generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f"{index}.png")
-    return root
+    return make_images(tmp_path / "images", classes=("a", "b"))
 
 
 @pytest.fixture
@@ -91,7 +83,7 @@ def test_moved_images_are_the_same_images(make, images):
     assert not train(make(data=data)).was_finished
 
 
-def test_images_of_other_content_are_noticed(make, images):
+def test_images_with_changed_content_are_noticed(make, images):
     config = make()
     die_at(3, config)
     Image.new("RGB", (200, 100), (1, 2, 3)).save(images / "train" / "a" / "0.png")
@@ -99,7 +91,7 @@ def test_images_of_other_content_are_noticed(make, images):
         train(config)
 
 
-def test_what_the_data_leave_out_is_told(make, images):
+def test_skipped_files_are_reported(make, images):
     (images / "train" / "a" / "notes.txt").write_text("x")
     (images / "val" / "b" / "list.csv").write_text("x")
     listener = Listener(kill_at=1)
@@ -109,7 +101,7 @@ def test_what_the_data_leave_out_is_told(make, images):
     assert ["a/notes.txt" in told[0], "b/list.csv" in told[1], len(told)] == [True, True, 2]
 
 
-def test_a_classifier_of_other_classes_is_told(make, tmp_path):
+def test_a_classifier_of_other_classes_is_reported(make, tmp_path):
     path, preprocessing = tmp_path / "other.safetensors", Preprocessing.resolve(DataConfig(), {})
     save_model(build_model(MODEL, 2, {}), path, SavedModel(MODEL, {}, "training", 2, ("b", "c"), preprocessing))
     listener = Listener(kill_at=1)
@@ -137,7 +129,7 @@ def test_a_folder_in_use_is_refused(make):
         train(config)
 
 
-def test_resuming_needs_no_first_weights(make, tmp_path):
+def test_resuming_needs_no_initial_weights(make, tmp_path):
     model = classification.build_model(MODEL, 2, {})
     widekernel.save_checkpoint(model, tmp_path / "first.safetensors")
     config = make(model=ModelConfig(MODEL, weights=str(tmp_path / "first.safetensors")))
@@ -217,7 +209,7 @@ def test_an_empty_summary_is_explained(make):
 
 
 class Breaking(SilentReporter):
-    """Stands for whatever goes wrong before the first step."""
+    """Simulates any error before the first step."""
 
     def start_training(self, epochs, steps_per_epoch, first_step):
         raise Killed
@@ -243,8 +235,8 @@ def test_the_corrected_command_follows_a_first_attempt_that_failed(make, images,
     assert train(make()).summary["epochs"] == 2
 
 
-def test_a_run_killed_before_its_first_step_is_no_run(make, tmp_path):
-    """Nothing could be tidied up."""
+def test_a_run_killed_before_its_first_step_does_not_count(make, tmp_path):
+    """Such a run cannot clean up."""
     folder = RunFolder(tmp_path / "run")
     folder.prepare(make(schedule=ScheduleConfig(epochs=3, warmup_epochs=0)).to_dict())
     folder.begin()
@@ -269,7 +261,7 @@ def test_a_result_on_other_images_is_not_reported(make, images):
     assert again.was_finished and "did not note its code" in again.other_code
 
 
-def test_a_result_of_other_code_is_said_to_be_one(make, monkeypatch):
+def test_a_result_of_other_code_is_marked_as_such(make, monkeypatch):
     config = make()
     assert train(config).other_code == ""
     assert train(config).other_code == ""
@@ -279,14 +271,14 @@ def test_a_result_of_other_code_is_said_to_be_one(make, monkeypatch):
     assert f"widekernel {widekernel.__version__} (now 9.9)" in again.other_code
 
 
-def test_more_epochs_name_the_way_on(make):
+def test_more_epochs_are_refused_with_a_way_to_continue(make):
     result = train(make())
     with pytest.raises(RunFolderError, match=r"schedule\.epochs: 2 there, 3 now") as caught:
         train(make(schedule=ScheduleConfig(epochs=3, warmup_epochs=0)))
     assert f"--model.weights {result.folder.model}" in str(caught.value)
 
 
-def test_a_cut_off_model_is_written_again(make):
+def test_a_truncated_model_is_written_again(make):
     folder = train(make()).folder
     whole = folder.model.read_bytes()
     folder.model.write_bytes(whole[: len(whole) // 2])

@@ -6,11 +6,11 @@ from tests.training.tiny import array_source
 from torch import nn
 from torch.nn import functional as F
 
-from widekernel.data import EvaluationSamples, LoaderOptions, Preprocessing, Share, evaluation_loader
+from widekernel.data import EvaluationSamples, LoaderOptions, Preprocessing, Shard, evaluation_loader
 from widekernel.data.images import UnreadableImageError
 from widekernel.errors import CheckpointError, DataError
 from widekernel.tasks.assembly import build_model, choose_device
-from widekernel.tasks.class_order import class_order
+from widekernel.tasks.class_mapping import class_mapping
 from widekernel.tasks.evaluation import EvaluationOptions, evaluate
 from widekernel.tasks.saved import SavedModel, read_saved, restore_model, save_model
 from widekernel.training import Processes, TrainingError
@@ -19,7 +19,7 @@ PREPROCESSING = Preprocessing(8, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), "bilinear", 1
 
 
 class ByBrightness(nn.Module):
-    """Fixed logits of 7 classes that depend on the image, and a memory of its mode."""
+    """A network whose 7 logits depend on the brightness of the image; it records its mode."""
 
     def __init__(self, classes: int = 7) -> None:
         super().__init__()
@@ -35,15 +35,15 @@ def options(**changes):
     return EvaluationOptions(torch.device("cpu"), **{"max_unreadable": 0, **changes})
 
 
-def loader(source, batch_size=4, share=None):
+def loader(source, batch_size=4, shard=None):
     return evaluation_loader(
-        EvaluationSamples(source, PREPROCESSING.eval_transform()), LoaderOptions(batch_size), share or Share()
+        EvaluationSamples(source, PREPROCESSING.eval_transform()), LoaderOptions(batch_size), shard or Shard()
     )
 
 
 @pytest.mark.parametrize("classes", [3, 4, 7])
 @pytest.mark.parametrize("batch_size", [1, 4, 50])
-def test_figures_are_those_of_the_definition(classes, batch_size):
+def test_metrics_match_their_definitions(classes, batch_size):
     source, model = array_source(23), ByBrightness(classes).train()
     result = evaluate(model, loader(source, batch_size), options())
     assert model.training
@@ -69,7 +69,7 @@ def test_processes_together_count_every_image_once():
             return values
 
     for rank in range(3):
-        evaluate(model, loader(source, share=Share(rank, 3)), options(processes=Recording()))
+        evaluate(model, loader(source, shard=Shard(rank, 3)), options(processes=Recording()))
     right1, _, loss, images = torch.stack(parts).sum(0).tolist()
     assert images == 23
     assert 100 * right1 / 23 == pytest.approx(alone.top1)
@@ -82,14 +82,14 @@ def test_processes_ask_equally_often_whether_to_stop(count):
     for rank in range(3):
         processes = Processes(rank, 3)
         processes_options = options(processes=processes, stop=lambda rank=rank: bool(asked.append(rank)))
-        share = loader(array_source(count), share=processes.share)
-        with contextlib.suppress(DataError):  # a process without images, when none joins in
-            evaluate(ByBrightness(), share, processes_options)
+        shard = loader(array_source(count), shard=processes.shard)
+        with contextlib.suppress(DataError):  # a process without images, while no other takes part
+            evaluate(ByBrightness(), shard, processes_options)
     assert len({asked.count(rank) for rank in range(3)}) == 1
 
 
 class Unreliable:
-    """A source of which every third image cannot be read."""
+    """A data set of which every third image cannot be read."""
 
     def __init__(self, every: int = 3) -> None:
         self.inner, self.every = array_source(12), every
@@ -112,17 +112,17 @@ def test_unreadable_images_are_counted_apart():
     assert (result.images, result.unreadable) == (8, 4)
 
 
-def test_one_unreadable_image_too_many():
+def test_too_many_unreadable_images_are_an_error():
     with pytest.raises(TrainingError, match=r"more than data.max_unreadable \(3\). The first: image 0"):
         evaluate(ByBrightness(), loader(Unreliable()), options(max_unreadable=3))
 
 
-def test_nothing_readable_is_no_accuracy():
+def test_no_readable_image_is_an_error():
     with pytest.raises(DataError, match="None of the 12 images"):
         evaluate(ByBrightness(), loader(Unreliable(every=1)), options(max_unreadable=99))
 
 
-def test_stop_gives_no_result():
+def test_a_stopped_evaluation_has_no_result():
     assert evaluate(ByBrightness(), loader(array_source(12)), options(stop=lambda: True)) is None
 
 
@@ -133,23 +133,23 @@ def describe(names, **changes):
 
 def test_classes_are_matched_by_name():
     saved = describe(("a", "b", "c"))
-    assert class_order(saved, ("a", "b", "c")) is None
-    assert class_order(saved, ("c", "a")) == (2, 0)
-    assert class_order(describe(()), ("x", "y", "z")) is None
+    assert class_mapping(saved, ("a", "b", "c")) is None
+    assert class_mapping(saved, ("c", "a")) == (2, 0)
+    assert class_mapping(describe(()), ("x", "y", "z")) is None
     with pytest.raises(DataError, match="not trained on, such as 'd'"):
-        class_order(saved, ("a", "d"))
+        class_mapping(saved, ("a", "d"))
     with pytest.raises(DataError, match="2 classes, but slak_nano has 3 outputs"):
-        class_order(describe(()), ("x", "y"))
+        class_mapping(describe(()), ("x", "y"))
 
 
-def test_class_order_is_applied():
+def test_the_class_mapping_is_applied():
     source, model = array_source(21), ByBrightness(3)
     straight = evaluate(model, loader(source), options())
     with torch.no_grad():
         shuffled = ByBrightness(3)
         for name in ("weight", "bias"):
             getattr(shuffled.head, name).copy_(getattr(model.head, name)[[2, 0, 1]])
-    assert evaluate(shuffled, loader(source), options(class_order=(1, 2, 0))).top1 == straight.top1
+    assert evaluate(shuffled, loader(source), options(class_mapping=(1, 2, 0))).top1 == straight.top1
 
 
 @pytest.mark.parametrize("form", ["training", "folded"])
@@ -210,8 +210,8 @@ def test_devices():
             choose_device("cuda")
 
 
-def test_every_module_gets_its_own_mode_back():
-    """Frozen layers stay frozen in a network that is trained."""
+def test_the_mode_of_every_module_is_restored():
+    """Frozen layers of a network in training stay frozen."""
     model = nn.Sequential(nn.Sequential(nn.Flatten(), nn.BatchNorm1d(192)), ByBrightness()).train()
     model[0][1].eval()
     model[1].drop.eval()

@@ -1,4 +1,4 @@
-"""What a run knows of its data and settings, and what is said where they are not as they were."""
+"""What a run records about its data and settings, and the messages when they have changed."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
+from tests.tasks.images import make_images
 
 from widekernel.cli.main import main
 from widekernel.data import AugmentConfig, DataConfig, open_split
@@ -39,17 +38,6 @@ class Listener(SilentReporter):
             os.kill(os.getpid(), signal.SIGHUP)
 
 
-def make_images(root: Path, seed: int = 0) -> Path:
-    generator = np.random.default_rng(seed)
-    for split, count in (("train", 8), ("val", 3)):
-        for name in ("cat", "dog"):
-            (root / split / name).mkdir(parents=True)
-            for index in range(count):
-                pixels = generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f"{index}.png")
-    return root
-
-
 def config(output: Path | str, root: str, **changes: object) -> TrainConfig:
     settings: dict = {
         "model": ModelConfig("test_resnet"),
@@ -62,7 +50,7 @@ def config(output: Path | str, root: str, **changes: object) -> TrainConfig:
     return TrainConfig(output=str(output), **{**settings, **changes})
 
 
-def test_a_relative_root_means_the_same_from_everywhere(
+def test_a_relative_root_is_valid_from_any_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     (tmp_path / "here").mkdir()
@@ -91,17 +79,17 @@ def test_a_relative_root_means_the_same_from_everywhere(
 
 @pytest.fixture
 def hangs_up() -> Iterator[None]:
-    """Let SIGHUP be received, which whoever runs the tests with nohup has it ignored."""
+    """Restore the default handling of SIGHUP, which nohup ignores."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.usefixtures("hangs_up")
-def test_an_interrupted_run_says_so_and_takes_no_other_states(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_an_interrupted_run_is_reported_and_refuses_foreign_states(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     images = make_images(tmp_path / "d")
     run, other = tmp_path / "run", tmp_path / "other"
-    with pytest.raises(Interrupted) as stopped:  # by the end of the terminal
+    with pytest.raises(Interrupted) as stopped:  # by a closing terminal
         train(config(run, str(images)), Listener(stop_at=3))
     assert stopped.value.signal_number == signal.SIGHUP
     for command in (["eval", str(run)], ["fold", str(run)], ["complexity", str(run)], ["sparsify", str(run)]):
@@ -115,7 +103,7 @@ def test_an_interrupted_run_says_so_and_takes_no_other_states(tmp_path: Path, ca
     with pytest.raises(CheckpointError, match=r"label_smoothing: 0\.1 in the state, 0\.2 in the run"):
         train(config(other, str(images), label_smoothing=0.2))
     assert main(["eval", str(other)]) == 2 and "other settings" in capsys.readouterr().err
-    # a state whose digest file is lost is not called damaged
+    # a state without its digest file is not called damaged
     state = max((run / "checkpoints").glob("step-*.pt"))
     state.with_name(f"{state.name}.sha256").unlink()
     with pytest.raises(CheckpointError, match=rf"digest file {state.name}.sha256 is missing.*`sha256sum") as lost:
@@ -123,7 +111,7 @@ def test_an_interrupted_run_says_so_and_takes_no_other_states(tmp_path: Path, ca
     assert "damaged" not in str(lost.value)
 
 
-def test_a_class_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+def test_a_class_without_readable_images_is_reported(tmp_path: Path) -> None:
     images = make_images(tmp_path / "d")
     for path in (images / "train" / "dog").iterdir():
         path.write_bytes(b"damaged")
@@ -133,7 +121,7 @@ def test_a_class_that_cannot_be_read_is_told(tmp_path: Path) -> None:
     assert not any("class cat" in text for text in listener.messages)
 
 
-def test_a_folder_whose_name_is_no_text(tmp_path: Path, capsysbinary: pytest.CaptureFixture) -> None:
+def test_a_folder_whose_name_is_not_text(tmp_path: Path, capsysbinary: pytest.CaptureFixture) -> None:
     images = make_images(tmp_path / "d")
     run = tmp_path / os.fsdecode(b"run\xff")
     try:
@@ -175,23 +163,23 @@ def test_a_checkpoint_of_other_classes_gets_one_message(
         ({"mean": (0.0, 0.0)}, r"data\.mean .* three numbers, or null"),
     ],
 )
-def test_statistics_are_of_pixels_from_0_to_1(settings: dict, message: str) -> None:
+def test_statistics_must_be_for_pixels_from_0_to_1(settings: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         DataConfig(**settings)
 
 
-def test_two_numbers_on_the_command_line(capsys: pytest.CaptureFixture) -> None:
+def test_two_numbers_for_the_mean_are_refused(capsys: pytest.CaptureFixture) -> None:
     assert main(["train", "--data.mean", "[0,0]"]) == 2
     assert "three numbers, or null" in capsys.readouterr().err
 
 
-def test_a_root_that_has_no_effect_is_told() -> None:
+def test_a_root_without_effect_is_reported() -> None:
     pytest.importorskip("sklearn")
     assert any("data.root (d1) has no effect" in note for note in open_split(DataConfig("digits", "d1"), "val").notes)
     assert open_split(DataConfig("digits"), "val").notes == ()
 
 
-def test_workers_are_not_more_than_processors() -> None:
+def test_the_default_number_of_workers() -> None:
     assert DataConfig().workers == min(4, processors())
 
 
@@ -207,7 +195,7 @@ def test_an_ignored_hangup_stays_ignored() -> None:
 
 @pytest.mark.parametrize("rate", [3, -1, 1.0, "x"])
 @pytest.mark.parametrize("name", ["drop_rate", "drop_path_rate"])
-def test_shares_of_dropped_values(name: str, rate: object) -> None:
+def test_drop_rates_must_be_from_0_to_1(name: str, rate: object) -> None:
     from widekernel.tasks.assembly import build_model
 
     with pytest.raises(WidekernelError, match=f"{name}.*{rate}"):

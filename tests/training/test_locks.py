@@ -58,7 +58,7 @@ def test_workers_of_a_killed_process_do_not_keep_the_lock(tmp_path):
         process.stdout.close()
 
 
-def test_a_folder_that_cannot_be_locked(tmp_path):
+def test_a_folder_that_cannot_be_locked_is_refused(tmp_path):
     (tmp_path / ".lock").mkdir()
     refusal = pytest.raises(RunFolderError, match="cannot be locked against other processes: Is a directory")
     with refusal, RunFolder(tmp_path).locked():

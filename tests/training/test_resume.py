@@ -1,4 +1,4 @@
-"""An interrupted and resumed run is bit for bit the run that was never interrupted."""
+"""A run that is interrupted and resumed equals the uninterrupted run bit for bit."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from widekernel.training.metrics_log import read_metrics
 
 
 class Killed(BaseException):
-    """Stands for the process dying: nothing may catch it."""
+    """Simulates the death of the process: nothing may catch it."""
 
 
 class KillAt:
@@ -43,11 +43,11 @@ class KillAt:
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    """Final state and metrics of an uninterrupted run of 9 steps, 3 an epoch, one batch of each epoch left over."""
+    """Return the final state and metrics of an uninterrupted run: 9 steps, 3 per epoch, one batch left over in each."""
     trainer = make_trainer(make_config(tmp_path_factory.mktemp("reference")))
     trainer.run()
     assert trainer.progress.step == 9
-    return trainer.state(), read_metrics(trainer.around.folder.metrics)
+    return trainer.state(), read_metrics(trainer.context.folder.metrics)
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 4, 8, 9])
@@ -59,7 +59,7 @@ def test_killed_run_resumes_exactly(step, reference, tmp_path):
     resumed.run()
     state, rows = reference
     assert states_equal(resumed.state(), state)
-    assert read_metrics(resumed.around.folder.metrics) == rows
+    assert read_metrics(resumed.context.folder.metrics) == rows
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -93,7 +93,7 @@ def test_interrupt_during_evaluation_resumes_with_the_evaluation(reference, tmp_
     resumed = make_trainer(config)
     resumed.run()
     assert states_equal(resumed.state(), reference[0])
-    assert read_metrics(resumed.around.folder.metrics) == reference[1]
+    assert read_metrics(resumed.context.folder.metrics) == reference[1]
 
 
 def test_signal_to_another_process_is_called_sigterm(tmp_path):
@@ -102,7 +102,7 @@ def test_signal_to_another_process_is_called_sigterm(tmp_path):
             return True
 
     trainer = make_trainer(make_config(tmp_path))
-    object.__setattr__(trainer.around, "processes", Together())
+    object.__setattr__(trainer.context, "processes", Together())
     with pytest.raises(Interrupted) as caught:
         trainer.run()
     assert caught.value.signal_number == signal.SIGTERM
@@ -136,7 +136,7 @@ def test_damaged_latest_state_falls_back_and_says_so(reference, tmp_path):
     resumed.run()
     assert any("damaged" in text and latest.name in text for text in reporter.messages)
     assert states_equal(resumed.state(), reference[0])
-    assert read_metrics(resumed.around.folder.metrics) == reference[1]
+    assert read_metrics(resumed.context.folder.metrics) == reference[1]
 
 
 def test_changed_data_is_refused(tmp_path):
@@ -147,7 +147,7 @@ def test_changed_data_is_refused(tmp_path):
         make_trainer(config, source=array_source(48)).run()
 
 
-def test_training_leaves_no_gap_in_the_states(tmp_path):
+def test_the_latest_states_and_the_best_can_be_loaded(tmp_path):
     trainer = make_trainer(make_config(tmp_path))
     trainer.run()
     names = {path.name for path in trainer.store.folder.iterdir()}

@@ -1,4 +1,4 @@
-"""Whose a run folder is: nobody's until a first step is done."""
+"""A run folder belongs to a run once its first step is done."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def fail(folder: RunFolder, after_a_step: bool = False) -> None:
         raise KeyError
 
 
-def test_what_fails_before_its_first_step_leaves_nothing(tmp_path: Path) -> None:
+def test_a_run_that_fails_before_its_first_step_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyError):
         fail(RunFolder(tmp_path / "a" / "b" / "run"))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_of_somebody_stays_as_it_is(tmp_path: Path) -> None:
+def test_an_existing_folder_is_left_unchanged(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(KeyError):
         fail(RunFolder(tmp_path))
@@ -45,7 +45,7 @@ def test_a_run_that_has_begun_keeps_its_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("names", [[], ["step-00000000.pt", "step-00000000.pt.sha256"]])
-def test_other_settings_take_the_place_of_a_run_that_never_began(names: list[str], tmp_path: Path) -> None:
+def test_other_settings_replace_a_run_that_never_began(names: list[str], tmp_path: Path) -> None:
     first = RunFolder(tmp_path)
     first.prepare({"a": 1})
     first.begin()
@@ -68,19 +68,19 @@ def test_files_like_those_of_a_run_are_not_overwritten(tmp_path: Path) -> None:
         RunFolder(tmp_path).prepare({"a": 1})
 
 
-def test_how_to_go_on(tmp_path: Path) -> None:
+def test_how_to_continue(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    assert folder.how_to_go_on() == ""
+    assert folder.how_to_continue() == ""
     folder.checkpoints.mkdir()
     (folder.checkpoints / "step-00000007.pt").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"images was 3 and is 4\..* --model\.weights .*step-00000007\.pt"):
         folder.check_same_data({"images": 3}, {"images": 4})
     folder.model.write_bytes(b"")
-    assert f"--model.weights {folder.model}" in folder.how_to_go_on()
+    assert f"--model.weights {folder.model}" in folder.how_to_continue()
 
 
-def test_a_lock_on_a_file_that_was_removed_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The former holder removes the file between the opening and the locking of the next one."""
+def test_a_lock_on_a_removed_file_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The former holder removes the file after the next one opened it and before it locks it."""
     folder, real, calls = RunFolder(tmp_path), fcntl.flock, []
 
     def flock(descriptor: int, how: int) -> None:

@@ -73,7 +73,7 @@ def test_resuming_after_every_step_is_exact(kind: str, accumulate: int, tmp_path
     last = make_trainer(config)
     last.run()
     assert states_equal(last.state(), whole.state())
-    assert read_metrics(last.around.folder.metrics) == read_metrics(whole.around.folder.metrics)
+    assert read_metrics(last.context.folder.metrics) == read_metrics(whole.context.folder.metrics)
 
 
 def test_masks_hold_and_move_during_a_run(tmp_path) -> None:
@@ -87,7 +87,7 @@ def test_masks_hold_and_move_during_a_run(tmp_path) -> None:
     for name, mask in controller.masks.items():
         assert not weights[name][~mask].any() and not averages[name][~mask].any()
     assert set(controller.masks) == {"conv.weight", "head.weight"}
-    rows = read_metrics(trainer.around.folder.metrics)
+    rows = read_metrics(trainer.context.folder.metrics)
     assert rows[-1]["mask_updates"] == 8 and rows[-1]["sparsity"] == pytest.approx(0.5, abs=0.01)
     assert all("sparsity" in row for row in rows)
 
@@ -103,7 +103,7 @@ def test_learned_masks_leave_the_weights_and_move_the_logits(tmp_path) -> None:
     plain = trainer.sparsity.finished(trainer.model)
     assert list(plain.state_dict()) == list(TinyNet().state_dict())
     assert (plain.head.weight.view(-1, 4).count_nonzero(dim=1) <= 2).all()
-    assert read_metrics(trainer.around.folder.metrics)[-1]["mask_entropy"] > 0
+    assert read_metrics(trainer.context.folder.metrics)[-1]["mask_entropy"] > 0
 
 
 def test_a_run_cannot_change_its_sparsity(tmp_path) -> None:

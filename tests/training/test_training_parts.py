@@ -21,9 +21,9 @@ from widekernel.training import (
     TrainingError,
 )
 from widekernel.training.curves import save_curves
-from widekernel.training.loop import is_better
 from widekernel.training.metrics_log import MetricsLog, read_metrics
 from widekernel.training.optimization import create_optimizer, create_schedule
+from widekernel.training.progress import is_better
 
 
 @pytest.mark.parametrize("layer_decay", [None, 0.5])
@@ -41,7 +41,7 @@ def test_schedule_at_every_step(layer_decay):
             assert group["lr"] == pytest.approx(expected * group.get("lr_scale", 1.0), abs=1e-12)
 
 
-def test_weight_decay_spares_vectors_biases_and_what_the_model_names():
+def test_weight_decay_excludes_vectors_biases_and_names_of_the_model():
     model = TinyNet()
     optimizer = create_optimizer(model, OptimizerConfig(weight_decay=0.1))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -69,7 +69,7 @@ def test_optimizer_settings_reach_the_optimizer():
 
 
 def plain(tmp_path, **changes):
-    """No randomness besides the order of the images."""
+    """Return settings without randomness except the order of the images."""
     augment = AugmentConfig((1.0, 1.0), (1.0, 1.0), 0.0, 0.0, None, "bilinear", 0.0, mixup=0.0, cutmix=0.0)
     return make_config(tmp_path, augment=augment, ema=EmaConfig(), optimizer=OptimizerConfig(lr=0.01), **changes)
 
@@ -85,7 +85,7 @@ def test_accumulation_equals_one_large_batch(tmp_path):
         trainer = make_trainer(plain(tmp_path / name, loop=loop))
         torch.manual_seed(3)
         model = WithoutBatchStatistics()
-        trainer = type(trainer)(model, trainer.objective, trainer.loader, trainer.config, trainer.around)
+        trainer = type(trainer)(model, trainer.objective, trainer.loader, trainer.config, trainer.context)
         trainer.run()
         assert trainer.progress.step == 9  # 42 images: the last 6 of each epoch fill no group
         states.append(model.state_dict())
@@ -135,7 +135,7 @@ def test_clipping_bounds_the_gradient(tmp_path):
 def test_training_learns(tmp_path):
     trainer = make_trainer(plain(tmp_path, schedule=ScheduleConfig(epochs=12, warmup_epochs=1)))
     trainer.run()
-    assert read_metrics(trainer.around.folder.metrics)[-1]["val_top1"] > 90
+    assert read_metrics(trainer.context.folder.metrics)[-1]["val_top1"] > 90
 
 
 def test_bf16_trains(tmp_path):
@@ -170,7 +170,7 @@ def test_too_few_images(tmp_path):
         make_trainer(plain(tmp_path), source=array_source(11))
 
 
-def test_metrics_go_back_and_never_repeat(tmp_path):
+def test_metrics_can_be_cut_back_and_never_repeat(tmp_path):
     log = MetricsLog(tmp_path / "metrics.jsonl")
     log.truncate(0)
     for step in range(4):
@@ -192,7 +192,7 @@ def test_every_row_has_epoch_step_and_loss(tmp_path):
     log_step = trainer._log_step
     trainer._log_step = lambda loss: (losses.append(loss), log_step(loss))
     trainer.run()
-    rows = read_metrics(trainer.around.folder.metrics)
+    rows = read_metrics(trainer.context.folder.metrics)
     assert [(row["epoch"], row["step"]) for row in rows] == [(1, 2), (1, 3), (2, 4), (2, 6), (3, 8), (3, 9)]
     assert [row["step"] for row in rows if "val_top1" in row] == [3, 6, 9]
     spans = [(0, 2), (2, 3), (3, 4), (4, 6), (6, 8), (8, 9)]
@@ -201,7 +201,7 @@ def test_every_row_has_epoch_step_and_loss(tmp_path):
 
 
 @pytest.mark.parametrize("write", [lambda path: MetricsLog(path).append({}), lambda path: save_curves([], path)])
-def test_what_cannot_be_written_is_explained(tmp_path, write):
+def test_files_that_cannot_be_written_are_explained(tmp_path, write):
     (tmp_path / "blocked").mkdir()
     with pytest.raises(WidekernelError, match=r"blocked cannot be written: Is a directory\. Free some space"):
         write(tmp_path / "blocked")
@@ -219,7 +219,7 @@ def test_run_folder_names_the_differing_keys(tmp_path):
     assert "a.c" not in str(caught.value)
 
 
-def test_run_folder_lets_change_what_alters_no_result(tmp_path):
+def test_settings_that_alter_no_result_may_change(tmp_path):
     folder = RunFolder(tmp_path)
     config = make_config(tmp_path).to_dict()
     folder.prepare(config)

@@ -18,7 +18,7 @@ def small_state(value: float = 1.0):
 
 
 class PowerCut(BaseException):
-    """Stands for the machine stopping: nothing may catch it."""
+    """Simulates a power failure: nothing may catch it."""
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def store(tmp_path):
     return CheckpointStore(tmp_path / "checkpoints")
 
 
-def test_keeps_two_and_the_best(store):
+def test_the_last_two_states_and_the_best_are_kept(store):
     for step in (1, 2, 3, 4, 10):
         store.save(small_state(step), step, best_step=2)
     assert [path.name for path in store.paths()] == [f"step-{step:08d}.pt" for step in (2, 4, 10)]
@@ -61,14 +61,14 @@ def test_truncation_is_noticed(store, share):
         load_state(path)
 
 
-def test_all_damaged_is_an_error_not_a_fresh_start(store):
+def test_if_all_states_are_damaged_the_run_does_not_start_anew(store):
     for step in (1, 2):
         store.save(small_state(), step, None).write_bytes(b"")
     with pytest.raises(CheckpointError, match="None of the 2 training states"):
         store.load_latest()
 
 
-def test_missing_digest_is_passed_over(store):
+def test_a_state_without_digest_is_not_used(store):
     store.save(small_state(1), 1, None)
     path = store.save(small_state(2), 2, None)
     path.with_name(f"{path.name}.sha256").unlink()
@@ -148,7 +148,7 @@ def test_a_newer_state_never_pushes_out_the_one_just_written(store):
     assert CheckpointStore(store.folder).load_latest()["model"]["w"][0] == 42
 
 
-def test_a_file_of_something_else_is_no_state(store):
+def test_a_foreign_file_is_not_a_state(store):
     path = store.save(small_state(1), 1, None)
     torch.save([1, 2], path)
     path.with_name(f"{path.name}.sha256").write_text(f"{sha256_of(path)}  {path.name}\n")
@@ -156,7 +156,7 @@ def test_a_file_of_something_else_is_no_state(store):
         load_state(path)
 
 
-def test_leftovers_of_a_crash_are_swept(store):
+def test_leftovers_of_a_crash_are_removed(store):
     store.save(small_state(1), 1, None)
     (store.folder / "step-00000002.pt.tmp.99").write_bytes(b"half")
     store.save(small_state(2), 2, None)

@@ -1,4 +1,4 @@
-"""A small network with everything that makes resuming hard: batch norm buffers and dropout."""
+"""A small network with what makes resuming hard: batch norm buffers and dropout."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from widekernel.data import (
     EvaluationSamples,
     LoaderOptions,
     Preprocessing,
-    Share,
+    Shard,
     TrainingLoader,
     TrainingSamples,
     evaluation_loader,
@@ -25,9 +25,9 @@ from widekernel.training import (
     EmaConfig,
     LoopConfig,
     OptimizerConfig,
+    RunContext,
     RunFolder,
     ScheduleConfig,
-    Surroundings,
     Trainer,
 )
 from widekernel.training.random_state import seed_run
@@ -50,7 +50,7 @@ class TinyNet(nn.Module):
 
 
 def array_source(count: int = 42, classes: int = 3) -> ArraySource:
-    """Noise around a class-dependent brightness."""
+    """Return images of noise around a brightness that depends on the class."""
     generator = np.random.default_rng(0)
     targets = [index % classes for index in range(count)]
     images = np.stack([generator.integers(0, 80, (10, 10, 3)) + 60 * target for target in targets]).astype(np.uint8)
@@ -77,19 +77,19 @@ def make_trainer(config: TrainConfig, workers: int = 0, source: ArraySource | No
     model = TinyNet()
     preprocessing = Preprocessing(8, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), "bilinear", 1.0)
     samples = TrainingSamples(source, preprocessing.train_transform(config.augment), config.seed)
-    loader = TrainingLoader(samples, LoaderOptions(config.loop.batch_size, workers), Share())
+    loader = TrainingLoader(samples, LoaderOptions(config.loop.batch_size, workers), Shard())
     held_out = evaluation_loader(
-        EvaluationSamples(array_source(20), preprocessing.eval_transform()), LoaderOptions(8), Share()
+        EvaluationSamples(array_source(20), preprocessing.eval_transform()), LoaderOptions(8), Shard()
     )
     options = EvaluationOptions(torch.device("cpu"), max_unreadable=0)
     objective = Classification(config, 3, held_out, options)
     extra = {} if reporter is None else {"reporter": reporter}
-    around = Surroundings(folder, torch.device("cpu"), fingerprint={"images": len(source)}, **extra)
-    return Trainer(model, objective, loader, config.training, around)
+    context = RunContext(folder, torch.device("cpu"), fingerprint={"images": len(source)}, **extra)
+    return Trainer(model, objective, loader, config.training, context)
 
 
 def states_equal(left, right) -> bool:
-    """Whether nested containers are equal, tensors bit for bit."""
+    """Return whether nested containers are equal, tensors bit for bit."""
     if isinstance(left, torch.Tensor):
         return isinstance(right, torch.Tensor) and left.dtype == right.dtype and torch.equal(left, right)
     if isinstance(left, dict):

@@ -30,7 +30,7 @@ from widekernel.bench.timing import Timing, first_calls, interleave
 from widekernel.bench.variants import INFER, MODES, PYTORCH, Conditions, Variant, build_variants, with_visible_blocks
 from widekernel.errors import in_short
 from widekernel.ops.reference import relative_error
-from widekernel.tasks.channels import input_channels
+from widekernel.tasks.image_channels import input_channels
 
 CHECKED = 2
 """Number of images on which variants are compared on a device; batch norm needs more than one."""

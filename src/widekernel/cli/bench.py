@@ -1,4 +1,4 @@
-"""``widekernel bench``."""
+"""`widekernel bench`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jsonargparse
 from rich.table import Table
 
-from widekernel.cli.console import for_tables, progress, progress_console, results
+from widekernel.cli.console import progress, progress_console, result_console, table_console
 from widekernel.cli.custom_case import custom_case
-from widekernel.cli.parsing import listed, new_parser, parse
+from widekernel.cli.parsing import new_parser, parse, parse_names
 from widekernel.errors import ConfigError, nearest
 from widekernel.settings import require
 
@@ -50,7 +50,7 @@ def run(arguments: list[str]) -> int:
             f"widekernel bench cannot time {arguments[0]!r}.{nearest(arguments[0], kinds)} It times {' or '.join(kinds)}."
         )
     usage = ["usage: widekernel bench {ops,models} [OPTIONS]", *(f"{name}: {text}" for name, (_, text) in kinds.items())]
-    results().print("\n\n".join(usage))
+    result_console().print("\n\n".join(usage))
     return 0 if arguments else 2
 
 
@@ -63,7 +63,7 @@ def _bench_ops(arguments: list[str]) -> int:
     from widekernel.bench.precision import FLOAT32, PRECISIONS
     from widekernel.ops.checks import check_algorithm
 
-    passes = [dict(zip(_PASSES, PASSES))[name] for name in listed("passes", values["passes"], _PASSES)]
+    passes = [dict(zip(_PASSES, PASSES))[name] for name in parse_names("passes", values["passes"], _PASSES)]
     _require_backend(values["backend"])
     check_algorithm(values["algorithm"])
     cases, remarks = _cases(values, *(("targets", None) if accelerator is None else ("layers", _CUDA_BATCH)))
@@ -95,7 +95,7 @@ def _bench_models(arguments: list[str]) -> int:
     from widekernel.bench.networks import DEFAULT_BATCHES, DEFAULT_NETWORKS, MODES, NetworkPlan, measure_networks
     from widekernel.bench.precision import BFLOAT16, FLOAT32
 
-    modes = listed("modes", values["modes"], MODES)
+    modes = parse_names("modes", values["modes"], MODES)
     names = values["names"]
     if accelerator is None:
         require(bool(names), "names", names, "at least one model: on the CPU there are no default ones")
@@ -274,7 +274,7 @@ class _Run:
         """Print the table, the facts about the machine and the notes of the run; write the page if a file is given."""
         from widekernel.bench import tables
 
-        remarks, console = self.budget.lines(), for_tables()
+        remarks, console = self.budget.lines(), table_console()
         table = Table(title=page.title, caption="\n".join(self.platform.facts), caption_justify="left")
         for header, _ in page.columns:
             table.add_column(header, justify="left" if header in _TEXT_COLUMNS else "right")

@@ -1,4 +1,4 @@
-"""``widekernel complexity``."""
+"""The command `widekernel complexity`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import jsonargparse
 from rich.table import Table
 
-from widekernel.cli.console import for_tables
+from widekernel.cli.console import table_console
 from widekernel.cli.parsing import new_parser, parse, typed
-from widekernel.cli.source import add_source_arguments, loaded, source_from
+from widekernel.cli.source_arguments import add_source_arguments, load_source, source_from
 from widekernel.settings import require
 
 if TYPE_CHECKING:
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = (
     "Count parameters, multiply-accumulates and activations of a model: dense, without zero weights (the figures of the "
-    "papers), folded, and realised (folded and without what is dead, which is what is computed)."
+    "papers), folded, and realised (folded and compacted, which is what runs)."
 )
 _ROWS = (("parameters (M)", "params", 1e6), ("MACs (G)", "macs", 1e9), ("activations (M)", "activations", 1e6))
 _FILES = (".safetensors", ".pth", ".pt")
 
 
 def make_parser() -> jsonargparse.ArgumentParser:
-    """The parser of the command."""
+    """Return the parser of the command."""
     parser = new_parser("complexity", _DESCRIPTION, "SOURCE")
     add_source_arguments(parser, "model name (`widekernel models`), run folder, or checkpoint file")
     parser.add_argument("--input_size", type=int | None, default=None, help="pixels; default: the model's own")
@@ -36,7 +36,7 @@ def make_parser() -> jsonargparse.ArgumentParser:
 
 
 def run(arguments: list[str]) -> int:
-    """Print parameters, multiply-accumulates and activations of a model in the columns dense, non-zero and realised."""
+    """Print parameters, multiply-accumulates and activations of a model in several forms."""
     values = parse(make_parser(), arguments)
     size = values["input_size"]
     require(size is None or size > 0, "input_size", size, "positive")
@@ -49,13 +49,13 @@ def run(arguments: list[str]) -> int:
         sys.stdout.write(json.dumps(counted.to_dict()) + "\n")
         return 0
     columns = counted.columns()
-    console = for_tables()
+    console = table_console()
     console.print(f"{values['source']} at {tuple(input_size)}", soft_wrap=True)
     table = Table("", *columns)
     for column in table.columns[1:]:
         column.justify = "right"
     if counted.published_macs != counted.training.macs:
-        table.caption = f"as the authors' code executes it, training takes {counted.published_macs / 1e9:.4g} GMACs"
+        table.caption = f"the authors' code takes {counted.published_macs / 1e9:.4g} GMACs in training"
     for label, key, unit in _ROWS:
         table.add_row(label, *(f"{getattr(cost, key) / unit:.4g}" for cost in columns.values()))
     console.print(table)
@@ -63,15 +63,15 @@ def run(arguments: list[str]) -> int:
 
 
 def _network(values: dict[str, Any]) -> tuple[nn.Module, tuple[int, int, int]]:
-    """Give the network that the arguments name, and the (channels, height, width) of its images."""
+    """Return the network that the arguments name, and the (channels, height, width) of its images."""
     from widekernel.models import list_models
     from widekernel.tasks.assembly import build_model, pretrained_cfg
-    from widekernel.tasks.channels import input_channels
+    from widekernel.tasks.image_channels import input_channels
 
     source = Path(values["source"])
     is_file = source.exists() or values["model"] is not None or source.suffix in _FILES or len(source.parts) > 1
     if values["source"] not in list_models() and is_file:
-        model, saved = loaded(source_from(values))
+        model, saved = load_source(source_from(values))
         pixels = saved.preprocessing.input_size
         return model, (input_channels(model), pixels, pixels)
     useless = [f"--{key}" for key, default in (("weights", "model"), ("state", "last")) if values[key] != default]

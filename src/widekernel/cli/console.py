@@ -17,43 +17,44 @@ from rich.progress import (
 )
 from typing_extensions import override
 
-from widekernel.training.progress import Reporter
+from widekernel.training.reporter import Reporter
 
 WIDE = 120
-"""From this width of the terminal on, progress bars are long and show the times taken and left."""
+"""From this width of the terminal on, progress bars are long and show the elapsed and remaining time."""
 
 _NO_SCREEN = 400
+"""Width for tables that go to a file or a pipe."""
 
 Advance = Callable[[str, int], None]
-"""Takes what is done now, and by how many steps to move on."""
+"""Receives a text that says what is done now, and the number of steps to move the bar."""
 
 
-def results() -> Console:
-    """Where results go. Nothing that is printed, in tables and their titles neither, is read as markup or emoji."""
+def result_console() -> Console:
+    """Return the console for results. It reads nothing as markup or emoji, not even in tables and their titles."""
     return Console(highlight=False, markup=False, emoji=False)
 
 
 def progress_console() -> Console:
-    """Where progress and messages go, so that results can be piped."""
+    """Return the console for progress and messages: standard error, so that results can be piped."""
     return Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
-def for_tables() -> Console:
-    """Where tables go: results, with room for every column in a file or a pipe, where nothing has to fit."""
-    console = results()
+def table_console() -> Console:
+    """Return the console for tables: that of results, but wide enough for every column if it is not a terminal."""
+    console = result_console()
     if not console.is_terminal:
         console.width = _NO_SCREEN
     return console
 
 
 def _plain(template: str) -> TextColumn:
-    """A column of a progress bar whose text is no markup, whatever it holds."""
+    """Return a column of a progress bar whose text is not read as markup."""
     return TextColumn(template, markup=False)
 
 
 @contextmanager
 def progress(total: int) -> Iterator[Advance]:
-    """Show a bar on standard error; give what sets its text and moves it on."""
+    """Show a progress bar on standard error within the block; yield the function that sets its text and moves it."""
     columns = _plain("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=progress_console(), transient=True) as bar:
         task = bar.add_task("", total=total)
@@ -65,7 +66,7 @@ def progress(total: int) -> Iterator[Advance]:
 
 
 class ConsoleReporter(Reporter):
-    """Progress bars for training and evaluation; a context manager."""
+    """Progress bars and messages of training and evaluation; a context manager."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or progress_console()
@@ -87,7 +88,7 @@ class ConsoleReporter(Reporter):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._progress.live.is_started:  # stopping what never started prints an empty line
+        if self._progress.live.is_started:  # stopping a bar that never started prints an empty line
             self._progress.stop()
 
     @override

@@ -1,4 +1,4 @@
-"""``widekernel demo``: the whole life of a large-kernel network on real digits, in about two minutes on a CPU."""
+"""The command `widekernel demo`: train, evaluate, fold, save and draw a network on digits in two minutes on a CPU."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from widekernel.cli.parsing import new_parser, parse
 
 
 def make_parser() -> jsonargparse.ArgumentParser:
-    """The parser of the command."""
+    """Return the parser of the command."""
     parser = new_parser("demo", "Train a small SLaK on digits, fold it, and show that nothing is lost.")
     parser.add_argument("--output", type=str, default=str(Path("runs") / "demo"), help="run folder")
     parser.add_argument("--seed", type=int, default=0, help="seed of the run")
@@ -16,8 +16,8 @@ def make_parser() -> jsonargparse.ArgumentParser:
 
 
 def run(arguments: list[str]) -> int:
-    """Train or reuse the run, then evaluate, fold, save, reload, compare and draw."""
+    """Train a network or reuse the earlier run, then evaluate, fold, save, reload, compare and draw it."""
     values = parse(make_parser(), arguments)
-    from widekernel.cli.demo_course import show
+    from widekernel.cli.demo_run import show
 
     return show(values["output"], values["seed"])

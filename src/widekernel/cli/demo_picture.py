@@ -1,4 +1,4 @@
-"""The demo's one picture: digits with predictions, curves, a kernel before and after folding, and the confusions."""
+"""The picture of the demo: digits with predictions, curves, a kernel before and after folding, a confusion matrix."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from widekernel.figures import new_figure, to_png
-from widekernel.files import write_atomically
+from widekernel.files import write_file
 from widekernel.layers import FoldedLargeKernel, LargeKernel, Rect
 from widekernel.layers.norms import affine_of
 from widekernel.layers.sources import rects_of
@@ -24,7 +24,7 @@ SHOWN = 32
 
 @dataclass(frozen=True)
 class PictureContent:
-    """What the picture shows.
+    """The contents of the picture.
 
     Args:
         digits: the held-out images
@@ -48,7 +48,7 @@ class PictureContent:
 
 
 def draw(content: PictureContent, path: Path) -> None:
-    """Draw ``content`` and write it to ``path`` as PNG."""
+    """Draw `content` and write it to `path` as PNG."""
     figure = new_figure(17, 13)
     top, middle, bottom = cast(Any, figure.subfigures(3, 1, height_ratios=[1, 0.95, 1]))
     left, right = top.subfigures(1, 2, width_ratios=[1, 1.35])
@@ -61,12 +61,11 @@ def draw(content: PictureContent, path: Path) -> None:
     confusion, table = bottom.subplots(1, 2, width_ratios=[1, 1.35])
     _draw_confusion(confusion, content)
     _draw_table(table, content)
-    picture = to_png(figure, dpi=90)
-    write_atomically(path, lambda file: file.write(picture))
+    write_file(path, to_png(figure, dpi=90))
 
 
 def _draw_digits(figure: SubFigure, content: PictureContent) -> None:
-    # mistakes first: they are what one wants to see
+    # Mistakes come first.
     order = sorted(range(len(content.digits)), key=lambda i: content.predictions[i] == content.targets[i])[:SHOWN]
     mistakes = sum(p != t for p, t in zip(content.predictions, content.targets, strict=True))
     figure.suptitle(f"Held-out digits and predictions ({mistakes} of {len(content.digits)} wrong, shown first)")
@@ -81,7 +80,7 @@ def _draw_digits(figure: SubFigure, content: PictureContent) -> None:
 
 
 def _match_colors(loss: Axes, accuracy: Axes) -> None:
-    """Give the accuracy of a network the colour of its loss."""
+    """Draw the accuracy of each network in the color of its loss."""
     colors = {str(line.get_label()): line.get_color() for line in loss.lines}
     same = {"weights": "held-out", "averaged weights": "held-out, averaged weights"}
     for line in accuracy.lines:
@@ -94,7 +93,7 @@ def _draw_kernels(figure: SubFigure, content: PictureContent) -> None:
     name, layer = next((n, m) for n, m in content.dense.named_modules() if isinstance(m, LargeKernel))
     folded = content.folded.get_submodule(name)
     assert isinstance(folded, FoldedLargeKernel)
-    # Each branch times the scale of its norm, as it enters the sum.
+    # Each branch is multiplied by the scale of its norm, as in the sum.
     before = [
         rect.scaled(affine_of(norm, rect.kernel.shape[0])[0].to(rect.kernel))
         for rect, norm in zip(rects_of(layer.source) or [], layer.norms, strict=True)
@@ -126,7 +125,7 @@ def _draw_kernel(axes: Axes, title: str, canvas: Tensor, limit: float) -> AxesIm
 
 
 def _canvas(rects: list[Rect], channel: int, reach: int) -> Tensor:
-    """Sum of one channel's taps on a square canvas around the output pixel; NaN where no rectangle has a tap."""
+    """Sum one channel's taps on a square canvas around the output pixel; NaN where no rectangle has a tap."""
     side = 2 * reach + 1
     taps, covered = torch.zeros(side, side), torch.zeros(side, side, dtype=torch.bool)
     for rect in rects:

@@ -1,4 +1,4 @@
-"""``widekernel eval``."""
+"""The command `widekernel eval`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import jsonargparse
 
-from widekernel.cli.console import progress_console, results
-from widekernel.cli.options import EvalOptions, with_data_of_the_run
-from widekernel.cli.parsing import build, new_parser, parse
-from widekernel.cli.source import add_source_arguments, loaded, source_from
+from widekernel.cli.console import progress_console, result_console
+from widekernel.cli.options import EvalOptions, parse_with_data_of_the_run
+from widekernel.cli.parsing import build, new_parser
+from widekernel.cli.source_arguments import add_source_arguments, load_source, source_from
 from widekernel.data.config import DataConfig
 from widekernel.training.interrupts import Interrupted
 
@@ -26,7 +26,7 @@ _DESCRIPTION = (
 
 
 def make_parser() -> jsonargparse.ArgumentParser:
-    """The parser of the command."""
+    """Return the parser of the command."""
     parser = new_parser("eval", _DESCRIPTION, "SOURCE")
     add_source_arguments(parser)
     parser.add_class_arguments(EvalOptions, as_group=False)
@@ -36,21 +36,19 @@ def make_parser() -> jsonargparse.ArgumentParser:
 
 
 def run(arguments: list[str]) -> int:
-    """Evaluate what ``arguments`` name and print the figures."""
-    parser = make_parser()
-    values = parse(parser, arguments)
+    """Evaluate the network that `arguments` name, and print the results."""
+    values, _ = parse_with_data_of_the_run(make_parser(), arguments)
     source = source_from(values)
-    values, _ = with_data_of_the_run(parser, arguments, values, source)
     data = build(DataConfig, values["data"])
     options = build(EvalOptions, values)
-    from widekernel.cli.evaluating import evaluate_on
+    from widekernel.cli.evaluation import evaluate_on
 
-    model, saved = loaded(source)
+    model, saved = load_source(source)
     try:
         result = evaluate_on(model, saved, data, options, source.run_folder())
     except Interrupted as interruption:
         progress_console().print(f"Evaluation {interruption}.")
-        return 128 + interruption.signal_number
+        raise
     _print(result, values["json"])
     return 0
 
@@ -59,7 +57,7 @@ def _print(result: Evaluation, as_json: bool) -> None:
     if as_json:
         sys.stdout.write(json.dumps(dataclasses.asdict(result)) + "\n")
         return
-    console = results()
+    console = result_console()
     console.print(f"top-1       {result.top1:.2f} %")
     console.print(f"top-5       {result.top5:.2f} %")
     console.print(f"loss        {result.loss:.4f}")

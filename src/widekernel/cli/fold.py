@@ -1,20 +1,20 @@
-"""``widekernel fold``."""
+"""The command `widekernel fold`."""
 
 from dataclasses import replace
 from pathlib import Path
 
 import jsonargparse
 
-from widekernel.cli.console import results
-from widekernel.cli.files import output_file
+from widekernel.cli.console import result_console
+from widekernel.cli.output_files import check_output_file
 from widekernel.cli.parsing import new_parser, parse
-from widekernel.cli.source import add_source_arguments, loaded, source_from
+from widekernel.cli.source_arguments import add_source_arguments, load_source, source_from
 from widekernel.errors import ConfigError
-from widekernel.tasks.sources import Source
+from widekernel.tasks.model_source import ModelSource
 
 
 def make_parser() -> jsonargparse.ArgumentParser:
-    """The parser of the command."""
+    """Return the parser of the command."""
     parser = new_parser("fold", "Merge branches and batch norms, verify that the outputs are the same, and save.", "SOURCE")
     add_source_arguments(parser)
     parser.add_argument("--output", type=str | None, default=None, help="file to write; default: beside the source")
@@ -23,20 +23,20 @@ def make_parser() -> jsonargparse.ArgumentParser:
 
 
 def run(arguments: list[str]) -> int:
-    """Fold what ``arguments`` name, verify it, save it, and print the error."""
+    """Fold the network that `arguments` name, verify and save it, and print the largest error."""
     values = parse(make_parser(), arguments)
     source = source_from(values)
     wanted = Path(values["output"]) if values["output"] else _default_output(source)
-    output = output_file(wanted, "folded checkpoints", source.path, bool(values["overwrite"]))
+    output = check_output_file(wanted, "folded checkpoints", source.path, bool(values["overwrite"]))
     from widekernel.tasks.folding import fold_and_check
     from widekernel.tasks.saved import save_model
 
-    model, saved = loaded(source)
+    model, saved = load_source(source)
     if saved.form == "folded":
-        raise ConfigError(f"{source.path} is folded already.")
+        raise ConfigError(f"{source.path} is already folded: it can be used as it is.")
     folded, check = fold_and_check(model, saved.preprocessing.input_size)
     save_model(folded, output, replace(saved, form="folded"))
-    console = results()
+    console = result_console()
     before, after = (sum(p.numel() for p in network.parameters()) for network in (model, folded))
     console.print(f"{output}", soft_wrap=True)
     console.print(f"parameters     {before:,} before, {after:,} after")
@@ -46,7 +46,7 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _default_output(source: Source) -> Path:
+def _default_output(source: ModelSource) -> Path:
     path = source.path / "model" if source.path.is_dir() else source.path
     parts = [
         path.stem,

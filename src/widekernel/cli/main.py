@@ -1,15 +1,17 @@
-"""Entry point of ``widekernel``: chooses the command and turns expected errors into one clear message."""
+"""The entry point of `widekernel`: it runs the command, and prints expected errors as one message."""
 
 import codecs
 import importlib
 import io
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
 
 from widekernel import __version__
 from widekernel.errors import WidekernelError, nearest
+from widekernel.training.interrupts import Interrupted
 
 COMMANDS = {
     "train": "train a classifier, or resume or report a run",
@@ -21,15 +23,15 @@ COMMANDS = {
     "complexity": "count parameters and operations of a model, as trained and folded",
     "bench": "time the operators, or networks, against PyTorch on this machine",
     "tune": "find the fastest configurations of the GPU kernels on this machine, and keep them",
-    "demo": "train, evaluate, fold, save and picture a large-kernel network on real digits",
+    "demo": "train, evaluate, fold, save and draw a large-kernel network on real digits",
 }
 
 EXIT_ERROR = 2
-_AS_GIVEN = "widekernel: bytes of file names as they are"
+_RAW_NAMES = "widekernel: raw bytes of file names"
 
 
-def _as_given(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Write bytes of file names that are no text as they are, and other characters that a terminal lacks as escapes."""
+def _write_raw_names(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Write the bytes of file names that are not text unchanged, and escape other characters that the terminal lacks."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     part = error.object[error.start : error.end]
@@ -42,10 +44,10 @@ def _as_given(error: UnicodeError) -> tuple[str | bytes, int]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 2 for an expected error, 128 + n for signal n."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    codecs.register_error(_AS_GIVEN, _as_given)
+    codecs.register_error(_RAW_NAMES, _write_raw_names)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=_AS_GIVEN)
+            stream.reconfigure(errors=_RAW_NAMES)
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(_usage())
         return 0 if arguments else EXIT_ERROR
@@ -59,11 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         sys.stderr.write(f"error: {error}\n")
         return EXIT_ERROR
+    except Interrupted as interruption:  # the command has said so
+        return 128 + interruption.signal_number
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted.\n")
-        return 130
+        return 128 + signal.SIGINT
     except BrokenPipeError:
-        # the reader of a pipe (head, less) has seen enough
+        # The reader of the pipe, such as head or less, has closed it.
         sys.stderr.close()
         return 0
 

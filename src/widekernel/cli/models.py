@@ -1,17 +1,17 @@
-"""``widekernel models``."""
+"""The command `widekernel models`."""
 
 import fnmatch
 
 import jsonargparse
 from rich.table import Table
 
-from widekernel.cli.console import results
+from widekernel.cli.console import result_console
 from widekernel.cli.parsing import new_parser, parse
 from widekernel.errors import ConfigError, nearest
 
 
 def make_parser() -> jsonargparse.ArgumentParser:
-    """The parser of the command."""
+    """Return the parser of the command."""
     parser = new_parser("models", "List widekernel's models with parameters (millions) and default input size.", "[PATTERN]")
     parser.add_argument("pattern", type=str, nargs="?", default="*", help="only names that match, such as slak*")
     parser.add_argument("--all", action="store_true", help="timm's other models as well (names only)")
@@ -19,7 +19,7 @@ def make_parser() -> jsonargparse.ArgumentParser:
 
 
 def run(arguments: list[str]) -> int:
-    """Print the models whose name matches a pattern, with their size."""
+    """Print the models whose names match a pattern, with their sizes."""
     values = parse(make_parser(), arguments)
     import timm
 
@@ -32,19 +32,19 @@ def run(arguments: list[str]) -> int:
         raise ConfigError(f"No model matches {pattern!r}.{nearest(pattern, known)} Use a pattern such as slak*.")
     if values["all"]:
         for name in names:
-            results().print(name)
+            result_console().print(name)
         return 0
     table = Table("model", "parameters (M)", "input")
     table.columns[1].justify = "right"
     for name in names:
         parameters, size = _describe(name)
         table.add_row(name, f"{parameters / 1e6:.2f}", f"{size}×{size}")
-    results().print(table)
+    result_console().print(table)
     return 0
 
 
 def list_own_models() -> list[str]:
-    """Names of the models that widekernel registers with timm."""
+    """List the names of the models that widekernel registers with timm."""
     import timm
 
     import widekernel.models  # noqa: F401 - registers the models
@@ -58,7 +58,7 @@ def _describe(name: str) -> tuple[int, int]:
 
     from widekernel.tasks.assembly import pretrained_cfg
 
-    # on the meta device nothing is allocated and nothing initialised
+    # On the meta device nothing is allocated or initialized.
     with torch.device("meta"):
         model = timm.create_model(name)
     return sum(parameter.numel() for parameter in model.parameters()), int(pretrained_cfg(model)["input_size"][-1])

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jsonargparse
 
-from widekernel.cli.parsing import known_keys, parse, settings_by_key
-from widekernel.data.config import DataConfig
+from widekernel.cli.parsing import parse, parse_given
 from widekernel.settings import require
-from widekernel.tasks.sources import Source
+from widekernel.tasks.model_source import ModelSource
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,19 +29,18 @@ class EvalOptions:
         require(self.batch_size > 0, "batch_size", self.batch_size, "positive")
 
 
-def with_data_of_the_run(
-    parser: jsonargparse.ArgumentParser, arguments: list[str], values: dict[str, Any], source: Source
-) -> tuple[dict[str, Any], bool]:
-    """Let the data settings of the run that ``source`` is or lies in be the defaults.
+def parse_with_data_of_the_run(parser: jsonargparse.ArgumentParser, arguments: list[str]) -> tuple[dict[str, Any], bool]:
+    """Parse `arguments`, with the data settings of the run that the source is, or lies in, as defaults.
 
     Returns:
         the values, and whether they name a data set.
+
+    Raises:
+        ConfigError: an argument is unknown, or a value has the wrong type.
+        RunFolderError: the configuration of the run cannot be read.
     """
-    folder = source.run_folder()
-    if folder is not None:
-        settings = {"data": folder.read_config().get("data") or {}}
-        parser.set_defaults(settings_by_key(settings, known_keys(parser)))
-        values = parse(parser, arguments)
-    usual = DataConfig()
-    named = values["data"]["root"] is not None or values["data"]["name"] != usual.name
-    return values, named or folder is not None
+    given = parse_given(parser, arguments)
+    folder = ModelSource(Path(given["source"])).run_folder()
+    layers = [] if folder is None else [{"data": folder.read_config().get("data") or {}}]
+    named = folder is not None or not given.get("data", {}).keys().isdisjoint(("root", "name"))
+    return parse(parser, arguments, layers), named

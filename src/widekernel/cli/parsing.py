@@ -1,26 +1,28 @@
-"""Arguments, YAML files and dotted overrides, with errors that name the nearest key."""
+"""Arguments, YAML files and dotted overrides, with errors that suggest the nearest key."""
 
 import dataclasses
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jsonargparse
 import yaml
 
-from widekernel.cli.paths import with_paths_expanded
+from widekernel.cli.paths import expand_paths
 from widekernel.errors import ConfigError, nearest
+from widekernel.settings import flatten
 
 FREE_KEYS = ("model.args", "model_args")
-"""Keys whose content is up to the model, so that anything below them is accepted."""
+"""Keys whose content is up to the model: anything below them is accepted."""
 
 T = TypeVar("T")
 
 
 def new_parser(command: str, description: str, takes: str = "") -> jsonargparse.ArgumentParser:
-    """A parser that raises instead of leaving the program, and accepts no abbreviations.
+    """Return a parser that raises instead of leaving the program and accepts no abbreviations.
 
     Args:
         command: its name.
@@ -30,26 +32,45 @@ def new_parser(command: str, description: str, takes: str = "") -> jsonargparse.
     prog = f"widekernel {command}"
     usage = " ".join(part for part in (prog, takes, "[OPTIONS]") if part)
     return jsonargparse.ArgumentParser(
-        prog=prog, usage=usage, description=description, exit_on_error=False, allow_abbrev=False
+        prog=prog, usage=usage, description=description, exit_on_error=False, allow_abbrev=False, print_config=None
     )
 
 
-def parse(parser: jsonargparse.ArgumentParser, arguments: list[str]) -> dict[str, Any]:
-    """Parse ``arguments`` into nested plain values.
+def parse(
+    parser: jsonargparse.ArgumentParser, arguments: list[str], layers: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Any]:
+    """Parse `arguments` into nested plain values.
+
+    Args:
+        parser: of the command.
+        arguments: what stands on the command line.
+        layers: nested settings between the defaults and the command line, such as those of a file; later ones win.
 
     Raises:
         ConfigError: an argument or key is unknown, or a value has the wrong type.
     """
-    _check_names(parser, arguments)
-    try:
-        namespace = parser.parse_args(arguments)
-    except jsonargparse.ArgumentError as error:
-        raise ConfigError(f"{parser.prog}: {_readable(_one_line(error))}. See `{parser.prog} --help`.") from error
-    return with_paths_expanded(namespace.as_dict())
+    with _errors_explained(parser):
+        values = parser.parse_args(arguments)
+        for settings in layers:
+            values = parser.parse_object(dict(settings), values, defaults=False)
+        if layers:  # the command line once more, on top: `--model.args.x 3` adds to the mapping of a layer
+            values = parser.parse_args(arguments, values)
+    return expand_paths(values.as_dict())
+
+
+def parse_given(parser: jsonargparse.ArgumentParser, arguments: list[str]) -> dict[str, Any]:
+    """Parse `arguments` into nested plain values that hold only what stands on the command line.
+
+    Raises:
+        ConfigError: an argument is unknown, or a value has the wrong type.
+    """
+    with _errors_explained(parser):
+        given = parser.parse_args(arguments, defaults=False)
+    return expand_paths(given.as_dict())
 
 
 def build(kind: type[T], values: dict[str, Any], key: str = "") -> T:
-    """The dataclass ``kind`` from nested plain values; ``key`` names it in messages.
+    """Build the dataclass `kind` from nested plain values; `key` names it in messages.
 
     Raises:
         ConfigError: a value is out of range, or stands where nested settings belong.
@@ -67,7 +88,7 @@ def build(kind: type[T], values: dict[str, Any], key: str = "") -> T:
 
 
 def read_settings(path: str, parser: jsonargparse.ArgumentParser) -> dict[str, Any]:
-    """The settings in a YAML file, every key checked against ``parser``.
+    """Read the settings in a YAML file, and check every key against `parser`.
 
     Raises:
         ConfigError: the file is missing, is no YAML mapping, or holds an unknown key.
@@ -83,36 +104,22 @@ def read_settings(path: str, parser: jsonargparse.ArgumentParser) -> dict[str, A
     if not isinstance(content, dict):
         raise ConfigError(f"The configuration file {path!r} holds {type(content).__name__}, but must hold settings.")
     known = known_keys(parser)
-    for key, value in settings_by_key(content, known).items():
+    for key, value in flatten(content, FREE_KEYS).items():
         if key not in known:
             raise ConfigError(f"{path} holds the unknown key {key!r}.{nearest(key, known)}")
         inside = sorted(name.removeprefix(f"{key}.") for name in known if name.startswith(f"{key}."))
-        if inside and key not in FREE_KEYS and (value is None or (isinstance(value, str) and not Path(value).is_file())):
+        if inside and (value is None or (isinstance(value, str) and not Path(value).is_file())):
             raise ConfigError(f"{path}: {key} is {value!r}, but must hold settings: {', '.join(inside)}.")
     return content
 
 
 def known_keys(parser: jsonargparse.ArgumentParser) -> set[str]:
-    """Dotted names of all settings that ``parser`` accepts."""
-    options = {option[2:] for option in parser._option_string_actions if option.startswith("--")}
-    return options - {"help", "print_config"}
-
-
-def settings_by_key(settings: dict[str, Any], known: set[str], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted key; free keys keep their mapping as value."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        name = f"{prefix}{key}"
-        is_group = any(other.startswith(f"{name}.") for other in known)
-        if isinstance(value, dict) and (is_group or name not in known) and name not in FREE_KEYS and value:
-            flat.update(settings_by_key(value, known, f"{name}."))
-        else:
-            flat[name] = value
-    return flat
+    """Return the dotted names of all settings and sections that `parser` accepts."""
+    return set(parser.get_defaults().keys(branches=True))
 
 
 def typed(args: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a model with values for texts: ``--model.args.x 3`` arrives as the text '3'."""
+    """Replace texts among the arguments of a model by what they say: `--model.args.x 3` may arrive as the text '3'."""
     values = {}
     for key, value in args.items():
         if isinstance(value, str):
@@ -124,17 +131,23 @@ def typed(args: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def listed(option: str, text: str, known: Sequence[str]) -> list[str]:
-    """Read names separated by commas, in the order of `known`."""
+def parse_names(option: str, text: str, known: Sequence[str]) -> list[str]:
+    """Read names separated by commas, and return them in the order of `known`.
+
+    Raises:
+        ConfigError: a name is unknown.
+    """
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if name not in known:
-            raise ConfigError(f"{option} has {name!r}.{nearest(name, known)} It takes {', '.join(known)}, with commas.")
+            raise ConfigError(
+                f"{option} has {name!r}.{nearest(name, known)} It takes {', '.join(known)}, separated by commas."
+            )
     return [name for name in known if name in names]
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice, of which YAML would take the last without a word."""
+    """A loader that refuses a key that occurs twice, where YAML would silently take the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -142,23 +155,9 @@ class _StrictLoader(yaml.SafeLoader):
             if key.tag != "tag:yaml.org,2002:merge" and isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
                     line = key.start_mark.line + 1
-                    raise yaml.YAMLError(f"the key {key.value!r} stands twice in one section, again in line {line}")
+                    raise yaml.YAMLError(f"the key {key.value!r} occurs twice in one section, again in line {line}")
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
-
-
-def _check_names(parser: jsonargparse.ArgumentParser, arguments: list[str]) -> None:
-    known = known_keys(parser) | {"help", "print_config"}
-    for argument in arguments:
-        if not argument.startswith("--") or argument == "--":
-            continue
-        name = argument[2:].split("=", 1)[0]
-        free = any(name.startswith(f"{key}.") for key in FREE_KEYS if key in known)
-        if name not in known and not free:
-            raise ConfigError(
-                f"{parser.prog} has no option --{name}.{nearest(f'--{name}', [f'--{key}' for key in known])} "
-                f"See `{parser.prog} --help`."
-            )
 
 
 def _nested_type(field: dataclasses.Field) -> Any:
@@ -172,17 +171,33 @@ def _tuples(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+# -- messages --------------------------------------------------------------------------------------------------------
+
 _WORDS = {
     "int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null",
     "tuple": "a list of numbers such as [0.5, 1]", "list": "a list such as [a, b]", "dict": "settings",
 }  # fmt: skip
-
-
 _COUNTS = {"2": "two", "3": "three"}
 
 
+@contextmanager
+def _errors_explained(parser: jsonargparse.ArgumentParser) -> Iterator[None]:
+    """Turn an error of jsonargparse in the block into a `ConfigError` on one line, with the nearest option."""
+    try:
+        yield
+    except jsonargparse.ArgumentError as error:
+        text = _one_line(error)
+        unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", text, re.IGNORECASE)
+        if unknown is not None:
+            options = [f"--{key}" for key in known_keys(parser)]
+            text = f"{parser.prog} has no option {unknown.group(1)}.{nearest(unknown.group(1), options)}"
+        else:
+            text = f"{parser.prog}: {_readable(text)}."
+        raise ConfigError(f"{text} See `{parser.prog} --help`.") from error
+
+
 def _readable(text: str) -> str:
-    """Say what jsonargparse says of a value of the wrong type in the form of other errors."""
+    """Rephrase what jsonargparse says of a value of the wrong type in the form of other errors."""
     of_a_key = re.match(r'Parser key "([^"]+)": .*(?:Got|Given) value: (.*)$', text)
     wanted = list(dict.fromkeys(re.findall(r"Expected an? <class '(\w+)'>", text)))
     if of_a_key is None or not wanted or any(kind not in _WORDS for kind in wanted):

@@ -1,10 +1,10 @@
-"""Which settings are paths, in which ``~`` and variables are expanded."""
+"""Which settings are paths, in which `~` and variables are expanded."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from widekernel.data.paths import expanded
+from widekernel.data.paths import expand_path
 
 PATHS = frozenset(
     {
@@ -13,17 +13,23 @@ PATHS = frozenset(
 )  # fmt: skip
 """Dotted names of the settings of all commands that are files or folders of the user.
 
-Splits are not among them: they are relative to ``data.root``, or names in a data set, and expanded where they are opened.
+Splits are not among them: they are relative to `data.root`, or names in a data set, and are expanded where they are opened.
 """
 
 
-def with_paths_expanded(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Expand every path among nested settings."""
+def expand_paths(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings with every path among them expanded.
+
+    Raises:
+        ConfigError: a variable in a path is not set, or a path is empty.
+    """
     done: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict):
-            done[key] = with_paths_expanded(value, f"{name}.")
+            done[key] = expand_paths(value, f"{name}.")
+        elif name in PATHS and isinstance(value, list):
+            done[key] = [expand_path(name, path) for path in value]
         else:
-            done[key] = expanded(name, value) if name in PATHS and isinstance(value, str) else value
+            done[key] = expand_path(name, value) if name in PATHS and isinstance(value, str) else value
     return done

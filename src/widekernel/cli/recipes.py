@@ -1,15 +1,15 @@
-"""``widekernel recipes``."""
+"""The command `widekernel recipes`."""
 
 import jsonargparse
 from rich.table import Table
 
-from widekernel.cli.console import results
+from widekernel.cli.console import result_console
 from widekernel.cli.parsing import new_parser, parse
 from widekernel.recipes import list_recipes, load_recipe
 
 
 def make_parser() -> jsonargparse.ArgumentParser:
-    """The parser of the command."""
+    """Return the parser of the command."""
     return new_parser("recipes", "List the training recipes.")
 
 
@@ -21,5 +21,5 @@ def run(arguments: list[str]) -> int:
         recipe = load_recipe(name)
         settings = recipe.settings
         table.add_row(name, settings["model"]["name"], settings["data"]["name"], recipe.description)
-    results().print(table)
+    result_console().print(table)
     return 0

@@ -1,4 +1,4 @@
-"""``widekernel sparsify``."""
+"""`widekernel sparsify`."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from typing import TYPE_CHECKING
 
 import jsonargparse
 
-from widekernel.cli.console import ConsoleReporter, results
-from widekernel.cli.files import output_file
-from widekernel.cli.options import EvalOptions, with_data_of_the_run
-from widekernel.cli.parsing import build, new_parser, parse
-from widekernel.cli.source import add_source_arguments, loaded, source_from
+from widekernel.cli.console import ConsoleReporter, result_console
+from widekernel.cli.options import EvalOptions, parse_with_data_of_the_run
+from widekernel.cli.output_files import check_output_file
+from widekernel.cli.parsing import build, new_parser
+from widekernel.cli.source_arguments import add_source_arguments, load_source, source_from
 from widekernel.data.config import DataConfig
 from widekernel.errors import ConfigError
 from widekernel.sparsity.semi_structured.config import SEMI_STRUCTURED
-from widekernel.tasks.sources import Source
+from widekernel.tasks.model_source import ModelSource
 from widekernel.tasks.sparsify_config import MaskLearningConfig, SparsifyConfig
-from widekernel.training.interrupts import Interrupted
 
 if TYPE_CHECKING:
     from widekernel.tasks.sparsifying import Sparsified
@@ -48,11 +47,9 @@ def make_parser() -> jsonargparse.ArgumentParser:
 
 
 def run(arguments: list[str]) -> int:
-    """Sparsify what ``arguments`` name, save it and print a summary."""
-    parser = make_parser()
-    values = parse(parser, arguments)
+    """Sparsify what `arguments` name, save it and print a summary."""
+    values, has_data = parse_with_data_of_the_run(make_parser(), arguments)
     source = source_from(values)
-    values, has_data = with_data_of_the_run(parser, arguments, values, source)
     config, learning = build(SparsifyConfig, values), build(MaskLearningConfig, values)
     data = build(DataConfig, values["data"])
     if data != DataConfig() and not has_data:
@@ -62,27 +59,24 @@ def run(arguments: list[str]) -> int:
     if config.method == "learned" and not has_data:
         raise ConfigError("method learned trains masks on images: give them with --data.root or --data.name.")
     wanted = Path(values["output"]) if values["output"] else _default_output(source, config)
-    output = output_file(wanted, "sparse networks", source.path, bool(values["overwrite"]), _beside(wanted))
-    try:
-        _sparsify(source, config, learning, data if has_data else None, (output, bool(values["compressed"])))
-    except Interrupted as interruption:
-        return 128 + interruption.signal_number
+    output = check_output_file(wanted, "sparse networks", source.path, bool(values["overwrite"]), _beside(wanted))
+    _sparsify(source, config, learning, data if has_data else None, (output, bool(values["compressed"])))
     return 0
 
 
 def _sparsify(
-    source: Source, config: SparsifyConfig, learning: MaskLearningConfig, data: DataConfig | None, to: tuple[Path, bool]
+    source: ModelSource, config: SparsifyConfig, learning: MaskLearningConfig, data: DataConfig | None, to: tuple[Path, bool]
 ) -> None:
     import copy
 
-    from widekernel.cli.evaluating import evaluate_on
+    from widekernel.cli.evaluation import evaluate_on
     from widekernel.sparsity import semi_structured
     from widekernel.tasks.mask_learning import learn_masks
     from widekernel.tasks.saved import save_model
     from widekernel.tasks.sparsifying import agreement, sparsify
 
     output, compressed = to
-    model, saved = loaded(source)
+    model, saved = load_source(source)
     options = EvalOptions(learning.batch_size, learning.device)
     # First, because data that cannot be used should end the command before anything is made.
     before = None if data is None else evaluate_on(model, saved, data, options, source.run_folder())
@@ -97,7 +91,7 @@ def _sparsify(
     else:
         save_model(sparse.model, output, saved)
     _write_beside(output, sparse)
-    console = results()
+    console = result_console()
     console.print(f"{output}", soft_wrap=True)
     console.print(sparse.report.summary(), soft_wrap=True)
     console.print(f"kept magnitude  {100 * sparse.kept:.2f} %")
@@ -109,7 +103,7 @@ def _sparsify(
         console.print(f"same class      on {100 * same:.0f} % of 16 random images (no data was given)")
 
 
-def _default_output(source: Source, config: SparsifyConfig) -> Path:
+def _default_output(source: ModelSource, config: SparsifyConfig) -> Path:
     path = source.path / "model" if source.path.is_dir() else source.path
     return path.with_name(f"{path.stem}_{config.block}_{config.method}.safetensors")
 
@@ -121,12 +115,10 @@ def _beside(output: Path) -> tuple[Path, Path, Path]:
 
 
 def _write_beside(output: Path, sparse: Sparsified) -> None:
-    from widekernel.files import explained, write_atomically
+    from widekernel.files import write_file
     from widekernel.sparsity import save_masks
 
     masks, report, picture = _beside(output)
     save_masks(sparse.masks, masks)
-    contents = {report: json.dumps(sparse.report.to_dict(), indent=1).encode(), picture: sparse.report.picture()}
-    for path, content in contents.items():
-        with explained(path):
-            write_atomically(path, lambda file, content=content: file.write(content))  # type: ignore[misc]
+    write_file(report, json.dumps(sparse.report.to_dict(), indent=1).encode())
+    write_file(picture, sparse.report.picture())

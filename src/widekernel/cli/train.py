@@ -1,18 +1,17 @@
-"""``widekernel train``."""
+"""The command `widekernel train`."""
 
 from __future__ import annotations
 
-import argparse
 import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jsonargparse
+import yaml
 
-from widekernel.cli.console import ConsoleReporter, results
-from widekernel.cli.parsing import build, known_keys, new_parser, parse, read_settings, settings_by_key, typed
-from widekernel.data.paths import expanded
-from widekernel.errors import ConfigError
+from widekernel.cli.console import ConsoleReporter, result_console
+from widekernel.cli.parsing import build, new_parser, parse, parse_given, read_settings, typed
 from widekernel.recipes import load_recipe
 from widekernel.tasks.config import TrainConfig
 from widekernel.training.interrupts import Interrupted
@@ -27,7 +26,11 @@ _DESCRIPTION = (
 
 
 def run(arguments: list[str]) -> int:
-    """Parse ``arguments``, train, and print the result."""
+    """Train as `arguments` say, and print the result; or print the settings, with `--print_config`."""
+    parser = make_parser()
+    if parse_given(parser, arguments).get("print_config"):
+        sys.stdout.write(yaml.safe_dump(parse_config(arguments).to_dict(), sort_keys=False))
+        return 0
     config = parse_config(arguments)
     from widekernel.tasks.classification import train
 
@@ -37,55 +40,55 @@ def run(arguments: list[str]) -> int:
         except Interrupted as interruption:
             name = signal.Signals(interruption.signal_number).name
             reporter.message(f"Stopped by {name}; the state is saved. The same command resumes the run.")
-            return 128 + interruption.signal_number
+            raise
     print_result(result)
     return 0
 
 
 def make_parser() -> jsonargparse.ArgumentParser:
-    """The parser of all training settings."""
+    """Return the parser of all training settings."""
     parser = new_parser("train", _DESCRIPTION)
     parser.add_argument("--recipe", type=str | None, default=None, help="named settings; `widekernel recipes` lists them")
-    parser.add_argument("--config", action=jsonargparse.ActionConfigFile, help="YAML file with settings")
+    parser.add_argument("--config", action="append", help="YAML file with settings; may be given several times")
+    parser.add_argument("--print_config", action="store_true", help="print the settings as such a file, and stop")
     parser.add_class_arguments(TrainConfig, as_group=False)
     return parser
 
 
 def parse_config(arguments: list[str]) -> TrainConfig:
-    """The training configuration that ``arguments`` describe.
+    """Return the training configuration that `arguments` describe.
+
+    The recipe comes first, then the files in their order, then the command line; later ones win.
 
     Raises:
         ConfigError: a setting, recipe or file is unknown, unreadable, of the wrong type or out of range.
     """
     parser = make_parser()
-    files, rest = _split_config_files(arguments)
-    recipe_name = None
-    contents = {file: read_settings(file, parser) for file in files}
-    for content in contents.values():
-        recipe_name = content.get("recipe", recipe_name)
-    recipe_name = _recipe_argument(rest) or recipe_name
-    if recipe_name is not None:
-        recipe = load_recipe(recipe_name)
-        parser.set_defaults(settings_by_key(recipe.settings, known_keys(parser)))
-    # files first: the command line wins wherever --config stands on it
-    values = parse(parser, [f"--config={file}" for file in files if contents[file]] + rest)
-    values.pop("config", None)
-    values.pop("recipe", None)
+    given = parse_given(parser, arguments)
+    files = [read_settings(path, parser) for path in given.get("config") or []]
+    named = [settings.get("recipe") for settings in (*files, given)]
+    recipe = next((name for name in reversed(named) if name is not None), None)
+    layers = files if recipe is None else [load_recipe(recipe).settings, *files]
+    values = parse(parser, arguments, layers)
+    for key in ("recipe", "config", "print_config"):
+        del values[key]
     values["model"]["args"] = typed(values["model"]["args"])
     if values["output"] is None:
-        values["output"] = str(Path("runs") / (recipe_name or values["model"]["name"]))
+        values["output"] = str(Path("runs") / (recipe or values["model"]["name"]))
     return build(TrainConfig, values)
 
 
 def print_result(result: RunResult) -> None:
-    """Tell how a run ended."""
-    summary, console = result.summary, results()
+    """Print how a run ended."""
+    summary, console = result.summary, result_console()
     state = "was already finished" if result.was_finished else "is finished"
     if result.other_code:
-        state = f"was finished {result.other_code};"
-        state += " `widekernel eval` measures its model with this code, another --output trains anew"
-    console.print(f"The run in {result.folder.path} {state} ({summary['epochs']} epochs, {summary['step']} steps).",
-                  soft_wrap=True)  # fmt: skip
+        state = f"was finished {result.other_code}"
+    length = f"{summary['epochs']} epochs, {summary['step']} steps"
+    console.print(f"The run in {result.folder.path} {state} ({length}).", soft_wrap=True)
+    if result.other_code:
+        advice = "`widekernel eval` evaluates its model with the present code; another --output trains anew."
+        console.print(advice, soft_wrap=True)
     console.print(f"  weights           top-1 {summary['val_top1']:.2f} %  top-5 {summary['val_top5']:.2f} %")
     if "ema_val_top1" in summary:
         console.print(f"  averaged weights  top-1 {summary['ema_val_top1']:.2f} %  top-5 {summary['ema_val_top5']:.2f} %")
@@ -93,22 +96,3 @@ def print_result(result: RunResult) -> None:
     if any(skipped):
         console.print(f"  unreadable images: {skipped[0]} in training, {skipped[1]} held out")
     console.print(f"  model             {result.folder.model}", soft_wrap=True)
-
-
-def _split_config_files(arguments: list[str]) -> tuple[list[str], list[str]]:
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    finder.add_argument("--config", action="append", default=[])
-    try:
-        found, rest = finder.parse_known_args(arguments)
-    except argparse.ArgumentError as error:
-        raise ConfigError(f"widekernel train: {error}.") from error
-    return [expanded("--config", file) for file in found.config], rest
-
-
-def _recipe_argument(arguments: list[str]) -> str | None:
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    finder.add_argument("--recipe")
-    try:
-        return finder.parse_known_args(arguments)[0].recipe
-    except argparse.ArgumentError as error:
-        raise ConfigError(f"widekernel train: {error}.") from error

@@ -1,4 +1,4 @@
-"""``widekernel tune``."""
+"""`widekernel tune`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import jsonargparse
 
-from widekernel.cli.console import progress, results
+from widekernel.cli.console import progress, result_console
 from widekernel.cli.custom_case import custom_case
-from widekernel.cli.parsing import listed, new_parser, parse
+from widekernel.cli.parsing import new_parser, parse, parse_names
 from widekernel.errors import ConfigError, WidekernelError
 from widekernel.settings import require
 
@@ -99,8 +99,8 @@ def _check(values: dict[str, Any]) -> None:
     if values["case"] is None:
         require(bool(values["names"]), "names", values["names"], "at least one model, or a case by --shape and --kernel")
     values["batch"] = values["batch"] or _BATCH
-    values["modes"] = listed("modes", values["modes"] or ",".join(MODES), MODES)
-    values["layouts"] = listed("layouts", values["layouts"], list(LAYOUTS))
+    values["modes"] = parse_names("modes", values["modes"] or ",".join(MODES), MODES)
+    values["layouts"] = parse_names("layouts", values["layouts"], list(LAYOUTS))
     values["dtypes"] = parse_precisions(values["dtypes"])
     check_names(values["names"])
 
@@ -177,7 +177,7 @@ def _show() -> int:
     for title, path in (("This machine's table", mine), ("Shipped table", tuning_tables.SHIPPED)):
         if path is None or not path.exists():
             where = f"none, {VARIABLE} is 0" if path is None else f"none, {path} does not exist"
-            results().print(f"{title}: {where}.", soft_wrap=True)
+            result_console().print(f"{title}: {where}.", soft_wrap=True)
             continue
         for gpu, entries in sorted(tuning_tables.read(path).items()):
             rows = [_shown(key, entry) for key, entry in sorted(entries.items())]

@@ -116,7 +116,7 @@ _ZEROS: dict[str, Operator] = {
 
 def _counted(model: nn.Module, size: int, runs: Runs, device: torch.device) -> Counter[Problem]:
     from widekernel.bench.precision import in_force
-    from widekernel.tasks.channels import input_channels
+    from widekernel.tasks.image_channels import input_channels
 
     channels = input_channels(model)
     recording = _RecordingBackend()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from widekernel.cli.console import for_tables, progress, results
+from widekernel.cli.console import progress, result_console, table_console
 from widekernel.errors import ConfigError, WidekernelError
 from widekernel.ops.gpu import tuning_tables
 from widekernel.ops.gpu.config_choice import TOLERATED_SLOWDOWN
@@ -222,7 +222,7 @@ def _us(seconds: float) -> str:
 
 def print_table(title: str, headers: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print a table on standard output."""
-    console = for_tables()
+    console = table_console()
     table = Table(title=title)
     for header in headers:
         table.add_column(header, justify="right" if "µs" in header or header in ("error", "times faster") else "left")
@@ -234,4 +234,4 @@ def print_table(title: str, headers: Sequence[str], rows: Iterable[Sequence[str]
 def say(lines: Iterable[str]) -> None:
     """Print lines on standard output."""
     for line in lines:
-        results().print(line, soft_wrap=True)
+        result_console().print(line, soft_wrap=True)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
         Batch,
         EvaluationSamples,
         LoaderOptions,
-        Share,
+        Shard,
         TrainingLoader,
         TrainingSamples,
         evaluation_loader,
@@ -27,7 +27,7 @@ __all__ = [
     "ImageSource",
     "LoaderOptions",
     "Preprocessing",
-    "Share",
+    "Shard",
     "TrainingLoader",
     "TrainingSamples",
     "evaluation_loader",
@@ -43,12 +43,16 @@ _WHERE = {
     "ImageSource": "widekernel.data.sources",
     "LoaderOptions": "widekernel.data.loading",
     "Preprocessing": "widekernel.data.preprocess",
-    "Share": "widekernel.data.loading",
+    "Shard": "widekernel.data.loading",
     "TrainingLoader": "widekernel.data.loading",
     "TrainingSamples": "widekernel.data.loading",
     "evaluation_loader": "widekernel.data.loading",
     "open_split": "widekernel.data.datasets",
     "open_train_and_val": "widekernel.data.datasets",
 }
-_MOVED = {"ConfigError": "widekernel.errors", "DataError": "widekernel.errors"}
+_MOVED = {
+    "ConfigError": "widekernel.errors",
+    "DataError": "widekernel.errors",
+    "Share": "widekernel.data:Shard",
+}
 __getattr__, __dir__ = attach(__name__, _WHERE, _MOVED)

@@ -1,44 +1,46 @@
-"""Configuration of data sets, preprocessing and augmentation."""
+"""Settings of data sets, preprocessing and augmentation."""
 
 import os
 from dataclasses import dataclass
 from typing import Any
 
 from widekernel.errors import ConfigError
-from widekernel.settings import require, require_finite
+from widekernel.settings import require, require_finite, require_one_of
+
+_RESAMPLING = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 
 
 def processors() -> int:
-    """How many processors this process may use."""
+    """Return how many processors this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _require_statistics(key: str, values: Any, ok: bool, rule: str) -> None:
-    """Raise unless ``values`` are ``None`` or three numbers for pixels from 0 to 1."""
+    """Raise unless `values` are `None`, or three numbers for which the rule is `ok`."""
     require(values is None or len(values) == 3, key, values, "three numbers, or null")
     if not ok:
-        raise ConfigError(f"{key} is {values!r}, but must be {rule}: values are for pixels in 0..1, divide by 255.")
+        raise ConfigError(f"{key} is {values!r}, but must be {rule}: pixels are scaled to 0..1, so divide by 255.")
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the images come from and how they reach the network.
+    """Where the images come from and how they are preprocessed.
 
     Args:
-        name: data set: "folder" (image folders or tars below root), "digits" (scikit-learn's 8×8 digits), torch/ and
-            the name of one of torchvision's sets, such as torch/cifar10 or torch/flowers102, or hfds/owner/name
-        root: folder that holds the splits (for named data sets: where they are kept)
+        name: data set: "folder" (image folders or tar archives below root), "digits" (scikit-learn's 8×8 digits), torch/
+            and the name of one of torchvision's sets, such as torch/cifar10 or torch/flowers102, or hfds/owner/name
+        root: folder that holds the splits; for named data sets, the folder where they are stored
         train_split: training split: a folder or .tar below root, or the split's name in a named data set
         val_split: held-out split, in the same form
         download: let a named data set download itself into root
         input_size: height and width of the network's input in pixels; null takes the model's own
         mean: channel means of pixels from 0 to 1; null takes the model's own
         std: channel standard deviations of pixels from 0 to 1; null takes the model's own
-        interpolation: resampling in evaluation (nearest, bilinear, bicubic, ...); null: bicubic
-        crop_pct: share of the resized image that the evaluation crop keeps; null: 0.875 below 384 pixels, and from
-            384 on the whole image warped to the square
-        workers: processes that decode images; 0 decodes in the training process. Default: 4, or the number of processors if
-            that is smaller
+        interpolation: resampling in evaluation (nearest, bilinear, bicubic, ...); null means bicubic
+        crop_pct: share of the resized image that the evaluation crop keeps; null means 0.875 for inputs below 384 pixels;
+            from 384 pixels on the whole image is warped to the square
+        workers: processes that decode images; 0 decodes in the training process. The default is 4, or the number of
+            processors if that is smaller
         max_unreadable: stop once more than this many different images could not be decoded
     """
 
@@ -64,12 +66,8 @@ class DataConfig:
         mean, std = self.mean or (0.0,), self.std or (1.0,)
         _require_statistics("data.mean", self.mean, min(mean) >= 0 and max(mean) <= 1, "three numbers from 0 to 1")
         _require_statistics("data.std", self.std, min(std) > 0 and max(std) <= 1, "three numbers above 0 and at most 1")
-        require(
-            self.interpolation in (None, "nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"),
-            "data.interpolation",
-            self.interpolation,
-            "nearest, bilinear, bicubic, lanczos, box or hamming",
-        )
+        if self.interpolation is not None:
+            require_one_of("data.interpolation", self.interpolation, _RESAMPLING)
 
 
 @dataclass(frozen=True)
@@ -112,14 +110,9 @@ class AugmentConfig:
             require(0 <= getattr(self, key) <= 1, f"augment.{key}", getattr(self, key), "a probability from 0 to 1")
         for key in ("color_jitter", "mixup", "cutmix"):
             require(getattr(self, key) >= 0, f"augment.{key}", getattr(self, key), "0 or more")
-        require(
-            self.interpolation in ("random", "bilinear", "bicubic"),
-            "augment.interpolation",
-            self.interpolation,
-            "random, bilinear or bicubic",
-        )
+        require_one_of("augment.interpolation", self.interpolation, ("random", "bilinear", "bicubic"))
 
     @property
     def mixes(self) -> bool:
-        """Whether batches are mixed at all."""
+        """Whether any batch is mixed."""
         return self.mix_prob > 0 and (self.mixup > 0 or self.cutmix > 0)

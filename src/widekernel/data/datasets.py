@@ -1,4 +1,4 @@
-"""From a data configuration to the training and held-out images."""
+"""Opening the training and held-out images that a configuration describes."""
 
 import pickle
 import urllib.error
@@ -7,13 +7,13 @@ from typing import Any
 
 from timm.data import create_dataset
 
-from widekernel.data.class_names import refuse_one_class
+from widekernel.data.class_checks import refuse_one_class
 from widekernel.data.config import DataConfig
 from widekernel.data.digits import load_digits
-from widekernel.data.formats import listed
-from widekernel.data.paths import expanded
-from widekernel.data.places import how_to_go_deeper, open_files
+from widekernel.data.formats import brief
+from widekernel.data.paths import expand_path
 from widekernel.data.sources import FileSource, ImageSource, MappedSource
+from widekernel.data.split_files import deeper_hint, open_files
 from widekernel.data.torchvision_sets import class_names, known_names, open_torchvision
 from widekernel.errors import DataError, nearest
 
@@ -21,16 +21,16 @@ STREAMED_PREFIXES = ("tfds", "wds", "hfids")
 
 
 def open_split(config: DataConfig, split: str) -> ImageSource:
-    """Open ``"train"`` or ``"val"`` of the configured data set.
+    """Open `"train"` or `"val"` of the configured data set.
 
     Raises:
         ConfigError: a variable in a path is not set.
-        DataError: it does not exist, is empty, or cannot be indexed; the message says which and what to do.
+        DataError: it does not exist, is empty, or cannot be indexed.
     """
     if config.name == "digits":
         digits = load_digits()[0 if split == "train" else 1]
         if config.root is not None:
-            digits.notes += (f"data.root ({config.root}) has no effect: data.name is 'digits', which scikit-learn holds.",)
+            digits.notes += (f"data.root ({config.root}) has no effect: data.name is 'digits', which is in scikit-learn.",)
         return digits
     part = config.train_split if split == "train" else config.val_split
     if config.name == "folder":
@@ -39,26 +39,26 @@ def open_split(config: DataConfig, split: str) -> ImageSource:
 
 
 def open_train_and_val(config: DataConfig) -> tuple[ImageSource, ImageSource]:
-    """Open both splits and check that they have the same classes in the same order, and several of them.
+    """Open both splits, and check that they have the same two or more classes in the same order.
 
     Raises:
-        DataError: as ``open_split``, or the class names differ, or there is only one class.
+        DataError: a split cannot be opened, the class names differ, or there is only one class.
     """
     train, val = open_split(config, "train"), open_split(config, "val")
     if train.class_names != val.class_names:
         only_train = sorted(set(train.class_names) - set(val.class_names))
         only_val = sorted(set(val.class_names) - set(train.class_names))
         detail = [
-            f"only in {part}: {listed(names)}"
+            f"only in {part}: {brief(names)}"
             for part, names in (("training", only_train), ("validation", only_val))
             if names
         ]
         raise DataError(
             f"Training has {len(train.class_names)} classes and validation {len(val.class_names)} "
-            f"({'; '.join(detail)}), but both must hold the same ones. Check data.train_split and data.val_split."
+            f"({'; '.join(detail)}), but both must have the same ones. Check data.train_split and data.val_split."
         )
     if isinstance(train, FileSource):
-        fix = how_to_go_deeper(train, config.train_split, "data.train_split")
+        fix = deeper_hint(train, config.train_split, "data.train_split")
         refuse_one_class(str(train.path), train.class_names, f"Add folders of other classes. {fix}")
         if isinstance(val, FileSource) and val.path.samefile(train.path):
             train.notes += (f"{train.path}: the held-out images are the training images, so accuracy says nothing new.",)
@@ -78,15 +78,15 @@ def _open_named(config: DataConfig, part: str) -> ImageSource:
     if not (config.name in torchvision or (prefix == "hfds" and rest)):
         known = ("folder", "digits", *torchvision)
         raise DataError(
-            f"data.name is {config.name!r}, which is no known data set.{nearest(config.name, known)} "
+            f"data.name is {config.name!r}, which is not a known data set.{nearest(config.name, known)} "
             f"Known: {', '.join(known)}, and hfds/<owner>/<name>."
         )
     if config.root is None and prefix == "torch":
-        raise DataError(f"data.root is not set; give the folder where {config.name} is kept (--data.root DIR).")
+        raise DataError(f"data.root is not set; give the folder where {config.name} is stored (--data.root DIR).")
     if config.root is not None:
-        config = replace(config, root=expanded("data.root", config.root))
+        config = replace(config, root=expand_path("data.root", config.root))
     dataset = _open(config, part)
-    # timm's data set would replace an unreadable image by its neighbour without a word: its reader does not
+    # timm's data set silently replaces an unreadable image by its neighbor; its reader does not.
     return MappedSource(getattr(dataset, "reader", dataset), _class_names(dataset), config.name)
 
 

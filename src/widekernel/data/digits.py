@@ -1,4 +1,4 @@
-"""scikit-learn's digits: 1,797 real hand-written digits of 8×8 pixels that ship with scikit-learn."""
+"""scikit-learn's digits: 1,797 handwritten digits of 8×8 pixels that ship with scikit-learn."""
 
 import numpy as np
 
@@ -6,11 +6,11 @@ from widekernel.data.sources import ArraySource, ImageSource
 from widekernel.errors import DataError
 
 HELD_OUT = 0.2
-"""Share of the digits held out, the same number in every class up to one."""
+"""Fraction of the digits held out; the numbers per class differ by at most one."""
 
 
 def load_digits() -> tuple[ImageSource, ImageSource]:
-    """The training and the held-out digits; the split is stratified and always the same.
+    """Return the training and the held-out digits; the split is stratified and always the same.
 
     Raises:
         DataError: scikit-learn is not installed.
@@ -24,7 +24,7 @@ def load_digits() -> tuple[ImageSource, ImageSource]:
             "Install it with: pip install widekernel[demo]"
         ) from error
     digits = load_sklearn_digits()
-    images = np.round(digits.images * (255 / 16)).astype(np.uint8)  # 17 grey levels, 0 to 16
+    images = np.round(digits.images * (255 / 16)).astype(np.uint8)  # 17 gray levels, 0 to 16
     train, held_out = train_test_split(np.arange(len(images)), test_size=HELD_OUT, stratify=digits.target, random_state=0)
     names = tuple(str(name) for name in digits.target_names)
     sources = []

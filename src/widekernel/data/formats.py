@@ -1,4 +1,4 @@
-"""Which files are images, and which are left behind by operating systems and tools."""
+"""Which files are images, which ones operating systems and tools leave behind, and how to print names."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -6,9 +6,9 @@ from functools import lru_cache
 from PIL import Image
 
 _NOT_DECODED = {
-    "BUFR", "GRIB", "HDF5",  # recognised, but read by other programs
-    "EPS", "PDF", "WMF",  # drawings, which other programs have to render
-    "MPEG",  # only the size of the picture is read
+    "BUFR", "GRIB", "HDF5",  # recognized, but read by other programs
+    "EPS", "PDF", "WMF",  # drawings, which other programs render
+    "MPEG",  # Pillow reads only the size of the picture
     "IPTC",  # a container
 }  # fmt: skip
 
@@ -21,7 +21,7 @@ _LONGEST_CLUTTER = max(len(name) for name in _CLUTTER)
 
 @lru_cache(maxsize=1)
 def image_formats() -> tuple[str, ...]:
-    """The formats that Pillow decodes to pixels by itself on this machine."""
+    """Return the formats that Pillow decodes to pixels by itself on this machine."""
     Image.init()
     with_endings = set(Image.registered_extensions().values())
     return tuple(name for name in Image.OPEN if name in with_endings and name not in _NOT_DECODED)
@@ -29,36 +29,36 @@ def image_formats() -> tuple[str, ...]:
 
 @lru_cache(maxsize=1)
 def image_endings() -> frozenset[str]:
-    """The endings of files in ``image_formats``, in lower case and with their dot."""
-    formats = {*image_formats(), "MPO"}  # several JPEG images in one file, which the JPEG plugin opens
+    """Return the file name endings of `image_formats`, in lower case and with their dot."""
+    formats = {*image_formats(), "MPO"}  # several JPEG images in one file; the JPEG plugin opens it
     return frozenset(ending for ending, name in Image.registered_extensions().items() if name in formats)
 
 
 def usual_endings() -> str:
-    """The best known of ``image_endings``, for a message."""
+    """Return the best known of `image_endings` as text for a message."""
     known = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
     return f"{', '.join(ending for ending in known if ending in image_endings())} and others"
 
 
 def ending_of(name: str) -> str:
-    """The ending of a file name in lower case with its dot, empty if it has none."""
+    """Return the ending of a file name in lower case with its dot, or "" if it has none."""
     stem, dot, ending = name.rpartition(".")
     return f".{ending.lower()}" if dot and stem else ""
 
 
 def is_clutter(name: str) -> bool:
-    """Whether a file or folder is hidden, or one that operating systems leave in other people's folders."""
+    """Return whether a file or folder is hidden, or is one that operating systems leave behind."""
     return name.startswith(".") or (len(name) <= _LONGEST_CLUTTER and name.lower() in _CLUTTER)
 
 
-def listed(names: Sequence[str], most: int = 5) -> str:
-    """The first ``most`` of ``names`` for a message, on one line and printable."""
+def brief(names: Sequence[str], most: int = 5) -> str:
+    """Join the first `most` of `names` for a message, on one line and printable."""
     shown = ", ".join(printable(name) for name in names[:most])
     return f"{shown} and {len(names) - most:,} more" if len(names) > most else shown
 
 
 def printable(name: str) -> str:
-    """A name for a message: line breaks and bytes that are not UTF-8 are escaped."""
+    """Return a name for a message, with line breaks and bytes that are not UTF-8 escaped."""
     if name.isprintable():
         return name
     escaped = "".join(char if char.isprintable() or _is_raw(char) else repr(char)[1:-1] for char in name)

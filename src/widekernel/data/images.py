@@ -1,4 +1,4 @@
-"""Decoding of image files to 8-bit RGB, refusing what a silent conversion would turn into noise."""
+"""Decoding of image files to 8-bit RGB; images that a silent conversion would turn into noise are refused."""
 
 import io
 import struct
@@ -12,10 +12,10 @@ from PIL import Image, UnidentifiedImageError
 from widekernel.data.formats import image_formats
 
 MAX_PIXELS = 50_000_000
-"""Largest accepted image, in pixels, checked from the header before anything is decoded."""
+"""Largest accepted image, in pixels; checked in the header before anything is decoded."""
 
 MAX_BYTES = 2**29
-"""Largest accepted image file: more than ``MAX_PIXELS`` pixels of 16 bits in four channels take."""
+"""Largest accepted image file; more than `MAX_PIXELS` pixels with four channels of 16 bits take."""
 
 DECODER_ERRORS = (
     OSError, ValueError, SyntaxError, EOFError, LookupError, RuntimeError, TypeError, AttributeError, AssertionError,
@@ -25,19 +25,19 @@ DECODER_ERRORS = (
 
 
 class UnreadableImageError(Exception):
-    """One image that cannot be decoded faithfully; the message is the reason."""
+    """An image that cannot be decoded faithfully; the message is the reason."""
 
 
 def decode_image(file: IO[bytes]) -> Image.Image:
-    """Decode ``file`` to an 8-bit RGB image.
+    """Decode `file` to an 8-bit RGB image.
 
-    Grey images of 12 and 16 bits are scaled to 8 (a plain conversion would clip them to white), transparent images are
-    composited on black, animated images give their first frame. EXIF orientation is not applied, as in the
+    Gray images of 12 and 16 bits are scaled to 8 bits (a plain conversion would clip them to white), transparent images
+    are composited on black, and the first frame of animated images is used. EXIF orientation is not applied, as in the
     published ImageNet pipelines.
 
     Raises:
-        UnreadableImageError: the file is damaged, is no image, has floating-point, signed or 32-bit pixels (their range
-            is unknown), or more than ``MAX_PIXELS`` pixels or ``MAX_BYTES`` bytes.
+        UnreadableImageError: the file is damaged, is not an image, has floating-point, signed or 32-bit pixels (their
+            range is unknown), or has more than `MAX_PIXELS` pixels or `MAX_BYTES` bytes.
     """
     try:
         content = file.read(MAX_BYTES + 1)
@@ -49,12 +49,12 @@ def decode_image(file: IO[bytes]) -> Image.Image:
 
 
 def decode_bytes(content: bytes) -> Image.Image:
-    """Decode the contents of a file, by the rules of ``decode_image`` and with its errors."""
+    """Decode the contents of a file, with the rules and errors of `decode_image`."""
     try:
-        # Pillow warns about large images and odd palettes; the pixel limit below is the rule that holds here
+        # Pillow warns about large images and odd palettes; here the pixel limit below decides.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            # What a file is shows in its first bytes, not in its name: formats that other programs would read are not tried
+            # Pillow goes by the first bytes, not by the name; formats that other programs would read are not tried.
             image = Image.open(io.BytesIO(content), formats=image_formats())
             _check_size(image)
             return to_rgb(image)
@@ -65,13 +65,13 @@ def decode_bytes(content: bytes) -> Image.Image:
 
 
 def too_large(size: int) -> str:
-    """Why a file of ``size`` bytes, or more, is not read."""
+    """Return the reason why a file of `size` bytes, or more, is not read."""
     return f"the file has {size:,} bytes or more, and the limit is {MAX_BYTES:,}"
 
 
 def reason_of(error: BaseException) -> str:
-    """Why an image could not be decoded, on one line."""
-    if isinstance(error, UnidentifiedImageError):  # its own text names an object in memory, which differs every time
+    """Return the reason why an image could not be decoded, on one line."""
+    if isinstance(error, UnidentifiedImageError):  # its own text has the address of an object, which differs every time
         return "not an image of a known format"
     return " ".join(f"{type(error).__name__}: {error}".split()).rstrip(":")
 
@@ -83,7 +83,7 @@ def _check_size(image: Image.Image) -> None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an opened image by the rules of ``decode_image``.
+    """Convert an opened image to 8-bit RGB by the rules of `decode_image`.
 
     Raises:
         UnreadableImageError: the range of its pixels is unknown.
@@ -105,9 +105,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 _SCALED_TO_16_BITS = {"PPM", "PNG"}
-"""Formats whose pixels Pillow may give as 32-bit numbers, but always from 0 to 65,535."""
+"""Formats whose pixels Pillow may return as 32-bit numbers, but always from 0 to 65,535."""
 
-# Tags of TIFF files, and values of them.
+# Tags of TIFF files and their values.
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
 _WHITE_IS_ZERO, _SIGNED = 0, 2
 
@@ -125,7 +125,7 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
         values[values == transparent] = 0
-    # 65535 / 257 is 255 exactly, so that 16-bit copies of 8-bit images give those
+    # 65535 / 257 is exactly 255, so 16-bit copies of 8-bit images become those images again.
     scaled = values / 257.0 if largest == 65535 else values * (255.0 / largest)
     return Image.fromarray(scaled.round().astype(np.uint8)).convert("RGB")
 

@@ -1,4 +1,4 @@
-"""Links between folders that would give images twice, or the wrong class."""
+"""Links between folders that would yield images twice, or with the wrong class."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ from widekernel.errors import DataError
 
 
 class Links:
-    """The links below the class folders ``names`` of ``split``; links to places elsewhere are fine."""
+    """Check of the links below the class folders `names` of `split`; links out of the split are fine."""
 
     def __init__(self, split: Path, names: list[str]) -> None:
         self.split = split
@@ -15,17 +15,17 @@ class Links:
         self.classes = {name: self.home + os.sep + name for name in names}
 
     def enter(self, folder: str) -> tuple[str, ...]:
-        """The real places of the split and of the class folder ``folder``, which may be a link.
+        """Return the real paths of the split and of the class folder `folder`, which may be a link.
 
         Raises:
-            DataError: as ``follow``.
+            DataError: as for `follow`.
         """
         if (self.split / folder).is_symlink():
             return (self.home, self.follow(folder, (self.home,)))
         return (self.home, self.classes[folder])
 
     def follow(self, link: str, above: tuple[str, ...]) -> str:
-        """The real place that ``link``, a path below the split, leads to; ``above`` are the places it lies in.
+        """Return the real path that `link`, a path below the split, leads to; `above` are the real paths it lies in.
 
         Raises:
             DataError: the link leads to a folder that holds it, or into the folder of another class.

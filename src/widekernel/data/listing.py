@@ -1,4 +1,4 @@
-"""What was found below the folder of a split, in a folder or in an archive: images, classes and what was left out."""
+"""What a split holds, in a folder or in an archive: images, classes and the files that were skipped."""
 
 from array import array
 from collections import Counter
@@ -6,14 +6,23 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from widekernel.data.formats import ending_of, listed, printable, usual_endings
-from widekernel.data.names import Names, normalised
+from widekernel.data.formats import brief, ending_of, printable, usual_endings
+from widekernel.data.names import Names, normalize_name
 from widekernel.errors import DataError
 
 
 @dataclass
-class LeftOut:
-    """Files below a split that are no images of it. Clutter of operating systems is not among them."""
+class SkippedFiles:
+    """Files below a split that are not among its images. Clutter of operating systems is not counted.
+
+    Attributes:
+        endings: number of files without the ending of an image, by ending.
+        example: one of them.
+        outside: number of images that lie in no class folder.
+        example_outside: one of them.
+        lost: number of links in an archive that lead nowhere and do not have the ending of an image.
+        example_lost: one of them.
+    """
 
     endings: Counter[str] = field(default_factory=Counter)
     example: str = ""
@@ -23,7 +32,7 @@ class LeftOut:
     example_lost: str = ""
 
     def add(self, path: str) -> None:
-        """Count a file whose ending is not one of an image, or that is none by its ending alone."""
+        """Count a file that does not have the ending of an image, or is none in spite of it."""
         self.endings[ending_of(path.rpartition("/")[2])] += 1
         self.example = self.example or path
 
@@ -33,22 +42,22 @@ class LeftOut:
         self.example_outside = self.example_outside or path
 
     def add_lost(self, path: str) -> None:
-        """Count a link in an archive that leads nowhere there, perhaps to a folder elsewhere; by its ending no image."""
+        """Count a link that leads nowhere in the archive, perhaps to a folder elsewhere, and has no image's ending."""
         self.lost += 1
         self.example_lost = self.example_lost or path
 
     def notes(self, label: str) -> tuple[str, ...]:
-        """One line for each kind of file, to be shown to the user; ``label`` names the split."""
+        """Return one line for the user per kind of file; `label` names the split."""
         notes = []
         if self.endings:
             kinds = [f"{count:,} {ending or 'without an ending'}" for ending, count in self.endings.most_common()]
             notes.append(
-                f"{label}: {self.endings.total():,} file(s) left out, which are no images by their ending "
-                f"({listed(kinds)}), such as {printable(self.example)}."
+                f"{label}: {self.endings.total():,} file(s) left out, which do not have the ending of an image "
+                f"({brief(kinds)}), such as {printable(self.example)}."
             )
         if self.outside:
             notes.append(
-                f"{label}: {self.outside:,} image(s) left out, which lie in no class folder, "
+                f"{label}: {self.outside:,} image(s) left out, which lie outside the class folders, "
                 f"such as {printable(self.example_outside)}."
             )
         if self.lost:
@@ -64,56 +73,56 @@ class Listing:
     """The images of a split.
 
     Args:
-        class_names: normalised names in the order of the class indices
-        names: paths of the images below the split, in their order
+        class_names: normalized names in the order of the class indices
+        names: paths of the images below the split, in order
         targets: class index of every image
-        left_out: what else was there
-        below: for every class the folders in its folder that hold images, "" for the folder itself
+        skipped: other files
+        image_folders: for every class, the folders inside its folder that hold images; "" is the class folder itself
     """
 
     class_names: tuple[str, ...]
     names: Names = field(default_factory=Names)
     targets: "array[int]" = field(default_factory=lambda: array("i"))
-    left_out: LeftOut = field(default_factory=LeftOut)
-    below: list[set[str]] = field(default_factory=list)
+    skipped: SkippedFiles = field(default_factory=SkippedFiles)
+    image_folders: list[set[str]] = field(default_factory=list)
 
     def check(self, label: str) -> None:
-        """Raise a ``DataError`` if there are no images, or classes without."""
-        empty = [name for name, folders in zip(self.class_names, self.below, strict=True) if not folders]
+        """Raise a `DataError` if there are no images, or classes without images."""
+        empty = [name for name, folders in zip(self.class_names, self.image_folders, strict=True) if not folders]
         kinds = usual_endings()
         if len(empty) == len(self.class_names):
             raise DataError(f"{label} holds no images: none of its {len(empty)} class folders has a file of {kinds}.")
         if empty:
             raise DataError(
-                f"{label} has {len(empty)} class folder(s) without images: {listed(empty)}. Add images ({kinds}) or remove "
+                f"{label} has {len(empty)} class folder(s) without images: {brief(empty)}. Add images ({kinds}) or remove "
                 "the folder."
             )
 
-    def inside(self) -> tuple[str, ...]:
-        """The folders directly inside the class folders, if all classes have the same ones."""
-        tops = [{folder.partition("/")[0] for folder in folders} for folders in self.below]
+    def common_subfolders(self) -> tuple[str, ...]:
+        """Return the folders directly inside the class folders if they are the same in all classes, else nothing."""
+        tops = [{folder.partition("/")[0] for folder in folders} for folders in self.image_folders]
         alike = bool(tops) and all(top == tops[0] for top in tops) and "" not in tops[0]
         return tuple(sorted(tops[0])) if alike else ()
 
 
-def order_of_classes(label: str, folders: Iterable[str]) -> tuple[list[str], tuple[str, ...]]:
-    """Class folders in the order of their classes, and the classes' names.
+def sorted_classes(label: str, folders: Iterable[str]) -> tuple[list[str], tuple[str, ...]]:
+    """Return class folders in the order of their classes, and the names of the classes.
 
     Raises:
-        DataError: two folders have the same name after Unicode normalisation.
+        DataError: two folders have the same name after Unicode normalization.
     """
-    ordered = sorted(folders, key=lambda name: (normalised(name), name))
-    names = tuple(normalised(name) for name in ordered)
+    ordered = sorted(folders, key=lambda name: (normalize_name(name), name))
+    names = tuple(normalize_name(name) for name in ordered)
     for first, second in pairwise(names):
         if first == second:
             raise DataError(
-                f"{label} has two class folders named {printable(first)!r}, which differ only in how Unicode writes their "
-                "characters. Merge or rename them."
+                f"{label} has two class folders named {printable(first)!r}, which differ only in their Unicode form. "
+                "Merge or rename them."
             )
     return ordered, names
 
 
-def twins(names: Sequence[str]) -> list[str]:
-    """Names that differ from another one only in case or in spaces around them."""
+def near_duplicates(names: Sequence[str]) -> list[str]:
+    """Return the names that differ from another one only in case or in spaces around them."""
     count = Counter(name.strip().casefold() for name in names)
     return [name for name in names if count[name.strip().casefold()] > 1]

@@ -1,4 +1,4 @@
-"""Batches whose content depends on (seed, epoch, position) alone, in any number of workers and on any rank."""
+"""Batches whose content depends only on (seed, epoch, position), with any number of workers and on any rank."""
 
 import atexit
 import multiprocessing
@@ -21,15 +21,15 @@ from widekernel.data.seeding import derive_seed, scoped_seed
 from widekernel.data.sources import ImageSource
 from widekernel.errors import DataError
 
-# First keys of the random streams: each purpose draws from its own.
+# First keys of the random streams: each purpose draws from a stream of its own.
 SHUFFLE_STREAM, AUGMENT_STREAM, MIX_STREAM = 1, 2, 3
 
 SampleKey = tuple[int, int]
-"""(epoch, index): what a sampler asks a data set for."""
+"""(epoch, index): what a sampler requests from a data set."""
 
 
 class Unreadable(NamedTuple):
-    """An image that could not be decoded: what it is called, and why."""
+    """The name of an image that could not be decoded, and the reason."""
 
     name: str
     reason: str
@@ -39,7 +39,7 @@ class Unreadable(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One image, or (with ``image`` None) the report of an unreadable one."""
+    """One image `(channels, size, size)`, or `None` in its place if it is unreadable."""
 
     image: Tensor | None
     target: int
@@ -47,7 +47,7 @@ class Sample(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Images ``(n, 3, size, size)``, class indices ``(n,)``, and the unreadable images met while loading them."""
+    """Images `(n, channels, size, size)`, class indices `(n,)`, and the unreadable images met while loading them."""
 
     images: Tensor
     targets: Tensor
@@ -55,17 +55,17 @@ class Batch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Share:
-    """Which part of every epoch this process loads: position ``rank`` of ``world_size``."""
+class Shard:
+    """The part of every epoch that one process loads: number `rank` of `world_size` parts."""
 
     rank: int = 0
     world_size: int = 1
 
 
 class TrainingSamples(Dataset):
-    """Randomly transformed training images, a function of (seed, epoch, index).
+    """Randomly transformed training images: a function of (seed, epoch, index).
 
-    An unreadable image is replaced by the next readable one, so that batches keep their size, and reported.
+    An unreadable image is reported, and replaced by the next readable one so that batches keep their size.
     """
 
     MAX_REPLACEMENTS = 100
@@ -88,11 +88,11 @@ class TrainingSamples(Dataset):
                 continue
             with scoped_seed(AUGMENT_STREAM, self.seed, epoch, index):
                 return Sample(self.transform(image), target, tuple(unreadable))
-        return Sample(None, -1, tuple(unreadable))  # the training process raises: a worker's error hides in a traceback
+        return Sample(None, -1, tuple(unreadable))  # the training process raises: an error in a worker becomes a traceback
 
 
 class EvaluationSamples(Dataset):
-    """Deterministically transformed images; an unreadable one is reported and left out."""
+    """Deterministically transformed images; unreadable ones are reported and left out."""
 
     def __init__(self, source: ImageSource, transform: ImageTransform) -> None:
         self.source, self.transform = source, transform
@@ -111,23 +111,23 @@ class EvaluationSamples(Dataset):
 class EpochBatches(Sampler[list[SampleKey]]):
     """Shuffled batches of one epoch for one rank; the incomplete last batch is dropped.
 
-    ``start(epoch, skip)`` chooses what the next iteration gives: the order of ``epoch``, without its first ``skip``
-    batches. All ranks cut their batches from one common order.
+    `start(epoch, skip)` chooses what the next iteration yields: `epoch`, without its first `skip` batches. All ranks
+    cut their batches from one common order.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int, share: Share) -> None:
-        self.length, self.batch_size, self.seed, self.share = length, batch_size, seed, share
+    def __init__(self, length: int, batch_size: int, seed: int, shard: Shard) -> None:
+        self.length, self.batch_size, self.seed, self.shard = length, batch_size, seed, shard
         self.epoch = 0
         self.skip = 0
 
     def start(self, epoch: int, skip: int = 0) -> None:
-        """Choose what the next iteration gives."""
+        """Choose the epoch of the next iteration, and how many of its batches to skip."""
         self.epoch, self.skip = epoch, skip
 
     @property
     def batches_per_epoch(self) -> int:
-        """Whole batches of this rank in an epoch; the same number on every rank."""
-        return self.length // (self.batch_size * self.share.world_size)
+        """Complete batches of this rank in an epoch; the same number on every rank."""
+        return self.length // (self.batch_size * self.shard.world_size)
 
     def __len__(self) -> int:
         return self.batches_per_epoch - self.skip
@@ -135,14 +135,14 @@ class EpochBatches(Sampler[list[SampleKey]]):
     def __iter__(self) -> Iterator[list[SampleKey]]:
         generator = torch.Generator().manual_seed(derive_seed(SHUFFLE_STREAM, self.seed, self.epoch))
         order = torch.randperm(self.length, generator=generator).tolist()
-        stride = self.batch_size * self.share.world_size
+        stride = self.batch_size * self.shard.world_size
         for number in range(self.skip, self.batches_per_epoch):
-            first = number * stride + self.share.rank * self.batch_size
+            first = number * stride + self.shard.rank * self.batch_size
             yield [(self.epoch, index) for index in order[first : first + self.batch_size]]
 
 
 def collate(samples: list[Sample]) -> Batch:
-    """Stack the readable samples and pass on what was unreadable."""
+    """Stack the readable samples, and pass on the reports of unreadable ones."""
     readable = [(sample.image, sample.target) for sample in samples if sample.image is not None]
     names = tuple(name for sample in samples for name in sample.unreadable)
     if not readable:
@@ -153,11 +153,11 @@ def collate(samples: list[Sample]) -> Batch:
 
 @dataclass(frozen=True)
 class LoaderOptions:
-    """How batches are loaded.
+    """How to load batches.
 
     Args:
         batch_size: images per batch and process
-        workers: decoding processes
+        workers: processes that decode images; 0 decodes in this process
         pin_memory: copy batches to page-locked memory, for transfer to a GPU
     """
 
@@ -167,56 +167,58 @@ class LoaderOptions:
 
 
 class TrainingLoader:
-    """Training batches by epoch; ``epoch(n, skip)`` starts anywhere."""
+    """Training batches by epoch; `epoch(n, skip)` starts anywhere."""
 
-    def __init__(self, samples: TrainingSamples, options: LoaderOptions, share: Share) -> None:
+    def __init__(self, samples: TrainingSamples, options: LoaderOptions, shard: Shard) -> None:
         self.samples = samples
-        self.sampler = EpochBatches(len(samples), options.batch_size, samples.seed, share)
+        self.sampler = EpochBatches(len(samples), options.batch_size, samples.seed, shard)
         self._loader = _make_loader(samples, options, batch_sampler=self.sampler)
 
     @property
     def batches_per_epoch(self) -> int:
-        """Whole batches of this process in an epoch."""
+        """Complete batches of this process in an epoch."""
         return self.sampler.batches_per_epoch
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
-        """The batches of ``epoch`` from number ``skip`` on.
+        """Yield the batches of `epoch`, without the first `skip`.
 
         Raises:
-            DataError: so many neighbouring images are unreadable that no replacement was found.
+            DataError: so many neighboring images are unreadable that no replacement was found.
         """
         self.sampler.start(epoch, skip)
         for batch in self._loader:
             if len(batch.images) < self.sampler.batch_size:
                 raise DataError(
-                    f"Too many images in a row cannot be read, the last of them {batch.unreadable[-1]}. Check the data set."
+                    f"Too many images in a row cannot be read; the last of them is {batch.unreadable[-1]}. "
+                    "Check the data set."
                 )
             yield batch
 
 
-def evaluation_loader(samples: EvaluationSamples, options: LoaderOptions, share: Share) -> DataLoader:
-    """A loader that gives every image exactly once over all ranks, in order, with nothing repeated to fill up."""
-    indices = range(share.rank, len(samples), share.world_size)
+def evaluation_loader(samples: EvaluationSamples, options: LoaderOptions, shard: Shard) -> DataLoader:
+    """Return a loader that yields every image exactly once over all ranks, in order, and repeats none to fill a batch."""
+    indices = range(shard.rank, len(samples), shard.world_size)
     return _make_loader(samples, options, batch_size=options.batch_size, sampler=indices)
 
 
-_TO_THE_GROUP = (signal.SIGINT, signal.SIGTERM)
+_GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+"""Signals that terminals and batch schedulers send to the whole process group."""
 
 
 class _SignalSafeLoader(DataLoader):
-    """A loader whose workers, while they start, have signals to the process group wait until they can ignore them.
+    """A loader whose workers start with the signals to the process group blocked, until they can ignore them.
 
-    Where workers are forked or spawned; those that a fork server forks start with the mask of that server.
+    This holds for workers that are forked or spawned; those of a fork server start with the mask of that server.
     """
 
     def __iter__(self) -> Any:
         if not self.num_workers or not hasattr(signal, "pthread_sigmask"):
             return super().__iter__()
         if multiprocessing.get_context().get_start_method() == "spawn":
-            # What spawned processes need of it unblocks signals when it starts, so it must be there before.
+            # Spawned processes need the resource tracker, which unblocks signals when it starts: start it before.
             resource_tracker.ensure_running()
         # A process inherits the mask of the thread that starts it.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _TO_THE_GROUP)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _GROUP_SIGNALS)
         try:
             return super().__iter__()
         finally:
@@ -227,8 +229,8 @@ def _make_loader(samples: Dataset, options: LoaderOptions, **batching: Any) -> D
     start_worker = None
     if options.workers:
         leaving = RawValue("b", False)
-        atexit.register(_announce, leaving)
-        start_worker = partial(_ignore_signals_to_the_group, leaving=leaving)
+        atexit.register(_announce_exit, leaving)
+        start_worker = partial(_ignore_group_signals, leaving=leaving)
     return _SignalSafeLoader(
         samples,
         num_workers=options.workers,
@@ -236,20 +238,20 @@ def _make_loader(samples: Dataset, options: LoaderOptions, **batching: Any) -> D
         collate_fn=collate,
         worker_init_fn=start_worker,
         persistent_workers=options.workers > 0,
-        # its own generator: otherwise every new iterator would draw from the global one, and a resumed run would differ
+        # A generator of its own: otherwise every new iterator draws from the global one, and a resumed run differs.
         generator=torch.Generator(),
         **batching,
     )
 
 
-def _announce(leaving: Any) -> None:
+def _announce_exit(leaving: Any) -> None:
     leaving.value = True
 
 
-def _ignore_signals_to_the_group(_worker: int, leaving: Any) -> None:
-    # Ctrl-C, timeout and batch schedulers signal the whole process group; the training process decides when to stop.
-    # When it leaves, it terminates the workers that still wait, and only then they obey.
+def _ignore_group_signals(_worker: int, leaving: Any) -> None:
+    # Ctrl-C, `timeout` and batch schedulers signal the whole process group, but the training process decides when to
+    # stop. When it exits, it terminates the workers that still wait; only then do they obey.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if leaving.value else None)
     if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _TO_THE_GROUP)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _GROUP_SIGNALS)

@@ -1,4 +1,4 @@
-"""Names of files: compared after Unicode normalisation, and kept without an object for every file."""
+"""Names of files: compared after Unicode normalization, and stored without a Python object per file."""
 
 import unicodedata
 from array import array
@@ -8,30 +8,30 @@ from typing import overload
 from typing_extensions import override
 
 
-def normalised(name: str) -> str:
-    """``name`` in the form that names are compared in: composed characters (NFC), whereas macOS stores decomposed ones."""
+def normalize_name(name: str) -> str:
+    """Return `name` with composed characters (NFC), the form for comparisons; macOS stores decomposed ones."""
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
-def in_order(names: list[str]) -> list[str]:
-    """``names`` in the order of their normalised forms."""
+def in_normalized_order(names: list[str]) -> list[str]:
+    """Return `names` in the order of their normalized forms."""
     if "".join(names).isascii():
         return sorted(names)
-    return sorted(names, key=lambda name: (normalised(name), name))
+    return sorted(names, key=lambda name: (normalize_name(name), name))
 
 
-def place_of(path: str) -> tuple[str, str, str]:
-    """Where a file stands in the order of its data set, for its path below the split.
+def sort_key(path: str) -> tuple[str, str, str]:
+    """Return the key that sorts the files of a split; `path` is relative to it.
 
     Files are ordered by class folder, then by folder as text, then by name.
     """
     folder, _, name = path.rpartition("/")
     top, _, below = folder.partition("/")
-    return normalised(top), normalised(below), normalised(name)
+    return normalize_name(top), normalize_name(below), normalize_name(name)
 
 
 class Names(Sequence[str]):
-    """Many strings in one block of memory, which worker processes share with the process that forks them."""
+    """Many strings in one block of memory, which forked worker processes share with their parent."""
 
     def __init__(self, names: Iterable[str] = ()) -> None:
         self._text = bytearray()
@@ -39,7 +39,7 @@ class Names(Sequence[str]):
         self.extend("", names)
 
     def extend(self, start: str, names: Iterable[str]) -> None:
-        """Add ``start`` with each of ``names``; surrogates that stand for other bytes are kept."""
+        """Append each of `names` with the prefix `start`; surrogates that stand for other bytes are kept."""
         for name in names:
             self._text += (start + name).encode(errors="surrogateescape")
             self._ends.append(len(self._text))
@@ -60,7 +60,7 @@ class Names(Sequence[str]):
             return [self[number] for number in range(*index.indices(len(self)))]
         number = index + len(self) if index < 0 else index
         if not 0 <= number < len(self):
-            raise IndexError(f"There are {len(self)} names, but number {index} was asked for.")
+            raise IndexError(f"The index is {index}, but there are {len(self)} names.")
         return self._text[self._ends[number] : self._ends[number + 1]].decode(errors="surrogateescape")
 
     @override

@@ -1,4 +1,4 @@
-"""Paths as people write them: with ``~`` and variables, which no shell expands in ``--flag=~/x`` or in a YAML file."""
+"""Expansion of `~` and variables in paths, which no shell does in `--flag=~/x` or in a YAML file."""
 
 import os
 import re
@@ -9,13 +9,13 @@ from widekernel.errors import ConfigError
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
 
 
-def expanded(key: str, text: str, base: Path | None = None) -> str:
-    """Expand ``~``, ``~user``, ``$NAME`` and ``${NAME}`` in a path, unless there is one of just that name.
+def expand_path(key: str, text: str, base: Path | None = None) -> str:
+    """Expand `~`, `~user`, `$NAME` and `${NAME}` in a path, unless a file or folder of exactly that name exists.
 
     Args:
         key: the setting, for messages
         text: the path as it was written
-        base: the folder that it is relative to; ``None``: the working folder
+        base: the folder that it is relative to; `None` means the working folder
 
     Raises:
         ConfigError: a variable is not set, or the path is empty.
@@ -33,4 +33,4 @@ def expanded(key: str, text: str, base: Path | None = None) -> str:
             )
         return os.environ[name]
 
-    return _VARIABLE.sub(value, os.path.expanduser(text))  # noqa: PTH111 - of pathlib's form an unknown user is an error
+    return _VARIABLE.sub(value, os.path.expanduser(text))  # noqa: PTH111 - pathlib's form raises for an unknown user

@@ -1,4 +1,4 @@
-"""From images to input tensors: what evaluation and training do to one image."""
+"""Transforms from an image to an input tensor, in training and in evaluation."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,22 +15,22 @@ from widekernel.errors import ConfigError
 ImageTransform = Callable[[Image.Image], Tensor]
 
 WARP_FROM = 384
-"""From this input size on, evaluation warps the whole image to the square instead of cropping its centre."""
+"""From this input size on, evaluation warps the whole image to the square instead of cropping its center."""
 
 MOST_ELONGATED = 64
-"""Longest accepted side in evaluation as a multiple of the short one; of longer images the middle is taken."""
+"""Largest ratio of long to short side in evaluation; only the middle of longer images is used."""
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes a ``(3, size, size)`` tensor; saved with every model.
+    """How an image becomes a `(3, size, size)` tensor; saved with every model.
 
     Args:
         input_size: height and width in pixels
         mean: subtracted per channel, on the scale 0 to 1
         std: divided by per channel
         interpolation: resampling in evaluation
-        crop_pct: input size over the size that the short side is resized to; 1.0 from 384 pixels on, where the
+        crop_pct: input size divided by the size that the short side is resized to; 1.0 from 384 pixels on, where the
             image is warped
     """
 
@@ -42,7 +42,7 @@ class Preprocessing:
 
     @classmethod
     def resolve(cls, config: DataConfig, model_cfg: dict[str, Any]) -> "Preprocessing":
-        """Fill what ``config`` leaves open from a timm ``pretrained_cfg`` and the rule for the crop."""
+        """Return the settings of `config`, with its gaps filled from a timm `pretrained_cfg` and the default crop."""
         size = config.input_size or _square(model_cfg.get("input_size") or (3, 224, 224))
         return cls(
             input_size=size,
@@ -53,7 +53,7 @@ class Preprocessing:
         )
 
     def overridden_by(self, config: DataConfig) -> "Preprocessing":
-        """These settings with what ``config`` sets; another input size brings the crop that belongs to it."""
+        """Return these settings, changed by what `config` sets; another input size brings its own default crop."""
         size = config.input_size or self.input_size
         same_size = size == self.input_size
         return Preprocessing(
@@ -66,7 +66,7 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Preprocessing":
-        """Rebuild from the JSON form that ``dataclasses.asdict`` gives."""
+        """Rebuild the settings from the JSON form that `dataclasses.asdict` returns."""
         return cls(
             input_size=int(values["input_size"]),
             mean=_triple(values["mean"]),
@@ -76,10 +76,10 @@ class Preprocessing:
         )
 
     def eval_transform(self) -> ImageTransform:
-        """The deterministic transform of evaluation.
+        """Return the deterministic transform of evaluation.
 
-        Of an image whose long side is more than ``MOST_ELONGATED`` times the short one, only the middle is resized: the
-        centre crop keeps nothing else, and the whole would take memory without bound.
+        If the long side of an image is more than `MOST_ELONGATED` times the short one, only the middle is resized: the
+        center crop keeps nothing else, and resizing the whole image would take memory without bound.
         """
         squash = self.input_size >= WARP_FROM and self.crop_pct == 1.0
         transform = create_transform(
@@ -92,11 +92,11 @@ class Preprocessing:
             crop_mode="squash" if squash else "center",
         )
         if not squash:
-            transform.transforms.insert(0, middle)
+            transform.transforms.insert(0, crop_elongated)
         return transform
 
     def train_transform(self, augment: AugmentConfig) -> ImageTransform:
-        """The random transform of training; it draws from the global generators.
+        """Return the random transform of training, which draws from the global generators.
 
         Raises:
             ConfigError: timm does not know the auto-augment policy.
@@ -108,7 +108,7 @@ class Preprocessing:
                 scale=augment.crop_scale,
                 ratio=augment.crop_ratio,
                 hflip=augment.hflip,
-                color_jitter=augment.color_jitter,  # zero strength changes nothing
+                color_jitter=augment.color_jitter,  # strength 0 changes nothing
                 auto_augment=augment.auto_augment,
                 interpolation=augment.interpolation,
                 mean=self.mean,
@@ -125,8 +125,8 @@ class Preprocessing:
         return transform
 
 
-def middle(image: Image.Image) -> Image.Image:
-    """The middle part of an image that is longer than ``MOST_ELONGATED`` times its short side; others as they are."""
+def crop_elongated(image: Image.Image) -> Image.Image:
+    """Return the middle of an image that is longer than `MOST_ELONGATED` times its short side, or the image itself."""
     width, height = image.size
     most = MOST_ELONGATED * min(width, height)
     left, top = max(0, width - most) // 2, max(0, height - most) // 2
@@ -136,7 +136,7 @@ def middle(image: Image.Image) -> Image.Image:
 def _allow_posterize_to_nothing(transform: Any) -> None:
     """Let timm's policies posterize to 0 bits, a black image, as published recipes do at their largest magnitude.
 
-    Recent versions of Pillow refuse 0 bits; earlier ones gave that image.
+    Recent versions of Pillow refuse 0 bits; earlier ones returned a black image.
     """
     for step in transform.transforms:
         operations = getattr(step, "ops", None) or [op for part in getattr(step, "policy", ()) for op in part]

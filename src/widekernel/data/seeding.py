@@ -1,8 +1,8 @@
 """Random streams that are a function of (seed, purpose, position) and of nothing else.
 
-Augmentation in timm and torchvision draws from the global generators of python, numpy and torch. Binding those
-generators for the duration of one sample or batch makes the draw independent of worker count, of the order in which
-workers run and of whether the run was interrupted before.
+Augmentation in timm and torchvision draws from the global generators of Python, NumPy and PyTorch. Seeding those
+generators for one sample or batch makes its draws independent of the number of workers, of the order in which workers
+run and of earlier interruptions of the run.
 """
 
 import random
@@ -14,19 +14,19 @@ import torch
 
 
 def derive_seed(*keys: int) -> int:
-    """A 63-bit seed that depends on every key; keys are non-negative integers."""
+    """Return a 63-bit seed that depends on every key; keys are non-negative integers."""
     low, high = np.random.SeedSequence([int(key) for key in keys]).generate_state(2, np.uint32)
     return (int(high) << 32 | int(low)) & (2**63 - 1)
 
 
 @contextmanager
 def scoped_seed(*keys: int) -> Iterator[None]:
-    """Within the block the global CPU generators follow ``keys``; afterwards they are as they were before."""
+    """Seed the global CPU generators with `keys` within the block, and restore their state afterwards."""
     python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     seed = derive_seed(*keys)
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    # torch.manual_seed would touch the CUDA generators as well
+    # torch.manual_seed would also seed the CUDA generators.
     torch.default_generator.manual_seed(seed)
     try:
         yield

@@ -1,7 +1,8 @@
-"""Labelled images by index: the interface, and the sets that are not listed from files."""
+"""Labeled images by index: the interface, and the data sets that are not listed from files."""
 
 import io
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,11 @@ from widekernel.data.listing import Listing
 
 
 class ImageSource(ABC):
-    """A finite, indexable set of labelled images.
+    """A finite, indexable set of labeled images.
 
     Attributes:
         class_names: names in the order of the class indices
-        notes: what the user should know about the set, such as files that were left out; a line each
+        notes: lines for the user, such as how many files were left out
     """
 
     class_names: tuple[str, ...]
@@ -30,7 +31,7 @@ class ImageSource(ABC):
 
     @abstractmethod
     def load(self, index: int) -> tuple[Image.Image, int]:
-        """The RGB image and its class index.
+        """Return the RGB image and its class index.
 
         Raises:
             UnreadableImageError: the image cannot be decoded.
@@ -38,7 +39,18 @@ class ImageSource(ABC):
 
     @abstractmethod
     def sample_name(self, index: int) -> str:
-        """What to call the image in messages: a path, or the index in a set without files."""
+        """Return the name of the image for messages: a path, or the index in a data set without files."""
+
+
+def targets_of(source: ImageSource) -> Sequence[int] | None:
+    """Return the class indices in the order of the images, or `None` if they are not known without decoding."""
+    for holder in (source, getattr(source, "dataset", None)):
+        targets = getattr(holder, "targets", None)
+        if targets is None:
+            targets = [sample[1] for sample in getattr(holder, "samples", ())]
+        if len(targets) == len(source):
+            return targets if isinstance(targets, array) else [int(target) for target in targets]
+    return None
 
 
 class FileSource(ImageSource):
@@ -52,7 +64,7 @@ class FileSource(ImageSource):
     def __init__(self, path: Path, listing: Listing) -> None:
         self.path, self.listing = path, listing
         self.names, self.targets, self.class_names = listing.names, listing.targets, listing.class_names
-        self.notes = listing.left_out.notes(str(path))
+        self.notes = listing.skipped.notes(str(path))
 
     def __len__(self) -> int:
         return len(self.names)
@@ -63,17 +75,17 @@ class FileSource(ImageSource):
 
     @abstractmethod
     def size(self, index: int) -> int:
-        """Bytes of the image's file, -1 if it is a link that leads nowhere."""
+        """Return the size of the image's file in bytes, or -1 if it is a link that leads nowhere."""
 
 
 class ArraySource(ImageSource):
-    """Images held in memory as 8-bit grey or RGB arrays.
+    """Images held in memory as 8-bit gray or RGB arrays.
 
     Args:
-        images: array ``(n, height, width)`` or ``(n, height, width, 3)`` of uint8
-        targets: ``n`` class indices
+        images: array `(n, height, width)` or `(n, height, width, 3)` of uint8
+        targets: `n` class indices
         class_names: names of the classes
-        label: what sample names start with
+        label: prefix of the sample names
     """
 
     def __init__(self, images: np.ndarray, targets: Sequence[int], class_names: tuple[str, ...], label: str) -> None:
@@ -92,7 +104,10 @@ class ArraySource(ImageSource):
 
 
 class MappedSource(ImageSource):
-    """A map-style data set or reader that gives ``(PIL image, encoded bytes or open file, class index)``."""
+    """A map-style data set or reader whose items are (image, class index).
+
+    The image is a PIL image, encoded bytes or an open file.
+    """
 
     def __init__(self, dataset: Any, class_names: tuple[str, ...], label: str) -> None:
         self.dataset, self.class_names, self.label = dataset, class_names, label

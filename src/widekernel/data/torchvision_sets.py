@@ -1,4 +1,4 @@
-"""torchvision's classification sets by name: those that timm opens, and any other that has splits."""
+"""torchvision's classification data sets by name: those that timm opens, and all others that have splits."""
 
 import inspect
 from collections.abc import Callable
@@ -14,19 +14,23 @@ from widekernel.errors import DataError
 TIMM_NAMES = (
     "cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist", "places365", "imagenet", "inaturalist", "inat",
 )  # fmt: skip
-"""Names of map-style torchvision sets in timm, which knows the names of their splits."""
+"""Names of map-style torchvision data sets that timm opens; it knows the names of their splits."""
 
 _NO_CLASSIFICATION = {"CelebA", "Cityscapes", "Kitti", "LFWPairs", "LFWPeople", "WIDERFace"}
 _TRAIN = ("train", "training")
 
 
 def known_names() -> tuple[str, ...]:
-    """All names that ``open_torchvision`` takes, with their prefix ``torch/``."""
+    """Return all names that `open_torchvision` takes, with their prefix `torch/`."""
     return tuple(f"torch/{name}" for name in (*TIMM_NAMES, *(name for name in _classes() if name not in TIMM_NAMES)))
 
 
 def open_torchvision(config: DataConfig, part: str) -> Any:
-    """The split ``part`` of the set ``config.name``, as torchvision gives it; its errors are passed on."""
+    """Open the split `part` of the data set `config.name`; errors of torchvision are passed on.
+
+    Raises:
+        DataError: a download is asked for, but the data set cannot download itself.
+    """
     name = config.name.partition("/")[2]
     if name in TIMM_NAMES:
         return create_dataset(config.name, root=config.root, split=part, download=config.download)
@@ -36,16 +40,18 @@ def open_torchvision(config: DataConfig, part: str) -> Any:
     if "download" in parameters:
         options["download"] = config.download
     elif config.download:
-        raise DataError(f"{config.name} cannot download itself: torchvision's documentation of {kind.__name__} says how.")
+        raise DataError(
+            f"{config.name} cannot download itself: torchvision's documentation of {kind.__name__} says how to get it."
+        )
     return kind(config.root, **options)
 
 
 def class_names(dataset: Any) -> tuple[str, ...] | None:
-    """The names of the classes of a torchvision set, numbers where they have none, or ``None`` if nothing tells them."""
+    """Return the class names of a torchvision data set, or numbers if it has only labels, or `None` if it has neither."""
     for attribute in ("classes", "categories", "all_categories"):
         names = getattr(dataset, attribute, None)
         if names is not None:
-            # ImageNet gives tuples of synonyms
+            # ImageNet has tuples of synonyms.
             return tuple(name if isinstance(name, str) else name[0] for name in names)
     for attribute in ("targets", "labels", "_labels"):
         labels = getattr(dataset, attribute, None)
@@ -55,7 +61,7 @@ def class_names(dataset: Any) -> tuple[str, ...] | None:
 
 
 def _classes() -> dict[str, Callable[..., Any]]:
-    """Sets with a root, splits and one class per image, by name in lower case."""
+    """Return the data sets that have a root, splits and one class per image, by name in lower case."""
     found: dict[str, Callable[..., Any]] = {}
     for name in datasets.__all__:
         kind = getattr(datasets, name)

@@ -1,4 +1,4 @@
-"""Training recipes as data: a name stands for settings of the training configuration."""
+"""Training recipes: each is a YAML file of training settings with a name and a description."""
 
 from dataclasses import dataclass
 from importlib import resources
@@ -25,16 +25,16 @@ class Recipe:
 
 
 def list_recipes() -> list[str]:
-    """Names of all recipes, sorted."""
+    """List the names of all recipes, sorted."""
     files = resources.files(__name__).iterdir()
     return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
 
 
 def load_recipe(name: str) -> Recipe:
-    """The recipe called ``name``.
+    """Load the recipe called `name`.
 
     Raises:
-        ConfigError: there is none; the message offers the nearest name.
+        ConfigError: there is no such recipe.
     """
     known = list_recipes()
     if name not in known:

@@ -1,1 +1,1 @@
-"""Tasks: how a model is assembled, what it minimises and how it is measured."""
+"""Tasks: assembling a model, training it for an objective, and evaluating it."""

@@ -11,16 +11,16 @@ from widekernel.errors import ConfigError, WidekernelError, nearest
 
 
 def build_model(name: str, num_classes: int | None, args: dict[str, Any], pretrained: bool = False) -> nn.Module:
-    """Create a registered model; ``num_classes`` None keeps the model's own head.
+    """Create a registered model; with `num_classes` None it keeps its own head.
 
     Raises:
-        ConfigError: the name is unknown (the message offers the nearest), the model does not take an argument, or
-            there are no pretrained weights, or no way to them.
+        ConfigError: the name is unknown, the model does not take an argument, or its pretrained weights do not exist
+            or cannot be reached.
     """
-    # names with a colon (hf-hub:, local-dir:) are resolved by timm itself
+    # timm itself resolves names with a colon (hf-hub:, local-dir:).
     if ":" not in name and not timm.is_model(name):
         raise ConfigError(
-            f"model.name is {name!r}, which is no registered model.{nearest(name, timm.list_models())} "
+            f"model.name is {name!r}, which is not a registered model.{nearest(name, timm.list_models())} "
             "`widekernel models` lists them."
         )
     options = dict(args) if num_classes is None else {**args, "num_classes": num_classes}
@@ -38,22 +38,22 @@ def build_model(name: str, num_classes: int | None, args: dict[str, Any], pretra
             raise
         what = f"The pretrained weights of {name}" if pretrained else f"The model {name}"
         hint = "Set model.pretrained to false, or give a checkpoint as model.weights." if pretrained else "Check the name."
-        raise ConfigError(f"{what} cannot be had: {_first_line(error)}. {hint}") from error
+        raise ConfigError(f"{what} cannot be loaded: {_first_line(error)}. {hint}") from error
 
 
 def _first_line(error: Exception) -> str:
-    # torch appends a list of signatures
+    # torch appends a list of signatures.
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     return text.removesuffix(", but expected one of:").rstrip(".:")
 
 
 def pretrained_cfg(model: nn.Module) -> dict[str, Any]:
-    """What timm knows about the model's input: ``input_size``, ``mean``, ``std``; empty for other models."""
+    """Return timm's description of the model's input: `input_size`, `mean`, `std`; empty for foreign models."""
     return cast(dict[str, Any], getattr(model, "pretrained_cfg", {}))
 
 
 def choose_device(name: str) -> torch.device:
-    """The device named ``name``; ``auto`` is CUDA where there is one, else the CPU.
+    """Return the device named `name`; `auto` is CUDA if it is available, or else the CPU.
 
     Raises:
         ConfigError: there is no such device.

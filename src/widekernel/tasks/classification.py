@@ -1,10 +1,9 @@
-"""Image classification: loss with mixing and smoothing, evaluation, and a whole run from its configuration."""
+"""Image classification: its objective, and a whole run from its configuration."""
 
-import json
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,51 +19,37 @@ from widekernel.data import (
     ImageSource,
     LoaderOptions,
     Preprocessing,
+    Shard,
     TrainingLoader,
     TrainingSamples,
     evaluation_loader,
     open_train_and_val,
 )
 from widekernel.data.loading import MIX_STREAM
-from widekernel.data.paths import expanded
+from widekernel.data.paths import expand_path
 from widekernel.data.seeding import scoped_seed
-from widekernel.errors import CheckpointError, ConfigError
-from widekernel.files import explained, write_atomically
-from widekernel.sparsity import save_masks
+from widekernel.errors import ConfigError
 from widekernel.tasks.assembly import build_model, choose_device, pretrained_cfg
-from widekernel.tasks.channels import for_channels, input_channels
-from widekernel.tasks.class_order import inherited
+from widekernel.tasks.class_mapping import inheritance_note
 from widekernel.tasks.config import TrainConfig
 from widekernel.tasks.evaluation import EvaluationOptions, evaluate
-from widekernel.tasks.fingerprint import code_fingerprint, difference, fingerprint
-from widekernel.tasks.saved import SavedModel, read_saved, save_model
-from widekernel.tasks.unreadable import lost_classes
-from widekernel.tasks.weights import load_weights
-from widekernel.training import (
-    CheckpointStore,
-    Processes,
-    Reporter,
-    RunFolder,
-    RunFolderError,
-    SilentReporter,
-    Surroundings,
-    Trainer,
-)
-from widekernel.training.checks import notes_on_workers
+from widekernel.tasks.fingerprint import code_fingerprint, fingerprint
+from widekernel.tasks.foreign_checkpoint import load_weights
+from widekernel.tasks.image_channels import input_channels, match_channels
+from widekernel.tasks.missing_classes import missing_classes
+from widekernel.tasks.run_result import RunResult, earlier_result, has_states, write_results
+from widekernel.tasks.saved import SavedModel
+from widekernel.training import Processes, Reporter, RunContext, RunFolder, SilentReporter, Trainer
 from widekernel.training.config import Metrics
-from widekernel.training.curves import save_curves
-from widekernel.training.metrics_log import read_metrics
+from widekernel.training.preflight import notes_on_workers
 from widekernel.training.random_state import seed_run
-
-SUMMARY_KEYS = ("epochs", "step", "val_top1", "val_top5", "train_unreadable", "val_unreadable")
-"""What a summary has at least."""
 
 
 class Classification:
     """The objective of a classification run.
 
     Args:
-        config: the run
+        config: settings of the run
         num_classes: outputs of the network
         val_loader: held-out images
         options: how to evaluate
@@ -87,7 +72,7 @@ class Classification:
             )
 
     def loss(self, model: nn.Module, batch: Batch, stream: tuple[int, ...]) -> Tensor:
-        """Cross-entropy against smoothed, and where configured mixed, targets."""
+        """Return the cross-entropy with smoothed and, if configured, mixed targets."""
         if self.mixup is None:
             return F.cross_entropy(model(batch.images), batch.targets, label_smoothing=self.label_smoothing)
         with scoped_seed(MIX_STREAM, *stream):
@@ -95,7 +80,7 @@ class Classification:
         return F.cross_entropy(model(images), targets)
 
     def evaluate(self, model: nn.Module, name: str, stop: Callable[[], bool]) -> Metrics | None:
-        """``val_top1`` and ``val_top5`` in percent, ``val_loss``, and the count of unreadable images."""
+        """Return `val_top1` and `val_top5` in percent, `val_loss`, and the numbers of images and of unreadable images."""
         result = evaluate(model, self.val_loader, replace(self.options, stop=stop), name)
         if result is None:
             return None
@@ -108,30 +93,13 @@ class Classification:
         }
 
 
-@dataclass(frozen=True)
-class RunResult:
-    """A finished run.
-
-    Args:
-        folder: where it is
-        summary: its final figures
-        was_finished: whether it had been finished before
-        other_code: if it had, how the code that finished it differs from this; "" if it does not
-    """
-
-    folder: RunFolder
-    summary: dict[str, Any]
-    was_finished: bool
-    other_code: str = ""
-
-
 def train(config: TrainConfig, reporter: Reporter | None = None, processes: Processes | None = None) -> RunResult:
-    """Train as configured in ``config.output``; the same call again resumes, or returns the finished result.
+    """Train as configured in the folder `config.output`; the same call again resumes, or returns the earlier result.
 
-    Seeds the global random generators, as the entry point of a training process.
+    Seeds the global random generators, so call it at the entry point of a training process.
 
     Raises:
-        WidekernelError: configuration, data or run folder cannot be used; nothing has been trained then.
+        WidekernelError: settings, data or run folder cannot be used, and nothing has been trained; or training fails.
         Interrupted: stopped by a signal, after saving.
     """
     if config.output is None:
@@ -145,85 +113,68 @@ def train(config: TrainConfig, reporter: Reporter | None = None, processes: Proc
 def _train(config: TrainConfig, folder: RunFolder, reporter: Reporter, processes: Processes) -> RunResult:
     device = choose_device(config.loop.device)
     train_source, val_source = open_train_and_val(config.data)
-    notes = [*train_source.notes, *val_source.notes]
-    if config.model.weights is not None and not _has_states(folder):
-        notes.append(inherited(Path(config.model.weights), train_source.class_names))
-    for note in filter(None, dict.fromkeys(notes)):
-        reporter.message(note)
+    _report_notes(config, folder, (train_source, val_source), reporter)
     num_classes = _count_classes(config, train_source)
     seed_run(config.seed, processes.rank)
-    model = _build(config, num_classes, _has_states(folder), reporter)
-    preprocessing = Preprocessing.resolve(config.data, pretrained_cfg(model))
-    channels = input_channels(model)
-    train_transform = for_channels(preprocessing.train_transform(config.augment), channels)
-    eval_transform = for_channels(preprocessing.eval_transform(), channels)
-    settings = _located(config)
-    folder.prepare(settings)
-    images, code = fingerprint(train_source, val_source), code_fingerprint()
-    summary = folder.read_summary(SUMMARY_KEYS)
-    if summary is not None:
-        folder.check_same_data(_data_of(summary, folder), images)
-        if not _lacks_models(config, folder, reporter):
-            return RunResult(folder, summary, was_finished=True, other_code=difference(summary.get("code"), code))
-    for note in notes_on_workers(config.data.workers):
-        reporter.message(note)
-
-    options = _loader_options(config, device)
-    loader = TrainingLoader(TrainingSamples(train_source, train_transform, config.seed), options, processes.share)
-    eval_size = config.loop.eval_batch_size or max(1, config.loop.batch_size * 3 // 2)
-    val_loader = evaluation_loader(
-        EvaluationSamples(val_source, eval_transform),
-        replace(options, batch_size=eval_size),
-        processes.share,
-    )
-    layout = torch.channels_last if config.loop.channels_last else torch.contiguous_format
-    model.to(device).to(memory_format=layout)
-    objective = Classification(
-        config,
-        num_classes,
-        val_loader,
-        EvaluationOptions(device, config.data.max_unreadable, processes=processes, reporter=reporter),
-    )
+    model = _build(config, num_classes, has_states(folder), reporter)
     saved = SavedModel(
         name=config.model.name,
         model_args=dict(config.model.args),
         form="training",
         num_classes=num_classes,
         class_names=train_source.class_names,
-        preprocessing=preprocessing,
+        preprocessing=Preprocessing.resolve(config.data, pretrained_cfg(model)),
     )
-    around = Surroundings(folder, device, processes, reporter, images, code, saved.to_dict(), settings)
-    trainer = Trainer(model, objective, loader, config.training, around)
+    samples = _make_samples(config, (train_source, val_source), saved.preprocessing, input_channels(model))
+    settings = _with_absolute_root(config)
+    folder.prepare(settings)
+    images, code = fingerprint(train_source, val_source), code_fingerprint()
+    context = RunContext(folder, device, processes, reporter, images, code, saved.to_dict(), settings)
+    was_finished = folder.summary.exists()
+    result = earlier_result(config, context)
+    if result is not None:
+        return result
+    for note in notes_on_workers(config.data.workers):
+        reporter.message(note)
+
+    loader, val_loader = _make_loaders(config, samples, device, processes.shard)
+    model.to(device).to(memory_format=torch.channels_last if config.loop.channels_last else torch.contiguous_format)
+    evaluation = EvaluationOptions(device, config.data.max_unreadable, processes=processes, reporter=reporter)
+    objective = Classification(config, num_classes, val_loader, evaluation)
+    trainer = Trainer(model, objective, loader, config.training, context)
     report = trainer.sparsity.report()
     if report is not None:
         reporter.message(report.summary())
     trainer.run()
-    for note in lost_classes(train_source, trainer.progress.unreadable):
+    for warning in missing_classes(train_source, trainer.progress.unreadable):
+        reporter.message(warning)
+    return RunResult(folder, write_results(trainer, saved), was_finished)
+
+
+def _report_notes(
+    config: TrainConfig, folder: RunFolder, sources: tuple[ImageSource, ImageSource], reporter: Reporter
+) -> None:
+    """Report what the user should know about the data and, if a run starts from weights, about their classes."""
+    notes = [note for source in sources for note in source.notes]
+    if config.model.weights is not None and not has_states(folder):
+        notes.append(inheritance_note(Path(config.model.weights), sources[0].class_names))
+    for note in filter(None, dict.fromkeys(notes)):
         reporter.message(note)
-    return RunResult(folder, _finish(trainer, saved), was_finished=summary is not None)
 
 
-def _located(config: TrainConfig) -> dict[str, Any]:
-    """The settings as the run keeps them: the folder of the data means the same from wherever it is read."""
-    if config.data.root is not None:
-        root = os.path.abspath(expanded("data.root", config.data.root))  # noqa: PTH100 - resolve() would follow links
-        config = replace(config, data=replace(config.data, root=root))
-    return config.to_dict()
-
-
-def _has_states(folder: RunFolder) -> bool:
-    return folder.has_begun() and bool(CheckpointStore(folder.checkpoints).paths())
-
-
-def _data_of(summary: dict[str, Any], folder: RunFolder) -> dict[str, Any]:
-    """Description of the data of a finished run, which earlier versions kept in training states only."""
-    if "data" not in summary and _has_states(folder):
-        return CheckpointStore(folder.checkpoints).load_latest()["data"]  # type: ignore[index]
-    return summary.get("data", {})
+def _count_classes(config: TrainConfig, source: ImageSource) -> int:
+    """Return the number of classes in the training data, after checking `model.num_classes` against it."""
+    found, wanted = len(source.class_names), config.model.num_classes
+    if wanted is not None and wanted != found:
+        raise ConfigError(
+            f"model.num_classes is {wanted}, but the training data has {found} classes. "
+            "Leave model.num_classes out to follow the data, or check data.root."
+        )
+    return found
 
 
 def _build(config: TrainConfig, num_classes: int, has_begun: bool, reporter: Reporter) -> nn.Module:
-    """The network with its first weights, which a run that has begun needs no more: its training state has newer ones."""
+    """Build the network with its initial weights, which a run that has begun takes from its training state instead."""
     pretrained = config.model.pretrained and not has_begun
     model = build_model(config.model.name, num_classes, config.model.args, pretrained)
     if config.model.weights is not None and not has_begun:
@@ -234,79 +185,29 @@ def _build(config: TrainConfig, num_classes: int, has_begun: bool, reporter: Rep
     return model
 
 
-def _lacks_models(config: TrainConfig, folder: RunFolder, reporter: Reporter) -> bool:
-    """Whether a finished run has to write its models again.
-
-    Raises:
-        RunFolderError: it would have to, but has no training state left.
-    """
-    expected = [folder.model] if config.ema.decay is None else [folder.model, folder.model_ema]
-    missing = [path for path in expected if not _is_whole(path)]
-    if not missing:
-        return False
-    if not _has_states(folder):
-        raise RunFolderError(
-            f"The run in {folder.path} is finished, but {missing[0].name} is missing or damaged, and there is no training "
-            "state to write it from. Restore the file, or choose another --output."
-        )
-    reporter.message(f"{missing[0]} is missing or damaged; it is written again from the last training state.")
-    return True
+def _make_samples(
+    config: TrainConfig, sources: tuple[ImageSource, ImageSource], preprocessing: Preprocessing, channels: int
+) -> tuple[TrainingSamples, EvaluationSamples]:
+    """Return the training and held-out images, transformed for a network that takes `channels` channels."""
+    train, val = sources
+    train_transform = match_channels(preprocessing.train_transform(config.augment), channels)
+    eval_transform = match_channels(preprocessing.eval_transform(), channels)
+    return TrainingSamples(train, train_transform, config.seed), EvaluationSamples(val, eval_transform)
 
 
-def _is_whole(path: Path) -> bool:
-    """Whether a model file is there, not cut off, and in the form that training leaves."""
-    try:
-        return read_saved(path).form == "training"
-    except CheckpointError:
-        return False
+def _make_loaders(
+    config: TrainConfig, samples: tuple[TrainingSamples, EvaluationSamples], device: torch.device, shard: Shard
+) -> tuple[TrainingLoader, DataLoader]:
+    """Return the loaders of the training and held-out batches of this process."""
+    train, val = samples
+    options = LoaderOptions(config.loop.batch_size, config.data.workers, pin_memory=device.type == "cuda")
+    eval_size = config.loop.eval_batch_size or max(1, config.loop.batch_size * 3 // 2)
+    return TrainingLoader(train, options, shard), evaluation_loader(val, replace(options, batch_size=eval_size), shard)
 
 
-def _finish(trainer: Trainer, saved: SavedModel) -> dict[str, Any]:
-    folder = trainer.around.folder
-    rows = read_metrics(folder.metrics)
-    last = [row for row in rows if "val_top1" in row][-1]
-    progress = trainer.progress
-    summary = {
-        "epochs": progress.epoch,
-        **{key: value for key, value in last.items() if key not in ("epoch", "lr")},
-        "best_top1": progress.best,
-        "best_step": progress.best_step,
-        "data": trainer.around.fingerprint,
-        "code": trainer.around.code,
-    }
-    if trainer.around.processes.is_main:
-        save_model(trainer.sparsity.finished(trainer.model), folder.model, saved)
-        _write_sparsity(trainer)
-        if trainer.ema is not None:
-            save_model(trainer.ema.module, folder.model_ema, saved)
-        save_curves(rows, folder.curves)
-        folder.write_summary(summary)
-    return summary
-
-
-def _write_sparsity(trainer: Trainer) -> None:
-    """Keep the masks and the report of a sparse run beside its model."""
-    report, folder = trainer.sparsity.report(), trainer.around.folder
-    if report is None:
-        return
-    save_masks(trainer.sparsity.masks(), folder.masks)
-    text = json.dumps(report.to_dict(), indent=1)
-    with explained(folder.sparsity):
-        write_atomically(folder.sparsity, lambda file: file.write(text.encode()))
-    with explained(folder.sparsity_picture):
-        picture = report.picture()
-        write_atomically(folder.sparsity_picture, lambda file: file.write(picture))
-
-
-def _count_classes(config: TrainConfig, source: ImageSource) -> int:
-    found, wanted = len(source.class_names), config.model.num_classes
-    if wanted is not None and wanted != found:
-        raise ConfigError(
-            f"model.num_classes is {wanted}, but the training data has {found} classes. "
-            "Leave model.num_classes out to follow the data, or check data.root."
-        )
-    return found
-
-
-def _loader_options(config: TrainConfig, device: torch.device) -> LoaderOptions:
-    return LoaderOptions(config.loop.batch_size, config.data.workers, pin_memory=device.type == "cuda")
+def _with_absolute_root(config: TrainConfig) -> dict[str, Any]:
+    """Return the settings as the run stores them: with the absolute path of the data, which is valid from any folder."""
+    if config.data.root is not None:
+        root = os.path.abspath(expand_path("data.root", config.data.root))  # noqa: PTH100 - resolve() would follow links
+        config = replace(config, data=replace(config.data, root=root))
+    return config.to_dict()

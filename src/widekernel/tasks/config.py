@@ -1,4 +1,4 @@
-"""Configuration of one classification run; every field is a key of the YAML file and of the command line."""
+"""Settings of a classification run; every field is a key of the YAML file and an option of the command line."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -25,7 +25,7 @@ class ModelConfig:
 
     Args:
         name: model name known to timm, widekernel's models included
-        num_classes: outputs of the classifier; null takes the number of classes in the data
+        num_classes: outputs of the classifier; null means the number of classes in the data
         args: further arguments of the model, such as drop_path_rate
         pretrained: start from the weights that timm has for the name
         weights: checkpoint file to start from
@@ -52,18 +52,18 @@ class TrainConfig:
     """A training run.
 
     Args:
-        seed: seed of initialisation, order of images, augmentation and mixup
-        output: run folder; null: runs/<recipe or model name>
+        seed: seed of initialization, order of images, augmentation and mixup
+        output: run folder; null means runs/<recipe or model name>
         label_smoothing: share of the target spread over all classes
         model: the network
         data: the images
-        augment: changes to the training images
+        augment: random changes to the training images
         optimizer: the optimizer
         schedule: epochs and learning rate
         ema: averaging of the weights
         loop: batches, precision and device
-        checkpoint: training states
-        sparsity: zeros in the weights
+        checkpoint: when training states are saved
+        sparsity: sparsity of the weights
     """
 
     seed: int = 0
@@ -95,16 +95,16 @@ class TrainConfig:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested plain values, as in the YAML form."""
+        """Return nested plain values, as in a YAML file."""
         values = _plain(asdict(self))
-        # Settings of methods that are not used would only be in the way of resuming.
+        # Settings of methods that are not used must not stand in the way of resuming.
         used = {"none": (), "dynamic": ("dynamic", "masks"), SEMI_STRUCTURED: ("semi_structured",)}[self.sparsity.method]
         values["sparsity"] = {key: values["sparsity"][key] for key in ("method", *used)}
         return values
 
     @property
     def training(self) -> TrainingConfig:
-        """The part that the loop sees."""
+        """The settings that the training loop uses."""
         return TrainingConfig(
             seed=self.seed,
             optimizer=self.optimizer,

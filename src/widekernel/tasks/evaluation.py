@@ -1,4 +1,4 @@
-"""Accuracy and loss of a classifier, every image counted exactly once."""
+"""Accuracy and loss of a classifier; every image counts exactly once."""
 
 import math
 from collections.abc import Callable
@@ -11,22 +11,22 @@ from torch.utils.data import DataLoader
 
 from widekernel.data.loading import Unreadable
 from widekernel.errors import DataError
-from widekernel.training.failures import explained_failure
-from widekernel.training.loop import check_unreadable
+from widekernel.training.error_context import NetworkError, errors_as
 from widekernel.training.processes import Processes
-from widekernel.training.progress import Reporter, SilentReporter
+from widekernel.training.reporter import Reporter, SilentReporter
+from widekernel.training.unreadable import check_unreadable
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Result of one pass over a data set.
+    """The result of one pass over a data set.
 
     Args:
         top1: images whose largest output is the right class, in percent
         top5: images whose right class is among the five largest outputs, in percent
         loss: mean cross-entropy
-        images: how many images were evaluated
-        unreadable: how many more could not be read
+        images: number of images that were evaluated
+        unreadable: number of further images that could not be read
     """
 
     top1: float
@@ -43,16 +43,16 @@ class EvaluationOptions:
     Args:
         device: where the model is
         max_unreadable: largest accepted number of unreadable images
-        class_order: for every class index of the data, the model's index of that class; ``None`` if they are the same
+        class_mapping: the model's output for every class index of the data; `None` if they are the same
         processes: the processes that evaluate together
-        reporter: told about progress
+        reporter: receives progress and messages
         stop: asked between batches, equally often in all processes; true ends the evaluation without a result
-        observe: given the logits ``(n, classes)`` and targets ``(n,)`` of every batch
+        observe: receives the logits `(n, classes)` and targets `(n,)` of every batch
     """
 
     device: torch.device
     max_unreadable: int
-    class_order: tuple[int, ...] | None = None
+    class_mapping: tuple[int, ...] | None = None
     processes: Processes = field(default_factory=Processes)
     reporter: Reporter = field(default_factory=SilentReporter)
     stop: Callable[[], bool] = lambda: False
@@ -60,18 +60,20 @@ class EvaluationOptions:
 
 
 def evaluate(model: nn.Module, loader: DataLoader, options: EvaluationOptions, name: str = "") -> Evaluation | None:
-    """Evaluate ``model`` in evaluation mode and full precision; every module's own mode is restored afterwards.
+    """Evaluate `model` in evaluation mode and full precision, and restore the mode of every module afterwards.
 
-    Returns ``None`` only if ``options.stop()`` became true.
+    Returns:
+        the result; `None` if `options.stop()` became true.
 
     Raises:
-        DataError: not a single image could be read.
+        DataError: no image could be read.
+        NetworkError: the network fails on the images.
         TrainingError: more images than accepted could not be read.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     options.reporter.start_evaluation(len(loader), name)
-    sums = torch.zeros(4, dtype=torch.float64)  # right at 1, right at 5, loss, images
+    sums = torch.zeros(4, dtype=torch.float64)  # top-1 hits, top-5 hits, loss, images
     unreadable: set[str] = set()
     try:
         with torch.inference_mode():
@@ -88,7 +90,7 @@ def evaluate(model: nn.Module, loader: DataLoader, options: EvaluationOptions, n
                 options.reporter.evaluated(1)
     finally:
         for module, was_training in modes:
-            module.training = was_training  # not train(), which would set the modules below it as well
+            module.training = was_training  # train() would also change its children
     right1, right5, loss, images = options.processes.sum(sums).tolist()
     unreadable = options.processes.union(unreadable)
     if not images:
@@ -103,16 +105,16 @@ def evaluate(model: nn.Module, loader: DataLoader, options: EvaluationOptions, n
 
 
 def _rounds(loader: DataLoader, processes: Processes) -> int:
-    """Batches of the process that has most: to stop together, all processes have to ask equally often."""
+    """Return the largest number of batches in a process: to stop together, all processes must ask equally often."""
     most = math.ceil(len(loader.dataset) / processes.world_size)  # type: ignore[arg-type]
     return max(len(loader), math.ceil(most / (loader.batch_size or 1)))
 
 
 def _batch_sums(model: nn.Module, images: Tensor, targets: Tensor, options: EvaluationOptions) -> Tensor:
-    with explained_failure("Evaluating the network"):
+    with errors_as(NetworkError, "Evaluating the network"):
         logits = model(images.to(options.device, non_blocking=True)).float()
-    if options.class_order is not None:
-        targets = torch.tensor(options.class_order)[targets]
+    if options.class_mapping is not None:
+        targets = torch.tensor(options.class_mapping)[targets]
     targets = targets.to(options.device, non_blocking=True)
     options.observe(logits, targets)
     ranked = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]

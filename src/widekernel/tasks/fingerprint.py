@@ -1,8 +1,7 @@
-"""What identifies the images and the program of a run, so that it is noticed that they are others."""
+"""Descriptions of the images and the program of a run, so that changes are noticed."""
 
 import hashlib
-from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +11,20 @@ import torch
 
 import widekernel
 from widekernel.data import ImageSource
-from widekernel.data.names import normalised
-from widekernel.data.sources import FileSource
+from widekernel.data.names import normalize_name
+from widekernel.data.sources import FileSource, targets_of
 from widekernel.files import sha256_of
 from widekernel.ops.cpu import library
 
 SIZES = 4096
-"""So many files of a split, evenly spread, are asked for their size: more would take minutes on file systems far away."""
+"""Number of files per split, evenly spread, whose size is read: more would take minutes on network file systems."""
 
 
 def fingerprint(train: ImageSource, val: ImageSource) -> dict[str, Any]:
-    """Counts and digests by what they describe; equal for the same data wherever and however they are kept.
+    """Return counts and digests by what they describe; equal for the same data wherever and however they are stored.
 
-    The digests cover names, classes and order of the images; of their content the sizes of up to ``SIZES`` files a split,
-    and the pixels where they are in memory already.
+    The digests cover names, classes and order of the images. Of their content they cover the sizes of up to `SIZES` files
+    per split, and the pixels if these are in memory already.
     """
     description = {
         "images": len(train),
@@ -38,7 +37,7 @@ def fingerprint(train: ImageSource, val: ImageSource) -> dict[str, Any]:
 
 
 def held_out_difference(then: dict[str, Any], val: ImageSource) -> str:
-    """Say how the held-out images differ from those that a run described ``then``; "" if they do not."""
+    """Return how the held-out images differ from those that a run described as `then`, or "" if they do not."""
     now = {
         "held-out images": len(val),
         "digest of the class names": _digest_of_lines(val.class_names),
@@ -61,7 +60,7 @@ _COMPUTING = ("ops", "layers", "models", "transforms", "sparsity", "data", "trai
 
 
 def code_fingerprint() -> dict[str, str]:
-    """Versions of widekernel, PyTorch and timm, and digests of our sources and of the native library that computes."""
+    """Return the versions of widekernel, PyTorch and timm, and digests of our sources and of the native library."""
     package = Path(widekernel.__file__).parent
     digest = hashlib.sha256()
     for folder in _COMPUTING:
@@ -77,8 +76,8 @@ def code_fingerprint() -> dict[str, str]:
     }
 
 
-def difference(then: dict[str, str] | None, now: dict[str, str]) -> str:
-    """Say how the program of then differs from that of now, "" if it does not."""
+def code_difference(then: dict[str, str] | None, now: dict[str, str]) -> str:
+    """Return how the program that was described as `then` differs from `now`, or "" if it does not."""
     if then is None:
         return "by a version that did not note its code"
     changed = [f"{key} {then.get(key)} (now {value})" for key, value in now.items() if then.get(key) != value]
@@ -92,21 +91,10 @@ def _digest(source: ImageSource) -> str:
 def _lines(source: ImageSource) -> Iterator[str]:
     targets = targets_of(source)
     for index in range(len(source)):
-        yield f"{normalised(source.sample_name(index))}\t{'?' if targets is None else targets[index]}"
+        yield f"{normalize_name(source.sample_name(index))}\t{'?' if targets is None else targets[index]}"
     images = getattr(source, "images", None)
     if isinstance(images, np.ndarray):
         yield hashlib.sha256(np.ascontiguousarray(images).tobytes()).hexdigest()
-
-
-def targets_of(source: ImageSource) -> Sequence[int] | None:
-    """Class indices in the order of the images, where they are known without decoding."""
-    for holder in (source, getattr(source, "dataset", None)):
-        targets = getattr(holder, "targets", None)
-        if targets is None:
-            targets = [sample[1] for sample in getattr(holder, "samples", ())]
-        if len(targets) == len(source):
-            return targets if isinstance(targets, array) else [int(target) for target in targets]
-    return None
 
 
 def _digest_of_lines(lines: Iterable[str]) -> str:

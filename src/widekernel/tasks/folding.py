@@ -1,4 +1,4 @@
-"""Folding a network and proving that it still computes the same."""
+"""Folding a network, and checking that it still computes the same."""
 
 from dataclasses import dataclass
 
@@ -8,23 +8,23 @@ from torch import nn
 import widekernel
 from widekernel.data.seeding import derive_seed
 from widekernel.errors import WidekernelError
-from widekernel.tasks.channels import input_channels
-from widekernel.training.failures import explained_failure
+from widekernel.tasks.image_channels import input_channels
+from widekernel.training.error_context import NetworkError, errors_as
 
 RELATIVE_TOLERANCE = 1e-3
 """Largest accepted difference of outputs, relative to the largest output."""
 
 
 class FoldError(WidekernelError, RuntimeError):
-    """A folded network that does not compute what the original does."""
+    """A folded network does not compute what the original does."""
 
 
 @dataclass(frozen=True)
 class FoldCheck:
-    """Outputs of a network and its folded form on the same random images.
+    """Comparison of a network with its folded form on the same random images.
 
     Args:
-        max_error: largest absolute difference
+        max_error: largest absolute difference of the outputs
         max_output: largest absolute output of the original
         images: number of random images
     """
@@ -35,16 +35,19 @@ class FoldCheck:
 
 
 def fold_and_check(model: nn.Module, input_size: int, images: int = 4) -> tuple[nn.Module, FoldCheck]:
-    """Fold ``model`` and compare both forms on random ``input_size`` × ``input_size`` images.
+    """Fold `model`, and compare both forms on random images of `input_size` × `input_size` pixels.
 
     Raises:
-        FoldError: the outputs differ by more than ``RELATIVE_TOLERANCE`` of the largest one, or are not finite.
+        FoldError: the outputs differ by more than `RELATIVE_TOLERANCE` of the largest one, or are not finite.
     """
     model = model.eval()
     folded = widekernel.fold(model).eval()
     generator = torch.Generator().manual_seed(derive_seed(0))
     inputs = torch.randn(images, input_channels(model), input_size, input_size, generator=generator)
-    with torch.inference_mode(), explained_failure(f"Running the network on images of {input_size}×{input_size} pixels"):
+    with (
+        torch.inference_mode(),
+        errors_as(NetworkError, f"Running the network on images of {input_size}×{input_size} pixels"),
+    ):
         expected, found = model(inputs), folded(inputs)
     check = FoldCheck((expected - found).abs().max().item(), expected.abs().max().item(), images)
     if not check.max_error <= RELATIVE_TOLERANCE * max(check.max_output, 1e-6):

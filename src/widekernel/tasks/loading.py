@@ -1,4 +1,4 @@
-"""From what the user names - a run folder, a model file, a checkpoint - to a network that is ready to evaluate."""
+"""Loading the network that the user names as a run folder, a model file or a checkpoint."""
 
 import re
 from pathlib import Path
@@ -9,20 +9,20 @@ from torch import nn
 from widekernel.data import DataConfig, Preprocessing
 from widekernel.errors import CheckpointError, ConfigError
 from widekernel.tasks.assembly import build_model, pretrained_cfg
+from widekernel.tasks.foreign_checkpoint import Notify, load_weights
+from widekernel.tasks.model_source import ModelSource
 from widekernel.tasks.saved import SavedModel, restore_model
-from widekernel.tasks.sources import Source
-from widekernel.tasks.weights import Tell, load_weights
 from widekernel.training.checkpoint import CheckpointStore, load_state, step_of
 from widekernel.training.run_folder import RunFolder
 from widekernel.training.sparsification import restore_learned
 
 
-def load(source: Source, tell: Tell | None = None) -> tuple[nn.Module, SavedModel]:
-    """The network of ``source`` in evaluation mode on the CPU, and its description.
+def load(source: ModelSource, notify: Notify | None = None) -> tuple[nn.Module, SavedModel]:
+    """Load the network of `source`, in evaluation mode on the CPU, and its description.
 
     Args:
         source: what the user named.
-        tell: is given what the user should know, such as that a run is unfinished.
+        notify: receives messages for the user, such as that a run is unfinished.
 
     Raises:
         CheckpointError: there is nothing to load, or it does not fit the model.
@@ -32,7 +32,7 @@ def load(source: Source, tell: Tell | None = None) -> tuple[nn.Module, SavedMode
         raise CheckpointError(f"{source.path} does not exist. Give a run folder or a checkpoint file.")
     _check_options(source)
     if source.path.is_dir():
-        return _load_run(source, tell)
+        return _load_run(source, notify)
     if source.model is None:
         if source.path.suffix == ".safetensors":
             return restore_model(source.path, source.weights)
@@ -40,7 +40,7 @@ def load(source: Source, tell: Tell | None = None) -> tuple[nn.Module, SavedMode
             return _restore_state(load_state(source.path), source)
         raise ConfigError(f"{source.path} does not say which model it belongs to. Name it with --model NAME.")
     model = build_model(source.model, source.num_classes, source.model_args or {})
-    report, untrained = load_weights(model, source.path, tell, weights=source.weights)
+    report, untrained = load_weights(model, source.path, notify, weights=source.weights)
     if report.dropped:
         found = re.search(r"they are for (\d+) classes", untrained)
         number = f"Add --num_classes {found.group(1)}" if found else "Give the number of its classes with --num_classes"
@@ -48,8 +48,8 @@ def load(source: Source, tell: Tell | None = None) -> tuple[nn.Module, SavedMode
             f"The classifier in {source.path} ({', '.join(report.dropped)}) does not fit the {model.num_classes} outputs "
             f"of {source.model}, which would be untrained. {number}."
         )
-    if untrained and tell is not None:
-        tell(f"{untrained[0].upper()}{untrained[1:]}.")
+    if untrained and notify is not None:
+        notify(f"{untrained[0].upper()}{untrained[1:]}.")
     return model.eval(), SavedModel(
         name=source.model,
         model_args=source.model_args or {},
@@ -67,7 +67,7 @@ def _is_state(path: Path) -> bool:
         return False
 
 
-def _load_run(source: Source, tell: Tell | None) -> tuple[nn.Module, SavedModel]:
+def _load_run(source: ModelSource, notify: Notify | None) -> tuple[nn.Module, SavedModel]:
     folder = RunFolder(source.path)
     config = folder.read_config()
     averaged = source.weights == "ema"
@@ -76,10 +76,10 @@ def _load_run(source: Source, tell: Tell | None) -> tuple[nn.Module, SavedModel]
     exported = folder.model_ema if averaged else folder.model
     if source.state == "last" and exported.exists():
         return restore_model(exported)
-    return _load_state(folder, source, tell)
+    return _load_state(folder, source, notify)
 
 
-def _load_state(folder: RunFolder, source: Source, tell: Tell | None) -> tuple[nn.Module, SavedModel]:
+def _load_state(folder: RunFolder, source: ModelSource, notify: Notify | None) -> tuple[nn.Module, SavedModel]:
     store = CheckpointStore(folder.checkpoints)
     state = store.load_latest()
     if state is None:
@@ -87,20 +87,20 @@ def _load_state(folder: RunFolder, source: Source, tell: Tell | None) -> tuple[n
     config = folder.read_config()
     folder.check_own(state, config)
     epochs, done = (config.get("schedule") or {}).get("epochs"), state["progress"]["epoch"]
-    if tell is not None and epochs is not None and done < epochs:
-        tell(f"The run in {folder.path} is unfinished: epoch {min(done + 1, epochs)} of {epochs}.")
+    if notify is not None and epochs is not None and done < epochs:
+        notify(f"The run in {folder.path} is unfinished: epoch {min(done + 1, epochs)} of {epochs}.")
     if source.state == "best":
         best = state["progress"]["best_step"]
         if best is None:
             raise CheckpointError(
-                f"The run in {folder.path} has no best state: it has not been evaluated yet, or every figure was NaN. "
+                f"The run in {folder.path} has no best state: it has not been evaluated yet, or every result was NaN. "
                 "Use --state last."
             )
         state = store.load_step(best)
     return _restore_state(state, source)
 
 
-def _restore_state(state: dict[str, Any], source: Source) -> tuple[nn.Module, SavedModel]:
+def _restore_state(state: dict[str, Any], source: ModelSource) -> tuple[nn.Module, SavedModel]:
     try:
         saved = SavedModel.from_dict(state["saved_model"])
         weights = state["ema" if source.weights == "ema" else "model"]
@@ -112,15 +112,15 @@ def _restore_state(state: dict[str, Any], source: Source) -> tuple[nn.Module, Sa
     return restore_learned(model, weights, state.get("sparsity")).eval(), saved
 
 
-def _check_options(source: Source) -> None:
-    """Raise a ``ConfigError`` for an option that the source would not heed."""
+def _check_options(source: ModelSource) -> None:
+    """Raise a `ConfigError` for an option that has no effect on this kind of source."""
     if source.state != "last" and not source.path.is_dir():
         raise ConfigError(f"--state chooses among the weights of a run folder, but {source.path} is a file.")
     given = {"--model": source.model, "--num_classes": source.num_classes, "--model_args": source.model_args or None}
     useless = [option for option, value in given.items() if value is not None]
     if useless and source.path.is_dir():
-        raise ConfigError(f"{' and '.join(useless)} cannot be used with a run folder: the run knows its model.")
+        raise ConfigError(f"{' and '.join(useless)} cannot be used with a run folder, which states its model: leave it out.")
     if useless and source.model is None:
         raise ConfigError(
-            f"{' and '.join(useless)} describes the model of a checkpoint that does not tell: add --model NAME."
+            f"{' and '.join(useless)} describes the model of a checkpoint that does not name it: add --model NAME."
         )

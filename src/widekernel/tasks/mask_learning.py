@@ -21,8 +21,8 @@ from widekernel.sparsity.semi_structured.snapshot import semi_structured_snapsho
 from widekernel.tasks.classification import train
 from widekernel.tasks.config import ModelConfig, TrainConfig
 from widekernel.tasks.loading import load
+from widekernel.tasks.model_source import ModelSource
 from widekernel.tasks.saved import SavedModel, save_model
-from widekernel.tasks.sources import Source
 from widekernel.tasks.sparsify_config import MaskLearningConfig, SparsifyConfig
 from widekernel.tasks.sparsifying import Sparsified, magnitudes, semi_structured_config, sparsified
 from widekernel.tensor_files import read_tensors
@@ -34,7 +34,7 @@ _BEFORE_FIRST_STEP = {_START, ".lock"}  # what a run that was killed before its 
 
 
 def learn_masks(
-    source: Source, config: SparsifyConfig, learning: MaskLearningConfig, data: DataConfig, where: tuple[Path, Reporter]
+    source: ModelSource, config: SparsifyConfig, learning: MaskLearningConfig, data: DataConfig, where: tuple[Path, Reporter]
 ) -> tuple[Sparsified, SavedModel]:
     """Train the 2:4 masks of a network whose weights stay as they are, in a run folder that can be resumed.
 
@@ -96,7 +96,7 @@ def _train_from(model: nn.Module, saved: SavedModel, settings: TrainConfig, repo
 
 def _with_learned_masks(model: nn.Module, folder: Path, config: SparsifyConfig) -> Sparsified:
     """Return the network of a finished run, which carries its choices, so that it can be saved compressed."""
-    learned, _ = load(Source(folder))
+    learned, _ = load(ModelSource(folder))
     masks = load_masks(RunFolder(folder).masks, learned)
     # Masks by magnitude are put on the same layers, and other layers are refused for the same reasons.
     by_magnitude = semi_structured_config(replace(config, method="magnitude"))
@@ -109,7 +109,7 @@ def _with_learned_masks(model: nn.Module, folder: Path, config: SparsifyConfig) 
     return sparsified(plain, masks, semi_structured_snapshot(plain, trial.report, masks), magnitudes(model))
 
 
-def _check_start(model: nn.Module, folder: Path, source: Source) -> None:
+def _check_start(model: nn.Module, folder: Path, source: ModelSource) -> None:
     """Raise unless the run folder is new, or learns the masks of exactly this network."""
     found = {path.name for path in folder.iterdir()} if folder.exists() else set()
     if found <= _BEFORE_FIRST_STEP and not RunFolder(folder).has_begun():
@@ -139,7 +139,7 @@ def _data_like(saved: SavedModel, data: DataConfig) -> DataConfig:
     )
 
 
-def _augmentation_of(source: Source) -> AugmentConfig:
+def _augmentation_of(source: ModelSource) -> AugmentConfig:
     """Return the augmentation that the network was trained with, without mixing.
 
     If a file does not say how it was trained, the images are crops that hold most of the picture.

@@ -1,4 +1,4 @@
-"""Saved models that know how to rebuild themselves: weights with name, arguments, classes and preprocessing."""
+"""Model files that can be rebuilt without other information: weights with model name, arguments, classes, preprocessing."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -25,11 +25,11 @@ class SavedModel:
 
     Args:
         name: registered model name
-        model_args: arguments of the model besides ``num_classes``
-        form: ``training``, or ``folded`` for the merged network
-        num_classes: outputs
+        model_args: arguments of the model besides `num_classes`
+        form: `training`, or `folded` for the merged network
+        num_classes: number of outputs
         class_names: names in the order of the outputs; empty if unknown
-        preprocessing: how images become inputs
+        preprocessing: how an image becomes an input
     """
 
     name: str
@@ -40,7 +40,7 @@ class SavedModel:
     preprocessing: Preprocessing
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form."""
+        """Return the JSON form."""
         values = asdict(self)
         values["model"] = values.pop("name")
         values["data"] = values.pop("preprocessing")
@@ -48,7 +48,7 @@ class SavedModel:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "SavedModel":
-        """Rebuild from the JSON form.
+        """Rebuild the description from the JSON form.
 
         Raises:
             KeyError, TypeError, ValueError: it is incomplete or damaged.
@@ -68,10 +68,10 @@ class SavedModel:
 
     @classmethod
     def from_metadata(cls, metadata: dict[str, str] | None, path: Path) -> "SavedModel":
-        """Read the metadata of the file ``path``.
+        """Read the description from the metadata of the file `path`.
 
         Raises:
-            CheckpointError: the file does not describe its model, or in a format that is unknown.
+            CheckpointError: the file does not describe its model, or does so in an unknown format.
         """
         if METADATA_KEY not in (metadata or {}):
             raise CheckpointError(f"{path} does not describe its model. Give the model's name with --model.")
@@ -82,7 +82,7 @@ class SavedModel:
 
 
 def save_model(model: nn.Module, path: Path, saved: SavedModel) -> None:
-    """Write the weights of ``model`` with their description, whole or not at all.
+    """Write the weights of `model` with their description, completely or not at all.
 
     Raises:
         CheckpointError: the file cannot be written.
@@ -107,9 +107,9 @@ def read_saved(path: Path) -> SavedModel:
 
 
 def restore_model(path: Path, weights: Literal["model", "ema"] = "model") -> tuple[nn.Module, SavedModel]:
-    """Rebuild the model of a safetensors file, in its training or folded form, on the CPU.
+    """Load the model of a safetensors file, in its training or folded form, on the CPU.
 
-    The file was written by ``save_model``, or by ``save_sparse`` with the same description.
+    The file must have been written by `save_model`, or by `save_sparse` with the same description.
 
     Raises:
         CheckpointError: the file cannot be read, or does not fit the model it names.

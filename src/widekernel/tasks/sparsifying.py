@@ -13,7 +13,7 @@ from widekernel.sparsity import DynamicSparsity, DynamicSparsityConfig, Sparsity
 from widekernel.sparsity.semi_structured.config import SEMI_STRUCTURED
 from widekernel.sparsity.semi_structured.snapshot import semi_structured_snapshot
 from widekernel.sparsity.snapshot import SparsitySnapshot
-from widekernel.tasks.channels import input_channels
+from widekernel.tasks.image_channels import input_channels
 from widekernel.tasks.sparsify_config import SparsifyConfig
 
 

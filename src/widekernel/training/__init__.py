@@ -1,4 +1,4 @@
-"""The training loop and what it keeps: configuration, checkpoints, metrics and the run folder."""
+"""The training loop and what it stores: settings, training states, metrics and the run folder."""
 
 from typing import TYPE_CHECKING
 
@@ -7,9 +7,12 @@ from widekernel.lazy import attach
 if TYPE_CHECKING:
     from widekernel.training.checkpoint import CheckpointStore
     from widekernel.training.config import CheckpointConfig, EmaConfig, LoopConfig, OptimizerConfig, ScheduleConfig
-    from widekernel.training.loop import Objective, Surroundings, Trainer, TrainingError
+    from widekernel.training.error_context import TrainingError
+    from widekernel.training.loop import Trainer
+    from widekernel.training.objective import Objective
     from widekernel.training.processes import Processes
-    from widekernel.training.progress import Reporter, SilentReporter
+    from widekernel.training.reporter import Reporter, SilentReporter
+    from widekernel.training.run_context import RunContext
     from widekernel.training.run_folder import RunFolder, RunFolderError
 
 __all__ = [
@@ -21,11 +24,11 @@ __all__ = [
     "OptimizerConfig",
     "Processes",
     "Reporter",
+    "RunContext",
     "RunFolder",
     "RunFolderError",
     "ScheduleConfig",
     "SilentReporter",
-    "Surroundings",
     "Trainer",
     "TrainingError",
 ]
@@ -35,16 +38,17 @@ _WHERE = {
     "CheckpointStore": "widekernel.training.checkpoint",
     "EmaConfig": "widekernel.training.config",
     "LoopConfig": "widekernel.training.config",
-    "Objective": "widekernel.training.loop",
+    "Objective": "widekernel.training.objective",
     "OptimizerConfig": "widekernel.training.config",
     "Processes": "widekernel.training.processes",
-    "Reporter": "widekernel.training.progress",
+    "Reporter": "widekernel.training.reporter",
     "RunFolder": "widekernel.training.run_folder",
     "RunFolderError": "widekernel.training.run_folder",
     "ScheduleConfig": "widekernel.training.config",
-    "SilentReporter": "widekernel.training.progress",
-    "Surroundings": "widekernel.training.loop",
+    "SilentReporter": "widekernel.training.reporter",
+    "RunContext": "widekernel.training.run_context",
     "Trainer": "widekernel.training.loop",
-    "TrainingError": "widekernel.training.loop",
+    "TrainingError": "widekernel.training.error_context",
 }
-__getattr__, __dir__ = attach(__name__, _WHERE)
+_MOVED = {"Surroundings": "widekernel.training:RunContext"}
+__getattr__, __dir__ = attach(__name__, _WHERE, _MOVED)

@@ -1,4 +1,4 @@
-"""Training states on disk: written atomically, verified at load, with a predecessor to fall back on."""
+"""Training states on disk: written atomically, verified when loaded, with a predecessor to fall back on."""
 
 import re
 from collections.abc import Callable
@@ -15,15 +15,15 @@ _NAME = re.compile(r"step-(\d{8,})\.pt$")
 
 
 class CheckpointStore:
-    """The folder ``checkpoints/`` of a run: ``step-XXXXXXXX.pt`` files, each with its ``.sha256``.
+    """The folder `checkpoints/` of a run: `step-XXXXXXXX.pt` files, each with its `.sha256`.
 
-    A state is a plain ``torch.save`` file of tensors and containers, so ``torch.load(..., weights_only=True)`` reads
-    it. The digest is written first: a state file without one, or one that does not match it, is never used.
+    A state is a plain `torch.save` file of tensors and containers, which `torch.load(..., weights_only=True)` reads.
+    The digest is written first: a state file without a matching digest is never used.
 
     Args:
         folder: where the files are; created at the first save
-        keep: how many of the latest states stay; the best one stays as well
-        report: told about files that had to be passed over
+        keep: how many of the latest states stay; the best one always stays
+        report: receives messages about files that could not be used
     """
 
     def __init__(self, folder: Path, keep: int = 2, report: Callable[[str], None] | None = None) -> None:
@@ -33,16 +33,16 @@ class CheckpointStore:
         self._passed_over: set[Path] = set()
 
     def paths(self) -> list[Path]:
-        """All state files, oldest first."""
+        """Return all state files, oldest first."""
         if not self.folder.is_dir():
             return []
         return sorted((path for path in self.folder.iterdir() if _NAME.match(path.name)), key=step_of)
 
     def save(self, state: dict[str, Any], step: int, best_step: int | None) -> Path:
-        """Write ``state`` as the state after ``step`` optimizer steps, then drop what is no longer kept.
+        """Write `state` as the state after `step` optimizer steps, then remove those that are no longer kept.
 
-        States that could not be read, or that are newer than ``step``, are no predecessors of this one: they are
-        renamed to end in ``.damaged`` first, so that they do not count among the ones that stay.
+        States that could not be read, or that are newer than `step`, are not predecessors of this one: they are renamed
+        to end in `.damaged` first, so that they do not count as kept.
 
         Raises:
             CheckpointError: the disk is full or not writable; earlier states are untouched.
@@ -57,7 +57,7 @@ class CheckpointStore:
                 before_rename=lambda complete: _write_digest(path, sha256_of(complete)),
             )
             self._prune(path, best_step)
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        except (OSError, RuntimeError) as error:  # torch.save raises a RuntimeError if the disk is full
             raise CheckpointError(
                 f"The training state cannot be written to {self.folder}: {reason_of(error)}. "
                 "Free some space or choose another --output; earlier states are intact."
@@ -81,7 +81,7 @@ class CheckpointStore:
             leftover.unlink(missing_ok=True)
 
     def load_latest(self) -> dict[str, Any] | None:
-        """The newest undamaged state, or ``None`` if there has never been one.
+        """Load the newest undamaged state; return `None` if there are no states.
 
         Raises:
             CheckpointError: there are states, but all of them are damaged.
@@ -103,20 +103,24 @@ class CheckpointStore:
         return None
 
     def load_step(self, step: int) -> dict[str, Any]:
-        """The state after ``step`` optimizer steps."""
+        """Load the state after `step` optimizer steps.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
         return load_state(self.folder / f"step-{step:08d}.pt")
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """Read one training state after verifying its digest; nothing in the file is executed.
+    """Load one training state after verifying its digest; nothing in the file is executed.
 
     Raises:
-        CheckpointError: the file or its digest is missing, or they do not match, or the format is newer.
+        CheckpointError: the file or its digest is missing, they do not match, or the format is unknown.
     """
     if path.exists() and not _digest_path(path).exists():
         raise CheckpointError(
             f"{path.name} cannot be verified: its digest file {_digest_path(path).name} is missing. Restore that file; or, "
-            f"if you are sure that the state is whole, make it with `sha256sum {path.name} > {_digest_path(path).name}`."
+            f"if you are sure that the state is intact, create it with `sha256sum {path.name} > {_digest_path(path).name}`."
         )
     try:
         expected = _digests(path)
@@ -127,7 +131,7 @@ def load_state(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path.name} does not match its SHA-256 digest: it is damaged or incomplete.")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a file that is none of its own
+    except Exception as error:  # torch raises many kinds of errors for foreign files
         raise CheckpointError(f"{path.name} is not a training state ({in_short(error)}).") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path.name} is not a training state: it holds a {type(state).__name__}.")
@@ -137,7 +141,11 @@ def load_state(path: Path) -> dict[str, Any]:
 
 
 def step_of(path: Path) -> int:
-    """The number of optimizer steps that a state file's name states."""
+    """Return the number of optimizer steps in the name of a state file.
+
+    Raises:
+        CheckpointError: the file is not named like a training state.
+    """
     match = _NAME.match(path.name)
     if match is None:
         raise CheckpointError(f"{path.name} is not named like a training state (step-00000000.pt).")
@@ -153,8 +161,8 @@ def _digests(path: Path) -> list[str]:
 
 
 def _write_digest(path: Path, digest: str) -> None:
-    # A state that replaces one of the same step keeps the former digest beside its own: whichever of the two files
-    # a crash leaves behind, it is recognised.
+    # If the state replaces one of the same step, the former digest is kept beside its own, so that whichever of the two
+    # state files a crash leaves behind is accepted.
     former = _digests(path)[-1:] if path.exists() and _digest_path(path).exists() else []
     lines = "".join(f"{value}  {path.name}\n" for value in [*former, digest])
     write_atomically(_digest_path(path), lambda file: file.write(lines.encode()))

@@ -1,17 +1,17 @@
-"""Configuration of optimisation, schedule, averaging, precision and checkpoints."""
+"""Settings of the optimizer, schedule, averaging, precision, checkpoints and sparsity."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from widekernel.errors import ConfigError
-from widekernel.settings import require, require_finite
+from widekernel.settings import require, require_finite, require_literals, require_one_of
 from widekernel.sparsity import DynamicSparsityConfig
 from widekernel.sparsity.semi_structured.config import SEMI_STRUCTURED, SemiStructuredConfig, current_name
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """The optimizer (timm's create_optimizer_v2). Weight decay spares 1-D parameters, biases and what the model names.
+    """The optimizer (timm's create_optimizer_v2). Biases, other 1-D parameters and those that the model names do not decay.
 
     Args:
         name: optimizer name known to timm
@@ -19,8 +19,8 @@ class OptimizerConfig:
         weight_decay: decoupled weight decay
         eps: term added to the denominator; null keeps the optimizer's own
         betas: coefficients of the running averages; null keeps the optimizer's own
-        layer_decay: factor on the learning rate per layer group, counted from the head; null for none
-        clip_grad: bound on the gradient; null for none
+        layer_decay: factor on the learning rate per layer group, counted from the head; null means none
+        clip_grad: bound on the gradient; null means no clipping
         clip_mode: what clip_grad bounds: the norm, each value, or each unit relative to its weight (agc)
     """
 
@@ -35,6 +35,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         require_finite(self, "optimizer")
+        require_literals(self, "optimizer")
         require(self.lr > 0, "optimizer.lr", self.lr, "positive")
         require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
         require(self.eps is None or self.eps > 0, "optimizer.eps", self.eps, "positive")
@@ -53,7 +54,7 @@ class ScheduleConfig:
 
     Args:
         epochs: passes over the training images
-        warmup_epochs: epochs of linear warm-up, part of epochs
+        warmup_epochs: epochs of linear warm-up, included in epochs
         warmup_lr: learning rate at the first step of the warm-up
         min_lr: learning rate at the end
     """
@@ -77,8 +78,8 @@ class EmaConfig:
     """Exponential moving average of the weights (timm's ModelEmaV3).
 
     Args:
-        decay: share of the average kept at each step; null turns averaging off
-        warmup: start with a small decay that grows to decay
+        decay: fraction of the average kept at each step; null turns averaging off
+        warmup: start with a smaller decay that grows to this one
     """
 
     decay: float | None = None
@@ -96,7 +97,7 @@ class LoopConfig:
 
     Args:
         batch_size: images per forward pass and process
-        eval_batch_size: images per forward pass in evaluation; null: one and a half times batch_size
+        eval_batch_size: images per forward pass in evaluation; null means one and a half times batch_size
         accumulate: forward passes per optimizer step; an incomplete last group of an epoch is skipped
         precision: arithmetic of the forward pass: fp32, or autocast to bf16 or (CUDA only) fp16
         device: auto (CUDA if there is one), cpu, cuda or cuda:N
@@ -113,6 +114,7 @@ class LoopConfig:
     log_every: int = 10
 
     def __post_init__(self) -> None:
+        require_literals(self, "loop")
         require(self.batch_size > 0, "loop.batch_size", self.batch_size, "positive")
         ok = self.eval_batch_size is None or self.eval_batch_size > 0
         require(ok, "loop.eval_batch_size", self.eval_batch_size, "positive")
@@ -122,12 +124,12 @@ class LoopConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When and how many training states are kept; the best one is always kept as well.
+    """When training states are saved, and how many are kept; the best one is always kept.
 
     Args:
         every_epochs: epochs between training states
-        every_steps: also save every so many optimizer steps; null for epoch ends only
-        keep: how many of the latest training states stay
+        every_steps: optimizer steps between further training states; null saves at the end of epochs only
+        keep: how many of the latest training states to keep
     """
 
     every_epochs: int = 1
@@ -143,13 +145,13 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class SparsityConfig:
-    """Zeros in the weights.
+    """Sparsity of the weights.
 
     Args:
         method: none; dynamic (masks that move while the weights are trained, including coarse pruning); semi_structured (2:4
             masks learned over the frozen weights of model.weights or model.pretrained); 2:4 (old name of semi_structured)
-        dynamic: masks that move
-        semi_structured: learned 2:4 masks
+        dynamic: settings of masks that move
+        semi_structured: settings of learned 2:4 masks
         masks: file of masks to start from (sparsity.method dynamic only)
     """
 
@@ -161,7 +163,7 @@ class SparsityConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "method", current_name("sparsity.method", self.method))
         methods = ("none", "dynamic", SEMI_STRUCTURED)
-        require(self.method in methods, "sparsity.method", self.method, "none, dynamic or semi_structured")
+        require_one_of("sparsity.method", self.method, methods)
         if self.masks is not None and self.method != "dynamic":
             raise ConfigError(f"sparsity.masks is set, but sparsity.method is {self.method!r}: use method dynamic.")
         if self.method == SEMI_STRUCTURED and self.semi_structured.method != "learned":
@@ -173,14 +175,14 @@ class SparsityConfig:
 
 
 def check_averaging(config: SparsityConfig, decay: float | None) -> None:
-    """Raise a ``ConfigError`` if weights that stay as they are were to be averaged."""
+    """Raise a `ConfigError` if averaging is configured for weights that do not change."""
     if config.method == SEMI_STRUCTURED and decay is not None:
         raise ConfigError(f"ema.decay is {decay}, but learned 2:4 masks leave the weights as they are: set it to null.")
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """All that the loop itself needs to know."""
+    """The settings that the training loop uses."""
 
     seed: int
     optimizer: OptimizerConfig
@@ -193,4 +195,4 @@ class TrainingConfig:
 
 
 Metrics = dict[str, Any]
-"""Figures of one evaluation: plain numbers by name."""
+"""Results of one evaluation: plain numbers by name."""

@@ -1,10 +1,10 @@
-"""Training curves as a picture, drawn without touching matplotlib's global state."""
+"""Training curves as a picture, drawn without touching Matplotlib's global state."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from widekernel.figures import new_figure, to_png
-from widekernel.files import explained, write_atomically
+from widekernel.files import write_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,13 +20,11 @@ def save_curves(rows: list[dict[str, Any]], path: Path) -> None:
     left, right = figure.subplots(1, 2)
     draw_loss(left, rows)
     draw_accuracy(right, rows)
-    picture = to_png(figure, dpi=120)
-    with explained(path):
-        write_atomically(path, lambda file: file.write(picture))
+    write_file(path, to_png(figure, dpi=120))
 
 
 def draw_loss(axes: "Axes", rows: list[dict[str, Any]]) -> None:
-    """Training loss, held-out loss and learning rate over steps."""
+    """Draw training loss, held-out loss and learning rate over optimizer steps."""
     _plot(axes, rows, "train_loss", "training", alpha=0.6)
     _plot(axes, rows, "val_loss", "held-out", marker=".")
     _plot(axes, rows, "ema_val_loss", "held-out, averaged weights", marker=".")
@@ -39,7 +37,7 @@ def draw_loss(axes: "Axes", rows: list[dict[str, Any]]) -> None:
 
 
 def draw_accuracy(axes: "Axes", rows: list[dict[str, Any]]) -> None:
-    """Held-out top-1 accuracy in percent over steps."""
+    """Draw held-out top-1 accuracy in percent over optimizer steps."""
     _plot(axes, rows, "val_top1", "weights", marker=".")
     _plot(axes, rows, "ema_val_top1", "averaged weights", marker=".")
     axes.set(xlabel="optimizer step", ylabel="top-1 (%)", title="Held-out accuracy")

@@ -1,20 +1,24 @@
-"""Stopping at a step boundary when the user or the cluster asks for it."""
+"""Stopping between two steps when the user or the cluster asks for it."""
 
 import signal
 import threading
 from types import FrameType, TracebackType
 
 
-class Interrupted(Exception):  # noqa: N818 - a request that was honoured, not an error
-    """Training stopped on request after saving; ``signal_number`` says which signal asked."""
+class Interrupted(Exception):  # noqa: N818 - a request that was granted, not an error
+    """Raised when training has stopped on request, after saving.
+
+    Attributes:
+        signal_number: the signal that asked for it.
+    """
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signal_number).name}")
         self.signal_number = signal_number
 
 
-def _asking_to_stop() -> list[int]:
-    """SIGINT and SIGTERM, and SIGHUP of a terminal that closes unless it is ignored, as under nohup."""
+def _stop_signals() -> list[int]:
+    """Return SIGINT, SIGTERM and, unless it is ignored as under nohup, SIGHUP, which a closing terminal sends."""
     hangup = getattr(signal, "SIGHUP", None)
     if hangup is None or signal.getsignal(hangup) == signal.SIG_IGN:
         return [signal.SIGINT, signal.SIGTERM]
@@ -22,10 +26,13 @@ def _asking_to_stop() -> list[int]:
 
 
 class InterruptGuard:
-    """Within the block, the first SIGINT, SIGTERM or SIGHUP is remembered instead of raised; a second SIGINT raises at once.
+    """Remember the first SIGINT, SIGTERM or SIGHUP within the block instead of raising; a second SIGINT raises at once.
 
-    The former handlers return at the end of the block. Outside the main thread signals cannot be caught, and the
+    The former handlers are restored at the end of the block. Outside the main thread signals cannot be caught, and the
     guard does nothing.
+
+    Attributes:
+        received: the signal, or `None`.
     """
 
     def __init__(self) -> None:
@@ -34,7 +41,7 @@ class InterruptGuard:
 
     def __enter__(self) -> "InterruptGuard":
         if threading.current_thread() is threading.main_thread():
-            for number in _asking_to_stop():
+            for number in _stop_signals():
                 self._former[number] = signal.signal(number, self._remember)
         return self
 

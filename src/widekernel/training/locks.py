@@ -1,4 +1,4 @@
-"""One process at a time: a lock that the system releases when its holder ends, however that happens."""
+"""A lock between processes, which the system releases when its holder ends for whatever reason."""
 
 import os
 from collections.abc import Iterator
@@ -15,9 +15,9 @@ _held: set[int] = set()
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """Hold the lock on the file ``path``, which is created, during the block. Does nothing on Windows.
+    """Hold the lock on the file `path`, which is created, within the block. Does nothing on Windows.
 
-    Only who holds the lock may remove the file.
+    Only the holder of the lock may remove the file.
 
     Raises:
         BlockingIOError: another process holds it.
@@ -37,7 +37,7 @@ def exclusive(path: Path) -> Iterator[None]:
 
 
 def _locked(path: Path) -> int:
-    """Open and lock the file that is at ``path`` once it is locked: the former holder may have removed another one."""
+    """Open and lock the file at `path`; repeat if it is no longer there once locked, as its former holder may remove it."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -59,7 +59,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def _release_in_child() -> None:
-    # data loading workers must not keep the lock of a process that was killed
+    # Data loading workers must not keep the lock of a process that was killed.
     while _held:
         os.close(_held.pop())
 

@@ -4,121 +4,39 @@ import math
 import signal
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 
 from widekernel.data.loading import Batch, TrainingLoader, Unreadable
-from widekernel.errors import CheckpointError, ConfigError, DataError, WidekernelError
+from widekernel.errors import CheckpointError, ConfigError, DataError
 from widekernel.training.checkpoint import CheckpointStore
-from widekernel.training.checks import check_length
 from widekernel.training.config import Metrics, TrainingConfig
 from widekernel.training.curves import save_curves
-from widekernel.training.failures import explained_failure, explained_loading
+from widekernel.training.error_context import LoadingError, NetworkError, TrainingError, errors_as
 from widekernel.training.interrupts import Interrupted, InterruptGuard
 from widekernel.training.metrics_log import MetricsLog, read_metrics
+from widekernel.training.objective import Objective
 from widekernel.training.optimization import create_optimizer, create_schedule
-from widekernel.training.processes import Processes
-from widekernel.training.progress import Reporter, SilentReporter
+from widekernel.training.preflight import check_run_length
+from widekernel.training.progress import Progress
 from widekernel.training.random_state import random_state, restore_random_state
-from widekernel.training.run_folder import RunFolder
+from widekernel.training.run_context import RunContext
 from widekernel.training.sparsification import create_sparsification
-
-
-class TrainingError(WidekernelError, RuntimeError):
-    """Training that cannot go on: the loss is no longer finite, or too many images are unreadable."""
-
-
-class Objective(Protocol):
-    """What is minimised and what is measured."""
-
-    best_metric: str
-    """The figure of ``evaluate`` that decides which training state is the best; larger is better."""
-
-    def loss(self, model: nn.Module, batch: Batch, stream: tuple[int, ...]) -> Tensor:
-        """Mean loss of a batch on the model's device.
-
-        Randomness (mixup) must be a function of ``stream``, the position of the batch in training.
-        """
-
-    def evaluate(self, model: nn.Module, name: str, stop: Callable[[], bool]) -> Metrics | None:
-        """Figures on the held-out data, ``None`` if ``stop()`` became true meanwhile.
-
-        ``name`` says in messages whose weights these are.
-        """
-
-
-@dataclass
-class Progress:
-    """Where training is. All of it is part of a training state.
-
-    Args:
-        epoch: epochs whose evaluation is done
-        step: optimizer steps done
-        step_in_epoch: optimizer steps done in the current epoch
-        loss_sum: sum of the losses since the last row of metrics
-        loss_count: optimizer steps in that sum
-        best: best value of the objective's metric
-        best_step: optimizer steps done when it was reached
-        unreadable: names of the unreadable training images met so far
-    """
-
-    epoch: int = 0
-    step: int = 0
-    step_in_epoch: int = 0
-    loss_sum: float = 0.0
-    loss_count: int = 0
-    best: float | None = None
-    best_step: int | None = None
-    unreadable: set[str] = field(default_factory=set)
-
-    def state(self) -> dict[str, Any]:
-        """Plain containers for a training state."""
-        return {**vars(self), "unreadable": sorted(self.unreadable)}
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> "Progress":
-        """The progress that ``state`` gave."""
-        return cls(**{**state, "unreadable": set(state["unreadable"])})
-
-
-@dataclass(frozen=True)
-class Surroundings:
-    """What the trainer works with besides the model.
-
-    Args:
-        folder: where the run is kept
-        device: where the model is
-        processes: the processes that train together
-        reporter: told about progress
-        fingerprint: description of the training data; a resumed run must meet the same
-        code: description of the program, told if a run is resumed by another
-        description: description of the model, kept in training states so that they can be used without this run
-        settings: of the run, kept in training states so that those of another run are not taken for its own
-    """
-
-    folder: RunFolder
-    device: torch.device
-    processes: Processes = field(default_factory=Processes)
-    reporter: Reporter = field(default_factory=SilentReporter)
-    fingerprint: dict[str, Any] = field(default_factory=dict)
-    code: dict[str, str] = field(default_factory=dict)
-    description: dict[str, Any] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
+from widekernel.training.unreadable import check_unreadable
 
 
 class Trainer:
-    """Trains ``model`` on ``loader`` for ``objective`` and keeps the run folder.
+    """Trains a model for an objective, and maintains the run folder.
 
     Args:
-        model: network on ``around.device``
+        model: network on `context.device`
         objective: loss and evaluation
         loader: training batches by epoch
         config: the settings of the loop
-        around: run folder, device, processes and reporter
+        context: run folder, device, processes and reporter
 
     Raises:
         DataError: an epoch has fewer batches than one optimizer step needs.
@@ -131,29 +49,29 @@ class Trainer:
         objective: Objective,
         loader: TrainingLoader,
         config: TrainingConfig,
-        around: Surroundings,
+        context: RunContext,
     ) -> None:
-        self.model, self.objective, self.loader, self.config, self.around = model, objective, loader, config, around
+        self.model, self.objective, self.loader, self.config, self.context = model, objective, loader, config, context
         self.steps_per_epoch = loader.batches_per_epoch // config.loop.accumulate
         if self.steps_per_epoch == 0:
-            needed = config.loop.batch_size * config.loop.accumulate * around.processes.world_size
+            needed = config.loop.batch_size * config.loop.accumulate * context.processes.world_size
             raise DataError(
                 f"The training data has {len(loader.samples)} images, but one optimizer step takes {needed} "
                 f"(loop.batch_size × loop.accumulate × processes). Lower loop.batch_size."
             )
-        for note in check_length(config, self.total_steps):
-            around.reporter.message(note)
+        for note in check_run_length(config, self.total_steps):
+            context.reporter.message(note)
         self.sparsity = create_sparsification(model, config.sparsity, config.seed, self.total_steps)
         self.optimizer = create_optimizer(self.sparsity.trained(model), config.optimizer)
         self.schedule = create_schedule(self.optimizer, config.schedule, self.steps_per_epoch)
         decay = config.ema.decay
         self.ema = None if decay is None else ModelEmaV3(model, decay=decay, use_warmup=config.ema.warmup)
         self.sparsity.attach(self.optimizer, self.ema, self.total_steps)
-        self.autocast = _autocast(config.loop.precision, around.device)
-        self.scaler = torch.amp.GradScaler(around.device.type, enabled=config.loop.precision == "fp16")
+        self.autocast = _autocast(config.loop.precision, context.device)
+        self.scaler = torch.amp.GradScaler(context.device.type, enabled=config.loop.precision == "fp16")
         self.progress = Progress()
-        self.store = CheckpointStore(around.folder.checkpoints, config.checkpoint.keep, around.reporter.message)
-        self.log = MetricsLog(around.folder.metrics)
+        self.store = CheckpointStore(context.folder.checkpoints, config.checkpoint.keep, context.reporter.message)
+        self.log = MetricsLog(context.folder.metrics)
 
     @property
     def total_steps(self) -> int:
@@ -161,15 +79,15 @@ class Trainer:
         return self.steps_per_epoch * self.config.schedule.epochs
 
     def run(self) -> None:
-        """Train from where the run folder stands to the end.
+        """Train from the latest training state in the run folder, or from the start, to the end.
 
         Raises:
             Interrupted: SIGINT, SIGTERM or SIGHUP arrived; the state was saved first.
-            TrainingError: the loss is not finite, or more than ``max_unreadable`` images cannot be read.
+            TrainingError: the loss is not finite, or more than `max_unreadable` images cannot be read.
             CheckpointError: no training state can be read, or none can be written.
         """
         self._resume_or_start()
-        self.around.reporter.start_training(self.config.schedule.epochs, self.steps_per_epoch, self.progress.step)
+        self.context.reporter.start_training(self.config.schedule.epochs, self.steps_per_epoch, self.progress.step)
         with InterruptGuard() as guard:
             while self.progress.epoch < self.config.schedule.epochs:
                 self._train_epoch(guard)
@@ -182,30 +100,23 @@ class Trainer:
         accumulate = self.config.loop.accumulate
         batches = self.loader.epoch(self.progress.epoch, skip=self.progress.step_in_epoch * accumulate)
         while self.progress.step_in_epoch < self.steps_per_epoch:
-            with explained_loading(f"Loading the images of training step {self.progress.step + 1}"):
+            with errors_as(LoadingError, f"Loading the images of training step {self.progress.step + 1}"):
                 images = [next(batches) for _ in range(accumulate)]
-            with explained_failure(f"Training step {self.progress.step + 1}"):
+            with errors_as(NetworkError, f"Training step {self.progress.step + 1}"):
                 self._step(images)
             every = self.config.checkpoint.every_steps
-            # The first step shows that all works: now the folder is the run's, and that states can be written.
+            # After the first step the folder belongs to this run; saving at once shows that states can be written.
             due = self.progress.step == 1 or (every is not None and self.progress.step % every == 0)
-            stop = self.around.processes.any(guard.received is not None)
+            stop = self._stop_requested(guard)
             if due or stop:
                 self.save()
             if stop:
                 raise Interrupted(guard.received or signal.SIGTERM)  # another process may have received it
 
     def _step(self, batches: list[Batch]) -> None:
+        """Make one optimizer step from the gradients of `batches`."""
         self.schedule.step_update(self.progress.step)
-        total = 0.0
-        for number, batch in enumerate(batches):
-            self._count_unreadable(batch.unreadable)
-            stream = (self.config.seed, self.progress.step, number, self.around.processes.rank)
-            with self.autocast():
-                loss = self.objective.loss(self.model, self._on_device(batch), stream) / len(batches)
-                penalty = self.sparsity.penalty()
-            total += loss.item()
-            self.scaler.scale(loss if penalty is None else loss + penalty / len(batches)).backward()
+        total = sum(self._backward(batch, number, len(batches)) for number, batch in enumerate(batches))
         if not math.isfinite(total):
             raise TrainingError(
                 f"The training loss is {total} at step {self.progress.step + 1}. Lower optimizer.lr "
@@ -213,17 +124,29 @@ class Trainer:
                 "in another output folder. The last training state was saved before this."
             )
         self._update()
-        if self.progress.step == 0 and self.around.processes.is_main:
-            self.around.folder.begin()
+        if self.progress.step == 0 and self.context.processes.is_main:
+            self.context.folder.begin()
             self.log.truncate(0)
         self.progress.step += 1
         self.progress.step_in_epoch += 1
         if self.ema is not None:
-            # given a step, timm lets the first update replace the average, which without warm-up keeps its start
+            # Given a step, timm replaces the average at the first update; without warm-up the average starts as it is.
             self.ema.update(self.model, step=self.progress.step if self.config.ema.warmup else None)
         self._log_step(total)
 
+    def _backward(self, batch: Batch, number: int, count: int) -> float:
+        """Add the gradients of batch `number` of `count` in a step, and return its part of the step's loss."""
+        self._note_unreadable(batch.unreadable)
+        stream = (self.config.seed, self.progress.step, number, self.context.processes.rank)
+        with self.autocast():
+            loss: Tensor = self.objective.loss(self.model, self._on_device(batch), stream) / count
+            penalty = self.sparsity.penalty()
+        value = loss.item()
+        self.scaler.scale(loss if penalty is None else loss + penalty / count).backward()
+        return value
+
     def _update(self) -> None:
+        """Clip the gradients if configured, and let the optimizer step."""
         clip = self.config.optimizer.clip_grad
         if clip is not None:
             self.scaler.unscale_(self.optimizer)
@@ -238,36 +161,34 @@ class Trainer:
         progress = self.progress
         progress.loss_sum += loss
         progress.loss_count += 1
-        self.around.reporter.step(progress.epoch, progress.step, loss, self._lr())
-        # the last row of an epoch waits for the evaluation
+        self.context.reporter.step(progress.epoch, progress.step, loss, self._lr())
+        # The last row of an epoch waits for the evaluation.
         if progress.step % self.config.loop.log_every == 0 and progress.step_in_epoch < self.steps_per_epoch:
             self._write_row({})
 
     def _finish_epoch(self, guard: InterruptGuard) -> None:
         metrics = self._evaluate(guard)
         if metrics is None:
-            # the state says that all steps of this epoch are done: the resumed run begins with the evaluation
+            # The state says that all steps of this epoch are done, so the resumed run begins with the evaluation.
             self.save()
             raise Interrupted(guard.received or signal.SIGTERM)
         progress = self.progress
         name = self.objective.best_metric
         value = float(metrics[name if self.ema is None else f"ema_{name}"])
-        is_best = is_better(value, progress.best)
-        if is_best:
-            progress.best, progress.best_step = value, progress.step
+        is_best = progress.note_value(value)
         self._write_row({**metrics, "train_unreadable": len(progress.unreadable)})
-        self.around.reporter.epoch(progress.epoch, metrics)
+        self.context.reporter.epoch(progress.epoch, metrics)
         progress.epoch += 1
         progress.step_in_epoch = 0
         finished = progress.epoch == self.config.schedule.epochs
         if is_best or finished or progress.epoch % self.config.checkpoint.every_epochs == 0:
             self.save()
-        if self.around.processes.is_main:
-            save_curves(read_metrics(self.around.folder.metrics), self.around.folder.curves)
+        if self.context.processes.is_main:
+            save_curves(read_metrics(self.context.folder.metrics), self.context.folder.curves)
 
     def _evaluate(self, guard: InterruptGuard) -> Metrics | None:
         def stop() -> bool:
-            return self.around.processes.any(guard.received is not None)
+            return self._stop_requested(guard)
 
         metrics = self.objective.evaluate(self.model, "weights", stop)
         if metrics is None or self.ema is None:
@@ -277,42 +198,45 @@ class Trainer:
 
     # -- small helpers -----------------------------------------------------------------------------------------------
 
+    def _stop_requested(self, guard: InterruptGuard) -> bool:
+        """Return whether any process was asked to stop."""
+        return self.context.processes.any(guard.received is not None)
+
     def _on_device(self, batch: Batch) -> Batch:
         layout = torch.channels_last if self.config.loop.channels_last else torch.contiguous_format
-        images = batch.images.to(self.around.device, non_blocking=True, memory_format=layout)
-        return Batch(images, batch.targets.to(self.around.device, non_blocking=True), batch.unreadable)
+        images = batch.images.to(self.context.device, non_blocking=True, memory_format=layout)
+        return Batch(images, batch.targets.to(self.context.device, non_blocking=True), batch.unreadable)
 
-    def _count_unreadable(self, images: tuple[Unreadable, ...]) -> None:
+    def _note_unreadable(self, images: tuple[Unreadable, ...]) -> None:
         for image in images:
             if image.name not in self.progress.unreadable:
-                self.around.reporter.message(f"Skipped an unreadable image: {image}")
+                self.context.reporter.message(f"Skipped an unreadable image: {image}")
                 self.progress.unreadable.add(image.name)
         check_unreadable(self.progress.unreadable, self.config.max_unreadable, "training")
 
     def _lr(self) -> float:
-        # the rate of the least scaled group is the nominal one, whatever layer decay does to the others
+        # Layer decay scales the rates of groups down; the largest is the nominal one.
         return max(group["lr"] for group in self.optimizer.param_groups)
 
-    def _write_row(self, figures: Metrics) -> None:
+    def _write_row(self, metrics: Metrics) -> None:
         progress = self.progress
-        mean = progress.loss_sum / progress.loss_count
-        row = {"epoch": progress.epoch + 1, "step": progress.step, "train_loss": mean, "lr": self._lr()}
-        row.update(self.sparsity.figures(), **figures)
-        progress.loss_sum, progress.loss_count = 0.0, 0
-        if self.around.processes.is_main:
+        loss = progress.take_mean_loss()
+        row = {"epoch": progress.epoch + 1, "step": progress.step, "train_loss": loss, "lr": self._lr()}
+        row.update(self.sparsity.figures(), **metrics)
+        if self.context.processes.is_main:
             self.log.append(row)
 
     # -- training states ---------------------------------------------------------------------------------------------
 
     def save(self) -> None:
         """Write the training state after the steps done so far."""
-        if not self.around.processes.is_main:
+        if not self.context.processes.is_main:
             return
         self.log.sync()
         self.store.save(self.state(), self.progress.step, self.progress.best_step)
 
     def state(self) -> dict[str, Any]:
-        """Everything a resumed run needs, as tensors and plain containers.
+        """Return everything that a resumed run needs, as tensors and plain containers.
 
         Mixup and augmentation have no state of their own: they are functions of seed and position.
         """
@@ -325,37 +249,36 @@ class Trainer:
             "random": random_state(),
             "progress": self.progress.state(),
             "metrics_rows": self.log.rows,
-            "world_size": self.around.processes.world_size,
-            "data": self.around.fingerprint,
-            "code": self.around.code,
-            "saved_model": self.around.description,
-            "settings": self.around.settings,
+            "world_size": self.context.processes.world_size,
+            "data": self.context.fingerprint,
+            "code": self.context.code,
+            "saved_model": self.context.description,
+            "settings": self.context.settings,
         }
 
     def _resume_or_start(self) -> None:
-        state = self.store.load_latest() if self.around.folder.has_begun() else None
+        state = self.store.load_latest() if self.context.folder.has_begun() else None
         if state is None:
             return
         self.load_state(state)
-        self.around.reporter.message(
-            f"Resuming {self.around.folder.path} after step {self.progress.step} of {self.total_steps}."
+        self.context.reporter.message(
+            f"Resuming {self.context.folder.path} after step {self.progress.step} of {self.total_steps}."
         )
-        if state.get("code") != self.around.code:
-            self.around.reporter.message("The steps so far were made by other code, or with other versions of libraries.")
+        if state.get("code") != self.context.code:
+            self.context.reporter.message("The steps so far were made by other code, or with other versions of libraries.")
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from ``state``.
+        """Restore the training state `state`.
 
         Raises:
-            CheckpointError: it is of a run with other settings, or was saved with other training data or another number
-                of processes.
+            CheckpointError: it belongs to a run with other settings, other training data or another number of processes.
         """
-        self.around.folder.check_own(state, self.around.settings)
-        self.around.folder.check_same_data(state["data"], self.around.fingerprint)
-        if state["world_size"] != self.around.processes.world_size:
+        self.context.folder.check_own(state, self.context.settings)
+        self.context.folder.check_same_data(state["data"], self.context.fingerprint)
+        if state["world_size"] != self.context.processes.world_size:
             raise CheckpointError(
                 f"The run was saved by {state['world_size']} process(es) and is resumed by "
-                f"{self.around.processes.world_size}. Resume with the same number."
+                f"{self.context.processes.world_size}. Resume with the same number."
             )
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
@@ -368,21 +291,12 @@ class Trainer:
         restore_random_state(state["random"])
 
 
-def is_better(value: float, best: float | None) -> bool:
-    """Whether a figure beats the best one so far; NaN beats nothing, and anything else beats NaN."""
-    return not math.isnan(value) and (best is None or math.isnan(best) or value > best)
-
-
-def check_unreadable(names: set[str], limit: int, part: str) -> None:
-    """Raise a ``TrainingError`` once more than ``limit`` different images could not be read."""
-    if len(names) > limit:
-        raise TrainingError(
-            f"{len(names)} {part} images cannot be read, more than data.max_unreadable ({limit}). "
-            f"The first: {min(names)}. Repair or remove the files, or raise the limit."
-        )
-
-
 def _autocast(precision: str, device: torch.device) -> Callable[[], AbstractContextManager]:
+    """Return what makes the context of the forward pass in `precision`.
+
+    Raises:
+        ConfigError: the precision is not available on the device.
+    """
     if precision == "fp32":
         return nullcontext
     if precision == "fp16" and device.type != "cuda":

@@ -1,7 +1,7 @@
-"""metrics.jsonl: one JSON object a line, without duplicates whatever happened to the run.
+"""The file metrics.jsonl: one JSON object per line, without duplicates even if the run was interrupted.
 
-Every row has ``epoch`` (counted from 1), ``step`` (optimizer steps done), ``train_loss`` (mean since the row before) and
-``lr``; the last row of an epoch has the figures of the evaluation as well.
+Every row has `epoch` (counted from 1), `step` (optimizer steps done), `train_loss` (mean since the row before) and
+`lr`. The last row of an epoch also has the metrics of the evaluation.
 """
 
 import json
@@ -14,18 +14,17 @@ from widekernel.files import explained
 
 
 class MetricsLog:
-    """Appends rows and can go back to an earlier length, which training states remember."""
+    """A file of rows that can be cut back to an earlier length, which training states store."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rows = 0
 
     def truncate(self, rows: int) -> None:
-        """Keep the first ``rows`` rows.
+        """Keep only the first `rows` rows.
 
         Raises:
-            WidekernelError: the file has fewer rows, so it is not the one that the training state belongs to, or it
-                cannot be written.
+            WidekernelError: the file cannot be written, or has fewer rows, so it does not belong to the training state.
         """
         with explained(self.path):
             lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
@@ -41,7 +40,7 @@ class MetricsLog:
             file.truncate(sum(len(line) for line in lines[:rows]))
 
     def append(self, row: dict[str, Any]) -> None:
-        """Write one row through to the file system.
+        """Append one row, written through to the file system.
 
         Raises:
             WidekernelError: it cannot be written.
@@ -58,7 +57,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All complete rows of a metrics file."""
+    """Read all complete rows of a metrics file."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]

@@ -1,4 +1,4 @@
-"""Optimizer and learning-rate schedule from configuration, on timm's factories."""
+"""The optimizer and learning-rate schedule of a configuration, made by timm's factories."""
 
 from dataclasses import replace
 from typing import Any
@@ -13,17 +13,19 @@ from widekernel.training.config import OptimizerConfig, ScheduleConfig
 
 
 def create_optimizer(trained: nn.Module | list[nn.Parameter], config: OptimizerConfig) -> Optimizer:
-    """The configured optimizer, for a network with weight decay only on weights of two and more dimensions.
+    """Create the configured optimizer for a network, or for parameters that are not weights, without weight decay.
+
+    In a network, weight decay applies only to weights of two and more dimensions.
 
     Raises:
-        ConfigError: timm knows no optimizer of that name, or it does not take a setting.
+        ConfigError: timm knows no optimizer of that name, or the optimizer does not take a setting.
     """
     known = [str(name) for name in list_optimizers()]
     if config.name.lower() not in known:
         raise ConfigError(f"optimizer.name is {config.name!r}, which timm does not know.{nearest(config.name, known)}")
     options: dict[str, Any] = {"eps": config.eps, "betas": config.betas}
     if isinstance(trained, list):
-        # Parameters that are no weights: neither decayed nor grouped by layer.
+        # Parameters that are not weights are neither decayed nor grouped by layer.
         config = replace(config, weight_decay=0.0, layer_decay=None)
     given = {key: value for key, value in options.items() if value is not None}
     try:
@@ -37,19 +39,19 @@ def create_optimizer(trained: nn.Module | list[nn.Parameter], config: OptimizerC
         )
     except (TypeError, ValueError, AssertionError, ImportError, RuntimeError) as error:
         raise ConfigError(
-            f"The optimizer {config.name!r} cannot be made with lr {config.lr}, weight_decay {config.weight_decay}"
+            f"The optimizer {config.name!r} cannot be created with lr {config.lr}, weight_decay {config.weight_decay}"
             f"{''.join(f', {key} {value}' for key, value in given.items())} ({in_short(error).rstrip('.')}). Leave out what "
             "it does not take, or choose another optimizer.name."
         ) from error
 
 
 def create_schedule(optimizer: Optimizer, config: ScheduleConfig, steps_per_epoch: int) -> CosineLRScheduler:
-    """Linear warm-up followed by half a cosine, both counted in optimizer steps.
+    """Create a schedule of linear warm-up and half a cosine, counted in optimizer steps.
 
-    ``step_update(k)`` sets the rates of the step number ``k``, counted from 0.
+    Its `step_update(k)` sets the learning rates of step `k`, counted from 0.
     """
     total = config.epochs * steps_per_epoch
-    # a warm-up that fills the whole run would leave no step for the cosine
+    # A warm-up that fills the whole run would leave no step for the cosine.
     warmup = min(round(config.warmup_epochs * steps_per_epoch), total - 1)
     return CosineLRScheduler(
         optimizer,

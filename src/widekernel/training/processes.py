@@ -1,15 +1,15 @@
-"""The processes that train together, as the loop sees them."""
+"""The processes that train together, as the training loop sees them."""
 
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from widekernel.data.loading import Share
+from widekernel.data.loading import Shard
 
 
 @dataclass(frozen=True)
 class Processes:
-    """One process training alone. The loop asks this object, and never assumes, who writes files and who sums."""
+    """One process that trains alone. The training loop asks this object who writes files and how to sum."""
 
     rank: int = 0
     world_size: int = 1
@@ -20,18 +20,18 @@ class Processes:
         return self.rank == 0
 
     @property
-    def share(self) -> Share:
+    def shard(self) -> Shard:
         """The part of the data that this process loads."""
-        return Share(self.rank, self.world_size)
+        return Shard(self.rank, self.world_size)
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum of ``values`` over all processes."""
+        """Return the sum of `values` over all processes."""
         return values
 
     def any(self, flag: bool) -> bool:
-        """Whether ``flag`` holds in at least one process."""
+        """Return whether `flag` is true in at least one process."""
         return flag
 
     def union(self, names: set[str]) -> set[str]:
-        """Union of the names over all processes."""
+        """Return the union of the names over all processes."""
         return names

@@ -1,51 +1,59 @@
-"""What the loop tells whoever watches; the library itself prints nothing."""
+"""How far a run has come, as stored in its training states."""
 
-from typing import Protocol
+from __future__ import annotations
 
-from typing_extensions import override
-
-from widekernel.training.config import Metrics
-
-
-class Reporter(Protocol):
-    """Receives progress. Implementations own the console, the log file or the widget."""
-
-    def message(self, text: str) -> None:
-        """Something worth telling once: a resume, a skipped checkpoint, an unreadable image."""
-
-    def start_training(self, epochs: int, steps_per_epoch: int, first_step: int) -> None:
-        """Training begins at optimizer step ``first_step``."""
-
-    def step(self, epoch: int, step: int, loss: float, lr: float) -> None:
-        """One optimizer step is done; ``step`` counts from the start of training."""
-
-    def start_evaluation(self, batches: int, name: str) -> None:
-        """An evaluation of so many batches begins."""
-
-    def evaluated(self, batches: int) -> None:
-        """So many batches of the evaluation are done."""
-
-    def epoch(self, epoch: int, metrics: Metrics) -> None:
-        """An epoch and its evaluation are done."""
+import math
+from dataclasses import dataclass, field
+from typing import Any
 
 
-class SilentReporter(Reporter):
-    """Tells nobody."""
+@dataclass
+class Progress:
+    """How far training has come. All of it is part of a training state.
 
-    @override
-    def message(self, text: str) -> None: ...
+    Args:
+        epoch: epochs whose evaluation is done
+        step: optimizer steps done
+        step_in_epoch: optimizer steps done in the current epoch
+        loss_sum: sum of the losses since the last row of metrics
+        loss_count: optimizer steps in that sum
+        best: best value of the objective's metric
+        best_step: optimizer steps done when it was reached
+        unreadable: names of the unreadable training images met so far
+    """
 
-    @override
-    def start_training(self, epochs: int, steps_per_epoch: int, first_step: int) -> None: ...
+    epoch: int = 0
+    step: int = 0
+    step_in_epoch: int = 0
+    loss_sum: float = 0.0
+    loss_count: int = 0
+    best: float | None = None
+    best_step: int | None = None
+    unreadable: set[str] = field(default_factory=set)
 
-    @override
-    def step(self, epoch: int, step: int, loss: float, lr: float) -> None: ...
+    def state(self) -> dict[str, Any]:
+        """Return plain containers for a training state."""
+        return {**vars(self), "unreadable": sorted(self.unreadable)}
 
-    @override
-    def start_evaluation(self, batches: int, name: str) -> None: ...
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Progress:
+        """Rebuild the progress from the containers that `state` returned."""
+        return cls(**{**state, "unreadable": set(state["unreadable"])})
 
-    @override
-    def evaluated(self, batches: int) -> None: ...
+    def note_value(self, value: float) -> bool:
+        """Note the value of the objective's metric after the last step, and return whether it is the best so far."""
+        is_best = is_better(value, self.best)
+        if is_best:
+            self.best, self.best_step = value, self.step
+        return is_best
 
-    @override
-    def epoch(self, epoch: int, metrics: Metrics) -> None: ...
+    def take_mean_loss(self) -> float:
+        """Return the mean loss since the last row of metrics, and start a new mean."""
+        mean = self.loss_sum / self.loss_count
+        self.loss_sum, self.loss_count = 0.0, 0
+        return mean
+
+
+def is_better(value: float, best: float | None) -> bool:
+    """Return whether a metric beats the best one so far. NaN beats nothing, and any number beats NaN."""
+    return not math.isnan(value) and (best is None or math.isnan(best) or value > best)

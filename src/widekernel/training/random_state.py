@@ -9,11 +9,11 @@ import torch
 from widekernel.data.seeding import derive_seed
 
 MODEL_STREAM = 4
-"""First key of the stream that initialises the model and drives dropout and drop path."""
+"""First key of the stream that initializes the model and drives dropout and drop path."""
 
 
 def seed_run(seed: int, rank: int = 0) -> None:
-    """Seed python, numpy and torch for a run; for the entry point of a training process only."""
+    """Seed Python, NumPy and PyTorch for a run; only for the entry point of a training process."""
     derived = derive_seed(MODEL_STREAM, seed, rank)
     random.seed(derived)
     np.random.seed(derived % 2**32)
@@ -21,7 +21,7 @@ def seed_run(seed: int, rank: int = 0) -> None:
 
 
 def random_state() -> dict[str, Any]:
-    """State of all global generators as tensors, numbers and lists."""
+    """Return the state of all global generators as tensors, numbers and lists."""
     version, words, gauss = random.getstate()
     _, keys, position, has_gauss, cached = cast(tuple, np.random.get_state(legacy=True))
     state: dict[str, Any] = {
@@ -35,7 +35,7 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Bring all global generators back to a state given by ``random_state``."""
+    """Restore all global generators to a state that `random_state` returned."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words.tolist()), gauss))
     keys, position, has_gauss, cached = state["numpy"]

@@ -1,4 +1,4 @@
-"""The folder of one run: configuration, metrics, training states, curves and the final model."""
+"""The folder of one run: settings, metrics, training states, curves and the final model."""
 
 import json
 import os
@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from widekernel.errors import CheckpointError, WidekernelError
-from widekernel.files import explained, write_atomically
+from widekernel.files import explained, write_file
+from widekernel.settings import flatten
 from widekernel.sparsity.semi_structured.config import OLD_NAME, SEMI_STRUCTURED
 from widekernel.training.locks import exclusive
 
@@ -29,8 +30,7 @@ LIVE_KEYS = frozenset(
         "checkpoint.keep",
     }
 )
-"""Settings that a resumed run may change: they do not alter what is computed."""
-
+"""Settings that a resumed run may change, because they do not alter what is computed."""
 
 _FIRST_STATE = "step-00000000.pt"
 
@@ -40,7 +40,7 @@ class RunFolderError(WidekernelError, ValueError):
 
 
 class RunFolder:
-    """Paths and small files of a run."""
+    """The paths and small files of a run."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -58,11 +58,11 @@ class RunFolder:
         self._pending: dict[str, Any] | None = None
 
     def prepare(self, config: dict[str, Any]) -> None:
-        """Check that the folder is free for ``config`` or belongs to it; `begin` is what makes it so.
+        """Check that the folder is free, or belongs to a run with the settings `config`; `begin` takes it for that run.
 
         Raises:
-            RunFolderError: the folder is not writable, holds a run with another configuration that has begun (the message
-                names the keys), or holds something else.
+            RunFolderError: the folder is not writable, holds files of something else, or holds a run with other settings
+                that has begun; the message names these settings.
         """
         self.make_writable()
         if self.config.exists():
@@ -74,40 +74,41 @@ class RunFolder:
             found = [path.name for path in own if path.exists()]
             if found:
                 raise RunFolderError(
-                    f"{self.path} holds {', '.join(found)} without its config.yaml, so it is no run that can be resumed. "
+                    f"{self.path} holds {', '.join(found)} without its config.yaml, so the run cannot be resumed. "
                     "Choose another --output."
                 )
         self._pending = config
 
     def begin(self) -> None:
-        """Make the folder that of the configuration that was prepared: the first optimizer step is done.
+        """Write the settings that `prepare` was given; the folder belongs to them once the first optimizer step is done.
 
         Raises:
             WidekernelError: it cannot be written.
         """
         if self._pending is not None:
-            for leftover in self.checkpoints.glob(f"{_FIRST_STATE}*"):  # of earlier versions, before any step
+            for leftover in self.checkpoints.glob(f"{_FIRST_STATE}*"):  # earlier versions saved it before any step
                 leftover.unlink()
             text = yaml.safe_dump(self._pending, sort_keys=False, allow_unicode=True)
             with explained(self.config):
-                if self.config.exists() and self.config.read_text() != text:  # of nothing that has begun; perhaps the user's
+                # Another file belongs to no run that has begun; it may be the user's own.
+                if self.config.exists() and self.config.read_text() != text:
                     self.config.replace(self.config.with_name("config.yaml.replaced"))
-                write_atomically(self.config, lambda file: file.write(text.encode()))
+            write_file(self.config, text.encode())
 
     def has_begun(self) -> bool:
-        """Whether there is a training state after at least one optimizer step, a row of metrics or a result."""
+        """Return whether there is a training state after at least one optimizer step, a row of metrics or a result."""
         states = (path.name for path in self.checkpoints.glob("step-*.pt*"))
         rows = self.metrics.exists() and self.metrics.stat().st_size > 0
         return rows or self.summary.exists() or any(not name.startswith(_FIRST_STATE) for name in states)
 
     def make_writable(self) -> list[Path]:
-        """Create the folder and write a file to it.
+        """Create the folder, and try to write a file to it.
 
         Returns:
             the folders that did not exist before, outermost first.
 
         Raises:
-            RunFolderError: that is not possible.
+            RunFolderError: the folder cannot be created or written.
         """
         probe = self.path / f".probe.tmp.{os.getpid()}"
         made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()][::-1]
@@ -124,7 +125,7 @@ class RunFolder:
 
     @contextmanager
     def reserved(self) -> Iterator[None]:
-        """Create and lock the folder during the block; what no run has begun in is afterwards as it was before.
+        """Create and lock the folder within the block; undo this afterwards if no run has begun in it.
 
         Raises:
             RunFolderError: it cannot be written, or another process trains in it.
@@ -144,10 +145,10 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes from training in this folder during the block.
+        """Keep other processes from training in this folder within the block.
 
         Raises:
-            RunFolderError: one already does, or the folder's file system has no locks.
+            RunFolderError: another process trains there, or the folder's file system has no locks.
         """
         with ExitStack() as stack:
             try:
@@ -169,56 +170,56 @@ class RunFolder:
             raise RunFolderError(
                 f"{self.path} holds a run with a different configuration:\n"
                 + "\n".join(lines)
-                + f"\nResume with the same settings, or choose another --output.{self.how_to_go_on()}"
+                + f"\nResume with the same settings, or choose another --output.{self.how_to_continue()}"
             )
 
     def check_own(self, state: dict[str, Any], config: dict[str, Any]) -> None:
-        """Raise unless a training state, if it notes its settings, is of a run with the settings ``config``.
+        """Raise unless a training state belongs to a run with the settings `config`; old states may not say.
 
         Raises:
-            CheckpointError: naming what differs.
+            CheckpointError: it does not; the message names what differs.
         """
         lines = _differing(state.get("settings") or config, config, ("in the state", "in the run"))
         if lines:
             raise CheckpointError(
-                f"A training state in {self.checkpoints} is of a run with other settings:\n"
+                f"A training state in {self.checkpoints} belongs to a run with other settings:\n"
                 + "\n".join(lines)
                 + "\nRemove the states that were copied there, or choose another --output."
             )
 
     def check_same_data(self, then: dict[str, Any], now: dict[str, Any]) -> None:
-        """Raise unless the data are those of the run.
+        """Raise unless the present data are those of the run.
 
         Args:
-            then: description of the run's data; one written by an earlier version may lack some keys.
-            now: that of the present ones.
+            then: description of the run's data; one of an earlier version may lack some keys.
+            now: description of the present data.
 
         Raises:
-            CheckpointError: naming what differs.
+            CheckpointError: they are not; the message names what differs.
         """
         for key, value in now.items():
             if key in then and then[key] != value:
                 raise CheckpointError(
                     f"The training data has changed: {key} was {then[key]!r} and is {value!r}. "
-                    f"Restore the data, or choose another --output.{self.how_to_go_on()}"
+                    f"Restore the data, or choose another --output.{self.how_to_continue()}"
                 )
 
-    def how_to_go_on(self) -> str:
-        """Say how other settings, more epochs or other data start from what the run has learned; "" if it has nothing."""
+    def how_to_continue(self) -> str:
+        """Return a sentence on how another run can start from the weights of this one, or "" if it has none."""
         states = sorted(self.checkpoints.glob("step-*.pt"))
         weights = self.model if self.model.exists() else states[-1] if states else None
-        return "" if weights is None else f" A run there goes on from these weights with --model.weights {weights}"
+        return "" if weights is None else f" A new run starts from the weights of this one with --model.weights {weights}"
 
     def read_config(self) -> dict[str, Any]:
-        """The saved configuration.
+        """Read the settings of the run.
 
         Raises:
-            RunFolderError: there is none, or it is damaged.
+            RunFolderError: they are missing or damaged.
         """
         try:
             config = yaml.safe_load(self.config.read_text())
         except FileNotFoundError as error:
-            raise RunFolderError(f"{self.path} is no run folder: it has no config.yaml.") from error
+            raise RunFolderError(f"{self.path} is not a run folder: it has no config.yaml.") from error
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise RunFolderError(f"{self.config} cannot be read: {error}") from error
         if not isinstance(config, dict):
@@ -231,14 +232,13 @@ class RunFolder:
         Raises:
             WidekernelError: it cannot be written.
         """
-        with explained(self.summary):
-            write_atomically(self.summary, lambda file: file.write((json.dumps(summary, indent=2) + "\n").encode()))
+        write_file(self.summary, (json.dumps(summary, indent=2) + "\n").encode())
 
     def read_summary(self, required: Iterable[str] = ()) -> dict[str, Any] | None:
-        """The final result, or ``None`` while the run is unfinished.
+        """Read the final result; return `None` while the run is unfinished.
 
         Raises:
-            RunFolderError: the file is damaged, or lacks one of the ``required`` figures.
+            RunFolderError: the file is damaged, or lacks one of the `required` entries.
         """
         try:
             summary = json.loads(self.summary.read_text())
@@ -248,29 +248,20 @@ class RunFolder:
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            raise RunFolderError(f"{self.summary} is damaged ({error}). Delete it, and the run finishes again.") from error
+            raise RunFolderError(
+                f"{self.summary} is damaged ({error}). Delete it, and the same command writes it again."
+            ) from error
         return summary
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted key; an empty mapping is a value of its own."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
-    return flat
-
-
 def _differing(there: dict[str, Any], now: dict[str, Any], words: tuple[str, str] = ("there", "now")) -> list[str]:
-    """A line for every setting that decides what is computed and is another one."""
+    """Return one line for every setting that differs and alters what is computed."""
     saved, new = flatten(there), flatten(now)
     for settings in (saved, new):
         for key in ("sparsity.method", "sparsity.dynamic.block"):
             if settings.get(key) == OLD_NAME:  # of semi-structured sparsity, in runs of version 0.4
                 settings[key] = SEMI_STRUCTURED
     if new.get("sparsity.method") == "none":
-        saved.setdefault("sparsity.method", "none")  # which runs of version 0.1 do not state
+        saved.setdefault("sparsity.method", "none")  # runs of version 0.1 do not state it
     keys = sorted(key for key in saved.keys() | new.keys() if key not in LIVE_KEYS and saved.get(key) != new.get(key))
     return [f"  {key}: {saved.get(key)!r} {words[0]}, {new.get(key)!r} {words[1]}" for key in keys]

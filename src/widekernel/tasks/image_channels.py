@@ -1,4 +1,4 @@
-"""How many channels a network's images have, and images of that many channels."""
+"""The number of image channels that a network takes, and transforms to that number."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RGB = 3
 
 
 def input_channels(model: nn.Module) -> int:
-    """Channels of the images that ``model`` takes: what it says, else those of its first convolution, else three."""
+    """Return the channels of the images that `model` takes: as it states, or those of its first convolution, or three."""
     stated = getattr(model, "in_chans", None)
     if stated is not None:
         return int(stated)
@@ -27,31 +27,31 @@ def input_channels(model: nn.Module) -> int:
 
 
 @dataclass(frozen=True)
-class Gray:
-    """A transform to one channel: of the grey image, the mean of what ``transform`` makes of its three equal channels.
+class ToGray:
+    """A transform to one channel: the gray image is transformed as three equal channels, which are then averaged.
 
     Args:
-        transform: from an RGB image to a tensor ``(3, height, width)``
+        transform: from an RGB image to a tensor `(3, height, width)`
     """
 
     transform: ImageTransform
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """Give a tensor ``(1, height, width)``."""
+        """Return a tensor `(1, height, width)`."""
         return self.transform(image.convert("L").convert("RGB")).mean(0, keepdim=True)
 
 
-def for_channels(transform: ImageTransform, channels: int) -> ImageTransform:
-    """Let ``transform``, from RGB images to tensors of three channels, give those that a network takes.
+def match_channels(transform: ImageTransform, channels: int) -> ImageTransform:
+    """Return `transform`, which makes tensors of three channels, or a version of it that makes `channels`.
 
     Raises:
-        ConfigError: it takes neither one nor three.
+        ConfigError: `channels` is neither one nor three.
     """
     if channels == RGB:
         return transform
     if channels == 1:
-        return Gray(transform)
+        return ToGray(transform)
     raise ConfigError(
-        f"The network takes images of {channels} channels (in_chans), but images are read with {RGB}, or 1 when grey. "
+        f"The network takes images of {channels} channels (in_chans), but images are read with {RGB}, or 1 when gray. "
         f"Set in_chans to {RGB} or 1, or train on images of {channels} channels with a loop of your own."
     )

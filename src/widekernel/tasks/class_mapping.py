@@ -1,4 +1,4 @@
-"""Which output of a network stands for which class of the data."""
+"""The mapping from the classes of the data to the outputs of a network."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -7,41 +7,41 @@ from pathlib import Path
 from timm.data import ImageNetInfo
 from timm.utils.misc import natural_key
 
-from widekernel.data.formats import listed, printable
-from widekernel.data.names import normalised
+from widekernel.data.formats import brief, printable
+from widekernel.data.names import normalize_name
 from widekernel.errors import CheckpointError, DataError
 from widekernel.tasks.saved import SavedModel, read_saved
 
 
-def class_order(saved: SavedModel, names: tuple[str, ...]) -> tuple[int, ...] | None:
-    """For every class of the data the model's output, or ``None`` if both are in the same order.
+def class_mapping(saved: SavedModel, names: tuple[str, ...]) -> tuple[int, ...] | None:
+    """Return the model's output for every class of the data, or `None` if both are in the same order.
 
-    A model that knows its class names may be evaluated on data that holds only some of them; names are compared after
-    Unicode normalisation. Without class names classes that are numbers are matched in the order of the numbers, and those
-    with WordNet identifiers of ImageNet by these if the model has 1,000 outputs; ``assumption`` says what was assumed.
+    A model with class names may be evaluated on data that hold only some of them; names are compared after Unicode
+    normalization. For a model without class names, numbered classes are matched in numerical order, and WordNet
+    identifiers by ImageNet's order if the model has 1,000 outputs; `mapping_note` says what was assumed.
 
     Raises:
         DataError: the data has classes that the model does not know, or another number of classes.
     """
-    names = tuple(normalised(name) for name in names)
+    names = tuple(normalize_name(name) for name in names)
     if not saved.class_names:
         return _without_names(saved, names)
-    known = {normalised(name): output for output, name in enumerate(saved.class_names)}
+    known = {normalize_name(name): output for output, name in enumerate(saved.class_names)}
     unknown = [name for name in names if name not in known]
     if unknown:
         raise DataError(
             f"The data has {len(unknown)} classes that the model was not trained on, such as {printable(unknown[0])!r}; "
-            f"its {saved.num_classes} classes are {listed(saved.class_names, 10)}."
+            f"its {saved.num_classes} classes are {brief(saved.class_names, 10)}."
         )
     return _unless_trivial(tuple(known[name] for name in names), saved.num_classes)
 
 
-def assumption(saved: SavedModel, names: tuple[str, ...]) -> str:
-    """What ``class_order`` assumes without being told, in a line for the user; empty if it is certain.
+def mapping_note(saved: SavedModel, names: tuple[str, ...]) -> str:
+    """Return a line for the user that says what `class_mapping` assumes, or "" if it assumes nothing.
 
     Args:
         saved: the model
-        names: the classes of the data, which ``class_order`` accepts
+        names: the classes of the data, which `class_mapping` accepts
     """
     imagenet = _imagenet()
     if saved.class_names or (saved.num_classes == len(imagenet) and set(names) <= imagenet.keys()):
@@ -52,17 +52,17 @@ def assumption(saved: SavedModel, names: tuple[str, ...]) -> str:
             return ""
         return (
             f"{saved.name} has no class names, so the numbered classes are matched to its outputs by number: "
-            f"{_pairs(ordered)}. Weights that were trained on the same folders in alphabetical order would need names."
+            f"{_pairs(ordered)}. Weights that were trained on the same folders in alphabetical order need class names."
         )
     text = f"{saved.name} has no class names, so its outputs are taken in alphabetical order: {_pairs(names)}."
     counted = sorted(names, key=natural_key)
-    return text if counted == list(names) else f"{text} Ordered by the numbers in them they would be {listed(counted, 3)}."
+    return text if counted == list(names) else f"{text} Ordered by the numbers in them they would be {brief(counted, 3)}."
 
 
-def inherited(weights: Path, names: tuple[str, ...]) -> str:
-    """What training assumes of a classifier that starts from ``weights``, in a line for the user; empty if nothing.
+def inheritance_note(weights: Path, names: tuple[str, ...]) -> str:
+    """Return a line for the user that says what training assumes of the classifier in `weights`, or "" if nothing.
 
-    The outputs are taken over by position where their number fits.
+    If their number fits, its outputs are taken over by position.
 
     Args:
         weights: checkpoint that training starts from
@@ -70,15 +70,15 @@ def inherited(weights: Path, names: tuple[str, ...]) -> str:
     """
     try:
         saved = read_saved(weights)
-    except CheckpointError:  # a file of another kind, which does not tell its classes
+    except CheckpointError:  # a file of another kind, which does not name its classes
         known: tuple[str, ...] = ()
     else:
-        known = tuple(normalised(name) for name in saved.class_names)
+        known = tuple(normalize_name(name) for name in saved.class_names)
         if saved.num_classes != len(names) or known == names:
             return ""
     if known:
         return (
-            f"The classifier in {weights} was trained on {listed(known, 3)}, and the classes here are {listed(names, 3)}: "
+            f"The classifier in {weights} was trained on {brief(known, 3)}, and the classes here are {brief(names, 3)}: "
             "its outputs are taken over by position and have to be learned again."
         )
     if not _are_numbers(names) or _by_number(names) == list(names):
@@ -117,10 +117,10 @@ def _by_number(names: Sequence[str]) -> list[str]:
 
 
 def _pairs(names: Sequence[str]) -> str:
-    return listed([f"{printable(name)!r} is output {number}" for number, name in enumerate(names)], 3)
+    return brief([f"{printable(name)!r} is output {number}" for number, name in enumerate(names)], 3)
 
 
 @lru_cache(maxsize=1)
 def _imagenet() -> dict[str, int]:
-    """The outputs of networks for ImageNet-1k by WordNet identifier."""
+    """Return the outputs of networks for ImageNet-1k by WordNet identifier."""
     return {name: output for output, name in enumerate(ImageNetInfo("imagenet-1k").label_names())}

@@ -1,4 +1,4 @@
-"""Loading a checkpoint of another make, with what it warns of told where the other messages go."""
+"""Loading a checkpoint that does not describe its model, with its warnings among the other messages."""
 
 import warnings
 from collections.abc import Callable
@@ -9,21 +9,21 @@ from torch import nn
 
 from widekernel.models.checkpoint import LoadReport, load_checkpoint
 
-Tell = Callable[[str], None]
-"""Takes a message for the user."""
+Notify = Callable[[str], None]
+"""Receives a message for the user."""
 
 
-def load_weights(model: nn.Module, path: str | Path, tell: Tell | None = None, **how: Any) -> tuple[LoadReport, str]:
-    """Load the checkpoint ``path`` into ``model``.
+def load_weights(model: nn.Module, path: str | Path, notify: Notify | None = None, **how: Any) -> tuple[LoadReport, str]:
+    """Load the checkpoint `path` into `model`.
 
     Args:
         model: the network.
         path: the file.
-        tell: is given other warnings; ``None``: they stay Python's.
+        notify: receives other warnings; with `None` they remain Python warnings.
         how: further arguments of `load_checkpoint`.
 
     Returns:
-        what was loaded, and why the classifier is untrained, "" if it is not.
+        what was loaded, and why the classifier is untrained, or "" if it is not.
 
     Raises:
         CheckpointError: the file cannot be read, or does not fit.
@@ -36,8 +36,8 @@ def load_weights(model: nn.Module, path: str | Path, tell: Tell | None = None, *
         text = str(warning.message)
         if warning.category is UserWarning and text.endswith("is untrained"):
             untrained = text
-        elif tell is None:
+        elif notify is None:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
         else:
-            tell(f"{text.rstrip('.')}.")
+            notify(f"{text.rstrip('.')}.")
     return report, untrained

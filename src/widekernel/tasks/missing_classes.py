@@ -1,14 +1,14 @@
-"""Classes that a run has not seen, because none of their images can be read."""
+"""Classes that a run has not seen because none of their images can be read."""
 
 from collections import Counter
 from collections.abc import Collection
 
 from widekernel.data import ImageSource
-from widekernel.tasks.fingerprint import targets_of
+from widekernel.data.sources import targets_of
 
 
-def lost_classes(source: ImageSource, unreadable: Collection[str]) -> list[str]:
-    """Tell of every class of ``source`` whose images are all among the names ``unreadable``."""
+def missing_classes(source: ImageSource, unreadable: Collection[str]) -> list[str]:
+    """Return a warning for every class of `source` whose images are all among the names `unreadable`."""
     targets = targets_of(source) if unreadable else None
     if targets is None:
         return []

@@ -1,15 +1,15 @@
-"""Measuring a network on the held-out split of a data set, with a progress bar."""
+"""Evaluation of a network on the held-out split of a data set, with a progress bar."""
 
 from torch import nn
 
 from widekernel.cli.console import ConsoleReporter
 from widekernel.cli.options import EvalOptions
-from widekernel.data import DataConfig, EvaluationSamples, LoaderOptions, Share, evaluation_loader, open_split
+from widekernel.data import DataConfig, EvaluationSamples, LoaderOptions, Shard, evaluation_loader, open_split
 from widekernel.tasks.assembly import choose_device
-from widekernel.tasks.channels import for_channels, input_channels
-from widekernel.tasks.class_order import assumption, class_order
+from widekernel.tasks.class_mapping import class_mapping, mapping_note
 from widekernel.tasks.evaluation import Evaluation, EvaluationOptions, evaluate
-from widekernel.tasks.held_out import other_images, place_of
+from widekernel.tasks.evaluation_data import changed_images_warning, location_of
+from widekernel.tasks.image_channels import input_channels, match_channels
 from widekernel.tasks.saved import SavedModel
 from widekernel.training.interrupts import Interrupted, InterruptGuard
 from widekernel.training.run_folder import RunFolder
@@ -18,9 +18,9 @@ from widekernel.training.run_folder import RunFolder
 def evaluate_on(
     model: nn.Module, saved: SavedModel, data: DataConfig, options: EvalOptions, run: RunFolder | None = None
 ) -> Evaluation:
-    """Accuracy of ``model`` on the held-out split of ``data``, preprocessed as ``saved`` says unless ``data`` differs.
+    """Evaluate `model` on the held-out split of `data`, preprocessed as `saved` says where `data` leaves it open.
 
-    Says which images these are, and warns if ``run``, which the network comes from, had others in the same place.
+    Messages say which images these are, and warn if `run`, which the network comes from, had others in the same place.
 
     Raises:
         WidekernelError: the data cannot be used, or has other classes.
@@ -28,13 +28,15 @@ def evaluate_on(
     """
     device = choose_device(options.device)
     source = open_split(data, "val")
-    order = class_order(saved, source.class_names)
-    transform = for_channels(saved.preprocessing.overridden_by(data).eval_transform(), input_channels(model))
+    order = class_mapping(saved, source.class_names)
+    transform = match_channels(saved.preprocessing.overridden_by(data).eval_transform(), input_channels(model))
     loading = LoaderOptions(options.batch_size, data.workers, pin_memory=device.type == "cuda")
-    loader = evaluation_loader(EvaluationSamples(source, transform), loading, Share())
+    loader = evaluation_loader(EvaluationSamples(source, transform), loading, Shard())
     with ConsoleReporter() as reporter, InterruptGuard() as guard:
-        reporter.message(f"Evaluating on {place_of(data, source)}.")
-        for note in filter(None, (other_images(run, data, source), *source.notes, assumption(saved, source.class_names))):
+        reporter.message(f"Evaluating on {location_of(data, source)}.")
+        for note in filter(
+            None, (changed_images_warning(run, data, source), *source.notes, mapping_note(saved, source.class_names))
+        ):
             reporter.message(note)
         how = EvaluationOptions(
             device, data.max_unreadable, order, reporter=reporter, stop=lambda: guard.received is not None

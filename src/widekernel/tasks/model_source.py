@@ -1,4 +1,4 @@
-"""What the user names: a run folder, a model file or a checkpoint, and which of its weights."""
+"""The network that the user names: a run folder, a model file or a checkpoint, and which of its weights."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,16 +10,16 @@ Weights = Literal["model", "ema"]
 
 
 @dataclass(frozen=True)
-class Source:
-    """What to load.
+class ModelSource:
+    """The network to load.
 
     Args:
-        path: run folder, or checkpoint file: of a model, or a training state of a run
-        weights: the weights themselves or their moving average
-        state: for a run folder: its last weights, or those of the best evaluation
+        path: run folder, or checkpoint file, which holds a model or a training state of a run
+        weights: the weights themselves, or their moving average
+        state: of a run folder: its last weights, or those with the best evaluation
         model: model name, for a checkpoint file that does not describe itself
         model_args: arguments of that model
-        num_classes: outputs of that model; ``None`` keeps its own number
+        num_classes: outputs of that model; `None` keeps its own number
     """
 
     path: Path
@@ -30,7 +30,7 @@ class Source:
     num_classes: int | None = None
 
     def run_folder(self) -> RunFolder | None:
-        """The run that ``path`` is, or lies in."""
+        """Return the run that `path` is or lies in, or `None`."""
         for candidate in (self.path, self.path.parent):
             if (candidate / "config.yaml").is_file():
                 return RunFolder(candidate)

@@ -1,4 +1,4 @@
-"""Networks that fail when they are run."""
+"""Errors of networks and loading processes, restated with a remedy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from widekernel.errors import ShapeError
-from widekernel.training.failures import LoadingError, NetworkError, explained_failure, explained_loading
+from widekernel.training.error_context import LoadingError, NetworkError, errors_as
 
 
 @pytest.mark.parametrize(
@@ -19,26 +19,26 @@ from widekernel.training.failures import LoadingError, NetworkError, explained_f
         ),
         (lambda: nn.Conv2d(3, 4, 9)(torch.ones(1, 3, 4, 4)), r"too small for the network: raise data\.input_size"),
         (lambda: nn.MaxPool2d(4)(torch.ones(1, 3, 2, 2)), r"too small for the network: raise data\.input_size"),
-        (lambda: torch.empty(2**60), r"The memory does not suffice: use smaller batches"),
+        (lambda: torch.empty(2**60), r"There is not enough memory: use smaller batches"),
         (lambda: [][0], r"Step 1 failed \(IndexError: list index out of range\)\. Check model\.args"),
     ],
 )
-def test_one_line_with_a_remedy(fail, words: str) -> None:
-    with pytest.raises(NetworkError, match=words) as caught, explained_failure("Step 1"):
+def test_the_message_is_one_line_with_a_remedy(fail, words: str) -> None:
+    with pytest.raises(NetworkError, match=words) as caught, errors_as(NetworkError, "Step 1"):
         fail()
     assert "\n" not in str(caught.value) and caught.value.__cause__ is not None
 
 
-def test_what_is_raised_on_purpose_stays() -> None:
-    with pytest.raises(ShapeError, match=r"^as it is$"), explained_failure("Step 1"):
+def test_our_own_errors_and_unexpected_ones_pass_unchanged() -> None:
+    with pytest.raises(ShapeError, match=r"^as it is$"), errors_as(NetworkError, "Step 1"):
         raise ShapeError("as it is")
-    with pytest.raises(KeyError), explained_failure("Step 1"):  # nothing that PyTorch raises for its input
+    with pytest.raises(KeyError), errors_as(NetworkError, "Step 1"):  # PyTorch raises no such error for its input
         _ = {}["x"]
 
 
-def test_processes_that_load_images_are_no_networks() -> None:
+def test_errors_of_loading_processes_suggest_fewer_workers() -> None:
     told = r"^Loading failed \(RuntimeError: DataLoader worker .*lower data\.workers"
-    with pytest.raises(LoadingError, match=told), explained_loading("Loading"):
+    with pytest.raises(LoadingError, match=told), errors_as(LoadingError, "Loading"):
         raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
-    with pytest.raises(ShapeError, match=r"^as it is$"), explained_loading("Loading"):
+    with pytest.raises(ShapeError, match=r"^as it is$"), errors_as(LoadingError, "Loading"):
         raise ShapeError("as it is")

@@ -1,16 +1,16 @@
-"""From the names of folders and archives in a configuration to the images in them."""
+"""Finding the folder or archive of a split, and saying what is wrong where there is none."""
 
 import os
 import tarfile
 from pathlib import Path
 
-from widekernel.data.class_names import SPLITS, question_classes
+from widekernel.data.class_checks import SPLITS, check_class_names
 from widekernel.data.config import DataConfig
-from widekernel.data.folders import FolderSource
-from widekernel.data.formats import ending_of, image_endings, is_clutter, listed
-from widekernel.data.paths import expanded
+from widekernel.data.folder_source import FolderSource
+from widekernel.data.formats import brief, ending_of, image_endings, is_clutter
+from widekernel.data.paths import expand_path
 from widekernel.data.sources import FileSource
-from widekernel.data.tars import TarSource
+from widekernel.data.tar_source import TarSource
 from widekernel.errors import DataError
 
 _PACKED = {
@@ -23,7 +23,7 @@ _PACKED_ENDINGS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip",
 
 
 def open_files(config: DataConfig, part: str, key: str) -> FileSource:
-    """Open the folder or archive ``part`` below ``config.root``; ``key`` is the setting that names it.
+    """Open the folder or archive `part` below `config.root`; `key` is the setting that names it.
 
     Raises:
         ConfigError: a variable in its name is not set.
@@ -31,25 +31,25 @@ def open_files(config: DataConfig, part: str, key: str) -> FileSource:
     """
     path = _find(config, part, key)
     source = FolderSource(path) if path.is_dir() else TarSource(path)
-    source.notes += question_classes(str(path), source.listing, how_to_go_deeper(source, part, key))
+    source.notes += check_class_names(str(path), source.listing, deeper_hint(source, part, key))
     return source
 
 
-def how_to_go_deeper(source: FileSource, part: str, key: str) -> str:
-    """What to set if the classes lie one folder deeper than they were looked for."""
+def deeper_hint(source: FileSource, part: str, key: str) -> str:
+    """Return the sentence that says what to set if the classes lie one folder deeper than expected."""
     names = source.class_names
     parts = [name for name in names if name.lower() in SPLITS] or list(names)
-    inside = source.listing.inside()
-    which = f"If the classes are the folders inside {listed(parts, 2)}{f' ({listed(inside, 3)})' if inside else ''}"
+    inside = source.listing.common_subfolders()
+    which = f"If the classes are the folders inside {brief(parts, 2)}{f' ({brief(inside, 3)})' if inside else ''}"
     if not source.path.is_dir():
         return f"{which}, create an archive from that folder alone."
     return f"{which}, set --{key} {os.path.normpath(f'{part}/{parts[0]}')}."
 
 
 def _find(config: DataConfig, part: str, key: str) -> Path:
-    root = Path(expanded("data.root", config.root) if config.root else ".")
+    root = Path(expand_path("data.root", config.root) if config.root else ".")
     if part.strip() and not (root / f"{part}.tar").exists():
-        part = expanded(key, part, root)
+        part = expand_path(key, part, root)
     if config.root is None and not Path(part).is_absolute():
         raise DataError(
             "data.root is not set. Give the folder that holds the images (--data.root DIR), "
@@ -73,7 +73,7 @@ def _find(config: DataConfig, part: str, key: str) -> Path:
 
 
 def _check_archive(path: Path) -> None:
-    """Raise a ``DataError`` for a file that is no plain tar archive, and say what it is."""
+    """Raise a `DataError` for a file that is no plain tar archive, and say what it is."""
     try:
         with path.open("rb") as file:
             start = file.read(8)
@@ -82,14 +82,14 @@ def _check_archive(path: Path) -> None:
     for magic, (kind, tool) in _PACKED.items():
         if start.startswith(magic):
             raise DataError(
-                f"{path} is {kind}, in which images cannot be reached one by one. Unpack it first, for example with "
-                f"`{tool}`: folders and uncompressed .tar archives are read."
+                f"{path} is {kind}, from which single images cannot be read. Unpack it first, for example with "
+                f"`{tool}`: folders and uncompressed .tar archives can be used."
             )
     if ending_of(path.name) == ".tar":
         return
     if ending_of(path.name) in image_endings():
         raise DataError(f"{path} is a single image; give the folder that holds the class folders.")
-    named = " It is one, but is not named so: let its name end in .tar." if tarfile.is_tarfile(path) else ""
+    named = " It is an archive, but its name must end in .tar: rename it." if tarfile.is_tarfile(path) else ""
     raise DataError(f"{path} is neither a folder nor an uncompressed .tar archive; unpack it first.{named}")
 
 
@@ -113,5 +113,5 @@ def _nothing_there(root: Path, part: str, key: str) -> str:
         )
     if root.name.lower() in {part.lower(), *SPLITS} and found and not SPLITS & {name.lower() for name in found}:
         return f"{text} data.root seems to be a split itself: set --data.root {root.resolve().parent}."
-    hint = f"It holds: {listed(found, 8)}." if found else "It holds no folders and no .tar archives."
+    hint = f"It holds: {brief(found, 8)}." if found else "It holds no folders and no .tar archives."
     return f"{text} {hint} Set --{key} to the one that holds the images."

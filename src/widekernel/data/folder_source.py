@@ -7,17 +7,17 @@ from pathlib import Path
 from PIL import Image
 from typing_extensions import override
 
-from widekernel.data.formats import ending_of, image_endings, is_clutter, listed
+from widekernel.data.formats import brief, ending_of, image_endings, is_clutter
 from widekernel.data.images import UnreadableImageError, decode_image
 from widekernel.data.links import Links
-from widekernel.data.listing import LeftOut, Listing, order_of_classes
-from widekernel.data.names import in_order, normalised
+from widekernel.data.listing import Listing, SkippedFiles, sorted_classes
+from widekernel.data.names import in_normalized_order, normalize_name
 from widekernel.data.sources import FileSource
 from widekernel.errors import DataError
 
 
 class FolderSource(FileSource):
-    """Images in ``root/<class>/**``, classes in alphabetical order (torchvision's layout).
+    """Images in `root/<class>/**`, classes in alphabetical order (torchvision's layout).
 
     Raises:
         DataError: the folder is missing, or has no classes, or a class without images, or a link in it leads back to
@@ -44,46 +44,46 @@ class FolderSource(FileSource):
 
 
 def list_folder(root: Path) -> Listing:
-    """List the images below the class folders of ``root``; hidden files and clutter are passed over.
+    """List the images below the class folders of `root`; hidden files and clutter are ignored.
 
     Raises:
-        DataError: as ``FolderSource``.
+        DataError: as for `FolderSource`.
     """
-    left_out = LeftOut()
+    skipped = SkippedFiles()
     found = []
     for entry in _entries(root):
         if is_folder(entry):
             found.append(entry.name)
         elif ending_of(entry.name) in image_endings():
-            left_out.add_outside(entry.name)
+            skipped.add_outside(entry.name)
         else:
-            left_out.add(entry.name)
+            skipped.add(entry.name)
     if not found:
-        raise DataError(_without_classes(root, left_out))
-    folders, class_names = order_of_classes(str(root), found)
-    listing = Listing(class_names, left_out=left_out)
+        raise DataError(_without_classes(root, skipped))
+    folders, class_names = sorted_classes(str(root), found)
+    listing = Listing(class_names, skipped=skipped)
     links = Links(root, folders)
     for index, folder in enumerate(folders):
         below = set()
-        for place, files in _walk(root, folder, links, left_out):
-            listing.names.extend(place + "/", in_order(files))
+        for place, files in _walk(root, folder, links, skipped):
+            listing.names.extend(place + "/", in_normalized_order(files))
             listing.targets.extend([index] * len(files))
             below.add(place[len(folder) + 1 :])
-        listing.below.append(below)
+        listing.image_folders.append(below)
     listing.check(str(root))
     return listing
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is a folder or leads to one; a link in a circle leads nowhere."""
+    """Return whether an entry is a folder or a link to one; a link in a circle is neither."""
     try:
         return entry.is_dir()
     except OSError:
         return False
 
 
-def _walk(root: Path, top: str, links: Links, left_out: LeftOut) -> Iterator[tuple[str, list[str]]]:
-    """The folders in ``top`` that hold images, and the names of these; in the order of the folders' paths."""
+def _walk(root: Path, top: str, links: Links, skipped: SkippedFiles) -> Iterator[tuple[str, list[str]]]:
+    """Yield each folder in `top` that holds images, with the names of the images, in the order of the folders' paths."""
     found = []
     waiting = [(top, links.enter(top))]
     endings = image_endings()
@@ -92,7 +92,7 @@ def _walk(root: Path, top: str, links: Links, left_out: LeftOut) -> Iterator[tup
         images = []
         for entry in _entries(root / folder):
             name = entry.name
-            # the plain case first: of millions of files nearly all are
+            # The common case first: it covers nearly all of millions of files.
             if name[name.rfind(".") :].lower() in endings and entry.is_file(follow_symlinks=False):
                 images.append(name)
                 continue
@@ -103,15 +103,15 @@ def _walk(root: Path, top: str, links: Links, left_out: LeftOut) -> Iterator[tup
             elif ending_of(name) in endings and _is_file(entry):
                 images.append(entry.name)
             else:
-                left_out.add(path)
+                skipped.add(path)
         if images:
             found.append((folder, images))
-    found.sort(key=lambda item: (normalised(item[0]), item[0]))
+    found.sort(key=lambda item: (normalize_name(item[0]), item[0]))
     yield from found
 
 
 def _is_file(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is a file or a broken link, which is told as an unreadable image; no pipe, socket or device."""
+    """Return whether an entry is a file, or a broken link, which counts as an unreadable image; not a pipe or device."""
     try:
         return entry.is_file() or (entry.is_symlink() and not Path(entry.path).exists())
     except OSError:
@@ -126,14 +126,14 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         raise DataError(f"{folder} cannot be read as an image folder: {error.strerror}.") from error
 
 
-def _without_classes(root: Path, left_out: LeftOut) -> str:
-    if left_out.outside:
+def _without_classes(root: Path, skipped: SkippedFiles) -> str:
+    if skipped.outside:
         return (
-            f"{root} has no class folders, but {left_out.outside:,} image(s). If it is the folder of one class, name the "
-            f"folder that holds it; else put each class's images into a folder named after the class."
+            f"{root} has no class folders, but {skipped.outside:,} image(s). If it is the folder of one class, name the "
+            f"folder that holds it; otherwise put each class's images into a folder named after the class."
         )
     archives = sorted(entry.name for entry in _entries(root) if ending_of(entry.name) in (".tar", ".gz", ".tgz", ".zip"))
-    packed = f" It holds {listed(archives)}: name an archive without compression, or unpack it." if archives else ""
+    packed = f" It holds {brief(archives)}: name an archive without compression, or unpack it." if archives else ""
     return (
         f"{root} has no class folders, but the layout is {root.name}/<class>/<image>. "
         f"Put each class's images into a folder named after the class.{packed}"

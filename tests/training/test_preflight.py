@@ -1,4 +1,4 @@
-"""Settings that cannot work, told before the first step."""
+"""Settings that cannot work are found before the first step."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from widekernel.errors import ConfigError
 from widekernel.sparsity import DynamicSparsityConfig
 from widekernel.tasks.config import TrainConfig
 from widekernel.training import EmaConfig, OptimizerConfig, ScheduleConfig
-from widekernel.training.checks import check_length, notes_on_workers
 from widekernel.training.config import SparsityConfig
+from widekernel.training.preflight import check_run_length, notes_on_workers
 
 
 def length(tmp_path, steps: int, **changes) -> list[str]:
-    return check_length(make_config(tmp_path, **{"ema": EmaConfig(), **changes}).training, steps)
+    return check_run_length(make_config(tmp_path, **{"ema": EmaConfig(), **changes}).training, steps)
 
 
-def test_an_average_that_stays_at_its_start(tmp_path) -> None:
+def test_an_average_that_stays_at_its_start_is_refused(tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"ema\.decay is 0\.9999, with which 99 % .* after the 100 steps .* ema\.warmup"):
         length(tmp_path, 100, ema=EmaConfig(0.9999))
     assert "36.8 % of the average" in length(tmp_path, 10_000, ema=EmaConfig(0.9999))[0]
@@ -28,7 +28,7 @@ def test_an_average_that_stays_at_its_start(tmp_path) -> None:
     assert length(tmp_path, 100, ema=EmaConfig(0.9999, warmup=True)) == length(tmp_path, 100) == []
 
 
-def test_masks_that_never_move(tmp_path) -> None:
+def test_masks_that_never_move_are_noted(tmp_path) -> None:
     def sparse(**settings) -> SparsityConfig:
         return SparsityConfig("dynamic", DynamicSparsityConfig(**settings))
 
@@ -38,7 +38,7 @@ def test_masks_that_never_move(tmp_path) -> None:
         length(tmp_path, 100, sparsity=sparse(growth="none", initial_sparsity=0.1))
 
 
-def test_rates_that_go_the_wrong_way(tmp_path) -> None:
+def test_rates_that_move_the_wrong_way_are_noted(tmp_path) -> None:
     rates = {"optimizer": OptimizerConfig(lr=1e-7), "schedule": ScheduleConfig(5, warmup_epochs=1, warmup_lr=1e-3)}
     rising, falling = length(tmp_path, 100, **rates)
     assert "schedule.min_lr (1e-06) is above optimizer.lr (1e-07)" in rising

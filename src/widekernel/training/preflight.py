@@ -1,4 +1,4 @@
-"""Settings that cannot do what they are for in a run of so many steps, found before its first one."""
+"""Checks before the first step: settings that have no effect, or a wrong one, in a run of this length."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from widekernel.errors import ConfigError
 from widekernel.sparsity.dynamic.config import with_total_steps
 from widekernel.training.config import SparsityConfig, TrainingConfig
 
-MOSTLY, NOTICEABLY = 0.9, 0.05
-"""Shares of the first weights in the average at the end, from which on a run is refused, and from which on it is told."""
+_REFUSE_ABOVE, _NOTE_ABOVE = 0.9, 0.05
+"""Fractions of the initial weights in the final average above which a run is refused, or a note is made."""
 
 
-def check_length(config: TrainingConfig, total_steps: int) -> list[str]:
-    """Check what the length of a run decides.
+def check_run_length(config: TrainingConfig, total_steps: int) -> list[str]:
+    """Check the settings whose effect depends on the length of a run.
 
     Args:
         config: of the run.
         total_steps: its optimizer steps.
 
     Returns:
-        what the user should know.
+        notes for the user.
 
     Raises:
-        ConfigError: the averaged weights would stay at their start, or the sparsity at its.
+        ConfigError: the averaged weights or the sparsity would stay as they are at the start.
     """
     return [*_check_average(config, total_steps), *_check_masks(config.sparsity, total_steps), *_notes_on_rates(config)]
 
@@ -32,12 +32,14 @@ def _check_average(config: TrainingConfig, total_steps: int) -> list[str]:
     if decay is None or config.ema.warmup:
         return []
     left = decay**total_steps
-    what = f"ema.decay is {decay}, with which {100 * left:.3g} % of the average would be the first weights after the "
-    what += f"{total_steps} steps of the run"
-    if left > MOSTLY:
+    what = (
+        f"ema.decay is {decay}, with which {100 * left:.3g} % of the average would be the first weights after the "
+        f"{total_steps} steps of the run"
+    )
+    if left > _REFUSE_ABOVE:
         suited = 1 - 5 / max(total_steps, 10)
         raise ConfigError(f"{what}: set ema.warmup to true, ema.decay to {suited:.3g} or lower, or ema.decay to null.")
-    return [f"{what}; ema.warmup avoids it."] if left > NOTICEABLY else []
+    return [f"{what}; ema.warmup avoids it."] if left > _NOTE_ABOVE else []
 
 
 def _notes_on_rates(config: TrainingConfig) -> list[str]:
@@ -46,7 +48,10 @@ def _notes_on_rates(config: TrainingConfig) -> list[str]:
     if schedule.min_lr > lr:
         notes.append(f"schedule.min_lr ({schedule.min_lr}) is above optimizer.lr ({lr}): the learning rate will rise to it.")
     if schedule.warmup_epochs and schedule.warmup_lr > lr:
-        notes.append(f"schedule.warmup_lr ({schedule.warmup_lr}) is above optimizer.lr ({lr}): the warm-up will fall.")
+        notes.append(
+            f"schedule.warmup_lr ({schedule.warmup_lr}) is above optimizer.lr ({lr}): the learning rate will fall during "
+            "the warm-up."
+        )
     return notes
 
 
@@ -68,6 +73,6 @@ def _check_masks(config: SparsityConfig, total_steps: int) -> list[str]:
 
 
 def notes_on_workers(workers: int) -> list[str]:
-    """Tell if more processes decode images than there are processors for them."""
+    """Return a note if more processes decode images than there are processors."""
     cores = processors()
     return [f"data.workers is {workers}, but there are {cores} processors here."] if workers > cores else []

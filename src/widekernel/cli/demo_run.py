@@ -1,4 +1,4 @@
-"""What ``widekernel demo`` does: the whole life of a large-kernel network on real digits, in about two minutes on a CPU."""
+"""What `widekernel demo` does: train, evaluate, fold, save, reload, compare and draw a network on digits."""
 
 import dataclasses
 import statistics
@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from widekernel.cli.console import ConsoleReporter, progress_console, results
+from widekernel.cli.console import ConsoleReporter, progress_console, result_console
 from widekernel.cli.demo_picture import PictureContent, draw
 from widekernel.cli.train import parse_config
 from widekernel.data import (
@@ -17,7 +17,7 @@ from widekernel.data import (
     EvaluationSamples,
     ImageSource,
     LoaderOptions,
-    Share,
+    Shard,
     evaluation_loader,
     open_split,
 )
@@ -36,19 +36,19 @@ LATENCY_ROUNDS = 9
 
 
 class DemoError(WidekernelError, RuntimeError):
-    """Two forms of the network that should agree do not."""
+    """Two forms of the network disagree."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """One form of the network on the held-out digits.
+    """The results of one form of the network on the held-out digits.
 
     Args:
-        name: what the form is called
+        name: name of the form
         model: the network
         top1: accuracy in percent
-        predictions: predicted class of every digit ``(n,)``
-        targets: true classes ``(n,)``
+        predictions: predicted class of every digit `(n,)`
+        targets: true classes `(n,)`
     """
 
     name: str
@@ -59,18 +59,18 @@ class Measured:
 
 
 def show(output: str, seed: int) -> int:
-    """Train or reuse the run in the folder ``output``, then evaluate, fold, save, reload, compare and draw."""
+    """Train a network in the folder `output` or reuse the run there, and show the rest; return the exit code."""
     config = parse_config(["--recipe", RECIPE, f"--output={output}", f"--seed={seed}"])
     started = time.perf_counter()
     try:
         with ConsoleReporter() as reporter:
             outcome = train(config, reporter)
-    except Interrupted as interruption:
-        progress_console().print("Stopped; the state is saved. The same command goes on from here.")
-        return 128 + interruption.signal_number
-    console = results()
+    except Interrupted:
+        progress_console().print("Stopped; the state is saved. The same command resumes the run.")
+        raise
+    console = result_console()
     if outcome.was_finished:
-        console.print(f"The run in {outcome.folder.path} is finished already and is used as it is.", soft_wrap=True)
+        console.print(f"The run in {outcome.folder.path} is already finished and is used as it is.", soft_wrap=True)
     else:
         console.print(f"Trained {config.model.name} on digits in {time.perf_counter() - started:.0f} s.")
     _show(outcome.folder, config.data, console)
@@ -120,7 +120,7 @@ def _measure(name: str, model: nn.Module, source: ImageSource, saved: SavedModel
         targets.append(wanted)
 
     samples = EvaluationSamples(source, saved.preprocessing.eval_transform())
-    loader = evaluation_loader(samples, LoaderOptions(batch_size=90), Share())
+    loader = evaluation_loader(samples, LoaderOptions(batch_size=90), Shard())
     result = evaluate(model, loader, EvaluationOptions(torch.device("cpu"), max_unreadable=0, observe=observe))
     if result is None:
         raise DemoError("The evaluation was stopped.")
@@ -128,7 +128,7 @@ def _measure(name: str, model: nn.Module, source: ImageSource, saved: SavedModel
 
 
 def _latencies(models: list[nn.Module], size: int) -> list[float]:
-    """Median milliseconds per image, the models timed in turn so that a busy machine is unfair to none."""
+    """Return the median milliseconds per image of each model; they alternate, so that a busy machine slows all alike."""
     images = torch.randn(LATENCY_BATCH, 3, size, size, generator=torch.Generator().manual_seed(0))
     times: list[list[float]] = [[] for _ in models]
     with torch.inference_mode():
@@ -157,6 +157,6 @@ def _require_equal(measured: list[Measured]) -> None:
         differing = int((form.predictions != first.predictions).sum())
         if form.top1 != first.top1 or differing:
             raise DemoError(
-                f"The network ({form.name}) has {form.top1:.2f} % and the one {first.name} {first.top1:.2f} %, "
-                f"with {differing} different predictions; they must agree."
+                f"The network ({form.name}) has {form.top1:.2f} % and the network ({first.name}) {first.top1:.2f} %, "
+                f"with {differing} different predictions, but they must agree."
             )

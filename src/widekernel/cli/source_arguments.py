@@ -1,4 +1,4 @@
-"""The arguments that name a network: a run folder or a file, and which of its weights."""
+"""The arguments that name a network, which is in a run folder or a file, and which of its weights to use."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from widekernel.cli.console import progress_console
 from widekernel.cli.parsing import typed
-from widekernel.tasks.sources import Source, Weights
+from widekernel.tasks.model_source import ModelSource, Weights
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,12 +20,12 @@ def add_source_arguments(parser: Any, what: str = "run folder, or checkpoint fil
 
     Args:
         parser: of the command.
-        what: the source may be.
+        what: help text that says what the source may be.
     """
     parser.add_argument("source", type=str, help=what)
     parser.add_argument("--weights", type=Weights, default="model", help="the weights, or their moving average")
     parser.add_argument("--state", choices=["last", "best"], default="last", help="which weights of a run folder")
-    parser.add_argument("--model", type=str | None, default=None, help="model name, for a file that does not tell")
+    parser.add_argument("--model", type=str | None, default=None, help="model name, for a file that does not name its model")
     parser.add_argument("--num_classes", type=int | None, default=None, help="outputs of that model")
     parser.add_argument(
         "--model_args",
@@ -35,8 +35,8 @@ def add_source_arguments(parser: Any, what: str = "run folder, or checkpoint fil
     )
 
 
-def loaded(source: Source) -> tuple[nn.Module, SavedModel]:
-    """Load the network of ``source``; what the user should know of it goes to standard error.
+def load_source(source: ModelSource) -> tuple[nn.Module, SavedModel]:
+    """Load the network of `source`; messages about it go to standard error.
 
     Raises:
         WidekernelError: it cannot be loaded.
@@ -46,9 +46,9 @@ def loaded(source: Source) -> tuple[nn.Module, SavedModel]:
     return load(source, lambda text: progress_console().print(text, soft_wrap=True))
 
 
-def source_from(values: dict[str, Any]) -> Source:
-    """The source that parsed arguments name."""
-    return Source(
+def source_from(values: dict[str, Any]) -> ModelSource:
+    """Return the network that parsed arguments name."""
+    return ModelSource(
         Path(values["source"]),
         weights=values["weights"],
         state=values["state"],

@@ -1,4 +1,4 @@
-"""What a tar archive holds: files by their path, links followed, the last of several files of one name."""
+"""The contents of a tar archive: files by path, with links followed; of several files of one name the last counts."""
 
 import posixpath
 import struct
@@ -16,7 +16,7 @@ from widekernel.errors import DataError
 SPARSE = "is stored with holes; create the archive without --sparse"
 LOST = "is a link to a file that is not in the archive"
 _MOST_LINKS = 40
-_OUTSIDE = "/"  # where absolute links lead, which is no path in an archive
+_OUTSIDE = "/"  # the target of absolute links, which is no path in an archive
 
 _TAR_ERRORS = (
     tarfile.TarError, ValueError, OverflowError, MemoryError, LookupError, EOFError, struct.error, zlib.error,
@@ -29,11 +29,11 @@ class Contents:
     """The files of an archive, by number.
 
     Args:
-        paths: path of every file, without ``./`` and the like, and its number
-        offsets: where its bytes start
-        sizes: how many there are
-        broken: numbers of files that cannot be read, and why
-        folders: folders that are mentioned
+        paths: path of every file, without `./` and the like, and its number
+        offsets: byte at which each file starts
+        sizes: bytes of each file
+        broken: number of each file that cannot be read, and why
+        folders: folders that have an entry of their own
     """
 
     paths: dict[str, int] = field(default_factory=dict)
@@ -43,7 +43,7 @@ class Contents:
     folders: set[str] = field(default_factory=set)
 
     def add(self, path: str, offset: int, size: int) -> int:
-        """Add a file, in place of an earlier one of that path."""
+        """Add a file, in place of an earlier one of that path, and return its number."""
         number = len(self.offsets)
         self.offsets.append(offset)
         self.sizes.append(size)
@@ -52,11 +52,11 @@ class Contents:
 
 
 def read_contents(path: Path, which_inside: Callable[[Contents], Iterable[str]]) -> Contents:
-    """Read the table of an archive, and of the archives in it that stand for folders.
+    """Read the headers of an archive, and of the archives inside it that stand for folders.
 
     Args:
         path: the archive
-        which_inside: tells, of the contents, the paths of the files that are such archives
+        which_inside: given the contents, returns the paths of the archives inside it to read as folders
 
     Raises:
         DataError: it is no tar archive, damaged, incomplete or compressed, or a link in it cannot be followed.
@@ -87,19 +87,19 @@ class _Scan:
         self.opened: list[str] = []
 
     def read(self, file: IO[bytes], prefix: str, start: int) -> None:
-        """Add the members of the archive ``file``, which starts at byte ``start`` of the outer one."""
+        """Add the members of the archive `file`, which starts at byte `start` of the outer one."""
         with tarfile.open(fileobj=file, mode="r:") as archive:
             before = -1
             while (member := archive.next()) is not None:
-                archive.members.clear()  # type: ignore[attr-defined]  # a million of them would stay in memory
-                if member.size < 0 or archive.offset <= before:  # it would lead back, and around for ever
+                archive.members.clear()  # type: ignore[attr-defined]  # or a million of them would stay in memory
+                if member.size < 0 or archive.offset <= before:  # it leads back, and would be read for ever
                     raise tarfile.ReadError(f"damaged: {printable(member.name)} is {member.size:,} bytes long")
                 before = archive.offset
                 self._add(member, prefix, start)
             self._check_end(file, archive.offset, prefix)
 
     def open_inside(self, file: IO[bytes], paths: Iterable[str]) -> None:
-        """Put the members of archives in the archive ``file`` in the place of these."""
+        """Replace archives inside the archive `file` by their members."""
         for path in list(paths):
             number = self.contents.paths.pop(path)
             member = self.inside[path]
@@ -138,13 +138,13 @@ class _Scan:
                 self.contents.broken[number] = SPARSE
 
     def _check_end(self, file: IO[bytes], end: int, prefix: str) -> None:
-        # tarfile takes the end of the file, a header cut short and a damaged header for the end of the archive
+        # tarfile mistakes the end of the file, a truncated header and a damaged header for the end of the archive.
         file.seek(end)
         if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
             name = f"{printable(prefix)}.tar in {self.path}" if prefix else str(self.path)
             raise DataError(
                 f"{name} is incomplete or damaged: after {end:,} bytes neither a file nor the end of the archive "
-                "follows, so images are missing. Copy it again or re-create it."
+                "follows, so images may be missing. Copy it again or re-create it."
             )
 
     def follow_links(self) -> None:
@@ -171,7 +171,7 @@ class _Scan:
             self.contents.broken[self.contents.add(link, 0, -1)] = LOST
 
     def _folders(self) -> set[str]:
-        """Every folder of the archive, mentioned or not, and archives in it that were opened in place of one."""
+        """Return every folder of the archive, with or without an entry, and the inner archives that were read as one."""
         found = {"", *self.opened}
         for path in (*self.contents.folders, *(posixpath.dirname(path) for path in self.contents.paths)):
             while path not in found:
@@ -181,7 +181,7 @@ class _Scan:
 
 
 def _join(folder: str, name: str) -> str:
-    """A path in the archive without empty parts, ``.`` and ``..``; those above the top end there, as in tar."""
+    """Join and normalize a path in the archive: no empty parts, `.` or `..`. Like tar, never climb above the top."""
     parts: list[str] = []
     for part in f"{folder}/{name}".split("/"):
         if part == "..":

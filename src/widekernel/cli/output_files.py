@@ -1,4 +1,4 @@
-"""Files that a command writes, checked before anything takes time."""
+"""Checks of the files that a command will write, before anything takes time."""
 
 from __future__ import annotations
 
@@ -9,40 +9,40 @@ from widekernel.errors import ConfigError
 from widekernel.training.run_folder import RunFolder
 
 
-def output_file(path: Path, what: str, source: Path, overwrite: bool, beside: tuple[Path, ...] = ()) -> Path:
-    """Give back the .safetensors file to write, having made sure that it can be and that nothing is lost.
+def check_output_file(path: Path, what: str, source: Path, overwrite: bool, beside: tuple[Path, ...] = ()) -> Path:
+    """Return `path` after checking that a .safetensors file can be written there and that nothing is lost.
 
     Args:
         path: the file.
         what: kind of file it will be, in the plural.
-        source: what it is made from.
-        overwrite: whether existing files may be replaced; never the source.
+        source: the network that it is made from.
+        overwrite: whether existing files, except the source, may be replaced.
         beside: other files that will be written.
 
     Raises:
-        ConfigError: it has another suffix, it exists, it is the source, or its folder cannot be written.
+        ConfigError: a file has another suffix, exists or is the source, or its folder cannot be written.
     """
     if path.suffix != ".safetensors":
         raise ConfigError(f"The output is {str(path)!r}, but {what} are .safetensors files.")
     for file in (path, *beside):
         if file.is_dir():
             raise ConfigError(f"The output is {str(file)!r}, which is a folder. Give --output a file.")
-        if file.exists() and any(file.samefile(own) for own in _not_to_be_lost(source)):
+        if file.exists() and any(file.samefile(own) for own in _files_of(source)):
             raise ConfigError(f"The output {str(file)!r} is the source, which would be lost. Choose another --output.")
         if file.exists() and not overwrite:
             raise ConfigError(f"{file} exists. Choose another --output, or add --overwrite.")
-    check_folder(path.parent, "--output")
+    check_output_folder(path.parent, "--output")
     return path
 
 
-def _not_to_be_lost(source: Path) -> list[Path]:
-    """What a network is read from: the file, or the results of the run in the folder."""
+def _files_of(source: Path) -> list[Path]:
+    """Return the files that a network is read from: the file itself, or the results of the run in the folder."""
     run = RunFolder(source)
     return [path for path in (source, run.model, run.model_ema, run.masks) if path.is_file()]
 
 
-def check_folder(folder: Path, option: str) -> None:
-    """Raise a ``ConfigError`` unless files can be made in ``folder``, or in what would be created for it."""
+def check_output_folder(folder: Path, option: str) -> None:
+    """Raise a `ConfigError` unless files can be created in `folder`, which itself may have to be created."""
     there = folder.absolute()
     while not there.exists() and there != there.parent:
         there = there.parent

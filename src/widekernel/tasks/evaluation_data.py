@@ -1,4 +1,4 @@
-"""Whether the held-out images that are evaluated are those of the run that a network comes from."""
+"""Comparison of the held-out images in an evaluation with those of the run that the network comes from."""
 
 from typing import Any
 
@@ -11,16 +11,20 @@ from widekernel.training.run_folder import RunFolder
 _WHICH = ("name", "root", "val_split")
 
 
-def place_of(data: DataConfig, source: ImageSource) -> str:
-    """Say where the held-out images are."""
+def location_of(data: DataConfig, source: ImageSource) -> str:
+    """Return the place of the held-out images, for a message."""
     path = getattr(source, "path", None)
     if path is not None:
         return str(path.absolute())
     return data.name if data.root is None or data.name == "digits" else f"{data.name} in {data.root}"
 
 
-def other_images(run: RunFolder | None, data: DataConfig, source: ImageSource) -> str:
-    """Warn if the run's settings lead to other held-out images than it had; "" if not, or if others were asked for."""
+def changed_images_warning(run: RunFolder | None, data: DataConfig, source: ImageSource) -> str:
+    """Return a warning if the run's data settings now lead to other held-out images.
+
+    Returns:
+        the warning; "" if the images are the same, or if other data settings were given.
+    """
     if run is None:
         return ""
     saved: dict[str, Any] = run.read_config().get("data") or {}
@@ -31,7 +35,7 @@ def other_images(run: RunFolder | None, data: DataConfig, source: ImageSource) -
     if not changed:
         return ""
     return (
-        f"Warning: the held-out images in {place_of(data, source)} are not those of the run in {run.path}: {changed}. "
+        f"Warning: the held-out images in {location_of(data, source)} are not those of the run in {run.path}: {changed}. "
         "Restore them, or name the data to evaluate with --data.root."
     )
 
@@ -42,6 +46,6 @@ def _description(run: RunFolder) -> dict[str, Any]:
         return summary["data"]  # type: ignore[no-any-return]
     try:
         state = CheckpointStore(run.checkpoints).load_latest()
-    except CheckpointError:  # the network may be in a file of its own
+    except CheckpointError:  # the states may be damaged while the model file is intact
         return {}
     return {} if state is None else state.get("data") or {}

@@ -9,23 +9,23 @@ from typing import Any
 from PIL import Image
 from typing_extensions import override
 
-from widekernel.data.archives import LOST, Contents, read_contents
-from widekernel.data.class_names import SPLITS
-from widekernel.data.formats import ending_of, image_endings, is_clutter, listed, printable, usual_endings
+from widekernel.data.class_checks import SPLITS
+from widekernel.data.formats import brief, ending_of, image_endings, is_clutter, printable, usual_endings
 from widekernel.data.images import MAX_BYTES, UnreadableImageError, decode_bytes, too_large
-from widekernel.data.listing import Listing, order_of_classes
-from widekernel.data.names import place_of
+from widekernel.data.listing import Listing, sorted_classes
+from widekernel.data.names import sort_key
 from widekernel.data.sources import FileSource
+from widekernel.data.tar_contents import LOST, Contents, read_contents
 from widekernel.errors import DataError
 
 
 class TarSource(FileSource):
-    """Images in a tar archive, with the classes, order and names that its contents have as a folder.
+    """Images in a tar archive, with the same classes, order and names as in the unpacked folder.
 
-    The archive may hold the class folders themselves or one folder, or folders in one another, around them.
+    The archive may hold the class folders themselves, or one or more nested folders around them.
 
     Raises:
-        DataError: the archive is damaged, incomplete, compressed, or holds no images in class folders, or does not
+        DataError: the archive is damaged, incomplete or compressed, holds no images in class folders, or does not
             show which folders are the classes.
     """
 
@@ -51,7 +51,7 @@ class TarSource(FileSource):
         try:
             if self._file is None:
                 self._file = self.path.open("rb", buffering=0)
-            # it leaves the position alone, which processes share with the one that forked them
+            # pread does not move the file position, which forked processes share.
             content = os.pread(self._file.fileno(), size, self._offsets[index])
         except OSError as error:
             raise UnreadableImageError(error.strerror or str(error)) from error
@@ -63,10 +63,10 @@ class TarSource(FileSource):
 
 
 def list_archive(path: Path, contents: Contents) -> tuple[Listing, list[int]]:
-    """List the images below the class folders of an archive, and their numbers in it.
+    """List the images below the class folders of an archive, and their numbers in `contents`.
 
     Raises:
-        DataError: as ``TarSource``.
+        DataError: as for `TarSource`.
     """
     endings = image_endings()
     root = _find_root(path, contents)
@@ -81,22 +81,22 @@ def list_archive(path: Path, contents: Contents) -> tuple[Listing, list[int]]:
         if "/" in inside:
             folders.add(_first(inside))
         if ending_of(inside) not in endings:
-            listing.left_out.add(inside)
+            listing.skipped.add(inside)
             if contents.broken.get(number) == LOST:
-                listing.left_out.add_lost(inside)
+                listing.skipped.add_lost(inside)
         elif "/" in inside:
             images.append(inside)
         else:
-            listing.left_out.add_outside(inside)
-    ordered, listing.class_names = order_of_classes(str(path), (name for name in folders if not is_clutter(name)))
+            listing.skipped.add_outside(inside)
+    ordered, listing.class_names = sorted_classes(str(path), (name for name in folders if not is_clutter(name)))
     index_of = {name: index for index, name in enumerate(ordered)}
-    listing.below = [set() for _ in ordered]
-    images.sort(key=lambda name: (place_of(name), name))
+    listing.image_folders = [set() for _ in ordered]
+    images.sort(key=lambda name: (sort_key(name), name))
     listing.names.extend("", images)
     for name in images:
         top, _, below = name.rpartition("/")[0].partition("/")
         listing.targets.append(index_of[top])
-        listing.below[index_of[top]].add(below)
+        listing.image_folders[index_of[top]].add(below)
     listing.check(str(path))
     return listing, [contents.paths[start + name] for name in images]
 
@@ -106,21 +106,21 @@ def _first(path: str) -> str:
 
 
 def _find_root(path: Path, contents: Contents) -> str:
-    """The folder of the archive whose folders are the classes, "" for the archive itself.
+    """Return the folder of the archive whose subfolders are the classes; "" is the archive itself.
 
-    A folder that is called like the archive or like a split is it; otherwise the first that holds several folders.
+    This is the folder named like the archive or like a split, or else the first one that holds several folders.
     """
-    return _root_of(path, _places_of_images(path, contents))
+    return _root_of(path, _image_folders(path, contents))
 
 
 def _class_archives(path: Path, contents: Contents) -> list[str]:
-    """The archives in an archive that stand for class folders: those where class folders lie, unless there is the folder."""
+    """Return the inner archives that stand for class folders: those beside class folders without a folder of that name."""
     inside = [full for full in contents.paths if ending_of(posixpath.basename(full)) == ".tar"]
     inside = [full for full in inside if not any(is_clutter(part) for part in full.split("/"))]
     if not inside:
         return []
     try:
-        root = _root_of(path, _places_of_images(path, contents, inside))
+        root = _root_of(path, _image_folders(path, contents, inside))
     except DataError:
         root = _find_root(path, contents)
     start = f"{root}/" if root else ""
@@ -137,26 +137,26 @@ def _root_of(path: Path, places: set[tuple[str, ...]]) -> str:
             return "/".join(chain[:depth])
     holds_images = [depth for depth in range(1, len(chain) + 1) if tuple(chain[:depth]) in places]
     if not holds_images:
-        _check_beside(path, inner, {place[len(chain)] for place in places if len(place) > len(chain) + 1})
+        _check_split_is_alone(path, inner, {place[len(chain)] for place in places if len(place) > len(chain) + 1})
         return "/".join(chain)
     only = chain[: holds_images[0]]
     if only[-1].lower() in SPLITS:
-        raise DataError(_outside(path))
+        raise DataError(_no_class_folders(path))
     if len(only) > 1:
         raise DataError(
-            f"{path} holds images in {printable('/'.join(only))} alone, and which of these folders is the class cannot be "
-            f"told. Name the folder around the class folders {path.stem!r}, or put them at the top of the archive."
+            f"{path} holds images only in {printable('/'.join(only))}, which does not show which of these folders is the "
+            f"class. Name the folder around the class folders {path.stem!r}, or put them at the top of the archive."
         )
     return ""
 
 
-def _places_of_images(path: Path, contents: Contents, archives: Sequence[str] = ()) -> set[tuple[str, ...]]:
-    """The folders that hold images, in parts; ``archives`` in the archive count as folders that do."""
+def _image_folders(path: Path, contents: Contents, archives: Sequence[str] = ()) -> set[tuple[str, ...]]:
+    """Return the paths, split into parts, of the folders that hold images; inner `archives` count as such folders."""
     endings = image_endings()
     folders = {full.rpartition("/")[0] for full in contents.paths if ending_of(full.rpartition("/")[2]) in endings}
     folders |= {archive[: -len(".tar")] for archive in archives}
     places = {tuple(folder.split("/")) if folder else () for folder in folders}
-    # hidden folders around everything hide nothing: an archive of ~/.cache/data holds its images
+    # A hidden folder around everything hides nothing: an archive of ~/.cache/data holds images.
     depth = 0
     while places and all(len(place) > depth for place in places) and len({place[depth] for place in places}) == 1:
         depth += 1
@@ -164,7 +164,7 @@ def _places_of_images(path: Path, contents: Contents, archives: Sequence[str] = 
     if not places:
         raise DataError(f"{path} holds no images; the layout is <split>/<class>/<image> with {usual_endings()}.")
     if places == {()}:
-        raise DataError(_outside(path))
+        raise DataError(_no_class_folders(path))
     return places
 
 
@@ -172,16 +172,16 @@ def _names_a_split(name: str, path: Path) -> bool:
     return name.lower() in SPLITS or name == path.stem
 
 
-def _check_beside(path: Path, folders: set[str], deep: set[str]) -> None:
-    """Raise a ``DataError`` if among ``folders`` there is a split, which is one of ``deep``, those that hold folders."""
+def _check_split_is_alone(path: Path, folders: set[str], deep: set[str]) -> None:
+    """Raise a `DataError` if `folders` hold a split beside others; `deep` are those of them that hold folders."""
     splits = sorted(name for name in deep if _names_a_split(name, path))
     others = sorted(folders - set(splits))
     if splits and others:
         raise DataError(
-            f"{path} holds {listed(splits)} beside {listed(others)}, so that either may be the folder of the classes. "
+            f"{path} holds {brief(splits)} beside {brief(others)}, so the classes may be in either. "
             f"Create an archive of the class folders alone."
         )
 
 
-def _outside(path: Path) -> str:
-    return f"{path} holds images outside class folders only; the layout is <split>/<class>/<image>."
+def _no_class_folders(path: Path) -> str:
+    return f"{path} holds images only outside class folders; the layout is <split>/<class>/<image>."

@@ -1,0 +1,74 @@
+"""Errors of networks and loading processes, restated in one line that says what failed, why and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import ClassVar
+
+from widekernel.errors import WidekernelError, in_short
+
+_TRACEBACK = "with WIDEKERNEL_TRACEBACK=1 in the environment, the command prints a traceback."
+_SMALLER = "There is not enough memory: use smaller batches (loop.batch_size) or images (data.input_size)."
+_REMEDIES = (
+    ("out of memory", _SMALLER),
+    ("allocate memory", _SMALLER),
+    ("more than 1 value per channel", "Batch norm needs more than one value per channel: raise loop.batch_size or "
+                                      "data.input_size."),
+    ("size can't be greater than actual input", "The images are too small for the network: raise data.input_size."),
+    ("output size is too small", "The images are too small for the network: raise data.input_size."),
+    ("doesn't match model", "The network takes images of one size only: leave data.input_size out."),
+)  # fmt: skip
+"""Part of PyTorch's message -> what to do."""
+
+
+class TrainingError(WidekernelError, RuntimeError):
+    """Training cannot go on: the loss is no longer finite, or too many images are unreadable."""
+
+
+class NetworkError(WidekernelError, RuntimeError):
+    """A network fails when it is run."""
+
+    causes: ClassVar = (RuntimeError, ValueError, TypeError, IndexError, AssertionError, MemoryError)
+
+    @staticmethod
+    def remedy(error: Exception) -> str:
+        """Say what to do about `error`."""
+        if isinstance(error, MemoryError):
+            return _SMALLER
+        text = str(error).lower()
+        otherwise = f"Check model.args, data.input_size and the batch size; {_TRACEBACK}"
+        return next((remedy for sign, remedy in _REMEDIES if sign in text), otherwise)
+
+
+class LoadingError(WidekernelError, RuntimeError):
+    """The processes that load images fail, but not because of an image."""
+
+    causes: ClassVar = (RuntimeError, MemoryError, OSError)
+
+    @staticmethod
+    def remedy(error: Exception) -> str:
+        """Say what to do about `error`."""
+        return (
+            "There may not be enough memory for the loading processes: lower data.workers, or set it to 0 to load in the "
+            f"training process and see the error there; {_TRACEBACK}"
+        )
+
+
+@contextmanager
+def errors_as(kind: type[NetworkError | LoadingError], what: str) -> Iterator[None]:
+    """Restate the errors in `kind.causes` that the block raises as `kind`; our own errors pass unchanged.
+
+    Args:
+        kind: of the error.
+        what: what the block does, such as "Training step 3".
+
+    Raises:
+        NetworkError, LoadingError: whichever `kind` is.
+    """
+    try:
+        yield
+    except WidekernelError:
+        raise
+    except kind.causes as error:
+        raise kind(f"{what} failed ({in_short(error).rstrip('.')}). {kind.remedy(error)}") from error

@@ -1,0 +1,37 @@
+"""What a run works with besides its model, data and settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from widekernel.training.processes import Processes
+from widekernel.training.reporter import Reporter, SilentReporter
+from widekernel.training.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """The surroundings of a run: where it is stored, computes and reports, and what identifies it.
+
+    Args:
+        folder: where the run is stored
+        device: where the model is
+        processes: the processes that train together
+        reporter: receives progress and messages
+        fingerprint: description of the training data; a resumed run must have the same data
+        code: description of the program; a message says if a run is resumed by another one
+        description: description of the model, stored in training states so that they can be used without this run
+        settings: of the run, stored in training states so that those of another run are not mistaken for its own
+    """
+
+    folder: RunFolder
+    device: torch.device
+    processes: Processes = field(default_factory=Processes)
+    reporter: Reporter = field(default_factory=SilentReporter)
+    fingerprint: dict[str, Any] = field(default_factory=dict)
+    code: dict[str, str] = field(default_factory=dict)
+    description: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
