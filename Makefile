@@ -42,7 +42,7 @@ help:
 	@echo "make gpu-session OUT=FOLDER  nine minutes of a GPU made the most of, without a network; MINUTES=9 PYTHON=python3"
 	@echo "make gpu-rehearsal OUT=FOLDER  the same on a GPU that is pretended"
 	@echo "               OFFLINE=1 with test-gpu or bench-gpu: set nothing up, use PYTHON and $(BUNDLE)"
-	@echo "make lint      ruff and mypy"
+	@echo "make lint      ruff, codespell and mypy"
 
 $(STAMP): pyproject.toml $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit("widekernel needs Python 3.10 or newer, %s is %d.%d: run make PYTHON=python3.11" % (sys.executable, *sys.version_info[:2]) if sys.version_info < (3, 10) else 0)'
@@ -119,6 +119,7 @@ offline-bundle: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell $$(git ls-files)
 	$(BIN)/mypy
 
 format: $(STAMP)

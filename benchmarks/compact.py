@@ -158,13 +158,13 @@ def measure(
         raise SystemExit(f"{name}, {how}: outputs differ by {error:.2g}, more than {TOLERANCE:g}: nothing is reported")
     inside = inside_macs(masked, size) / max(inside_macs(small, size), 1)
     rows = small.compaction.layers
-    dense, nonzero, realised = (sum(getattr(row, key) for row in rows) for key in ("dense", "nonzero", "realised"))
+    dense, nonzero, realized = (sum(getattr(row, key) for row in rows) for key in ("dense", "nonzero", "realized"))
     before, after = alternate(masked, small, x, seconds)
     speedup = statistics.median(before) / statistics.median(after)
-    ratio = dense / max(realised, 1)
+    ratio = dense / max(realized, 1)
     return {
         "layer": name, "image": f"{batch}x{channels}x{size}x{size}", "layout": layout, "pruned": how,
-        "dense": dense, "nonzero": nonzero, "realised": realised, "mac_ratio": ratio,
+        "dense": dense, "nonzero": nonzero, "realized": realized, "mac_ratio": ratio,
         "masked_ms": 1e3 * statistics.median(before), "compacted_ms": 1e3 * statistics.median(after),
         "speedup": speedup, "of_ratio": speedup / ratio,
         "inside_ratio": inside, "of_inside_ratio": speedup / inside,
@@ -246,7 +246,7 @@ def summary(rows: list[dict]) -> str:
     lines = []
     for how in dict.fromkeys(row["pruned"] for row in rows):
         of = [row for row in rows if row["pruned"] == how]
-        smaller = [row for row in of if row["realised"] < row["dense"]]
+        smaller = [row for row in of if row["realized"] < row["dense"]]
         reached = sum(row["of_ratio"] >= TARGET for row in smaller)
         inside = sum(row["of_inside_ratio"] >= TARGET for row in smaller)
         middle = f"; median speed-up {statistics.median(row['speedup'] for row in smaller):.2f}" if smaller else ""

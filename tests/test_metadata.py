@@ -28,6 +28,9 @@ def test_version_citation_and_changelog_agree() -> None:
     versions = [tuple(map(int, version.split("."))) for version, _ in released]
     assert versions[0] == tuple(map(int, stated.split(".")))
     assert versions == sorted(set(versions), reverse=True)
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\d", date) for _, date in released[1:]), (
+        "only the newest version may be unreleased"
+    )
 
 
 def declared(section: str) -> set[str]:

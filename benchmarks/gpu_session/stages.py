@@ -13,7 +13,7 @@ from benchmarks.gpu_session.schedule import Stage
 NETWORKS = ("replknet_31b", "slak_tiny")
 TUNED_CANDIDATES = 8
 MORE_NETWORKS = ("convnext_tiny", "shiftwise_tiny")
-PRETENCE = "tests.gpu_session.pretence"
+PRETENSE = "tests.gpu_session.pretense"
 """The module that runs a stage on a pretended GPU."""
 _COMMAND_LINE = "import sys; from widekernel.cli.main import main; sys.exit(main(sys.argv[1:]))"
 _TO_END = 8.0
@@ -25,7 +25,7 @@ _RESERVE = 30.0
 def program(rehearsal: bool, module: str) -> list[str]:
     """Return the beginning of a command: the command line of widekernel, or a module of the session."""
     if rehearsal:
-        return [sys.executable, "-m", PRETENCE, module]
+        return [sys.executable, "-m", PRETENSE, module]
     if module == "widekernel":
         return [sys.executable, "-c", _COMMAND_LINE]
     return [sys.executable, "-m", f"benchmarks.gpu_session.{module}"]

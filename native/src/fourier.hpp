@@ -216,7 +216,7 @@ template <class F> WK_INLINE void for_lines(int64_t lines, F &&body) {
 }
 
 template <int PLANES>
-inline void analyse(const Transform &t, const Plane &signal, int64_t lines, int64_t before, int64_t after, const Spectrum &to,
+inline void analyze(const Transform &t, const Plane &signal, int64_t lines, int64_t before, int64_t after, const Spectrum &to,
                     int64_t offset, Vec *folded) {
     for_lines(lines, [&](int64_t line, auto rows) {
         analyse_lines<PLANES, rows>(t, signal.from(line, 0), before, after, to, offset + line, folded);
@@ -224,7 +224,7 @@ inline void analyse(const Transform &t, const Plane &signal, int64_t lines, int6
 }
 
 template <bool ADD>
-inline void synthesise(const Transform &t, const Spectrum &from, int64_t lines, const Plane &signal, int64_t before,
+inline void synthesize(const Transform &t, const Spectrum &from, int64_t lines, const Plane &signal, int64_t before,
                        int64_t after, Vec *folded) {
     for_lines(lines, [&](int64_t line, auto rows) {
         synthesise_lines<ADD, rows>(t, from, line, signal.from(line, 0), before, after, folded);

@@ -116,14 +116,14 @@ inline void hybrid_sum(Plane out, Extent outputs, Plane x, Extent size, const Sp
     for (int64_t tile = 0; tile < tiling.tiles; tile++) {
         const int64_t begin = outputs.columns * tile / tiling.tiles, end = outputs.columns * (tile + 1) / tiling.tiles;
         const int64_t middle = begin + (end - begin) / 2, center = middle + shift;
-        analyse<2>(tables.input, x.from(0, center), size.rows, least(middle - begin + tiling.reach_taps, center),
+        analyze<2>(tables.input, x.from(0, center), size.rows, least(middle - begin + tiling.reach_taps, center),
                    least(end - 1 - middle + tiling.reach_taps, size.columns - 1 - center), spectrum, anchor, folded);
         for (int64_t f = 0; f < tiling.frequencies(); f++) {
             Vec *re = spectrum.of(f, 0), *im = spectrum.of(f, 1);
             bool real = f == 0 || f == tiling.length / 2;
             correlate_frequency(re, im, false, re + anchor, im + anchor, window, f, real, lines);
         }
-        synthesise<ADD>(tables.output, spectrum, outputs.rows, out.from(0, middle), middle - begin, end - 1 - middle, folded);
+        synthesize<ADD>(tables.output, spectrum, outputs.rows, out.from(0, middle), middle - begin, end - 1 - middle, folded);
     }
 }
 
@@ -137,9 +137,9 @@ inline void hybrid_weight_grad(const Spectrum &sums, int64_t taps, Plane grad, E
     for (int64_t tile = 0; tile < tiling.tiles; tile++) {
         const int64_t begin = window.columns * tile / tiling.tiles, end = window.columns * (tile + 1) / tiling.tiles;
         const int64_t middle = begin + (end - begin) / 2, center = middle + shift;
-        analyse<2>(tables.input, x.from(0, center), size.rows, least(middle - begin + tiling.reach_taps, center),
+        analyze<2>(tables.input, x.from(0, center), size.rows, least(middle - begin + tiling.reach_taps, center),
                    least(end - 1 - middle + tiling.reach_taps, size.columns - 1 - center), input, 0, folded);
-        analyse<3>(tables.window, grad.from(0, middle), window.rows, middle - begin, end - 1 - middle, factors, 0, folded);
+        analyze<3>(tables.window, grad.from(0, middle), window.rows, middle - begin, end - 1 - middle, factors, 0, folded);
         for (int64_t f = 0; f < tiling.frequencies(); f++) {
             bool real = f == 0 || f == tiling.length / 2;
             correlate_frequency(sums.of(f, 0), sums.of(f, 1), true, input.of(f, 0), input.of(f, 1), factors, f, real, lines);

@@ -137,7 +137,7 @@ class Sum {
                 for (int64_t tap = 0; tap < s.taps.area(); tap++) kernel[tap] *= scale;
             }
             if (s.hybrid)
-                analyse<3>(s.tables.window, {kernel + s.anchor.columns, s.taps.columns, 1}, s.taps.rows, s.anchor.columns,
+                analyze<3>(s.tables.window, {kernel + s.anchor.columns, s.taps.columns, 1}, s.taps.rows, s.anchor.columns,
                            s.taps.columns - 1 - s.anchor.columns, {packed, s.spectrum_column(), 3}, 0, room + s.taps.area());
         }
     }

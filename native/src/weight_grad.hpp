@@ -178,7 +178,7 @@ class WeightGrad {
         Vec *kernel = sums;
         if (step_.hybrid) {
             kernel = room;
-            synthesise<false>(step_.tables.output, {sums, step_.spectrum_column(), 2}, step_.taps.rows,
+            synthesize<false>(step_.tables.output, {sums, step_.spectrum_column(), 2}, step_.taps.rows,
                               {kernel + step_.anchor.columns, step_.taps.columns, 1}, step_.anchor.columns,
                               step_.taps.columns - 1 - step_.anchor.columns, kernel + step_.taps.area());
         }

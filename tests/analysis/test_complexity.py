@@ -141,7 +141,7 @@ def test_a_network_counted_by_hand() -> None:
         activations=4 * pixels + 4 * pixels + 6 * pixels + 5,
     )
     counted = complexity(model, (3, 8, 8))
-    assert counted == Complexity((3, 8, 8), training, folded, training.macs, nonzero=training, realised=folded)
+    assert counted == Complexity((3, 8, 8), training, folded, training.macs, nonzero=training, realized=folded)
 
 
 def test_tiles_cost_less_than_published() -> None:
@@ -241,7 +241,7 @@ def test_networks_with_and_without_weights_count_alike() -> None:
     assert complexity(real, (3, 64, 64)) == complexity(on_meta("shiftwise_nano"), (3, 64, 64))
 
 
-# ---- Zeros: dense, non-zero, realised
+# ---- Zeros: dense, non-zero, realized
 
 
 def test_zeros_counted_by_hand() -> None:
@@ -268,8 +268,8 @@ def test_zeros_counted_by_hand() -> None:
     assert counted.nonzero.macs == counted.dense.macs - pixels * (27 + 4 * 49 + 2 * 9 + 6) - 15
     assert counted.nonzero.activations == counted.dense.activations
     # The 7x7 is removed; the 3x3 stays in all channels, as gathering two of them would not pay.
-    assert counted.realised.macs == counted.folded.macs - pixels * 4 * (49 - 9)
-    assert counted.realised.params == counted.folded.params - 4 * (49 - 9)
+    assert counted.realized.macs == counted.folded.macs - pixels * 4 * (49 - 9)
+    assert counted.realized.params == counted.folded.params - 4 * (49 - 9)
 
 
 @pytest.mark.parametrize("name", [*NANO, "slak_nano_square", "slak_pw_nano_truncated"])
@@ -277,7 +277,7 @@ def test_zeros_counted_by_hand() -> None:
 def test_columns_agree_without_zeros(name: str) -> None:
     counted = complexity(create(name), (3, 64, 64))
     assert counted.nonzero == counted.dense
-    assert counted.realised == counted.folded
+    assert counted.realized == counted.folded
 
 
 @pytest.mark.parametrize("name", ["slak_nano", "replknet_nano", "slak_reg_nano", "slak_pw_nano_truncated"])
@@ -291,7 +291,7 @@ def test_scattered_zeros_save_no_computation(name: str) -> None:
     counted = complexity(model, (3, 64, 64))
     assert 0.58 < counted.nonzero.macs / counted.dense.macs < 0.62
     assert 0.58 < counted.nonzero.params / counted.dense.params < 0.64
-    assert counted.realised == counted.folded
+    assert counted.realized == counted.folded
 
 
 def test_dead_kernels_are_removed_in_the_realised_column() -> None:
@@ -302,9 +302,9 @@ def test_dead_kernels_are_removed_in_the_realised_column() -> None:
                 for tiles in module.source.tiles:
                     tiles.zero_()
     counted = complexity(model, (3, 64, 64))
-    assert counted.realised.macs < counted.folded.macs
+    assert counted.realized.macs < counted.folded.macs
     assert counted.nonzero.macs < counted.dense.macs
-    assert counted.realised.params < counted.folded.params
+    assert counted.realized.params < counted.folded.params
 
 
 def test_folded_and_compacted_networks_are_counted_too() -> None:
@@ -316,15 +316,15 @@ def test_folded_and_compacted_networks_are_counted_too() -> None:
     folded, small = (complexity(form(model), (3, 64, 64)) for form in (widekernel.fold, compact))
     assert folded.dense == counted.folded
     assert folded.nonzero.macs == folded.dense.macs - 16 * 2 * 31 * 3 * 16 * 16
-    assert small.dense == small.nonzero == counted.realised == folded.realised
+    assert small.dense == small.nonzero == counted.realized == folded.realized
 
 
 def test_to_dict() -> None:
     counted = complexity(create("slak_nano"), (3, 64, 64))
     values = json.loads(json.dumps(counted.to_dict()))
     assert values["input_size"] == [3, 64, 64]
-    assert list(values) == ["input_size", "published_macs", "dense", "nonzero", "folded", "realised"]
-    assert values["realised"]["macs"] == counted.realised.macs
+    assert list(values) == ["input_size", "published_macs", "dense", "nonzero", "folded", "realized"]
+    assert values["realized"]["macs"] == counted.realized.macs
 
 
 @pytest.mark.full
@@ -341,7 +341,7 @@ def test_published_figures_of_sparse_networks() -> None:
     assert round(counted.dense.macs / 1e9, 2) == 8.70
     assert round(counted.nonzero.params / 1e6, 1) == 30.5
     assert round(counted.nonzero.macs / 1e9, 2) == 5.22
-    assert counted.realised == counted.folded
+    assert counted.realized == counted.folded
 
 
 # ---- The command
@@ -356,7 +356,7 @@ def _command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, 
 def test_command_prints_the_table_of_a_name(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = _command(capsys, "slak_nano")
     assert code == 0
-    for word in ("dense", "non-zero", "folded", "realised", "parameters (M)", "MACs (G)", "activations (M)"):
+    for word in ("dense", "non-zero", "folded", "realized", "parameters (M)", "MACs (G)", "activations (M)"):
         assert word in out
 
 
@@ -373,7 +373,7 @@ def test_command_reads_a_file_with_zeros(tmp_path: Path, capsys: pytest.CaptureF
     code, out, _ = _command(capsys, str(tmp_path / "net.safetensors"), "--json")
     assert code == 0
     assert json.loads(out) == complexity(model, (3, 64, 64)).to_dict()
-    assert json.loads(out)["realised"]["macs"] < json.loads(out)["folded"]["macs"]
+    assert json.loads(out)["realized"]["macs"] < json.loads(out)["folded"]["macs"]
 
 
 @pytest.mark.parametrize(

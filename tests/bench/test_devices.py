@@ -182,7 +182,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
             return 1e3 * (end.at - self.at)
 
     about = {"name": "Some GPU", "major": 9, "minor": 0, "multi_processor_count": 132, "total_memory": 2**37}
-    pretences = {
+    pretenses = {
         "get_device_properties": lambda device: SimpleNamespace(**about, L2_cache_size=2**10),
         "device": lambda device: nullcontext(),
         "Event": Event,
@@ -190,8 +190,8 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
         "current_stream": lambda device: None,
         "mem_get_info": lambda device: (2**20, 2**37),
     }
-    for name, pretence in pretences.items():
-        monkeypatch.setattr(torch.cuda, name, pretence)
+    for name, pretense in pretenses.items():
+        monkeypatch.setattr(torch.cuda, name, pretense)
     monkeypatch.setattr(devices, "_MIN_FLUSHED", 2**12)
     monkeypatch.setattr(gpu, "_MATRIX", 16)
 

@@ -139,7 +139,7 @@ def test_sparsify_in_blocks(finished: Path, tmp_path: Path, capsys) -> None:  # 
     masks = load_masks(tmp_path / "sparse_masks.safetensors")
     assert all(torch.equal(mask.flatten(1).any(1), mask.flatten(1).all(1)) for mask in masks.values())
     counted = json.loads(said(capsys, "complexity", str(output), "--json"))
-    assert counted["realised"]["macs"] < counted["dense"]["macs"]
+    assert counted["realized"]["macs"] < counted["dense"]["macs"]
 
 
 def test_sparsify_a_file_without_data(finished: Path, tmp_path: Path, capsys) -> None:  # noqa: F811

@@ -258,14 +258,14 @@ def test_workers_survive_signals_while_they_start(number):
 
         started = signal_handling._set_worker_signal_handlers
         signal_handling._set_worker_signal_handlers = lambda: (time.sleep(1), started())
-        signal.signal(signal.{number}, lambda *_: print("signalled", flush=True))
+        signal.signal(signal.{number}, lambda *_: print("signaled", flush=True))
         threading.Timer(0.4, os.killpg, (0, signal.{number})).start()
         print(len(list(batches)), flush=True)
         del batches
         """,
         start_new_session=True,
     )
-    assert (result.stdout, result.returncode) == ("signalled\n16\n", 0), result.stderr
+    assert (result.stdout, result.returncode) == ("signaled\n16\n", 0), result.stderr
 
 
 class SlowToArrive:

@@ -10,7 +10,7 @@ from tests.ops.cases import assert_close
 
 
 @torch.no_grad()
-def randomised(module: nn.Module) -> nn.Module:
+def randomized(module: nn.Module) -> nn.Module:
     """Give every batch norm random statistics, weights and biases, and every layer scale a random value; in float64."""
     for part in module.modules():
         if isinstance(part, _BatchNorm):
@@ -30,4 +30,4 @@ def image(channels: int = 3, height: int = 8, width: int = 9, batch: int = 2) ->
     return torch.randn(batch, channels, height, width, dtype=torch.float64)
 
 
-__all__ = ["assert_close", "image", "randomised"]
+__all__ = ["assert_close", "image", "randomized"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.layers.helpers import assert_close, image, randomised
+from tests.layers.helpers import assert_close, image, randomized
 from widekernel import ops
 from widekernel.layers import ConvNorm, DepthwiseConv2d
 from widekernel.layers.affine import fold_affine, fold_input_affine
@@ -185,7 +185,7 @@ BATCH_NORMS = {
 
 @pytest.mark.parametrize("norm", BATCH_NORMS)
 def test_a_batch_norm_is_an_affine_map(norm: str) -> None:
-    bn, x = randomised(BATCH_NORMS[norm](C)), image(C)
+    bn, x = randomized(BATCH_NORMS[norm](C)), image(C)
     scale, shift = affine_of(bn, C)
     assert scale.dtype == shift.dtype == torch.float64
     assert not scale.requires_grad
@@ -205,7 +205,7 @@ CONVS = {
 @pytest.mark.parametrize("conv", CONVS)
 def test_conv_norm_folded(conv: str, norm: str) -> None:
     inner = CONVS[conv]()
-    layer = randomised(ConvNorm(inner, BATCH_NORMS[norm](inner.out_channels), nn.GELU()))
+    layer = randomized(ConvNorm(inner, BATCH_NORMS[norm](inner.out_channels), nn.GELU()))
     x, state = image(C), copy.deepcopy(layer.state_dict())
     want, folded = layer(x), layer.folded()
     assert layer.foldable()
@@ -221,8 +221,8 @@ def test_conv_norm_folded(conv: str, norm: str) -> None:
 @pytest.mark.parametrize("bias", [False, True], ids=["without-bias", "with-bias"])
 @pytest.mark.parametrize("norm", BATCH_NORMS)
 def test_conv_norm_folded_with_the_norm_before(norm: str, bias: bool) -> None:
-    before = randomised(BATCH_NORMS[norm](C))
-    layer = randomised(ConvNorm(nn.Conv2d(C, 6, 1, bias=bias), nn.BatchNorm2d(6), nn.ReLU()))
+    before = randomized(BATCH_NORMS[norm](C))
+    layer = randomized(ConvNorm(nn.Conv2d(C, 6, 1, bias=bias), nn.BatchNorm2d(6), nn.ReLU()))
     x = image(C)
     assert_close(layer.folded(input_norm=before)(x), layer(before(x)))
     with pytest.warns(FutureWarning, match="'before' is now called 'input_norm'"):

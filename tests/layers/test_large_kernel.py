@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.layers.helpers import assert_close, image, randomised
+from tests.layers.helpers import assert_close, image, randomized
 from widekernel import ops
 from widekernel.layers import (
     FoldedLargeKernel,
@@ -50,7 +50,7 @@ EACH = pytest.mark.parametrize("name", SOURCES)
 def layer(name: str, norm: str | None = "bn", identity: bool = False) -> LargeKernel:
     source = SOURCES[name]()
     norms = None if norm is None else [NORMS[norm]() for _ in range(source.num_branches)]
-    return randomised(LargeKernel(source, norms, identity))
+    return randomized(LargeKernel(source, norms, identity))
 
 
 @pytest.mark.parametrize("identity", [False, True], ids=["plain", "identity"])
@@ -198,7 +198,7 @@ def test_training_reaches_every_parameter(name: str) -> None:
 
 def partial(identity: bool = True) -> PartialChannels:
     inner = LargeKernel(ShiftTiles(3, 9, 3, 2, 2), [nn.BatchNorm2d(3) for _ in range(3)], identity)
-    return randomised(PartialChannels(inner, [0, 2, 3], 5))
+    return randomized(PartialChannels(inner, [0, 2, 3], 5))
 
 
 def test_partial_channels_come_first_and_the_others_unchanged() -> None:
@@ -223,7 +223,7 @@ def test_partial_channels_folded() -> None:
 
 
 def test_partial_channels_without_others() -> None:
-    module = randomised(PartialChannels(LargeKernel(Rectangles(2, [(5, 5)])), [0, 1], 2))
+    module = randomized(PartialChannels(LargeKernel(Rectangles(2, [(5, 5)])), [0, 1], 2))
     x = image(2)
     assert_close(module(x), module.layer(x))
     assert_close(module.folded()(x), module(x))

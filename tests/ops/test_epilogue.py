@@ -13,7 +13,7 @@ from torch.func import grad, vmap
 from torch.profiler import ProfilerActivity, profile
 
 import widekernel
-from tests.layers.helpers import randomised
+from tests.layers.helpers import randomized
 from tests.ops.cases import CASES, LAYOUTS, assert_close, definition
 from widekernel import ops
 from widekernel.layers import FoldedLargeKernel
@@ -202,7 +202,7 @@ def test_a_wrong_rectifier(trained: bool) -> None:
 def block(act: nn.Module) -> nn.Module:
     block = timm.create_model("replknet_nano").double().stages[1].blocks[0]
     block.act = act
-    return randomised(block).eval()
+    return randomized(block).eval()
 
 
 def test_a_folded_replknet_rectifies_in_the_operator() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import widekernel
-from tests.layers.helpers import randomised
+from tests.layers.helpers import randomized
 from widekernel import ops
 from widekernel.layers import FoldedLargeKernel, LargeKernel, Rectangles
 
@@ -23,7 +23,7 @@ def targets(module: nn.Module, x: torch.Tensor) -> list[str]:
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["parameters", "frozen"])
 def test_a_folded_layer_is_one_operator(frozen: bool) -> None:
-    layer = randomised(
+    layer = randomized(
         LargeKernel(Rectangles(4, [(9, 3), (3, 9), (3, 3)]), [nn.BatchNorm2d(4) for _ in range(3)], identity=True)
     )
     folded = widekernel.fold(layer).requires_grad_(not frozen)

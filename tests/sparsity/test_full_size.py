@@ -31,7 +31,7 @@ def test_slak_tiny_at_forty_percent(rule: str) -> None:
     assert 30.4e6 <= counted.nonzero.params <= 30.6e6
     assert 4.9e9 <= counted.nonzero.macs <= 5.0e9
     # Single zeros save no computation.
-    assert counted.realised.macs == counted.folded.macs > 8.6e9
+    assert counted.realized.macs == counted.folded.macs > 8.6e9
     assert json.loads(json.dumps(counted.to_dict()))["nonzero"]["macs"] == counted.nonzero.macs
     if rule == "exact":
         assert controller.active() == round(0.6 * sum(mask.numel() for mask in controller.masks.values()))
@@ -44,7 +44,7 @@ def test_slak_tiny_with_pruned_channels() -> None:
     config = DynamicSparsityConfig(sparsity=0.5, init="magnitude", block="channel", layers="large_kernel_only")
     DynamicSparsity(model, optimizer, config)
     counted = complexity(model, (3, 224, 224))
-    assert counted.realised.macs < counted.folded.macs
+    assert counted.realized.macs < counted.folded.macs
     smaller, x = compact(model), torch.randn(1, 3, 224, 224)
     with torch.inference_mode():
         expected = model.eval()(x)

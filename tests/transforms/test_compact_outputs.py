@@ -79,7 +79,7 @@ def test_outputs_of_single_layers(layer: FoldedLargeKernel, cost: CostModel, cha
     # Strides of dimensions of size 1 mean nothing.
     assert x.shape[1] == 1 or got.is_contiguous() == want.is_contiguous()
     for row in small.compaction:
-        assert row.realised <= row.dense
+        assert row.realized <= row.dense
         assert row.channels_kept <= row.channels
 
 
@@ -101,7 +101,7 @@ def test_nothing_dead() -> None:
     torch.testing.assert_close(small(x), layer(x), rtol=1e-12, atol=1e-12)
     assert isinstance(small, FoldedLargeKernel)
     (row,) = compact_report(small)
-    assert row.dense == row.nonzero == row.realised
+    assert row.dense == row.nonzero == row.realized
     assert row.reason == ""
 
 

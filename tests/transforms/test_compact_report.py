@@ -26,7 +26,7 @@ def test_the_report_says_that_scattered_zeros_save_nothing() -> None:
                 weight *= torch.rand(weight.shape) < 0.6
     report = compact_report(model)
     for row in report:
-        assert row.realised == row.dense
+        assert row.realized == row.dense
         assert row.nonzero < row.dense
         assert row.reason
     assert any("lie between live taps" in row.reason for row in report)
@@ -46,7 +46,7 @@ def test_the_report_as_text_and_as_json() -> None:
     assert "stages.0.blocks.0.mixer: 16 -> " in str(report)
     rows = json.loads(json.dumps(report.to_dict()))
     assert rows[0]["name"] == "stages.0.blocks.0.mixer"
-    assert rows[0]["realised"] < rows[0]["dense"]
+    assert rows[0]["realized"] < rows[0]["dense"]
 
 
 def test_compacting_twice_changes_nothing() -> None:

@@ -44,7 +44,7 @@ def test_a_dead_branch_of_a_channel_is_not_convolved() -> None:
         small(torch.randn(1, 4, 8, 8, dtype=torch.float64))
     assert sorted((problem.shape[1], problem.kernels) for _, problem in trace.calls) == [(1, ((9, 3),)), (2, ((3, 9),))]
     (row,) = small.compaction
-    assert (row.channels, row.channels_kept, row.dense, row.nonzero, row.realised) == (4, 3, 4 * 54, 81, 81)
+    assert (row.channels, row.channels_kept, row.dense, row.nonzero, row.realized) == (4, 3, 4 * 54, 81, 81)
     assert row.reason == ""
 
 
@@ -131,7 +131,7 @@ def test_networks_compute_less() -> None:
         work.append(sum(p.shape[1] * kh * kw for _, p in trace.calls for kh, kw in p.kernels))
     report = small.compaction
     mixers = [row for row in report if "mixer" in row.name]
-    assert work == [sum(row.dense for row in mixers), sum(row.realised for row in mixers)]
+    assert work == [sum(row.dense for row in mixers), sum(row.realized for row in mixers)]
     assert work[1] == sum(row.nonzero for row in mixers)
     assert 0.3 < work[1] / work[0] < 0.7
 
@@ -144,7 +144,7 @@ def test_groups_that_do_not_pay_off_are_not_made() -> None:
     dear = compact(layer, CostModel(group=1e9))
     assert isinstance(dear, FoldedLargeKernel)
     (row,) = dear.compaction
-    assert row.realised == row.dense
+    assert row.realized == row.dense
     assert row.reason == "computing 1 dead channels costs less than gathering the others"
 
 
@@ -173,7 +173,7 @@ def test_groups_are_filled_up_to_blocks() -> None:
     (row,) = small.compaction
     assert row.channels_kept == 64  # 58 and 6 dead ones, four whole blocks of 16
     assert row.nonzero == 58 * 279
-    assert row.realised == 64 * 279
+    assert row.realized == 64 * 279
     torch.testing.assert_close(small(x), layer(x), rtol=1e-5, atol=1e-4)
 
 
@@ -196,7 +196,7 @@ def test_channels_of_an_extent_stay_together(count: int) -> None:
         outer[3:6, 3:6] = False
         layer.kernels[0][:count, :, outer] = 0
     small = compact(layer, FREE)
-    assert small.compaction.layers[0].realised == small.compaction.layers[0].nonzero == count * 9 + (8 - count) * 81
+    assert small.compaction.layers[0].realized == small.compaction.layers[0].nonzero == count * 9 + (8 - count) * 81
 
 
 def test_many_extents_are_few_groups() -> None:
@@ -208,7 +208,7 @@ def test_many_extents_are_few_groups() -> None:
     small = compact(layer, FREE)
     torch.testing.assert_close(small(x.double()), layer(x.double()), rtol=1e-12, atol=1e-12)
     (row,) = small.compaction
-    assert row.nonzero < row.realised < 0.65 * row.dense
+    assert row.nonzero < row.realized < 0.65 * row.dense
     assert 2 <= len(small.kernels) <= 5
 
 

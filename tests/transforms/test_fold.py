@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import widekernel
-from tests.layers.helpers import assert_close, randomised
+from tests.layers.helpers import assert_close, randomized
 from widekernel import ops
 from widekernel.layers import (
     ConvNorm,
@@ -44,7 +44,7 @@ C = 4
 
 def network(name: str, dtype: torch.dtype = torch.float64, **kwargs: Any) -> nn.Module:
     model = timm.create_model(name, num_classes=10, **NETWORKS[name], **kwargs)
-    return randomised(model).to(dtype)
+    return randomized(model).to(dtype)
 
 
 def pictures(dtype: torch.dtype = torch.float64, batch: int = 2) -> Tensor:
@@ -151,7 +151,7 @@ def test_folding_twice_changes_nothing(name: str) -> None:
 
 
 def test_a_bare_layer() -> None:
-    bare, x = randomised(layer()), torch.randn(2, C, 8, 8, dtype=torch.float64)
+    bare, x = randomized(layer()), torch.randn(2, C, 8, 8, dtype=torch.float64)
     folded = silently_folded(bare)
     assert isinstance(folded, FoldedLargeKernel)
     assert isinstance(bare, Foldable)
@@ -160,14 +160,14 @@ def test_a_bare_layer() -> None:
 
 def test_a_bare_layer_on_some_channels() -> None:
     inner = LargeKernel(ShiftTiles(2, 9, 3, 2, 2), [nn.BatchNorm2d(2) for _ in range(3)], identity=True)
-    bare, x = randomised(PartialChannels(inner, [0, 3], C)), torch.randn(2, C, 8, 8, dtype=torch.float64)
+    bare, x = randomized(PartialChannels(inner, [0, 3], C)), torch.randn(2, C, 8, 8, dtype=torch.float64)
     folded = silently_folded(bare)
     assert count(folded, FoldedLargeKernel) == 1
     assert_close(folded(x), bare(x))
 
 
 def test_a_users_own_network() -> None:
-    model = randomised(
+    model = randomized(
         nn.Sequential(
             ConvNorm(nn.Conv2d(3, C, 3, padding=1, bias=False), nn.BatchNorm2d(C), nn.GELU()),
             nn.Sequential(layer(), nn.ReLU(), layer()),
@@ -194,7 +194,7 @@ def test_synchronized_batch_norms(name: str) -> None:
 
 def test_one_module_in_two_places_of_a_sequence() -> None:
     shared = layer()
-    model, x = randomised(nn.Sequential(shared, nn.ReLU(), shared)), torch.randn(2, C, 8, 8, dtype=torch.float64)
+    model, x = randomized(nn.Sequential(shared, nn.ReLU(), shared)), torch.randn(2, C, 8, 8, dtype=torch.float64)
     folded = silently_folded(model)
     assert isinstance(folded[0], FoldedLargeKernel)
     assert folded[0] is folded[2]
@@ -203,7 +203,7 @@ def test_one_module_in_two_places_of_a_sequence() -> None:
 
 def test_one_module_under_two_parents() -> None:
     shared = ConvNorm(nn.Conv2d(C, C, 1, bias=False), nn.BatchNorm2d(C), layer())
-    model = randomised(nn.Sequential(nn.Sequential(shared), nn.Sequential(nn.ReLU(), shared)))
+    model = randomized(nn.Sequential(nn.Sequential(shared), nn.Sequential(nn.ReLU(), shared)))
     x = torch.randn(2, C, 8, 8, dtype=torch.float64)
     folded = silently_folded(model)
     assert folded[0][0] is folded[1][1]
@@ -221,7 +221,7 @@ def test_one_block_in_two_places() -> None:
 
 
 def test_layers_that_equal_no_kernel_are_named() -> None:
-    model = randomised(nn.Sequential(layer(), nn.Sequential(LargeKernel(TruncatedTiles(ShuffledStrips(C, 9, 3))))))
+    model = randomized(nn.Sequential(layer(), nn.Sequential(LargeKernel(TruncatedTiles(ShuffledStrips(C, 9, 3))))))
     x = torch.randn(2, C, 8, 8, dtype=torch.float64)
     with pytest.warns(UserWarning, match=r"not folded: 1\.0 \(a branch equals no single kernel near the borders\)$"):
         folded = widekernel.fold(model)
@@ -231,7 +231,7 @@ def test_layers_that_equal_no_kernel_are_named() -> None:
 
 def test_norms_without_statistics_are_named() -> None:
     whole = LargeKernel(Rectangles(C, [(5, 5)]), [nn.BatchNorm2d(C, track_running_stats=False)])
-    model, x = randomised(nn.Sequential(whole)), torch.randn(2, C, 8, 8, dtype=torch.float64)
+    model, x = randomized(nn.Sequential(whole)), torch.randn(2, C, 8, 8, dtype=torch.float64)
     with pytest.warns(UserWarning, match=r"not folded: 0 \(a batch norm has no running statistics\)$"):
         folded = widekernel.fold(model)
     assert_close(folded(x), model(x))

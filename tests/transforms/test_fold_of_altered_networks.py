@@ -15,14 +15,14 @@ from torch.nn.utils import parametrizations, parametrize
 from torchvision.ops import FrozenBatchNorm2d
 
 import widekernel
-from tests.layers.helpers import assert_close, randomised
+from tests.layers.helpers import assert_close, randomized
 from widekernel.layers import ConvNorm, FoldedLargeKernel, LargeKernel, Rect, Rectangles
 
 C = 4
 
 
 def network(name: str, **kwargs: Any) -> nn.Module:
-    return randomised(timm.create_model(name, num_classes=10, **kwargs))
+    return randomized(timm.create_model(name, num_classes=10, **kwargs))
 
 
 def pictures() -> Tensor:
@@ -93,7 +93,7 @@ def test_parametrized_layers(name: str, how: Any) -> None:
 
 
 def test_parametrized_kernels() -> None:
-    layer = randomised(LargeKernel(Rectangles(C, [(5, 5)]), [nn.BatchNorm2d(C)]))
+    layer = randomized(LargeKernel(Rectangles(C, [(5, 5)]), [nn.BatchNorm2d(C)]))
     like = layer.source.kernels[0]
     parametrize.register_parametrization(layer.source.kernels, "0", Mask(like))
     folded = folded_alike(layer, image())
@@ -104,7 +104,7 @@ def test_parametrized_kernels() -> None:
 
 
 def test_a_norm_with_an_activation_is_not_folded() -> None:
-    block = randomised(ConvNorm(nn.Conv2d(C, C, 3, padding=1), BatchNormAct2d(C)))
+    block = randomized(ConvNorm(nn.Conv2d(C, C, 3, padding=1), BatchNormAct2d(C)))
     assert not block.foldable()
     folded = folded_alike(block, image())
     assert isinstance(folded.bn, BatchNormAct2d)
@@ -112,7 +112,7 @@ def test_a_norm_with_an_activation_is_not_folded() -> None:
 
 def test_a_layer_of_norms_with_activations_is_kept_and_named() -> None:
     layer = LargeKernel(Rectangles(C, [(9, 9), (3, 3)]), [BatchNormAct2d(C), nn.BatchNorm2d(C)])
-    model, x = randomised(nn.Sequential(layer)), image()
+    model, x = randomized(nn.Sequential(layer)), image()
     with pytest.warns(UserWarning, match=r"not folded: 0 \(BatchNormAct2d is not a plain batch norm\)$"):
         folded = widekernel.fold(model)
     assert isinstance(folded[0], LargeKernel)
@@ -126,7 +126,7 @@ def test_a_replaced_norm_of_a_block(part: str) -> None:
     model = timm.create_model("replknet_nano", num_classes=10)
     block = model.stages[0].blocks[0]
     block.set_submodule(part, BatchNormAct2d(block.get_submodule(part).num_features))
-    folded = folded_alike(randomised(model), pictures())
+    folded = folded_alike(randomized(model), pictures())
     assert isinstance(folded.stages[0].blocks[0].get_submodule(part), BatchNormAct2d)
 
 
@@ -134,12 +134,12 @@ def test_a_batch_norm_that_only_has_another_name() -> None:
     class Named(nn.BatchNorm2d):
         pass
 
-    folded = folded_alike(randomised(LargeKernel(Rectangles(C, [(5, 5)]), [Named(C)])), image())
+    folded = folded_alike(randomized(LargeKernel(Rectangles(C, [(5, 5)]), [Named(C)])), image())
     assert isinstance(folded, FoldedLargeKernel)
 
 
 def test_a_convolution_that_pads_by_itself_is_kept() -> None:
-    block = randomised(ConvNorm(Conv2dSame(C, C, 3, stride=2), nn.BatchNorm2d(C)))
+    block = randomized(ConvNorm(Conv2dSame(C, C, 3, stride=2), nn.BatchNorm2d(C)))
     assert not block.foldable()
     assert isinstance(folded_alike(block, image()).conv, Conv2dSame)
 
@@ -154,7 +154,7 @@ def test_a_linear_layer_that_does_more_is_kept(name: str) -> None:
     model = timm.create_model(name, num_classes=10)
     mlp = model.stages[0].blocks[0].mlp
     mlp.fc2 = WithAdapter(mlp.fc2.in_features, mlp.fc2.out_features)
-    folded = folded_alike(randomised(model), pictures())
+    folded = folded_alike(randomized(model), pictures())
     assert isinstance(folded.stages[0].blocks[0].mlp.fc2, WithAdapter)
     assert folded.stages[0].blocks[0].gamma is not None
 

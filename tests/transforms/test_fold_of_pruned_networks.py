@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 import widekernel
-from tests.layers.helpers import assert_close, randomised
+from tests.layers.helpers import assert_close, randomized
 from tests.models.zoo import alive, assert_same_state, create
 from widekernel.errors import ArgumentError, CheckpointError
 
@@ -33,7 +33,7 @@ HOW = {
 
 
 def _altered(name: str, how: Any) -> tuple[nn.Module, list[nn.Module]]:
-    model = randomised(timm.create_model(name, num_classes=5))
+    model = randomized(timm.create_model(name, num_classes=5))
     part = PARTS[name]
     layers = [m.get_submodule(part) for m in model.modules() if hasattr(m, part.split(".")[0])]
     with warnings.catch_warnings():
@@ -80,7 +80,7 @@ def test_the_zeros_stay_zero() -> None:
 
 
 def test_pruned_kernels() -> None:
-    model = randomised(timm.create_model("slak_nano", num_classes=5))
+    model = randomized(timm.create_model("slak_nano", num_classes=5))
     x = _images()
     for block in model.stages.modules():
         if hasattr(block, "mixer"):

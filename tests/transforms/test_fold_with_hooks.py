@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import widekernel
-from tests.layers.helpers import assert_close, randomised
+from tests.layers.helpers import assert_close, randomized
 from widekernel.layers import FoldedLargeKernel, LargeKernel, PartialChannels
 from widekernel.layers.alterations import alteration
 from widekernel.layers.large_kernel import is_plain_relu
@@ -25,7 +25,7 @@ BLOCK = "stages.0.blocks.0"
 
 
 def network(name: str) -> nn.Module:
-    model = randomised(timm.create_model(name, num_classes=10))
+    model = randomized(timm.create_model(name, num_classes=10))
     with torch.no_grad():
         for parameter in model.head.fc.parameters():
             parameter.normal_()

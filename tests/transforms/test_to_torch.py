@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import widekernel
-from tests.layers.helpers import randomised
+from tests.layers.helpers import randomized
 from widekernel import ops
 from widekernel.bench.variants import with_visible_blocks
 from widekernel.errors import ArgumentError
@@ -70,7 +70,7 @@ def test_the_torch_baseline_is_the_same_network_without_our_operator(name: str) 
 @pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize("name", NANO)
 def test_values_and_gradients_in_double_precision(name: str, folded: bool) -> None:
-    model = randomised(timm.create_model(name, num_classes=10))
+    model = randomized(timm.create_model(name, num_classes=10))
     model = widekernel.fold(model) if folded else model
     baseline, x = to_torch(model), images(64).double()
     with ops.trace() as ran:
@@ -173,7 +173,7 @@ def test_twice_and_copied_and_pickled() -> None:
 
 
 def test_folding_the_baseline_gives_a_baseline() -> None:
-    model = randomised(timm.create_model("slak_nano"))
+    model = randomized(timm.create_model("slak_nano"))
     folded, x = widekernel.fold(to_torch(model)), images(64).double()
     assert any(isinstance(module, TorchFoldedLargeKernel) for module in folded.modules())
     with torch.no_grad(), ops.trace() as ran:
@@ -222,6 +222,6 @@ def test_subclasses_are_refused(layer, name: str) -> None:
 
 
 def test_convolutions_with_a_norm_keep_working() -> None:
-    layer = randomised(ConvNorm(DepthwiseConv2d(3, 3, 3, padding=1, groups=3), nn.BatchNorm2d(3), nn.ReLU()))
+    layer = randomized(ConvNorm(DepthwiseConv2d(3, 3, 3, padding=1, groups=3), nn.BatchNorm2d(3), nn.ReLU()))
     x = images(16).double()
     torch.testing.assert_close(to_torch(layer)(x), layer(x), atol=1e-12, rtol=1e-12)

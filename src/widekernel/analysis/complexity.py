@@ -1,7 +1,7 @@
 """Parameters, multiply-accumulates and activations of a network, counted by PyTorch's counter without computing anything.
 
 A sparse network has three sizes: all its weights (dense); without the weights that are zero, as papers report it (non-zero);
-and what is computed once the network is folded and dead parts are removed (realised). Only the last one saves time.
+and what is computed once the network is folded and dead parts are removed (realized). Only the last one saves time.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from widekernel.deprecation import renamed_attribute
 from widekernel.errors import ShapeError
 from widekernel.layers import FoldedLargeKernel, LargeKernel
 from widekernel.layers.notes import recall
@@ -55,7 +56,7 @@ class Complexity:
             which the authors convolve one by one and which are assembled into strips first here.
         nonzero: cost of the training form without the zero weights of convolutions, linear layers and large kernels.
             Vectors (biases, norms, layer scales) count in full.
-        realised: cost after `widekernel.transforms.compaction.compact`, where scattered zeros save nothing.
+        realized: cost after `widekernel.transforms.compaction.compact`, where scattered zeros save nothing.
     """
 
     input_size: tuple[int, int, int]
@@ -63,7 +64,9 @@ class Complexity:
     folded: Cost
     published_macs: int
     nonzero: Cost
-    realised: Cost
+    realized: Cost
+
+    realised = renamed_attribute("realised", "realized")
 
     @property
     def dense(self) -> Cost:
@@ -79,7 +82,7 @@ class Complexity:
 
     def columns(self) -> dict[str, Cost]:
         """Return the costs by the names of their columns."""
-        return {"dense": self.training, "non-zero": self.nonzero, "folded": self.folded, "realised": self.realised}
+        return {"dense": self.training, "non-zero": self.nonzero, "folded": self.folded, "realized": self.realized}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the costs as a dictionary for JSON."""
@@ -111,8 +114,8 @@ def complexity(model: nn.Module, input_size: Sequence[int] = (3, 224, 224)) -> C
     folded, _ = _cost(fold(_without_data(model)), size)
     zero_weights = sum(parameter.numel() - _nonzero(parameter) for parameter in _weights(model))
     nonzero = Cost(training.params - zero_weights, training.macs - extra.zeros, training.activations)
-    realised = _cost(compact(model), size)[0] if _has_dead_parts(model) else folded
-    return Complexity(size, training, folded, training.macs + extra.published, nonzero, realised)
+    realized = _cost(compact(model), size)[0] if _has_dead_parts(model) else folded
+    return Complexity(size, training, folded, training.macs + extra.published, nonzero, realized)
 
 
 @dataclass
@@ -219,8 +222,8 @@ def _published_difference(layer: LargeKernel, x: Tensor) -> int:
     rects = rects_of(layer.source)
     if rects is None:
         return 0
-    realised = sum(rect.kernel.numel() for rect in rects) * height * width
-    return layer.source.published_macs(height, width) - realised
+    realized = sum(rect.kernel.numel() for rect in rects) * height * width
+    return layer.source.published_macs(height, width) - realized
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

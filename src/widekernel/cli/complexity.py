@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = (
     "Count parameters, multiply-accumulates and activations of a model: dense, without zero weights (the figures of the "
-    "papers), folded, and realised (folded and compacted, which is what runs)."
+    "papers), folded, and realized (folded and compacted, which is what runs)."
 )
 _ROWS = (("parameters (M)", "params", 1e6), ("MACs (G)", "macs", 1e9), ("activations (M)", "activations", 1e6))
 _FILES = (".safetensors", ".pth", ".pt")

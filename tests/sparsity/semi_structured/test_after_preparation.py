@@ -101,10 +101,10 @@ def test_compacting_twice_reports_both_times() -> None:
             if ".kernels." in name:
                 parameter.zero_()
     twice = compact(once)
-    before, after = (sum(layer.realised for layer in compact_report(network)) for network in (once, twice))
+    before, after = (sum(layer.realized for layer in compact_report(network)) for network in (once, twice))
     assert after < before
     once.compaction = "something else"
-    assert sum(layer.realised for layer in compact_report(compact(once))) == after
+    assert sum(layer.realized for layer in compact_report(compact(once))) == after
 
 
 def test_complexity_counts_no_logits() -> None:

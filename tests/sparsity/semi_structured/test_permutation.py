@@ -18,7 +18,7 @@ from widekernel.sparsity.semi_structured.permutation_search import kept_magnitud
 PERMUTED = ss.SemiStructuredConfig("permuted", permutation_rounds=30, permutation_escapes=2)
 
 
-def randomised(model: nn.Module) -> nn.Module:
+def randomized(model: nn.Module) -> nn.Module:
     """Make all entries of norms and biases different, so that a wrong order shows."""
     with torch.no_grad():
         for name, value in [*model.named_parameters(), *model.named_buffers()]:
@@ -99,7 +99,7 @@ def test_large_matrices_are_judged_by_all_rows() -> None:
 def test_modules_allowed_between_convolutions(between: object) -> None:
     model = nn.Sequential(nn.Conv2d(8, 32, 3), *between(), nn.Conv2d(32, 16, 3))  # type: ignore[operator]
     last = str(len(model) - 1)
-    assert check_equal(randomised(model), torch.randn(2, 8, 12, 12), [last])[last].producer == "0"
+    assert check_equal(randomized(model), torch.randn(2, 8, 12, 12), [last])[last].producer == "0"
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_modules_allowed_between_convolutions(between: object) -> None:
 def test_modules_allowed_between_linear_layers(between: object) -> None:
     model = nn.Sequential(nn.Linear(8, 32), *between(), nn.Linear(32, 16))  # type: ignore[operator]
     last = str(len(model) - 1)
-    assert check_equal(randomised(model), torch.randn(2, 5, 5, 8), [last])[last].producer == "0"
+    assert check_equal(randomized(model), torch.randn(2, 5, 5, 8), [last])[last].producer == "0"
 
 
 class Residual(nn.Module):
@@ -218,7 +218,7 @@ def small(name: str) -> tuple[nn.Module, int]:
         "replknet_31b": {"depths": (1, 1, 1, 1), "dims": (16, 16, 32, 32)},
         "shiftwise_tiny": {"depths": (1, 1, 1, 1), "dims": (16, 16, 32, 32)},
     }
-    return randomised(timm.create_model(name, num_classes=16, **arguments.get(name, {}))), 64
+    return randomized(timm.create_model(name, num_classes=16, **arguments.get(name, {}))), 64
 
 
 @pytest.mark.parametrize(

@@ -43,10 +43,10 @@ def compacted_kernels(module: nn.Module, name: str, cost: CostModel, image: Imag
     if result is not module:
         result.requires_grad_(is_trained(module))
     kernels = [k for m in result.modules() if isinstance(m, FoldedLargeKernel) for k in m.kernels]
-    realised = before if result is module else sum(kernel.numel() for kernel in kernels)
+    realized = before if result is module else sum(kernel.numel() for kernel in kernels)
     kept = bias.numel() if plan.whole else sum(len(group) for group in plan.groups)
-    reason = _reason(plan, bias.numel(), before, nonzero, realised)
-    return result, LayerReport(name, type(module).__name__, bias.numel(), kept, before, nonzero, realised, reason)
+    reason = _reason(plan, bias.numel(), before, nonzero, realized)
+    return result, LayerReport(name, type(module).__name__, bias.numel(), kept, before, nonzero, realized, reason)
 
 
 def _parts(module: nn.Module) -> tuple[list[Rect], Tensor]:
@@ -107,14 +107,14 @@ def _trimmed(rects: Sequence[Rect], channels: np.ndarray, boxes: np.ndarray, lik
     return [Rect(rect.kernel.to(like.dtype), rect.anchor) for rect in maximal_rectangles(parts)]
 
 
-def _reason(plan: Plan, channels: int, before: int, nonzero: int, realised: int) -> str:
+def _reason(plan: Plan, channels: int, before: int, nonzero: int, realized: int) -> str:
     """Return why some zeros are still computed, "" if none are."""
-    if realised <= nonzero:
+    if realized <= nonzero:
         return ""
     if nonzero == before:
         return "no zeros"
     dead = channels - len(plan.convolved)
     if plan.whole and dead:
         return f"computing {dead} dead channels costs less than gathering the others"
-    share = 100 * (1 - nonzero / realised)
+    share = 100 * (1 - nonzero / realized)
     return f"{share:.0f} % zeros among the weights that are computed: they lie between live taps or live channels"

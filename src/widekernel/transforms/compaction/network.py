@@ -84,7 +84,7 @@ def _report(earlier: object, rows: list[LayerReport]) -> CompactReport:
     """Join the report of this compaction to that of an earlier one of the same network."""
     if not isinstance(earlier, CompactReport):
         return CompactReport(tuple(rows))
-    now = {row.name: row for row in rows if row.realised < row.dense}
+    now = {row.name: row for row in rows if row.realized < row.dense}
     before = [now.pop(row.name, row) for row in earlier.layers]
     return CompactReport((*before, *now.values()))
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from widekernel.deprecation import renamed_attribute
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -18,7 +20,7 @@ class LayerReport:
         channels_kept: channels, or units, that are still computed.
         dense: multiply-accumulates per output pixel (or token) of the folded layer.
         nonzero: multiply-accumulates of these whose weight is not zero.
-        realised: multiply-accumulates that the compacted layer executes; more than `nonzero` where zeros lie between live
+        realized: multiply-accumulates that the compacted layer executes; more than `nonzero` where zeros lie between live
             taps.
         reason: why nothing, or not everything, was removed; "" if everything dead was.
     """
@@ -29,12 +31,14 @@ class LayerReport:
     channels_kept: int
     dense: int
     nonzero: int
-    realised: int
+    realized: int
     reason: str = ""
+
+    realised = renamed_attribute("realised", "realized")
 
     def __str__(self) -> str:
         what = f"{self.name or self.kind}: {self.channels} -> {self.channels_kept} channels"
-        macs = f"{self.dense} dense, {self.nonzero} non-zero, {self.realised} realised MACs per pixel"
+        macs = f"{self.dense} dense, {self.nonzero} non-zero, {self.realized} realized MACs per pixel"
         return f"{what}, {macs}" + (f" ({self.reason})" if self.reason else "")
 
 

@@ -65,10 +65,10 @@ def compacted_units(module: nn.Module, name: str) -> tuple[nn.Module, LayerRepor
     new_first, new_second = _without(first, second, act, keep)
     result = with_submodule(with_submodule(module, units.first, new_first), units.second, new_second)
     dense, nonzero = rows.numel() + columns.numel(), int(rows.count_nonzero()) + int(columns.count_nonzero())
-    realised = new_first.weight.numel() + new_second.weight.numel()
-    share = 100 * (1 - nonzero / realised) if nonzero < realised else 0
+    realized = new_first.weight.numel() + new_second.weight.numel()
+    share = 100 * (1 - nonzero / realized) if nonzero < realized else 0
     reason = f"{share:.0f} % zeros in matrices, which are computed in full" if share else ""
-    return result, LayerReport(name, type(module).__name__, len(keep), int(keep.sum()), dense, nonzero, realised, reason)
+    return result, LayerReport(name, type(module).__name__, len(keep), int(keep.sum()), dense, nonzero, realized, reason)
 
 
 def hidden_units(module: nn.Module) -> HiddenUnits | None:

@@ -1,6 +1,6 @@
 """Runs a program of a GPU session on a pretended GPU: kernels are interpreted, on CPU tensors.
 
-python -m tests.gpu_session.pretence MODULE [ARGUMENTS]        # widekernel, ready or correctness
+python -m tests.gpu_session.pretense MODULE [ARGUMENTS]        # widekernel, ready or correctness
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
     if module == "correctness":
         from benchmarks.gpu_session import correctness
 
-        return correctness.main(rest, (sys.executable, "-m", "tests.gpu_session.pretence", "correctness"))
+        return correctness.main(rest, (sys.executable, "-m", "tests.gpu_session.pretense", "correctness"))
     from widekernel.cli.main import main as command_line
 
     pretend()
