@@ -93,7 +93,9 @@ def test_features_only(name: str) -> None:
 @pytest.mark.parametrize("output_stride", [8, 16])
 def test_features_of_a_given_stride(name: str, output_stride: int) -> None:
     if "isotropic" in name:
-        with pytest.raises(ValueError, match=f"output_stride={output_stride} is not for isotropic networks|patch_size"):
+        with pytest.raises(
+            ValueError, match=f"output_stride={output_stride} is not available for isotropic networks|patch_size"
+        ):
             _create(name, output_stride=32)
         return
     model = _create(name, features_only=True, output_stride=output_stride).eval()

@@ -90,7 +90,7 @@ def test_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_networks_that_the_format_cannot_hold(tmp_path: Path) -> None:
-    with pytest.raises(ArgumentError, match=r"a compacted network .* timm's hub format cannot hold it"):
+    with pytest.raises(ArgumentError, match=r"a compacted network .* timm's hub format cannot store it"):
         save_for_hf(compact(alive("slak_nano")), str(tmp_path / "a"))
     with pytest.raises(ValueError, match="'act_layer' is not serializable"):
         save_for_hf(create("slak_nano", act_layer=nn.SiLU), str(tmp_path / "b"))

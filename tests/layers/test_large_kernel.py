@@ -250,8 +250,8 @@ def test_the_selected_channels_are_part_of_the_state() -> None:
 @pytest.mark.parametrize(
     ("selected", "message"),
     [
-        ([0, 1], "2 selected channels for a layer of 3: give as many, all different"),
-        ([0, 1, 1], "3 selected channels for a layer of 3: give as many, all different"),
+        ([0, 1], "2 selected channels for a layer of 3: give that many, all different"),
+        ([0, 1, 1], "3 selected channels for a layer of 3: give that many, all different"),
         ([0, 1, 5], "selected channels 0..5 must lie in 0..4"),
         ([-1, 0, 1], "selected channels -1..1 must lie in 0..4"),
     ],

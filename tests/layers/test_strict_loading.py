@@ -67,7 +67,7 @@ def test_a_refused_state_leaves_a_compacted_network_unchanged(how: str) -> None:
 
 
 def test_weights_of_the_network_that_was_compacted() -> None:
-    _refused(compact(masked(0)), masked(0).state_dict(), "nothing was loaded:\n.*is of another form of the layer")
+    _refused(compact(masked(0)), masked(0).state_dict(), "nothing was loaded:\n.*belongs to another form of the layer")
 
 
 def test_files_of_another_compacted_network(tmp_path: Any) -> None:
@@ -93,7 +93,7 @@ def test_a_folded_network_and_its_training_form() -> None:
     _refused(
         folded,
         model.state_dict(),
-        r"nothing was loaded:\n.*stages\.0\.blocks\.0\.mixer\.source\.kernels\.0 is of another form of the layer",
+        r"nothing was loaded:\n.*stages\.0\.blocks\.0\.mixer\.source\.kernels\.0 belongs to another form of the layer",
     )
     _refused(folded, widekernel.fold(alive("slak_nano", num_classes=3)).state_dict(), r"head.fc.weight has shape \(3, 128\)")
     some = {key: value for key, value in widekernel.fold(alive("slak_nano")).state_dict().items() if "stem" in key}

@@ -130,7 +130,7 @@ def test_subclasses_have_the_layouts_of_their_family() -> None:
 
 def test_a_signature_is_registered_once(toynet: ToyNet) -> None:
     register_signature("ToyNet", r"^stages\.\d+\.\d+\.toy\.conv", "official")
-    with pytest.raises(ArgumentError, match="signature 'ToyNet' is registered already, with other keys"):
+    with pytest.raises(ArgumentError, match="signature 'ToyNet' is already registered with other keys"):
         register_signature("ToyNet", "another", "official")
     with pytest.raises(ArgumentError, match=r"form 'foreing' is unknown: .*Did you mean 'foreign'"):
         register_signature("another", "another", "foreing")  # type: ignore[arg-type]

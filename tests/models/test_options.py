@@ -132,7 +132,7 @@ def test_batch_norms(norm: Any) -> None:
 
 
 def test_invalid_norms_and_activations() -> None:
-    with pytest.raises(ArgumentError, match=r"norm_layer 'batchnorm2d' cannot take the place of this family's layer norms"):
+    with pytest.raises(ArgumentError, match=r"norm_layer 'batchnorm2d' cannot replace this family's layer norms"):
         create("slak_nano", norm_layer="batchnorm2d")
     with pytest.raises(ArgumentError, match=r"norm_layer 'rmsnrm' .*Did you mean 'rmsnorm'\?"):
         create("slak_nano", norm_layer="rmsnrm")

@@ -180,7 +180,7 @@ def test_sharded_checkpoints(tmp_path: Path) -> None:
     shard = tmp_path / "model-00002-of-00002.safetensors"
     for path, message, weights in (
         (shard, r"is one shard of several: load .*model\.safetensors\.index\.json", "model"),
-        (index, "is sharded and holds one set of weights", "ema"),
+        (index, "is sharded and holds only one set of weights", "ema"),
     ):
         with pytest.raises(CheckpointError, match=message):
             reader.read_checkpoint(path, weights)

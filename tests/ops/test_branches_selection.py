@@ -154,7 +154,7 @@ def test_explain_agrees_with_what_runs() -> None:
 def test_explain_of_a_fused_backend() -> None:
     with registered(Fused()):
         first = explained()[0]
-        assert first.reasons == {name: ["it has no depthwise_branches"] for name in ("portable", "reference")}
+        assert first.reasons == {name: ["it does not implement depthwise_branches"] for name in ("portable", "reference")}
         assert str(first).startswith("depthwise_branches of (2, 3, 8, 9) torch.float32 contiguous on cpu with 7x3 anchored")
         assert explained(backend="fused")[1].problem.op == SUM_OF_BRANCHES
 
@@ -167,7 +167,7 @@ def test_explain_of_a_call_one_by_one() -> None:
         assert details == "one branch of depthwise_branches; not fused on fused: the moon is full"
         assert explained(backend="portable")[0].details == "one branch of depthwise_branches"
     with registered(Fused(), before="reference"):
-        assert explained()[0].details.endswith("not fused on fused: a backend in front of it takes every branch")
+        assert explained()[0].details.endswith("not fused on fused: a preferred backend accepts every branch")
 
 
 def test_explain_of_a_single_branch() -> None:

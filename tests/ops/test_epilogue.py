@@ -184,7 +184,7 @@ def test_compiled(requires_grad: bool) -> None:
         (torch.randn(3, 1, 1), r"scale has shape \(3, 1, 1\): an input with 3 channels needs \(3,\)"),
         (torch.randn(3).double(), "scale has dtype torch.float64 but x has torch.float32"),
         (torch.randn(3, device="meta"), "scale is on meta but x is on cpu"),
-        (2.0, r"scale is 2\.0: it must be a tensor with a number for each channel"),
+        (2.0, r"scale is 2\.0: it must be a tensor with one number for each channel"),
     ],
 )
 def test_wrong_scales(scale: Any, message: str) -> None:

@@ -361,7 +361,7 @@ def test_unregistered_backends_are_gone() -> None:
 def test_names_of_backends_are_unique() -> None:
     before = ops.backends()
     for name in before:
-        with pytest.raises(ArgumentError, match=f"there is a backend '{name}' already"):
+        with pytest.raises(ArgumentError, match=f"a backend named '{name}' is already registered"):
             ops.register(TestBackend(name))
     assert ops.backends() == before
 

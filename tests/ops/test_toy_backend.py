@@ -69,18 +69,18 @@ def test_weight_gradients_run_on_the_next_backend_that_has_them() -> None:
     explained = ops.explain(x, [kernel])
     assert [e.backend for e in explained[:2]] == ["toy"] * 2
     assert explained[0].details == "1 convolutions"
-    assert explained[2].reasons["toy"] == ["it has no depthwise_weight_grad"]
+    assert explained[2].reasons["toy"] == ["it does not implement depthwise_weight_grad"]
     with ops.trace() as trace:
         ops.depthwise_sum(x, [kernel]).sum().backward()
     assert trace.backends() == [e.backend for e in explained]
-    with pytest.raises(ops.NoBackendError, match=r"toy cannot compute .*: it has no depthwise_weight_grad"):
+    with pytest.raises(ops.NoBackendError, match=r"toy cannot compute .*: it does not implement depthwise_weight_grad"):
         ops.depthwise_weight_grad(x.detach(), x.detach(), (3, 3), backend="toy")
 
 
 @pytest.mark.parametrize("backend", [ToyBackend, "toy", object(), reference], ids=["class", "name", "object", "module"])
 def test_only_instances_of_backend_are_registered(backend: object) -> None:
     before = ops.backends()
-    with pytest.raises(ArgumentError, match="is no backend: pass an instance of"):
+    with pytest.raises(ArgumentError, match="is not a backend: pass an instance of"):
         ops.register(backend)  # type: ignore[arg-type]
     assert ops.backends() == before
 

@@ -62,7 +62,7 @@ def test_not_a_module() -> None:
 
 
 def test_no_weights() -> None:
-    with pytest.raises(ArgumentError, match="meta device: zeros can be told from weights only"):
+    with pytest.raises(ArgumentError, match="meta device: zeros can be found only in weights"):
         compact(nn.Linear(2, 2, device="meta"))
 
 
@@ -74,7 +74,7 @@ def test_a_wrong_batch(size: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("wrong", [{"mac": -1}, {"block": 0}, {"ragged": 0.5}])
 def test_wrong_prices(wrong: dict[str, float]) -> None:
-    with pytest.raises(ArgumentError, match="prices must be at least 0, block and ragged at least 1"):
+    with pytest.raises(ArgumentError, match="costs must be at least 0, block and ragged at least 1"):
         CostModel(**wrong)
 
 

@@ -1,1 +1,1 @@
-"""Analysis of networks: what they cost."""
+"""Analysis of networks: parameters and operations."""

@@ -1,7 +1,7 @@
-"""Parameters, multiply-accumulates and activations of a network, counted by PyTorch's counter without computing anything.
+"""Parameters, multiply-accumulates and activations of a network, counted by PyTorch's counter without running the network.
 
-A sparse network has three sizes: all its weights (dense); without the weights that are zero, as papers report it (non-zero);
-and what is computed once the network is folded and dead parts are removed (realized). Only the last one saves time.
+A sparse network has three sizes: with all its weights (dense); without the weights that are zero, as papers report it
+(non-zero); and after folding and removing dead parts (realized). Only the last one saves time.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Complexity:
         training: cost of the training form as it is executed here: the dense size.
         folded: cost after `fold`.
         published_macs: multiply-accumulates of the training form as the authors' code executes it. They differ for tiles,
-            which the authors convolve one by one and which are assembled into strips first here.
+            which the authors' code convolves one by one, and which this library first assembles into strips.
         nonzero: cost of the training form without the zero weights of convolutions, linear layers and large kernels.
             Vectors (biases, norms, layer scales) count in full.
         realized: cost after `widekernel.transforms.compaction.compact`, where scattered zeros save nothing.
@@ -91,14 +91,14 @@ class Complexity:
 
 
 def complexity(model: nn.Module, input_size: Sequence[int] = (3, 224, 224)) -> Complexity:
-    """Count what `model` costs for one image in evaluation mode.
+    """Count the cost of `model` for one image in evaluation mode.
 
     Nothing is computed, and the model is not changed. Zero weights save multiply-accumulates only in two-dimensional
     convolutions, linear layers and large kernels that are called as modules; other products count in full.
 
     Args:
-        model: the network in its training form. Masks must be applied to its weights, except learned 2:4 masks, which are
-            applied here. A network without data (meta device) counts as one without zeros.
+        model: the network in its training form. Masks must be applied to its weights, except learned 2:4 masks, which this
+            function applies. A network without data (meta device) counts as one without zeros.
         input_size: (channels, height, width) of the image.
 
     Raises:
@@ -120,11 +120,11 @@ def complexity(model: nn.Module, input_size: Sequence[int] = (3, 224, 224)) -> C
 
 @dataclass
 class _Uncounted:
-    """Multiply-accumulates of a forward pass that PyTorch's counter does not know.
+    """Counts of multiply-accumulates of a forward pass that PyTorch's counter does not provide.
 
     Attributes:
-        published: how many more the authors' execution takes.
-        zeros: how many have a zero weight.
+        published: additional multiply-accumulates in the authors' execution.
+        zeros: multiply-accumulates with a zero weight.
     """
 
     published: int = 0
@@ -141,7 +141,7 @@ def _without_data(model: nn.Module) -> nn.Module:
 
 
 def _cost(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[Cost, _Uncounted]:
-    """Count the cost of a network, and what the counter does not know."""
+    """Count the cost of a network, and the multiply-accumulates that the counter does not provide."""
     modes = [(module, module.training) for module in model.modules()]
     extra = _Uncounted()
     hooks = [
@@ -163,7 +163,7 @@ def _cost(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[Cost, _Un
 
 
 def _counting_hook(extra: _Uncounted, module: nn.Module) -> Any:
-    """Return a forward hook that adds to `extra`; zeros are counted now, as the pass itself has no data."""
+    """Return a forward hook that adds to `extra`; zeros are counted now, because the pass itself has no data."""
     zeros = _zeros(module)
 
     def hook(layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
@@ -182,7 +182,7 @@ def _holds_weights(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def _zeros(module: nn.Module) -> int:
-    """Count the zeros among the weights that a layer multiplies with at every output pixel."""
+    """Count the zeros among the weights that a layer uses at every output pixel."""
     if isinstance(module, LargeKernel):
         weights = _convolved_kernels(module.source)
     else:
@@ -191,7 +191,7 @@ def _zeros(module: nn.Module) -> int:
 
 
 def _convolved_kernels(source: nn.Module) -> list[Tensor]:
-    """Return the kernels that a source convolves with: its rectangles, or its tiles, once per branch, if it has none."""
+    """Return the kernels that a source convolves with: its rectangles or, if it has none, its tiles once per branch."""
     if isinstance(source, SourceGroup):
         return [kernel for part in source.sources for kernel in _convolved_kernels(part)]
     rects = rects_of(source)
@@ -209,7 +209,7 @@ def _nonzero(weight: Tensor) -> int:
 
 
 def _has_dead_parts(model: nn.Module) -> bool:
-    """Return whether any factor is zero; otherwise there is nothing to compact, and no need to copy the weights."""
+    """Return whether any weight is zero; otherwise there is nothing to compact, and no need to copy the weights."""
     named = list(model.named_parameters())
     if any(parameter.is_meta for _, parameter in named):
         return False
@@ -217,7 +217,7 @@ def _has_dead_parts(model: nn.Module) -> bool:
 
 
 def _published_difference(layer: LargeKernel, x: Tensor) -> int:
-    """Return how many more multiply-accumulates the authors' execution of a layer takes."""
+    """Return the number of additional multiply-accumulates in the authors' execution of a layer."""
     height, width = x.shape[-2:]
     rects = rects_of(layer.source)
     if rects is None:

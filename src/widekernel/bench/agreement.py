@@ -1,7 +1,7 @@
-"""Checks that the variants of a network compute the same: large kernels one by one, outputs, and gradients.
+"""Checks that the variants of a network compute the same results: large kernels one by one, outputs, and gradients.
 
-Comparing outputs alone would not suffice. In a network that has not been trained, a block changes little of what bypasses
-it, and norms remove factors: with all large kernels off by a half, the output of a small RepLKNet is off by 1e-4.
+Comparing outputs alone would not suffice. In an untrained network, a block contributes little compared to the residual
+path, and norms remove factors: with all large kernels off by a half, the output of a small RepLKNet is off by 1e-4.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from widekernel.bench.variants import PYTORCH, PYTORCH_FOLDED, TRAIN, Variant
 from widekernel.transforms.to_torch import operator_layers, to_torch
 
 TOLERANCE = 1e-3
-"""Largest difference of outputs allowed, relative to the largest number."""
+"""Largest allowed difference of outputs, relative to the largest number."""
 GRADIENT_TOLERANCE = 1e-2
-"""Norm of the difference of gradients allowed, relative to the norm of that parameter's gradient."""
+"""Largest allowed norm of the difference of gradients, relative to the norm of that parameter's gradient."""
 NOISE_FACTOR = 4.0
-"""Factor by which a gradient may be further off than rounding moves PyTorch's own, where that is more than the tolerance.
+"""Allowed difference of a gradient as a multiple of the rounding noise in PyTorch's own, if that exceeds the tolerance.
 
-A deep network that has not been trained, with batch norms over a few values, magnifies the rounding errors of its first
-layers. How much is measured twice: between PyTorch's two layouts, and between images and slightly perturbed images.
+An untrained deep network with batch norms over a few values magnifies the rounding errors of its first layers. The noise is
+measured in two ways: between PyTorch's two layouts, and between images and slightly perturbed images.
 """
 PERTURBATION = 1e-6
-"""Size of that perturbation, relative to each number: the rounding error of a sum of a thousand numbers."""
+"""Size of the perturbation of images, relative to each number: the rounding error of a sum of a thousand numbers."""
 # A gradient that is smaller than this, relative to the largest one, is zero in theory (such as that of a bias before a batch
 # norm) and consists of rounding errors in practice.
 _ZERO_GRADIENT = 1e-4
@@ -38,11 +38,11 @@ _ZERO_GRADIENT = 1e-4
 _MEANINGLESS = 0.5
 
 REFERENCE = f"{PYTORCH} NHWC"
-"""Name of the variant that the others are compared with."""
+"""Name of the variant with which the others are compared."""
 
 
 def check_variants(name: str, variants: Sequence[Variant], mode: str, target: Tensor) -> None:
-    """Compare the variants of a network; compiles those that are to be compiled.
+    """Compare the variants of a network; compile those marked as compiled.
 
     Raises:
         BenchmarkError: if they differ, or the network cannot be trained on these images.
@@ -76,7 +76,7 @@ def _check_layers(name: str, variant: Variant) -> None:
     got, wanted = (_layer_outputs(net, layers, variant.images) for net in (variant.network, to_torch(variant.network)))
     for layer, (output, rectified) in got.items():
         theirs, _ = wanted[layer]
-        # Our layer may apply the activation that follows it in the other network.
+        # Our layer may apply the activation itself, which follows the layer in the other network.
         outputs = {variant.name: output, PYTORCH: theirs.relu() if rectified else theirs}
         check_agreement(outputs, PYTORCH, f"the layer {layer or type(variant.network).__name__} of {name}", TOLERANCE)
 
@@ -89,7 +89,7 @@ def _layer_outputs(network: nn.Module, layers: Sequence[str], images: Tensor) ->
         for layer in layers:
 
             def note(module: nn.Module, args: Any, options: dict[str, Any], output: Tensor, layer: str = layer) -> None:
-                # Cloned, because an activation that works in place must not change it.
+                # Cloned, because an in-place activation must not change it.
                 outputs[layer] = output.clone(), bool(options.get("relu"))
 
             hooks.callback(network.get_submodule(layer).register_forward_hook(note, with_kwargs=True).remove)
@@ -104,7 +104,7 @@ def _perturbed(images: Tensor) -> Tensor:
 
 
 def _largest_noise(wanted: Sequence[Tensor], got: Sequence[Tensor], noise: Sequence[float]) -> list[float]:
-    """Return, for each gradient, its difference or the noise seen before, whichever is larger."""
+    """Return, for each gradient, its difference or the earlier noise, whichever is larger."""
     seen = [_difference(*pair) for pair in zip(got, wanted)]
     return [max(pair) for pair in zip(seen, noise)] if noise else seen
 

@@ -1,4 +1,4 @@
-"""The convolutions that are timed, in named sets, with the least work and memory traffic that each of them needs."""
+"""The convolutions that are timed, in named sets, with the minimum work and memory traffic of each."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Case:
 
     @property
     def bytes_moved(self) -> int:
-        """Least number of bytes that any algorithm reads and writes in each pass: two images and one kernel."""
+        """Minimum number of bytes that any algorithm reads and writes in each pass: two images and one kernel."""
         return self.bytes_moved_in(BYTES)
 
     def bytes_moved_in(self, size: int) -> int:
@@ -76,7 +76,7 @@ class Case:
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates in each pass, counting taps on pixels and not those on padding."""
+        """Multiply-accumulates in each pass, counting taps on pixels but not on padding."""
         return self.batch * self.channels * inside(self.height, self.kernel[0]) * inside(self.width, self.kernel[1])
 
     @property
@@ -106,7 +106,7 @@ def _set(rows: str) -> dict[str, Case]:
     return cases
 
 
-# Layers of the networks that the operator is made for, and dense kernels of SLaK's size.
+# Layers of the networks for which the operator was designed, and dense kernels of SLaK's size.
 _TARGETS = _set("""
     replknet-1    128  56  56 31 31
     replknet-2    256  28  28 29 29
@@ -141,7 +141,7 @@ SETS = ("targets", "layers", "small", "sweep")
 
 
 def choose(names: Sequence[str], batch: int | None = None) -> tuple[list[Case], list[str]]:
-    """Return the cases that `names` stand for, each once, and a line about each kind of case that was left out.
+    """Return the cases named by `names`, each once, and a line about each kind of case that was left out.
 
     Args:
         names: names of sets (`SETS`), names of cases, or patterns such as `slak-*`.
@@ -164,18 +164,17 @@ def choose(names: Sequence[str], batch: int | None = None) -> tuple[list[Case], 
         )
         if not found:
             raise ArgumentError(
-                f"there is no case {name!r}.{nearest(name, [*SETS, *known])} Sets: {', '.join(SETS)}. "
-                f"Cases: {', '.join(known)}."
+                f"unknown case {name!r}.{nearest(name, [*SETS, *known])} Sets: {', '.join(SETS)}. Cases: {', '.join(known)}."
             )
         cases += [case if batch is None or case.name in _FIXED_BATCH else replace(case, batch=batch) for case in found]
     return list(dict.fromkeys(cases)), left_out
 
 
 def parse_case(shape: str, kernel: str) -> Case:
-    """Parse a case from texts such as `8,128,56,56` and `31x31`.
+    """Parse a case from strings such as `8,128,56,56` and `31x31`.
 
     Raises:
-        ArgumentError: if the texts have another form.
+        ArgumentError: if the strings have another form.
     """
     sizes, taps = _numbers(shape, ","), _numbers(kernel, "x")
     if sizes is None or len(sizes) != 4:

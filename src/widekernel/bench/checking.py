@@ -1,4 +1,4 @@
-"""Checks that come before any timing: the operator against its definition in float64, implementations against each other."""
+"""Checks before any timing: the operator against its definition in float64, and implementations against each other."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from widekernel.ops.reference import relative_error
 
 OPERATOR_TOLERANCE = 1e-5
 AGREEMENT_TOLERANCE = 1e-4
-"""Largest differences allowed, relative to the largest number."""
+"""Largest allowed differences, relative to the largest number."""
 
 _COMPUTED = ("depthwise_sum", "depthwise_sum (an input gradient)", "depthwise_weight_grad")
 
@@ -30,7 +30,7 @@ class BackendRequest(TypedDict):
 Shape = tuple[int, int, int, int]
 
 # (N, C, H, W), kernels and their anchors: squares, strips, kernels larger than the image, even ones, several in one call,
-# and numbers of channels and images that are no multiple of a vector or a tile.
+# and numbers of channels and images that are not multiples of a vector or a tile.
 _SMALL: tuple[tuple[Shape, list[tuple[Anchor, Anchor]]], ...] = (
     ((1, 19, 33, 37), [((31, 31), (15, 15)), ((5, 5), (2, 2))]),
     ((1, 33, 14, 14), [((27, 27), (13, 13))]),
@@ -45,12 +45,12 @@ def check_operator(backend: str | None = None, algorithm: str | None = None) -> 
     """Compare both operators with their definition, on small problems in both layouts.
 
     Args:
-        backend: to check, on the problems that it takes; by default the one that is selected for each problem.
-        algorithm: that it must use; by default the fastest.
+        backend: the backend to check, on the problems that it can compute; by default the one selected for each problem.
+        algorithm: the algorithm that it must use; by default the fastest.
 
     Raises:
         BenchmarkError: if a number is wrong.
-        NoBackendError: if the backend takes none of the problems.
+        NoBackendError: if the backend can compute none of the problems.
     """
     generator = torch.Generator().manual_seed(0)
     refusals, checked = [], 0
@@ -77,10 +77,10 @@ def check_agreement(
     """Compare outputs with one of them; return the largest difference, relative to the largest number.
 
     Args:
-        outputs: of every implementation, by name.
-        reference: name of the output that the others are compared with.
-        what: was computed, for the message.
-        tolerance: largest difference allowed.
+        outputs: the output of every implementation, by name.
+        reference: name of the output with which the others are compared.
+        what: description of the computation, for the message.
+        tolerance: largest allowed difference.
 
     Raises:
         BenchmarkError: if an output differs by more.
@@ -92,7 +92,7 @@ def check_agreement(
         if not error <= tolerance:
             raise BenchmarkError(
                 f"{what}: {name} and {reference} differ by {error:.2g} of the largest number, more than {tolerance:g}. "
-                "Nothing is reported, because times of wrong results mean nothing: find out which of the two is wrong, or "
+                "Nothing is reported, because times of wrong results are meaningless: find out which one is wrong, or "
                 "leave the case out."
             )
         largest = max(largest, error)
@@ -119,7 +119,7 @@ class _Problem(NamedTuple):
     def computed(
         self, dtype: torch.dtype, layout: torch.memory_format, backend: str | None, algorithm: str | None
     ) -> list[Tensor]:
-        """Compute the outputs that `_COMPUTED` names."""
+        """Compute the outputs listed in `_COMPUTED`."""
         request: BackendRequest = {"backend": backend, "algorithm": algorithm}
         x, grad = (image.to(dtype=dtype, memory_format=layout) for image in (self.x, self.grad))
         kernels = [kernel.to(dtype) for kernel in self.kernels]

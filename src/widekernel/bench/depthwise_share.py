@@ -1,7 +1,7 @@
 """The share of a network's time that is spent in depthwise convolutions.
 
-Operators are timed as they are called, forward and backward. PyTorch's profiler would report the same and more, but it also
-prints messages to the error stream.
+Operators are timed when they are called, forward and backward. PyTorch's profiler would report the same and more, but it
+also prints messages to standard error.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _PYTORCH = {
 def depthwise_share(call: Callable[[], Any], device: torch.device | None = None) -> float:
     """Make one call and return the share of its time spent in depthwise convolutions, between 0 and 1.
 
-    On a CUDA device the host must be ahead of the device, as it is for batches of a realistic size. Otherwise the gaps
+    On a CUDA device, the host must be ahead of the device, as it is for batches of a realistic size. Otherwise the gaps
     between launches are counted as well.
 
     Args:
-        call: to make.
-        device: where it computes; by default the CPU.
+        call: the call to make.
+        device: the device on which it computes; by default the CPU.
     """
     marks = _DeviceMarks(device) if device is not None and device.type == "cuda" else _HostMarks()
     with _Recorder(marks) as recorder:
@@ -42,7 +42,7 @@ def depthwise_share(call: Callable[[], Any], device: torch.device | None = None)
 
 
 class _HostMarks:
-    """Marks points in time by the clock of the host."""
+    """Marks of points in time, by the clock of the host."""
 
     def now(self) -> Any:
         return time.perf_counter()
@@ -52,7 +52,7 @@ class _HostMarks:
 
 
 class _DeviceMarks:
-    """Marks points in time by events in the queue of a device."""
+    """Marks of points in time, by events in the queue of a device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -68,7 +68,7 @@ class _DeviceMarks:
 
 
 class _Recorder(TorchDispatchMode):
-    """Records when depthwise convolutions start and end; operators that an operator calls are not recorded."""
+    """A mode that records when depthwise convolutions start and end; operators that an operator calls are not recorded."""
 
     def __init__(self, marks: _HostMarks | _DeviceMarks) -> None:
         super().__init__()
@@ -92,5 +92,5 @@ def _is_depthwise(operator: Any, args: Any) -> bool:
         return False
     kernel_at, groups_at = _PYTORCH[operator]
     kernel, groups = args[kernel_at], args[groups_at] if len(args) > groups_at else 1
-    # With a single group it is an ordinary convolution, whatever the number of channels.
+    # With a single group, it is an ordinary convolution, whatever the number of channels.
     return kernel.dim() == 4 and kernel.shape[1] == 1 and groups > 1

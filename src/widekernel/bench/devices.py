@@ -1,4 +1,4 @@
-"""CUDA devices as the command line names them, and a stopwatch that times calls by CUDA events."""
+"""CUDA devices from the command line, and a stopwatch that times calls by CUDA events."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Accelerator:
 
     @contextmanager
     def current(self) -> Iterator[None]:
-        """Make this the current device inside the block, to which streams and events belong."""
+        """Make this the current device inside the block; streams and events belong to the current device."""
         if self.device.type != "cuda":
             yield
             return
@@ -42,23 +42,23 @@ class Event(Protocol):
     """A CUDA event with timing enabled."""
 
     def record(self) -> Any:
-        """Record the time at which the device reaches this place in its queue."""
+        """Record the time at which the device reaches this point in its queue."""
 
     def synchronize(self) -> Any:
-        """Wait until the device has reached that place."""
+        """Wait until the device has reached that point."""
 
     def elapsed_time(self, end: Any) -> float:
         """Return the milliseconds from this event to `end`."""
 
 
 class EventStopwatch:
-    """Times calls by events in the queue of a device, with cold caches.
+    """A stopwatch that times calls by events in the queue of a device, with cold caches.
 
-    The caches are flushed before each call. That is not timed, and takes long enough for the host to launch the kernels of
-    the call. So the time is that of the device's work, unless the host takes even longer.
+    The caches are flushed before each call. The flush is not timed, and takes long enough for the host to launch the kernels
+    of the call. So only the device's work is timed, unless the host takes even longer.
 
     Args:
-        flush: queues work that takes `HEAD_START` and evicts from the caches what earlier calls left there.
+        flush: queues work that takes `HEAD_START` and evicts the data of earlier calls from the caches.
         new_event: creates an `Event`.
         synchronize: waits for the device.
         release: returns cached memory to the device.
@@ -95,20 +95,20 @@ class EventStopwatch:
             self._synchronize()
         except Exception as error:
             raise DeviceLostError(
-                f"the device takes no more calls after one that failed ({in_short(error)}): run what is missing in a new "
-                "process"
+                f"the device accepts no more calls after one that failed ({in_short(error)}): run the missing cases in a "
+                "new process"
             ) from error
         self._release()
 
 
 def accelerator(text: str) -> Accelerator | None:
-    """Return the device that a command line names; None for the CPU.
+    """Return the device named on the command line; None for the CPU.
 
     Args:
         text: `cpu`, `cuda` or `cuda:N`.
 
     Raises:
-        ArgumentError: if the text names no device, or there is no such device.
+        ArgumentError: if the text names no device, or that device does not exist.
     """
     if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
         raise ArgumentError(f"device is {text!r}, but benchmarks run on cpu, cuda or cuda:N only: give one of these")
@@ -147,7 +147,7 @@ def cuda_stopwatch(device: torch.device) -> EventStopwatch:
     def flush() -> None:
         for _ in range(times):
             zero()
-        # Read the buffer once more: the cache then holds clean lines, which the timed call need not write back.
+        # Read the buffer once more: the cache then holds clean lines, which the timed call does not have to write back.
         buffer.sum()
 
     def synchronize() -> None:
@@ -157,7 +157,7 @@ def cuda_stopwatch(device: torch.device) -> EventStopwatch:
 
 
 def _repetitions(seconds: float, work: Callable[[], None], new_event: Callable[[], Event]) -> int:
-    """Return how often `work` must be queued to keep the device busy for so many seconds."""
+    """Return how often `work` must be queued to keep the device busy for `seconds` seconds."""
     start, end = new_event(), new_event()
     for _ in range(3):
         work()

@@ -1,4 +1,4 @@
-"""The forward pass in other inference engines, where they are installed: onnxruntime and OpenVINO.
+"""The forward pass in other inference engines, if they are installed: onnxruntime and OpenVINO.
 
 Each engine runs a network of one depthwise convolution with a constant kernel, in float32 and on as many threads as PyTorch.
 Its output is not copied.
@@ -21,7 +21,7 @@ ENGINES = tuple(_NEEDS)
 
 
 def missing(engine: str) -> list[str]:
-    """Return the packages that `engine` needs and that are not installed."""
+    """Return the packages that `engine` needs but that are not installed."""
     return [package for package in _NEEDS[engine] if importlib.util.find_spec(package) is None]
 
 
@@ -48,7 +48,7 @@ def _onnxruntime(x: Tensor, kernel: Tensor) -> Callable[[], Tensor]:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    # Otherwise its threads would go on spinning while the next implementation is timed.
+    # Otherwise its threads would keep spinning while the next implementation is timed.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     feed = {"x": x.contiguous().numpy()}
@@ -62,7 +62,7 @@ def _openvino(x: Tensor, kernel: Tensor) -> Callable[[], Tensor]:
     image = operators.parameter(list(x.shape), np.float32)
     filters = operators.constant(kernel.unsqueeze(1).numpy())
     y = operators.group_convolution(image, filters, [1, 1], pads, pads, [1, 1])
-    # Otherwise it computes in bfloat16 where the processor supports it.
+    # Otherwise it computes in bfloat16 if the processor supports it.
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     compiled = openvino.Core().compile_model(openvino.Model([y], [image]), "CPU", settings)
     request, feed = compiled.create_infer_request(), openvino.Tensor(x.contiguous().numpy(), shared_memory=True)

@@ -6,8 +6,8 @@ from widekernel.errors import WidekernelError
 
 
 class BenchmarkError(WidekernelError, RuntimeError):
-    """Something to be timed computes wrong results, so that no time is reported."""
+    """An implementation computes wrong results or cannot run, so that no time is reported."""
 
 
 class DeviceLostError(WidekernelError, RuntimeError):
-    """The device answers every further call with an error."""
+    """The device reports an error for every further call."""

@@ -1,4 +1,4 @@
-"""The CUDA device that is measured on: its description, and the speeds that limit every convolution on it."""
+"""The CUDA device under test: its description, and the speeds that limit every convolution on it."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _CALLS = 10
 
 @dataclass(frozen=True)
 class Gpu:
-    """The facts about a device that belong beside a table of times.
+    """The facts about a device that accompany a table of times.
 
     Attributes:
-        name: of the device.
+        name: name of the device.
         capability: compute capability, such as `9.0`.
         multiprocessors: number of streaming multiprocessors.
-        memory: in GiB.
+        memory: device memory in GiB.
         cache: L2 cache in MiB.
         host: the processor and its cores.
-        versions: of the driver and of every package that is timed.
+        versions: versions of the driver and of every package that is timed.
         bandwidth: bytes read and written by copies of large tensors, in GB/s.
         products: GFLOP/s of the product of large matrices, by the name of the precision.
     """
@@ -48,7 +48,7 @@ class Gpu:
     def peak(self, precision: Precision) -> float:
         """Return the highest speed of computations in a precision, in GFLOP/s.
 
-        Strict float32 can use three TF32 products as well as the float32 units: the faster way counts.
+        Strict float32 can use either three TF32 products or the float32 units: the faster option counts.
         """
         peak = self.products[precision.name]
         return max(peak, self.products[TF32.name] / 3) if precision is FLOAT32 else peak
@@ -99,7 +99,7 @@ def product_speed(device: torch.device, stopwatch: Stopwatch, precision: Precisi
 
 
 def _shortest(call: Callable[[], object], stopwatch: Stopwatch) -> float:
-    """Return the shortest time of several calls, after two warm-up calls: a limit is the best that was seen."""
+    """Return the shortest time of several calls, after two warm-up calls, because a limit is the best observed time."""
     for _ in range(2):
         call()
     return min(stopwatch.time(call)[1] for _ in range(_CALLS))
@@ -119,7 +119,7 @@ def _versions() -> dict[str, str]:
 
 
 def _driver() -> str:
-    """Return the version of the driver as `nvidia-smi` reports it, because PyTorch does not know it."""
+    """Return the version of the driver, which PyTorch does not know, from `nvidia-smi`."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return "unknown"

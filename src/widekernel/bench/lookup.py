@@ -12,7 +12,7 @@ from widekernel.tasks.assembly import build_model, pretrained_cfg
 
 
 def build_network(name: str) -> tuple[nn.Module, int]:
-    """Build a network; return it and the side length of the images that it is made for, in pixels."""
+    """Build a network; return it and the side of its default images, in pixels."""
     model = build_model(name, None, {})
     return model, int(pretrained_cfg(model)["input_size"][-1])
 

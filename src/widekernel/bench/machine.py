@@ -1,4 +1,4 @@
-"""The machine that is measured on: its description, and the two speeds that limit every convolution on its CPU."""
+"""The machine under test: its description, and the two speeds that limit every convolution on its CPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MATRIX, _COPIED = 2048, 2**26  # rows of a square matrix; numbers of a tensor t
 
 @dataclass(frozen=True)
 class Machine:
-    """The facts about a CPU that belong beside a table of times.
+    """The facts about a CPU that accompany a table of times.
 
     Attributes:
         cpu: model of the processor.
@@ -31,11 +31,11 @@ class Machine:
         threads: number of threads that it uses.
         capability: vector instructions that PyTorch uses.
         native: vector instructions that the native library uses, or `none`.
-        versions: of Python and of every package that is timed.
+        versions: versions of Python and of every package that is timed.
         peak: fused multiply-adds of all threads together, in GFLOP/s.
         peak_source: how the peak was measured.
         bandwidth: bytes read and written by copies of tensors that are larger than usual caches, in GB/s.
-        waiting: how threads wait for work, as the environment sets it.
+        waiting: how threads wait for work, according to the environment.
     """
 
     cpu: str
@@ -81,12 +81,12 @@ def measure_machine() -> Machine:
 def fma_peak(threads: int) -> tuple[float, str]:
     """Measure fused multiply-adds; return the GFLOP/s and how they were measured.
 
-    Without the native library the speed of a matrix product stands in. It stays below the peak, in some builds of PyTorch
-    far below it.
+    Without the native library, the speed of a matrix product is used instead. It is below the peak, and far below it in some
+    builds of PyTorch.
     """
     loaded = library.load()
     if loaded.reason is None:
-        # The best of several, because other work on the machine only slows a measurement down.
+        # The best of several measurements, because other work on the machine can only slow one down.
         tries = [loaded.calls.wk_fma_peak(threads, _PEAK_SECONDS / 5) for _ in range(5)]
         return max(tries) / 1e9, "measured in registers by the native library"
     a, b = torch.randn(_MATRIX, _MATRIX), torch.randn(_MATRIX, _MATRIX)
@@ -108,7 +108,7 @@ def copy_speed(source: Tensor, shortest: Callable[[Callable[[], object]], float]
 
 @contextmanager
 def using_threads(threads: int | None) -> Iterator[None]:
-    """Compute with that many threads inside the block; None leaves the number unchanged.
+    """Compute with `threads` threads inside the block; None leaves the number unchanged.
 
     Raises:
         ArgumentError: if the number is not positive.
@@ -164,7 +164,7 @@ def _versions() -> dict[str, str]:
 
 
 def _shortest(call: Callable[[], object], seconds: float) -> float:
-    """Repeat a call for so many seconds, after one warm-up call, and return its shortest time."""
+    """Repeat a call for `seconds` seconds, after one warm-up call, and return its shortest time."""
     call()
     shortest, deadline = float("inf"), time.perf_counter() + seconds
     while True:

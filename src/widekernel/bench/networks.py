@@ -1,6 +1,7 @@
-"""Whole networks in training and inference: ours beside the same network on PyTorch's convolutions.
+"""Whole networks in training and inference: ours, and for comparison the same network on PyTorch's convolutions.
 
-On a CPU the first error raises. On a device, what fails or computes wrong results has no times and its row says why.
+On a CPU, the first error raises. On a device, a variant that fails or computes wrong results has no times, and its row says
+why.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from widekernel.tasks.image_channels import input_channels
 CHECKED = 2
 """Number of images on which variants are compared on a device; batch norm needs more than one."""
 COMPILED_TOLERANCE = {"float32": 1e-3, "tf32": 1e-2, "float16": 5e-2, "bfloat16": 1e-1}
-"""Largest difference of outputs that compiling may cause, relative to the largest number: it rounds elsewhere."""
+"""Largest difference of outputs that compiling may cause through different rounding, relative to the largest number."""
 DEFAULT_NETWORKS = ("replknet_31b", "slak_tiny", "shiftwise_tiny", "convnext_tiny")
 DEFAULT_BATCHES = (64, 128)
 _ALL = "all"
@@ -45,17 +46,17 @@ _FAILED = Timing(())
 
 @dataclass(frozen=True)
 class NetworkPlan:
-    """What is measured, and for how long.
+    """The networks to measure, and how.
 
     Attributes:
-        networks: by name, functions that build the network and return it with the usual side length of its images.
+        networks: by name, functions that build the network and return it with the side of its default images.
         batches: numbers of images per call.
-        precisions: in which the networks compute.
-        modes: to time.
+        precisions: precisions in which the networks compute.
+        modes: modes to time.
         compiled: whether to time variants compiled by `torch.compile` as well.
         size: height and width of the images; None for the network's own.
-        seconds: for each variant.
-        rounds: timed calls of each variant, instead of `seconds`.
+        seconds: time to spend on each variant.
+        rounds: number of timed calls of each variant, instead of `seconds`.
     """
 
     networks: Mapping[str, Callable[[], tuple[nn.Module, int]]]
@@ -74,16 +75,16 @@ def measure_networks(
     budget: TimeBudget,
     advance: Callable[[str, int], None] = lambda what, steps: None,
 ) -> Iterator[NetworkRow]:
-    """Time networks, their variants in turns; yield the rows of each precision, batch and mode once they are measured.
+    """Time networks, with their variants in turn; yield the rows of each precision, batch and mode once they are measured.
 
-    On a device, compiled variants come last, in a second round in turns with all the others: compiling takes minutes per
-    network and must not cost other rows.
+    On a device, compiled variants come last, in a second round in turn with all the others: compiling takes minutes per
+    network and must not use up the time of other rows.
 
     Args:
         plan: what to time.
-        platform: where.
-        budget: tells when the time is over, and collects notes of what has no times.
-        advance: is called with what comes next, and with the number of networks that were finished.
+        platform: where to time it.
+        budget: tells when the time is over, and collects notes on variants without times.
+        advance: called with a description of the next step, and the number of networks that were finished.
 
     Raises:
         BenchmarkError: on a CPU, if variants give different outputs or gradients, or the network cannot run.
@@ -108,7 +109,7 @@ def measure_networks(
                 if trial.failed:
                     failed.add((name, precision, batch, mode))
                 if compiled:
-                    # Compiled programs are not used again; they occupy memory and the few places in the cache.
+                    # Compiled programs are not used again; they occupy memory and the few entries of the cache.
                     torch.compiler.reset()
             advance("", 0 if in_two_rounds and compiled else 1)
 
@@ -117,7 +118,7 @@ def example_batch(name: str, model: nn.Module, batch: int, size: int) -> tuple[T
     """Return random images (N, C, size, size) and their classes (N), on the device of the model.
 
     Raises:
-        BenchmarkError: if the network does not run on such images, or is no classifier.
+        BenchmarkError: if the network does not run on such images, or is not a classifier.
     """
     images = torch.randn(batch, input_channels(model), size, size, generator=torch.Generator().manual_seed(0))
     device = next((parameter.device for parameter in model.parameters()), images.device)
@@ -126,7 +127,7 @@ def example_batch(name: str, model: nn.Module, batch: int, size: int) -> tuple[T
 
 
 def network_call(variant: Variant, mode: str, target: Tensor, conditions: Conditions = nullcontext) -> Callable[[], None]:
-    """Return the call that is timed: inference, or a training step."""
+    """Return the call to time: inference, or a training step."""
     forward, x = variant.forward, variant.images
     if mode == INFER:
 
@@ -153,7 +154,7 @@ def _build(build: Callable[[], tuple[nn.Module, int]], device: torch.device) -> 
 
 
 def _number_of_classes(name: str, model: nn.Module, images: Tensor) -> int:
-    """Run one image, which also shows whether the network accepts this size."""
+    """Return the number of classes, from a run on one image, which also shows whether the network accepts this size."""
     try:
         with torch.inference_mode():
             output = copy.deepcopy(model).eval()(images[:1])
@@ -184,7 +185,7 @@ class _Trial:
         """Check and time the variants; return a row for each, or a single row if none could be timed.
 
         Raises:
-            Exception: on a CPU, whatever goes wrong.
+            Exception: on a CPU, any error.
         """
         failure, device_lost = "", False
         try:
@@ -209,14 +210,14 @@ class _Trial:
         return [self._row(everything)]
 
     def _measure(self, model: nn.Module, batch: int, size: int) -> list[NetworkRow]:
-        # PyTorch's settings are restored before anybody sees a row.
+        # PyTorch's settings are restored before the consumer gets a row.
         with in_force(self.precision):
             images, target = example_batch(self.name, model, batch, size)
             variants = build_variants(model, self.mode, images, self.plan.compiled, self._conditions)
         self._check(variants, target)
         with in_force(self.precision):
             self._time(variants, target)
-        # On a device, the variants that are not compiled had their rows in the first round.
+        # On a device, the uncompiled variants had their rows in the first round.
         shown = [v for v in variants if not self.platform.is_device or v.compiled == self.plan.compiled]
         return [self._row(variant) for variant in shown]
 
@@ -233,7 +234,7 @@ class _Trial:
     def _check(self, variants: Sequence[Variant], target: Tensor) -> None:
         """Compare the variants in strict float32, where differences are meaningful.
 
-        On a device, few images suffice, and compiled variants are checked as they are timed.
+        On a device, a few images suffice, and compiled variants are checked when they are timed.
         """
         checked = list(variants)
         if self.platform.is_device:
@@ -265,8 +266,8 @@ class _Trial:
     def _check_compiled(self, variants: Sequence[Variant]) -> None:
         """Compare the outputs of compiled variants with those of the uncompiled ones, in the precision that is timed.
 
-        Compiling rounds elsewhere, and a network that has not been trained may magnify that. The difference between
-        PyTorch's two layouts tells by how much.
+        Compiled code rounds differently, and an untrained network may magnify the difference. The difference between
+        PyTorch's two layouts shows by how much.
         """
         uncompiled = {variant.name: variant for variant in variants if not variant.compiled}
         pairs = [(v, uncompiled.get(replace(v, compiled=False).name)) for v in variants if v.compiled]
@@ -279,13 +280,13 @@ class _Trial:
             error = math.nan if twin is None else relative_error(self._output(variant), self._output(twin))
             # Written so that NaN is an error as well.
             if not error <= allowed:
-                why = f"its output is off by {error:.2g} of what it is without compiling, more than {allowed:.2g}"
+                why = f"its output is off by {error:.2g} of the largest number without compiling, more than {allowed:.2g}"
                 self.failures[variant.name] = why
                 self.budget.wrong.append(f"{self.name}, {self.mode}, {variant.name}: {why}")
 
     def _output(self, variant: Variant) -> Tensor:
         torch.manual_seed(0)  # for networks with dropout or stochastic depth
-        # The same mode as in the timed calls: another one would compile the network once more.
+        # The same mode as in the timed calls: another mode would compile the network once more.
         mode = torch.inference_mode() if self.mode == INFER else nullcontext()
         with mode, self._conditions():
             return variant.forward(variant.images).detach().float()

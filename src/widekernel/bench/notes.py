@@ -1,26 +1,26 @@
-"""How to read the tables: the notes below each of them."""
+"""The notes below each table, which explain how to read it."""
 
 from __future__ import annotations
 
 _INPUT_GRADIENT = (
-    "The input gradient of ours includes flipping the kernel. PyTorch's gradients are `aten.convolution_backward`, with "
-    "one of them requested at a time."
+    "Our input gradient includes flipping the kernel. PyTorch's gradients are computed by `aten.convolution_backward`, one "
+    "at a time."
 )
 OPERATOR_NOTES: tuple[str, ...] = (
-    "Times are medians of calls made in turns with the other implementations, on the same numbers, in float32; ± is "
-    "half the interquartile range. A number in parentheses is the number of calls, if there were fewer than five: what "
-    "takes more than a second is called once.",
+    "Times are medians of calls made in turn with the other implementations, on the same numbers, in float32; ± is "
+    "half the interquartile range. A number in parentheses is the number of calls, if there were fewer than five: an "
+    "implementation that takes more than a second is called once.",
     "× best, × NCHW: speed-up of ours over PyTorch in its faster layout, and in its default layout.",
     "GFLOP/s count two operations for each tap that lies on a pixel, and none for padding. An algorithm that needs "
     "fewer operations can exceed the FMA peak (of peak > 1).",
-    "limit: the time of direct computation at the FMA peak, or of reading and writing everything once at the speed at "
+    "limit: the time of direct computation at the FMA peak, or of reading and writing everything once at the speed with "
     "which PyTorch copies tensors of this size, whichever is longer.",
     _INPUT_GRADIENT,
     "Before anything is timed, the operator is compared with its definition in float64 on small shapes; before each "
     "case, all implementations are compared with each other.",
 )
 NETWORK_NOTES: tuple[str, ...] = (
-    "Times are medians of calls made in turns, on the same images, in float32; ± is half the interquartile range. A "
+    "Times are medians of calls made in turn, on the same images, in float32; ± is half the interquartile range. A "
     "number in parentheses is the number of calls, if there were fewer than five.",
     "train: forward, cross-entropy, backward and a step of SGD. infer: forward in evaluation and inference mode.",
     "PyTorch: the same network in which PyTorch's convolutions compute every branch of a large kernel and every other "
@@ -32,38 +32,38 @@ NETWORK_NOTES: tuple[str, ...] = (
     "then the outputs of all variants, or the gradients of one step.",
 )
 DEVICE_OPERATOR_NOTES: tuple[str, ...] = (
-    "Times are those of the device, by CUDA events: medians of calls made in turns with the other implementations, on "
-    "the same random numbers. Before each call, and not timed, a buffer of at least twice the L2 cache is zeroed and "
-    "read, so that the caches are cold and the host has launched the call before the device reaches it. Every "
-    "implementation is called once before without being timed, in which it compiles, and cuDNN selects its algorithm. ± "
-    "is half the interquartile range. A number in parentheses is the number of calls, if there were fewer than five: "
-    "what takes more than 0.2 s is called once.",
-    "dtype: of all tensors; tf32 is float32 tensors with `torch.set_float32_matmul_precision('high')` and cuDNN's TF32 "
+    "Times are device times, by CUDA events: medians of calls made in turn with the other implementations, on the same "
+    "random numbers. Before each call, a buffer of at least twice the L2 cache is zeroed and read, untimed, so that the "
+    "caches are cold and the host has launched the call before the device reaches it. Every implementation first makes one "
+    "untimed call, in which it compiles, and cuDNN selects its algorithm. ± is half the interquartile range. A number in "
+    "parentheses is the number of calls, if there were fewer than five: an implementation that takes more than 0.2 s is "
+    "called once.",
+    "dtype: type of all tensors; tf32 is float32 tensors with `torch.set_float32_matmul_precision('high')` and cuDNN's TF32 "
     "allowed, float32 with neither. PyTorch's convolutions run with `cudnn.benchmark` on.",
     "× best, × NCHW: speed-up of ours over PyTorch in its faster layout, and in its default layout. PyTorch's times are "
     "the same in the two rows of a pass.",
     "TFLOP/s count two operations for each tap that lies on a pixel, and none for padding.",
     "floor: the time of these operations at the speed of a large matrix product in that type, or of reading and writing "
-    "everything once at the speed of a large copy, whichever is longer. For float32 the product is the strict one or a "
-    "third of TF32's, because three of those are equally exact, whichever is faster.",
-    "of floor: a share of 1 is out of reach where the floor is matmul: as a matrix product a convolution is a banded "
-    "Toeplitz matrix, which in tiles that the hardware supports needs 1.3 to 1.7 times the operations counted here.",
+    "everything once at the speed of a large copy, whichever is longer. For float32, the speed is that of the strict "
+    "product or a third of TF32's, whichever is faster, because three TF32 products are equally accurate.",
+    "of floor: a share of 1 cannot be reached if the floor is matmul: as a matrix product, a convolution is a banded "
+    "Toeplitz matrix, which needs 1.3 to 1.7 times the operations counted here in tiles that the hardware supports.",
     _INPUT_GRADIENT,
-    "float64 error: largest difference from float64 of the call that is timed, in its first and last image, relative to "
-    "the largest number; allowed are 1e-5 in float32, 2e-3 in tf32, 4e-3 in float16, 1.6e-2 in bfloat16. All "
-    "implementations are compared with each other on the whole batch, within twice that (1e-4 in float32). What differs "
-    "by more has no times.",
+    "float64 error: largest difference between the timed call and float64, in the first and last image, relative to the "
+    "largest number; the limit is 1e-5 in float32, 2e-3 in tf32, 4e-3 in float16 and 1.6e-2 in bfloat16. All "
+    "implementations are compared with each other on the whole batch, within twice that (1e-4 in float32). An "
+    "implementation that differs by more has no times.",
 )
 DEVICE_NETWORK_NOTES: tuple[str, ...] = (
-    "Times are those of the device, by CUDA events: medians of calls made in turns, on the same images; ± is half the "
+    "Times are device times, by CUDA events: medians of calls made in turn, on the same images; ± is half the "
     "interquartile range. A number in parentheses is the number of calls, if there were fewer than five. Every variant "
-    "is called once before without being timed.",
+    "first makes one untimed call.",
     "dtype: bfloat16 and float16 by autocast, with parameters in float32 (float16 without scaling the loss); tf32 is "
     "float32 with `torch.set_float32_matmul_precision('high')` and cuDNN's TF32 allowed. `cudnn.benchmark` is on.",
     *NETWORK_NOTES[1:4],
-    "× best of PyTorch: speed-up over the fastest of PyTorch's variants: either layout, folded or not, and for compiled "
-    "rows, which were timed in turns with all the others once more, compiled or not.",
-    "depthwise: share of the time in depthwise convolutions, measured in a call of its own.",
+    "× best of PyTorch: speed-up over the fastest of PyTorch's variants, in either layout, folded or not. Compiled rows, "
+    "for which all variants were timed in turn once more, are compared with compiled and uncompiled variants.",
+    "depthwise: share of the time in depthwise convolutions, measured in a separate call.",
     "Before anything is timed, every large-kernel layer is compared with the same layer on PyTorch's convolutions, and "
     "then the outputs of all variants, or the gradients of one step: on two images in strict float32, where a "
     "difference is meaningful. The outputs of compiled networks are compared with those before compiling, in the type "

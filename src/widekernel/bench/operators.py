@@ -1,7 +1,7 @@
-"""The three passes of depthwise convolutions: our operator beside PyTorch's and those of inference engines.
+"""The three passes of depthwise convolutions: our operator compared with PyTorch's and those of inference engines.
 
-Every row is yielded as soon as it is measured. On a CPU the first call that fails or computes wrong results raises. On a
-device it has no times and its row says why, and everything else goes on.
+Every row is yielded as soon as it is measured. On a CPU, the first call that fails or computes wrong results raises. On a
+device, such a call has no times, its row says why, and the run continues.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from widekernel.ops.problem import LAYOUTS, mirror
 from widekernel.ops.reference import relative_error
 
 PYTORCH = ("PyTorch NHWC", "PyTorch NCHW")
-"""The implementations that the others are compared with; the first one that ran counts."""
+"""The implementations with which the others are compared; the first one that ran is used."""
 _FAILED = Timing(())
 
 Call = Callable[[], Tensor]
@@ -40,16 +40,16 @@ Call = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class OperatorPlan:
-    """What is measured, and for how long.
+    """The convolutions to measure, and how.
 
     Attributes:
         cases: the convolutions.
-        precisions: each case is computed in all of them.
+        precisions: precisions, in all of which each case is computed.
         passes: the passes to time.
-        backend: that our operator must use; None for the one that is selected.
-        algorithm: that our operator must use; None for the fastest.
-        seconds: for each implementation of each pass.
-        rounds: timed calls of each implementation, instead of `seconds`.
+        backend: backend that our operator must use; None for the selected one.
+        algorithm: algorithm that our operator must use; None for the fastest.
+        seconds: time to spend on each implementation of each pass.
+        rounds: number of timed calls of each implementation, instead of `seconds`.
     """
 
     cases: Sequence[Case]
@@ -75,7 +75,7 @@ class Tensors(NamedTuple):
 
     @classmethod
     def random(cls, case: Case, precision: Precision, device: torch.device) -> Tensors:
-        """Draw random numbers; except for rounding they are the same in every precision."""
+        """Draw random numbers, which are the same in every precision, up to rounding."""
         generator = torch.Generator(device).manual_seed(0)
         shapes = case.shape, case.shape, (case.channels, 1, *case.kernel)
         return cls(*(torch.randn(shape, generator=generator, device=device).to(precision.dtype) for shape in shapes))
@@ -91,13 +91,13 @@ def measure_operators(
 
     Args:
         plan: what to time.
-        platform: where.
-        budget: tells when the time is over, and collects notes of what has no times.
-        advance: is called with what comes next, and with the number of cases that were finished.
+        platform: where to time it.
+        budget: tells when the time is over, and collects notes on cases without times.
+        advance: called with a description of the next step, and the number of cases that were finished.
 
     Raises:
         BenchmarkError: on a CPU, if implementations disagree.
-        NoBackendError: on a CPU, if the backend asked for does not compute a case.
+        NoBackendError: on a CPU, if the requested backend cannot compute a case.
     """
     names = Counter(case.name for case in plan.cases)
     for precision in plan.precisions:
@@ -186,14 +186,14 @@ class _Trial:
     error: float = math.nan
 
     def run(self, draw: Callable[[], Tensors]) -> None:
-        """Call, check and time; on a device, failures are noted.
+        """Call, check and time; on a device, record failures.
 
         Args:
-            draw: returns the tensors; memory may already run out there.
+            draw: returns the tensors; it may already run out of memory.
 
         Raises:
-            DeviceLostError: if the device takes no more calls.
-            Exception: on a CPU, whatever a call raises.
+            DeviceLostError: if the device accepts no more calls.
+            Exception: on a CPU, any error that a call raises.
         """
         try:
             self._measure(draw())
@@ -207,12 +207,12 @@ class _Trial:
         self.platform.stopwatch.recover()
 
     def fail(self, why: str) -> None:
-        """Discard all times and note why."""
+        """Discard all times and record the reason."""
         self.timings.clear()
         self.failures[self.direction] = why
 
     def rows(self, limits: Limits) -> Iterator[OperatorRow]:
-        """Yield what was measured: our operator in NCHW and in NHWC."""
+        """Yield the two rows: our operator in NCHW and in NHWC."""
         computing, moving = limits.seconds(self.case.macs)
         for layout in LAYOUTS:
             fields = self._fields(layout, limits)
@@ -257,20 +257,20 @@ class _Trial:
         return outputs, first
 
     def _note_algorithms(self, tensors: Tensors) -> None:
-        """Note how each backend that ran computes: backends name their algorithm first and further details after it."""
+        """Record the algorithm of each backend that ran; backends name it first, followed by further details."""
         for layout, memory_format in LAYOUTS.items():
             image = tensors.x.contiguous(memory_format=memory_format)
             try:
                 explained = ops.explain(image, [tensors.kernel], **self.plan.request)[PASSES.index(self.direction)]
             except ops.NoBackendError:
-                # All passes are explained or none, and this one may have run all the same.
+                # Either all passes are explained or none, and this pass may still have run.
                 continue
             self.algorithms[f"ours {layout}"] = explained.details.partition(";")[0]
 
     def _check_reference(self, tensors: Tensors, outputs: dict[str, Tensor]) -> None:
-        """Compare our operator with float64 on the first and the last image of the very call that is timed.
+        """Compare our operator with float64 on the first and the last image of the timed call itself.
 
-        A call with another batch might be computed in another way. The weight gradient is a sum over images; for it the
+        A call with another batch might be computed in another way. The weight gradient is a sum over images; for it, the
         gradient of all other images is set to zero.
         """
         x, grad, kernel = tensors
@@ -291,7 +291,7 @@ class _Trial:
             self._refuse(name, self.reference_errors[name], self.precision.tolerance, outputs)
 
     def _check_agreement(self, tensors: Tensors, outputs: dict[str, Tensor]) -> None:
-        """Compare the implementations on the whole batch. On a device, float64 decides which of them are right."""
+        """Compare the implementations on the whole batch. On a device, float64 decides which of them are correct."""
         reference = next((name for name in PYTORCH if name in outputs), next(iter(outputs), None))
         if reference is None:
             return

@@ -1,4 +1,4 @@
-"""Where benchmarks run, and everything in which measuring on a CPU differs from measuring on a CUDA device."""
+"""Platforms of benchmarks: all differences between measuring on a CPU and on a CUDA device."""
 
 from __future__ import annotations
 
@@ -22,35 +22,35 @@ _SMALLEST_COPY, _COPY_SECONDS = 2**16, 0.03  # numbers; below, the time is mostl
 
 
 class Limits(NamedTuple):
-    """The speeds that no call exceeds (GFLOP/s and GB/s), and the bytes that it has to read and write."""
+    """The speeds that no call can exceed (GFLOP/s and GB/s), and the bytes that it has to read and write."""
 
     peak: float
     copying: float
     bytes_moved: int
 
     def seconds(self, macs: int) -> tuple[float, float]:
-        """Return the time of so many multiply-accumulates, and that of moving the data, in seconds."""
+        """Return the time of `macs` multiply-accumulates, and the time of moving the data, in seconds."""
         return 2 * macs / (self.peak * 1e9), self.bytes_moved / (self.copying * 1e9)
 
 
 @dataclass(frozen=True)
 class Platform:
-    """A place to measure at; made by `cpu_platform` or `cuda_platform`.
+    """A device to measure on; made by `cpu_platform` or `cuda_platform`.
 
     Attributes:
-        device: that computes.
+        device: the device that computes.
         stopwatch: times the calls.
         title: short description for plots.
         facts: lines that describe the machine.
         peak: returns the highest speed of computations in a precision, in GFLOP/s.
-        peak_name: what computes at that speed.
+        peak_name: what computes at that speed, for plots.
         copying: returns the speed of copies that limits a case, in GB/s.
         operator_patience: seconds beyond which a call of an operator is slow, and very slow.
         network_patience: the same for a call of a network.
-        is_device: whether it is an accelerator. Time on accelerators is short and their calls fail for more reasons, so what
-            fails or computes wrong results only loses its own times and gets a remark. Our operator is compared with float64
-            on the very calls that are timed, networks are compared on few images, and what is compiled comes last. On a CPU
-            the first error ends the run, and inference engines are timed as well.
+        is_device: whether it is an accelerator. Time on accelerators is scarce and calls fail for more reasons, so an
+            implementation that fails or computes wrong results only loses its own times and gets a remark. Our operator is
+            compared with float64 on the timed calls themselves, networks are compared on few images, and compiled variants
+            come last. On a CPU, the first error ends the run, and inference engines are timed as well.
     """
 
     device: torch.device
@@ -65,7 +65,7 @@ class Platform:
     is_device: bool
 
     def limits(self, case: Case, precision: Precision) -> Limits:
-        """Return what limits a case in a precision."""
+        """Return the limits of a case in a precision."""
         return Limits(self.peak(precision), self.copying(case), case.bytes_moved_in(precision.bytes))
 
 
@@ -78,7 +78,7 @@ def cpu_platform(machine: Machine) -> Platform:
         facts=machine.lines(),
         peak=lambda precision: machine.peak,
         peak_name="FMA",
-        # Copies of tensors of the size of the case: small ones stay in caches.
+        # Copies of tensors with the size of the case: small ones stay in caches.
         copying=lambda case: copy_bandwidth(max(math.prod(case.shape), _SMALLEST_COPY), _COPY_SECONDS),
         operator_patience=PATIENCE,
         network_patience=(10.0, 60.0),

@@ -30,12 +30,12 @@ _WIDTH, _HEIGHT = 5.8, 4.8  # of a panel, in inches
 
 
 def draw(rows: Sequence[OperatorRow], platform: Platform) -> bytes:
-    """Plot times over kernel sizes, one panel per pass, and the roofline, for each precision; return a PNG file."""
+    """Plot times over kernel sizes, one panel per pass, and the roofline, for each precision; return the bytes of a PNG."""
     passes = [direction for direction in PASSES if any(row.direction == direction for row in rows)]
     groups = {p: [row for row in rows if _precision_of(row) is p] for p in PRECISIONS.values()}
     groups = {precision: group for precision, group in groups.items() if group}
     panels = len(passes) + 1
-    # A single precision fills two columns, several ones a line each.
+    # A single precision fills two columns; several precisions get a row each.
     columns = min(2, panels) if len(groups) == 1 else panels
     lines_each = math.ceil(panels / columns)
     lines = max(1, lines_each * len(groups))
@@ -76,7 +76,7 @@ def _draw_times(axes: Axes, rows: Sequence[OperatorRow], title: str) -> None:
 
 
 def _lines(rows: Sequence[OperatorRow], field: str, layout: str | None) -> list[list[tuple[int, float]]]:
-    """Return lists of (size, time); the rows of each list differ in the size of the kernel only."""
+    """Return lists of (size, time); the rows of each list differ only in the size of the kernel."""
     lines: dict[tuple, dict[int, float]] = defaultdict(dict)
     for row in rows:
         value = getattr(row, field)
@@ -108,7 +108,7 @@ def _draw_roofline(axes: Axes, rows: Sequence[OperatorRow], peak: float, peak_na
         if chosen:
             axes.scatter([], [], s=18, marker=marker, color="0.4", label=direction)
     low, high = (bound([row.intensity for row in rows]) for bound in (min, max))
-    # Small tensors are copied within caches, so that every case has its own roof; the highest one is drawn.
+    # Small tensors are copied within caches, so every case has its own roof; the highest one is drawn.
     copying = max(row.copy_gbs for row in rows)
     span = sorted([low / 2, peak / copying, high * 2])
     roof = [min(peak, copying * intensity) for intensity in span]

@@ -1,4 +1,4 @@
-"""The numeric precisions that are timed, how exact each must be, and the PyTorch settings that select them."""
+"""The numeric precisions that are timed, the accuracy required of each, and the PyTorch settings that select them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from widekernel.errors import ArgumentError, nearest
 
 @dataclass(frozen=True)
 class Precision:
-    """A type of numbers and the way in which PyTorch computes with it.
+    """A type of numbers, and PyTorch's setting for products in it.
 
     Attributes:
-        name: for tables and the command line.
-        dtype: of the tensors.
-        tolerance: largest error allowed against float64, relative to the largest number.
+        name: name in tables and on the command line.
+        dtype: type of the tensors.
+        tolerance: largest allowed error against float64, relative to the largest number.
         matmul: argument of `torch.set_float32_matmul_precision`; `high` allows products of float32 tensors in TF32.
     """
 
@@ -29,7 +29,7 @@ class Precision:
 
     @property
     def agreement_tolerance(self) -> float:
-        """Largest difference allowed between two implementations, both of which round sums over all images."""
+        """Largest allowed difference between two implementations, both of which round sums over all images."""
         return 1e-4 if self is FLOAT32 else 2 * self.tolerance
 
     @property
@@ -39,7 +39,7 @@ class Precision:
 
     @property
     def autocast(self) -> torch.dtype | None:
-        """The type that networks with float32 parameters are autocast to; None for no autocast."""
+        """The autocast type of networks with float32 parameters; None for no autocast."""
         return None if self.dtype == torch.float32 else self.dtype
 
 
@@ -49,7 +49,7 @@ FLOAT16 = Precision("float16", torch.float16, 4e-3)
 BFLOAT16 = Precision("bfloat16", torch.bfloat16, 1.6e-2)
 
 PRECISIONS = {precision.name: precision for precision in (BFLOAT16, TF32, FLOAT16, FLOAT32)}
-"""In the order in which they are timed: the most common ones first, because time may run out."""
+"""The precisions in the order in which they are timed: the most common first, because time may run out."""
 
 
 def parse_precisions(text: str) -> list[Precision]:
@@ -71,11 +71,11 @@ def parse_precisions(text: str) -> list[Precision]:
 def in_force(precision: Precision, search: bool = True) -> Iterator[None]:
     """Make PyTorch compute in `precision` inside the block, and restore all settings afterwards.
 
-    The settings are changed by PyTorch's older interface alone, which refuses to answer once both have been used. The values
-    of the newer one, which follow, are restored as well.
+    The settings are changed only through PyTorch's older interface, because its getters raise once both interfaces have been
+    used. The values of the newer interface change along with them and are restored as well.
 
     Args:
-        precision: to compute in.
+        precision: the precision to compute in.
         search: whether cuDNN searches for its fastest algorithm in the first call of each shape, which takes time.
     """
     backends = torch.backends

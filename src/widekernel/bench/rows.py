@@ -1,6 +1,6 @@
 """The rows of the tables: one dataclass for operators and one for networks, each with an extension for CUDA devices.
 
-The fields are the columns of the CSV files, so that their names and their order stay.
+The fields are the columns of the CSV files, so their names and their order must not change.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 CSV_NAME = "csv"
-"""Key in the metadata of a field whose column in CSV files has another name."""
+"""Metadata key for the CSV column name of a field, if it differs from the field's name."""
 
 
 @dataclass(frozen=True)
@@ -25,19 +25,19 @@ class OperatorRow:
         kernel_height: kh.
         kernel_width: kw.
         direction: the pass.
-        layout: of our call; the times of the other implementations are the same in both rows of a pass.
+        layout: layout of our call; the times of the other implementations are the same in both rows of a pass.
         ours_ms: median time of our operator.
         ours_spread: half the interquartile range, relative to the median.
         ours_calls: number of timed calls.
-        torch_nchw_ms: PyTorch in its default layout.
+        torch_nchw_ms: median time of PyTorch in its default layout.
         torch_nchw_calls: number of timed calls; 1 for slow calls.
-        torch_nhwc_ms: PyTorch with channels_last.
+        torch_nhwc_ms: median time of PyTorch with channels_last.
         torch_nhwc_calls: number of timed calls.
-        onnxruntime_ms: forward only, NCHW.
-        openvino_ms: forward only, NCHW.
+        onnxruntime_ms: median time of onnxruntime; forward only, NCHW.
+        openvino_ms: median time of OpenVINO; forward only, NCHW.
         times_best: speed-up of our operator over PyTorch in its faster layout.
         times_default: speed-up of our operator over PyTorch in NCHW.
-        gflops: speed of our operator, counting taps on pixels and not those on padding.
+        gflops: speed of our operator, counting taps on pixels but not on padding.
         peak_share: `gflops` relative to the peak of the machine; above 1 for algorithms that need fewer operations.
         copy_gbs: GB/s read and written by copies of tensors.
         limit_ms: time of direct computation at the peak, or of moving the data at the speed of copies; the longer one.
@@ -107,9 +107,9 @@ class NetworkRow:
         model: name of the network.
         mode: `train` (forward, loss, backward, step of SGD) or `infer`.
         batch: images per call.
-        size: their height and width.
-        variant: which form of the network runs; the column `rival` of CSV files.
-        layout: of images and weights.
+        size: height and width of the images.
+        variant: form of the network; the column `rival` of CSV files.
+        layout: layout of images and weights.
         compiled: whether the network is compiled by `torch.compile`.
         ms: median time in milliseconds.
         spread: half the interquartile range, relative to the median.

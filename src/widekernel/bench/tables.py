@@ -1,4 +1,4 @@
-"""Tables of rows: as CSV with every field, and in Markdown with the columns that people read."""
+"""Tables of rows: CSV with every field, and Markdown with the columns for readers."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Column = tuple[str, Callable[[Any], str]]
 
 
 def write_each(rows: Iterable[Any], path: Path | None) -> Iterator[Any]:
-    """Pass rows on after writing each of them to a CSV file, so that an interrupted run keeps what it has measured.
+    """Yield rows after writing each of them to a CSV file, so that an interrupted run keeps its measurements.
 
     Every field of the dataclass is a column; None and NaN are empty.
 
     Args:
-        rows: all of one dataclass.
-        path: of the file, which is replaced when the first row arrives; None to write nothing.
+        rows: the rows, all of one dataclass.
+        path: path of the file, which is replaced when the first row arrives; None to write nothing.
     """
     for number, row in enumerate(rows):
         if path is not None:
@@ -34,7 +34,7 @@ def write_each(rows: Iterable[Any], path: Path | None) -> Iterator[Any]:
 
 
 def csv_columns(kind: type) -> dict[str, str]:
-    """Return the names of the fields of a row, by the name of their column."""
+    """Return the field names of a row, by column name."""
     return {field.metadata.get(CSV_NAME, field.name): field.name for field in dataclasses.fields(kind)}
 
 
@@ -55,12 +55,12 @@ def _cell(value: Any) -> Any:
 
 
 def write(content: bytes, path: Path) -> None:
-    """Replace a file by `content`, or leave it unchanged if that fails."""
+    """Replace the content of a file, or leave it unchanged if writing fails."""
     write_atomically(path, lambda file: file.write(content))
 
 
 def operator_columns(rows: Sequence[OperatorRow], on_device: bool = False) -> list[Column]:
-    """Return the columns of a table of operators, without those that would be empty."""
+    """Return the columns of a table of operators, without empty ones."""
     unit, per_ms = ("µs", 1e3) if on_device else ("ms", 1.0)
 
     def time(prefix: str) -> Callable[[Any], str]:
@@ -106,7 +106,7 @@ def operator_columns(rows: Sequence[OperatorRow], on_device: bool = False) -> li
 
 
 def network_columns(rows: Sequence[NetworkRow], on_device: bool = False) -> list[Column]:
-    """Return the columns of a table of networks, without those that would be empty."""
+    """Return the columns of a table of networks, without empty ones."""
     columns: list[Column] = [("model", lambda row: row.model)]
     if on_device:
         columns += [("dtype", lambda row: row.dtype), ("images", lambda row: str(row.batch))]
@@ -139,7 +139,7 @@ def markdown(rows: Sequence[Any], columns: Sequence[Column]) -> str:
 
 
 def document(title: str, facts: Sequence[str], table: str, notes: Sequence[str], command: str) -> str:
-    """Return the page that is kept: the machine, the command, the table and how to read it."""
+    """Return the page for a file: the machine, the command, the table and how to read it."""
     parts = [f"# {title}", "\n".join(f"- {fact}" for fact in facts), f"`{command}`", table]
     parts.append("\n".join(f"- {note}" for note in notes))
     return "\n\n".join(parts) + "\n"
@@ -170,5 +170,5 @@ def _formatted(value: float, how: str) -> str:
 
 
 def _percent(share: float | None, of: float | None) -> str:
-    """Format a share of `of` in percent; empty if there is no such time."""
+    """Format a share in percent, followed by `of`; empty if there is no share."""
     return "" if share is None or of is None or math.isnan(of) else f"{100 * share:.0f} %"

@@ -1,4 +1,4 @@
-"""The time that is left in a run, with notes of what was left out and of what computed wrong results."""
+"""The time budget of a run, with notes on what was left out and what computed wrong results."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from widekernel.bench.errors import BenchmarkError
 
 
 class TimeBudget:
-    """Tracks the time that a run may take and what went wrong meanwhile.
+    """The time that a run may take, and a record of failures.
 
     Args:
-        minutes: for the whole run, counted from now; by default unlimited.
+        minutes: minutes for the whole run, counted from now; by default unlimited.
         clock: returns the time in seconds.
 
     Attributes:
-        wrong: a line for everything that has no times because it was refused.
+        wrong: a line for every case that was rejected and therefore has no times.
     """
 
     def __init__(self, minutes: float = math.inf, clock: Callable[[], float] = time.monotonic) -> None:
@@ -28,15 +28,15 @@ class TimeBudget:
         self._device_error = ""
 
     def has_time(self) -> bool:
-        """Return whether something new may be started. What has been started is finished, however long it takes."""
+        """Return whether something new may be started. Started work is finished, however long it takes."""
         return not self._device_error and self._clock() < self._deadline
 
     def leave_out(self, group: str, what: str, part: str) -> None:
-        """Note that `part` of `what` is not measured."""
+        """Record that `part` of `what` is not measured."""
         self._left_out.setdefault(group, {}).setdefault(what, []).append(part)
 
     def lose_device(self, why: str) -> None:
-        """Note that nothing further can be measured."""
+        """Record that nothing further can be measured."""
         self._device_error = why
 
     def lines(self) -> list[str]:
@@ -54,11 +54,11 @@ class TimeBudget:
         """End the run.
 
         Raises:
-            BenchmarkError: if anything was refused.
+            BenchmarkError: if anything was rejected.
         """
         if self.wrong:
             raise BenchmarkError(
-                f"{len(self.wrong)} of what was to be timed has no times, because it computes wrong results or cannot run; "
-                f"the first: {self.wrong[0]}. The remarks in the table list the others. Run the tests of widekernel.ops, or "
-                "choose another backend."
+                f"no times for {len(self.wrong)} of the benchmarks, because of wrong results or failures; the first: "
+                f"{self.wrong[0]}. The remarks in the table list the others. Run the tests of widekernel.ops, or choose "
+                "another backend."
             )

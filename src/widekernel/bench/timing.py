@@ -1,6 +1,6 @@
-"""Timing of several calls in turns, so that whatever else the machine does affects all of them alike.
+"""Timing of several calls in turn, so that other work on the machine affects all of them equally.
 
-Each call is made once up front, for its output and for an estimate of its time. The estimate determines how many timed calls
+Each call is first made once, for its output and for an estimate of its time. The estimate determines how many timed calls
 follow. These are spread evenly over rounds, and the order within a round alternates. A slow call is timed once more; a very
 slow one is not repeated, and its first call is the measurement.
 
@@ -21,7 +21,7 @@ from widekernel.errors import in_short
 PATIENCE = 1.0, 10.0
 """Seconds beyond which a call counts as slow, and as very slow."""
 QUICK = 0.1
-"""Seconds below which the first call is a poor estimate, so that a second one is made before planning."""
+"""Seconds below which the first call is a poor estimate, so that a second call is made before planning."""
 FEWEST, MOST = 5, 300
 """Smallest and largest number of timed calls, unless a call is slow."""
 
@@ -29,7 +29,7 @@ Clock = Callable[[], float]
 
 
 class Stopwatch(Protocol):
-    """Times a single call."""
+    """The interface for timing a single call."""
 
     @property
     def warms_up(self) -> bool:
@@ -42,7 +42,7 @@ class Stopwatch(Protocol):
         """Clean up after a call that failed.
 
         Raises:
-            DeviceLostError: if no further call can work.
+            DeviceLostError: if no further call can succeed.
         """
 
 
@@ -105,7 +105,7 @@ def first_calls(
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Make each call once and return its result and its time in seconds, both by name.
 
-    If the stopwatch says that a first call must not be timed, a second one is timed.
+    If the stopwatch needs a warm-up call, the first call is not timed and a second one is.
 
     Args:
         calls: the calls by name.
@@ -140,13 +140,13 @@ def interleave(
     patience: tuple[float, float] = PATIENCE,
     stopwatch: Stopwatch = _WALL,
 ) -> dict[str, Timing]:
-    """Time several calls in turns.
+    """Time several calls in turn.
 
     Args:
         calls: the calls by name.
         first: time of each first call, in seconds.
         budget: seconds to spend on each call.
-        rounds: number of timed calls, instead of as many as fit into the budget; slow calls get fewer.
+        rounds: number of timed calls, instead of as many as fit in the budget; slow calls get fewer.
         patience: seconds beyond which a call counts as slow, and as very slow.
         stopwatch: times them.
     """
@@ -181,6 +181,6 @@ def planned_calls(
 
 def _seconds(call: Callable[[], Any], stopwatch: Stopwatch) -> float:
     def run() -> None:
-        call()  # the result is freed at once and within the time: some calls have more to free than others
+        call()  # the result is freed at once, within the timed interval, because some calls have more to free than others
 
     return stopwatch.time(run)[1]

@@ -20,7 +20,7 @@ TRAIN, INFER = MODES = ("train", "infer")
 PYTORCH, PYTORCH_FOLDED = "PyTorch", "PyTorch, folded"
 OURS, FOLDED, ACCELERATED = "ours", "ours, folded", "ours, accelerated"
 
-# Layer scales start so small that an error within a block would hardly change the output, and are therefore raised.
+# Initial layer scales are so small that an error within a block would hardly change the output, so they are increased.
 _SMALL_SCALE, _VISIBLE_SCALE = 0.01, 0.5
 
 
@@ -46,7 +46,7 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """Name that is unique among the variants of a network."""
+        """Name, unique among the variants of a network."""
         return f"{self.kind} {self.layout}{' compiled' if self.compiled else ''}"
 
 
@@ -61,13 +61,13 @@ def with_visible_blocks(model: nn.Module) -> nn.Module:
 
 
 Conditions = Callable[[], AbstractContextManager[object]]
-"""Creates the context in which networks run, such as autocast."""
+"""A function that creates the context in which networks run, such as autocast."""
 
 
 def build_variants(
     model: nn.Module, mode: str, images: Tensor, compiled: bool, conditions: Conditions = nullcontext
 ) -> list[Variant]:
-    """Build the variants to compare, leaving out those that would be the same network twice.
+    """Build the variants to compare, without duplicates.
 
     Args:
         model: network to copy.
@@ -97,7 +97,7 @@ def _networks(model: nn.Module, mode: str, x: Tensor, conditions: Conditions) ->
     fast = copy.deepcopy(base)
     if mode == INFER and any(isinstance(module, Foldable) and module.foldable() for module in base.modules()):
         with warnings.catch_warnings():
-            # About layers that cannot be folded: here that is part of the result.
+            # The warnings are about layers that cannot be folded, which is part of the result here.
             warnings.simplefilter("ignore")
             fast = fold(base)
         if is_ours:
@@ -113,7 +113,7 @@ def _compiled(network: nn.Module, number: int) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
         return network(x)
 
-    # PyTorch caches compiled programs by code object, a few for each. Variants that share their code would evict each
-    # other's programs, and every call would have to search among them.
+    # PyTorch caches a few compiled programs for each code object. Variants that share their code would evict each other's
+    # programs, and every call would have to search among them.
     forward.__code__ = forward.__code__.replace(co_name=f"forward_{number}")
     return torch.compile(forward, dynamic=False)

@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from widekernel.bench.tables import Column
 
 _OPS = (
-    "Time depthwise convolutions with large kernels: forward, input gradient and weight gradient, ours beside PyTorch's "
-    "(NCHW and NHWC) and, forward on the CPU, those of onnxruntime and OpenVINO where they are installed; on a CUDA device "
-    "in several precisions and within a time budget. Nothing is timed before it is checked and all implementations agree."
+    "Time depthwise convolutions with large kernels: forward pass, input gradient and weight gradient. Our operator is "
+    "compared with PyTorch's (NCHW and NHWC) and, for the forward pass on the CPU, with onnxruntime and OpenVINO if "
+    "they are installed. On a CUDA device, several precisions are timed in a time budget. All results are checked first."
 )
 _MODELS = (
-    "Time networks in training and inference: ours as they are, folded and accelerated, beside the same networks on "
-    "PyTorch's convolutions. Takes the names of widekernel's and of timm's models; on a CUDA device there are default ones."
+    "Time networks in training and inference: ours unchanged, folded and accelerated, compared with the same networks on "
+    "PyTorch's convolutions. Takes the names of widekernel's and timm's models; on a CUDA device, there are default ones."
 )
 _PASSES = ("forward", "input", "weight")
 _FILES = {"csv": ".csv", "markdown": ".md", "plot": ".png"}
@@ -98,7 +98,7 @@ def _bench_models(arguments: list[str]) -> int:
     modes = parse_names("modes", values["modes"], MODES)
     names = values["names"]
     if accelerator is None:
-        require(bool(names), "names", names, "at least one model: on the CPU there are no default ones")
+        require(bool(names), "names", names, "at least one model, because there are no default models on the CPU")
         require(len(batches) < 2, "batch", values["batch"], "one number on the CPU; several are for --device cuda")
         batches, precisions, about = batches or [_CPU_IMAGES], [FLOAT32], notes.NETWORK_NOTES
         title = f"Networks, {batches[0]} images at a time"
@@ -157,13 +157,13 @@ def _models_parser() -> jsonargparse.ArgumentParser:
 
 def _add_common(parser: jsonargparse.ArgumentParser, kind: str) -> None:
     parser.add_argument("--device", type=str, default="cpu", help="cpu, cuda or cuda:N")
-    minutes = f"time budget of the whole run, on CUDA only: what does not fit is left out; default {_MINUTES:g}"
+    minutes = f"time budget of the whole run, on CUDA only: the remaining cases are left out; default {_MINUTES:g}"
     parser.add_argument("--minutes", type=float | None, default=None, help=minutes)
     parser.add_argument(
         "--threads", type=int | None, default=None, help="number of threads; default: as many as PyTorch uses"
     )
     seconds = (
-        f"roughly, for each of the calls compared in a row; default {_CPU_SECONDS[kind]:g}, on CUDA {_CUDA_SECONDS[kind]:g}"
+        f"approximate time for each call compared in a row; default {_CPU_SECONDS[kind]:g}, on CUDA {_CUDA_SECONDS[kind]:g}"
     )
     parser.add_argument("--seconds", type=float | None, default=None, help=seconds)
     parser.add_argument(
@@ -176,10 +176,10 @@ def _add_common(parser: jsonargparse.ArgumentParser, kind: str) -> None:
 
 
 def _check_common(values: dict[str, Any], kind: str) -> tuple[dict[str, Path], Accelerator | None]:
-    """Validate the common options before anything takes time; parse `dtypes` and fill in what depends on the device.
+    """Validate the common options before anything takes time; parse `dtypes` and fill in defaults of the device.
 
     Returns:
-        the files to write, and the device, which is None for the CPU.
+        the files to write, and the device (None for the CPU).
     """
     from widekernel.bench import devices
     from widekernel.bench.precision import FLOAT32, parse_precisions
@@ -209,7 +209,7 @@ def _files(values: dict[str, Any]) -> dict[str, Path]:
 
 
 def _numbers(option: str, text: str | None) -> list[int]:
-    """Parse positive whole numbers separated by commas; None gives an empty list."""
+    """Parse positive integers separated by commas; None gives an empty list."""
     parts = [] if text is None else [part.strip() for part in text.split(",")]
     sound = all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts)
     require(sound, option, text, "positive whole numbers with commas, such as 64,128")
@@ -245,7 +245,7 @@ class _Run:
 
     Args:
         values: the options.
-        files: to write, by option.
+        files: files to write, by option.
         accelerator: the device; None for the CPU.
         steps: number of steps of the progress bar.
     """
@@ -258,9 +258,9 @@ class _Run:
         self.platform: Platform
 
     def measure(self, measure: Callable[..., Iterator], check: Callable[[], None]) -> list:
-        """Measure the platform and then what `measure` yields; each row is in the CSV file before the next one begins.
+        """Measure the platform, then collect the rows of `measure`; each row is written to the CSV file before the next one.
 
-        On the CPU, `check` comes first.
+        On the CPU, `check` is called first.
         """
         from widekernel.bench import tables, using_threads
 
@@ -300,7 +300,7 @@ class _Run:
 
 
 def _command(kind: str, arguments: Sequence[str]) -> str:
-    """Return the command without the files that it writes, which matter to nobody else."""
+    """Return the command without the files that it writes, which are irrelevant to other readers."""
     kept, skip = [], False
     for argument in arguments:
         option = argument[2:].split("=", 1)[0] if argument.startswith("--") else ""

@@ -28,7 +28,7 @@ VARIABLE = "WIDEKERNEL_TUNED"
 _DESCRIPTION = (
     "Find the fastest configurations of the kernels for NVIDIA GPUs on this machine, and keep them in a table that is used "
     "from then on. For every operator problem that occurs in the models, the most promising configurations are checked "
-    "against float64 and timed, in turns with PyTorch's convolutions. Every winner is written at once: an interrupted run "
+    "against float64 and timed, in turn with PyTorch's convolutions. Every winner is written at once: an interrupted run "
     "loses nothing, and a second run continues. Running processes use a new table for problems that are new to them, and "
     f"keep computing others as before. The table is ~/.cache/widekernel/tuned.json, or the file that {VARIABLE} names (0: "
     "no table)."
@@ -38,7 +38,7 @@ _ALONE = ("show", "forget")
 
 
 def run(arguments: list[str]) -> int:
-    """Tune, print the results and write the table; or show the tables, or remove this machine's."""
+    """Tune, print the results and write the table; or show the tables; or remove this machine's table."""
     parser = make_parser()
     values = parse(parser, arguments)
     for option in _ALONE:
@@ -70,14 +70,14 @@ def make_parser() -> jsonargparse.ArgumentParser:
     parser.add_argument("--shape", type=str | None, default=None, help="a custom case: N,C,H,W such as 64,128,56,56")
     parser.add_argument("--kernel", type=str | None, default=None, help="its kernel, such as 31x31 or 51x5")
     parser.add_argument("--device", type=str, default="cuda", help="cuda or cuda:N")
-    minutes = "time budget: after it no problem is started, and the rest is listed; the longest problems come first"
+    minutes = "time budget: after it, no problem is started, and the rest is listed; the longest problems come first"
     parser.add_argument("--minutes", type=float, default=_MINUTES, help=minutes)
     parser.add_argument("--candidates", type=int, default=_CANDIDATES, help="configurations to try for each problem")
-    parser.add_argument("--seconds", type=float, default=_SECONDS, help="rough timing time of each configuration")
+    parser.add_argument("--seconds", type=float, default=_SECONDS, help="approximate time for timing each configuration")
     parser.add_argument("--output", type=str | None, default=None, help="write this machine's table to another file")
-    table = "write a table by architecture (such as sm_90) instead, as the package ships it"
+    table = "write a table by architecture (such as sm_90) instead, like the shipped one"
     parser.add_argument("--table", type=str | None, default=None, help=table)
-    again = "also tune what was tuned before with these versions of PyTorch, Triton and widekernel"
+    again = "also tune problems that were tuned before with these versions of PyTorch, Triton and widekernel"
     parser.add_argument("--again", action="store_true", help=again)
     parser.add_argument("--report", action="store_true", help="print every configuration that was tried")
     parser.add_argument("--show", action="store_true", help="print the tables in use instead")
@@ -111,7 +111,7 @@ def _target(values: dict[str, Any]) -> Path:
 
     given = [key for key in ("output", "table") if values[key] is not None]
     if len(given) == 2:
-        raise ConfigError("--output and --table name different kinds of tables: give one of them.")
+        raise ConfigError("--output and --table name different kinds of tables: give only one of them.")
     path = Path(values[given[0]]) if given else tuning_tables.tuned_file()
     if path is None:
         why = f"{VARIABLE} is 0" if os.environ.get(VARIABLE) == "0" else "there is no home folder"

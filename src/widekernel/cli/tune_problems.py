@@ -37,13 +37,13 @@ _FEW = 2
 
 @dataclass(frozen=True)
 class Runs:
-    """How networks are run.
+    """The settings in which networks are run.
 
     Attributes:
         batch: images per call.
         modes: some of `MODES`.
-        precisions: in which they compute, the 16-bit ones by autocast.
-        layouts: of the images, keys of `LAYOUTS`.
+        precisions: precisions in which the networks compute, the 16-bit ones by autocast.
+        layouts: layouts of the images, keys of `LAYOUTS`.
     """
 
     batch: int
@@ -56,13 +56,13 @@ def problems_of_network(model: nn.Module, size: int, runs: Runs, device: torch.d
     """Run a network and count the problems that our kernels can compute: forward and backward in training, folded otherwise.
 
     Nothing is convolved: a backend in front of all others records the problems and returns zeros. So a few images suffice,
-    and the present tables have no influence. A network without any of our operators is accelerated first.
+    and existing tables have no influence. A network without any of our operators is accelerated first.
 
     Args:
-        model: to run; it is modified.
+        model: the network to run; it is modified.
         size: height and width of the images.
-        runs: how it is run.
-        device: where it is run.
+        runs: the settings of the runs.
+        device: the device to run it on.
     """
     from widekernel.transforms.acceleration import accelerate
 
@@ -135,7 +135,7 @@ def _counted(model: nn.Module, size: int, runs: Runs, device: torch.device) -> C
     found: Counter[Problem] = Counter()
     for name, problem in ran.calls:
         if name == recording.name:
-            # A network that makes several images of one does so in proportion to the batch.
+            # If a network makes several images from one, their number is proportional to the batch.
             found[replace(problem, shape=(problem.shape[0] * runs.batch // _FEW, *problem.shape[1:]))] += 1
     return found
 
@@ -145,7 +145,7 @@ def _autocast(device: torch.device, precision: Precision) -> Any:
 
 
 def _run(model: nn.Module, mode: str, images: Tensor) -> None:
-    """Run a network as in training, or folded as for inference."""
+    """Run a network as in training, or folded, as in inference."""
     from widekernel.transforms.fold import fold
 
     if mode == TRAIN:

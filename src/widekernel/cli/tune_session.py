@@ -1,4 +1,4 @@
-"""A run of `widekernel tune`: it measures problems on a CUDA device one by one, writes the winners and prints a report."""
+"""A run of `widekernel tune`: measures problems on a CUDA device one by one, writes the winners and prints a report."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _accelerator(device: str, find: Callable[[str], Accelerator | None]) -> Acce
 
 @contextmanager
 def _conditions(accelerator: Accelerator, problem: Problem) -> Iterator[None]:
-    """Make the device current, with PyTorch's settings for the precision of a problem and cuDNN's search switched on."""
+    """Return a context with the device current, PyTorch's settings for a problem's precision, and cuDNN's search enabled."""
     from widekernel.bench.precision import PRECISIONS, TF32, in_force
 
     precision = TF32 if problem.tf32 else PRECISIONS[str(problem.dtype).removeprefix("torch.")]
@@ -71,7 +71,7 @@ def _conditions(accelerator: Accelerator, problem: Problem) -> Iterator[None]:
 
 
 def median_seconds(calls: Mapping[str, Callable[[], Any]], stopwatch: Stopwatch, seconds: float) -> dict[str, float]:
-    """Time calls in turns; return the median seconds of each."""
+    """Time calls in turn; return the median seconds of each."""
     from widekernel.bench.platforms import DEVICE_PATIENCE
     from widekernel.bench.timing import first_calls, interleave
 
@@ -92,8 +92,8 @@ class Session:
         max_candidates: number of configurations to try for each problem.
         again: whether to tune problems that were tuned before with the same versions.
         full_report: whether to print every configuration that was tried.
-        budget: of time.
-        versions: of the packages that times depend on.
+        budget: the time budget.
+        versions: versions of the packages that times depend on.
         done: the problems that were tuned.
         skipped: number of problems that had been tuned before.
     """
@@ -120,7 +120,7 @@ class Session:
         return cls(setup, target, gpu, *options, TimeBudget(values["minutes"]), installed_versions())
 
     def tune(self, problems: Sequence[Problem]) -> None:
-        """Tune one problem after the other and write every winner, as long as there is time."""
+        """Tune one problem after another and write every winner, as long as there is time."""
         from widekernel.ops.gpu.tuning import is_left_to_pytorch, is_tuned
 
         there = tuning_tables.read(self.target).get(self.gpu, {}) if self.target.exists() else {}
@@ -145,7 +145,7 @@ class Session:
                 advance("", 1)
 
     def _tune(self, problem: Problem) -> tuning_tables.Entries:
-        """Tune a problem and return what was written: one entry, or none if no configuration works."""
+        """Tune a problem and return the written entries: one, or none if no configuration works."""
         from widekernel.bench.errors import DeviceLostError
         from widekernel.ops.gpu.tuning import Tuning
 
@@ -182,7 +182,7 @@ class Session:
                 )
         lines = self.budget.lines()
         if self.skipped:
-            lines.append(f"{self.skipped} problems were tuned before with these versions: --again tunes them anew.")
+            lines.append(f"{self.skipped} problems were tuned before with these versions: --again tunes them again.")
         written = sum(tuning.best is not None for tuning in self.done)
         lines.append(f"{written} entries for {self.gpu} written to {self.target}.")
         say(lines)
@@ -227,7 +227,7 @@ def print_table(title: str, headers: Sequence[str], rows: Iterable[Sequence[str]
     for header in headers:
         table.add_column(header, justify="right" if "µs" in header or header in ("error", "times faster") else "left")
     for row in rows:
-        table.add_row(*map(Text, row))  # as plain text, because messages of compilers are not markup
+        table.add_row(*map(Text, row))  # as plain text, because compiler messages are not markup
     console.print(table)
 
 

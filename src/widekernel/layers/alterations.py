@@ -1,4 +1,4 @@
-"""What users have put on a single module and its class does not know of: hooks, and replaced methods."""
+"""Alterations: hooks and replaced methods that users have put on a single module, unknown to its class."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 # Attributes of an instance that replace the computation of its class.
 _REPLACEABLE = ("forward", "_conv_forward", "__call__", "_call_impl")
-# Hooks that compute weights before every call; `make_permanent` replaces them by what they compute.
+# Hooks that compute weights before every call; `make_permanent` replaces them by the weights that they compute.
 _COMPUTING_WEIGHTS = (prune.BasePruningMethod, SpectralNorm, WeightNorm)
 
 
 def replaced_method(module: nn.Module) -> str:
-    """Return the name of the method that has been replaced on this instance, "" if none has."""
+    """Return the name of the method that has been replaced on this instance; "" if none has."""
     return next((name for name in _REPLACEABLE if name in vars(module)), "")
 
 
 def alteration(module: nn.Module, name: str = "") -> str:
-    """Describe what has been put on `module` that would be lost or see other values if another module took its place.
+    """Describe an alteration of `module` that would be lost, or see other values, if another module replaced it.
 
     PyTorch's hooks that compute weights (pruning, old weight and spectral norms) do not count, nor do hooks whose function
     has an attribute `only_in_training`.
 
     Args:
-        module: the module itself, not what it holds.
-        name: its name in the text, by default its type.
+        module: the module; its submodules are not examined.
+        name: the name of the module in the text, by default its type.
 
     Returns:
-        a few words, "" if nothing was put on it.
+        a short description, "" if there is no alteration.
     """
     called = name or type(module).__name__
     if replaced_method(module):
@@ -46,7 +46,7 @@ def alteration(module: nn.Module, name: str = "") -> str:
 
 
 def alterations(module: nn.Module, parts: Iterable[str]) -> list[str]:
-    """List what has been put on the named parts of `module` that exist; "" is the module itself."""
+    """List the alterations of those named parts of `module` that exist; "" is the module itself."""
     found = dict(module.named_modules(remove_duplicate=False))
     return [text for name in parts if name in found and (text := alteration(found[name], name))]
 
@@ -54,14 +54,14 @@ def alterations(module: nn.Module, parts: Iterable[str]) -> list[str]:
 def replaced_methods(module: nn.Module) -> list[str]:
     """List the replaced method of `module`, if there is one.
 
-    For modules that stay and keep their hooks when their parts are folded.
+    Used for modules that remain, with their hooks, when their parts are folded.
     """
     name = replaced_method(module)
     return [f"the {name} of {type(module).__name__} has been replaced"] if name else []
 
 
 def parametrized(module: nn.Module, name: str) -> list[str]:
-    """List, if the parameter `name` of `module` is parametrized, that it is computed and cannot be taken away."""
+    """List the reason why the parameter `name` of `module` cannot be removed: it is parametrized; empty if it is not."""
     if not is_parametrized(module, name):
         return []
     return [f"{name} is parametrized: call torch.nn.utils.parametrize.remove_parametrizations(block, {name!r}) first"]

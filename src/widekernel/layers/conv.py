@@ -9,11 +9,11 @@ from widekernel import ops
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """`nn.Conv2d` that runs depthwise convolutions of stride 1 that keep the size on `ops.depthwise_sum`.
+    """`nn.Conv2d` that runs size-preserving depthwise convolutions of stride 1 on `ops.depthwise_sum`.
 
-    It has the constructor and the state dict of `nn.Conv2d`, so it replaces one anywhere. Strides, dilation, other paddings
-    and several filters per channel are not covered by the operator and computed as `nn.Conv2d` does; `reasons_against` says
-    which of them applies.
+    It has the constructor and the state dict of `nn.Conv2d`, so it can replace one anywhere. The operator does not cover
+    strides, dilation, other paddings and several filters per channel; these are computed as in `nn.Conv2d`, and
+    `reasons_against` says which of them applies.
     """
 
     def reasons_against(self) -> list[str]:
@@ -29,11 +29,11 @@ class DepthwiseConv2d(nn.Conv2d):
 
     @torch.jit.unused
     def _computed(self, x: Tensor) -> Tensor:
-        # Looked up at every call, because code that adapts networks sets strides and paddings of existing layers.
+        # Looked up at every call, because code that adapts networks changes strides and paddings of existing layers.
         if x.dim() not in (3, 4) or not x.dtype.is_floating_point or self.reasons_against():
             return super().forward(x)
         batched = x if x.dim() == 4 else x.unsqueeze(0)
-        # With padding="same" PyTorch pads the odd pixel of an even kernel on the right and below.
+        # With padding="same" and an even kernel, PyTorch adds the extra padding on the right and below.
         anchor = (self.kernel_size[0] - 1) // 2, (self.kernel_size[1] - 1) // 2
         y = ops.depthwise_sum(batched, [self.weight], [anchor], self.bias)
         return y if x.dim() == 4 else y.squeeze(0)

@@ -18,7 +18,7 @@ class ConvNorm(Fusable, nn.Module):
     Args:
         conv: the convolution.
         bn: the normalization after it.
-        act: the activation after that, by default none.
+        act: the activation after the normalization, by default none.
     """
 
     def __init__(self, conv: nn.Conv2d, bn: nn.Module, act: nn.Module | None = None) -> None:
@@ -41,11 +41,11 @@ class ConvNorm(Fusable, nn.Module):
 
     @renamed_arguments(before="input_norm")
     def folded(self, input_norm: nn.Module | None = None) -> ConvNorm:
-        """Return the layer with the norm folded into the convolution, which has a bias then.
+        """Return the layer with the norm folded into the convolution, which then has a bias.
 
         Args:
-            input_norm: a batch norm whose output the layer takes, to be folded in too. The convolution must not pad its
-                input, because the shift of that norm does not reach padded pixels.
+            input_norm: a batch norm right before the layer, to be folded in, too. The convolution must not pad its input,
+                because the shift of that norm does not reach padded pixels.
 
         Raises:
             ArgumentError: if there is an input norm and the convolution is grouped or pads.

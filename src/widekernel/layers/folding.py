@@ -1,4 +1,4 @@
-"""Folding in place: which modules can be folded, which are the result of it, and what happens to hooks."""
+"""Folding in place: which modules can be folded, which are folded already, and what happens to hooks."""
 
 from __future__ import annotations
 
@@ -22,19 +22,18 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 class Foldable(Protocol):
     """A module that has a faster form with equal outputs in evaluation.
 
-    The class of that form derives from `Folded`, or has a method `is_folded`, if checkpoints of the network must know about
-    it.
+    If checkpoints of the network must distinguish that form, its class derives from `Folded` or has a method `is_folded`.
     """
 
     def foldable(self) -> bool:
-        """Return whether this module, as it is configured, has such a form."""
+        """Return whether this module, as configured, has a folded form."""
 
     def folded(self) -> nn.Module:
-        """Return that form. It may take over parts of the module; only copies are ever folded."""
+        """Return the folded form. It may reuse parts of the module, because only copies are ever folded."""
 
 
 class Folded:
-    """Mixin: a form that modules are folded to. Its parameters are not the trained ones."""
+    """Mixin for folded forms. Their parameters are not the trained ones."""
 
     def is_folded(self) -> bool:
         """Return True."""
@@ -42,12 +41,12 @@ class Folded:
 
 
 class Fusable:
-    """Mixin: a module that `timm.utils.reparameterize_model` folds wherever it finds it."""
+    """Mixin for modules that `timm.utils.reparameterize_model` folds wherever it finds them."""
 
     def fuse(self) -> nn.Module:
-        """Fold this module and what it holds, in place, and return the folded form, which may be the module itself.
+        """Fold this module and its submodules in place, and return the folded form, which may be the module itself.
 
-        `widekernel.fold` folds a whole network and leaves the original as it is.
+        `widekernel.fold` folds a whole network and leaves the original unchanged.
         """
         assert isinstance(self, nn.Module)
         frozen = not any(parameter.requires_grad for parameter in self.parameters())
@@ -58,7 +57,7 @@ class Fusable:
 
 
 def fold_in_place(root: nn.Module) -> nn.Module:
-    """Fold `root` and what it holds, and return the folded form; modules used in several places stay shared."""
+    """Fold `root` and its submodules, and return the folded form; modules used in several places stay shared."""
 
     def replace(module: nn.Module, _: str) -> tuple[nn.Module, bool]:
         if isinstance(module, Foldable) and module.foldable():
@@ -69,16 +68,16 @@ def fold_in_place(root: nn.Module) -> nn.Module:
 
 
 def deep_copy(model: ModuleT) -> ModuleT:
-    """Return a deep copy of `model`, also where hooks have left computed weights in it, which PyTorch does not copy."""
+    """Return a deep copy of `model`, including computed weights that hooks have left in it, which PyTorch cannot copy."""
     computed = [value for part in model.modules() for value in vars(part).values() if isinstance(value, Tensor)]
     return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed if not value.is_leaf})
 
 
 def make_permanent(model: nn.Module) -> None:
-    """Replace hooks that compute weights before every call (pruning, old weight and spectral norms) by what they compute.
+    """Replace hooks that compute weights before every call (pruning, old weight and spectral norms) by their results.
 
     Raises:
-        ArgumentError: if a kernel was pruned and then trained, but PyTorch never applies the mask to it.
+        ArgumentError: if a kernel was pruned and then trained although PyTorch never applied the mask to it.
     """
     for name, part in model.named_modules():
         for key, hook in list(part._forward_pre_hooks.items()):
@@ -91,13 +90,13 @@ def make_permanent(model: nn.Module) -> None:
 
 
 def _check_applied(name: str, part: nn.Module, hook: prune.BasePruningMethod) -> None:
-    """Raise if a pruned list of kernels, which is never called itself, does not hold the product of mask and weights."""
+    """Raise if a pruned list of kernels does not hold the product of mask and weights: the list itself is never called."""
     key = hook._tensor_name
     if isinstance(part, nn.ParameterList) and not torch.equal(getattr(part, key), hook.apply_mask(part)):
         raise ArgumentError(
-            f"{name}.{key} was trained after torch.nn.utils.prune had pruned it, without effect: the mask is applied when a "
-            "module is called, which a list of kernels never is. Call torch.nn.utils.prune.remove on it before training and "
-            "mask it with widekernel.sparsity, which holds in any loop"
+            f"{name}.{key} was trained after torch.nn.utils.prune had pruned it, but the mask had no effect: PyTorch "
+            "applies it when the module is called, and a list of kernels never is. Call torch.nn.utils.prune.remove on it "
+            "before training and mask it with widekernel.sparsity, which works in any training loop"
         )
 
 
@@ -107,7 +106,7 @@ def is_folded(model: nn.Module) -> bool:
 
 
 def is_trained(*sources: nn.Module | Tensor | None) -> bool:
-    """Return whether any of the parameters requires gradients, so that whatever is computed from them does, too."""
+    """Return whether any of the parameters requires gradients, so that values computed from them do, too."""
     tensors = [
         source.parameters() if isinstance(source, nn.Module) else [source] for source in sources if source is not None
     ]
@@ -115,7 +114,7 @@ def is_trained(*sources: nn.Module | Tensor | None) -> bool:
 
 
 def warn_about_unfolded(module: nn.Module, stacklevel: int) -> None:
-    """Warn about layers that could not be folded, or were left alone because of what users put on them, with reasons."""
+    """Warn about layers that were not folded, because they cannot be or because of alterations, with reasons."""
     kept = []
     for name, part in module.named_modules():
         listing = getattr(part, "reasons_against_folding", getattr(part, "alterations", list))

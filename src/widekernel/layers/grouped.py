@@ -1,4 +1,4 @@
-"""A folded large kernel that is computed for some of its channels only, in groups that share their rectangles."""
+"""A folded large-kernel layer that convolves only some of its channels, in groups that share their rectangles."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class ChannelGroup:
     Attributes:
         rects: kernels (n, 1, kh, kw).
         bias: (n,).
-        inputs: the n channels of the input that are read.
-        outputs: the n channels of the output that are written, in the same order.
+        inputs: the n input channels that are read.
+        outputs: the n output channels that are written, in the same order.
     """
 
     rects: Sequence[Rect]
@@ -40,18 +40,18 @@ class GroupedKernels(Folded, nn.Module):
         y[:, outputs_g] = Σ_r depthwise(x[:, inputs_g], rect_gr) + bias_g      for every group g
         y[:, c]         = scale[c] · x[:, source[c]] + shift[c]                for every other channel c
 
-    `widekernel.sparsity.compact` makes it of a folded layer with dead channels. It is for inference: gradients flow, but the
-    parts that were removed are not trained again. The tables of channels are buffers and part of the state dict; weights
+    `widekernel.sparsity.compact` builds it from a folded layer with dead channels. It is meant for inference: gradients
+    flow, but the removed parts are not trained again. The channel tables are buffers and part of the state dict; weights
     load only into a layer with the same tables.
 
     Args:
-        groups: with disjoint `outputs`.
+        groups: the groups, with disjoint `outputs`.
         scale: (C,), one factor per output channel; the entries of channels in a group are ignored.
-        shift: (C,), one summand per output channel; likewise.
-        source: the input channel from which every output channel is computed, by default the one with the same number.
+        shift: (C,), one summand per output channel; entries of channels in a group are ignored, too.
+        source: the input channel from which each output channel is computed, by default the one with the same index.
 
     Raises:
-        ArgumentError: if two groups write the same channel, or one writes a channel that does not exist.
+        ArgumentError: if two groups write the same channel, or a group writes a channel that does not exist.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class GroupedKernels(Folded, nn.Module):
             raise ArgumentError(f"the groups write {sorted(written)}: they must be different channels of 0..{channels - 1}")
         self.channels = channels
         self.kernels = nn.ModuleList(FoldedLargeKernel(group.rects, group.bias) for group in groups)
-        # Numbers, not tensors: a compiled forward pass must not depend on the contents of a table.
+        # Python numbers, not tensors: a compiled forward pass must not depend on the contents of a table.
         self.complete = len(written) == channels
         outside = torch.ones(channels, dtype=torch.bool)
         outside[written] = False
@@ -73,7 +73,7 @@ class GroupedKernels(Folded, nn.Module):
         self.shift = nn.Parameter(shift.detach().clone())
         order = list(range(channels)) if source is None else list(source)
         self.reordered = order != list(range(channels))
-        # For `_joined`: the position of every output channel behind the channels that no group writes.
+        # For `_joined`: the position of every output channel in all channels followed by those that groups write.
         self.takes = [list(group.inputs) for group in groups]
         self.order = _positions(channels, written)
         self.runs = [(_run_start(group.inputs), _run_start(group.outputs)) for group in groups]
@@ -95,7 +95,7 @@ class GroupedKernels(Folded, nn.Module):
             return self._joined(x) if is_tracing() else self._written(x)
 
     def _joined(self, x: Tensor) -> Tensor:
-        """Compute the layer without writing into a tensor, for graphs that other programs read: gather, convolve, join."""
+        """Compute the layer without in-place writes, for graphs that other programs read: gather, convolve, join."""
         shift, scale = self.shift.to(x.dtype).view(-1, 1, 1), self.scale.to(x.dtype).view(-1, 1, 1)
         if self.passes:
             parts = [torch.addcmul(shift, x.index_select(1, self.source) if self.reordered else x, scale)]
@@ -107,7 +107,7 @@ class GroupedKernels(Folded, nn.Module):
 
     @torch.jit.unused
     def _written(self, x: Tensor) -> Tensor:
-        # Not `get_buffer`, which takes a name apart at every call.
+        # Not `get_buffer`, which parses the name at every call.
         parts = [
             kernel(_gathered(x, getattr(self, take), start))
             for kernel, (take, _), (start, _) in zip(self.kernels, self.table_names, self.runs)
@@ -135,7 +135,7 @@ class GroupedKernels(Folded, nn.Module):
         return torch.addcmul(shift, seen.to(dtype), self.scale.to(dtype).view(-1, 1, 1))
 
     def table_misfits(self, state: Mapping[str, Tensor], prefix: str) -> list[str]:
-        """List the tables by which the weights are of a layer whose groups hold other channels."""
+        """List the tables of the state dict that describe groups of other channels than those of this layer."""
         found = []
         for name, own in self._tables.items():
             table = state.get(f"{prefix}{name}")
@@ -148,13 +148,13 @@ class GroupedKernels(Folded, nn.Module):
         return sum(kernel.numel() for layer in self.kernels for kernel in layer.kernels)  # type: ignore[union-attr]
 
     def extra_repr(self) -> str:
-        """Return the numbers of channels, of those that are convolved, and of groups."""
+        """Return the numbers of channels, convolved channels and groups."""
         convolved = sum(len(table) for name, table in self._tables.items() if name.startswith("put_"))
         return f"{self.channels}, convolved={convolved}, groups={len(self.kernels)}"
 
 
 def _table(numbers: list[int], x: Tensor) -> Tensor:
-    """Return numbers as a tensor on the device of `x`; it is a constant of a traced graph."""
+    """Return numbers as a tensor on the device of `x`; in a traced graph it is a constant."""
     if torch.jit.is_scripting():
         return torch.tensor(numbers, device=x.device)
     else:  # noqa: RET505 - TorchScript leaves out the other branch, and only that
@@ -167,13 +167,13 @@ def _recorded_table(numbers: list[int], x: Tensor) -> Tensor:
 
 
 def _positions(channels: int, written: Sequence[int]) -> list[int]:
-    """Return where every channel stands in the list of all channels followed by those that groups write."""
+    """Return the position of every channel in the list of all channels followed by those that groups write."""
     place = {channel: channels + i for i, channel in enumerate(written)}
     return [place.get(channel, channel) for channel in range(channels)]
 
 
 def _run_start(channels: Sequence[int]) -> int | None:
-    """Return the first of consecutive channels, None if they are not consecutive."""
+    """Return the first channel if the channels are consecutive, otherwise None."""
     channels = list(channels)
     return channels[0] if channels == list(range(channels[0], channels[0] + len(channels))) else None
 
@@ -181,8 +181,8 @@ def _run_start(channels: Sequence[int]) -> int | None:
 def _gathered(x: Tensor, index: Tensor, start: int | None) -> Tensor:
     """Return some channels of `x`, in its layout.
 
-    `index_select` along the channels of a channels_last tensor takes twice as long as along the last dimension of a matrix
-    (measured on a CPU), and returns a contiguous tensor.
+    On a channels_last tensor, `index_select` along the channels returns a contiguous tensor and takes twice as long as along
+    the last dimension of a matrix (measured on a CPU).
 
     Args:
         x: (N, C, H, W).
@@ -202,7 +202,7 @@ def _gathered(x: Tensor, index: Tensor, start: int | None) -> Tensor:
 def _scatter(y: Tensor, index: Tensor, part: Tensor) -> None:
     """Write the channels `index` of `y`.
 
-    For channels_last, scattering into the rows of a matrix takes two thirds of the time of `index_copy_` (on a CPU).
+    For channels_last, scattering into matrix rows takes two thirds of the time of `index_copy_` (measured on a CPU).
     """
     if not (is_channels_last(y) and is_channels_last(part)):
         y.index_copy_(1, index, part)

@@ -1,4 +1,4 @@
-"""Hidden units of a block: how a block tells compaction which of them can be removed."""
+"""Hidden units: how a block tells compaction which units can be removed."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class HiddenUnits:
     Attributes:
         first: linear layer or 1x1 convolution whose outputs are the units.
         activation: elementwise activation of the units.
-        second: linear layer or 1x1 convolution whose inputs they are.
-        others: further submodules that see the units, so that a hook on one of them prevents that units are removed.
+        second: linear layer or 1x1 convolution whose inputs are the units.
+        others: further submodules that see the units; a hook on one of them prevents the removal of units.
     """
 
     first: str
@@ -36,4 +36,4 @@ class Compactable(Protocol):
     """A module from which `widekernel.sparsity.compact` may remove hidden units."""
 
     def hidden_units(self) -> HiddenUnits | None:
-        """Return the hidden units, or None if the module, as it is configured, has none that can be removed."""
+        """Return the hidden units, or None if the module, as configured, has none that can be removed."""

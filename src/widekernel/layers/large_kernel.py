@@ -1,4 +1,4 @@
-"""The large-kernel layer: the form that is trained, and the form it folds to."""
+"""The large-kernel layer: the trainable form and the folded form."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class LargeKernel(Fusable, nn.Module):
     Without normalization a single operator call computes all branches.
 
     Args:
-        source: yields the branches.
-        norms: one module per branch, or None for none.
-        identity: whether the input is added.
+        source: the kernel source, which yields the branches.
+        norms: one module per branch, or None for no normalization.
+        identity: whether to add the input.
 
     Raises:
         ArgumentError: if the numbers of norms and branches differ.
@@ -86,8 +86,8 @@ class LargeKernel(Fusable, nn.Module):
         """Return the layer as few rectangles and a bias: norms and identity folded in, covered rectangles absorbed.
 
         Args:
-            scale: (C,), applied to the output of the layer and folded in, too; for instance that of a following norm.
-            shift: (C,), added after that.
+            scale: (C,), applied to the output of the layer and folded in, too; for instance the scale of a following norm.
+            shift: (C,), added after the scale.
 
         Raises:
             TypeError: if a branch is not a rectangle or a norm depends on its input.
@@ -124,7 +124,7 @@ def add_normalized(responses: Sequence[Tensor], norms: Sequence[nn.Module]) -> T
 
 
 def is_plain_relu(act: nn.Module) -> bool:
-    """Return whether `act` is a rectifier and nothing more: no subclass, and no hook that waits for its call."""
+    """Return whether `act` is a plain ReLU: not a subclass, and without hooks, which need it to be called."""
     return type(act) is nn.ReLU and not alteration(act)
 
 
@@ -132,7 +132,7 @@ class FoldedLargeKernel(Folded, nn.Module):
     """y = Σ_r depthwise(x, rect_r) + bias: one operator call, the fast form for inference.
 
     Args:
-        rects: of C channels each.
+        rects: rectangles of C channels each.
         bias: (C,).
     """
 
@@ -140,13 +140,13 @@ class FoldedLargeKernel(Folded, nn.Module):
         super().__init__()
         self.kernels = nn.ParameterList(nn.Parameter(rect.kernel.detach().clone()) for rect in rects)
         self.anchors = tuple(rect.anchor for rect in rects)
-        # Part of the state dict only so that `table_misfits` can compare it when weights are loaded.
+        # Part of the state dict only so that `table_misfits` can compare the anchors when weights are loaded.
         self.register_buffer("anchor_table", torch.tensor(self.anchors, dtype=torch.int32, device=bias.device))
         self.bias = nn.Parameter(bias.detach().clone())
         load_strictly(self)
 
     def forward(self, x: Tensor, relu: bool = False) -> Tensor:
-        """(N, C, H, W) -> (N, C, H, W); with `relu` its positive part, which our kernels compute in the same pass."""
+        """(N, C, H, W) -> (N, C, H, W); with `relu`, ReLU is applied, which our kernels do in the same pass."""
         if torch.jit.is_scripting():
             return self._scripted(x, relu)
         else:  # noqa: RET505 - TorchScript leaves out the other branch, and only that
@@ -161,14 +161,14 @@ class FoldedLargeKernel(Folded, nn.Module):
         return plain.depthwise_sum(x, kernels, anchors, self.bias, None, relu)
 
     def table_misfits(self, state: Mapping[str, Tensor], prefix: str) -> list[str]:
-        """List, if it is so, that the weights are of a layer whose kernels have other anchors."""
+        """List the mismatch if the state dict is from a layer whose kernels have other anchors; empty if it is not."""
         table = state.get(f"{prefix}anchor_table")
         if table is None or table.is_meta or tuple(map(tuple, table.tolist())) == self.anchors:
             return []
         return [f"{prefix}anchors are {table.tolist()} in the file but {list(self.anchors)} here"]
 
     def table_problem(self, name: str, tables: Mapping[str, Tensor]) -> str:
-        """Return what is wrong with the table read from a file, "" if its anchors are those of this layer."""
+        """Return what is wrong with the table read from a file; "" if its anchors are those of this layer."""
         theirs = tables[name].tolist()
         if theirs == list(map(list, self.anchors)):
             return ""

@@ -1,4 +1,4 @@
-"""Batch normalization as the affine map that it is in evaluation."""
+"""Batch normalization as an affine map, which it is in evaluation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from widekernel.layers.alterations import alteration
 
-# Only these, and subclasses with the same forward: another subclass may add an activation, which is no affine map.
+# Only these, and subclasses with the same forward: other subclasses may add an activation, which is not an affine map.
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 

@@ -1,6 +1,6 @@
-"""A note about the positions of its weights that a network carries outside its state dict.
+"""A note about the positions of a network's weights, which the network carries outside its state dict.
 
-Code that moves weights, such as compaction, removes the note, because it no longer describes the network.
+Code that moves weights, such as compaction, removes the note, because the note no longer describes the network.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ _ATTRIBUTE = "_widekernel_two_four"
 
 
 def remember(model: nn.Module, note: object) -> None:
-    """Attach `note` to `model`; copies of the network carry it, too."""
+    """Attach `note` to `model`; copies of the network keep it."""
     model.__dict__[_ATTRIBUTE] = note
 
 

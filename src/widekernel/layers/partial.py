@@ -1,4 +1,4 @@
-"""Layers that compute some of the channels and pass the others on."""
+"""Layers that convolve some of the channels and pass the others through."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GHOST_SEED = 123  # the seed with which the Shift-wise authors' code selects the
 
 
 def seeded_selection(channels: int, count: int) -> list[int]:
-    """Return the sorted indices of the `count` of `channels` channels that the authors' code selects for the kernel."""
+    """Return the sorted indices of the `count` (of `channels`) channels to which the authors' code applies the kernel."""
     ghosts = np.random.RandomState(GHOST_SEED).choice(channels, channels - count, replace=False)
     return sorted(set(range(channels)) - set(ghosts.tolist()))
 
@@ -27,7 +27,7 @@ class PartialChannels(Fusable, nn.Module):
     """Applies a large kernel to some channels; the output holds these first, then the untouched ones ("ghosts").
 
     Args:
-        layer: large kernel for `len(selected)` channels.
+        layer: large-kernel layer for `len(selected)` channels.
         selected: sorted indices of the channels that it is applied to.
         channels: C, the number of channels of the input.
 
@@ -39,7 +39,7 @@ class PartialChannels(Fusable, nn.Module):
         super().__init__()
         if len(selected) != layer.source.channels or len(set(selected)) != len(selected):
             raise ArgumentError(
-                f"{len(selected)} selected channels for a layer of {layer.source.channels}: give as many, all different"
+                f"{len(selected)} selected channels for a layer of {layer.source.channels}: give that many, all different"
             )
         if selected and not 0 <= min(selected) <= max(selected) < channels:
             raise ArgumentError(
@@ -68,7 +68,7 @@ class PartialChannels(Fusable, nn.Module):
         return alterations(self, ("", "layer"))
 
     def seeded_tables(self) -> dict[str, Tensor]:
-        """Return the tables of the channels that the authors' code selects, by the name of their buffer."""
+        """Return the tables of the channels that the authors' code selects, by buffer name."""
         count, channels = self.selected.numel(), self.selected.numel() + self.ghosts.numel()
         selected = seeded_selection(channels, count)
         rest = sorted(set(range(channels)) - set(selected))
@@ -87,7 +87,7 @@ class PartialChannels(Fusable, nn.Module):
 
         Args:
             scale: (C,), applied to the output of the layer and folded in, too; by default ones.
-            shift: (C,), added after that; by default zeros.
+            shift: (C,), added after the scale; by default zeros.
         """
         channels, dtype = self.selected.numel() + self.ghosts.numel(), next(self.layer.parameters()).dtype
         device = self.selected.device
@@ -101,12 +101,12 @@ class PartialChannels(Fusable, nn.Module):
 
 
 class FoldedPartialChannels(Folded, nn.Module):
-    """The folded form of `PartialChannels`; an affine map that followed it also acts on the untouched channels.
+    """The folded form of `PartialChannels`; a following affine map that is folded in also acts on the untouched channels.
 
     Args:
-        layer: folded large kernel.
+        layer: folded large-kernel layer.
         selected: indices of the channels that it is applied to.
-        ghosts: indices of the others.
+        ghosts: indices of the other channels.
         scale: one factor per ghost channel.
         shift: one summand per ghost channel.
     """
@@ -135,7 +135,7 @@ class FoldedPartialChannels(Folded, nn.Module):
 
 
 def _channels_problem(name: str, tables: Mapping[str, Tensor]) -> str:
-    """Return what is wrong with one of the tables `selected` and `ghosts` of a file, which together name every channel."""
+    """Return what is wrong with `selected` or `ghosts`, tables of a file that together must name every channel."""
     channels = sum(table.numel() for table in tables.values())
     own = tables[name].tolist()
     if len(set(own)) != len(own) or not all(0 <= channel < channels for channel in own):

@@ -1,9 +1,9 @@
-"""Pointwise layers computed the other way: linear layers as 1x1 convolutions, 1x1 convolutions as matrix products.
+"""Alternative implementations of pointwise layers: linear layers as 1x1 convolutions, 1x1 convolutions as matrix products.
 
-On a CPU different libraries compute the two, and either can be faster: it depends on the processor, the number of threads,
-the size and how the image is stored. `accelerate` measures which one is. The layers here have the constructors and state
-dicts of PyTorch's and change only how the result is computed. On other devices, where nothing is gained, they do what their
-base class does.
+On a CPU, different libraries compute the two, and either can be faster, depending on the processor, the number of threads,
+the size and the memory layout. `accelerate` measures which one is. The layers here have the constructors and state dicts of
+PyTorch's layers; only the computation of the result differs. On other devices there is no gain, and they behave like their
+base class.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class PointwiseLinear(nn.Linear):
 
     @torch.jit.unused
     def _computed(self, x: Tensor) -> Tensor:
-        # Inputs that do not fit are left to `F.linear`, whose error then speaks of the linear layer that the user wrote.
+        # Invalid inputs are left to `F.linear`, so that the error message is about the linear layer that the user wrote.
         if is_tracing() or x.device.type != "cpu" or x.shape[-1:] != (self.in_features,) or x.numel() == 0:
             return super().forward(x)
         # (1, C, rows, 1), stored as NHWC: a view of `x`, unless its rows are not consecutive in memory.
@@ -39,8 +39,8 @@ class PointwiseLinear(nn.Linear):
 class PointwiseConv2d(nn.Conv2d):
     """`nn.Conv2d` that computes 1x1 convolutions as matrix products: one over all pixels, or one per image.
 
-    The result is stored as the input is. Anything but a plain 1x1 convolution (strides and paddings included) is computed as
-    `nn.Conv2d` does; `reasons_against` says why.
+    The result has the memory layout of the input. Anything but a plain 1x1 convolution (with strides or padding, for
+    instance) is computed as in `nn.Conv2d`; `reasons_against` says why.
     """
 
     def reasons_against(self) -> list[str]:
@@ -59,7 +59,7 @@ class PointwiseConv2d(nn.Conv2d):
         if is_tracing():
             return super().forward(x)
         fits = x.dim() in (3, 4) and x.shape[-3] == self.in_channels and x.numel() != 0
-        # Looked up at every call, because code that adapts networks sets strides and paddings of existing layers.
+        # Looked up at every call, because code that adapts networks changes strides and paddings of existing layers.
         if x.device.type != "cpu" or not fits or self.reasons_against():
             return super().forward(x)
         batched = x if x.dim() == 4 else x.unsqueeze(0)
@@ -73,7 +73,7 @@ class PointwiseConv2d(nn.Conv2d):
 
 
 def reasons_against_pointwise(conv: nn.Conv2d) -> list[str]:
-    """List what makes a convolution more than one matrix product per pixel; empty if nothing does."""
+    """List what prevents computing a convolution as a matrix product over the channels; empty if nothing does."""
     reasons = []
     if tuple(conv.kernel_size) != (1, 1):
         reasons.append(f"kernel {tuple(conv.kernel_size)} is not 1x1")

@@ -1,4 +1,4 @@
-"""Building a convolution or linear layer that is configured like another one and has other weights."""
+"""Building a convolution or linear layer with the configuration of another one and different weights."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from widekernel.layers.conv import DepthwiseConv2d
 from widekernel.layers.pointwise import PointwiseConv2d, PointwiseLinear
 
-# The kinds of layers that compute exactly what their weight and bias say, special kinds last.
+# The kinds of layers whose output depends only on their weight and bias, the most specialized last.
 _PLAIN = (nn.Conv2d, nn.Linear, DepthwiseConv2d, PointwiseConv2d, PointwiseLinear)
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Return whether `layer`, parametrized or not, computes what a plain layer with its weight and bias does."""
+    """Return whether `layer`, parametrized or not, computes the same as a plain layer with its weight and bias."""
     return type(layer).forward in {kind.forward for kind in _PLAIN}
 
 
@@ -29,8 +29,8 @@ def layer_like(layer: Any, weight: Tensor, bias: Tensor | None, kind: type[nn.Mo
         layer: an `nn.Conv2d` or `nn.Linear`.
         weight: (C', C / groups, kh, kw) or (C', C).
         bias: (C',), or None for none.
-        kind: class of the result; by default the most special kind of plain layer that `layer` is, so that what was
-            accelerated stays so.
+        kind: class of the result; by default the most specialized kind of plain layer that `layer` is, so that accelerated
+            layers stay accelerated.
     """
     kind = kind or next(known for known in reversed(_PLAIN) if isinstance(layer, known))
     make: Any = kind

@@ -1,4 +1,4 @@
-"""Rectangular depthwise kernels with an anchor, and how sums of them collapse."""
+"""Rectangular depthwise kernels with an anchor, and the simplification of their sums."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Rect:
             stand for a 49-tap strip as 51 columns, 24 to the left of the anchor and 26 to its right.
 
     Raises:
-        ArgumentError: if the kernel has another shape or the anchor lies outside of it.
+        ArgumentError: if the kernel has another shape or the anchor lies outside the kernel.
     """
 
     kernel: Tensor
@@ -46,7 +46,7 @@ class Rect:
 
     @classmethod
     def centred(cls, kernel: Tensor) -> Rect:
-        """Do what `centered` does, under its old name, and warn."""
+        """Call `centered`, of which this is the old name, with a warning."""
         text = "Rect.centred is now called Rect.centered; the old name will stop working in the next version"
         warnings.warn(text, FutureWarning, stacklevel=2)
         return cls.centered(kernel)
@@ -73,29 +73,29 @@ class Rect:
         return all(mine >= theirs for mine, theirs in zip(self.reach, other.reach))
 
     def scaled(self, scale: Tensor) -> Rect:
-        """Return the rectangle with the taps of each channel multiplied by its entry of `scale` (C,)."""
+        """Return the rectangle with the taps of each channel multiplied by that channel's entry of `scale` (C,)."""
         return Rect(self.kernel * scale.view(-1, 1, 1, 1), self.anchor)
 
     def plus(self, other: Rect) -> Rect:
         """Return the sum of this rectangle and another one that it covers.
 
         Raises:
-            ArgumentError: if this one does not cover the other, or has another number of channels.
+            ArgumentError: if this rectangle does not cover the other one, or their numbers of channels differ.
         """
         if not self.covers(other) or self.kernel.shape[0] != other.kernel.shape[0]:
             raise ArgumentError(
                 f"a {self.size[0]}x{self.size[1]} rectangle of {self.kernel.shape[0]} channels anchored at {self.anchor} "
                 f"cannot absorb one of {other.size[0]}x{other.size[1]}, {other.kernel.shape[0]} channels, anchored at "
-                f"{other.anchor}: it must cover it and have as many channels"
+                f"{other.anchor}: it must cover the other one and have as many channels"
             )
         up, down, left, right = (mine - theirs for mine, theirs in zip(self.reach, other.reach))
         return Rect(self.kernel + F.pad(other.kernel, (left, right, up, down)), self.anchor)
 
 
 def maximal_rectangles(rects: Iterable[Rect]) -> list[Rect]:
-    """Reduce a sum of rectangles to those that no other one covers; the sum stays the same operator.
+    """Reduce a sum of rectangles to those that no other one covers, without changing the operator.
 
-    A 31x31 and a 5x5 kernel become one of 31x31. The strips 51x5 and 5x51 stay two and absorb a 5x5 and the identity.
+    A 31x31 and a 5x5 kernel become one 31x31 kernel. The strips 51x5 and 5x51 remain and absorb a 5x5 and the identity.
     """
     maximal: list[Rect] = []
     for rect in sorted(rects, key=lambda r: r.size[0] * r.size[1], reverse=True):

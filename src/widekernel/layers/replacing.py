@@ -1,4 +1,4 @@
-"""Replacing modules within a network, so that what is shared stays shared."""
+"""Replacing modules within a network so that shared modules stay shared."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Replace = Callable[[nn.Module, str], tuple[nn.Module, bool]]
 
 
 def replace_modules(root: nn.Module, replace: Replace) -> nn.Module:
-    """Replace modules of a network in place, from the outside in, and return what takes the place of `root`.
+    """Replace modules of a network in place, from the outside in, and return the replacement of `root`.
 
-    A module that is used in several places is asked about once, and its replacement is used in all of them.
+    `replace` is called once for a module that is used in several places, and the replacement is used in all of them.
 
     Args:
         root: the network.
-        replace: is called with a module and its name. It returns what takes the module's place (the module itself to keep
-            it), and whether the modules within that are to be looked at, too.
+        replace: called with a module and its name. It returns the replacement (the module itself to keep it), and whether
+            to visit the submodules of the replacement, too.
     """
     done: dict[nn.Module, nn.Module] = {}
 
@@ -40,12 +40,12 @@ def replace_modules(root: nn.Module, replace: Replace) -> nn.Module:
 
 
 def with_submodule(module: ModuleT, name: str, part: nn.Module) -> ModuleT:
-    """Return a shallow copy of `module` whose submodule `name` is `part`; `module`, which may be shared, does not change.
+    """Return a shallow copy of `module` with the submodule `name` replaced by `part`; `module` itself does not change.
 
     Args:
-        module: the module.
-        name: of the submodule, with dots for one further down; modules on the way are copied, too.
-        part: what the copy has there.
+        module: the module, which may be shared.
+        name: name of the submodule, with dots for a nested one; modules on the path to it are copied, too.
+        part: the new submodule.
     """
     key, _, rest = name.partition(".")
     new = copy.copy(module)

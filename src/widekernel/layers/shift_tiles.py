@@ -1,4 +1,4 @@
-"""Shift-wise convolution: strips made of tiles that both directions share, each with an arrangement of its own.
+"""Shift-wise convolution: both directions build a strip from the same tiles, each in its own arrangement.
 
 Li et al., ShiftwiseConv: Small Convolutional Kernel with Large Kernel Effect, CVPR 2025.
 """
@@ -19,11 +19,11 @@ from widekernel.layers.tiles import num_tiles, side_by_side, stacked
 
 
 class ShiftTiles(TileSource):
-    """Strips made of tiles that both directions share and that stand elsewhere in each (Shift-wise convolution).
+    """Strips made of tiles that both directions share, in a different arrangement in each (Shift-wise convolution).
 
-    Yields three branches: a wide strip, a tall strip and a single tile. In strip d, tile j of channel c stands at the slots
-    that the tables of the `groups` permutations give it; tiles at the same slot are added up. The third branch adds up one
-    tile per group. The tables are drawn as the authors' code draws them, and are part of the state dict.
+    Yields three branches: a wide strip, a tall strip and a single tile. In strip d, the tables of the `groups` permutations
+    assign slots to tile j of channel c; tiles in the same slot are added up. The third branch adds up one tile per group.
+    The tables are drawn as in the authors' code, and are part of the state dict.
 
     Args:
         channels: C.
@@ -77,12 +77,12 @@ class ShiftTiles(TileSource):
         return [side_by_side(wide), stacked(tall), single.view(self.channels, 1, self.tile_size, self.tile_size)]
 
     def branch_anchors(self) -> list[tuple[int, int]]:
-        """Return the middles of the kernels that the strips stand for, and of the tile."""
+        """Return the centers of the kernels that the strips represent, and the center of the tile."""
         along, across = self.kernel_size // 2, self.tile_size // 2
         return [(across, along), (along, across), (across, across)]
 
     def published_macs(self, height: int, width: int) -> int:
-        """Count the tile convolutions of every path, which compute N - 1 pixels more on each axis."""
+        """Count the tile convolutions of every path, which compute N - 1 additional pixels along each axis."""
         extra = self.tile_size - 1
         return sum(tiles.numel() for tiles in self.tiles) * (height + extra) * (width + extra)
 
@@ -91,7 +91,7 @@ class ShiftTiles(TileSource):
         return f"{super().extra_repr()}, paths={len(self.tiles)}, groups={self.tile_at.shape[1]}"
 
     def seeded_tables(self) -> dict[str, Tensor]:
-        """Return the tables as the authors' code draws them, by the name of their buffer."""
+        """Return the tables as drawn by the authors' code, by buffer name."""
         _, groups, _, count = self.tile_at.shape
         tile_at, centre = tile_tables.draw_tables(self.channels, count, groups)
         return {"tile_at": tile_at, "centre": centre}

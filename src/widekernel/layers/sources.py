@@ -1,4 +1,4 @@
-"""Kernel sources: modules that own the parameters of a large kernel and say which rectangles they stand for."""
+"""Kernel sources: modules that own the parameters of a large kernel and define the rectangles that they represent."""
 
 import math
 from abc import ABC, abstractmethod
@@ -16,7 +16,7 @@ from widekernel.ops import plain
 from widekernel.ops.jit_trace import eager_static_shape, static_shape
 from widekernel.ops.problem import Anchor
 
-# No `from __future__ import annotations` here: TorchScript reads the attributes' types of `KernelSource` and needs types.
+# No `from __future__ import annotations` here: TorchScript reads the attribute annotations of `KernelSource` as types.
 
 Branches = tuple[list[Tensor], list[Anchor]]
 """The kernel (C, 1, kh, kw) and the anchor (row, column) of each branch."""
@@ -27,7 +27,7 @@ class KernelSource(nn.Module, ABC):
 
     Attributes:
         channels: C.
-        num_branches: number of outputs that the layer adds up, each after a normalization of its own.
+        num_branches: number of outputs that the layer adds up, each after its own normalization.
     """
 
     channels: int
@@ -50,11 +50,11 @@ class KernelSource(nn.Module, ABC):
 class RectSource(KernelSource):
     """A source whose branches are exactly rectangles, so that it can be folded.
 
-    A subclass defines `branch_kernels` and `branch_anchors`, in the part of Python that TorchScript compiles if layers with
-    it are to be scripted; or `rects` alone.
+    A subclass defines either `rects`, or `branch_kernels` and `branch_anchors`. The latter must be written in the part of
+    Python that TorchScript compiles if layers with this source are to be scripted.
 
     Attributes:
-        dilation: distance of the taps on the feature map, see `dilate`. The parameters do not depend on it.
+        dilation: distance between taps on the feature map, see `dilate`. The parameters do not depend on it.
     """
 
     dilation: int
@@ -76,7 +76,7 @@ class RectSource(KernelSource):
         return [Rect(kernel, anchor) for kernel, anchor in zip(self.branch_kernels(), self.branch_anchors())]
 
     def responses(self, x: Tensor) -> list[Tensor]:
-        """Convolve with every rectangle, in one call where a backend has one."""
+        """Convolve with every rectangle, in one call if a backend has a fused operator."""
         if torch.jit.is_scripting():
             kernels: list[Tensor] = []
             for kernel in self.branch_kernels():
@@ -90,7 +90,7 @@ class RectSource(KernelSource):
 
     @torch.jit.unused
     def branches(self) -> Branches:
-        """Return the kernels and anchors of the branches, dilated: what `rects` returns, but without its checks."""
+        """Return the dilated kernels and anchors of the branches, without the checks of `rects`."""
         if type(self).rects is RectSource.rects and self.dilation == 1:
             return self.branch_kernels(), self.branch_anchors()
         rects = [dilated(rect, self.dilation) for rect in self.rects()]
@@ -129,7 +129,7 @@ class Rectangles(RectSource):
             return tensors_of(self.kernels)
 
     def branch_anchors(self) -> list[tuple[int, int]]:
-        """Return the middle of each kernel."""
+        """Return the middle tap of each kernel."""
         anchors: list[tuple[int, int]] = []
         for kernel in self.branch_kernels():
             sizes = static_shape(kernel)
@@ -138,7 +138,7 @@ class Rectangles(RectSource):
 
     @torch.jit.unused
     def branches(self) -> Branches:
-        """Return the kernels and their middles, dilated."""
+        """Return the dilated kernels and their middle taps."""
         if self.dilation != 1 or type(self).rects is not RectSource.rects:
             return super().branches()
         kernels = tensors_of(self.kernels)
@@ -155,10 +155,10 @@ class Rectangles(RectSource):
 
 
 class SourceGroup(KernelSource):
-    """Several sources of one layer, their branches side by side.
+    """Several sources in one layer; the branches are those of all sources.
 
     Args:
-        sources: of the same number of channels.
+        sources: sources with the same number of channels.
     """
 
     def __init__(self, sources: Sequence[KernelSource]) -> None:
@@ -200,7 +200,7 @@ class SourceGroup(KernelSource):
         return kernels, anchors
 
     def published_macs(self, height: int, width: int) -> int:
-        """Add up the sources."""
+        """Add up the counts of all sources."""
         return sum(source.published_macs(height, width) for source in self.sources)  # type: ignore[operator]
 
 
@@ -214,7 +214,7 @@ SourceT = TypeVar("SourceT", bound=KernelSource)
 
 
 def dilate(source: SourceT, dilation: int) -> SourceT:
-    """Set the distance of the taps of a source on the feature map, and return the source.
+    """Set the distance between the taps of a source on the feature map, and return the source.
 
     Raises:
         ArgumentError: if the source is not made of rectangles.
@@ -223,7 +223,7 @@ def dilate(source: SourceT, dilation: int) -> SourceT:
         return source
     if not _is_made_of_rects(source):
         raise ArgumentError(
-            "the branches of this layer are no rectangles and cannot be dilated: leave out output_stride, or padding='same'"
+            "the branches of this layer are not rectangles and cannot be dilated: leave out output_stride or padding='same'"
         )
     for part in source.modules():
         if isinstance(part, RectSource):
@@ -232,14 +232,17 @@ def dilate(source: SourceT, dilation: int) -> SourceT:
 
 
 def dilated(rect: Rect, dilation: int) -> Rect:
-    """Put the taps of a rectangle `dilation` apart: a larger one with zeros between them."""
+    """Return a larger rectangle with the taps `dilation` apart and zeros between them."""
     if dilation == 1:
         return rect
     return Rect(dilated_kernel(rect.kernel, dilation), (rect.anchor[0] * dilation, rect.anchor[1] * dilation))
 
 
 def dilated_kernel(kernel: Tensor, dilation: int) -> Tensor:
-    """Put the taps of a kernel (C, 1, kh, kw) `dilation` apart, with zeros between them. TorchScript compiles it."""
+    """Return a larger kernel with the taps of `kernel` (C, 1, kh, kw) `dilation` apart and zeros between them.
+
+    TorchScript compiles this function.
+    """
     if dilation == 1:
         return kernel
     sizes = static_shape(kernel)
@@ -253,13 +256,13 @@ _KEYS = tuple(map(str, range(16)))
 
 
 def tensors_of(parameters: nn.ParameterList) -> list[Tensor]:
-    """Return what a list of parameters holds.
+    """Return the tensors of a parameter list.
 
-    Its own iterator takes as long as a small operator, because it looks up every entry by way of `nn.Module`.
+    The list's own iterator takes as long as a small operator, because it looks up every entry through `nn.Module`.
     """
     held = parameters._parameters
     count = len(held)
-    # Entries that are computed (pruned, parametrized) or belong to a replica are no parameters.
+    # Entries that are computed (pruned, parametrized) or belong to a replica are not parameters.
     if count == len(parameters) <= len(_KEYS):
         try:
             return [held[key] for key in _KEYS[:count]]  # type: ignore[misc]

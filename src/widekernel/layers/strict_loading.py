@@ -1,4 +1,4 @@
-"""Loading weights into folded and compacted networks completely or not at all."""
+"""Strict loading of weights into folded and compacted networks: all or nothing."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 
 def load_strictly(module: nn.Module) -> None:
-    """Make `load_state_dict` of a network refuse weights that do not fit before it loads any.
+    """Make `load_state_dict` of a network reject weights that do not fit before it loads any.
 
-    PyTorch loads what fits and raises afterwards. Where layers hold tables of what was merged, the mixture is worse than
-    either network.
+    PyTorch loads the weights that fit and raises afterwards. If layers hold tables of merged parts, the resulting mixture is
+    worse than either network.
     """
     if not any(getattr(hook, "hook", None) is _refuse for hook in module._load_state_dict_pre_hooks.values()):
         module.register_load_state_dict_pre_hook(_refuse)
@@ -22,9 +22,9 @@ def misfits(module: nn.Module, state: Mapping[str, Tensor], prefix: str) -> list
     """List why a state dict does not fit a network with layers that hold tables; empty if it does, or if there are none.
 
     Args:
-        module: its layers that hold tables have a method `table_misfits(state, prefix)`.
+        module: the network; its layers that hold tables have a method `table_misfits(state, prefix)`.
         state: the state dict; missing keys are not reported.
-        prefix: of the module's keys in it, "" or ending in a dot.
+        prefix: prefix of the module's keys in the state dict, "" or ending in a dot.
     """
     found, layers = [], [(name, part) for name, part in module.named_modules() if hasattr(part, "table_misfits")]
     for name, part in layers:
@@ -33,7 +33,7 @@ def misfits(module: nn.Module, state: Mapping[str, Tensor], prefix: str) -> list
         own = part.state_dict(prefix=inside).keys()
         others = [key for key in state if inside and key.startswith(inside)]
         if others and not own & set(others):
-            found.append(f"{others[0]} is of another form of the layer")
+            found.append(f"{others[0]} belongs to another form of the layer")
     for key, value in module.state_dict(prefix=prefix).items() if layers else ():
         theirs = state.get(key)
         if isinstance(theirs, Tensor) and theirs.shape != value.shape and theirs.numel() + value.numel() > 2:

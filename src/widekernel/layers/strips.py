@@ -1,6 +1,6 @@
-"""Kernel sources whose strips are made of square tiles: tiles of their own, shared by both directions, or shuffled (SLaK).
+"""Kernel sources whose strips are made of square tiles: separate for each direction, shared by both, or shuffled (SLaK).
 
-Shifting and adding the outputs of the tiles, as the papers do, equals one depthwise convolution with the strip, borders
+Shifting and adding the outputs of the tiles, as in the papers, equals one depthwise convolution with the strip, borders
 included. So the sources yield strips, and no feature map is ever nk times as large as its input.
 """
 
@@ -39,7 +39,7 @@ class TileSource(RectSource):
 
 
 class SplitStrips(TileSource):
-    """Two strips, K x N and N x K, each made of tiles of its own (SLaK_reg).
+    """Two strips, K x N and N x K, each with its own tiles (SLaK_reg).
 
     Args:
         channels: C.
@@ -78,7 +78,7 @@ class SplitStrips(TileSource):
 
 
 class SharedStrips(TileSource):
-    """A wide and a tall strip made of the same tiles, which a sigmoid gate per tile and direction weights (SLaK_pww).
+    """A wide and a tall strip of the same tiles, weighted by a sigmoid gate per tile and direction (SLaK_pww).
 
     Args:
         channels: C.
@@ -120,9 +120,9 @@ class SharedStrips(TileSource):
 
 
 class ShuffledStrips(TileSource):
-    """A wide strip of tiles in their order and a tall one of the same tiles shuffled (SLaK_pw).
+    """A wide strip of tiles in order and a tall strip of the same tiles, shuffled (SLaK_pw).
 
-    With several branches, each adds the same tiles once more, shuffled anew in both directions (the multi-branch variant).
+    Every further branch adds the same tiles again, shuffled anew in both directions (the multi-branch variant).
     No official code of these variants is public; this follows their description.
 
     Args:
@@ -154,7 +154,7 @@ class ShuffledStrips(TileSource):
         nn.init.kaiming_uniform_(self.tiles, a=math.sqrt(5))
 
     def seeded_tables(self) -> dict[str, Tensor]:
-        """Return the table as it is drawn at construction, by the name of its buffer."""
+        """Return the table as drawn at construction, by buffer name."""
         _, branches, _, count = self.tile_at.shape
         return {"tile_at": tile_tables.draw_ordered_table(self.channels, count, branches)}
 
@@ -163,7 +163,7 @@ class ShuffledStrips(TileSource):
         return tile_tables.arrangement_problem(tables[name])
 
     def arranged(self) -> tuple[Tensor, Tensor]:
-        """Return the tiles (C, nk, N, N) of the wide and of the tall strip, in the order of their slots."""
+        """Return the tiles (C, nk, N, N) of the wide and of the tall strip, in slot order."""
         flat = self.tiles.flatten(1)
         shape = [self.channels, -1, self.tile_size, self.tile_size]
         wide = tile_tables.take_sum(flat, self.tile_at[0], self.channels).view(shape)

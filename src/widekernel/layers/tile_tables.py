@@ -1,6 +1,6 @@
-"""Arrangement tables: which tile stands in which slot of a strip, drawn as the authors of Shift-wise convolution draw them.
+"""Arrangement tables: which tile is in which slot of a strip, drawn as by the authors of Shift-wise convolution.
 
-The tables come from a private generator and are part of the state dict. So a network does not depend on the random numbers
+The tables come from a private generator and are part of the state dict, so a network does not depend on the random numbers
 of the PyTorch version that loads it.
 """
 
@@ -22,34 +22,36 @@ def draw_tables(channels: int, num_tiles: int, groups: int) -> tuple[Tensor, Ten
     """Draw the arrangement tables of Shift-wise convolution.
 
     Returns:
-        tile_at: (2, groups, C, nk) int32 on the CPU; entry [d, g, c, slot] is the tile that stands there (d = 0: the wide
+        tile_at: (2, groups, C, nk) int32 on the CPU; entry [d, g, c, slot] is the tile in that slot (d = 0: the wide
             strip).
-        centre: (groups, C) int32 on the CPU, the tile that the third branch takes, which moves no tile.
+        centre: (groups, C) int32 on the CPU, the tile that the third branch uses; that branch shifts no tile.
     """
-    # Copies, made on the CPU whatever the default device is.
+    # Copies, on the CPU whatever the default device is.
     tile_at, centre = (torch.tensor(table, device="cpu") for table in _drawn_tables(channels, num_tiles, groups))
     return tile_at, centre
 
 
 def draw_ordered_table(channels: int, num_tiles: int, branches: int) -> Tensor:
-    """Draw a table (2, branches, C, nk) in which the tiles of the first wide strip stand in their order."""
+    """Draw a table (2, branches, C, nk) in which the tiles of the first wide strip are in order."""
     tile_at, _ = draw_tables(channels, num_tiles, branches)
     tile_at[0, 0] = torch.arange(num_tiles, dtype=tile_at.dtype, device="cpu")
     return tile_at
 
 
 def arrangement_problem(table: Tensor) -> str:
-    """Return what is wrong with a table (2, groups, C, nk) read from a file, "" if every row is a permutation."""
+    """Return what is wrong with a table (2, groups, C, nk) read from a file; "" if every row is a permutation."""
     slots = torch.arange(table.shape[-1], dtype=table.dtype)
     return "" if torch.equal(table.cpu().sort(-1).values, slots.expand_as(table)) else "is not made of permutations"
 
 
 def take_sum(flat: Tensor, table: Tensor, channels: int) -> Tensor:
-    """Take the rows of `flat` (C·nk, taps) that a table names and add them up over the groups. TorchScript compiles it.
+    """Select the rows of `flat` (C·nk, taps) that a table names and add them up over the groups.
+
+    TorchScript compiles this function.
 
     Args:
-        flat: the tiles, those of a channel consecutive.
-        table: (groups, C) or (groups, C, slots), numbers of tiles within their channel.
+        flat: the tiles; those of a channel are consecutive.
+        table: (groups, C) or (groups, C, slots), indices of tiles within their channel.
         channels: C.
 
     Returns:
@@ -58,7 +60,7 @@ def take_sum(flat: Tensor, table: Tensor, channels: int) -> Tensor:
     num_tiles = static_shape(flat)[0] // channels
     start = torch.arange(channels, device=flat.device).unsqueeze(1) * num_tiles
     groups = table if table.dim() == 3 else table.unsqueeze(2)
-    # One gather per group: within a group no row is taken twice, so that the gradient is summed in a fixed order.
+    # One gather per group: within a group, no row is selected twice, so that the gradient is summed in a fixed order.
     rows = [(group.long() + start).flatten() for group in groups.unbind(0)]
     total = flat.index_select(0, rows[0])
     for row in rows[1:]:
@@ -68,7 +70,7 @@ def take_sum(flat: Tensor, table: Tensor, channels: int) -> Tensor:
 
 @lru_cache(maxsize=64)  # the blocks of a stage have the same tables, and drawing them dominates the construction
 def _drawn_tables(channels: int, num_tiles: int, groups: int) -> tuple[np.ndarray, np.ndarray]:
-    # Real numbers of the CPU's generator even where tensors are made without data, or on another device.
+    # Real numbers from the CPU's generator, even if the default device is the meta device or a GPU.
     with _disable_current_modes(), torch.device("cpu"):
         generator = Generator().manual_seed(TABLE_SEED)
         drawn = [torch.randperm(num_tiles, generator=generator) for _ in range(2 * groups * channels)]

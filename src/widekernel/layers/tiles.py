@@ -1,6 +1,6 @@
-"""Strips of small square tiles: how many tiles a strip has, how tiles are joined to a strip and how a strip is cut.
+"""Strips of small square tiles: the number of tiles in a strip, joining tiles into a strip, and cutting a strip.
 
-A row of nk = ceil(K / N) tiles is a strip of nk·N taps, anchored at K // 2, the middle of the K-tap kernel it stands for.
+A row of nk = ceil(K / N) tiles is a strip of nk·N taps, anchored at K // 2, the middle of the K-tap kernel it represents.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def num_tiles(kernel_size: int, tile_size: int) -> int:
 
 
 def tall_strip(tiles: Tensor, kernel_size: int) -> Rect:
-    """Stack tiles (C, nk, N, N) below one another into a rectangle of nk·N x N taps."""
+    """Stack tiles (C, nk, N, N) vertically into a rectangle of nk·N x N taps."""
     return Rect(stacked(tiles), (kernel_size // 2, tiles.shape[3] // 2))
 
 
@@ -40,7 +40,7 @@ def wide_strip(tiles: Tensor, kernel_size: int) -> Rect:
 
 
 def stacked(tiles: Tensor) -> Tensor:
-    """Stack tiles (C, nk, N, N) below one another: (C, 1, nk·N, N)."""
+    """Stack tiles (C, nk, N, N) vertically: (C, 1, nk·N, N)."""
     channels, count, height, width = static_shape(tiles)
     return tiles.reshape(channels, 1, count * height, width)
 
@@ -52,7 +52,7 @@ def side_by_side(tiles: Tensor) -> Tensor:
 
 
 def cut_into_tiles(strip: Tensor, tile_size: int) -> Tensor:
-    """Cut a strip (C, 1, K, N) or (C, 1, N, K) into tiles (C·nk, 1, N, N); zeros fill up the last tile.
+    """Cut a strip (C, 1, K, N) or (C, 1, N, K) into tiles (C·nk, 1, N, N); the last tile is padded with zeros.
 
     The tiles of a channel are consecutive, from the top or from the left.
 
@@ -76,7 +76,7 @@ def cut_into_tiles(strip: Tensor, tile_size: int) -> Tensor:
 
 
 def tile_convolution_padding(kernel_size: int, tile_size: int) -> int:
-    """Return the padding along the strip that the authors' tile convolution uses; it decides how many positions it computes.
+    """Return the padding along the strip in the authors' tile convolution; it determines how many positions are computed.
 
     It is the smallest number congruent to K // 2 modulo N that loses no tile touching the image.
     """

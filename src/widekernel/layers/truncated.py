@@ -1,4 +1,4 @@
-"""An ablation: strips made of tiles, where tiles beyond the border of the image are dropped."""
+"""An ablation: strips made of tiles, with tiles beyond the border of the image dropped."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from widekernel.ops.jit_trace import static_shape
 
 
 class TruncatedTiles(KernelSource):
-    """The strips of another source without the tiles whose middle lies outside the image.
+    """The strips of another source without the tiles whose center lies outside the image.
 
-    A tile convolution with padding N // 2 computes this. Near a border it equals no single kernel, so the layer cannot be
+    This equals a tile convolution with padding N // 2. Near a border, no single kernel computes it, so the layer cannot be
     folded. An ablation: exact but slow.
 
     Args:
@@ -49,7 +49,7 @@ class TruncatedTiles(KernelSource):
 
 
 def _add_shifted(total: Tensor, image: Tensor, offset: int, axis: int) -> Tensor:
-    """Add an image shifted along an axis, so that its pixel `offset` comes to 0; what leaves the image is lost."""
+    """Add an image shifted along an axis so that pixel `offset` moves to 0; pixels shifted out of the image are dropped."""
     if torch.jit.is_tracing():
         return total + _shifted(image, offset, axis)
     extent = image.shape[axis]
@@ -61,7 +61,7 @@ def _add_shifted(total: Tensor, image: Tensor, offset: int, axis: int) -> Tensor
 
 
 def _shifted(image: Tensor, offset: int, axis: int) -> Tensor:
-    """Shift an image of any size by padding and narrowing, as a traced graph must."""
+    """Shift an image of any size by padding and narrowing, which also works in a traced graph."""
     reach = abs(offset)
     return F.pad(image, _padding(axis, reach, reach)).narrow(axis, reach + offset, image.shape[axis])
 

@@ -1,4 +1,4 @@
-"""Networks inside the wrappers of PyTorch and of training libraries."""
+"""Unwrapping networks from the wrappers of PyTorch and of training libraries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all networks share: stem, stages and head, and timm's model contract."""
+"""The base of all networks: stem, stages and head, and timm's model interface."""
 
 # No `from __future__ import annotations` here: torch.fx copies the annotations of `forward` into its graphs, and TorchScript
 # cannot read them as strings.
@@ -59,7 +59,7 @@ class Parts:
         reductions: total stride of each stage's output, in pixels of the image.
         norm_pre: normalization of the last feature map, before pooling; None for none.
         head_norm: whether the head normalizes the pooled features before the classifier.
-        feature_norms: normalizations of the stages' feature maps when they are returned as such; empty for none.
+        feature_norms: normalizations of the stages' feature maps in feature extraction; empty for none.
     """
 
     stem: nn.Module
@@ -71,18 +71,18 @@ class Parts:
 
 
 class StagedConvNet(Fusable, nn.Module):
-    """stem -> stages -> norm -> pooling, norm, classifier; with everything that timm expects of a model.
+    """Base network: stem -> stages -> norm -> pooling, norm, classifier; with everything that timm expects of a model.
 
-    A family is a subclass: it defines `parts`, and may define `init_weights` and `blocks_by_stage`. A static method
-    `default_out_indices(cfg)` chooses the stages of feature extractors if not all of them are wanted.
+    A family is a subclass: it defines `parts`, and may define `init_weights` and `blocks_by_stage`. It may also define a
+    static method `default_out_indices(cfg)`, which chooses the default stages of feature extractors.
 
     Args:
         cfg: architecture, a frozen dataclass of the family.
         num_classes: number of classes; with 0 the network returns the pooled features.
         in_chans: number of channels of the image.
         global_pool: type of pooling, as in timm; "" for none.
-        output_stride: 8 or 16 for feature maps of that stride: the later stages keep the resolution and their kernels are
-            dilated instead, as in timm's ConvNeXt. 32 changes nothing.
+        output_stride: 8 or 16 for feature maps of that stride: later stages then keep the resolution and have dilated
+            kernels instead, as in timm's ConvNeXt. 32 changes nothing.
         drop_rate: dropout rate before the classifier.
         drop_path_rate: drop-path rate of the last block; the rates grow linearly from 0.
         act_layer: name or constructor of the activation between the two pointwise layers of each block (roadmap networks:
@@ -159,19 +159,19 @@ class StagedConvNet(Fusable, nn.Module):
         return cfg.depths
 
     def init_weights(self) -> None:
-        """Initialize the weights; by default they stay as PyTorch initializes them."""
+        """Initialize the weights; by default, PyTorch's initialization is kept."""
 
     @property
     def _model_args(self) -> dict[str, Any]:
-        """The arguments that timm's hub format records to build the network again, with `folded` for a folded one.
+        """The arguments that timm's hub format records to rebuild the network, with `folded` for a folded one.
 
         Raises:
-            ArgumentError: if the network is compacted: no arguments build one like it.
+            ArgumentError: if the network is compacted, because no arguments can rebuild it.
         """
         if any(isinstance(module, GroupedKernels) for module in self.modules()) or hasattr(self, "compaction"):
             raise ArgumentError(
-                "a compacted network cannot be built from arguments, so timm's hub format cannot hold it: "
-                "save the masked network it comes from, and compact again after loading"
+                "a compacted network cannot be built from arguments, so timm's hub format cannot store it: "
+                "save the masked network that it comes from, and compact again after loading"
             )
         return {**self._recorded_args, **({"folded": True} if is_folded(self) else {})}
 
@@ -181,12 +181,12 @@ class StagedConvNet(Fusable, nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Return the names of parameters without weight decay, beyond those of one dimension."""
+        """Return the names of parameters without weight decay, in addition to one-dimensional ones."""
         return set()
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return the patterns by which layer-wise learning rates group the parameters."""
+        """Return the patterns that group the parameters for layer-wise learning rates."""
         blocks: Any = r"^stages\.(\d+)"
         if not coarse:
             blocks = [
@@ -198,7 +198,7 @@ class StagedConvNet(Fusable, nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the activations of each stage in the backward pass instead of storing them, or stop doing so."""
+        """Enable or disable gradient checkpointing: recomputing each stage's activations in the backward pass."""
         for stage in self.stages:
             stage.grad_checkpointing = enable  # type: ignore[assignment]
 
@@ -216,7 +216,7 @@ class StagedConvNet(Fusable, nn.Module):
         self.head_hidden_size = self.head.num_features
 
     def intermediate(self, index: int, x: Tensor) -> Tensor:
-        """Return the feature map `x` of stage `index` as feature extractors return it: normalized if it has a norm."""
+        """Return the feature map `x` of stage `index` as in feature extraction: normalized if the stage has a norm."""
         for i, norm in enumerate(self.feature_norms):  # TorchScript cannot index them
             if i == index:
                 x = norm(x)
@@ -263,7 +263,7 @@ class StagedConvNet(Fusable, nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what is not needed to compute the feature maps of the stages `indices`; return these indices."""
+        """Remove the parts that are not needed for the feature maps of the stages `indices`; return these indices."""
         take, last = feature_take_indices(len(self.stages), indices)
         shortened = last < len(self.stages) - 1
         self.stages = self.stages[: last + 1]

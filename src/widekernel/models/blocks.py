@@ -53,11 +53,11 @@ class MixerBlock(Fusable, nn.Module):
         return self.gamma is not None and is_plain(self.mlp.fc2) and not self.alterations()
 
     def is_folded(self) -> bool:
-        """Return whether there was a layer scale, which has been folded."""
+        """Return whether the block had a layer scale that has been folded."""
         return self.gamma is None and self.layer_scale > 0
 
     def alterations(self) -> list[str]:
-        """List hooks, replaced methods and a parametrization that keep a layer scale from being folded."""
+        """List the hooks, replaced methods and parametrization that prevent folding the layer scale."""
         return [] if self.gamma is None else alterations_around_scale(self)
 
     def folded(self) -> MixerBlock:
@@ -71,9 +71,9 @@ class MixerBlock(Fusable, nn.Module):
 
 
 def alterations_around_scale(block: nn.Module, *others: str) -> list[str]:
-    """List what keeps the layer scale from being folded into `mlp.fc2`.
+    """List what prevents folding the layer scale into `mlp.fc2`.
 
-    These are hooks, which would see scaled values, replaced methods, and a parametrized `gamma`.
+    Obstacles are hooks, which would see scaled values, replaced methods, and a parametrized `gamma`.
 
     Args:
         block: block with the parts `mlp` and `gamma`.
@@ -84,7 +84,7 @@ def alterations_around_scale(block: nn.Module, *others: str) -> list[str]:
 
 
 def norm_downsample(dim_in: int, dim_out: int, spec: StageSpec, options: ModelOptions) -> nn.Sequential:
-    """Create ConvNeXt's downsampling: layer norm, then a 2x2 convolution, which keeps the size if the stride is 1."""
+    """Create ConvNeXt's downsampling: layer norm, then a 2x2 convolution, which preserves the size if the stride is 1."""
     conv: nn.Module
     if spec.stride > 1:
         conv = nn.Conv2d(dim_in, dim_out, 2, stride=spec.stride)
@@ -99,7 +99,7 @@ def convnext_parts(
     make_block: Callable[[int, int, float, StageSpec], nn.Module],
     patch: int = 4,
 ) -> Parts:
-    """Create the parts of a network that is a ConvNeXt with blocks of its own.
+    """Create the parts of a ConvNeXt with custom blocks.
 
     Args:
         widths: width of each stage.
@@ -117,7 +117,7 @@ def convnext_parts(
 
 
 def init_convnext(model: nn.Module, head_init_scale: float) -> None:
-    """Initialize a network as ConvNeXt: convolutions, kernels and linear layers from a normal of standard deviation 0.02.
+    """Initialize a network like ConvNeXt: convolution and linear weights from a normal with standard deviation 0.02.
 
     Args:
         model: the network.

@@ -1,4 +1,4 @@
-"""Building networks the way timm builds its own: arguments, preprocessing, pretrained weights."""
+"""Building networks as timm does: arguments, preprocessing, pretrained weights."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SET_HERE = {
     "kwargs_filter",
     "kwargs",
 }
-# What users may pass on to timm's builder: its other parameters, and those that it takes out of its `kwargs`.
+# Arguments that users may pass to timm's builder: its other parameters, and those that it pops from its `kwargs`.
 BUILDER_ARGUMENTS = (
     *(name for name in inspect.signature(build_model_with_cfg).parameters if name not in _SET_HERE),
     "feature_cls",
@@ -38,7 +38,7 @@ BUILDER_ARGUMENTS = (
 
 
 def default_cfg(input_size: int = 224, stride: int = 32, **kwargs: Any) -> dict[str, Any]:
-    """Return timm's description of a network's preprocessing and head; `kwargs` overrides entries.
+    """Return timm's pretrained configuration (preprocessing and head) of a network; `kwargs` overrides entries.
 
     Args:
         input_size: side of the image in pixels.
@@ -65,8 +65,8 @@ def build_model(
 ) -> Any:
     """Build a network from its configuration and the user's arguments.
 
-    An argument `folded=True` builds the folded form, into which the weights of a folded network are loaded. timm's hub
-    format uses it to restore networks that were saved folded.
+    The argument `folded=True` builds the folded form, into which the weights of a folded network can be loaded. timm's hub
+    format uses it to restore networks that were saved in folded form.
 
     Args:
         model_cls: class of the network.
@@ -76,7 +76,7 @@ def build_model(
         kwargs: the user's arguments: fields of `config` to override, arguments of `model_cls` and of timm's builder.
 
     Raises:
-        UnknownArgumentError: a TypeError, for an argument that none of them takes; it names the nearest.
+        UnknownArgumentError: a TypeError, for an argument that none of them takes; the message suggests the closest name.
     """
     fields = [field.name for field in dataclasses.fields(config)]  # type: ignore[arg-type]
     of_model = [name for name in inspect.signature(model_cls).parameters if name != "cfg"]
@@ -124,5 +124,5 @@ def _filter_pretrained(state: dict[str, Tensor], model: StagedConvNet) -> dict[s
 
 
 def _tuples(value: Any) -> Any:
-    """Turn lists into tuples, nested ones too: configurations are frozen."""
+    """Convert lists to tuples, including nested ones, because configurations are frozen."""
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

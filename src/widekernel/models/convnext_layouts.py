@@ -19,13 +19,13 @@ register_signature("timm's ConvNeXt", r"^stages\.\d+\.blocks\.\d+\.conv_dw\.", "
 
 
 def backbone_rules(num_stages: int) -> tuple[Rule, ...]:
-    """Return the rules for stem and downsampling, which the official code keeps in one list."""
+    """Return the rules for stem and downsampling, which are one module list in the official code."""
     between = (Rule(f"downsample_layers.{i}.{{rest}}", f"stages.{i}.downsample.{{rest}}") for i in range(1, num_stages))
     return (Rule("downsample_layers.0.{rest}", "stem.{rest}"), *between)
 
 
 def block_rules(official: str, native: str) -> tuple[Rule, ...]:
-    """Return the rules for everything in a ConvNeXt block but its spatial layer.
+    """Return the rules for all parts of a ConvNeXt block except its spatial layer.
 
     Args:
         official: template of the official keys' prefix.

@@ -1,4 +1,4 @@
-"""Networks of other packages, which cannot be loaded here; they are recognized so that errors can name them."""
+"""Signatures of networks that cannot be loaded here; they are recognized only so that errors can name them."""
 
 from widekernel.models.layouts.registry import register_signature
 

@@ -1,4 +1,4 @@
-"""Check of the images that a network is given."""
+"""Check of the images that are passed to a network."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from widekernel.ops.jit_trace import static_shape
 
 @register_notrace_module
 class InputCheck(nn.Module):
-    """Pass images on, or raise an error that says what is wrong with their shape.
+    """Layer that passes images on, or raises an error that says what is wrong with their shape.
 
     Args:
         in_chans: number of channels that the network takes.
-        stride: total stride of the network, in pixels; both sides of an image must be at least as long.
+        stride: total stride of the network, in pixels; both sides of an image must be at least that long.
     """
 
     def __init__(self, in_chans: int, stride: int) -> None:

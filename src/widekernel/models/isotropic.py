@@ -57,7 +57,7 @@ class ConvNeXtIsotropic(StagedConvNet):
         """Create the stem, and one stage per block."""
         if options.output_stride not in (None, cfg.patch_size):
             raise ArgumentError(
-                f"output_stride={options.output_stride} is not for isotropic networks, which have one resolution "
+                f"output_stride={options.output_stride} is not available for isotropic networks, which have one resolution "
                 f"throughout, of stride {cfg.patch_size}: leave it out, and choose the stride with patch_size"
             )
         stages = []
@@ -68,7 +68,7 @@ class ConvNeXtIsotropic(StagedConvNet):
         return Parts(stem, stages, [cfg.patch_size] * len(stages))
 
     def blocks_by_stage(self, cfg: IsotropicConfig) -> tuple[int]:
-        """Return the number of blocks, all of one resolution."""
+        """Return the number of blocks, all of which have the same resolution."""
         return (cfg.depth,)
 
     def init_weights(self) -> None:
@@ -77,7 +77,7 @@ class ConvNeXtIsotropic(StagedConvNet):
 
     @staticmethod
     def default_out_indices(cfg: IsotropicConfig) -> tuple[int, ...]:
-        """Choose the blocks at the end of each quarter of the network."""
+        """Return the indices of the blocks at the end of each quarter of the network."""
         return tuple(sorted({max(1, cfg.depth * quarter // 4) - 1 for quarter in range(1, 5)}))
 
 

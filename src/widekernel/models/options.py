@@ -1,4 +1,4 @@
-"""Options that every network takes beside its architecture, as timm's ConvNeXt does: strides, norms, activation."""
+"""Options that every network takes in addition to its architecture, as in timm's ConvNeXt: strides, norms, activation."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class ModelOptions:
     def stage_specs(self, num_stages: int, stem_stride: int = 4) -> list[StageSpec]:
         """Return the strides and dilations of the stages.
 
-        A stage that may not reduce the resolution any further keeps it; the layers after it are dilated instead.
+        A stage that may not reduce the resolution any further keeps it, and later layers are dilated instead.
         """
         specs, reduction, dilation = [], stem_stride, 1
         for i in range(num_stages):
@@ -145,7 +145,7 @@ class ModelOptions:
         hint = nearest(wanted, known) if isinstance(wanted, str) else ""
         name = repr(wanted) if isinstance(wanted, str) else getattr(wanted, "__name__", repr(wanted))
         raise ArgumentError(
-            f"norm_layer {name} cannot take the place of this family's layer norms, which act on maps (N, H, W, C) too: "
+            f"norm_layer {name} cannot replace this family's layer norms, which also act on maps (N, H, W, C): "
             f"it must be one of {', '.join(map(repr, known))}.{hint}"
         )
 

@@ -66,7 +66,7 @@ class LargeKernelBlock(Fusable, nn.Module):
         dim: C.
         width: width of the depthwise layer.
         kernel_size: side of the large kernels.
-        small_kernel: side of the parallel small kernels, None or 0 for none.
+        small_kernel: side of the parallel small kernels; None or 0 for none.
         drop_path: rate at which whole samples skip the block in training.
         dilation: dilation of the kernels.
         norm: creates a norm from a number of channels.
@@ -121,7 +121,7 @@ class LargeKernelBlock(Fusable, nn.Module):
         return replaced_methods(self) + alterations(self, parts)
 
     def folded(self) -> LargeKernelBlock:
-        """Fold the norms before and after the 1x1 convolutions; the large-kernel layer is folded on its own."""
+        """Fold the norms before and after the 1x1 convolutions; the large-kernel layer is folded separately."""
         self.pw1, self.pw2 = self.pw1.folded(input_norm=self.prelkb_bn), self.pw2.folded()
         self.prelkb_bn = nn.Identity()  # type: ignore[assignment]
         return self
@@ -175,7 +175,7 @@ class FeedForwardBlock(Fusable, nn.Module):
         return self
 
     def hidden_units(self) -> HiddenUnits | None:
-        """Return the units between the 1x1 convolutions, None while norms come after these."""
+        """Return the hidden units between the 1x1 convolutions; None as long as norms follow these."""
         if not (isinstance(self.pw1.bn, nn.Identity) and isinstance(self.pw2.bn, nn.Identity)):
             return None
         return HiddenUnits("pw1.conv", "pw1.act", "pw2.conv", others=("pw1", "pw1.bn", "pw2"))

@@ -1,4 +1,4 @@
-"""The official layout of RepLKNet; the merged and the deeply fused form are converted to the training form."""
+"""The official layout of RepLKNet; merged and deeply fused forms are converted to the training form."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ register_signature(
 
 @register_layouts(RepLKNet)
 def replknet_layouts(model: RepLKNet) -> tuple[Layout, ...]:
-    """Return the layout of the official network, which can be loaded in every official form."""
+    """Return the layout of the official network; all official forms can be loaded."""
     branches = [
         rule
         for branch, name in enumerate(("lkb_origin", "small_conv"))
@@ -51,8 +51,8 @@ def replknet_layouts(model: RepLKNet) -> tuple[Layout, ...]:
 def unmerge(state: State, expected: Expected) -> tuple[State, str]:
     """Convert merged kernels and fused norms to the training form, which then computes the same function.
 
-    A merged kernel becomes the large branch; its bias becomes that of the branch's batch norm, which otherwise is the
-    identity; the small branch is set to zero. A norm that was fused into its convolution becomes such a norm, too.
+    A merged kernel becomes the large branch, and its bias becomes that of the branch's batch norm, which is otherwise the
+    identity. The small branch is set to zero. A norm that was fused into its convolution also becomes such a bias-only norm.
     """
     out, merged, fused = {}, 0, 0
     for key, value in state.items():

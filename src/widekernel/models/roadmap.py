@@ -30,7 +30,7 @@ class RoadmapConfig:
 
     Attributes:
         depths: number of blocks per stage.
-        width: width of the first stage, in bottlenecks of their narrow part; it doubles from stage to stage.
+        width: width of the first stage (for bottlenecks, of their narrow part); it doubles from stage to stage.
         stem: "resnet" for a 7x7 convolution and pooling, "patchify" for patches of 4x4 pixels.
         depthwise: whether the spatial convolution is depthwise.
         block: "bottleneck" (wide, narrow, wide) or "inverted" (narrow, wide, narrow).
@@ -40,8 +40,8 @@ class RoadmapConfig:
         fewer_acts: whether a block has only one activation, between the 1x1 convolutions.
         fewer_norms: whether a block has only one norm, after the depthwise convolution.
         norm: "bn" for batch norm, "ln" for layer norm over the channels.
-        final_norm: whether a layer norm stands between pooling and classifier.
-        separate_downsample: whether layer norm and 2x2 convolution between the stages replace strided blocks.
+        final_norm: whether there is a layer norm between pooling and classifier.
+        separate_downsample: whether a layer norm and a 2x2 convolution between the stages replace strided blocks.
         layer_scale: initial value of the layer scale, 0 for none; needs `separate_downsample`.
         head_init_scale: factor on the initial weights of the classifier.
     """
@@ -87,7 +87,7 @@ class RoadmapConfig:
 
 
 class RoadmapBlock(nn.Module):
-    """Residual block of every step but the last.
+    """Residual block of every step except the last one.
 
     Args:
         cfg: architecture.
@@ -217,7 +217,7 @@ def _stem(cfg: RoadmapConfig, options: ModelOptions) -> nn.Sequential:
     return nn.Sequential(ConvNorm(conv, norm, None if cfg.fewer_acts else _act(cfg, options)))
 
 
-# Each step changes one thing in the network before it.
+# Each step makes one change to the previous network.
 _STEP_00 = RoadmapConfig()
 _STEP_01 = replace(_STEP_00, depths=(3, 3, 9, 3))
 _STEP_02 = replace(_STEP_01, stem="patchify")

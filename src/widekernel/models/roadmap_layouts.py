@@ -40,5 +40,5 @@ _TIMM = Layout(
 
 @register_layouts(Roadmap)
 def roadmap_layouts(model: Roadmap) -> tuple[Layout, ...]:
-    """Return the layouts of ConvNeXt for the last step, none for the others."""
+    """Return the layouts of ConvNeXt for the last step, and none for the other steps."""
     return (_OFFICIAL, _TIMM) if model.cfg.separate_downsample else ()

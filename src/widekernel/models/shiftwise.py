@@ -107,7 +107,7 @@ class ShiftWiseBlock(Fusable, nn.Module):
         return around and getattr(self.mixer, "foldable", lambda: False)() and not self.alterations()
 
     def alterations(self) -> list[str]:
-        """List the hooks, replaced methods and parametrizations that keep norms and layer scale from being folded."""
+        """List the hooks, replaced methods and parametrizations that prevent folding norms and layer scale."""
         parts = self.norm, self.norm2
         if self.gamma is None and all(type(part) is nn.Identity for part in parts):
             return []
@@ -176,7 +176,7 @@ class ShiftWiseV1(StagedConvNet):
 def _shift_wise(channels: int, worked: int, kernel_size: int, cfg: ShiftWiseConfig, dilation: int) -> nn.Module:
     """Create the shift-wise layer for `worked` of `channels` channels; the others bypass it."""
     if worked < 1:
-        raise ArgumentError(f"ghost_ratio {cfg.ghost_ratio} leaves none of {channels} channels to work on: lower it")
+        raise ArgumentError(f"ghost_ratio {cfg.ghost_ratio} leaves none of {channels} channels for the kernel: lower it")
     source = dilate(ShiftTiles(worked, kernel_size, cfg.small_kernel, cfg.paths, cfg.groups), dilation)
     layer = LargeKernel(source, [nn.BatchNorm2d(worked) for _ in range(source.num_branches)], identity=True)
     return PartialChannels(layer, seeded_selection(channels, worked), channels)

@@ -29,7 +29,7 @@ _SECOND_BLOCK = (
     Rule(f"{OFFICIAL_BLOCK}.gamma", f"{BLOCK}.gamma"),
     Rule(f"{OFFICIAL_BLOCK}.norm.{{rest}}", f"{BLOCK}.norm.{{rest}}"),
 )
-# The official code generates its tables whenever it creates a network, from the same seed as ours.
+# The official code generates its tables whenever it creates a network, from the same seed as here.
 _TABLES = (r"\.source\.(tile_at|centre)$", r"\.mixer\.(selected|ghosts)$")
 _PART_ORDER = (
     *("downsample_layers", "stages", "gamma", "beta", "LoRAs", "bn_lora1", "bn_lora2", "bn_small", "large_kernel"),

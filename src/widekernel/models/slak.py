@@ -41,18 +41,18 @@ class SLaKConfig:
 
     Attributes:
         kernel_sizes: long side K of the kernels of each stage, odd.
-        small_kernel: short side N of the strips and side of the small square, which is left out if it is not smaller than
-            K. By default 5 with strips and none without; 0 for no small square without strips.
+        small_kernel: short side N of the strips and side of the small square; the square is left out unless N is smaller
+            than K. By default 5 with strips and none without; 0 for no small square, allowed only without strips.
         width_factor: factor on `dims`; the widths are rounded down.
         decomposed: whether strips K x N and N x K replace the K x K square.
         bn: whether a batch norm follows every branch.
         depths: number of blocks per stage.
         dims: width of each stage before `width_factor`.
-        strips: how the strips are parametrized: "free" kernels (SLaK), "split" into tiles of each direction's own
+        strips: parametrization of the strips: "free" kernels (SLaK), "split" into separate tiles for each direction
             (SLaK_reg), tiles "shared" by both directions with gates (SLaK_pww), or shared tiles that are "shuffled" in the
             second direction (SLaK_pw).
         padding: padding of the tile convolutions of "shuffled" strips. "full" and "k-1" keep every tile that touches the
-            image and are the same function; "same" drops the tiles whose center lies outside.
+            image and give the same function; "same" drops the tiles whose center lies outside the image.
         branches: number of shuffled arrangements that are summed, for "shuffled" strips.
         layer_scale: initial value of the layer scale, 0 for none.
         head_init_scale: factor on the initial weights of the classifier.
@@ -77,7 +77,7 @@ class SLaKConfig:
         if self.strips != "shuffled" and (self.padding != "full" or self.branches != 1):
             raise ArgumentError("padding and branches are options of the slak_pw_* networks only")
         if not self.decomposed and self.strips != "free":
-            raise ArgumentError(f"decomposed=False leaves no strips to build as {self.strips!r}: use a plain slak_* network")
+            raise ArgumentError(f"decomposed=False leaves no strips to make {self.strips!r}: use a plain slak_* network")
         if self.decomposed and self.small_kernel == 0:
             raise ArgumentError("small_kernel=0 leaves the strips without a short side: give it, or set decomposed=False")
         require_channels(widths=self.widths)
@@ -148,7 +148,7 @@ def _source(channels: int, big: int, cfg: SLaKConfig) -> KernelSource:
     return SourceGroup([strips, Rectangles(channels, square)])
 
 
-# The published commands use kernels of 43 and 45 in the third stage if the tiles are shared.
+# The published commands use kernels of size 43 and 45 in the third stage if the tiles are shared.
 _PW_KERNELS = (51, 49, 43, 13)
 _PWW_KERNELS = (51, 49, 45, 13)
 _SMALL: dict[str, Any] = {"depths": (3, 3, 27, 3)}

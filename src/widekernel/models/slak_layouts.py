@@ -36,7 +36,7 @@ def slak_layouts(model: SLaK) -> tuple[Layout, ...]:
     if strips == "free":
         names = ("LoRA1", "LoRA2", "small_conv") if decomposed else ("lkb_origin", "small_conv")
         layout = _layout("SLaK", [rule for i, name in enumerate(names) for rule in _conv_bn(name, i)], stages)
-        # Without strips, the official code can merge the squares as RepLKNet's does.
+        # Without strips, the official code can merge the squares, like that of RepLKNet.
         return (layout if decomposed else replace(layout, upgrade=unmerge),)
     square = [
         Rule(f"{_LAYER}.small_conv.conv.weight", f"{_OURS}.source.sources.1.kernels.0"),

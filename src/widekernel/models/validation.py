@@ -22,10 +22,10 @@ def require_one_per_stage(**settings: Sequence[Any]) -> None:
 
 
 def require_channels(**widths: Sequence[int]) -> None:
-    """Raise unless every stage has at least one channel; the widths may be computed from other settings."""
+    """Raise unless every stage has at least one channel; the values may be computed from other settings."""
     for name, values in widths.items():
         if min(values) < 1:
-            raise ConfigError(f"{name} come out as {tuple(values)}: every stage needs at least one channel")
+            raise ConfigError(f"{name} are {tuple(values)}: every stage needs at least one channel")
 
 
 def require_drop_rates(**rates: float | None) -> None:

@@ -7,7 +7,7 @@ from widekernel.ops.call_trace import trace
 from widekernel.ops.decompositions import decompositions
 from widekernel.ops.depthwise import depthwise_sum, depthwise_weight_grad
 
-# `ops.backends` is this function; import from the package of that name by `from widekernel.ops.backends.native import …`.
+# `ops.backends` is this function. To import from the package of that name, use `from widekernel.ops.backends.… import …`.
 from widekernel.ops.dispatch import NoBackendError, backends, register, unregister
 from widekernel.ops.explanation import Explanation, explain
 from widekernel.ops.problem import Problem

@@ -38,7 +38,7 @@ Gradients = tuple[Tensor | None, ...]
 def differentiable_sum(
     x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor], bias: Tensor | None, options: CallOptions
 ) -> Tensor:
-    """Compute `depthwise_sum` of arguments that were converted and checked, with whatever derivatives are wanted."""
+    """Compute a differentiable `depthwise_sum`; the arguments are already converted and checked."""
     if has_batched_gradients(x, *kernels):
         return _apply_to_taps(x, kernels, anchors, bias, options)
     if not needs_derivatives(x, bias, *kernels):
@@ -51,7 +51,7 @@ def differentiable_sum(
 def differentiable_weight_grad(
     x: Tensor, grad: Tensor, kernel_size: Sequence[int], anchor: Anchor, options: CallOptions
 ) -> Tensor:
-    """Compute `depthwise_weight_grad` of checked arguments, with whatever derivatives are wanted."""
+    """Compute a differentiable `depthwise_weight_grad`; the arguments are already checked."""
     if not needs_derivatives(x, grad):
         return run_weight_grad(x, grad, (*kernel_size, *anchor), options)  # type: ignore[arg-type]
     return _DepthwiseWeightGrad.apply(x, grad, (*kernel_size, *anchor), options)
@@ -60,10 +60,10 @@ def differentiable_weight_grad(
 def differentiable_branches(
     x: Tensor, kernels: Sequence[Tensor], anchors: Anchors, options: CallOptions
 ) -> Sequence[Tensor]:
-    """Compute `depthwise_branches` of arguments that were converted and checked, with derivatives."""
+    """Compute a differentiable `depthwise_branches`; the arguments are already converted and checked."""
     if len(kernels) == 1 or has_batched_gradients(x, *kernels):
         return [_rectangle(x, kernel, anchor, options) for kernel, anchor in zip(kernels, anchors)]
-    # The compiler of some versions traces a function of any number of arguments only if there is a gradient to take.
+    # In some versions, the compiler traces a function with a variable number of arguments only if it needs a gradient.
     if not needs_derivatives(x, *kernels):
         return run_branches(x, kernels, anchors, options)
     return _DepthwiseBranches.apply(x, anchors, options, *kernels)
@@ -72,7 +72,7 @@ def differentiable_branches(
 def differentiable_sum_of_branches(
     xs: Sequence[Tensor], kernels: Sequence[Tensor], anchors: Anchors, options: CallOptions
 ) -> Tensor:
-    """Compute `depthwise_sum_of_branches` with derivatives."""
+    """Compute a differentiable `depthwise_sum_of_branches`."""
     if len(kernels) == 1 or has_batched_gradients(*xs, *kernels):
         parts = [_rectangle(x, kernel, anchor, options) for x, kernel, anchor in zip(xs, kernels, anchors)]
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
@@ -89,7 +89,7 @@ def mirror_anchors(kernels: Sequence[Tensor], anchors: Sequence[Anchor]) -> Anch
 def _is_compiling_a_transform() -> bool:
     """Return whether a function transform is being compiled.
 
-    Under one the compiler of some versions traces only functions with a fixed number of arguments.
+    Inside one, the compiler of some versions traces only functions with a fixed number of arguments.
     """
     return torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
@@ -107,7 +107,7 @@ def _apply_to_taps(
 
 
 def _with_signature(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Attach the signature, which PyTorch looks at in every call of a rule and would otherwise take from the code anew."""
+    """Attach the signature: PyTorch reads it in every call of a rule, and would otherwise derive it again each time."""
     function.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
     return function
 
@@ -144,7 +144,7 @@ class _DepthwiseSum(torch.autograd.Function):
 
 
 class _Call(NamedTuple):
-    """What a call of `depthwise_sum_of_taps` is made of besides tensors.
+    """The arguments of `depthwise_sum_of_taps` that are not tensors.
 
     Attributes:
         geometry: (kh, kw, anchor row, anchor column) of every rectangle.
@@ -165,7 +165,7 @@ class _Call(NamedTuple):
 
 
 class _DepthwiseSumOfTaps(torch.autograd.Function):
-    """The rule of `depthwise_sum` with the kernels joined in one tensor (C, Σ kh·kw): a fixed number of arguments."""
+    """The rule of `depthwise_sum` with all kernels in one tensor (C, Σ kh·kw), so that the number of arguments is fixed."""
 
     generate_vmap_rule = True
 
@@ -241,7 +241,7 @@ class _DepthwiseBranches(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, ctx.anchors, ctx.options, *kernels = inputs
         ctx.save_for_backward(x, *kernels)
-        # An output that nobody differentiated then gets None instead of zeros, and nothing is computed for it.
+        # An output without a gradient then gets None instead of zeros, and nothing is computed for it.
         ctx.set_materialize_grads(False)
 
     @staticmethod

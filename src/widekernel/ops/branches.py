@@ -1,8 +1,8 @@
 """Several rectangles of one input, each with an output of its own: y_b = depthwise(x, kernel_b, anchor_b).
 
-A backend that computes them fused reads the input once. On the others every branch is an ordinary call of `depthwise_sum`,
-chosen, prepared and recorded as such. The input gradient is the sum of branches, y = Σ_b depthwise(x_b, kernel_b, anchor_b),
-of the output gradients.
+A backend that computes them fused reads the input once. On the others, every branch is an ordinary call of `depthwise_sum`,
+dispatched, prepared and recorded as such. The input gradient is the sum of branches, y = Σ_b depthwise(x_b, kernel_b,
+anchor_b), applied to the output gradients.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ def depthwise_branches(
 
         y_b[n, c, i, j] = Σ_uv kernels[b][c, 0, u, v] · x[n, c, i + u - row_b, j + v - column_b]
 
-    Returns what `depthwise_sum(x, [kernel_b], [anchor_b])` returns for every b: in one call if a backend computes the
-    branches fused, forward or backward, otherwise one after the other. Differentiable in `x` and `kernels`, to any order; an
-    output that is not used costs no gradient. Under autocast the arguments are converted to the autocast type.
+    Output b equals `depthwise_sum(x, [kernel_b], [anchor_b])`. All outputs are computed in one call if a backend computes
+    the branches fused, forward or backward; otherwise one after the other. Differentiable in `x` and `kernels`, to any
+    order; an unused output costs no gradient. Under autocast, the arguments are converted to the autocast type.
 
     Args:
         x: (N, C, H, W), contiguous or channels_last; the results have the same layout.
         kernels: rectangles (C, 1, kh, kw) of any sizes.
         anchors: as in `depthwise_sum`.
-        backend: as in `depthwise_sum`; one that does not compute branches fused computes them one by one.
+        backend: as in `depthwise_sum`; if it does not compute branches fused, it computes them one by one.
         algorithm: as in `depthwise_sum`.
 
     Returns:
@@ -52,7 +52,7 @@ def depthwise_branches(
 
     Raises:
         ValueError: if shapes, types or anchors do not fit together.
-        NoBackendError: if no backend, or not the one asked for, can compute the call.
+        NoBackendError: if no backend can compute the call, or the requested one cannot.
     """
     if is_ordinary_call() and (found := _find_separate_calls(x, kernels, anchors, backend, algorithm)):
         places = [choice.problem.anchors[0] for choice in found]
@@ -75,7 +75,7 @@ def depthwise_branches(
 def _find_separate_calls(
     x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor] | None, backend: str | None, algorithm: str | None
 ) -> list[BackendChoice]:
-    """Return what was chosen for an earlier call of `depthwise_sum` for each kernel, nothing unless all are known."""
+    """Return the choices made for earlier calls of `depthwise_sum`, one per kernel; empty unless all are known."""
     if type(kernels) not in (list, tuple) or (anchors is not None and len(anchors) != len(kernels)):
         return []
     found = []
@@ -92,13 +92,13 @@ def _separate_calls(x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anch
 
 
 def _are_one_call(x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor], options: CallOptions) -> bool:
-    """Return whether to call the operator of all branches: if a backend is fused, forward or backward, or may be.
+    """Return whether to call the operator of all branches: when a backend computes them fused, forward or backward, or may.
 
-    Otherwise separate calls of `depthwise_sum` cost less, and autograd adds their gradients to those of the other users of
-    `x` one at a time, which fixes the last bit.
+    Otherwise, separate calls of `depthwise_sum` cost less, and autograd adds their gradients to those of the other users of
+    `x` one at a time, which determines the rounding.
     """
-    # What is compiled or exported here may run elsewhere, and what is transformed has another shape inside. The compiler of
-    # some versions can do both at the same time only for functions with a fixed number of arguments.
+    # A compiled or exported program may run on another machine, and a transformed function sees other shapes inside. In some
+    # versions, the compiler supports both at once only for functions with a fixed number of arguments.
     compiling, transformed = torch.compiler.is_compiling(), torch._C._are_functorch_transforms_active()
     if compiling or transformed:
         return not (compiling and transformed)

@@ -1,4 +1,4 @@
-"""A record of the operator calls that ran, and of the backend of each."""
+"""Tracing: a record of the operator calls that ran, and of the backend of each."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Trace:
 
 
 OPEN_TRACES: list[Trace] = []
-"""The traces that are recording. Callers of `record` look here first, because there are none nearly always."""
+"""The open traces. Callers of `record` check this list first, because it is nearly always empty."""
 _LOCK = threading.Lock()
 
 

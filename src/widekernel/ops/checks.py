@@ -1,4 +1,4 @@
-"""The checks of the operators' arguments; each raises an error that names the offending value."""
+"""Checks of the operators' arguments; each raises an error that names the offending value."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ALGORITHMS = get_args(Algorithm)
 
 def check_anchor(kernel: Sequence[int], anchor: Sequence[int]) -> None:
     """Raise unless `anchor` is one of the taps of a (kh, kw) kernel."""
-    # The compiler of PyTorch 2.11 cannot ask a symbolic number for its attributes.
+    # The compiler of PyTorch 2.11 cannot read attributes of a symbolic number.
     integers = len(anchor) == 2 and all(isinstance(n, (int, torch.SymInt)) or hasattr(n, "__index__") for n in anchor)
     if not integers or not (0 <= anchor[0] < kernel[0] and 0 <= anchor[1] < kernel[1]):
         raise ArgumentError(
@@ -26,7 +26,7 @@ def check_anchor(kernel: Sequence[int], anchor: Sequence[int]) -> None:
 
 
 def check_algorithm(algorithm: str | None) -> Algorithm | None:
-    """Return `algorithm`, None for an empty one; raise unless it is one that a call can ask for."""
+    """Return `algorithm`, or None if it is empty; raise unless it is one that a call can ask for."""
     if not algorithm:
         return None
     if algorithm not in _ALGORITHMS:
@@ -76,7 +76,7 @@ def check_weight_grad(x: Tensor, grad: Tensor, kernel: Sequence[int], anchor: Se
 
 
 def check_epilogue(x: Tensor, scale: Tensor | None, relu: bool) -> None:
-    """Raise unless `scale` and `relu` are what may follow the sum of an input `x`."""
+    """Raise unless `scale` and `relu` are valid for an input `x`."""
     if scale is not None:
         check_per_channel("scale", scale, x)
     if not isinstance(relu, bool):
@@ -84,9 +84,9 @@ def check_epilogue(x: Tensor, scale: Tensor | None, relu: bool) -> None:
 
 
 def check_per_channel(name: str, values: Tensor, x: Tensor) -> None:
-    """Raise unless `values` has a number for every channel of `x`."""
+    """Raise unless `values` has one number for each channel of `x`."""
     if not isinstance(values, Tensor):
-        raise ArgumentError(f"{name} is {values!r}: it must be a tensor with a number for each channel")
+        raise ArgumentError(f"{name} is {values!r}: it must be a tensor with one number for each channel")
     channels = x.shape[1]
     if values.shape != (channels,):
         raise ArgumentError(f"{name} has shape {tuple(values.shape)}: an input with {channels} channels needs ({channels},)")

@@ -1,4 +1,4 @@
-"""The operators as PyTorch's own ones, for exported programs that are to run without widekernel."""
+"""Decompositions of the operators into PyTorch's own, for exported programs that must run without widekernel."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _OPS = torch.ops.widekernel
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
-    """Return for every operator the function that computes it with PyTorch's own operators.
+    """Return a dict from each operator to the function that computes it with PyTorch's own operators.
 
     An exported program calls our operators, so `import widekernel` must come before its file is loaded. A decomposed one,
     `torch.export.export(...).run_decompositions(ops.decompositions())`, does not need widekernel: it consists of
-    convolutions, which every converter, counter and quantizer knows, and which run without our kernels.
+    convolutions, which every converter, operation counter and quantizer supports, and runs without our kernels.
     """
     return {
         _OPS.depthwise_sum.default: _sum,
@@ -58,6 +58,6 @@ def _weight_grad(x: Tensor, grad: Tensor, geometry: Sequence[int], *options: Any
     return plain.depthwise_weight_grad(x, grad, (geometry[0], geometry[1]), (geometry[2], geometry[3]))
 
 
-# PyTorch's ONNX exporter looks here for operators it does not know.
+# PyTorch's ONNX exporter looks up unknown operators here.
 for _operator, _function in decompositions().items():
     register_decomposition(_operator)(_function)

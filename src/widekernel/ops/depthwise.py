@@ -1,4 +1,4 @@
-"""The sum of rectangles, and the gradient of a rectangle."""
+"""The public functions `depthwise_sum` and `depthwise_weight_grad`."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def depthwise_sum(
     """Add up depthwise convolutions of one input with several rectangular kernels: stride 1, same size.
 
         s[n, c, i, j] = Σ_r Σ_uv kernels[r][c, 0, u, v] · x[n, c, i + u - row_r, j + v - column_r]
-        y[n, c, i, j] = scale[c] · s[n, c, i, j] + bias[c], and its positive part if `relu`
+        y[n, c, i, j] = scale[c] · s[n, c, i, j] + bias[c], followed by ReLU if `relu`
 
-    Pixels outside the image are zero. Differentiable in every tensor, to any order; under autocast the arguments are
-    converted to the autocast type, as for a convolution. Where no gradient is asked for, our kernels apply scale, bias and
-    rectifier before they store, which saves a pass over the image; otherwise the sum is rounded to the type of `x` first.
+    Pixels outside the image are zero. Differentiable in every tensor, to any order. Under autocast, the arguments are
+    converted to the autocast type, as for a convolution. If no gradient is needed, our kernels apply scale, bias and ReLU
+    before they store the result, which saves a pass over the image; otherwise the sum is first rounded to the type of `x`.
 
     Args:
         x: (N, C, H, W), contiguous or channels_last; the result has the same layout.
@@ -44,15 +44,15 @@ def depthwise_sum(
             one, `(kh // 2, kw // 2)`.
         bias: (C,) or None.
         scale: (C,) or None; with `bias` the affine map of a batch norm in evaluation.
-        relu: whether negative numbers become zero.
+        relu: whether to apply ReLU.
         backend: name of the backend that must compute the call and its gradients; by default the best one that can.
-        algorithm: "direct" for sums over the pixels under the kernel and nothing else, in the gradients too; by default the
-            fastest, which on a CPU may be a Fourier transform of whole rows: its error is relative to the largest value of
-            a row, and one NaN or infinity reaches all of it.
+        algorithm: "direct" restricts each sum to the pixels under the kernel, in the gradients too. The default is the
+            fastest algorithm, which on a CPU may be a Fourier transform of whole rows: its error is then relative to the
+            largest value in the row, and one NaN or infinity spreads to the whole row.
 
     Raises:
         ValueError: if shapes, types or anchors do not fit together.
-        NoBackendError: if no backend, or not the one asked for, can compute the call.
+        NoBackendError: if no backend can compute the call, or the requested one cannot.
     """
     if is_ordinary_call() and (relu is False or relu is True):
         found = find_sum(x, kernels, anchors, bias, scale, backend, algorithm)
@@ -113,7 +113,7 @@ def depthwise_weight_grad(
 
     Raises:
         ValueError: if shapes, types or the anchor do not fit together.
-        NoBackendError: if no backend, or not the one asked for, can compute the call.
+        NoBackendError: if no backend can compute the call, or the requested one cannot.
     """
     options = CallOptions(backend or None, check_algorithm(algorithm))
     if is_tracing():

@@ -1,4 +1,4 @@
-"""The choice of a backend for a call: the registry, the rules of the choice, and what was chosen before."""
+"""Dispatch: the registry of backends, the choice of a backend for a call, and a cache of earlier choices."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from widekernel.ops.backends.triton import TritonBackend
 from widekernel.ops.problem import DEPTHWISE_BRANCHES, DEPTHWISE_WEIGHT_GRAD, Problem, allows_tf32, in_layout
 
 MOST_CHOICES = 4096
-"""How many choices are kept. Programs with more shapes than that choose again."""
+"""Number of choices that are cached. Programs with more shapes repeat some choices."""
 
 
 class NoBackendError(WidekernelError, RuntimeError):
-    """No backend takes the call; the message lists every reason."""
+    """No backend can compute the call; the message lists every reason."""
 
 
 class BackendChoice:
-    """What was decided for a problem. Calling it computes the problem and records the call in open traces.
+    """The backend and the operator chosen for a problem. Calling it computes the problem and records it in open traces.
 
     Attributes:
-        backend: name of the backend that was chosen.
-        problem: what it computes.
+        backend: name of the chosen backend.
+        problem: the problem that it computes.
         operator: the operator that the backend has prepared.
     """
 
@@ -50,10 +50,10 @@ class BackendChoice:
 
 
 class Registry:
-    """The backends in order of preference, and what was chosen among them.
+    """The backends in order of preference, and the choices made among them.
 
-    Immutable but for the choices: registering a backend makes a new registry, so that no choice outlives the list of
-    backends it was made from.
+    Only the choices change: registering a backend makes a new registry, so that no choice outlives the list of backends
+    that it was made from.
     """
 
     def __init__(self, backends: Sequence[Backend]) -> None:
@@ -75,19 +75,19 @@ def register(backend: Backend, before: str | None = None) -> None:
     """Add a backend in front of the one named `before`, by default in front of all.
 
     Raises:
-        ArgumentError: if `backend` is not an instance of `Backend`, if its name is taken, or if there is no backend
+        ArgumentError: if `backend` is not an instance of `Backend`, if its name is taken, or if no backend has the name
             `before`.
     """
     global registry
     if not isinstance(backend, Backend):
         hint = "an instance of the class, not the class itself" if isinstance(backend, type) else "an instance of a subclass"
-        raise ArgumentError(f"{backend!r} is no backend: pass {hint} of widekernel.ops.Backend")
+        raise ArgumentError(f"{backend!r} is not a backend: pass {hint} of widekernel.ops.Backend")
     with _LOCK:
         names = backends()
         if backend.name in names:
-            raise ArgumentError(f"there is a backend {backend.name!r} already: choose another name")
+            raise ArgumentError(f"a backend named {backend.name!r} is already registered: choose another name")
         if before is not None and before not in names:
-            raise ArgumentError(f"there is no backend {before!r}: the backends are {', '.join(names)}")
+            raise ArgumentError(f"no backend is named {before!r}: the backends are {', '.join(names)}")
         place = 0 if before is None else names.index(before)
         registry = Registry([*registry.backends[:place], backend, *registry.backends[place:]])
 
@@ -105,12 +105,12 @@ def backends() -> tuple[str, ...]:
 
 
 def dispatch_key(op: str, x: Tensor, *details: Hashable) -> tuple[Hashable, ...]:
-    """Return everything that the choice for a call depends on; equal keys stand for equal problems.
+    """Return everything that the choice for a call depends on; equal keys mean equal problems.
 
     Args:
         op: the operator.
         x: its first image.
-        details: the rest: kernel sizes, anchors, backend and algorithm.
+        details: kernel sizes, anchors, backend and algorithm.
     """
     last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     if x.is_cuda:  # a machine may have several kinds of GPU
@@ -119,11 +119,11 @@ def dispatch_key(op: str, x: Tensor, *details: Hashable) -> tuple[Hashable, ...]
 
 
 def choose(key: Hashable, problem: Problem, backend: str | None) -> BackendChoice:
-    """Choose the backend of a problem, prepare it and remember the choice.
+    """Choose a backend for a problem, prepare the operator and remember the choice.
 
     Args:
         key: from `dispatch_key`.
-        problem: what is to be computed.
+        problem: the problem to compute.
         backend: name of the backend that the call asks for, or None.
 
     Raises:
@@ -138,10 +138,10 @@ def choose(key: Hashable, problem: Problem, backend: str | None) -> BackendChoic
 def choose_fused(
     key: Hashable, problem: Problem, backend: str | None, branch_by_branch: Operator
 ) -> BackendChoice | Operator:
-    """Choose the backend that computes all branches of a problem in one call; if there is none, `branch_by_branch`.
+    """Choose a backend that computes all branches of a problem in one call; if there is none, choose `branch_by_branch`.
 
     Raises:
-        NoBackendError: if there is no backend of the name that the call asks for.
+        NoBackendError: if no backend has the requested name.
     """
     known = registry
     fused = select_fused(problem, backend)
@@ -151,10 +151,10 @@ def choose_fused(
 
 
 def select(problem: Problem, backend: str | None = None) -> Backend:
-    """Return the first backend without a reason against `problem`, or the one named.
+    """Return the first backend without a reason against `problem`, or the backend named `backend`.
 
     Raises:
-        NoBackendError: if none, or not the one named, can compute it; the message lists every reason.
+        NoBackendError: if no backend can compute it, or the named one cannot; the message lists every reason.
     """
     if backend is not None:
         named = _named(backend)
@@ -169,13 +169,14 @@ def select(problem: Problem, backend: str | None = None) -> Backend:
 
 
 def select_fused(problem: Problem, backend: str | None = None) -> Backend | None:
-    """Return the backend that computes a problem of several branches in one call, or None if they are separate calls.
+    """Return the backend that computes a problem of several branches in one call, or None if they need separate calls.
 
-    It is the first backend that has the operator and no reason against the problem, or the one named if that has the
-    operator and can run. A backend behind one that takes every branch alone is not asked: the order of preference holds.
+    This is the first backend that has the operator and no reason against the problem, or the named one if it has the
+    operator and can run it. To keep the order of preference, backends after one that accepts every single branch are not
+    considered.
 
     Raises:
-        NoBackendError: if there is no backend of that name.
+        NoBackendError: if no backend has that name.
     """
     if backend is not None:
         named = _named(backend)
@@ -189,8 +190,8 @@ def select_fused(problem: Problem, backend: str | None = None) -> Backend | None
 
 
 def reasons_against(backend: Backend, problem: Problem) -> list[str]:
-    """List the reasons of a backend against a problem, be it that it does not have the operator."""
-    return backend.reasons_against(problem) if problem.op in backend.operators else [f"it has no {problem.op}"]
+    """List the reasons of a backend against a problem, including that it lacks the operator."""
+    return backend.reasons_against(problem) if problem.op in backend.operators else [f"it does not implement {problem.op}"]
 
 
 def _can_run(backend: Backend, problem: Problem) -> bool:

@@ -1,7 +1,7 @@
-"""Shortcuts for ordinary calls: no dispatcher where nothing needs it, and no checks for arguments that have passed them.
+"""Shortcuts for ordinary calls: they bypass the dispatcher, and skip checks that equivalent arguments have passed before.
 
 `torch.library` operators are called through PyTorch's dispatcher so that compilers, modes, transforms and profilers see
-them. That takes longer than the computation of a small problem. An *ordinary* call is one that nothing of the kind sees.
+them. This takes longer than computing a small problem. A call is *ordinary* if none of these are active.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _TENSOR_TYPES = frozenset({Tensor, Parameter})
 
 
 def _key_sets_of_ordinary_calls() -> frozenset[int]:
-    """Return the dispatch keys that a thread adds to those of tensors: without modes and transforms, or in inference mode.
+    """Return the sets of thread-local dispatch keys of an ordinary call: one outside and one inside inference mode.
 
-    Dispatch modes (`FlopCounterMode`, `FakeTensorMode`, what `make_fx` records), functorch transforms, functionalization and
-    batched gradients all add a key of theirs.
+    Dispatch modes (`FlopCounterMode`, `FakeTensorMode`, the tracing mode of `make_fx`), functorch transforms,
+    functionalization and batched gradients each add a key of their own.
     """
     inference = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
     return frozenset({inference.raw_repr(), inference.add(torch._C.DispatchKey.ADInplaceOrView).raw_repr()})
@@ -40,7 +40,7 @@ _ORDINARY_KEY_SETS = _key_sets_of_ordinary_calls()
 
 
 def is_ordinary_call() -> bool:
-    """Return whether nothing compiles, records, transforms or counts the operators that this thread calls now."""
+    """Return whether nothing compiles, records, transforms or counts the operators that this thread is calling."""
     if torch.compiler.is_compiling():
         return False
     return (
@@ -53,7 +53,7 @@ def is_ordinary_call() -> bool:
 
 
 def are_ordinary(*tensors: Tensor | None) -> bool:
-    """Return whether the tensors are no subclasses and hold numbers."""
+    """Return whether the tensors hold data and none is an instance of a subclass."""
     return all(t is None or (type(t) in _TENSOR_TYPES and not t.is_meta) for t in tensors)
 
 
@@ -66,16 +66,16 @@ def sum_key(
     backend: str | None,
     algorithm: str | None,
 ) -> tuple[Any, ...]:
-    """Return the key of a call of `depthwise_sum`, which holds every shape that is checked.
+    """Return the dispatch key of a `depthwise_sum` call; it contains every shape that is checked.
 
     Args:
         x: (N, C, H, W).
         sizes: the shapes of the kernels.
-        anchors: of the kernels.
+        anchors: the anchors of the kernels.
         bias: (C,) or None.
         scale: (C,) or None.
-        backend: that the call asks for.
-        algorithm: that the call asks for.
+        backend: the requested backend, or None.
+        algorithm: the requested algorithm, or None.
     """
     shapes = None if bias is None else bias.shape, None if scale is None else scale.shape
     return dispatch_key(DEPTHWISE_SUM, x, sizes, anchors, *shapes, backend, algorithm)
@@ -90,10 +90,10 @@ def find_sum(
     backend: str | None,
     algorithm: str | None,
 ) -> dispatch.BackendChoice | None:
-    """Return what was chosen for an earlier call of `depthwise_sum` with arguments like these, None if there was none.
+    """Return the choice made for an earlier `depthwise_sum` call with equivalent arguments, or None if there was none.
 
-    The arguments of the earlier call passed all checks. What the checks look at is compared here: shapes by the key, the
-    rest one by one. Calls that look unusual in any way are not found, and are checked again.
+    The arguments of the earlier call passed all checks. Every property that the checks examine is compared here: shapes by
+    the key, the rest one by one. A call that is unusual in any way is not found, and is checked again.
     """
     if type(x) not in _TENSOR_TYPES or type(kernels) not in (list, tuple) or torch._C._is_any_autocast_enabled():
         return None
@@ -113,9 +113,9 @@ def find_sum(
             anchors = [(size[2] // 2, size[3] // 2) for size in sizes]
         else:
             for row, column in anchors:
-                # Floating-point numbers equal integers and have the same hash, but are no anchors.
+                # 1.0 equals 1 and has the same hash, but is not a valid anchor.
                 if type(row) is not int or type(column) is not int:
                     return None
         return dispatch.registry.choices.get(sum_key(x, tuple(sizes), tuple(anchors), bias, scale, backend, algorithm))
-    except (TypeError, ValueError, IndexError):  # unhashable, or no pairs, or no four dimensions
+    except (TypeError, ValueError, IndexError):  # unhashable, not pairs, or not four dimensions
         return None

@@ -1,4 +1,4 @@
-"""The operators for images without pixels, which backends of kernels do not launch anything for."""
+"""The operators for images without pixels, for which backends with their own kernels launch nothing."""
 
 from __future__ import annotations
 
@@ -40,4 +40,4 @@ EMPTY: dict[str, Callable[..., Any]] = {
     DEPTHWISE_BRANCHES: _branches,
     DEPTHWISE_SUM_OF_BRANCHES: _sum_of_branches,
 }
-"""Operator -> function that returns its result."""
+"""For each operator, the function that returns its result."""

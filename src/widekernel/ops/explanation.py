@@ -1,4 +1,4 @@
-"""What would compute a call, forward and backward, before it is made."""
+"""Explanations: which backend would compute a call, forward and backward, and why."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from widekernel.ops.registration import autocast, on_gpu_of
 
 @dataclass(frozen=True)
 class Explanation:
-    """The backend chosen for a problem, how it computes it, and the reasons of the other backends against themselves."""
+    """The backend chosen for a problem, how it computes the problem, and why the other backends were not chosen."""
 
     problem: Problem
     backend: str
@@ -38,23 +38,24 @@ def explain(
     backend: str | None = None,
     algorithm: str | None = None,
 ) -> list[Explanation]:
-    """Say which backend computes a call of `depthwise_sum`, its input gradient and its weight gradients, and why.
+    """Explain which backend computes a call of `depthwise_sum`, its input gradient and its weight gradients, and why.
 
     Takes the arguments of `depthwise_sum`; nothing is computed. The first explanation is for the forward pass, the second
-    for the input gradient, the others for the weight gradient of each rectangle. Under autocast they are for its type.
+    for the input gradient, the others for the weight gradient of each rectangle. Under autocast, they hold for the autocast
+    type.
 
     Args:
         x: the input of the call, (N, C, H, W).
         kernels: its rectangles, (C, 1, kh, kw).
-        anchors: of the rectangles, by default the middle taps.
-        branches: whether to explain `depthwise_branches` instead. Where no backend computes the forward pass or the input
-            gradient fused, that pass has one explanation a branch, whose details say why.
-        backend: name of the backend that the call asks for.
-        algorithm: that the call asks for.
+        anchors: the anchors of the rectangles, by default the middle taps.
+        branches: whether to explain `depthwise_branches` instead. If no backend computes the forward pass or the input
+            gradient fused, that pass gets one explanation per branch, whose details say why.
+        backend: name of the requested backend.
+        algorithm: the requested algorithm.
 
     Raises:
         ValueError: if shapes, types or anchors do not fit together.
-        NoBackendError: if no backend, or not the one named, can compute the call.
+        NoBackendError: if no backend can compute the call, or the requested one cannot.
     """
     anchors = center_anchors(kernels) if anchors is None else anchors
     x, kernels = autocast(x, kernels)
@@ -87,19 +88,19 @@ def _explanations(
 
 
 def explain_problem(problem: Problem, backend: str | None = None) -> Explanation:
-    """Say which backend would compute `problem` and why the others would not."""
+    """Explain which backend would compute `problem` and why the others would not."""
     return _explanation(dispatch.select(problem, backend), problem, backend)
 
 
 def explain_branches(problem: Problem, backend: str | None = None) -> list[Explanation]:
-    """Say the same of a problem of several branches: one explanation if a backend computes them fused, else one a branch."""
+    """Explain a problem of several branches: one explanation if a backend computes them fused, else one per branch."""
     fused = dispatch.select_fused(problem, backend)
     if fused is not None:
         return [_explanation(fused, problem, backend)]
     details = [f"one branch of {problem.op}"]
     for other in dispatch.registry.backends:
         if problem.op in other.operators and backend in (None, other.name):
-            reasons = other.reasons_against(problem) or ["a backend in front of it takes every branch"]
+            reasons = other.reasons_against(problem) or ["a preferred backend accepts every branch"]
             details.append(f"not fused on {other.name}: {', '.join(reasons)}")
     alone = [explain_problem(branch, backend) for branch in problem.branches()]
     return [replace(e, details="; ".join([*([e.details] if e.details else []), *details])) for e in alone]

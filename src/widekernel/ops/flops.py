@@ -1,4 +1,4 @@
-"""The number of operations that `torch.utils.flop_counter` counts for an operator: two for each tap of each pixel."""
+"""FLOP formulas of the operators for `torch.utils.flop_counter`: two operations per tap and pixel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Looking at tensors while `torch.jit.trace` records a graph, without becoming a part of it."""
+"""Inspecting tensors while `torch.jit.trace` records a graph, without adding to the graph."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def is_tracing() -> bool:
 
 @contextmanager
 def tracing_paused() -> Iterator[None]:
-    """Record nothing inside the block; the sizes of tensors are integers there."""
+    """Suspend recording inside the block; tensor sizes are plain integers there."""
     state = torch._C._get_tracing_state()
     torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
     try:
@@ -27,7 +27,7 @@ def tracing_paused() -> Iterator[None]:
 
 
 def static_shape(tensor: Tensor) -> list[int]:
-    """Return the shape of a tensor as integers, which a recorded graph holds as constants; works in TorchScript too."""
+    """Return the shape of a tensor as integers, which become constants of a recorded graph; TorchScript can compile it."""
     if torch.jit.is_scripting():
         return tensor.size()  # type: ignore[return-value]
     else:  # noqa: RET505 - TorchScript leaves out the other branch, and only that
@@ -35,7 +35,7 @@ def static_shape(tensor: Tensor) -> list[int]:
 
 
 def eager_static_shape(tensor: Tensor) -> Any:
-    """Return the same, in less time, where TorchScript need not compile the caller."""
+    """Return the same as `static_shape`, faster, for callers that TorchScript does not compile."""
     if torch._C._get_tracing_state() is None:
         return tensor.shape
     with tracing_paused():

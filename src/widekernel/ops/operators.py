@@ -76,7 +76,7 @@ def depthwise_sum_op(
     backend: str | None,
     algorithm: Any,
 ) -> Tensor:
-    """Compute `depthwise_sum`; the anchors are one list of numbers."""
+    """Compute `depthwise_sum`; `anchors` is a flat list of numbers."""
     return _sum(x, kernels, unflatten_anchors(anchors), CallOptions(backend, algorithm), bias, scale, relu)
 
 
@@ -124,16 +124,16 @@ def _(
 def depthwise_sum_of_taps_op(
     x: Tensor, taps: Tensor, geometry: Sequence[int], backend: str | None, algorithm: Any
 ) -> Tensor:
-    """Compute `depthwise_sum` with all kernels in one tensor, as `join_kernels` makes it.
+    """Compute `depthwise_sum` with all kernels in one tensor, in the form of `join_kernels`.
 
-    For batched gradients PyTorch repeats an operator, but not one that takes a list of tensors.
+    For batched gradients, PyTorch can repeat an operator, but not one that takes a list of tensors.
 
     Args:
         x: (N, C, H, W).
         taps: (C, Σ kh·kw).
-        geometry: kh, kw, anchor row and anchor column of each rectangle, one after the other.
-        backend: that the call asks for.
-        algorithm: that the call asks for.
+        geometry: kh, kw, anchor row and anchor column of each rectangle, concatenated.
+        backend: the requested backend, or None.
+        algorithm: the requested algorithm, or None.
     """
     kernels = split_kernels(taps, tuple(zip(geometry[::4], geometry[1::4])))
     return _sum(x, kernels, tuple(zip(geometry[2::4], geometry[3::4])), CallOptions(backend, algorithm))
@@ -145,13 +145,13 @@ def _(x: Tensor, taps: Tensor, geometry: Sequence[int], *options: Any) -> Tensor
 
 
 def join_kernels(kernels: Sequence[Tensor]) -> Tensor:
-    """Turn kernels (C, 1, kh, kw) into taps (C, Σ kh·kw)."""
+    """Join kernels (C, 1, kh, kw) into taps (C, Σ kh·kw)."""
     flat = [kernel.reshape(kernel.shape[0], kernel.shape[2] * kernel.shape[3]) for kernel in kernels]
     return flat[0] if len(flat) == 1 else torch.cat(flat, 1)
 
 
 def split_kernels(taps: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """Turn taps (C, Σ kh·kw) back into kernels (C, 1, kh, kw)."""
+    """Split taps (C, Σ kh·kw) into kernels (C, 1, kh, kw)."""
     parts = taps.split([kh * kw for kh, kw in sizes], 1)
     return [part.reshape(taps.shape[0], 1, kh, kw) for part, (kh, kw) in zip(parts, sizes)]
 
@@ -213,7 +213,7 @@ def run_branches(x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor]
 def depthwise_branches_op(
     x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[int], backend: str | None, algorithm: Any
 ) -> list[Tensor]:
-    """Compute `depthwise_branches`; the anchors are one list of numbers."""
+    """Compute `depthwise_branches`; `anchors` is a flat list of numbers."""
     return _branches(x, kernels, unflatten_anchors(anchors), CallOptions(backend, algorithm))
 
 
@@ -263,7 +263,7 @@ def run_sum_of_branches(
 def depthwise_sum_of_branches_op(
     xs: Sequence[Tensor], kernels: Sequence[Tensor], anchors: Sequence[int], backend: str | None, algorithm: Any
 ) -> Tensor:
-    """Compute `depthwise_sum_of_branches`; the anchors are one list of numbers."""
+    """Compute `depthwise_sum_of_branches`; `anchors` is a flat list of numbers."""
     return _sum_of_branches(xs, kernels, unflatten_anchors(anchors), CallOptions(backend, algorithm))
 
 
@@ -278,7 +278,7 @@ def _sum_of_branches(xs: Sequence[Tensor], kernels: Sequence[Tensor], anchors: A
 
         def branch_by_branch(xs: Sequence[Tensor], kernels: Sequence[Tensor], anchors: Anchors) -> Tensor:
             total: Tensor | None = None
-            # In the order in which autograd adds the gradients of separate calls, so that the last bit is the same.
+            # In the order in which autograd adds the gradients of separate calls, so that rounding is the same.
             for x, kernel, anchor in reversed(list(zip(xs, kernels, anchors))):
                 part = run_sum(x, [kernel], (anchor,), options)
                 total = part if total is None else total.add_(part)

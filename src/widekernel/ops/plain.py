@@ -1,8 +1,9 @@
-"""The operators made of PyTorch's convolutions alone, for graphs that other programs read.
+"""The operators built from PyTorch's convolutions alone, for graphs that other programs read.
 
-TorchScript, recorded traces and decomposed exported programs consist of these functions: they need no widekernel where they
-are loaded, and counters, converters and other runtimes know every operation. Nothing depends on the size of the image. All
-functions are TorchScript and are differentiated by PyTorch's own rules: forward as fast as `torch_conv`, backward slower.
+TorchScript, recorded traces and decomposed exported programs consist of these functions. Such a graph loads without
+widekernel, and counters, converters and other runtimes know every operation in it. Nothing depends on the size of the image.
+TorchScript can compile all functions. PyTorch's own rules differentiate them: the forward pass is as fast as `torch_conv`,
+the backward pass is slower.
 """
 
 from __future__ import annotations
@@ -48,11 +49,11 @@ def depthwise_branches(x: Tensor, kernels: list[Tensor], anchors: list[tuple[int
 def depthwise_weight_grad(x: Tensor, grad: Tensor, kernel_size: tuple[int, int], anchor: tuple[int, int]) -> Tensor:
     """Compute `ops.depthwise_weight_grad`; arguments are not checked.
 
-    A recorded graph takes only batches of the size that it was recorded with.
+    A recorded graph accepts only the batch size that it was recorded with.
     """
     batch, channels, height, width = x.shape
     padded = F.pad(x, _padding([kernel_size[0], kernel_size[1]], anchor))
-    # Every channel of every image is a channel of its own, with its gradient as the kernel.
+    # Every channel of every image becomes a separate channel, with its gradient as the kernel.
     planes = padded.reshape(1, batch * channels, height + kernel_size[0] - 1, width + kernel_size[1] - 1)
     sums = F.conv2d(planes, grad.reshape(batch * channels, 1, height, width), groups=batch * channels)
     return sums.reshape(batch, channels, kernel_size[0], kernel_size[1]).sum(0).unsqueeze(1)

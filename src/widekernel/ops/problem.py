@@ -1,4 +1,4 @@
-"""What a backend is asked to compute: the operator, shapes, kernels and anchors of a call."""
+"""The problem that a backend is asked to compute: operator, shapes, kernels and anchors of a call."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor
 Anchor = tuple[int, int]
 DEPTHWISE_SUM = "depthwise_sum"
 DEPTHWISE_WEIGHT_GRAD = "depthwise_weight_grad"
-# One input and many outputs, and its adjoint: many inputs and one output. Each is as many sums of a single rectangle.
+# One input and many outputs, and its adjoint: many inputs and one output. Each equals one single-rectangle sum per branch.
 DEPTHWISE_BRANCHES = "depthwise_branches"
 DEPTHWISE_SUM_OF_BRANCHES = "depthwise_sum_of_branches"
 Algorithm = Literal["direct"]
-"""What a call can insist on; None stands for the fastest algorithm."""
-# Every output is a sum over the pixels under the kernel and over nothing else, so that outliers, infinities and NaN reach no
-# further than the kernel does.
+"""An algorithm that a call can request; None means the fastest."""
+# Every output is a sum over the pixels under the kernel and nothing else, so that outliers, infinities and NaN spread no
+# further than the kernel reaches.
 DIRECT: Algorithm = "direct"
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
-"""How images are stored, by the names used in tables and options."""
+"""The memory layouts of images, by the names used in tables and options."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,13 @@ class Problem:
 
     Attributes:
         op: `depthwise_sum`, `depthwise_weight_grad`, `depthwise_branches` or `depthwise_sum_of_branches`.
-        device: its type, for instance `cpu`.
-        dtype: of every tensor of the call.
+        device: type of the device, for instance `cpu`.
+        dtype: type of every tensor of the call.
         shape: (N, C, H, W) of the input, or of every input.
         kernels: (kh, kw) of every rectangle.
         anchors: for every rectangle the tap that sits on the output pixel, counted from its top left corner.
-        channels_last: whether the input, of several the first one, is stored as NHWC.
-        algorithm: what the call insists on; None for the fastest.
+        channels_last: whether the (first) input is stored as NHWC.
+        algorithm: the algorithm that the call requests; None for the fastest.
         tf32: whether float32 numbers may be rounded to TF32, as in PyTorch's matrix products. True only for float32 on a
             CUDA device, after `torch.set_float32_matmul_precision("high")` or an equivalent setting.
     """
@@ -78,7 +78,7 @@ class Problem:
         return _problem(DEPTHWISE_SUM_OF_BRANCHES, x, _sizes(kernels), tuple(anchors), algorithm)
 
     def branches(self) -> list[Problem]:
-        """Return for each rectangle the call of `depthwise_sum` that computes it alone."""
+        """Return, for each rectangle, the `depthwise_sum` problem that computes it alone."""
         rects = zip(self.kernels, self.anchors)
         return [replace(self, op=DEPTHWISE_SUM, kernels=(kernel,), anchors=(anchor,)) for kernel, anchor in rects]
 
@@ -103,28 +103,28 @@ def _sizes(kernels: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
 
 
 def allows_tf32(x: Tensor) -> bool:
-    """Whether a call with input `x` may round float32 numbers to TF32: where PyTorch's matrix products may."""
+    """Return whether a call with input `x` may round float32 to TF32; it may if PyTorch's matrix products may."""
     if x.device.type != "cuda" or x.dtype != torch.float32:
         return False
-    # `get_float32_matmul_precision` raises where TF32 was allowed by this attribute; set by that function, both agree.
+    # `get_float32_matmul_precision` raises if TF32 was allowed by this attribute; after its setter, both agree.
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether `x` (N, C, H, W) is stored as NHWC; tensors that are both (C = 1, 1x1 maps) count as contiguous."""
+    """Return whether `x` (N, C, H, W) is stored as NHWC; tensors that are also contiguous (C = 1, 1x1 maps) do not count."""
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """Return the layout of `x`, which is also the layout of what the operators return for it."""
+    """Return the layout of `x`, which is also the layout of the operators' results for it."""
     return torch.channels_last if is_channels_last(x) else torch.contiguous_format
 
 
 def in_layout(y: Tensor, layout: torch.memory_format) -> Tensor:
-    """Return `y` with the strides that `torch.empty` has in that layout.
+    """Return `y` with the strides of `torch.empty` in that layout.
 
-    `contiguous` leaves the strides of dimensions of size 1 alone, because they mean nothing; but compiled code asserts that
-    an operator returns exactly the strides of its fake implementation.
+    `contiguous` keeps the strides of dimensions of size 1, because they have no effect. But compiled code asserts that an
+    operator returns exactly the strides of its fake implementation.
     """
     y = y.contiguous(memory_format=layout)
     if min(y.shape) > 1:
@@ -133,15 +133,15 @@ def in_layout(y: Tensor, layout: torch.memory_format) -> Tensor:
 
 
 def touching(taps: int, anchor: int, extent: int) -> slice:
-    """Return the taps of a kernel axis that can meet an image of `extent` pixels; those further out see only padding."""
+    """Return the taps of a kernel axis that can meet an image of `extent` pixels; the others only ever meet padding."""
     return slice(max(0, anchor - extent + 1), min(taps, anchor + extent))
 
 
 def mirror(kernel: Sequence[int], anchor: Anchor) -> Anchor:
-    """Return the anchor of the flipped kernel, as the input gradient needs it."""
+    """Return the anchor of the flipped kernel, which the input gradient needs."""
     return kernel[0] - 1 - anchor[0], kernel[1] - 1 - anchor[1]
 
 
 def center_anchors(kernels: Sequence[Tensor]) -> list[Anchor]:
-    """Return the middle tap of every kernel; what is no kernel at all is left to `check_sum`."""
+    """Return the middle tap of every kernel; `check_sum` later rejects tensors that are not kernels."""
     return [(k.shape[2] // 2, k.shape[3] // 2) if k.dim() == 4 else (0, 0) for k in kernels]

@@ -1,4 +1,4 @@
-"""The definition of the operators, tap by tap: slow, readable, and the truth for every backend."""
+"""The definition of the operators, tap by tap: slow and readable, the reference for every backend."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def depthwise_sum(
     scale: Tensor | None = None,
     relu: bool = False,
 ) -> Tensor:
-    """Compute the sum of rectangles, then the affine map and the rectifier.
+    """Compute the sum of rectangles, then the affine map and ReLU.
 
     s[n, c, i, j] = Σ_r Σ_uv kernels[r][c, 0, u, v] · x[n, c, i + u - row_r, j + v - column_r]
-    y[n, c, i, j] = scale[c] · s[n, c, i, j] + bias[c], and its positive part if `relu`
+    y[n, c, i, j] = scale[c] · s[n, c, i, j] + bias[c], followed by ReLU if `relu`
     """
     y = torch.zeros_like(x)
     for kernel, (row, column) in zip(kernels, anchors):
@@ -33,7 +33,7 @@ def depthwise_sum(
 
 
 def epilogue(y: Tensor, scale: Tensor | None, bias: Tensor | None, relu: bool) -> Tensor:
-    """Compute scale · y + bias (both (C,)) of images `y`, and its positive part if `relu`; NaN stays NaN."""
+    """Compute scale · y + bias (both (C,)) of images `y`, followed by ReLU if `relu`; NaN stays NaN."""
     if scale is not None:
         y = y * scale.view(-1, 1, 1)
     if bias is not None:
@@ -59,7 +59,7 @@ def relative_error(computed: Tensor, exact: Tensor) -> float:
 
 
 def shifted(x: Tensor, down: int, right: int) -> Tensor:
-    """Return the tensor whose pixel (i, j) is pixel (i + down, j + right) of `x`, or zero where that lies outside."""
+    """Return the tensor whose pixel (i, j) is pixel (i + down, j + right) of `x`, or zero if that lies outside `x`."""
     height, width = x.shape[-2:]
     out = torch.zeros_like(x)
     if abs(down) >= height or abs(right) >= width:

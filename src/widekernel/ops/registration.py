@@ -1,4 +1,4 @@
-"""What the operators share: the library they are registered in, autocast, derivatives, and batching."""
+"""Shared parts of the operators: the `torch.library` they are registered in, autocast, derivatives, and batching."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ LIBRARY = torch.library.Library("widekernel", "FRAGMENT")
 
 
 class CallOptions(NamedTuple):
-    """What a call insists on.
+    """The backend and algorithm that a call requests.
 
     Attributes:
         backend: name of the backend; None for the best one.
-        algorithm: None for the fastest one.
+        algorithm: the algorithm; None for the fastest one.
     """
 
     backend: str | None
@@ -32,7 +32,7 @@ class CallOptions(NamedTuple):
 def define_operator(name: str, arguments: str, result: str = "Tensor") -> None:
     """Add an operator to the library; the fields of `CallOptions` follow its arguments.
 
-    Programs that 0.4.0 exported have "" where None is passed today.
+    Programs exported by 0.4.0 pass "" instead of None.
     """
     LIBRARY.define(f"{name}({arguments}, str? backend, str? algorithm) -> {result}", tags=torch.Tag.pt2_compliant_tag)
 
@@ -48,25 +48,25 @@ def register_implementation(name: str) -> Callable[[Callable[..., Any]], Any]:
 
 
 def register_fake(name: str) -> Callable[[Callable[..., Any]], Any]:
-    """Register the decorated function as the one that returns shape and layout of the results of the operator `name`."""
+    """Register the decorated function as the fake implementation of the operator `name`: shapes and layouts only."""
 
     def register(function: Callable[..., Any]) -> Any:
         torch.library.register_fake(f"widekernel::{name}", function, lib=LIBRARY)
-        # Where sizes are symbols, PyTorch would otherwise prefer the entry of `decompositions`.
+        # With symbolic sizes, PyTorch would otherwise prefer the entry in `decompositions`.
         return register_decomposition(getattr(torch.ops.widekernel, name).default, type="meta")(function)
 
     return register
 
 
 def on_gpu_of(x: Tensor) -> AbstractContextManager:
-    """Make the GPU of `x` the current one, which backends ask about when they decide how to compute a problem."""
+    """Make the GPU of `x` the current one; backends look at it when they decide how to compute a problem."""
     return torch.cuda.device(x.device) if x.device.type == "cuda" and torch.cuda.is_available() else nullcontext()
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """Return the type in which autocast has a call with input `x` computed, None if it changes nothing."""
+    """Return the type to which autocast converts a call with input `x`; None if it changes nothing."""
     device = x.device.type
-    # Asking about the meta device, which knows no autocast, is an error.
+    # The query raises for the meta device, which does not support autocast.
     if device == "meta" or not torch.is_autocast_enabled(device):
         return None
     if x.dtype == torch.float64 or not x.dtype.is_floating_point:
@@ -77,32 +77,32 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 def autocast(x: Tensor, kernels: Sequence[Tensor], *others: Tensor | None) -> tuple[Any, ...]:
     """Convert the arguments of a call as autocast converts those of a convolution."""
     dtype = autocast_dtype(x)
-    if dtype is None or isinstance(kernels, Tensor):  # a bare tensor is for `check_sum` to refuse
+    if dtype is None or isinstance(kernels, Tensor):  # `check_sum` rejects a bare tensor
         return x, kernels, *others
     return x.to(dtype), [kernel.to(dtype) for kernel in kernels], *[t if t is None else t.to(dtype) for t in others]
 
 
 def needs_derivatives(*tensors: Tensor | None) -> bool:
-    """Return whether a derivative of the call may be asked for, backward or (which is then refused) forward."""
+    """Return whether a derivative of the call may be requested: backward, or forward mode (which then raises)."""
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return True
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def has_batched_gradients(*tensors: Tensor) -> bool:
-    """Return whether a tensor stands for many, as in `torch.autograd.grad(is_grads_batched=True)`."""
+    """Return whether a tensor holds batched gradients, as in `torch.autograd.grad(is_grads_batched=True)`."""
     if torch.compiler.is_compiling():
         return False
     return any(torch._C._functorch.is_legacy_batchedtensor(tensor) for tensor in tensors)
 
 
 def flatten_anchors(anchors: Sequence[Sequence[int]]) -> list[int]:
-    """Turn anchors into the list of numbers that an operator takes."""
+    """Flatten anchors into the list of numbers that an operator takes."""
     return [number for anchor in anchors for number in anchor]
 
 
 def unflatten_anchors(numbers: Sequence[int]) -> tuple[Anchor, ...]:
-    """Turn the list of numbers that an operator takes back into anchors."""
+    """Restore the anchors from the list of numbers that an operator takes."""
     return tuple(zip(numbers[::2], numbers[1::2]))
 
 

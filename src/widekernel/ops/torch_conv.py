@@ -1,9 +1,9 @@
 """The operators computed by PyTorch's own convolutions, called only in forms that are not pathologically slow.
 
 Measured on a CPU (2 cores, AVX-512): a contiguous depthwise convolution slows down with the *width* of the kernel (31x31
-runs at a twentieth of its channels_last speed, 5x51 likewise, 51x5 not at all), and PyTorch's own weight gradient is up to
-a hundred times slower than the forward pass. So wide kernels run channels_last, and the weight gradient is a forward
-depthwise convolution of N*C channels with the gradient as the kernel.
+and 5x51 run at a twentieth of their channels_last speed; 51x5 is not slower), and PyTorch's own weight gradient is up to a
+hundred times slower than the forward pass. So wide kernels run channels_last, and the weight gradient is a forward depthwise
+convolution of N*C channels with the gradient as the kernel.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from widekernel.ops.reference import epilogue
 NAME = "portable"
 """The name of the backend that runs these functions."""
 
-# Kernels (or, in the weight gradient, outputs) wider than this run faster channels_last on a CPU.
+# Kernels (or, in the weight gradient, outputs) wider than this run faster in channels_last on a CPU.
 WIDEST_CONTIGUOUS_KERNEL = 8
 
 
@@ -62,7 +62,7 @@ def depthwise_weight_grad(x: Tensor, grad: Tensor, kernel_size: tuple[int, int],
     planes = x.reshape(1, batch * channels, height, width)
     window = grad.reshape(batch * channels, 1, height, width)
     if _is_half_precision_on_cpu(x):
-        # With kernels as large as an image the convolution in these types takes minutes; float32 is also more exact.
+        # With kernels as large as an image, convolutions in half precision take minutes; float32 is also more accurate.
         planes, window = planes.float(), window.float()
     taps = columns.stop - columns.start
     if x.device.type == "cpu" and taps > WIDEST_CONTIGUOUS_KERNEL:
@@ -84,10 +84,10 @@ def _one_rectangle(x: Tensor, kernel: Tensor, anchor: Anchor, bias: Tensor | Non
     row, column = anchor[0] - rows.start, anchor[1] - columns.start
     kernel = kernel[:, :, rows, columns]
     above, below, left, right = row, kernel.shape[2] - 1 - row, column, kernel.shape[3] - 1 - column
-    # conv2d pads both sides alike: pad by the longer one and cut the surplus off the output.
+    # conv2d pads both sides equally: pad by the larger amount and crop the surplus from the output.
     padding = max(above, below), max(left, right)
     if _is_half_precision_on_cpu(x):
-        # Wider outputs than inputs take minutes in these types: make the kernel symmetric instead.
+        # In half precision, outputs wider than inputs take minutes: make the kernel symmetric instead.
         kernel = F.pad(kernel, (padding[1] - left, padding[1] - right, padding[0] - above, padding[0] - below))
         row, column = padding
     if x.device.type == "cpu":

@@ -1,8 +1,8 @@
-"""What `torch.jit.trace` records of a call: PyTorch's own convolutions, see `plain`, with sizes that are integers.
+"""Calls under `torch.jit.trace`: they record PyTorch's own convolutions (see `plain`), with sizes that are integers.
 
 A recorded graph is read by other programs: ONNX and OpenVINO, counters, TensorBoard, libtorch. None of them knows our
-operators, and `autograd.Function` cannot be recorded at all. So while a graph is recorded, calls run the convolutions that
-the operators are made of. `ops.trace()` names this `plain`.
+operators, and `autograd.Function` cannot be recorded. So while a graph is recorded, calls run the equivalent convolutions.
+`ops.trace()` records them under the name `plain`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def depthwise_sum(
     relu: bool,
     options: CallOptions,
 ) -> Tensor:
-    """Record `ops.depthwise_sum`; the checks are made now and are no part of the graph."""
+    """Record `ops.depthwise_sum`; the checks run now and are not part of the graph."""
     x, kernels, bias, scale = autocast(x, kernels, bias, scale)
     with tracing_paused():
         anchors = center_anchors(kernels) if anchors is None else anchors
@@ -67,7 +67,7 @@ def depthwise_weight_grad(
 
 
 def _integers(pairs: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
-    """Turn pairs of numbers that may belong to the graph, as sizes do, into what they are now."""
+    """Convert pairs of numbers, some of which may be traced values such as sizes, to their current integer values."""
     return [(int(pair[0]), int(pair[1])) for pair in pairs]
 
 

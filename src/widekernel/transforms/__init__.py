@@ -1,4 +1,4 @@
-"""Transformations of networks that act on layers by their type and know no network."""
+"""Transformations of networks. They act on layers by type and contain no code for particular networks."""
 
 from widekernel.transforms.acceleration import AccelerationReport, LayerAcceleration, accelerate
 from widekernel.transforms.compaction import CompactReport, CostModel, compact, compact_report

@@ -15,17 +15,17 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 def fold(model: ModelT) -> ModelT:
-    """Return a copy of `model` in its fast inference form; the original is left as it is.
+    """Return a copy of `model` in its fast inference form; the original is unchanged.
 
     Every large-kernel layer becomes one operator call: its batch norms and identity are folded in and covered kernels
     absorbed. Batch norms before and after 1x1 convolutions and linear layers, and layer scales, are folded, too.
     Outputs in evaluation mode stay the same up to rounding.
 
-    Layers that equal no single kernel (SLaK_pw with `padding="same"`), or whose norms are more than batch norms with running
-    statistics, stay as they are; a warning names them and says why. So do layers with hooks or with a `forward` that was
-    replaced on the instance, and layers whose folding would show such a layer other values. Modules that are used in several
-    places stay shared, and whatever is computed from frozen parameters alone stays frozen. Masks of `torch.nn.utils.prune`
-    and the old weight and spectral norms are made permanent in the copy.
+    Some layers are not folded; a warning names them and says why. They are layers that no single kernel equals (SLaK_pw with
+    `padding="same"`), layers with norms other than batch norms with running statistics, layers with hooks or with a
+    `forward` that was replaced on the instance, and layers whose folding would change the values that such a layer sees.
+    Modules that are used in several places stay shared, and values computed only from frozen parameters stay frozen. Masks
+    of `torch.nn.utils.prune` and the old weight and spectral norms are made permanent in the copy.
 
     Raises:
         ArgumentError: if a pruned kernel was trained without its mask being applied; the message says what to do.

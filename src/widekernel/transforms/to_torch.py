@@ -1,4 +1,4 @@
-"""`to_torch`: a network of ours on PyTorch's own convolutions, as a baseline for speed and for numbers."""
+"""`to_torch`: networks of this library on PyTorch's own convolutions, as a baseline for speed and accuracy."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def to_torch(model: ModelT) -> ModelT:
     """Return a copy of `model` in which our operators are plain PyTorch convolutions, one per rectangle.
 
     Outputs and gradients stay the same up to rounding. Names, state dict, hooks, training mode and `requires_grad` of
-    every layer stay, too. Unlike a backend that calls PyTorch, the copy also has PyTorch's own backward pass. Layers of
-    other libraries and kernel sources that convolve by themselves are left as they are. Call `compact` and `accelerate`
-    before: what they make of the copy may run on our operators again.
+    every layer are kept, too. Unlike a backend that calls PyTorch, the copy also has PyTorch's own backward pass. Layers of
+    other libraries and kernel sources that convolve by themselves are not changed. Call `compact` and `accelerate` before
+    `to_torch`: applied to the copy, they may introduce our operators again.
 
     Args:
         model: any module, folded or not.
@@ -47,7 +47,7 @@ def operator_layers(model: nn.Module) -> list[str]:
 
 
 class TorchLargeKernel(LargeKernel):
-    """A `LargeKernel` whose branches are convolutions of PyTorch's."""
+    """A `LargeKernel` whose branches are PyTorch convolutions."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
@@ -75,10 +75,10 @@ class TorchLargeKernel(LargeKernel):
 
 
 class TorchFoldedLargeKernel(FoldedLargeKernel):
-    """A `FoldedLargeKernel` whose rectangles are convolutions of PyTorch's."""
+    """A `FoldedLargeKernel` whose rectangles are PyTorch convolutions."""
 
     def forward(self, x: Tensor, relu: bool = False) -> Tensor:
-        """(N, C, H, W) -> (N, C, H, W); with `relu` its positive part."""
+        """(N, C, H, W) -> (N, C, H, W); with `relu`, ReLU is applied."""
         if torch.jit.is_scripting():
             return self._scripted(x, relu)
         else:  # noqa: RET505 - TorchScript leaves out the other branch, and only that
@@ -86,7 +86,7 @@ class TorchFoldedLargeKernel(FoldedLargeKernel):
             return y.relu() if relu else y
 
 
-# The last three only compute in another way than their base class.
+# The last three compute the same as their base class, in another way.
 _TORCH_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     LargeKernel: TorchLargeKernel,
     FoldedLargeKernel: TorchFoldedLargeKernel,
@@ -101,14 +101,14 @@ def _torch_class(name: str, module: nn.Module) -> Any:
     kind = type(module)
     if kind not in _TORCH_CLASSES:
         raise ArgumentError(
-            f"{name or 'the layer'} is a {kind.__name__}, a subclass of a layer of widekernel or a parametrized one, and "
-            "what it computes is unknown: remove its parametrizations, or replace it by a layer of that class"
+            f"{name or 'the layer'} is a {kind.__name__}, a subclass of a layer of widekernel or a parametrized one, so its "
+            "computation is unknown: remove its parametrizations, or replace it by a layer of widekernel"
         )
     return _TORCH_CLASSES[kind]
 
 
 def _responses(source: KernelSource, x: Tensor) -> list[Tensor]:
-    """Compute the branches of a source; those that are no rectangles are left to the source itself."""
+    """Compute the branches of a source; branches that are not rectangles are left to the source itself."""
     branches = source.branches()
     if branches is not None:
         return [_convolution(x, kernel, anchor, None) for kernel, anchor in zip(*branches)]
@@ -125,10 +125,10 @@ def _sum(x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor], bias: 
 
 
 def _convolution(x: Tensor, kernel: Tensor, anchor: Anchor, bias: Tensor | None) -> Tensor:
-    """Convolve by one call of PyTorch's depthwise convolution, which needs the same padding on both sides of an axis."""
+    """Convolve with one call of PyTorch's depthwise convolution, which needs the same padding on both sides of an axis."""
     row, column = anchor
     height, width = x.shape[-2:]
-    # Both sides get the larger padding, and the surplus is cut off.
+    # Both sides get the larger padding, and the surplus is cropped.
     vertical, horizontal = max(row, kernel.shape[2] - 1 - row), max(column, kernel.shape[3] - 1 - column)
     y = F.conv2d(x, kernel, bias, padding=(vertical, horizontal), groups=x.shape[1])
     if y.shape == x.shape:

@@ -160,7 +160,7 @@ def test_a_file_that_cannot_be_loaded(tmp_path: Path) -> None:
 
 def test_a_library_with_another_interface(tmp_path: Path) -> None:
     file = compiled(tmp_path / "other.so", f"#define VERSION {library.ABI + 1}\n{HOLLOW}")
-    wanted = f"{file} has interface {library.ABI + 1}, this version of widekernel needs {library.ABI}; reinstall"
+    wanted = f"{file} has interface version {library.ABI + 1}, but this version of widekernel needs {library.ABI}; reinstall"
     assert opened(file).reason.startswith(wanted)
 
 

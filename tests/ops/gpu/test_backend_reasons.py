@@ -132,7 +132,7 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("h200")
 def test_on_rocm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert refused(LARGE) == "it is written for NVIDIA GPUs and was never tried on AMD's"
+    assert refused(LARGE) == "it is written for NVIDIA GPUs and has never been tested on AMD GPUs"
 
 
 def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,10 +145,10 @@ def test_entries_restore_their_configurations(config: KernelConfig) -> None:
 
 FLAT = Flat(4, 2, pixels=64, images=16).to_entry()
 BAD = {
-    "no-method": ({name: number for name, number in FLAT.items() if name != "method"}, "there is no method None"),
+    "no-method": ({name: number for name, number in FLAT.items() if name != "method"}, "unknown method None"),
     "unknown-method": (
         FLAT | {"method": "winograd"},
-        "there is no method 'winograd': it must be one of toeplitz, flat",
+        "unknown method 'winograd': it must be one of toeplitz, flat",
     ),
     "missing": (
         {name: number for name, number in FLAT.items() if name != "images"},

@@ -176,7 +176,7 @@ def test_the_direct_algorithm_is_for_small_kernels(layout: torch.memory_format) 
     under[0, 0, 1:4, 2:5] = True
     assert torch.equal(~y.isfinite(), under)
     wide = torch.randn(3, 1, 3, 31, device=DEVICE)
-    refused = "triton cannot compute depthwise_sum of .*: its matrix products multiply pixels beside the kernel by zero"
+    refused = "triton cannot compute depthwise_sum of .*: its matrix products multiply pixels outside the kernel by zero"
     with pytest.raises(ops.NoBackendError, match=refused):
         ops.depthwise_sum(x, [wide], backend="triton", algorithm="direct")
     with pytest.raises(ops.NoBackendError, match=f"{WEIGHT_GRAD} of .*algorithm 'direct' excludes"):

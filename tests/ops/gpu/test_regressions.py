@@ -102,7 +102,7 @@ def test_a_configuration_that_does_not_fit_gives_way_to_the_next() -> None:
         return run
 
     fits = FirstThatFits(with_config, [Flat(4, 1, 64, 16), Flat(8, 1, 64, 16), ToeplitzGrad(4, 3, 1, 16, 16, 16)])
-    with pytest.warns(RuntimeWarning, match="does not fit this GPU"):
+    with pytest.warns(RuntimeWarning, match="does not fit on this GPU"):
         assert fits(7) == "toeplitz weight gradient 7"
     assert fits(8) == "toeplitz weight gradient 8" and len(tried) == 4
     with pytest.raises(OutOfResources):

@@ -1,4 +1,4 @@
-"""Search for the weights among the entries of a training checkpoint, whatever their names."""
+"""Finding the weights among the entries of a training checkpoint, whatever their names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from widekernel.safe_pickle import Placeholder
 
-# Names that the official scripts, timm, the mm* frameworks and tutorials use, in the order of the search.
+# Names that the official scripts, timm, the mm* frameworks and tutorials use, in search order.
 MODEL_KEYS = ("model", "state_dict", "module", "model_state", "model_state_dict")
 EMA_KEYS = (
     *("model_ema", "state_dict_ema", "ema", "model_ema_state", "ema_state_dict", "ema_model", "ema_model_state_dict"),
@@ -29,18 +29,18 @@ def is_averaged(name: str) -> bool:
 def find_networks(loaded: Mapping[Any, Any], averaged: bool) -> tuple[str, ...]:
     """Return the names of the entries that look like the weights of a network.
 
-    Such an entry holds tensors, and little else, under names with dots in them.
+    Such an entry holds tensors, and little else, under names that contain dots.
 
     Args:
         loaded: contents of the checkpoint.
-        averaged: whether to look for averaged weights, or for others.
+        averaged: whether to look for averaged weights instead of the others.
     """
     names = (name for name, value in loaded.items() if isinstance(name, str) and _is_network(value))
     return tuple(name for name in names if is_averaged(name) == averaged and not _NOT_A_NETWORK.search(name))
 
 
 def is_state_dict(loaded: Mapping[Any, Any]) -> bool:
-    """Return whether a mapping holds tensors whose names have dots, as in a network, unlike a loss beside the weights."""
+    """Return whether a mapping holds tensors whose names contain dots, as in a network, unlike a stored loss value."""
     return any(isinstance(value, Tensor) and "." in str(key) for key, value in loaded.items())
 
 

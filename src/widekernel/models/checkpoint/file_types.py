@@ -1,4 +1,4 @@
-"""Recognition of files of other types that are given as checkpoints."""
+"""Recognition of files that are not checkpoints but were given as such."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _OLD_TORCH_MAGIC = b"L119547037146038801333356L"
 
 
 def describe_file_type(path: Path) -> str:
-    """Return what a file looks like by its first bytes, "" if it is unknown or may be a checkpoint."""
+    """Return the type of a file according to its first bytes; "" if it is unknown or may be a checkpoint."""
     try:
         with path.open("rb") as file:
             head = file.read(_NUM_BYTES)
@@ -40,7 +40,7 @@ def describe_file_type(path: Path) -> str:
 
 
 def _as_text(head: bytes) -> str:
-    """Return the first bytes as text, "" if they are not text or too few to tell."""
+    """Return the first bytes as text; "" if they are not text or too few to tell."""
     try:
         # The last character may be cut off.
         text = codecs.getincrementaldecoder("utf-8-sig")().decode(head).strip()

@@ -20,24 +20,24 @@ from widekernel.models.layouts.layout import State
 
 
 def load_checkpoint(model: nn.Module, path: str | Path, weights: Literal["model", "ema"] = "model") -> LoadReport:
-    """Load a checkpoint into `model`, whatever official container and layout it is in.
+    """Load a checkpoint into `model`, in any official container and layout.
 
-    The file may be a training checkpoint, a bare state dict, that of a wrapped model or of a larger network with this one
-    as a part, or in safetensors format; it may consist of shards. It may be in the official layouts of the model's family,
-    merged forms included, or in our own.
+    The file may be a training checkpoint or a bare state dict, of the network, of a wrapped network or of a larger network
+    that contains this one. It may be in safetensors format, and it may consist of shards. It may be in an official layout of
+    the model's family, merged forms included, or in our own.
 
-    Nothing in the file is executed. Beside the weights it may hold objects of any class of any package, none of which is
-    imported. Of the standard library it may hold any value; a file that names something which can run code is refused
-    (`os.system`, or `builtins.getattr`, which bound methods also need).
+    Nothing in the file is executed. In addition to the weights, it may contain objects of any class of any package; none of
+    these packages is imported. It may contain any value of the standard library, but a file that names something that can
+    run code is rejected (`os.system`, or `builtins.getattr`, which bound methods also need).
 
-    A classifier for another number of classes or of another structure (such as a `Sequential`) is left out, as fine-tuning
-    needs it, with a warning. A head that the file lacks keeps its values. Anything else that does not fit raises an error,
-    and the model is left untouched.
+    A classifier for another number of classes or with another structure (such as a `Sequential`) is skipped with a warning,
+    as needed for fine-tuning. A head that the file lacks keeps its values. Any other mismatch raises an error, and the model
+    is left untouched.
 
     Args:
         model: one of our networks, also in its `features_only` form, or timm's ConvNeXt; it may be inside compiled,
             data-parallel and averaging (EMA, SWA) wrappers.
-        path: path of the file; `~` stands for the home folder.
+        path: path of the file; `~` means the home folder.
         weights: "model", or "ema" for the averaged weights of a training checkpoint.
 
     Raises:
@@ -78,7 +78,7 @@ def load_checkpoint(model: nn.Module, path: str | Path, weights: Literal["model"
 
 
 def _convert(network: nn.Module, state: State, path: Path) -> tuple[Converted, tuple[str, ...], tuple[str, ...]]:
-    """Convert the weights of a file to our layout; return the removed prefixes and the keys without them, too."""
+    """Convert the weights of a file to our layout; also return the removed prefixes and the keys without them."""
     try:
         inside, prefixes, others = strip_prefixes(state, known_keys(network))
         problems = [f"{key} {problem}" for key, value in inside.items() if (problem := storage_problem(value))]
@@ -100,7 +100,7 @@ def _raise_problems(path: Path, network: nn.Module, problems: Sequence[str]) -> 
 
 
 def _removed_prefixes(network: nn.Module) -> tuple[str, ...]:
-    """Return the key prefixes of the stages, and of the norms of their maps, that a shortened network no longer has."""
+    """Return the key prefixes of the stages, and of their feature norms, that a shortened network no longer has."""
     stages, described = getattr(network, "stages", ()), getattr(network, "feature_info", ())
     norms: Any = getattr(network, "feature_norms", ())
     removed = [f"stages.{i}." for i in range(len(stages), len(described))]
@@ -108,7 +108,7 @@ def _removed_prefixes(network: nn.Module) -> tuple[str, ...]:
 
 
 def _classifier_warning(report: LoadReport, network: nn.Module, why_dropped: str) -> str:
-    """Return why the network's classifier is untrained, "" if it was loaded or there is none."""
+    """Return why the network's classifier is untrained; "" if it was loaded or there is none."""
     if not any(map(is_classifier_key, network.state_dict())):
         return ""
     if report.dropped:

@@ -1,4 +1,4 @@
-"""Matching of the tensors of a file with those of a network: which are loaded, which left out, and what is an error."""
+"""Matching of the tensors of a file with those of a network: which are loaded, which are skipped, and what is an error."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ _LINEAR_CLASSIFIER = "head.fc.weight"
 
 @dataclass
 class Match:
-    """How the tensors of a file match those of a network.
+    """The match between the tensors of a file and those of a network.
 
     Attributes:
         accepted: our key -> tensor to load.
         dropped: keys of the file that belong to another classifier.
-        missing: our keys that the file may lack and does.
-        ignored: keys of the file that belong to parts which this network lacks.
+        missing: our keys that the file lacks, and is allowed to lack.
+        ignored: keys of the file that belong to parts that this network lacks.
         problems: one message for every error.
         why_dropped: how the classifiers differ, or "".
         conversions: changes of type, such as "float16 to float32".
@@ -56,13 +56,13 @@ class Match:
 
 
 def match_weights(own: Mapping[str, Tensor], converted: Converted, is_backbone: bool, removed: tuple[str, ...]) -> Match:
-    """Sort the tensors of a file into those to load, those to leave out, and those that are an error.
+    """Sort the tensors of a file into those to load, those to skip, and those that are an error.
 
     Args:
         own: the network's state dict.
         converted: the file's state dict in our layout.
         is_backbone: whether the file holds the network as the backbone of a larger one, whose other parts are ignored.
-        removed: prefixes of keys that belong to parts which were removed from the network.
+        removed: prefixes of keys that belong to parts that were removed from the network.
     """
     match = Match(ignored=list(converted.unknown) if is_backbone else [])
     if not is_backbone:
@@ -97,14 +97,14 @@ def match_weights(own: Mapping[str, Tensor], converted: Converted, is_backbone: 
 
 
 def storage_problem(value: Tensor) -> str:
-    """Return why a tensor of a file cannot be used at all, "" if it can."""
+    """Return why a tensor of a file cannot be used by any network; "" if it can."""
     if value.is_meta:
         return "has a shape but no data in the file"
     return "" if value.layout is torch.strided else f"is stored as {value.layout}, the network's is dense"
 
 
 def _type_problem(value: Tensor, own: Tensor) -> str:
-    """Return why a tensor of a file cannot be copied to one of the network, "" if it can."""
+    """Return why a tensor of a file cannot be copied to a tensor of the network; "" if it can."""
     if own.is_meta:
         return "cannot be loaded: the network was created without data; call model.to_empty(device=...) first"
     kinds = [(t.dtype.is_floating_point, t.dtype.is_complex) for t in (value, own)]
@@ -112,7 +112,7 @@ def _type_problem(value: Tensor, own: Tensor) -> str:
 
 
 def _find_missing(own: Mapping[str, Tensor], converted: Converted, match: Match, other_classifier: bool) -> None:
-    """Add our keys that the file does not have to `missing`, or to the problems if the file must have them."""
+    """Add our keys that the file lacks to `missing`, or to the problems if the file must have them."""
     headless = not any(map(is_classifier_key, converted.state))
     for key in own:
         if key in converted.state or key in converted.generated:
@@ -125,9 +125,9 @@ def _find_missing(own: Mapping[str, Tensor], converted: Converted, match: Match,
 
 
 def _compare_classifiers(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
-    """Return how the classifiers differ, "" if they do not, or if one of the two is missing.
+    """Return how the classifiers differ; "" if they do not, or if one of them is missing.
 
-    A linear classifier for features of another width is no other classifier but belongs to another network.
+    A linear classifier for features of another width does not count as different: it belongs to another network.
     """
     theirs, ours = ({key: value for key, value in each.items() if is_classifier_key(key)} for each in (state, own))
     if not theirs or not ours:
@@ -146,6 +146,6 @@ def _compare_classifiers(own: Mapping[str, Tensor], state: Mapping[str, Tensor])
 
 
 def _remedies(own: Mapping[str, Tensor], keys: Iterable[str]) -> list[str]:
-    """Return what to do if the file has weights in a form that the network does not, as a list of at most one message."""
+    """Return advice for a file with weights in a form that the network lacks, as a list of at most one message."""
     foreign = [key for key in keys if key not in own]
     return [remedy for parts, remedy in _REMEDIES.items() if all(any(p in f"{key}$" for key in foreign) for p in parts)][:1]

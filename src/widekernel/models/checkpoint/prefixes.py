@@ -12,7 +12,7 @@ from widekernel.models.layouts.layout import State
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
 # Modules that wrap a part of a network, such as a compiled stage.
 _PART_WRAPPERS = re.compile(r"(?<=\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-# Buffers that thop, a counter of operations, adds to every module.
+# Buffers that thop, an operation counter, adds to every module.
 _THOP_BUFFERS = ("total_ops", "total_params")
 # Fraction of the keys that another network may have in common by chance, such as those of the head and of norms.
 _CHANCE_OVERLAP = 1 / 8
@@ -28,7 +28,7 @@ def strip_prefixes(state: State, known: Set[str]) -> tuple[State, tuple[str, ...
         known: keys that the network takes, in any layout.
 
     Returns:
-        The state dict, the removed prefixes, and the keys that were left out because they belong to other parts of a larger
+        the state dict, the removed prefixes, and the keys that were skipped because they belong to other parts of a larger
         network.
 
     Raises:
@@ -51,7 +51,7 @@ def strip_prefixes(state: State, known: Set[str]) -> tuple[State, tuple[str, ...
 
 
 def _wrapper_prefix(state: State) -> str:
-    """Return the first of the usual wrappers' prefixes that the keys have, "" if they have none."""
+    """Return the first of the usual wrappers' prefixes that the keys have; "" if they have none."""
     for prefix in PREFIXES:
         inside = sum(key.startswith(prefix) for key in state)
         # `AveragedModel` has a counter beside the wrapped weights.
@@ -61,7 +61,7 @@ def _wrapper_prefix(state: State) -> str:
 
 
 def _unwrap_parts(state: State, known: Set[str]) -> tuple[State, list[str]]:
-    """Remove the names of wrappers from the middle of the keys, unless the network is wrapped alike; return them, too."""
+    """Remove wrapper names from the middle of the keys, unless the network is wrapped in the same way; also return them."""
     new = {key: key if key in known else _PART_WRAPPERS.sub("", key) for key in state}
     twice = [key for key, count in Counter(new.values()).items() if count > 1]
     if twice:
@@ -71,7 +71,7 @@ def _unwrap_parts(state: State, known: Set[str]) -> tuple[State, list[str]]:
 
 
 def _prefix_of_network(state: Iterable[str], known: Set[str]) -> str:
-    """Return the prefix of most of the network's keys, "" if they have none or are not there."""
+    """Return the prefix under which most of the network's keys are found; "" if there is no prefix or no such keys."""
     found: Counter[str] = Counter()
     for key in state:
         parts = key.split(".")

@@ -26,12 +26,12 @@ from widekernel.models.layouts.layout import State
 from widekernel.safe_pickle import Placeholder, RefusedError, UnreadableError, unpickle
 from widekernel.tensor_files import tensor_file
 
-_MAX_DEPTH = 8  # of containers in containers; an entry may contain itself
+_MAX_DEPTH = 8  # of nested containers; an entry may contain itself
 
 
 @dataclass
 class CheckpointContent:
-    """The weights in a checkpoint file, and what else it holds.
+    """The weights in a checkpoint file, and the names of its other entries.
 
     Attributes:
         state: the requested weights, under their names in the file.
@@ -45,7 +45,7 @@ class CheckpointContent:
 
 
 def read_checkpoint(path: str | Path, weights: str = "model") -> CheckpointContent:
-    """Read the weights of a checkpoint without running any code that it may carry.
+    """Read the weights of a checkpoint without running any code that it may contain.
 
     Args:
         path: path of a `.safetensors` file, of a file written by `torch.save`, of the index of a sharded checkpoint, or of
@@ -63,7 +63,7 @@ def read_checkpoint(path: str | Path, weights: str = "model") -> CheckpointConte
     index = find_index(path)
     if index:
         if weights == "ema":
-            raise CheckpointError(f"{path} is sharded and holds one set of weights: load weights='model'")
+            raise CheckpointError(f"{path} is sharded and holds only one set of weights: load weights='model'")
         return CheckpointContent(read_shards(index, lambda shard: _read_file(shard, weights).state), "")
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder: give the path of a checkpoint file in it")
@@ -99,7 +99,7 @@ def _load(path: Path) -> Any:
 
 
 def _raise_if_other_type(path: Path) -> None:
-    """Raise an error if a file that could not be read is recognized as a file of another type."""
+    """Raise an error if an unreadable file is recognized as a file of another type."""
     file_type = describe_file_type(path)
     if file_type:
         raise CheckpointError(
@@ -172,7 +172,7 @@ def _several_networks_message(path: Path, found: list[str]) -> str:
 
 
 def _no_weights_message(path: Path, loaded: Mapping[Any, Any], weights: str, others: tuple[str, ...]) -> str:
-    """Return the message that there are no weights of the requested kind, and which other weights there are."""
+    """Return the message that no weights of the requested kind exist; it names the other weights."""
     held = f"its entries are {', '.join(others) or ('none' if weights == 'model' else 'only weights')}"
     if weights == "ema":
         there = _holds_tensors(loaded) or any(name in loaded for name in MODEL_KEYS) or find_networks(loaded, averaged=False)
@@ -200,7 +200,7 @@ def _tensors(path: Path, state: Mapping[str, Any]) -> State:
 
 
 def _resolved(value: Tensor) -> Tensor:
-    """Return the values of a tensor whose memory holds their negatives or conjugates."""
+    """Return the actual values of a tensor with a lazy negation or conjugation."""
     return value.resolve_conj().resolve_neg() if value.is_conj() or value.is_neg() else value
 
 

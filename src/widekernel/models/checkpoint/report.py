@@ -1,4 +1,4 @@
-"""The report of what was loaded from a checkpoint."""
+"""The report on loading a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What was loaded from a checkpoint, and what was not.
+    """The report on loading a checkpoint: which weights were loaded and which were not.
 
     Attributes:
         path: path of the file.
         container: name of the entry with the weights; "" for a bare state dict.
         layout: family whose official layout the weights are in, or "native".
         loaded: our keys that were filled.
-        dropped: keys of the file that belong to a classifier for other classes or of another structure; they were left out.
+        dropped: keys of the file that were skipped because they belong to a classifier for other classes or with another
+            structure.
         missing: our keys that the file does not have (the head, for a backbone checkpoint); they keep their values.
         ignored: keys of the file that belong to other parts of a larger network, or to stages that this network lacks.
-        generated: our keys of tables that the file does not have; they were generated as the authors' code does.
+        generated: our keys of tables that the file lacks and that were generated as in the authors' code.
         unused: entries of the file that are not weights of a network, such as the optimizer's state.
         notes: removed prefixes, converted kernels, lost precision.
     """

@@ -26,7 +26,7 @@ def save_checkpoint(
 ) -> Path:
     """Save the weights of `model` atomically, and return the path.
 
-    Weights are saved as they are. A moving average is as sparse as the network only if `DynamicSparsity` manages it too
+    Weights are saved unchanged. A moving average is as sparse as the network only if `DynamicSparsity` manages it, too
     (`averages=`).
 
     Args:
@@ -51,14 +51,14 @@ def save_checkpoint(
         state = {key: value.detach().cpu() for key, value in to_official(unwrap(model)).items()}
         return _write(path, lambda file: torch.save({"model": state}, file))
     native = {key: value.detach().cpu() for key, value in unwrap(model).state_dict().items()}
-    # safetensors does not write views, nor tensors that share memory.
+    # safetensors cannot write views or tensors that share memory.
     native = {key: value.clone(memory_format=torch.contiguous_format) for key, value in native.items()}
     header = {"widekernel": json.dumps(dict(metadata), sort_keys=True)} if metadata else None
     return _write(path, lambda file: save_file(native, file, metadata=header))
 
 
 def _write(path: Path, write: Callable[[Path], Any]) -> Path:
-    """Write a file atomically, in a folder that is created if needed."""
+    """Write a file atomically; its folder is created if needed."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_atomically(path, write)

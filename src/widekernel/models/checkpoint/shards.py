@@ -1,4 +1,4 @@
-"""Checkpoints in several files, as Hugging Face's libraries write them: an index and its shards."""
+"""Sharded checkpoints as written by Hugging Face's libraries: an index and its shards."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def find_index(path: Path) -> Path | None:
     """Return the index at a path: the file itself, or the only index in the folder; None if there is none.
 
     Raises:
-        CheckpointError: if the path is that of one shard, which holds only a part of the network.
+        CheckpointError: if the path is that of a single shard, which holds only a part of the network.
     """
     if path.is_dir():
         found = sorted(path.glob(f"*{_INDEX}"))
@@ -51,7 +51,7 @@ def read_shards(index: Path, read: Callable[[Path], State]) -> State:
         ) from error
     state: State = {}
     for name in sorted(set(shards.values())):
-        # An index must not name files outside of its folder, nor another index.
+        # An index must not name files outside its folder, nor another index.
         if Path(name).name != name or "\\" in name or name.endswith(_INDEX) or (index.parent / name).is_dir():
             raise CheckpointError(f"{index} names the shard {name!r}: shards must be files beside it")
         if not (index.parent / name).exists():

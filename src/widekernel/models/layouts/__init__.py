@@ -1,4 +1,4 @@
-"""Checkpoint layouts: what they are, how they are registered and recognized, and conversion between them.
+"""Checkpoint layouts: their definition, registration and recognition, and conversion between them.
 
-The layouts of a family are in `widekernel.models.<family>_layouts`, beside the family.
+The layouts of a family are in `widekernel.models.<family>_layouts`, next to the family.
 """

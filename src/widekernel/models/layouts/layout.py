@@ -17,7 +17,7 @@ _TENSOR_ORDER = ("weight", "bias", "running_mean", "running_var", "num_batches_t
 
 @dataclass(frozen=True)
 class Rule:
-    """A pair of key templates; `{i}`, `{j}` and `{k}` stand for numbers, `{rest}` for anything.
+    """A pair of key templates; `{i}`, `{j}` and `{k}` match numbers, `{rest}` matches anything.
 
     Attributes:
         official: template of the key in the authors' checkpoint.
@@ -40,11 +40,11 @@ class Rule:
 
 @dataclass(frozen=True)
 class Expected:
-    """What a network expects of a state dict in an official layout.
+    """The requirements of a network on a state dict in an official layout.
 
     Attributes:
         shapes: official key -> shape of the tensor.
-        eps: official name of a batch norm -> its `eps`, which it adds to the variance.
+        eps: official name of a batch norm -> its `eps`, which is added to the variance.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -53,7 +53,7 @@ class Expected:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the authors of a network name its weights.
+    """The names of a network's weights in the authors' code.
 
     Attributes:
         family: name of the official network, as in the `Signature` that recognizes it.
@@ -92,7 +92,7 @@ class Layout:
         return any(re.search(pattern, native) for pattern in self.generated)
 
     def position(self, official: str) -> tuple[int, ...]:
-        """Return the sort key that puts an official key where the authors' files have it."""
+        """Return the sort key that puts an official key at its position in the authors' files."""
         order = (*self.part_order, *_TENSOR_ORDER)
         return tuple(
             int(part) if part.isdigit() else order.index(part) if part in order else -1 for part in official.split(".")

@@ -17,7 +17,7 @@ from widekernel.errors import ArgumentError
 from widekernel.models.layouts.layout import Layout
 from widekernel.settings import require_one_of
 
-# In the order of the search: a file in an official layout may have keys that match a native signature too.
+# In search order: a file in an official layout may have keys that match a native signature, too.
 Form = Literal["folded", "official", "foreign", "native"]
 # Keys of the blocks of our networks start with this pattern.
 BLOCK_KEY = r"^stages\.\d+\.blocks\.\d+\."
@@ -28,14 +28,14 @@ ListLayoutsT = TypeVar("ListLayoutsT", bound=Callable[[Any], tuple[Layout, ...]]
 
 @dataclass(frozen=True)
 class Signature:
-    """How to recognize a network by the keys of its state dict.
+    """A pattern that recognizes a network by the keys of its state dict.
 
     Attributes:
-        name: what errors call the network; for official forms the `family` of a `Layout`.
+        name: name of the network in error messages; for official forms, the `family` of a `Layout`.
         pattern: regular expression that matches part of at least one key.
         form: "native" for our training form, "folded" for our folded form, "official" for the authors' form, which can be
             loaded, and "foreign" for networks that are recognized only so that errors can name them.
-        over: names of signatures of the same form that match such keys too but are less specific.
+        over: names of less specific signatures of the same form that match such keys, too.
     """
 
     name: str
@@ -57,14 +57,14 @@ def register_signature(name: str, pattern: str, form: Form, over: tuple[str, ...
     require_one_of("form", form, get_args(Form))
     signature = Signature(name, pattern, form, over)
     if _SIGNATURES.setdefault(name, signature) != signature:
-        raise ArgumentError(f"the signature {name!r} is registered already, with other keys: choose another name")
+        raise ArgumentError(f"the signature {name!r} is already registered with other keys: choose another name")
 
 
 def register_layouts(network: type[nn.Module]) -> Callable[[ListLayoutsT], ListLayoutsT]:
     """Return a decorator that registers a function as the one that lists the layouts of a network.
 
-    The function is called with a network of that class, or of a subclass without layouts of its own. It returns the layouts
-    that can be loaded; the first one is written by `save_checkpoint(layout="official")`.
+    The function is called with a network of that class, or of a subclass without its own layouts. It returns the layouts
+    that can be loaded; `save_checkpoint(layout="official")` writes the first one.
     """
 
     def register(list_layouts: ListLayoutsT) -> ListLayoutsT:

@@ -1,4 +1,4 @@
-"""What every backend is: an object that takes problems, or says why not, and prepares operators for them."""
+"""The interface of backends: a backend accepts problems, or says why not, and prepares operators for them."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ Operator = Callable[..., Any]
 
 
 class Backend(ABC):
-    """One way of computing the operators.
+    """An implementation of the operators.
 
     Implement `name`, `reasons_against` and `prepare`, and pass an instance to `widekernel.ops.register`.
 
     Attributes:
-        operators: names of the operators that the backend computes. The two of branches are optional: what no backend
-            computes fused is computed branch by branch, each branch a `depthwise_sum`.
-        calls_pytorch: whether prepared operators call PyTorch's own operators. Autocast is then off while they run (the
-            arguments already have the type to compute in), and results are brought into the layout of the input. A backend
-            of kernels sets this to False and returns tensors with the strides of `torch.empty` in that layout.
+        operators: names of the operators that the backend computes. The two branch operators are optional: if no backend
+            computes one fused, it runs branch by branch, each branch as a `depthwise_sum`.
+        calls_pytorch: whether prepared operators call PyTorch's own operators. If so, autocast is off while they run (the
+            arguments are already converted), and results are converted to the layout of the input. A backend with its own
+            kernels sets this to False and returns tensors with the strides of `torch.empty` in that layout.
     """
 
     operators: frozenset[str] = frozenset({DEPTHWISE_SUM, DEPTHWISE_WEIGHT_GRAD})
@@ -39,13 +39,13 @@ class Backend(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """The name by which a call can ask for the backend; a class attribute will do."""
+        """The name by which a call can ask for the backend; a class attribute is enough."""
 
     @abstractmethod
     def reasons_against(self, problem: Problem) -> list[str]:
-        """List why the backend cannot, or should not unless asked for, compute `problem`; empty if it will.
+        """List the reasons not to compute `problem` with this backend, unless a call asks for it; empty if there are none.
 
-        It is only called for problems of `operators`.
+        Called only for problems whose operator is in `operators`.
         """
 
     def can_run(self, problem: Problem) -> bool:
@@ -54,7 +54,7 @@ class Backend(ABC):
 
     @abstractmethod
     def prepare(self, problem: Problem) -> Operator:
-        """Decide everything that follows from shapes, once, and return the operator that computes calls of `problem`."""
+        """Make, once, all decisions that depend only on shapes, and return the operator that computes `problem`."""
 
     def describe(self, problem: Problem) -> str:
         """Describe how the backend computes `problem`, for `explain`; empty if there is nothing to say."""

@@ -22,7 +22,7 @@ class NativeBackend(Backend):
     calls_pytorch = False
 
     def reasons_against(self, problem: Problem) -> list[str]:
-        """List why the kernels cannot compute the problem, or why PyTorch's are better; empty if they will."""
+        """List why the kernels cannot compute the problem, or why PyTorch's are better; empty if neither applies."""
         obstacles = self._obstacles(problem)
         if obstacles:
             return obstacles
@@ -30,7 +30,7 @@ class NativeBackend(Backend):
         return [slower] if slower else []
 
     def can_run(self, problem: Problem) -> bool:
-        """Return whether the kernels can compute the problem, be it slower than PyTorch's."""
+        """Return whether the kernels can compute the problem, even if PyTorch's are faster."""
         return not self._obstacles(problem)
 
     def prepare(self, problem: Problem) -> Operator:

@@ -16,7 +16,7 @@ _OPERATORS: dict[str, Operator] = {
 
 @final
 class TorchConvBackend(Backend):
-    """PyTorch's convolutions, called only in the forms that are not slow."""
+    """PyTorch's convolutions, called only in forms that are not pathologically slow."""
 
     name = torch_conv.NAME
 

@@ -24,11 +24,11 @@ from widekernel.ops.problem import (
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_RECTS = 16
-"""Of one launch, which is compiled for all of its rectangles."""
+"""Largest number of kernels in one launch, which is compiled for all of its rectangles."""
 MOST_PIXELS = 2**30
-"""Of a plane: offsets in it, and those beyond its end before they are masked, are counted in 32 bits."""
+"""Largest number of pixels of a plane: offsets, including those beyond its end before masking, are 32-bit integers."""
 MOST_TRIED = 8
-"""Configurations that may turn out too large for the GPU before the call fails."""
+"""Number of alternatives that are tried if the chosen configuration does not fit on the GPU."""
 
 
 @final
@@ -40,7 +40,7 @@ class TritonBackend(Backend):
     calls_pytorch = False
 
     def reasons_against(self, problem: Problem) -> list[str]:
-        """List why the kernels cannot compute the problem, or why PyTorch's are better; empty if they will."""
+        """List why the kernels cannot compute the problem, or why PyTorch's are better; empty if neither applies."""
         obstacles = self._obstacles(problem)
         if obstacles:
             return obstacles
@@ -51,7 +51,7 @@ class TritonBackend(Backend):
         return [better] if better else []
 
     def can_run(self, problem: Problem) -> bool:
-        """Return whether the kernels can compute the problem, be it interpreted or slower than PyTorch's."""
+        """Return whether the kernels can compute the problem, even if interpreted or slower than PyTorch's."""
         return not self._obstacles(problem)
 
     def describe(self, problem: Problem) -> str:
@@ -91,7 +91,7 @@ class TritonBackend(Backend):
 
 
 def planned(problem: Problem) -> ConfigChoice:
-    """Return the plan of a problem that is not empty, on the current GPU."""
+    """Return the plan for a nonempty problem on the current GPU."""
     return choose_config(problem, machine.chip() if problem.device == "cuda" else INTERPRETED_CHIP, machine.device_name())
 
 
@@ -106,7 +106,7 @@ def _limits(problem: Problem) -> list[str]:
     if len(problem.kernels) > MOST_RECTS:
         limits.append(f"it adds up at most {MOST_RECTS} kernels, not {len(problem.kernels)}")
     if problem.algorithm == DIRECT and not _is_direct(problem):
-        limits.append("its matrix products multiply pixels beside the kernel by zero, which the algorithm 'direct' excludes")
+        limits.append("its matrix products multiply pixels outside the kernel by zero, which algorithm 'direct' excludes")
     if problem.op in (DEPTHWISE_BRANCHES, DEPTHWISE_SUM_OF_BRANCHES) and small_channels_last(problem):
         limits.append("small kernels on channels_last images are computed one by one")
     if _is_too_large(problem):
@@ -117,7 +117,7 @@ def _limits(problem: Problem) -> list[str]:
 
 
 def _is_direct(problem: Problem) -> bool:
-    """Return whether a kernel for the problem sums over the pixels under the rectangle and no others."""
+    """Return whether a GPU kernel for the problem sums over the pixels under the rectangle and no others."""
     if problem.op == DEPTHWISE_WEIGHT_GRAD:
         return small(problem)
     return problem.op == DEPTHWISE_SUM and (small_channels_last(problem) or small_contiguous(problem))

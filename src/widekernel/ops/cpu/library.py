@@ -1,13 +1,13 @@
-"""The native library: its C interface (native/include/widekernel.h) in ctypes, finding it, and the reason if it is missing.
+"""Loading the native library, its C interface (native/include/widekernel.h) in ctypes, and the reason if it is missing.
 
-Nothing happens on import. `load()` opens the library on first use and returns the same object from then on.
+Importing this module does nothing. `load()` opens the library on first use and returns the same object from then on.
 
 Environment variables that `load()` reads:
 
 * `WIDEKERNEL_NATIVE=0`: do not use the library.
-* `WIDEKERNEL_ISA=avx2`: use this instruction set instead of the best one that the processor has.
+* `WIDEKERNEL_ISA=avx2`: use this instruction set instead of the best one that the processor supports.
 * `WIDEKERNEL_LIBRARY=build/native/_native.so`: load this file, for instance one built with sanitizers.
-* `WIDEKERNEL_REQUIRE_NATIVE=1`: raise where the library should run and cannot. (At installation the same variable makes a
+* `WIDEKERNEL_REQUIRE_NATIVE=1`: raise if the library should run and cannot. (At installation, the same variable makes a
   failed build an error.)
 """
 
@@ -54,13 +54,13 @@ class Tensor(ctypes.Structure):
 
 
 class Pass(ctypes.Structure):
-    """A kernel as it is executed."""
+    """A kernel as executed."""
 
     _fields_ = [(name, ctypes.c_int32) for name in ("rows", "columns", "row", "column", "method")]
 
 
 class Rect(ctypes.Structure):
-    """A kernel of the caller, and the pass that it is added into."""
+    """A kernel of the caller, and the pass that it is merged into."""
 
     _fields_ = [("taps", Address), *((name, ctypes.c_int32) for name in ("rows", "columns", "row", "column", "pass"))]
 
@@ -122,13 +122,13 @@ class Library:
 
     Attributes:
         reason: why the library cannot run; None if it can.
-        calls: the C functions, under the names of the header. Set if `reason` is None, as are all that follow.
+        calls: the C functions, under the names of the header. Set only if `reason` is None, like all attributes below.
         path: the file.
         openmp: the file of the OpenMP runtime whose threads are used; None if calls run on one thread.
-        isas: the instruction sets of this build that the processor has, the preferred one first.
+        isas: the instruction sets of this build that the processor supports, the preferred one first.
         isa: the instruction set in use.
-        lanes: number of channels that it computes together.
-        wanted: False if the user has switched the library off, so that nobody need be warned.
+        lanes: number of channels that this instruction set processes at once.
+        wanted: False if the user has switched the library off, so that no warning is needed.
     """
 
     reason: str | None = None
@@ -146,10 +146,10 @@ class Library:
         return self.openmp is not None
 
     def use_isa(self, name: str) -> None:
-        """Use that instruction set from now on, in every thread.
+        """Use the instruction set `name` from now on, in every thread.
 
         Raises:
-            ArgumentError: if this build or the processor lacks it, or there is no library.
+            ArgumentError: if this build or the processor lacks it, or the library cannot run.
         """
         if self.reason is not None:
             raise ArgumentError(f"no instruction set can be chosen: {self.reason}")
@@ -158,7 +158,7 @@ class Library:
         self.isa, self.lanes = self.calls.wk_isa().decode(), self.calls.wk_lanes()
 
     def check(self, error: int) -> None:
-        """Raise the error that a C function returned, unless it is `OK`.
+        """Raise the error that corresponds to the code that a C function returned, unless the code is `OK`.
 
         Raises:
             NativeMemoryError: for `OUT_OF_MEMORY`.
@@ -185,7 +185,7 @@ def load() -> Library:
 
 
 def warn_once_if_missing() -> None:
-    """Warn, once in a process, that native kernels should run and cannot, and why; not if they were switched off.
+    """Warn once per process that native kernels should run but cannot, and why; not if the user switched them off.
 
     Raises:
         NativeMissingError: every time, if `WIDEKERNEL_REQUIRE_NATIVE` is set.
@@ -197,7 +197,7 @@ def warn_once_if_missing() -> None:
     required = os.environ.get(REQUIRED, "")
     if is_on(required):
         raise NativeMissingError(
-            f"{REQUIRED} is {required!r}, so operators must not run without the native CPU library, but "
+            f"{REQUIRED} is {required!r}, so operators may not run without the native CPU library, but "
             f"{library.reason}. Unset {REQUIRED} to run without it."
         )
     if _warned or not library.wanted:
@@ -215,7 +215,7 @@ def warn_once_if_missing() -> None:
 
 
 def is_on(value: str) -> bool:
-    """Return whether the value of a variable means yes, as the build system reads it."""
+    """Return whether the value of an environment variable means yes, by the rules of the build system."""
     if value.isdigit():
         return int(value) != 0
     return value.lower() not in ("", "n", "no", "off", "false", "f")
@@ -239,7 +239,7 @@ def open_library(environment: Mapping[str, str]) -> Library:
         calls.wk_abi.restype, calls.wk_abi.argtypes = _SIGNATURES["wk_abi"]
         abi = calls.wk_abi()
         if abi != ABI:
-            return Library(f"{path} has interface {abi}, this version of widekernel needs {ABI}; {again}")
+            return Library(f"{path} has interface version {abi}, but this version of widekernel needs {ABI}; {again}")
         for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(calls, name)
             function.restype, function.argtypes = result, arguments
@@ -249,7 +249,7 @@ def open_library(environment: Mapping[str, str]) -> Library:
 
 
 def _find(named: str) -> tuple[Path | None, str | None]:
-    """Return the file of the library, which lies beside this module, or None and the reason."""
+    """Return the library file, which is next to this module, and None; or None and the reason."""
     if named:
         path = Path(named).resolve()
         return (path, None) if path.is_file() else (None, f"WIDEKERNEL_LIBRARY={named} is not a file: correct or unset it")
@@ -292,14 +292,14 @@ class _SymbolInfo(ctypes.Structure):
 def openmp_runtime() -> str | None:
     """Return the file of the OpenMP runtime that PyTorch's operators run on; None if there is none to share.
 
-    A process may hold several (scikit-learn brings its own), so searching the loaded files is not enough. The symbol is
-    looked up as the dynamic linker does it for PyTorch, where a preloaded runtime wins too. Nothing is loaded here.
+    A process may have loaded several (scikit-learn brings its own), so searching the loaded files is not enough. The symbol
+    is looked up as the dynamic linker does for PyTorch, including precedence of a preloaded runtime. This loads nothing.
     """
     if os.name != "posix":
         return None
     suffix = "dylib" if sys.platform == "darwin" else "so"
     pytorch = f"libtorch_cpu.{suffix}"
-    # By path, as in PyTorch's wheels, or by name where a distribution has moved the file.
+    # By path, as in PyTorch's wheels, or by name in case a distribution has moved the file.
     scopes: list[str | None] = [str(Path(torch.__file__).parent / "lib" / pytorch), pytorch]
     # On Linux, global symbols come before a library's own dependencies; on macOS each symbol names its library.
     scopes.insert(len(scopes) if sys.platform == "darwin" else 0, None)

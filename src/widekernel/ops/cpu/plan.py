@@ -1,8 +1,8 @@
-"""How a problem is computed by the native library: which kernels are joined, and by which algorithm each is run.
+"""Execution plans of the native library: which kernels are merged, and which algorithm each one uses.
 
-The *direct* algorithm goes tap by tap. The *hybrid* one transforms one axis and is direct along the other: it takes fewer
-operations if a kernel is long and the image is not small. A cost model, in processor cycles for one block of channels of one
-image, decides; its constants were fitted to measurements (see `widekernel bench ops`).
+The *direct* algorithm works tap by tap. The *hybrid* algorithm applies a Fourier transform along one axis and is direct
+along the other; it takes fewer operations if a kernel is long and the image is not small. A cost model decides. It counts
+processor cycles for one block of channels of one image, with constants fitted to measurements (see `widekernel bench ops`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ METHODS = {DIRECT: "direct", HYBRID_ALONG_ROWS: "hybrid along rows", HYBRID_ALON
 
 # The longest transform; wider kernels are computed directly.
 LONGEST_TRANSFORM = 256
-# Vector multiply-adds that the micro-kernels do in a cycle, and the cycles lost in each call of one.
+# Vector multiply-adds per cycle of the micro-kernels, and the overhead of each micro-kernel call in cycles.
 DIRECT_RATE, DIRECT_TILE = 1.8, 35
 COMPLEX_RATE, COMPLEX_TILE = 1.75, 45
 TRANSFORM_RATE, TRANSFORM_TILE = 1.8, 230
@@ -27,7 +27,7 @@ TRANSFORM_RATE, TRANSFORM_TILE = 1.8, 230
 DIRECT_WIDTH, COMPLEX_WIDTH, WAVES, LINES = 10, 5, 5, 4
 # Cycles for packing and unpacking one vector, and for fetching a vector of a transformed kernel into the cache.
 PACKING, FETCHING = 12, 2.5
-# Images with fewer numbers than this take less time than the call itself.
+# Images with fewer elements than this take less time than the call overhead.
 SMALL_CALL = 1 << 16
 
 
@@ -41,7 +41,7 @@ class Piece:
     column: int
 
     def covers(self, other: Piece) -> bool:
-        """Return whether every tap of `other` lies on one of this kernel's, anchor on anchor."""
+        """Return whether every tap of `other` coincides with a tap of this kernel when the anchors are aligned."""
         return (
             other.row <= self.row
             and other.column <= self.column
@@ -52,7 +52,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Pass:
-    """A kernel as it is executed, and the method (a key of `METHODS`)."""
+    """A kernel as executed, and the method (a key of `METHODS`)."""
 
     piece: Piece
     method: int
@@ -63,7 +63,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class Plan:
-    """The passes of a call, the pass that each kernel is added into, the threads, and the cycles that the model expects."""
+    """The passes of a call, the pass that each kernel is merged into, the number of threads, and the estimated cycles."""
 
     passes: tuple[Pass, ...]
     targets: tuple[int, ...]
@@ -96,11 +96,11 @@ def plan(problem: Problem, threads: int, lanes: int) -> Plan:
 
 
 def reason_for_pytorch(problem: Problem) -> str | None:
-    """Return why PyTorch's convolution should compute the problem instead, None if it should not.
+    """Return why PyTorch's convolution should compute the problem instead, or None if it should not.
 
-    Measured on one and two threads, AVX-512, with 16 to 1,024 channels and maps of 7 to 112 pixels: for channels_last
-    images oneDNN's kernels for up to 5x5 taps take 0.5 to 0.9 of our time, except on tensors so small that the call itself
-    takes longest. With 7x7 taps that is so only if pixels lie a multiple of 2 KiB apart, which caches handle badly.
+    Measured on one and two threads, AVX-512, with 16 to 1,024 channels and maps of 7 to 112 pixels. For channels_last
+    images, oneDNN's kernels for up to 5x5 taps take 0.5 to 0.9 of our time, except on tensors so small that call overhead
+    dominates. For 7x7 taps this holds only if the distance between pixels is a multiple of 2 KiB, which caches handle badly.
     """
     batch, channels, height, width = problem.shape
     if problem.op != DEPTHWISE_SUM or not problem.channels_last or len(problem.kernels) != 1:
@@ -114,18 +114,18 @@ def reason_for_pytorch(problem: Problem) -> str | None:
 
 
 def _worthwhile_threads(cycles: float, threads: int) -> int:
-    # Waking a thread takes tens of microseconds if threads wait passively.
+    # Waking a passively waiting thread takes tens of microseconds.
     return threads if cycles > 60_000 else 1
 
 
 def _cropped(size: tuple[int, int], anchor: tuple[int, int], height: int, width: int) -> Piece:
-    """Return the kernel without the taps that see only padding."""
+    """Return the kernel without the taps that only ever meet padding."""
     rows, columns = touching(size[0], anchor[0], height), touching(size[1], anchor[1], width)
     return Piece(rows.stop - rows.start, columns.stop - columns.start, anchor[0] - rows.start, anchor[1] - columns.start)
 
 
 def _groupings(pieces: Sequence[Piece]) -> list[list[list[int]]]:
-    """Return the promising ways to join kernels into passes: covered ones into others, or all into one."""
+    """Return promising ways to merge kernels into passes: covered kernels into those that cover them, or all into one."""
     maximal: list[list[int]] = []
     order = sorted(range(len(pieces)), key=lambda i: -pieces[i].rows * pieces[i].columns)
     for i in order:
@@ -165,7 +165,7 @@ def _lines_and_extent(piece: Piece, height: int, width: int) -> tuple[int, int]:
 
 
 def _overlaps(taps: int, anchor: int, extent: int) -> int:
-    """Count the pairs of an output pixel and a tap that sees a pixel, along one axis."""
+    """Count the pairs of an output pixel and a tap that meets an input pixel, along one axis."""
     return sum(min(extent, i + taps - anchor) - max(0, i - anchor) for i in range(extent))
 
 

@@ -1,4 +1,4 @@
-"""Calls of the native library: what is decided once for a problem, and what is done at each call."""
+"""Prepared calls of the native library: decisions are made once per problem, the rest at each call."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ DTYPES = {torch.float32: native.FLOAT32, torch.bfloat16: native.BFLOAT16, torch.
 
 
 class _SumCall(NamedTuple):
-    """What calls with an input of the same strides share. It never changes, so that threads may share it.
+    """The state shared by calls whose inputs have the same strides. Immutable, so threads may share it.
 
     Attributes:
         description: a reference to the C structure.
-        layout: of the result.
+        layout: memory format of the result.
     """
 
     description: Any
@@ -97,7 +97,7 @@ class PreparedWeightGrad:
         self.problem, self.plan = problem, chosen
         self._library = native.load()
         self._run = self._library.calls.wk_depthwise_weight_grad_at
-        # By the strides of both images.
+        # Keyed by the strides of both images.
         self._calls: dict[tuple[int, ...], native.WeightGrad] = {}
 
     def __call__(self, x: Tensor, grad: Tensor, kernel_size: tuple[int, int], anchor: Anchor) -> Tensor:
@@ -127,7 +127,7 @@ class PreparedWeightGrad:
 
 
 def addressable(x: Tensor) -> Tensor:
-    """Return `x` in a form that the kernels read: channels or columns next to each other, and no lazy negation."""
+    """Return `x` in a form that the kernels can read: contiguous channels or columns, and no lazy negation."""
     if x.is_neg():
         x = x.resolve_neg()
     strides = x.stride()
@@ -147,13 +147,16 @@ def _workspace(function: Any, description: Any) -> tuple[int, int]:
 
 
 def _image(x: Tensor) -> tuple[int | None, ...]:
-    """Return the address, which each call fills in, and the strides; that of a dimension of size 1 means nothing."""
+    """Return the fields of the C structure of an image: an empty address, which each call fills in, and the strides.
+
+    The stride of a dimension of size 1 is arbitrary; the kernels need 1 for channels and columns.
+    """
     image, channel, row, column = x.stride()
     return None, image, 1 if x.shape[1] == 1 else channel, row, 1 if x.shape[3] == 1 else column
 
 
 def _floats(values: Tensor) -> Tensor:
-    """Return contiguous float32 numbers; converting a kernel is cheap because it is small beside the images."""
+    """Return contiguous float32 numbers; converting a kernel is cheap because it is small compared to the images."""
     if values.is_neg():
         values = values.resolve_neg()
     if values.dtype is not torch.float32:

@@ -24,7 +24,7 @@ Call = Callable[[], Any]
 
 
 def fallback_name(problem: Problem) -> str:
-    """Return the name of the PyTorch call that computes a problem if our kernels do not, in the same layout."""
+    """Return the name of the PyTorch call that computes a problem, in the same layout, if our kernels do not."""
     layout = "NHWC" if problem.channels_last else "NCHW"
     return f"PyTorch {layout}" if problem.op != DEPTHWISE_WEIGHT_GRAD else "PyTorch, as a forward convolution"
 
@@ -72,7 +72,7 @@ class Inputs(NamedTuple):
 
 
 def _compared_images(x: Tensor) -> list[int]:
-    """Return the indices of the images that are compared: the first and the last of the call that is timed."""
+    """Return the indices of the images to compare: the first and the last of the timed call."""
     return sorted({0, len(x) - 1})
 
 
@@ -145,18 +145,18 @@ def _backward(problem: Problem, inputs: Inputs) -> Call:
 
 
 def exact_outputs(problem: Problem, inputs: Inputs) -> list[Tensor]:
-    """Compute the outputs that are compared in float64, by PyTorch's convolutions."""
+    """Compute, in float64 with PyTorch's convolutions, the outputs to compare."""
     return _listed(_portable(problem, inputs.in_float64())())
 
 
 def compared_outputs(problem: Problem, result: Any) -> list[Tensor]:
-    """Return the part of a result that is compared."""
+    """Return the part of a result to compare."""
     outputs = _listed(result)
     return outputs if problem.op == DEPTHWISE_WEIGHT_GRAD else [y[_compared_images(y)] for y in outputs]
 
 
 def fill_free_memory_with_nan(problem: Problem, device: torch.device) -> None:
-    """Fill memory with NaN that is likely to be reused for outputs: it may hold right results of an earlier candidate."""
+    """Fill memory that outputs are likely to reuse with NaN: it may hold correct results of an earlier candidate."""
     shape = (problem.shape[1], 1, *problem.kernels[0]) if problem.op == DEPTHWISE_WEIGHT_GRAD else problem.shape
     outputs = len(problem.kernels) if problem.op == DEPTHWISE_BRANCHES else 1
     held = [torch.full(shape, math.nan, dtype=problem.dtype, device=device) for _ in range(outputs + 1)]

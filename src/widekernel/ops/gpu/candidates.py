@@ -1,4 +1,4 @@
-"""The configurations that fit on a GPU, for each problem."""
+"""The candidate configurations that fit on a GPU, for each problem."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from widekernel.ops.gpu.launch_geometry import GRAD_LAUNCH_COLUMNS, itemsize, ne
 from widekernel.ops.problem import DEPTHWISE_SUM, DEPTHWISE_WEIGHT_GRAD, DIRECT, Problem
 
 MOST_FLAT_PIXELS = 128
-"""Largest number of pixels of a plane that is computed at once: its matrix has the square of that."""
+"""Largest number of pixels of a plane that is computed at once: its matrix has the square of that many elements."""
 LARGEST_DIRECT = 9
-"""Largest side of kernels for which channels_last images keep their layout."""
+"""Largest kernel side for which channels_last images keep their layout."""
 LARGEST_DIRECT_PLANES = 25
-"""Largest number of taps of a kernel for which multiply-adds compute contiguous planes."""
+"""Largest number of kernel taps for which contiguous planes are computed by multiply-adds."""
 _ACCUMULATORS = 256 * 128
 _MOST_GATHERED = 64
 _MOST_SQUARE = 64
@@ -38,7 +38,7 @@ _MOST_KEPT = {1: 64, 2: 48}
 
 
 def candidates(problem: Problem, chip: Chip) -> list[KernelConfig]:
-    """Return the configurations with which the problem can run on such a GPU, in no particular order."""
+    """Return the configurations with which the problem can run on a GPU like `chip`, in no particular order."""
     if problem.op == DEPTHWISE_WEIGHT_GRAD:
         if small_channels_last(problem) or problem.algorithm == DIRECT:
             return _direct_nhwc_grads(problem)
@@ -128,7 +128,7 @@ def _flat(problem: Problem, chip: Chip) -> list[KernelConfig]:
 
 
 def _flat_warps(problem: Problem, chip: Chip, pixels: int, images: int, in_parts: bool) -> int:
-    """Return the number of warps of such a program; 0 if it needs more registers than there are."""
+    """Return the number of warps of a program with this configuration; 0 if it needs more registers than there are."""
     one_matrix = problem.op == DEPTHWISE_SUM
     if in_parts:
         few = pixels * images <= _MOST_IN_PARTS and (one_matrix or pixels <= 64)
@@ -147,7 +147,7 @@ def _direct_nchw(problem: Problem) -> list[KernelConfig]:
     if not small_contiguous(problem):
         return []
     pixels = next_power_of_two(max(16, problem.shape[2] * problem.shape[3]))
-    # Loads of all taps are in flight at once, for several planes those of each plane. More of them spill, up to 10 KiB each.
+    # Loads of all taps, of all planes of a program, are in flight at once. More of them spill, up to 10 KiB each.
     totals = (256, 512, 1024) if pixels > 64 else (256, 512)
     return [DirectNchw(4, 1, max(1, total // pixels), min(pixels, total)) for total in totals]
 

@@ -35,7 +35,7 @@ def choose_config(problem: Problem, chip: Chip, device: str) -> ConfigChoice:
     """Choose the configuration for a problem that is not empty.
 
     Args:
-        problem: to be computed.
+        problem: the problem to compute.
         chip: the GPU that computes it.
         device: the full name of that GPU.
     """
@@ -54,7 +54,7 @@ def choose_config(problem: Problem, chip: Chip, device: str) -> ConfigChoice:
 
 def ranked_configs(problem: Problem, chip: Chip) -> list[KernelConfig]:
     """Return the configurations for a problem, the most promising first."""
-    # Equal costs are ordered by text, so that the ranking depends on nothing else.
+    # Equal costs are ordered by text, so that the ranking is deterministic.
     return sorted(candidates(problem, chip), key=lambda config: (estimated_cycles(problem, config, chip), str(config)))
 
 

@@ -1,8 +1,8 @@
-"""A model of the time that a configuration takes, in cycles, to choose by until a GPU has been measured.
+"""A model of the time that a configuration takes, in cycles. It decides until a GPU has been measured.
 
-For each step of a program it computes the time in the tensor cores, on the path from the L2 cache, on the path into shared
-memory and for issuing instructions, and takes the longest. The rates are from data sheets and published measurements of
-caches; none of them was fitted to these kernels.
+For each step of a program, the model computes the time in the tensor cores, on the path from the L2 cache, on the path into
+shared memory and for issuing instructions, and takes the longest. The rates are from data sheets and published measurements
+of caches; none was fitted to these kernels.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ from widekernel.ops.problem import Problem
 # Dense bfloat16 operations of the tensor cores of a multiprocessor per cycle, by compute capability.
 _TENSOR = {(8, 0): 2048, (9, 0): 4096, (10, 0): 8192, (10, 3): 8192}
 _TENSOR_OF_OTHERS = 1024
-# Float32 operations of the ordinary units per cycle, and about the share of them that the direct kernels reach.
+# Float32 operations of the ordinary units per cycle, and the approximate share of them that the direct kernels reach.
 _MULTIPLY_ADDS, _DIRECT_SHARE = 256, 0.4
-# Bytes of a multiprocessor per cycle: from the L2 cache, and into shared memory.
+# Bytes per multiprocessor and cycle: from the L2 cache, and into shared memory.
 _FROM_L2, _INTO_SHARED = 28, 64
 # Cycles to start and finish a program, and to launch a kernel.
 _PROGRAM, _LAUNCH = 1500, 4000
-# Instructions of each warp per step of the pipeline, and per load of a thread, counted in programs compiled for sm_90.
+# Instructions per warp and pipeline step, and per load of a thread, counted in programs compiled for sm_90.
 _STEP, _COPY, _COPY_FOR_GRADIENT = 55, 9, 28
-_COPIED = 20  # bytes of a multiprocessor per cycle, from device memory to device memory
-_ISSUED = 4  # instructions of a multiprocessor per cycle
+_COPIED = 20  # bytes per multiprocessor and cycle, from device memory to device memory
+_ISSUED = 4  # instructions per multiprocessor and cycle
 _LOADS_EACH = 32  # loads of single elements per cycle
 
 
@@ -68,7 +68,7 @@ def estimated_cycles(problem: Problem, config: KernelConfig, chip: Chip) -> floa
 
 
 def tensor_rate(problem: Problem, chip: Chip, rows: int) -> float:
-    """Return the operations per cycle of products with so many rows of accumulators."""
+    """Return the operations per cycle of products with `rows` rows of accumulators."""
     rate = float(_TENSOR.get(chip.capability, _TENSOR_OF_OTHERS))
     if chip.capability[0] >= 9 and rows < 64:
         rate /= 2  # these products use the instructions of the previous generation
@@ -78,18 +78,18 @@ def tensor_rate(problem: Problem, chip: Chip, rows: int) -> float:
 
 
 def _over(programs: float, each: float, chip: Chip, resident: int) -> float:
-    """Return the time of so many programs, of which `resident` share a multiprocessor; few waves are rounded up."""
+    """Return the time of `programs` programs, of which `resident` share a multiprocessor; few waves are rounded up."""
     places = chip.processors * resident
     waves = programs / places
     return _LAUNCH + each * resident * (math.ceil(waves) if waves < 4 else waves)
 
 
 def _step(problem: Problem, chip: Chip, block: tuple[int, int, int], l2: float, shared: float, instructions: float) -> float:
-    """Return the cycles of one product of blocks (rows, columns, depth): those of the resource that takes longest.
+    """Return the cycles of one product of blocks (rows, columns, depth): those of the slowest resource.
 
     Args:
-        problem: determines the type.
-        chip: determines the rates.
+        problem: the problem; it determines the type.
+        chip: the GPU; it determines the rates.
         block: rows and columns of accumulators, and depth.
         l2: numbers read from the L2 cache.
         shared: numbers written to shared memory.
@@ -102,7 +102,7 @@ def _step(problem: Problem, chip: Chip, block: tuple[int, int, int], l2: float, 
 
 
 def _instructions(config: KernelConfig, loads: float, of_each: int) -> float:
-    """Return the instructions of all warps in a step with so many loads of threads."""
+    """Return the instructions of all warps in a step with `loads` loads of threads."""
     return _STEP * config.warps + of_each * loads / 32
 
 
@@ -135,7 +135,7 @@ def _toeplitz(problem: Problem, config: Toeplitz, chip: Chip) -> float:
 
 
 def _expanding(problem: Problem, config: Toeplitz, chip: Chip) -> float:
-    """Return the cycles of storing the kernels between zeros, to be read again."""
+    """Return the cycles of storing the zero-padded kernels, which are read again later."""
     copies = 16 // itemsize(problem.dtype)
     numbers = 0
     for (kh, kw), (_, column) in zip(problem.kernels, problem.anchors):

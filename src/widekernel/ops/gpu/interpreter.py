@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 INTERPRETER = "TRITON_INTERPRET"
-"""Environment variable of Triton. With 1 it interprets kernels, which is how tests run them on a CPU."""
+"""Environment variable of Triton. If it is 1, Triton interprets kernels; the tests run them on a CPU that way."""
 
 
 def is_interpreted() -> bool:

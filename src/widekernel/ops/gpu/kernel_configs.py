@@ -33,10 +33,10 @@ class Chip:
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """How a kernel is launched.
+    """The launch configuration of a kernel.
 
     Attributes:
-        warps: of a program, 32 threads each.
+        warps: number of warps of a program, 32 threads each.
         stages: number of blocks in flight while loads are pipelined.
     """
 
@@ -49,7 +49,7 @@ class KernelConfig:
         return f"{self.method} ({numbers})"
 
     def to_entry(self) -> dict[str, Any]:
-        """Return the form in which tuning tables store it."""
+        """Return the entry for tuning tables."""
         return {"method": self.method, **asdict(self)}
 
 
@@ -57,7 +57,7 @@ class KernelConfig:
 class Toeplitz(KernelConfig):
     """Banded Toeplitz products: M = rows·columns output pixels, N = images·row_blocks, K = depth input columns.
 
-    With `transposed` 1 rows and columns are exchanged.
+    If `transposed` is 1, rows and columns are exchanged.
     """
 
     method = "toeplitz"
@@ -101,7 +101,7 @@ class DirectNhwc(KernelConfig):
 class ToeplitzGrad(KernelConfig):
     """Weight gradient by products: M = kernel_rows·inputs, N = outputs columns, K = depth pairs of an image and a row.
 
-    With `transposed` 1 rows and columns are exchanged. With `copied` 1 both images are copied first, so that rows (or
+    If `transposed` is 1, rows and columns are exchanged. If `copied` is 1, both images are copied first, so that rows (or
     columns, if transposed) are contiguous and begin at multiples of 16 bytes.
     """
 
@@ -148,7 +148,7 @@ def config_from_entry(entry: dict[str, Any]) -> KernelConfig:
     numbers = {_OLD_NAMES.get(name, name): number for name, number in entry.items()}
     method = numbers.pop("method", None)
     if method not in CONFIG_TYPES:
-        raise ArgumentError(f"there is no method {method!r}: it must be one of {', '.join(CONFIG_TYPES)}")
+        raise ArgumentError(f"unknown method {method!r}: it must be one of {', '.join(CONFIG_TYPES)}")
     names = {field.name for field in fields(CONFIG_TYPES[method])}
     valid = all(isinstance(number, int) and number >= (name not in _SWITCHES) for name, number in numbers.items())
     if set(numbers) != names or not valid:

@@ -1,4 +1,4 @@
-"""Launches of the kernels: what is decided once for a problem, and what is done at each call."""
+"""Launches of the kernels: some decisions are made once per problem, the rest at each call."""
 
 from __future__ import annotations
 
@@ -46,22 +46,22 @@ from widekernel.ops.problem import Anchor, Problem, in_layout
 Images = Sequence[Tensor]
 Epilogue = tuple[Tensor | None, Tensor | None, bool]
 PLAIN: Epilogue = (None, None, False)
-"""Neither scale nor shift nor ReLU."""
+"""An epilogue without scale, shift and ReLU."""
 
 
 def obstacle() -> str:
-    """Return why nothing can be launched on the GPU of this machine; "" if kernels can be launched."""
+    """Return why kernels cannot be launched on the GPU of this machine; "" if they can."""
     return driver.obstacle()
 
 
 class FirstThatFits:
     """An operator with the first of several configurations that fits on the GPU.
 
-    How much shared memory and how many registers a program needs is known exactly only once it is compiled.
+    The shared memory and registers that a program needs are known exactly only after compilation.
 
     Args:
         with_config: returns the operator with a given configuration.
-        configs: in the order of preference.
+        configs: the configurations in order of preference.
     """
 
     def __init__(self, with_config: Callable[[KernelConfig], Callable[..., Any]], configs: Sequence[KernelConfig]) -> None:
@@ -88,8 +88,8 @@ class FirstThatFits:
                     raise
                 failed = self._left.pop(0)
                 warnings.warn(
-                    f"{failed} does not fit this GPU ({error}): {self.config} takes its place; "
-                    "`widekernel tune` finds the best",
+                    f"{failed} does not fit on this GPU ({error}): using {self.config} instead; "
+                    "`widekernel tune` finds the best configuration",
                     RuntimeWarning,
                     stacklevel=2,
                 )
@@ -170,10 +170,10 @@ class _ToeplitzSum:
         self.one_warp = launch_options(problem, config) | {"num_warps": 1}
 
     def _rect(self, kh: int, kw: int, row: int, column: int) -> tuple[int, ...]:
-        """Return a rectangle, the zeros in front of its rows, their length with all zeros, and where blocks begin."""
+        """Return (kh, kw, row, column), the leading zeros of a kernel row, its padded length, and where blocks begin."""
         lead = leading_columns(self.config, kw, column, self.copies)
-        # Blocks begin at multiples of 16 bytes of the copies, for any number of leading columns. Reading starts as far in
-        # front of the first taps as a block of outputs is wide.
+        # Blocks begin at multiples of 16 bytes of the copies, for any number of leading columns. Reading starts one block of
+        # outputs before the first taps.
         pad = -(-self.config.columns // self.copies) * self.copies + lead - column
         return kh, kw, row, column, pad, expanded_length(self.config, pad, kw), lead
 

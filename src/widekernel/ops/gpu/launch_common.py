@@ -1,4 +1,4 @@
-"""What all launches have in common: options, and tensors in the memory layouts that the kernels accept."""
+"""Shared parts of all launches: options, and tensors in the memory layouts that the kernels accept."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ def product_options(problem: Problem, config: KernelConfig) -> dict:
 
 
 def launch_options(problem: Problem, config: KernelConfig) -> dict:
-    """Return the options of all launches. Fusing multiplications and additions is not the default of every Triton."""
+    """Return the options of all launches. Not every version of Triton fuses multiplications and additions by default."""
     return {"num_warps": config.warps} | ({} if problem.device == "cpu" else {"enable_fp_fusion": True})
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager:
-    """Return a context in which the GPU of `x` is the current one, where kernels are launched."""
+    """Return a context in which the GPU of `x` is current, because kernels are launched on the current GPU."""
     if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(x.device)
 
 
 def resolved(x: Tensor) -> Tensor:
-    """Return `x` without a lazy negation, so that memory holds its actual numbers."""
+    """Return `x` without a lazy negation, so that its memory holds the actual numbers."""
     return x.resolve_neg() if x.is_neg() else x
 
 
 def in_planes(x: Tensor) -> tuple[Tensor, int]:
-    """Return `x` with contiguous planes that follow one another, and the number of planes from one image to the next."""
+    """Return `x` with contiguous, consecutive planes, and the number of planes from one image to the next."""
     batch, channels, height, width = x.shape
     image, channel, row, column = x.stride()
     # The strides of dimensions of size 1 have no meaning.

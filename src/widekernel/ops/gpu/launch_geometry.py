@@ -14,7 +14,7 @@ from widekernel.ops.gpu.kernel_configs import Chip, Flat, FlatGrad, Toeplitz, To
 from widekernel.ops.problem import Problem
 
 GRAD_LAUNCH_COLUMNS = 64
-"""Kernel columns that one launch of the weight gradient computes; wider kernels take several launches."""
+"""Number of kernel columns that one launch of the weight gradient computes; wider kernels take several launches."""
 
 
 def next_power_of_two(number: int) -> int:
@@ -50,12 +50,12 @@ def leading_columns(config: Toeplitz, kw: int, column: int, copies: int) -> int:
 
 
 def expanded_length(config: Toeplitz, pad: int, kw: int) -> int:
-    """Return the length of a kernel row with `pad` zeros in front and as many zeros behind as blocks extend over it."""
+    """Return the length of a kernel row with `pad` zeros before it and as many zeros after it as blocks extend beyond it."""
     return -(-(pad + kw + config.columns + config.depth) // 16) * 16
 
 
 def padded_width(width: int, dtype: torch.dtype) -> int:
-    """Return the number of columns, not less than `width`, for which rows are a multiple of 16 bytes."""
+    """Return the smallest number of columns, at least `width`, for which rows are a multiple of 16 bytes."""
     numbers = 16 // itemsize(dtype)
     return -(-width // numbers) * numbers
 
@@ -75,10 +75,10 @@ def flat_splits(problem: Problem, config: Flat | FlatGrad, chip: Chip) -> int:
 
 
 def flat_images_each(problem: Problem, config: Flat | FlatGrad, splits: int) -> int:
-    """Return the number of images of each of so many programs: whole blocks, so that no image is in two of them."""
+    """Return the number of images per program for `splits` programs: whole blocks, so that no image is in two programs."""
     return math.ceil(math.ceil(problem.shape[0] / config.images) / splits) * config.images
 
 
 def grad_splits(programs: int, steps: int, chip: Chip) -> int:
-    """Return the number of parts of a sum over `steps`: enough to fill the GPU, but none with little work."""
+    """Return the number of parts of a sum over `steps`: enough to fill the GPU, but none with too little work."""
     return max(1, min(math.ceil(6 * chip.processors / max(1, programs)), steps // 8))

@@ -69,7 +69,7 @@ class ToeplitzWeightGrad:
         offset, across = blocks_across(c, self.width, kernel[1], anchor[1], self.align)
         programs = self.channels * math.ceil(kernel[0] / c.kernel_rows)
         wraps = math.ceil(c.depth / self._fewest_rows(kernel[0], anchor[0]))
-        # The split must not depend on the block of kernel rows: the steps are those of the block with the most output rows.
+        # The split must not depend on the block of kernel rows, so the block with the most output rows determines the steps.
         steps = math.ceil(self.batch * self.height / c.depth) * math.ceil(self.width / c.outputs)
         splits = grad_splits(programs * across, steps, self.chip)
         partial = torch.empty(splits * across, self.channels, 1, *kernel, dtype=torch.float32, device=x.device)

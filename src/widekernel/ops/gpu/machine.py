@@ -1,4 +1,4 @@
-"""The GPU of this machine: what it is, and what keeps kernels from running on it."""
+"""The GPU of this machine: its properties, and obstacles to running kernels on it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _warned = False
 
 
 def obstacles(device: str) -> list[str]:
-    """List what keeps kernels from running on this machine at all, on `cuda`, or on `cpu` interpreted."""
+    """List what prevents any kernel from running on this machine, on `cuda` or, interpreted, on `cpu`."""
     if not _has_triton():
         return [_NO_TRITON]
     if device == "cpu":
@@ -27,7 +27,7 @@ def obstacles(device: str) -> list[str]:
 
 
 def warn_once_if_software_is_missing() -> None:
-    """Warn, once in a process, if only missing software keeps kernels from running on the GPU of this machine."""
+    """Warn once per process if kernels could run on the GPU of this machine but software is missing."""
     global _warned
     if _warned or _unsupported_gpu():
         return
@@ -47,9 +47,9 @@ def _has_triton() -> bool:
 
 
 def _unsupported_gpu() -> str:
-    """Return why no software makes kernels run on a GPU of this machine, "" if some does."""
+    """Return why kernels cannot run on a GPU of this machine whatever software is installed; "" if they can."""
     if torch.version.hip is not None:
-        return "it is written for NVIDIA GPUs and was never tried on AMD's"
+        return "it is written for NVIDIA GPUs and has never been tested on AMD GPUs"
     if not torch.cuda.is_available():
         return "PyTorch finds no GPU"
     capability = torch.cuda.get_device_capability()
@@ -60,7 +60,7 @@ def _unsupported_gpu() -> str:
 
 
 def _failure_of_triton() -> str:
-    """Return why Triton, which is installed, launches nothing on the GPU, "" if it does."""
+    """Return why Triton, which is installed, cannot launch kernels on the GPU; "" if it can."""
     if is_interpreted():
         return ""
     from widekernel.ops.gpu import launch
@@ -69,7 +69,7 @@ def _failure_of_triton() -> str:
 
 
 def chip() -> Chip:
-    """Return the properties of the current GPU, or of what stands for one in the interpreter."""
+    """Return the properties of the current GPU, or of the stand-in that the interpreter uses."""
     return _chip_of(torch.cuda.current_device()) if torch.cuda.is_available() else INTERPRETED_CHIP
 
 

@@ -1,4 +1,4 @@
-"""The search for the fastest configuration of a problem: candidates are checked against float64 and timed in turns.
+"""The search for the fastest configuration of a problem: candidates are checked against float64 and timed in turn.
 
 The caller provides the device and the function that times calls; nothing here reads a clock.
 """
@@ -51,12 +51,12 @@ class MeasurementSetup:
     """Where and how candidates are measured.
 
     Attributes:
-        device: that computes.
+        device: the device that computes.
         name: full name of the device, which is its key in this machine's table.
-        chip: its properties.
-        measure: returns the seconds of each of several calls, which it warms up and makes in turns.
-        recover: frees what a failed call has left behind, and raises if no further call can work.
-        conditions: creates a context with the PyTorch settings under which a problem is computed, restored afterwards.
+        chip: properties of the device.
+        measure: warms up several calls, times them in turn, and returns the seconds of each.
+        recover: frees what a failed call has left behind, and raises if no further call can succeed.
+        conditions: creates a context with the PyTorch settings under which a problem is computed; it restores the old ones.
     """
 
     device: torch.device
@@ -72,12 +72,12 @@ class Trial:
     """The result of one way to compute a problem.
 
     Attributes:
-        name: of the configuration, or of the PyTorch call.
-        config: None for PyTorch.
-        seconds: time of a call; NaN if it has no time.
-        error: of the output, relative to the largest number; NaN if nothing was compared.
-        failure: why it has no time; '' if it has one.
-        wrong: whether it has no time because its output is wrong.
+        name: name of the configuration, or of the PyTorch call.
+        config: the configuration; None for PyTorch.
+        seconds: time of a call; NaN if it was not timed.
+        error: error of the output, relative to the largest number; NaN if nothing was compared.
+        failure: why it was not timed; '' if it was.
+        wrong: whether it was not timed because its output is wrong.
     """
 
     name: str
@@ -90,14 +90,14 @@ class Trial:
 
 @dataclass
 class Tuning:
-    """The tuning of one problem. The trials that it fills in stay readable if it is interrupted.
+    """The tuning of one problem. The trials stay readable if it is interrupted.
 
     Attributes:
-        problem: to be computed.
+        problem: the problem to compute.
         setup: where and how candidates are measured.
         max_candidates: number of configurations to try.
-        trials: of our kernels, the most promising first.
-        pytorch_trials: of the PyTorch calls.
+        trials: the trials of our kernels, the most promising first.
+        pytorch_trials: the trials of the PyTorch calls.
         failure: why nothing could be tried; '' otherwise.
     """
 
@@ -115,17 +115,17 @@ class Tuning:
 
     @property
     def best(self) -> Trial | None:
-        """The fastest of our kernels whose output is right; None if there is none."""
+        """The fastest trial of our kernels with correct output; None if there is none."""
         return _fastest(self.trials)
 
     @property
     def fallback_seconds(self) -> float:
-        """Time that PyTorch takes for the problem where our kernels do not run, in seconds; NaN if it was not measured."""
+        """Seconds that PyTorch takes for the problem when our kernels do not run; NaN if not measured."""
         return next((trial.seconds for trial in self.pytorch_trials if trial.name == fallback_name(self.problem)), math.nan)
 
     @property
     def best_pytorch_trial(self) -> Trial | None:
-        """The fastest of the PyTorch calls, whether or not it would ever be used."""
+        """The fastest trial of the PyTorch calls, whether or not that call would ever be used."""
         return _fastest(self.pytorch_trials)
 
     def wrong_results(self) -> list[str]:
@@ -133,14 +133,14 @@ class Tuning:
         return [f"{self.key}: {trial.name} {trial.failure}" for trial in self.trials if trial.wrong]
 
     def run(self) -> None:
-        """Try the configurations and the PyTorch calls; failures are noted.
+        """Try the configurations and the PyTorch calls, and record failures.
 
         Raises:
             Exception: whatever `MeasurementSetup.recover` raises.
         """
         configs = ranked_configs(self.problem, self.setup.chip)
         if not configs:
-            self.failure = "there is no configuration for it"
+            self.failure = "no configuration can compute it"
             return
         configs = list(dict.fromkeys([self._current_config(), *configs]))[: self.max_candidates]
         self.trials = [Trial(str(config), config) for config in configs]
@@ -148,7 +148,7 @@ class Tuning:
             self._attempt(self, self._measure)
 
     def entry(self, versions: Mapping[str, str]) -> Entry:
-        """Return the table entry of the best configuration, with the versions in use."""
+        """Return the table entry of the best configuration, including the versions in use."""
         best, theirs = self.best, self.best_pytorch_trial
         assert best is not None
         assert best.config is not None
@@ -164,7 +164,7 @@ class Tuning:
         }
 
     def _current_config(self) -> KernelConfig:
-        """Return the configuration in use, which may come from a table and need not be promising."""
+        """Return the configuration in use; it may come from a table and need not be among the promising ones."""
         return choose_config(self.problem, self.setup.chip, self.setup.name).config
 
     def _measure(self) -> None:
@@ -202,7 +202,7 @@ class Tuning:
                 yield trial.name, kernel_call(self.problem, trial.config, self.setup.chip, inputs)
 
     def _attempt(self, what: Trial | Tuning, call: Call) -> None:
-        """Make a call; if it fails, note the error in `what`."""
+        """Make a call; if it fails, record the error in `what`."""
         try:
             call()
             return
@@ -224,7 +224,7 @@ def installed_versions() -> dict[str, str]:
 
 
 def is_tuned(entry: Entry | None, problem: Problem, chip: Chip, max_candidates: int, versions: Mapping[str, str]) -> bool:
-    """Return whether an entry was found with these versions, among at least as many configurations, and can still run."""
+    """Return whether an entry is current: tuned with these versions, among at least as many candidates, and able to run."""
     if entry is None or any(entry.get(name) != version for name, version in versions.items()):
         return False
     possible, tried = candidates(problem, chip), entry.get("candidates")
@@ -240,7 +240,7 @@ def longest_first(counts: Mapping[Problem, int], chip: Chip) -> list[Problem]:
     """Return problems, one for each key of a table, ordered by their estimated total time, the longest first.
 
     Args:
-        counts: how often each problem occurs.
+        counts: number of occurrences of each problem.
         chip: the GPU that computes them.
     """
     estimated = {}
@@ -254,7 +254,7 @@ def longest_first(counts: Mapping[Problem, int], chip: Chip) -> list[Problem]:
 
 
 def _nan_as_infinity(error: float) -> float:
-    """Return the error, or infinity for NaN, so that NaN is the largest error."""
+    """Return the error, or infinity for NaN, so that NaN sorts as the largest error."""
     return math.inf if math.isnan(error) else error
 
 

@@ -1,11 +1,11 @@
-"""Tuning tables: the one that is shipped, and the one that `widekernel tune` keeps for this machine.
+"""Tuning tables: the shipped one, and the one that `widekernel tune` keeps for this machine.
 
-A table is a JSON file {"format": 1, "gpus": {gpu: {problem: entry}}}. In the shipped table `gpu` is an architecture such as
-sm_90, in the table of a machine it is the full name of the device. An entry is {"config": …, "us": …, "pytorch_us": …, …}.
-Its times are in microseconds, and null where nothing was measured.
+A table is a JSON file {"format": 1, "gpus": {gpu: {problem: entry}}}. In the shipped table, `gpu` is an architecture such as
+sm_90; in the table of a machine, it is the full name of the device. An entry is {"config": …, "us": …, "pytorch_us": …, …}.
+Its times are in microseconds, and null if not measured.
 
-A file that changes is read again at the next choice. Earlier choices are remembered, by the dispatcher and in compiled code:
-a process computes a shape in the same way until it ends.
+A file that changes is read again at the next choice. The dispatcher and compiled code remember earlier choices, so a process
+computes a given shape in the same way until it ends.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from widekernel.ops.problem import Problem
 
 FORMAT = 1
 VARIABLE = "WIDEKERNEL_TUNED"
-"""Environment variable: the file of this machine's table, or 0 for no table."""
+"""Environment variable that names the file of this machine's table, or is 0 for no table."""
 SHIPPED = Path(__file__).parent / "configurations.json"
 _FIX = f"remove it and run `widekernel tune` again, or set {VARIABLE}=0"
 
@@ -49,7 +49,7 @@ def table_key(problem: Problem) -> str:
 
 
 def tuned_file() -> Path | None:
-    """Return the file of this machine's table, whether or not it exists; None if no table is to be used."""
+    """Return the file of this machine's table, whether or not it exists; None if tables are switched off."""
     named = os.environ.get(VARIABLE)
     if named == "0":
         return None
@@ -76,7 +76,7 @@ def read(path: Path) -> dict[str, Entries]:
         raise ArgumentError(f"{path} cannot be read as a table of configurations ({error}): {_FIX}") from error
     gpus = content.get("gpus") if isinstance(content, dict) and content.get("format") == FORMAT else None
     if not isinstance(gpus, dict) or not all(isinstance(entries, dict) for entries in gpus.values()):
-        raise ArgumentError(f'{path} is no table of configurations in format {FORMAT}, with "gpus": {_FIX}')
+        raise ArgumentError(f'{path} is not a table of configurations in format {FORMAT}, with "gpus": {_FIX}')
     for gpu, entries in gpus.items():
         for key, entry in entries.items():
             try:
@@ -87,17 +87,17 @@ def read(path: Path) -> dict[str, Entries]:
 
 
 def write(path: Path, gpus: dict[str, Entries]) -> None:
-    """Write a table atomically: readers find the old one or the new one, even if writing is interrupted."""
+    """Write a table atomically: readers see the old one or the new one, even if writing is interrupted."""
     path.resolve().parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"format": FORMAT, "gpus": gpus}, indent=1, sort_keys=True, allow_nan=False) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def merge(path: Path, gpu: str, entries: Entries) -> None:
-    """Add entries to a table, replacing those for the same problems; what others wrote in the meantime is kept.
+    """Add entries to a table, replacing those for the same problems; entries that others wrote in the meantime are kept.
 
     Raises:
-        ArgumentError: if the file exists and is no valid table; it is left unchanged.
+        ArgumentError: if the file exists and is not a valid table; it is left unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path.parent):
@@ -107,7 +107,7 @@ def merge(path: Path, gpu: str, entries: Entries) -> None:
 
 
 def find_entry(problem: Problem, chip: Chip, device: str) -> tuple[Entry, str] | None:
-    """Return the entry for a problem and where it comes from, this machine's table first; None if there is none."""
+    """Return the entry for a problem and its origin, preferring this machine's table; None if there is none."""
     key = table_key(problem)
     path = tuned_file()
     if path is not None:
@@ -124,7 +124,7 @@ def entry_config(entry: Entry) -> KernelConfig:
 
 
 def _check(entry: Entry) -> None:
-    """Raise unless this is a valid entry, so that using it at run time cannot fail."""
+    """Raise unless `entry` is valid, so that using it at run time cannot fail."""
     if not isinstance(entry, dict) or not isinstance(entry["config"], dict):
         raise TypeError(f"it is {entry!r}, not an object with a config")
     config_from_entry(entry["config"])
@@ -136,9 +136,9 @@ def _check(entry: Entry) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Make other processes that merge into a table of this folder wait, where the system supports it.
+    """Lock a folder, where the system supports it: other processes that merge into one of its tables wait.
 
-    Without the lock no table is damaged, but if two processes merge at the same moment, one may lose its entry.
+    Without the lock, no table is damaged, but if two processes merge at the same moment, one may lose its entry.
     """
     try:
         import fcntl
@@ -170,6 +170,6 @@ def _loaded(path: Path, stamp: _Stamp | None) -> dict[str, Entries]:
     try:
         return read(path)
     except ArgumentError as error:
-        # A damaged table costs speed, which the user should know, but must not end a run.
+        # A damaged table costs speed, so the user should be told, but it must not end a run.
         warnings.warn(f"{error}. Until then it is ignored: other tables or estimates decide.", RuntimeWarning, stacklevel=2)
         return {}

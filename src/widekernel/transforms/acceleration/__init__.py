@@ -1,4 +1,4 @@
-"""`accelerate`: our operator, and the faster way to compute pointwise layers, for any network."""
+"""`accelerate`: our operator and the faster implementation of pointwise layers, for any network."""
 
 from widekernel.transforms.acceleration.report import AccelerationReport, LayerAcceleration
 from widekernel.transforms.acceleration.swapping import accelerate

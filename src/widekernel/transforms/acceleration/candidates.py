@@ -1,4 +1,4 @@
-"""Finding the layers of a network that can be computed in another way, and why some of them must be left alone."""
+"""Finding the layers of a network that have an alternative implementation, and reasons to leave some of them alone."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Candidate:
     Attributes:
         name: its name in the network, the first one if it has several.
         layer: the layer itself.
-        replacement: class that computes it the other way; None if it must be left alone.
-        reason: why it must be left alone.
+        replacement: class of the alternative implementation; None if the layer must be left alone.
+        reason: why the layer must be left alone.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Candidate:
 
 
 def candidates(model: nn.Module, pointwise: bool) -> list[Candidate]:
-    """List the depthwise layers and, with `pointwise`, the pointwise ones, each once however often the network uses it."""
+    """List the depthwise layers and, with `pointwise`, the pointwise layers; layers that are used repeatedly appear once."""
     found = []
     for name, module in model.named_modules():
         replacement = _replacement(module)
@@ -53,7 +53,7 @@ def candidates(model: nn.Module, pointwise: bool) -> list[Candidate]:
 
 
 def describe(layer: Any) -> str:
-    """Return a layer's class, sizes and channels in a few words."""
+    """Return a short description of a layer: class, sizes and channels."""
     kind = type(layer).__name__
     if isinstance(layer, nn.Linear):
         return f"{kind} {layer.in_features} -> {layer.out_features}"
@@ -65,12 +65,12 @@ def describe(layer: Any) -> str:
 
 
 def _replacement(module: nn.Module) -> type[nn.Module] | None:
-    """Return the class that computes layers of this form the other way, if there is one."""
+    """Return the class of the alternative implementation of a layer like `module`, if there is one."""
     if isinstance(module, nn.Linear):
         return PointwiseLinear
     if not isinstance(module, nn.Conv2d):
         return None
-    # One input channel is depthwise only if there is one output channel as well: otherwise it is an ordinary convolution.
+    # With one input channel, a convolution is depthwise only if it also has one output channel; otherwise it is ordinary.
     if module.groups == module.in_channels and (module.groups > 1 or module.out_channels == 1):
         return DepthwiseConv2d
     if module.groups == 1 and tuple(module.kernel_size) == (1, 1):
@@ -79,13 +79,13 @@ def _replacement(module: nn.Module) -> type[nn.Module] | None:
 
 
 def _reason_against(module: Any, replacement: type[nn.Module]) -> str:
-    """Return why a layer must be computed as it is, "" if nothing prevents the other way."""
+    """Return why a layer must be left alone; "" if nothing prevents the alternative implementation."""
     kind = type(module)
     expected = nn.Linear if replacement is PointwiseLinear else nn.Conv2d
     if isinstance(module, ACCELERATED):
         return "; ".join(["accelerated already", *getattr(module, "reasons_against", list)()])
     if any(is_lazy(parameter) for parameter in module.parameters(recurse=False)):
-        return "its parameters do not exist yet: run the network once before"
+        return "its parameters do not exist yet: run the network once first"
     if is_parametrized(module):
         return "its weights are parametrized, which gives it a class of its own"
     if kind is not expected:
@@ -96,7 +96,7 @@ def _reason_against(module: Any, replacement: type[nn.Module]) -> str:
         return "it is compiled: accelerate before compiling"
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or type(weight.data) is not Tensor or weight.layout != torch.strided:
-        return f"its weight is no plain tensor but {type(getattr(weight, 'data', weight)).__name__}"
+        return f"its weight is not a plain tensor but {type(getattr(weight, 'data', weight)).__name__}"
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}, not a floating-point type"
     if replacement is DepthwiseConv2d:
@@ -104,5 +104,5 @@ def _reason_against(module: Any, replacement: type[nn.Module]) -> str:
     if replacement is PointwiseConv2d and reasons_against_pointwise(module):
         return "; ".join(reasons_against_pointwise(module))
     if weight.device.type != "cpu":
-        return f"it is on {weight.device}, and only on the CPU are there two ways to compute pointwise layers"
+        return f"it is on {weight.device}; pointwise layers have an alternative implementation only on the CPU"
     return ""

@@ -1,4 +1,4 @@
-"""Capturing the inputs of layers while a network runs on an example, without leaving a trace in the network."""
+"""Capturing the inputs of layers while a network runs on an example, without changing the network."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class InputSpec:
 
     @property
     def layout(self) -> str:
-        """The memory format of the input: contiguous, channels_last or neither."""
+        """Memory format of the input: contiguous, channels_last or neither."""
         x = torch.empty_strided(self.shape, self.stride, device="meta")
         if x.is_contiguous():
             return "contiguous"
@@ -42,10 +42,10 @@ class InputSpec:
 def capture_inputs(
     model: nn.Module, example_input: Any, layers: Iterable[nn.Module]
 ) -> dict[nn.Module, Counter[InputSpec | str]]:
-    """Run `model` once and count the inputs with which each of `layers` is called.
+    """Run `model` once and count, for each of `layers`, the inputs with which it is called.
 
-    The network runs in evaluation and without gradients. Training flags, buffers and random number generators are restored
-    afterwards.
+    The network runs in evaluation mode and without gradients. Training flags, buffers and random number generators are
+    restored afterwards.
 
     Args:
         model: the network.
@@ -53,7 +53,7 @@ def capture_inputs(
         layers: the layers to watch.
 
     Returns:
-        for each layer the descriptions of its inputs; for inputs that are no plain tensors, the name of their type instead.
+        for each layer, the descriptions of its inputs; for inputs that are not plain tensors, the name of their type.
 
     Raises:
         ArgumentError: if the network cannot run on the example.
@@ -62,13 +62,13 @@ def capture_inputs(
     seen: dict[nn.Module, Counter[InputSpec | str]] = {layer: Counter() for layer in layers}
     hooks = [layer.register_forward_pre_hook(_noting(notes), with_kwargs=True) for layer, notes in seen.items()]
     try:
-        # Not inference mode: tensors that a network keeps for later calls (position tables, say) could not be trained on.
+        # Not inference mode: tensors that a network caches (such as position tables) could not be used in training later.
         with _unchanged(model), torch.no_grad():
             model(*args, **kwargs)
     except Exception as error:
         raise ArgumentError(
-            f"the network cannot run on example_input ({_described(example_input)}): {error}\nGive what it is called with: "
-            "a tensor, a tuple of arguments or a dict of keyword arguments. The network is as it was."
+            f"the network cannot run on example_input ({_described(example_input)}): {error}\nGive the network's input: "
+            "a tensor, a tuple of arguments or a dict of keyword arguments. The network is unchanged."
         ) from error
     finally:
         for hook in hooks:
@@ -110,7 +110,7 @@ def _noting(notes: Counter[InputSpec | str]) -> Callable[..., None]:
 
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Set evaluation mode inside the block, and restore training flags, buffers and random number generators afterwards."""
+    """Set evaluation mode inside the block; restore training flags, buffers and random number generators afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
     values = {id(buffer): (buffer, buffer.detach().clone(), buffer._version) for buffer in model.buffers()}
@@ -119,7 +119,7 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
     ours, theirs = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=devices):
-            # Not `model.eval()`: networks may do more there than set the flags.
+            # Not `model.eval()`: a network's `eval` may do more than set the flags.
             for module, _ in modes:
                 module.training = False
             yield

@@ -1,4 +1,4 @@
-"""The report of `accelerate`: what it did to each layer, and why."""
+"""The report of `accelerate`: the change to each layer, and the reason."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ class LayerAcceleration:
 
     Attributes:
         name: its name in the network, "" if it is the network itself.
-        before: description of the layer before the call.
-        after: class that computes it now; None if it was left alone.
+        before: description of the layer before the call of `accelerate`.
+        after: class of the layer now; None if it was left alone.
         reason: why it was swapped without measuring, or left alone.
-        calls: number of calls by the example; 0 without an example.
-        milliseconds_before: time of all these calls as the layer was; None if not measured.
-        milliseconds_after: time of all these calls the other way, whether it was chosen or not; None if not measured.
+        calls: number of calls in the run on the example; 0 without an example.
+        milliseconds_before: total time of these calls with the original layer; None if not measured.
+        milliseconds_after: total time of these calls with the alternative, whether it was chosen or not; None if not
+            measured.
     """
 
     name: str
@@ -30,12 +31,12 @@ class LayerAcceleration:
 
     @property
     def is_swapped(self) -> bool:
-        """Whether the layer is computed in another way than before."""
+        """Whether the layer was swapped."""
         return self.after is not None
 
     @property
     def gain(self) -> float | None:
-        """Time before divided by time the other way: below 1 if that is slower, None if not measured."""
+        """Time of the original divided by time of the alternative: below 1 if that is slower, None if not measured."""
         if self.milliseconds_before is None or not self.milliseconds_after:
             return None
         return self.milliseconds_before / self.milliseconds_after
@@ -47,7 +48,7 @@ class LayerAcceleration:
 
 @dataclass(frozen=True)
 class AccelerationReport:
-    """Reports on every depthwise and pointwise layer of a network.
+    """The reports on every depthwise and pointwise layer of a network.
 
     Attributes:
         layers: one report per layer, in the order of the network.
@@ -61,7 +62,7 @@ class AccelerationReport:
 
     @property
     def swapped(self) -> tuple[LayerAcceleration, ...]:
-        """The layers that are now computed in another way."""
+        """The layers that were swapped."""
         return tuple(layer for layer in self.layers if layer.is_swapped)
 
     def __getitem__(self, name: str) -> LayerAcceleration:
@@ -93,7 +94,7 @@ class AccelerationReport:
         }
 
     def __str__(self) -> str:
-        """Return a table with one line per layer, and the sum."""
+        """Return a table with one line per layer, and a summary."""
         table: list[tuple[str, ...]] = [("layer", "was", "is now", "ms before", "other way", "gain", "")]
         table += [_cells(layer) for layer in self.layers]
         widths = [max(len(row[column]) for row in table) for column in range(6)]

@@ -22,11 +22,11 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 def accelerate(model: ModelT, example_input: Any = None, pointwise: bool = True) -> tuple[ModelT, AccelerationReport]:
-    """Compute the depthwise and pointwise layers of any network in the way that is fastest here. Works in place.
+    """Swap depthwise and pointwise layers of any network, in place, for the implementation that is fastest on this machine.
 
     * Depthwise `nn.Conv2d` become `DepthwiseConv2d`, which runs on `ops.depthwise_sum`.
     * On the CPU, `nn.Linear` become `PointwiseLinear` (computed as 1x1 convolutions) and 1x1 `nn.Conv2d` become
-      `PointwiseConv2d` (computed as matrix products), where this was measured to be faster.
+      `PointwiseConv2d` (computed as matrix products), if measurements show that this is faster.
 
     A layer is swapped by changing its class, as PyTorch does with lazy and parametrized modules. It remains the same object
     with the same parameters, buffers, hooks and flags. So optimizers that hold its parameters, modules that share it and
@@ -34,24 +34,24 @@ def accelerate(model: ModelT, example_input: Any = None, pointwise: bool = True)
     and `nn.Linear`, and layers that the operator does not cover are left alone; the report says why.
 
     Layers are measured with the number of threads, the autocast state and the gradient mode of the caller. For layers in
-    training mode with gradients enabled this includes the backward pass. Measurements are remembered, so that equal layers
-    and later calls cost nothing. Two ways that differ by less than 5 % count as equal.
+    training mode with gradients enabled, this includes the backward pass. Measurements are cached, so that equal layers and
+    later calls are not measured again. Times that differ by less than 5 % count as equal.
 
     Args:
         model: any network; changed, and returned. It must not be compiled yet.
         example_input: input of the network: a tensor, a tuple of arguments or a dict of keyword arguments. The network runs
-            on it once (in evaluation, without gradients; its state is restored afterwards), and every layer is measured in
-            the shapes and layouts in which it was called. Layers that are not called are left alone. Without an example,
-            depthwise layers are swapped unmeasured, and a pointwise layer is swapped if it is faster for each of a few
-            inputs that are usual for its size: the feature maps of that width in a network for 224x224 pixels, of one
-            image and of eight, and for 1x1 convolutions contiguous and channels_last.
-        pointwise: whether linear layers and 1x1 convolutions are considered, too.
+            on it once (in evaluation mode, without gradients; its state is restored afterwards), and every layer is measured
+            with the shapes and layouts of its inputs. Layers that are not called are left alone. Without an example,
+            depthwise layers are swapped unmeasured, and a pointwise layer is swapped if the alternative is faster for each
+            of a few inputs that are typical for its size: the feature maps of that width in a network for 224x224 pixels,
+            for one image and for eight, and for 1x1 convolutions both contiguous and channels_last.
+        pointwise: whether to consider linear layers and 1x1 convolutions, too.
 
     Returns:
         the model, and a report on each of these layers.
 
     Raises:
-        ArgumentError: if the model is not a module, is compiled already, or cannot run on the example. The model is then
+        ArgumentError: if the model is not a module, is already compiled, or cannot run on the example. The model is then
             unchanged.
     """
     _check(model, example_input)
@@ -61,7 +61,7 @@ def accelerate(model: ModelT, example_input: Any = None, pointwise: bool = True)
     else:
         seen = capture_inputs(model, example_input, [candidate.layer for candidate in found if candidate.replacement])
         rows = [_with_example(candidate, seen.get(candidate.layer, Counter())) for candidate in found]
-    # Nothing below can fail: either all layers are swapped as decided, or none.
+    # Nothing below can fail, so either all layers are swapped as decided, or none.
     for candidate, row in zip(found, rows):
         if row.is_swapped:
             candidate.layer.__class__ = candidate.replacement
@@ -79,9 +79,7 @@ def _check(model: Any, example_input: Any) -> None:
     tensors = [*model.named_parameters(), *model.named_buffers()]
     lazy = [name for name, tensor in tensors if is_lazy(tensor)]
     if lazy and example_input is not None:
-        raise ArgumentError(
-            f"{lazy[0]} does not exist yet, and a run would create it: run the network once before accelerating"
-        )
+        raise ArgumentError(f"the parameter {lazy[0]} does not exist yet: run the network once before accelerating")
 
 
 def _without_example(candidate: Candidate) -> LayerAcceleration:
@@ -122,12 +120,12 @@ def _row(candidate: Candidate, before: str, swap: bool, reason: str, calls: int,
 
 
 def _unmeasurable(candidate: Candidate, seen: Counter[InputSpec | str]) -> str:
-    """Return why a layer cannot be measured, "" if it can."""
+    """Return why a layer cannot be measured; "" if it can."""
     if not seen:
         return "the example does not call it"
     for spec in seen:
         if isinstance(spec, str):
-            return f"its input is no plain tensor but {spec}"
+            return f"its input is not a plain tensor but {spec}"
         if spec.device.type == "meta":
             return "on the meta device there is nothing to measure"
         if 0 in spec.shape:
@@ -149,8 +147,8 @@ def _usual_inputs(candidate: Candidate) -> list[InputSpec]:
     layer = candidate.layer
     convolves = candidate.replacement is PointwiseConv2d
     dim_in, dim_out = (layer.in_channels, layer.out_channels) if convolves else (layer.in_features, layer.out_features)
-    # Networks halve the side of their feature maps as they double their width: 56x56 pixels at 96 channels, 7x7 at 768. Few
-    # channels on one side and many on the other do not mean a large map: that is a bottleneck.
+    # Networks halve the side of their feature maps as they double their width: 56x56 pixels at 96 channels, 7x7 at 768. The
+    # larger number of channels also limits the map: few channels on one side may be a bottleneck rather than a large map.
     side = min(56, round(56 * 96 / min(dim_in, dim_out)), round(56 * math.sqrt(384 / max(dim_in, dim_out))))
     side = max(7, side)
     inputs = []

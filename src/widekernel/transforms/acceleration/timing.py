@@ -1,4 +1,4 @@
-"""Measuring how long a layer takes either way, once for each input; results are remembered."""
+"""Timing a layer in both implementations, once for each input; results are cached."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from widekernel import ops
 from widekernel.layers.rebuilding import layer_like
 from widekernel.transforms.acceleration.input_capture import InputSpec
 
-# Two ways that differ by less than this factor count as equal: measurements vary by a few percent.
+# Times that differ by less than this factor count as equal: measurements vary by a few percent.
 LEAST_GAIN = 1.05
-# Each way is timed at least ROUNDS times and for SECONDS, but never longer than PATIENCE (in seconds).
+# Each implementation is timed at least ROUNDS times and for SECONDS, but never longer than PATIENCE (in seconds).
 ROUNDS, SECONDS, PATIENCE = 9, 0.03, 0.5
 # Gains within this interval are timed TIMES_AS_OFTEN as long, because the decision is close.
 CLOSE, TIMES_AS_OFTEN = (0.95, 1.25), 3
@@ -37,17 +37,17 @@ _KNOWN: dict[Hashable, Timing] = {}
 
 
 def compare(layer: Any, replacement: type[nn.Module], spec: InputSpec, backward: bool) -> Timing:
-    """Time a layer as it is, and as `replacement` computes it.
+    """Time a layer as it is, and in the implementation of the class `replacement`.
 
-    A pair that has been timed before in the same circumstances is not timed again.
+    A pair that has been timed before under the same conditions is not timed again.
 
     Args:
         layer: a convolution or linear layer.
-        replacement: class that computes it the other way.
-        spec: input to time it on.
+        replacement: class of the alternative implementation.
+        spec: description of the input for the timing.
         backward: whether to time the backward pass, too.
     """
-    # They share the data of the layer, but neither its hooks, which must not run, nor its gradients.
+    # The timed copies share the data of the layer, but neither its hooks, which must not run, nor its gradients.
     before, after = (layer_like(layer, layer.weight, layer.bias, kind) for kind in (type(layer), replacement))
     trained = tuple(parameter.requires_grad for parameter in before.parameters()) if backward else None
     device = spec.device.type
@@ -61,7 +61,7 @@ def compare(layer: Any, replacement: type[nn.Module], spec: InputSpec, backward:
 
 
 def forget() -> None:
-    """Forget what has been measured."""
+    """Clear the cached measurements."""
     _KNOWN.clear()
 
 
@@ -72,7 +72,7 @@ def measure(before: nn.Module, after: nn.Module, x: Tensor, backward: bool) -> t
     samples: list[list[float]] = [[], []]
     spent = sum(first)
     while spent < PATIENCE and not _is_enough(samples, spent):
-        # Each goes first every other time, so that neither always finds the caches as the other has left them.
+        # The order alternates, so that neither always runs with the caches in the state that the other has left.
         for way in (0, 1) if len(samples[0]) % 2 else (1, 0):
             samples[way].append(_seconds(runs[way], x.device))
             spent += samples[way][-1]
@@ -88,7 +88,7 @@ def _is_enough(samples: list[list[float]], spent: float) -> bool:
 
 
 def _milliseconds(seconds: list[float]) -> float:
-    # Not the median: other programs only ever add to a time, and on a busy machine they do so in more than half of them.
+    # Not the median: other programs only ever make runs slower, and on a busy machine they affect more than half of them.
     return 1e3 * sorted(seconds)[len(seconds) // 4]
 
 

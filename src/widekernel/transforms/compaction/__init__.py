@@ -1,4 +1,4 @@
-"""Removing the dead parts of a masked network: a smaller network with equal outputs, and a report of what it saves."""
+"""Removing the dead parts of a masked network: a smaller network with equal outputs, and a report on the savings."""
 
 from widekernel.transforms.compaction.cost import CostModel
 from widekernel.transforms.compaction.network import compact, compact_report

@@ -1,4 +1,4 @@
-"""The part of each rectangle that holds weights other than zero (the live box), channel by channel."""
+"""The live box: the part of each rectangle with nonzero weights, channel by channel."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def live_boxes(rects: Sequence[Rect]) -> np.ndarray:
     """Return the reach of the live taps of every channel in every rectangle.
 
     Returns:
-        (C, R, 4): numbers of taps above, below, left and right of the anchor; the box always contains the anchor. Four times
-        -1 where the kernel of the channel is zero.
+        (C, R, 4): numbers of taps above, below, left and right of the anchor; the box always contains the anchor. All four
+        are -1 if the kernel of the channel is zero.
     """
     channels = rects[0].kernel.shape[0] if rects else 0
     boxes = np.full((channels, len(rects), 4), DEAD, dtype=np.int64)
@@ -38,8 +38,8 @@ def live_boxes(rects: Sequence[Rect]) -> np.ndarray:
 def gathered(rects: Sequence[Rect]) -> list[Rect]:
     """Move the taps of a channel from one rectangle to another one whose live box covers them; the sum stays the same.
 
-    When a layer is folded, a small kernel and the identity are absorbed by the same strip for all channels. In a channel
-    whose strip is dead otherwise they would keep it alive, although the other strip has room for them.
+    When a layer is folded, the same strip absorbs a small kernel and the identity for all channels. If that strip is
+    otherwise dead in a channel, they would keep it alive, although the other strip has room for them.
 
     Returns:
         the rectangles, with kernels in float64.
@@ -53,7 +53,7 @@ def gathered(rects: Sequence[Rect]) -> list[Rect]:
             inside = (boxes[:, a] >= 0).all(1) & (boxes[:, b] >= boxes[:, a]).all(1)
             if a == b or not inside.any():
                 continue
-            # Of two equal boxes the first pair in this order decides which rectangle keeps both.
+            # If two boxes are equal, the first pair in this order decides which rectangle keeps both.
             chosen = torch.from_numpy(np.flatnonzero(inside)).to(kernels[a].device)
             from_a, to_b = _shared_window(rects[a], rects[b])
             moved = kernels[b][chosen]
@@ -78,7 +78,7 @@ def taps_of(box: Any) -> int:
 
 
 def uncovered(boxes: np.ndarray, extent: tuple[int, int] | None = None) -> list[int]:
-    """Count the taps of the live boxes that no other one covers; `maximal_rectangles` keeps the same ones.
+    """Count the taps of the live boxes that no other box covers; `maximal_rectangles` keeps the same ones.
 
     Args:
         boxes: (R, 4), as in `live_boxes`.
@@ -98,7 +98,7 @@ def uncovered(boxes: np.ndarray, extent: tuple[int, int] | None = None) -> list[
 
 
 def _shared_window(a: Rect, b: Rect) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
-    """Return the slices of both kernels at the offsets from the anchor that both rectangles have."""
+    """Return the slices of both kernels at the offsets from the anchor that the rectangles have in common."""
     up, down, left, right = (min(mine, theirs) for mine, theirs in zip(a.reach, b.reach))
     slices = [
         (slice(r.anchor[0] - up, r.anchor[0] + down + 1), slice(r.anchor[1] - left, r.anchor[1] + right + 1)) for r in (a, b)

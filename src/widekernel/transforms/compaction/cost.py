@@ -1,4 +1,4 @@
-"""Estimated run time of a layer, by which compaction avoids smaller layers that would be slower."""
+"""Estimates of a layer's run time, with which compaction avoids smaller layers that would be slower."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from widekernel.errors import ArgumentError
 
 @dataclass(frozen=True)
 class CostModel:
-    """Prices of the parts of a depthwise layer.
+    """Costs of the parts of a depthwise layer.
 
     The defaults were measured on a CPU (AVX-512, 2 threads that sleep between operators, float32) with PyTorch's
-    convolutions. They compute sixteen channels at a time, and a number of channels that is no multiple of 16 makes all of
-    them 15 % slower. Other devices need other prices; outputs are equal with any.
+    convolutions. These compute sixteen channels at a time, and a number of channels that is not a multiple of 16 makes all
+    of them 15 % slower. Other devices need other costs; the outputs do not depend on the costs.
 
     Attributes:
         mac: time of one multiply-accumulate, in picoseconds.
         move: time to gather one pixel of one channel for a group and to write it back, in nanoseconds.
-        outside: time to write one pixel of one channel that may lie outside of all groups, in nanoseconds.
-        call: time that a convolution takes however small it is, in microseconds.
+        outside: time to write one pixel of one channel that may lie outside all groups, in nanoseconds.
+        call: fixed time of a convolution, however small it is, in microseconds.
         group: time that every group adds, in microseconds.
         block: number of channels that are computed together.
         ragged: factor on the multiply-accumulates of a convolution whose channels do not fill the last block.
-        fill: largest share of dead channels with which a group is filled up to whole blocks.
+        fill: largest share of dead channels that may be added to a group to fill whole blocks.
 
     Raises:
-        ArgumentError: for a price below zero, a block below one or a `ragged` below 1.
+        ArgumentError: for a cost below 0, a `block` below 1 or a `ragged` below 1.
     """
 
     mac: float = 10.0
@@ -43,11 +43,11 @@ class CostModel:
     def __post_init__(self) -> None:
         prices = (self.mac, self.move, self.outside, self.call, self.group, self.fill)
         if min(prices) < 0 or self.block < 1 or self.ragged < 1:
-            raise ArgumentError(f"{self}: prices must be at least 0, block and ragged at least 1")
+            raise ArgumentError(f"{self}: costs must be at least 0, block and ragged at least 1")
 
     @classmethod
     def one_thread(cls) -> CostModel:
-        """Return the prices on one thread, where calling an operator costs little, so that smaller groups pay off."""
+        """Return the costs for one thread, where calling an operator is cheap, so that smaller groups pay off."""
         return cls(mac=20.0, move=2.0, outside=0.4, call=30.0, group=60.0)
 
     def convolutions(self, channels: int, taps: Sequence[int], pixels: int) -> float:
@@ -55,7 +55,7 @@ class CostModel:
 
         Args:
             channels: number of channels.
-            taps: of each convolution the number of taps per channel.
+            taps: number of taps per channel of each convolution.
             pixels: number of output pixels, N · H · W.
         """
         if not channels:
@@ -65,7 +65,10 @@ class CostModel:
         return 1e-6 * self.mac * work * sum(taps) * pixels + self.call * len(taps)
 
     def grouped(self, channels: int, taps: Sequence[int], pixels: int) -> float:
-        """Return the time of a group in microseconds: its convolutions, and moving its channels; arguments as above."""
+        """Return the time of a group, its convolutions and moving its channels, in microseconds.
+
+        The arguments are those of `convolutions`.
+        """
         return self.convolutions(channels, taps, pixels) + 1e-3 * self.move * channels * pixels + self.group
 
 
@@ -75,7 +78,7 @@ class Image:
 
     Attributes:
         pixels: N · H · W.
-        extent: (H, W), None if unknown. Taps that are farther from the output pixel see only padding and are not computed.
+        extent: (H, W), None if unknown. Taps that are farther from the output pixel only meet padding and are not computed.
     """
 
     pixels: int = 4 * 28 * 28

@@ -1,4 +1,4 @@
-"""Compacting one layer of depthwise kernels of a folded network."""
+"""Compacting one layer of depthwise kernels in a folded network."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from widekernel.transforms.compaction.report import LayerReport
 
 
 def can_compact(module: nn.Module) -> bool:
-    """Return whether the module is a layer of depthwise kernels of a folded network and has no hooks."""
+    """Return whether the module is a folded layer of depthwise kernels without hooks."""
     if alteration(module):
         return False
     if isinstance(module, FoldedPartialChannels):
@@ -32,7 +32,7 @@ def can_compact(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def compacted_kernels(module: nn.Module, name: str, cost: CostModel, image: Image) -> tuple[nn.Module, LayerReport]:
-    """Return the cheapest layer with the outputs of `module`, and the report; `module` itself if nothing is saved."""
+    """Return the cheapest layer with the same outputs as `module` (`module` itself if nothing is saved), and the report."""
     rects, bias = _parts(module)
     before = sum(rect.kernel.numel() for rect in rects)
     nonzero = sum(int(rect.kernel.count_nonzero()) for rect in rects)
@@ -50,7 +50,7 @@ def compacted_kernels(module: nn.Module, name: str, cost: CostModel, image: Imag
 
 
 def _parts(module: nn.Module) -> tuple[list[Rect], Tensor]:
-    """Return the rectangles and the bias (C,) of a layer that `can_compact`."""
+    """Return the rectangles and the bias (C,) of a layer for which `can_compact` is true."""
     if isinstance(module, FoldedPartialChannels):
         module = module.layer
     if isinstance(module, FoldedLargeKernel):
@@ -76,7 +76,7 @@ def _plain(module: nn.Module, rects: Sequence[Rect], moved: Sequence[Rect], plan
 
 def _grouped(module: nn.Module, moved: Sequence[Rect], plan: Plan, bias: Tensor) -> nn.Module:
     """Return the layer that convolves only the channels of the plan."""
-    # A channel outside of the groups has at most one live tap, the one on the output pixel.
+    # A channel outside the groups has at most one live tap, the one on the output pixel.
     scale = torch.zeros_like(bias)
     for rect in moved:
         scale = scale + rect.kernel[:, 0, rect.anchor[0], rect.anchor[1]].to(scale)
@@ -99,7 +99,7 @@ def _grouped(module: nn.Module, moved: Sequence[Rect], plan: Plan, bias: Tensor)
 
 
 def _trimmed(rects: Sequence[Rect], channels: np.ndarray, boxes: np.ndarray, like: Tensor) -> list[Rect]:
-    """Cut the live boxes of some channels out of the rectangles, and absorb rectangles that another one covers."""
+    """Crop the rectangles of some channels to their live boxes, and absorb rectangles that another one covers."""
     index = torch.from_numpy(channels).to(like.device)
     parts = [cut(rect, index, box) for rect, box in zip(rects, boxes.tolist()) if box[0] >= 0]
     if not parts:
@@ -108,7 +108,7 @@ def _trimmed(rects: Sequence[Rect], channels: np.ndarray, boxes: np.ndarray, lik
 
 
 def _reason(plan: Plan, channels: int, before: int, nonzero: int, realized: int) -> str:
-    """Return why some zeros are still computed, "" if none are."""
+    """Return why some zeros are still computed; "" if none are."""
     if realized <= nonzero:
         return ""
     if nonzero == before:

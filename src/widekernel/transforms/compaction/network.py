@@ -24,28 +24,28 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 def compact(model: ModelT, cost: CostModel | None = None, input_size: Sequence[int] | None = None) -> ModelT:
-    """Return a copy of a masked network without its dead parts, with equal outputs; the original is left as it is.
+    """Return a copy of a masked network without its dead parts, with equal outputs; the original is unchanged.
 
-    Weights that are exactly zero are dead, unless a hook or a replaced `forward` could change their effect; masks need not
-    be given. The network is folded first (one that is folded already is fine). Then rectangles of zeros are removed, strips
-    lose rows and columns of zeros at their ends, and channels whose kernel is zero are not convolved. The other channels are
-    convolved in a few groups of similar extents where this pays off according to `cost`. Hidden units of MLPs, and of blocks
-    that are `Compactable`, are removed if they are constant or not read. Outputs are those of the masked network in
-    evaluation up to rounding. The order of channels stays, also behind `PartialChannels`.
+    Weights that are exactly zero are dead, unless a hook or a replaced `forward` could change their effect; the masks are
+    not needed. The network is folded first, if it is not folded already. Then zero rectangles are removed, strips lose
+    rows and columns of zeros at their ends, and channels whose kernel is zero are not convolved. The other channels are
+    convolved in a few groups of similar extents if `cost` predicts a gain. Hidden units of MLPs and of `Compactable` blocks
+    are removed if they are constant or not read. The outputs equal those of the masked network in evaluation, up to
+    rounding. The order of channels is kept, including after `PartialChannels`.
 
-    Nothing is saved by zeros between live taps, nor by unstructured zeros of ordinary convolutions and linear layers, which
-    are computed in full. `compact_report` says so layer by layer.
+    Zeros between live taps save nothing, nor do unstructured zeros of ordinary convolutions and linear layers, which are
+    computed in full. `compact_report` lists these layer by layer.
 
-    The result is in evaluation mode whatever the mode of `model`. It can be moved, copied, compiled, exported and pickled,
-    and its state dict loads into a network that was compacted from the same weights. It is for inference: it cannot be
-    trained further in any useful way, has no official checkpoint layout, and its files are not recognized by the name of the
+    The result is in evaluation mode, whatever the mode of `model`. It can be moved, copied, compiled, exported and pickled,
+    and its state dict loads into a network that was compacted from the same weights. It is meant for inference: further
+    training is not useful, there is no official checkpoint layout, and its files are not recognized by the name of the
     network (save the masked network, and compact again after loading). It no longer counts as 2:4.
 
     Args:
         model: any module.
-        cost: prices of convolving and of moving channels, by default those measured on a CPU.
-        input_size: (N, C, H, W) of future batches, for which the prices are computed: on few pixels, convolving dead
-            channels can be faster than gathering the others. By default every layer is assumed to see four 28x28 maps.
+        cost: costs of convolving and of moving channels, by default those measured on a CPU.
+        input_size: (N, C, H, W) of future batches, for which the costs are computed: for few pixels, convolving dead
+            channels can be faster than gathering the others. By default, every layer is assumed to get four 28x28 maps.
             Outputs do not depend on it.
 
     Raises:
@@ -55,14 +55,14 @@ def compact(model: ModelT, cost: CostModel | None = None, input_size: Sequence[i
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"compact was given a {type(model).__name__}: it takes a network (torch.nn.Module)")
     if any(parameter.is_meta for parameter in model.parameters()):
-        raise ArgumentError("compact was given a network on the meta device: zeros can be told from weights only; load some")
+        raise ArgumentError("compact was given a network on the meta device: zeros can be found only in weights; load some")
     earlier = getattr(model, "compaction", None)
     folded = fold(model)
     compaction = _Compaction(cost or CostModel(), _images_seen(folded, input_size))
     result = replace_modules(folded, compaction.replace).eval()
     if not any(parameter.requires_grad for parameter in model.parameters()):
         result.requires_grad_(False)
-    # Removing hidden units moves the others, so that groups of four hold other weights than before.
+    # Removing hidden units moves the remaining ones, so that groups of four hold different weights than before.
     forget(result)
     result.compaction = _report(earlier, compaction.rows)  # type: ignore[assignment]
     return result  # type: ignore[return-value]
@@ -71,7 +71,7 @@ def compact(model: ModelT, cost: CostModel | None = None, input_size: Sequence[i
 def compact_report(
     model: nn.Module, cost: CostModel | None = None, input_size: Sequence[int] | None = None
 ) -> CompactReport:
-    """Return what was removed from a compacted network, or what `compact` would remove from another one, with reasons.
+    """Report what was removed from a compacted network, or what `compact` would remove from another one, with reasons.
 
     Raises:
         ArgumentError: as `compact`.
@@ -81,7 +81,7 @@ def compact_report(
 
 
 def _report(earlier: object, rows: list[LayerReport]) -> CompactReport:
-    """Join the report of this compaction to that of an earlier one of the same network."""
+    """Join the report of this compaction with that of an earlier one of the same network."""
     if not isinstance(earlier, CompactReport):
         return CompactReport(tuple(rows))
     now = {row.name: row for row in rows if row.realized < row.dense}
@@ -93,8 +93,8 @@ class _Compaction:
     """One pass over a folded network.
 
     Attributes:
-        cost: prices.
-        images: the input of each layer, by module, where it is known.
+        cost: costs of the parts of a layer.
+        images: the input of each layer, by module, if known.
         rows: reports of the layers so far.
     """
 
@@ -103,7 +103,7 @@ class _Compaction:
         self.rows: list[LayerReport] = []
 
     def replace(self, module: nn.Module, name: str) -> tuple[nn.Module, bool]:
-        """Compact `module` if it is a layer or block; return the result and whether to look at what that holds."""
+        """Compact `module` if it is a layer or block; return the result and whether to visit its submodules."""
         if isinstance(module, GroupedKernels):
             return module, False
         if can_compact(module):
@@ -121,7 +121,7 @@ class _Compaction:
 
 
 def _images_seen(model: nn.Module, input_size: Sequence[int] | None) -> dict[nn.Module, Image]:
-    """Return the input of each layer of depthwise kernels for a batch (N, C, H, W), without computing anything."""
+    """Return the input of each layer of depthwise kernels for a batch (N, C, H, W), without running any kernel."""
     if input_size is None:
         return {}
     if len(input_size) != 4 or min(input_size) < 1:
@@ -145,7 +145,7 @@ def _images_seen(model: nn.Module, input_size: Sequence[int] | None) -> dict[nn.
 
 
 def _reason_against(module: nn.Module) -> str | None:
-    """Return why a layer that holds zeros, or a large kernel, stays as it is; None for any other module."""
+    """Return why a layer with zeros or a large kernel is not changed; None for any other module."""
     if isinstance(module, LargeKernel):
         return "not folded: " + "; ".join(module.reasons_against_folding())
     if isinstance(module, FoldedLargeKernel):
@@ -161,7 +161,7 @@ def _reason_against(module: nn.Module) -> str | None:
 
 @torch.no_grad()
 def _untouched(module: nn.Module, name: str, reason: str) -> LayerReport:
-    """Report a layer that stays as it is."""
+    """Report a layer that is not changed."""
     weights: list[Any] = [weight for weight in module.parameters() if weight.dim() > 1]
     dense, nonzero = sum(w.numel() for w in weights), sum(int(w.count_nonzero()) for w in weights)
     channels: int = module.source.channels if isinstance(module, LargeKernel) else len(weights[0])

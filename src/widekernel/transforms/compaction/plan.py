@@ -12,19 +12,19 @@ from widekernel.layers import Rect
 from widekernel.transforms.compaction.boxes import live_boxes, uncovered
 from widekernel.transforms.compaction.cost import CostModel, Image
 
-# Extents of the same rectangles are distinguished in this many steps: merging groups takes the cube of their number.
+# Number of steps in which extents of the same rectangles are distinguished: merging takes the cube of the number of groups.
 _EXTENTS = 5
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How the channels of a layer are computed.
+    """The partition of a layer's channels into groups that are computed together.
 
     Attributes:
         groups: sorted channels of each group.
-        boxes: for each group (R, 4), its extent in every rectangle as in `live_boxes`.
+        boxes: for each group, (R, 4), its extent in every rectangle as in `live_boxes`.
         convolved: sorted channels that need a convolution.
-        whole: whether the only group has all channels in their order, as in a plain layer.
+        whole: whether there is a single group with all channels in order, as in a plain layer.
     """
 
     groups: list[np.ndarray]
@@ -34,11 +34,11 @@ class Plan:
 
 
 def make_plan(rects: Sequence[Rect], cost: CostModel, image: Image, moved_anyway: bool = False) -> Plan:
-    """Choose the cheapest partition that is found by merging similar channels step by step; deterministic.
+    """Choose the cheapest partition found by greedily merging groups of similar channels; deterministic.
 
     Args:
         rects: rectangles of the layer, after `gathered`.
-        cost: prices.
+        cost: costs of the parts of a layer.
         image: input of the layer.
         moved_anyway: whether the plain layer gathers its channels, too.
     """
@@ -66,7 +66,7 @@ def make_plan(rects: Sequence[Rect], cost: CostModel, image: Image, moved_anyway
 
 
 def _classes(convolved: np.ndarray, boxes: np.ndarray) -> list[np.ndarray]:
-    """Divide channels by the rectangles in which they are alive, and these by their extent, in at most `_EXTENTS` steps."""
+    """Divide channels by the rectangles in which they are live, then by extent, in at most `_EXTENTS` steps."""
     parts: dict[tuple[bool, ...], dict[tuple[int, ...], list[int]]] = {}
     for channel in convolved.tolist():
         extent = tuple(boxes[channel].ravel().tolist())
@@ -75,7 +75,7 @@ def _classes(convolved: np.ndarray, boxes: np.ndarray) -> list[np.ndarray]:
     for _, by_extent in sorted(parts.items()):
         ordered = sorted(by_extent.items(), key=lambda item: (sum(uncovered(boxes[item[1][0]])), item[0]))
         sizes = np.cumsum([len(members) for _, members in ordered])
-        # All channels of an extent stay together; if there are few extents, each is a class of its own.
+        # All channels with the same extent stay together; if there are few extents, each forms a class.
         step = np.arange(len(ordered)) if len(ordered) <= _EXTENTS else (sizes - 1) * _EXTENTS // sizes[-1]
         for number in np.unique(step):
             members = [channel for (_, some), at in zip(ordered, step) if at == number for channel in some]
@@ -84,7 +84,7 @@ def _classes(convolved: np.ndarray, boxes: np.ndarray) -> list[np.ndarray]:
 
 
 def _merged(groups: list[np.ndarray], boxes: np.ndarray, price: Callable[[int, np.ndarray], float]) -> list[np.ndarray]:
-    """Merge the two groups whose merger saves most, until no merger saves anything."""
+    """Repeatedly merge the two groups whose merger saves most, until no merger saves anything."""
     groups = list(groups)
     extents = [boxes[group].max(0) for group in groups]
     prices = [price(len(group), extent) for group, extent in zip(groups, extents)]
@@ -106,7 +106,7 @@ def _merged(groups: list[np.ndarray], boxes: np.ndarray, price: Callable[[int, n
 
 
 def _filled(group: np.ndarray, spare: list[int], cost: CostModel) -> np.ndarray:
-    """Fill a group up to a whole block with dead channels, which are taken out of `spare`, if few are missing."""
+    """Fill a group up to a whole block with dead channels taken from `spare`, if only few are missing."""
     missing = -len(group) % cost.block
     if not 0 < missing <= min(cost.fill * len(group), len(spare)):
         return group

@@ -1,4 +1,4 @@
-"""What compacting saved, layer by layer, and the reason where it saved nothing."""
+"""The report of `compact`: savings layer by layer, and the reason if there are none."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class LayerReport:
     Attributes:
         name: name of the module in the network, "" for the network itself.
         kind: type of the module.
-        channels: channels that the folded layer convolves; for an MLP its hidden units.
-        channels_kept: channels, or units, that are still computed.
+        channels: number of channels that the folded layer convolves; for an MLP, of its hidden units.
+        channels_kept: number of channels, or units, that are still computed.
         dense: multiply-accumulates per output pixel (or token) of the folded layer.
-        nonzero: multiply-accumulates of these whose weight is not zero.
-        realized: multiply-accumulates that the compacted layer executes; more than `nonzero` where zeros lie between live
+        nonzero: those of `dense` whose weight is not zero.
+        realized: multiply-accumulates that the compacted layer executes; more than `nonzero` if zeros lie between live
             taps.
-        reason: why nothing, or not everything, was removed; "" if everything dead was.
+        reason: why nothing, or not everything, was removed; "" if all dead parts were.
     """
 
     name: str
@@ -44,7 +44,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class CompactReport:
-    """Reports on the layers that hold zeros or could be compacted, in the order of the network."""
+    """The reports on layers with zeros or a large kernel, in the order of the network."""
 
     layers: tuple[LayerReport, ...]
 

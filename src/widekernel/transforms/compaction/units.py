@@ -1,4 +1,4 @@
-"""Removing hidden units that nothing depends on from pairs of layers with an activation in between."""
+"""Removing dead hidden units from pairs of layers with an activation in between."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ class _Pair(NamedTuple):
 def compacted_units(module: nn.Module, name: str) -> tuple[nn.Module, LayerReport] | None:
     """Return a block without its dead hidden units, and the report; None if it has no hidden units or none is dead.
 
-    A unit is dead if the second layer does not read it, or if it is constant because its row of the first layer is zero;
-    the constant moves to the bias of the second layer. Blocks are timm's `Mlp` without a norm between the layers, and every
-    module that is `Compactable`. No unit is removed if a hook or a replaced method could read or change it; the report says
-    so.
+    A unit is dead if the second layer does not read it, or if it is constant because its row in the first layer is zero;
+    the constant moves to the bias of the second layer. Blocks are timm's `Mlp` without a norm between the layers, and all
+    `Compactable` modules. If a hook or a replaced method could read or change the units, none is removed, and the report
+    says so.
     """
     units = hidden_units(module)
     pair = None if units is None else _pair(module, units)
@@ -72,7 +72,7 @@ def compacted_units(module: nn.Module, name: str) -> tuple[nn.Module, LayerRepor
 
 
 def hidden_units(module: nn.Module) -> HiddenUnits | None:
-    """Return the hidden units of a module, None if it has none that can be removed."""
+    """Return the hidden units of a module; None if it has none that can be removed."""
     if isinstance(module, Compactable):
         return module.hidden_units()
     # A norm in between mixes the units.
@@ -81,7 +81,7 @@ def hidden_units(module: nn.Module) -> HiddenUnits | None:
 
 
 def _kept(module: nn.Module, name: str, rows: Tensor, columns: Tensor, dead: int, reasons: list[str]) -> LayerReport:
-    """Report a block that keeps its dead units because of what was put on its layers."""
+    """Report a block that keeps its dead units because of hooks or replaced methods."""
     dense = rows.numel() + columns.numel()
     nonzero = int(rows.count_nonzero()) + int(columns.count_nonzero())
     reason = f"{dead} hidden units have zero weights but are kept: " + "; ".join(reasons)
@@ -89,7 +89,7 @@ def _kept(module: nn.Module, name: str, rows: Tensor, columns: Tensor, dead: int
 
 
 def _pair(module: nn.Module, units: HiddenUnits) -> _Pair | None:
-    """Return the layers of hidden units, None if one is no matrix or the activation is not known to be elementwise."""
+    """Return the layers of hidden units; None if a layer is not a matrix or the activation not known to be elementwise."""
     pair = _Pair(*(module.get_submodule(name) for name in (units.first, units.activation, units.second)))
     fits = _is_matrix(pair.first) and _is_matrix(pair.second) and type(pair.act).__name__ in _ELEMENTWISE
     return pair if fits else None
@@ -105,10 +105,10 @@ def _is_matrix(layer: nn.Module) -> bool:
 
 
 def _without(first: Any, second: Any, act: nn.Module, keep: Tensor) -> tuple[Any, Any]:
-    """Return both layers with the units `keep` (units,) only; the constant output of the others goes to the bias."""
+    """Return both layers with only the units `keep` (units,); the constant outputs of the others move to the bias."""
     start = first.weight.new_zeros(len(keep)) if first.bias is None else first.bias.detach()
     constants = act(start.clone())
-    # The row of a dropped unit is zero, or its column is zero and its entry here has no effect.
+    # Either the row of a dropped unit is zero, or its column is zero, and then its entry here has no effect.
     columns = second.weight.detach().flatten(1).double()
     added = columns[:, ~keep] @ constants[~keep].double()
     bias = added if second.bias is None else second.bias.detach().double() + added

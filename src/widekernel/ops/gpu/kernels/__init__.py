@@ -1,1 +1,1 @@
-"""The kernels. They are imported only to be launched, because Triton is slow to import and may not be installed."""
+"""The kernels. They are imported only at launch, because Triton is slow to import and may not be installed."""

@@ -1,4 +1,4 @@
-"""Small kernels by multiply-adds: bound by memory, for both layouts without converting between them."""
+"""Small kernels by multiply-adds: memory-bound, for both layouts without conversion."""
 
 import triton
 import triton.language as tl
@@ -167,7 +167,7 @@ def direct_weight_grad_nhwc(
     for step in range(split * rows_each * across, tl.minimum((split + 1) * rows_each, N * H) * across):
         line = step // across
         h = line % H
-        # Without calling a method of the counter, which is a Python integer in the interpreter.
+        # Calls no method of the counter, because it is a Python integer in the interpreter.
         n = line // H + tl.zeros((1, 1), dtype=tl.int64)
         w = step % across * TW + j
         hi = h + ky - ROW + 0 * j  # the interpreter accepts no masks made from scalars alone

@@ -1,4 +1,4 @@
-"""The error that Triton raises if a kernel does not fit on the GPU."""
+"""Triton's error for kernels that do not fit on the GPU."""
 
 from triton.runtime.errors import OutOfResources
 

@@ -1,9 +1,9 @@
 """Small images on tensor cores: all pixels of a plane at once, because every output depends on nearly every input.
 
-For each channel the convolution is one product with a matrix of (H·W)² numbers, which is gathered from the kernel once and
-used for many images. Rectangles that are summed are summed in that matrix, so that any number of them costs one product. The
-weight gradient is one product too, of the pixels of x with those of dY, where K runs over the images; the terms of each tap
-are gathered at the end.
+For each channel, the convolution is one product with a matrix of (H·W)² numbers, which is gathered from the kernel once and
+used for many images. A sum of rectangles is formed in that matrix, so that any number of them costs one product. The weight
+gradient is also one product, of the pixels of x with those of dY, where K runs over the images; the terms of each tap are
+gathered at the end.
 """
 
 import triton

@@ -2,8 +2,8 @@
 
 One row of a convolution is a product with a banded Toeplitz matrix. For a channel, a block of output pixels (RH rows by TW
 columns, the M of a matrix product) is the sum over input rows of `T · X`, in which X holds columns of that row (K) of many
-images and row blocks (N), and T[(r, j), i] = kernel[δ - r + row, i - j + column]. Rows of padding are never visited, and
-columns outside the band only as far as blocks of BK extend over it.
+images and row blocks (N), and T[(r, j), i] = kernel[δ - r + row, i - j + column]. Padding rows are never visited. Columns
+outside the band are visited only where blocks of BK extend beyond it.
 
 The matrices T are not stored. `expand` stores every kernel row S times between zeros, each time shifted right by one. Then
 every row of every T starts at a multiple of 16 bytes, and a block of T is one load without a gather.
@@ -38,7 +38,7 @@ def _accumulate(
     r = m // TW
     j = m % TW
     k = tl.arange(0, BK)
-    # Of the rows that the block of outputs depends on, those inside the image.
+    # The rows that the block of outputs depends on and that lie inside the image.
     first = tl.maximum(-ROW, -h0 - (BH - 1) * RH)
     last = tl.minimum(RH + KH - 1 - ROW, H - h0)
     # Blocks begin LEAD columns before the outputs; those in the padding on the left are skipped.
@@ -66,7 +66,7 @@ def _accumulate(
             cache_modifier=".ca",
         )
         seen = (in_batch & (row >= 0) & (row < H))[None, :] & ((column + k >= 0) & (column + k < W))[:, None]
-        # Computed in 32 bits before they become addresses.
+        # 32-bit arithmetic until they become addresses.
         pixels = xs[None, :] + ((row * row_stride)[None, :] + ((column + k) * column_stride)[:, None])
         image = tl.load(pixels, mask=seen, other=0.0)
         acc = tl.dot(toeplitz.to(kind), image.to(kind), acc, input_precision=PRECISION)
@@ -104,7 +104,7 @@ def toeplitz_sum(
     TURNED: tl.constexpr, RELU: tl.constexpr, RH: tl.constexpr, TW: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Compute y = relu(scale · Σ_r x_r * kernel_r + shift), or without the sum one y for each rectangle.
+    """Compute y = relu(scale · Σ_r x_r * kernel_r + shift), or one y for each rectangle, without the sum.
 
     Rows and columns are exchanged if TURNED.
 

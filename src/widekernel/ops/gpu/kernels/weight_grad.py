@@ -1,8 +1,8 @@
 """Deterministic weight gradients: no atomics, a fixed split of the sum, float32 partial sums added in a fixed order.
 
-For one channel and one kernel row, G = Xᵀ·dY over images and rows is a matrix (columns of x, columns of dY) made on tensor
-cores, and tap kx is the sum of its diagonal i - j = kx - column. So M is (KYB kernel rows, WI columns of x), N is WO columns
-of dY, and K runs over all pairs of an image and an output row. The diagonals are gathered at the end, once.
+For one channel and one kernel row, G = Xᵀ·dY over images and rows is a matrix (columns of x, columns of dY) computed on
+tensor cores, and tap kx is the sum of its diagonal i - j = kx - column. So M is (KYB kernel rows, WI columns of x), N is WO
+columns of dY, and K runs over all pairs of an image and an output row. The diagonals are gathered once, at the end.
 """
 
 import triton
@@ -21,7 +21,7 @@ def _diagonals(acc, middle, KYB: tl.constexpr, KXB: tl.constexpr, WI: tl.constex
 
 @triton.jit
 def _image_and_row(pair, rows, WRAPS: tl.constexpr, LONG: tl.constexpr):
-    """Divide pairs by the number of rows; if they span few images, by counting the ends of images."""
+    """Divide pairs by the number of rows; if they span few images, do so by counting the ends of images."""
     if WRAPS == 0:
         n = pair // rows
     else:
@@ -36,7 +36,7 @@ def _image_and_row(pair, rows, WRAPS: tl.constexpr, LONG: tl.constexpr):
 
 @triton.jit
 def _first_plane(n, planes, c):
-    """Return n · planes + c in 64 bits; in the interpreter the counter n has no type to convert."""
+    """Return n · planes + c in 64 bits; in the interpreter, the counter n has no type to convert."""
     return n * (c.to(tl.int64) * 0 + planes) + c
 
 
@@ -46,7 +46,7 @@ def _product(
     KYB: tl.constexpr, WI: tl.constexpr, WO: tl.constexpr, OFFSET: tl.constexpr, BK: tl.constexpr, WRAPS: tl.constexpr,
     LONG: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Multiply, for a part of the sum, columns of x shifted by each kernel row with columns of g: (KYB·WI, WO)."""
+    """Multiply columns of x, shifted by each kernel row, with columns of g, for one part of the sum: (KYB·WI, WO)."""
     column_blocks: tl.constexpr = (W + WO - 1) // WO
     m = tl.arange(0, KYB * WI)
     ky = ky0 + m // WI
@@ -64,11 +64,11 @@ def _product(
     kind: tl.constexpr = tl.float32 if UPCAST else x.dtype.element_ty
     acc = tl.zeros((KYB * WI, WO), dtype=tl.float32)
     for step in range(split * steps_each, tl.minimum((split + 1) * steps_each, steps * column_blocks)):
-        # Divisions by numbers that the compiler does not know cost as much as loads.
+        # Divisions by numbers that are unknown at compile time cost as much as loads.
         w0 = 0 if column_blocks == 1 else step // steps * WO
         pair = (step if column_blocks == 1 else step % steps) * BK
         here = pair + k < pairs
-        # Image and row of the first pair are scalars; those of the other pairs are counted from there, in 32 bits.
+        # The image and row of the first pair are scalars; those of the other pairs are 32-bit offsets from them.
         n0 = pair // rows
         n, h = _image_and_row(pair % rows + k, rows, WRAPS, LONG)
         h += first
@@ -78,7 +78,7 @@ def _product(
         image = x + _first_plane(n0, x_planes, c) * (H * W)
         within = (ky - ROW) * row_stride + wi * column_stride
         pixels = (n * x_planes * (H * W) + h * row_stride)[None, :] + within[:, None]
-        # Rows of x are used for several kernel rows, and are found in the L1 cache again.
+        # Rows of x are used for several kernel rows, and are still in the L1 cache then.
         left = tl.load(image + pixels, mask=seen, other=0.0, cache_modifier=".ca")
         wo = w0 + j
         of = here[:, None] & (wo < W)[None, :]
