@@ -1,17 +1,17 @@
-"""What a call of `ops.depthwise_sum` costs over its kernel: a problem so small that little else is left.
+"""The overhead of a call of `ops.depthwise_sum`, measured on a problem so small that overhead dominates.
 
     python benchmarks/call_overhead.py
     python benchmarks/call_overhead.py --against ../other/.venv/bin/python
 
 The problem is one image of 8 channels and 7x7 pixels in float32, with one 3x3 kernel, on one thread. Three things are timed
-in turns, a burst of calls each, and medians over the rounds are printed:
+in turn, a burst of calls each, and medians over the rounds are printed:
 
 * call: `ops.depthwise_sum(x, [kernel], [(1, 1)])` under `no_grad`, from Python to Python;
-* kernel: the function of the native library, called through ctypes with arguments that were converted before: nothing is
+* kernel: the function of the native library, called through ctypes with arguments that are already converted: nothing is
   allocated, chosen or checked;
 * training: forward and backward of the same call, in all three gradients.
 
-The overhead is the difference of the first two. With `--against`, another Python's widekernel is measured in turns with this
+The overhead is the difference of the first two. With `--against`, another Python's widekernel is measured in turn with this
 one, so that both see the same load.
 """
 
@@ -35,11 +35,11 @@ from widekernel.ops.cpu import library
 
 SHAPE, SIZE, ANCHOR = (1, 8, 7, 7), (3, 3), (1, 1)
 BURST = {"call": 100, "kernel": 100, "training": 5}
-"""How many calls are timed together: few, so that most bursts are not interrupted."""
+"""Number of calls that are timed together: few, so that most bursts are not interrupted."""
 
 
 def kernel_call(x: torch.Tensor, kernel: torch.Tensor, y: torch.Tensor) -> Callable[[], object]:
-    """Return a function that calls the native library with arguments that are ready."""
+    """Return a function that calls the native library with converted arguments."""
     size = (*SIZE, *ANCHOR)
     passes, rects = (library.Pass * 1)(library.Pass(*size, library.DIRECT)), (library.Rect * 1)(library.Rect(None, *size, 0))
     images = [(None, *tensor.stride()) for tensor in (x, y)]
@@ -47,12 +47,12 @@ def kernel_call(x: torch.Tensor, kernel: torch.Tensor, y: torch.Tensor) -> Calla
     numbers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, y))
     arguments = (ctypes.byref(call), *numbers, (library.Address * 1)(kernel.data_ptr()), None, None, 0)
     function = library.load().calls.wk_depthwise_sum_at
-    # What the arguments point to must live as long as the function that uses them.
+    # The objects that the arguments point to must live as long as the function that uses them.
     return lambda keep=(call, passes, rects, x, kernel, y): function(*arguments)
 
 
 def bursts() -> dict[str, Callable[[], float]]:
-    """Return functions that time one burst and return seconds a call."""
+    """Return functions that time one burst and return the seconds per call."""
     x, kernel = torch.randn(SHAPE), torch.randn(SHAPE[1], 1, *SIZE)
     kernels, anchors, y = [kernel], [ANCHOR], torch.empty(SHAPE)
     trained = [x.clone().requires_grad_(), kernel.clone().requires_grad_(), torch.zeros(SHAPE[1], requires_grad=True)]
@@ -97,7 +97,7 @@ class Server:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def burst(self, name: str) -> float:
-        """Time one burst, in microseconds a call."""
+        """Time one burst, in microseconds per call."""
         assert self._process.stdin
         assert self._process.stdout
         self._process.stdin.write(f"{name}\n")
@@ -110,7 +110,7 @@ class Server:
 
 
 def rows(servers: dict[str, Server], rounds: int) -> Iterator[tuple[str, ...]]:
-    """Time all in turns and return a row of medians for each installation."""
+    """Time all installations in turn and return a row of medians for each."""
     times: dict[str, dict[str, list[float]]] = {label: {name: [] for name in BURST} for label in servers}
     for _ in range(rounds):
         for name in BURST:
@@ -126,7 +126,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=1000, help="bursts of each kind; the median counts")
-    parser.add_argument("--against", help="another Python that has widekernel, to be measured in turns with this one")
+    parser.add_argument("--against", help="another Python that has widekernel, to be measured in turn with this one")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:

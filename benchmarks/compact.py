@@ -1,4 +1,4 @@
-"""Speed of half-pruned layers: the masked folded layer and the compacted one, timed alternately.
+"""Speed of half-pruned layers: the masked, folded layer and the compacted one, timed alternately.
 
 Run it with `OMP_WAIT_POLICY=passive python benchmarks/compact.py --write`. It takes about four minutes and reports nothing
 if an output differs by more than 1e-6 of the largest one.
@@ -29,7 +29,7 @@ TARGET = 0.8
 LOAD = os.getloadavg()[0]
 NOTES = """
 Half of the kernels of a layer are set to zero. The masked layer is folded, its copy is folded and compacted, and both run
-on the same images in turns. Times are medians.
+on the same images in turn. Times are medians.
 
 - "dense / non-zero": the reduction that the mask promises. "dense / realized": the reduction of what is executed. Both count
   multiply-accumulates (MACs). "of the MAC ratio": the speed-up divided by the latter.

@@ -1,4 +1,4 @@
-"""Write the tuning table that the package ships, for the layers of RepLKNet and SLaK.
+"""Write the tuning table that ships with the package, for the layers of RepLKNet and SLaK.
 
     python -m benchmarks.gpu_configurations
 

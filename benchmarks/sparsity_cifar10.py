@@ -29,10 +29,10 @@ CONFIG = "benchmarks/sparsity_cifar10.yaml"
 SEEDS = (0, 1, 2)
 EPOCHS_OF_MASKS = 2
 NOTE = """
-SNIP scores the weights of the untrained network. Here it leaves the layers of the first stage 0.17 to 0.46 of their weights
-(seed 0) and the classifier all of them; ERK keeps the whole first stage. With ERK, and with whole kernels pruned, networks
-end above the dense one, which is not fully trained after five epochs. Differences from a fully trained dense network were
-not measured.
+SNIP scores the weights of the untrained network. Here it keeps 0.17 to 0.46 of the weights of the first stage's layers
+(seed 0) and all weights of the classifier; ERK keeps the whole first stage. With ERK, and with whole kernels pruned,
+accuracy is above that of the dense network, which is not fully trained after five epochs. Differences from a fully
+trained dense network were not measured.
 """
 
 

@@ -25,9 +25,9 @@ CASES = [
     ("slak_tiny, 224², batch 8", "slak_tiny", 224, 8, 9, {}),
 ]
 NOTE = """
-The steps contain no topology update; its time is in the last column. The fused AdamW pays for one multiplication of every
-gradient by its mask. The unfused one pays more on a CPU: it computes the square root of the second moments with a vector
-library that is slow at zeros, and the second moments of masked weights are zero.
+The steps contain no topology update; its time is in the last column. With the fused AdamW, the extra cost is one
+multiplication of every gradient by its mask. The unfused AdamW costs more on a CPU: it computes the square root of the
+second moments with a vector library that is slow at zeros, and the second moments of masked weights are zero.
 """
 GROWTHS = ("random", "gradient")
 DEVICE = torch.device(sys.argv[1] if len(sys.argv) > 1 else "cpu")

@@ -1,4 +1,4 @@
-"""`python3 benchmarks/gpu_session`, from any folder and with any Python that has PyTorch."""
+"""The program `python3 benchmarks/gpu_session`, for any folder and any Python with PyTorch."""
 
 import sys
 from pathlib import Path

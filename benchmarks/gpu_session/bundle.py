@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu_session.bundle FOLDER [--python 3.12] [--platform x86_64] [--given torch==2.11.0 …]
 
-Packages that are given are left out, with all their dependencies. pip resolves for that Python and those versions, and
-downloads. Needs a network, pip 23.3 or newer and `packaging`.
+Packages named by --given are left out, with all their dependencies. pip resolves the others for that Python and those
+versions, and downloads them. Needs a network, pip 23.3 or newer and `packaging`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _GLIBC = (*range(40, 16, -1), 12, 5)
 
 
 def platforms(machine: str) -> list[str]:
-    """Return the platforms whose wheels run on Linux on such a machine, the newest first."""
+    """Return the platforms whose wheels run on Linux on this type of machine, the newest first."""
     older = {17: "manylinux2014", 12: "manylinux2010", 5: "manylinux1"}
     names = [
         [f"manylinux_2_{minor}_{machine}", *([f"{older[minor]}_{machine}"] if minor in older else [])] for minor in _GLIBC
@@ -69,7 +69,7 @@ def wanted(report: Mapping[str, Any], roots: Sequence[str], given: Sequence[str]
 def _reached(
     found: Mapping[str, Any], environment: Mapping[str, str], lines: Sequence[str], there: frozenset[str]
 ) -> set[str]:
-    """Return the names of all packages that requirements lead to, without following those in `there`."""
+    """Return the names of all packages that requirements pull in, without following those in `there`."""
 
     def needs(lines: Sequence[str], extras: frozenset[str]) -> Iterator[tuple[str, frozenset[str]]]:
         for requirement in map(Requirement, lines):
@@ -116,7 +116,7 @@ def fill(folder: Path, python: str, machine: str, given: Sequence[str]) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Fill the folder and print what it holds."""
+    """Fill the folder and print a summary of its contents."""
     parser = argparse.ArgumentParser(prog="bundle", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--python", default="3.12", help="version of the Python on the other machine; default 3.12")

@@ -1,4 +1,4 @@
-"""A single job: compute it on the GPU, compare it with float64, and return a row."""
+"""A single job: compute a problem on the GPU, compare it with float64, and return a row."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Checks every compiled kernel against float64, in several processes, because compiling takes nearly all of the time.
+"""Check every compiled kernel against float64, in several processes, because compiling takes nearly all of the time.
 
     python3 -m benchmarks.gpu_session.correctness --csv FILE [--until SECONDS] [--workers 12] [--small]
 
 Every row is written at once. A job that hangs, or that makes its process lose the GPU, affects no other job: its process is
-replaced. Heavy imports wait until the processes have been started, because all of them import the same modules.
+replaced. Heavy imports are delayed until the processes have been started, because all of them import the same modules.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LONGEST_JOB = 60.0
 """Seconds after which a job is considered to hang."""
 MOST_WORKERS = 12
 ENDS = "ends"
-"""Key in the answer of a process: whether it accepts no more jobs."""
+"""Key in the answer of a process that tells whether it accepts no more jobs."""
 
 
 def all_jobs(small: bool) -> list[Job]:
@@ -65,7 +65,7 @@ def work(small: bool) -> int:
 
 
 def _is_healthy(device: torch.device) -> bool:
-    """Return whether the device accepts more calls: after a fault in a kernel the process cannot use it."""
+    """Return whether the device accepts more calls: after a fault in a kernel, the process can no longer use it."""
     import torch
 
     try:
@@ -77,7 +77,7 @@ def _is_healthy(device: torch.device) -> bool:
 
 
 class Worker:
-    """A process that runs jobs, replaced whenever it has ended."""
+    """A process that runs jobs and is replaced whenever it has ended."""
 
     def __init__(self, command: Sequence[str]) -> None:
         self._command, self._process = list(command), None
@@ -85,7 +85,7 @@ class Worker:
         self._running()
 
     def ask(self, number: int, seconds: float) -> dict[str, Any] | str:
-        """Return the row of a job, or why there is none."""
+        """Return the row of a job, or the reason why there is none."""
         try:
             process = self._running()
             assert process.stdin is not None
@@ -164,7 +164,7 @@ class Run:
             answer = worker.ask(number, min(left, LONGEST_JOB))
             if isinstance(answer, str):
                 if time.monotonic() >= self._deadline:
-                    break  # it had less time than it may take
+                    break  # the job had less time than it may take
                 answer = row_of(self.todo[number]) | {"verdict": f"FAILED: {answer}"}
             self._note(answer)
         worker.end()
@@ -187,7 +187,7 @@ def main(
     """Run all jobs, or those that the parent process requests; `program` starts this program again."""
     parser = argparse.ArgumentParser(prog="correctness")
     parser.add_argument("--csv", type=Path)
-    until = "when to stop, in seconds since 1970, because imports take time too"
+    until = "when to stop, in seconds since 1970, because imports take time, too"
     parser.add_argument("--until", type=float, default=time.time() + 90, help=until)
     parser.add_argument("--workers", type=int, default=max(1, min(MOST_WORKERS, (os.cpu_count() or 2) - 1)))
     parser.add_argument("--small", action="store_true")

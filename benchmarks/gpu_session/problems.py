@@ -38,7 +38,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer: images (N, C, H, W), the rectangles that they are convolved with, and whether its network is tuned."""
+    """A layer: images (N, C, H, W), the rectangles to convolve them with, and whether its network is tuned."""
 
     name: str
     shape: tuple[int, int, int, int]
@@ -80,7 +80,7 @@ def layers() -> list[Layer]:
 
 @dataclass(frozen=True)
 class Job:
-    """A problem and the configuration to compute it with; `chosen` if it is the one in use."""
+    """A problem and the configuration to compute it with; `chosen` if that configuration is in use."""
 
     layer: str
     kind: str
@@ -113,7 +113,7 @@ def problems(layer: Layer, kind: str, device: str) -> Iterator[Problem]:
 
 
 def maximal(kernels: Sequence[Size]) -> list[int]:
-    """Return the indices of the rectangles of the folded layer: those inside another one are added to it."""
+    """Return the indices of the rectangles of the folded layer: rectangles inside another one are added to it."""
     distinct = sorted({size: number for number, size in reversed(list(enumerate(kernels)))}.values())
     return [i for i in distinct if not any(i != j and _covers(kernels[j], kernels[i]) for j in distinct)]
 
@@ -126,10 +126,10 @@ def jobs(device: str, chip: Chip, name: str, small: bool = False) -> list[Job]:
     """Return all jobs, the most important first.
 
     First come the configurations in use, by type; then the best of every other kernel; then, in bfloat16, those that tuning
-    will try for the networks: tuning has a single process, and finds them compiled by the many processes here.
+    will try for the networks. Tuning has a single process, and uses the programs that the many processes here compiled.
 
     Args:
-        device: "cuda", or "cpu" where kernels are interpreted.
+        device: "cuda", or "cpu" if kernels are interpreted.
         chip: the GPU.
         name: its full name.
         small: use tiny problems of the same kinds.

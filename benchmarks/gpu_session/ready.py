@@ -16,7 +16,7 @@ NEEDED = ("torch", "torchvision", "triton", "numpy", "timm", "jsonargparse", "ri
 
 
 def missing() -> list[str]:
-    """Return the packages that cannot be imported, each with the reason."""
+    """Return the packages that cannot be imported, each with its reason."""
     found = []
     for name in NEEDED:
         try:
@@ -52,7 +52,7 @@ def facts() -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> int:
-    """Write the facts; print what is missing and return 2 if nothing can be measured."""
+    """Write the facts; if nothing can be measured, print the reason and return 2."""
     lacking = missing()
     if lacking:
         print(f"error: this Python lacks {'; '.join(lacking)}. `make offline-bundle` fills a folder to give as --wheels.")

@@ -33,8 +33,8 @@ class Record:
     """The folder of the results, with a log and a summary that are kept up to date.
 
     Args:
-        folder: exists and is writable.
-        facts: come first in the summary; more may be added at any time.
+        folder: the folder, which exists and is writable.
+        facts: facts for the beginning of the summary; more may be added at any time.
         screen: stream that also receives the output; standard output by default.
     """
 
@@ -47,7 +47,7 @@ class Record:
         self._started = time.monotonic()
 
     def output(self, data: bytes, always: bool = False) -> None:
-        """Append to the log, unless it is too long already, and to the screen."""
+        """Append to the log, unless it is already too long, and to the screen."""
         with self._lock:
             room = len(data) if always else max(0, LONGEST_LOG - self._written)
             self._log.write(data[:room])

@@ -1,4 +1,4 @@
-"""Runs stages one after the other, each with its own deadline, whether or not the others succeed."""
+"""A schedule that runs stages one after another, each with its own deadline, whether or not the others succeed."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Stage:
     Attributes:
         name: short name for the summary.
         command: returns the program and its arguments, given the seconds that the stage has.
-        share: of the time that is left when the stage begins, relative to the shares of the stages after it.
-        least: seconds that it needs at least; with less it is not started.
-        most: seconds that it gets at most.
+        share: share of the time that is left when the stage begins, relative to the shares of later stages.
+        least: minimum number of seconds; with less, it is not started.
+        most: maximum number of seconds.
         needs: stages that must have succeeded.
         environment: variables for this stage only.
     """
@@ -63,7 +63,7 @@ class Result:
 
 
 class Recorder(Protocol):
-    """Records what happens."""
+    """The interface of a recorder of output and states."""
 
     def output(self, data: bytes) -> None:
         """Record the output of a stage."""
@@ -73,19 +73,19 @@ class Recorder(Protocol):
 
 
 def budget(stages: Sequence[Stage], left: float) -> float:
-    """Return the seconds of the first stage; what earlier ones left over is shared among all that follow."""
+    """Return the seconds for the first stage; time left over by earlier stages is shared among all that follow."""
     total = sum(stage.share for stage in stages)
     return min(stages[0].most, max(0.0, left) * stages[0].share / total)
 
 
 class Schedule:
-    """Runs stages.
+    """A schedule of stages.
 
     Args:
-        stages: in their order.
-        seconds: for all of them together.
-        recorder: is informed of everything.
-        environment: of the commands.
+        stages: the stages in order.
+        seconds: time for all of them together.
+        recorder: receives all output and states.
+        environment: environment of the commands.
         clock: returns the time in seconds.
     """
 
@@ -103,7 +103,7 @@ class Schedule:
         self.results = [Result(stage.name) for stage in self.stages]
 
     def run(self) -> list[Result]:
-        """Run all stages; a failure does not keep later stages from running.
+        """Run all stages; a failure does not prevent later stages from running.
 
         Raises:
             KeyboardInterrupt: if the session is interrupted, after the stage has been ended and everything recorded.
@@ -146,7 +146,7 @@ class Schedule:
         except subprocess.TimeoutExpired:
             end_group(process, GRACE)
             result.state, result.exit = OUT_OF_TIME, process.poll()
-            result.reason = f"its {result.budget:.0f} s were over; what it has written by then is kept"
+            result.reason = f"its {result.budget:.0f} s were over; its results up to then are kept"
         except KeyboardInterrupt:
             if process is not None:
                 end_group(process, 1.0)
@@ -185,7 +185,7 @@ def last_words(tail: Sequence[bytes], code: int) -> str:
 
 
 def end_group(process: subprocess.Popen[bytes], grace: float) -> None:
-    """End a process and all that it has started: ask first if there is time, then kill."""
+    """End a process and all processes that it has started: ask first if there is time, then kill."""
     if grace and process.poll() is None:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGINT)
@@ -193,6 +193,6 @@ def end_group(process: subprocess.Popen[bytes], grace: float) -> None:
             process.wait(grace)
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    # A process that hangs in the driver survives even that; other stages must not wait for it.
+    # A process that hangs in the driver survives even SIGKILL; other stages must not wait for it.
     with suppress(subprocess.TimeoutExpired):
         process.wait(GRACE)

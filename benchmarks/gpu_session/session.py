@@ -28,9 +28,9 @@ ROOT = Path(__file__).resolve().parents[2]
 BUNDLE = ROOT / "build" / "offline-bundle"
 MINUTES = 9.0
 _RESERVE = 6.0
-"""Seconds reserved for what follows the last stage."""
+"""Seconds reserved for the work after the last stage."""
 _USAGE_ERROR = 2
-# Variables that would change what is measured, or point to files that must not be used.
+# Variables that would change the measurements, or that point to files that must not be used.
 _DROPPED = ("TRITON_INTERPRET", "WIDEKERNEL_REQUIRE_NATIVE", "WIDEKERNEL_LIBRARY", "WIDEKERNEL_ISA", "PYTHONHOME")
 
 
@@ -92,7 +92,7 @@ def _folder(path: Path) -> Path:
 
 
 def _scratch(out: Path) -> Path:
-    """Create a folder for caches and unpacked packages: home folder and source tree need not be writable."""
+    """Create a folder for caches and unpacked packages, because home folder and source tree may not be writable."""
     try:
         return Path(tempfile.mkdtemp(prefix="widekernel-"))
     except OSError:
@@ -170,7 +170,7 @@ def environment(scratch: Path) -> dict[str, str]:
 
 
 class _FactRecorder:
-    """Passes everything on to the record, with the facts about the machine once they are known."""
+    """A recorder that passes everything on to the record, with the facts about the machine once they are known."""
 
     def __init__(self, record: Record, found: Path) -> None:
         self._record, self._found = record, found

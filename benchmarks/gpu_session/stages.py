@@ -17,9 +17,9 @@ PRETENSE = "tests.gpu_session.pretense"
 """The module that runs a stage on a pretended GPU."""
 _COMMAND_LINE = "import sys; from widekernel.cli.main import main; sys.exit(main(sys.argv[1:]))"
 _TO_END = 8.0
-"""Seconds that a stage with its own time limit needs to report and end, which takes a while with PyTorch."""
+"""Seconds that a stage with its own time limit needs to report and exit, which takes a while with PyTorch."""
 _RESERVE = 30.0
-"""Seconds of a stage kept free for imports, for finishing what was started, and for writing the page."""
+"""Seconds of a stage reserved for imports, for finishing started work, and for writing the page."""
 
 
 def program(rehearsal: bool, module: str) -> list[str]:
@@ -32,7 +32,7 @@ def program(rehearsal: bool, module: str) -> list[str]:
 
 
 def working(seconds: float) -> float:
-    """Return how many of the seconds of a stage have passed when nothing new may be started."""
+    """Return the number of seconds, out of `seconds`, after which a stage may not start anything new."""
     return max(0.5 * seconds, seconds - _RESERVE)
 
 

@@ -1,4 +1,4 @@
-"""Unpacks the packages that a Python lacks from a folder of wheels; being archives, they need neither pip nor a network.
+"""Unpack the packages that a Python lacks from a folder of wheels; wheels are archives, so no pip or network is needed.
 
 python3 -m benchmarks.gpu_session.wheels WHEELS FOLDER        # then PYTHONPATH=FOLDER
 """
@@ -38,7 +38,7 @@ class Wheel:
         return cls(path, normalized(parts[0]), parts[1], parts[-3], parts[-2])
 
     def fits(self, version: tuple[int, int]) -> bool:
-        """Return whether it fits that version of Python; the folder is for a single platform."""
+        """Return whether the wheel is for that version of Python; the folder is for a single platform."""
         tags = self.python.split(".")
         if "py3" in tags or f"cp{version[0]}{version[1]}" in tags:
             return True
@@ -77,13 +77,15 @@ def unpack(folder: Path, target: Path) -> tuple[list[str], list[str]]:
     """Unpack the packages that this Python lacks.
 
     Returns:
-        what was unpacked, and needed wheels that are for another Python, as NAME VERSION.
+        the unpacked packages, and the needed wheels that are for another Python, as NAME VERSION.
 
     Raises:
         ValueError: if there is no such folder, or a file in it is not a wheel.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder of wheels: fill it on a machine with a network, by `make offline-bundle`")
+        raise ValueError(
+            f"{folder} is not a folder of wheels: fill it with `make offline-bundle` on a machine with a network"
+        )
     least, unpacked, foreign = minima(), [], []
     for path in sorted(folder.glob("*.whl")):
         wheel = Wheel.of(path)

@@ -1,8 +1,8 @@
 // The C interface of the native CPU backend. Plain C types only: the library knows nothing of Python or PyTorch, so one build
 // serves every version of both.
 //
-// All sizes are in elements. An image tensor is (image, channel, row, column) with any strides as long as either the channels
-// or the columns are next to each other in memory (stride 1).
+// All sizes are in elements. An image tensor is (image, channel, row, column) with any strides, as long as either the channels
+// or the columns are contiguous in memory (stride 1).
 #ifndef WIDEKERNEL_H
 #define WIDEKERNEL_H
 
@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-// Raised whenever a structure or a function here changes its meaning.
+// Incremented whenever a structure or a function here changes its meaning.
 #define WK_ABI 2
 // Most passes and kernels of one call.
 #define WK_MOST_PASSES 16
@@ -22,12 +22,12 @@ enum wk_dtype { WK_FLOAT32 = 0, WK_BFLOAT16 = 1, WK_FLOAT16 = 2 };
 
 // How one rectangle is computed.
 enum wk_method {
-    WK_DIRECT = 0,             // tap by tap; the error of an output depends on the pixels under the kernel only
+    WK_DIRECT = 0,             // tap by tap; the error of an output depends only on the pixels under the kernel
     WK_HYBRID_ALONG_ROWS = 1,  // Fourier transform along the width, direct along the height
     WK_HYBRID_ALONG_COLUMNS = 2,  // Fourier transform along the height, direct along the width
 };
 
-// What a function returns: 0, or one of these. wk_error_text explains them.
+// Return values of functions: 0, or one of these. wk_error_text explains them.
 enum wk_error { WK_OK = 0, WK_BAD_ARGUMENT = 1, WK_OUT_OF_MEMORY = 2 };
 
 typedef struct {
@@ -35,13 +35,13 @@ typedef struct {
     int64_t image, channel, row, column;  // strides
 } wk_tensor;
 
-// A kernel as it is executed: (row, column) is the tap that sits on the output pixel.
+// A kernel as executed: (row, column) is the tap that sits on the output pixel.
 typedef struct {
     int32_t rows, columns, row, column;
     int32_t method;
 } wk_pass;
 
-// A kernel as the caller has it, added into the pass with that index, anchor on anchor. Taps outside the pass are left out.
+// A kernel of the caller, added into the pass with that index, with the anchors aligned. Taps outside the pass are left out.
 typedef struct {
     const float *taps;  // (channels, rows, columns)
     int32_t rows, columns, row, column;
@@ -72,26 +72,26 @@ typedef struct {
 int32_t wk_abi(void);
 // The instruction set in use: "avx512", "avx2", "neon" or "portable".
 const char *wk_isa(void);
-// Use that instruction set from now on, for tests and comparisons; WK_BAD_ARGUMENT if this build or processor lacks it.
+// Use the instruction set `name` from now on, for tests and comparisons; WK_BAD_ARGUMENT if this build or processor lacks it.
 int32_t wk_use_isa(const char *name);
-// Number of channels computed together, the width of a vector.
+// Number of channels computed together: the width of a vector.
 int32_t wk_lanes(void);
 // Use the OpenMP runtime that was loaded from the file `path`. Returns 1 if it provides threads, else 0.
 int32_t wk_bind_openmp(const char *path);
 
 int32_t wk_depthwise_sum(const wk_sum *call);
 int32_t wk_depthwise_weight_grad(const wk_weight_grad *call);
-// The same with other addresses in place of those in `call`, which stays as it is and may be used by several threads at once:
-// sizes and strides are filled in once. `taps` has one address for each rect.
+// The same with other addresses instead of those in `call`. `call` does not change, so its sizes and strides are filled in once,
+// and several threads may use it at the same time. `taps` has one address for each rect.
 int32_t wk_depthwise_sum_at(const wk_sum *call, const void *x, void *y, const float *const *taps, const float *scale,
                             const float *shift, int32_t relu);
 int32_t wk_depthwise_weight_grad_at(const wk_weight_grad *call, const void *x, const void *grad, float *taps);
-// Bytes of working memory of a call: of each thread, and of what all threads share (the packed kernels).
+// Bytes of working memory of a call: for each thread, and shared by all threads (the packed kernels).
 void wk_sum_workspace(const wk_sum *call, int64_t *per_thread, int64_t *shared);
 void wk_weight_grad_workspace(const wk_weight_grad *call, int64_t *per_thread, int64_t *shared);
 const char *wk_error_text(int32_t error);
 
-// Measured peak of fused multiply-adds, in floating-point operations a second.
+// Measured peak of fused multiply-adds, in floating-point operations per second.
 double wk_fma_peak(int32_t threads, double seconds);
 
 #ifdef __cplusplus

@@ -1,4 +1,4 @@
-// The C interface: checks what it is given and passes it on to the kernels of this processor.
+// The C interface: checks its arguments and passes them on to the kernels for this processor.
 #include "kernels.hpp"
 
 #include <cstring>
@@ -33,7 +33,7 @@ bool has_avx512() {
 #endif
 }
 
-// The kernels called `name`, or the best ones for an empty name; null if this build or processor lacks them.
+// The kernels named `name`, or the best ones for an empty name; null if this build or processor lacks them.
 const Kernels *find(const char *name) {
     const bool best = !*name;
 #if defined(__x86_64__)

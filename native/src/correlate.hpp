@@ -1,8 +1,8 @@
 // The micro-kernels: windowed one-dimensional correlations of vectors, with their outputs kept in registers.
 //
-// All three passes of a depthwise convolution are made of them. The window w slides: a row of the kernel (forward, input
-// gradient) or of the output's gradient (weight gradient). Steps where some output has left the window are unrolled, so that
-// padding costs nothing.
+// All three passes of a depthwise convolution consist of them. The sliding window w is a row of the kernel (forward, input
+// gradient) or of the output's gradient (weight gradient). Steps in which some outputs are outside the window are unrolled, so
+// that padding costs nothing.
 #pragma once
 
 #include "simd.hpp"
@@ -12,7 +12,7 @@ namespace WK_NAMESPACE {
 
 // out[r][t] = start + Σ_n Σ_v x[n][r][v] · w[n][v - t]   for 0 ≤ n < repeats, lo ≤ v < hi, 0 ≤ v - t < taps
 //
-// where start is the contents of `out` if `add`, else the given vector. Strides of `out` and `x`, which need not be aligned, are
+// where start is the content of `out` if `add`, else the given vector. Strides of `out` and `x`, which need not be aligned, are
 // in floats; the taps of a row of the window are adjacent.
 struct Correlation {
     float *out;
@@ -45,7 +45,7 @@ template <int R, int T> struct Accumulators {
         });
     }
 
-    // One step v: outputs FIRST … LAST-1 see tap w[-t] relative to the step's own.
+    // One step v: output t, FIRST ≤ t < LAST, meets tap w[-t] relative to the step's own tap.
     template <int FIRST, int LAST> WK_INLINE void step(const float *x, int64_t x_row, const Vec *w) {
         Vec pixel[R];
         unroll<R>([&](auto r) { pixel[r] = *reinterpret_cast<const Loose *>(x + r * x_row); });
@@ -88,7 +88,7 @@ template <int R, int T> __attribute__((noinline)) void correlate(const Correlati
     acc.close(c);
 }
 
-// A number of taps K known to the compiler, also below T.
+// A number of taps K known at compile time, which may be below T.
 template <int K, int R, int T> __attribute__((noinline)) void correlate_few(const Correlation &c) {
     Accumulators<R, T> acc;
     acc.open(c);
@@ -149,8 +149,8 @@ struct ComplexCorrelation {
     int64_t taps, lo, hi;
 };
 
-// One step v: outputs FIRST … LAST-1 see tap v - t. The sums are arrays of their own: as members of one object the compiler writes
-// them to memory at every step.
+// One step v: outputs FIRST … LAST-1 meet tap v - t. The sums are separate arrays: as members of one object, the compiler would
+// write them to memory at every step.
 template <int FIRST, int LAST, int T>
 WK_INLINE void complex_step(Vec (&p)[T], Vec (&q)[T], Vec (&s)[T], const Vec *xr, const Vec *xi, const Vec *wp, const Vec *wq,
                             const Vec *ws) {
@@ -163,8 +163,8 @@ WK_INLINE void complex_step(Vec (&p)[T], Vec (&q)[T], Vec (&s)[T], const Vec *xr
     });
 }
 
-// T steps in which every output sees a tap. The window stays in registers and each step loads only the tap that enters it, which
-// takes the place of the one that leaves: three loads in a step instead of 3 T.
+// T steps in which every output meets a tap. The window stays in registers, and each step loads only the tap that enters it, which
+// replaces the one that leaves: three loads per step instead of 3 T.
 template <int T>
 WK_INLINE void complex_steps(Vec (&p)[T], Vec (&q)[T], Vec (&s)[T], Vec (&in_p)[T], Vec (&in_q)[T], Vec (&in_s)[T], const Vec *xr,
                              const Vec *xi, const Vec *wp, const Vec *wq, const Vec *ws) {

@@ -23,10 +23,10 @@ struct Tiles {
 };
 
 // out[a][b] = start + Σ_ij x[a + i - anchor.rows][b + j - anchor.columns] · window[i][j], pixels outside x being zero, where
-// start is the contents of `out` if `add`, else the given vector.
+// start is the content of `out` if `add`, else the given vector.
 //
 // With `margin`, MARGIN rows of zeros lie in memory above and below x, and both rows of a tile run over the union of their
-// kernel rows; without it they share what they have in common, and the rest is added row by row.
+// kernel rows. Without it, they run together over the rows that they have in common, and the rest is added row by row.
 struct Direct {
     Field out;
     Extent outputs;
@@ -45,7 +45,7 @@ struct Direct {
     // Output rows a … a + MOST_ROWS - 1, as far as there are any.
     void rows(const Tiles &tiles, int64_t a) const {
         const int64_t count = least(MOST_ROWS, outputs.rows - a);
-        // The kernel rows that see the image from row a, and from the last of these rows.
+        // The kernel rows that meet the image from row a, and from the last of these rows.
         const int64_t first = most(0, anchor.rows - a), last = least(taps.rows, size.rows + anchor.rows - a);
         const int64_t above = most(0, first - (count - 1)), below = least(taps.rows, size.rows + anchor.rows - a - (count - 1));
         if (margin || count == 1) {

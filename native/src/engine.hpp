@@ -9,14 +9,14 @@
 namespace wk {
 namespace WK_NAMESPACE {
 
-// A block and what is computed from it should stay in the second-level cache.
+// A block and its results should stay in the second-level cache.
 constexpr int64_t CACHED_VECTORS = (int64_t{5} << 18) / static_cast<int64_t>(sizeof(Vec));
 // Blocks that are packed together when channels are adjacent; the transforms need room in the cache, too.
 constexpr int64_t MOST_TOGETHER = 8, MOST_TOGETHER_HYBRID = 4;
 
-// A pass as it is computed: taller kernels are turned, so that the long axis is the one that the micro-kernels slide along.
+// A pass as computed: tall kernels are transposed, so that the micro-kernels slide along the long axis.
 struct Step {
-    Extent taps, anchor;  // turned, if turned
+    Extent taps, anchor;  // transposed, if `turned`
     bool turned, hybrid;
     Tiling tiling;
     Tables tables;
@@ -66,7 +66,7 @@ struct Padded {
     explicit Padded(Extent extent) : rows(extent.rows), columns(extent.columns), pitch((extent.columns + 2 * MARGIN) | 1) {}
     int64_t room() const { return (rows + 2 * MARGIN) * pitch; }
 
-    // The plane in that memory, its margin cleared.
+    // The plane in that memory, with its margin cleared.
     Plane plane(Vec *at) const {
         clear(at, MARGIN * pitch);
         clear(at + (rows + MARGIN) * pitch, MARGIN * pitch);
@@ -95,7 +95,7 @@ inline int64_t bands_for(int64_t pieces, int64_t threads, int64_t height, int64_
     return least(most(bands, 1), height);
 }
 
-// Kernels with at most so many taps are computed in place if the channels of the image are adjacent: packing would take as long.
+// Kernels with at most this many taps are computed in place if the image's channels are adjacent: packing would take as long.
 constexpr int64_t FEW_TAPS = 64, NARROW_MAP = 40;
 inline int lanes_of(int64_t block, int64_t channels) { return static_cast<int>(least(LANES, channels - block * LANES)); }
 

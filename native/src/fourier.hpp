@@ -1,8 +1,8 @@
 // Real Fourier transforms of short signals, written as small matrix products: scalar coefficient × vector of channels.
 //
-// A transform of length L over signals that reach at most `reach` pixels to each side of their center. Cosines are even and
-// sines odd about the center, and frequency L/2 - f differs from f only in the sign of the odd pixels, so four sums over a
-// quarter of the terms each give both frequencies. No fast Fourier transform takes fewer operations at these lengths, and
+// A transform of length L over signals that extend at most `reach` pixels to each side of their center. Cosines are even and
+// sines odd about the center, and frequency L/2 - f differs from f only in the sign of the odd pixels. So four sums, each over
+// a quarter of the terms, yield both frequencies. No fast Fourier transform takes fewer operations at these lengths, and
 // L may be any multiple of 4.
 #pragma once
 
@@ -68,7 +68,7 @@ inline Transform analysis(const Circle &circle, int64_t reach, int sign, float *
     return t;
 }
 
-// Frequencies to pixels: frequencies other than 0 and L/2 stand for their conjugate too.
+// Frequencies to pixels: frequencies other than 0 and L/2 also represent their conjugates.
 inline Transform synthesis(const Circle &circle, int64_t reach, float *store) {
     Transform t{circle.length, reach, {}, {}, {}, {}};
     auto scale = [&](int64_t f) { return (f == 0 ? 1.0 : 2.0) / double(circle.length); };
@@ -128,7 +128,7 @@ template <int PLANES> WK_INLINE void keep(const Spectrum &to, int64_t frequency,
     }
 }
 
-// Transform R lines. Pixel s of line r is signal.at[s · column + r · row], -before ≤ s ≤ after; those further out are zero.
+// Transform R lines. Pixel s of line r is signal.at[s · column + r · row], -before ≤ s ≤ after; all others are zero.
 template <int PLANES, int R>
 __attribute__((noinline)) void analyse_lines(const Transform &t, const Plane &signal, int64_t before, int64_t after,
                                              const Spectrum &to, int64_t line, Vec *folded) {
@@ -162,7 +162,7 @@ __attribute__((noinline)) void analyse_lines(const Transform &t, const Plane &si
     });
 }
 
-// The inverse: pixels -before … after of R lines, added to what is there where ADD is set.
+// The inverse: pixels -before … after of R lines, added to the existing values if ADD is set.
 template <bool ADD, int R>
 __attribute__((noinline)) void synthesise_lines(const Transform &t, const Spectrum &from, int64_t line, const Plane &signal,
                                                 int64_t before, int64_t after, Vec *folded) {

@@ -1,6 +1,6 @@
 // The hybrid algorithm: a Fourier transform along one axis, and for each frequency a direct correlation along the other.
 //
-// Written for a transform along the columns of a plane; transposed planes give the other orientation.
+// Written for a transform along the columns of a plane; the other orientation uses transposed planes.
 #pragma once
 
 #include "direct.hpp"
@@ -9,7 +9,7 @@
 namespace wk {
 namespace WK_NAMESPACE {
 
-// How the transformed axis is cut up, and how far the three signals reach from the center of a tile.
+// How the transformed axis is cut into tiles, and how far the three signals extend from the center of a tile.
 struct Tiling {
     int64_t tiles, tile, length;
     int64_t reach_in, reach_out, reach_taps;
@@ -24,7 +24,7 @@ inline Tiling tiling_of(int64_t tiles, int64_t outputs, int64_t inputs, int64_t 
     t.tile = ceil_div(outputs, tiles);
     t.reach_taps = most(anchor, taps - 1 - anchor);
     t.reach_out = t.tile / 2;
-    // What a tile sees of the input. The transform is circular: it must be so long that whatever wraps around lands outside.
+    // The part of the input that a tile sees. The transform is circular: it must be so long that values wrap around to the outside.
     int64_t seen = tiles == 1 ? inputs : least(inputs, t.tile + 2 * t.reach_taps);
     t.reach_in = tiles == 1 && inputs == outputs ? t.tile / 2 : t.tile / 2 + t.reach_taps;
     int64_t wrapped = tiles == 1 && inputs == outputs ? seen + t.reach_taps : t.tile + 2 * t.reach_taps;
@@ -32,7 +32,7 @@ inline Tiling tiling_of(int64_t tiles, int64_t outputs, int64_t inputs, int64_t 
     return t;
 }
 
-// Multiply-adds of transforming and correlating one plane, which decides into how many tiles it is cut.
+// Multiply-adds of transforming and correlating one plane; they determine the number of tiles.
 inline double hybrid_cost(const Tiling &t, int64_t lines_in, int64_t lines_out, int64_t window) {
     double there = double(lines_in) * double(t.length / 4 + 1) * double(2 * t.reach_in + 1);
     double back = double(lines_out) * double(t.length / 4 + 1) * double(2 * t.reach_out + 1);
@@ -59,7 +59,7 @@ struct Tables {
                coefficients_needed(t.length, t.reach_taps);
     }
 
-    // For a sum the kernel is the window and pixels are the output; for a weight gradient it is the other way round.
+    // For a sum the kernel is the window and pixels are the output; for a weight gradient, it is the reverse.
     static Tables make(const Tiling &t, bool weight_grad, float *store) {
         Circle circle(t.length);
         Tables tables;
@@ -101,7 +101,7 @@ inline void correlate_frequency(Vec *re, Vec *im, bool add, const Vec *xr, const
     }
 }
 
-// Lines of working memory a column of the input's spectrum needs: outputs overwrite inputs that lie `anchor` lines further.
+// Lines of working memory for a column of the input's spectrum: outputs overwrite inputs that lie `anchor` lines further on.
 inline int64_t spectrum_lines(int64_t inputs, int64_t anchor) { return (inputs + anchor) | 1; }
 
 // out[a][b] (+)= Σ_ij x[a + i - anchor.rows][b + j - anchor.columns] · window[i][j], the window given by its spectrum.

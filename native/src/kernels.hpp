@@ -1,8 +1,8 @@
-// What each instruction set's translation unit offers to the rest of the library.
+// The interface of each instruction set's translation unit to the rest of the library.
 //
 // The units are compiled with different flags, so they must not share inline functions: the linker keeps one copy of each,
-// perhaps the one with instructions that this processor lacks. Everything below therefore lives in one namespace a unit, and
-// the units use no templates of the standard library but compile-time ones.
+// perhaps the one with instructions that this processor lacks. Therefore, everything below lives in one namespace per unit, and
+// the units use no templates of the standard library except compile-time ones.
 #pragma once
 
 #include "widekernel.h"

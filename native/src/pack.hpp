@@ -1,4 +1,4 @@
-// Between the caller's tensors and packed blocks: LANES channels of one image, pixel by pixel, one vector each.
+// Conversion between the caller's tensors and packed blocks: LANES channels of one image, pixel by pixel, one vector each.
 #pragma once
 
 #include "simd.hpp"
@@ -37,12 +37,12 @@ template <class Type> struct Block {
 
 WK_INLINE int64_t absolute(int64_t value) { return value < 0 ? -value : value; }
 
-// Whether pixels are read one after the other with their channels side by side.
+// Whether the channels of a pixel are adjacent, so that pixels are read one after another.
 template <class Type> WK_INLINE bool channels_adjoin(const Block<Type> &block) {
     return block.channel == 1 || block.channels == 1;
 }
 
-// Goes through the pixels of a plane row by row. Rows may be as short as a few pixels, so their ends cost no branch.
+// Visits the pixels of a plane row by row. Rows may be only a few pixels long, so their ends cost no branch.
 struct Walk {
     Vec *at;
     int64_t columns, column = 0, step, turn;
@@ -71,8 +71,8 @@ template <class Type> void pack(const Plane &to, const Block<Type> &from, int64_
         }
         return;
     }
-    // Columns are side by side: squares of LANES channels × LANES pixels are transposed. Rows that follow each other without
-    // a gap are read as one, or narrow maps would leave most of each square empty.
+    // Columns are adjacent: squares of LANES channels × LANES pixels are transposed. Rows without a gap between them are read
+    // as one; otherwise narrow maps would leave most of each square empty.
     bool joined = from.row == columns;
     int64_t runs = joined ? 1 : rows, length = joined ? rows * columns : columns;
     for (int64_t run = 0; run < runs; run++) {
@@ -97,7 +97,7 @@ template <class Type> void pack(const Plane &to, const Block<Type> &from, int64_
     }
 }
 
-// Copy a plane into rows [0, rows) × columns [0, columns) of a block; `finish` maps each vector on its way out.
+// Copy a plane into rows [0, rows) × columns [0, columns) of a block; `finish` maps each vector before it is stored.
 template <class Type, class Finish>
 void unpack(const Block<Type> &to, const Plane &from, int64_t rows, int64_t columns, Finish &&finish) {
     if (channels_adjoin(to)) {
@@ -137,7 +137,7 @@ void unpack(const Block<Type> &to, const Plane &from, int64_t rows, int64_t colu
 }
 
 // The same for several neighboring blocks whose channels are adjacent. A single block is a short piece of every pixel, which
-// caches and prefetchers handle badly: memory is read and written here in address order.
+// caches and prefetchers handle badly. Here, memory is read and written in address order.
 template <class Type>
 void pack_together(Vec *const *to, int64_t row, int64_t column, const Block<Type> &first, int64_t blocks, int last, int64_t rows,
                    int64_t columns) {

@@ -34,17 +34,17 @@ template <class F, int... I> WK_INLINE void unroll_impl(F &&f, std::integer_sequ
     (f(std::integral_constant<int, I>{}), ...);
 }
 
-// f(0), …, f(N-1) with compile-time arguments.
+// Calls f(0), …, f(N-1) with compile-time arguments.
 template <int N, class F> WK_INLINE void unroll(F &&f) { unroll_impl(f, std::make_integer_sequence<int, N>{}); }
 
 WK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 WK_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 WK_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Every lane the same; subtracting zero changes no value.
+// The same value in every lane; subtracting zero changes no value.
 WK_INLINE Vec all(float value) { return value - Vec{}; }
 
-// Keeps a value in a register: without it the compiler loads the same weight once for every row that uses it.
+// Keeps a value in a register: otherwise the compiler loads the same weight once for every row that uses it.
 WK_INLINE void hold(Vec &value) {
 #if defined(__x86_64__)
     asm("" : "+v"(value));
@@ -53,7 +53,7 @@ WK_INLINE void hold(Vec &value) {
 #endif
 }
 
-// sum + factor · *at, straight from memory. Left to itself the compiler loads many operands ahead and spills accumulators.
+// sum + factor · *at, directly from memory. Otherwise the compiler loads many operands in advance and spills accumulators.
 WK_INLINE Vec multiply_add(Vec sum, Vec factor, const Vec *at) {
 #if defined(__FMA__)
     asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(factor), "m"(*at));
@@ -71,7 +71,7 @@ template <class T> WK_INLINE T read(const void *from) {
 
 template <class T> WK_INLINE void write(void *to, const T &value) { __builtin_memcpy(to, &value, sizeof value); }
 
-// ---- the three storage types, always computed with as float ------------------------------------------------------------
+// ---- the three storage types; all computations are in float ------------------------------------------------------------
 
 struct Float32 {
     typedef float Stored;
@@ -184,7 +184,7 @@ template <class Type> WK_INLINE void store_some(typename Type::Stored *to, Vec v
 // ---- transposition of a square of LANES × LANES --------------------------------------------------------------------------
 
 template <int D, int... I> WK_INLINE void exchange(Vec &a, Vec &b, std::integer_sequence<int, I...>) {
-    // Of each pair of blocks of D lanes, `a` gets both first ones and `b` both second ones.
+    // From both pairs of blocks of D lanes, `a` gets the first blocks and `b` the second ones.
     Vec first = __builtin_shufflevector(a, b, ((I & D) ? LANES + (I ^ D) : I)...);
     b = __builtin_shufflevector(a, b, ((I & D) ? LANES + I : (I ^ D))...);
     a = first;

@@ -113,7 +113,7 @@ class Sum {
         return room;
     }
 
-    // Null if there is no memory, which is remembered.
+    // Null if there is no memory; the failure is recorded.
     char *own_block() {
         char *block = own_memory.at_least(own_bytes_);
         if (!block) __atomic_store_n(&out_of_memory_, 1, __ATOMIC_RELAXED);
@@ -142,7 +142,7 @@ class Sum {
         }
     }
 
-    // Add a kernel to that of its pass, anchor on anchor, turned as the pass is; the first one takes the place of what is there.
+    // Add a kernel to that of its pass, with the anchors aligned, transposed like the pass; the first one replaces the old values.
     void add_kernel(const Step &s, const wk_pass &pass, const wk_rect &rect, int64_t channel, Vec *kernel, Vec *loose,
                     bool first) {
         const int64_t area = int64_t{rect.rows} * rect.columns;
@@ -183,7 +183,7 @@ class Sum {
         const Place at = place(task);
         const Band band = band_at(at.band);
         const int64_t first = at.group * together_, blocks = least(together_, blocks_ - first);
-        // Tasks start in order: some thread is packing these kernels already.
+        // Tasks start in order, so another thread is already packing these kernels.
         for (int64_t b = 0; b < blocks; b++)
             while (!__atomic_load_n(&ready_[first + b], __ATOMIC_ACQUIRE)) sched_yield();
         if (in_place_ && lanes_of(first + blocks - 1, call_.channels) == LANES) {
@@ -191,7 +191,7 @@ class Sum {
             return;
         }
         const Padded padded(inputs_);
-        // One more plane than there are inputs: each output takes the place of the input before it.
+        // One more plane than there are inputs: each output replaces the previous input.
         Vec *planes[MOST_TOGETHER + 1];
         for (int64_t b = 0; b <= blocks; b++) planes[b] = own.planes + b * padded.room();
         Plane inputs[MOST_TOGETHER];
@@ -224,7 +224,7 @@ class Sum {
                 for (int64_t b = 0; b < blocks; b++) task[b].run();
                 continue;
             }
-            // Rows over all blocks, as they lie in memory. Of a wide map the rows under a kernel would not stay in the cache.
+            // Rows over all blocks, as in memory. The rows of a wide map under a kernel would not stay in the cache.
             const Tiles tiles(task[0].outputs.columns, s.taps.columns);
             for (int64_t a = 0; a < task[0].outputs.rows; a += MOST_ROWS)
                 for (int64_t b = 0; b < blocks; b++) task[b].rows(tiles, a);
@@ -293,7 +293,7 @@ class Sum {
     Extent outputs_, inputs_;
     Step steps_[MOST_PASSES];
     float *tables_[MOST_PASSES];
-    int32_t *ready_ = nullptr;  // by block: whether its kernels are packed
+    int32_t *ready_ = nullptr;  // for each block, whether its kernels are packed
 };
 
 }  // namespace WK_NAMESPACE

@@ -10,7 +10,7 @@
 #include <algorithm>
 #include <atomic>
 
-// Only what the C interface declares is exported.
+// Only the functions that the C interface declares are exported.
 #pragma GCC visibility push(default)
 #include "widekernel.h"
 #pragma GCC visibility pop
@@ -43,7 +43,7 @@ void *crew_member(void *job) {
     return nullptr;
 }
 
-// Threads of our own for one call: slower than a pool (some ten microseconds each), but a fork cannot have broken them.
+// New threads for one call: slower than a pool (some ten microseconds each), but a fork cannot have broken them.
 void work_with_new_threads(Job &job, int32_t threads) {
     pthread_t crew[most_threads];
     int32_t hired = 0;
@@ -54,8 +54,8 @@ void work_with_new_threads(Job &job, int32_t threads) {
 
 void note_fork() { forked.store(true, std::memory_order_relaxed); }
 
-// Whether this process is a copy of another one, made by fork without exec. That one may have used its pool before this library
-// was loaded. Linux only, from the flags of the process; elsewhere forks are noticed from the loading on.
+// Whether this process is a copy of another one, made by fork without exec. The parent may have used its pool before this
+// library was loaded. Works on Linux only, by the flags of the process; elsewhere, only forks after loading are noticed.
 bool is_forked_copy() {
 #ifdef __linux__
     int file = open("/proc/self/stat", O_RDONLY | O_CLOEXEC);
@@ -65,7 +65,7 @@ bool is_forked_copy() {
     close(file);
     if (length <= 0) return false;
     text[length] = 0;
-    // pid (name) state parent group session terminal foreground flags …; the name may hold anything, brackets too.
+    // pid (name) state parent group session terminal foreground flags …; the name may contain anything, including parentheses.
     const char *field = strrchr(text, ')');
     for (int i = 0; field && i < 7; ++i) field = strchr(field + 1, ' ');
     constexpr unsigned long fork_without_exec = 0x40;  // PF_FORKNOEXEC of the kernel
@@ -96,8 +96,8 @@ void parallel(int32_t threads, int64_t tasks, void (*run)(void *context, int64_t
         // A pool does not survive a fork: its threads stay behind in the parent, and GNU's runtime waits for them forever.
         work_with_new_threads(job, static_cast<int32_t>(std::min<int64_t>(threads, tasks)));
     } else {
-        // Never a smaller team for fewer tasks: GNU's runtime would end the threads left over and start them again for the next
-        // operator of PyTorch. Those that find no task leave at once.
+        // Never a smaller team for fewer tasks: GNU's runtime would end the surplus threads and start them again for the next
+        // operator of PyTorch. Threads that find no task return at once.
         open(work, &job, static_cast<unsigned>(threads), 0);
     }
 }
@@ -105,7 +105,7 @@ void parallel(int32_t threads, int64_t tasks, void (*run)(void *context, int64_t
 }  // namespace wk
 
 int32_t wk_bind_openmp(const char *path) {
-    // A second runtime would have a second pool, and the two would fight for the cores: take what is loaded or nothing.
+    // A second runtime would have a second pool, and the two would compete for the cores: use the loaded runtime or none.
     void *runtime = path ? dlopen(path, RTLD_NOW | RTLD_NOLOAD) : nullptr;
     void *symbol = runtime ? dlsym(runtime, "GOMP_parallel") : nullptr;
     if (!symbol) return 0;

@@ -1,4 +1,4 @@
-// The body of one instruction set's translation unit; see simd.hpp for what is defined before.
+// The body of one instruction set's translation unit; simd.hpp lists the macros that must be defined before it.
 #pragma once
 
 #include "sum.hpp"
@@ -47,7 +47,7 @@ inline int64_t multiply_add_for(double seconds) {
                 hold(chain[c]);
                 chain[c] = chain[c] * factor + step;
             });
-    // The compiler would drop results that nobody reads.
+    // The compiler would discard unused results.
     volatile float seen = 0;
     unroll<CHAINS>([&](auto i) { seen = seen + chain[i][0]; });
     return rounds * 10000 * CHAINS * LANES * 2;

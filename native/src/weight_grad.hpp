@@ -6,7 +6,7 @@
 namespace wk {
 namespace WK_NAMESPACE {
 
-// Pixels whose products are added up one after the other.
+// Number of pixels whose products are added up sequentially.
 constexpr int64_t LONGEST_SUM = 4096;
 
 class WeightGrad {
@@ -14,7 +14,7 @@ class WeightGrad {
     explicit WeightGrad(const wk_weight_grad &call)
         : call_(call), blocks_(ceil_div(call.channels, LANES)), step_(Step::of(call.pass)) {
         above_ = call.pass.row, below_ = call.pass.rows - 1 - call.pass.row;
-        // Sums over images are kept together if there are enough blocks; else every chunk has a sum of its own.
+        // With enough blocks, there is one sum over all images; otherwise every chunk has its own sum.
         const bool adjoin = call.x.channel == 1 && call.grad.channel == 1;
         together_ = blocks_together(adjoin, true, blocks_, call.images, call.threads);
         groups_ = ceil_div(blocks_, together_);
@@ -199,7 +199,7 @@ class WeightGrad {
     int out_of_memory_ = 0;
     Extent outputs_, inputs_;
     float *tables_ = nullptr;
-    int32_t *done_ = nullptr;  // by group: how many of its chunks have been added up
+    int32_t *done_ = nullptr;  // for each group, the number of chunks that have been added up
 };
 
 }  // namespace WK_NAMESPACE

@@ -1,4 +1,4 @@
-// Working memory: one block a thread, grown when a call needs more and used again by the next.
+// Working memory: one block per thread, grown when a call needs more, and reused by the next call.
 #pragma once
 
 #include "simd.hpp"
@@ -9,14 +9,14 @@ namespace wk {
 namespace WK_NAMESPACE {
 
 constexpr int64_t ALIGNMENT = 64;
-// A thread that needed more than this gives the memory back after the call.
+// A thread that needed more than this returns the memory after the call.
 constexpr int64_t KEPT_BYTES = int64_t{64} << 20;
 
 class Workspace {
   public:
     ~Workspace() { std::free(block_); }
 
-    // Null when there is no memory.
+    // Null if there is no memory.
     char *at_least(int64_t bytes) {
         if (bytes > size_) {
             std::free(block_);

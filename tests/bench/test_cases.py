@@ -53,7 +53,7 @@ def test_sweep_lists_what_it_leaves_out() -> None:
 
 
 def test_unknown_names_are_refused() -> None:
-    with pytest.raises(ArgumentError, match=r"no case 'replknt-1'.* Did you mean 'replknet-1'\?.*targets"):
+    with pytest.raises(ArgumentError, match=r"unknown case 'replknt-1'.* Did you mean 'replknet-1'\?.*targets"):
         choose(["replknt-1"])
 
 

@@ -76,7 +76,7 @@ def test_nothing_is_timed_if_the_operator_is_wrong(tmp_path: Path, capsys, spoil
     ("arguments", "message"),
     [
         (["op"], "cannot time 'op'. Did you mean 'ops'?"),
-        (["ops", "--cases", "slack-1"], "no case 'slack-1'. Did you mean 'slak-1'?"),
+        (["ops", "--cases", "slack-1"], "unknown case 'slack-1'. Did you mean 'slak-1'?"),
         (["ops", "--shape", "1,2,3,4"], "needs both, --shape and --kernel"),
         (["ops", "--shape", "1,2,3", "--kernel", "3x3"], "must be four numbers"),
         ([*TINY, "--batch", "3"], "leave batch out"),

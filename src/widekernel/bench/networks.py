@@ -280,7 +280,7 @@ class _Trial:
             error = math.nan if twin is None else relative_error(self._output(variant), self._output(twin))
             # Written so that NaN is an error as well.
             if not error <= allowed:
-                why = f"its output is off by {error:.2g} of the largest number without compiling, more than {allowed:.2g}"
+                why = f"compiling changes its output by {error:.2g} of the largest number, more than {allowed:.2g}"
                 self.failures[variant.name] = why
                 self.budget.wrong.append(f"{self.name}, {self.mode}, {variant.name}: {why}")
 
