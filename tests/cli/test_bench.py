@@ -139,7 +139,7 @@ def test_operators_on_a_device(tmp_path: Path, capsys, pretended: None) -> None:
     assert len(rows) == 4 * 3 * 2 and [row["dtype"] for row in rows[::6]] == ["bfloat16", "tf32", "float16", "float32"]
     page = files["markdown"].read_text()
     assert "`widekernel bench ops --shape 2,4,8,8 --kernel 5x5 --device cuda --rounds 1 --threads 1`" in page
-    assert "- driver 1, PyTorch 2" in page and "of floor: a share of 1 is out of reach" in page
+    assert "- driver 1, PyTorch 2" in page and "of floor: a share of 1 cannot be reached" in page
     assert files["plot"].read_bytes().startswith(b"\x89PNG")
 
 

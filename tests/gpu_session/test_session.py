@@ -47,7 +47,7 @@ def test_only_what_is_missing_or_too_old_is_unpacked(tmp_path: Path) -> None:
     assert minima()["timm"] and minima()["torch"] and minima()["jsonargparse"]
     timm = Wheel(tmp_path, "timm", "1000", "py3", "none")
     assert is_needed(timm, {"timm": "1000"}) and not is_needed(timm, {"timm": "0.1"}) and not is_needed(timm, {})
-    with pytest.raises(ValueError, match=r"no folder of wheels: fill it .* `make offline-bundle`"):
+    with pytest.raises(ValueError, match=r"not a folder of wheels: fill it .*`make offline-bundle`"):
         unpack(tmp_path / "none", tmp_path)
 
 

@@ -95,7 +95,7 @@ def test_invalid_output_strides() -> None:
         create("convnext_isotropic_nano", output_stride=16)
     assert create("convnext_isotropic_nano", output_stride=8)
     with pytest.raises(
-        ArgumentError, match="no rectangles and cannot be dilated: leave out output_stride, or padding='same'"
+        ArgumentError, match="not rectangles and cannot be dilated: leave out output_stride or padding='same'"
     ):
         create("slak_pw_nano", padding="same", output_stride=8)
 

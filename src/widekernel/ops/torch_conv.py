@@ -1,7 +1,7 @@
 """The operators computed by PyTorch's own convolutions, called only in forms that are not pathologically slow.
 
-Measured on a CPU (2 cores, AVX-512): a contiguous depthwise convolution slows down with the *width* of the kernel (31x31
-and 5x51 run at a twentieth of their channels_last speed; 51x5 is not slower), and PyTorch's own weight gradient is up to a
+Measured on a CPU (2 cores, AVX-512), a contiguous depthwise convolution slows down with the *width* of the kernel: 31x31 and
+5x51 run at a twentieth of their channels_last speed, while 51x5 is not slower. PyTorch's own weight gradient is up to a
 hundred times slower than the forward pass. So wide kernels run channels_last, and the weight gradient is a forward depthwise
 convolution of N*C channels with the gradient as the kernel.
 """

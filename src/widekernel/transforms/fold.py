@@ -21,9 +21,13 @@ def fold(model: ModelT) -> ModelT:
     absorbed. Batch norms before and after 1x1 convolutions and linear layers, and layer scales, are folded, too.
     Outputs in evaluation mode stay the same up to rounding.
 
-    Some layers are not folded; a warning names them and says why. They are layers that no single kernel equals (SLaK_pw with
-    `padding="same"`), layers with norms other than batch norms with running statistics, layers with hooks or with a
-    `forward` that was replaced on the instance, and layers whose folding would change the values that such a layer sees.
+    Some layers are not folded; a warning names them and says why:
+
+    * layers that no single kernel equals (SLaK_pw with `padding="same"`);
+    * layers with norms other than batch norms with running statistics;
+    * layers with hooks, or with a `forward` that was replaced on the instance;
+    * layers whose folding would change the values that such an altered layer sees.
+
     Modules that are used in several places stay shared, and values computed only from frozen parameters stay frozen. Masks
     of `torch.nn.utils.prune` and the old weight and spectral norms are made permanent in the copy.
 

@@ -48,7 +48,7 @@ def _nothing() -> None:
 
 @dataclass(frozen=True)
 class MeasurementSetup:
-    """Where and how candidates are measured.
+    """The device and the functions with which candidates are measured.
 
     Attributes:
         device: the device that computes.

@@ -38,8 +38,8 @@ def compact(model: ModelT, cost: CostModel | None = None, input_size: Sequence[i
 
     The result is in evaluation mode, whatever the mode of `model`. It can be moved, copied, compiled, exported and pickled,
     and its state dict loads into a network that was compacted from the same weights. It is meant for inference: further
-    training is not useful, there is no official checkpoint layout, and its files are not recognized by the name of the
-    network (save the masked network, and compact again after loading). It no longer counts as 2:4.
+    training is not useful. It has no official checkpoint layout, and its files are not recognized by the network's name:
+    save the masked network instead, and compact again after loading. It no longer counts as 2:4.
 
     Args:
         model: any module.

@@ -42,8 +42,8 @@ class _Pair(NamedTuple):
 def compacted_units(module: nn.Module, name: str) -> tuple[nn.Module, LayerReport] | None:
     """Return a block without its dead hidden units, and the report; None if it has no hidden units or none is dead.
 
-    A unit is dead if the second layer does not read it, or if it is constant because its row in the first layer is zero;
-    the constant moves to the bias of the second layer. Blocks are timm's `Mlp` without a norm between the layers, and all
+    A unit is dead if the second layer does not read it, or if it is constant because its row in the first layer is zero.
+    The constant moves to the bias of the second layer. Blocks are timm's `Mlp` without a norm between the layers, and all
     `Compactable` modules. If a hook or a replaced method could read or change the units, none is removed, and the report
     says so.
     """

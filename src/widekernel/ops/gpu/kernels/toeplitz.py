@@ -1,8 +1,8 @@
 """Banded Toeplitz products on tensor cores: sums of rectangles of any size, with several inputs or outputs in one launch.
 
 One row of a convolution is a product with a banded Toeplitz matrix. For a channel, a block of output pixels (RH rows by TW
-columns, the M of a matrix product) is the sum over input rows of `T · X`, in which X holds columns of that row (K) of many
-images and row blocks (N), and T[(r, j), i] = kernel[δ - r + row, i - j + column]. Padding rows are never visited. Columns
+columns, the M of a matrix product) is the sum over input rows of `T · X`. X holds columns of that row (K) of many images and
+row blocks (N). T[(r, j), i] = kernel[δ - r + row, i - j + column]. Padding rows are never visited. Columns
 outside the band are visited only where blocks of BK extend beyond it.
 
 The matrices T are not stored. `expand` stores every kernel row S times between zeros, each time shifted right by one. Then

@@ -1,7 +1,7 @@
 """Deterministic weight gradients: no atomics, a fixed split of the sum, float32 partial sums added in a fixed order.
 
 For one channel and one kernel row, G = Xᵀ·dY over images and rows is a matrix (columns of x, columns of dY) computed on
-tensor cores, and tap kx is the sum of its diagonal i - j = kx - column. So M is (KYB kernel rows, WI columns of x), N is WO
+tensor cores. Tap kx is the sum of its diagonal i - j = kx - column. So M is (KYB kernel rows, WI columns of x), N is WO
 columns of dY, and K runs over all pairs of an image and an output row. The diagonals are gathered once, at the end.
 """
 
