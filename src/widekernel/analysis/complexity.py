@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from widekernel.deprecation import renamed_attribute
 from widekernel.errors import ShapeError
 from widekernel.layers import FoldedLargeKernel, LargeKernel
+from widekernel.layers.dry_run import run_without_data
 from widekernel.layers.notes import recall
 from widekernel.layers.sources import SourceGroup, rects_of
 from widekernel.layers.training_modes import training_modes_restored
@@ -147,13 +148,11 @@ def _cost(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[Cost, _Un
     hooks = [
         module.register_forward_hook(_counting_hook(extra, module)) for module in model.modules() if _holds_weights(module)
     ]
-    meta = {key: value.to("meta") for key, value in (*model.named_parameters(), *model.named_buffers())}
-    image = torch.empty(1, *input_size, device="meta", dtype=_dtype(model))
     try:
-        with training_modes_restored(model), torch.no_grad():
+        with training_modes_restored(model):
             model.eval()
             with FlopCounterMode(display=False) as counter, _Activations() as activations:
-                torch.func.functional_call(model, meta, (image,))
+                run_without_data(model, (1, *input_size))
     finally:
         for hook in hooks:
             hook.remove()
@@ -223,10 +222,6 @@ def _published_difference(layer: LargeKernel, x: Tensor) -> int:
         return 0
     realized = sum(rect.kernel.numel() for rect in rects) * height * width
     return layer.source.published_macs(height, width) - realized
-
-
-def _dtype(model: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.float32)
 
 
 class _Activations(TorchDispatchMode):
