@@ -197,7 +197,7 @@ def test_shards_must_be_beside_their_index(name: str, tmp_path: Path) -> None:
     index = tmp_path / "in" / "model.safetensors.index.json"
     index.parent.mkdir()
     index.write_text(json.dumps({"weight_map": {"x.y": name}}))
-    with pytest.raises(CheckpointError, match="shards must be files beside it"):
+    with pytest.raises(CheckpointError, match="shards must be files in the same folder"):
         reader.read_checkpoint(index)
 
 

@@ -54,7 +54,7 @@ def _wrapper_prefix(state: State) -> str:
     """Return the first of the usual wrappers' prefixes that the keys have; "" if they have none."""
     for prefix in PREFIXES:
         inside = sum(key.startswith(prefix) for key in state)
-        # `AveragedModel` has a counter beside the wrapped weights.
+        # `AveragedModel` has a counter next to the wrapped weights.
         if inside and (prefix == "backbone." or inside == len(state.keys() - {"n_averaged"})):
             return prefix
     return ""

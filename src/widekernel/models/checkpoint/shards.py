@@ -53,7 +53,7 @@ def read_shards(index: Path, read: Callable[[Path], State]) -> State:
     for name in sorted(set(shards.values())):
         # An index must not name files outside its folder, nor another index.
         if Path(name).name != name or "\\" in name or name.endswith(_INDEX) or (index.parent / name).is_dir():
-            raise CheckpointError(f"{index} names the shard {name!r}: shards must be files beside it")
+            raise CheckpointError(f"{index} names the shard {name!r}: shards must be files in the same folder")
         if not (index.parent / name).exists():
             raise CheckpointError(f"{index} names the shard {name}, which is missing: fetch it too")
         state.update(read(index.parent / name))

@@ -136,7 +136,7 @@ class Tuning:
         """Try the configurations and the PyTorch calls, and record failures.
 
         Raises:
-            Exception: whatever `MeasurementSetup.recover` raises.
+            Exception: any error that `MeasurementSetup.recover` raises.
         """
         configs = ranked_configs(self.problem, self.setup.chip)
         if not configs:
