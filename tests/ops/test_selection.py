@@ -369,6 +369,6 @@ def test_names_of_backends_are_unique() -> None:
 @pytest.mark.usefixtures("_own_list")
 def test_registering_in_front_of_no_backend() -> None:
     before = ops.backends()
-    with pytest.raises(ArgumentError, match="no backend 'portabel': the backends are portable, reference"):
+    with pytest.raises(ArgumentError, match="no backend is named 'portabel': the backends are portable, reference"):
         ops.register(TestBackend("first"), before="portabel")
     assert ops.backends() == before
