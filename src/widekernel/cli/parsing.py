@@ -137,21 +137,6 @@ def typed(args: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def parse_names(option: str, text: str, known: Sequence[str]) -> list[str]:
-    """Read names separated by commas, and return them in the order of `known`.
-
-    Raises:
-        ConfigError: a name is unknown.
-    """
-    names = [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in known:
-            raise ConfigError(
-                f"{option} has {name!r}.{nearest(name, known)} It takes {', '.join(known)}, separated by commas."
-            )
-    return [name for name in known if name in names]
-
-
 class _StrictLoader(yaml.SafeLoader):
     """A loader that refuses a key that occurs twice, where YAML would silently take the last."""
 
