@@ -273,6 +273,20 @@ def test_kernels_are_not_joined_in_a_step() -> None:
     assert not {"aten::cat", "aten::split_with_sizes"} & names
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("call", [ops.depthwise_sum, lambda x, kernels: sum(ops.depthwise_branches(x, kernels))])
+def test_kernels_that_change_before_the_backward_pass_are_an_error(call: Any, frozen: bool) -> None:
+    x, kernels = (
+        X.clone().requires_grad_(),
+        [torch.randn(3, 1, *size, requires_grad=not frozen) for size in [(3, 3), (1, 5)]],
+    )
+    y = call(x, kernels).sum()
+    with torch.no_grad():
+        kernels[1].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
 def test_kernels_are_not_joined_in_compiled_code() -> None:
     graphs: list[Any] = []
 
