@@ -65,6 +65,8 @@ DIGITS = ["--data.name", "digits", "--model.name", "test_resnet", "--data.worker
         (["complexity", "slak_nano", "--input_size", "0"], ["input_size is 0"]),
         (["recipes", "--x"], ["--x"]),
         (["demo", "--sed", "1"], ["--sed", "--seed"]),
+        (["train", "--lr", "1"], ["no option --lr", "'--optimizer.lr'"]),
+        (["train", "--loop.epochs", "1"], ["no option --loop.epochs", "'--schedule.epochs'"]),
     ],
     ids=lambda value: " ".join(value)[:70] if value and value[0] in
     {"train", "trian", "eval", "fold", "models", "complexity", "recipes", "demo"} else "",

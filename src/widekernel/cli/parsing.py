@@ -181,10 +181,17 @@ def _errors_explained(parser: jsonargparse.ArgumentParser) -> Iterator[None]:
         unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", text, re.IGNORECASE)
         if unknown is not None:
             options = [f"--{key}" for key in known_keys(parser)]
-            text = f"{parser.prog} has no option {unknown.group(1)}.{nearest(unknown.group(1), options)}"
+            text = f"{parser.prog} has no option {unknown.group(1)}.{_nearest_option(unknown.group(1), options)}"
         else:
             text = f"{parser.prog}: {_readable(text)}."
         raise ConfigError(f"{text} See `{parser.prog} --help`.") from error
+
+
+def _nearest_option(name: str, options: Sequence[str]) -> str:
+    """Return a suggestion of an option: of the same name in another section if there is one, else the closest."""
+    last = name.lstrip("-").rpartition(".")[2]
+    elsewhere = [option for option in options if option.endswith(f".{last}")]
+    return nearest(name, elsewhere, cutoff=0.0) or nearest(name, options)
 
 
 def _readable(text: str) -> str:
