@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from widekernel.deprecation import renamed_attribute
 from widekernel.errors import ArgumentError, nearest
 from widekernel.settings import comma_separated, require, require_number, require_one_of, require_whole, require_within
 from widekernel.sparsity.semi_structured.config import SEMI_STRUCTURED, current_name
@@ -162,6 +163,8 @@ class DynamicSparsityConfig:
         for name, used in schedules.items():
             if used and self.total_steps is None:
                 raise ArgumentError(f"{name} needs the length of the training: set total_steps to its optimizer steps")
+
+    check_timed = renamed_attribute("check_timed", "check_total_steps")
 
     @property
     def stop_step(self) -> float:
