@@ -104,7 +104,7 @@ def _sparsify(
 
 
 def _default_output(source: ModelSource, config: SparsifyConfig) -> Path:
-    path = source.path / "model" if source.path.is_dir() else source.path
+    path = source.weights_path()
     output = path.with_name(f"{path.stem}_{config.block}_{config.method}.safetensors")
     # Version 0.4 wrote "2to4" in this name. A mask training that it left unfinished must not start over unnoticed.
     started = path.with_name(f"{path.stem}_2to4_learned")
