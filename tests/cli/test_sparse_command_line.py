@@ -107,6 +107,15 @@ def test_learned_masks_by_training(finished: Path, images, tmp_path: Path, capsy
         assert "images" in said(capsys, "eval", str(run), "--state", state)
 
 
+def test_an_unfinished_mask_training_of_version_0_4_is_named(finished: Path, images, tmp_path: Path, capsys) -> None:  # noqa: F811
+    source = finished / "model.safetensors"
+    copied = tmp_path / "model.safetensors"
+    copied.write_bytes(source.read_bytes())
+    (tmp_path / "model_2to4_learned").mkdir()
+    error = refused(capsys, "sparsify", str(copied), "--method", "learned", "--data.root", str(images))
+    assert "version 0.4" in error and "model_2to4_learned.safetensors" in error.replace("\n", "")
+
+
 @pytest.mark.parametrize("method", ["magnitude", "permuted", "learned"])
 def test_sparsify_semi_structured(method: str, finished: Path, tmp_path: Path, capsys) -> None:  # noqa: F811
     output = tmp_path / "sparse.safetensors"

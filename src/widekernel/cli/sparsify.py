@@ -105,7 +105,16 @@ def _sparsify(
 
 def _default_output(source: ModelSource, config: SparsifyConfig) -> Path:
     path = source.weights_path()
-    return path.with_name(f"{path.stem}_{config.block}_{config.method}.safetensors")
+    output = path.with_name(f"{path.stem}_{config.block}_{config.method}.safetensors")
+    # Version 0.4 wrote "2to4" in this name. A mask training that it left unfinished must not start over unnoticed.
+    started = path.with_name(f"{path.stem}_2to4_learned")
+    finished = started.with_name(f"{started.name}.safetensors")
+    if config.method == "learned" and started.is_dir() and not finished.exists() and not output.with_suffix("").exists():
+        raise ConfigError(
+            f"{started} is a mask training that version 0.4 began: continue it with --output {finished}, "
+            f"or start over with --output {output}."
+        )
+    return output
 
 
 def _beside(output: Path) -> tuple[Path, Path, Path]:
