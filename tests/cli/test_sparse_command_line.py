@@ -186,7 +186,7 @@ def test_settings_that_sparsify_refuses(arguments: list[str], message: str, fini
 def test_settings_that_train_refuses(images, tmp_path: Path, capsys) -> None:  # noqa: F811
     config = str(write_config(tmp_path, images))
     for arguments, message in (
-        (["--sparsity.method", "semi_structured", "--ema.decay", "null"], "learns masks over trained weights"),
+        (["--sparsity.method", "semi_structured", "--ema.decay", "null"], "learns masks for trained weights"),
         (
             ["--sparsity.method", "dynamic", "--sparsity.dynamic.sparsity", "1"],
             "sparsity is 1, but must be from 0 to below 1",

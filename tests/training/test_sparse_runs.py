@@ -177,7 +177,7 @@ def test_settings_that_contradict_each_other(tmp_path) -> None:
         SparsityConfig(masks="x")
     with pytest.raises(ConfigError, match="needs no training"):
         SparsityConfig("semi_structured", semi_structured=SemiStructuredConfig())
-    with pytest.raises(ConfigError, match="learns masks over trained weights"):
+    with pytest.raises(ConfigError, match="learns masks for trained weights"):
         TrainConfig(sparsity=learned())
     with pytest.raises(ConfigError, match=r"ema\.decay is 0\.9, but learned 2:4 masks"):
         TrainConfig(sparsity=learned(), ema=EmaConfig(0.9), model=ModelConfig(weights="x"))

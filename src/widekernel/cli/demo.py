@@ -9,7 +9,7 @@ from widekernel.cli.parsing import new_parser, parse
 
 def make_parser() -> jsonargparse.ArgumentParser:
     """Return the parser of the command."""
-    parser = new_parser("demo", "Train a small SLaK on digits, fold it, and show that nothing is lost.")
+    parser = new_parser("demo", "Train a small SLaK on digits, fold it, and show that its predictions stay the same.")
     parser.add_argument("--output", type=str, default=str(Path("runs") / "demo"), help="run folder")
     parser.add_argument("--seed", type=int, default=0, help="seed of the run")
     return parser
