@@ -1,4 +1,4 @@
-"""Reading of safetensors files at any path; the reader of safetensors takes only paths that are valid UTF-8."""
+"""Reading of safetensors files at any path; safetensors itself takes only paths that are valid UTF-8."""
 
 import json
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class _InMemory:
-    """The interface of an open safetensors file, for a file that was read into memory."""
+    """A safetensors file in memory, with the interface of an open one."""
 
     def __init__(self, content: bytes) -> None:
         self._tensors = safetensors.torch.load(content)

@@ -166,7 +166,7 @@ def test_masks_from_a_file(tmp_path) -> None:
     saved = load_masks(tmp_path / "masks.safetensors")
     assert all(torch.equal(mask, saved[name]) for name, mask in second.sparsity.masks().items())
     missing = replace(sparsity, masks=str(tmp_path / "missing.safetensors"))
-    with pytest.raises(CheckpointError, match="is not a readable file of masks"):
+    with pytest.raises(CheckpointError, match="is not a readable mask file"):
         make_trainer(replace(config_of(tmp_path / "c", "dynamic", 3), sparsity=missing))
 
 
@@ -181,7 +181,7 @@ def test_settings_that_contradict_each_other(tmp_path) -> None:
         TrainConfig(sparsity=learned())
     with pytest.raises(ConfigError, match=r"ema\.decay is 0\.9, but learned 2:4 masks"):
         TrainConfig(sparsity=learned(), ema=EmaConfig(0.9), model=ModelConfig(weights="x"))
-    with pytest.raises(ArgumentError, match="names no parameter"):
+    with pytest.raises(ArgumentError, match="matches no parameter"):
         make_trainer(replace(config_of(tmp_path, "dynamic", 1), sparsity=dynamic(layers=["nothing*"])))
 
 

@@ -42,7 +42,7 @@ def parse(
     """Parse `arguments` into nested plain values.
 
     Args:
-        parser: of the command.
+        parser: parser of the command.
         arguments: what stands on the command line.
         layers: nested settings between the defaults and the command line, such as those of a file; later ones win.
 

@@ -19,7 +19,7 @@ def add_source_arguments(parser: Any, what: str = "run folder, or checkpoint fil
     """Add the arguments that name a network.
 
     Args:
-        parser: of the command.
+        parser: parser of the command.
         what: help text that says what the source may be.
     """
     parser.add_argument("source", type=str, help=what)

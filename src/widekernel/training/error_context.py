@@ -60,7 +60,7 @@ def errors_as(kind: type[NetworkError | LoadingError], what: str) -> Iterator[No
     """Restate the errors in `kind.causes` that the block raises as `kind`; our own errors pass unchanged.
 
     Args:
-        kind: of the error.
+        kind: kind of the error.
         what: what the block does, such as "Training step 3".
 
     Raises:

@@ -15,7 +15,7 @@ def check_run_length(config: TrainingConfig, total_steps: int) -> list[str]:
     """Check the settings whose effect depends on the length of a run.
 
     Args:
-        config: of the run.
+        config: settings of the run.
         total_steps: its optimizer steps.
 
     Returns:

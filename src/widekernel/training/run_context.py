@@ -24,7 +24,7 @@ class RunContext:
         fingerprint: description of the training data; a resumed run must have the same data
         code: description of the program; a message says if a run is resumed by another one
         description: description of the model, stored in training states so that they can be used without this run
-        settings: of the run, stored in training states so that those of another run are not mistaken for its own
+        settings: settings of the run, stored in training states so that those of another run are not mistaken for its own
     """
 
     folder: RunFolder

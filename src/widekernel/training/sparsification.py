@@ -107,7 +107,7 @@ class Dynamic(Dense):
     Args:
         model: the network.
         config: the settings.
-        seed: of the run; it is added to that of the masks.
+        seed: seed of the run; it is added to that of the masks.
     """
 
     kind = "dynamic"
@@ -169,7 +169,7 @@ class Learned(Dense):
     Args:
         model: the network, whose weights are parametrized from now on.
         config: the settings.
-        seed: of the run; it is added to that of the noise.
+        seed: seed of the run; it is added to that of the noise.
         total_steps: optimizer steps of the run.
     """
 

@@ -7,7 +7,7 @@ def check_unreadable(names: set[str], limit: int, part: str) -> None:
     """Raise a `TrainingError` if more than `limit` different images could not be read.
 
     Args:
-        names: of the unreadable images.
+        names: names of the unreadable images.
         limit: the setting data.max_unreadable.
         part: what the images are for, such as "training".
     """

@@ -120,10 +120,10 @@ def test_masks_of_another_network_are_refused(tmp_path: Path) -> None:
     assert same(load_masks(path, model), controller.masks) and same(load_masks(path), controller.masks)
     with pytest.raises(CheckpointError, match="belong to another network"):
         load_masks(path, other)
-    with pytest.raises(CheckpointError, match="is not a readable file of masks"):
+    with pytest.raises(CheckpointError, match="is not a readable mask file"):
         load_masks(tmp_path / "missing.safetensors")
     path.write_bytes(b"nonsense")
-    with pytest.raises(CheckpointError, match="is not a readable file of masks"):
+    with pytest.raises(CheckpointError, match="is not a readable mask file"):
         load_masks(path)
 
 

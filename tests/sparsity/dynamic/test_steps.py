@@ -199,7 +199,7 @@ def test_a_wrapper_that_writes_to_weights_is_an_error() -> None:
     wrapped = Wrapper(inner, 0.5)
     DynamicSparsity(model, wrapped, quick(update_interval=100))
     wrapped.step(closure_for(model, inner, 0))
-    with pytest.raises(ArgumentError, match="weights live outside the masks of 8 parameters"):
+    with pytest.raises(ArgumentError, match="weights are nonzero outside the masks of 8 parameters"):
         wrapped.step(closure_for(model, inner, 1))
 
 

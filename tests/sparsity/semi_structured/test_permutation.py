@@ -154,7 +154,7 @@ class Residual(nn.Module):
         ("scale", "its input comes from mul"),
         ("roll", "its input comes from roll"),
         ("called twice", "it is called 2 times"),
-        ("producer twice", "first before it is used several times"),
+        ("producer twice", "first, which comes before it, is used several times"),
         ("data", "cannot be traced"),
         ("weight", "first: its parameters are read directly"),
         ("training", "it is used differently in training"),
@@ -207,7 +207,7 @@ def test_hooks_and_shared_parts_are_left_alone() -> None:
 
 def test_channels_that_are_not_a_multiple_of_four() -> None:
     model = nn.Sequential(nn.Linear(16, 18), nn.Linear(18, 16))
-    assert permute_channels(model, ["1"], PERMUTED)["1"].reason == "18 input channels are no multiple of 4"
+    assert permute_channels(model, ["1"], PERMUTED)["1"].reason == "18 input channels are not a multiple of 4"
 
 
 def small(name: str) -> tuple[nn.Module, int]:

@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 def current_name(setting: str, value: T) -> T | str:
-    """Return the value of a setting, with a `FutureWarning` and `SEMI_STRUCTURED` for the old name."""
+    """Return the value of a setting; replace the old name by `SEMI_STRUCTURED`, with a `FutureWarning`."""
     if value != OLD_NAME:
         return value
     warnings.warn(
