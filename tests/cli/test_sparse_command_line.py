@@ -166,7 +166,7 @@ def test_compressed_files(method: str, finished: Path, tmp_path: Path, capsys) -
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--method", "permuted", "--block", "channel"], "makes masks 2:4"),
+        (["--method", "permuted", "--block", "channel"], "creates 2:4 masks"),
         (["--sparsity", "0.4"], "block semi_structured (2:4) keeps half"),
         (["--block", "kernals", "--sparsity", "0.4"], "Did you mean 'kernel'"),
         (["--block", "element", "--sparsity", "1.0"], "from 0 to below 1"),

@@ -53,7 +53,7 @@ def test_sets_with_a_training_flag(monkeypatch):
 
 def test_sets_without_download(monkeypatch):
     fake(monkeypatch, "FER2013")
-    with pytest.raises(DataError, match="cannot download itself"):
+    with pytest.raises(DataError, match="cannot be downloaded automatically"):
         open_split(DataConfig(name="torch/fer2013", root=".", download=True), "train")
 
 

@@ -258,7 +258,7 @@ def test_a_result_on_other_images_is_not_reported(make, images):
         train(config)
     (images / "val" / "a" / "new.png").rename(images / "val" / "a" / "0.png")
     again = train(config)
-    assert again.was_finished and "did not note its code" in again.other_code
+    assert again.was_finished and "did not record its code" in again.other_code
 
 
 def test_a_result_of_other_code_is_marked_as_such(make, monkeypatch):

@@ -116,7 +116,7 @@ def test_a_run_cannot_change_its_sparsity(tmp_path) -> None:
         make_trainer(replace(config, sparsity=SparsityConfig()))
     trainer = make_trainer(replace(config, output=str(tmp_path / "other"), sparsity=SparsityConfig()))
     state = make_trainer(config).store.load_latest()
-    with pytest.raises(CheckpointError, match=r"saved with sparsity\.method 'dynamic' and is resumed with 'none'"):
+    with pytest.raises(CheckpointError, match=r"saved with sparsity\.method 'dynamic', but is resumed with 'none'"):
         trainer.load_state(state)
 
 

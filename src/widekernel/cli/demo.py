@@ -1,4 +1,4 @@
-"""The command `widekernel demo`: train, evaluate, fold, save and draw a network on digits in two minutes on a CPU."""
+"""The command `widekernel demo`: train, evaluate, fold, save and plot a network on digits in two minutes on a CPU."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ def make_parser() -> jsonargparse.ArgumentParser:
 
 
 def run(arguments: list[str]) -> int:
-    """Train a network or reuse the earlier run, then evaluate, fold, save, reload, compare and draw it."""
+    """Train a network or reuse the earlier run, then evaluate, fold, save, reload, compare and plot it."""
     values = parse(make_parser(), arguments)
     from widekernel.cli.demo_run import show
 

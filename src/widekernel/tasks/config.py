@@ -1,4 +1,4 @@
-"""Settings of a classification run; every field is a key of the YAML file and an option of the command line."""
+"""Settings of a classification run; every field is a key in YAML files and an option of the command line."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any

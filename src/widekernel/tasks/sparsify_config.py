@@ -41,13 +41,13 @@ class SparsifyConfig:
         object.__setattr__(self, "block", current_name("block", self.block))
         if self.method != "magnitude" and self.block != SEMI_STRUCTURED:
             raise ConfigError(
-                f"method {self.method!r} makes masks 2:4, but block is {self.block!r}: use method magnitude, or block "
+                f"method {self.method!r} creates 2:4 masks, but block is {self.block!r}: use method magnitude, or block "
                 f"{SEMI_STRUCTURED}."
             )
         if self.block == SEMI_STRUCTURED and self.sparsity != 0.5:
             raise ConfigError(
-                f"sparsity is {self.sparsity}, but block {SEMI_STRUCTURED} (2:4) keeps half: leave it out, or use another "
-                "block."
+                f"sparsity is {self.sparsity}, but block {SEMI_STRUCTURED} (2:4) keeps half: leave sparsity out, or use "
+                "another block."
             )
 
 

@@ -175,20 +175,20 @@ class SparsityConfig:
         if self.method == SEMI_STRUCTURED and self.semi_structured.method != "learned":
             raise ConfigError(
                 f"sparsity.semi_structured.method is {self.semi_structured.method!r}, which needs no training: use "
-                "`widekernel sparsify`, then train with --sparsity.method dynamic, .init from_weights and "
+                "`widekernel sparsify`; to train further, use --sparsity.method dynamic, .init from_weights and "
                 ".block semi_structured."
             )
 
 
 def check_averaging(config: SparsityConfig, decay: float | None) -> None:
-    """Raise a `ConfigError` if averaging is configured for weights that do not change."""
+    """Raise a `ConfigError` if a moving average is configured for weights that do not change."""
     if config.method == SEMI_STRUCTURED and decay is not None:
-        raise ConfigError(f"ema.decay is {decay}, but learned 2:4 masks leave the weights as they are: set it to null.")
+        raise ConfigError(f"ema.decay is {decay}, but weights do not change while 2:4 masks are learned: set it to null.")
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """The settings that the training loop uses."""
+    """Settings that the training loop uses."""
 
     seed: int
     optimizer: OptimizerConfig

@@ -1,4 +1,4 @@
-"""The limit on images that cannot be read."""
+"""Limit on the number of images that cannot be read."""
 
 from widekernel.training.error_context import TrainingError
 

@@ -166,5 +166,5 @@ def test_something_else_than_a_state_is_refused() -> None:
         with pytest.raises(CheckpointError, match=f"is a {type(strange).__name__}: give the dict that state_dict"):
             controller.load_state_dict(strange)
     for key in set(saved) - {"format", "config", "live_zeros"}:
-        with pytest.raises(CheckpointError, match=f"lacks {key}: give all"):
+        with pytest.raises(CheckpointError, match=f"lacks {key}: give everything"):
             controller.load_state_dict({name: value for name, value in saved.items() if name != key})

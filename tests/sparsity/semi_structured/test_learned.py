@@ -329,7 +329,7 @@ def test_a_state_of_something_else_is_refused() -> None:
         controller.load_state_dict({})
     with pytest.raises(CheckpointError, match=r"another configuration \(seed 0 -> 3\)"):
         ss.prepare(network(), config(seed=3)).load_state_dict(state)
-    with pytest.raises(CheckpointError, match=r"another network: 0\.weight, 3\.weight, 8\.weight in one of them only"):
+    with pytest.raises(CheckpointError, match=r"another network: only one of the two has 0\.weight, 3\.weight, 8\.weight"):
         ss.prepare(nn.Sequential(nn.Linear(16, 8)), config()).load_state_dict(state)
     wide = nn.Sequential(*[nn.Identity()] * 3, nn.Conv2d(16, 32, 3), *[nn.Identity()] * 4, nn.Linear(24, 10))
     with pytest.raises(CheckpointError, match=r"choices of 3\.weight are .* of shape \(864,\)"):

@@ -65,7 +65,7 @@ def ungroup(values: Tensor, shape: Sequence[int], axis: Axis = "channels", group
     if values.numel() != pieces * padded_rows * padded_columns:
         raise ShapeError(
             f"there are {values.numel() // 4} groups, but a weight of shape {tuple(shape)} has "
-            f"{pieces * padded_rows * padded_columns // 4} along axis={axis!r}: give the values that group_view returned for it"
+            f"{pieces * padded_rows * padded_columns // 4} along axis={axis!r}: give what group_view returned for it"
         )
     matrix = values.reshape(pieces, padded_rows, padded_columns)[:, :rows, :columns]
     if axis == "channels" and len(shape) == 4:

@@ -28,7 +28,8 @@ def search_permutation(matrix: Tensor, rounds: int = 200, escapes: int = 10, see
     Only the assignment of columns to stripes of four matters. In every round, stripes are paired, and each pair exchanges
     the two columns that gain most, if any exchange is a gain. After S - 1 rounds, each of the S stripes has met every other
     one. If that many rounds bring no gain, some columns are exchanged at random, and the search continues. The best order
-    found is returned (Pool and Yu, Channel Permutations for N:M Sparsity, NeurIPS 2021, with a budget of rounds instead of time).
+    found is returned (Pool and Yu, Channel Permutations for N:M Sparsity, NeurIPS 2021, but with a budget of rounds instead
+    of time).
 
     Args:
         matrix: (R, C), C a multiple of 4.
