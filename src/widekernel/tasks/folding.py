@@ -52,7 +52,7 @@ def fold_and_check(model: nn.Module, input_size: int, images: int = 4) -> tuple[
     check = FoldCheck((expected - found).abs().max().item(), expected.abs().max().item(), images)
     if not check.max_error <= RELATIVE_TOLERANCE * max(check.max_output, 1e-6):
         raise FoldError(
-            f"The outputs of the folded network differ by up to {check.max_error:.3g}, but at most {RELATIVE_TOLERANCE:g} of "
+            f"Outputs of the folded network differ by up to {check.max_error:.3g}, but at most {RELATIVE_TOLERANCE:g} of "
             f"the largest output ({check.max_output:.3g}) is accepted. Nothing was saved."
         )
     return folded, check
