@@ -13,7 +13,7 @@ from widekernel.errors import DataError
 
 
 def fake(monkeypatch, name, **attributes):
-    """Let the data set `name` of torchvision record its arguments instead of reading files."""
+    """Make torchvision's data set `name` record its arguments instead of reading files."""
     calls = []
 
     def start(self, root, **options):

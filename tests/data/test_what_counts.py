@@ -1,4 +1,4 @@
-"""Which files are images or clutter, which ones are skipped with a note, and which folders are not classes."""
+"""Files that are images, clutter, or skipped with a note; and folders that are not classes."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""Shared by the tests of layers: comparisons, and batch norms with other than their initial numbers."""
+"""Helpers of the tests of layers: comparisons, and batch norms with random numbers."""
 
 from __future__ import annotations
 

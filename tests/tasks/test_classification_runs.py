@@ -1,4 +1,4 @@
-"""Complete runs of a tiny network, repeated on folders that have changed in between."""
+"""Complete runs of a tiny network, repeated after changes to their folders."""
 
 import pytest
 import torch

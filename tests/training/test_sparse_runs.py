@@ -134,7 +134,7 @@ def test_runs_from_before_sparsity_resume(tmp_path) -> None:
 
 
 def test_runs_of_version_0_4_resume(tmp_path) -> None:
-    """They call semi-structured sparsity 2:4, in the settings and in the training states."""
+    """In their settings and training states, semi-structured sparsity is called 2:4."""
     config = config_of(tmp_path / "old", "semi_structured", 1)
     with pytest.raises(Killed):
         make_trainer(config, reporter=KillAt(3)).run()

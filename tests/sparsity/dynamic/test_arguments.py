@@ -1,4 +1,4 @@
-"""Arguments of the wrong kind: each raises an error that says what to give; and names as users write them."""
+"""Arguments of the wrong kind, whose errors say what to give; and names as users write them."""
 
 from __future__ import annotations
 

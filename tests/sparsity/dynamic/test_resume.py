@@ -77,7 +77,7 @@ CASES = [pytest.param(settings, 1, id=f"{settings['init']}-{settings['growth']}-
 
 @pytest.mark.parametrize(("settings", "accumulate"), CASES)
 def test_resuming_after_any_step_is_exact(settings: dict, accumulate: int) -> None:
-    """30 steps under bf16 autocast with averaging and clipping, resumed after every step."""
+    """Runs of 30 steps under bf16 autocast, with averaging and clipping, are resumed after every step."""
     config = DynamicSparsityConfig(sparsity=0.5, update_interval=3, **settings)
     whole, states = build(config), []
     for step in range(31):
@@ -159,7 +159,7 @@ def test_settings_that_take_effect_after_loading_may_differ() -> None:
     controlled(quick())[2].load_state_dict(older)
 
 
-def test_something_else_than_a_state_is_refused() -> None:
+def test_anything_but_a_state_is_refused() -> None:
     _, _, controller = controlled(quick())
     saved = controller.state_dict()
     for strange in (None, [1], "state.pt"):

@@ -26,7 +26,7 @@ def backward(model: nn.Module, step: int = 0) -> None:
 
 
 class Sharpness(torch.optim.Optimizer):
-    """Sharpness-aware minimization as it is commonly written: its own steps, and those of a base optimizer."""
+    """Sharpness-aware minimization as commonly implemented: with its own steps, and those of a base optimizer."""
 
     def __init__(self, parameters, base: torch.optim.Optimizer) -> None:
         super().__init__(parameters, {"rho": 0.05})

@@ -90,7 +90,7 @@ def test_a_converted_network_can_be_prepared_again() -> None:
 
 
 def test_networks_can_be_exported() -> None:
-    """Prepared ones too, in evaluation mode, in which nothing depends on values."""
+    """Prepared networks can be exported too, in evaluation mode, where control flow does not depend on values."""
     model, x = nn.Sequential(nn.Conv2d(18, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 1)).eval(), torch.randn(1, 18, 6, 6)
     ss.prepare(model, ss.SemiStructuredConfig("learned"))
     plain = ss.convert(model)
@@ -311,7 +311,7 @@ def test_layers_that_stay_dense_have_a_reason(layer: nn.Module, axis: str, reaso
 
 
 def test_conversion_lists_layers_that_stay_dense(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the device and the compression replaced by stand-ins, on the CPU."""
+    """The test runs on the CPU, with stand-ins for the device and the compression."""
     monkeypatch.setattr(hardware, "hardware_support", lambda: HardwareSupport(True, "", "cutlass"))
     monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", compress)
     reason = hardware.reason_against

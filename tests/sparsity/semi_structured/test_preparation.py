@@ -1,4 +1,4 @@
-"""Which layers become 2:4, and why others stay dense."""
+"""Layers that become 2:4, and the reasons why others stay dense."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def network(width: int = 32) -> nn.Module:
 @pytest.mark.parametrize("axis", ["channels", "im2col"])
 @pytest.mark.parametrize("method", ["magnitude", "learned"])
 def test_round_trip(tmp_path: Path, method: str, axis: str, dtype: torch.dtype) -> None:
-    """Bit for bit, whether saved from the prepared network, its controller or the converted network."""
+    """It is exact bit for bit, from the prepared network, its controller, or the converted network."""
     model = network().to(dtype)
     with torch.no_grad():
         model[2].weight[0, 0] = torch.nan
