@@ -11,7 +11,7 @@ from tests.ops.cases import assert_close
 
 @torch.no_grad()
 def randomized(module: nn.Module) -> nn.Module:
-    """Give every batch norm random statistics, weights and biases, and every layer scale a random value; in float64."""
+    """Randomize the statistics, weights and biases of all batch norms, and all layer scales; in float64."""
     for part in module.modules():
         if isinstance(part, _BatchNorm):
             if part.running_mean is not None:

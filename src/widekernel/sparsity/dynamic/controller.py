@@ -47,9 +47,9 @@ class DynamicSparsity:
     parallelism, every process computes the same masks independently; a digest of 8 bytes verifies this at every update.
 
     To continue a run, load network, optimizer, averages and controller in any order, before or after making the controller.
-    The weights that its first masks remove are kept until the first step, and restored if the loaded masks keep them. An
-    error is raised at the next step or at `state_dict()` if anything else wrote weights outside the masks, parameters were
-    replaced, or the network was trained by steps that the controller did not see.
+    The weights that its first masks remove are kept until the first step, and restored if the loaded masks keep them. These
+    mistakes raise an error at the next step or at `state_dict()`: weights written outside the masks, replaced parameters, and
+    training steps that the controller did not see.
 
     The training loop has to do two things itself. If it clips gradients, it must call `mask_gradients()` once before, so
     that their norm is that of the live weights. And it must save `state_dict()` with those of model and optimizer.

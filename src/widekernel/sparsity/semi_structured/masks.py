@@ -16,8 +16,8 @@ from widekernel.sparsity.semi_structured.patterns import COUNT, best_choices, bi
 def magnitude_choices(weight: Tensor, axis: Axis = "channels", groups: int = 1) -> Tensor:
     """Return, for each group, the choice of the pattern that keeps the two weights of largest magnitude.
 
-    Of equal weights the later one is kept (the pattern of lowest index), NaN counts as the largest, and padding never takes
-    the place of a real weight, so the result depends on the values only.
+    The result depends on the values only: of equal weights, the later one is kept (the pattern of lowest index); NaN counts
+    as the largest; and padding never takes the place of a real weight.
 
     Args:
         weight: (out, in / groups, kh, kw) or (out, in).
