@@ -222,7 +222,7 @@ def test_a_named_data_set_is_evaluated_on(tmp_path: Path, capsys) -> None:
     text = said(capsys, "sparsify", str(path), "--data.name", "digits", "--data.workers", "0")
     assert "before" in text and "after (360 images)" in text and "no data was given" not in text
     error = refused(capsys, "sparsify", str(path), "--data.workers", "0", "--overwrite")
-    assert "no data set: name it with --data.root or --data.name" in error
+    assert "no data set: name one with --data.root or --data.name" in error
 
 
 @pytest.mark.parametrize("command", ["fold", "sparsify"])

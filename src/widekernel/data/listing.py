@@ -91,7 +91,7 @@ class Listing:
         empty = [name for name, folders in zip(self.class_names, self.image_folders, strict=True) if not folders]
         kinds = usual_endings()
         if len(empty) == len(self.class_names):
-            raise DataError(f"{label} contains no images: none of its {len(empty)} class folders has a file of {kinds}.")
+            raise DataError(f"{label} holds no images: none of its {len(empty)} class folders has a file of {kinds}.")
         if empty:
             raise DataError(
                 f"{label} has {len(empty)} class folder(s) without images: {brief(empty)}. Add images ({kinds}) or remove "
