@@ -43,7 +43,13 @@ def in_short(error: BaseException) -> str:
     return text if len(text) <= _LONGEST_IN_SHORT else f"{text[: _LONGEST_IN_SHORT - 1]}…"
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return the sentence "Did you mean ...?" with the known name closest to `name`, or "" if none is close."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:
+    """Return the sentence "Did you mean ...?" with the known name closest to `name`, or "" if none is close.
+
+    Args:
+        name: the name that was given.
+        known: the names that exist.
+        cutoff: required similarity, from 0 (any two names) to 1 (equal names).
+    """
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f" Did you mean {close[0]!r}?" if close else ""

@@ -58,6 +58,26 @@ def require_literals(settings: Any, section: str = "") -> None:
             require_one_of(f"{section}.{name}" if section else name, getattr(settings, name), get_args(kind))
 
 
+def comma_separated(text: str) -> tuple[str, ...]:
+    """Return the parts of a text between its commas, without spaces around them; empty parts do not count."""
+    return tuple(part for part in (part.strip() for part in text.split(",")) if part)
+
+
+def parse_names(option: str, text: str, known: Collection[str]) -> list[str]:
+    """Read names separated by commas, and return them in the order of `known`.
+
+    Raises:
+        ConfigError: a name is unknown.
+    """
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in known:
+            raise ConfigError(
+                f"{option} has {name!r}.{nearest(name, known)} It takes {', '.join(known)}, separated by commas."
+            )
+    return [name for name in known if name in names]
+
+
 def flatten(settings: Mapping[str, Any], whole: Collection[str] = (), prefix: str = "") -> dict[str, Any]:
     """Flatten nested settings to a dictionary with dotted keys, such as `optimizer.lr`.
 

@@ -1,14 +1,20 @@
-"""Reading of safetensors files at any path; safetensors itself takes only paths that are valid UTF-8."""
+"""Reading of safetensors files at any path (safetensors itself takes only paths in UTF-8), and writing of weights."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from widekernel.errors import CheckpointError
+from widekernel.files import replace_atomically
+
+DESCRIPTION = "widekernel"
+"""Metadata key of a safetensors file for the description of its network, as JSON."""
 
 
 class _InMemory:
@@ -55,3 +61,22 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """
     with tensor_file(path) as file:
         return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+
+def described(description: Mapping[str, Any] | None) -> dict[str, str]:
+    """Return the metadata that hold a description of JSON values; none for an empty one."""
+    return {DESCRIPTION: json.dumps(dict(description), sort_keys=True)} if description else {}
+
+
+def write_weights(path: Path, write: Callable[[Path], object]) -> Path:
+    """Let `write` fill the file `path`, atomically, in a folder that is created if needed; return the path.
+
+    Raises:
+        CheckpointError: if it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_atomically(path, write)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch raises RuntimeError for files
+        raise CheckpointError(f"{path} cannot be written: {error}") from error
+    return path

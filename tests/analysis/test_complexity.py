@@ -117,9 +117,9 @@ def test_defaults_cost_what_the_papers_report(name: str, params: int, macs: int)
 # ---- By hand
 
 
-def test_a_network_counted_by_hand() -> None:
-    """3 -> 4 channels by 3x3 at 8x8; 7x7 and 3x3 depthwise with batch norms; 1x1 to 6; pooled; 5 classes."""
-    model = nn.Sequential(
+def countable() -> nn.Sequential:
+    """Make a network: 3 -> 4 channels by 3x3; 7x7 and 3x3 depthwise with batch norms; 1x1 to 6; pooled; 5 classes."""
+    return nn.Sequential(
         nn.Conv2d(3, 4, 3, padding=1),
         LargeKernel(Rectangles(4, [(7, 7), (3, 3)]), [nn.BatchNorm2d(4), nn.BatchNorm2d(4)]),
         nn.Conv2d(4, 6, 1, bias=False),
@@ -127,6 +127,11 @@ def test_a_network_counted_by_hand() -> None:
         nn.Flatten(),
         nn.Linear(6, 5),
     )
+
+
+def test_a_network_counted_by_hand() -> None:
+    """At 8x8."""
+    model = countable()
     pixels = 64
     around = 4 * 3 * 9 * pixels + 4 * 6 * pixels + 6 * 5
     weights_around = (4 * 3 * 9 + 4) + 4 * 6 + (6 * 5 + 5)
@@ -245,15 +250,8 @@ def test_networks_with_and_without_weights_count_alike() -> None:
 
 
 def test_zeros_counted_by_hand() -> None:
-    """A small version of the network above: half of the large kernel's channels are dead, other zeros are scattered."""
-    model = nn.Sequential(
-        nn.Conv2d(3, 4, 3, padding=1),
-        LargeKernel(Rectangles(4, [(7, 7), (3, 3)]), [nn.BatchNorm2d(4), nn.BatchNorm2d(4)]),
-        nn.Conv2d(4, 6, 1, bias=False),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(6, 5),
-    )
+    """The network above: half of the large kernel's channels are dead, other zeros are scattered."""
+    model = countable()
     with torch.no_grad():
         model[0].weight[0] = 0
         for kernel in model[1].source.kernels:

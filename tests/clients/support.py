@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from tests.sparsity.nets import SmallNet, data, small_net
+from tests.sparsity.nets import SmallNet, data, small_net, weights_outside
 from widekernel.sparsity import DynamicSparsity, DynamicSparsityConfig
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "sparsity.md"
@@ -59,26 +59,8 @@ def network(seed: int = 0) -> SmallNet:
 
 def outside(model: nn.Module, controller: DynamicSparsity) -> int:
     """Return the number of non-zero weights outside the masks; assert that there are masks."""
-    weights = dict(model.named_parameters())
     assert any(not mask.all() for mask in controller.masks.values())
-    return sum(int(weights[name][~mask].count_nonzero()) for name, mask in controller.masks.items())
-
-
-def flat(state: Any) -> list:
-    """Return the leaves of nested containers, with the keys of dictionaries."""
-    if isinstance(state, dict):
-        return [part for key in state for part in (key, *flat(state[key]))]
-    if isinstance(state, (list, tuple)):
-        return [part for item in state for part in flat(item)]
-    return [state]
-
-
-def equal(left: Any, right: Any) -> bool:
-    """Return whether nested containers of tensors are equal bit by bit."""
-    left, right = flat(left), flat(right)
-    return len(left) == len(right) and all(
-        torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(left, right)
-    )
+    return weights_outside(model, controller)
 
 
 def in_two(folder: Path, work: Callable[[int, Path], Any]) -> list[Any]:

@@ -142,26 +142,22 @@ def test_convolution_on_empty_inputs() -> None:
     assert ours(x).shape == theirs(x).shape
 
 
-@pytest.mark.parametrize("shape", [(4, IN + 1), (4, 2 * IN), (2, IN, 4), ()], ids=str)
-def test_errors_of_the_linear_layer_are_pytorchs(shape: tuple[int, ...]) -> None:
-    theirs, ours = linears()
-    x = torch.randn(shape, dtype=torch.float64)
+def assert_same_error(theirs: nn.Module, ours: nn.Module, x: Tensor) -> None:
     with pytest.raises(Exception) as want:
         theirs(x)
     with pytest.raises(type(want.value)) as got:
         ours(x)
     assert str(got.value) == str(want.value)
+
+
+@pytest.mark.parametrize("shape", [(4, IN + 1), (4, 2 * IN), (2, IN, 4), ()], ids=str)
+def test_errors_of_the_linear_layer_are_pytorchs(shape: tuple[int, ...]) -> None:
+    assert_same_error(*linears(), torch.randn(shape, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("shape", [(2, IN + 1, 4, 4), (IN, 4), (1, 1, IN, 4, 4), (4, 4, IN)], ids=str)
 def test_errors_of_the_convolution_are_pytorchs(shape: tuple[int, ...]) -> None:
-    theirs, ours = convolutions()
-    x = torch.randn(shape, dtype=torch.float64)
-    with pytest.raises(Exception) as want:
-        theirs(x)
-    with pytest.raises(type(want.value)) as got:
-        ours(x)
-    assert str(got.value) == str(want.value)
+    assert_same_error(*convolutions(), torch.randn(shape, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("name", ["contiguous", "channels_last", "pooled"])

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.layers.helpers import assert_close, image
+from tests.layers.helpers import assert_close, image, tall_strip, wide_strip
 from widekernel.layers import (
     KernelSource,
     LargeKernel,
@@ -26,7 +26,7 @@ from widekernel.layers import (
 )
 from widekernel.layers.sources import rects_of
 from widekernel.layers.tile_tables import draw_tables
-from widekernel.layers.tiles import cut_into_tiles, num_tiles, tall_strip, wide_strip
+from widekernel.layers.tiles import cut_into_tiles, num_tiles
 
 C = 3
 # K divisible by N, and with one and two columns too many; the last is wider than the image.

@@ -13,13 +13,9 @@ import torch
 from timm.models._features_fx import create_feature_extractor
 from torch import nn
 
-from tests.models.zoo import NANO, alive, assert_near, create, images
+from tests.models.zoo import alive, assert_near, create, every_family_once, images
 from widekernel import fold, ops
 
-ALIKE = ("shiftwise_v1_nano", "slak_pww_nano", "slak_reg_nano")
-every_family = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in ALIKE else []) for name in NANO]
-)
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:FutureWarning")
 
 
@@ -38,7 +34,7 @@ def operators(module: torch.jit.ScriptModule) -> set[str]:
 
 
 @pytest.mark.parametrize("form", ["training", "folded"])
-@every_family
+@every_family_once
 def test_scripted_and_traced_networks_compute_the_same(name: str, form: str) -> None:
     model = alive(name) if form == "training" else fold(alive(name))
     before = list(model.modules())

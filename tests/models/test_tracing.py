@@ -6,14 +6,9 @@ import pytest
 import torch
 from timm.models._features_fx import FeatureGraphNet, create_feature_extractor
 
-from tests.models.zoo import NANO, SMALL, alive, assert_near, images
+from tests.models.zoo import SMALL, alive, assert_near, every_family_once, images
 
 every_small_model = pytest.mark.parametrize("name", SMALL)
-# Compiling takes seconds: variants that differ only in their kernel sources are slow tests.
-ALIKE = ("shiftwise_v1_nano", "slak_pww_nano", "slak_reg_nano")
-every_family = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in ALIKE else []) for name in NANO]
-)
 
 
 @every_small_model
@@ -43,7 +38,7 @@ def test_traced_backward(name: str) -> None:
     assert [key for key in without if not key.startswith(("graph_module.feature_norms", "graph_module.norm_pre"))] == []
 
 
-@every_family
+@every_family_once
 def test_compiled_without_a_graph_break(name: str) -> None:
     torch._dynamo.reset()
     model, x = alive(name), images()
@@ -53,7 +48,7 @@ def test_compiled_without_a_graph_break(name: str) -> None:
 
 
 @pytest.mark.slow
-@every_family
+@every_family_once
 def test_compiled_training(name: str) -> None:
     torch._dynamo.reset()
     model, x = alive(name), images()
@@ -66,7 +61,7 @@ def test_compiled_training(name: str) -> None:
         assert_near(gradients[1][key], reference, 1e-4)
 
 
-@every_family
+@every_family_once
 def test_exported(name: str) -> None:
     model, x = alive(name), images()
     exported = torch.export.export(model, (x,))

@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 from unittest import mock
 
+import pytest
 import timm
 import torch
 from torch import nn
@@ -18,6 +19,11 @@ from widekernel.models import list_models
 
 NANO = list_models("*nano")
 FULL_SIZE = [name for name in list_models() if name not in NANO]
+# Compiling takes seconds: variants that differ only in their kernel sources are slow tests.
+ALIKE = ("shiftwise_v1_nano", "slak_pww_nano", "slak_reg_nano")
+every_family_once = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in ALIKE else []) for name in NANO]
+)
 _TINY_ROADMAP = {"depths": (1, 1, 2, 1), "width": 16}
 
 # Networks that are cheap to run: id -> (registered name, arguments).

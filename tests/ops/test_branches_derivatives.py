@@ -8,11 +8,22 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
-from torch.func import grad, jacrev, vmap
+from torch.func import grad, vmap
 
 from tests.ops.backends import BRANCHES, SUM_OF_BRANCHES, Fused, OnlyBackward, OnlyForward, registered
 from tests.ops.cases import assert_close, definition
-from tests.ops.derivatives import MAPPED, assert_equal_gradients, assert_equal_per_sample_gradients, assert_equal_vmap, loss
+from tests.ops.derivatives import (
+    MAPPED,
+    assert_equal_gradients,
+    assert_equal_hessians,
+    assert_equal_per_sample_gradients,
+    assert_equal_third_derivatives,
+    assert_equal_vmap,
+    assert_forward_mode_raises,
+    assert_no_graph_without_gradients,
+    assert_vectorized_jacobian,
+    loss,
+)
 from widekernel import ops
 
 ANCHORS = [(0, 3), (1, 0), (0, 0)]
@@ -122,12 +133,7 @@ def test_nested_vmap() -> None:
 @pytest.mark.parametrize("first", range(4), ids=NAMES)
 def test_hessians(first: int, second: int) -> None:
     args = [t[:, :1] if t.shape[1] == 2 else t[:1] for t in arguments()]
-
-    def scalar(function):
-        return lambda *a: function(*a).sin().sum()
-
-    got = jacrev(jacrev(scalar(ours), first), second)(*args)
-    assert_close(got, jacrev(jacrev(scalar(theirs), first), second)(*args))
+    assert_equal_hessians(ours, theirs, args, first, second)
 
 
 @pytest.mark.parametrize("position", range(4), ids=NAMES)
@@ -137,10 +143,7 @@ def test_vectorized_jacobians(position: int) -> None:
     def of_one(value: Tensor) -> Tensor:
         return ours(*args[:position], value, *args[position + 1 :])
 
-    jacobian = torch.autograd.functional.jacobian
-    loop = jacobian(of_one, args[position])
-    assert loop.abs().max() > 0
-    assert_close(jacobian(of_one, args[position], vectorize=True), loop)
+    assert_vectorized_jacobian(of_one, args[position])
 
 
 def test_vectorized_hessian() -> None:
@@ -163,32 +166,13 @@ def test_batched_gradients(create_graph: bool) -> None:
 
 
 def test_third_derivatives() -> None:
-    args = [t.requires_grad_() for t in arguments()]
-
-    def third(function) -> Tensor:
-        value = loss(function)(*args)
-        for _ in range(2):
-            value = sum(g.square().sum() for g in torch.autograd.grad(value, args, create_graph=True))
-        return torch.cat([g.flatten() for g in torch.autograd.grad(value, args)])
-
-    assert_close(third(ours), third(theirs), 1e-11)
+    assert_equal_third_derivatives(ours, theirs, [t.requires_grad_() for t in arguments()])
 
 
 @pytest.mark.parametrize("position", range(4), ids=NAMES)
 def test_forward_mode_raises(position: int) -> None:
-    args = arguments()
-    with pytest.raises(NotImplementedError, match="jvp"):
-        torch.func.jvp(lambda t: ours(*args[:position], t, *args[position + 1 :]), (args[position],), (args[position],))
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(args[position], torch.ones_like(args[position]))
-        with pytest.raises(NotImplementedError, match="jvp"):
-            ours(*args[:position], dual, *args[position + 1 :])
+    assert_forward_mode_raises(ours, arguments(), position)
 
 
 def test_no_graph_without_gradients() -> None:
-    args = [t.requires_grad_() for t in arguments()]
-    with torch.no_grad():
-        assert not ours(*args).requires_grad
-    with torch.inference_mode():
-        assert ours(*args).is_inference()
-    assert ours(*args).requires_grad
+    assert_no_graph_without_gradients(ours, arguments())

@@ -120,17 +120,10 @@ def truth_of(x: Tensor, kernels: list[Tensor]) -> Tensor:
     return a.sin() + b.cos() * c
 
 
-@pytest.fixture
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @CHOSEN
 @BOTH_LAYOUTS
 @pytest.mark.parametrize("dynamic", [True, False], ids=["dynamic", "static"])
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_forward_and_backward(dynamic: bool, layout: str, chosen: str) -> None:
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     each = [BRANCHES, SUM_OF_BRANCHES] if chosen == "fused" else ["depthwise_sum"] * 6
@@ -151,7 +144,7 @@ def test_compiled_forward_and_backward(dynamic: bool, layout: str, chosen: str) 
 
 @CHOSEN
 @pytest.mark.parametrize("wanted", [(0,), (1, 3), (2,), ()], ids=str)
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_with_frozen_parts(wanted: tuple[int, ...], chosen: str) -> None:
     x, kernels, _ = CROSS.tensors()
     inputs = [t.requires_grad_() for i, t in enumerate((x, *kernels)) if i in wanted]
@@ -165,7 +158,7 @@ def test_compiled_with_frozen_parts(wanted: tuple[int, ...], chosen: str) -> Non
 
 @CHOSEN
 @pytest.mark.parametrize("used", [(0, 2), (1,)], ids=str)
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_with_outputs_that_are_not_used(used: tuple[int, ...], chosen: str) -> None:
     x, kernels, _ = CROSS.tensors()
     inputs = [t.requires_grad_() for t in (x, *kernels)]
@@ -183,7 +176,7 @@ def test_compiled_with_outputs_that_are_not_used(used: tuple[int, ...], chosen: 
 
 @CHOSEN
 @pytest.mark.skipif(torch.__version__ < (2, 15), reason="the compiler of this version cannot trace function gradients")
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_function_gradients(chosen: str) -> None:
     x, kernels, _ = CROSS.tensors()
 
@@ -197,7 +190,7 @@ def test_compiled_function_gradients(chosen: str) -> None:
 
 
 @CHOSEN
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_vmap(chosen: str) -> None:
     x, kernels, _ = CROSS.tensors()
     images = torch.stack([x, x + 1])
@@ -208,7 +201,7 @@ def test_compiled_vmap(chosen: str) -> None:
 
 @CHOSEN
 @BOTH_LAYOUTS
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_a_compiled_layer_in_training(layout: str, chosen: str) -> None:
     layer = LargeKernel(Rectangles(3, [(13, 3), (3, 13), (3, 3)]), [nn.BatchNorm2d(3) for _ in range(3)], True).double()
     x = LAYOUTS[layout](torch.randn(2, 3, 9, 8, dtype=torch.float64)).requires_grad_()
@@ -304,7 +297,7 @@ def test_backward_under_autocast_of_a_forward_without_it(twice: bool, chosen: st
         assert torch.equal(got, want)
 
 
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_under_autocast() -> None:
     x, kernels, _ = CROSS.tensors(torch.float32)
     kernels = [k.requires_grad_() for k in kernels]

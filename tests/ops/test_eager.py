@@ -223,6 +223,19 @@ def test_negated_views_are_read_correctly() -> None:
     assert_close(ops.depthwise_sum(X, [torch._neg_view(K)]), ops.depthwise_sum(X, [-K]))
 
 
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+def test_zeros_without_memory(grad: bool) -> None:
+    x, k, b = (torch._efficientzerotensor(t.shape) for t in (X, K, B))
+    leaf = X.clone().requires_grad_(grad)
+    zeros = torch.zeros(X.shape)
+    assert torch.equal(ops.depthwise_sum(x, [K.clone().requires_grad_(grad)]), zeros)
+    for y in (ops.depthwise_sum(leaf, [k]), *ops.depthwise_branches(leaf, [k, k])):
+        assert torch.equal(y, zeros)
+    assert_close(ops.depthwise_sum(leaf, [K], bias=b), ops.depthwise_sum(X, [K]))
+    assert torch.equal(ops.depthwise_sum(leaf, [K], scale=b), zeros)
+    assert torch.equal(ops.depthwise_weight_grad(leaf, x, (3, 3)), torch.zeros(K.shape))
+
+
 @pytest.mark.parametrize("case", CASES[:4], ids=str)
 def test_an_empty_string_means_none_as_in_programs_of_0_4_0(case) -> None:
     x, kernels, bias = case.tensors(torch.float32)
@@ -258,6 +271,20 @@ def test_kernels_are_not_joined_in_a_step() -> None:
     names = kernels_of_a_step(lambda x, kernels: ops.depthwise_sum(x, kernels).sin().sum())
     assert "widekernel::depthwise_sum" in names
     assert not {"aten::cat", "aten::split_with_sizes"} & names
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("call", [ops.depthwise_sum, lambda x, kernels: sum(ops.depthwise_branches(x, kernels))])
+def test_kernels_that_change_before_the_backward_pass_are_an_error(call: Any, frozen: bool) -> None:
+    x, kernels = (
+        X.clone().requires_grad_(),
+        [torch.randn(3, 1, *size, requires_grad=not frozen) for size in [(3, 3), (1, 5)]],
+    )
+    y = call(x, kernels).sum()
+    with torch.no_grad():
+        kernels[1].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
 
 
 def test_kernels_are_not_joined_in_compiled_code() -> None:

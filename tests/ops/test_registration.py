@@ -117,16 +117,9 @@ def function(x: Tensor, kernels: list[Tensor], bias: Tensor) -> Tensor:
     return ops.depthwise_sum(x, kernels, CROSS.anchors, bias).sin()
 
 
-@pytest.fixture
-def _fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @BOTH_LAYOUTS
 @pytest.mark.parametrize("dynamic", [True, False], ids=["dynamic", "static"])
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_forward_and_backward(dynamic: bool, layout: str) -> None:
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for shape in [CROSS.shape, (3, 3, 11, 6)]:
@@ -144,7 +137,7 @@ def test_compiled_forward_and_backward(dynamic: bool, layout: str) -> None:
             assert_close(mine, want)
 
 
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_under_autocast() -> None:
     x, kernels, bias = CROSS.tensors(torch.float32)
     kernels = [k.requires_grad_() for k in kernels]

@@ -10,16 +10,12 @@ import pytest
 import torch
 from torch import nn
 
+from tests.layers.helpers import tall_strip, wide_strip
 from tests.parity.reference import assert_close, weights
 from widekernel import ops
 from widekernel.layers import LargeKernel, SharedStrips, ShiftTiles
 from widekernel.layers.tile_tables import draw_tables
-from widekernel.layers.tiles import (
-    cut_into_tiles,
-    tall_strip,
-    tile_convolution_padding,
-    wide_strip,
-)
+from widekernel.layers.tiles import cut_into_tiles, tile_convolution_padding
 
 SPLITS = ["51x5", "5x51", "49x5", "5x49", "47x5", "5x47", "13x5", "5x13"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +84,29 @@ def masks_of(controller: DynamicSparsity) -> dict[str, torch.Tensor]:
 
 def same(left: dict, right: dict) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def flat(state: Any) -> list:
+    """Return the leaves of nested containers, with the keys of dictionaries."""
+    if isinstance(state, dict):
+        return [part for key in state for part in (key, *flat(state[key]))]
+    if isinstance(state, (list, tuple)):
+        return [part for item in state for part in flat(item)]
+    return [state]
+
+
+def equal(left: Any, right: Any) -> bool:
+    """Return whether nested containers of tensors are equal bit by bit."""
+    left, right = flat(left), flat(right)
+    return len(left) == len(right) and all(
+        torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(left, right)
+    )
+
+
+def weights_outside(model: nn.Module, controller: DynamicSparsity) -> int:
+    """Return the number of non-zero weights outside the masks."""
+    weights = dict(model.named_parameters())
+    return sum(int(weights[name][~mask].count_nonzero()) for name, mask in controller.masks.items())
 
 
 def check_same_network(ours: nn.Module, theirs: nn.Module, x: Tensor) -> None:

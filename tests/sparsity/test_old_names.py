@@ -56,6 +56,12 @@ def test_renamed_attributes() -> None:
         assert controller.choices == controller.selection
     with pytest.warns(FutureWarning, match="moved is now called grown"):
         assert controller.moved == controller.grown
+    with pytest.warns(FutureWarning, match="LayerSparsity.moved is now called grown"):
+        assert [layer.moved for layer in controller.snapshot().layers] == [
+            layer.grown for layer in controller.snapshot().layers
+        ]
+    with pytest.warns(FutureWarning, match="check_timed is now called check_total_steps"):
+        quick().check_timed()
     prepared = semi_structured.prepare(torch.nn.Linear(16, 16))
     with pytest.warns(FutureWarning, match="regularisation is now called regularization"):
         assert prepared.regularisation() == 0

@@ -14,6 +14,7 @@ from widekernel.tasks.assembly import build_model
 from widekernel.tasks.classification import train
 from widekernel.tasks.config import ModelConfig, TrainConfig
 from widekernel.tasks.fingerprint import fingerprint
+from widekernel.tasks.run_result import SUMMARY_KEYS
 from widekernel.tasks.saved import SavedModel, save_model
 from widekernel.training import EmaConfig, LoopConfig, RunFolder, RunFolderError, ScheduleConfig, SilentReporter
 from widekernel.training.metrics_log import read_metrics
@@ -205,7 +206,7 @@ def test_an_empty_summary_is_explained(make):
         train(config)
     folder.summary.unlink()
     train(config)
-    assert folder.read_summary(classification.SUMMARY_KEYS)
+    assert folder.read_summary(SUMMARY_KEYS)
 
 
 class Breaking(SilentReporter):

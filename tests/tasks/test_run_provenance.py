@@ -157,8 +157,8 @@ def test_a_checkpoint_of_other_classes_gets_one_message(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"mean": (123.0, 116.0, 103.0)}, r"data\.mean .* pixels in 0\.\.1, divide by 255"),
-        ({"std": (58.0, 57.0, 57.0)}, r"data\.std .* pixels in 0\.\.1, divide by 255"),
+        ({"mean": (123.0, 116.0, 103.0)}, r"data\.mean .* pixels are scaled to 0\.\.1, so divide by 255"),
+        ({"std": (58.0, 57.0, 57.0)}, r"data\.std .* pixels are scaled to 0\.\.1, so divide by 255"),
         ({"std": (0.0, 0.5, 0.5)}, r"data\.std .* above 0"),
         ({"mean": (0.0, 0.0)}, r"data\.mean .* three numbers, or null"),
     ],

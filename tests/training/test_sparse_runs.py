@@ -171,7 +171,7 @@ def test_masks_from_a_file(tmp_path) -> None:
 
 
 def test_settings_that_contradict_each_other(tmp_path) -> None:
-    with pytest.raises(ConfigError, match="none, dynamic or semi_structured"):
+    with pytest.raises(ConfigError, match="must be one of 'none', 'dynamic', 'semi_structured'"):
         SparsityConfig("dynamics")
     with pytest.raises(ConfigError, match="use method dynamic"):
         SparsityConfig(masks="x")

@@ -19,8 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from widekernel.deprecation import renamed_attribute
 from widekernel.errors import ShapeError
 from widekernel.layers import FoldedLargeKernel, LargeKernel
+from widekernel.layers.dry_run import run_without_data
 from widekernel.layers.notes import recall
 from widekernel.layers.sources import SourceGroup, rects_of
+from widekernel.layers.training_modes import training_modes_restored
 from widekernel.sparsity.semi_structured import SemiStructured, convert
 from widekernel.transforms.compaction import compact
 from widekernel.transforms.fold import fold
@@ -142,20 +144,16 @@ def _without_data(model: nn.Module) -> nn.Module:
 
 def _cost(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[Cost, _Uncounted]:
     """Count the cost of a network, and what the counter does not know."""
-    modes = [(module, module.training) for module in model.modules()]
     extra = _Uncounted()
     hooks = [
         module.register_forward_hook(_counting_hook(extra, module)) for module in model.modules() if _holds_weights(module)
     ]
-    meta = {key: value.to("meta") for key, value in (*model.named_parameters(), *model.named_buffers())}
-    image = torch.empty(1, *input_size, device="meta", dtype=_dtype(model))
     try:
-        model.eval()
-        with torch.no_grad(), FlopCounterMode(display=False) as counter, _Activations() as activations:
-            torch.func.functional_call(model, meta, (image,))
+        with training_modes_restored(model):
+            model.eval()
+            with FlopCounterMode(display=False) as counter, _Activations() as activations:
+                run_without_data(model, (1, *input_size))
     finally:
-        for module, mode in modes:
-            module.training = mode
         for hook in hooks:
             hook.remove()
     params = sum(parameter.numel() for parameter in model.parameters())
@@ -224,10 +222,6 @@ def _published_difference(layer: LargeKernel, x: Tensor) -> int:
         return 0
     realized = sum(rect.kernel.numel() for rect in rects) * height * width
     return layer.source.published_macs(height, width) - realized
-
-
-def _dtype(model: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.float32)
 
 
 class _Activations(TorchDispatchMode):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from widekernel import ops
 from widekernel.bench.errors import BenchmarkError
-from widekernel.ops.problem import Anchor, mirror
+from widekernel.ops.problem import Anchor, flipped, mirror_anchors
 from widekernel.ops.reference import relative_error
 
 OPERATOR_TOLERANCE = 1e-5
@@ -123,12 +123,10 @@ class _Problem(NamedTuple):
         request: BackendRequest = {"backend": backend, "algorithm": algorithm}
         x, grad = (image.to(dtype=dtype, memory_format=layout) for image in (self.x, self.grad))
         kernels = [kernel.to(dtype) for kernel in self.kernels]
-        flipped = [kernel.flip(-1, -2) for kernel in kernels]
-        mirrored = [mirror(kernel.shape[2:], anchor) for kernel, anchor in zip(kernels, self.anchors)]
         size = (kernels[0].shape[2], kernels[0].shape[3])
         return [
             ops.depthwise_sum(x, kernels, self.anchors, self.bias.to(dtype), **request),
-            ops.depthwise_sum(grad, flipped, mirrored, **request),
+            ops.depthwise_sum(grad, flipped(kernels), mirror_anchors(kernels, self.anchors), **request),
             ops.depthwise_weight_grad(x, grad, size, self.anchors[0], **request),
         ]
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 import torch
 
 from widekernel.bench.devices import Accelerator
-from widekernel.bench.machine import copy_speed, cpu_model, installed_version, usable_cores
+from widekernel.bench.machine import copy_speed, cpu_model, installed_version
 from widekernel.bench.precision import FLOAT32, PRECISIONS, TF32, Precision, in_force
 from widekernel.bench.timing import Stopwatch
+from widekernel.data.config import processors
 
 _COPIED, _MATRIX = 2**29, 8192  # numbers of a bfloat16 tensor (1 GiB); rows of a square matrix
 _CALLS = 10
@@ -76,7 +77,7 @@ def measure_gpu(accelerator: Accelerator) -> Gpu:
         multiprocessors=properties.multi_processor_count,
         memory=properties.total_memory / 2**30,
         cache=getattr(properties, "L2_cache_size", 0) / 2**20,
-        host=f"{cpu_model()}, {usable_cores()} cores",
+        host=f"{cpu_model()}, {processors()} cores",
         versions=_versions(),
         bandwidth=device_copy_speed(device, stopwatch, min(_COPIED, free // 16)),
         products={name: product_speed(device, stopwatch, p, _MATRIX) for name, p in PRECISIONS.items()},

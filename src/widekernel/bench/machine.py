@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from widekernel.data.config import processors
 from widekernel.errors import ArgumentError
 from widekernel.ops.cpu import library
 
@@ -66,7 +67,7 @@ def measure_machine() -> Machine:
     peak, source = fma_peak(threads)
     return Machine(
         cpu=cpu_model(),
-        cores=usable_cores(),
+        cores=processors(),
         threads=threads,
         capability=torch.backends.cpu.get_cpu_capability(),
         native=_native(),
@@ -131,11 +132,6 @@ def cpu_model() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
-
-
-def usable_cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def installed_version(package: str, otherwise: str = "unknown") -> str:

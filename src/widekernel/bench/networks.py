@@ -26,7 +26,7 @@ from widekernel.bench.platforms import Platform
 from widekernel.bench.precision import FLOAT32, Precision, in_force
 from widekernel.bench.rows import DeviceNetworkRow, NetworkRow
 from widekernel.bench.time_budget import TimeBudget
-from widekernel.bench.timing import Timing, first_calls, interleave
+from widekernel.bench.timing import NO_TIMES, Timing, first_calls, interleave
 from widekernel.bench.variants import INFER, MODES, PYTORCH, Conditions, Variant, build_variants, with_visible_blocks
 from widekernel.errors import in_short
 from widekernel.ops.reference import relative_error
@@ -40,7 +40,6 @@ DEFAULT_NETWORKS = ("replknet_31b", "slak_tiny", "shiftwise_tiny", "convnext_tin
 DEFAULT_BATCHES = (64, 128)
 _ALL = "all"
 _LEARNING_RATE = 1e-6  # so small that the parameters hardly change: only the time of a step matters
-_FAILED = Timing(())
 
 
 @dataclass(frozen=True)
@@ -221,8 +220,7 @@ class _Trial:
         return [self._row(variant) for variant in shown]
 
     def _conditions(self) -> AbstractContextManager[object]:
-        dtype = self.precision.autocast
-        return nullcontext() if dtype is None else torch.autocast(self.platform.device.type, dtype)
+        return self.precision.autocasting(self.platform.device)
 
     def _recover(self) -> None:
         try:
@@ -304,7 +302,7 @@ class _Trial:
 
     def _fields(self, variant: Variant) -> dict[str, Any]:
         """Return the fields of a `NetworkRow`; the times of a variant that has no timing are NaN."""
-        timing = self.timings.get(variant.name, _FAILED)
+        timing = self.timings.get(variant.name, NO_TIMES)
         batch, size = variant.images.shape[0], variant.images.shape[2]
         return {
             "model": self.name,
@@ -317,8 +315,8 @@ class _Trial:
             "ms": 1e3 * timing.median,
             "spread": timing.spread,
             "calls": timing.calls,
-            "times_nhwc": self.timings.get(f"{PYTORCH} NHWC", _FAILED).median / timing.median,
-            "times_default": self.timings.get(f"{PYTORCH} NCHW", _FAILED).median / timing.median,
+            "times_nhwc": self.timings.get(f"{PYTORCH} NHWC", NO_TIMES).median / timing.median,
+            "times_default": self.timings.get(f"{PYTORCH} NCHW", NO_TIMES).median / timing.median,
             "images_per_second": batch / timing.median,
             "depthwise_share": self.shares.get(variant.name),
         }

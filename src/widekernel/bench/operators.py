@@ -26,14 +26,13 @@ from widekernel.bench.platforms import Limits, Platform
 from widekernel.bench.precision import FLOAT32, Precision, in_force
 from widekernel.bench.rows import DeviceOperatorRow, OperatorRow
 from widekernel.bench.time_budget import TimeBudget
-from widekernel.bench.timing import Timing, first_calls, interleave
+from widekernel.bench.timing import NO_TIMES, Timing, first_calls, interleave
 from widekernel.errors import in_short
-from widekernel.ops.problem import LAYOUTS, mirror
+from widekernel.ops.problem import LAYOUTS, flipped, mirror
 from widekernel.ops.reference import relative_error
 
 PYTORCH = ("PyTorch NHWC", "PyTorch NCHW")
 """The implementations that the others are compared with; the first one that ran counts."""
-_FAILED = Timing(())
 
 Call = Callable[[], Tensor]
 
@@ -142,7 +141,7 @@ def our_call(direction: str, x: Tensor, grad: Tensor, kernel: Tensor, request: B
         return lambda: ops.depthwise_sum(x, [kernel], [anchor], **request)
     if direction == INPUT_GRAD:
         # As in the backward pass, which flips the kernel at each call.
-        return lambda: ops.depthwise_sum(grad, [kernel.flip(-1, -2)], [mirror(size, anchor)], **request)
+        return lambda: ops.depthwise_sum(grad, flipped([kernel]), [mirror(size, anchor)], **request)
     return lambda: ops.depthwise_weight_grad(x, grad, size, anchor, **request)
 
 
@@ -322,7 +321,7 @@ class _Trial:
     def _fields(self, layout: str, limits: Limits) -> dict[str, Any]:
         """Return the fields of an `OperatorRow`; the times of implementations that have no timing are NaN."""
         case, name = self.case, f"ours {layout}"
-        ours, nchw, nhwc = (self.timings.get(key, _FAILED) for key in (name, "PyTorch NCHW", "PyTorch NHWC"))
+        ours, nchw, nhwc = (self.timings.get(key, NO_TIMES) for key in (name, "PyTorch NCHW", "PyTorch NHWC"))
         seconds, limit = ours.median, max(limits.seconds(case.macs))
         gflops = 2 * case.macs / seconds / 1e9
         return {

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 
-from widekernel.errors import ArgumentError, nearest
+from widekernel.settings import parse_names
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,10 @@ class Precision:
         """The type that networks with float32 parameters are autocast to; None for no autocast."""
         return None if self.dtype == torch.float32 else self.dtype
 
+    def autocasting(self, device: torch.device) -> AbstractContextManager[object]:
+        """Return a context in which such networks compute in this precision on a device."""
+        return nullcontext() if self.autocast is None else torch.autocast(device.type, self.autocast)
+
 
 FLOAT32 = Precision("float32", torch.float32, 1e-5)
 TF32 = Precision("tf32", torch.float32, 2e-3, "high")
@@ -58,13 +62,7 @@ def parse_precisions(text: str) -> list[Precision]:
     Raises:
         ArgumentError: if a name is unknown.
     """
-    names = [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in PRECISIONS:
-            raise ArgumentError(
-                f"dtypes has {name!r}.{nearest(name, PRECISIONS)} It takes {', '.join(PRECISIONS)}, with commas."
-            )
-    return [precision for name, precision in PRECISIONS.items() if name in names]
+    return [PRECISIONS[name] for name in parse_names("dtypes", text, PRECISIONS)]
 
 
 @contextmanager

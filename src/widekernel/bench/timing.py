@@ -100,6 +100,10 @@ class Timing:
         return (upper - lower) / 2 / self.median if self.median else 0.0
 
 
+NO_TIMES = Timing(())
+"""The timing of a call that failed."""
+
+
 def first_calls(
     calls: Mapping[str, Callable[[], Any]], stopwatch: Stopwatch = _WALL, failures: dict[str, str] | None = None
 ) -> tuple[dict[str, Any], dict[str, float]]:

@@ -13,9 +13,9 @@ from rich.table import Table
 
 from widekernel.cli.console import progress, progress_console, result_console, table_console
 from widekernel.cli.custom_case import custom_case
-from widekernel.cli.parsing import new_parser, parse, parse_names
+from widekernel.cli.parsing import new_parser, parse
 from widekernel.errors import ConfigError, nearest
-from widekernel.settings import require
+from widekernel.settings import parse_names, require
 
 if TYPE_CHECKING:
     from widekernel.bench import Case, Platform, TimeBudget

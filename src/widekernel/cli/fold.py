@@ -47,7 +47,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _default_output(source: ModelSource) -> Path:
-    path = source.path / "model" if source.path.is_dir() else source.path
+    path = source.weights_path()
     parts = [
         path.stem,
         *(["best"] if source.state == "best" else []),

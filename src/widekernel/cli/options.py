@@ -42,5 +42,5 @@ def parse_with_data_of_the_run(parser: jsonargparse.ArgumentParser, arguments: l
     given = parse_given(parser, arguments)
     folder = ModelSource(Path(given["source"])).run_folder()
     layers = [] if folder is None else [{"data": folder.read_config().get("data") or {}}]
-    named = folder is not None or not given.get("data", {}).keys().isdisjoint(("root", "name"))
-    return parse(parser, arguments, layers), named
+    data = given.get("data", {})
+    return parse(parser, arguments, layers), folder is not None or "name" in data or data.get("root") is not None

@@ -17,6 +17,8 @@ from widekernel.settings import flatten
 
 FREE_KEYS = ("model.args", "model_args")
 """Keys whose contents depend on the model: everything below them is accepted."""
+_OF_THE_COMMAND_LINE = {"config", "print_config"}
+"""Options that a file of settings cannot contain."""
 
 T = TypeVar("T")
 
@@ -52,6 +54,10 @@ def parse(
     """
     with _errors_explained(parser):
         values = parser.parse_args(arguments)
+        if layers:  # lists start from their defaults, so that `--list+ x` adds to that of a layer, and once
+            defaults = parser.get_defaults()
+            for key in [key for key, value in values.items() if isinstance(value, (list, tuple))]:
+                values[key] = defaults[key]
         for settings in layers:
             values = parser.parse_object(dict(settings), values, defaults=False)
         if layers:  # parse the command line again, on top: `--model.args.x 3` adds to the mapping of a layer
@@ -104,7 +110,7 @@ def read_settings(path: str, parser: jsonargparse.ArgumentParser) -> dict[str, A
         return {}
     if not isinstance(content, dict):
         raise ConfigError(f"The configuration file {path!r} holds {type(content).__name__}, but must hold settings.")
-    known = known_keys(parser)
+    known = known_keys(parser) - _OF_THE_COMMAND_LINE
     for key, value in flatten(content, FREE_KEYS).items():
         if key not in known:
             raise ConfigError(f"{path} holds the unknown key {key!r}.{nearest(key, known)}")
@@ -130,21 +136,6 @@ def typed(args: dict[str, Any]) -> dict[str, Any]:
                 value = {"True": True, "False": False, "None": None}.get(value, value)
         values[key] = value
     return values
-
-
-def parse_names(option: str, text: str, known: Sequence[str]) -> list[str]:
-    """Read names separated by commas, and return them in the order of `known`.
-
-    Raises:
-        ConfigError: a name is unknown.
-    """
-    names = [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in known:
-            raise ConfigError(
-                f"{option} has {name!r}.{nearest(name, known)} It takes {', '.join(known)}, separated by commas."
-            )
-    return [name for name in known if name in names]
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -191,10 +182,17 @@ def _errors_explained(parser: jsonargparse.ArgumentParser) -> Iterator[None]:
         unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", text, re.IGNORECASE)
         if unknown is not None:
             options = [f"--{key}" for key in known_keys(parser)]
-            text = f"{parser.prog} has no option {unknown.group(1)}.{nearest(unknown.group(1), options)}"
+            text = f"{parser.prog} has no option {unknown.group(1)}.{_nearest_option(unknown.group(1), options)}"
         else:
             text = f"{parser.prog}: {_readable(text)}."
         raise ConfigError(f"{text} See `{parser.prog} --help`.") from error
+
+
+def _nearest_option(name: str, options: Sequence[str]) -> str:
+    """Return a suggestion of an option: of the same name in another section if there is one, else the closest."""
+    last = name.lstrip("-").rpartition(".")[2]
+    elsewhere = [option for option in options if option.endswith(f".{last}")]
+    return nearest(name, elsewhere, cutoff=0.0) or nearest(name, options)
 
 
 def _readable(text: str) -> str:

@@ -104,7 +104,7 @@ def _sparsify(
 
 
 def _default_output(source: ModelSource, config: SparsifyConfig) -> Path:
-    path = source.path / "model" if source.path.is_dir() else source.path
+    path = source.weights_path()
     return path.with_name(f"{path.stem}_{config.block}_{config.method}.safetensors")
 
 

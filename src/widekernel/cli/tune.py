@@ -13,9 +13,9 @@ import jsonargparse
 
 from widekernel.cli.console import progress, result_console
 from widekernel.cli.custom_case import custom_case
-from widekernel.cli.parsing import new_parser, parse, parse_names
+from widekernel.cli.parsing import new_parser, parse
 from widekernel.errors import ConfigError, WidekernelError
-from widekernel.settings import require
+from widekernel.settings import parse_names, require
 
 if TYPE_CHECKING:
     from widekernel.ops.gpu import tuning_tables

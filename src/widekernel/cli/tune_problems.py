@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -128,7 +127,7 @@ def _counted(model: nn.Module, size: int, runs: Runs, device: torch.device) -> C
                 stored = model.to(memory_format=LAYOUTS[layout])  # type: ignore[call-overload]
                 for mode in runs.modes:
                     for precision in runs.precisions:
-                        with in_force(precision, search=False), _autocast(device, precision):
+                        with in_force(precision, search=False), precision.autocasting(device):
                             _run(stored, mode, images)
     finally:
         ops.unregister(recording.name)
@@ -138,10 +137,6 @@ def _counted(model: nn.Module, size: int, runs: Runs, device: torch.device) -> C
             # A network that makes several images of one does so in proportion to the batch.
             found[replace(problem, shape=(problem.shape[0] * runs.batch // _FEW, *problem.shape[1:]))] += 1
     return found
-
-
-def _autocast(device: torch.device, precision: Precision) -> Any:
-    return nullcontext() if precision.autocast is None else torch.autocast(device.type, precision.autocast)
 
 
 def _run(model: nn.Module, mode: str, images: Tensor) -> None:

@@ -19,6 +19,7 @@ from widekernel.data.images import UnreadableImageError
 from widekernel.data.preprocess import ImageTransform
 from widekernel.data.seeding import derive_seed, scoped_seed
 from widekernel.data.sources import ImageSource
+from widekernel.deprecation import renamed_arguments
 from widekernel.errors import DataError
 
 # First keys of the random streams: each purpose has its own stream.
@@ -170,6 +171,7 @@ class LoaderOptions:
 class TrainingLoader:
     """Loader of training batches by epoch; `epoch(n, skip)` starts at any batch."""
 
+    @renamed_arguments(share="shard")
     def __init__(self, samples: TrainingSamples, options: LoaderOptions, shard: Shard) -> None:
         self.samples = samples
         self.sampler = EpochBatches(len(samples), options.batch_size, samples.seed, shard)
@@ -196,6 +198,7 @@ class TrainingLoader:
             yield batch
 
 
+@renamed_arguments(share="shard")
 def evaluation_loader(samples: EvaluationSamples, options: LoaderOptions, shard: Shard) -> DataLoader:
     """Return a loader that yields each image exactly once over all ranks, in order, and repeats none to fill a batch."""
     indices = range(shard.rank, len(samples), shard.world_size)

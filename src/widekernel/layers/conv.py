@@ -33,10 +33,14 @@ class DepthwiseConv2d(nn.Conv2d):
         if x.dim() not in (3, 4) or not x.dtype.is_floating_point or self.reasons_against():
             return super().forward(x)
         batched = x if x.dim() == 4 else x.unsqueeze(0)
-        # With padding="same" PyTorch pads the odd pixel of an even kernel on the right and below.
-        anchor = (self.kernel_size[0] - 1) // 2, (self.kernel_size[1] - 1) // 2
-        y = ops.depthwise_sum(batched, [self.weight], [anchor], self.bias)
+        y = ops.depthwise_sum(batched, [self.weight], [output_tap(self)], self.bias)
         return y if x.dim() == 4 else y.squeeze(0)
+
+
+def output_tap(conv: nn.Conv2d) -> tuple[int, int]:
+    """Return the tap that sits on the output pixel of a convolution that keeps the size."""
+    # With padding="same" PyTorch pads the odd pixel of an even kernel on the right and below.
+    return (conv.kernel_size[0] - 1) // 2, (conv.kernel_size[1] - 1) // 2
 
 
 def reasons_against_depthwise(conv: nn.Conv2d) -> list[str]:

@@ -88,8 +88,13 @@ class Rect:
                 f"cannot absorb one of {other.size[0]}x{other.size[1]}, {other.kernel.shape[0]} channels, anchored at "
                 f"{other.anchor}: it must cover it and have as many channels"
             )
-        up, down, left, right = (mine - theirs for mine, theirs in zip(self.reach, other.reach))
-        return Rect(self.kernel + F.pad(other.kernel, (left, right, up, down)), self.anchor)
+        return Rect(self.kernel + other.taps_within(self), self.anchor)
+
+    def taps_within(self, window: Rect) -> Tensor:
+        """Return the kernel, cut and filled up with zeros to the place and the size of the rectangle `window`."""
+        # Negative padding crops.
+        up, down, left, right = (theirs - mine for theirs, mine in zip(window.reach, self.reach))
+        return F.pad(self.kernel, (left, right, up, down))
 
 
 def maximal_rectangles(rects: Iterable[Rect]) -> list[Rect]:

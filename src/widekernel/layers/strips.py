@@ -37,6 +37,10 @@ class TileSource(RectSource):
         """Return channels and sizes."""
         return f"{self.channels}, kernel_size={self.kernel_size}, tile_size={self.tile_size}"
 
+    def branch_anchors(self) -> list[tuple[int, int]]:
+        """Return the middles of the kernels that the wide and the tall strip stand for."""
+        return [(self.tile_size // 2, self.kernel_size // 2), (self.kernel_size // 2, self.tile_size // 2)]
+
 
 class SplitStrips(TileSource):
     """Two strips, K x N and N x K, each made of tiles of its own (SLaK_reg).
@@ -109,10 +113,6 @@ class SharedStrips(TileSource):
         tall = self.tiles * self.gates[1].sigmoid().view(-1, 1, 1, 1)
         return [side_by_side(wide.view(shape)), stacked(tall.view(shape))]
 
-    def branch_anchors(self) -> list[tuple[int, int]]:
-        """Return the middles of the kernels that the strips stand for."""
-        return [(self.tile_size // 2, self.kernel_size // 2), (self.kernel_size // 2, self.tile_size // 2)]
-
     def published_macs(self, height: int, width: int) -> int:
         """Count the tile convolution that both directions share, on an image padded on all sides."""
         extra = 2 * tile_convolution_padding(self.kernel_size, self.tile_size) - self.tile_size + 1
@@ -174,10 +174,6 @@ class ShuffledStrips(TileSource):
         """Return the wide and the tall strip."""
         wide, tall = self.arranged()
         return [side_by_side(wide), stacked(tall)]
-
-    def branch_anchors(self) -> list[tuple[int, int]]:
-        """Return the middles of the kernels that the strips stand for."""
-        return [(self.tile_size // 2, self.kernel_size // 2), (self.kernel_size // 2, self.tile_size // 2)]
 
     def published_macs(self, height: int, width: int) -> int:
         """Count one tile convolution on an image padded by N - 1 on every side."""

@@ -92,10 +92,7 @@ class ModelOptions:
         """
         if self.act_layer is None:
             return default
-        try:
-            act = get_act_layer(self.act_layer)
-        except (AssertionError, KeyError):
-            act = None
+        act = _found(get_act_layer, self.act_layer)
         if act is None:
             raise ArgumentError(
                 f"act_layer {self.act_layer!r} is unknown: give a name that timm knows ('relu', 'silu'), or a class"
@@ -121,10 +118,7 @@ class ModelOptions:
             return nn.BatchNorm2d
         if isinstance(self.norm_layer, str) and _without_2d(self.norm_layer) in _CHANNEL_NORMS:
             return _CHANNEL_NORMS[_without_2d(self.norm_layer)][0]
-        try:
-            norm = get_norm_layer(self.norm_layer)
-        except (AssertionError, KeyError):
-            norm = None
+        norm = _found(get_norm_layer, self.norm_layer)
         if norm is None:
             raise ArgumentError(
                 f"norm_layer {self.norm_layer!r} is unknown: give a name that timm knows ('batchnorm2d', 'layernorm2d'), "
@@ -148,6 +142,14 @@ class ModelOptions:
             f"norm_layer {name} cannot take the place of this family's layer norms, which act on maps (N, H, W, C) too: "
             f"it must be one of {', '.join(map(repr, known))}.{hint}"
         )
+
+
+def _found(get: Callable[[Any], Any], wanted: Any) -> Any:
+    """Return what timm finds by a name; None if it does not know the name."""
+    try:
+        return get(wanted)
+    except (AssertionError, KeyError):
+        return None
 
 
 def _without_2d(name: str) -> str:

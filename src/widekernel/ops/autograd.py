@@ -28,10 +28,9 @@ from widekernel.ops.operators import (
     run_weight_grad,
     split_kernels,
 )
-from widekernel.ops.problem import Anchor, mirror
+from widekernel.ops.problem import Anchor, Anchors, flipped, mirror, mirror_anchors
 from widekernel.ops.registration import CallOptions, has_batched_gradients, needs_derivatives
 
-Anchors = tuple[Anchor, ...]
 Gradients = tuple[Tensor | None, ...]
 
 
@@ -81,11 +80,6 @@ def differentiable_sum_of_branches(
     return _DepthwiseSumOfBranches.apply(anchors, options, *xs, *kernels)
 
 
-def mirror_anchors(kernels: Sequence[Tensor], anchors: Sequence[Anchor]) -> Anchors:
-    """Return the anchors of the flipped kernels."""
-    return tuple(mirror(kernel.shape[2:], anchor) for kernel, anchor in zip(kernels, anchors))
-
-
 def _is_compiling_a_transform() -> bool:
     """Return whether a function transform is being compiled.
 
@@ -132,8 +126,7 @@ class _DepthwiseSum(torch.autograd.Function):
         x, *kernels = ctx.saved_tensors
         for_x = for_bias = None
         if ctx.needs_input_grad[0]:
-            flipped = [kernel.flip(-1, -2) for kernel in kernels]
-            for_x = differentiable_sum(grad, flipped, mirror_anchors(kernels, ctx.anchors), None, ctx.options)
+            for_x = differentiable_sum(grad, flipped(kernels), mirror_anchors(kernels, ctx.anchors), None, ctx.options)
         for_kernels = [
             differentiable_weight_grad(x, grad, kernel.shape[2:], anchor, ctx.options) if wanted else None
             for kernel, anchor, wanted in zip(kernels, ctx.anchors, ctx.needs_input_grad[4:])
@@ -188,8 +181,8 @@ class _DepthwiseSumOfTaps(torch.autograd.Function):
         call = ctx.call
         for_x = for_taps = for_bias = None
         if ctx.needs_input_grad[0]:
-            flipped = join_kernels([kernel.flip(-1, -2) for kernel in call.split(taps)])
-            for_x = _DepthwiseSumOfTaps.apply(grad, flipped, None, call.mirrored())
+            turned = join_kernels(flipped(call.split(taps)))
+            for_x = _DepthwiseSumOfTaps.apply(grad, turned, None, call.mirrored())
         if ctx.needs_input_grad[1]:
             for_taps = join_kernels(
                 [differentiable_weight_grad(x, grad, rect[:2], rect[2:], call.options) for rect in call.geometry]
@@ -220,8 +213,8 @@ class _DepthwiseWeightGrad(torch.autograd.Function):
         call = _Call((ctx.geometry,), ctx.options)
         for_x = for_grad = None
         if ctx.needs_input_grad[0]:
-            flipped = join_kernels([cotangent.flip(-1, -2)])
-            for_x = _DepthwiseSumOfTaps.apply(grad, flipped, None, call.mirrored())
+            turned = join_kernels(flipped([cotangent]))
+            for_x = _DepthwiseSumOfTaps.apply(grad, turned, None, call.mirrored())
         if ctx.needs_input_grad[1]:
             for_grad = _DepthwiseSumOfTaps.apply(x, join_kernels([cotangent]), None, call)
         return for_x, for_grad, None, None
@@ -253,8 +246,7 @@ class _DepthwiseBranches(torch.autograd.Function):
         if ctx.needs_input_grad[0] and used:
             rects = [kernels[b] for b, _ in used]
             mirrored = mirror_anchors(rects, [ctx.anchors[b] for b, _ in used])
-            flipped = [kernel.flip(-1, -2) for kernel in rects]
-            for_x = differentiable_sum_of_branches([grad for _, grad in used], flipped, mirrored, ctx.options)
+            for_x = differentiable_sum_of_branches([grad for _, grad in used], flipped(rects), mirrored, ctx.options)
         for b, grad in used:
             if ctx.needs_input_grad[3 + b]:
                 size, anchor = kernels[b].shape[2:], ctx.anchors[b]
@@ -287,8 +279,7 @@ class _DepthwiseSumOfBranches(torch.autograd.Function):
         if wanted:
             rects = [kernels[b] for b in wanted]
             mirrored = mirror_anchors(rects, [ctx.anchors[b] for b in wanted])
-            flipped = [kernel.flip(-1, -2) for kernel in rects]
-            for b, for_x in zip(wanted, differentiable_branches(grad, flipped, mirrored, ctx.options)):
+            for b, for_x in zip(wanted, differentiable_branches(grad, flipped(rects), mirrored, ctx.options)):
                 gradients[b] = for_x
         for b in range(count):
             if ctx.needs_input_grad[2 + count + b]:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from widekernel.ops import dispatch, traced_calls
-from widekernel.ops.autograd import differentiable_branches, differentiable_sum, mirror_anchors
+from widekernel.ops.autograd import differentiable_branches, differentiable_sum
 from widekernel.ops.checks import check_algorithm, check_sum
 from widekernel.ops.dispatch import BackendChoice, dispatch_key, select_fused
 from widekernel.ops.eager import find_sum, is_ordinary_call
 from widekernel.ops.jit_trace import is_tracing
-from widekernel.ops.problem import DEPTHWISE_BRANCHES, Anchor, Problem, center_anchors
+from widekernel.ops.problem import DEPTHWISE_BRANCHES, Anchor, Problem, center_anchors, mirror_anchors
 from widekernel.ops.registration import CallOptions, autocast, needs_derivatives, on_gpu_of
 
 _IS_FUSED = "branches are fused"

@@ -53,8 +53,11 @@ def is_ordinary_call() -> bool:
 
 
 def are_ordinary(*tensors: Tensor | None) -> bool:
-    """Return whether the tensors are no subclasses and hold numbers."""
-    return all(t is None or (type(t) in _TENSOR_TYPES and not t.is_meta) for t in tensors)
+    """Return whether the tensors are no subclasses and hold numbers in memory.
+
+    The dispatcher fills in the zeros of tensors that have no memory, which PyTorch's own derivatives use here and there.
+    """
+    return all(t is None or (type(t) in _TENSOR_TYPES and not t.is_meta and not t._is_zerotensor()) for t in tensors)
 
 
 def sum_key(
@@ -97,15 +100,22 @@ def find_sum(
     """
     if type(x) not in _TENSOR_TYPES or type(kernels) not in (list, tuple) or torch._C._is_any_autocast_enabled():
         return None
+    if x._is_zerotensor():
+        return None
     dtype, device = x.dtype, x.device
     sizes = []
     for kernel in kernels:
         if type(kernel) not in _TENSOR_TYPES or kernel.dtype is not dtype or kernel.device != device:
             return None
+        if kernel._is_zerotensor():
+            return None
         sizes.append(kernel.shape)
     for values in (bias, scale):
         if values is not None and (
-            type(values) not in _TENSOR_TYPES or values.dtype is not dtype or values.device != device
+            type(values) not in _TENSOR_TYPES
+            or values.dtype is not dtype
+            or values.device != device
+            or values._is_zerotensor()
         ):
             return None
     try:

@@ -10,7 +10,7 @@ from torch import Tensor
 from widekernel.ops import dispatch
 from widekernel.ops.backends.base import Backend
 from widekernel.ops.checks import check_algorithm, check_sum
-from widekernel.ops.problem import Algorithm, Anchor, Problem, center_anchors, mirror
+from widekernel.ops.problem import Algorithm, Anchor, Problem, center_anchors, mirror_anchors
 from widekernel.ops.registration import autocast, on_gpu_of
 
 
@@ -72,7 +72,7 @@ def _explanations(
     algorithm: Algorithm | None,
     branches: bool,
 ) -> list[Explanation]:
-    mirrored = [mirror(kernel.shape[2:], anchor) for kernel, anchor in zip(kernels, anchors)]
+    mirrored = mirror_anchors(kernels, anchors)
     if branches and len(kernels) > 1:
         explanations = [
             *explain_branches(Problem.of_branches(x, kernels, anchors, algorithm), backend),

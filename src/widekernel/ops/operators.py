@@ -21,6 +21,7 @@ from widekernel.ops.problem import (
     DEPTHWISE_SUM_OF_BRANCHES,
     DEPTHWISE_WEIGHT_GRAD,
     Anchor,
+    Anchors,
     Problem,
     in_layout,
     memory_format,
@@ -37,8 +38,6 @@ from widekernel.ops.registration import (
     register_implementation,
     unflatten_anchors,
 )
-
-Anchors = tuple[Anchor, ...]
 
 define_operator("depthwise_sum", "Tensor x, Tensor[] kernels, SymInt[] anchors, Tensor? bias, Tensor? scale, bool relu")
 define_operator("depthwise_weight_grad", "Tensor x, Tensor grad, SymInt[] geometry")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 Anchor = tuple[int, int]
+Anchors = tuple[Anchor, ...]
 DEPTHWISE_SUM = "depthwise_sum"
 DEPTHWISE_WEIGHT_GRAD = "depthwise_weight_grad"
 # One input and many outputs, and its adjoint: many inputs and one output. Each is as many sums of a single rectangle.
@@ -77,6 +78,11 @@ class Problem:
         """Describe a call of `depthwise_sum_of_branches` whose first input is `x`."""
         return _problem(DEPTHWISE_SUM_OF_BRANCHES, x, _sizes(kernels), tuple(anchors), algorithm)
 
+    @property
+    def layout(self) -> str:
+        """How the input is stored: a key of `LAYOUTS`."""
+        return "NHWC" if self.channels_last else "NCHW"
+
     def branches(self) -> list[Problem]:
         """Return for each rectangle the call of `depthwise_sum` that computes it alone."""
         rects = zip(self.kernels, self.anchors)
@@ -140,6 +146,16 @@ def touching(taps: int, anchor: int, extent: int) -> slice:
 def mirror(kernel: Sequence[int], anchor: Anchor) -> Anchor:
     """Return the anchor of the flipped kernel, as the input gradient needs it."""
     return kernel[0] - 1 - anchor[0], kernel[1] - 1 - anchor[1]
+
+
+def mirror_anchors(kernels: Sequence[Tensor], anchors: Sequence[Anchor]) -> Anchors:
+    """Return the anchors of the flipped kernels."""
+    return tuple(mirror(kernel.shape[2:], anchor) for kernel, anchor in zip(kernels, anchors))
+
+
+def flipped(kernels: Sequence[Tensor]) -> list[Tensor]:
+    """Return the kernels upside down and back to front, as the input gradient needs them."""
+    return [kernel.flip(-1, -2) for kernel in kernels]
 
 
 def center_anchors(kernels: Sequence[Tensor]) -> list[Anchor]:

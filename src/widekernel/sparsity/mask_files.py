@@ -11,7 +11,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from widekernel.errors import CheckpointError
-from widekernel.files import explained, write_atomically
+from widekernel.files import write_file
 from widekernel.layers.wrappers import unwrap
 from widekernel.sparsity.packing import pack, unpack
 from widekernel.tensor_files import tensor_file
@@ -29,8 +29,7 @@ def save_masks(masks: Mapping[str, Tensor], path: str | Path) -> None:
     shapes = {name: list(mask.shape) for name, mask in masks.items()}
     metadata = {METADATA_KEY: json.dumps({"format": FORMAT, "shapes": shapes})}
     content = save({name: pack(mask) for name, mask in masks.items()}, metadata=metadata)
-    with explained(Path(path)):
-        write_atomically(Path(path), lambda file: file.write(content))
+    write_file(Path(path), content)
 
 
 def load_masks(path: str | Path, model: nn.Module | None = None) -> dict[str, Tensor]:

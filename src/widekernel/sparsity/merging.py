@@ -6,7 +6,6 @@ import copy
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from widekernel.errors import ArgumentError, nearest
@@ -150,9 +149,7 @@ def _union_within(window: Rect, live: Sequence[Rect]) -> Tensor:
     """Return the union of bool rectangles at the taps of one of them."""
     total = torch.zeros_like(window.kernel)
     for rect in live:
-        # Negative padding crops.
-        up, down, left, right = (mine - theirs for mine, theirs in zip(window.reach, rect.reach))
-        total |= F.pad(rect.kernel.to(window.kernel.device), (left, right, up, down))
+        total |= rect.taps_within(window).to(total.device)
     return total
 
 

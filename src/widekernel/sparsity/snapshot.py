@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from widekernel.deprecation import renamed_attribute
 from widekernel.layers.wrappers import unwrap
 from widekernel.sparsity.selection import Selection
 
@@ -35,6 +36,8 @@ class LayerSparsity:
     target: float | None
     grown: int
     reason: str
+
+    moved = renamed_attribute("moved", "grown")
 
     @property
     def size(self) -> int:

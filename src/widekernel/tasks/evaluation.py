@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from widekernel.data.loading import Unreadable
 from widekernel.errors import DataError
+from widekernel.layers.training_modes import training_modes_restored
 from widekernel.training.error_context import NetworkError, errors_as
 from widekernel.training.processes import Processes
 from widekernel.training.reporter import Reporter, SilentReporter
@@ -70,27 +71,22 @@ def evaluate(model: nn.Module, loader: DataLoader, options: EvaluationOptions, n
         NetworkError: the network fails on the images.
         TrainingError: more than `max_unreadable` images could not be read.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     options.reporter.start_evaluation(len(loader), name)
     sums = torch.zeros(4, dtype=torch.float64)  # top-1 hits, top-5 hits, loss, images
     unreadable: set[str] = set()
-    try:
-        with torch.inference_mode():
-            batches = iter(loader)
-            for _ in range(_rounds(loader, options.processes)):
-                if options.stop():
-                    return None
-                batch = next(batches, None)
-                if batch is None:
-                    continue
-                _note_unreadable(batch.unreadable, unreadable, options)
-                if len(batch.targets):
-                    sums += _batch_sums(model, batch.images, batch.targets, options)
-                options.reporter.evaluated(1)
-    finally:
-        for module, was_training in modes:
-            module.training = was_training  # train() would also change its children
+    with training_modes_restored(model), torch.inference_mode():
+        model.eval()
+        batches = iter(loader)
+        for _ in range(_rounds(loader, options.processes)):
+            if options.stop():
+                return None
+            batch = next(batches, None)
+            if batch is None:
+                continue
+            _note_unreadable(batch.unreadable, unreadable, options)
+            if len(batch.targets):
+                sums += _batch_sums(model, batch.images, batch.targets, options)
+            options.reporter.evaluated(1)
     right1, right5, loss, images = options.processes.sum(sums).tolist()
     unreadable = options.processes.union(unreadable)
     if not images:

@@ -29,6 +29,10 @@ class ModelSource:
     model_args: dict[str, Any] | None = None
     num_classes: int | None = None
 
+    def weights_path(self) -> Path:
+        """Return the path of the weights, beside which what is made of them is written."""
+        return self.path / "model" if self.path.is_dir() else self.path
+
     def run_folder(self) -> RunFolder | None:
         """Return the run whose folder is `path` or contains it, or `None`."""
         for candidate in (self.path, self.path.parent):

@@ -13,9 +13,8 @@ from widekernel.data.preprocess import Preprocessing
 from widekernel.errors import CheckpointError
 from widekernel.sparsity import semi_structured
 from widekernel.tasks.assembly import build_model
-from widekernel.tensor_files import read_tensors, tensor_file
+from widekernel.tensor_files import DESCRIPTION, read_tensors, tensor_file
 
-METADATA_KEY = "widekernel"
 FORMAT = 1
 
 
@@ -73,10 +72,10 @@ class SavedModel:
         Raises:
             CheckpointError: the file does not describe its model, or does so in an unknown format.
         """
-        if METADATA_KEY not in (metadata or {}):
+        if DESCRIPTION not in (metadata or {}):
             raise CheckpointError(f"{path} does not describe its model. Give the model's name with --model.")
         try:
-            return cls.from_dict(json.loads((metadata or {})[METADATA_KEY]))
+            return cls.from_dict(json.loads((metadata or {})[DESCRIPTION]))
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"The description of the model in {path} is damaged: {error!r}.") from error
 

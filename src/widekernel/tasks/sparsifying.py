@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from widekernel.errors import ConfigError
+from widekernel.settings import comma_separated
 from widekernel.sparsity import DynamicSparsity, DynamicSparsityConfig, SparsityReport, semi_structured
 from widekernel.sparsity.semi_structured.config import SEMI_STRUCTURED
 from widekernel.sparsity.semi_structured.snapshot import semi_structured_snapshot
@@ -53,8 +54,8 @@ def sparsify(model: nn.Module, config: SparsifyConfig) -> Sparsified:
         sparsity=config.sparsity,
         init="magnitude",
         growth="none",
-        layers=name_patterns(config.layers) or "all",
-        exclude=name_patterns(config.exclude),
+        layers=comma_separated(config.layers or "") or "all",
+        exclude=comma_separated(config.exclude or ""),
         block=config.block,
         seed=config.seed,
     )
@@ -92,12 +93,7 @@ def semi_structured_config(config: SparsifyConfig) -> semi_structured.SemiStruct
     return semi_structured.SemiStructuredConfig(
         method=config.method,
         axis=config.axis,
-        layers=name_patterns(config.layers) or "all",
-        exclude=name_patterns(config.exclude),
+        layers=comma_separated(config.layers or "") or "all",
+        exclude=comma_separated(config.exclude or ""),
         seed=config.seed,
     )
-
-
-def name_patterns(text: str | None) -> tuple[str, ...]:
-    """Return name patterns that are separated by commas."""
-    return tuple(pattern.strip() for pattern in (text or "").split(",") if pattern.strip())

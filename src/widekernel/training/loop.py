@@ -11,6 +11,7 @@ from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 
 from widekernel.data.loading import Batch, TrainingLoader, Unreadable
+from widekernel.deprecation import renamed_arguments, renamed_attribute
 from widekernel.errors import CheckpointError, ConfigError, DataError
 from widekernel.training.checkpoint import CheckpointStore
 from widekernel.training.config import Metrics, TrainingConfig
@@ -43,6 +44,7 @@ class Trainer:
         ConfigError: the precision is not available on the device.
     """
 
+    @renamed_arguments(around="context")
     def __init__(
         self,
         model: nn.Module,
@@ -72,6 +74,8 @@ class Trainer:
         self.progress = Progress()
         self.store = CheckpointStore(context.folder.checkpoints, config.checkpoint.keep, context.reporter.message)
         self.log = MetricsLog(context.folder.metrics)
+
+    around = renamed_attribute("around", "context")
 
     @property
     def total_steps(self) -> int:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from widekernel.data.loading import Shard
+from widekernel.deprecation import renamed_attribute
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class Processes:
     def shard(self) -> Shard:
         """The part of the data that this process loads."""
         return Shard(self.rank, self.world_size)
+
+    share = renamed_attribute("share", "shard")
 
     def sum(self, values: Tensor) -> Tensor:
         """Return the sum of `values` over all processes."""

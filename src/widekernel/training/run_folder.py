@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from widekernel.deprecation import renamed_attribute
 from widekernel.errors import CheckpointError, WidekernelError
 from widekernel.files import explained, write_file
 from widekernel.settings import flatten
@@ -209,6 +210,8 @@ class RunFolder:
         states = sorted(self.checkpoints.glob("step-*.pt"))
         weights = self.model if self.model.exists() else states[-1] if states else None
         return "" if weights is None else f" A new run starts from the weights of this one with --model.weights {weights}"
+
+    how_to_go_on = renamed_attribute("how_to_go_on", "how_to_continue")
 
     def read_config(self) -> dict[str, Any]:
         """Read the settings of the run.

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from widekernel.layers.folding import Foldable, deep_copy, fold_in_place, make_permanent, warn_about_unfolded
+from widekernel.layers.folding import Foldable, deep_copy, fold_in_place, is_trained, make_permanent, warn_about_unfolded
 from widekernel.layers.strict_loading import load_strictly
 
 __all__ = ["Foldable", "fold"]
@@ -35,6 +35,6 @@ def fold(model: ModelT) -> ModelT:
     result = fold_in_place(copy.eval())
     load_strictly(result)
     warn_about_unfolded(result, stacklevel=2)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+    if not is_trained(model):
         result.requires_grad_(False)
     return result  # type: ignore[return-value]

@@ -5,7 +5,7 @@ something else: a load returns a number that may be multiplied by zero later, a 
 results finds neither. Here every tensor that is passed to a launch appears to the kernel at a separate range of addresses,
 far from all others, so an address identifies its tensor. A launch fails if it
 
-* loads or stores an address that is not an element of that tensor, even in the same allocation, such as images beside a slice;
+* loads or stores an address that is not an element of that tensor, even in the same allocation, such as beside a slice;
 * stores an element twice, in whatever order programs run, or only some of the elements of a tensor;
 * loads from a tensor into which it stores.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -35,13 +35,6 @@ from tests.ops.test_registration import flat
 from widekernel import ops
 
 pytestmark = [pytest.mark.interpreted, pytest.mark.usefixtures("no_tuned_table")]
-
-
-@pytest.fixture
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 # ---- Function transforms and higher derivatives
@@ -108,7 +101,7 @@ def test_batched_gradients(form: Form) -> None:
 
 
 @pytest.mark.parametrize(("form", "layout"), [(FORMS[0], CONTIGUOUS), (FORMS[1], NHWC)], ids=str)
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled(form: Form, layout: torch.memory_format) -> None:
     inputs = form.inputs()
     inputs[0] = inputs[0].detach().contiguous(memory_format=layout).requires_grad_()

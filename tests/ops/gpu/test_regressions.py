@@ -23,11 +23,11 @@ WIDE = Chip((9, 0), 16, 227 * 1024)
 SMALL_SHARED = Chip((8, 6), 84, 99 * 1024)
 
 
-def check_grad(x: Tensor, grad: Tensor, config: KernelConfig) -> None:
-    problem = Problem.of_weight_grad(x, (3, 3), (1, 1))
-    prepared = PreparedWeightGrad(problem, config, WIDE)
-    want = reference.depthwise_weight_grad(x.double(), grad.double(), (3, 3), (1, 1))
-    assert_exact(prepared(x, grad, (3, 3), (1, 1)), want)
+def check_grad(x: Tensor, grad: Tensor, config: KernelConfig, size: tuple[int, int] = (3, 3)) -> None:
+    of = size, (size[0] // 2, size[1] // 2)
+    prepared = PreparedWeightGrad(Problem.of_weight_grad(x, *of), config, WIDE)
+    want = reference.depthwise_weight_grad(x.double(), grad.double(), *of)
+    assert_exact(prepared(x, grad, *of), want)
 
 
 @pytest.mark.interpreted
@@ -45,10 +45,7 @@ def test_no_image_is_counted_twice_where_programs_share_the_sum(config: KernelCo
 @pytest.mark.interpreted
 def test_pairs_of_one_product_may_span_several_images() -> None:
     x, grad = (torch.randn(12, 1, 20, 3).to(DEVICE) for _ in range(2))
-    problem = Problem.of_weight_grad(x, (13, 3), (6, 1))
-    prepared = PreparedWeightGrad(problem, ToeplitzGrad(4, 3, kernel_rows=1, inputs=16, outputs=16, depth=32), WIDE)
-    want = reference.depthwise_weight_grad(x.double(), grad.double(), (13, 3), (6, 1))
-    assert_exact(prepared(x, grad, (13, 3), (6, 1)), want)
+    check_grad(x, grad, ToeplitzGrad(4, 3, kernel_rows=1, inputs=16, outputs=16, depth=32), (13, 3))
 
 
 def test_planes_with_more_pixels_than_32_bits_can_index() -> None:

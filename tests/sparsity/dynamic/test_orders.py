@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tests.sparsity.dynamic.test_resume import bf16_steps, build, equal
-from tests.sparsity.nets import OPTIMIZERS, controlled, masks_of, quick, same, small_net, train_step
+from tests.sparsity.nets import OPTIMIZERS, controlled, masks_of, quick, same, small_net, train_step, weights_outside
 from widekernel.errors import ArgumentError, CheckpointError
 from widekernel.sparsity import DynamicSparsity, DynamicSparsityConfig, published_slak
 from widekernel.sparsity.dynamic.state import MaskState
@@ -33,11 +33,6 @@ def states(parts: dict) -> dict:
     torch.save({name: part.state_dict() for name, part in parts.items()}, file)
     file.seek(0)
     return torch.load(file, weights_only=True)
-
-
-def outside(model: nn.Module, controller: DynamicSparsity) -> int:
-    weights = dict(model.named_parameters())
-    return sum(int(weights[name][~mask].count_nonzero()) for name, mask in controller.masks.items())
 
 
 # -- resuming ----------------------------------------------------------------------------------------------------------
@@ -86,7 +81,7 @@ def test_weights_removed_by_first_masks_are_restored(between: str) -> None:
     fresh = small_net(1).train()
     fresh.load_state_dict(weights)
     other = DynamicSparsity(fresh, OPTIMIZERS["adamw"](fresh.parameters()), quick(seed=5, init="erk"))
-    assert not equal(fresh.state_dict(), weights) and outside(fresh, other) == 0
+    assert not equal(fresh.state_dict(), weights) and weights_outside(fresh, other) == 0
     if between == "bfloat16":
         fresh.bfloat16()
         weights = {name: value.bfloat16() if value.is_floating_point() else value for name, value in weights.items()}
@@ -112,7 +107,7 @@ def test_a_state_without_counts_of_zeros_loads() -> None:
     for part, state in zip(again, saved):
         part.load_state_dict(state)
     train_step(again[0], again[1], 1)
-    assert again[2].step == 2 and outside(again[0], again[2]) == 0
+    assert again[2].step == 2 and weights_outside(again[0], again[2]) == 0
 
 
 def test_removed_weights_are_dropped_after_the_first_step() -> None:
@@ -132,7 +127,7 @@ def test_moments_loaded_from_dense_training_do_not_move_removed_weights() -> Non
     optimizer.load_state_dict(former.state_dict())
     for step in range(3, 5):
         train_step(model, optimizer, step)
-        assert outside(model, controller) == 0
+        assert weights_outside(model, controller) == 0
     assert optimizer.state[model.fc.weight]["step"] == 4
 
 
@@ -147,7 +142,7 @@ def test_layers_that_were_left_dense_elsewhere() -> None:
     assert same(masks_of(other), masks_of(controller)) and list(other.masks) == list(controller.masks)
     assert all(not choice.reason for choice in other.selection if choice.name in controller.masks)
     train_step(fresh, other.optimizer, 0)
-    assert other.step == 1 and outside(fresh, other) == 0
+    assert other.step == 1 and weights_outside(fresh, other) == 0
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------------------
@@ -169,7 +164,7 @@ def test_a_sparse_network_without_its_masks_is_an_error() -> None:
     other = OPTIMIZERS["adamw"](again.parameters())
     given = DynamicSparsity(again, other, quick(), masks=controller.masks)
     train_step(again, other, 3)
-    assert given.step == 1 and outside(again, given) == 0
+    assert given.step == 1 and weights_outside(again, given) == 0
 
 
 def test_layers_initialized_with_zeros_are_not_taken_for_sparse() -> None:
@@ -199,7 +194,7 @@ def test_weights_loaded_without_masks_are_an_error() -> None:
         controller.apply_masks()
         assert torch.equal(model.fc.weight, dense["fc.weight"] * controller.masks["fc.weight"])
         train_step(model, optimizer, steps)
-        assert controller.step == steps + 1 and outside(model, controller) == 0
+        assert controller.step == steps + 1 and weights_outside(model, controller) == 0
 
 
 @pytest.mark.parametrize(("write", "steps"), [("replace", 1), ("add", 2)])
@@ -235,7 +230,7 @@ def test_masks_loaded_without_weights_are_an_error() -> None:
         for place in order:
             (model, controller)[place].load_state_dict(copy.deepcopy(early[place]))
         train_step(model, optimizer, 1)
-        assert controller.step == 2 and outside(model, controller) == 0
+        assert controller.step == 2 and weights_outside(model, controller) == 0
 
 
 def test_parameters_replaced_by_loading_are_an_error() -> None:
@@ -291,7 +286,7 @@ def test_masks_hold_in_a_network_that_changes_its_type(dtype: torch.dtype, growt
         model(x).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-        assert outside(model, controller) == 0
+        assert weights_outside(model, controller) == 0
     assert controller.updates == 3 and controller.grown["fc.weight"] > 0
 
 
@@ -331,7 +326,7 @@ def test_groups_added_later_train_densely_as_their_selection_says() -> None:
         train_step(model, optimizer, step)
     assert "fc.weight" not in controller.masks and model.fc.weight.all() and not torch.equal(model.fc.weight, before)
     assert next(choice for choice in controller.selection if choice.name == "fc.weight").reason.startswith("is frozen")
-    assert outside(model, controller) == 0
+    assert weights_outside(model, controller) == 0
 
 
 def test_two_optimizers_need_two_controllers() -> None:
@@ -350,7 +345,7 @@ def test_two_optimizers_need_two_controllers() -> None:
         for optimizer in (body, head):
             optimizer.step()
             optimizer.zero_grad()
-    assert [one.updates for one in ours] == [3, 2] and all(outside(model, one) == 0 for one in ours)
+    assert [one.updates for one in ours] == [3, 2] and all(weights_outside(model, one) == 0 for one in ours)
 
 
 def test_averages_that_were_replaced_are_found_again() -> None:
@@ -358,7 +353,7 @@ def test_averages_that_were_replaced_are_found_again() -> None:
     average = parts["average"]
     average.load_state_dict(copy.deepcopy(average.state_dict()), assign=True)
     bf16_steps(parts, 0, 3, 1)
-    assert outside(average.module, parts["controller"]) == 0
+    assert weights_outside(average.module, parts["controller"]) == 0
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
@@ -371,7 +366,7 @@ def test_wrappers_may_be_made_before_or_after(wrap, first: str) -> None:
     for step in range(2):
         train_step(wrapped, optimizer, step)
     assert set(controller.masks) <= {name for name, _ in model.named_parameters()}
-    assert controller.updates == 1 and outside(model, controller) == 0
+    assert controller.updates == 1 and weights_outside(model, controller) == 0
     torch._dynamo.reset()
 
 
@@ -384,5 +379,5 @@ def test_a_new_controller_takes_the_masks_of_one_whose_parameters_were_replaced(
     again = DynamicSparsity(model, other, quick(), masks=controller.masks)
     for step in range(1, 3):
         train_step(model, other, step)
-        assert outside(model, again) == 0
+        assert weights_outside(model, again) == 0
     assert again.updates == 1

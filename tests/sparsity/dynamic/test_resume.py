@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import nn
 
-from tests.sparsity.nets import OPTIMIZERS, controlled, data, quick, same, small_net
+from tests.sparsity.nets import OPTIMIZERS, controlled, data, equal, quick, same, small_net
 from widekernel.errors import CheckpointError
 from widekernel.sparsity import (
     DynamicSparsity,
@@ -41,23 +41,6 @@ def build(config: DynamicSparsityConfig) -> dict:
     average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
     controller = DynamicSparsity(model, optimizer, config, averages=[average])
     return {"model": model, "optimizer": optimizer, "average": average, "controller": controller}
-
-
-def flat(value) -> list:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, dict):
-        return [part for key in value for part in [key, *flat(value[key])]]
-    if isinstance(value, (list, tuple)):
-        return [part for item in value for part in flat(item)]
-    return [value]
-
-
-def equal(left, right) -> bool:
-    left, right = flat(left), flat(right)
-    return len(left) == len(right) and all(
-        torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(left, right)
-    )
 
 
 RESUMED = [

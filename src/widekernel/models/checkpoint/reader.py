@@ -24,7 +24,7 @@ from widekernel.models.checkpoint.file_types import describe_file_type
 from widekernel.models.checkpoint.shards import find_index, read_shards
 from widekernel.models.layouts.layout import State
 from widekernel.safe_pickle import Placeholder, RefusedError, UnreadableError, unpickle
-from widekernel.tensor_files import tensor_file
+from widekernel.tensor_files import read_tensors
 
 _MAX_DEPTH = 8  # of containers in containers; an entry may contain itself
 
@@ -208,8 +208,7 @@ def _read_safetensors(path: Path, weights: str) -> CheckpointContent:
     if weights == "ema":
         raise CheckpointError(f"{path} is a safetensors file, which holds one set of weights: load weights='model'")
     try:
-        with tensor_file(path) as file:
-            return CheckpointContent({key: file.get_tensor(key) for key in file.keys()}, "")  # noqa: SIM118
+        return CheckpointContent(read_tensors(path), "")
     except (SafetensorError, ValueError, OSError) as error:
         _raise_if_other_type(path)
         raise CheckpointError(f"{path} is damaged, cut off or not a safetensors file ({error}): fetch it again") from error

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
 from widekernel.errors import CheckpointError
-from widekernel.files import replace_atomically
 from widekernel.models.checkpoint.arguments import resolve_path, unwrap
 from widekernel.models.layouts.conversion import to_official
+from widekernel.tensor_files import described, write_weights
 
 
 def save_checkpoint(
@@ -49,19 +47,9 @@ def save_checkpoint(
         if metadata:
             raise CheckpointError("the official layout has no place for metadata: save with layout='native'")
         state = {key: value.detach().cpu() for key, value in to_official(unwrap(model)).items()}
-        return _write(path, lambda file: torch.save({"model": state}, file))
+        return write_weights(path, lambda file: torch.save({"model": state}, file))
     native = {key: value.detach().cpu() for key, value in unwrap(model).state_dict().items()}
     # safetensors does not write views, nor tensors that share memory.
     native = {key: value.clone(memory_format=torch.contiguous_format) for key, value in native.items()}
-    header = {"widekernel": json.dumps(dict(metadata), sort_keys=True)} if metadata else None
-    return _write(path, lambda file: save_file(native, file, metadata=header))
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> Path:
-    """Write a file atomically, in a folder that is created if needed."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_atomically(path, write)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be written: {error}") from error
-    return path
+    header = described(metadata) or None
+    return write_weights(path, lambda file: save_file(native, file, metadata=header))

@@ -25,8 +25,7 @@ Call = Callable[[], Any]
 
 def fallback_name(problem: Problem) -> str:
     """Return the name of the PyTorch call that computes a problem if our kernels do not, in the same layout."""
-    layout = "NHWC" if problem.channels_last else "NCHW"
-    return f"PyTorch {layout}" if problem.op != DEPTHWISE_WEIGHT_GRAD else "PyTorch, as a forward convolution"
+    return f"PyTorch {problem.layout}" if problem.op != DEPTHWISE_WEIGHT_GRAD else "PyTorch, as a forward convolution"
 
 
 class Inputs(NamedTuple):
@@ -44,7 +43,7 @@ class Inputs(NamedTuple):
         def draw(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, device=device).to(problem.dtype)
 
-        layout = LAYOUTS["NHWC" if problem.channels_last else "NCHW"]
+        layout = LAYOUTS[problem.layout]
         images = len(problem.kernels) if problem.op == DEPTHWISE_SUM_OF_BRANCHES else 1
         xs = [draw(*problem.shape).contiguous(memory_format=layout) for _ in range(images)]
         kernels = [draw(problem.shape[1], 1, *size) for size in problem.kernels]

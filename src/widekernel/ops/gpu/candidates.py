@@ -104,8 +104,13 @@ def _toeplitz(problem: Problem, chip: Chip) -> list[KernelConfig]:
     return found
 
 
+def _plane_block(problem: Problem) -> int:
+    """Return the size of a block that holds the pixels of a plane: a power of two, as long as a product needs at least."""
+    return next_power_of_two(max(16, problem.shape[2] * problem.shape[3]))
+
+
 def _flat(problem: Problem, chip: Chip) -> list[KernelConfig]:
-    pixels = next_power_of_two(max(16, problem.shape[2] * problem.shape[3]))
+    pixels = _plane_block(problem)
     if pixels > MOST_FLAT_PIXELS:
         return []
     most = next_power_of_two(max(16, problem.shape[0]))
@@ -146,7 +151,7 @@ def _flat_warps(problem: Problem, chip: Chip, pixels: int, images: int, in_parts
 def _direct_nchw(problem: Problem) -> list[KernelConfig]:
     if not small_contiguous(problem):
         return []
-    pixels = next_power_of_two(max(16, problem.shape[2] * problem.shape[3]))
+    pixels = _plane_block(problem)
     # Loads of all taps are in flight at once, for several planes those of each plane. More of them spill, up to 10 KiB each.
     totals = (256, 512, 1024) if pixels > 64 else (256, 512)
     return [DirectNchw(4, 1, max(1, total // pixels), min(pixels, total)) for total in totals]
@@ -201,7 +206,7 @@ def _toeplitz_grads(problem: Problem, chip: Chip) -> list[KernelConfig]:
 
 
 def _flat_grads(problem: Problem, chip: Chip) -> list[KernelConfig]:
-    pixels = next_power_of_two(max(16, problem.shape[2] * problem.shape[3]))
+    pixels = _plane_block(problem)
     taps = next_power_of_two(max(16, problem.kernels[0][0] * problem.kernels[0][1]))
     bytes_each = itemsize(problem.dtype)
     found: list[KernelConfig] = []

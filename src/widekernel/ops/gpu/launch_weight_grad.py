@@ -101,7 +101,7 @@ class ToeplitzWeightGrad:
             TURNED=bool(c.transposed and not c.copied),
             **self.options,
         )
-        return partial[0] if len(partial) == 1 else partial.sum(0)
+        return _total(partial)
 
 
 class FlatWeightGrad:
@@ -139,7 +139,7 @@ class FlatWeightGrad:
             BN=self.config.images,
             **self.options,
         )
-        return partial[0] if len(partial) == 1 else partial.sum(0)
+        return _total(partial)
 
 
 class DirectNhwcWeightGrad:
@@ -177,3 +177,8 @@ class DirectNhwcWeightGrad:
             **self.options,
         )
         return partial.sum(0).permute(2, 0, 1).unsqueeze(1).contiguous()
+
+
+def _total(parts: Tensor) -> Tensor:
+    """Return the sum over the first dimension."""
+    return parts[0] if len(parts) == 1 else parts.sum(0)

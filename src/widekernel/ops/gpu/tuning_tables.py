@@ -42,10 +42,9 @@ def table_key(problem: Problem) -> str:
     batch, channels, height, width = problem.shape
     rects = "+".join(f"{kh}x{kw}@{r},{c}" for (kh, kw), (r, c) in zip(problem.kernels, problem.anchors))
     kind = str(problem.dtype).removeprefix("torch.") + (" tf32" if problem.tf32 else "")
-    layout = "NHWC" if problem.channels_last else "NCHW"
     sizes = f"N{next_power_of_two(batch)} C{next_power_of_two(channels)} {height}x{width}"
     how = f" {problem.algorithm}" if problem.algorithm else ""
-    return f"{problem.op} {kind} {layout} {sizes} {rects}{how}"
+    return f"{problem.op} {kind} {problem.layout} {sizes} {rects}{how}"
 
 
 def tuned_file() -> Path | None:

@@ -7,8 +7,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from widekernel.deprecation import renamed_attribute
 from widekernel.errors import ArgumentError, nearest
-from widekernel.settings import require, require_number, require_one_of, require_whole, require_within
+from widekernel.settings import comma_separated, require, require_number, require_one_of, require_whole, require_within
 from widekernel.sparsity.semi_structured.config import SEMI_STRUCTURED, current_name
 
 INITS = ("snip", "snip_mask", "erk", "uniform", "magnitude", "from_weights")
@@ -114,10 +115,10 @@ class DynamicSparsityConfig:
             if not self.layers.strip() or (word and (self.layers in LAYER_RULES or nearest(self.layers, LAYER_RULES))):
                 require_one_of("layers", self.layers, LAYER_RULES)
             else:
-                object.__setattr__(self, "layers", _split(self.layers))
+                object.__setattr__(self, "layers", comma_separated(self.layers))
         for name in ("layers", "exclude"):
             value = getattr(self, name)
-            patterns = _split(value) if isinstance(value, str) else value
+            patterns = comma_separated(value) if isinstance(value, str) else value
             if not isinstance(patterns, Collection) or not all(isinstance(p, str) and p for p in patterns):
                 raise ArgumentError(f"{name}={value!r} must hold patterns of parameter names, such as 'stages.*.fc1.weight'")
             if name == "layers" and not patterns:
@@ -167,6 +168,8 @@ class DynamicSparsityConfig:
         for name, used in schedules.items():
             if used and self.total_steps is None:
                 raise ArgumentError(f"{name} needs the length of the training: set total_steps to its optimizer steps")
+
+    check_timed = renamed_attribute("check_timed", "check_total_steps")
 
     @property
     def stop_step(self) -> float:
@@ -225,7 +228,3 @@ def published_shiftwise(sparsity: float = 0.3, **changes: Any) -> DynamicSparsit
 def with_total_steps(config: DynamicSparsityConfig, total_steps: int) -> DynamicSparsityConfig:
     """Return `config` with `total_steps` filled in, unless it is set already."""
     return config if config.total_steps is not None else replace(config, total_steps=total_steps)
-
-
-def _split(text: str) -> tuple[str, ...]:
-    return tuple(pattern.strip() for pattern in text.split(",") if pattern.strip())

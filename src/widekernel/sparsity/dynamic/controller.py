@@ -48,8 +48,8 @@ class DynamicSparsity:
 
     To continue a run, load network, optimizer, averages and controller in any order, before or after making the controller.
     The weights that its first masks remove are kept until the first step, and restored if the loaded masks keep them. These
-    mistakes raise an error at the next step or at `state_dict()`: weights written outside the masks, replaced parameters, and
-    training steps that the controller did not see.
+    mistakes raise an error at the next step or at `state_dict()`: weights written outside the masks, replaced parameters,
+    and training steps that the controller did not see.
 
     The training loop has to do two things itself. If it clips gradients, it must call `mask_gradients()` once before, so
     that their norm is that of the live weights. And it must save `state_dict()` with those of model and optimizer.

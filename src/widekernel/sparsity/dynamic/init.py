@@ -55,8 +55,7 @@ def copy_masks(state: MaskState, masks: Mapping[str, Tensor]) -> None:
                     f"the mask given for {name} cuts through its blocks (block={state.config.block!r}): use "
                     "block='element', or masks made with these blocks"
                 )
-            state.masks[name].copy_(mask)
-            state.densities[name] = mask.float().mean().item()
+            state.set_mask(name, mask)
 
 
 def gradient_scores(state: MaskState) -> dict[str, Tensor] | None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 from torch import Tensor
+
+from widekernel.sparsity.named_seeds import named_seed
 
 
 def smallest(scores: Tensor, k: int, among: Tensor) -> Tensor:
@@ -41,8 +41,7 @@ def generator_for(device: torch.device, seed: int, update: int, name: str) -> to
 
     Every process draws the same numbers, a resumed run needs no generator state, and no other generator is disturbed.
     """
-    key = hashlib.blake2b(f"{seed}/{update}/{name}".encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(key, "big") >> 1)
+    return torch.Generator(device).manual_seed(int.from_bytes(named_seed(seed, update, name), "big") >> 1)
 
 
 def protected_by_fan_in(scores: Tensor, live: Tensor, shape: tuple[int, ...], fan_in: int) -> Tensor:

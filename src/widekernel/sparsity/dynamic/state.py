@@ -45,7 +45,20 @@ class MaskState:
 
     def active(self) -> int:
         """Return the number of live weights of all masked parameters."""
-        return sum(int(mask.sum()) for mask in self.masks.values())
+        return sum(self.live_counts().values())
+
+    def live_counts(self) -> dict[str, int]:
+        """Return the number of live weights of each masked parameter."""
+        return {name: int(mask.sum()) for name, mask in self.masks.items()}
+
+    def groups_of_kind(self, kind: str) -> list[Group]:
+        """Return the groups whose blocks are single weights ("element") or larger ("block")."""
+        return [group for group in self.groups if group.blocks[0].kind == kind]
+
+    def set_mask(self, name: str, mask: Tensor) -> None:
+        """Set the mask of a parameter, and its density to that of the mask."""
+        self.masks[name].copy_(mask)
+        self.densities[name] = mask.float().mean().item()
 
     def leave_dense(self, names: Iterable[str]) -> set[str]:
         """Mask all selected parameters except these, and return the names of those that have no mask now.

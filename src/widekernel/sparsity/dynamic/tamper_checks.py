@@ -108,7 +108,7 @@ class TamperChecks:
         """Raise an `ArgumentError` if first masks were drawn for a network that is sparse already."""
         if not self._first_masks:
             return
-        zeros, live = self.live_zeros(), {name: int(mask.sum()) for name, mask in self._state.masks.items()}
+        zeros, live = self.live_zeros(), self._state.live_counts()
         # A layer whose weights are all zero proves nothing: it may have been initialized so.
         mixed = [name for name in zeros if 0 < zeros[name] < live[name]]
         count, total = sum(zeros[name] for name in mixed), sum(live[name] for name in mixed)
@@ -127,7 +127,7 @@ class TamperChecks:
         }
 
     def _check_live_zeros(self, saved: Mapping[str, int]) -> None:
-        now, live = self.live_zeros(), {name: int(mask.sum()) for name, mask in self._state.masks.items()}
+        now, live = self.live_zeros(), self._state.live_counts()
         more = {n: count - saved[n] for n, count in now.items() if n in saved and count - saved[n] > _ROUNDED * live[n]}
         if more:
             raise CheckpointError(

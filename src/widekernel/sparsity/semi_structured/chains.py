@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from widekernel.layers import KernelSource, LargeKernel, PartialChannels
 from widekernel.layers.rebuilding import is_plain
+from widekernel.layers.training_modes import training_modes_restored
 from widekernel.sparsity.semi_structured.eligibility import conv_groups
 
 # Exact types, because a subclass may do anything. None of them mixes channels or treats them differently.
@@ -67,13 +68,9 @@ def find_chains(model: nn.Module, consumers: list[str]) -> dict[str, Chain | str
         consumers: names of layers.
     """
     found: dict[str, Chain | str] = dict.fromkeys(consumers, "the code around it cannot be traced")
-    modes = {module: module.training for module in model.modules()}
-    try:
+    with training_modes_restored(model):
         _visit(model, "", model, found)
         _keep_features(model, found)
-    finally:
-        for module, training in modes.items():
-            module.training = training
     return found
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from widekernel.errors import ArgumentError
+from widekernel.sparsity.semi_structured.eligibility import layer_name
 from widekernel.sparsity.semi_structured.manifest import Manifest
 from widekernel.sparsity.semi_structured.masks import check_semi_structured
 
@@ -172,7 +173,7 @@ def compress_layers(model: nn.Module, manifest: Manifest) -> dict[str, str]:
     backend = hardware_support().backend
     dense = {}
     for name, known in manifest.weights.items():
-        path = name.rpartition(".")[0]
+        path = layer_name(name)
         layer = model.get_submodule(path)
         reason = reason_against(layer, known.axis, backend) if path else "the network is this one layer"
         if reason:

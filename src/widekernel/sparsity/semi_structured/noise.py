@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from math import prod
 
 import torch
 from torch import Tensor
+
+from widekernel.sparsity.named_seeds import named_seed
 
 _GOLDEN = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed 64-bit number
 _FIRST, _SECOND = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
@@ -19,8 +20,7 @@ def uniform(shape: Sequence[int], seed: int, step: int, name: str, device: torch
     Elements 2i and 2i + 1 are the two halves of a hash of i and (seed, step, name): SplitMix64 (Steele et al., OOPSLA 2014)
     as a counter. It is integer arithmetic, so every device yields the same bits.
     """
-    key = hashlib.blake2b(f"{seed}/{step}/{name}".encode(), digest_size=8).digest()
-    start = int.from_bytes(key, "little", signed=True)
+    start = int.from_bytes(named_seed(seed, step, name), "little", signed=True)
     count = prod(shape)
     x = torch.arange(1, count // 2 + 2, dtype=torch.int64, device=device).mul_(_GOLDEN).add_(start)
     x.bitwise_xor_(_shifted(x, 30)).mul_(_FIRST)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from widekernel.errors import CheckpointError
 from widekernel.safe_pickle import RefusedError, unpickle
-from widekernel.sparsity.semi_structured.eligibility import Layer, conv_groups, layers_of
+from widekernel.sparsity.semi_structured.eligibility import Layer, conv_groups, layer_name, layers_of
 from widekernel.sparsity.semi_structured.grouping import Axis, group_count, matrix_shape
 from widekernel.sparsity.semi_structured.patterns import pattern_table
 from widekernel.tensor_files import read_tensors
@@ -83,11 +83,11 @@ def load_official(model: nn.Module, source: str | Path | Mapping[str, Any]) -> O
         listed = "\n".join(f"  {problem}" for problem in translation.problems)
         raise CheckpointError(f"{where} does not fit the {type(model).__name__}; nothing was loaded:\n{listed}")
     for key in added:
-        layer = layers[key.rpartition(".")[0]]
+        layer = layers[layer_name(key)]
         layer.bias = nn.Parameter(torch.zeros_like(layer.weight[:, 0].flatten(1)[:, 0]))
     model.load_state_dict(translation.state)
     choices = {name: value.argmax(1).to(torch.uint8) for name, value in translation.logits.items()}
-    biases = tuple(key.rpartition(".")[0] for key in added)
+    biases = tuple(layer_name(key) for key in added)
     return OfficialMasks(translation.logits, choices, translation.key_map, biases, tuple(translation.dropped))
 
 

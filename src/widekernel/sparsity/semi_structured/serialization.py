@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from widekernel.errors import ArgumentError, CheckpointError, WidekernelError
-from widekernel.files import replace_atomically
 from widekernel.layers.notes import recall, remember
 from widekernel.layers.wrappers import unwrap
 from widekernel.sparsity.semi_structured.config import check_axis
@@ -23,7 +22,7 @@ from widekernel.sparsity.semi_structured.eligibility import layer_name
 from widekernel.sparsity.semi_structured.encoding import decode, encode, unpack_choices
 from widekernel.sparsity.semi_structured.hardware import is_compressed
 from widekernel.sparsity.semi_structured.manifest import Manifest, MaskedWeight
-from widekernel.tensor_files import tensor_file
+from widekernel.tensor_files import described, tensor_file, write_weights
 
 # Keys of the file format, which version 0.4 introduced; they contain the name that 2:4 sparsity had then.
 HEADER = "widekernel.two_four"
@@ -74,8 +73,8 @@ def save_sparse(what: nn.Module | SemiStructured, path: str | Path, metadata: Ma
         tensors[f"{name}.{VALUES}"], tensors[f"{name}.{CHOICES}"] = values.contiguous(), packed
     weights = {name: {"axis": known.axis, "groups": known.groups} for name, known in manifest.weights.items()}
     header = {"version": VERSION, "weights": weights, "shapes": shapes}
-    described = {} if metadata is None else {"widekernel": json.dumps(dict(metadata), sort_keys=True)}
-    return _write(path, tensors, {HEADER: json.dumps(header, sort_keys=True), **described})
+    about = {HEADER: json.dumps(header, sort_keys=True), **described(metadata)}
+    return write_weights(path, lambda file: save_file(tensors, file, metadata=about))
 
 
 def is_sparse_file(path: str | Path) -> bool:
@@ -179,13 +178,3 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not all(isinstance(header.get(key), dict) for key in ("shapes", "weights")):
         raise CheckpointError(f"{path} is damaged: its header does not describe a network")
     return tensors, header
-
-
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Path:
-    """Write a safetensors file, atomically."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be written: {error}") from error
-    return path

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from widekernel.errors import ArgumentError
+from widekernel.layers.training_modes import training_modes_restored
 
 DECILES = 10
 
@@ -86,16 +87,12 @@ def stability_report(
     _check(before, after, masks)
     layers = tuple(_layer(name, before[name], after[name], mask) for name, mask in masks.items())
     batches = [inputs] if isinstance(inputs, Tensor) else inputs
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     outputs = []
-    try:
+    with training_modes_restored(model):
+        model.eval()
         for batch in batches:
             states = [before, _masked(before, masks), _masked(after, masks)]
             outputs.append(torch.stack([functional_call(model, state, (batch,)).float() for state in states]))
-    finally:
-        for module, training in modes.items():
-            module.training = training
     if not outputs or not sum(batch.shape[1] for batch in outputs):
         raise ArgumentError("inputs hold no batch: give at least one input")
     dense, masked, moved = torch.cat(outputs, 1)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from widekernel.errors import ArgumentError
+from widekernel.layers.training_modes import training_modes_restored
 
 
 @dataclass(frozen=True)
@@ -111,23 +112,20 @@ def _noting(notes: Counter[InputSpec | str]) -> Callable[..., None]:
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
     """Set evaluation mode inside the block, and restore training flags, buffers and random number generators afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
     values = {id(buffer): (buffer, buffer.detach().clone(), buffer._version) for buffer in model.buffers()}
     tensors = [*model.parameters(), *model.buffers()]
     devices = sorted({tensor.device.index for tensor in tensors if tensor.device.type == "cuda"})
     ours, theirs = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), training_modes_restored(model):
             # Not `model.eval()`: networks may do more there than set the flags.
-            for module, _ in modes:
+            for module in model.modules():
                 module.training = False
             yield
     finally:
         random.setstate(ours)
         np.random.set_state(theirs)
-        for module, mode in modes:
-            module.training = mode
         for module, kept in buffers:
             module._buffers.clear()
             module._buffers.update(kept)

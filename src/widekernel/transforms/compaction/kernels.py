@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from widekernel.layers import DepthwiseConv2d, FoldedLargeKernel, FoldedPartialChannels, Rect, maximal_rectangles
 from widekernel.layers.alterations import alteration
+from widekernel.layers.conv import output_tap
 from widekernel.layers.folding import is_trained
 from widekernel.layers.grouped import ChannelGroup, GroupedKernels
 from widekernel.transforms.compaction.boxes import cut, gathered
@@ -56,9 +57,8 @@ def _parts(module: nn.Module) -> tuple[list[Rect], Tensor]:
     if isinstance(module, FoldedLargeKernel):
         return module.rects(), module.bias
     assert isinstance(module, DepthwiseConv2d)
-    anchor = (module.kernel_size[0] - 1) // 2, (module.kernel_size[1] - 1) // 2
     bias = module.weight.new_zeros(module.out_channels) if module.bias is None else module.bias
-    return [Rect(module.weight, anchor)], bias
+    return [Rect(module.weight, output_tap(module))], bias
 
 
 def _plain(module: nn.Module, rects: Sequence[Rect], moved: Sequence[Rect], plan: Plan, bias: Tensor) -> nn.Module:

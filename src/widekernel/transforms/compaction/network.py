@@ -11,6 +11,8 @@ from torch import nn
 from widekernel.errors import ArgumentError, ShapeError
 from widekernel.layers import DepthwiseConv2d, FoldedLargeKernel, LargeKernel
 from widekernel.layers.alterations import alteration
+from widekernel.layers.dry_run import run_without_data
+from widekernel.layers.folding import is_trained
 from widekernel.layers.grouped import GroupedKernels
 from widekernel.layers.notes import forget
 from widekernel.layers.replacing import replace_modules
@@ -60,7 +62,7 @@ def compact(model: ModelT, cost: CostModel | None = None, input_size: Sequence[i
     folded = fold(model)
     compaction = _Compaction(cost or CostModel(), _images_seen(folded, input_size))
     result = replace_modules(folded, compaction.replace).eval()
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+    if not is_trained(model):
         result.requires_grad_(False)
     # Removing hidden units moves the others, so that groups of four hold other weights than before.
     forget(result)
@@ -133,11 +135,8 @@ def _images_seen(model: nn.Module, input_size: Sequence[int] | None) -> dict[nn.
         seen[module] = Image(batch * height * width, (height, width))
 
     hooks = [module.register_forward_pre_hook(note) for module in model.modules() if can_compact(module)]
-    meta = {key: value.to("meta") for key, value in (*model.named_parameters(), *model.named_buffers())}
-    dtype = next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.float32)
     try:
-        with torch.no_grad():
-            torch.func.functional_call(model, meta, (torch.empty(*input_size, device="meta", dtype=dtype),))
+        run_without_data(model, input_size)
     finally:
         for hook in hooks:
             hook.remove()

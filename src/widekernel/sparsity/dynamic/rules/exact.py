@@ -80,7 +80,7 @@ def target_counts(state: MaskState, step: int) -> dict[str, int]:
         share = sparsity_at(config, step) / config.sparsity
     counts: dict[str, int] = {}
     for kind in ("element", "block"):
-        groups = [group for group in state.groups if group.blocks[0].kind == kind]
+        groups = state.groups_of_kind(kind)
         sizes = {group.names[0]: group.count for group in groups}
         densities = {name: 1 - (1 - state.densities[name]) * share for name in sizes}
         least = {group.names[0]: min(group.count, _fewest(state, group)) for group in groups}
@@ -141,16 +141,18 @@ def _prune_and_grow(
 
 def _fewest(state: MaskState, group: Group) -> int:
     """Return the smallest number of blocks that have to stay live."""
-    shape = group.blocks[0].shape
-    fan_in = min(state.config.min_fan_in, math.prod(shape[1:]))
-    return shape[0] * fan_in
+    return group.blocks[0].shape[0] * _fan_in(state, group)
+
+
+def _fan_in(state: MaskState, group: Group) -> int:
+    """Return the smallest number of weights of each output channel that have to stay live."""
+    return min(state.config.min_fan_in, math.prod(group.blocks[0].shape[1:]))
 
 
 def _protect_fan_in(state: MaskState, group: Group, score: Tensor, live: Tensor) -> Tensor:
     if not state.config.min_fan_in:
         return score
-    shape = group.blocks[0].shape
-    kept = protected_by_fan_in(score, live, shape, min(state.config.min_fan_in, math.prod(shape[1:])))
+    kept = protected_by_fan_in(score, live, group.blocks[0].shape, _fan_in(state, group))
     return score.masked_fill(kept, torch.inf)
 
 

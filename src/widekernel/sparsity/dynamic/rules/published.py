@@ -28,7 +28,7 @@ def allocate_densities(state: MaskState, scores: Mapping[str, Tensor] | None) ->
     if config.init in ("snip", "snip_mask"):
         assert scores is not None
         for kind in ("element", "block"):
-            groups = [group for group in state.groups if group.blocks[0].kind == kind]
+            groups = state.groups_of_kind(kind)
             ranked = {group.names[0]: block_scores(state, group, scores) for group in groups}
             found = densities_above_threshold(ranked, density) if groups else {}
             for group in groups:

@@ -29,8 +29,7 @@ def draw_masks(state: MaskState, scores: Mapping[str, Tensor] | None) -> None:
         else:
             generator = generator_for(weight.device, state.config.seed, 0, name)
             mask = magnitude_mask(torch.rand(weight.shape, generator=generator, device=weight.device))
-        state.masks[name].copy_(mask)
-        state.densities[name] = mask.float().mean().item()
+        state.set_mask(name, mask)
 
 
 def update_masks(state: MaskState, step: int, number: int, growth: Mapping[str, Tensor] | None) -> None:
