@@ -1,4 +1,4 @@
-"""Shared by the tests of layers: comparisons, and batch norms with other than their initial numbers."""
+"""Helpers of the tests of layers: comparisons, and batch norms with random numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from widekernel.layers.tiles import side_by_side, stacked
 
 @torch.no_grad()
 def randomized(module: nn.Module) -> nn.Module:
-    """Give every batch norm random statistics, weights and biases, and every layer scale a random value; in float64."""
+    """Randomize the statistics, weights and biases of all batch norms, and all layer scales; in float64."""
     for part in module.modules():
         if isinstance(part, _BatchNorm):
             if part.running_mean is not None:

@@ -1,4 +1,4 @@
-"""The registered networks: their names, each a function in the family's module, and what timm's registry says of them."""
+"""Registered networks: their names, their functions in the family's module, and their entries in timm's registry."""
 
 from __future__ import annotations
 

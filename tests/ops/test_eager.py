@@ -1,4 +1,4 @@
-"""Calls that go straight to the kernel: only where nothing needs the operator, and only with arguments that were checked."""
+"""Calls that go straight to the kernel: only if nothing needs the operator, and only with checked arguments."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ X, K, B = torch.randn(2, 3, 5, 6), torch.randn(3, 1, 3, 3), torch.randn(3)
 
 @pytest.fixture(autouse=True)
 def _warm() -> None:
-    """Every call below was made before, with arguments that are right."""
+    """Make every call of the tests below once before, with correct arguments."""
     for options in ({}, {"scale": B}, {"bias": B}, {"backend": "portable"}):
         ops.depthwise_sum(X, [K], [(1, 1)], **options)
         ops.depthwise_sum(X, [K], **options)
@@ -217,7 +217,7 @@ def test_the_meta_device_has_no_numbers() -> None:
         assert torch.autograd.grad(ops.depthwise_sum(x, [k]).sum(), k)[0].is_meta
 
 
-def test_negated_views_are_read_right() -> None:
+def test_negated_views_are_read_correctly() -> None:
     x = torch._neg_view(X)
     assert_close(ops.depthwise_sum(x, [K]), ops.depthwise_sum(-X, [K]))
     assert_close(ops.depthwise_sum(X, [torch._neg_view(K)]), ops.depthwise_sum(X, [-K]))

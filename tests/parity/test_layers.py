@@ -152,7 +152,7 @@ def test_shift_tiles_equal_the_official_composition(name: str, golden: Path) -> 
 
 @pytest.mark.parametrize("name", ["shiftwise_v1_mini", "shiftwise_v2_mini", "shiftwise_v2_tiny"])
 def test_tables_are_the_official_ones(name: str, golden: Path) -> None:
-    """The private generator draws the official tables, on which the meaning of official checkpoints depends.
+    """The private generator draws the official tables, without which official checkpoints are meaningless.
 
     The official tables hold the displacement of every tile, ours the tile in every slot.
     """
