@@ -1,21 +1,21 @@
-# `make demo` and `make test` do their own set-up: a virtual environment in .venv with the package installed.
+# `make demo` and `make test` set up a virtual environment in .venv and install the package there.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Installing compiles them, so what changes here is installed anew.
+# The installation compiles these files, so the package is installed again when one of them changes.
 NATIVE := native/CMakeLists.txt native/editable/CMakeLists.txt $(wildcard native/include/*.h native/src/*)
-# Threads that wait by spinning take the cores from those that work, wherever something else runs beside them.
+# Threads that spin while they wait take cores from other processes.
 export OMP_WAIT_POLICY ?= passive
 
-# Most tests are short and use one core. Each process starts with whole files, because tests of a file share what takes long to
-# make, and takes from the others when it has nothing left.
+# Most tests are short and use one core. Each process starts with whole files, because the tests of a file share expensive
+# fixtures. A process that has finished takes tests from the others.
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal --durations 20
 
 .PHONY: demo test test-all test-clients test-gpu bench-gpu offline-bundle gpu-session gpu-rehearsal lint format clean help
 
-# OFFLINE=1 is for machines without a network: nothing is set up, and what PYTHON lacks is taken from the folder of wheels that
-# `make offline-bundle` has filled elsewhere.
+# OFFLINE=1 is for machines without a network: nothing is set up, and packages that PYTHON lacks are taken from a folder of
+# wheels, which `make offline-bundle` fills on another machine.
 BUNDLE ?= build/offline-bundle
 UNPACKED := build/offline-site
 WHEELS = $(if $(wildcard $(BUNDLE)),--wheels "$(BUNDLE)")
@@ -32,17 +32,20 @@ endif
 WIDEKERNEL := $(RUN) -c 'import sys; from widekernel.cli.main import main; sys.exit(main())'
 
 help:
-	@echo "make demo      set up, then train, evaluate, fold, save and picture a large-kernel network on real digits"
-	@echo "make test      set up, then the fast tests"
-	@echo "make test-all  every test that this machine can run, full-size models included"
-	@echo "make test-clients  set up with the libraries that widekernel is used from, then the tests with them"
-	@echo "make test-gpu  the tests of the GPU kernels, compiled, on a machine with a GPU; under compute-sanitizer if it is there"
-	@echo "make bench-gpu speed of operators, networks and sparsity on a GPU, into benchmarks/results; at most half an hour"
-	@echo "make offline-bundle  the wheels that a machine without a network may lack, into $(BUNDLE)"
-	@echo "make gpu-session OUT=FOLDER  nine minutes of a GPU made the most of, without a network; MINUTES=9 PYTHON=python3"
-	@echo "make gpu-rehearsal OUT=FOLDER  the same on a GPU that is pretended"
-	@echo "               OFFLINE=1 with test-gpu or bench-gpu: set nothing up, use PYTHON and $(BUNDLE)"
-	@echo "make lint      ruff, codespell and mypy"
+	@echo "make demo            train, evaluate, fold, save and plot a large-kernel network on real digits"
+	@echo "make test            run the fast tests"
+	@echo "make test-all        run every test that this machine can run, including those with full-size models"
+	@echo "make test-clients    install the libraries that use widekernel (transformers, Lightning, ...), and run the tests with them"
+	@echo "make test-gpu        run the tests of the compiled GPU kernels, on a GPU; also under compute-sanitizer if it is on PATH"
+	@echo "make bench-gpu       time operators, networks and sparsity on a GPU, for at most half an hour; writes benchmarks/results"
+	@echo "make offline-bundle  download the wheels that a machine without a network may lack, to $(BUNDLE)"
+	@echo "make gpu-session OUT=FOLDER    test, time and tune within nine minutes on a GPU, without a network;"
+	@echo "                               options: MINUTES=9 PYTHON=python3"
+	@echo "make gpu-rehearsal OUT=FOLDER  rehearse a GPU session on a CPU"
+	@echo "make lint            run ruff, codespell and mypy"
+	@echo "make format          format the code with ruff"
+	@echo "make clean           delete the virtual environment, caches and builds"
+	@echo "With OFFLINE=1, test-gpu and bench-gpu set nothing up, and use PYTHON and the wheels in $(BUNDLE)."
 
 $(STAMP): pyproject.toml $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit("widekernel needs Python 3.10 or newer, %s is %d.%d: run make PYTHON=python3.11" % (sys.executable, *sys.version_info[:2]) if sys.version_info < (3, 10) else 0)'
@@ -67,13 +70,13 @@ $(VENV)/.clients: $(STAMP)
 test-clients: $(VENV)/.clients
 	$(BIN)/python -m pytest -m 'clients and not full' tests
 
-# Out-of-bounds accesses show only where every tensor is an allocation of its own. Races, slow to look for, in fewer tests.
+# Out-of-bounds accesses show only if every tensor is a separate allocation. Checking for races is slow: fewer tests run.
 CHECKED := tests/ops/gpu/test_operator_values.py tests/ops/gpu/test_kernels.py -m interpreted
 MEMCHECK = $(CHECKED) -k 'values_and_gradients or their_gradients or stored or any_strides or wider-than-a-block'
 RACECHECK = $(CHECKED) -k 'test_values_and_gradients or test_branches_and_their_gradients'
 SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --report-api-errors no --tool
 
-# Nearly all of their time is Triton's compiler on one core, so several compile at a time; what times calls runs alone.
+# Triton's compiler takes nearly all of the time, on one core, so several processes compile; tests that time calls run alone.
 GPU_PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 
 test-gpu: $(READY)
@@ -88,7 +91,7 @@ else
 	@echo "compute-sanitizer is not on PATH, so memory accesses and races were NOT checked: it comes with the CUDA toolkit (bin/)"
 endif
 
-# Tables that are begun stay, however it ends: rows are written as they come. What goes wrong in one leaves the next its turn.
+# Rows are written as they are measured, so tables are kept however a benchmark ends. If one fails, the next one still runs.
 RESULTS := benchmarks/results
 OVERHEAD := $(RESULTS)/sparsity_overhead_gpu.md
 bench-gpu: $(READY)
@@ -101,18 +104,18 @@ bench-gpu: $(READY)
 	$(RUN) benchmarks/sparsity_overhead.py cuda > $(OVERHEAD).new && mv $(OVERHEAD).new $(OVERHEAD) || failed=1; \
 	exit $$failed
 
-# What `python3` finds there is what the GPU works with; nothing is installed, and nothing written but OUT.
+# The session uses the packages that PYTHON finds and those in the bundle. Nothing is installed, and only OUT is written to.
 gpu-session:
 	@test -n "$(OUT)" || { echo "make gpu-session needs OUT=FOLDER, new or empty"; exit 2; }
 	$(PYTHON) benchmarks/gpu_session --out "$(OUT)" --minutes $(or $(MINUTES),9) $(WHEELS)
 
-# In a network namespace of its own, if that is allowed here: then nothing can be fetched by accident.
+# Runs in a separate network namespace if the system allows it, so that nothing can be downloaded by accident.
 gpu-rehearsal:
 	@test -n "$(OUT)" || { echo "make gpu-rehearsal needs OUT=FOLDER, new or empty"; exit 2; }
 	$$(unshare -rn true 2>/dev/null && echo unshare -rn) \
 		$(PYTHON) benchmarks/gpu_session --rehearse --out "$(OUT)" --minutes $(or $(MINUTES),6) $(WHEELS)
 
-# For which Python: FOR="--python 3.12 --given torch==2.11.0 torchvision==0.26.0 triton==3.6.0 numpy==2.5.*", which is the default.
+# FOR says what the other machine has; the default is FOR="--python 3.12 --given torch==2.11.0 torchvision==0.26.0 triton==3.6.0 numpy==2.5.*".
 offline-bundle: $(STAMP)
 	$(BIN)/python -m benchmarks.gpu_session.bundle $(BUNDLE) $(FOR)
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def shared_folder() -> Path | None:
-    """Find the folder of reference numbers and real images, which lies beside the repository or where the variable says."""
+    """Return the folder of reference numbers and real images: beside the repository, or where the variable says."""
     named = os.environ.get("WIDEKERNEL_SHARED")
     folder = Path(named) if named else ROOT.parent / "shared"
     return folder if (folder / "parity").is_dir() else None

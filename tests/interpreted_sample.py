@@ -1,4 +1,4 @@
-"""The smallest kernel that has a loop over a number of the call: what an interpreter must be able to run."""
+"""Smallest kernel with a loop bound that is an argument, which an interpreter must be able to run."""
 
 import triton
 import triton.language as tl

@@ -1,4 +1,4 @@
-"""Triton's interpreter, made to work with the installed NumPy."""
+"""Adaptation of Triton's interpreter to the installed NumPy."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def let_scalars_be_integers() -> None:
 
 
 def why_not() -> str:
-    """Say why kernels cannot be interpreted here, "" if they can. A kernel with a loop is run to find out."""
+    """Return why kernels cannot be interpreted here, or "" if they can. A kernel with a loop is run to find out."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     let_scalars_be_integers()

@@ -1,4 +1,4 @@
-"""A summary of the suites that ran, and why others did not; in CI a suite that should have run fails the run."""
+"""Summary of the suites that ran, and why others did not; in CI, a run fails if a suite is missing that should have run."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ SUITES = (
 
 @dataclass
 class Tally:
-    """How the tests of one suite ended, and why some were skipped."""
+    """Outcomes of the tests of one suite, and reasons why some were skipped."""
 
     ended: Counter = field(default_factory=Counter)
     reasons: Counter = field(default_factory=Counter)
@@ -76,7 +76,7 @@ class Tally:
 
 
 class SuiteReport:
-    """A plugin that counts tests by suite, prints the counts, and fails a run in CI that left a suite out."""
+    """Plugin that counts tests by suite, prints the counts, and in CI fails a run that left out a suite."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config

@@ -1,4 +1,4 @@
-"""Rules about the source as a whole: who imports whom, how long things get, and what importing the package does."""
+"""Rules for the source as a whole: imports between modules, lengths, and effects of importing the package."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def imported(tree: ast.Module, package: str) -> set[str]:
 
 
 def used_of_the_package(tree: ast.Module) -> set[str]:
-    """Return what a file uses of `import widekernel`: attributes, and the networks, which are registered."""
+    """Return what a file uses after `import widekernel`: attributes, and the registered networks."""
     bound = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -217,7 +217,7 @@ def test_no_circle_of_files() -> None:
 
 @pytest.mark.parametrize("folder", sorted(module_name(file) for file in FILES if file.name == "__init__.py"))
 def test_no_circle_of_folders(folder: str) -> None:
-    """Of the files and folders in one folder, each counts with everything inside it."""
+    """Files and folders in the same folder are compared, each with everything inside it."""
     assert circle(between_siblings(imports_of_modules(), folder)) == ""
 
 
@@ -340,7 +340,7 @@ def test_importing_loads_only_what_the_networks_need(importing: list) -> None:
 
 
 def seconds(statement: str) -> float:
-    """Time a statement in a new process, without the start of the interpreter."""
+    """Time a statement in a new process, excluding the start of the interpreter."""
     program = f"import time; start = time.perf_counter(); {statement}; print(time.perf_counter() - start)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     return float(done.stdout.splitlines()[-1])

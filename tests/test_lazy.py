@@ -1,4 +1,4 @@
-"""Packages whose names are imported when they are used."""
+"""Packages whose names are imported when they are first used."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def test_every_name_is_there(package: str) -> None:
 
 
 @pytest.mark.parametrize("package", LAZY)
-def test_no_name_is_that_of_another_submodule(package: str) -> None:
-    """Which would take its place as soon as somebody imports it."""
+def test_no_name_equals_that_of_another_submodule(package: str) -> None:
+    """A submodule would replace the name as soon as it is imported."""
     module = importlib.import_module(package)
     submodules = {name for name in module._WHERE if importlib.util.find_spec(f"{package}.{name}")}
     assert {name for name in submodules if module._WHERE[name] != f"{package}.{name}"} == set()
 
 
 def test_importing_the_package_registers_its_networks_wherever_it_starts() -> None:
-    """Also in a program that runs as `python -m`, or has such arguments of its own."""
+    """This includes programs that run as `python -m`, or have such arguments themselves."""
     code = "import sys; sys.argv = ['-m', 'a']; import widekernel, timm; print(timm.is_model('slak_nano'))"
     done = subprocess.run([sys.executable, "-c", code, "-m", "widekernel"], capture_output=True, text=True, check=True)
     assert done.stdout == "True\n"

@@ -1,4 +1,4 @@
-"""What the project says of itself: version and dependencies."""
+"""Metadata of the project: version and dependencies."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def imported(nodes: Iterable[ast.AST]) -> set[str]:
 
 
 def test_every_import_is_declared() -> None:
-    """In the dependencies, or for imports inside functions in an extra."""
+    """Imports inside functions may be declared in an extra, all others must be in the dependencies."""
     trees = [ast.parse(file.read_text()) for file in (ROOT / "src").rglob("*.py")]
     at_once = imported(node for tree in trees for node in tree.body) - WITH_TORCH
     ever = imported(node for tree in trees for node in ast.walk(tree))

@@ -1,4 +1,4 @@
-"""The contents of installations: wheels with and without a compiler, the source archive, and editable installations."""
+"""Contents of installations: wheels with and without a compiler, source archives and editable installations."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_a_missing_compiler_is_an_error_if_the_library_is_required(builder: Path
 
 @pytest.mark.slow
 def test_source_archive(builder: Path, checkout: Path, tracked: list[str]) -> None:
-    """It holds the files of git, and not what a build leaves in the checkout."""
+    """It contains the files tracked by git, and nothing that a build leaves in the checkout."""
     for name in ("src/widekernel/ops/cpu/_native.so", "native/editable/CMakeCache.txt", "native/editable/native/a.o"):
         (checkout / name).parent.mkdir(exist_ok=True)
         (checkout / name).write_text("left over")

@@ -1,4 +1,4 @@
-"""The summary of suites: it counts, gives reasons, and fails a run in CI that left out a suite that should run."""
+"""Summary of suites: counts, reasons, and failure of a run in CI that left out a suite."""
 
 from __future__ import annotations
 

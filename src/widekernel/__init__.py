@@ -47,10 +47,10 @@ __getattr__, __dir__ = attach(__name__, _WHERE)
 
 
 def _is_the_command() -> bool:
-    """Return whether this process is the command line, which imports the networks where it needs them, not for --help."""
+    """Return whether this process is the command line, which imports the networks only where a command needs them."""
     if "widekernel_command" in sys.modules:
         return True
-    # `python -m widekernel`: Python imports the package before it says so in sys.argv[0].
+    # `python -m widekernel`: while Python imports the package, sys.argv[0] is still "-m".
     arguments = sys.argv[1:]
     interpreter = sys.orig_argv[: len(sys.orig_argv) - len(arguments)]
     return sys.argv[:1] == ["-m"] and (interpreter[-2:] == ["-m", "widekernel"] or interpreter[-1:] == ["-mwidekernel"])

@@ -1,4 +1,4 @@
-"""Old names of arguments and attributes, which work for one more version and warn."""
+"""Old names of arguments and attributes, which still work for one version, with a warning."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ CallableT = TypeVar("CallableT", bound=Callable[..., Any])
 
 
 def renamed_arguments(**names: str) -> Callable[[CallableT], CallableT]:
-    """Let the decorated function take keyword arguments by their old names too, with a `FutureWarning`.
+    """Make a function accept keyword arguments by their old names too, with a `FutureWarning`.
 
     Args:
-        names: old name = "new name".
+        names: the new name of each argument, by its old name: `old="new"`.
 
     Raises:
-        TypeError: when called with an argument under both names.
+        TypeError: the function is called with an argument under both names.
     """
 
     def decorate(function: CallableT) -> CallableT:

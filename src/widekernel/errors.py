@@ -1,4 +1,4 @@
-"""The errors that widekernel raises on purpose; each message states the value, the rule and the fix."""
+"""Errors that widekernel raises on purpose; each message states the value, the rule and the fix."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ _LONGEST_IN_SHORT = 200
 
 
 class WidekernelError(Exception):
-    """Base class: the command line prints these without a traceback."""
+    """Base class of these errors, which the command line prints without a traceback."""
 
 
 class ArgumentError(WidekernelError, ValueError):
-    """A layer, a network or an operator cannot take the value of an argument."""
+    """Error for an argument whose value a layer, a network or an operator cannot take."""
 
 
 class ConfigError(ArgumentError):
-    """A setting is unknown, out of range or at odds with another one."""
+    """Error for a setting that is unknown, out of range or inconsistent with another one."""
 
 
 class DataError(WidekernelError, ValueError):
-    """A data set cannot be used: it is missing, empty, inconsistent or unreadable."""
+    """Error for a data set that is missing, empty, inconsistent or unreadable."""
 
 
 class UnknownArgumentError(WidekernelError, TypeError):
-    """A network does not have an argument."""
+    """Error for an argument that a network does not have."""
 
 
 class CheckpointError(WidekernelError, ValueError):
-    """A checkpoint file cannot be read, or does not belong to the model."""
+    """Error for a checkpoint file that cannot be read, or does not belong to the model."""
 
 
 class ShapeError(WidekernelError, ValueError):
-    """A layer or network cannot take the shape of a tensor or an image."""
+    """Error for a tensor or an image whose shape a layer or network cannot take."""
 
 
 def in_short(error: BaseException) -> str:
@@ -43,7 +43,13 @@ def in_short(error: BaseException) -> str:
     return text if len(text) <= _LONGEST_IN_SHORT else f"{text[: _LONGEST_IN_SHORT - 1]}…"
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return a suggestion of the known name closest to `name`, to append to an error message, or "" if none is close."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:
+    """Return the sentence "Did you mean ...?" with the known name closest to `name`, or "" if none is close.
+
+    Args:
+        name: the name that was given.
+        known: the names that exist.
+        cutoff: required similarity, from 0 (any two names) to 1 (equal names).
+    """
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f" Did you mean {close[0]!r}?" if close else ""

@@ -1,4 +1,4 @@
-"""Figures drawn without a display and without touching matplotlib's global state."""
+"""Figures that need no display and do not touch matplotlib's global state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writing files so that they hold either the old or the new version, whenever the machine stops."""
+"""Atomic writing of files: after a crash, a file holds either its old or its new contents."""
 
 import hashlib
 import os
@@ -16,8 +16,8 @@ def write_atomically(
 ) -> None:
     """Let `write` fill a temporary file beside `path`, force it to disk and rename it into place.
 
-    `before_rename` sees the complete temporary file. A failed write leaves `path` as it was and removes the
-    temporary file.
+    `before_rename` gets the path of the complete temporary file. A failed write leaves `path` as it was and removes
+    the temporary file.
     """
 
     def fill(temporary: Path) -> None:
@@ -32,8 +32,8 @@ def replace_atomically(
 ) -> None:
     """Write like `write_atomically`, with a `write` that takes the path of the temporary file.
 
-    The new file has the system's default permissions, whatever `write` sets. If `path` is a link, the file behind it is
-    replaced, not the link.
+    The new file has the system's default permissions, whatever `write` sets. If `path` is a link, the file that it points
+    to is replaced, not the link.
     """
     path = path.resolve()
     temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}.{threading.get_ident()}")
@@ -58,7 +58,7 @@ def write_file(path: Path, content: bytes) -> None:
     """Write `content` to the file `path` as `write_atomically` does.
 
     Raises:
-        WidekernelError: it cannot be written.
+        WidekernelError: the file cannot be written.
     """
     with explained(path):
         write_atomically(path, lambda file: file.write(content))
@@ -84,14 +84,14 @@ def sha256_of(path: Path) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return the reason why a file could not be written: the system's, even behind an error of torch, if there is one."""
+    """Return why a file could not be written: the system's reason if there is one, even if torch hides it."""
     cause = error if isinstance(error, OSError) else error.__context__ or error
     return getattr(cause, "strerror", None) or str(cause)
 
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Restate a system error that the block raises as a `WidekernelError` that names `path` and the reason."""
+    """Convert an `OSError` raised in the block to a `WidekernelError` that names `path` and the reason."""
     try:
         yield
     except OSError as error:

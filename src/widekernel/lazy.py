@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are first used (PEP 562), so that importing its settings stays cheap."""
+"""Lazy import of the names of a package (PEP 562), so that importing only its settings stays cheap."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def attach(
 
     Args:
         package: its `__name__`.
-        where: public name -> module that defines it. A name that is the last part of its module stands for the module; any
-            other name must differ from those of the submodules, which would take its place once they are imported.
-        moved: name that has left the package -> module that has it now, as "module", or "module:Name" if it is called
-            differently there; using it warns.
+        where: public name -> module that defines it. A name that equals the last part of its module's name stands for the
+            module itself. No other name may be that of a submodule, which would replace it once imported.
+        moved: name that has left the package -> where it is now: "module", or "module:Name" if it was renamed as well. Using
+            it warns.
     """
     moved = moved or {}
 

@@ -1,12 +1,12 @@
-"""Reading of `torch.save` files without running anything: tensors are rebuilt, all else becomes an inert placeholder.
+"""Reading of `torch.save` files without running code: tensors are rebuilt, all other objects become inert placeholders.
 
-Checkpoints found in the wild hold NumPy numbers, paths, dates, settings of frameworks that are not installed, ... beside the
-weights. None of these is needed here, so none of their classes is imported. Each object is replaced by a placeholder of a
-class that is created on the spot, accepts any arguments and does nothing. Only the few PyTorch functions that rebuild a
-tensor are called, and no attribute of any object is ever set.
+Besides the weights, published checkpoints hold NumPy numbers, paths, dates or settings of frameworks that are not installed.
+None of these is needed here, so none of their classes is imported. Each object is replaced by a placeholder whose class is
+created on the spot, accepts any arguments and does nothing. Only the few PyTorch functions that rebuild a tensor are called,
+and no attribute of any object is ever set.
 
-As a second line of defense, a file is refused if it names what is needed to run code: anything of the standard library but
-value types, such as `os.system`, or `builtins.getattr`, which also stands for a bound method.
+As a second line of defense, a file is refused if it names anything in the standard library other than value types, because
+such names can run code: `os.system`, for example, or `builtins.getattr`, by which pickle also stores bound methods.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, _utils
 from torch.serialization import _get_layout
 
-# Modules of the standard library with value types. Functions of other modules act, and no honest checkpoint names them.
+# Modules of the standard library with value types. Functions of other modules have effects; no honest checkpoint names them.
 # Of `builtins` and `operator`, only some names are harmless; exceptions are values, too.
 _HARMLESS = {
     *("_codecs", "argparse", "array", "collections", "copyreg", "dataclasses", "datetime", "decimal", "enum", "fractions"),
@@ -74,25 +74,25 @@ _HARMLESS_NAMES = {
     ("torch", "device"),
     ("torch.torch_version", "TorchVersion"),
 }
-# Names in Python 2, which pickle protocol 2 still writes.
+# Python 2 names, which pickle protocol 2 still writes.
 _OLD_NAMES = {"__builtin__": "builtins", "copy_reg": "copyreg", "exceptions": "builtins"}
 _MAX_PROTOCOL_OF_OLD_FILES = 2
 _TRUE = ("1", "y", "yes", "true")
 
 
 class RefusedError(pickle.UnpicklingError):
-    """A file names something that no checkpoint needs."""
+    """Error for a file that names something that no checkpoint needs."""
 
 
 class UnreadableError(pickle.UnpicklingError):
-    """A file appears to be intact and harmless but is of a kind that cannot be read here."""
+    """Error for a file that seems intact and harmless, but is of a kind that cannot be read here."""
 
 
 class Placeholder(dict[Any, Any]):
-    """Inert replacement of an object whose class is not imported; the entries of a mapping are kept.
+    """Inert replacement for an object whose class is not imported; it keeps the entries of a mapping.
 
     Attributes:
-        named: class that the file names.
+        named: name of the class in the file.
         harmless: whether the class is known to hold only values.
     """
 
@@ -100,7 +100,7 @@ class Placeholder(dict[Any, Any]):
     harmless = False
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Placeholder:
-        """Create a placeholder from any arguments, which are dropped."""
+        """Create a placeholder; the arguments are dropped."""
         return super().__new__(cls)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -117,13 +117,13 @@ class Placeholder(dict[Any, Any]):
         return f"<{self.named}>"
 
     def append(self, item: Any) -> None:
-        """Drop an entry of a list."""
+        """Ignore an item appended to a list."""
 
     def extend(self, items: Any) -> None:
-        """Drop entries of a list."""
+        """Ignore items appended to a list."""
 
     def add(self, item: Any) -> None:
-        """Drop an element of a set."""
+        """Ignore an element added to a set."""
 
 
 def unpickle(path: Path) -> Any:
@@ -141,7 +141,7 @@ def unpickle(path: Path) -> Any:
     if os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0").lower() in _TRUE:
         return torch.load(path, map_location="cpu", weights_only=True)
     zipped = _is_zip(path)
-    # `torch.load` would not read these two with the given unpickler.
+    # For these two kinds of file, `torch.load` would not use the given unpickler.
     if zipped and "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():
         raise pickle.UnpicklingError("a TorchScript archive")
     if not zipped and tarfile.is_tarfile(path):
@@ -155,7 +155,7 @@ def unpickle(path: Path) -> Any:
 
 
 def _load_header(reader_class: type[_Reader], file: Any, **options: Any) -> Any:
-    """Load one of the pickles around that of the contents; in a `torch.save` file they name no class."""
+    """Load one of the pickles before or after the contents; in a genuine `torch.save` file they name no class."""
     reader = reader_class(file, **options)
     try:
         found = reader.load()
@@ -171,7 +171,7 @@ def _load_header(reader_class: type[_Reader], file: Any, **options: Any) -> Any:
 
 
 class _Reader(pickle._Unpickler):
-    """Unpickler that resolves only the names that tensors are rebuilt from."""
+    """Unpickler that resolves only the names that are needed to rebuild tensors."""
 
     max_protocol: int
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
@@ -181,7 +181,7 @@ class _Reader(pickle._Unpickler):
         self.unknown: set[str] = set()  # names of classes in the file that are not known to be harmless
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return what a tensor is rebuilt with, or a class of placeholders."""
+        """Return a function or type that rebuilds tensors, or else a placeholder class."""
         module = _OLD_NAMES.get(module, module)
         if any(character.isspace() for character in module):
             raise pickle.UnpicklingError(f"a module called {module!r}")
@@ -198,7 +198,7 @@ class _Reader(pickle._Unpickler):
 
     @property
     def persistent_load(self) -> Callable[[Any], Any]:  # type: ignore[override]
-        """Function that loads the storages, which lie outside of the pickle; PyTorch sets it."""
+        """Function that loads the storages, which are outside of the pickle; PyTorch sets it."""
         return self._persistent_load
 
     @persistent_load.setter
@@ -251,12 +251,12 @@ def _tensor(storage: Any, offset: int, size: Any, stride: Any, *rest: Any) -> Te
 
 
 def _tensor_of_type(storage: Any, offset: int, size: Any, stride: Any, *rest: Any) -> Tensor:
-    """Rebuild a tensor of one of the newer types, whose storage is of bytes; its type comes after the hooks."""
+    """Rebuild a tensor of one of the newer types, whose storage is untyped; its type follows the hooks."""
     return _with_metadata(torch.empty(0, dtype=rest[2]).set_(storage._untyped_storage, offset, size, stride), *rest[3:])
 
 
 def _with_metadata(tensor: Tensor, metadata: Any = None, *rest: Any) -> Tensor:
-    """Mark a tensor whose storage holds the negatives or conjugates; in old files, the storage is filled later."""
+    """Mark a tensor as the negative or conjugate of its storage, which old files fill only later."""
     if rest or not (metadata is None or type(metadata) is dict):
         raise UnreadableError(f"it describes a tensor in an unknown way: {(metadata, *rest)!r}")
     for mark, value in (metadata or {}).items():

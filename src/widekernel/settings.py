@@ -18,7 +18,7 @@ def require(ok: bool, name: str, value: object, rule: str) -> None:
 
 
 def require_one_of(name: str, value: object, choices: Collection[str]) -> None:
-    """Raise unless `value` is one of `choices`; the message suggests the choice that is spelled most like it."""
+    """Raise unless `value` is one of `choices`; the message suggests the most similar choice."""
     if value not in choices:
         allowed = ", ".join(map(repr, choices))
         raise ConfigError(f"{name} {value!r} is unknown: it must be one of {allowed}.{nearest(str(value), choices)}")
@@ -79,12 +79,12 @@ def parse_names(option: str, text: str, known: Collection[str]) -> list[str]:
 
 
 def flatten(settings: Mapping[str, Any], whole: Collection[str] = (), prefix: str = "") -> dict[str, Any]:
-    """Return nested settings by dotted key, such as `optimizer.lr`.
+    """Flatten nested settings to a dictionary with dotted keys, such as `optimizer.lr`.
 
     Args:
-        settings: nested settings; an empty mapping is a value of its own, and tuples become lists.
-        whole: dotted keys of mappings that are values of their own.
-        prefix: of all keys.
+        settings: nested settings; an empty mapping is kept as a value, and tuples become lists.
+        whole: dotted keys of mappings that are kept as values.
+        prefix: prefix of all keys.
     """
     flat: dict[str, Any] = {}
     for name, value in settings.items():

@@ -1,4 +1,4 @@
-"""Reading of safetensors files at any path (the reader of safetensors takes only paths in UTF-8), and writing of weights."""
+"""Reading of safetensors files at any path (safetensors itself takes only paths in UTF-8), and writing of weights."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -14,11 +14,11 @@ from widekernel.errors import CheckpointError
 from widekernel.files import replace_atomically
 
 DESCRIPTION = "widekernel"
-"""Key of the metadata of a safetensors file under which the description of its network stands, as JSON."""
+"""Metadata key of a safetensors file for the description of its network, as JSON."""
 
 
 class _InMemory:
-    """The interface of an open safetensors file, for a file that was read into memory."""
+    """A safetensors file in memory, with the interface of an open one."""
 
     def __init__(self, content: bytes) -> None:
         self._tensors = safetensors.torch.load(content)

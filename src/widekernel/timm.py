@@ -1,8 +1,9 @@
-"""Program that runs a script with widekernel's networks registered with timm: `python -m widekernel.timm SCRIPT ...`.
+"""Program that runs a script with widekernel's networks registered in timm: `python -m widekernel.timm SCRIPT ...`.
 
-It is for scripts that create networks by name and have no option to import a package first. The package is imported, then
-the script runs as Python would run it: as `__main__`, with its own arguments and its own folder first on the path. Processes
-that the script starts with `multiprocessing`, such as loader workers, have the networks too, with every start method.
+It is for scripts that create networks by name and have no option to import a package first. The program imports widekernel
+and then runs the script as Python would: as `__main__`, with its own arguments, and its own folder first on the path.
+Processes that the script starts with `multiprocessing`, such as loader workers, have the networks too, whatever the start
+method.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 _USAGE = (
     "usage: python -m widekernel.timm SCRIPT [ARGUMENTS]\n\n"
-    "Run a Python script with the networks of widekernel registered with timm. Everything after SCRIPT is the script's.\n"
+    "Run a Python script with the networks of widekernel registered with timm. Everything after SCRIPT is passed to it.\n"
 )
 _EXIT_ERROR = 2
 _CHILD = "__mp_main__"
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str], namespace: dict[str, Any]) -> int:
         namespace: global names of `__main__`, which become those of the script.
 
     Returns:
-        0, unless the script itself exits; 2, with a line on standard error, if there is no such script.
+        0, unless the script itself exits; 2, with a message on standard error, if the script cannot be run.
     """
     if not arguments or arguments[0] in ("-h", "--help"):
         (sys.stdout if arguments else sys.stderr).write(_USAGE)
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str], namespace: dict[str, Any]) -> int:
         sys.stderr.write(f"error: {problem}\n")
         return _EXIT_ERROR
     sys.argv[:] = arguments
-    # Like Python, use the folder of the file behind a link. With `-P`, or a safe path, there is no folder to replace.
+    # Like Python, use the folder of the file that a link points to. With `-P` (safe path), there is none to replace.
     if not getattr(sys.flags, "safe_path", False):
         sys.path[0] = str(Path(script).resolve().parent)
     path = os.path.abspath(script)  # noqa: PTH100 - like Python, keep links
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str], namespace: dict[str, Any]) -> int:
 
 
 def _script_problem(script: str) -> str:
-    """Return why a script cannot be run, "" if it can be read."""
+    """Return why a script cannot be run, or "" if it can."""
     fix = "give the path of a Python file, and after it the script's own arguments"
     if script.startswith("-"):
         return f"SCRIPT is {script!r}, but this command has no options: {fix}"
@@ -71,14 +72,14 @@ def _script_problem(script: str) -> str:
 
 
 def _execute(path: str, namespace: dict[str, Any], name: str) -> None:
-    """Execute a file with the global names that Python gives a script; its bytes name their own encoding."""
+    """Execute a file with the global names that Python gives a script; `compile` finds its encoding in the bytes."""
     with io.open_code(path) as file:
         code = compile(file.read(), path, "exec", dont_inherit=True)
     loader = importlib.machinery.SourceFileLoader(name, path)
-    # `__spec__` stays that of this module: by it, `multiprocessing` finds the module to run in new processes.
+    # `__spec__` stays that of this module, by which `multiprocessing` finds the module to run in new processes.
     names = {"__name__": name, "__file__": path, "__loader__": loader, "__spec__": namespace["__spec__"]}
     names |= {"__builtins__": builtins, "__package__": None, "__cached__": None, "__doc__": None}
-    # The script sees no names of this module; none can be used after this.
+    # The script must not see the names of this module, so none of them can be used after this.
     namespace.clear()
     namespace.update(names)
     exec(code, namespace)

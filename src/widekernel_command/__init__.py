@@ -1,6 +1,6 @@
-"""The entry point of the command `widekernel`, outside the package so that `--help` imports neither PyTorch nor networks.
+"""Entry point of the command `widekernel`, outside the package so that `--help` imports neither PyTorch nor networks.
 
-`import widekernel` registers its networks with timm, unless this package was imported before: then the commands do so.
+`import widekernel` registers the networks with timm, unless this module was imported first: then the commands register them.
 """
 
 

@@ -1,4 +1,4 @@
-"""Parameters and multiply-accumulates: published and hand-counted numbers, and that counting changes nothing."""
+"""Parameters and multiply-accumulates: published and hand-counted numbers; counting changes nothing."""
 
 from __future__ import annotations
 
@@ -292,7 +292,7 @@ def test_scattered_zeros_save_no_computation(name: str) -> None:
     assert counted.realized == counted.folded
 
 
-def test_dead_kernels_are_removed_in_the_realised_column() -> None:
+def test_dead_kernels_are_removed_in_the_realized_column() -> None:
     model = create("shiftwise_nano")
     with torch.no_grad():
         for module in model.modules():

@@ -1,4 +1,4 @@
-"""Machines that need not be measured, and a backend that computes wrong results."""
+"""Fixtures: machines with known limits, and a backend that computes wrong results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from widekernel.ops import torch_conv
 
 
 class Wrong(ops.Backend):
-    """Takes only the problems for which `spoils` returns true, and computes one number of them wrong."""
+    """Backend that takes the problems for which `spoils` returns true, and computes one number of each wrong."""
 
     name = "wrong"
 
@@ -60,20 +60,20 @@ def machine() -> Machine:
 
 @pytest.fixture
 def device_gpu() -> Gpu:
-    """A device whose limits are 4 TB/s and, in TFLOP/s, 800 in bfloat16, 390 in tf32, 780 in float16, 50 in float32."""
+    """Return a device limited to 4 TB/s and, in TFLOP/s, 800 in bfloat16, 390 in tf32, 780 in float16, 50 in float32."""
     products = {"bfloat16": 800e3, "tf32": 390e3, "float16": 780e3, "float32": 50e3}
     return Gpu("Some GPU", "9.0", 132, 140.0, 50.0, "A processor", {"driver": "1", "PyTorch": "2"}, 4000.0, products)
 
 
 @pytest.fixture
 def on_cpu() -> Accelerator:
-    """An accelerator that is the CPU, with the clock of the host."""
+    """Pretend that the CPU, with the clock of the host, is an accelerator."""
     return Accelerator(torch.device("cpu"), WallClock())
 
 
 @pytest.fixture
 def device(on_cpu: Accelerator, device_gpu: Gpu) -> Platform:
-    """A platform that measures as on a CUDA device, but on the CPU."""
+    """Return a platform that measures as on a CUDA device, but on the CPU."""
     return cuda_platform(on_cpu, device_gpu)
 
 

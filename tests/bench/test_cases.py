@@ -1,4 +1,4 @@
-"""The work that is counted for a case, the named sets, and parsing."""
+"""Cases: the work that is counted for each, the named sets, and parsing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from widekernel.errors import ArgumentError
 
 @pytest.mark.parametrize(("height", "width", "kernel"), [(7, 9, (3, 3)), (5, 6, (13, 1)), (8, 8, (5, 15)), (1, 1, (1, 7))])
 def test_macs_count_taps_on_pixels(height: int, width: int, kernel: tuple[int, int]) -> None:
-    """A convolution of ones with ones counts them."""
+    """The taps that lie on pixels are counted by a convolution of ones with ones."""
     padding = kernel[0] // 2, kernel[1] // 2
     counted = F.conv2d(torch.ones(1, 1, height, width), torch.ones(1, 1, *kernel), padding=padding).sum().item()
     case = Case("some", 3, 2, height, width, kernel)

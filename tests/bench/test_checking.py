@@ -1,4 +1,4 @@
-"""The checks that come before any timing."""
+"""Checks that are made before any timing."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def test_the_baseline_may_be_missing(device, monkeypatch: pytest.MonkeyPatch) ->
     assert all(math.isnan(row.times_nhwc) and math.isnan(row.times_best) and row.ms > 0 for row in rows)
 
 
-def test_what_does_not_fit_into_the_budget_is_left_out(device) -> None:
+def test_rows_that_exceed_the_budget_are_left_out(device) -> None:
     budget = TimeBudget(1e-9)
     assert not measured(device, batches=[2, 4], modes=["train", "infer"], budget=budget)
     wanted = "Left out in bfloat16: it, 2 images (train, infer), it, 4 images (train, infer), because the 1e-09 minutes were"
@@ -120,7 +120,7 @@ def test_what_does_not_fit_into_the_budget_is_left_out(device) -> None:
 
 
 def test_compiled_networks_are_compared_as_they_are_timed(device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a compiler that does nothing, and one that computes something else."""
+    """One compiler here does nothing, and another one produces wrong results."""
     monkeypatch.setattr(variants, "_compiled", lambda network, number: network)
     rows = measured(device, build=convnext, compiled=True)
     assert [row.compiled for row in rows] == [False] * 4 + [True] * 4 and not any(row.remark for row in rows)
@@ -136,7 +136,7 @@ def test_compiled_networks_are_compared_as_they_are_timed(device, monkeypatch: p
 
 
 def test_compiling_costs_no_other_rows(device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It comes last, and what there is no time to compile is left out."""
+    """Compiling comes last, and is left out if there is no time for it."""
     monkeypatch.setattr(variants, "_compiled", lambda network, number: network)
     rows = measured(device, build=convnext, compiled=True, modes=["train", "infer"])
     assert [(row.compiled, row.mode) for row in rows[::4]] == [(c, m) for c in (False, True) for m in ("train", "infer")]

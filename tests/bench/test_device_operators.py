@@ -1,4 +1,4 @@
-"""The benchmark of operators on devices, run on the CPU; and for real where there is a CUDA device."""
+"""Benchmark of operators on devices, run on the CPU and, if there is one, on a CUDA device."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_wrong_results_have_no_times(direction: str, layout: str, device, spoil)
 
 @pytest.mark.parametrize("direction", PASSES)
 def test_errors_in_some_images_only_are_found(direction: str, device, monkeypatch) -> None:
-    """The image in the middle is not among those compared with float64, but all implementations are compared on it."""
+    """The middle image is not among those compared with float64, but on it, all implementations are compared."""
     real = measuring.implementations
 
     def corrupted(*given) -> dict:
@@ -198,7 +198,7 @@ def test_a_lost_device_ends_the_run(device_gpu, monkeypatch: pytest.MonkeyPatch)
     assert budget.lines() == ["Left out in float32: tiny (weight gradient), because the device takes no more calls."]
 
 
-def test_what_does_not_fit_into_the_budget_is_left_out(device) -> None:
+def test_rows_that_exceed_the_budget_are_left_out(device) -> None:
     now = iter([0.0, 1.0, 59.0, 61.0] + [100.0] * 20)
     budget = TimeBudget(1, lambda: next(now))
     told: list = []
@@ -213,14 +213,14 @@ def test_what_does_not_fit_into_the_budget_is_left_out(device) -> None:
     assert told[0] == ("bfloat16 tiny forward", 0) and sum(steps for _, steps in told) == 4
 
 
-def test_cases_of_one_name_are_told_apart(device) -> None:
+def test_cases_with_the_same_name_are_distinguished(device) -> None:
     budget = TimeBudget(1e-9)
     cases = [Case("sweep", 1, 2, 5, 5, (3, 3)), Case("sweep", 1, 2, 5, 5, (5, 5))]
     assert not measured(device, budget=budget, cases=cases, passes=[FORWARD])
     assert "1x2x5x5 3x3 (forward), 1x2x5x5 5x5 (forward)" in budget.lines()[0]
 
 
-def test_rows_are_written_as_they_come(device, tmp_path: Path) -> None:
+def test_rows_are_written_as_they_are_measured(device, tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("of an earlier run\n")
     rows = write_each(measure_operators(OperatorPlan([TINY], [BFLOAT16], rounds=1), device, TimeBudget(10)), path)

@@ -47,7 +47,7 @@ def test_settings_are_in_force_and_restored(precision) -> None:
     assert inside["new"][0] == ("tf32" if tf32 else "ieee"), "what the operator asks for"
 
 
-def test_cudnn_may_be_kept_from_searching() -> None:
+def test_the_search_of_cudnn_can_be_switched_off() -> None:
     with in_force(FLOAT32, search=False):
         assert not torch.backends.cudnn.benchmark
 

@@ -1,4 +1,4 @@
-"""The order and the number of calls, by a clock that only the calls advance."""
+"""Order and number of calls, with a clock that only the calls advance."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_very_slow_call_is_made_once_in_all() -> None:
     assert scene.made.count("slow") == 1 and timings["slow"] == Timing((11.0,))
 
 
-def test_a_slow_first_call_of_a_quick_one_is_not_believed() -> None:
+def test_a_slow_first_call_does_not_determine_the_number_of_calls() -> None:
     scene = Scene(a=0.001)
     timings = interleave(scene.calls, {"a": 0.09}, 0.1, stopwatch=scene.stopwatch)
     assert timings["a"].calls == 100

@@ -5,7 +5,9 @@ import sys
 
 import pytest
 
+from widekernel.cli import eval as eval_command
 from widekernel.cli.main import main
+from widekernel.cli.options import parse_with_data_of_the_run
 from widekernel.cli.parsing import parse, parse_given
 from widekernel.cli.train import make_parser
 
@@ -63,6 +65,8 @@ DIGITS = ["--data.name", "digits", "--model.name", "test_resnet", "--data.worker
         (["complexity", "slak_nano", "--input_size", "0"], ["input_size is 0"]),
         (["recipes", "--x"], ["--x"]),
         (["demo", "--sed", "1"], ["--sed", "--seed"]),
+        (["train", "--lr", "1"], ["no option --lr", "'--optimizer.lr'"]),
+        (["train", "--loop.epochs", "1"], ["no option --loop.epochs", "'--schedule.epochs'"]),
     ],
     ids=lambda value: " ".join(value)[:70] if value and value[0] in
     {"train", "trian", "eval", "fold", "models", "complexity", "recipes", "demo"} else "",
@@ -173,3 +177,12 @@ def test_lists_add_once_to_those_of_a_layer():
     assert parse(make_parser(), arguments)["sparsity"]["dynamic"]["exclude"] == ["stem"]
     assert parse(make_parser(), arguments, [{}])["sparsity"]["dynamic"]["exclude"] == ["stem"]
     assert parse(make_parser(), arguments, [layer])["sparsity"]["dynamic"]["exclude"] == ["head", "stem"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "is_named"),
+    [([], False), (["--data.root", "null"], False), (["--data.root", "x"], True), (["--data.name", "folder"], True)],
+)
+def test_data_are_named_by_a_root_or_a_name(arguments, is_named):
+    values, named = parse_with_data_of_the_run(eval_command.make_parser(), ["slak_nano", *arguments])
+    assert (values["source"], named) == ("slak_nano", is_named)

@@ -1,4 +1,4 @@
-"""The notes of an evaluation on the data, and on what it assumed about the weights."""
+"""Notes of an evaluation on the data, and on its assumptions about the weights."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def test_notes_of_an_evaluation(tmp_path, capsys, names):
         (tmp_path / "val" / name / "x.xml").write_text("x")
 
     class Reads(torch.nn.Module):
-        """A network whose largest output is number brightness / 60."""
+        """Network whose largest output has the index brightness / 60."""
 
         def forward(self, images):
             return torch.nn.functional.one_hot((images[:, 0, 4, 4] * 255 / 60).round().long(), 4).float()

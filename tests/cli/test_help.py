@@ -55,7 +55,7 @@ def test_help_and_version_import_nothing_heavy() -> None:
     code = SHOW.format(module="widekernel_command", calls=calls, heavy=HEAVY)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.startswith(f"widekernel {__version__}\n")
-    assert "share of the target spread over all classes" in " ".join(done.stdout.split())
+    assert "share of the target that is spread evenly over all classes" in " ".join(done.stdout.split())
     assert done.stdout.endswith("loaded: []\n")
 
 

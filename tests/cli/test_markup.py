@@ -1,4 +1,4 @@
-"""No text from the user is read as markup of the console."""
+"""Text from the user is never interpreted as console markup."""
 
 from __future__ import annotations
 

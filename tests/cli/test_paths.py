@@ -1,4 +1,4 @@
-"""Paths with parts that a shell would expand, and with parts that none would."""
+"""Paths with parts that a shell would expand, and with parts that it would not."""
 
 from __future__ import annotations
 

@@ -107,6 +107,15 @@ def test_learned_masks_by_training(finished: Path, images, tmp_path: Path, capsy
         assert "images" in said(capsys, "eval", str(run), "--state", state)
 
 
+def test_an_unfinished_mask_training_of_version_0_4_is_named(finished: Path, images, tmp_path: Path, capsys) -> None:  # noqa: F811
+    source = finished / "model.safetensors"
+    copied = tmp_path / "model.safetensors"
+    copied.write_bytes(source.read_bytes())
+    (tmp_path / "model_2to4_learned").mkdir()
+    error = refused(capsys, "sparsify", str(copied), "--method", "learned", "--data.root", str(images))
+    assert "version 0.4" in error and "model_2to4_learned.safetensors" in error.replace("\n", "")
+
+
 @pytest.mark.parametrize("method", ["magnitude", "permuted", "learned"])
 def test_sparsify_semi_structured(method: str, finished: Path, tmp_path: Path, capsys) -> None:  # noqa: F811
     output = tmp_path / "sparse.safetensors"
@@ -166,7 +175,7 @@ def test_compressed_files(method: str, finished: Path, tmp_path: Path, capsys) -
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--method", "permuted", "--block", "channel"], "makes masks 2:4"),
+        (["--method", "permuted", "--block", "channel"], "creates 2:4 masks"),
         (["--sparsity", "0.4"], "block semi_structured (2:4) keeps half"),
         (["--block", "kernals", "--sparsity", "0.4"], "Did you mean 'kernel'"),
         (["--block", "element", "--sparsity", "1.0"], "from 0 to below 1"),
@@ -186,14 +195,14 @@ def test_settings_that_sparsify_refuses(arguments: list[str], message: str, fini
 def test_settings_that_train_refuses(images, tmp_path: Path, capsys) -> None:  # noqa: F811
     config = str(write_config(tmp_path, images))
     for arguments, message in (
-        (["--sparsity.method", "semi_structured", "--ema.decay", "null"], "learns masks over trained weights"),
+        (["--sparsity.method", "semi_structured", "--ema.decay", "null"], "learns masks for trained weights"),
         (
             ["--sparsity.method", "dynamic", "--sparsity.dynamic.sparsity", "1"],
             "sparsity is 1, but must be from 0 to below 1",
         ),
         (["--sparsity.method", "dynamic", "--sparsity.dynamic.init", "snipp"], "Did you mean 'snip'"),
         (["--sparsity.dynamc.init", "snip"], "Did you mean"),
-        (["--sparsity.method", "dynamic", "--sparsity.masks", "nowhere.safetensors"], "is not a readable file of masks"),
+        (["--sparsity.method", "dynamic", "--sparsity.masks", "nowhere.safetensors"], "is not a readable mask file"),
     ):
         error = refused(capsys, "train", "--config", config, "--output", str(tmp_path / "run"), *arguments)
         assert message in error.replace("1.0", "1"), error
@@ -222,7 +231,7 @@ def test_a_named_data_set_is_evaluated_on(tmp_path: Path, capsys) -> None:
     text = said(capsys, "sparsify", str(path), "--data.name", "digits", "--data.workers", "0")
     assert "before" in text and "after (360 images)" in text and "no data was given" not in text
     error = refused(capsys, "sparsify", str(path), "--data.workers", "0", "--overwrite")
-    assert "no data set: name it with --data.root or --data.name" in error
+    assert "no data set: name one with --data.root or --data.name" in error
 
 
 @pytest.mark.parametrize("command", ["fold", "sparsify"])

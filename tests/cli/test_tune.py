@@ -1,4 +1,4 @@
-"""`widekernel tune` from the command line, on a pretended GPU: kernels are interpreted and times made up."""
+"""`widekernel tune` from the command line, on a simulated GPU: kernels are interpreted, and times are made up."""
 
 from __future__ import annotations
 
@@ -299,7 +299,7 @@ def test_without_a_gpu(tuned: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_setup_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything but the device: PyTorch's settings are in force while it measures, and restored afterwards."""
+    """PyTorch's settings are in force while the device is measured, and restored afterwards."""
     if torch.cuda.is_available():
         pytest.skip("the device would have to be the CPU")
     monkeypatch.setattr(tune_session, "_accelerator", lambda *_: Accelerator(CPU, WallClock()))

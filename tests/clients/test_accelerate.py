@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.clients.support import documented, equal, in_two, network, outside, samples
+from tests.clients.support import documented, in_two, network, outside, samples
+from tests.sparsity.nets import equal
 from widekernel.sparsity import DynamicSparsity
 
 pytestmark = [

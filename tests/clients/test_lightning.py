@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.clients.support import CONFIG, documented, equal, in_two, network, outside, samples
+from tests.clients.support import CONFIG, documented, in_two, network, outside, samples
+from tests.sparsity.nets import equal
 from widekernel.sparsity import DynamicSparsity
 
 pytestmark = [

@@ -51,7 +51,7 @@ def test_output_strides(name: str, architecture: str, output_stride: int) -> Non
 
 
 def test_isotropic_networks_have_no_feature_pyramid() -> None:
-    """The library detects that itself; our network refuses an output stride and gives the reason."""
+    """The library itself detects this; our network refuses an output stride and gives the reason."""
     with pytest.raises(ValueError, match="Unsupported model downsampling pattern"):
         _model("Unet", "convnext_isotropic_nano")
     with pytest.raises(ValueError, match="Unsupported model downsampling pattern"):

@@ -1,4 +1,4 @@
-"""The checks of timm's own model tests, for every registered name."""
+"""Checks from timm's own model tests, for every registered name."""
 
 from __future__ import annotations
 

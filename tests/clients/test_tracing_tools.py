@@ -21,7 +21,7 @@ FORMS = pytest.mark.parametrize("form", ["training", "folded"])
 
 
 @pytest.fixture(autouse=True)
-def _deprecations_are_their_own_affair() -> Iterator[None]:
+def _ignore_deprecations_in_other_libraries() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tests.clients.support import CONFIG, Samples, documented, equal, in_two, network, outside
+from tests.clients.support import CONFIG, Samples, documented, in_two, network, outside
+from tests.sparsity.nets import equal
 
 pytestmark = [
     pytest.mark.clients,

@@ -1,4 +1,4 @@
-"""Every kind of pixel is decoded with its full range, or refused with the reason; no image takes unbounded memory."""
+"""All kinds of pixels are decoded with their full range, or refused with the reason; memory is bounded."""
 
 import io
 import struct

@@ -13,7 +13,7 @@ from widekernel.errors import DataError
 
 
 def fake(monkeypatch, name, **attributes):
-    """Let the data set `name` of torchvision record its arguments instead of reading files."""
+    """Make torchvision's data set `name` record its arguments instead of reading files."""
     calls = []
 
     def start(self, root, **options):
@@ -53,7 +53,7 @@ def test_sets_with_a_training_flag(monkeypatch):
 
 def test_sets_without_download(monkeypatch):
     fake(monkeypatch, "FER2013")
-    with pytest.raises(DataError, match="cannot download itself"):
+    with pytest.raises(DataError, match="cannot be downloaded automatically"):
         open_split(DataConfig(name="torch/fer2013", root=".", download=True), "train")
 
 

@@ -173,13 +173,13 @@ def test_archives_may_end_with_other_kinds_of_members(tmp_path):
 @pytest.mark.parametrize(
     ("link", "target", "message"),
     [
-        ("train/cat/up", "..", "holds the link itself"),
-        ("train/cat/self", ".", "holds the link itself"),
-        ("train/cat/all", "../..", "holds the link itself"),
+        ("train/cat/up", "..", "contains the link itself"),
+        ("train/cat/self", ".", "contains the link itself"),
+        ("train/cat/all", "../..", "contains the link itself"),
         ("train/cat/more", "../dog", "another class"),
         ("train/kitten", "cat", "another class"),
-        ("train/everything", "..", "holds the link itself"),
-        ("stock/back", "../train/cat", "holds the link itself"),
+        ("train/everything", "..", "contains the link itself"),
+        ("stock/back", "../train/cat", "contains the link itself"),
     ],
 )
 def test_links_that_repeat_images(tmp_path, link, target, message):

@@ -1,4 +1,4 @@
-"""Which files are images or clutter, which ones are skipped with a note, and which folders are not classes."""
+"""Files that are images, clutter, or skipped with a note; and folders that are not classes."""
 
 import io
 import os
@@ -112,7 +112,7 @@ def test_skipped_files_are_counted_in_a_note(tmp_path):
         assert list(source.names) == TWO
         by_ending, outside = source.notes
         assert "4 file(s) left out" in by_ending
-        assert "2 .txt" in by_ending and "1 .csv" in by_ending and "1 without an ending" in by_ending
+        assert "2 .txt" in by_ending and "1 .csv" in by_ending and "1 without an extension" in by_ending
         assert "1 image(s) left out, which lie outside the class folders, such as 1.png" in outside
 
 
@@ -153,7 +153,7 @@ def test_file_names_that_are_not_text(tmp_path):
         ),
         (["cat/1.png"], "only one class, 'cat', so there is nothing to learn"),
         (["1.png", "2.png"], "no class folders, but 2 image.*folder of one class"),
-        (["batch.zip"], "no class folders.* It holds batch.zip"),
+        (["batch.zip"], "no class folders.* It contains batch.zip"),
     ],
 )
 def test_trees_without_classes_are_refused(tmp_path, paths, message):

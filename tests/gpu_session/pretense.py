@@ -1,4 +1,4 @@
-"""Runs a program of a GPU session on a pretended GPU: kernels are interpreted, on CPU tensors.
+"""Program that runs another program of a GPU session on a simulated GPU: kernels are interpreted, on CPU tensors.
 
 python -m tests.gpu_session.pretense MODULE [ARGUMENTS]        # widekernel, ready or correctness
 """
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 def pretend() -> None:
-    """Make benchmarks and tuning find a GPU that is the CPU, and use the clock of the host."""
+    """Make benchmarks and tuning take the CPU for a GPU, and use the clock of the host."""
     from widekernel.bench import devices, gpu
     from widekernel.bench.timing import WallClock
     from widekernel.cli import tune_session

@@ -1,4 +1,4 @@
-"""What a session requires of the machine, and what it does not."""
+"""Requirements of a session: what the machine must have, and what it need not have."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_a_session_without_any_packages(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which need not be pretended")
 def test_rehearsal(tmp_path: Path) -> None:
-    """A whole session on a pretended GPU, without a network where namespaces are allowed."""
+    """A whole session runs on a simulated GPU, without a network if the system allows namespaces."""
     out = tmp_path / "out"
     program = [sys.executable, ROOT / "benchmarks" / "gpu_session", "--rehearse", "--out", out, "--minutes", "12"]
     alone = ["unshare", "-rn"] if subprocess.run(["unshare", "-rn", "true"], check=False).returncode == 0 else []

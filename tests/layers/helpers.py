@@ -1,4 +1,4 @@
-"""Shared by the tests of layers: comparisons, and batch norms with other than their initial numbers."""
+"""Helpers of the tests of layers: comparisons, and batch norms with random numbers."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tests.ops.cases import assert_close
+from widekernel.layers import Rect
+from widekernel.layers.tiles import side_by_side, stacked
 
 
 @torch.no_grad()
 def randomized(module: nn.Module) -> nn.Module:
-    """Give every batch norm random statistics, weights and biases, and every layer scale a random value; in float64."""
+    """Randomize the statistics, weights and biases of all batch norms, and all layer scales; in float64."""
     for part in module.modules():
         if isinstance(part, _BatchNorm):
             if part.running_mean is not None:
@@ -30,4 +32,14 @@ def image(channels: int = 3, height: int = 8, width: int = 9, batch: int = 2) ->
     return torch.randn(batch, channels, height, width, dtype=torch.float64)
 
 
-__all__ = ["assert_close", "image", "randomized"]
+def tall_strip(tiles: Tensor, kernel_size: int) -> Rect:
+    """Stack tiles (C, nk, N, N) below one another into a rectangle of nk·N x N taps."""
+    return Rect(stacked(tiles), (kernel_size // 2, tiles.shape[3] // 2))
+
+
+def wide_strip(tiles: Tensor, kernel_size: int) -> Rect:
+    """Put tiles (C, nk, N, N) side by side into a rectangle of N x nk·N taps."""
+    return Rect(side_by_side(tiles), (tiles.shape[2] // 2, kernel_size // 2))
+
+
+__all__ = ["assert_close", "image", "randomized", "tall_strip", "wide_strip"]

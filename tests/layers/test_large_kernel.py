@@ -231,7 +231,7 @@ def test_partial_channels_without_others() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_partial_channels_under_autocast(dtype: torch.dtype) -> None:
-    """Folding does not change the type that the next layer gets."""
+    """Folding does not change the dtype that the next layer gets."""
     module, x = partial().float(), image(5).to(dtype)
     folded = module.folded()
     with torch.autocast("cpu", torch.bfloat16):

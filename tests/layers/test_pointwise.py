@@ -1,4 +1,4 @@
-"""Pointwise layers computed the other way: equal to PyTorch's in value, gradient, layout and error."""
+"""Our pointwise layers, which equal PyTorch's in values, gradients, layouts and errors."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def convolutions(dtype: torch.dtype = torch.float64, **kwargs: Any) -> tuple[nn.
 
 
 def assert_same(theirs: nn.Module, ours: nn.Module, x: Tensor) -> None:
-    """Values, and gradients of input and parameters."""
+    """Compare values, and gradients of input and parameters."""
     results = []
     for layer in (theirs, ours):
         leaf = x.detach().requires_grad_()
@@ -108,7 +108,7 @@ def test_convolution_equals_pytorch(name: str, bias: bool) -> None:
     [{"stride": 2}, {"padding": 1}, {"kernel_size": 3}, {"kernel_size": 3, "padding": "same"}, {"stride": (1, 2)}],
     ids=str,
 )
-def test_convolutions_that_are_no_matrix_product_are_left_to_pytorch(kwargs: dict[str, Any]) -> None:
+def test_convolutions_that_are_not_matrix_products_are_left_to_pytorch(kwargs: dict[str, Any]) -> None:
     theirs, ours = convolutions(**kwargs)
     assert ours.reasons_against()
     assert_same(theirs, ours, MAPS["contiguous"]().double())

@@ -1,4 +1,4 @@
-"""Layers that are configured like others, and modules that take the place of others."""
+"""Layers that are configured like others, and replacement of modules."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_modules_that_are_shared_are_replaced_once() -> None:
     assert model[2]["a"] is shared  # the dict was not to be looked at
 
 
-def test_what_takes_a_place_is_looked_at_too() -> None:
+def test_replacements_are_visited_too() -> None:
     def replace(module: nn.Module, _: str) -> tuple[nn.Module, bool]:
         kinds = {nn.ReLU: lambda: nn.Sequential(nn.Tanh()), nn.Tanh: nn.Sigmoid}
         return (kinds[type(module)]() if type(module) in kinds else module), True

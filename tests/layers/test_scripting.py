@@ -72,7 +72,7 @@ def test_convolutions_and_linear_layers() -> None:
     check(PointwiseLinear(3, 5).double(), image().permute(0, 2, 3, 1), image(3, 4, 12).permute(0, 2, 3, 1))
 
 
-class OfOnesOwn(RectSource):
+class CustomSource(RectSource):
     channels, num_branches = 3, 1
 
     def __init__(self) -> None:
@@ -87,7 +87,7 @@ class OfOnesOwn(RectSource):
 
 
 def test_a_source_with_rectangles_alone_is_recorded() -> None:
-    module = LargeKernel(OfOnesOwn(), [nn.BatchNorm2d(3)]).double().eval()
+    module = LargeKernel(CustomSource(), [nn.BatchNorm2d(3)]).double().eval()
     x = image()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it asks the graph for a size

@@ -1,4 +1,4 @@
-"""Kernel sources compared with tile maps that are shifted and added as in the papers, and the contents of their state."""
+"""Kernel sources, compared with tile maps that are shifted and added as in the papers, and their state dicts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.layers.helpers import assert_close, image
+from tests.layers.helpers import assert_close, image, tall_strip, wide_strip
 from widekernel.layers import (
     KernelSource,
     LargeKernel,
@@ -26,7 +26,7 @@ from widekernel.layers import (
 )
 from widekernel.layers.sources import rects_of
 from widekernel.layers.tile_tables import draw_tables
-from widekernel.layers.tiles import cut_into_tiles, num_tiles, tall_strip, wide_strip
+from widekernel.layers.tiles import cut_into_tiles, num_tiles
 
 C = 3
 # K divisible by N, and with one and two columns too many; the last is wider than the image.
@@ -137,7 +137,7 @@ def test_truncated_tiles(kernel_size: int, tile_size: int, branches: int) -> Non
 
 
 def test_truncated_tiles_differ_from_the_strips_only_where_a_tile_is_cut() -> None:
-    """At each end one tile is dropped that reaches into the image: 3-wide tiles, 3 pixels to each side of the middle."""
+    """At each end, one tile that reaches into the image is dropped: tiles are 3 wide, with 3 pixels beside their middle."""
     strips = ShuffledStrips(C, 9, 3).double()
     x = image(C, 25, 26)
     for d, (part, whole) in enumerate(zip(TruncatedTiles(strips).responses(x), strips.responses(x))):
@@ -171,7 +171,7 @@ def test_a_group_lines_up_the_branches_of_its_sources() -> None:
     assert group.published_macs(8, 9) == sum(part.published_macs(8, 9) for part in parts)
 
 
-def test_a_group_with_truncated_tiles_is_no_sum_of_rectangles() -> None:
+def test_a_group_with_truncated_tiles_is_not_a_sum_of_rectangles() -> None:
     assert rects_of(SourceGroup([TruncatedTiles(ShuffledStrips(C, 7, 3)), Rectangles(C, [(3, 3)])])) is None
 
 
@@ -187,7 +187,7 @@ def test_cutting_a_strip_and_joining_it_again(kernel_size: int, tile_size: int, 
     assert strip.anchor == (shape[2] // 2, shape[3] // 2)
 
 
-def test_cutting_what_is_no_strip() -> None:
+def test_only_strips_can_be_cut() -> None:
     with pytest.raises(ValueError, match="a 7x5 kernel is not a strip of 3x3 tiles: one side must be 3"):
         cut_into_tiles(torch.zeros(2, 1, 7, 5), 3)
 
@@ -258,7 +258,7 @@ def test_tables_do_not_depend_on_the_seed_but_weights_do(name: str) -> None:
 
 
 def test_cached_tables_are_copied_for_every_network() -> None:
-    """Drawing is slow and done once; changing the drawn tables must not change later ones."""
+    """Drawing is slow, so it is done once; changing the drawn tables must not change later ones."""
     first, second = draw_tables(8, 7, 3), draw_tables(8, 7, 3)
     for one, other in zip(first, second):
         assert torch.equal(one, other)
@@ -269,7 +269,7 @@ def test_cached_tables_are_copied_for_every_network() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in SOURCES if "tile_at" in SOURCES[name]().state_dict()])
-def test_tables_of_like_layers_share_no_memory(name: str) -> None:
+def test_tables_of_equal_layers_do_not_share_memory(name: str) -> None:
     first, second = SOURCES[name](), SOURCES[name]()
     want = {key: buffer.clone() for key, buffer in second.named_buffers()}
     assert want

@@ -1,4 +1,4 @@
-"""The arguments of each family: defaults, what they change, and what is refused."""
+"""Arguments of each family: defaults, effects, and refused values."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _shapes(model: nn.Module, pattern: str) -> list[tuple[int, ...]]:
 
 
 def _kernels(model: nn.Module, stage: int) -> list[tuple[int, ...]]:
-    """Shapes of the branches of the first large kernel of a stage."""
+    """Return the shapes of the branches of the first large kernel of a stage."""
     layer = next(module for module in model.stages[stage].modules() if isinstance(module, LargeKernel))
     return [tuple(rect.kernel.shape) for rect in layer.source.rects()]
 

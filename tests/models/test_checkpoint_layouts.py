@@ -233,7 +233,7 @@ def test_official_weights_in_timms_convnext(tmp_path: Path) -> None:
 
 
 def test_one_weight_under_two_names_is_refused(tmp_path: Path) -> None:
-    """Some of our names are those of the authors, so a file may mix both."""
+    """Some of our names are also the authors' names, so a file may mix both."""
     model = alive("replknet_nano")
     state = state_of(model, tmp_path, "official")
     official, native = "large_kernel.lkb_origin.conv.weight", "large_kernel.source.kernels.0"
@@ -270,7 +270,7 @@ FOLDED_WITH_OFFICIAL = [name for name in NANO if name not in ("slak_pw_nano", "c
 @pytest.mark.parametrize("features_only", [False, True], ids=["network", "features"])
 @pytest.mark.parametrize("name", FOLDED_WITH_OFFICIAL)
 def test_folded_networks_have_no_official_form(name: str, features_only: bool, tmp_path: Path) -> None:
-    """This holds even if only the layer scale was folded and every name has a place."""
+    """This is true even if only the layer scale was folded and every name has a counterpart."""
     folded = widekernel.fold(alive(name, features_only=features_only))
     for copied in (folded, copy.deepcopy(folded)):
         with pytest.raises(CheckpointError, match=r"is folded and has no place in an official layout: .*layout='native'"):

@@ -44,7 +44,7 @@ def test_missing_tables_are_generated(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["shiftwise_nano", "shiftwise_v1_nano"])
 def test_official_files_restore_their_tables(name: str, tmp_path: Path) -> None:
-    """The authors' code generates them with the network, so the tables that this network had do not matter."""
+    """The file's tables replace those of this network, because the authors' code generates them with the network."""
     model, other = alive(name), create(name)
     for key in _tables(other.state_dict()):
         other.state_dict()[key].zero_()
@@ -56,7 +56,7 @@ def test_official_files_restore_their_tables(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("name", ["shiftwise_nano", "shiftwise_v1_nano"])
-def test_altered_tables_cannot_be_saved_officially(name: str, table: str, tmp_path: Path) -> None:
+def test_altered_tables_cannot_be_saved_in_the_official_layout(name: str, table: str, tmp_path: Path) -> None:
     model = create(name)
     key = next(key for key in model.state_dict() if key.endswith(table))
     value = model.state_dict()[key]

@@ -89,7 +89,7 @@ def test_half_precision_file_loads_into_a_single_precision_network(tmp_path: Pat
 
 
 def test_nan_and_infinite_weights_are_kept(tmp_path: Path) -> None:
-    """A diverged network loads as it was saved; whoever evaluates it sees what happened."""
+    """A diverged network loads as it was saved, and its evaluation shows what happened."""
     model, other = alive("slak_nano"), create("slak_nano")
     with torch.no_grad():
         model.head.fc.weight[0, 0] = float("nan")

@@ -46,7 +46,7 @@ def create(identity: str, **kwargs: Any) -> nn.Module:
 
 
 def alive(identity: str, **kwargs: Any) -> nn.Module:
-    """Create a small network in which every part matters: no zeros at the start, batch norms with statistics."""
+    """Create a small network in which every part has an effect: no initial zeros, batch norms with statistics."""
     model = create(identity, **kwargs)
     with torch.no_grad():
         for key, parameter in model.named_parameters():

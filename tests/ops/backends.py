@@ -1,4 +1,4 @@
-"""Backends for tests, all of them made of the reference: a small one, one with reasons, and ones with fused operators."""
+"""Backends for tests, all based on the reference: a minimal one, and some with fused operators."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BRANCHES, SUM_OF_BRANCHES = "depthwise_branches", "depthwise_sum_of_branches"
 
 
 class TestBackend(Backend):
-    """The reference under another name, with reasons of one's choice against itself."""
+    """The reference under another name, with given reasons against itself."""
 
     __test__ = False
 
@@ -46,7 +46,7 @@ class TestBackend(Backend):
 
 
 class Fused(TestBackend):
-    """Has both fused operators; `received` lists the arguments of each call of one of them."""
+    """Backend with both fused operators; `received` lists the arguments of each call to them."""
 
     operators = frozenset({DEPTHWISE_SUM, DEPTHWISE_WEIGHT_GRAD, BRANCHES, SUM_OF_BRANCHES})
 
@@ -70,19 +70,19 @@ class Fused(TestBackend):
 
 
 class OnlyForward(Fused):
-    """Has no sum of branches."""
+    """Backend without the sum of branches."""
 
     operators = Fused.operators - {SUM_OF_BRANCHES}
 
 
 class OnlyBackward(Fused):
-    """Has no branches."""
+    """Backend without the branches."""
 
     operators = Fused.operators - {BRANCHES}
 
 
 class Kernels(Fused):
-    """Its operators run as they are, as those of a backend of kernels do."""
+    """Backend whose operators run unchanged, as those with real kernels do."""
 
     calls_pytorch = False
 
@@ -106,10 +106,10 @@ def use_only(monkeypatch: pytest.MonkeyPatch, *backends: Backend) -> None:
 
 
 def use_portable_and_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave the backends that run everywhere; the rules of the choice are tried on them."""
+    """Keep only the backends that run everywhere, on which the rules of selection are tested."""
     use_only(monkeypatch, TorchConvBackend(), ReferenceBackend())
 
 
 def several(case: Case) -> Case:
-    """Add branches to those of a case, so that none has only one."""
+    """Add branches to those of a case, so that there are always several."""
     return Case(case.name, case.shape, (*case.rects, (3, 2, (1, 1)), (1, 5, None)))

@@ -1,4 +1,4 @@
-"""What the operator tests share: shapes worth trying, storage layouts, the definition, and one tolerance table."""
+"""Shared parts of the operator tests: shapes, storage layouts, the definition, and one table of tolerances."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ LAYOUTS = {
 def definition(
     x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[tuple[int, int]], bias: Tensor | None = None
 ) -> Tensor:
-    """The operator out of padding, slicing and multiplying, which PyTorch differentiates by itself."""
+    """Compute the operator by padding, slicing and multiplying, which PyTorch differentiates automatically."""
     height, width = x.shape[-2:]
     y = torch.zeros_like(x) if bias is None else torch.zeros_like(x) + bias.view(-1, 1, 1)
     for kernel, (row, column) in zip(kernels, anchors):
@@ -100,7 +100,7 @@ def definition(
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
-    """The largest error as a share of the largest wanted value; shapes must agree."""
+    """Return the largest error as a share of the largest expected value; shapes must agree."""
     assert got.shape == want.shape
     if not want.numel():
         return 0.0

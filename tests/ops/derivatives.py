@@ -1,4 +1,4 @@
-"""Derivatives of functions of four tensors, ours compared with those that PyTorch takes of the definition."""
+"""Derivatives of functions of four tensors: ours, compared with PyTorch's derivatives of the definition."""
 
 from __future__ import annotations
 

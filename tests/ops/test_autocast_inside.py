@@ -1,4 +1,4 @@
-"""Autocast that is on while an operator runs, but was not when its arguments were made: nothing is converted unasked."""
+"""Autocast that is on while an operator runs, but was off when its arguments were made: nothing is converted."""
 
 from __future__ import annotations
 

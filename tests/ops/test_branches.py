@@ -22,7 +22,7 @@ SUM, WEIGHT_GRAD = "depthwise_sum", "depthwise_weight_grad"
 
 @pytest.fixture(autouse=True)
 def _fused() -> Iterator[None]:
-    """Two more backends that run where they are asked for."""
+    """Register two more backends, which run only if they are requested."""
     with registered(Fused(), "reference"), registered(Kernels("kernels"), "reference"):
         yield
 
@@ -97,7 +97,7 @@ def test_nothing_to_compute(case: Case, layout: str, backend: str) -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_branches_one_by_one_equal_separate_calls_bit_for_bit(dtype: torch.dtype, layout: str) -> None:
-    """Also where other users of the input add to its gradient."""
+    """This is also true if the input has other users, which add to its gradient."""
 
     def step(together: bool) -> tuple[list[Tensor], list[str]]:
         torch.manual_seed(1)

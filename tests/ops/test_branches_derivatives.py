@@ -42,14 +42,14 @@ def _backend(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def arguments(batch: int | None = None) -> list[Tensor]:
-    """x and three kernels, each with a leading dimension if `batch` is given."""
+    """Return x and three kernels, each with a leading dimension if `batch` is given."""
     lead = () if batch is None else (batch,)
     shapes = [(2, 2, 3, 3), (2, 1, 2, 4), (2, 1, 2, 2), (2, 1, 1, 1)]
     return [torch.randn(*lead, *shape, dtype=torch.float64) for shape in shapes]
 
 
 def mixed(ys: list[Tensor]) -> Tensor:
-    """Something in which every branch plays a part of its own."""
+    """Return a combination in which every branch has a different role."""
     return ys[0].sin() + ys[1].cos() * ys[2]
 
 

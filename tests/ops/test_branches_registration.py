@@ -29,14 +29,14 @@ CHOSEN = pytest.mark.parametrize("chosen", ["portable", "fused"])
 
 @pytest.fixture(autouse=True)
 def _fused(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A fused backend, in front where a test is about what is chosen, otherwise for those that ask for it."""
+    """Register a fused backend: in front for tests of the selection, otherwise for tests that request it."""
     first = request.node.callspec.params.get("chosen") == "fused" if hasattr(request.node, "callspec") else False
     with registered(Fused(), None if first else "reference"):
         yield
 
 
 def strides(case: Case, x: Tensor, kernels: list[Tensor], backend: str) -> list[tuple]:
-    """Those of the branches, and those of their sum."""
+    """Return the strides of the branches, and those of their sum."""
     flat = registration.flatten_anchors(case.anchors)
     ys = BRANCHES_OP(x, kernels, flat, backend, "")
     total = SUM_OF_BRANCHES_OP([x] * len(kernels), kernels, flat, backend, "")
@@ -89,7 +89,7 @@ def test_opcheck(name: str, layout: str, backend: str) -> None:
 
 
 def test_the_operators_and_their_vmap_without_a_fused_backend() -> None:
-    """Where no backend is fused only a compiler calls them."""
+    """If no backend is fused, only a compiler calls them."""
     x, kernels, _ = CROSS.tensors()
     flat = registration.flatten_anchors(CROSS.anchors)
     xs = [torch.randn_like(x) for _ in kernels]
@@ -279,7 +279,7 @@ def test_autocast_mixes_types_and_leaves_float64_alone(chosen: str) -> None:
 @CHOSEN
 @pytest.mark.parametrize("twice", [False, True], ids=["first", "second"])
 def test_backward_under_autocast_of_a_forward_without_it(twice: bool, chosen: str) -> None:
-    """Nothing is converted unasked by an autocast that was not on when the arguments were made."""
+    """Autocast converts nothing if it was off when the arguments were made."""
 
     def gradients(autocast: bool) -> tuple[Tensor, ...]:
         torch.manual_seed(3)

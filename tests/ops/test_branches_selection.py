@@ -32,7 +32,7 @@ SIZES = [(7, 3), (3, 7), (1, 1)]
 
 @pytest.fixture(autouse=True)
 def _two_backends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rules of the choice are tried on those that run everywhere."""
+    """Test the rules of selection on the backends that run everywhere."""
     use_portable_and_reference(monkeypatch)
 
 
@@ -216,14 +216,14 @@ def test_a_fused_layer_computes_what_others_do() -> None:
 
 @pytest.fixture
 def precision() -> Any:
-    """Gives a function that allows TF32, or not, in one of PyTorch's ways; what was set is set again."""
+    """Return a function that allows or forbids TF32 in one of PyTorch's ways; settings are restored."""
     before = torch.backends.cuda.matmul.fp32_precision
     yield lambda value: setattr(torch.backends.cuda.matmul, "fp32_precision", value)
     torch.backends.cuda.matmul.fp32_precision = before
 
 
 def on(device: str, dtype: torch.dtype) -> Any:
-    """What of a tensor decides about TF32, on a device that need not exist."""
+    """Return the properties of a tensor that decide about TF32, on a device that need not exist."""
     return SimpleNamespace(device=torch.device(device), dtype=dtype)
 
 

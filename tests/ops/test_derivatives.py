@@ -26,7 +26,7 @@ NAMES = ("x", "wide", "square", "bias")
 
 
 def arguments(batch: int | None = None) -> list[Tensor]:
-    """x, two kernels and a bias, each with a leading dimension if `batch` is given."""
+    """Return x, two kernels and a bias, each with a leading dimension if `batch` is given."""
     lead = () if batch is None else (batch,)
     shapes = [(2, 2, 3, 3), (2, 1, 2, 4), (2, 1, 2, 2), (2,)]
     return [torch.randn(*lead, *shape, dtype=torch.float64) for shape in shapes]

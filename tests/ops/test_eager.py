@@ -1,4 +1,4 @@
-"""Calls that go straight to the kernel: only where nothing needs the operator, and only with arguments that were checked."""
+"""Calls that go straight to the kernel: only if nothing needs the operator, and only with checked arguments."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ X, K, B = torch.randn(2, 3, 5, 6), torch.randn(3, 1, 3, 3), torch.randn(3)
 
 @pytest.fixture(autouse=True)
 def _warm() -> None:
-    """Every call below was made before, with arguments that are right."""
+    """Make every call of the tests below once before, with correct arguments."""
     for options in ({}, {"scale": B}, {"bias": B}, {"backend": "portable"}):
         ops.depthwise_sum(X, [K], [(1, 1)], **options)
         ops.depthwise_sum(X, [K], **options)
@@ -217,7 +217,7 @@ def test_the_meta_device_has_no_numbers() -> None:
         assert torch.autograd.grad(ops.depthwise_sum(x, [k]).sum(), k)[0].is_meta
 
 
-def test_negated_views_are_read_right() -> None:
+def test_negated_views_are_read_correctly() -> None:
     x = torch._neg_view(X)
     assert_close(ops.depthwise_sum(x, [K]), ops.depthwise_sum(-X, [K]))
     assert_close(ops.depthwise_sum(X, [torch._neg_view(K)]), ops.depthwise_sum(X, [-K]))
@@ -271,6 +271,20 @@ def test_kernels_are_not_joined_in_a_step() -> None:
     names = kernels_of_a_step(lambda x, kernels: ops.depthwise_sum(x, kernels).sin().sum())
     assert "widekernel::depthwise_sum" in names
     assert not {"aten::cat", "aten::split_with_sizes"} & names
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("call", [ops.depthwise_sum, lambda x, kernels: sum(ops.depthwise_branches(x, kernels))])
+def test_kernels_that_change_before_the_backward_pass_are_an_error(call: Any, frozen: bool) -> None:
+    x, kernels = (
+        X.clone().requires_grad_(),
+        [torch.randn(3, 1, *size, requires_grad=not frozen) for size in [(3, 3), (1, 5)]],
+    )
+    y = call(x, kernels).sum()
+    with torch.no_grad():
+        kernels[1].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
 
 
 def test_kernels_are_not_joined_in_compiled_code() -> None:

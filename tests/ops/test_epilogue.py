@@ -1,4 +1,4 @@
-"""Scale, bias and rectifier of a sum: values, derivatives, and that where our kernels run nothing is computed after them."""
+"""Scale, bias and rectifier of a sum: values and derivatives; our kernels apply them, so nothing is computed afterwards."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ MAPPED = [which for which in itertools.product([False, True], repeat=4) if any(w
 
 @pytest.mark.parametrize("which", MAPPED, ids=str)
 def test_vmap_of_the_operator(which: tuple[bool, ...]) -> None:
-    """The operator itself, as a compiled or exported network calls it."""
+    """The operator is called as a compiled or exported network calls it."""
     x, kernels, bias, scale = drawn()
     args = [x, kernels[0], bias, scale]
     many = [torch.stack([t, 2 * t, -t], -1) if mapped else t for t, mapped in zip(args, which)]
@@ -220,7 +220,7 @@ def test_a_folded_replknet_rectifies_in_the_operator() -> None:
 
 
 class Leaky(nn.ReLU):
-    """An activation that is derived from a rectifier and is none."""
+    """Activation whose class derives from a rectifier, but which is not one."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.where(x > 0, x, x / 10)

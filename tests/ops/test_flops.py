@@ -1,4 +1,4 @@
-"""What PyTorch's own counter of operations says of the operators, from their first call on."""
+"""Counts of the operators by PyTorch's own counter of operations, from the first call on."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_the_branches() -> None:
     assert count(lambda: sum(ops.depthwise_branches(x, kernels)).sum().backward()) == 3 * 2 * PIXELS * TAPS
 
 
-def test_operators_that_are_called_by_themselves() -> None:
+def test_operators_that_are_called_directly() -> None:
     x, kernels = (t.detach() if isinstance(t, torch.Tensor) else [k.detach() for k in t] for t in tensors())
     flat, geometry = [2, 1, 1, 3], [5, 3, 2, 1, 3, 7, 1, 3]
     taps = torch.cat([kernel.flatten(1) for kernel in kernels], 1)
@@ -49,7 +49,7 @@ def test_operators_that_are_called_by_themselves() -> None:
     assert count(lambda: ops.depthwise_weight_grad(x, x, (5, 3))) == 2 * PIXELS * 15
 
 
-def test_nothing_but_the_package_need_be_imported() -> None:
+def test_importing_the_package_is_enough() -> None:
     program = (
         "import sys, torch, widekernel.ops; from torch.utils.flop_counter import flop_registry;"
         "names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith('widekernel::')];"

@@ -1,4 +1,4 @@
-"""What need not be computed is not: the graph of a call without gradients, and gradients of frozen kernels."""
+"""Unneeded work is not done: graphs of calls without gradients, and gradients of frozen kernels."""
 
 from __future__ import annotations
 

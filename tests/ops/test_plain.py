@@ -28,7 +28,7 @@ def scripted() -> dict[str, torch.jit.ScriptFunction]:
 
 
 def recorded(function: nn.Module | object, *inputs: Tensor) -> torch.jit.ScriptFunction:
-    """Record a graph; whatever the tracer warns of would make it wrong for other images."""
+    """Record a graph; a warning of the tracer would mean that it is wrong for other images."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", torch.jit.TracerWarning)
         warnings.simplefilter("ignore", FutureWarning)
@@ -140,7 +140,7 @@ def test_arguments_are_checked_while_a_graph_is_recorded() -> None:
     recorded(lambda x: ops.depthwise_sum(x, kernels, backend="portable"), x)
 
 
-def test_nothing_is_left_of_a_failed_recording() -> None:
+def test_a_failed_recording_leaves_no_state_behind() -> None:
     x, kernels, _ = CROSS.tensors()
     with pytest.raises(ArgumentError):
         recorded(lambda x: ops.depthwise_sum(x, kernels, []), x)

@@ -1,4 +1,4 @@
-"""Laws that hold for all shapes, kernels and anchors, on random ones."""
+"""Laws that hold for all shapes, kernels and anchors, tested on random ones."""
 
 from __future__ import annotations
 

@@ -212,7 +212,7 @@ def test_autocast_computes_in_bfloat16_and_differentiates_in_float32() -> None:
 
 
 def test_autocast_mixes_types() -> None:
-    """What comes out of an autocast convolution meets float32 kernels."""
+    """The output of an autocast convolution meets float32 kernels."""
     x, kernels, bias = CROSS.tensors(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(

@@ -1,4 +1,4 @@
-"""Which backend runs, what `explain` and `trace` say about it, and every error message of the operators."""
+"""Selection of the backend, what `explain` and `trace` say about it, and all error messages of the operators."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ def fake(*reasons: str, only: str | None = None) -> TestBackend:
 
 @pytest.fixture(autouse=True)
 def _two_backends(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rules of the choice are tried on those that run everywhere."""
+    """Test the rules of selection on the backends that run everywhere."""
     if "all_backends" not in request.fixturenames:
         use_portable_and_reference(monkeypatch)
 
 
 @pytest.fixture
 def all_backends() -> None:
-    """Leaves the list as it is."""
+    """Keep the list of backends unchanged."""
 
 
 @pytest.fixture
 def in_front(monkeypatch: pytest.MonkeyPatch):
-    """Puts a backend in front of the others for the length of a test."""
+    """Return a function that puts a backend in front of the others during a test."""
     return lambda backend: use_only(monkeypatch, backend, *dispatch.registry.backends)
 
 
@@ -68,7 +68,7 @@ def test_native_kernels_run_where_they_exist() -> None:
 
 
 def test_no_choice_outlives_its_backend() -> None:
-    """The next backend may be given the memory, and so the id, of the one before."""
+    """The next backend may get the memory, and therefore the id, of the previous one."""
     for i in range(50):
         ops.register(TestBackend(f"backend-{i}"))
         assert set(step().backends()) == {f"backend-{i}"}

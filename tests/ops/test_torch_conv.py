@@ -17,7 +17,7 @@ from widekernel.ops import torch_conv
 
 
 class Spy:
-    """Stands for `torch.nn.functional` and keeps the arguments of its convolutions."""
+    """Replacement of `torch.nn.functional` that records the arguments of its convolutions."""
 
     def __init__(self) -> None:
         self.calls: list[SimpleNamespace] = []
@@ -36,7 +36,7 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
 
 @pytest.fixture(autouse=True)
 def _no_native_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is looked at here is what runs without them, in gradients too."""
+    """Disable the native kernels: these tests are about the code that runs without them, including gradients."""
     use_portable_and_reference(monkeypatch)
 
 
@@ -97,7 +97,7 @@ def test_the_input_gradient_is_a_forward_convolution(spy: Spy) -> None:
 
 @pytest.mark.parametrize("size", [(31, 31), (5, 51)], ids=str)
 def test_the_weight_gradient_is_a_forward_convolution(spy: Spy, size: tuple[int, int]) -> None:
-    """Of N·C channels, in which the gradient plays the kernel, and channels_last because many taps come out of it."""
+    """It has N·C channels and the gradient as its kernel, and is channels_last because many taps are computed."""
     x, g = torch.randn(2, 4, 28, 28), torch.randn(2, 4, 28, 28)
     ops.depthwise_weight_grad(x, g, size)
     (call,) = spy.calls
@@ -110,7 +110,7 @@ def test_the_weight_gradient_is_a_forward_convolution(spy: Spy, size: tuple[int,
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_the_weight_gradient_of_half_precision_runs_in_float32(spy: Spy, dtype: torch.dtype) -> None:
-    """A bfloat16 convolution with a kernel of 28x30 taps takes minutes where it is compiled for the processor's tiles."""
+    """A bfloat16 convolution with a kernel of 28x30 taps takes minutes if it is compiled for the processor's tile unit."""
     x = torch.randn(2, 4, 28, 30).to(dtype)
     assert ops.depthwise_weight_grad(x, x, (31, 31)).dtype == dtype
     assert spy.calls[0].x.dtype == spy.calls[0].weight.dtype == torch.float32

@@ -1,4 +1,4 @@
-"""A backend in 25 lines, as an example, and what `ops.register` refuses."""
+"""A backend in 25 lines, as an example, and objects that `ops.register` refuses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from widekernel.ops import reference
 
 @final
 class ToyBackend(ops.Backend):
-    """Sums of rectangles by padding and convolving, on a CPU."""
+    """Backend that computes sums of rectangles by padding and convolving, on a CPU."""
 
     name = "toy"
     operators = frozenset({"depthwise_sum"})

@@ -128,7 +128,7 @@ def test_nothing_to_compute(case: Case, layout: str, backend: str) -> None:
 
 @pytest.fixture
 def poisoned() -> Iterator[None]:
-    """Let every tensor that is created without a value hold NaN."""
+    """Fill every tensor that is created without values with NaN."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory

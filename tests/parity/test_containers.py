@@ -1,4 +1,4 @@
-"""Every official container format."""
+"""Official container formats of checkpoints."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def test_snip_densities(shared: Path, golden: Path, tmp_path: Path, number: int)
     controller = DynamicSparsity(model, torch.optim.SGD(model.parameters(), 0.1), config, batch=labelled(case["seed"], 8))
     names = official_names(model)
     ours = {names[name]: density for name, density in controller.densities().items()}
-    # Almost dense layers lose their mask once it is drawn, as officially.
+    # Almost dense layers lose their mask once it is drawn, as in the official code.
     assert set(result["sparsities"]) - set(ours) <= {n for n, s in result["sparsities"].items() if s < 0.03}
     assert len(ours) >= len(result["sparsities"]) - 3
     for name, density in ours.items():
@@ -109,7 +109,7 @@ def test_snip_densities(shared: Path, golden: Path, tmp_path: Path, number: int)
 
 @pytest.mark.parametrize("number", range(3))
 def test_snip_in_single_precision(shared: Path, golden: Path, tmp_path: Path, number: int) -> None:
-    """A weight is on the other side of the threshold only if its score is within rounding of it; as many are kept."""
+    """Weights change sides of the threshold only if their scores differ from it by rounding; the number kept is equal."""
     case = read(golden, "dst_snip")
     result = case["results"][number]
     model = loaded(shared, tmp_path, case["manifest"], case["seed"])
@@ -152,7 +152,7 @@ def test_coarse_snip_densities(shared: Path, golden: Path, tmp_path: Path, numbe
 
 
 def test_coarse_masks(shared: Path, golden: Path, tmp_path: Path) -> None:
-    """The same tensors are masked, tile by tile; tile sets share their mask from the start (officially after one step)."""
+    """The same tensors are masked, by tiles; tile sets share their mask from the start (officially after one step)."""
     case = read(golden, "dst_coarse_init")
     model = create(manifest(shared, "shiftwise_v2_mini")).double()
     config = published_shiftwise(0.3)
@@ -167,7 +167,7 @@ def test_coarse_masks(shared: Path, golden: Path, tmp_path: Path) -> None:
         assert torch.equal(masks[name], masks[name.replace("LoRAs.1", "LoRAs.0")])
         first = name.replace("LoRAs.1", "LoRAs.0")
         assert case["masked_kernels"][name] == case["masked_kernels"][first]
-        # Documented difference: officially the second set is not masked yet.
+        # Documented difference: in the official code, the second set is not masked yet.
         if "LoRAs.1" in name:
             assert case["zero_kernels_in_weights_right_after_init"][name] == 0
         weight = dict(model.named_parameters())[next(ours for ours, theirs in names.items() if theirs == name)]

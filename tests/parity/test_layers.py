@@ -10,16 +10,12 @@ import pytest
 import torch
 from torch import nn
 
+from tests.layers.helpers import tall_strip, wide_strip
 from tests.parity.reference import assert_close, weights
 from widekernel import ops
 from widekernel.layers import LargeKernel, SharedStrips, ShiftTiles
 from widekernel.layers.tile_tables import draw_tables
-from widekernel.layers.tiles import (
-    cut_into_tiles,
-    tall_strip,
-    tile_convolution_padding,
-    wide_strip,
-)
+from widekernel.layers.tiles import cut_into_tiles, tile_convolution_padding
 
 SPLITS = ["51x5", "5x51", "49x5", "5x49", "47x5", "5x47", "13x5", "5x13"]
 
@@ -156,7 +152,7 @@ def test_shift_tiles_equal_the_official_composition(name: str, golden: Path) -> 
 
 @pytest.mark.parametrize("name", ["shiftwise_v1_mini", "shiftwise_v2_mini", "shiftwise_v2_tiny"])
 def test_tables_are_the_official_ones(name: str, golden: Path) -> None:
-    """The private generator draws the official tables, on which the meaning of official checkpoints depends.
+    """The private generator draws the official tables, without which official checkpoints are meaningless.
 
     The official tables hold the displacement of every tile, ours the tile in every slot.
     """

@@ -160,7 +160,7 @@ def test_blocked_depthwise_differs_as_documented(shared: Path, golden: Path) -> 
 
 
 def test_size_that_the_official_code_refuses(shared: Path, golden: Path) -> None:
-    """135 weights are no multiple of four: officially an error without padding; here padding is part of the grouping."""
+    """135 is not a multiple of four: the official code fails without padding; here padding is part of the grouping."""
     case = Case(shared, golden, "odd_noaug")
     assert "must be divisible by 4" in case.info["official_error"]
     layer = case.layer()
@@ -198,7 +198,7 @@ def test_layers_load(shared: Path, golden: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["a3x3", "odd_input_aug", "grouped", "dw7_aug"])
 def test_entropy(shared: Path, golden: Path, name: str) -> None:
-    """The official figure is the entropy of one draw, softmax(logits + noise); ours that of softmax(logits)."""
+    """The official figure is the entropy of one draw, softmax(logits + noise); ours is that of softmax(logits)."""
     case = Case(shared, golden, name)
     noisy = torch.log_softmax(case["choice_weights"] + case["gumbel"], 1)
     assert float(-(noisy.exp() * noisy).sum(1).mean()) == pytest.approx(case.info["entropy_mean"], abs=1e-5)
@@ -235,7 +235,7 @@ def test_padding_rule(golden: Path) -> None:
 
 
 def network(name: str) -> nn.Module:
-    """Return torchvision's network."""
+    """Return the network of torchvision."""
     from torchvision import models
 
     return getattr(models, {"convnext_T": "convnext_tiny"}.get(name, name.removesuffix("_blocked")))(weights=None)
@@ -295,7 +295,7 @@ def test_file_and_timm(shared: Path, golden: Path, tmp_path: Path) -> None:
 
 
 def test_load_report_of_residual_networks(shared: Path, golden: Path) -> None:
-    """Officially a dense checkpoint leaves masks missing and every convolution under two names; ours just loads."""
+    """In the official code, a dense checkpoint lacks masks, and convolutions have two names; ours just loads it."""
     report = json.loads((golden / "sparse24_resnet18_load_report.json").read_text())["resnet18"]
     official = {key for key, _, _ in manifest(shared, "sparse24_resnet18")["keys"]}
     model = network("resnet18")
@@ -335,7 +335,7 @@ def official_resnet(shared: Path) -> dict[str, Any]:
 
 
 def test_trained_zero_bias_is_kept(shared: Path) -> None:
-    """Officially it is added to the outputs of layers without a bias; dropping it would change the network."""
+    """The official code adds it to the outputs of layers without a bias, so dropping it would change the network."""
     state = official_resnet(shared)
     state["layer2.0.downsample.0.zero_bias"] = torch.linspace(-1, 1, 128)
     plain, model = network("resnet18").eval(), network("resnet18").eval()

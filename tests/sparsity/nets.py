@@ -23,7 +23,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 class SmallNet(nn.Module):
-    """Convolution, strips, shifted tiles in two sets, norms, a scale, and two linear layers."""
+    """Network with a convolution, strips, two sets of shifted tiles, norms, a scale, and two linear layers."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Matching classes of the data with outputs, with and without class names in the weights."""
+"""Matching of the classes of the data to outputs, with and without class names in the weights."""
 
 import random
 import unicodedata

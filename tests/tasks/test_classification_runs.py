@@ -1,4 +1,4 @@
-"""Complete runs of a tiny network, repeated on folders that have changed in between."""
+"""Complete runs of a tiny network, repeated after changes to their folders."""
 
 import pytest
 import torch
@@ -259,7 +259,7 @@ def test_a_result_on_other_images_is_not_reported(make, images):
         train(config)
     (images / "val" / "a" / "new.png").rename(images / "val" / "a" / "0.png")
     again = train(config)
-    assert again.was_finished and "did not note its code" in again.other_code
+    assert again.was_finished and "did not record its code" in again.other_code
 
 
 def test_a_result_of_other_code_is_marked_as_such(make, monkeypatch):

@@ -25,7 +25,7 @@ SMALL = {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize(("name", "args"), [("slak_nano", SMALL), ("test_resnet", {})])
 def test_folding(name: str, args: dict, channels: int) -> None:
-    """Our networks state their channels; for timm's the first convolution decides."""
+    """Our networks state their channels; for timm's networks, the first convolution determines them."""
     model = build_model(name, 3, {**args, "in_chans": channels})
     assert input_channels(model) == channels
     folded, check = fold_and_check(model, 32, images=2)

@@ -1,4 +1,4 @@
-"""What a run records about its data and settings, and the messages when they have changed."""
+"""Records of a run about its data and settings, and messages when these have changed."""
 
 from __future__ import annotations
 

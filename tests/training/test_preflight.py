@@ -21,7 +21,7 @@ def length(tmp_path, steps: int, **changes) -> list[str]:
 
 
 def test_an_average_that_stays_at_its_start_is_refused(tmp_path) -> None:
-    with pytest.raises(ConfigError, match=r"ema\.decay is 0\.9999, with which 99 % .* after the 100 steps .* ema\.warmup"):
+    with pytest.raises(ConfigError, match=r"ema\.decay is 0\.9999, so after the 100 steps .* 99 % .* ema\.warmup"):
         length(tmp_path, 100, ema=EmaConfig(0.9999))
     assert "36.8 % of the average" in length(tmp_path, 10_000, ema=EmaConfig(0.9999))[0]
     assert length(tmp_path, 100_000, ema=EmaConfig(0.9999)) == []

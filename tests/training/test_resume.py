@@ -18,7 +18,7 @@ class Killed(BaseException):
 
 
 class KillAt:
-    """A reporter that ends training at a step, by an exception or a signal."""
+    """Reporter that ends training at a given step, by an exception or a signal."""
 
     def __init__(self, step: int, signal_number: int | None = None) -> None:
         self.at, self.signal_number, self.messages = step, signal_number, []
@@ -96,7 +96,7 @@ def test_interrupt_during_evaluation_resumes_with_the_evaluation(reference, tmp_
     assert read_metrics(resumed.context.folder.metrics) == reference[1]
 
 
-def test_signal_to_another_process_is_called_sigterm(tmp_path):
+def test_a_signal_to_another_process_is_reported_as_sigterm(tmp_path):
     class Together(Processes):
         def any(self, flag):
             return True

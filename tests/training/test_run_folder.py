@@ -80,7 +80,7 @@ def test_how_to_continue(tmp_path: Path) -> None:
 
 
 def test_a_lock_on_a_removed_file_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The former holder removes the file after the next one opened it and before it locks it."""
+    """The former holder removes the file between the next holder's opening and locking it."""
     folder, real, calls = RunFolder(tmp_path), fcntl.flock, []
 
     def flock(descriptor: int, how: int) -> None:

@@ -116,7 +116,7 @@ def test_a_run_cannot_change_its_sparsity(tmp_path) -> None:
         make_trainer(replace(config, sparsity=SparsityConfig()))
     trainer = make_trainer(replace(config, output=str(tmp_path / "other"), sparsity=SparsityConfig()))
     state = make_trainer(config).store.load_latest()
-    with pytest.raises(CheckpointError, match=r"saved with sparsity\.method 'dynamic' and is resumed with 'none'"):
+    with pytest.raises(CheckpointError, match=r"saved with sparsity\.method 'dynamic', but is resumed with 'none'"):
         trainer.load_state(state)
 
 
@@ -134,7 +134,7 @@ def test_runs_from_before_sparsity_resume(tmp_path) -> None:
 
 
 def test_runs_of_version_0_4_resume(tmp_path) -> None:
-    """They call semi-structured sparsity 2:4, in the settings and in the training states."""
+    """In their settings and training states, semi-structured sparsity is called 2:4."""
     config = config_of(tmp_path / "old", "semi_structured", 1)
     with pytest.raises(Killed):
         make_trainer(config, reporter=KillAt(3)).run()
@@ -166,7 +166,7 @@ def test_masks_from_a_file(tmp_path) -> None:
     saved = load_masks(tmp_path / "masks.safetensors")
     assert all(torch.equal(mask, saved[name]) for name, mask in second.sparsity.masks().items())
     missing = replace(sparsity, masks=str(tmp_path / "missing.safetensors"))
-    with pytest.raises(CheckpointError, match="is not a readable file of masks"):
+    with pytest.raises(CheckpointError, match="is not a readable mask file"):
         make_trainer(replace(config_of(tmp_path / "c", "dynamic", 3), sparsity=missing))
 
 
@@ -177,11 +177,11 @@ def test_settings_that_contradict_each_other(tmp_path) -> None:
         SparsityConfig(masks="x")
     with pytest.raises(ConfigError, match="needs no training"):
         SparsityConfig("semi_structured", semi_structured=SemiStructuredConfig())
-    with pytest.raises(ConfigError, match="learns masks over trained weights"):
+    with pytest.raises(ConfigError, match="learns masks for trained weights"):
         TrainConfig(sparsity=learned())
     with pytest.raises(ConfigError, match=r"ema\.decay is 0\.9, but learned 2:4 masks"):
         TrainConfig(sparsity=learned(), ema=EmaConfig(0.9), model=ModelConfig(weights="x"))
-    with pytest.raises(ArgumentError, match="names no parameter"):
+    with pytest.raises(ArgumentError, match="matches no parameter"):
         make_trainer(replace(config_of(tmp_path, "dynamic", 1), sparsity=dynamic(layers=["nothing*"])))
 
 

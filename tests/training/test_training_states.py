@@ -61,7 +61,7 @@ def test_truncation_is_noticed(store, share):
         load_state(path)
 
 
-def test_if_all_states_are_damaged_the_run_does_not_start_anew(store):
+def test_if_all_states_are_damaged_the_run_does_not_start_again(store):
     for step in (1, 2):
         store.save(small_state(), step, None).write_bytes(b"")
     with pytest.raises(CheckpointError, match="None of the 2 training states"):

@@ -1,4 +1,4 @@
-"""A small network with what makes resuming hard: batch norm buffers and dropout."""
+"""Small network with features that make resuming hard: batch norm buffers and dropout."""
 
 from pathlib import Path
 

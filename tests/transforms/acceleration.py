@@ -1,4 +1,4 @@
-"""Shared by the tests of `accelerate`: networks, replaced measurements, and snapshots of what must not change."""
+"""Helpers of the tests of `accelerate`: networks, replaced measurements, and snapshots of what must not change."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Measure = Callable[[nn.Module, nn.Module, Tensor, bool], tuple[float, float]]
 def replace_measurement(
     monkeypatch: pytest.MonkeyPatch, faster: bool | Callable[[nn.Module, Tensor], bool] = True
 ) -> list[Any]:
-    """Make the other way twice as fast where `faster` says so, half as fast elsewhere; return the list of measurements."""
+    """Fake measurements: ours is twice as fast where `faster` says so, else half as fast. Return their list."""
     asked: list[Any] = []
 
     def measure(before: nn.Module, after: nn.Module, x: Tensor, backward: bool) -> tuple[float, float]:
@@ -74,7 +74,7 @@ def image(channels: int = 3, batch: int = 2) -> Tensor:
 
 
 def candidates_of(model: nn.Module) -> set[str]:
-    """Return the names of the layers that a report must contain, by rules of its own."""
+    """Return the names of the layers that a report must contain, by independent rules."""
     names = set()
     for name, module in model.named_modules():
         wanted = isinstance(module, nn.Linear)

@@ -1,4 +1,4 @@
-"""Shared by the tests of `compact`: prices, masks, and small folded layers."""
+"""Helpers of the tests of `compact`: prices, masks, and small folded layers."""
 
 from __future__ import annotations
 

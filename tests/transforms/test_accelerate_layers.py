@@ -1,4 +1,4 @@
-"""Single layers and unusual arrangements: which layers `accelerate` swaps, and which it leaves alone and why."""
+"""Single layers and unusual arrangements: layers that `accelerate` replaces, and those that it leaves alone, and why."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_layers_that_are_left_alone(layer: Any, reason: str, always_faster: list
     assert always_faster == []
 
 
-def test_layers_that_are_none_of_ours(always_faster: list[Any]) -> None:
+def test_layers_of_other_libraries(always_faster: list[Any]) -> None:
     others = [nn.Conv2d(6, 4, 3), nn.Conv2d(1, 8, 3), nn.Conv2d(6, 6, 3, groups=2), nn.Conv1d(6, 6, 3, groups=6)]
     others += [nn.ConvTranspose2d(6, 6, 3, groups=6), nn.Bilinear(2, 2, 2), nn.Embedding(3, 3), nn.Identity()]
     others += [torch.ao.nn.quantized.Linear(6, 4), torch.ao.nn.quantized.Conv2d(6, 4, 1)]

@@ -1,4 +1,4 @@
-"""What `accelerate` measures, how often, and what it concludes."""
+"""Measurements of `accelerate`, their number, and the conclusions from them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_backward_is_measured_in_training(monkeypatch: pytest.MonkeyPatch) -> No
     assert not any(backward for *_, backward in asked)
 
 
-def test_what_was_measured_is_remembered(always_faster: list[Any]) -> None:
+def test_measurements_are_remembered(always_faster: list[Any]) -> None:
     model = nn.Sequential(*[nn.Conv2d(8, 8, 3, padding=1, groups=8) for _ in range(3)])
     accelerate(model, image(8))
     assert len(always_faster) == 1

@@ -1,4 +1,4 @@
-"""Whole networks: outputs and gradients stay, and so do objects and names. Measurements are replaced by a decision."""
+"""Whole networks keep outputs, gradients, objects and names; measurements are replaced by fixed decisions."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_copies_of_an_accelerated_network(always_faster: list[Any]) -> None:
         assert_close(other(x), model(x))
 
 
-def test_folding_what_was_accelerated(always_faster: list[Any]) -> None:
+def test_folding_an_accelerated_network(always_faster: list[Any]) -> None:
     model, x = network("slak_nano").eval(), pictures("slak_nano")
     accelerate(model, x)
     want = model(x)

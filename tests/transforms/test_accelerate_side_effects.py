@@ -25,7 +25,7 @@ from widekernel.transforms.acceleration import timing
 
 
 class Unruly(nn.Module):
-    """Does in evaluation what a network should not do: changes buffers, draws random numbers, replaces tensors."""
+    """Network that misbehaves in evaluation: it changes buffers, draws random numbers and replaces tensors."""
 
     def __init__(self) -> None:
         super().__init__()

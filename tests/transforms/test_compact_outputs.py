@@ -27,7 +27,7 @@ from widekernel.transforms.compaction import CostModel, compact, compact_report
 @pytest.mark.parametrize("granularity", ["tile", "branch", "channel"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_outputs_of_networks(name: str, granularity: str, share: float) -> None:
-    """Compared with the masked network in its training form, so that the rounding of folding counts, too."""
+    """The reference is the masked network in its training form, so that rounding in folding counts, too."""
     model, x = alive(name), images(batch=1)
     with torch.no_grad():
         unmasked = model(x)

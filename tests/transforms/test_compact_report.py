@@ -1,4 +1,4 @@
-"""The report of compaction, which says what was not saved, too, and refused arguments."""
+"""Report of compaction, which also says what was not saved; and refused arguments."""
 
 from __future__ import annotations
 

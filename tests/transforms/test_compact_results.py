@@ -1,4 +1,4 @@
-"""Using a compacted network: saving, copying, compiling and exporting it."""
+"""Use of compacted networks: saving, copying, compiling and exporting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hidden units: dead ones are removed from blocks, also from foreign ones."""
+"""Hidden units: dead ones are removed from our blocks and from custom ones."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_an_mlp_of_dead_units_only() -> None:
 
 
 class Expansion(nn.Module):
-    """A block of a user's own, which says where its hidden units are."""
+    """Custom block, which says where its hidden units are."""
 
     def __init__(self, mixed: bool = False) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class Expansion(nn.Module):
 
 @torch.no_grad()
 def expansion(**kwargs: bool) -> nn.Sequential:
-    """Two blocks of ten units of which the first three are constant and the fourth is not read."""
+    """Return two blocks of ten units, of which the first three are constant and the fourth is not read."""
     model = nn.Sequential(*(Expansion(**kwargs) for _ in range(2))).double().eval()
     for block in model:
         block.widen[0].weight[:3] = 0

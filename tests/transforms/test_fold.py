@@ -1,4 +1,4 @@
-"""Folding: equal outputs for every network, an original that is left alone, and odd arrangements of modules."""
+"""Folding: equal outputs for every network, unchanged originals, and unusual arrangements of modules."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_a_bare_layer_on_some_channels() -> None:
     assert_close(folded(x), bare(x))
 
 
-def test_a_users_own_network() -> None:
+def test_a_custom_network() -> None:
     model = randomized(
         nn.Sequential(
             ConvNorm(nn.Conv2d(3, C, 3, padding=1, bias=False), nn.BatchNorm2d(C), nn.GELU()),
@@ -220,7 +220,7 @@ def test_one_block_in_two_places() -> None:
         assert_close(folded(x), model(x), TOLERANCE[torch.float64])
 
 
-def test_layers_that_equal_no_kernel_are_named() -> None:
+def test_layers_without_an_equivalent_kernel_are_named() -> None:
     model = randomized(nn.Sequential(layer(), nn.Sequential(LargeKernel(TruncatedTiles(ShuffledStrips(C, 9, 3))))))
     x = torch.randn(2, C, 8, 8, dtype=torch.float64)
     with pytest.warns(UserWarning, match=r"not folded: 1\.0 \(a branch equals no single kernel near the borders\)$"):

@@ -1,4 +1,4 @@
-"""Folding what users make of networks: parametrized, frozen, shared and replaced parts."""
+"""Folding of networks with parametrized, frozen, shared and replaced parts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def image() -> Tensor:
 
 
 def folded_alike(model: nn.Module, x: Tensor) -> nn.Module:
-    """Fold without a warning to a network of equal outputs, and leave the original as it was."""
+    """Fold without a warning, check that outputs are equal and the original is unchanged, and return the result."""
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         want = model(x)

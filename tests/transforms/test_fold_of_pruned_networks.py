@@ -1,4 +1,4 @@
-"""Folding layers whose weights are computed by hooks: pruned ones, and those of the old weight and spectral norms."""
+"""Folding of layers whose weights are computed by hooks: pruning, and the old weight and spectral norms."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _images() -> torch.Tensor:
 
 
 def _step(model: nn.Module, x: torch.Tensor) -> None:
-    """Train one step, so that computed weights are no leaves any more and stale."""
+    """Train one step, so that computed weights are stale and no longer leaves."""
     model.train()
     model(x).square().mean().backward()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Folding and compacting networks with hooks and with methods that were replaced on a layer: all of them stay in force."""
+"""Folding and compacting of networks with hooks and replaced methods, all of which stay in effect."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_hooks_and_replaced_methods_stay_in_effect(name: str, place: str, way: s
 @pytest.mark.parametrize("place", ["act", "pw1.act", "large_kernel"])
 @torch.no_grad()
 def test_hooks_and_replaced_methods_of_folded_networks_stay_in_effect(place: str, way: str) -> None:
-    """The rectifier is not computed within the large kernel where somebody waits for either."""
+    """The rectifier is not fused into the large kernel if either of them has a hook or a replaced method."""
     model, x = network("replknet_nano"), pictures()
     folded = widekernel.fold(model)
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""Whether something is folded is a property of classes, so that copies and networks that are made folded have it too."""
+"""Folded state as a property of classes, so that copies, and networks that are created folded, have it too."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_convolution_that_never_had_a_norm_is_not_folded() -> None:
     assert type(widekernel.fold(_conv())) is FoldedConvNorm
 
 
-def test_a_class_of_a_users_own_says_whether_it_is_folded() -> None:
+def test_a_custom_class_says_whether_it_is_folded() -> None:
     class Merged(nn.Module):
         def __init__(self, merged: bool) -> None:
             super().__init__()

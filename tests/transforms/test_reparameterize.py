@@ -71,7 +71,7 @@ def test_extractors_and_layers() -> None:
     assert isinstance(_silently(nn.Sequential(layer))[0], FoldedLargeKernel)
 
 
-def test_what_cannot_be_merged_is_named() -> None:
+def test_layers_that_cannot_be_merged_are_named() -> None:
     model = create("slak_pw_nano_truncated").eval()
     with pytest.warns(UserWarning, match="these layers were not folded: .*equals no single kernel near the borders"):
         merged = reparameterize_model(model)
@@ -86,7 +86,7 @@ def test_modes_and_frozen_parameters_stay() -> None:
 
 
 def test_an_isotropic_network_without_layer_scale_is_unchanged(tmp_path: Any) -> None:
-    """Nothing in it is folded, so that it has its official form still."""
+    """Nothing in it is folded, so it still has its official form."""
     model = widekernel.fold(alive("convnext_isotropic_nano"))
     path = widekernel.save_checkpoint(model, tmp_path / "a.pth", layout="official")
     other = timm.create_model("convnext_isotropic_nano")

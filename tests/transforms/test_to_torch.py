@@ -117,7 +117,7 @@ def test_single_layers(layer, folded: bool) -> None:
     torch.testing.assert_close(got, layer(x), atol=1e-5, rtol=1e-5)
 
 
-def test_sources_of_which_only_some_are_rectangles() -> None:
+def test_sources_that_are_only_partly_rectangles() -> None:
     source = SourceGroup([TruncatedTiles(ShuffledStrips(4, 9, 3)), Rectangles(4, [(3, 3)])])
     for norms in (None, [nn.BatchNorm2d(4) for _ in range(3)]):
         layer = LargeKernel(source, norms).double().eval()
@@ -202,7 +202,7 @@ def test_the_rectifier_of_a_folded_layer(relu: bool) -> None:
 
 
 class Louder(LargeKernel):
-    """A layer of a user's own, which computes something else."""
+    """Custom layer that computes something else."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x)

@@ -1,1 +1,1 @@
-"""The command line: it reads arguments, owns the console and leaves the work to the library."""
+"""The command line, which parses arguments and writes to the console; the library does the work."""

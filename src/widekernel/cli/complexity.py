@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 _DESCRIPTION = (
-    "Count parameters, multiply-accumulates and activations of a model: dense, without zero weights (the figures of the "
-    "papers), folded, and realized (folded and compacted, which is what runs)."
+    "Count parameters, multiply-accumulates and activations of a model: dense, without zero weights (as the papers "
+    "count), folded, and realized (folded and compacted, as the network runs)."
 )
 _ROWS = (("parameters (M)", "params", 1e6), ("MACs (G)", "macs", 1e9), ("activations (M)", "activations", 1e6))
 _FILES = (".safetensors", ".pth", ".pt")
@@ -30,7 +30,7 @@ def make_parser() -> jsonargparse.ArgumentParser:
     """Return the parser of the command."""
     parser = new_parser("complexity", _DESCRIPTION, "SOURCE")
     add_source_arguments(parser, "model name (`widekernel models`), run folder, or checkpoint file")
-    parser.add_argument("--input_size", type=int | None, default=None, help="pixels; default: the model's own")
+    parser.add_argument("--input_size", type=int | None, default=None, help="image size in pixels; default: the model's own")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
@@ -55,7 +55,7 @@ def run(arguments: list[str]) -> int:
     for column in table.columns[1:]:
         column.justify = "right"
     if counted.published_macs != counted.training.macs:
-        table.caption = f"the authors' code takes {counted.published_macs / 1e9:.4g} GMACs in training"
+        table.caption = f"the authors' code needs {counted.published_macs / 1e9:.4g} GMACs in training"
     for label, key, unit in _ROWS:
         table.add_row(label, *(f"{getattr(cost, key) / unit:.4g}" for cost in columns.values()))
     console.print(table)
@@ -63,7 +63,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _network(values: dict[str, Any]) -> tuple[nn.Module, tuple[int, int, int]]:
-    """Return the network that the arguments name, and the (channels, height, width) of its images."""
+    """Return the network that the arguments name, and the size (channels, height, width) of its images."""
     from widekernel.models import list_models
     from widekernel.tasks.assembly import build_model, pretrained_cfg
     from widekernel.tasks.image_channels import input_channels

@@ -1,4 +1,4 @@
-"""The console: progress on standard error, results on standard output."""
+"""Console: progress on standard error, results on standard output."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,17 +20,17 @@ from typing_extensions import override
 from widekernel.training.reporter import Reporter
 
 WIDE = 120
-"""From this width of the terminal on, progress bars are long and show the elapsed and remaining time."""
+"""Width of the terminal from which progress bars are long, and show the elapsed and remaining time."""
 
 _NO_SCREEN = 400
 """Width for tables that go to a file or a pipe."""
 
 Advance = Callable[[str, int], None]
-"""Receives a text that says what is done now, and the number of steps to move the bar."""
+"""Function that receives a text on the current work, and the number of steps by which the bar moves."""
 
 
 def result_console() -> Console:
-    """Return the console for results. It reads nothing as markup or emoji, not even in tables and their titles."""
+    """Return the console for results, which interprets no markup or emoji, not even in tables and their titles."""
     return Console(highlight=False, markup=False, emoji=False)
 
 
@@ -40,7 +40,7 @@ def progress_console() -> Console:
 
 
 def table_console() -> Console:
-    """Return the console for tables: that of results, but wide enough for every column if it is not a terminal."""
+    """Return the console for tables, which is that for results, but wide enough for all columns if not a terminal."""
     console = result_console()
     if not console.is_terminal:
         console.width = _NO_SCREEN
@@ -48,7 +48,7 @@ def table_console() -> Console:
 
 
 def _plain(template: str) -> TextColumn:
-    """Return a column of a progress bar whose text is not read as markup."""
+    """Return a column of a progress bar whose text is not interpreted as markup."""
     return TextColumn(template, markup=False)
 
 
@@ -66,7 +66,7 @@ def progress(total: int) -> Iterator[Advance]:
 
 
 class ConsoleReporter(Reporter):
-    """Progress bars and messages of training and evaluation; a context manager."""
+    """Context manager that shows progress bars and messages of training and evaluation."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or progress_console()

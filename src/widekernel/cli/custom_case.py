@@ -1,4 +1,4 @@
-"""The options --shape and --kernel, which define a convolution for `widekernel bench ops` and `widekernel tune`."""
+"""Options --shape and --kernel, which define a convolution for `widekernel bench ops` and `widekernel tune`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def custom_case(values: dict[str, Any], excluded: Sequence[str]) -> Case | None:
         excluded: options that have no effect on such a case.
 
     Raises:
-        ConfigError: if only one of them is given, or together with an excluded option.
+        ConfigError: if only one of them is given, or if they are combined with an excluded option.
     """
     from widekernel.bench import parse_case
 

@@ -1,4 +1,4 @@
-"""The picture of the demo: digits with predictions, curves, a kernel before and after folding, a confusion matrix."""
+"""Picture of the demo: digits with predictions, curves, a kernel before and after folding, a confusion matrix."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ SHOWN = 32
 
 @dataclass(frozen=True)
 class PictureContent:
-    """The contents of the picture.
+    """Contents of the picture.
 
     Args:
         digits: the held-out images
@@ -65,7 +65,7 @@ def draw(content: PictureContent, path: Path) -> None:
 
 
 def _draw_digits(figure: SubFigure, content: PictureContent) -> None:
-    # Mistakes come first.
+    # Wrong predictions come first.
     order = sorted(range(len(content.digits)), key=lambda i: content.predictions[i] == content.targets[i])[:SHOWN]
     mistakes = sum(p != t for p, t in zip(content.predictions, content.targets, strict=True))
     figure.suptitle(f"Held-out digits and predictions ({mistakes} of {len(content.digits)} wrong, shown first)")
@@ -125,7 +125,7 @@ def _draw_kernel(axes: Axes, title: str, canvas: Tensor, limit: float) -> AxesIm
 
 
 def _canvas(rects: list[Rect], channel: int, reach: int) -> Tensor:
-    """Sum one channel's taps on a square canvas around the output pixel; NaN where no rectangle has a tap."""
+    """Add one channel's taps on a square canvas around the output pixel; NaN where no rectangle has a tap."""
     side = 2 * reach + 1
     taps, covered = torch.zeros(side, side), torch.zeros(side, side, dtype=torch.bool)
     for rect in rects:

@@ -1,4 +1,4 @@
-"""What `widekernel demo` does: train, evaluate, fold, save, reload, compare and draw a network on digits."""
+"""Program of `widekernel demo`: train, evaluate, fold, save, reload, compare and plot a network on digits."""
 
 import dataclasses
 import statistics
@@ -36,12 +36,12 @@ LATENCY_ROUNDS = 9
 
 
 class DemoError(WidekernelError, RuntimeError):
-    """Two forms of the network disagree."""
+    """Error for two forms of the network that disagree."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """The results of one form of the network on the held-out digits.
+    """Results of one form of the network on the held-out digits.
 
     Args:
         name: name of the form
@@ -70,7 +70,7 @@ def show(output: str, seed: int) -> int:
         raise
     console = result_console()
     if outcome.was_finished:
-        console.print(f"The run in {outcome.folder.path} is already finished and is used as it is.", soft_wrap=True)
+        console.print(f"The run in {outcome.folder.path} is already finished; its results are used.", soft_wrap=True)
     else:
         console.print(f"Trained {config.model.name} on digits in {time.perf_counter() - started:.0f} s.")
     _show(outcome.folder, config.data, console)
@@ -128,7 +128,7 @@ def _measure(name: str, model: nn.Module, source: ImageSource, saved: SavedModel
 
 
 def _latencies(models: list[nn.Module], size: int) -> list[float]:
-    """Return the median milliseconds per image of each model; they alternate, so that a busy machine slows all alike."""
+    """Return the median milliseconds per image of each model; models take turns, so that a busy machine slows all alike."""
     images = torch.randn(LATENCY_BATCH, 3, size, size, generator=torch.Generator().manual_seed(0))
     times: list[list[float]] = [[] for _ in models]
     with torch.inference_mode():

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from widekernel.tasks.evaluation import Evaluation
 
 _DESCRIPTION = (
-    "Measure accuracy on the held-out split of a data set. The data settings of the run are the default for a run "
-    "folder and for a model file in one."
+    "Measure accuracy and loss on the held-out split of a data set. For a run folder, or a model file in one, the data "
+    "settings of the run are the defaults."
 )
 
 

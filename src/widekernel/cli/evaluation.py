@@ -18,13 +18,13 @@ from widekernel.training.run_folder import RunFolder
 def evaluate_on(
     model: nn.Module, saved: SavedModel, data: DataConfig, options: EvalOptions, run: RunFolder | None = None
 ) -> Evaluation:
-    """Evaluate `model` on the held-out split of `data`, preprocessed as `saved` says where `data` leaves it open.
+    """Evaluate `model` on the held-out split of `data`; preprocessing that `data` does not set is that of `saved`.
 
-    Messages say which images these are, and warn if `run`, which the network comes from, had others in the same place.
+    Messages name the images, and warn if `run`, which trained the network, had other images in the same place.
 
     Raises:
         WidekernelError: the data cannot be used, or has other classes.
-        Interrupted: stopped by a signal.
+        Interrupted: a signal stopped the evaluation.
     """
     device = choose_device(options.device)
     source = open_split(data, "val")

@@ -15,7 +15,7 @@ from widekernel.tasks.model_source import ModelSource
 
 def make_parser() -> jsonargparse.ArgumentParser:
     """Return the parser of the command."""
-    parser = new_parser("fold", "Merge branches and batch norms, verify that the outputs are the same, and save.", "SOURCE")
+    parser = new_parser("fold", "Merge branches and batch norms, verify that the outputs stay the same, and save.", "SOURCE")
     add_source_arguments(parser)
     parser.add_argument("--output", type=str | None, default=None, help="file to write; default: beside the source")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")

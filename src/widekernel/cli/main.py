@@ -1,4 +1,4 @@
-"""The entry point of `widekernel`: it runs the command, and prints expected errors as one message."""
+"""The entry point of `widekernel`, which runs a command and prints expected errors as one message."""
 
 import codecs
 import importlib
@@ -14,16 +14,16 @@ from widekernel.errors import WidekernelError, nearest
 from widekernel.training.interrupts import Interrupted
 
 COMMANDS = {
-    "train": "train a classifier, or resume or report a run",
+    "train": "train a classifier; resume a run, or report its result",
     "eval": "measure the accuracy of a run or checkpoint on a data set",
-    "sparsify": "make a trained network sparse: 2:4 or in blocks, by magnitude, permutation or learned masks",
+    "sparsify": "make a trained network sparse, 2:4 or in other blocks",
     "fold": "merge the branches of a checkpoint into its deployed form",
     "models": "list the models",
     "recipes": "list the training recipes",
-    "complexity": "count parameters and operations of a model, as trained and folded",
-    "bench": "time the operators, or networks, against PyTorch on this machine",
-    "tune": "find the fastest configurations of the GPU kernels on this machine, and keep them",
-    "demo": "train, evaluate, fold, save and draw a large-kernel network on real digits",
+    "complexity": "count the parameters and operations of a model",
+    "bench": "time operators or networks against PyTorch on this machine",
+    "tune": "find and store the fastest configurations of the GPU kernels on this machine",
+    "demo": "train, evaluate, fold, save and plot a large-kernel network on real digits",
 }
 
 EXIT_ERROR = 2
@@ -31,7 +31,7 @@ _RAW_NAMES = "widekernel: raw bytes of file names"
 
 
 def _write_raw_names(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Write the bytes of file names that are not text unchanged, and escape other characters that the terminal lacks."""
+    """Write undecodable bytes of file names unchanged, and escape characters that the terminal cannot show."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     part = error.object[error.start : error.end]
@@ -61,13 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         sys.stderr.write(f"error: {error}\n")
         return EXIT_ERROR
-    except Interrupted as interruption:  # the command has said so
+    except Interrupted as interruption:  # the command has printed a message
         return 128 + interruption.signal_number
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted.\n")
         return 128 + signal.SIGINT
     except BrokenPipeError:
-        # The reader of the pipe, such as head or less, has closed it.
+        # The program at the other end of the pipe, such as head or less, has closed it.
         sys.stderr.close()
         return 0
 

@@ -12,9 +12,11 @@ from widekernel.errors import ConfigError, nearest
 
 def make_parser() -> jsonargparse.ArgumentParser:
     """Return the parser of the command."""
-    parser = new_parser("models", "List widekernel's models with parameters (millions) and default input size.", "[PATTERN]")
-    parser.add_argument("pattern", type=str, nargs="?", default="*", help="only names that match, such as slak*")
-    parser.add_argument("--all", action="store_true", help="timm's other models as well (names only)")
+    parser = new_parser(
+        "models", "List widekernel's models with parameters (in millions) and default input size.", "[PATTERN]"
+    )
+    parser.add_argument("pattern", type=str, nargs="?", default="*", help="list only names that match, such as slak*")
+    parser.add_argument("--all", action="store_true", help="list timm's other models as well (names only)")
     return parser
 
 
@@ -58,7 +60,7 @@ def _describe(name: str) -> tuple[int, int]:
 
     from widekernel.tasks.assembly import pretrained_cfg
 
-    # On the meta device nothing is allocated or initialized.
+    # On the meta device, nothing is allocated or initialized.
     with torch.device("meta"):
         model = timm.create_model(name)
     return sum(parameter.numel() for parameter in model.parameters()), int(pretrained_cfg(model)["input_size"][-1])

@@ -1,4 +1,4 @@
-"""Options that several commands share."""
+"""Options shared by several commands."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from widekernel.tasks.model_source import ModelSource
 
 @dataclasses.dataclass(frozen=True)
 class EvalOptions:
-    """How to evaluate.
+    """Settings of an evaluation.
 
     Args:
         batch_size: images per forward pass
-        device: auto (CUDA if there is one), cpu, cuda or cuda:N
+        device: auto (CUDA if available), cpu, cuda or cuda:N
     """
 
     batch_size: int = 128
@@ -30,7 +30,7 @@ class EvalOptions:
 
 
 def parse_with_data_of_the_run(parser: jsonargparse.ArgumentParser, arguments: list[str]) -> tuple[dict[str, Any], bool]:
-    """Parse `arguments`, with the data settings of the run that the source is, or lies in, as defaults.
+    """Parse `arguments`; if the source is a run folder or a file in one, the run's data settings are the defaults.
 
     Returns:
         the values, and whether they name a data set.
@@ -42,5 +42,5 @@ def parse_with_data_of_the_run(parser: jsonargparse.ArgumentParser, arguments: l
     given = parse_given(parser, arguments)
     folder = ModelSource(Path(given["source"])).run_folder()
     layers = [] if folder is None else [{"data": folder.read_config().get("data") or {}}]
-    named = folder is not None or not given.get("data", {}).keys().isdisjoint(("root", "name"))
-    return parse(parser, arguments, layers), named
+    data = given.get("data", {})
+    return parse(parser, arguments, layers), folder is not None or "name" in data or data.get("root") is not None

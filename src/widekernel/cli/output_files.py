@@ -1,4 +1,4 @@
-"""Checks of the files that a command will write, before anything takes time."""
+"""Checks of the files that a command will write, made before any long computation."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from widekernel.training.run_folder import RunFolder
 
 
 def check_output_file(path: Path, what: str, source: Path, overwrite: bool, beside: tuple[Path, ...] = ()) -> Path:
-    """Return `path` after checking that a .safetensors file can be written there and that nothing is lost.
+    """Check that a .safetensors file can be written to `path` and that nothing is lost, and return `path`.
 
     Args:
         path: the file.
-        what: kind of file it will be, in the plural.
-        source: the network that it is made from.
+        what: kind of file, in the plural, for messages.
+        source: the network that the file is made from.
         overwrite: whether existing files, except the source, may be replaced.
-        beside: other files that will be written.
+        beside: other files that will be written, too.
 
     Raises:
-        ConfigError: a file has another suffix, exists or is the source, or its folder cannot be written.
+        ConfigError: a file has another suffix, exists already or is the source, or its folder cannot be written.
     """
     if path.suffix != ".safetensors":
         raise ConfigError(f"The output is {str(path)!r}, but {what} are .safetensors files.")
@@ -42,7 +42,7 @@ def _files_of(source: Path) -> list[Path]:
 
 
 def check_output_folder(folder: Path, option: str) -> None:
-    """Raise a `ConfigError` unless files can be created in `folder`, which itself may have to be created."""
+    """Raise a `ConfigError` unless files can be created in `folder`, which need not exist yet."""
     there = folder.absolute()
     while not there.exists() and there != there.parent:
         there = there.parent

@@ -1,4 +1,4 @@
-"""Arguments, YAML files and dotted overrides, with errors that suggest the nearest key."""
+"""Parsing of arguments, YAML files and dotted overrides, with errors that suggest the nearest key."""
 
 import dataclasses
 import json
@@ -16,20 +16,20 @@ from widekernel.errors import ConfigError, nearest
 from widekernel.settings import flatten
 
 FREE_KEYS = ("model.args", "model_args")
-"""Keys whose content is up to the model: anything below them is accepted."""
+"""Keys whose contents depend on the model: everything below them is accepted."""
 _OF_THE_COMMAND_LINE = {"config", "print_config"}
-"""What files of settings cannot hold."""
+"""Options that a file of settings cannot contain."""
 
 T = TypeVar("T")
 
 
 def new_parser(command: str, description: str, takes: str = "") -> jsonargparse.ArgumentParser:
-    """Return a parser that raises instead of leaving the program and accepts no abbreviations.
+    """Return a parser that raises instead of exiting, and accepts no abbreviations.
 
     Args:
-        command: its name.
-        description: what it does.
-        takes: what stands before the options, such as SOURCE.
+        command: name of the command.
+        description: what the command does.
+        takes: positional arguments for the usage line, such as SOURCE.
     """
     prog = f"widekernel {command}"
     usage = " ".join(part for part in (prog, takes, "[OPTIONS]") if part)
@@ -44,9 +44,10 @@ def parse(
     """Parse `arguments` into nested plain values.
 
     Args:
-        parser: of the command.
-        arguments: what stands on the command line.
-        layers: nested settings between the defaults and the command line, such as those of a file; later ones win.
+        parser: parser of the command.
+        arguments: the arguments of the command line.
+        layers: nested settings between the defaults and the command line, such as those of a file; later ones override
+            earlier ones.
 
     Raises:
         ConfigError: an argument or key is unknown, or a value has the wrong type.
@@ -59,13 +60,13 @@ def parse(
                 values[key] = defaults[key]
         for settings in layers:
             values = parser.parse_object(dict(settings), values, defaults=False)
-        if layers:  # the command line once more, on top: `--model.args.x 3` adds to the mapping of a layer
+        if layers:  # parse the command line again, on top: `--model.args.x 3` adds to the mapping of a layer
             values = parser.parse_args(arguments, values)
     return expand_paths(values.as_dict())
 
 
 def parse_given(parser: jsonargparse.ArgumentParser, arguments: list[str]) -> dict[str, Any]:
-    """Parse `arguments` into nested plain values that hold only what stands on the command line.
+    """Parse `arguments` into nested plain values, without defaults.
 
     Raises:
         ConfigError: an argument is unknown, or a value has the wrong type.
@@ -79,7 +80,7 @@ def build(kind: type[T], values: dict[str, Any], key: str = "") -> T:
     """Build the dataclass `kind` from nested plain values; `key` names it in messages.
 
     Raises:
-        ConfigError: a value is out of range, or stands where nested settings belong.
+        ConfigError: a value is out of range, or there is a value in place of nested settings.
     """
     if not isinstance(values, dict):
         names = ", ".join(field.name for field in dataclasses.fields(kind))  # type: ignore[arg-type]
@@ -97,7 +98,7 @@ def read_settings(path: str, parser: jsonargparse.ArgumentParser) -> dict[str, A
     """Read the settings in a YAML file, and check every key against `parser`.
 
     Raises:
-        ConfigError: the file is missing, is no YAML mapping, or holds an unknown key.
+        ConfigError: the file is missing, is not a YAML mapping, or contains an unknown key.
     """
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8-sig"), Loader=_StrictLoader)
@@ -125,7 +126,7 @@ def known_keys(parser: jsonargparse.ArgumentParser) -> set[str]:
 
 
 def typed(args: dict[str, Any]) -> dict[str, Any]:
-    """Replace texts among the arguments of a model by what they say: `--model.args.x 3` may arrive as the text '3'."""
+    """Convert strings among the arguments of a model to values: `--model.args.x 3` may arrive as the string '3'."""
     values = {}
     for key, value in args.items():
         if isinstance(value, str):
@@ -138,7 +139,7 @@ def typed(args: dict[str, Any]) -> dict[str, Any]:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """A loader that refuses a key that occurs twice, where YAML would silently take the last."""
+    """YAML loader that refuses duplicate keys, of which YAML would silently take the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -173,7 +174,7 @@ _COUNTS = {"2": "two", "3": "three"}
 
 @contextmanager
 def _errors_explained(parser: jsonargparse.ArgumentParser) -> Iterator[None]:
-    """Turn an error of jsonargparse in the block into a `ConfigError` on one line, with the nearest option."""
+    """Convert errors of jsonargparse in the block to a `ConfigError` of one line that suggests the nearest option."""
     try:
         yield
     except jsonargparse.ArgumentError as error:
@@ -181,14 +182,21 @@ def _errors_explained(parser: jsonargparse.ArgumentParser) -> Iterator[None]:
         unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", text, re.IGNORECASE)
         if unknown is not None:
             options = [f"--{key}" for key in known_keys(parser)]
-            text = f"{parser.prog} has no option {unknown.group(1)}.{nearest(unknown.group(1), options)}"
+            text = f"{parser.prog} has no option {unknown.group(1)}.{_nearest_option(unknown.group(1), options)}"
         else:
             text = f"{parser.prog}: {_readable(text)}."
         raise ConfigError(f"{text} See `{parser.prog} --help`.") from error
 
 
+def _nearest_option(name: str, options: Sequence[str]) -> str:
+    """Return a suggestion of an option: of the same name in another section if there is one, else the closest."""
+    last = name.lstrip("-").rpartition(".")[2]
+    elsewhere = [option for option in options if option.endswith(f".{last}")]
+    return nearest(name, elsewhere, cutoff=0.0) or nearest(name, options)
+
+
 def _readable(text: str) -> str:
-    """Rephrase what jsonargparse says of a value of the wrong type in the form of other errors."""
+    """Rephrase the message of jsonargparse about a value of the wrong type in the form of our other errors."""
     of_a_key = re.match(r'Parser key "([^"]+)": .*(?:Got|Given) value: (.*)$', text)
     wanted = list(dict.fromkeys(re.findall(r"Expected an? <class '(\w+)'>", text)))
     if of_a_key is None or not wanted or any(kind not in _WORDS for kind in wanted):

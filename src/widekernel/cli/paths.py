@@ -1,4 +1,4 @@
-"""Which settings are paths, in which `~` and variables are expanded."""
+"""Settings that are paths, in which `~` and variables are expanded."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ PATHS = frozenset(
         "source", "output", "config", "model.weights", "data.root", "sparsity.masks", "csv", "markdown", "plot", "table",
     }
 )  # fmt: skip
-"""Dotted names of the settings of all commands that are files or folders of the user.
+"""Dotted names of the settings, in all commands, that are files or folders of the user.
 
 Splits are not among them: they are relative to `data.root`, or names in a data set, and are expanded where they are opened.
 """
 
 
 def expand_paths(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings with every path among them expanded.
+    """Return nested settings in which all paths are expanded.
 
     Raises:
         ConfigError: a variable in a path is not set, or a path is empty.

@@ -14,7 +14,7 @@ def make_parser() -> jsonargparse.ArgumentParser:
 
 
 def run(arguments: list[str]) -> int:
-    """Print all recipes."""
+    """Print the recipes as a table."""
     parse(make_parser(), arguments)
     table = Table("recipe", "model", "data", "what it does")
     for name in list_recipes():

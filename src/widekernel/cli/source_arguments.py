@@ -1,4 +1,4 @@
-"""The arguments that name a network, which is in a run folder or a file, and which of its weights to use."""
+"""Arguments that name a network, by its run folder or file, and choose among its weights."""
 
 from __future__ import annotations
 
@@ -19,19 +19,21 @@ def add_source_arguments(parser: Any, what: str = "run folder, or checkpoint fil
     """Add the arguments that name a network.
 
     Args:
-        parser: of the command.
+        parser: parser of the command.
         what: help text that says what the source may be.
     """
     parser.add_argument("source", type=str, help=what)
-    parser.add_argument("--weights", type=Weights, default="model", help="the weights, or their moving average")
-    parser.add_argument("--state", choices=["last", "best"], default="last", help="which weights of a run folder")
-    parser.add_argument("--model", type=str | None, default=None, help="model name, for a file that does not name its model")
-    parser.add_argument("--num_classes", type=int | None, default=None, help="outputs of that model")
+    parser.add_argument(
+        "--weights", type=Weights, default="model", help="model: the trained weights; ema: their moving average"
+    )
+    parser.add_argument("--state", choices=["last", "best"], default="last", help="weights of a run folder: last or best")
+    parser.add_argument("--model", type=str | None, default=None, help="model name, for a file that does not state it")
+    parser.add_argument("--num_classes", type=int | None, default=None, help="number of outputs of --model")
     parser.add_argument(
         "--model_args",
         type=dict[str, Any] | None,
         default=None,
-        help="further arguments of that model, such as --model_args.in_chans 1",
+        help="further arguments of --model, for example --model_args.in_chans 1",
     )
 
 

@@ -1,4 +1,4 @@
-"""`widekernel sparsify`."""
+"""The command `widekernel sparsify`."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from widekernel.tasks.sparsifying import Sparsified
 
 _DESCRIPTION = (
-    "Make a trained network sparse: 2:4 or in other blocks, by magnitude, by magnitude after a permutation of channels, or "
-    "by learning the masks on images (--method learned --data.root FOLDER). With data, the accuracy before and after is "
-    "measured. Writes the network with zeros, its masks, and a report as JSON and as a plot."
+    "Make a trained network sparse, 2:4 or in other blocks: by magnitude, by magnitude after a permutation of channels, or "
+    "with masks learned on images (--method learned --data.root FOLDER). With data, the command also measures the accuracy "
+    "before and after. It writes the network with zeros, its masks, and a report as JSON and as a plot."
 )
 
 
@@ -40,24 +40,24 @@ def make_parser() -> jsonargparse.ArgumentParser:
     parser.add_argument(
         "--compressed",
         action="store_true",
-        help="2:4 only: store the kept half of the values and their places (smaller file)",
+        help="2:4 only: store just the kept half of the values and their positions (smaller output)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
     return parser
 
 
 def run(arguments: list[str]) -> int:
-    """Sparsify what `arguments` name, save it and print a summary."""
+    """Sparsify the network that `arguments` name, save it and print a summary."""
     values, has_data = parse_with_data_of_the_run(make_parser(), arguments)
     source = source_from(values)
     config, learning = build(SparsifyConfig, values), build(MaskLearningConfig, values)
     data = build(DataConfig, values["data"])
     if data != DataConfig() and not has_data:
-        raise ConfigError("data settings are given, but no data set: name it with --data.root or --data.name.")
+        raise ConfigError("data settings are given, but no data set: name one with --data.root or --data.name.")
     if values["compressed"] and config.block != SEMI_STRUCTURED:
         raise ConfigError(f"--compressed is for 2:4 networks, but block is {config.block!r}: leave it out.")
     if config.method == "learned" and not has_data:
-        raise ConfigError("method learned trains masks on images: give them with --data.root or --data.name.")
+        raise ConfigError("method learned needs images, but no data set is given: name one with --data.root or --data.name.")
     wanted = Path(values["output"]) if values["output"] else _default_output(source, config)
     output = check_output_file(wanted, "sparse networks", source.path, bool(values["overwrite"]), _beside(wanted))
     _sparsify(source, config, learning, data if has_data else None, (output, bool(values["compressed"])))
@@ -78,7 +78,7 @@ def _sparsify(
     output, compressed = to
     model, saved = load_source(source)
     options = EvalOptions(learning.batch_size, learning.device)
-    # First, because data that cannot be used should end the command before anything is made.
+    # Evaluate first, so that unusable data end the command before anything is written.
     before = None if data is None else evaluate_on(model, saved, data, options, source.run_folder())
     if config.method == "learned":
         assert data is not None
@@ -105,7 +105,16 @@ def _sparsify(
 
 def _default_output(source: ModelSource, config: SparsifyConfig) -> Path:
     path = source.weights_path()
-    return path.with_name(f"{path.stem}_{config.block}_{config.method}.safetensors")
+    output = path.with_name(f"{path.stem}_{config.block}_{config.method}.safetensors")
+    # Version 0.4 wrote "2to4" in this name. A mask training that it left unfinished must not start over unnoticed.
+    started = path.with_name(f"{path.stem}_2to4_learned")
+    finished = started.with_name(f"{started.name}.safetensors")
+    if config.method == "learned" and started.is_dir() and not finished.exists() and not output.with_suffix("").exists():
+        raise ConfigError(
+            f"{started} is a mask training that version 0.4 began: continue it with --output {finished}, "
+            f"or start over with --output {output}."
+        )
+    return output
 
 
 def _beside(output: Path) -> tuple[Path, Path, Path]:

@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from widekernel.tasks.classification import RunResult
 
 _DESCRIPTION = (
-    "Train a classifier. Settings come from a recipe, then from configuration files, then from the command line; "
-    "the later ones win. The same command again resumes the run or reports its result."
+    "Train a classifier. Settings come from the recipe, the configuration files and the command line; later ones override "
+    "earlier ones. Repeating the command resumes the run, or reports its result if it is finished."
 )
 
 
 def run(arguments: list[str]) -> int:
-    """Train as `arguments` say, and print the result; or print the settings, with `--print_config`."""
+    """Train as `arguments` say, and print the result; with `--print_config`, only print the settings."""
     parser = make_parser()
     if parse_given(parser, arguments).get("print_config"):
         sys.stdout.write(yaml.safe_dump(parse_config(arguments).to_dict(), sort_keys=False))
@@ -48,9 +48,9 @@ def run(arguments: list[str]) -> int:
 def make_parser() -> jsonargparse.ArgumentParser:
     """Return the parser of all training settings."""
     parser = new_parser("train", _DESCRIPTION)
-    parser.add_argument("--recipe", type=str | None, default=None, help="named settings; `widekernel recipes` lists them")
-    parser.add_argument("--config", action="append", help="YAML file with settings; may be given several times")
-    parser.add_argument("--print_config", action="store_true", help="print the settings as such a file, and stop")
+    parser.add_argument("--recipe", type=str | None, default=None, help="name of a recipe; `widekernel recipes` lists them")
+    parser.add_argument("--config", action="append", help="YAML file with settings; may be repeated")
+    parser.add_argument("--print_config", action="store_true", help="print the settings as YAML, and exit")
     parser.add_class_arguments(TrainConfig, as_group=False)
     return parser
 
@@ -58,7 +58,7 @@ def make_parser() -> jsonargparse.ArgumentParser:
 def parse_config(arguments: list[str]) -> TrainConfig:
     """Return the training configuration that `arguments` describe.
 
-    The recipe comes first, then the files in their order, then the command line; later ones win.
+    The recipe comes first, then the files in their order, then the command line; later ones override earlier ones.
 
     Raises:
         ConfigError: a setting, recipe or file is unknown, unreadable, of the wrong type or out of range.
@@ -79,7 +79,7 @@ def parse_config(arguments: list[str]) -> TrainConfig:
 
 
 def print_result(result: RunResult) -> None:
-    """Print how a run ended."""
+    """Print the result of a run."""
     summary, console = result.summary, result_console()
     state = "was already finished" if result.was_finished else "is finished"
     if result.other_code:
@@ -87,7 +87,7 @@ def print_result(result: RunResult) -> None:
     length = f"{summary['epochs']} epochs, {summary['step']} steps"
     console.print(f"The run in {result.folder.path} {state} ({length}).", soft_wrap=True)
     if result.other_code:
-        advice = "`widekernel eval` evaluates its model with the present code; another --output trains anew."
+        advice = "`widekernel eval` evaluates its model with the present code; another --output starts a new run."
         console.print(advice, soft_wrap=True)
     console.print(f"  weights           top-1 {summary['val_top1']:.2f} %  top-5 {summary['val_top5']:.2f} %")
     if "ema_val_top1" in summary:

@@ -1,4 +1,4 @@
-"""Images, preprocessing and batches, on timm's and torchvision's readers and transforms."""
+"""Images, preprocessing and batches, based on the readers and transforms of timm and torchvision."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Checks that the folders taken for classes are classes."""
+"""Checks that class folders really stand for classes."""
 
 from widekernel.data.formats import brief, printable
 from widekernel.data.listing import Listing, near_duplicates
@@ -11,12 +11,12 @@ _PARTS = SPLITS | {"images", "image", "imgs", "img", "jpegimages", "annotations"
 
 
 def check_class_names(label: str, listing: Listing, fix: str) -> tuple[str, ...]:
-    """Return notes on class folders that are probably not what was meant.
+    """Return notes on class folders that are probably not intended as such.
 
     Args:
-        label: names the split in messages.
-        listing: its images.
-        fix: says how to choose another folder.
+        label: name of the split in messages.
+        listing: the images of the split.
+        fix: sentence that says how to choose another folder.
 
     Raises:
         DataError: all class folders are named like splits or other parts of a data set.

@@ -11,12 +11,12 @@ _RESAMPLING = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 
 
 def processors() -> int:
-    """Return how many processors this process may use."""
+    """Return the number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _require_statistics(key: str, values: Any, ok: bool, rule: str) -> None:
-    """Raise unless `values` are `None`, or three numbers for which the rule is `ok`."""
+    """Raise unless `values` is `None`, or holds three numbers and `ok` is true; `rule` says what was tested."""
     require(values is None or len(values) == 3, key, values, "three numbers, or null")
     if not ok:
         raise ConfigError(f"{key} is {values!r}, but must be {rule}: pixels are scaled to 0..1, so divide by 255.")
@@ -24,24 +24,25 @@ def _require_statistics(key: str, values: Any, ok: bool, rule: str) -> None:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the images come from and how they are preprocessed.
+    """Settings of the data set and of its preprocessing.
 
     Args:
-        name: data set: "folder" (image folders or tar archives below root), "digits" (scikit-learn's 8×8 digits), torch/
-            and the name of one of torchvision's sets, such as torch/cifar10 or torch/flowers102, or hfds/owner/name
-        root: folder that holds the splits; for named data sets, the folder where they are stored
-        train_split: training split: a folder or .tar below root, or the split's name in a named data set
-        val_split: held-out split, in the same form
-        download: let a named data set download itself into root
-        input_size: height and width of the network's input in pixels; null takes the model's own
-        mean: channel means of pixels from 0 to 1; null takes the model's own
-        std: channel standard deviations of pixels from 0 to 1; null takes the model's own
-        interpolation: resampling in evaluation (nearest, bilinear, bicubic, ...); null means bicubic
-        crop_pct: share of the resized image that the evaluation crop keeps; null means 0.875 for inputs below 384 pixels;
-            from 384 pixels on the whole image is warped to the square
-        workers: processes that decode images; 0 decodes in the training process. The default is 4, or the number of
-            processors if that is smaller
-        max_unreadable: stop once more than this many different images could not be decoded
+        name: data set: folder (image folders or tar archives below data.root), digits (scikit-learn's 8×8 digits),
+            torch/NAME for a data set of torchvision, such as torch/cifar10 or torch/flowers102, or hfds/OWNER/NAME for one
+            of the Hugging Face hub
+        root: folder that contains the splits; for named data sets, the folder where they are stored
+        train_split: training split: a folder or a .tar archive below data.root, or the name of a split of a named data set
+        val_split: held-out (validation) split, in the same form
+        download: download the named data set into data.root
+        input_size: height and width of the network's input in pixels; null uses the model's own
+        mean: channel means, for pixels from 0 to 1; null uses the model's own
+        std: channel standard deviations, for pixels from 0 to 1; null uses the model's own
+        interpolation: resampling in evaluation: nearest, bilinear, bicubic, lanczos, box or hamming; null means bicubic
+        crop_pct: share of the resized image that the center crop keeps in evaluation; null means 0.875 for inputs below 384
+            pixels; larger inputs are not cropped: the whole image is warped to the square
+        workers: number of processes that decode images; 0 decodes in the training process. The default is 4, or the number
+            of processors if that is smaller
+        max_unreadable: stop once more than this many different images cannot be decoded
     """
 
     name: str = "folder"
@@ -75,15 +76,15 @@ class AugmentConfig:
     """Random changes to training images (timm's transforms) and mixing of batches (timm's Mixup).
 
     Args:
-        crop_scale: range of the random crop's share of the image area
-        crop_ratio: range of the random crop's aspect ratio
-        hflip: probability of a left-right flip
+        crop_scale: smallest and largest area of the random crop, as shares of the image's area
+        crop_ratio: smallest and largest aspect ratio of the random crop
+        hflip: probability of a horizontal flip
         color_jitter: strength of brightness, contrast and saturation jitter; not used together with auto_augment
-        auto_augment: timm policy such as rand-m9-mstd0.5-inc1, or null
+        auto_augment: auto-augment policy of timm, such as rand-m9-mstd0.5-inc1; null means none
         interpolation: resampling in training: random, bilinear or bicubic
-        erase_prob: probability of random erasing (pixel mode)
-        mixup: mixup alpha; 0 turns mixup off
-        cutmix: cutmix alpha; 0 turns cutmix off
+        erase_prob: probability of random erasing (timm's pixel mode)
+        mixup: alpha of mixup; 0 turns it off
+        cutmix: alpha of cutmix; 0 turns it off
         mix_prob: probability that a batch is mixed
         switch_prob: probability of cutmix rather than mixup when both are on
     """

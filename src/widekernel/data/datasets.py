@@ -1,4 +1,4 @@
-"""Opening the training and held-out images that a configuration describes."""
+"""Opening of the training and held-out images that a configuration describes."""
 
 import pickle
 import urllib.error
@@ -25,12 +25,12 @@ def open_split(config: DataConfig, split: str) -> ImageSource:
 
     Raises:
         ConfigError: a variable in a path is not set.
-        DataError: it does not exist, is empty, or cannot be indexed.
+        DataError: the split does not exist, is empty, or cannot be indexed.
     """
     if config.name == "digits":
         digits = load_digits()[0 if split == "train" else 1]
         if config.root is not None:
-            digits.notes += (f"data.root ({config.root}) has no effect: data.name is 'digits', which is in scikit-learn.",)
+            digits.notes += (f"data.root ({config.root}) has no effect: data.name is 'digits', part of scikit-learn.",)
         return digits
     part = config.train_split if split == "train" else config.val_split
     if config.name == "folder":
@@ -86,7 +86,7 @@ def _open_named(config: DataConfig, part: str) -> ImageSource:
     if config.root is not None:
         config = replace(config, root=expand_path("data.root", config.root))
     dataset = _open(config, part)
-    # timm's data set silently replaces an unreadable image by its neighbor; its reader does not.
+    # timm's data set silently replaces an unreadable image by the next one; its reader does not.
     return MappedSource(getattr(dataset, "reader", dataset), _class_names(dataset), config.name)
 
 

@@ -1,4 +1,4 @@
-"""scikit-learn's digits: 1,797 handwritten digits of 8×8 pixels that ship with scikit-learn."""
+"""Digits: the 1,797 handwritten digits of 8×8 pixels that come with scikit-learn."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ from widekernel.data.sources import ArraySource, ImageSource
 from widekernel.errors import DataError
 
 HELD_OUT = 0.2
-"""Fraction of the digits held out; the numbers per class differ by at most one."""
+"""Fraction of the digits that is held out; the numbers per class differ by at most one."""
 
 
 def load_digits() -> tuple[ImageSource, ImageSource]:

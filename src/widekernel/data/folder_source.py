@@ -20,8 +20,8 @@ class FolderSource(FileSource):
     """Images in `root/<class>/**`, classes in alphabetical order (torchvision's layout).
 
     Raises:
-        DataError: the folder is missing, or has no classes, or a class without images, or a link in it leads back to
-            itself or to another class.
+        DataError: the folder is missing or has no classes, a class has no images, or a link leads to a folder that contains
+            it or to another class.
     """
 
     def __init__(self, root: Path) -> None:
@@ -75,7 +75,7 @@ def list_folder(root: Path) -> Listing:
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
-    """Return whether an entry is a folder or a link to one; a link in a circle is neither."""
+    """Return whether an entry is a folder or a link to one; a circular link is neither."""
     try:
         return entry.is_dir()
     except OSError:
@@ -83,7 +83,7 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _walk(root: Path, top: str, links: Links, skipped: SkippedFiles) -> Iterator[tuple[str, list[str]]]:
-    """Yield each folder in `top` that holds images, with the names of the images, in the order of the folders' paths."""
+    """Yield each folder in `top` that contains images, with their names, in the order of the folders' paths."""
     found = []
     waiting = [(top, links.enter(top))]
     endings = image_endings()
@@ -92,7 +92,7 @@ def _walk(root: Path, top: str, links: Links, skipped: SkippedFiles) -> Iterator
         images = []
         for entry in _entries(root / folder):
             name = entry.name
-            # The common case first: it covers nearly all of millions of files.
+            # The common case comes first: it covers nearly all of possibly millions of files.
             if name[name.rfind(".") :].lower() in endings and entry.is_file(follow_symlinks=False):
                 images.append(name)
                 continue
@@ -111,11 +111,11 @@ def _walk(root: Path, top: str, links: Links, skipped: SkippedFiles) -> Iterator
 
 
 def _is_file(entry: os.DirEntry[str]) -> bool:
-    """Return whether an entry is a file, or a broken link, which counts as an unreadable image; not a pipe or device."""
+    """Return whether an entry is a file or a broken link (an unreadable image), rather than a pipe or a device."""
     try:
         return entry.is_file() or (entry.is_symlink() and not Path(entry.path).exists())
     except OSError:
-        return True  # a link in a circle
+        return True  # a circular link
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
@@ -129,11 +129,11 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 def _without_classes(root: Path, skipped: SkippedFiles) -> str:
     if skipped.outside:
         return (
-            f"{root} has no class folders, but {skipped.outside:,} image(s). If it is the folder of one class, name the "
-            f"folder that holds it; otherwise put each class's images into a folder named after the class."
+            f"{root} has no class folders, but {skipped.outside:,} image(s). If it is the folder of one class, give the "
+            f"folder that contains it; otherwise put each class's images into a folder named after the class."
         )
     archives = sorted(entry.name for entry in _entries(root) if ending_of(entry.name) in (".tar", ".gz", ".tgz", ".zip"))
-    packed = f" It holds {brief(archives)}: name an archive without compression, or unpack it." if archives else ""
+    packed = f" It contains {brief(archives)}: give an uncompressed archive, or unpack it." if archives else ""
     return (
         f"{root} has no class folders, but the layout is {root.name}/<class>/<image>. "
         f"Put each class's images into a folder named after the class.{packed}"

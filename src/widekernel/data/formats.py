@@ -1,4 +1,4 @@
-"""Which files are images, which ones operating systems and tools leave behind, and how to print names."""
+"""File names: those of images, those that operating systems and tools leave behind, and how to print them."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -7,7 +7,7 @@ from PIL import Image
 
 _NOT_DECODED = {
     "BUFR", "GRIB", "HDF5",  # recognized, but read by other programs
-    "EPS", "PDF", "WMF",  # drawings, which other programs render
+    "EPS", "PDF", "WMF",  # vector graphics, which other programs render
     "MPEG",  # Pillow reads only the size of the picture
     "IPTC",  # a container
 }  # fmt: skip
@@ -21,7 +21,7 @@ _LONGEST_CLUTTER = max(len(name) for name in _CLUTTER)
 
 @lru_cache(maxsize=1)
 def image_formats() -> tuple[str, ...]:
-    """Return the formats that Pillow decodes to pixels by itself on this machine."""
+    """Return the formats that Pillow decodes to pixels on this machine, without other programs."""
     Image.init()
     with_endings = set(Image.registered_extensions().values())
     return tuple(name for name in Image.OPEN if name in with_endings and name not in _NOT_DECODED)
@@ -29,25 +29,25 @@ def image_formats() -> tuple[str, ...]:
 
 @lru_cache(maxsize=1)
 def image_endings() -> frozenset[str]:
-    """Return the file name endings of `image_formats`, in lower case and with their dot."""
+    """Return the file name extensions of `image_formats`, in lower case and with the dot."""
     formats = {*image_formats(), "MPO"}  # several JPEG images in one file; the JPEG plugin opens it
     return frozenset(ending for ending, name in Image.registered_extensions().items() if name in formats)
 
 
 def usual_endings() -> str:
-    """Return the best known of `image_endings` as text for a message."""
+    """Return the best-known extensions among `image_endings`, as text for a message."""
     known = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2")
     return f"{', '.join(ending for ending in known if ending in image_endings())} and others"
 
 
 def ending_of(name: str) -> str:
-    """Return the ending of a file name in lower case with its dot, or "" if it has none."""
+    """Return the extension of a file name, in lower case and with the dot, or "" if it has none."""
     stem, dot, ending = name.rpartition(".")
     return f".{ending.lower()}" if dot and stem else ""
 
 
 def is_clutter(name: str) -> bool:
-    """Return whether a file or folder is hidden, or is one that operating systems leave behind."""
+    """Return whether a file or folder is hidden, or was left behind by an operating system."""
     return name.startswith(".") or (len(name) <= _LONGEST_CLUTTER and name.lower() in _CLUTTER)
 
 

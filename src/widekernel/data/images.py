@@ -1,4 +1,4 @@
-"""Decoding of image files to 8-bit RGB; images that a silent conversion would turn into noise are refused."""
+"""Decoding of image files to 8-bit RGB; images that a plain conversion would silently ruin are refused."""
 
 import io
 import struct
@@ -12,20 +12,20 @@ from PIL import Image, UnidentifiedImageError
 from widekernel.data.formats import image_formats
 
 MAX_PIXELS = 50_000_000
-"""Largest accepted image, in pixels; checked in the header before anything is decoded."""
+"""Largest number of pixels accepted; the header is checked before anything is decoded."""
 
 MAX_BYTES = 2**29
-"""Largest accepted image file; more than `MAX_PIXELS` pixels with four channels of 16 bits take."""
+"""Largest image file accepted, in bytes; more than `MAX_PIXELS` pixels with four 16-bit channels need."""
 
 DECODER_ERRORS = (
     OSError, ValueError, SyntaxError, EOFError, LookupError, RuntimeError, TypeError, AttributeError, AssertionError,
     ArithmeticError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
-"""What Pillow and its plugins raise for damaged files."""
+"""Errors that Pillow and its plugins raise for damaged files."""
 
 
 class UnreadableImageError(Exception):
-    """An image that cannot be decoded faithfully; the message is the reason."""
+    """Error for an image that cannot be decoded faithfully; the message is the reason."""
 
 
 def decode_image(file: IO[bytes]) -> Image.Image:
@@ -51,10 +51,10 @@ def decode_image(file: IO[bytes]) -> Image.Image:
 def decode_bytes(content: bytes) -> Image.Image:
     """Decode the contents of a file, with the rules and errors of `decode_image`."""
     try:
-        # Pillow warns about large images and odd palettes; here the pixel limit below decides.
+        # Pillow warns about large images and odd palettes; here, only the pixel limit below matters.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            # Pillow goes by the first bytes, not by the name; formats that other programs would read are not tried.
+            # Pillow detects the format by the first bytes, not the name. Formats that need other programs are not tried.
             image = Image.open(io.BytesIO(content), formats=image_formats())
             _check_size(image)
             return to_rgb(image)
@@ -65,13 +65,13 @@ def decode_bytes(content: bytes) -> Image.Image:
 
 
 def too_large(size: int) -> str:
-    """Return the reason why a file of `size` bytes, or more, is not read."""
+    """Return the reason why a file of at least `size` bytes is not read."""
     return f"the file has {size:,} bytes or more, and the limit is {MAX_BYTES:,}"
 
 
 def reason_of(error: BaseException) -> str:
     """Return the reason why an image could not be decoded, on one line."""
-    if isinstance(error, UnidentifiedImageError):  # its own text has the address of an object, which differs every time
+    if isinstance(error, UnidentifiedImageError):  # its text contains the address of an object, which is always different
         return "not an image of a known format"
     return " ".join(f"{type(error).__name__}: {error}".split()).rstrip(":")
 
@@ -94,7 +94,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if mode in ("F", "I"):
         raise UnreadableImageError(f"pixels of type {mode} have no known range; save the image with 8 or 16 bits")
     if _sample_format(image) == _SIGNED:
-        raise UnreadableImageError("its pixels are signed numbers, whose range is unknown; save them without a sign")
+        raise UnreadableImageError("its pixels are signed numbers, whose range is unknown; save them as unsigned")
     if mode == "La":
         image = image.convert("LA")
     if mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
@@ -105,7 +105,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 _SCALED_TO_16_BITS = {"PPM", "PNG"}
-"""Formats whose pixels Pillow may return as 32-bit numbers, but always from 0 to 65,535."""
+"""Formats whose pixels Pillow may return as 32-bit numbers, though always from 0 to 65,535."""
 
 # Tags of TIFF files and their values.
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
@@ -125,7 +125,7 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
         values[values == transparent] = 0
-    # 65535 / 257 is exactly 255, so 16-bit copies of 8-bit images become those images again.
+    # 65535 / 257 is exactly 255, so 16-bit copies of 8-bit images are restored exactly.
     scaled = values / 257.0 if largest == 65535 else values * (255.0 / largest)
     return Image.fromarray(scaled.round().astype(np.uint8)).convert("RGB")
 

@@ -1,4 +1,4 @@
-"""Links between folders that would yield images twice, or with the wrong class."""
+"""Detection of links between folders that would yield images twice, or with the wrong class."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ from widekernel.errors import DataError
 
 
 class Links:
-    """Check of the links below the class folders `names` of `split`; links out of the split are fine."""
+    """Checks of the links below the class folders `names` of `split`; links out of the split are fine."""
 
     def __init__(self, split: Path, names: list[str]) -> None:
         self.split = split
@@ -25,15 +25,15 @@ class Links:
         return (self.home, self.classes[folder])
 
     def follow(self, link: str, above: tuple[str, ...]) -> str:
-        """Return the real path that `link`, a path below the split, leads to; `above` are the real paths it lies in.
+        """Return the real path that `link`, a path below the split, leads to; `above` holds the real paths around it.
 
         Raises:
-            DataError: the link leads to a folder that holds it, or into the folder of another class.
+            DataError: the link leads to a folder that contains it, or into the folder of another class.
         """
         path = self.split / link
         target = os.path.realpath(path)
         if any(_holds(target, place) for place in above):
-            raise DataError(f"{path} is a link to {target}, which holds the link itself. Remove it.")
+            raise DataError(f"{path} is a link to {target}, which contains the link itself. Remove it.")
         own = link.partition("/")[0]
         if any(_holds(place, target) for name, place in self.classes.items() if name != own):
             raise DataError(f"{path} is a link to {target}, which belongs to another class. Remove it.")

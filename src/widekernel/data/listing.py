@@ -1,4 +1,4 @@
-"""What a split holds, in a folder or in an archive: images, classes and the files that were skipped."""
+"""Contents of a split, in a folder or an archive: images, classes and the files that were skipped."""
 
 from array import array
 from collections import Counter
@@ -13,14 +13,14 @@ from widekernel.errors import DataError
 
 @dataclass
 class SkippedFiles:
-    """Files below a split that are not among its images. Clutter of operating systems is not counted.
+    """Files below a split that are not among its images; clutter of operating systems is not counted.
 
     Attributes:
-        endings: number of files without the ending of an image, by ending.
+        endings: number of files without the extension of an image, by extension.
         example: one of them.
         outside: number of images that lie in no class folder.
         example_outside: one of them.
-        lost: number of links in an archive that lead nowhere and do not have the ending of an image.
+        lost: number of links in an archive that lead nowhere and do not have the extension of an image.
         example_lost: one of them.
     """
 
@@ -32,7 +32,7 @@ class SkippedFiles:
     example_lost: str = ""
 
     def add(self, path: str) -> None:
-        """Count a file that does not have the ending of an image, or is none in spite of it."""
+        """Count a file that has no extension of an image, or has one but is not a file or a link to one."""
         self.endings[ending_of(path.rpartition("/")[2])] += 1
         self.example = self.example or path
 
@@ -42,17 +42,17 @@ class SkippedFiles:
         self.example_outside = self.example_outside or path
 
     def add_lost(self, path: str) -> None:
-        """Count a link that leads nowhere in the archive, perhaps to a folder elsewhere, and has no image's ending."""
+        """Count a link that leads nowhere in the archive (perhaps to a folder elsewhere) and is not named like an image."""
         self.lost += 1
         self.example_lost = self.example_lost or path
 
     def notes(self, label: str) -> tuple[str, ...]:
-        """Return one line for the user per kind of file; `label` names the split."""
+        """Return one line for the user per kind of skipped file; `label` names the split."""
         notes = []
         if self.endings:
-            kinds = [f"{count:,} {ending or 'without an ending'}" for ending, count in self.endings.most_common()]
+            kinds = [f"{count:,} {ending or 'without an extension'}" for ending, count in self.endings.most_common()]
             notes.append(
-                f"{label}: {self.endings.total():,} file(s) left out, which do not have the ending of an image "
+                f"{label}: {self.endings.total():,} file(s) left out, which do not have the extension of an image "
                 f"({brief(kinds)}), such as {printable(self.example)}."
             )
         if self.outside:
@@ -76,8 +76,8 @@ class Listing:
         class_names: normalized names in the order of the class indices
         names: paths of the images below the split, in order
         targets: class index of every image
-        skipped: other files
-        image_folders: for every class, the folders inside its folder that hold images; "" is the class folder itself
+        skipped: the other files
+        image_folders: for each class, the folders inside its folder that contain images; "" is the class folder itself
     """
 
     class_names: tuple[str, ...]
@@ -99,7 +99,7 @@ class Listing:
             )
 
     def common_subfolders(self) -> tuple[str, ...]:
-        """Return the folders directly inside the class folders if they are the same in all classes, else nothing."""
+        """Return the folders directly inside the class folders if they are the same in all classes, or else ()."""
         tops = [{folder.partition("/")[0] for folder in folders} for folders in self.image_folders]
         alike = bool(tops) and all(top == tops[0] for top in tops) and "" not in tops[0]
         return tuple(sorted(tops[0])) if alike else ()
@@ -123,6 +123,6 @@ def sorted_classes(label: str, folders: Iterable[str]) -> tuple[list[str], tuple
 
 
 def near_duplicates(names: Sequence[str]) -> list[str]:
-    """Return the names that differ from another one only in case or in spaces around them."""
+    """Return the names that differ from another one only in case or in surrounding spaces."""
     count = Counter(name.strip().casefold() for name in names)
     return [name for name in names if count[name.strip().casefold()] > 1]

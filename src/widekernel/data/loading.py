@@ -1,4 +1,4 @@
-"""Batches whose content depends only on (seed, epoch, position), with any number of workers and on any rank."""
+"""Batches that depend only on (seed, epoch, position), whatever the number of workers and the rank."""
 
 import atexit
 import multiprocessing
@@ -22,15 +22,15 @@ from widekernel.data.sources import ImageSource
 from widekernel.deprecation import renamed_arguments
 from widekernel.errors import DataError
 
-# First keys of the random streams: each purpose draws from a stream of its own.
+# First keys of the random streams: each purpose has its own stream.
 SHUFFLE_STREAM, AUGMENT_STREAM, MIX_STREAM = 1, 2, 3
 
 SampleKey = tuple[int, int]
-"""(epoch, index): what a sampler requests from a data set."""
+"""(epoch, index): the request of a sampler to a data set."""
 
 
 class Unreadable(NamedTuple):
-    """The name of an image that could not be decoded, and the reason."""
+    """Name of an image that could not be decoded, and the reason."""
 
     name: str
     reason: str
@@ -40,7 +40,7 @@ class Unreadable(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One image `(channels, size, size)`, or `None` in its place if it is unreadable."""
+    """One image `(channels, size, size)`, or `None` if it is unreadable."""
 
     image: Tensor | None
     target: int
@@ -57,14 +57,14 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Shard:
-    """The part of every epoch that one process loads: number `rank` of `world_size` parts."""
+    """Part of every epoch that one process loads: part `rank` of `world_size`."""
 
     rank: int = 0
     world_size: int = 1
 
 
 class TrainingSamples(Dataset):
-    """Randomly transformed training images: a function of (seed, epoch, index).
+    """Randomly transformed training images, which depend only on (seed, epoch, index).
 
     An unreadable image is reported, and replaced by the next readable one so that batches keep their size.
     """
@@ -89,7 +89,8 @@ class TrainingSamples(Dataset):
                 continue
             with scoped_seed(AUGMENT_STREAM, self.seed, epoch, index):
                 return Sample(self.transform(image), target, tuple(unreadable))
-        return Sample(None, -1, tuple(unreadable))  # the training process raises: an error in a worker becomes a traceback
+        # The training process raises the error, because an error in a worker would become a traceback.
+        return Sample(None, -1, tuple(unreadable))
 
 
 class EvaluationSamples(Dataset):
@@ -110,7 +111,7 @@ class EvaluationSamples(Dataset):
 
 
 class EpochBatches(Sampler[list[SampleKey]]):
-    """Shuffled batches of one epoch for one rank; the incomplete last batch is dropped.
+    """Shuffled batches of one epoch, for one rank; the incomplete last batch is dropped.
 
     `start(epoch, skip)` chooses what the next iteration yields: `epoch`, without its first `skip` batches. All ranks
     cut their batches from one common order.
@@ -127,7 +128,7 @@ class EpochBatches(Sampler[list[SampleKey]]):
 
     @property
     def batches_per_epoch(self) -> int:
-        """Complete batches of this rank in an epoch; the same number on every rank."""
+        """Number of complete batches of this rank in an epoch, which is the same on every rank."""
         return self.length // (self.batch_size * self.shard.world_size)
 
     def __len__(self) -> int:
@@ -143,7 +144,7 @@ class EpochBatches(Sampler[list[SampleKey]]):
 
 
 def collate(samples: list[Sample]) -> Batch:
-    """Stack the readable samples, and pass on the reports of unreadable ones."""
+    """Stack the readable samples, and collect the reports on unreadable ones."""
     readable = [(sample.image, sample.target) for sample in samples if sample.image is not None]
     names = tuple(name for sample in samples for name in sample.unreadable)
     if not readable:
@@ -154,7 +155,7 @@ def collate(samples: list[Sample]) -> Batch:
 
 @dataclass(frozen=True)
 class LoaderOptions:
-    """How to load batches.
+    """Options for loading batches.
 
     Args:
         batch_size: images per batch and process
@@ -168,7 +169,7 @@ class LoaderOptions:
 
 
 class TrainingLoader:
-    """Training batches by epoch; `epoch(n, skip)` starts anywhere."""
+    """Loader of training batches by epoch; `epoch(n, skip)` starts at any batch."""
 
     @renamed_arguments(share="shard")
     def __init__(self, samples: TrainingSamples, options: LoaderOptions, shard: Shard) -> None:
@@ -178,7 +179,7 @@ class TrainingLoader:
 
     @property
     def batches_per_epoch(self) -> int:
-        """Complete batches of this process in an epoch."""
+        """Number of complete batches of this process in an epoch."""
         return self.sampler.batches_per_epoch
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
@@ -199,7 +200,7 @@ class TrainingLoader:
 
 @renamed_arguments(share="shard")
 def evaluation_loader(samples: EvaluationSamples, options: LoaderOptions, shard: Shard) -> DataLoader:
-    """Return a loader that yields every image exactly once over all ranks, in order, and repeats none to fill a batch."""
+    """Return a loader that yields each image exactly once over all ranks, in order, and repeats none to fill a batch."""
     indices = range(shard.rank, len(samples), shard.world_size)
     return _make_loader(samples, options, batch_size=options.batch_size, sampler=indices)
 
@@ -209,7 +210,7 @@ _GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class _SignalSafeLoader(DataLoader):
-    """A loader whose workers start with the signals to the process group blocked, until they can ignore them.
+    """Loader whose workers start with signals to the process group blocked, until they can ignore them.
 
     This holds for workers that are forked or spawned; those of a fork server start with the mask of that server.
     """
@@ -218,7 +219,7 @@ class _SignalSafeLoader(DataLoader):
         if not self.num_workers or not hasattr(signal, "pthread_sigmask"):
             return super().__iter__()
         if multiprocessing.get_context().get_start_method() == "spawn":
-            # Spawned processes need the resource tracker, which unblocks signals when it starts: start it before.
+            # Spawned processes need the resource tracker, which unblocks signals when it starts, so start it first.
             resource_tracker.ensure_running()
         # A process inherits the mask of the thread that starts it.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _GROUP_SIGNALS)
@@ -241,7 +242,7 @@ def _make_loader(samples: Dataset, options: LoaderOptions, **batching: Any) -> D
         collate_fn=collate,
         worker_init_fn=start_worker,
         persistent_workers=options.workers > 0,
-        # A generator of its own: otherwise every new iterator draws from the global one, and a resumed run differs.
+        # With a separate generator: otherwise every new iterator draws from the global one, and a resumed run differs.
         generator=torch.Generator(),
         **batching,
     )
@@ -253,7 +254,7 @@ def _announce_exit(leaving: Any) -> None:
 
 def _ignore_group_signals(_worker: int, leaving: Any) -> None:
     # Ctrl-C, `timeout` and batch schedulers signal the whole process group, but the training process decides when to
-    # stop. When it exits, it terminates the workers that still wait; only then do they obey.
+    # stop. When it exits, it terminates the workers that still wait; only then do they react to the signal.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if leaving.value else None)
     if hasattr(signal, "pthread_sigmask"):

@@ -1,4 +1,4 @@
-"""Names of files: compared after Unicode normalization, and stored without a Python object per file."""
+"""File names, compared after Unicode normalization and stored without a Python object per file."""
 
 import unicodedata
 from array import array
@@ -9,7 +9,7 @@ from typing_extensions import override
 
 
 def normalize_name(name: str) -> str:
-    """Return `name` with composed characters (NFC), the form for comparisons; macOS stores decomposed ones."""
+    """Return `name` with composed characters (NFC), for comparisons; macOS stores decomposed characters."""
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
@@ -21,7 +21,7 @@ def in_normalized_order(names: list[str]) -> list[str]:
 
 
 def sort_key(path: str) -> tuple[str, str, str]:
-    """Return the key that sorts the files of a split; `path` is relative to it.
+    """Return the sort key of a file in a split; `path` is relative to the split.
 
     Files are ordered by class folder, then by folder as text, then by name.
     """
@@ -39,7 +39,7 @@ class Names(Sequence[str]):
         self.extend("", names)
 
     def extend(self, start: str, names: Iterable[str]) -> None:
-        """Append each of `names` with the prefix `start`; surrogates that stand for other bytes are kept."""
+        """Append each of `names` with the prefix `start`; surrogate escapes for undecodable bytes are kept."""
         for name in names:
             self._text += (start + name).encode(errors="surrogateescape")
             self._ends.append(len(self._text))

@@ -1,4 +1,4 @@
-"""Expansion of `~` and variables in paths, which no shell does in `--flag=~/x` or in a YAML file."""
+"""Expansion of `~` and variables in paths, because no shell expands `--flag=~/x` or a YAML file."""
 
 import os
 import re
@@ -15,7 +15,7 @@ def expand_path(key: str, text: str, base: Path | None = None) -> str:
     Args:
         key: the setting, for messages
         text: the path as it was written
-        base: the folder that it is relative to; `None` means the working folder
+        base: the folder that the path is relative to; `None` means the working folder
 
     Raises:
         ConfigError: a variable is not set, or the path is empty.
@@ -29,7 +29,7 @@ def expand_path(key: str, text: str, base: Path | None = None) -> str:
         name = match.group(1) or match.group(2)
         if name not in os.environ:
             raise ConfigError(
-                f"{key} is {text!r}, but the variable {name} is not set. Set and export it, or write the path out."
+                f"{key} is {text!r}, but the variable {name} is not set. Set and export it, or write the full path."
             )
         return os.environ[name]
 

@@ -15,23 +15,23 @@ from widekernel.errors import ConfigError
 ImageTransform = Callable[[Image.Image], Tensor]
 
 WARP_FROM = 384
-"""From this input size on, evaluation warps the whole image to the square instead of cropping its center."""
+"""Smallest input size at which evaluation warps the whole image to the square instead of cropping its center."""
 
 MOST_ELONGATED = 64
-"""Largest ratio of long to short side in evaluation; only the middle of longer images is used."""
+"""Largest ratio of the long side to the short side in evaluation; only the middle of longer images is used."""
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes a `(3, size, size)` tensor; saved with every model.
+    """Settings that turn an image into a `(3, size, size)` tensor; saved with every model.
 
     Args:
         input_size: height and width in pixels
         mean: subtracted per channel, on the scale 0 to 1
         std: divided by per channel
         interpolation: resampling in evaluation
-        crop_pct: input size divided by the size that the short side is resized to; 1.0 from 384 pixels on, where the
-            image is warped
+        crop_pct: input size divided by the size that the short side is resized to; 1.0 for inputs of 384 pixels or more,
+            for which the image is warped
     """
 
     input_size: int
@@ -42,7 +42,7 @@ class Preprocessing:
 
     @classmethod
     def resolve(cls, config: DataConfig, model_cfg: dict[str, Any]) -> "Preprocessing":
-        """Return the settings of `config`, with its gaps filled from a timm `pretrained_cfg` and the default crop."""
+        """Return the settings of `config`, completed by a timm `pretrained_cfg` and the default crop."""
         size = config.input_size or _square(model_cfg.get("input_size") or (3, 224, 224))
         return cls(
             input_size=size,
@@ -53,7 +53,7 @@ class Preprocessing:
         )
 
     def overridden_by(self, config: DataConfig) -> "Preprocessing":
-        """Return these settings, changed by what `config` sets; another input size brings its own default crop."""
+        """Return these settings, overridden by those of `config`; another input size has its own default crop."""
         size = config.input_size or self.input_size
         same_size = size == self.input_size
         return Preprocessing(
@@ -134,7 +134,7 @@ def crop_elongated(image: Image.Image) -> Image.Image:
 
 
 def _allow_posterize_to_nothing(transform: Any) -> None:
-    """Let timm's policies posterize to 0 bits, a black image, as published recipes do at their largest magnitude.
+    """Make timm's policies accept posterizing to 0 bits (a black image), as in published recipes at full magnitude.
 
     Recent versions of Pillow refuse 0 bits; earlier ones returned a black image.
     """

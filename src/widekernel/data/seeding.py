@@ -1,4 +1,4 @@
-"""Random streams that are a function of (seed, purpose, position) and of nothing else.
+"""Random streams that depend only on (seed, purpose, position).
 
 Augmentation in timm and torchvision draws from the global generators of Python, NumPy and PyTorch. Seeding those
 generators for one sample or batch makes its draws independent of the number of workers, of the order in which workers

@@ -1,4 +1,4 @@
-"""Labeled images by index: the interface, and the data sets that are not listed from files."""
+"""Labeled images by index: the interface, and the data sets that do not consist of files."""
 
 import io
 from abc import ABC, abstractmethod
@@ -43,7 +43,7 @@ class ImageSource(ABC):
 
 
 def targets_of(source: ImageSource) -> Sequence[int] | None:
-    """Return the class indices in the order of the images, or `None` if they are not known without decoding."""
+    """Return the class indices in the order of the images, or `None` if they are unknown without decoding."""
     for holder in (source, getattr(source, "dataset", None)):
         targets = getattr(holder, "targets", None)
         if targets is None:
@@ -54,11 +54,11 @@ def targets_of(source: ImageSource) -> Sequence[int] | None:
 
 
 class FileSource(ImageSource):
-    """Images in files below one place: a folder or an archive.
+    """Images in the files of a folder or an archive.
 
     Attributes:
-        path: that folder or archive
-        listing: what was found there
+        path: the folder or archive
+        listing: its contents
     """
 
     def __init__(self, path: Path, listing: Listing) -> None:
@@ -75,7 +75,7 @@ class FileSource(ImageSource):
 
     @abstractmethod
     def size(self, index: int) -> int:
-        """Return the size of the image's file in bytes, or -1 if it is a link that leads nowhere."""
+        """Return the size of the image's file in bytes, or -1 if it is a broken link."""
 
 
 class ArraySource(ImageSource):
@@ -104,7 +104,7 @@ class ArraySource(ImageSource):
 
 
 class MappedSource(ImageSource):
-    """A map-style data set or reader whose items are (image, class index).
+    """Map-style data set or reader whose items are (image, class index).
 
     The image is a PIL image, encoded bytes or an open file.
     """

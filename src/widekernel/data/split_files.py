@@ -1,4 +1,4 @@
-"""Finding the folder or archive of a split, and saying what is wrong where there is none."""
+"""Search for the folder or archive of a split, and messages that say what is wrong if there is none."""
 
 import os
 import tarfile
@@ -27,7 +27,7 @@ def open_files(config: DataConfig, part: str, key: str) -> FileSource:
 
     Raises:
         ConfigError: a variable in its name is not set.
-        DataError: there is no such folder or archive, or it holds no classes of images.
+        DataError: there is no such folder or archive, or it does not contain classes of images.
     """
     path = _find(config, part, key)
     source = FolderSource(path) if path.is_dir() else TarSource(path)
@@ -36,7 +36,7 @@ def open_files(config: DataConfig, part: str, key: str) -> FileSource:
 
 
 def deeper_hint(source: FileSource, part: str, key: str) -> str:
-    """Return the sentence that says what to set if the classes lie one folder deeper than expected."""
+    """Return a sentence that says what to set if the classes are one folder deeper than expected."""
     names = source.class_names
     parts = [name for name in names if name.lower() in SPLITS] or list(names)
     inside = source.listing.common_subfolders()
@@ -73,7 +73,7 @@ def _find(config: DataConfig, part: str, key: str) -> Path:
 
 
 def _check_archive(path: Path) -> None:
-    """Raise a `DataError` for a file that is no plain tar archive, and say what it is."""
+    """Raise a `DataError` that says what a file is, unless it is an uncompressed tar archive."""
     try:
         with path.open("rb") as file:
             start = file.read(8)
@@ -97,7 +97,7 @@ def _root_is_a_file(root: Path, key: str) -> str:
     text = f"data.root is {str(root)!r}, which is not a folder."
     if ending_of(root.name) in image_endings():
         return f"{text} It is a single image: give the folder that holds the splits, with class folders in them."
-    return f"{text} Give the folder, and name an archive inside it by --{key} {root.name}."
+    return f"{text} Give its folder as data.root, and the archive in it as --{key} {root.name}."
 
 
 def _nothing_there(root: Path, part: str, key: str) -> str:

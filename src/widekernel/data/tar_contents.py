@@ -1,4 +1,4 @@
-"""The contents of a tar archive: files by path, with links followed; of several files of one name the last counts."""
+"""Contents of a tar archive: files by path, with links followed; if several files have the same name, the last counts."""
 
 import posixpath
 import struct
@@ -16,24 +16,24 @@ from widekernel.errors import DataError
 SPARSE = "is stored with holes; create the archive without --sparse"
 LOST = "is a link to a file that is not in the archive"
 _MOST_LINKS = 40
-_OUTSIDE = "/"  # the target of absolute links, which is no path in an archive
+_OUTSIDE = "/"  # the target of absolute links; paths in the archive never equal it
 
 _TAR_ERRORS = (
     tarfile.TarError, ValueError, OverflowError, MemoryError, LookupError, EOFError, struct.error, zlib.error,
 )  # fmt: skip
-"""What the standard library raises for damaged archives."""
+"""Errors that the standard library raises for damaged archives."""
 
 
 @dataclass
 class Contents:
-    """The files of an archive, by number.
+    """Files of an archive, by number.
 
     Args:
         paths: path of every file, without `./` and the like, and its number
-        offsets: byte at which each file starts
+        offsets: position of the first byte of each file
         sizes: bytes of each file
         broken: number of each file that cannot be read, and why
-        folders: folders that have an entry of their own
+        folders: folders that have their own entry
     """
 
     paths: dict[str, int] = field(default_factory=dict)
@@ -43,7 +43,7 @@ class Contents:
     folders: set[str] = field(default_factory=set)
 
     def add(self, path: str, offset: int, size: int) -> int:
-        """Add a file, in place of an earlier one of that path, and return its number."""
+        """Add a file, which replaces an earlier one with the same path, and return its number."""
         number = len(self.offsets)
         self.offsets.append(offset)
         self.sizes.append(size)
@@ -56,10 +56,10 @@ def read_contents(path: Path, which_inside: Callable[[Contents], Iterable[str]])
 
     Args:
         path: the archive
-        which_inside: given the contents, returns the paths of the archives inside it to read as folders
+        which_inside: function of the contents that returns the paths of the inner archives to read as folders
 
     Raises:
-        DataError: it is no tar archive, damaged, incomplete or compressed, or a link in it cannot be followed.
+        DataError: it is not a tar archive, is damaged, incomplete or compressed, or a link in it leads to a folder.
     """
     scan = _Scan(path)
     try:
@@ -91,15 +91,15 @@ class _Scan:
         with tarfile.open(fileobj=file, mode="r:") as archive:
             before = -1
             while (member := archive.next()) is not None:
-                archive.members.clear()  # type: ignore[attr-defined]  # or a million of them would stay in memory
-                if member.size < 0 or archive.offset <= before:  # it leads back, and would be read for ever
+                archive.members.clear()  # type: ignore[attr-defined]  # otherwise a million of them would stay in memory
+                if member.size < 0 or archive.offset <= before:  # the archive leads back, and would be read forever
                     raise tarfile.ReadError(f"damaged: {printable(member.name)} is {member.size:,} bytes long")
                 before = archive.offset
                 self._add(member, prefix, start)
             self._check_end(file, archive.offset, prefix)
 
     def open_inside(self, file: IO[bytes], paths: Iterable[str]) -> None:
-        """Replace archives inside the archive `file` by their members."""
+        """Replace the inner archives `paths` of the archive `file` by their members."""
         for path in list(paths):
             number = self.contents.paths.pop(path)
             member = self.inside[path]
@@ -138,7 +138,7 @@ class _Scan:
                 self.contents.broken[number] = SPARSE
 
     def _check_end(self, file: IO[bytes], end: int, prefix: str) -> None:
-        # tarfile mistakes the end of the file, a truncated header and a damaged header for the end of the archive.
+        # tarfile takes the end of the file, a truncated header and a damaged header for the end of the archive.
         file.seek(end)
         if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
             name = f"{printable(prefix)}.tar in {self.path}" if prefix else str(self.path)
@@ -171,7 +171,7 @@ class _Scan:
             self.contents.broken[self.contents.add(link, 0, -1)] = LOST
 
     def _folders(self) -> set[str]:
-        """Return every folder of the archive, with or without an entry, and the inner archives that were read as one."""
+        """Return all folders of the archive, with or without an entry, and the inner archives that were read as folders."""
         found = {"", *self.opened}
         for path in (*self.contents.folders, *(posixpath.dirname(path) for path in self.contents.paths)):
             while path not in found:
@@ -181,7 +181,7 @@ class _Scan:
 
 
 def _join(folder: str, name: str) -> str:
-    """Join and normalize a path in the archive: no empty parts, `.` or `..`. Like tar, never climb above the top."""
+    """Join and normalize a path in the archive: no empty parts, `.` or `..`. As in tar, `..` never leaves the archive."""
     parts: list[str] = []
     for part in f"{folder}/{name}".split("/"):
         if part == "..":

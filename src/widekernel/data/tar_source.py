@@ -25,7 +25,7 @@ class TarSource(FileSource):
     The archive may hold the class folders themselves, or one or more nested folders around them.
 
     Raises:
-        DataError: the archive is damaged, incomplete or compressed, holds no images in class folders, or does not
+        DataError: the archive is damaged, incomplete or compressed, has no images in class folders, or does not
             show which folders are the classes.
     """
 
@@ -108,13 +108,13 @@ def _first(path: str) -> str:
 def _find_root(path: Path, contents: Contents) -> str:
     """Return the folder of the archive whose subfolders are the classes; "" is the archive itself.
 
-    This is the folder named like the archive or like a split, or else the first one that holds several folders.
+    This is the folder that is named like the archive or like a split, or else the first one that holds several folders.
     """
     return _root_of(path, _image_folders(path, contents))
 
 
 def _class_archives(path: Path, contents: Contents) -> list[str]:
-    """Return the inner archives that stand for class folders: those beside class folders without a folder of that name."""
+    """Return the inner archives that stand for class folders: those beside class folders, unless such a folder exists."""
     inside = [full for full in contents.paths if ending_of(posixpath.basename(full)) == ".tar"]
     inside = [full for full in inside if not any(is_clutter(part) for part in full.split("/"))]
     if not inside:
@@ -151,12 +151,12 @@ def _root_of(path: Path, places: set[tuple[str, ...]]) -> str:
 
 
 def _image_folders(path: Path, contents: Contents, archives: Sequence[str] = ()) -> set[tuple[str, ...]]:
-    """Return the paths, split into parts, of the folders that hold images; inner `archives` count as such folders."""
+    """Return the paths of the folders that contain images, split into parts; inner `archives` count as such folders."""
     endings = image_endings()
     folders = {full.rpartition("/")[0] for full in contents.paths if ending_of(full.rpartition("/")[2]) in endings}
     folders |= {archive[: -len(".tar")] for archive in archives}
     places = {tuple(folder.split("/")) if folder else () for folder in folders}
-    # A hidden folder around everything hides nothing: an archive of ~/.cache/data holds images.
+    # A hidden folder around everything is ignored: an archive of ~/.cache/data contains images.
     depth = 0
     while places and all(len(place) > depth for place in places) and len({place[depth] for place in places}) == 1:
         depth += 1
@@ -173,7 +173,7 @@ def _names_a_split(name: str, path: Path) -> bool:
 
 
 def _check_split_is_alone(path: Path, folders: set[str], deep: set[str]) -> None:
-    """Raise a `DataError` if `folders` hold a split beside others; `deep` are those of them that hold folders."""
+    """Raise a `DataError` if `folders` include both a split and others; `deep` are those that contain folders."""
     splits = sorted(name for name in deep if _names_a_split(name, path))
     others = sorted(folders - set(splits))
     if splits and others:

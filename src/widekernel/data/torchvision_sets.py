@@ -1,4 +1,4 @@
-"""torchvision's classification data sets by name: those that timm opens, and all others that have splits."""
+"""Classification data sets of torchvision by name: those that timm opens, and all others that have splits."""
 
 import inspect
 from collections.abc import Callable
@@ -29,7 +29,7 @@ def open_torchvision(config: DataConfig, part: str) -> Any:
     """Open the split `part` of the data set `config.name`; errors of torchvision are passed on.
 
     Raises:
-        DataError: a download is asked for, but the data set cannot download itself.
+        DataError: a download is requested, but the data set does not support it.
     """
     name = config.name.partition("/")[2]
     if name in TIMM_NAMES:
@@ -41,13 +41,13 @@ def open_torchvision(config: DataConfig, part: str) -> Any:
         options["download"] = config.download
     elif config.download:
         raise DataError(
-            f"{config.name} cannot download itself: torchvision's documentation of {kind.__name__} says how to get it."
+            f"{config.name} cannot be downloaded automatically: see torchvision's documentation of {kind.__name__}."
         )
     return kind(config.root, **options)
 
 
 def class_names(dataset: Any) -> tuple[str, ...] | None:
-    """Return the class names of a torchvision data set, or numbers if it has only labels, or `None` if it has neither."""
+    """Return the class names of a torchvision data set, numbers if it has only labels, or `None` if it has neither."""
     for attribute in ("classes", "categories", "all_categories"):
         names = getattr(dataset, attribute, None)
         if names is not None:

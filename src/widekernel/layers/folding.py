@@ -49,7 +49,7 @@ class Fusable:
         `widekernel.fold` folds a whole network and leaves the original unchanged.
         """
         assert isinstance(self, nn.Module)
-        frozen = not any(parameter.requires_grad for parameter in self.parameters())
+        frozen = not is_trained(self)
         make_permanent(self)
         result = fold_in_place(self)
         warn_about_unfolded(result, stacklevel=3)

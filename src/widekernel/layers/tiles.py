@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from widekernel.errors import ArgumentError
-from widekernel.layers.rect import Rect
 from widekernel.layers.sources import check_odd
 from widekernel.ops.jit_trace import static_shape
 
@@ -27,16 +26,6 @@ def check_tiles(kernel_size: int, tile_size: int) -> None:
 def num_tiles(kernel_size: int, tile_size: int) -> int:
     """Return the number of tiles in a strip of `kernel_size` taps."""
     return math.ceil(kernel_size / tile_size)
-
-
-def tall_strip(tiles: Tensor, kernel_size: int) -> Rect:
-    """Stack tiles (C, nk, N, N) vertically into a rectangle of nk·N x N taps."""
-    return Rect(stacked(tiles), (kernel_size // 2, tiles.shape[3] // 2))
-
-
-def wide_strip(tiles: Tensor, kernel_size: int) -> Rect:
-    """Put tiles (C, nk, N, N) side by side into a rectangle of N x nk·N taps."""
-    return Rect(side_by_side(tiles), (tiles.shape[2] // 2, kernel_size // 2))
 
 
 def stacked(tiles: Tensor) -> Tensor:

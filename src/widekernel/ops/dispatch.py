@@ -80,8 +80,8 @@ def register(backend: Backend, before: str | None = None) -> None:
     """
     global registry
     if not isinstance(backend, Backend):
-        hint = "an instance of the class, not the class itself" if isinstance(backend, type) else "an instance of a subclass"
-        raise ArgumentError(f"{backend!r} is not a backend: pass {hint} of widekernel.ops.Backend")
+        but = ", not the class itself" if isinstance(backend, type) else ""
+        raise ArgumentError(f"{backend!r} is not a backend: pass an instance of a subclass of widekernel.ops.Backend{but}")
     with _LOCK:
         names = backends()
         if backend.name in names:

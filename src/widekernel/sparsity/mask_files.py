@@ -1,4 +1,4 @@
-"""Files of masks: bit-packed, in safetensors files."""
+"""Mask files: safetensors files with one bit per weight."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def load_masks(path: str | Path, model: nn.Module | None = None) -> dict[str, Te
 
     Args:
         path: the file.
-        model: if given, the masks must be of parameters of this network.
+        model: if given, every mask must belong to a parameter of this network.
 
     Returns:
         parameter name -> bool tensor.
 
     Raises:
-        CheckpointError: the file is unreadable or no mask file, or belongs to another network.
+        CheckpointError: the file is unreadable, is not a mask file, or belongs to another network.
     """
     try:
         with tensor_file(path) as file:
@@ -52,7 +52,7 @@ def load_masks(path: str | Path, model: nn.Module | None = None) -> dict[str, Te
             masks = {name: unpack(file.get_tensor(name), shape) for name, shape in shapes.items()}
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{path} is not a readable file of masks ({error!r}): give a file that save_masks wrote"
+            f"{path} is not a readable mask file ({error!r}): give a file that save_masks wrote"
         ) from error
     if described["format"] != FORMAT:
         raise CheckpointError(f"{path} has format {described['format']!r}; this version reads format {FORMAT}")
@@ -70,7 +70,7 @@ def check_names(theirs: Mapping[str, tuple[int, ...]], ours: Mapping[str, tuple[
         ours: shape of every masked parameter here, by name.
 
     Raises:
-        CheckpointError: naming the differences.
+        CheckpointError: they do not fit; the message names the differences.
     """
     problems = [f"{name} is missing" for name in ours if name not in theirs]
     problems += [f"{name} is not masked here" for name in theirs if name not in ours]
@@ -83,5 +83,5 @@ def check_names(theirs: Mapping[str, tuple[int, ...]], ours: Mapping[str, tuple[
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise CheckpointError(
             f"the masks belong to another network or to other settings: {'; '.join(problems[:3])}{more}. Give the masks of "
-            "this network, and the same layers and exclude"
+            "this network, and use the same layers and exclude"
         )

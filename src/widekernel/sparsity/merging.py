@@ -16,34 +16,34 @@ from widekernel.layers.sources import rects_of
 def merged_support(layer: LargeKernel, masks: Mapping[str, Tensor], prefix: str = "") -> list[Rect]:
     """Return the union of the masks of all branches, in the rectangles that the layer folds to.
 
-    Tiles are placed by their tables, rectangles by their anchors, and a branch that another one covers is part of it.
+    Tiles are placed by their tables and rectangles by their anchors; a branch that another one covers is merged into it.
     Weights without a mask are live. The identity of the layer, which adds the tap on the output pixel to every channel, is
-    no branch and not part of the union.
+    not a branch and not part of the union.
 
     Args:
         layer: in its training form.
         masks: parameter name -> bool tensor of the shape of the parameter, True where the weight is live.
-        prefix: of the names of the layer's own parameters, for instance `"stages.0.blocks.0.mixer."`; names without it
-            belong to other layers.
+        prefix: prefix of the names of the layer's parameters, such as `"stages.0.blocks.0.mixer."`; masks without it belong
+            to other layers.
 
     Returns:
         rectangles whose kernels are bool (C, 1, kh, kw), in the order of `layer.folded().rects()`.
 
     Raises:
-        ArgumentError: a mask has no parameter, or another shape or type; or the layer cannot be folded.
+        ArgumentError: a mask does not match a parameter in name, shape or type, or the layer cannot be folded.
     """
     own = _own_masks(layer, masks, prefix)
     source = copy.deepcopy(layer.source)
     with torch.no_grad():
         for name, parameter in source.named_parameters():
             mask = own.get(f"source.{name}")
-            # A sum of non-negative numbers is zero only if all of them are; gates are positive for any number.
+            # A sum of nonnegative numbers is zero only if all of them are; gates are positive whatever their parameters.
             parameter.data = torch.ones_like(parameter) if mask is None else mask.to(parameter.device, parameter.dtype)
         rects = rects_of(source)
     if rects is None:
         raise ArgumentError(
             f"the layer {prefix.rstrip('.') or type(layer.source).__name__} has no merged kernel: near the borders "
-            "no single kernel equals it; its masks hold in its training form only"
+            "no single kernel is equivalent to it; its masks apply only in its training form"
         )
     return [Rect(rect.kernel.detach() > 0, rect.anchor) for rect in maximal_rectangles(rects)]
 
@@ -51,9 +51,9 @@ def merged_support(layer: LargeKernel, masks: Mapping[str, Tensor], prefix: str 
 def taps_outside(
     layer: LargeKernel, masks: Mapping[str, Tensor], prefix: str = "", folded: FoldedLargeKernel | None = None
 ) -> list[Rect]:
-    """Return the taps of the folded layer that are not zero although no branch has a live weight there.
+    """Return the taps that are nonzero in the folded layer although no branch has a live weight there.
 
-    The tap of the identity is excluded: it is in the kernel whatever the masks are.
+    The tap of the identity is excluded, because it is in the kernel whatever the masks are.
 
     Args:
         layer: in its training form.
@@ -65,7 +65,7 @@ def taps_outside(
         rectangles whose kernels are bool (C, 1, kh, kw), True at such taps; all False if masks and folding agree.
 
     Raises:
-        ArgumentError: as `merged_support`, and if `folded` has other rectangles than the layer folds to.
+        ArgumentError: as `merged_support`, or if the rectangles of `folded` are not those that the layer folds to.
     """
     support = merged_support(layer, masks, prefix)
     rects = (layer.folded() if folded is None else folded).rects()
@@ -83,7 +83,7 @@ def taps_outside(
 
 
 def check_merged_support(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Raise unless every large kernel of a network, once folded, is zero where all its branches are masked.
+    """Raise unless every large kernel of a network is zero, once folded, wherever all its branches are masked.
 
     Layers that cannot be folded are skipped.
 
@@ -92,12 +92,12 @@ def check_merged_support(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         masks: parameter name (in `model`) -> bool tensor.
 
     Raises:
-        ArgumentError: a mask belongs to no parameter; or taps lie outside: the message names the layer, their number, and
-            the first of them (channel, row, column from the output pixel); and as `merged_support`.
+        ArgumentError: a mask belongs to no parameter, or taps lie outside the union; the message names the layer, the number
+            of taps, and the first of them (channel; row and column from the output pixel). Also as `merged_support`.
     """
     known = {name for name, _ in model.named_parameters()}
     if unknown := [name for name in masks if name not in known]:
-        raise ArgumentError(f"{unknown[0]} has a mask but is no parameter of the network: give masks by its parameter names")
+        raise ArgumentError(f"there is a mask for {unknown[0]}, but no such parameter: give masks by the network's names")
     for name, module in model.named_modules():
         if not isinstance(module, LargeKernel) or not module.foldable():
             continue
@@ -117,11 +117,11 @@ def check_merged_support(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
 def shared_mask(layer: LargeKernel, masks: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
     """Return masks under which all branches of a layer are live at the same taps: the union of the given masks.
 
-    The merged kernel then has as many live taps as before, and every branch is live at all of them: the additional weights
+    The merged kernel then has as many live taps as before, and every branch is live at all of them. The additional weights
     cost nothing once folded.
 
     Args:
-        layer: a layer whose source is `Rectangles`; with shared, moved tiles, a tap belongs to several weights.
+        layer: a layer whose source is `Rectangles`; with tiles that are shared and moved, a tap depends on several weights.
         masks: as for `merged_support`.
         prefix: as for `merged_support`.
 
@@ -129,12 +129,12 @@ def shared_mask(layer: LargeKernel, masks: Mapping[str, Tensor], prefix: str = "
         parameter name (with the prefix) -> bool tensor, for every branch.
 
     Raises:
-        ArgumentError: the layer has another source; and as `merged_support`.
+        ArgumentError: the layer has another source. Also as `merged_support`.
     """
     if not isinstance(layer.source, Rectangles):
         raise ArgumentError(
             f"{prefix.rstrip('.') or 'the layer'} has a {type(layer.source).__name__} source: a mask shared by all branches "
-            "needs branches with a weight of their own at every tap (Rectangles)"
+            "needs branches with a separate weight at every tap (Rectangles)"
         )
     own = _own_masks(layer, masks, prefix)
     names = [f"source.kernels.{i}" for i in range(len(layer.source.kernels))]
@@ -154,7 +154,7 @@ def _union_within(window: Rect, live: Sequence[Rect]) -> Tensor:
 
 
 def _own_masks(layer: LargeKernel, masks: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Return the masks of a layer by its own names, and check them."""
+    """Check the masks of a layer, and return them by its own parameter names."""
     parameters = dict(layer.named_parameters())
     own = {name[len(prefix) :]: mask for name, mask in masks.items() if name.startswith(prefix)}
     for name, mask in own.items():

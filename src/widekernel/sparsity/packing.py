@@ -1,4 +1,4 @@
-"""Masks as bits: for checkpoints, and for digests that processes compare."""
+"""Bit-packed masks, for checkpoints and for the digests that processes compare."""
 
 from __future__ import annotations
 

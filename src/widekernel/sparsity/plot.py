@@ -1,4 +1,4 @@
-"""The plot of a sparsity report, drawn without touching matplotlib's global state."""
+"""Plot of a sparsity report, drawn without touching matplotlib's global state."""
 
 from __future__ import annotations
 
@@ -81,5 +81,5 @@ def _plot_weights(axes: Axes, name: str, image: np.ndarray) -> None:
 
 
 def _short(name: str) -> str:
-    """Return a parameter's name without the parts that say nothing about its place."""
+    """Return a parameter's name without the parts that do not say where it is."""
     return re.sub(r"\b(stages|blocks|mixer|large_kernel|layer|source|weight)\.|\.weight$", "", name)

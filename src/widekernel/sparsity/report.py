@@ -1,4 +1,4 @@
-"""A report on the sparsity of a network: per layer, as text, as JSON and as a plot."""
+"""Report on the sparsity of a network, by layer: as text, as JSON and as a plot."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from widekernel.sparsity.snapshot import LayerSparsity, SparsitySnapshot, Topolo
 
 @dataclass(frozen=True)
 class SparsityReport:
-    """What is masked, how densely, why the rest is not, and how the masks have moved.
+    """Report on what is masked and how densely, why other parameters are not masked, and how the masks have moved.
 
     Attributes:
-        snapshot: what is reported, such as `DynamicSparsity.snapshot()`.
+        snapshot: the data of the report, such as `DynamicSparsity.snapshot()`.
     """
 
     snapshot: SparsitySnapshot

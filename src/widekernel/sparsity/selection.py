@@ -1,4 +1,4 @@
-"""Which parameters of a network are masked, and why the others are not."""
+"""Selection of the parameters of a network that are masked, with the reason for each other one."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ SHARDED = (
 
 @dataclass(frozen=True)
 class Selection:
-    """Whether one parameter is masked.
+    """Result of the selection for one parameter: whether it is masked, and why not.
 
     Attributes:
-        name: of the parameter.
-        shape: of the parameter.
+        name: name of the parameter.
+        shape: shape of the parameter.
         reason: why it is not masked; "" if it is.
     """
 
@@ -59,7 +59,7 @@ def select(model: nn.Module, layers: str | Sequence[str], exclude: Sequence[str]
     Args:
         model: the network.
         layers: `all`, `large_kernel_only` or name patterns; a module's name stands for all its parameters.
-        exclude: patterns of names that stay dense, or names of modules.
+        exclude: name patterns, or names of modules, to keep dense.
 
     Raises:
         ArgumentError: a pattern matches nothing, or something that cannot be masked; a parameter to be masked has two names;
@@ -72,7 +72,7 @@ def select(model: nn.Module, layers: str | Sequence[str], exclude: Sequence[str]
         if not any(_matches(pattern, name) for name in owners):
             modules = [name for name, _ in model.named_modules() if name]
             raise ArgumentError(
-                f"the pattern {pattern!r} names no parameter of the network: its first are {', '.join(list(owners)[:3])}."
+                f"the pattern {pattern!r} matches no parameter. The network has {', '.join(list(owners)[:3])}, ..."
                 f"{nearest(pattern, [*owners, *modules])}"
             )
     selection, excluded = [], 0
@@ -87,12 +87,12 @@ def select(model: nn.Module, layers: str | Sequence[str], exclude: Sequence[str]
         elif patterns and not named:
             reason = reason or "not among the layers named"
         elif layers == "large_kernel_only" and id(parameter) not in large:
-            reason = reason or "no large kernel"
+            reason = reason or "not a large kernel"
         selection.append(Selection(name, tuple(parameter.shape), reason))
     if excluded and not any(each.masked for each in selection):
         raise ArgumentError(
-            f"exclude={list(exclude)} leaves nothing to be masked of layers={layers!r}: it names {excluded} parameters "
-            "that could be. Exclude fewer"
+            f"exclude={list(exclude)} leaves nothing to mask in layers={layers!r}: it excludes {excluded} parameters that "
+            "could be masked. Exclude fewer"
         )
     _check(model, selection)
     return selection
@@ -128,7 +128,7 @@ def _reason(name: str, owner: nn.Module, parameter: Tensor) -> str:
     if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
         return "is an embedding"
     if parameter.dim() < 2 or sum(side > 1 for side in parameter.shape) < 2:
-        # A convolution of one channel with a 1×1 kernel is no vector of scales, but there is nothing to prune in it either.
+        # A 1×1 convolution of one channel is not a vector of scales, but there is nothing to prune in it either.
         return "scales or shifts channels"
     if parameter.dim() not in (2, 4) and not isinstance(owner, _ConvNd):
         return f"has {parameter.dim()} dimensions and belongs to no convolution"
@@ -169,7 +169,7 @@ def _check(model: nn.Module, selection: list[Selection]) -> None:
             counts[each.reason] = counts.get(each.reason, 0) + 1
         found = "; ".join(f"{count} x {reason}" for reason, count in counts.items()) or "it has no parameters"
         raise ArgumentError(
-            f"the network has no layer that can be masked ({found}): unfreeze it, or widen layers and exclude"
+            f"the network has no layer that can be masked ({found}): unfreeze it, or select others with layers and exclude"
         )
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -177,6 +177,6 @@ def _check(model: nn.Module, selection: list[Selection]) -> None:
     for several in names.values():
         if len(several) > 1 and wanted & set(several):
             raise ArgumentError(
-                f"{' and '.join(several)} are one shared parameter, whose mask would belong to both: keep it dense with "
+                f"{' and '.join(several)} are one shared parameter, and a mask would apply to both: keep it dense with "
                 f"exclude=[{several[0]!r}]"
             )

@@ -1,4 +1,4 @@
-"""A snapshot of a masked network: plain, frozen data, from which reports and plots are made."""
+"""Snapshot of a masked network: plain, frozen data for reports and plots."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from widekernel.deprecation import renamed_attribute
 from widekernel.layers.wrappers import unwrap
 from widekernel.sparsity.selection import Selection
 
-_IMAGES = 6  # weights shown at most
+_IMAGES = 6  # largest number of weights shown
 _SHEET = 60  # side of an image of several kernels, in taps
 _CORNER = 96  # rows and columns shown of a matrix
 
@@ -22,8 +22,8 @@ class LayerSparsity:
     """The sparsity of one parameter.
 
     Attributes:
-        name: of the parameter.
-        shape: of the parameter.
+        name: name of the parameter.
+        shape: shape of the parameter.
         active: weights inside the mask; for a parameter without one, weights that are not zero.
         target: share of the weights to keep in the end; None without a mask.
         grown: weights that grew at the last topology update.
@@ -52,7 +52,7 @@ class LayerSparsity:
 
 @dataclass(frozen=True)
 class TopologyUpdate:
-    """What one topology update changed, summed over all layers.
+    """Changes by one topology update, summed over all layers.
 
     Attributes:
         step: optimizer steps done when it happened.
@@ -99,7 +99,7 @@ def take_snapshot(
     Args:
         model: the network, with plain weights.
         selection: which parameters are masked, and why the others are not.
-        masks: parameter name -> bool tensor; parameters without a mask are judged by their zeros.
+        masks: parameter name -> bool tensor; without a mask, the nonzero weights of a parameter count as live.
         densities: share of the weights to keep in the end, by parameter name; by default, the share kept now.
         grown: weights that grew at the last topology update, by parameter name.
         churn: the topology updates so far.
@@ -140,7 +140,7 @@ def _image(weight: Tensor, mask: Tensor) -> Tensor:
         return values.flatten(1)[:_CORNER, :_CORNER]
     kernels = values.flatten(0, 1)
     height, width = kernels.shape[1:]
-    # About as wide as high, with a line between kernels.
+    # The sheet is about as wide as high, with a line between kernels.
     columns = max(1, min(round((len(kernels) * (height + 1) / (width + 1)) ** 0.5), round(_SHEET / (width + 1))))
     rows = max(1, min(len(kernels) // columns, round(_SHEET / (height + 1))))
     sheet = torch.full((rows * (height + 1) - 1, columns * (width + 1) - 1), -1.0)

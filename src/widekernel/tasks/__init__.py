@@ -1,1 +1,1 @@
-"""Tasks: assembling a model, training it for an objective, and evaluating it."""
+"""Tasks: building a model, training it for an objective, and evaluating it."""

@@ -1,4 +1,4 @@
-"""Building networks and choosing devices from configuration."""
+"""Construction of networks and choice of devices from the configuration."""
 
 from typing import Any, cast
 
@@ -11,10 +11,10 @@ from widekernel.errors import ConfigError, WidekernelError, nearest
 
 
 def build_model(name: str, num_classes: int | None, args: dict[str, Any], pretrained: bool = False) -> nn.Module:
-    """Create a registered model; with `num_classes` None it keeps its own head.
+    """Create a registered model; if `num_classes` is None, it keeps its own head.
 
     Raises:
-        ConfigError: the name is unknown, the model does not take an argument, or its pretrained weights do not exist
+        ConfigError: the name is unknown, the model does not accept an argument, or its pretrained weights do not exist
             or cannot be reached.
     """
     # timm itself resolves names with a colon (hf-hub:, local-dir:).
@@ -42,13 +42,13 @@ def build_model(name: str, num_classes: int | None, args: dict[str, Any], pretra
 
 
 def _first_line(error: Exception) -> str:
-    # torch appends a list of signatures.
+    # PyTorch appends a list of signatures.
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     return text.removesuffix(", but expected one of:").rstrip(".:")
 
 
 def pretrained_cfg(model: nn.Module) -> dict[str, Any]:
-    """Return timm's description of the model's input: `input_size`, `mean`, `std`; empty for foreign models."""
+    """Return timm's description of the model's input (`input_size`, `mean`, `std`); empty for models without one."""
     return cast(dict[str, Any], getattr(model, "pretrained_cfg", {}))
 
 

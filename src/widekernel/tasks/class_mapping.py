@@ -1,4 +1,4 @@
-"""The mapping from the classes of the data to the outputs of a network."""
+"""Mapping from the classes of the data to the outputs of a network."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -16,12 +16,12 @@ from widekernel.tasks.saved import SavedModel, read_saved
 def class_mapping(saved: SavedModel, names: tuple[str, ...]) -> tuple[int, ...] | None:
     """Return the model's output for every class of the data, or `None` if both are in the same order.
 
-    A model with class names may be evaluated on data that hold only some of them; names are compared after Unicode
-    normalization. For a model without class names, numbered classes are matched in numerical order, and WordNet
-    identifiers by ImageNet's order if the model has 1,000 outputs; `mapping_note` says what was assumed.
+    A model with class names may be evaluated on data that contain only some of its classes; names are compared after
+    Unicode normalization. For a model without class names, numbered classes are matched in numerical order, and WordNet
+    identifiers in ImageNet's order if the model has 1,000 outputs; `mapping_note` says what was assumed.
 
     Raises:
-        DataError: the data has classes that the model does not know, or another number of classes.
+        DataError: the data contain classes that the model does not know, or have another number of classes.
     """
     names = tuple(normalize_name(name) for name in names)
     if not saved.class_names:
@@ -37,11 +37,11 @@ def class_mapping(saved: SavedModel, names: tuple[str, ...]) -> tuple[int, ...] 
 
 
 def mapping_note(saved: SavedModel, names: tuple[str, ...]) -> str:
-    """Return a line for the user that says what `class_mapping` assumes, or "" if it assumes nothing.
+    """Return a line for the user on what `class_mapping` assumes, or "" if it assumes nothing.
 
     Args:
         saved: the model
-        names: the classes of the data, which `class_mapping` accepts
+        names: the classes of the data, which `class_mapping` has accepted
     """
     imagenet = _imagenet()
     if saved.class_names or (saved.num_classes == len(imagenet) and set(names) <= imagenet.keys()):
@@ -60,12 +60,12 @@ def mapping_note(saved: SavedModel, names: tuple[str, ...]) -> str:
 
 
 def inheritance_note(weights: Path, names: tuple[str, ...]) -> str:
-    """Return a line for the user that says what training assumes of the classifier in `weights`, or "" if nothing.
+    """Return a line for the user on what training assumes about the classifier in `weights`, or "" if nothing.
 
-    If their number fits, its outputs are taken over by position.
+    If the number of classes fits, training keeps the outputs of the classifier by position.
 
     Args:
-        weights: checkpoint that training starts from
+        weights: the checkpoint that training starts from
         names: the classes of the data
     """
     try:
@@ -79,12 +79,12 @@ def inheritance_note(weights: Path, names: tuple[str, ...]) -> str:
     if known:
         return (
             f"The classifier in {weights} was trained on {brief(known, 3)}, and the classes here are {brief(names, 3)}: "
-            "its outputs are taken over by position and have to be learned again."
+            "its outputs are kept by position and have to be learned again."
         )
     if not _are_numbers(names) or _by_number(names) == list(names):
         return ""
     return (
-        f"{weights} does not name its classes. If it has a classifier for {len(names)} of them, its outputs are taken over "
+        f"{weights} does not name its classes. If it has a classifier for {len(names)} of them, its outputs are kept "
         f"in alphabetical order: {_pairs(names)}. Numbers of equal length (00, 01, ...) keep their order."
     )
 
@@ -122,5 +122,5 @@ def _pairs(names: Sequence[str]) -> str:
 
 @lru_cache(maxsize=1)
 def _imagenet() -> dict[str, int]:
-    """Return the outputs of networks for ImageNet-1k by WordNet identifier."""
+    """Return the output of an ImageNet-1k network for each WordNet identifier."""
     return {name: output for output, name in enumerate(ImageNetInfo("imagenet-1k").label_names())}

@@ -1,4 +1,4 @@
-"""Image classification: its objective, and a whole run from its configuration."""
+"""Image classification: the objective, and complete runs from a configuration."""
 
 import os
 from collections.abc import Callable
@@ -46,13 +46,13 @@ from widekernel.training.random_state import seed_run
 
 
 class Classification:
-    """The objective of a classification run.
+    """Objective of a classification run.
 
     Args:
         config: settings of the run
         num_classes: outputs of the network
         val_loader: held-out images
-        options: how to evaluate
+        options: settings of the evaluation
     """
 
     best_metric = "val_top1"
@@ -72,7 +72,7 @@ class Classification:
             )
 
     def loss(self, model: nn.Module, batch: Batch, stream: tuple[int, ...]) -> Tensor:
-        """Return the cross-entropy with smoothed and, if configured, mixed targets."""
+        """Return the cross-entropy with smoothed targets, which are also mixed if configured."""
         if self.mixup is None:
             return F.cross_entropy(model(batch.images), batch.targets, label_smoothing=self.label_smoothing)
         with scoped_seed(MIX_STREAM, *stream):
@@ -94,13 +94,13 @@ class Classification:
 
 
 def train(config: TrainConfig, reporter: Reporter | None = None, processes: Processes | None = None) -> RunResult:
-    """Train as configured in the folder `config.output`; the same call again resumes, or returns the earlier result.
+    """Train as configured in the folder `config.output`; the same call again resumes the run, or returns its result.
 
-    Seeds the global random generators, so call it at the entry point of a training process.
+    This seeds the global random generators, so call it at the entry point of a training process.
 
     Raises:
-        WidekernelError: settings, data or run folder cannot be used, and nothing has been trained; or training fails.
-        Interrupted: stopped by a signal, after saving.
+        WidekernelError: settings, data or run folder cannot be used (before anything is trained), or training fails.
+        Interrupted: a signal stopped the training, after saving.
     """
     if config.output is None:
         raise ConfigError("output is not set; give the run folder.")
@@ -154,7 +154,7 @@ def _train(config: TrainConfig, folder: RunFolder, reporter: Reporter, processes
 def _report_notes(
     config: TrainConfig, folder: RunFolder, sources: tuple[ImageSource, ImageSource], reporter: Reporter
 ) -> None:
-    """Report what the user should know about the data and, if a run starts from weights, about their classes."""
+    """Report notes on the data and, if the run starts from weights, on their classes."""
     notes = [note for source in sources for note in source.notes]
     if config.model.weights is not None and not has_states(folder):
         notes.append(inheritance_note(Path(config.model.weights), sources[0].class_names))
@@ -206,7 +206,7 @@ def _make_loaders(
 
 
 def _with_absolute_root(config: TrainConfig) -> dict[str, Any]:
-    """Return the settings as the run stores them: with the absolute path of the data, which is valid from any folder."""
+    """Return the settings as the run stores them: with an absolute `data.root`, which is valid from any folder."""
     if config.data.root is not None:
         root = os.path.abspath(expand_path("data.root", config.data.root))  # noqa: PTH100 - resolve() would follow links
         config = replace(config, data=replace(config.data, root=root))

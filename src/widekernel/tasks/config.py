@@ -1,4 +1,4 @@
-"""Settings of a classification run; every field is a key of the YAML file and an option of the command line."""
+"""Settings of a classification run; every field is a key in YAML files and an option of the command line."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -21,13 +21,13 @@ from widekernel.training.config import (
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The network.
+    """Settings of the network.
 
     Args:
-        name: model name known to timm, widekernel's models included
+        name: model name registered with timm; `widekernel models` lists widekernel's
         num_classes: outputs of the classifier; null means the number of classes in the data
-        args: further arguments of the model, such as drop_path_rate
-        pretrained: start from the weights that timm has for the name
+        args: further arguments of the model, for example --model.args.drop_path_rate 0.1
+        pretrained: start from timm's pretrained weights for this model
         weights: checkpoint file to start from
     """
 
@@ -49,20 +49,20 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A training run.
+    """Settings of a training run.
 
     Args:
-        seed: seed of initialization, order of images, augmentation and mixup
+        seed: seed of initialization, data order, augmentation and mixup
         output: run folder; null means runs/<recipe or model name>
-        label_smoothing: share of the target spread over all classes
-        model: the network
-        data: the images
-        augment: random changes to the training images
-        optimizer: the optimizer
+        label_smoothing: share of the target that is spread evenly over all classes
+        model: network
+        data: data set and preprocessing
+        augment: augmentation of the training images
+        optimizer: optimizer
         schedule: epochs and learning rate
-        ema: averaging of the weights
+        ema: moving average of the weights
         loop: batches, precision and device
-        checkpoint: when training states are saved
+        checkpoint: training states
         sparsity: sparsity of the weights
     """
 
@@ -85,7 +85,7 @@ class TrainConfig:
         check_averaging(self.sparsity, self.ema.decay)
         if self.sparsity.method == SEMI_STRUCTURED and not (self.model.pretrained or self.model.weights):
             raise ConfigError(
-                f"sparsity.method is {SEMI_STRUCTURED!r}, which learns masks over trained weights: set "
+                f"sparsity.method is {SEMI_STRUCTURED!r}, which learns masks for trained weights: set "
                 "model.weights to a checkpoint, or model.pretrained."
             )
         if self.augment.mixes and self.loop.batch_size % 2:
@@ -97,7 +97,7 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return nested plain values, as in a YAML file."""
         values = _plain(asdict(self))
-        # Settings of methods that are not used must not stand in the way of resuming.
+        # Settings of unused methods are left out, so that changing them does not prevent resuming.
         used = {"none": (), "dynamic": ("dynamic", "masks"), SEMI_STRUCTURED: ("semi_structured",)}[self.sparsity.method]
         values["sparsity"] = {key: values["sparsity"][key] for key in ("method", *used)}
         return values

@@ -20,11 +20,11 @@ from widekernel.training.unreadable import check_unreadable
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The result of one pass over a data set.
+    """Result of one pass over a data set.
 
     Args:
-        top1: images whose largest output is the right class, in percent
-        top5: images whose right class is among the five largest outputs, in percent
+        top1: share of images whose largest output is the right class, in percent
+        top5: share of images whose right class is among the five largest outputs, in percent
         loss: mean cross-entropy
         images: number of images that were evaluated
         unreadable: number of further images that could not be read
@@ -39,16 +39,16 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """How to evaluate.
+    """Settings of an evaluation.
 
     Args:
-        device: where the model is
-        max_unreadable: largest accepted number of unreadable images
+        device: device of the model
+        max_unreadable: largest number of unreadable images that is accepted
         class_mapping: the model's output for every class index of the data; `None` if they are the same
         processes: the processes that evaluate together
         reporter: receives progress and messages
-        stop: asked between batches, equally often in all processes; true ends the evaluation without a result
-        observe: receives the logits `(n, classes)` and targets `(n,)` of every batch
+        stop: called between batches, equally often in all processes; if true, the evaluation ends without a result
+        observe: function that receives the logits `(n, classes)` and targets `(n,)` of every batch
     """
 
     device: torch.device
@@ -69,7 +69,7 @@ def evaluate(model: nn.Module, loader: DataLoader, options: EvaluationOptions, n
     Raises:
         DataError: no image could be read.
         NetworkError: the network fails on the images.
-        TrainingError: more images than accepted could not be read.
+        TrainingError: more than `max_unreadable` images could not be read.
     """
     options.reporter.start_evaluation(len(loader), name)
     sums = torch.zeros(4, dtype=torch.float64)  # top-1 hits, top-5 hits, loss, images
@@ -101,7 +101,7 @@ def evaluate(model: nn.Module, loader: DataLoader, options: EvaluationOptions, n
 
 
 def _rounds(loader: DataLoader, processes: Processes) -> int:
-    """Return the largest number of batches in a process: to stop together, all processes must ask equally often."""
+    """Return the largest number of batches in a process; to stop together, all must call `stop` equally often."""
     most = math.ceil(len(loader.dataset) / processes.world_size)  # type: ignore[arg-type]
     return max(len(loader), math.ceil(most / (loader.batch_size or 1)))
 

@@ -1,4 +1,4 @@
-"""Comparison of the held-out images in an evaluation with those of the run that the network comes from."""
+"""Comparison of the held-out images of an evaluation with those of the run that trained the network."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ _WHICH = ("name", "root", "val_split")
 
 
 def location_of(data: DataConfig, source: ImageSource) -> str:
-    """Return the place of the held-out images, for a message."""
+    """Return the location of the held-out images, for a message."""
     path = getattr(source, "path", None)
     if path is not None:
         return str(path.absolute())
@@ -20,7 +20,7 @@ def location_of(data: DataConfig, source: ImageSource) -> str:
 
 
 def changed_images_warning(run: RunFolder | None, data: DataConfig, source: ImageSource) -> str:
-    """Return a warning if the run's data settings now lead to other held-out images.
+    """Return a warning if the run's data settings now yield other held-out images.
 
     Returns:
         the warning; "" if the images are the same, or if other data settings were given.

@@ -1,4 +1,4 @@
-"""Descriptions of the images and the program of a run, so that changes are noticed."""
+"""Fingerprints of the images and the program of a run, by which changes are noticed."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -17,14 +17,14 @@ from widekernel.files import sha256_of
 from widekernel.ops.cpu import library
 
 SIZES = 4096
-"""Number of files per split, evenly spread, whose size is read: more would take minutes on network file systems."""
+"""Number of files per split, evenly spread, whose size is read; more would take minutes on network file systems."""
 
 
 def fingerprint(train: ImageSource, val: ImageSource) -> dict[str, Any]:
-    """Return counts and digests by what they describe; equal for the same data wherever and however they are stored.
+    """Return counts and digests by their description; they are the same wherever and however the data are stored.
 
-    The digests cover names, classes and order of the images. Of their content they cover the sizes of up to `SIZES` files
-    per split, and the pixels if these are in memory already.
+    The digests cover names, classes and order of the images. Of their content, they cover the sizes of up to `SIZES`
+    files per split, and the pixels if these are in memory already.
     """
     description = {
         "images": len(train),
@@ -77,9 +77,9 @@ def code_fingerprint() -> dict[str, str]:
 
 
 def code_difference(then: dict[str, str] | None, now: dict[str, str]) -> str:
-    """Return how the program that was described as `then` differs from `now`, or "" if it does not."""
+    """Return how the program described by `then` differs from that of `now`, or "" if it does not."""
     if then is None:
-        return "by a version that did not note its code"
+        return "by a version that did not record its code"
     changed = [f"{key} {then.get(key)} (now {value})" for key, value in now.items() if then.get(key) != value]
     return f"by other code: {', '.join(changed)}" if changed else ""
 

@@ -1,4 +1,4 @@
-"""Folding a network, and checking that it still computes the same."""
+"""Folding of a network, with a check that its outputs stay the same."""
 
 from dataclasses import dataclass
 
@@ -12,11 +12,11 @@ from widekernel.tasks.image_channels import input_channels
 from widekernel.training.error_context import NetworkError, errors_as
 
 RELATIVE_TOLERANCE = 1e-3
-"""Largest accepted difference of outputs, relative to the largest output."""
+"""Largest difference of outputs that is accepted, relative to the largest output."""
 
 
 class FoldError(WidekernelError, RuntimeError):
-    """A folded network does not compute what the original does."""
+    """Error for a folded network whose outputs differ from those of the original."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def fold_and_check(model: nn.Module, input_size: int, images: int = 4) -> tuple[
     check = FoldCheck((expected - found).abs().max().item(), expected.abs().max().item(), images)
     if not check.max_error <= RELATIVE_TOLERANCE * max(check.max_output, 1e-6):
         raise FoldError(
-            f"The folded network differs by {check.max_error:.3g} where outputs reach {check.max_output:.3g}; at most "
-            f"{RELATIVE_TOLERANCE:g} of that is accepted. Nothing was saved."
+            f"Outputs of the folded network differ by up to {check.max_error:.3g}, but at most {RELATIVE_TOLERANCE:g} of "
+            f"the largest output ({check.max_output:.3g}) is accepted. Nothing was saved."
         )
     return folded, check

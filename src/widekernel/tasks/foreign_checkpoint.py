@@ -1,4 +1,4 @@
-"""Loading a checkpoint that does not describe its model, with its warnings among the other messages."""
+"""Loading of checkpoints that do not describe their model; warnings are passed on as messages."""
 
 import warnings
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from torch import nn
 from widekernel.models.checkpoint import LoadReport, load_checkpoint
 
 Notify = Callable[[str], None]
-"""Receives a message for the user."""
+"""Function that receives a message for the user."""
 
 
 def load_weights(model: nn.Module, path: str | Path, notify: Notify | None = None, **how: Any) -> tuple[LoadReport, str]:
@@ -19,11 +19,11 @@ def load_weights(model: nn.Module, path: str | Path, notify: Notify | None = Non
     Args:
         model: the network.
         path: the file.
-        notify: receives other warnings; with `None` they remain Python warnings.
+        notify: receives other warnings; if `None`, they remain Python warnings.
         how: further arguments of `load_checkpoint`.
 
     Returns:
-        what was loaded, and why the classifier is untrained, or "" if it is not.
+        a report on what was loaded, and why the classifier is untrained, or "" if it is not.
 
     Raises:
         CheckpointError: the file cannot be read, or does not fit.

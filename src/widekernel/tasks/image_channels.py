@@ -1,4 +1,4 @@
-"""The number of image channels that a network takes, and transforms to that number."""
+"""Number of image channels that a network takes, and transforms to that number."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RGB = 3
 
 
 def input_channels(model: nn.Module) -> int:
-    """Return the channels of the images that `model` takes: as it states, or those of its first convolution, or three."""
+    """Return the number of image channels of `model`: as it states, or as its first convolution takes, or three."""
     stated = getattr(model, "in_chans", None)
     if stated is not None:
         return int(stated)
@@ -28,10 +28,10 @@ def input_channels(model: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class ToGray:
-    """A transform to one channel: the gray image is transformed as three equal channels, which are then averaged.
+    """Transform to one channel: the gray image is transformed as three equal channels, which are then averaged.
 
     Args:
-        transform: from an RGB image to a tensor `(3, height, width)`
+        transform: transform from an RGB image to a tensor `(3, height, width)`
     """
 
     transform: ImageTransform
@@ -42,7 +42,7 @@ class ToGray:
 
 
 def match_channels(transform: ImageTransform, channels: int) -> ImageTransform:
-    """Return `transform`, which makes tensors of three channels, or a version of it that makes `channels`.
+    """Return `transform`, which yields three channels, or a version of it that yields `channels`.
 
     Raises:
         ConfigError: `channels` is neither one nor three.
@@ -53,5 +53,5 @@ def match_channels(transform: ImageTransform, channels: int) -> ImageTransform:
         return ToGray(transform)
     raise ConfigError(
         f"The network takes images of {channels} channels (in_chans), but images are read with {RGB}, or 1 when gray. "
-        f"Set in_chans to {RGB} or 1, or train on images of {channels} channels with a loop of your own."
+        f"Set in_chans to {RGB} or 1, or train on images of {channels} channels with your own loop."
     )

@@ -1,4 +1,4 @@
-"""Loading the network that the user names as a run folder, a model file or a checkpoint."""
+"""Loading of the network that the user names: a run folder, a model file or a checkpoint."""
 
 import re
 from pathlib import Path
@@ -21,8 +21,8 @@ def load(source: ModelSource, notify: Notify | None = None) -> tuple[nn.Module, 
     """Load the network of `source`, in evaluation mode on the CPU, and its description.
 
     Args:
-        source: what the user named.
-        notify: receives messages for the user, such as that a run is unfinished.
+        source: the network that the user named.
+        notify: receives messages for the user, for example that a run is unfinished.
 
     Raises:
         CheckpointError: there is nothing to load, or it does not fit the model.
@@ -113,7 +113,7 @@ def _restore_state(state: dict[str, Any], source: ModelSource) -> tuple[nn.Modul
 
 
 def _check_options(source: ModelSource) -> None:
-    """Raise a `ConfigError` for an option that has no effect on this kind of source."""
+    """Raise a `ConfigError` for an option that does not apply to this kind of source."""
     if source.state != "last" and not source.path.is_dir():
         raise ConfigError(f"--state chooses among the weights of a run folder, but {source.path} is a file.")
     given = {"--model": source.model, "--num_classes": source.num_classes, "--model_args": source.model_args or None}

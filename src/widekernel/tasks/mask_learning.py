@@ -1,4 +1,4 @@
-"""Learning of 2:4 masks over the frozen weights of a trained network, as a run of its own."""
+"""Learning of 2:4 masks over the frozen weights of a trained network, as a separate run."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ from widekernel.tensor_files import read_tensors
 from widekernel.training import EmaConfig, LoopConfig, OptimizerConfig, Reporter, RunFolder, ScheduleConfig
 from widekernel.training.config import SparsityConfig
 
-_START = "start.safetensors"  # the network that the masks are learned for, in the run folder
-_BEFORE_FIRST_STEP = {_START, ".lock"}  # what a run that was killed before its first step leaves
+_START = "start.safetensors"  # copy of the trained network in the run folder
+_BEFORE_FIRST_STEP = {_START, ".lock"}  # files left by a run that was killed before its first step
 
 
 def learn_masks(
     source: ModelSource, config: SparsifyConfig, learning: MaskLearningConfig, data: DataConfig, where: tuple[Path, Reporter]
 ) -> tuple[Sparsified, SavedModel]:
-    """Train the 2:4 masks of a network whose weights stay as they are, in a run folder that can be resumed.
+    """Train 2:4 masks for a network whose weights do not change, in a run folder from which it can be resumed.
 
     Args:
         source: the trained network.
-        config: which layers.
-        learning: how the masks are trained.
-        data: the images; settings that are not given are those of the network.
+        config: selection of the layers.
+        learning: settings of the training.
+        data: the images; settings that are not set are those of the network.
         where: the run folder, and a reporter of progress.
 
     Returns:
         the sparse network, and the description of the trained one.
 
     Raises:
-        ConfigError: the network is folded, or the run folder holds something else.
+        ConfigError: the network is folded, or the run folder contains something else.
     """
     folder, reporter = where
     model, saved = load(source)
@@ -76,7 +76,7 @@ def learn_masks(
 
 
 def _train_from(model: nn.Module, saved: SavedModel, settings: TrainConfig, reporter: Reporter) -> None:
-    """Save the network in the run folder and train; remove it again if the run did not begin."""
+    """Save the network in the run folder, and train; remove the file again if the run did not begin."""
     assert settings.output is not None
     run = RunFolder(Path(settings.output))
     start = run.path / _START
@@ -87,7 +87,7 @@ def _train_from(model: nn.Module, saved: SavedModel, settings: TrainConfig, repo
     try:
         train(settings, reporter)
     finally:
-        if is_new and not run.has_begun():  # otherwise the file is that of another process
+        if is_new and not run.has_begun():  # otherwise the file belongs to another process
             start.unlink()
             for each in reversed(made):
                 with suppress(OSError):  # a folder that is not empty stays
@@ -95,10 +95,10 @@ def _train_from(model: nn.Module, saved: SavedModel, settings: TrainConfig, repo
 
 
 def _with_learned_masks(model: nn.Module, folder: Path, config: SparsifyConfig) -> Sparsified:
-    """Return the network of a finished run, which carries its choices, so that it can be saved compressed."""
+    """Return the network of a finished run, with its choices attached so that it can be saved compressed."""
     learned, _ = load(ModelSource(folder))
     masks = load_masks(RunFolder(folder).masks, learned)
-    # Masks by magnitude are put on the same layers, and other layers are refused for the same reasons.
+    # Magnitude masks apply to the same layers, and the other layers are excluded for the same reasons.
     by_magnitude = semi_structured_config(replace(config, method="magnitude"))
     trial = semi_structured.prepare(copy.deepcopy(model), by_magnitude)
     choices = {
@@ -110,7 +110,7 @@ def _with_learned_masks(model: nn.Module, folder: Path, config: SparsifyConfig) 
 
 
 def _check_start(model: nn.Module, folder: Path, source: ModelSource) -> None:
-    """Raise unless the run folder is new, or learns the masks of exactly this network."""
+    """Raise unless the run folder is new, or belongs to a run that learns masks for exactly this network."""
     found = {path.name for path in folder.iterdir()} if folder.exists() else set()
     if found <= _BEFORE_FIRST_STEP and not RunFolder(folder).has_begun():
         return
@@ -127,7 +127,7 @@ def _check_start(model: nn.Module, folder: Path, source: ModelSource) -> None:
 
 
 def _data_like(saved: SavedModel, data: DataConfig) -> DataConfig:
-    """Return the data settings, with the network's preprocessing for all that they do not set."""
+    """Return the data settings, completed by the network's preprocessing."""
     known = saved.preprocessing
     return replace(
         data,
@@ -142,7 +142,7 @@ def _data_like(saved: SavedModel, data: DataConfig) -> DataConfig:
 def _augmentation_of(source: ModelSource) -> AugmentConfig:
     """Return the augmentation that the network was trained with, without mixing.
 
-    If a file does not say how it was trained, the images are crops that hold most of the picture.
+    If this is unknown, because the source is not in a run folder, images are only cropped, to most of their area.
     """
     run = source.run_folder()
     no_mixing: dict[str, Any] = {"mixup": 0.0, "cutmix": 0.0}

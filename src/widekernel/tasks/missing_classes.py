@@ -1,4 +1,4 @@
-"""Classes that a run has not seen because none of their images can be read."""
+"""Classes that a run does not see because none of their images can be read."""
 
 from collections import Counter
 from collections.abc import Collection
@@ -8,7 +8,7 @@ from widekernel.data.sources import targets_of
 
 
 def missing_classes(source: ImageSource, unreadable: Collection[str]) -> list[str]:
-    """Return a warning for every class of `source` whose images are all among the names `unreadable`."""
+    """Return a warning for every class of `source` whose images are all among `unreadable`, a collection of names."""
     targets = targets_of(source) if unreadable else None
     if targets is None:
         return []

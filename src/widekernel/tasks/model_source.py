@@ -1,4 +1,4 @@
-"""The network that the user names: a run folder, a model file or a checkpoint, and which of its weights."""
+"""Network that the user names: a run folder, a model file or a checkpoint, and which of its weights."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +11,12 @@ Weights = Literal["model", "ema"]
 
 @dataclass(frozen=True)
 class ModelSource:
-    """The network to load.
+    """Network to load.
 
     Args:
-        path: run folder, or checkpoint file, which holds a model or a training state of a run
+        path: run folder, or checkpoint file with a model or a training state of a run
         weights: the weights themselves, or their moving average
-        state: of a run folder: its last weights, or those with the best evaluation
+        state: which weights of a run folder: the last ones, or those with the best evaluation
         model: model name, for a checkpoint file that does not describe itself
         model_args: arguments of that model
         num_classes: outputs of that model; `None` keeps its own number
@@ -34,7 +34,7 @@ class ModelSource:
         return self.path / "model" if self.path.is_dir() else self.path
 
     def run_folder(self) -> RunFolder | None:
-        """Return the run that `path` is or lies in, or `None`."""
+        """Return the run whose folder is `path` or contains it, or `None`."""
         for candidate in (self.path, self.path.parent):
             if (candidate / "config.yaml").is_file():
                 return RunFolder(candidate)

@@ -1,4 +1,4 @@
-"""The results of a classification run: written at its end, and found again by the same command."""
+"""Results of a classification run, which are written at its end, and returned if the run is repeated."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from widekernel.training.curves import save_curves
 from widekernel.training.metrics_log import read_metrics
 
 SUMMARY_KEYS = ("epochs", "step", "val_top1", "val_top5", "train_unreadable", "val_unreadable")
-"""What every summary has."""
+"""Keys that every summary has."""
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished run.
+    """Result of a finished run.
 
     Args:
-        folder: where it is
-        summary: its final metrics
-        was_finished: whether it had been finished before
-        other_code: if it had, how the code that finished it differs from the present code; "" if it does not
+        folder: folder of the run
+        summary: final metrics
+        was_finished: whether the run was finished before this call
+        other_code: if so, how the code that finished it differs from the present code; "" if it does not
     """
 
     folder: RunFolder
@@ -44,11 +44,11 @@ def has_states(folder: RunFolder) -> bool:
 
 
 def earlier_result(config: TrainConfig, context: RunContext) -> RunResult | None:
-    """Return the result of the run if it is finished and complete; its model files are written again if damaged.
+    """Return the result of the run if it is finished and its model files are intact, or else `None`.
 
     Raises:
         CheckpointError: the data have changed since.
-        RunFolderError: the summary is damaged, or a model file is and there is no training state to write it from.
+        RunFolderError: the summary is damaged, or a model file is, and there is no training state to write it from.
     """
     folder = context.folder
     summary = folder.read_summary(SUMMARY_KEYS)
@@ -95,10 +95,10 @@ def _data_of(summary: dict[str, Any], folder: RunFolder) -> dict[str, Any]:
 
 
 def _lacks_models(config: TrainConfig, context: RunContext) -> bool:
-    """Return whether a finished run has to write its models again.
+    """Return whether a finished run has to write its model files again.
 
     Raises:
-        RunFolderError: it has to, but has no training state left.
+        RunFolderError: it has to, but there is no training state left.
     """
     folder = context.folder
     expected = [folder.model] if config.ema.decay is None else [folder.model, folder.model_ema]

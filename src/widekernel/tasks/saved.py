@@ -1,4 +1,4 @@
-"""Model files that can be rebuilt without other information: weights with model name, arguments, classes, preprocessing."""
+"""Self-contained model files: weights with the model's name and arguments, the classes and the preprocessing."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -20,7 +20,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class SavedModel:
-    """What a model file says about itself.
+    """Description of the model that a model file contains.
 
     Args:
         name: registered model name
@@ -28,7 +28,7 @@ class SavedModel:
         form: `training`, or `folded` for the merged network
         num_classes: number of outputs
         class_names: names in the order of the outputs; empty if unknown
-        preprocessing: how an image becomes an input
+        preprocessing: settings that turn an image into an input
     """
 
     name: str
@@ -39,7 +39,7 @@ class SavedModel:
     preprocessing: Preprocessing
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON form."""
+        """Return the description as values for JSON."""
         values = asdict(self)
         values["model"] = values.pop("name")
         values["data"] = values.pop("preprocessing")
@@ -47,7 +47,7 @@ class SavedModel:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "SavedModel":
-        """Rebuild the description from the JSON form.
+        """Rebuild the description from the values that `to_dict` returned.
 
         Raises:
             KeyError, TypeError, ValueError: it is incomplete or damaged.
@@ -81,7 +81,7 @@ class SavedModel:
 
 
 def save_model(model: nn.Module, path: Path, saved: SavedModel) -> None:
-    """Write the weights of `model` with their description, completely or not at all.
+    """Write the weights of `model` with their description, atomically.
 
     Raises:
         CheckpointError: the file cannot be written.

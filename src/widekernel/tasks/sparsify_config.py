@@ -12,20 +12,21 @@ Method = Literal["magnitude", "permuted", "learned"]
 
 @dataclass(frozen=True)
 class SparsifyConfig:
-    """How a trained network is made sparse.
+    """Settings that say how a trained network is made sparse.
 
     Args:
-        method: which weights are kept: magnitude (the largest), permuted (the largest after channels were reordered so that
-            less is lost; semi_structured only) or learned (masks trained on images; semi_structured only, needs data)
-        block: semi_structured (2:4: two of four input channels are kept), or what is pruned together: element, kernel,
-            branch or channel
-        sparsity: share of zeros, for blocks other than semi_structured
-        layers: name patterns of what becomes sparse (semi_structured: of layers; else of parameters), separated by commas;
-            default: all
-        exclude: name patterns of what stays dense, likewise
-        axis: what a group of four weights is: consecutive input channels of a tap (channels), or of the flattened filters
-            (im2col, as in the paper)
-        seed: of random choices
+        method: which weights are kept: magnitude (the largest), permuted (the largest, after reordering channels so that
+            less magnitude is lost; only with block semi_structured) or learned (masks trained on images; only with block
+            semi_structured, and needs data)
+        block: semi_structured (2:4: two of every four consecutive weights are kept), or the unit that is pruned as a whole:
+            element, kernel, branch or channel
+        sparsity: share of zeros; semi_structured is always 0.5
+        layers: patterns of names to make sparse, separated by commas: names of layers with semi_structured, names of
+            parameters with other blocks; null means all
+        exclude: patterns of names to keep dense, in the same form
+        axis: which four weights form a group with semi_structured: input channels at the same tap (channels), or
+            consecutive elements of the flattened filters (im2col, as in the paper)
+        seed: seed of the random choices
     """
 
     method: Method = "magnitude"
@@ -40,25 +41,25 @@ class SparsifyConfig:
         object.__setattr__(self, "block", current_name("block", self.block))
         if self.method != "magnitude" and self.block != SEMI_STRUCTURED:
             raise ConfigError(
-                f"method {self.method!r} makes masks 2:4, but block is {self.block!r}: use method magnitude, or block "
+                f"method {self.method!r} creates 2:4 masks, but block is {self.block!r}: use method magnitude, or block "
                 f"{SEMI_STRUCTURED}."
             )
         if self.block == SEMI_STRUCTURED and self.sparsity != 0.5:
             raise ConfigError(
-                f"sparsity is {self.sparsity}, but block {SEMI_STRUCTURED} (2:4) keeps half: leave it out, or use another "
-                "block."
+                f"sparsity is {self.sparsity}, but block {SEMI_STRUCTURED} (2:4) keeps half: leave sparsity out, or use "
+                "another block."
             )
 
 
 @dataclass(frozen=True)
 class MaskLearningConfig:
-    """How masks are learned over frozen weights.
+    """Settings of method learned: how masks are trained while the weights are frozen.
 
     Args:
-        epochs: passes over the training images
-        lr: learning rate of the logits at the first step, from which it falls along half a cosine
-        batch_size: images per step
-        device: auto, cpu, cuda or cuda:N
+        epochs: passes over the training images (method learned)
+        lr: learning rate of the mask logits at the first step; it falls along half a cosine (method learned)
+        batch_size: images per step of method learned, and per forward pass in evaluation
+        device: device for learning masks and for evaluation: auto (CUDA if available), cpu, cuda or cuda:N
     """
 
     epochs: int = 1

@@ -25,8 +25,8 @@ class Sparsified:
     Attributes:
         model: plain network with zeros, in evaluation mode.
         masks: parameter name -> bool tensor.
-        report: per parameter or layer.
-        kept: share of the summed magnitude of the masked weights that is left.
+        report: report by parameter or layer.
+        kept: share of the summed magnitude of the masked weights that remains.
     """
 
     model: nn.Module
@@ -36,11 +36,11 @@ class Sparsified:
 
 
 def sparsify(model: nn.Module, config: SparsifyConfig) -> Sparsified:
-    """Mask a network by magnitude, after a permutation of its channels if configured; changes the network.
+    """Mask a network by magnitude, in place, after a permutation of its channels if configured.
 
     Raises:
         ArgumentError: nothing can be masked, or a setting is out of range.
-        ConfigError: the masks have to be learned: see `learn_masks`.
+        ConfigError: the masks are to be learned, which `learn_masks` does.
     """
     if config.method == "learned":
         raise ConfigError("method learned needs images: give --data.root or --data.name.")
@@ -59,7 +59,7 @@ def sparsify(model: nn.Module, config: SparsifyConfig) -> Sparsified:
         block=config.block,
         seed=config.seed,
     )
-    # A controller needs an optimizer, which makes no step here.
+    # A controller needs an optimizer, but no step is made here.
     pruned = DynamicSparsity(model, torch.optim.SGD(model.parameters(), 0.0), settings)
     pruned.remove()
     return sparsified(model, pruned.masks, pruned.snapshot(), before)
@@ -68,7 +68,7 @@ def sparsify(model: nn.Module, config: SparsifyConfig) -> Sparsified:
 def sparsified(
     model: nn.Module, masks: dict[str, Tensor], snapshot: SparsitySnapshot, before: Mapping[str, float]
 ) -> Sparsified:
-    """Return the result for a masked network, given the `magnitudes` of its weights before."""
+    """Return the result for a masked network, given the `magnitudes` of its weights before masking."""
     after = magnitudes(model)
     kept = sum(after[name] for name in masks) / max(1e-30, sum(before[name] for name in masks))
     return Sparsified(model.eval(), masks, SparsityReport(snapshot), kept)

@@ -1,4 +1,4 @@
-"""The training loop and what it stores: settings, training states, metrics and the run folder."""
+"""Training loop, with its settings, training states, metrics and run folder."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Training states on disk: written atomically, verified when loaded, with a predecessor to fall back on."""
+"""Training states on disk: written atomically, verified when loaded, and with earlier states to fall back on."""
 
 import re
 from collections.abc import Callable
@@ -15,15 +15,15 @@ _NAME = re.compile(r"step-(\d{8,})\.pt$")
 
 
 class CheckpointStore:
-    """The folder `checkpoints/` of a run: `step-XXXXXXXX.pt` files, each with its `.sha256`.
+    """Folder `checkpoints/` of a run: `step-XXXXXXXX.pt` files, each with its `.sha256`.
 
     A state is a plain `torch.save` file of tensors and containers, which `torch.load(..., weights_only=True)` reads.
     The digest is written first: a state file without a matching digest is never used.
 
     Args:
-        folder: where the files are; created at the first save
-        keep: how many of the latest states stay; the best one always stays
-        report: receives messages about files that could not be used
+        folder: the folder, which is created at the first save
+        keep: number of latest states to keep; the best one is always kept
+        report: function that receives messages about files that could not be used
     """
 
     def __init__(self, folder: Path, keep: int = 2, report: Callable[[str], None] | None = None) -> None:
@@ -39,10 +39,10 @@ class CheckpointStore:
         return sorted((path for path in self.folder.iterdir() if _NAME.match(path.name)), key=step_of)
 
     def save(self, state: dict[str, Any], step: int, best_step: int | None) -> Path:
-        """Write `state` as the state after `step` optimizer steps, then remove those that are no longer kept.
+        """Write `state` as the state after `step` optimizer steps, and remove states that are no longer kept.
 
-        States that could not be read, or that are newer than `step`, are not predecessors of this one: they are renamed
-        to end in `.damaged` first, so that they do not count as kept.
+        States that could not be read, or that are newer than `step`, are not predecessors of this one. They are first
+        renamed to end in `.damaged`, so that they do not count among the states to keep.
 
         Raises:
             CheckpointError: the disk is full or not writable; earlier states are untouched.
@@ -94,11 +94,11 @@ class CheckpointStore:
             except CheckpointError as error:
                 reasons.append(str(error))
                 self._passed_over.add(path)
-                self._report(f"Passed over a training state: {error}")
+                self._report(f"Skipped a training state: {error}")
         if reasons:
             raise CheckpointError(
                 f"None of the {len(reasons)} training states in {self.folder} can be used: {'; '.join(reasons)} "
-                "Remove the run folder, or choose another --output, to start again."
+                "To start again, remove the run folder or choose another --output."
             )
         return None
 
@@ -161,8 +161,8 @@ def _digests(path: Path) -> list[str]:
 
 
 def _write_digest(path: Path, digest: str) -> None:
-    # If the state replaces one of the same step, the former digest is kept beside its own, so that whichever of the two
-    # state files a crash leaves behind is accepted.
+    # If the state replaces one of the same step, the former digest is kept as well, so that either state file is accepted,
+    # whichever of the two a crash leaves behind.
     former = _digests(path)[-1:] if path.exists() and _digest_path(path).exists() else []
     lines = "".join(f"{value}  {path.name}\n" for value in [*former, digest])
     write_atomically(_digest_path(path), lambda file: file.write(lines.encode()))

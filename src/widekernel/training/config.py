@@ -11,17 +11,21 @@ from widekernel.sparsity.semi_structured.config import SEMI_STRUCTURED, SemiStru
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """The optimizer (timm's create_optimizer_v2). Biases, other 1-D parameters and those that the model names do not decay.
+    """Settings of the optimizer, which timm's `create_optimizer_v2` creates.
+
+    Weight decay does not apply to biases, to other 1-D parameters, or to the parameters that the model excludes from it.
 
     Args:
-        name: optimizer name known to timm
+        name: name of an optimizer in timm
         lr: peak learning rate
         weight_decay: decoupled weight decay
-        eps: term added to the denominator; null keeps the optimizer's own
-        betas: coefficients of the running averages; null keeps the optimizer's own
-        layer_decay: factor on the learning rate per layer group, counted from the head; null means none
-        clip_grad: bound on the gradient; null means no clipping
-        clip_mode: what clip_grad bounds: the norm, each value, or each unit relative to its weight (agc)
+        eps: term added to the denominator for numerical stability; null uses the optimizer's default
+        betas: decay rates of the running averages (Adam's betas); null uses the optimizer's default
+        layer_decay: factor by which the learning rate falls from one layer group to the next, counted from the head; null
+            means the same rate for all
+        clip_grad: limit for gradient clipping; null turns clipping off
+        clip_mode: what clip_grad limits: the norm of all gradients (norm), each value (value), or the norm of each unit's
+            gradient relative to that of its weights (agc)
     """
 
     name: str = "adamw"
@@ -50,13 +54,13 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Learning rate per optimizer step: linear warm-up, then half a cosine.
+    """Settings of the learning rate, which is set at every optimizer step: linear warm-up, then half a cosine.
 
     Args:
         epochs: passes over the training images
-        warmup_epochs: epochs of linear warm-up, included in epochs
+        warmup_epochs: epochs of linear warm-up, included in schedule.epochs
         warmup_lr: learning rate at the first step of the warm-up
-        min_lr: learning rate at the end
+        min_lr: learning rate at the end of the run
     """
 
     epochs: int = 300
@@ -75,11 +79,11 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class EmaConfig:
-    """Exponential moving average of the weights (timm's ModelEmaV3).
+    """Settings of the exponential moving average of the weights (timm's ModelEmaV3).
 
     Args:
-        decay: fraction of the average kept at each step; null turns averaging off
-        warmup: start with a smaller decay that grows to this one
+        decay: fraction of the average that each step keeps, such as 0.9999; null turns averaging off
+        warmup: start with a smaller decay, which grows to ema.decay
     """
 
     decay: float | None = None
@@ -93,15 +97,16 @@ class EmaConfig:
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """Batches, precision and device.
+    """Settings of batches, precision and device.
 
     Args:
         batch_size: images per forward pass and process
-        eval_batch_size: images per forward pass in evaluation; null means one and a half times batch_size
-        accumulate: forward passes per optimizer step; an incomplete last group of an epoch is skipped
-        precision: arithmetic of the forward pass: fp32, or autocast to bf16 or (CUDA only) fp16
-        device: auto (CUDA if there is one), cpu, cuda or cuda:N
-        channels_last: keep activations in channels-last memory order
+        eval_batch_size: images per forward pass in evaluation; null means 1.5 times loop.batch_size
+        accumulate: forward passes whose gradients are accumulated for each optimizer step; an incomplete last group of an
+            epoch is skipped
+        precision: fp32, or mixed precision (autocast) with bf16 or, on CUDA only, fp16
+        device: auto (CUDA if available), cpu, cuda or cuda:N
+        channels_last: use the channels-last memory format
         log_every: optimizer steps between rows of metrics.jsonl
     """
 
@@ -124,12 +129,12 @@ class LoopConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When training states are saved, and how many are kept; the best one is always kept.
+    """Settings of the training states: when they are saved, and how many are kept.
 
     Args:
         every_epochs: epochs between training states
-        every_steps: optimizer steps between further training states; null saves at the end of epochs only
-        keep: how many of the latest training states to keep
+        every_steps: optimizer steps between additional training states; null saves only at the end of epochs
+        keep: number of latest training states to keep; the best one is always kept as well
     """
 
     every_epochs: int = 1
@@ -145,14 +150,15 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class SparsityConfig:
-    """Sparsity of the weights.
+    """Settings of the sparsity of the weights.
 
     Args:
-        method: none; dynamic (masks that move while the weights are trained, including coarse pruning); semi_structured (2:4
-            masks learned over the frozen weights of model.weights or model.pretrained); 2:4 (old name of semi_structured)
-        dynamic: settings of masks that move
-        semi_structured: settings of learned 2:4 masks
-        masks: file of masks to start from (sparsity.method dynamic only)
+        method: none; dynamic (train the weights under masks that move; includes coarse pruning); semi_structured (learn 2:4
+            masks while the weights, from model.weights or model.pretrained, stay frozen); or 2:4, the old name of
+            semi_structured
+        dynamic: dynamic sparse training (sparsity.method dynamic)
+        semi_structured: learned 2:4 masks (sparsity.method semi_structured)
+        masks: file of masks to start from (only with sparsity.method dynamic)
     """
 
     method: Literal["none", "dynamic", "semi_structured", "2:4"] = "none"
@@ -169,20 +175,20 @@ class SparsityConfig:
         if self.method == SEMI_STRUCTURED and self.semi_structured.method != "learned":
             raise ConfigError(
                 f"sparsity.semi_structured.method is {self.semi_structured.method!r}, which needs no training: use "
-                "`widekernel sparsify`, then train with --sparsity.method dynamic, .init from_weights and "
+                "`widekernel sparsify`; to train further, use --sparsity.method dynamic, .init from_weights and "
                 ".block semi_structured."
             )
 
 
 def check_averaging(config: SparsityConfig, decay: float | None) -> None:
-    """Raise a `ConfigError` if averaging is configured for weights that do not change."""
+    """Raise a `ConfigError` if a moving average is configured for weights that do not change."""
     if config.method == SEMI_STRUCTURED and decay is not None:
-        raise ConfigError(f"ema.decay is {decay}, but learned 2:4 masks leave the weights as they are: set it to null.")
+        raise ConfigError(f"ema.decay is {decay}, but weights do not change while 2:4 masks are learned: set it to null.")
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """The settings that the training loop uses."""
+    """Settings that the training loop uses."""
 
     seed: int
     optimizer: OptimizerConfig

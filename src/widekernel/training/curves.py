@@ -1,4 +1,4 @@
-"""Training curves as a picture, drawn without touching Matplotlib's global state."""
+"""Plots of the training curves, drawn without touching matplotlib's global state."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""Errors of networks and loading processes, restated in one line that says what failed, why and what to do."""
+"""Errors of networks and loading processes, restated in one line: what failed, why, and what to do."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _REMEDIES = (
 
 
 class TrainingError(WidekernelError, RuntimeError):
-    """Training cannot go on: the loss is no longer finite, or too many images are unreadable."""
+    """Error that ends the training: the loss is not finite, or too many images are unreadable."""
 
 
 class NetworkError(WidekernelError, RuntimeError):
-    """A network fails when it is run."""
+    """Error for a network that fails when it is run."""
 
     causes: ClassVar = (RuntimeError, ValueError, TypeError, IndexError, AssertionError, MemoryError)
 
@@ -42,7 +42,7 @@ class NetworkError(WidekernelError, RuntimeError):
 
 
 class LoadingError(WidekernelError, RuntimeError):
-    """The processes that load images fail, but not because of an image."""
+    """Error of the processes that load images, for reasons other than an unreadable image."""
 
     causes: ClassVar = (RuntimeError, MemoryError, OSError)
 
@@ -57,14 +57,14 @@ class LoadingError(WidekernelError, RuntimeError):
 
 @contextmanager
 def errors_as(kind: type[NetworkError | LoadingError], what: str) -> Iterator[None]:
-    """Restate the errors in `kind.causes` that the block raises as `kind`; our own errors pass unchanged.
+    """Restate errors of the types `kind.causes` in the block as a `kind`; our own errors pass unchanged.
 
     Args:
-        kind: of the error.
+        kind: kind of the error.
         what: what the block does, such as "Training step 3".
 
     Raises:
-        NetworkError, LoadingError: whichever `kind` is.
+        NetworkError, LoadingError: depending on `kind`.
     """
     try:
         yield

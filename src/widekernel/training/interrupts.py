@@ -1,4 +1,4 @@
-"""Stopping between two steps when the user or the cluster asks for it."""
+"""Stopping between two steps when the user or the cluster requests it."""
 
 import signal
 import threading
@@ -6,10 +6,10 @@ from types import FrameType, TracebackType
 
 
 class Interrupted(Exception):  # noqa: N818 - a request that was granted, not an error
-    """Raised when training has stopped on request, after saving.
+    """Exception that reports that training has stopped on request, after saving.
 
     Attributes:
-        signal_number: the signal that asked for it.
+        signal_number: the signal that requested it.
     """
 
     def __init__(self, signal_number: int) -> None:
@@ -18,7 +18,7 @@ class Interrupted(Exception):  # noqa: N818 - a request that was granted, not an
 
 
 def _stop_signals() -> list[int]:
-    """Return SIGINT, SIGTERM and, unless it is ignored as under nohup, SIGHUP, which a closing terminal sends."""
+    """Return SIGINT, SIGTERM and SIGHUP (sent by a closing terminal), unless SIGHUP is ignored, as under nohup."""
     hangup = getattr(signal, "SIGHUP", None)
     if hangup is None or signal.getsignal(hangup) == signal.SIG_IGN:
         return [signal.SIGINT, signal.SIGTERM]
@@ -26,9 +26,9 @@ def _stop_signals() -> list[int]:
 
 
 class InterruptGuard:
-    """Remember the first SIGINT, SIGTERM or SIGHUP within the block instead of raising; a second SIGINT raises at once.
+    """Context manager that remembers the first SIGINT, SIGTERM or SIGHUP; a second SIGINT raises immediately.
 
-    The former handlers are restored at the end of the block. Outside the main thread signals cannot be caught, and the
+    The former handlers are restored at the end of the block. Outside the main thread, signals cannot be caught, and the
     guard does nothing.
 
     Attributes:

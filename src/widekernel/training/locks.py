@@ -1,4 +1,4 @@
-"""A lock between processes, which the system releases when its holder ends for whatever reason."""
+"""Lock between processes, which the system releases when its holder ends for any reason."""
 
 import os
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ _held: set[int] = set()
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """Hold the lock on the file `path`, which is created, within the block. Does nothing on Windows.
+    """Hold a lock on the file `path`, which is created if necessary, within the block. Do nothing on Windows.
 
     Only the holder of the lock may remove the file.
 
@@ -30,14 +30,14 @@ def exclusive(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if descriptor in _held:  # not in a child
+        if descriptor in _held:  # false in a child process
             _held.discard(descriptor)
             fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
 
 
 def _locked(path: Path) -> int:
-    """Open and lock the file at `path`; repeat if it is no longer there once locked, as its former holder may remove it."""
+    """Open and lock the file at `path`; repeat if the former holder of the lock removed the file in the meantime."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:

@@ -1,4 +1,4 @@
-"""The training loop: one model, one objective, resumable after any optimizer step."""
+"""Training loop for one model and one objective, which can be resumed after any optimizer step."""
 
 import math
 import signal
@@ -30,13 +30,13 @@ from widekernel.training.unreadable import check_unreadable
 
 
 class Trainer:
-    """Trains a model for an objective, and maintains the run folder.
+    """Trainer of a model for an objective, which also maintains the run folder.
 
     Args:
         model: network on `context.device`
         objective: loss and evaluation
         loader: training batches by epoch
-        config: the settings of the loop
+        config: settings of the loop
         context: run folder, device, processes and reporter
 
     Raises:
@@ -79,7 +79,7 @@ class Trainer:
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Number of optimizer steps in the whole run."""
         return self.steps_per_epoch * self.config.schedule.epochs
 
     def run(self) -> None:
@@ -109,7 +109,7 @@ class Trainer:
             with errors_as(NetworkError, f"Training step {self.progress.step + 1}"):
                 self._step(images)
             every = self.config.checkpoint.every_steps
-            # After the first step the folder belongs to this run; saving at once shows that states can be written.
+            # The folder belongs to this run from the first step on; saving right then shows that states can be written.
             due = self.progress.step == 1 or (every is not None and self.progress.step % every == 0)
             stop = self._stop_requested(guard)
             if due or stop:
@@ -125,7 +125,7 @@ class Trainer:
             raise TrainingError(
                 f"The training loss is {total} at step {self.progress.step + 1}. Lower optimizer.lr "
                 f"({self.config.optimizer.lr}), set optimizer.clip_grad, or use precision bf16 or fp32, "
-                "in another output folder. The last training state was saved before this."
+                "in another output folder. The last training state was saved before that."
             )
         self._update()
         if self.progress.step == 0 and self.context.processes.is_main:
@@ -134,12 +134,12 @@ class Trainer:
         self.progress.step += 1
         self.progress.step_in_epoch += 1
         if self.ema is not None:
-            # Given a step, timm replaces the average at the first update; without warm-up the average starts as it is.
+            # If given a step, timm overwrites the average at the first update, which is wanted only with warm-up.
             self.ema.update(self.model, step=self.progress.step if self.config.ema.warmup else None)
         self._log_step(total)
 
     def _backward(self, batch: Batch, number: int, count: int) -> float:
-        """Add the gradients of batch `number` of `count` in a step, and return its part of the step's loss."""
+        """Add the gradients of batch `number` of the `count` in a step, and return its part of the step's loss."""
         self._note_unreadable(batch.unreadable)
         stream = (self.config.seed, self.progress.step, number, self.context.processes.rank)
         with self.autocast():
@@ -150,7 +150,7 @@ class Trainer:
         return value
 
     def _update(self) -> None:
-        """Clip the gradients if configured, and let the optimizer step."""
+        """Clip the gradients if configured, and make the optimizer step."""
         clip = self.config.optimizer.clip_grad
         if clip is not None:
             self.scaler.unscale_(self.optimizer)
@@ -166,14 +166,14 @@ class Trainer:
         progress.loss_sum += loss
         progress.loss_count += 1
         self.context.reporter.step(progress.epoch, progress.step, loss, self._lr())
-        # The last row of an epoch waits for the evaluation.
+        # The last row of an epoch is written after the evaluation.
         if progress.step % self.config.loop.log_every == 0 and progress.step_in_epoch < self.steps_per_epoch:
             self._write_row({})
 
     def _finish_epoch(self, guard: InterruptGuard) -> None:
         metrics = self._evaluate(guard)
         if metrics is None:
-            # The state says that all steps of this epoch are done, so the resumed run begins with the evaluation.
+            # All steps of this epoch are done in the saved state, so the resumed run begins with the evaluation.
             self.save()
             raise Interrupted(guard.received or signal.SIGTERM)
         progress = self.progress
@@ -242,7 +242,7 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """Return everything that a resumed run needs, as tensors and plain containers.
 
-        Mixup and augmentation have no state of their own: they are functions of seed and position.
+        Mixup and augmentation have no state, because they are functions of seed and position.
         """
         return {
             "model": self.model.state_dict(),
@@ -269,7 +269,7 @@ class Trainer:
             f"Resuming {self.context.folder.path} after step {self.progress.step} of {self.total_steps}."
         )
         if state.get("code") != self.context.code:
-            self.context.reporter.message("The steps so far were made by other code, or with other versions of libraries.")
+            self.context.reporter.message("The steps so far ran with other code, or with other versions of libraries.")
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore the training state `state`.
@@ -281,8 +281,8 @@ class Trainer:
         self.context.folder.check_same_data(state["data"], self.context.fingerprint)
         if state["world_size"] != self.context.processes.world_size:
             raise CheckpointError(
-                f"The run was saved by {state['world_size']} process(es) and is resumed by "
-                f"{self.context.processes.world_size}. Resume with the same number."
+                f"The run was saved by {state['world_size']} process(es), but is resumed by "
+                f"{self.context.processes.world_size}. Resume it with the same number."
             )
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
@@ -296,7 +296,7 @@ class Trainer:
 
 
 def _autocast(precision: str, device: torch.device) -> Callable[[], AbstractContextManager]:
-    """Return what makes the context of the forward pass in `precision`.
+    """Return a function that creates the context of a forward pass in `precision`.
 
     Raises:
         ConfigError: the precision is not available on the device.

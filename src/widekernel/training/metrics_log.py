@@ -1,6 +1,6 @@
-"""The file metrics.jsonl: one JSON object per line, without duplicates even if the run was interrupted.
+"""File metrics.jsonl: one JSON object per line, without duplicates even if the run was interrupted.
 
-Every row has `epoch` (counted from 1), `step` (optimizer steps done), `train_loss` (mean since the row before) and
+Every row has `epoch` (counted from 1), `step` (optimizer steps done), `train_loss` (mean since the previous row) and
 `lr`. The last row of an epoch also has the metrics of the evaluation.
 """
 
@@ -14,7 +14,7 @@ from widekernel.files import explained
 
 
 class MetricsLog:
-    """A file of rows that can be cut back to an earlier length, which training states store."""
+    """File of rows that can be cut back to an earlier length, which training states store."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -24,7 +24,7 @@ class MetricsLog:
         """Keep only the first `rows` rows.
 
         Raises:
-            WidekernelError: the file cannot be written, or has fewer rows, so it does not belong to the training state.
+            WidekernelError: the file cannot be written, or has fewer rows and so does not belong to the training state.
         """
         with explained(self.path):
             lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
@@ -40,10 +40,10 @@ class MetricsLog:
             file.truncate(sum(len(line) for line in lines[:rows]))
 
     def append(self, row: dict[str, Any]) -> None:
-        """Append one row, written through to the file system.
+        """Append one row, and pass it to the file system.
 
         Raises:
-            WidekernelError: it cannot be written.
+            WidekernelError: the file cannot be written.
         """
         with explained(self.path), self.path.open("ab") as file:
             file.write((json.dumps(row) + "\n").encode())

@@ -1,4 +1,4 @@
-"""What the training loop expects of a task."""
+"""Interface between the training loop and a task."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from widekernel.training.config import Metrics
 
 
 class Objective(Protocol):
-    """The loss to minimize and the metrics to measure."""
+    """Loss to minimize and metrics to measure."""
 
     best_metric: str
-    """The metric of `evaluate` that decides which training state is the best; larger is better."""
+    """Metric of `evaluate` that decides which training state is the best; larger is better."""
 
     def loss(self, model: nn.Module, batch: Batch, stream: tuple[int, ...]) -> Tensor:
         """Return the mean loss of a batch, which is on the model's device.
@@ -24,10 +24,10 @@ class Objective(Protocol):
         """
 
     def evaluate(self, model: nn.Module, name: str, stop: Callable[[], bool]) -> Metrics | None:
-        """Return the metrics on the held-out data, or `None` if `stop()` became true meanwhile.
+        """Return the metrics on the held-out data, or `None` if `stop()` returned true.
 
         Args:
             model: network to evaluate.
-            name: says in messages whose weights these are.
-            stop: asked between batches.
+            name: name of the weights in messages, such as "averaged weights".
+            stop: called between batches.
         """

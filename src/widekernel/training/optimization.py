@@ -1,4 +1,4 @@
-"""The optimizer and learning-rate schedule of a configuration, made by timm's factories."""
+"""Optimizer and learning-rate schedule of a configuration, created by timm's factories."""
 
 from dataclasses import replace
 from typing import Any
@@ -13,9 +13,9 @@ from widekernel.training.config import OptimizerConfig, ScheduleConfig
 
 
 def create_optimizer(trained: nn.Module | list[nn.Parameter], config: OptimizerConfig) -> Optimizer:
-    """Create the configured optimizer for a network, or for parameters that are not weights, without weight decay.
+    """Create the configured optimizer for a network, or for a list of parameters that are not weights.
 
-    In a network, weight decay applies only to weights of two and more dimensions.
+    In a network, weight decay applies only to weights of two or more dimensions; parameters in a list do not decay.
 
     Raises:
         ConfigError: timm knows no optimizer of that name, or the optimizer does not take a setting.

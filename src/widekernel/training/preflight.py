@@ -1,4 +1,4 @@
-"""Checks before the first step: settings that have no effect, or a wrong one, in a run of this length."""
+"""Checks before the first step for settings that have no effect, or a wrong one, in a run of this length."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from widekernel.sparsity.dynamic.config import with_total_steps
 from widekernel.training.config import SparsityConfig, TrainingConfig
 
 _REFUSE_ABOVE, _NOTE_ABOVE = 0.9, 0.05
-"""Fractions of the initial weights in the final average above which a run is refused, or a note is made."""
+"""Share of the initial weights in the final average above which a run is refused, or the user gets a note."""
 
 
 def check_run_length(config: TrainingConfig, total_steps: int) -> list[str]:
     """Check the settings whose effect depends on the length of a run.
 
     Args:
-        config: of the run.
+        config: settings of the run.
         total_steps: its optimizer steps.
 
     Returns:
         notes for the user.
 
     Raises:
-        ConfigError: the averaged weights or the sparsity would stay as they are at the start.
+        ConfigError: the averaged weights or the sparsity would hardly change from their initial values.
     """
     return [*_check_average(config, total_steps), *_check_masks(config.sparsity, total_steps), *_notes_on_rates(config)]
 
@@ -33,13 +33,13 @@ def _check_average(config: TrainingConfig, total_steps: int) -> list[str]:
         return []
     left = decay**total_steps
     what = (
-        f"ema.decay is {decay}, with which {100 * left:.3g} % of the average would be the first weights after the "
-        f"{total_steps} steps of the run"
+        f"ema.decay is {decay}, so after the {total_steps} steps of the run {100 * left:.3g} % of the average "
+        "would still be the initial weights"
     )
     if left > _REFUSE_ABOVE:
         suited = 1 - 5 / max(total_steps, 10)
         raise ConfigError(f"{what}: set ema.warmup to true, ema.decay to {suited:.3g} or lower, or ema.decay to null.")
-    return [f"{what}; ema.warmup avoids it."] if left > _NOTE_ABOVE else []
+    return [f"{what}; ema.warmup avoids this."] if left > _NOTE_ABOVE else []
 
 
 def _notes_on_rates(config: TrainingConfig) -> list[str]:
@@ -64,8 +64,8 @@ def _check_masks(config: SparsityConfig, total_steps: int) -> list[str]:
         return []
     last = int(min(dynamic.stop_step, total_steps))
     what = (
-        f"sparsity.dynamic.update_interval is {dynamic.update_interval}, but masks move only in the first {last} of "
-        f"{total_steps} steps"
+        f"sparsity.dynamic.update_interval is {dynamic.update_interval}, but masks move only in the first {last} "
+        f"of {total_steps} steps"
     )
     if dynamic.initial_sparsity is not None:
         raise ConfigError(f"{what}, so the sparsity would stay at initial_sparsity ({dynamic.initial_sparsity}): lower it.")
@@ -73,6 +73,6 @@ def _check_masks(config: SparsityConfig, total_steps: int) -> list[str]:
 
 
 def notes_on_workers(workers: int) -> list[str]:
-    """Return a note if more processes decode images than there are processors."""
+    """Return a note if there are more processes that decode images than processors."""
     cores = processors()
     return [f"data.workers is {workers}, but there are {cores} processors here."] if workers > cores else []

@@ -1,4 +1,4 @@
-"""The processes that train together, as the training loop sees them."""
+"""Processes that train together, as the training loop sees them."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from widekernel.deprecation import renamed_attribute
 
 @dataclass(frozen=True)
 class Processes:
-    """One process that trains alone. The training loop asks this object who writes files and how to sum."""
+    """A single training process. The training loop uses this object to choose who writes files, and to sum values."""
 
     rank: int = 0
     world_size: int = 1

@@ -1,4 +1,4 @@
-"""The global random generators: seeding at the start of a run, and their state in checkpoints."""
+"""Global random generators: seeding at the start of a run, and their state in checkpoints."""
 
 import random
 from typing import Any, cast
@@ -13,7 +13,7 @@ MODEL_STREAM = 4
 
 
 def seed_run(seed: int, rank: int = 0) -> None:
-    """Seed Python, NumPy and PyTorch for a run; only for the entry point of a training process."""
+    """Seed Python, NumPy and PyTorch for a run; call it only at the entry point of a training process."""
     derived = derive_seed(MODEL_STREAM, seed, rank)
     random.seed(derived)
     np.random.seed(derived % 2**32)

@@ -1,4 +1,4 @@
-"""The interface through which training and evaluation report progress; the library itself prints nothing."""
+"""Interface through which training and evaluation report progress; the library itself prints nothing."""
 
 from typing import Protocol
 
@@ -8,25 +8,25 @@ from widekernel.training.config import Metrics
 
 
 class Reporter(Protocol):
-    """Receives progress and messages. An implementation owns the console, the log file or the widget."""
+    """Receiver of progress and messages. An implementation owns the console, the log file or the widget."""
 
     def message(self, text: str) -> None:
-        """Show a message, such as that a run is resumed or that an image is unreadable."""
+        """Show a message, for example that a run is resumed or that an image is unreadable."""
 
     def start_training(self, epochs: int, steps_per_epoch: int, first_step: int) -> None:
-        """Note that training begins after `first_step` optimizer steps."""
+        """Report that training begins after `first_step` optimizer steps."""
 
     def step(self, epoch: int, step: int, loss: float, lr: float) -> None:
-        """Note that an optimizer step is done; `step` counts from the start of training."""
+        """Report that an optimizer step is done; `step` counts from the start of training."""
 
     def start_evaluation(self, batches: int, name: str) -> None:
-        """Note that an evaluation of `batches` batches begins; `name` says whose."""
+        """Report that an evaluation of `batches` batches begins; `name` says which weights are evaluated."""
 
     def evaluated(self, batches: int) -> None:
-        """Note that `batches` more batches are evaluated."""
+        """Report that `batches` more batches have been evaluated."""
 
     def epoch(self, epoch: int, metrics: Metrics) -> None:
-        """Note that an epoch and its evaluation are done."""
+        """Report that an epoch and its evaluation are done."""
 
 
 class SilentReporter(Reporter):

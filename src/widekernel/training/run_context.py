@@ -1,4 +1,4 @@
-"""What a run works with besides its model, data and settings."""
+"""Context of a run: everything that it needs besides its model, data and settings."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from widekernel.training.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class RunContext:
-    """The surroundings of a run: where it is stored, computes and reports, and what identifies it.
+    """Context of a run: where it is stored, computes and reports, and what identifies it.
 
     Args:
-        folder: where the run is stored
-        device: where the model is
+        folder: folder that stores the run
+        device: device of the model
         processes: the processes that train together
         reporter: receives progress and messages
         fingerprint: description of the training data; a resumed run must have the same data
-        code: description of the program; a message says if a run is resumed by another one
+        code: description of the program; the user is told if a run is resumed by a different one
         description: description of the model, stored in training states so that they can be used without this run
-        settings: of the run, stored in training states so that those of another run are not mistaken for its own
+        settings: settings of the run, stored in training states so that states of other runs are recognized
     """
 
     folder: RunFolder

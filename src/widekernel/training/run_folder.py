@@ -1,4 +1,4 @@
-"""The folder of one run: settings, metrics, training states, curves and the final model."""
+"""Folder of a run: settings, metrics, training states, curves and the final model."""
 
 import json
 import os
@@ -37,11 +37,11 @@ _FIRST_STATE = "step-00000000.pt"
 
 
 class RunFolderError(WidekernelError, ValueError):
-    """A run folder that cannot be written, or belongs to another run."""
+    """Error for a run folder that cannot be written, or belongs to another run."""
 
 
 class RunFolder:
-    """The paths and small files of a run."""
+    """Paths and small files of a run."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -59,11 +59,11 @@ class RunFolder:
         self._pending: dict[str, Any] | None = None
 
     def prepare(self, config: dict[str, Any]) -> None:
-        """Check that the folder is free, or belongs to a run with the settings `config`; `begin` takes it for that run.
+        """Check that the folder is free or belongs to a run with the settings `config`, which `begin` will write.
 
         Raises:
-            RunFolderError: the folder is not writable, holds files of something else, or holds a run with other settings
-                that has begun; the message names these settings.
+            RunFolderError: the folder is not writable, contains other files, or contains a run that has begun with other
+                settings; the message names these settings.
         """
         self.make_writable()
         if self.config.exists():
@@ -81,29 +81,29 @@ class RunFolder:
         self._pending = config
 
     def begin(self) -> None:
-        """Write the settings that `prepare` was given; the folder belongs to them once the first optimizer step is done.
+        """Write the settings that `prepare` was given; called after the first step, when the folder becomes this run's.
 
         Raises:
             WidekernelError: it cannot be written.
         """
         if self._pending is not None:
-            for leftover in self.checkpoints.glob(f"{_FIRST_STATE}*"):  # earlier versions saved it before any step
+            for leftover in self.checkpoints.glob(f"{_FIRST_STATE}*"):  # earlier versions saved a state before any step
                 leftover.unlink()
             text = yaml.safe_dump(self._pending, sort_keys=False, allow_unicode=True)
             with explained(self.config):
-                # Another file belongs to no run that has begun; it may be the user's own.
+                # A different file does not belong to a run that has begun; it may be the user's own.
                 if self.config.exists() and self.config.read_text() != text:
                     self.config.replace(self.config.with_name("config.yaml.replaced"))
             write_file(self.config, text.encode())
 
     def has_begun(self) -> bool:
-        """Return whether there is a training state after at least one optimizer step, a row of metrics or a result."""
+        """Return whether there is a training state after at least one step, a row in the metrics, or a result."""
         states = (path.name for path in self.checkpoints.glob("step-*.pt*"))
         rows = self.metrics.exists() and self.metrics.stat().st_size > 0
         return rows or self.summary.exists() or any(not name.startswith(_FIRST_STATE) for name in states)
 
     def make_writable(self) -> list[Path]:
-        """Create the folder, and try to write a file to it.
+        """Create the folder, and check that files can be written to it.
 
         Returns:
             the folders that did not exist before, outermost first.
@@ -129,7 +129,7 @@ class RunFolder:
         """Create and lock the folder within the block; undo this afterwards if no run has begun in it.
 
         Raises:
-            RunFolderError: it cannot be written, or another process trains in it.
+            RunFolderError: the folder cannot be written, or another process trains in it.
         """
         made = self.make_writable()
         try:
@@ -175,10 +175,10 @@ class RunFolder:
             )
 
     def check_own(self, state: dict[str, Any], config: dict[str, Any]) -> None:
-        """Raise unless a training state belongs to a run with the settings `config`; old states may not say.
+        """Raise unless a training state belongs to a run with the settings `config`; old states do not record them.
 
         Raises:
-            CheckpointError: it does not; the message names what differs.
+            CheckpointError: it belongs to another run; the message names the settings that differ.
         """
         lines = _differing(state.get("settings") or config, config, ("in the state", "in the run"))
         if lines:
@@ -189,14 +189,14 @@ class RunFolder:
             )
 
     def check_same_data(self, then: dict[str, Any], now: dict[str, Any]) -> None:
-        """Raise unless the present data are those of the run.
+        """Raise unless the data are the same as those of the run.
 
         Args:
             then: description of the run's data; one of an earlier version may lack some keys.
-            now: description of the present data.
+            now: description of the data now.
 
         Raises:
-            CheckpointError: they are not; the message names what differs.
+            CheckpointError: the data differ; the message says how.
         """
         for key, value in now.items():
             if key in then and then[key] != value:
@@ -206,7 +206,7 @@ class RunFolder:
                 )
 
     def how_to_continue(self) -> str:
-        """Return a sentence on how another run can start from the weights of this one, or "" if it has none."""
+        """Return a sentence that says how to start another run from the weights of this one, or "" if it has none."""
         states = sorted(self.checkpoints.glob("step-*.pt"))
         weights = self.model if self.model.exists() else states[-1] if states else None
         return "" if weights is None else f" A new run starts from the weights of this one with --model.weights {weights}"
@@ -230,7 +230,7 @@ class RunFolder:
         return config
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        """Write the final result; its presence marks the run as finished.
+        """Write the final result, whose presence marks the run as finished.
 
         Raises:
             WidekernelError: it cannot be written.
@@ -252,13 +252,13 @@ class RunFolder:
             return None
         except (OSError, ValueError) as error:
             raise RunFolderError(
-                f"{self.summary} is damaged ({error}). Delete it, and the same command writes it again."
+                f"{self.summary} is damaged ({error}). Delete it and repeat the command, which writes it again."
             ) from error
         return summary
 
 
 def _differing(there: dict[str, Any], now: dict[str, Any], words: tuple[str, str] = ("there", "now")) -> list[str]:
-    """Return one line for every setting that differs and alters what is computed."""
+    """Return one line for every setting that differs, except those that do not affect what is computed."""
     saved, new = flatten(there), flatten(now)
     for settings in (saved, new):
         for key in ("sparsity.method", "sparsity.dynamic.block"):

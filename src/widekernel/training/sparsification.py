@@ -1,4 +1,4 @@
-"""Sparsification: how a run makes its network sparse, as the training loop sees it."""
+"""Sparsification of the network of a run, as the training loop sees it."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ from widekernel.training.config import Metrics, SparsityConfig
 
 
 class Sparsification(Protocol):
-    """What the training loop calls at the points of a step where sparsity matters."""
+    """Interface that the training loop calls wherever sparsity matters."""
 
     def trained(self, model: nn.Module) -> nn.Module | list[nn.Parameter]:
-        """Return what the optimizer trains."""
+        """Return the network or the parameters that the optimizer trains."""
 
     def attach(self, optimizer: Optimizer, average: ModelEmaV3 | None, total_steps: int) -> None:
         """Attach to the optimizer and the averaged weights, once both exist."""
 
     def penalty(self) -> Tensor | None:
-        """Return what is added to the loss of a step, or None."""
+        """Return the term that is added to the loss of a step, or None."""
 
     def before_clipping(self) -> None:
-        """Prepare the gradients of a step, which are complete, for clipping."""
+        """Prepare the complete gradients of a step for clipping."""
 
     def after_step(self) -> None:
-        """Do what follows a step of the optimizer."""
+        """Finish a step, after that of the optimizer."""
 
     def figures(self) -> Metrics:
-        """Return figures for a row of metrics."""
+        """Return figures for a row in the metrics."""
 
     def state(self) -> dict[str, Any] | None:
-        """Return what a training state stores."""
+        """Return the part of a training state that describes the sparsity."""
 
     def load_state(self, state: dict[str, Any] | None) -> None:
-        """Continue from what `state` returned."""
+        """Continue from a result of `state`."""
 
     def report(self) -> SparsityReport | None:
-        """Return what is masked, why the rest is not, and how the masks have moved."""
+        """Return a report on what is masked, why the rest is not, and how the masks have moved."""
 
     def masks(self) -> dict[str, Tensor]:
         """Return the masks: parameter name -> bool tensor."""
@@ -55,7 +55,7 @@ class Sparsification(Protocol):
 
 
 class Dense(Sparsification):
-    """No sparsity."""
+    """Sparsification that does nothing: the network stays dense."""
 
     kind = "none"
 
@@ -107,7 +107,7 @@ class Dynamic(Dense):
     Args:
         model: the network.
         config: the settings.
-        seed: of the run; it is added to that of the masks.
+        seed: seed of the run, which is added to that of the masks.
     """
 
     kind = "dynamic"
@@ -164,12 +164,12 @@ class Dynamic(Dense):
 
 
 class Learned(Dense):
-    """2:4 masks that are learned over frozen weights.
+    """Learned 2:4 masks over frozen weights.
 
     Args:
-        model: the network, whose weights are parametrized from now on.
+        model: the network, whose weights this parametrizes.
         config: the settings.
-        seed: of the run; it is added to that of the noise.
+        seed: seed of the run, which is added to that of the noise.
         total_steps: optimizer steps of the run.
     """
 
@@ -198,7 +198,7 @@ class Learned(Dense):
         return {"mask_entropy": self._controller.entropy(), "mask_flips": self._controller.flip_rate()}
 
     def state(self) -> dict[str, Any] | None:
-        """Return logits, step and the configuration to prepare a network with."""
+        """Return logits, step, and the configuration with which to prepare a network."""
         return {"kind": self.kind, "state": self._controller.state_dict()}
 
     def load_state(self, state: dict[str, Any] | None) -> None:
@@ -235,7 +235,7 @@ def restore_learned(model: nn.Module, weights: dict[str, Tensor], sparsity: dict
     Args:
         model: the network, dense.
         weights: the state dict of the trained network.
-        sparsity: the part of the training state about sparsity.
+        sparsity: the part of the training state that describes the sparsity.
     """
     if sparsity is None or _kind(sparsity) != Learned.kind:
         model.load_state_dict(weights)
@@ -258,5 +258,5 @@ def _check_kind(state: dict[str, Any] | None, kind: str) -> None:
     found = _kind(state)
     if found != kind:
         raise CheckpointError(
-            f"The run was saved with sparsity.method {found!r} and is resumed with {kind!r}. Resume with the same method."
+            f"The run was saved with sparsity.method {found!r}, but is resumed with {kind!r}. Use {found!r} again."
         )

@@ -1,4 +1,4 @@
-"""The limit on images that cannot be read."""
+"""Limit on the number of images that cannot be read."""
 
 from widekernel.training.error_context import TrainingError
 
@@ -7,7 +7,7 @@ def check_unreadable(names: set[str], limit: int, part: str) -> None:
     """Raise a `TrainingError` if more than `limit` different images could not be read.
 
     Args:
-        names: of the unreadable images.
+        names: names of the unreadable images.
         limit: the setting data.max_unreadable.
         part: what the images are for, such as "training".
     """

@@ -1,4 +1,4 @@
-"""Loading the native library, the reasons why there is none, and that Python and the C header agree."""
+"""Loading of the native library, reasons why it may be missing, and agreement of Python with the C header."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def hollow(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def unloaded(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """As after the import: nothing loaded, no warning given."""
+    """Restore the state after the import: nothing is loaded, and no warning was given."""
     monkeypatch.setattr(library, "_loaded", None)
     monkeypatch.delenv("WIDEKERNEL_REQUIRE_NATIVE", raising=False)
     monkeypatch.setattr(library, "_warned", False)
@@ -65,7 +65,7 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 @pytest.fixture
 def native(tmp_path: Path) -> Path:
-    """A copy of the library of this installation, with a state of its own."""
+    """Return a copy of the installed library, with separate state."""
     installed = library.load()
     if installed.reason is not None:
         pytest.skip(installed.reason)
@@ -77,7 +77,7 @@ def opened(path: Path | str, **environment: str) -> Library:
 
 
 def test_a_compiler_gives_a_native_library() -> None:
-    """An installation whose build failed is pure Python without a word; the tests should not be."""
+    """After a failed build, the installation is silently pure Python; the tests should notice this."""
     loaded = library.load()
     if compiler() is None or not loaded.wanted:
         pytest.skip("no compiler, or switched off")
@@ -266,7 +266,7 @@ def test_a_new_process(native: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="LD_PRELOAD")
 def test_a_preloaded_runtime_is_the_one_that_is_used(native: Path, tmp_path: Path) -> None:
-    """As recommended by some vendors: PyTorch's operators then run on it, and so must these."""
+    """Some vendors recommend preloading a runtime. PyTorch's operators then run on it, and so must ours."""
     if library.openmp_runtime() is None:
         pytest.skip("PyTorch has no OpenMP runtime")
     other = shutil.copy(library.openmp_runtime(), tmp_path / "libother_omp.so")

@@ -1,4 +1,4 @@
-"""The native kernels against the definition in float64: every algorithm, layout, type, instruction set; what they refuse."""
+"""Native kernels against the definition in float64: all algorithms, layouts, types and instruction sets; refused calls."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ METHOD = pytest.mark.parametrize("method", METHODS, ids=METHODS.get)
 
 
 def forced(problem: Problem, method: int, threads: int = 2) -> Plan:
-    """Run each kernel by itself and by that method."""
+    """Run each kernel separately and by that method."""
     pieces = [Piece(*size, *anchor) for size, anchor in zip(problem.kernels, problem.anchors)]
     return Plan(tuple(Pass(piece, method) for piece in pieces), tuple(range(len(pieces))), threads, 0.0)
 
@@ -55,7 +55,7 @@ def native_weight_grad(
 
 
 def check(x: Tensor, kernels: list[Tensor], anchors: list, bias: Tensor | None, method: int, threads: int = 2) -> None:
-    """Forward, input gradient and weight gradients of one call, without touching what it is given."""
+    """Check forward pass, input gradient and weight gradients of one call, and that its arguments stay unchanged."""
     before = [t.clone() for t in (x, *kernels)]
     grad = torch.randn_like(x.contiguous()).to(x.dtype)
     wide, taps = x.double(), [k.double() for k in kernels]
@@ -119,7 +119,7 @@ LARGE = [(1, 16, 110, 150, 31, 31), (1, 3, 300, 40, 5, 51), (1, 3, 40, 300, 51, 
 
 @functools.cache
 def exact(sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
-    """Image, gradient, kernel, and in float64 the sum and the weight gradient, by PyTorch's convolution."""
+    """Return image, gradient, kernel, and the sum and weight gradient by PyTorch's convolution in float64."""
     batch, channels, height, width, kh, kw = sizes
     x, grad = torch.randn(batch, channels, height, width), torch.randn(batch, channels, height, width)
     kernel = torch.randn(channels, 1, kh, kw)
@@ -307,7 +307,7 @@ def test_several_python_threads() -> None:
 
 
 class Convolved(Dataset):
-    """Items that are computed by the operator, in the workers of a loader."""
+    """Data set whose items the operator computes, in the workers of a loader."""
 
     def __init__(self) -> None:
         self.images, self.kernel = torch.randn(6, 4, 40, 40), torch.randn(4, 1, 21, 21)

@@ -1,4 +1,4 @@
-"""The choice of passes and algorithms, which needs no library."""
+"""Choice of passes and algorithms, which does not need the library."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def of(kernels, shape=(8, 128, 56, 56), op="depthwise_sum", algorithm=None, anch
 
 
 def methods(chosen: Plan) -> list[bool]:
-    """Whether each pass is hybrid."""
+    """Return whether each pass is hybrid."""
     return [step.method != DIRECT for step in chosen.passes]
 
 

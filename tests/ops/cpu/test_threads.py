@@ -1,4 +1,4 @@
-"""The threads of the native library: every task once, in PyTorch's own pool, nested, from many threads, and after a fork."""
+"""Threads of the native library: each task runs once, in PyTorch's pool, nested, from many threads, and after a fork."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def probe(built: Path) -> Probe:
 
 @pytest.fixture
 def fresh(built: Path, tmp_path: Path) -> Callable[..., Probe]:
-    """Loads copies of the library, each with a state of its own."""
+    """Return a function that loads copies of the library, each with separate state."""
     return lambda **options: Probe(Path(shutil.copy(built, tmp_path)), **options)
 
 
@@ -110,7 +110,7 @@ def threads_of(log: np.ndarray) -> int:
 
 
 def check(log: np.ndarray, threads: int) -> None:
-    """Every task ran once, and not in too many threads."""
+    """Check that every task ran once, and that there were not too many threads."""
     tasks = len(log)
     assert sorted(log[:, 1]) == list(range(tasks))
     assert threads_of(log) <= max(1, min(threads, tasks))
@@ -136,7 +136,7 @@ def test_without_a_runtime_one_thread_works(fresh: Callable[..., Probe]) -> None
 
 
 def test_files_whose_runtime_cannot_be_used(fresh: Callable[..., Probe], tmp_path: Path) -> None:
-    """Neither a file that is not loaded, and is not loaded for this, nor one without OpenMP."""
+    """A file that is not loaded already is not loaded for this purpose; a file without OpenMP is of no use."""
     alone = fresh(bound=False)
     assert alone.calls.wk_bind_openmp(None) == 0
     unloaded = compiled(tmp_path / "libgomp.so", 'extern "C" void GOMP_parallel() {}\n')
@@ -153,7 +153,7 @@ def test_tasks_are_shared(probe: Probe) -> None:
 
 @pytest.mark.parametrize("threads", [2, 4])
 def test_no_task_waits_for_a_busy_thread(probe: Probe, threads: int) -> None:
-    """As many tasks as threads, none of which ends before all have begun: each runs one."""
+    """There are as many tasks as threads, and none ends before all have begun, so each thread runs one."""
     log = probe.run(threads, threads, meeting=threads)
     check(log, threads)
     assert threads_of(log) == threads
@@ -193,7 +193,7 @@ def thread_ids() -> set[str]:
 
 @linux
 def test_the_pool_is_that_of_pytorch(probe: Probe, two_threads: None) -> None:
-    """No thread is started beside those that PyTorch has, and none of its own is lost."""
+    """No threads are started besides those of PyTorch, and none of those are lost."""
     use_pytorch_threads()
     before = thread_ids()
     for tasks in (2, 3, 50):
@@ -241,7 +241,7 @@ def fork_again(probe: Probe) -> None:
 @linux
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_in_a_forked_child(probe: Probe) -> None:
-    """GNU's pool stays behind in the parent; whoever asks for it in the child waits for ever."""
+    """GNU's pool exists only in the parent; using it in the child would wait forever."""
     work(probe, 3, times=2)
     in_child("fork", work, probe, 3)
     in_child("fork", fork_again, probe)
@@ -251,7 +251,7 @@ def test_in_a_forked_child(probe: Probe) -> None:
 @linux
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_loaded_in_a_forked_child(built: Path, tmp_path: Path, two_threads: None) -> None:
-    """The library was not there to notice the fork, but PyTorch had used the pool before."""
+    """The library could not notice the fork, because it was loaded later; PyTorch had used the pool before the fork."""
     use_pytorch_threads()
     in_child("fork", load_and_work, Path(shutil.copy(built, tmp_path / "copy.so")), 2)
 

@@ -2,10 +2,10 @@
 
 Interpreted kernels read and write the memory of this process, where an address outside a tensor usually belongs to
 something else: a load returns a number that may be multiplied by zero later, a store damages unrelated data. Comparing
-results finds neither. Here every tensor that is passed to a launch appears to the kernel at a range of addresses of its own,
-far from all others, so that an address tells which tensor it was computed from. A launch fails if it
+results finds neither. Here every tensor that is passed to a launch appears to the kernel at a separate range of addresses,
+far from all others, so an address identifies its tensor. A launch fails if it
 
-* loads or stores an address that is no element of that tensor, even in the same allocation, such as images beside a slice;
+* loads or stores an address that is not an element of that tensor, even in the same allocation, such as beside a slice;
 * stores an element twice, in whatever order programs run, or only some of the elements of a tensor;
 * loads from a tensor into which it stores.
 
@@ -32,7 +32,7 @@ class AccessError(AssertionError):
 
 
 class Watched:
-    """A tensor that appears at a range of addresses of its own."""
+    """A tensor that appears at a separate range of addresses."""
 
     def __init__(self, tensor: Tensor, number: int) -> None:
         self.tensor, self.begin = tensor, number * _RANGE + _RANGE // 2
@@ -52,7 +52,7 @@ class Watched:
         """Convert addresses to offsets in the tensor, in elements.
 
         Raises:
-            AccessError: if some of them are no element of the tensor.
+            AccessError: if some of them are not elements of the tensor.
         """
         each = self.tensor.element_size()
         places, rest = np.divmod(addresses.astype(np.int64) - self.begin, each)

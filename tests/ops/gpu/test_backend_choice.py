@@ -1,4 +1,4 @@
-"""What the GPU backend would do: which problems it takes by default, and how it would compute them; no kernel runs."""
+"""Choices of the GPU backend: the problems that it takes by default, and how it computes them; no kernel runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The guard itself: it finds planted faults, in test kernels and in those of the library, and nothing else."""
+"""The guard itself, which finds planted faults in test kernels and in those of the library, and nothing else."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def pair() -> tuple[Tensor, Tensor]:
     return both[: 2 * BLOCK], both[2 * BLOCK :]
 
 
-def test_what_is_right_passes(guard: Guard) -> None:
+def test_correct_kernels_pass(guard: Guard) -> None:
     x, y = pair()
     copy(x, y)
     assert torch.equal(x, y) and guard.launches == 1

@@ -186,7 +186,7 @@ def details() -> str:
 
 
 def test_the_table_of_this_machine_is_used(tuned: Path) -> None:
-    """Without a restart, even if it was written a moment ago."""
+    """It is used without a restart, even if it was written a moment ago."""
     assert "estimated" in details()
     tuning_tables.merge(tuning_tables.SHIPPED, machine.chip().name, {tuning_tables.table_key(PROBLEM): ENTRY})
     assert details() == f"{CONFIG}; shipped table"

@@ -1,4 +1,4 @@
-"""Arguments of the wrong kind: each raises an error that says what to give; and names as users write them."""
+"""Arguments of the wrong kind, whose errors say what to give; and names as users write them."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from widekernel.sparsity.selection import select
         ({"regrow": "no"}, "regrow='no' must be True or False"),
         ({"block": 3}, r"block=3 must be one of .*such as \(3, 3\)"),
         ({"block": None}, "block=None must be one of"),
-        ({"layers": []}, r"layers=\[\] names nothing"),
-        ({"layers": ","}, r"layers=\(\) names nothing"),
+        ({"layers": []}, r"layers=\[\] selects nothing"),
+        ({"layers": ","}, r"layers=\(\) selects nothing"),
         ({"layers": ""}, "layers '' is unknown"),
         ({"layers": None}, "layers=None must hold patterns"),
         ({"exclude": 3}, "exclude=3 must hold patterns"),
@@ -43,14 +43,14 @@ def test_a_module_stands_for_its_parameters() -> None:
     assert masked(["fc"]) == masked(DynamicSparsityConfig(layers="fc").layers) == {"fc.weight"}
     assert masked("all") - masked("all", ["strips"]) == {f"strips.source.kernels.{i}" for i in range(3)}
     assert masked("all") - masked("all", ["strips.source"]) == masked("all") - masked("all", ["strips"])
-    with pytest.raises(ArgumentError, match=r"'head.fc' names no parameter.*Did you mean 'head'"):
+    with pytest.raises(ArgumentError, match=r"'head.fc' matches no parameter.*Did you mean 'head'"):
         select(small_net(), ["head.fc"])
 
 
 def test_excluding_everything_is_an_error() -> None:
-    with pytest.raises(ArgumentError, match=r"exclude=\['\*'\] leaves nothing .* names 8 parameters that could be"):
+    with pytest.raises(ArgumentError, match=r"exclude=\['\*'\] leaves nothing .* excludes 8 parameters that could be"):
         select(small_net(), "all", ["*"])
-    with pytest.raises(ArgumentError, match=r"exclude=\['fc'\] leaves nothing .* names 1 param"):
+    with pytest.raises(ArgumentError, match=r"exclude=\['fc'\] leaves nothing .* excludes 1 param"):
         select(small_net(), ["fc.*"], ["fc"])
 
 

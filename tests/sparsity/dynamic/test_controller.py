@@ -66,7 +66,7 @@ def test_snip_scores_a_batch_without_side_effects() -> None:
 
 @pytest.mark.parametrize("init", ["snip", "snip_mask"])
 def test_snip_without_a_batch_uses_the_first_step(init: str) -> None:
-    """It uses all gradients of the step, including accumulated ones, and the weights before the step."""
+    """SNIP uses all gradients of the step, including accumulated ones, and the weights before the step."""
     model, optimizer, controller = controlled(quick(init=init), "sgd")
     assert controller.masks == {} and set(controller.densities().values()) == {1.0}
     _reference, _other, expected = controlled(quick(init=init), "sgd", batch=data(1))
@@ -184,9 +184,9 @@ def test_an_overflow_changes_nothing(fused: bool) -> None:
 
 
 def test_accumulated_gradients_count_as_one_step() -> None:
-    """a batches of b images equal one batch of a·b up to rounding, with norms in evaluation mode.
+    """Up to rounding, a batches of b images equal one batch of a·b, with norms in evaluation mode.
 
-    In float64, where no score is within rounding of another.
+    It runs in float64, where no two scores differ only by rounding.
     """
     found = []
     for parts in (1, 4):

@@ -46,7 +46,7 @@ def configs(draw: st.DrawFn) -> DynamicSparsityConfig:
 
 
 class Spy:
-    """The exact rule, which records the masks and weights that an update ranked."""
+    """Exact rule that records the masks and weights that an update ranked."""
 
     allocate_densities, draw_masks = staticmethod(exact.allocate_densities), staticmethod(exact.draw_masks)
 

@@ -1,4 +1,4 @@
-"""Making, loading, moving, copying and replacing in every order: live weights are never lost silently."""
+"""Making, loading, moving, copying and replacing in any order: live weights are never lost silently."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def states(parts: dict) -> dict:
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: f"{settings['init']}-{settings['growth']}")
 def test_a_run_resumes_in_any_order_of_making_and_loading(settings: dict) -> None:
-    """Sixty orders, right after an update, when grown weights are zero and new masks differ from those of the run."""
+    """Sixty orders are tried right after an update, when grown weights are zero and new masks differ from the run's."""
     config = DynamicSparsityConfig(sparsity=0.5, update_interval=3, **settings)
     whole = build(config)
     if settings["init"] == "from_weights":
@@ -73,7 +73,7 @@ def test_a_run_resumes_in_any_order_of_making_and_loading(settings: dict) -> Non
 
 @pytest.mark.parametrize("between", ["nothing", "bfloat16", "channels_last", "copy", "twice"])
 def test_weights_removed_by_first_masks_are_restored(between: str) -> None:
-    """Also if the network was converted, or another state loaded, in between."""
+    """This works even if the network was converted, or another state was loaded, in between."""
     model, optimizer, controller = controlled(quick(growth="random"))
     for step in range(4):
         train_step(model, optimizer, step)
@@ -132,7 +132,7 @@ def test_moments_loaded_from_dense_training_do_not_move_removed_weights() -> Non
 
 
 def test_layers_that_were_left_dense_elsewhere() -> None:
-    """Other layers may be drawn almost dense if the scores come from other weights: here from another seed."""
+    """With scores from other weights (here, another seed), other layers may be drawn almost dense."""
     made = [controlled(published_slak(0.02, init="uniform", seed=seed)) for seed in range(6)]
     model, _, controller = max(made, key=lambda parts: len(parts[2].masks))
     fresh, _, other = min(made, key=lambda parts: len(parts[2].masks))
@@ -177,14 +177,16 @@ def test_layers_initialized_with_zeros_are_not_taken_for_sparse() -> None:
 
 
 def test_weights_loaded_without_masks_are_an_error() -> None:
-    """Before the first step and later; apply_masks removes them on request."""
+    """This holds before the first step and later; apply_masks removes the weights on request."""
     for steps in (0, 2):
         model, optimizer, controller = controlled(quick())
         for step in range(steps):
             train_step(model, optimizer, step)
         dense = small_net(4).state_dict()
         model.load_state_dict(dense)
-        with pytest.raises(ArgumentError, match=r"weights live outside the masks of 8 parameters \(\d+ in stem\.weight\)"):
+        with pytest.raises(
+            ArgumentError, match=r"weights are nonzero outside the masks of 8 parameters \(\d+ in stem\.weight\)"
+        ):
             train_step(model, optimizer, steps)
         assert torch.equal(model.fc.weight, dense["fc.weight"])  # nothing was lost
         with pytest.raises(ArgumentError, match="Load the controller's state with the weights"):
@@ -208,19 +210,21 @@ def test_writes_that_pytorch_does_not_count_are_an_error(write: str, steps: int)
     else:
         weight.data.add_(1)
     assert weight._version == before
-    with pytest.raises(ArgumentError, match=r"weights live outside the masks of 1 parameters \(\d+ in stem\.weight\)"):
+    with pytest.raises(
+        ArgumentError, match=r"weights are nonzero outside the masks of 1 parameters \(\d+ in stem\.weight\)"
+    ):
         _ = [train_step(model, optimizer, step) for step in range(steps)]
 
 
 def test_masks_loaded_without_weights_are_an_error() -> None:
-    """The network was trained further, so the weights that it had removed are gone."""
+    """The network was trained further, so the weights that its masks removed are gone."""
     model, optimizer, controller = controlled(quick(growth="random"))
     train_step(model, optimizer, 0)
     early = (copy.deepcopy(model.state_dict()), controller.state_dict())
     for step in range(1, 6):
         train_step(model, optimizer, step)
     controller.load_state_dict(early[1])
-    with pytest.raises(CheckpointError, match=r"live weights of \d parameters, such as .* are zero that were not"):
+    with pytest.raises(CheckpointError, match=r"live weights of \d parameters, such as .* are zero now but were not"):
         train_step(model, optimizer, 1)
     for order in ((0, 1), (1, 0)):
         for place in order:

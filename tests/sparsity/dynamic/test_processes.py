@@ -1,4 +1,4 @@
-"""Two processes find the same masks by themselves, and notice if they do not."""
+"""Two processes compute the same masks independently, and notice if they differ."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def in_two(folder: Path, work: Callable[[int, Path], object]) -> list:
 
 
 class Traffic:
-    """Counts the collectives that the controller starts, by name, and the bytes of each."""
+    """Counter of the collectives that the controller starts, by name, with the bytes of each."""
 
     def __init__(self) -> None:
         self.sent: list[tuple[str, int]] = []

@@ -60,7 +60,7 @@ CASES = [pytest.param(settings, 1, id=f"{settings['init']}-{settings['growth']}-
 
 @pytest.mark.parametrize(("settings", "accumulate"), CASES)
 def test_resuming_after_any_step_is_exact(settings: dict, accumulate: int) -> None:
-    """30 steps under bf16 autocast with averaging and clipping, resumed after every step."""
+    """Runs of 30 steps under bf16 autocast, with averaging and clipping, are resumed after every step."""
     config = DynamicSparsityConfig(sparsity=0.5, update_interval=3, **settings)
     whole, states = build(config), []
     for step in range(31):
@@ -103,10 +103,10 @@ def test_masks_of_another_network_are_refused(tmp_path: Path) -> None:
     assert same(load_masks(path, model), controller.masks) and same(load_masks(path), controller.masks)
     with pytest.raises(CheckpointError, match="belong to another network"):
         load_masks(path, other)
-    with pytest.raises(CheckpointError, match="is not a readable file of masks"):
+    with pytest.raises(CheckpointError, match="is not a readable mask file"):
         load_masks(tmp_path / "missing.safetensors")
     path.write_bytes(b"nonsense")
-    with pytest.raises(CheckpointError, match="is not a readable file of masks"):
+    with pytest.raises(CheckpointError, match="is not a readable mask file"):
         load_masks(path)
 
 
@@ -142,12 +142,12 @@ def test_settings_that_take_effect_after_loading_may_differ() -> None:
     controlled(quick())[2].load_state_dict(older)
 
 
-def test_something_else_than_a_state_is_refused() -> None:
+def test_anything_but_a_state_is_refused() -> None:
     _, _, controller = controlled(quick())
     saved = controller.state_dict()
     for strange in (None, [1], "state.pt"):
         with pytest.raises(CheckpointError, match=f"is a {type(strange).__name__}: give the dict that state_dict"):
             controller.load_state_dict(strange)
     for key in set(saved) - {"format", "config", "live_zeros"}:
-        with pytest.raises(CheckpointError, match=f"lacks {key}: give all"):
+        with pytest.raises(CheckpointError, match=f"lacks {key}: give everything"):
             controller.load_state_dict({name: value for name, value in saved.items() if name != key})

@@ -133,9 +133,9 @@ def test_patterns_that_match_nothing_maskable_are_errors() -> None:
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with pytest.raises(ArgumentError, match=r"names fc.weight, which cannot be masked: it is frozen"):
         DynamicSparsity(model, optimizer, quick(layers=["fc.*"]))
-    with pytest.raises(ArgumentError, match=r"'nothing\.\*' names no parameter"):
+    with pytest.raises(ArgumentError, match=r"'nothing\.\*' matches no parameter"):
         DynamicSparsity(model, optimizer, quick(layers=["nothing.*"]))
-    with pytest.raises(ArgumentError, match="names no parameter"):
+    with pytest.raises(ArgumentError, match="matches no parameter"):
         DynamicSparsity(model, optimizer, quick(exclude=["nothing"]))
 
 

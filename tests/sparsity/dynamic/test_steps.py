@@ -1,4 +1,4 @@
-"""Optimizer steps in all the ways that training loops make them."""
+"""Optimizer steps, in all the ways in which training loops make them."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def check_masked(model: nn.Module, controller: DynamicSparsity) -> None:
 @pytest.mark.parametrize("settings", [{"init": "snip_mask", "growth": "gradient"}, {"init": "erk", "growth": "momentum"}])
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_of_stepping_trains_alike(way: str, settings: dict) -> None:
-    """In float64, so that no score is within rounding of another."""
+    """They run in float64, where no two scores differ only by rounding."""
     found = []
     for how in ("alone", way):
         model = small_net().train().double()
@@ -116,7 +116,7 @@ def test_a_step_without_gradients_draws_no_masks(way: str) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_step_that_calls_the_base_class_counts_once(way: str) -> None:
-    """Both classes call the hooks."""
+    """Both classes call the hooks, but it is one step."""
 
     class Outer(torch.optim.AdamW):
         def step(self, closure=None):
@@ -199,7 +199,7 @@ def test_a_wrapper_that_writes_to_weights_is_an_error() -> None:
     wrapped = Wrapper(inner, 0.5)
     DynamicSparsity(model, wrapped, quick(update_interval=100))
     wrapped.step(closure_for(model, inner, 0))
-    with pytest.raises(ArgumentError, match="weights live outside the masks of 8 parameters"):
+    with pytest.raises(ArgumentError, match="weights are nonzero outside the masks of 8 parameters"):
         wrapped.step(closure_for(model, inner, 1))
 
 

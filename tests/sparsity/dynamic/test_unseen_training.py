@@ -26,7 +26,7 @@ def backward(model: nn.Module, step: int = 0) -> None:
 
 
 class Sharpness(torch.optim.Optimizer):
-    """Sharpness-aware minimization as it is commonly written: its own steps, and those of a base optimizer."""
+    """Sharpness-aware minimization as commonly implemented: with its own steps, and those of a base optimizer."""
 
     def __init__(self, parameters, base: torch.optim.Optimizer) -> None:
         super().__init__(parameters, {"rho": 0.05})
@@ -66,7 +66,9 @@ def test_steps_of_another_optimizer_are_an_error(kind: str, steps: int) -> None:
         train_step(model, other, step)
         other.zero_grad()
     for look in (controller.state_dict, controller.state_dict):
-        with pytest.raises(ArgumentError, match=r"no masks are drawn, but .* were trained.*such as SAM, the base optimizer"):
+        with pytest.raises(
+            ArgumentError, match=r"no masks are drawn yet, but .* were trained.*such as SAM, the base optimizer"
+        ):
             look()
 
 

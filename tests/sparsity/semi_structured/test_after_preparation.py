@@ -33,7 +33,7 @@ def mlp() -> nn.Sequential:
 
 
 def test_choices_follow_other_semi_structured_weights(tmp_path: Path) -> None:
-    """Weights that were loaded or trained since are 2:4 in other places, and none of them is lost."""
+    """Weights that were loaded or trained since then may be 2:4 in other positions; none of them is lost."""
     model = mlp()
     prepare(model)
     with torch.no_grad():

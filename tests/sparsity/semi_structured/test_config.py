@@ -1,4 +1,4 @@
-"""Values that are refused in a configuration."""
+"""Values that a configuration refuses."""
 
 from __future__ import annotations
 

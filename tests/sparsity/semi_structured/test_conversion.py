@@ -90,7 +90,7 @@ def test_a_converted_network_can_be_prepared_again() -> None:
 
 
 def test_networks_can_be_exported() -> None:
-    """Prepared ones too, in evaluation mode, in which nothing depends on values."""
+    """Prepared networks can be exported too, in evaluation mode, where control flow does not depend on values."""
     model, x = nn.Sequential(nn.Conv2d(18, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 1)).eval(), torch.randn(1, 18, 6, 6)
     ss.prepare(model, ss.SemiStructuredConfig("learned"))
     plain = ss.convert(model)
@@ -138,7 +138,7 @@ def test_layers_parametrized_further_are_refused() -> None:
     model = nn.Sequential(nn.Linear(16, 8))
     ss.prepare(model, ss.SemiStructuredConfig("learned"))
     nn.utils.parametrize.register_parametrization(model[0], "bias", nn.Identity())
-    with pytest.raises(ArgumentError, match="parametrized further after prepare"):
+    with pytest.raises(ArgumentError, match="parametrized again after prepare"):
         ss.convert(model)
 
 
@@ -300,7 +300,7 @@ class Scaled(nn.Linear):
         (nn.Conv2d(16, 8, 1, groups=2), "im2col", "only linear layers and 1x1 convolutions can be compressed"),
         (nn.Conv2d(16, 8, 1, padding=1), "channels", r"padding (1, 1) of a 1x1 convolution"),
         (nn.Linear(18, 8), "im2col", "groups along axis='im2col' do not lie within rows"),
-        (Scaled(16, 8), "channels", "Scaled may compute something else than a plain layer"),
+        (Scaled(16, 8), "channels", "Scaled may compute something other than a plain layer"),
         (nn.Linear(64, 32).half(), "channels", "its weight is on cpu, not on a CUDA device"),
         (nn.Linear(64, 32), "channels", "must be 1:2, so values would be lost"),
         (nn.Linear(64, 16).half(), "channels", "padding it from 16 x 64 to 32 x 64 costs as much as sparsity can save"),
@@ -311,7 +311,7 @@ def test_layers_that_stay_dense_have_a_reason(layer: nn.Module, axis: str, reaso
 
 
 def test_conversion_lists_layers_that_stay_dense(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the device and the compression replaced by stand-ins, on the CPU."""
+    """The test runs on the CPU, with stand-ins for the device and the compression."""
     monkeypatch.setattr(hardware, "hardware_support", lambda: HardwareSupport(True, "", "cutlass"))
     monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", compress)
     reason = hardware.reason_against
@@ -327,7 +327,7 @@ def test_conversion_lists_layers_that_stay_dense(monkeypatch: pytest.MonkeyPatch
     x = torch.randn(2, 16, 6, 6, dtype=torch.bfloat16)
     torch.testing.assert_close(sparse(x), dense(x), atol=0.05, rtol=0.05)
     assert ss.validate(sparse) == ("0.weight", "4.weight")
-    with pytest.raises(ArgumentError, match=r"1\.weight, 3\.weight are no plain weights"):
+    with pytest.raises(ArgumentError, match=r"1\.weight, 3\.weight are not plain weights"):
         ss.save_sparse(sparse, "network.safetensors")
 
 

@@ -35,7 +35,7 @@ def test_packing_is_base_six_first_choice_lowest() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8])
 def test_every_bit_pattern_survives(dtype: torch.dtype) -> None:
-    """All kinds of NaN, including signaling ones, infinities, denormals and negative zeros."""
+    """These include all NaNs (even signaling ones), infinities, denormals and negative zeros."""
     size = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[torch.empty((), dtype=dtype).element_size()]
     limits = torch.iinfo(size)
     bits = torch.randint(limits.min, limits.max, (64, 32, 2), dtype=size)
@@ -98,7 +98,7 @@ def test_torch_converters_round_trip(dtype: torch.dtype) -> None:
 
 
 def test_torch_converter_changes_the_bits_of_some_nans() -> None:
-    """PyTorch 2.15 on CPU: NaN of bfloat16 stays NaN with other bits; ours keeps them."""
+    """On a CPU, PyTorch 2.15 changes the bits of bfloat16 NaNs; ours keeps them."""
     weight = torch.zeros(32, 64, dtype=torch.bfloat16)
     weight[2, ::2] = torch.nan
     again = sparse_semi_structured_to_dense_cutlass(*sparse_semi_structured_from_dense_cutlass(weight))
@@ -108,7 +108,7 @@ def test_torch_converter_changes_the_bits_of_some_nans() -> None:
 
 
 def test_torch_converter_loses_weights_that_validation_finds() -> None:
-    """So every exporter validates first: the converter silently keeps two of three."""
+    """The converter silently keeps two of three, which is why every exporter validates first."""
     weight = torch.zeros(32, 64, dtype=torch.float16)
     weight[5, :3] = 1
     again = sparse_semi_structured_to_dense_cutlass(*sparse_semi_structured_from_dense_cutlass(weight))

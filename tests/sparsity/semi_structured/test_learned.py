@@ -123,7 +123,7 @@ def test_training_masks_are_semi_structured_and_change_with_the_step_only() -> N
 
 
 def test_noise_uses_no_generator() -> None:
-    """It neither reads nor advances the global generator."""
+    """Drawing noise neither reads nor advances the global generator."""
     model = network().train()
     ss.prepare(model, config())
     torch.manual_seed(1)
@@ -165,7 +165,7 @@ def test_draws_follow_the_logits() -> None:
 
 
 def test_the_gradient_is_that_of_the_soft_mask() -> None:
-    """hard - soft.detach() + soft, as published, in double precision."""
+    """It is compared with hard - soft.detach() + soft, as published, in double precision."""
     logits = torch.randn(20, 6, dtype=torch.float64, requires_grad=True)
     noise, out = torch.randn(20, 6, dtype=torch.float64), torch.randn(20, 4, dtype=torch.float64)
     mask = gumbel_mask(logits, noise, 0.7, 1.3)
@@ -322,14 +322,14 @@ def test_state_survives_a_file(tmp_path: object) -> None:
     assert rates[0] == rates[1] > 0, "what had been chosen last is in the file, too"
 
 
-def test_a_state_of_something_else_is_refused() -> None:
+def test_states_of_other_masks_are_refused() -> None:
     controller = ss.prepare(network(), config())
     state = controller.state_dict()
     with pytest.raises(CheckpointError, match="not a state of 2:4 masks"):
         controller.load_state_dict({})
     with pytest.raises(CheckpointError, match=r"another configuration \(seed 0 -> 3\)"):
         ss.prepare(network(), config(seed=3)).load_state_dict(state)
-    with pytest.raises(CheckpointError, match=r"another network: 0\.weight, 3\.weight, 8\.weight in one of them only"):
+    with pytest.raises(CheckpointError, match=r"another network: only one of the two has 0\.weight, 3\.weight, 8\.weight"):
         ss.prepare(nn.Sequential(nn.Linear(16, 8)), config()).load_state_dict(state)
     wide = nn.Sequential(*[nn.Identity()] * 3, nn.Conv2d(16, 32, 3), *[nn.Identity()] * 4, nn.Linear(24, 10))
     with pytest.raises(CheckpointError, match=r"choices of 3\.weight are .* of shape \(864,\)"):
@@ -367,7 +367,7 @@ def test_gradients_of_logits_do_not_depend_on_autocast() -> None:
 
 @pytest.mark.slow
 def test_learned_masks_lose_less_than_magnitude_masks() -> None:
-    """On handwritten digits, without changing a weight."""
+    """This is tested on handwritten digits; no weight changes."""
     from sklearn.datasets import load_digits
 
     images, labels = (torch.tensor(part) for part in load_digits(return_X_y=True))

@@ -123,7 +123,7 @@ def test_extreme_values() -> None:
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 5, 6])
 def test_padding_takes_no_place_of_a_weight(channels: int) -> None:
-    """Also if the real weights are zero, as padding is."""
+    """This is so even if the real weights are zero, like padding."""
     mask = ss.magnitude_mask(torch.zeros(3, channels, 2, 2))
     rest = channels % 4
     expected = channels // 4 * 2 + min(rest, 2)
@@ -160,7 +160,7 @@ def test_a_weight_that_is_not_semi_structured_is_located() -> None:
 
 
 def test_unstructured_sparsity_is_not_enough() -> None:
-    """Half of the weights zero, but not two of every four."""
+    """Half of the weights are zero here, but not two of every four."""
     weight = torch.randn(64, 64)
     weight[weight.abs() < weight.abs().median()] = 0
     with pytest.raises(ArgumentError, match="more than two non-zeros"):

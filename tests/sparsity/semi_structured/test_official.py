@@ -63,7 +63,7 @@ def test_files_and_containers(tmp_path: Path, suffix: str, container: str) -> No
             r"0\.choice_weights must be finite and of shape \(72, 6\), not \(71, 6\)",
         ),
         ({"0.choice_weights": torch.full((72, 6), torch.nan)}, r"0\.choice_weights must be finite"),
-        ({"0.weight": torch.randn(8, 4, 3, 3)}, r"0\.weight: the file holds 0\.weight already, in another form"),
+        ({"0.weight": torch.randn(8, 4, 3, 3)}, r"0\.weight: the file also holds 0\.weight in another form"),
         ({"1.weight": torch.randn(9)}, r"1\.weight has shape \(9,\), the network's 1\.weight \(8,\)"),
         ({"2.weight": torch.randn(9)}, r"2\.weight: the network has no weight 2\.weight"),
         ({"fc.W": torch.randn(9, 4)}, r"fc: the network has no such convolution or linear layer"),

@@ -1,4 +1,4 @@
-"""Channel permutation: a better order is found, and the network computes the same."""
+"""Channel permutation: a better order is found, and the outputs of the network stay the same."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def check_equal(model: nn.Module, x: Tensor, layers: list[str]) -> dict[str, Per
 
 
 def test_search_reaches_the_reference_figure() -> None:
-    """Gaussian 64 x 64: .7410 -> .7623 in the specification (unstructured .7945)."""
+    """For a Gaussian 64 x 64 matrix, the reference is .7410 -> .7623 (unstructured: .7945)."""
     generator = torch.Generator().manual_seed(0)
     gains, kept = [], []
     for seed in range(3):
@@ -154,7 +154,7 @@ class Residual(nn.Module):
         ("scale", "its input comes from mul"),
         ("roll", "its input comes from roll"),
         ("called twice", "it is called 2 times"),
-        ("producer twice", "first before it is used several times"),
+        ("producer twice", "first, which comes before it, is used several times"),
         ("data", "cannot be traced"),
         ("weight", "first: its parameters are read directly"),
         ("training", "it is used differently in training"),
@@ -207,7 +207,7 @@ def test_hooks_and_shared_parts_are_left_alone() -> None:
 
 def test_channels_that_are_not_a_multiple_of_four() -> None:
     model = nn.Sequential(nn.Linear(16, 18), nn.Linear(18, 16))
-    assert permute_channels(model, ["1"], PERMUTED)["1"].reason == "18 input channels are no multiple of 4"
+    assert permute_channels(model, ["1"], PERMUTED)["1"].reason == "18 input channels are not a multiple of 4"
 
 
 def small(name: str) -> tuple[nn.Module, int]:

@@ -1,4 +1,4 @@
-"""Which layers become 2:4, and why others stay dense."""
+"""Layers that become 2:4, and the reasons why others stay dense."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_errors() -> None:
         ss.prepare(model, logits={})
     with pytest.raises(ArgumentError, match="starts from logits"):
         ss.prepare(model, ss.SemiStructuredConfig("learned"), choices={})
-    with pytest.raises(ArgumentError, match=r"masks were given for fc\.weight, which are no weights"):
+    with pytest.raises(ArgumentError, match=r"masks were given for fc\.weight, which are not weights"):
         ss.prepare(model, choices={"fc.weight": torch.zeros(4, dtype=torch.uint8)})
     with pytest.raises(ArgumentError, match=r"choices of conv\.weight are .* has 288 groups"):
         ss.prepare(model, choices={"conv.weight": torch.zeros(4, dtype=torch.uint8)})

@@ -27,7 +27,7 @@ def network(width: int = 32) -> nn.Module:
 @pytest.mark.parametrize("axis", ["channels", "im2col"])
 @pytest.mark.parametrize("method", ["magnitude", "learned"])
 def test_round_trip(tmp_path: Path, method: str, axis: str, dtype: torch.dtype) -> None:
-    """Bit for bit, whether saved from the prepared network, its controller or the converted network."""
+    """It is exact bit for bit, from the prepared network, its controller, or the converted network."""
     model = network().to(dtype)
     with torch.no_grad():
         model[2].weight[0, 0] = torch.nan
@@ -79,7 +79,7 @@ def test_a_file_of_another_network_is_refused(tmp_path: Path) -> None:
     path = ss.save_sparse(model, tmp_path / "network.safetensors")
     other = network(40)
     before = {key: value.clone() for key, value in other.state_dict().items()}
-    with pytest.raises(CheckpointError, match=r"another network than this Sequential; nothing was loaded") as error:
+    with pytest.raises(CheckpointError, match=r"a network that differs from this Sequential; nothing was loaded") as error:
         ss.load_sparse(other, path)
     assert "2.weight has shape (32, 16, 3, 3) but the network's is (40, 16, 3, 3)" in str(error.value)
     assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())

@@ -1,4 +1,4 @@
-"""How much updates of the weights change a masked network."""
+"""Effect of weight updates on a masked network."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_the_chain_of_bounds_holds() -> None:
 
 
 def test_masking_can_raise_the_spectral_norm() -> None:
-    """So ||D||_2 is no bound: an orthogonal matrix (norm 1) has parts of larger norm."""
+    """||D||_2 is therefore not a bound: an orthogonal matrix (norm 1) has parts of larger norm."""
     largest = 0.0
     for seed in range(30):
         generator = torch.Generator().manual_seed(seed)

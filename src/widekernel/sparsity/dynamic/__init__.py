@@ -1,4 +1,4 @@
-"""Dynamic sparse training: masks beside the parameters, moved while the weights are trained."""
+"""Dynamic sparse training: masks beside the parameters, which move while the weights are trained."""
 
 from widekernel.lazy import attach
 

@@ -1,4 +1,4 @@
-"""Blocks: weights of a parameter that are pruned and grow together, and groups of parameters whose blocks do."""
+"""Blocks of weights that are pruned and grow together, and groups of parameters whose blocks correspond."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from widekernel.sparsity.dynamic.config import DynamicSparsityConfig
 
 @dataclass(frozen=True)
 class Blocks:
-    """How a parameter is divided into blocks.
+    """Division of a parameter into blocks.
 
     Attributes:
-        shape: of the parameter.
-        count: how many blocks there are.
-        tile: height and width of a block within the kernel window; None if a block is a run of consecutive elements, and all
-            blocks are equally long.
+        shape: shape of the parameter.
+        count: number of blocks.
+        tile: height and width of a block within the kernel window; None if blocks are runs of consecutive elements, all of
+            the same length.
     """
 
     shape: tuple[int, ...]
@@ -30,7 +30,7 @@ class Blocks:
 
     @property
     def kind(self) -> str:
-        """Either "element" or "block": scores are compared among blocks of one kind only, which have the same scale."""
+        """Either "element" or "block"; scores are compared only among blocks of one kind, which have the same scale."""
         return "element" if self.count == _numel(self.shape) else "block"
 
     def sums(self, values: Tensor) -> Tensor:
@@ -72,9 +72,9 @@ class Group:
     """Parameters with corresponding blocks, so that the blocks can be ranked together and share a mask.
 
     Attributes:
-        names: of the parameters.
-        blocks: of each, in the same order; all have the same count.
-        always_shared: whether they share their mask at every update, or at every `share_every`-th only.
+        names: names of the parameters.
+        blocks: blocks of each parameter, in the same order; all have the same count.
+        always_shared: whether they share their mask at every update, or only at every `share_every`-th.
     """
 
     names: tuple[str, ...]
@@ -87,7 +87,7 @@ class Group:
         return self.blocks[0].count
 
     def split(self) -> list[Group]:
-        """Return a group for each parameter."""
+        """Return one group per parameter."""
         return [Group((name,), (blocks,)) for name, blocks in zip(self.names, self.blocks)]
 
 

@@ -1,4 +1,4 @@
-"""Settings of dynamic sparse training: how sparse, which layers, in what blocks, and how the masks move."""
+"""Settings of dynamic sparse training: sparsity, selection of layers, blocks, and how the masks move."""
 
 from __future__ import annotations
 
@@ -25,36 +25,41 @@ class DynamicSparsityConfig:
     """Settings of `DynamicSparsity`.
 
     Args:
-        sparsity: share of zeros among the masked weights, from 0 to below 1.
-        init: how many weights each layer keeps, and which. `snip`: as many as rank among the largest |weight · gradient| of
-            all layers together, at random places (as SLaK does); `snip_mask`: exactly those; `erk`: Erdős–Rényi-kernel
-            densities, at random places; `uniform`: the same density in every layer, at random places; `magnitude`: the
-            largest |weight| of all layers together; `from_weights`: the weights that are not zero now, whatever `sparsity`.
-        prune: which weights an update removes; `magnitude`: the smallest |weight| of each layer.
-        growth: which weights an update grows instead: `random` ones, those with the largest dense `gradient`, those with the
-            largest running mean of dense gradients (`momentum`), or `none`: then only `initial_sparsity` changes the masks.
-        prune_fraction: share of a layer's live weights that an update moves.
-        prune_schedule: `constant`, or `cosine`: the fraction falls to 0 at the last update.
-        update_interval: optimizer steps between updates.
-        total_steps: optimizer steps of the training, needed by `cosine` and `initial_sparsity`; if None, updates never stop.
-        stop_fraction: share of `total_steps` after which the masks no longer change.
-        initial_sparsity: sparsity at the start; it follows the cubic of Zhu & Gupta (2017) to `sparsity` at the last update.
-        layers: `all` matrices and kernels, `large_kernel_only` (the widest kernels of every large-kernel layer), or name
-            patterns, as one string separated by commas or as several; the name of a module stands for all its parameters.
-        exclude: name patterns of parameters, or names of modules, that stay dense.
-        block: which weights are pruned and grow together: one `element`; an N×N `kernel` (one input of one output channel,
-            or one tile of Shift-wise convolution); a channel's kernel in one `branch` of a large-kernel layer; a `channel`
-            in all its branches (elsewhere: an output channel); a pair of numbers: tiles of that height and width; or
-            `semi_structured`: two of every four consecutive input channels (2:4). In layers without such blocks, single
-            elements are masked.
-        share_every: tile sets that a Shift-wise layer adds up are ranked together and share one mask at every
-            `share_every`-th update (officially `sparse_gap`), and are ranked separately at the other updates.
-        regrow: whether weights that an update removes may grow again in the same update.
-        min_fan_in: number of weights that every output channel keeps at least (only with `block="element"`).
-        momentum: decay of the running mean for `growth="momentum"`.
-        seed: of all random choices, which depend on nothing else but the step and the parameter's name.
-        rule: `exact` keeps counts exact and everything outside the masks at zero; `published` reproduces the code of SLaK
-            and Shift-wise convolution (see `published_slak`).
+        sparsity: share of zeros among the masked weights, from 0 to below 1
+        init: how the first masks are chosen. `snip`: SNIP scores |weight · gradient|, ranked over all layers, set the
+            density of each layer, and its live weights are drawn at random (as in SLaK). `snip_mask`: the weights with the
+            highest SNIP scores are kept. `erk`: Erdős–Rényi-kernel densities, live weights drawn at random. `uniform`: the
+            same density in every layer, live weights drawn at random. `magnitude`: the largest |weight| over all layers.
+            `from_weights`: all weights that are nonzero now, whatever `sparsity` is
+        prune: which weights an update removes; `magnitude`: the smallest |weight| of each layer
+        growth: which weights an update grows in their place: `random` ones, those with the largest dense `gradient`, those
+            with the largest running mean of dense gradients (`momentum`), or `none`, with which only `initial_sparsity`
+            changes the masks
+        prune_fraction: share of a layer's live weights that an update moves
+        prune_schedule: `constant`, or `cosine`, which lowers `prune_fraction` to 0 at the last update
+        update_interval: optimizer steps between updates of the masks
+        total_steps: optimizer steps of the whole training, required by `cosine` and `initial_sparsity`; `widekernel train`
+            fills it in. Without it, updates never stop
+        stop_fraction: share of `total_steps` after which the masks no longer change
+        initial_sparsity: sparsity at the start, which changes to `sparsity` along a cubic curve and reaches it at the last
+            update (Zhu & Gupta, 2017); by default, the sparsity is constant
+        layers: what to mask: `all` matrices and kernels, `large_kernel_only` (the widest kernels of every large-kernel
+            layer), or patterns of parameter names, as a list or separated by commas. The name of a module selects all its
+            parameters
+        exclude: patterns of parameter names, or names of modules, to keep dense
+        block: unit that is pruned and grown as a whole: an `element`; a `kernel` (the N×N window of one input and one output
+            channel, or one tile of Shift-wise convolution); a `branch` (the kernel of one channel in one branch of a
+            large-kernel layer); a `channel` (one channel in all branches; in other layers, an output channel); two numbers
+            (tiles of that height and width); or `semi_structured` (2:4: two of every four consecutive input channels are
+            kept). Layers without such blocks are masked by element, or stay dense with `semi_structured`
+        share_every: at every `share_every`-th update, the tile sets that a Shift-wise layer adds up are ranked together and
+            share one mask (`sparse_gap` in the official code); at the other updates, each set is ranked separately
+        regrow: let weights that an update removes grow again in the same update
+        min_fan_in: smallest number of weights that every output channel keeps (only with `block="element"`)
+        momentum: decay of the running mean for `growth="momentum"`
+        seed: seed of all random choices, which otherwise depend only on the step and the parameter's name
+        rule: `exact` keeps the number of live weights exact and everything outside the masks at zero; `published` reproduces
+            the code of SLaK and Shift-wise convolution (see `published_slak`)
 
     Raises:
         ArgumentError: a value is unknown or out of range.
@@ -105,7 +110,7 @@ class DynamicSparsityConfig:
 
     def _check_layers(self) -> None:
         if isinstance(self.layers, str):
-            # One word that is neither a rule nor similar to one may be the name of a module.
+            # A single word that is not a rule, and is not similar to one, may be the name of a module.
             word = self.layers.strip() and not any(sign in self.layers for sign in "*?[,.")
             if not self.layers.strip() or (word and (self.layers in LAYER_RULES or nearest(self.layers, LAYER_RULES))):
                 require_one_of("layers", self.layers, LAYER_RULES)
@@ -118,7 +123,7 @@ class DynamicSparsityConfig:
                 raise ArgumentError(f"{name}={value!r} must hold patterns of parameter names, such as 'stages.*.fc1.weight'")
             if name == "layers" and not patterns:
                 raise ArgumentError(
-                    f"layers={value!r} names nothing to be masked: give patterns such as 'stages.*.fc1.weight', or "
+                    f"layers={value!r} selects nothing: give patterns such as 'stages.*.fc1.weight', or "
                     f"one of {', '.join(LAYER_RULES)}"
                 )
             if name == "exclude" or not isinstance(value, str):
@@ -155,7 +160,7 @@ class DynamicSparsityConfig:
             raise ArgumentError("rule='published' has no initial_sparsity, min_fan_in or 2:4 blocks: use rule='exact'")
 
     def check_total_steps(self) -> None:
-        """Raise an `ArgumentError` if a schedule needs `total_steps`, and it is not set."""
+        """Raise an `ArgumentError` if a schedule needs `total_steps` but it is not set."""
         schedules = {
             "prune_schedule='cosine'": self.prune_schedule == "cosine",
             "initial_sparsity": self.initial_sparsity is not None,
@@ -187,15 +192,19 @@ class DynamicSparsityConfig:
 def published_slak(sparsity: float = 0.4, **changes: Any) -> DynamicSparsityConfig:
     """Return settings under which `DynamicSparsity` reproduces SLaK's code.
 
-    These are the differences from the default (`rule="exact"`): masks and random growth are drawn weight by weight, so
-    counts hold on average only; layers whose drawn density is 0.99 or more lose their mask; gradients are not masked and
-    the moments of removed weights continue, so weights grow with old moments; the number of removed weights is rounded up;
-    removed weights may grow again at once, and then keep their value; masks move until the last step; the cosine falls to
-    0.005.
+    It differs from the default (`rule="exact"`) in these points:
+
+    * Masks and random growth are drawn weight by weight, so counts are exact only on average.
+    * Layers whose drawn density is 0.99 or more lose their mask.
+    * Gradients are not masked, and the moments of removed weights continue, so weights grow with old moments.
+    * The number of removed weights is rounded up.
+    * Removed weights may grow again in the same update, and then keep their value.
+    * Masks move until the last step.
+    * The cosine falls to 0.005.
 
     Args:
         sparsity: share of zeros.
-        changes: other settings of `DynamicSparsityConfig`; `total_steps` turns the cosine on, as officially.
+        changes: other settings of `DynamicSparsityConfig`; `total_steps` turns the cosine on, as in the official code.
     """
     if changes.get("total_steps") is not None:
         changes.setdefault("prune_schedule", "cosine")
@@ -206,8 +215,8 @@ def published_slak(sparsity: float = 0.4, **changes: Any) -> DynamicSparsityConf
 def published_shiftwise(sparsity: float = 0.3, **changes: Any) -> DynamicSparsityConfig:
     """Return settings under which `DynamicSparsity` reproduces the coarse pruning (`rep_coarse`) of Shift-wise's code.
 
-    They are those of `published_slak`, for whole N×N tiles of the large kernels. The tile sets share one mask from the
-    start, and at every 131st update. Officially, all sets but the first are masked only after one step.
+    They are those of `published_slak`, for whole N×N tiles of the large kernels. The tile sets share one mask at the
+    start and at every 131st update. The official code masks all sets but the first only after one step.
 
     Args:
         sparsity: share of zeros among the tiles.
@@ -217,5 +226,5 @@ def published_shiftwise(sparsity: float = 0.3, **changes: Any) -> DynamicSparsit
 
 
 def with_total_steps(config: DynamicSparsityConfig, total_steps: int) -> DynamicSparsityConfig:
-    """Return `config` with the length of the training, unless it has one."""
+    """Return `config` with `total_steps` filled in, unless it is set already."""
     return config if config.total_steps is not None else replace(config, total_steps=total_steps)

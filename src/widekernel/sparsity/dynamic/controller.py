@@ -1,4 +1,4 @@
-"""The controller of dynamic sparse training: masks beside the parameters, held by hooks around the optimizer's steps."""
+"""Controller of dynamic sparse training: masks beside the parameters, enforced by hooks around the optimizer's steps."""
 
 from __future__ import annotations
 
@@ -39,50 +39,49 @@ from widekernel.sparsity.snapshot import SparsitySnapshot, TopologyUpdate, take_
 
 
 class DynamicSparsity:
-    """Keeps a network sparse while it is trained, and moves its masks (SET, RigL, SNFS; SLaK, section 3.2).
+    """Controller that keeps a network sparse during training and moves its masks (SET, RigL, SNFS; SLaK, section 3.2).
 
-    The weights stay plain parameters with the keys that they have, and are exactly zero outside the masks. Create the
-    controller after the optimizer; from then on the optimizer's steps do everything, with a closure or without. Under mixed
-    precision, steps that the gradient scaler skips are not counted. With accumulated gradients, a step is a step of the
-    optimizer. Under data parallelism, every process finds the same masks by itself, which a digest of 8 bytes checks at
-    every update.
+    The weights stay plain parameters with unchanged keys, and are exactly zero outside the masks. Create the controller
+    after the optimizer; from then on it acts on every optimizer step, with or without a closure. Under mixed precision,
+    steps that the gradient scaler skips are not counted. With gradient accumulation, only optimizer steps count. Under data
+    parallelism, every process computes the same masks independently; a digest of 8 bytes verifies this at every update.
 
     To continue a run, load network, optimizer, averages and controller in any order, before or after making the controller.
-    The weights that its first masks remove are kept until the first step, and restored if the masks that are loaded keep
-    them. Weights that something else wrote outside the masks, parameters that were replaced, and steps that the controller
-    did not see raise errors at the next step or at `state_dict()`.
+    The weights that its first masks remove are kept until the first step, and restored if the loaded masks keep them. These
+    mistakes raise an error at the next step or at `state_dict()`: weights written outside the masks, replaced parameters,
+    and training steps that the controller did not see.
 
-    Two things cannot be done by the hooks. If gradients are clipped, call `mask_gradients()` once before clipping, so that
-    their norm is that of the live weights. And `state_dict()` must be saved beside those of model and optimizer.
+    The training loop has to do two things itself. If it clips gradients, it must call `mask_gradients()` once before, so
+    that their norm is that of the live weights. And it must save `state_dict()` with those of model and optimizer.
 
-    If `init` needs gradients, the masks are drawn from `batch` or, without one, from the gradients of the first step, which
-    are those of all processes. Until then all weights are live.
+    If `init` needs gradients, the masks are drawn from `batch` or, without one, from the gradients of the first step,
+    averaged over all processes. Until then, all weights are live.
 
     Args:
         model: the network, wrapped or not.
-        optimizer: of the network's parameters, or the wrapper that Accelerate, Lightning or Fabric put around it.
+        optimizer: optimizer of the network's parameters, or the wrapper of Accelerate, Lightning or Fabric around it.
         config: the settings.
-        batch: inputs and targets to score weights with (`init="snip"`), used on a copy of the network in training mode.
+        batch: inputs and targets to score weights with (`init="snip"`); they run on a copy of the network in training mode.
         loss: function of the network's outputs and the targets of `batch`.
         averages: networks with the same parameter names that hold moving averages of the weights, such as timm's ModelEmaV3.
-            Weights that are removed are removed there too; weights that grow start from the live weight, not from their old
+            Removed weights are removed there too; the averages of grown weights start from the live weight, not from an old
             average.
         masks: initial masks (parameter name -> bool); only these parameters are masked.
 
     Attributes:
-        optimizer: the optimizer itself, out of its wrappers.
+        optimizer: the optimizer itself, without wrappers.
         masks: parameter name -> bool tensor of its shape, True where weights are live; changed in place, unless the network
             moves to another device.
-        selection: for every parameter of the network whether it is masked, and if not, why.
+        selection: for every parameter of the network, whether it is masked and, if not, why.
         step: optimizer steps done.
         updates: topology updates done.
-        skipped: topology updates left out because scores were not finite.
+        skipped: topology updates that were skipped because scores were not finite.
         churn: the topology updates, newest last.
         grown: weights that grew at the last update, by parameter name.
 
     Raises:
-        ArgumentError: nothing can be masked; the optimizer is not the network's; a parameter is shared, or sharded over
-            processes; the masks belong to another network.
+        ArgumentError: nothing can be masked, the optimizer does not train the network, a parameter is shared or is sharded
+            over processes, or the masks belong to another network.
     """
 
     def __init__(
@@ -108,7 +107,7 @@ class DynamicSparsity:
         self._state = MaskState(self.config, parameters, groups_of(self._model, parameters, self.config))
         self._averages = WeightAverages(averages, self._state)
         _check_only_controller(self.optimizer, set(parameters))
-        # Given masks and masks from zeros do not follow from the settings, and may fit a network that is sparse already.
+        # Masks that are given or taken from zeros do not follow from the settings, and the network may be sparse already.
         self._from_settings = masks is None and self.config.init != "from_weights"
         self._checks = TamperChecks(self._model, self._state, trusted, self._from_settings)
         self._rule = exact if self.config.rule == "exact" else published
@@ -148,7 +147,7 @@ class DynamicSparsity:
         return {} if self._pending else dict(self._state.masks)
 
     def densities(self) -> dict[str, float]:
-        """Return the share of each masked parameter that is to be kept, by name; 1 until masks are drawn."""
+        """Return the target density of each masked parameter, by name; 1 until masks are drawn."""
         return dict(self._state.densities)
 
     def active(self) -> int:
@@ -156,7 +155,7 @@ class DynamicSparsity:
         return self._state.active()
 
     def snapshot(self) -> SparsitySnapshot:
-        """Return what is masked now, for a `SparsityReport`."""
+        """Return a snapshot of the masks as they are now, for a `SparsityReport`."""
         return take_snapshot(
             self._model,
             self.selection,
@@ -175,10 +174,10 @@ class DynamicSparsity:
             self._hooks.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return masks (bit-packed), counters and what else an exact resume needs, as tensors and plain containers.
+        """Return all that an exact resume needs (bit-packed masks, counters, ...), as tensors and plain containers.
 
         Raises:
-            ArgumentError: the masks do not hold, or were never drawn: something else than the optimizer's steps trained.
+            ArgumentError: weights are nonzero outside the masks, or the network was trained before any masks were drawn.
         """
         self._state.follow_parameters()
         self._checks.check_parameters()
@@ -203,7 +202,7 @@ class DynamicSparsity:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what `state_dict` returned; weights outside the masks are set to zero.
 
-        Before the first step, weights that only this controller's first masks had removed are restored before.
+        Before the first step, weights that were removed only by this controller's first masks are restored first.
 
         Raises:
             CheckpointError: the state belongs to another network, or was saved with another sparsity, block or rule.
@@ -237,7 +236,7 @@ class DynamicSparsity:
 
     @torch.no_grad()
     def apply_masks(self) -> None:
-        """Set weights and averages outside the masks to zero, whatever has written to them."""
+        """Set weights and averages outside the masks to zero, whatever wrote to them."""
         self._state.follow_parameters()
         if not self._pending:
             self._state.mask_weights()
@@ -247,8 +246,8 @@ class DynamicSparsity:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
         raise ArgumentError(
-            "a DynamicSparsity belongs to one network and its optimizer and cannot be copied: copy those, make a new one, "
-            "and load this one's state_dict() into it"
+            "a DynamicSparsity belongs to one network and its optimizer and cannot be copied: copy those, make a new one "
+            "for the copies, and load this one's state_dict() into it"
         )
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
@@ -262,7 +261,7 @@ class DynamicSparsity:
     def mask_gradients(self) -> None:
         """Set gradients outside the masks to zero; call it once between the backward pass and clipping.
 
-        Without clipping there is no need to: it happens before every step.
+        Without clipping there is no need to call it: gradients are masked before every step.
         """
         self._state.follow_parameters()
         if self._pending and (scores := gradient_scores(self._state)) is not None:
@@ -282,12 +281,12 @@ class DynamicSparsity:
 
     def _before_step(self, has_closure: bool) -> None:
         self._check_before_step()
-        # A closure will compute the gradients of this step: present ones may be old, so no masks are drawn from them.
+        # A closure will compute the gradients of this step. Present ones may be old, so no masks are drawn from them.
         if not (has_closure and self._pending):
             self._mask_gradients_of_step()
 
     def _check_before_step(self) -> None:
-        """Raise if something has undone the masks since the last step, and drop the weights that they removed."""
+        """Raise if something has undone the masks since the last step, and forget the weights that they removed."""
         if self._pending:
             return
         self._state.follow_parameters()
@@ -363,7 +362,7 @@ class DynamicSparsity:
         self._start()
 
     def _leave_dense(self, names: Iterable[str]) -> None:
-        """Mask all selected parameters but these, which the published rule leaves dense."""
+        """Mask all selected parameters except these, which the published rule leaves dense."""
         dense = self._state.leave_dense(names)
         self.selection = [
             Selection(each.name, each.shape, "was drawn almost dense") if each.name in dense else each
@@ -372,7 +371,7 @@ class DynamicSparsity:
 
     @torch.no_grad()
     def _start(self) -> None:
-        """Put the masks in force."""
+        """Apply the masks for the first time."""
         self._pending = False
         self._unseen.stop()
         in_step = self._hooks is not None and self._hooks.in_step
@@ -391,6 +390,6 @@ def _check_only_controller(optimizer: Optimizer, names: set[str]) -> None:
     for other in owners_of(optimizer):
         if isinstance(other, DynamicSparsity) and (both := sorted(names & set(other._state.parameters))):
             raise ArgumentError(
-                f"{both[0]} is masked by another DynamicSparsity of this optimizer already: call its remove() first, or "
+                f"{both[0]} is masked by another DynamicSparsity of this optimizer: call its remove() first, or "
                 "mask other layers"
             )

@@ -1,4 +1,4 @@
-"""How many weights each layer keeps: densities by shape or by score, and whole numbers that add up exactly."""
+"""Number of weights that each layer keeps: densities by shape or by score, and whole numbers that add up exactly."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def erk_densities(shapes: Mapping[str, Sequence[int]], density: float) -> dict[s
     Layers that would keep more than all of their weights become dense, and the others share the rest.
 
     Args:
-        shapes: of the weights, by name.
-        density: of all layers together, above 0 and at most 1.
+        shapes: shapes of the weights, by name.
+        density: density of all layers together, above 0 and at most 1.
     """
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     raw = {name: sum(shape) / sizes[name] for name, shape in shapes.items()}
@@ -43,7 +43,7 @@ def erk_densities(shapes: Mapping[str, Sequence[int]], density: float) -> dict[s
 def densities_above_threshold(scores: Mapping[str, Tensor], density: float) -> dict[str, float]:
     """Return each layer's share of scores strictly above the int(total · density)-th largest of all, as SLaK does.
 
-    That score itself does not count, so one weight fewer is kept than the density says.
+    The comparison is strict, so one weight fewer is kept than the density implies.
     """
     flat = torch.cat([values.reshape(-1) for values in scores.values()])
     kept = int(flat.numel() * density)
@@ -59,10 +59,10 @@ def whole_counts(sizes: Mapping[str, int], densities: Mapping[str, float], least
     Args:
         sizes: weights or blocks of each layer.
         densities: shares to keep, from 0 to 1.
-        least: what each layer keeps at least, whatever its density.
+        least: smallest number that each layer keeps, whatever its density.
     """
     wanted = {name: sizes[name] * densities[name] for name in sizes}
-    # A density computed in floating point may miss a whole number by a rounding error.
+    # Because of rounding, a product may be slightly below the whole number that it stands for.
     counts = {name: min(sizes[name], math.floor(value + 1e-9 * max(1.0, value))) for name, value in wanted.items()}
     missing = round(math.fsum(wanted.values())) - sum(counts.values())
     by_remainder = sorted(sizes, key=lambda name: wanted[name] - counts[name], reverse=True)
@@ -77,11 +77,11 @@ def check_finite(scores: Mapping[str, Tensor], what: str) -> None:
     """Raise unless all scores are finite.
 
     Args:
-        scores: by layer.
-        what: what to call them in the error.
+        scores: scores by layer.
+        what: what the error calls them.
 
     Raises:
-        ArgumentError: naming the first layer that has others.
+        ArgumentError: a score is not finite; the message names the first such layer.
     """
     for name, values in scores.items():
         if not bool(torch.isfinite(values).all()):

@@ -1,4 +1,4 @@
-"""The first masks: drawn by scores (SNIP, magnitude), at random, or given."""
+"""First masks: drawn by scores (SNIP, magnitude) or at random, or given."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def draw_masks(state: MaskState, rule: Rule, scores: Mapping[str, Tensor]) -> li
     """Draw the first masks, as `init` says.
 
     Args:
-        state: whose masks and densities are set.
-        rule: how masks are drawn.
-        scores: of the parameters' shapes, not negative.
+        state: the state whose masks and densities are set.
+        rule: the rule that draws masks.
+        scores: nonnegative scores of the parameters' shapes, by parameter name.
 
     Returns:
         names of parameters that the published rule leaves dense.
@@ -42,7 +42,7 @@ def draw_masks(state: MaskState, rule: Rule, scores: Mapping[str, Tensor]) -> li
 
 @torch.no_grad()
 def copy_masks(state: MaskState, masks: Mapping[str, Tensor]) -> None:
-    """Set given masks, and the densities that they have.
+    """Set the given masks, and the densities that follow from them.
 
     Raises:
         ArgumentError: a mask does not consist of whole blocks.
@@ -82,11 +82,11 @@ def snip_scores(
 ) -> dict[str, Tensor]:
     """Compute |weight · gradient| on a copy of the network in training mode (SNIP; Lee et al., 2019).
 
-    No random number generator is changed.
+    The state of no random number generator changes.
 
     Args:
         model: the network, unwrapped.
-        parameters: to be scored, by name.
+        parameters: parameters to score, by name.
         batch: inputs and targets.
         loss: function of outputs and targets.
 
@@ -117,7 +117,7 @@ def snip_scores(
 
 
 def _check_targets(outputs: object, targets: object) -> None:
-    """Raise unless cross-entropy takes these: class numbers, or a probability for every output."""
+    """Raise unless cross-entropy takes these targets: class numbers, or a probability for every output."""
     if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
         found = f"outputs are a {type(outputs).__name__}, the targets a {type(targets).__name__}"
         raise ArgumentError(f"batch: cross-entropy takes two tensors; the network's {found}. Give a loss that takes these")

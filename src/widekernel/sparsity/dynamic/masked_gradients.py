@@ -1,4 +1,4 @@
-"""The gradients of a step: zero outside the masks, with a dense copy if weights grow by their gradients."""
+"""Masked gradients of a step, with a dense copy if weights grow by their gradients."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class MaskedGradients:
 
         Args:
             step: number of the step that is about to be made, from 1.
-            scale: by which the gradients of a fused optimizer are multiplied; it changes from step to step. None without.
+            scale: loss scale of the gradients of a fused optimizer, which differs between steps; None without one.
         """
         config = self._state.config
         if config.growth == "momentum" or (config.growth == "gradient" and config.is_due(step)):
@@ -49,11 +49,11 @@ class MaskedGradients:
 
     @property
     def has_dense(self) -> bool:
-        """Whether dense gradients are stored, so that those of the parameters are masked already."""
+        """Whether dense gradients are stored; then those of the parameters are masked already."""
         return self._dense is not None
 
     def drop_dense(self) -> None:
-        """Drop the dense gradients, because their step was made or others follow."""
+        """Drop the dense gradients, after their step or because new ones follow."""
         self._dense = None
 
     def update_momentum(self) -> None:
@@ -78,5 +78,5 @@ class MaskedGradients:
             found = {name: published.momentum_scores(optimizer, parameter) for name, parameter in parameters.items()}
         else:
             found = {name: parameter.grad for name, parameter in parameters.items()}
-        # A parameter that took no part in the loss has no gradient: all its weights score the same.
+        # A parameter that did not contribute to the loss has no gradient; all its weights get the same score.
         return {name: torch.zeros_like(parameters[name]) if value is None else value for name, value in found.items()}

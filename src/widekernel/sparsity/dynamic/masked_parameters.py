@@ -1,4 +1,4 @@
-"""Which parameters dynamic sparse training masks: by the settings, or those that masks were given for."""
+"""Selection of the parameters that dynamic sparse training masks: by the settings, or by given masks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Access to the optimizer whose steps keep the masks: inside wrappers, and its moments."""
+"""Access to the optimizer inside its wrappers, and to its moments."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 from widekernel.errors import ArgumentError
 from widekernel.sparsity.selection import SHARDED, is_sharded
 
-# Under these optimizers a weight that is zero, with gradient and moments, stays zero and needs no masking after a step.
+# Under these optimizers, a weight stays zero if its gradient and moments are zero, so a step needs no masking afterwards.
 _KEEP_ZEROS = {getattr(torch.optim, name) for name in ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "Adagrad")}
-# Libraries whose wrappers pass a step on and change no weights themselves.
+# Libraries whose wrappers forward the step and do not change weights themselves.
 _TRUSTED = ("accelerate", "lightning", "lightning_fabric", "pytorch_lightning")
 
 
@@ -56,7 +56,7 @@ def check_trained(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) 
 
 
 def keeps_zeros(optimizer: Optimizer) -> bool:
-    """Return whether a weight that is zero, with gradient and moments, stays zero under this optimizer."""
+    """Return whether a weight stays zero under this optimizer if its gradient and moments are zero."""
     return type(optimizer) in _KEEP_ZEROS
 
 
@@ -73,5 +73,5 @@ def _calls_hooks(optimizer: Any) -> bool:
 
 
 def _index_of_step(optimizer: Any) -> int:
-    """Return where in the MRO of a wrapper its step is defined: some wrappers imitate the class of the optimizer inside."""
+    """Return the index in a wrapper's MRO where its step is defined; some wrappers imitate the class of the optimizer."""
     return next((place for place, kind in enumerate(type(optimizer).__mro__) if "step" in vars(kind)), 0)

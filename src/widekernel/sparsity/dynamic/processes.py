@@ -1,4 +1,4 @@
-"""Data-parallel processes: all find the same masks, without sending masks."""
+"""Data-parallel processes, which compute the same masks without sending masks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from widekernel.sparsity.packing import digest
 
 
 class MaskMismatchError(WidekernelError, RuntimeError):
-    """Processes that train together have come to different masks."""
+    """Error for processes that train together but have different masks."""
 
 
 def average(value: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ def check_equal(masks: Mapping[str, Tensor]) -> None:
     """Compare the masks of all processes by one 64-bit digest.
 
     Raises:
-        MaskMismatchError: naming the layers whose masks differ.
+        MaskMismatchError: the masks differ; the message names the layers.
     """
     if not _are_several():
         return

@@ -1,4 +1,4 @@
-"""Picking weights or blocks to prune and to grow: the k smallest or largest scores (ties by position), or k at random."""
+"""Choice of weights or blocks to prune and to grow: the k smallest or largest scores (ties by position), or k at random."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def at_random(k: int, among: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def generator_for(device: torch.device, seed: int, update: int, name: str) -> torch.Generator:
-    """Return the generator for one update of one layer, whose numbers depend on nothing but the arguments.
+    """Return the generator for one update of one layer; its numbers depend only on the arguments.
 
-    So every process draws the same numbers, a resumed run needs no generator state, and no other generator is disturbed.
+    Every process draws the same numbers, a resumed run needs no generator state, and no other generator is disturbed.
     """
     return torch.Generator(device).manual_seed(int.from_bytes(named_seed(seed, update, name), "big") >> 1)
 
@@ -50,7 +50,7 @@ def protected_by_fan_in(scores: Tensor, live: Tensor, shape: tuple[int, ...], fa
     Args:
         scores: (n,), in the order of a weight of `shape`.
         live: (n,) bool.
-        shape: of the weight, output channels first.
+        shape: shape of the weight, output channels first.
         fan_in: elements to mark per output channel.
     """
     rows = scores.masked_fill(~live, -torch.inf).view(shape[0], -1)

@@ -1,4 +1,4 @@
-"""Weights that newly made or loaded masks removed, kept until the next step in case other masks are loaded."""
+"""Weights removed by newly drawn or loaded masks, kept until the next step in case other masks are loaded."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 class RemovedWeights:
     """The values of masked tensors before they were masked.
 
-    Training libraries restore a run in their own order: first the weights; then the controller is made, which applies new
-    masks; then its state is loaded, which has other masks. The weights that the new masks removed are restored then.
+    Training libraries restore a run in their own order: they load the weights, then make the controller, which applies new
+    masks, and then load its state, which has other masks. At that point the weights that the new masks removed are restored.
 
     Args:
         holders: tensors by parameter name, of the network and of its averages, as they are before masking.

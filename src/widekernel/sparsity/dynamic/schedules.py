@@ -1,4 +1,4 @@
-"""How many weights a topology update moves, and how sparse the network is, over time."""
+"""Schedules of the share of weights that an update moves, and of the sparsity."""
 
 from __future__ import annotations
 

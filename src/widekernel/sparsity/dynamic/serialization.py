@@ -1,4 +1,4 @@
-"""The state of a controller as plain values, and its form in checkpoints."""
+"""State of a controller as plain values, and its form in checkpoints."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ KEYS = ("step", "updates", "skipped", "pending", "shapes", "masks", "densities",
 
 @dataclass(frozen=True)
 class ControllerState:
-    """What a `DynamicSparsity` needs to continue exactly.
+    """State that a `DynamicSparsity` needs to continue exactly.
 
     Attributes:
-        settings: what `settings_in_masks` returned; None in states of older versions.
+        settings: result of `settings_in_masks`; None in states of older versions.
         step: optimizer steps done.
         updates: topology updates done.
-        skipped: topology updates left out.
+        skipped: topology updates that were skipped.
         pending: whether masks are still to be drawn.
         masks: parameter name -> bool tensor.
         densities: share of each parameter to keep in the end.
@@ -76,7 +76,7 @@ class ControllerState:
         """Read what `to_dict` returned.
 
         Raises:
-            CheckpointError: it is not a state, not complete, or of a newer version.
+            CheckpointError: it is not a state, is incomplete, or comes from a newer version.
         """
         if not isinstance(saved, Mapping):
             raise CheckpointError(
@@ -88,7 +88,7 @@ class ControllerState:
             )
         if missing := [key for key in KEYS if key not in saved]:
             raise CheckpointError(
-                f"the sparsity state lacks {', '.join(missing)}: give all of what state_dict() returned, not a part of it"
+                f"the sparsity state lacks {', '.join(missing)}: give everything that state_dict() returned"
             )
         shapes = {name: tuple(shape) for name, shape in saved["shapes"].items()}
         settings = saved.get("config")
@@ -111,7 +111,7 @@ class ControllerState:
 
 
 def settings_in_masks(config: DynamicSparsityConfig) -> dict[str, Any]:
-    """Return the settings, as plain values, that masks and densities contain; all others take effect from loading on."""
+    """Return, as plain values, the settings that masks and densities reflect; others may change when a state is loaded."""
     start = config.initial_sparsity
     return {
         "rule": config.rule,
@@ -122,7 +122,7 @@ def settings_in_masks(config: DynamicSparsityConfig) -> dict[str, Any]:
 
 
 def check_settings(saved: ControllerState, config: DynamicSparsityConfig, from_settings: bool) -> None:
-    """Raise a `CheckpointError` if the masks of a state follow from other settings, which would be ignored from here on.
+    """Raise a `CheckpointError` if the masks of a state reflect other settings than the controller's.
 
     Args:
         saved: the state.
@@ -130,7 +130,7 @@ def check_settings(saved: ControllerState, config: DynamicSparsityConfig, from_s
         from_settings: whether the masks of that controller follow from its sparsity.
     """
     theirs = saved.settings
-    if theirs is None or saved.pending:  # of an older version; or masks are still to be drawn, by the settings here
+    if theirs is None or saved.pending:  # from an older version, or masks are still to be drawn with the settings here
         return
     ours = settings_in_masks(config)
     names = ["rule", "block"]
@@ -149,8 +149,8 @@ def check_settings(saved: ControllerState, config: DynamicSparsityConfig, from_s
 def names_left_dense(saved: ControllerState, state: MaskState) -> list[str]:
     """Return the parameters that were selected here but have no mask in a saved state.
 
-    The published rule leaves layers dense that it drew almost dense: here it may have left others than where the state was
-    saved. For the exact rule the masks must be those of the same parameters.
+    The published rule leaves layers dense whose masks it draws almost dense. Here these may be other layers than in the run
+    that saved the state. Under the exact rule, the masks must belong to the same parameters.
 
     Raises:
         CheckpointError: the state belongs to another network.

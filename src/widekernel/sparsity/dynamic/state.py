@@ -1,4 +1,4 @@
-"""The masks of a network, and what a topology update needs to know about them."""
+"""Masks of a network, and the information about them that topology updates need."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class MaskState:
     Attributes:
         config: the settings.
         parameters: masked parameters by name.
-        groups: the blocks of all parameters, and which of them belong together.
+        groups: blocks of all parameters, grouped by those that belong together.
         masks: bool tensors of the parameters' shapes, changed in place only.
         densities: share of each parameter to keep in the end.
         fresh: weights that grew at the last update and that no step has trained yet.
@@ -61,10 +61,10 @@ class MaskState:
         self.densities[name] = mask.float().mean().item()
 
     def leave_dense(self, names: Iterable[str]) -> set[str]:
-        """Mask all selected parameters but these, and return the names of those that have no mask now.
+        """Mask all selected parameters except these, and return the names of those that have no mask now.
 
         Parameters that share a mask are left dense together or not at all. A parameter that had no mask before starts with
-        one in which all weights are live.
+        a mask in which all weights are live.
         """
         names = set(names)
         self.groups = [group for group in self._all_groups if not set(group.names) <= names]
@@ -123,5 +123,5 @@ class MaskState:
 
 
 def _ones_like(parameter: Tensor) -> Tensor:
-    """Return a mask of live weights in the parameter's memory order, because the two are multiplied at every step."""
+    """Return an all-live mask in the memory order of the parameter, which it is multiplied with at every step."""
     return torch.ones_like(parameter, dtype=torch.bool, requires_grad=False)

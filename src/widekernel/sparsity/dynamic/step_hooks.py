@@ -1,4 +1,4 @@
-"""Hooks around the steps of an optimizer: skipped steps, closures, and steps that call that of a base class."""
+"""Hooks around optimizer steps, which handle skipped steps, closures, and steps that call the step of a base class."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ _MARK = "_widekernel_masks_of"
 
 
 class StepHooks:
-    """Calls functions before and after each step of an optimizer.
+    """Hooks that call functions before and after each step of an optimizer.
 
     Args:
-        optimizer: whose steps are watched.
+        optimizer: the optimizer.
         owner: the object that the functions belong to, which `owners_of` finds.
-        before: called before a step, with whether the step has a closure, which will compute the gradients.
+        before: called before a step; its argument says whether the step has a closure, which will compute the gradients.
         before_closure: called before each call of the closure.
         after_closure: called after each call of the closure.
-        after: called after a step: "made"; "repeated" if a class's step has called that of its base class, and both call the
-            hooks; or "skipped" if a gradient scaler has told a fused optimizer to skip it.
+        after: called after a step with its outcome: "made"; "repeated" if a step called that of its base class, so that the
+            hooks run twice; or "skipped" if a gradient scaler made a fused optimizer skip it.
 
     Attributes:
-        in_step: whether a step is being made.
+        in_step: whether a step is in progress.
     """
 
     def __init__(
@@ -66,8 +66,8 @@ class StepHooks:
         self._after("made" if first else "repeated")
 
     def _with_closure(self, closure: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return the arguments of a step with a closure that also calls the owner."""
-        if getattr(closure, _MARK, None) is self:  # by the step of a class that calls that of its base class
+        """Return the arguments of a step, with a closure that also calls the owner's functions."""
+        if getattr(closure, _MARK, None) is self:  # wrapped already: this step was called by that of a subclass
             return args, kwargs
 
         def wrapped() -> Any:
@@ -89,12 +89,12 @@ def owners_of(optimizer: Optimizer) -> Iterator[object]:
 
 
 def _overflowed(optimizer: Optimizer) -> bool:
-    """Return whether a gradient scaler has told a fused optimizer to skip this step."""
+    """Return whether a gradient scaler makes a fused optimizer skip this step."""
     found = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found)
 
 
 def _closure_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[[], Any] | None:
-    """Return the closure among the arguments of a step, of which the first is the optimizer; None without."""
+    """Return the closure in the arguments of a step, of which the first is the optimizer; None if there is none."""
     found = args[1] if len(args) > 1 else kwargs.get("closure")
     return found if callable(found) else None

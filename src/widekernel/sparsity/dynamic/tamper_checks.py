@@ -1,4 +1,4 @@
-"""Checks between steps that nothing else has changed a masked network: replaced, overwritten or lost weights are errors."""
+"""Checks between steps that only its optimizer changes a masked network; replaced or overwritten weights are errors."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from widekernel.errors import ArgumentError, CheckpointError
 from widekernel.sparsity.dynamic.state import MaskState
 from widekernel.sparsity.selection import SHARDED, is_sharded
 
-# Shares of live weights that may be zero for other reasons: rounding to a narrower type, and zeros in the initialization.
+# Share of live weights that may be zero for other reasons: rounding to a narrower type, and zeros in the initialization.
 _ROUNDED, _INITIALIZED = 0.01, 0.05
 
 
 class TamperChecks:
-    """Compares a network with what its masks were made for.
+    """Checks that a network is still the one that its masks were made for.
 
     Args:
         model: the network, unwrapped.
         state: its masks.
-        writes_are_counted: whether PyTorch's count of in-place writes can be relied on; unknown optimizer wrappers may write
-            past it.
+        writes_are_counted: whether PyTorch's counter of in-place writes is reliable; unknown optimizer wrappers may bypass
+            it.
         first_masks: whether the masks will be drawn for a dense network.
 
     Attributes:
@@ -98,7 +98,7 @@ class TamperChecks:
         if found:
             first = next(iter(found))
             raise ArgumentError(
-                f"{sum(found.values())} weights live outside the masks of {len(found)} parameters ({found[first]} in "
+                f"{sum(found.values())} weights are nonzero outside the masks of {len(found)} parameters ({found[first]} in "
                 f"{first}): something other than the steps of the controller's optimizer has written to them, such as a "
                 "checkpoint, an average or another optimizer. Load the controller's state with the weights, or make the "
                 "controller after loading them; if these weights may be removed, call apply_masks()"
@@ -109,7 +109,7 @@ class TamperChecks:
         if not self._first_masks:
             return
         zeros, live = self.live_zeros(), self._state.live_counts()
-        # A layer that was initialized with zeros alone says nothing.
+        # A layer whose weights are all zero proves nothing: it may have been initialized so.
         mixed = [name for name in zeros if 0 < zeros[name] < live[name]]
         count, total = sum(zeros[name] for name in mixed), sum(live[name] for name in mixed)
         if count > _INITIALIZED * total:
@@ -131,9 +131,9 @@ class TamperChecks:
         more = {n: count - saved[n] for n, count in now.items() if n in saved and count - saved[n] > _ROUNDED * live[n]}
         if more:
             raise CheckpointError(
-                f"{sum(more.values())} live weights of {len(more)} parameters, such as {next(iter(more))}, are zero that "
-                "were not when the masks were saved: load the weights that belong to these masks. If that was done, steps "
-                "or other masks have changed them since: load them again"
+                f"{sum(more.values())} live weights of {len(more)} parameters, such as {next(iter(more))}, are zero now but "
+                "were not when the masks were saved: load the weights that belong to these masks, again if steps or other "
+                "masks have changed them since"
             )
 
     def _written(self) -> list[str]:

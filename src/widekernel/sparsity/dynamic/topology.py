@@ -1,4 +1,4 @@
-"""One topology update: the masks move, and what that removed and grew."""
+"""One topology update: moving the masks, and the weights that this removed and grew."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from widekernel.sparsity.dynamic.state import MaskState
 
 
 class Rule(Protocol):
-    """How masks are drawn and moved; the modules in `rules` are such rules."""
+    """Interface of a rule that draws and moves masks; the modules in `rules` implement it."""
 
     def allocate_densities(self, state: MaskState, scores: Mapping[str, Tensor] | None) -> None:
         """Set the final density of every parameter."""
@@ -44,12 +44,12 @@ def move_masks(state: MaskState, rule: Rule, step: int, growth: Mapping[str, Ten
 
     Args:
         state: the masks.
-        rule: how they move.
+        rule: the rule that moves them.
         step: optimizer steps done.
-        growth: scores of what may grow, by parameter name; None for random growth.
+        growth: growth scores by parameter name; None for random growth.
 
     Returns:
-        What has moved; None if nothing has because a score is not finite.
+        the change; None if nothing moved because a score is not finite.
     """
     former = {name: mask.clone() for name, mask in state.masks.items()}
     # The published code counts intervals, so a skipped update has a number too.

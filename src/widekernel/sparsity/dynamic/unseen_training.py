@@ -1,4 +1,4 @@
-"""Training that a controller does not see while its masks are still to be drawn."""
+"""Detection of training that a controller does not see before its masks are drawn."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from widekernel.errors import ArgumentError
 
 
 class UnseenTraining:
-    """Detects weights that were changed after a backward pass without a step of the controller's optimizer.
+    """Detector of weights that change after a backward pass without a step of the controller's optimizer.
 
-    Before the first step, weights may be loaded: no gradients have been computed by then. Gradients followed by new weights
-    mean training, and if the controller's optimizer took no part in it, another one did. Hooks on the gradients notice this.
-    Copies of the parameters do not carry the hooks, which are removed once masks are drawn.
+    Loading weights before the first step is allowed, because no gradients have been computed by then. But if weights change
+    after gradients were computed, and the controller's optimizer made no step, something else has trained the network. Hooks
+    on the gradients notice this. Copies of the parameters do not have the hooks, which are removed once masks are drawn.
 
     Args:
-        parameters: that are to be masked.
+        parameters: the parameters to be masked, by name.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self._parameters = dict(parameters)
-        self._seen: dict[str, tuple[object, ...]] = {}  # parameters as they were when their last gradients came
+        self._seen: dict[str, tuple[object, ...]] = {}  # parameters as they were when their last gradients were computed
         self._written: str | None = None
         self._handles: list[RemovableHandle] = []
         self.start()
@@ -53,10 +53,10 @@ class UnseenTraining:
             self._compare(name, parameter)
         if self._written is not None:
             raise ArgumentError(
-                f"no masks are drawn, but {self._written} and perhaps others were trained: gradients came and weights "
-                "changed without a step of the controller's optimizer, so the network is dense. Make the controller with "
-                "the optimizer whose step() is called (of wrappers such as SAM, the base optimizer); if weights were loaded "
-                "after a trial pass, make the controller after loading them"
+                f"no masks are drawn yet, but {self._written} and perhaps others were trained: gradients were computed and "
+                "weights changed without a step of the controller's optimizer, so the network is dense. Make the controller "
+                "with the optimizer whose step() is called (for wrappers such as SAM, the base optimizer); if weights were "
+                "loaded after a trial pass, make the controller after loading them"
             )
 
     def _make_hook(self, name: str) -> Callable[[Tensor], None]:

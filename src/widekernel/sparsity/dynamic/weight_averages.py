@@ -1,4 +1,4 @@
-"""Moving averages of the weights, which are kept as sparse as the weights."""
+"""Moving averages of the weights, kept as sparse as the weights themselves."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from widekernel.sparsity.dynamic.state import MaskState
 
 
 class WeightAverages:
-    """The averages of masked parameters.
+    """Averages of the masked parameters.
 
     Args:
-        networks: that hold the averages.
+        networks: the networks that hold the averages.
         state: the masks.
 
     Attributes:
@@ -44,7 +44,7 @@ class WeightAverages:
 
     @torch.no_grad()
     def start_fresh(self) -> None:
-        """Start the averages of weights that grew at the last update from the first value that a step has given them."""
+        """Set the averages of weights that grew at the last update to the values that the first step gave them."""
         for weights in self.weights:
             for name, parameter in self._state.parameters.items():
                 values = weights[name]  # may be on another device

@@ -1,8 +1,8 @@
-"""2:4 sparsity: at most two of four consecutive weights are not zero, which sparse matrix units run at up to twice the rate.
+"""2:4 sparsity: at most two of four consecutive weights are nonzero, and sparse matrix units run up to twice as fast.
 
     controller = prepare(model, SemiStructuredConfig(method="magnitude"))  # masks in place; controller.report lists layers
     plain = convert(model)  # a plain network with zeros
-    save_sparse(plain, "network.safetensors")  # half of the weights, and choices of 2.7 bits
+    save_sparse(plain, "network.safetensors")  # half of the weights, and 2.7 bits for each group of four
 
 Learned masks (`method="learned"`) freeze the weights: train `controller.parameters()` without weight decay, add
 `controller.regularization()` to the loss and call `controller.step()` after every optimizer step.
@@ -70,7 +70,7 @@ _WHERE = {
     "transposable_mask": f"{_HERE}.transposable",
     "validate": f"{_HERE}.conversion",
 }
-# Public up to version 0.4; a name after the colon is the present one.
+# Public up to version 0.4; a name after the colon is the new one.
 _MOVED = {
     "AXES": f"{_HERE}.config",
     "Axis": f"{_HERE}.config",

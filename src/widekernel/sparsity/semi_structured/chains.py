@@ -1,6 +1,6 @@
-"""Chains of layers whose channels can be permuted: one layer writes them, and one other alone reads them.
+"""Chains of layers whose channels can be permuted: one layer writes the channels, and only one other layer reads them.
 
-Only operations on single channels may lie between the two.
+Between the two, there may only be operations that treat every channel alike and separately.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ SUMS = frozenset({operator.add, operator.iadd, torch.add, "add", "add_"})
 
 @dataclass(frozen=True)
 class Chain:
-    """Two layers and what is between them.
+    """Two layers, and the modules between them.
 
     Attributes:
         producer: name of the layer whose output channels are the consumer's input channels.
         consumer: name of that layer.
-        between: names of the modules between with parameters or statistics per channel.
+        between: names of the modules between them that have per-channel parameters or statistics.
     """
 
     producer: str
@@ -48,7 +48,7 @@ class Chain:
 
 
 class _Tracer(fx.Tracer):
-    """Traces containers and blocks, with single layers as leaves."""
+    """Tracer of containers and blocks, with single layers as leaves."""
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         kinds = (_BatchNorm, nn.LayerNorm, LargeKernel, PartialChannels, KernelSource)
@@ -58,9 +58,10 @@ class _Tracer(fx.Tracer):
 def find_chains(model: nn.Module, consumers: list[str]) -> dict[str, Chain | str]:
     """Return for each consumer the chain from its producer, or the reason why its input channels cannot be permuted.
 
-    The network is traced with torch.fx, as a whole if that works, else in the largest parts that can be traced, in training
-    and in evaluation mode, which must agree. Within a part, every reader of the tensors between two layers is seen. Parts
-    are assumed to be called as modules, through their forward. The outputs of `forward_features` keep their order.
+    The network is traced with torch.fx, as a whole if possible, and otherwise in the largest parts that can be traced. The
+    traces in training and in evaluation mode must agree. Within a part, all readers of the tensors between two layers are
+    known. Parts are assumed to be called as modules, through their `forward`. The outputs of `forward_features` keep their
+    order.
 
     Args:
         model: the network.
@@ -81,7 +82,7 @@ def _keep_features(model: nn.Module, found: dict[str, Chain | str]) -> None:
     tracer.traced_func_name = "forward_features"
     try:
         graph = tracer.trace(model)
-    except Exception:  # as in _trace; then its parts were traced one by one, and no chain crosses parts
+    except Exception:  # as in _trace; its parts were traced one by one then, and no chain crosses parts
         return
     inside = {str(node.target) for node in graph.nodes if node.op == "call_module"}
     for name, chain in found.items():
@@ -106,18 +107,18 @@ def _visit(model: nn.Module, path: str, part: nn.Module, found: dict[str, Chain 
 
 
 def _trace(part: nn.Module, training: bool) -> fx.Graph | None:
-    # Hooks would be called with stand-ins for tensors.
+    # Hooks would be called with proxies instead of tensors.
     if any(module._forward_hooks or module._forward_pre_hooks for module in part.modules()):
         return None
     part.train(training)
     try:
         return _Tracer().trace(part)
-    except Exception:  # whatever the network's code raises when it gets a stand-in for a tensor
+    except Exception:  # whatever the network's code raises when it gets a proxy instead of a tensor
         return None
 
 
 def _chain(model: nn.Module, part: nn.Module, graph: fx.Graph, prefix: str, consumer: str) -> Chain | str:
-    """Walk back from a consumer to its producer, and return the chain or why there is none."""
+    """Walk back from a consumer to its producer, and return the chain, or the reason why there is none."""
     calls: dict[str, list[fx.Node]] = {}
     for node in graph.nodes:
         if node.op == "call_module":
@@ -131,7 +132,7 @@ def _chain(model: nn.Module, part: nn.Module, graph: fx.Graph, prefix: str, cons
         return problem
     assert isinstance(layer, (nn.Conv2d, nn.Linear))
     if not _is_known(layer):
-        return f"{type(layer).__name__} may do more with its weight than a plain layer"
+        return f"{type(layer).__name__} may do more with its weight than a plain layer does"
     channels, linear = layer.weight.shape[1], isinstance(layer, nn.Linear)
     between: list[str] = []
     node = calls[own][0].args[0] if calls[own][0].args else None
@@ -143,13 +144,13 @@ def _chain(model: nn.Module, part: nn.Module, graph: fx.Graph, prefix: str, cons
             module = part.get_submodule(name)
             has_state = any(True for _ in module.parameters()) or any(True for _ in module.buffers())
             if has_state and len(calls[name]) != 1:
-                return f"{prefix}{name} before it is used several times"
+                return f"{prefix}{name}, which comes before it, is used several times"
             if has_state and (problem := _owner_problem(model, module, name, read)):
                 return f"{prefix}{name}: {problem}"
             if _is_producer(module, channels, linear):
                 return Chain(prefix + name, consumer, tuple(between))
             if not _keeps_channels(module, channels, linear):
-                return f"{prefix}{name} ({type(module).__name__}) before it treats channels differently"
+                return f"{prefix}{name} ({type(module).__name__}), which comes before it, treats channels differently"
             if has_state:
                 between.append(prefix + name)
         elif not _is_elementwise(node):
@@ -174,7 +175,7 @@ def _is_elementwise(node: fx.Node) -> bool:
 
 
 def _owner_problem(model: nn.Module, module: nn.Module, name: str, read: set[str]) -> str:
-    """Return why the parameters of a module cannot be reordered, "" if they can."""
+    """Return why the parameters of a module cannot be reordered, or "" if they can."""
     if any(target.startswith(f"{name}.") for target in read):
         return "its parameters are read directly"
     held = [one for one in model.modules() if one is module]
@@ -193,19 +194,19 @@ def _is_producer(module: nn.Module, channels: int, linear: bool) -> bool:
 
 
 def _is_known(layer: nn.Module) -> bool:
-    """Return whether a convolution or linear layer is a plain one, or timm's with TensorFlow's padding."""
+    """Return whether a convolution or linear layer is plain, or is timm's convolution with TensorFlow's padding."""
     return is_plain(layer) or (type(layer).__name__ == "Conv2dSame" and type(layer).__module__.startswith("timm.layers."))
 
 
 def _keeps_channels(module: nn.Module, channels: int, linear: bool) -> bool:
-    """Return whether reordering the channels of a module's input and of its own vectors only reorders its output."""
+    """Return whether reordering a module's input channels and its own vectors only reorders its output."""
     kind = type(module)
     if kind in ELEMENTWISE or (kind.__module__.startswith("timm.layers.activations") and kind.__name__ != "PReLU"):
         return True
     if kind.__name__ == "GlobalResponseNorm" and kind.__module__.startswith("timm.layers."):
         return module.channel_dim == (-1 if linear else 1)  # type: ignore[return-value]
     if isinstance(module, nn.LayerNorm):
-        # Over the last dimension, except for the two-dimensional ones of timm and torchvision.
+        # They normalize the last dimension, except for the two-dimensional ones of timm and torchvision.
         across = kind.__name__ == "LayerNorm2d"
         others = kind.__name__ in ("LayerNorm", "LayerNorm2d") and kind.__module__.startswith(
             ("timm.layers.", "torchvision.")

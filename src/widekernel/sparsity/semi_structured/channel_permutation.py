@@ -1,4 +1,4 @@
-"""Permutation of channels within a network so that 2:4 masks lose less; its outputs stay the same."""
+"""Permutation of channels so that 2:4 masks lose less magnitude; the outputs of the network stay the same."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Permuted:
     """The result of permuting the input channels of a layer.
 
     Attributes:
-        reason: why they were not permuted; "" if they were.
+        reason: why the channels were not permuted; "" if they were.
         kept_before: share of the magnitude that 2:4 masks keep in the old order.
         kept_after: the same in the new order.
         producer: the layer that writes these channels.
@@ -32,7 +32,7 @@ class Permuted:
 def permute_channels(model: nn.Module, layers: list[str], config: SemiStructuredConfig) -> dict[str, Permuted]:
     """Permute the input channels of layers, in place, where this is known not to change the network's outputs.
 
-    This is so where a single convolution or linear layer writes the channels, and only operations that treat all channels
+    This holds where a single convolution or linear layer writes the channels, and only operations that treat all channels
     alike (activations, batch and layer norms, depthwise convolutions, pooling, response norms) lie between: for the two
     layers of an MLP, and for the convolutions within a residual branch. Channels of a residual stream are not permuted.
 
@@ -51,7 +51,7 @@ def permute_channels(model: nn.Module, layers: list[str], config: SemiStructured
             continue
         matrix = _matrix(model.get_submodule(name).weight)  # type: ignore[arg-type]
         if matrix.shape[1] % 4:
-            result[name] = Permuted(f"{matrix.shape[1]} input channels are no multiple of 4")
+            result[name] = Permuted(f"{matrix.shape[1]} input channels are not a multiple of 4")
             continue
         order = search_permutation(matrix, config.permutation_rounds, config.permutation_escapes, config.seed)
         result[name] = Permuted("", kept_magnitude(matrix), kept_magnitude(matrix[:, order]), chain.producer)

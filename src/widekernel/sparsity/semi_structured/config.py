@@ -1,4 +1,4 @@
-"""Settings of semi-structured (2:4) sparsity, and its name in settings."""
+"""Settings of semi-structured (2:4) sparsity, and the value that selects it in other settings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 def current_name(setting: str, value: T) -> T | str:
-    """Return the value of a setting, with a `FutureWarning` and `SEMI_STRUCTURED` for the old name."""
+    """Return the value of a setting; replace the old name by `SEMI_STRUCTURED`, with a `FutureWarning`."""
     if value != OLD_NAME:
         return value
     warnings.warn(
@@ -42,34 +42,36 @@ def check_axis(axis: str) -> None:
 
 @dataclass(frozen=True)
 class SemiStructuredConfig:
-    """Which layers become 2:4, and how their masks are found.
+    """Settings of 2:4 sparsity: which layers to mask, and how to find the masks.
 
     A learned mask is a categorical variable over the six patterns for each group of four, drawn with the Gumbel-softmax
-    trick while the weights are frozen (Danhofer, arXiv 2411.00288). The temperature falls exponentially. By default, the
-    logit scale is constant and there is no weight regularizer, on purpose: scaled logits with that regularizer (MaskLLM)
-    are the subject of a patent application, US-2025/0335769-A1, and must be chosen explicitly.
+    trick while the weights are frozen (Danhofer, arXiv 2411.00288). The temperature falls exponentially. The default has a
+    constant logit scale and no weight regularizer on purpose: a patent application (US-2025/0335769-A1, MaskLLM) covers
+    scaled logits with that regularizer, so they must be chosen explicitly.
 
     Args:
-        method: magnitude (keep the two largest of four), permuted (first reorder channels so that this loses less) or
-            learned (train the choice)
-        axis: which four weights form a group: channels (input channels within one tap, which hardware needs), im2col (as in
-            the paper) or taps (of depthwise layers, to study accuracy only)
-        layers: all, or names of layers with * and ? as wildcards
-        exclude: names of layers that stay dense, with wildcards
+        method: how the masks are found: magnitude (keep the two largest of every four weights), permuted (the same, after
+            reordering channels so that less magnitude is lost) or learned (train the choice while the weights are frozen)
+        axis: which four weights form a group: channels (four input channels at the same tap, as hardware requires), im2col
+            (four consecutive elements of the flattened filters, as in the paper) or taps (four taps of a depthwise kernel;
+            only for studies of accuracy)
+        layers: all, or names of the layers to mask, with * and ? as wildcards
+        exclude: names of layers to keep dense, with * and ? as wildcards
         min_in_channels: layers with fewer input channels stay dense
         min_out_channels: layers with fewer output channels stay dense
-        total_steps: optimizer steps over which temperature and logit scale change
-        tau_start: temperature at the first step
-        tau_end: temperature at the last step
-        kappa_start: factor on the logits at the first step
-        kappa_end: factor on the logits at the last step, reached linearly
-        prior_strength: initial logit of the pattern of largest magnitude
-        entropy_penalty: weight of the mean entropy of the choices in the loss
-        weight_regularization: weight of the squared norm of the kept weights, which is subtracted from the loss
+        total_steps: optimizer steps over which temperature and logit scale change; `widekernel train` uses the length of
+            the run
+        tau_start: Gumbel-softmax temperature at the first step
+        tau_end: Gumbel-softmax temperature at the last step
+        kappa_start: logit scale (factor on the logits) at the first step
+        kappa_end: logit scale at the last step; it changes linearly
+        prior_strength: initial logit of the pattern that keeps the two largest weights
+        entropy_penalty: coefficient, in the loss, of the mean entropy of the choices
+        weight_regularization: coefficient of the squared norm of the kept weights, which is subtracted from the loss
         freeze_norms: keep batch norms in evaluation mode while masks are learned, so that their statistics do not change
-        permutation_rounds: rounds of pairwise exchange between stripes of four channels; limits the time of the search
-        permutation_escapes: how often the search may leave a local optimum
-        seed: of the noise and of the search
+        permutation_rounds: rounds in which pairs of stripes (four channels each) exchange channels; limits the search time
+        permutation_escapes: how often the search may leave a local optimum by random exchanges
+        seed: seed of the Gumbel noise and of the permutation search
     """
 
     method: Literal["magnitude", "permuted", "learned"] = "magnitude"

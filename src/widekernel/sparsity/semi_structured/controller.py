@@ -1,4 +1,4 @@
-"""The controller of a network's 2:4 masks."""
+"""Controller of a network's 2:4 masks."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ STATE_VERSION = 1
 
 
 class SemiStructured:
-    """The 2:4 masks of a network; `prepare` returns it, and the network carries it.
+    """Controller of the 2:4 masks of a network; `prepare` returns it and attaches it to the network.
 
     With the methods "magnitude" and "permuted", weights stay plain parameters with zeros; to train them, call `apply_masks`
-    after every optimizer step. With "learned" they are parametrized: give `parameters()` to an optimizer without weight
-    decay (Adam at 0.1 to 0.3 over some hundreds of steps is a start), add `regularization()` to the loss, and call `step()`
-    after each of its steps.
+    after every optimizer step. With "learned", they are parametrized: pass `parameters()` to an optimizer without weight
+    decay, add `regularization()` to the loss, and call `step()` after every optimizer step. Adam with a learning rate of 0.1
+    to 0.3, for a few hundred steps, is a good start.
 
     Attributes:
         model: the network.
@@ -55,14 +55,14 @@ class SemiStructured:
 
     @property
     def report(self) -> tuple[LayerReport, ...]:
-        """A row for every Conv2d and Linear, in the network's order; for learned masks, with the share kept now."""
+        """One row for every Conv2d and Linear, in the network's order; learned masks are reported as they are now."""
         if not self._learned:
             return self._report
         return tuple(replace(row, kept=self._kept_now(row.name)) if row.masked else row for row in self._report)
 
     @property
     def choices(self) -> dict[str, Tensor]:
-        """Parameter name -> (G,) uint8; for learned masks, the most probable patterns now."""
+        """Parameter name -> (G,) uint8; for learned masks, the currently most probable patterns."""
         learned = {name: mask.choices() for name, mask in self._learned.items()}
         return learned or {name: weight.choices for name, weight in self._weights.items()}
 
@@ -77,7 +77,7 @@ class SemiStructured:
 
     @property
     def manifest(self) -> Manifest:
-        """The record that a converted or saved network carries."""
+        """Record of the masks that a converted or saved network carries."""
         old = self._weights
         return Manifest(
             {name: MaskedWeight(old[name].axis, old[name].groups, choices) for name, choices in self.choices.items()}
@@ -128,8 +128,8 @@ class SemiStructured:
     def regularization(self) -> Tensor:
         """Return the term to add to the loss; 0 unless masks are learned.
 
-        It is entropy_penalty · mean entropy - weight_regularization · sum of ||M * W||², with the masks M that the forward
-        passes of this step draw.
+        It is entropy_penalty · mean entropy - weight_regularization · sum of ||M * W||², where M are the masks that the
+        forward passes of this step draw.
         """
         if not self._learned:
             return torch.zeros(())
@@ -146,7 +146,7 @@ class SemiStructured:
 
     @torch.no_grad()
     def apply_masks(self) -> None:
-        """Set weights outside the masks to zero, in place; learned masks need no call, because their weights are frozen."""
+        """Set weights outside the masks to zero, in place; with learned masks, do nothing, as their weights are frozen."""
         if self._learned:
             return
         for name, mask in self.masks.items():
@@ -169,7 +169,7 @@ class SemiStructured:
         """Continue from a state; the network must have been prepared with the same configuration.
 
         Raises:
-            CheckpointError: if the state is of another network or configuration; then nothing is changed.
+            CheckpointError: if the state belongs to another network or configuration; nothing is changed then.
         """
         parts = {"version", "config", "step", "logits", "choices", "last"}
         if not isinstance(state, Mapping) or set(state) != parts or state["version"] != STATE_VERSION:
@@ -202,19 +202,19 @@ class SemiStructured:
             different = sorted(set(state[part]) ^ set(mine))
             if different:
                 raise CheckpointError(
-                    f"the masks are of another network: {', '.join(different)} in one of them only ({part})"
+                    f"the masks belong to another network: only one of the two has {', '.join(different)} ({part})"
                 )
         try:
             for name, old in self._weights.items():
                 for part in ("choices", "last"):
                     check_choices(state[part][name], shapes[name], old.axis, old.groups, f"{part} of {name}")
         except ArgumentError as error:
-            raise CheckpointError(f"the masks are of another network: {error}") from None
+            raise CheckpointError(f"the masks belong to another network: {error}") from None
         for name, mask in self._learned.items():
             theirs = state["logits"][name]
             if theirs.shape != mask.logits.shape:
                 raise CheckpointError(
-                    f"the masks are of another network: logits of {name} have shape {tuple(theirs.shape)}, "
+                    f"the masks belong to another network: logits of {name} have shape {tuple(theirs.shape)}, "
                     f"here {tuple(mask.logits.shape)}"
                 )
 
@@ -242,15 +242,17 @@ def keep_in_evaluation(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         module.eval()
 
 
-keep_in_evaluation.only_in_training = True  # type: ignore[attr-defined] # so folding may remove the norm
+keep_in_evaluation.only_in_training = True  # type: ignore[attr-defined] # so that folding may remove the norm
 
 
 def apply_learned_mask(layer: nn.Module) -> None:
-    """Replace the parametrization of a layer by the plain weight that evaluation computes with it."""
+    """Replace the parametrization of a layer by the plain weight that it has in evaluation."""
     parametrized: Any = layer.parametrizations
     others = [name for name in parametrized if name != "weight"]
     if others or len(parametrized["weight"]) != 1:
-        raise ArgumentError(f"{type(layer).__name__} was parametrized further after prepare: remove that first")
+        raise ArgumentError(
+            f"{type(layer).__name__} was parametrized again after prepare: remove that parametrization first"
+        )
     parametrized.eval()
     with torch.no_grad():
         weight = nn.Parameter(layer.weight.detach(), requires_grad=parametrized["weight"].original.requires_grad)  # type: ignore[operator,union-attr,arg-type]

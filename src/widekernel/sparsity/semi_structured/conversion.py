@@ -23,7 +23,7 @@ TARGETS = ("dense", "torch_sparse")
 
 
 def convert(model: ModelT, target: Literal["dense", "torch_sparse"] = "dense") -> ModelT:
-    """Return a copy of a prepared network without parametrizations; the original is left unchanged.
+    """Return a plain copy of a prepared network, without parametrizations; the original stays unchanged.
 
     Args:
         model: a prepared network, or one that was converted or loaded from a sparse file.
@@ -83,13 +83,14 @@ def validate(what: Tensor | nn.Module | SemiStructured, axis: Axis = "channels",
     Args:
         what: a weight, or a prepared, converted or loaded network; a learned mask is checked as evaluation applies it.
         axis: which weights form a group; only used for a weight.
-        groups: of the convolution; only used for a weight.
+        groups: number of groups of the convolution; only used for a weight.
 
     Returns:
         The names of the network's weights that were checked; () for a weight.
 
     Raises:
-        ArgumentError: naming the layer, how many groups have more than two non-zeros, and where the first is.
+        ArgumentError: a weight is not 2:4; the message names the layer, the number of groups with more than two nonzeros,
+            and the first of them.
     """
     if isinstance(what, Tensor):
         check_semi_structured(what, axis, groups)
@@ -108,7 +109,7 @@ def validate(what: Tensor | nn.Module | SemiStructured, axis: Axis = "channels",
 
 @torch.no_grad()
 def refreshed(network: nn.Module, manifest: Manifest) -> Manifest:
-    """Return a manifest whose choices keep every weight that is not zero now, because other weights may have been loaded."""
+    """Return a manifest whose choices keep all weights that are nonzero now, as other weights may have been loaded."""
     weights = {}
     for name, known in manifest.weights.items():
         layer = network.get_submodule(layer_name(name))

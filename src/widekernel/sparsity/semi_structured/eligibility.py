@@ -1,4 +1,4 @@
-"""Which layers of a network can be 2:4, and why the others cannot."""
+"""Selection of the layers of a network that can be 2:4, with the reason for each other one."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Layer = nn.Conv2d | nn.Linear
 
 @dataclass(frozen=True)
 class LayerReport:
-    """Whether one layer is 2:4, and why not.
+    """Report on one layer: whether it is 2:4, and why not.
 
     Attributes:
-        name: of the layer.
-        shape: of its weight; () if that has none yet.
+        name: name of the layer.
+        shape: shape of its weight; () if that is not initialized yet.
         masked: whether it is 2:4 now.
         reason: why it is not; for a masked layer, why its channels were not permuted; "" if there is no reason.
         groups: number of groups of four, 0 if not masked.
@@ -46,12 +46,12 @@ class LayerReport:
 
 
 def weight_name(layer: str) -> str:
-    """Return the parameter name of the weight of a layer, which is "" if the network is this one layer."""
+    """Return the parameter name of a layer's weight; the name of the layer is "" if it is the whole network."""
     return f"{layer}.weight" if layer else "weight"
 
 
 def layer_name(weight: str) -> str:
-    """Return the name of the layer of a weight."""
+    """Return the name of the layer that a weight belongs to."""
     return weight.rpartition(".")[0]
 
 
@@ -66,12 +66,12 @@ def conv_groups(layer: nn.Module) -> int:
 
 
 def reasons_against(model: nn.Module, config: SemiStructuredConfig, given: Collection[str] | None = None) -> dict[str, str]:
-    """Return for every Conv2d and Linear why it stays dense, "" if it is to be masked.
+    """Return, for every Conv2d and Linear, why it stays dense, or "" if it is to be masked.
 
     Args:
         model: the network.
         config: which layers to mask.
-        given: names of the layers whose masks are given: only these are masked, whatever their size.
+        given: names of the layers whose masks are given; only these are masked, whatever their size.
 
     Raises:
         ArgumentError: if a name in the configuration matches no layer, if a layer given by its full name cannot be masked,
@@ -97,7 +97,7 @@ def reasons_against(model: nn.Module, config: SemiStructuredConfig, given: Colle
     if all(reasons.values()):
         listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "it has no Conv2d and no Linear"
         raise ArgumentError(
-            f"no layer of the {type(model).__name__} can be 2:4: {listed}. Change layers or the minimal sizes"
+            f"no layer of the {type(model).__name__} can be 2:4: {listed}. Change layers or the minimum sizes"
         )
     return reasons
 
@@ -114,7 +114,7 @@ def _check_names(layers: dict[str, Layer], config: SemiStructuredConfig, model: 
 
 
 def _cannot(layer: Layer, config: SemiStructuredConfig, uses: Counter[int], given: bool = False) -> str:
-    """Return why a layer cannot be masked, whatever its size; "" if it can."""
+    """Return why a layer cannot be masked, whatever its size, or "" if it can."""
     if "weight" not in layer._parameters or getattr(layer, "parametrizations", None):
         return "its weight is parametrized already"
     weight = layer._parameters["weight"]
@@ -123,7 +123,7 @@ def _cannot(layer: Layer, config: SemiStructuredConfig, uses: Counter[int], give
     if weight.is_meta:
         return "its weight has no data (meta device)"
     if not weight.is_floating_point() or type(weight.data) is not Tensor:
-        return f"its weight is no plain tensor of floating-point numbers ({weight.dtype})"
+        return f"its weight is not a plain floating-point tensor ({weight.dtype})"
     if uses[id(weight)] > 1:
         return "its weight is shared with another layer"
     if "StdConv" in type(layer).__mro__[0].__name__:

@@ -51,10 +51,10 @@ def encode(weight: Tensor, choices: Tensor, axis: Axis = "channels", groups: int
     """Return the two kept values of each group, and the packed choices.
 
     Args:
-        weight: of any type; zero (of either sign) where the choices do not keep it.
+        weight: weight of any type; zero (of either sign) where the choices do not keep it.
         choices: (G,) uint8.
         axis: which weights form a group.
-        groups: of the convolution.
+        groups: number of groups of the convolution.
 
     Returns:
         values (G, 2) in the weight's type, lower slot first, zeros where a kept slot is padding; and packed choices.

@@ -1,4 +1,4 @@
-"""Groups of four: which weights form a group, and a weight as a list of groups."""
+"""Groups of four: which weights form a group, and views of a weight as a list of groups."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from widekernel.sparsity.semi_structured.config import Axis, check_axis
 def paper_padding(rows: int, columns: int) -> tuple[int, int]:
     """Return the padded size (rows, columns) of a weight matrix in the paper's grouping (Danhofer, arXiv 2411.00288).
 
-    A matrix is padded only if its number of elements is no multiple of 4: the columns (inputs) are padded to a multiple of 4
-    if that adds fewer elements than padding the rows (outputs), else the rows are.
+    A matrix is padded only if its number of elements is not a multiple of 4. Then the columns (inputs) are padded to a
+    multiple of 4 if that adds fewer elements than padding the rows (outputs); otherwise, the rows are padded.
     """
     if rows * columns % 4 == 0:
         return rows, columns
@@ -38,7 +38,7 @@ def group_view(weight: Tensor, axis: Axis = "channels", groups: int = 1) -> tupl
     Args:
         weight: (out, in / groups, kh, kw) or (out, in), of any type, strides and memory format.
         axis: the grouping.
-        groups: of the convolution; matters for "im2col" only.
+        groups: number of groups of the convolution; matters for "im2col" only.
 
     Returns:
         The weights (G, 4) with zeros in padded slots, and which slots are real, (G, 4) bool.
@@ -64,8 +64,8 @@ def ungroup(values: Tensor, shape: Sequence[int], axis: Axis = "channels", group
     pieces = groups if axis == "im2col" else 1
     if values.numel() != pieces * padded_rows * padded_columns:
         raise ShapeError(
-            f"{values.numel() // 4} groups for a weight of shape {tuple(shape)} with axis={axis!r}, which has "
-            f"{pieces * padded_rows * padded_columns // 4}: give the values that group_view returned for it"
+            f"there are {values.numel() // 4} groups, but a weight of shape {tuple(shape)} has "
+            f"{pieces * padded_rows * padded_columns // 4} along axis={axis!r}: give what group_view returned for it"
         )
     matrix = values.reshape(pieces, padded_rows, padded_columns)[:, :rows, :columns]
     if axis == "channels" and len(shape) == 4:
@@ -91,7 +91,7 @@ def matrix_shape(shape: Sequence[int], axis: Axis, groups: int = 1) -> tuple[int
 
 
 def describe(index: int, shape: Sequence[int], axis: Axis, groups: int = 1) -> str:
-    """Return a description of where in a weight the group of this index is."""
+    """Return a description of the position of a group in a weight."""
     rows, columns = _padded(*matrix_shape(shape, axis, groups), axis)
     if axis == "im2col":
         first = index * 4 % (rows * columns)

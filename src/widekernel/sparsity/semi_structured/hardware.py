@@ -24,11 +24,11 @@ MULTIPLES = {
 
 @dataclass(frozen=True)
 class HardwareSupport:
-    """Whether this machine multiplies 2:4 matrices.
+    """Support for products of 2:4 matrices on this machine.
 
     Attributes:
-        available: whether it does.
-        reason: why not; "" if it does.
+        available: whether they are supported.
+        reason: why not; "" if they are.
         backend: "cutlass" or "cusparselt", whichever PyTorch would use.
     """
 
@@ -39,11 +39,11 @@ class HardwareSupport:
 
 @dataclass(frozen=True)
 class PaddingPlan:
-    """How a weight is padded to a size that the hardware supports.
+    """Padding of a weight to a size that the hardware supports.
 
     Attributes:
-        rows: of the weight.
-        columns: of the weight.
+        rows: number of rows of the weight.
+        columns: number of columns of the weight.
         padded_rows: the next supported size; additional outputs are cut off.
         padded_columns: the next supported size; the input is padded with zeros.
         reason: why the weight does not fit at all; "" if it does.
@@ -94,7 +94,7 @@ class SparseLinear(nn.Module):
         weight: (out, in), 2:4 along its rows.
         bias: (out,) or None.
         plan: the sizes to pad it to.
-        compress: returns the compressed form of the padded weight.
+        compress: function that returns the compressed form of the padded weight.
 
     Raises:
         ArgumentError: if the weight is not 2:4; compressing it would silently drop non-zeros.
@@ -119,11 +119,11 @@ class SparseLinear(nn.Module):
 
 
 class SparsePointwise(nn.Module):
-    """A 1x1 convolution by a `SparseLinear` over channels; for inference.
+    """A 1x1 convolution, computed by a `SparseLinear` over channels; for inference.
 
     Args:
         linear: (out, in).
-        stride: of the convolution.
+        stride: stride of the convolution.
     """
 
     def __init__(self, linear: SparseLinear, stride: tuple[int, int]) -> None:
@@ -138,16 +138,16 @@ class SparsePointwise(nn.Module):
 
 
 def is_compressed(layer: nn.Module) -> bool:
-    """Return whether a layer's weight is compressed, so that it is no plain tensor."""
+    """Return whether a layer's weight is compressed, and so is not a plain tensor."""
     return isinstance(layer, (SparseLinear, SparsePointwise))
 
 
 def reason_against(layer: nn.Module, axis: str, backend: str) -> str:
-    """Return why a 2:4 layer cannot use a compressed weight, "" if it can."""
+    """Return why a 2:4 layer cannot use a compressed weight, or "" if it can."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
     if type(layer) not in (nn.Linear, nn.Conv2d):  # a subclass may read the weight in other ways
-        return f"{type(layer).__name__} may compute something else than a plain layer"
+        return f"{type(layer).__name__} may compute something other than a plain layer"
     if isinstance(layer, nn.Conv2d):
         if prod(layer.kernel_size) != 1 or layer.groups != 1:
             return "torch.sparse multiplies matrices: only linear layers and 1x1 convolutions can be compressed"
@@ -168,7 +168,7 @@ def compress_layers(model: nn.Module, manifest: Manifest) -> dict[str, str]:
     """Compress the weight of every 2:4 layer that supports it, in place.
 
     Returns:
-        the names of the other weights, each with the reason.
+        the names of the weights that were not compressed, each with the reason.
     """
     backend = hardware_support().backend
     dense = {}

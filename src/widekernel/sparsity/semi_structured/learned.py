@@ -1,4 +1,4 @@
-"""Masks learned over frozen weights: per group one of six patterns, drawn with the Gumbel-softmax trick."""
+"""Masks learned over frozen weights: one of six patterns per group, drawn with the Gumbel-softmax trick."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ILLEGAL = -1e9  # finite, so that 0 · log 0 is 0 in the entropy and in its grad
 
 
 class _HardChoice(torch.autograd.Function):
-    """The pattern of largest probability in the forward pass; the gradient of the mean pattern in the backward pass."""
+    """The most probable pattern in the forward pass, with the gradient of the mean pattern in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def gumbel_mask(logits: Tensor, noise: Tensor, tau: float = 1.0, kappa: float = 
 
 @dataclass
 class Schedule:
-    """The step of mask learning, which determines temperature and logit scale.
+    """Step of mask learning, which determines temperature and logit scale.
 
     Attributes:
         config: start and end of both, and the number of steps between them.
@@ -93,10 +93,10 @@ class ChoiceMask(nn.Module):
 
     Args:
         logits: (G, 6); become the float32 parameter.
-        shape: of the weight.
+        shape: shape of the weight.
         axis: which weights form a group.
-        groups: of the convolution.
-        name: of the weight; determines its noise.
+        groups: number of groups of the convolution.
+        name: name of the weight; determines its noise.
         schedule: shared by all masks of a network.
     """
 
@@ -113,7 +113,7 @@ class ChoiceMask(nn.Module):
             return torch.where(self.mask(), weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
         return weight * self.drawn().to(weight.dtype)
 
-    @torch.compiler.disable  # the step is a constant to the compiler, which would compile every step again
+    @torch.compiler.disable  # to the compiler, the step is a constant: it would compile every step again
     def drawn(self) -> Tensor:
         """Draw this step's mask, of the weight's shape, with gradients to the logits."""
         schedule = self.schedule
@@ -133,7 +133,7 @@ class ChoiceMask(nn.Module):
     def entropies(self) -> Tensor:
         """Return the entropy of each group's choice in nats, (G,), at most log 6: the entropy of softmax(kappa · logits).
 
-        The temperature has no part in it: it changes gradients, but not how often a pattern is drawn.
+        It does not depend on the temperature, which affects gradients, but not how often a pattern is drawn.
         """
         log = torch.log_softmax(self._scores().T.contiguous(), 0)
         return -(log.exp() * log).sum(0)

@@ -1,4 +1,4 @@
-"""The record of a network's 2:4 layers that the network carries."""
+"""Record of its 2:4 layers that a network carries."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class MaskedWeight:
 
     Attributes:
         axis: which weights form a group, see `group_view`.
-        groups: of the convolution.
+        groups: number of groups of the convolution.
         choices: (G,) uint8.
     """
 

@@ -1,4 +1,4 @@
-"""Masks and choices: from weights, and from each other."""
+"""Masks and choices, computed from weights and from each other."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from widekernel.sparsity.semi_structured.patterns import COUNT, best_choices, bi
 
 @torch.no_grad()
 def magnitude_choices(weight: Tensor, axis: Axis = "channels", groups: int = 1) -> Tensor:
-    """Return for each group the choice of the pattern that keeps the two weights of largest magnitude.
+    """Return, for each group, the choice of the pattern that keeps the two weights of largest magnitude.
 
-    Of equal weights the later one is kept (the pattern of lowest index), NaN counts as the largest, and padding never takes
-    the place of a real weight, so the result depends on the values only.
+    The result depends on the values only: of equal weights, the later one is kept (the pattern of lowest index); NaN counts
+    as the largest; and padding never takes the place of a real weight.
 
     Args:
         weight: (out, in / groups, kh, kw) or (out, in).
         axis: which weights form a group, see `group_view`.
-        groups: of the convolution; matters for "im2col" only.
+        groups: number of groups of the convolution; matters for "im2col" only.
 
     Returns:
         (G,) uint8, indices into `PATTERNS`.
     """
     values, valid = group_view(weight, axis, groups)
-    # Convert first: the absolute value of the smallest int8 is no int8.
+    # Convert first: the absolute value of the smallest int8 does not fit into int8.
     values = values if values.dtype == torch.float64 else values.float()
     return best_choices(values.abs(), valid)
 
@@ -43,15 +43,15 @@ def choices_to_mask(choices: Tensor, shape: Sequence[int], axis: Axis = "channel
 
     Args:
         choices: (G,) uint8, each 0..5.
-        shape: of the weight.
+        shape: shape of the weight.
         axis: which weights form a group.
-        groups: of the convolution.
+        groups: number of groups of the convolution.
 
     Returns:
         bool, of `shape`.
 
     Raises:
-        ArgumentError: if a choice is no pattern, or the number of choices is not the weight's number of groups.
+        ArgumentError: if a choice is not the index of a pattern, or there is not one choice for each group of the weight.
     """
     check_choices(choices, shape, axis, groups)
     return ungroup(bits_of(choices), shape, axis, groups)
@@ -65,10 +65,10 @@ def mask_to_choices(mask: Tensor, axis: Axis = "channels", groups: int = 1, name
     weights of every full group, the result is the choices of exactly that mask.
 
     Args:
-        mask: of the weight's shape: bool, or the weight itself, whose non-zeros count.
+        mask: bool tensor of the weight's shape, or the weight itself, whose nonzeros count as kept.
         axis: which weights form a group.
-        groups: of the convolution.
-        name: what to call it in an error.
+        groups: number of groups of the convolution.
+        name: what an error calls the mask.
 
     Raises:
         ArgumentError: if a group keeps more than two weights; the message says where.
@@ -86,17 +86,17 @@ def mask_to_choices(mask: Tensor, axis: Axis = "channels", groups: int = 1, name
 def check_semi_structured(weight: Tensor, axis: Axis = "channels", groups: int = 1, name: str = "the weight") -> None:
     """Raise unless every group of four has at most two non-zeros.
 
-    PyTorch's converters accept any matrix and silently keep the first two non-zeros of a group, so call this before a matrix
-    is exported.
+    PyTorch's converters accept any matrix and silently keep only the first two nonzeros of a group, so call this before a
+    matrix is exported.
 
     Args:
         weight: (out, in / groups, kh, kw) or (out, in).
         axis: which weights form a group.
-        groups: of the convolution.
-        name: what to call it in the error.
+        groups: number of groups of the convolution.
+        name: what the error calls the weight.
 
     Raises:
-        ArgumentError: with the number of groups that are not 2:4 and where the first one is.
+        ArgumentError: the weight is not 2:4; the message states the number of such groups, and where the first one is.
     """
     refuse_more_than_two(group_view(weight != 0, axis, groups)[0], weight.shape, axis, groups, name)
 
@@ -127,7 +127,7 @@ def check_choices(choices: Tensor, shape: Sequence[int], axis: Axis, groups: int
 
 
 def legal_choices(shape: Sequence[int], axis: Axis, groups: int = 1, device: torch.device | str = "cpu") -> Tensor | None:
-    """Return which patterns may be learned: (G, 6) bool, or None if all may.
+    """Return the patterns that may be learned: (G, 6) bool, or None for all.
 
     Padding must not take the place of a real weight, except in the paper's grouping, where it does.
     """

@@ -1,4 +1,4 @@
-"""Official checkpoints: those of the paper's code (Danhofer, arXiv 2411.00288) for torchvision's ResNets and ConvNeXts.
+"""Official checkpoints, from the paper's code (Danhofer, arXiv 2411.00288), for torchvision's ResNets and ConvNeXts.
 
 They hold a 2:4 layer as matrices (out, in·kh·kw): `Ws.<group>` and `bs.<group>`, or one block-diagonal `W` and `b`,
 with `choice_weights` (quadruplets · groups, 6) and the table `masking_patterns`; rows or columns may be padded.
@@ -28,7 +28,7 @@ _OWN = ("choice_weights", "masking_patterns", "zero_bias", "W", "b")
 
 @dataclass(frozen=True)
 class OfficialMasks:
-    """The masks of an official checkpoint; its weights are loaded into the network, dense.
+    """Masks of an official checkpoint; its weights are loaded into the network, dense.
 
     Pass `logits` to `prepare(model, SemiStructuredConfig(method="learned", axis="im2col"), logits=...)` to continue
     learning, or `choices` to `prepare(model, SemiStructuredConfig(axis="im2col"), choices=...)` for the fixed masks.
@@ -61,9 +61,9 @@ def load_official(model: nn.Module, source: str | Path | Mapping[str, Any]) -> O
         source: a file of `torch.save` or a state dict, bare or under "model" or "state_dict". Nothing in a file is executed.
 
     Raises:
-        CheckpointError: if the file cannot be read safely or does not fill the model, naming every key; if its table of
-            patterns was trained away from 0 and 1 (a defect of the official code), so its masks are no longer 2:4; or if a
-            blocked layer without masks has weights between groups. Then the model is left unchanged.
+        CheckpointError: if the file cannot be read safely; if it does not fit the model (the message names every key); if
+            its table of patterns was trained away from 0 and 1 (a defect of the official code), so that its masks are no
+            longer 2:4; or if a blocked layer without masks has weights between groups. The model is unchanged then.
     """
     where, state = _read(source)
     translation = _Translation()
@@ -102,7 +102,7 @@ class _Translation:
 
     def add(self, theirs: str, ours: str, value: Tensor) -> None:
         if ours in self.state:
-            self.problems.append(f"{theirs}: the file holds {ours} already, in another form")
+            self.problems.append(f"{theirs}: the file also holds {ours} in another form")
         self.seen.add(theirs)
         self.state[ours] = value
         self.key_map[theirs] = ours
@@ -116,7 +116,7 @@ class _Translation:
 
 
 def _owner(key: str) -> str | None:
-    """Return the name of the layer that a key of the 2:4 layout belongs to, None for other keys."""
+    """Return the name of the layer that a key of the 2:4 layout belongs to, or None for other keys."""
     prefix, _, last = key.rpartition(".")
     if last in _OWN:
         return prefix
@@ -192,7 +192,7 @@ def _between_groups(matrix: Tensor, groups: int) -> bool:
 
 
 def _compare(model: nn.Module, translation: _Translation) -> list[str]:
-    """Note what does not fit the network, and return the biases that have to be added to it."""
+    """Record what does not fit the network, and return the biases that have to be added to it."""
     own = model.state_dict()
     added = [key for key in translation.state if key not in own and translation.source_of(key).endswith(".zero_bias")]
     for theirs, ours in translation.key_map.items():

@@ -1,4 +1,4 @@
-"""The six patterns that keep two of four weights, and choices among them."""
+"""Patterns that keep two of four weights (there are six), and choices among them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _table(device: torch.device) -> Tensor:
 
 
 def pattern_table(device: torch.device | str = "cpu", dtype: torch.dtype = torch.bool) -> Tensor:
-    """Return the patterns as a new (6, 4) tensor; it is no parameter, so no optimizer can change it."""
+    """Return the patterns as a new (6, 4) tensor; it is not a parameter, so no optimizer can change it."""
     return _table(torch.device(device)).to(dtype=dtype, copy=True)
 
 
@@ -43,7 +43,7 @@ def bits_of(choices: Tensor) -> Tensor:
 
 
 def legal_patterns(valid: Tensor) -> Tensor:
-    """Return which patterns keep as many real weights as the group allows.
+    """Return the patterns that keep as many real weights as the group allows.
 
     Args:
         valid: (G, 4) bool, False where a slot is padding.

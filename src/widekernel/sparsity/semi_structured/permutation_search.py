@@ -9,7 +9,7 @@ from torch import Tensor
 
 from widekernel.errors import ShapeError
 
-MOST_ROWS = 1024  # larger matrices are searched by a sample of this many rows; the result is judged by all rows
+MOST_ROWS = 1024  # of larger matrices, the search uses a sample of this many rows; all rows judge the result
 
 
 @torch.no_grad()
@@ -25,16 +25,17 @@ def kept_magnitude(matrix: Tensor) -> float:
 def search_permutation(matrix: Tensor, rounds: int = 200, escapes: int = 10, seed: int = 0) -> Tensor:
     """Return an order of the columns in which keeping two of every four keeps more of the magnitude.
 
-    It only matters which columns share a stripe of four. In every round stripes are paired, and each pair exchanges the two
-    columns that gain most, if any exchange gains. After S - 1 rounds each of the S stripes has met every other. If nothing
-    was gained in that many rounds, some columns are exchanged at random and the search continues; the best order found is
-    kept (Pool and Yu, Channel Permutations for N:M Sparsity, NeurIPS 2021, with a budget of rounds instead of time).
+    Only the assignment of columns to stripes of four matters. In every round, stripes are paired, and each pair exchanges
+    the two columns that gain most, if any exchange is a gain. After S - 1 rounds, each of the S stripes has met every other
+    one. If that many rounds bring no gain, some columns are exchanged at random, and the search continues. The best order
+    found is returned (Pool and Yu, Channel Permutations for N:M Sparsity, NeurIPS 2021, but with a budget of rounds instead
+    of time).
 
     Args:
         matrix: (R, C), C a multiple of 4.
-        rounds: most rounds.
-        escapes: most random exchanges.
-        seed: of the pairing and of the random exchanges; the result depends on nothing else.
+        rounds: largest number of rounds.
+        escapes: largest number of random exchanges.
+        seed: seed of the pairing and of the random exchanges; the result depends on nothing else.
 
     Returns:
         (C,) int64; `matrix[:, result]` keeps at least as much as `matrix`.
@@ -56,7 +57,7 @@ def search_permutation(matrix: Tensor, rounds: int = 200, escapes: int = 10, see
 
 
 def _search(columns: Tensor, rounds: int, escapes: int, generator: random.Random) -> Tensor:
-    """Search on magnitudes (C, R)."""
+    """Search for an order of `columns`, the magnitudes (C, R)."""
     stripes = columns.shape[0] // 4
     order = torch.arange(columns.shape[0], device=columns.device).reshape(stripes, 4)
     best, most = order.clone(), _kept(columns, order)
@@ -98,7 +99,7 @@ def _exchange(columns: Tensor, order: Tensor, pairs: list[tuple[int, int]]) -> b
     after_b = alone_b.unsqueeze(1) + torch.maximum(second_b.unsqueeze(1), a.unsqueeze(2)).sum(3)
     before = a.topk(2, 1).values.sum((1, 2)) + b.topk(2, 1).values.sum((1, 2))
     gain, at = (after_a + after_b).flatten(1).max(1)
-    better = gain > before * (1 + 1e-6)  # more than the rounding of a tie
+    better = gain > before * (1 + 1e-6)  # more than rounding can turn a tie into
     if not bool(better.any()):
         return False
     left, right, at = left[better], right[better], at[better]

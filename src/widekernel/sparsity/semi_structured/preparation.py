@@ -102,7 +102,7 @@ def _given(
     choices: Mapping[str, Tensor] | None,
     logits: Mapping[str, Tensor] | None,
 ) -> list[str] | None:
-    """Return the names of the weights whose masks are given, None if none are."""
+    """Return the names of the weights whose masks are given, or None if none are."""
     if logits is not None and config.method != "learned":
         raise ArgumentError(f"logits were given, but method={config.method!r} has none: use method='learned'")
     if choices is not None and config.method == "learned":
@@ -116,7 +116,7 @@ def _given(
     unknown = [name for name in masks if name not in known]
     if unknown:
         raise ArgumentError(
-            f"masks were given for {', '.join(unknown)}, which are no weights of Conv2d or Linear layers here"
+            f"masks were given for {', '.join(unknown)}, which are not weights of Conv2d or Linear layers of this network"
         )
     return list(masks)
 

@@ -1,4 +1,4 @@
-"""Sparse files: a 2:4 network in one safetensors file of values and packed choices, about half the size of the dense one."""
+"""Sparse files: 2:4 networks as safetensors files of values and packed choices, about half the size of dense files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from widekernel.sparsity.semi_structured.hardware import is_compressed
 from widekernel.sparsity.semi_structured.manifest import Manifest, MaskedWeight
 from widekernel.tensor_files import described, tensor_file, write_weights
 
-# The keys of the file format, which version 0.4 introduced under the former name of 2:4 sparsity.
+# Keys of the file format, which version 0.4 introduced; they contain the name that 2:4 sparsity had then.
 HEADER = "widekernel.two_four"
 VERSION = 1
 VALUES, CHOICES = "two_four.values", "two_four.choices"
@@ -40,7 +40,7 @@ def save_sparse(what: nn.Module | SemiStructured, path: str | Path, metadata: Ma
         what: a prepared network or its controller, or a converted one ("dense"). Learned masks are saved as evaluation
             applies them, without logits.
         path: ends in `.safetensors`.
-        metadata: values that JSON can hold, stored as `widekernel.save_checkpoint` stores them.
+        metadata: values that JSON can represent, stored as by `widekernel.save_checkpoint`.
 
     Raises:
         ArgumentError: if the network has no masks or a weight is not 2:4.
@@ -60,7 +60,7 @@ def save_sparse(what: nn.Module | SemiStructured, path: str | Path, metadata: Ma
     packed_already = [name for name in manifest.weights if is_compressed(network.get_submodule(layer_name(name)))]
     if packed_already:
         raise ArgumentError(
-            f"{', '.join(packed_already)} are no plain weights: save the network that convert(model, target='dense') returns"
+            f"{', '.join(packed_already)} are not plain weights: save the result of convert(model, target='dense')"
         )
     shapes = {name: list(value.shape) for name, value in state.items()}
     tensors = {}
@@ -151,8 +151,8 @@ def _refuse(path: Path, model: nn.Module, problems: list[str]) -> None:
     if problems:
         listed = "\n".join(f"  {problem}" for problem in problems)
         raise CheckpointError(
-            f"{path} holds another network than this {type(model).__name__}; nothing was loaded. Make the network with the "
-            f"arguments and the type of the saved one:\n{listed}"
+            f"{path} holds a network that differs from this {type(model).__name__}; nothing was loaded. Make it with "
+            f"the arguments and the dtype of the saved one:\n{listed}"
         )
 
 
@@ -170,7 +170,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         header = json.loads(metadata[HEADER])
     except ValueError as error:
-        raise CheckpointError(f"{path} is damaged: its header is no JSON ({error})") from error
+        raise CheckpointError(f"{path} is damaged: its header is not JSON ({error})") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} is damaged: its header does not describe a network")
     if header.get("version") != VERSION:

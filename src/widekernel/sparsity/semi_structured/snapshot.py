@@ -1,4 +1,4 @@
-"""A snapshot of a 2:4 network, for reports and plots."""
+"""Snapshot of a 2:4 network, for reports and plots."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much the outputs of a masked network change when its weights are updated under the same masks."""
+"""Change of a masked network's outputs when its weights are updated under the same masks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class LayerStability:
     over whole images the factor is at most sqrt(taps) times as large. (The spectral norm of M*D may exceed that of D.)
 
     Attributes:
-        name: of the weight.
+        name: name of the weight.
         masked: ||M*D||, Frobenius.
         spectral: ||M*D||₂, by power iteration, which approaches it from below.
         full: ||D||, Frobenius.
@@ -42,7 +42,7 @@ class LayerStability:
 
 @dataclass(frozen=True)
 class StabilityReport:
-    """The effect of an update on a masked network.
+    """Effect of an update on a masked network.
 
     Attributes:
         layers: the bounds of each masked layer.
@@ -157,5 +157,5 @@ def _check(before: Mapping[str, Tensor], after: Mapping[str, Tensor], masks: Map
         if not mask.shape == before[name].shape == after[name].shape:
             raise ArgumentError(
                 f"{name}: the mask has shape {tuple(mask.shape)}, the weight {tuple(before[name].shape)} before and "
-                f"{tuple(after[name].shape)} after the update: all three must be equal"
+                f"{tuple(after[name].shape)} after the update: all three must be the same"
             )

@@ -1,4 +1,4 @@
-"""Masks that are 2:4 along both rows and columns, so that the matrix product of the gradient is sparse too."""
+"""Masks that are 2:4 along both rows and columns, so that the matrix product for the input gradient is sparse too."""
 
 from __future__ import annotations
 

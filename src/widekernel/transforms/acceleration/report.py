@@ -111,7 +111,8 @@ class AccelerationReport:
         if not before:
             return f"{swapped}."
         passes = "forward and backward" if self.backward else "forward"
-        return f"{swapped}; the measured ones take {now:.2f} ms instead of {before:.2f} ({passes}, {self.threads} threads)."
+        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        return f"{swapped}; the measured ones take {now:.2f} ms instead of {before:.2f} ({passes}, {threads})."
 
 
 def _cells(layer: LayerAcceleration) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The default rule: exact counts; the smallest weights are pruned, as many grow, and nothing is live outside the masks."""
+"""Default rule: exact counts; the smallest weights are pruned, as many grow, and all others stay zero."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def allocate_densities(state: MaskState, scores: Mapping[str, Tensor] | None) ->
     """Set the final density of every parameter.
 
     Args:
-        state: masks, whose `densities` are set.
-        scores: of the parameters' shapes, not negative, for values of `init` that rank weights.
+        state: the state whose `densities` are set.
+        scores: nonnegative scores of the parameters' shapes, if `init` ranks weights.
     """
     config, density = state.config, 1 - state.config.sparsity
     shapes = {name: tuple(parameter.shape) for name, parameter in state.parameters.items()}
@@ -89,13 +89,13 @@ def target_counts(state: MaskState, step: int) -> dict[str, int]:
 
 
 def update_masks(state: MaskState, step: int, number: int, growth: Mapping[str, Tensor] | None) -> bool:
-    """Prune the smallest weights and grow as many.
+    """Prune the smallest weights, and grow as many others.
 
     Args:
-        state: masks, which are changed; weights are left to the caller.
+        state: the masks, which are changed; the caller changes the weights.
         step: optimizer steps done.
-        number: of this update, counted from 1.
-        growth: scores of what may grow, by parameter name; None for random growth.
+        number: number of this update, counted from 1.
+        growth: growth scores by parameter name; None for random growth.
 
     Returns:
         False if nothing was changed because a score is not finite.
@@ -118,10 +118,10 @@ def update_masks(state: MaskState, step: int, number: int, growth: Mapping[str, 
 def _prune_and_grow(
     state: MaskState, group: Group, count: int, step: int, number: int, growth: Mapping[str, Tensor] | None
 ) -> None:
-    """Leave `count` blocks of a group live, new ones among them."""
+    """Update the masks of a group so that `count` blocks are live, including newly grown ones."""
     config = state.config
     score = state.block_magnitudes(group, state.parameters)
-    # Tile sets that were ranked on their own have their own masks; the shared mask is chosen among all of their blocks.
+    # Tile sets that were ranked separately have separate masks; the shared mask is chosen among all of their blocks.
     live = torch.stack(state.live_blocks(group)).any(0)
     living = int(live.sum())
     moved = 0 if config.growth == "none" else math.floor(prune_fraction(config, step) * count)
@@ -140,12 +140,12 @@ def _prune_and_grow(
 
 
 def _fewest(state: MaskState, group: Group) -> int:
-    """Return how many blocks stay live at least."""
+    """Return the smallest number of blocks that have to stay live."""
     return group.blocks[0].shape[0] * _fan_in(state, group)
 
 
 def _fan_in(state: MaskState, group: Group) -> int:
-    """Return how many weights of each output channel stay live at least."""
+    """Return the smallest number of weights of each output channel that have to stay live."""
     return min(state.config.min_fan_in, math.prod(group.blocks[0].shape[1:]))
 
 

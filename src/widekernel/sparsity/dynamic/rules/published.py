@@ -1,4 +1,4 @@
-"""The rule that reproduces the code of SLaK and Shift-wise convolution; `published_slak` lists the differences."""
+"""Rule that reproduces the code of SLaK and Shift-wise convolution; `published_slak` lists the differences."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ DENSE_FROM = 0.99  # layers drawn at least this dense lose their mask
 
 
 def allocate_densities(state: MaskState, scores: Mapping[str, Tensor] | None) -> None:
-    """Set the density of every parameter; SNIP's densities count scores strictly above the threshold.
+    """Set the density of every parameter.
 
-    Tiles and single weights have separate thresholds.
+    SNIP's densities count the scores strictly above a threshold; tiles and single weights have separate thresholds.
     """
     config, density = state.config, 1 - state.config.sparsity
     shapes = {name: tuple(parameter.shape) for name, parameter in state.parameters.items()}
@@ -46,7 +46,7 @@ def block_scores(state: MaskState, group: Group, scores: Mapping[str, Tensor]) -
 
 
 def draw_masks(state: MaskState, scores: Mapping[str, Tensor] | None) -> None:
-    """Draw every block with the probability of its layer's density."""
+    """Make every block live with a probability equal to its layer's density."""
     for group in state.groups:
         if state.config.init == "from_weights":
             live = state.nonzero_blocks(group)
@@ -67,13 +67,13 @@ def update_masks(state: MaskState, step: int, number: int, growth: Mapping[str, 
     """Prune all layers, then grow all layers; a weight that is pruned and grows again keeps its value.
 
     Args:
-        state: masks, which are changed; weights are left to the caller.
+        state: the masks, which are changed; the caller changes the weights.
         step: optimizer steps done.
-        number: of this update, counted from 1.
-        growth: scores of what may grow, by parameter name; None for random growth.
+        number: number of this update, counted from 1.
+        growth: growth scores by parameter name; None for random growth.
 
     Returns:
-        True.
+        always True.
     """
     rate, config = prune_fraction(state.config, step), state.config
     removed: dict[str, int] = {}
@@ -102,11 +102,11 @@ def prune(scores: Sequence[Tensor], live: Sequence[Tensor], rate: float) -> tupl
 
     Args:
         scores: sum of |weight| of each block, (blocks,) for each parameter.
-        live: the masks so far, likewise; the first one counts.
+        live: the current masks, in the same form; the first one counts.
         rate: share of the live blocks to remove, rounded up.
 
     Returns:
-        The new mask, and how many blocks were to be removed. Dead blocks are ranked together with live ones.
+        the new mask, and the number of blocks to remove. Dead blocks are ranked together with live ones.
     """
     total: Tensor = sum(scores)  # type: ignore[assignment]
     living = int(live[0].sum())

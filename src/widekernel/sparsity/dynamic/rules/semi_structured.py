@@ -1,4 +1,4 @@
-"""The exact rule for 2:4 blocks: of four consecutive input channels two are live, and masks move within the four."""
+"""Exact rule for 2:4 blocks: two of every four consecutive input channels are live, and masks move within the four."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from widekernel.sparsity.semi_structured.masks import magnitude_mask
 def draw_masks(state: MaskState, scores: Mapping[str, Tensor] | None) -> None:
     """Set the first masks and their densities.
 
-    A mask keeps the two largest scores of four, two of four at random, or the weights that are not zero, as `init` says.
+    Depending on `init`, a mask keeps the two largest scores of four, two of four at random, or the nonzero weights.
     """
     for name, parameter in state.parameters.items():
         weight = parameter.detach()
         if state.config.init == "from_weights":
-            mask = weight != 0  # `select_parameters` has found these weights to be 2:4
+            mask = weight != 0  # `select_parameters` has checked that these weights are 2:4
         elif scores is not None and state.config.init in ("snip_mask", "magnitude"):
             mask = magnitude_mask(scores[name])
         else:
@@ -36,10 +36,10 @@ def update_masks(state: MaskState, step: int, number: int, growth: Mapping[str, 
     """Prune one weight and grow another in the groups of four whose smaller live weight is smallest.
 
     Args:
-        state: masks, which are changed.
+        state: the masks, which are changed.
         step: optimizer steps done.
-        number: of this update, counted from 1.
-        growth: scores of what may grow, by parameter name; None for random growth.
+        number: number of this update, counted from 1.
+        growth: growth scores by parameter name; None for random growth.
     """
     fraction = 0.0 if state.config.growth == "none" else prune_fraction(state.config, step)
     for name, parameter in state.parameters.items():
@@ -63,11 +63,11 @@ def update_masks(state: MaskState, step: int, number: int, growth: Mapping[str, 
 
 
 def reason_against(weight: Tensor, from_weights: bool) -> str:
-    """Return why a weight cannot have a 2:4 mask, "" if it can.
+    """Return why a weight cannot have a 2:4 mask, or "" if it can.
 
     Args:
-        weight: of a layer.
-        from_weights: whether its zeros are to be its mask, so that they must be 2:4.
+        weight: weight of a layer.
+        from_weights: whether its zeros become its mask, so that they must be 2:4.
     """
     if weight.dim() not in (2, 4):
         return f"has {weight.dim()} dimensions, and 2:4 masks are for matrices and two-dimensional kernels"
