@@ -179,7 +179,7 @@ def test_settings_that_contradict_each_other(tmp_path) -> None:
         SparsityConfig("semi_structured", semi_structured=SemiStructuredConfig())
     with pytest.raises(ConfigError, match="learns masks for trained weights"):
         TrainConfig(sparsity=learned())
-    with pytest.raises(ConfigError, match=r"ema\.decay is 0\.9, but learned 2:4 masks"):
+    with pytest.raises(ConfigError, match=r"ema\.decay is 0\.9, but weights do not change while 2:4 masks are learned"):
         TrainConfig(sparsity=learned(), ema=EmaConfig(0.9), model=ModelConfig(weights="x"))
     with pytest.raises(ArgumentError, match="matches no parameter"):
         make_trainer(replace(config_of(tmp_path, "dynamic", 1), sparsity=dynamic(layers=["nothing*"])))

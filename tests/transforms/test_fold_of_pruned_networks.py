@@ -88,7 +88,7 @@ def test_pruned_kernels() -> None:
     with torch.no_grad():
         assert_close(widekernel.fold(model)(x), model(x), 1e-10)
     _step(model, x)
-    with pytest.raises(ArgumentError, match=r"kernels\.0 was trained after .* without effect: .*prune\.remove"):
+    with pytest.raises(ArgumentError, match=r"kernels\.0 was trained after .* the mask had no effect: .*prune\.remove"):
         widekernel.fold(model)
 
 

@@ -185,7 +185,7 @@ def test_errors() -> None:
         choices_to_mask(torch.zeros(15, dtype=torch.uint8), (8, 8))
     with pytest.raises(ArgumentError, match="hold the value 6: patterns are numbered"):
         choices_to_mask(torch.full((16,), 6, dtype=torch.uint8), (8, 8))
-    with pytest.raises(ShapeError, match="give the values that group_view returned for it"):
+    with pytest.raises(ShapeError, match="give what group_view returned for it"):
         ungroup(torch.zeros(3, 4), (8, 8))
 
 
