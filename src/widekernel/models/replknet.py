@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.layers import DropPath
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from widekernel.errors import ArgumentError
 from widekernel.layers import ConvNorm, FoldedLargeKernel, LargeKernel, Rectangles
@@ -59,7 +60,38 @@ class RepLKNetConfig:
         )
 
 
-class LargeKernelBlock(Fusable, nn.Module):
+class PreNormBlock(Fusable, nn.Module):
+    """A block that begins with a batch norm and has two 1x1 convolutions, `pw1` and `pw2`, and how it folds.
+
+    Attributes:
+        pre_norm: name of the first batch norm, as in the official checkpoints.
+    """
+
+    pre_norm = ""
+    if TYPE_CHECKING:  # TorchScript would take annotations for attributes
+        pw1: ConvNorm
+        pw2: ConvNorm
+
+    def foldable(self) -> bool:
+        """Return whether the norms around the 1x1 convolutions can be folded into them."""
+        norms = is_foldable(getattr(self, self.pre_norm)) and self.pw1.foldable() and self.pw2.foldable()
+        return norms and not replaced_method(self)
+
+    def alterations(self) -> list[str]:
+        """List the hooks and replaced methods that keep the first norm from being folded; none if it is folded already."""
+        if type(getattr(self, self.pre_norm)) is nn.Identity:
+            return []
+        parts = (self.pre_norm, "pw1", "pw1.conv", "pw1.bn", "pw2", "pw2.conv", "pw2.bn")
+        return replaced_methods(self) + alterations(self, parts)
+
+    def folded(self) -> Self:
+        """Fold the norms before and after the 1x1 convolutions; a large-kernel layer is folded separately."""
+        self.pw1, self.pw2 = self.pw1.folded(input_norm=getattr(self, self.pre_norm)), self.pw2.folded()
+        setattr(self, self.pre_norm, nn.Identity())
+        return self
+
+
+class LargeKernelBlock(PreNormBlock):
     """Batch norm, 1x1 convolution, large depthwise kernel, 1x1 convolution, residual.
 
     Args:
@@ -71,6 +103,8 @@ class LargeKernelBlock(Fusable, nn.Module):
         dilation: dilation of the kernels.
         norm: creates a norm from a number of channels.
     """
+
+    pre_norm = "prelkb_bn"
 
     def __init__(
         self,
@@ -108,26 +142,8 @@ class LargeKernelBlock(Fusable, nn.Module):
             return self.large_kernel(x, relu=True)
         return self.act(self.large_kernel(x))
 
-    def foldable(self) -> bool:
-        """Return whether the norms around the 1x1 convolutions can be folded into them."""
-        norms = is_foldable(self.prelkb_bn) and self.pw1.foldable() and self.pw2.foldable()
-        return norms and not replaced_method(self)
 
-    def alterations(self) -> list[str]:
-        """List the hooks and replaced methods that keep the first norm from being folded; none if it is folded already."""
-        if type(self.prelkb_bn) is nn.Identity:
-            return []
-        parts = ("prelkb_bn", "pw1", "pw1.conv", "pw1.bn", "pw2", "pw2.conv", "pw2.bn")
-        return replaced_methods(self) + alterations(self, parts)
-
-    def folded(self) -> LargeKernelBlock:
-        """Fold the norms before and after the 1x1 convolutions; the large-kernel layer is folded separately."""
-        self.pw1, self.pw2 = self.pw1.folded(input_norm=self.prelkb_bn), self.pw2.folded()
-        self.prelkb_bn = nn.Identity()  # type: ignore[assignment]
-        return self
-
-
-class FeedForwardBlock(Fusable, nn.Module):
+class FeedForwardBlock(PreNormBlock):
     """Batch norm, 1x1 convolution, GELU, 1x1 convolution, residual.
 
     Args:
@@ -137,6 +153,8 @@ class FeedForwardBlock(Fusable, nn.Module):
         norm: creates a norm from a number of channels.
         act: creates the activation.
     """
+
+    pre_norm = "preffn_bn"
 
     def __init__(
         self,
@@ -155,24 +173,6 @@ class FeedForwardBlock(Fusable, nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
         return x + self.drop_path(self.pw2(self.pw1(self.preffn_bn(x))))
-
-    def foldable(self) -> bool:
-        """Return whether the norms around the 1x1 convolutions can be folded into them."""
-        norms = is_foldable(self.preffn_bn) and self.pw1.foldable() and self.pw2.foldable()
-        return norms and not replaced_method(self)
-
-    def alterations(self) -> list[str]:
-        """List the hooks and replaced methods that keep the first norm from being folded; none if it is folded already."""
-        if type(self.preffn_bn) is nn.Identity:
-            return []
-        parts = ("preffn_bn", "pw1", "pw1.conv", "pw1.bn", "pw2", "pw2.conv", "pw2.bn")
-        return replaced_methods(self) + alterations(self, parts)
-
-    def folded(self) -> FeedForwardBlock:
-        """Fold the norms before and after the 1x1 convolutions."""
-        self.pw1, self.pw2 = self.pw1.folded(input_norm=self.preffn_bn), self.pw2.folded()
-        self.preffn_bn = nn.Identity()  # type: ignore[assignment]
-        return self
 
     def hidden_units(self) -> HiddenUnits | None:
         """Return the hidden units between the 1x1 convolutions; None as long as norms follow these."""
