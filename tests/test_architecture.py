@@ -29,14 +29,14 @@ FOLDERS = [
     "transforms",
     "sparsity",
     "data",
-    "training",
+    "engine",
     "tasks",
     "analysis",
     "bench",
     "recipes",
     "cli",
 ]
-HANDED_A_MODEL = ["sparsity", "data", "training"]
+HANDED_A_MODEL = ["sparsity", "data", "engine"]
 FOR_EVERYBODY = ["deprecation", "errors", "figures", "files", "lazy", "safe_pickle", "settings", "tensor_files"]
 # Programs for `python -m`, which nobody imports.
 PROGRAMS = ["timm"]

@@ -15,7 +15,7 @@ LAZY = (
     "widekernel.sparsity",
     "widekernel.sparsity.dynamic",
     "widekernel.sparsity.semi_structured",
-    "widekernel.training",
+    "widekernel.engine",
 )
 
 
@@ -49,7 +49,7 @@ def test_importing_the_package_registers_its_networks_wherever_it_starts() -> No
     ("old", "new", "says"),
     [
         ("widekernel.data.Share", "widekernel.data.Shard", "is now called Shard: import that from widekernel.data$"),
-        ("widekernel.training.Surroundings", "widekernel.training.RunContext", "is now called RunContext"),
+        ("widekernel.engine.Surroundings", "widekernel.engine.RunContext", "is now called RunContext"),
         ("widekernel.data.DataError", "widekernel.errors.DataError", "has moved: import it from widekernel.errors$"),
     ],
 )

@@ -149,7 +149,7 @@ def test_models_lists_sizes(capsys):
 
 def test_importing_the_package_stays_cheap():
     code = (
-        "import sys, widekernel, widekernel.data, widekernel.training;"
+        "import sys, widekernel, widekernel.data, widekernel.engine;"
         "heavy = {'matplotlib', 'sklearn', 'rich', 'jsonargparse'} & set(sys.modules);"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )

@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 from widekernel.cli.main import main
-from widekernel.training.metrics_log import read_metrics
+from widekernel.engine.metrics_log import read_metrics
 
 SETTINGS = {
     "model": {"name": "slak_nano", "args": {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}},

@@ -11,8 +11,8 @@ import widekernel
 from widekernel.cli import demo_picture, train
 from widekernel.cli import demo_run as demo
 from widekernel.cli.main import main
+from widekernel.engine.curves import draw_accuracy, draw_loss
 from widekernel.tasks.assembly import build_model
-from widekernel.training.curves import draw_accuracy, draw_loss
 
 pytest.importorskip("sklearn")
 

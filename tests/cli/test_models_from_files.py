@@ -9,9 +9,9 @@ from tests.data.test_sources import GOOD, fill
 from widekernel import save_checkpoint
 from widekernel.cli.main import main
 from widekernel.data import Preprocessing
+from widekernel.engine.checkpoint import CheckpointStore
 from widekernel.tasks.assembly import build_model
 from widekernel.tasks.saved import SavedModel, save_model
-from widekernel.training.checkpoint import CheckpointStore
 
 ARGS = {"width_factor": 0.5}
 SAVED = SavedModel(

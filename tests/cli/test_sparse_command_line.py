@@ -12,10 +12,10 @@ from tests.cli.test_command_line_run import finished, images, write_config  # no
 
 from widekernel.cli.main import main
 from widekernel.data import Preprocessing
+from widekernel.engine.metrics_log import read_metrics
 from widekernel.sparsity import load_masks
 from widekernel.tasks.assembly import build_model
 from widekernel.tasks.saved import SavedModel, restore_model, save_model
-from widekernel.training.metrics_log import read_metrics
 
 
 def said(capsys: pytest.CaptureFixture, *arguments: str) -> str:

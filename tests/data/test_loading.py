@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tests.data.test_sources import GOOD, encoded, fill
-from tests.training.tiny import array_source
+from tests.engine.tiny import array_source
 
 from widekernel.data import (
     AugmentConfig,

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from tests.sparsity.nets import controlled, masks_of, quick, same, small_net, train_step
+from widekernel.engine.config import SparsityConfig
 from widekernel.errors import ArgumentError
 from widekernel.sparsity import DynamicSparsity, DynamicSparsityConfig, SparsityReport, semi_structured
-from widekernel.tasks.sparsify_config import SparsifyConfig
-from widekernel.training.config import SparsityConfig
+from widekernel.tasks.sparsify.config import SparsifyConfig
 
 MOVED = semi_structured._MOVED
 

@@ -8,7 +8,7 @@ import torch
 
 from widekernel.data import DataConfig, Preprocessing
 from widekernel.errors import DataError
-from widekernel.tasks.class_mapping import _imagenet, class_mapping, inheritance_note, mapping_note
+from widekernel.tasks.classification.class_mapping import _imagenet, class_mapping, inheritance_note, mapping_note
 from widekernel.tasks.saved import SavedModel, save_model
 
 

@@ -8,16 +8,16 @@ from tests.tasks.images import make_images
 
 import widekernel
 from widekernel.data import AugmentConfig, DataConfig, Preprocessing
+from widekernel.engine import EmaConfig, LoopConfig, RunFolder, RunFolderError, ScheduleConfig, SilentReporter
+from widekernel.engine.metrics_log import read_metrics
 from widekernel.errors import CheckpointError, WidekernelError
-from widekernel.tasks import classification
+from widekernel.tasks.classification import run as classification
 from widekernel.tasks.assembly import build_model
-from widekernel.tasks.classification import train
-from widekernel.tasks.config import ModelConfig, TrainConfig
+from widekernel.tasks.classification.config import ModelConfig, TrainConfig
+from widekernel.tasks.classification.results import SUMMARY_KEYS
+from widekernel.tasks.classification.run import train
 from widekernel.tasks.fingerprint import fingerprint
-from widekernel.tasks.run_result import SUMMARY_KEYS
 from widekernel.tasks.saved import SavedModel, save_model
-from widekernel.training import EmaConfig, LoopConfig, RunFolder, RunFolderError, ScheduleConfig, SilentReporter
-from widekernel.training.metrics_log import read_metrics
 
 MODEL = "test_resnet"
 
@@ -112,7 +112,7 @@ def test_a_classifier_of_other_classes_is_reported(make, tmp_path):
 
 
 def test_images_in_memory_are_compared_by_content():
-    from tests.training.tiny import array_source
+    from tests.engine.tiny import array_source
 
     left, right = array_source(), array_source()
     assert fingerprint(left, left) == fingerprint(right, right)
@@ -191,7 +191,7 @@ def test_curves_are_drawn_even_if_the_last_epoch_ended_abruptly(make, monkeypatc
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("widekernel.training.loop.save_curves", die)
+        patch.setattr("widekernel.engine.loop.save_curves", die)
         die_at(None, config)
     assert not folder.curves.exists()
     train(config)

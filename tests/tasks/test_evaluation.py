@@ -2,18 +2,18 @@ import contextlib
 
 import pytest
 import torch
-from tests.training.tiny import array_source
+from tests.engine.tiny import array_source
 from torch import nn
 from torch.nn import functional as F
 
 from widekernel.data import EvaluationSamples, LoaderOptions, Preprocessing, Shard, evaluation_loader
 from widekernel.data.images import UnreadableImageError
+from widekernel.engine import Processes, TrainingError
 from widekernel.errors import CheckpointError, DataError
 from widekernel.tasks.assembly import build_model, choose_device
-from widekernel.tasks.class_mapping import class_mapping
-from widekernel.tasks.evaluation import EvaluationOptions, evaluate
+from widekernel.tasks.classification.class_mapping import class_mapping
+from widekernel.tasks.classification.evaluation import EvaluationOptions, evaluate
 from widekernel.tasks.saved import SavedModel, read_saved, restore_model, save_model
-from widekernel.training import Processes, TrainingError
 
 PREPROCESSING = Preprocessing(8, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), "bilinear", 1.0)
 

@@ -12,8 +12,8 @@ from torch import nn
 from widekernel.data import Preprocessing
 from widekernel.errors import ConfigError
 from widekernel.tasks.assembly import build_model
-from widekernel.tasks.classification import train
-from widekernel.tasks.config import ModelConfig
+from widekernel.tasks.classification.config import ModelConfig
+from widekernel.tasks.classification.run import train
 from widekernel.tasks.folding import fold_and_check
 from widekernel.tasks.image_channels import input_channels, match_channels
 from widekernel.tasks.loading import load

@@ -17,12 +17,12 @@ from tests.tasks.images import make_images
 from widekernel.cli.main import main
 from widekernel.data import AugmentConfig, DataConfig, open_split
 from widekernel.data.config import processors
+from widekernel.engine import EmaConfig, LoopConfig, ScheduleConfig, SilentReporter
+from widekernel.engine.checkpoint import load_state
+from widekernel.engine.interrupts import Interrupted, InterruptGuard
 from widekernel.errors import CheckpointError, ConfigError, WidekernelError
-from widekernel.tasks.classification import train
-from widekernel.tasks.config import ModelConfig, TrainConfig
-from widekernel.training import EmaConfig, LoopConfig, ScheduleConfig, SilentReporter
-from widekernel.training.checkpoint import load_state
-from widekernel.training.interrupts import Interrupted, InterruptGuard
+from widekernel.tasks.classification.config import ModelConfig, TrainConfig
+from widekernel.tasks.classification.run import train
 
 
 class Listener(SilentReporter):

@@ -17,7 +17,7 @@ from rich.progress import (
 )
 from typing_extensions import override
 
-from widekernel.training.reporter import Reporter
+from widekernel.engine.reporter import Reporter
 
 WIDE = 120
 """Width of the terminal from which progress bars are long, and show the elapsed and remaining time."""

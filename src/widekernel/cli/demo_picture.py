@@ -12,12 +12,12 @@ from matplotlib.image import AxesImage
 from PIL import Image
 from torch import Tensor, nn
 
+from widekernel.engine.curves import draw_accuracy, draw_loss
 from widekernel.figures import new_figure, to_png
 from widekernel.files import write_file
 from widekernel.layers import FoldedLargeKernel, LargeKernel, Rect
 from widekernel.layers.norms import affine_of
 from widekernel.layers.sources import rects_of
-from widekernel.training.curves import draw_accuracy, draw_loss
 
 SHOWN = 32
 

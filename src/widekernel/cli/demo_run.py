@@ -21,14 +21,14 @@ from widekernel.data import (
     evaluation_loader,
     open_split,
 )
+from widekernel.engine import RunFolder
+from widekernel.engine.interrupts import Interrupted
+from widekernel.engine.metrics_log import read_metrics
 from widekernel.errors import WidekernelError
-from widekernel.tasks.classification import train
-from widekernel.tasks.evaluation import EvaluationOptions, evaluate
+from widekernel.tasks.classification.evaluation import EvaluationOptions, evaluate
+from widekernel.tasks.classification.run import train
 from widekernel.tasks.folding import fold_and_check
 from widekernel.tasks.saved import SavedModel, restore_model, save_model
-from widekernel.training import RunFolder
-from widekernel.training.interrupts import Interrupted
-from widekernel.training.metrics_log import read_metrics
 
 RECIPE = "slak_nano_digits"
 LATENCY_BATCH = 16

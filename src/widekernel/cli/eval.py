@@ -14,10 +14,10 @@ from widekernel.cli.options import EvalOptions, parse_with_data_of_the_run
 from widekernel.cli.parsing import build, new_parser
 from widekernel.cli.source_arguments import add_source_arguments, load_source, source_from
 from widekernel.data.config import DataConfig
-from widekernel.training.interrupts import Interrupted
+from widekernel.engine.interrupts import Interrupted
 
 if TYPE_CHECKING:
-    from widekernel.tasks.evaluation import Evaluation
+    from widekernel.tasks.classification.evaluation import Evaluation
 
 _DESCRIPTION = (
     "Measure accuracy and loss on the held-out split of a data set. For a run folder, or a model file in one, the data "

@@ -5,14 +5,14 @@ from torch import nn
 from widekernel.cli.console import ConsoleReporter
 from widekernel.cli.options import EvalOptions
 from widekernel.data import DataConfig, EvaluationSamples, LoaderOptions, Shard, evaluation_loader, open_split
+from widekernel.engine.interrupts import Interrupted, InterruptGuard
+from widekernel.engine.run_folder import RunFolder
 from widekernel.tasks.assembly import choose_device
-from widekernel.tasks.class_mapping import class_mapping, mapping_note
-from widekernel.tasks.evaluation import Evaluation, EvaluationOptions, evaluate
-from widekernel.tasks.evaluation_data import changed_images_warning, location_of
+from widekernel.tasks.classification.class_mapping import class_mapping, mapping_note
+from widekernel.tasks.classification.evaluation import Evaluation, EvaluationOptions, evaluate
+from widekernel.tasks.classification.evaluation_data import changed_images_warning, location_of
 from widekernel.tasks.image_channels import input_channels, match_channels
 from widekernel.tasks.saved import SavedModel
-from widekernel.training.interrupts import Interrupted, InterruptGuard
-from widekernel.training.run_folder import RunFolder
 
 
 def evaluate_on(

@@ -10,8 +10,8 @@ import traceback
 from collections.abc import Sequence
 
 from widekernel import __version__
+from widekernel.engine.interrupts import Interrupted
 from widekernel.errors import WidekernelError, nearest
-from widekernel.training.interrupts import Interrupted
 
 COMMANDS = {
     "train": "train a classifier; resume a run, or report its result",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from widekernel.engine.run_folder import RunFolder
 from widekernel.errors import ConfigError
-from widekernel.training.run_folder import RunFolder
 
 
 def check_output_file(path: Path, what: str, source: Path, overwrite: bool, beside: tuple[Path, ...] = ()) -> Path:

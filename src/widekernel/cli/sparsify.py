@@ -17,10 +17,10 @@ from widekernel.data.config import DataConfig
 from widekernel.errors import ConfigError
 from widekernel.sparsity.semi_structured.config import SEMI_STRUCTURED
 from widekernel.tasks.model_source import ModelSource
-from widekernel.tasks.sparsify_config import MaskLearningConfig, SparsifyConfig
+from widekernel.tasks.sparsify.config import MaskLearningConfig, SparsifyConfig
 
 if TYPE_CHECKING:
-    from widekernel.tasks.sparsifying import Sparsified
+    from widekernel.tasks.sparsify.magnitude import Sparsified
 
 _DESCRIPTION = (
     "Make a trained network sparse, 2:4 or in other blocks: by magnitude, by magnitude after a permutation of channels, or "
@@ -71,9 +71,9 @@ def _sparsify(
 
     from widekernel.cli.evaluation import evaluate_on
     from widekernel.sparsity import semi_structured
-    from widekernel.tasks.mask_learning import learn_masks
     from widekernel.tasks.saved import save_model
-    from widekernel.tasks.sparsifying import agreement, sparsify
+    from widekernel.tasks.sparsify.magnitude import agreement, sparsify
+    from widekernel.tasks.sparsify.mask_learning import learn_masks
 
     output, compressed = to
     model, saved = load_source(source)

@@ -12,12 +12,12 @@ import yaml
 
 from widekernel.cli.console import ConsoleReporter, result_console
 from widekernel.cli.parsing import build, new_parser, parse, parse_given, read_settings, typed
+from widekernel.engine.interrupts import Interrupted
 from widekernel.recipes import load_recipe
-from widekernel.tasks.config import TrainConfig
-from widekernel.training.interrupts import Interrupted
+from widekernel.tasks.classification.config import TrainConfig
 
 if TYPE_CHECKING:
-    from widekernel.tasks.classification import RunResult
+    from widekernel.tasks.classification.results import RunResult
 
 _DESCRIPTION = (
     "Train a classifier. Settings come from the recipe, the configuration files and the command line; later ones override "
@@ -32,7 +32,7 @@ def run(arguments: list[str]) -> int:
         sys.stdout.write(yaml.safe_dump(parse_config(arguments).to_dict(), sort_keys=False))
         return 0
     config = parse_config(arguments)
-    from widekernel.tasks.classification import train
+    from widekernel.tasks.classification.run import train
 
     with ConsoleReporter() as reporter:
         try:

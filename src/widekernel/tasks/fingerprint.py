@@ -55,7 +55,7 @@ def _sizes(part: str, source: ImageSource) -> dict[str, str]:
     return {f"digest of the sizes of {part} files": _digest_of_lines(str(source.size(index)) for index in chosen)}
 
 
-_COMPUTING = ("ops", "layers", "models", "transforms", "sparsity", "data", "training", "tasks")
+_COMPUTING = ("ops", "layers", "models", "transforms", "sparsity", "data", "engine", "tasks")
 """Folders of the package that decide what a run computes."""
 
 

@@ -7,9 +7,9 @@ from torch import nn
 
 import widekernel
 from widekernel.data.seeding import derive_seed
+from widekernel.engine.error_context import NetworkError, errors_as
 from widekernel.errors import WidekernelError
 from widekernel.tasks.image_channels import input_channels
-from widekernel.training.error_context import NetworkError, errors_as
 
 RELATIVE_TOLERANCE = 1e-3
 """Largest difference of outputs that is accepted, relative to the largest output."""

@@ -7,14 +7,14 @@ from typing import Any
 from torch import nn
 
 from widekernel.data import DataConfig, Preprocessing
+from widekernel.engine.checkpoint import CheckpointStore, load_state, step_of
+from widekernel.engine.run_folder import RunFolder
+from widekernel.engine.sparsification import restore_learned
 from widekernel.errors import CheckpointError, ConfigError
 from widekernel.tasks.assembly import build_model, pretrained_cfg
 from widekernel.tasks.foreign_checkpoint import Notify, load_weights
 from widekernel.tasks.model_source import ModelSource
 from widekernel.tasks.saved import SavedModel, restore_model
-from widekernel.training.checkpoint import CheckpointStore, load_state, step_of
-from widekernel.training.run_folder import RunFolder
-from widekernel.training.sparsification import restore_learned
 
 
 def load(source: ModelSource, notify: Notify | None = None) -> tuple[nn.Module, SavedModel]:

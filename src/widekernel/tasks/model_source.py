@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from widekernel.training.run_folder import RunFolder
+from widekernel.engine.run_folder import RunFolder
 
 Weights = Literal["model", "ema"]
 

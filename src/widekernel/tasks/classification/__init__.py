@@ -1,0 +1,1 @@
+"""Image classification: settings, the task itself, evaluation and complete runs."""

@@ -1,0 +1,125 @@
+"""Settings of a classification run; every field is a key in YAML files and an option of the command line."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from widekernel.data.config import AugmentConfig, DataConfig
+from widekernel.engine.config import (
+    CheckpointConfig,
+    EmaConfig,
+    LoopConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    SparsityConfig,
+    TrainingConfig,
+    check_averaging,
+)
+from widekernel.errors import ConfigError
+from widekernel.settings import require
+from widekernel.sparsity.semi_structured.config import SEMI_STRUCTURED
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Settings of the network.
+
+    Args:
+        name: model name registered with timm; `widekernel models` lists widekernel's
+        num_classes: outputs of the classifier; null means the number of classes in the data
+        args: further arguments of the model, for example --model.args.drop_path_rate 0.1
+        pretrained: start from timm's pretrained weights for this model
+        weights: checkpoint file to start from
+    """
+
+    name: str = "slak_tiny"
+    num_classes: int | None = None
+    args: dict[str, Any] = field(default_factory=dict)
+    pretrained: bool = False
+    weights: str | None = None
+
+    def __post_init__(self) -> None:
+        ok = self.num_classes is None or self.num_classes > 0
+        require(ok, "model.num_classes", self.num_classes, "positive")
+        if self.pretrained and self.weights is not None:
+            raise ConfigError("model.pretrained and model.weights are both set; choose one of them.")
+        for key in ("num_classes", "pretrained"):
+            if key in self.args:
+                raise ConfigError(f"model.args holds {key!r}; set model.{key} instead.")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a training run.
+
+    Args:
+        seed: seed of initialization, data order, augmentation and mixup
+        output: run folder; null means runs/<recipe or model name>
+        label_smoothing: share of the target that is spread evenly over all classes
+        model: network
+        data: data set and preprocessing
+        augment: augmentation of the training images
+        optimizer: optimizer
+        schedule: epochs and learning rate
+        ema: moving average of the weights
+        loop: batches, precision and device
+        checkpoint: training states
+        sparsity: sparsity of the weights
+    """
+
+    seed: int = 0
+    output: str | None = None
+    label_smoothing: float = 0.1
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    sparsity: SparsityConfig = field(default_factory=SparsityConfig)
+
+    def __post_init__(self) -> None:
+        require(self.seed >= 0, "seed", self.seed, "0 or more")
+        require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "from 0 to below 1")
+        check_averaging(self.sparsity, self.ema.decay)
+        if self.sparsity.method == SEMI_STRUCTURED and not (self.model.pretrained or self.model.weights):
+            raise ConfigError(
+                f"sparsity.method is {SEMI_STRUCTURED!r}, which learns masks for trained weights: set "
+                "model.weights to a checkpoint, or model.pretrained."
+            )
+        if self.augment.mixes and self.loop.batch_size % 2:
+            raise ConfigError(
+                f"loop.batch_size is {self.loop.batch_size}, but mixup and cutmix pair the images of a batch: "
+                "use an even number, or set augment.mixup and augment.cutmix to 0."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return nested plain values, as in a YAML file."""
+        values = _plain(asdict(self))
+        # Settings of unused methods are left out, so that changing them does not prevent resuming.
+        used = {"none": (), "dynamic": ("dynamic", "masks"), SEMI_STRUCTURED: ("semi_structured",)}[self.sparsity.method]
+        values["sparsity"] = {key: values["sparsity"][key] for key in ("method", *used)}
+        return values
+
+    @property
+    def training(self) -> TrainingConfig:
+        """The settings that the training loop uses."""
+        return TrainingConfig(
+            seed=self.seed,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            ema=self.ema,
+            loop=self.loop,
+            checkpoint=self.checkpoint,
+            max_unreadable=self.data.max_unreadable,
+            sparsity=self.sparsity,
+        )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value

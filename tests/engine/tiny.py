@@ -1,0 +1,99 @@
+"""Small network with features that make resuming hard: batch norm buffers and dropout."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from widekernel.data import (
+    AugmentConfig,
+    EvaluationSamples,
+    LoaderOptions,
+    Preprocessing,
+    Shard,
+    TrainingLoader,
+    TrainingSamples,
+    evaluation_loader,
+)
+from widekernel.data.sources import ArraySource
+from widekernel.engine import (
+    CheckpointConfig,
+    EmaConfig,
+    LoopConfig,
+    OptimizerConfig,
+    RunContext,
+    RunFolder,
+    ScheduleConfig,
+    Trainer,
+)
+from widekernel.engine.random_state import seed_run
+from widekernel.tasks.classification.config import TrainConfig
+from widekernel.tasks.classification.evaluation import EvaluationOptions
+from widekernel.tasks.classification.run import Classification
+
+
+class TinyNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.drop = nn.Dropout(0.3)
+        self.head = nn.Linear(8, 3)
+        self.scale = nn.Parameter(torch.ones(1, 3))
+
+    def no_weight_decay(self) -> set[str]:
+        return {"scale"}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.drop(self.norm(self.conv(x)).relu().mean((2, 3)))) * self.scale
+
+
+def array_source(count: int = 42, classes: int = 3) -> ArraySource:
+    """Return images of noise around a brightness that depends on the class."""
+    generator = np.random.default_rng(0)
+    targets = [index % classes for index in range(count)]
+    images = np.stack([generator.integers(0, 80, (10, 10, 3)) + 60 * target for target in targets]).astype(np.uint8)
+    return ArraySource(images, targets, tuple("abc"[:classes]), "array")
+
+
+def make_config(output: Path, **changes) -> TrainConfig:
+    settings = {
+        "augment": AugmentConfig(auto_augment="rand-m5-mstd0.5-inc1", erase_prob=0.25),
+        "optimizer": OptimizerConfig(lr=5e-3, clip_grad=1.0),
+        "schedule": ScheduleConfig(epochs=3, warmup_epochs=1),
+        "ema": EmaConfig(decay=0.9),
+        "loop": LoopConfig(batch_size=4, accumulate=3, log_every=2, device="cpu"),
+        "checkpoint": CheckpointConfig(),
+    }
+    return TrainConfig(output=str(output), seed=5, **{**settings, **changes})
+
+
+def make_trainer(config: TrainConfig, workers: int = 0, source: ArraySource | None = None, reporter=None) -> Trainer:
+    source = source or array_source()
+    folder = RunFolder(config.output)
+    folder.prepare(config.to_dict())
+    seed_run(config.seed)
+    model = TinyNet()
+    preprocessing = Preprocessing(8, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), "bilinear", 1.0)
+    samples = TrainingSamples(source, preprocessing.train_transform(config.augment), config.seed)
+    loader = TrainingLoader(samples, LoaderOptions(config.loop.batch_size, workers), Shard())
+    held_out = evaluation_loader(
+        EvaluationSamples(array_source(20), preprocessing.eval_transform()), LoaderOptions(8), Shard()
+    )
+    options = EvaluationOptions(torch.device("cpu"), max_unreadable=0)
+    objective = Classification(config, 3, held_out, options)
+    extra = {} if reporter is None else {"reporter": reporter}
+    context = RunContext(folder, torch.device("cpu"), fingerprint={"images": len(source)}, **extra)
+    return Trainer(model, objective, loader, config.training, context)
+
+
+def states_equal(left, right) -> bool:
+    """Return whether nested containers are equal, tensors bit for bit."""
+    if isinstance(left, torch.Tensor):
+        return isinstance(right, torch.Tensor) and left.dtype == right.dtype and torch.equal(left, right)
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(states_equal(left[key], right[key]) for key in left)
+    if isinstance(left, (list, tuple)):
+        return len(left) == len(right) and all(map(states_equal, left, right))
+    return left == right
