@@ -6,7 +6,8 @@ import math
 import numbers
 from collections.abc import Collection, Mapping
 from dataclasses import fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from widekernel.errors import ConfigError, nearest
 
@@ -54,8 +55,13 @@ def require_finite(settings: Any, section: str) -> None:
 def require_literals(settings: Any, section: str = "") -> None:
     """Raise unless each field that is annotated with a `Literal` holds one of its choices; names start with `section`."""
     for name, kind in get_type_hints(type(settings)).items():
-        if get_origin(kind) is Literal:
-            require_one_of(f"{section}.{name}" if section else name, getattr(settings, name), get_args(kind))
+        value = getattr(settings, name)
+        parts = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+        if value is None and type(None) in parts:
+            continue
+        choices = [choice for part in parts if get_origin(part) is Literal for choice in get_args(part)]
+        if choices:
+            require_one_of(f"{section}.{name}" if section else name, value, choices)
 
 
 def comma_separated(text: str) -> tuple[str, ...]:

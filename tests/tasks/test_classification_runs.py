@@ -14,7 +14,7 @@ from widekernel.errors import CheckpointError, WidekernelError
 from widekernel.tasks.classification import run as classification
 from widekernel.tasks.assembly import build_model
 from widekernel.tasks.classification.config import ModelConfig, TrainConfig
-from widekernel.tasks.classification.results import SUMMARY_KEYS
+from widekernel.tasks.results import SUMMARY_KEYS
 from widekernel.tasks.classification.run import train
 from widekernel.tasks.fingerprint import fingerprint
 from widekernel.tasks.saved import SavedModel, save_model

@@ -17,7 +17,7 @@ from widekernel.recipes import load_recipe
 from widekernel.tasks.classification.config import TrainConfig
 
 if TYPE_CHECKING:
-    from widekernel.tasks.classification.results import RunResult
+    from widekernel.tasks.results import RunResult
 
 _DESCRIPTION = (
     "Train a classifier. Settings come from the recipe, the configuration files and the command line; later ones override "

@@ -54,27 +54,49 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Settings of the learning rate, which is set at every optimizer step: linear warm-up, then half a cosine.
+    """Settings of the length of the run and of the learning rate, which is set at every optimizer step.
+
+    The learning rate follows a linear warm-up, then half a cosine. Lengths are given in epochs or, if set, in optimizer steps.
 
     Args:
-        epochs: passes over the training images
+        epochs: passes over the training data
+        steps: optimizer steps of the whole run; null means schedule.epochs
         warmup_epochs: epochs of linear warm-up, included in schedule.epochs
+        warmup_steps: optimizer steps of linear warm-up; null means schedule.warmup_epochs
         warmup_lr: learning rate at the first step of the warm-up
         min_lr: learning rate at the end of the run
     """
 
     epochs: int = 300
+    steps: int | None = None
     warmup_epochs: float = 20
+    warmup_steps: int | None = None
     warmup_lr: float = 0.0
     min_lr: float = 1e-6
 
     def __post_init__(self) -> None:
         require_finite(self, "schedule")
         require(self.epochs > 0, "schedule.epochs", self.epochs, "positive")
-        ok = 0 <= self.warmup_epochs < self.epochs
-        require(ok, "schedule.warmup_epochs", self.warmup_epochs, f"from 0 to below schedule.epochs ({self.epochs})")
+        require(self.steps is None or self.steps > 0, "schedule.steps", self.steps, "positive")
+        if self.warmup_steps is not None:
+            ok = self.warmup_steps >= 0 and (self.steps is None or self.warmup_steps < self.steps)
+            rule = "0 or more" if self.steps is None else f"from 0 to below schedule.steps ({self.steps})"
+            require(ok, "schedule.warmup_steps", self.warmup_steps, rule)
+        elif self.steps is None:
+            ok = 0 <= self.warmup_epochs < self.epochs
+            require(ok, "schedule.warmup_epochs", self.warmup_epochs, f"from 0 to below schedule.epochs ({self.epochs})")
+        require(self.warmup_epochs >= 0, "schedule.warmup_epochs", self.warmup_epochs, "0 or more")
         require(self.warmup_lr >= 0, "schedule.warmup_lr", self.warmup_lr, "0 or more")
         require(self.min_lr >= 0, "schedule.min_lr", self.min_lr, "0 or more")
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Return the number of optimizer steps of the whole run."""
+        return self.epochs * steps_per_epoch if self.steps is None else self.steps
+
+    def warmup(self, steps_per_epoch: int) -> int:
+        """Return the number of optimizer steps of the warm-up; at least one step of the run remains after it."""
+        wanted = round(self.warmup_epochs * steps_per_epoch) if self.warmup_steps is None else self.warmup_steps
+        return min(wanted, self.total_steps(steps_per_epoch) - 1)
 
 
 @dataclass(frozen=True)
@@ -100,31 +122,81 @@ class LoopConfig:
     """Settings of batches, precision and device.
 
     Args:
-        batch_size: images per forward pass and process
-        eval_batch_size: images per forward pass in evaluation; null means 1.5 times loop.batch_size
-        accumulate: forward passes whose gradients are accumulated for each optimizer step; an incomplete last group of an
-            epoch is skipped
+        batch_size: images per optimizer step, over all processes
+        micro_batch: images per forward pass on one device; null means that each process takes its share of loop.batch_size at
+            once. Gradients of several forward passes are accumulated
+        eval_batch_size: images per forward pass in evaluation; null means 1.5 times those in training
         precision: fp32, or mixed precision (autocast) with bf16 or, on CUDA only, fp16
         device: auto (CUDA if available), cpu, cuda or cuda:N
         channels_last: use the channels-last memory format
+        compile: mode of torch.compile: default, reduce-overhead (CUDA graphs) or max-autotune; null does not compile
+        sync_batch_norm: compute batch norms over the images of all processes
         log_every: optimizer steps between rows of metrics.jsonl
+        timeout: seconds after which a process that does not respond ends the run (only with several processes)
     """
 
     batch_size: int = 128
+    micro_batch: int | None = None
     eval_batch_size: int | None = None
-    accumulate: int = 1
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: str = "auto"
     channels_last: bool = False
+    compile: Literal["default", "reduce-overhead", "max-autotune"] | None = None
+    sync_batch_norm: bool = True
     log_every: int = 10
+    timeout: float = 600.0
 
     def __post_init__(self) -> None:
+        require_finite(self, "loop")
         require_literals(self, "loop")
         require(self.batch_size > 0, "loop.batch_size", self.batch_size, "positive")
+        ok = self.micro_batch is None or self.micro_batch > 0
+        require(ok, "loop.micro_batch", self.micro_batch, "positive")
         ok = self.eval_batch_size is None or self.eval_batch_size > 0
         require(ok, "loop.eval_batch_size", self.eval_batch_size, "positive")
-        require(self.accumulate > 0, "loop.accumulate", self.accumulate, "positive")
         require(self.log_every > 0, "loop.log_every", self.log_every, "positive")
+        require(self.timeout >= 1, "loop.timeout", self.timeout, "1 or more")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Settings of when the network is evaluated; it always is at the end of the run.
+
+    Args:
+        every_epochs: epochs between evaluations
+        every_steps: optimizer steps between evaluations; null means evaluation.every_epochs
+    """
+
+    every_epochs: int = 1
+    every_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        require(self.every_epochs > 0, "evaluation.every_epochs", self.every_epochs, "positive")
+        ok = self.every_steps is None or self.every_steps > 0
+        require(ok, "evaluation.every_steps", self.every_steps, "positive")
+
+    def interval(self, steps_per_epoch: int) -> int:
+        """Return the number of optimizer steps between evaluations."""
+        return self.every_epochs * steps_per_epoch if self.every_steps is None else self.every_steps
+
+
+@dataclass(frozen=True)
+class FaultConfig:
+    """Settings of what happens when losses or gradients are not finite.
+
+    Such a step changes nothing: neither weights, averages, masks nor running statistics.
+
+    Args:
+        max_skipped: largest number of such steps in a row; more end the run
+        rollbacks: how often the run may instead return to the last training state, and leave out the batches since then
+    """
+
+    max_skipped: int = 10
+    rollbacks: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.max_skipped >= 0, "faults.max_skipped", self.max_skipped, "0 or more")
+        require(self.rollbacks >= 0, "faults.rollbacks", self.rollbacks, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -197,6 +269,8 @@ class TrainingConfig:
     loop: LoopConfig
     checkpoint: CheckpointConfig
     max_unreadable: int
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    faults: FaultConfig = field(default_factory=FaultConfig)
     sparsity: SparsityConfig = field(default_factory=SparsityConfig)
 
 

@@ -1,41 +1,63 @@
-"""Training loop for one model and one objective, which can be resumed after any optimizer step."""
+"""Training loop for any task, which can be resumed exactly after any optimizer step, by any number of processes."""
 
-import math
+from __future__ import annotations
+
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from timm.utils import ModelEmaV3, dispatch_clip_grad
-from torch import Tensor, nn
+from torch import nn
+from torch.utils.data import DataLoader
 
-from widekernel.data.loading import Batch, TrainingLoader, Unreadable
-from widekernel.deprecation import renamed_arguments, renamed_attribute
+from widekernel.data.batches import Batch, Unreadable
+from widekernel.data.loading import TrainingLoader
+from widekernel.engine.average import Average
 from widekernel.engine.checkpoint import CheckpointStore
 from widekernel.engine.config import Metrics, TrainingConfig
 from widekernel.engine.curves import save_curves
 from widekernel.engine.error_context import LoadingError, NetworkError, TrainingError, errors_as
+from widekernel.engine.evaluation import EvaluationOptions, evaluate
 from widekernel.engine.interrupts import Interrupted, InterruptGuard
 from widekernel.engine.metrics_log import MetricsLog, read_metrics
-from widekernel.engine.objective import Objective
 from widekernel.engine.optimization import create_optimizer, create_schedule
+from widekernel.engine.optimizer_step import OptimizerStep, Trained, can_be_deferred
 from widekernel.engine.preflight import check_run_length
 from widekernel.engine.progress import Progress
-from widekernel.engine.random_state import random_state, restore_random_state
+from widekernel.engine.randomness import generators_restored
+from widekernel.engine.reporter import RunLength
 from widekernel.engine.run_context import RunContext
 from widekernel.engine.sparsification import create_sparsification
+from widekernel.engine.task import Position, Task
 from widekernel.engine.unreadable import check_unreadable
-from widekernel.errors import CheckpointError, ConfigError, DataError
+from widekernel.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Data of a run, as this process loads them.
+
+    Args:
+        train: training batches by epoch
+        held_out: batches of the evaluation
+    """
+
+    train: TrainingLoader
+    held_out: DataLoader
 
 
 class Trainer:
-    """Trainer of a model for an objective, which also maintains the run folder.
+    """Trainer of a model for a task, which also maintains the run folder.
+
+    With several processes, all of them create a trainer and call the same methods; the first one writes the files.
 
     Args:
-        model: network on `context.device`
-        objective: loss and evaluation
-        loader: training batches by epoch
+        model: network on `context.device`; the first process's weights count
+        task: loss and metrics
+        data: training and held-out batches
         config: settings of the loop
         context: run folder, device, processes and reporter
 
@@ -44,214 +66,295 @@ class Trainer:
         ConfigError: the precision is not available on the device.
     """
 
-    @renamed_arguments(around="context")
-    def __init__(
-        self,
-        model: nn.Module,
-        objective: Objective,
-        loader: TrainingLoader,
-        config: TrainingConfig,
-        context: RunContext,
-    ) -> None:
-        self.model, self.objective, self.loader, self.config, self.context = model, objective, loader, config, context
-        self.steps_per_epoch = loader.batches_per_epoch // config.loop.accumulate
-        if self.steps_per_epoch == 0:
-            needed = config.loop.batch_size * config.loop.accumulate * context.processes.world_size
+    def __init__(self, model: nn.Module, task: Task, data: RunData, config: TrainingConfig, context: RunContext) -> None:
+        self.task, self.data, self.config, self.context = task, data, config, context
+        processes, device = context.processes, context.device
+        if data.train.steps_per_epoch == 0:
             raise DataError(
-                f"The training data has {len(loader.samples)} images, but one optimizer step takes {needed} "
-                f"(loop.batch_size × loop.accumulate × processes). Lower loop.batch_size."
+                f"The training data has {len(data.train.samples)} images, but one optimizer step takes "
+                f"{config.loop.batch_size} (loop.batch_size). Lower loop.batch_size."
             )
-        for note in check_run_length(config, self.total_steps):
+        self.length = RunLength(config.schedule.total_steps(data.train.steps_per_epoch), data.train.steps_per_epoch)
+        for note in check_run_length(config, self.length):
             context.reporter.message(note)
-        self.sparsity = create_sparsification(model, config.sparsity, config.seed, self.total_steps)
-        self.optimizer = create_optimizer(self.sparsity.trained(model), config.optimizer)
-        self.schedule = create_schedule(self.optimizer, config.schedule, self.steps_per_epoch)
+        if config.loop.sync_batch_norm:
+            model = processes.convert_batch_norms(model)
+        processes.equalize(model)
+        self.model = model
+        self.sparsity = create_sparsification(model, config.sparsity, config.seed, self.length.steps)
+        self.optimizer = create_optimizer(self.sparsity.trained(model), config.optimizer, fused=device.type == "cuda")
+        self.schedule = create_schedule(self.optimizer, config.schedule, self.length)
         decay = config.ema.decay
-        self.ema = None if decay is None else ModelEmaV3(model, decay=decay, use_warmup=config.ema.warmup)
-        self.sparsity.attach(self.optimizer, self.ema, self.total_steps)
-        self.autocast = _autocast(config.loop.precision, context.device)
-        self.scaler = torch.amp.GradScaler(context.device.type, enabled=config.loop.precision == "fp16")
+        self.average = None if decay is None else Average(model, decay, config.ema.warmup)
+        self.sparsity.attach(self.optimizer, self.average, self.length.steps)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.loop.precision == "fp16")
         self.progress = Progress()
         self.store = CheckpointStore(context.folder.checkpoints, config.checkpoint.keep, context.reporter.message)
         self.log = MetricsLog(context.folder.metrics)
+        self.step = self._make_step()
+        self._batches: tuple[int, Iterator[Batch]] | None = None  # the step that comes next, and what it is made of
+        self._vote: Callable[[], bool] = lambda: False
 
-    around = renamed_attribute("around", "context")
+    def _make_step(self) -> OptimizerStep:
+        config, processes = self.config, self.context.processes
+        if config.loop.compile is not None:
+            self.model.compile(mode=config.loop.compile)
+        wrapped = processes.wrap(self.model)
+        trained = Trained(self.model, wrapped, self.optimizer, self.scaler, self.sparsity, self.average)
+        deferred = self.context.device.type == "cuda" and can_be_deferred(trained)
+        autocast = _autocast(config.loop.precision, self.context.device)
+        return OptimizerStep(trained, self.task, config.optimizer, autocast, processes, deferred)
 
-    @property
-    def total_steps(self) -> int:
-        """Number of optimizer steps in the whole run."""
-        return self.steps_per_epoch * self.config.schedule.epochs
+    # -- the run -----------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Train from the latest training state in the run folder, or from the start, to the end.
 
+        The global random generators are as before afterwards.
+
         Raises:
-            Interrupted: SIGINT, SIGTERM or SIGHUP arrived; the state was saved first.
-            TrainingError: the loss is not finite, or more than `max_unreadable` images cannot be read.
+            Interrupted: a signal asked to stop; the state was saved first.
+            TrainingError: too many steps in a row were not finite, or more than `max_unreadable` images cannot be read.
             CheckpointError: no training state can be read, or none can be written.
         """
         self._resume_or_start()
-        self.context.reporter.start_training(self.config.schedule.epochs, self.steps_per_epoch, self.progress.step)
-        with InterruptGuard() as guard:
-            while self.progress.epoch < self.config.schedule.epochs:
-                self._train_epoch(guard)
-                self._finish_epoch(guard)
+        self.context.reporter.start_training(self.length, self.progress.step)
+        with InterruptGuard() as guard, generators_restored():
+            try:
+                while self.progress.evaluated < self.length.steps:
+                    if self._evaluation_due():
+                        self._evaluate_and_save(guard)
+                    else:
+                        self._train_step(guard)
+            finally:
+                self.store.wait()
 
-    # -- one epoch ---------------------------------------------------------------------------------------------------
+    def _evaluation_due(self) -> bool:
+        step = self.progress.step
+        interval = self.config.evaluation.interval(self.length.steps_per_epoch)
+        return step > self.progress.evaluated and (step % interval == 0 or step == self.length.steps)
 
-    def _train_epoch(self, guard: InterruptGuard) -> None:
+    # -- steps -------------------------------------------------------------------------------------------------------
+
+    def _train_step(self, guard: InterruptGuard) -> None:
+        """Perform one optimizer step, and what is due after it."""
+        number = self.progress.step + 1
         self.model.train()
-        accumulate = self.config.loop.accumulate
-        batches = self.loader.epoch(self.progress.epoch, skip=self.progress.step_in_epoch * accumulate)
-        while self.progress.step_in_epoch < self.steps_per_epoch:
-            with errors_as(LoadingError, f"Loading the images of training step {self.progress.step + 1}"):
-                images = [next(batches) for _ in range(accumulate)]
-            with errors_as(NetworkError, f"Training step {self.progress.step + 1}"):
-                self._step(images)
-            every = self.config.checkpoint.every_steps
-            # The folder belongs to this run from the first step on; saving right then shows that states can be written.
-            due = self.progress.step == 1 or (every is not None and self.progress.step % every == 0)
-            stop = self._stop_requested(guard)
-            if due or stop:
-                self.save()
-            if stop:
-                raise Interrupted(guard.received or signal.SIGTERM)  # another process may have received it
-
-    def _step(self, batches: list[Batch]) -> None:
-        """Make one optimizer step from the gradients of `batches`."""
-        self.schedule.step_update(self.progress.step)
-        total = sum(self._backward(batch, number, len(batches)) for number, batch in enumerate(batches))
-        if not math.isfinite(total):
-            raise TrainingError(
-                f"The training loss is {total} at step {self.progress.step + 1}. Lower optimizer.lr "
-                f"({self.config.optimizer.lr}), set optimizer.clip_grad, or use precision bf16 or fp32, "
-                "in another output folder. The last training state was saved before that."
-            )
-        self._update()
+        with errors_as(LoadingError, f"Loading the images of training step {number}"):
+            batches = self._next_batches()
+        with errors_as(NetworkError, f"Training step {number}"):
+            self.schedule.step_update(self.progress.step)
+            made = self.step.make(batches, self._positions())
+            self.step.average(number, made)
         if self.progress.step == 0 and self.context.processes.is_main:
             self.context.folder.begin()
             self.log.truncate(0)
-        self.progress.step += 1
-        self.progress.step_in_epoch += 1
-        if self.ema is not None:
-            # If given a step, timm overwrites the average at the first update, which is wanted only with warm-up.
-            self.ema.update(self.model, step=self.progress.step if self.config.ema.warmup else None)
-        self._log_step(total)
+        self.progress.step = number
+        self._after_step(made, guard)
 
-    def _backward(self, batch: Batch, number: int, count: int) -> float:
-        """Add the gradients of batch `number` of the `count` in a step, and return its part of the step's loss."""
-        self._note_unreadable(batch.unreadable)
-        stream = (self.config.seed, self.progress.step, number, self.context.processes.rank)
-        with self.autocast():
-            loss: Tensor = self.objective.loss(self.model, self._on_device(batch), stream) / count
-            penalty = self.sparsity.penalty()
-        value = loss.item()
-        self.scaler.scale(loss if penalty is None else loss + penalty / count).backward()
-        return value
-
-    def _update(self) -> None:
-        """Clip the gradients if configured, and make the optimizer step."""
-        clip = self.config.optimizer.clip_grad
-        if clip is not None:
-            self.scaler.unscale_(self.optimizer)
-            self.sparsity.before_clipping()
-            dispatch_clip_grad(self.model.parameters(), clip, mode=self.config.optimizer.clip_mode)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.sparsity.after_step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def _log_step(self, loss: float) -> None:
-        progress = self.progress
-        progress.loss_sum += loss
-        progress.loss_count += 1
-        self.context.reporter.step(progress.epoch, progress.step, loss, self._lr())
-        # The last row of an epoch is written after the evaluation.
-        if progress.step % self.config.loop.log_every == 0 and progress.step_in_epoch < self.steps_per_epoch:
-            self._write_row({})
-
-    def _finish_epoch(self, guard: InterruptGuard) -> None:
-        metrics = self._evaluate(guard)
-        if metrics is None:
-            # All steps of this epoch are done in the saved state, so the resumed run begins with the evaluation.
+    def _after_step(self, made: bool | None, guard: InterruptGuard) -> None:
+        """Log, save and stop as is due after a step."""
+        step = self.progress.step
+        logs = step % self.config.loop.log_every == 0
+        if made is False or (made is None and logs):
+            self._check_finite()
+        row = {} if not logs or self._evaluation_due() else self._write_row({})
+        self.context.reporter.step(step, row)
+        every = self.config.checkpoint.every_steps
+        # The folder belongs to this run from the first step on; saving right then shows that states can be written.
+        due = step == 1 or (every is not None and step % every == 0)
+        stop = self._stop_after_step(guard)
+        if due or stop:
             self.save()
-            raise Interrupted(guard.received or signal.SIGTERM)
+        if stop:
+            self._stop(guard)
+
+    def _next_batches(self) -> list[Batch]:
+        """Return the micro-batches of the next step, on the device."""
+        step, per_epoch = self.progress.step, self.length.steps_per_epoch
+        if self._batches is None or self._batches[0] != step or step % per_epoch == 0:
+            self._batches = step, self.data.train.epoch(step // per_epoch, step % per_epoch)
+        iterator = self._batches[1]
+        batches = []
+        for _ in range(self.data.train.plan.accumulate):
+            batch = next(iterator)
+            self._note_unreadable(batch.unreadable)
+            batches.append(batch.to(self.context.device, self._memory_format))
+        self._batches = step + 1, iterator
+        return batches
+
+    def _positions(self) -> list[Position]:
+        plan, rank = self.data.train.plan, self.context.processes.rank
+        return [Position(self.config.seed, self.progress.step, plan.first(rank, n)) for n in range(plan.accumulate)]
+
+    def _check_finite(self) -> None:
+        """Report skipped steps; end the run, or return to an earlier state, if there were too many in a row."""
+        progress, faults = self.progress, self.config.faults
+        total, row, most = self.step.skipped()
+        new, progress.skipped, progress.skipped_in_a_row = total - progress.skipped, total, row
+        if new <= 0:
+            return
+        self.step.deferred = False  # from now on, the host sees every step, and can say what is not finite
+        what = self.step.nonfinite or "a loss or a gradient"
+        self.context.reporter.message(f"Skipped training step {progress.step}: {what} is not finite.")
+        if most <= faults.max_skipped:
+            return
+        text = (
+            f"{most} training steps in a row, up to step {progress.step}, were not finite, more than faults.max_skipped "
+            f"({faults.max_skipped}). In the last one, {what} was not. "
+        )
+        if progress.rollbacks < faults.rollbacks:
+            self._roll_back(text)
+            return
+        raise TrainingError(
+            f"{text}Lower optimizer.lr ({self.config.optimizer.lr}), set optimizer.clip_grad, or use precision bf16 or fp32, "
+            "in another output folder; or let the run return to its last training state and leave out the batches since "
+            "then, with faults.rollbacks."
+        )
+
+    def _roll_back(self, reason: str) -> None:
+        """Return to the latest training state, and leave out the batches since then."""
+        reached, rollbacks = self.progress.step, self.progress.rollbacks + 1
+        self.store.wait()
+        state = self._load_latest()
+        if state is None:
+            raise TrainingError(f"{reason}There is no training state to return to.")
+        self.load_state(state)
+        self.progress.rollbacks = rollbacks
+        self.progress.left_out.append([self.progress.step, reached])
+        self.context.reporter.message(
+            f"{reason}The run returns to step {self.progress.step} and leaves out the batches up to step {reached}."
+        )
+
+    # -- evaluation --------------------------------------------------------------------------------------------------
+
+    def _evaluate_and_save(self, guard: InterruptGuard) -> None:
+        self.store.wait()  # so that no process is forked while a state is being written
+        values = self._evaluate(guard)
+        if values is None:
+            # The saved state is after the last step, so the resumed run begins with the evaluation.
+            self.save()
+            self._stop(guard)
+        assert values is not None
         progress = self.progress
-        name = self.objective.best_metric
-        value = float(metrics[name if self.ema is None else f"ema_{name}"])
-        is_best = progress.note_value(value)
-        self._write_row({**metrics, "train_unreadable": len(progress.unreadable)})
-        self.context.reporter.epoch(progress.epoch, metrics)
-        progress.epoch += 1
-        progress.step_in_epoch = 0
-        finished = progress.epoch == self.config.schedule.epochs
-        if is_best or finished or progress.epoch % self.config.checkpoint.every_epochs == 0:
+        first = self.task.metrics[0]
+        value = values[first.name if self.average is None else f"ema_{first.name}"]
+        is_best = first.is_better(value, progress.best)
+        if is_best:
+            progress.best, progress.best_step = value, progress.step
+        row = self._write_row({**values, "train_unreadable": len(progress.unreadable)})
+        self.context.reporter.step(progress.step, row)
+        self.context.reporter.evaluation(progress.step, self.task.metrics, values)
+        progress.evaluated = progress.step
+        done = progress.step == self.length.steps
+        epochs, rest = divmod(progress.step, self.length.steps_per_epoch)
+        if is_best or done or (rest == 0 and epochs % self.config.checkpoint.every_epochs == 0):
             self.save()
         if self.context.processes.is_main:
-            save_curves(read_metrics(self.context.folder.metrics), self.context.folder.curves)
+            save_curves(read_metrics(self.context.folder.metrics), self.task.metrics, self.context.folder.curves)
 
     def _evaluate(self, guard: InterruptGuard) -> Metrics | None:
-        def stop() -> bool:
-            return self._stop_requested(guard)
+        context = self.context
+        options = EvaluationOptions(
+            device=context.device,
+            max_unreadable=self.config.max_unreadable,
+            processes=context.processes,
+            reporter=context.reporter,
+            stop=partial(self._stop_requested, guard),
+            memory_format=self._memory_format,
+        )
+        networks = {"": (self.model, "weights")}
+        if self.average is not None:
+            networks["ema_"] = (self.average.module, "averaged weights")
+        values: Metrics = {}
+        for prefix, (network, name) in networks.items():
+            context.processes.synchronize_buffers(network)
+            found = evaluate(network, self.data.held_out, self.task.evaluator(), options, name)
+            if found is None:
+                return None
+            values.update({f"{prefix}{key}": value for key, value in found.items()})
+        return values
 
-        metrics = self.objective.evaluate(self.model, "weights", stop)
-        if metrics is None or self.ema is None:
-            return metrics
-        averaged = self.objective.evaluate(self.ema.module, "averaged weights", stop)
-        return None if averaged is None else {**metrics, **{f"ema_{name}": value for name, value in averaged.items()}}
-
-    # -- small helpers -----------------------------------------------------------------------------------------------
+    # -- stopping ----------------------------------------------------------------------------------------------------
 
     def _stop_requested(self, guard: InterruptGuard) -> bool:
         """Return whether any process was asked to stop."""
         return self.context.processes.any(guard.received is not None)
 
-    def _on_device(self, batch: Batch) -> Batch:
-        layout = torch.channels_last if self.config.loop.channels_last else torch.contiguous_format
-        images = batch.images.to(self.context.device, non_blocking=True, memory_format=layout)
-        return Batch(images, batch.targets.to(self.context.device, non_blocking=True), batch.unreadable)
+    def _stop_after_step(self, guard: InterruptGuard) -> bool:
+        """Return whether any process was asked to stop; several processes learn it one step later, without waiting."""
+        vote = self.context.processes.vote(guard.received is not None)
+        if self.context.processes.world_size == 1:
+            return vote()
+        former, self._vote = self._vote, vote
+        return former()
 
-    def _note_unreadable(self, images: tuple[Unreadable, ...]) -> None:
-        for image in images:
-            if image.name not in self.progress.unreadable:
-                self.context.reporter.message(f"Skipped an unreadable image: {image}")
-                self.progress.unreadable.add(image.name)
+    def _stop(self, guard: InterruptGuard) -> None:
+        self.store.wait()
+        raise Interrupted(guard.received or signal.SIGTERM)  # another process may have received it
+
+    # -- small helpers -----------------------------------------------------------------------------------------------
+
+    @property
+    def _memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.config.loop.channels_last else torch.contiguous_format
+
+    def _note_unreadable(self, samples: tuple[Unreadable, ...]) -> None:
+        for sample in samples:
+            if sample.name not in self.progress.unreadable:
+                self.context.reporter.message(f"Skipped an unreadable image: {sample}")
+                self.progress.unreadable.add(sample.name)
+        check_unreadable(self.progress.unreadable, self.config.max_unreadable, "training")
+
+    def _share_unreadable(self) -> None:
+        """Let all processes know the unreadable images of each."""
+        self.progress.unreadable = self.context.processes.union(self.progress.unreadable)
         check_unreadable(self.progress.unreadable, self.config.max_unreadable, "training")
 
     def _lr(self) -> float:
         # Layer decay scales the rates of groups down; the largest is the nominal one.
         return max(group["lr"] for group in self.optimizer.param_groups)
 
-    def _write_row(self, metrics: Metrics) -> None:
-        progress = self.progress
-        loss = progress.take_mean_loss()
-        row = {"epoch": progress.epoch + 1, "step": progress.step, "train_loss": loss, "lr": self._lr()}
+    def _write_row(self, metrics: Metrics) -> Metrics:
+        """Write a row of metrics.jsonl, and return it."""
+        self._share_unreadable()
+        step = self.progress.step
+        losses = self.step.meter.take_means(self.context.processes)
+        row = {"epoch": self.length.epoch_of(step), "step": step, "train_loss": sum(losses.values()), "lr": self._lr()}
+        if len(losses) > 1:
+            row.update({f"train_loss_{name}": value for name, value in losses.items()})
+        if self.progress.skipped:
+            row["skipped_steps"] = self.progress.skipped
         row.update(self.sparsity.figures(), **metrics)
         if self.context.processes.is_main:
             self.log.append(row)
+        return row
 
     # -- training states ---------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write the training state after the steps done so far."""
-        if not self.context.processes.is_main:
-            return
-        self.log.sync()
-        self.store.save(self.state(), self.progress.step, self.progress.best_step)
+        """Write the training state after the steps done so far; all processes call this together."""
+        state = self.state()
+        if self.context.processes.is_main:
+            self.log.sync()
+            self.store.save(state, self.progress.step, self.progress.best_step)
 
     def state(self) -> dict[str, Any]:
-        """Return everything that a resumed run needs, as tensors and plain containers.
+        """Return everything that a resumed run needs, as tensors and plain containers; called by all processes together.
 
-        Mixup and augmentation have no state, because they are functions of seed and position.
+        It holds no state of random generators, because all random numbers are functions of seed, step and position.
         """
+        self._share_unreadable()
+        self.progress.skipped, self.progress.skipped_in_a_row, _ = self.step.skipped()
         return {
             "model": self.model.state_dict(),
-            "ema": None if self.ema is None else self.ema.module.state_dict(),
+            "ema": None if self.average is None else self.average.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "sparsity": self.sparsity.state(),
-            "random": random_state(),
+            "meters": self.step.meter.state(self.context.processes),
             "progress": self.progress.state(),
+            "total_steps": self.length.steps,
             "metrics_rows": self.log.rows,
             "world_size": self.context.processes.world_size,
             "data": self.context.fingerprint,
@@ -260,14 +363,22 @@ class Trainer:
             "settings": self.context.settings,
         }
 
+    def _load_latest(self) -> dict[str, Any] | None:
+        return self.store.load_latest() if self.context.folder.has_begun() else None
+
     def _resume_or_start(self) -> None:
-        state = self.store.load_latest() if self.context.folder.has_begun() else None
+        state = self._load_latest()
         if state is None:
+            self.context.processes.require_equal(self.model)
             return
         self.load_state(state)
         self.context.reporter.message(
-            f"Resuming {self.context.folder.path} after step {self.progress.step} of {self.total_steps}."
+            f"Resuming {self.context.folder.path} after step {self.progress.step} of {self.length.steps}."
         )
+        if state["world_size"] != self.context.processes.world_size:
+            self.context.reporter.message(
+                f"{state['world_size']} process(es) trained it so far; now there are {self.context.processes.world_size}."
+            )
         if state.get("code") != self.context.code:
             self.context.reporter.message("The steps so far ran with other code, or with other versions of libraries.")
 
@@ -275,24 +386,23 @@ class Trainer:
         """Restore the training state `state`.
 
         Raises:
-            CheckpointError: it belongs to a run with other settings, other training data or another number of processes.
+            CheckpointError: it belongs to a run with other settings or other training data.
         """
         self.context.folder.check_own(state, self.context.settings)
         self.context.folder.check_same_data(state["data"], self.context.fingerprint)
-        if state["world_size"] != self.context.processes.world_size:
-            raise CheckpointError(
-                f"The run was saved by {state['world_size']} process(es), but is resumed by "
-                f"{self.context.processes.world_size}. Resume it with the same number."
-            )
         self.model.load_state_dict(state["model"])
-        if self.ema is not None:
-            self.ema.module.load_state_dict(state["ema"])
+        if self.average is not None:
+            self.average.module.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.sparsity.load_state(state.get("sparsity"))
+        self.step.meter.load_state(state["meters"], self.context.processes)
         self.progress = Progress.from_state(state["progress"])
-        self.log.truncate(state["metrics_rows"])
-        restore_random_state(state["random"])
+        self.step.set_skipped(self.progress.skipped, self.progress.skipped_in_a_row)
+        if self.context.processes.is_main:
+            self.log.truncate(state["metrics_rows"])
+        self.context.processes.require_equal(self.model)
+        self._batches = None
 
 
 def _autocast(precision: str, device: torch.device) -> Callable[[], AbstractContextManager]:

@@ -9,13 +9,22 @@ from torch import nn
 from torch.optim import Optimizer
 
 from widekernel.engine.config import OptimizerConfig, ScheduleConfig
+from widekernel.engine.reporter import RunLength
 from widekernel.errors import ConfigError, in_short, nearest
 
+_FUSED = ("adam", "adamw", "sgd", "momentum")
+"""Optimizers of timm that PyTorch implements, and whose fused form can skip a step on the device."""
 
-def create_optimizer(trained: nn.Module | list[nn.Parameter], config: OptimizerConfig) -> Optimizer:
+
+def create_optimizer(trained: nn.Module | list[nn.Parameter], config: OptimizerConfig, fused: bool = False) -> Optimizer:
     """Create the configured optimizer for a network, or for a list of parameters that are not weights.
 
     In a network, weight decay applies only to weights of two or more dimensions; parameters in a list do not decay.
+
+    Args:
+        trained: the network or the parameters.
+        config: settings of the optimizer.
+        fused: use PyTorch's fused implementation if the optimizer has one.
 
     Raises:
         ConfigError: timm knows no optimizer of that name, or the optimizer does not take a setting.
@@ -28,6 +37,8 @@ def create_optimizer(trained: nn.Module | list[nn.Parameter], config: OptimizerC
         # Parameters that are not weights are neither decayed nor grouped by layer.
         config = replace(config, weight_decay=0.0, layer_decay=None)
     given = {key: value for key, value in options.items() if value is not None}
+    if fused and config.name.lower() in _FUSED:
+        given["fused"] = True
     try:
         return create_optimizer_v2(
             trained,
@@ -45,17 +56,15 @@ def create_optimizer(trained: nn.Module | list[nn.Parameter], config: OptimizerC
         ) from error
 
 
-def create_schedule(optimizer: Optimizer, config: ScheduleConfig, steps_per_epoch: int) -> CosineLRScheduler:
+def create_schedule(optimizer: Optimizer, config: ScheduleConfig, length: RunLength) -> CosineLRScheduler:
     """Create a schedule of linear warm-up and half a cosine, counted in optimizer steps.
 
     Its `step_update(k)` sets the learning rates of step `k`, counted from 0.
     """
-    total = config.epochs * steps_per_epoch
-    # A warm-up that fills the whole run would leave no step for the cosine.
-    warmup = min(round(config.warmup_epochs * steps_per_epoch), total - 1)
+    warmup = config.warmup(length.steps_per_epoch)
     return CosineLRScheduler(
         optimizer,
-        t_initial=total - warmup,
+        t_initial=length.steps - warmup,
         lr_min=config.min_lr,
         warmup_t=warmup,
         warmup_lr_init=config.warmup_lr,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from widekernel.data.config import processors
 from widekernel.engine.config import SparsityConfig, TrainingConfig
+from widekernel.engine.reporter import RunLength
 from widekernel.errors import ConfigError
 from widekernel.sparsity.dynamic.config import with_total_steps
 
@@ -11,12 +12,12 @@ _REFUSE_ABOVE, _NOTE_ABOVE = 0.9, 0.05
 """Share of the initial weights in the final average above which a run is refused, or the user gets a note."""
 
 
-def check_run_length(config: TrainingConfig, total_steps: int) -> list[str]:
+def check_run_length(config: TrainingConfig, length: RunLength) -> list[str]:
     """Check the settings whose effect depends on the length of a run.
 
     Args:
         config: settings of the run.
-        total_steps: its optimizer steps.
+        length: its length.
 
     Returns:
         notes for the user.
@@ -24,7 +25,13 @@ def check_run_length(config: TrainingConfig, total_steps: int) -> list[str]:
     Raises:
         ConfigError: the averaged weights or the sparsity would hardly change from their initial values.
     """
-    return [*_check_average(config, total_steps), *_check_masks(config.sparsity, total_steps), *_notes_on_rates(config)]
+    warmup = config.schedule.warmup_steps
+    if warmup is not None and warmup >= length.steps:
+        raise ConfigError(
+            f"schedule.warmup_steps is {warmup}, but the run has {length.steps} steps: lower it, or lengthen the run."
+        )
+    checks = _check_average(config, length.steps), _check_masks(config.sparsity, length.steps), _notes_on_rates(config)
+    return [note for notes in checks for note in notes]
 
 
 def _check_average(config: TrainingConfig, total_steps: int) -> list[str]:

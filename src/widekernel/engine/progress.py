@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,48 +11,36 @@ class Progress:
     """Progress of a run, all of which is part of a training state.
 
     Args:
-        epoch: epochs done, including their evaluation
-        step: optimizer steps done
-        step_in_epoch: optimizer steps done in the current epoch
-        loss_sum: sum of the losses since the last row in the metrics
-        loss_count: optimizer steps in that sum
-        best: best value of the objective's metric
+        step: optimizer steps done, including those that were skipped because something was not finite
+        evaluated: step after which the network was last evaluated
+        best: best value of the task's first metric
         best_step: optimizer steps done when it was reached
-        unreadable: names of the unreadable training images met so far
+        skipped: steps skipped because something was not finite
+        skipped_in_a_row: the last of them, without a good step in between
+        rollbacks: returns to an earlier training state so far
+        left_out: ranges of steps, as pairs of the steps done before and after, whose batches are left out after a rollback
+        unreadable: names of the unreadable training samples met so far
     """
 
-    epoch: int = 0
     step: int = 0
-    step_in_epoch: int = 0
-    loss_sum: float = 0.0
-    loss_count: int = 0
+    evaluated: int = 0
     best: float | None = None
     best_step: int | None = None
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    rollbacks: int = 0
+    left_out: list[list[int]] = field(default_factory=list)
     unreadable: set[str] = field(default_factory=set)
 
     def state(self) -> dict[str, Any]:
         """Return the progress as plain containers, for a training state."""
-        return {**vars(self), "unreadable": sorted(self.unreadable)}
+        return {**vars(self), "left_out": [list(pair) for pair in self.left_out], "unreadable": sorted(self.unreadable)}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Progress:
         """Rebuild the progress from the containers that `state` returned."""
         return cls(**{**state, "unreadable": set(state["unreadable"])})
 
-    def note_value(self, value: float) -> bool:
-        """Record the value of the objective's metric after the last step, and return whether it is the best so far."""
-        is_best = is_better(value, self.best)
-        if is_best:
-            self.best, self.best_step = value, self.step
-        return is_best
-
-    def take_mean_loss(self) -> float:
-        """Return the mean loss since the last row in the metrics, and start a new mean."""
-        mean = self.loss_sum / self.loss_count
-        self.loss_sum, self.loss_count = 0.0, 0
-        return mean
-
-
-def is_better(value: float, best: float | None) -> bool:
-    """Return whether a metric is better than the best so far; NaN never is, and any number is better than NaN."""
-    return not math.isnan(value) and (best is None or math.isnan(best) or value > best)
+    def end_of_left_out(self) -> int | None:
+        """Return the step at which training goes on, if the batches of the next step are left out."""
+        return next((end for start, end in self.left_out if start <= self.step < end), None)

@@ -20,6 +20,9 @@ from widekernel.sparsity.semi_structured.snapshot import semi_structured_snapsho
 class Sparsification(Protocol):
     """Interface that the training loop calls wherever sparsity matters."""
 
+    kind: str
+    """Name of the method: none, dynamic or semi_structured."""
+
     def trained(self, model: nn.Module) -> nn.Module | list[nn.Parameter]:
         """Return the network or the parameters that the optimizer trains."""
 

@@ -7,6 +7,8 @@ from widekernel.data.config import AugmentConfig, DataConfig
 from widekernel.engine.config import (
     CheckpointConfig,
     EmaConfig,
+    EvaluationConfig,
+    FaultConfig,
     LoopConfig,
     OptimizerConfig,
     ScheduleConfig,
@@ -29,6 +31,7 @@ class ModelConfig:
         args: further arguments of the model, for example --model.args.drop_path_rate 0.1
         pretrained: start from timm's pretrained weights for this model
         weights: checkpoint file to start from
+        grad_checkpointing: recompute activations in the backward pass, which saves memory and costs time
     """
 
     name: str = "slak_tiny"
@@ -36,6 +39,7 @@ class ModelConfig:
     args: dict[str, Any] = field(default_factory=dict)
     pretrained: bool = False
     weights: str | None = None
+    grad_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         ok = self.num_classes is None or self.num_classes > 0
@@ -62,7 +66,9 @@ class TrainConfig:
         schedule: epochs and learning rate
         ema: moving average of the weights
         loop: batches, precision and device
+        evaluation: when the network is evaluated
         checkpoint: training states
+        faults: what happens when losses or gradients are not finite
         sparsity: sparsity of the weights
     """
 
@@ -76,7 +82,9 @@ class TrainConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    faults: FaultConfig = field(default_factory=FaultConfig)
     sparsity: SparsityConfig = field(default_factory=SparsityConfig)
 
     def __post_init__(self) -> None:
@@ -88,11 +96,10 @@ class TrainConfig:
                 f"sparsity.method is {SEMI_STRUCTURED!r}, which learns masks for trained weights: set "
                 "model.weights to a checkpoint, or model.pretrained."
             )
-        if self.augment.mixes and self.loop.batch_size % 2:
-            raise ConfigError(
-                f"loop.batch_size is {self.loop.batch_size}, but mixup and cutmix pair the images of a batch: "
-                "use an even number, or set augment.mixup and augment.cutmix to 0."
-            )
+        if self.augment.mixes:
+            check_pairs("loop.batch_size", self.loop.batch_size)
+            if self.loop.micro_batch is not None:
+                check_pairs("loop.micro_batch", self.loop.micro_batch)
 
     def to_dict(self) -> dict[str, Any]:
         """Return nested plain values, as in a YAML file."""
@@ -111,9 +118,20 @@ class TrainConfig:
             schedule=self.schedule,
             ema=self.ema,
             loop=self.loop,
+            evaluation=self.evaluation,
             checkpoint=self.checkpoint,
+            faults=self.faults,
             max_unreadable=self.data.max_unreadable,
             sparsity=self.sparsity,
+        )
+
+
+def check_pairs(name: str, size: int) -> None:
+    """Raise a `ConfigError` if a batch of `size` images cannot be mixed in pairs; `name` says which batch it is."""
+    if size % 2:
+        raise ConfigError(
+            f"{name} is {size}, but mixup and cutmix pair the images of a batch: use an even number, or set augment.mixup "
+            "and augment.cutmix to 0."
         )
 
 

@@ -1,21 +1,29 @@
 """Accuracy and loss of a classifier; every image counts exactly once."""
 
-import math
+from __future__ import annotations
+
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
+from typing_extensions import override
 
-from widekernel.data.loading import Unreadable
-from widekernel.engine.error_context import NetworkError, errors_as
+from widekernel.data.batches import Batch
+from widekernel.engine.evaluation import EvaluationOptions
+from widekernel.engine.evaluation import evaluate as evaluate_task
+from widekernel.engine.metrics import Metric
 from widekernel.engine.processes import Processes
-from widekernel.engine.reporter import Reporter, SilentReporter
-from widekernel.engine.unreadable import check_unreadable
-from widekernel.errors import DataError
-from widekernel.layers.training_modes import training_modes_restored
+from widekernel.engine.task import Evaluator
+
+METRICS = (
+    Metric("val_top1", "top-1", "%"),
+    Metric("val_top5", "top-5", "%"),
+    Metric("val_loss", "loss", larger_is_better=False, digits=4),
+)
+"""What an evaluation yields, by the keys in metrics.jsonl."""
 
 
 @dataclass(frozen=True)
@@ -37,30 +45,52 @@ class Evaluation:
     unreadable: int
 
 
-@dataclass(frozen=True)
-class EvaluationOptions:
-    """Settings of an evaluation.
+class Accuracy(Evaluator):
+    """Evaluator of top-1, top-5 and cross-entropy.
 
     Args:
-        device: device of the model
-        max_unreadable: largest number of unreadable images that is accepted
         class_mapping: the model's output for every class index of the data; `None` if they are the same
-        processes: the processes that evaluate together
-        reporter: receives progress and messages
-        stop: called between batches, equally often in all processes; if true, the evaluation ends without a result
         observe: function that receives the logits `(n, classes)` and targets `(n,)` of every batch
     """
 
-    device: torch.device
-    max_unreadable: int
-    class_mapping: tuple[int, ...] | None = None
-    processes: Processes = field(default_factory=Processes)
-    reporter: Reporter = field(default_factory=SilentReporter)
-    stop: Callable[[], bool] = lambda: False
-    observe: Callable[[Tensor, Tensor], None] = lambda logits, targets: None
+    def __init__(
+        self,
+        class_mapping: tuple[int, ...] | None = None,
+        observe: Callable[[Tensor, Tensor], None] = lambda logits, targets: None,
+    ) -> None:
+        self._mapping, self._observe = class_mapping, observe
+        self._sums = torch.zeros(4, dtype=torch.float64)  # top-1 hits, top-5 hits, loss, images
+
+    @override
+    def update(self, model: nn.Module, batch: Batch) -> None:
+        images, targets = batch.content
+        logits = model(images).float()
+        if self._mapping is not None:
+            targets = torch.tensor(self._mapping, device=targets.device)[targets]
+        self._observe(logits, targets)
+        ranked = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
+        loss = F.cross_entropy(logits, targets, reduction="sum")
+        sums = ranked[:, 0].sum().double(), ranked.sum().double(), loss.double(), loss.new_tensor(len(targets)).double()
+        self._sums = self._sums.to(logits.device) + torch.stack(sums)
+
+    @override
+    def reduce(self, processes: Processes) -> None:
+        self._sums = processes.sum(self._sums)
+
+    @override
+    def result(self) -> dict[str, float]:
+        right1, right5, loss, images = self._sums.tolist()
+        return {
+            "val_top1": 100 * right1 / images,
+            "val_top5": 100 * right5 / images,
+            "val_loss": loss / images,
+            "val_images": int(images),
+        }
 
 
-def evaluate(model: nn.Module, loader: DataLoader, options: EvaluationOptions, name: str = "") -> Evaluation | None:
+def evaluate(
+    model: nn.Module, loader: DataLoader, options: EvaluationOptions, accuracy: Accuracy | None = None
+) -> Evaluation | None:
     """Evaluate `model` in evaluation mode and full precision, and restore the mode of every module afterwards.
 
     Returns:
@@ -71,57 +101,13 @@ def evaluate(model: nn.Module, loader: DataLoader, options: EvaluationOptions, n
         NetworkError: the network fails on the images.
         TrainingError: more than `max_unreadable` images could not be read.
     """
-    options.reporter.start_evaluation(len(loader), name)
-    sums = torch.zeros(4, dtype=torch.float64)  # top-1 hits, top-5 hits, loss, images
-    unreadable: set[str] = set()
-    with training_modes_restored(model), torch.inference_mode():
-        model.eval()
-        batches = iter(loader)
-        for _ in range(_rounds(loader, options.processes)):
-            if options.stop():
-                return None
-            batch = next(batches, None)
-            if batch is None:
-                continue
-            _note_unreadable(batch.unreadable, unreadable, options)
-            if len(batch.targets):
-                sums += _batch_sums(model, batch.images, batch.targets, options)
-            options.reporter.evaluated(1)
-    right1, right5, loss, images = options.processes.sum(sums).tolist()
-    unreadable = options.processes.union(unreadable)
-    if not images:
-        raise DataError(f"None of the {len(unreadable)} images could be read. Check the data set.")
+    values = evaluate_task(model, loader, accuracy or Accuracy(), options)
+    if values is None:
+        return None
     return Evaluation(
-        top1=100 * right1 / images,
-        top5=100 * right5 / images,
-        loss=loss / images,
-        images=int(images),
-        unreadable=len(unreadable),
+        top1=values["val_top1"],
+        top5=values["val_top5"],
+        loss=values["val_loss"],
+        images=int(values["val_images"]),
+        unreadable=int(values["val_unreadable"]),
     )
-
-
-def _rounds(loader: DataLoader, processes: Processes) -> int:
-    """Return the largest number of batches in a process; to stop together, all must call `stop` equally often."""
-    most = math.ceil(len(loader.dataset) / processes.world_size)  # type: ignore[arg-type]
-    return max(len(loader), math.ceil(most / (loader.batch_size or 1)))
-
-
-def _batch_sums(model: nn.Module, images: Tensor, targets: Tensor, options: EvaluationOptions) -> Tensor:
-    with errors_as(NetworkError, "Evaluating the network"):
-        logits = model(images.to(options.device, non_blocking=True)).float()
-    if options.class_mapping is not None:
-        targets = torch.tensor(options.class_mapping)[targets]
-    targets = targets.to(options.device, non_blocking=True)
-    options.observe(logits, targets)
-    ranked = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
-    loss = F.cross_entropy(logits, targets, reduction="sum")
-    return torch.stack(
-        [ranked[:, 0].sum().double(), ranked.sum().double(), loss.double(), loss.new_tensor(len(targets)).double()]
-    ).cpu()
-
-
-def _note_unreadable(images: tuple[Unreadable, ...], seen: set[str], options: EvaluationOptions) -> None:
-    for image in images:
-        options.reporter.message(f"Left out an unreadable image: {image}")
-        seen.add(image.name)
-    check_unreadable(seen, options.max_unreadable, "evaluation")

@@ -1,102 +1,57 @@
-"""Image classification: the objective, and complete runs from a configuration."""
+"""Complete classification runs from a configuration, by one or several processes."""
+
+from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from timm.data import Mixup
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch import nn
 
 from widekernel.data import (
-    Batch,
+    BatchPlan,
+    EvaluationLoader,
     EvaluationSamples,
     ImageSource,
+    LabeledImages,
     LoaderOptions,
+    OnImage,
     Preprocessing,
-    Shard,
     TrainingLoader,
     TrainingSamples,
-    evaluation_loader,
     open_train_and_val,
 )
-from widekernel.data.loading import MIX_STREAM
 from widekernel.data.paths import expand_path
 from widekernel.data.seeding import scoped_seed
 from widekernel.engine import Processes, Reporter, RunContext, RunFolder, SilentReporter, Trainer
-from widekernel.engine.config import Metrics
+from widekernel.engine.loop import RunData
 from widekernel.engine.preflight import notes_on_workers
-from widekernel.engine.random_state import seed_run
+from widekernel.engine.processes import joined_processes
+from widekernel.engine.randomness import MODEL_STREAM
 from widekernel.errors import ConfigError
 from widekernel.tasks.assembly import build_model, choose_device, pretrained_cfg
 from widekernel.tasks.classification.class_mapping import inheritance_note
-from widekernel.tasks.classification.config import TrainConfig
-from widekernel.tasks.classification.evaluation import EvaluationOptions, evaluate
+from widekernel.tasks.classification.config import TrainConfig, check_pairs
 from widekernel.tasks.classification.missing_classes import missing_classes
-from widekernel.tasks.classification.results import RunResult, earlier_result, has_states, write_results
+from widekernel.tasks.classification.task import Classification
 from widekernel.tasks.fingerprint import code_fingerprint, fingerprint
 from widekernel.tasks.foreign_checkpoint import load_weights
 from widekernel.tasks.image_channels import input_channels, match_channels
+from widekernel.tasks.results import RunResult, earlier_result, has_states, write_results
 from widekernel.tasks.saved import SavedModel
 
-
-class Classification:
-    """Objective of a classification run.
-
-    Args:
-        config: settings of the run
-        num_classes: outputs of the network
-        val_loader: held-out images
-        options: settings of the evaluation
-    """
-
-    best_metric = "val_top1"
-
-    def __init__(self, config: TrainConfig, num_classes: int, val_loader: DataLoader, options: EvaluationOptions) -> None:
-        self.label_smoothing, self.val_loader, self.options = config.label_smoothing, val_loader, options
-        augment = config.augment
-        self.mixup: Mixup | None = None
-        if augment.mixes:
-            self.mixup = Mixup(
-                mixup_alpha=augment.mixup,
-                cutmix_alpha=augment.cutmix,
-                prob=augment.mix_prob,
-                switch_prob=augment.switch_prob,
-                label_smoothing=config.label_smoothing,
-                num_classes=num_classes,
-            )
-
-    def loss(self, model: nn.Module, batch: Batch, stream: tuple[int, ...]) -> Tensor:
-        """Return the cross-entropy with smoothed targets, which are also mixed if configured."""
-        if self.mixup is None:
-            return F.cross_entropy(model(batch.images), batch.targets, label_smoothing=self.label_smoothing)
-        with scoped_seed(MIX_STREAM, *stream):
-            images, targets = self.mixup(batch.images, batch.targets)
-        return F.cross_entropy(model(images), targets)
-
-    def evaluate(self, model: nn.Module, name: str, stop: Callable[[], bool]) -> Metrics | None:
-        """Return `val_top1` and `val_top5` in percent, `val_loss`, and the numbers of images and of unreadable images."""
-        result = evaluate(model, self.val_loader, replace(self.options, stop=stop), name)
-        if result is None:
-            return None
-        return {
-            "val_top1": result.top1,
-            "val_top5": result.top5,
-            "val_loss": result.loss,
-            "val_images": result.images,
-            "val_unreadable": result.unreadable,
-        }
+T = TypeVar("T")
 
 
-def train(config: TrainConfig, reporter: Reporter | None = None, processes: Processes | None = None) -> RunResult:
+def train(config: TrainConfig, reporter: Reporter | None = None) -> RunResult:
     """Train as configured in the folder `config.output`; the same call again resumes the run, or returns its result.
 
-    This seeds the global random generators, so call it at the entry point of a training process.
+    If torchrun's environment says that there are several processes, all of them make this call and train together; the first
+    one alone reports and writes files. The global random generators are as before afterwards.
 
     Raises:
         WidekernelError: settings, data or run folder cannot be used (before anything is trained), or training fails.
@@ -104,62 +59,104 @@ def train(config: TrainConfig, reporter: Reporter | None = None, processes: Proc
     """
     if config.output is None:
         raise ConfigError("output is not set; give the run folder.")
-    reporter, processes = reporter or SilentReporter(), processes or Processes()
-    folder = RunFolder(config.output)
-    with folder.reserved() if processes.is_main else nullcontext():
-        return _train(config, folder, reporter, processes)
+    with joined_processes(config.loop.device, config.loop.timeout) as processes, ExitStack() as stack:
+        shown = reporter if reporter is not None and processes.is_main else SilentReporter()
+        folder = RunFolder(config.output)
+        processes.from_main(lambda: _enter(stack, folder))
+        return _Run(config, folder, shown, processes).result()
 
 
-def _train(config: TrainConfig, folder: RunFolder, reporter: Reporter, processes: Processes) -> RunResult:
-    device = choose_device(config.loop.device)
-    train_source, val_source = open_train_and_val(config.data)
-    _report_notes(config, folder, (train_source, val_source), reporter)
-    num_classes = _count_classes(config, train_source)
-    seed_run(config.seed, processes.rank)
-    model = _build(config, num_classes, has_states(folder), reporter)
-    saved = SavedModel(
-        name=config.model.name,
-        model_args=dict(config.model.args),
-        form="training",
-        num_classes=num_classes,
-        class_names=train_source.class_names,
-        preprocessing=Preprocessing.resolve(config.data, pretrained_cfg(model)),
-    )
-    samples = _make_samples(config, (train_source, val_source), saved.preprocessing, input_channels(model))
-    settings = _with_absolute_root(config)
-    folder.prepare(settings)
-    images, code = fingerprint(train_source, val_source), code_fingerprint()
-    context = RunContext(folder, device, processes, reporter, images, code, saved.to_dict(), settings)
-    was_finished = folder.summary.exists()
-    result = earlier_result(config, context)
-    if result is not None:
-        return result
-    for note in notes_on_workers(config.data.workers):
-        reporter.message(note)
-
-    loader, val_loader = _make_loaders(config, samples, device, processes.shard)
-    model.to(device).to(memory_format=torch.channels_last if config.loop.channels_last else torch.contiguous_format)
-    evaluation = EvaluationOptions(device, config.data.max_unreadable, processes=processes, reporter=reporter)
-    objective = Classification(config, num_classes, val_loader, evaluation)
-    trainer = Trainer(model, objective, loader, config.training, context)
-    report = trainer.sparsity.report()
-    if report is not None:
-        reporter.message(report.summary())
-    trainer.run()
-    for warning in missing_classes(train_source, trainer.progress.unreadable):
-        reporter.message(warning)
-    return RunResult(folder, write_results(trainer, saved), was_finished)
+def _enter(stack: ExitStack, folder: RunFolder) -> None:
+    stack.enter_context(folder.reserved())
 
 
-def _report_notes(
-    config: TrainConfig, folder: RunFolder, sources: tuple[ImageSource, ImageSource], reporter: Reporter
-) -> None:
-    """Report notes on the data and, if the run starts from weights, on their classes."""
-    notes = [note for source in sources for note in source.notes]
-    if config.model.weights is not None and not has_states(folder):
-        notes.append(inheritance_note(Path(config.model.weights), sources[0].class_names))
-    for note in filter(None, dict.fromkeys(notes)):
-        reporter.message(note)
+@dataclass(frozen=True)
+class _Run:
+    """One call of `train`, on one process."""
+
+    config: TrainConfig
+    folder: RunFolder
+    reporter: Reporter
+    processes: Processes
+
+    def result(self) -> RunResult:
+        """Train, unless the run is finished, and return the result."""
+        config, folder, processes = self.config, self.folder, self.processes
+        device = processes.device or choose_device(config.loop.device)
+        sources = self._main_first(lambda: open_train_and_val(config.data))
+        has_begun = processes.from_main(lambda: has_states(folder))
+        self._report_notes(sources, has_begun)
+        num_classes = _count_classes(config, sources[0])
+        plan = _make_plan(config, processes.world_size)
+        model = self._main_first(lambda: self._build(num_classes, has_begun))
+        saved = SavedModel(
+            name=config.model.name,
+            model_args=dict(config.model.args),
+            form="training",
+            num_classes=num_classes,
+            class_names=sources[0].class_names,
+            preprocessing=Preprocessing.resolve(config.data, pretrained_cfg(model)),
+        )
+        samples = _make_samples(config, sources, saved.preprocessing, input_channels(model))
+        context = self._make_context(sources, saved, device)
+        was_finished = processes.from_main(folder.summary.exists)
+        task = Classification(config.augment, config.label_smoothing, num_classes)
+        result = processes.from_main(lambda: earlier_result(config.ema.decay is not None, task, context))
+        if result is not None:
+            return result
+        notes = notes_on_workers(config.data.workers)
+        if plan.world_size * plan.accumulate > 1:
+            notes.append(f"One optimizer step: {plan.describe()}.")
+        for note in notes:
+            self.reporter.message(note)
+
+        data = _make_loaders(config, samples, device, plan, processes)
+        layout = torch.channels_last if config.loop.channels_last else torch.contiguous_format
+        trainer = Trainer(model.to(device).to(memory_format=layout), task, data, config.training, context)
+        report = trainer.sparsity.report()
+        if report is not None:
+            self.reporter.message(report.summary())
+        trainer.run()
+        for warning in missing_classes(sources[0], trainer.progress.unreadable):
+            self.reporter.message(warning)
+        summary = processes.from_main(lambda: write_results(trainer, saved))
+        return RunResult(folder, summary, was_finished, task.metrics)
+
+    def _main_first(self, function: Callable[[], T]) -> T:
+        """Call `function` in the first process, which may fill caches or fail for all, and then in the others."""
+        results: list[T] = []
+        self.processes.from_main(lambda: results.append(function()))
+        return results[0] if self.processes.is_main else function()
+
+    def _report_notes(self, sources: tuple[ImageSource, ImageSource], has_begun: bool) -> None:
+        """Report notes on the data and, if the run starts from weights, on their classes."""
+        notes = [note for source in sources for note in source.notes]
+        if self.config.model.weights is not None and not has_begun:
+            notes.append(inheritance_note(Path(self.config.model.weights), sources[0].class_names))
+        for note in filter(None, dict.fromkeys(notes)):
+            self.reporter.message(note)
+
+    def _build(self, num_classes: int, has_begun: bool) -> nn.Module:
+        """Build the network with its initial weights, which a run that has begun takes from its training state instead."""
+        config = self.config.model
+        with scoped_seed(MODEL_STREAM, self.config.seed):
+            model = build_model(config.name, num_classes, config.args, config.pretrained and not has_begun)
+        if config.weights is not None and not has_begun:
+            report, untrained = load_weights(model, config.weights, self.reporter.message)
+            self.reporter.message(str(report))
+            if untrained:
+                self.reporter.message(f"{untrained}: this run trains it.")
+        if config.grad_checkpointing:
+            _checkpoint_gradients(model, config.name)
+        return model
+
+    def _make_context(self, sources: tuple[ImageSource, ImageSource], saved: SavedModel, device: torch.device) -> RunContext:
+        processes, settings = self.processes, _with_absolute_root(self.config)
+        processes.from_main(lambda: self.folder.prepare(settings))
+        images = processes.from_main(lambda: fingerprint(*sources))
+        _require_same_data(sources, processes)
+        code = code_fingerprint()
+        return RunContext(self.folder, device, processes, self.reporter, images, code, saved.to_dict(), settings)
 
 
 def _count_classes(config: TrainConfig, source: ImageSource) -> int:
@@ -173,16 +170,34 @@ def _count_classes(config: TrainConfig, source: ImageSource) -> int:
     return found
 
 
-def _build(config: TrainConfig, num_classes: int, has_begun: bool, reporter: Reporter) -> nn.Module:
-    """Build the network with its initial weights, which a run that has begun takes from its training state instead."""
-    pretrained = config.model.pretrained and not has_begun
-    model = build_model(config.model.name, num_classes, config.model.args, pretrained)
-    if config.model.weights is not None and not has_begun:
-        report, untrained = load_weights(model, config.model.weights, reporter.message)
-        reporter.message(str(report))
-        if untrained:
-            reporter.message(f"{untrained}: this run trains it.")
-    return model
+def _make_plan(config: TrainConfig, world_size: int) -> BatchPlan:
+    """Return the division of the global batch.
+
+    Raises:
+        ConfigError: it cannot be divided, or not into pairs if images are mixed.
+    """
+    plan = BatchPlan(config.loop.batch_size, config.loop.micro_batch, world_size)
+    if config.augment.mixes:
+        check_pairs(f"The part of loop.batch_size ({config.loop.batch_size}) in one forward pass", plan.per_pass)
+    return plan
+
+
+def _checkpoint_gradients(model: nn.Module, name: str) -> None:
+    switch = getattr(model, "set_grad_checkpointing", None)
+    if switch is None:
+        raise ConfigError(f"model.grad_checkpointing is true, but {name} has no gradient checkpointing: leave it out.")
+    switch(True)
+
+
+def _require_same_data(sources: tuple[ImageSource, ImageSource], processes: Processes) -> None:
+    """Raise unless all processes find as many images."""
+    found = processes.gather([len(source) for source in sources])
+    for rank, counts in enumerate(found):
+        if counts != found[0]:
+            raise ConfigError(
+                f"Process {rank} finds {counts[0]} training and {counts[1]} held-out images in data.root, but process 0 finds "
+                f"{found[0][0]} and {found[0][1]}. Give all hosts the same data."
+            )
 
 
 def _make_samples(
@@ -190,19 +205,28 @@ def _make_samples(
 ) -> tuple[TrainingSamples, EvaluationSamples]:
     """Return the training and held-out images, transformed for a network that takes `channels` channels."""
     train, val = sources
-    train_transform = match_channels(preprocessing.train_transform(config.augment), channels)
-    eval_transform = match_channels(preprocessing.eval_transform(), channels)
-    return TrainingSamples(train, train_transform, config.seed), EvaluationSamples(val, eval_transform)
+    train_transform = OnImage(match_channels(preprocessing.train_transform(config.augment), channels))
+    eval_transform = OnImage(match_channels(preprocessing.eval_transform(), channels))
+    return (
+        TrainingSamples(train, train_transform, config.seed, LabeledImages.collate),
+        EvaluationSamples(val, eval_transform, LabeledImages.collate),
+    )
 
 
 def _make_loaders(
-    config: TrainConfig, samples: tuple[TrainingSamples, EvaluationSamples], device: torch.device, shard: Shard
-) -> tuple[TrainingLoader, DataLoader]:
+    config: TrainConfig,
+    samples: tuple[TrainingSamples, EvaluationSamples],
+    device: torch.device,
+    plan: BatchPlan,
+    processes: Processes,
+) -> RunData:
     """Return the loaders of the training and held-out batches of this process."""
     train, val = samples
-    options = LoaderOptions(config.loop.batch_size, config.data.workers, pin_memory=device.type == "cuda")
-    eval_size = config.loop.eval_batch_size or max(1, config.loop.batch_size * 3 // 2)
-    return TrainingLoader(train, options, shard), evaluation_loader(val, replace(options, batch_size=eval_size), shard)
+    options = LoaderOptions(config.data.workers, pin_memory=device.type == "cuda")
+    eval_size = config.loop.eval_batch_size or max(1, plan.per_pass * 3 // 2)
+    return RunData(
+        TrainingLoader(train, options, plan, processes.rank), EvaluationLoader(val, eval_size, options, processes.shard)
+    )
 
 
 def _with_absolute_root(config: TrainConfig) -> dict[str, Any]:

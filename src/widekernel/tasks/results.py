@@ -1,4 +1,4 @@
-"""Results of a classification run, which are written at its end, and returned if the run is repeated."""
+"""Results of a run, which are written at its end, and returned if the run is repeated."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from typing import Any
 
 from widekernel.engine import CheckpointStore, RunContext, RunFolder, RunFolderError, Trainer
 from widekernel.engine.curves import save_curves
+from widekernel.engine.metrics import Metric
 from widekernel.engine.metrics_log import read_metrics
+from widekernel.engine.task import Task
 from widekernel.errors import CheckpointError
 from widekernel.files import write_file
 from widekernel.sparsity import save_masks
-from widekernel.tasks.classification.config import TrainConfig
 from widekernel.tasks.fingerprint import code_difference
 from widekernel.tasks.saved import SavedModel, read_saved, save_model
 
-SUMMARY_KEYS = ("epochs", "step", "val_top1", "val_top5", "train_unreadable", "val_unreadable")
-"""Keys that every summary has."""
+
+def summary_keys(task: Task) -> tuple[str, ...]:
+    """Return the keys that every summary of a task has."""
+    return ("epochs", "step", *(metric.name for metric in task.metrics), "train_unreadable", "val_unreadable")
 
 
 @dataclass(frozen=True)
@@ -29,12 +32,14 @@ class RunResult:
         folder: folder of the run
         summary: final metrics
         was_finished: whether the run was finished before this call
+        metrics: what the task measures
         other_code: if so, how the code that finished it differs from the present code; "" if it does not
     """
 
     folder: RunFolder
     summary: dict[str, Any]
     was_finished: bool
+    metrics: tuple[Metric, ...]
     other_code: str = ""
 
 
@@ -43,21 +48,27 @@ def has_states(folder: RunFolder) -> bool:
     return folder.has_begun() and bool(CheckpointStore(folder.checkpoints).paths())
 
 
-def earlier_result(config: TrainConfig, context: RunContext) -> RunResult | None:
+def earlier_result(averages: bool, task: Task, context: RunContext) -> RunResult | None:
     """Return the result of the run if it is finished and its model files are intact, or else `None`.
+
+    Args:
+        averages: whether the run keeps averaged weights.
+        task: the task of the run.
+        context: the run.
 
     Raises:
         CheckpointError: the data have changed since.
         RunFolderError: the summary is damaged, or a model file is, and there is no training state to write it from.
     """
     folder = context.folder
-    summary = folder.read_summary(SUMMARY_KEYS)
+    summary = folder.read_summary(summary_keys(task))
     if summary is None:
         return None
     folder.check_same_data(_data_of(summary, folder), context.fingerprint)
-    if _lacks_models(config, context):
+    if _lacks_models(averages, context):
         return None
-    return RunResult(folder, summary, was_finished=True, other_code=code_difference(summary.get("code"), context.code))
+    other_code = code_difference(summary.get("code"), context.code)
+    return RunResult(folder, summary, was_finished=True, metrics=task.metrics, other_code=other_code)
 
 
 def write_results(trainer: Trainer, saved: SavedModel) -> dict[str, Any]:
@@ -66,24 +77,23 @@ def write_results(trainer: Trainer, saved: SavedModel) -> dict[str, Any]:
     Raises:
         WidekernelError: a file cannot be written.
     """
-    folder, progress = trainer.context.folder, trainer.progress
+    folder, progress, metrics = trainer.context.folder, trainer.progress, trainer.task.metrics
     rows = read_metrics(folder.metrics)
-    last = [row for row in rows if "val_top1" in row][-1]
+    last = [row for row in rows if metrics[0].name in row][-1]
     summary = {
-        "epochs": progress.epoch,
+        "epochs": trainer.length.epochs,
         **{key: value for key, value in last.items() if key not in ("epoch", "lr")},
-        "best_top1": progress.best,
+        f"best_{metrics[0].name.removeprefix('val_')}": progress.best,
         "best_step": progress.best_step,
         "data": trainer.context.fingerprint,
         "code": trainer.context.code,
     }
-    if trainer.context.processes.is_main:
-        save_model(trainer.sparsity.finished(trainer.model), folder.model, saved)
-        _write_sparsity(trainer)
-        if trainer.ema is not None:
-            save_model(trainer.ema.module, folder.model_ema, saved)
-        save_curves(rows, folder.curves)
-        folder.write_summary(summary)
+    save_model(trainer.sparsity.finished(trainer.model), folder.model, saved)
+    _write_sparsity(trainer)
+    if trainer.average is not None:
+        save_model(trainer.average.module, folder.model_ema, saved)
+    save_curves(rows, metrics, folder.curves)
+    folder.write_summary(summary)
     return summary
 
 
@@ -94,14 +104,14 @@ def _data_of(summary: dict[str, Any], folder: RunFolder) -> dict[str, Any]:
     return summary.get("data", {})
 
 
-def _lacks_models(config: TrainConfig, context: RunContext) -> bool:
+def _lacks_models(averages: bool, context: RunContext) -> bool:
     """Return whether a finished run has to write its model files again.
 
     Raises:
         RunFolderError: it has to, but there is no training state left.
     """
     folder = context.folder
-    expected = [folder.model] if config.ema.decay is None else [folder.model, folder.model_ema]
+    expected = [folder.model, folder.model_ema] if averages else [folder.model]
     missing = [path for path in expected if not _is_complete(path)]
     if not missing:
         return False

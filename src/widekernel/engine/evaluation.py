@@ -1,0 +1,102 @@
+"""Evaluation of a network on held-out data by one or several processes; every sample counts exactly once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from widekernel.data.batches import Unreadable
+from widekernel.engine.error_context import LoadingError, NetworkError, errors_as
+from widekernel.engine.processes import Processes
+from widekernel.engine.reporter import Reporter, SilentReporter
+from widekernel.engine.task import Evaluator
+from widekernel.engine.unreadable import check_unreadable
+from widekernel.errors import DataError
+from widekernel.layers.training_modes import training_modes_restored
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """Settings of an evaluation.
+
+    Args:
+        device: device of the model
+        max_unreadable: largest number of unreadable samples that is accepted
+        processes: the processes that evaluate together
+        reporter: receives progress and messages
+        stop: called between batches, equally often in all processes; if true, the evaluation ends without a result
+        memory_format: memory format of images
+    """
+
+    device: torch.device
+    max_unreadable: int
+    processes: Processes = field(default_factory=Processes)
+    reporter: Reporter = field(default_factory=SilentReporter)
+    stop: Callable[[], bool] = lambda: False
+    memory_format: torch.memory_format = torch.contiguous_format
+
+
+def evaluate(
+    model: nn.Module, loader: DataLoader, evaluator: Evaluator, options: EvaluationOptions, name: str = ""
+) -> dict[str, float] | None:
+    """Evaluate `model` in evaluation mode and full precision, and restore the mode of every module afterwards.
+
+    Args:
+        model: network to evaluate.
+        loader: batches of this process.
+        evaluator: adds up the results.
+        options: settings of the evaluation.
+        name: name of the weights in messages, such as "averaged weights".
+
+    Returns:
+        the metrics, and `val_unreadable`, the number of samples that could not be read; `None` if `options.stop()` became
+        true.
+
+    Raises:
+        DataError: no sample could be read.
+        NetworkError: the network fails on the data.
+        TrainingError: more than `max_unreadable` samples could not be read.
+    """
+    options.reporter.start_evaluation(len(loader), name)
+    unreadable: set[str] = set()
+    readable = torch.zeros(1, dtype=torch.float64)
+    with training_modes_restored(model), torch.inference_mode():
+        model.eval()
+        batches = iter(loader)
+        for number in range(_rounds(loader, options.processes)):
+            if options.stop():
+                return None
+            with errors_as(LoadingError, f"Loading batch {number + 1} of the evaluation"):
+                batch = next(batches, None)
+            if batch is None:
+                continue
+            _note_unreadable(batch.unreadable, unreadable, options)
+            if batch.size:
+                with errors_as(NetworkError, "Evaluating the network"):
+                    evaluator.update(model, batch.to(options.device, options.memory_format))
+                readable += batch.size
+            options.reporter.evaluated(1)
+        unreadable = options.processes.union(unreadable)
+        check_unreadable(unreadable, options.max_unreadable, "evaluation")
+        if not options.processes.sum(readable).item():
+            raise DataError(f"None of the {len(unreadable)} images could be read. Check the data set.")
+        evaluator.reduce(options.processes)
+    return {**evaluator.result(), "val_unreadable": len(unreadable)}
+
+
+def _rounds(loader: DataLoader, processes: Processes) -> int:
+    """Return the largest number of batches in a process; to stop together, all must call `stop` equally often."""
+    most = math.ceil(len(loader.dataset) / processes.world_size)  # type: ignore[arg-type]
+    return max(len(loader), math.ceil(most / (loader.batch_size or 1)))
+
+
+def _note_unreadable(samples: tuple[Unreadable, ...], seen: set[str], options: EvaluationOptions) -> None:
+    for sample in samples:
+        options.reporter.message(f"Left out an unreadable image: {sample}")
+        seen.add(sample.name)
+    check_unreadable(seen, options.max_unreadable, "evaluation")

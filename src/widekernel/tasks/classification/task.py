@@ -1,0 +1,51 @@
+"""Image classification as a task of the engine."""
+
+from __future__ import annotations
+
+from timm.data import Mixup
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import override
+
+from widekernel.data import AugmentConfig, Batch
+from widekernel.data.mixing import GroupMixup
+from widekernel.engine.task import Position, Task
+from widekernel.tasks.classification.evaluation import METRICS, Accuracy
+
+
+class Classification(Task):
+    """Cross-entropy with smoothed and possibly mixed targets; top-1, top-5 and cross-entropy on held-out images.
+
+    Args:
+        augment: settings of mixup and cutmix
+        label_smoothing: share of the target that is spread evenly over all classes
+        num_classes: outputs of the network
+    """
+
+    metrics = METRICS
+
+    def __init__(self, augment: AugmentConfig, label_smoothing: float, num_classes: int) -> None:
+        self.label_smoothing = label_smoothing
+        self.mixup: GroupMixup | None = None
+        if augment.mixes:
+            mixup = Mixup(
+                mixup_alpha=augment.mixup,
+                cutmix_alpha=augment.cutmix,
+                prob=augment.mix_prob,
+                switch_prob=augment.switch_prob,
+                label_smoothing=label_smoothing,
+                num_classes=num_classes,
+            )
+            self.mixup = GroupMixup(mixup)
+
+    @override
+    def loss(self, model: nn.Module, batch: Batch, position: Position) -> dict[str, Tensor]:
+        images, targets = batch.content
+        if self.mixup is None:
+            return {"cross_entropy": F.cross_entropy(model(images), targets, label_smoothing=self.label_smoothing)}
+        images, targets = self.mixup(images, targets, seed=position.seed, step=position.step, first=position.first)
+        return {"cross_entropy": F.cross_entropy(model(images), targets)}
+
+    @override
+    def evaluator(self) -> Accuracy:
+        return Accuracy()
