@@ -10,7 +10,8 @@ import torch
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 
-from widekernel.data.loading import Batch, TrainingLoader, Unreadable
+from widekernel.data import Batch, TrainingLoader
+from widekernel.data.batches import Unreadable
 from widekernel.deprecation import renamed_arguments, renamed_attribute
 from widekernel.engine.checkpoint import CheckpointStore
 from widekernel.engine.config import Metrics, TrainingConfig
@@ -54,7 +55,7 @@ class Trainer:
         context: RunContext,
     ) -> None:
         self.model, self.objective, self.loader, self.config, self.context = model, objective, loader, config, context
-        self.steps_per_epoch = loader.batches_per_epoch // config.loop.accumulate
+        self.steps_per_epoch = loader.steps_per_epoch
         if self.steps_per_epoch == 0:
             needed = config.loop.batch_size * config.loop.accumulate * context.processes.world_size
             raise DataError(
@@ -102,7 +103,7 @@ class Trainer:
     def _train_epoch(self, guard: InterruptGuard) -> None:
         self.model.train()
         accumulate = self.config.loop.accumulate
-        batches = self.loader.epoch(self.progress.epoch, skip=self.progress.step_in_epoch * accumulate)
+        batches = self.loader.epoch(self.progress.epoch, skip_steps=self.progress.step_in_epoch)
         while self.progress.step_in_epoch < self.steps_per_epoch:
             with errors_as(LoadingError, f"Loading the images of training step {self.progress.step + 1}"):
                 images = [next(batches) for _ in range(accumulate)]
@@ -208,8 +209,7 @@ class Trainer:
 
     def _on_device(self, batch: Batch) -> Batch:
         layout = torch.channels_last if self.config.loop.channels_last else torch.contiguous_format
-        images = batch.images.to(self.context.device, non_blocking=True, memory_format=layout)
-        return Batch(images, batch.targets.to(self.context.device, non_blocking=True), batch.unreadable)
+        return batch.to(self.context.device, layout)
 
     def _note_unreadable(self, images: tuple[Unreadable, ...]) -> None:
         for image in images:

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from widekernel.data.loading import Batch
+from widekernel.data import Batch
 from widekernel.engine.config import Metrics
 
 

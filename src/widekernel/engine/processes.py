@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from widekernel.data.loading import Shard
+from widekernel.data import Shard
 from widekernel.deprecation import renamed_attribute
 
 

@@ -1,15 +1,14 @@
 """Accuracy and loss of a classifier; every image counts exactly once."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
-from widekernel.data.loading import Unreadable
+from widekernel.data import EvaluationLoader
+from widekernel.data.batches import Unreadable
 from widekernel.engine.error_context import NetworkError, errors_as
 from widekernel.engine.processes import Processes
 from widekernel.engine.reporter import Reporter, SilentReporter
@@ -60,7 +59,7 @@ class EvaluationOptions:
     observe: Callable[[Tensor, Tensor], None] = lambda logits, targets: None
 
 
-def evaluate(model: nn.Module, loader: DataLoader, options: EvaluationOptions, name: str = "") -> Evaluation | None:
+def evaluate(model: nn.Module, loader: EvaluationLoader, options: EvaluationOptions, name: str = "") -> Evaluation | None:
     """Evaluate `model` in evaluation mode and full precision, and restore the mode of every module afterwards.
 
     Returns:
@@ -77,33 +76,29 @@ def evaluate(model: nn.Module, loader: DataLoader, options: EvaluationOptions, n
     with training_modes_restored(model), torch.inference_mode():
         model.eval()
         batches = iter(loader)
-        for _ in range(_rounds(loader, options.processes)):
+        # To stop together, all processes must call `stop` equally often.
+        for _ in range(loader.most_batches):
             if options.stop():
                 return None
             batch = next(batches, None)
             if batch is None:
                 continue
             _note_unreadable(batch.unreadable, unreadable, options)
-            if len(batch.targets):
-                sums += _batch_sums(model, batch.images, batch.targets, options)
+            if batch.size:
+                images, targets = batch.content
+                sums += _batch_sums(model, images, targets, options)
             options.reporter.evaluated(1)
-    right1, right5, loss, images = options.processes.sum(sums).tolist()
+    right1, right5, loss, count = options.processes.sum(sums).tolist()
     unreadable = options.processes.union(unreadable)
-    if not images:
+    if not count:
         raise DataError(f"None of the {len(unreadable)} images could be read. Check the data set.")
     return Evaluation(
-        top1=100 * right1 / images,
-        top5=100 * right5 / images,
-        loss=loss / images,
-        images=int(images),
+        top1=100 * right1 / count,
+        top5=100 * right5 / count,
+        loss=loss / count,
+        images=int(count),
         unreadable=len(unreadable),
     )
-
-
-def _rounds(loader: DataLoader, processes: Processes) -> int:
-    """Return the largest number of batches in a process; to stop together, all must call `stop` equally often."""
-    most = math.ceil(len(loader.dataset) / processes.world_size)  # type: ignore[arg-type]
-    return max(len(loader), math.ceil(most / (loader.batch_size or 1)))
 
 
 def _batch_sums(model: nn.Module, images: Tensor, targets: Tensor, options: EvaluationOptions) -> Tensor:

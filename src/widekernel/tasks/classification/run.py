@@ -11,23 +11,24 @@ import torch
 from timm.data import Mixup
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
 from widekernel.data import (
     Batch,
+    BatchPlan,
+    EvaluationLoader,
     EvaluationSamples,
     ImageSource,
+    LabeledImages,
     LoaderOptions,
+    OnImage,
     Preprocessing,
     Shard,
     TrainingLoader,
     TrainingSamples,
-    evaluation_loader,
     open_train_and_val,
 )
-from widekernel.data.loading import MIX_STREAM
 from widekernel.data.paths import expand_path
-from widekernel.data.seeding import scoped_seed
+from widekernel.data.seeding import MIX_STREAM, scoped_seed
 from widekernel.engine import Processes, Reporter, RunContext, RunFolder, SilentReporter, Trainer
 from widekernel.engine.config import Metrics
 from widekernel.engine.preflight import notes_on_workers
@@ -57,7 +58,9 @@ class Classification:
 
     best_metric = "val_top1"
 
-    def __init__(self, config: TrainConfig, num_classes: int, val_loader: DataLoader, options: EvaluationOptions) -> None:
+    def __init__(
+        self, config: TrainConfig, num_classes: int, val_loader: EvaluationLoader, options: EvaluationOptions
+    ) -> None:
         self.label_smoothing, self.val_loader, self.options = config.label_smoothing, val_loader, options
         augment = config.augment
         self.mixup: Mixup | None = None
@@ -73,10 +76,11 @@ class Classification:
 
     def loss(self, model: nn.Module, batch: Batch, stream: tuple[int, ...]) -> Tensor:
         """Return the cross-entropy with smoothed targets, which are also mixed if configured."""
+        images, targets = batch.content
         if self.mixup is None:
-            return F.cross_entropy(model(batch.images), batch.targets, label_smoothing=self.label_smoothing)
+            return F.cross_entropy(model(images), targets, label_smoothing=self.label_smoothing)
         with scoped_seed(MIX_STREAM, *stream):
-            images, targets = self.mixup(batch.images, batch.targets)
+            images, targets = self.mixup(images, targets)
         return F.cross_entropy(model(images), targets)
 
     def evaluate(self, model: nn.Module, name: str, stop: Callable[[], bool]) -> Metrics | None:
@@ -192,17 +196,22 @@ def _make_samples(
     train, val = sources
     train_transform = match_channels(preprocessing.train_transform(config.augment), channels)
     eval_transform = match_channels(preprocessing.eval_transform(), channels)
-    return TrainingSamples(train, train_transform, config.seed), EvaluationSamples(val, eval_transform)
+    return (
+        TrainingSamples(train, OnImage(train_transform), config.seed, LabeledImages.collate),
+        EvaluationSamples(val, OnImage(eval_transform), LabeledImages.collate),
+    )
 
 
 def _make_loaders(
     config: TrainConfig, samples: tuple[TrainingSamples, EvaluationSamples], device: torch.device, shard: Shard
-) -> tuple[TrainingLoader, DataLoader]:
+) -> tuple[TrainingLoader, EvaluationLoader]:
     """Return the loaders of the training and held-out batches of this process."""
     train, val = samples
-    options = LoaderOptions(config.loop.batch_size, config.data.workers, pin_memory=device.type == "cuda")
+    options = LoaderOptions(config.data.workers, pin_memory=device.type == "cuda")
+    micro_batch, accumulate = config.loop.batch_size, config.loop.accumulate
+    plan = BatchPlan(micro_batch * accumulate * shard.world_size, micro_batch, shard.world_size)
     eval_size = config.loop.eval_batch_size or max(1, config.loop.batch_size * 3 // 2)
-    return TrainingLoader(train, options, shard), evaluation_loader(val, replace(options, batch_size=eval_size), shard)
+    return TrainingLoader(train, options, plan, shard.rank), EvaluationLoader(val, eval_size, options, shard)
 
 
 def _with_absolute_root(config: TrainConfig) -> dict[str, Any]:
