@@ -13,57 +13,75 @@ from tests.engine.tiny import array_source
 
 from widekernel.data import (
     AugmentConfig,
+    BatchPlan,
     DataConfig,
+    EvaluationLoader,
     EvaluationSamples,
+    LabeledImages,
     LoaderOptions,
+    OnImage,
     Preprocessing,
     Shard,
     TrainingLoader,
     TrainingSamples,
-    evaluation_loader,
     open_split,
 )
-from widekernel.data.loading import EpochBatches
+from widekernel.data.samples import EpochBatches
 from widekernel.data.seeding import derive_seed, scoped_seed
 from widekernel.errors import ConfigError, DataError
 
 PREPROCESSING = Preprocessing(8, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), "bilinear", 1.0)
 
 
-def training_loader(source, batch_size=4, workers=0, share=None, seed=1):
-    samples = TrainingSamples(source, PREPROCESSING.train_transform(AugmentConfig()), seed)
-    return TrainingLoader(samples, LoaderOptions(batch_size, workers), share or Shard())
+def training_loader(source, batch_size=4, workers=0, seed=1, rank=0, **division):
+    samples = TrainingSamples(source, OnImage(PREPROCESSING.train_transform(AugmentConfig())), seed, LabeledImages.collate)
+    return TrainingLoader(samples, LoaderOptions(workers), BatchPlan(batch_size, **division), rank)
+
+
+def evaluation_samples(source):
+    return EvaluationSamples(source, OnImage(PREPROCESSING.eval_transform()), LabeledImages.collate)
 
 
 def test_batches_depend_on_seed_and_epoch_only():
     source = array_source(18)
-    first = [batch.images for batch in training_loader(source).epoch(3)]
+    first = [batch.content.images for batch in training_loader(source).epoch(3)]
     torch.rand(7), random.random(), np.random.rand()
-    second = [batch.images for batch in training_loader(source, workers=2).epoch(3)]
+    second = [batch.content.images for batch in training_loader(source, workers=2).epoch(3)]
     assert len(first) == 4
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    other = [batch.images for batch in training_loader(source).epoch(4)]
+    other = [batch.content.images for batch in training_loader(source).epoch(4)]
     assert not torch.equal(first[0], other[0])
-    assert not torch.equal(first[0], next(iter(training_loader(source, seed=2).epoch(3))).images)
+    assert not torch.equal(first[0], next(iter(training_loader(source, seed=2).epoch(3))).content.images)
 
 
 def test_skipping_batches_yields_the_rest_of_the_epoch():
     loader = training_loader(array_source(18))
-    whole = [batch.images for batch in loader.epoch(0)]
-    rest = [batch.images for batch in loader.epoch(0, skip=3)]
+    whole = [batch.content.images for batch in loader.epoch(0)]
+    rest = [batch.content.images for batch in loader.epoch(0, skip_steps=3)]
     assert len(rest) == 1
     assert torch.equal(whole[3], rest[0])
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_ranks_share_one_order(world_size):
-    ranks = [EpochBatches(50, 4, 0, Shard(rank, world_size)) for rank in range(world_size)]
-    batches = [list(rank) for rank in ranks]
-    assert {len(part) for part in batches} == {50 // (4 * world_size)}
-    seen = [key for part in batches for batch in part for key in batch]
-    assert len(seen) == len(set(seen))
-    together = EpochBatches(50, 4 * world_size, 0, Shard())
-    assert [[key for part in step for key in part] for step in zip(*batches, strict=True)] == list(together)
+@pytest.mark.parametrize(("world_size", "micro_batch"), [(1, None), (1, 4), (2, 6), (2, 2), (3, None), (3, 1)])
+def test_every_division_of_a_batch_has_the_same_order(world_size, micro_batch):
+    whole = list(EpochBatches(50, BatchPlan(12), seed=7))
+    assert [len(batch) for batch in whole] == [12] * 4
+    plan = BatchPlan(12, micro_batch, world_size)
+    ranks = [list(EpochBatches(50, plan, 7, rank)) for rank in range(world_size)]
+    assert {len(batches) for batches in ranks} == {4 * plan.accumulate}
+    for step, batch in enumerate(whole):
+        for rank, batches in enumerate(ranks):
+            for number in range(plan.accumulate):
+                first = plan.first(rank, number)
+                assert batches[step * plan.accumulate + number] == batch[first : first + plan.per_pass]
+
+
+def test_the_order_is_that_of_earlier_versions():
+    generator = torch.Generator().manual_seed(derive_seed(1, 7, 2))
+    expected = torch.randperm(50, generator=generator).tolist()
+    batches = EpochBatches(50, BatchPlan(12), seed=7)
+    batches.start(2)
+    assert [key for batch in batches for key in batch] == [(2, index) for index in expected[:48]]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
@@ -71,11 +89,12 @@ def test_ranks_share_one_order(world_size):
 def test_evaluation_yields_every_image_once(world_size, count):
     source = array_source(count)
     source.targets = list(range(count))
-    samples = EvaluationSamples(source, PREPROCESSING.eval_transform())
     seen = []
     for rank in range(world_size):
-        for batch in evaluation_loader(samples, LoaderOptions(4), Shard(rank, world_size)):
-            seen += batch.targets.tolist()
+        loader = EvaluationLoader(evaluation_samples(source), 4, LoaderOptions(), Shard(rank, world_size))
+        batches = list(loader)
+        assert loader.most_batches - 1 <= len(batches) <= loader.most_batches
+        seen += [target for batch in batches for target in batch.content.targets.tolist()]
     assert sorted(seen) == list(range(count))
 
 
@@ -116,23 +135,23 @@ def damaged_folder(tmp_path, names):
 def test_unreadable_training_image_is_replaced_and_named(tmp_path, workers):
     source = open_split(damaged_folder(tmp_path, ["train/cat/1.png"]), "train")
     batches = list(training_loader(source, batch_size=5, workers=workers).epoch(0))
-    assert [len(batch.images) for batch in batches] == [5]
+    assert [batch.size for batch in batches] == [5]
     assert len(batches[0].unreadable) == 1
     assert batches[0].unreadable[0].name == "cat/1.png"
 
 
 def test_unreadable_evaluation_image_is_left_out_and_named(tmp_path):
     source = open_split(damaged_folder(tmp_path, ["val/cat/0.png"]), "val")
-    batches = list(evaluation_loader(EvaluationSamples(source, PREPROCESSING.eval_transform()), LoaderOptions(1), Shard()))
-    assert [batch.targets.tolist() for batch in batches] == [[], [1]]
+    batches = list(EvaluationLoader(evaluation_samples(source), 1, LoaderOptions(), Shard()))
+    assert [(batch.size, batch.content and batch.content.targets.tolist()) for batch in batches] == [(0, None), (1, [1])]
     assert str(batches[0].unreadable[0]) == "cat/0.png: not an image of a known format"
 
 
 def test_missing_file_counts_as_unreadable(tmp_path):
     source = open_split(fill(tmp_path, GOOD), "val")
     (tmp_path / "val" / "dog" / "0.png").unlink()
-    sample = EvaluationSamples(source, PREPROCESSING.eval_transform())[1]
-    assert sample.image is None
+    sample = evaluation_samples(source)[1]
+    assert sample.item is None
     assert "No such file" in sample.unreadable[0].reason
 
 

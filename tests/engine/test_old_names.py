@@ -3,33 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from tests.engine.tiny import array_source, make_config, make_trainer
+from tests.engine.tiny import make_config, make_trainer
 
-from widekernel.data import (
-    AugmentConfig,
-    EvaluationSamples,
-    LoaderOptions,
-    Preprocessing,
-    Shard,
-    TrainingLoader,
-    TrainingSamples,
-    evaluation_loader,
-)
+from widekernel.data import Shard
 from widekernel.engine import Processes, Trainer
-
-PREPROCESSING = Preprocessing(8, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), "bilinear", 1.0)
-
-
-def test_loaders_take_the_shard_by_its_old_name() -> None:
-    source = array_source(18)
-    training = TrainingSamples(source, PREPROCESSING.train_transform(AugmentConfig()), 1)
-    with pytest.warns(FutureWarning, match="'share' is now called 'shard'") as warned:
-        loader = TrainingLoader(training, LoaderOptions(4), share=Shard(1, 2))
-    assert loader.sampler.shard == Shard(1, 2) and warned[0].filename == __file__
-    evaluation = EvaluationSamples(source, PREPROCESSING.eval_transform())
-    with pytest.warns(FutureWarning, match="'share' is now called 'shard'"):
-        batches = list(evaluation_loader(evaluation, LoaderOptions(4), share=Shard(1, 2)))
-    assert sum(len(batch.images) for batch in batches) == 9
 
 
 def test_processes_and_run_folders(tmp_path) -> None:

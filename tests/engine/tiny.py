@@ -8,13 +8,16 @@ from torch import nn
 
 from widekernel.data import (
     AugmentConfig,
+    BatchPlan,
+    EvaluationLoader,
     EvaluationSamples,
+    LabeledImages,
     LoaderOptions,
+    OnImage,
     Preprocessing,
     Shard,
     TrainingLoader,
     TrainingSamples,
-    evaluation_loader,
 )
 from widekernel.data.sources import ArraySource
 from widekernel.engine import (
@@ -76,11 +79,12 @@ def make_trainer(config: TrainConfig, workers: int = 0, source: ArraySource | No
     seed_run(config.seed)
     model = TinyNet()
     preprocessing = Preprocessing(8, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), "bilinear", 1.0)
-    samples = TrainingSamples(source, preprocessing.train_transform(config.augment), config.seed)
-    loader = TrainingLoader(samples, LoaderOptions(config.loop.batch_size, workers), Shard())
-    held_out = evaluation_loader(
-        EvaluationSamples(array_source(20), preprocessing.eval_transform()), LoaderOptions(8), Shard()
-    )
+    transform = OnImage(preprocessing.train_transform(config.augment))
+    samples = TrainingSamples(source, transform, config.seed, LabeledImages.collate)
+    plan = BatchPlan(config.loop.batch_size * config.loop.accumulate, config.loop.batch_size)
+    loader = TrainingLoader(samples, LoaderOptions(workers), plan)
+    held_out = EvaluationSamples(array_source(20), OnImage(preprocessing.eval_transform()), LabeledImages.collate)
+    held_out = EvaluationLoader(held_out, 8, LoaderOptions(), Shard())
     options = EvaluationOptions(torch.device("cpu"), max_unreadable=0)
     objective = Classification(config, 3, held_out, options)
     extra = {} if reporter is None else {"reporter": reporter}

@@ -11,8 +11,8 @@ from widekernel.data import AugmentConfig, DataConfig, Preprocessing
 from widekernel.engine import EmaConfig, LoopConfig, RunFolder, RunFolderError, ScheduleConfig, SilentReporter
 from widekernel.engine.metrics_log import read_metrics
 from widekernel.errors import CheckpointError, WidekernelError
-from widekernel.tasks.classification import run as classification
 from widekernel.tasks.assembly import build_model
+from widekernel.tasks.classification import run as classification
 from widekernel.tasks.classification.config import ModelConfig, TrainConfig
 from widekernel.tasks.results import SUMMARY_KEYS
 from widekernel.tasks.classification.run import train

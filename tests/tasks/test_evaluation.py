@@ -6,7 +6,7 @@ from tests.engine.tiny import array_source
 from torch import nn
 from torch.nn import functional as F
 
-from widekernel.data import EvaluationSamples, LoaderOptions, Preprocessing, Shard, evaluation_loader
+from widekernel.data import EvaluationLoader, EvaluationSamples, LabeledImages, LoaderOptions, OnImage, Preprocessing, Shard
 from widekernel.data.images import UnreadableImageError
 from widekernel.engine import Processes, TrainingError
 from widekernel.errors import CheckpointError, DataError
@@ -36,9 +36,8 @@ def options(**changes):
 
 
 def loader(source, batch_size=4, shard=None):
-    return evaluation_loader(
-        EvaluationSamples(source, PREPROCESSING.eval_transform()), LoaderOptions(batch_size), shard or Shard()
-    )
+    samples = EvaluationSamples(source, OnImage(PREPROCESSING.eval_transform()), LabeledImages.collate)
+    return EvaluationLoader(samples, batch_size, LoaderOptions(), shard or Shard())
 
 
 @pytest.mark.parametrize("classes", [3, 4, 7])

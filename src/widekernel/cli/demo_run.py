@@ -14,11 +14,13 @@ from widekernel.cli.demo_picture import PictureContent, draw
 from widekernel.cli.train import parse_config
 from widekernel.data import (
     DataConfig,
+    EvaluationLoader,
     EvaluationSamples,
     ImageSource,
+    LabeledImages,
     LoaderOptions,
+    OnImage,
     Shard,
-    evaluation_loader,
     open_split,
 )
 from widekernel.engine import RunFolder
@@ -119,8 +121,8 @@ def _measure(name: str, model: nn.Module, source: ImageSource, saved: SavedModel
         predictions.append(logits.argmax(1))
         targets.append(wanted)
 
-    samples = EvaluationSamples(source, saved.preprocessing.eval_transform())
-    loader = evaluation_loader(samples, LoaderOptions(batch_size=90), Shard())
+    samples = EvaluationSamples(source, OnImage(saved.preprocessing.eval_transform()), LabeledImages.collate)
+    loader = EvaluationLoader(samples, 90, LoaderOptions(), Shard())
     result = evaluate(model, loader, EvaluationOptions(torch.device("cpu"), max_unreadable=0, observe=observe))
     if result is None:
         raise DemoError("The evaluation was stopped.")

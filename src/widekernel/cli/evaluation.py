@@ -4,7 +4,16 @@ from torch import nn
 
 from widekernel.cli.console import ConsoleReporter
 from widekernel.cli.options import EvalOptions
-from widekernel.data import DataConfig, EvaluationSamples, LoaderOptions, Shard, evaluation_loader, open_split
+from widekernel.data import (
+    DataConfig,
+    EvaluationLoader,
+    EvaluationSamples,
+    LabeledImages,
+    LoaderOptions,
+    OnImage,
+    Shard,
+    open_split,
+)
 from widekernel.engine.interrupts import Interrupted, InterruptGuard
 from widekernel.engine.run_folder import RunFolder
 from widekernel.tasks.assembly import choose_device
@@ -30,8 +39,9 @@ def evaluate_on(
     source = open_split(data, "val")
     order = class_mapping(saved, source.class_names)
     transform = match_channels(saved.preprocessing.overridden_by(data).eval_transform(), input_channels(model))
-    loading = LoaderOptions(options.batch_size, data.workers, pin_memory=device.type == "cuda")
-    loader = evaluation_loader(EvaluationSamples(source, transform), loading, Shard())
+    loading = LoaderOptions(data.workers, pin_memory=device.type == "cuda")
+    samples = EvaluationSamples(source, OnImage(transform), LabeledImages.collate)
+    loader = EvaluationLoader(samples, options.batch_size, loading, Shard())
     with ConsoleReporter() as reporter, InterruptGuard() as guard:
         reporter.message(f"Evaluating on {location_of(data, source)}.")
         for note in filter(

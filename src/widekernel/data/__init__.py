@@ -5,48 +5,55 @@ from typing import TYPE_CHECKING
 from widekernel.lazy import attach
 
 if TYPE_CHECKING:
+    from widekernel.data.batch_plan import BatchPlan
+    from widekernel.data.batches import Batch, Sample
     from widekernel.data.config import AugmentConfig, DataConfig
     from widekernel.data.datasets import open_split, open_train_and_val
-    from widekernel.data.loading import (
-        Batch,
-        EvaluationSamples,
-        LoaderOptions,
-        Shard,
-        TrainingLoader,
-        TrainingSamples,
-        evaluation_loader,
-    )
+    from widekernel.data.labeled_images import LabeledImages, OnImage
+    from widekernel.data.loading import EvaluationLoader, LoaderOptions, TrainingLoader
+    from widekernel.data.mixing import GroupMixup
     from widekernel.data.preprocess import Preprocessing
+    from widekernel.data.samples import EvaluationSamples, Shard, TrainingSamples
     from widekernel.data.sources import ImageSource
 
 __all__ = [
     "AugmentConfig",
     "Batch",
+    "BatchPlan",
     "DataConfig",
+    "EvaluationLoader",
     "EvaluationSamples",
+    "GroupMixup",
     "ImageSource",
+    "LabeledImages",
     "LoaderOptions",
+    "OnImage",
     "Preprocessing",
+    "Sample",
     "Shard",
     "TrainingLoader",
     "TrainingSamples",
-    "evaluation_loader",
     "open_split",
     "open_train_and_val",
 ]
 
 _WHERE = {
     "AugmentConfig": "widekernel.data.config",
-    "Batch": "widekernel.data.loading",
+    "Batch": "widekernel.data.batches",
+    "BatchPlan": "widekernel.data.batch_plan",
     "DataConfig": "widekernel.data.config",
-    "EvaluationSamples": "widekernel.data.loading",
+    "EvaluationLoader": "widekernel.data.loading",
+    "EvaluationSamples": "widekernel.data.samples",
+    "GroupMixup": "widekernel.data.mixing",
     "ImageSource": "widekernel.data.sources",
+    "LabeledImages": "widekernel.data.labeled_images",
     "LoaderOptions": "widekernel.data.loading",
+    "OnImage": "widekernel.data.labeled_images",
     "Preprocessing": "widekernel.data.preprocess",
-    "Shard": "widekernel.data.loading",
+    "Sample": "widekernel.data.batches",
+    "Shard": "widekernel.data.samples",
     "TrainingLoader": "widekernel.data.loading",
-    "TrainingSamples": "widekernel.data.loading",
-    "evaluation_loader": "widekernel.data.loading",
+    "TrainingSamples": "widekernel.data.samples",
     "open_split": "widekernel.data.datasets",
     "open_train_and_val": "widekernel.data.datasets",
 }

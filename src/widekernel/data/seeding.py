@@ -12,6 +12,9 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+# First keys of the random streams: each purpose has its own stream.
+SHUFFLE_STREAM, AUGMENT_STREAM, MIX_STREAM = 1, 2, 3
+
 
 def derive_seed(*keys: int) -> int:
     """Return a 63-bit seed that depends on every key; keys are non-negative integers."""

@@ -6,21 +6,37 @@ from widekernel.lazy import attach
 
 if TYPE_CHECKING:
     from widekernel.engine.checkpoint import CheckpointStore
-    from widekernel.engine.config import CheckpointConfig, EmaConfig, LoopConfig, OptimizerConfig, ScheduleConfig
+    from widekernel.engine.config import (
+        CheckpointConfig,
+        EmaConfig,
+        EvaluationConfig,
+        FaultConfig,
+        LoopConfig,
+        OptimizerConfig,
+        ScheduleConfig,
+    )
     from widekernel.engine.error_context import TrainingError
-    from widekernel.engine.loop import Trainer
-    from widekernel.engine.objective import Objective
+    from widekernel.engine.loop import RunData, Trainer
+    from widekernel.engine.metrics import Metric
     from widekernel.engine.processes import Processes
-    from widekernel.engine.reporter import Reporter, SilentReporter
+    from widekernel.engine.reporter import Reporter, RunLength, SilentReporter
     from widekernel.engine.run_context import RunContext
     from widekernel.engine.run_folder import RunFolder, RunFolderError
+    from widekernel.engine.task import Evaluator, Position, Task
 
 __all__ = [
+    "EvaluationConfig",
+    "Evaluator",
+    "FaultConfig",
+    "Metric",
+    "Position",
+    "RunData",
+    "RunLength",
+    "Task",
     "CheckpointConfig",
     "CheckpointStore",
     "EmaConfig",
     "LoopConfig",
-    "Objective",
     "OptimizerConfig",
     "Processes",
     "Reporter",
@@ -38,7 +54,14 @@ _WHERE = {
     "CheckpointStore": "widekernel.engine.checkpoint",
     "EmaConfig": "widekernel.engine.config",
     "LoopConfig": "widekernel.engine.config",
-    "Objective": "widekernel.engine.objective",
+    "EvaluationConfig": "widekernel.engine.config",
+    "Evaluator": "widekernel.engine.task",
+    "FaultConfig": "widekernel.engine.config",
+    "Metric": "widekernel.engine.metrics",
+    "Position": "widekernel.engine.task",
+    "RunData": "widekernel.engine.loop",
+    "RunLength": "widekernel.engine.reporter",
+    "Task": "widekernel.engine.task",
     "OptimizerConfig": "widekernel.engine.config",
     "Processes": "widekernel.engine.processes",
     "Reporter": "widekernel.engine.reporter",

@@ -1,4 +1,4 @@
-"""Restores running statistics after a step that is skipped: a batch with one NaN would spoil them for the rest of the run."""
+"""Restores running statistics after a skipped step: one NaN in a batch would spoil them for the rest of the run."""
 
 from __future__ import annotations
 

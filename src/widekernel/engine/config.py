@@ -56,7 +56,7 @@ class OptimizerConfig:
 class ScheduleConfig:
     """Settings of the length of the run and of the learning rate, which is set at every optimizer step.
 
-    The learning rate follows a linear warm-up, then half a cosine. Lengths are given in epochs or, if set, in optimizer steps.
+    The learning rate follows a linear warm-up, then half a cosine. Lengths are in epochs or, if set, in optimizer steps.
 
     Args:
         epochs: passes over the training data
@@ -123,8 +123,8 @@ class LoopConfig:
 
     Args:
         batch_size: images per optimizer step, over all processes
-        micro_batch: images per forward pass on one device; null means that each process takes its share of loop.batch_size at
-            once. Gradients of several forward passes are accumulated
+        micro_batch: images per forward pass on one device, whose gradients are accumulated; null means that each process
+            takes its share of loop.batch_size at once
         eval_batch_size: images per forward pass in evaluation; null means 1.5 times those in training
         precision: fp32, or mixed precision (autocast) with bf16 or, on CUDA only, fp16
         device: auto (CUDA if available), cpu, cuda or cuda:N

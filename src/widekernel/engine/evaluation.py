@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from widekernel.data.batches import Unreadable
+from widekernel.data.loading import EvaluationLoader
 from widekernel.engine.error_context import LoadingError, NetworkError, errors_as
 from widekernel.engine.processes import Processes
 from widekernel.engine.reporter import Reporter, SilentReporter
@@ -42,7 +41,7 @@ class EvaluationOptions:
 
 
 def evaluate(
-    model: nn.Module, loader: DataLoader, evaluator: Evaluator, options: EvaluationOptions, name: str = ""
+    model: nn.Module, loader: EvaluationLoader, evaluator: Evaluator, options: EvaluationOptions, name: str = ""
 ) -> dict[str, float] | None:
     """Evaluate `model` in evaluation mode and full precision, and restore the mode of every module afterwards.
 
@@ -68,7 +67,8 @@ def evaluate(
     with training_modes_restored(model), torch.inference_mode():
         model.eval()
         batches = iter(loader)
-        for number in range(_rounds(loader, options.processes)):
+        # To stop together, all processes must call `stop` equally often.
+        for number in range(loader.most_batches):
             if options.stop():
                 return None
             with errors_as(LoadingError, f"Loading batch {number + 1} of the evaluation"):
@@ -87,12 +87,6 @@ def evaluate(
             raise DataError(f"None of the {len(unreadable)} images could be read. Check the data set.")
         evaluator.reduce(options.processes)
     return {**evaluator.result(), "val_unreadable": len(unreadable)}
-
-
-def _rounds(loader: DataLoader, processes: Processes) -> int:
-    """Return the largest number of batches in a process; to stop together, all must call `stop` equally often."""
-    most = math.ceil(len(loader.dataset) / processes.world_size)  # type: ignore[arg-type]
-    return max(len(loader), math.ceil(most / (loader.batch_size or 1)))
 
 
 def _note_unreadable(samples: tuple[Unreadable, ...], seen: set[str], options: EvaluationOptions) -> None:

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from widekernel.data.batches import Batch, Unreadable
-from widekernel.data.loading import TrainingLoader
+from widekernel.data.loading import EvaluationLoader, TrainingLoader
+from widekernel.engine.autocast import make_autocast
 from widekernel.engine.average import Average
 from widekernel.engine.checkpoint import CheckpointStore
+from widekernel.engine.components import Components
 from widekernel.engine.config import Metrics, TrainingConfig
 from widekernel.engine.curves import save_curves
 from widekernel.engine.error_context import LoadingError, NetworkError, TrainingError, errors_as
 from widekernel.engine.evaluation import EvaluationOptions, evaluate
 from widekernel.engine.interrupts import Interrupted, InterruptGuard
 from widekernel.engine.metrics_log import MetricsLog, read_metrics
+from widekernel.engine.nonfinite import REMEDIES, too_many_skipped
 from widekernel.engine.optimization import create_optimizer, create_schedule
 from widekernel.engine.optimizer_step import OptimizerStep, Trained, can_be_deferred
 from widekernel.engine.preflight import check_run_length
@@ -33,7 +34,7 @@ from widekernel.engine.run_context import RunContext
 from widekernel.engine.sparsification import create_sparsification
 from widekernel.engine.task import Position, Task
 from widekernel.engine.unreadable import check_unreadable
-from widekernel.errors import ConfigError, DataError
+from widekernel.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class RunData:
     """
 
     train: TrainingLoader
-    held_out: DataLoader
+    held_out: EvaluationLoader
 
 
 class Trainer:
@@ -68,7 +69,6 @@ class Trainer:
 
     def __init__(self, model: nn.Module, task: Task, data: RunData, config: TrainingConfig, context: RunContext) -> None:
         self.task, self.data, self.config, self.context = task, data, config, context
-        processes, device = context.processes, context.device
         if data.train.steps_per_epoch == 0:
             raise DataError(
                 f"The training data has {len(data.train.samples)} images, but one optimizer step takes "
@@ -78,32 +78,45 @@ class Trainer:
         for note in check_run_length(config, self.length):
             context.reporter.message(note)
         if config.loop.sync_batch_norm:
-            model = processes.convert_batch_norms(model)
-        processes.equalize(model)
-        self.model = model
-        self.sparsity = create_sparsification(model, config.sparsity, config.seed, self.length.steps)
-        self.optimizer = create_optimizer(self.sparsity.trained(model), config.optimizer, fused=device.type == "cuda")
-        self.schedule = create_schedule(self.optimizer, config.schedule, self.length)
-        decay = config.ema.decay
-        self.average = None if decay is None else Average(model, decay, config.ema.warmup)
-        self.sparsity.attach(self.optimizer, self.average, self.length.steps)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=config.loop.precision == "fp16")
-        self.progress = Progress()
+            model = convert_batch_norms(model, context.processes)
+        context.processes.equalize(model)
+        self.components = self._make_components(model)
+        self.model, self.sparsity, self.average = model, self._trained.sparsity, self._trained.average
+        self.schedule = create_schedule(self._trained.optimizer, config.schedule, self.length)
         self.store = CheckpointStore(context.folder.checkpoints, config.checkpoint.keep, context.reporter.message)
         self.log = MetricsLog(context.folder.metrics)
-        self.step = self._make_step()
         self._batches: tuple[int, Iterator[Batch]] | None = None  # the step that comes next, and what it is made of
         self._vote: Callable[[], bool] = lambda: False
 
-    def _make_step(self) -> OptimizerStep:
-        config, processes = self.config, self.context.processes
+    def _make_components(self, model: nn.Module) -> Components:
+        """Create everything that has a state."""
+        config, processes, device = self.config, self.context.processes, self.context.device
+        autocast = make_autocast(config.loop.precision, device)
+        sparsity = create_sparsification(model, config.sparsity, config.seed, self.length.steps)
+        optimizer = create_optimizer(sparsity.trained(model), config.optimizer, fused=device.type == "cuda")
+        decay = config.ema.decay
+        average = None if decay is None else Average(model, decay, config.ema.warmup)
+        sparsity.attach(optimizer, average, self.length.steps)
+        scaler = torch.amp.GradScaler(device.type, enabled=config.loop.precision == "fp16")
         if config.loop.compile is not None:
-            self.model.compile(mode=config.loop.compile)
-        wrapped = processes.wrap(self.model)
-        trained = Trained(self.model, wrapped, self.optimizer, self.scaler, self.sparsity, self.average)
-        deferred = self.context.device.type == "cuda" and can_be_deferred(trained)
-        autocast = _autocast(config.loop.precision, self.context.device)
-        return OptimizerStep(trained, self.task, config.optimizer, autocast, processes, deferred)
+            model.compile(mode=config.loop.compile)
+        trained = Trained(model, processes.wrap(model), optimizer, scaler, sparsity, average)
+        deferred = device.type == "cuda" and can_be_deferred(trained)
+        return Components(trained, OptimizerStep(trained, self.task, config.optimizer, autocast, processes, deferred))
+
+    @property
+    def _trained(self) -> Trained:
+        return self.components.trained
+
+    @property
+    def step(self) -> OptimizerStep:
+        """The optimizer step."""
+        return self.components.step
+
+    @property
+    def progress(self) -> Progress:
+        """How far the run is."""
+        return self.components.progress
 
     # -- the run -----------------------------------------------------------------------------------------------------
 
@@ -138,13 +151,18 @@ class Trainer:
 
     def _train_step(self, guard: InterruptGuard) -> None:
         """Perform one optimizer step, and what is due after it."""
+        end = self.progress.end_of_left_out()
+        if end is not None:
+            self.progress.step = end
+            return
         number = self.progress.step + 1
         self.model.train()
         with errors_as(LoadingError, f"Loading the images of training step {number}"):
             batches = self._next_batches()
         with errors_as(NetworkError, f"Training step {number}"):
             self.schedule.step_update(self.progress.step)
-            made = self.step.make(batches, self._positions())
+            moved = (batch.to(self.context.device, self._memory_format) for batch in batches)
+            made = self.step.make(moved, self._positions())
             self.step.average(number, made)
         if self.progress.step == 0 and self.context.processes.is_main:
             self.context.folder.begin()
@@ -170,16 +188,15 @@ class Trainer:
             self._stop(guard)
 
     def _next_batches(self) -> list[Batch]:
-        """Return the micro-batches of the next step, on the device."""
+        """Return the micro-batches of the next step."""
         step, per_epoch = self.progress.step, self.length.steps_per_epoch
         if self._batches is None or self._batches[0] != step or step % per_epoch == 0:
             self._batches = step, self.data.train.epoch(step // per_epoch, step % per_epoch)
         iterator = self._batches[1]
         batches = []
         for _ in range(self.data.train.plan.accumulate):
-            batch = next(iterator)
-            self._note_unreadable(batch.unreadable)
-            batches.append(batch.to(self.context.device, self._memory_format))
+            batches.append(next(iterator))
+            self._note_unreadable(batches[-1].unreadable)
         self._batches = step + 1, iterator
         return batches
 
@@ -189,28 +206,18 @@ class Trainer:
 
     def _check_finite(self) -> None:
         """Report skipped steps; end the run, or return to an earlier state, if there were too many in a row."""
-        progress, faults = self.progress, self.config.faults
         total, row, most = self.step.skipped()
-        new, progress.skipped, progress.skipped_in_a_row = total - progress.skipped, total, row
+        new, self.progress.skipped, self.progress.skipped_in_a_row = total - self.progress.skipped, total, row
         if new <= 0:
             return
         self.step.deferred = False  # from now on, the host sees every step, and can say what is not finite
         what = self.step.nonfinite or "a loss or a gradient"
-        self.context.reporter.message(f"Skipped training step {progress.step}: {what} is not finite.")
-        if most <= faults.max_skipped:
-            return
-        text = (
-            f"{most} training steps in a row, up to step {progress.step}, were not finite, more than faults.max_skipped "
-            f"({faults.max_skipped}). In the last one, {what} was not. "
-        )
-        if progress.rollbacks < faults.rollbacks:
-            self._roll_back(text)
-            return
-        raise TrainingError(
-            f"{text}Lower optimizer.lr ({self.config.optimizer.lr}), set optimizer.clip_grad, or use precision bf16 or fp32, "
-            "in another output folder; or let the run return to its last training state and leave out the batches since "
-            "then, with faults.rollbacks."
-        )
+        self.context.reporter.message(f"Skipped training step {self.progress.step}: {what} is not finite.")
+        if most > self.config.faults.max_skipped:
+            reason = too_many_skipped(most, self.progress.step, what, self.config)
+            if self.progress.rollbacks >= self.config.faults.rollbacks:
+                raise TrainingError(f"{reason} {REMEDIES}")
+            self._roll_back(reason)
 
     def _roll_back(self, reason: str) -> None:
         """Return to the latest training state, and leave out the batches since then."""
@@ -218,12 +225,12 @@ class Trainer:
         self.store.wait()
         state = self._load_latest()
         if state is None:
-            raise TrainingError(f"{reason}There is no training state to return to.")
+            raise TrainingError(f"{reason} There is no training state to return to.")
         self.load_state(state)
         self.progress.rollbacks = rollbacks
         self.progress.left_out.append([self.progress.step, reached])
         self.context.reporter.message(
-            f"{reason}The run returns to step {self.progress.step} and leaves out the batches up to step {reached}."
+            f"{reason} The run returns to step {self.progress.step} and leaves out the batches up to step {reached}."
         )
 
     # -- evaluation --------------------------------------------------------------------------------------------------
@@ -313,7 +320,7 @@ class Trainer:
 
     def _lr(self) -> float:
         # Layer decay scales the rates of groups down; the largest is the nominal one.
-        return max(group["lr"] for group in self.optimizer.param_groups)
+        return max(group["lr"] for group in self._trained.optimizer.param_groups)
 
     def _write_row(self, metrics: Metrics) -> Metrics:
         """Write a row of metrics.jsonl, and return it."""
@@ -340,20 +347,10 @@ class Trainer:
             self.store.save(state, self.progress.step, self.progress.best_step)
 
     def state(self) -> dict[str, Any]:
-        """Return everything that a resumed run needs, as tensors and plain containers; called by all processes together.
-
-        It holds no state of random generators, because all random numbers are functions of seed, step and position.
-        """
+        """Return everything that a resumed run needs, as tensors and plain containers; all processes call this together."""
         self._share_unreadable()
-        self.progress.skipped, self.progress.skipped_in_a_row, _ = self.step.skipped()
         return {
-            "model": self.model.state_dict(),
-            "ema": None if self.average is None else self.average.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "sparsity": self.sparsity.state(),
-            "meters": self.step.meter.state(self.context.processes),
-            "progress": self.progress.state(),
+            **self.components.state(self.context.processes),
             "total_steps": self.length.steps,
             "metrics_rows": self.log.rows,
             "world_size": self.context.processes.world_size,
@@ -390,32 +387,7 @@ class Trainer:
         """
         self.context.folder.check_own(state, self.context.settings)
         self.context.folder.check_same_data(state["data"], self.context.fingerprint)
-        self.model.load_state_dict(state["model"])
-        if self.average is not None:
-            self.average.module.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.sparsity.load_state(state.get("sparsity"))
-        self.step.meter.load_state(state["meters"], self.context.processes)
-        self.progress = Progress.from_state(state["progress"])
-        self.step.set_skipped(self.progress.skipped, self.progress.skipped_in_a_row)
+        self.components.load_state(state, self.context.processes)
         if self.context.processes.is_main:
             self.log.truncate(state["metrics_rows"])
-        self.context.processes.require_equal(self.model)
         self._batches = None
-
-
-def _autocast(precision: str, device: torch.device) -> Callable[[], AbstractContextManager]:
-    """Return a function that creates the context of a forward pass in `precision`.
-
-    Raises:
-        ConfigError: the precision is not available on the device.
-    """
-    if precision == "fp32":
-        return nullcontext
-    if precision == "fp16" and device.type != "cuda":
-        raise ConfigError(
-            f"loop.precision is 'fp16', which needs a CUDA device, but the device is {device}. Use bf16 or fp32."
-        )
-    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    return lambda: torch.autocast(device.type, dtype=dtype)

@@ -9,6 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from widekernel.data.batches import Batch
+from widekernel.engine.config import TrainingConfig
+
+REMEDIES = (
+    "Lower optimizer.lr, set optimizer.clip_grad, or use precision bf16 or fp32, in another output folder; or let the run "
+    "return to its last training state and leave out the batches since then, with faults.rollbacks."
+)
+"""What the user can do about steps that are not finite."""
 
 
 def first_nonfinite(losses: Mapping[str, Tensor], batch: Batch | None, model: nn.Module) -> str:
@@ -50,3 +57,19 @@ def _described(name: str, value: Tensor) -> str:
         number = int(bad.sum())
     kind = "NaN" if bool(value.isnan().any()) else "infinite"
     return f"{name} ({kind} in {number:,} of {value.numel():,} values)"
+
+
+def too_many_skipped(number: int, step: int, what: str, config: TrainingConfig) -> str:
+    """Return the reason why the run cannot go on.
+
+    Args:
+        number: steps in a row that were not finite.
+        step: the last of them.
+        what: what was not finite in it.
+        config: settings of the run.
+    """
+    rates = f"optimizer.lr is {config.optimizer.lr} and optimizer.clip_grad {config.optimizer.clip_grad}"
+    return (
+        f"{number} training step(s) in a row, up to step {step}, were not finite, but faults.max_skipped is "
+        f"{config.faults.max_skipped}. In the last one, {what} was not; {rates}."
+    )

@@ -1,8 +1,8 @@
 """One optimizer step: gradients of several forward passes, a check that everything is finite, and the step itself.
 
-Whether a step is made is decided by all processes together, before anything changes. Usually the host reads that decision. On
-CUDA it does not wait: a fused optimizer skips the step on the device, and the number of skipped steps is read when a row of
-metrics is written (`deferred`).
+All processes decide together whether a step is made, before anything changes. Usually the host reads that decision. On CUDA,
+it does not wait: a fused optimizer skips the step on the device, and the number of skipped steps is read when a row of metrics
+is written (`deferred`).
 """
 
 from __future__ import annotations

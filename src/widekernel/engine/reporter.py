@@ -62,7 +62,7 @@ class Reporter(Protocol):
         Args:
             step: optimizer steps done.
             metrics: what was measured.
-            values: the results by the metrics' names; those of the averaged weights, if there are any, by `ema_` and the name.
+            values: the results by the metrics' names; those of averaged weights, if there are any, by `ema_` and the name.
         """
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from widekernel.data.loading import Batch
+from widekernel.data import Batch
 from widekernel.engine.metrics import Metric
 from widekernel.engine.processes import Processes
 

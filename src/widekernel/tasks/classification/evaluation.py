@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from widekernel.data.batches import Batch
+from widekernel.data import Batch, EvaluationLoader
 from widekernel.engine.evaluation import EvaluationOptions
 from widekernel.engine.evaluation import evaluate as evaluate_task
 from widekernel.engine.metrics import Metric
@@ -89,7 +88,7 @@ class Accuracy(Evaluator):
 
 
 def evaluate(
-    model: nn.Module, loader: DataLoader, options: EvaluationOptions, accuracy: Accuracy | None = None
+    model: nn.Module, loader: EvaluationLoader, options: EvaluationOptions, accuracy: Accuracy | None = None
 ) -> Evaluation | None:
     """Evaluate `model` in evaluation mode and full precision, and restore the mode of every module afterwards.
 

@@ -195,8 +195,8 @@ def _require_same_data(sources: tuple[ImageSource, ImageSource], processes: Proc
     for rank, counts in enumerate(found):
         if counts != found[0]:
             raise ConfigError(
-                f"Process {rank} finds {counts[0]} training and {counts[1]} held-out images in data.root, but process 0 finds "
-                f"{found[0][0]} and {found[0][1]}. Give all hosts the same data."
+                f"Process {rank} finds {counts[0]} training and {counts[1]} held-out images, but process 0 finds "
+                f"{found[0][0]} and {found[0][1]}. Give all hosts the same data (data.root)."
             )
 
 
