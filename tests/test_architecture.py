@@ -34,6 +34,7 @@ FOLDERS = [
     "analysis",
     "bench",
     "recipes",
+    "launch",
     "cli",
 ]
 HANDED_A_MODEL = ["sparsity", "data", "engine"]
@@ -233,6 +234,26 @@ def test_kernels_for_gpus_are_loaded_only_to_be_launched() -> None:
         file for file in FILES if any("ops.gpu.kernels" in name for name in imported(ast.parse(file.read_text()), ""))
     ]
     assert [relative(file) for file in importing] == ["ops/gpu/launch.py", "ops/gpu/launch_weight_grad.py"]
+
+
+def uses_torch_distributed(tree: ast.Module) -> bool:
+    """Return whether a file imports `torch.distributed`, or uses it as an attribute of `torch`."""
+    attributes = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr == "distributed"]
+    reached = any(isinstance(n.value, ast.Name) and n.value.id == "torch" for n in attributes)
+    return reached or any(name.split(".")[:2] == ["torch", "distributed"] for name in imported(tree, "widekernel.any"))
+
+
+@pytest.mark.parametrize(
+    "text", ["import torch.distributed as d", "from torch import distributed", "import torch\ntorch.distributed.barrier()"]
+)
+def test_uses_of_torch_distributed_are_found(text: str) -> None:
+    assert uses_torch_distributed(ast.parse(text))
+
+
+def test_few_modules_use_torch_distributed() -> None:
+    """The engine in one, and dynamic sparsity, which users also combine with training loops of their own."""
+    using = [relative(file) for file in FILES if uses_torch_distributed(ast.parse(file.read_text()))]
+    assert using == ["engine/distributed.py", "sparsity/dynamic/processes.py"]
 
 
 @pytest.mark.parametrize("name", FOR_EVERYBODY)
