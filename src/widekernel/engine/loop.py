@@ -237,7 +237,7 @@ class Trainer:
         if not self.context.processes.is_main:
             return
         self.log.sync()
-        self.store.save(self.state(), self.progress.step, self.progress.best_step)
+        self.store.save_now(self.state(), self.progress.step, self.progress.best_step)
 
     def state(self) -> dict[str, Any]:
         """Return everything that a resumed run needs, as tensors and plain containers.
