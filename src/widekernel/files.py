@@ -2,13 +2,20 @@
 
 import hashlib
 import os
-import threading
+import platform
+import re
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from widekernel.errors import WidekernelError
+
+_TEMPORARY = re.compile(r"\.tmp\.(?P<host>[\w-]+)\.(?P<pid>\d+)\.[0-9a-f]{8}$")
+_ABANDONED = 3600  # seconds after which an unchanged temporary file belongs to nobody
+_CHUNK = 1 << 22  # bytes
+_being_written: set[Path] = set()
 
 
 def write_atomically(
@@ -36,7 +43,8 @@ def replace_atomically(
     to is replaced, not the link.
     """
     path = path.resolve()
-    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}.{threading.get_ident()}")
+    temporary = path.with_name(f"{path.name}.tmp.{_host()}.{os.getpid()}.{secrets.token_hex(4)}")
+    _being_written.add(temporary)
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
@@ -51,7 +59,44 @@ def replace_atomically(
         with suppress(OSError):  # if nothing could be written, there is nothing to remove
             temporary.unlink()
         raise
+    finally:
+        _being_written.discard(temporary)
     sync_folder(path.parent)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files in `folder` whose writers have died.
+
+    A writer on this host is dead if its process is. Of another host, that is not known: its file is removed once it has not
+    been written to for an hour, compared with the latest change in the folder, so that the clocks of hosts do not matter.
+    """
+    now = folder.stat().st_mtime
+    for path in folder.glob("*.tmp.*"):
+        with suppress(FileNotFoundError):  # its writer has finished
+            if path not in _being_written and (_is_dead(path.name) or now - path.stat().st_mtime > _ABANDONED):
+                path.unlink()
+
+
+def _host() -> str:
+    # The first part of a name tells hosts of a domain apart, and the end of it the members of a job.
+    return re.sub(r"[^\w-]", "-", platform.node().split(".")[0])[-40:] or "host"
+
+
+def _is_dead(name: str) -> bool:
+    """Return whether the process on this host that wrote the temporary file `name`, not being written here, has ended."""
+    match = _TEMPORARY.search(name)
+    if match is None or match["host"] != _host() or os.name != "posix":
+        return False
+    pid = int(match["pid"])
+    if pid == os.getpid():
+        return True  # of an earlier process with the same number
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        return False
+    return False
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -77,9 +122,10 @@ def sync_folder(folder: Path) -> None:
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 digest of a file in hexadecimal."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
+    buffer = bytearray(_CHUNK)
+    with path.open("rb", buffering=0) as file:
+        while length := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:length])
     return digest.hexdigest()
 
 

@@ -31,7 +31,7 @@ def files(tmp_path_factory):
     average["head.fc.bias"][0] += 1e6
     for step, ema in ((3, average), (4, None)):
         state = {"model": model.state_dict(), "ema": ema, "saved_model": SAVED.to_dict()}
-        CheckpointStore(folder / "checkpoints").save(state, step, None)
+        CheckpointStore(folder / "checkpoints").save_now(state, step, None)
     fill(folder, GOOD)
     return folder
 
