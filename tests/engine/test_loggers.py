@@ -1,0 +1,192 @@
+"""Logs of a run besides metrics.jsonl, the latter two with the real packages if they are installed."""
+
+import json
+import math
+import re
+import struct
+import sys
+import time
+
+import pytest
+
+from widekernel.engine.loggers import create_loggers, require_packages
+from widekernel.engine.logging_config import LoggingConfig
+from widekernel.engine.metrics_log import read_metrics
+from widekernel.engine.run_log import RunLog
+from widekernel.errors import ConfigError, WidekernelError
+
+
+class Recorder:
+    def __init__(self, fails_at=None):
+        self.name, self.fails_at, self.calls = "Recorder", fails_at, []
+
+    def _note(self, *call):
+        self.calls.append(call)
+        if call[0] == self.fails_at:
+            raise OSError("the network is down")
+
+    def resume(self, kept, logged):
+        self._note("resume", kept, logged)
+
+    def row(self, step, row):
+        self._note("row", step, row["train_loss"])
+
+    def flush(self):
+        self._note("flush")
+
+    def close(self, finished):
+        self._note("close", finished)
+
+
+def row(step, **more):
+    return {"epoch": 1, "step": step, "train_loss": 1 / step, "lr": 0.1, **more}
+
+
+def write_rows(path, loggers, keep, *steps, close=True):
+    log = RunLog(path, loggers)
+    log.truncate(keep)
+    for step in steps:
+        log.append(row(step))
+    log.sync()
+    if close:
+        log.close(finished=True)
+    return log
+
+
+def test_loggers_follow_metrics_jsonl(tmp_path):
+    path, first, second = tmp_path / "metrics.jsonl", Recorder(), Recorder()
+    log = write_rows(path, [first], 0, 2, 4, 6)
+    assert log.rows == 3
+    rows = [("row", 2, 0.5), ("row", 4, 0.25), ("row", 6, 1 / 6)]
+    assert first.calls == [("resume", 0, 0), *rows, ("flush",), ("close", True)]
+    write_rows(path, [second], 1, 4, close=False).close(finished=False)
+    assert second.calls == [("resume", 2, 6), ("row", 4, 0.25), ("flush",), ("close", False)]
+    assert [entry["step"] for entry in read_metrics(path)] == [2, 4]
+
+
+@pytest.mark.parametrize("fails_at", ["resume", "row", "flush", "close"])
+def test_a_logger_that_fails_is_off_and_said_once(tmp_path, fails_at):
+    messages, broken, sound = [], Recorder(fails_at), Recorder()
+    log = RunLog(tmp_path / "metrics.jsonl", [broken, sound], messages.append)
+    log.truncate(0)
+    for step in (1, 2):
+        log.append(row(step))
+        log.sync()
+    log.close(finished=True)
+    assert len(messages) == 1
+    assert re.search(r"Recorder is off .*OSError: the network is down.*metrics\.jsonl has all rows", messages[0])
+    names = [call[0] for call in broken.calls]
+    assert names.count(fails_at) == (2 if fails_at == "close" else 1) and names[-1] == "close"
+    assert [call[0] for call in sound.calls] == ["resume", "row", "flush", "row", "flush", "close"]
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
+
+
+def test_an_error_of_metrics_jsonl_reaches_the_run(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    recorder = Recorder()
+    with pytest.raises(WidekernelError, match="cannot be written"):
+        RunLog(tmp_path / "metrics.jsonl", [recorder]).append(row(1))
+    assert recorder.calls == []
+
+
+def test_settings():
+    assert create_loggers(LoggingConfig(), None, {}) == []
+    assert create_loggers(LoggingConfig(wandb_project="p", wandb_mode="disabled"), None, {}) == []
+    for changes, words in (
+        ({"wandb_mode": "offlin"}, "logging.wandb_mode.*Did you mean 'offline'"),
+        ({"wandb_mode": "offline"}, "set logging.wandb_project"),
+        ({"wandb_project": " "}, "logging.wandb_project is ' '"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            LoggingConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("config", "module", "extra"),
+    [(LoggingConfig(tensorboard=True), "torch.utils.tensorboard", "tensorboard"),
+     (LoggingConfig(wandb_project="p"), "wandb", "wandb")],
+)  # fmt: skip
+def test_a_missing_package_is_an_error_with_the_command(config, module, extra, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ConfigError, match=rf"package {extra} cannot be imported.*pip install 'widekernel\[{extra}\]'"):
+        require_packages(config)
+
+
+def test_tensorboard_shows_no_step_twice_and_loses_none(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def make():
+        return create_loggers(LoggingConfig(tensorboard=True), tmp_path, {})
+
+    path = tmp_path / "metrics.jsonl"
+    write_rows(path, make(), 0, 2, 4, 6, close=False)  # a process that dies here has flushed three rows
+    log = RunLog(path, make())
+    log.truncate(2)
+    for entry in (row(6, val_top1=math.nan), row(8, val_top1=60.0, note="no number", flag=True)):
+        log.append(entry)
+    log.close(finished=True)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train_loss")] == [2, 4, 6, 8]
+    assert [event.value for event in events.Scalars("val_top1")][1] == 60
+    assert set(events.Tags()["scalars"]) == {"epoch", "train_loss", "lr", "val_top1"}
+
+
+def wandb_records(path):
+    """Yield the records of a .wandb file, whose format is that of LevelDB's logs after a header of 7 bytes."""
+    data, at, record = path.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if (left := 32768 - at % 32768) < 7:  # the end of a block is padded
+            at += left
+            continue
+        length, part = struct.unpack_from("<xxxxHB", data, at)
+        record += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if part in (1, 4):  # a whole record, or the last part of one
+            yield record
+            record = b""
+
+
+def wandb_contents(folder):
+    """Return the steps, configuration and identifiers in the files of offline runs, oldest first."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    steps, settings, identifiers = [], {}, []
+    for file in sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns):
+        for record in map(Record.FromString, wandb_records(file)):
+            if record.HasField("history"):
+                steps.append(record.history.step.num)
+            if record.HasField("run"):
+                identifiers.append(record.run.run_id)
+                settings.update({item.key: json.loads(item.value_json) for item in record.run.config.update})
+    return steps, settings, identifiers
+
+
+def test_wandb_offline_continues_the_same_run(tmp_path, capfd):
+    pytest.importorskip("wandb")
+    messages = []
+
+    def make():
+        config = LoggingConfig(wandb_project="tests", wandb_mode="offline")
+        return create_loggers(config, tmp_path, {"seed": 3, "loop": {"batch_size": 8}}, messages.append)
+
+    path = tmp_path / "metrics.jsonl"
+    write_rows(path, make(), 0, 2, 4, 6)
+    time.sleep(1.01)  # the name of a folder of wandb has the second in it
+    write_rows(path, make(), 2, 6, 8)  # step 6 was sent before
+    steps, settings, identifiers = wandb_contents(tmp_path)
+    assert steps == [2, 4, 6, 8]
+    assert settings["seed"] == 3 and settings["loop"] == {"batch_size": 8}
+    assert len(identifiers) >= 2 and set(identifiers) == {json.loads((tmp_path / "wandb.json").read_text())["id"]}
+    assert messages == []
+    assert capfd.readouterr() == ("", "")
+
+
+def test_wandb_online_needs_an_account(monkeypatch, tmp_path):
+    pytest.importorskip("wandb")
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(ConfigError, match="no API key: run `wandb login`"):
+        require_packages(LoggingConfig(wandb_project="p"))
