@@ -34,6 +34,7 @@ FOLDERS = [
     "analysis",
     "bench",
     "recipes",
+    "launch",
     "cli",
 ]
 HANDED_A_MODEL = ["sparsity", "data", "engine"]
