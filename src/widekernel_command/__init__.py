@@ -9,3 +9,10 @@ def main() -> int:
     from widekernel.cli.main import main as run
 
     return run()
+
+
+def run_task(task: dict) -> None:
+    """Run one process of a cluster job; `widekernel.launch.task` describes `task`. Submitted jobs name this function."""
+    from widekernel.launch.task import run_task as run
+
+    run(task)

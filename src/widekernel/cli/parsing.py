@@ -15,8 +15,8 @@ from widekernel.cli.paths import expand_paths
 from widekernel.errors import ConfigError, nearest
 from widekernel.settings import flatten
 
-FREE_KEYS = ("model.args", "model_args")
-"""Keys whose contents depend on the model: everything below them is accepted."""
+FREE_KEYS = ("model.args", "model_args", "slurm.sbatch")
+"""Keys whose contents depend on the model or the cluster: everything below them is accepted."""
 _OF_THE_COMMAND_LINE = {"config", "print_config"}
 """Options that a file of settings cannot contain."""
 

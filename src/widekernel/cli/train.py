@@ -13,6 +13,9 @@ import yaml
 from widekernel.cli.console import ConsoleReporter, result_console
 from widekernel.cli.parsing import build, new_parser, parse, parse_given, read_settings, typed
 from widekernel.engine.interrupts import Interrupted
+from widekernel.engine.run_folder import RunFolder
+from widekernel.launch.slurm import is_in_a_task, submit
+from widekernel.launch.slurm_config import SlurmConfig
 from widekernel.recipes import load_recipe
 from widekernel.tasks.classification.config import TrainConfig
 
@@ -32,6 +35,9 @@ def run(arguments: list[str]) -> int:
         sys.stdout.write(yaml.safe_dump(parse_config(arguments).to_dict(), sort_keys=False))
         return 0
     config = parse_config(arguments)
+    job = None if is_in_a_task() else parse_slurm(arguments)
+    if job is not None:
+        return submit_training(job, arguments, config)
     from widekernel.tasks.classification.run import train
 
     with ConsoleReporter() as reporter:
@@ -52,6 +58,7 @@ def make_parser() -> jsonargparse.ArgumentParser:
     parser.add_argument("--config", action="append", help="YAML file with settings; may be repeated")
     parser.add_argument("--print_config", action="store_true", help="print the settings as YAML, and exit")
     parser.add_class_arguments(TrainConfig, as_group=False)
+    parser.add_class_arguments(SlurmConfig, "slurm")
     return parser
 
 
@@ -70,12 +77,50 @@ def parse_config(arguments: list[str]) -> TrainConfig:
     recipe = next((name for name in reversed(named) if name is not None), None)
     layers = files if recipe is None else [load_recipe(recipe).settings, *files]
     values = parse(parser, arguments, layers)
-    for key in ("recipe", "config", "print_config"):
+    for key in ("recipe", "config", "print_config", "slurm"):
         del values[key]
     values["model"]["args"] = typed(values["model"]["args"])
     if values["output"] is None:
         values["output"] = str(Path("runs") / (recipe or values["model"]["name"]))
     return build(TrainConfig, values)
+
+
+def parse_slurm(arguments: list[str]) -> SlurmConfig | None:
+    """Return the settings of the job that `arguments` and their files ask for; `None` if they hold no `slurm` settings.
+
+    Raises:
+        ConfigError: a setting is unknown, unreadable, of the wrong type or out of range.
+    """
+    parser = make_parser()
+    given = parse_given(parser, arguments)
+    files = [read_settings(path, parser) for path in given.get("config") or []]
+    if not any("slurm" in settings for settings in (*files, given)):
+        return None
+    return build(SlurmConfig, parse(parser, arguments, files)["slurm"], "slurm")
+
+
+def submit_training(job: SlurmConfig, arguments: list[str], config: TrainConfig) -> int:
+    """Submit the training with the settings `config`, which `arguments` describe, as a cluster job.
+
+    Returns:
+        the exit code: 0 if the job was submitted, or, if it is followed, if the run finished; else 1.
+
+    Raises:
+        RunFolderError: the folder belongs to another run.
+        SubmissionError: the job cannot be submitted.
+    """
+    folder = RunFolder(config.output or "runs")
+    folder.prepare(config.to_dict())
+    if folder.read_summary() is not None:
+        result_console().print(f"The run in {folder.path} is already finished; no job was submitted.", soft_wrap=True)
+        return 0
+    submitted = submit(job, ["train", *arguments], folder.path)
+    sys.stdout.write(submitted.describe() + "\n")
+    sys.stdout.flush()
+    if not job.follow:
+        return 0
+    finished = submitted.follow(lambda text: (sys.stdout.write(text), sys.stdout.flush()))
+    return 0 if finished else 1
 
 
 def print_result(result: RunResult) -> None:

@@ -1,5 +1,6 @@
 """Stopping between two steps when the user or the cluster requests it."""
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -17,19 +18,29 @@ class Interrupted(Exception):  # noqa: N818 - a request that was granted, not an
         self.signal_number = signal_number
 
 
-def _stop_signals() -> list[int]:
-    """Return SIGINT, SIGTERM and SIGHUP (sent by a closing terminal), unless SIGHUP is ignored, as under nohup."""
-    hangup = getattr(signal, "SIGHUP", None)
-    if hangup is None or signal.getsignal(hangup) == signal.SIG_IGN:
-        return [signal.SIGINT, signal.SIGTERM]
-    return [signal.SIGINT, signal.SIGTERM, hangup]
+_IN_A_JOB = ("SLURM_JOB_ID", "SUBMITIT_EXECUTOR")
+"""Variables of the environment that SLURM and submitit set in the processes of a job."""
+
+
+def stop_signals() -> list[int]:
+    """Return the signals that ask a run to stop, as far as the system has them.
+
+    They are SIGINT, SIGTERM, SIGHUP (sent by a closing terminal; not if it is ignored, as under nohup), SIGUSR1 (sent by
+    batch schedulers before the time limit) and, inside a job of SLURM or submitit, SIGUSR2, which submitit asks SLURM for.
+    """
+    names = ["SIGINT", "SIGTERM", "SIGUSR1"]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        names.append("SIGHUP")
+    if any(name in os.environ for name in _IN_A_JOB):
+        names.append("SIGUSR2")
+    return [getattr(signal, name) for name in names if hasattr(signal, name)]
 
 
 class InterruptGuard:
-    """Context manager that remembers the first SIGINT, SIGTERM or SIGHUP; a second SIGINT raises immediately.
+    """Context manager that remembers the first signal that asks to stop; a second SIGINT raises immediately.
 
-    The former handlers are restored at the end of the block. Outside the main thread, signals cannot be caught, and the
-    guard does nothing.
+    `stop_signals` lists the signals. The former handlers are restored at the end of the block. Outside the main thread,
+    signals cannot be caught, and the guard does nothing.
 
     Attributes:
         received: the signal, or `None`.
@@ -41,15 +52,17 @@ class InterruptGuard:
 
     def __enter__(self) -> "InterruptGuard":
         if threading.current_thread() is threading.main_thread():
-            for number in _stop_signals():
+            for number in stop_signals():
                 self._former[number] = signal.signal(number, self._remember)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._former.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            # A handler that was not installed from Python is unknown to it, and cannot be restored.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # type: ignore[arg-type]
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = number
+        if self.received is None:
+            self.received = number

@@ -1,0 +1,1 @@
+"""Starting of processes and cluster jobs; nothing here knows of models."""
