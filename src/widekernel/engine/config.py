@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from widekernel.engine.logging_config import LoggingConfig
+from widekernel.engine.write_policy import OnFailure
 from widekernel.errors import ConfigError
 from widekernel.settings import require, require_finite, require_literals, require_one_of
 from widekernel.sparsity import DynamicSparsityConfig
@@ -207,14 +209,20 @@ class CheckpointConfig:
         every_epochs: epochs between training states
         every_steps: optimizer steps between additional training states; null saves only at the end of epochs
         keep: number of latest training states to keep; the best one is always kept as well
+        on_failure: what happens if a file of the run cannot be written: stop, or continue without it
+        max_failures: failures in a row after which continue stops, too
     """
 
     every_epochs: int = 1
     every_steps: int | None = None
     keep: int = 2
+    on_failure: OnFailure = "stop"
+    max_failures: int = 5
 
     def __post_init__(self) -> None:
+        require_literals(self, "checkpoint")
         require(self.every_epochs > 0, "checkpoint.every_epochs", self.every_epochs, "positive")
+        require(self.max_failures > 0, "checkpoint.max_failures", self.max_failures, "positive")
         ok = self.every_steps is None or self.every_steps > 0
         require(ok, "checkpoint.every_steps", self.every_steps, "positive")
         require(self.keep >= 2, "checkpoint.keep", self.keep, "2 or more, so that a damaged file has a predecessor")
@@ -271,6 +279,7 @@ class TrainingConfig:
     max_unreadable: int
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     faults: FaultConfig = field(default_factory=FaultConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
     sparsity: SparsityConfig = field(default_factory=SparsityConfig)
 
 

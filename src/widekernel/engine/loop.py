@@ -16,24 +16,29 @@ from widekernel.data.loading import EvaluationLoader, TrainingLoader
 from widekernel.engine.autocast import make_autocast
 from widekernel.engine.average import Average
 from widekernel.engine.checkpoint import CheckpointStore
+from widekernel.engine.curves import save_curves
 from widekernel.engine.components import Components
 from widekernel.engine.config import Metrics, TrainingConfig
-from widekernel.engine.curves import save_curves
 from widekernel.engine.error_context import LoadingError, NetworkError, TrainingError, errors_as
 from widekernel.engine.evaluation import EvaluationOptions, evaluate
 from widekernel.engine.interrupts import Interrupted, InterruptGuard
-from widekernel.engine.metrics_log import MetricsLog, read_metrics
+from widekernel.engine.loggers import create_loggers
+from widekernel.engine.metrics_log import read_metrics
+from widekernel.engine.run_log import RunLog
 from widekernel.engine.nonfinite import REMEDIES, too_many_skipped
 from widekernel.engine.optimization import create_optimizer, create_schedule
 from widekernel.engine.optimizer_step import OptimizerStep, Trained, can_be_deferred
 from widekernel.engine.preflight import check_run_length
 from widekernel.engine.progress import Progress
 from widekernel.engine.randomness import generators_restored
+from widekernel.engine.rates import Rates
 from widekernel.engine.reporter import RunLength
 from widekernel.engine.run_context import RunContext
 from widekernel.engine.sparsification import create_sparsification
 from widekernel.engine.task import Position, Task
+from widekernel.engine.synced_norms import convert_batch_norms
 from widekernel.engine.unreadable import check_unreadable
+from widekernel.engine.write_policy import WritePolicy
 from widekernel.errors import DataError
 
 
@@ -83,8 +88,19 @@ class Trainer:
         self.components = self._make_components(model)
         self.model, self.sparsity, self.average = model, self._trained.sparsity, self._trained.average
         self.schedule = create_schedule(self._trained.optimizer, config.schedule, self.length)
-        self.store = CheckpointStore(context.folder.checkpoints, config.checkpoint.keep, context.reporter.message)
-        self.log = MetricsLog(context.folder.metrics)
+        saving = config.checkpoint
+        self.policy = WritePolicy(saving.on_failure, saving.max_failures, context.reporter.message)
+        self.store = CheckpointStore(
+            context.folder.checkpoints,
+            saving.keep,
+            context.reporter.message,
+            policy=self.policy,
+            world_size=context.processes.world_size,
+            settings=context.settings,
+        )
+        loggers = create_loggers(config.logging, context.folder.path, context.settings, context.reporter.message)
+        self.log = RunLog(context.folder.metrics, loggers if context.processes.is_main else (), context.reporter.message)
+        self.rates = Rates(context.device)
         self._batches: tuple[int, Iterator[Batch]] | None = None  # the step that comes next, and what it is made of
         self._vote: Callable[[], bool] = lambda: False
 
@@ -133,14 +149,17 @@ class Trainer:
         self._resume_or_start()
         self.context.reporter.start_training(self.length, self.progress.step)
         with InterruptGuard() as guard, generators_restored():
+            self.rates.reset()
             try:
                 while self.progress.evaluated < self.length.steps:
                     if self._evaluation_due():
-                        self._evaluate_and_save(guard)
+                        with self.rates.excluded():
+                            self._evaluate_and_save(guard)
                     else:
                         self._train_step(guard)
-            finally:
                 self.store.wait()
+            finally:
+                self.log.close(self.progress.evaluated == self.length.steps)
 
     def _evaluation_due(self) -> bool:
         step = self.progress.step
@@ -157,13 +176,17 @@ class Trainer:
             return
         number = self.progress.step + 1
         self.model.train()
-        with errors_as(LoadingError, f"Loading the images of training step {number}"):
+        note = self.context.processes.note
+        note(self.progress.step, f"loading the images of step {number}")
+        with errors_as(LoadingError, f"Loading the images of training step {number}"), self.rates.loading():
             batches = self._next_batches()
+        note(self.progress.step, f"training step {number}")
         with errors_as(NetworkError, f"Training step {number}"):
             self.schedule.step_update(self.progress.step)
             moved = (batch.to(self.context.device, self._memory_format) for batch in batches)
             made = self.step.make(moved, self._positions())
             self.step.average(number, made)
+        self.rates.stepped(self.data.train.plan.batch_size)
         if self.progress.step == 0 and self.context.processes.is_main:
             self.context.folder.begin()
             self.log.truncate(0)
@@ -183,7 +206,8 @@ class Trainer:
         due = step == 1 or (every is not None and step % every == 0)
         stop = self._stop_after_step(guard)
         if due or stop:
-            self.save()
+            with self.rates.excluded():
+                self.save()
         if stop:
             self._stop(guard)
 
@@ -236,7 +260,6 @@ class Trainer:
     # -- evaluation --------------------------------------------------------------------------------------------------
 
     def _evaluate_and_save(self, guard: InterruptGuard) -> None:
-        self.store.wait()  # so that no process is forked while a state is being written
         values = self._evaluate(guard)
         if values is None:
             # The saved state is after the last step, so the resumed run begins with the evaluation.
@@ -258,7 +281,8 @@ class Trainer:
         if is_best or done or (rest == 0 and epochs % self.config.checkpoint.every_epochs == 0):
             self.save()
         if self.context.processes.is_main:
-            save_curves(read_metrics(self.context.folder.metrics), self.task.metrics, self.context.folder.curves)
+            with self.policy.attempt("curves.png"):
+                save_curves(read_metrics(self.context.folder.metrics), self.task.metrics, self.context.folder.curves)
 
     def _evaluate(self, guard: InterruptGuard) -> Metrics | None:
         context = self.context
@@ -276,6 +300,7 @@ class Trainer:
         values: Metrics = {}
         for prefix, (network, name) in networks.items():
             context.processes.synchronize_buffers(network)
+            context.processes.note(self.progress.step, f"evaluating the {name}")
             found = evaluate(network, self.data.held_out, self.task.evaluator(), options, name)
             if found is None:
                 return None
@@ -332,18 +357,21 @@ class Trainer:
             row.update({f"train_loss_{name}": value for name, value in losses.items()})
         if self.progress.skipped:
             row["skipped_steps"] = self.progress.skipped
-        row.update(self.sparsity.figures(), **metrics)
+        row.update(self.sparsity.figures(), **self.rates.figures(), **metrics)
         if self.context.processes.is_main:
-            self.log.append(row)
+            with self.policy.attempt("metrics.jsonl"):
+                self.log.append(row)
         return row
 
     # -- training states ---------------------------------------------------------------------------------------------
 
     def save(self) -> None:
         """Write the training state after the steps done so far; all processes call this together."""
+        self.context.processes.note(self.progress.step, "saving")
         state = self.state()
         if self.context.processes.is_main:
-            self.log.sync()
+            with self.policy.attempt("metrics.jsonl"):
+                self.log.sync()
             self.store.save(state, self.progress.step, self.progress.best_step)
 
     def state(self) -> dict[str, Any]:
@@ -361,7 +389,10 @@ class Trainer:
         }
 
     def _load_latest(self) -> dict[str, Any] | None:
-        return self.store.load_latest() if self.context.folder.has_begun() else None
+        """Return the newest training state, which the first process chooses; `None` if there is none."""
+        folder, processes = self.context.folder, self.context.processes
+        chosen = processes.from_main(lambda: self.store.choose(resume=True) if folder.has_begun() else None)
+        return None if chosen is None else self.store.load(chosen)
 
     def _resume_or_start(self) -> None:
         state = self._load_latest()

@@ -16,6 +16,7 @@ from widekernel.engine.config import (
     TrainingConfig,
     check_averaging,
 )
+from widekernel.engine.logging_config import LoggingConfig
 from widekernel.errors import ConfigError
 from widekernel.settings import require
 from widekernel.sparsity.semi_structured.config import SEMI_STRUCTURED
@@ -69,6 +70,7 @@ class TrainConfig:
         evaluation: when the network is evaluated
         checkpoint: training states
         faults: what happens when losses or gradients are not finite
+        logging: logs besides metrics.jsonl
         sparsity: sparsity of the weights
     """
 
@@ -85,6 +87,7 @@ class TrainConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     faults: FaultConfig = field(default_factory=FaultConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
     sparsity: SparsityConfig = field(default_factory=SparsityConfig)
 
     def __post_init__(self) -> None:
@@ -121,6 +124,7 @@ class TrainConfig:
             evaluation=self.evaluation,
             checkpoint=self.checkpoint,
             faults=self.faults,
+            logging=self.logging,
             max_unreadable=self.data.max_unreadable,
             sparsity=self.sparsity,
         )

@@ -1,0 +1,3 @@
+"""placeholder"""
+def convert_batch_norms(model, processes):
+    return model
