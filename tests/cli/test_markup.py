@@ -14,6 +14,8 @@ import widekernel.cli
 from widekernel.cli import console
 from widekernel.cli.main import main
 from widekernel.data import Preprocessing
+from widekernel.engine.metrics import Metric
+from widekernel.engine.reporter import RunLength
 from widekernel.tasks.assembly import build_model
 from widekernel.tasks.saved import SavedModel, save_model
 
@@ -36,13 +38,19 @@ def test_text_is_not_read_as_markup(make, text: str, capsys: pytest.CaptureFixtu
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_progress_bars_do_not_read_markup(text: str) -> None:
-    page = Console(width=200, file=io.StringIO(), markup=False, emoji=False)
+    page = Console(width=200, file=io.StringIO(), markup=False, emoji=False, force_terminal=True)
     reporter = console.ConsoleReporter(page)
+    reporter.start_training(RunLength(10, 5), 0)
+    reporter.step(1, {f"train_loss_{text}": 1.0})
     reporter.start_evaluation(3, text)
     reporter.message(text)
-    page.print(reporter._progress.make_tasks_table(reporter._progress.tasks))
+    reporter.evaluation(5, (Metric("name", text, text),), {"name": 0.5})
+    plain = Console(width=200, file=io.StringIO(), markup=False, emoji=False)
+    for part in reporter._progress.get_renderables():
+        plain.print(part)
     reporter._progress.stop()
-    assert page.file.getvalue().count(text) >= 2
+    assert page.file.getvalue().count(text) >= 3
+    assert plain.file.getvalue().count(text) == 1
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)

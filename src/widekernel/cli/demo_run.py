@@ -27,7 +27,7 @@ from widekernel.engine import RunFolder
 from widekernel.engine.interrupts import Interrupted
 from widekernel.engine.metrics_log import read_metrics
 from widekernel.errors import WidekernelError
-from widekernel.tasks.classification.evaluation import EvaluationOptions, evaluate
+from widekernel.tasks.classification.evaluation import Accuracy, EvaluationOptions, evaluate
 from widekernel.tasks.classification.run import train
 from widekernel.tasks.folding import fold_and_check
 from widekernel.tasks.saved import SavedModel, restore_model, save_model
@@ -123,7 +123,8 @@ def _measure(name: str, model: nn.Module, source: ImageSource, saved: SavedModel
 
     samples = EvaluationSamples(source, OnImage(saved.preprocessing.eval_transform()), LabeledImages.collate)
     loader = EvaluationLoader(samples, 90, LoaderOptions(), Shard())
-    result = evaluate(model, loader, EvaluationOptions(torch.device("cpu"), max_unreadable=0, observe=observe))
+    options = EvaluationOptions(torch.device("cpu"), max_unreadable=0)
+    result = evaluate(model, loader, options, Accuracy(observe=observe))
     if result is None:
         raise DemoError("The evaluation was stopped.")
     return Measured(name, model, result.top1, torch.cat(predictions), torch.cat(targets))

@@ -18,7 +18,7 @@ from widekernel.engine.interrupts import Interrupted, InterruptGuard
 from widekernel.engine.run_folder import RunFolder
 from widekernel.tasks.assembly import choose_device
 from widekernel.tasks.classification.class_mapping import class_mapping, mapping_note
-from widekernel.tasks.classification.evaluation import Evaluation, EvaluationOptions, evaluate
+from widekernel.tasks.classification.evaluation import Accuracy, Evaluation, EvaluationOptions, evaluate
 from widekernel.tasks.classification.evaluation_data import changed_images_warning, location_of
 from widekernel.tasks.image_channels import input_channels, match_channels
 from widekernel.tasks.saved import SavedModel
@@ -49,9 +49,9 @@ def evaluate_on(
         ):
             reporter.message(note)
         how = EvaluationOptions(
-            device, data.max_unreadable, order, reporter=reporter, stop=lambda: guard.received is not None
+            device, data.max_unreadable, reporter=reporter, stop=lambda: guard.received is not None
         )
-        result = evaluate(model.to(device), loader, how)
+        result = evaluate(model.to(device), loader, how, Accuracy(order))
     if result is None:
         raise Interrupted(guard.received or 0)
     return result

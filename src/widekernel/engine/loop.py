@@ -16,15 +16,14 @@ from widekernel.data.loading import EvaluationLoader, TrainingLoader
 from widekernel.engine.autocast import make_autocast
 from widekernel.engine.average import Average
 from widekernel.engine.checkpoint import CheckpointStore
-from widekernel.engine.curves import save_curves
 from widekernel.engine.components import Components
 from widekernel.engine.config import Metrics, TrainingConfig
+from widekernel.engine.curves import save_curves
 from widekernel.engine.error_context import LoadingError, NetworkError, TrainingError, errors_as
 from widekernel.engine.evaluation import EvaluationOptions, evaluate
 from widekernel.engine.interrupts import Interrupted, InterruptGuard
 from widekernel.engine.loggers import create_loggers
 from widekernel.engine.metrics_log import read_metrics
-from widekernel.engine.run_log import RunLog
 from widekernel.engine.nonfinite import REMEDIES, too_many_skipped
 from widekernel.engine.optimization import create_optimizer, create_schedule
 from widekernel.engine.optimizer_step import OptimizerStep, Trained, can_be_deferred
@@ -34,9 +33,10 @@ from widekernel.engine.randomness import generators_restored
 from widekernel.engine.rates import Rates
 from widekernel.engine.reporter import RunLength
 from widekernel.engine.run_context import RunContext
+from widekernel.engine.run_log import RunLog
 from widekernel.engine.sparsification import create_sparsification
-from widekernel.engine.task import Position, Task
 from widekernel.engine.synced_norms import convert_batch_norms
+from widekernel.engine.task import Position, Task
 from widekernel.engine.unreadable import check_unreadable
 from widekernel.engine.write_policy import WritePolicy
 from widekernel.errors import DataError
@@ -274,7 +274,7 @@ class Trainer:
             progress.best, progress.best_step = value, progress.step
         row = self._write_row({**values, "train_unreadable": len(progress.unreadable)})
         self.context.reporter.step(progress.step, row)
-        self.context.reporter.evaluation(progress.step, self.task.metrics, values)
+        self.context.reporter.evaluation(progress.step, self.task.metrics, values, is_best)
         progress.evaluated = progress.step
         done = progress.step == self.length.steps
         epochs, rest = divmod(progress.step, self.length.steps_per_epoch)

@@ -56,13 +56,14 @@ class Reporter(Protocol):
     def evaluated(self, batches: int) -> None:
         """Report that `batches` more batches have been evaluated."""
 
-    def evaluation(self, step: int, metrics: tuple[Metric, ...], values: Mapping[str, float]) -> None:
+    def evaluation(self, step: int, metrics: tuple[Metric, ...], values: Mapping[str, float], is_best: bool = False) -> None:
         """Report the results of an evaluation after `step` steps.
 
         Args:
             step: optimizer steps done.
             metrics: what was measured.
-            values: the results by the metrics' names; those of averaged weights, if there are any, by `ema_` and the name.
+            values: the results by the metrics' names; those of the averaged weights, if there are any, by `ema_` and name.
+            is_best: whether the first metric (of the averaged weights, if there are any) is the best of the run so far.
         """
 
 
@@ -85,4 +86,6 @@ class SilentReporter(Reporter):
     def evaluated(self, batches: int) -> None: ...
 
     @override
-    def evaluation(self, step: int, metrics: tuple[Metric, ...], values: Mapping[str, float]) -> None: ...
+    def evaluation(
+        self, step: int, metrics: tuple[Metric, ...], values: Mapping[str, float], is_best: bool = False
+    ) -> None: ...

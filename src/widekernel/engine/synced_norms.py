@@ -1,3 +1,5 @@
 """placeholder"""
+
+
 def convert_batch_norms(model, processes):
     return model
