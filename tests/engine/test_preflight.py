@@ -11,13 +11,14 @@ from widekernel.data import AugmentConfig, DataConfig
 from widekernel.engine import EmaConfig, OptimizerConfig, ScheduleConfig
 from widekernel.engine.config import SparsityConfig
 from widekernel.engine.preflight import check_run_length, notes_on_workers
+from widekernel.engine.reporter import RunLength
 from widekernel.errors import ConfigError
 from widekernel.sparsity import DynamicSparsityConfig
 from widekernel.tasks.classification.config import TrainConfig
 
 
 def length(tmp_path, steps: int, **changes) -> list[str]:
-    return check_run_length(make_config(tmp_path, **{"ema": EmaConfig(), **changes}).training, steps)
+    return check_run_length(make_config(tmp_path, **{"ema": EmaConfig(), **changes}).training, RunLength(steps, steps))
 
 
 def test_an_average_that_stays_at_its_start_is_refused(tmp_path) -> None:

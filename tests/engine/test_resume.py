@@ -5,7 +5,7 @@ import signal
 
 import pytest
 import torch
-from tests.engine.tiny import array_source, make_config, make_trainer, states_equal
+from tests.engine.tiny import array_source, make_config, make_trainer, states_equal, without_timings
 
 from widekernel.engine import CheckpointConfig, Processes
 from widekernel.engine.interrupts import Interrupted
@@ -26,7 +26,7 @@ class KillAt:
     def message(self, text):
         self.messages.append(text)
 
-    def step(self, epoch, step, loss, lr):
+    def step(self, step, figures):
         if step == self.at:
             if self.signal_number is None:
                 raise Killed
@@ -38,7 +38,7 @@ class KillAt:
 
     def evaluated(self, *_): ...
 
-    def epoch(self, *_): ...
+    def evaluation(self, *_): ...
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def reference(tmp_path_factory):
     trainer = make_trainer(make_config(tmp_path_factory.mktemp("reference")))
     trainer.run()
     assert trainer.progress.step == 9
-    return trainer.state(), read_metrics(trainer.context.folder.metrics)
+    return trainer.state(), without_timings(read_metrics(trainer.context.folder.metrics))
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 4, 8, 9])
@@ -59,7 +59,7 @@ def test_killed_run_resumes_exactly(step, reference, tmp_path):
     resumed.run()
     state, rows = reference
     assert states_equal(resumed.state(), state)
-    assert read_metrics(resumed.context.folder.metrics) == rows
+    assert without_timings(read_metrics(resumed.context.folder.metrics)) == rows
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -79,27 +79,27 @@ def test_signal_saves_and_resumes_exactly(number, reference, tmp_path):
 def test_interrupt_during_evaluation_resumes_with_the_evaluation(reference, tmp_path):
     config = make_config(tmp_path)
     trainer = make_trainer(config)
-    evaluate, calls = trainer.objective.evaluate, []
+    evaluator, calls = trainer.task.evaluator, []
 
-    def interrupted_evaluate(model, name, stop):
-        calls.append(name)
+    def interrupted_evaluator():
+        calls.append(trainer.progress.step)
         if len(calls) == 3:  # the weights after epoch 2
             os.kill(os.getpid(), signal.SIGINT)
-        return evaluate(model, name, stop)
+        return evaluator()
 
-    trainer.objective.evaluate = interrupted_evaluate
+    trainer.task.evaluator = interrupted_evaluator
     with pytest.raises(Interrupted):
         trainer.run()
     resumed = make_trainer(config)
     resumed.run()
     assert states_equal(resumed.state(), reference[0])
-    assert read_metrics(resumed.context.folder.metrics) == reference[1]
+    assert without_timings(read_metrics(resumed.context.folder.metrics)) == reference[1]
 
 
 def test_a_signal_to_another_process_is_reported_as_sigterm(tmp_path):
     class Together(Processes):
-        def any(self, flag):
-            return True
+        def vote(self, flag):
+            return lambda: True
 
     trainer = make_trainer(make_config(tmp_path))
     object.__setattr__(trainer.context, "processes", Together())
@@ -136,7 +136,7 @@ def test_damaged_latest_state_falls_back_and_says_so(reference, tmp_path):
     resumed.run()
     assert any("damaged" in text and latest.name in text for text in reporter.messages)
     assert states_equal(resumed.state(), reference[0])
-    assert read_metrics(resumed.context.folder.metrics) == reference[1]
+    assert without_timings(read_metrics(resumed.context.folder.metrics)) == reference[1]
 
 
 def test_changed_data_is_refused(tmp_path):

@@ -3,12 +3,10 @@ import pickle
 import random
 from contextlib import contextmanager
 
-import numpy as np
 import pytest
 import torch
 
 from widekernel.engine.checkpoint import CheckpointStore, load_state
-from widekernel.engine.random_state import random_state, restore_random_state
 from widekernel.errors import CheckpointError
 from widekernel.files import sha256_of
 
@@ -183,15 +181,3 @@ def test_foreign_pickle_is_not_executed(store, tmp_path):
     with pytest.raises(CheckpointError, match="not a training state"):
         load_state(path)
     assert not (tmp_path / "executed").exists()
-
-
-def test_random_state_round_trip(tmp_path):
-    random.gauss(0, 1)
-    np.random.standard_normal()
-    torch.save(random_state(), tmp_path / "state.pt")
-    drawn = random.gauss(0, 1), random.random(), np.random.standard_normal(3), torch.rand(3)
-    restore_random_state(torch.load(tmp_path / "state.pt", weights_only=True))
-    again = random.gauss(0, 1), random.random(), np.random.standard_normal(3), torch.rand(3)
-    assert drawn[:2] == again[:2]
-    assert np.array_equal(drawn[2], again[2])
-    assert torch.equal(drawn[3], again[3])

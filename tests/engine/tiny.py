@@ -15,25 +15,27 @@ from widekernel.data import (
     LoaderOptions,
     OnImage,
     Preprocessing,
-    Shard,
     TrainingLoader,
     TrainingSamples,
 )
+from widekernel.data.seeding import scoped_seed
 from widekernel.data.sources import ArraySource
 from widekernel.engine import (
     CheckpointConfig,
     EmaConfig,
     LoopConfig,
     OptimizerConfig,
+    Processes,
     RunContext,
+    RunData,
     RunFolder,
     ScheduleConfig,
     Trainer,
 )
-from widekernel.engine.random_state import seed_run
+from widekernel.engine.randomness import MODEL_STREAM
+from widekernel.engine.rates import TIMING_KEYS
 from widekernel.tasks.classification.config import TrainConfig
-from widekernel.tasks.classification.evaluation import EvaluationOptions
-from widekernel.tasks.classification.run import Classification
+from widekernel.tasks.classification.task import Classification
 
 
 class TinyNet(nn.Module):
@@ -66,30 +68,44 @@ def make_config(output: Path, **changes) -> TrainConfig:
         "optimizer": OptimizerConfig(lr=5e-3, clip_grad=1.0),
         "schedule": ScheduleConfig(epochs=3, warmup_epochs=1),
         "ema": EmaConfig(decay=0.9),
-        "loop": LoopConfig(batch_size=4, accumulate=3, log_every=2, device="cpu"),
+        "loop": LoopConfig(batch_size=12, micro_batch=4, log_every=2, device="cpu"),
         "checkpoint": CheckpointConfig(),
     }
     return TrainConfig(output=str(output), seed=5, **{**settings, **changes})
 
 
-def make_trainer(config: TrainConfig, workers: int = 0, source: ArraySource | None = None, reporter=None) -> Trainer:
-    source = source or array_source()
+def make_trainer(
+    config: TrainConfig,
+    workers: int = 0,
+    source: ArraySource | None = None,
+    reporter=None,
+    model: nn.Module | None = None,
+    processes: Processes | None = None,
+) -> Trainer:
+    source, processes = source or array_source(), processes or Processes()
     folder = RunFolder(config.output)
     folder.prepare(config.to_dict())
-    seed_run(config.seed)
-    model = TinyNet()
+    with scoped_seed(MODEL_STREAM, config.seed):
+        model = model or TinyNet()
     preprocessing = Preprocessing(8, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), "bilinear", 1.0)
-    transform = OnImage(preprocessing.train_transform(config.augment))
-    samples = TrainingSamples(source, transform, config.seed, LabeledImages.collate)
-    plan = BatchPlan(config.loop.batch_size * config.loop.accumulate, config.loop.batch_size)
-    loader = TrainingLoader(samples, LoaderOptions(workers), plan)
-    held_out = EvaluationSamples(array_source(20), OnImage(preprocessing.eval_transform()), LabeledImages.collate)
-    held_out = EvaluationLoader(held_out, 8, LoaderOptions(), Shard())
-    options = EvaluationOptions(torch.device("cpu"), max_unreadable=0)
-    objective = Classification(config, 3, held_out, options)
+    transforms = OnImage(preprocessing.train_transform(config.augment)), OnImage(preprocessing.eval_transform())
+    samples = TrainingSamples(source, transforms[0], config.seed, LabeledImages.collate)
+    held_out = EvaluationSamples(array_source(20), transforms[1], LabeledImages.collate)
+    plan = BatchPlan(config.loop.batch_size, config.loop.micro_batch, processes.world_size)
+    data = RunData(
+        TrainingLoader(samples, LoaderOptions(workers), plan, processes.rank),
+        EvaluationLoader(held_out, 8, LoaderOptions(), processes.shard),
+    )
+    task = Classification(config.augment, config.label_smoothing, 3)
     extra = {} if reporter is None else {"reporter": reporter}
-    context = RunContext(folder, torch.device("cpu"), fingerprint={"images": len(source)}, **extra)
-    return Trainer(model, objective, loader, config.training, context)
+    fingerprint = {"images": len(source)}
+    context = RunContext(folder, torch.device("cpu"), processes=processes, fingerprint=fingerprint, **extra)
+    return Trainer(model, task, data, config.training, context)
+
+
+def without_timings(rows: list[dict]) -> list[dict]:
+    """Return rows of metrics without what depends on the machine."""
+    return [{key: value for key, value in row.items() if key not in TIMING_KEYS} for row in rows]
 
 
 def states_equal(left, right) -> bool:

@@ -14,9 +14,10 @@ from widekernel.errors import CheckpointError, WidekernelError
 from widekernel.tasks.assembly import build_model
 from widekernel.tasks.classification import run as classification
 from widekernel.tasks.classification.config import ModelConfig, TrainConfig
-from widekernel.tasks.results import SUMMARY_KEYS
 from widekernel.tasks.classification.run import train
+from widekernel.tasks.classification.task import Classification
 from widekernel.tasks.fingerprint import fingerprint
+from widekernel.tasks.results import summary_keys
 from widekernel.tasks.saved import SavedModel, save_model
 
 MODEL = "test_resnet"
@@ -33,7 +34,7 @@ class Listener(SilentReporter):
     def message(self, text):
         self.messages.append(text)
 
-    def step(self, epoch, step, loss, lr):
+    def step(self, step, figures):
         if step == self.kill_at:
             raise Killed
 
@@ -206,13 +207,13 @@ def test_an_empty_summary_is_explained(make):
         train(config)
     folder.summary.unlink()
     train(config)
-    assert folder.read_summary(SUMMARY_KEYS)
+    assert folder.read_summary(summary_keys(Classification))
 
 
 class Breaking(SilentReporter):
     """Simulates any error before the first step."""
 
-    def start_training(self, epochs, steps_per_epoch, first_step):
+    def start_training(self, length, first_step):
         raise Killed
 
 

@@ -12,7 +12,7 @@ from widekernel.engine import Processes, TrainingError
 from widekernel.errors import CheckpointError, DataError
 from widekernel.tasks.assembly import build_model, choose_device
 from widekernel.tasks.classification.class_mapping import class_mapping
-from widekernel.tasks.classification.evaluation import EvaluationOptions, evaluate
+from widekernel.tasks.classification.evaluation import Accuracy, EvaluationOptions, evaluate
 from widekernel.tasks.saved import SavedModel, read_saved, restore_model, save_model
 
 PREPROCESSING = Preprocessing(8, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), "bilinear", 1.0)
@@ -69,7 +69,7 @@ def test_processes_together_count_every_image_once():
 
     for rank in range(3):
         evaluate(model, loader(source, shard=Shard(rank, 3)), options(processes=Recording()))
-    right1, _, loss, images = torch.stack(parts).sum(0).tolist()
+    right1, _, loss, images = torch.stack([part for part in parts if len(part) == 4]).sum(0).tolist()
     assert images == 23
     assert 100 * right1 / 23 == pytest.approx(alone.top1)
     assert loss / 23 == pytest.approx(alone.loss)
@@ -148,7 +148,7 @@ def test_the_class_mapping_is_applied():
         shuffled = ByBrightness(3)
         for name in ("weight", "bias"):
             getattr(shuffled.head, name).copy_(getattr(model.head, name)[[2, 0, 1]])
-    assert evaluate(shuffled, loader(source), options(class_mapping=(1, 2, 0))).top1 == straight.top1
+    assert evaluate(shuffled, loader(source), options(), Accuracy((1, 2, 0))).top1 == straight.top1
 
 
 @pytest.mark.parametrize("form", ["training", "folded"])

@@ -33,7 +33,7 @@ class Listener(SilentReporter):
     def message(self, text: str) -> None:
         self.messages.append(text)
 
-    def step(self, epoch: int, step: int, loss: float, lr: float) -> None:
+    def step(self, step: int, figures: object) -> None:
         if step == self.stop_at:
             os.kill(os.getpid(), signal.SIGHUP)
 
@@ -95,7 +95,7 @@ def test_an_interrupted_run_is_reported_and_refuses_foreign_states(tmp_path: Pat
     for command in (["eval", str(run)], ["fold", str(run)], ["complexity", str(run)], ["sparsify", str(run)]):
         main(command)
         told = " ".join(capsys.readouterr().err.split())
-        assert "is unfinished: epoch 2 of 2." in told, (command, told)
+        assert "is unfinished: 3 of 4 steps are done." in told, (command, told)
     with pytest.raises(Interrupted):
         train(config(other, str(images), label_smoothing=0.2), Listener(stop_at=2))
     shutil.rmtree(other / "checkpoints")

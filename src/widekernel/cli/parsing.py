@@ -20,6 +20,12 @@ FREE_KEYS = ("model.args", "model_args", "slurm.sbatch")
 _OF_THE_COMMAND_LINE = {"config", "print_config"}
 """Options that a file of settings cannot contain."""
 
+_REPLACED = {
+    "loop.accumulate": "It was replaced: loop.batch_size is now the number of images per optimizer step (formerly "
+    "loop.batch_size × loop.accumulate), and loop.micro_batch the number per forward pass.",
+}
+"""Settings of earlier versions, and what takes their place."""
+
 T = TypeVar("T")
 
 
@@ -113,7 +119,8 @@ def read_settings(path: str, parser: jsonargparse.ArgumentParser) -> dict[str, A
     known = known_keys(parser) - _OF_THE_COMMAND_LINE
     for key, value in flatten(content, FREE_KEYS).items():
         if key not in known:
-            raise ConfigError(f"{path} holds the unknown key {key!r}.{nearest(key, known)}")
+            advice = f" {_REPLACED[key]}" if key in _REPLACED else nearest(key, known)
+            raise ConfigError(f"{path} holds the unknown key {key!r}.{advice}")
         inside = sorted(name.removeprefix(f"{key}.") for name in known if name.startswith(f"{key}."))
         if inside and (value is None or (isinstance(value, str) and not Path(value).is_file())):
             raise ConfigError(f"{path}: {key} is {value!r}, but must hold settings: {', '.join(inside)}.")
@@ -182,7 +189,9 @@ def _errors_explained(parser: jsonargparse.ArgumentParser) -> Iterator[None]:
         unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", text, re.IGNORECASE)
         if unknown is not None:
             options = [f"--{key}" for key in known_keys(parser)]
-            text = f"{parser.prog} has no option {unknown.group(1)}.{_nearest_option(unknown.group(1), options)}"
+            name = unknown.group(1)
+            replaced = _REPLACED.get(name.removeprefix("--"))
+            text = f"{parser.prog} has no option {name}.{f' {replaced}' if replaced else _nearest_option(name, options)}"
         else:
             text = f"{parser.prog}: {_readable(text)}."
         raise ConfigError(f"{text} See `{parser.prog} --help`.") from error

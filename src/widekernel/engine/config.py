@@ -209,7 +209,7 @@ class CheckpointConfig:
         every_epochs: epochs between training states
         every_steps: optimizer steps between additional training states; null saves only at the end of epochs
         keep: number of latest training states to keep; the best one is always kept as well
-        on_failure: what happens if a file of the run cannot be written: stop, or continue without it
+        on_failure: what happens if a part of the run cannot be written: stop, or continue without it
         max_failures: failures in a row after which continue stops, too
     """
 

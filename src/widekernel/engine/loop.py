@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -39,7 +40,7 @@ from widekernel.engine.synced_norms import convert_batch_norms
 from widekernel.engine.task import Position, Task
 from widekernel.engine.unreadable import check_unreadable
 from widekernel.engine.write_policy import WritePolicy
-from widekernel.errors import DataError
+from widekernel.errors import DataError, WidekernelError
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,10 @@ class Trainer:
                     else:
                         self._train_step(guard)
                 self.store.wait()
+            except BaseException:
+                with suppress(WidekernelError):  # the first error is the one to report
+                    self.store.wait()
+                raise
             finally:
                 self.log.close(self.progress.evaluated == self.length.steps)
 
@@ -165,6 +170,13 @@ class Trainer:
         step = self.progress.step
         interval = self.config.evaluation.interval(self.length.steps_per_epoch)
         return step > self.progress.evaluated and (step % interval == 0 or step == self.length.steps)
+
+    def _save_due(self) -> bool:
+        step, config = self.progress.step, self.config.checkpoint
+        # The folder belongs to this run from the first step on; saving right then shows that states can be written.
+        if step in (1, self.length.steps) or (config.every_steps is not None and step % config.every_steps == 0):
+            return True
+        return step % (config.every_epochs * self.length.steps_per_epoch) == 0
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
@@ -201,11 +213,8 @@ class Trainer:
             self._check_finite()
         row = {} if not logs or self._evaluation_due() else self._write_row({})
         self.context.reporter.step(step, row)
-        every = self.config.checkpoint.every_steps
-        # The folder belongs to this run from the first step on; saving right then shows that states can be written.
-        due = step == 1 or (every is not None and step % every == 0)
         stop = self._stop_after_step(guard)
-        if due or stop:
+        if stop or (self._save_due() and not self._evaluation_due()):  # an evaluation saves afterwards
             with self.rates.excluded():
                 self.save()
         if stop:
@@ -276,13 +285,11 @@ class Trainer:
         self.context.reporter.step(progress.step, row)
         self.context.reporter.evaluation(progress.step, self.task.metrics, values, is_best)
         progress.evaluated = progress.step
-        done = progress.step == self.length.steps
-        epochs, rest = divmod(progress.step, self.length.steps_per_epoch)
-        if is_best or done or (rest == 0 and epochs % self.config.checkpoint.every_epochs == 0):
+        if is_best or self._save_due():
             self.save()
         if self.context.processes.is_main:
             with self.policy.attempt("curves.png"):
-                save_curves(read_metrics(self.context.folder.metrics), self.task.metrics, self.context.folder.curves)
+                save_curves(read_metrics(self.context.folder.metrics), self.context.folder.curves)
 
     def _evaluate(self, guard: InterruptGuard) -> Metrics | None:
         context = self.context

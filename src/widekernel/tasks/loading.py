@@ -86,9 +86,9 @@ def _load_state(folder: RunFolder, source: ModelSource, notify: Notify | None) -
         raise CheckpointError(f"The run in {folder.path} has no training states yet.")
     config = folder.read_config()
     folder.check_own(state, config)
-    epochs, done = (config.get("schedule") or {}).get("epochs"), state["progress"]["epoch"]
-    if notify is not None and epochs is not None and done < epochs:
-        notify(f"The run in {folder.path} is unfinished: epoch {min(done + 1, epochs)} of {epochs}.")
+    done, total = state["progress"]["step"], state.get("total_steps")  # states of version 0.5 lack the latter
+    if notify is not None and done != total and not folder.summary.exists():
+        notify(f"The run in {folder.path} is unfinished: {done} of {total or '?'} steps are done.")
     if source.state == "best":
         best = state["progress"]["best_step"]
         if best is None:

@@ -11,12 +11,15 @@ from widekernel.engine import CheckpointStore, RunContext, RunFolder, RunFolderE
 from widekernel.engine.curves import save_curves
 from widekernel.engine.metrics import Metric
 from widekernel.engine.metrics_log import read_metrics
+from widekernel.engine.rates import TIMING_KEYS
 from widekernel.engine.task import Task
 from widekernel.errors import CheckpointError
 from widekernel.files import write_file
 from widekernel.sparsity import save_masks
 from widekernel.tasks.fingerprint import code_difference
 from widekernel.tasks.saved import SavedModel, read_saved, save_model
+
+_NOT_IN_SUMMARY = TIMING_KEYS | {"epoch", "lr"}
 
 
 def summary_keys(task: Task) -> tuple[str, ...]:
@@ -82,7 +85,7 @@ def write_results(trainer: Trainer, saved: SavedModel) -> dict[str, Any]:
     last = [row for row in rows if metrics[0].name in row][-1]
     summary = {
         "epochs": trainer.length.epochs,
-        **{key: value for key, value in last.items() if key not in ("epoch", "lr")},
+        **{key: value for key, value in last.items() if key not in _NOT_IN_SUMMARY},
         f"best_{metrics[0].name.removeprefix('val_')}": progress.best,
         "best_step": progress.best_step,
         "data": trainer.context.fingerprint,
@@ -92,7 +95,7 @@ def write_results(trainer: Trainer, saved: SavedModel) -> dict[str, Any]:
     _write_sparsity(trainer)
     if trainer.average is not None:
         save_model(trainer.average.module, folder.model_ema, saved)
-    save_curves(rows, metrics, folder.curves)
+    save_curves(rows, folder.curves)
     folder.write_summary(summary)
     return summary
 

@@ -1,5 +1,0 @@
-"""placeholder"""
-
-
-def convert_batch_norms(model, processes):
-    return model
