@@ -277,7 +277,7 @@ class Heartbeat:
                         self._lose(left(sign))
                 elif sign.state == RUNNING or other not in ended:
                     stopped = sign.machine == self._sign.machine and local_state(sign.pid) in ("T", "t")
-                    what = "is stopped (SIGSTOP)" if stopped else "has given no sign of life"
+                    what = "has been stopped (SIGSTOP)" if stopped else "has given no sign of life"
                     self._lose(lost(sign, f"{what} for {self._silence[other]:.0f} s"))
 
     def _judge_connection(self, error: Exception) -> None:
@@ -313,7 +313,7 @@ class Heartbeat:
             self._lose("The program that started the processes no longer answers: it is stopped, or the network is down.")
         else:
             stopped = sign.machine == self._sign.machine and local_state(sign.pid) in ("T", "t")
-            what = "is stopped (SIGSTOP)" if stopped else "no longer answers"
+            what = "has been stopped (SIGSTOP)" if stopped else "has not answered"
             self._lose(lost(sign, f"{what} for {self._exchange_age:.0f} s"))
 
     def _lose(self, text: str) -> None:
