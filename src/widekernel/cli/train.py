@@ -65,7 +65,10 @@ def make_parser() -> jsonargparse.ArgumentParser:
     parser.add_argument("--config", action="append", help="YAML file with settings; may be repeated")
     parser.add_argument("--print_config", action="store_true", help="print the settings as YAML, and exit")
     parser.add_argument(
-        "--processes", type=int | None, default=None, help="processes on this machine that train together; on GPUs, one for each"
+        "--processes",
+        type=int | None,
+        default=None,
+        help="processes on this machine that train together; on GPUs, one for each",
     )
     parser.add_class_arguments(TrainConfig, as_group=False)
     parser.add_class_arguments(SlurmConfig, "slurm")

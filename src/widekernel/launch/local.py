@@ -7,6 +7,7 @@ processes if the launcher itself is killed (on Linux).
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import queue
@@ -162,7 +163,9 @@ class _Group:
                 time.sleep(0.05)
         for rank, child in self._left():
             if grace_s:
-                self._say(f"Process {rank} (rank {rank}, pid {child.pid}) did not end within {grace_s:.0f} s, and was killed.")
+                self._say(
+                    f"Process {rank} (rank {rank}, pid {child.pid}) did not end within {grace_s:.0f} s, and was killed."
+                )
             self._kill(child, signal.SIGKILL)
 
     def _left(self) -> list[tuple[int, subprocess.Popen]]:
@@ -174,10 +177,8 @@ class _Group:
 
     @staticmethod
     def _kill(child: subprocess.Popen, number: int) -> None:
-        try:
+        with contextlib.suppress(ProcessLookupError):  # it may have just ended
             os.kill(child.pid, number)
-        except ProcessLookupError:
-            pass  # it has just ended
 
     def _pass_on(self, number: int, _frame: FrameType | None) -> None:
         self._requested = True
