@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import ClassVar
 
 _LONGEST_IN_SHORT = 200
 
 
 class WidekernelError(Exception):
-    """Base class of these errors, which the command line prints without a traceback."""
+    """Base class of these errors, which the command line prints without a traceback.
+
+    Attributes:
+        exit_code: exit code of a command that ends with the error.
+    """
+
+    exit_code: ClassVar[int] = 2
 
 
 class ArgumentError(WidekernelError, ValueError):

@@ -42,7 +42,7 @@ def _write_raw_names(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 2 for an expected error, 128 + n for signal n."""
+    """Run one command and return its exit code: 0, that of an expected error (usually 2), or 128 + n for signal n."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     codecs.register_error(_RAW_NAMES, _write_raw_names)
     for stream in (sys.stdout, sys.stderr):
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("WIDEKERNEL_TRACEBACK"):
             traceback.print_exc()
         sys.stderr.write(f"error: {error}\n")
-        return EXIT_ERROR
+        return error.exit_code
     except Interrupted as interruption:  # the command has printed a message
         return 128 + interruption.signal_number
     except KeyboardInterrupt:

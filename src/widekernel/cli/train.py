@@ -13,7 +13,10 @@ import yaml
 from widekernel.cli.console import ConsoleReporter, result_console
 from widekernel.cli.parsing import build, new_parser, parse, parse_given, read_settings, typed
 from widekernel.engine.interrupts import Interrupted
+from widekernel.engine.process_environment import read_environment
 from widekernel.engine.run_folder import RunFolder
+from widekernel.errors import ConfigError
+from widekernel.launch.local import launch
 from widekernel.launch.slurm import is_in_a_task, submit
 from widekernel.launch.slurm_config import SlurmConfig
 from widekernel.recipes import load_recipe
@@ -31,13 +34,17 @@ _DESCRIPTION = (
 def run(arguments: list[str]) -> int:
     """Train as `arguments` say, and print the result; with `--print_config`, only print the settings."""
     parser = make_parser()
-    if parse_given(parser, arguments).get("print_config"):
+    given = parse_given(parser, arguments)
+    if given.get("print_config"):
         sys.stdout.write(yaml.safe_dump(parse_config(arguments).to_dict(), sort_keys=False))
         return 0
     config = parse_config(arguments)
     job = None if is_in_a_task() else parse_slurm(arguments)
     if job is not None:
         return submit_training(job, arguments, config)
+    processes = given.get("processes")
+    if processes is not None and not _is_started(processes):
+        return launch([sys.executable, "-m", "widekernel", "train", *arguments], processes, _say)
     from widekernel.tasks.classification.run import train
 
     with ConsoleReporter() as reporter:
@@ -57,6 +64,12 @@ def make_parser() -> jsonargparse.ArgumentParser:
     parser.add_argument("--recipe", type=str | None, default=None, help="name of a recipe; `widekernel recipes` lists them")
     parser.add_argument("--config", action="append", help="YAML file with settings; may be repeated")
     parser.add_argument("--print_config", action="store_true", help="print the settings as YAML, and exit")
+    parser.add_argument(
+        "--processes",
+        type=int | None,
+        default=None,
+        help="processes on this machine that train together; on GPUs, one for each",
+    )
     parser.add_class_arguments(TrainConfig, as_group=False)
     parser.add_class_arguments(SlurmConfig, "slurm")
     return parser
@@ -77,12 +90,32 @@ def parse_config(arguments: list[str]) -> TrainConfig:
     recipe = next((name for name in reversed(named) if name is not None), None)
     layers = files if recipe is None else [load_recipe(recipe).settings, *files]
     values = parse(parser, arguments, layers)
-    for key in ("recipe", "config", "print_config", "slurm"):
+    for key in ("recipe", "config", "print_config", "processes", "slurm"):
         del values[key]
     values["model"]["args"] = typed(values["model"]["args"])
     if values["output"] is None:
         values["output"] = str(Path("runs") / (recipe or values["model"]["name"]))
     return build(TrainConfig, values)
+
+
+def _is_started(processes: int) -> bool:
+    """Return whether this is one of the processes already, or the only one.
+
+    Raises:
+        ConfigError: there are others than `processes`.
+    """
+    environment = read_environment()
+    if environment is not None and environment.world_size != processes:
+        raise ConfigError(
+            f"--processes is {processes}, but this is one of {environment.world_size} processes (WORLD_SIZE). Leave "
+            "--processes out if torchrun or a cluster job starts the processes."
+        )
+    return environment is not None or processes == 1
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
 
 
 def parse_slurm(arguments: list[str]) -> SlurmConfig | None:

@@ -126,7 +126,7 @@ class DistributedProcesses(Processes):
 
     @override
     def wrap(self, model: nn.Module, **options: Any) -> nn.Module:
-        self.equalize(model)
+        self.require_equal(model)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             return model  # nothing to average, which DistributedDataParallel refuses
         devices = [self.device] if self.device is not None and self.device.type == "cuda" else None

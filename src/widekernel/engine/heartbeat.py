@@ -8,9 +8,9 @@ for a stopped process. A process counts as lost if
 * it serves the store, and the connection to it is closed (at once);
 * its signs have stopped for `timeout_s`, or it left with an error that long ago.
 
-The main thread then raises `ProcessError` when it next calls a method of `Processes`. If it has not done so `GRACE_S`
+The main thread then raises `LostProcessError` when it next calls a method of `Processes`. If it has not done so `GRACE_S`
 seconds later, because it waits in an exchange or computes, the watching thread reports the error and ends the process
-with exit code `EXIT_CODE`.
+with the exit code of the error.
 """
 
 from __future__ import annotations
@@ -22,17 +22,26 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Protocol
 
-from widekernel.engine.signs import FINISHING, LEFT, RUNNING, ProcessError, Sign, left, local_state, lost, machine_identity
+from widekernel.engine.signs import (
+    FINISHING,
+    LEFT,
+    RUNNING,
+    LostProcessError,
+    ProcessError,
+    Sign,
+    departure,
+    left,
+    local_state,
+    lost,
+    machine_identity,
+)
 from widekernel.errors import in_short
 
 GRACE_S = 3.0
 """Seconds that the main thread has to raise the error."""
-
-EXIT_CODE = 2
-"""Exit code of a process that is ended by its watching thread; that of the command line for expected errors."""
 
 _SAVING = "saving"
 _CLOSED = (
@@ -91,7 +100,7 @@ class Heartbeat:
         self._report = report or _write_to_standard_error
         self._others = [other for other in range(world_size) if other != rank]
         self._sign = Sign(rank, socket.gethostname(), os.getpid(), machine_identity())
-        self._now = (0, "starting", RUNNING, "")
+        self._now: tuple[int, str, str, str, bool] = (0, "starting", RUNNING, "", True)
         self._signs: dict[int, Sign] = {}
         self._silence = dict.fromkeys(self._others, 0.0)
         self._exchange_age = 0.0
@@ -99,7 +108,7 @@ class Heartbeat:
         self._exchanges = 0
         self._exchanged = threading.Condition()
         self._wake, self._stopped = threading.Event(), threading.Event()
-        self._verdict: str | None = None
+        self._verdict: ProcessError | None = None
         self._raised = False
         self._threads: list[threading.Thread] = []
 
@@ -133,7 +142,7 @@ class Heartbeat:
 
     def note(self, step: int, phase: str) -> None:
         """Note what this process does; raise if another one is lost."""
-        self._now = (step, phase, RUNNING, "")
+        self._now = (step, phase, RUNNING, "", True)
         if self._verdict is not None:
             self._raise(self._verdict)
 
@@ -168,14 +177,16 @@ class Heartbeat:
         while time.monotonic() < started + limit:
             self._wake.set()
             gone = [sign for sign in self._signs.values() if sign.state == LEFT]
-            text = self._verdict or (left(gone[0]) if gone else None)
-            if text is not None:
-                return ProcessError(text)
+            found = self._verdict or (left(gone[0]) if gone else None)
+            if found is not None:
+                return found
             silent = max(self._others, key=self._silence.__getitem__)
             if self._silence[silent] > 4 * self.interval_s:
-                return ProcessError(lost(self._signs[silent], f"has given no sign for {self._silence[silent]:.1f} s"))
+                return lost(self._signs[silent], f"has given no sign for {self._silence[silent]:.1f} s")
             time.sleep(0.02)
-        return ProcessError(f"An exchange with the other processes failed ({what}: {in_short(error)}). {self.describe()}")
+        return LostProcessError(
+            f"An exchange with the other processes failed ({what}: {in_short(error)}). {self.describe()}"
+        )
 
     def describe(self) -> str:
         """Describe what the other processes do, those first that are furthest behind."""
@@ -186,13 +197,13 @@ class Heartbeat:
 
     def finish(self) -> None:
         """Tell the others that this process has finished its work, so that its end is no loss."""
-        self._now = (*self._now[:2], FINISHING, "")
+        self._now = (*self._now[:2], FINISHING, "", True)
         self._await_exchange()
 
     def leave(self, error: BaseException) -> None:
         """Tell the others that this process ends with an error; the one that serves the store gives them time to read it."""
         self._raised = True
-        self._now = (*self._now[:2], LEFT, in_short(error))
+        self._now = (*self._now[:2], LEFT, *departure(error))
         if not self._threads or not self._threads[0].is_alive():
             return
         self._await_exchange()
@@ -209,9 +220,9 @@ class Heartbeat:
             if thread.is_alive():
                 thread.join(2 * self.interval_s)
 
-    def _raise(self, text: str) -> None:
+    def _raise(self, error: ProcessError) -> None:
         self._raised = True
-        raise ProcessError(text)
+        raise error
 
     def _await_exchange(self) -> None:
         """Wait until the signs have been exchanged once more, but not longer than two seconds."""
@@ -250,9 +261,11 @@ class Heartbeat:
             self._judge(ended)
 
     def _publish(self) -> None:
-        step, phase, state, reason = self._now
+        step, phase, state, reason, may_succeed = self._now
         beat = self._sign.beat + (state != LEFT)  # the silence of a process that has left counts from then on
-        self._sign = replace(self._sign, beat=beat, step=step, phase=phase, state=state, reason=reason)
+        self._sign = Sign(
+            self._rank, self._sign.host, self._sign.pid, self._sign.machine, beat, step, phase, state, reason, may_succeed
+        )
         self._store.set(_key(self._rank), json.dumps(asdict(self._sign)))
 
     def _read(self) -> None:
@@ -277,7 +290,7 @@ class Heartbeat:
                         self._lose(left(sign))
                 elif sign.state == RUNNING or other not in ended:
                     stopped = sign.machine == self._sign.machine and local_state(sign.pid) in ("T", "t")
-                    what = "is stopped (SIGSTOP)" if stopped else "has given no sign of life"
+                    what = "has been stopped (SIGSTOP)" if stopped else "has given no sign of life"
                     self._lose(lost(sign, f"{what} for {self._silence[other]:.0f} s"))
 
     def _judge_connection(self, error: Exception) -> None:
@@ -285,7 +298,7 @@ class Heartbeat:
             return
         sign = self._signs.get(-1 if self._store_rank is None else self._store_rank)
         if sign is None:
-            self._lose(f"The connection to the program that started the processes was closed ({in_short(error)}).")
+            self._lose(LostProcessError(f"The program that started the processes has ended ({in_short(error)})."))
         elif sign.state == LEFT:
             self._lose(left(sign))
         else:
@@ -310,20 +323,22 @@ class Heartbeat:
         """Name who serves the store, because it no longer answers."""
         sign = self._signs.get(-1 if self._store_rank is None else self._store_rank)
         if sign is None:
-            self._lose("The program that started the processes no longer answers: it is stopped, or the network is down.")
+            self._lose(
+                LostProcessError("The program that started the processes does not answer: it is stopped, or cut off.")
+            )
         else:
             stopped = sign.machine == self._sign.machine and local_state(sign.pid) in ("T", "t")
-            what = "is stopped (SIGSTOP)" if stopped else "no longer answers"
+            what = "has been stopped (SIGSTOP)" if stopped else "has not answered"
             self._lose(lost(sign, f"{what} for {self._exchange_age:.0f} s"))
 
-    def _lose(self, text: str) -> None:
-        self._verdict = self._verdict or text
+    def _lose(self, error: ProcessError) -> None:
+        self._verdict = self._verdict or error
 
     def _end_process(self) -> None:
         if self._stopped.wait(GRACE_S) or self._raised:
             return
         self._report(f"error: {self._verdict}\n")
-        os._exit(EXIT_CODE)
+        os._exit(self._verdict.exit_code if self._verdict else LostProcessError.exit_code)
 
 
 def _key(rank: int) -> str:

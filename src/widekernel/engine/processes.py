@@ -105,11 +105,12 @@ class Processes:
     def wrap(self, model: nn.Module, **options: Any) -> nn.Module:
         """Return a network whose backward pass averages gradients over all processes; alone, this is `model` itself.
 
-        The parameters and buffers of process 0 are copied to all first (`equalize`).
-
         Args:
-            model: network on the device of this process.
+            model: network on the device of this process, equal in all processes (`equalize`).
             options: options of `DistributedDataParallel` that differ from those chosen here.
+
+        Raises:
+            ProcessError: the processes have different networks.
         """
         return model
 

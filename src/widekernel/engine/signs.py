@@ -6,14 +6,21 @@ import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
-from widekernel.errors import WidekernelError
+from widekernel.errors import WidekernelError, in_short
 
 RUNNING, FINISHING, LEFT = "running", "finishing", "left"
 
 
 class ProcessError(WidekernelError, RuntimeError):
-    """Error for processes that cannot join, are lost, or disagree."""
+    """Error for processes that cannot join, or disagree."""
+
+
+class LostProcessError(ProcessError):
+    """Error for a process that is lost, so that the run ends, but can be resumed."""
+
+    exit_code: ClassVar[int] = 75  # EX_TEMPFAIL of sysexits.h: the same command may succeed now
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,7 @@ class Sign:
         phase: what the process does
         state: running, finishing or left
         reason: error with which the process left
+        may_succeed: whether a restart may succeed, as the error does not come from the settings or the data
     """
 
     rank: int
@@ -41,6 +49,7 @@ class Sign:
     phase: str = "starting"
     state: str = RUNNING
     reason: str = ""
+    may_succeed: bool = True
 
     @property
     def name(self) -> str:
@@ -53,17 +62,29 @@ class Sign:
         return f"last seen at step {self.step}, {self.phase}"
 
 
-def lost(sign: Sign, what: str) -> str:
-    """Say that the process of `sign` is lost; `what` tells how."""
-    return (
+def lost(sign: Sign, what: str) -> LostProcessError:
+    """Return the error for the lost process of `sign`; `what` tells how it was lost."""
+    return LostProcessError(
         f"{sign.name[0].upper()}{sign.name[1:]} {what}; {sign.activity}. The run cannot go on without it; "
         "the same command resumes it from the last training state."
     )
 
 
-def left(sign: Sign) -> str:
-    """Say that the process of `sign` has left with an error."""
-    return f"{sign.name[0].upper()}{sign.name[1:]} ended with an error; {sign.activity}: {sign.reason}"
+def departure(error: BaseException) -> tuple[str, bool]:
+    """Return what the sign of a process that leaves with `error` says: `reason` and `may_succeed`."""
+    if isinstance(error, LostProcessError):
+        return str(error), True
+    return f"Error: {in_short(error)}", not isinstance(error, WidekernelError)
+
+
+def left(sign: Sign) -> ProcessError:
+    """Return the error for the process of `sign`, which has left with an error; that for the first cause, if it knows."""
+    if not sign.reason.startswith("Error: "):
+        return LostProcessError(sign.reason)
+    kind = LostProcessError if sign.may_succeed else ProcessError
+    return kind(
+        f"{sign.name[0].upper()}{sign.name[1:]} ended with an error; {sign.activity}: {sign.reason.removeprefix('Error: ')}"
+    )
 
 
 def machine_identity() -> str:

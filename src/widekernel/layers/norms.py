@@ -24,8 +24,7 @@ def reasons_against_folding(norm: nn.Module) -> list[str]:
         return [text]
     if isinstance(norm, nn.Identity) or _is_frozen(norm):
         return []
-    plain = isinstance(norm, _BATCH_NORMS) and type(norm).forward in {kind.forward for kind in _BATCH_NORMS}
-    if not plain:
+    if not _is_plain(norm):
         return [f"{type(norm).__name__} is not a plain batch norm"]
     if norm.running_mean is None:
         return ["a batch norm has no running statistics"]
@@ -53,6 +52,16 @@ def affine_of(norm: nn.Module, channels: int) -> tuple[Tensor, Tensor]:
     if batch_norm.bias is not None:
         shift = shift + batch_norm.bias.double()
     return scale.detach(), shift.detach()
+
+
+def _is_plain(norm: nn.Module) -> bool:
+    """Return whether the class of `norm` computes a batch norm and nothing else in evaluation.
+
+    A class with a forward of its own says so by the attribute `plain_in_evaluation`; its subclasses must say it again.
+    """
+    if vars(type(norm)).get("plain_in_evaluation", False):
+        return isinstance(norm, nn.modules.batchnorm._BatchNorm)
+    return isinstance(norm, _BATCH_NORMS) and type(norm).forward in {kind.forward for kind in _BATCH_NORMS}
 
 
 def _is_frozen(norm: nn.Module) -> bool:
