@@ -88,7 +88,7 @@ def main() -> None:
     try:
         if available() < NEEDED or shutil.disk_usage(folder).free < NEEDED:
             sys.exit(
-                f"{NEEDED / 1e9:.0f} GB of memory and of disk are needed; {available() / 1e9:.1f} GB of memory are available."
+                f"{NEEDED / 1e9:.0f} GB of memory and of disk are needed; {available() / 1e9:.1f} GB of memory are free."
             )
         report(Run(), CheckpointStore(folder / "checkpoints"), options.pairs, options.steps)
     finally:
@@ -112,14 +112,14 @@ def report(run: Run, store: CheckpointStore, pairs: int, steps: int) -> None:
     step_seconds = statistics.median(plain) / steps
     added = statistics.median(a - b for a, b in zip(saving, plain, strict=True))
     wanted = {key: value.clone() for key, value in run.model.state_dict().items()}
-    assert store.save_now(run.state(), pairs + 2, None)
+    block(run, steps, store, pairs + 2)
     size = max(path.stat().st_size for path in store.paths())
     load = time.perf_counter()
     fresh = CheckpointStore(store.folder)
     state = fresh.load_latest(resume=True)
     assert state is not None
     run.load(state)
-    ready = time.perf_counter() - load
+    ready = time.perf_counter() - load  # the memory of the process holds the network already, as in a resumed run
     assert all(torch.equal(value, wanted[key]) for key, value in run.model.state_dict().items())
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     print(f"# Stall of training by saves, {parameters / 1e6:.0f} million parameters, state of {size / 1e9:.2f} GB\n")
