@@ -165,8 +165,9 @@ class RunFolder:
                     f"{self.path} cannot be locked against other processes: {error.strerror or error}. "
                     "Choose another --output."
                 ) from error
-            with suppress(OSError):  # whether the folder can be written is checked elsewhere
-                remove_leftovers(self.path)
+            for folder in (self.path, self.checkpoints):
+                with suppress(OSError):  # whether the folder can be written is checked elsewhere
+                    remove_leftovers(folder)
             yield
 
     def _check_same(self, there: dict[str, Any], config: dict[str, Any]) -> None:
