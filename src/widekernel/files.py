@@ -12,6 +12,8 @@ from typing import IO
 
 from widekernel.errors import WidekernelError
 
+# Names of temporary files; those of version 0.5 and earlier do not tell the host.
+_OLD_TEMPORARY = re.compile(r"\.tmp\.\d+\.\d{9,}$")
 _TEMPORARY = re.compile(r"\.tmp\.(?P<host>[\w-]+)\.(?P<pid>\d+)\.[0-9a-f]{8}$")
 _ABANDONED = 3600  # seconds after which an unchanged temporary file belongs to nobody
 _CHUNK = 1 << 22  # bytes
@@ -71,10 +73,12 @@ def remove_leftovers(folder: Path) -> None:
     been written to for an hour, compared with the latest change in the folder, so that the clocks of hosts do not matter.
     """
     now = folder.stat().st_mtime
-    for path in folder.glob("*.tmp.*"):
-        with suppress(FileNotFoundError):  # its writer has finished
-            if path not in _being_written and (_is_dead(path.name) or now - path.stat().st_mtime > _ABANDONED):
-                path.unlink()
+    for path in folder.resolve().glob("*.tmp.*"):
+        ours = _TEMPORARY.search(path.name) or _OLD_TEMPORARY.search(path.name)
+        if ours and path not in _being_written:
+            with suppress(FileNotFoundError):  # its writer has finished
+                if _is_dead(path.name) or now - path.stat().st_mtime > _ABANDONED:
+                    path.unlink()
 
 
 def _host() -> str:

@@ -10,6 +10,7 @@ import pytest
 from widekernel.engine import RunFolder, RunFolderError
 from widekernel.engine.metrics_log import MetricsLog
 from widekernel.errors import CheckpointError
+from widekernel.files import write_atomically
 
 
 def fail(folder: RunFolder, after_a_step: bool = False) -> None:
@@ -104,3 +105,16 @@ def test_a_result_that_was_copied_with_its_settings_belongs_to_them(name: str, t
     with pytest.raises(RunFolderError, match="a: 1 there, 2 now"):
         folder.prepare({"a": 2})
     assert folder.config.read_text() == "a: 1\n" and (tmp_path / name).read_bytes() == b"weights"
+
+
+def test_what_a_killed_process_left_is_removed_when_the_folder_is_locked(tmp_path: Path) -> None:
+    """A name with this host's name and the number of a process that has ended, or of this one before a restart."""
+    folder = RunFolder(tmp_path)
+    folder.checkpoints.mkdir()
+    names: list[str] = []
+    write_atomically(tmp_path / "summary.json", lambda file: names.append(Path(file.name).name))
+    left = [tmp_path / names[0], folder.checkpoints / names[0], tmp_path / "notes.tmp.txt"]
+    for path in left:
+        path.write_bytes(b"half")
+    with folder.locked():
+        assert [path.exists() for path in left] == [False, False, True]

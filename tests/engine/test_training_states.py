@@ -162,7 +162,7 @@ def test_a_foreign_file_is_not_a_state(store):
 
 def test_leftovers_of_a_crash_are_removed(store):
     saved(store, small_state(1), 1)
-    abandoned = store.folder / "step-00000002.pt.tmp.99"
+    abandoned = store.folder / "step-00000002.pt.tmp.99.140230184130368"
     abandoned.write_bytes(b"half")
     os.utime(abandoned, (0, 0))
     saved(store, small_state(2), 2)

@@ -86,6 +86,7 @@ class CheckpointStore:
         self._snapshot = Snapshot()
         self._background = Background("writer of training states")
         self._passed_over: set[Path] = set()
+        self._notes: list[str] = []  # of the background, for the foreground to report
         self._verified: dict[StateReference, tuple[int, ...]] = {}
 
     def paths(self) -> list[Path]:
@@ -133,6 +134,8 @@ class CheckpointStore:
             return True
         with self._policy.attempt(_WHAT) as attempt:
             self._background.wait()
+        while self._notes:
+            self._report(self._notes.pop(0))
         return attempt.succeeded
 
     def _write(self, state: dict[str, Any], step: int, best_step: int | None) -> None:
@@ -141,12 +144,15 @@ class CheckpointStore:
             self.folder.mkdir(exist_ok=True)
             self._set_aside(step)
             write_state(path, state)
-            self._prune(path, best_step)
         except (OSError, RuntimeError) as error:  # torch.save raises a RuntimeError for some errors of the file
             raise CheckpointError(
                 f"The training state after step {step} cannot be written to {self.folder}: {reason_of(error)}. "
                 f"{_remedy(error)}; earlier states were not touched."
             ) from error
+        try:
+            self._prune(path, best_step)
+        except OSError as error:  # the next save tries again
+            self._notes.append(f"Older training states in {self.folder} cannot be removed: {reason_of(error)}.")
 
     def _set_aside(self, step: int) -> None:
         for path in self.paths():
@@ -161,6 +167,9 @@ class CheckpointStore:
             if path != written and step_of(path) != best_step:
                 path.unlink(missing_ok=True)
                 digest_path(path).unlink(missing_ok=True)
+        for digest in self.folder.glob("step-*.pt.sha256"):  # a process that is killed in between leaves them alone
+            if not digest.with_suffix("").exists():
+                digest.unlink(missing_ok=True)
         remove_leftovers(self.folder)
 
     # -- loading -----------------------------------------------------------------------------------------------------

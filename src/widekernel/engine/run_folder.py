@@ -12,7 +12,7 @@ import yaml
 from widekernel.deprecation import renamed_attribute
 from widekernel.engine.locks import exclusive
 from widekernel.errors import CheckpointError, WidekernelError
-from widekernel.files import explained, write_file
+from widekernel.files import explained, remove_leftovers, write_file
 from widekernel.settings import flatten
 from widekernel.sparsity.semi_structured.config import OLD_NAME, SEMI_STRUCTURED
 
@@ -40,6 +40,8 @@ LIVE_KEYS = frozenset(
         "checkpoint.every_epochs",
         "checkpoint.every_steps",
         "checkpoint.keep",
+        "checkpoint.on_failure",
+        "checkpoint.max_failures",
     }
 )
 """Settings that a resumed run may change, because they do not alter what is computed."""
@@ -174,6 +176,9 @@ class RunFolder:
                     f"{self.path} cannot be locked against other processes: {error.strerror or error}. "
                     "Choose another --output."
                 ) from error
+            for folder in (self.path, self.checkpoints):
+                with suppress(OSError):  # whether the folder can be written is checked elsewhere
+                    remove_leftovers(folder)
             yield
 
     def _check_same(self, there: dict[str, Any], config: dict[str, Any]) -> None:

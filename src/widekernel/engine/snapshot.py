@@ -116,7 +116,7 @@ class Snapshot:
 
     def _reserve(self, size: int, pinned: bool) -> None:
         memory = self._memory
-        if memory is not None and memory.numel() >= size and (memory.is_pinned() or not pinned):
+        if memory is not None and memory.numel() >= size and (not pinned or memory.is_pinned()):
             return
         self._memory = memory = None  # the old memory is released before the new one is taken
         try:
