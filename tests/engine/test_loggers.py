@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import resource
 import struct
 import sys
 import time
@@ -89,6 +90,22 @@ def test_an_error_of_metrics_jsonl_reaches_the_run(tmp_path):
     assert recorder.calls == []
 
 
+def test_a_full_disk_leaves_no_part_of_a_row(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = RunLog(path)
+    log.append(row(1))
+    before, (soft, hard) = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 9, hard))
+    try:
+        with pytest.raises(WidekernelError, match="File too large"):
+            log.append(row(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == before and log.rows == 1
+    log.append(row(3))
+    assert [entry["step"] for entry in read_metrics(path)] == [1, 3]
+
+
 def test_settings():
     assert create_loggers(LoggingConfig(), None, {}) == []
     assert create_loggers(LoggingConfig(wandb_project="p", wandb_mode="disabled"), None, {}) == []
@@ -123,6 +140,8 @@ def test_tensorboard_shows_no_step_twice_and_loses_none(tmp_path):
     write_rows(path, make(), 0, 2, 4, 6, close=False)  # a process that dies here has flushed three rows
     log = RunLog(path, make())
     log.truncate(2)
+    log.append(row(5))
+    log.truncate(2)  # a run may return to an earlier state
     for entry in (row(6, val_top1=math.nan), row(8, val_top1=60.0, note="no number", flag=True)):
         log.append(entry)
     log.close(finished=True)
@@ -173,7 +192,13 @@ def test_wandb_offline_continues_the_same_run(tmp_path, capfd):
     path = tmp_path / "metrics.jsonl"
     write_rows(path, make(), 0, 2, 4, 6)
     time.sleep(1.01)  # the name of a folder of wandb has the second in it
-    write_rows(path, make(), 2, 6, 8)  # step 6 was sent before
+    log = RunLog(path, make())
+    log.truncate(2)
+    log.append(row(6))  # was sent before
+    log.truncate(2)  # a run may return to an earlier state
+    for step in (6, 8):
+        log.append(row(step))
+    log.close(finished=True)
     steps, settings, identifiers = wandb_contents(tmp_path)
     assert steps == [2, 4, 6, 8]
     assert settings["seed"] == 3 and settings["loop"] == {"batch_size": 8}

@@ -13,7 +13,7 @@ class Logger(Protocol):
     """Name of the place in messages, such as TensorBoard."""
 
     def resume(self, kept: int, logged: int) -> None:
-        """Open the log, before the first row.
+        """Open the log, before the first row; or, if it is open, go back to an earlier step.
 
         Args:
             kept: optimizer steps done at the last row from which the run goes on; 0 if it starts.

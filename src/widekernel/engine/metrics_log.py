@@ -6,6 +6,7 @@ Every row has `epoch` (counted from 1), `step` (optimizer steps done), `train_lo
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,18 @@ class MetricsLog:
         """Append one row, and pass it to the file system.
 
         Raises:
-            WidekernelError: the file cannot be written.
+            WidekernelError: the file cannot be written; it is as it was, so that later rows can follow.
         """
-        with explained(self.path), self.path.open("ab") as file:
-            file.write((json.dumps(row) + "\n").encode())
+        left = (json.dumps(row) + "\n").encode()
+        with explained(self.path), self.path.open("ab", buffering=0) as file:
+            length = file.seek(0, os.SEEK_END)
+            try:
+                while left:  # a disk that becomes full takes a part
+                    left = left[file.write(left) :]
+            except OSError:
+                with suppress(OSError):
+                    file.truncate(length)
+                raise
         self.rows += 1
 
     def sync(self) -> None:

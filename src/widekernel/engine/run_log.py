@@ -32,7 +32,9 @@ class RunLog:
         return self.metrics.rows
 
     def truncate(self, rows: int) -> None:
-        """Keep only the first `rows` rows, and open the loggers to continue from there; called once, before any `append`.
+        """Keep only the first `rows` rows, and open the loggers, or set them back, to continue from there.
+
+        Called before any `append`.
 
         Raises:
             WidekernelError: see `MetricsLog.truncate`.

@@ -31,6 +31,7 @@ class TensorBoardLogger(Logger):
     def resume(self, kept: int, logged: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        self.close(finished=False)
         # TensorBoard hides what earlier files have from this step on.
         self._writer = SummaryWriter(str(self.folder), purge_step=kept + 1)
 

@@ -50,6 +50,8 @@ class WandbLogger(Logger):
 
     @override
     def resume(self, kept: int, logged: int) -> None:
+        if self._run is not None:
+            return  # the run returns to an earlier state, but steps of Weights & Biases cannot
         import wandb
 
         online = self.config.wandb_mode == "online"
