@@ -134,7 +134,7 @@ def _draw_rate(axes: Axes, rows: Rows) -> None:
     rates.set_zorder(axes.get_zorder() - 1)
     axes.patch.set_visible(False)
     rates.fill_between(steps, values, color=_RATE_COLOR, alpha=0.6, linewidth=0)
-    _plot(rates, points, color=_RATE_COLOR, linewidth=1)
+    rates.plot(*points, color=_RATE_COLOR, linewidth=1, marker="." if len(steps) == 1 else None)
     rates.set_ylim(bottom=0)
     rates.set_ylabel("learning rate (area)", color="#8a8069")
     rates.tick_params(axis="y", colors="#8a8069")
