@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from tests.engine.tiny import without_timings
 
 from widekernel.cli.main import main
 from widekernel.engine.metrics_log import read_metrics

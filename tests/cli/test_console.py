@@ -126,7 +126,8 @@ def test_evaluations_after_steps_are_aligned():
 @pytest.mark.parametrize(
     ("row", "parts"),
     [({}, ["epoch 1/300"]),
-     ({"train_loss": math.nan, "train_loss_a": 0.5, "train_loss_b": 0.0}, ["epoch 1/300", "loss nan", "losses: a 0.500, b 0.000"]),
+     ({"train_loss": math.nan, "train_loss_a": 0.5, "train_loss_b": 0.0},
+      ["epoch 1/300", "loss nan", "losses: a 0.500, b 0.000"]),
      ({"images_per_second": 0.25, "data_seconds": 0, "step_seconds": 4}, ["epoch 1/300", "0.25 images/s", "data 0 %"])],
 )  # fmt: skip
 def test_rows(row, parts):

@@ -11,8 +11,9 @@ import widekernel
 from widekernel.cli import demo_picture, train
 from widekernel.cli import demo_run as demo
 from widekernel.cli.main import main
-from widekernel.engine.curves import draw_accuracy, draw_loss
+from widekernel.engine.curves import draw_losses, draw_metrics
 from widekernel.tasks.assembly import build_model
+from widekernel.tasks.classification.evaluation import METRICS
 
 pytest.importorskip("sklearn")
 
@@ -64,13 +65,13 @@ def test_demo_fails_if_the_forms_disagree(short, tmp_path, capsys, monkeypatch):
     assert "must agree" in capsys.readouterr().err
 
 
-def test_kernels_share_one_scale_and_networks_their_color():
+def test_kernels_share_one_scale_and_networks_their_width():
     figure = Figure()
     top, bottom = figure.subfigures(2, 1)
     dense = build_model("slak_nano", 10, {}).eval()
     rows = [{"step": n, "train_loss": 1.0, **dict.fromkeys(("val_loss", "ema_val_loss", "val_top1", "ema_val_top1"), n)}
             for n in (1, 2)]  # fmt: skip
-    content = demo_picture.PictureContent([], (), [], [], rows, dense, widekernel.fold(dense), [])
+    content = demo_picture.PictureContent([], (), [], [], rows, METRICS, dense, widekernel.fold(dense), [])
     demo_picture._draw_kernels(bottom, content)
     *panels, bar = bottom.axes
     assert len(panels) >= 4
@@ -79,11 +80,10 @@ def test_kernels_share_one_scale_and_networks_their_color():
     assert low == -high
     assert bar.get_ylabel() == "weight"
     loss, accuracy = top.subplots(1, 2)
-    draw_loss(loss, rows)
-    draw_accuracy(accuracy, rows)
-    demo_picture._match_colors(loss, accuracy)
-    colors = [[line.get_color() for line in axes.lines] for axes in (loss, accuracy)]
-    assert colors[0][1:] == colors[1]
+    draw_losses(loss, rows, METRICS)
+    draw_metrics(accuracy, rows, METRICS[:1])
+    widths = [[line.get_linewidth() for line in axes.lines[-count:]] for axes, count in ((loss, 2), (accuracy, 3))]
+    assert widths[0] == widths[1][:2] and widths[0][0] < widths[0][1]
 
 
 @pytest.mark.slow

@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import resource
+import shutil
 import struct
 import sys
 import time
@@ -25,8 +27,8 @@ class Recorder:
         if call[0] == self.fails_at:
             raise OSError("the network is down")
 
-    def resume(self, kept, logged):
-        self._note("resume", kept, logged)
+    def resume(self, rows, logged):
+        self._note("resume", [row["step"] for row in rows], logged)
 
     def row(self, step, row):
         self._note("row", step, row["train_loss"])
@@ -58,9 +60,9 @@ def test_loggers_follow_metrics_jsonl(tmp_path):
     log = write_rows(path, [first], 0, 2, 4, 6)
     assert log.rows == 3
     rows = [("row", 2, 0.5), ("row", 4, 0.25), ("row", 6, 1 / 6)]
-    assert first.calls == [("resume", 0, 0), *rows, ("flush",), ("close", True)]
+    assert first.calls == [("resume", [], 0), *rows, ("flush",), ("close", True)]
     write_rows(path, [second], 1, 4, close=False).close(finished=False)
-    assert second.calls == [("resume", 2, 6), ("row", 4, 0.25), ("flush",), ("close", False)]
+    assert second.calls == [("resume", [2], 6), ("row", 4, 0.25), ("flush",), ("close", False)]
     assert [entry["step"] for entry in read_metrics(path)] == [2, 4]
 
 
@@ -87,6 +89,22 @@ def test_an_error_of_metrics_jsonl_reaches_the_run(tmp_path):
     with pytest.raises(WidekernelError, match="cannot be written"):
         RunLog(tmp_path / "metrics.jsonl", [recorder]).append(row(1))
     assert recorder.calls == []
+
+
+def test_a_full_disk_leaves_no_part_of_a_row(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = RunLog(path)
+    log.append(row(1))
+    before, (soft, hard) = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 9, hard))
+    try:
+        with pytest.raises(WidekernelError, match="File too large"):
+            log.append(row(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == before and log.rows == 1
+    log.append(row(3))
+    assert [entry["step"] for entry in read_metrics(path)] == [1, 3]
 
 
 def test_settings():
@@ -123,6 +141,8 @@ def test_tensorboard_shows_no_step_twice_and_loses_none(tmp_path):
     write_rows(path, make(), 0, 2, 4, 6, close=False)  # a process that dies here has flushed three rows
     log = RunLog(path, make())
     log.truncate(2)
+    log.append(row(5))
+    log.truncate(2)  # a run may return to an earlier state
     for entry in (row(6, val_top1=math.nan), row(8, val_top1=60.0, note="no number", flag=True)):
         log.append(entry)
     log.close(finished=True)
@@ -130,6 +150,10 @@ def test_tensorboard_shows_no_step_twice_and_loses_none(tmp_path):
     assert [event.step for event in events.Scalars("train_loss")] == [2, 4, 6, 8]
     assert [event.value for event in events.Scalars("val_top1")][1] == 60
     assert set(events.Tags()["scalars"]) == {"epoch", "train_loss", "lr", "val_top1"}
+    shutil.rmtree(tmp_path / "tensorboard")  # as if TensorBoard was switched on now
+    write_rows(path, make(), 3, 8)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train_loss")] == [2, 4, 6, 8]
 
 
 def wandb_records(path):
@@ -149,8 +173,10 @@ def wandb_records(path):
 
 def wandb_contents(folder):
     """Return the steps, configuration and identifiers in the files of offline runs, oldest first."""
+    import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 
+    wandb.teardown()  # as at the end of a process: waits until all is written
     steps, settings, identifiers = [], {}, []
     for file in sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns):
         for record in map(Record.FromString, wandb_records(file)):
@@ -172,14 +198,55 @@ def test_wandb_offline_continues_the_same_run(tmp_path, capfd):
 
     path = tmp_path / "metrics.jsonl"
     write_rows(path, make(), 0, 2, 4, 6)
+    _, _, first = wandb_contents(tmp_path)
     time.sleep(1.01)  # the name of a folder of wandb has the second in it
-    write_rows(path, make(), 2, 6, 8)  # step 6 was sent before
+    log = RunLog(path, make(), messages.append)
+    log.truncate(2)  # wandb may have lost the rows that it got before; so a new file has all of them
+    log.append(row(6))
+    log.truncate(2)  # a run may return to an earlier state
+    for step in (6, 8):
+        log.append(row(step))
+    log.close(finished=True)
+    assert messages == []
     steps, settings, identifiers = wandb_contents(tmp_path)
     assert steps == [2, 4, 6, 8]
+    assert len(list(tmp_path.glob("wandb/offline-run-*"))) == len(list(tmp_path.glob("wandb/superseded-*"))) == 1
     assert settings["seed"] == 3 and settings["loop"] == {"batch_size": 8}
-    assert len(identifiers) >= 2 and set(identifiers) == {json.loads((tmp_path / "wandb.json").read_text())["id"]}
-    assert messages == []
+    assert set(first) == set(identifiers) == {json.loads((tmp_path / "wandb.json").read_text())["id"]}
     assert capfd.readouterr() == ("", "")
+
+
+class OnlineRun:
+    """Pretends to be a run that the service knows up to a step."""
+
+    url, logged = "https://example.org/run", []
+
+    def __init__(self, step):
+        self.step = step
+
+    def log(self, figures, step):
+        self.logged.append(step)
+
+    def finish(self, exit_code):
+        self.logged.append(f"exit code {exit_code}")
+
+
+@pytest.mark.parametrize(("known", "sent"), [(3, [4, 6, 8]), (5, [6, 8]), (7, [8])])
+def test_wandb_online_gets_the_rows_that_it_lacks(tmp_path, monkeypatch, known, sent):
+    wandb = pytest.importorskip("wandb")
+    given, messages = [], []
+    monkeypatch.setattr(OnlineRun, "logged", [])
+    monkeypatch.setattr(wandb, "init", lambda **options: given.append(options) or OnlineRun(known))
+    monkeypatch.setattr(wandb, "login", lambda **_: True)
+    (tmp_path / "wandb.json").write_text('{"project": "tests", "id": "abc"}')
+    path = tmp_path / "metrics.jsonl"
+    write_rows(path, [], 0, 2, 4, 6)
+    config = LoggingConfig(wandb_project="tests")
+    log = write_rows(path, create_loggers(config, tmp_path, {}, messages.append), 2, 6, 8, close=False)
+    log.close(finished=False)
+    assert OnlineRun.logged == [*sent, "exit code 1"]
+    assert (given[0]["id"], given[0]["resume"], given[0]["mode"]) == ("abc", "allow", "online")
+    assert messages == ["Weights & Biases: https://example.org/run"]
 
 
 def test_wandb_online_needs_an_account(monkeypatch, tmp_path):

@@ -79,6 +79,20 @@ def test_data_time_and_step_time_without_evaluations():
     assert figures.keys() == TIMING_KEYS
 
 
+def test_a_row_that_is_written_during_an_evaluation():
+    clock = Clock()
+    rates = Rates(clock=clock)
+    for _ in range(2):
+        clock.pass_time(4)
+        rates.stepped(8)
+        with rates.excluded():
+            clock.pass_time(100)
+            assert rates.figures()["step_seconds"] == 4
+            with rates.excluded():  # saving
+                clock.pass_time(100)
+            clock.pass_time(100)
+
+
 @pytest.mark.parametrize(("loads", "idle"), [(0.8, 0), (1.5, 0.5)])
 def test_data_time_on_a_device_is_that_for_which_it_has_nothing_to_do(loads, idle):
     """The host waits for the loader in every step, but a device that still computes lacks nothing."""

@@ -12,7 +12,8 @@ from matplotlib.image import AxesImage
 from PIL import Image
 from torch import Tensor, nn
 
-from widekernel.engine.curves import draw_accuracy, draw_loss
+from widekernel.engine.curves import draw_losses, draw_metrics, metric_groups
+from widekernel.engine.metrics import Metric
 from widekernel.figures import new_figure, to_png
 from widekernel.files import write_file
 from widekernel.layers import FoldedLargeKernel, LargeKernel, Rect
@@ -31,7 +32,8 @@ class PictureContent:
         class_names: names of the classes
         targets: true class of each image
         predictions: class that the folded network predicts for each image
-        metrics: rows of metrics.jsonl
+        history: rows of metrics.jsonl
+        metrics: what the evaluations measured
         dense: the network as trained
         folded: the network after folding
         rows: (form, top-1 in percent, milliseconds per image) of the result table
@@ -41,7 +43,8 @@ class PictureContent:
     class_names: tuple[str, ...]
     targets: list[int]
     predictions: list[int]
-    metrics: list[dict[str, Any]]
+    history: list[dict[str, Any]]
+    metrics: tuple[Metric, ...]
     dense: nn.Module
     folded: nn.Module
     rows: list[tuple[str, float, float]]
@@ -54,9 +57,8 @@ def draw(content: PictureContent, path: Path) -> None:
     left, right = top.subfigures(1, 2, width_ratios=[1, 1.35])
     _draw_digits(left, content)
     loss, accuracy = right.subplots(1, 2)
-    draw_loss(loss, content.metrics)
-    draw_accuracy(accuracy, content.metrics)
-    _match_colors(loss, accuracy)
+    draw_losses(loss, content.history, content.metrics)
+    draw_metrics(accuracy, content.history, metric_groups(content.metrics)[0])
     _draw_kernels(middle, content)
     confusion, table = bottom.subplots(1, 2, width_ratios=[1, 1.35])
     _draw_confusion(confusion, content)
@@ -77,16 +79,6 @@ def _draw_digits(figure: SubFigure, content: PictureContent) -> None:
             content.class_names[guess] if guess == truth else f"{content.class_names[guess]} ({content.class_names[truth]})"
         )
         axes.set_title(text, color="black" if guess == truth else "crimson", fontsize=10)
-
-
-def _match_colors(loss: Axes, accuracy: Axes) -> None:
-    """Draw the accuracy of each network in the color of its loss."""
-    colors = {str(line.get_label()): line.get_color() for line in loss.lines}
-    same = {"weights": "held-out", "averaged weights": "held-out, averaged weights"}
-    for line in accuracy.lines:
-        line.set_color(colors.get(same.get(str(line.get_label()), ""), line.get_color()))
-    if accuracy.lines:
-        accuracy.legend(loc="lower right")
 
 
 def _draw_kernels(figure: SubFigure, content: PictureContent) -> None:

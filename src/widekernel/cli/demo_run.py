@@ -23,13 +23,13 @@ from widekernel.data import (
     Shard,
     open_split,
 )
-from widekernel.engine import RunFolder
 from widekernel.engine.interrupts import Interrupted
 from widekernel.engine.metrics_log import read_metrics
 from widekernel.errors import WidekernelError
 from widekernel.tasks.classification.evaluation import Accuracy, EvaluationOptions, evaluate
 from widekernel.tasks.classification.run import train
 from widekernel.tasks.folding import fold_and_check
+from widekernel.tasks.results import RunResult
 from widekernel.tasks.saved import SavedModel, restore_model, save_model
 
 RECIPE = "slak_nano_digits"
@@ -75,11 +75,12 @@ def show(output: str, seed: int) -> int:
         console.print(f"The run in {outcome.folder.path} is already finished; its results are used.", soft_wrap=True)
     else:
         console.print(f"Trained {config.model.name} on digits in {time.perf_counter() - started:.0f} s.")
-    _show(outcome.folder, config.data, console)
+    _show(outcome, config.data, console)
     return 0
 
 
-def _show(folder: RunFolder, data: DataConfig, console: Console) -> None:
+def _show(outcome: RunResult, data: DataConfig, console: Console) -> None:
+    folder = outcome.folder
     dense, saved = restore_model(folder.model)
     folded, check = fold_and_check(dense, saved.preprocessing.input_size)
     console.print(f"Folding changes no output by more than {check.max_error:.2g} (outputs reach {check.max_output:.3g}).")
@@ -103,7 +104,8 @@ def _show(folder: RunFolder, data: DataConfig, console: Console) -> None:
         class_names=saved.class_names,
         targets=measured[0].targets.tolist(),
         predictions=measured[1].predictions.tolist(),
-        metrics=read_metrics(folder.metrics),
+        history=read_metrics(folder.metrics),
+        metrics=outcome.metrics,
         dense=dense,
         folded=folded,
         rows=[(form.name, form.top1, latency) for form, latency in zip(measured, latencies, strict=True)],

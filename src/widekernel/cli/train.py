@@ -12,6 +12,7 @@ import yaml
 
 from widekernel.cli.console import ConsoleReporter, result_console
 from widekernel.cli.parsing import build, new_parser, parse, parse_given, read_settings, typed
+from widekernel.cli.progress_text import metric_texts
 from widekernel.engine.interrupts import Interrupted
 from widekernel.engine.process_environment import read_environment
 from widekernel.engine.run_folder import RunFolder
@@ -167,9 +168,8 @@ def print_result(result: RunResult) -> None:
     if result.other_code:
         advice = "`widekernel eval` evaluates its model with the present code; another --output starts a new run."
         console.print(advice, soft_wrap=True)
-    console.print(f"  weights           top-1 {summary['val_top1']:.2f} %  top-5 {summary['val_top5']:.2f} %")
-    if "ema_val_top1" in summary:
-        console.print(f"  averaged weights  top-1 {summary['ema_val_top1']:.2f} %  top-5 {summary['ema_val_top5']:.2f} %")
+    for kind, text in metric_texts(result.metrics, summary).items():
+        console.print(f"  {kind:<16}  {text}", soft_wrap=True)
     skipped = summary["train_unreadable"], summary["val_unreadable"]
     if any(skipped):
         console.print(f"  unreadable images: {skipped[0]} in training, {skipped[1]} held out")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 
@@ -12,19 +12,19 @@ class Logger(Protocol):
     name: str
     """Name of the place in messages, such as TensorBoard."""
 
-    def resume(self, kept: int, logged: int) -> None:
-        """Open the log, before the first row.
+    def resume(self, rows: Sequence[Mapping[str, Any]], logged: int) -> None:
+        """Open the log, before the first row; or, if it is open, go back to an earlier step.
 
         Args:
-            kept: optimizer steps done at the last row from which the run goes on; 0 if it starts.
-            logged: optimizer steps done at the last row that was ever written; those after `kept` will come again.
+            rows: rows of metrics.jsonl from which the run goes on; none if it starts.
+            logged: step of the last row that was ever written, or 0; rows after those in `rows` will come again.
         """
 
     def row(self, step: int, row: Mapping[str, Any]) -> None:
         """Log the row that was added to metrics.jsonl after `step` optimizer steps."""
 
     def flush(self) -> None:
-        """Pass all rows on, before a training state refers to them."""
+        """Write all rows, before a training state refers to them, if the log cannot get them again from `resume`."""
 
     def close(self, finished: bool) -> None:
         """Close the log; `finished` tells a run that came to its end from one that was stopped or failed."""

@@ -55,6 +55,7 @@ class Rates:
             new_event = _cuda_event
         self._clock, self._new_event = clock, new_event
         self._gaps: list[tuple[DeviceEvent, DeviceEvent]] = []
+        self._paused: float | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -88,16 +89,21 @@ class Rates:
     def excluded(self) -> Iterator[None]:
         """Leave out the time in the block, which evaluates or saves.
 
-        On a CUDA device, this first waits for the steps in the queue, whose time counts.
+        On a CUDA device, this first waits for the steps in the queue, whose time counts. In the block, `figures` returns
+        those up to its start.
         """
+        if self._paused is not None:  # the outer block counts
+            yield
+            return
         if self._new_event is not None:
             last = self._new_event()
             last.record()
             last.synchronize()
-        start = self._clock()
+        self._paused = start = self._clock()
         try:
             yield
         finally:
+            self._paused = None
             self._excluded += self._clock() - start
 
     def figures(self) -> dict[str, float]:
@@ -109,7 +115,7 @@ class Rates:
         """
         if not self._steps:
             return {}
-        now = self._clock()
+        now = self._clock() if self._paused is None else self._paused
         total = max(now - self._start - self._excluded, 1e-9)
         # The end of one call is the start of the next one, so no time is lost between them.
         data = min(self._waited + self._idle(), total)

@@ -32,16 +32,17 @@ class RunLog:
         return self.metrics.rows
 
     def truncate(self, rows: int) -> None:
-        """Keep only the first `rows` rows, and open the loggers to continue from there; called once, before any `append`.
+        """Keep only the first `rows` rows, and open the loggers, or set them back, to continue from there.
+
+        Called before any `append`.
 
         Raises:
             WidekernelError: see `MetricsLog.truncate`.
         """
-        logged = _last_step(self.metrics.path) if self._loggers else 0
+        before = read_metrics(self.metrics.path) if self._loggers else []
         self.metrics.truncate(rows)
-        if self._loggers:
-            kept = _last_step(self.metrics.path)
-            self._each(lambda logger: logger.resume(kept, logged))
+        logged = before[-1]["step"] if before else 0
+        self._each(lambda logger: logger.resume(before[:rows], logged))
 
     def append(self, row: dict[str, Any]) -> None:
         """Append one row, which has a `step`, to all logs.
@@ -78,8 +79,3 @@ class RunLog:
                 )
                 with suppress(Exception):
                     logger.close(finished=False)
-
-
-def _last_step(path: Path) -> int:
-    rows = read_metrics(path)
-    return rows[-1]["step"] if rows else 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,11 +28,16 @@ class TensorBoardLogger(Logger):
         self._writer: SummaryWriter | None = None
 
     @override
-    def resume(self, kept: int, logged: int) -> None:
+    def resume(self, rows: Sequence[Mapping[str, Any]], logged: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        self.close(finished=False)
+        is_new = not any(self.folder.glob("events.out.tfevents.*"))
         # TensorBoard hides what earlier files have from this step on.
-        self._writer = SummaryWriter(str(self.folder), purge_step=kept + 1)
+        self._writer = SummaryWriter(str(self.folder), purge_step=rows[-1]["step"] + 1 if rows else 1)
+        if is_new:
+            for row in rows:
+                self.row(row["step"], row)
 
     @override
     def row(self, step: int, row: Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +25,10 @@ _PATIENCE = 30
 class WandbLogger(Logger):
     """Logger that sends the rows to Weights & Biases, or stores them for `wandb sync`.
 
-    The file wandb.json in the run folder holds the identifier, so that a resumed run continues the same curves. Rows that
-    were logged before and come again are not sent twice, because steps must not go back.
+    The file wandb.json in the run folder holds the identifier, so that a resumed run continues the same curves. If the
+    service lacks rows, because the process was killed before it sent them, they are sent again; those that it has are not,
+    because steps must not go back. Offline, nobody knows what was lost. Therefore, each process writes the whole run, and
+    the folders of earlier ones are renamed, so that `wandb sync` finds one.
 
     Args:
         config: settings of the logs, with a project
@@ -46,14 +48,19 @@ class WandbLogger(Logger):
     ) -> None:
         self.config, self.folder, self.settings, self._message = config, folder, settings, message
         self._run: Run | None = None
-        self._logged = 0
+        self._next = 0
 
     @override
-    def resume(self, kept: int, logged: int) -> None:
+    def resume(self, rows: Sequence[Mapping[str, Any]], logged: int) -> None:
+        if self._run is not None:
+            return  # the run returns to an earlier state, but steps of Weights & Biases cannot
         import wandb
 
         online = self.config.wandb_mode == "online"
-        identifier, self._logged = self._identity(kept, logged)
+        identifier = self._identifier(is_new=not logged)
+        if not online:
+            for earlier in (self.folder / "wandb").glob(f"offline-run-*-{identifier}"):
+                earlier.rename(earlier.with_name(f"superseded-{earlier.name}"))
         self._run = wandb.init(
             project=self.config.wandb_project,
             id=identifier,
@@ -68,17 +75,20 @@ class WandbLogger(Logger):
                 silent=True, console="off", save_code=False, init_timeout=_PATIENCE, finish_timeout=_PATIENCE
             ),
         )
+        self._next = self._run.step  # after those that the service has
+        for row in rows:
+            self.row(row["step"], row)
         if online and self._message is not None and self._run.url:
             self._message(f"Weights & Biases: {self._run.url}")
 
     @override
     def row(self, step: int, row: Mapping[str, Any]) -> None:
-        if self._run is not None and step > self._logged:
+        if self._run is not None and step >= self._next:
             self._run.log(numbers_of(row), step=step)
-            self._logged = step
+            self._next = step + 1
 
     @override
-    def flush(self) -> None: ...  # a process of its own takes each row at once, and outlives this one
+    def flush(self) -> None: ...  # rows that are lost come again
 
     @override
     def close(self, finished: bool) -> None:
@@ -86,16 +96,16 @@ class WandbLogger(Logger):
         if run is not None:
             run.finish(exit_code=0 if finished else 1)
 
-    def _identity(self, kept: int, logged: int) -> tuple[str, int]:
-        """Return the identifier of the run, and the last step that Weights & Biases has of it."""
+    def _identifier(self, is_new: bool) -> str:
+        """Return the identifier of the run, which a file remembers if the run is not new."""
         path, project = self.folder / "wandb.json", self.config.wandb_project
-        if logged and path.exists():
+        if not is_new and path.exists():
             known = json.loads(path.read_text())
             if known["project"] == project:
-                return known["id"], logged
+                return known["id"]
         identifier = secrets.token_hex(4)
         write_file(path, json.dumps({"project": project, "id": identifier}).encode())
-        return identifier, kept
+        return identifier
 
 
 def require_account() -> None:
