@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -54,10 +56,14 @@ def test_the_first_signal_counts() -> None:
 
 @pytest.mark.parametrize("first", ALWAYS)
 def test_sigint_after_any_signal_stops_at_once(first: int) -> None:
+    def signal_twice() -> None:
+        with InterruptGuard():
+            os.kill(os.getpid(), first)
+            os.kill(os.getpid(), signal.SIGINT)
+
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), InterruptGuard():
-        os.kill(os.getpid(), first)
-        os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        signal_twice()
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -88,6 +94,31 @@ def test_another_thread_changes_no_handlers() -> None:
     thread.start()
     thread.join()
     assert seen == [(True, None)]
+
+
+WORKERS = """
+import os, signal, time
+from widekernel.data.worker_signals import IgnoreGroupSignals, SignalSafeLoader
+
+loader = SignalSafeLoader(list(range(64)), batch_size=4, num_workers=2, worker_init_fn=IgnoreGroupSignals())
+batches = iter(loader)
+next(batches)
+numbers = (signal.SIGUSR2, signal.SIGUSR1, signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+for number in numbers:  # now that the workers live, so that they do not inherit the handlers
+    signal.signal(number, lambda *_: None)
+for number in numbers:
+    os.killpg(0, number)
+    time.sleep(0.05)
+print(len(list(batches)), flush=True)
+del batches
+"""
+
+
+def test_loading_workers_survive_the_signals_that_clusters_send_to_all_processes() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WORKERS], capture_output=True, text=True, timeout=60, check=False, start_new_session=True
+    )
+    assert (done.stdout, done.returncode) == ("15\n", 0), done.stderr
 
 
 def test_the_exception_names_the_signal() -> None:

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 JOB = "4242"
@@ -70,10 +71,8 @@ class FakeSlurm:
         tasks = self.tasks()
         for task in tasks if ranks is None else [tasks[rank] for rank in ranks]:
             for process in [*descendants(task), task]:
-                try:
+                with suppress(ProcessLookupError):
                     os.kill(process, number)
-                except ProcessLookupError:
-                    pass
 
     def wait(self, seconds: float = 60) -> str:
         """Wait until the job is over, and return its state."""
@@ -88,11 +87,16 @@ def descendants(process: int) -> list[int]:
     """Return the children of a process, and theirs."""
     children = []
     for thread in Path(f"/proc/{process}/task").glob("*/children"):
-        try:
+        with suppress(OSError):
             children += [int(word) for word in thread.read_text().split()]
-        except OSError:
-            pass
     return [number for child in children for number in (*descendants(child), child)]
+
+
+def tasks_of(process: int) -> list[int]:
+    """Return the processes of the tasks of a local job, which `process` controls."""
+    return sorted(
+        number for number in descendants(process) if b"submitit.core" in Path(f"/proc/{number}/cmdline").read_bytes()
+    )
 
 
 def options(script: Path) -> dict[str, str]:
@@ -110,7 +114,7 @@ def sbatch(slurm: FakeSlurm, script: str) -> int:
     sys.stdout.flush()
     if not os.environ.get("FAKE_SLURM_HOLDS") and os.fork() == 0:
         os.setsid()
-        with open(slurm.folder / "daemon", "ab", buffering=0) as log:
+        with (slurm.folder / "daemon").open("ab", buffering=0) as log:
             for stream in (1, 2):
                 os.dup2(log.fileno(), stream)
         try:
@@ -155,7 +159,7 @@ def srun(slurm: FakeSlurm, *arguments: str) -> int:
     for rank in range(count):
         node, local = divmod(rank, count // nodes)
         place = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(local), "SLURM_NODEID": str(node)}
-        with open(output.replace("%j", JOB).replace("%t", str(rank)), "ab") as log:
+        with Path(output.replace("%j", JOB).replace("%t", str(rank))).open("ab") as log:
             tasks.append(subprocess.Popen(words, env={**os.environ, **place}, stdout=log, stderr=log))
     slurm.put("tasks", json.dumps([task.pid for task in tasks]))
     while any(task.poll() is None for task in tasks):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.fake_slurm import JOB, FakeSlurm, descendants, options
+from tests.launch.fake_slurm import JOB, FakeSlurm, options, tasks_of
 from widekernel.launch.restarts import newest_step, read_starts
 from widekernel.launch.slurm import SubmissionError, SubmittedJob, submit
 from widekernel.launch.slurm_config import SlurmConfig
@@ -66,9 +66,9 @@ def test_the_file_for_sbatch(slurm: FakeSlurm, tmp_path: Path, monkeypatch: pyte
     script = Path(slurm.get("script"))
     given = options(script)
     expected = {
-        "nodes": "4", "ntasks-per-node": "8", "gpus-per-node": "8", "cpus-per-task": "6", "mem": "492032MB", "partition": "P",
-        "account": "A", "qos": "Q", "constraint": "h100", "comment": "a 'b'", "time": "4320", "signal": "USR2@300",
-        "job-name": "widekernel run", "open-mode": "append", "requeue": "", "exclude": "node[1-3]",
+        "nodes": "4", "ntasks-per-node": "8", "gpus-per-node": "8", "cpus-per-task": "6", "mem": "492032MB",
+        "partition": "P", "account": "A", "qos": "Q", "constraint": "h100", "comment": "a 'b'", "exclude": "node[1-3]",
+        "time": "4320", "signal": "USR2@300", "job-name": "widekernel run", "open-mode": "append", "requeue": "",
         "output": str(tmp_path / "run" / "slurm" / "%j_0_log.out"), "wckey": "submitit",
     }  # fmt: skip
     assert given == expected
@@ -95,7 +95,7 @@ def test_a_job_stores_plain_values_only(slurm: FakeSlurm, tmp_path: Path, monkey
     assert named == [("submitit.core.utils", "DelayedSubmission"), ("widekernel_command", "run_task")]
     command = [sys.executable, "-S", str(STUB), str(tmp_path / "run"), "5"]
     assert stored.args == (
-        {"command": command, "directory": os.getcwd(), "run_folder": str(tmp_path / "run"), "max_restarts": 3},
+        {"command": command, "directory": str(Path.cwd()), "run_folder": str(tmp_path / "run"), "max_restarts": 3},
     )
 
 
@@ -108,10 +108,10 @@ def test_without_gpus_none_are_requested(slurm: FakeSlurm, tmp_path: Path, monke
 
 def test_what_prevents_a_submission(slurm: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_SLURM_REFUSES", "1")
-    with pytest.raises(SubmissionError, match="sbatch refused the job: .*invalid partition specified: nowhere"):
+    with pytest.raises(SubmissionError, match=r"sbatch refused the job: .*invalid partition specified: nowhere"):
         start(tmp_path / "run", 5)
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(SubmissionError, match="has no sbatch and no srun.* on a login node"):
+    with pytest.raises(SubmissionError, match=r"has no sbatch and no srun.* on a login node"):
         start(tmp_path / "run", 5)
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(SubmissionError, match=r"pip install 'widekernel\[slurm\]'"):
@@ -134,7 +134,7 @@ def test_processes_get_the_variables_of_torchrun(slurm: FakeSlurm, tmp_path: Pat
     for rank in range(4):
         ((variables),) = starts(run, rank)
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank % 2), "WIDEKERNEL_SLURM_TASK": "1"}
-        assert {**variables, "step": 0} == {"step": 0, "cwd": os.getcwd(), **first, **place}
+        assert {**variables, "step": 0} == {"step": 0, "cwd": str(Path.cwd()), **first, **place}
 
 
 @pytest.mark.dist
@@ -285,10 +285,7 @@ def test_outcomes(code: int, received: set[int], expected: Outcome) -> None:
 
 def local_task(job: SubmittedJob) -> int:
     """Return the process of the first task of a local job."""
-    tasks = [
-        number for number in descendants(int(job.number)) if b"submitit.core" in Path(f"/proc/{number}/cmdline").read_bytes()
-    ]
-    return min(tasks)
+    return tasks_of(int(job.number))[0]
 
 
 def test_a_local_job_starts_again_by_itself(tmp_path: Path) -> None:

@@ -48,9 +48,7 @@ def evaluate_on(
             None, (changed_images_warning(run, data, source), *source.notes, mapping_note(saved, source.class_names))
         ):
             reporter.message(note)
-        how = EvaluationOptions(
-            device, data.max_unreadable, reporter=reporter, stop=lambda: guard.received is not None
-        )
+        how = EvaluationOptions(device, data.max_unreadable, reporter=reporter, stop=lambda: guard.received is not None)
         result = evaluate(model.to(device), loader, how, Accuracy(order))
     if result is None:
         raise Interrupted(guard.received or 0)
