@@ -148,7 +148,7 @@ def submit_training(job: SlurmConfig, arguments: list[str], config: TrainConfig)
     if folder.read_summary() is not None:
         result_console().print(f"The run in {folder.path} is already finished; no job was submitted.", soft_wrap=True)
         return 0
-    submitted = submit(job, ["train", *arguments], folder.path)
+    submitted = submit(job, [sys.executable, "-m", "widekernel", "train", *arguments], folder.path)
     sys.stdout.write(submitted.describe() + "\n")
     sys.stdout.flush()
     if not job.follow:

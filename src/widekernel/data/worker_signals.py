@@ -10,8 +10,9 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-_GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-"""Signals that terminals and batch schedulers send to the whole process group."""
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+_GROUP_SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
+"""Signals that terminals and batch schedulers send to the whole process group, or to all processes of a job."""
 
 
 class SignalSafeLoader(DataLoader):
@@ -46,7 +47,8 @@ class IgnoreGroupSignals:
         # Ctrl-C, `timeout` and batch schedulers signal the whole process group, but the training process decides when to
         # stop. When it exits, it terminates the workers that still wait; only then do they react to the signal.
         leaving = self.leaving
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in _GROUP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if leaving.value else None)
         if hasattr(signal, "pthread_sigmask"):
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _GROUP_SIGNALS)

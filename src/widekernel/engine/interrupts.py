@@ -58,8 +58,7 @@ class InterruptGuard:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._former.items():
-            # A handler that was not installed from Python is unknown to it, and cannot be restored.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # type: ignore[arg-type]
+            signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:

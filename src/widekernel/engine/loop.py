@@ -330,7 +330,9 @@ class Trainer:
 
     def _stop(self, guard: InterruptGuard) -> None:
         self.store.wait()
-        raise Interrupted(guard.received or signal.SIGTERM)  # another process may have received it
+        # All processes report the signal of the first that received one, since a cluster job restarts on some only.
+        received = self.context.processes.gather(guard.received)
+        raise Interrupted(next((number for number in received if number is not None), signal.SIGTERM))
 
     # -- small helpers -----------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Submission of `widekernel train` to a SLURM cluster through submitit."""
+"""Submission of a command to a SLURM cluster through submitit."""
 
 from __future__ import annotations
 
@@ -101,15 +101,15 @@ def is_in_a_task() -> bool:
     return IN_A_TASK in os.environ
 
 
-def submit(config: SlurmConfig, arguments: Sequence[str], run_folder: Path) -> SubmittedJob:
-    """Submit a job that runs `widekernel ARGUMENTS` in each of its processes.
+def submit(config: SlurmConfig, command: Sequence[str], run_folder: Path) -> SubmittedJob:
+    """Submit a job that runs `command` in each of its processes, in the present working directory.
 
-    The job stores the arguments as text, and so it also starts after an update of the package. Its files and logs are
-    in the folder `slurm` of the run folder.
+    The job stores the command as text, and so it also starts after an update of the package. Its files and logs are in
+    the folder `slurm` of the run folder.
 
     Args:
         config: settings of the job.
-        arguments: command and options of `widekernel`.
+        command: program and arguments, which resume the run if they are repeated.
         run_folder: folder of the run.
 
     Raises:
@@ -125,7 +125,7 @@ def submit(config: SlurmConfig, arguments: Sequence[str], run_folder: Path) -> S
             )
     folder = run_folder.absolute() / "slurm"
     task = {
-        "arguments": [str(argument) for argument in arguments],
+        "command": [str(argument) for argument in command],
         "directory": str(Path.cwd()),
         "run_folder": str(run_folder.absolute()),
         "max_restarts": config.max_restarts,

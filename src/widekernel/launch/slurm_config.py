@@ -99,9 +99,10 @@ class SlurmConfig:
         self._check_sbatch()
 
     def _check_signal(self) -> None:
-        seconds = 60 * self.minutes
-        ok = isinstance(self.signal_seconds, int) and 1 <= self.signal_seconds < seconds
-        require(ok, "slurm.signal_seconds", self.signal_seconds, f"from 1 to below the time limit ({seconds} seconds)")
+        most = min(60 * self.minutes - 1, 65535)  # of sbatch
+        ok = isinstance(self.signal_seconds, int) and 1 <= self.signal_seconds <= most
+        rule = f"from 1 to {most}: shorter than the time limit of {60 * self.minutes} seconds"
+        require(ok, "slurm.signal_seconds", self.signal_seconds, rule)
 
     def _check_sbatch(self) -> None:
         for name, value in self.sbatch.items():

@@ -1,4 +1,4 @@
-"""One process of a cluster job: runs `widekernel train` as a child, forwards signals to it, and requeues the job.
+"""One process of a cluster job: runs the command as a child, forwards signals to it, and requeues the job.
 
 SLURM signals every process of a job. This one stays alive until its child has saved its state and ended, so the state is
 complete when the job is requeued. It imports neither PyTorch nor networks, so it reacts from the first second on.
@@ -57,7 +57,7 @@ def run_task(task: Mapping[str, Any]) -> None:
     """Run one process of a job, restart the job if it should go on, and exit with the code of the child.
 
     Args:
-        task: plain values: `arguments` of `widekernel`, working `directory`, `run_folder` and `max_restarts`.
+        task: plain values: `command` with its arguments, working `directory`, `run_folder` and `max_restarts`.
 
     Raises:
         SystemExit: the child did not finish; the code is the child's, or 128 + n if signal n killed it.
@@ -69,8 +69,7 @@ def run_task(task: Mapping[str, Any]) -> None:
     child.catch_signals()
     if environment.global_rank == 0:
         note_start(run_folder, environment.job_id)
-    command = [sys.executable, "-m", "widekernel", *task["arguments"]]
-    code = child.run(command, task["directory"], torchrun_variables(environment))
+    code = child.run(task["command"], task["directory"], torchrun_variables(environment))
     result = outcome(code, child.received)
     log.info("Process %d of %d %s (exit code %d).", environment.global_rank, environment.num_tasks, result.value, code)
     if result is Outcome.FINISHED:
