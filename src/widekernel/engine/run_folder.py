@@ -22,6 +22,8 @@ LIVE_KEYS = frozenset(
         "data.root",
         "data.download",
         "data.workers",
+        "data.timeout",
+        "data.worker_restarts",
         "data.max_unreadable",
         "loop.device",
         "loop.log_every",

@@ -22,7 +22,6 @@ from widekernel.data import (
     LoaderOptions,
     OnImage,
     Preprocessing,
-    Shard,
     TrainingLoader,
     TrainingSamples,
     open_train_and_val,
@@ -141,7 +140,7 @@ def _train(config: TrainConfig, folder: RunFolder, reporter: Reporter, processes
     for note in notes_on_workers(config.data.workers):
         reporter.message(note)
 
-    loader, val_loader = _make_loaders(config, samples, device, processes.shard)
+    loader, val_loader = _make_loaders(config, samples, context)
     model.to(device).to(memory_format=torch.channels_last if config.loop.channels_last else torch.contiguous_format)
     evaluation = EvaluationOptions(device, config.data.max_unreadable, processes=processes, reporter=reporter)
     objective = Classification(config, num_classes, val_loader, evaluation)
@@ -203,11 +202,12 @@ def _make_samples(
 
 
 def _make_loaders(
-    config: TrainConfig, samples: tuple[TrainingSamples, EvaluationSamples], device: torch.device, shard: Shard
+    config: TrainConfig, samples: tuple[TrainingSamples, EvaluationSamples], context: RunContext
 ) -> tuple[TrainingLoader, EvaluationLoader]:
     """Return the loaders of the training and held-out batches of this process."""
     train, val = samples
-    options = LoaderOptions(config.data.workers, pin_memory=device.type == "cuda")
+    device, shard, notify = context.device, context.processes.shard, context.reporter.message
+    options = LoaderOptions.configured(config.data, pin_memory=device.type == "cuda", notify=notify)
     micro_batch, accumulate = config.loop.batch_size, config.loop.accumulate
     plan = BatchPlan(micro_batch * accumulate * shard.world_size, micro_batch, shard.world_size)
     eval_size = config.loop.eval_batch_size or max(1, config.loop.batch_size * 3 // 2)
