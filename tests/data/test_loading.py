@@ -80,7 +80,7 @@ def test_the_order_is_that_of_earlier_versions():
     generator = torch.Generator().manual_seed(derive_seed(1, 7, 2))
     expected = torch.randperm(50, generator=generator).tolist()
     batches = EpochBatches(50, BatchPlan(12), seed=7)
-    batches.start(2)
+    batches.epoch = 2
     assert [key for batch in batches for key in batch] == [(2, index) for index in expected[:48]]
 
 

@@ -39,15 +39,15 @@ def evaluate_on(
     source = open_split(data, "val")
     order = class_mapping(saved, source.class_names)
     transform = match_channels(saved.preprocessing.overridden_by(data).eval_transform(), input_channels(model))
-    loading = LoaderOptions(data.workers, pin_memory=device.type == "cuda")
-    samples = EvaluationSamples(source, OnImage(transform), LabeledImages.collate)
-    loader = EvaluationLoader(samples, options.batch_size, loading, Shard())
     with ConsoleReporter() as reporter, InterruptGuard() as guard:
         reporter.message(f"Evaluating on {location_of(data, source)}.")
         for note in filter(
             None, (changed_images_warning(run, data, source), *source.notes, mapping_note(saved, source.class_names))
         ):
             reporter.message(note)
+        loading = LoaderOptions.configured(data, pin_memory=device.type == "cuda", notify=reporter.message)
+        samples = EvaluationSamples(source, OnImage(transform), LabeledImages.collate)
+        loader = EvaluationLoader(samples, options.batch_size, loading, Shard())
         how = EvaluationOptions(device, data.max_unreadable, reporter=reporter, stop=lambda: guard.received is not None)
         result = evaluate(model.to(device), loader, how, Accuracy(order))
     if result is None:

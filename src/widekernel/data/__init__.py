@@ -10,11 +10,13 @@ if TYPE_CHECKING:
     from widekernel.data.config import AugmentConfig, DataConfig
     from widekernel.data.datasets import open_split, open_train_and_val
     from widekernel.data.labeled_images import LabeledImages, OnImage
-    from widekernel.data.loading import EvaluationLoader, LoaderOptions, TrainingLoader
+    from widekernel.data.loading import EvaluationLoader, TrainingLoader
     from widekernel.data.mixing import GroupMixup
     from widekernel.data.preprocess import Preprocessing
     from widekernel.data.samples import EvaluationSamples, Shard, TrainingSamples
     from widekernel.data.sources import ImageSource
+    from widekernel.data.worker_faults import LoaderError
+    from widekernel.data.worker_pool import LoaderOptions
 
 __all__ = [
     "AugmentConfig",
@@ -26,6 +28,7 @@ __all__ = [
     "GroupMixup",
     "ImageSource",
     "LabeledImages",
+    "LoaderError",
     "LoaderOptions",
     "OnImage",
     "Preprocessing",
@@ -47,7 +50,8 @@ _WHERE = {
     "GroupMixup": "widekernel.data.mixing",
     "ImageSource": "widekernel.data.sources",
     "LabeledImages": "widekernel.data.labeled_images",
-    "LoaderOptions": "widekernel.data.loading",
+    "LoaderError": "widekernel.data.worker_faults",
+    "LoaderOptions": "widekernel.data.worker_pool",
     "OnImage": "widekernel.data.labeled_images",
     "Preprocessing": "widekernel.data.preprocess",
     "Sample": "widekernel.data.batches",

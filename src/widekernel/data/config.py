@@ -43,6 +43,9 @@ class DataConfig:
         workers: number of processes that decode images; 0 decodes in the training process. The default is 4, or the number
             of processors if that is smaller
         max_unreadable: stop once more than this many different images cannot be decoded
+        timeout: seconds after which a process that is still loading the same image counts as hung
+        worker_restarts: how often the processes that decode images are started again, at the exact batch, after one of them
+            died or hung; then the run stops
     """
 
     name: str = "folder"
@@ -57,6 +60,8 @@ class DataConfig:
     crop_pct: float | None = None
     workers: int = min(4, processors())
     max_unreadable: int = 100
+    timeout: float = 120.0
+    worker_restarts: int = 2
 
     def __post_init__(self) -> None:
         require_finite(self, "data")
@@ -64,6 +69,8 @@ class DataConfig:
         require(self.crop_pct is None or 0 < self.crop_pct <= 1, "data.crop_pct", self.crop_pct, "above 0 and at most 1")
         require(self.workers >= 0, "data.workers", self.workers, "0 or more")
         require(self.max_unreadable >= 0, "data.max_unreadable", self.max_unreadable, "0 or more")
+        require(self.timeout > 0, "data.timeout", self.timeout, "positive")
+        require(self.worker_restarts >= 0, "data.worker_restarts", self.worker_restarts, "0 or more")
         mean, std = self.mean or (0.0,), self.std or (1.0,)
         _require_statistics("data.mean", self.mean, min(mean) >= 0 and max(mean) <= 1, "three numbers from 0 to 1")
         _require_statistics("data.std", self.std, min(std) > 0 and max(std) <= 1, "three numbers above 0 and at most 1")

@@ -2,22 +2,19 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch.utils.data import DataLoader, Dataset
 
 from widekernel.data.batch_plan import BatchPlan
 from widekernel.data.batches import Batch, Sample, Unreadable
-from widekernel.data.samples import BatchOf, Collate, EpochBatches, EvaluationSamples, Shard, TrainingSamples
-from widekernel.data.worker_signals import IgnoreGroupSignals, SignalSafeLoader
+from widekernel.data.samples import EpochBatches, EvaluationSamples, Shard, ShardBatches, TrainingSamples
+from widekernel.data.worker_faults import LoaderError
+from widekernel.data.worker_pool import LoaderOptions, WorkerPool
 from widekernel.errors import DataError
 
 __all__ = [
     "Batch",
     "EvaluationLoader",
     "EvaluationSamples",
+    "LoaderError",
     "LoaderOptions",
     "Sample",
     "Shard",
@@ -25,19 +22,6 @@ __all__ = [
     "TrainingSamples",
     "Unreadable",
 ]
-
-
-@dataclass(frozen=True)
-class LoaderOptions:
-    """Options for loading batches.
-
-    Args:
-        workers: processes that decode images; 0 decodes in this process
-        pin_memory: copy batches to page-locked memory, for transfer to a GPU
-    """
-
-    workers: int = 0
-    pin_memory: bool = False
 
 
 class TrainingLoader:
@@ -53,7 +37,7 @@ class TrainingLoader:
     def __init__(self, samples: TrainingSamples, options: LoaderOptions, plan: BatchPlan, rank: int = 0) -> None:
         self.samples, self.plan = samples, plan
         self.sampler = EpochBatches(len(samples), plan, samples.seed, rank)
-        self._loader = _make_loader(samples, samples.collate, options, batch_sampler=self.sampler)
+        self._pool = WorkerPool(samples, self.sampler, options)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -65,9 +49,10 @@ class TrainingLoader:
 
         Raises:
             DataError: so many neighboring images are unreadable that no replacement was found.
+            LoaderError: a loading process died, hung or failed.
         """
-        self.sampler.start(epoch, skip_steps)
-        for batch in self._loader:
+        self.sampler.epoch = epoch
+        for batch in self._pool.run(skip_steps * self.plan.accumulate):
             if batch.size < self.plan.per_pass:
                 raise DataError(
                     f"Too many images in a row cannot be read; the last of them is {batch.unreadable[-1]}. "
@@ -88,8 +73,8 @@ class EvaluationLoader:
 
     def __init__(self, samples: EvaluationSamples, batch_size: int, options: LoaderOptions, shard: Shard) -> None:
         self.samples, self.batch_size, self.shard = samples, batch_size, shard
-        indices = range(shard.rank, len(samples), shard.world_size)
-        self._loader = _make_loader(samples, samples.collate, options, batch_size=batch_size, sampler=indices)
+        self._batches = ShardBatches(len(samples), batch_size, shard)
+        self._pool = WorkerPool(samples, self._batches, options)
 
     @property
     def most_batches(self) -> int:
@@ -97,21 +82,7 @@ class EvaluationLoader:
         return math.ceil(math.ceil(len(self.samples) / self.shard.world_size) / self.batch_size)
 
     def __len__(self) -> int:
-        return len(self._loader)
+        return math.ceil(len(self._batches.indices) / self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        return iter(self._loader)
-
-
-def _make_loader(samples: Dataset, collate: Collate, options: LoaderOptions, **batching: Any) -> DataLoader:
-    return SignalSafeLoader(
-        samples,
-        num_workers=options.workers,
-        pin_memory=options.pin_memory,
-        collate_fn=BatchOf(collate),
-        worker_init_fn=IgnoreGroupSignals() if options.workers else None,
-        persistent_workers=options.workers > 0,
-        # With a separate generator: otherwise every new iterator draws from the global one, and a resumed run differs.
-        generator=torch.Generator(),
-        **batching,
-    )
+        return self._pool.run()

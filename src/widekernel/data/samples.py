@@ -35,6 +35,10 @@ class Source(Protocol):
         """Return the name of the item for messages."""
 
 
+def _ignore(_index: int) -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Shard:
     """Part of a data set that one process loads: part `rank` of `world_size`."""
@@ -66,10 +70,15 @@ class TrainingSamples(Dataset):
         return len(self.source)
 
     def __getitem__(self, key: SampleKey) -> Sample:
+        return self.sample(key)
+
+    def sample(self, key: SampleKey, note: Callable[[int], None] = _ignore) -> Sample:
+        """Return the sample of (epoch, index); `note` is told the index of every item before it is loaded."""
         epoch, index = key
         unreadable: list[Unreadable] = []
         for shift in range(min(len(self.source), self.MAX_REPLACEMENTS)):
             candidate = (index + shift) % len(self.source)
+            note(candidate)
             try:
                 item = self.source.load(candidate)
             except UnreadableImageError as error:
@@ -97,6 +106,11 @@ class EvaluationSamples(Dataset):
         return len(self.source)
 
     def __getitem__(self, index: int) -> Sample:
+        return self.sample(index)
+
+    def sample(self, index: int, note: Callable[[int], None] = _ignore) -> Sample:
+        """Return the sample; `note` is told its index before it is loaded."""
+        note(index)
         try:
             item = self.source.load(index)
         except UnreadableImageError as error:
@@ -120,8 +134,8 @@ class BatchOf:
 class EpochBatches(Sampler[list[SampleKey]]):
     """Shuffled micro-batches of one epoch, for one process; an incomplete last global batch is dropped.
 
-    The order is a function of (seed, epoch) alone. `start(epoch, skip_steps)` chooses what the next iteration yields:
-    `epoch`, without the micro-batches of its first `skip_steps` optimizer steps.
+    The order is a function of (seed, epoch) alone. The next iteration yields the micro-batches of the epoch `epoch` from
+    number `first` on; both can be set.
 
     Args:
         length: number of items
@@ -133,11 +147,7 @@ class EpochBatches(Sampler[list[SampleKey]]):
     def __init__(self, length: int, plan: BatchPlan, seed: int, rank: int = 0) -> None:
         self.length, self.plan, self.seed, self.rank = length, plan, seed, rank
         self.epoch = 0
-        self.skip_steps = 0
-
-    def start(self, epoch: int, skip_steps: int = 0) -> None:
-        """Choose the epoch of the next iteration, and how many of its optimizer steps to skip."""
-        self.epoch, self.skip_steps = epoch, skip_steps
+        self.first = 0
 
     @property
     def steps_per_epoch(self) -> int:
@@ -145,13 +155,37 @@ class EpochBatches(Sampler[list[SampleKey]]):
         return self.length // self.plan.batch_size
 
     def __len__(self) -> int:
-        return (self.steps_per_epoch - self.skip_steps) * self.plan.accumulate
+        return self.steps_per_epoch * self.plan.accumulate - self.first
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         plan, epoch = self.plan, self.epoch
         generator = torch.Generator().manual_seed(derive_seed(SHUFFLE_STREAM, self.seed, epoch))
         order = torch.randperm(self.length, generator=generator)
-        for step in range(self.skip_steps, self.steps_per_epoch):
-            for number in range(plan.accumulate):
-                first = step * plan.batch_size + plan.first(self.rank, number)
-                yield [(epoch, index) for index in order[first : first + plan.per_pass].tolist()]
+        for batch in range(self.first, self.steps_per_epoch * plan.accumulate):
+            step, number = divmod(batch, plan.accumulate)
+            start = step * plan.batch_size + plan.first(self.rank, number)
+            yield [(epoch, index) for index in order[start : start + plan.per_pass].tolist()]
+
+
+class ShardBatches(Sampler[list[int]]):
+    """Batches of the items of one shard, in order, each item once; the last batch may be incomplete.
+
+    The next iteration starts with batch number `first`, which can be set.
+
+    Args:
+        length: number of items of all shards
+        batch_size: items per batch
+        shard: which part of the items
+    """
+
+    def __init__(self, length: int, batch_size: int, shard: Shard) -> None:
+        self.indices = range(shard.rank, length, shard.world_size)
+        self.batch_size = batch_size
+        self.first = 0
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size) - self.first
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for start in range(self.first * self.batch_size, len(self.indices), self.batch_size):
+            yield list(self.indices[start : start + self.batch_size])

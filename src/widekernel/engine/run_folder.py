@@ -22,6 +22,8 @@ LIVE_KEYS = frozenset(
         "data.root",
         "data.download",
         "data.workers",
+        "data.timeout",
+        "data.worker_restarts",
         "data.max_unreadable",
         "loop.device",
         "loop.log_every",
@@ -40,8 +42,6 @@ LIVE_KEYS = frozenset(
         "checkpoint.every_epochs",
         "checkpoint.every_steps",
         "checkpoint.keep",
-        "checkpoint.on_failure",
-        "checkpoint.max_failures",
     }
 )
 """Settings that a resumed run may change, because they do not alter what is computed."""

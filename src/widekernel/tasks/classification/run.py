@@ -110,7 +110,7 @@ class _Run:
         for note in notes:
             self.reporter.message(note)
 
-        data = _make_loaders(config, samples, device, plan, processes)
+        data = _make_loaders(config, samples, plan, context)
         layout = torch.channels_last if config.loop.channels_last else torch.contiguous_format
         trainer = Trainer(model.to(device).to(memory_format=layout), task, data, config.training, context)
         report = trainer.sparsity.report()
@@ -216,16 +216,17 @@ def _make_samples(
 def _make_loaders(
     config: TrainConfig,
     samples: tuple[TrainingSamples, EvaluationSamples],
-    device: torch.device,
     plan: BatchPlan,
-    processes: Processes,
+    context: RunContext,
 ) -> RunData:
     """Return the loaders of the training and held-out batches of this process."""
     train, val = samples
-    options = LoaderOptions(config.data.workers, pin_memory=device.type == "cuda")
+    pinned = context.device.type == "cuda"
+    options = LoaderOptions.configured(config.data, pin_memory=pinned, notify=context.reporter.message)
     eval_size = config.loop.eval_batch_size or max(1, plan.per_pass * 3 // 2)
     return RunData(
-        TrainingLoader(train, options, plan, processes.rank), EvaluationLoader(val, eval_size, options, processes.shard)
+        TrainingLoader(train, options, plan, context.processes.rank),
+        EvaluationLoader(val, eval_size, options, context.processes.shard),
     )
 
 
