@@ -1,8 +1,8 @@
 """One optimizer step: gradients of several forward passes, a check that everything is finite, and the step itself.
 
 All processes decide together whether a step is made, before anything changes. Usually the host reads that decision. On
-CUDA, it does not wait: a fused optimizer skips the step on the device, and the host reads the number of skipped steps when it
-writes a row of metrics (`deferred`).
+CUDA, it does not wait: a fused optimizer skips the step on the device, and the host reads the number of skipped steps when
+it writes a row of metrics (`deferred`).
 """
 
 from __future__ import annotations
