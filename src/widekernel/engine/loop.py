@@ -289,7 +289,7 @@ class Trainer:
             self.save()
         if self.context.processes.is_main:
             with self.policy.attempt("curves.png"):
-                save_curves(read_metrics(self.context.folder.metrics), self.context.folder.curves)
+                save_curves(read_metrics(self.context.folder.metrics), self.task.metrics, self.context.folder.curves)
 
     def _evaluate(self, guard: InterruptGuard) -> Metrics | None:
         context = self.context

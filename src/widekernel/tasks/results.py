@@ -95,7 +95,7 @@ def write_results(trainer: Trainer, saved: SavedModel) -> dict[str, Any]:
     _write_sparsity(trainer)
     if trainer.average is not None:
         save_model(trainer.average.module, folder.model_ema, saved)
-    save_curves(rows, folder.curves)
+    save_curves(rows, metrics, folder.curves)
     folder.write_summary(summary)
     return summary
 
