@@ -88,12 +88,12 @@ def test_an_error_of_metrics_jsonl_reaches_the_run(tmp_path):
     recorder = Recorder()
     with pytest.raises(WidekernelError, match="cannot be written"):
         RunLog(tmp_path / "metrics.jsonl", [recorder]).append(row(1))
-    assert recorder.calls == []
+    assert recorder.calls == [("row", 1, 1.0)]
 
 
-def test_a_full_disk_leaves_no_part_of_a_row(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    log = RunLog(path)
+def test_all_logs_have_the_rows_of_a_time_when_the_disk_was_full(tmp_path):
+    path, recorder = tmp_path / "metrics.jsonl", Recorder()
+    log = RunLog(path, [recorder])
     log.append(row(1))
     before, (soft, hard) = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 9, hard))
@@ -104,7 +104,7 @@ def test_a_full_disk_leaves_no_part_of_a_row(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_bytes() == before and log.rows == 1
     log.append(row(3))
-    assert [entry["step"] for entry in read_metrics(path)] == [1, 3]
+    assert [entry["step"] for entry in read_metrics(path)] == [step for _, step, _ in recorder.calls] == [1, 2, 3]
 
 
 def test_settings():

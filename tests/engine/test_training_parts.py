@@ -187,7 +187,7 @@ def test_every_row_has_epoch_step_and_loss(tmp_path):
     assert [row["train_loss"] for row in rows] == pytest.approx(means)
 
 
-@pytest.mark.parametrize("write", [lambda path: MetricsLog(path).append({}), lambda path: save_curves([], path)])
+@pytest.mark.parametrize("write", [lambda path: MetricsLog(path).append({}), lambda path: save_curves([], (), path)])
 def test_files_that_cannot_be_written_are_explained(tmp_path, write):
     (tmp_path / "blocked").mkdir()
     with pytest.raises(WidekernelError, match=r"blocked cannot be written: Is a directory\. Free some space"):
@@ -242,7 +242,7 @@ def test_summary_round_trip(tmp_path):
 
 @pytest.mark.parametrize("rows", [[], [{"step": 1, "train_loss": 2.0, "lr": 0.1}]])
 def test_curves_of_short_runs(tmp_path, rows):
-    save_curves(rows, tmp_path / "curves.png")
+    save_curves(rows, (), tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as picture:
         assert picture.format == "PNG"
 

@@ -160,7 +160,7 @@ def train(store: CheckpointStore, log: MetricsLog, policy: WritePolicy, steps: r
             log.sync()
         store.save(state(step) | {"metrics_rows": log.rows}, step, None)
     with policy.attempt("curves.png"):
-        save_curves(read_metrics(log.path), curves)
+        save_curves(read_metrics(log.path), (), curves)
     store.wait()
 
 

@@ -187,7 +187,7 @@ def test_curves_are_drawn_even_if_the_last_epoch_ended_abruptly(make, monkeypatc
     config = make()
     folder = RunFolder(config.output)
 
-    def die(rows, path):
+    def die(rows, metrics, path):
         if rows[-1]["epoch"] == 2:
             raise Killed
 

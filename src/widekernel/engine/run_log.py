@@ -48,10 +48,12 @@ class RunLog:
         """Append one row, which has a `step`, to all logs.
 
         Raises:
-            WidekernelError: metrics.jsonl cannot be written.
+            WidekernelError: metrics.jsonl cannot be written. The loggers have the row.
         """
-        self.metrics.append(row)
-        self._each(lambda logger: logger.row(row["step"], row))
+        try:
+            self.metrics.append(row)
+        finally:  # if the run goes on, metrics.jsonl gets the row later
+            self._each(lambda logger: logger.row(row["step"], row))
 
     def sync(self) -> None:
         """Force all rows to disk, before a training state refers to them.
