@@ -81,7 +81,7 @@ def block(run: Run, steps: int, store: CheckpointStore | None = None, number: in
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=30, help="in a block; the write ends within it")
+    parser.add_argument("--steps", type=int, default=20, help="in a block; the write ends within it")
     parser.add_argument("--folder", type=Path, help="where states are written; a temporary folder by default")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(dir=options.folder))

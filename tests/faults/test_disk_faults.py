@@ -21,10 +21,10 @@ import torch
 
 from widekernel.engine import state_file
 from widekernel.engine.checkpoint import CheckpointStore
-from widekernel.engine.curves import save_curves
 from widekernel.engine.metrics_log import MetricsLog, read_metrics
 from widekernel.engine.write_policy import WritePolicy
 from widekernel.errors import CheckpointError, WidekernelError
+from widekernel.files import write_file
 
 Fault = Callable[[pytest.MonkeyPatch, Path], Any]
 
@@ -160,7 +160,7 @@ def train(store: CheckpointStore, log: MetricsLog, policy: WritePolicy, steps: r
             log.sync()
         store.save(state(step) | {"metrics_rows": log.rows}, step, None)
     with policy.attempt("curves.png"):
-        save_curves(read_metrics(log.path), (), curves)
+        write_file(curves, b"picture")
     store.wait()
 
 
