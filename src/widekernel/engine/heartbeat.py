@@ -15,6 +15,7 @@ with the exit code of the error.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import socket
@@ -115,7 +116,8 @@ class Heartbeat:
     # -- called by the main thread -----------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Publish the first sign, and start the threads."""
+        """Publish the first sign, and prepare the threads."""
+        atexit.register(self._end_at_exit)
         self._publish()
         for work in (self._talk, self._watch):
             thread = threading.Thread(target=work, name=f"heartbeat {work.__name__}", daemon=True)
@@ -171,6 +173,10 @@ class Heartbeat:
             error: error of the exchange.
             what: the exchange, in words.
         """
+        self._verdict = self._find_cause(error, what)
+        return self._verdict
+
+    def _find_cause(self, error: BaseException, what: str) -> ProcessError:
         started = time.monotonic()
         limit = min(self.timeout_s, 6 * self.interval_s + 2)
         self._raised = True
@@ -214,6 +220,8 @@ class Heartbeat:
 
     def stop(self) -> None:
         """Stop the threads."""
+        if self._verdict is None:
+            atexit.unregister(self._end_at_exit)
         self._stopped.set()
         self._wake.set()
         for thread in self._threads:
@@ -222,7 +230,16 @@ class Heartbeat:
 
     def _raise(self, error: ProcessError) -> None:
         self._raised = True
+        self._verdict = error
         raise error
+
+    def _end_at_exit(self) -> None:
+        """End the process before PyTorch is taken apart, which waits for exchanges with the lost process."""
+        if self._verdict is not None and self._raised:
+            for stream in (sys.stdout, sys.stderr):
+                if stream is not None:
+                    stream.flush()
+            os._exit(self._verdict.exit_code)
 
     def _await_exchange(self) -> None:
         """Wait until the signs have been exchanged once more, but not longer than two seconds."""

@@ -65,8 +65,9 @@ def _converted(module: nn.Module, processes: Processes, made: dict[int, nn.Modul
         if isinstance(module, BatchNormAct2d):
             result = SyncedBatchNormAct(module, processes)
     made[id(module)] = made[id(result)] = result
-    for name, child in list(result.named_children()):
-        result._modules[name] = _converted(child, processes, made)
+    for name, child in list(result._modules.items()):
+        if child is not None:
+            result._modules[name] = _converted(child, processes, made)
     return result
 
 
