@@ -273,7 +273,8 @@ def test_a_requeue_that_fails_is_reported(slurm: FakeSlurm, tmp_path: Path) -> N
         (2, set(), Outcome.REFUSED),
         (1, {signal.SIGUSR2}, Outcome.CRASHED),
         (-signal.SIGKILL, set(), Outcome.CRASHED),
-        (-signal.SIGSEGV, {signal.SIGTERM}, Outcome.CRASHED),
+        (75, set(), Outcome.CRASHED),  # another process was lost
+        (75, {signal.SIGTERM}, Outcome.STOPPED),  # ... because the job was canceled
     ],
 )
 def test_outcomes(code: int, received: set[int], expected: Outcome) -> None:

@@ -11,10 +11,11 @@ import pytest
 from tests.tasks.images import make_images
 from widekernel.cli import train as command
 from widekernel.cli.main import main
+from widekernel.engine.process_environment import read_environment
 from widekernel.errors import ConfigError
 from widekernel.launch.restarts import Starts, claim_restart, may_restart, newest_step, note_start, read_starts
 from widekernel.launch.slurm_config import SlurmConfig
-from widekernel.launch.task import IN_A_TASK
+from widekernel.launch.task import IN_A_TASK, TORCHRUN
 
 
 @pytest.mark.parametrize(
@@ -94,6 +95,17 @@ def test_the_command_submits_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     # a run with other settings is refused before it waits in the queue
     assert main(["train", *arguments, "--seed", "3"]) == 2
     assert len(calls) == 1 and "seed: 0 there, 3 now" in capsys.readouterr().err
+
+
+def test_in_an_interactive_shell_of_a_job_the_command_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`salloc` sets SLURM's variables, but nobody has started the other processes."""
+    inside = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NNODES": "2"}
+    for name, value in inside.items():
+        monkeypatch.setenv(name, value)
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    assert command.parse_slurm([]) is None
+    assert read_environment() is None
 
 
 def test_starts_are_counted_per_job(tmp_path: Path) -> None:

@@ -7,8 +7,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+from tests.tasks.images import make_images
+from widekernel.engine.metrics_log import read_metrics
 
 EXCHANGE = """
 import socket, torch
@@ -58,13 +62,14 @@ class Hosts:
             subprocess.run(["ip", "netns", "delete", namespace], capture_output=True, check=False)
         subprocess.run(["ip", "link", "delete", self.links[0]], capture_output=True, check=False)
 
-    def start(self, rank: int, *command: str, **variables: str) -> subprocess.Popen[str]:
-        """Start process `rank` of two on its host; process 0 listens on the first."""
-        place = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-        meeting = {"MASTER_ADDR": self.addresses[0], "MASTER_PORT": "15042", "GLOO_SOCKET_IFNAME": self.links[rank]}
+    def start(self, rank: int, *command: str, together: bool = False) -> subprocess.Popen[str]:
+        """Start process `rank` of two on its host, or both on the first; process 0 listens there."""
+        host, local, size = (0, rank, 2) if together else (rank, 0, 1)
+        place = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(local), "LOCAL_WORLD_SIZE": str(size)}
+        meeting = {"MASTER_ADDR": self.addresses[0], "MASTER_PORT": "15042", "GLOO_SOCKET_IFNAME": self.links[host]}
         return subprocess.Popen(
-            ["ip", "netns", "exec", self.names[rank], *command],
-            env={**os.environ, **place, **meeting, **variables},
+            ["ip", "netns", "exec", self.names[host], *command],
+            env={**os.environ, **place, **meeting},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -120,3 +125,17 @@ def test_the_hosts_share_nothing_but_the_link(hosts: Hosts) -> None:
             for place in (rank, 1 - rank)
         )
         assert own.returncode == 0 and "Cannot assign requested address" in other.stderr
+
+
+@pytest.mark.dist
+def test_a_training_on_two_hosts_equals_one_on_a_single_host(hosts: Hosts, tmp_path: Path) -> None:
+    images = make_images(tmp_path / "images")
+    model = ["--model.name", "slak_nano", "--model.args.depths", "[1,1,1,1]", "--model.args.dims", "[8,8,16,16]"]
+    data = ["--data.root", str(images), "--data.input_size", "32", "--data.workers", "0", "--loop.batch_size", "8"]
+    length = ["--schedule.epochs", "2", "--schedule.warmup_epochs", "0", "--loop.device", "cpu"]
+    command = [sys.executable, "-m", "widekernel", "train", *model, *data, *length, "--output"]
+    for name, together in (("apart", False), ("together", True)):
+        finish([hosts.start(rank, *command, str(tmp_path / name), together=together) for rank in (0, 1)], seconds=300)
+    apart, together = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("apart", "together"))
+    assert apart == together
+    assert len(read_metrics(tmp_path / "apart" / "metrics.jsonl")) >= 2

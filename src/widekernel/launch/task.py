@@ -75,7 +75,7 @@ def run_task(task: Mapping[str, Any]) -> None:
     if result is Outcome.FINISHED:
         return
     job = Job(environment, run_folder, task["max_restarts"])
-    if result is Outcome.CRASHED or (environment.global_rank == 0 and job.goes_on(result, child.received)):
+    if job.goes_on(result, child.received):
         job.restart()
     elif result is Outcome.PREEMPTED and environment.global_rank != 0:
         sys.exit(0)  # process 0 requeues; an error code might make the cluster kill it before it has saved
@@ -87,9 +87,13 @@ def outcome(code: int, received: Collection[int]) -> Outcome:
     number = code - 128 if code > 128 else -code
     if code == 0:
         return Outcome.FINISHED
+    preempted = number in _PREEMPTION or not _PREEMPTION.isdisjoint(received)
     if number in _STOP:
-        return Outcome.PREEMPTED if number in _PREEMPTION or not _PREEMPTION.isdisjoint(received) else Outcome.STOPPED
-    return Outcome.REFUSED if code == _EXPECTED_ERROR else Outcome.CRASHED
+        return Outcome.PREEMPTED if preempted else Outcome.STOPPED
+    if code == _EXPECTED_ERROR:
+        return Outcome.REFUSED
+    # A process that is told to stop may also fail because another one has already left.
+    return Outcome.STOPPED if received and not preempted else Outcome.CRASHED
 
 
 def torchrun_variables(environment: Any) -> dict[str, str]:
@@ -170,18 +174,21 @@ class Job:
         self.local = environment.cluster == "local"
 
     def goes_on(self, result: Outcome, received: Collection[int]) -> bool:
-        """Return whether the job should run again after it was stopped: unless somebody canceled it."""
-        if self.local:
-            return result is Outcome.PREEMPTED
-        if result not in (Outcome.PREEMPTED, Outcome.STOPPED):
+        """Return whether this process should restart the job: not if it was canceled, or if process 0 decides.
+
+        Process 0 decides, unless a process crashed; then whoever crashed first does.
+        """
+        if result is Outcome.REFUSED or (self.environment.global_rank != 0 and result is not Outcome.CRASHED):
             return False
+        if self.local:
+            return result is not Outcome.STOPPED
         fields = self._fields()
         if fields.get("JobState", "RUNNING") != "RUNNING":
             log.info("The job is not requeued, because its state is %s.", fields["JobState"])
             return False
         # SLURM also announces a preemption by SIGTERM, and records it; `scancel` sends the same signal.
         announced = fields.get("PreemptTime", "None") not in ("None", "Unknown", "N/A")
-        return result is Outcome.PREEMPTED or (signal.SIGTERM in received and announced)
+        return result is not Outcome.STOPPED or (signal.SIGTERM in received and announced)
 
     def restart(self) -> None:
         """Ask for a restart of the job, once per start, unless it makes no progress.
