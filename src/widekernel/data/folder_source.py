@@ -33,7 +33,7 @@ class FolderSource(FileSource):
     def load(self, index: int) -> tuple[Image.Image, int]:
         try:
             with (self.path / self.names[index]).open("rb") as file:
-                return decode_image(file), self.targets[index]
+                return decode_image(file, self.exif_transpose), self.targets[index]
         except OSError as error:
             raise UnreadableImageError(error.strerror or str(error)) from error
 
