@@ -7,9 +7,10 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image, features
+from PIL import Image, ImageOps, features
+from tests.data.trees import plant
 
-from widekernel.data import AugmentConfig, DataConfig, images
+from widekernel.data import AugmentConfig, DataConfig, images, open_split
 from widekernel.data.images import UnreadableImageError, decode_image, to_rgb
 from widekernel.data.preprocess import MOST_ELONGATED, Preprocessing, crop_elongated
 
@@ -187,3 +188,20 @@ def test_warped_images_are_used_completely():
     image = Image.fromarray(np.linspace(0, 255, 40_000).astype(np.uint8)[None].repeat(2, 0)).convert("RGB")
     result = preprocessing(384).eval_transform()(image)[0, 0]
     assert result[0] < 0.01 and result[-1] > 0.99
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
+def test_orientation_is_applied_on_request(kind, tmp_path):
+    upright = np.arange(24, dtype=np.uint8).reshape(4, 6)[..., None].repeat(3, 2) * 10
+    for orientation in range(1, 9):
+        tag = Image.Exif()
+        tag[0x0112] = orientation
+        content = saved(Image.fromarray(upright), kind, exif=tag, **({"quality": 100} if kind == "JPEG" else {}))
+        plant(tmp_path, [f"{kind}{orientation}/a/1.png", f"{kind}{orientation}/b/1.png"])
+        (tmp_path / f"{kind}{orientation}" / "a" / "1.png").write_bytes(content)
+        expected = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
+        for wanted in (False, True):
+            config = DataConfig(root=str(tmp_path), train_split=f"{kind}{orientation}", exif_transpose=wanted)
+            image = open_split(config, "train").load(0)[0]
+            plain = Image.open(io.BytesIO(content)).convert("RGB")
+            assert np.array_equal(np.asarray(image), np.asarray(expected if wanted else plain)), orientation

@@ -45,8 +45,8 @@ FAULTS = {
     "killed": (lambda: os.kill(os.getpid(), signal.SIGKILL), "was killed by SIGKILL"),
     "segmentation fault": (lambda: os.kill(os.getpid(), signal.SIGSEGV), "was killed by SIGSEGV"),
     "exits": (lambda: os._exit(0), "ended with exit code 0"),
-    "hangs": (lambda: time.sleep(1000), r"has not finished for \d seconds \(data.timeout is 1\)"),
-    "stopped": (stop_itself, r"has not finished for \d seconds \(data.timeout is 1\)"),
+    "hangs": (lambda: time.sleep(1000), r"has not finished for \d seconds \(data.timeout is 0.5\)"),
+    "stopped": (stop_itself, r"has not finished for \d seconds \(data.timeout is 0.5\)"),
 }
 
 
@@ -93,7 +93,7 @@ def loader(kind: str, source, options: LoaderOptions):
 )
 def test_a_worker_that_dies_or_hangs_is_reported_with_its_image(kind: str, name: str, tmp_path: Path) -> None:
     fault, words = FAULTS[name]
-    batches = loader(kind, Faulty(fault, tmp_path, 1), LoaderOptions(2, timeout=1))
+    batches = loader(kind, Faulty(fault, tmp_path, 1), LoaderOptions(2, timeout=0.5))
     began = time.monotonic()
     with pytest.raises(LoaderError, match=rf"^Loading process \d \(number \d+\), which was loading class/13\.png, {words}"):
         list(batches())
@@ -104,7 +104,7 @@ def test_a_worker_that_dies_or_hangs_is_reported_with_its_image(kind: str, name:
 def test_after_a_restart_the_batches_are_the_same(kind: str, name: str, tmp_path: Path) -> None:
     undisturbed = list(loader(kind, Faulty(None, tmp_path, 0), LoaderOptions())())
     messages: list[str] = []
-    options = LoaderOptions(2, timeout=1, restarts=2, notify=messages.append)
+    options = LoaderOptions(2, timeout=0.5, restarts=2, notify=messages.append)
     batches = loader(kind, Faulty(FAULTS[name][0], tmp_path, 2), options)
     assert all(torch.equal(*pair) for pair in zip(contents(batches()), map(content, undisturbed), strict=True))
     assert [re.findall(r"class/\d+\.png|restart . of .", message) for message in messages] == [
@@ -124,7 +124,7 @@ def contents(batches):
 
 def test_the_number_of_restarts_is_bounded(tmp_path: Path) -> None:
     messages: list[str] = []
-    options = LoaderOptions(1, timeout=1, restarts=1, notify=messages.append)
+    options = LoaderOptions(1, timeout=0.5, restarts=1, notify=messages.append)
     batches = loader("evaluation", Faulty(FAULTS["killed"][0], tmp_path, 9), options)
     with pytest.raises(LoaderError, match=r"class/13\.png.* 1 restart\(s\) did not help"):
         list(batches())
@@ -176,7 +176,7 @@ def test_slow_images_are_no_hang_and_an_epoch_may_be_left(tmp_path: Path) -> Non
 
 def test_a_worker_that_dies_between_two_batches_does_not_interrupt_the_training(tmp_path: Path) -> None:
     before = set(torch.multiprocessing.active_children())
-    batches = loader("evaluation", Faulty(None, tmp_path, 0), LoaderOptions(1, timeout=1, restarts=1))
+    batches = loader("evaluation", Faulty(None, tmp_path, 0), LoaderOptions(1, timeout=0.5, restarts=1))
     iterator = batches()
     assert next(iterator).content.tolist() == [0, 1, 2]
     (worker,) = set(torch.multiprocessing.active_children()) - before

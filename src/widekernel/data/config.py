@@ -40,6 +40,7 @@ class DataConfig:
         interpolation: resampling in evaluation: nearest, bilinear, bicubic, lanczos, box or hamming; null means bicubic
         crop_pct: share of the resized image that the center crop keeps in evaluation; null means 0.875 for inputs below 384
             pixels; larger inputs are not cropped: the whole image is warped to the square
+        exif_transpose: turn images as their EXIF orientation says; published ImageNet results were obtained without
         workers: number of processes that decode images; 0 decodes in the training process. The default is 4, or the number
             of processors if that is smaller
         max_unreadable: stop once more than this many different images cannot be decoded
@@ -58,6 +59,7 @@ class DataConfig:
     std: tuple[float, float, float] | None = None
     interpolation: str | None = None
     crop_pct: float | None = None
+    exif_transpose: bool = False
     workers: int = min(4, processors())
     max_unreadable: int = 100
     timeout: float = 120.0

@@ -33,9 +33,9 @@ def open_split(config: DataConfig, split: str) -> ImageSource:
             digits.notes += (f"data.root ({config.root}) has no effect: data.name is 'digits', part of scikit-learn.",)
         return digits
     part = config.train_split if split == "train" else config.val_split
-    if config.name == "folder":
-        return open_files(config, part, f"data.{split}_split")
-    return _open_named(config, part)
+    source = open_files(config, part, f"data.{split}_split") if config.name == "folder" else _open_named(config, part)
+    source.exif_transpose = config.exif_transpose
+    return source
 
 
 def open_train_and_val(config: DataConfig) -> tuple[ImageSource, ImageSource]:

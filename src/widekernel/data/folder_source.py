@@ -7,10 +7,12 @@ from pathlib import Path
 from PIL import Image
 from typing_extensions import override
 
+from widekernel.data import listing_cache
 from widekernel.data.formats import brief, ending_of, image_endings, is_clutter
 from widekernel.data.images import UnreadableImageError, decode_image
 from widekernel.data.links import Links
 from widekernel.data.listing import Listing, SkippedFiles, sorted_classes
+from widekernel.data.listing_cache import FolderStamps
 from widekernel.data.names import in_normalized_order, normalize_name
 from widekernel.data.sources import FileSource
 from widekernel.errors import DataError
@@ -31,7 +33,7 @@ class FolderSource(FileSource):
     def load(self, index: int) -> tuple[Image.Image, int]:
         try:
             with (self.path / self.names[index]).open("rb") as file:
-                return decode_image(file), self.targets[index]
+                return decode_image(file, self.exif_transpose), self.targets[index]
         except OSError as error:
             raise UnreadableImageError(error.strerror or str(error)) from error
 
@@ -49,8 +51,19 @@ def list_folder(root: Path) -> Listing:
     Raises:
         DataError: as for `FolderSource`.
     """
+    listing = listing_cache.find(root)
+    if listing is None:
+        stamps: FolderStamps = {}
+        listing = _list_folder(root, stamps)
+        listing_cache.store(root, listing, stamps)
+    return listing
+
+
+def _list_folder(root: Path, stamps: FolderStamps) -> Listing:
+    """List the folder itself, and note in `stamps` the state in which each folder was read."""
     skipped = SkippedFiles()
     found = []
+    stamps[""] = _stamp(root)
     for entry in _entries(root):
         if is_folder(entry):
             found.append(entry.name)
@@ -65,7 +78,7 @@ def list_folder(root: Path) -> Listing:
     links = Links(root, folders)
     for index, folder in enumerate(folders):
         below = set()
-        for place, files in _walk(root, folder, links, skipped):
+        for place, files in _walk(root, folder, links, skipped, stamps):
             listing.names.extend(place + "/", in_normalized_order(files))
             listing.targets.extend([index] * len(files))
             below.add(place[len(folder) + 1 :])
@@ -82,7 +95,9 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _walk(root: Path, top: str, links: Links, skipped: SkippedFiles) -> Iterator[tuple[str, list[str]]]:
+def _walk(
+    root: Path, top: str, links: Links, skipped: SkippedFiles, stamps: FolderStamps
+) -> Iterator[tuple[str, list[str]]]:
     """Yield each folder in `top` that contains images, with their names, in the order of the folders' paths."""
     found = []
     waiting = [(top, links.enter(top))]
@@ -90,6 +105,7 @@ def _walk(root: Path, top: str, links: Links, skipped: SkippedFiles) -> Iterator
     while waiting:
         folder, above = waiting.pop()
         images = []
+        stamps[folder] = _stamp(root / folder)
         for entry in _entries(root / folder):
             name = entry.name
             # The common case comes first: it covers nearly all of possibly millions of files.
@@ -116,6 +132,13 @@ def _is_file(entry: os.DirEntry[str]) -> bool:
         return entry.is_file() or (entry.is_symlink() and not Path(entry.path).exists())
     except OSError:
         return True  # a circular link
+
+
+def _stamp(folder: Path) -> tuple[int, int]:
+    try:
+        return listing_cache.stamp_of(folder)
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read as an image folder: {error.strerror}.") from error
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

@@ -28,12 +28,12 @@ class UnreadableImageError(Exception):
     """Error for an image that cannot be decoded faithfully; the message is the reason."""
 
 
-def decode_image(file: IO[bytes]) -> Image.Image:
+def decode_image(file: IO[bytes], exif_transpose: bool = False) -> Image.Image:
     """Decode `file` to an 8-bit RGB image.
 
     Gray images of 12 and 16 bits are scaled to 8 bits (a plain conversion would clip them to white), transparent images
-    are composited on black, and the first frame of animated images is used. EXIF orientation is not applied, as in the
-    published ImageNet pipelines.
+    are composited on black, and the first frame of animated images is used. EXIF orientation is applied only if
+    `exif_transpose` is true, since the published ImageNet pipelines do not.
 
     Raises:
         UnreadableImageError: the file is damaged, is not an image, has floating-point, signed or 32-bit pixels (their
@@ -45,10 +45,10 @@ def decode_image(file: IO[bytes]) -> Image.Image:
         raise UnreadableImageError(reason_of(error)) from error
     if len(content) > MAX_BYTES:
         raise UnreadableImageError(too_large(len(content)))
-    return decode_bytes(content)
+    return decode_bytes(content, exif_transpose)
 
 
-def decode_bytes(content: bytes) -> Image.Image:
+def decode_bytes(content: bytes, exif_transpose: bool = False) -> Image.Image:
     """Decode the contents of a file, with the rules and errors of `decode_image`."""
     try:
         # Pillow warns about large images and odd palettes; here, only the pixel limit below matters.
@@ -57,7 +57,7 @@ def decode_bytes(content: bytes) -> Image.Image:
             # Pillow detects the format by the first bytes, not the name. Formats that need other programs are not tried.
             image = Image.open(io.BytesIO(content), formats=image_formats())
             _check_size(image)
-            return to_rgb(image)
+            return to_rgb(image, exif_transpose)
     except UnreadableImageError:
         raise
     except DECODER_ERRORS as error:
@@ -82,12 +82,32 @@ def _check_size(image: Image.Image) -> None:
         raise UnreadableImageError(f"{width}×{height} pixels are more than the limit of {MAX_PIXELS:,}")
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image, exif_transpose: bool = False) -> Image.Image:
     """Convert an opened image to 8-bit RGB by the rules of `decode_image`.
 
     Raises:
         UnreadableImageError: the range of its pixels is unknown.
     """
+    converted = _to_rgb(image)
+    # Asked for only now: while it loads an image, Pillow turns that of a TIFF file, and then removes the tag.
+    turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1)) if exif_transpose else None
+    return converted if turn is None else converted.transpose(turn)
+
+
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What puts an image upright, by its EXIF orientation."""
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
     mode = image.mode
     if mode.startswith("I;16") or (mode == "I" and image.format in _SCALED_TO_16_BITS):
         return _from_16_bits(image)

@@ -3,8 +3,9 @@
 import unicodedata
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from typing import overload
+from typing import Any, overload
 
+import numpy as np
 from typing_extensions import override
 
 
@@ -31,22 +32,44 @@ def sort_key(path: str) -> tuple[str, str, str]:
 
 
 class Names(Sequence[str]):
-    """Many strings in one block of memory, which forked worker processes share with their parent."""
+    """Many strings in one block of memory, which forked worker processes share with their parent.
+
+    Attributes:
+        text: the encoded names, each followed by a zero byte
+        ends: where each name begins, and where the last one ends, in `text`
+    """
 
     def __init__(self, names: Iterable[str] = ()) -> None:
-        self._text = bytearray()
-        self._ends = array("q", [0])
+        self.text: Any = bytearray()  # or an array of uint8
+        self.ends: Any = array("q", [0])  # or an array of int64
         self.extend("", names)
+
+    @classmethod
+    def from_memory(cls, text: np.ndarray, ends: np.ndarray) -> "Names":
+        """Return the names in `text` (uint8) and `ends` (int64), which another object had; they cannot be extended."""
+        names = cls()
+        names.text, names.ends = text, ends
+        return names
 
     def extend(self, start: str, names: Iterable[str]) -> None:
         """Append each of `names` with the prefix `start`; surrogate escapes for undecodable bytes are kept."""
+        if not isinstance(self.text, bytearray) or not isinstance(self.ends, array):
+            raise TypeError("These names lie in memory of fixed size.")
         for name in names:
-            self._text += (start + name).encode(errors="surrogateescape")
-            self._ends.append(len(self._text))
+            self.text += (start + name).encode(errors="surrogateescape")
+            self.text.append(0)
+            self.ends.append(len(self.text))
+
+    def normalized_block(self, first: int, last: int) -> bytes:
+        """Return the normalized names from number `first` to below `last`, encoded, each followed by a zero byte."""
+        block = bytes(memoryview(self.text)[self.ends[first] : self.ends[last]])
+        if block.isascii():
+            return block
+        return normalize_name(block.decode(errors="surrogateescape")).encode(errors="surrogateescape")
 
     @override
     def __len__(self) -> int:
-        return len(self._ends) - 1
+        return len(self.ends) - 1
 
     @overload
     def __getitem__(self, index: int) -> str: ...
@@ -61,7 +84,8 @@ class Names(Sequence[str]):
         number = index + len(self) if index < 0 else index
         if not 0 <= number < len(self):
             raise IndexError(f"The index is {index}, but there are {len(self)} names.")
-        return self._text[self._ends[number] : self._ends[number + 1]].decode(errors="surrogateescape")
+        name = bytes(memoryview(self.text)[self.ends[number] : self.ends[number + 1] - 1])
+        return name.decode(errors="surrogateescape")
 
     @override
     def __iter__(self) -> Iterator[str]:

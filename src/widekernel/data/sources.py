@@ -21,9 +21,11 @@ class ImageSource(ABC):
     Attributes:
         class_names: names in the order of the class indices
         notes: lines for the user, such as how many files were left out
+        exif_transpose: whether images are turned as their EXIF orientation says
     """
 
     class_names: tuple[str, ...]
+    exif_transpose: bool = False
     notes: tuple[str, ...] = ()
 
     @abstractmethod
@@ -120,9 +122,9 @@ class MappedSource(ImageSource):
         try:
             image, target = self.dataset[index]
             if isinstance(image, Image.Image):
-                return to_rgb(image), int(target)
+                return to_rgb(image, self.exif_transpose), int(target)
             with io.BytesIO(image) if isinstance(image, bytes) else image as file:
-                return decode_image(file), int(target)
+                return decode_image(file, self.exif_transpose), int(target)
         except DECODER_ERRORS as error:
             raise UnreadableImageError(reason_of(error)) from error
 

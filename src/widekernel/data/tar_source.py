@@ -55,7 +55,7 @@ class TarSource(FileSource):
             content = os.pread(self._file.fileno(), size, self._offsets[index])
         except OSError as error:
             raise UnreadableImageError(error.strerror or str(error)) from error
-        return decode_bytes(content), self.targets[index]
+        return decode_bytes(content, self.exif_transpose), self.targets[index]
 
     @override
     def size(self, index: int) -> int:
