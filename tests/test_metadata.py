@@ -57,6 +57,6 @@ def test_every_import_is_declared() -> None:
     at_once = imported(node for tree in trees for node in tree.body) - WITH_TORCH
     ever = imported(node for tree in trees for node in ast.walk(tree))
     assert {"torch", "numpy", "pyyaml", "pillow", "typing-extensions"} <= at_once <= declared("dependencies")
-    extras = declared("demo") | declared("tensorboard") | declared("wandb")
+    extras = declared("demo") | declared("tensorboard") | declared("wandb") | declared("slurm")
     assert ever - WITH_TORCH <= declared("dependencies") | extras
     assert ever >= WITH_TORCH, "no longer imported"

@@ -16,12 +16,13 @@ if TYPE_CHECKING:
         ScheduleConfig,
     )
     from widekernel.engine.error_context import TrainingError
-    from widekernel.engine.loop import RunData, Trainer
+    from widekernel.engine.loop import Trainer
     from widekernel.engine.metrics import Metric
     from widekernel.engine.processes import Processes
     from widekernel.engine.reporter import Reporter, RunLength, SilentReporter
     from widekernel.engine.run_context import RunContext
     from widekernel.engine.run_folder import RunFolder, RunFolderError
+    from widekernel.engine.step_batches import RunData
     from widekernel.engine.task import Evaluator, Position, Task
 
 __all__ = [
@@ -59,7 +60,7 @@ _WHERE = {
     "FaultConfig": "widekernel.engine.config",
     "Metric": "widekernel.engine.metrics",
     "Position": "widekernel.engine.task",
-    "RunData": "widekernel.engine.loop",
+    "RunData": "widekernel.engine.step_batches",
     "RunLength": "widekernel.engine.reporter",
     "Task": "widekernel.engine.task",
     "OptimizerConfig": "widekernel.engine.config",

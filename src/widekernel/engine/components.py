@@ -5,9 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from widekernel.engine.optimizer_step import OptimizerStep, Trained
-from widekernel.engine.processes import Processes
+import torch
+from torch import nn
+
+from widekernel.engine.autocast import make_autocast
+from widekernel.engine.average import Average
+from widekernel.engine.config import TrainingConfig
+from widekernel.engine.optimization import create_optimizer
+from widekernel.engine.optimizer_step import OptimizerStep, Trained, can_be_deferred
+from widekernel.engine.processes import Processes, refuse_sharded
 from widekernel.engine.progress import Progress
+from widekernel.engine.reporter import RunLength
+from widekernel.engine.run_context import RunContext
+from widekernel.engine.sparsification import create_sparsification
+from widekernel.engine.task import Task
 
 
 @dataclass
@@ -53,3 +64,28 @@ class Components:
         self.progress = Progress.from_state(state["progress"])
         self.step.set_skipped(self.progress.skipped, self.progress.skipped_in_a_row)
         processes.require_equal(trained.model)
+
+
+def create_components(
+    model: nn.Module, task: Task, config: TrainingConfig, length: RunLength, context: RunContext
+) -> Components:
+    """Create everything that has a state, for a network that is equal in all processes.
+
+    Raises:
+        ConfigError: a setting does not fit the network or the device.
+    """
+    processes, device = context.processes, context.device
+    autocast = make_autocast(config.loop.precision, device)
+    if config.sparsity.method != "none":
+        refuse_sharded(model)
+    sparsity = create_sparsification(model, config.sparsity, config.seed, length.steps)
+    optimizer = create_optimizer(sparsity.trained(model), config.optimizer, fused=device.type == "cuda")
+    decay = config.ema.decay
+    average = None if decay is None else Average(model, decay, config.ema.warmup)
+    sparsity.attach(optimizer, average, length.steps)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.loop.precision == "fp16")
+    if config.loop.compile is not None:
+        model.compile(mode=config.loop.compile)
+    trained = Trained(model, processes.wrap(model), optimizer, scaler, sparsity, average)
+    deferred = device.type == "cuda" and can_be_deferred(trained)
+    return Components(trained, OptimizerStep(trained, task, config.optimizer, autocast, processes, deferred))

@@ -12,9 +12,9 @@ class LoggingConfig:
     """Settings of further logs; metrics.jsonl is always written. They may change when a run is resumed.
 
     Args:
-        tensorboard: also write the metrics for TensorBoard, to the folder tensorboard in the run folder
+        tensorboard: also write the metrics for TensorBoard, below the run
         wandb_project: project of Weights & Biases that also gets the metrics; null sends none
-        wandb_mode: online sends the metrics at once, offline stores them in the folder wandb in the run folder for
+        wandb_mode: online sends the metrics at once, offline stores them below the run for
             `wandb sync`, disabled does nothing
     """
 

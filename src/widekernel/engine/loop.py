@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from widekernel.data.batches import Batch, Unreadable
-from widekernel.data.loading import EvaluationLoader, TrainingLoader
-from widekernel.engine.autocast import make_autocast
-from widekernel.engine.average import Average
+from widekernel.data.batches import Unreadable
 from widekernel.engine.checkpoint import CheckpointStore
-from widekernel.engine.components import Components
+from widekernel.engine.components import create_components
 from widekernel.engine.config import Metrics, TrainingConfig
 from widekernel.engine.curves import save_curves
 from widekernel.engine.error_context import LoadingError, NetworkError, TrainingError, errors_as
 from widekernel.engine.evaluation import EvaluationOptions, evaluate
-from widekernel.engine.interrupts import Interrupted, InterruptGuard
+from widekernel.engine.interrupts import InterruptGuard
 from widekernel.engine.loggers import create_loggers
 from widekernel.engine.metrics_log import read_metrics
 from widekernel.engine.nonfinite import REMEDIES, too_many_skipped
-from widekernel.engine.optimization import create_optimizer, create_schedule
-from widekernel.engine.optimizer_step import OptimizerStep, Trained, can_be_deferred
+from widekernel.engine.optimization import create_schedule
+from widekernel.engine.optimizer_step import OptimizerStep, Trained
 from widekernel.engine.preflight import check_run_length
 from widekernel.engine.progress import Progress
 from widekernel.engine.randomness import generators_restored
@@ -35,25 +28,13 @@ from widekernel.engine.rates import Rates
 from widekernel.engine.reporter import RunLength
 from widekernel.engine.run_context import RunContext
 from widekernel.engine.run_log import RunLog
-from widekernel.engine.sparsification import create_sparsification
+from widekernel.engine.step_batches import RunData, StepBatches
+from widekernel.engine.stopping import Stopping
 from widekernel.engine.synced_norms import convert_batch_norms
-from widekernel.engine.task import Position, Task
+from widekernel.engine.task import Task
 from widekernel.engine.unreadable import check_unreadable
 from widekernel.engine.write_policy import WritePolicy
 from widekernel.errors import DataError, WidekernelError
-
-
-@dataclass(frozen=True)
-class RunData:
-    """Data of a run, as this process loads them.
-
-    Args:
-        train: training batches by epoch
-        held_out: batches of the evaluation
-    """
-
-    train: TrainingLoader
-    held_out: EvaluationLoader
 
 
 class Trainer:
@@ -86,7 +67,7 @@ class Trainer:
         if config.loop.sync_batch_norm:
             model = convert_batch_norms(model, context.processes)
         context.processes.equalize(model)
-        self.components = self._make_components(model)
+        self.components = create_components(model, task, config, self.length, context)
         self.model, self.sparsity, self.average = model, self._trained.sparsity, self._trained.average
         self.schedule = create_schedule(self._trained.optimizer, config.schedule, self.length)
         saving = config.checkpoint
@@ -102,24 +83,7 @@ class Trainer:
         loggers = create_loggers(config.logging, context.folder.path, context.settings, context.reporter.message)
         self.log = RunLog(context.folder.metrics, loggers if context.processes.is_main else (), context.reporter.message)
         self.rates = Rates(context.device)
-        self._batches: tuple[int, Iterator[Batch]] | None = None  # the step that comes next, and what it is made of
-        self._vote: Callable[[], bool] = lambda: False
-
-    def _make_components(self, model: nn.Module) -> Components:
-        """Create everything that has a state."""
-        config, processes, device = self.config, self.context.processes, self.context.device
-        autocast = make_autocast(config.loop.precision, device)
-        sparsity = create_sparsification(model, config.sparsity, config.seed, self.length.steps)
-        optimizer = create_optimizer(sparsity.trained(model), config.optimizer, fused=device.type == "cuda")
-        decay = config.ema.decay
-        average = None if decay is None else Average(model, decay, config.ema.warmup)
-        sparsity.attach(optimizer, average, self.length.steps)
-        scaler = torch.amp.GradScaler(device.type, enabled=config.loop.precision == "fp16")
-        if config.loop.compile is not None:
-            model.compile(mode=config.loop.compile)
-        trained = Trained(model, processes.wrap(model), optimizer, scaler, sparsity, average)
-        deferred = device.type == "cuda" and can_be_deferred(trained)
-        return Components(trained, OptimizerStep(trained, self.task, config.optimizer, autocast, processes, deferred))
+        self._batches = StepBatches(data.train, config.seed, context.processes.rank)
 
     @property
     def _trained(self) -> Trained:
@@ -150,14 +114,15 @@ class Trainer:
         self._resume_or_start()
         self.context.reporter.start_training(self.length, self.progress.step)
         with InterruptGuard() as guard, generators_restored():
+            stopping = Stopping(guard, self.context.processes)
             self.rates.reset()
             try:
                 while self.progress.evaluated < self.length.steps:
                     if self._evaluation_due():
                         with self.rates.excluded():
-                            self._evaluate_and_save(guard)
+                            self._evaluate_and_save(stopping)
                     else:
-                        self._train_step(guard)
+                        self._train_step(stopping)
                 self.store.wait()
             except BaseException:
                 with suppress(WidekernelError):  # the first error is the one to report
@@ -180,7 +145,7 @@ class Trainer:
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
-    def _train_step(self, guard: InterruptGuard) -> None:
+    def _train_step(self, stopping: Stopping) -> None:
         """Perform one optimizer step, and what is due after it."""
         end = self.progress.end_of_left_out()
         if end is not None:
@@ -191,66 +156,57 @@ class Trainer:
         note = self.context.processes.note
         note(self.progress.step, f"loading the images of step {number}")
         with errors_as(LoadingError, f"Loading the images of training step {number}"), self.rates.loading():
-            batches = self._next_batches()
+            batches = self._batches.take(self.progress.step)
+        for batch in batches:
+            self._note_unreadable(batch.unreadable)
         note(self.progress.step, f"training step {number}")
         with errors_as(NetworkError, f"Training step {number}"):
             self.schedule.step_update(self.progress.step)
             moved = (batch.to(self.context.device, self._memory_format) for batch in batches)
-            made = self.step.make(moved, self._positions())
+            made = self.step.make(moved, self._batches.positions(self.progress.step))
             self.step.average(number, made)
         self.rates.stepped(self.data.train.plan.batch_size)
         if self.progress.step == 0 and self.context.processes.is_main:
             self.context.folder.begin()
             self.log.truncate(0)
         self.progress.step = number
-        self._after_step(made, guard)
+        self._after_step(made, stopping)
 
-    def _after_step(self, made: bool | None, guard: InterruptGuard) -> None:
+    def _after_step(self, made: bool | None, stopping: Stopping) -> None:
         """Log, save and stop as is due after a step."""
         step = self.progress.step
         logs = step % self.config.loop.log_every == 0
-        if made is False or (made is None and logs):
-            self._check_finite()
+        if (made is False or (made is None and logs)) and self._rolls_back():
+            return
         row = {} if not logs or self._evaluation_due() else self._write_row({})
         self.context.reporter.step(step, row)
-        stop = self._stop_after_step(guard)
+        stop = stopping.after_step()
         if stop or (self._save_due() and not self._evaluation_due()):  # an evaluation saves afterwards
             with self.rates.excluded():
-                self.save()
+                self.save(at_once=stop or step == 1)
         if stop:
-            self._stop(guard)
+            stopping.stop()
 
-    def _next_batches(self) -> list[Batch]:
-        """Return the micro-batches of the next step."""
-        step, per_epoch = self.progress.step, self.length.steps_per_epoch
-        if self._batches is None or self._batches[0] != step or step % per_epoch == 0:
-            self._batches = step, self.data.train.epoch(step // per_epoch, step % per_epoch)
-        iterator = self._batches[1]
-        batches = []
-        for _ in range(self.data.train.plan.accumulate):
-            batches.append(next(iterator))
-            self._note_unreadable(batches[-1].unreadable)
-        self._batches = step + 1, iterator
-        return batches
+    def _rolls_back(self) -> bool:
+        """Report skipped steps; if there were too many in a row, end the run, or return to an earlier state.
 
-    def _positions(self) -> list[Position]:
-        plan, rank = self.data.train.plan, self.context.processes.rank
-        return [Position(self.config.seed, self.progress.step, plan.first(rank, n)) for n in range(plan.accumulate)]
-
-    def _check_finite(self) -> None:
-        """Report skipped steps; end the run, or return to an earlier state, if there were too many in a row."""
+        Returns:
+            whether the run has returned to an earlier state.
+        """
         total, row, most = self.step.skipped()
         new, self.progress.skipped, self.progress.skipped_in_a_row = total - self.progress.skipped, total, row
         if new <= 0:
-            return
+            return False
         self.step.deferred = False  # from now on, the host sees every step, and can say what is not finite
         what = self.step.nonfinite or "a loss or a gradient"
         self.context.reporter.message(f"Skipped training step {self.progress.step}: {what} is not finite.")
-        if most > self.config.faults.max_skipped:
-            reason = too_many_skipped(most, self.progress.step, what, self.config)
-            if self.progress.rollbacks >= self.config.faults.rollbacks:
-                raise TrainingError(f"{reason} {REMEDIES}")
-            self._roll_back(reason)
+        if most <= self.config.faults.max_skipped:
+            return False
+        reason = too_many_skipped(most, self.progress.step, what, self.config)
+        if self.progress.rollbacks >= self.config.faults.rollbacks:
+            raise TrainingError(f"{reason} {REMEDIES}")
+        self._roll_back(reason)
+        return True
 
     def _roll_back(self, reason: str) -> None:
         """Return to the latest training state, and leave out the batches since then."""
@@ -268,13 +224,12 @@ class Trainer:
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 
-    def _evaluate_and_save(self, guard: InterruptGuard) -> None:
-        values = self._evaluate(guard)
+    def _evaluate_and_save(self, stopping: Stopping) -> None:
+        values = self._evaluate(stopping)
         if values is None:
             # The saved state is after the last step, so the resumed run begins with the evaluation.
-            self.save()
-            self._stop(guard)
-        assert values is not None
+            self.save(at_once=True)
+            stopping.stop()
         progress = self.progress
         first = self.task.metrics[0]
         value = values[first.name if self.average is None else f"ema_{first.name}"]
@@ -291,14 +246,14 @@ class Trainer:
             with self.policy.attempt("curves.png"):
                 save_curves(read_metrics(self.context.folder.metrics), self.task.metrics, self.context.folder.curves)
 
-    def _evaluate(self, guard: InterruptGuard) -> Metrics | None:
+    def _evaluate(self, stopping: Stopping) -> Metrics | None:
         context = self.context
         options = EvaluationOptions(
             device=context.device,
             max_unreadable=self.config.max_unreadable,
             processes=context.processes,
             reporter=context.reporter,
-            stop=partial(self._stop_requested, guard),
+            stop=stopping.now,
             memory_format=self._memory_format,
         )
         networks = {"": (self.model, "weights")}
@@ -313,26 +268,6 @@ class Trainer:
                 return None
             values.update({f"{prefix}{key}": value for key, value in found.items()})
         return values
-
-    # -- stopping ----------------------------------------------------------------------------------------------------
-
-    def _stop_requested(self, guard: InterruptGuard) -> bool:
-        """Return whether any process was asked to stop."""
-        return self.context.processes.any(guard.received is not None)
-
-    def _stop_after_step(self, guard: InterruptGuard) -> bool:
-        """Return whether any process was asked to stop; several processes learn it one step later, without waiting."""
-        vote = self.context.processes.vote(guard.received is not None)
-        if self.context.processes.world_size == 1:
-            return vote()
-        former, self._vote = self._vote, vote
-        return former()
-
-    def _stop(self, guard: InterruptGuard) -> None:
-        self.store.wait()
-        # All processes report the signal of the first that received one, since a cluster job restarts on some only.
-        received = self.context.processes.gather(guard.received)
-        raise Interrupted(next((number for number in received if number is not None), signal.SIGTERM))
 
     # -- small helpers -----------------------------------------------------------------------------------------------
 
@@ -374,14 +309,19 @@ class Trainer:
 
     # -- training states ---------------------------------------------------------------------------------------------
 
-    def save(self) -> None:
-        """Write the training state after the steps done so far; all processes call this together."""
+    def save(self, at_once: bool = False) -> None:
+        """Write the training state after the steps done so far; all processes call this together.
+
+        Args:
+            at_once: wait until it is on disk.
+        """
         self.context.processes.note(self.progress.step, "saving")
         state = self.state()
         if self.context.processes.is_main:
             with self.policy.attempt("metrics.jsonl"):
                 self.log.sync()
-            self.store.save(state, self.progress.step, self.progress.best_step)
+            save = self.store.save_now if at_once else self.store.save
+            save(state, self.progress.step, self.progress.best_step)
 
     def state(self) -> dict[str, Any]:
         """Return everything that a resumed run needs, as tensors and plain containers; all processes call this together."""
@@ -430,4 +370,3 @@ class Trainer:
         self.components.load_state(state, self.context.processes)
         if self.context.processes.is_main:
             self.log.truncate(state["metrics_rows"])
-        self._batches = None

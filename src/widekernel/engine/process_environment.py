@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from widekernel.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 REQUIRED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _IDENTIFYING = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -43,6 +45,8 @@ class ProcessEnvironment:
         Raises:
             ConfigError: the name is another one, or the machine has fewer GPUs than processes.
         """
+        import torch  # the launcher reads the environment without PyTorch
+
         kind = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
         if kind == "cpu":
             return torch.device("cpu")

@@ -29,9 +29,9 @@ from widekernel.data.paths import expand_path
 from widekernel.data.seeding import scoped_seed
 from widekernel.engine import Processes, Reporter, RunContext, RunFolder, SilentReporter, Trainer
 from widekernel.engine.joining import joined_processes
-from widekernel.engine.loop import RunData
 from widekernel.engine.preflight import notes_on_workers
 from widekernel.engine.randomness import MODEL_STREAM
+from widekernel.engine.step_batches import RunData
 from widekernel.errors import ConfigError
 from widekernel.tasks.assembly import build_model, choose_device, pretrained_cfg
 from widekernel.tasks.classification.class_mapping import inheritance_note
