@@ -128,7 +128,7 @@ def test_the_lost_process_is_named(folder: Path, report: dict, fault: str, text:
     assert "last seen at step 3, training step 4" in message and text in message
     assert found["codes"][other] > 0
     # Each of these processes also had to start, and to share two cores with 17 others, so the limit is generous.
-    assert found["seconds"][other] < TIMEOUT_S + GRACE_S + 15
+    assert found["seconds"][other] < TIMEOUT_S + GRACE_S + 7
 
 
 def test_without_an_environment_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:

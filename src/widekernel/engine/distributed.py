@@ -222,9 +222,12 @@ def join(
         heartbeat.finish()
         processes.barrier("waiting for all processes to finish")
     except BaseException as error:
-        heartbeat.leave(error)
-        if not isinstance(error, ProcessError) and is_connection_error(error):
-            raise heartbeat.explain(error, "an exchange between processes") from error
+        lost = not isinstance(error, ProcessError) and is_connection_error(error)
+        # Explained first: the others must learn the cause, and not that this process has left.
+        cause = heartbeat.explain(error, "an exchange between processes") if lost else error
+        heartbeat.leave(cause)
+        if lost:
+            raise cause from error
         raise
     finally:
         heartbeat.stop()
