@@ -81,6 +81,8 @@ def test_the_command_submits_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     arguments = [*model, *data, *length, "--slurm.nodes", "2", "--slurm.partition", "P"]
     assert main(["train", *arguments]) == 0
     assert capsys.readouterr().out == "submitted\n"
+    assert main(["train", *arguments, "--processes", "2"]) == 2
+    assert "--processes is 2, but a cluster job starts its processes itself" in capsys.readouterr().err
     assert calls == [(SlurmConfig(nodes=2, partition="P"), [sys.executable, "-m", "widekernel", "train", *arguments], run)]
 
     # in a job, the same command trains

@@ -41,9 +41,14 @@ def run(arguments: list[str]) -> int:
         return 0
     config = parse_config(arguments)
     job = None if is_in_a_task() else parse_slurm(arguments)
+    processes = given.get("processes")
+    if job is not None and processes is not None:
+        raise ConfigError(
+            f"--processes is {processes}, but a cluster job starts its processes itself, slurm.gpus or slurm.processes on "
+            "each node: leave --processes out."
+        )
     if job is not None:
         return submit_training(job, arguments, config)
-    processes = given.get("processes")
     if processes is not None and not _is_started(processes):
         return launch([sys.executable, "-m", "widekernel", "train", *arguments], processes, _say)
     from widekernel.tasks.classification.run import train
