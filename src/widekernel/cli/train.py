@@ -53,14 +53,18 @@ def run(arguments: list[str]) -> int:
         return launch([sys.executable, "-m", "widekernel", "train", *arguments], processes, _say)
     from widekernel.tasks.classification.run import train
 
+    environment = read_environment()
+    talks = environment is None or environment.rank == 0
     with ConsoleReporter() as reporter:
         try:
             result = train(config, reporter)
         except Interrupted as interruption:
             name = signal.Signals(interruption.signal_number).name
-            reporter.message(f"Stopped by {name}; the state is saved. The same command resumes the run.")
+            if talks:
+                reporter.message(f"Stopped by {name}; the state is saved. The same command resumes the run.")
             raise
-    print_result(result)
+    if talks:
+        print_result(result)
     return 0
 
 
