@@ -38,7 +38,18 @@ FOLDERS = [
     "cli",
 ]
 HANDED_A_MODEL = ["sparsity", "data", "engine"]
-FOR_EVERYBODY = ["deprecation", "errors", "figures", "files", "lazy", "safe_pickle", "settings", "tensor_files"]
+FOR_EVERYBODY = ["collectives", "deprecation", "errors", "figures", "files", "lazy", "safe_pickle", "settings"]
+FOR_EVERYBODY += ["tensor_files"]
+    "collectives",
+    "deprecation",
+    "errors",
+    "figures",
+    "files",
+    "lazy",
+    "safe_pickle",
+    "settings",
+    "tensor_files",
+]
 # Programs for `python -m`, which nobody imports.
 PROGRAMS = ["timm"]
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60
@@ -250,10 +261,9 @@ def test_uses_of_torch_distributed_are_found(text: str) -> None:
     assert uses_torch_distributed(ast.parse(text))
 
 
-def test_few_modules_use_torch_distributed() -> None:
-    """The engine in one, and dynamic sparsity, which users also combine with training loops of their own."""
+def test_one_module_uses_torch_distributed() -> None:
     using = [relative(file) for file in FILES if uses_torch_distributed(ast.parse(file.read_text()))]
-    assert using == ["engine/distributed.py", "sparsity/dynamic/processes.py"]
+    assert using == ["collectives.py"]
 
 
 @pytest.mark.parametrize("name", FOR_EVERYBODY)

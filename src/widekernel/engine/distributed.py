@@ -1,4 +1,4 @@
-"""Several processes that train together: the only module that imports torch.distributed."""
+"""Several processes that train together."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
+from widekernel.collectives import dist
 from widekernel.engine.equality import copy_from_main, require_equal_tensors
 from widekernel.engine.heartbeat import Heartbeat, is_connection_error
 from widekernel.engine.process_environment import ProcessEnvironment

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from widekernel.collectives import average
 from widekernel.errors import ArgumentError
 from widekernel.sparsity.dynamic.densities import check_finite
-from widekernel.sparsity.dynamic.processes import average
 from widekernel.sparsity.dynamic.rules import published
 from widekernel.sparsity.dynamic.state import MaskState
 from widekernel.sparsity.dynamic.topology import Rule

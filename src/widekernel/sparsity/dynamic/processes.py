@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from widekernel.collectives import are_several, gather, lowest
 from widekernel.errors import WidekernelError
 from widekernel.sparsity.packing import digest
 
@@ -16,32 +16,21 @@ class MaskMismatchError(WidekernelError, RuntimeError):
     """Error for processes that train together but have different masks."""
 
 
-def average(value: Tensor) -> Tensor:
-    """Average a tensor over all processes, in place."""
-    if _are_several():
-        dist.all_reduce(value)
-        value /= dist.get_world_size()
-    return value
-
-
 def check_equal(masks: Mapping[str, Tensor]) -> None:
     """Compare the masks of all processes by one 64-bit digest.
 
     Raises:
         MaskMismatchError: the masks differ; the message names the layers.
     """
-    if not _are_several():
+    if not are_several():
         return
     device = next(iter(masks.values())).device
     each = torch.tensor([digest(name, mask) for name, mask in masks.items()], dtype=torch.int64)
     total = _combine(each)
-    bounds = torch.stack([total, ~total]).to(device)  # the complement turns a minimum into a maximum
-    dist.all_reduce(bounds, op=dist.ReduceOp.MIN)
+    bounds = lowest(torch.stack([total, ~total]).to(device))  # the complement turns a minimum into a maximum
     if bounds[0] == ~bounds[1]:
         return
-    here = each.to(device)
-    gathered = [torch.empty_like(here) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, here)
+    gathered = gather(each.to(device))
     differ = [name for place, name in enumerate(masks) if len({int(others[place]) for others in gathered}) > 1]
     raise MaskMismatchError(
         f"the masks of {', '.join(differ[:5])} differ between processes: all must start from the same weights and settings, "
@@ -53,7 +42,3 @@ def _combine(digests: Tensor) -> Tensor:
     """Combine digests so that a change of any one changes the result."""
     odd = 2 * torch.arange(len(digests), dtype=torch.int64) + 1
     return (digests * odd).sum()
-
-
-def _are_several() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
