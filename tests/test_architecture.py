@@ -38,8 +38,7 @@ FOLDERS = [
     "cli",
 ]
 HANDED_A_MODEL = ["sparsity", "data", "engine"]
-FOR_EVERYBODY = ["collectives", "deprecation", "errors", "figures", "files", "lazy", "safe_pickle", "settings"]
-FOR_EVERYBODY += ["tensor_files"]
+FOR_EVERYBODY = [
     "collectives",
     "deprecation",
     "errors",
