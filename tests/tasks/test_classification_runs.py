@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from tests.tasks.images import make_images
@@ -11,6 +12,7 @@ from widekernel.data import AugmentConfig, DataConfig, Preprocessing
 from widekernel.engine import EmaConfig, LoopConfig, RunFolder, RunFolderError, ScheduleConfig, SilentReporter
 from widekernel.engine.metrics_log import read_metrics
 from widekernel.errors import CheckpointError, WidekernelError
+from widekernel.files import sha256_of
 from widekernel.tasks.assembly import build_model
 from widekernel.tasks.classification import run as classification
 from widekernel.tasks.classification.config import ModelConfig, TrainConfig
@@ -286,3 +288,26 @@ def test_a_truncated_model_is_written_again(make):
     folder.model.write_bytes(whole[: len(whole) // 2])
     assert train(make()).was_finished
     assert folder.model.read_bytes() == whole
+
+
+def test_a_finished_run_of_version_0_5_is_finished_and_an_unfinished_one_is_refused(make):
+    """Then, loop.batch_size was the size of a forward pass, and many settings did not exist."""
+    config = make(loop=LoopConfig(batch_size=8, micro_batch=4, device="cpu"))
+    train(config)
+    folder = RunFolder(config.output)
+    settings = folder.read_config()
+    for section in ("evaluation", "faults", "logging"):
+        del settings[section]
+    new = settings["loop"]
+    settings["loop"] = {"batch_size": 4, "accumulate": 2, **{key: new[key] for key in ("precision", "device", "log_every")}}
+    folder.config.write_text(yaml.safe_dump(settings))
+    assert train(config).was_finished
+    with pytest.raises(RunFolderError, match=r"loop\.batch_size: 8 there, 6 now"):
+        train(make(loop=LoopConfig(batch_size=6, device="cpu")))
+    folder.summary.unlink()
+    for path in folder.checkpoints.glob("step-*.pt"):
+        state = torch.load(path, weights_only=True)
+        torch.save({**state, "format": 1, "settings": settings}, path)
+        path.with_name(f"{path.name}.sha256").write_text(f"{sha256_of(path)}  {path.name}\n")
+    with pytest.raises(CheckpointError, match=r"0\.5"):
+        train(config)

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -54,10 +54,17 @@ class RunFolderError(WidekernelError, ValueError):
 
 
 class RunFolder:
-    """Paths and small files of a run."""
+    """Paths and small files of a run.
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    Args:
+        path: the folder
+        upgrade: function from the settings of a run, which an earlier version may have stored, to those of this version
+    """
+
+    def __init__(
+        self, path: str | Path, upgrade: Callable[[dict[str, Any]], dict[str, Any]] = lambda settings: settings
+    ) -> None:
+        self.path, self._upgrade = Path(path), upgrade
         self.config = self.path / "config.yaml"
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
@@ -182,7 +189,7 @@ class RunFolder:
             yield
 
     def _check_same(self, there: dict[str, Any], config: dict[str, Any]) -> None:
-        lines = _differing(there, config)
+        lines = _differing(self._upgrade(there), config)
         if lines:
             raise RunFolderError(
                 f"{self.path} holds a run with a different configuration:\n"
@@ -196,7 +203,8 @@ class RunFolder:
         Raises:
             CheckpointError: it belongs to another run; the message names the settings that differ.
         """
-        lines = _differing(state.get("settings") or config, config, ("in the state", "in the run"))
+        words = "in the state", "in the run"
+        lines = _differing(self._upgrade(state.get("settings") or config), self._upgrade(config), words)
         if lines:
             raise CheckpointError(
                 f"A training state in {self.checkpoints} belongs to a run with other settings:\n"

@@ -130,6 +130,29 @@ class TrainConfig:
         )
 
 
+def upgraded(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the stored settings of a run as this version would store them.
+
+    Settings that did not exist yet have their defaults. Until version 0.5, `loop.batch_size` was the size of a forward pass.
+    """
+    settings = {key: dict(value) if isinstance(value, dict) else value for key, value in settings.items()}
+    loop = settings.get("loop") or {}
+    if "accumulate" in loop:
+        accumulate = loop.pop("accumulate")
+        loop["micro_batch"] = loop["batch_size"] if accumulate > 1 else None
+        loop["batch_size"] *= accumulate
+    return _filled(settings, TrainConfig().to_dict())
+
+
+def _filled(settings: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Return settings, in which missing ones have their defaults; the arguments of a model have none."""
+    filled = {**defaults, **settings}
+    for key, default in defaults.items():
+        if isinstance(default, dict) and default and isinstance(settings.get(key), dict) and key != "sparsity":
+            filled[key] = _filled(settings[key], default)
+    return filled
+
+
 def check_pairs(name: str, size: int) -> None:
     """Raise a `ConfigError` if a batch of `size` images cannot be mixed in pairs; `name` says which batch it is."""
     if size % 2:

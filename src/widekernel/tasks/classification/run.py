@@ -35,7 +35,7 @@ from widekernel.engine.step_batches import RunData
 from widekernel.errors import ConfigError
 from widekernel.tasks.assembly import build_model, choose_device, pretrained_cfg
 from widekernel.tasks.classification.class_mapping import inheritance_note
-from widekernel.tasks.classification.config import TrainConfig, check_pairs
+from widekernel.tasks.classification.config import TrainConfig, check_pairs, upgraded
 from widekernel.tasks.classification.missing_classes import missing_classes
 from widekernel.tasks.classification.task import Classification
 from widekernel.tasks.fingerprint import code_fingerprint, fingerprint
@@ -61,7 +61,7 @@ def train(config: TrainConfig, reporter: Reporter | None = None) -> RunResult:
         raise ConfigError("output is not set; give the run folder.")
     with joined_processes(config.loop.device, config.loop.timeout) as processes, ExitStack() as stack:
         shown = reporter if reporter is not None and processes.is_main else SilentReporter()
-        folder = RunFolder(config.output)
+        folder = RunFolder(config.output, upgraded)
         processes.from_main(lambda: _enter(stack, folder))
         return _Run(config, folder, shown, processes).result()
 
