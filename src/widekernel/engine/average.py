@@ -35,12 +35,11 @@ class Average(ModelEmaV3):
         if made is None:
             super().update(model, step)
             return
-        weight = (1 - self.get_decay(step)) * made
-        pairs = list(zip(self.module.state_dict().values(), model.state_dict().values(), strict=True))
-        averages, values = zip(*[pair for pair in pairs if pair[0].is_floating_point()], strict=True)
-        difference = torch._foreach_sub(values, averages)
-        torch._foreach_mul_(difference, weight)
-        torch._foreach_add_(averages, difference)
-        for average, value in pairs:
+        weights: dict[torch.dtype, Tensor] = {}
+        for average, value in zip(self.module.state_dict().values(), model.state_dict().values(), strict=True):
             if not average.is_floating_point():
                 average.copy_(value)
+                continue
+            if average.dtype not in weights:
+                weights[average.dtype] = made.to(average.dtype) * (1 - self.get_decay(step))
+            average.lerp_(value, weights[average.dtype])  # rounds like the update above; a weight of 0 changes nothing

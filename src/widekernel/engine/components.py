@@ -40,13 +40,13 @@ class Components:
     def state(self, processes: Processes) -> dict[str, Any]:
         """Return the state of every component, as tensors and plain containers; all processes call this together."""
         trained = self.trained
-        self.progress.skipped, self.progress.skipped_in_a_row, _ = self.step.skipped()
         return {
             "model": trained.model.state_dict(),
             "ema": None if trained.average is None else trained.average.module.state_dict(),
             "optimizer": trained.optimizer.state_dict(),
             "scaler": trained.scaler.state_dict(),
             "sparsity": trained.sparsity.state(),
+            "skipped": self.step.counts(),
             "meters": self.step.meter.state(processes),
             "progress": self.progress.state(),
         }
@@ -62,7 +62,8 @@ class Components:
         trained.sparsity.load_state(state.get("sparsity"))
         self.step.meter.load_state(state["meters"], processes)
         self.progress = Progress.from_state(state["progress"])
-        self.step.set_skipped(self.progress.skipped, self.progress.skipped_in_a_row)
+        self.step.set_counts(state["skipped"])
+        self.step.deferred = self.step.can_defer and not (self.progress.skipped or self.progress.rollbacks)
         processes.require_equal(trained.model)
 
 

@@ -14,7 +14,7 @@ from widekernel.engine.error_context import LoadingError, NetworkError, errors_a
 from widekernel.engine.processes import Processes
 from widekernel.engine.reporter import Reporter, SilentReporter
 from widekernel.engine.task import Evaluator
-from widekernel.engine.unreadable import check_unreadable
+from widekernel.engine.unreadable import SAMPLES, check_unreadable
 from widekernel.errors import DataError
 from widekernel.layers.training_modes import training_modes_restored
 
@@ -30,6 +30,7 @@ class EvaluationOptions:
         reporter: receives progress and messages
         stop: called between batches, equally often in all processes; if true, the evaluation ends without a result
         memory_format: memory format of images
+        nouns: what messages call one sample, and several
     """
 
     device: torch.device
@@ -38,6 +39,7 @@ class EvaluationOptions:
     reporter: Reporter = field(default_factory=SilentReporter)
     stop: Callable[[], bool] = lambda: False
     memory_format: torch.memory_format = torch.contiguous_format
+    nouns: tuple[str, str] = SAMPLES
 
 
 def evaluate(
@@ -82,15 +84,15 @@ def evaluate(
                 readable += batch.size
             options.reporter.evaluated(1)
         unreadable = options.processes.union(unreadable)
-        check_unreadable(unreadable, options.max_unreadable, "evaluation")
+        check_unreadable(unreadable, options.max_unreadable, "evaluation", options.nouns[1])
         if not options.processes.sum(readable).item():
-            raise DataError(f"None of the {len(unreadable)} images could be read. Check the data set.")
+            raise DataError(f"None of the {len(unreadable)} {options.nouns[1]} could be read. Check the data set.")
         evaluator.reduce(options.processes)
     return {**evaluator.result(), "val_unreadable": len(unreadable)}
 
 
 def _note_unreadable(samples: tuple[Unreadable, ...], seen: set[str], options: EvaluationOptions) -> None:
     for sample in samples:
-        options.reporter.message(f"Left out an unreadable image: {sample}")
+        options.reporter.message(f"Left out an unreadable {options.nouns[0]}: {sample}")
         seen.add(sample.name)
-    check_unreadable(seen, options.max_unreadable, "evaluation")
+    check_unreadable(seen, options.max_unreadable, "evaluation", options.nouns[1])

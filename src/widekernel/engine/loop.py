@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from widekernel.data.batches import Unreadable
+from widekernel.data.batches import Batch, Unreadable
 from widekernel.engine.checkpoint import CheckpointStore
 from widekernel.engine.components import create_components
 from widekernel.engine.config import Metrics, TrainingConfig
@@ -58,7 +58,7 @@ class Trainer:
         self.task, self.data, self.config, self.context = task, data, config, context
         if data.train.steps_per_epoch == 0:
             raise DataError(
-                f"The training data has {len(data.train.samples)} images, but one optimizer step takes "
+                f"The training data has {len(data.train.samples)} {task.nouns[1]}, but one optimizer step takes "
                 f"{config.loop.batch_size} (loop.batch_size). Lower loop.batch_size."
             )
         self.length = RunLength(config.schedule.total_steps(data.train.steps_per_epoch), data.train.steps_per_epoch)
@@ -84,6 +84,7 @@ class Trainer:
         self.log = RunLog(context.folder.metrics, loggers if context.processes.is_main else (), context.reporter.message)
         self.rates = Rates(context.device)
         self._batches = StepBatches(data.train, config.seed, context.processes.rank)
+        self._postponed = False  # whether a training state was due during steps that were skipped
 
     @property
     def _trained(self) -> Trained:
@@ -139,9 +140,14 @@ class Trainer:
     def _save_due(self) -> bool:
         step, config = self.progress.step, self.config.checkpoint
         # The folder belongs to this run from the first step on; saving right then shows that states can be written.
-        if step in (1, self.length.steps) or (config.every_steps is not None and step % config.every_steps == 0):
+        if step in (1, self.length.steps):
             return True
-        return step % (config.every_epochs * self.length.steps_per_epoch) == 0
+        intervals = config.every_steps, config.every_epochs * self.length.steps_per_epoch
+        if any(interval is not None and step % interval == 0 for interval in intervals):
+            # What led to skipped steps may be in the weights: such states would push out those from before.
+            self._postponed = self.progress.skipped_in_a_row > 0
+            return not self._postponed
+        return self._postponed and not self.progress.skipped_in_a_row
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
@@ -154,16 +160,15 @@ class Trainer:
         number = self.progress.step + 1
         self.model.train()
         note = self.context.processes.note
-        note(self.progress.step, f"loading the images of step {number}")
-        with errors_as(LoadingError, f"Loading the images of training step {number}"), self.rates.loading():
+        note(self.progress.step, f"loading the {self.task.nouns[1]} of step {number}")
+        with errors_as(LoadingError, f"Loading the {self.task.nouns[1]} of training step {number}"), self.rates.loading():
             batches = self._batches.take(self.progress.step)
         for batch in batches:
             self._note_unreadable(batch.unreadable)
         note(self.progress.step, f"training step {number}")
         with errors_as(NetworkError, f"Training step {number}"):
             self.schedule.step_update(self.progress.step)
-            moved = (batch.to(self.context.device, self._memory_format) for batch in batches)
-            made = self.step.make(moved, self._batches.positions(self.progress.step))
+            made = self.step.make(batches, self._batches.positions(self.progress.step), self._moved)
             self.step.average(number, made)
         self.rates.stepped(self.data.train.plan.batch_size)
         if self.progress.step == 0 and self.context.processes.is_main:
@@ -176,7 +181,9 @@ class Trainer:
         """Log, save and stop as is due after a step."""
         step = self.progress.step
         logs = step % self.config.loop.log_every == 0
-        if (made is False or (made is None and logs)) and self._rolls_back():
+        if made:
+            self.progress.skipped_in_a_row = 0
+        elif (made is False or logs or self._save_due() or self._evaluation_due()) and self._rolls_back():
             return
         row = {} if not logs or self._evaluation_due() else self._write_row({})
         self.context.reporter.step(step, row)
@@ -199,7 +206,8 @@ class Trainer:
             return False
         self.step.deferred = False  # from now on, the host sees every step, and can say what is not finite
         what = self.step.nonfinite or "a loss or a gradient"
-        self.context.reporter.message(f"Skipped training step {self.progress.step}: {what} is not finite.")
+        steps = "training step" if new == 1 and self.step.nonfinite else f"{new} training step(s) up to step"
+        self.context.reporter.message(f"Skipped {steps} {self.progress.step}: {what} is not finite.")
         if most <= self.config.faults.max_skipped:
             return False
         reason = too_many_skipped(most, self.progress.step, what, self.config)
@@ -216,11 +224,15 @@ class Trainer:
         if state is None:
             raise TrainingError(f"{reason} There is no training state to return to.")
         self.load_state(state)
+        self.step.set_counts([self.step.counts()[0], 0, 0])
+        self.step.deferred = False
+        self.progress.skipped_in_a_row = 0
         self.progress.rollbacks = rollbacks
         self.progress.left_out.append([self.progress.step, reached])
         self.context.reporter.message(
             f"{reason} The run returns to step {self.progress.step} and leaves out the batches up to step {reached}."
         )
+        self.save(at_once=True)  # so that a run that is killed and resumed leaves them out, too
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 
@@ -255,6 +267,7 @@ class Trainer:
             reporter=context.reporter,
             stop=stopping.now,
             memory_format=self._memory_format,
+            nouns=self.task.nouns,
         )
         networks = {"": (self.model, "weights")}
         if self.average is not None:
@@ -271,6 +284,9 @@ class Trainer:
 
     # -- small helpers -----------------------------------------------------------------------------------------------
 
+    def _moved(self, batch: Batch) -> Batch:
+        return batch.to(self.context.device, self._memory_format)
+
     @property
     def _memory_format(self) -> torch.memory_format:
         return torch.channels_last if self.config.loop.channels_last else torch.contiguous_format
@@ -278,14 +294,14 @@ class Trainer:
     def _note_unreadable(self, samples: tuple[Unreadable, ...]) -> None:
         for sample in samples:
             if sample.name not in self.progress.unreadable:
-                self.context.reporter.message(f"Skipped an unreadable image: {sample}")
+                self.context.reporter.message(f"Skipped an unreadable {self.task.nouns[0]}: {sample}")
                 self.progress.unreadable.add(sample.name)
-        check_unreadable(self.progress.unreadable, self.config.max_unreadable, "training")
+        check_unreadable(self.progress.unreadable, self.config.max_unreadable, "training", self.task.nouns[1])
 
     def _share_unreadable(self) -> None:
         """Let all processes know the unreadable images of each."""
         self.progress.unreadable = self.context.processes.union(self.progress.unreadable)
-        check_unreadable(self.progress.unreadable, self.config.max_unreadable, "training")
+        check_unreadable(self.progress.unreadable, self.config.max_unreadable, "training", self.task.nouns[1])
 
     def _lr(self) -> float:
         # Layer decay scales the rates of groups down; the largest is the nominal one.
@@ -296,7 +312,10 @@ class Trainer:
         self._share_unreadable()
         step = self.progress.step
         losses = self.step.meter.take_means(self.context.processes)
-        row = {"epoch": self.length.epoch_of(step), "step": step, "train_loss": sum(losses.values()), "lr": self._lr()}
+        row: Metrics = {"epoch": self.length.epoch_of(step), "step": step}
+        if losses:
+            row["train_loss"] = sum(losses.values())
+        row["lr"] = self._lr()
         if len(losses) > 1:
             row.update({f"train_loss_{name}": value for name, value in losses.items()})
         if self.progress.skipped:
@@ -315,6 +334,7 @@ class Trainer:
         Args:
             at_once: wait until it is on disk.
         """
+        self._postponed = False
         self.context.processes.note(self.progress.step, "saving")
         state = self.state()
         if self.context.processes.is_main:

@@ -29,10 +29,10 @@ class LossMeter:
         self._sums += values if made is None else torch.where(made, values, torch.zeros_like(values))
 
     def take_means(self, processes: Processes) -> dict[str, float]:
-        """Return the mean of each loss over steps and processes, and start anew; NaN if no step was made."""
+        """Return the mean of each loss over steps and processes, and start anew; {} if no step was made."""
         *sums, count = processes.sum(self._sums).tolist()
         self._sums.zero_()
-        return {name: value / count if count else float("nan") for name, value in zip(self._names, sums, strict=True)}
+        return {name: value / count for name, value in zip(self._names, sums, strict=True)} if count else {}
 
     def state(self, processes: Processes) -> dict[str, Any]:
         """Return the sums of every process; all processes call this together."""

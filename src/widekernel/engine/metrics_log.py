@@ -1,7 +1,7 @@
 """File metrics.jsonl: one JSON object per line, without duplicates even if the run was interrupted.
 
-Every row has `epoch` (counted from 1), `step` (optimizer steps done), `train_loss` (mean since the previous row) and
-`lr`. The last row of an epoch also has the metrics of the evaluation.
+Every row has `epoch` (counted from 1), `step` (optimizer steps done), `lr` and, unless all steps since the previous row were
+skipped, `train_loss` (their mean). The last row of an epoch also has the metrics of the evaluation.
 """
 
 import json

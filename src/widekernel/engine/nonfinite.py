@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from widekernel.data.batches import Batch
 from widekernel.engine.config import TrainingConfig
+from widekernel.engine.processes import Processes
 
 REMEDIES = (
     "Lower optimizer.lr, set optimizer.clip_grad, or use precision bf16 or fp32, in another output folder; or let the run "
@@ -18,20 +19,45 @@ REMEDIES = (
 """What the user can do about steps that are not finite."""
 
 
-def first_nonfinite(losses: Mapping[str, Tensor], batch: Batch | None, model: nn.Module) -> str:
-    """Return a description of the first tensor with a value that is not finite, or "" if there is none.
+class NonFinite(NamedTuple):
+    """Tensor with a value that is not finite.
 
-    Inputs come first, then weights, buffers, losses and gradients, because what comes first spoils what follows.
+    Args:
+        stage: place in the order in which such values spread: inputs, parameters, buffers, losses, gradients
+        text: description
     """
-    tensors = [*_of_batch("" if batch is None else batch.content)] if batch is not None else []
-    for name, parameter in model.named_parameters():
-        tensors.append((f"the parameter {name}", parameter))
-    for name, value in losses.items():
-        tensors.append((f"the loss {name!r}" if len(losses) > 1 else "the loss", value))
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            tensors.append((f"the gradient of {name}", parameter.grad))
-    return next((_described(name, value) for name, value in tensors if not _is_finite(value)), "")
+
+    stage: int
+    text: str
+
+
+def first_nonfinite(losses: Mapping[str, Tensor], batches: Sequence[Batch], model: nn.Module) -> NonFinite | None:
+    """Return the first tensor of this process with a value that is not finite, or `None` if there is none.
+
+    Inputs come first, then parameters, buffers, losses and gradients, because what comes first spoils what follows.
+    """
+    parameters = list(model.named_parameters())
+    stages: tuple[list[tuple[str, Tensor]], ...] = (
+        [pair for batch in batches for pair in _of_batch(batch.content)],
+        [(f"the parameter {name}", value) for name, value in parameters],
+        [(f"the buffer {name}", value) for name, value in model.named_buffers()],
+        [(f"the loss {name!r}" if len(losses) > 1 else "the loss", value) for name, value in losses.items()],
+        [(f"the gradient of {name}", value.grad) for name, value in parameters if value.grad is not None],
+    )
+    for stage, tensors in enumerate(stages):
+        for name, value in tensors:
+            if not _is_finite(value):
+                return NonFinite(stage, _described(name, value))
+    return None
+
+
+def first_of_all(own: NonFinite | None, processes: Processes) -> str:
+    """Return the description of the first tensor of all processes, and in which one it is if there are several."""
+    found = [(each, rank) for rank, each in enumerate(processes.gather(own)) if each is not None]
+    if not found:
+        return "the norm of the gradients"
+    first, rank = min(found, key=lambda pair: pair[0].stage)
+    return first.text if processes.world_size == 1 else f"{first.text} in process {rank}"
 
 
 def _of_batch(content: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -7,7 +7,7 @@ it writes a row of metrics (`deferred`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ from widekernel.engine.average import Average
 from widekernel.engine.buffer_guard import BufferGuard
 from widekernel.engine.config import OptimizerConfig
 from widekernel.engine.meters import LossMeter
-from widekernel.engine.nonfinite import first_nonfinite
+from widekernel.engine.nonfinite import first_nonfinite, first_of_all
 from widekernel.engine.processes import Processes
 from widekernel.engine.randomness import seed_forward
 from widekernel.engine.sparsification import Sparsification
@@ -64,6 +64,8 @@ class OptimizerStep:
         deferred: let a fused optimizer skip steps on the device, so that the host need not wait
 
     Attributes:
+        deferred: whether the next step is decided on the device; it can be turned off, and on again if `can_defer`
+        can_defer: whether steps can be decided on the device
         meter: means of the losses since the last row of metrics
         nonfinite: description of the last thing that was not finite
     """
@@ -82,7 +84,8 @@ class OptimizerStep:
         self._parameters = [each for group in trained.optimizer.param_groups for each in group["params"]]
         device = self._parameters[0].device
         self._guard = BufferGuard(trained.model)
-        self.deferred = deferred
+        self.deferred = self.can_defer = deferred
+        self._has_stepped = False
         self._skipped = torch.zeros(3, dtype=torch.int64, device=device)  # all, those in a row, most in a row
         self.meter = LossMeter(device)
         self.nonfinite = ""
@@ -94,42 +97,55 @@ class OptimizerStep:
 
         This waits for the device.
         """
-        total, row, most = (int(value) for value in self._skipped.tolist())
+        total, row, most = self.counts()
         self._skipped[2] = row
         return total, row, most
 
-    def set_skipped(self, total: int, row: int) -> None:
-        """Continue from the counts of a training state."""
-        self._skipped.copy_(torch.tensor([total, row, row]))
+    def counts(self) -> list[int]:
+        """Return the numbers that `skipped` returns, without beginning a new count of the most in a row."""
+        return [int(value) for value in self._skipped.tolist()]
+
+    def set_counts(self, counts: Sequence[int]) -> None:
+        """Continue from a result of `counts`."""
+        self._skipped.copy_(torch.tensor(counts))
 
     # -- a step ------------------------------------------------------------------------------------------------------
 
-    def make(self, batches: Iterable[Batch], positions: list[Position]) -> bool | None:
+    def make(
+        self, batches: Sequence[Batch], positions: Sequence[Position], move: Callable[[Batch], Batch] = lambda batch: batch
+    ) -> bool | None:
         """Perform the step of `batches`, one forward pass each, at `positions`.
+
+        Args:
+            batches: the micro-batches.
+            positions: their positions.
+            move: moves a micro-batch to the device.
 
         Returns:
             whether the step was made; `None` if the device decides and the host does not know yet.
         """
         self._guard.remember()
         losses: dict[str, Tensor] = {}
-        last: Batch | None = None
         for number, (batch, position) in enumerate(zip(batches, positions, strict=True)):
             final = number == len(positions) - 1
             with nullcontext() if final else self._processes.without_sync(self._trained.wrapped):
-                for name, value in self._backward(batch, position, len(positions)).items():
+                for name, value in self._backward(move(batch), position, len(positions)).items():
                     losses[name] = losses[name] + value if name in losses else value
-            last = batch
-        made = self._decide(losses)
-        if self.deferred:
+        norm = self._gradient_norm()
+        made = self._all_finite(losses, norm)
+        # Before the first step, the fused form of SGD has no momenta: if it skipped that step, they would stay unset.
+        if self.deferred and (self._has_stepped or self._trained.optimizer.state):
+            self._clip(norm)
             self._step_on_device(made)
             self.meter.add(losses, made)
             return None
         if bool(made):
+            self._clip(norm)
             self._step()
             self.meter.add(losses)
             self._skipped[1] = 0
             return True
-        self._skip(losses, last)
+        self._skip(losses, batches)
         return False
 
     def _backward(self, batch: Batch, position: Position, count: int) -> dict[str, Tensor]:
@@ -143,38 +159,39 @@ class OptimizerStep:
         trained.scaler.scale((total if penalty is None else total + penalty) / count).backward()
         return {name: value.detach() / count for name, value in losses.items()}
 
-    def _decide(self, losses: Mapping[str, Tensor]) -> Tensor:
-        """Unscale and clip the gradients; return a scalar bool on the device: whether losses and gradients are finite.
-
-        All processes get the same answer.
-        """
-        trained, clip = self._trained, self._config.clip_grad
+    def _gradient_norm(self) -> Tensor:
+        """Unscale the gradients, and return their norm, a scalar on the device."""
+        trained = self._trained
         trained.scaler.unscale_(trained.optimizer)
-        if clip is not None:
+        if self._config.clip_grad is not None:
             trained.sparsity.before_clipping()
-        gradients = [each.grad for each in self._parameters if each.grad is not None]
-        norm = get_total_norm(gradients)
-        if clip is not None:
-            if self._config.clip_mode == "norm":
-                clip_grads_with_norm_(self._parameters, clip, norm)
-            else:
-                dispatch_clip_grad(self._parameters, clip, mode=self._config.clip_mode)
+        return get_total_norm([each.grad for each in self._parameters if each.grad is not None])
+
+    def _all_finite(self, losses: Mapping[str, Tensor], norm: Tensor) -> Tensor:
+        """Return whether losses and gradients are finite: a scalar bool on the device, the same in all processes."""
         finite = torch.stack([value.float() for value in losses.values()]).isfinite().all() & norm.isfinite()
         return self._processes.all_finite(finite)
 
+    def _clip(self, norm: Tensor) -> None:
+        clip, mode = self._config.clip_grad, self._config.clip_mode
+        if clip is not None and mode == "norm":
+            clip_grads_with_norm_(self._parameters, clip, norm)
+        elif clip is not None:
+            dispatch_clip_grad(self._parameters, clip, mode=mode)
+
     def _step(self) -> None:
         trained = self._trained
+        self._has_stepped = True
         trained.scaler.step(trained.optimizer)
         trained.scaler.update()
         trained.sparsity.after_step()
         trained.optimizer.zero_grad(set_to_none=True)
 
-    def _skip(self, losses: Mapping[str, Tensor], batch: Batch | None) -> None:
+    def _skip(self, losses: Mapping[str, Tensor], batches: Sequence[Batch]) -> None:
         """Restore what the forward pass has changed, drop the gradients, and note what was not finite."""
         trained = self._trained
-        own = first_nonfinite(losses, batch, trained.model)
-        self.nonfinite = next((text for text in self._processes.gather(own) if text), "the norm of the gradients")
         self._guard.restore()
+        self.nonfinite = first_of_all(first_nonfinite(losses, batches, trained.model), self._processes)
         trained.scaler.update()  # in fp16, lowers the scale
         trained.optimizer.zero_grad(set_to_none=True)
         row = int(self._skipped[1]) + 1
@@ -211,4 +228,6 @@ def can_be_deferred(trained: Trained) -> bool:
     The hooks of dynamic sparsity and the scaler of fp16 read the decision in any case.
     """
     fused = bool(getattr(trained.optimizer, "_step_supports_amp_scaling", False))
-    return fused and not trained.scaler.is_enabled() and trained.sparsity.kind == "none"
+    # An average of bfloat16 weights is rounded at random, which cannot be undone.
+    rounded = trained.average is not None and any(each.dtype == torch.bfloat16 for each in trained.model.parameters())
+    return fused and not trained.scaler.is_enabled() and trained.sparsity.kind == "none" and not rounded

@@ -15,8 +15,8 @@ class Progress:
         evaluated: step after which the network was last evaluated
         best: best value of the task's first metric
         best_step: optimizer steps done when it was reached
-        skipped: steps skipped because something was not finite
-        skipped_in_a_row: the last of them, without a good step in between
+        skipped: steps skipped because something was not finite, as far as the user knows of them
+        skipped_in_a_row: the last of them, if no good step came afterwards
         rollbacks: returns to an earlier training state so far
         left_out: ranges of steps, as pairs of the steps done before and after, whose batches are left out after a rollback
         unreadable: names of the unreadable training samples met so far

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from widekernel.data import Batch
 from widekernel.engine.metrics import Metric
 from widekernel.engine.processes import Processes
+from widekernel.engine.unreadable import SAMPLES
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,9 @@ class Task(ABC):
 
     metrics: tuple[Metric, ...]
     """What an evaluation yields; the first decides which training state is the best."""
+
+    nouns: tuple[str, str] = SAMPLES
+    """What messages call one sample, and several."""
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch, position: Position) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ METRICS = (
     Metric("val_loss", "loss", larger_is_better=False, digits=4),
 )
 """What an evaluation yields, by the keys in metrics.jsonl."""
+
+IMAGES = ("image", "images")
+"""What messages call one sample, and several."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ def evaluate(
         NetworkError: the network fails on the images.
         TrainingError: more than `max_unreadable` images could not be read.
     """
-    values = evaluate_task(model, loader, accuracy or Accuracy(), options)
+    values = evaluate_task(model, loader, accuracy or Accuracy(), replace(options, nouns=IMAGES))
     if values is None:
         return None
     return Evaluation(

@@ -10,7 +10,7 @@ from typing_extensions import override
 from widekernel.data import AugmentConfig, Batch
 from widekernel.data.mixing import GroupMixup
 from widekernel.engine.task import Position, Task
-from widekernel.tasks.classification.evaluation import METRICS, Accuracy
+from widekernel.tasks.classification.evaluation import IMAGES, METRICS, Accuracy
 
 
 class Classification(Task):
@@ -23,6 +23,7 @@ class Classification(Task):
     """
 
     metrics = METRICS
+    nouns = IMAGES
 
     def __init__(self, augment: AugmentConfig, label_smoothing: float, num_classes: int) -> None:
         self.label_smoothing = label_smoothing
