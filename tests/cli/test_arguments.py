@@ -187,3 +187,19 @@ def test_lists_add_once_to_those_of_a_layer():
 def test_data_are_named_by_a_root_or_a_name(arguments, is_named):
     values, named = parse_with_data_of_the_run(eval_command.make_parser(), ["slak_nano", *arguments])
     assert (values["source"], named) == ("slak_nano", is_named)
+
+
+@pytest.mark.parametrize(
+    ("processes", "words"),
+    [
+        ("1000", ["loop.batch_size is 128", "1000 processes"]),
+        ("64", ["--processes is 64", "at most"]),
+        ("3", ["126 or 129"]),
+    ],
+)
+def test_too_many_processes_are_not_started(processes, words, capsys, monkeypatch):
+    monkeypatch.setattr("widekernel.cli.train.launch", lambda *_: pytest.fail("started processes"))
+    monkeypatch.setattr("widekernel.cli.train.processors", lambda: 2)
+    assert main(["train", "--processes", processes]) == 2
+    told = capsys.readouterr().err
+    assert all(word in told for word in words)

@@ -13,6 +13,8 @@ import yaml
 from widekernel.cli.console import ConsoleReporter, result_console
 from widekernel.cli.parsing import build, new_parser, parse, parse_given, read_settings, typed
 from widekernel.cli.progress_text import metric_texts
+from widekernel.data.batch_plan import BatchPlan
+from widekernel.data.config import processors
 from widekernel.engine.interrupts import Interrupted
 from widekernel.engine.process_environment import read_environment
 from widekernel.engine.run_folder import RunFolder
@@ -25,6 +27,9 @@ from widekernel.tasks.classification.config import TrainConfig
 
 if TYPE_CHECKING:
     from widekernel.tasks.results import RunResult
+
+_PER_PROCESSOR = 4
+"""Largest number of processes per processor; each takes memory and starts PyTorch."""
 
 _DESCRIPTION = (
     "Train a classifier. Settings come from the recipe, the configuration files and the command line; later ones override "
@@ -50,6 +55,7 @@ def run(arguments: list[str]) -> int:
     if job is not None:
         return submit_training(job, arguments, config)
     if processes is not None and not _is_started(processes):
+        _check_number(processes, config)
         return launch([sys.executable, "-m", "widekernel", "train", *arguments], processes, _say)
     from widekernel.tasks.classification.run import train
 
@@ -121,6 +127,19 @@ def _is_started(processes: int) -> bool:
             "--processes out if torchrun or a cluster job starts the processes."
         )
     return environment is not None or processes == 1
+
+
+def _check_number(processes: int, config: TrainConfig) -> None:
+    """Raise a `ConfigError` if so many processes cannot share a batch, or would overload this machine."""
+    if processes > 0:
+        BatchPlan(config.loop.batch_size, config.loop.micro_batch, processes)
+    cores = processors()
+    most = _PER_PROCESSOR * cores
+    if processes > most:
+        raise ConfigError(
+            f"--processes is {processes}, but must be at most {most}, {_PER_PROCESSOR} for each of the {cores} processors of "
+            "this machine: lower it."
+        )
 
 
 def _say(line: str) -> None:

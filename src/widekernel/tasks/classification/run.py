@@ -33,6 +33,7 @@ from widekernel.engine.preflight import notes_on_workers
 from widekernel.engine.randomness import MODEL_STREAM
 from widekernel.engine.step_batches import RunData
 from widekernel.errors import ConfigError
+from widekernel.settings import flatten
 from widekernel.tasks.assembly import build_model, choose_device, pretrained_cfg
 from widekernel.tasks.classification.class_mapping import inheritance_note
 from widekernel.tasks.classification.config import TrainConfig, check_pairs, upgraded
@@ -82,6 +83,7 @@ class _Run:
     def result(self) -> RunResult:
         """Train, unless the run is finished, and return the result."""
         config, folder, processes = self.config, self.folder, self.processes
+        _require_same(flatten(config.to_dict()), processes, "settings", "Start all processes with the same command.")
         device = processes.device or choose_device(config.loop.device)
         sources = self._main_first(lambda: open_train_and_val(config.data))
         has_begun = processes.from_main(lambda: has_states(folder))
@@ -153,8 +155,8 @@ class _Run:
     def _make_context(self, sources: tuple[ImageSource, ImageSource], saved: SavedModel, device: torch.device) -> RunContext:
         processes, settings = self.processes, _with_absolute_root(self.config)
         processes.from_main(lambda: self.folder.prepare(settings))
-        images = processes.from_main(lambda: fingerprint(*sources))
-        _require_same_data(sources, processes)
+        images = fingerprint(*sources)
+        _require_same(images, processes, "data", "Give all hosts the same data (data.root).")
         code = code_fingerprint()
         return RunContext(self.folder, device, processes, self.reporter, images, code, saved.to_dict(), settings)
 
@@ -189,14 +191,16 @@ def _checkpoint_gradients(model: nn.Module, name: str) -> None:
     switch(True)
 
 
-def _require_same_data(sources: tuple[ImageSource, ImageSource], processes: Processes) -> None:
-    """Raise unless all processes find as many images."""
-    found = processes.gather([len(source) for source in sources])
-    for rank, counts in enumerate(found):
-        if counts != found[0]:
+def _require_same(values: dict[str, Any], processes: Processes, what: str, fix: str) -> None:
+    """Raise a `ConfigError` unless all processes have the same `values`; `what` names them."""
+    found = processes.gather(values)
+    for rank, other in enumerate(found):
+        differing = [key for key in found[0].keys() | other.keys() if found[0].get(key) != other.get(key)]
+        if differing:
+            key = min(differing)
             raise ConfigError(
-                f"Process {rank} finds {counts[0]} training and {counts[1]} held-out images, but process 0 finds "
-                f"{found[0][0]} and {found[0][1]}. Give all hosts the same data (data.root)."
+                f"Process {rank} has other {what} than process 0: {key} is {other.get(key)!r} instead of "
+                f"{found[0].get(key)!r}. {fix}"
             )
 
 
