@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from widekernel.transforms.acceleration import accelerate
     from widekernel.transforms.fold import fold
 
-__version__ = "0.5.0"
+__version__ = "0.6.0"
 
 __all__ = [
     "DepthwiseConv2d",

@@ -137,8 +137,8 @@ def _check_number(processes: int, config: TrainConfig) -> None:
     most = _PER_PROCESSOR * cores
     if processes > most:
         raise ConfigError(
-            f"--processes is {processes}, but must be at most {most}, {_PER_PROCESSOR} for each of the {cores} processors of "
-            "this machine: lower it."
+            f"--processes is {processes}, but must be at most {most}, {_PER_PROCESSOR} for each of the {cores} processors "
+            "of this machine: lower it."
         )
 
 
