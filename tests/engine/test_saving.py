@@ -306,7 +306,7 @@ def test_memory_is_reused_and_nothing_leaks(store: CheckpointStore) -> None:
         store.save(state, step, None)
     assert store.wait() and store._snapshot._memory is memory
     gc.collect()
-    assert len(list(Path("/proc/self/fd").iterdir())) <= descriptors and threading.active_count() == threads
+    assert len(list(Path("/proc/self/fd").iterdir())) <= descriptors and threading.active_count() <= threads
     assert len(list(store.folder.iterdir())) == 4
 
 
