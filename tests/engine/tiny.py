@@ -18,7 +18,7 @@ from widekernel.data import (
     TrainingLoader,
     TrainingSamples,
 )
-from widekernel.data.seeding import scoped_seed
+from widekernel.data.seeding import MODEL_STREAM, scoped_seed
 from widekernel.data.sources import ArraySource
 from widekernel.engine import (
     CheckpointConfig,
@@ -32,7 +32,6 @@ from widekernel.engine import (
     ScheduleConfig,
     Trainer,
 )
-from widekernel.engine.randomness import MODEL_STREAM
 from widekernel.engine.rates import TIMING_KEYS
 from widekernel.tasks.classification.config import TrainConfig
 from widekernel.tasks.classification.task import Classification

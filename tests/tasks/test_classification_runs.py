@@ -9,9 +9,17 @@ from tests.tasks.images import make_images
 
 import widekernel
 from widekernel.data import AugmentConfig, DataConfig, Preprocessing
-from widekernel.engine import EmaConfig, LoopConfig, RunFolder, RunFolderError, ScheduleConfig, SilentReporter
+from widekernel.engine import (
+    EmaConfig,
+    LoopConfig,
+    OptimizerConfig,
+    RunFolder,
+    RunFolderError,
+    ScheduleConfig,
+    SilentReporter,
+)
 from widekernel.engine.metrics_log import read_metrics
-from widekernel.errors import CheckpointError, WidekernelError
+from widekernel.errors import CheckpointError, ConfigError, WidekernelError
 from widekernel.files import sha256_of
 from widekernel.tasks.assembly import build_model
 from widekernel.tasks.classification import run as classification
@@ -311,3 +319,19 @@ def test_a_finished_run_of_version_0_5_is_finished_and_an_unfinished_one_is_refu
         path.with_name(f"{path.name}.sha256").write_text(f"{sha256_of(path)}  {path.name}\n")
     with pytest.raises(CheckpointError, match=r"0\.5"):
         train(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": ModelConfig("test_resnett")}, "test_resnett"),
+        ({"optimizer": OptimizerConfig(name="adamww")}, "Did you mean 'adamw'"),
+        ({"loop": LoopConfig(batch_size=8, device="cpu", precision="fp16")}, r"loop\.precision is 'fp16'"),
+        ({"loop": LoopConfig(batch_size=8, micro_batch=6, device="cpu")}, r"loop\.micro_batch is 6"),
+    ],
+    ids=["model", "optimizer", "precision", "batch"],
+)
+def test_what_cannot_work_is_refused_before_the_data_are_opened(make, changes, message, monkeypatch):
+    monkeypatch.setattr(classification, "open_train_and_val", lambda _: pytest.fail("opened the data"))
+    with pytest.raises(ConfigError, match=message):
+        train(make(**changes))

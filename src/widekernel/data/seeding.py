@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 # First keys of the random streams: each purpose has its own stream.
-SHUFFLE_STREAM, AUGMENT_STREAM, MIX_STREAM = 1, 2, 3
+SHUFFLE_STREAM, AUGMENT_STREAM, MIX_STREAM, MODEL_STREAM, STEP_STREAM = 1, 2, 3, 4, 5
 
 
 def derive_seed(*keys: int) -> int:
@@ -22,18 +22,29 @@ def derive_seed(*keys: int) -> int:
     return (int(high) << 32 | int(low)) & (2**63 - 1)
 
 
-@contextmanager
-def scoped_seed(*keys: int) -> Iterator[None]:
-    """Seed the global CPU generators with `keys` within the block, and restore their state afterwards."""
-    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    seed = derive_seed(*keys)
+def seed_generators(seed: int) -> None:
+    """Seed the global CPU generators of Python, NumPy and PyTorch."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    # torch.manual_seed would also seed the CUDA generators.
+    # torch.manual_seed would also seed the CUDA generators; while CUDA is unused, it formats a stack trace in each call.
     torch.default_generator.manual_seed(seed)
+
+
+@contextmanager
+def generators_restored() -> Iterator[None]:
+    """Restore the state of the global CPU generators after the block."""
+    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
         torch.set_rng_state(torch_state)
+
+
+@contextmanager
+def scoped_seed(*keys: int) -> Iterator[None]:
+    """Seed the global CPU generators with `keys` within the block, and restore their state afterwards."""
+    with generators_restored():
+        seed_generators(derive_seed(*keys))
+        yield

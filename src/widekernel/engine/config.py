@@ -134,7 +134,8 @@ class LoopConfig:
         compile: mode of torch.compile: default, reduce-overhead (CUDA graphs) or max-autotune; null does not compile
         sync_batch_norm: compute batch norms over the images of all processes
         log_every: optimizer steps between rows of metrics.jsonl
-        timeout: seconds after which a process that does not respond ends the run (only with several processes)
+        timeout: seconds without a sign of life after which a process counts as lost, which ends the run (only with several
+            processes); long computations are no loss
     """
 
     batch_size: int = 128
@@ -146,7 +147,7 @@ class LoopConfig:
     compile: Literal["default", "reduce-overhead", "max-autotune"] | None = None
     sync_batch_norm: bool = True
     log_every: int = 10
-    timeout: float = 600.0
+    timeout: float = 60.0
 
     def __post_init__(self) -> None:
         require_finite(self, "loop")

@@ -116,6 +116,7 @@ class Trainer:
         self.context.reporter.start_training(self.length, self.progress.step)
         with InterruptGuard() as guard, generators_restored():
             stopping = Stopping(guard, self.context.processes)
+            self.model.train()  # once, because it visits every module; evaluations restore the mode
             self.rates.reset()
             try:
                 while self.progress.evaluated < self.length.steps:
@@ -158,7 +159,8 @@ class Trainer:
             self.progress.step = end
             return
         number = self.progress.step + 1
-        self.model.train()
+        if not self.model.training:
+            self.model.train()
         note = self.context.processes.note
         note(self.progress.step, f"loading the {self.task.nouns[1]} of step {number}")
         with errors_as(LoadingError, f"Loading the {self.task.nouns[1]} of training step {number}"), self.rates.loading():

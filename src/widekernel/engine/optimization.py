@@ -16,6 +16,13 @@ _FUSED = ("adam", "adamw", "sgd", "momentum")
 """Optimizers of timm that PyTorch implements, and whose fused form can skip a step on the device."""
 
 
+def check_optimizer_name(name: str) -> None:
+    """Raise a `ConfigError` unless timm knows an optimizer of this name."""
+    known = [str(each) for each in list_optimizers()]
+    if name.lower() not in known:
+        raise ConfigError(f"optimizer.name is {name!r}, which timm does not know.{nearest(name, known)}")
+
+
 def create_optimizer(trained: nn.Module | list[nn.Parameter], config: OptimizerConfig, fused: bool = False) -> Optimizer:
     """Create the configured optimizer for a network, or for a list of parameters that are not weights.
 
@@ -29,9 +36,7 @@ def create_optimizer(trained: nn.Module | list[nn.Parameter], config: OptimizerC
     Raises:
         ConfigError: timm knows no optimizer of that name, or the optimizer does not take a setting.
     """
-    known = [str(name) for name in list_optimizers()]
-    if config.name.lower() not in known:
-        raise ConfigError(f"optimizer.name is {config.name!r}, which timm does not know.{nearest(config.name, known)}")
+    check_optimizer_name(config.name)
     options: dict[str, Any] = {"eps": config.eps, "betas": config.betas}
     if isinstance(trained, list):
         # Parameters that are not weights are neither decayed nor grouped by layer.

@@ -10,6 +10,16 @@ import widekernel.models  # noqa: F401 - registers the models with timm
 from widekernel.errors import ConfigError, WidekernelError, nearest
 
 
+def check_model_name(name: str) -> None:
+    """Raise a `ConfigError` unless timm knows a model of this name."""
+    # timm itself resolves names with a colon (hf-hub:, local-dir:).
+    if ":" not in name and not timm.is_model(name):
+        raise ConfigError(
+            f"model.name is {name!r}, which is not a registered model.{nearest(name, timm.list_models())} "
+            "`widekernel models` lists them."
+        )
+
+
 def build_model(name: str, num_classes: int | None, args: dict[str, Any], pretrained: bool = False) -> nn.Module:
     """Create a registered model; if `num_classes` is None, it keeps its own head.
 
@@ -17,12 +27,7 @@ def build_model(name: str, num_classes: int | None, args: dict[str, Any], pretra
         ConfigError: the name is unknown, the model does not accept an argument, or its pretrained weights do not exist
             or cannot be reached.
     """
-    # timm itself resolves names with a colon (hf-hub:, local-dir:).
-    if ":" not in name and not timm.is_model(name):
-        raise ConfigError(
-            f"model.name is {name!r}, which is not a registered model.{nearest(name, timm.list_models())} "
-            "`widekernel models` lists them."
-        )
+    check_model_name(name)
     options = dict(args) if num_classes is None else {**args, "num_classes": num_classes}
     try:
         return timm.create_model(name, pretrained=pretrained, **options)

@@ -60,7 +60,8 @@ class Accuracy(Evaluator):
         class_mapping: tuple[int, ...] | None = None,
         observe: Callable[[Tensor, Tensor], None] = lambda logits, targets: None,
     ) -> None:
-        self._mapping, self._observe = class_mapping, observe
+        self._mapping = None if class_mapping is None else torch.tensor(class_mapping)
+        self._observe = observe
         self._sums = torch.zeros(4, dtype=torch.float64)  # top-1 hits, top-5 hits, loss, images
 
     @override
@@ -68,7 +69,7 @@ class Accuracy(Evaluator):
         images, targets = batch.content
         logits = model(images).float()
         if self._mapping is not None:
-            targets = torch.tensor(self._mapping, device=targets.device)[targets]
+            targets = self._mapping.to(targets.device)[targets]
         self._observe(logits, targets)
         ranked = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
         loss = F.cross_entropy(logits, targets, reduction="sum")

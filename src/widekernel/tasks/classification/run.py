@@ -26,15 +26,16 @@ from widekernel.data import (
     open_train_and_val,
 )
 from widekernel.data.paths import expand_path
-from widekernel.data.seeding import scoped_seed
+from widekernel.data.seeding import MODEL_STREAM, scoped_seed
 from widekernel.engine import Processes, Reporter, RunContext, RunFolder, SilentReporter, Trainer
+from widekernel.engine.autocast import make_autocast
 from widekernel.engine.joining import joined_processes
+from widekernel.engine.optimization import check_optimizer_name
 from widekernel.engine.preflight import notes_on_workers
-from widekernel.engine.randomness import MODEL_STREAM
 from widekernel.engine.step_batches import RunData
 from widekernel.errors import ConfigError
 from widekernel.settings import flatten
-from widekernel.tasks.assembly import build_model, choose_device, pretrained_cfg
+from widekernel.tasks.assembly import build_model, check_model_name, choose_device, pretrained_cfg
 from widekernel.tasks.classification.class_mapping import inheritance_note
 from widekernel.tasks.classification.config import TrainConfig, check_pairs, upgraded
 from widekernel.tasks.classification.missing_classes import missing_classes
@@ -85,11 +86,15 @@ class _Run:
         config, folder, processes = self.config, self.folder, self.processes
         _require_same(flatten(config.to_dict()), processes, "settings", "Start all processes with the same command.")
         device = processes.device or choose_device(config.loop.device)
+        # Opening the data may take minutes, so what can be refused without them comes first.
+        plan = _make_plan(config, processes.world_size)
+        make_autocast(config.loop.precision, device)
+        check_model_name(config.model.name)
+        check_optimizer_name(config.optimizer.name)
         sources = self._main_first(lambda: open_train_and_val(config.data))
         has_begun = processes.from_main(lambda: has_states(folder))
         self._report_notes(sources, has_begun)
         num_classes = _count_classes(config, sources[0])
-        plan = _make_plan(config, processes.world_size)
         model = self._main_first(lambda: self._build(num_classes, has_begun))
         saved = SavedModel(
             name=config.model.name,
