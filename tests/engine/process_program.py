@@ -1,6 +1,6 @@
 """Program of `test_processes`: runs scenarios, each in two processes, all at once; writes one JSON file.
 
-The scenario `values` writes what it computed; the others end with a fault.
+The scenarios `values` and `nonfinite` write what they computed; most others end with a fault.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from tests.engine import nonfinite_program
 from tests.engine.forked import Group, Scenario, free_ports, start
 from torch import nn
 
@@ -229,6 +230,7 @@ SCENARIOS: dict[str, Scenario] = {
     "values": values,
     "busy": busy,
     "unequal_ends": unequal_ends,
+    "nonfinite": lambda: nonfinite_program.run(nonfinite_program.short_cases()),
     "kill-0": fault(0, lambda: os.kill(os.getpid(), signal.SIGKILL)),
     "kill-1": fault(1, lambda: os.kill(os.getpid(), signal.SIGKILL)),
     "stop-0": fault(0, lambda: os.kill(os.getpid(), signal.SIGSTOP)),

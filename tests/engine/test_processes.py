@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.engine.nonfinite_program import check, short_cases
 from tests.engine.process_program import TIMEOUT_S
 from torch import nn
 
@@ -101,6 +102,12 @@ def test_batch_norms_are_those_of_one_process_with_all_images(values: list, rank
         assert len(case["largest"]) == 10
         assert max(case["largest"].values()) < 1e-10
     assert "more than 1 value per channel" in values[rank]["one value"]
+
+
+@pytest.mark.parametrize("name", short_cases())
+def test_all_processes_decide_the_same_about_values_that_are_not_finite(name: str, folder: Path, report: dict) -> None:
+    assert report["nonfinite"]["codes"] == {"0": 0, "1": 0}, (folder / "nonfinite.0").read_text()
+    check(name, [json.loads((folder / f"nonfinite.{rank}.json").read_text()) for rank in range(2)])
 
 
 def test_long_computations_are_no_loss(report: dict) -> None:
