@@ -106,7 +106,8 @@ def test_skipped_steps_that_do_not_follow_each_other_add_up_but_do_not_end_the_r
 
 def test_a_skipped_step_is_as_if_it_had_not_been(tmp_path: Path) -> None:
     """The other run makes no forward pass at all in these steps."""
-    trainers = [trainer_of(tmp_path / name, sparsity=dynamic()) for name in ("skipped", "without")]
+    record = Record()
+    trainers = [trainer_of(tmp_path / name, record, sparsity=dynamic()) for name in ("without", "skipped")][::-1]
     Injection("input", (3, 4)).into(trainers[0])
     make = trainers[1].step.make
     trainers[1].step.make = lambda *arguments: trainers[1].progress.step not in (2, 3) and make(*arguments)
@@ -114,6 +115,9 @@ def test_a_skipped_step_is_as_if_it_had_not_been(tmp_path: Path) -> None:
         trainer.run()
     assert digests_of(trainers[0]) == digests_of(trainers[1])
     assert trainers[0].sparsity.controller.step == STEPS - 2
+    # The first of three micro-batches is the bad one.
+    texts = [text for text in record.messages if "finite" in text]
+    assert len(texts) == 2 and all("the input images (NaN in 1 of 384 values)" in text for text in texts)
 
 
 def test_activations_do_not_blame_the_running_statistics_that_they_spoil(tmp_path: Path) -> None:
@@ -159,13 +163,13 @@ def test_the_earliest_of_all_processes_is_named() -> None:
 
 
 def test_no_state_is_saved_between_skipped_steps(tmp_path: Path) -> None:
-    trainer = Injection("loss", (4, 5)).into(trainer_of(tmp_path, checkpoint=CheckpointConfig(every_steps=4)))
+    checkpoint = CheckpointConfig(every_steps=4, every_epochs=NEVER)
+    trainer = Injection("loss", (4, 5)).into(trainer_of(tmp_path, checkpoint=checkpoint))
     saved = []
     save = trainer.store.save
     trainer.store.save = lambda state, step, best: (saved.append(step), save(state, step, best))
     trainer.run()
-    # 1, and at the ends of epochs of three steps, and every four steps; those due at 4 come after the first good step.
-    assert saved == [1, 3, 6, 8, 9, 12]
+    assert saved == [1, 6, 8, 12]  # the one that was due after step 4 comes after the first good step
 
 
 def rolled_back(folder: Path, record: Record | None = None) -> tuple[Trainer, list[int]]:
@@ -221,6 +225,13 @@ def test_rollbacks_run_out(tmp_path: Path) -> None:
         Injection("loss", (1,)).into(trainer).run()
 
 
+def test_steps_in_a_row_count_anew_after_a_rollback(tmp_path: Path) -> None:
+    """The first state is saved after a skipped step, which is the first of the three that lead back to it."""
+    trainer = trainer_of(tmp_path, faults=FaultConfig(max_skipped=2, rollbacks=1))
+    Injection("loss", (1, 2, 3, 4, 5)).into(trainer).run()
+    assert trainer.progress.left_out == [[1, 3]] and trainer.step.counts() == [3, 0, 2]
+
+
 # -- decisions on the device -----------------------------------------------------------------------------------------
 
 
@@ -267,7 +278,9 @@ def test_decisions_on_the_device_are_those_of_the_host(
         else:  # a skipped first step is the host's, and it goes on to decide
             assert decisions == [number + 1 not in steps for number in range(STEPS)]
         assert trainer.step.counts()[:2] == [len(steps), 0] and trainer.progress.skipped == len(steps)
-        results.append((digests_of(trainer), trainer.step.meter.state(Processes())))
+        losses = [row["train_loss"] for row in read_metrics(trainer.context.folder.metrics)]
+        assert len(losses) == 1 and math.isfinite(losses[0])
+        results.append((digests_of(trainer), losses))
     assert results[0] == results[1]
 
 
@@ -287,6 +300,14 @@ def test_too_many_on_the_device_end_the_run_although_a_good_step_came_after_them
     trainer = trainer_of(tmp_path, **quiet_checkpoints(), faults=FaultConfig(max_skipped=2))
     with pytest.raises(TrainingError, match=r"3 training step\(s\) in a row, up to step 12"):
         on_device(Injection("loss", (5, 6, 7)).into(trainer), True).run()
+
+
+def test_the_host_decides_after_a_rollback(tmp_path: Path, fused: None) -> None:
+    record = Record()
+    trainer = trainer_of(tmp_path, record, **QUIET, faults=FaultConfig(max_skipped=1, rollbacks=1))
+    on_device(Injection("loss", (4, 5, 8)).into(trainer), True).run()
+    assert trainer.progress.left_out == [[3, 6]] and not trainer.step.deferred
+    assert record.messages[-1] == "Skipped training step 8: the loss (NaN in 1 of 1 values) is not finite."
 
 
 def test_a_state_that_is_saved_meanwhile_swallows_no_skipped_step(tmp_path: Path, fused: None) -> None:
