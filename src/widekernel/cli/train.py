@@ -23,6 +23,7 @@ from widekernel.launch.local import launch
 from widekernel.launch.slurm import is_in_a_task, submit
 from widekernel.launch.slurm_config import SlurmConfig
 from widekernel.recipes import load_recipe
+from widekernel.settings import require
 from widekernel.tasks.classification.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def parse_config(arguments: list[str]) -> TrainConfig:
         del values[key]
     values["model"]["args"] = typed(values["model"]["args"])
     if values["output"] is None:
-        values["output"] = str(Path("runs") / (recipe or values["model"]["name"]))
+        values["output"] = str(Path("runs") / str(recipe or values["model"]["name"]))
     return build(TrainConfig, values)
 
 
@@ -131,8 +132,8 @@ def _is_started(processes: int) -> bool:
 
 def _check_number(processes: int, config: TrainConfig) -> None:
     """Raise a `ConfigError` if so many processes cannot share a batch, or would overload this machine."""
-    if processes > 0:
-        BatchPlan(config.loop.batch_size, config.loop.micro_batch, processes)
+    require(processes > 0, "--processes", processes, "1 or more")
+    BatchPlan(config.loop.batch_size, config.loop.micro_batch, processes)
     cores = processors()
     most = _PER_PROCESSOR * cores
     if processes > most:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.optim import Optimizer
@@ -37,6 +37,7 @@ def create_optimizer(trained: nn.Module | list[nn.Parameter], config: OptimizerC
         ConfigError: timm knows no optimizer of that name, or the optimizer does not take a setting.
     """
     check_optimizer_name(config.name)
+    _check_options(config)
     options: dict[str, Any] = {"eps": config.eps, "betas": config.betas}
     if isinstance(trained, list):
         # Parameters that are not weights are neither decayed nor grouped by layer.
@@ -59,6 +60,17 @@ def create_optimizer(trained: nn.Module | list[nn.Parameter], config: OptimizerC
             f"{''.join(f', {key} {value}' for key, value in given.items())} ({in_short(error).rstrip('.')}). Leave out what "
             "it does not take, or choose another optimizer.name."
         ) from error
+
+
+def _check_options(config: OptimizerConfig) -> None:
+    """Raise a `ConfigError` if timm would leave out a setting that the optimizer does not take."""
+    info = get_optimizer_info(config.name.lower())
+    for key, value, takes in (("betas", config.betas, info.has_betas), ("eps", config.eps, info.has_eps)):
+        if value is not None and not takes:
+            raise ConfigError(
+                f"optimizer.{key} is {value}, but the optimizer {config.name!r} has no {key}: leave it out, or choose "
+                "another optimizer.name."
+            )
 
 
 def create_schedule(optimizer: Optimizer, config: ScheduleConfig, length: RunLength) -> CosineLRScheduler:

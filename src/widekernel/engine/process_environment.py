@@ -52,11 +52,11 @@ class ProcessEnvironment:
             return torch.device("cpu")
         if kind != "cuda":
             raise ConfigError(
-                f"The device is {name!r}, but of several processes each uses the GPU with its local number: "
+                f"loop.device is {name!r}, but of several processes each uses the GPU with its local number: "
                 "set auto, cpu or cuda."
             )
         if not torch.cuda.is_available():
-            raise ConfigError(f"The device is {name!r}, but PyTorch finds no CUDA device.")
+            raise ConfigError(f"loop.device is {name!r}, but PyTorch finds no CUDA device.")
         # All processes of a machine compare with their number, so that none is left waiting for one that refused.
         here, gpus = max(self.local_size or 0, self.local_rank + 1), torch.cuda.device_count()
         if here > gpus:
