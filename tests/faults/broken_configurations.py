@@ -179,13 +179,9 @@ def contradictions() -> list[Broken]:
         broken("sparsity.dynamic", "block", **dynamic, sparsity__dynamic__block="[0, 4]"),
         broken("sparsity.dynamic", "layers", **dynamic, sparsity__dynamic__layers="large_kernels_only"),
         broken("sparsity.dynamic", "initial_sparsity", **dynamic, sparsity__dynamic__initial_sparsity="0.9"),
-        broken(
-            "sparsity.dynamic", "min_fan_in", **dynamic, sparsity__dynamic__min_fan_in="2", sparsity__dynamic__block="kernel"
-        ),
+        broken("sparsity.dynamic", "min_fan_in", **fan_in, sparsity__dynamic__block="kernel"),
         broken("sparsity.dynamic", "sparsity=0.5", **dynamic, sparsity__dynamic__block="semi_structured"),
-        broken(
-            "sparsity.dynamic", "rule", **dynamic, sparsity__dynamic__rule="published", sparsity__dynamic__min_fan_in="2"
-        ),
+        broken("sparsity.dynamic", "rule", **fan_in, sparsity__dynamic__rule="published"),
         broken("sparsity.dynamic", "prune_schedule", **dynamic, sparsity__dynamic__prune_schedule="linear"),
         broken("sparsity.semi_structured", "tau_end", sparsity__semi_structured__tau_end="5"),
         broken("sparsity.semi_structured", "axis", sparsity__semi_structured__axis="rows"),
