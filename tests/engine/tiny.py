@@ -96,10 +96,11 @@ def make_trainer(
         EvaluationLoader(held_out, 8, LoaderOptions(), processes.shard),
     )
     task = Classification(config.augment, config.label_smoothing, 3)
+    device = torch.device("cuda" if config.loop.device == "cuda" else "cpu")
     extra = {} if reporter is None else {"reporter": reporter}
     fingerprint = {"images": len(source)}
-    context = RunContext(folder, torch.device("cpu"), processes=processes, fingerprint=fingerprint, **extra)
-    return Trainer(model, task, data, config.training, context)
+    context = RunContext(folder, device, processes=processes, fingerprint=fingerprint, **extra)
+    return Trainer(model.to(device), task, data, config.training, context)
 
 
 def without_timings(rows: list[dict]) -> list[dict]:
