@@ -80,7 +80,7 @@ def create_components(
     if config.sparsity.method != "none":
         refuse_sharded(model)
     sparsity = create_sparsification(model, config.sparsity, config.seed, length.steps)
-    optimizer = create_optimizer(sparsity.trained(model), config.optimizer, fused=device.type == "cuda")
+    optimizer = create_optimizer(sparsity.trained(model), config.optimizer, fused=device.type in ("cuda", "cpu"))
     decay = config.ema.decay
     average = None if decay is None else Average(model, decay, config.ema.warmup)
     sparsity.attach(optimizer, average, length.steps)
