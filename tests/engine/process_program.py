@@ -19,7 +19,7 @@ from tests.engine import nonfinite_program
 from tests.engine.forked import Group, Scenario, free_ports, start
 from torch import nn
 
-import widekernel.engine.distributed  # noqa: F401 - once, before the processes are forked
+from widekernel.engine.distributed import dist  # imported once, before the processes are forked
 from widekernel.engine.equality import digests
 from widekernel.engine.joining import joined_processes
 from widekernel.engine.processes import Processes
@@ -50,9 +50,33 @@ def exchanges(processes: Processes) -> dict[str, object]:
         "broadcast": processes.broadcast(f"from {rank}"),
         "gather": processes.gather(rank),
         "finite": [processes.all_finite(torch.tensor(rank == 0)).item(), processes.all_finite(torch.tensor(True)).item()],
+        "carried": carried_votes(processes),
         "from_main": processes.from_main(lambda: f"made by {rank}"),
         "shard": [processes.shard.rank, processes.shard.world_size],
     }
+
+
+def carried_votes(processes: Processes) -> list[object]:
+    """Vote as a training loop does, and count the exchanges: each question travels with the check of the next step."""
+    found: list[object] = []
+    before, number = dist.all_reduce, 0
+
+    def counted(*args: object, **options: object) -> object:
+        nonlocal number
+        number += 1
+        return before(*args, **options)
+
+    dist.all_reduce = counted
+    try:
+        former = processes.vote(False)
+        for step in range(4):
+            finite = processes.all_finite(torch.tensor([True, step != 3 or processes.rank == 0]))
+            vote = processes.vote(step == processes.rank == 1)
+            found.append([finite.tolist(), former()])
+            former = vote
+    finally:
+        dist.all_reduce = before
+    return [*found, number, former()]
 
 
 def error_of(function: Callable[[], object]) -> str:

@@ -61,6 +61,8 @@ def test_exchanges(values: list, rank: int) -> None:
         "broadcast": "from 0",
         "gather": [0, 1],
         "finite": [False, True],
+        # Process 1 votes after step 1, all know it after step 2, and four steps made four exchanges.
+        "carried": [[[True, True], False], [[True, True], False], [[True, True], True], [[True, False], False], 4, False],
         "from_main": "made by 0",
         "shard": [rank, 2],
     }

@@ -35,6 +35,14 @@ _NO_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _PARAMETERS el
 _DDP_OPTIONS: dict[str, Any] = {_NO_BUFFERS: False, "init_sync": False, "gradient_as_bucket_view": True}
 
 
+@dataclass(eq=False)
+class _Vote:
+    """A vote, and the answer once it is known."""
+
+    flag: bool
+    answer: bool | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class DistributedProcesses(Processes):
     """Several processes; the tensors of networks travel by NCCL on GPUs and by gloo on CPUs, everything else by gloo.
@@ -46,6 +54,7 @@ class DistributedProcesses(Processes):
 
     control: Any = field(default=None, repr=False)
     heartbeat: Heartbeat = field(default=None, repr=False)  # type: ignore[assignment]
+    _waiting: list[_Vote] = field(default_factory=list, init=False, repr=False)
 
     def __deepcopy__(self, memory: dict[int, Any]) -> DistributedProcesses:
         return self  # copies of a network with synchronized norms belong to the same processes
@@ -60,8 +69,16 @@ class DistributedProcesses(Processes):
 
     @override
     def all_finite(self, flags: Tensor) -> Tensor:
-        # NCCL has no logical operations.
-        return self._reduce(flags.to(torch.int32), dist.ReduceOp.MIN, "comparing flags").bool()
+        # On CPUs, each exchange costs as much as a small layer: this one carries the votes that wait for their answers.
+        votes = list(self._waiting) if flags.device.type == "cpu" else []
+        del self._waiting[: len(votes)]
+        own = flags.to(torch.int32)  # NCCL has no logical operations
+        if votes:
+            own = torch.cat([own.flatten(), torch.tensor([int(not vote.flag) for vote in votes], dtype=torch.int32)])
+        found = self._reduce(own, dist.ReduceOp.MIN, "comparing flags")
+        for vote, value in zip(votes, found[flags.numel() :].tolist() if votes else ()):
+            vote.answer = not value
+        return found[: flags.numel()].view(flags.shape).bool() if votes else found.bool()
 
     @override
     def any(self, flag: bool) -> bool:
@@ -69,6 +86,21 @@ class DistributedProcesses(Processes):
 
     @override
     def vote(self, flag: bool) -> Callable[[], bool]:
+        if self.device is not None and self.device.type != "cpu":
+            return self._ask(flag)
+        vote = _Vote(flag)
+        self._waiting.append(vote)
+
+        def answer() -> bool:
+            if vote.answer is None:
+                self._waiting.remove(vote)
+                vote.answer = self._ask(flag)()
+            return vote.answer
+
+        return answer
+
+    def _ask(self, flag: bool) -> Callable[[], bool]:
+        """Start an exchange of the hosts about `flag`."""
         votes = torch.tensor([int(flag)], dtype=torch.int32)
         with self._exchange("voting"):
             work = dist.all_reduce(votes, dist.ReduceOp.MAX, group=self.control, async_op=True)

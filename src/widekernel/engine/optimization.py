@@ -15,6 +15,9 @@ from widekernel.errors import ConfigError, in_short, nearest
 _FUSED = ("adam", "adamw", "sgd", "momentum")
 """Optimizers of timm that PyTorch implements, and whose fused form can skip a step on the device."""
 
+_IMPLEMENTATION = ("fused", "foreach", "capturable")
+"""Options of an optimizer that change how it computes."""
+
 
 def check_optimizer_name(name: str) -> None:
     """Raise a `ConfigError` unless timm knows an optimizer of this name."""
@@ -71,6 +74,18 @@ def _check_options(config: OptimizerConfig) -> None:
                 f"optimizer.{key} is {value}, but the optimizer {config.name!r} has no {key}: leave it out, or choose "
                 "another optimizer.name."
             )
+
+
+def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Restore the state of an optimizer, which another device may have saved, but keep its own implementation.
+
+    The options that choose an implementation are among the saved ones. If a fused optimizer took those of one that is not,
+    it could not skip steps on the device.
+    """
+    own = [{key: group[key] for key in _IMPLEMENTATION if key in group} for group in optimizer.param_groups]
+    saved = state["param_groups"]
+    groups = [{**theirs, **mine} for theirs, mine in zip(saved, own)] if len(saved) == len(own) else saved
+    optimizer.load_state_dict({**state, "param_groups": groups})
 
 
 def create_schedule(optimizer: Optimizer, config: ScheduleConfig, length: RunLength) -> CosineLRScheduler:
