@@ -227,7 +227,7 @@ def report(kills: list[Kill], equal: list[str], different: list[str], seed: int)
     for kill in kills:
         lost = kill.reached - kill.resumed
         lines.append(f"| {kill.victim} | {kill.reached} | {kill.resumed} | {lost} | {kill.ended_s:.1f} s |")
-    verdict = "DIFFERENT: " + ", ".join(different) if different else "0 differences"
+    verdict = f"{len(different)} differences" + (f", the first of them {', '.join(different[:3])}" if different else "")
     return "\n".join(
         [*lines, "", f"Seed {seed}, {len(kills)} kills: {verdict}.", f"Equal, bit for bit: {', '.join(equal)}.", ""]
     )
