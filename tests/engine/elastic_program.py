@@ -1,9 +1,9 @@
 """Program of `test_elastic`: runs of one and two processes, and runs that go on with another number of processes.
 
-    python -m tests.engine.elastic_program FOLDER
+    python -m tests.engine.elastic_program FOLDER NAME...
 
-Each run leaves its run folder, and next to it what every process has seen: NAME.seen.RANK, a line for each forward pass. With
-`torchrun` as the second argument, it is the program of one process that torchrun has started, and is killed if it is its turn.
+Each run leaves its run folder, and next to it what every process has seen: NAME.seen.RANK, a line for each forward pass. If
+the only name is `torchrun`, this is a process that torchrun has started, which is killed if it is its turn.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from widekernel.engine.task import Position
 from widekernel.sparsity import DynamicSparsityConfig
 from widekernel.tasks.classification.task import Classification
 
-BATCH, STEPS, HELD_OUT = 24, 20, 17
+BATCH, STEPS, HELD_OUT = 8, 20, 17
 """Images of a step, steps of a run, and held-out images, which two processes cannot share equally."""
 
 LOG_EVERY, SAVE_EVERY = 4, 3
@@ -64,15 +64,16 @@ class WideNet(nn.Module):
 class Watched(Classification):
     """The classification, which writes a line for each forward pass: step, place of the first image, loss and images."""
 
-    def __init__(self, augment: AugmentConfig, path: Path) -> None:
+    def __init__(self, augment: AugmentConfig, name: str, processes: Processes) -> None:
         super().__init__(augment, 0.1, 3)
-        self.path = path
+        self.path, self.processes = Path(f"{name}.seen.{processes.rank}"), processes.world_size
 
     @override
     def loss(self, model: nn.Module, batch: Batch, position: Position) -> dict[str, Tensor]:
         losses = super().loss(model, batch, position)
         images = [hashlib.sha256(image.numpy().tobytes()).hexdigest()[:12] for image in batch.content[0]]
-        row = {"step": position.step, "first": position.first, "images": images, "loss": losses["cross_entropy"].item()}
+        place = {"processes": self.processes, "step": position.step, "first": position.first}
+        row = {**place, "images": images, "loss": losses["cross_entropy"].item()}
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         return losses
@@ -80,7 +81,7 @@ class Watched(Classification):
 
 KINDS = {
     "batch norm": (nn.BatchNorm2d, None),
-    "group norm": (lambda channels: nn.GroupNorm(2, channels), 4),
+    "group norm": (lambda channels: nn.GroupNorm(2, channels), 2),
     "sparse": (nn.BatchNorm2d, None),
 }
 """The norm, and the images of a forward pass; `None` is all of a process."""
@@ -89,7 +90,7 @@ KINDS = {
 def tiny_trainer(name: str, kind: str, processes: Processes, reporter: KillAt | None = None) -> loop.Trainer:
     """Return the trainer of the run `name`."""
     norm, micro_batch = KINDS[kind]
-    augment = AugmentConfig(auto_augment=None, mixup=0.8, cutmix=1.0)
+    augment = AugmentConfig(auto_augment=None, color_jitter=0.0, mixup=0.8, cutmix=1.0)
     moving = DynamicSparsityConfig(sparsity=0.5, growth="gradient", update_interval=4)
     config = make_config(
         Path(name),
@@ -103,15 +104,14 @@ def tiny_trainer(name: str, kind: str, processes: Processes, reporter: KillAt | 
         sparsity=SparsityConfig("dynamic", dynamic=moving) if kind == "sparse" else SparsityConfig(),
     )
     torch.manual_seed(0)
-    task = Watched(augment, Path(f"{name}.seen.{processes.rank}"))
     return make_trainer(
         config,
-        source=array_source(107),  # four steps in an epoch, and eleven images that do not fill another one
+        source=array_source(59),  # seven steps in an epoch, and three images that do not fill another batch
         reporter=reporter,
         model=WideNet(norm),
         processes=processes,
         held_out=HELD_OUT,
-        task=task,
+        task=Watched(augment, name, processes),
     )
 
 
@@ -141,8 +141,13 @@ def under_torchrun() -> None:
     turn = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     torch.set_num_threads(1)
     with joined_processes("cpu", 20) as processes:
-        mine = [step for step, rank in KILLS[turn : turn + 1] if rank == processes.rank]
-        tiny_trainer("torchrun", "sparse", processes, KillAt(mine[0], signal.SIGKILL) if mine else None).run()
+        step, victim = KILLS[turn] if turn < len(KILLS) else (0, 0)
+        reporter = KillAt(step, signal.SIGKILL) if step and victim == processes.rank else None
+        trainer = tiny_trainer("torchrun", "sparse", processes, reporter)
+        if reporter is not None:
+            with Path("torchrun.kills").open("a") as file:
+                file.write(f"{step} {victim}\n")
+        trainer.run()
 
 
 Part = tuple[Callable[[], None], int]
@@ -153,22 +158,21 @@ def sequences() -> dict[str, list[Part]]:
     """Return, for each run, its parts one after the other."""
     found: dict[str, list[Part]] = {}
     for kind in KINDS:
-        for size in (1, 2):
-            name = f"{kind} {size}"
-            found[name] = [(tiny_run(name, kind), size)]
-    for kind in ("sparse", "group norm"):
         name = f"{kind} changing"
         parts = zip((*STOPS, None), (2, 1, 2), strict=True)
         found[name] = [(tiny_run(name, kind, stop), size) for stop, size in parts]
+        for size in (1, 2):
+            name = f"{kind} {size}"
+            found[name] = [(tiny_run(name, kind), size)]
     for size in (1, 2):
         found[f"tracks {size}"] = [(track_run(f"tracks {size}"), size)]
     return found
 
 
-def main() -> None:
-    """Run all, at most four processes at once, in the current folder, and write the exit codes to report.json."""
+def main(chosen: list[str]) -> None:
+    """Run those chosen, at most four processes at once, in the current folder, and write the exit codes to report.json."""
     loop.save_curves = lambda *_: None  # drawing takes longer than these runs
-    ports, waiting = free_ports(), sequences()
+    ports, waiting = free_ports(), {name: parts for name, parts in sequences().items() if name in chosen}
     codes: dict[str, list[list[int]]] = {name: [] for name in waiting}
     running: list[Group] = []
     while waiting or running:
@@ -194,4 +198,4 @@ if __name__ == "__main__":
         under_torchrun()
     else:
         Path("logs").mkdir()
-        main()
+        main(sys.argv[2:])
