@@ -27,8 +27,15 @@ from typing_extensions import override
 
 import widekernel.engine.distributed  # noqa: F401 - once, before the processes are forked
 from widekernel.data import AugmentConfig, Batch
-from widekernel.engine import loop
-from widekernel.engine import CheckpointConfig, EmaConfig, EvaluationConfig, LoopConfig, OptimizerConfig, ScheduleConfig
+from widekernel.engine import (
+    CheckpointConfig,
+    EmaConfig,
+    EvaluationConfig,
+    LoopConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    loop,
+)
 from widekernel.engine.config import SparsityConfig
 from widekernel.engine.joining import joined_processes
 from widekernel.engine.processes import Processes
@@ -40,8 +47,13 @@ BATCH, STEPS, HELD_OUT = 8, 20, 17
 """Images of a step, steps of a run, and held-out images, which two processes cannot share equally."""
 
 LOG_EVERY, SAVE_EVERY = 4, 3
-STOPS = (8, 14)
-"""Steps at which the runs with changing numbers of processes are killed, after states whose sums of losses are not empty."""
+
+STOPS = (8, 17)
+RESUMED = ((6, 7), (14, 15))
+"""Steps at which runs with changing numbers of processes are killed, and the steps after which they may be resumed.
+
+States are saved in the background, also at the end of an epoch. All these contain losses since the last row of metrics.
+"""
 
 KILLS = ((5, 0), (9, 1), (16, 0))
 """Steps at which a process is killed under torchrun, and its rank; one for each of its starts."""
