@@ -1,6 +1,6 @@
 """A sparse run on CIFAR-10 in two processes, killed five times at random: does it end like an undisturbed one, bit for bit?
 
-    python -m tests.faults.cifar_run DATA [--folder OUT] [--kills 5] [--seed 0] [--steps 300]
+    python -m tests.faults.cifar_run DATA [--folder OUT] [--kills 5] [--seed 0] [--steps 400]
 
 DATA contains cifar10_train.tar and cifar10_test.tar. Each kill is a SIGKILL of the launcher or of one process, at a random
 time after the first step since the last start; the rest must end by itself, and then the same command starts again.
@@ -221,7 +221,7 @@ def compare(one: Path, other: Path, steps: int) -> tuple[list[str], list[str]]:
 def report(kills: list[Kill], equal: list[str], different: list[str], seed: int) -> str:
     """Return the result as Markdown."""
     lines = [
-        "| killed | step reached | resumed after step | steps lost | the others had ended after |",
+        "| killed | last step in the metrics | resumed after step | steps lost | the rest had ended after |",
         "|---|---|---|---|---|",
     ]
     for kill in kills:
@@ -240,7 +240,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="where the two runs are stored, with their logs (default: a new one)")
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--workers", type=int, default=0)
     arguments = parser.parse_args()
     folder = arguments.folder or Path(tempfile.mkdtemp())
