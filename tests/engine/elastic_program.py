@@ -43,8 +43,8 @@ from widekernel.engine.task import Position
 from widekernel.sparsity import DynamicSparsityConfig
 from widekernel.tasks.classification.task import Classification
 
-BATCH, STEPS, HELD_OUT = 8, 20, 17
-"""Images of a step, steps of a run, and held-out images, which two processes cannot share equally."""
+BATCH, STEPS = 8, 20
+"""Images of a step, and steps of a run."""
 
 LOG_EVERY, SAVE_EVERY = 4, 3
 
@@ -92,16 +92,19 @@ class Watched(Classification):
 
 
 KINDS = {
-    "batch norm": (nn.BatchNorm2d, None),
-    "group norm": (lambda channels: nn.GroupNorm(2, channels), 2),
-    "sparse": (nn.BatchNorm2d, None),
+    "batch norm": (nn.BatchNorm2d, None, 20),
+    "group norm": (lambda channels: nn.GroupNorm(2, channels), 2, 1),
+    "sparse": (nn.BatchNorm2d, None, 17),
 }
-"""The norm, and the images of a forward pass; `None` is all of a process."""
+"""The norm, the images of a forward pass (`None` is all of a process), and the number of held-out images.
+
+Two processes cannot share 17 images equally. With one image, process 1 has nothing to evaluate.
+"""
 
 
 def tiny_trainer(name: str, kind: str, processes: Processes, reporter: KillAt | None = None) -> loop.Trainer:
     """Return the trainer of the run `name`."""
-    norm, micro_batch = KINDS[kind]
+    norm, micro_batch, held_out = KINDS[kind]
     augment = AugmentConfig(auto_augment=None, color_jitter=0.0, mixup=0.8, cutmix=1.0)
     moving = DynamicSparsityConfig(sparsity=0.5, growth="gradient", update_interval=4)
     config = make_config(
@@ -122,7 +125,7 @@ def tiny_trainer(name: str, kind: str, processes: Processes, reporter: KillAt | 
         reporter=reporter,
         model=WideNet(norm),
         processes=processes,
-        held_out=HELD_OUT,
+        held_out=held_out,
         task=Watched(augment, name, processes),
     )
 
