@@ -9,6 +9,7 @@ is a JSON object with the figures.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -89,7 +90,7 @@ class Campaign:
         """Wait until a run has made its first step since this start, or has ended; return the time."""
         marks = self.marks
         while not group.reap() and (marks.get("first") < 0 or marks.get("step") <= marks.get("first")):
-            time.sleep(0.0005)
+            time.sleep(0.001)
         return time.monotonic()
 
     def equal(self, variant: Variant, name: str, found: Sequence[dict[str, Any]]) -> bool:
@@ -282,6 +283,7 @@ def main(campaign: str, amount: int, variants: Sequence[Variant] = VARIANTS) -> 
     """Run a campaign in a new folder, and return its figures."""
     folder = Path(tempfile.mkdtemp())  # no context manager: the forked processes would delete the folder
     began = time.monotonic()
+    gc.freeze()  # otherwise each process copies all memory when it collects garbage
     if campaign == "cuts":
         figures = cuts(Campaign(folder, interval=1, slow=False), variants, range(0, STEPS, STEPS // amount))
     else:

@@ -89,7 +89,7 @@ class Variant:
             folder,
             # The network is given, so the file to start from, which learned masks require, need not exist.
             model=ModelConfig(weights="given" if self.sparsity == "learned" else None),
-            augment=AugmentConfig(auto_augment=None, erase_prob=0.25),
+            augment=AugmentConfig(auto_augment=None, color_jitter=0.0, erase_prob=0.25),
             optimizer=OptimizerConfig(lr=5e-3, clip_grad=1.0),
             schedule=ScheduleConfig(steps=STEPS, warmup_steps=4),
             ema=EmaConfig(None) if self.sparsity == "learned" else EmaConfig(0.9, warmup=self.accumulate == 1),
@@ -118,7 +118,7 @@ class Variant:
 VARIANTS = (
     Variant("dense", "fp32", accumulate=1, workers=0, world_size=1, log_every=1),
     Variant("random", "fp32", accumulate=3, workers=0, world_size=2),
-    Variant("dense", "bf16", accumulate=3, workers=2, world_size=2),
+    Variant("dense", "bf16", accumulate=3, workers=1, world_size=2),
     Variant("gradient", "fp16", accumulate=1, workers=2, world_size=1),
     Variant("dense", "fp16", accumulate=3, workers=0, world_size=2),
     Variant("momentum", "fp32", accumulate=3, workers=2, world_size=1),
