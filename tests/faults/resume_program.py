@@ -1,7 +1,8 @@
 """Campaigns: runs that are killed, and resumed by a new process; do they end like an undisturbed one, bit for bit?
 
     python -m tests.faults.resume_program cuts 20     # cut every run after each of so many steps
-    python -m tests.faults.resume_program kills 250   # kill at so many random times, some of them inside saves
+    python -m tests.faults.resume_program kills 250   # kill at so many random times, a fifth of them or more inside saves
+    python -m tests.faults.resume_program short       # one of each
 
 It is a program of its own, which has computed nothing when it forks: OpenMP's threads do not survive a fork. The last line
 is a JSON object with the figures.
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.engine.forked import Group, free_ports, start
-from tests.faults.resume_runs import SLOW_S, STEPS, VARIANTS, Marks, Start, Variant, found_path
+from tests.faults.resume_runs import SHORT, SLOW_S, STEPS, VARIANTS, Marks, Start, Variant, found_path
 
 import widekernel.engine.distributed  # noqa: F401 - once, before the processes are forked
 
@@ -80,9 +81,11 @@ class Campaign:
         if variant not in self.references:
             group = self.start(variant, f"{variant.name}-undisturbed", noting=not self.slow)
             begun = self.until_first_step(group)
+            while not group.reap() and not self.marks.get("finished"):
+                time.sleep(0.001)
+            self.seconds[variant] = time.monotonic() - begun  # without the time that processes take to end
             found = self.finished(variant, group)
             assert found is not None, self.wrong
-            self.seconds[variant] = time.monotonic() - begun
             self.references[variant] = found
         return self.references[variant]
 
@@ -197,7 +200,9 @@ class Kills:
     def run(self, variants: Sequence[Variant], kills: int, in_saves: int) -> dict[str, Any]:
         """Kill runs until there were enough kills, and return the figures."""
         while self.counts["kills"] < kills or self.counts["in saves"] < in_saves:
-            self._case(variants[self.counts["runs"] % len(variants)])
+            two = 2 * self.counts["one process"] > self.counts["kills"]
+            possible = [each for each in variants if (each.world_size == 2) == two] or variants
+            self._case(possible[self.counts["runs"] % len(possible)])
         names = ("kills", "in saves", "one process", "rank 0 of 2", "rank 1 of 2", "runs", "equal")
         return {
             **{name: self.counts[name] for name in names},
@@ -251,11 +256,11 @@ class Kills:
         draw, marks = self.draw, self.marks
         in_save, part, delay = draw.random() < KILLS_IN_SAVES, draw.random(), draw.uniform(0, 4 * SLOW_S)
         self.campaign.until_first_step(group)
-        left = 1 - max(0, marks.get("first")) / STEPS
+        left = 1 - max(0, marks.get("first")) / variant.steps
         if not in_save:
             time.sleep(part * left * self.campaign.seconds[variant])
             return
-        number = marks.get("saves") + 1 + int(part * left * STEPS / self.campaign.interval)
+        number = marks.get("saves") + 1 + int(part * left * variant.steps / self.campaign.interval)
         while not (marks.get("saves") >= number and marks.get("saving")) and not group.reap():
             time.sleep(0.0002)
         time.sleep(delay)
@@ -279,20 +284,23 @@ class Kills:
         self.campaign.check(right, name, f"died with {death}, and resumed from {firsts}; {complete} must be complete")
 
 
-def main(campaign: str, amount: int, variants: Sequence[Variant] = VARIANTS) -> dict[str, Any]:
+def main(campaign: str, amount: int = 0) -> dict[str, Any]:
     """Run a campaign in a new folder, and return its figures."""
     folder = Path(tempfile.mkdtemp())  # no context manager: the forked processes would delete the folder
     began = time.monotonic()
     gc.freeze()  # otherwise each process copies all memory when it collects garbage
     if campaign == "cuts":
-        figures = cuts(Campaign(folder, interval=1, slow=False), variants, range(0, STEPS, STEPS // amount))
+        figures = cuts(Campaign(folder, interval=1, slow=False), VARIANTS, range(0, STEPS, STEPS // amount))
+    elif campaign == "kills":
+        figures = Kills(Campaign(folder, INTERVAL, slow=True)).run(VARIANTS, amount, amount // 5)
     else:
-        figures = Kills(Campaign(folder, INTERVAL, slow=True)).run(variants, amount, amount // 5)
+        cut, killed = SHORT
+        figures = {"cuts": cuts(Campaign(folder, interval=1, slow=False), [cut], [5])}
+        figures["kills"] = Kills(Campaign(folder, INTERVAL, slow=True)).run([killed], 1, 1)
     shutil.rmtree(folder)
     return {**figures, "seconds": round(time.monotonic() - began)}
 
 
 if __name__ == "__main__":
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    chosen = [VARIANTS[int(number)] for number in sys.argv[3:]] or VARIANTS
-    print(json.dumps(main(sys.argv[1], int(sys.argv[2]), chosen)))
+    print(json.dumps(main(sys.argv[1], *map(int, sys.argv[2:]))))

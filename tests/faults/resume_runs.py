@@ -39,7 +39,7 @@ from widekernel.tasks.classification.config import ModelConfig, TrainConfig
 STEPS = 20
 EVALUATED_EVERY = 8
 RANKS = 2
-SLOW_S = 0.01
+SLOW_S = 0.004
 """Time that each `fsync` of a save takes longer, so that kills arrive within saves."""
 
 
@@ -68,6 +68,7 @@ class Variant:
         workers: loading processes
         world_size: training processes
         log_every: optimizer steps between rows of metrics
+        steps: optimizer steps of the run
     """
 
     sparsity: str
@@ -76,6 +77,7 @@ class Variant:
     workers: int
     world_size: int
     log_every: int = 3
+    steps: int = STEPS
 
     @property
     def name(self) -> str:
@@ -91,7 +93,7 @@ class Variant:
             model=ModelConfig(weights="given" if self.sparsity == "learned" else None),
             augment=AugmentConfig(auto_augment=None, color_jitter=0.0, erase_prob=0.25),
             optimizer=OptimizerConfig(lr=5e-3, clip_grad=1.0),
-            schedule=ScheduleConfig(steps=STEPS, warmup_steps=4),
+            schedule=ScheduleConfig(steps=self.steps, warmup_steps=4),
             ema=EmaConfig(None) if self.sparsity == "learned" else EmaConfig(0.9, warmup=self.accumulate == 1),
             loop=LoopConfig(
                 batch_size=batch,
@@ -126,6 +128,11 @@ VARIANTS = (
     Variant("learned", "fp16", accumulate=1, workers=0, world_size=1),
     Variant("learned", "fp32", accumulate=3, workers=0, world_size=2),
     Variant("learned", "bf16", accumulate=1, workers=2, world_size=1),
+)
+
+SHORT = (
+    Variant("random", "fp16", accumulate=1, workers=0, world_size=2, steps=9),
+    Variant("momentum", "bf16", accumulate=3, workers=0, world_size=1, steps=9),
 )
 
 
