@@ -65,3 +65,10 @@ def test_kills_at_random_times() -> None:
     assert (found["equal"], found["wrong"]) == (found["runs"], [])
     assert found["kills"] >= 250 and found["in saves"] >= 50
     assert min(found["one process"], found["rank 0 of 2"], found["rank 1 of 2"]) >= 40
+
+
+@pytest.mark.slow
+def test_a_large_run_resumes_soon() -> None:
+    found = figures("tests.faults.resume_time")
+    assert found["state in GB"] > 1.59
+    assert found["seconds from the call of run"] <= 15
