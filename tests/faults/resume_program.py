@@ -230,6 +230,8 @@ class Kills:
                 break
         self.counts["equal"] += found is not None and campaign.equal(variant, name, found)
         campaign.clear(name)
+        if self.counts["runs"] % 10 == 0:
+            print(dict(self.counts), f"largest loss {self.largest_loss}", flush=True)
 
     def _kill(self, variant: Variant, group: Group) -> Death | None:
         """Kill one process of a run at a random time after its first step; return `None` if it has finished before."""
@@ -295,7 +297,7 @@ def main(campaign: str, amount: int = 0) -> dict[str, Any]:
         figures = Kills(Campaign(folder, INTERVAL, slow=True)).run(VARIANTS, amount, amount // 5)
     else:
         cut, killed = SHORT
-        figures = {"cuts": cuts(Campaign(folder, interval=1, slow=False), [cut], [5])}
+        figures = {"cuts": cuts(Campaign(folder, interval=1, slow=False), [cut], [7])}
         figures["kills"] = Kills(Campaign(folder, INTERVAL, slow=True)).run([killed], 1, 1)
     shutil.rmtree(folder)
     return {**figures, "seconds": round(time.monotonic() - began)}
