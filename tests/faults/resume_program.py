@@ -2,7 +2,7 @@
 
     python -m tests.faults.resume_program cuts 20     # cut every run after each of so many steps
     python -m tests.faults.resume_program kills 250   # kill at so many random times, a fifth of them or more inside saves
-    python -m tests.faults.resume_program short       # one of each
+    python -m tests.faults.resume_program short       # one kill inside a save
 
 It is a program of its own, which has computed nothing when it forks: OpenMP's threads do not survive a fork. The last line
 is a JSON object with the figures.
@@ -32,9 +32,6 @@ import widekernel.engine.distributed  # noqa: F401 - once, before the processes 
 LIMIT_S = 120.0
 INTERVAL = 3
 """Steps between saves in the campaign of kills."""
-
-KILLS_IN_SAVES = 0.3
-"""Share of the kills that wait for a save."""
 
 
 class Campaign:
@@ -187,11 +184,12 @@ class Kills:
 
     Args:
         campaign: forks and compares
+        in_saves: share of the kills that wait for a save
         seed: seed of the times
     """
 
-    def __init__(self, campaign: Campaign, seed: int = 0) -> None:
-        self.campaign, self.marks = campaign, campaign.marks
+    def __init__(self, campaign: Campaign, in_saves: float = 0.3, seed: int = 0) -> None:
+        self.campaign, self.marks, self.in_saves = campaign, campaign.marks, in_saves
         self.draw = random.Random(seed)
         self.counts: Counter[str] = Counter()
         self.largest_loss = 0
@@ -256,7 +254,7 @@ class Kills:
     def _await_time(self, variant: Variant, group: Group) -> None:
         """Wait until a random time in the rest of the run, or in one of the saves in it."""
         draw, marks = self.draw, self.marks
-        in_save, part, delay = draw.random() < KILLS_IN_SAVES, draw.random(), draw.uniform(0, 4 * SLOW_S)
+        in_save, part, delay = draw.random() < self.in_saves, draw.random(), draw.uniform(0, 4 * SLOW_S)
         self.campaign.until_first_step(group)
         left = 1 - max(0, marks.get("first")) / variant.steps
         if not in_save:
@@ -296,9 +294,7 @@ def main(campaign: str, amount: int = 0) -> dict[str, Any]:
     elif campaign == "kills":
         figures = Kills(Campaign(folder, INTERVAL, slow=True)).run(VARIANTS, amount, amount // 5)
     else:
-        cut, killed = SHORT
-        figures = {"cuts": cuts(Campaign(folder, interval=1, slow=False), [cut], [7])}
-        figures["kills"] = Kills(Campaign(folder, INTERVAL, slow=True)).run([killed], 1, 1)
+        figures = Kills(Campaign(folder, INTERVAL, slow=True), in_saves=1.0).run([SHORT], 1, 1)
     shutil.rmtree(folder)
     return {**figures, "seconds": round(time.monotonic() - began)}
 

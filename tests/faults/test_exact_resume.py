@@ -39,11 +39,9 @@ def figures(*command: str) -> dict[str, Any]:
     return found
 
 
-def test_a_cut_and_a_kill_inside_a_save() -> None:
+def test_kill_inside_a_save_of_two_processes() -> None:
     found = figures("tests.faults.resume_program", "short")
-    cuts, kills = found["cuts"], found["kills"]
-    assert (cuts["equal"], cuts["cuts"], cuts["wrong"]) == (1, 1, [])
-    assert (kills["equal"], kills["wrong"]) == (kills["runs"], []) and kills["in saves"] > 0
+    assert (found["equal"], found["wrong"]) == (found["runs"], []) and found["in saves"] > 0
 
 
 @pytest.mark.slow
