@@ -58,11 +58,12 @@ def test_cuts_after_each_step() -> None:
 
 
 @pytest.mark.slow
-def test_kills_at_random_times() -> None:
-    found = figures("tests.faults.resume_program", "kills", "250")
+@pytest.mark.parametrize(("kills", "world_size"), [(150, 1), (100, 2)])
+def test_kills_at_random_times(kills: int, world_size: int) -> None:
+    found = figures("tests.faults.resume_program", "kills", str(kills), str(world_size))
     assert (found["equal"], found["wrong"]) == (found["runs"], [])
-    assert found["kills"] >= 250 and found["in saves"] >= 50
-    assert min(found["one process"], found["rank 0 of 2"], found["rank 1 of 2"]) >= 40
+    assert found["kills"] >= kills and found["in saves"] >= kills // 5
+    assert world_size == 1 or min(found["rank 0 of 2"], found["rank 1 of 2"]) >= 30
 
 
 @pytest.mark.slow
