@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import queue
 import random
@@ -22,6 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
+from widekernel.engine.signs import local_state
 from widekernel.errors import ConfigError
 
 NOTICE_S = 5.0
@@ -30,8 +32,11 @@ GRACE_S = 30.0
 """Seconds between SIGTERM and SIGKILL: a state that is being written is completed."""
 SAVING_S = 600.0
 """Seconds that the others may take to save, after one has stopped on request."""
+STOPPED_S = 1.0
+"""Seconds for which processes may be stopped (SIGSTOP) after one has ended; they would not end by themselves."""
 
 _PASSED_ON = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+_POLL_S = 0.25
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 _FIRST_PORT, _LAST_PORT = 15000, 31000  # below the ports that systems hand out on their own
 
@@ -134,15 +139,18 @@ class _Group:
 
     def wait(self) -> int:
         """Wait for all processes, and end the others soon after one has failed; return the exit code."""
-        code, left, deadline = 0, set(range(len(self._children))), None
+        code, left, deadline, running = 0, set(range(len(self._children))), math.inf, time.monotonic()
         while left:
             try:
-                rank, status = self._ended.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
+                rank, status = self._ended.get(timeout=_POLL_S if len(left) < len(self._children) else None)
             except queue.Empty:
-                self.end(GRACE_S)
-                deadline = None
+                now = time.monotonic()
+                running = running if self._are_stopped() else now
+                if now > min(deadline, running + STOPPED_S):
+                    self.end(GRACE_S)
                 continue
             left.discard(rank)
+            running = time.monotonic()
             if status == 0 or code:
                 continue
             code = status if status > 0 else 128 - status
@@ -155,9 +163,11 @@ class _Group:
         return code
 
     def end(self, grace_s: float) -> None:
-        """End all processes that are left: SIGTERM, `grace_s` seconds of time, and SIGKILL."""
+        """End all processes that are left: SIGTERM, also to those that are stopped, `grace_s` seconds of time, and SIGKILL."""
         if grace_s:
             self._send(signal.SIGTERM)
+            if hasattr(signal, "SIGCONT"):
+                self._send(signal.SIGCONT)
             deadline = time.monotonic() + grace_s
             while self._left() and time.monotonic() < deadline:
                 time.sleep(0.05)
@@ -170,6 +180,10 @@ class _Group:
 
     def _left(self) -> list[tuple[int, subprocess.Popen]]:
         return [(rank, child) for rank, child in enumerate(self._children) if child.returncode is None]
+
+    def _are_stopped(self) -> bool:
+        """Return whether the processes that are left are all stopped, as far as the system tells."""
+        return all(local_state(child.pid) == "T" for _, child in self._left())
 
     def _send(self, number: int) -> None:
         for _, child in self._left():

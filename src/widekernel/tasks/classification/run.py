@@ -91,10 +91,12 @@ class _Run:
         make_autocast(config.loop.precision, device)
         check_model_name(config.model.name)
         check_optimizer_name(config.optimizer.name)
+        processes.note(0, "opening the data")
         sources = self._main_first(lambda: open_train_and_val(config.data))
         has_begun = processes.from_main(lambda: has_states(folder))
         self._report_notes(sources, has_begun)
         num_classes = _count_classes(config, sources[0])
+        processes.note(0, "building the network")
         model = self._main_first(lambda: self._build(num_classes, has_begun))
         saved = SavedModel(
             name=config.model.name,
@@ -126,6 +128,7 @@ class _Run:
         trainer.run()
         for warning in missing_classes(sources[0], trainer.progress.unreadable):
             self.reporter.message(warning)
+        processes.note(trainer.progress.step, "saving the results")
         summary = processes.from_main(lambda: write_results(trainer, saved))
         return RunResult(folder, summary, was_finished, task.metrics)
 
