@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import os
+import re
 import signal
 import sys
 import threading
@@ -85,12 +86,14 @@ class Strike:
         signals: signals, in this order
         place: name of the place; of the launcher, that of process 0
         delay_s: seconds after the process arrived there
+        worker: whether it strikes the newest child of the victim instead, such as a loading process
     """
 
     victim: int
     signals: tuple[int, ...]
     place: str
     delay_s: float
+    worker: bool = False
 
 
 @dataclass
@@ -102,6 +105,7 @@ class Outcome:
         seconds: from the strike, or from the start, to its end
         text: what it wrote
         pids: process numbers by rank; -1 is the launcher
+        traces: shared memory that its processes, and theirs, have left
         struck: whether the place was reached
         left: processes that had not ended some time after it
     """
@@ -110,6 +114,7 @@ class Outcome:
     seconds: float
     text: str
     pids: dict[int, int]
+    traces: list[str]
     struck: bool
     left: list[str]
 
@@ -182,6 +187,7 @@ def serve(arguments: list[str], rank: int) -> int:
     """Be process `rank` of the command."""
     strike, folder = ForkedChild.strike, ForkedChild.folder
     (folder / f"pid.{rank}").write_text(str(os.getpid()))
+    os.register_at_fork(after_in_child=lambda: (folder / f"child.{rank}.{os.getpid()}").touch())
     torch.set_num_threads(1)
     if strike is None or rank != max(strike.victim, 0):
         return command_line.main(arguments)
@@ -241,7 +247,10 @@ def run_command(arguments: list[str], folder: Path, strike: Strike | None, limit
         os.kill(launcher, signal.SIGKILL)
         os.waitpid(launcher, 0)
     pids = {-1: launcher, **{int(path.suffix[1:]): int(path.read_text()) for path in folder.glob("pid.*")}}
-    return Outcome(code, seconds, (folder / "output").read_text(), pids, struck, _orphans(6.0))
+    left = _orphans(6.0)
+    ours = {str(pid) for pid in pids.values()} | {path.suffix[1:] for path in folder.glob("child.*")}
+    traces = [path.name for path in Path("/dev/shm").iterdir() if ours & set(re.split(r"[-_.]", path.name))]
+    return Outcome(code, seconds, (folder / "output").read_text(), pids, traces, struck, left)
 
 
 def _strike(launcher: int, folder: Path, strike: Strike, limit_s: float) -> bool:
@@ -254,6 +263,8 @@ def _strike(launcher: int, folder: Path, strike: Strike, limit_s: float) -> bool
         time.sleep(0.002)
     time.sleep(strike.delay_s)
     victim = launcher if strike.victim < 0 else int((folder / f"pid.{strike.victim}").read_text())
+    if strike.worker:
+        victim = max(int(path.suffix[1:]) for path in folder.glob(f"child.{strike.victim}.*"))
     for number in strike.signals:
         try:
             os.kill(victim, number)
