@@ -124,6 +124,8 @@ class ForkedChild:
 
     strike: Strike | None = None
     folder = Path()
+    prepare: Callable[[list[str], int], list[str]] = staticmethod(lambda arguments, rank: arguments)
+    """Function that breaks something in process `rank`, and returns the arguments that it gets."""
 
     def __init__(
         self, command: list[str], *, env: dict[str, str], stdout: Any, stderr: Any, preexec_fn: Any, **_: Any
@@ -189,6 +191,7 @@ def serve(arguments: list[str], rank: int) -> int:
     (folder / f"pid.{rank}").write_text(str(os.getpid()))
     os.register_at_fork(after_in_child=lambda: (folder / f"child.{rank}.{os.getpid()}").touch())
     torch.set_num_threads(1)
+    arguments = ForkedChild.prepare(arguments, rank)
     if strike is None or rank != max(strike.victim, 0):
         return command_line.main(arguments)
     place = next(place for place in PLACES if place.name == strike.place)

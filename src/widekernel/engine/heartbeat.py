@@ -179,11 +179,13 @@ class Heartbeat:
     def _find_cause(self, error: BaseException, what: str) -> ProcessError:
         started = time.monotonic()
         limit = min(self.timeout_s, 6 * self.interval_s + 2)
+        read = self._exchanges + 2  # by then, the last sign of a process that has ended now is known
         self._raised = True
         while time.monotonic() < started + limit:
             self._wake.set()
             gone = [sign for sign in self._signs.values() if sign.state == LEFT]
-            found = self._verdict or (left(gone[0]) if gone else self._find_dead())
+            is_known = self._exchanges >= read or self._connection_error is not None
+            found = self._verdict or (left(gone[0]) if gone else self._find_dead() if is_known else None)
             if found is not None:
                 return found
             silent = max(self._others, key=self._silence.__getitem__)

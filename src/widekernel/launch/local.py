@@ -31,7 +31,7 @@ NOTICE_S = 5.0
 GRACE_S = 30.0
 """Seconds between SIGTERM and SIGKILL: a state that is being written is completed."""
 SAVING_S = 600.0
-"""Seconds that the others may take to save, after one has stopped on request."""
+"""The same after one has stopped on request, when the others save."""
 STOPPED_S = 1.0
 """Seconds for which processes may be stopped (SIGSTOP) after one has ended; they would not end by themselves."""
 
@@ -113,7 +113,7 @@ class _Group:
         self._readers: list[threading.Thread] = []
         self._shown: set[str] = set()
         self._showing = threading.Lock()
-        self._requested = False
+        self._received: list[int] = []
 
     def signals(self) -> _SignalHandlers:
         """Return a block in which signals are passed on."""
@@ -132,6 +132,8 @@ class _Group:
             preexec_fn=_dying_with(os.getpid()),
         )
         self._children.append(child)
+        for number in self._received:  # before there was this process to pass it on to
+            self._kill(child, number)
         if rank:
             self._readers.append(threading.Thread(target=self._show, args=(rank, child.stderr), daemon=True))
             self._readers[-1].start()
@@ -140,6 +142,7 @@ class _Group:
     def wait(self) -> int:
         """Wait for all processes, and end the others soon after one has failed; return the exit code."""
         code, left, deadline, running = 0, set(range(len(self._children))), math.inf, time.monotonic()
+        grace_s = GRACE_S
         while left:
             try:
                 rank, status = self._ended.get(timeout=_POLL_S if len(left) < len(self._children) else None)
@@ -147,7 +150,7 @@ class _Group:
                 now = time.monotonic()
                 running = running if self._are_stopped() else now
                 if now > min(deadline, running + STOPPED_S):
-                    self.end(GRACE_S)
+                    self.end(grace_s)
                 continue
             left.discard(rank)
             running = time.monotonic()
@@ -155,9 +158,11 @@ class _Group:
                 continue
             code = status if status > 0 else 128 - status
             stopped = status > 0 and status - 128 in {getattr(signal, name, None) for name in _PASSED_ON}
-            if not stopped and not self._requested:
+            if stopped or self._received:
+                grace_s = SAVING_S  # whoever saves has caught the signal, and is not disturbed by another SIGTERM
+            else:
                 self._say(f"Process {rank} (rank {rank}, pid {self._children[rank].pid}) {_ending(status)}.")
-            deadline = time.monotonic() + (SAVING_S if stopped or self._requested else NOTICE_S)
+            deadline = time.monotonic() + NOTICE_S
         for reader in self._readers:
             reader.join(2)  # not for longer: a grandchild may hold the pipe open
         return code
@@ -195,7 +200,7 @@ class _Group:
             os.kill(child.pid, number)
 
     def _pass_on(self, number: int, _frame: FrameType | None) -> None:
-        self._requested = True
+        self._received.append(number)
         self._send(number)
 
     def _suspend(self, _number: int, _frame: FrameType | None) -> None:
