@@ -13,6 +13,7 @@ import math
 import os
 import queue
 import random
+import secrets
 import signal
 import socket
 import subprocess
@@ -23,6 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
+from widekernel.engine.process_environment import RUN_ID
 from widekernel.engine.signs import local_state
 from widekernel.errors import ConfigError
 
@@ -85,6 +87,7 @@ def environments(processes: int, present: Mapping[str, str]) -> list[dict[str, s
     if sys.platform == "linux":
         common["GLOO_SOCKET_IFNAME"] = "lo"  # works whatever the name of the machine resolves to
     place = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
+    place[RUN_ID] = secrets.token_hex(8)
     port = str(_free_port())
     return [
         {**common, **present, **place, "MASTER_PORT": port, "RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -93,6 +96,7 @@ def environments(processes: int, present: Mapping[str, str]) -> list[dict[str, s
 
 
 def _free_port() -> int:
+    # Another program may take it before process 0 does, which then ends with an error; RUN_ID keeps runs apart.
     for port in random.Random().sample(range(_FIRST_PORT, _LAST_PORT), 100):
         with socket.socket() as probe:
             try:
