@@ -18,8 +18,9 @@ from typing_extensions import override
 
 from widekernel.collectives import dist
 from widekernel.engine.equality import copy_from_main, require_equal_tensors
-from widekernel.engine.heartbeat import Heartbeat, is_connection_error
-from widekernel.engine.process_environment import ProcessEnvironment
+from widekernel.engine.heartbeat import GRACE_S, Heartbeat, is_connection_error
+from widekernel.engine.joining_limit import joining_within
+from widekernel.engine.process_environment import RUN_ID, ProcessEnvironment
 from widekernel.engine.processes import Processes
 from widekernel.engine.signs import ProcessError
 from widekernel.errors import ConfigError, WidekernelError, in_short
@@ -231,25 +232,26 @@ def join(
         raise ConfigError("This process has joined others already (torch.distributed is initialized): leave them first.")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    store = _meet(environment)
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    heartbeat = Heartbeat(
-        store.clone(), environment.rank, environment.world_size, timeout_s, report, store_rank=None if agent else 0
-    )
-    heartbeat.start()
+    rank, world_size = environment.rank, environment.world_size
+    with _limit(environment, report):
+        store = _meet(environment)
+        heartbeat = Heartbeat(store.clone(), rank, world_size, timeout_s, report, store_rank=None if agent else 0)
+        heartbeat.start()
     try:
-        heartbeat.await_all(JOIN_S)
+        with _limit(environment, report):
+            heartbeat.await_all(JOIN_S)
         patience = timedelta(seconds=patience_s)
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             store=dist.PrefixStore("groups", store),
-            rank=environment.rank,
-            world_size=environment.world_size,
+            rank=rank,
+            world_size=world_size,
             timeout=patience,
             device_id=device if device.type == "cuda" else None,
         )
         control = dist.new_group(backend="gloo", timeout=patience)
-        processes = DistributedProcesses(environment.rank, environment.world_size, device, control, heartbeat)
+        processes = DistributedProcesses(rank, world_size, device, control, heartbeat)
         yield processes
         heartbeat.finish()
         processes.barrier("waiting for all processes to finish")
@@ -264,6 +266,10 @@ def join(
     finally:
         heartbeat.stop()
     dist.destroy_process_group()
+
+
+def _limit(environment: ProcessEnvironment, report: Callable[[str], None] | None) -> AbstractContextManager[None]:
+    return joining_within(JOIN_S + GRACE_S, f"process 0 at {environment.address}:{environment.port}", report)
 
 
 def _meet(environment: ProcessEnvironment) -> dist.Store:
@@ -284,8 +290,9 @@ def _meet(environment: ProcessEnvironment) -> dist.Store:
         raise ProcessError(
             f"{what}: {in_short(error)}. Choose another port, or check the address and the network."
         ) from error
-    # A restarted run finds no keys of the former one.
-    return dist.PrefixStore(f"widekernel/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    # A restarted run finds no keys of the former one, and none of another run that was given the same port.
+    names = [os.environ.get(name, "0") for name in ("TORCHELASTIC_RUN_ID", RUN_ID, "TORCHELASTIC_RESTART_COUNT")]
+    return dist.PrefixStore("/".join(["widekernel", *names]), store)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

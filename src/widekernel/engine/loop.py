@@ -366,6 +366,7 @@ class Trainer:
         return None if chosen is None else self.store.load(chosen)
 
     def _resume_or_start(self) -> None:
+        self.context.processes.note(0, "loading the training state")
         state = self._load_latest()
         if state is None:
             self.context.processes.require_equal(self.model)

@@ -91,9 +91,11 @@ class _Run:
         check_settings(config, device, starts=not has_begun)
         settings = _with_absolute_root(config)
         processes.from_main(lambda: folder.prepare(settings))
+        processes.note(0, "opening the data")
         sources = self._main_first(lambda: open_train_and_val(config.data))
         self._report_notes(sources, has_begun)
         num_classes = _count_classes(config, sources[0])
+        processes.note(0, "building the network")
         model = self._main_first(lambda: self._build(num_classes, has_begun))
         saved = SavedModel(
             name=config.model.name,
@@ -125,6 +127,7 @@ class _Run:
         trainer.run()
         for warning in missing_classes(sources[0], trainer.progress.unreadable):
             self.reporter.message(warning)
+        processes.note(trainer.progress.step, "saving the results")
         summary = processes.from_main(lambda: write_results(trainer, saved))
         return RunResult(folder, summary, was_finished, task.metrics)
 
