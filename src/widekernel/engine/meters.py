@@ -39,7 +39,7 @@ class LossMeter:
         return {"names": self._names, "sums": processes.gather(self._sums.tolist())}
 
     def load_state(self, state: dict[str, Any], processes: Processes) -> None:
-        """Restore the sums; if the number of processes has changed, each takes the mean, so that all steps weigh the same."""
+        """Restore the sums; if the number of processes has changed, each takes the mean: all steps weigh the same."""
         self._names = list(state["names"])
         every = torch.tensor(state["sums"], dtype=torch.float64)
         own = every[processes.rank] if len(every) == processes.world_size else every.mean(0)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 REQUIRED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 RUN_ID = "WIDEKERNEL_RUN_ID"
-"""Variable that is equal in processes that were started together; processes of another run at the same port are told apart."""
+"""Variable that is equal in processes that were started together; those of another run at the same port differ."""
 _IDENTIFYING = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
