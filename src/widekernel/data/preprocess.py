@@ -17,6 +17,9 @@ ImageTransform = Callable[[Image.Image], Tensor]
 WARP_FROM = 384
 """Smallest input size at which evaluation warps the whole image to the square instead of cropping its center."""
 
+DEFAULT_CROP = 0.875
+"""Share of the resized image that the center crop keeps, as in the published recipes: 224 of 256 pixels."""
+
 MOST_ELONGATED = 64
 """Largest ratio of the long side to the short side in evaluation; only the middle of longer images is used."""
 
@@ -30,8 +33,8 @@ class Preprocessing:
         mean: subtracted per channel, on the scale 0 to 1
         std: divided by per channel
         interpolation: resampling in evaluation
-        crop_pct: input size divided by the size that the short side is resized to; 1.0 for inputs of 384 pixels or more,
-            for which the image is warped
+        crop_pct: input size divided by the size that the short side is resized to; 1.0 if the image is warped
+        warp: warp the whole image to the square instead of cropping its center
     """
 
     input_size: int
@@ -39,29 +42,34 @@ class Preprocessing:
     std: tuple[float, float, float]
     interpolation: str
     crop_pct: float
+    warp: bool = False
 
     @classmethod
     def resolve(cls, config: DataConfig, model_cfg: dict[str, Any]) -> "Preprocessing":
         """Return the settings of `config`, completed by a timm `pretrained_cfg` and the default crop."""
         size = config.input_size or _square(model_cfg.get("input_size") or (3, 224, 224))
+        crop_pct, warp = _crop(config, size)
         return cls(
             input_size=size,
             mean=_triple(config.mean or model_cfg.get("mean") or IMAGENET_DEFAULT_MEAN),
             std=_triple(config.std or model_cfg.get("std") or IMAGENET_DEFAULT_STD),
             interpolation=config.interpolation or "bicubic",
-            crop_pct=config.crop_pct or _default_crop(size),
+            crop_pct=crop_pct,
+            warp=warp,
         )
 
     def overridden_by(self, config: DataConfig) -> "Preprocessing":
         """Return these settings, overridden by those of `config`; another input size has its own default crop."""
         size = config.input_size or self.input_size
-        same_size = size == self.input_size
+        keeps_crop = size == self.input_size and config.crop_pct is None and config.test_crop is None
+        crop_pct, warp = (self.crop_pct, self.warp) if keeps_crop else _crop(config, size)
         return Preprocessing(
             input_size=size,
             mean=_triple(config.mean or self.mean),
             std=_triple(config.std or self.std),
             interpolation=config.interpolation or self.interpolation,
-            crop_pct=config.crop_pct or (self.crop_pct if same_size else _default_crop(size)),
+            crop_pct=crop_pct,
+            warp=warp,
         )
 
     @classmethod
@@ -73,6 +81,8 @@ class Preprocessing:
             std=_triple(values["std"]),
             interpolation=str(values["interpolation"]),
             crop_pct=float(values["crop_pct"]),
+            # Version 0.6 and earlier did not store it.
+            warp=bool(values.get("warp", int(values["input_size"]) >= WARP_FROM and float(values["crop_pct"]) == 1.0)),
         )
 
     def eval_transform(self) -> ImageTransform:
@@ -81,7 +91,6 @@ class Preprocessing:
         If the long side of an image is more than `MOST_ELONGATED` times the short one, only the middle is resized: the
         center crop keeps nothing else, and resizing the whole image would take memory without bound.
         """
-        squash = self.input_size >= WARP_FROM and self.crop_pct == 1.0
         transform = create_transform(
             self.input_size,
             is_training=False,
@@ -89,9 +98,9 @@ class Preprocessing:
             mean=self.mean,
             std=self.std,
             crop_pct=self.crop_pct,
-            crop_mode="squash" if squash else "center",
+            crop_mode="squash" if self.warp else "center",
         )
-        if not squash:
+        if not self.warp:
             transform.transforms.insert(0, crop_elongated)
         return transform
 
@@ -149,8 +158,13 @@ def _posterize(image: Image.Image, bits_to_keep: int, **options: Any) -> Image.I
     return Image.new(image.mode, image.size) if bits_to_keep < 1 else posterize(image, bits_to_keep, **options)
 
 
-def _default_crop(size: int) -> float:
-    return 0.875 if size < WARP_FROM else 1.0
+def _crop(config: DataConfig, size: int) -> tuple[float, bool]:
+    """Return the share that the center crop keeps, and whether the image is warped instead, for inputs of `size` pixels."""
+    if config.test_crop is None:
+        warp = size >= WARP_FROM and config.crop_pct in (None, 1.0)
+    else:
+        warp = config.test_crop == "warp"
+    return config.crop_pct or (1.0 if warp else DEFAULT_CROP), warp
 
 
 def _square(input_size: tuple[int, ...]) -> int:
