@@ -61,7 +61,8 @@ def test_fold_check(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert both["folded"]["images"] == plain["images"] > 300
     assert both["folded"]["top1"] == pytest.approx(plain["top1"], abs=0.6)
     assert 0 < both["max_difference"] < 1e-3 * both["max_logit"]
-    assert main(["eval", str(source), "--data.name", "digits", "--fold-check", "--device", "cpu"]) == 0
+    options = ["--data.name", "digits", "--fold-check", "--device", "cpu", "--data.workers", "0"]
+    assert main(["eval", str(source), *options]) == 0
     text = capsys.readouterr().out
     assert "network" in text and "folded" in text and "difference" in text and text.count(f"{plain['top1']:.2f} %") == 2
 
@@ -200,7 +201,9 @@ def test_a_classifier_of_22k_classes_on_some_of_1k(images: Path, tmp_path: Path,
             right += [0, 1, 3][logits.argmax()] == number
     assert found["top1"] == pytest.approx(100 * right / 16)
     assert found["loss"] < 50
-    assert main(["eval", *map(str, options), "--data.class_map", "imagenet-22k", "--device", "cpu"]) == 0
+    assert (
+        main(["eval", *map(str, options), "--data.class_map", "imagenet-22k", "--device", "cpu", "--data.workers", "0"]) == 0
+    )
     told = " ".join(capsys.readouterr().err.split())
     assert "3 outputs are used" in told and "1 of 4 classes have none: n04399382" in told
     assert "--data.class_map" in failed(capsys, *options)
