@@ -215,6 +215,7 @@ def test_weight_decay_follows_half_a_cosine() -> None:
         ({"gamma": 0.0}, "schedule.gamma is 0.0, but must be above 0"),
         ({"decay_epochs": 0.0}, "schedule.decay_epochs is 0.0, but must be positive"),
         ({"warmup_kind": "cosine"}, "schedule.warmup_kind 'cosine' is unknown"),
+        ({"warmup_kind": "constant"}, "the warm-up would train nothing"),
         ({"lr_scale_batch": 0}, "schedule.lr_scale_batch is 0, but must be positive"),
     ],
 )

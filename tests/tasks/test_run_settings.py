@@ -84,6 +84,7 @@ def test_without_held_out_images(make: Make, capsys: pytest.CaptureFixture[str])
     assert "nothing was evaluated" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_without_held_out_images_resumes(make: Make) -> None:
     config = make(data=replace(make().data, val_split=None), loop=LoopConfig(batch_size=4, device="cpu", log_every=1))
     whole = train(config)
@@ -108,7 +109,10 @@ def test_a_run_without_held_out_images_resumes(make: Make) -> None:
 # -- evaluated weights -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("weights", "prefixes"), [("both", ("", "ema_")), ("ema", ("ema_",)), ("raw", ("",))])
+@pytest.mark.parametrize(
+    ("weights", "prefixes"),
+    [pytest.param("both", ("", "ema_"), marks=pytest.mark.slow), ("ema", ("ema_",)), ("raw", ("",))],
+)
 def test_evaluated_weights(make: Make, weights: str, prefixes: tuple[str, ...]) -> None:
     config = make(evaluation=EvaluationConfig(weights=weights))
     result = train(config)
@@ -206,6 +210,7 @@ def test_a_network_without_a_linear_classifier_cannot_be_scaled() -> None:
 # -- determinism and repeats -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_deterministic_algorithms_hold_during_the_run_alone(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
@@ -227,6 +232,7 @@ def test_deterministic_algorithms_hold_during_the_run_alone(make: Make, monkeypa
     assert set(seen) == {(False, True, None)}
 
 
+@pytest.mark.slow
 def test_repeated_augmentation_trains_on_fewer_images_per_epoch(make: Make) -> None:
     short = {"schedule": ScheduleConfig(epochs=1, warmup_epochs=0), "ema": EmaConfig()}
     seen = [train(make(str(n), augment=replace(LIGHT, repeats=n), **short)).summary for n in (1, 2)]
