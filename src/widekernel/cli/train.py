@@ -11,26 +11,20 @@ import jsonargparse
 import yaml
 
 from widekernel.cli.console import ConsoleReporter, result_console
+from widekernel.cli.launching import check_number, is_first, is_started, start
 from widekernel.cli.parsing import build, new_parser, parse, parse_given, read_settings, typed
 from widekernel.cli.progress_text import metric_texts
 from widekernel.data.batch_plan import BatchPlan
-from widekernel.data.config import processors
 from widekernel.engine.interrupts import Interrupted
-from widekernel.engine.process_environment import read_environment
 from widekernel.engine.run_folder import RunFolder
 from widekernel.errors import ConfigError
-from widekernel.launch.local import launch
 from widekernel.launch.slurm import is_in_a_task, submit
 from widekernel.launch.slurm_config import SlurmConfig
 from widekernel.recipes import load_recipe
-from widekernel.settings import require
 from widekernel.tasks.classification.config import TrainConfig
 
 if TYPE_CHECKING:
     from widekernel.tasks.results import RunResult
-
-_PER_PROCESSOR = 4
-"""Largest number of processes per processor; each takes memory and starts PyTorch."""
 
 _DESCRIPTION = (
     "Train a classifier. Settings come from the recipe, the configuration files and the command line; later ones override "
@@ -55,13 +49,13 @@ def run(arguments: list[str]) -> int:
         )
     if job is not None:
         return submit_training(job, arguments, config)
-    if processes is not None and not _is_started(processes):
-        _check_number(processes, config)
-        return launch([sys.executable, "-m", "widekernel", "train", *arguments], processes, _say)
+    if processes is not None and not is_started(processes):
+        check_number(processes)
+        BatchPlan(config.loop.batch_size, config.loop.micro_batch, processes)
+        return start("train", arguments, processes)
     from widekernel.tasks.classification.run import train
 
-    environment = read_environment()
-    talks = environment is None or environment.rank == 0
+    talks = is_first()
     with ConsoleReporter() as reporter:
         try:
             result = train(config, reporter)
@@ -115,39 +109,6 @@ def parse_config(arguments: list[str]) -> TrainConfig:
     return build(TrainConfig, values)
 
 
-def _is_started(processes: int) -> bool:
-    """Return whether this is one of the processes already, or the only one.
-
-    Raises:
-        ConfigError: there are others than `processes`.
-    """
-    environment = read_environment()
-    if environment is not None and environment.world_size != processes:
-        raise ConfigError(
-            f"--processes is {processes}, but this is one of {environment.world_size} processes (WORLD_SIZE). Leave "
-            "--processes out if torchrun or a cluster job starts the processes."
-        )
-    return environment is not None or processes == 1
-
-
-def _check_number(processes: int, config: TrainConfig) -> None:
-    """Raise a `ConfigError` if so many processes cannot share a batch, or would overload this machine."""
-    require(processes > 0, "--processes", processes, "1 or more")
-    BatchPlan(config.loop.batch_size, config.loop.micro_batch, processes)
-    cores = processors()
-    most = _PER_PROCESSOR * cores
-    if processes > most:
-        raise ConfigError(
-            f"--processes is {processes}, but must be at most {most}, {_PER_PROCESSOR} for each of the {cores} processors "
-            "of this machine: lower it."
-        )
-
-
-def _say(line: str) -> None:
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()
-
-
 def parse_slurm(arguments: list[str]) -> SlurmConfig | None:
     """Return the settings of the job that `arguments` and their files ask for; `None` if they hold no `slurm` settings.
 
@@ -197,9 +158,13 @@ def print_result(result: RunResult) -> None:
     if result.other_code:
         advice = "`widekernel eval` evaluates its model with the present code; another --output starts a new run."
         console.print(advice, soft_wrap=True)
-    for kind, text in metric_texts(result.metrics, summary).items():
+    texts = metric_texts(result.metrics, summary)
+    for kind, text in texts.items():
         console.print(f"  {kind:<16}  {text}", soft_wrap=True)
-    skipped = summary["train_unreadable"], summary["val_unreadable"]
+    if not texts:
+        console.print("  nothing was evaluated: there are no held-out images (data.val_split is null)")
+    evaluated = [value for key, value in summary.items() if key.endswith("val_unreadable")]
+    skipped = summary["train_unreadable"], max(evaluated, default=0)
     if any(skipped):
         console.print(f"  unreadable images: {skipped[0]} in training, {skipped[1]} held out")
     console.print(f"  model             {result.folder.model}", soft_wrap=True)

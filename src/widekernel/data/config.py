@@ -2,10 +2,10 @@
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from widekernel.errors import ConfigError
-from widekernel.settings import require, require_finite, require_one_of
+from widekernel.settings import require, require_finite, require_literals, require_one_of
 
 _RESAMPLING = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 
@@ -32,14 +32,19 @@ class DataConfig:
             of the Hugging Face hub
         root: folder that contains the splits; for named data sets, the folder where they are stored
         train_split: training split: a folder or a .tar archive below data.root, or the name of a split of a named data set
-        val_split: held-out (validation) split, in the same form
+        val_split: held-out (validation) split, in the same form; null means that there are no held-out images, so nothing
+            is evaluated
+        class_map: outputs, for the classes of the data, of a classifier that knows more classes: imagenet-22k, or another
+            list of timm's ImageNetInfo that names its outputs, or a file with the number of an output in each line, one for
+            every class (-1: none). Evaluation then compares these outputs only, and fine-tuning starts from them
         download: download the named data set into data.root
         input_size: height and width of the network's input in pixels; null uses the model's own
         mean: channel means, for pixels from 0 to 1; null uses the model's own
         std: channel standard deviations, for pixels from 0 to 1; null uses the model's own
         interpolation: resampling in evaluation: nearest, bilinear, bicubic, lanczos, box or hamming; null means bicubic
-        crop_pct: share of the resized image that the center crop keeps in evaluation; null means 0.875 for inputs below 384
-            pixels; larger inputs are not cropped: the whole image is warped to the square
+        crop_pct: share of the resized image that the center crop keeps in evaluation; null means 0.875
+        test_crop: how evaluation makes an image square: by its center crop (center), or by warping all of it (warp); null
+            crops for inputs below 384 pixels or if crop_pct is below 1, and otherwise warps
         exif_transpose: turn images as their EXIF orientation says; published ImageNet results were obtained without
         workers: number of processes that decode images; 0 decodes in the training process. The default is 4, or the number
             of processors if that is smaller
@@ -52,13 +57,15 @@ class DataConfig:
     name: str = "folder"
     root: str | None = None
     train_split: str = "train"
-    val_split: str = "val"
+    val_split: str | None = "val"
+    class_map: str | None = None
     download: bool = False
     input_size: int | None = None
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
     interpolation: str | None = None
     crop_pct: float | None = None
+    test_crop: Literal["center", "warp"] | None = None
     exif_transpose: bool = False
     workers: int = min(4, processors())
     max_unreadable: int = 100
@@ -67,8 +74,11 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require_finite(self, "data")
+        require_literals(self, "data")
         require(self.input_size is None or self.input_size > 0, "data.input_size", self.input_size, "positive")
         require(self.crop_pct is None or 0 < self.crop_pct <= 1, "data.crop_pct", self.crop_pct, "above 0 and at most 1")
+        if self.test_crop == "warp" and self.crop_pct not in (None, 1.0):
+            raise ConfigError(f"data.crop_pct is {self.crop_pct}, but data.test_crop 'warp' crops nothing: leave one out.")
         require(self.workers >= 0, "data.workers", self.workers, "0 or more")
         require(self.max_unreadable >= 0, "data.max_unreadable", self.max_unreadable, "0 or more")
         require(self.timeout > 0, "data.timeout", self.timeout, "positive")
@@ -85,17 +95,23 @@ class AugmentConfig:
     """Random changes to training images (timm's transforms) and mixing of batches (timm's Mixup).
 
     Args:
-        crop_scale: smallest and largest area of the random crop, as shares of the image's area
-        crop_ratio: smallest and largest aspect ratio of the random crop
+        crop_scale: smallest and largest area of a random_resized crop, as shares of the image's area
+        crop_ratio: smallest and largest aspect ratio of a random_resized crop
         hflip: probability of a horizontal flip
         color_jitter: strength of brightness, contrast and saturation jitter; not used together with auto_augment
-        auto_augment: auto-augment policy of timm, such as rand-m9-mstd0.5-inc1; null means none
+        auto_augment: auto-augment policy: one of timm, such as rand-m9-mstd0.5-inc1, augmix-m5-w4-d2 (AugMix) or original,
+            or torchvision's TrivialAugment (ta_wide); null means none
         interpolation: resampling in training: random, bilinear or bicubic
         erase_prob: probability of random erasing (timm's pixel mode)
         mixup: alpha of mixup; 0 turns it off
         cutmix: alpha of cutmix; 0 turns it off
         mix_prob: probability that a batch is mixed
         switch_prob: probability of cutmix rather than mixup when both are on
+        train_crop: part of the image: of random size and aspect ratio, resized to the input (random_resized), or of the
+            input's size, from a random place (random) or the middle (center) of the image, whose short side is resized as in
+            evaluation
+        repeats: repeated augmentation: how often each image occurs, each time changed anew, in an epoch of the same length,
+            which therefore takes only that fraction of the images
     """
 
     crop_scale: tuple[float, float] = (0.08, 1.0)
@@ -109,9 +125,13 @@ class AugmentConfig:
     cutmix: float = 1.0
     mix_prob: float = 1.0
     switch_prob: float = 0.5
+    train_crop: Literal["random_resized", "random", "center"] = "random_resized"
+    repeats: int = 1
 
     def __post_init__(self) -> None:
         require_finite(self, "augment")
+        require_literals(self, "augment")
+        require(self.repeats >= 1, "augment.repeats", self.repeats, "1 or more")
         low, high = self.crop_scale
         require(0 < low <= high <= 1, "augment.crop_scale", self.crop_scale, "two numbers with 0 < low <= high <= 1")
         low, high = self.crop_ratio

@@ -1,104 +1,15 @@
-"""Settings of the optimizer, schedule, averaging, precision, checkpoints and sparsity."""
+"""Settings of averaging, batches, precision, evaluation, checkpoints and sparsity, and of the loop as a whole."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from widekernel.engine.logging_config import LoggingConfig
+from widekernel.engine.optimization_config import OptimizerConfig, ScheduleConfig
 from widekernel.engine.write_policy import OnFailure
 from widekernel.errors import ConfigError
 from widekernel.settings import require, require_finite, require_literals, require_one_of
 from widekernel.sparsity import DynamicSparsityConfig
 from widekernel.sparsity.semi_structured.config import SEMI_STRUCTURED, SemiStructuredConfig, current_name
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """Settings of the optimizer, which timm's `create_optimizer_v2` creates.
-
-    Weight decay does not apply to biases, to other 1-D parameters, or to the parameters that the model excludes from it.
-
-    Args:
-        name: name of an optimizer in timm
-        lr: peak learning rate
-        weight_decay: decoupled weight decay
-        eps: term added to the denominator for numerical stability; null uses the optimizer's default
-        betas: decay rates of the running averages (Adam's betas); null uses the optimizer's default
-        layer_decay: factor by which the learning rate falls from one layer group to the next, counted from the head; null
-            means the same rate for all
-        clip_grad: limit for gradient clipping; null turns clipping off
-        clip_mode: what clip_grad limits: the norm of all gradients (norm), each value (value), or the norm of each unit's
-            gradient relative to that of its weights (agc)
-    """
-
-    name: str = "adamw"
-    lr: float = 4e-3
-    weight_decay: float = 0.05
-    eps: float | None = None
-    betas: tuple[float, float] | None = None
-    layer_decay: float | None = None
-    clip_grad: float | None = None
-    clip_mode: Literal["norm", "value", "agc"] = "norm"
-
-    def __post_init__(self) -> None:
-        require_finite(self, "optimizer")
-        require_literals(self, "optimizer")
-        require(self.lr > 0, "optimizer.lr", self.lr, "positive")
-        require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
-        require(self.eps is None or self.eps > 0, "optimizer.eps", self.eps, "positive")
-        ok = self.betas is None or all(0 <= beta < 1 for beta in self.betas)
-        require(ok, "optimizer.betas", self.betas, "two numbers from 0 to below 1")
-        ok = self.layer_decay is None or 0 < self.layer_decay <= 1
-        require(ok, "optimizer.layer_decay", self.layer_decay, "above 0 and at most 1")
-        require(self.clip_grad is None or self.clip_grad > 0, "optimizer.clip_grad", self.clip_grad, "positive")
-        if self.clip_grad is None and self.clip_mode != "norm":
-            raise ConfigError(f"optimizer.clip_mode is {self.clip_mode!r}, but nothing is clipped: set optimizer.clip_grad.")
-
-
-@dataclass(frozen=True)
-class ScheduleConfig:
-    """Settings of the length of the run and of the learning rate, which is set at every optimizer step.
-
-    The learning rate follows a linear warm-up, then half a cosine. Lengths are in epochs or, if set, in optimizer steps.
-
-    Args:
-        epochs: passes over the training data
-        steps: optimizer steps of the whole run; null means schedule.epochs
-        warmup_epochs: epochs of linear warm-up, included in schedule.epochs
-        warmup_steps: optimizer steps of linear warm-up; null means schedule.warmup_epochs
-        warmup_lr: learning rate at the first step of the warm-up
-        min_lr: learning rate at the end of the run
-    """
-
-    epochs: int = 300
-    steps: int | None = None
-    warmup_epochs: float = 20
-    warmup_steps: int | None = None
-    warmup_lr: float = 0.0
-    min_lr: float = 1e-6
-
-    def __post_init__(self) -> None:
-        require_finite(self, "schedule")
-        require(self.epochs > 0, "schedule.epochs", self.epochs, "positive")
-        require(self.steps is None or self.steps > 0, "schedule.steps", self.steps, "positive")
-        if self.warmup_steps is not None:
-            ok = self.warmup_steps >= 0 and (self.steps is None or self.warmup_steps < self.steps)
-            rule = "0 or more" if self.steps is None else f"from 0 to below schedule.steps ({self.steps})"
-            require(ok, "schedule.warmup_steps", self.warmup_steps, rule)
-        elif self.steps is None:
-            ok = 0 <= self.warmup_epochs < self.epochs
-            require(ok, "schedule.warmup_epochs", self.warmup_epochs, f"from 0 to below schedule.epochs ({self.epochs})")
-        require(self.warmup_epochs >= 0, "schedule.warmup_epochs", self.warmup_epochs, "0 or more")
-        require(self.warmup_lr >= 0, "schedule.warmup_lr", self.warmup_lr, "0 or more")
-        require(self.min_lr >= 0, "schedule.min_lr", self.min_lr, "0 or more")
-
-    def total_steps(self, steps_per_epoch: int) -> int:
-        """Return the number of optimizer steps of the whole run."""
-        return self.epochs * steps_per_epoch if self.steps is None else self.steps
-
-    def warmup(self, steps_per_epoch: int) -> int:
-        """Return the number of optimizer steps of the warm-up; at least one step of the run remains after it."""
-        wanted = round(self.warmup_epochs * steps_per_epoch) if self.warmup_steps is None else self.warmup_steps
-        return min(wanted, self.total_steps(steps_per_epoch) - 1)
 
 
 @dataclass(frozen=True)
@@ -133,6 +44,8 @@ class LoopConfig:
         channels_last: use the channels-last memory format
         compile: mode of torch.compile: default, reduce-overhead (CUDA graphs) or max-autotune; null does not compile
         sync_batch_norm: compute batch norms over the images of all processes
+        deterministic: use deterministic algorithms only (PyTorch's), and stop with an error where there is none; this holds
+            during the run alone
         log_every: optimizer steps between rows of metrics.jsonl
         timeout: seconds without a sign of life after which a process counts as lost, which ends the run (only with several
             processes); long computations are no loss
@@ -146,6 +59,7 @@ class LoopConfig:
     channels_last: bool = False
     compile: Literal["default", "reduce-overhead", "max-autotune"] | None = None
     sync_batch_norm: bool = True
+    deterministic: bool = False
     log_every: int = 10
     timeout: float = 60.0
 
@@ -163,17 +77,23 @@ class LoopConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Settings of when the network is evaluated; it always is at the end of the run.
+    """Settings of when the network is evaluated, and with which weights; it always is at the end of the run.
+
+    Without held-out data (data.val_split null), nothing is evaluated.
 
     Args:
         every_epochs: epochs between evaluations
         every_steps: optimizer steps between evaluations; null means evaluation.every_epochs
+        weights: both evaluates the weights and, with ema.decay, their average, which then decides which state is the
+            best; raw evaluates the weights only, ema the average only
     """
 
     every_epochs: int = 1
     every_steps: int | None = None
+    weights: Literal["both", "ema", "raw"] = "both"
 
     def __post_init__(self) -> None:
+        require_literals(self, "evaluation")
         require(self.every_epochs > 0, "evaluation.every_epochs", self.every_epochs, "positive")
         ok = self.every_steps is None or self.every_steps > 0
         require(ok, "evaluation.every_steps", self.every_steps, "positive")
@@ -261,8 +181,16 @@ class SparsityConfig:
             )
 
 
-def check_averaging(config: SparsityConfig, decay: float | None) -> None:
-    """Raise a `ConfigError` if a moving average is configured for weights that do not change."""
+def check_averaging(config: SparsityConfig, decay: float | None, evaluated: str = "both") -> None:
+    """Raise a `ConfigError` if weights that do not change would be averaged, or an average be evaluated that does not exist.
+
+    Args:
+        config: settings of the sparsity.
+        decay: ema.decay.
+        evaluated: evaluation.weights.
+    """
+    if evaluated == "ema" and decay is None:
+        raise ConfigError("evaluation.weights is 'ema', but nothing is averaged: set ema.decay, such as 0.9999, or use raw.")
     if config.method == SEMI_STRUCTURED and decay is not None:
         raise ConfigError(f"ema.decay is {decay}, but weights do not change while 2:4 masks are learned: set it to null.")
 
@@ -282,6 +210,13 @@ class TrainingConfig:
     faults: FaultConfig = field(default_factory=FaultConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     sparsity: SparsityConfig = field(default_factory=SparsityConfig)
+
+    @property
+    def evaluated(self) -> tuple[str, ...]:
+        """Which weights are evaluated, by the prefix of their metrics: "" and "ema_"; the last decides what is the best."""
+        if self.ema.decay is None:
+            return ("",)
+        return {"both": ("", "ema_"), "raw": ("",), "ema": ("ema_",)}[self.evaluation.weights]
 
 
 Metrics = dict[str, Any]

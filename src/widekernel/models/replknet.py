@@ -21,6 +21,7 @@ from widekernel.layers.alterations import alteration, alterations, replaced_meth
 from widekernel.layers.folding import Fusable
 from widekernel.layers.hidden_units import HiddenUnits
 from widekernel.layers.large_kernel import is_plain_relu
+from widekernel.layers.layer_groups import replknet_layer_group
 from widekernel.layers.norms import is_foldable
 from widekernel.layers.sources import dilate
 from widekernel.models.base import Parts, Stage, StagedConvNet
@@ -186,6 +187,11 @@ class RepLKNet(StagedConvNet):
 
     It takes the arguments of `StagedConvNet`.
     """
+
+    @torch.jit.ignore
+    def layer_group(self, name: str) -> int | None:
+        """Return the layer group of a parameter in the published fine-tuning recipes; see `layers.layer_groups`."""
+        return replknet_layer_group(name)
 
     def parts(self, cfg: RepLKNetConfig, options: ModelOptions) -> Parts:
         """Create the stem, the stages and the norms."""

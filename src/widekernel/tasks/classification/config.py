@@ -1,6 +1,6 @@
 """Settings of a classification run; every field is a key in YAML files and an option of the command line."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from widekernel.data.config import AugmentConfig, DataConfig
@@ -18,7 +18,7 @@ from widekernel.engine.config import (
 )
 from widekernel.engine.logging_config import LoggingConfig
 from widekernel.errors import ConfigError
-from widekernel.settings import require
+from widekernel.settings import require, require_finite
 from widekernel.sparsity.semi_structured.config import SEMI_STRUCTURED
 
 
@@ -32,6 +32,8 @@ class ModelConfig:
         args: further arguments of the model, for example --model.args.drop_path_rate 0.1
         pretrained: start from timm's pretrained weights for this model
         weights: checkpoint file to start from
+        head_init_scale: factor of the initial weights of the classifier, such as 0.001 for fine-tuning; null leaves them as
+            they are. A classifier from model.weights or model.pretrained is not scaled
         grad_checkpointing: recompute activations in the backward pass, which saves memory and costs time
     """
 
@@ -40,11 +42,15 @@ class ModelConfig:
     args: dict[str, Any] = field(default_factory=dict)
     pretrained: bool = False
     weights: str | None = None
+    head_init_scale: float | None = None
     grad_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         ok = self.num_classes is None or self.num_classes > 0
         require(ok, "model.num_classes", self.num_classes, "positive")
+        require_finite(self, "model")
+        ok = self.head_init_scale is None or self.head_init_scale >= 0
+        require(ok, "model.head_init_scale", self.head_init_scale, "0 or more")
         if self.pretrained and self.weights is not None:
             raise ConfigError("model.pretrained and model.weights are both set; choose one of them.")
         for key in ("num_classes", "pretrained"):
@@ -67,7 +73,7 @@ class TrainConfig:
         schedule: epochs and learning rate
         ema: moving average of the weights
         loop: batches, precision and device
-        evaluation: when the network is evaluated
+        evaluation: when the network is evaluated, and with which weights
         checkpoint: training states
         faults: what happens when losses or gradients are not finite
         logging: logs besides metrics.jsonl
@@ -93,11 +99,16 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require(self.seed >= 0, "seed", self.seed, "0 or more")
         require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "from 0 to below 1")
-        check_averaging(self.sparsity, self.ema.decay)
+        check_averaging(self.sparsity, self.ema.decay, self.evaluation.weights)
         if self.sparsity.method == SEMI_STRUCTURED and not (self.model.pretrained or self.model.weights):
             raise ConfigError(
                 f"sparsity.method is {SEMI_STRUCTURED!r}, which learns masks for trained weights: set "
                 "model.weights to a checkpoint, or model.pretrained."
+            )
+        if self.data.class_map is not None and self.model.weights is None:
+            raise ConfigError(
+                f"data.class_map is {self.data.class_map!r}, which chooses outputs of the classifier in model.weights, but "
+                "there are none: set model.weights to a checkpoint, or leave data.class_map out."
             )
         if self.augment.mixes:
             check_pairs("loop.batch_size", self.loop.batch_size)
@@ -114,10 +125,10 @@ class TrainConfig:
 
     @property
     def training(self) -> TrainingConfig:
-        """The settings that the training loop uses."""
+        """The settings that the training loop uses; the learning rate is that for `loop.batch_size`."""
         return TrainingConfig(
             seed=self.seed,
-            optimizer=self.optimizer,
+            optimizer=replace(self.optimizer, lr=self.schedule.scaled(self.optimizer.lr, self.loop.batch_size)),
             schedule=self.schedule,
             ema=self.ema,
             loop=self.loop,
