@@ -38,8 +38,10 @@ from widekernel.settings import flatten
 from widekernel.tasks.assembly import build_model, check_model_name, choose_device, pretrained_cfg
 from widekernel.tasks.classification.class_mapping import inheritance_note
 from widekernel.tasks.classification.config import TrainConfig, check_pairs, upgraded
+from widekernel.tasks.classification.distillation import Distillation, without_projection
 from widekernel.tasks.classification.missing_classes import missing_classes
 from widekernel.tasks.classification.task import Classification
+from widekernel.tasks.classification.teacher import Teacher, load_teacher
 from widekernel.tasks.fingerprint import code_fingerprint, fingerprint
 from widekernel.tasks.foreign_checkpoint import load_weights
 from widekernel.tasks.image_channels import input_channels, match_channels
@@ -105,9 +107,11 @@ class _Run:
             preprocessing=Preprocessing.resolve(config.data, pretrained_cfg(model)),
         )
         samples = _make_samples(config, sources, saved.preprocessing, input_channels(model))
-        context = self._make_context(sources, saved, device)
+        teacher = self._load_teacher(saved, model)
+        more = {} if teacher is None else {"digest of the teacher": teacher.digest}
+        context = self._make_context(sources, saved, device, more)
         was_finished = processes.from_main(folder.summary.exists)
-        task = Classification(config.augment, config.label_smoothing, num_classes)
+        task = self._make_task(num_classes, teacher)
         result = processes.from_main(lambda: earlier_result(config.ema.decay is not None, task, context))
         if result is not None:
             return result
@@ -119,6 +123,9 @@ class _Run:
 
         data = _make_loaders(config, samples, plan, context)
         layout = torch.channels_last if config.loop.channels_last else torch.contiguous_format
+        if isinstance(task, Distillation):
+            task.teacher.to(device, layout)
+            task.prepare(model, config.model.name, config.seed)
         trainer = Trainer(model.to(device).to(memory_format=layout), task, data, config.training, context)
         report = trainer.sparsity.report()
         if report is not None:
@@ -126,6 +133,8 @@ class _Run:
         trainer.run()
         for warning in missing_classes(sources[0], trainer.progress.unreadable):
             self.reporter.message(warning)
+        for network in (trainer.model, *(() if trainer.average is None else (trainer.average.module,))):
+            without_projection(network)
         summary = processes.from_main(lambda: write_results(trainer, saved))
         return RunResult(folder, summary, was_finished, task.metrics)
 
@@ -157,10 +166,30 @@ class _Run:
             _checkpoint_gradients(model, config.name)
         return model
 
-    def _make_context(self, sources: tuple[ImageSource, ImageSource], saved: SavedModel, device: torch.device) -> RunContext:
+    def _load_teacher(self, saved: SavedModel, model: nn.Module) -> Teacher | None:
+        """Return the network to learn from; `None` if there is none."""
+        config = self.config.distillation
+        if not config.is_on:
+            return None
+        teacher = self._main_first(
+            lambda: load_teacher(config.teacher, saved.class_names, saved.preprocessing, self.reporter.message)
+        )
+        teacher.check_channels(input_channels(model))
+        return teacher
+
+    def _make_task(self, num_classes: int, teacher: Teacher | None) -> Classification:
+        config = self.config
+        if teacher is None:
+            return Classification(config.augment, config.label_smoothing, num_classes)
+        return Distillation(config.augment, config.label_smoothing, num_classes, config.distillation, teacher)
+
+    def _make_context(
+        self, sources: tuple[ImageSource, ImageSource], saved: SavedModel, device: torch.device, more: dict[str, str]
+    ) -> RunContext:
+        """Return the context of the run; `more` are digests besides those of the data."""
         processes, settings = self.processes, _with_absolute_root(self.config)
         processes.from_main(lambda: self.folder.prepare(settings))
-        images = fingerprint(*sources)
+        images = {**fingerprint(*sources), **more}
         _require_same(images, processes, "data", "Give all hosts the same data (data.root).")
         code = code_fingerprint()
         return RunContext(self.folder, device, processes, self.reporter, images, code, saved.to_dict(), settings)

@@ -41,11 +41,20 @@ class Classification(Task):
 
     @override
     def loss(self, model: nn.Module, batch: Batch, position: Position) -> dict[str, Tensor]:
+        images, targets = self.mixed(batch, position)
+        return {"cross_entropy": self.cross_entropy(model(images), targets)}
+
+    def mixed(self, batch: Batch, position: Position) -> tuple[Tensor, Tensor]:
+        """Return the images of a batch and their targets: class indices `(n,)`, or probabilities if images are mixed."""
         images, targets = batch.content
         if self.mixup is None:
-            return {"cross_entropy": F.cross_entropy(model(images), targets, label_smoothing=self.label_smoothing)}
-        images, targets = self.mixup(images, targets, seed=position.seed, step=position.step, first=position.first)
-        return {"cross_entropy": F.cross_entropy(model(images), targets)}
+            return images, targets
+        return self.mixup(images, targets, seed=position.seed, step=position.step, first=position.first)
+
+    def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean cross-entropy of logits `(n, classes)` with what `mixed` returned, smoothed."""
+        smoothing = self.label_smoothing if targets.dim() == 1 else 0.0  # mixup smooths its probabilities itself
+        return F.cross_entropy(logits, targets, label_smoothing=smoothing)
 
     @override
     def evaluator(self) -> Accuracy:
