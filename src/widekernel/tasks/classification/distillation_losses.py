@@ -43,7 +43,8 @@ def normalized_loss(
 
     With the label `c`, the probabilities `p` of the student and `t` of the teacher, and the probabilities `p'` and `t'`
     among the other classes at temperature `T`, they are the means over images of `-t_c log p_c` and of
-    `-α T² Σ_{i≠c} t'_i log p'_i`. Both are computed from log-probabilities, so that they and their gradients are finite for any finite logits.
+    `-α T² Σ_{i≠c} t'_i log p'_i`. Both are computed from log-probabilities, so that they and their gradients are finite for
+    any finite logits.
 
     Args:
         student: logits `(n, classes)` of at least two classes.
