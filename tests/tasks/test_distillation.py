@@ -245,7 +245,7 @@ def test_killed_run_resumes_exactly_and_saves_a_plain_network(shared, tmp_path, 
 
 @pytest.mark.slow
 def test_student_learns_only_from_the_teacher(shared, tmp_path):
-    """With alpha 1, the labels have no influence: a student whose images have random labels comes to agree with the teacher."""
+    """With alpha 1 the labels have no influence, so what falls is the distance from the teacher."""
     config = distilled(shared, "kd", alpha=1.0)
     short = {"schedule": ScheduleConfig(epochs=12, warmup_epochs=0), "label_smoothing": 0.0}
     augment = AugmentConfig(mixup=0.0, cutmix=0.0, auto_augment=None, color_jitter=0.0, erase_prob=0.0)
