@@ -14,7 +14,7 @@ from widekernel.errors import CheckpointError, ConfigError
 from widekernel.tasks.assembly import build_model, pretrained_cfg
 from widekernel.tasks.foreign_checkpoint import Notify, load_weights
 from widekernel.tasks.model_source import ModelSource
-from widekernel.tasks.saved import SavedModel, restore_model
+from widekernel.tasks.saved import SavedModel, restore_model, without_projection_weights
 
 
 def load(source: ModelSource, notify: Notify | None = None) -> tuple[nn.Module, SavedModel]:
@@ -109,7 +109,7 @@ def _restore_state(state: dict[str, Any], source: ModelSource) -> tuple[nn.Modul
     if weights is None:
         raise CheckpointError(f"The training state in {source.path} holds no averaged weights: use --weights model.")
     model = build_model(saved.name, saved.num_classes, saved.model_args)
-    return restore_learned(model, weights, state.get("sparsity")).eval(), saved
+    return restore_learned(model, without_projection_weights(weights), state.get("sparsity")).eval(), saved
 
 
 def _check_options(source: ModelSource) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 import widekernel
 from widekernel.data.preprocess import Preprocessing
@@ -16,6 +16,14 @@ from widekernel.tasks.assembly import build_model
 from widekernel.tensor_files import DESCRIPTION, read_tensors, tensor_file
 
 FORMAT = 1
+
+PROJECTION = "distillation_projection"
+"""Child that training with a teacher's features adds to a network; model files do not contain it."""
+
+
+def without_projection_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of a training state without those that only distillation uses."""
+    return {name: value for name, value in weights.items() if not name.startswith(f"{PROJECTION}.")}
 
 
 @dataclass(frozen=True)

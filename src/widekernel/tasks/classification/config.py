@@ -20,6 +20,7 @@ from widekernel.engine.logging_config import LoggingConfig
 from widekernel.errors import ConfigError
 from widekernel.settings import require, require_finite
 from widekernel.sparsity.semi_structured.config import SEMI_STRUCTURED
+from widekernel.tasks.classification.distillation_config import DistillationConfig
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class TrainConfig:
         faults: what happens when losses or gradients are not finite
         logging: logs besides metrics.jsonl
         sparsity: sparsity of the weights
+        distillation: a trained network to learn from
     """
 
     seed: int = 0
@@ -95,6 +97,7 @@ class TrainConfig:
     faults: FaultConfig = field(default_factory=FaultConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     sparsity: SparsityConfig = field(default_factory=SparsityConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, "seed", self.seed, "0 or more")
@@ -110,10 +113,28 @@ class TrainConfig:
                 f"data.class_map is {self.data.class_map!r}, which chooses outputs of the classifier in model.weights, but "
                 "there are none: set model.weights to a checkpoint, or leave data.class_map out."
             )
+        if self.distillation.is_on:
+            self._check_distillation()
         if self.augment.mixes:
             check_pairs("loop.batch_size", self.loop.batch_size)
             if self.loop.micro_batch is not None:
                 check_pairs("loop.micro_batch", self.loop.micro_batch)
+
+    def _check_distillation(self) -> None:
+        """Raise a `ConfigError` if a teacher is combined with what excludes it."""
+        kind = self.distillation.kind
+        if self.sparsity.method == SEMI_STRUCTURED:
+            raise ConfigError(f"distillation.kind is {kind!r}, but 2:4 masks are learned without a teacher: set it to none.")
+        if self.distillation.feature_weight and self.sparsity.method != "none":
+            raise ConfigError(
+                "distillation.feature_weight adds a dense layer to the network while it trains: set it to 0, or "
+                "sparsity.method to none."
+            )
+        if self.distillation.feature_weight and self.loop.compile is not None:
+            raise ConfigError(
+                f"distillation.feature_weight reads features inside the network, which loop.compile ({self.loop.compile}) "
+                "hides: set one of them to 0 or null."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Return nested plain values, as in a YAML file."""

@@ -38,8 +38,8 @@ from widekernel.tasks.classification.checks import check_settings
 from widekernel.tasks.classification.class_map import class_map_note, load_mapped, read_class_map
 from widekernel.tasks.classification.class_mapping import inheritance_note
 from widekernel.tasks.classification.config import ModelConfig, TrainConfig, check_pairs, upgraded
+from widekernel.tasks.classification.creation import create_task
 from widekernel.tasks.classification.missing_classes import missing_classes
-from widekernel.tasks.classification.task import Classification
 from widekernel.tasks.fingerprint import code_fingerprint, fingerprint
 from widekernel.tasks.foreign_checkpoint import load_weights
 from widekernel.tasks.image_channels import input_channels, match_channels
@@ -110,9 +110,9 @@ class _Run:
             preprocessing=Preprocessing.resolve(config.data, pretrained_cfg(model)),
         )
         samples = _make_samples(config, sources, saved.preprocessing, input_channels(model))
-        context = self._make_context(sources, saved, device, settings)
+        task = self._main_first(lambda: create_task(config, saved, input_channels(model), self.reporter.message))
+        context = self._make_context(sources, saved, device, settings, task.digests)
         was_finished = processes.from_main(folder.summary.exists)
-        task = Classification(config.augment, config.label_smoothing, num_classes)
         evaluated = () if sources[1] is None else config.training.evaluated
         result = processes.from_main(lambda: earlier_result(config.ema.decay is not None, evaluated, task, context))
         if result is not None:
@@ -122,6 +122,8 @@ class _Run:
 
         data = _make_loaders(config, samples, plan, context)
         layout = torch.channels_last if config.loop.channels_last else torch.contiguous_format
+        task.prepare(model, config.model.name, config.seed)
+        task.to(device, layout)
         trainer = Trainer(model.to(device).to(memory_format=layout), task, data, config.training, context)
         report = trainer.sparsity.report()
         if report is not None:
@@ -129,6 +131,8 @@ class _Run:
         trainer.run()
         for warning in missing_classes(sources[0], trainer.progress.unreadable):
             self.reporter.message(warning)
+        for network in (trainer.model, *(() if trainer.average is None else (trainer.average.module,))):
+            task.finish(network)
         processes.note(trainer.progress.step, "saving the results")
         summary = processes.from_main(lambda: write_results(trainer, saved))
         return RunResult(folder, summary, was_finished, task.metrics)
@@ -197,8 +201,9 @@ class _Run:
         saved: SavedModel,
         device: torch.device,
         settings: dict[str, Any],
+        digests: dict[str, str],
     ) -> RunContext:
-        processes, images = self.processes, fingerprint(*sources)
+        processes, images = self.processes, {**fingerprint(*sources), **digests}
         _require_same(images, processes, "data", "Give all hosts the same data (data.root).")
         code = code_fingerprint()
         return RunContext(self.folder, device, processes, self.reporter, images, code, saved.to_dict(), settings)

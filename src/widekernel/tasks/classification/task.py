@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from timm.data import Mixup
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -39,13 +40,42 @@ class Classification(Task):
             )
             self.mixup = GroupMixup(mixup)
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """Digests of what the task learns from besides the images; a resumed run must have the same."""
+        return {}
+
+    def prepare(self, network: nn.Module, name: str, seed: int) -> None:
+        """Add to the network what only its training needs, if anything.
+
+        Args:
+            network: the network to train, before an optimizer or average of it exists.
+            name: its name, for messages.
+            seed: seed of the run.
+        """
+
+    def finish(self, network: nn.Module) -> None:
+        """Remove from the trained network, or its average, what `prepare` added."""
+
+    def to(self, device: torch.device, memory_format: torch.memory_format) -> None:
+        """Move what the task computes with to the device and memory layout of the network."""
+
     @override
     def loss(self, model: nn.Module, batch: Batch, position: Position) -> dict[str, Tensor]:
+        images, targets = self.mixed(batch, position)
+        return {"cross_entropy": self.cross_entropy(model(images), targets)}
+
+    def mixed(self, batch: Batch, position: Position) -> tuple[Tensor, Tensor]:
+        """Return the images of a batch and their targets: class indices `(n,)`, or probabilities if images are mixed."""
         images, targets = batch.content
         if self.mixup is None:
-            return {"cross_entropy": F.cross_entropy(model(images), targets, label_smoothing=self.label_smoothing)}
-        images, targets = self.mixup(images, targets, seed=position.seed, step=position.step, first=position.first)
-        return {"cross_entropy": F.cross_entropy(model(images), targets)}
+            return images, targets
+        return self.mixup(images, targets, seed=position.seed, step=position.step, first=position.first)
+
+    def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean cross-entropy of logits `(n, classes)` with what `mixed` returned, smoothed."""
+        smoothing = self.label_smoothing if targets.dim() == 1 else 0.0  # mixup smooths its probabilities itself
+        return F.cross_entropy(logits, targets, label_smoothing=smoothing)
 
     @override
     def evaluator(self) -> Accuracy:
