@@ -32,7 +32,7 @@ def slope(found: list[list[int]]) -> float:
 
 
 def check_counts(found: list[list[int]]) -> None:
-    """Assert that file descriptors, threads and shared memory do not grow: the last fifth holds at most what the second does."""
+    """Assert that the counts do not grow: the last fifth of the run holds at most what the second one does."""
     fifth = len(found) // 5
     for column, what in COUNTED:
         early, late = (max(row[column] for row in part) for part in (found[fifth : 2 * fifth], found[-fifth:]))
