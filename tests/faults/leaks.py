@@ -1,8 +1,8 @@
 """Program of `test_leaks`: a long run of a tiny network, with what its process holds meanwhile.
 
 Usage: python -m tests.faults.leaks FOLDER STEPS
-Prints one line of JSON: for each hundredth of the run, the step, kilobytes of memory, and numbers of file descriptors, threads
-and segments of shared memory.
+Prints one line of JSON: for each hundredth of the run, the step, kilobytes of memory, and numbers of file descriptors,
+threads and segments of shared memory.
 """
 
 from __future__ import annotations
