@@ -1,8 +1,7 @@
 """The cost of the training engine: its steps and those of a bare PyTorch loop alternate within one run.
 
-    OMP_WAIT_POLICY=passive python benchmarks/engine_overhead.py > benchmarks/results/engine_overhead_cpu.md
-    OMP_WAIT_POLICY=passive python benchmarks/engine_overhead.py --processes 2 \\
-        > benchmarks/results/engine_overhead_2_processes_cpu.md
+    OMP_WAIT_POLICY=passive python benchmarks/engine_overhead.py
+    OMP_WAIT_POLICY=passive python benchmarks/engine_overhead.py --processes 2
 
 The engine trains as always: `Trainer.run`, with rows of metrics, checks for values that are not finite, and requests to
 stop. Between its blocks of steps, the reporter runs blocks of the bare loop: the same network, augmented batches,

@@ -80,6 +80,21 @@ class Campaign:
             done = self._command(variant, run, None)
             self._expect(done.code == 0 and _result(run) == _result(reference), f"{run.name} ended differently: {done}")
             self.runs += 1
+        return self.figures()
+
+    def execute_one(self) -> dict[str, object]:
+        """Kill a process of a run, which is then repeated, and return the figures."""
+        run = self.folder / "run"
+        self._judge(Strike(1, (int(signal.SIGKILL),), "saving", 0.05), 0, run, joined=True)
+        done = self._command(0, run, None)
+        resumed = "after step " in done.text and "Resuming" in done.text
+        self._expect(
+            done.code == 0 and resumed and (run / "model_ema.safetensors").exists(), f"the run did not go on: {done}"
+        )
+        return self.figures()
+
+    def figures(self) -> dict[str, object]:
+        """Return what has been found so far."""
         return {
             "strikes": self.strikes, "runs": self.runs, "longest_s": round(self.longest_s, 2), "limit_s": self.limit_s,
             "wrong": self.wrong,
@@ -103,6 +118,10 @@ class Campaign:
         signals = {"kill": (signal.SIGKILL,), "stop": (signal.SIGSTOP,), "signal": self.draw.choice(SIGNALS)}[self.kind]
         in_worker = variant == 2 and victim == 1 and place.name == "step"
         strike = Strike(victim, tuple(map(int, signals)), place.name, self.draw.uniform(0, 0.2), in_worker)
+        self._judge(strike, variant, run, place.joined)
+
+    def _judge(self, strike: Strike, variant: int, run: Path, joined: bool) -> None:
+        """Strike a command, and look at what is left."""
         outcome = self._command(variant, run, strike)
         finished = (run / "summary.json").exists()
         if not outcome.struck or (outcome.code == 0 and finished):
@@ -111,10 +130,10 @@ class Campaign:
         self.longest_s = max(self.longest_s, outcome.seconds)
         what = f"{strike}, {outcome}"
         self._expect(outcome.seconds < self.limit_s, f"too late: {what}")
-        self._expect(self._code_is_right(strike, outcome, place.joined), f"exit code: {what}")
+        self._expect(self._code_is_right(strike, outcome, joined), f"exit code: {what}")
         self._expect(_newest_state_is_intact(run), f"damaged state: {what}")
-        if self.kind != "signal" and victim >= 0:
-            self._expect(_names(strike, outcome, place.joined), f"message: {what}")
+        if self.kind != "signal" and strike.victim >= 0:
+            self._expect(_names(strike, outcome, joined), f"message: {what}")
 
     def _code_is_right(self, strike: Strike, outcome: Outcome, joined: bool) -> bool:
         if strike.worker:
@@ -169,10 +188,12 @@ def main() -> int:
     torch.set_num_threads(1)
     os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
     kind, count, seed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 0
+    # "kill 1" is the short form.
     distributed.JOIN_S = TIMEOUT_S[kind]
     folder = Path(tempfile.mkdtemp())  # no context manager: the forked processes would delete the folder
     with adopting_orphans():
-        found = Campaign(kind, folder, seed).execute(count)
+        campaign = Campaign(kind, folder, seed)
+        found = campaign.execute_one() if (kind, count) == ("kill", 1) else campaign.execute(count)
     shutil.rmtree(folder)
     print(json.dumps(found))
     return int(bool(found["wrong"]))

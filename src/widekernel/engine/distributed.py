@@ -22,7 +22,7 @@ from widekernel.engine.heartbeat import GRACE_S, Heartbeat, is_connection_error
 from widekernel.engine.joining_limit import joining_within
 from widekernel.engine.process_environment import RUN_ID, ProcessEnvironment
 from widekernel.engine.processes import Processes
-from widekernel.engine.signs import ProcessError
+from widekernel.engine.signs import LostProcessError, ProcessError
 from widekernel.errors import ConfigError, WidekernelError, in_short
 
 Result = TypeVar("Result")
@@ -309,4 +309,5 @@ def _sendable(error: BaseException) -> BaseException:
         pass
     if isinstance(error, WidekernelError):
         return WidekernelError(str(error))
-    return ProcessError(f"Process 0 ended with an error ({in_short(error)}).")
+    kind = ProcessError if isinstance(error, Exception) else LostProcessError  # an interrupt does not come again
+    return kind(f"Process 0 ended with an error ({in_short(error)}).")

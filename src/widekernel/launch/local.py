@@ -172,7 +172,7 @@ class _Group:
         return code
 
     def end(self, grace_s: float) -> None:
-        """End all processes that are left, also stopped ones: SIGTERM, `grace_s` seconds of time, and SIGKILL."""
+        """End all processes that are left, also those that are stopped: SIGTERM, `grace_s` seconds of time, and SIGKILL."""
         if grace_s:
             self._send(signal.SIGTERM)
             if hasattr(signal, "SIGCONT"):
