@@ -36,7 +36,7 @@ def is_first() -> bool:
 
 
 def check_number(processes: int) -> None:
-    """Raise a `ConfigError` if so many processes would overload this machine, or are none."""
+    """Raise a `ConfigError` if the number is not positive, or if so many processes would overload this machine."""
     require(processes > 0, "--processes", processes, "1 or more")
     cores = processors()
     most = _PER_PROCESSOR * cores

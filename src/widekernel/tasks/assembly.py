@@ -51,6 +51,32 @@ def build_model(name: str, num_classes: int | None, args: dict[str, Any], pretra
         raise ConfigError(f"{what} cannot be loaded: {_first_line(error)}. {hint}") from error
 
 
+def classifier_of(model: nn.Module) -> nn.Module:
+    """Return the linear classifier of a network.
+
+    Raises:
+        ConfigError: it has none, or another kind of classifier.
+    """
+    found = getattr(model, "get_classifier", lambda: None)()
+    if not isinstance(found, (nn.Linear, nn.Conv2d)):
+        raise ConfigError(
+            f"{type(model).__name__} has no linear classifier, but model.head_init_scale and data.class_map need one: leave "
+            "them out."
+        )
+    return found
+
+
+def scale_classifier(model: nn.Module, factor: float) -> None:
+    """Multiply weights and biases of the classifier by `factor`.
+
+    Raises:
+        ConfigError: the network has no linear classifier.
+    """
+    with torch.no_grad():
+        for parameter in classifier_of(model).parameters():
+            parameter.mul_(factor)
+
+
 def check_model(name: str, args: dict[str, Any], grad_checkpointing: bool = False) -> None:
     """Raise what the construction of a model would raise, without its weights: it takes little memory and time.
 
@@ -86,32 +112,6 @@ def checkpoint_gradients(model: nn.Module, name: str) -> None:
         raise ConfigError(
             f"model.grad_checkpointing is true, but {name} has no gradient checkpointing: leave it out."
         ) from error
-
-
-def classifier_of(model: nn.Module) -> nn.Module:
-    """Return the linear classifier of a network.
-
-    Raises:
-        ConfigError: it has none, or another kind of classifier.
-    """
-    found = getattr(model, "get_classifier", lambda: None)()
-    if not isinstance(found, (nn.Linear, nn.Conv2d)):
-        raise ConfigError(
-            f"{type(model).__name__} has no linear classifier, but model.head_init_scale and data.class_map need one: leave "
-            "them out."
-        )
-    return found
-
-
-def scale_classifier(model: nn.Module, factor: float) -> None:
-    """Multiply weights and biases of the classifier by `factor`.
-
-    Raises:
-        ConfigError: the network has no linear classifier.
-    """
-    with torch.no_grad():
-        for parameter in classifier_of(model).parameters():
-            parameter.mul_(factor)
 
 
 def _first_line(error: Exception) -> str:

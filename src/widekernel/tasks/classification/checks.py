@@ -32,7 +32,7 @@ def check_settings(config: TrainConfig, device: torch.device, starts: bool) -> N
     make_autocast(config.loop.precision, device)
     with scoped_seed(MODEL_STREAM, config.seed):
         check_model(config.model.name, config.model.args, config.model.grad_checkpointing)
-    create_optimizer(nn.Linear(1, 1), replace(config.optimizer, layer_decay=None))
+    create_optimizer(nn.Linear(1, 1), replace(config.optimizer, layer_decay=None, layer_groups="blocks"))
     Preprocessing.resolve(config.data, {}).train_transform(config.augment)
     if starts:
         require_packages(config.logging)
