@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -142,22 +142,21 @@ class Recipe:
                 "`widekernel recipes` lists the recipes with their commands."
             )
         model = self.settings["model"]
-        ours = {"model": model["name"], "model_args": dict(model.get("args") or {}), "data": self.settings["data"]}
+        ours = {"model": model["name"], "data": self.settings["data"]}
+        if model.get("args"):
+            ours["model_args"] = model["args"]
         if command == "sparsify":
             ours |= {key: value for key, value in self.settings.items() if key not in ("model", "data")}
         return ours
 
 
-def deviations(
-    settings: Mapping[str, Any], reference: Mapping[str, Any], whole: Collection[str] = ()
-) -> dict[str, tuple[Any, Any]]:
+def deviations(settings: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return the settings that differ from those in `reference`, by dotted key, each with its value there.
 
     Args:
         settings: nested settings.
         reference: nested settings to compare with; what it does not hold counts as `None`.
-        whole: dotted keys of mappings that are compared as a whole.
     """
-    others = flatten(reference, whole)
-    found = ((key, value, others.get(key)) for key, value in flatten(settings, whole).items())
+    others = flatten(reference)
+    found = ((key, value, others.get(key)) for key, value in flatten(settings).items())
     return {key: (value, other) for key, value, other in found if value != other}
