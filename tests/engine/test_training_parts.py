@@ -22,7 +22,8 @@ from widekernel.engine import (
 from widekernel.engine.curves import save_curves
 from widekernel.engine.metrics import Metric
 from widekernel.engine.metrics_log import MetricsLog, read_metrics
-from widekernel.engine.optimization import create_optimizer, create_schedule
+from widekernel.engine.optimization import create_optimizer
+from widekernel.engine.schedule import create_schedule
 from widekernel.errors import ConfigError, DataError, WidekernelError
 
 

@@ -32,8 +32,8 @@ class DataConfig:
             of the Hugging Face hub
         root: folder that contains the splits; for named data sets, the folder where they are stored
         train_split: training split: a folder or a .tar archive below data.root, or the name of a split of a named data set
-        val_split: held-out (validation) split, in the same form; null means that there are no held-out images, and nothing is
-            evaluated
+        val_split: held-out (validation) split, in the same form; null means that there are no held-out images, so nothing
+            is evaluated
         class_map: outputs, for the classes of the data, of a classifier that knows more classes: imagenet-22k, or another
             list of timm's ImageNetInfo that names its outputs, or a file with the number of an output in each line, one for
             every class. Evaluation then compares these outputs only, and fine-tuning starts from them
@@ -42,7 +42,7 @@ class DataConfig:
         mean: channel means, for pixels from 0 to 1; null uses the model's own
         std: channel standard deviations, for pixels from 0 to 1; null uses the model's own
         interpolation: resampling in evaluation: nearest, bilinear, bicubic, lanczos, box or hamming; null means bicubic
-        crop_pct: share of the resized image that the center crop keeps in evaluation; null means 0.875 if the image is cropped
+        crop_pct: share of the resized image that the center crop keeps in evaluation; null means 0.875
         test_crop: how evaluation makes an image square: by its center crop (center), or by warping all of it (warp); null
             crops for inputs below 384 pixels or if crop_pct is below 1, and otherwise warps
         exif_transpose: turn images as their EXIF orientation says; published ImageNet results were obtained without
@@ -95,38 +95,38 @@ class AugmentConfig:
     """Random changes to training images (timm's transforms) and mixing of batches (timm's Mixup).
 
     Args:
-        train_crop: part of the image: of random size and aspect ratio, resized to the input (random_resized), or of the
-            input's size, from a random place (random) or the middle (center) of the image, whose short side is resized as in
-            evaluation
         crop_scale: smallest and largest area of a random_resized crop, as shares of the image's area
         crop_ratio: smallest and largest aspect ratio of a random_resized crop
         hflip: probability of a horizontal flip
         color_jitter: strength of brightness, contrast and saturation jitter; not used together with auto_augment
         auto_augment: auto-augment policy: one of timm, such as rand-m9-mstd0.5-inc1, augmix-m5-w4-d2 (AugMix) or original,
             or torchvision's TrivialAugment (ta_wide); null means none
-        repeats: repeated augmentation: how often each image occurs, each time changed anew, in an epoch of the same length,
-            which therefore takes only that fraction of the images
         interpolation: resampling in training: random, bilinear or bicubic
         erase_prob: probability of random erasing (timm's pixel mode)
         mixup: alpha of mixup; 0 turns it off
         cutmix: alpha of cutmix; 0 turns it off
         mix_prob: probability that a batch is mixed
         switch_prob: probability of cutmix rather than mixup when both are on
+        train_crop: part of the image: of random size and aspect ratio, resized to the input (random_resized), or of the
+            input's size, from a random place (random) or the middle (center) of the image, whose short side is resized as in
+            evaluation
+        repeats: repeated augmentation: how often each image occurs, each time changed anew, in an epoch of the same length,
+            which therefore takes only that fraction of the images
     """
 
-    train_crop: Literal["random_resized", "random", "center"] = "random_resized"
     crop_scale: tuple[float, float] = (0.08, 1.0)
     crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)
     hflip: float = 0.5
     color_jitter: float = 0.4
     auto_augment: str | None = "rand-m9-mstd0.5-inc1"
-    repeats: int = 1
     interpolation: str = "bicubic"
     erase_prob: float = 0.25
     mixup: float = 0.8
     cutmix: float = 1.0
     mix_prob: float = 1.0
     switch_prob: float = 0.5
+    train_crop: Literal["random_resized", "random", "center"] = "random_resized"
+    repeats: int = 1
 
     def __post_init__(self) -> None:
         require_finite(self, "augment")

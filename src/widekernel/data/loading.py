@@ -32,11 +32,14 @@ class TrainingLoader:
         options: worker processes and memory
         plan: division of the global batch
         rank: number of this process
+        repeats: versions of each item in an epoch; see `EpochBatches`
     """
 
-    def __init__(self, samples: TrainingSamples, options: LoaderOptions, plan: BatchPlan, rank: int = 0) -> None:
+    def __init__(
+        self, samples: TrainingSamples, options: LoaderOptions, plan: BatchPlan, rank: int = 0, repeats: int = 1
+    ) -> None:
         self.samples, self.plan = samples, plan
-        self.sampler = EpochBatches(len(samples), plan, samples.seed, rank)
+        self.sampler = EpochBatches(len(samples), plan, samples.seed, rank, repeats)
         self._pool = WorkerPool(samples, self.sampler, options)
 
     @property

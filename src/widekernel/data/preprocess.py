@@ -1,5 +1,6 @@
 """Transforms from an image to an input tensor, in training and in evaluation."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +8,9 @@ from typing import Any
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from timm.data.auto_augment import posterize
+from timm.data.transforms import CenterCropOrPad, RandomCropOrPad, ResizeKeepRatio
 from torch import Tensor
+from torchvision.transforms import Compose, InterpolationMode, v2
 
 from widekernel.data.config import AugmentConfig, DataConfig
 from widekernel.errors import ConfigError
@@ -19,6 +22,9 @@ WARP_FROM = 384
 
 DEFAULT_CROP = 0.875
 """Share of the resized image that the center crop keeps, as in the published recipes: 224 of 256 pixels."""
+
+TRIVIAL_AUGMENT = "ta_wide"
+"""Name of torchvision's TrivialAugment, as in its own training script."""
 
 MOST_ELONGATED = 64
 """Largest ratio of the long side to the short side in evaluation; only the middle of longer images is used."""
@@ -110,28 +116,41 @@ class Preprocessing:
         Raises:
             ConfigError: timm does not know the auto-augment policy.
         """
+        trivial = augment.auto_augment == TRIVIAL_AUGMENT
         try:
-            transform = create_transform(
+            cropped, changed, final = create_transform(
                 self.input_size,
                 is_training=True,
                 scale=augment.crop_scale,
                 ratio=augment.crop_ratio,
                 hflip=augment.hflip,
-                color_jitter=augment.color_jitter,  # strength 0 changes nothing
-                auto_augment=augment.auto_augment,
+                color_jitter=None if trivial else augment.color_jitter,  # strength 0 changes nothing
+                auto_augment=None if trivial else augment.auto_augment,
                 interpolation=augment.interpolation,
                 mean=self.mean,
                 std=self.std,
                 re_prob=augment.erase_prob,
                 re_mode="pixel",
+                separate=True,
             )
         except (AssertionError, KeyError, ValueError) as error:
             raise ConfigError(
                 f"augment.auto_augment is {augment.auto_augment!r}, which timm refuses ({error}). "
-                "Use a policy such as rand-m9-mstd0.5-inc1, or null."
+                f"Use a policy such as rand-m9-mstd0.5-inc1, augmix-m5-w4-d2 or {TRIVIAL_AUGMENT}, or null."
             ) from error
+        steps = list(cropped.transforms)
+        if augment.train_crop != "random_resized":
+            steps[:1] = self._crop_of_fixed_size(augment)
+        policy = [v2.TrivialAugmentWide(interpolation=_for_policies(augment))] if trivial else changed.transforms
+        transform = Compose([*steps, *policy, *final.transforms])
         _allow_posterize_to_nothing(transform)
         return transform
+
+    def _crop_of_fixed_size(self, augment: AugmentConfig) -> list[Any]:
+        """Return the steps that resize the short side as in evaluation, and take a crop of the input's size."""
+        crop = CenterCropOrPad if augment.train_crop == "center" else RandomCropOrPad
+        resize = ResizeKeepRatio(math.floor(self.input_size / self.crop_pct), interpolation=augment.interpolation)
+        return [crop_elongated, resize, crop(self.input_size)]
 
 
 def crop_elongated(image: Image.Image) -> Image.Image:
@@ -140,6 +159,12 @@ def crop_elongated(image: Image.Image) -> Image.Image:
     most = MOST_ELONGATED * min(width, height)
     left, top = max(0, width - most) // 2, max(0, height - most) // 2
     return image.crop((left, top, width - left, height - top)) if left or top else image
+
+
+def _for_policies(augment: AugmentConfig) -> InterpolationMode:
+    """Return the resampling of rotated and sheared images; the random choice of the crop does not apply to them."""
+    known = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
+    return known.get(augment.interpolation, InterpolationMode.NEAREST)
 
 
 def _allow_posterize_to_nothing(transform: Any) -> None:
@@ -160,10 +185,8 @@ def _posterize(image: Image.Image, bits_to_keep: int, **options: Any) -> Image.I
 
 def _crop(config: DataConfig, size: int) -> tuple[float, bool]:
     """Return the share that the center crop keeps, and whether the image is warped instead, for inputs of `size` pixels."""
-    if config.test_crop is None:
-        warp = size >= WARP_FROM and config.crop_pct in (None, 1.0)
-    else:
-        warp = config.test_crop == "warp"
+    by_size = size >= WARP_FROM and config.crop_pct in (None, 1.0)
+    warp = by_size if config.test_crop is None else config.test_crop == "warp"
     return config.crop_pct or (1.0 if warp else DEFAULT_CROP), warp
 
 

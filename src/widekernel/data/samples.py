@@ -12,8 +12,8 @@ from widekernel.data.batches import Batch, Sample, Unreadable
 from widekernel.data.images import UnreadableImageError
 from widekernel.data.seeding import AUGMENT_STREAM, SHUFFLE_STREAM, derive_seed, scoped_seed
 
-SampleKey = tuple[int, int]
-"""(epoch, index): the request of a sampler to a data set."""
+SampleKey = tuple[int, ...]
+"""(epoch, index), or (epoch, index, version) in repeated augmentation: the request of a sampler to a data set."""
 
 Collate = Callable[[list[Any]], Any]
 """Function that turns a list of items into the content of a batch."""
@@ -48,7 +48,7 @@ class Shard:
 
 
 class TrainingSamples(Dataset):
-    """Randomly transformed items, which depend only on (seed, epoch, index).
+    """Randomly transformed items, which depend only on (seed, epoch, index) and, in repeated augmentation, the version.
 
     An unreadable image is reported, and replaced by the next readable one so that batches keep their size.
 
@@ -73,8 +73,8 @@ class TrainingSamples(Dataset):
         return self.sample(key)
 
     def sample(self, key: SampleKey, note: Callable[[int], None] = _ignore) -> Sample:
-        """Return the sample of (epoch, index); `note` is told the index of every item before it is loaded."""
-        epoch, index = key
+        """Return the sample of the key; `note` is told the index of every item before it is loaded."""
+        index = key[1]
         unreadable: list[Unreadable] = []
         for shift in range(min(len(self.source), self.MAX_REPLACEMENTS)):
             candidate = (index + shift) % len(self.source)
@@ -84,7 +84,7 @@ class TrainingSamples(Dataset):
             except UnreadableImageError as error:
                 unreadable.append(Unreadable(self.source.sample_name(candidate), str(error)))
                 continue
-            with scoped_seed(AUGMENT_STREAM, self.seed, epoch, index):
+            with scoped_seed(AUGMENT_STREAM, self.seed, *key):
                 return Sample(self.transform(item), tuple(unreadable))
         # The training process raises the error, because an error in a worker would become a traceback.
         return Sample(None, tuple(unreadable))
@@ -137,15 +137,21 @@ class EpochBatches(Sampler[list[SampleKey]]):
     The order is a function of (seed, epoch) alone. The next iteration yields the micro-batches of the epoch `epoch` from
     number `first` on; both can be set.
 
+    Repeated augmentation takes as many items per epoch as usual, each of them `repeats` times in a row, in versions that are
+    changed differently; the last items of the order are left out. Within a global batch, all first versions come first, then
+    all second ones, and so on. So processes have different versions, as with timm's `RepeatAugSampler`, and mixup does not
+    mix an image with itself.
+
     Args:
         length: number of items
         plan: division of the global batch
         seed: seed of the run
         rank: number of this process
+        repeats: versions of each item
     """
 
-    def __init__(self, length: int, plan: BatchPlan, seed: int, rank: int = 0) -> None:
-        self.length, self.plan, self.seed, self.rank = length, plan, seed, rank
+    def __init__(self, length: int, plan: BatchPlan, seed: int, rank: int = 0, repeats: int = 1) -> None:
+        self.length, self.plan, self.seed, self.rank, self.repeats = length, plan, seed, rank, repeats
         self.epoch = 0
         self.first = 0
 
@@ -163,8 +169,18 @@ class EpochBatches(Sampler[list[SampleKey]]):
         order = torch.randperm(self.length, generator=generator)
         for batch in range(self.first, self.steps_per_epoch * plan.accumulate):
             step, number = divmod(batch, plan.accumulate)
-            start = step * plan.batch_size + plan.first(self.rank, number)
+            first = plan.first(self.rank, number)
+            if self.repeats > 1:
+                places = self._places(step)[first : first + plan.per_pass]
+                yield [(epoch, int(order[place // self.repeats]), place % self.repeats) for place in places]
+                continue
+            start = step * plan.batch_size + first
             yield [(epoch, index) for index in order[start : start + plan.per_pass].tolist()]
+
+    def _places(self, step: int) -> list[int]:
+        """Return the places of a global batch in the sequence of repeated items, ordered by version."""
+        first = step * self.plan.batch_size
+        return sorted(range(first, first + self.plan.batch_size), key=lambda place: (place % self.repeats, place))
 
 
 class ShardBatches(Sampler[list[int]]):

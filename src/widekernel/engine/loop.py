@@ -19,7 +19,6 @@ from widekernel.engine.interrupts import InterruptGuard
 from widekernel.engine.loggers import create_loggers
 from widekernel.engine.metrics_log import read_metrics
 from widekernel.engine.nonfinite import REMEDIES, too_many_skipped
-from widekernel.engine.optimization import create_schedule
 from widekernel.engine.optimizer_step import OptimizerStep, Trained
 from widekernel.engine.preflight import check_run_length
 from widekernel.engine.progress import Progress
@@ -28,6 +27,7 @@ from widekernel.engine.rates import Rates
 from widekernel.engine.reporter import RunLength
 from widekernel.engine.run_context import RunContext
 from widekernel.engine.run_log import RunLog
+from widekernel.engine.schedule import create_schedule
 from widekernel.engine.step_batches import RunData, StepBatches
 from widekernel.engine.stopping import Stopping
 from widekernel.engine.synced_norms import convert_batch_norms
@@ -69,7 +69,7 @@ class Trainer:
         context.processes.equalize(model)
         self.components = create_components(model, task, config, self.length, context)
         self.model, self.sparsity, self.average = model, self._trained.sparsity, self._trained.average
-        self.schedule = create_schedule(self._trained.optimizer, config.schedule, self.length)
+        self.schedule = create_schedule(self._trained.optimizer, config.schedule, self.length, config.optimizer)
         saving = config.checkpoint
         self.policy = WritePolicy(saving.on_failure, saving.max_failures, context.reporter.message)
         self.store = CheckpointStore(

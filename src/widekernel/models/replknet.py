@@ -25,6 +25,7 @@ from widekernel.layers.norms import is_foldable
 from widekernel.layers.sources import dilate
 from widekernel.models.base import Parts, Stage, StagedConvNet
 from widekernel.models.builder import build_model, default_cfg
+from widekernel.models.layer_groups import replknet_layer_group
 from widekernel.models.options import ModelOptions, StageSpec
 from widekernel.models.validation import require_channels, require_one_per_stage
 
@@ -186,6 +187,11 @@ class RepLKNet(StagedConvNet):
 
     It takes the arguments of `StagedConvNet`.
     """
+
+    @torch.jit.ignore
+    def layer_group(self, name: str) -> int | None:
+        """Return the layer group of a parameter in the published fine-tuning recipes; see `models.layer_groups`."""
+        return replknet_layer_group(name)
 
     def parts(self, cfg: RepLKNetConfig, options: ModelOptions) -> Parts:
         """Create the stem, the stages and the norms."""

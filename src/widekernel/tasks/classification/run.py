@@ -234,7 +234,7 @@ def _make_loaders(
     options = LoaderOptions.configured(config.data, pin_memory=pinned, notify=context.reporter.message)
     eval_size = config.loop.eval_batch_size or max(1, plan.per_pass * 3 // 2)
     return RunData(
-        TrainingLoader(train, options, plan, context.processes.rank),
+        TrainingLoader(train, options, plan, context.processes.rank, config.augment.repeats),
         EvaluationLoader(val, eval_size, options, context.processes.shard),
     )
 
