@@ -70,8 +70,10 @@ def write_settings(name: str, images: Path, folder: Path) -> Path:
         "schedule": {"steps": 2},
         "sparsity": {"dynamic": {"update_interval": 1}},
     }
+    if settings["ema"]["decay"] is not None:  # two steps are too few for an average that starts with the initial weights
+        scaled["ema"] = {"warmup": True}
     if settings["model"].get("weights") is not None:
-        frozen = settings["sparsity"]["method"] == "semi_structured" if "sparsity" in settings else False
+        frozen = settings.get("sparsity", {}).get("method") == "semi_structured"
         start = timm.create_model(model, num_classes=CLASSES if frozen else OTHER_CLASSES, **args)
         torch.save(start.state_dict(), folder / "start.pth")
         scaled["model"]["weights"] = str(folder / "start.pth")

@@ -18,8 +18,9 @@ from torch import nn
 from widekernel.cli.parsing import build
 from widekernel.cli.train import parse_config
 from widekernel.data import BatchPlan, Preprocessing
-from widekernel.engine.optimization import create_optimizer, create_schedule
+from widekernel.engine.optimization import create_optimizer
 from widekernel.engine.reporter import RunLength
+from widekernel.engine.schedule import create_schedule
 from widekernel.recipes import Recipe, list_recipes, load_recipe
 from widekernel.settings import flatten
 from widekernel.tasks.classification.config import TrainConfig

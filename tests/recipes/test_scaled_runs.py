@@ -65,9 +65,9 @@ def test_two_steps(name: str, images: Path, tmp_path: Path) -> None:
     result = train(config)
     run = tmp_path / "run"
     assert result.summary["step"] == 2
-    rows = [row for row in read_metrics(run / "metrics.jsonl") if "loss" in row]
+    rows = [row for row in read_metrics(run / "metrics.jsonl") if "train_loss" in row]
     assert [row["step"] for row in rows] == [1, 2]
-    assert all(torch.isfinite(torch.tensor(row["loss"])) for row in rows)
+    assert all(torch.isfinite(torch.tensor(row["train_loss"])) for row in rows)
     weights = load_file(run / "model.safetensors")
     assert (run / "model_ema.safetensors").exists() == (config.ema.decay is not None)
     evaluated = any("top1" in key for row in read_metrics(run / "metrics.jsonl") for key in row)
