@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests.engine.tiny import array_source
 from timm.data import create_transform
 
-from tests.engine.tiny import array_source
 from widekernel.data import (
     AugmentConfig,
     BatchPlan,

@@ -196,9 +196,13 @@ def print_result(result: RunResult) -> None:
     if result.other_code:
         advice = "`widekernel eval` evaluates its model with the present code; another --output starts a new run."
         console.print(advice, soft_wrap=True)
-    for kind, text in metric_texts(result.metrics, summary).items():
+    texts = metric_texts(result.metrics, summary)
+    for kind, text in texts.items():
         console.print(f"  {kind:<16}  {text}", soft_wrap=True)
-    skipped = summary["train_unreadable"], summary["val_unreadable"]
+    if not texts:
+        console.print("  nothing was evaluated: there are no held-out images (data.val_split is null)")
+    evaluated = [value for key, value in summary.items() if key.endswith("val_unreadable")]
+    skipped = summary["train_unreadable"], max(evaluated, default=0)
     if any(skipped):
         console.print(f"  unreadable images: {skipped[0]} in training, {skipped[1]} held out")
     console.print(f"  model             {result.folder.model}", soft_wrap=True)

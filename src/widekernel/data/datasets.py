@@ -15,7 +15,7 @@ from widekernel.data.paths import expand_path
 from widekernel.data.sources import FileSource, ImageSource, MappedSource
 from widekernel.data.split_files import deeper_hint, open_files
 from widekernel.data.torchvision_sets import class_names, known_names, open_torchvision
-from widekernel.errors import DataError, nearest
+from widekernel.errors import ConfigError, DataError, nearest
 
 STREAMED_PREFIXES = ("tfds", "wds", "hfids")
 
@@ -24,28 +24,33 @@ def open_split(config: DataConfig, split: str) -> ImageSource:
     """Open `"train"` or `"val"` of the configured data set.
 
     Raises:
-        ConfigError: a variable in a path is not set.
+        ConfigError: a variable in a path is not set, or there is no held-out split.
         DataError: the split does not exist, is empty, or cannot be indexed.
     """
+    part = config.train_split if split == "train" else config.val_split
+    if part is None:
+        raise ConfigError("data.val_split is null, so there are no held-out images: name them (--data.val_split val).")
     if config.name == "digits":
         digits = load_digits()[0 if split == "train" else 1]
         if config.root is not None:
             digits.notes += (f"data.root ({config.root}) has no effect: data.name is 'digits', part of scikit-learn.",)
         return digits
-    part = config.train_split if split == "train" else config.val_split
     source = open_files(config, part, f"data.{split}_split") if config.name == "folder" else _open_named(config, part)
     source.exif_transpose = config.exif_transpose
     return source
 
 
-def open_train_and_val(config: DataConfig) -> tuple[ImageSource, ImageSource]:
+def open_train_and_val(config: DataConfig) -> tuple[ImageSource, ImageSource | None]:
     """Open both splits, and check that they have the same two or more classes in the same order.
+
+    Without held-out images (data.val_split null), the second is `None`.
 
     Raises:
         DataError: a split cannot be opened, the class names differ, or there is only one class.
     """
-    train, val = open_split(config, "train"), open_split(config, "val")
-    if train.class_names != val.class_names:
+    train = open_split(config, "train")
+    val = None if config.val_split is None else open_split(config, "val")
+    if val is not None and train.class_names != val.class_names:
         only_train = sorted(set(train.class_names) - set(val.class_names))
         only_val = sorted(set(val.class_names) - set(train.class_names))
         detail = [

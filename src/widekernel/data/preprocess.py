@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
@@ -78,6 +78,11 @@ class Preprocessing:
             warp=warp,
         )
 
+    def unusual_crop(self) -> Literal["center", "warp"] | None:
+        """Return the setting data.test_crop that these settings need, or `None` if they follow from size and crop_pct."""
+        usual = self.input_size >= WARP_FROM and self.crop_pct == 1.0
+        return None if self.warp == usual else "warp" if self.warp else "center"
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Preprocessing":
         """Rebuild the settings from the JSON form that `dataclasses.asdict` returns."""
@@ -124,7 +129,7 @@ class Preprocessing:
                 scale=augment.crop_scale,
                 ratio=augment.crop_ratio,
                 hflip=augment.hflip,
-                color_jitter=None if trivial else augment.color_jitter,  # strength 0 changes nothing
+                color_jitter=augment.color_jitter,  # strength 0 changes nothing
                 auto_augment=None if trivial else augment.auto_augment,
                 interpolation=augment.interpolation,
                 mean=self.mean,

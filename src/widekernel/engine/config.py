@@ -211,6 +211,13 @@ class TrainingConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     sparsity: SparsityConfig = field(default_factory=SparsityConfig)
 
+    @property
+    def evaluated(self) -> tuple[str, ...]:
+        """Which weights are evaluated, by the prefix of their metrics: "" and "ema_"; the last decides what is the best."""
+        if self.ema.decay is None:
+            return ("",)
+        return {"both": ("", "ema_"), "raw": ("",), "ema": ("ema_",)}[self.evaluation.weights]
+
 
 Metrics = dict[str, Any]
 """Results of one evaluation: plain numbers by name."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -31,6 +31,7 @@ class EvaluationOptions:
         stop: called between batches, equally often in all processes; if true, the evaluation ends without a result
         memory_format: memory format of images
         nouns: what messages call one sample, and several
+        announce: told which weights are evaluated next
     """
 
     device: torch.device
@@ -40,6 +41,7 @@ class EvaluationOptions:
     stop: Callable[[], bool] = lambda: False
     memory_format: torch.memory_format = torch.contiguous_format
     nouns: tuple[str, str] = SAMPLES
+    announce: Callable[[str], None] = lambda name: None
 
 
 def evaluate(
@@ -89,6 +91,35 @@ def evaluate(
             raise DataError(f"None of the {len(unreadable)} {options.nouns[1]} could be read. Check the data set.")
         evaluator.reduce(options.processes)
     return {**evaluator.result(), "val_unreadable": len(unreadable)}
+
+
+def evaluate_all(
+    networks: Mapping[str, nn.Module],
+    loader: EvaluationLoader,
+    evaluator: Callable[[], Evaluator],
+    options: EvaluationOptions,
+) -> dict[str, float] | None:
+    """Evaluate several networks, whose buffers all processes take from process 0; otherwise as `evaluate`.
+
+    Args:
+        networks: the networks by the prefix of their metrics: "" for the weights, "ema_" for averaged ones.
+        loader: batches of this process.
+        evaluator: creates an evaluator.
+        options: settings of the evaluation.
+
+    Returns:
+        the metrics of all networks, by prefix and name; `None` if `options.stop()` became true.
+    """
+    values: dict[str, float] = {}
+    for prefix, network in networks.items():
+        name = "averaged weights" if prefix else "weights"
+        options.processes.synchronize_buffers(network)
+        options.announce(name)
+        found = evaluate(network, loader, evaluator(), options, name)
+        if found is None:
+            return None
+        values.update({f"{prefix}{key}": value for key, value in found.items()})
+    return values
 
 
 def _note_unreadable(samples: tuple[Unreadable, ...], seen: set[str], options: EvaluationOptions) -> None:

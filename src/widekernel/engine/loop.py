@@ -13,8 +13,9 @@ from widekernel.engine.checkpoint import CheckpointStore
 from widekernel.engine.components import create_components
 from widekernel.engine.config import Metrics, TrainingConfig
 from widekernel.engine.curves import save_curves
+from widekernel.engine.determinism import deterministic_algorithms
 from widekernel.engine.error_context import LoadingError, NetworkError, TrainingError, errors_as
-from widekernel.engine.evaluation import EvaluationOptions, evaluate
+from widekernel.engine.evaluation import EvaluationOptions, evaluate_all
 from widekernel.engine.interrupts import InterruptGuard
 from widekernel.engine.loggers import create_loggers
 from widekernel.engine.metrics_log import read_metrics
@@ -69,6 +70,7 @@ class Trainer:
         context.processes.equalize(model)
         self.components = create_components(model, task, config, self.length, context)
         self.model, self.sparsity, self.average = model, self._trained.sparsity, self._trained.average
+        self._evaluated = config.evaluated
         self.schedule = create_schedule(self._trained.optimizer, config.schedule, self.length, config.optimizer)
         saving = config.checkpoint
         self.policy = WritePolicy(saving.on_failure, saving.max_failures, context.reporter.message)
@@ -114,12 +116,13 @@ class Trainer:
         """
         self._resume_or_start()
         self.context.reporter.start_training(self.length, self.progress.step)
-        with InterruptGuard() as guard, generators_restored():
+        deterministic = deterministic_algorithms(self.config.loop.deterministic)
+        with InterruptGuard() as guard, generators_restored(), deterministic:
             stopping = Stopping(guard, self.context.processes)
             self.model.train()  # once, because it visits every module; evaluations restore the mode
             self.rates.reset()
             try:
-                while self.progress.evaluated < self.length.steps:
+                while not self._is_finished():
                     if self._evaluation_due():
                         with self.rates.excluded():
                             self._evaluate_and_save(stopping)
@@ -131,10 +134,16 @@ class Trainer:
                     self.store.wait()
                 raise
             finally:
-                self.log.close(self.progress.evaluated == self.length.steps)
+                self.log.close(self._is_finished())
+
+    def _is_finished(self) -> bool:
+        reached = self.progress.step if self.data.held_out is None else self.progress.evaluated
+        return reached >= self.length.steps
 
     def _evaluation_due(self) -> bool:
         step = self.progress.step
+        if self.data.held_out is None:
+            return False
         interval = self.config.evaluation.interval(self.length.steps_per_epoch)
         return step > self.progress.evaluated and (step % interval == 0 or step == self.length.steps)
 
@@ -182,7 +191,7 @@ class Trainer:
     def _after_step(self, made: bool | None, stopping: Stopping) -> None:
         """Log, save and stop as is due after a step."""
         step = self.progress.step
-        logs = step % self.config.loop.log_every == 0
+        logs = step % self.config.loop.log_every == 0 or (step == self.length.steps and self.data.held_out is None)
         if made:
             self.progress.skipped_in_a_row = 0
         elif (made is False or logs or self._save_due() or self._evaluation_due()) and self._rolls_back():
@@ -246,7 +255,7 @@ class Trainer:
             stopping.stop()
         progress = self.progress
         first = self.task.metrics[0]
-        value = values[first.name if self.average is None else f"ema_{first.name}"]
+        value = values[f"{self._evaluated[-1]}{first.name}"]
         is_best = first.is_better(value, progress.best)
         if is_best:
             progress.best, progress.best_step = value, progress.step
@@ -261,7 +270,7 @@ class Trainer:
                 save_curves(read_metrics(self.context.folder.metrics), self.task.metrics, self.context.folder.curves)
 
     def _evaluate(self, stopping: Stopping) -> Metrics | None:
-        context = self.context
+        context, step = self.context, self.progress.step
         options = EvaluationOptions(
             device=context.device,
             max_unreadable=self.config.max_unreadable,
@@ -270,19 +279,12 @@ class Trainer:
             stop=stopping.now,
             memory_format=self._memory_format,
             nouns=self.task.nouns,
+            announce=lambda name: context.processes.note(step, f"evaluating the {name}"),
         )
-        networks = {"": (self.model, "weights")}
-        if self.average is not None:
-            networks["ema_"] = (self.average.module, "averaged weights")
-        values: Metrics = {}
-        for prefix, (network, name) in networks.items():
-            context.processes.synchronize_buffers(network)
-            context.processes.note(self.progress.step, f"evaluating the {name}")
-            found = evaluate(network, self.data.held_out, self.task.evaluator(), options, name)
-            if found is None:
-                return None
-            values.update({f"{prefix}{key}": value for key, value in found.items()})
-        return values
+        assert self.data.held_out is not None
+        average = None if self.average is None else self.average.module
+        networks = {prefix: self.model if average is None or not prefix else average for prefix in self._evaluated}
+        return evaluate_all(networks, self.data.held_out, self.task.evaluator, options)
 
     # -- small helpers -----------------------------------------------------------------------------------------------
 

@@ -32,7 +32,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     Raises:
         ConfigError: the network does not have the layer groups that the settings name.
     """
-    excluded = getattr(model, "no_weight_decay", set)()
+    excluded: set[str] = getattr(model, "no_weight_decay", set)()
     twelve = config.layer_groups == "convnext12"
     if config.layer_decay is None or twelve:
         groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=excluded)

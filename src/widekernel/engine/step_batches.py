@@ -16,11 +16,11 @@ class RunData:
 
     Args:
         train: training batches by epoch
-        held_out: batches of the evaluation
+        held_out: batches of the evaluation; `None` if nothing is evaluated
     """
 
     train: TrainingLoader
-    held_out: EvaluationLoader
+    held_out: EvaluationLoader | None
 
 
 class StepBatches:

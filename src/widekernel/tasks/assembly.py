@@ -46,6 +46,32 @@ def build_model(name: str, num_classes: int | None, args: dict[str, Any], pretra
         raise ConfigError(f"{what} cannot be loaded: {_first_line(error)}. {hint}") from error
 
 
+def classifier_of(model: nn.Module) -> nn.Module:
+    """Return the linear classifier of a network.
+
+    Raises:
+        ConfigError: it has none, or another kind of classifier.
+    """
+    found = getattr(model, "get_classifier", lambda: None)()
+    if not isinstance(found, (nn.Linear, nn.Conv2d)):
+        raise ConfigError(
+            f"{type(model).__name__} has no linear classifier, which model.head_init_scale and data.class_map need: leave them "
+            "out."
+        )
+    return found
+
+
+def scale_classifier(model: nn.Module, factor: float) -> None:
+    """Multiply weights and biases of the classifier by `factor`.
+
+    Raises:
+        ConfigError: the network has no linear classifier.
+    """
+    with torch.no_grad():
+        for parameter in classifier_of(model).parameters():
+            parameter.mul_(factor)
+
+
 def _first_line(error: Exception) -> str:
     # PyTorch appends a list of signatures.
     text = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -21,12 +21,19 @@ SIZES = 4096
 """Number of files per split, evenly spread, whose size is read; more would take minutes on network file systems."""
 
 
-def fingerprint(train: ImageSource, val: ImageSource) -> dict[str, Any]:
+def fingerprint(train: ImageSource, val: ImageSource | None) -> dict[str, Any]:
     """Return counts and digests by their description; they are the same wherever and however the data are stored.
 
     The digests cover names, classes and order of the images. Of their content, they cover the sizes of up to `SIZES`
     files per split, and the pixels if these are in memory already.
     """
+    if val is None:
+        return {
+            "images": len(train),
+            "digest of the class names": _digest_of_lines(train.class_names),
+            "digest of the training images": _digest(train),
+            **_sizes("training", train),
+        }
     description = {
         "images": len(train),
         "held-out images": len(val),

@@ -22,9 +22,15 @@ from widekernel.tasks.saved import SavedModel, read_saved, save_model
 _NOT_IN_SUMMARY = TIMING_KEYS | {"epoch", "lr"}
 
 
-def summary_keys(task: Task) -> tuple[str, ...]:
-    """Return the keys that every summary of a task has."""
-    return ("epochs", "step", *(metric.name for metric in task.metrics), "train_unreadable", "val_unreadable")
+def summary_keys(task: Task, evaluated: tuple[str, ...] = ("",)) -> tuple[str, ...]:
+    """Return the keys that every summary of a task has.
+
+    Args:
+        task: the task.
+        evaluated: prefixes of the metrics; none if nothing is evaluated.
+    """
+    names = (*(metric.name for metric in task.metrics), "val_unreadable")
+    return ("epochs", "step", "train_unreadable", *(f"{prefix}{name}" for prefix in evaluated for name in names))
 
 
 @dataclass(frozen=True)
@@ -51,11 +57,12 @@ def has_states(folder: RunFolder) -> bool:
     return folder.has_begun() and bool(CheckpointStore(folder.checkpoints).paths())
 
 
-def earlier_result(averages: bool, task: Task, context: RunContext) -> RunResult | None:
+def earlier_result(averages: bool, evaluated: tuple[str, ...], task: Task, context: RunContext) -> RunResult | None:
     """Return the result of the run if it is finished and its model files are intact, or else `None`.
 
     Args:
         averages: whether the run keeps averaged weights.
+        evaluated: prefixes of the metrics of an evaluation; none if nothing is evaluated.
         task: the task of the run.
         context: the run.
 
@@ -64,7 +71,7 @@ def earlier_result(averages: bool, task: Task, context: RunContext) -> RunResult
         RunFolderError: the summary is damaged, or a model file is, and there is no training state to write it from.
     """
     folder = context.folder
-    summary = folder.read_summary(summary_keys(task))
+    summary = folder.read_summary(summary_keys(task, evaluated))
     if summary is None:
         return None
     folder.check_same_data(_data_of(summary, folder), context.fingerprint)
@@ -80,14 +87,11 @@ def write_results(trainer: Trainer, saved: SavedModel) -> dict[str, Any]:
     Raises:
         WidekernelError: a file cannot be written.
     """
-    folder, progress, metrics = trainer.context.folder, trainer.progress, trainer.task.metrics
+    folder, metrics = trainer.context.folder, trainer.task.metrics
     rows = read_metrics(folder.metrics)
-    last = [row for row in rows if metrics[0].name in row][-1]
     summary = {
         "epochs": trainer.length.epochs,
-        **{key: value for key, value in last.items() if key not in _NOT_IN_SUMMARY},
-        f"best_{metrics[0].name.removeprefix('val_')}": progress.best,
-        "best_step": progress.best_step,
+        **_final_metrics(trainer, rows),
         "data": trainer.context.fingerprint,
         "code": trainer.context.code,
     }
@@ -98,6 +102,21 @@ def write_results(trainer: Trainer, saved: SavedModel) -> dict[str, Any]:
     save_curves(rows, metrics, folder.curves)
     folder.write_summary(summary)
     return summary
+
+
+def _final_metrics(trainer: Trainer, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the results of the last evaluation and the best one, or what the last row says if nothing is evaluated."""
+    progress, deciding = trainer.progress, trainer.task.metrics[0].name
+    if trainer.data.held_out is None:
+        final = {"train_unreadable": len(progress.unreadable), **(rows[-1] if rows else {}), "step": progress.step}
+        return {key: value for key, value in final.items() if key not in _NOT_IN_SUMMARY}
+    name = f"{trainer.config.evaluated[0]}{deciding}"
+    last = [row for row in rows if name in row][-1]
+    return {
+        **{key: value for key, value in last.items() if key not in _NOT_IN_SUMMARY},
+        f"best_{deciding.removeprefix('val_')}": progress.best,
+        "best_step": progress.best_step,
+    }
 
 
 def _data_of(summary: dict[str, Any], folder: RunFolder) -> dict[str, Any]:

@@ -35,9 +35,10 @@ from widekernel.engine.preflight import notes_on_workers
 from widekernel.engine.step_batches import RunData
 from widekernel.errors import ConfigError
 from widekernel.settings import flatten
-from widekernel.tasks.assembly import build_model, check_model_name, choose_device, pretrained_cfg
+from widekernel.tasks.assembly import build_model, check_model_name, choose_device, pretrained_cfg, scale_classifier
+from widekernel.tasks.classification.class_map import load_mapped, read_class_map
 from widekernel.tasks.classification.class_mapping import inheritance_note
-from widekernel.tasks.classification.config import TrainConfig, check_pairs, upgraded
+from widekernel.tasks.classification.config import ModelConfig, TrainConfig, check_pairs, upgraded
 from widekernel.tasks.classification.missing_classes import missing_classes
 from widekernel.tasks.classification.task import Classification
 from widekernel.tasks.fingerprint import code_fingerprint, fingerprint
@@ -47,6 +48,8 @@ from widekernel.tasks.results import RunResult, earlier_result, has_states, writ
 from widekernel.tasks.saved import SavedModel
 
 T = TypeVar("T")
+Sources = tuple[ImageSource, ImageSource | None]
+"""Training and held-out images."""
 
 
 def train(config: TrainConfig, reporter: Reporter | None = None) -> RunResult:
@@ -92,10 +95,11 @@ class _Run:
         check_model_name(config.model.name)
         check_optimizer_name(config.optimizer.name)
         sources = self._main_first(lambda: open_train_and_val(config.data))
+        chosen = None if config.data.class_map is None else read_class_map(config.data.class_map, sources[0].class_names)
         has_begun = processes.from_main(lambda: has_states(folder))
         self._report_notes(sources, has_begun)
         num_classes = _count_classes(config, sources[0])
-        model = self._main_first(lambda: self._build(num_classes, has_begun))
+        model = self._main_first(lambda: self._build(num_classes, has_begun, chosen))
         saved = SavedModel(
             name=config.model.name,
             model_args=dict(config.model.args),
@@ -108,13 +112,11 @@ class _Run:
         context = self._make_context(sources, saved, device)
         was_finished = processes.from_main(folder.summary.exists)
         task = Classification(config.augment, config.label_smoothing, num_classes)
-        result = processes.from_main(lambda: earlier_result(config.ema.decay is not None, task, context))
+        evaluated = () if sources[1] is None else config.training.evaluated
+        result = processes.from_main(lambda: earlier_result(config.ema.decay is not None, evaluated, task, context))
         if result is not None:
             return result
-        notes = notes_on_workers(config.data.workers)
-        if plan.world_size * plan.accumulate > 1:
-            notes.append(f"One optimizer step: {plan.describe()}.")
-        for note in notes:
+        for note in self._notes_on_steps(plan):
             self.reporter.message(note)
 
         data = _make_loaders(config, samples, plan, context)
@@ -135,29 +137,58 @@ class _Run:
         self.processes.from_main(lambda: results.append(function()))
         return results[0] if self.processes.is_main else function()
 
-    def _report_notes(self, sources: tuple[ImageSource, ImageSource], has_begun: bool) -> None:
+    def _notes_on_steps(self, plan: BatchPlan) -> list[str]:
+        """Return notes on the loading processes, the division of a batch and a learning rate that is scaled to it."""
+        config = self.config
+        notes = notes_on_workers(config.data.workers)
+        if plan.world_size * plan.accumulate > 1:
+            notes.append(f"One optimizer step: {plan.describe()}.")
+        if config.schedule.lr_scale_batch is not None:
+            notes.append(
+                f"The peak learning rate is {config.training.optimizer.lr:.6g}: optimizer.lr ({config.optimizer.lr:g}) × "
+                f"loop.batch_size ({plan.batch_size}) / schedule.lr_scale_batch ({config.schedule.lr_scale_batch})."
+            )
+        return notes
+
+    def _report_notes(self, sources: Sources, has_begun: bool) -> None:
         """Report notes on the data and, if the run starts from weights, on their classes."""
-        notes = [note for source in sources for note in source.notes]
+        notes = [note for source in sources if source is not None for note in source.notes]
         if self.config.model.weights is not None and not has_begun:
             notes.append(inheritance_note(Path(self.config.model.weights), sources[0].class_names))
         for note in filter(None, dict.fromkeys(notes)):
             self.reporter.message(note)
 
-    def _build(self, num_classes: int, has_begun: bool) -> nn.Module:
-        """Build the network with its initial weights, which a run that has begun takes from its training state instead."""
+    def _build(self, num_classes: int, has_begun: bool, chosen: tuple[int, ...] | None) -> nn.Module:
+        """Build the network with its initial weights, which a run that has begun takes from its training state instead.
+
+        `chosen` are the outputs of the classifier in `model.weights` that the network starts from, by data.class_map.
+        """
         config = self.config.model
         with scoped_seed(MODEL_STREAM, self.config.seed):
             model = build_model(config.name, num_classes, config.args, config.pretrained and not has_begun)
+        is_new = not config.pretrained or pretrained_cfg(model).get("num_classes") != num_classes
+        if config.head_init_scale is not None and is_new:
+            scale_classifier(model, config.head_init_scale)
         if config.weights is not None and not has_begun:
-            report, untrained = load_weights(model, config.weights, self.reporter.message)
-            self.reporter.message(str(report))
-            if untrained:
-                self.reporter.message(f"{untrained}: this run trains it.")
+            self._load(model, config, chosen)
         if config.grad_checkpointing:
             _checkpoint_gradients(model, config.name)
         return model
 
-    def _make_context(self, sources: tuple[ImageSource, ImageSource], saved: SavedModel, device: torch.device) -> RunContext:
+    def _load(self, model: nn.Module, config: ModelConfig, chosen: tuple[int, ...] | None) -> None:
+        """Load the weights that the run starts from, and report what was loaded."""
+        assert config.weights is not None
+        if chosen is not None:
+            setting = str(self.config.data.class_map)
+            report = load_mapped(model, config, chosen, setting, self.reporter.message)
+            self.reporter.message(f"{report} The classifier starts from {len(chosen)} of its outputs ({setting}).")
+            return
+        report, untrained = load_weights(model, config.weights, self.reporter.message)
+        self.reporter.message(str(report))
+        if untrained:
+            self.reporter.message(f"{untrained}: this run trains it.")
+
+    def _make_context(self, sources: Sources, saved: SavedModel, device: torch.device) -> RunContext:
         processes, settings = self.processes, _with_absolute_root(self.config)
         processes.from_main(lambda: self.folder.prepare(settings))
         images = fingerprint(*sources)
@@ -210,21 +241,21 @@ def _require_same(values: dict[str, Any], processes: Processes, what: str, fix: 
 
 
 def _make_samples(
-    config: TrainConfig, sources: tuple[ImageSource, ImageSource], preprocessing: Preprocessing, channels: int
-) -> tuple[TrainingSamples, EvaluationSamples]:
+    config: TrainConfig, sources: Sources, preprocessing: Preprocessing, channels: int
+) -> tuple[TrainingSamples, EvaluationSamples | None]:
     """Return the training and held-out images, transformed for a network that takes `channels` channels."""
     train, val = sources
     train_transform = OnImage(match_channels(preprocessing.train_transform(config.augment), channels))
     eval_transform = OnImage(match_channels(preprocessing.eval_transform(), channels))
     return (
         TrainingSamples(train, train_transform, config.seed, LabeledImages.collate),
-        EvaluationSamples(val, eval_transform, LabeledImages.collate),
+        None if val is None else EvaluationSamples(val, eval_transform, LabeledImages.collate),
     )
 
 
 def _make_loaders(
     config: TrainConfig,
-    samples: tuple[TrainingSamples, EvaluationSamples],
+    samples: tuple[TrainingSamples, EvaluationSamples | None],
     plan: BatchPlan,
     context: RunContext,
 ) -> RunData:
@@ -235,7 +266,7 @@ def _make_loaders(
     eval_size = config.loop.eval_batch_size or max(1, plan.per_pass * 3 // 2)
     return RunData(
         TrainingLoader(train, options, plan, context.processes.rank, config.augment.repeats),
-        EvaluationLoader(val, eval_size, options, context.processes.shard),
+        None if val is None else EvaluationLoader(val, eval_size, options, context.processes.shard),
     )
 
 

@@ -129,6 +129,7 @@ def _check_start(model: nn.Module, folder: Path, source: ModelSource) -> None:
 def _data_like(saved: SavedModel, data: DataConfig) -> DataConfig:
     """Return the data settings, completed by the network's preprocessing."""
     known = saved.preprocessing
+    keeps_crop = data.crop_pct is None and data.input_size in (None, known.input_size)
     return replace(
         data,
         input_size=data.input_size or known.input_size,
@@ -136,6 +137,7 @@ def _data_like(saved: SavedModel, data: DataConfig) -> DataConfig:
         std=data.std or _triple(known.std),
         interpolation=data.interpolation or known.interpolation,
         crop_pct=data.crop_pct or known.crop_pct,
+        test_crop=data.test_crop or (known.unusual_crop() if keeps_crop else None),
     )
 
 
