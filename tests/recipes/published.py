@@ -50,7 +50,9 @@ class Run:
     args: dict[str, Any] = field(default_factory=dict)
 
 
-def _finetuned(model: str, devices: tuple[int, int, int, int], total: int, drop_path: float, top1: float, **changes: Any) -> Run:
+def _finetuned(
+    model: str, devices: tuple[int, int, int, int], total: int, drop_path: float, top1: float, **changes: Any
+) -> Run:
     shared = {"epochs": 30, "weight_decay": 1e-8, "mixes": False, "ema": False}
     return Run(model, devices, total, drop_path, top1, **{**shared, **changes})
 

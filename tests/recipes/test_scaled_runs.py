@@ -109,7 +109,16 @@ def test_masks_by_magnitude(name: str, images: Path, tmp_path: Path, capsys: pyt
     model, args = nano_model(recipe.model, {})
     torch.save(build_model(model, CLASSES, args).state_dict(), tmp_path / "dense.pth")
     given = [f"--model_args.{key}={json.dumps(value)}" for key, value in args.items()]
-    command = ["sparsify", str(tmp_path / "dense.pth"), "--recipe", name, "--model", model, f"--num_classes={CLASSES}", *given]
+    command = [
+        "sparsify",
+        str(tmp_path / "dense.pth"),
+        "--recipe",
+        name,
+        "--model",
+        model,
+        f"--num_classes={CLASSES}",
+        *given,
+    ]
     assert main([*command, "--data.root", str(images), "--data.input_size=32", "--data.workers=0", "--device=cpu"]) == 0
     assert "top-1" in capsys.readouterr().out
     masks = load_masks(next(tmp_path.glob("*_masks.safetensors")))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import jsonargparse
 
 from widekernel.cli.console import progress_console, result_console
-from widekernel.cli.options import EvalOptions, parse_with_data_of_the_run
+from widekernel.cli.options import EvalOptions, add_recipe_argument, parse_with_data_of_the_run
 from widekernel.cli.parsing import build, new_parser
 from widekernel.cli.source_arguments import add_source_arguments, load_source, source_from
 from widekernel.data.config import DataConfig
@@ -29,6 +29,7 @@ def make_parser() -> jsonargparse.ArgumentParser:
     """Return the parser of the command."""
     parser = new_parser("eval", _DESCRIPTION, "SOURCE")
     add_source_arguments(parser)
+    add_recipe_argument(parser)
     parser.add_class_arguments(EvalOptions, as_group=False)
     parser.add_class_arguments(DataConfig, "data")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -37,7 +38,7 @@ def make_parser() -> jsonargparse.ArgumentParser:
 
 def run(arguments: list[str]) -> int:
     """Evaluate the network that `arguments` name, and print the results."""
-    values, _ = parse_with_data_of_the_run(make_parser(), arguments)
+    values, _ = parse_with_data_of_the_run(make_parser(), arguments, "eval")
     source = source_from(values)
     data = build(DataConfig, values["data"])
     options = build(EvalOptions, values)

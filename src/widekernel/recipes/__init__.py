@@ -4,6 +4,6 @@ Each recipe is a YAML file in a folder of its family. It may name a base in `bas
 """
 
 from widekernel.recipes.loading import list_recipes, load_base, load_recipe
-from widekernel.recipes.recipe import Devices, Recipe, Source, deviations
+from widekernel.recipes.recipe import Command, Devices, Recipe, Source, deviations
 
-__all__ = ["Devices", "Recipe", "Source", "deviations", "list_recipes", "load_base", "load_recipe"]
+__all__ = ["Command", "Devices", "Recipe", "Source", "deviations", "list_recipes", "load_base", "load_recipe"]
