@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 import timm
 import torch
-from tests.recipes.published import BASELINES, DISTILLED, IMAGES, MASKED, OTHERS, TRAINED, Run
 from timm.data.auto_augment import RandAugment
 from timm.data.random_erasing import RandomErasing
 from timm.layers.grn import GlobalResponseNorm
 from torch import nn
 
+from tests.recipes.published import BASELINES, DISTILLED, IMAGES, MASKED, OTHERS, TRAINED, Run
 from widekernel.cli.parsing import build
-from widekernel.cli.train import parse_config
 from widekernel.data import BatchPlan, Preprocessing
 from widekernel.engine.optimization import create_optimizer
 from widekernel.engine.reporter import RunLength
