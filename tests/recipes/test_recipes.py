@@ -101,7 +101,7 @@ def test_wrong_batches_are_refused() -> None:
     recipe = load_recipe("slak_tiny_in1k_300e_224")
     with pytest.raises(ConfigError, match=r"total_batch is 2048, but must be 4096 \(4 GPUs × 128 images × 8 passes\)"):
         dataclasses.replace(recipe, total_batch=2048)
-    with pytest.raises(ConfigError, match="loop.batch_size is 4096, but must be total_batch"):
+    with pytest.raises(ConfigError, match=r"loop.batch_size is 4096, but must be total_batch"):
         dataclasses.replace(recipe, devices=Devices(1, 4, 64, 8), total_batch=2048)
 
 
