@@ -61,7 +61,9 @@ def parse_with_data_of_the_run(
     """
     given = parse_given(parser, arguments)
     folder = ModelSource(Path(given["source"])).run_folder()
-    layers = [] if folder is None else [{"data": folder.read_config().get("data") or {}}]
+    of_run = {} if folder is None else folder.read_config().get("data") or {}
+    # The classifier of a run has the classes of its data; a map was for the weights that the run started from.
+    layers = [] if folder is None else [{"data": {key: value for key, value in of_run.items() if key != "class_map"}}]
     data = given.get("data", {})
     has_data = folder is not None or "name" in data or data.get("root") is not None
     if given.get("recipe") is not None:

@@ -37,15 +37,15 @@ def add_source_arguments(parser: Any, what: str = "run folder, or checkpoint fil
     )
 
 
-def load_source(source: ModelSource) -> tuple[nn.Module, SavedModel]:
-    """Load the network of `source`; messages about it go to standard error.
+def load_source(source: ModelSource, silent: bool = False) -> tuple[nn.Module, SavedModel]:
+    """Load the network of `source`; messages about it go to standard error, unless `silent`.
 
     Raises:
         WidekernelError: it cannot be loaded.
     """
     from widekernel.tasks.loading import load
 
-    return load(source, lambda text: progress_console().print(text, soft_wrap=True))
+    return load(source, lambda text: None if silent else progress_console().print(text, soft_wrap=True))
 
 
 def source_from(values: dict[str, Any]) -> ModelSource:

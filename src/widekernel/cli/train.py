@@ -11,15 +11,13 @@ import jsonargparse
 import yaml
 
 from widekernel.cli.console import ConsoleReporter, result_console
+from widekernel.cli.launching import check_number, is_first, is_started, start
 from widekernel.cli.parsing import build, new_parser, parse, parse_given, read_settings, typed
 from widekernel.cli.progress_text import metric_texts
 from widekernel.data.batch_plan import BatchPlan
-from widekernel.data.config import processors
 from widekernel.engine.interrupts import Interrupted
-from widekernel.engine.process_environment import read_environment
 from widekernel.engine.run_folder import RunFolder
 from widekernel.errors import ConfigError
-from widekernel.launch.local import launch
 from widekernel.launch.slurm import is_in_a_task, submit
 from widekernel.launch.slurm_config import SlurmConfig
 from widekernel.recipes import load_recipe
@@ -27,9 +25,6 @@ from widekernel.tasks.classification.config import TrainConfig
 
 if TYPE_CHECKING:
     from widekernel.tasks.results import RunResult
-
-_PER_PROCESSOR = 4
-"""Largest number of processes per processor; each takes memory and starts PyTorch."""
 
 _DESCRIPTION = (
     "Train a classifier. Settings come from the recipe, the configuration files and the command line; later ones override "
@@ -54,13 +49,14 @@ def run(arguments: list[str]) -> int:
         )
     if job is not None:
         return submit_training(job, arguments, config)
-    if processes is not None and not _is_started(processes):
-        _check_number(processes, config)
-        return launch([sys.executable, "-m", "widekernel", "train", *arguments], processes, _say)
+    if processes is not None and not is_started(processes):
+        if processes > 0:
+            BatchPlan(config.loop.batch_size, config.loop.micro_batch, processes)
+        check_number(processes)
+        return start("train", arguments, processes)
     from widekernel.tasks.classification.run import train
 
-    environment = read_environment()
-    talks = environment is None or environment.rank == 0
+    talks = is_first()
     with ConsoleReporter() as reporter:
         try:
             result = train(config, reporter)
@@ -112,39 +108,6 @@ def parse_config(arguments: list[str]) -> TrainConfig:
     if values["output"] is None:
         values["output"] = str(Path("runs") / (recipe or values["model"]["name"]))
     return build(TrainConfig, values)
-
-
-def _is_started(processes: int) -> bool:
-    """Return whether this is one of the processes already, or the only one.
-
-    Raises:
-        ConfigError: there are others than `processes`.
-    """
-    environment = read_environment()
-    if environment is not None and environment.world_size != processes:
-        raise ConfigError(
-            f"--processes is {processes}, but this is one of {environment.world_size} processes (WORLD_SIZE). Leave "
-            "--processes out if torchrun or a cluster job starts the processes."
-        )
-    return environment is not None or processes == 1
-
-
-def _check_number(processes: int, config: TrainConfig) -> None:
-    """Raise a `ConfigError` if so many processes cannot share a batch, or would overload this machine."""
-    if processes > 0:
-        BatchPlan(config.loop.batch_size, config.loop.micro_batch, processes)
-    cores = processors()
-    most = _PER_PROCESSOR * cores
-    if processes > most:
-        raise ConfigError(
-            f"--processes is {processes}, but must be at most {most}, {_PER_PROCESSOR} for each of the {cores} processors "
-            "of this machine: lower it."
-        )
-
-
-def _say(line: str) -> None:
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()
 
 
 def parse_slurm(arguments: list[str]) -> SlurmConfig | None:

@@ -36,7 +36,7 @@ class DataConfig:
             is evaluated
         class_map: outputs, for the classes of the data, of a classifier that knows more classes: imagenet-22k, or another
             list of timm's ImageNetInfo that names its outputs, or a file with the number of an output in each line, one for
-            every class. Evaluation then compares these outputs only, and fine-tuning starts from them
+            every class (-1: none). Evaluation then compares these outputs only, and fine-tuning starts from them
         download: download the named data set into data.root
         input_size: height and width of the network's input in pixels; null uses the model's own
         mean: channel means, for pixels from 0 to 1; null uses the model's own

@@ -12,7 +12,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from widekernel.engine.optimization_config import OptimizerConfig
 from widekernel.errors import ConfigError
-from widekernel.models.layer_groups import LAST_GROUP, layer_groups
+from widekernel.layers.layer_groups import LAST_GROUP, layer_groups
 
 CONSTANT_DECAY = "constant_decay"
 """Key of a group whose weight decay does not follow `optimizer.weight_decay_end`."""

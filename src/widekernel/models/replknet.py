@@ -21,11 +21,11 @@ from widekernel.layers.alterations import alteration, alterations, replaced_meth
 from widekernel.layers.folding import Fusable
 from widekernel.layers.hidden_units import HiddenUnits
 from widekernel.layers.large_kernel import is_plain_relu
+from widekernel.layers.layer_groups import replknet_layer_group
 from widekernel.layers.norms import is_foldable
 from widekernel.layers.sources import dilate
 from widekernel.models.base import Parts, Stage, StagedConvNet
 from widekernel.models.builder import build_model, default_cfg
-from widekernel.models.layer_groups import replknet_layer_group
 from widekernel.models.options import ModelOptions, StageSpec
 from widekernel.models.validation import require_channels, require_one_per_stage
 
@@ -190,7 +190,7 @@ class RepLKNet(StagedConvNet):
 
     @torch.jit.ignore
     def layer_group(self, name: str) -> int | None:
-        """Return the layer group of a parameter in the published fine-tuning recipes; see `models.layer_groups`."""
+        """Return the layer group of a parameter in the published fine-tuning recipes; see `layers.layer_groups`."""
         return replknet_layer_group(name)
 
     def parts(self, cfg: RepLKNetConfig, options: ModelOptions) -> Parts:

@@ -55,8 +55,8 @@ def classifier_of(model: nn.Module) -> nn.Module:
     found = getattr(model, "get_classifier", lambda: None)()
     if not isinstance(found, (nn.Linear, nn.Conv2d)):
         raise ConfigError(
-            f"{type(model).__name__} has no linear classifier, which model.head_init_scale and data.class_map need: leave them "
-            "out."
+            f"{type(model).__name__} has no linear classifier, but model.head_init_scale and data.class_map need one: leave "
+            "them out."
         )
     return found
 

@@ -20,15 +20,16 @@ from widekernel.tasks.foreign_checkpoint import load_weights
 LISTS = ("imagenet-1k", "imagenet-12k", "imagenet-22k", "imagenet-22k-ms", "imagenet-21k-goog", "imagenet-21k-miil")
 """Lists of class names in timm; each is in the order of the outputs of published networks."""
 
-_PARENTS = {"n04399382": "n03964744"}
-"""Class of ImageNet-1K that ImageNet-22K lacks (teddy bear), and the class above it in WordNet (toy)."""
+NO_OUTPUT = -1
+"""In place of an output: the class has none. ImageNet-22K lacks one class of ImageNet-1K, n04399382 (teddy bear)."""
 
 
 def read_class_map(setting: str, names: tuple[str, ...]) -> tuple[int, ...]:
-    """Return the output for each class of the data.
+    """Return the output for each class of the data, or `NO_OUTPUT`.
 
     Args:
-        setting: data.class_map: name of one of `LISTS`, or a file with the number of an output, from 0, in each line.
+        setting: data.class_map: name of one of `LISTS`, or a file with the number of an output, from 0, in each line; -1
+            stands for a class without an output.
         names: the classes of the data; for a list, WordNet identifiers such as n01440764.
 
     Raises:
@@ -42,7 +43,7 @@ def read_class_map(setting: str, names: tuple[str, ...]) -> tuple[int, ...]:
         raise ConfigError(
             f"data.class_map is {setting!r}, which is neither a readable file ({error}) nor one of {', '.join(LISTS)}."
         ) from error
-    wrong = next((line for line in lines if not (line.isascii() and line.isdigit())), None)
+    wrong = next((line for line in lines if not re.fullmatch(r"[0-9]+|-1", line)), None)
     if wrong is not None:
         raise ConfigError(f"data.class_map {setting} holds {wrong!r}, but must hold the number of an output in each line.")
     if len(lines) != len(names):
@@ -54,14 +55,20 @@ def read_class_map(setting: str, names: tuple[str, ...]) -> tuple[int, ...]:
 
 def _from_list(setting: str, names: tuple[str, ...]) -> tuple[int, ...]:
     outputs = {name: number for number, name in enumerate(ImageNetInfo(setting).label_names())}
-    known = [name if name in outputs else _PARENTS.get(name, name) for name in names]
-    missing = [name for name in known if name not in outputs]
-    if missing:
+    missing = [name for name in names if name not in outputs]
+    if 2 * len(missing) > len(names):
         raise ConfigError(
             f"data.class_map is {setting!r}, which lacks {len(missing)} of the {len(names)} classes of the data: "
             f"{brief(missing, 3)}. The folders must be named by WordNet identifiers; for others, give a file."
         )
-    return tuple(outputs[name] for name in known)
+    return tuple(outputs.get(name, NO_OUTPUT) for name in names)
+
+
+def class_map_note(chosen: tuple[int, ...], names: tuple[str, ...], setting: str) -> str:
+    """Return a line for the user on the outputs that are used, and on classes without one."""
+    missing = [name for name, output in zip(names, chosen, strict=True) if output == NO_OUTPUT]
+    text = f"{len(names) - len(missing)} outputs are used (data.class_map {setting})"
+    return f"{text}; {len(missing)} of {len(names)} classes have none: {brief(missing, 3)}." if missing else f"{text}."
 
 
 def check_outputs(chosen: tuple[int, ...], outputs: int, setting: str) -> None:
@@ -100,8 +107,9 @@ def load_mapped(
     check_outputs(chosen, outputs, setting)
     wide = build_model(config.name, outputs, config.args)
     report, _ = load_weights(wide, config.weights, notify)
-    rows = torch.tensor(chosen)
+    outputs_there = torch.tensor(chosen)
+    has_output = outputs_there != NO_OUTPUT
     with torch.no_grad():
         for name, parameter in classifier_of(model).named_parameters():
-            parameter.copy_(classifier_of(wide).get_parameter(name)[rows])
+            parameter[has_output] = classifier_of(wide).get_parameter(name)[outputs_there[has_output]]
     return report

@@ -96,7 +96,7 @@ def _without_names(saved: SavedModel, names: tuple[str, ...]) -> tuple[int, ...]
     if len(names) != saved.num_classes:
         raise DataError(
             f"The data has {len(names)} classes, but {saved.name} has {saved.num_classes} outputs and no class "
-            "names to match them by. Check the data set, or give --num_classes."
+            "names to match them by. Check the data set, or give --num_classes, or choose outputs with --data.class_map."
         )
     if not _are_numbers(names):
         return None

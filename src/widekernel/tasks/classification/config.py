@@ -105,6 +105,11 @@ class TrainConfig:
                 f"sparsity.method is {SEMI_STRUCTURED!r}, which learns masks for trained weights: set "
                 "model.weights to a checkpoint, or model.pretrained."
             )
+        if self.data.class_map is not None and self.model.weights is None:
+            raise ConfigError(
+                f"data.class_map is {self.data.class_map!r}, which chooses outputs of the classifier in model.weights, but "
+                "there are none: set model.weights to a checkpoint, or leave data.class_map out."
+            )
         if self.augment.mixes:
             check_pairs("loop.batch_size", self.loop.batch_size)
             if self.loop.micro_batch is not None:

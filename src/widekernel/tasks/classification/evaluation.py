@@ -53,27 +53,37 @@ class Accuracy(Evaluator):
     Args:
         class_mapping: the model's output for every class index of the data; `None` if they are the same
         observe: function that receives the logits `(n, classes)` and targets `(n,)` of every batch
+        class_map: outputs, for every class index of the data, that alone are compared (data.class_map). A class without
+            output (-1) has the smallest of their logits
     """
 
     def __init__(
         self,
         class_mapping: tuple[int, ...] | None = None,
         observe: Callable[[Tensor, Tensor], None] = lambda logits, targets: None,
+        class_map: tuple[int, ...] | None = None,
     ) -> None:
         self._mapping = None if class_mapping is None else torch.tensor(class_mapping)
+        self._map = None if class_map is None else torch.tensor(class_map)
         self._observe = observe
         self._sums = torch.zeros(4, dtype=torch.float64)  # top-1 hits, top-5 hits, loss, images
 
     @override
     def update(self, model: nn.Module, batch: Batch) -> None:
         images, targets = batch.content
-        logits = model(images).float()
+        self.add(model(images).float(), targets)
+
+    def add(self, logits: Tensor, targets: Tensor) -> None:
+        """Add the logits `(n, outputs)` of images with the class indices `targets` `(n,)` of the data."""
+        if self._map is not None:
+            logits = _chosen(logits, self._map.to(logits.device))
         if self._mapping is not None:
             targets = self._mapping.to(targets.device)[targets]
         self._observe(logits, targets)
         ranked = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
-        loss = F.cross_entropy(logits, targets, reduction="sum")
-        sums = ranked[:, 0].sum().double(), ranked.sum().double(), loss.double(), loss.new_tensor(len(targets)).double()
+        # Sums in float64 do not depend on how the images are divided into batches and among processes.
+        loss = F.cross_entropy(logits, targets, reduction="none").double().sum()
+        sums = ranked[:, 0].sum().double(), ranked.sum().double(), loss, loss.new_tensor(len(targets))
         self._sums = self._sums.to(logits.device) + torch.stack(sums)
 
     @override
@@ -91,6 +101,13 @@ class Accuracy(Evaluator):
         }
 
 
+def _chosen(logits: Tensor, outputs: Tensor) -> Tensor:
+    """Return the chosen outputs of `logits`; where there is none (-1), the smallest of the others."""
+    chosen, missing = logits[:, outputs.clamp(min=0)], outputs < 0
+    lowest = chosen.masked_fill(missing, torch.inf).amin(dim=1, keepdim=True)
+    return torch.where(missing, lowest, chosen)
+
+
 def evaluate(
     model: nn.Module, loader: EvaluationLoader, options: EvaluationOptions, accuracy: Accuracy | None = None
 ) -> Evaluation | None:
@@ -105,8 +122,11 @@ def evaluate(
         TrainingError: more than `max_unreadable` images could not be read.
     """
     values = evaluate_task(model, loader, accuracy or Accuracy(), replace(options, nouns=IMAGES))
-    if values is None:
-        return None
+    return None if values is None else result_of(values)
+
+
+def result_of(values: dict[str, float]) -> Evaluation:
+    """Return the result that the metrics of an evaluation tell."""
     return Evaluation(
         top1=values["val_top1"],
         top5=values["val_top5"],

@@ -36,7 +36,7 @@ from widekernel.engine.step_batches import RunData
 from widekernel.errors import ConfigError
 from widekernel.settings import flatten
 from widekernel.tasks.assembly import build_model, check_model_name, choose_device, pretrained_cfg, scale_classifier
-from widekernel.tasks.classification.class_map import load_mapped, read_class_map
+from widekernel.tasks.classification.class_map import class_map_note, load_mapped, read_class_map
 from widekernel.tasks.classification.class_mapping import inheritance_note
 from widekernel.tasks.classification.config import ModelConfig, TrainConfig, check_pairs, upgraded
 from widekernel.tasks.classification.missing_classes import missing_classes
@@ -99,7 +99,7 @@ class _Run:
         has_begun = processes.from_main(lambda: has_states(folder))
         self._report_notes(sources, has_begun)
         num_classes = _count_classes(config, sources[0])
-        model = self._main_first(lambda: self._build(num_classes, has_begun, chosen))
+        model = self._main_first(lambda: self._build(sources[0].class_names, has_begun, chosen))
         saved = SavedModel(
             name=config.model.name,
             model_args=dict(config.model.args),
@@ -158,30 +158,31 @@ class _Run:
         for note in filter(None, dict.fromkeys(notes)):
             self.reporter.message(note)
 
-    def _build(self, num_classes: int, has_begun: bool, chosen: tuple[int, ...] | None) -> nn.Module:
+    def _build(self, names: tuple[str, ...], has_begun: bool, chosen: tuple[int, ...] | None) -> nn.Module:
         """Build the network with its initial weights, which a run that has begun takes from its training state instead.
 
         `chosen` are the outputs of the classifier in `model.weights` that the network starts from, by data.class_map.
         """
-        config = self.config.model
+        config, num_classes = self.config.model, len(names)
         with scoped_seed(MODEL_STREAM, self.config.seed):
             model = build_model(config.name, num_classes, config.args, config.pretrained and not has_begun)
         is_new = not config.pretrained or pretrained_cfg(model).get("num_classes") != num_classes
         if config.head_init_scale is not None and is_new:
             scale_classifier(model, config.head_init_scale)
         if config.weights is not None and not has_begun:
-            self._load(model, config, chosen)
+            self._load(model, config, chosen, names)
         if config.grad_checkpointing:
             _checkpoint_gradients(model, config.name)
         return model
 
-    def _load(self, model: nn.Module, config: ModelConfig, chosen: tuple[int, ...] | None) -> None:
+    def _load(self, model: nn.Module, config: ModelConfig, chosen: tuple[int, ...] | None, names: tuple[str, ...]) -> None:
         """Load the weights that the run starts from, and report what was loaded."""
         assert config.weights is not None
         if chosen is not None:
             setting = str(self.config.data.class_map)
             report = load_mapped(model, config, chosen, setting, self.reporter.message)
-            self.reporter.message(f"{report} The classifier starts from {len(chosen)} of its outputs ({setting}).")
+            self.reporter.message(str(report))
+            self.reporter.message(f"The classifier starts from that in the file: {class_map_note(chosen, names, setting)}")
             return
         report, untrained = load_weights(model, config.weights, self.reporter.message)
         self.reporter.message(str(report))
