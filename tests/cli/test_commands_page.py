@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser
 from widekernel.cli import eval as evaluation
 from widekernel.cli import sparsify, train
 from widekernel.cli.options import EvalOptions, parse_with_data_of_the_run
-from widekernel.cli.parsing import build, known_keys, parse
+from widekernel.cli.parsing import build, known_keys, parse, parse_given
 from widekernel.data import BatchPlan, DataConfig
 from widekernel.models.isotropic import IsotropicConfig
 from widekernel.models.roadmap import RoadmapConfig
@@ -73,11 +73,12 @@ def test_our_lines_parse(line: str, parsers: dict[str, ArgumentParser]) -> None:
     if arguments == ["--help"]:
         assert command in parsers
     elif command == "train":
-        values = parse(parsers[command], arguments)
-        recipe = load_recipe(values["recipe"])
-        assert recipe.command == "train"
-        total, processes = recipe.total_batch or 0, values["processes"] or values["slurm"]["nodes"] * values["slurm"]["gpus"]
-        BatchPlan(total, recipe.settings["loop"].get("micro_batch"), processes)
+        given = parse_given(parsers[command], arguments)
+        recipe = load_recipe(given["recipe"])
+        assert recipe.command == "train" and given["data"]["root"]
+        slurm = given.get("slurm", {"nodes": 1, "gpus": 1})
+        processes = given.get("processes", slurm["nodes"] * slurm["gpus"])
+        BatchPlan(recipe.total_batch or 0, recipe.settings["loop"].get("micro_batch"), processes)
     elif command in ("eval", "sparsify"):
         values, _ = parse_with_data_of_the_run(parsers[command], arguments, command)  # type: ignore[arg-type]
         build(DataConfig, values["data"])
