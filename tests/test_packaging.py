@@ -113,7 +113,7 @@ def test_wheel(builder: Path, checkout: Path, tracked: list[str]) -> None:
     assert not name.endswith("-any.whl")
     assert len(libraries) == 1
     assert files - libraries == package_files(tracked)
-    assert {"widekernel/py.typed", "widekernel/recipes/slak_nano_digits.yaml"} <= files
+    assert {"widekernel/py.typed", "widekernel/recipes/demo/slak_nano_digits.yaml"} <= files
 
 
 @pytest.mark.slow

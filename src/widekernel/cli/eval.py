@@ -11,7 +11,7 @@ import jsonargparse
 
 from widekernel.cli.console import progress_console, result_console
 from widekernel.cli.launching import check_number, is_first, is_started, start
-from widekernel.cli.options import EvalOptions, parse_with_data_of_the_run
+from widekernel.cli.options import EvalOptions, add_recipe_argument, parse_with_data_of_the_run
 from widekernel.cli.parsing import build, new_parser, parse_given
 from widekernel.cli.source_arguments import add_source_arguments, load_source, source_from
 from widekernel.data.config import DataConfig
@@ -32,6 +32,7 @@ def make_parser() -> jsonargparse.ArgumentParser:
     """Return the parser of the command."""
     parser = new_parser("eval", _DESCRIPTION, "SOURCE")
     add_source_arguments(parser)
+    add_recipe_argument(parser)
     parser.add_argument(
         "--ema", type=bool | None, default=None, help="true: the averaged weights; false: the weights; as --weights"
     )
@@ -58,7 +59,7 @@ def make_parser() -> jsonargparse.ArgumentParser:
 
 def run(arguments: list[str]) -> int:
     """Evaluate the network that `arguments` name, and print the results."""
-    values, _ = parse_with_data_of_the_run(make_parser(), arguments)
+    values, _ = parse_with_data_of_the_run(make_parser(), arguments, "eval")
     _apply_short_forms(values, parse_given(make_parser(), arguments))
     source = source_from(values)
     data = build(DataConfig, values["data"])

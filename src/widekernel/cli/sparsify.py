@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import jsonargparse
 
 from widekernel.cli.console import ConsoleReporter, result_console
-from widekernel.cli.options import EvalOptions, parse_with_data_of_the_run
+from widekernel.cli.options import EvalOptions, add_recipe_argument, parse_with_data_of_the_run
 from widekernel.cli.output_files import check_output_file
 from widekernel.cli.parsing import build, new_parser
 from widekernel.cli.source_arguments import add_source_arguments, load_source, source_from
@@ -33,6 +33,7 @@ def make_parser() -> jsonargparse.ArgumentParser:
     """Return the parser of the command."""
     parser = new_parser("sparsify", _DESCRIPTION, "SOURCE")
     add_source_arguments(parser)
+    add_recipe_argument(parser)
     parser.add_class_arguments(SparsifyConfig, as_group=False)
     parser.add_class_arguments(MaskLearningConfig, as_group=False)
     parser.add_class_arguments(DataConfig, "data")
@@ -48,7 +49,7 @@ def make_parser() -> jsonargparse.ArgumentParser:
 
 def run(arguments: list[str]) -> int:
     """Sparsify the network that `arguments` name, save it and print a summary."""
-    values, has_data = parse_with_data_of_the_run(make_parser(), arguments)
+    values, has_data = parse_with_data_of_the_run(make_parser(), arguments, "sparsify")
     source = source_from(values)
     config, learning = build(SparsifyConfig, values), build(MaskLearningConfig, values)
     data = build(DataConfig, values["data"])

@@ -101,7 +101,7 @@ def parse_config(arguments: list[str]) -> TrainConfig:
     files = [read_settings(path, parser) for path in given.get("config") or []]
     named = [settings.get("recipe") for settings in (*files, given)]
     recipe = next((name for name in reversed(named) if name is not None), None)
-    layers = files if recipe is None else [load_recipe(recipe).settings, *files]
+    layers = files if recipe is None else [load_recipe(recipe).settings_for("train"), *files]
     values = parse(parser, arguments, layers)
     for key in ("recipe", "config", "print_config", "processes", "slurm"):
         del values[key]
