@@ -203,7 +203,7 @@ def test_runs_at_the_same_port_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> N
     assert runs[0][0][RUN_ID] == runs[0][1][RUN_ID] != runs[1][0][RUN_ID]
 
 
-@pytest.mark.parametrize("command", ["eval", "sparsify", "fold", "bench", "tune", "demo"])
+@pytest.mark.parametrize("command", ["sparsify", "fold", "bench", "tune", "demo"])
 def test_other_commands_refuse_several_processes(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -27,7 +27,7 @@ COMMANDS = {
     "demo": "train, evaluate, fold, save and plot a large-kernel network on real digits",
 }
 
-_ALONE = ("eval", "sparsify", "fold", "bench", "tune", "demo")
+_ALONE = ("sparsify", "fold", "bench", "tune", "demo")
 """Commands that work in one process only."""
 
 EXIT_ERROR = 2
