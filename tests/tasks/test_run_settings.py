@@ -111,7 +111,11 @@ def test_a_run_without_held_out_images_resumes(make: Make) -> None:
 
 @pytest.mark.parametrize(
     ("weights", "prefixes"),
-    [pytest.param("both", ("", "ema_"), marks=pytest.mark.slow), ("ema", ("ema_",)), ("raw", ("",))],
+    [
+        pytest.param("both", ("", "ema_"), marks=pytest.mark.slow),
+        ("ema", ("ema_",)),
+        pytest.param("raw", ("",), marks=pytest.mark.slow),
+    ],
 )
 def test_evaluated_weights(make: Make, weights: str, prefixes: tuple[str, ...]) -> None:
     config = make(evaluation=EvaluationConfig(weights=weights))
