@@ -88,7 +88,7 @@ class Layered(TinyNet):
     """The tiny network, with the description of its layers that layer decay needs."""
 
     def group_matcher(self, coarse: bool = False) -> dict:
-        return {"stem": r"^conv", "blocks": [(r"^norm", (0,)), (r"^(?:head|scale)", (99999,))]}
+        return {"stem": r"^conv", "middle": r"^norm", "end": r"^(?:head|scale)"}
 
 
 @pytest.mark.parametrize("warmup", [False, True])

@@ -174,7 +174,7 @@ def contradictions() -> list[Broken]:
         broken("sparsity.dynamic", "sparsity is 1.0", **dynamic, sparsity__dynamic__sparsity="1"),
         broken("sparsity.dynamic", "'snipp'", "'snip'", **dynamic, sparsity__dynamic__init="snipp"),
         broken("sparsity.dynamic", "gradients", "'gradient'", **dynamic, sparsity__dynamic__growth="gradients"),
-        broken("sparsity.dynamic", "kernal", "'kernel'", **dynamic, sparsity__dynamic__block="kernal"),
+        broken("sparsity.dynamic", "kernels", "'kernel'", **dynamic, sparsity__dynamic__block="kernels"),
         broken("sparsity.dynamic", "block", **dynamic, sparsity__dynamic__block="[4]"),
         broken("sparsity.dynamic", "block", **dynamic, sparsity__dynamic__block="[0, 4]"),
         broken("sparsity.dynamic", "layers", **dynamic, sparsity__dynamic__layers="large_kernels_only"),
