@@ -112,7 +112,7 @@ def test_rmsprop_of_torchvisions_training_script() -> None:
     ("name", "setting", "value"), [("adamw", "momentum", 0.8), ("sgd", "betas", (0.9, 0.99)), ("sgd", "eps", 1e-6)]
 )
 def test_settings_that_an_optimizer_lacks_are_refused(name: str, setting: str, value: object) -> None:
-    with pytest.raises(ConfigError, match=rf"optimizer.{setting} is .*, but {name} has no {setting}"):
+    with pytest.raises(ConfigError, match=rf"optimizer.{setting} is .*, but the optimizer '{name}' has no {setting}"):
         create_optimizer(Small(), OptimizerConfig(name=name, **{setting: value}))
 
 

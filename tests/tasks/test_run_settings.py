@@ -86,7 +86,13 @@ def test_without_held_out_images(make: Make, capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.slow
 def test_a_run_without_held_out_images_resumes(make: Make) -> None:
-    config = make(data=replace(make().data, val_split=None), loop=LoopConfig(batch_size=4, device="cpu", log_every=1))
+    config = make(
+        data=replace(make().data, val_split=None),
+        loop=LoopConfig(batch_size=4, device="cpu", log_every=1),
+        augment=replace(LIGHT, repeats=2, auto_augment="ta_wide", train_crop="random"),
+        optimizer=OptimizerConfig(lr=0.01, weight_decay=0.1, weight_decay_end=0.5, bias_weight_decay=0.2),
+        schedule=ScheduleConfig(epochs=2, warmup_steps=2, warmup_kind="linspace", kind="step", decay_epochs=1),
+    )
     whole = train(config)
     other = replace(config, output=str(Path(config.output or "").with_name("other")))
 
@@ -111,7 +117,11 @@ def test_a_run_without_held_out_images_resumes(make: Make) -> None:
 
 @pytest.mark.parametrize(
     ("weights", "prefixes"),
-    [pytest.param("both", ("", "ema_"), marks=pytest.mark.slow), ("ema", ("ema_",)), ("raw", ("",))],
+    [
+        pytest.param("both", ("", "ema_"), marks=pytest.mark.slow),
+        ("ema", ("ema_",)),
+        pytest.param("raw", ("",), marks=pytest.mark.slow),
+    ],
 )
 def test_evaluated_weights(make: Make, weights: str, prefixes: tuple[str, ...]) -> None:
     config = make(evaluation=EvaluationConfig(weights=weights))

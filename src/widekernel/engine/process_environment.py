@@ -121,7 +121,7 @@ def refuse_several(command: str, variables: Mapping[str, str] | None = None) -> 
     if variables.get("RANK") and world_size.isascii() and world_size.isdigit() and int(world_size) > 1:
         raise ConfigError(
             f"`widekernel {command}` runs in one process, but the environment says that this is one of {world_size} (RANK, "
-            "WORLD_SIZE). Start it without torchrun, or unset these variables. `widekernel train` takes several."
+            "WORLD_SIZE). Start it without torchrun, or unset these variables. `widekernel train` and `eval` take several."
         )
 
 
