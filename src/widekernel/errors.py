@@ -39,6 +39,10 @@ class CheckpointError(WidekernelError, ValueError):
     """Error for a checkpoint file that cannot be read, or does not belong to the model."""
 
 
+class FetchError(WidekernelError, OSError):
+    """Error for a published file that cannot be fetched; the message says where it is and where to put it by hand."""
+
+
 class ShapeError(WidekernelError, ValueError):
     """Error for a tensor or an image whose shape a layer or network cannot take."""
 

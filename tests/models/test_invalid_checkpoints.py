@@ -17,7 +17,7 @@ from tests.models.checkpoints import assert_refused, state_of
 from tests.models.zoo import NANO, alive, create
 from widekernel.errors import CheckpointError
 from widekernel.models.checkpoint import saving
-from widekernel.models.checkpoint.file_types import describe_file_type
+from widekernel.file_types import describe_file_type
 
 # How an error names each network, that of the file and that of the model.
 FAMILY = {

@@ -20,7 +20,7 @@ from widekernel.models.checkpoint.entries import (
     is_averaged,
     is_state_dict,
 )
-from widekernel.models.checkpoint.file_types import describe_file_type
+from widekernel.file_types import describe_file_type
 from widekernel.models.checkpoint.shards import find_index, read_shards
 from widekernel.models.layouts.layout import State
 from widekernel.safe_pickle import Placeholder, RefusedError, UnreadableError, unpickle
