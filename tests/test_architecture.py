@@ -25,6 +25,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 FOLDERS = [
     "ops",
     "layers",
+    "weights",
     "models",
     "transforms",
     "sparsity",
@@ -43,6 +44,7 @@ FOR_EVERYBODY = [
     "deprecation",
     "errors",
     "figures",
+    "file_types",
     "files",
     "lazy",
     "safe_pickle",
@@ -365,8 +367,8 @@ def test_importing_loads_no_heavy_packages(importing: list) -> None:
 
 def test_importing_loads_only_what_the_networks_need(importing: list) -> None:
     loaded = {name.split(".")[1] for name in importing[2] if name.startswith("widekernel.")}
-    ground = {"deprecation", "errors", "files", "lazy", "safe_pickle", "settings", "tensor_files"}
-    assert loaded == {*ground, "layers", "models", "ops"}
+    ground = {"deprecation", "errors", "file_types", "files", "lazy", "safe_pickle", "settings", "tensor_files"}
+    assert loaded == {*ground, "layers", "models", "ops", "weights"}
 
 
 def seconds(statement: str) -> float:

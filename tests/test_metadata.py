@@ -15,7 +15,13 @@ import widekernel
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = (ROOT / "pyproject.toml").read_text()
 # Distributions that are called differently from their package.
-DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow", "sklearn": "scikit-learn", "typing_extensions": "typing-extensions"}
+DISTRIBUTIONS = {
+    "yaml": "pyyaml",
+    "PIL": "pillow",
+    "sklearn": "scikit-learn",
+    "typing_extensions": "typing-extensions",
+    "huggingface_hub": "huggingface-hub",
+}
 # Installed by PyTorch where it can use it; imported only to launch kernels.
 WITH_TORCH = {"triton"}
 
@@ -57,6 +63,6 @@ def test_every_import_is_declared() -> None:
     at_once = imported(node for tree in trees for node in tree.body) - WITH_TORCH
     ever = imported(node for tree in trees for node in ast.walk(tree))
     assert {"torch", "numpy", "pyyaml", "pillow", "typing-extensions"} <= at_once <= declared("dependencies")
-    extras = declared("demo") | declared("tensorboard") | declared("wandb") | declared("slurm")
+    extras = {name for extra in ("demo", "tensorboard", "wandb", "slurm", "weights") for name in declared(extra)}
     assert ever - WITH_TORCH <= declared("dependencies") | extras
     assert ever >= WITH_TORCH, "no longer imported"

@@ -18,6 +18,7 @@ from widekernel.errors import ArgumentError
 from widekernel.layers.folding import Fusable, is_folded
 from widekernel.layers.grouped import GroupedKernels
 from widekernel.layers.strict_loading import load_strictly
+from widekernel.models.checkpoint.loading import load_pretrained
 from widekernel.models.input_check import InputCheck
 from widekernel.models.options import ModelOptions, linear_drop_path_rates
 from widekernel.models.validation import require_drop_rates
@@ -178,6 +179,11 @@ class StagedConvNet(Fusable, nn.Module):
     @_model_args.setter
     def _model_args(self, args: dict[str, Any]) -> None:
         self._recorded_args = {key: value for key, value in args.items() if key != "folded"}
+
+    @torch.jit.ignore
+    def load_pretrained(self, path: str) -> None:
+        """Load a published checkpoint for timm, which adapts weights to other images and leaves other classifiers out."""
+        load_pretrained(self, path)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

@@ -15,6 +15,8 @@ from widekernel.errors import UnknownArgumentError, nearest
 from widekernel.layers.folding import fold_in_place
 from widekernel.models.base import StagedConvNet
 from widekernel.models.layouts.conversion import to_native
+from widekernel.models.published import arguments_of_file, published_checkpoint
+from widekernel.weights.fetching import fetch
 
 ConfigT = TypeVar("ConfigT")
 # Parameters of timm's builder that `build_model` sets itself, so that users cannot.
@@ -72,11 +74,14 @@ def build_model(
         model_cls: class of the network.
         variant: registered name.
         config: architecture.
-        pretrained: whether timm loads the weights that the pretrained configuration names.
+        pretrained: whether to load the weights that the pretrained configuration names. Published weights are fetched, and
+            bring the arguments that their network was built with.
         kwargs: the user's arguments: fields of `config` to override, arguments of `model_cls` and of timm's builder.
 
     Raises:
         UnknownArgumentError: a TypeError, for an argument that none of them takes; the message suggests the closest name.
+        ArgumentError: the network has no weights of the tag.
+        FetchError: the published weights cannot be fetched.
     """
     fields = [field.name for field in dataclasses.fields(config)]  # type: ignore[arg-type]
     of_model = [name for name in inspect.signature(model_cls).parameters if name != "cfg"]
@@ -86,13 +91,15 @@ def build_model(
             raise UnknownArgumentError(
                 f"{variant} got an unknown argument {name!r}.{nearest(name, known)} It takes {', '.join(fields + of_model)}"
             )
+    published = _published_arguments(variant, pretrained, kwargs)
+    kwargs = {**published, **kwargs}
     overrides = {name: _tuples(kwargs.pop(name)) for name in fields if name in kwargs}
     constructor = _folded_form(model_cls) if kwargs.pop("folded", False) else model_cls
     # timm passes the arguments of the pretrained configuration to every model; their defaults are the same here.
     feature_cfg = {"feature_cls": "getter", **_default_indices(model_cls, config, overrides)}
     if kwargs.get("feature_cls") in ("list", "dict"):
         feature_cfg["flatten_sequential"] = True
-    return build_model_with_cfg(
+    model: Any = build_model_with_cfg(
         constructor,
         variant,
         pretrained,
@@ -101,6 +108,24 @@ def build_model(
         pretrained_filter_fn=_filter_pretrained,
         **kwargs,
     )
+    if published:
+        model._model_args = published  # timm adds the user's
+    model.pretrained_cfg.pop("file", None)  # where the weights came from on this machine
+    return model
+
+
+def _published_arguments(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments that the chosen published weights bring; if they are to be loaded, fetch them and tell timm."""
+    checkpoint = published_checkpoint(variant, kwargs)
+    if checkpoint is None or not (pretrained or kwargs.get("pretrained_cfg")):
+        return {}
+    arguments = dict(checkpoint.arguments)
+    if pretrained:
+        path = fetch(checkpoint, kwargs.get("cache_dir"))
+        arguments.update(arguments_of_file(checkpoint, path))
+        overlay = {"file": str(path), "custom_load": True}
+        kwargs["pretrained_cfg_overlay"] = {**(kwargs.get("pretrained_cfg_overlay") or {}), **overlay}
+    return arguments
 
 
 def _folded_form(model_cls: type[StagedConvNet]) -> Callable[..., nn.Module]:

@@ -2,6 +2,5 @@
 
 from widekernel.models.layouts.registry import register_signature
 
-register_signature("torchvision's ConvNeXt", r"^features\.\d+\.\d+\.block\.", "foreign")
 register_signature("a ResNet", r"^layer\d\.\d+\.conv\d\.", "foreign")
 register_signature("a vision transformer", r"^blocks\.\d+\.attn\.", "foreign")

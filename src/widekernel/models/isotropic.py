@@ -18,6 +18,7 @@ from widekernel.models.base import Parts, Stage, StagedConvNet
 from widekernel.models.blocks import MixerBlock, init_convnext
 from widekernel.models.builder import build_model, default_cfg
 from widekernel.models.options import ModelOptions
+from widekernel.models.published import with_published
 from widekernel.settings import require_whole
 
 
@@ -82,12 +83,14 @@ class ConvNeXtIsotropic(StagedConvNet):
 
 
 default_cfgs = generate_default_cfgs(
-    {
-        "convnext_isotropic_small.untrained": default_cfg(224, 16, first_conv="stem"),
-        "convnext_isotropic_base.untrained": default_cfg(224, 16, first_conv="stem"),
-        "convnext_isotropic_large.untrained": default_cfg(224, 16, first_conv="stem"),
-        "convnext_isotropic_nano.untrained": default_cfg(64, 8, first_conv="stem"),
-    }
+    with_published(
+        {
+            "convnext_isotropic_small.untrained": default_cfg(224, 16, first_conv="stem"),
+            "convnext_isotropic_base.untrained": default_cfg(224, 16, first_conv="stem"),
+            "convnext_isotropic_large.untrained": default_cfg(224, 16, first_conv="stem"),
+            "convnext_isotropic_nano.untrained": default_cfg(64, 8, first_conv="stem"),
+        }
+    )
 )
 
 

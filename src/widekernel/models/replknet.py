@@ -26,6 +26,7 @@ from widekernel.layers.sources import dilate
 from widekernel.models.base import Parts, Stage, StagedConvNet
 from widekernel.models.builder import build_model, default_cfg
 from widekernel.models.options import ModelOptions, StageSpec
+from widekernel.models.published import with_published
 from widekernel.models.validation import require_channels, require_one_per_stage
 
 
@@ -232,12 +233,14 @@ def _transition(dim_in: int, dim_out: int, spec: StageSpec, norm: Callable[..., 
 _INCEPTION: dict[str, Any] = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 
 default_cfgs = generate_default_cfgs(
-    {
-        "replknet_31b.untrained": default_cfg(first_conv="stem.0.conv"),
-        "replknet_31l.untrained": default_cfg(384, first_conv="stem.0.conv", crop_pct=1.0, crop_mode="squash"),
-        "replknet_xl.untrained": default_cfg(320, first_conv="stem.0.conv", **_INCEPTION),
-        "replknet_nano.untrained": default_cfg(64, first_conv="stem.0.conv"),
-    }
+    with_published(
+        {
+            "replknet_31b.untrained": default_cfg(first_conv="stem.0.conv"),
+            "replknet_31l.untrained": default_cfg(384, first_conv="stem.0.conv", crop_pct=1.0, crop_mode="squash"),
+            "replknet_xl.untrained": default_cfg(320, first_conv="stem.0.conv", **_INCEPTION),
+            "replknet_nano.untrained": default_cfg(64, first_conv="stem.0.conv"),
+        }
+    )
 )
 
 

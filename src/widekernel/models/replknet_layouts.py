@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from widekernel.models.layouts.layout import Expected, Layout, Rule, State
-from widekernel.models.layouts.registry import ANY_FOLDED, BLOCK_KEY, register_layouts, register_signature
+from widekernel.models.layouts.registry import (
+    ANY_FOLDED,
+    BLOCK_KEY,
+    register_layouts,
+    register_rewriting,
+    register_signature,
+)
 from widekernel.models.replknet import RepLKNet
 
 _BLOCK = "stages.{i}.blocks.{j}"
@@ -46,6 +54,25 @@ def replknet_layouts(model: RepLKNet) -> tuple[Layout, ...]:
         Rule("head.{rest}", "head.fc.{rest}"),
     )
     return (Layout("RepLKNet", rules, _PART_ORDER, upgrade=unmerge),)
+
+
+@register_rewriting("OpenMMLab's RepLKNet classifier")
+def from_openmmlab(state: State) -> State | None:
+    """Return the weights of OpenMMLab's classifier under the authors' names; None if the state dict is of another network.
+
+    There, the norm before the pooling belongs to the last stage.
+    """
+    layer = re.compile(r"backbone\.stages\.(\d+)\.blocks\.\d+\.large_kernel\.lkb_")
+    stages = [int(match[1]) for key in state if (match := layer.match(key))]
+    if not stages or "head.fc.weight" not in state:
+        return None
+    norm = f"backbone.stages.{max(stages)}.norm."
+    renamed = {norm: "norm.", "backbone.": "", "head.fc.": "head."}
+    out = {}
+    for key, value in state.items():
+        prefix = next((prefix for prefix in renamed if key.startswith(prefix)), "")
+        out[renamed.get(prefix, "") + key.removeprefix(prefix)] = value
+    return out
 
 
 def unmerge(state: State, expected: Expected) -> tuple[State, str]:

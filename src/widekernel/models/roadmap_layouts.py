@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from widekernel.models.convnext_layouts import BLOCK, OFFICIAL_BLOCK, PART_ORDER, TAIL, backbone_rules, block_rules
+from widekernel.models.convnext_layouts import (
+    BLOCK,
+    OFFICIAL_BLOCK,
+    PART_ORDER,
+    TAIL,
+    backbone_rules,
+    block_rules,
+    torchvision_layout,
+)
 from widekernel.models.layouts.layout import Layout, Rule
 from widekernel.models.layouts.registry import register_layouts, register_signature
 from widekernel.models.roadmap import Roadmap
@@ -36,9 +44,10 @@ _TIMM = Layout(
         Rule("head.{rest}", "head.{rest}"),
     ),
 )
+_TORCHVISION = torchvision_layout(("stem.0.conv", "stem.0.bn"), "mixer")
 
 
 @register_layouts(Roadmap)
 def roadmap_layouts(model: Roadmap) -> tuple[Layout, ...]:
     """Return the layouts of ConvNeXt for the last step, and none for the other steps."""
-    return (_OFFICIAL, _TIMM) if model.cfg.separate_downsample else ()
+    return (_OFFICIAL, _TIMM, _TORCHVISION) if model.cfg.separate_downsample else ()

@@ -26,6 +26,7 @@ from widekernel.models.base import Parts, Stage, StagedConvNet
 from widekernel.models.blocks import MixerBlock, alterations_around_scale, convnext_parts, init_convnext
 from widekernel.models.builder import build_model, default_cfg
 from widekernel.models.options import ModelOptions, StageSpec
+from widekernel.models.published import with_published
 from widekernel.models.validation import require_channels, require_one_per_stage
 
 
@@ -205,16 +206,18 @@ _BASE_DIMS = (128, 256, 512, 1024)
 _NANO = ShiftWiseConfig((31, 15, 7, 5), depths=(1, 1, 2, 1), dims=(16, 32, 64, 128))
 
 default_cfgs = generate_default_cfgs(
-    {
-        "shiftwise_tiny.untrained": default_cfg(),
-        "shiftwise_small.untrained": default_cfg(),
-        "shiftwise_base.untrained": default_cfg(),
-        "shiftwise_nano.untrained": default_cfg(64),
-        "shiftwise_v1_tiny.untrained": default_cfg(),
-        "shiftwise_v1_small.untrained": default_cfg(),
-        "shiftwise_v1_base.untrained": default_cfg(),
-        "shiftwise_v1_nano.untrained": default_cfg(64),
-    }
+    with_published(
+        {
+            "shiftwise_tiny.untrained": default_cfg(),
+            "shiftwise_small.untrained": default_cfg(),
+            "shiftwise_base.untrained": default_cfg(),
+            "shiftwise_nano.untrained": default_cfg(64),
+            "shiftwise_v1_tiny.untrained": default_cfg(),
+            "shiftwise_v1_small.untrained": default_cfg(),
+            "shiftwise_v1_base.untrained": default_cfg(),
+            "shiftwise_v1_nano.untrained": default_cfg(64),
+        }
+    )
 )
 
 

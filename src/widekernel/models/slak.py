@@ -28,6 +28,7 @@ from widekernel.models.base import Parts, StagedConvNet
 from widekernel.models.blocks import MixerBlock, convnext_parts, init_convnext
 from widekernel.models.builder import build_model, default_cfg
 from widekernel.models.options import ModelOptions, StageSpec
+from widekernel.models.published import with_published
 from widekernel.models.validation import require_channels, require_one_per_stage
 from widekernel.settings import require_literals
 
@@ -163,28 +164,30 @@ _NANO: dict[str, Any] = {
 }
 
 default_cfgs = generate_default_cfgs(
-    {
-        "slak_tiny.untrained": default_cfg(),
-        "slak_small.untrained": default_cfg(),
-        "slak_base.untrained": default_cfg(),
-        "slak_large.untrained": default_cfg(),
-        "slak_nano.untrained": default_cfg(64),
-        "slak_reg_tiny.untrained": default_cfg(),
-        "slak_reg_small.untrained": default_cfg(),
-        "slak_reg_base.untrained": default_cfg(),
-        "slak_reg_large.untrained": default_cfg(),
-        "slak_reg_nano.untrained": default_cfg(64),
-        "slak_pw_tiny.untrained": default_cfg(),
-        "slak_pw_small.untrained": default_cfg(),
-        "slak_pw_base.untrained": default_cfg(),
-        "slak_pw_large.untrained": default_cfg(),
-        "slak_pw_nano.untrained": default_cfg(64),
-        "slak_pww_tiny.untrained": default_cfg(),
-        "slak_pww_small.untrained": default_cfg(),
-        "slak_pww_base.untrained": default_cfg(),
-        "slak_pww_large.untrained": default_cfg(),
-        "slak_pww_nano.untrained": default_cfg(64),
-    }
+    with_published(
+        {
+            "slak_tiny.untrained": default_cfg(),
+            "slak_small.untrained": default_cfg(),
+            "slak_base.untrained": default_cfg(),
+            "slak_large.untrained": default_cfg(),
+            "slak_nano.untrained": default_cfg(64),
+            "slak_reg_tiny.untrained": default_cfg(),
+            "slak_reg_small.untrained": default_cfg(),
+            "slak_reg_base.untrained": default_cfg(),
+            "slak_reg_large.untrained": default_cfg(),
+            "slak_reg_nano.untrained": default_cfg(64),
+            "slak_pw_tiny.untrained": default_cfg(),
+            "slak_pw_small.untrained": default_cfg(),
+            "slak_pw_base.untrained": default_cfg(),
+            "slak_pw_large.untrained": default_cfg(),
+            "slak_pw_nano.untrained": default_cfg(64),
+            "slak_pww_tiny.untrained": default_cfg(),
+            "slak_pww_small.untrained": default_cfg(),
+            "slak_pww_base.untrained": default_cfg(),
+            "slak_pww_large.untrained": default_cfg(),
+            "slak_pww_nano.untrained": default_cfg(64),
+        }
+    )
 )
 
 

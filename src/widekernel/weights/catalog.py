@@ -139,11 +139,15 @@ class Checkpoint:
 def _catalog() -> Mapping[str, Checkpoint]:
     content = json.loads(resources.files(__package__).joinpath("checkpoints.json").read_text(encoding="utf-8"))
     found = {}
+    prepared = {
+        name: {key: tuple(value) if isinstance(value, list) else value for key, value in how.items()}
+        for name, how in content["preprocessing"].items()
+    }
     for entry in content["checkpoints"]:
         found[entry["name"]] = Checkpoint(
             **{
                 **entry,
-                "preprocessing": content["preprocessing"][entry["preprocessing"]],
+                "preprocessing": prepared[entry["preprocessing"]],
                 "sources": tuple(Source(**source) for source in entry["sources"]),
                 "unsupported": content["unsupported"].get(entry["layout"], ""),
             }

@@ -12,7 +12,8 @@ import re
 import time
 import urllib.error
 import urllib.request
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ class Patience:
     timeout: float = 60.0
 
 
-class _Interrupted(Exception):
+class _TryFailedError(Exception):
     """A try failed in a way that another may not."""
 
 
@@ -64,7 +65,7 @@ def download(url: str, target: Path, listener: Listener, patience: Patience | No
         before = _size(target)
         try:
             _try(url, target, listener, patience.timeout)
-        except _Interrupted as error:
+        except _TryFailedError as error:
             failures = 1 if _size(target) >= before + _PROGRESS else failures + 1
             if failures >= patience.tries:
                 raise FetchError(f"{error}, {failures} times in a row") from error
@@ -89,11 +90,13 @@ def _try(url: str, target: Path, listener: Listener, timeout: float) -> None:
         if error.code == 416 and have:
             _settle(error, target, have, state)
         elif error.code in _REPEAT:
-            raise _Interrupted(f"the server answers {error.code} {error.reason}") from error
+            raise _TryFailedError(f"the server answers {error.code} {error.reason}") from error
         else:
             raise FetchError(f"the server answers {error.code} {error.reason}") from error
+    except FetchError:
+        raise
     except (OSError, http.client.HTTPException) as error:  # OSError: no network, cut connections, timeouts
-        raise _Interrupted(_reason(error)) from error
+        raise _TryFailedError(_reason(error)) from error
 
 
 def _receive(response: Any, url: str, target: Path, have: int, state: dict[str, Any], listener: Listener) -> None:
@@ -106,25 +109,34 @@ def _receive(response: Any, url: str, target: Path, have: int, state: dict[str, 
         start, total = _range_of(response.headers.get("Content-Range", ""))
         if start != have or state["total"] not in (None, total):
             _discard(target)
-            raise _Interrupted("the server continues another file, or at another place")
+            raise _TryFailedError("the server continues another file, or at another place")
     else:
         have = 0
         validator = _validator(response.headers)
         _discard(target)
         if validator:  # without one, a later try starts from the beginning
             write_file(_state_of(target), json.dumps({"url": url, "validator": validator, "total": total}).encode())
-    with _written(target, have) as file:
-        while chunk := response.read1(_CHUNK):
+    with _explained(target), target.open("ab" if have else "wb") as file:
+        while chunk := _read(response):
             file.write(chunk)
             have += len(chunk)
             listener.advance(have, total)
     if total is not None and have != total:
-        raise _Interrupted(f"the connection was cut after {have} of {total} bytes")
+        raise _TryFailedError(f"the connection was cut after {have} of {total} bytes")
 
 
-def _written(target: Path, have: int) -> Any:
+def _read(response: Any) -> bytes:
+    """Return the next bytes of a response, as soon as some arrive; nothing at its end."""
     try:
-        return target.open("ab" if have else "wb")
+        return response.read1(_CHUNK)  # type: ignore[no-any-return]
+    except (OSError, http.client.HTTPException) as error:
+        raise _TryFailedError(_reason(error)) from error
+
+
+@contextmanager
+def _explained(target: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise FetchError(f"{target} cannot be written: {error.strerror}") from error
 
@@ -135,7 +147,7 @@ def _settle(error: urllib.error.HTTPError, target: Path, have: int, state: dict[
     if match and int(match[1]) == have and state["total"] in (None, have):
         return
     _discard(target)
-    raise _Interrupted("the server's file is shorter than announced") from error
+    raise _TryFailedError("the server's file is shorter than announced") from error
 
 
 def _range_of(text: str) -> tuple[int, int | None]:

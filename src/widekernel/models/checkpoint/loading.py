@@ -10,17 +10,24 @@ from typing import Any, Literal
 from torch import nn
 
 from widekernel.errors import CheckpointError
-from widekernel.models.checkpoint.arguments import resolve_path, unwrap
+from widekernel.models.checkpoint.arguments import unwrap
+from widekernel.models.checkpoint.by_name import describe_input, locate
+from widekernel.models.checkpoint.channels import adapt_channels
 from widekernel.models.checkpoint.matching import match_weights, storage_problem
 from widekernel.models.checkpoint.prefixes import strip_prefixes
 from widekernel.models.checkpoint.reader import read_checkpoint
 from widekernel.models.checkpoint.report import LoadReport
 from widekernel.models.layouts.conversion import Converted, is_classifier_key, known_keys, table_problems, to_native
 from widekernel.models.layouts.layout import State
+from widekernel.models.layouts.registry import rewritten
 
 
 def load_checkpoint(model: nn.Module, path: str | Path, weights: Literal["model", "ema"] = "model") -> LoadReport:
     """Load a checkpoint into `model`, in any official container and layout.
+
+    In place of a path, the name of a published checkpoint can be given, such as "replknet_31b.in1k_224". Its file is fetched
+    if it is not in the cache, and `model.pretrained_cfg` then says how the images are prepared. A file of that name comes
+    first.
 
     The file may be a training checkpoint or a bare state dict, of the network, of a wrapped network or of a larger network
     that contains this one. It may be in safetensors format, and it may consist of shards. It may be in an official layout of
@@ -37,26 +44,60 @@ def load_checkpoint(model: nn.Module, path: str | Path, weights: Literal["model"
     Args:
         model: one of our networks, also in its `features_only` form, or timm's ConvNeXt; it may be inside compiled,
             data-parallel and averaging (EMA, SWA) wrappers.
-        path: path of the file; `~` means the home folder.
+        path: path of the file, where `~` means the home folder; or the name of a published checkpoint.
         weights: "model", or "ema" for the averaged weights of a training checkpoint.
 
     Raises:
         ArgumentError: if `model` is not a network or `path` not a path.
         CheckpointError: if the file cannot be read safely, holds another network, or does not fill the model; the message
             names every key.
+        FetchError: if a published checkpoint cannot be fetched.
     """
-    network, path = unwrap(model), resolve_path(path)
+    network = unwrap(model)
+    path, published = locate(path, network)
+    report, why_dropped = _load(network, path, weights)
+    if published is not None:
+        describe_input(model, published)
+        describe_input(network, published)
+    warning = _classifier_warning(report, network, why_dropped)
+    if warning:
+        warnings.warn(warning, stacklevel=2)
+    return report
+
+
+def load_pretrained(network: nn.Module, path: str | Path) -> None:
+    """Load a checkpoint as timm loads pretrained weights.
+
+    The first convolution is adapted to the number of channels, and a classifier for other classes is left out without a
+    warning.
+
+    Args:
+        network: one of our networks, with timm's `pretrained_cfg`.
+        path: path of the file.
+
+    Raises:
+        CheckpointError: as for `load_checkpoint`.
+    """
+    _load(network, Path(path), "model", adapt=True)
+
+
+def _load(network: nn.Module, path: Path, weights: str, adapt: bool = False) -> tuple[LoadReport, str]:
+    """Load a file; return the report, and how its classifier differs from that of the network."""
     content = read_checkpoint(path, weights)
-    converted, prefixes, others = _convert(network, content.state, path)
+    state, library = rewritten(content.state)
+    converted, prefixes, others = _convert(network, state, path)
     is_backbone = any(f".{prefix}".endswith(".backbone.") for prefix in prefixes)
     own = network.state_dict()
+    if adapt:
+        adapt_channels(network, converted.state)
     match = match_weights(own, converted, is_backbone, _removed_prefixes(network))
     _raise_problems(path, network, match.problems + table_problems(network, match.accepted))
     try:
         network.load_state_dict({**own, **match.accepted})
     except RuntimeError as error:
         raise CheckpointError(f"{path} does not fit the {type(network).__name__}: {error}") from error
-    notes = [f"removed the prefix {prefix!r}" for prefix in prefixes]
+    notes = [f"renamed the weights of {library}"] if library else []
+    notes += [f"removed the prefix {prefix!r}" for prefix in prefixes]
     notes += [converted.note] if converted.note else []
     notes += [f"converted {', '.join(sorted(match.conversions))}"] if match.conversions else []
     report = LoadReport(
@@ -71,10 +112,7 @@ def load_checkpoint(model: nn.Module, path: str | Path, weights: Literal["model"
         unused=content.others,
         notes=tuple(notes),
     )
-    warning = _classifier_warning(report, network, match.why_dropped)
-    if warning:
-        warnings.warn(warning, stacklevel=2)
-    return report
+    return report, match.why_dropped
 
 
 def _convert(network: nn.Module, state: State, path: Path) -> tuple[Converted, tuple[str, ...], tuple[str, ...]]:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from widekernel.errors import CheckpointError
+from widekernel.file_types import describe_file_type
 from widekernel.models.checkpoint.entries import (
     EMA_KEYS,
     MODEL_KEYS,
@@ -20,7 +21,6 @@ from widekernel.models.checkpoint.entries import (
     is_averaged,
     is_state_dict,
 )
-from widekernel.file_types import describe_file_type
 from widekernel.models.checkpoint.shards import find_index, read_shards
 from widekernel.models.layouts.layout import State
 from widekernel.safe_pickle import Placeholder, RefusedError, UnreadableError, unpickle

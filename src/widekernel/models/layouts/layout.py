@@ -22,20 +22,25 @@ class Rule:
     Attributes:
         official: template of the key in the authors' checkpoint.
         native: template of the key in ours.
-        official_dims: number of axes in the authors' checkpoint, for vectors that have leading axes of length 1 there.
+        official_dims: number of axes in the authors' checkpoint, for vectors that have further axes of length 1 there.
+        channels_first: whether these axes come after that of the vector, not before it.
     """
 
     official: str
     native: str
     official_dims: int | None = None
+    channels_first: bool = False
 
     def to_native(self, value: Tensor) -> Tensor:
-        """Remove the leading axes of length 1 from an official tensor."""
+        """Remove the further axes of length 1 from an official tensor."""
         return value.flatten() if self.official_dims else value
 
     def to_official(self, value: Tensor) -> Tensor:
-        """Restore the leading axes of length 1."""
-        return value.view(*[1] * (self.official_dims - 1), -1) if self.official_dims else value
+        """Restore the further axes of length 1."""
+        if not self.official_dims:
+            return value
+        ones = [1] * (self.official_dims - 1)
+        return value.view(-1, *ones) if self.channels_first else value.view(*ones, -1)
 
 
 @dataclass(frozen=True)

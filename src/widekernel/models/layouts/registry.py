@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, get_args
 from torch import nn
 
 from widekernel.errors import ArgumentError
-from widekernel.models.layouts.layout import Layout
+from widekernel.models.layouts.layout import Layout, State
 from widekernel.settings import require_one_of
 
 # In search order: a file in an official layout may have keys that match a native signature, too.
@@ -23,6 +23,7 @@ Form = Literal["folded", "official", "foreign", "native"]
 BLOCK_KEY = r"^stages\.\d+\.blocks\.\d+\."
 ANY_FOLDED = "a folded widekernel network"
 
+Rewriting = Callable[[State], State | None]
 ListLayoutsT = TypeVar("ListLayoutsT", bound=Callable[[Any], tuple[Layout, ...]])
 
 
@@ -46,6 +47,7 @@ class Signature:
 
 _SIGNATURES: dict[str, Signature] = {}
 _LAYOUTS: dict[type[nn.Module], Callable[[Any], tuple[Layout, ...]]] = {}
+_REWRITINGS: dict[str, Rewriting] = {}
 
 
 def register_signature(name: str, pattern: str, form: Form, over: tuple[str, ...] = ()) -> None:
@@ -72,6 +74,32 @@ def register_layouts(network: type[nn.Module]) -> Callable[[ListLayoutsT], ListL
         return list_layouts
 
     return register
+
+
+def register_rewriting(name: str) -> Callable[[Rewriting], Rewriting]:
+    """Return a decorator that registers a function for whole files of another library, such as classifiers with a backbone.
+
+    The function gets the weights of every file before prefixes are removed. It returns them under the authors' names if the
+    file is of this library, or else None.
+
+    Args:
+        name: the library's network, for the report.
+    """
+
+    def register(rewrite: Rewriting) -> Rewriting:
+        _REWRITINGS[name] = rewrite
+        return rewrite
+
+    return register
+
+
+def rewritten(state: State) -> tuple[State, str]:
+    """Return the weights of a file under the authors' names, and the name of the other library's network, or ""."""
+    for name, rewrite in _REWRITINGS.items():
+        found = rewrite(state)
+        if found is not None:
+            return found, name
+    return state, ""
 
 
 def layouts_of(model: nn.Module) -> tuple[Layout, ...]:
