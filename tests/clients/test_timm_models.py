@@ -160,7 +160,7 @@ def test_every_kind_of_extractor(name: str) -> None:
         assert len(maps) == 2
 
 
-@every_name
+@pytest.mark.parametrize("name", NANO)
 def test_missing_pretrained_weights_are_reported(name: str) -> None:
     assert not timm.is_model_pretrained(name)
     assert name not in timm.list_models(pretrained=True)

@@ -10,6 +10,7 @@ import timm
 
 import widekernel.models
 from widekernel.models import list_models
+from widekernel.weights import list_checkpoints
 
 NAMES = {
     "isotropic": [f"convnext_isotropic_{size}" for size in ("small", "base", "large", "nano")],
@@ -51,7 +52,8 @@ def test_registered_names() -> None:
     assert len(ALL) == len(set(ALL))
     assert sorted(list_models()) == ALL
     assert all(timm.is_model(name) for name in ALL)
-    assert not any(timm.is_model_pretrained(name) for name in ALL)
+    with_weights = {each.model for each in list_checkpoints(task="classification")}
+    assert {name for name in ALL if timm.is_model_pretrained(name)} == with_weights & set(ALL)
     assert list_models("slak_*nano") == ["slak_nano", "slak_pw_nano", "slak_pww_nano", "slak_reg_nano"]
 
 
@@ -85,4 +87,6 @@ def test_functions_create_the_network_of_their_name(name: str) -> None:
     assert name in texts
     cfg = timm.get_pretrained_cfg(name)
     assert cfg is not None
-    assert (cfg.architecture, cfg.tag) == (name, "untrained")
+    assert cfg.architecture == name
+    assert (cfg.tag == "untrained") == (not timm.is_model_pretrained(name))
+    assert timm.get_pretrained_cfg(f"{name}.untrained").tag == "untrained"
