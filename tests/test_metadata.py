@@ -20,7 +20,6 @@ DISTRIBUTIONS = {
     "PIL": "pillow",
     "sklearn": "scikit-learn",
     "typing_extensions": "typing-extensions",
-    "huggingface_hub": "huggingface-hub",
 }
 # Installed by PyTorch where it can use it; imported only to launch kernels.
 WITH_TORCH = {"triton"}

@@ -16,8 +16,8 @@ import widekernel
 from tests.models.checkpoints import assert_refused, state_of
 from tests.models.zoo import NANO, alive, create
 from widekernel.errors import CheckpointError
-from widekernel.models.checkpoint import saving
 from widekernel.file_types import describe_file_type
+from widekernel.models.checkpoint import saving
 
 # How an error names each network, that of the file and that of the model.
 FAMILY = {

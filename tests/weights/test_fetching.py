@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import subprocess
 import sys
@@ -197,14 +196,16 @@ def test_offline(variable: str, server: Server, publish: Publish, monkeypatch: p
 
 
 def test_names() -> None:
-    with pytest.raises(CheckpointError, match=r"no published checkpoint 'slak_tiny.in1k'\. Did you mean 'slak_tiny.in1k_224'"):
+    with pytest.raises(
+        CheckpointError, match=r"no published checkpoint 'slak_tiny.in1k'\. Did you mean 'slak_tiny.in1k_224'"
+    ):
         find_checkpoint("slak_tiny.in1k")
-    with pytest.raises(CheckpointError, match="'slak_base' has several published checkpoints: choose one of slak_base.in1k"):
+    with pytest.raises(CheckpointError, match=r"'slak_base' has several published checkpoints: .* slak_base.in1k_224"):
         find_checkpoint("slak_base")
 
 
 def test_without_a_link(cache: Path) -> None:
-    with pytest.raises(FetchError, match="published no link for it: see https://github.com/VITA-Group/SLaK"):
+    with pytest.raises(FetchError, match=r"published no link for it: see https://github.com/VITA-Group/SLaK"):
         fetch("slak_tiny.in1k_ft_coco_cascade_3x")
 
 
@@ -271,7 +272,9 @@ def program(server: Server) -> list[str]:
 
 def test_processes_fetch_once_between_them(server: Server, cache: Path) -> None:
     server.always = slow(pieces=8, pause=0.05)
-    running = [subprocess.Popen(program(server), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    running = [
+        subprocess.Popen(program(server), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)
+    ]
     done = [process.communicate(timeout=100) for process in running]
     assert [out for out, _ in done] == [f"{cache / NAME}.pth\n"] * 3, done
     assert len(server.requests) == 1
@@ -288,7 +291,7 @@ def test_a_killed_process_leaves_what_the_next_continues(server: Server, cache: 
         time.sleep(0.02)
     process.kill()
     process.communicate()
-    assert os.listdir(cache) and not (cache / f"{NAME}.pth").exists()
+    assert partial.exists() and not (cache / f"{NAME}.pth").exists()
     assert subprocess.run(program(server), capture_output=True, text=True).stdout == f"{cache / NAME}.pth\n"
     assert re.fullmatch(r"bytes=[1-9]\d*-", server.asked()[-1] or "")
     assert (cache / f"{NAME}.pth").read_bytes() == server.content

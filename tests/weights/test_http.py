@@ -159,7 +159,9 @@ def test_the_file_is_complete_already(server: Server, target: Path) -> None:
     assert len(server.requests) == 1
 
 
-@pytest.mark.parametrize("notes", ["", "{", "[]", '{"url": 1}', '{"url": "http://elsewhere/", "validator": "x", "total": 9}'])
+@pytest.mark.parametrize(
+    "notes", ["", "{", "[]", '{"url": 1}', '{"url": "http://elsewhere/", "validator": "x", "total": 9}']
+)
 def test_damaged_notes_are_not_believed(notes: str, server: Server, target: Path) -> None:
     target.write_bytes(b"of another file")
     Path(f"{target}.json").write_text(notes)
@@ -224,7 +226,7 @@ def test_a_web_page_leaves_what_was_there(server: Server, target: Path) -> None:
 def test_no_server(target: Path) -> None:
     with running(b"") as gone:
         pass
-    with pytest.raises(FetchError, match="no connection .*refused.*, 3 times in a row"):
+    with pytest.raises(FetchError, match=r"no connection .*refused.*, 3 times in a row"):
         get(gone, target)
 
 

@@ -46,15 +46,11 @@ def published_cfg(checkpoint: Checkpoint, cfg: Mapping[str, Any]) -> dict[str, A
         "input_size": (cfg["input_size"][0], size, size),
         "pool_size": (size // stride, size // stride),
         "num_classes": checkpoint.classes or 0,
-        "url": _address(checkpoint),
+        "url": checkpoint.sources[0].link,
         "custom_load": True,
         "license": checkpoint.license.lower(),
         "origin_url": checkpoint.origin,
     }
-
-
-def _address(checkpoint: Checkpoint) -> str:
-    return checkpoint.sources[0].link
 
 
 def published_checkpoint(variant: str, kwargs: Mapping[str, Any]) -> Checkpoint | None:
@@ -74,8 +70,8 @@ def published_checkpoint(variant: str, kwargs: Mapping[str, Any]) -> Checkpoint 
     name = f"{variant}.{cfg.tag}"
     if cfg.file or cfg.state_dict or cfg.hf_hub_id or cfg.source or not is_published(name):
         return None
-    checkpoint = find_checkpoint(name)
-    return checkpoint if cfg.url == _address(checkpoint) else None
+    registered = timm.models.get_pretrained_cfg(name)
+    return find_checkpoint(name) if registered is not None and cfg.url == registered.url else None
 
 
 def _check_tag(variant: str, tag: str) -> None:

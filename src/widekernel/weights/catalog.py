@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -50,10 +51,16 @@ class Source:
 
     @property
     def link(self) -> str:
-        """Address to open in a browser."""
+        """Address of the file, or of the page with it, for a browser.
+
+        As in Hugging Face's own library, the environment variable HF_ENDPOINT names a mirror of Hugging Face.
+        """
         if self.kind == "google_drive":
             return f"https://drive.google.com/file/d/{self.id}/view"
-        return f"https://huggingface.co/{self.repo}/resolve/main/{self.file}" if self.kind == "huggingface" else self.url
+        if self.kind == "huggingface":
+            endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+            return f"{endpoint.rstrip('/')}/{self.repo}/resolve/main/{self.file}"
+        return self.url
 
     @property
     def place(self) -> str:

@@ -14,8 +14,8 @@ from widekernel.errors import FetchError
 from widekernel.file_types import describe_file_type
 from widekernel.files import explained, sha256_of, sync_folder
 from widekernel.weights.catalog import Checkpoint, Source, find_checkpoint
+from widekernel.weights.google_drive import from_google_drive
 from widekernel.weights.http import download
-from widekernel.weights.hubs import from_google_drive, from_hugging_face
 from widekernel.weights.listener import Listener
 from widekernel.weights.store import VARIABLE, Entry, cache_folder, offline
 
@@ -100,10 +100,8 @@ def _from_source(source: Source, entry: Entry, listener: Listener) -> Path:
     partial = entry.partial(source.kind)
     if source.kind == "google_drive":
         from_google_drive(source.id, partial, listener)
-    elif source.kind == "huggingface":
-        from_hugging_face(source.repo, source.file, partial, listener)
     else:
-        download(source.url, partial, listener)
+        download(source.link, partial, listener)
     try:
         digest = _checked(partial, source, entry)
     except FetchError:

@@ -1,10 +1,8 @@
-"""Downloads through the libraries of the hosts: Google Drive by gdown, Hugging Face by huggingface_hub."""
+"""Downloads from Google Drive, whose pages in front of large files gdown can answer."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
-from typing import Any
 
 from widekernel.errors import FetchError, in_short
 from widekernel.weights.listener import Listener
@@ -23,8 +21,6 @@ def from_google_drive(identifier: str, target: Path, listener: Listener) -> None
         import gdown
     except ImportError as error:
         raise FetchError("gdown is not installed: pip install 'widekernel[weights]'") from error
-    import requests
-
     started = list(target.parent.glob(f"{target.name}????????.part"))
     if len(started) > 1:  # gdown does not know which to continue
         _remove(started)
@@ -42,44 +38,8 @@ def from_google_drive(identifier: str, target: Path, listener: Listener) -> None
             from_google_drive(identifier, target, listener)
             return
         raise FetchError(in_short(error)) from error
-    except (requests.exceptions.RequestException, OSError) as error:
+    except Exception as error:  # those of its HTTP library, and what an unexpected answer makes gdown raise
         raise FetchError(in_short(error)) from error
-
-
-def from_hugging_face(repo: str, file: str, target: Path, listener: Listener) -> None:
-    """Download a file of a repository on Hugging Face to `target`; an interrupted download is continued.
-
-    Raises:
-        FetchError: huggingface_hub is missing, or it cannot fetch the file.
-    """
-    try:
-        from huggingface_hub import hf_hub_download
-    except ImportError as error:
-        raise FetchError("huggingface_hub is not installed: pip install 'widekernel[weights]'") from error
-    folder = target.with_name(f"{target.name}.folder")
-    try:
-        path = hf_hub_download(repo, file, local_dir=folder, tqdm_class=_progress_class(listener))
-    except Exception as error:  # those of huggingface_hub and of its HTTP library have no common base
-        raise FetchError(in_short(error)) from error
-    Path(path).replace(target)
-    shutil.rmtree(folder)
-
-
-def _progress_class(listener: Listener) -> Any:
-    """Return a class that stands in for tqdm's, prints nothing and tells the listener."""
-    from tqdm import tqdm
-
-    class Silent(tqdm):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            kwargs.pop("name", None)
-            super().__init__(*args, **{**kwargs, "disable": True})
-            self.n, self.total = kwargs.get("initial", 0), kwargs.get("total")
-
-        def update(self, n: float | None = 1) -> None:
-            self.n += n or 0
-            listener.advance(int(self.n), int(self.total) if self.total else None)
-
-    return Silent
 
 
 def _remove(paths: list[Path]) -> None:
