@@ -26,6 +26,7 @@ PLACES = {
     "surfdrive": "url",
     "huggingface": "huggingface",
 }
+LARGE = re.compile("base|large|small|31l|xl")
 _networks: dict[str, torch.nn.Module] = {}
 
 
@@ -182,7 +183,7 @@ def _id(place: dict[str, Any]) -> str:
 
 def _check_arguments(theirs: dict[str, Any], ours: Checkpoint) -> None:
     """Compare the arguments with those collected; some are the network's defaults, or are seen in the file."""
-    if ours.unsupported or ours.layout == "isotropic ConvNeXt":
+    if ours.unsupported or ours.layout == "isotropic ConvNeXt" or not theirs["arguments"]:
         return
     model = network(ours)
     for key, value in theirs["arguments"].items():

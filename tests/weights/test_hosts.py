@@ -149,6 +149,20 @@ def test_several_partial_files_are_dropped(drive: Server, publish: Any, cache: P
     assert not list(cache.glob("*.part*"))
 
 
+def test_no_connection_to_google_drive(publish: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gdown")
+    import requests
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise requests.exceptions.ConnectionError("HTTPSConnectionPool: Max retries exceeded")
+
+    monkeypatch.setattr(requests.adapters.HTTPAdapter, "send", refuse)
+    for retries in (0, 1):
+        monkeypatch.setattr(google_drive, "_RETRIES", retries)
+        with pytest.raises(FetchError, match="view: no connection\n"):
+            from_drive(publish)
+
+
 def test_gdown_is_missing(publish: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gdown", None)
     with pytest.raises(FetchError, match=r"gdown is not installed: pip install 'widekernel\[weights\]'"):

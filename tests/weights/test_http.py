@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -237,3 +238,10 @@ def test_a_folder_that_cannot_be_written_is_not_repeated(server: Server, tmp_pat
         with pytest.raises(WidekernelError, match="cannot be written: No such file or directory"):
             get(server, tmp_path / "missing" / "file.part")
         assert len(server.requests) == 1
+
+
+def test_no_such_host_is_not_repeated(target: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(FetchError, match="no network, or no such host"):
+        download("http://host.invalid/file.pth", target, Listener(), Patience(tries=3, pause=10.0))
+    assert time.monotonic() - started < 9

@@ -20,6 +20,7 @@ COMMANDS = {
     "sparsify": "make a trained network sparse, 2:4 or in other blocks",
     "fold": "merge the branches of a checkpoint into its deployed form",
     "models": "list the models",
+    "weights": "list, show or fetch the authors' published weights",
     "recipes": "list the training recipes",
     "complexity": "count the parameters and operations of a model",
     "bench": "time operators or networks against PyTorch on this machine",

@@ -15,14 +15,14 @@ from widekernel.models.checkpoint.reader import read_checkpoint
 from widekernel.weights.catalog import Checkpoint, find_checkpoint, is_published, list_checkpoints
 
 
-def with_published(cfgs: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def with_published(cfgs: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     """Return timm's configurations of networks with those of their published classifiers added.
 
     Args:
         cfgs: "name.untrained" -> configuration of the network. A classifier with the same input and number of classes
             becomes the network's default in timm.
     """
-    out: dict[str, dict[str, Any]] = {}
+    out: dict[str, Any] = {}
     for key, cfg in cfgs.items():
         published = [each for each in list_checkpoints(key.partition(".")[0], "classification") if not each.timm]
         added = {each.name: published_cfg(each, cfg) for each in published if not each.unsupported}

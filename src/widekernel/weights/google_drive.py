@@ -37,9 +37,21 @@ def from_google_drive(identifier: str, target: Path, listener: Listener) -> None
             _remove(started)
             from_google_drive(identifier, target, listener)
             return
-        raise FetchError(in_short(error)) from error
+        raise FetchError(_reason(error)) from error
     except Exception as error:  # those of its HTTP library, and what an unexpected answer makes gdown raise
-        raise FetchError(in_short(error)) from error
+        raise FetchError(_reason(error)) from error
+
+
+def _reason(error: BaseException) -> str:
+    """Return why gdown failed: no connection, or what it says."""
+    from requests.exceptions import ConnectionError as NoConnection
+
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, NoConnection):
+            return "no connection"
+        cause = cause.__cause__
+    return in_short(error)
 
 
 def _remove(paths: list[Path]) -> None:

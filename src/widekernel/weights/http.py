@@ -9,6 +9,7 @@ from __future__ import annotations
 import http.client
 import json
 import re
+import socket
 import time
 import urllib.error
 import urllib.request
@@ -96,6 +97,8 @@ def _try(url: str, target: Path, listener: Listener, timeout: float) -> None:
     except FetchError:
         raise
     except (OSError, http.client.HTTPException) as error:  # OSError: no network, cut connections, timeouts
+        if isinstance(getattr(error, "reason", None), socket.gaierror):
+            raise FetchError("no network, or no such host") from error
         raise _TryFailedError(_reason(error)) from error
 
 
