@@ -16,6 +16,7 @@ from tests.models.zoo import alive, assert_same_state, create, snapshot
 from tests.weights.conftest import url
 from tests.weights.server import Server, status
 from widekernel.errors import ArgumentError, CheckpointError, FetchError
+from widekernel.tasks.assembly import build_model
 from widekernel.weights import find_checkpoint
 
 NAME = "replknet_31b.in1k_224"
@@ -116,6 +117,12 @@ def test_feature_extractors(kind: str, published: Server, trained: nn.Module) ->
         expected = trained.eval().forward_intermediates(x, indices=[1, 3], intermediates_only=True)
         for ours, theirs in zip(extractor(x), expected, strict=True):
             torch.testing.assert_close(ours, theirs)
+
+
+def test_in_training(published: Server, trained: nn.Module) -> None:
+    model = build_model(NAME, 10, {"drop_path_rate": 0.1}, pretrained=True)
+    assert model.num_classes == 10
+    assert torch.equal(model.state_dict()["stem.0.conv.weight"], trained.state_dict()["stem.0.conv.weight"])
 
 
 def test_timms_cache_folder(published: Server, trained: nn.Module, tmp_path: Path, cache: Path) -> None:

@@ -94,7 +94,7 @@ def arguments_of_file(checkpoint: Checkpoint, path: Path) -> dict[str, Any]:
     if not checkpoint.arguments_by_key:
         return {}
     keys = list(read_checkpoint(path).state)
-    found = {}
+    found: dict[str, Any] = {}
     for pattern, arguments in checkpoint.arguments_by_key.items():
         if any(re.search(pattern, key) for key in keys):
             found.update(arguments)

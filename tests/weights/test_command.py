@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.weights.conftest import cache, publish, server, url  # noqa: F401 - fixtures
+from tests.weights.conftest import url
 from tests.weights.server import Server, status
 
 from widekernel.cli.main import main
@@ -85,7 +85,7 @@ def test_json(capsys: pytest.CaptureFixture) -> None:
     assert shown["file"] is None
 
 
-def test_fetch(server: Server, publish: Any, cache: Path, capsys: pytest.CaptureFixture) -> None:  # noqa: F811
+def test_fetch(server: Server, publish: Any, cache: Path, capsys: pytest.CaptureFixture) -> None:
     publish(url(server))
     out, err = run(capsys, NAME, "--fetch")
     assert out == f"{cache / NAME}.pth\n"
@@ -97,8 +97,8 @@ def test_fetch(server: Server, publish: Any, cache: Path, capsys: pytest.Capture
 
 
 def test_fetch_in_a_terminal(
-    server: Server,  # noqa: F811
-    publish: Any,  # noqa: F811
+    server: Server,
+    publish: Any,
     capsys: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -111,7 +111,7 @@ def test_fetch_in_a_terminal(
     assert "━" in err
 
 
-def test_a_failed_fetch(server: Server, publish: Any, cache: Path, capsys: pytest.CaptureFixture) -> None:  # noqa: F811
+def test_a_failed_fetch(server: Server, publish: Any, cache: Path, capsys: pytest.CaptureFixture) -> None:
     publish(url(server))
     server.always = status(404)
     err = fail(capsys, NAME, "--fetch")
@@ -124,7 +124,7 @@ def test_a_failed_fetch(server: Server, publish: Any, cache: Path, capsys: pytes
     ("arguments", "message"),
     [
         (["--fetch"], "--fetch downloads the weights that you name: add NAME"),
-        ([NAME, "--task", "detection"], "is one name: leave them out"),
+        ([NAME, "--task", "detection"], "is named already: leave them out"),
         (["replknet_31b.in1k_225"], "Did you mean 'replknet_31b.in1k_224'?"),
         (["--model", "slak_tinny"], "match 'slak_tinny'. Did you mean 'slak_tiny'?"),
         (["--task", "detektion"], "task"),
