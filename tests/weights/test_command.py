@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from tests.weights.conftest import url
 from tests.weights.server import Server, status
-
 from widekernel.cli.main import main
 from widekernel.weights import list_checkpoints
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,16 +57,21 @@ def assert_same(ours: State, theirs: State) -> None:
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-@pytest.mark.parametrize("container", ["bare", "model", "training"])
-@pytest.mark.parametrize(
-    ("name", "mini", "layout"),
-    [
+def classifiers() -> Iterator[Any]:
+    """Yield every layout in every container; each layout in one of them is a quick test."""
+    quick = {"replknet_mini": "bare", "slak_mini": "training", "shiftwise_v2_mini": "model", "convnext_mini": "model"}
+    for name, mini, layout in (
         ("replknet_31b.in22k_ft_in1k_384", "replknet_mini", "RepLKNet"),
         ("slak_tiny.in1k_224", "slak_mini", "SLaK"),
         ("shiftwise_tiny.in1k_224", "shiftwise_v2_mini", "ShiftWise_v2"),
         ("convnext_tiny.fb_in1k", "convnext_mini", "ConvNeXt"),
-    ],
-)
+    ):
+        for container in ("bare", "model", "training"):
+            marks = [] if quick[mini] == container else [pytest.mark.slow]
+            yield pytest.param(name, mini, layout, container, marks=marks)
+
+
+@pytest.mark.parametrize(("name", "mini", "layout", "container"), classifiers())
 def test_classifiers(name: str, mini: str, layout: str, container: str, shared: Path, cache: Path, tmp_path: Path) -> None:
     model, state = official(shared, mini)
     put(cache, name, {"bare": state, "model": {"model": state}, "training": {"model": state, **TRAINING}}[container])
@@ -86,7 +92,7 @@ def from_openmmlab(state: State) -> State:
     return out
 
 
-@pytest.mark.parametrize("small_kernel", [5, 0])
+@pytest.mark.parametrize("small_kernel", [5, pytest.param(0, marks=pytest.mark.slow)])
 def test_openmmlab(small_kernel: int, shared: Path, cache: Path, tmp_path: Path) -> None:
     description = manifest(shared, "replknet_mini")
     description["kwargs"]["small_kernel"] = small_kernel or None  # XL has none
@@ -154,7 +160,7 @@ def torchvision_convnext() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("name", ["convnext_tiny", "roadmap_13_convnext_t"])
+@pytest.mark.parametrize("name", ["convnext_tiny", pytest.param("roadmap_13_convnext_t", marks=pytest.mark.slow)])
 def test_torchvision_convnext(name: str, cache: Path) -> None:
     theirs = torchvision_convnext()
     put(cache, "convnext_tiny.tv_in1k", theirs.state_dict())
@@ -191,12 +197,18 @@ def test_copies_of_timm(cache: Path) -> None:
     ("mini", "name", "constructor", "extra"),
     [
         ("seg_replknet_mini", "replknet_31b.in1k_ft_ade20k_upernet_512", "RepLKNet", {}),
-        ("seg_replknet_norm_mini", "replknet_xl.megdata73m_ft_ade20k_upernet_640", "RepLKNet", {}),
+        pytest.param(
+            "seg_replknet_norm_mini", "replknet_xl.megdata73m_ft_ade20k_upernet_640", "RepLKNet", {}, marks=pytest.mark.slow
+        ),
         ("seg_slak_mini", "slak_tiny.in1k_ft_ade20k_upernet_512", "SLaK", {}),
-        ("seg_convnext_mini", "convnext_tiny.in1k_ft_ade20k_upernet_512", "ConvNeXt", {}),
-        ("det_fcos_mini", "replknet_31b.in1k_ft_coco_fcos", "RepLKNet", {}),
+        pytest.param(
+            "seg_convnext_mini", "convnext_tiny.in1k_ft_ade20k_upernet_512", "ConvNeXt", {}, marks=pytest.mark.slow
+        ),
+        pytest.param("det_fcos_mini", "replknet_31b.in1k_ft_coco_fcos", "RepLKNet", {}, marks=pytest.mark.slow),
         ("det_cascade_replknet_mini", "replknet_xl.megdata73m_ft_coco_cascade", "RepLKNet", {}),
-        ("det_cascade_slak_mini", "slak_tiny.in1k_ft_coco_cascade_1x", "SLaK", {"Decom": True}),
+        pytest.param(
+            "det_cascade_slak_mini", "slak_tiny.in1k_ft_coco_cascade_1x", "SLaK", {"Decom": True}, marks=pytest.mark.slow
+        ),
         ("det_mask_convnext_mini", "convnext_tiny.in1k_ft_coco_maskrcnn", "ConvNeXt", {}),
     ],
 )

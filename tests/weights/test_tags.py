@@ -71,6 +71,7 @@ def test_real_arguments() -> None:
         assert timm.create_model("replknet_31b.e120_in1k_224").cfg.kernel_sizes == (31, 29, 27, 13)
 
 
+@pytest.mark.slow
 def test_preprocessing_of_other_tags(published: Server, publish: Any, trained: nn.Module) -> None:
     for like, size, mean, crop in (
         ("replknet_31b.in22k_ft_in1k_384", 384, (0.485, 0.456, 0.406), (1.0, "squash")),
@@ -109,7 +110,7 @@ def test_other_channels(published: Server, trained: nn.Module) -> None:
     assert all(torch.equal(value, theirs[key]) for key, value in model.state_dict().items() if key != first)
 
 
-@pytest.mark.parametrize("kind", ["getter", "list", "fx"])
+@pytest.mark.parametrize("kind", ["getter", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("list", "fx"))])
 def test_feature_extractors(kind: str, published: Server, trained: nn.Module) -> None:
     extractor = timm.create_model(NAME, pretrained=True, features_only=True, feature_cls=kind, out_indices=(1, 3)).eval()
     x = torch.randn(1, 3, 64, 64)
