@@ -71,7 +71,7 @@ def classifiers() -> Iterator[Any]:
             yield pytest.param(name, mini, layout, container, marks=marks)
 
 
-@pytest.mark.parametrize(("name", "mini", "layout", "container"), classifiers())
+@pytest.mark.parametrize(("name", "mini", "layout", "container"), list(classifiers()))
 def test_classifiers(name: str, mini: str, layout: str, container: str, shared: Path, cache: Path, tmp_path: Path) -> None:
     model, state = official(shared, mini)
     put(cache, name, {"bare": state, "model": {"model": state}, "training": {"model": state, **TRAINING}}[container])
