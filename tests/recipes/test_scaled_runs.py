@@ -102,9 +102,10 @@ def test_two_steps(name: str, images: Path, tmp_path: Path) -> None:
 def test_two_processes(name: str, images: Path, tmp_path: Path) -> None:
     settings = ["--recipe", name, "--config", str(write_settings(name, images, tmp_path))]
     if name not in WITHOUT_BATCH_NORM:
-        # Batch norms see the images of both processes, as in one process that takes all of them at once. Images are then
-        # mixed in other pairs.
+        # Batch norms see the images of both processes, as in one process that takes all of them at once. What is drawn for
+        # each forward pass then differs.
         settings += ["--augment.mixup=0", "--augment.cutmix=0", "--loop.sync_batch_norm=true", "--loop.micro_batch=null"]
+        settings += ["--model.args.drop_path_rate=0"]
     environment = {**os.environ, "TORCH_CPP_LOG_LEVEL": "ERROR", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "widekernel", "train", *settings, "--processes", "2", "--output", str(tmp_path / "two")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
@@ -112,10 +113,18 @@ def test_two_processes(name: str, images: Path, tmp_path: Path) -> None:
     alone = train(parse_config([*settings, "--output", str(tmp_path / "one")]))
     two = json.loads((tmp_path / "two" / "summary.json").read_text())
     assert two["step"] == alone.summary["step"] == 2
+    rows = [
+        [row["train_loss"] for row in read_metrics(tmp_path / run / "metrics.jsonl") if "train_loss" in row]
+        for run in ("one", "two")
+    ]
+    assert rows[1] == pytest.approx(rows[0], rel=1e-4)
     one, other = (load_file(tmp_path / run / "model.safetensors") for run in ("one", "two"))
     assert one.keys() == other.keys()
-    for key, value in one.items():
-        torch.testing.assert_close(other[key], value, rtol=1e-3, atol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
+    # AdamW's first steps have the size of the learning rate and the sign of the gradient, which may be that of a rounding
+    # error: few weights may differ, and by two steps.
+    rate = load_recipe(name).settings["optimizer"]["lr"]
+    away = torch.cat([(other[key].double() - value.double()).abs().flatten() for key, value in one.items() if value.ndim])
+    assert away.max() <= 4 * rate and (away > 0.01 * rate).double().mean() < 0.02
 
 
 @pytest.mark.slow
