@@ -198,8 +198,8 @@ def test_data_are_named_by_a_root_or_a_name(arguments, is_named):
     ],
 )
 def test_too_many_processes_are_not_started(processes, words, capsys, monkeypatch):
-    monkeypatch.setattr("widekernel.cli.train.launch", lambda *_: pytest.fail("started processes"))
-    monkeypatch.setattr("widekernel.cli.train.processors", lambda: 2)
+    monkeypatch.setattr("widekernel.cli.launching.launch", lambda *_: pytest.fail("started processes"))
+    monkeypatch.setattr("widekernel.cli.launching.processors", lambda: 2)
     assert main(["train", "--processes", processes]) == 2
     told = capsys.readouterr().err
     assert all(word in told for word in words)

@@ -11,10 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from timm.data import ImageNetInfo
 
+from widekernel.cli.eval import make_parser
 from widekernel.cli.main import main
+from widekernel.cli.options import parse_with_data_of_the_run
 from widekernel.cli.parsing import parse
 from widekernel.data import Preprocessing
 from widekernel.tasks.assembly import build_model
@@ -224,8 +227,15 @@ def test_map_from_a_file(images: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "neither a readable file" in failed(capsys, *options[:-1], "imagenet-23k")
 
 
-def test_options_of_the_command_are_documented() -> None:
-    from widekernel.cli.eval import make_parser
+def test_the_map_of_a_run_was_for_the_weights_that_it_started_from(tmp_path: Path) -> None:
+    settings = {"data": {"name": "digits", "class_map": "imagenet-22k", "val_split": None, "test_crop": "warp"}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    values, has_data = parse_with_data_of_the_run(make_parser(), [str(tmp_path)])
+    data = values["data"]
+    assert has_data
+    assert (data["name"], data["class_map"], data["val_split"], data["test_crop"]) == ("digits", None, None, "warp")
 
+
+def test_options_of_the_command() -> None:
     values = parse(make_parser(), ["runs/x", "--fold-check", "--ema", "true", "--test_crop", "warp", "--processes", "2"])
     assert (values["fold_check"], values["ema"], values["test_crop"], values["processes"]) == (True, True, "warp", 2)

@@ -202,7 +202,7 @@ def test_settings_that_train_refuses(images, tmp_path: Path, capsys) -> None:  #
         ),
         (["--sparsity.method", "dynamic", "--sparsity.dynamic.init", "snipp"], "Did you mean 'snip'"),
         (["--sparsity.dynamc.init", "snip"], "Did you mean"),
-        (["--sparsity.method", "dynamic", "--sparsity.masks", "nowhere.safetensors"], "is not a readable mask file"),
+        (["--sparsity.method", "dynamic", "--sparsity.masks", "nowhere.safetensors"], "but there is no such file"),
     ):
         error = refused(capsys, "train", "--config", config, "--output", str(tmp_path / "run"), *arguments)
         assert message in error.replace("1.0", "1"), error

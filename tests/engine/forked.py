@@ -5,6 +5,7 @@ Run as a program of its own, which has computed nothing yet: OpenMP's threads do
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -70,6 +71,7 @@ def free_ports() -> Iterator[int]:
 
 def start(name: str, scenario: Scenario, world_size: int, folder: Path, port: int) -> Group:
     """Fork the processes of a scenario, whose output goes to `folder`/NAME.RANK; each exits like the main program."""
+    gc.freeze()  # else each process, when it exits, takes a second to collect what was imported
     pids = []
     for rank in range(world_size):
         sys.stdout.flush()

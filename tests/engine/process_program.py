@@ -1,6 +1,6 @@
 """Program of `test_processes`: runs scenarios, each in two processes, all at once; writes one JSON file.
 
-The scenario `values` writes what it computed; the others end with a fault.
+The scenarios `values` and `nonfinite` write what they computed; most others end with a fault.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from tests.engine import nonfinite_program
 from tests.engine.forked import Group, Scenario, free_ports, start
 from torch import nn
 
-import widekernel.engine.distributed  # noqa: F401 - once, before the processes are forked
+from widekernel.engine.distributed import dist  # imported once, before the processes are forked
 from widekernel.engine.equality import digests
 from widekernel.engine.joining import joined_processes
 from widekernel.engine.processes import Processes
@@ -49,9 +50,33 @@ def exchanges(processes: Processes) -> dict[str, object]:
         "broadcast": processes.broadcast(f"from {rank}"),
         "gather": processes.gather(rank),
         "finite": [processes.all_finite(torch.tensor(rank == 0)).item(), processes.all_finite(torch.tensor(True)).item()],
+        "carried": carried_votes(processes),
         "from_main": processes.from_main(lambda: f"made by {rank}"),
         "shard": [processes.shard.rank, processes.shard.world_size],
     }
+
+
+def carried_votes(processes: Processes) -> list[object]:
+    """Vote as a training loop does, and count the exchanges: each question travels with the check of the next step."""
+    found: list[object] = []
+    before, number = dist.all_reduce, 0
+
+    def counted(*args: object, **options: object) -> object:
+        nonlocal number
+        number += 1
+        return before(*args, **options)
+
+    dist.all_reduce = counted
+    try:
+        former = processes.vote(False)
+        for step in range(4):
+            finite = processes.all_finite(torch.tensor([True, step != 3 or processes.rank == 0]))
+            vote = processes.vote(step == processes.rank == 1)
+            found.append([finite.tolist(), former()])
+            former = vote
+    finally:
+        dist.all_reduce = before
+    return [*found, number, former()]
 
 
 def error_of(function: Callable[[], object]) -> str:
@@ -229,6 +254,7 @@ SCENARIOS: dict[str, Scenario] = {
     "values": values,
     "busy": busy,
     "unequal_ends": unequal_ends,
+    "nonfinite": lambda: nonfinite_program.run(nonfinite_program.short_cases()),
     "kill-0": fault(0, lambda: os.kill(os.getpid(), signal.SIGKILL)),
     "kill-1": fault(1, lambda: os.kill(os.getpid(), signal.SIGKILL)),
     "stop-0": fault(0, lambda: os.kill(os.getpid(), signal.SIGSTOP)),

@@ -112,7 +112,7 @@ def test_rmsprop_of_torchvisions_training_script() -> None:
     ("name", "setting", "value"), [("adamw", "momentum", 0.8), ("sgd", "betas", (0.9, 0.99)), ("sgd", "eps", 1e-6)]
 )
 def test_settings_that_an_optimizer_lacks_are_refused(name: str, setting: str, value: object) -> None:
-    with pytest.raises(ConfigError, match=rf"optimizer.{setting} is .*, but {name} has no {setting}"):
+    with pytest.raises(ConfigError, match=rf"optimizer.{setting} is .*, but the optimizer '{name}' has no {setting}"):
         create_optimizer(Small(), OptimizerConfig(name=name, **{setting: value}))
 
 
@@ -215,6 +215,7 @@ def test_weight_decay_follows_half_a_cosine() -> None:
         ({"gamma": 0.0}, "schedule.gamma is 0.0, but must be above 0"),
         ({"decay_epochs": 0.0}, "schedule.decay_epochs is 0.0, but must be positive"),
         ({"warmup_kind": "cosine"}, "schedule.warmup_kind 'cosine' is unknown"),
+        ({"warmup_kind": "constant"}, "the warm-up would train nothing"),
         ({"lr_scale_batch": 0}, "schedule.lr_scale_batch is 0, but must be positive"),
     ],
 )

@@ -6,20 +6,28 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.engine.forked import free_ports
+from tests.engine.nonfinite_program import check, short_cases
 from tests.engine.process_program import TIMEOUT_S
 from torch import nn
 
+from widekernel.cli.main import main
+from widekernel.engine import distributed
 from widekernel.engine.heartbeat import GRACE_S
 from widekernel.engine.joining import joined_processes
-from widekernel.engine.process_environment import read_environment
+from widekernel.engine.joining_limit import joining_within
+from widekernel.engine.process_environment import RUN_ID, ProcessEnvironment, read_environment, refuse_several
 from widekernel.engine.processes import Processes, refuse_sharded
 from widekernel.engine.synced_norms import SyncedBatchNorm, SyncedBatchNormAct, convert_batch_norms
 from widekernel.errors import ConfigError
+from widekernel.launch import local
 from widekernel.layers.norms import affine_of, is_foldable
 
 PLACE = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
@@ -60,6 +68,8 @@ def test_exchanges(values: list, rank: int) -> None:
         "broadcast": "from 0",
         "gather": [0, 1],
         "finite": [False, True],
+        # Process 1 votes after step 1, all know it after step 2, and four steps made four exchanges.
+        "carried": [[[True, True], False], [[True, True], False], [[True, True], True], [[True, False], False], 4, False],
         "from_main": "made by 0",
         "shard": [rank, 2],
     }
@@ -101,6 +111,12 @@ def test_batch_norms_are_those_of_one_process_with_all_images(values: list, rank
         assert len(case["largest"]) == 10
         assert max(case["largest"].values()) < 1e-10
     assert "more than 1 value per channel" in values[rank]["one value"]
+
+
+@pytest.mark.parametrize("name", short_cases())
+def test_all_processes_decide_the_same_about_values_that_are_not_finite(name: str, folder: Path, report: dict) -> None:
+    assert report["nonfinite"]["codes"] == {"0": 0, "1": 0}, (folder / "nonfinite.0").read_text()
+    check(name, [json.loads((folder / f"nonfinite.{rank}.json").read_text()) for rank in range(2)])
 
 
 def test_long_computations_are_no_loss(report: dict) -> None:
@@ -160,6 +176,43 @@ def test_without_an_environment_a_process_is_alone(monkeypatch: pytest.MonkeyPat
 def test_incomplete_environments(change: dict[str, str], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         read_environment({**PLACE, **change})
+
+
+def test_joining_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process 0 that is stopped while others join keeps its connections, on which they wait without a limit."""
+    ended, codes, texts = threading.Event(), [], []
+    monkeypatch.setattr("os._exit", lambda code: (codes.append(code), ended.set()))
+    with joining_within(30, "nobody", texts.append):
+        pass
+    with joining_within(0.01, "process 0 at host:1", texts.append):
+        assert ended.wait(20)
+    assert codes == [75] and len(texts) == 1 and "within 0 s: process 0 at host:1 does not answer" in texts[0]
+
+
+def test_runs_at_the_same_port_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two launchers may have found the same port free; only one of them gets it, and must not be disturbed."""
+    first, second = (ProcessEnvironment(rank, 2, rank, 2, "127.0.0.1", next(free_ports())) for rank in (0, 1))
+    monkeypatch.setenv(RUN_ID, "first")
+    own = distributed._meet(first)
+    own.set("sign/1", "own")
+    monkeypatch.setenv(RUN_ID, "second")
+    foreign = distributed._meet(replace(second, port=first.port))
+    foreign.set("sign/1", "foreign")
+    assert (own.get("sign/1"), foreign.get("sign/1")) == (b"own", b"foreign")
+    runs = [local.environments(2, {}) for _ in range(2)]
+    assert runs[0][0][RUN_ID] == runs[0][1][RUN_ID] != runs[1][0][RUN_ID]
+
+
+@pytest.mark.parametrize("command", ["sparsify", "fold", "bench", "tune", "demo"])
+def test_other_commands_refuse_several_processes(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for name, value in PLACE.items():
+        monkeypatch.setenv(name, value)
+    assert main([command]) == 2
+    assert f"`widekernel {command}` runs in one process, but" in capsys.readouterr().err
+    refuse_several(command, {**PLACE, "WORLD_SIZE": "1"})
+    refuse_several(command, {"WORLD_SIZE": "4"})  # set by a cluster's profile
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:

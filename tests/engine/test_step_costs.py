@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from tests.engine.tiny import TinyNet, make_config, make_trainer
+from tests.engine.tiny import TinyNet, make_config, make_trainer, states_equal
 
 from widekernel.data.seeding import STEP_STREAM, derive_seed
 from widekernel.engine.randomness import generators_restored, seed_forward
@@ -59,3 +59,18 @@ def test_forward_passes_are_seeded_as_by_manual_seed_without_its_stack_traces(mo
     assert torch.equal(drawn[0], again[0])
     assert drawn[1:] == again[1:]
     assert seeded == ([seed] * 2 if cuda else [])
+
+
+def test_optimizers_are_fused_and_stay_so_after_loading_a_state_of_another_implementation(tmp_path):
+    trainer = make_trainer(make_config(tmp_path / "run"))
+    trainer.run()
+    optimizer = trainer.components.trained.optimizer
+    assert all(group["fused"] for group in optimizer.param_groups)
+    state = trainer.state()
+    for group in state["optimizer"]["param_groups"]:
+        group["fused"], group["foreach"], group["lr"] = None, False, 0.25
+    other = make_trainer(make_config(tmp_path / "other"))
+    other.components.load_state(state, other.context.processes)
+    loaded = other.components.trained.optimizer
+    assert [(group["fused"], group["foreach"], group["lr"]) for group in loaded.param_groups] == [(True, None, 0.25)] * 2
+    assert states_equal(loaded.state_dict()["state"], optimizer.state_dict()["state"])

@@ -33,6 +33,7 @@ from widekernel.engine import (
     Trainer,
 )
 from widekernel.engine.rates import TIMING_KEYS
+from widekernel.engine.task import Task
 from widekernel.tasks.classification.config import TrainConfig
 from widekernel.tasks.classification.task import Classification
 
@@ -80,26 +81,29 @@ def make_trainer(
     reporter=None,
     model: nn.Module | None = None,
     processes: Processes | None = None,
+    held_out: int = 20,
+    task: Task | None = None,
 ) -> Trainer:
     source, processes = source or array_source(), processes or Processes()
     folder = RunFolder(config.output)
-    folder.prepare(config.to_dict())
+    processes.from_main(lambda: folder.prepare(config.to_dict()))
     with scoped_seed(MODEL_STREAM, config.seed):
         model = model or TinyNet()
     preprocessing = Preprocessing(8, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), "bilinear", 1.0)
     transforms = OnImage(preprocessing.train_transform(config.augment)), OnImage(preprocessing.eval_transform())
     samples = TrainingSamples(source, transforms[0], config.seed, LabeledImages.collate)
-    held_out = EvaluationSamples(array_source(20), transforms[1], LabeledImages.collate)
+    evaluated = EvaluationSamples(array_source(held_out), transforms[1], LabeledImages.collate)
     plan = BatchPlan(config.loop.batch_size, config.loop.micro_batch, processes.world_size)
     data = RunData(
         TrainingLoader(samples, LoaderOptions(workers), plan, processes.rank),
-        EvaluationLoader(held_out, 8, LoaderOptions(), processes.shard),
+        EvaluationLoader(evaluated, 8, LoaderOptions(), processes.shard),
     )
-    task = Classification(config.augment, config.label_smoothing, 3)
+    task = task or Classification(config.augment, config.label_smoothing, 3)
+    device = torch.device("cuda" if config.loop.device == "cuda" else "cpu")
     extra = {} if reporter is None else {"reporter": reporter}
     fingerprint = {"images": len(source)}
-    context = RunContext(folder, torch.device("cpu"), processes=processes, fingerprint=fingerprint, **extra)
-    return Trainer(model, task, data, config.training, context)
+    context = RunContext(folder, device, processes=processes, fingerprint=fingerprint, **extra)
+    return Trainer(model.to(device), task, data, config.training, context)
 
 
 def without_timings(rows: list[dict]) -> list[dict]:

@@ -113,6 +113,26 @@ def test_a_process_dies(
     assert not any(exists(pid) for pid in pids.values())
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells that a process is stopped")
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_stopped_process_keeps_nobody_waiting(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would not react to SIGTERM, so it is also continued."""
+    monkeypatch.setattr(local, "STOPPED_S", 0.1)
+    program = (
+        "import os, signal, sys, time\n"
+        "def leave(*_): sys.stderr.write('saved\\n'); sys.exit(143)\n"
+        f"if os.environ['RANK'] == '0': sys.exit({code})\n"
+        "signal.signal(signal.SIGTERM, leave)\n"
+        "os.kill(os.getpid(), signal.SIGSTOP)\n"
+        "time.sleep(60)"
+    )
+    lines: list[str] = []
+    before = time.monotonic()
+    assert local.launch([sys.executable, "-S", "-c", program], 2, lines.append) == (code or 143)
+    assert time.monotonic() - before < local.NOTICE_S
+    assert "[rank 1] saved" in lines
+
+
 def test_signals_are_passed_on_once(tmp_path: Path) -> None:
     """As for one process, the exit code says which signal arrived; Ctrl-C in a terminal goes to the whole group."""
     cases = [(signal.SIGINT, os.killpg), (signal.SIGINT, os.kill), (signal.SIGTERM, os.killpg), (signal.SIGTERM, os.kill)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -48,9 +50,9 @@ def test_gray() -> None:
         match_channels(transform, 4)
 
 
-def test_training_and_evaluation_on_gray_images(make) -> None:  # noqa: F811
+def test_training_and_evaluation_on_gray_images(make, tmp_path) -> None:  # noqa: F811
     result = train(make(model=ModelConfig("test_resnet", args={"in_chans": 1})))
     model, saved = load(ModelSource(result.folder.path))
     assert input_channels(model) == 1 and saved.model_args == {"in_chans": 1}
     with pytest.raises(ConfigError, match="images of 4 channels"):
-        train(make(model=ModelConfig("test_resnet", args={"in_chans": 4})))
+        train(replace(make(model=ModelConfig("test_resnet", args={"in_chans": 4})), output=str(tmp_path / "other")))

@@ -84,8 +84,15 @@ def test_without_held_out_images(make: Make, capsys: pytest.CaptureFixture[str])
     assert "nothing was evaluated" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_without_held_out_images_resumes(make: Make) -> None:
-    config = make(data=replace(make().data, val_split=None), loop=LoopConfig(batch_size=4, device="cpu", log_every=1))
+    config = make(
+        data=replace(make().data, val_split=None),
+        loop=LoopConfig(batch_size=4, device="cpu", log_every=1),
+        augment=replace(LIGHT, repeats=2, auto_augment="ta_wide", train_crop="random"),
+        optimizer=OptimizerConfig(lr=0.01, weight_decay=0.1, weight_decay_end=0.5, bias_weight_decay=0.2),
+        schedule=ScheduleConfig(epochs=2, warmup_steps=2, warmup_kind="linspace", kind="step", decay_epochs=1),
+    )
     whole = train(config)
     other = replace(config, output=str(Path(config.output or "").with_name("other")))
 
@@ -108,7 +115,14 @@ def test_a_run_without_held_out_images_resumes(make: Make) -> None:
 # -- evaluated weights -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("weights", "prefixes"), [("both", ("", "ema_")), ("ema", ("ema_",)), ("raw", ("",))])
+@pytest.mark.parametrize(
+    ("weights", "prefixes"),
+    [
+        pytest.param("both", ("", "ema_"), marks=pytest.mark.slow),
+        ("ema", ("ema_",)),
+        pytest.param("raw", ("",), marks=pytest.mark.slow),
+    ],
+)
 def test_evaluated_weights(make: Make, weights: str, prefixes: tuple[str, ...]) -> None:
     config = make(evaluation=EvaluationConfig(weights=weights))
     result = train(config)
@@ -206,6 +220,7 @@ def test_a_network_without_a_linear_classifier_cannot_be_scaled() -> None:
 # -- determinism and repeats -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_deterministic_algorithms_hold_during_the_run_alone(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
@@ -227,6 +242,7 @@ def test_deterministic_algorithms_hold_during_the_run_alone(make: Make, monkeypa
     assert set(seen) == {(False, True, None)}
 
 
+@pytest.mark.slow
 def test_repeated_augmentation_trains_on_fewer_images_per_epoch(make: Make) -> None:
     short = {"schedule": ScheduleConfig(epochs=1, warmup_epochs=0), "ema": EmaConfig()}
     seen = [train(make(str(n), augment=replace(LIGHT, repeats=n), **short)).summary for n in (1, 2)]

@@ -22,9 +22,14 @@ from widekernel.layers import (
 from widekernel.layers.grouped import GroupedKernels
 from widekernel.transforms.compaction import CostModel, compact, compact_report
 
+# Masks of nothing and of everything are the same for all granularities.
+MASKS = [("tile", 0.0), ("tile", 1.0), *((granularity, 0.5) for granularity in ("tile", "branch", "channel"))]
+MORE_MASKS = [(granularity, share) for granularity in ("tile", "branch", "channel") for share in (0.3, 0.9)]
 
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0, *(pytest.param(share, marks=pytest.mark.slow) for share in (0.3, 0.9))])
-@pytest.mark.parametrize("granularity", ["tile", "branch", "channel"])
+
+@pytest.mark.parametrize(
+    ("granularity", "share"), [*MASKS, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in MORE_MASKS)]
+)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_outputs_of_networks(name: str, granularity: str, share: float) -> None:
     """The reference is the masked network in its training form, so that rounding in folding counts, too."""

@@ -8,6 +8,7 @@ from widekernel.data.config import processors
 from widekernel.engine.process_environment import read_environment
 from widekernel.errors import ConfigError
 from widekernel.launch.local import launch
+from widekernel.settings import require
 
 _PER_PROCESSOR = 4
 """Largest number of processes per processor; each takes memory and starts PyTorch."""
@@ -35,7 +36,8 @@ def is_first() -> bool:
 
 
 def check_number(processes: int) -> None:
-    """Raise a `ConfigError` if so many processes would overload this machine."""
+    """Raise a `ConfigError` if the number is not positive, or if so many processes would overload this machine."""
+    require(processes > 0, "--processes", processes, "1 or more")
     cores = processors()
     most = _PER_PROCESSOR * cores
     if processes > most:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from widekernel import __version__
 from widekernel.engine.interrupts import Interrupted
+from widekernel.engine.process_environment import refuse_several
 from widekernel.errors import WidekernelError, nearest
 
 COMMANDS = {
@@ -25,6 +26,9 @@ COMMANDS = {
     "tune": "find and store the fastest configurations of the GPU kernels on this machine",
     "demo": "train, evaluate, fold, save and plot a large-kernel network on real digits",
 }
+
+_ALONE = ("sparsify", "fold", "bench", "tune", "demo")
+"""Commands that work in one process only."""
 
 EXIT_ERROR = 2
 _RAW_NAMES = "widekernel: raw bytes of file names"
@@ -77,6 +81,8 @@ def _run(command: str, arguments: list[str]) -> int:
         raise WidekernelError(
             f"There is no command {command!r}.{nearest(command, COMMANDS)} Commands: {', '.join(COMMANDS)}."
         )
+    if command in _ALONE and not {"-h", "--help"} & set(arguments):
+        refuse_several(command)
     module = importlib.import_module(f"widekernel.cli.{command}")
     return module.run(arguments)
 

@@ -6,13 +6,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import jsonargparse
 import yaml
 
 from widekernel.cli.paths import expand_paths
-from widekernel.errors import ConfigError, nearest
+from widekernel.errors import ArgumentError, ConfigError, nearest
 from widekernel.settings import flatten
 
 FREE_KEYS = ("model.args", "model_args", "slurm.sbatch")
@@ -83,21 +84,32 @@ def parse_given(parser: jsonargparse.ArgumentParser, arguments: list[str]) -> di
 
 
 def build(kind: type[T], values: dict[str, Any], key: str = "") -> T:
-    """Build the dataclass `kind` from nested plain values; `key` names it in messages.
+    """Build the dataclass `kind` from nested plain values; `key` is its dotted key, for messages.
 
     Raises:
-        ConfigError: a value is out of range, or there is a value in place of nested settings.
+        ConfigError: a value is out of range or null, or there is a value in place of nested settings.
     """
     if not isinstance(values, dict):
         names = ", ".join(field.name for field in dataclasses.fields(kind))  # type: ignore[arg-type]
         raise ConfigError(f"{key} is {values!r}, but must hold settings: {names}.")
+    prefix = f"{key}." if key else ""
     arguments = {}
+    hints = get_type_hints(kind)
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         if field.name in values:
-            value = values[field.name]
+            name, value = f"{prefix}{field.name}", values[field.name]
             nested = _nested_type(field)
-            arguments[field.name] = build(nested, value, field.name) if nested is not None else _tuples(value)
-    return kind(**arguments)
+            if value is None and nested is None:
+                _require_nullable(name, hints[field.name])
+            arguments[field.name] = build(nested, value, name) if nested is not None else _tuples(value)
+    try:
+        return kind(**arguments)
+    except ArgumentError as error:
+        # Classes that are used outside of settings, too, name their arguments without the key.
+        first = re.match(r"\w+(?=[ =])", str(error))
+        if first is None or first.group() not in arguments or not prefix:
+            raise
+        raise ConfigError(f"{prefix}{error}") from error
 
 
 def read_settings(path: str, parser: jsonargparse.ArgumentParser) -> dict[str, Any]:
@@ -157,6 +169,17 @@ class _StrictLoader(yaml.SafeLoader):
                     raise yaml.YAMLError(f"the key {key.value!r} occurs twice in one section, again in line {line}")
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+def _require_nullable(name: str, hint: Any) -> None:
+    """Raise unless `hint`, the type of the setting `name`, includes null, which a file may give for any setting."""
+    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if type(None) in parts or Any in parts:
+        return
+    kinds = dict.fromkeys((get_origin(part) or part).__name__ for part in parts)
+    choices = [repr(choice) for part in parts if get_origin(part) is Literal for choice in get_args(part)]
+    words = [", ".join(choices) if kind == "Literal" else _WORDS.get(kind, "a list") for kind in kinds]
+    raise ConfigError(f"{name} is null, but must be {' or '.join(words)}; leave it out for the default.")
 
 
 def _nested_type(field: dataclasses.Field) -> Any:

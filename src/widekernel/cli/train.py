@@ -21,6 +21,7 @@ from widekernel.errors import ConfigError
 from widekernel.launch.slurm import is_in_a_task, submit
 from widekernel.launch.slurm_config import SlurmConfig
 from widekernel.recipes import load_recipe
+from widekernel.settings import require
 from widekernel.tasks.classification.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -50,8 +51,8 @@ def run(arguments: list[str]) -> int:
     if job is not None:
         return submit_training(job, arguments, config)
     if processes is not None and not is_started(processes):
-        if processes > 0:
-            BatchPlan(config.loop.batch_size, config.loop.micro_batch, processes)
+        require(processes > 0, "--processes", processes, "1 or more")
+        BatchPlan(config.loop.batch_size, config.loop.micro_batch, processes)
         check_number(processes)
         return start("train", arguments, processes)
     from widekernel.tasks.classification.run import train
@@ -106,7 +107,7 @@ def parse_config(arguments: list[str]) -> TrainConfig:
         del values[key]
     values["model"]["args"] = typed(values["model"]["args"])
     if values["output"] is None:
-        values["output"] = str(Path("runs") / (recipe or values["model"]["name"]))
+        values["output"] = str(Path("runs") / str(recipe or values["model"]["name"]))
     return build(TrainConfig, values)
 
 

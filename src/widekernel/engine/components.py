@@ -11,7 +11,7 @@ from torch import nn
 from widekernel.engine.autocast import make_autocast
 from widekernel.engine.average import Average
 from widekernel.engine.config import TrainingConfig
-from widekernel.engine.optimization import create_optimizer
+from widekernel.engine.optimization import create_optimizer, load_optimizer
 from widekernel.engine.optimizer_step import OptimizerStep, Trained, can_be_deferred
 from widekernel.engine.processes import Processes, refuse_sharded
 from widekernel.engine.progress import Progress
@@ -57,7 +57,7 @@ class Components:
         trained.model.load_state_dict(state["model"])
         if trained.average is not None:
             trained.average.module.load_state_dict(state["ema"])
-        trained.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(trained.optimizer, state["optimizer"])
         trained.scaler.load_state_dict(state["scaler"])
         trained.sparsity.load_state(state.get("sparsity"))
         self.step.meter.load_state(state["meters"], processes)
@@ -80,7 +80,7 @@ def create_components(
     if config.sparsity.method != "none":
         refuse_sharded(model)
     sparsity = create_sparsification(model, config.sparsity, config.seed, length.steps)
-    optimizer = create_optimizer(sparsity.trained(model), config.optimizer, fused=device.type == "cuda")
+    optimizer = create_optimizer(sparsity.trained(model), config.optimizer, fused=device.type in ("cuda", "cpu"))
     decay = config.ema.decay
     average = None if decay is None else Average(model, decay, config.ema.warmup)
     sparsity.attach(optimizer, average, length.steps)

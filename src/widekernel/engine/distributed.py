@@ -18,10 +18,11 @@ from typing_extensions import override
 
 from widekernel.collectives import dist
 from widekernel.engine.equality import copy_from_main, require_equal_tensors
-from widekernel.engine.heartbeat import Heartbeat, is_connection_error
-from widekernel.engine.process_environment import ProcessEnvironment
+from widekernel.engine.heartbeat import GRACE_S, Heartbeat, is_connection_error
+from widekernel.engine.joining_limit import joining_within
+from widekernel.engine.process_environment import RUN_ID, ProcessEnvironment
 from widekernel.engine.processes import Processes
-from widekernel.engine.signs import ProcessError
+from widekernel.engine.signs import LostProcessError, ProcessError
 from widekernel.errors import ConfigError, WidekernelError, in_short
 
 Result = TypeVar("Result")
@@ -35,6 +36,14 @@ _NO_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _PARAMETERS el
 _DDP_OPTIONS: dict[str, Any] = {_NO_BUFFERS: False, "init_sync": False, "gradient_as_bucket_view": True}
 
 
+@dataclass(eq=False)
+class _Vote:
+    """A vote, and the answer once it is known."""
+
+    flag: bool
+    answer: bool | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class DistributedProcesses(Processes):
     """Several processes; the tensors of networks travel by NCCL on GPUs and by gloo on CPUs, everything else by gloo.
@@ -46,6 +55,7 @@ class DistributedProcesses(Processes):
 
     control: Any = field(default=None, repr=False)
     heartbeat: Heartbeat = field(default=None, repr=False)  # type: ignore[assignment]
+    _waiting: list[_Vote] = field(default_factory=list, init=False, repr=False)
 
     def __deepcopy__(self, memory: dict[int, Any]) -> DistributedProcesses:
         return self  # copies of a network with synchronized norms belong to the same processes
@@ -60,8 +70,16 @@ class DistributedProcesses(Processes):
 
     @override
     def all_finite(self, flags: Tensor) -> Tensor:
-        # NCCL has no logical operations.
-        return self._reduce(flags.to(torch.int32), dist.ReduceOp.MIN, "comparing flags").bool()
+        # On CPUs, each exchange costs as much as a small layer: this one carries the votes that wait for their answers.
+        votes = list(self._waiting) if flags.device.type == "cpu" else []
+        del self._waiting[: len(votes)]
+        own = flags.to(torch.int32)  # NCCL has no logical operations
+        if votes:
+            own = torch.cat([own.flatten(), torch.tensor([int(not vote.flag) for vote in votes], dtype=torch.int32)])
+        found = self._reduce(own, dist.ReduceOp.MIN, "comparing flags")
+        for vote, value in zip(votes, found[flags.numel() :].tolist() if votes else ()):
+            vote.answer = not value
+        return found[: flags.numel()].view(flags.shape).bool() if votes else found.bool()
 
     @override
     def any(self, flag: bool) -> bool:
@@ -69,6 +87,21 @@ class DistributedProcesses(Processes):
 
     @override
     def vote(self, flag: bool) -> Callable[[], bool]:
+        if self.device is not None and self.device.type != "cpu":
+            return self._ask(flag)
+        vote = _Vote(flag)
+        self._waiting.append(vote)
+
+        def answer() -> bool:
+            if vote.answer is None:
+                self._waiting.remove(vote)
+                vote.answer = self._ask(flag)()
+            return vote.answer
+
+        return answer
+
+    def _ask(self, flag: bool) -> Callable[[], bool]:
+        """Start an exchange of the hosts about `flag`."""
         votes = torch.tensor([int(flag)], dtype=torch.int32)
         with self._exchange("voting"):
             work = dist.all_reduce(votes, dist.ReduceOp.MAX, group=self.control, async_op=True)
@@ -199,25 +232,26 @@ def join(
         raise ConfigError("This process has joined others already (torch.distributed is initialized): leave them first.")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    store = _meet(environment)
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    heartbeat = Heartbeat(
-        store.clone(), environment.rank, environment.world_size, timeout_s, report, store_rank=None if agent else 0
-    )
-    heartbeat.start()
+    rank, world_size = environment.rank, environment.world_size
+    with _limit(environment, report):
+        store = _meet(environment)
+        heartbeat = Heartbeat(store.clone(), rank, world_size, timeout_s, report, store_rank=None if agent else 0)
+        heartbeat.start()
     try:
-        heartbeat.await_all(JOIN_S)
+        with _limit(environment, report):
+            heartbeat.await_all(JOIN_S)
         patience = timedelta(seconds=patience_s)
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             store=dist.PrefixStore("groups", store),
-            rank=environment.rank,
-            world_size=environment.world_size,
+            rank=rank,
+            world_size=world_size,
             timeout=patience,
             device_id=device if device.type == "cuda" else None,
         )
         control = dist.new_group(backend="gloo", timeout=patience)
-        processes = DistributedProcesses(environment.rank, environment.world_size, device, control, heartbeat)
+        processes = DistributedProcesses(rank, world_size, device, control, heartbeat)
         yield processes
         heartbeat.finish()
         processes.barrier("waiting for all processes to finish")
@@ -232,6 +266,10 @@ def join(
     finally:
         heartbeat.stop()
     dist.destroy_process_group()
+
+
+def _limit(environment: ProcessEnvironment, report: Callable[[str], None] | None) -> AbstractContextManager[None]:
+    return joining_within(JOIN_S + GRACE_S, f"process 0 at {environment.address}:{environment.port}", report)
 
 
 def _meet(environment: ProcessEnvironment) -> dist.Store:
@@ -252,8 +290,9 @@ def _meet(environment: ProcessEnvironment) -> dist.Store:
         raise ProcessError(
             f"{what}: {in_short(error)}. Choose another port, or check the address and the network."
         ) from error
-    # A restarted run finds no keys of the former one.
-    return dist.PrefixStore(f"widekernel/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    # A restarted run finds no keys of the former one, and none of another run that was given the same port.
+    names = [os.environ.get(name, "0") for name in ("TORCHELASTIC_RUN_ID", RUN_ID, "TORCHELASTIC_RESTART_COUNT")]
+    return dist.PrefixStore("/".join(["widekernel", *names]), store)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -270,4 +309,5 @@ def _sendable(error: BaseException) -> BaseException:
         pass
     if isinstance(error, WidekernelError):
         return WidekernelError(str(error))
-    return ProcessError(f"Process 0 ended with an error ({in_short(error)}).")
+    kind = ProcessError if isinstance(error, Exception) else LostProcessError  # an interrupt does not come again
+    return kind(f"Process 0 ended with an error ({in_short(error)}).")

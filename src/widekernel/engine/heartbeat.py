@@ -179,11 +179,13 @@ class Heartbeat:
     def _find_cause(self, error: BaseException, what: str) -> ProcessError:
         started = time.monotonic()
         limit = min(self.timeout_s, 6 * self.interval_s + 2)
+        read = self._exchanges + 2  # by then, the last sign of a process that has ended now is known
         self._raised = True
         while time.monotonic() < started + limit:
             self._wake.set()
             gone = [sign for sign in self._signs.values() if sign.state == LEFT]
-            found = self._verdict or (left(gone[0]) if gone else None)
+            is_known = self._exchanges >= read or self._connection_error is not None
+            found = self._verdict or (left(gone[0]) if gone else self._find_dead() if is_known else None)
             if found is not None:
                 return found
             silent = max(self._others, key=self._silence.__getitem__)
@@ -194,6 +196,15 @@ class Heartbeat:
             f"An exchange with the other processes failed ({what}: {in_short(error)}). {self.describe()}"
         )
 
+    def _find_dead(self) -> ProcessError | None:
+        """Return the error for a process that has ended, whatever this one and that one were doing."""
+        for other in self._others:
+            if self._has_ended(other):
+                return lost(self._signs[other], "has ended: it was killed, or ran out of memory")
+        if self._connection_error is not None and self._store_rank is not None:
+            return lost(self._signs[self._store_rank], "has ended or is out of reach: it closed its connection")
+        return None
+
     def describe(self) -> str:
         """Describe what the other processes do, those first that are furthest behind."""
         signs = sorted(self._signs.values(), key=lambda sign: (sign.step, sign.rank))
@@ -203,7 +214,7 @@ class Heartbeat:
 
     def finish(self) -> None:
         """Tell the others that this process has finished its work, so that its end is no loss."""
-        self._now = (*self._now[:2], FINISHING, "", True)
+        self._now = (self._now[0], "finishing", FINISHING, "", True)
         self._await_exchange()
 
     def leave(self, error: BaseException) -> None:

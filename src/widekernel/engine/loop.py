@@ -148,16 +148,16 @@ class Trainer:
         return step > self.progress.evaluated and (step % interval == 0 or step == self.length.steps)
 
     def _save_due(self) -> bool:
-        step, config = self.progress.step, self.config.checkpoint
         # The folder belongs to this run from the first step on; saving right then shows that states can be written.
-        if step in (1, self.length.steps):
+        if self.progress.step in (1, self.length.steps):
             return True
+        # What led to skipped steps may be in the weights: such states would push out those from before.
+        return (self._postponed or self._save_interval_ends()) and not self.progress.skipped_in_a_row
+
+    def _save_interval_ends(self) -> bool:
+        config = self.config.checkpoint
         intervals = config.every_steps, config.every_epochs * self.length.steps_per_epoch
-        if any(interval is not None and step % interval == 0 for interval in intervals):
-            # What led to skipped steps may be in the weights: such states would push out those from before.
-            self._postponed = self.progress.skipped_in_a_row > 0
-            return not self._postponed
-        return self._postponed and not self.progress.skipped_in_a_row
+        return any(interval is not None and self.progress.step % interval == 0 for interval in intervals)
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
@@ -198,6 +198,8 @@ class Trainer:
             return
         row = {} if not logs or self._evaluation_due() else self._write_row({})
         self.context.reporter.step(step, row)
+        if self.progress.skipped_in_a_row and self._save_interval_ends():
+            self._postponed = True
         stop = stopping.after_step()
         if stop or (self._save_due() and not self._evaluation_due()):  # an evaluation saves afterwards
             with self.rates.excluded():
@@ -368,6 +370,7 @@ class Trainer:
         return None if chosen is None else self.store.load(chosen)
 
     def _resume_or_start(self) -> None:
+        self.context.processes.note(0, "loading the training state")
         state = self._load_latest()
         if state is None:
             self.context.processes.require_equal(self.model)

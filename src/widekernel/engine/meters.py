@@ -39,11 +39,8 @@ class LossMeter:
         return {"names": self._names, "sums": processes.gather(self._sums.tolist())}
 
     def load_state(self, state: dict[str, Any], processes: Processes) -> None:
-        """Restore the sums; if the number of processes has changed, the first one takes them all."""
+        """Restore the sums; if the number of processes has changed, each takes the mean: all steps weigh the same."""
         self._names = list(state["names"])
         every = torch.tensor(state["sums"], dtype=torch.float64)
-        if len(every) == processes.world_size:
-            own = every[processes.rank]
-        else:
-            own = every.sum(0) if processes.is_main else torch.zeros_like(every[0])
+        own = every[processes.rank] if len(every) == processes.world_size else every.mean(0)
         self._sums = own.to(self._device)

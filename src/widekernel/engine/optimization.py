@@ -13,6 +13,9 @@ from widekernel.errors import ConfigError, in_short, nearest
 _FUSED = ("adam", "adamw", "sgd", "momentum")
 """Optimizers of timm that PyTorch implements, and whose fused form can skip a step on the device."""
 
+_IMPLEMENTATION = ("fused", "foreach", "capturable")
+"""Options of an optimizer that change how it computes."""
+
 
 _OPTIONAL = ("momentum", "eps", "betas")
 """Settings that not every optimizer has."""
@@ -41,7 +44,7 @@ def create_optimizer(trained: nn.Module | list[nn.Parameter], config: OptimizerC
     """
     check_optimizer_name(config.name)
     given: dict[str, Any] = {key: getattr(config, key) for key in _OPTIONAL if getattr(config, key) is not None}
-    _refuse_without_effect(config.name, given)
+    _check_options(config.name, given)
     if isinstance(trained, list):
         # Parameters that are not weights are neither decayed nor grouped by layer.
         config = OptimizerConfig(name=config.name, lr=config.lr, weight_decay=0.0)
@@ -66,9 +69,24 @@ def create_optimizer(trained: nn.Module | list[nn.Parameter], config: OptimizerC
         ) from error
 
 
-def _refuse_without_effect(name: str, given: dict[str, Any]) -> None:
-    """Raise a `ConfigError` if the optimizer `name` does not have one of the settings `given`, which timm would ignore."""
-    info = get_optimizer_info(name.lower().rpartition("_")[2])
+def _check_options(name: str, given: dict[str, Any]) -> None:
+    """Raise a `ConfigError` if the optimizer does not take one of the settings `given`, which timm would leave out."""
+    info = get_optimizer_info(name.lower())
     for key, value in given.items():
         if not getattr(info, f"has_{key}"):
-            raise ConfigError(f"optimizer.{key} is {value!r}, but {name} has no {key}: leave it out (null).")
+            raise ConfigError(
+                f"optimizer.{key} is {value}, but the optimizer {name!r} has no {key}: leave it out, or choose another "
+                "optimizer.name."
+            )
+
+
+def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Restore the state of an optimizer, which another device may have saved, but keep its own implementation.
+
+    The options that choose an implementation are among the saved ones. If a fused optimizer took those of one that is not,
+    it could not skip steps on the device.
+    """
+    own = [{key: group[key] for key in _IMPLEMENTATION if key in group} for group in optimizer.param_groups]
+    saved = state["param_groups"]
+    groups = [{**theirs, **mine} for theirs, mine in zip(saved, own)] if len(saved) == len(own) else saved
+    optimizer.load_state_dict({**state, "param_groups": groups})

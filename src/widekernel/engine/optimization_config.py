@@ -136,6 +136,11 @@ class ScheduleConfig:
         require(self.warmup_epochs >= 0, "schedule.warmup_epochs", self.warmup_epochs, "0 or more")
         require(self.warmup_lr >= 0, "schedule.warmup_lr", self.warmup_lr, "0 or more")
         require(self.min_lr >= 0, "schedule.min_lr", self.min_lr, "0 or more")
+        if self.warmup_kind == "constant" and self.warmup_lr == 0 and (self.warmup_epochs or self.warmup_steps):
+            raise ConfigError(
+                "schedule.warmup_kind is 'constant', but schedule.warmup_lr is 0, so the warm-up would train nothing: "
+                "set it, such as to a hundredth of optimizer.lr."
+            )
         ok = self.lr_scale_batch is None or self.lr_scale_batch > 0
         require(ok, "schedule.lr_scale_batch", self.lr_scale_batch, "positive")
 

@@ -52,7 +52,7 @@ def _check_average(config: TrainingConfig, total_steps: int) -> list[str]:
 def _notes_on_rates(config: TrainingConfig) -> list[str]:
     lr, schedule = config.optimizer.lr, config.schedule
     notes = []
-    if schedule.min_lr > lr:
+    if schedule.kind == "cosine" and schedule.min_lr > lr:
         notes.append(f"schedule.min_lr ({schedule.min_lr}) is above optimizer.lr ({lr}): the learning rate will rise to it.")
     if schedule.warmup_epochs and schedule.warmup_lr > lr:
         notes.append(

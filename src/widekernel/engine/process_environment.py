@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import torch
 
 REQUIRED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+RUN_ID = "WIDEKERNEL_RUN_ID"
+"""Variable that is equal in processes that were started together; those of another run at the same port differ."""
 _IDENTIFYING = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
@@ -52,11 +54,11 @@ class ProcessEnvironment:
             return torch.device("cpu")
         if kind != "cuda":
             raise ConfigError(
-                f"The device is {name!r}, but of several processes each uses the GPU with its local number: "
+                f"loop.device is {name!r}, but of several processes each uses the GPU with its local number: "
                 "set auto, cpu or cuda."
             )
         if not torch.cuda.is_available():
-            raise ConfigError(f"The device is {name!r}, but PyTorch finds no CUDA device.")
+            raise ConfigError(f"loop.device is {name!r}, but PyTorch finds no CUDA device.")
         # All processes of a machine compare with their number, so that none is left waiting for one that refused.
         here, gpus = max(self.local_size or 0, self.local_rank + 1), torch.cuda.device_count()
         if here > gpus:
@@ -102,6 +104,25 @@ def read_environment(variables: Mapping[str, str] | None = None) -> ProcessEnvir
     if not 0 < place.port < 2**16:
         raise ConfigError(f"MASTER_PORT is {place.port}, but a port is a number from 1 to 65535.")
     return place
+
+
+def refuse_several(command: str, variables: Mapping[str, str] | None = None) -> None:
+    """Raise if this is one of several processes, as which `command` would do the same work, and write the same files, each.
+
+    Args:
+        command: name of the command.
+        variables: environment; by default, that of this process.
+
+    Raises:
+        ConfigError: torchrun, or whoever sets its variables, has started several processes.
+    """
+    variables = os.environ if variables is None else variables
+    world_size = variables.get("WORLD_SIZE", "")
+    if variables.get("RANK") and world_size.isascii() and world_size.isdigit() and int(world_size) > 1:
+        raise ConfigError(
+            f"`widekernel {command}` runs in one process, but the environment says that this is one of {world_size} (RANK, "
+            "WORLD_SIZE). Start it without torchrun, or unset these variables. `widekernel train` and `eval` take several."
+        )
 
 
 def _number(name: str, text: str) -> int:

@@ -65,7 +65,10 @@ class Processes:
         return flag
 
     def vote(self, flag: bool) -> Callable[[], bool]:
-        """Start to ask whether `flag` is true in at least one process; the function that is returned awaits the answer."""
+        """Ask whether `flag` is true in at least one process; the function that is returned awaits the answer.
+
+        The question may travel with the next `all_finite`, so an answer that is read only after that costs no time.
+        """
         return lambda: flag
 
     def union(self, names: set[str]) -> set[str]:

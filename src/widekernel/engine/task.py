@@ -39,7 +39,10 @@ class Evaluator(ABC):
 
     @abstractmethod
     def reduce(self, processes: Processes) -> None:
-        """Combine what all processes have seen; called once, after the last batch."""
+        """Combine what all processes have seen; called once, after the last batch.
+
+        A process may have had no batch, so tensors to be summed must not be on the device of the last one: use the host.
+        """
 
     @abstractmethod
     def result(self) -> dict[str, float]:

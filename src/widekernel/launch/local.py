@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import queue
 import random
+import secrets
 import signal
 import socket
 import subprocess
@@ -22,6 +24,8 @@ from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
+from widekernel.engine.process_environment import RUN_ID
+from widekernel.engine.signs import local_state
 from widekernel.errors import ConfigError
 
 NOTICE_S = 5.0
@@ -29,9 +33,12 @@ NOTICE_S = 5.0
 GRACE_S = 30.0
 """Seconds between SIGTERM and SIGKILL: a state that is being written is completed."""
 SAVING_S = 600.0
-"""Seconds that the others may take to save, after one has stopped on request."""
+"""The same after one has stopped on request, when the others save."""
+STOPPED_S = 1.0
+"""Seconds for which processes may be stopped (SIGSTOP) after one has ended; they would not end by themselves."""
 
 _PASSED_ON = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+_POLL_S = 0.25
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 _FIRST_PORT, _LAST_PORT = 15000, 31000  # below the ports that systems hand out on their own
 
@@ -80,6 +87,7 @@ def environments(processes: int, present: Mapping[str, str]) -> list[dict[str, s
     if sys.platform == "linux":
         common["GLOO_SOCKET_IFNAME"] = "lo"  # works whatever the name of the machine resolves to
     place = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
+    place[RUN_ID] = secrets.token_hex(8)
     port = str(_free_port())
     return [
         {**common, **present, **place, "MASTER_PORT": port, "RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -88,6 +96,7 @@ def environments(processes: int, present: Mapping[str, str]) -> list[dict[str, s
 
 
 def _free_port() -> int:
+    # Another program may take it before process 0 does, which then ends with an error; RUN_ID keeps runs apart.
     for port in random.Random().sample(range(_FIRST_PORT, _LAST_PORT), 100):
         with socket.socket() as probe:
             try:
@@ -108,7 +117,7 @@ class _Group:
         self._readers: list[threading.Thread] = []
         self._shown: set[str] = set()
         self._showing = threading.Lock()
-        self._requested = False
+        self._received: list[int] = []
 
     def signals(self) -> _SignalHandlers:
         """Return a block in which signals are passed on."""
@@ -127,6 +136,8 @@ class _Group:
             preexec_fn=_dying_with(os.getpid()),
         )
         self._children.append(child)
+        for number in self._received:  # before there was this process to pass it on to
+            self._kill(child, number)
         if rank:
             self._readers.append(threading.Thread(target=self._show, args=(rank, child.stderr), daemon=True))
             self._readers[-1].start()
@@ -134,30 +145,38 @@ class _Group:
 
     def wait(self) -> int:
         """Wait for all processes, and end the others soon after one has failed; return the exit code."""
-        code, left, deadline = 0, set(range(len(self._children))), None
+        code, left, deadline, running = 0, set(range(len(self._children))), math.inf, time.monotonic()
+        grace_s = GRACE_S
         while left:
             try:
-                rank, status = self._ended.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
+                rank, status = self._ended.get(timeout=_POLL_S if len(left) < len(self._children) else None)
             except queue.Empty:
-                self.end(GRACE_S)
-                deadline = None
+                now = time.monotonic()
+                running = running if self._are_stopped() else now
+                if now > min(deadline, running + STOPPED_S):
+                    self.end(grace_s)
                 continue
             left.discard(rank)
+            running = time.monotonic()
             if status == 0 or code:
                 continue
             code = status if status > 0 else 128 - status
             stopped = status > 0 and status - 128 in {getattr(signal, name, None) for name in _PASSED_ON}
-            if not stopped and not self._requested:
+            if stopped or self._received:
+                grace_s = SAVING_S  # whoever saves has caught the signal, and is not disturbed by another SIGTERM
+            else:
                 self._say(f"Process {rank} (rank {rank}, pid {self._children[rank].pid}) {_ending(status)}.")
-            deadline = time.monotonic() + (SAVING_S if stopped or self._requested else NOTICE_S)
+            deadline = time.monotonic() + NOTICE_S
         for reader in self._readers:
             reader.join(2)  # not for longer: a grandchild may hold the pipe open
         return code
 
     def end(self, grace_s: float) -> None:
-        """End all processes that are left: SIGTERM, `grace_s` seconds of time, and SIGKILL."""
+        """End all processes that are left, also those that are stopped: SIGTERM, `grace_s` seconds of time, and SIGKILL."""
         if grace_s:
             self._send(signal.SIGTERM)
+            if hasattr(signal, "SIGCONT"):
+                self._send(signal.SIGCONT)
             deadline = time.monotonic() + grace_s
             while self._left() and time.monotonic() < deadline:
                 time.sleep(0.05)
@@ -171,6 +190,10 @@ class _Group:
     def _left(self) -> list[tuple[int, subprocess.Popen]]:
         return [(rank, child) for rank, child in enumerate(self._children) if child.returncode is None]
 
+    def _are_stopped(self) -> bool:
+        """Return whether the processes that are left are all stopped, as far as the system tells."""
+        return all(local_state(child.pid) == "T" for _, child in self._left())
+
     def _send(self, number: int) -> None:
         for _, child in self._left():
             self._kill(child, number)
@@ -181,7 +204,7 @@ class _Group:
             os.kill(child.pid, number)
 
     def _pass_on(self, number: int, _frame: FrameType | None) -> None:
-        self._requested = True
+        self._received.append(number)
         self._send(number)
 
     def _suspend(self, _number: int, _frame: FrameType | None) -> None:

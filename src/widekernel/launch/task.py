@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from widekernel.engine.process_environment import RUN_ID
 from widekernel.launch.restarts import Starts, claim_restart, may_restart, note_start, read_starts
 
 IN_A_TASK = "WIDEKERNEL_SLURM_TASK"
@@ -112,6 +113,7 @@ def torchrun_variables(environment: Any) -> dict[str, str]:
             LOCAL_RANK=str(environment.local_rank),
             LOCAL_WORLD_SIZE=str(processes // nodes),
             MASTER_ADDR=environment.hostnames[0] if nodes > 1 else "127.0.0.1",
+            **{RUN_ID: str(environment.job_id)},
             MASTER_PORT=str(_FIRST_PORT + int(environment.job_id) % _PORTS),
         )
     return variables

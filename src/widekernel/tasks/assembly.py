@@ -24,8 +24,8 @@ def build_model(name: str, num_classes: int | None, args: dict[str, Any], pretra
     """Create a registered model; if `num_classes` is None, it keeps its own head.
 
     Raises:
-        ConfigError: the name is unknown, the model does not accept an argument, or its pretrained weights do not exist
-            or cannot be reached.
+        ConfigError: the name is unknown, the model does not accept an argument or a value, or its pretrained weights do not
+            exist or cannot be reached.
     """
     check_model_name(name)
     options = dict(args) if num_classes is None else {**args, "num_classes": num_classes}
@@ -38,9 +38,14 @@ def build_model(name: str, num_classes: int | None, args: dict[str, Any], pretra
         ) from error
     except WidekernelError:
         raise
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # constructors raise anything for values that they do not expect
         if ":" not in name and not pretrained:
-            raise
+            if not args:
+                raise
+            raise ConfigError(
+                f"{name} cannot be created with its arguments {options} ({type(error).__name__}: {_first_line(error)}). "
+                "Check the values of model.args."
+            ) from error
         what = f"The pretrained weights of {name}" if pretrained else f"The model {name}"
         hint = "Set model.pretrained to false, or give a checkpoint as model.weights." if pretrained else "Check the name."
         raise ConfigError(f"{what} cannot be loaded: {_first_line(error)}. {hint}") from error
@@ -72,6 +77,43 @@ def scale_classifier(model: nn.Module, factor: float) -> None:
             parameter.mul_(factor)
 
 
+def check_model(name: str, args: dict[str, Any], grad_checkpointing: bool = False) -> None:
+    """Raise what the construction of a model would raise, without its weights: it takes little memory and time.
+
+    Args:
+        name: name of the model; names that timm has to resolve (hf-hub:, local-dir:) are not checked.
+        args: arguments of the model.
+        grad_checkpointing: whether it has to checkpoint gradients.
+
+    Raises:
+        ConfigError: the name is unknown, or the model does not accept an argument or a value.
+    """
+    check_model_name(name)
+    if ":" in name:
+        return
+    try:
+        with torch.device("meta"):
+            model = build_model(name, None, args)
+    except Exception:
+        model = build_model(name, None, args)  # only an error that also occurs with weights counts
+    if grad_checkpointing:
+        checkpoint_gradients(model, name)
+
+
+def checkpoint_gradients(model: nn.Module, name: str) -> None:
+    """Let the model `name` recompute activations in the backward pass.
+
+    Raises:
+        ConfigError: it cannot do that.
+    """
+    try:
+        cast(Any, model).set_grad_checkpointing(True)
+    except (AttributeError, AssertionError, NotImplementedError) as error:  # timm's models assert that they can
+        raise ConfigError(
+            f"model.grad_checkpointing is true, but {name} has no gradient checkpointing: leave it out."
+        ) from error
+
+
 def _first_line(error: Exception) -> str:
     # PyTorch appends a list of signatures.
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -83,8 +125,12 @@ def pretrained_cfg(model: nn.Module) -> dict[str, Any]:
     return cast(dict[str, Any], getattr(model, "pretrained_cfg", {}))
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, key: str = "device") -> torch.device:
     """Return the device named `name`; `auto` is CUDA if it is available, or else the CPU.
+
+    Args:
+        name: auto, cpu, cuda or cuda:N.
+        key: name of the setting, for messages.
 
     Raises:
         ConfigError: there is no such device.
@@ -93,10 +139,12 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError(device.type)
     except RuntimeError as error:
-        raise ConfigError(f"The device is {name!r}, but must be auto, cpu, cuda or cuda:N.") from error
+        raise ConfigError(f"{key} is {name!r}, but must be auto, cpu, cuda or cuda:N.") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"The device is {name!r}, but this machine has no usable CUDA device. Use auto or cpu.")
+        raise ConfigError(f"{key} is {name!r}, but this machine has no usable CUDA device. Use auto or cpu.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"The device is {name!r}, but there are only {torch.cuda.device_count()} CUDA device(s).")
+        raise ConfigError(f"{key} is {name!r}, but there are only {torch.cuda.device_count()} CUDA device(s).")
     return device

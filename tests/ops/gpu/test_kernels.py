@@ -80,14 +80,23 @@ def test_sum_of_planes(case: Case, config: KernelConfig) -> None:
     check_sum(case, config, torch.float32, torch.contiguous_format)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize(("case", "config"), pairs([TOEPLITZ[0], TOEPLITZ[3], FLAT, PLANES], [SOME[0], SOME[2]]), ids=str)
 def test_sum_of_planes_in_short_types(case: Case, config: KernelConfig, dtype: torch.dtype) -> None:
     check_sum(case, config, dtype, torch.contiguous_format)
 
 
-@pytest.mark.parametrize("config", [DirectNhwc(4, 1, rows=2, columns=8, channels=4), DirectNhwc(2, 1, 4, 4, 4)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+NHWC_SUMS = [DirectNhwc(4, 1, rows=2, columns=8, channels=4), DirectNhwc(2, 1, 4, 4, 4)]
+# Each type once with each case, and float32 with both configurations.
+TYPED = [
+    pytest.param(dtype, config, id=f"{dtype}-{config}", marks=[] if often else [pytest.mark.slow])
+    for number, dtype in enumerate(DTYPES)
+    for config in NHWC_SUMS
+    for often in [number == 0 or config == NHWC_SUMS[number % 2]]
+]
+
+
+@pytest.mark.parametrize(("dtype", "config"), TYPED)
 @pytest.mark.parametrize("case", [case for case in CASES if max(max(r[:2]) for r in case.rects) <= 5], ids=str)
 def test_sum_of_channels_last(case: Case, dtype: torch.dtype, config: DirectNhwc) -> None:
     check_sum(case, config, dtype, NHWC)
@@ -125,7 +134,7 @@ def test_weight_gradient_of_more_columns_than_one_launch_computes() -> None:
     check_grad(Case("wide", (2, 1, 3, 80), ((2, 150, (1, 70)),)), TOEPLITZ_GRADS[1], torch.float32, torch.contiguous_format)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES[:2], pytest.param(DTYPES[2], marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("case", [CASES[0], CASES[6], CASES[10]], ids=str)
 def test_weight_gradient_of_channels_last(case: Case, dtype: torch.dtype) -> None:
     check_grad(case, DirectNhwcGrad(4, 1, columns=4, channels=2), dtype, NHWC)

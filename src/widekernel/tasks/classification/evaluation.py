@@ -88,7 +88,8 @@ class Accuracy(Evaluator):
 
     @override
     def reduce(self, processes: Processes) -> None:
-        self._sums = processes.sum(self._sums)
+        # From the host: a process that has had no readable image has its sums there, whatever the device.
+        self._sums = processes.sum(self._sums.cpu())
 
     @override
     def result(self) -> dict[str, float]:

@@ -28,14 +28,13 @@ from widekernel.data import (
 from widekernel.data.paths import expand_path
 from widekernel.data.seeding import MODEL_STREAM, scoped_seed
 from widekernel.engine import Processes, Reporter, RunContext, RunFolder, SilentReporter, Trainer
-from widekernel.engine.autocast import make_autocast
 from widekernel.engine.joining import joined_processes
-from widekernel.engine.optimization import check_optimizer_name
 from widekernel.engine.preflight import notes_on_workers
 from widekernel.engine.step_batches import RunData
 from widekernel.errors import ConfigError
 from widekernel.settings import flatten
-from widekernel.tasks.assembly import build_model, check_model_name, choose_device, pretrained_cfg, scale_classifier
+from widekernel.tasks.assembly import build_model, checkpoint_gradients, choose_device, pretrained_cfg, scale_classifier
+from widekernel.tasks.classification.checks import check_settings
 from widekernel.tasks.classification.class_map import class_map_note, load_mapped, read_class_map
 from widekernel.tasks.classification.class_mapping import inheritance_note
 from widekernel.tasks.classification.config import ModelConfig, TrainConfig, check_pairs, upgraded
@@ -88,17 +87,19 @@ class _Run:
         """Train, unless the run is finished, and return the result."""
         config, folder, processes = self.config, self.folder, self.processes
         _require_same(flatten(config.to_dict()), processes, "settings", "Start all processes with the same command.")
-        device = processes.device or choose_device(config.loop.device)
+        device = processes.device or choose_device(config.loop.device, "loop.device")
         # Opening the data may take minutes, so what can be refused without them comes first.
         plan = _make_plan(config, processes.world_size)
-        make_autocast(config.loop.precision, device)
-        check_model_name(config.model.name)
-        check_optimizer_name(config.optimizer.name)
-        sources = self._main_first(lambda: open_train_and_val(config.data))
-        chosen = None if config.data.class_map is None else read_class_map(config.data.class_map, sources[0].class_names)
         has_begun = processes.from_main(lambda: has_states(folder))
+        check_settings(config, device, starts=not has_begun)
+        settings = _with_absolute_root(config)
+        processes.from_main(lambda: folder.prepare(settings))
+        processes.note(0, "opening the data")
+        sources = self._main_first(lambda: open_train_and_val(config.data))
         self._report_notes(sources, has_begun)
         num_classes = _count_classes(config, sources[0])
+        chosen = None if config.data.class_map is None else read_class_map(config.data.class_map, sources[0].class_names)
+        processes.note(0, "building the network")
         model = self._main_first(lambda: self._build(sources[0].class_names, has_begun, chosen))
         saved = SavedModel(
             name=config.model.name,
@@ -109,7 +110,7 @@ class _Run:
             preprocessing=Preprocessing.resolve(config.data, pretrained_cfg(model)),
         )
         samples = _make_samples(config, sources, saved.preprocessing, input_channels(model))
-        context = self._make_context(sources, saved, device)
+        context = self._make_context(sources, saved, device, settings)
         was_finished = processes.from_main(folder.summary.exists)
         task = Classification(config.augment, config.label_smoothing, num_classes)
         evaluated = () if sources[1] is None else config.training.evaluated
@@ -128,6 +129,7 @@ class _Run:
         trainer.run()
         for warning in missing_classes(sources[0], trainer.progress.unreadable):
             self.reporter.message(warning)
+        processes.note(trainer.progress.step, "saving the results")
         summary = processes.from_main(lambda: write_results(trainer, saved))
         return RunResult(folder, summary, was_finished, task.metrics)
 
@@ -172,7 +174,7 @@ class _Run:
         if config.weights is not None and not has_begun:
             self._load(model, config, chosen, names)
         if config.grad_checkpointing:
-            _checkpoint_gradients(model, config.name)
+            checkpoint_gradients(model, config.name)
         return model
 
     def _load(self, model: nn.Module, config: ModelConfig, chosen: tuple[int, ...] | None, names: tuple[str, ...]) -> None:
@@ -189,10 +191,14 @@ class _Run:
         if untrained:
             self.reporter.message(f"{untrained}: this run trains it.")
 
-    def _make_context(self, sources: Sources, saved: SavedModel, device: torch.device) -> RunContext:
-        processes, settings = self.processes, _with_absolute_root(self.config)
-        processes.from_main(lambda: self.folder.prepare(settings))
-        images = fingerprint(*sources)
+    def _make_context(
+        self,
+        sources: Sources,
+        saved: SavedModel,
+        device: torch.device,
+        settings: dict[str, Any],
+    ) -> RunContext:
+        processes, images = self.processes, fingerprint(*sources)
         _require_same(images, processes, "data", "Give all hosts the same data (data.root).")
         code = code_fingerprint()
         return RunContext(self.folder, device, processes, self.reporter, images, code, saved.to_dict(), settings)
@@ -219,13 +225,6 @@ def _make_plan(config: TrainConfig, world_size: int) -> BatchPlan:
     if config.augment.mixes:
         check_pairs(f"The part of loop.batch_size ({config.loop.batch_size}) in one forward pass", plan.per_pass)
     return plan
-
-
-def _checkpoint_gradients(model: nn.Module, name: str) -> None:
-    switch = getattr(model, "set_grad_checkpointing", None)
-    if switch is None:
-        raise ConfigError(f"model.grad_checkpointing is true, but {name} has no gradient checkpointing: leave it out.")
-    switch(True)
 
 
 def _require_same(values: dict[str, Any], processes: Processes, what: str, fix: str) -> None:
