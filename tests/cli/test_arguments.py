@@ -185,7 +185,7 @@ def test_lists_add_once_to_those_of_a_layer():
     [([], False), (["--data.root", "null"], False), (["--data.root", "x"], True), (["--data.name", "folder"], True)],
 )
 def test_data_are_named_by_a_root_or_a_name(arguments, is_named):
-    values, named = parse_with_data_of_the_run(eval_command.make_parser(), ["slak_nano", *arguments])
+    values, named = parse_with_data_of_the_run(eval_command.make_parser(), ["slak_nano", *arguments], "eval")
     assert (values["source"], named) == ("slak_nano", is_named)
 
 

@@ -17,7 +17,7 @@ from widekernel.recipes import load_recipe
 
 CLASSES, SIZE = 4, 32
 OTHER_CLASSES = 7
-_KERNELS = {"kernel_sizes": [9, 7, 5, 5], "small_kernel": 3, "width_factor": 1.0}
+_KERNELS = {"kernel_sizes": [9, 7, 5, 9], "small_kernel": 3, "width_factor": 1.0}
 _SHALLOW = {"depths": [1, 1, 2, 1], "dims": [8, 8, 16, 16]}
 _RESNET = {"layers": [1, 1, 1, 1], "channels": [16, 16, 16, 16]}
 _NANO: list[tuple[str, str | None, dict[str, Any]]] = [

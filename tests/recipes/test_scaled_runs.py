@@ -18,7 +18,7 @@ from widekernel.cli.main import main
 from widekernel.cli.train import parse_config
 from widekernel.engine.metrics_log import read_metrics
 from widekernel.recipes import list_recipes, load_recipe
-from widekernel.sparsity import load_masks
+from widekernel.sparsity import SparsityReport, load_masks
 from widekernel.tasks.assembly import build_model
 from widekernel.tasks.classification.config import TrainConfig
 from widekernel.tasks.classification.run import train
@@ -41,6 +41,7 @@ TWO_PROCESSES = [
     "slak_pw_tiny_in1k_120e_224_coarse_pad_half_k",
     "slak_tiny_in1k_300e_224",
 ]
+WITHOUT_BATCH_NORM = {"convnext_tiny_in1k_300e_224", "convnext_xlarge_in1k_30e_384_from_in22k"}
 
 FIELDS = {field.name for field in dataclasses.fields(TrainConfig)}
 TRAINED = [
@@ -52,10 +53,11 @@ BASELINES = [name for name in list_recipes() if load_recipe(name).command == "sp
 
 
 @pytest.fixture(autouse=True)
-def _without_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw no curves, which would take most of the time."""
+def _without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw nothing, which would take most of the time."""
     for module in ("engine.loop", "tasks.results"):
         monkeypatch.setattr(f"widekernel.{module}.save_curves", lambda *_: None)
+    monkeypatch.setattr(SparsityReport, "picture", lambda self: b"")
 
 
 @pytest.fixture(scope="module")
@@ -99,17 +101,30 @@ def test_two_steps(name: str, images: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", TWO_PROCESSES)
 def test_two_processes(name: str, images: Path, tmp_path: Path) -> None:
     settings = ["--recipe", name, "--config", str(write_settings(name, images, tmp_path))]
+    if name not in WITHOUT_BATCH_NORM:
+        # Batch norms see the images of both processes, as in one process that takes all of them at once. What is drawn for
+        # each forward pass then differs.
+        settings += ["--augment.mixup=0", "--augment.cutmix=0", "--loop.sync_batch_norm=true", "--loop.micro_batch=null"]
+        settings += ["--model.args.drop_path_rate=0"]
     environment = {**os.environ, "TORCH_CPP_LOG_LEVEL": "ERROR", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "widekernel", "train", *settings, "--processes", "2", "--output", str(tmp_path / "two")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     alone = train(parse_config([*settings, "--output", str(tmp_path / "one")]))
     two = json.loads((tmp_path / "two" / "summary.json").read_text())
     assert two["step"] == alone.summary["step"] == 2
+    rows = [
+        [row["train_loss"] for row in read_metrics(tmp_path / run / "metrics.jsonl") if "train_loss" in row]
+        for run in ("one", "two")
+    ]
+    assert rows[1] == pytest.approx(rows[0], rel=1e-4)
     one, other = (load_file(tmp_path / run / "model.safetensors") for run in ("one", "two"))
     assert one.keys() == other.keys()
-    for key, value in one.items():
-        torch.testing.assert_close(other[key], value, rtol=1e-3, atol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
+    # AdamW's first steps have the size of the learning rate and the sign of the gradient, which may be that of a rounding
+    # error: few weights may differ, and by two steps.
+    rate = load_recipe(name).settings["optimizer"]["lr"]
+    away = torch.cat([(other[key].double() - value.double()).abs().flatten() for key, value in one.items() if value.ndim])
+    assert away.max() <= 4 * rate and (away > 0.01 * rate).double().mean() < 0.02
 
 
 @pytest.mark.slow

@@ -41,7 +41,7 @@ def add_recipe_argument(parser: jsonargparse.ArgumentParser) -> None:
 
 
 def parse_with_data_of_the_run(
-    parser: jsonargparse.ArgumentParser, arguments: list[str], command: Command
+    parser: jsonargparse.ArgumentParser, arguments: list[str], command: Command = "eval"
 ) -> tuple[dict[str, Any], bool]:
     """Parse `arguments`; if the source is a run folder or a file in one, the run's data settings are the defaults.
 
@@ -50,7 +50,7 @@ def parse_with_data_of_the_run(
     Args:
         parser: parser of the command, with the argument `--recipe`.
         arguments: the arguments of the command line.
-        command: name of the command.
+        command: name of the command, which tells the settings of a recipe that count.
 
     Returns:
         the values, and whether they name a data set.
