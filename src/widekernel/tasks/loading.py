@@ -15,6 +15,7 @@ from widekernel.tasks.assembly import build_model, pretrained_cfg
 from widekernel.tasks.foreign_checkpoint import Notify, load_weights
 from widekernel.tasks.model_source import ModelSource
 from widekernel.tasks.saved import SavedModel, restore_model, without_projection_weights
+from widekernel.weights.catalog import find_checkpoint, is_published
 
 
 def load(source: ModelSource, notify: Notify | None = None) -> tuple[nn.Module, SavedModel]:
@@ -29,7 +30,11 @@ def load(source: ModelSource, notify: Notify | None = None) -> tuple[nn.Module, 
         ConfigError: the model's name is needed or unknown, or an option does not apply to the source.
     """
     if not source.path.exists():
-        raise CheckpointError(f"{source.path} does not exist. Give a run folder or a checkpoint file.")
+        if is_published(str(source.path)):
+            return _load_published(source)
+        raise CheckpointError(
+            f"{source.path} does not exist. Give a run folder, a checkpoint file, or a name that `widekernel weights` lists."
+        )
     _check_options(source)
     if source.path.is_dir():
         return _load_run(source, notify)
@@ -58,6 +63,22 @@ def load(source: ModelSource, notify: Notify | None = None) -> tuple[nn.Module, 
         class_names=(),
         preprocessing=Preprocessing.resolve(DataConfig(), pretrained_cfg(model)),
     )
+
+
+def _load_published(source: ModelSource) -> tuple[nn.Module, SavedModel]:
+    """Fetch the published checkpoint that `source` names, and load it into its network."""
+    checkpoint = find_checkpoint(str(source.path))
+    if source.model is not None or source.weights != "model":
+        raise ConfigError(
+            f"{checkpoint.name} states its model and holds one set of weights: leave --model and --weights out."
+        )
+    if checkpoint.unsupported or checkpoint.task != "classification":
+        reason = checkpoint.unsupported or f"it is for {checkpoint.task}, and this command classifies"
+        raise CheckpointError(f"{checkpoint.name} cannot be used here: {reason}.")
+    model = build_model(checkpoint.name, None, {}, pretrained=True)
+    preprocessing = Preprocessing.resolve(DataConfig(), pretrained_cfg(model))
+    number = int(getattr(model, "num_classes", 0))
+    return model.eval(), SavedModel(checkpoint.name, {}, "training", number, (), preprocessing)
 
 
 def _is_state(path: Path) -> bool:

@@ -16,6 +16,7 @@ from widekernel.engine.optimization import create_optimizer
 from widekernel.errors import ConfigError
 from widekernel.tasks.assembly import check_model
 from widekernel.tasks.classification.config import TrainConfig
+from widekernel.weights.catalog import is_published
 
 
 def check_settings(config: TrainConfig, device: torch.device, starts: bool) -> None:
@@ -36,7 +37,8 @@ def check_settings(config: TrainConfig, device: torch.device, starts: bool) -> N
     Preprocessing.resolve(config.data, {}).train_transform(config.augment)
     if starts:
         require_packages(config.logging)
-        _require_file("model.weights", config.model.weights)
+        if config.model.weights is None or not is_published(config.model.weights):
+            _require_file("model.weights", config.model.weights)
         _require_file("sparsity.masks", config.sparsity.masks)
 
 
