@@ -120,7 +120,10 @@ def test_a_duplicate_key_is_refused(home: Path, capsys: pytest.CaptureFixture[st
 def test_a_section_without_settings_is_refused(value: str, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (home / "c.yaml").write_text(f"optimizer:{value}\n")
     assert main(["train", "--config", "c.yaml"]) == 2
-    assert f"optimizer is {(value.strip() or None)!r}, but must hold settings: betas, clip_grad" in capsys.readouterr().err
+    assert (
+        f"optimizer is {(value.strip() or None)!r}, but must hold settings: betas, bias_weight_decay, clip_grad"
+        in capsys.readouterr().err
+    )
 
 
 def test_an_empty_file_sets_nothing(home: Path) -> None:

@@ -10,11 +10,14 @@ from typing import Any
 from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
 )
 from rich.text import Text
 from typing_extensions import override
@@ -73,6 +76,13 @@ def progress(total: int) -> Iterator[Advance]:
             bar.update(task, advance=steps, description=what)
 
         yield advance
+
+
+def download_bar(console: Console) -> Progress:
+    """Return a progress bar of bytes, which shows nothing if nobody watches `console`."""
+    text = TextColumn("{task.description}", markup=False)
+    columns = (text, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_interactive)
 
 
 class _Bars(Progress):

@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import jsonargparse
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import Progress
 from rich.table import Table
 from typing_extensions import override
 
-from widekernel.cli.console import progress_console, result_console, table_console
+from widekernel.cli.console import download_bar, progress_console, result_console, table_console
 from widekernel.cli.parsing import new_parser, parse
 from widekernel.errors import ConfigError, nearest
 from widekernel.weights import Checkpoint, Listener, cached_file, fetch, find_checkpoint, list_checkpoints
@@ -188,7 +188,5 @@ class _Reporter(Listener):
 def _reported() -> Iterator[Listener]:
     """Show a download within the block; yield what receives its events."""
     console = progress_console()
-    text = TextColumn("{task.description}", markup=False)
-    columns = (text, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_interactive) as bar:
+    with download_bar(console) as bar:
         yield _Reporter(bar)

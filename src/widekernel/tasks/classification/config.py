@@ -78,8 +78,8 @@ class TrainConfig:
         checkpoint: training states
         faults: what happens when losses or gradients are not finite
         logging: logs besides metrics.jsonl
-        sparsity: sparsity of the weights
         distillation: a trained network to learn from
+        sparsity: sparsity of the weights
     """
 
     seed: int = 0
@@ -96,8 +96,8 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     faults: FaultConfig = field(default_factory=FaultConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-    sparsity: SparsityConfig = field(default_factory=SparsityConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    sparsity: SparsityConfig = field(default_factory=SparsityConfig)
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, "seed", self.seed, "0 or more")
@@ -142,6 +142,8 @@ class TrainConfig:
         # Settings of unused methods are left out, so that changing them does not prevent resuming.
         used = {"none": (), "dynamic": ("dynamic", "masks"), SEMI_STRUCTURED: ("semi_structured",)}[self.sparsity.method]
         values["sparsity"] = {key: values["sparsity"][key] for key in ("method", *used)}
+        if not self.distillation.is_on:
+            values["distillation"] = {"kind": self.distillation.kind}
         return values
 
     @property

@@ -13,7 +13,7 @@ class TeacherConfig:
 
     Args:
         weights: run folder, model file or checkpoint of the teacher
-        averaged: use the averaged weights of a run folder or training state
+        averaged: use the averaged weights instead of the last ones
         name: model name, for a checkpoint that does not state its model, or with distillation.teacher.pretrained
         args: arguments of that model
         num_classes: outputs of that model; null keeps its own number

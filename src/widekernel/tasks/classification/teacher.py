@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from widekernel.data import DataConfig, Preprocessing
-from widekernel.data.paths import expand_path
 from widekernel.errors import CheckpointError, ConfigError, DataError
 from widekernel.tasks.assembly import build_model, pretrained_cfg
 from widekernel.tasks.classification.class_mapping import class_mapping
@@ -121,7 +120,7 @@ def load_teacher(
     else:
         assert config.weights is not None
         source = ModelSource(
-            Path(expand_path("distillation.teacher.weights", config.weights)),
+            Path(config.weights),
             weights="ema" if config.averaged else "model",
             model=config.name,
             model_args=dict(config.args) or None,
