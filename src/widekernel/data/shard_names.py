@@ -3,6 +3,7 @@
 import glob
 import re
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 from widekernel.errors import DataError
@@ -10,14 +11,13 @@ from widekernel.errors import DataError
 MOST_SHARDS = 100_000
 """Largest number of shards that one string may name."""
 
-_BRACES = re.compile(r"(?<!\$)\{([^{}]*)\}")
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(\d+))?")
 _WILDCARD = re.compile(r"[*?\[]")
 
 
 def is_pattern(part: str) -> bool:
     """Return whether `part` has braces that expand (`{0..9}`, `{a,b}`) or wildcards (`*`, `?`, `[0-9]`)."""
-    return bool(_WILDCARD.search(part)) or any(_alternatives(match.group(1)) for match in _BRACES.finditer(part))
+    return bool(_WILDCARD.search(part)) or next(expand(part)) != part
 
 
 def find_shards(root: Path, pattern: str, key: str) -> list[Path]:
@@ -54,42 +54,59 @@ def find_shards(root: Path, pattern: str, key: str) -> list[Path]:
 
 def _expanded(pattern: str, key: str) -> list[str]:
     names = []
-    for name in _expand(pattern):
+    for name in expand(pattern):
         names.append(name)
         if len(names) > MOST_SHARDS:
             raise DataError(f"{key} is {pattern!r}, which names more than {MOST_SHARDS:,} shards. Correct the range.")
     return names
 
 
-def _expand(pattern: str) -> Iterator[str]:
-    """Yield the names that the braces in `pattern` stand for, the last braces varying fastest."""
-    for match in _BRACES.finditer(pattern):
-        choices = _alternatives(match.group(1))
-        if choices:
-            before, after = pattern[: match.start()], pattern[match.end() :]
-            for choice in choices:
-                # Inner braces come first, and what is around them may still have to be expanded.
-                yield from _expand(f"{before}{choice}{after}")
+def expand(pattern: str) -> Iterator[str]:
+    """Yield the names that the braces in `pattern` stand for, in the order of a shell: the last braces vary fastest.
+
+    `{08..11}` are numbers with leading zeros, `{0..9..3}` every third one, and `{a,b{0..3}}` alternatives. Other braces
+    are part of a name.
+    """
+    for start, character in enumerate(pattern):
+        end = _matching(pattern, start) if character == "{" and pattern[start - 1 : start] != "$" else None
+        if end is None:
+            continue
+        inside = pattern[start + 1 : end]
+        match, parts = _RANGE.fullmatch(inside), _alternatives(inside)
+        if match or len(parts) > 1:
+            for choice in _numbers(*match.groups()) if match else chain.from_iterable(map(expand, parts)):
+                for rest in expand(pattern[end + 1 :]):
+                    yield f"{pattern[:start]}{choice}{rest}"
             return
     yield pattern
 
 
-class _Range:
-    """Numbers as text, with leading zeros if either end has them; not a list, since it may be very long."""
-
-    def __init__(self, first: str, last: str, step: str | None) -> None:
-        low, high, by = int(first), int(last), max(int(step or 1), 1)
-        self.numbers = range(low, high + 1, by) if low <= high else range(low, high - 1, -by)
-        padded = any(len(end.lstrip("-")) > 1 and end.lstrip("-")[0] == "0" for end in (first, last))
-        self.width = max(len(first), len(last)) if padded else 0
-
-    def __iter__(self) -> Iterator[str]:
-        return (f"{number:0{self.width}d}" for number in self.numbers)
+def _matching(pattern: str, start: int) -> int | None:
+    """Return the place of the brace that closes the one at `start`, or `None` if there is none."""
+    depth = 0
+    for place in range(start, len(pattern)):
+        depth += {"{": 1, "}": -1}.get(pattern[place], 0)
+        if not depth:
+            return place
+    return None
 
 
-def _alternatives(inside: str) -> "_Range | list[str] | None":
-    """Return what the text between two braces stands for, or `None` if the braces are part of a name."""
-    match = _RANGE.fullmatch(inside)
-    if match:
-        return _Range(*match.groups())
-    return inside.split(",") if "," in inside else None
+def _alternatives(inside: str) -> list[str]:
+    """Split the text between two braces at its commas, except at those in inner braces."""
+    parts, depth = [""], 0
+    for character in inside:
+        depth += {"{": 1, "}": -1}.get(character, 0)
+        if character == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
+
+
+def _numbers(first: str, last: str, step: str | None) -> Iterator[str]:
+    """Yield the numbers of a range, with leading zeros if either end has them."""
+    low, high, by = int(first), int(last), max(int(step or 1), 1)
+    padded = any(len(end.lstrip("-")) > 1 and end.lstrip("-")[0] == "0" for end in (first, last))
+    width = max(len(first), len(last)) if padded else 0
+    numbers = range(low, high + 1, by) if low <= high else range(low, high - 1, -by)
+    return (f"{number:0{width}d}" for number in numbers)

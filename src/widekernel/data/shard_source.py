@@ -75,7 +75,8 @@ class ShardSource(FileSource):
             name = listing.names[largest].partition("/")[2]
             raise DataError(
                 f"{self._shard_of(largest)}: the key {printable(split_key(name)[0])!r} is of class {number}, but "
-                f"{self.shards[0].parent / CLASSES_FILE} names {len(names)} classes, 0 to {len(names) - 1}. Correct one of them."
+                f"{self.shards[0].parent / CLASSES_FILE} names {len(names)} classes, 0 to {len(names) - 1}. Correct one of "
+                "them."
             )
         return names
 

@@ -153,8 +153,8 @@ class _Scan:
         if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
             name = f"{printable(prefix)}.tar in {self.path}" if prefix else str(self.path)
             raise DataError(
-                f"{name} is incomplete or damaged{self.position}: after {end:,} bytes neither a file nor the end of the archive "
-                "follows, so images may be missing. Copy it again or re-create it."
+                f"{name} is incomplete or damaged{self.position}: after {end:,} bytes neither a file nor the end of the "
+                "archive follows, so images may be missing. Copy it again or re-create it."
             )
 
     def follow_links(self) -> None:
