@@ -165,7 +165,7 @@ def test_truncated_shards_are_named_with_the_last_key(root: Path, cut: float) ->
     with tarfile.open(path) as archive:
         end = archive.getmembers()[-1].offset_data + 512
     path.write_bytes(path.read_bytes()[: int(end * cut) // 128 * 128])
-    with pytest.raises(DataError, match=r"train-001.tar is .*after 000\d\.(png|cls|txt)"):
+    with pytest.raises(DataError, match=r"train-001.tar is .*the last file is 000\d\.(png|cls|txt)"):
         opened(root, "train-*.tar")
 
 

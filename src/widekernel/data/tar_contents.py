@@ -76,7 +76,7 @@ def read_contents(path: Path, which_inside: Callable[[Contents], Iterable[str]])
         raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
     except _TAR_ERRORS as error:
         raise DataError(
-            f"{path} is not a readable, uncompressed tar archive ({error}{scan.position}). Unpack it or re-create it."
+            f"{path} is not a readable, uncompressed tar archive ({error}; {scan.position}). Unpack it or re-create it."
         ) from error
     scan.follow_links()
     return scan.contents
@@ -94,7 +94,7 @@ class _Scan:
     @property
     def position(self) -> str:
         """The last file that was found, for a message."""
-        return f", after {printable(self.last)}" if self.last else ""
+        return f"the last file is {printable(self.last)}" if self.last else "it has no files"
 
     def read(self, file: IO[bytes], prefix: str, start: int) -> None:
         """Add the members of the archive `file`, which starts at byte `start` of the outer one."""
@@ -153,7 +153,7 @@ class _Scan:
         if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
             name = f"{printable(prefix)}.tar in {self.path}" if prefix else str(self.path)
             raise DataError(
-                f"{name} is incomplete or damaged{self.position}: after {end:,} bytes neither a file nor the end of the "
+                f"{name} is incomplete or damaged: after {end:,} bytes ({self.position}) neither a file nor the end of the "
                 "archive follows, so images may be missing. Copy it again or re-create it."
             )
 
