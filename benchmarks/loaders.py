@@ -3,14 +3,16 @@
     OMP_WAIT_POLICY=passive python benchmarks/loaders.py > benchmarks/results/loaders_cpu.md
     OMP_WAIT_POLICY=passive python benchmarks/loaders.py --data FOLDER_OR_TAR --workers 8
 
-The images are stored as a folder, an archive and shards, all in a temporary folder. Every loader has the same transform, batch
-size and number of processes. Reports nothing unless all sources yield the same pixels and classes as torchvision.
+The images are stored as a folder, an archive, shards and, if the package `datasets` is installed, a data set of Hugging
+Face, all in a temporary folder. Every loader has the same transform, batch size and number of processes. Reports nothing
+unless all sources yield the same pixels and classes as torchvision.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import io
 import os
 import platform
@@ -95,7 +97,27 @@ def make_sources(data: Path, folder: Path, shards: int) -> tuple[dict[str, Calla
         f"{shards} shards (webdataset)": lambda: opened(folder, f"shard-{{000..{shards - 1:03d}}}.tar"),
         "data set of torchvision": lambda: mapped(ImageFolder(root)),
     }
+    if importlib.util.find_spec("datasets") is not None:
+        sources["data set of Hugging Face"] = lambda: hugging_face(root, folder)
     return sources, root
+
+
+def hugging_face(root: Path, folder: Path) -> ImageSource:
+    """Open a copy of the images in a table of Hugging Face."""
+    os.environ.update(HF_HOME=str(folder / "cache"), HF_HUB_OFFLINE="1")  # before the package is imported
+    import datasets
+
+    datasets.disable_progress_bars()
+    source = opened(root.parent, root.name)
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for name, target in zip(source.names, source.targets, strict=True):
+            yield {"image": {"bytes": (root / name).read_bytes(), "path": None}, "label": target}
+
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(source.class_names))}
+    images = datasets.Dataset.from_generator(rows, features=datasets.Features(features))
+    images.to_parquet(folder / "table" / "train-00000.parquet")
+    return open_split(DataConfig(name=f"hfds/{folder / 'table'}", train_split="train"), "train")
 
 
 def mapped(dataset: ImageFolder) -> MappedSource:
@@ -192,16 +214,21 @@ def main() -> None:
         require_equal(sources, root)
         rates = measure(make_loaders(sources, root, options), options.rounds)
         count = len(sources["folder"])
-    note = (
+    report(rates, opening, describe(options, before, count))
+
+
+def describe(options: argparse.Namespace, before: float, count: int) -> str:
+    """Return how the rates were measured; `before` is the load of the machine at the beginning."""
+    return (
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} processors, average load {before:.1f} before and "
-        f"{os.getloadavg()[0]:.1f} at the end, PyTorch {torch.__version__}, torchvision {torchvision.__version__}, widekernel "
-        f"{widekernel.__version__}. {count:,} images of {options.data.name}, random resized crop to {options.size}², flip and "
-        f"normalization, batches of {options.batch}, {options.workers} loading processes, {options.rounds} rounds. In each "
-        "round, every loader loads all images once; the loaders alternate. Medians over the rounds, and of the ratios within "
-        "each round. All sources yielded the same pixels and classes. The files were in the cache of the operating system. "
-        "Seconds to open are for one reading of the contents, without a kept listing."
+        f"{os.getloadavg()[0]:.1f} at the end (of other programs and this one), PyTorch {torch.__version__}, torchvision "
+        f"{torchvision.__version__}, widekernel {widekernel.__version__}. {count:,} images of {options.data.name}, random "
+        f"resized crop to {options.size}², flip and normalization, batches of {options.batch}, {options.workers} loading "
+        f"processes, {options.rounds} rounds. In each round, every loader loads all images once; the loaders alternate. "
+        "Medians over the rounds, and of the ratios within each round. All sources yielded the same pixels and classes. The "
+        "files were in the cache of the operating system. Seconds to open are for reading the contents, without a kept "
+        "listing; for Hugging Face, they include the copy to its table."
     )
-    report(rates, opening, note)
 
 
 if __name__ == "__main__":
