@@ -79,7 +79,7 @@ def test_classes_and_files_that_differ_in_case_only(tmp_path: Path) -> None:
 def test_members_are_read_up_to_a_limit(tmp_path: Path, monkeypatch) -> None:
     """An image of which little is stored cannot become arbitrarily large: sizes are checked before anything is read."""
     monkeypatch.setattr(images, "MAX_BYTES", 1000)
-    monkeypatch.setattr("widekernel.data.tar_source.MAX_BYTES", 1000)
+    monkeypatch.setattr("widekernel.data.open_archives.MAX_BYTES", 1000)
     write_tar(tmp_path / "train.tar", [*GOOD, ("train/b/big.png", bytes(100_000))])
     source = opened(tmp_path)
     with pytest.raises(UnreadableImageError, match="limit is 1,000"):

@@ -27,11 +27,12 @@ class DataConfig:
     """Settings of the data set and of its preprocessing.
 
     Args:
-        name: data set: folder (image folders or tar archives below data.root), digits (scikit-learn's 8×8 digits),
+        name: data set: folder (image folders, tar archives or shards below data.root), digits (scikit-learn's 8×8 digits),
             torch/NAME for a data set of torchvision, such as torch/cifar10 or torch/flowers102, or hfds/OWNER/NAME for one
             of the Hugging Face hub
         root: folder that contains the splits; for named data sets, the folder where they are stored
-        train_split: training split: a folder or a .tar archive below data.root, or the name of a split of a named data set
+        train_split: training split: a folder or a .tar archive below data.root, the shards of a webdataset, such as
+            train-{000..127}.tar or train-*.tar, or the name of a split of a named data set
         val_split: held-out (validation) split, in the same form; null means that there are no held-out images, so nothing
             is evaluated
         class_map: outputs, for the classes of the data, of a classifier that knows more classes: imagenet-22k, or another

@@ -3,6 +3,7 @@
 import pickle
 import urllib.error
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from timm.data import create_dataset
@@ -64,12 +65,27 @@ def open_train_and_val(config: DataConfig) -> tuple[ImageSource, ImageSource | N
         )
     if isinstance(train, FileSource):
         fix = deeper_hint(train, config.train_split, "data.train_split")
-        refuse_one_class(str(train.path), train.class_names, f"Add folders of other classes. {fix}")
-        if isinstance(val, FileSource) and val.path.samefile(train.path):
-            train.notes += (f"{train.path}: the held-out images are the training images, so accuracy says nothing new.",)
+        refuse_one_class(str(train.path), train.class_names, f"Add images of other classes. {fix}")
+        if isinstance(val, FileSource):
+            train.notes += _shared_files(train, val)
     else:
         refuse_one_class(config.name, train.class_names, "Choose a data set with several classes.")
     return train, val
+
+
+def _shared_files(train: FileSource, val: FileSource) -> tuple[str, ...]:
+    """Return a note if held-out images are training images."""
+    ours, theirs = ({_identity(file) for file in source.files()} for source in (train, val))
+    both = len(ours & theirs)
+    if not both:
+        return ()
+    which = "the held-out images" if both == len(theirs) else f"{both:,} of {len(theirs):,} shards of the held-out images"
+    return (f"{train.path}: {which} are the training images, so accuracy says nothing new.",)
+
+
+def _identity(file: Path) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_dev, status.st_ino
 
 
 def _open_named(config: DataConfig, part: str) -> ImageSource:

@@ -156,7 +156,8 @@ def _without_classes(root: Path, skipped: SkippedFiles) -> str:
             f"folder that contains it; otherwise put each class's images into a folder named after the class."
         )
     archives = sorted(entry.name for entry in _entries(root) if ending_of(entry.name) in (".tar", ".gz", ".tgz", ".zip"))
-    packed = f" It contains {brief(archives)}: give an uncompressed archive, or unpack it." if archives else ""
+    choices = f"give an uncompressed archive (or several shards: {root.name}/*.tar), or unpack it"
+    packed = f" It contains {brief(archives)}: {choices}." if archives else ""
     return (
         f"{root} has no class folders, but the layout is {root.name}/<class>/<image>. "
         f"Put each class's images into a folder named after the class.{packed}"

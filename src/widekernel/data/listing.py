@@ -78,6 +78,7 @@ class Listing:
         targets: class index of every image
         skipped: the other files
         image_folders: for each class, the folders inside its folder that contain images; "" is the class folder itself
+        numbers: other numbers about the images or where they are, by what they say
     """
 
     class_names: tuple[str, ...]
@@ -85,6 +86,7 @@ class Listing:
     targets: "array[int]" = field(default_factory=lambda: array("i"))
     skipped: SkippedFiles = field(default_factory=SkippedFiles)
     image_folders: list[set[str]] = field(default_factory=list)
+    numbers: "dict[str, array[int]]" = field(default_factory=dict)
 
     def check(self, label: str) -> None:
         """Raise a `DataError` if there are no images, or classes without images."""

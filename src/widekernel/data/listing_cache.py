@@ -20,12 +20,12 @@ from widekernel.files import write_atomically
 LEAST = 10_000
 """Smallest number of images whose listing is kept; fewer are listed in less time than it takes to look for a file."""
 
-_FORMAT = 1
+_FORMAT = 2
 _SETTLED = 2_000_000_000
 """Age in nanoseconds from which the modification time of a folder is trusted: some file systems count whole seconds."""
 
 FolderStamps = dict[str, tuple[int, int]]
-"""Modification time in nanoseconds and inode of every folder that was read, by its path below the split."""
+"""Modification time in nanoseconds and inode of every folder or archive that was read, by its path (below the split)."""
 
 
 def stamp_of(folder: str | Path) -> tuple[int, int]:
@@ -61,6 +61,7 @@ def store(root: Path, listing: Listing, stamps: FolderStamps) -> None:
         np.frombuffer(listing.names.text, np.uint8),
         np.frombuffer(listing.names.ends, np.int64),
         np.frombuffer(listing.targets, np.int32),
+        *(np.frombuffer(numbers, np.int64) for numbers in listing.numbers.values()),
     ]
     header = {
         **_key(root),
@@ -68,6 +69,7 @@ def store(root: Path, listing: Listing, stamps: FolderStamps) -> None:
         "class_names": listing.class_names,
         "skipped": vars(listing.skipped),
         "image_folders": [sorted(folders) for folders in listing.image_folders],
+        "numbers": list(listing.numbers),
         "lengths": [part.nbytes for part in parts],
     }
     encoded = json.dumps(header).encode()
@@ -77,7 +79,7 @@ def store(root: Path, listing: Listing, stamps: FolderStamps) -> None:
     def write(out: Any) -> None:
         out.write(digest + len(encoded).to_bytes(16, "little") + encoded)
         # From the widest numbers to the narrowest, for their alignment.
-        for part in (parts[1], parts[2], parts[0]):
+        for part in (parts[1], *parts[3:], parts[2], parts[0]):
             out.write(part.data.cast("B"))
 
     with suppress(OSError):
@@ -97,12 +99,14 @@ def find(root: Path) -> Listing | None:
         header = json.loads(encoded)
         if any(header[name] != value for name, value in _key(root).items()):
             return None
-        text_bytes, ends_bytes, target_bytes = header["lengths"]
-        start = 48 + size
-        ends = content[start : start + ends_bytes].view(np.int64)
-        targets = content[start + ends_bytes : start + ends_bytes + target_bytes].view(np.int32)
-        text = content[start + ends_bytes + target_bytes :]
-        if len(text) != text_bytes or _digest(encoded, text, ends, targets) != bytes(content[:32]):
+        text_bytes, ends_bytes, target_bytes, *numbers_bytes = header["lengths"]
+        place = 48 + size
+        parts: list[np.ndarray] = []
+        for length in (ends_bytes, *numbers_bytes, target_bytes, text_bytes):
+            parts.append(content[place : place + length])
+            place += length
+        ends, *numbers, targets, text = parts
+        if place != len(content) or _digest(encoded, text, ends, targets, *numbers) != bytes(content[:32]):
             return None
         if any(stamp_of(root / folder) != tuple(stamp) for folder, stamp in header["stamps"].items()):
             return None
@@ -111,10 +115,11 @@ def find(root: Path) -> Listing | None:
     skipped = header["skipped"]
     return Listing(
         class_names=tuple(header["class_names"]),
-        names=Names.from_memory(text, ends),
+        names=Names.from_memory(text, ends.view(np.int64)),
         targets=array("i", targets.tobytes()),
         skipped=SkippedFiles(**{**skipped, "endings": Counter(skipped["endings"])}),
         image_folders=[set(folders) for folders in header["image_folders"]],
+        numbers={name: array("q", part.tobytes()) for name, part in zip(header["numbers"], numbers, strict=True)},
     )
 
 

@@ -56,10 +56,10 @@ def targets_of(source: ImageSource) -> Sequence[int] | None:
 
 
 class FileSource(ImageSource):
-    """Images in the files of a folder or an archive.
+    """Images in the files of a folder, an archive or several archives.
 
     Attributes:
-        path: the folder or archive
+        path: the folder or archive, or the archives in one name
         listing: its contents
     """
 
@@ -74,6 +74,10 @@ class FileSource(ImageSource):
     @override
     def sample_name(self, index: int) -> str:
         return self.names[index]
+
+    def files(self) -> tuple[Path, ...]:
+        """Return the folder or the archives that hold the images."""
+        return (self.path,)
 
     @abstractmethod
     def size(self, index: int) -> int:

@@ -1,4 +1,4 @@
-"""Search for the folder or archive of a split, and messages that say what is wrong if there is none."""
+"""Search for the folder, archive or shards of a split, and messages that say what is wrong if there is none."""
 
 import os
 import tarfile
@@ -9,6 +9,9 @@ from widekernel.data.config import DataConfig
 from widekernel.data.folder_source import FolderSource
 from widekernel.data.formats import brief, ending_of, image_endings, is_clutter
 from widekernel.data.paths import expand_path
+from widekernel.data.shard_contents import is_shard
+from widekernel.data.shard_names import find_shards, is_pattern
+from widekernel.data.shard_source import ShardSource
 from widekernel.data.sources import FileSource
 from widekernel.data.tar_source import TarSource
 from widekernel.errors import DataError
@@ -23,20 +26,30 @@ _PACKED_ENDINGS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip",
 
 
 def open_files(config: DataConfig, part: str, key: str) -> FileSource:
-    """Open the folder or archive `part` below `config.root`; `key` is the setting that names it.
+    """Open the folder, archive or shards `part` below `config.root`; `key` is the setting that names them.
 
     Raises:
-        ConfigError: a variable in its name is not set.
-        DataError: there is no such folder or archive, or it does not contain classes of images.
+        ConfigError: a variable in their name is not set.
+        DataError: there are no such folder, archive or shards, or they do not contain classes of images.
     """
-    path = _find(config, part, key)
+    root, part = _root_and_part(config, part, key)
+    if is_pattern(part) and not (root / part).exists() and not (root / f"{part}.tar").exists():
+        shards = find_shards(root, part, key)
+        for shard in shards:
+            _check_archive(shard)
+        return ShardSource(root / part, shards)
+    path = _find(root, part, key)
+    if path.is_file() and is_shard(path):
+        return ShardSource(path, [path])
     source = FolderSource(path) if path.is_dir() else TarSource(path)
     source.notes += check_class_names(str(path), source.listing, deeper_hint(source, part, key))
     return source
 
 
 def deeper_hint(source: FileSource, part: str, key: str) -> str:
-    """Return a sentence that says what to set if the classes are one folder deeper than expected."""
+    """Return a sentence that says where the classes come from, or what to set if they are one folder deeper."""
+    if isinstance(source, ShardSource):
+        return "The classes of shards are the numbers in their .cls or .json files."
     names = source.class_names
     parts = [name for name in names if name.lower() in SPLITS] or list(names)
     inside = source.listing.common_subfolders()
@@ -46,7 +59,8 @@ def deeper_hint(source: FileSource, part: str, key: str) -> str:
     return f"{which}, set --{key} {os.path.normpath(f'{part}/{parts[0]}')}."
 
 
-def _find(config: DataConfig, part: str, key: str) -> Path:
+def _root_and_part(config: DataConfig, part: str, key: str) -> tuple[Path, str]:
+    """Return the folder `config.root`, which exists, and `part` with its variables expanded."""
     root = Path(expand_path("data.root", config.root) if config.root else ".")
     if part.strip() and not (root / f"{part}.tar").exists():
         part = expand_path(key, part, root)
@@ -59,6 +73,10 @@ def _find(config: DataConfig, part: str, key: str) -> Path:
         raise DataError(f"data.root is {str(root)!r}, which does not exist. Give the folder that holds the images.")
     if not root.is_dir():
         raise DataError(_root_is_a_file(root, key))
+    return root, part
+
+
+def _find(root: Path, part: str, key: str) -> Path:
     for path in (root / part, root / f"{part}.tar"):
         if path.is_dir():
             return path

@@ -1,4 +1,4 @@
-"""Contents of a tar archive: files by path, with links followed; if several files have the same name, the last counts."""
+"""Contents of tar archives: files by path, with links followed; if several files have the same name, the last counts."""
 
 import posixpath
 import struct
@@ -34,6 +34,7 @@ class Contents:
         sizes: bytes of each file
         broken: number of each file that cannot be read, and why
         folders: folders that have their own entry
+        repeated: paths that several files have
     """
 
     paths: dict[str, int] = field(default_factory=dict)
@@ -41,12 +42,15 @@ class Contents:
     sizes: "array[int]" = field(default_factory=lambda: array("q"))
     broken: dict[int, str] = field(default_factory=dict)
     folders: set[str] = field(default_factory=set)
+    repeated: set[str] = field(default_factory=set)
 
     def add(self, path: str, offset: int, size: int) -> int:
         """Add a file, which replaces an earlier one with the same path, and return its number."""
         number = len(self.offsets)
         self.offsets.append(offset)
         self.sizes.append(size)
+        if path in self.paths:
+            self.repeated.add(path)
         self.paths[path] = number
         return number
 
@@ -72,7 +76,7 @@ def read_contents(path: Path, which_inside: Callable[[Contents], Iterable[str]])
         raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
     except _TAR_ERRORS as error:
         raise DataError(
-            f"{path} is not a readable, uncompressed tar archive ({error}). Unpack it or re-create it."
+            f"{path} is not a readable, uncompressed tar archive ({error}; {scan.position}). Unpack it or re-create it."
         ) from error
     scan.follow_links()
     return scan.contents
@@ -85,6 +89,12 @@ class _Scan:
         self.links: dict[str, str] = {}
         self.inside: dict[str, tarfile.TarInfo] = {}
         self.opened: list[str] = []
+        self.last = ""
+
+    @property
+    def position(self) -> str:
+        """The last file that was found, for a message."""
+        return f"the last file is {printable(self.last)}" if self.last else "it has no files"
 
     def read(self, file: IO[bytes], prefix: str, start: int) -> None:
         """Add the members of the archive `file`, which starts at byte `start` of the outer one."""
@@ -120,7 +130,7 @@ class _Scan:
                     raise tarfile.ReadError(f"{printable(path)} in it: {error}") from error
 
     def _add(self, member: tarfile.TarInfo, prefix: str, start: int) -> None:
-        path = _join(prefix, member.name)
+        path = self.last = _join(prefix, member.name)
         if member.isdir():
             self.contents.folders.add(path)
             return
@@ -143,8 +153,8 @@ class _Scan:
         if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
             name = f"{printable(prefix)}.tar in {self.path}" if prefix else str(self.path)
             raise DataError(
-                f"{name} is incomplete or damaged: after {end:,} bytes neither a file nor the end of the archive "
-                "follows, so images may be missing. Copy it again or re-create it."
+                f"{name} is incomplete or damaged: after {end:,} bytes ({self.position}) neither a file nor the end of the "
+                "archive follows, so images may be missing. Copy it again or re-create it."
             )
 
     def follow_links(self) -> None:

@@ -1,19 +1,18 @@
 """Images in class folders inside a tar archive, read without unpacking."""
 
-import os
 import posixpath
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 from typing_extensions import override
 
 from widekernel.data.class_checks import SPLITS
 from widekernel.data.formats import brief, ending_of, image_endings, is_clutter, printable, usual_endings
-from widekernel.data.images import MAX_BYTES, UnreadableImageError, decode_bytes, too_large
+from widekernel.data.images import UnreadableImageError, decode_bytes
 from widekernel.data.listing import Listing, sorted_classes
 from widekernel.data.names import sort_key
+from widekernel.data.open_archives import OpenArchives
 from widekernel.data.sources import FileSource
 from widekernel.data.tar_contents import LOST, Contents, read_contents
 from widekernel.errors import DataError
@@ -36,25 +35,13 @@ class TarSource(FileSource):
         self._offsets = type(contents.offsets)("q", (contents.offsets[number] for number in numbers))
         self._sizes = type(contents.sizes)("q", (contents.sizes[number] for number in numbers))
         self._broken = {index: contents.broken[number] for index, number in enumerate(numbers) if number in contents.broken}
-        self._file: Any = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_file": None}
+        self._archives = OpenArchives()
 
     @override
     def load(self, index: int) -> tuple[Image.Image, int]:
         if index in self._broken:
             raise UnreadableImageError(self._broken[index])
-        size = self._sizes[index]
-        if size > MAX_BYTES:
-            raise UnreadableImageError(too_large(size))
-        try:
-            if self._file is None:
-                self._file = self.path.open("rb", buffering=0)
-            # pread does not move the file position, which forked processes share.
-            content = os.pread(self._file.fileno(), size, self._offsets[index])
-        except OSError as error:
-            raise UnreadableImageError(error.strerror or str(error)) from error
+        content = self._archives.read(self.path, self._offsets[index], self._sizes[index])
         return decode_bytes(content, self.exif_transpose), self.targets[index]
 
     @override
