@@ -68,6 +68,6 @@ def test_a_long_run(tmp_path: Path) -> None:
     counts = [f"{what} {found[20][column]} -> {found[-1][column]}" for column, what in COUNTED]
     print(f"\n{STEPS} steps: {growth:+.0f} kB of memory per 100 steps, {', '.join(counts)}")
     assert growth < MOST_KB
-    assert not list(temporary.iterdir())
+    assert not [path for path in temporary.iterdir() if not path.name.startswith("torchinductor_")]  # PyTorch's own cache
     assert not list(shared.glob(f"torch_{process.pid}_*"))
     assert not [path for path in (tmp_path / "run").rglob("*") if "tmp" in path.name]

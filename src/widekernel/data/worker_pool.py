@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
+from multiprocessing.util import get_temp_dir
 from typing import Any, Protocol
 
 import torch
@@ -144,6 +145,10 @@ class WorkerPool:
     def _begin(self) -> Any:
         if self._loader is None:
             self._loader = self._make()
+        if self.options.workers:
+            # Otherwise, each worker makes a folder for its sockets, which it cannot remove when it is killed. Workers share
+            # the folder of this process, which removes it at its end.
+            get_temp_dir()
         return iter(self._loader)
 
     @property
