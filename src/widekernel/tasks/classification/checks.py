@@ -40,6 +40,9 @@ def check_settings(config: TrainConfig, device: torch.device, starts: bool) -> N
         if config.model.weights is None or not is_published(config.model.weights):
             _require_file("model.weights", config.model.weights)
         _require_file("sparsity.masks", config.sparsity.masks)
+    teacher = config.distillation.teacher.weights
+    if teacher is None or not is_published(teacher):
+        _require_file("distillation.teacher.weights", teacher)
 
 
 def _require_file(key: str, path: str | None) -> None:
