@@ -21,7 +21,7 @@ class LabeledImages(NamedTuple):
         """Stack pairs of an image `(channels, height, width)` and its class index."""
         images, targets = zip(*items, strict=True)
         # In a loading process, this stacks in shared memory, from which the training process reads without another copy.
-        return LabeledImages(default_collate(images), torch.tensor(targets))
+        return LabeledImages(default_collate(list(images)), torch.tensor(targets))
 
 
 class OnImage:
