@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from widekernel.data.preprocess import ImageTransform
 
@@ -19,7 +20,8 @@ class LabeledImages(NamedTuple):
     def collate(items: Sequence[tuple[Tensor, int]]) -> "LabeledImages":
         """Stack pairs of an image `(channels, height, width)` and its class index."""
         images, targets = zip(*items, strict=True)
-        return LabeledImages(torch.stack(images), torch.tensor(targets))
+        # In a loading process, this stacks in shared memory, from which the training process reads without another copy.
+        return LabeledImages(default_collate(list(images)), torch.tensor(targets))
 
 
 class OnImage:
