@@ -16,7 +16,8 @@ from widekernel.launch import local
 
 # Starts in milliseconds: without the package, which imports PyTorch.
 LAUNCHER = """
-import importlib.util, sys, types
+import importlib.util, signal, sys, types
+for number in (signal.SIGINT, signal.SIGHUP): signal.signal(number, signal.SIG_DFL)  # a shell or nohup may ignore them
 widekernel = types.ModuleType("widekernel"); widekernel.__path__ = [sys.argv[1] + "/widekernel"]
 sys.modules["widekernel"] = widekernel
 from widekernel.launch.local import launch
