@@ -59,7 +59,8 @@ def nano_model(name: str, args: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 def write_settings(name: str, images: Path, folder: Path) -> Path:
     """Write the settings that scale the recipe called `name` down, and return their file.
 
-    A recipe that starts from weights gets weights of the small network, for other classes unless the network is frozen.
+    A recipe that starts from weights gets weights of the small network, for other classes unless the network is frozen. A
+    teacher becomes a small one, with random weights.
     """
     settings = load_recipe(name).settings
     model, args = nano_model(settings["model"]["name"], settings["model"].get("args") or {})
@@ -77,6 +78,12 @@ def write_settings(name: str, images: Path, folder: Path) -> Path:
         start = timm.create_model(model, num_classes=CLASSES if frozen else OTHER_CLASSES, **args)
         torch.save(start.state_dict(), folder / "start.pth")
         scaled["model"]["weights"] = str(folder / "start.pth")
+    if "distillation" in settings:
+        teacher, of_teacher = nano_model("slak_tiny", {})
+        network = timm.create_model(teacher, num_classes=CLASSES, **of_teacher)
+        torch.save(network.state_dict(), folder / "teacher.pth")
+        described = {"weights": str(folder / "teacher.pth"), "name": teacher, "args": of_teacher, "num_classes": CLASSES}
+        scaled["distillation"] = {"teacher": described}
     file = folder / "scaled.yaml"
     file.write_text(yaml.safe_dump(scaled))
     return file

@@ -11,6 +11,7 @@ from timm.task import LogitDistillationTask
 from torch.nn import functional as F
 
 from widekernel import ops
+from widekernel.cli.train import parse_config
 from widekernel.data import AugmentConfig, Batch, DataConfig, Preprocessing
 from widekernel.engine import EmaConfig, LoopConfig, RunFolder, ScheduleConfig, SilentReporter
 from widekernel.engine.config import CheckpointConfig, SparsityConfig
@@ -273,6 +274,14 @@ def test_run_is_refused_with_another_teacher(shared, tmp_path):
     finally:
         moved.rename(shared / "teacher")
     train(config)
+
+
+def test_arguments_of_the_teacher_come_from_files_and_the_command_line(shared, tmp_path):
+    file = tmp_path / "settings.yaml"
+    file.write_text("distillation: {kind: kd, teacher: {weights: x.pth, name: slak_nano, args: {depths: [1, 1, 1, 1]}}}")
+    config = parse_config(["--config", str(file), "--distillation.teacher.args.layer_scale", "1.0"])
+    assert config.distillation.teacher.args == {"depths": [1, 1, 1, 1], "layer_scale": 1.0}
+    assert config.to_dict()["distillation"]["teacher"]["args"] == config.distillation.teacher.args
 
 
 # -- settings ------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from widekernel.cli.paths import expand_paths
 from widekernel.errors import ArgumentError, ConfigError, nearest
 from widekernel.settings import flatten
 
-FREE_KEYS = ("model.args", "model_args", "slurm.sbatch")
+FREE_KEYS = ("model.args", "model_args", "distillation.teacher.args", "slurm.sbatch")
 """Keys whose contents depend on the model or the cluster: everything below them is accepted."""
 _OF_THE_COMMAND_LINE = {"config", "print_config"}
 """Options that a file of settings cannot contain."""

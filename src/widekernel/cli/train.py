@@ -105,7 +105,8 @@ def parse_config(arguments: list[str]) -> TrainConfig:
     values = parse(parser, arguments, layers)
     for key in ("recipe", "config", "print_config", "processes", "slurm"):
         del values[key]
-    values["model"]["args"] = typed(values["model"]["args"])
+    for network in (values["model"], values["distillation"]["teacher"]):
+        network["args"] = typed(network["args"])
     if values["output"] is None:
         values["output"] = str(Path("runs") / str(recipe or values["model"]["name"]))
     return build(TrainConfig, values)
