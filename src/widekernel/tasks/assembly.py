@@ -51,17 +51,26 @@ def build_model(name: str, num_classes: int | None, args: dict[str, Any], pretra
         raise ConfigError(f"{what} cannot be loaded: {_first_line(error)}. {hint}") from error
 
 
-def classifier_of(model: nn.Module) -> nn.Module:
+def classifier_of(
+    model: nn.Module,
+    needed_by: str = "model.head_init_scale and data.class_map",
+    kinds: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d),
+) -> nn.Module:
     """Return the linear classifier of a network.
+
+    Args:
+        model: the network.
+        needed_by: settings that need one, for the message.
+        kinds: classes that the classifier may have.
 
     Raises:
         ConfigError: it has none, or another kind of classifier.
     """
     found = getattr(model, "get_classifier", lambda: None)()
-    if not isinstance(found, (nn.Linear, nn.Conv2d)):
+    if not isinstance(found, kinds):
         raise ConfigError(
-            f"{type(model).__name__} has no linear classifier, but model.head_init_scale and data.class_map need one: leave "
-            "them out."
+            f"{type(model).__name__} has no linear classifier, which {needed_by} need(s): leave that out, or choose "
+            "another network."
         )
     return found
 

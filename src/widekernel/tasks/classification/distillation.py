@@ -52,7 +52,7 @@ class Distillation(Classification):
         self.teacher.to(device, memory_format)
 
     @override
-    def prepare(self, network: nn.Module, name: str, seed: int) -> None:
+    def prepare(self, network: nn.Module, seed: int) -> None:
         """Add the projection of features to the network if they are compared; training states contain it.
 
         Raises:
@@ -60,7 +60,7 @@ class Distillation(Classification):
         """
         if not self.config.feature_weight:
             return
-        self._tap = FeatureTap(network, name, only_in_training=True)
+        self._tap = FeatureTap(network, only_in_training=True)
         with scoped_seed(MODEL_STREAM, seed, 1):
             self._projection = nn.Linear(self._tap.width, self.teacher.tap_features())
         network.add_module(PROJECTION, self._projection)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from widekernel.errors import ConfigError
+from widekernel.tasks.assembly import classifier_of
 
 
 class FeatureTap:
@@ -14,20 +14,14 @@ class FeatureTap:
 
     Args:
         model: network with timm's `get_classifier()`, which returns a linear layer
-        name: name of the network, for messages
         only_in_training: ignore forward passes in evaluation mode
 
     Raises:
         ConfigError: the network has no such classifier.
     """
 
-    def __init__(self, model: nn.Module, name: str, only_in_training: bool) -> None:
-        classifier: Any = getattr(model, "get_classifier", lambda: None)()
-        if not isinstance(classifier, nn.Linear):
-            raise ConfigError(
-                f"{name} has no linear classifier (get_classifier() returns {type(classifier).__name__}), in front of which "
-                "its features could be compared: set distillation.feature_weight to 0, or choose another network."
-            )
+    def __init__(self, model: nn.Module, only_in_training: bool) -> None:
+        classifier: Any = classifier_of(model, "distillation.feature_weight", (nn.Linear,))
         self.width = classifier.in_features
         self._only_in_training = only_in_training
         self._features: Tensor | None = None

@@ -122,7 +122,7 @@ class _Run:
 
         data = _make_loaders(config, samples, plan, context)
         layout = torch.channels_last if config.loop.channels_last else torch.contiguous_format
-        task.prepare(model, config.model.name, config.seed)
+        task.prepare(model, config.seed)
         task.to(device, layout)
         trainer = Trainer(model.to(device).to(memory_format=layout), task, data, config.training, context)
         report = trainer.sparsity.report()

@@ -45,12 +45,11 @@ class Classification(Task):
         """Digests of what the task learns from besides the images; a resumed run must have the same."""
         return {}
 
-    def prepare(self, network: nn.Module, name: str, seed: int) -> None:
+    def prepare(self, network: nn.Module, seed: int) -> None:
         """Add to the network what only its training needs, if anything.
 
         Args:
             network: the network to train, before an optimizer or average of it exists.
-            name: its name, for messages.
             seed: seed of the run.
         """
 

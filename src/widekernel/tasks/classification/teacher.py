@@ -70,7 +70,7 @@ class Teacher:
 
     def tap_features(self) -> int:
         """Keep the features in front of the classifier from now on, and return the number of their channels."""
-        self._tap = FeatureTap(self._model, self.name, only_in_training=False)
+        self._tap = FeatureTap(self._model, only_in_training=False)
         return self._tap.width
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
