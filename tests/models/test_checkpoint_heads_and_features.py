@@ -43,6 +43,29 @@ def test_classifier_for_other_classes_is_left_out_and_named(name: str, layout: s
         assert torch.equal(value, (before if key.startswith("head.fc.") else model.state_dict())[key]), key
 
 
+@pytest.mark.parametrize(
+    ("name", "args", "head"),
+    [
+        ("resnet18", {"stem_width": 8, "channels": (8, 8, 8, 8)}, "fc"),
+        ("convnext_atto", {"dims": (8, 8, 8, 8), "depths": (1, 1, 1, 1)}, "head.fc"),
+        ("deit_tiny_distilled_patch16_224", {"embed_dim": 24, "depth": 1}, "head"),
+        ("mobilenetv2_050", {}, "classifier"),
+    ],
+)
+def test_classifier_of_a_network_of_timm_is_left_out_whatever_its_name(
+    name: str, args: dict[str, Any], head: str, tmp_path: Path
+) -> None:
+    model, other = (timm.create_model(name, num_classes=classes, **args) for classes in (10, 7))
+    before, path = snapshot(other), tmp_path / "file.pth"
+    torch.save(model.state_dict(), path)
+    with pytest.warns(UserWarning, match="7.*the classifier is untrained"):
+        report = widekernel.load_checkpoint(other, path)
+    assert {f"{head}.weight", f"{head}.bias"} <= set(report.dropped)
+    assert not report.missing
+    for key, value in other.state_dict().items():
+        assert torch.equal(value, (before if key in report.dropped else model.state_dict())[key]), key
+
+
 @every_family
 def test_network_without_classifier_needs_none(name: str, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     model, other = alive(name), alive(name, num_classes=0)

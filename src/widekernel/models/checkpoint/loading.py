@@ -17,7 +17,7 @@ from widekernel.models.checkpoint.matching import match_weights, storage_problem
 from widekernel.models.checkpoint.prefixes import strip_prefixes
 from widekernel.models.checkpoint.reader import read_checkpoint
 from widekernel.models.checkpoint.report import LoadReport
-from widekernel.models.layouts.conversion import Converted, is_classifier_key, known_keys, table_problems, to_native
+from widekernel.models.layouts.conversion import Converted, classifier_of, known_keys, table_problems, to_native
 from widekernel.models.layouts.layout import State
 from widekernel.models.layouts.registry import rewritten
 
@@ -90,7 +90,7 @@ def _load(network: nn.Module, path: Path, weights: str, adapt: bool = False) -> 
     own = network.state_dict()
     if adapt:
         adapt_channels(network, converted.state)
-    match = match_weights(own, converted, is_backbone, _removed_prefixes(network))
+    match = match_weights(own, converted, classifier_of(network), is_backbone, _removed_prefixes(network))
     _raise_problems(path, network, match.problems + table_problems(network, match.accepted))
     try:
         network.load_state_dict({**own, **match.accepted})
@@ -147,10 +147,11 @@ def _removed_prefixes(network: nn.Module) -> tuple[str, ...]:
 
 def _classifier_warning(report: LoadReport, network: nn.Module, why_dropped: str) -> str:
     """Return why the network's classifier is untrained; "" if it was loaded or there is none."""
-    if not any(map(is_classifier_key, network.state_dict())):
+    classifier = classifier_of(network)
+    if not any(map(classifier.owns, network.state_dict())):
         return ""
     if report.dropped:
         return f"{', '.join(report.dropped)} of {report.path} were left out: {why_dropped}; the classifier is untrained"
-    if any(map(is_classifier_key, report.missing)):
+    if any(map(classifier.owns, report.missing)):
         return f"{report.path} holds no classifier: the network's is untrained"
     return ""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from widekernel.models.layouts.conversion import HEAD_PREFIXES, Converted, is_classifier_key
+from widekernel.models.layouts.conversion import HEAD_PREFIXES, Classifier, Converted
 
 # Parts of keys that the network lacks, and what to do about them; the first that fits is reported. `$` is the end of a key.
 _REMEDIES = {
@@ -29,7 +29,6 @@ _REMEDIES = {
         "before saving it, or normalize this network alike before loading"
     ),
 }
-_LINEAR_CLASSIFIER = "head.fc.weight"
 
 
 @dataclass
@@ -55,23 +54,26 @@ class Match:
     conversions: set[str] = field(default_factory=set)
 
 
-def match_weights(own: Mapping[str, Tensor], converted: Converted, is_backbone: bool, removed: tuple[str, ...]) -> Match:
+def match_weights(
+    own: Mapping[str, Tensor], converted: Converted, classifier: Classifier, is_backbone: bool, removed: tuple[str, ...]
+) -> Match:
     """Sort the tensors of a file into those to load, those to skip, and those that are an error.
 
     Args:
         own: the network's state dict.
         converted: the file's state dict in our layout.
+        classifier: which keys belong to the network's classifier.
         is_backbone: whether the file holds the network as the backbone of a larger one, whose other parts are ignored.
         removed: prefixes of keys that belong to parts that were removed from the network.
     """
     match = Match(ignored=list(converted.unknown) if is_backbone else [])
     if not is_backbone:
         match.problems += [f"{key}: the network has no such weight" for key in converted.unknown]
-    other_classifier = _compare_classifiers(own, converted.state)
-    headless = not any(map(is_classifier_key, own))
+    other_classifier = _compare_classifiers(own, converted.state, classifier)
+    headless = not any(map(classifier.owns, own))
     for key, value in converted.state.items():
         name = converted.source_keys.get(key, key)
-        if is_classifier_key(key) and (other_classifier or headless):
+        if classifier.owns(key) and (other_classifier or headless):
             match.dropped.append(name)
             match.why_dropped = other_classifier
         elif key.startswith(removed):
@@ -90,7 +92,7 @@ def match_weights(own: Mapping[str, Tensor], converted: Converted, is_backbone: 
             match.accepted[key] = value
             if value.dtype != own[key].dtype:
                 match.conversions.add(f"{value.dtype} to {own[key].dtype}".replace("torch.", ""))
-    _find_missing(own, converted, match, bool(other_classifier))
+    _find_missing(own, converted, match, classifier, bool(other_classifier))
     if match.problems:
         match.problems += _remedies(own, converted.unknown or converted.state)
     return match
@@ -111,29 +113,31 @@ def _type_problem(value: Tensor, own: Tensor) -> str:
     return "" if kinds[0] == kinds[1] else f"has type {value.dtype} but the network's is {own.dtype}"
 
 
-def _find_missing(own: Mapping[str, Tensor], converted: Converted, match: Match, other_classifier: bool) -> None:
+def _find_missing(
+    own: Mapping[str, Tensor], converted: Converted, match: Match, classifier: Classifier, other_classifier: bool
+) -> None:
     """Add our keys that the file lacks to `missing`, or to the problems if the file must have them."""
-    headless = not any(map(is_classifier_key, converted.state))
+    headless = not any(map(classifier.owns, converted.state))
     for key in own:
         if key in converted.state or key in converted.generated:
             continue
-        of_head = headless and (key.startswith(HEAD_PREFIXES) or is_classifier_key(key))
-        if key.endswith("num_batches_tracked") or of_head or (other_classifier and is_classifier_key(key)):
+        of_head = headless and (key.startswith(HEAD_PREFIXES) or classifier.owns(key))
+        if key.endswith("num_batches_tracked") or of_head or (other_classifier and classifier.owns(key)):
             match.missing.append(key)
         else:
             match.problems.append(f"{key}: the file holds no such weight")
 
 
-def _compare_classifiers(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+def _compare_classifiers(own: Mapping[str, Tensor], state: Mapping[str, Tensor], classifier: Classifier) -> str:
     """Return how the classifiers differ; "" if they do not, or if one of them is missing.
 
     A linear classifier for features of another width does not count as different: it belongs to another network.
     """
-    theirs, ours = ({key: value for key, value in each.items() if is_classifier_key(key)} for each in (state, own))
+    theirs, ours = ({key: value for key, value in each.items() if classifier.owns(key)} for each in (state, own))
     if not theirs or not ours:
         return ""
-    if _LINEAR_CLASSIFIER in theirs and _LINEAR_CLASSIFIER in ours:
-        a, b = theirs[_LINEAR_CLASSIFIER].shape, ours[_LINEAR_CLASSIFIER].shape
+    if classifier.linear in theirs and classifier.linear in ours:
+        a, b = theirs[classifier.linear].shape, ours[classifier.linear].shape
         return "" if a == b or a[1:] != b[1:] else f"they are for {a[0]} classes, the network has {b[0]}"
     if theirs.keys() != ours.keys():
         return f"the network's classifier is built differently ({', '.join(ours)})"

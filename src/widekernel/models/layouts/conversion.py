@@ -15,9 +15,33 @@ from widekernel.models.layouts.registry import identify, layouts_of
 HEAD_PREFIXES = ("head.fc.", "head.norm.", "norm_pre.")
 
 
-def is_classifier_key(key: str) -> bool:
-    """Return whether one of our keys belongs to the classifier, whatever its structure: to the head but not its norm."""
-    return key.startswith("head.") and not key.startswith("head.norm.")
+@dataclass(frozen=True)
+class Classifier:
+    """Which keys of a network belong to its classifier, whatever its structure.
+
+    Attributes:
+        prefixes: beginnings of these keys; by default those of our networks: the head, but not its norm.
+        linear: key of the weight, if the classifier is one linear layer.
+    """
+
+    prefixes: tuple[str, ...] = ("head.",)
+    linear: str = "head.fc.weight"
+
+    def owns(self, key: str) -> bool:
+        """Return whether `key` belongs to the classifier."""
+        return key.startswith(self.prefixes) and not key.startswith("head.norm.")
+
+
+def classifier_of(model: nn.Module) -> Classifier:
+    """Return which keys belong to the classifier: for a network of timm those that its `pretrained_cfg` names.
+
+    A ResNet has the classifier `fc`, for example.
+    """
+    named = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    names = (named,) if isinstance(named, str) else tuple(named)
+    if not names or all(name.split(".")[0] == "head" for name in names):
+        return Classifier()
+    return Classifier(tuple(f"{name}." for name in names), f"{names[0]}.weight")
 
 
 @dataclass
@@ -53,7 +77,8 @@ def to_native(model: nn.Module, state: State) -> Converted:
     for layout in layouts_of(model):
         if theirs is not None and layout.family == theirs.name and not is_folded(model):
             return _from_layout(layout, state, model)
-    backbone = {key for key in own if not key.startswith(HEAD_PREFIXES) and not is_classifier_key(key)}
+    classifier = classifier_of(model)
+    backbone = {key for key in own if not key.startswith(HEAD_PREFIXES) and not classifier.owns(key)}
     if theirs == ours and backbone & set(state):
         tables = {key: table for key, table in seeded_tables(model).items() if key not in state}
         return Converted({**state, **tables}, "native", {key: key for key in state}, generated=tuple(tables))
