@@ -155,6 +155,17 @@ def test_truncated_tiles_give_gradients() -> None:
     assert torch.autograd.gradcheck(lambda x, _: tuple(source.responses(x)), (x, tiles), fast_mode=True)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_truncated_tiles_have_gradients_on_an_image_that_few_of_them_reach(size: int) -> None:
+    """Several processes cannot reduce a gradient that does not exist."""
+    strips = ShuffledStrips(2, 12, 3).double()  # four tiles, none of which is centered
+    source, x = TruncatedTiles(strips).double(), image(2, size, size, 1)
+    arranged = [tiles.detach() for tiles in strips.arranged()]
+    check(source, [truncated(x, tiles, 12, wide=d == 0) for d, tiles in enumerate(arranged)], x)
+    sum(y.sum() for y in source.responses(x)).backward()
+    assert strips.tiles.grad is not None
+
+
 @pytest.mark.parametrize("sizes", [[(3, 3)], [(5, 1), (1, 5)], [(31, 31), (5, 5)], [(13, 3), (3, 13), (3, 3)]], ids=str)
 def test_rectangles(sizes: list[tuple[int, int]]) -> None:
     source, x = Rectangles(C, sizes).double(), image(C)

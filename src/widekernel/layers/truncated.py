@@ -53,8 +53,9 @@ def _add_shifted(total: Tensor, image: Tensor, offset: int, axis: int) -> Tensor
     if torch.jit.is_tracing():
         return total + _shifted(image, offset, axis)
     extent = image.shape[axis]
-    if abs(offset) >= extent:
-        return total
+    # If all pixels are shifted out, an empty part is padded: the tile then has a gradient of 0 instead of none, which
+    # training on several processes would refuse.
+    offset = max(-extent, min(offset, extent))
     length, left_pad = extent - abs(offset), max(0, -offset)
     part = image.narrow(axis, max(0, offset), length)
     return total + F.pad(part, _padding(axis, left_pad, extent - length - left_pad))
