@@ -153,7 +153,6 @@ def test_wrong_matrices(matrix: np.ndarray, threshold: float, message: str) -> N
 
 
 def test_picture() -> None:
-    picture = Image.open(
-        io.BytesIO(heat_maps({f"network {n}": np.random.default_rng(n).random((20, 20)) for n in range(5)}))
-    )
+    matrices = {f"network {n}": np.random.default_rng(n).random((20, 20)) for n in range(5)}
+    picture = Image.open(io.BytesIO(heat_maps(matrices)))
     assert picture.size[0] > 1000
