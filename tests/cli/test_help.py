@@ -36,7 +36,7 @@ def parsers() -> Iterator[tuple[str, jsonargparse.ArgumentParser]]:
             yield "bench ops", bench._ops_parser()
             yield "bench models", bench._models_parser()
         else:
-            yield command, importlib.import_module(f"widekernel.cli.{command}").make_parser()
+            yield command, importlib.import_module(f"widekernel.cli.{command.replace('-', '_')}").make_parser()
 
 
 @pytest.mark.parametrize(("name", "parser"), list(parsers()), ids=lambda value: value if isinstance(value, str) else "")

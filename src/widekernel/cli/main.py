@@ -23,12 +23,14 @@ COMMANDS = {
     "weights": "list, show or fetch the authors' published weights",
     "recipes": "list the training recipes",
     "complexity": "count the parameters and operations of a model",
+    "erf": "measure and draw effective receptive fields",
+    "shape-bias": "measure whether classifiers go by shape or by texture",
     "bench": "time operators or networks against PyTorch on this machine",
     "tune": "find and store the fastest configurations of the GPU kernels on this machine",
     "demo": "train, evaluate, fold, save and plot a large-kernel network on real digits",
 }
 
-_ALONE = ("sparsify", "fold", "bench", "tune", "demo")
+_ALONE = ("sparsify", "fold", "erf", "shape-bias", "bench", "tune", "demo")
 """Commands that work in one process only."""
 
 EXIT_ERROR = 2
@@ -84,7 +86,7 @@ def _run(command: str, arguments: list[str]) -> int:
         )
     if command in _ALONE and not {"-h", "--help"} & set(arguments):
         refuse_several(command)
-    module = importlib.import_module(f"widekernel.cli.{command}")
+    module = importlib.import_module(f"widekernel.cli.{command.replace('-', '_')}")
     return module.run(arguments)
 
 
