@@ -24,7 +24,7 @@ from widekernel.tasks.classification.distillation import Distillation
 from widekernel.tasks.classification.distillation_config import DistillationConfig, TeacherConfig
 from widekernel.tasks.classification.distillation_losses import divergence, hard_label_loss, normalized_loss
 from widekernel.tasks.classification.run import train
-from widekernel.tasks.classification.teacher import Teacher
+from widekernel.tasks.classification.teacher import Teacher, load_teacher
 from widekernel.tasks.loading import load
 from widekernel.tasks.model_source import ModelSource
 from widekernel.tasks.saved import PROJECTION, SavedModel
@@ -158,6 +158,14 @@ def test_teacher_answers_in_the_order_of_the_classes_of_the_data():
     torch.testing.assert_close(found, model(images)[:, [2, 0]].detach(), rtol=1e-4, atol=1e-5)
     with pytest.raises(DataError, match=r"The teacher teacher does not fit the data.*'w'"):
         make_teacher(model, names=("x", "y", "z"), classes=("w", "x"))
+
+
+def test_an_error_names_the_settings_of_the_teacher(tmp_path):
+    torch.save(timm.create_model("slak_nano", num_classes=3).state_dict(), tmp_path / "teacher.pth")
+    for name, missing in (("slak_nano", "num_classes 3"), (None, "name NAME")):
+        config = TeacherConfig(weights=str(tmp_path / "teacher.pth"), name=name)
+        with pytest.raises(WidekernelError, match=f"--distillation.teacher.{missing}"):
+            load_teacher(config, ("a", "b", "c"), IMAGENET)
 
 
 def test_teacher_must_take_the_same_number_of_channels():

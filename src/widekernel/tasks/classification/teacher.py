@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from widekernel.tasks.loading import load
 from widekernel.tasks.model_source import ModelSource
 from widekernel.tasks.saved import SavedModel
 from widekernel.transforms import accelerate, fold
+
+_OPTIONS = {"model": "name", "model_args": "args", "num_classes": "num_classes"}
 
 
 class Teacher:
@@ -129,8 +132,13 @@ def load_teacher(
         try:
             model, saved = load(source, notify)
         except (CheckpointError, ConfigError) as error:
-            raise type(error)(f"The teacher (distillation.teacher) cannot be loaded: {error}") from error
+            raise type(error)(f"The teacher (distillation.teacher) cannot be loaded: {_own_options(str(error))}") from error
     return Teacher(model, saved, classes, student)
+
+
+def _own_options(text: str) -> str:
+    """Return an error message with the options of commands that load one network replaced by those of the teacher."""
+    return re.sub(r"--(model_args|model|num_classes)\b", lambda found: f"--distillation.teacher.{_OPTIONS[found[1]]}", text)
 
 
 def _per_channel(values: Sequence[float]) -> Tensor:
