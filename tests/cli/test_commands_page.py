@@ -12,7 +12,7 @@ import pytest
 from jsonargparse import ArgumentParser
 
 from widekernel.cli import eval as evaluation
-from widekernel.cli import sparsify, train
+from widekernel.cli import erf, shape_bias, sparsify, train
 from widekernel.cli.options import EvalOptions, parse_with_data_of_the_run
 from widekernel.cli.parsing import build, known_keys, parse, parse_given
 from widekernel.data import BatchPlan, DataConfig
@@ -64,7 +64,8 @@ def our_options() -> list[str]:
 
 @pytest.fixture(scope="module")
 def parsers() -> dict[str, ArgumentParser]:
-    return {"train": train.make_parser(), "eval": evaluation.make_parser(), "sparsify": sparsify.make_parser()}
+    modules = {"train": train, "eval": evaluation, "sparsify": sparsify, "erf": erf, "shape-bias": shape_bias}
+    return {command: module.make_parser() for command, module in modules.items()}
 
 
 @pytest.mark.parametrize("line", our_lines())
@@ -84,6 +85,8 @@ def test_our_lines_parse(line: str, parsers: dict[str, ArgumentParser]) -> None:
         build(DataConfig, values["data"])
         build(EvalOptions if command == "eval" else SparsifyConfig, values)
         assert values["model"] is not None or values["source"].startswith("runs/")
+    elif command in parsers:
+        assert parse(parsers[command], arguments)["models"]
     else:
         assert (command, arguments) == ("recipes", ["NAME"])
 
