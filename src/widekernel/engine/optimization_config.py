@@ -85,7 +85,7 @@ class OptimizerConfig:
             )
         if self.decayed != "weights":
             for key in ("norm_weight_decay", "bias_weight_decay", "decay_response_norms"):
-                if getattr(self, key) not in (None, False):
+                if getattr(self, key) is not None and getattr(self, key) is not False:
                     raise ConfigError(
                         f"optimizer.{key} is {getattr(self, key)!r}, but optimizer.decayed {self.decayed!r} decides what "
                         "decays: leave one of them out."

@@ -61,7 +61,7 @@ def dense_layer_groups(model: nn.Module, by: str, layers: int) -> dict[str, int 
         layers: number of groups besides the stem and the head.
 
     Returns:
-        groups from 0 to `layers` + 1 (the head) by name; `None` where the name does not tell, or stage 2 has too many blocks.
+        groups from 0 to `layers` + 1 (the head) by name; `None` if the name does not tell, or stage 2 is too deep.
     """
     names = [name for name, _ in model.named_parameters()]
     has_body = any(name.startswith(_BODY) for name in names)

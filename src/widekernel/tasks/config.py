@@ -77,7 +77,8 @@ class RunConfig:
         values = _plain(asdict(self))
         # Settings of unused methods are left out, so that changing them does not prevent resuming.
         used = {"none": (), "dynamic": ("dynamic", "masks"), SEMI_STRUCTURED: ("semi_structured",)}[self.sparsity.method]
-        values["sparsity"] = {key: values["sparsity"][key] for key in ("method", *used)}
+        sparsity = values.pop("sparsity")  # goes to the end
+        values["sparsity"] = {key: sparsity[key] for key in ("method", *used)}
         return values if self.task == FIRST_TASK else {TASK: self.task, **values}
 
     @property
