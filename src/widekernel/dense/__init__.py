@@ -1,0 +1,1 @@
+"""Networks for dense prediction, segmentation and detection, on any backbone."""
