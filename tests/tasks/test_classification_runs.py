@@ -23,6 +23,7 @@ from widekernel.errors import CheckpointError, ConfigError, WidekernelError
 from widekernel.files import sha256_of
 from widekernel.tasks import run as complete_run
 from widekernel.tasks.assembly import build_model
+from widekernel.tasks.classification import run as classification
 from widekernel.tasks.classification.config import ModelConfig, TrainConfig
 from widekernel.tasks.classification.run import train
 from widekernel.tasks.classification.task import Classification
