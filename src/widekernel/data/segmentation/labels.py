@@ -64,9 +64,7 @@ class LabelTable:
         wrong = self._invalid[numbers]
         if wrong.any():
             first = int(numbers[wrong][0])
-            raise DataError(
-                f"{int(wrong.sum()):,} pixels are {first} or other numbers out of range: allowed are {self._rule}"
-            )
+            raise DataError(f"{int(wrong.sum()):,} pixels are out of range, such as {first}: allowed are {self._rule}")
         return self._table[numbers]
 
 

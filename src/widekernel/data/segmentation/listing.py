@@ -40,9 +40,8 @@ def list_ade20k(root: Path, split: str) -> Pairs:
     Raises:
         DataError: a folder is missing or empty, or an image has no label file.
     """
-    return _paired(
-        Pairs(root / "images" / split, root / "annotations" / split), _stem_of(image_endings()), _stem_of(LOSSLESS)
-    )
+    pairs = Pairs(root / "images" / split, root / "annotations" / split)
+    return _paired(pairs, _stem_of(image_endings()), _stem_of(LOSSLESS))
 
 
 def list_plain(root: Path, split: str) -> Pairs:

@@ -140,8 +140,8 @@ def classes_of(config: SegmentationDataConfig, root: Path) -> ClassTable:
         if (root / name).exists():
             return read_class_table(root / name)
     raise DataError(
-        f"{root} has no file of classes ({' or '.join(_CLASS_FILES)}). Write one with the name of a class in each line, in the "
-        "order of the class indices, or give another file as data.classes."
+        f"{root} has no file of classes ({' or '.join(_CLASS_FILES)}). Write one with the name of a class in each line, in "
+        "the order of the class indices, or give another file as data.classes."
     )
 
 
