@@ -31,15 +31,13 @@ FIRST_TASK = "classification"
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Settings of a run of any task; a task's own class says what `model`, `data` and `augment` are, and adds to them.
+    """Settings of a run of any task; a task's own class says what `model` and `data` are, and adds to them.
 
     Args:
         seed: seed of initialization, data order, augmentation and all other random choices
         output: run folder; null means runs/<recipe or model name>
         model: network
-        data: data set and preprocessing, with data.root, data.workers, data.timeout, data.worker_restarts and
-            data.max_unreadable
-        augment: augmentation of the training images
+        data: data set and preprocessing
         optimizer: optimizer
         schedule: epochs and learning rate
         ema: moving average of the weights
@@ -57,7 +55,6 @@ class RunConfig:
     output: str | None = None
     model: Any = None
     data: Any = None
-    augment: Any = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)

@@ -59,6 +59,7 @@ class TrainConfig(RunConfig):
         seed: seed of initialization, data order, augmentation and mixup
         model: network
         data: data set and preprocessing
+        augment: augmentation of the training images
         label_smoothing: share of the target that is spread evenly over all classes
         distillation: a trained network to learn from
     """
