@@ -1,1 +1,1 @@
-"""Networks for dense prediction, segmentation and detection, on any backbone."""
+"""Networks for dense prediction: feature pyramids on any backbone, segmentation and detection."""
