@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from tests.parity.downstream.arrays import Golden
-from tests.parity.downstream.two_stage import create, load
-from widekernel.dense.detection.structures import Detections, ImageSize
+from tests.parity.downstream.two_stage import create, load, official_gradients
+from widekernel.dense.detection import roi_head
+from widekernel.dense.detection.box_coding import encode_deltas
+from widekernel.dense.detection.roi_features import as_rois
+from widekernel.dense.detection.roi_targets import RoiSample
+from widekernel.dense.detection.structures import Detections, ImageSize, Targets
 from widekernel.dense.detection.two_stage import TwoStageDetector
 
 EVALUATED = [
@@ -18,6 +23,12 @@ EVALUATED = [
     "det_cascade_replknet_mini_s302",
     "det_cascade_slak_mini_s400",
     "det_mask_convnext_mini_s600",
+]
+TRAINED = [
+    "det_cascade_convnext_mini_train_s564",
+    "det_cascade_replknet_mini_train_s364",
+    "det_cascade_slak_mini_train_s463",
+    "det_mask_convnext_mini_train_s660",
 ]
 
 
@@ -98,3 +109,84 @@ def check_detections(golden: Golden, prefix: str, found: list[Detections]) -> No
         assert ours.shape == theirs.shape
         assert (ours != theirs).sum((1, 2)).max() <= 2
         assert theirs.any()
+
+
+@pytest.mark.parametrize("case", TRAINED)
+def test_training_step(case: str, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    golden = Golden(shared, case)
+    detector = create(golden.manifest["config"]).train()
+    load(detector, golden, tmp_path)
+    samples = kept_results(monkeypatch, "sample_rois")
+    masks = kept_results(monkeypatch, "mask_targets")
+    recorder = record(detector)
+    targets = golden.targets(5)
+    losses = detector(golden.images(), golden.sizes(), targets, seeds=[3, 8])
+    check_losses(golden, losses)
+    sum(losses.values()).backward()
+    check_gradients(golden, detector)
+    for image, proposals in enumerate(golden_proposals(golden)):
+        taken = samples[0][image].boxes
+        assert (taken[~samples[0][image].is_truth].shape[0] == len(proposals)) or len(taken) == 512
+    for stage, found in enumerate(samples):
+        check_targets(golden, detector, stage, found, targets)
+        golden.check(f"s{stage}_cls", recorder.outputs[f"box{stage}"].logits, 3e-4)
+        golden.check(f"s{stage}_reg", recorder.outputs[f"box{stage}"].deltas, 3e-4)
+        golden.check(f"s{stage}_mask_targets", torch.cat(masks[2 * stage : 2 * stage + 2]), 0)
+
+
+def golden_proposals(golden: Golden) -> list[Tensor]:
+    return [golden[f"train_proposals_img{image}"] for image in range(2)]
+
+
+def kept_results(monkeypatch: pytest.MonkeyPatch, name: str) -> list[Any]:
+    """Keep what a function of the second stage returns, call by call."""
+    function, results = getattr(roi_head, name), []
+
+    def keep(*args: Any) -> Any:
+        results.append(function(*args))
+        return results[-1]
+
+    monkeypatch.setattr(roi_head, name, keep)
+    return results
+
+
+def check_losses(golden: Golden, losses: dict[str, Tensor]) -> None:
+    expected = dict(zip(golden.arrays["loss_names"].tolist(), golden.arrays["loss_values"].tolist()))
+    assert sum(losses.values()).item() == pytest.approx(expected["loss"], rel=1e-5)
+    wanted = {}
+    for name, value in expected.items():
+        stage, _, what = name.rpartition(".")
+        if what.startswith("loss_"):
+            prefix = f"stage{int(stage[1:]) + 1}_" if stage else "" if "rpn" in what else "roi_"
+            wanted[prefix + what.removeprefix("loss_").replace("bbox", "box")] = value
+    assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(wanted, rel=1e-5)
+
+
+def check_gradients(golden: Golden, detector: TwoStageDetector) -> None:
+    expected = dict(zip(golden.arrays["grad_names"].tolist(), golden.arrays["grad_norms"].tolist()))
+    largest, compared = max(expected.values()), 0
+    ours = official_gradients(detector)
+    assert set(ours) == set(expected)
+    for name, gradient in ours.items():
+        bound = 2e-2 * max(expected[name], 0.01 * largest)
+        assert abs(gradient.norm().item() - expected[name]) <= bound, name
+        if f"grad:{name}" in golden.arrays or f"grad:{name}|val" in golden.arrays:
+            golden.check(f"grad:{name}", gradient, 2e-2, 2e-4 * largest)
+            compared += 1
+    assert compared >= 9
+
+
+def check_targets(
+    golden: Golden, detector: TwoStageDetector, stage: int, samples: list[RoiSample], targets: list[Targets]
+) -> None:
+    rois = as_rois([sample.boxes for sample in samples])
+    golden.check(f"s{stage}_rois", rois, 0, 1e-3)
+    labels = torch.cat([sample.labels for sample in samples])
+    assert torch.equal(labels, golden[f"s{stage}_labels"])
+    positive = [sample.labels[: len(sample.matched)] for sample in samples]
+    assert torch.equal(torch.cat(positive), golden[f"s{stage}_mask_labels"])
+    expected = golden[f"s{stage}_box_targets"][labels < 5]
+    wanted = torch.cat([target.boxes[sample.matched] for target, sample in zip(targets, samples)])
+    if detector.options.roi.box_loss == "l1":
+        wanted = encode_deltas(rois[labels < 5, 1:], wanted, detector.options.roi.stages[stage].stds)
+    assert (wanted - expected).abs().max() <= 1e-3

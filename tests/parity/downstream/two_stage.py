@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
 import widekernel
 from tests.parity.downstream.arrays import Golden
@@ -74,3 +74,19 @@ def load(detector: TwoStageDetector, golden: Golden, folder: Path) -> None:
     native |= {f"backbone.body.{k}": v for k, v in body.items()}
     native |= {f"backbone.norms.{k.removeprefix('norm')}": v for k, v in norms.items()}
     detector.load_state_dict(native)
+
+
+def official_gradients(detector: TwoStageDetector) -> dict[str, Tensor]:
+    """Return the gradients of a detector under the official names of its parameters."""
+    from widekernel.models.layouts.registry import layouts_of
+    (layout, *_) = layouts_of(detector.backbone.body)
+    result = {}
+    for name, parameter in detector.named_parameters():
+        assert parameter.grad is not None, name
+        g = parameter.grad
+        if name.startswith("backbone.body."):
+            o, rule = layout.to_official(name.removeprefix("backbone.body."))
+            name = "backbone." + o
+        name = name.replace("backbone.norms.", "backbone.norm")
+        result[name] = g
+    return result
