@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.parity.downstream.arrays import Golden
+from tests.parity.downstream.arrays import Golden, filler
 from tests.parity.downstream.two_stage import create, load, official_gradients
 from widekernel.dense.detection import roi_head
 from widekernel.dense.detection.box_coding import encode_deltas
@@ -124,18 +124,11 @@ def test_training_step(case: str, shared: Path, tmp_path: Path, monkeypatch: pyt
     check_losses(golden, losses)
     sum(losses.values()).backward()
     check_gradients(golden, detector)
-    for image, proposals in enumerate(golden_proposals(golden)):
-        taken = samples[0][image].boxes
-        assert (taken[~samples[0][image].is_truth].shape[0] == len(proposals)) or len(taken) == 512
     for stage, found in enumerate(samples):
         check_targets(golden, detector, stage, found, targets)
         golden.check(f"s{stage}_cls", recorder.outputs[f"box{stage}"].logits, 3e-4)
         golden.check(f"s{stage}_reg", recorder.outputs[f"box{stage}"].deltas, 3e-4)
         golden.check(f"s{stage}_mask_targets", torch.cat(masks[2 * stage : 2 * stage + 2]), 0)
-
-
-def golden_proposals(golden: Golden) -> list[Tensor]:
-    return [golden[f"train_proposals_img{image}"] for image in range(2)]
 
 
 def kept_results(monkeypatch: pytest.MonkeyPatch, name: str) -> list[Any]:
@@ -190,3 +183,29 @@ def check_targets(
     if detector.options.roi.box_loss == "l1":
         wanted = encode_deltas(rois[labels < 5, 1:], wanted, detector.options.roi.stages[stage].stds)
     assert (wanted - expected).abs().max() <= 1e-3
+
+
+@pytest.mark.full
+def test_full_size(shared: Path, tmp_path: Path) -> None:
+    """Stored RoIs, since the proposals of drawn weights mean nothing."""
+    golden = Golden(shared, "full_cascade_convnext_tiny_s805")
+    detector = create(golden.manifest["config"]).eval()
+    load(detector, golden, tmp_path)
+    images = torch.from_numpy(filler(shared).make_input(golden.row["input_seed"], golden.row["input_shape"]))
+    head, rois = detector.roi_head, golden["rois"]
+    with torch.inference_mode():
+        features = detector.backbone(images)
+        maps = detector.neck(features)
+        rpn = detector.rpn_head(maps)
+        for level in range(5):
+            if level < 4:
+                golden.check(f"feat{level}", features[level], 2e-5)
+            golden.check(f"fpn{level}", maps[level], 2e-5)
+            golden.check(f"rpn_cls{level}", rpn.logits[level], 2e-5)
+            golden.check(f"rpn_reg{level}", rpn.deltas[level], 2e-5)
+        for stage in range(3):
+            outputs = head.box_heads[stage](head.box_features(maps, rois))
+            golden.check(f"s{stage}_cls", outputs.logits, 3e-4)
+            golden.check(f"s{stage}_reg", outputs.deltas, 3e-4)
+            masks = head.mask_heads[stage](head.mask_features(maps, rois[:3]))
+            golden.check(f"mask{stage}_logits", masks, 3e-4)
