@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -12,17 +12,11 @@ from torch import Tensor, nn
 
 from widekernel.dense.detection.anchors import AnchorOptions, grid_anchors, map_sizes
 from widekernel.dense.detection.box_coding import decode_deltas
+from widekernel.dense.detection.processes import MeanOverProcesses, alone
 from widekernel.dense.detection.rpn_targets import RpnTargets, RpnTrainingOptions, rpn_targets
 from widekernel.dense.detection.structures import ImageSize, Targets
 from widekernel.dense.detection.suppression import suppress
 from widekernel.errors import ArgumentError
-
-MeanOverProcesses = Callable[[Tensor], Tensor]
-
-
-def alone(value: Tensor) -> Tensor:
-    """Return the mean of a value over processes if there is only one: the value."""
-    return value
 
 
 @dataclass(frozen=True)
