@@ -309,8 +309,8 @@ def test_everything_but_batch_norms_decays() -> None:
     ("settings", "message"),
     [
         ({"power": 0.9}, "schedule.power is 0.9.*set it to poly"),
-        ({"kind": "multistep"}, r"set milestones, such as \[8, 11\]"),
-        ({"milestones": (8.0,)}, "set schedule.kind to multistep"),
+        ({"kind": "multistep"}, r"set it, such as to \[8, 11\]"),
+        ({"kind": "multistep", "milestones": (27.0, 33.0), "epochs": 33}, "the run ends before the last one"),
         ({"kind": "multistep", "milestones": (11.0, 8.0)}, "each later than the one before"),
         ({"warmup_factor": 1e-6, "warmup_lr": 1e-5}, "schedule.warmup_lr is 1e-05, which schedule.warmup_factor"),
         ({"warmup_factor": 1e-6, "warmup_kind": "linspace"}, "schedule.warmup_kind is 'linspace', which"),

@@ -172,10 +172,12 @@ class ScheduleConfig:
         pairs = zip((0.0, *self.milestones), self.milestones)
         ok = all(earlier < later for earlier, later in pairs)
         require(ok, "schedule.milestones", self.milestones, "epochs above 0, each later than the one before")
-        if bool(self.milestones) != (self.kind == "multistep"):
-            fix = "set milestones, such as [8, 11]" if self.kind == "multistep" else "set schedule.kind to multistep"
+        if self.kind == "multistep" and not self.milestones:
+            raise ConfigError("schedule.kind is 'multistep', but schedule.milestones is empty: set it, such as to [8, 11].")
+        if self.kind == "multistep" and self.steps is None and self.milestones[-1] >= self.epochs:
             raise ConfigError(
-                f"schedule.milestones is {list(self.milestones)}, which does not fit schedule.kind {self.kind!r}: {fix}."
+                f"schedule.milestones is {list(self.milestones)}, but schedule.epochs is {self.epochs}, so the run ends before "
+                "the last one: choose earlier ones, or more epochs."
             )
 
     def _check_warmup(self) -> None:

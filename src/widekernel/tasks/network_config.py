@@ -9,7 +9,7 @@ from widekernel.errors import ConfigError
 from widekernel.settings import require, require_finite, require_literals, require_whole
 
 # What training starts from or how it computes, which a trained network does not depend on.
-_OF_TRAINING = ("name", "args", "pretrained", "weights", "grad_checkpointing")
+_OF_TRAINING = ("name", "args", "pretrained", "weights", "load", "grad_checkpointing")
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class BackboneConfig:
             those of RepLKNet), or auto, which chooses by the backbone
         pretrained: start from timm's pretrained weights for the backbone
         weights: checkpoint to start from: of a classifier, whose stages the backbone takes, or of the whole network
+        load: what is taken from model.weights: auto (all that the file holds) or backbone, such as for other classes
         grad_checkpointing: recompute activations of the backbone in the backward pass, which saves memory and costs time
     """
 
@@ -31,11 +32,14 @@ class BackboneConfig:
     norms: Literal["auto", "layer", "none"] = "auto"
     pretrained: bool = False
     weights: str | None = None
+    load: Literal["auto", "backbone"] = "auto"
     grad_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         require_finite(self, "model")
         require_literals(self, "model")
+        if self.load != "auto" and self.weights is None:
+            raise ConfigError(f"model.load is {self.load!r}, but model.weights is not set: leave model.load out.")
         if self.pretrained and self.weights is not None:
             raise ConfigError("model.pretrained and model.weights are both set; choose one of them.")
         for key in ("num_classes", "pretrained", "features_only", "out_indices"):

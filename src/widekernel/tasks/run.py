@@ -80,7 +80,7 @@ class _Run:
         model = processes.main_first(lambda: parts.build(sources, starts))
         saved = parts.describe(sources, model)
         samples = parts.samples(sources, model, saved)
-        task = processes.main_first(lambda: parts.create_task(model, saved))
+        task = processes.main_first(lambda: parts.create_task(sources, model, saved))
         context = self._make_context(sources, saved, device, settings, task.digests)
         was_finished = processes.from_main(folder.summary.exists)
         evaluated = () if sources[1] is None else config.training.evaluated

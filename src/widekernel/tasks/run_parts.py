@@ -119,7 +119,7 @@ class RunParts(ABC):
         """Return the items, transformed for the network."""
 
     @abstractmethod
-    def create_task(self, network: nn.Module, saved: SavedModel) -> RunTask:
+    def create_task(self, sources: Sources, network: nn.Module, saved: SavedModel) -> RunTask:
         """Create the task."""
 
     @abstractmethod

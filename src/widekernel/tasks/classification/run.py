@@ -142,7 +142,7 @@ class ClassificationParts(RunParts):
         )
 
     @override
-    def create_task(self, network: nn.Module, saved: SavedModel) -> Classification:
+    def create_task(self, sources: Sources, network: nn.Module, saved: SavedModel) -> Classification:
         return create_task(self.config, saved, input_channels(network), self.notify)
 
     @override
