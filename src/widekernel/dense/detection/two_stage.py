@@ -161,9 +161,7 @@ class MaskRCNN(TwoStageDetector):
             raise ArgumentError(
                 f"Mask R-CNN has a single stage, but the settings have {len(options.roi.stages)}: use CascadeRCNN for more."
             )
-        super().__init__(
-            backbone, options, SingleRoiHead(options.num_classes, options.channels, options.roi, options.masks)
-        )
+        super().__init__(backbone, options, SingleRoiHead(options.num_classes, options.channels, options.roi, options.masks))
 
 
 def _needed(value: Sequence | None, name: str) -> Sequence:
