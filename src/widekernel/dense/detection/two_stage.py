@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from widekernel.dense.backbone import Pyramid
 from widekernel.dense.detection.fpn import FeaturePyramidNetwork
+from widekernel.dense.detection.processes import MeanOverProcesses, alone
 from widekernel.dense.detection.roi_head import CascadeRoiHead, RoiHead, SingleRoiHead
 from widekernel.dense.detection.roi_options import CASCADE, MASK_RCNN, STRIDES, RoiOptions
-from widekernel.dense.detection.roi_targets import check_targets
-from widekernel.dense.detection.rpn import ProposalOptions, RpnHead, RpnOptions, alone
+from widekernel.dense.detection.rpn import ProposalOptions, RpnHead, RpnOptions
 from widekernel.dense.detection.rpn_targets import RpnTrainingOptions
 from widekernel.dense.detection.structures import Detections, ImageSize, Targets
+from widekernel.dense.detection.target_checks import check_sizes, check_targets, mark_unsound
 from widekernel.errors import ArgumentError, ShapeError
 
 
@@ -78,7 +80,7 @@ class TwoStageDetector(nn.Module):
         ArgumentError: the pyramid has other strides.
     """
 
-    mean_over_processes: Callable[[Tensor], Tensor]
+    mean_over_processes: MeanOverProcesses
 
     def __init__(self, backbone: Pyramid, options: TwoStageOptions, roi_head: RoiHead) -> None:
         super().__init__()
@@ -114,21 +116,42 @@ class TwoStageDetector(nn.Module):
             the detections of each image, in pixels of the original images.
 
         Raises:
-            ShapeError: the sizes do not fit the images.
-            ArgumentError: targets or seeds are missing in training mode, or do not fit the images.
+            ArgumentError: targets or seeds are missing in training mode.
+            ShapeError: arguments do not fit each other.
+            DataError: masks are missing, or boxes or labels on the CPU are malformed; on other devices the losses are then
+                NaN.
         """
-        _check_sizes(images, sizes)
-        if self.training:
-            targets, seeds = _needed(targets, "targets"), _needed(seeds, "seeds")
-            check_targets(targets, len(images), seeds, self.options.masks)
+        if not self.training:
+            return self.detect(images, sizes)
+        if targets is None or seeds is None:
+            missing = "targets" if targets is None else "seeds"
+            raise ArgumentError(
+                f"There are no {missing}, which training needs. Give {missing}, or call eval() for detections."
+            )
+        return self.losses(images, sizes, targets, seeds)
+
+    def losses(
+        self, images: Tensor, sizes: Sequence[ImageSize], targets: Sequence[Targets], seeds: Sequence[int]
+    ) -> dict[str, Tensor]:
+        """Return the losses by name; see `forward`."""
+        options = self.options
+        sound = check_targets(images, sizes, targets, options.num_classes, options.masks)
+        if len(seeds) != len(images):
+            raise ShapeError(f"There are {len(images)} images, but {len(seeds)} seeds. Give a seed for each image.")
         maps = self.neck(self.backbone(images))
         outputs = self.rpn_head(maps)
         proposals = [each.boxes for each in self.rpn_head.propose(outputs, sizes)]
-        if not self.training:
-            return self.roi_head.detect(maps, sizes, proposals)
-        assert targets is not None and seeds is not None  # noqa: PT018
         losses = self.rpn_head.losses(outputs, sizes, targets, seeds, self.mean_over_processes)
-        return losses | self.roi_head.losses(maps, sizes, targets, proposals, seeds, self.mean_over_processes)
+        losses |= self.roi_head.losses(maps, sizes, targets, proposals, seeds, self.mean_over_processes)
+        return mark_unsound(losses, sound)
+
+    @torch.no_grad()
+    def detect(self, images: Tensor, sizes: Sequence[ImageSize]) -> list[Detections]:
+        """Return the detections of each image, without gradient; see `forward`."""
+        check_sizes(images, sizes)
+        maps = self.neck(self.backbone(images))
+        proposals = [each.boxes for each in self.rpn_head.propose(self.rpn_head(maps), sizes)]
+        return self.roi_head.detect(maps, sizes, proposals)
 
 
 class CascadeRCNN(TwoStageDetector):
@@ -162,20 +185,3 @@ class MaskRCNN(TwoStageDetector):
                 f"Mask R-CNN has a single stage, but the settings have {len(options.roi.stages)}: use CascadeRCNN for more."
             )
         super().__init__(backbone, options, SingleRoiHead(options.num_classes, options.channels, options.roi, options.masks))
-
-
-def _needed(value: Sequence | None, name: str) -> Sequence:
-    if value is None:
-        raise ArgumentError(f"{name} is None, but training needs it: give {name}, or call eval() for detections.")
-    return value
-
-
-def _check_sizes(images: Tensor, sizes: Sequence[ImageSize]) -> None:
-    if images.dim() != 4 or len(sizes) != len(images):
-        raise ShapeError(f"Images are (N, 3, H, W) with N sizes, but got {tuple(images.shape)} and {len(sizes)} sizes.")
-    for number, size in enumerate(sizes):
-        if not 0 < size.height <= images.shape[2] or not 0 < size.width <= images.shape[3]:
-            raise ShapeError(
-                f"Image {number} has {size.height} x {size.width} pixels, but the batch {tuple(images.shape[2:])}: the size "
-                "of an image is that before padding."
-            )
