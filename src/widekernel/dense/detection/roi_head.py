@@ -13,11 +13,11 @@ from widekernel.dense.detection.box_coding import clip_boxes, decode_deltas, enc
 from widekernel.dense.detection.box_heads import BoxHead, BoxOutputs
 from widekernel.dense.detection.mask_heads import MaskHead
 from widekernel.dense.detection.mask_pasting import paste_masks
+from widekernel.dense.detection.processes import MeanOverProcesses, alone
 from widekernel.dense.detection.roi_features import RoiFeatures, as_rois
 from widekernel.dense.detection.roi_losses import class_loss, giou_loss, mask_loss, wide
 from widekernel.dense.detection.roi_options import STRIDES, RoiOptions, RoiStage
 from widekernel.dense.detection.roi_targets import Candidates, RoiSample, RoiSampling, mask_targets, sample_rois
-from widekernel.dense.detection.rpn import MeanOverProcesses, alone
 from widekernel.dense.detection.structures import Detections, ImageSize, Targets
 from widekernel.dense.detection.suppression import suppress_by_class
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from widekernel.dense.detection.box_coding import Stds
@@ -63,7 +63,7 @@ class RoiOptions:
     fc_channels: int = 1024
     box_loss: BoxLoss = "giou"
     box_loss_weight: float = 1.0
-    sample: SampleOptions = SampleOptions(512, 0.25)
+    sample: SampleOptions = field(default_factory=lambda: SampleOptions(512, 0.25))
     box_size: int = 7
     mask_size: int = 14
     score_threshold: float = 0.05

@@ -13,7 +13,6 @@ from torchvision.ops import roi_align
 from widekernel.dense.detection.matching import NEGATIVE, MatchOptions, match
 from widekernel.dense.detection.sampling import Sample, SampleOptions, permutation, sample
 from widekernel.dense.detection.structures import Targets
-from widekernel.errors import ArgumentError
 
 
 class Candidates(NamedTuple):
@@ -122,25 +121,3 @@ def mask_targets(masks: Tensor, boxes: Tensor, matched: Tensor, size: int) -> Te
         return rois.new_zeros(0, size, size)
     soft = roi_align(masks.unsqueeze(1).to(torch.float32), rois, size, 1.0, sampling_ratio=0, aligned=True)
     return (soft.squeeze(1) >= 0.5).to(torch.float32)
-
-
-def check_targets(targets: Sequence[Targets], images: int, seeds: Sequence[int], masks: bool) -> None:
-    """Check that there are objects and a seed for each image, with masks where they are needed.
-
-    Raises:
-        ArgumentError: a number differs from that of the images, or masks are missing.
-    """
-    if len(targets) != images or len(seeds) != images:
-        raise ArgumentError(
-            f"Training needs the objects and a seed of each of the {images} images, but got {len(targets)} targets and "
-            f"{len(seeds)} seeds."
-        )
-    for number, target in enumerate(targets):
-        if len(target.boxes) != len(target.labels):
-            raise ArgumentError(f"Image {number} has {len(target.boxes)} boxes, but {len(target.labels)} labels.")
-        if masks and (target.masks is None or len(target.masks) != len(target.boxes)):
-            found = "none" if target.masks is None else str(len(target.masks))
-            raise ArgumentError(
-                f"Image {number} needs a mask for each of its {len(target.boxes)} boxes, but has {found}. Load the masks of "
-                "objects, or create the detector with masks=False."
-            )
