@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.parity.downstream.two_stage import pyramid
+from tests.parity.downstream.reference import pyramid
 from widekernel.dense.detection.two_stage import CascadeRCNN, MaskRCNN, TwoStageDetector, cascade_options, mask_rcnn_options
 
 CONVNEXTS = {

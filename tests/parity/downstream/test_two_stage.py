@@ -49,9 +49,9 @@ class Recorder:
 
 
 @pytest.mark.parametrize("case", EVALUATED)
-def test_detections(case: str, shared: Path) -> None:
+def test_detections(case: str, shared: Path, tmp_path: Path) -> None:
     golden = Golden(shared, case)
-    detector = official_detector(golden).eval()
+    detector = official_detector(shared, golden, tmp_path).eval()
     recorder = record(detector)
     with torch.inference_mode():
         found = detector(golden.images(), golden.sizes())
@@ -112,9 +112,9 @@ def check_detections(golden: Golden, prefix: str, found: list[Detections]) -> No
 
 
 @pytest.mark.parametrize("case", TRAINED)
-def test_training_step(case: str, shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_step(case: str, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     golden = Golden(shared, case)
-    detector = official_detector(golden).train()
+    detector = official_detector(shared, golden, tmp_path).train()
     samples = kept_results(monkeypatch, "sample_rois")
     masks = kept_results(monkeypatch, "mask_targets")
     recorder = record(detector)
@@ -171,10 +171,10 @@ def check_targets(
 
 
 @pytest.mark.full
-def test_full_size(shared: Path) -> None:
+def test_full_size(shared: Path, tmp_path: Path) -> None:
     """Stored RoIs, since the proposals of drawn weights mean nothing."""
     golden = Golden(shared, "full_cascade_convnext_tiny_s805")
-    detector = official_detector(golden).eval()
+    detector = official_detector(shared, golden, tmp_path).eval()
     images = torch.from_numpy(filler(shared).make_input(golden.row["input_seed"], golden.row["input_shape"]))
     head, rois = detector.roi_head, golden["rois"]
     with torch.inference_mode():

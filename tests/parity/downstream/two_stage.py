@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import widekernel
 from tests.parity.downstream.arrays import Golden
-from tests.parity.downstream.pyramids import official_pyramid
-from widekernel.dense.backbone import Pyramid
+from tests.parity.downstream.reference import official_file, pyramid
 from widekernel.dense.detection.rpn import ProposalOptions
 from widekernel.dense.detection.sampling import SampleOptions
 from widekernel.dense.detection.two_stage import (
@@ -20,21 +21,18 @@ from widekernel.dense.detection.two_stage import (
 )
 
 
-def official_detector(golden: Golden) -> TwoStageDetector:
-    """Create the detector of a case and load its weights, each of which must be used."""
-    detector = create(golden.manifest["config"], official_pyramid(golden))
-    state = {key: value for key, value in golden.weights().items() if not key.startswith("backbone.")}
-    missing, unexpected = detector.load_state_dict(state, strict=False)
-    assert not unexpected
-    assert all(key.startswith("backbone.") for key in missing)
+def official_detector(shared: Path, golden: Golden, folder: Path) -> TwoStageDetector:
+    """Create the detector of a case and load a file with its weights, such as the official programs write."""
+    detector = create(golden.manifest["config"])
+    widekernel.load_checkpoint(detector, official_file(shared, folder, golden.row["manifest"], golden.row["seed"]))
     return detector
 
 
-def create(config: dict[str, Any], backbone: Pyramid) -> TwoStageDetector:
+def create(config: dict[str, Any]) -> TwoStageDetector:
     """Create the detector of an official configuration."""
     options = _options(config)
     kind = CascadeRCNN if config["type"] == "CascadeRCNN" else MaskRCNN
-    return kind(backbone, options)
+    return kind(pyramid(config["backbone"]), options)
 
 
 def _options(config: dict[str, Any]) -> TwoStageOptions:

@@ -43,11 +43,11 @@ class BoxHead(nn.Module):
         super().__init__()
         if classes < 1 or fcs < 1:
             raise ArgumentError(f"A box head has at least one class and one fully connected layer, not {classes} and {fcs}.")
+        self.fc_cls = nn.Linear(fc_channels, classes + 1)
+        self.fc_reg = nn.Linear(fc_channels, classes * 4)
         self.shared_convs = nn.ModuleList(conv_norm(channels, channels, 3) for _ in range(convs))
         inputs = [channels * size * size] + [fc_channels] * (fcs - 1)
         self.shared_fcs = nn.ModuleList(nn.Linear(number, fc_channels) for number in inputs)
-        self.fc_cls = nn.Linear(fc_channels, classes + 1)
-        self.fc_reg = nn.Linear(fc_channels, classes * 4)
         for layer in self.shared_fcs:
             nn.init.xavier_uniform_(layer.weight)
         nn.init.normal_(self.fc_cls.weight, std=0.01)
