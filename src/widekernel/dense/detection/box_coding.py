@@ -53,7 +53,7 @@ def decode_deltas(references: Tensor, deltas: Tensor, stds: Stds = UNSCALED, are
         Boxes of the shape of `deltas`.
     """
     shape = deltas.shape
-    deltas = deltas.reshape(len(references), -1, 4) * deltas.new_tensor(stds)
+    deltas = deltas.unflatten(1, (-1, 4)) * deltas.new_tensor(stds)
     centers, sizes = (part[:, None] for part in _centers(references))
     centers = centers + sizes * deltas[..., :2]
     half = sizes * deltas[..., 2:].clamp(-_LIMIT, _LIMIT).exp() * 0.5
