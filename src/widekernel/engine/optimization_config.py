@@ -176,8 +176,8 @@ class ScheduleConfig:
             raise ConfigError("schedule.kind is 'multistep', but schedule.milestones is empty: set it, such as to [8, 11].")
         if self.kind == "multistep" and self.steps is None and self.milestones[-1] >= self.epochs:
             raise ConfigError(
-                f"schedule.milestones is {list(self.milestones)}, but schedule.epochs is {self.epochs}, so the run ends before "
-                "the last one: choose earlier ones, or more epochs."
+                f"schedule.milestones is {list(self.milestones)}, but schedule.epochs is {self.epochs}, so the run ends "
+                "before the last one: choose earlier ones, or more epochs."
             )
 
     def _check_warmup(self) -> None:

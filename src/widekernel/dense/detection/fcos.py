@@ -81,7 +81,8 @@ class Fcos(nn.Module):
     official names `neck.…` and `bbox_head.…`.
 
     Args:
-        backbone: feature pyramid; of its maps, those with the first strides of the options are used
+        backbone: feature pyramid; of its maps, those with the first strides of the options are used. Finer maps are better
+            not built (`out_indices=3`), since norms of unused maps get no gradient.
         options: settings
 
     Attributes:

@@ -72,6 +72,7 @@ class FcosHead(nn.Module):
                 nn.init.normal_(module.weight, std=0.01)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        assert self.conv_cls.bias is not None
         nn.init.constant_(self.conv_cls.bias, math.log(_FIRST_GUESS / (1 - _FIRST_GUESS)))
 
     def forward(self, maps: Sequence[Tensor]) -> FcosOutputs:

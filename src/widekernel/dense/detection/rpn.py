@@ -101,6 +101,7 @@ class RpnHead(nn.Module):
         self.rpn_reg = nn.Conv2d(channels, anchors * 4, 1)
         for conv in (self.rpn_conv, self.rpn_cls, self.rpn_reg):
             nn.init.normal_(conv.weight, std=0.01)
+            assert conv.bias is not None
             nn.init.zeros_(conv.bias)
 
     def forward(self, maps: Sequence[Tensor]) -> RpnOutputs:
@@ -182,8 +183,8 @@ def propose(
         deltas.append(offsets.gather(1, order[..., None].expand(-1, -1, 4)))
         places.append(grid[order])
         maps.append(torch.full_like(order, number))
-    joined = zip(sizes, torch.cat(scores, 1), torch.cat(deltas, 1), torch.cat(places, 1), torch.cat(maps, 1))
-    return [_of_an_image(size, *parts, options) for size, *parts in joined]
+    joined = zip(sizes, *(torch.cat(parts, 1) for parts in (scores, deltas, places, maps)))
+    return [_of_an_image(*parts, options=options) for parts in joined]
 
 
 def _of_an_image(
