@@ -115,7 +115,7 @@ class GroundTruth:
             images: identifiers of the images that count.
 
         Raises:
-            ArgumentError: masks are to be measured, but the detections have none.
+            ArgumentError: masks are to be measured, but the detections have none; or a class index is too large.
             DataError: pycocotools is not installed.
         """
         _, coco_eval = metric_tools()
@@ -132,6 +132,11 @@ class GroundTruth:
         """Return the detections as pycocotools' `COCO`; areas are those of the boxes or of the masks."""
         entries: list[dict[str, Any]] = []
         for found in detections:
+            if len(found.labels) and int(found.labels.max()) >= len(self.category_ids):
+                raise ArgumentError(
+                    f"A detection has the class index {int(found.labels.max())}, but {self.path} has {len(self.category_ids)} "
+                    "categories: the network must have been trained with the same ones."
+                )
             corners = np.asarray(found.boxes, np.float64).reshape(-1, 4)
             boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
             for place, (box, score, label) in enumerate(zip(boxes.tolist(), found.scores.tolist(), found.labels.tolist())):
