@@ -46,7 +46,7 @@ def size_of(image: Tensor, original: tuple[int, int]) -> ImageSize:
 def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize an 8-bit image `(3, height, width)` by linear interpolation without low-pass filter, to 8 bits.
 
-    OpenCV's `INTER_LINEAR` gives the same up to one level.
+    OpenCV's `INTER_LINEAR`, which truncates fixed-point numbers, gives one level less for about a quarter of the values.
     """
     if tuple(image.shape[-2:]) == size:
         return image

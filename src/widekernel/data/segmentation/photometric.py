@@ -22,7 +22,7 @@ def distort(image: Tensor) -> Tensor:
 
     The changes are: brightness; contrast, before or after the others; saturation; hue. Draws come from Python's generator.
     """
-    pixels = image.permute(1, 2, 0).numpy()
+    pixels = image.numpy()
     if _coin():
         pixels = scaled(pixels, offset=random.uniform(-BRIGHTNESS, BRIGHTNESS))
     contrast_first = _coin()
@@ -30,15 +30,15 @@ def distort(image: Tensor) -> Tensor:
         pixels = scaled(pixels, random.uniform(*CONTRAST))
     if _coin():
         hsv = to_hsv(pixels)
-        hsv[..., 1] = scaled(hsv[..., 1], random.uniform(*SATURATION))
+        hsv[1] = scaled(hsv[1], random.uniform(*SATURATION))
         pixels = from_hsv(hsv)
     if _coin():
         hsv = to_hsv(pixels)
-        hsv[..., 0] = (hsv[..., 0].astype(np.int16) + random.randrange(-HUE, HUE)) % HUES
+        hsv[0] = (hsv[0].astype(np.int16) + random.randrange(-HUE, HUE)) % HUES
         pixels = from_hsv(hsv)
     if not contrast_first and _coin():
         pixels = scaled(pixels, random.uniform(*CONTRAST))
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+    return torch.from_numpy(pixels)
 
 
 def _coin() -> bool:
@@ -59,26 +59,29 @@ _PER_RANGE = np.where(np.arange(256) > 0, np.rint((HUES << _SHIFT) / (6.0 * _LEV
 
 
 def to_hsv(rgb: np.ndarray) -> np.ndarray:
-    """Return hue (0..179), saturation and value (0..255) of 8-bit RGB `(..., 3)`, rounded like OpenCV's 8-bit conversion."""
-    red, green, blue = (rgb[..., channel].astype(np.int32) for channel in range(3))
+    """Return hue (0..179), saturation and value (0..255) of 8-bit RGB `(3, ...)`, rounded like OpenCV's 8-bit conversion."""
+    red, green, blue = rgb.astype(np.int32)
     value = np.maximum(np.maximum(red, green), blue)
     spread = value - np.minimum(np.minimum(red, green), blue)
     saturation = (spread * _PER_VALUE[value] + _HALF) >> _SHIFT
-    sixth = np.where(value == red, green - blue, np.where(value == green, blue - red + 2 * spread, red - green + 4 * spread))
+    not_red = np.where(value == green, blue - red + 2 * spread, red - green + 4 * spread)
+    sixth = np.where(value == red, green - blue, not_red)
     hue = (sixth * _PER_RANGE[spread] + _HALF) >> _SHIFT
-    hue += np.where(hue < 0, HUES, 0)
-    return np.stack([hue, saturation, value], axis=-1).astype(np.uint8)
+    hue[hue < 0] += HUES
+    return np.stack([hue, saturation, value]).astype(np.uint8)
+
+
+# In each sixth of the turn of hues, which of (largest, smallest, falling, rising) red, green and blue are.
+_CHANNELS = [[0, 2, 1, 1, 3, 0], [3, 0, 0, 2, 1, 1], [1, 1, 3, 0, 0, 2]]
 
 
 def from_hsv(hsv: np.ndarray) -> np.ndarray:
-    """Return 8-bit RGB `(..., 3)`, rounded, of what `to_hsv` returns."""
-    hue = hsv[..., 0].astype(np.float32) * np.float32(6 / HUES)
-    saturation = hsv[..., 1].astype(np.float32) * np.float32(1 / 255)
-    value = hsv[..., 2].astype(np.float32)
-    # Of each channel: value × (1 - saturation × distance), where the distance from the channel's hue is cut to 0..1.
-    channels = []
-    for offset in (5, 3, 1):
-        place = np.mod(hue + np.float32(offset), np.float32(6))
-        distance = np.clip(np.minimum(place, np.float32(4) - place), 0, 1)
-        channels.append(value * (1 - saturation * distance))
-    return np.rint(np.stack(channels, axis=-1)).astype(np.uint8)
+    """Return 8-bit RGB `(3, ...)`, truncated like OpenCV's 8-bit conversion, of what `to_hsv` returns."""
+    turn = np.arange(HUES, dtype=np.float32) * np.float32(6 / HUES)
+    sixths = np.floor(turn)
+    sixth, part = sixths.astype(np.int8)[hsv[0]], (turn - sixths)[hsv[0]]
+    saturation, value = hsv[1:].astype(np.float32) * np.float32(1 / 255)
+    spread = saturation * part
+    levels = [value, value * (1 - saturation), value * (1 - spread), value * (1 - saturation + spread)]
+    eight_bit = [(level * np.float32(255)).astype(np.uint8) for level in levels]
+    return np.stack([np.choose(sixth, [eight_bit[place] for place in places]) for places in _CHANNELS])

@@ -115,7 +115,7 @@ class GroundTruth:
             images: identifiers of the images that count.
 
         Raises:
-            ArgumentError: masks are to be measured, but the detections have none.
+            ArgumentError: masks are to be measured, but the detections have none; or a class index is too large.
             DataError: pycocotools is not installed.
         """
         _, coco_eval = metric_tools()
@@ -129,32 +129,43 @@ class GroundTruth:
         return _average(measured)
 
     def _results(self, detections: Sequence[ImageDetections], kind: str) -> Any:
-        """Return the detections as pycocotools' `COCO`; areas are those of the boxes or of the masks."""
-        entries: list[dict[str, Any]] = []
-        for found in detections:
-            corners = np.asarray(found.boxes, np.float64).reshape(-1, 4)
-            boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
-            for place, (box, score, label) in enumerate(zip(boxes.tolist(), found.scores.tolist(), found.labels.tolist())):
-                entry = {
-                    "id": len(entries) + 1,
-                    "image_id": found.image_id,
-                    "category_id": self.category_ids[label],
-                    "score": score,
-                    "iscrowd": 0,
-                    "bbox": box,
-                    "area": box[2] * box[3],
-                }
-                if kind == "segm":
-                    if found.masks is None:
-                        raise ArgumentError(
-                            "The annotations have masks, but the detector yields only boxes: measure boxes (data.masks "
-                            "false), or use a detector of masks."
-                        )
-                    entry["segmentation"] = found.masks[place]
-                    entry["area"] = float(mask_tools().area(found.masks[place]))
-                entries.append(entry)
+        """Return the detections as pycocotools' `COCO`."""
+        entries = [entry for found in detections for entry in self._entries(found, kind)]
+        for number, entry in enumerate(entries):
+            entry["id"] = number + 1
         dataset = self.coco.dataset
         return _indexed({"images": dataset["images"], "categories": dataset["categories"], "annotations": entries})
+
+    def _entries(self, found: ImageDetections, kind: str) -> list[dict[str, Any]]:
+        """Return the detections of an image as annotations, whose areas are those of the boxes or of the masks."""
+        largest = int(found.labels.max()) if len(found.labels) else 0
+        if largest >= len(self.category_ids):
+            raise ArgumentError(
+                f"A detection has the class index {largest}, but {self.path} has {len(self.category_ids)} categories: the "
+                "network must have been trained with the same ones."
+            )
+        if kind == "segm" and found.masks is None:
+            raise ArgumentError(
+                "The annotations have masks, but the detector yields only boxes: measure boxes (data.masks false), or use a "
+                "detector of masks."
+            )
+        corners = np.asarray(found.boxes, np.float64).reshape(-1, 4)
+        boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
+        entries: list[dict[str, Any]] = [
+            {
+                "image_id": found.image_id,
+                "category_id": self.category_ids[label],
+                "score": score,
+                "iscrowd": 0,
+                "bbox": box,
+                "area": box[2] * box[3],
+            }
+            for box, score, label in zip(boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True)
+        ]
+        if kind == "segm":
+            for entry, mask in zip(entries, found.masks or (), strict=True):
+                entry.update(segmentation=mask, area=float(mask_tools().area(mask)))
+        return entries
 
 
 def _indexed(content: dict[str, Any]) -> Any:
