@@ -183,15 +183,22 @@ def propose(
         deltas.append(offsets.gather(1, order[..., None].expand(-1, -1, 4)))
         places.append(grid[order])
         maps.append(torch.full_like(order, number))
-    joined = zip(sizes, *(torch.cat(parts, 1) for parts in (scores, deltas, places, maps)))
-    return [_of_an_image(*parts, options=options) for parts in joined]
+    best = _Candidates(*(torch.cat(parts, dim=1) for parts in (scores, deltas, places, maps)))
+    return [_of_an_image(size, _Candidates(*(part[number] for part in best)), options) for number, size in enumerate(sizes)]
 
 
-def _of_an_image(
-    size: ImageSize, scores: Tensor, deltas: Tensor, anchors: Tensor, maps: Tensor, options: ProposalOptions
-) -> Proposals:
-    boxes = decode_deltas(anchors, deltas, area=(size.height, size.width))
+class _Candidates(NamedTuple):
+    """The best anchors of all maps: (N, n, …) in a batch, (n, …) in an image."""
+
+    scores: Tensor
+    deltas: Tensor
+    anchors: Tensor
+    maps: Tensor
+
+
+def _of_an_image(size: ImageSize, best: _Candidates, options: ProposalOptions) -> Proposals:
+    boxes = decode_deltas(best.anchors, best.deltas, area=(size.height, size.width))
     filled = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
-    boxes, scores, maps = boxes[filled], scores[filled], maps[filled]
-    kept = suppress(boxes, scores, maps, options.overlap, options.number)
+    boxes, scores = boxes[filled], best.scores[filled]
+    kept = suppress(boxes, scores, best.maps[filled], options.overlap, options.number)
     return Proposals(boxes[kept], scores[kept])
