@@ -74,8 +74,8 @@ def whole_inference(model: Segmenter, images: Tensor) -> Tensor:
 def slide_inference(model: Segmenter, images: Tensor, crop: tuple[int, int], stride: tuple[int, int]) -> Tensor:
     """Return the logits (N, classes, H, W) of images (N, 3, H, W), averaged over windows.
 
-    The windows begin at multiples of the stride. The last one of a row or column is moved back so that it ends at the border.
-    Images that are smaller than a window are one window.
+    The windows begin at multiples of the stride. The last one of a row or column is moved back to end at the border. Images
+    that are smaller than a window are one window.
 
     Args:
         model: the network, in evaluation mode.
