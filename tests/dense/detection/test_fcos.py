@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torchvision.ops import box_iou
 
 from tests.dense.detection.helpers import check_two_processes
-from tests.dense.detection.pictures import CLASSES, batch
+from tests.dense.detection.shapes import CLASSES, batch
 from widekernel.dense.backbone import build_pyramid
 from widekernel.dense.detection.fcos import Fcos, FcosDetectionOptions, FcosOptions, fcos_losses
 from widekernel.dense.detection.fcos_head import FcosHead, FcosOutputs
@@ -42,8 +43,9 @@ def test_a_few_steps_lower_every_loss() -> None:
     fcos = build().train()
     optimizer = torch.optim.AdamW(fcos.parameters(), 2e-3)
     history = []
-    for _ in range(25):
-        losses = fcos(*batch(4))
+    arguments = batch()
+    for _ in range(15):
+        losses = fcos(*arguments)
         assert list(losses) == ["cls", "box", "centerness"]
         optimizer.zero_grad()
         sum(losses.values()).backward()
@@ -58,7 +60,7 @@ def test_a_few_steps_lower_every_loss() -> None:
 def test_it_finds_what_it_has_learned() -> None:
     fcos = build().train()
     optimizer = torch.optim.AdamW(fcos.parameters(), 2e-3)
-    images, sizes, targets, seeds = batch(4)
+    images, sizes, targets, seeds = batch(count=4)
     for step in range(200):
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * (1 - step / 200)
@@ -66,15 +68,15 @@ def test_it_finds_what_it_has_learned() -> None:
         sum(fcos(images, sizes, targets, seeds).values()).backward()
         optimizer.step()
     for found, wanted in zip(fcos.eval()(images, sizes), targets):
-        best = found.labels[:2].argsort(stable=True)
-        order = wanted.labels.argsort(stable=True)
-        assert torch.equal(found.labels[best], wanted.labels[order])
-        assert (found.boxes[best] - wanted.boxes[order]).abs().max() < 6
+        best = found.boxes[: len(wanted.boxes)]
+        overlaps = box_iou(wanted.boxes, best)
+        assert (overlaps.amax(dim=1) > 0.7).all()
+        assert torch.equal(found.labels[overlaps.argmax(dim=1)], wanted.labels)
 
 
 def test_two_processes_train_like_one() -> None:
     fcos = build(out_indices=(1, 2)).train()
-    images, sizes, targets, seeds = batch(4)
+    images, sizes, targets, seeds = batch(count=4)
     targets[0] = NOTHING
 
     def losses(part: slice, mean) -> dict[str, Tensor]:
@@ -86,7 +88,7 @@ def test_two_processes_train_like_one() -> None:
 
 def test_no_objects_at_all() -> None:
     fcos = build().train()
-    images, sizes, _, seeds = batch(2)
+    images, sizes, _, seeds = batch()
     losses = fcos(images, sizes, [NOTHING, NOTHING], seeds)
     assert losses["box"] == losses["centerness"] == 0
     assert losses["cls"] > 0
@@ -94,9 +96,19 @@ def test_no_objects_at_all() -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in fcos.parameters())
 
 
+@pytest.mark.parametrize("name", ["replknet_nano", "slak_nano"])
+def test_sizes_that_strides_do_not_divide(name: str) -> None:
+    """RepLKNet rounds the size of a map up, the other networks down."""
+    fcos = Fcos(build_pyramid(name, {}, (1, 2)), OPTIONS).train()
+    _, _, targets, seeds = batch()
+    losses = fcos(torch.randn(2, 3, 75, 101), [ImageSize(75, 101)] * 2, targets, seeds)
+    assert all(loss.isfinite() for loss in losses.values())
+    assert len(fcos.eval()(torch.randn(1, 3, 75, 101), [ImageSize(70, 100)])) == 1
+
+
 def test_nothing_is_random() -> None:
     fcos = build().train()
-    images, sizes, targets, _ = batch(2)
+    images, sizes, targets, _ = batch()
     first, second = fcos(images, sizes, targets, [0, 1]), fcos(images, sizes, targets, [5, 6])
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -105,10 +117,10 @@ def test_detections_are_in_original_pixels() -> None:
     options = FcosOptions(CLASSES, 32, (8, 16, 32), (16.0, 32.0), FcosDetectionOptions(0.0, 50, 0.5, 20))
     fcos = build(options).eval()
     torch.nn.init.constant_(fcos.bbox_head.conv_reg.bias, 2.5)
-    images = batch(2)[0]
-    whole = fcos(images, [ImageSize(50, 64), ImageSize(64, 40)])
-    half = fcos(images, [ImageSize(50, 64, 2.0, 2.0), ImageSize(64, 40, 2.0, 4.0)])
-    for ours, scaled, size, factor in zip(whole, half, ((50, 64), (64, 40)), ([2.0, 2.0], [2.0, 4.0])):
+    images = batch()[0]
+    whole = fcos(images, [ImageSize(50, 160), ImageSize(96, 40)])
+    half = fcos(images, [ImageSize(50, 160, 2.0, 2.0), ImageSize(96, 40, 2.0, 4.0)])
+    for ours, scaled, size, factor in zip(whole, half, ((50, 160), (96, 40)), ([2.0, 2.0], [2.0, 4.0])):
         assert len(ours.boxes) == 20
         assert ours.masks is None
         assert not ours.boxes.requires_grad
@@ -120,7 +132,7 @@ def test_detections_are_in_original_pixels() -> None:
 
 def test_nothing_is_found_above_a_high_threshold() -> None:
     fcos = build(FcosOptions(CLASSES, 32, (8, 16, 32), (16.0, 32.0), FcosDetectionOptions(0.99))).eval()
-    for found in fcos(*batch(2)[:2]):
+    for found in fcos(*batch()[:2]):
         assert found.boxes.shape == (0, 4)
         assert len(found.scores) == len(found.labels) == 0
 
@@ -128,7 +140,7 @@ def test_nothing_is_found_above_a_high_threshold() -> None:
 def test_low_precision() -> None:
     fcos = build().train()
     with torch.autocast("cpu", torch.bfloat16):
-        losses = fcos(*batch(2))
+        losses = fcos(*batch())
     assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
     sum(losses.values()).backward()
 
@@ -162,11 +174,11 @@ def test_ranges_and_centerness() -> None:
 
 def test_malformed_calls() -> None:
     fcos = build().train()
-    images, sizes, targets, seeds = batch(2)
+    images, sizes, targets, seeds = batch()
     with pytest.raises(ArgumentError, match="There are no targets, which training needs"):
         fcos(images, sizes)
-    with pytest.raises(DataError, match=r"A label of image 1 .* is 3, but the detector has the classes 0 to 2"):
-        fcos(images, sizes, [targets[0], Targets(targets[1].boxes, torch.tensor([0, 3]))], seeds)
+    with pytest.raises(DataError, match=r"A label of image 1 .* is 4, but the detector has the classes 0 to 3"):
+        fcos(images, sizes, [targets[0], Targets(targets[1].boxes, torch.full_like(targets[1].labels, 4))], seeds)
     with pytest.raises(DataError, match="A box of image 0"):
         fcos(images, sizes, [Targets(targets[0].boxes * torch.nan, targets[0].labels), targets[1]], seeds)
     with pytest.raises(ShapeError, match="There are 2 images, but 1 sizes"):
@@ -186,6 +198,9 @@ def test_strides_of_the_backbone() -> None:
     [
         lambda: FcosOptions(3, 32, (8, 16), (64.0, 128.0)),
         lambda: FcosOptions(3, 32, (8, 16, 32), (128.0, 64.0)),
+        lambda: FcosOptions(3, 32, (8, 16, 32), (64.0, 64.0)),
+        lambda: FcosOptions(3, 32, (), ()),
+        lambda: FcosOptions(3, 32, (8, -16), (64.0,)),
         lambda: FcosHead(0),
         lambda: FcosHead(3, 48),
         lambda: FcosHead(3, 32, 2)([torch.zeros(1, 32, 4, 4)]),

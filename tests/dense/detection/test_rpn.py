@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
 from tests.dense.detection.helpers import check_two_processes
-from tests.dense.detection.pictures import batch
+from tests.dense.detection.shapes import batch
 from widekernel.dense.detection.anchors import AnchorOptions, grid_anchors
 from widekernel.dense.detection.rpn import ProposalOptions, RpnHead, RpnOptions, RpnOutputs, propose, rpn_losses
 from widekernel.dense.detection.rpn_targets import RpnTargets, RpnTrainingOptions, rpn_targets
@@ -19,9 +21,9 @@ ANCHORS = AnchorOptions(strides=(8, 16), scale=2.0)
 OPTIONS = RpnOptions(ANCHORS, RpnTrainingOptions(sample=SampleOptions(32, 0.5), allowed_border=None))
 
 
-def maps(count: int, side: int = 64) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(count)
-    return [torch.randn(count, 8, side // stride, side // stride, generator=generator) for stride in ANCHORS.strides]
+def maps(count: int) -> list[Tensor]:
+    """Return maps of images of 96 x 160 pixels."""
+    return [torch.randn(count, 8, 96 // stride, 160 // stride) for stride in ANCHORS.strides]
 
 
 def test_initial_weights() -> None:
@@ -59,7 +61,7 @@ def test_the_sample_of_an_image_does_not_depend_on_the_others() -> None:
 
 
 def test_anchors_beyond_the_border_do_not_train() -> None:
-    _, _, targets, seeds = batch(2)
+    _, _, targets, seeds = batch()
     options = RpnTrainingOptions(sample=SampleOptions(1000, 0.5), allowed_border=0)
     sizes = [ImageSize(40, 50)] * 2
     wanted = rpn_targets([(8, 8), (4, 4)], sizes, targets, seeds, ANCHORS, options)
@@ -77,7 +79,7 @@ def test_images_without_objects_and_without_anchors() -> None:
     none = Targets(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
     one = Targets(torch.tensor([[1.0, 1.0, 9.0, 9.0]]), torch.tensor([0]))
     options = RpnTrainingOptions(sample=SampleOptions(32, 0.5))
-    wanted = rpn_targets([(8, 8), (4, 4)], [ImageSize(64, 64), ImageSize(10, 10)], [none, one], [0, 1], ANCHORS, options)
+    wanted = rpn_targets([(12, 20), (6, 10)], [ImageSize(64, 64), ImageSize(10, 10)], [none, one], [0, 1], ANCHORS, options)
     assert wanted.positive.sum() == 0
     assert wanted.negative.sum(dim=1).tolist() == [32, 0]
     head = RpnHead(8, RpnOptions(ANCHORS))
@@ -89,7 +91,7 @@ def test_images_without_objects_and_without_anchors() -> None:
 
 
 def test_two_processes_train_like_one() -> None:
-    _, sizes, targets, seeds = batch(4)
+    _, sizes, targets, seeds = batch(count=4)
     targets[0] = Targets(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
     head, whole = RpnHead(8, OPTIONS), maps(4)
 
@@ -108,12 +110,19 @@ def test_an_anchor_that_is_wrong_everywhere_costs_its_entropy() -> None:
     assert losses["rpn_box"].item() == pytest.approx(4 / 2)
 
 
+def test_an_image_without_positive_anchors_counts_as_one_more_sample() -> None:
+    outputs = RpnOutputs([torch.zeros(2, 3, 1, 1)], [torch.zeros(2, 12, 1, 1)])
+    positive = torch.tensor([[True, False, False], [False, False, False]])
+    losses = rpn_losses(outputs, RpnTargets(positive, ~positive, torch.zeros(2, 3, 4)), 0.0)
+    assert losses["rpn_cls"].item() == pytest.approx(6 * math.log(2) / 7)
+
+
 def test_proposals_lie_in_the_image_by_falling_score() -> None:
-    head = RpnHead(8, RpnOptions(ANCHORS, proposals=ProposalOptions(50, 20), training_proposals=ProposalOptions(50, 30)))
+    head = RpnHead(8, RpnOptions(ANCHORS, proposals=ProposalOptions(50, 20), training_proposals=ProposalOptions(50, 25)))
     torch.nn.init.normal_(head.rpn_reg.weight, std=0.3)
-    sizes = [ImageSize(50, 64), ImageSize(64, 40)]
+    sizes = [ImageSize(50, 160), ImageSize(96, 70)]
     outputs = head(maps(2))
-    assert [len(each.boxes) for each in head.propose(outputs, sizes)] == [30, 30]
+    assert [len(each.boxes) for each in head.propose(outputs, sizes)] == [25, 25]
     proposals = head.eval().propose(outputs, sizes)
     assert [len(each.boxes) for each in proposals] == [20, 20]
     for (boxes, scores), size in zip(proposals, sizes):
@@ -131,7 +140,7 @@ def test_no_proposals_where_all_boxes_lie_in_the_padding() -> None:
 
 
 def test_low_precision_outputs() -> None:
-    _, sizes, targets, seeds = batch(2)
+    _, sizes, targets, seeds = batch()
     head = RpnHead(8, OPTIONS)
     with torch.autocast("cpu", torch.bfloat16):
         outputs = head(maps(2))

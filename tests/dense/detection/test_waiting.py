@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.dense.detection.pictures import batch
+from tests.dense.detection.shapes import CLASSES, batch
 from tests.dense.detection.test_fcos import build
 from widekernel.dense.detection.fcos import Fcos
 from widekernel.dense.detection.rpn import RpnHead
@@ -21,7 +21,7 @@ from widekernel.dense.detection.structures import Targets
 
 def on(device: str) -> tuple[Fcos, RpnHead, tuple[Any, ...]]:
     """Return FCOS, a head for proposals, and a batch, on a device."""
-    images, sizes, targets, seeds = batch(2)
+    images, sizes, targets, seeds = batch()
     moved = [Targets(target.boxes.to(device), target.labels.to(device)) for target in targets]
     return build().train().to(device), RpnHead(8).to(device), (images.to(device), sizes, moved, seeds)
 
@@ -32,7 +32,7 @@ def train_fcos(fcos: Fcos, _: RpnHead, arguments: tuple[Any, ...]) -> dict[str, 
 
 def train_proposals(_: Fcos, head: RpnHead, arguments: tuple[Any, ...]) -> dict[str, Tensor]:
     images, sizes, targets, seeds = arguments
-    maps = [torch.ones(len(images), 8, 64 // stride, 64 // stride, device=images.device) for stride in (4, 8, 16, 32, 64)]
+    maps = [torch.ones(len(images), 8, 96 // stride, 160 // stride, device=images.device) for stride in (4, 8, 16, 32, 64)]
     return head.losses(head(maps), sizes, targets, seeds)
 
 
@@ -68,5 +68,5 @@ def test_a_cuda_device_is_not_waited_for(losses: Callable[..., dict[str, Tensor]
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_malformed_targets_make_the_losses_of_a_cuda_device_nan() -> None:
     fcos, _, (images, sizes, targets, seeds) = on("cuda")
-    wrong = Targets(targets[0].boxes, targets[0].labels + 3)
+    wrong = Targets(targets[0].boxes, targets[0].labels + CLASSES)
     assert all(loss.isnan() for loss in fcos(images, sizes, [wrong, targets[1]], seeds).values())

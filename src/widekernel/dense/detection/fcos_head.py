@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from widekernel.dense.conv_norm import conv_norm
+from widekernel.dense.detection.losses import wide
 from widekernel.errors import ArgumentError
 
 # Share of positions that a new head takes for objects.
@@ -21,7 +22,7 @@ class FcosOutputs(NamedTuple):
 
     Attributes:
         logits: (N, classes, H, W)
-        log_distances: (N, 4, H, W) float32, logarithms of the distances in pixels to the left, top, right and bottom side
+        log_distances: (N, 4, H, W) float32 at least, logarithms of the pixels to the left, top, right and bottom side
         centerness: (N, 1, H, W), logits
     """
 
@@ -84,5 +85,5 @@ class FcosHead(nn.Module):
             objects = self.cls_convs(map_)
             logits.append(self.conv_cls(objects))
             centers.append(self.conv_centerness(objects))
-            log_distances.append(scale(self.conv_reg(self.reg_convs(map_))).float())
+            log_distances.append(wide(scale(self.conv_reg(self.reg_convs(map_)))))
         return FcosOutputs(logits, log_distances, centers)

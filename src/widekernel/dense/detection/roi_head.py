@@ -169,12 +169,9 @@ class RoiHead(ABC, nn.Module):
         """Return the detections of an image, given the RoIs of the last stage and its corrections."""
         options = self.options
         area = size.height, size.width
-        decoded = decode_deltas(boxes, deltas, options.stages[-1].stds, area).view(len(boxes), -1, 4) / scale_factors(
-            size, boxes
-        )
-        chosen = suppress_by_class(
-            decoded.flatten(1), scores, options.score_threshold, options.overlap_threshold, options.most
-        )
+        decoded = decode_deltas(boxes, deltas, options.stages[-1].stds, area).unflatten(1, (-1, 4))
+        decoded = (decoded / scale_factors(size, boxes)).flatten(1)
+        chosen = suppress_by_class(decoded, scores, options.score_threshold, options.overlap_threshold, options.most)
         return Detections(*chosen)
 
     def _with_masks(

@@ -33,7 +33,7 @@ Sources = tuple[SegmentationSource, SegmentationSource | None]
 
 
 def train(config: SegmentationConfig, reporter: Reporter | None = None) -> RunResult:
-    """Train a segmentation network in the folder `config.output`; the same call again resumes the run, or returns the result.
+    """Train a segmentation network in the folder `config.output`; the same call again resumes it, or returns its result.
 
     Several processes and errors are as in `run.train`.
     """
