@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,6 @@ def _spread(count: int) -> range:
     return range(0, count, -(-count // SIZES) or 1)
 
 
-def _sizes(files: list[tuple[Path, ...]]) -> Iterator[str]:
+def _sizes(files: Sequence[tuple[Path, ...]]) -> Iterator[str]:
     for paths in files:
         yield "\t".join(str(path.stat().st_size if path.exists() else -1) for path in paths)

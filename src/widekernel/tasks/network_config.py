@@ -89,12 +89,23 @@ class DetectorConfig(BackboneConfig):
     Args:
         detector: cascade_rcnn or mask_rcnn, which predict boxes and, unless data.masks is false, masks; or fcos, which
             predicts boxes
+        channels: channels of the feature pyramid and of all heads; a multiple of 32 for fcos
+        fc_channels: width of the fully connected layers of the second stage (cascade_rcnn, mask_rcnn)
+        anchor_scale: side of the square anchors in units of the stride of their map (cascade_rcnn, mask_rcnn)
+        proposals: largest number of proposals of an image for the second stage in evaluation; null means 1000, in training
+            twice as many for cascade_rcnn
+        roi_samples: regions of an image that train the second stage (cascade_rcnn, mask_rcnn)
         score_threshold: smallest score of a detection
         overlap_threshold: of two boxes of a class that overlap more, the worse one is left out
         max_detections: largest number of detections in an image
     """
 
     detector: Literal["cascade_rcnn", "mask_rcnn", "fcos"] = "cascade_rcnn"
+    channels: int = 256
+    fc_channels: int = 1024
+    anchor_scale: float = 8.0
+    proposals: int | None = None
+    roi_samples: int = 512
     score_threshold: float = 0.05
     overlap_threshold: float = 0.5
     max_detections: int = 100
@@ -103,4 +114,9 @@ class DetectorConfig(BackboneConfig):
         super().__post_init__()
         for key in ("score_threshold", "overlap_threshold"):
             require(0 <= getattr(self, key) <= 1, f"model.{key}", getattr(self, key), "from 0 to 1")
-        require_whole("model.max_detections", self.max_detections, 1)
+        for key in ("channels", "fc_channels", "roi_samples", "max_detections"):
+            require_whole(f"model.{key}", getattr(self, key), 1)
+        require(self.proposals is None or self.proposals > 0, "model.proposals", self.proposals, "positive")
+        require(self.anchor_scale > 0, "model.anchor_scale", self.anchor_scale, "positive")
+        if self.detector == "fcos":
+            require(self.channels % 32 == 0, "model.channels", self.channels, "a multiple of 32 for fcos")

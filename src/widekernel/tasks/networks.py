@@ -67,21 +67,34 @@ def build_detector(config: DetectorConfig, num_classes: int, masks: bool, pretra
             threshold=config.score_threshold, overlap=config.overlap_threshold, number=config.max_detections
         )
         backbone = _build_backbone(config, _FCOS_MAPS, pretrained)
-        return Fcos(backbone, FcosOptions(num_classes=num_classes, detections=kept))
+        return Fcos(backbone, FcosOptions(num_classes=num_classes, channels=config.channels, detections=kept))
     backbone = _build_backbone(config, _ALL_MAPS, pretrained)
     if config.detector == "mask_rcnn":
-        return MaskRCNN(backbone, _kept(mask_rcnn_options(num_classes, masks), config))
-    return CascadeRCNN(backbone, _kept(cascade_options(num_classes, masks), config))
+        return MaskRCNN(backbone, _configured(mask_rcnn_options(num_classes, masks), config))
+    return CascadeRCNN(backbone, _configured(cascade_options(num_classes, masks), config))
 
 
-def _kept(options: TwoStageOptions, config: DetectorConfig) -> TwoStageOptions:
+def _configured(options: TwoStageOptions, config: DetectorConfig) -> TwoStageOptions:
+    """Return the published settings of a two-stage detector with those that the user may change."""
+    rpn, roi = options.rpn, options.roi
+    if config.proposals is not None:
+        # In training, the published numbers keep their ratio to that in evaluation.
+        times = rpn.training_proposals.number // rpn.proposals.number
+        rpn = replace(
+            rpn,
+            proposals=replace(rpn.proposals, number=config.proposals),
+            training_proposals=replace(rpn.training_proposals, number=times * config.proposals),
+        )
+    rpn = replace(rpn, anchors=replace(rpn.anchors, scale=config.anchor_scale))
     roi = replace(
-        options.roi,
+        roi,
+        fc_channels=config.fc_channels,
+        sample=replace(roi.sample, number=config.roi_samples),
         score_threshold=config.score_threshold,
         overlap_threshold=config.overlap_threshold,
         most=config.max_detections,
     )
-    return replace(options, roi=roi)
+    return replace(options, channels=config.channels, rpn=rpn, roi=roi)
 
 
 def _build_backbone(config: BackboneConfig, maps: int, pretrained: bool) -> Pyramid:
