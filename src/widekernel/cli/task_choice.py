@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from pathlib import Path
 
 from widekernel.cli.parsing import read_yaml
 from widekernel.cli.paths import expand_paths
@@ -10,6 +11,7 @@ from widekernel.errors import ConfigError
 from widekernel.recipes import load_recipe
 from widekernel.tasks.config import FIRST_TASK, TASK
 from widekernel.tasks.registry import task_entry
+from widekernel.weights.catalog import find_checkpoint, is_published
 
 
 def chosen_task(arguments: Sequence[str]) -> str:
@@ -35,6 +37,45 @@ def chosen_task(arguments: Sequence[str]) -> str:
         if other != task:
             raise ConfigError(f"{first} is {task!r}, but {place} is {other!r}: leave one of them out.")
     return task
+
+
+def evaluated_task(arguments: Sequence[str], flags: Collection[str]) -> str:
+    """Return the task of the network that a command evaluates: that of its run or file, or as for `chosen_task`.
+
+    Args:
+        arguments: the arguments of the command, of which one that is no option names the network.
+        flags: options without a value.
+
+    Raises:
+        ConfigError: as for `chosen_task`, or the network has another task than the arguments name.
+    """
+    from widekernel.tasks.loading import described_task
+
+    named = chosen_task(arguments)
+    source = _source(arguments, flags)
+    if source is None:
+        return named
+    if is_published(source) and not Path(source).exists():
+        found: str | None = find_checkpoint(source).task
+    else:
+        found = described_task(Path(str(expand_paths({"source": source})["source"])))
+    says = option_values(TASK, arguments) or option_values("recipe", arguments)
+    if found is not None and says and found != named:
+        raise ConfigError(
+            f"{source} holds a network for {found}, but the arguments ask for {named}: leave {says[-1]!r} out."
+        )
+    return named if found is None else found
+
+
+def _source(arguments: Sequence[str], flags: Collection[str]) -> str | None:
+    """Return the first argument that is neither an option nor the value of one, or `None`."""
+    before = ""
+    for argument in arguments:
+        takes_it = before.startswith("--") and "=" not in before and before not in flags
+        if not argument.startswith("-") and not takes_it:
+            return argument
+        before = argument
+    return None
 
 
 def option_values(name: str, arguments: Sequence[str]) -> list[str]:

@@ -89,13 +89,13 @@ def load_dense_weights(network: Any, weights: str, load: str, notify: Notify) ->
     Raises:
         CheckpointError: the file cannot be read, or does not fit.
     """
-    whole = load == "auto" and _is_whole(network, weights)
+    whole = load == "auto" and is_whole(network, weights)
     report, _ = load_weights(network if whole else network.backbone, weights, notify)
     what = "the whole network" if whole else "the backbone; the heads start anew"
     notify(f"{report}\n  loaded into {what}")
 
 
-def _is_whole(network: nn.Module, weights: str) -> bool:
+def is_whole(network: nn.Module, weights: str) -> bool:
     """Return whether a checkpoint holds heads of a network for dense prediction."""
     if not Path(weights).exists() and is_published(weights):
         return find_checkpoint(weights).task != "classification"

@@ -12,10 +12,10 @@ from widekernel.engine.run_folder import RunFolder
 from widekernel.engine.sparsification import restore_learned
 from widekernel.errors import CheckpointError, ConfigError
 from widekernel.tasks.assembly import build_model, pretrained_cfg
-from widekernel.tasks.config import FIRST_TASK
+from widekernel.tasks.config import FIRST_TASK, TASK
 from widekernel.tasks.foreign_checkpoint import Notify, load_weights
 from widekernel.tasks.model_source import ModelSource
-from widekernel.tasks.saved import SavedModel, build_saved, restore_model, without_projection_weights
+from widekernel.tasks.saved import SavedModel, build_saved, read_saved, restore_model, without_projection_weights
 from widekernel.weights.catalog import find_checkpoint, is_published
 
 
@@ -72,6 +72,25 @@ def _load(source: ModelSource, notify: Notify | None) -> tuple[nn.Module, SavedM
         class_names=(),
         preprocessing=Preprocessing.resolve(DataConfig(), pretrained_cfg(model)),
     )
+
+
+def described_task(path: Path) -> str | None:
+    """Return the task of the network in a run folder, a model file or a training state.
+
+    Returns:
+        the task; `None` for a file that does not describe its network, or if there is no file.
+
+    Raises:
+        WidekernelError: the configuration of the run cannot be read.
+    """
+    if path.is_dir():
+        return str(RunFolder(path).read_config().get(TASK, FIRST_TASK))
+    try:
+        if path.suffix == ".safetensors":
+            return read_saved(path).task
+        return str(load_state(path)["saved_model"].get(TASK, FIRST_TASK)) if path.exists() and _is_state(path) else None
+    except (CheckpointError, KeyError, AttributeError):
+        return None
 
 
 def _load_published(source: ModelSource) -> tuple[nn.Module, SavedModel]:
