@@ -27,6 +27,7 @@ FOLDERS = [
     "layers",
     "weights",
     "models",
+    "dense",
     "transforms",
     "sparsity",
     "data",

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from jsonargparse import ArgumentParser
 
-from widekernel.cli import eval as evaluation
 from widekernel.cli import erf, shape_bias, sparsify, train
+from widekernel.cli import eval as evaluation
 from widekernel.cli.options import EvalOptions, parse_with_data_of_the_run
 from widekernel.cli.parsing import build, known_keys, parse, parse_given
 from widekernel.data import BatchPlan, DataConfig

@@ -22,8 +22,44 @@ def _require_statistics(key: str, values: Any, ok: bool, rule: str) -> None:
         raise ConfigError(f"{key} is {values!r}, but must be {rule}: pixels are scaled to 0..1, so divide by 255.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoadingConfig:
+    """Settings that the data of all tasks share: normalization, and the processes that load images.
+
+    Args:
+        mean: channel means, for pixels from 0 to 1; null uses the model's own
+        std: channel standard deviations, for pixels from 0 to 1; null uses the model's own
+        exif_transpose: turn images as their EXIF orientation says; published ImageNet results were obtained without
+        workers: number of processes that decode images; 0 decodes in the training process. The default is 4, or the number
+            of processors if that is smaller
+        max_unreadable: stop once more than this many different images cannot be decoded
+        timeout: seconds after which a process that is still loading the same image counts as hung
+        worker_restarts: how often the processes that decode images are started again, at the exact batch, after one of them
+            died or hung; then the run stops
+    """
+
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    exif_transpose: bool = False
+    workers: int = min(4, processors())
+    max_unreadable: int = 100
+    timeout: float = 120.0
+    worker_restarts: int = 2
+
+    def __post_init__(self) -> None:
+        require_finite(self, "data")
+        require_literals(self, "data")
+        require(self.workers >= 0, "data.workers", self.workers, "0 or more")
+        require(self.max_unreadable >= 0, "data.max_unreadable", self.max_unreadable, "0 or more")
+        require(self.timeout > 0, "data.timeout", self.timeout, "positive")
+        require(self.worker_restarts >= 0, "data.worker_restarts", self.worker_restarts, "0 or more")
+        mean, std = self.mean or (0.0,), self.std or (1.0,)
+        _require_statistics("data.mean", self.mean, min(mean) >= 0 and max(mean) <= 1, "three numbers from 0 to 1")
+        _require_statistics("data.std", self.std, min(std) > 0 and max(std) <= 1, "three numbers above 0 and at most 1")
+
+
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(LoadingConfig):
     """Settings of the data set and of its preprocessing.
 
     Args:
@@ -40,19 +76,10 @@ class DataConfig:
             every class (-1: none). Evaluation then compares these outputs only, and fine-tuning starts from them
         download: download the named data set into data.root
         input_size: height and width of the network's input in pixels; null uses the model's own
-        mean: channel means, for pixels from 0 to 1; null uses the model's own
-        std: channel standard deviations, for pixels from 0 to 1; null uses the model's own
         interpolation: resampling in evaluation: nearest, bilinear, bicubic, lanczos, box or hamming; null means bicubic
         crop_pct: share of the resized image that the center crop keeps in evaluation; null means 0.875
         test_crop: how evaluation makes an image square: by its center crop (center), or by warping all of it (warp); null
             crops for inputs below 384 pixels or if crop_pct is below 1, and otherwise warps
-        exif_transpose: turn images as their EXIF orientation says; published ImageNet results were obtained without
-        workers: number of processes that decode images; 0 decodes in the training process. The default is 4, or the number
-            of processors if that is smaller
-        max_unreadable: stop once more than this many different images cannot be decoded
-        timeout: seconds after which a process that is still loading the same image counts as hung
-        worker_restarts: how often the processes that decode images are started again, at the exact batch, after one of them
-            died or hung; then the run stops
     """
 
     name: str = "folder"
@@ -62,31 +89,16 @@ class DataConfig:
     class_map: str | None = None
     download: bool = False
     input_size: int | None = None
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
     interpolation: str | None = None
     crop_pct: float | None = None
     test_crop: Literal["center", "warp"] | None = None
-    exif_transpose: bool = False
-    workers: int = min(4, processors())
-    max_unreadable: int = 100
-    timeout: float = 120.0
-    worker_restarts: int = 2
 
     def __post_init__(self) -> None:
-        require_finite(self, "data")
-        require_literals(self, "data")
+        super().__post_init__()
         require(self.input_size is None or self.input_size > 0, "data.input_size", self.input_size, "positive")
         require(self.crop_pct is None or 0 < self.crop_pct <= 1, "data.crop_pct", self.crop_pct, "above 0 and at most 1")
         if self.test_crop == "warp" and self.crop_pct not in (None, 1.0):
             raise ConfigError(f"data.crop_pct is {self.crop_pct}, but data.test_crop 'warp' crops nothing: leave one out.")
-        require(self.workers >= 0, "data.workers", self.workers, "0 or more")
-        require(self.max_unreadable >= 0, "data.max_unreadable", self.max_unreadable, "0 or more")
-        require(self.timeout > 0, "data.timeout", self.timeout, "positive")
-        require(self.worker_restarts >= 0, "data.worker_restarts", self.worker_restarts, "0 or more")
-        mean, std = self.mean or (0.0,), self.std or (1.0,)
-        _require_statistics("data.mean", self.mean, min(mean) >= 0 and max(mean) <= 1, "three numbers from 0 to 1")
-        _require_statistics("data.std", self.std, min(std) > 0 and max(std) <= 1, "three numbers above 0 and at most 1")
         if self.interpolation is not None:
             require_one_of("data.interpolation", self.interpolation, _RESAMPLING)
 

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Iterator
 
+from torch import Tensor
+
 from widekernel.data.batch_plan import BatchPlan
 from widekernel.data.batches import Batch, Sample, Unreadable
 from widekernel.data.samples import EpochBatches, EvaluationSamples, Shard, ShardBatches, TrainingSamples
@@ -33,13 +35,20 @@ class TrainingLoader:
         plan: division of the global batch
         rank: number of this process
         repeats: versions of each item in an epoch; see `EpochBatches`
+        groups: group of each item, if batches are to be of one group; see `EpochBatches`
     """
 
     def __init__(
-        self, samples: TrainingSamples, options: LoaderOptions, plan: BatchPlan, rank: int = 0, repeats: int = 1
+        self,
+        samples: TrainingSamples,
+        options: LoaderOptions,
+        plan: BatchPlan,
+        rank: int = 0,
+        repeats: int = 1,
+        groups: Tensor | None = None,
     ) -> None:
         self.samples, self.plan = samples, plan
-        self.sampler = EpochBatches(len(samples), plan, samples.seed, rank, repeats)
+        self.sampler = EpochBatches(len(samples), plan, samples.seed, rank, repeats, groups)
         self._pool = WorkerPool(samples, self.sampler, options)
 
     @property

@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from widekernel.errors import ConfigError
+from widekernel.errors import ConfigError, DataError
 
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
 
@@ -34,3 +34,24 @@ def expand_path(key: str, text: str, base: Path | None = None) -> str:
         return os.environ[name]
 
     return _VARIABLE.sub(value, os.path.expanduser(text))  # noqa: PTH111 - pathlib's form raises for an unknown user
+
+
+def existing_folder(key: str, text: str | None, what: str) -> Path:
+    """Return the folder that a setting names, with `~` and variables expanded.
+
+    Args:
+        key: the setting, for messages
+        text: its value
+        what: what the folder holds, for messages
+
+    Raises:
+        ConfigError: the setting is missing, or a variable is not set.
+        DataError: there is no such folder.
+    """
+    if text is None:
+        raise ConfigError(f"{key} is not set. Give the folder of {what} (--{key} DIR).")
+    path = Path(expand_path(key, text))
+    if not path.is_dir():
+        found = "is a file" if path.is_file() else "does not exist"
+        raise DataError(f"{key} is {str(path)!r}, which {found}. Give the folder of {what}.")
+    return path

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate
 
 from widekernel.data.batch_plan import BatchPlan
@@ -142,16 +143,29 @@ class EpochBatches(Sampler[list[SampleKey]]):
     all second ones, and so on. So processes have different versions, as with timm's `RepeatAugSampler`, and mixup does not
     mix an image with itself.
 
+    With groups, such as landscape and portrait images, each global batch is of one group. Only those that are filled from
+    what is left of the groups, fewer than there are groups, are mixed.
+
     Args:
         length: number of items
         plan: division of the global batch
         seed: seed of the run
         rank: number of this process
         repeats: versions of each item
+        groups: group of each item `(length,)`, from 0; `None` if all belong together
     """
 
-    def __init__(self, length: int, plan: BatchPlan, seed: int, rank: int = 0, repeats: int = 1) -> None:
+    def __init__(
+        self,
+        length: int,
+        plan: BatchPlan,
+        seed: int,
+        rank: int = 0,
+        repeats: int = 1,
+        groups: Tensor | None = None,
+    ) -> None:
         self.length, self.plan, self.seed, self.rank, self.repeats = length, plan, seed, rank, repeats
+        self.groups = groups
         self.epoch = 0
         self.first = 0
 
@@ -167,6 +181,8 @@ class EpochBatches(Sampler[list[SampleKey]]):
         plan, epoch = self.plan, self.epoch
         generator = torch.Generator().manual_seed(derive_seed(SHUFFLE_STREAM, self.seed, epoch))
         order = torch.randperm(self.length, generator=generator)
+        if self.groups is not None:
+            order = _by_group(order, self.groups[order], plan.batch_size, generator)
         for batch in range(self.first, self.steps_per_epoch * plan.accumulate):
             step, number = divmod(batch, plan.accumulate)
             first = plan.first(self.rank, number)
@@ -181,6 +197,25 @@ class EpochBatches(Sampler[list[SampleKey]]):
         """Return the places of a global batch in the sequence of repeated items, ordered by version."""
         first = step * self.plan.batch_size
         return sorted(range(first, first + self.plan.batch_size), key=lambda place: (place % self.repeats, place))
+
+
+def _by_group(order: Tensor, groups: Tensor, batch_size: int, generator: torch.Generator) -> Tensor:
+    """Return `order`, rearranged so that batches are of one group each, in a random order of the batches.
+
+    Args:
+        order: items `(n,)`.
+        groups: group of each of them `(n,)`.
+        batch_size: items per batch.
+        generator: source of the order of the batches.
+    """
+    members = [order[groups == group] for group in groups.unique()]
+    # What is left of a group is shorter than a batch. It follows, group by group, and the last batch of the epoch is cut.
+    whole = [items[: len(items) // batch_size * batch_size] for items in members]
+    left = [items[len(complete) :] for items, complete in zip(members, whole)]
+    items = torch.cat([*whole, *left])
+    batches = items[: len(items) // batch_size * batch_size].view(-1, batch_size)
+    shuffled = batches[torch.randperm(len(batches), generator=generator)]
+    return torch.cat([shuffled.flatten(), items[batches.numel() :]])
 
 
 class ShardBatches(Sampler[list[int]]):

@@ -29,7 +29,7 @@ class Failure(NamedTuple):
 
     Args:
         what: what was being loaded
-        reason: type and message of the error
+        reason: type and message of the error, or the message alone of one that explains itself
         report: its traceback
     """
 
@@ -89,7 +89,8 @@ class WatchedSamples(Dataset):
         except Exception as error:  # of whatever kind: it is raised again in the training process, with the image's name
             index = self.activity.index(_slot() // 2)
             what = "an image" if index is None else self.samples.source.sample_name(index)
-            return Failure(what, in_short(error), traceback.format_exc())
+            reason = str(error) if isinstance(error, WidekernelError) else in_short(error)
+            return Failure(what, reason, traceback.format_exc())
         finally:
             self.activity.end()
 

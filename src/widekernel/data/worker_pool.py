@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
 
 from widekernel.data.batches import Batch
-from widekernel.data.config import DataConfig
+from widekernel.data.config import LoadingConfig
 from widekernel.data.samples import BatchOf, EvaluationSamples, TrainingSamples
 from widekernel.data.worker_faults import (
     Activity,
@@ -57,7 +57,7 @@ class LoaderOptions:
 
     @classmethod
     def configured(
-        cls, config: DataConfig, *, pin_memory: bool = False, notify: Callable[[str], None] = _ignore
+        cls, config: LoadingConfig, *, pin_memory: bool = False, notify: Callable[[str], None] = _ignore
     ) -> "LoaderOptions":
         """Return the options that `config` describes."""
         return cls(config.workers, pin_memory, config.timeout, config.worker_restarts, notify)

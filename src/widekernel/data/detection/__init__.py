@@ -1,0 +1,1 @@
+"""Data sets for object detection and instance segmentation: images with boxes, classes and masks."""

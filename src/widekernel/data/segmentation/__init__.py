@@ -1,0 +1,1 @@
+"""Data sets for semantic segmentation: images with a class for every pixel."""

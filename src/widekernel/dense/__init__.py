@@ -1,0 +1,1 @@
+"""Networks for dense prediction: feature pyramids on any backbone, segmentation and detection."""
