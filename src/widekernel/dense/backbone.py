@@ -82,7 +82,7 @@ class Pyramid(nn.Module):
         Raises:
             ArgumentError: the network does not support it.
         """
-        network = self.body.model if isinstance(self.body, FeatureGetterNet) else self.body
+        network: Any = self.body.model if isinstance(self.body, FeatureGetterNet) else self.body
         if not hasattr(network, "set_grad_checkpointing"):
             raise ArgumentError(
                 f"{type(network).__name__} cannot recompute its activations: leave gradient checkpointing out, or choose "
