@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.parity.downstream.arrays import Golden, filler
-from tests.parity.downstream.pyramids import check_gradients, official_gradients
+from tests.parity.downstream.gradients import check_gradients, official_gradients
 from tests.parity.downstream.two_stage import official_detector
 from widekernel.dense.detection import roi_head
 from widekernel.dense.detection.box_coding import encode_deltas

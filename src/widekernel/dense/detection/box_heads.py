@@ -47,12 +47,13 @@ class BoxHead(nn.Module):
         self.fc_reg = nn.Linear(fc_channels, classes * 4)
         self.shared_convs = nn.ModuleList(conv_norm(channels, channels, 3) for _ in range(convs))
         inputs = [channels * size * size] + [fc_channels] * (fcs - 1)
-        self.shared_fcs = nn.ModuleList(nn.Linear(number, fc_channels) for number in inputs)
-        for layer in self.shared_fcs:
+        layers = [nn.Linear(number, fc_channels) for number in inputs]
+        self.shared_fcs = nn.ModuleList(layers)
+        for layer in layers:
             nn.init.xavier_uniform_(layer.weight)
         nn.init.normal_(self.fc_cls.weight, std=0.01)
         nn.init.normal_(self.fc_reg.weight, std=0.001)
-        for layer in (*self.shared_fcs, self.fc_cls, self.fc_reg):
+        for layer in (*layers, self.fc_cls, self.fc_reg):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> BoxOutputs:

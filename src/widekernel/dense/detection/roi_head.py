@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from widekernel.dense.detection.box_coding import clip_boxes, decode_deltas, encode_deltas
+from widekernel.dense.detection.box_coding import decode_deltas, encode_deltas
 from widekernel.dense.detection.box_heads import BoxHead, BoxOutputs
 from widekernel.dense.detection.mask_heads import MaskHead
 from widekernel.dense.detection.mask_pasting import paste_masks
 from widekernel.dense.detection.processes import MeanOverProcesses, alone
+from widekernel.dense.detection.roi_boxes import count_rois, move_boxes, of_class, positive_places, scale_factors
 from widekernel.dense.detection.roi_features import RoiFeatures, as_rois
 from widekernel.dense.detection.roi_losses import class_loss, giou_loss, mask_loss, wide
 from widekernel.dense.detection.roi_options import STRIDES, RoiOptions, RoiStage
@@ -77,7 +78,7 @@ class RoiHead(ABC, nn.Module):
             sampling = RoiSampling(stage.match, self.options.sample, f"RoIs of stage {number}", self.classes)
             samples = sample_rois(candidates, targets, seeds, sampling)
             outputs = self._box_outputs(number, features, [sample.boxes for sample in samples])
-            numbers = mean_over_processes(_numbers(samples)).clamp(min=1)
+            numbers = mean_over_processes(count_rois(samples)).clamp(min=1)
             found = self._box_losses(stage, outputs, samples, targets, numbers[0])
             if self.mask_heads:
                 found["mask"] = self._mask_loss(number, features, samples, targets, numbers[1])
@@ -106,7 +107,7 @@ class RoiHead(ABC, nn.Module):
             logits.append(wide(outputs.logits))
             if number + 1 < len(stages):
                 best = outputs.logits[:, :-1].argmax(1)
-                boxes = _moved(boxes, _of_class(outputs.deltas, best), stage, sizes)
+                boxes = move_boxes(boxes, of_class(outputs.deltas, best), stage, sizes)
         scores = (sum(logits[1:], logits[0]) / len(logits)).softmax(1)[:, :-1]
         counts = [len(each) for each in boxes]
         parts = zip(boxes, scores.split(counts), wide(outputs.deltas).split(counts), sizes)
@@ -125,10 +126,10 @@ class RoiHead(ABC, nn.Module):
         number: Tensor,
     ) -> dict[str, Tensor]:
         labels = torch.cat([sample.labels for sample in samples])
-        positive = _positive(samples)
+        positive = positive_places(samples)
         rois = torch.cat([sample.boxes for sample in samples])[positive]
         wanted = torch.cat([target.boxes[sample.matched] for sample, target in zip(samples, targets)])
-        deltas = _of_class(outputs.deltas[positive], labels[positive])
+        deltas = of_class(outputs.deltas[positive], labels[positive])
         if self.options.box_loss == "giou":
             each = giou_loss(decode_deltas(rois, deltas, stage.stds), wanted)
         else:
@@ -161,24 +162,23 @@ class RoiHead(ABC, nn.Module):
         """Correct the RoIs for the next stage: for their object's class, or for the best one where there is no object."""
         labels = torch.cat([sample.labels for sample in samples])
         labels = torch.where(labels == self.classes, outputs.logits[:, :-1].argmax(1), labels)
-        moved = _moved([sample.boxes for sample in samples], _of_class(outputs.deltas, labels), stage, sizes)
+        moved = move_boxes([sample.boxes for sample in samples], of_class(outputs.deltas, labels), stage, sizes)
         return [Candidates(boxes, ~sample.is_truth) for boxes, sample in zip(moved, samples)]
 
     def _best(self, boxes: Tensor, scores: Tensor, deltas: Tensor, size: ImageSize) -> Detections:
         """Return the detections of an image, given the RoIs of the last stage and its corrections."""
         options = self.options
         area = size.height, size.width
-        decoded = decode_deltas(boxes, deltas, options.stages[-1].stds, area).view(len(boxes), -1, 4) / _scale(size, boxes)
-        chosen = suppress_by_class(
-            decoded.flatten(1), scores, options.score_threshold, options.overlap_threshold, options.most
-        )
+        decoded = decode_deltas(boxes, deltas, options.stages[-1].stds, area).unflatten(1, (-1, 4))
+        decoded = (decoded / scale_factors(size, boxes)).flatten(1)
+        chosen = suppress_by_class(decoded, scores, options.score_threshold, options.overlap_threshold, options.most)
         return Detections(*chosen)
 
     def _with_masks(
         self, features: Sequence[Tensor], found: Sequence[Detections], sizes: Sequence[ImageSize]
     ) -> list[Detections]:
         assert self.mask_features is not None
-        rois = as_rois([each.boxes * _scale(size, each.boxes) for each, size in zip(found, sizes)])
+        rois = as_rois([each.boxes * scale_factors(size, each.boxes) for each, size in zip(found, sizes)])
         labels = torch.cat([each.labels for each in found])
         own = torch.arange(len(labels), device=labels.device), labels
         x = self.mask_features(features, rois)
@@ -241,34 +241,3 @@ class SingleRoiHead(RoiHead):
 def _box_head(head: RoiHead) -> BoxHead:
     options = head.options
     return BoxHead(head.classes, head.channels, options.box_size, options.convs, options.fcs, options.fc_channels)
-
-
-def _numbers(samples: Sequence[RoiSample]) -> Tensor:
-    """Return the numbers of RoIs and of positive RoIs, (2,) float32."""
-    counts = [sum(len(sample.boxes) for sample in samples), sum(len(sample.matched) for sample in samples)]
-    return torch.tensor(counts, dtype=torch.float32, device=samples[0].boxes.device)
-
-
-def _positive(samples: Sequence[RoiSample]) -> Tensor:
-    """Return the places of positive RoIs, (P,), among those of all images."""
-    places, start = [], 0
-    for sample in samples:
-        places.append(torch.arange(start, start + len(sample.matched), device=sample.boxes.device))
-        start += len(sample.boxes)
-    return torch.cat(places)
-
-
-def _of_class(deltas: Tensor, labels: Tensor) -> Tensor:
-    """Choose the corrections of one class for each RoI: (k, classes * 4) -> (k, 4)."""
-    rows = torch.arange(len(labels), device=labels.device)
-    return wide(deltas.view(len(labels), -1, 4)[rows, labels])
-
-
-def _moved(boxes: Sequence[Tensor], deltas: Tensor, stage: RoiStage, sizes: Sequence[ImageSize]) -> list[Tensor]:
-    """Correct boxes and clip them to their image, without its padding."""
-    decoded = decode_deltas(torch.cat(list(boxes)), deltas, stage.stds).split([len(each) for each in boxes])
-    return [clip_boxes(each, (size.height, size.width)) for each, size in zip(decoded, sizes)]
-
-
-def _scale(size: ImageSize, like: Tensor) -> Tensor:
-    return like.new_tensor([size.scale_x, size.scale_y, size.scale_x, size.scale_y])

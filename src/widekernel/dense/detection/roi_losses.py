@@ -6,12 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from widekernel.dense.detection.losses import EPSILON
-
-
-def wide(values: Tensor) -> Tensor:
-    """Return `values` in float32, or in float64 if they are."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
+from widekernel.dense.detection.losses import EPSILON, wide
 
 
 def class_loss(logits: Tensor, labels: Tensor, number: Tensor) -> Tensor:
