@@ -39,8 +39,8 @@ def size_of(image: Tensor, original: tuple[int, int]) -> ImageSize:
     The factors are rounded to float32, as in published code.
     """
     height, width = image.shape[-2:]
-    factors = torch.tensor([width / original[1], height / original[0]], dtype=torch.float32).tolist()
-    return ImageSize(height, width, *factors, *original)
+    scale_x, scale_y = torch.tensor([width / original[1], height / original[0]], dtype=torch.float32).tolist()
+    return ImageSize(height, width, scale_x, scale_y, original[0], original[1])
 
 
 def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
