@@ -58,9 +58,8 @@ def resize_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
     if tuple(labels.shape[-2:]) == size:
         return labels
     height, width = labels.shape[-2:]
-    rows = nearest_positions(height, size[0])
-    columns = nearest_positions(width, size[1])
-    return labels[..., rows, :][..., columns]
+    # Several times faster than indexing, and with the columns first, rows are copied whole.
+    return labels.index_select(-1, nearest_positions(width, size[1])).index_select(-2, nearest_positions(height, size[0]))
 
 
 def nearest_positions(old: int, new: int) -> Tensor:

@@ -120,7 +120,8 @@ def _mask(entry: dict[str, Any], image: dict[str, Any]) -> Iterator[str]:
 
 
 def _run_lengths(form: dict[str, Any], image: dict[str, Any]) -> Iterator[str]:
-    height, width = image.get("height"), image.get("width")
+    height: Any = image.get("height")
+    width: Any = image.get("width")
     if not _is_whole(height) or not _is_whole(width):
         return  # said of the image already
     counts = form.get("counts")
