@@ -211,7 +211,7 @@ def test_weight_decay_follows_half_a_cosine() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kind": "poly"}, "schedule.kind 'poly' is unknown"),
+        ({"kind": "polynomial"}, "schedule.kind 'polynomial' is unknown"),
         ({"gamma": 0.0}, "schedule.gamma is 0.0, but must be above 0"),
         ({"decay_epochs": 0.0}, "schedule.decay_epochs is 0.0, but must be positive"),
         ({"warmup_kind": "cosine"}, "schedule.warmup_kind 'cosine' is unknown"),
@@ -236,3 +236,87 @@ def test_wrong_schedules(settings: dict, message: str) -> None:
 def test_wrong_optimizers(settings: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         OptimizerConfig(**settings)
+
+
+# -- segmentation and detection --------------------------------------------------------------------------------------
+
+
+class Dense(nn.Module):
+    """A network with the names of one for dense prediction: a body of stages, norms of its outputs, and a head."""
+
+    def __init__(self, blocks: int = 9) -> None:
+        super().__init__()
+        body = nn.Module()
+        body.stem = nn.Conv2d(3, 4, 4)
+        body.stages = nn.ModuleList()
+        for depth in (1, 1, blocks, 1):
+            stage = nn.Module()
+            stage.downsample = nn.Conv2d(4, 4, 2)
+            stage.blocks = nn.ModuleList(nn.Conv2d(4, 4, 1) for _ in range(depth))
+            body.stages.append(stage)
+        self.backbone = nn.Module()
+        self.backbone.body = body
+        self.backbone.norms = nn.ModuleList([nn.LayerNorm(4)])
+        self.decode_head = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.GroupNorm(2, 4))
+
+
+def shares(model: nn.Module, layer_groups: str) -> dict[str, float]:
+    """Return the share of the learning rate of each weight by name, as a number of layers from the head."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    optimizer = create_optimizer(model, OptimizerConfig(layer_decay=0.5, layer_groups=layer_groups))
+    found = {names[id(each)]: group["lr_scale"] for group in optimizer.param_groups for each in group["params"]}
+    return {name: -math.log2(share) for name, share in found.items() if name.endswith("weight")}
+
+
+def test_layer_groups_by_stage() -> None:
+    found = shares(Dense(), "stage_wise12")
+    stages = {f"backbone.body.stages.{stage}.blocks.0.weight": 12 - stage for stage in range(4)}
+    down = {f"backbone.body.stages.{stage}.downsample.weight": 13 for stage in range(4)}
+    head = {"backbone.norms.0.weight": 0, **{f"decode_head.{number}.weight": 0 for number in range(3)}}
+    expected = {"backbone.body.stem.weight": 13, **stages, **down, **head}
+    assert {name: found[name] for name in expected} == expected
+
+
+def test_layer_groups_by_layer() -> None:
+    found = shares(Dense(), "layer_wise6")
+    assert [found[f"backbone.body.stages.2.blocks.{number}.weight"] for number in range(9)] == [4, 4, 4, 3, 3, 3, 2, 2, 2]
+    assert [found[f"backbone.body.stages.{stage}.downsample.weight"] for stage in range(4)] == [6, 5, 4, 1]
+    assert found["backbone.body.stem.weight"] == 7 and found["backbone.norms.0.weight"] == 0
+    for kind in ("layer_wise6", "stage_wise6"):
+        with pytest.raises(ConfigError, match="is not built like ConvNeXt of this depth: it has the parameter 'conv1"):
+            shares(timm.create_model("test_resnet"), kind)
+    with pytest.raises(ConfigError, match=r"layer_wise6'.*stages.2.blocks.9"):
+        shares(Dense(10), "layer_wise6")
+    assert shares(Dense(18), "layer_wise9")["backbone.body.stages.2.blocks.17.weight"] == 2
+
+
+def test_groups_by_layer_are_those_of_fine_tuning() -> None:
+    with torch.device("meta"):
+        model = timm.create_model("convnext_small")
+    assert shares(model, "layer_wise12") == shares(model, "convnext12")
+
+
+def test_everything_but_batch_norms_decays() -> None:
+    found = decays(Dense(), decayed="all_but_batch_norms")
+    without = {name for name, decay in found.items() if decay == 0}
+    assert without == {f"decode_head.{number}.{kind}" for number in (1, 2) for kind in ("weight", "bias")}
+    assert set(found.values()) == {0.0, 0.1}
+    with pytest.raises(ConfigError, match="decides what decays"):
+        OptimizerConfig(decayed="all_but_batch_norms", bias_weight_decay=0.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"power": 0.9}, "schedule.power is 0.9.*set it to poly"),
+        ({"kind": "multistep"}, r"set it, such as to \[8, 11\]"),
+        ({"kind": "multistep", "milestones": (27.0, 33.0), "epochs": 33}, "the run ends before the last one"),
+        ({"kind": "multistep", "milestones": (11.0, 8.0)}, "each later than the one before"),
+        ({"warmup_factor": 1e-6, "warmup_lr": 1e-5}, "schedule.warmup_lr is 1e-05, which schedule.warmup_factor"),
+        ({"warmup_factor": 1e-6, "warmup_kind": "linspace"}, "schedule.warmup_kind is 'linspace', which"),
+        ({"warmup_factor": 0.0}, "schedule.warmup_factor is 0.0"),
+    ],
+)
+def test_courses_that_contradict_themselves_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ScheduleConfig(**settings)

@@ -16,7 +16,7 @@ from widekernel.cli.main import main
 from widekernel.engine import CheckpointConfig, EvaluationConfig, LoopConfig, RunData, ScheduleConfig, Trainer
 from widekernel.engine.randomness import generators_restored, seed_forward
 from widekernel.engine.task import Position
-from widekernel.tasks.classification import run as run_module
+from widekernel.tasks import run as run_module
 from widekernel.tasks.classification.task import Classification
 
 

@@ -21,6 +21,7 @@ from widekernel.engine import (
 from widekernel.engine.metrics_log import read_metrics
 from widekernel.errors import CheckpointError, ConfigError, WidekernelError
 from widekernel.files import sha256_of
+from widekernel.tasks import run as complete_run
 from widekernel.tasks.assembly import build_model
 from widekernel.tasks.classification import run as classification
 from widekernel.tasks.classification.config import ModelConfig, TrainConfig
@@ -277,7 +278,7 @@ def test_a_result_of_other_code_is_marked_as_such(make, monkeypatch):
     config = make()
     assert train(config).other_code == ""
     assert train(config).other_code == ""
-    monkeypatch.setattr(classification, "code_fingerprint", lambda: {"widekernel": "9.9", "torch": "x"})
+    monkeypatch.setattr(complete_run, "code_fingerprint", lambda: {"widekernel": "9.9", "torch": "x"})
     again = train(config)
     assert again.was_finished
     assert f"widekernel {widekernel.__version__} (now 9.9)" in again.other_code

@@ -20,10 +20,9 @@ from widekernel.engine.config import EvaluationConfig
 from widekernel.engine.metrics_log import read_metrics
 from widekernel.errors import CheckpointError, ConfigError
 from widekernel.tasks.assembly import build_model, classifier_of
-from widekernel.tasks.classification import run as classification
 from widekernel.tasks.classification.class_map import read_class_map
 from widekernel.tasks.classification.config import ModelConfig, TrainConfig
-from widekernel.tasks.classification.run import train
+from widekernel.tasks.classification.run import ClassificationParts, train
 from widekernel.tasks.loading import load
 from widekernel.tasks.model_source import ModelSource
 
@@ -164,8 +163,9 @@ def test_learning_rate_is_scaled_to_the_batch(make: Make) -> None:
 def started(config: TrainConfig, listener: Listener | None = None) -> torch.nn.Module:
     """Return the network of a run before its first step."""
     chosen = None if config.data.class_map is None else read_class_map(config.data.class_map, ("a", "b"))
-    call = classification._Run(config, RunFolder(config.output or ""), listener or Listener(), Processes())
-    return call._build(("a", "b"), False, chosen)
+    parts = ClassificationParts(config, Processes(), (listener or Listener()).message)
+    parts._chosen = chosen
+    return parts.network(("a", "b"), starts=True)
 
 
 def test_initial_classifier_is_scaled(make: Make) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from widekernel.dense.counting import countable
 from widekernel.deprecation import renamed_attribute
 from widekernel.errors import ShapeError
 from widekernel.layers import FoldedLargeKernel, LargeKernel
@@ -96,7 +97,9 @@ def complexity(model: nn.Module, input_size: Sequence[int] = (3, 224, 224)) -> C
     """Count the cost of `model` for one image in evaluation mode.
 
     Nothing is computed, and the model is not changed. Zero weights save multiply-accumulates only in two-dimensional
-    convolutions, linear layers and large kernels that are called as modules; other products count in full.
+    convolutions, linear layers and large kernels that are called as modules; other products count in full. Auxiliary heads,
+    which only training uses, have parameters but do not run. Two-stage detectors run on 1,000 boxes per box head and on 100
+    per mask head, without RoIAlign, as in published counts.
 
     Args:
         model: the network in its training form. Masks must be applied to its weights, except learned 2:4 masks, which this
@@ -112,6 +115,7 @@ def complexity(model: nn.Module, input_size: Sequence[int] = (3, 224, 224)) -> C
     record = recall(model)
     if isinstance(record, SemiStructured) and record.is_learned:
         model = convert(model)  # the logits of the masks do not count
+    model = countable(model)
     training, extra = _cost(model, size)
     folded, _ = _cost(fold(_without_data(model)), size)
     zero_weights = sum(parameter.numel() - _nonzero(parameter) for parameter in _weights(model))

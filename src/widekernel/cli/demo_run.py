@@ -26,6 +26,7 @@ from widekernel.data import (
 from widekernel.engine.interrupts import Interrupted
 from widekernel.engine.metrics_log import read_metrics
 from widekernel.errors import WidekernelError
+from widekernel.tasks.classification.config import TrainConfig
 from widekernel.tasks.classification.evaluation import Accuracy, EvaluationOptions, evaluate
 from widekernel.tasks.classification.run import train
 from widekernel.tasks.folding import fold_and_check
@@ -63,6 +64,7 @@ class Measured:
 def show(output: str, seed: int) -> int:
     """Train a network in the folder `output` or reuse the run there, and show the rest; return the exit code."""
     config = parse_config(["--recipe", RECIPE, f"--output={output}", f"--seed={seed}"])
+    assert isinstance(config, TrainConfig)
     started = time.perf_counter()
     try:
         with ConsoleReporter() as reporter:

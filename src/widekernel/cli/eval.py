@@ -9,18 +9,24 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import jsonargparse
 
+from widekernel.cli import dense_eval
 from widekernel.cli.console import progress_console, result_console
 from widekernel.cli.launching import check_number, is_first, is_started, start
 from widekernel.cli.options import EvalOptions, add_recipe_argument, parse_with_data_of_the_run
 from widekernel.cli.parsing import build, new_parser, parse_given
 from widekernel.cli.source_arguments import add_source_arguments, load_source, source_from
+from widekernel.cli.task_choice import evaluated_task
 from widekernel.data.config import DataConfig
 from widekernel.engine.interrupts import Interrupted
 from widekernel.errors import ConfigError
+from widekernel.tasks.config import FIRST_TASK, TASK
 
 if TYPE_CHECKING:
     from widekernel.tasks.classification.evaluation import Evaluation
     from widekernel.tasks.classification.fold_evaluation import FoldEvaluation
+
+FLAGS = ("--fold-check", "--json", "-h", "--help")
+"""Options without a value."""
 
 _DESCRIPTION = (
     "Measure accuracy and loss on the held-out split of a data set, each image once. For a run folder, or a model file in "
@@ -51,6 +57,13 @@ def make_parser() -> jsonargparse.ArgumentParser:
         default=None,
         help="processes on this machine that evaluate together; on GPUs, one for each",
     )
+    parser.add_argument(
+        f"--{TASK}",
+        type=str | None,
+        default=None,
+        help="what the network does, for a file that does not say it; --task segmentation --help lists the options for such "
+        "networks",
+    )
     parser.add_class_arguments(EvalOptions, as_group=False)
     parser.add_class_arguments(DataConfig, "data")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -59,6 +72,9 @@ def make_parser() -> jsonargparse.ArgumentParser:
 
 def run(arguments: list[str]) -> int:
     """Evaluate the network that `arguments` name, and print the results."""
+    task = evaluated_task(arguments, FLAGS)
+    if task != FIRST_TASK:
+        return dense_eval.run(task, arguments)
     values, _ = parse_with_data_of_the_run(make_parser(), arguments, "eval")
     _apply_short_forms(values, parse_given(make_parser(), arguments))
     source = source_from(values)

@@ -14,7 +14,6 @@ from widekernel.data import (
     DataConfig,
     EvaluationLoader,
     EvaluationSamples,
-    ImageSource,
     LabeledImages,
     LoaderOptions,
     OnImage,
@@ -101,9 +100,7 @@ def _evaluate(
 ) -> Result:
     run, processes = where
     device = processes.device or choose_device(options.device)
-    opened: list[ImageSource] = []
-    processes.from_main(lambda: opened.append(open_split(data, "val")))  # the first process may fill a cache for the others
-    source = opened[0] if opened else open_split(data, "val")
+    source = processes.main_first(lambda: open_split(data, "val"))
     accuracy, classes_note = _classes(saved, data, source.class_names)
     transform = match_channels(saved.preprocessing.overridden_by(data).eval_transform(), input_channels(model))
     reporting = ConsoleReporter() if processes.is_main else _Silent()

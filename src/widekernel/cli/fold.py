@@ -31,7 +31,7 @@ def run(arguments: list[str]) -> int:
     from widekernel.tasks.folding import fold_and_check
     from widekernel.tasks.saved import save_model
 
-    model, saved = load_source(source)
+    model, saved = load_source(source, task=None)
     if saved.form == "folded":
         raise ConfigError(f"{source.path} is already folded: it can be used as it is.")
     folded, check = fold_and_check(model, saved.preprocessing.input_size)

@@ -112,11 +112,11 @@ def build(kind: type[T], values: dict[str, Any], key: str = "") -> T:
         raise ConfigError(f"{prefix}{error}") from error
 
 
-def read_settings(path: str, parser: jsonargparse.ArgumentParser) -> dict[str, Any]:
-    """Read the settings in a YAML file, and check every key against `parser`.
+def read_yaml(path: str) -> dict[str, Any]:
+    """Read a YAML file of settings, without looking at their keys.
 
     Raises:
-        ConfigError: the file is missing, is not a YAML mapping, or contains an unknown key.
+        ConfigError: the file is missing, or is not a YAML mapping.
     """
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8-sig"), Loader=_StrictLoader)
@@ -128,6 +128,16 @@ def read_settings(path: str, parser: jsonargparse.ArgumentParser) -> dict[str, A
         return {}
     if not isinstance(content, dict):
         raise ConfigError(f"The configuration file {path!r} holds {type(content).__name__}, but must hold settings.")
+    return content
+
+
+def read_settings(path: str, parser: jsonargparse.ArgumentParser) -> dict[str, Any]:
+    """Read the settings in a YAML file, and check every key against `parser`.
+
+    Raises:
+        ConfigError: the file is missing, is not a YAML mapping, or contains an unknown key.
+    """
+    content = read_yaml(path)
     known = known_keys(parser) - _OF_THE_COMMAND_LINE
     for key, value in flatten(content, FREE_KEYS).items():
         if key not in known:

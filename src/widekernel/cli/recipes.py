@@ -20,7 +20,7 @@ from widekernel.cli.parsing import new_parser, parse
 from widekernel.cli.train import parse_config
 from widekernel.errors import ConfigError, nearest
 from widekernel.recipes import Recipe, deviations, list_recipes, load_base, load_recipe
-from widekernel.tasks.classification.config import TrainConfig
+from widekernel.tasks.registry import task_entry
 
 _DESCRIPTION = (
     "List the recipes, or show one: its settings, and where they differ from the defaults and from the base of its family. "
@@ -39,6 +39,7 @@ def make_parser() -> jsonargparse.ArgumentParser:
         "--model", type=str | None, default=None, help="list only recipes for this model, or pattern of models"
     )
     parser.add_argument("--dataset", type=str | None, default=None, help="list only recipes for this data set")
+    parser.add_argument("--task", type=str | None, default=None, help="list only recipes for this task")
     parser.add_argument(
         "--command",
         type=Literal["train", "eval", "sparsify"] | None,
@@ -80,6 +81,7 @@ def _chosen(recipes: list[Recipe], values: dict[str, Any]) -> list[Recipe]:
         "family": lambda recipe: recipe.family,
         "model": lambda recipe: recipe.model,
         "dataset": lambda recipe: recipe.dataset,
+        "task": lambda recipe: recipe.task,
         "command": lambda recipe: recipe.command,
     }
     for key, read in filters.items():
@@ -110,6 +112,7 @@ def _summary(recipe: Recipe) -> dict[str, Any]:
         "model": recipe.model,
         "dataset": recipe.dataset,
         "epochs": recipe.epochs,
+        "steps": recipe.steps,
         "input_size": recipe.input_size,
         "published": recipe.published,
         "total_batch": recipe.total_batch,
@@ -142,7 +145,8 @@ def _pairs(found: dict[str, tuple[Any, Any]], reference: str) -> dict[str, dict[
 def _resolved(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return all settings with which a recipe's command runs, and the defaults of the command."""
     if recipe.command == "train":
-        settings, defaults = parse_config(["--recipe", recipe.name]).to_dict(), dataclasses.asdict(TrainConfig())
+        defaults = dataclasses.asdict(task_entry(recipe.task).settings_class()())
+        settings = parse_config(["--recipe", recipe.name]).to_dict()
         del settings["output"], defaults["output"]
         return settings, defaults
     command = evaluation if recipe.command == "eval" else sparsify

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from widekernel.cli.console import progress_console
 from widekernel.cli.parsing import typed
+from widekernel.tasks.config import FIRST_TASK
 from widekernel.tasks.model_source import ModelSource, Weights
 
 if TYPE_CHECKING:
@@ -37,15 +38,20 @@ def add_source_arguments(parser: Any, what: str = "run folder, or checkpoint fil
     )
 
 
-def load_source(source: ModelSource, silent: bool = False) -> tuple[nn.Module, SavedModel]:
+def load_source(source: ModelSource, silent: bool = False, task: str | None = FIRST_TASK) -> tuple[nn.Module, SavedModel]:
     """Load the network of `source`; messages about it go to standard error, unless `silent`.
 
+    Args:
+        source: the network that the user named.
+        silent: whether there are no messages.
+        task: what the network must do; `None` accepts any.
+
     Raises:
-        WidekernelError: it cannot be loaded.
+        WidekernelError: it cannot be loaded, or has another task.
     """
     from widekernel.tasks.loading import load
 
-    return load(source, lambda text: None if silent else progress_console().print(text, soft_wrap=True))
+    return load(source, lambda text: None if silent else progress_console().print(text, soft_wrap=True), task)
 
 
 def source_from(values: dict[str, Any]) -> ModelSource:

@@ -14,6 +14,7 @@ from widekernel.cli.console import ConsoleReporter, result_console
 from widekernel.cli.launching import check_number, is_first, is_started, start
 from widekernel.cli.parsing import build, new_parser, parse, parse_given, read_settings, typed
 from widekernel.cli.progress_text import metric_texts
+from widekernel.cli.task_choice import chosen_task
 from widekernel.data.batch_plan import BatchPlan
 from widekernel.engine.interrupts import Interrupted
 from widekernel.engine.run_folder import RunFolder
@@ -22,21 +23,22 @@ from widekernel.launch.slurm import is_in_a_task, submit
 from widekernel.launch.slurm_config import SlurmConfig
 from widekernel.recipes import load_recipe
 from widekernel.settings import require
-from widekernel.tasks.classification.config import TrainConfig
+from widekernel.tasks.config import FIRST_TASK, TASK, RunConfig
+from widekernel.tasks.registry import TASKS, task_entry
 
 if TYPE_CHECKING:
     from widekernel.tasks.results import RunResult
 
 _DESCRIPTION = (
-    "Train a classifier. Settings come from the recipe, the configuration files and the command line; later ones override "
+    "Train {trained}. Settings come from the recipe, the configuration files and the command line; later ones override "
     "earlier ones. Repeating the command resumes the run, or reports its result if it is finished."
 )
 
 
 def run(arguments: list[str]) -> int:
     """Train as `arguments` say, and print the result; with `--print_config`, only print the settings."""
-    parser = make_parser()
-    given = parse_given(parser, arguments)
+    task = chosen_task(arguments)
+    given = parse_given(make_parser(task), arguments)
     if given.get("print_config"):
         sys.stdout.write(yaml.safe_dump(parse_config(arguments).to_dict(), sort_keys=False))
         return 0
@@ -55,8 +57,7 @@ def run(arguments: list[str]) -> int:
         BatchPlan(config.loop.batch_size, config.loop.micro_batch, processes)
         check_number(processes)
         return start("train", arguments, processes)
-    from widekernel.tasks.classification.run import train
-
+    train = task_entry(task).train_function()
     talks = is_first()
     with ConsoleReporter() as reporter:
         try:
@@ -71,9 +72,17 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def make_parser() -> jsonargparse.ArgumentParser:
-    """Return the parser of all training settings."""
-    parser = new_parser("train", _DESCRIPTION)
+def make_parser(task: str = FIRST_TASK) -> jsonargparse.ArgumentParser:
+    """Return the parser of all settings of the training for a task."""
+    entry = task_entry(task)
+    parser = new_parser("train", _DESCRIPTION.format(trained=entry.trained))
+    parser.add_argument(
+        f"--{TASK}",
+        type=str | None,
+        default=None,
+        help=f"what is learned: {', '.join(TASKS)}; the default is the task of the recipe or file, or {FIRST_TASK}. Each "
+        "task has its own settings, which --task TASK --help lists",
+    )
     parser.add_argument("--recipe", type=str | None, default=None, help="name of a recipe; `widekernel recipes` lists them")
     parser.add_argument("--config", action="append", help="YAML file with settings; may be repeated")
     parser.add_argument("--print_config", action="store_true", help="print the settings as YAML, and exit")
@@ -83,33 +92,35 @@ def make_parser() -> jsonargparse.ArgumentParser:
         default=None,
         help="processes on this machine that train together; on GPUs, one for each",
     )
-    parser.add_class_arguments(TrainConfig, as_group=False)
+    parser.add_class_arguments(entry.settings_class(), as_group=False)
     parser.add_class_arguments(SlurmConfig, "slurm")
     return parser
 
 
-def parse_config(arguments: list[str]) -> TrainConfig:
+def parse_config(arguments: list[str]) -> RunConfig:
     """Return the training configuration that `arguments` describe.
 
-    The recipe comes first, then the files in their order, then the command line; later ones override earlier ones.
+    Its class is that of the task. The recipe comes first, then the files in their order, then the command line; later ones
+    override earlier ones.
 
     Raises:
         ConfigError: a setting, recipe or file is unknown, unreadable, of the wrong type or out of range.
     """
-    parser = make_parser()
+    task = chosen_task(arguments)
+    parser = make_parser(task)
     given = parse_given(parser, arguments)
     files = [read_settings(path, parser) for path in given.get("config") or []]
     named = [settings.get("recipe") for settings in (*files, given)]
     recipe = next((name for name in reversed(named) if name is not None), None)
     layers = files if recipe is None else [load_recipe(recipe).settings_for("train"), *files]
     values = parse(parser, arguments, layers)
-    for key in ("recipe", "config", "print_config", "processes", "slurm"):
+    for key in (TASK, "recipe", "config", "print_config", "processes", "slurm"):
         del values[key]
-    for network in (values["model"], values["distillation"]["teacher"]):
+    for network in (values["model"], *([values["distillation"]["teacher"]] if "distillation" in values else [])):
         network["args"] = typed(network["args"])
     if values["output"] is None:
         values["output"] = str(Path("runs") / str(recipe or values["model"]["name"]))
-    return build(TrainConfig, values)
+    return build(task_entry(task).settings_class(), values)
 
 
 def parse_slurm(arguments: list[str]) -> SlurmConfig | None:
@@ -118,7 +129,7 @@ def parse_slurm(arguments: list[str]) -> SlurmConfig | None:
     Raises:
         ConfigError: a setting is unknown, unreadable, of the wrong type or out of range.
     """
-    parser = make_parser()
+    parser = make_parser(chosen_task(arguments))
     given = parse_given(parser, arguments)
     files = [read_settings(path, parser) for path in given.get("config") or []]
     if not any("slurm" in settings for settings in (*files, given)):
@@ -126,7 +137,7 @@ def parse_slurm(arguments: list[str]) -> SlurmConfig | None:
     return build(SlurmConfig, parse(parser, arguments, files)["slurm"], "slurm")
 
 
-def submit_training(job: SlurmConfig, arguments: list[str], config: TrainConfig) -> int:
+def submit_training(job: SlurmConfig, arguments: list[str], config: RunConfig) -> int:
     """Submit the training with the settings `config`, which `arguments` describe, as a cluster job.
 
     Returns:

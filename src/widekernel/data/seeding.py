@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 # First keys of the random streams: each purpose has its own stream.
-SHUFFLE_STREAM, AUGMENT_STREAM, MIX_STREAM, MODEL_STREAM, STEP_STREAM = 1, 2, 3, 4, 5
+SHUFFLE_STREAM, AUGMENT_STREAM, MIX_STREAM, MODEL_STREAM, STEP_STREAM, SAMPLING_STREAM = 1, 2, 3, 4, 5, 6
 
 
 def derive_seed(*keys: int) -> int:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from widekernel.errors import ArgumentError, nearest
 from widekernel.models.base import StagedConvNet
+from widekernel.models.layouts.layout import Rule
+from widekernel.models.layouts.nesting import Nesting
 from widekernel.settings import require_one_of
 
 Norms = Literal["auto", "layer", "none"]
@@ -68,6 +70,11 @@ class Pyramid(nn.Module):
         else:
             maps = self.body.forward_intermediates(images, indices=self.out_indices, intermediates_only=True)
         return [norm(x) for norm, x in zip(self.norms, maps)]
+
+    def nesting(self) -> Nesting:
+        """Return where the network is in checkpoints of the pyramid; the norms are called `norm0`, `norm1`, ... there."""
+        norms = tuple(Rule(f"norm{i}.{{rest}}", f"norms.{i}.{{rest}}") for i in range(len(self.norms)))
+        return Nesting(self.body, "body.", "", norms, optional=("norms.", "body.feature_norms."))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Enable or disable the recomputation of activations in the backward pass.

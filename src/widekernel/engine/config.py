@@ -38,7 +38,8 @@ class LoopConfig:
         batch_size: images per optimizer step, over all processes
         micro_batch: images per forward pass on one device, whose gradients are accumulated; null means that each process
             takes its share of loop.batch_size at once
-        eval_batch_size: images per forward pass in evaluation; null means 1.5 times those in training
+        eval_batch_size: images per forward pass in evaluation; null means 1.5 times those in training, or 1 for segmentation
+            and detection, whose images have different sizes
         precision: fp32, or mixed precision (autocast) with bf16 or, on CUDA only, fp16
         device: auto (CUDA if available), cpu, cuda or cuda:N
         channels_last: use the channels-last memory format

@@ -6,6 +6,8 @@ from typing import Literal
 from widekernel.errors import ConfigError
 from widekernel.settings import require, require_finite, require_literals
 
+LayerGroups = Literal["blocks", "convnext12", "stage_wise6", "stage_wise12", "layer_wise6", "layer_wise9", "layer_wise12"]
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -28,8 +30,12 @@ class OptimizerConfig:
         betas: decay rates of the running averages (Adam's betas); null uses the optimizer's default
         layer_decay: factor by which the learning rate falls from one layer group to the next, counted from the head; null
             means the same rate for all
-        layer_groups: layer groups of layer_decay: one for each block and for each stage's downsampling, as in timm (blocks),
-            or the twelve of the published fine-tuning recipes of ConvNeXt and RepLKNet, besides stem and head (convnext12)
+        layer_groups: layer groups of layer_decay: one for each block and for each stage's downsampling, as in timm (blocks);
+            the twelve of the published fine-tuning recipes of ConvNeXt and RepLKNet, besides stem and head (convnext12); or
+            those of the published segmentation (stage_wise6, stage_wise12) and detection runs (layer_wise6, layer_wise9,
+            layer_wise12) of networks built like ConvNeXt, whose heads learn at the full rate
+        decayed: what weight_decay applies to: weights (of two or more dimensions), or all_but_batch_norms, as in the
+            published segmentation and detection runs of RepLKNet, where biases, layer scales and layer norms decay, too
         clip_grad: limit for gradient clipping; null turns clipping off
         clip_mode: what clip_grad limits: the norm of all gradients (norm), each value (value), or the norm of each unit's
             gradient relative to that of its weights (agc)
@@ -46,7 +52,8 @@ class OptimizerConfig:
     eps: float | None = None
     betas: tuple[float, float] | None = None
     layer_decay: float | None = None
-    layer_groups: Literal["blocks", "convnext12"] = "blocks"
+    layer_groups: LayerGroups = "blocks"
+    decayed: Literal["weights", "all_but_batch_norms"] = "weights"
     clip_grad: float | None = None
     clip_mode: Literal["norm", "value", "agc"] = "norm"
 
@@ -76,6 +83,13 @@ class OptimizerConfig:
                 f"optimizer.layer_groups is {self.layer_groups!r}, but all layers have the same rate: set "
                 "optimizer.layer_decay, such as 0.8."
             )
+        if self.decayed != "weights":
+            for key in ("norm_weight_decay", "bias_weight_decay", "decay_response_norms"):
+                if getattr(self, key) is not None and getattr(self, key) is not False:
+                    raise ConfigError(
+                        f"optimizer.{key} is {getattr(self, key)!r}, but optimizer.decayed {self.decayed!r} decides what "
+                        "decays: leave one of them out."
+                    )
         for key in ("weight_decay_end", "decay_response_norms"):
             if getattr(self, key) and not self.weight_decay:
                 raise ConfigError(
@@ -93,29 +107,38 @@ class ScheduleConfig:
     Args:
         epochs: passes over the training data
         steps: optimizer steps of the whole run; null means schedule.epochs
-        kind: course of the learning rate after the warm-up: half a cosine down to min_lr (cosine), times gamma every
-            decay_epochs at once (step) or gradually (exponential), or none (constant)
+        kind: course of the learning rate after the warm-up: half a cosine down to min_lr (cosine), a power of the remaining
+            share of the steps (poly), times gamma after each of schedule.milestones (multistep), or every decay_epochs at
+            once (step) or gradually (exponential), or none (constant)
         decay_epochs: epochs in which kinds step and exponential multiply the learning rate by gamma
-        gamma: factor of kinds step and exponential
+        gamma: factor of kinds step, multistep and exponential
+        milestones: epochs of the run after each of which kind multistep multiplies the learning rate by gamma
+        power: exponent of kind poly; 1 is a straight line down to min_lr
         warmup_epochs: epochs of the warm-up, included in schedule.epochs
         warmup_steps: optimizer steps of the warm-up; null means schedule.warmup_epochs
         warmup_kind: linear rises from warmup_lr to the peak, which the first step after the warm-up has; linspace, the form
             of the published recipes, reaches the peak with the last step of the warm-up; constant stays at warmup_lr
         warmup_lr: learning rate at the first step of the warm-up
-        min_lr: learning rate at the end of a cosine; the other kinds but constant do not fall below it
+        warmup_factor: factor at the first step of the warm-up, such as 1e-6, by which it multiplies the course of the
+            learning rate, which then begins with the run. It rises to 1 (warmup_kind linear) or stays (constant). null means
+            that the warm-up is a course of its own, from warmup_lr to the peak
+        min_lr: learning rate at the end of kinds cosine and poly; the other kinds but constant do not fall below it
         lr_scale_batch: batch size for which optimizer.lr is meant; it is scaled linearly to loop.batch_size. null does not
             scale. The other rates are not scaled
     """
 
     epochs: int = 300
     steps: int | None = None
-    kind: Literal["cosine", "step", "exponential", "constant"] = "cosine"
+    kind: Literal["cosine", "step", "exponential", "constant", "poly", "multistep"] = "cosine"
     decay_epochs: float = 30.0
     gamma: float = 0.1
+    milestones: tuple[float, ...] = ()
+    power: float = 1.0
     warmup_epochs: float = 20
     warmup_steps: int | None = None
     warmup_kind: Literal["linear", "constant", "linspace"] = "linear"
     warmup_lr: float = 0.0
+    warmup_factor: float | None = None
     min_lr: float = 1e-6
     lr_scale_batch: int | None = None
 
@@ -136,13 +159,44 @@ class ScheduleConfig:
         require(self.warmup_epochs >= 0, "schedule.warmup_epochs", self.warmup_epochs, "0 or more")
         require(self.warmup_lr >= 0, "schedule.warmup_lr", self.warmup_lr, "0 or more")
         require(self.min_lr >= 0, "schedule.min_lr", self.min_lr, "0 or more")
-        if self.warmup_kind == "constant" and self.warmup_lr == 0 and (self.warmup_epochs or self.warmup_steps):
-            raise ConfigError(
-                "schedule.warmup_kind is 'constant', but schedule.warmup_lr is 0, so the warm-up would train nothing: "
-                "set it, such as to a hundredth of optimizer.lr."
-            )
         ok = self.lr_scale_batch is None or self.lr_scale_batch > 0
         require(ok, "schedule.lr_scale_batch", self.lr_scale_batch, "positive")
+        self._check_course()
+        self._check_warmup()
+
+    def _check_course(self) -> None:
+        """Raise a `ConfigError` for a course without the settings that it needs, or with those of another one."""
+        require(self.power > 0, "schedule.power", self.power, "positive")
+        if self.power != 1 and self.kind != "poly":
+            raise ConfigError(f"schedule.power is {self.power}, but schedule.kind is {self.kind!r}: set it to poly.")
+        pairs = zip((0.0, *self.milestones), self.milestones)
+        ok = all(earlier < later for earlier, later in pairs)
+        require(ok, "schedule.milestones", self.milestones, "epochs above 0, each later than the one before")
+        if self.kind == "multistep" and not self.milestones:
+            raise ConfigError("schedule.kind is 'multistep', but schedule.milestones is empty: set it, such as to [8, 11].")
+        if self.kind == "multistep" and self.steps is None and self.milestones[-1] >= self.epochs:
+            raise ConfigError(
+                f"schedule.milestones is {list(self.milestones)}, but schedule.epochs is {self.epochs}, so the run ends "
+                "before the last one: choose earlier ones, or more epochs."
+            )
+
+    def _check_warmup(self) -> None:
+        """Raise a `ConfigError` for a warm-up that trains nothing, or whose settings exclude each other."""
+        factor, has_warmup = self.warmup_factor, self.warmup_epochs or self.warmup_steps
+        if factor is None:
+            if self.warmup_kind == "constant" and self.warmup_lr == 0 and has_warmup:
+                raise ConfigError(
+                    "schedule.warmup_kind is 'constant', but schedule.warmup_lr is 0, so the warm-up would train nothing: "
+                    "set it, such as to a hundredth of optimizer.lr."
+                )
+            return
+        require(0 < factor <= 1, "schedule.warmup_factor", factor, "above 0 and at most 1")
+        other = {"warmup_lr": self.warmup_lr != 0, "warmup_kind": self.warmup_kind == "linspace"}
+        for key in (key for key, wrong in other.items() if wrong):
+            raise ConfigError(
+                f"schedule.{key} is {getattr(self, key)!r}, which schedule.warmup_factor ({factor:g}) excludes: leave one "
+                "of them out."
+            )
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Return the number of optimizer steps of the whole run."""

@@ -12,7 +12,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from widekernel.engine.optimization_config import OptimizerConfig
 from widekernel.errors import ConfigError
-from widekernel.layers.layer_groups import LAST_GROUP, layer_groups
+from widekernel.layers.layer_groups import LAST_GROUP, dense_layer_groups, layer_groups
 
 CONSTANT_DECAY = "constant_decay"
 """Key of a group whose weight decay does not follow `optimizer.weight_decay_end`."""
@@ -23,7 +23,8 @@ _NORMS = (_BatchNorm, _InstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, Glo
 def needs_own_groups(config: OptimizerConfig) -> bool:
     """Return whether the groups differ from those that timm makes for an optimizer."""
     decays = config.norm_weight_decay, config.bias_weight_decay
-    return config.layer_groups != "blocks" or config.decay_response_norms or any(value is not None for value in decays)
+    own = config.layer_groups != "blocks" or config.decayed != "weights" or config.decay_response_norms
+    return own or any(value is not None for value in decays)
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
@@ -33,20 +34,21 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
         ConfigError: the network does not have the layer groups that the settings name.
     """
     excluded: set[str] = getattr(model, "no_weight_decay", set)()
-    twelve = config.layer_groups == "convnext12"
-    if config.layer_decay is None or twelve:
+    grouped = config.layer_decay is not None and config.layer_groups != "blocks"
+    if config.layer_decay is None or grouped:
         groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=excluded)
     else:
         groups = param_groups_layer_decay(model, config.weight_decay, excluded, layer_decay=config.layer_decay)
     usual = {id(each): {**group, "params": []} for group in groups for each in group["params"]}
-    decays, layers = _own_decays(model, config), _layers(model) if twelve else {}
+    decays = _all_but_batch_norms(model, config) if config.decayed == "all_but_batch_norms" else _own_decays(model, config)
+    from_head = _from_head(model, config.layer_groups) if grouped else {}
     refined: dict[tuple, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if id(parameter) not in usual:  # frozen
             continue
         group = {**usual[id(parameter)], **decays.get(name, {}), "params": []}
-        if twelve and config.layer_decay is not None:
-            group["lr_scale"] = config.layer_decay ** (LAST_GROUP - layers[name])
+        if config.layer_decay is not None and grouped:
+            group["lr_scale"] = config.layer_decay ** from_head[name]
         key = tuple(sorted((option, value) for option, value in group.items() if option != "params"))
         refined.setdefault(key, group)["params"].append(parameter)
     return list(refined.values())
@@ -68,12 +70,28 @@ def _own_decays(model: nn.Module, config: OptimizerConfig) -> dict[str, dict[str
     return options
 
 
-def _layers(model: nn.Module) -> dict[str, int]:
-    found = layer_groups(model)
+def _all_but_batch_norms(model: nn.Module, config: OptimizerConfig) -> dict[str, dict[str, Any]]:
+    """Return the weight decay of every parameter, by name, if only batch, instance and group norms have none."""
+    options: dict[str, dict[str, Any]] = {}
+    for prefix, module in model.named_modules():
+        decay = 0.0 if isinstance(module, (_BatchNorm, _InstanceNorm, nn.GroupNorm)) else config.weight_decay
+        for short, _ in module.named_parameters(recurse=False):
+            options[f"{prefix}.{short}" if prefix else short] = {"weight_decay": decay}
+    return options
+
+
+def _from_head(model: nn.Module, kind: str) -> dict[str, int]:
+    """Return, for each parameter, how many layer groups lie between it and the head, and one; 0 for the head itself."""
+    if kind == "convnext12":
+        last, found = LAST_GROUP, layer_groups(model)
+    else:
+        by, _, number = kind.partition("_wise")
+        last, found = int(number) + 1, dense_layer_groups(model, by, int(number))
     unknown = [name for name, group in found.items() if group is None]
     if unknown:
+        size = "" if kind == "convnext12" else " of this depth"
         raise ConfigError(
-            f"optimizer.layer_groups is 'convnext12', but {type(model).__name__} is not built like ConvNeXt: it has the "
+            f"optimizer.layer_groups is {kind!r}, but {type(model).__name__} is not built like ConvNeXt{size}: it has the "
             f"parameter {unknown[0]!r}. Use blocks."
         )
-    return {name: group for name, group in found.items() if group is not None}
+    return {name: last - group for name, group in found.items() if group is not None}

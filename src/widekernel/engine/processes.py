@@ -91,6 +91,19 @@ class Processes:
         """
         return function()
 
+    def main_first(self, function: Callable[[], Result]) -> Result:
+        """Call `function` in process 0, which may fill caches for the others or fail for all, and then in the others.
+
+        Returns:
+            what `function` returns in this process.
+
+        Raises:
+            Exception: what `function` raises in process 0, in every process; or what it raises in this one.
+        """
+        results: list[Result] = []
+        self.from_main(lambda: results.append(function()))
+        return results[0] if self.is_main else function()
+
     def barrier(self, what: str) -> None:
         """Wait until all processes are here; `what` says in an error what they were waiting for."""
 

@@ -16,8 +16,9 @@ from widekernel.engine.reporter import RunLength
 class RateSchedule(Scheduler):
     """Learning rate by optimizer step: a warm-up, and then the course that the settings choose.
 
-    timm's schedules lack the constant and the exponential course, and the warm-up of the published recipes, which reaches
-    the peak with its last step. With the default settings, the rates are those of timm's `CosineLRScheduler`, bit for bit.
+    timm's schedules lack the constant and the exponential course, the warm-up of the published recipes, which reaches the
+    peak with its last step, and that of the published segmentation and detection runs, which multiplies the course. With the
+    default settings, the rates are those of timm's `CosineLRScheduler`, bit for bit.
 
     Args:
         optimizer: the optimizer; a group's `lr_scale` multiplies its rates
@@ -28,15 +29,19 @@ class RateSchedule(Scheduler):
     def __init__(self, optimizer: Optimizer, config: ScheduleConfig, length: RunLength) -> None:
         self._config = config
         self._warmup = config.warmup(length.steps_per_epoch)
-        self._rest = length.steps - self._warmup
+        self._steps = length.steps
         self._unit = config.decay_epochs * length.steps_per_epoch
+        self._milestones = [round(epoch * length.steps_per_epoch) for epoch in config.milestones]
         super().__init__(optimizer, param_group_field="lr", t_in_epochs=False)
 
     @override
     def _get_lr(self, t: int) -> list[float]:
+        if self._config.warmup_factor is not None:
+            factor = self._factor(t, self._config.warmup_factor)
+            return [self._course(peak, t, 0) * factor for peak in self.base_values]
         if t < self._warmup:
             return [self._in_warmup(peak, t) for peak in self.base_values]
-        return [self._after_warmup(peak, t - self._warmup) for peak in self.base_values]
+        return [self._course(peak, t, self._warmup) for peak in self.base_values]
 
     def _in_warmup(self, peak: float, step: int) -> float:
         start, kind = self._config.warmup_lr, self._config.warmup_kind
@@ -45,14 +50,26 @@ class RateSchedule(Scheduler):
         steps = self._warmup if kind == "linear" else self._warmup - 1
         return start + step * ((peak - start) / steps) if steps else start
 
-    def _after_warmup(self, peak: float, step: int) -> float:
-        config = self._config
+    def _factor(self, step: int, first: float) -> float:
+        """Return the factor of a warm-up that multiplies the course."""
+        if step >= self._warmup:
+            return 1.0
+        return first if self._config.warmup_kind == "constant" else 1 - (1 - step / self._warmup) * (1 - first)
+
+    def _course(self, peak: float, step: int, start: int) -> float:
+        """Return the learning rate of step `step` without a warm-up; the course begins with step `start`."""
+        config, done, length = self._config, step - start, self._steps - start
         if config.kind == "constant":
             return peak
         if config.kind == "cosine":
-            angle = math.pi * min(step, self._rest) / self._rest
+            angle = math.pi * min(done, length) / length
             return config.min_lr + 0.5 * (peak - config.min_lr) * (1 + math.cos(angle))
-        times = step // max(1, round(self._unit)) if config.kind == "step" else step / self._unit
+        if config.kind == "poly":
+            return config.min_lr + (peak - config.min_lr) * (1 - min(done, length) / length) ** config.power
+        if config.kind == "multistep":
+            times: float = sum(step >= milestone for milestone in self._milestones)
+        else:
+            times = done // max(1, round(self._unit)) if config.kind == "step" else done / self._unit
         return max(peak * config.gamma**times, min(peak, config.min_lr))
 
 

@@ -1,4 +1,4 @@
-"""The twelve layer groups of the published fine-tuning recipes, besides stem and head."""
+"""Layer groups of the published recipes: fine-tuning, segmentation and detection."""
 
 from __future__ import annotations
 
@@ -43,6 +43,50 @@ def replknet_layer_group(name: str) -> int | None:
     if found[2] is None:
         return (1, 2, 11)[stage - 1]
     return _in_stage(stage, int(found[2]) // 4)
+
+
+_BODY = "backbone.body."
+_BELOW = re.compile(r"stages[._]([0-3])\.(?:(downsample)|blocks\.(\d+))\.")
+
+
+def dense_layer_groups(model: nn.Module, by: str, layers: int) -> dict[str, int | None]:
+    """Return the group of each parameter of a network for dense prediction, as the published runs of ConvNeXt count.
+
+    What does not belong to the network `backbone.body` is the head. Classifiers are grouped in the same way.
+
+    Args:
+        model: the network.
+        by: `stage` (all downsampling layers are group 0, and stage i is group i + 1), or `layer` (three blocks of stage 2
+            share a group; downsampling belongs to what follows).
+        layers: number of groups besides the stem and the head.
+
+    Returns:
+        groups from 0 to `layers` + 1 (the head) by name; `None` if the name does not tell, or stage 2 is too deep.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    has_body = any(name.startswith(_BODY) for name in names)
+
+    def group_of(name: str) -> int | None:
+        if has_body and not name.startswith(_BODY):
+            return layers + 1
+        return _dense_group(name.removeprefix(_BODY), by, layers)
+
+    return {name: group_of(name) for name in names}
+
+
+def _dense_group(name: str, by: str, layers: int) -> int | None:
+    if re.match(r"stem[._]", name):
+        return 0
+    if _outside_stages(name) is not None:
+        return layers + 1
+    found = _BELOW.match(name)
+    if found is None:
+        return None
+    stage, downsamples = int(found[1]), found[2] is not None
+    if by == "stage":
+        return 0 if downsamples else stage + 1
+    group = (1, 2, 3 + int(found[3] or 0) // 3, layers)[stage]
+    return group if stage == 3 or group < layers else None
 
 
 def _outside_stages(name: str) -> int | None:

@@ -12,7 +12,7 @@ from widekernel.settings import flatten, require, require_one_of, require_whole
 Command = Literal["train", "eval", "sparsify"]
 
 _COMMANDS = ("train", "eval", "sparsify")
-_TASKS = ("classification",)
+_TASKS = ("classification", "segmentation", "detection")
 
 
 @dataclass(frozen=True)
@@ -120,13 +120,19 @@ class Recipe:
 
     @property
     def epochs(self) -> int | None:
-        """Epochs of training; `None` if the command is not `train`."""
-        return self.settings["schedule"]["epochs"] if self.command == "train" else None
+        """Epochs of training; `None` if the command is not `train`, or the length of the run is given in steps."""
+        return self.settings["schedule"].get("epochs") if self.command == "train" else None
+
+    @property
+    def steps(self) -> int | None:
+        """Optimizer steps of training; `None` if the command is not `train`, or the length is given in epochs."""
+        return self.settings["schedule"].get("steps") if self.command == "train" else None
 
     @property
     def input_size(self) -> int | None:
-        """Side of the images in pixels; `None` for the model's own."""
-        return (self.settings.get("data") or {}).get("input_size")
+        """Side of the images, or of the crops of segmentation, in pixels; `None` for the model's own, or for several."""
+        data = self.settings.get("data") or {}
+        return data.get("input_size", data.get("crop_size"))
 
     def settings_for(self, command: Command) -> dict[str, Any]:
         """Return the settings as `command` takes them; `eval` also takes the model and the data of the other recipes.

@@ -1,5 +1,7 @@
 """Construction of networks and choice of devices from the configuration."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import timm
@@ -27,10 +29,31 @@ def build_model(name: str, num_classes: int | None, args: dict[str, Any], pretra
         ConfigError: the name is unknown, the model does not accept an argument or a value, or its pretrained weights do not
             exist or cannot be reached.
     """
-    check_model_name(name)
     options = dict(args) if num_classes is None else {**args, "num_classes": num_classes}
-    try:
+    with construction_explained(name, args, pretrained, options):
         return timm.create_model(name, pretrained=pretrained, **options)
+
+
+@contextmanager
+def construction_explained(
+    name: str, args: dict[str, Any], pretrained: bool, options: dict[str, Any] | None = None
+) -> Iterator[None]:
+    """Check the name of a model, and turn the errors of its construction in the block into those of settings.
+
+    Args:
+        name: name of the model.
+        args: its arguments, as set by the user.
+        pretrained: whether its pretrained weights are loaded.
+        options: all of its arguments; `None` if those of the user are all.
+
+    Raises:
+        ConfigError: the name is unknown, the model does not accept an argument or a value, or its pretrained weights do not
+            exist or cannot be reached.
+    """
+    check_model_name(name)
+    options = args if options is None else options
+    try:
+        yield
     except TypeError as error:
         raise ConfigError(
             f"{name} does not accept its arguments {options}: {_first_line(error)}. "

@@ -30,14 +30,14 @@ def fingerprint(train: ImageSource, val: ImageSource | None) -> dict[str, Any]:
     if val is None:
         return {
             "images": len(train),
-            "digest of the class names": _digest_of_lines(train.class_names),
+            "digest of the class names": digest_of_lines(train.class_names),
             "digest of the training images": _digest(train),
             **_sizes("training", train),
         }
     description = {
         "images": len(train),
         "held-out images": len(val),
-        "digest of the class names": _digest_of_lines(train.class_names),
+        "digest of the class names": digest_of_lines(train.class_names),
         "digest of the training images": _digest(train),
         "digest of the held-out images": _digest(val),
     }
@@ -48,7 +48,7 @@ def held_out_difference(then: dict[str, Any], val: ImageSource) -> str:
     """Return how the held-out images differ from those that a run described as `then`, or "" if they do not."""
     now = {
         "held-out images": len(val),
-        "digest of the class names": _digest_of_lines(val.class_names),
+        "digest of the class names": digest_of_lines(val.class_names),
         "digest of the held-out images": _digest(val),
         **_sizes("held-out", val),
     }
@@ -60,10 +60,10 @@ def _sizes(part: str, source: ImageSource) -> dict[str, str]:
     if not isinstance(source, FileSource):
         return {}
     chosen = range(0, len(source), -(-len(source) // SIZES) or 1)
-    return {f"digest of the sizes of {part} files": _digest_of_lines(str(source.size(index)) for index in chosen)}
+    return {f"digest of the sizes of {part} files": digest_of_lines(str(source.size(index)) for index in chosen)}
 
 
-_COMPUTING = ("ops", "layers", "models", "transforms", "sparsity", "data", "engine", "tasks")
+_COMPUTING = ("ops", "layers", "models", "dense", "transforms", "sparsity", "data", "engine", "tasks")
 """Folders of the package that decide what a run computes."""
 
 
@@ -93,7 +93,7 @@ def code_difference(then: dict[str, str] | None, now: dict[str, str]) -> str:
 
 
 def _digest(source: ImageSource) -> str:
-    return (_digest_of_names(source) if isinstance(source, FileSource) else None) or _digest_of_lines(_lines(source))
+    return (_digest_of_names(source) if isinstance(source, FileSource) else None) or digest_of_lines(_lines(source))
 
 
 def _digest_of_names(source: FileSource) -> str | None:
@@ -119,7 +119,8 @@ def _lines(source: ImageSource) -> Iterator[str]:
         yield hashlib.sha256(np.ascontiguousarray(images).tobytes()).hexdigest()
 
 
-def _digest_of_lines(lines: Iterable[str]) -> str:
+def digest_of_lines(lines: Iterable[str]) -> str:
+    """Return a short digest of lines, which may contain undecodable bytes of file names."""
     digest = hashlib.sha256()
     for number, line in enumerate(lines):
         digest.update((f"\n{line}" if number else line).encode(errors="surrogateescape"))

@@ -10,6 +10,7 @@ from widekernel.data.seeding import derive_seed
 from widekernel.engine.error_context import NetworkError, errors_as
 from widekernel.errors import WidekernelError
 from widekernel.tasks.image_channels import input_channels
+from widekernel.tasks.networks import tensor_outputs
 
 RELATIVE_TOLERANCE = 1e-3
 """Largest difference of outputs that is accepted, relative to the largest output."""
@@ -48,7 +49,7 @@ def fold_and_check(model: nn.Module, input_size: int, images: int = 4) -> tuple[
         torch.inference_mode(),
         errors_as(NetworkError, f"Running the network on images of {input_size}×{input_size} pixels"),
     ):
-        expected, found = model(inputs), folded(inputs)
+        expected, found = tensor_outputs(model, inputs), tensor_outputs(folded, inputs)
     check = FoldCheck((expected - found).abs().max().item(), expected.abs().max().item(), images)
     if not check.max_error <= RELATIVE_TOLERANCE * max(check.max_output, 1e-6):
         raise FoldError(

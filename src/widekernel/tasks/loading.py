@@ -12,23 +12,32 @@ from widekernel.engine.run_folder import RunFolder
 from widekernel.engine.sparsification import restore_learned
 from widekernel.errors import CheckpointError, ConfigError
 from widekernel.tasks.assembly import build_model, pretrained_cfg
+from widekernel.tasks.config import FIRST_TASK, TASK
 from widekernel.tasks.foreign_checkpoint import Notify, load_weights
 from widekernel.tasks.model_source import ModelSource
-from widekernel.tasks.saved import SavedModel, restore_model, without_projection_weights
+from widekernel.tasks.saved import SavedModel, build_saved, read_saved, restore_model, without_projection_weights
 from widekernel.weights.catalog import find_checkpoint, is_published
 
 
-def load(source: ModelSource, notify: Notify | None = None) -> tuple[nn.Module, SavedModel]:
+def load(source: ModelSource, notify: Notify | None = None, task: str | None = FIRST_TASK) -> tuple[nn.Module, SavedModel]:
     """Load the network of `source`, in evaluation mode on the CPU, and its description.
 
     Args:
         source: the network that the user named.
         notify: receives messages for the user, for example that a run is unfinished.
+        task: what the network must do; `None` accepts any.
 
     Raises:
-        CheckpointError: there is nothing to load, or it does not fit the model.
+        CheckpointError: there is nothing to load, it does not fit the model, or it has another task.
         ConfigError: the model's name is needed or unknown, or an option does not apply to the source.
     """
+    model, saved = _load(source, notify)
+    if task is not None and saved.task != task:
+        raise CheckpointError(f"{source.path} holds a network for {saved.task}, but one for {task} is needed here.")
+    return model, saved
+
+
+def _load(source: ModelSource, notify: Notify | None) -> tuple[nn.Module, SavedModel]:
     if not source.path.exists():
         if is_published(str(source.path)):
             return _load_published(source)
@@ -63,6 +72,25 @@ def load(source: ModelSource, notify: Notify | None = None) -> tuple[nn.Module, 
         class_names=(),
         preprocessing=Preprocessing.resolve(DataConfig(), pretrained_cfg(model)),
     )
+
+
+def described_task(path: Path) -> str | None:
+    """Return the task of the network in a run folder, a model file or a training state.
+
+    Returns:
+        the task; `None` for a file that does not describe its network, or if there is no file.
+
+    Raises:
+        WidekernelError: the configuration of the run cannot be read.
+    """
+    if path.is_dir():
+        return str(RunFolder(path).read_config().get(TASK, FIRST_TASK))
+    try:
+        if path.suffix == ".safetensors":
+            return read_saved(path).task
+        return str(load_state(path)["saved_model"].get(TASK, FIRST_TASK)) if path.exists() and _is_state(path) else None
+    except (CheckpointError, KeyError, AttributeError):
+        return None
 
 
 def _load_published(source: ModelSource) -> tuple[nn.Module, SavedModel]:
@@ -129,7 +157,7 @@ def _restore_state(state: dict[str, Any], source: ModelSource) -> tuple[nn.Modul
         raise CheckpointError(f"The training state in {source.path} is incomplete: {error!r}.") from error
     if weights is None:
         raise CheckpointError(f"The training state in {source.path} holds no averaged weights: use --weights model.")
-    model = build_model(saved.name, saved.num_classes, saved.model_args)
+    model = build_saved(saved, str(source.path))
     return restore_learned(model, without_projection_weights(weights), state.get("sparsity")).eval(), saved
 
 

@@ -1,7 +1,7 @@
 """Self-contained model files: weights with the model's name and arguments, the classes and the preprocessing."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +12,8 @@ import widekernel
 from widekernel.data.preprocess import Preprocessing
 from widekernel.errors import CheckpointError
 from widekernel.sparsity import semi_structured
-from widekernel.tasks.assembly import build_model
+from widekernel.tasks.config import FIRST_TASK
+from widekernel.tasks.networks import UnknownTaskError, build_network
 from widekernel.tensor_files import DESCRIPTION, read_tensors, tensor_file
 
 FORMAT = 1
@@ -37,6 +38,9 @@ class SavedModel:
         num_classes: number of outputs
         class_names: names in the order of the outputs; empty if unknown
         preprocessing: settings that turn an image into an input
+        task: what the network does, as in `widekernel train --task`; files of earlier versions, which do not state it,
+            classify
+        details: what else the task needs to build and evaluate the network, such as the settings of its heads
     """
 
     name: str
@@ -45,6 +49,8 @@ class SavedModel:
     num_classes: int
     class_names: tuple[str, ...]
     preprocessing: Preprocessing
+    task: str = FIRST_TASK
+    details: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the description as values for JSON."""
@@ -71,6 +77,8 @@ class SavedModel:
             num_classes=int(values["num_classes"]),
             class_names=tuple(values["class_names"]),
             preprocessing=Preprocessing.from_dict(values["data"]),
+            task=str(values.get("task", FIRST_TASK)),
+            details=dict(values.get("details", {})),
         )
 
     @classmethod
@@ -113,6 +121,23 @@ def read_saved(path: Path) -> SavedModel:
     return SavedModel.from_metadata(metadata, path)
 
 
+def build_saved(saved: SavedModel, source: str) -> nn.Module:
+    """Build the network that `saved` describes, in its training form and with initial weights.
+
+    Args:
+        saved: the description.
+        source: where it was read, for messages.
+
+    Raises:
+        CheckpointError: this version does not know its task, or the settings of its heads.
+        ConfigError: the model it names is not registered.
+    """
+    try:
+        return build_network(saved.task, saved.name, saved.num_classes, saved.model_args, saved.details)
+    except UnknownTaskError as error:
+        raise CheckpointError(f"{source} holds a network for {error}") from error
+
+
 def restore_model(path: Path, weights: Literal["model", "ema"] = "model") -> tuple[nn.Module, SavedModel]:
     """Load the model of a safetensors file, in its training or folded form, on the CPU.
 
@@ -123,7 +148,7 @@ def restore_model(path: Path, weights: Literal["model", "ema"] = "model") -> tup
         ConfigError: the model it names is not registered.
     """
     saved = read_saved(path)
-    model = build_model(saved.name, saved.num_classes, saved.model_args)
+    model = build_saved(saved, str(path))
     if saved.form == "folded":
         model = widekernel.fold(model.eval())
     if weights == "ema":

@@ -3,34 +3,16 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tests.parity.downstream.reference import filler, folder
 from widekernel.dense.detection.structures import ImageSize, Targets
-
-
-@functools.cache
-def filler(shared: Path) -> ModuleType:
-    """Import the generator of weights, images and targets, which imports another file of the reference folder."""
-    folder = shared / "parity" / "downstream"
-    spec = importlib.util.spec_from_file_location("parity_fill_downstream", folder / "fill_downstream.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    before = sys.path[:]
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path[:] = before
-    return module
 
 
 class Golden:
@@ -42,7 +24,7 @@ class Golden:
     """
 
     def __init__(self, shared: Path, case: str) -> None:
-        self.shared, self.folder = shared, shared / "parity" / "downstream"
+        self.shared, self.folder = shared, folder(shared)
         rows = json.loads((self.folder / "golden" / "index.json").read_text())
         self.row: dict[str, Any] = next(row for row in rows if row["case"] == case)
         self.arrays = np.load(self.folder / "golden" / f"{case}.npz")

@@ -19,6 +19,9 @@ from widekernel.dense.detection.anchors import (
     inside,
 )
 from widekernel.dense.detection.box_coding import decode_deltas, decode_distances, encode_deltas
+from widekernel.dense.detection.fcos import fcos_losses
+from widekernel.dense.detection.fcos_head import FcosOutputs
+from widekernel.dense.detection.fcos_targets import FcosTargets
 from widekernel.dense.detection.losses import focal_loss, iou_loss
 from widekernel.dense.detection.matching import NEGATIVE, MatchOptions, match
 from widekernel.dense.detection.rpn import RpnOutputs, rpn_losses
@@ -176,3 +179,13 @@ def test_loss_of_anchors(operations: Golden) -> None:
     targets = RpnTargets((weighted & object_)[None], (weighted & ~object_)[None], torch.zeros(1, 24, 4))
     outputs = RpnOutputs([logits.view(1, 1, 24, 1)], [torch.zeros(1, 4, 24, 1)])
     check_loss(operations, "rpn_bce", rpn_losses(outputs, targets, 0.0)["rpn_cls"], logits)
+
+
+def test_loss_of_centerness(operations: Golden) -> None:
+    """The wanted values are the stored weights, so distances are made to have them as their centerness."""
+    logits, wanted = operations["in:loss_centerness"].requires_grad_(), operations["in:loss_weights"]
+    distances = torch.ones(1, 24, 4)
+    distances[0, :, 0] = wanted**2
+    outputs = FcosOutputs([torch.zeros(1, 5, 24, 1)], [torch.zeros(1, 4, 24, 1)], [logits.view(1, 1, 24, 1)])
+    targets = FcosTargets(torch.zeros(1, 24, dtype=torch.int64), distances)
+    check_loss(operations, "centerness_bce", fcos_losses(outputs, targets)["centerness"], logits)

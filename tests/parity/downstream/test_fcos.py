@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from tests.parity.downstream.arrays import Golden, filler
-from tests.parity.downstream.pyramids import check_gradients, official_gradients, official_pyramid
+import widekernel
+from tests.parity.downstream.arrays import Golden
+from tests.parity.downstream.gradients import check_gradients, official_gradients
+from tests.parity.downstream.reference import folder, images, manifest, official_file, pyramid
 from widekernel.dense.detection.anchors import grid_points
 from widekernel.dense.detection.fcos import Fcos, FcosDetectionOptions, FcosOptions
 from widekernel.dense.detection.fcos_targets import centerness, fcos_targets, point_ranges
@@ -31,19 +35,22 @@ def test_targets_of_stored_boxes(shared: Path) -> None:
         golden.check(f"fcos:pos_centerness{level}", centerness(positive), 1e-6)
 
 
-def build(golden: Golden, classes: int = 5, channels: int = 64) -> Fcos:
-    options = FcosOptions(classes, channels, detections=FcosDetectionOptions(per_map=200, number=30))
-    fcos = Fcos(official_pyramid(golden, (1, 2, 3)), options)
-    fcos.neck.load_state_dict(golden.weights("neck."))
-    fcos.bbox_head.load_state_dict(golden.weights("bbox_head."))
+def build(shared: Path, golden: Golden, target: Path) -> Fcos:
+    """Build the detector of a case and load a file with its weights."""
+    config = golden.manifest["config"]
+    head, testing = config["bbox_head"], config["test_cfg"]
+    detections = FcosDetectionOptions(per_map=testing["nms_pre"], number=testing["max_per_img"])
+    options = FcosOptions(head["num_classes"], head["feat_channels"], detections=detections)
+    fcos = Fcos(pyramid(config["backbone"]), options)
+    widekernel.load_checkpoint(fcos, official_file(shared, target, golden.row["manifest"], golden.row["seed"]))
     return fcos
 
 
-def check_outputs(golden: Golden, fcos: Fcos, images: torch.Tensor) -> None:
-    features = fcos.backbone(images)
+def check_outputs(golden: Golden, fcos: Fcos, pictures: torch.Tensor) -> None:
+    features = fcos.backbone(pictures)
     for level, feature in enumerate(features):
-        golden.check(f"feat{level + 1}", feature, 2e-5)
-    maps = fcos.neck(features)
+        golden.check(f"feat{level}", feature, 2e-5)
+    maps = fcos.neck(features[fcos.first :])
     for level, (map_, *outputs) in enumerate(zip(maps, *fcos.bbox_head(maps))):
         golden.check(f"fpn{level}", map_, 2e-5)
         logits, log_distances, center = outputs
@@ -53,9 +60,9 @@ def check_outputs(golden: Golden, fcos: Fcos, images: torch.Tensor) -> None:
 
 
 @pytest.fixture(scope="module")
-def evaluated(shared: Path) -> tuple[Golden, Fcos]:
+def evaluated(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Golden, Fcos]:
     golden = Golden(shared, "det_fcos_mini_s200")
-    return golden, build(golden).eval()
+    return golden, build(shared, golden, tmp_path_factory.mktemp("fcos")).eval()
 
 
 def test_outputs(evaluated: tuple[Golden, Fcos]) -> None:
@@ -75,9 +82,9 @@ def test_detections(evaluated: tuple[Golden, Fcos], prefix: str) -> None:
         assert (found.scores - wanted[:, 4]).abs().max() <= 1e-5
 
 
-def test_training_step(shared: Path) -> None:
+def test_training_step(shared: Path, tmp_path: Path) -> None:
     golden = Golden(shared, "det_fcos_mini_train_s260")
-    fcos = build(golden)
+    fcos = build(shared, golden, tmp_path)
     losses = fcos(golden.images(), golden.sizes(), golden.targets(5), [0, 0])
     wanted = dict(zip(golden.arrays["loss_names"].tolist(), golden.arrays["loss_values"].tolist()))
     names = {"cls": "loss_cls", "box": "loss_bbox", "centerness": "loss_centerness"}
@@ -89,10 +96,22 @@ def test_training_step(shared: Path) -> None:
 
 
 @pytest.mark.slow
-def test_full_size(shared: Path) -> None:
+def test_full_size(shared: Path, tmp_path: Path) -> None:
     golden = Golden(shared, "full_fcos_replknet31b_s804")
-    fcos = build(golden, 80, 256).eval()
-    row = golden.row
-    images = torch.from_numpy(filler(shared).make_input(row["input_seed"], row["input_shape"]))
+    fcos = build(shared, golden, tmp_path).eval()
     with torch.no_grad():
-        check_outputs(golden, fcos, images)
+        check_outputs(golden, fcos, images(shared, golden.row["input_seed"], golden.row["input_shape"]))
+
+
+def test_parameters_and_operations(shared: Path) -> None:
+    described = manifest(shared, "fcos_replknet31b")
+    rows = json.loads((folder(shared) / "golden" / "params_flops.json").read_text())["rows"]
+    row = next(row for row in rows if row["name"] == "fcos_replknet31b")
+    with torch.device("meta"):
+        fcos = Fcos(pyramid(described["config"]["backbone"])).eval()
+    assert sum(parameter.numel() for parameter in fcos.parameters()) == row["params"]
+    for part, number in row["parts"].items():
+        assert sum(parameter.numel() for parameter in getattr(fcos, part).parameters()) == number, part
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        fcos.outputs(torch.empty(1, 3, *row["input_hw"], device="meta"))
+    assert counter.get_total_flops() / 2e9 == pytest.approx(row["macs_G"], abs=0.01)

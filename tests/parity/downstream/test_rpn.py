@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from tests.parity.downstream.arrays import Golden
-from tests.parity.downstream.pyramids import check_gradients, official_pyramid
+from tests.parity.downstream.gradients import check_gradients
+from tests.parity.downstream.two_stage import official_detector
 from widekernel.dense.detection.anchors import AnchorOptions
-from widekernel.dense.detection.fpn import FeaturePyramidNetwork
-from widekernel.dense.detection.rpn import ProposalOptions, Proposals, RpnHead, RpnOptions
+from widekernel.dense.detection.rpn import Proposals
 from widekernel.dense.detection.rpn_targets import RpnTrainingOptions, rpn_targets
 from widekernel.dense.detection.sampling import SampleOptions
 
@@ -31,30 +30,18 @@ def training(case: str) -> RpnTrainingOptions:
     return RpnTrainingOptions(sample=ALL, allowed_border=0 if case.startswith("cascade") else None)
 
 
-class Stub(nn.Module):
-    """The part of a two-stage detector up to the proposals."""
-
-    def __init__(self, golden: Golden, options: RpnOptions) -> None:
-        super().__init__()
-        self.backbone = official_pyramid(golden)
-        self.neck = FeaturePyramidNetwork(self.backbone.channels, 32)
-        self.rpn_head = RpnHead(32, options)
-        self.neck.load_state_dict(golden.weights("neck."))
-        self.rpn_head.load_state_dict(golden.weights("rpn_head."))
-
-
 @pytest.mark.parametrize("case", EVALUATED)
-def test_outputs_and_proposals(case: str, shared: Path) -> None:
+def test_outputs_and_proposals(case: str, shared: Path, tmp_path: Path) -> None:
     golden = Golden(shared, f"det_{case}")
-    stub = Stub(golden, RpnOptions(proposals=ProposalOptions(300, 80))).eval()
+    detector = official_detector(shared, golden, tmp_path).eval()
     with torch.no_grad():
-        maps = stub.neck(stub.backbone(golden.images()))
-        outputs = stub.rpn_head(maps)
+        maps = detector.neck(detector.backbone(golden.images()))
+        outputs = detector.rpn_head(maps)
     for level, (map_, logits, deltas) in enumerate(zip(maps, *outputs)):
         golden.check(f"fpn{level}", map_, 2e-5)
         golden.check(f"rpn_cls{level}", logits, 2e-5)
         golden.check(f"rpn_reg{level}", deltas, 2e-5)
-    check_proposals(golden, "proposals", stub.rpn_head.propose(outputs, golden.sizes()))
+    check_proposals(golden, "proposals", detector.rpn_head.propose(outputs, golden.sizes()))
 
 
 def check_proposals(golden: Golden, name: str, proposals: list[Proposals]) -> None:
@@ -66,18 +53,16 @@ def check_proposals(golden: Golden, name: str, proposals: list[Proposals]) -> No
 
 
 @pytest.mark.parametrize("case", TRAINED)
-def test_losses_and_proposals_in_training(case: str, shared: Path) -> None:
+def test_losses_and_proposals_in_training(case: str, shared: Path, tmp_path: Path) -> None:
     golden = Golden(shared, f"det_{case}")
-    smoothing = 1 / 9 if case.startswith("cascade") else 0.0
-    options = RpnOptions(training=training(case), smoothing=smoothing, training_proposals=ProposalOptions(300, 80))
-    stub = Stub(golden, options)
-    outputs = stub.rpn_head(stub.neck(stub.backbone(golden.images())))
-    losses = stub.rpn_head.losses(outputs, golden.sizes(), golden.targets(5), [0, 0])
+    detector = official_detector(shared, golden, tmp_path)
+    outputs = detector.rpn_head(detector.neck(detector.backbone(golden.images())))
+    losses = detector.rpn_head.losses(outputs, golden.sizes(), golden.targets(5), [0, 0])
     for ours, theirs in (("rpn_cls", "loss_rpn_cls"), ("rpn_box", "loss_rpn_bbox")):
         assert losses[ours].item() == pytest.approx(golden[f"per_level:{theirs}"].sum().item(), rel=1e-5)
-    check_proposals(golden, "train_proposals", stub.rpn_head.propose(outputs, golden.sizes()))
+    check_proposals(golden, "train_proposals", detector.rpn_head.propose(outputs, golden.sizes()))
     sum(losses.values()).backward()
-    gradients = {name: parameter.grad for name, parameter in stub.named_parameters()}
+    gradients = {f"rpn_head.{name}": parameter.grad for name, parameter in detector.rpn_head.named_parameters()}
     check_gradients(golden, gradients, 2e-2, "rpn_head.")
 
 

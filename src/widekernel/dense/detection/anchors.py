@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from widekernel.dense.detection.constants import constant
 from widekernel.errors import ArgumentError
 
 
@@ -44,7 +45,7 @@ def map_sizes(maps: Sequence[Tensor]) -> list[tuple[int, int]]:
 
 def base_anchors(stride: int, options: AnchorOptions, device: torch.device | None = None) -> Tensor:
     """Return the anchors (A, 4) at the origin of a map; their center is its top left corner."""
-    roots = torch.tensor(options.ratios, device=device).sqrt()
+    roots = constant(options.ratios, device).sqrt()
     side = stride * options.scale
     half = torch.stack([side * (1 / roots), side * roots], dim=1) * 0.5
     return torch.cat([-half, half], dim=1)

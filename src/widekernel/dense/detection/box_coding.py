@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from widekernel.dense.detection.constants import constant
+
 # Decoding changes a side by no more than this factor in either direction.
 LARGEST_RATIO = 1000 / 16
 _LIMIT = math.log(LARGEST_RATIO)
@@ -35,7 +37,7 @@ def encode_deltas(references: Tensor, boxes: Tensor, stds: Stds = UNSCALED) -> T
     centers, sizes = _centers(references)
     wanted, wanted_sizes = _centers(boxes)
     deltas = torch.cat([(wanted - centers) / sizes, (wanted_sizes / sizes).log()], dim=-1)
-    return deltas / deltas.new_tensor(stds)
+    return deltas / constant(stds, deltas.device, deltas.dtype)
 
 
 def decode_deltas(references: Tensor, deltas: Tensor, stds: Stds = UNSCALED, area: tuple[int, int] | None = None) -> Tensor:
@@ -53,7 +55,7 @@ def decode_deltas(references: Tensor, deltas: Tensor, stds: Stds = UNSCALED, are
         Boxes of the shape of `deltas`.
     """
     shape = deltas.shape
-    deltas = deltas.reshape(len(references), -1, 4) * deltas.new_tensor(stds)
+    deltas = deltas.unflatten(1, (-1, 4)) * constant(stds, deltas.device, deltas.dtype)
     centers, sizes = (part[:, None] for part in _centers(references))
     centers = centers + sizes * deltas[..., :2]
     half = sizes * deltas[..., 2:].clamp(-_LIMIT, _LIMIT).exp() * 0.5

@@ -15,7 +15,7 @@ from widekernel.dense.detection.box_coding import decode_distances
 from widekernel.dense.detection.fcos_head import FcosHead, FcosOutputs
 from widekernel.dense.detection.fcos_targets import FcosTargets, centerness, fcos_targets, point_ranges
 from widekernel.dense.detection.fpn import FeaturePyramidNetwork
-from widekernel.dense.detection.losses import focal_loss, iou_loss
+from widekernel.dense.detection.losses import focal_loss, iou_loss, wide
 from widekernel.dense.detection.processes import MeanOverProcesses, alone
 from widekernel.dense.detection.structures import Detections, ImageSize, Targets
 from widekernel.dense.detection.suppression import best_pairs, suppress
@@ -68,9 +68,11 @@ class FcosOptions:
     detections: FcosDetectionOptions = field(default_factory=FcosDetectionOptions)
 
     def __post_init__(self) -> None:
-        if len(self.bounds) != len(self.strides) - 1 or list(self.bounds) != sorted(self.bounds):
+        rising = all(low < high for low, high in zip((0, *self.bounds), self.bounds))
+        if not self.strides or min(self.strides) < 1 or len(self.bounds) != len(self.strides) - 1 or not rising:
             raise ArgumentError(
-                f"bounds are {self.bounds} for {len(self.strides)} strides; there must be one less, and they must rise."
+                f"strides are {self.strides} and bounds {self.bounds}; strides must be positive, and bounds, one less, must "
+                "rise from above 0."
             )
 
 
@@ -81,7 +83,8 @@ class Fcos(nn.Module):
     official names `neck.…` and `bbox_head.…`.
 
     Args:
-        backbone: feature pyramid; of its maps, those with the first strides of the options are used
+        backbone: feature pyramid; of its maps, those with the first strides of the options are used. Finer maps are better
+            not built (`out_indices=3`), since norms of unused maps get no gradient.
         options: settings
 
     Attributes:
@@ -164,8 +167,8 @@ def _first_map(have: Sequence[int], wanted: Sequence[int]) -> int:
 
 
 def _flat(maps: Sequence[Tensor]) -> Tensor:
-    """Bring maps (N, K, H_i, W_i) to (N, n, K), the order of the points, in float32."""
-    return torch.cat([map_.flatten(2).transpose(1, 2).float() for map_ in maps], dim=1)
+    """Bring maps (N, K, H_i, W_i) to (N, n, K), the order of the points, in float32 at least."""
+    return wide(torch.cat([map_.flatten(2).transpose(1, 2) for map_ in maps], dim=1))
 
 
 def fcos_losses(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from widekernel.dense.conv_norm import conv_norm
+from widekernel.dense.detection.losses import wide
 from widekernel.errors import ArgumentError
 
 # Share of positions that a new head takes for objects.
@@ -21,7 +22,7 @@ class FcosOutputs(NamedTuple):
 
     Attributes:
         logits: (N, classes, H, W)
-        log_distances: (N, 4, H, W) float32, logarithms of the distances in pixels to the left, top, right and bottom side
+        log_distances: (N, 4, H, W) float32 at least, logarithms of the pixels to the left, top, right and bottom side
         centerness: (N, 1, H, W), logits
     """
 
@@ -72,6 +73,7 @@ class FcosHead(nn.Module):
                 nn.init.normal_(module.weight, std=0.01)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        assert self.conv_cls.bias is not None
         nn.init.constant_(self.conv_cls.bias, math.log(_FIRST_GUESS / (1 - _FIRST_GUESS)))
 
     def forward(self, maps: Sequence[Tensor]) -> FcosOutputs:
@@ -83,5 +85,5 @@ class FcosHead(nn.Module):
             objects = self.cls_convs(map_)
             logits.append(self.conv_cls(objects))
             centers.append(self.conv_centerness(objects))
-            log_distances.append(scale(self.conv_reg(self.reg_convs(map_))).float())
+            log_distances.append(wide(scale(self.conv_reg(self.reg_convs(map_)))))
         return FcosOutputs(logits, log_distances, centers)

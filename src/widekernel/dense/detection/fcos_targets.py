@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from widekernel.dense.detection.constants import constant
 from widekernel.dense.detection.structures import Targets
 
 BACKGROUND = -1
@@ -34,7 +36,7 @@ def point_ranges(bounds: Sequence[float], counts: Sequence[int], device: torch.d
         counts: number of points of each map, one map more than bounds
         device: where the ranges are wanted
     """
-    limits = torch.tensor([-1.0, *bounds, torch.inf], device=device)
+    limits = constant([-1.0, *bounds, math.inf], device)
     ranges = torch.stack([limits[:-1], limits[1:]], dim=1)
     parts = [ranges[number].expand(count, 2) for number, count in enumerate(counts)]
     return torch.cat(parts)

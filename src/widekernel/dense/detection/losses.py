@@ -13,6 +13,11 @@ from torchvision.ops import sigmoid_focal_loss
 EPSILON = 1e-6
 
 
+def wide(values: Tensor) -> Tensor:
+    """Return values in float32, or as they are if they are more precise."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def focal_loss(logits: Tensor, labels: Tensor, gamma: float = 2.0, alpha: float = 0.25) -> Tensor:
     """Focal loss of independent classes (Lin et al., ICCV 2017).
 
@@ -25,8 +30,9 @@ def focal_loss(logits: Tensor, labels: Tensor, gamma: float = 2.0, alpha: float 
     Returns:
         (n, classes)
     """
-    classes = torch.arange(logits.shape[1], device=logits.device)
-    return sigmoid_focal_loss(logits.float(), (labels[:, None] == classes).float(), alpha, gamma)
+    logits = wide(logits)
+    wanted = labels[:, None] == torch.arange(logits.shape[1], device=logits.device)
+    return sigmoid_focal_loss(logits, wanted.to(logits.dtype), alpha, gamma)
 
 
 def aligned_iou(first: Tensor, second: Tensor) -> Tensor:
@@ -39,4 +45,4 @@ def aligned_iou(first: Tensor, second: Tensor) -> Tensor:
 
 def iou_loss(boxes: Tensor, targets: Tensor) -> Tensor:
     """Negative logarithm of the intersection over union (n,), which counts as 1e-6 at least (UnitBox, Yu et al., 2016)."""
-    return -aligned_iou(boxes.float(), targets.float()).clamp(min=EPSILON).log()
+    return -aligned_iou(wide(boxes), wide(targets)).clamp(min=EPSILON).log()

@@ -50,7 +50,7 @@ class Matches(NamedTuple):
         overlap: (n,) float32, highest intersection over union with a box; 0 without boxes, -1 for unusable candidates
     """
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides the method of tuples
     overlap: Tensor
 
 

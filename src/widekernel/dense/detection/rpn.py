@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from widekernel.dense.detection.anchors import AnchorOptions, grid_anchors, map_sizes
 from widekernel.dense.detection.box_coding import decode_deltas
+from widekernel.dense.detection.losses import wide
 from widekernel.dense.detection.processes import MeanOverProcesses, alone
 from widekernel.dense.detection.rpn_targets import RpnTargets, RpnTrainingOptions, rpn_targets
 from widekernel.dense.detection.structures import ImageSize, Targets
@@ -101,6 +102,7 @@ class RpnHead(nn.Module):
         self.rpn_reg = nn.Conv2d(channels, anchors * 4, 1)
         for conv in (self.rpn_conv, self.rpn_cls, self.rpn_reg):
             nn.init.normal_(conv.weight, std=0.01)
+            assert conv.bias is not None
             nn.init.zeros_(conv.bias)
 
     def forward(self, maps: Sequence[Tensor]) -> RpnOutputs:
@@ -136,8 +138,8 @@ class RpnHead(nn.Module):
 
 
 def _flat(maps: Sequence[Tensor], numbers: int) -> list[Tensor]:
-    """Bring maps (N, A * numbers, H, W) to (N, H * W * A, numbers), the order of the anchors, in float32."""
-    return [map_.permute(0, 2, 3, 1).reshape(len(map_), -1, numbers).float() for map_ in maps]
+    """Bring maps (N, A * numbers, H, W) to (N, H * W * A, numbers), the order of the anchors, in float32 at least."""
+    return [wide(map_.permute(0, 2, 3, 1).reshape(len(map_), -1, numbers)) for map_ in maps]
 
 
 def rpn_losses(
@@ -152,7 +154,7 @@ def rpn_losses(
     deltas = torch.cat(_flat(outputs.deltas, 4), dim=1)
     samples = sum(part.sum(dim=1).clamp(min=1).sum() for part in (targets.positive, targets.negative))
     samples = mean_over_processes(torch.as_tensor(samples, dtype=torch.float32, device=logits.device))
-    entropy = F.binary_cross_entropy_with_logits(logits, targets.positive.float(), reduction="none")
+    entropy = F.binary_cross_entropy_with_logits(logits, targets.positive.to(logits.dtype), reduction="none")
     differences = F.smooth_l1_loss(deltas, targets.deltas, reduction="none", beta=smoothing)
     sampled = targets.positive | targets.negative
     return {
@@ -182,15 +184,22 @@ def propose(
         deltas.append(offsets.gather(1, order[..., None].expand(-1, -1, 4)))
         places.append(grid[order])
         maps.append(torch.full_like(order, number))
-    joined = zip(sizes, torch.cat(scores, 1), torch.cat(deltas, 1), torch.cat(places, 1), torch.cat(maps, 1))
-    return [_of_an_image(size, *parts, options) for size, *parts in joined]
+    best = _Candidates(*(torch.cat(parts, dim=1) for parts in (scores, deltas, places, maps)))
+    return [_of_an_image(size, _Candidates(*(part[number] for part in best)), options) for number, size in enumerate(sizes)]
 
 
-def _of_an_image(
-    size: ImageSize, scores: Tensor, deltas: Tensor, anchors: Tensor, maps: Tensor, options: ProposalOptions
-) -> Proposals:
-    boxes = decode_deltas(anchors, deltas, area=(size.height, size.width))
+class _Candidates(NamedTuple):
+    """The best anchors of all maps: (N, n, …) in a batch, (n, …) in an image."""
+
+    scores: Tensor
+    deltas: Tensor
+    anchors: Tensor
+    maps: Tensor
+
+
+def _of_an_image(size: ImageSize, best: _Candidates, options: ProposalOptions) -> Proposals:
+    boxes = decode_deltas(best.anchors, best.deltas, area=(size.height, size.width))
     filled = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
-    boxes, scores, maps = boxes[filled], scores[filled], maps[filled]
-    kept = suppress(boxes, scores, maps, options.overlap, options.number)
+    boxes, scores = boxes[filled], best.scores[filled]
+    kept = suppress(boxes, scores, best.maps[filled], options.overlap, options.number)
     return Proposals(boxes[kept], scores[kept])

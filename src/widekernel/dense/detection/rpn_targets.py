@@ -14,6 +14,7 @@ from widekernel.dense.detection.box_coding import encode_deltas
 from widekernel.dense.detection.matching import NEGATIVE, MatchOptions, match
 from widekernel.dense.detection.sampling import SampleOptions, permutation, sample
 from widekernel.dense.detection.structures import ImageSize, Targets
+from widekernel.dense.detection.transfer import send
 from widekernel.errors import ArgumentError
 
 _LAST = torch.iinfo(torch.int64).max
@@ -112,7 +113,7 @@ def _order(places: Sequence[_Map], size: ImageSize, seed: int, ratios: int, opti
 def _of_an_image(
     anchors: Tensor, order: Tensor, size: ImageSize, boxes: Tensor, options: RpnTrainingOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
-    order = order.to(anchors.device, non_blocking=True)
+    order = send(order, anchors.device)
     usable = order != _LAST
     if options.allowed_border is not None:
         usable = usable & inside(anchors, (size.height, size.width), options.allowed_border)

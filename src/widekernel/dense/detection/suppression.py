@@ -66,7 +66,7 @@ def suppress_by_class(
         boxes (k, 4), scores (k,) and labels (k,), by falling score
     """
     places, labels = (scores > threshold).nonzero(as_tuple=True)
-    by_class = boxes.view(len(boxes), -1, 4)
+    by_class = boxes.unflatten(1, (-1, 4))
     chosen = by_class[places, labels if by_class.shape[1] > 1 else torch.zeros_like(labels)]
     best = scores[places, labels]
     kept = suppress(chosen, best, labels, overlap, most)

@@ -19,6 +19,7 @@ from widekernel.models.checkpoint.reader import read_checkpoint
 from widekernel.models.checkpoint.report import LoadReport
 from widekernel.models.layouts.conversion import Converted, is_classifier_key, known_keys, table_problems, to_native
 from widekernel.models.layouts.layout import State
+from widekernel.models.layouts.nesting import Nesting, nesting_of
 from widekernel.models.layouts.registry import rewritten
 
 
@@ -37,13 +38,18 @@ def load_checkpoint(model: nn.Module, path: str | Path, weights: Literal["model"
     these packages is imported. It may contain any value of the standard library, but a file that names something that can
     run code is rejected (`os.system`, or `builtins.getattr`, which bound methods also need).
 
+    A network for dense prediction takes the authors' files of the whole network, merged kernels included. Its backbone alone
+    takes these files, too, and those of classification networks: their classifier is left out, and the norms of the feature
+    maps keep their values.
+
     A classifier for another number of classes or with another structure (such as a `Sequential`) is skipped with a warning,
     as needed for fine-tuning. A head that the file lacks keeps its values. Any other mismatch raises an error, and the model
     is left untouched.
 
     Args:
-        model: one of our networks, also in its `features_only` form, or timm's ConvNeXt; it may be inside compiled,
-            data-parallel and averaging (EMA, SWA) wrappers.
+        model: one of our networks, also in its `features_only` form, or timm's ConvNeXt; a feature pyramid of one of them,
+            or a network for dense prediction on such a pyramid. It may be inside compiled, data-parallel and averaging
+            (EMA, SWA) wrappers.
         path: path of the file, where `~` means the home folder; or the name of a published checkpoint.
         weights: "model", or "ema" for the averaged weights of a training checkpoint.
 
@@ -57,8 +63,9 @@ def load_checkpoint(model: nn.Module, path: str | Path, weights: Literal["model"
     path, published = locate(path, network)
     report, why_dropped = _load(network, path, weights)
     if published is not None:
-        describe_input(model, published)
-        describe_input(network, published)
+        body = nesting_of(network).body
+        for described in (model, network) if body is network else (body,):
+            describe_input(described, published)
     warning = _classifier_warning(report, network, why_dropped)
     if warning:
         warnings.warn(warning, stacklevel=2)
@@ -87,10 +94,10 @@ def _load(network: nn.Module, path: Path, weights: str, adapt: bool = False) -> 
     state, library = rewritten(content.state)
     converted, prefixes, others = _convert(network, state, path)
     is_backbone = any(f".{prefix}".endswith(".backbone.") for prefix in prefixes)
-    own = network.state_dict()
+    own, nesting = network.state_dict(), nesting_of(network)
     if adapt:
         adapt_channels(network, converted.state)
-    match = match_weights(own, converted, is_backbone, _removed_prefixes(network))
+    match = match_weights(own, converted, is_backbone, _removed_prefixes(nesting), nesting)
     _raise_problems(path, network, match.problems + table_problems(network, match.accepted))
     try:
         network.load_state_dict({**own, **match.accepted})
@@ -137,12 +144,13 @@ def _raise_problems(path: Path, network: nn.Module, problems: Sequence[str]) -> 
         )
 
 
-def _removed_prefixes(network: nn.Module) -> tuple[str, ...]:
+def _removed_prefixes(nesting: Nesting) -> tuple[str, ...]:
     """Return the key prefixes of the stages, and of their feature norms, that a shortened network no longer has."""
-    stages, described = getattr(network, "stages", ()), getattr(network, "feature_info", ())
-    norms: Any = getattr(network, "feature_norms", ())
+    stages, described = getattr(nesting.body, "stages", ()), getattr(nesting.body, "feature_info", ())
+    norms: Any = getattr(nesting.body, "feature_norms", ())
     removed = [f"stages.{i}." for i in range(len(stages), len(described))]
-    return (*removed, *(f"feature_norms.{i}." for i, norm in enumerate(norms) if isinstance(norm, nn.Identity)))
+    removed += [f"feature_norms.{i}." for i, norm in enumerate(norms) if isinstance(norm, nn.Identity)]
+    return tuple(f"{nesting.native}{prefix}" for prefix in removed)
 
 
 def _classifier_warning(report: LoadReport, network: nn.Module, why_dropped: str) -> str:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from widekernel.models.layouts.conversion import HEAD_PREFIXES, Converted, is_classifier_key
+from widekernel.models.layouts.conversion import Converted, is_classifier_key, is_head_key
+from widekernel.models.layouts.nesting import Nesting
 
 # Parts of keys that the network lacks, and what to do about them; the first that fits is reported. `$` is the end of a key.
 _REMEDIES = {
@@ -55,7 +56,9 @@ class Match:
     conversions: set[str] = field(default_factory=set)
 
 
-def match_weights(own: Mapping[str, Tensor], converted: Converted, is_backbone: bool, removed: tuple[str, ...]) -> Match:
+def match_weights(
+    own: Mapping[str, Tensor], converted: Converted, is_backbone: bool, removed: tuple[str, ...], nesting: Nesting
+) -> Match:
     """Sort the tensors of a file into those to load, those to skip, and those that are an error.
 
     Args:
@@ -63,6 +66,7 @@ def match_weights(own: Mapping[str, Tensor], converted: Converted, is_backbone: 
         converted: the file's state dict in our layout.
         is_backbone: whether the file holds the network as the backbone of a larger one, whose other parts are ignored.
         removed: prefixes of keys that belong to parts that were removed from the network.
+        nesting: which network of ours the network contains, if it is not that network itself.
     """
     match = Match(ignored=list(converted.unknown) if is_backbone else [])
     if not is_backbone:
@@ -70,15 +74,15 @@ def match_weights(own: Mapping[str, Tensor], converted: Converted, is_backbone: 
     other_classifier = _compare_classifiers(own, converted.state)
     headless = not any(map(is_classifier_key, own))
     for key, value in converted.state.items():
-        name = converted.source_keys.get(key, key)
-        if is_classifier_key(key) and (other_classifier or headless):
+        name, local = converted.source_keys.get(key, key), nesting.local(key)
+        if is_classifier_key(local) and (other_classifier or headless):
             match.dropped.append(name)
             match.why_dropped = other_classifier
         elif key.startswith(removed):
             match.ignored.append(name)
         elif key not in own:
             # A feature extractor without a head does not use the final norm either.
-            if key.startswith(HEAD_PREFIXES) and not any(k.startswith(HEAD_PREFIXES) for k in own):
+            if is_head_key(local) and not any(map(is_head_key, own)):
                 match.dropped.append(name)
             else:
                 match.problems.append(f"{name}: the network has no such weight")
@@ -90,7 +94,7 @@ def match_weights(own: Mapping[str, Tensor], converted: Converted, is_backbone: 
             match.accepted[key] = value
             if value.dtype != own[key].dtype:
                 match.conversions.add(f"{value.dtype} to {own[key].dtype}".replace("torch.", ""))
-    _find_missing(own, converted, match, bool(other_classifier))
+    _find_missing(own, converted, match, bool(other_classifier), _left_out(converted, nesting))
     if match.problems:
         match.problems += _remedies(own, converted.unknown or converted.state)
     return match
@@ -111,14 +115,26 @@ def _type_problem(value: Tensor, own: Tensor) -> str:
     return "" if kinds[0] == kinds[1] else f"has type {value.dtype} but the network's is {own.dtype}"
 
 
-def _find_missing(own: Mapping[str, Tensor], converted: Converted, match: Match, other_classifier: bool) -> None:
+def _left_out(converted: Converted, nesting: Nesting) -> tuple[str, ...]:
+    """Return the prefixes of our keys that a file of the inner network alone lacks; not those of which it has a part."""
+    return tuple(prefix for prefix in nesting.optional if not any(key.startswith(prefix) for key in converted.state))
+
+
+def _find_missing(
+    own: Mapping[str, Tensor], converted: Converted, match: Match, other_classifier: bool, left_out: tuple[str, ...]
+) -> None:
     """Add our keys that the file lacks to `missing`, or to the problems if the file must have them."""
     headless = not any(map(is_classifier_key, converted.state))
     for key in own:
         if key in converted.state or key in converted.generated:
             continue
-        of_head = headless and (key.startswith(HEAD_PREFIXES) or is_classifier_key(key))
-        if key.endswith("num_batches_tracked") or of_head or (other_classifier and is_classifier_key(key)):
+        of_head = headless and is_head_key(key)
+        if (
+            key.startswith(left_out)
+            or key.endswith("num_batches_tracked")
+            or of_head
+            or (other_classifier and is_classifier_key(key))
+        ):
             match.missing.append(key)
         else:
             match.problems.append(f"{key}: the file holds no such weight")

@@ -38,7 +38,7 @@ def strip_prefixes(state: State, known: Set[str]) -> tuple[State, tuple[str, ...
     others = [key for key in state if key.rpartition(".")[2] in _THOP_BUFFERS and key not in known]
     state = {key: value for key, value in state.items() if key not in set(others)}
     while True:
-        prefix = _wrapper_prefix(state)
+        prefix = _wrapper_prefix(state, known)
         if not prefix:
             state, around = _unwrap_parts(state, known)
             removed += around
@@ -50,9 +50,11 @@ def strip_prefixes(state: State, known: Set[str]) -> tuple[State, tuple[str, ...
         removed.append(prefix)
 
 
-def _wrapper_prefix(state: State) -> str:
-    """Return the first of the usual wrappers' prefixes that the keys have; "" if they have none."""
+def _wrapper_prefix(state: State, known: Set[str]) -> str:
+    """Return the first of the usual wrappers' prefixes that the keys have, and the network's do not; "" if there is none."""
     for prefix in PREFIXES:
+        if any(key.startswith(prefix) for key in known):
+            continue
         inside = sum(key.startswith(prefix) for key in state)
         # `AveragedModel` has a counter next to the wrapped weights.
         if inside and (prefix == "backbone." or inside == len(state.keys() - {"n_averaged"})):

@@ -13,6 +13,7 @@ from torch import nn
 from widekernel.errors import CheckpointError
 from widekernel.models.checkpoint.arguments import resolve_path, unwrap
 from widekernel.models.layouts.conversion import to_official
+from widekernel.models.layouts.nesting import nesting_of
 from widekernel.tensor_files import described, write_weights
 
 
@@ -47,7 +48,9 @@ def save_checkpoint(
         if metadata:
             raise CheckpointError("the official layout has no place for metadata: save with layout='native'")
         state = {key: value.detach().cpu() for key, value in to_official(unwrap(model)).items()}
-        return write_weights(path, lambda file: torch.save({"model": state}, file))
+        whole = bool(nesting_of(unwrap(model)).official)  # in the container of OpenMMLab's libraries
+        content = {"meta": {}, "state_dict": state} if whole else {"model": state}
+        return write_weights(path, lambda file: torch.save(content, file))
     native = {key: value.detach().cpu() for key, value in unwrap(model).state_dict().items()}
     # safetensors cannot write views or tensors that share memory.
     native = {key: value.clone(memory_format=torch.contiguous_format) for key, value in native.items()}

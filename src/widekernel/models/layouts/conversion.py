@@ -10,14 +10,20 @@ from torch import nn
 from widekernel.errors import CheckpointError
 from widekernel.layers.folding import is_folded
 from widekernel.models.layouts.layout import Expected, Layout, State
+from widekernel.models.layouts.nesting import nesting_of
 from widekernel.models.layouts.registry import identify, layouts_of
 
-HEAD_PREFIXES = ("head.fc.", "head.norm.", "norm_pre.")
+_HEAD_PREFIXES = ("head.fc.", "head.norm.", "norm_pre.")
 
 
 def is_classifier_key(key: str) -> bool:
     """Return whether one of our keys belongs to the classifier, whatever its structure: to the head but not its norm."""
     return key.startswith("head.") and not key.startswith("head.norm.")
+
+
+def is_head_key(key: str) -> bool:
+    """Return whether one of our keys belongs to the classifier or to the norms before it."""
+    return key.startswith(_HEAD_PREFIXES) or is_classifier_key(key)
 
 
 @dataclass
@@ -47,17 +53,32 @@ def to_native(model: nn.Module, state: State) -> Converted:
     Raises:
         CheckpointError: if it is in none of the layouts that the model can be loaded from.
     """
-    own = model.state_dict()
+    own, nesting = model.state_dict(), nesting_of(model)
+    if nesting.official and not any(key.startswith(nesting.official) for key in state):
+        raise CheckpointError(
+            f"the checkpoint has no weights named {nesting.official}…, so it does not hold a whole {type(model).__name__}: "
+            f"load it into the backbone alone, network.{nesting.official.rstrip('.')}"
+        )
     state = _apply_pruning_masks(state, own)
     theirs, ours = identify(state), identify(own)
+    trunk = {key for key in own if not is_head_key(nesting.local(key))}
+    if theirs == ours:
+        if trunk & set(state):
+            return _native(model, state, "")
+        if not nesting.official and any(nesting.native + key in trunk for key in state):
+            return _native(model, state, nesting.native)
     for layout in layouts_of(model):
         if theirs is not None and layout.family == theirs.name and not is_folded(model):
             return _from_layout(layout, state, model)
-    backbone = {key for key in own if not key.startswith(HEAD_PREFIXES) and not is_classifier_key(key)}
-    if theirs == ours and backbone & set(state):
-        tables = {key: table for key, table in seeded_tables(model).items() if key not in state}
-        return Converted({**state, **tables}, "native", {key: key for key in state}, generated=tuple(tables))
     raise CheckpointError(_mismatch(model, own, state))
+
+
+def _native(model: nn.Module, state: State, prefix: str) -> Converted:
+    """Return a state dict in our layout, put under a prefix."""
+    native = {f"{prefix}{key}": value for key, value in state.items()}
+    tables = {key: table for key, table in seeded_tables(model).items() if key not in native}
+    sources = {f"{prefix}{key}": key for key in state}
+    return Converted({**native, **tables}, "native", sources, generated=tuple(tables))
 
 
 def _apply_pruning_masks(state: State, own: State) -> State:
@@ -126,10 +147,11 @@ def to_official(model: nn.Module) -> State:
 
 
 def known_keys(model: nn.Module) -> set[str]:
-    """Return the keys that a network takes, in our layout and in the official ones."""
-    own = model.state_dict()
+    """Return the keys that a network takes, in our layout and in the official ones; also those of a network inside it."""
+    own, nesting = model.state_dict(), nesting_of(model)
+    inner = set() if nesting.official else {nesting.local(key) for key in own}
     official = {found[0] for layout in layouts_of(model) for key in own if (found := layout.to_official(key))}
-    return official | own.keys()
+    return official | inner | own.keys()
 
 
 def seeded_tables(model: nn.Module) -> State:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -56,6 +57,9 @@ class Expected:
     eps: Mapping[str, float]
 
 
+Upgrade = Callable[[State, Expected], tuple[State, str]]
+
+
 @dataclass(frozen=True)
 class Layout:
     """The names of a network's weights in the authors' code.
@@ -68,13 +72,15 @@ class Layout:
         generated: patterns of our keys that official files lack, because the authors' code generates these tensors.
         upgrade: converts other official forms (merged kernels, strips to be cut into tiles) to the one that the rules
             describe, given what the network expects; returns a note on what it did, or "".
+        ordered: prefix of the official keys that `part_order` is for; the other keys follow in our order.
     """
 
     family: str
     rules: tuple[Rule, ...]
     part_order: tuple[str, ...] = ()
     generated: tuple[str, ...] = ()
-    upgrade: Callable[[State, Expected], tuple[State, str]] | None = field(default=None, compare=False)
+    upgrade: Upgrade | None = field(default=None, compare=False)
+    ordered: str = ""
 
     def to_native(self, official: str) -> tuple[str, Rule] | None:
         """Return our key for an official key, with the rule that maps it; None if no rule does."""
@@ -98,6 +104,8 @@ class Layout:
 
     def position(self, official: str) -> tuple[int, ...]:
         """Return the sort key that puts an official key at its position in the authors' files."""
+        if not official.startswith(self.ordered):
+            return (sys.maxsize,)
         order = (*self.part_order, *_TENSOR_ORDER)
         return tuple(
             int(part) if part.isdigit() else order.index(part) if part in order else -1 for part in official.split(".")

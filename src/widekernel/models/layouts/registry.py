@@ -15,6 +15,7 @@ from torch import nn
 
 from widekernel.errors import ArgumentError
 from widekernel.models.layouts.layout import Layout, State
+from widekernel.models.layouts.nesting import innermost, nesting_of
 from widekernel.settings import require_one_of
 
 # In search order: a file in an official layout may have keys that match a native signature, too.
@@ -103,7 +104,13 @@ def rewritten(state: State) -> tuple[State, str]:
 
 
 def layouts_of(model: nn.Module) -> tuple[Layout, ...]:
-    """Return the official layouts that a network can be loaded from; none if it has no official code."""
+    """Return the official layouts that a network can be loaded from; none if it has no official code.
+
+    Those of a network that contains one of ours come from the layouts of the latter.
+    """
+    nesting = nesting_of(model)
+    if nesting.body is not model:
+        return tuple(nesting.layout(inner) for inner in layouts_of(nesting.body))
     for cls in type(model).__mro__:
         if cls in _LAYOUTS:
             return _LAYOUTS[cls](model)
@@ -112,7 +119,7 @@ def layouts_of(model: nn.Module) -> tuple[Layout, ...]:
 
 def identify(keys: Iterable[str]) -> Signature | None:
     """Return the signature of the network that a state dict with these keys belongs to; None if it is unknown."""
-    keys = list(keys)
+    keys = [innermost(key) for key in keys]
     for form in get_args(Form):
         found = [s for s in _SIGNATURES.values() if s.form == form and any(re.search(s.pattern, key) for key in keys)]
         general = {name for signature in found for name in signature.over}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from timm.data import Mixup
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -10,11 +9,12 @@ from typing_extensions import override
 
 from widekernel.data import AugmentConfig, Batch
 from widekernel.data.mixing import GroupMixup
-from widekernel.engine.task import Position, Task
+from widekernel.engine.task import Position
 from widekernel.tasks.classification.evaluation import IMAGES, METRICS, Accuracy
+from widekernel.tasks.run_parts import RunTask
 
 
-class Classification(Task):
+class Classification(RunTask):
     """Cross-entropy with smoothed and possibly mixed targets; top-1, top-5 and cross-entropy on held-out images.
 
     Args:
@@ -39,25 +39,6 @@ class Classification(Task):
                 num_classes=num_classes,
             )
             self.mixup = GroupMixup(mixup)
-
-    @property
-    def digests(self) -> dict[str, str]:
-        """Digests of what the task learns from besides the images; a resumed run must have the same."""
-        return {}
-
-    def prepare(self, network: nn.Module, seed: int) -> None:
-        """Add to the network what only its training needs, if anything.
-
-        Args:
-            network: the network to train, before an optimizer or average of it exists.
-            seed: seed of the run.
-        """
-
-    def finish(self, network: nn.Module) -> None:
-        """Remove from the trained network, or its average, what `prepare` added."""
-
-    def to(self, device: torch.device, memory_format: torch.memory_format) -> None:
-        """Move what the task computes with to the device and memory layout of the network."""
 
     @override
     def loss(self, model: nn.Module, batch: Batch, position: Position) -> dict[str, Tensor]:
