@@ -13,7 +13,7 @@ from widekernel.models.layouts.layout import Expected, Layout, State
 from widekernel.models.layouts.nesting import nesting_of
 from widekernel.models.layouts.registry import identify, layouts_of
 
-_HEAD_PREFIXES = ("head.fc.", "head.norm.", "norm_pre.")
+HEAD_PREFIXES = ("head.fc.", "head.norm.", "norm_pre.")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Classifier:
 
     def is_of_head(self, key: str) -> bool:
         """Return whether `key` belongs to the classifier or to the norms before it."""
-        return key.startswith(_HEAD_PREFIXES) or self.owns(key)
+        return key.startswith(HEAD_PREFIXES) or self.owns(key)
 
 
 def classifier_of(model: nn.Module) -> Classifier:
