@@ -23,9 +23,10 @@ FAMILIES = (
     "shiftwise_v2",
     "convnext",
     "convnext_isotropic",
+    "unireplknet",
 )
-# These convert weights of another network first and have tests of their own below.
-CONVERTED = ("replknet31b_merged_s0_224", "slak_to_slak_reg_s0")
+# These convert weights of another network first, or are of a backbone with norms, and have tests of their own.
+CONVERTED = ("replknet31b_merged_s0_224", "slak_to_slak_reg_s0", "unireplknet_mini_feats_s0_64x96", "unireplknet_t_feats_s0_128x96")
 
 
 def _rows() -> list[Any]:

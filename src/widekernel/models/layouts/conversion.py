@@ -228,7 +228,7 @@ def _from_layout(layout: Layout, state: State, model: nn.Module) -> Converted:
         given = state
         state, note = layout.upgrade(given, expected)
         converted = {key: value for key, value in given.items() if key not in state}
-        twice = [key for key in layout.upgrade(converted, expected)[0] if key in given]
+        twice = [key for key in layout.upgrade(converted, expected)[0] if key in given and key not in converted]
         if twice:
             raise CheckpointError(f"the file holds weights twice, in two forms: remove one of {', '.join(twice)}")
     out: State = {}
