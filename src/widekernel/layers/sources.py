@@ -114,9 +114,7 @@ class Rectangles(RectSource):
 
     dilations: list[int]
 
-    def __init__(
-        self, channels: int, sizes: Sequence[tuple[int, int]], dilations: Sequence[int] | None = None
-    ) -> None:
+    def __init__(self, channels: int, sizes: Sequence[tuple[int, int]], dilations: Sequence[int] | None = None) -> None:
         super().__init__()
         self.channels, self.num_branches = channels, len(sizes)
         for size in sizes:

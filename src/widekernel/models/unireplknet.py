@@ -42,9 +42,9 @@ class UniRepLKNetConfig:
     """Architecture of a UniRepLKNet.
 
     Attributes:
-        kernel_sizes: for each stage the kernel sizes of its blocks, repeated in this order if the stage has more blocks: 7, 9,
-            11, 13, 15 or 17 for a large kernel with dilated branches, 3 or 5 for one plain kernel, 0 for no spatial layer and
-            no norm. A number stands for all blocks of its stage.
+        kernel_sizes: for each stage the kernel sizes of its blocks, repeated in this order if the stage has more blocks:
+            7, 9, 11, 13, 15 or 17 for a large kernel with dilated branches, 3 or 5 for one plain kernel, 0 for no spatial
+            layer and no norm. A number stands for all blocks of its stage.
         depths: number of blocks per stage.
         dims: width of each stage.
         layer_scale: initial value of the layer scale, 0 for none.
@@ -146,9 +146,9 @@ default_cfgs = generate_default_cfgs(
             "unireplknet_n.untrained": default_cfg(),
             "unireplknet_t.untrained": default_cfg(),
             "unireplknet_s.untrained": default_cfg(),
-            "unireplknet_b.untrained": default_cfg(),
-            "unireplknet_l.untrained": default_cfg(),
-            "unireplknet_xl.untrained": default_cfg(),
+            "unireplknet_b.untrained": default_cfg(384, crop_pct=1.0, crop_mode="squash"),
+            "unireplknet_l.untrained": default_cfg(384, crop_pct=1.0, crop_mode="squash"),
+            "unireplknet_xl.untrained": default_cfg(384, crop_pct=1.0, crop_mode="squash"),
             "unireplknet_nano.untrained": default_cfg(64),
         }
     )

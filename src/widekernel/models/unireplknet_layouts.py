@@ -68,10 +68,7 @@ def _spatial_rules(model: UniRepLKNet, merged: bool) -> Iterator[Rule]:
         for j, size in enumerate(stage):
             official = OFFICIAL_BLOCK.format(i=i, j=j) + ".dwconv"
             ours = BLOCK.format(i=i, j=j) + ".mixer"
-            if size in SMALL_KERNELS:
-                large = official
-            else:
-                large = f"{official}.lk_origin"
+            large = official if size in SMALL_KERNELS else f"{official}.lk_origin"
             if merged and size:
                 yield Rule(f"{large}.weight", f"{ours}.kernels.0")
                 yield Rule(f"{large}.bias", f"{ours}.bias")
@@ -123,8 +120,8 @@ def _unmerge(state: State, expected: Expected) -> tuple[State, str]:
                 out.update(_zero_branches(f"{block}.dwconv", expected))
             elif part == "act.1.gamma":
                 out[f"{block}.act.1.beta"] = torch.zeros_like(value)
-    note = f"{len(blocks)} merged blocks were put into the training form: the other branches are zero, the norms only add biases"
-    return out, note
+    what = "the other branches are zero, the norms only add biases"
+    return out, f"{len(blocks)} merged blocks were put into the training form: {what}"
 
 
 def _zero_branches(layer: str, expected: Expected) -> State:
