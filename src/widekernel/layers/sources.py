@@ -75,6 +75,10 @@ class RectSource(KernelSource):
         """Return the rectangle of each branch before dilation, differentiable in the parameters."""
         return [Rect(kernel, anchor) for kernel, anchor in zip(self.branch_kernels(), self.branch_anchors())]
 
+    def taps(self) -> int:
+        """Count the taps of all channels and branches, without the gaps between dilated ones."""
+        return sum(rect.kernel.numel() for rect in self.rects())
+
     def responses(self, x: Tensor) -> list[Tensor]:
         """Convolve with every rectangle, in one call if a backend has a fused operator."""
         if torch.jit.is_scripting():
@@ -163,6 +167,10 @@ class Rectangles(RectSource):
             kernels.append(dilated_kernel(kernel, apart))
             anchors.append((size[2] // 2 * apart, size[3] // 2 * apart))
         return kernels, anchors
+
+    def taps(self) -> int:
+        """Count the weights of all kernels."""
+        return sum(kernel.numel() for kernel in self.kernels)
 
     def extents(self) -> list[tuple[int, int]]:
         """Return (height, width) of each branch with its own dilation, in taps."""
