@@ -17,6 +17,7 @@ from tests.data import scenes
 
 from widekernel.data import BatchPlan, LoaderOptions, TrainingLoader, TrainingSamples
 from widekernel.data.detection import transforms
+from widekernel.data.detection.annotation_checks import run_lengths
 from widekernel.data.detection.annotations import read_coco
 from widekernel.data.detection.batches import AnnotatedImage, DetectionBatch, DetectionCollate
 from widekernel.data.detection.config import DetectionDataConfig
@@ -26,7 +27,7 @@ from widekernel.data.seeding import scoped_seed
 from widekernel.dense.detection.structures import Targets
 from widekernel.errors import ConfigError, DataError
 
-pytest.importorskip("pycocotools", reason="masks are decoded by pycocotools")
+mask_tools = pytest.importorskip("pycocotools.mask", reason="masks are decoded by pycocotools")
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 SMALL = {"image_scale": (160, 96), "short_sides": (64, 96), "crop_short_sides": (80,), "crop_range": (48, 72)}
@@ -120,6 +121,8 @@ MISTAKES = {
     ),
     "nothing": (setter("annotations", 1, segmentation=[]), "annotation 101: it has no segmentation"),
     "run lengths": (setter("annotations", 1, segmentation={"size": [96, 128], "counts": [5]}), "add up to 96 × 128 pixels"),
+    "text": (setter("annotations", 1, segmentation={"size": [96, 128], "counts": "zzz"}), "add up to 96 × 128 pixels"),
+    "no text": (setter("annotations", 1, segmentation={"size": [96, 128], "counts": ""}), "add up to 96 × 128 pixels"),
     "other size": (setter("annotations", 1, segmentation={"size": [1, 2], "counts": [2]}), "run lengths are of size [1, 2]"),
     "height": (setter("images", 1, height=0), "image 17 has the height 0"),
     "file name": (setter("images", 1, file_name=""), "image 17 has the file name ''"),
@@ -136,6 +139,25 @@ def test_malformed_annotations_are_named(own: DetectionDataConfig, mistake: str)
         open_detection(own, "train")
     assert text in str(caught.value)
     assert "train.json is malformed" in str(caught.value)
+
+
+def test_compressed_run_lengths(own: DetectionDataConfig, made: tuple) -> None:
+    """They yield the same masks as uncompressed ones, and are read as pycocotools reads them."""
+    for scene in scenes.make_scenes(12, seed=5):
+        for instance in scene.instances:
+            form = scenes.run_lengths(instance.mask)
+            encoded = mask_tools.encode(np.asfortranarray(instance.mask.astype(np.uint8)))["counts"].decode()
+            assert run_lengths(encoded) == form["counts"]
+
+    def edit(content: dict[str, Any]) -> None:
+        for entry, instance in zip(content["annotations"], made[0][0].instances):
+            encoded = mask_tools.encode(np.asfortranarray(instance.mask.astype(np.uint8)))
+            entry["segmentation"] = {"size": list(encoded["size"]), "counts": encoded["counts"].decode()}
+
+    change(own, edit)
+    masks = open_detection(own, "train").load(0).targets.masks
+    assert masks is not None
+    assert np.array_equal(masks.numpy(), np.stack([instance.mask for instance in made[0][0].instances]))
 
 
 def test_mistakes_are_counted(own: DetectionDataConfig) -> None:

@@ -131,6 +131,8 @@ def spoil(root: Path, what: str) -> None:
     elif what == "empty":
         shutil.rmtree(masks)
         masks.mkdir()
+    elif what == "circle":
+        (masks / "again").symlink_to(root)
     elif what == "no classes":
         (root / "classes.json").unlink()
 
@@ -146,6 +148,7 @@ def spoil(root: Path, what: str) -> None:
         ("twins", ["scene_0000.jpg", "scene_0000.png", "Remove one"]),
         ("no images", ["images does not exist", "data.root"]),
         ("empty", ["masks contains no label files"]),
+        ("circle", ["again is a link", "Remove it"]),
         ("no classes", ["classes.json or classes.txt", "data.classes"]),
     ],
 )

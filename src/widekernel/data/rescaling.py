@@ -39,8 +39,8 @@ def size_of(image: Tensor, original: tuple[int, int]) -> ImageSize:
     The factors are rounded to float32, as in published code.
     """
     height, width = image.shape[-2:]
-    factors = torch.tensor([width / original[1], height / original[0]], dtype=torch.float32).tolist()
-    return ImageSize(height, width, *factors, *original)
+    scale_x, scale_y = torch.tensor([width / original[1], height / original[0]], dtype=torch.float32).tolist()
+    return ImageSize(height, width, scale_x, scale_y, original[0], original[1])
 
 
 def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
@@ -58,9 +58,8 @@ def resize_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
     if tuple(labels.shape[-2:]) == size:
         return labels
     height, width = labels.shape[-2:]
-    rows = nearest_positions(height, size[0])
-    columns = nearest_positions(width, size[1])
-    return labels[..., rows, :][..., columns]
+    # Several times faster than indexing, and with the columns first, rows are copied whole.
+    return labels.index_select(-1, nearest_positions(width, size[1])).index_select(-2, nearest_positions(height, size[0]))
 
 
 def nearest_positions(old: int, new: int) -> Tensor:

@@ -52,7 +52,7 @@ def _images(images: list[Any]) -> Iterator[str]:
         if not isinstance(entry, dict):
             continue
         for key in ("height", "width"):
-            value = entry.get(key)
+            value: Any = entry.get(key)
             if not _is_whole(value) or value < 1:
                 yield f"image {_id_of(entry)} has the {key} {value!r}, which must be a positive whole number of pixels"
         if not isinstance(entry.get("file_name"), str) or not entry["file_name"]:
@@ -120,15 +120,40 @@ def _mask(entry: dict[str, Any], image: dict[str, Any]) -> Iterator[str]:
 
 
 def _run_lengths(form: dict[str, Any], image: dict[str, Any]) -> Iterator[str]:
-    size = [image.get("height"), image.get("width")]
+    height: Any = image.get("height")
+    width: Any = image.get("width")
+    if not _is_whole(height) or not _is_whole(width):
+        return  # said of the image already
     counts = form.get("counts")
-    if form.get("size") != size:
-        yield f"its run lengths are of size {form.get('size')}, but its image has height and width {size}"
-    elif isinstance(counts, list):
-        if not all(_is_whole(count) and count >= 0 for count in counts) or sum(counts) != size[0] * size[1]:
-            yield f"its run lengths must be whole numbers, 0 or more, that add up to {size[0]} × {size[1]} pixels"
-    elif not isinstance(counts, str):
+    if isinstance(counts, str):
+        counts = run_lengths(counts)
+    if form.get("size") != [height, width]:
+        yield f"its run lengths are of size {form.get('size')}, but its image has height and width {[height, width]}"
+    elif not isinstance(counts, list):
         yield f"its run lengths are {type(counts).__name__}, but must be a list or the compressed form as text"
+    elif not all(_is_whole(count) and count >= 0 for count in counts) or sum(counts) != height * width:
+        yield f"its run lengths must be whole numbers, 0 or more, that add up to {height} × {width} pixels"
+
+
+def run_lengths(text: str) -> list[int]:
+    """Return the numbers that compressed run lengths stand for; what is malformed does not add up to the size of an image.
+
+    Each number is written in groups of five bits, the last group first, a sixth bit marking that another one follows. From
+    the fourth number on, what is written is the difference from the number two places before.
+    """
+    numbers: list[int] = []
+    value = shift = 0
+    for code in text.encode():
+        group = code - 48
+        value |= (group & 31) << shift
+        shift += 5
+        if group & 32:
+            continue
+        if group & 16:
+            value -= 1 << shift
+        numbers.append(value + (numbers[-2] if len(numbers) > 2 else 0))
+        value = shift = 0
+    return [] if shift else numbers
 
 
 def _all_finite(values: list[Any]) -> bool:

@@ -126,10 +126,18 @@ def _files(folder: Path) -> list[str]:
     paths = []
     for place, folders, files in os.walk(folder, followlinks=True, onerror=_refuse):
         folders[:] = sorted(name for name in folders if not is_clutter(name))
+        for name in folders:
+            _refuse_circle(Path(place) / name)
         below = Path(place).relative_to(folder).as_posix()
         start = "" if below == "." else f"{below}/"
         paths += [start + name for name in sorted(files) if not is_clutter(name)]
     return paths
+
+
+def _refuse_circle(path: Path) -> None:
+    """Raise if a folder is a link to one that contains it, below which the search would not end."""
+    if path.is_symlink() and path.parent.resolve().is_relative_to(path.resolve()):
+        raise DataError(f"{path} is a link to {path.resolve()}, which contains the link itself. Remove it.")
 
 
 def _refuse(error: OSError) -> None:

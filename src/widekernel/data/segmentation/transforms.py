@@ -40,7 +40,8 @@ class TrainingTransform:
     def __call__(self, scene: LabeledScene) -> tuple[Tensor, Tensor]:
         """Return an image `(3, crop, crop)`, float32, and its labels `(crop, crop)`, int64."""
         config = self.config
-        size = rescaled_size(*scene.labels.shape, scaled_by(config.image_scale, random.uniform(*config.ratio_range)))
+        height, width = scene.labels.shape
+        size = rescaled_size(height, width, scaled_by(config.image_scale, random.uniform(*config.ratio_range)))
         # Only the crop is needed, but its place depends on all labels.
         labels = resize_labels(scene.labels, size)
         rows, columns = self._crop(labels)

@@ -181,13 +181,15 @@ def _average(measured: Any) -> AveragePrecision:
     """Return what published results state, from the precision by threshold, recall, class, area and number of detections."""
     precision = measured.eval["precision"]
     half, three_quarters = (int(np.argmin(abs(measured.params.iouThrs - value))) for value in (0.5, 0.75))
-    by_area = [_mean(precision[:, :, :, area, 2]) for area in range(1, len(AREAS))]
+    small, medium, large = (_mean(precision[:, :, :, area, 2]) for area in range(1, len(AREAS)))
     classes = range(precision.shape[2])
     return AveragePrecision(
-        _mean(precision[:, :, :, 0, 0]),
-        _mean(precision[half, :, :, 0, 2]),
-        _mean(precision[three_quarters, :, :, 0, 2]),
-        *by_area,
+        ap=_mean(precision[:, :, :, 0, 0]),
+        ap50=_mean(precision[half, :, :, 0, 2]),
+        ap75=_mean(precision[three_quarters, :, :, 0, 2]),
+        small=small,
+        medium=medium,
+        large=large,
         by_class=tuple(_mean(precision[:, :, index, 0, 2]) for index in classes),
         by_class50=tuple(_mean(precision[half, :, index, 0, 2]) for index in classes),
     )
