@@ -145,6 +145,20 @@ def test_low_precision() -> None:
     sum(losses.values()).backward()
 
 
+@pytest.mark.parametrize("labels", [[0, 0, BACKGROUND], [0, BACKGROUND, BACKGROUND]])
+def test_losses_by_hand(labels: list[int]) -> None:
+    """The first box overlaps by 0.4 and has a centerness of 0.5, the second by 0.25 with a centerness of 1."""
+    outputs = FcosOutputs([torch.zeros(1, 1, 1, 3)], [torch.zeros(1, 4, 1, 3)], [torch.zeros(1, 1, 1, 3)])
+    distances = torch.tensor([[[1.0, 1.0, 4.0, 1.0], [2.0, 2.0, 2.0, 2.0], [-1.0, 2.0, 3.0, 4.0]]])
+    losses = fcos_losses(outputs, FcosTargets(torch.tensor([labels]), distances))
+    positive = labels.count(0)
+    both = -(0.5 * math.log(0.4) + math.log(0.25)) / 1.5
+    assert losses["box"].item() == pytest.approx(both if positive == 2 else -math.log(0.4))
+    assert losses["centerness"].item() == pytest.approx(math.log(2))  # of a guess of one half
+    focal = (0.25 * positive + 0.75 * (3 - positive)) * 0.25 * math.log(2)
+    assert losses["cls"].item() == pytest.approx(focal / positive)
+
+
 def test_an_overflowing_distance_of_background_does_no_harm() -> None:
     reg = torch.full((1, 4, 1, 2), 200.0)
     reg[..., 0] = 1.0
