@@ -113,6 +113,33 @@ def test_segmentation_network_into_the_backbone(tmp_path: Path) -> None:
     assert_equal(ours.backbone, backbone)
 
 
+def test_some_levels_of_a_segmentation_network(tmp_path: Path) -> None:
+    """Each map gets the norm of its stage."""
+    ours, backbone = shuffled(segmenter("slak_nano")), build_pyramid("slak_nano", out_indices=(0, 2))
+    report = widekernel.load_checkpoint(backbone, saved(official(ours, tmp_path), tmp_path))
+    assert {key.split(".")[0] for key in report.ignored} == {
+        "norm1",
+        "norm3",
+        "downsample_layers",
+        "stages",
+        "decode_head",
+        "auxiliary_head",
+    }
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = ours.backbone.eval()(x)
+        found = backbone.eval()(x)
+    assert all(torch.equal(found[i], expected[stage]) for i, stage in enumerate((0, 2)))
+
+
+def test_segmenter_on_some_levels(tmp_path: Path) -> None:
+    first, second = (
+        Segmenter(build_pyramid("slak_nano", out_indices=(1, 3)), SegmenterOptions(5, channels=16)) for _ in "ab"
+    )
+    widekernel.load_checkpoint(second, widekernel.save_checkpoint(shuffled(first), tmp_path / "file.pth", layout="official"))
+    assert_equal(first, second)
+
+
 def test_missing_stage_is_refused(tmp_path: Path) -> None:
     classifier, backbone = timm.create_model("slak_nano"), shuffled(build_pyramid("slak_nano"))
     before = {key: value.clone() for key, value in backbone.state_dict().items()}

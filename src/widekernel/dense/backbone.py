@@ -19,6 +19,8 @@ from widekernel.settings import require_one_of
 
 Norms = Literal["auto", "layer", "none"]
 _LEVELS = 4
+# Prefix of the keys of norms in a checkpoint that belong to stages of which the pyramid leaves out the maps.
+_LEFT_OUT = "norms.of_stage_"
 # `build_pyramid` sets these arguments of timm's builder itself.
 _SET_HERE = ("features_only", "out_indices", "feature_cls", "pretrained")
 
@@ -72,9 +74,12 @@ class Pyramid(nn.Module):
         return [norm(x) for norm, x in zip(self.norms, maps)]
 
     def nesting(self) -> Nesting:
-        """Return where the network is in checkpoints of the pyramid; the norms are called `norm0`, `norm1`, ... there."""
-        norms = tuple(Rule(f"norm{i}.{{rest}}", f"norms.{i}.{{rest}}") for i in range(len(self.norms)))
-        return Nesting(self.body, "body.", "", norms, optional=("norms.", "body.feature_norms."))
+        """Return where the network is in checkpoints of the pyramid; in official ones, the norm of stage 2 is `norm2`."""
+        taken = list(range(len(self.norms))) if self.out_indices is None else self.out_indices
+        stages = range(len(self.norms) if self.out_indices is None else len(self.body.feature_info))
+        places = {stage: f"norms.{taken.index(stage)}" if stage in taken else f"{_LEFT_OUT}{stage}" for stage in stages}
+        norms = tuple(Rule(f"norm{stage}.{{rest}}", f"{place}.{{rest}}") for stage, place in places.items())
+        return Nesting(self.body, "body.", "", norms, optional=("norms.", "body.feature_norms."), removed=(_LEFT_OUT,))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Enable or disable the recomputation of activations in the backward pass.
@@ -82,7 +87,7 @@ class Pyramid(nn.Module):
         Raises:
             ArgumentError: the network does not support it.
         """
-        network = self.body.model if isinstance(self.body, FeatureGetterNet) else self.body
+        network: Any = self.body.model if isinstance(self.body, FeatureGetterNet) else self.body
         if not hasattr(network, "set_grad_checkpointing"):
             raise ArgumentError(
                 f"{type(network).__name__} cannot recompute its activations: leave gradient checkpointing out, or choose "

@@ -37,7 +37,7 @@ class FixedBoxes(nn.Module):
         maps = self.detector.neck(self.detector.backbone(images))
         self.detector.rpn_head(maps)
         head = self.detector.roi_head
-        parts = [(part, self.boxes, head.options.box_size) for part in head.box_heads]
+        parts: list[tuple[nn.Module, int, int]] = [(part, self.boxes, head.options.box_size) for part in head.box_heads]
         parts += [(part, self.masks, head.options.mask_size) for part in head.mask_heads]
         outputs: list[Tensor] = []
         for part, count, side in parts:

@@ -50,6 +50,13 @@ def test_logits_are_resized(align: bool) -> None:
     torch.testing.assert_close(pixel_accuracy(logits, labels, align), (large.argmax(1) == labels).float().mean())
 
 
+def test_labels_of_any_integer_type() -> None:
+    output, labels = case(10)
+    expected = segmentation_losses(output, labels, OPTIONS)
+    assert segmentation_losses(output, labels.byte(), OPTIONS) == expected
+    assert pixel_accuracy(output.logits, labels.byte()) == pixel_accuracy(output.logits, labels)
+
+
 def test_accuracy_leaves_out_ignored_pixels() -> None:
     labels = torch.tensor([[[0, 1, 255, 255]]])
     logits = F.one_hot(torch.tensor([[[0, 0, 0, 1]]]), 3).permute(0, 3, 1, 2).float()

@@ -18,12 +18,17 @@ def official_gradients(detector: nn.Module) -> dict[str, Tensor]:
     return to_official(copied)
 
 
-def check_gradients(golden: Golden, gradients: dict[str, Tensor], relative: float, chosen: str = "") -> None:
-    """Compare norms of all gradients whose name contains `chosen`, and whole gradients where they are stored."""
+def check_gradients(
+    golden: Golden, gradients: dict[str, Tensor], relative: float, chosen: str = "", smallest: float = 0.01
+) -> None:
+    """Compare norms of all gradients whose name contains `chosen`, and whole gradients where they are stored.
+
+    Deviations are relative to the norm, but at least to the part `smallest` of the largest norm.
+    """
     norms = dict(zip(golden.arrays["grad_names"].tolist(), golden.arrays["grad_norms"].tolist()))
     names = [name for name in norms if chosen in name]
     assert names
-    floor = 0.01 * max(norms.values())
+    floor = smallest * max(norms.values())
     for name in names:
         wanted = norms[name]
         error = abs(gradients[name].norm().item() - wanted)

@@ -21,7 +21,7 @@ from widekernel.dense.segmentation import Segmenter, SegmenterOptions
 
 # Arguments of the official backbones without an equivalent in ours: how training runs, and what every pyramid has.
 LEFT_OUT = ("type", "out_indices", "sparse")
-RENAMED = {"LoRA": "decomposed", "norm_intermediate_features": "norm_intermediate_features"}
+RENAMED = {"LoRA": "decomposed"}
 
 
 def folder(shared: Path) -> Path:
@@ -100,26 +100,3 @@ def segmenter(config: dict[str, Any], **changes: Any) -> Segmenter:
         **changes,
     }
     return Segmenter(pyramid(config["backbone"]), SegmenterOptions(**options))
-
-
-class Golden:
-    """The stored outputs of a case, and the largest deviations found from them."""
-
-    def __init__(self, shared: Path, case: str) -> None:
-        self.filler = filler(shared)
-        self.arrays = np.load(folder(shared) / "golden" / f"{case}.npz")
-
-    def names(self) -> list[str]:
-        return self.filler.entries(self.arrays)
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self.arrays[name]
-
-    def deviation(self, name: str, value: Tensor) -> float:
-        """Return the largest difference, relative to the largest stored value."""
-        difference, largest = self.filler.deviation(self.arrays, name, value.detach().numpy())
-        return difference / max(largest, 1e-12)
-
-    def assert_close(self, name: str, value: Tensor, bound: float) -> None:
-        found = self.deviation(name, value)
-        assert found <= bound, f"{name} deviates by {found:.2g} of its largest value, allowed {bound:.2g}"

@@ -4,36 +4,21 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import widekernel
+from tests.parity.downstream.networks import network
 from tests.parity.downstream.reference import (
     images,
     manifest,
     manifest_names,
     official_file,
-    pyramid,
-    segmenter,
     weights,
 )
-from tests.parity.downstream.two_stage import create
-from widekernel.dense.detection.fcos import Fcos, FcosOptions
 from widekernel.models.layouts.conversion import to_native, to_official
-
-
-def network(config: dict[str, Any]) -> nn.Module:
-    """Build our network for an official configuration."""
-    kind = config["type"]
-    if kind == "EncoderDecoder":
-        return segmenter(config)
-    if kind == "FCOS":
-        head = config["bbox_head"]
-        return Fcos(pyramid(config["backbone"]), FcosOptions(head["num_classes"], head["feat_channels"]))
-    return create(config)
 
 
 @pytest.mark.parametrize("name", manifest_names())

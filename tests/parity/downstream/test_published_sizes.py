@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from tests.conftest import shared_folder
+from tests.parity.downstream.networks import network
 from tests.parity.downstream.reference import folder, manifest, manifest_names
-from tests.parity.downstream.test_manifests import network
 from widekernel.analysis.complexity import complexity
 
 # Blocks of the third stage, and width of the first stage before a factor.

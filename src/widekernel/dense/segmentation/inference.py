@@ -107,7 +107,8 @@ def windows(size: Sequence[int], crop: Sequence[int], stride: Sequence[int]) -> 
         crop: height and width of the windows.
         stride: distance of the windows, down and across.
     """
-    return product(*(_along(*axis) for axis in zip(size, crop, stride)))
+    rows, columns = (_along(*axis) for axis in zip(size, crop, stride))
+    return product(rows, columns)
 
 
 @torch.no_grad()

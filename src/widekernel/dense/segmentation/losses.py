@@ -26,7 +26,7 @@ def segmentation_losses(
 
     Args:
         output: what the network returned in training.
-        labels: class of each pixel (N, H, W), int64; 255 for pixels that do not count.
+        labels: class of each pixel (N, H, W), of any integer type; 255 for pixels that do not count.
         options: options of the network.
         average: "all" divides the sum over the labeled pixels by the number of all pixels, as the published recipes do, so
             that images with few labels weigh little; "labeled" divides it by the number of labeled pixels.
@@ -47,7 +47,7 @@ def pixel_accuracy(logits: Tensor, labels: Tensor, align_corners: bool = False) 
 
     Args:
         logits: logits (N, classes, H', W').
-        labels: class of each pixel (N, H, W), int64; 255 for pixels that do not count.
+        labels: class of each pixel (N, H, W), of any integer type; 255 for pixels that do not count.
         align_corners: how the logits are resized to the labels.
     """
     found = resize(logits.detach(), labels.shape[1:], align_corners).argmax(dim=1)
@@ -58,5 +58,5 @@ def pixel_accuracy(logits: Tensor, labels: Tensor, align_corners: bool = False) 
 def _cross_entropy(logits: Tensor, labels: Tensor, align_corners: bool, average: Average) -> Tensor:
     exact = logits.float() if logits.dtype.itemsize < 4 else logits
     resized = resize(exact, labels.shape[1:], align_corners)
-    total = F.cross_entropy(resized, labels, ignore_index=IGNORED, reduction="sum")
+    total = F.cross_entropy(resized, labels.long(), ignore_index=IGNORED, reduction="sum")
     return total / (labels.numel() if average == "all" else (labels != IGNORED).sum().clamp(min=1))

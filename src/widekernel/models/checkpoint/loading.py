@@ -145,12 +145,12 @@ def _raise_problems(path: Path, network: nn.Module, problems: Sequence[str]) -> 
 
 
 def _removed_prefixes(nesting: Nesting) -> tuple[str, ...]:
-    """Return the key prefixes of the stages, and of their feature norms, that a shortened network no longer has."""
+    """Return the key prefixes of the stages, and of their norms, that a network for some of the stages lacks."""
     stages, described = getattr(nesting.body, "stages", ()), getattr(nesting.body, "feature_info", ())
     norms: Any = getattr(nesting.body, "feature_norms", ())
     removed = [f"stages.{i}." for i in range(len(stages), len(described))]
     removed += [f"feature_norms.{i}." for i, norm in enumerate(norms) if isinstance(norm, nn.Identity)]
-    return tuple(f"{nesting.native}{prefix}" for prefix in removed)
+    return (*nesting.removed, *(f"{nesting.native}{prefix}" for prefix in removed))
 
 
 def _classifier_warning(report: LoadReport, network: nn.Module, why_dropped: str) -> str:

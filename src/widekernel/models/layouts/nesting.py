@@ -26,6 +26,7 @@ class Nesting:
         official: prefix of its keys in the authors' files of the larger network.
         others: rules for the larger network's other keys.
         optional: prefixes of our keys that are missing together in files of the inner network alone.
+        removed: prefixes of keys, under our names, that belong to parts that the larger network leaves out.
     """
 
     body: nn.Module
@@ -33,6 +34,7 @@ class Nesting:
     official: str = ""
     others: tuple[Rule, ...] = ()
     optional: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
 
     def local(self, key: str) -> str:
         """Return one of our keys without the prefix of the inner network."""
@@ -96,7 +98,8 @@ def nesting_of(network: nn.Module) -> Nesting:
     others = [replace(rule, official=f"{prefix}{rule.official}", native=f"{prefix}{rule.native}") for rule in inner.others]
     heads = (name for name in network._modules if name != "backbone")
     others += [Rule(f"{name}.{{rest}}", f"{name}.{{rest}}") for name in heads]
-    return Nesting(inner.body, f"{prefix}{inner.native}", f"{prefix}{inner.official}", tuple(others))
+    removed = tuple(f"{prefix}{part}" for part in inner.removed)
+    return Nesting(inner.body, f"{prefix}{inner.native}", f"{prefix}{inner.official}", tuple(others), removed=removed)
 
 
 def innermost(key: str) -> str:
