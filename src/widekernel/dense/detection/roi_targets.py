@@ -83,11 +83,14 @@ def sample_rois(
         boxes.append(torch.cat([target.boxes.to(each.boxes.dtype), each.boxes]))
         indices.append(index)
         chosen.append(sample(index >= 0, index == NEGATIVE, order, sampling.sample))
-    counts = torch.stack([torch.stack([each.positive.sum(), each.negative.sum()]) for each in chosen]).tolist()
-    return [
-        _chosen(box, index, one, target, (positive, negative), sampling.background)
-        for box, index, one, target, (positive, negative) in zip(boxes, indices, chosen, targets, counts)
-    ]
+    parts = zip(boxes, indices, chosen, targets, _counts(chosen))
+    return [_chosen(*part, sampling.background) for part in parts]
+
+
+def _counts(chosen: Sequence[Sample]) -> list[tuple[int, int]]:
+    """Return the numbers of positive and negative RoIs of each image; here the host waits for the device."""
+    counts = torch.stack([torch.stack([each.positive.sum(), each.negative.sum()]) for each in chosen])
+    return [(positive, negative) for positive, negative in counts.tolist()]
 
 
 def _chosen(
