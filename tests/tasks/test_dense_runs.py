@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 from tests.engine.test_resume import KillAt, Killed
 from tests.engine.tiny import without_timings
-from tests.tasks.dense_settings import KINDS, settings_of, write_scenes, write_settings
+from tests.tasks.dense_settings import settings_of, write_scenes, write_settings
 
+import widekernel
 from widekernel.cli.main import main
 from widekernel.cli.train import parse_config
 from widekernel.engine.metrics_log import read_metrics
@@ -34,7 +36,15 @@ def evaluated(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict:
     return json.loads(shown.out)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "segmentation",
+        "fcos",
+        pytest.param("cascade_rcnn", marks=pytest.mark.slow),
+        pytest.param("mask_rcnn", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_and_its_evaluation(kind: str, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, run = write_settings(tmp_path / "run.yaml", settings_of(kind, scenes)), tmp_path / "run"
     arguments = ["train", "--config", file, "--output", str(run)]
@@ -57,7 +67,14 @@ def test_a_run_and_its_evaluation(kind: str, scenes: Path, tmp_path: Path, capsy
     assert folded[first] == pytest.approx(found[first], abs=2.0)
 
 
-@pytest.mark.parametrize("kind", ["segmentation", "fcos", "cascade_rcnn"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "segmentation",
+        pytest.param("fcos", marks=pytest.mark.slow),
+        pytest.param("cascade_rcnn", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_that_is_killed_twice_resumes_bit_for_bit(kind: str, scenes: Path, tmp_path: Path) -> None:
     changes = {"model": {"args": {"drop_path_rate": 0.2}}, "ema": {"decay": 0.5}}
     model = {**settings_of(kind, scenes)["model"], **changes["model"]}
@@ -94,14 +111,11 @@ def test_two_processes_equal_one(kind: str, scenes: Path, tmp_path: Path, capsys
             assert ((value - weights[1][name]).abs().max() / scale).item() <= 1e-4, name
 
 
+@pytest.mark.slow
 def test_training_starts_from_a_classifier_or_a_whole_network(
     scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import timm
-
-    import widekernel
-
-    classifier = timm.create_model("convnext_nano_ols" if False else "slak_nano", num_classes=7)
+    classifier = timm.create_model("slak_nano", num_classes=7)
     widekernel.save_checkpoint(classifier, tmp_path / "classifier.safetensors")
     model = {"name": "slak_nano", "weights": str(tmp_path / "classifier.safetensors")}
     settings = settings_of("segmentation", scenes, 2, model=model, loop={"batch_size": 2})
