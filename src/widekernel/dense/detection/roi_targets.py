@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torchvision.ops  # noqa: F401 - it defines the operator
 from torch import Tensor
-from torchvision.ops import roi_align
 
 from widekernel.dense.detection.matching import NEGATIVE, MatchOptions, match
 from widekernel.dense.detection.sampling import Sample, SampleOptions, permutation, sample
@@ -122,5 +122,7 @@ def mask_targets(masks: Tensor, boxes: Tensor, matched: Tensor, size: int) -> Te
     rois = torch.cat([matched.unsqueeze(1).to(torch.float32), boxes.to(torch.float32)], 1)
     if not len(masks):
         return rois.new_zeros(0, size, size)
-    soft = roi_align(masks.unsqueeze(1).to(torch.float32), rois, size, 1.0, sampling_ratio=0, aligned=True)
+    # Where deterministic algorithms are demanded, torchvision's function is a slow program, for the sake of gradients. There
+    # are none here, and the operator itself is deterministic.
+    soft = torch.ops.torchvision.roi_align(masks.unsqueeze(1).to(torch.float32), rois, 1.0, size, size, 0, True)
     return (soft.squeeze(1) >= 0.5).to(torch.float32)
