@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from widekernel.models.layouts.conversion import Converted, is_classifier_key, is_head_key
+from widekernel.models.layouts.conversion import HEAD_PREFIXES, Converted, is_classifier_key, is_head_key
 from widekernel.models.layouts.nesting import Nesting
 
 # Parts of keys that the network lacks, and what to do about them; the first that fits is reported. `$` is the end of a key.
@@ -82,7 +82,7 @@ def match_weights(
             match.ignored.append(name)
         elif key not in own:
             # A feature extractor without a head does not use the final norm either.
-            if is_head_key(local) and not any(map(is_head_key, own)):
+            if local.startswith(HEAD_PREFIXES) and not any(k.startswith(HEAD_PREFIXES) for k in own):
                 match.dropped.append(name)
             else:
                 match.problems.append(f"{name}: the network has no such weight")

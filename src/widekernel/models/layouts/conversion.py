@@ -13,7 +13,7 @@ from widekernel.models.layouts.layout import Expected, Layout, State
 from widekernel.models.layouts.nesting import nesting_of
 from widekernel.models.layouts.registry import identify, layouts_of
 
-_HEAD_PREFIXES = ("head.fc.", "head.norm.", "norm_pre.")
+HEAD_PREFIXES = ("head.fc.", "head.norm.", "norm_pre.")
 
 
 def is_classifier_key(key: str) -> bool:
@@ -23,7 +23,7 @@ def is_classifier_key(key: str) -> bool:
 
 def is_head_key(key: str) -> bool:
     """Return whether one of our keys belongs to the classifier or to the norms before it."""
-    return key.startswith(_HEAD_PREFIXES) or is_classifier_key(key)
+    return key.startswith(HEAD_PREFIXES) or is_classifier_key(key)
 
 
 @dataclass
