@@ -13,6 +13,7 @@ from torch import Tensor
 from widekernel.dense.detection.matching import NEGATIVE, MatchOptions, match
 from widekernel.dense.detection.sampling import Sample, SampleOptions, permutation, sample
 from widekernel.dense.detection.structures import Targets
+from widekernel.dense.detection.transfer import send
 
 
 class Candidates(NamedTuple):
@@ -79,7 +80,7 @@ def sample_rois(
         matches = match(target.boxes, each.boxes, sampling.match, each.usable)
         own = torch.arange(len(target.boxes), device=each.boxes.device)
         index = torch.cat([own, matches.index])
-        order = permutation(seed, sampling.purpose, len(index)).to(index.device, non_blocking=True)
+        order = send(permutation(seed, sampling.purpose, len(index)), index.device)
         boxes.append(torch.cat([target.boxes.to(each.boxes.dtype), each.boxes]))
         indices.append(index)
         chosen.append(sample(index >= 0, index == NEGATIVE, order, sampling.sample))
@@ -101,7 +102,8 @@ def _chosen(
     order = rank.argsort(stable=True)[: sum(counts)]
     matched = index[order[: counts[0]]]
     labels = torch.full_like(order, background)
-    labels[: counts[0]] = target.labels[matched]
+    # Labels out of range, which make the losses NaN, must not reach an index: on a GPU this would end the program.
+    labels[: counts[0]] = target.labels[matched].clamp(0, background - 1)
     return RoiSample(boxes[order], labels, matched, order < len(target.boxes))
 
 
