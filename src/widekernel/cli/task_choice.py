@@ -49,12 +49,12 @@ def evaluated_task(arguments: Sequence[str], flags: Collection[str]) -> str:
     Raises:
         ConfigError: as for `chosen_task`, or the network has another task than the arguments name.
     """
-    from widekernel.tasks.loading import described_task
-
     named = chosen_task(arguments)
     source = _source(arguments, flags)
-    if source is None:
+    if source is None or {"-h", "--help"} & set(arguments):
         return named
+    from widekernel.tasks.loading import described_task  # needs PyTorch, which help does not
+
     if is_published(source) and not Path(source).exists():
         found: str | None = find_checkpoint(source).task
     else:
