@@ -12,7 +12,7 @@ from widekernel.engine.run_folder import RunFolder
 from widekernel.engine.sparsification import restore_learned
 from widekernel.errors import CheckpointError, ConfigError
 from widekernel.tasks.assembly import build_model, pretrained_cfg
-from widekernel.tasks.config import FIRST_TASK, TASK
+from widekernel.tasks.config import FIRST_TASK, TASK, wrong_task
 from widekernel.tasks.foreign_checkpoint import Notify, load_weights
 from widekernel.tasks.model_source import ModelSource
 from widekernel.tasks.saved import SavedModel, build_saved, read_saved, restore_model, without_projection_weights
@@ -33,7 +33,7 @@ def load(source: ModelSource, notify: Notify | None = None, task: str | None = F
     """
     model, saved = _load(source, notify)
     if task is not None and saved.task != task:
-        raise CheckpointError(f"{source.path} holds a network for {saved.task}, but one for {task} is needed here.")
+        raise CheckpointError(wrong_task(source.path, saved.task, task))
     return model, saved
 
 
