@@ -97,7 +97,9 @@ def test_a_run_that_is_killed_twice_resumes_bit_for_bit(kind: str, scenes: Path,
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["segmentation", "fcos", "cascade_rcnn"])
 def test_two_processes_equal_one(kind: str, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    changes = {"optimizer": {"name": "sgd", "lr": 0.01}, "evaluation": {"every_steps": 10}}
+    # Small steps, because a difference in the last digit may decide between two proposals with nearly equal scores.
+    rate = 1e-4 if kind == "cascade_rcnn" else 1e-3
+    changes = {"optimizer": {"name": "sgd", "lr": rate}, "evaluation": {"every_steps": 10}}
     if kind == "segmentation":
         changes["model"] = {"dropout": 0.0}  # its random numbers depend on the division of a batch
     settings = settings_of(kind, scenes, 10)
