@@ -78,13 +78,14 @@ def described_task(path: Path) -> str | None:
     """Return the task of the network in a run folder, a model file or a training state.
 
     Returns:
-        the task; `None` for a file that does not describe its network, or if there is no file.
+        the task; `None` for a folder or a file that does not describe its network, or if there is none.
 
     Raises:
         WidekernelError: the configuration of the run cannot be read.
     """
     if path.is_dir():
-        return str(RunFolder(path).read_config().get(TASK, FIRST_TASK))
+        folder = RunFolder(path)
+        return str(folder.read_config().get(TASK, FIRST_TASK)) if folder.config.exists() else None
     try:
         if path.suffix == ".safetensors":
             return read_saved(path).task
