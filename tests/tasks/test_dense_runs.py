@@ -98,7 +98,8 @@ def test_a_run_that_is_killed_twice_resumes_bit_for_bit(kind: str, scenes: Path,
 @pytest.mark.parametrize(("kind", "steps"), [("segmentation", 10), ("fcos", 10), ("cascade_rcnn", 2)])
 def test_two_processes_equal_one(kind: str, steps: int, scenes: Path, tmp_path: Path) -> None:
     """An untrained cascade takes few steps: its proposals have nearly equal scores, among which the last digit decides."""
-    changes = {"optimizer": {"name": "sgd", "lr": 1e-3}, "evaluation": {"every_steps": 10}}
+    rate = 1e-4 if kind == "fcos" else 1e-3  # exponentials of a box magnify the last digit at higher rates
+    changes = {"optimizer": {"name": "sgd", "lr": rate}, "evaluation": {"every_steps": 10}}
     if kind == "segmentation":
         changes["model"] = {"dropout": 0.0}  # its random numbers depend on the division of a batch
     settings = settings_of(kind, scenes, steps)
