@@ -16,7 +16,7 @@ from widekernel.errors import CheckpointError
 from widekernel.models.checkpoint import by_name
 from widekernel.weights.catalog import find_checkpoint
 
-NETWORKS = ("replknet_nano", "slak_nano", "shiftwise_nano", "convnext_atto")
+NETWORKS = ("replknet_nano", "slak_nano", "shiftwise_nano", "unireplknet_nano", "convnext_atto")
 
 
 def segmenter(name: str, classes: int = 5, **args) -> Segmenter:

@@ -106,7 +106,7 @@ def test_dilated_block(case: dict[str, Any], shared: Path, golden: Path) -> None
         assert_close(x.grad, data[f"{key}.grad_input"], relative=1e-4)
         for ours, parameter in layer.named_parameters():
             assert parameter.grad is not None
-            # Where the dilation is at least the height, batch norm makes the gradient almost zero: float32 cannot resolve it.
+            # Where the dilation is at least the height, batch norm leaves hardly any gradient, which float32 cannot resolve.
             small = any(step >= min(height, width) for _, step in branches)
             check_gradient(parameter.grad, image["grad_norm_and_sum_f64"][known[ours]], absolute=1e-3 if small else 0.0)
         for ours, buffer in layer.named_buffers():

@@ -238,7 +238,6 @@ SHIFTWISE = {
 }
 
 
-
 def _unireplknet(variant: str, drop_path: float, top1: float, **changes: Any) -> Run:
     devices = (1, 8, 64, 8) if variant == "s" else (1, 4, 128, 8)
     return Run(f"unireplknet_{variant}", devices, 4096, drop_path, top1, ema=False, response_norms=True, **changes)
