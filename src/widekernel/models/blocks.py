@@ -123,11 +123,11 @@ class ResponseNormBlock(Fusable, nn.Module):
     ) -> None:
         super().__init__()
         self.mixer = mixer
-        self.norm = nn.BatchNorm2d(dim) if norm else nn.Identity()
+        self.norm: nn.Module = nn.BatchNorm2d(dim) if norm else nn.Identity()
         self.se = SqueezeExcite(dim, rd_channels=dim // 4)
         act: Any = options.activation(nn.GELU)
         self.mlp = Mlp(dim, ffn_ratio * dim, act_layer=act, norm_layer=GlobalResponseNorm, bias=(True, False))
-        self.norm2 = nn.BatchNorm2d(dim)
+        self.norm2: nn.Module = nn.BatchNorm2d(dim)
         self.gamma = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale > 0 else None
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
