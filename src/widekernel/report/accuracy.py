@@ -116,7 +116,10 @@ def measured(subject: Subject, images: Images, options: ReportOptions, progress:
     samples = EvaluationSamples(source, OnImage(transform), LabeledImages.collate)
     loader = EvaluationLoader(samples, options.batch_size, loading, Shard())
     how = EvaluationOptions(device, config.max_unreadable, reporter=_Reporter(progress))
-    result = evaluate(subject.model.to(device), loader, how, Accuracy(order, observe))
+    try:
+        result = evaluate(subject.model.to(device), loader, how, Accuracy(order, observe))
+    finally:
+        subject.model.cpu()
     assert result is not None, "nothing stops this evaluation"
     outputs = order or tuple(range(len(source.class_names)))
     names = dict(zip(outputs, source.class_names, strict=True))
