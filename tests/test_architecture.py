@@ -34,6 +34,7 @@ FOLDERS = [
     "tasks",
     "analysis",
     "bench",
+    "report",
     "recipes",
     "launch",
     "cli",

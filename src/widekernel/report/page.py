@@ -185,7 +185,7 @@ def _field(field: ReceptiveField) -> tuple[Picture, list[tuple[str, float, float
         for share, area in field.areas.items()
         if area is not None
     ]
-    return heat_map(field.scores, in_words(field)), squares
+    return heat_map(field.scores**0.5, in_words(field))  # the few largest scores would hide all others, squares
 
 
 def _strips(layer: KernelPictures) -> tuple[KernelPictures, list[tuple[str, Picture]]]:

@@ -110,7 +110,7 @@ def signed(values: np.ndarray, description: str, absent: np.ndarray | None = Non
     if absent is not None:
         levels[absent] = 255
     image = Image.fromarray(levels.astype(np.uint8), "P")
-    colors = [_BLUE] * _LEVELS + [_RED] * (_LEVELS + 2) + [_ORANGE]
+    colors = [_BLUE] * _LEVELS + [_RED] * (_LEVELS + 1) + [_ORANGE]
     image.putpalette(bytes(number for color in colors for number in color))
     opacity = [abs(level - _LEVELS) / _LEVELS for level in range(255)] + [0.3]
     return _picture(image, description, bytes(round(255 * share**0.7) for share in opacity))
