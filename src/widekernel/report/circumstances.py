@@ -90,8 +90,8 @@ def _text(value: Any) -> str:
 
 
 def _versions() -> dict[str, str]:
-    packages = {"widekernel": "widekernel", "PyTorch": "torch", "torchvision": "torchvision", "timm": "timm"}
-    return {"Python": platform.python_version(), **{name: installed_version(of) for name, of in packages.items()}}
+    others = {name: installed_version(name) for name in ("widekernel", "torchvision", "timm")}
+    return {"Python": platform.python_version(), "PyTorch": str(torch.__version__), **others}
 
 
 def _machine() -> tuple[tuple[str, str], ...]:

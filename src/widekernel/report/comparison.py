@@ -106,9 +106,16 @@ def _of_costs(pair: tuple[Report, Report]) -> list[CompareRow]:
     rows = []
     for name in ("dense", "non-zero", "folded", "realized"):
         columns = [None if each is None else each.columns()[name] for each in found]
-        rows.append(_row(f"Parameters, {name}", [c and c.params / 1e6 for c in columns], "{:.4g} M", -1))
-        rows.append(_row(f"Multiply-accumulates, {name}", [c and c.macs / 1e9 for c in columns], "{:.4g} G", -1))
+        rows.append(_large(f"Parameters, {name}", [c and float(c.params) for c in columns]))
+        rows.append(_large(f"Multiply-accumulates, {name}", [c and float(c.macs) for c in columns]))
     return rows
+
+
+def _large(label: str, values: list[float | None]) -> CompareRow:
+    """Return a row of large numbers, of which the smaller one is better."""
+    largest = max((value for value in values if value is not None), default=0.0)
+    unit, letter = (1e9, "G") if largest >= 1e8 and "accumulates" in label else (1e6, "M")
+    return _row(label, [None if value is None else value / unit for value in values], f"{{:.4g}} {letter}", -1)
 
 
 def _sparsity(report: Report) -> float | None:

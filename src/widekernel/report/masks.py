@@ -86,9 +86,9 @@ def picture(name: str, image: Tensor) -> Picture:
     """Return live weights in blue, by their magnitude, and masked ones in pale orange."""
     values = image.numpy()
     absent = np.isnan(values)
-    live = np.where(absent, 0.0, np.clip(values, 0.0, None))
-    masked = f"{100 * absent.mean():.0f} % of the places shown are masked"
-    return signed(-live / (live.max() or 1.0), f"Weights of {name} by magnitude; {masked}.", absent)
+    live = np.where(absent | (values < 0), np.nan, values)  # lines between kernels are negative
+    masked = f"{100 * absent.sum() / max(1, (values >= 0).sum() + absent.sum()):.0f} % of those shown are masked"
+    return signed(-live / (np.nan_to_num(live).max() or 1.0), f"Weights of {name} by magnitude; {masked}.", absent)
 
 
 def _of_run(subject: Subject, run: RunFolder) -> Masks:

@@ -84,7 +84,7 @@ def _environment() -> Environment:
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(number=number, significant=significant, percent=percent, code=code)
+    environment.filters.update(number=number, significant=significant, percent=percent, code=code, path=path)
     environment.tests["missing"] = lambda value: isinstance(value, Missing)
     return environment
 
@@ -112,9 +112,11 @@ def significant(value: float | None, digits: int = 4) -> str:
     """Return a number with its first digits, and without an exponent if it is of a usual size."""
     if value is None or not math.isfinite(value):
         return "–"
-    if value and not 1e-3 <= abs(value) < 1e6:
-        return f"{value:.{digits - 1}g}"
-    decimals = max(0, digits - 1 - (math.floor(math.log10(abs(value))) if value else 0))
+    if not value:
+        return "0"
+    if not 1e-3 <= abs(value) < 1e6:
+        return f"{value:.{digits}g}"
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
     return f"{value:,.{min(decimals, 4)}f}"
 
 
@@ -129,6 +131,13 @@ def code(text: str) -> Any:
 
     parts = text.split("`")
     return Markup("").join(Markup("<code>{}</code>").format(part) if odd % 2 else part for odd, part in enumerate(parts))
+
+
+def path(name: str) -> Any:
+    """Return an escaped name of a module or parameter, in which lines may break after dots."""
+    from markupsafe import Markup
+
+    return Markup(".<wbr>").join(name.split("."))
 
 
 def _tiles(report: Report) -> list[tuple[str, str, str]]:
@@ -185,7 +194,8 @@ def _field(field: ReceptiveField) -> tuple[Picture, list[tuple[str, float, float
         for share, area in field.areas.items()
         if area is not None
     ]
-    return heat_map(field.scores**0.5, in_words(field))  # the few largest scores would hide all others, squares
+    # Without the root, the few largest scores would hide all others.
+    return heat_map(field.scores**0.5, in_words(field)), squares
 
 
 def _strips(layer: KernelPictures) -> tuple[KernelPictures, list[tuple[str, Picture]]]:

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _TEXT_COLORS = re.compile(r"#(?:000000|333333)\b")
-_LEVELS = 127
-_RED, _BLUE, _ORANGE = (196, 60, 44), (43, 110, 190), (224, 138, 30)
+# Entries of the palette of signed numbers: none, -126 to 126, and a masked one.
+_LEVELS, _NOTHING, _ZERO, _ABSENT = 126, 0, 127, 255
+_RED, _BLUE, _ORANGE, _GRAY = (196, 60, 44), (43, 110, 190), (224, 138, 30), (128, 128, 128)
 
 
 @dataclass(frozen=True)
@@ -99,21 +100,24 @@ def heat_map(matrix: np.ndarray, description: str, largest: int = 512) -> Pictur
 
 
 def signed(values: np.ndarray, description: str, absent: np.ndarray | None = None) -> Picture:
-    """Return numbers (H, W) as red if positive and blue if negative, the more opaque the larger; 0 is transparent.
+    """Return numbers (H, W) as red if positive and blue if negative, the more opaque the larger; 0 is a faint gray.
 
     Args:
         values: the numbers, from -1 to 1; NaN is transparent.
         description: what it shows.
         absent: bool (H, W), entries that are masked, which become pale orange.
     """
-    levels = np.round(_LEVELS * np.clip(np.nan_to_num(values), -1, 1)).astype(np.int16) + _LEVELS
+    levels = np.round(_LEVELS * np.clip(np.nan_to_num(values), -1, 1)).astype(np.int16) + _ZERO
+    levels[np.isnan(values)] = _NOTHING
     if absent is not None:
-        levels[absent] = 255
+        levels[absent] = _ABSENT
     image = Image.fromarray(levels.astype(np.uint8), "P")
-    colors = [_BLUE] * _LEVELS + [_RED] * (_LEVELS + 1) + [_ORANGE]
-    image.putpalette(bytes(number for color in colors for number in color))
-    opacity = [abs(level - _LEVELS) / _LEVELS for level in range(255)] + [0.3]
-    return _picture(image, description, bytes(round(255 * share**0.7) for share in opacity))
+    colors = {_NOTHING: _GRAY, _ZERO: _GRAY, _ABSENT: _ORANGE}
+    palette = [colors.get(level, _BLUE if level < _ZERO else _RED) for level in range(256)]
+    image.putpalette(bytes(number for color in palette for number in color))
+    opacity = {_NOTHING: 0.0, _ZERO: 0.1, _ABSENT: 0.3}
+    shares = [opacity.get(level, min(1.0, abs(level - _ZERO) / _LEVELS) ** 0.7) for level in range(256)]
+    return _picture(image, description, bytes(round(255 * share) for share in shares))
 
 
 def _picture(image: Image.Image, description: str, transparency: bytes | None = None) -> Picture:
