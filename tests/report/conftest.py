@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
-from tests.tasks.images import make_images
+from PIL import Image
 
+from tests.tasks.images import make_images
 from widekernel.cli.main import main
 from widekernel.data import DataConfig, Preprocessing
 from widekernel.report.collecting import Report, collect
@@ -70,3 +73,26 @@ def report(subject: Subject, other: Subject) -> Report:
 def page(report: Report) -> str:
     pytest.importorskip("jinja2")
     return render(report, "widekernel report '<i>run'")
+
+
+@pytest.fixture(scope="session")
+def named() -> Subject:
+    return open_subject("slak_nano")
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Return a folder of images without classes."""
+    (tmp_path / "pictures").mkdir()
+    for number in range(5):
+        noise = np.random.default_rng(number).integers(0, 255, (40, 50, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / "pictures" / f"{number}.png")
+    return tmp_path / "pictures"
+
+
+@pytest.fixture
+def _no_measuring(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(timing, "measure", lambda before, after, x, backward: (2.0, 1.0))
+    timing.forget()
+    yield
+    timing.forget()

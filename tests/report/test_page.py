@@ -13,8 +13,8 @@ from io import BytesIO
 import numpy as np
 import pytest
 from PIL import Image
-from tests.report.conftest import CLASSES
 
+from tests.report.conftest import CLASSES
 from widekernel.report.collecting import Report
 from widekernel.report.kernels import KernelPictures, Kernels
 from widekernel.report.page import SECTIONS, MissingPackageError, code, percent, render, significant
@@ -114,7 +114,7 @@ def test_tables_and_pictures_can_be_read_aloud(parsed: Parsed) -> None:
 
 def test_sections_without_data_say_how_to_get_them(report: Report) -> None:
     missing = Missing("There is <b>nothing</b>.", "Do `this & that`.")
-    names = "training accuracy field kernels masks costs speed folding acceleration comparison".split()
+    names = ["training", "accuracy", "field", "kernels", "masks", "costs", "speed", "folding", "acceleration", "comparison"]
     bare = replace(report, **dict.fromkeys(names, missing), circumstances=replace(report.circumstances, settings=missing))
     text = render(bare)
     assert [attributes["id"] for attributes in Parsed(text).named("section")] == list(SECTIONS)

@@ -36,16 +36,16 @@ def make_parser() -> jsonargparse.ArgumentParser:
     parser.add_argument(
         "source",
         type=str,
-        help="run folder, checkpoint file, model name, published checkpoint, or NAME=FILE for weights that do not name their "
-        "model",
+        help="run folder, checkpoint file, model name, published checkpoint, or NAME=FILE for weights that do not name "
+        "their model",
     )
     parser.add_argument("--compare", type=str | None, default=None, help="another network, named in the same ways")
     parser.add_argument(
         "--data",
         type=str | None,
         default=None,
-        help="held-out images: a folder of class folders, or a .tar archive of them; without classes, they serve all but the "
-        "accuracy. Default: those that the settings of the run name",
+        help="held-out images: a folder of class folders, or a .tar archive of them; without classes, they serve all but "
+        "the accuracy. Default: those that the settings of the run name",
     )
     parser.add_argument("--output", type=str, default="report.html", help="the page")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing page")
@@ -108,7 +108,12 @@ def _checked(page: Path, overwrite: bool) -> Path:
 def _sections() -> Iterator[Advance]:
     """Show what is being measured, and how far it is, on standard error within the block."""
     console = progress_console()
-    columns = TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn()
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     last = ""
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=None)
@@ -121,4 +126,3 @@ def _sections() -> Iterator[Advance]:
             last = what
 
         yield advance
-

@@ -102,7 +102,9 @@ def measured(subject: Subject, images: Images, options: ReportOptions, progress:
     try:
         order = class_mapping(subject.saved, source.class_names)
     except DataError as error:
-        return Missing(f"The classes of the images are not those of the network: {error}", "Give other images: `--data DIR`.")
+        return Missing(
+            f"The classes of the images are not those of the network: {error}", "Give other images: `--data DIR`."
+        )
     pairs: Counter[tuple[int, int]] = Counter()
 
     def observe(logits: Tensor, targets: Tensor) -> None:
@@ -160,9 +162,7 @@ def _name(names: dict[int, str], output: int) -> str:
     return printable(names.get(output, f"output {output}"))
 
 
-def _by_class(
-    pairs: Counter[tuple[int, int]], outputs: tuple[int, ...], names: dict[int, str]
-) -> tuple[ClassAccuracy, ...]:
+def _by_class(pairs: Counter[tuple[int, int]], outputs: tuple[int, ...], names: dict[int, str]) -> tuple[ClassAccuracy, ...]:
     rows: dict[int, Counter[int]] = {}
     for (target, predicted), count in pairs.items():
         rows.setdefault(target, Counter())[predicted] += count

@@ -69,8 +69,8 @@ def comparison(first: Report, second: Report, similarity: Similarity | Missing) 
     """Put two reports side by side."""
     pair = first, second
     rows = [
-        CompareRow("Model", *(report.identity.name for report in pair)),
-        CompareRow("Form", *(report.identity.form for report in pair)),
+        CompareRow("Model", first.identity.name, second.identity.name),
+        CompareRow("Form", first.identity.form, second.identity.form),
         *_of_accuracy(pair),
         *_of_costs(pair),
         _row("Zeros among masked weights", [_sparsity(report) for report in pair], "{:.1f} %", 0),
@@ -95,9 +95,9 @@ def _row(label: str, values: list[float | None], form: str, direction: int) -> C
 def _of_accuracy(pair: tuple[Report, Report]) -> list[CompareRow]:
     found = [report.accuracy if isinstance(report.accuracy, Measured) else None for report in pair]
     return [
-        _row("Top-1 accuracy", [each and each.top1 for each in found], "{:.2f} %", 1),
-        _row("Top-5 accuracy", [each and each.top5 for each in found], "{:.2f} %", 1),
-        _row("Loss", [each and each.loss for each in found], "{:.4f}", -1),
+        _row("Top-1 accuracy", [None if each is None else each.top1 for each in found], "{:.2f} %", 1),
+        _row("Top-5 accuracy", [None if each is None else each.top5 for each in found], "{:.2f} %", 1),
+        _row("Loss", [None if each is None else each.loss for each in found], "{:.4f}", -1),
     ]
 
 
@@ -106,8 +106,10 @@ def _of_costs(pair: tuple[Report, Report]) -> list[CompareRow]:
     rows = []
     for name in ("dense", "non-zero", "folded", "realized"):
         columns = [None if each is None else each.columns()[name] for each in found]
-        rows.append(_large(f"Parameters, {name}", [c and float(c.params) for c in columns]))
-        rows.append(_large(f"Multiply-accumulates, {name}", [c and float(c.macs) for c in columns]))
+        rows.append(_large(f"Parameters, {name}", [None if each is None else float(each.params) for each in columns]))
+        rows.append(
+            _large(f"Multiply-accumulates, {name}", [None if each is None else float(each.macs) for each in columns])
+        )
     return rows
 
 
@@ -170,9 +172,7 @@ def similarity(
         second.model.cpu()
 
 
-def _batches(
-    first: Subject, second: Subject, images: Images, count: int, seed: int
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(first: Subject, second: Subject, images: Images, count: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the same images as both networks take them; a last batch that is too small is left out."""
     transforms = [
         match_channels(subject.saved.preprocessing.eval_transform(), input_channels(subject.model))

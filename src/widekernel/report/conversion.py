@@ -139,4 +139,3 @@ def random_images(subject: Subject, count: int, options: ReportOptions) -> Tenso
     """Return `count` random images (N, C, H, W) for the network."""
     generator = torch.Generator().manual_seed(options.seed)
     return torch.randn(count, *subject.input_size(options.input_size), generator=generator)
-

@@ -91,7 +91,8 @@ def _config_of(subject: Subject) -> DataConfig:
     """Return the data settings of the run; the defaults without a run."""
     saved: dict[str, Any] = subject.config.get("data") or {}
     known = {key: value for key, value in saved.items() if key in DataConfig.__dataclass_fields__ and key != "class_map"}
-    return DataConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in known.items()})
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in known.items()}
+    return DataConfig(**values)
 
 
 def _given(path: Path, config: DataConfig) -> Images:

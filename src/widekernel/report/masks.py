@@ -18,8 +18,8 @@ from widekernel.report.parts import Missing
 from widekernel.report.pictures import Drawing, Picture, drawing, signed
 from widekernel.report.subject import Subject
 from widekernel.sparsity import load_masks
-from widekernel.sparsity.snapshot import LayerSparsity, SparsitySnapshot, TopologyUpdate, take_snapshot
 from widekernel.sparsity.selection import Selection
+from widekernel.sparsity.snapshot import LayerSparsity, SparsitySnapshot, TopologyUpdate, take_snapshot
 
 _FEWEST = 0.01
 """Share of zeros from which a network without masks counts as sparse."""
@@ -62,7 +62,8 @@ def masks(subject: Subject) -> Masks | Missing:
     if snapshot is None:
         return Missing(
             "No layer has a noteworthy number of zero weights: the network is dense.",
-            "Train with masks (`widekernel train --sparsity.method dynamic`), or make a network sparse (`widekernel sparsify`).",
+            "Train with masks (`widekernel train --sparsity.method dynamic`), or make a network sparse "
+            "(`widekernel sparsify`).",
         )
     return _summary(snapshot, "", from_masks=False)
 
@@ -78,7 +79,9 @@ def movements(found: Masks) -> Drawing | None:
     axes.set(xlabel="optimizer step", ylabel="% of the live weights", title="Weights moved per update", ylim=(0, None))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    text = f"Line chart of the weights moved by {len(shares)} updates: {shares[0]:.1f} % at first, {shares[-1]:.1f} % at last."
+    text = (
+        f"Line chart of the weights moved by {len(shares)} updates: {shares[0]:.1f} % at first, {shares[-1]:.1f} % at last."
+    )
     return drawing(figure, "moves", text)
 
 
@@ -97,7 +100,9 @@ def _of_run(subject: Subject, run: RunFolder) -> Masks:
         layers = tuple(_layer(each) for each in stored["layers"])
         churn = tuple(TopologyUpdate(**each) for each in stored["churn"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{run.sparsity} is damaged ({error!r}). Remove it to report on the zero weights instead.") from error
+        raise DataError(
+            f"{run.sparsity} is damaged ({error!r}). Remove it to report on the zero weights instead."
+        ) from error
     found: dict[str, Tensor] = {}
     named = dict(subject.model.named_parameters())
     if run.masks.is_file():

@@ -79,7 +79,9 @@ def _environment() -> Environment:
     try:
         import jinja2
     except ImportError as error:
-        raise MissingPackageError("jinja2 is not installed, and reports need it: pip install 'widekernel[report]'") from error
+        raise MissingPackageError(
+            "jinja2 is not installed, and reports need it: pip install 'widekernel[report]'"
+        ) from error
     loader = jinja2.FunctionLoader(lambda name: _read(name))
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True

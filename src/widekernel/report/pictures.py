@@ -76,7 +76,9 @@ def drawing(figure: Figure, prefix: str, description: str) -> Drawing:
     text = re.sub(r"href=\"#", f'href="#{prefix}-', text)
     text = re.sub(r"url\(#", f"url(#{prefix}-", text)
     text = _TEXT_COLORS.sub("currentColor", text)
-    text = re.sub(r"^<svg[^>]*?viewBox=\"([^\"]*)\"[^>]*>", r'<svg viewBox="\1" fill="currentColor" aria-hidden="true">', text)
+    text = re.sub(
+        r"^<svg[^>]*?viewBox=\"([^\"]*)\"[^>]*>", r'<svg viewBox="\1" fill="currentColor" aria-hidden="true">', text
+    )
     return Drawing(re.sub(r">\s+<", "><", text), description)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -108,12 +109,13 @@ def speed(subject: Subject, options: ReportOptions, progress: Progress) -> Speed
     explanations: tuple[tuple[str, str, str, tuple[str, ...]], ...] = ()
     model = subject.model.to(device)
     try:
-        for number, batch in enumerate(sorted(set(options.batch_sizes))):
-            progress(f"speed, {batch} images per call", number, len(options.batch_sizes))
+        for batch in sorted(set(options.batch_sizes)):
+            what = f"speed, {batch} image{'' if batch == 1 else 's'} per call"
+            progress(f"{what}: building all forms", 0, 0)
             images = random_images(subject, batch, options).to(device)
             with quietly():
                 variants = build_variants(model, INFER, images, compiled=False)
-            rows += _timed(subject, variants, options, _stopwatch(device))
+            rows += _timed(subject, variants, options, _stopwatch(device), partial(progress, what))
             if not explanations:
                 explanations = _explanations(variants)
     except (WidekernelError, RuntimeError, AssertionError) as error:
@@ -130,7 +132,13 @@ def _stopwatch(device: torch.device) -> Stopwatch:
     return WallClock() if found is None else found.stopwatch
 
 
-def _timed(subject: Subject, variants: list[Variant], options: ReportOptions, stopwatch: Stopwatch) -> list[FormSpeed]:
+def _timed(
+    subject: Subject,
+    variants: list[Variant],
+    options: ReportOptions,
+    stopwatch: Stopwatch,
+    progress: Callable[[int, int], None],
+) -> list[FormSpeed]:
     def call_of(variant: Variant) -> Callable[[], Tensor]:
         def call() -> Tensor:
             with torch.inference_mode():
@@ -139,7 +147,14 @@ def _timed(subject: Subject, variants: list[Variant], options: ReportOptions, st
         return call
 
     calls = {variant.name: call_of(variant) for variant in variants}
-    outputs, first = first_calls(calls, stopwatch)
+    outputs: dict[str, Tensor] = {}
+    first: dict[str, float] = {}
+    for number, (name, call) in enumerate(calls.items()):
+        progress(number, len(calls) + 1)
+        output, seconds = first_calls({name: call}, stopwatch)
+        outputs |= output
+        first |= seconds
+    progress(len(calls), len(calls) + 1)
     timings = interleave(calls, first, options.seconds, stopwatch=stopwatch)
     expected = outputs[variants[0].name]
     rows = []
@@ -184,4 +199,3 @@ def _explanations(variants: list[Variant]) -> tuple[tuple[str, str, str, tuple[s
         reasons = tuple(f"{name}: {'; '.join(why)}" for name, why in explained.reasons.items())
         found.append((str(problem), explained.backend, explained.details, reasons))
     return tuple(found)
-

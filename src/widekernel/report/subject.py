@@ -74,7 +74,7 @@ class Subject:
         if self.run is not None and Path(self.text).is_dir():
             found = self.run.model_ema if self.weights == "ema" else self.run.model
             return found if found.is_file() else None
-        name, separator, file = self.text.partition("=")
+        _, separator, file = self.text.partition("=")
         path = Path(file if separator and not Path(self.text).exists() else self.text)
         return path if path.is_file() else None
 
@@ -106,6 +106,8 @@ def open_subject(
         model, saved = load(source, notify)
         return Subject(text, label_of(text), model, saved, weights=weights, run=source.run_folder())
     if weights != "model":
-        raise CheckpointError(f"{text} holds one set of weights: --weights {weights} is for run folders and training states.")
+        raise CheckpointError(
+            f"{text} holds one set of weights: --weights {weights} is for run folders and training states."
+        )
     model, saved = load_named(text, pretrained, notify)
     return Subject(text, label_of(text), model, saved, pretrained=pretrained)

@@ -32,6 +32,7 @@ class Training:
         final_loss: mean training loss of the last steps that were logged; None if none was.
         images_per_second: median speed of the training; None if it was not logged.
         is_finished: whether the run has ended.
+        rows: rows of metrics.jsonl.
     """
 
     metrics: tuple[Metric, ...]
@@ -100,7 +101,8 @@ def curves(course: Training) -> list[Drawing]:
 def _losses_in_words(course: Training) -> str:
     losses = [row["train_loss"] for row in course.rows if "train_loss" in row]
     course_of = f", which goes from {losses[0]:.3g} to {losses[-1]:.3g}" if losses else ""
-    return f"Line chart of the training loss over {course.steps:,} optimizer steps{course_of}, with the learning rate behind it."
+    text = f"Line chart of the training loss over {course.steps:,} optimizer steps{course_of}"
+    return f"{text}, with the learning rate behind it."
 
 
 def _metrics_in_words(course: Training, group: Sequence[Metric]) -> str:
