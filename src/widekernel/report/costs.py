@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from widekernel.analysis.complexity import Complexity, complexity
 from widekernel.errors import WidekernelError
 from widekernel.report.conversion import quietly
+from widekernel.report.masks import FEWEST
 from widekernel.report.parts import Missing, ReportOptions
 from widekernel.report.subject import Subject
 from widekernel.transforms.compaction import compact_report
@@ -19,7 +20,7 @@ class Costs:
 
     Attributes:
         counted: parameters, multiply-accumulates and activations of all forms for one image.
-        layers: what compaction does with each layer that has zeros or a large kernel; () if no weight is zero.
+        layers: what compaction does with each layer that has zeros or a large kernel; () if hardly any weight is zero.
     """
 
     counted: Complexity
@@ -32,7 +33,7 @@ def costs(subject: Subject, options: ReportOptions) -> Costs | Missing:
     try:
         with quietly():
             counted = complexity(subject.model, (channels, height, width))
-            is_sparse = counted.nonzero.params < counted.training.params
+            is_sparse = counted.nonzero.params < (1 - FEWEST) * counted.training.params
             layers = compact_report(subject.model, input_size=(1, channels, height, width)).layers if is_sparse else ()
     except WidekernelError as error:
         return Missing(f"It cannot be counted: {error}", "Try another input size: `--input_size PIXELS`.")

@@ -21,7 +21,7 @@ from widekernel.sparsity import load_masks
 from widekernel.sparsity.selection import Selection
 from widekernel.sparsity.snapshot import LayerSparsity, SparsitySnapshot, TopologyUpdate, take_snapshot
 
-_FEWEST = 0.01
+FEWEST = 0.01
 """Share of zeros from which a network without masks counts as sparse."""
 
 
@@ -141,7 +141,7 @@ def _of_zeros(model: nn.Module) -> SparsitySnapshot | None:
     """Return the zeros of all weights with two or more dimensions; None if there are hardly any."""
     weights = {name: parameter for name, parameter in model.named_parameters() if parameter.dim() > 1}
     found = {name: weight != 0 for name, weight in weights.items()}
-    sparse = {name: mask for name, mask in found.items() if 1 - float(mask.float().mean()) >= _FEWEST}
+    sparse = {name: mask for name, mask in found.items() if 1 - float(mask.float().mean()) >= FEWEST}
     if not sparse:
         return None
     choices = [
