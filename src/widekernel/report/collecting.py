@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import TypeVar
 
 import widekernel
 from widekernel.errors import WidekernelError
 from widekernel.report.accuracy import Measured, measured
 from widekernel.report.circumstances import Circumstances, circumstances
-from widekernel.report.comparison import Comparison, comparison, similarity
+from widekernel.report.comparison import Compared, Comparison, comparison, similarity
 from widekernel.report.conversion import Folding, acceleration, folding
 from widekernel.report.costs import Costs, costs
 from widekernel.report.identity import Identity, identity
@@ -24,7 +24,7 @@ from widekernel.report.subject import Subject
 from widekernel.report.training import Training, training
 from widekernel.transforms.acceleration import AccelerationReport
 
-SectionT = TypeVar("SectionT")
+DataT = TypeVar("DataT")
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,15 @@ def collect(
         return report
     beside = _sections(other, images, options, lambda what, *place: progress(f"{other.label}: {what}", *place))
     alike = similarity(subject, other, images, options, progress)
-    return Report(**{**vars(report), "comparison": comparison(report, beside, alike)})
+    return replace(report, comparison=comparison(_compared(report), _compared(beside), alike))
+
+
+def _compared(report: Report) -> Compared:
+    return Compared(**{field.name: getattr(report, field.name) for field in fields(Compared)})
 
 
 def _sections(subject: Subject, images: Images, options: ReportOptions, progress: Progress) -> Report:
-    def doing(what: str, collected: Callable[[], SectionT]) -> SectionT | Missing:
+    def doing(what: str, collected: Callable[[], DataT]) -> DataT | Missing:
         progress(what, 0, 0)
         try:
             return collected()

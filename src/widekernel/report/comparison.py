@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from widekernel.analysis.similarity import FEWEST_IMAGES, Similarity, cka
 from widekernel.errors import WidekernelError
 from widekernel.report.accuracy import Measured
 from widekernel.report.costs import Costs
+from widekernel.report.identity import Identity
 from widekernel.report.images import Images
 from widekernel.report.masks import Masks
 from widekernel.report.parts import Missing, Progress, ReportOptions
@@ -23,10 +23,24 @@ from widekernel.report.subject import Subject
 from widekernel.tasks.assembly import choose_device
 from widekernel.tasks.image_channels import input_channels, match_channels
 
-if TYPE_CHECKING:
-    from widekernel.report.collecting import Report
-
 _BATCH = 32
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The sections of a report that are compared.
+
+    Attributes:
+        label: short name of the network.
+    """
+
+    label: str
+    identity: Identity
+    accuracy: Measured | Missing
+    field: ReceptiveField | Missing
+    masks: Masks | Missing
+    costs: Costs | Missing
+    speed: Speed | Missing
 
 
 @dataclass(frozen=True)
@@ -65,8 +79,8 @@ class Comparison:
     similarity: Similarity | Missing
 
 
-def comparison(first: Report, second: Report, similarity: Similarity | Missing) -> Comparison:
-    """Put two reports side by side."""
+def comparison(first: Compared, second: Compared, similarity: Similarity | Missing) -> Comparison:
+    """Put the sections of two reports side by side."""
     pair = first, second
     rows = [
         CompareRow("Model", first.identity.name, second.identity.name),
@@ -92,7 +106,7 @@ def _row(label: str, values: list[float | None], form: str, direction: int) -> C
     return CompareRow(label, texts[0], texts[1], better)
 
 
-def _of_accuracy(pair: tuple[Report, Report]) -> list[CompareRow]:
+def _of_accuracy(pair: tuple[Compared, Compared]) -> list[CompareRow]:
     found = [report.accuracy if isinstance(report.accuracy, Measured) else None for report in pair]
     return [
         _row("Top-1 accuracy", [None if each is None else each.top1 for each in found], "{:.2f} %", 1),
@@ -101,7 +115,7 @@ def _of_accuracy(pair: tuple[Report, Report]) -> list[CompareRow]:
     ]
 
 
-def _of_costs(pair: tuple[Report, Report]) -> list[CompareRow]:
+def _of_costs(pair: tuple[Compared, Compared]) -> list[CompareRow]:
     found = [report.costs.counted if isinstance(report.costs, Costs) else None for report in pair]
     rows = []
     for name in ("dense", "non-zero", "folded", "realized"):
@@ -120,11 +134,11 @@ def _large(label: str, values: list[float | None]) -> CompareRow:
     return _row(label, [None if value is None else value / unit for value in values], f"{{:.4g}} {letter}", -1)
 
 
-def _sparsity(report: Report) -> float | None:
+def _sparsity(report: Compared) -> float | None:
     return 100 * report.masks.sparsity if isinstance(report.masks, Masks) else None
 
 
-def _of_fields(pair: tuple[Report, Report]) -> list[CompareRow]:
+def _of_fields(pair: tuple[Compared, Compared]) -> list[CompareRow]:
     found = [report.field if isinstance(report.field, ReceptiveField) else None for report in pair]
     rows = []
     for share in next((field.areas for field in found if field is not None), {}):
@@ -134,7 +148,7 @@ def _of_fields(pair: tuple[Report, Report]) -> list[CompareRow]:
     return rows
 
 
-def _of_speed(pair: tuple[Report, Report]) -> list[CompareRow]:
+def _of_speed(pair: tuple[Compared, Compared]) -> list[CompareRow]:
     found = [report.speed if isinstance(report.speed, Speed) else None for report in pair]
     rows = []
     for batch in next((each.batches for each in found if each is not None), ()):
