@@ -112,6 +112,13 @@ def test_tables_and_pictures_can_be_read_aloud(parsed: Parsed) -> None:
     assert len(sortable) == len(parsed.named("button")) - 1
 
 
+def test_drawings_take_their_colors_from_the_page(page: str) -> None:
+    drawn = re.findall(r"<svg viewBox.*?</svg>", page, re.DOTALL)
+    assert len(drawn) == 4, "losses, metrics, moves of the masks, receptive field"
+    assert any("var(--pale" in svg for svg in drawn) and all("currentColor" in svg for svg in drawn[:2])
+    assert not any("#000000" in svg or "#ffffff" in svg for svg in drawn)
+
+
 def test_sections_without_data_say_how_to_get_them(report: Report) -> None:
     missing = Missing("There is <b>nothing</b>.", "Do `this & that`.")
     names = ["training", "accuracy", "field", "kernels", "masks", "costs", "speed", "folding", "acceleration", "comparison"]

@@ -15,6 +15,7 @@ from widekernel.layers import FoldedLargeKernel, LargeKernel
 from widekernel.layers.sources import rects_of
 from widekernel.report.parts import Missing, ReportOptions
 from widekernel.report.subject import Subject
+from widekernel.tasks.assembly import choose_device
 from widekernel.tasks.folding import FoldCheck, fold_and_check
 from widekernel.transforms.acceleration import AccelerationReport, accelerate
 from widekernel.transforms.fold import Foldable, fold
@@ -126,8 +127,9 @@ def acceleration(subject: Subject, options: ReportOptions) -> AccelerationReport
     """Accelerate a folded copy of the network for one image, and return the report on its layers."""
     if not options.time:
         return Missing("Acceleration is decided by timing, which was turned off.", "Leave out `--time false`.")
-    model, _ = folded_quietly(subject)
-    image = random_images(subject, 1, options)
+    device = choose_device(options.device)
+    model = folded_quietly(subject)[0].to(device)
+    image = random_images(subject, 1, options).to(device)
     try:
         with torch.no_grad():
             return accelerate(model.eval(), image)[1]

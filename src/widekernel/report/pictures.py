@@ -14,6 +14,8 @@ from PIL import Image
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_PALE = "#e9e3d3"
+"""Color of the area of the learning rate, which the page replaces by a dark one on a dark background."""
 _TEXT_COLORS = re.compile(r"#(?:000000|333333)\b")
 # Entries of the palette of signed numbers: none, -126 to 126, and a masked one.
 _LEVELS, _NOTHING, _ZERO, _ABSENT = 126, 0, 127, 255
@@ -76,6 +78,7 @@ def drawing(figure: Figure, prefix: str, description: str) -> Drawing:
     text = re.sub(r"href=\"#", f'href="#{prefix}-', text)
     text = re.sub(r"url\(#", f"url(#{prefix}-", text)
     text = _TEXT_COLORS.sub("currentColor", text)
+    text = text.replace(_PALE, f"var(--pale, {_PALE})")
     text = re.sub(
         r"^<svg[^>]*?viewBox=\"([^\"]*)\"[^>]*>", r'<svg viewBox="\1" fill="currentColor" aria-hidden="true">', text
     )
