@@ -114,7 +114,7 @@ def test_tables_and_pictures_can_be_read_aloud(parsed: Parsed) -> None:
 
 def test_drawings_take_their_colors_from_the_page(page: str) -> None:
     drawn = re.findall(r"<svg viewBox.*?</svg>", page, re.DOTALL)
-    assert len(drawn) == 4, "losses, metrics, moves of the masks, receptive field"
+    assert len(drawn) == 3, "losses, metrics, moves of the masks"
     assert any("var(--pale" in svg for svg in drawn) and all("currentColor" in svg for svg in drawn[:2])
     assert not any("#000000" in svg or "#ffffff" in svg for svg in drawn)
 
