@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from widekernel.data import DataConfig, Preprocessing
+from widekernel.data.paths import expand_path
 from widekernel.errors import CheckpointError
 from widekernel.tasks.assembly import build_model, check_model_name, pretrained_cfg
 from widekernel.tasks.foreign_checkpoint import Notify
@@ -32,7 +33,7 @@ def load_named(text: str, pretrained: bool = False, notify: Notify | None = None
     name, separator, file = text.partition("=")
     if separator and not Path(text).exists():
         check_model_name(name)
-        return load(ModelSource(Path(file), model=name), notify)
+        return load(ModelSource(Path(expand_path("source", file)), model=name), notify)
     if Path(text).exists() or is_published(text):
         return load(ModelSource(Path(text)), notify)
     if "/" in text or Path(text).suffix in (".safetensors", ".pth", ".pt"):
