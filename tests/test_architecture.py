@@ -34,6 +34,7 @@ FOLDERS = [
     "tasks",
     "analysis",
     "bench",
+    "export",
     "recipes",
     "launch",
     "cli",

@@ -89,7 +89,7 @@ class ExportReport:
         calibration_images: number of images that the quantization was calibrated with.
         shared_images: number of images that were used for calibration and for the check.
         probes: largest difference for other shapes of the input, which dynamic dimensions allow; by shape.
-        milliseconds: latency of a batch in widekernel and in the engine.
+        milliseconds: shortest latency of a batch in widekernel and in the engine.
         machine: processor, threads and versions.
         description: texts in the file.
     """

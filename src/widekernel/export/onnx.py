@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from widekernel.export.base import INPUT, Format, GraphInputs, HalfPrecision, KernelRule, Run
-
-_MOST_BYTES = 2**31 - 2**24  # a single protobuf message holds less than 2 GiB
+from widekernel.export.base import INPUT, Format, GraphInputs, HalfPrecision, KernelRule, Run, quiet
 
 
 class OnnxFormat(Format):
-    """ONNX, run by onnxruntime.
-
-    The weights are inside the file, except for networks of 2 GiB or more, whose weights go to a second file.
-    """
+    """ONNX, run by onnxruntime. The weights are inside the file, which holds up to 2 GiB."""
 
     name = "onnx"
     suffix = ".onnx"
@@ -33,7 +25,7 @@ class OnnxFormat(Format):
 
     def write(self, network: nn.Module, inputs: GraphInputs, path: Path, description: Mapping[str, str], half: bool) -> None:
         """Write the graph of `network` to `path`; see `Format.write`."""
-        with _quiet():
+        with quiet():
             program = torch.onnx.export(
                 HalfPrecision(network) if half else network,
                 (inputs.example(),),
@@ -83,7 +75,7 @@ class OnnxFormat(Format):
                 batch = next(self._batches, None)
                 return None if batch is None else {INPUT: batch.numpy()}
 
-        with _quiet(), tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        with quiet(), tempfile.TemporaryDirectory(dir=target.parent) as folder:
             prepared = Path(folder) / "prepared.onnx"
             quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
             quantize_static(
@@ -96,15 +88,3 @@ class OnnxFormat(Format):
                 per_channel=True,
             )
 
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the messages of the exporter and of the quantization, which are for their developers, off the terminal."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

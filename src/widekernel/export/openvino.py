@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from widekernel.export.base import INPUT, Format, GraphInputs, KernelRule, Run
+from widekernel.export.base import INPUT, Format, GraphInputs, KernelRule, Run, quiet
 
 _SECTION = "widekernel"  # of the file's runtime information
 
@@ -35,8 +34,7 @@ class OpenVinoFormat(Format):
 
         sides = [-1, -1] if inputs.dynamic_size else [inputs.size, inputs.size]
         shape = [-1 if inputs.dynamic_batch else inputs.batch, inputs.channels, *sides]
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
+        with quiet(), torch.no_grad():
             model = openvino.convert_model(network, example_input=inputs.example(), input=[openvino.PartialShape(shape)])
         model.inputs[0].get_tensor().set_names({INPUT})
         model.outputs[0].get_tensor().set_names({inputs.output})
@@ -70,10 +68,12 @@ class OpenVinoFormat(Format):
 
     def quantize(self, source: Path, target: Path, images: Iterable[Tensor]) -> None:
         """Write the 8-bit version of a float32 file, made by NNCF; see `Format.quantize`."""
-        import nncf
         import openvino
 
         batches = [batch.numpy() for batch in images]
         model = openvino.Core().read_model(str(source))
-        quantized = nncf.quantize(model, nncf.Dataset(batches), subset_size=len(batches))
+        with quiet():
+            import nncf
+
+            quantized = nncf.quantize(model, nncf.Dataset(batches), subset_size=len(batches))
         openvino.save_model(quantized, str(target), compress_to_fp16=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from widekernel import ops
-from widekernel.export.base import Format, GraphInputs, HalfPrecision, KernelRule, Run
+from widekernel.export.base import Format, GraphInputs, HalfPrecision, KernelRule, Run, quiet
 
 _EXTRA = "widekernel.json"  # file inside the archive
 
@@ -27,8 +26,7 @@ class TorchProgramFormat(Format):
 
     def write(self, network: nn.Module, inputs: GraphInputs, path: Path, description: Mapping[str, str], half: bool) -> None:
         """Write the graph of `network` to `path`; see `Format.write`."""
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
+        with quiet(), torch.no_grad():
             program = torch.export.export(
                 HalfPrecision(network) if half else network,
                 (inputs.example(),),
