@@ -115,9 +115,7 @@ class ExportReport:
 
 
 @torch.no_grad()
-def export(
-    model: nn.Module, path: Path, settings: ExportSettings, saved: SavedModel, images: CheckImages
-) -> ExportReport:
+def export(model: nn.Module, path: Path, settings: ExportSettings, saved: SavedModel, images: CheckImages) -> ExportReport:
     """Export `model` to `path` with its report beside it, as `path` with `.json` appended.
 
     The file is checked before it takes its place: a failed export writes nothing, and replaces nothing.
@@ -150,22 +148,16 @@ def export(
     with temporary as folder:
         draft = Path(folder) / path.name
         _write(form, network, inputs, draft, description, settings, images)
-        run = form.load(draft, torch.get_num_threads())
-        comparison = compare(
-            wanted,
-            outputs(run, images.check, settings.batch),
-            saved.num_classes > 0,
-            images.labels(saved.class_names),
-        )
+        run = _explained(form, draft)
+        got = outputs(run, images.check, settings.batch)
+        comparison = compare(wanted, got, saved.num_classes > 0, images.labels(saved.class_names))
         probes = _probe(run, model, inputs)
         _require_equal(comparison, probes, settings)
-        sample = images.check[:1].repeat(settings.batch, 1, 1, 1)
-        ours = network_run(exported)
+        sample, ours = images.check[:1].repeat(settings.batch, 1, 1, 1), network_run(exported)
         milliseconds = latencies({"widekernel": lambda: ours(sample), form.engine: lambda: run(sample)})
         del run  # some engines keep their file open
         for source, target in zip(form.files(draft), form.files(path)):
-            with explained(target):
-                replace_atomically(target, lambda place, source=source: shutil.copyfile(source, place))  # type: ignore[misc]
+            _put(source, target)
     report = ExportReport(
         form.files(path),
         settings,
@@ -231,7 +223,9 @@ def _checked_run(model: nn.Module) -> Run:
         with torch.inference_mode():
             found = model(images)
         if not isinstance(found, Tensor):
-            raise ExportError(f"The network returns a {type(found).__name__}, but only networks with one output are exported.")
+            raise ExportError(
+                f"The network returns a {type(found).__name__}, but only networks with one output are exported."
+            )
         return found.clone()
 
     return run
@@ -262,8 +256,35 @@ def _write(
         ) from error
 
 
+def _put(source: Path, target: Path) -> None:
+    """Copy a file to its place, atomically."""
+    with explained(target):
+        replace_atomically(target, lambda place: shutil.copyfile(source, place))
+
+
 def _batches(images: Tensor, batch: int) -> list[Tensor]:
     return [part.contiguous() for part in images.split(batch) if len(part) == batch]
+
+
+def _explained(form: Format, draft: Path) -> Run:
+    """Return the function that runs a file; what the engine raises becomes an `ExportError`."""
+    try:
+        plain = form.load(draft, torch.get_num_threads())
+    except Exception as error:
+        raise ExportError(
+            f"{form.engine} cannot load the file ({in_short(error).rstrip('.')}). Nothing was saved."
+        ) from error
+
+    def run(images: Tensor) -> Tensor:
+        try:
+            return plain(images)
+        except Exception as error:
+            raise ExportError(
+                f"{form.engine} cannot run the file on images of the shape {tuple(images.shape)} "
+                f"({in_short(error).rstrip('.')}). Nothing was saved."
+            ) from error
+
+    return run
 
 
 def _probe(run: Run, model: nn.Module, inputs: GraphInputs) -> dict[str, float]:

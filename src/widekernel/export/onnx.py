@@ -87,4 +87,3 @@ class OnnxFormat(Format):
                 weight_type=QuantType.QInt8,
                 per_channel=True,
             )
-

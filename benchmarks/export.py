@@ -1,0 +1,230 @@
+"""Exported networks on a CPU: size, difference from PyTorch and latency by format; and which form of a kernel is fastest.
+
+Run it with `OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 python benchmarks/export.py layers`, then with `networks` instead of
+`layers`, with `int8 --data DIR`, and with `table`, which writes benchmarks/results/export_cpu.md. It needs
+`pip install 'widekernel[export]'`. Networks have random weights, in which every part has an effect.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from widekernel.bench.machine import cpu_model, installed_version
+from widekernel.export import FORMATS, CheckImages, ExportSettings, export
+from widekernel.export.base import GraphInputs, KernelRule
+from widekernel.export.check import latencies, network_run
+from widekernel.export.images import NOISE, noise, noise_images, read_images
+from widekernel.export.kernel_forms import GraphKernels, dense_rect
+from widekernel.layers.rect import Rect
+from widekernel.tasks.named_network import load_named
+
+RESULTS = Path(__file__).parent / "results"
+DATA, TABLE = RESULTS / "export_cpu.json", RESULTS / "export_cpu.md"
+NETWORKS = ("slak_tiny", "replknet_31b", "shiftwise_tiny")
+LAYERS = {  # channels, side of the image, length and width of the two strips
+    "SLaK-T stage 1": (124, 56, 51, 5),
+    "SLaK-T stage 2": (249, 28, 49, 5),
+    "SLaK-T stage 3": (499, 14, 47, 5),
+    "SLaK-T stage 4": (998, 7, 13, 5),
+    "51×5, 96 channels": (96, 56, 51, 5),
+    "31×5": (96, 56, 31, 5),
+    "13×5": (96, 56, 13, 5),
+    "11×5": (96, 56, 11, 5),
+    "9×5": (96, 56, 9, 5),
+    "7×5": (96, 56, 7, 5),
+    "13×3": (96, 56, 13, 3),
+    "9×3": (96, 56, 9, 3),
+    "7×3": (96, 56, 7, 3),
+    "31×5, 28 pixels": (192, 28, 31, 5),
+    "13×3, 14 pixels": (384, 14, 13, 3),
+    "7×3, 14 pixels": (384, 14, 7, 3),
+}
+WIDER = {"onnxruntime": "strips, channels padded to 4"}
+NOTES = """
+Times are the shortest of repeated calls, on one image and with the threads stated; other work on the machine can only prolong
+a call. "Ours" is the same form of the network in widekernel.
+
+"""
+RULE = """
+The exporter follows these measurements. A sum of rectangles becomes one dense kernel if that has at most as many taps
+(onnxruntime, OpenVINO), or 1.5 times as many (PyTorch); otherwise, the rectangles remain. onnxruntime has fast depthwise
+convolutions only for a multiple of four channels, so that channels are padded with zeros for it: 249 to 252, for instance.
+Where a row disagrees with the rule, the two forms differ by little.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("part", choices=["layers", "networks", "int8", "table"])
+    parser.add_argument("names", nargs="*", default=NETWORKS)
+    parser.add_argument("--data", type=Path, help="folder or .tar archive of images; default: noise")
+    parser.add_argument("--formats", nargs="*", default=list(FORMATS))
+    parser.add_argument("--forms", nargs="*", default=["folded", "training"])
+    parser.add_argument("--images", type=int, default=8)
+    options = parser.parse_args()
+    if options.part == "table":
+        TABLE.write_text(table(json.loads(DATA.read_text())))
+        return
+    rows = layer_rows() if options.part == "layers" else network_rows(options)
+    for row in rows:
+        store(options.part, row)
+
+
+def store(part: str, row: dict[str, Any]) -> None:
+    """Add a row to the file of results, in place of an earlier one on the same subject."""
+    found = json.loads(DATA.read_text()) if DATA.exists() else {}
+    rows = [old for old in found.get(part, []) if old["subject"] != row["subject"]]
+    found[part] = [*rows, {**row, "machine": machine()}]
+    DATA.write_text(json.dumps(found, indent=1) + "\n")
+    print(part, row, flush=True)
+
+
+def machine() -> str:
+    packages = ("torch", "onnx", "onnxruntime", "openvino", "nncf")
+    versions = ", ".join(f"{name} {installed_version(name)}" for name in packages)
+    return f"{cpu_model()}, {torch.get_num_threads()} thread; {versions}"
+
+
+# -- layers ---------------------------------------------------------------------------------------------------------------
+
+
+def layer_rows() -> Iterator[dict[str, Any]]:
+    for name, (channels, side, long, short) in LAYERS.items():
+        rects = [Rect.centered(torch.randn(channels, 1, *size)) for size in ((long, short), (short, long))]
+        forms = {"strips": (rects, 1), "dense": ([dense_rect(rects)], 1)}
+        if channels % 4:
+            forms |= {"strips, padded": (rects, 4), "dense, padded": ([dense_rect(rects)], 4)}
+        images = noise(1, channels, side, side)
+        times: dict[str, dict[str, float]] = {}
+        for form in FORMATS.values():
+            calls: dict[str, Callable[[], object]] = {}
+            with tempfile.TemporaryDirectory() as folder:
+                for kind, (parts, multiple) in forms.items():
+                    if multiple > 1 and form.name != "onnx":
+                        continue
+                    layer = GraphKernels(parts, torch.zeros(channels), multiple).eval()
+                    path = Path(folder) / f"{kind.replace(', ', '_')}{form.suffix}"
+                    form.write(layer, GraphInputs(channels, side), path, {}, half=False)
+                    run = form.load(path, torch.get_num_threads())
+                    calls[kind] = lambda run=run: run(images)
+                times[form.engine] = latencies(calls, seconds=0.5)
+        taps = 2 * long * short, long * long
+        yield {"subject": name, "channels": channels, "side": side, "taps": taps, "milliseconds": times}
+
+
+# -- networks -------------------------------------------------------------------------------------------------------------
+
+
+def network_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    for name in options.names:
+        model, saved = load_named(name)
+        enliven(model)
+        size = saved.preprocessing.input_size
+        if options.data is None:
+            images = noise_images(options.images, 3, size)
+        else:
+            calibration = 100 if options.part == "int8" else 0
+            transform = saved.preprocessing.eval_transform()
+            images = read_images(options.data, transform, options.images, calibration)
+        for form in options.forms if options.part == "networks" else ["folded"]:
+            for kind in options.formats:
+                if options.part == "int8" and FORMATS[kind].int8_packages is None:
+                    continue
+                settings = ExportSettings(kind, fold=form == "folded", int8=options.part == "int8")
+                yield network_row(name, model, saved, settings, images)
+
+
+def network_row(name: str, model: nn.Module, saved: Any, settings: ExportSettings, images: CheckImages) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        report = export(model, Path(folder) / f"network{FORMATS[settings.format].suffix}", settings, saved, images)
+        seconds = time.perf_counter() - start
+        size = sum(path.stat().st_size for path in report.files) / 1e6
+    times = list(report.milliseconds.values())
+    return {
+        "subject": f"{name}, {report.form}, {settings.format}",
+        "megabytes": round(size, 1),
+        "difference": report.comparison.max_difference,
+        "agreement": report.comparison.agreement,
+        "images": f"{report.comparison.images} {'noise images' if report.source == NOISE else 'photographs'}",
+        "ours": times[0],
+        "exported": times[1],
+        "kernels": report.kernels,
+        "seconds": round(seconds),
+    }
+
+
+@torch.no_grad()
+def enliven(model: nn.Module) -> None:
+    """Give every part an effect: no layer scales near zero, and batch norms with statistics."""
+    torch.manual_seed(0)
+    for key, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            parameter.copy_((0.0 if key.endswith("bias") else 1.0) + 0.2 * torch.randn(parameter.shape))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.copy_(0.1 * torch.randn(module.num_features))
+            module.running_var.copy_(0.5 + torch.rand(module.num_features))
+
+
+# -- the page -------------------------------------------------------------------------------------------------------------
+
+
+def table(found: dict[str, list[dict[str, Any]]]) -> str:
+    lines = ["# Exported networks on a CPU", "", (__doc__ or "").strip(), NOTES.strip()]
+    lines += [
+        "",
+        "## Networks",
+        "",
+        "| network | MB | largest difference | same top class | ms | ours, ms |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in found.get("networks", []):
+        share = f"{100 * row['agreement']:.0f} % of {row['images']}"
+        cells = [row["subject"], f"{row['megabytes']}", f"{row['difference']:.1e}", share]
+        lines.append("| " + " | ".join([*cells, f"{row['exported']:.1f}", f"{row['ours']:.1f}"]) + " |")
+    lines += [
+        "",
+        "## 8 bits",
+        "",
+        "| network | MB | largest difference | same top class | ms | ours in float32, ms |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in found.get("int8", []):
+        share = f"{100 * row['agreement']:.0f} % of {row['images']}"
+        cells = [row["subject"], f"{row['megabytes']}", f"{row['difference']:.1e}", share]
+        lines.append("| " + " | ".join([*cells, f"{row['exported']:.1f}", f"{row['ours']:.1f}"]) + " |")
+    lines += ["", "## Two strips, or one dense kernel", "", "Milliseconds. " + RULE.strip().replace("\n", " "), ""]
+    lines += [
+        "| strips | channels, pixels | taps | onnxruntime: strips | dense | padded: strips | dense | OpenVINO: strips | dense | PyTorch: strips | dense |"
+    ]
+    lines += ["|" + "---|" * 11]
+    for row in found.get("layers", []):
+        times = row["milliseconds"]
+        cells = [row["subject"], f"{row['channels']}, {row['side']}²", "{} / {}".format(*row["taps"])]
+        keys = ["strips", "dense", "strips, padded", "dense, padded"]
+        cells += [cell(times["onnxruntime"], key) for key in keys]
+        cells += [cell(times[engine], key) for engine in ("OpenVINO", "PyTorch") for key in ("strips", "dense")]
+        lines.append("| " + " | ".join(cells) + " |")
+    machines = sorted({row["machine"] for rows in found.values() for row in rows})
+    lines += ["", "Machine: " + "; ".join(machines) + ".", ""]
+    return "\n".join(lines)
+
+
+def cell(times: dict[str, float], key: str) -> str:
+    return f"{times[key]:.2f}" if key in times else ""
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    main()
