@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-
 from tests.models.zoo import alive
+
 from widekernel.cli.main import main
 
 PROGRAM = ["--format", "torch-export"]

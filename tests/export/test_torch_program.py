@@ -97,8 +97,21 @@ def test_a_file_that_computes_something_else_is_not_kept(saved: SavedModel, tmp_
 def test_a_network_of_one_size_only_is_refused_for_any_size(saved: SavedModel, tmp_path: Path) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 10))
     settings = ExportSettings(PROGRAM, dynamic_size=True)
-    with pytest.raises(ExportError, match=r"cannot be written as torch-export .*without --dynamic_size.*to_torch"):
+    with pytest.raises(ExportError, match=r"fails on images of 64×128 pixels .*without --dynamic_size"):
         export(model, tmp_path / "network.pt2", settings, saved, noise_images(1, 3, 64))
+    assert list(tmp_path.iterdir()) == []
+
+
+class Branching(nn.Module):
+    """A network whose computation depends on the contents of the image."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean((2, 3)) if x.sum() > 0 else -x.mean((2, 3))
+
+
+def test_a_network_without_a_graph_is_refused(saved: SavedModel, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"cannot be written as torch-export .*to_torch"):
+        export(Branching(), tmp_path / "network.pt2", ExportSettings(PROGRAM), saved, noise_images(1, 3, 64))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -109,7 +122,7 @@ def test_networks_with_several_outputs_are_refused(saved: SavedModel, tmp_path: 
 
 
 def test_a_file_that_cannot_be_written_is_an_error(saved: SavedModel) -> None:
-    with pytest.raises(WidekernelError, match="/proc/network.pt2 cannot be written"):
+    with pytest.raises(WidekernelError, match=r"/proc/network\.pt2 cannot be written"):
         export(alive("slak_nano"), Path("/proc/network.pt2"), ExportSettings(PROGRAM), saved, noise_images(1, 3, 64))
 
 

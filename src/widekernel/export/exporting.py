@@ -155,7 +155,6 @@ def export(model: nn.Module, path: Path, settings: ExportSettings, saved: SavedM
         _require_equal(comparison, probes, settings)
         sample, ours = images.check[:1].repeat(settings.batch, 1, 1, 1), network_run(exported)
         milliseconds = latencies({"widekernel": lambda: ours(sample), form.engine: lambda: run(sample)})
-        del run  # some engines keep their file open
         for source, target in zip(form.files(draft), form.files(path)):
             _put(source, target)
     report = ExportReport(
@@ -296,7 +295,13 @@ def _probe(run: Run, model: nn.Module, inputs: GraphInputs) -> dict[str, float]:
     found = {}
     for count, height, width in shapes:
         images = noise(count, inputs.channels, height, width)
-        wanted = network_run(model)(images)
+        try:
+            wanted = network_run(model)(images)
+        except (RuntimeError, ValueError, AssertionError) as error:
+            raise ExportError(
+                f"The network fails on images of {height}×{width} pixels ({in_short(error).rstrip('.')}), so no file of it "
+                "takes images of any size. Try without --dynamic_size. Nothing was saved."
+            ) from error
         found[f"{count}×{inputs.channels}×{height}×{width}"] = compare(wanted, run(images), classes=False).max_difference
     return found
 

@@ -38,7 +38,7 @@ class CheckImages:
     shared: int = 0
 
     def labels(self, class_names: tuple[str, ...]) -> Tensor | None:
-        """Return the class of each image of `check`: that which its folder is named after; None if one has no such folder."""
+        """Return the class of each image of `check`, after which its folder is named; None if a folder is not a class."""
         folders = [PurePosixPath(name).parent.name for name in self.names]
         if not folders or not set(folders) <= set(class_names):
             return None
