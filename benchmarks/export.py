@@ -54,12 +54,12 @@ Times are the shortest of repeated calls, in milliseconds, for one image on one 
 prolong a call. "Ours" is the same form of the network in widekernel. Differences are relative to the largest output.
 """
 EIGHT_BITS = """
-Weights and activations have 8 bits, after calibration with 100 other photographs. The weights are random, so that the classes
-of an image are close together; trained networks agree on more images. "Ours" computes in float32.
+Weights and activations have 8 bits, after calibration with 100 other photographs. The weights of the networks are random, so
+that the two largest outputs of an image are close together. "Ours" computes in float32.
 """
 RULE = """
-The times, in milliseconds, are those of one layer. The exporter follows them: a sum of rectangles becomes one dense kernel if
-that has at most as many taps (onnxruntime, OpenVINO), or at most 1.5 times as many (PyTorch); otherwise, the rectangles
+The times, in milliseconds, are those of one layer. The exporter follows them: a sum of rectangles becomes one dense kernel
+if that has at most as many taps (onnxruntime, OpenVINO), or at most 1.5 times as many (PyTorch); otherwise, the rectangles
 remain. onnxruntime has fast depthwise convolutions only for a multiple of four channels. For it, channels are padded with
 zeros: 249 to 252, for instance.
 """

@@ -162,7 +162,8 @@ def _print(report: ExportReport, form: Format, report_path: Path) -> None:
         table.add_row("calibrated", f"with {report.calibration_images} images{twice}")
     times = ", ".join(f"{engine} {time:.2f} ms" for engine, time in report.milliseconds.items())
     table.add_row(f"latency of {settings.batch} images" if settings.batch > 1 else "latency of one image", times)
-    table.add_row("measured on", f"{report.machine['cpu']}, {report.machine['threads']} threads")
+    threads = report.machine["threads"]
+    table.add_row("measured on", f"{report.machine['cpu']}, {threads} thread{'s' if threads > 1 else ''}")
     console.print(table)
     console.print(f"report: {report_path}", soft_wrap=True)
 
