@@ -59,9 +59,8 @@ that the two largest outputs of an image are close together. "Ours" computes in 
 """
 RULE = """
 The times, in milliseconds, are those of one layer. The exporter follows them: a sum of rectangles becomes one dense kernel
-if that has at most as many taps (onnxruntime, OpenVINO), or at most 1.5 times as many (PyTorch); otherwise, the rectangles
-remain. onnxruntime has fast depthwise convolutions only for a multiple of four channels. For it, channels are padded with
-zeros: 249 to 252, for instance.
+if that has at most as many taps; otherwise, the rectangles remain. onnxruntime has fast depthwise convolutions only for a
+multiple of four channels. For it, channels are padded with zeros: 249 to 252, for instance.
 """
 
 

@@ -77,7 +77,7 @@ class KernelRule:
         multiple_from: padding of channels applies to layers with a kernel side of at least so many taps.
     """
 
-    dense_up_to: float
+    dense_up_to: float = 1.0
     channel_multiple: int = 1
     multiple_from: int = 0
 

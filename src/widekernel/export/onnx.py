@@ -21,7 +21,7 @@ class OnnxFormat(Format):
     engine = "onnxruntime"
     packages = {"onnx": "onnx", "onnxscript": "onnxscript", "onnxruntime": "onnxruntime"}
     int8_packages: Mapping[str, str] = {}
-    rule = KernelRule(dense_up_to=1.0, channel_multiple=4, multiple_from=7)
+    rule = KernelRule(channel_multiple=4, multiple_from=7)
 
     def write(self, network: nn.Module, inputs: GraphInputs, path: Path, description: Mapping[str, str], half: bool) -> None:
         """Write the graph of `network` to `path`; see `Format.write`."""

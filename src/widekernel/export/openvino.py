@@ -22,7 +22,7 @@ class OpenVinoFormat(Format):
     engine = "OpenVINO"
     packages = {"openvino": "openvino"}
     int8_packages: Mapping[str, str] = {"nncf": "nncf"}
-    rule = KernelRule(dense_up_to=1.0)
+    rule = KernelRule()
 
     def files(self, path: Path) -> tuple[Path, ...]:
         """Return the file of the weights and the file of the graph."""

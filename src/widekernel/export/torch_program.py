@@ -22,7 +22,7 @@ class TorchProgramFormat(Format):
     suffix = ".pt2"
     engine = "PyTorch"
     packages: Mapping[str, str] = {}
-    rule = KernelRule(dense_up_to=1.5)
+    rule = KernelRule()
 
     def write(self, network: nn.Module, inputs: GraphInputs, path: Path, description: Mapping[str, str], half: bool) -> None:
         """Write the graph of `network` to `path`; see `Format.write`."""
