@@ -14,7 +14,7 @@ import timm
 import torch
 from torch import nn
 
-from tests.models.zoo import alive, assert_near, images
+from tests.models.zoo import alive, assert_near, images, on_meta
 from widekernel.errors import ConfigError, WidekernelError
 from widekernel.export import ExportError, ExportSettings, export, format_named
 from widekernel.export.images import noise_images
@@ -119,6 +119,24 @@ def test_networks_with_several_outputs_are_refused(saved: SavedModel, tmp_path: 
     model = timm.create_model("slak_nano", features_only=True)
     with pytest.raises(ExportError, match="returns a list, but only networks with one output"):
         export(model, tmp_path / "network.pt2", ExportSettings(PROGRAM), saved, noise_images(1, 3, 64))
+
+
+def test_the_network_is_not_changed(saved: SavedModel, tmp_path: Path) -> None:
+    model = alive("slak_nano").train()
+    model.head.eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    export(model, tmp_path / "network.pt2", ExportSettings(PROGRAM, half=True), saved, noise_images(1, 3, 64))
+    assert {name: module.training for name, module in model.named_modules()} == before
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+
+
+def test_wrong_arguments_are_errors(saved: SavedModel, tmp_path: Path) -> None:
+    images_of_noise = noise_images(1, 3, 64)
+    with pytest.raises(ConfigError, match=r"network\.onnx', but torch-export exports are \.pt2 files"):
+        export(alive("slak_nano"), tmp_path / "network.onnx", ExportSettings(PROGRAM), saved, images_of_noise)
+    with pytest.raises(ConfigError, match="on meta, but it must be on the CPU"):
+        export(on_meta("slak_nano"), tmp_path / "network.pt2", ExportSettings(PROGRAM), saved, images_of_noise)
 
 
 def test_a_file_that_cannot_be_written_is_an_error(saved: SavedModel) -> None:

@@ -23,6 +23,7 @@ from widekernel.export.images import CheckImages, noise
 from widekernel.export.kernel_forms import Kernels, with_graph_kernels
 from widekernel.files import explained, replace_atomically, write_file
 from widekernel.layers.folding import is_folded
+from widekernel.layers.training_modes import training_modes_restored
 from widekernel.models.base import StagedConvNet
 from widekernel.settings import require, require_one_of
 from widekernel.tasks.image_channels import input_channels
@@ -134,9 +135,20 @@ def export(model: nn.Module, path: Path, settings: ExportSettings, saved: SavedM
     """
     form = format_named(settings.format)
     form.require_packages(settings.int8)
+    if path.suffix != form.suffix:
+        raise ConfigError(f"The output is {str(path)!r}, but {form.name} exports are {form.suffix} files.")
     if settings.int8 and not len(images.calibration):
         raise ConfigError("Quantization to 8 bits needs images to calibrate with. Give a folder or a .tar archive (--data).")
-    model = model.eval()
+    devices = {tensor.device.type for tensor in (*model.parameters(), *model.buffers())}
+    if devices - {"cpu"}:
+        raise ConfigError(f"The network is on {', '.join(sorted(devices))}, but it must be on the CPU: call model.cpu().")
+    with training_modes_restored(model):
+        return _export(model.eval(), path, form, settings, saved, images)
+
+
+def _export(
+    model: nn.Module, path: Path, form: Format, settings: ExportSettings, saved: SavedModel, images: CheckImages
+) -> ExportReport:
     exported = _folded(model) if settings.fold else model
     wanted = outputs(_checked_run(model), images.check, settings.batch)
     inputs = _inputs(model, settings, images, saved)
