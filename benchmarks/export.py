@@ -52,9 +52,10 @@ LAYERS = {  # channels, side of the image, length and width of the two strips
     "7×3, 14 pixels": (384, 14, 7, 3),
 }
 NOTES = """
-Times are the shortest of repeated calls, in milliseconds, for one image on one thread. The machine had two cores and was busy
-with other work, so that times of whole networks are up to twice as long as on an idle one, and vary as much between rows;
-running a part again keeps the shorter times. "Ours" is the same form of the network in widekernel. Differences are relative to the largest output.
+Times are the shortest of repeated calls, in milliseconds, for one image on one thread. The machine had two cores and was
+busy with other work: times of whole networks are upper bounds, and equal calls differ by a factor of two between rows.
+Running a part again keeps the shorter times. "Ours" is the same form of the network in widekernel. Differences are relative
+to the largest output.
 """
 EIGHT_BITS = """
 Weights and activations have 8 bits, after calibration with 100 other photographs. The weights of the networks are random, so
