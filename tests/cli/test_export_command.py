@@ -41,6 +41,7 @@ def test_weights_of_another_file_are_exported_and_compared_on_images(capsys: pyt
     assert torch.export.load("slak_nano.pt2").module()(torch.zeros(1, 3, 64, 64)).shape == (1, 1000)
 
 
+@pytest.mark.slow
 def test_a_network_that_is_not_folded(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--fold", "false", "--half", "--batch_size", "2", "--input_size", "96", "--images", "3", "--output", "a.pt2"]
     assert main(["export", "slak_nano", *PROGRAM, *options]) == 0

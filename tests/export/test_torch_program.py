@@ -121,6 +121,7 @@ def test_networks_with_several_outputs_are_refused(saved: SavedModel, tmp_path: 
         export(model, tmp_path / "network.pt2", ExportSettings(PROGRAM), saved, noise_images(1, 3, 64))
 
 
+@pytest.mark.slow
 def test_the_network_is_not_changed(saved: SavedModel, tmp_path: Path) -> None:
     model = alive("slak_nano").train()
     model.head.eval()
