@@ -36,6 +36,7 @@ FOLDERS = [
     "analysis",
     "bench",
     "report",
+    "export",
     "recipes",
     "launch",
     "cli",
