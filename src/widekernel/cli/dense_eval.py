@@ -16,11 +16,12 @@ from widekernel.cli.console import progress_console, result_console, table_conso
 from widekernel.cli.launching import check_number, is_first, is_started, start
 from widekernel.cli.parsing import build, new_parser, parse, parse_given, typed
 from widekernel.engine.interrupts import Interrupted
-from widekernel.recipes import load_recipe
+from widekernel.recipes import load_recipe, recipe_of_checkpoint
 from widekernel.settings import require
 from widekernel.tasks.config import TASK
 from widekernel.tasks.model_source import ModelSource, Weights
 from widekernel.tasks.registry import task_entry
+from widekernel.weights.catalog import is_published
 
 if TYPE_CHECKING:
     from widekernel.tasks.dense_evaluation import HeldOut
@@ -29,7 +30,10 @@ _DESCRIPTION = {
     "segmentation": "Measure mIoU and pixel accuracy on the held-out split of a data set, with a table of the classes.",
     "detection": "Measure the average precision (COCO) on the held-out split of a data set, with a table of the classes.",
 }
-_DEFAULTS = " For a run folder, or a model file in one, the settings of the run are the defaults."
+_DEFAULTS = (
+    " For a run folder, or a model file in one, the settings of the run are the defaults; for published weights, those of "
+    "their recipe."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,21 +117,28 @@ def run(task: str, arguments: list[str]) -> int:
 
 
 def _parse(task: str, arguments: list[str]) -> dict[str, Any]:
-    """Parse arguments: the settings of the run or of the model file come first, then those of a recipe."""
+    """Parse arguments: the settings of the run, file or published weights come first, then those of a recipe."""
     parser = make_parser(task)
     given = parse_given(parser, arguments)
     source, sections = ModelSource(Path(given["source"])), _sections(task)
-    folder = source.run_folder()
-    if folder is not None:
-        layers = [{key: value for key, value in folder.read_config().items() if key in sections}]
-    else:
-        layers = [_described(source.path)]
+    layers = [_of_source(source)]
     if given.get("recipe") is not None:
-        settings = load_recipe(given["recipe"]).settings_for("train")
-        layers.append({key: value for key, value in settings.items() if key in sections})
+        layers.append(load_recipe(given["recipe"]).settings_for("train"))
+    layers = [{key: value for key, value in layer.items() if key in sections} for layer in layers]
     values = parse(parser, arguments, layers)
     values["model"]["args"] = typed(values["model"]["args"])
     return values
+
+
+def _of_source(source: ModelSource) -> dict[str, Any]:
+    """Return the settings that are known of a source: those of its run, of its file, or of the recipe that made it."""
+    name = str(source.path)
+    if is_published(name) and not source.path.exists():
+        recipe = recipe_of_checkpoint(name)
+        # The network gets all its weights from the published file.
+        return {} if recipe is None else {**recipe.settings, "model": {**recipe.settings["model"], "weights": None}}
+    folder = source.run_folder()
+    return _described(source.path) if folder is None else folder.read_config()
 
 
 def _described(path: Path) -> dict[str, Any]:
