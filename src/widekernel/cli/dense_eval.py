@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,18 +117,29 @@ def _parse(task: str, arguments: list[str]) -> dict[str, Any]:
     """Parse arguments: the settings of the run or of the model file come first, then those of a recipe."""
     parser = make_parser(task)
     given = parse_given(parser, arguments)
-    source, sections = ModelSource(Path(given["source"])), _sections(task)
+    layers = default_layers(ModelSource(Path(given["source"])), given.get("recipe"), _sections(task))
+    values = parse(parser, arguments, layers)
+    values["model"]["args"] = typed(values["model"]["args"])
+    return values
+
+
+def default_layers(source: ModelSource, recipe: str | None, sections: Collection[str]) -> list[dict[str, Any]]:
+    """Return the settings of the run or of the model file, and those of a recipe, which come before the command line's.
+
+    Args:
+        source: the network.
+        recipe: name of the recipe.
+        sections: keys of the sections that count.
+    """
     folder = source.run_folder()
     if folder is not None:
         layers = [{key: value for key, value in folder.read_config().items() if key in sections}]
     else:
         layers = [_described(source.path)]
-    if given.get("recipe") is not None:
-        settings = load_recipe(given["recipe"]).settings_for("train")
+    if recipe is not None:
+        settings = load_recipe(recipe).settings_for("train")
         layers.append({key: value for key, value in settings.items() if key in sections})
-    values = parse(parser, arguments, layers)
-    values["model"]["args"] = typed(values["model"]["args"])
-    return values
+    return layers
 
 
 def _described(path: Path) -> dict[str, Any]:
