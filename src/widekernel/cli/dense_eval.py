@@ -30,6 +30,13 @@ _DESCRIPTION = {
     "segmentation": "Measure mIoU and pixel accuracy on the held-out split of a data set, with a table of the classes.",
     "detection": "Measure the average precision (COCO) on the held-out split of a data set, with a table of the classes.",
 }
+_COLUMNS = {
+    "name": "class", "iou": "IoU", "accuracy": "Acc", "pixels": "pixels", "objects": "objects",
+    "box_ap": "box AP", "box_ap50": "box AP50", "box_ap75": "box AP75",
+    "mask_ap": "mask AP", "mask_ap50": "mask AP50", "mask_ap75": "mask AP75",
+}  # fmt: skip
+"""Headings of the table of classes, by the field of its lines."""
+
 _DEFAULTS = " For a run folder, or a model file in one, the settings of the run are the defaults."
 
 
@@ -163,13 +170,13 @@ def _print(found: dict[str, Any], held_out: HeldOut, as_json: bool) -> None:
         values = {key.removeprefix("val_"): _number(value) for key, value in found.items()}
         sys.stdout.write(json.dumps({**values, "classes": classes}) + "\n")
         return
-    columns = [field.name for field in dataclasses.fields(lines[0])] if lines else []
-    table = Table(*(name.replace("_", " ") for name in columns))
+    rows = [dataclasses.asdict(line) for line in lines]
+    measured = [key for key in (rows[0] if rows else ()) if not all(_number(row[key]) is None for row in rows)]
+    table = Table(*(_COLUMNS[key] for key in measured))
     for column in table.columns[1:]:
         column.justify = "right"
-    for line in lines:
-        cells = dataclasses.asdict(line).values()
-        table.add_row(*(f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in cells))
+    for row in rows:
+        table.add_row(*(_cell(row[key]) for key in measured))
     table_console().print(table)
     console = result_console()
     width = max(len(metric.label) for metric in held_out.metrics)
@@ -177,6 +184,13 @@ def _print(found: dict[str, Any], held_out: HeldOut, as_json: bool) -> None:
     for metric in held_out.metrics:
         console.print(f"{metric.label:<{width}}{metric.text(found[metric.name])}")
     console.print(f"{'unreadable':<{width}}{found['val_unreadable']}")
+
+
+def _cell(value: Any) -> str:
+    """Return a value for the table: percentages with two digits after the point, whole numbers in groups of three digits."""
+    if isinstance(value, float):
+        return "-" if math.isnan(value) else f"{value:.2f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _number(value: Any) -> Any:
