@@ -29,6 +29,7 @@ MOST_TILES = 60
 """Largest number of images on a contact sheet."""
 
 _SHOWN_CLASSES = 5
+_LONG_NAME = 22
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class ClassificationWriter(PredictionWriter):
             small = self.image(name)
             small.thumbnail((256, 256))
             lines = [f"{percent(share)}  {label}" for label, share in zip(names[:2], shares)]
-            self._tiles.append((small, [PurePosixPath(name).name, *lines]))
+            self._tiles.append((small, [name if len(name) <= _LONG_NAME else f"…{name[-_LONG_NAME:]}", *lines]))
         top = [{"class": label, "index": index, "probability": share} for label, index, share in zip(names, indices, shares)]
         return {"top": top}, ", ".join(f"{label} {percent(share)}" for label, share in zip(names, shares))
 
