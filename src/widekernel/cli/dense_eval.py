@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,13 @@ _DESCRIPTION = {
     "segmentation": "Measure mIoU and pixel accuracy on the held-out split of a data set, with a table of the classes.",
     "detection": "Measure the average precision (COCO) on the held-out split of a data set, with a table of the classes.",
 }
+_COLUMNS = {
+    "name": "class", "iou": "IoU", "accuracy": "Acc", "pixels": "pixels", "objects": "objects",
+    "box_ap": "box AP", "box_ap50": "box AP50", "box_ap75": "box AP75",
+    "mask_ap": "mask AP", "mask_ap50": "mask AP50", "mask_ap75": "mask AP75",
+}  # fmt: skip
+"""Headings of the table of classes, by the field of its lines."""
+
 _DEFAULTS = (
     " For a run folder, or a model file in one, the settings of the run are the defaults; for published weights, those of "
     "their recipe."
@@ -120,14 +128,24 @@ def _parse(task: str, arguments: list[str]) -> dict[str, Any]:
     """Parse arguments: the settings of the run, file or published weights come first, then those of a recipe."""
     parser = make_parser(task)
     given = parse_given(parser, arguments)
-    source, sections = ModelSource(Path(given["source"])), _sections(task)
-    layers = [_of_source(source)]
-    if given.get("recipe") is not None:
-        layers.append(load_recipe(given["recipe"]).settings_for("train"))
-    layers = [{key: value for key, value in layer.items() if key in sections} for layer in layers]
+    layers = default_layers(ModelSource(Path(given["source"])), given.get("recipe"), _sections(task))
     values = parse(parser, arguments, layers)
     values["model"]["args"] = typed(values["model"]["args"])
     return values
+
+
+def default_layers(source: ModelSource, recipe: str | None, sections: Collection[str]) -> list[dict[str, Any]]:
+    """Return what is known of a source, and the settings of a recipe, which come before those of the command line.
+
+    Args:
+        source: the network.
+        recipe: name of the recipe.
+        sections: keys of the sections that count.
+    """
+    layers = [_of_source(source)]
+    if recipe is not None:
+        layers.append(load_recipe(recipe).settings_for("train"))
+    return [{key: value for key, value in layer.items() if key in sections} for layer in layers]
 
 
 def _of_source(source: ModelSource) -> dict[str, Any]:
@@ -162,13 +180,13 @@ def _print(found: dict[str, Any], held_out: HeldOut, as_json: bool) -> None:
         values = {key.removeprefix("val_"): _number(value) for key, value in found.items()}
         sys.stdout.write(json.dumps({**values, "classes": classes}) + "\n")
         return
-    columns = [field.name for field in dataclasses.fields(lines[0])] if lines else []
-    table = Table(*(name.replace("_", " ") for name in columns))
+    rows = [dataclasses.asdict(line) for line in lines]
+    measured = [key for key in (rows[0] if rows else ()) if not all(_number(row[key]) is None for row in rows)]
+    table = Table(*(_COLUMNS[key] for key in measured))
     for column in table.columns[1:]:
         column.justify = "right"
-    for line in lines:
-        cells = dataclasses.asdict(line).values()
-        table.add_row(*(f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in cells))
+    for row in rows:
+        table.add_row(*(_cell(row[key]) for key in measured))
     table_console().print(table)
     console = result_console()
     width = max(len(metric.label) for metric in held_out.metrics)
@@ -176,6 +194,13 @@ def _print(found: dict[str, Any], held_out: HeldOut, as_json: bool) -> None:
     for metric in held_out.metrics:
         console.print(f"{metric.label:<{width}}{metric.text(found[metric.name])}")
     console.print(f"{'unreadable':<{width}}{found['val_unreadable']}")
+
+
+def _cell(value: Any) -> str:
+    """Return a value for the table: percentages with two digits after the point, whole numbers in groups of three digits."""
+    if isinstance(value, float):
+        return "-" if math.isnan(value) else f"{value:.2f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _number(value: Any) -> Any:
