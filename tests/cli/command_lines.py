@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import shlex
+from functools import cache
+from pathlib import Path
 from typing import Any
+
+from jsonargparse import ArgumentParser
 
 from widekernel.cli import dense_eval, erf, predict, recipes, shape_bias, sparsify, train, weights
 from widekernel.cli import eval as evaluation
@@ -13,7 +17,7 @@ from widekernel.cli.task_choice import chosen_task, evaluated_task
 from widekernel.data import BatchPlan, DataConfig
 from widekernel.recipes import load_recipe
 from widekernel.tasks.config import FIRST_TASK
-from widekernel.tasks.registry import task_entry
+from widekernel.tasks.model_source import ModelSource
 from widekernel.tasks.sparsify.config import SparsifyConfig
 
 MODULES: dict[str, Any] = {
@@ -28,6 +32,14 @@ MODULES: dict[str, Any] = {
 }
 
 
+@cache
+def parser_of(command: str, task: str = FIRST_TASK) -> ArgumentParser:
+    """Return the parser of a command; to build one takes longer than to parse a line."""
+    if task == FIRST_TASK:
+        return MODULES[command].make_parser()
+    return (dense_eval if command == "eval" else MODULES[command]).make_parser(task)
+
+
 def check_line(line: str) -> None:
     """Raise unless a line is a command of ours with valid options, whose batch fits the processes."""
     command, *arguments = shlex.split(line)[1:]
@@ -36,28 +48,37 @@ def check_line(line: str) -> None:
     elif command == "train":
         _check_training(arguments)
     elif command == "eval" and (task := evaluated_task(arguments, evaluation.FLAGS)) != FIRST_TASK:
-        values = dense_eval._parse(task, arguments)
-        for key, kind in dense_eval._sections(task).items():
-            build(kind, values[key], key)
-        assert values["data"]["root"]
+        _check_dense_evaluation(task, arguments)
     elif command in ("eval", "sparsify"):
-        values, _ = parse_with_data_of_the_run(MODULES[command].make_parser(), arguments, command)  # type: ignore[arg-type]
+        values, _ = parse_with_data_of_the_run(parser_of(command), arguments, command)  # type: ignore[arg-type]
         build(DataConfig, values["data"])
         build(EvalOptions if command == "eval" else SparsifyConfig, values)
         assert values["model"] is not None or values["source"].startswith("runs/")
     else:
-        values = parse(MODULES[command].make_parser(), arguments)
-        assert values.get("models", True)
+        assert parse(parser_of(command), arguments).get("models", True)
 
 
 def _check_training(arguments: list[str]) -> None:
-    parser = train.make_parser(chosen_task(arguments))
-    given = parse_given(parser, arguments)
+    task = chosen_task(arguments)
+    given = parse_given(parser_of("train", task), arguments)
     assert given["data"]["root"]
-    config = train.parse_config(arguments)
-    assert isinstance(config, task_entry(chosen_task(arguments)).settings_class())
-    if given.get("recipe") is not None:
-        assert load_recipe(given["recipe"]).command == "train"
+    if given.get("recipe") is None:
+        loop = train.parse_config(arguments).loop
+        batch, together = loop.batch_size, loop.micro_batch
+    else:
+        recipe = load_recipe(given["recipe"])
+        assert (recipe.command, recipe.task) == ("train", task)
+        batch, together = recipe.total_batch or 0, recipe.settings["loop"].get("micro_batch")
     slurm = given.get("slurm", {"nodes": 1, "gpus": 1})
-    processes = given.get("processes", slurm["nodes"] * slurm["gpus"])
-    BatchPlan(config.loop.batch_size, config.loop.micro_batch, processes)
+    BatchPlan(batch, together, given.get("processes", slurm["nodes"] * slurm["gpus"]))
+
+
+def _check_dense_evaluation(task: str, arguments: list[str]) -> None:
+    parser, sections = parser_of("eval", task), dense_eval._sections(task)
+    given = parse_given(parser, arguments)
+    layers = dense_eval.default_layers(ModelSource(Path(given["source"])), given.get("recipe"), sections)
+    assert layers[-1]["model"]["name"]  # published weights and files need a recipe
+    values = parse(parser, arguments, layers)
+    for key, kind in sections.items():
+        build(kind, values[key], key)
+    assert values["data"]["root"]

@@ -9,9 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.cli.command_lines import check_line
+from tests.cli.command_lines import check_line, parser_of
 
-from widekernel.cli import train
 from widekernel.cli.parsing import known_keys, parse
 from widekernel.models.isotropic import IsotropicConfig
 from widekernel.models.roadmap import RoadmapConfig
@@ -63,7 +62,7 @@ def test_our_lines_parse(line: str) -> None:
 
 
 def test_our_options_parse() -> None:
-    parser = train.make_parser()
+    parser = parser_of("train")
     given = [shlex.split(options) for options in our_options()]
     parse(parser, [word for words in given if len(words) > 1 for word in words])
     named = {words[0].removeprefix("--") for words in given}
