@@ -116,6 +116,21 @@ def test_evaluation_by_name(
     assert len(server.requests) == requests
 
 
+def test_prediction_by_name(
+    server: Server, publish: Callable[..., Any], scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.content = published_file(small_network(SLAK), tmp_path).read_bytes()
+    publish(url(server), like=SLAK)
+    given = [option for option in options(SLAK, scenes) if not option.startswith("--data.root")]
+    picture = min((scenes / "folder" / "val" / "images").iterdir())
+    classes = f"--data.classes={scenes / 'folder' / 'classes.json'}"
+    output = tmp_path / "predictions"
+    assert main(["predict", SLAK, str(picture), *given, classes, "--output", str(output)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["classes"]) <= set(CLASSES) and sum(found["classes"].values()) == pytest.approx(1)
+    assert (output / "classes" / f"{picture.stem}.png").is_file()
+
+
 def test_loading_by_name(server: Server, publish: Callable[..., Any], tmp_path: Path) -> None:
     ours = small_network(SLAK)
     server.content = published_file(ours, tmp_path).read_bytes()
