@@ -35,6 +35,7 @@ FOLDERS = [
     "tasks",
     "analysis",
     "bench",
+    "report",
     "recipes",
     "launch",
     "cli",
