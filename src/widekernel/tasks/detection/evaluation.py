@@ -121,7 +121,9 @@ class CocoScores(Evaluator):
         """Return the average precision of each class."""
         columns: list[Sequence[float]] = [next(iter(self._scores.values())).objects]
         for scores in self._scores.values():
-            columns += [[100 * value for value in of_class] for of_class in (scores.by_class, scores.by_class50, scores.by_class75)]
+            columns += [
+                [100 * value for value in of_class] for of_class in (scores.by_class, scores.by_class50, scores.by_class75)
+            ]
         return [ClassPrecision(*line) for line in zip(self.truth.class_names, *columns, strict=True)]
 
 
