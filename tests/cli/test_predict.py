@@ -110,7 +110,22 @@ def test_class_maps_are_those_of_evaluation(
     assert read_class_table(out / "classes.json").colors == PALETTE
 
     capsys.readouterr()
-    assert main(["eval", str(segmenter), "--data.root", str(scenes / "folder"), "--device", "cpu", "--json"]) == 0
+    assert (
+        main(
+            [
+                "eval",
+                str(segmenter),
+                "--data.root",
+                str(scenes / "folder"),
+                "--device",
+                "cpu",
+                "--json",
+                "--data.workers",
+                "0",
+            ]
+        )
+        == 0
+    )
     evaluated = json.loads(capsys.readouterr().out)
     assert evaluated["aacc"] == pytest.approx(100 * counts.trace() / counts.sum())
     for index, line in enumerate(evaluated["classes"]):
@@ -149,7 +164,7 @@ def test_detections_are_those_of_evaluation(
     assert len(list((out / "overlays").iterdir())) == 3
 
     root = ("--data.root", str(scenes / "coco"), "--data.format", "coco_json", "--data.images", "pictures")
-    assert main(["eval", str(detector), *root, "--device", "cpu", "--json"]) == 0
+    assert main(["eval", str(detector), *root, "--device", "cpu", "--json", "--data.workers", "0"]) == 0
     evaluated = json.loads(capsys.readouterr().out)
     truth = COCO(str(scenes / "coco" / "val.json"))
     for kind, name in (("bbox", "box"), ("segm", "mask")):
@@ -311,3 +326,14 @@ def test_coco_has_its_category_ids() -> None:
     assert table.label_ids is not None
     assert dict(zip(table.names, table.label_ids))["toothbrush"] == 90
     assert dict(zip(table.names, table.label_ids))["stop sign"] == 13
+
+
+def test_results_go_to_standard_output_while_a_bar_is_shown(
+    segmenter: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes standard error for a terminal
+    monkeypatch.setenv("TTY_INTERACTIVE", "1")
+    assert run(segmenter, images / FIRST, "--output", tmp_path / "out", "--json") == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["image"] == FIRST
+    assert "evaluating" in printed.err

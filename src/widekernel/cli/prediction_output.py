@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from typing_extensions import override
 
-from widekernel.cli.console import result_console
+from widekernel.data.formats import printable
 from widekernel.data.image_files import ImageFiles
 from widekernel.dense.detection.structures import Detections
 from widekernel.drawing import Color, class_overlay, contact_sheet, object_overlay, palette_image, percent
@@ -70,10 +70,10 @@ class PredictionWriter(ABC):
         """
         values, text = self.write(name, found)
         if self.as_json:
-            sys.stdout.write(json.dumps({"image": name, **values}) + "\n")
-            sys.stdout.flush()
+            text = json.dumps({"image": name, **values})
         else:
-            result_console().print(f"{name}  {text}", soft_wrap=True)
+            text = f"{printable(name)}  {text}"
+        _print(text)
 
     @abstractmethod
     def write(self, name: str, found: Any) -> tuple[dict[str, Any], str]:
@@ -218,6 +218,17 @@ class DetectionWriter(PredictionWriter):
         }
         write_file(self.folder / "images.json", json.dumps(ids).encode())
         return [f"overlays: {self.folder / 'overlays'}", f"{len(self._results):,} detections: {path}"]
+
+
+def _print(text: str) -> None:
+    """Print a result: above the progress bar of a terminal, but into the file or pipe to which output is sent.
+
+    A progress bar on standard error takes the place of standard output.
+    """
+    own = sys.stdout
+    file = own if own.isatty() else getattr(own, "rich_proxied_file", own)
+    file.write(f"{text}\n")
+    file.flush()
 
 
 def image_ids(names: Sequence[str]) -> dict[str, int]:
