@@ -69,10 +69,7 @@ class PredictionWriter(ABC):
             WidekernelError: a file cannot be written.
         """
         values, text = self.write(name, found)
-        if self.as_json:
-            text = json.dumps({"image": name, **values})
-        else:
-            text = f"{printable(name)}  {text}"
+        text = json.dumps({"image": name, **values}) if self.as_json else f"{printable(name)}  {text}"
         _print(text)
 
     @abstractmethod
