@@ -120,7 +120,7 @@ def object_overlay(
         large = Image.fromarray(pixels.permute(1, 2, 0).numpy())
         draw = ImageDraw.Draw(large)
         for box, index in zip(drawn.tolist(), last_to_first):
-            _tag(draw, large.size, (box[0], box[1]), texts[index], tuple(colors[index]))
+            _tag(draw, large.size, (box[0], box[1]), texts[index], colors[index])
     return _with_legend(large, legend)
 
 

@@ -18,11 +18,13 @@ from widekernel.cli.prediction_output import file_stems, image_ids
 from widekernel.data import Preprocessing
 from widekernel.data.class_tables import published_classes, read_class_table
 from widekernel.tasks.assembly import build_model
+from widekernel.tasks.classification.names import class_names_of
 from widekernel.tasks.network_config import DetectorConfig, SegmenterConfig
 from widekernel.tasks.networks import build_detector, build_segmenter
 from widekernel.tasks.saved import SavedModel, save_model
 
 BACKBONE = "test_convnext"
+FIRST = "scene_0000.png"
 SHOWN = Preprocessing(64, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), "bilinear", 1.0)
 
 
@@ -108,7 +110,22 @@ def test_class_maps_are_those_of_evaluation(
     assert read_class_table(out / "classes.json").colors == PALETTE
 
     capsys.readouterr()
-    assert main(["eval", str(segmenter), "--data.root", str(scenes / "folder"), "--device", "cpu", "--json"]) == 0
+    assert (
+        main(
+            [
+                "eval",
+                str(segmenter),
+                "--data.root",
+                str(scenes / "folder"),
+                "--device",
+                "cpu",
+                "--json",
+                "--data.workers",
+                "0",
+            ]
+        )
+        == 0
+    )
     evaluated = json.loads(capsys.readouterr().out)
     assert evaluated["aacc"] == pytest.approx(100 * counts.trace() / counts.sum())
     for index, line in enumerate(evaluated["classes"]):
@@ -118,10 +135,10 @@ def test_class_maps_are_those_of_evaluation(
 
 
 def test_test_settings_can_be_changed(segmenter: Path, images: Path, tmp_path: Path) -> None:
-    assert run(segmenter, images, "--output", tmp_path / "a") == 0
+    assert run(segmenter, images / FIRST, "--output", tmp_path / "a") == 0
     whole = ("--test.mode", "whole", "--test.flip", "false", "--data.test_ratios", "[0.5,1]")
-    assert run(segmenter, images, "--output", tmp_path / "b", *whole) == 0
-    maps = [np.array(Image.open(tmp_path / name / "classes" / "scene_0000.png")) for name in "ab"]
+    assert run(segmenter, images / FIRST, "--output", tmp_path / "b", *whole) == 0
+    maps = [np.array(Image.open(tmp_path / name / "classes" / FIRST)) for name in "ab"]
     assert (maps[0] != maps[1]).any()
 
 
@@ -147,7 +164,7 @@ def test_detections_are_those_of_evaluation(
     assert len(list((out / "overlays").iterdir())) == 3
 
     root = ("--data.root", str(scenes / "coco"), "--data.format", "coco_json", "--data.images", "pictures")
-    assert main(["eval", str(detector), *root, "--device", "cpu", "--json"]) == 0
+    assert main(["eval", str(detector), *root, "--device", "cpu", "--json", "--data.workers", "0"]) == 0
     evaluated = json.loads(capsys.readouterr().out)
     truth = COCO(str(scenes / "coco" / "val.json"))
     for kind, name in (("bbox", "box"), ("segm", "mask")):
@@ -219,15 +236,15 @@ def test_outputs_that_cannot_be_used(
     segmenter: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    assert run(segmenter, images, "--output", out) == 0
-    before = (out / "classes" / "scene_0000.png").stat().st_mtime_ns
-    assert run(segmenter, images, "--output", out) == 2
+    assert run(segmenter, images / FIRST, "--output", out) == 0
+    before = (out / "classes" / FIRST).stat().st_mtime_ns
+    assert run(segmenter, images / FIRST, "--output", out) == 2
     assert "holds files. Choose another --output, or add --overwrite." in capsys.readouterr().err
-    assert (out / "classes" / "scene_0000.png").stat().st_mtime_ns == before
-    assert run(segmenter, images, "--output", out, "--overwrite") == 0
+    assert (out / "classes" / FIRST).stat().st_mtime_ns == before
+    assert run(segmenter, images / FIRST, "--output", out, "--overwrite") == 0
     assert run(segmenter, images, "--output", images / "predictions") == 2
     assert "inside the folder of images" in capsys.readouterr().err
-    assert run(segmenter, images, "--output", out / "classes.json") == 2
+    assert run(segmenter, images / FIRST, "--output", out / "classes.json") == 2
     assert "which is a file" in capsys.readouterr().err
 
 
@@ -242,6 +259,9 @@ def test_outputs_that_cannot_be_used(
         (("{net}", "{images}", "--score_threshold", "0.5"), "has no option --score_threshold"),
         (("{weights}", "{images}", "--task", "segmentation"), "does not name its classes"),
         (("{weights}", "{images}", "--task", "poses"), "task"),
+        (("{net}", "{images}", "--state", "best"), "is a file"),
+        (("resnet18", "{images}", "--weights", "ema"), "has one set of weights"),
+        (("{weights}", "{images}", "--state", "best", "--task", "segmentation", "--data.format", "ade20k"), "is none"),
     ],
 )
 def test_errors(
@@ -292,8 +312,28 @@ def test_identifiers_of_images() -> None:
     assert image_ids(["1.jpg", "a/1.jpg"]) == {"1.jpg": 1, "a/1.jpg": 2}
 
 
+def test_names_of_outputs() -> None:
+    known, note = class_names_of(SavedModel("net", {}, "training", 1000, (), SHOWN))
+    assert known[0] == "tench" and known[999] == "toilet tissue" and "taken as those of ImageNet-1K" in note
+    assert len(set(known)) >= 998
+    unknown, note = class_names_of(SavedModel("net", {}, "training", 3, (), SHOWN))
+    assert unknown == ("class 0", "class 1", "class 2") and note
+    assert class_names_of(SavedModel("net", {}, "training", 2, ("a", "n01440764"), SHOWN)) == (("a", "n01440764"), "")
+
+
 def test_coco_has_its_category_ids() -> None:
     table = published_classes("coco")
     assert table.label_ids is not None
     assert dict(zip(table.names, table.label_ids))["toothbrush"] == 90
     assert dict(zip(table.names, table.label_ids))["stop sign"] == 13
+
+
+def test_results_go_to_standard_output_while_a_bar_is_shown(
+    segmenter: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes standard error for a terminal
+    monkeypatch.setenv("TTY_INTERACTIVE", "1")
+    assert run(segmenter, images / FIRST, "--output", tmp_path / "out", "--json") == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["image"] == FIRST
+    assert "evaluating" in printed.err

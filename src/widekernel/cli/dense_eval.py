@@ -192,7 +192,8 @@ def _print(found: dict[str, Any], held_out: HeldOut, as_json: bool) -> None:
     width = max(len(metric.label) for metric in held_out.metrics)
     width = max(width, len("unreadable")) + 2
     for metric in held_out.metrics:
-        console.print(f"{metric.label:<{width}}{metric.text(found[metric.name])}")
+        value = found[metric.name]
+        console.print(f"{metric.label:<{width}}{'-' if math.isnan(value) else metric.text(value)}")
     console.print(f"{'unreadable':<{width}}{found['val_unreadable']}")
 
 

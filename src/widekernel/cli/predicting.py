@@ -30,7 +30,6 @@ from widekernel.tasks.classification.names import class_names_of
 from widekernel.tasks.config import FIRST_TASK
 from widekernel.tasks.dense_network import DenseNetwork, load_dense_network
 from widekernel.tasks.foreign_checkpoint import Notify
-from widekernel.tasks.loading import load
 from widekernel.tasks.model_source import ModelSource
 from widekernel.tasks.named_network import check_backbone, load_named, split_name
 from widekernel.tasks.prediction import Prediction, predict_images
@@ -97,12 +96,10 @@ def predict(request: PredictionRequest) -> int:
 def _classification(
     request: PredictionRequest, files: ImageFiles, notify: Notify
 ) -> tuple[nn.Module, Prediction, PredictionWriter]:
-    name, path = split_name(request.source)
     values = request.values
-    if name is None and path.exists():
-        model, saved = load(ModelSource(path, values["weights"], values["state"]), notify)
-    else:
-        model, saved = load_named(request.source, pretrained=True, notify=notify)
+    model, saved = load_named(
+        request.source, pretrained=True, notify=notify, weights=values["weights"], state=values["state"]
+    )
     predicted = prediction.classification(files, saved, model, request.settings["data"], values["top"])
     names, note = class_names_of(saved)
     if note:

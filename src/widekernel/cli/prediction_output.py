@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from typing_extensions import override
 
-from widekernel.cli.console import result_console
+from widekernel.data.formats import printable
 from widekernel.data.image_files import ImageFiles
 from widekernel.dense.detection.structures import Detections
 from widekernel.drawing import Color, class_overlay, contact_sheet, object_overlay, palette_image, percent
@@ -69,11 +69,8 @@ class PredictionWriter(ABC):
             WidekernelError: a file cannot be written.
         """
         values, text = self.write(name, found)
-        if self.as_json:
-            sys.stdout.write(json.dumps({"image": name, **values}) + "\n")
-            sys.stdout.flush()
-        else:
-            result_console().print(f"{name}  {text}", soft_wrap=True)
+        text = json.dumps({"image": name, **values}) if self.as_json else f"{printable(name)}  {text}"
+        _print(text)
 
     @abstractmethod
     def write(self, name: str, found: Any) -> tuple[dict[str, Any], str]:
@@ -218,6 +215,17 @@ class DetectionWriter(PredictionWriter):
         }
         write_file(self.folder / "images.json", json.dumps(ids).encode())
         return [f"overlays: {self.folder / 'overlays'}", f"{len(self._results):,} detections: {path}"]
+
+
+def _print(text: str) -> None:
+    """Print a result: above the progress bar of a terminal, but into the file or pipe to which output is sent.
+
+    A progress bar on standard error takes the place of standard output.
+    """
+    own = sys.stdout
+    file = own if own.isatty() else getattr(own, "rich_proxied_file", own)
+    file.write(f"{text}\n")
+    file.flush()
 
 
 def image_ids(names: Sequence[str]) -> dict[str, int]:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from widekernel.data import Preprocessing
-from widekernel.errors import CheckpointError
+from widekernel.errors import CheckpointError, ConfigError
 from widekernel.tasks.dense_parts import dense_preprocessing, is_whole
 from widekernel.tasks.foreign_checkpoint import Notify, load_weights
 from widekernel.tasks.loading import described_task, load
@@ -47,13 +47,15 @@ def load_dense_network(
 
     Raises:
         CheckpointError: there is nothing to load, it does not fit, it has another task, or it has no heads.
-        ConfigError: the network of the settings cannot be built.
+        ConfigError: the network of the settings cannot be built, or there is no such choice of weights.
     """
     data = settings["data"]
     if described_task(source.path) is not None:
         model, saved = load(source, notify, task)
         shown = saved.preprocessing
         return DenseNetwork(model, replace(shown, mean=data.mean or shown.mean, std=data.std or shown.std), saved)
+    if source.state != "last":
+        raise ConfigError(f"--state chooses among the weights of a run folder, but {source.path} is none: leave it out.")
     config, classes = settings["model"], class_count()
     network: Any = (
         build_segmenter(config, classes) if task == "segmentation" else build_detector(config, classes, data.masks)

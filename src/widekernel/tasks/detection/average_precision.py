@@ -202,7 +202,7 @@ def _average(measured: Any) -> AveragePrecision:
 
 
 def _objects(measured: Any) -> tuple[int, ...]:
-    """Return the number of objects of each class in the images that count; crowds, and what is to be ignored, are no objects."""
+    """Return the number of objects of each class in the images that count, without crowds and what is to be ignored."""
     counts = dict.fromkeys(measured.params.catIds, 0)
     images = set(measured.params.imgIds)
     for entry in measured.cocoGt.dataset["annotations"]:
