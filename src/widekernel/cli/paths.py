@@ -9,7 +9,8 @@ from widekernel.data.paths import expand_path
 PATHS = frozenset(
     {
         "source", "output", "config", "model.weights", "data.root", "data.class_map", "sparsity.masks",
-        "distillation.teacher.weights", "csv", "markdown", "plot", "table", "models", "data", "stimuli", "observers", "compare",
+        "distillation.teacher.weights", "csv", "markdown", "plot", "table",
+        "models", "data", "stimuli", "observers", "compare",
     }
 )  # fmt: skip
 """Dotted names of the settings, in all commands, that are files or folders of the user.
