@@ -45,6 +45,7 @@ HANDED_A_MODEL = ["sparsity", "data", "engine"]
 FOR_EVERYBODY = [
     "collectives",
     "deprecation",
+    "drawing",
     "errors",
     "figures",
     "file_types",

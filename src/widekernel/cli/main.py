@@ -17,6 +17,7 @@ from widekernel.errors import WidekernelError, nearest
 COMMANDS = {
     "train": "train a classifier; resume a run, or report its result",
     "eval": "measure the accuracy of a run or checkpoint on a data set",
+    "predict": "classify or segment images, or detect objects in them, and draw the result",
     "sparsify": "make a trained network sparse, 2:4 or in other blocks",
     "fold": "merge the branches of a checkpoint into its deployed form",
     "models": "list the models",
@@ -32,7 +33,7 @@ COMMANDS = {
     "demo": "train, evaluate, fold, save and plot a large-kernel network on real digits",
 }
 
-_ALONE = ("sparsify", "fold", "export", "erf", "shape-bias", "report", "bench", "tune", "demo")
+_ALONE = ("sparsify", "fold", "predict", "export", "erf", "shape-bias", "report", "bench", "tune", "demo")
 """Commands that work in one process only."""
 
 EXIT_ERROR = 2
