@@ -15,8 +15,8 @@ from widekernel.engine.process_environment import refuse_several
 from widekernel.errors import WidekernelError, nearest
 
 COMMANDS = {
-    "train": "train a classifier; resume a run, or report its result",
-    "eval": "measure the accuracy of a run or checkpoint on a data set",
+    "train": "train a classifier, a segmentation network or a detector; resume a run, or report its result",
+    "eval": "measure the accuracy, mIoU or AP of a run or checkpoint on a data set",
     "predict": "classify or segment images, or detect objects in them, and draw the result",
     "sparsify": "make a trained network sparse, 2:4 or in other blocks",
     "fold": "merge the branches of a checkpoint into its deployed form",
