@@ -35,6 +35,8 @@ FOLDERS = [
     "tasks",
     "analysis",
     "bench",
+    "report",
+    "export",
     "recipes",
     "launch",
     "cli",
@@ -43,6 +45,7 @@ HANDED_A_MODEL = ["sparsity", "data", "engine"]
 FOR_EVERYBODY = [
     "collectives",
     "deprecation",
+    "drawing",
     "errors",
     "figures",
     "file_types",

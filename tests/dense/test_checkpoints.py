@@ -75,6 +75,19 @@ def test_wrapped_network(tmp_path: Path) -> None:
     assert_equal(ours, other)
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["network", "backbone"])
+def test_averaged_buffers_of_openmmlab(whole: bool, tmp_path: Path) -> None:
+    """Its hook adds an averaged copy of every tensor as a buffer, as in UniRepLKNet's files for detection."""
+    ours = shuffled(segmenter("unireplknet_nano"))
+    state = official(ours, tmp_path)
+    copies = {f"ema_{key.replace('.', '_')}": torch.zeros_like(value) for key, value in state.items()}
+    path = saved({**state, **copies}, tmp_path)
+    other = segmenter("unireplknet_nano")
+    report = widekernel.load_checkpoint(other if whole else other.backbone, path)
+    assert copies.keys() <= set(report.ignored)
+    assert_equal(ours if whole else ours.backbone, other if whole else other.backbone)
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("layout", ["native", "official"])
 def test_classification_network_into_the_backbone(name: str, layout, tmp_path: Path) -> None:

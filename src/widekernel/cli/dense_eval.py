@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,12 @@ from widekernel.cli.console import progress_console, result_console, table_conso
 from widekernel.cli.launching import check_number, is_first, is_started, start
 from widekernel.cli.parsing import build, new_parser, parse, parse_given, typed
 from widekernel.engine.interrupts import Interrupted
-from widekernel.recipes import load_recipe
+from widekernel.recipes import load_recipe, recipe_of_checkpoint
 from widekernel.settings import require
 from widekernel.tasks.config import TASK
 from widekernel.tasks.model_source import ModelSource, Weights
 from widekernel.tasks.registry import task_entry
+from widekernel.weights.catalog import is_published
 
 if TYPE_CHECKING:
     from widekernel.tasks.dense_evaluation import HeldOut
@@ -29,7 +31,17 @@ _DESCRIPTION = {
     "segmentation": "Measure mIoU and pixel accuracy on the held-out split of a data set, with a table of the classes.",
     "detection": "Measure the average precision (COCO) on the held-out split of a data set, with a table of the classes.",
 }
-_DEFAULTS = " For a run folder, or a model file in one, the settings of the run are the defaults."
+_COLUMNS = {
+    "name": "class", "iou": "IoU", "accuracy": "Acc", "pixels": "pixels", "objects": "objects",
+    "box_ap": "box AP", "box_ap50": "box AP50", "box_ap75": "box AP75",
+    "mask_ap": "mask AP", "mask_ap50": "mask AP50", "mask_ap75": "mask AP75",
+}  # fmt: skip
+"""Headings of the table of classes, by the field of its lines."""
+
+_DEFAULTS = (
+    " For a run folder, or a model file in one, the settings of the run are the defaults; for published weights, those of "
+    "their recipe."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,21 +125,38 @@ def run(task: str, arguments: list[str]) -> int:
 
 
 def _parse(task: str, arguments: list[str]) -> dict[str, Any]:
-    """Parse arguments: the settings of the run or of the model file come first, then those of a recipe."""
+    """Parse arguments: the settings of the run, file or published weights come first, then those of a recipe."""
     parser = make_parser(task)
     given = parse_given(parser, arguments)
-    source, sections = ModelSource(Path(given["source"])), _sections(task)
-    folder = source.run_folder()
-    if folder is not None:
-        layers = [{key: value for key, value in folder.read_config().items() if key in sections}]
-    else:
-        layers = [_described(source.path)]
-    if given.get("recipe") is not None:
-        settings = load_recipe(given["recipe"]).settings_for("train")
-        layers.append({key: value for key, value in settings.items() if key in sections})
+    layers = default_layers(ModelSource(Path(given["source"])), given.get("recipe"), _sections(task))
     values = parse(parser, arguments, layers)
     values["model"]["args"] = typed(values["model"]["args"])
     return values
+
+
+def default_layers(source: ModelSource, recipe: str | None, sections: Collection[str]) -> list[dict[str, Any]]:
+    """Return what is known of a source, and the settings of a recipe, which come before those of the command line.
+
+    Args:
+        source: the network.
+        recipe: name of the recipe.
+        sections: keys of the sections that count.
+    """
+    layers = [_of_source(source)]
+    if recipe is not None:
+        layers.append(load_recipe(recipe).settings_for("train"))
+    return [{key: value for key, value in layer.items() if key in sections} for layer in layers]
+
+
+def _of_source(source: ModelSource) -> dict[str, Any]:
+    """Return the settings that are known of a source: those of its run, of its file, or of the recipe that made it."""
+    name = str(source.path)
+    if is_published(name) and not source.path.exists():
+        recipe = recipe_of_checkpoint(name)
+        # The network gets all its weights from the published file.
+        return {} if recipe is None else {**recipe.settings, "model": {**recipe.settings["model"], "weights": None}}
+    folder = source.run_folder()
+    return _described(source.path) if folder is None else folder.read_config()
 
 
 def _described(path: Path) -> dict[str, Any]:
@@ -151,20 +180,28 @@ def _print(found: dict[str, Any], held_out: HeldOut, as_json: bool) -> None:
         values = {key.removeprefix("val_"): _number(value) for key, value in found.items()}
         sys.stdout.write(json.dumps({**values, "classes": classes}) + "\n")
         return
-    columns = [field.name for field in dataclasses.fields(lines[0])] if lines else []
-    table = Table(*(name.replace("_", " ") for name in columns))
+    rows = [dataclasses.asdict(line) for line in lines]
+    measured = [key for key in (rows[0] if rows else ()) if not all(_number(row[key]) is None for row in rows)]
+    table = Table(*(_COLUMNS[key] for key in measured))
     for column in table.columns[1:]:
         column.justify = "right"
-    for line in lines:
-        cells = dataclasses.asdict(line).values()
-        table.add_row(*(f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in cells))
+    for row in rows:
+        table.add_row(*(_cell(row[key]) for key in measured))
     table_console().print(table)
     console = result_console()
     width = max(len(metric.label) for metric in held_out.metrics)
     width = max(width, len("unreadable")) + 2
     for metric in held_out.metrics:
-        console.print(f"{metric.label:<{width}}{metric.text(found[metric.name])}")
+        value = found[metric.name]
+        console.print(f"{metric.label:<{width}}{'-' if math.isnan(value) else metric.text(value)}")
     console.print(f"{'unreadable':<{width}}{found['val_unreadable']}")
+
+
+def _cell(value: Any) -> str:
+    """Return a value for the table: percentages with two digits after the point, whole numbers in groups of three digits."""
+    if isinstance(value, float):
+        return "-" if math.isnan(value) else f"{value:.2f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _number(value: Any) -> Any:

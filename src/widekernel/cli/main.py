@@ -15,22 +15,25 @@ from widekernel.engine.process_environment import refuse_several
 from widekernel.errors import WidekernelError, nearest
 
 COMMANDS = {
-    "train": "train a classifier; resume a run, or report its result",
-    "eval": "measure the accuracy of a run or checkpoint on a data set",
+    "train": "train a classifier, a segmentation network or a detector; resume a run, or report its result",
+    "eval": "measure the accuracy, mIoU or AP of a run or checkpoint on a data set",
+    "predict": "classify or segment images, or detect objects in them, and draw the result",
     "sparsify": "make a trained network sparse, 2:4 or in other blocks",
     "fold": "merge the branches of a checkpoint into its deployed form",
     "models": "list the models",
     "weights": "list, show or fetch the authors' published weights",
     "recipes": "list the training recipes",
     "complexity": "count the parameters and operations of a model",
+    "export": "write a network for onnxruntime, OpenVINO or PyTorch alone, and check the file",
     "erf": "measure and draw effective receptive fields",
     "shape-bias": "measure whether classifiers go by shape or by texture",
+    "report": "write everything about a network to one HTML page",
     "bench": "time operators or networks against PyTorch on this machine",
     "tune": "find and store the fastest configurations of the GPU kernels on this machine",
     "demo": "train, evaluate, fold, save and plot a large-kernel network on real digits",
 }
 
-_ALONE = ("sparsify", "fold", "erf", "shape-bias", "bench", "tune", "demo")
+_ALONE = ("sparsify", "fold", "predict", "export", "erf", "shape-bias", "report", "bench", "tune", "demo")
 """Commands that work in one process only."""
 
 EXIT_ERROR = 2

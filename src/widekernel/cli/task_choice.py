@@ -7,10 +7,10 @@ from pathlib import Path
 
 from widekernel.cli.parsing import read_yaml
 from widekernel.cli.paths import expand_paths
-from widekernel.errors import ConfigError
+from widekernel.errors import CheckpointError, ConfigError
 from widekernel.recipes import load_recipe
 from widekernel.tasks.config import FIRST_TASK, TASK
-from widekernel.tasks.registry import task_entry
+from widekernel.tasks.registry import TASKS, task_entry
 from widekernel.weights.catalog import find_checkpoint, is_published
 
 
@@ -48,6 +48,7 @@ def evaluated_task(arguments: Sequence[str], flags: Collection[str]) -> str:
 
     Raises:
         ConfigError: as for `chosen_task`, or the network has another task than the arguments name.
+        CheckpointError: the task of the network is unknown.
     """
     named = chosen_task(arguments)
     source = _source(arguments, flags)
@@ -59,6 +60,10 @@ def evaluated_task(arguments: Sequence[str], flags: Collection[str]) -> str:
         found: str | None = find_checkpoint(source).task
     else:
         found = described_task(Path(str(expand_paths({"source": source})["source"])))
+    if found is not None and found not in TASKS:
+        raise CheckpointError(
+            f"{source} holds a network for {found!r}, a task that this version does not know; it knows {', '.join(TASKS)}."
+        )
     says = option_values(TASK, arguments) or option_values("recipe", arguments)
     if found is not None and says and found != named:
         raise ConfigError(

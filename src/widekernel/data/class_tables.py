@@ -14,8 +14,16 @@ from widekernel.errors import DataError
 Color = tuple[int, int, int]
 """Red, green and blue, from 0 to 255."""
 
+_SAFE_COLORS: tuple[Color, ...] = (
+    (0, 114, 178), (230, 159, 0), (0, 158, 115), (213, 94, 0), (86, 180, 233), (204, 121, 167), (240, 228, 66),
+)  # fmt: skip
+"""Colors that people with any kind of color vision tell apart (Okabe and Ito, Color Universal Design, 2008)."""
+
 _HUE_STEP = 0.6180339887498949
 """Golden ratio: any number of hues that follow each other by this step are far apart."""
+
+_VALUES = (0.95, 0.6, 0.8)
+"""Brightness of colors that follow each other: those of similar hues differ in it."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +33,8 @@ class ClassTable:
     Args:
         names: name of each class
         colors: color of each class, for pictures
-        label_ids: number of each class in label files of another convention (labelIds of Cityscapes); `None`: there is none
+        label_ids: number of each class in label files of another convention (labelIds of Cityscapes), or in annotation files
+            (COCO); `None`: there is none
     """
 
     names: tuple[str, ...]
@@ -66,8 +75,10 @@ def colors_of(names: Sequence[str]) -> tuple[Color, ...]:
 
 
 def _color(index: int) -> Color:
-    value = 0.95 if index % 2 == 0 else 0.7
-    red, green, blue = colorsys.hsv_to_rgb(index * _HUE_STEP % 1, 0.75, value)
+    if index < len(_SAFE_COLORS):
+        return _SAFE_COLORS[index]
+    further = index - len(_SAFE_COLORS)
+    red, green, blue = colorsys.hsv_to_rgb(further * _HUE_STEP % 1, 0.75, _VALUES[further % len(_VALUES)])
     return round(255 * red), round(255 * green), round(255 * blue)
 
 

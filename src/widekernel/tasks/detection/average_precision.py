@@ -55,6 +55,8 @@ class AveragePrecision:
         large: the same for objects of more than 96² pixels
         by_class: `ap` of each class
         by_class50: `ap50` of each class
+        by_class75: `ap75` of each class
+        objects: number of objects of each class, without crowds
     """
 
     ap: float
@@ -65,6 +67,8 @@ class AveragePrecision:
     large: float
     by_class: tuple[float, ...]
     by_class50: tuple[float, ...]
+    by_class75: tuple[float, ...]
+    objects: tuple[int, ...]
 
 
 class GroundTruth:
@@ -192,7 +196,19 @@ def _average(measured: Any) -> AveragePrecision:
         large=large,
         by_class=tuple(_mean(precision[:, :, index, 0, 2]) for index in classes),
         by_class50=tuple(_mean(precision[half, :, index, 0, 2]) for index in classes),
+        by_class75=tuple(_mean(precision[three_quarters, :, index, 0, 2]) for index in classes),
+        objects=_objects(measured),
     )
+
+
+def _objects(measured: Any) -> tuple[int, ...]:
+    """Return the number of objects of each class in the images that count, without crowds and what is to be ignored."""
+    counts = dict.fromkeys(measured.params.catIds, 0)
+    images = set(measured.params.imgIds)
+    for entry in measured.cocoGt.dataset["annotations"]:
+        if entry["image_id"] in images and not entry["iscrowd"] and not entry.get("ignore", 0):
+            counts[entry["category_id"]] += 1
+    return tuple(counts.values())
 
 
 def _mean(precision: np.ndarray) -> float:

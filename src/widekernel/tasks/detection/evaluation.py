@@ -35,21 +35,27 @@ def metrics_of(masks: bool) -> tuple[Metric, ...]:
 
 @dataclass(frozen=True)
 class ClassPrecision:
-    """Line of the table of classes; all values in percent, NaN if the class has no objects.
+    """Line of the table of classes; AP in percent, NaN if the class has no objects.
 
     Args:
         name: name of the class
+        objects: number of its objects, without crowds
         box_ap: AP of boxes over the IoU thresholds .5 to .95
         box_ap50: AP of boxes at the IoU threshold .5
+        box_ap75: AP of boxes at the IoU threshold .75
         mask_ap: AP of masks over the thresholds; NaN without masks
         mask_ap50: AP of masks at the threshold .5; NaN without masks
+        mask_ap75: AP of masks at the threshold .75; NaN without masks
     """
 
     name: str
+    objects: int
     box_ap: float
     box_ap50: float
+    box_ap75: float
     mask_ap: float = float("nan")
     mask_ap50: float = float("nan")
+    mask_ap75: float = float("nan")
 
 
 Predict = Callable[[nn.Module, DetectionBatch], Sequence[Detections]]
@@ -113,10 +119,11 @@ class CocoScores(Evaluator):
 
     def table(self) -> list[ClassPrecision]:
         """Return the average precision of each class."""
-        columns = []
-        for kind in self._scores:
-            for values in (self._scores[kind].by_class, self._scores[kind].by_class50):
-                columns.append([100 * value for value in values])
+        columns: list[Sequence[float]] = [next(iter(self._scores.values())).objects]
+        for scores in self._scores.values():
+            columns += [
+                [100 * value for value in of_class] for of_class in (scores.by_class, scores.by_class50, scores.by_class75)
+            ]
         return [ClassPrecision(*line) for line in zip(self.truth.class_names, *columns, strict=True)]
 
 

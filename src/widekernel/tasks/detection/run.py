@@ -70,6 +70,7 @@ class DetectionParts(DenseParts):
             details={
                 "heads": config.model.heads(),
                 "masks": config.data.masks,
+                "category_ids": list(sources[0].annotations.category_ids),
                 "colors": [list(color) for color in sources[0].classes.colors],
                 "data": {"image_scale": config.data.image_scale, "size_divisor": config.data.size_divisor},
             },
