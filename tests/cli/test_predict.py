@@ -323,9 +323,9 @@ def test_names_of_outputs() -> None:
 
 def test_coco_has_its_category_ids() -> None:
     table = published_classes("coco")
-    assert table.label_ids is not None
-    assert dict(zip(table.names, table.label_ids))["toothbrush"] == 90
-    assert dict(zip(table.names, table.label_ids))["stop sign"] == 13
+    assert table.category_ids is not None
+    assert dict(zip(table.names, table.category_ids))["toothbrush"] == 90
+    assert dict(zip(table.names, table.category_ids))["stop sign"] == 13
 
 
 def test_results_go_to_standard_output_while_a_bar_is_shown(
