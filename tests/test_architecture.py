@@ -35,6 +35,8 @@ FOLDERS = [
     "tasks",
     "analysis",
     "bench",
+    "report",
+    "export",
     "recipes",
     "launch",
     "cli",

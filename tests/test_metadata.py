@@ -62,8 +62,7 @@ def test_every_import_is_declared() -> None:
     at_once = imported(node for tree in trees for node in tree.body) - WITH_TORCH
     ever = imported(node for tree in trees for node in ast.walk(tree))
     assert {"torch", "numpy", "pyyaml", "pillow", "typing-extensions"} <= at_once <= declared("dependencies")
-    extras = {
-        name for extra in ("demo", "detection", "tensorboard", "wandb", "slurm", "weights") for name in declared(extra)
-    }
+    names = ("demo", "detection", "tensorboard", "wandb", "slurm", "weights", "report", "export")
+    extras = {name for extra in names for name in declared(extra)}
     assert ever - WITH_TORCH <= declared("dependencies") | extras
     assert ever >= WITH_TORCH, "no longer imported"

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from widekernel.models import load_checkpoint, save_checkpoint
     from widekernel.transforms.acceleration import accelerate
     from widekernel.transforms.fold import fold
+    from widekernel.transforms.to_torch import to_torch
 
 __version__ = "0.6.0"
 
@@ -26,6 +27,7 @@ __all__ = [
     "ops",
     "save_checkpoint",
     "sparsity",
+    "to_torch",
 ]
 
 _WHERE = {
@@ -41,6 +43,7 @@ _WHERE = {
     "ops": "widekernel.ops",
     "save_checkpoint": "widekernel.models",
     "sparsity": "widekernel.sparsity",
+    "to_torch": "widekernel.transforms.to_torch",
     "transforms": "widekernel.transforms",
 }
 __getattr__, __dir__ = attach(__name__, _WHERE)

@@ -9,19 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from jsonargparse import ArgumentParser
+from tests.cli.command_lines import check_line, parser_of
 
-from widekernel.cli import erf, shape_bias, sparsify, train
-from widekernel.cli import eval as evaluation
-from widekernel.cli.options import EvalOptions, parse_with_data_of_the_run
-from widekernel.cli.parsing import build, known_keys, parse, parse_given
-from widekernel.data import BatchPlan, DataConfig
+from widekernel.cli.parsing import known_keys, parse
 from widekernel.models.isotropic import IsotropicConfig
 from widekernel.models.roadmap import RoadmapConfig
 from widekernel.models.shiftwise import ShiftWiseConfig
 from widekernel.models.slak import SLaKConfig
-from widekernel.recipes import load_recipe
-from widekernel.tasks.sparsify.config import SparsifyConfig
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "commands.md"
 SECTIONS = {
@@ -62,41 +56,18 @@ def our_options() -> list[str]:
     return list(dict.fromkeys(span for cell in cells for span in spans(cell) if span.startswith("--")))
 
 
-@pytest.fixture(scope="module")
-def parsers() -> dict[str, ArgumentParser]:
-    modules = {"train": train, "eval": evaluation, "sparsify": sparsify, "erf": erf, "shape-bias": shape_bias}
-    return {command: module.make_parser() for command, module in modules.items()}
-
-
 @pytest.mark.parametrize("line", our_lines())
-def test_our_lines_parse(line: str, parsers: dict[str, ArgumentParser]) -> None:
-    command, *arguments = shlex.split(line)[1:]
-    if arguments == ["--help"]:
-        assert command in parsers
-    elif command == "train":
-        given = parse_given(parsers[command], arguments)
-        recipe = load_recipe(given["recipe"])
-        assert recipe.command == "train" and given["data"]["root"]
-        slurm = given.get("slurm", {"nodes": 1, "gpus": 1})
-        processes = given.get("processes", slurm["nodes"] * slurm["gpus"])
-        BatchPlan(recipe.total_batch or 0, recipe.settings["loop"].get("micro_batch"), processes)
-    elif command in ("eval", "sparsify"):
-        values, _ = parse_with_data_of_the_run(parsers[command], arguments, command)  # type: ignore[arg-type]
-        build(DataConfig, values["data"])
-        build(EvalOptions if command == "eval" else SparsifyConfig, values)
-        assert values["model"] is not None or values["source"].startswith("runs/")
-    elif command in parsers:
-        assert parse(parsers[command], arguments)["models"]
-    else:
-        assert (command, arguments) == ("recipes", ["NAME"])
+def test_our_lines_parse(line: str) -> None:
+    check_line(line)
 
 
-def test_our_options_parse(parsers: dict[str, ArgumentParser]) -> None:
+def test_our_options_parse() -> None:
+    parser = parser_of("train")
     given = [shlex.split(options) for options in our_options()]
-    parse(parsers["train"], [word for words in given if len(words) > 1 for word in words])
+    parse(parser, [word for words in given if len(words) > 1 for word in words])
     named = {words[0].removeprefix("--") for words in given}
     free = {name for name in named if name.startswith("model.args.")}
-    assert named - free <= known_keys(parsers["train"])
+    assert named - free <= known_keys(parser)
     _check_arguments(free)
 
 

@@ -31,8 +31,11 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
     for name in list_recipes():
         assert sum(f" {name} " in line for line in lines) == 1, name
     rows = {line.split()[1]: line.replace("│", "").split() for line in lines if line.startswith("│")}
-    assert rows["slak_base_in1k_300e_224"][1:] == ["slak_base", "ImageNet-1K", "300", "224", "84.0", "–"]
-    assert rows["slak_nano_digits"][1:] == ["slak_nano", "digits", "12", "–", "–", "yes"]
+    assert rows["slak_base_in1k_300e_224"][1:] == ["slak_base", "ImageNet-1K", "300e", "224", "84.0", "top-1", "–"]
+    assert rows["slak_nano_digits"][1:] == ["slak_nano", "digits", "12e", "–", "–", "yes"]
+    assert rows["slak_base_ade20k_160k_512"][1:] == ["slak_base", "ADE20K", "160k", "512", "50.0", "mIoU", "–"]
+    published = ["53.9", "box", "AP,", "46.5", "mask", "AP"]
+    assert rows["replknet_31l_coco_36e_800_cascade_from_in22k"][1:] == ["replknet_31l", "COCO", "36e", "–", *published, "–"]
 
 
 @pytest.mark.parametrize(
@@ -43,6 +46,12 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
         (["--dataset", "imagenet-22k", "--model", "replknet*"], {"replknet_31b", "replknet_31l"}),
         (["--command", "eval"], {"replknet_xl"}),
         (["--verified"], {"slak_nano"}),
+        (
+            ["--task", "segmentation", "--model", "*l*k*"],
+            {"replknet_31b", "replknet_31l", "replknet_xl", "slak_base", "slak_small", "slak_tiny"},
+        ),
+        (["--task", "detection", "*fcos*"], {"replknet_31b"}),
+        (["--dataset", "cityscapes"], {"replknet_31b"}),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -72,6 +81,21 @@ def test_one_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     assert "  data.input_size: 384 (base: 224)\n" in base and "optimizer.lr" not in base
 
 
+def test_one_recipe_of_another_task(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "replknet_31b_coco_24e_800_fcos"
+    text = said(capsys, name)
+    assert "published     box_AP 47.0\n" in text and "weights       replknet_31b.in1k_ft_coco_fcos\n" in text
+    assert "batch         16 images: 8 GPUs × 2 images\n" in text
+    settings = yaml.safe_load(text.partition("\nsettings\n")[2].partition("\n\n")[0])
+    expected = parse_config(["--recipe", name]).to_dict()
+    del expected["output"]
+    assert settings == expected and settings["task"] == "detection"
+    details = json.loads(said(capsys, name, "--json"))
+    assert details["checkpoint"] == "replknet_31b.in1k_ft_coco_fcos"
+    assert details["deviations"]["from_base"]["schedule.milestones"] == {"value": [16, 22], "base": [27, 33]}
+    assert "task" not in details["deviations"]["from_defaults"]
+
+
 def test_one_recipe_of_another_command(capsys: pytest.CaptureFixture[str]) -> None:
     text = said(capsys, "resnet18_in1k_224_2to4_permuted")
     assert "command       widekernel sparsify SOURCE --recipe resnet18_in1k_224_2to4_permuted\n" in text
@@ -85,7 +109,8 @@ def test_one_recipe_of_another_command(capsys: pytest.CaptureFixture[str]) -> No
     [
         (["slak_tiny_in1k_300e"], "Did you mean 'slak_tiny_in1k_300e_224'?"),
         (["slakk*"], "No recipe is left with name 'slakk*'."),
-        (["--family", "slk"], "Did you mean 'slak'? They have convnext, demo,"),
+        (["--family", "slk"], "Did you mean 'slak'? They have convnext, demo, detection,"),
+        (["--task", "detektion"], "Did you mean 'detection'? They have classification, detection, segmentation."),
         (["--family", "roadmap", "--verified"], "None of these recipes was run with this library"),
     ],
 )

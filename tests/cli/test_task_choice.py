@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -56,8 +57,6 @@ def test_the_task_comes_from_the_file(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    import re
-
     assert main(["train", *arguments, "--print_config"]) == 2
     assert re.search(message, capsys.readouterr().err)
 

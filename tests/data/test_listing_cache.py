@@ -154,7 +154,7 @@ def test_names_in_fixed_memory() -> None:
 @pytest.mark.parametrize("paths", [["a/1.png", "a/b/2.png", "c/3.png"], ["a/u\u0308.png", "b/\u00fc.png", "c/x.png"]])
 def test_the_digest_is_that_of_the_lines(tmp_path: Path, paths: list[str]) -> None:
     source = opened(plant(tmp_path / "root" / "train", paths).parent)
-    assert prints._digest_of_names(source) == prints._digest_of_lines(prints._lines(source))
+    assert prints._digest_of_names(source) == prints.digest_of_lines(prints._lines(source))
     source.names = Names([*paths[:2], "c/zero\0byte"])
     assert prints._digest_of_names(source) is None
     assert len(prints._digest(source)) == 16

@@ -113,6 +113,17 @@ def test_segmentation_network_into_the_backbone(tmp_path: Path) -> None:
     assert_equal(ours.backbone, backbone)
 
 
+@pytest.mark.filterwarnings("ignore:.*holds no classifier")
+@pytest.mark.parametrize("layout", ["native", "official"])
+def test_segmentation_network_into_a_classification_network(layout, tmp_path: Path) -> None:
+    ours, classifier = shuffled(segmenter("slak_nano")), timm.create_model("slak_nano")
+    path = tmp_path / ("ours.safetensors" if layout == "native" else "ours.pth")
+    report = widekernel.load_checkpoint(classifier, widekernel.save_checkpoint(ours, path, layout=layout))
+    assert {key.split(".")[0] for key in report.missing} == {"head"}
+    body, own = ours.backbone.body.state_dict(), classifier.state_dict()
+    assert all(torch.equal(own[key], value) for key, value in body.items())
+
+
 def test_some_levels_of_a_segmentation_network(tmp_path: Path) -> None:
     """Each map gets the norm of its stage."""
     ours, backbone = shuffled(segmenter("slak_nano")), build_pyramid("slak_nano", out_indices=(0, 2))

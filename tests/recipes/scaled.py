@@ -1,4 +1,4 @@
-"""Recipes on a small scale: the settings of a recipe, with a nano network on 64 images of 32 pixels and two steps."""
+"""Recipes on a small scale: the settings of a recipe, with a nano network on few small images and two steps."""
 
 from __future__ import annotations
 
@@ -87,3 +87,46 @@ def write_settings(name: str, images: Path, folder: Path) -> Path:
     file = folder / "scaled.yaml"
     file.write_text(yaml.safe_dump(scaled))
     return file
+
+
+def write_dense_settings(name: str, scenes: Path, folder: Path) -> Path:
+    """Write the settings that scale a recipe of segmentation or detection down, and return their file.
+
+    Args:
+        name: the recipe, which gets weights of the small network as a classifier, some of which are zero.
+        scenes: folder of generated scenes.
+        folder: where the files go.
+    """
+    recipe = load_recipe(name)
+    model, args = nano_model(recipe.model, recipe.settings["model"]["args"])
+    start = timm.create_model(model, num_classes=OTHER_CLASSES, **args)
+    _zero_some(start)
+    torch.save(start.state_dict(), folder / "start.pth")
+    scaled: dict[str, Any] = {
+        "model": {"name": model, "args": args, "weights": str(folder / "start.pth")},
+        "loop": {"batch_size": 4, "micro_batch": 2, "device": "cpu", "precision": "fp32", "log_every": 1},
+        "schedule": {"steps": 2, "warmup_steps": 1},
+        "evaluation": {"every_steps": 2},
+    }
+    if recipe.task == "segmentation":
+        scaled["model"] |= {"channels": 16, "auxiliary_channels": 8}
+        scaled["data"] = {"format": "folder", "root": str(scenes / "folder"), "image_scale": [64, 48], "crop_size": 48}
+        scaled["test"] = {"crop": [48, 48], "stride": [32, 32]}
+    else:
+        sides = {"image_scale": [64, 48], "short_sides": [48], "crop_short_sides": [40], "crop_range": [32, 40]}
+        # Group norms of 32 groups need several values of each group, also in maps of one pixel.
+        scaled["model"] |= {"channels": 64, "fc_channels": 32, "roi_samples": 32, "proposals": 50}
+        scaled["data"] = {"format": "coco_json", "root": str(scenes / "coco"), "images": "pictures", **sides}
+    scaled["data"]["workers"] = 0
+    file = folder / "scaled.yaml"
+    file.write_text(yaml.safe_dump(scaled))
+    return file
+
+
+def _zero_some(network: torch.nn.Module) -> None:
+    """Set a part of each matrix and kernel to zero; whole tiles, which sparse networks leave out, among it."""
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.ndim > 1:
+                kept = torch.rand(parameter.shape[:2] if parameter.ndim > 2 else parameter.shape) > 0.3
+                parameter.mul_(kept.view(kept.shape + (1,) * (parameter.ndim - kept.ndim)))

@@ -43,7 +43,8 @@ def sampled(names: Any, sample: list[str]) -> list[Any]:
 
 
 def test_every_published_run_has_a_recipe() -> None:
-    assert set(list_recipes()) == {*TRAINED, *MASKED, *BASELINES, *DISTILLED, *OTHERS}
+    classified = {name for name in list_recipes() if load_recipe(name).task == "classification"}
+    assert classified == {*TRAINED, *MASKED, *BASELINES, *DISTILLED, *OTHERS}
 
 
 @pytest.mark.parametrize("name", TRAINED)

@@ -14,12 +14,22 @@ from widekernel.errors import ConfigError
 from widekernel.recipes import Devices, list_recipes, load_base, load_recipe
 from widekernel.settings import flatten
 from widekernel.tasks.classification.config import TrainConfig
+from widekernel.tasks.config import FIRST_TASK
 
 FIELDS = {field.name for field in dataclasses.fields(TrainConfig)}
 TRAINED = [
-    name for name in list_recipes() if load_recipe(name).command == "train" and load_recipe(name).settings.keys() <= FIELDS
+    name
+    for name in list_recipes()
+    if load_recipe(name).command == "train"
+    and (load_recipe(name).task != FIRST_TASK or load_recipe(name).settings.keys() <= FIELDS)
 ]
-SAMPLE = ["replknet_31l_in22k_90e_224", "shiftwise_tiny_in1k_300e_224", "slak_nano_digits"]
+SAMPLE = [
+    "convnext_tiny_coco_36e_800_maskrcnn",
+    "replknet_31b_cityscapes_20k_769",
+    "replknet_31l_in22k_90e_224",
+    "shiftwise_tiny_in1k_300e_224",
+    "slak_nano_digits",
+]
 
 
 @pytest.mark.parametrize("name", list_recipes())
@@ -29,10 +39,12 @@ def test_fields(name: str) -> None:
     assert timm.is_model(recipe.model)
     assert name.startswith(recipe.model)
     if recipe.family != "demo":
-        data = {"ImageNet-1K": "in1k", "ImageNet-22K": "in22k"}[recipe.dataset]
-        epochs = "" if recipe.epochs is None else f"{recipe.epochs}e_"
-        assert name.startswith(f"{recipe.model}_{data}_{epochs}{recipe.input_size}")
-        assert recipe.source is not None and recipe.verified == "none"
+        data = {"ImageNet-1K": "in1k", "ImageNet-22K": "in22k"}.get(recipe.dataset, recipe.dataset.lower())
+        length = "" if recipe.epochs is None else f"{recipe.epochs}e_"
+        length = length if recipe.steps is None else f"{recipe.steps // 1000}k_"
+        size = min(recipe.settings["data"]["image_scale"]) if recipe.task == "detection" else recipe.input_size
+        assert name.startswith(f"{recipe.model}_{data}_{length}{size}")
+        assert recipe.source is not None and recipe.source.file and recipe.verified == "none"
     assert all(note.endswith((".", "'")) for note in recipe.notes)
 
 
@@ -46,10 +58,12 @@ def test_numbers_are_no_text() -> None:
 
 @pytest.mark.parametrize("name", [n if n in SAMPLE else pytest.param(n, marks=pytest.mark.slow) for n in TRAINED])
 def test_every_recipe_is_a_valid_configuration(name: str) -> None:
-    known = known_keys(make_parser())
-    settings = flatten(load_recipe(name).settings, FREE_KEYS)
+    recipe = load_recipe(name)
+    known = known_keys(make_parser(recipe.task))
+    settings = flatten(recipe.settings, FREE_KEYS)
     assert settings.keys() <= known
     config = parse_config(["--recipe", name])
+    assert config.task == recipe.task
     flat = flatten(config.to_dict(), FREE_KEYS)
     for key, value in settings.items():
         assert flat[key] == value, key

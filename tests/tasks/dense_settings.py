@@ -8,8 +8,6 @@ from typing import Any
 import yaml
 from tests.data.scenes import make_scenes, write_coco_json, write_folder
 
-KINDS = ("segmentation", "fcos", "cascade_rcnn", "mask_rcnn")
-
 _SHARED: dict[str, Any] = {
     "optimizer": {"lr": 0.01},
     "loop": {"batch_size": 4, "device": "cpu", "log_every": 1},
@@ -36,7 +34,14 @@ def settings_of(kind: str, scenes: Path, steps: int = 2, **changes: dict[str, An
             "data": {"root": str(scenes / "folder"), "image_scale": [64, 48], "crop_size": 48, "workers": 0},
         }
     else:
-        sizes = {"channels": 32, "fc_channels": 32, "roi_samples": 32, "proposals": 50, "score_threshold": 0.0}
+        # A group norm of FCOS needs more than one value, also where the coarsest map is one pixel.
+        sizes = {
+            "channels": 64 if kind == "fcos" else 32,
+            "fc_channels": 32,
+            "roi_samples": 32,
+            "proposals": 50,
+            "score_threshold": 0.0,
+        }
         images = {"images": "pictures", "image_scale": [64, 48], "short_sides": [48], "crop": False, "workers": 0}
         data = {"format": "coco_json", "root": str(scenes / "coco"), "masks": kind != "fcos", **images}
         settings = {"task": "detection", "model": {**small, "detector": kind, **sizes}, "data": data}

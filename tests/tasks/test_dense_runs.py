@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 from tests.engine.test_resume import KillAt, Killed
 from tests.engine.tiny import without_timings
-from tests.tasks.dense_settings import KINDS, settings_of, write_scenes, write_settings
+from tests.tasks.dense_settings import settings_of, write_scenes, write_settings
 
+import widekernel
 from widekernel.cli.main import main
 from widekernel.cli.train import parse_config
 from widekernel.engine.metrics_log import read_metrics
@@ -34,7 +36,15 @@ def evaluated(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict:
     return json.loads(shown.out)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "segmentation",
+        "fcos",
+        pytest.param("cascade_rcnn", marks=pytest.mark.slow),
+        pytest.param("mask_rcnn", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_and_its_evaluation(kind: str, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, run = write_settings(tmp_path / "run.yaml", settings_of(kind, scenes)), tmp_path / "run"
     arguments = ["train", "--config", file, "--output", str(run)]
@@ -57,7 +67,14 @@ def test_a_run_and_its_evaluation(kind: str, scenes: Path, tmp_path: Path, capsy
     assert folded[first] == pytest.approx(found[first], abs=2.0)
 
 
-@pytest.mark.parametrize("kind", ["segmentation", "fcos", "cascade_rcnn"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "segmentation",
+        pytest.param("fcos", marks=pytest.mark.slow),
+        pytest.param("cascade_rcnn", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_that_is_killed_twice_resumes_bit_for_bit(kind: str, scenes: Path, tmp_path: Path) -> None:
     changes = {"model": {"args": {"drop_path_rate": 0.2}}, "ema": {"decay": 0.5}}
     model = {**settings_of(kind, scenes)["model"], **changes["model"]}
@@ -78,30 +95,32 @@ def test_a_run_that_is_killed_twice_resumes_bit_for_bit(kind: str, scenes: Path,
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["segmentation", "fcos", "cascade_rcnn"])
-def test_two_processes_equal_one(kind: str, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    changes = {"optimizer": {"name": "sgd", "lr": 0.01}, "loop": {"precision": "fp32"}}
-    file = write_settings(tmp_path / "run.yaml", settings_of(kind, scenes, 10, **changes))
-    weights = []
+@pytest.mark.parametrize(("kind", "steps"), [("segmentation", 10), ("fcos", 10), ("cascade_rcnn", 2)])
+def test_two_processes_equal_one(kind: str, steps: int, scenes: Path, tmp_path: Path) -> None:
+    """An untrained cascade takes few steps: its proposals have nearly equal scores, among which the last digit decides."""
+    rate = 1e-4 if kind == "fcos" else 1e-3  # exponentials of a box magnify the last digit at higher rates
+    changes = {"optimizer": {"name": "sgd", "lr": rate}, "evaluation": {"every_steps": 10}}
+    if kind == "segmentation":
+        changes["model"] = {"dropout": 0.0}  # its random numbers depend on the division of a batch
+    settings = settings_of(kind, scenes, steps)
+    settings |= {key: {**settings.get(key, {}), **values} for key, values in changes.items()}
+    file, folders = write_settings(tmp_path / "run.yaml", settings), []
     for number in (1, 2):
         run = tmp_path / str(number)
         assert main(["train", "--config", file, "--output", str(run), "--processes", str(number)]) == 0
-        weights.append(load_file(RunFolder(run).model))
-    assert weights[0].keys() == weights[1].keys()
+        folders.append(RunFolder(run))
+    one, two = ([row["train_loss"] for row in read_metrics(each.metrics)] for each in folders)
+    assert len(one) == steps and two == pytest.approx(one, rel=1e-4)
+    weights = [load_file(each.model) for each in folders]
     for name, value in weights[0].items():
-        if value.is_floating_point():
-            scale = value.abs().max().clamp(min=1e-3)
-            assert ((value - weights[1][name]).abs().max() / scale).item() <= 1e-4, name
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-4, msg=f"{name} differs")
 
 
+@pytest.mark.slow
 def test_training_starts_from_a_classifier_or_a_whole_network(
     scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import timm
-
-    import widekernel
-
-    classifier = timm.create_model("convnext_nano_ols" if False else "slak_nano", num_classes=7)
+    classifier = timm.create_model("slak_nano", num_classes=7)
     widekernel.save_checkpoint(classifier, tmp_path / "classifier.safetensors")
     model = {"name": "slak_nano", "weights": str(tmp_path / "classifier.safetensors")}
     settings = settings_of("segmentation", scenes, 2, model=model, loop={"batch_size": 2})
@@ -111,6 +130,23 @@ def test_training_starts_from_a_classifier_or_a_whole_network(
     file = write_settings(tmp_path / "b.yaml", settings)
     assert main(["train", "--config", file, "--output", str(tmp_path / "b")]) == 0
     assert "loaded into the whole network" in capsys.readouterr().err
+
+
+def test_official_files_are_evaluated(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    settings = settings_of("segmentation", scenes)
+    file = write_settings(tmp_path / "run.yaml", settings)
+    assert main(["train", "--config", file, "--output", str(run)]) == 0
+    model, _ = restore_model(run / "model.safetensors")
+    official = widekernel.save_checkpoint(model, tmp_path / "official.pth", layout="official")
+    options = {**{f"model.{key}": value for key, value in settings["model"].items()}, "data.workers": 0}
+    options |= {f"data.{key}": settings["data"][key] for key in ("root", "image_scale")}
+    arguments = [f"--{key}={value}" for key, value in options.items()]
+    found = evaluated(capsys, official, "--task", "segmentation", *arguments)
+    assert found["miou"] == pytest.approx(evaluated(capsys, run, "--data.workers", "0")["miou"], abs=1e-4)
+    backbone = widekernel.save_checkpoint(model.backbone, tmp_path / "backbone.safetensors")
+    assert main(["eval", str(backbone), "--task", "segmentation", *arguments]) == 2
+    assert "holds no heads for segmentation" in capsys.readouterr().err
 
 
 def test_other_commands_refuse_a_network_of_another_task(

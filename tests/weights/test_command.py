@@ -68,14 +68,24 @@ def test_one(capsys: pytest.CaptureFixture) -> None:
         ),
         (
             "slak_tiny.in1k_ft_coco_cascade_1x",
-            "widekernel.load_checkpoint(timm.create_model('slak_tiny'), 'slak_tiny.in1k_ft_coco_cascade_1x'), "
-            "which loads the backbone",
+            "widekernel eval slak_tiny.in1k_ft_coco_cascade_1x --data.root FOLDER",
         ),
         ("unireplknet_a.in1k_224", "not in this version: this version has no UniRepLKNet"),
     ],
 )
 def test_how_to_use_it(name: str, use: str, capsys: pytest.CaptureFixture) -> None:
     assert f"use            {use}\n" in run(capsys, name)[0]
+
+
+def test_networks_of_other_tasks(capsys: pytest.CaptureFixture) -> None:
+    """Their recipe describes the whole network; their backbone is also that of a classifier."""
+    name = "slak_tiny.in1k_ft_ade20k_upernet_512"
+    lines = dict(line.split(maxsplit=1) for line in run(capsys, name)[0].splitlines())
+    assert (lines["recipe"], lines["results"]) == ("slak_tiny_ade20k_160k_512", "47.6 mIoU")
+    assert lines["backbone"] == f"widekernel.load_checkpoint(timm.create_model('slak_tiny'), {name!r})"
+    assert json.loads(run(capsys, name, "--json")[0])["recipe"] == "slak_tiny_ade20k_160k_512"
+    other = run(capsys, "unireplknet_t.in1k_ft_ade20k_upernet_512")[0]
+    assert "recipe" not in other and "backbone" not in other
 
 
 def test_json(capsys: pytest.CaptureFixture) -> None:

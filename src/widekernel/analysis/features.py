@@ -32,7 +32,8 @@ def last_feature_map(model: nn.Module, layer: str | None = None) -> Features:
     if hasattr(model, "forward_intermediates"):
         return lambda images: _checked(_last_intermediate(model, images), model)
     if hasattr(model, "forward_features"):
-        return lambda images: _checked(model.forward_features(images), model)
+        network: Any = model
+        return lambda images: _checked(network.forward_features(images), model)
     raise ArgumentError(
         f"{type(model).__name__} does not say which module computes its last feature map: name it (layer), for example "
         f"{_last_convolution(model)!r}"

@@ -31,9 +31,9 @@ def plot(results: Sequence[ShapeBias], highlighted: Sequence[str] = ()) -> bytes
         color, marker = styles[result.observer]
         person, large = is_person(result.observer), result.observer in highlighted
         label = "people" if person else f"{result.observer} ({100 * result.overall.bias:.0f} %)"
-        points = [(counts.bias, positions[name]) for name, counts in result.by_category.items()]
         axes.scatter(
-            *zip(*points),
+            [counts.bias for counts in result.by_category.values()],
+            [positions[name] for name in result.by_category],
             s=70 if large else 34,
             color=color,
             marker=marker,

@@ -17,11 +17,12 @@ from widekernel.cli.console import progress_console, result_console, table_conso
 from widekernel.cli.launching import check_number, is_first, is_started, start
 from widekernel.cli.parsing import build, new_parser, parse, parse_given, typed
 from widekernel.engine.interrupts import Interrupted
-from widekernel.recipes import load_recipe
+from widekernel.recipes import load_recipe, recipe_of_checkpoint
 from widekernel.settings import require
 from widekernel.tasks.config import TASK
 from widekernel.tasks.model_source import ModelSource, Weights
 from widekernel.tasks.registry import task_entry
+from widekernel.weights.catalog import is_published
 
 if TYPE_CHECKING:
     from widekernel.tasks.dense_evaluation import HeldOut
@@ -37,7 +38,10 @@ _COLUMNS = {
 }  # fmt: skip
 """Headings of the table of classes, by the field of its lines."""
 
-_DEFAULTS = " For a run folder, or a model file in one, the settings of the run are the defaults."
+_DEFAULTS = (
+    " For a run folder, or a model file in one, the settings of the run are the defaults; for published weights, those of "
+    "their recipe."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +125,7 @@ def run(task: str, arguments: list[str]) -> int:
 
 
 def _parse(task: str, arguments: list[str]) -> dict[str, Any]:
-    """Parse arguments: the settings of the run or of the model file come first, then those of a recipe."""
+    """Parse arguments: the settings of the run, file or published weights come first, then those of a recipe."""
     parser = make_parser(task)
     given = parse_given(parser, arguments)
     layers = default_layers(ModelSource(Path(given["source"])), given.get("recipe"), _sections(task))
@@ -131,22 +135,28 @@ def _parse(task: str, arguments: list[str]) -> dict[str, Any]:
 
 
 def default_layers(source: ModelSource, recipe: str | None, sections: Collection[str]) -> list[dict[str, Any]]:
-    """Return the settings of the run or of the model file, and those of a recipe, which come before the command line's.
+    """Return what is known of a source, and the settings of a recipe, which come before those of the command line.
 
     Args:
         source: the network.
         recipe: name of the recipe.
         sections: keys of the sections that count.
     """
-    folder = source.run_folder()
-    if folder is not None:
-        layers = [{key: value for key, value in folder.read_config().items() if key in sections}]
-    else:
-        layers = [_described(source.path)]
+    layers = [_of_source(source)]
     if recipe is not None:
-        settings = load_recipe(recipe).settings_for("train")
-        layers.append({key: value for key, value in settings.items() if key in sections})
-    return layers
+        layers.append(load_recipe(recipe).settings_for("train"))
+    return [{key: value for key, value in layer.items() if key in sections} for layer in layers]
+
+
+def _of_source(source: ModelSource) -> dict[str, Any]:
+    """Return the settings that are known of a source: those of its run, of its file, or of the recipe that made it."""
+    name = str(source.path)
+    if is_published(name) and not source.path.exists():
+        recipe = recipe_of_checkpoint(name)
+        # The network gets all its weights from the published file.
+        return {} if recipe is None else {**recipe.settings, "model": {**recipe.settings["model"], "weights": None}}
+    folder = source.run_folder()
+    return _described(source.path) if folder is None else folder.read_config()
 
 
 def _described(path: Path) -> dict[str, Any]:

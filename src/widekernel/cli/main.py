@@ -24,14 +24,16 @@ COMMANDS = {
     "weights": "list, show or fetch the authors' published weights",
     "recipes": "list the training recipes",
     "complexity": "count the parameters and operations of a model",
+    "export": "write a network for onnxruntime, OpenVINO or PyTorch alone, and check the file",
     "erf": "measure and draw effective receptive fields",
     "shape-bias": "measure whether classifiers go by shape or by texture",
+    "report": "write everything about a network to one HTML page",
     "bench": "time operators or networks against PyTorch on this machine",
     "tune": "find and store the fastest configurations of the GPU kernels on this machine",
     "demo": "train, evaluate, fold, save and plot a large-kernel network on real digits",
 }
 
-_ALONE = ("predict", "sparsify", "fold", "erf", "shape-bias", "bench", "tune", "demo")
+_ALONE = ("sparsify", "fold", "predict", "export", "erf", "shape-bias", "report", "bench", "tune", "demo")
 """Commands that work in one process only."""
 
 EXIT_ERROR = 2

@@ -9,8 +9,10 @@ from typing import Any
 import jsonargparse
 
 from widekernel.cli.parsing import parse, parse_given
+from widekernel.errors import CheckpointError
 from widekernel.recipes import Command, load_recipe
 from widekernel.settings import require
+from widekernel.tasks.config import FIRST_TASK, TASK, wrong_task
 from widekernel.tasks.model_source import ModelSource
 
 
@@ -57,11 +59,15 @@ def parse_with_data_of_the_run(
 
     Raises:
         ConfigError: an argument or the recipe is unknown, or a value has the wrong type.
+        CheckpointError: the run is of another task than classification.
         RunFolderError: the configuration of the run cannot be read.
     """
     given = parse_given(parser, arguments)
     folder = ModelSource(Path(given["source"])).run_folder()
-    of_run = {} if folder is None else folder.read_config().get("data") or {}
+    config = {} if folder is None else folder.read_config()
+    if config.get(TASK, FIRST_TASK) != FIRST_TASK:
+        raise CheckpointError(wrong_task(given["source"], config[TASK], FIRST_TASK))
+    of_run = config.get("data") or {}
     # The classifier of a run has the classes of its data; a map was for the weights that the run started from.
     layers = [] if folder is None else [{"data": {key: value for key, value in of_run.items() if key != "class_map"}}]
     data = given.get("data", {})

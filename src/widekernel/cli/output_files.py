@@ -9,8 +9,10 @@ from widekernel.engine.run_folder import RunFolder
 from widekernel.errors import ConfigError
 
 
-def check_output_file(path: Path, what: str, source: Path, overwrite: bool, beside: tuple[Path, ...] = ()) -> Path:
-    """Check that a .safetensors file can be written to `path` and that nothing is lost, and return `path`.
+def check_output_file(
+    path: Path, what: str, source: Path, overwrite: bool, beside: tuple[Path, ...] = (), suffix: str = ".safetensors"
+) -> Path:
+    """Check that a file can be written to `path` and that nothing is lost, and return `path`.
 
     Args:
         path: the file.
@@ -18,12 +20,13 @@ def check_output_file(path: Path, what: str, source: Path, overwrite: bool, besi
         source: the network that the file is made from.
         overwrite: whether existing files, except the source, may be replaced.
         beside: other files that will be written, too.
+        suffix: suffix that the file must have.
 
     Raises:
         ConfigError: a file has another suffix, exists already or is the source, or its folder cannot be written.
     """
-    if path.suffix != ".safetensors":
-        raise ConfigError(f"The output is {str(path)!r}, but {what} are .safetensors files.")
+    if path.suffix != suffix:
+        raise ConfigError(f"The output is {str(path)!r}, but {what} are {suffix} files.")
     for file in (path, *beside):
         if file.is_dir():
             raise ConfigError(f"The output is {str(file)!r}, which is a folder. Give --output a file.")

@@ -10,6 +10,7 @@ PATHS = frozenset(
     {
         "source", "output", "config", "model.weights", "data.root", "data.class_map", "sparsity.masks",
         "distillation.teacher.weights", "csv", "markdown", "plot", "table",
+        "models", "data", "stimuli", "observers", "compare",
     }
 )  # fmt: skip
 """Dotted names of the settings, in all commands, that are files or folders of the user.

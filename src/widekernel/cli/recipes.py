@@ -20,12 +20,15 @@ from widekernel.cli.parsing import new_parser, parse
 from widekernel.cli.train import parse_config
 from widekernel.errors import ConfigError, nearest
 from widekernel.recipes import Recipe, deviations, list_recipes, load_base, load_recipe
+from widekernel.tasks.config import TASK
 from widekernel.tasks.registry import task_entry
 
 _DESCRIPTION = (
     "List the recipes, or show one: its settings, and where they differ from the defaults and from the base of its family. "
-    "The accuracy in the table is the published one."
+    "The results in the table are the published ones."
 )
+
+_METRICS = {"top1": "top-1", "mIoU_ss": "mIoU", "box_AP": "box AP", "mask_AP": "mask AP"}
 
 
 def make_parser() -> jsonargparse.ArgumentParser:
@@ -115,6 +118,7 @@ def _summary(recipe: Recipe) -> dict[str, Any]:
         "steps": recipe.steps,
         "input_size": recipe.input_size,
         "published": recipe.published,
+        "checkpoint": recipe.checkpoint,
         "total_batch": recipe.total_batch,
         "devices": None if recipe.devices is None else vars(recipe.devices),
         "source": None if recipe.source is None else vars(recipe.source),
@@ -148,6 +152,8 @@ def _resolved(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
         defaults = dataclasses.asdict(task_entry(recipe.task).settings_class()())
         settings = parse_config(["--recipe", recipe.name]).to_dict()
         del settings["output"], defaults["output"]
+        if TASK in settings:
+            defaults[TASK] = recipe.task
         return settings, defaults
     command = evaluation if recipe.command == "eval" else sparsify
     return recipe.settings_for(recipe.command), command.make_parser().get_defaults().as_dict()
@@ -158,25 +164,32 @@ def _print_json(content: Any) -> None:
 
 
 def _print_table(recipes: list[Recipe]) -> None:
-    table = Table("recipe", "model", "data", "epochs", "size", "top-1 (%)", "verified")
+    table = Table("recipe", "model", "data", "length", "size", "result (%)", "verified")
     for column in (3, 4, 5):
         table.columns[column].justify = "right"
     for recipe in recipes:
-        accuracy = (recipe.published or {}).get("top1")
         table.add_row(
             recipe.name,
             recipe.model,
             recipe.dataset,
-            _or_dash(recipe.epochs),
-            _or_dash(recipe.input_size),
-            _or_dash(accuracy),
+            _length(recipe),
+            "–" if recipe.input_size is None else str(recipe.input_size),
+            _results(recipe),
             "–" if recipe.verified == "none" else "yes",
         )
     table_console().print(table)
 
 
-def _or_dash(value: float | None) -> str:
-    return "–" if value is None else str(value)
+def _length(recipe: Recipe) -> str:
+    """Return the length of a run as in names of recipes: 300e are epochs, and 160k are thousands of steps."""
+    if recipe.steps is not None:
+        return f"{recipe.steps / 1000:g}k"
+    return "–" if recipe.epochs is None else f"{recipe.epochs}e"
+
+
+def _results(recipe: Recipe) -> str:
+    published = recipe.published or {}
+    return ", ".join(f"{value} {_METRICS[key]}" for key, value in published.items() if key in _METRICS) or "–"
 
 
 def _print_recipe(recipe: Recipe) -> None:
@@ -188,6 +201,7 @@ def _print_recipe(recipe: Recipe) -> None:
         "data": recipe.dataset,
         "source": recipe.source,
         "published": ", ".join(published) or "nothing",
+        "weights": recipe.checkpoint,
         "batch": None if recipe.devices is None else f"{recipe.total_batch} images: {recipe.devices}",
         "verified": recipe.verified,
         "base": recipe.base,

@@ -52,9 +52,9 @@ def evaluated_task(arguments: Sequence[str], flags: Collection[str]) -> str:
     """
     named = chosen_task(arguments)
     source = _source(arguments, flags)
-    if source is None:
+    if source is None or {"-h", "--help"} & set(arguments):
         return named
-    from widekernel.tasks.loading import described_task  # with PyTorch, which help without a network does not need
+    from widekernel.tasks.loading import described_task  # needs PyTorch, which help does not
 
     if is_published(source) and not Path(source).exists():
         found: str | None = find_checkpoint(source).task

@@ -17,6 +17,7 @@ from typing_extensions import override
 from widekernel.cli.console import download_bar, progress_console, result_console, table_console
 from widekernel.cli.parsing import new_parser, parse
 from widekernel.errors import ConfigError, nearest
+from widekernel.recipes import recipe_of_checkpoint
 from widekernel.weights import Checkpoint, Listener, cached_file, fetch, find_checkpoint, list_checkpoints
 
 _DESCRIPTION = (
@@ -132,7 +133,12 @@ def _facts(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     yield "here", str(cached_file(checkpoint) or "no")
     if checkpoint.note:
         yield "note", checkpoint.note
+    recipe = recipe_of_checkpoint(checkpoint.name)
+    if recipe is not None:
+        yield "recipe", recipe.name
     yield "use", _use(checkpoint)
+    if checkpoint.task != "classification" and not checkpoint.unsupported:
+        yield "backbone", _loading(checkpoint)
 
 
 def _use(checkpoint: Checkpoint) -> str:
@@ -141,8 +147,13 @@ def _use(checkpoint: Checkpoint) -> str:
     if checkpoint.task == "classification" and (checkpoint.timm or not _is_of_timm(checkpoint)):
         whose = " (timm's own tag)" if checkpoint.timm else ""
         return f"timm.create_model({checkpoint.name!r}, pretrained=True){whose}"
-    backbone = "" if checkpoint.task == "classification" else ", which loads the backbone"
-    return f"widekernel.load_checkpoint(timm.create_model({checkpoint.model!r}), {checkpoint.name!r}){backbone}"
+    if recipe_of_checkpoint(checkpoint.name) is not None:
+        return f"widekernel eval {checkpoint.name} --data.root FOLDER"
+    return _loading(checkpoint)
+
+
+def _loading(checkpoint: Checkpoint) -> str:
+    return f"widekernel.load_checkpoint(timm.create_model({checkpoint.model!r}), {checkpoint.name!r})"
 
 
 def _is_of_timm(checkpoint: Checkpoint) -> bool:
@@ -155,8 +166,12 @@ def _results(checkpoint: Checkpoint) -> str:
 
 
 def _as_dict(checkpoint: Checkpoint) -> dict[str, Any]:
-    path = cached_file(checkpoint)
-    return {**dataclasses.asdict(checkpoint), "file": str(path) if path else None}
+    path, recipe = cached_file(checkpoint), recipe_of_checkpoint(checkpoint.name)
+    return {
+        **dataclasses.asdict(checkpoint),
+        "recipe": None if recipe is None else recipe.name,
+        "file": str(path) if path else None,
+    }
 
 
 class _Reporter(Listener):

@@ -51,6 +51,23 @@ def load_recipe(name: str) -> Recipe:
     )
 
 
+def recipe_of_checkpoint(checkpoint: str) -> Recipe | None:
+    """Return the recipe of the run that made published weights, or `None` if there is none.
+
+    Args:
+        checkpoint: name of the weights, as in `widekernel weights`.
+    """
+    name = _by_checkpoint().get(checkpoint)
+    return None if name is None else load_recipe(name)
+
+
+@cache
+def _by_checkpoint() -> dict[str, str]:
+    """Return the name of the recipe of each published checkpoint that a recipe names."""
+    contents = {name: _read(file) for name, (_, file) in _files().items()}
+    return {content["checkpoint"]: name for name, content in contents.items() if "checkpoint" in content}
+
+
 @cache
 def _files() -> dict[str, tuple[str, Traversable]]:
     """Return the family and the file of each recipe, by name."""

@@ -62,7 +62,7 @@ class Devices:
     def __str__(self) -> str:
         parts = [f"{self.nodes} × " if self.nodes > 1 else "", f"{self.gpus} GPU{'s' if self.nodes * self.gpus > 1 else ''}"]
         passes = f" × {self.accumulation} passes" if self.accumulation > 1 else ""
-        return f"{''.join(parts)} × {self.batch} images{passes}"
+        return f"{''.join(parts)} × {self.batch} image{'s' if self.batch > 1 else ''}{passes}"
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ class Recipe:
         dataset: the images of the published run
         source: where the recipe comes from; `None` for recipes of this project
         published: published results by name, such as `top1` in percent; `None` if none are published
+        checkpoint: name of the published weights of this run, as in `widekernel weights`; `None` if there is no such name
         devices: devices of the published run; `None` if it needs none, or they are not published
         total_batch: images per optimizer step, which is also `loop.batch_size`
         verified: what was run with this library, and what came out; "none" if it was not run at this size
@@ -98,6 +99,7 @@ class Recipe:
     dataset: str = ""
     source: Source | None = None
     published: dict[str, float] | None = None
+    checkpoint: str | None = None
     devices: Devices | None = None
     total_batch: int | None = None
     verified: str = "none"

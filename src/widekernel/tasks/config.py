@@ -29,6 +29,11 @@ TASK = "task"
 FIRST_TASK = "classification"
 
 
+def wrong_task(source: object, found: str, wanted: str) -> str:
+    """Return the message for a network that has another task than the one that is wanted."""
+    return f"{source} holds a network for {found}, but one for {wanted} is needed here."
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """Settings of a run of any task; a task's own class says what `model` and `data` are, and adds to them.

@@ -12,7 +12,7 @@ from widekernel.engine.run_folder import RunFolder
 from widekernel.engine.sparsification import restore_learned
 from widekernel.errors import CheckpointError, ConfigError
 from widekernel.tasks.assembly import build_model, pretrained_cfg
-from widekernel.tasks.config import FIRST_TASK, TASK
+from widekernel.tasks.config import FIRST_TASK, TASK, wrong_task
 from widekernel.tasks.foreign_checkpoint import Notify, load_weights
 from widekernel.tasks.model_source import ModelSource
 from widekernel.tasks.saved import SavedModel, build_saved, read_saved, restore_model, without_projection_weights
@@ -33,7 +33,7 @@ def load(source: ModelSource, notify: Notify | None = None, task: str | None = F
     """
     model, saved = _load(source, notify)
     if task is not None and saved.task != task:
-        raise CheckpointError(f"{source.path} holds a network for {saved.task}, but one for {task} is needed here.")
+        raise CheckpointError(wrong_task(source.path, saved.task, task))
     return model, saved
 
 
@@ -78,13 +78,14 @@ def described_task(path: Path) -> str | None:
     """Return the task of the network in a run folder, a model file or a training state.
 
     Returns:
-        the task; `None` for a file that does not describe its network, or if there is no file.
+        the task; `None` for a folder or a file that does not describe its network, or if there is none.
 
     Raises:
         WidekernelError: the configuration of the run cannot be read.
     """
     if path.is_dir():
-        return str(RunFolder(path).read_config().get(TASK, FIRST_TASK))
+        folder = RunFolder(path)
+        return str(folder.read_config().get(TASK, FIRST_TASK)) if folder.config.exists() else None
     try:
         if path.suffix == ".safetensors":
             return read_saved(path).task

@@ -8,6 +8,7 @@ from typing import Literal
 from torch import nn
 
 from widekernel.data import DataConfig, Preprocessing
+from widekernel.data.paths import expand_path
 from widekernel.errors import CheckpointError, ConfigError
 from widekernel.tasks.assembly import build_model, check_model_name, pretrained_cfg
 from widekernel.tasks.config import FIRST_TASK
@@ -63,7 +64,9 @@ def load_named(
 def split_name(text: str) -> tuple[str | None, Path]:
     """Return NAME and FILE of a text NAME=FILE; of any other text, `None` and the text as a path."""
     name, separator, file = text.partition("=")
-    return (name, Path(file)) if separator and not Path(text).exists() else (None, Path(text))
+    if separator and not Path(text).exists():
+        return name, Path(expand_path("source", file))
+    return None, Path(text)
 
 
 def check_backbone(name: str, path: Path, saved: SavedModel) -> None:

@@ -88,6 +88,11 @@ def test_image_without_objects() -> None:
     assert one(torch.empty(0, 4), targets=nothing).boxes.shape == (0, 4)
 
 
+def test_labels_out_of_range_do_not_become_an_index() -> None:
+    sample = one(candidates(), targets=OBJECTS._replace(labels=torch.tensor([-7, 90])))
+    assert set(sample.labels[:10].tolist()) <= {0, 8}
+
+
 def test_mask_targets_follow_the_roi() -> None:
     masks = torch.zeros(2, 16, 16, dtype=torch.uint8)
     masks[1, 4:12, 4:12] = 1

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.ops import box_iou
 
 from tests.dense.detection.shapes import CLASSES, KINDS, batch, nothing, small_detector, small_options
+from widekernel import fold
 from widekernel.dense.backbone import build_pyramid
 from widekernel.dense.detection.rpn import Proposals
 from widekernel.dense.detection.structures import Detections, ImageSize, Targets
@@ -90,7 +91,7 @@ def check_empty(found: list[Detections], sizes: list[ImageSize]) -> None:
 def test_images_without_detections(kind: str) -> None:
     detector = small_detector(kind).eval()
     for head in detector.roi_head.box_heads:
-        torch.nn.init.constant_(head.fc_cls.bias[-1:], 20.0)
+        nn.init.constant_(head.fc_cls.bias[-1:], 20.0)
     images, sizes, *_ = batch()
     sizes = [size._replace(scale_x=2.0, scale_y=2.0) for size in sizes]
     found = detector(images, sizes)
@@ -151,6 +152,21 @@ def test_numbers_are_averaged_over_processes() -> None:
         torch.testing.assert_close((losses[0][name] + losses[1][name]) / 2, loss, rtol=1e-5, atol=1e-6, msg=name)
 
 
+def test_folded_detector_finds_the_same() -> None:
+    detector = small_detector("cascade").eval()
+    for norm in detector.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.normal_(norm.running_mean, std=0.1)
+            nn.init.uniform_(norm.running_var, 0.5, 1.5)
+    folded = fold(detector)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    images, sizes, *_ = batch()
+    for one, other in zip(detector(images, sizes), folded(images, sizes)):
+        assert torch.equal(one.labels, other.labels)
+        torch.testing.assert_close(one.boxes, other.boxes, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(one.scores, other.scores, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_half_precision(kind: str) -> None:
     detector = small_detector(kind).train()
@@ -173,7 +189,7 @@ def train(detector: TwoStageDetector, steps: int, images: int) -> list[float]:
         loss = sum(detector(pixels, sizes, targets, [seed + 10 * step for seed in seeds]).values())
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(detector.parameters(), 10.0)
+        nn.utils.clip_grad_norm_(detector.parameters(), 10.0)
         optimizer.step()
         totals.append(loss.item())
     return totals
@@ -230,3 +246,5 @@ def test_errors() -> None:
         MaskRCNN(build_pyramid("slak_nano"), cascade_options(CLASSES))
     with pytest.raises(ArgumentError, match="stages is empty"):
         replace(cascade_options(3).roi, stages=())
+    with pytest.raises(ArgumentError, match="most is 0"):
+        replace(cascade_options(3).roi, most=0)

@@ -9,7 +9,7 @@ from widekernel.dense.detection.box_coding import Stds
 from widekernel.dense.detection.matching import MatchOptions
 from widekernel.dense.detection.sampling import SampleOptions
 from widekernel.errors import ArgumentError
-from widekernel.settings import require_one_of
+from widekernel.settings import require_one_of, require_whole, require_within
 
 STRIDES = (4, 8, 16, 32)
 BoxLoss = Literal["giou", "l1"]
@@ -54,7 +54,7 @@ class RoiOptions:
         mask_threshold: smallest probability of a pixel in a mask.
 
     Raises:
-        ArgumentError: there is no stage, or `box_loss` is unknown.
+        ArgumentError: there is no stage, `box_loss` is unknown, or a number is out of range.
     """
 
     stages: tuple[RoiStage, ...]
@@ -75,6 +75,11 @@ class RoiOptions:
         if not self.stages:
             raise ArgumentError("stages is empty; the second stage of a detector needs at least one.")
         require_one_of("box_loss", self.box_loss, ("giou", "l1"))
+        for name in ("score_threshold", "overlap_threshold", "mask_threshold"):
+            require_within(name, getattr(self, name), 0, 1)
+        for name in ("fcs", "fc_channels", "box_size", "mask_size", "most"):
+            require_whole(name, getattr(self, name), 1)
+        require_whole("convs", self.convs, 0)
 
 
 CASCADE = RoiOptions(

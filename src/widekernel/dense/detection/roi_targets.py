@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torchvision.ops  # noqa: F401 - it defines the operator
 from torch import Tensor
-from torchvision.ops import roi_align
 
 from widekernel.dense.detection.matching import NEGATIVE, MatchOptions, match
 from widekernel.dense.detection.sampling import Sample, SampleOptions, permutation, sample
 from widekernel.dense.detection.structures import Targets
+from widekernel.dense.detection.transfer import send
 
 
 class Candidates(NamedTuple):
@@ -79,7 +80,7 @@ def sample_rois(
         matches = match(target.boxes, each.boxes, sampling.match, each.usable)
         own = torch.arange(len(target.boxes), device=each.boxes.device)
         index = torch.cat([own, matches.index])
-        order = permutation(seed, sampling.purpose, len(index)).to(index.device, non_blocking=True)
+        order = send(permutation(seed, sampling.purpose, len(index)), index.device)
         boxes.append(torch.cat([target.boxes.to(each.boxes.dtype), each.boxes]))
         indices.append(index)
         chosen.append(sample(index >= 0, index == NEGATIVE, order, sampling.sample))
@@ -101,7 +102,8 @@ def _chosen(
     order = rank.argsort(stable=True)[: sum(counts)]
     matched = index[order[: counts[0]]]
     labels = torch.full_like(order, background)
-    labels[: counts[0]] = target.labels[matched]
+    # Labels out of range, which make the losses NaN, must not reach an index: on a GPU this would end the program.
+    labels[: counts[0]] = target.labels[matched].clamp(0, background - 1)
     return RoiSample(boxes[order], labels, matched, order < len(target.boxes))
 
 
@@ -122,5 +124,7 @@ def mask_targets(masks: Tensor, boxes: Tensor, matched: Tensor, size: int) -> Te
     rois = torch.cat([matched.unsqueeze(1).to(torch.float32), boxes.to(torch.float32)], 1)
     if not len(masks):
         return rois.new_zeros(0, size, size)
-    soft = roi_align(masks.unsqueeze(1).to(torch.float32), rois, size, 1.0, sampling_ratio=0, aligned=True)
+    # Where deterministic algorithms are demanded, torchvision's function is a slow program, for the sake of gradients. There
+    # are none here, and the operator itself is deterministic.
+    soft = torch.ops.torchvision.roi_align(masks.unsqueeze(1).to(torch.float32), rois, 1.0, size, size, 0, True)
     return (soft.squeeze(1) >= 0.5).to(torch.float32)

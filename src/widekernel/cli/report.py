@@ -1,0 +1,128 @@
+"""The command `widekernel report`."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jsonargparse
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from widekernel.cli.console import progress_console, result_console
+from widekernel.cli.output_files import check_output_folder
+from widekernel.cli.parsing import build, new_parser, parse
+from widekernel.data.paths import expand_path
+from widekernel.errors import ConfigError
+from widekernel.report.parts import ReportOptions
+
+if TYPE_CHECKING:
+    from widekernel.report.parts import Progress as Advance
+
+_DESCRIPTION = (
+    "Write everything that can be known about a network to one HTML page, which needs no other file and no network: "
+    "weights, training, accuracy, receptive field, kernels, masks, complexity, speed on this machine, and a comparison."
+)
+_MOST_BYTES = 5_000_000
+"""Largest size of a page that is worth no warning."""
+
+
+def make_parser() -> jsonargparse.ArgumentParser:
+    """Return the parser of the command."""
+    parser = new_parser("report", _DESCRIPTION, "SOURCE")
+    parser.add_argument(
+        "source",
+        type=str,
+        help="run folder, checkpoint file, model name, published checkpoint, or NAME=FILE for weights that do not name "
+        "their model",
+    )
+    parser.add_argument("--compare", type=str | None, default=None, help="another network, named in the same ways")
+    parser.add_argument(
+        "--data",
+        type=str | None,
+        default=None,
+        help="held-out images: a folder of class folders, or a .tar archive of them; without classes, they serve all but "
+        "the accuracy. Default: those that the settings of the run name",
+    )
+    parser.add_argument("--output", type=str, default="report.html", help="the page")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing page")
+    parser.add_argument(
+        "--weights", choices=["model", "ema"], default="model", help="of a run: the trained weights, or their moving average"
+    )
+    parser.add_argument("--pretrained", type=bool, default=False, help="load the pretrained weights of named models")
+    parser.add_class_arguments(ReportOptions, as_group=False)
+    return parser
+
+
+def run(arguments: list[str]) -> int:
+    """Collect the data of a network, and write the page."""
+    values = parse(make_parser(), arguments)
+    options = build(ReportOptions, values)
+    page = _checked(Path(values["output"]), values["overwrite"])
+    data = None if values["data"] is None else expand_path("data", values["data"])
+    from widekernel.files import write_file
+    from widekernel.report.collecting import collect
+    from widekernel.report.images import find_images
+    from widekernel.report.page import check_packages, render
+    from widekernel.report.subject import open_subject
+
+    check_packages()
+
+    def say(text: str) -> None:
+        progress_console().print(text, soft_wrap=True)
+
+    subject = open_subject(values["source"], values["pretrained"], values["weights"], say)
+    other = None
+    if values["compare"] is not None:
+        other = open_subject(expand_path("compare", values["compare"]), values["pretrained"], notify=say)
+    images = find_images(subject, data)
+    with _sections() as advance:
+        report = collect(subject, images, options, other, advance)
+    text = render(report, shlex.join(["widekernel", "report", *arguments])).encode(errors="backslashreplace")
+    page.parent.mkdir(parents=True, exist_ok=True)
+    write_file(page, text)
+    if len(text) > _MOST_BYTES:
+        say(f"The page has {len(text) / 1e6:.1f} MB, which is more than usual.")
+    result_console().print(f"{page} ({len(text) / 1e3:,.0f} kB)", soft_wrap=True)
+    return 0
+
+
+def _checked(page: Path, overwrite: bool) -> Path:
+    """Return the path of the page, if it can be written and nothing is lost."""
+    if page.is_dir():
+        raise ConfigError(f"The output is {str(page)!r}, which is a folder. Give --output a file, such as report.html.")
+    if page.suffix.lower() not in (".html", ".htm"):
+        raise ConfigError(f"The output is {str(page)!r}, but a report is an .html file.")
+    if page.exists() and not overwrite:
+        raise ConfigError(f"{page} exists. Choose another --output, or add --overwrite.")
+    check_output_folder(page.parent, "--output")
+    if page.exists() and not os.access(page, os.W_OK):
+        raise ConfigError(f"{page} cannot be written. Choose another --output.")
+    return page
+
+
+@contextmanager
+def _sections() -> Iterator[Advance]:
+    """Show what is being measured, and how far it is, on standard error within the block."""
+    console = progress_console()
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    last = ""
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+
+        def advance(what: str, done: int, total: int) -> None:
+            nonlocal last
+            bar.update(task, description=what, completed=done, total=total or None)
+            if what != last and not console.is_terminal:
+                console.print(f"{what} ...", soft_wrap=True)
+            last = what
+
+        yield advance
