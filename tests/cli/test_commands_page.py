@@ -16,6 +16,7 @@ from widekernel.models.isotropic import IsotropicConfig
 from widekernel.models.roadmap import RoadmapConfig
 from widekernel.models.shiftwise import ShiftWiseConfig
 from widekernel.models.slak import SLaKConfig
+from widekernel.models.unireplknet import UniRepLKNetConfig
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "commands.md"
 SECTIONS = {
@@ -73,7 +74,7 @@ def test_our_options_parse() -> None:
 
 def _check_arguments(names: set[str]) -> None:
     """Raise unless some network takes each of the arguments of models that the page names."""
-    configs = SLaKConfig, RoadmapConfig, ShiftWiseConfig, IsotropicConfig
+    configs = SLaKConfig, RoadmapConfig, ShiftWiseConfig, IsotropicConfig, UniRepLKNetConfig
     known = {field.name for config in configs for field in dataclasses.fields(config)} | {"drop_path_rate", "ls_init_value"}
     assert {name.removeprefix("model.args.") for name in names} <= known
 

@@ -16,6 +16,7 @@ NETWORKS = {
     "replknet_nano": (16, 32, 64, 128),
     "slak_nano": (16, 32, 64, 128),
     "shiftwise_nano": (16, 32, 64, 128),
+    "unireplknet_nano": (16, 32, 64, 128),
     "convnext_atto": (40, 80, 160, 320),
     "resnet18": (64, 128, 256, 512),
     "swin_tiny_patch4_window7_224": (96, 192, 384, 768),
@@ -46,6 +47,7 @@ def test_maps_of_every_level(name: str) -> None:
     [
         ("slak_nano", LayerNorm2d),
         ("shiftwise_nano", LayerNorm2d),
+        ("unireplknet_nano", LayerNorm2d),
         ("convnext_atto", LayerNorm2d),
         ("roadmap_13_convnext_t", LayerNorm2d),
         ("replknet_nano", nn.Identity),
@@ -82,7 +84,7 @@ def test_batch_norms_of_replknet() -> None:
     assert all(x.mean((0, 2, 3)).abs().max() < 1e-4 for x in maps)
 
 
-@pytest.mark.parametrize("name", ["replknet_nano", "slak_nano", "shiftwise_nano"])
+@pytest.mark.parametrize("name", ["replknet_nano", "slak_nano", "shiftwise_nano", "unireplknet_nano"])
 def test_fold_and_accelerate(name: str) -> None:
     pyramid, x = build(name, layer_scale=1.0) if name == "slak_nano" else build(name), images()
     pyramid = pyramid.eval()
@@ -96,7 +98,7 @@ def test_fold_and_accelerate(name: str) -> None:
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["slak_nano", "convnext_atto", "resnet18"])
+@pytest.mark.parametrize("name", ["slak_nano", "unireplknet_nano", "convnext_atto", "resnet18"])
 def test_gradient_checkpointing(name: str) -> None:
     pyramid, x = build(name).train(), images()
     gradients = []

@@ -16,7 +16,7 @@ from widekernel.errors import CheckpointError
 from widekernel.models.checkpoint import by_name
 from widekernel.weights.catalog import find_checkpoint
 
-NETWORKS = ("replknet_nano", "slak_nano", "shiftwise_nano", "convnext_atto")
+NETWORKS = ("replknet_nano", "slak_nano", "shiftwise_nano", "unireplknet_nano", "convnext_atto")
 
 
 def segmenter(name: str, classes: int = 5, **args) -> Segmenter:
@@ -73,6 +73,19 @@ def test_wrapped_network(tmp_path: Path) -> None:
     report = widekernel.load_checkpoint(nn.DataParallel(other), saved(state, tmp_path))
     assert report.notes == ("removed the prefix 'module.'",)
     assert_equal(ours, other)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["network", "backbone"])
+def test_averaged_buffers_of_openmmlab(whole: bool, tmp_path: Path) -> None:
+    """Its hook adds an averaged copy of every tensor as a buffer, as in UniRepLKNet's files for detection."""
+    ours = shuffled(segmenter("unireplknet_nano"))
+    state = official(ours, tmp_path)
+    copies = {f"ema_{key.replace('.', '_')}": torch.zeros_like(value) for key, value in state.items()}
+    path = saved({**state, **copies}, tmp_path)
+    other = segmenter("unireplknet_nano")
+    report = widekernel.load_checkpoint(other if whole else other.backbone, path)
+    assert copies.keys() <= set(report.ignored)
+    assert_equal(ours if whole else ours.backbone, other if whole else other.backbone)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -58,9 +58,10 @@ def test_weight_decay_takes_effect() -> None:
         assert torch.allclose(parameter, before[name] * factor), name
 
 
-def test_response_norms_of_shiftwise_networks_decay_if_wanted() -> None:
+@pytest.mark.parametrize("name", ["shiftwise_nano", "unireplknet_nano"])
+def test_response_norms_decay_if_wanted(name: str) -> None:
     with torch.device("meta"):
-        model = timm.create_model("shiftwise_nano")
+        model = timm.create_model(name)
     usual, official = decays(model), decays(model, decay_response_norms=True)
     changed = {name for name in usual if usual[name] != official[name]}
     assert changed == {name for name in usual if ".grn." in name or "mlp.norm." in name}

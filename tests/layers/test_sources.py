@@ -24,7 +24,7 @@ from widekernel.layers import (
     TruncatedTiles,
     tile_tables,
 )
-from widekernel.layers.sources import rects_of
+from widekernel.layers.sources import dilate, rects_of
 from widekernel.layers.tile_tables import draw_tables
 from widekernel.layers.tiles import cut_into_tiles, num_tiles
 
@@ -171,6 +171,37 @@ def test_rectangles(sizes: list[tuple[int, int]]) -> None:
     source, x = Rectangles(C, sizes).double(), image(C)
     want = [F.conv2d(x, k.detach(), padding=(k.shape[2] // 2, k.shape[3] // 2), groups=C) for k in source.kernels]
     check(source, want, x)
+
+
+@pytest.mark.parametrize("whole", [1, 2], ids=["source", "dilated-source"])
+def test_rectangles_with_dilations(whole: int) -> None:
+    """Every branch is PyTorch's dilated convolution; the parameters have no gaps."""
+    sizes, dilations = [(7, 7), (3, 3), (3, 1), (1, 1)], [1, 3, 2, 4]
+    source, x = dilate(Rectangles(C, sizes, dilations).double(), whole), image(C)
+    steps = [step * whole for step in dilations]
+    want = [
+        F.conv2d(x, k.detach(), padding=(k.shape[2] // 2 * step, k.shape[3] // 2 * step), dilation=step, groups=C)
+        for k, step in zip(source.kernels, steps)
+    ]
+    check(source, want, x)
+    assert [rect.size for rect in rects_of(source) or []] == [
+        ((h - 1) * s + 1, (w - 1) * s + 1) for (h, w), s in zip(sizes, steps)
+    ]
+    assert source.extents() == [(7, 7), (7, 7), (5, 1), (1, 1)]
+    assert source.taps() == C * (49 + 9 + 3 + 1) and source.published_macs(4, 5) == 20 * source.taps()
+    assert [tuple(kernel.shape[2:]) for kernel in source.kernels] == sizes
+    assert "dilations=[1, 3, 2, 4]" in repr(source) and "dilations" not in repr(Rectangles(C, sizes))
+    gradients = torch.autograd.grad(
+        sum((i + 1) * y.square().sum() for i, y in enumerate(source.responses(x))), source.kernels
+    )
+    plain = [kernel.detach().clone().requires_grad_() for kernel in source.kernels]
+    theirs = [
+        F.conv2d(x, k, padding=(k.shape[2] // 2 * step, k.shape[3] // 2 * step), dilation=step, groups=C)
+        for k, step in zip(plain, steps)
+    ]
+    expected = torch.autograd.grad(sum((i + 1) * y.square().sum() for i, y in enumerate(theirs)), plain)
+    for ours, other in zip(gradients, expected):
+        torch.testing.assert_close(ours, other, rtol=1e-10, atol=1e-10)
 
 
 def test_a_group_lines_up_the_branches_of_its_sources() -> None:
@@ -381,13 +412,15 @@ def test_old_names_of_the_sizes_work_and_warn(kind: type) -> None:
         (lambda: Rectangles(C, [(4, 3)]), "kernel size 4 is not a positive odd number: .*use 5"),
         (lambda: Rectangles(C, [(3, -1)]), "kernel size -1 is not a positive odd number"),
         (lambda: Rectangles(C, [(3, True)]), "kernel size True is not"),
+        (lambda: Rectangles(C, [(3, 3)], [1, 2]), "2 dilations for 1 branches: give one for each"),
+        (lambda: Rectangles(C, [(3, 3)], [0]), "dilation 0 is not a positive whole number"),
         (lambda: ShiftTiles(C, 9, 3, paths=0), "paths=0 and groups=1 must both be at least 1"),
         (lambda: ShiftTiles(C, 9, 3, groups=0), "paths=1 and groups=0"),
         (lambda: ShuffledStrips(C, 9, 3, branches=0), "branches=0 must be at least 1"),
         (lambda: SourceGroup([Rectangles(2, [(3, 3)]), Rectangles(3, [(3, 3)])]), r"have \[2, 3\] channels"),
         (lambda: LargeKernel(SplitStrips(C, 9, 3), [nn.BatchNorm2d(C)]), "1 norms for 2 branches"),
     ],
-    ids=["even", "negative", "bool", "paths", "groups", "branches", "group-channels", "norms"],
+    ids=["even", "negative", "bool", "dilations", "no-dilation", "paths", "groups", "branches", "group-channels", "norms"],
 )
 def test_wrong_sources(build, message: str) -> None:
     with pytest.raises(ValueError, match=message):

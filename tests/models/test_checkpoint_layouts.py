@@ -41,6 +41,9 @@ OFFICIAL = {
     "shiftwise_v1_nano": "ShiftWise_v1",
     "convnext_isotropic_nano": "isotropic ConvNeXt",
     "roadmap_nano": "ConvNeXt",
+    "unireplknet_nano": "UniRepLKNet",
+    "unireplknet_nano_every_kernel": "UniRepLKNet",
+    "unireplknet_nano_without_large_kernels": "UniRepLKNet",
 }
 
 
@@ -100,6 +103,9 @@ def test_official_round_trip_is_exact(name: str, tmp_path: Path) -> None:
         "shiftwise_v1_mini",
         "shiftwise_v2_mini",
         "convnext_mini",
+        "unireplknet_mini",
+        "unireplknet_mini_kernels",
+        "unireplknet_mini_nols",
     ],
 )
 def test_official_files_have_the_official_keys(name: str, shared: Path, tmp_path: Path) -> None:
@@ -264,11 +270,12 @@ def test_merged_and_separate_kernels_in_one_file_are_refused(name: str, merged_f
 # ---- Folded networks
 
 
-FOLDED_WITH_OFFICIAL = [name for name in NANO if name not in ("slak_pw_nano", "convnext_isotropic_nano")]
+# UniRepLKNet's official code has a merged form, and the other two have nothing to fold or no official code.
+WITHOUT_MERGED = [name for name in NANO if name not in ("slak_pw_nano", "convnext_isotropic_nano", "unireplknet_nano")]
 
 
 @pytest.mark.parametrize("features_only", [False, True], ids=["network", "features"])
-@pytest.mark.parametrize("name", FOLDED_WITH_OFFICIAL)
+@pytest.mark.parametrize("name", WITHOUT_MERGED)
 def test_folded_networks_have_no_official_form(name: str, features_only: bool, tmp_path: Path) -> None:
     """This is true even if only the layer scale was folded and every name has a counterpart."""
     folded = widekernel.fold(alive(name, features_only=features_only))
@@ -277,6 +284,19 @@ def test_folded_networks_have_no_official_form(name: str, features_only: bool, t
             widekernel.save_checkpoint(copied, tmp_path / "a.pth", layout="official")
     assert not list(tmp_path.iterdir())
     assert widekernel.save_checkpoint(folded, tmp_path / "a.safetensors").exists()
+
+
+def test_merged_form_of_unireplknet(tmp_path: Path) -> None:
+    """The folded network is saved in the official merged layout, which loads into both forms."""
+    model = alive("unireplknet_nano_every_kernel")
+    folded = widekernel.fold(model)
+    path = widekernel.save_checkpoint(folded, tmp_path / "a.pth", layout="official")
+    again, plain = widekernel.fold(create("unireplknet_nano_every_kernel")), create("unireplknet_nano_every_kernel").eval()
+    report = widekernel.load_checkpoint(again, path)
+    assert report.layout == "a merged UniRepLKNet" and all(key.endswith("anchor_table") for key in report.generated)
+    assert_same_state(again.state_dict(), folded.state_dict())
+    assert widekernel.load_checkpoint(plain, path).notes
+    assert_near(logits(plain), logits(model))
 
 
 def test_official_files_do_not_go_into_folded_networks(tmp_path: Path) -> None:

@@ -88,6 +88,10 @@ PUBLISHED = {
     "slak_base": (3, 3, 27, 3),
     "slak_large": (3, 3, 27, 3),
     "shiftwise_tiny": (3, 3, 18, 3),
+    "unireplknet_a": (2, 2, 6, 2),
+    "unireplknet_n": (2, 2, 8, 2),
+    "unireplknet_t": (3, 3, 18, 3),
+    "unireplknet_xl": (3, 3, 27, 3),
     "roadmap_00_resnet50": (3, 4, 6, 3),
     "roadmap_01_stage_ratio": (3, 3, 9, 3),
 }
@@ -96,7 +100,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_depths(name: str) -> None:
     model = on_meta(name)
-    assert tuple(len(stage.blocks) // (2 if "replknet" in name else 1) for stage in model.stages) == PUBLISHED[name]
+    assert tuple(len(stage.blocks) // (2 if name.startswith("replknet") else 1) for stage in model.stages) == PUBLISHED[name]
 
 
 @pytest.mark.full

@@ -19,7 +19,7 @@ from widekernel.layers.sources import dilate, dilated, rects_of
 
 STAGED = [name for name in NANO if "isotropic" not in name]
 # If no layer depends on the whole map, each pixel of the strided network is one of the dilated network.
-LOCAL = [name for name in STAGED if name != "shiftwise_nano"]
+LOCAL = [name for name in STAGED if name not in ("shiftwise_nano", "unireplknet_nano")]
 
 
 def _out(model: nn.Module, x: torch.Tensor) -> torch.Tensor:

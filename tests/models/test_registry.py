@@ -38,6 +38,7 @@ NAMES = {
         for kind in ("slak", "slak_reg", "slak_pw", "slak_pww")
         for size in ("tiny", "small", "base", "large", "nano")
     ],
+    "unireplknet": [f"unireplknet_{size}" for size in ("a", "f", "p", "n", "t", "s", "b", "l", "xl", "nano")],
 }
 ALL = sorted(name for names in NAMES.values() for name in names)
 FOLDER = Path(widekernel.models.__file__).parent

@@ -36,6 +36,11 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "slak_pw_nano_two_branches": ("slak_pw_nano", {"branches": 2}),
     "slak_pw_nano_truncated": ("slak_pw_nano", {"padding": "same"}),
     "shiftwise_nano_without_ghosts": ("shiftwise_nano", {"ghost_ratio": 0.0, "paths": 1, "groups": 1}),
+    "unireplknet_nano_every_kernel": (
+        "unireplknet_nano",
+        {"kernel_sizes": (3, (17, 5, 0), (15, 11), (9, 7, 13)), "depths": (1, 3, 2, 3), "dims": (8, 8, 12, 16)},
+    ),
+    "unireplknet_nano_without_large_kernels": ("unireplknet_nano", {"kernel_sizes": (0, 3, 5, 0), "layer_scale": 0}),
 }
 
 

@@ -32,6 +32,8 @@ NAMES = {
     "ShiftWise_v1": "shiftwise_v1_tiny",
     "ShiftWise_v2": "shiftwise_tiny",
     "ShiftWise_v2_tiny": "shiftwise_tiny",
+    "UniRepLKNet": "unireplknet_t",
+    **{f"unireplknet_{size}": f"unireplknet_{size}" for size in ("a", "f", "p", "n", "t", "s", "b", "l", "xl")},
 }
 RENAMED = {
     "large_kernel_sizes": "kernel_sizes",
@@ -42,7 +44,7 @@ RENAMED = {
     "N_rep": "groups",
     "layer_scale_init_value": "layer_scale",
 }
-WITHOUT_EQUIVALENT = ("use_checkpoint", "use_sync_bn", "out_indices", "small_kernel_merged")
+WITHOUT_EQUIVALENT = ("use_checkpoint", "use_sync_bn", "out_indices", "small_kernel_merged", "deploy", "init_cfg")
 FIVE_NUMBERS = ("SLaK", "ShiftWise")
 
 
@@ -57,10 +59,14 @@ def arguments(constructor: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         elif key == "num_classes" and value is None:
             out["num_classes"] = 0
         elif key not in WITHOUT_EQUIVALENT:
-            out[RENAMED.get(key, key)] = tuple(value) if isinstance(value, list) else value
+            out[RENAMED.get(key, key)] = _tuples(value)
     if out.get("small_kernel", 0) is None:
         out["small_kernel"] = 0
     return out
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def create(manifest: dict[str, Any]) -> torch.nn.Module:

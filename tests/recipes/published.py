@@ -1,6 +1,7 @@
 """The published runs, typed from the authors' commands and papers and not from the recipe files.
 
-Whatever a run does not state has the value that the scripts of ConvNeXt, RepLKNet, SLaK and Shift-wise convolution share.
+Whatever a run does not state has the value that the scripts of ConvNeXt, RepLKNet, SLaK, Shift-wise convolution and
+UniRepLKNet share.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ class Run:
         top1: published accuracy in percent.
         layer_decay: factor of the learning rate from one of the twelve layer groups to the next.
         start: weights to start from.
+        mixing: strengths of mixup and cutmix, if `mixes`.
         sparsity: sparsity, steps between updates, share of weights that move, unit, layers.
         args: arguments of the network besides the drop path rate.
     """
@@ -47,6 +49,8 @@ class Run:
     sparsity: tuple[float, int, float, str, str] | None = None
     share_every: int = 1
     response_norms: bool = False
+    mixing: tuple[float, float] = (0.8, 1.0)
+    smoothing: float = 0.1
     args: dict[str, Any] = field(default_factory=dict)
 
 
@@ -233,7 +237,46 @@ SHIFTWISE = {
     ),
 }
 
-TRAINED = {**CONVNEXT, **ROADMAP, **REPLKNET, **SLAK, **SHIFTWISE}
+
+def _unireplknet(variant: str, drop_path: float, top1: float, **changes: Any) -> Run:
+    devices = (1, 8, 64, 8) if variant == "s" else (1, 4, 128, 8)
+    return Run(f"unireplknet_{variant}", devices, 4096, drop_path, top1, ema=False, response_norms=True, **changes)
+
+
+def _unireplknet_in22k(variant: str, devices: tuple[int, int, int, int], drop_path: float, **changes: Any) -> Run:
+    shared = {"epochs": 90, "warmup": 5, "ema": False, "data": "ImageNet-22K", "response_norms": True}
+    return Run(f"unireplknet_{variant}", devices, 4096, drop_path, None, **{**shared, **changes})
+
+
+def _unireplknet_finetuned(variant: str, start: int, *run: Any, **changes: Any) -> Run:
+    shared = {"lr": 5e-5, "warmup": 0, "head_scale": 0.001, "layer_decay": 0.8, "size": 384, "response_norms": True}
+    name = f"unireplknet_{variant}"
+    return _finetuned(name, *run, **{**shared, "start": f"{name}.in22k_{start}", **changes})
+
+
+_INTERNIMAGE = {"epochs": 20, "ema": True, "smoothing": 0.3}
+UNIREPLKNET = {
+    "unireplknet_a_in1k_300e_224": _unireplknet("a", 0.0, 77.03, mixing=(0.3, 0.3)),
+    "unireplknet_f_in1k_300e_224": _unireplknet("f", 0.0, 78.58, mixing=(0.3, 0.3)),
+    "unireplknet_p_in1k_300e_224": _unireplknet("p", 0.1, 80.23, mixing=(0.3, 0.3)),
+    "unireplknet_n_in1k_300e_224": _unireplknet("n", 0.1, 81.64, mixing=(0.5, 0.5)),
+    "unireplknet_t_in1k_300e_224": _unireplknet("t", 0.2, 83.21),
+    "unireplknet_s_in1k_300e_224": _unireplknet("s", 0.4, 83.91),
+    "unireplknet_s_in22k_90e_224": _unireplknet_in22k("s", (2, 8, 32, 8), 0.1),
+    "unireplknet_b_in22k_90e_224": _unireplknet_in22k("b", (2, 8, 32, 8), 0.1),
+    "unireplknet_l_in22k_90e_192": _unireplknet_in22k("l", (2, 8, 64, 4), 0.1, lr=1e-3, size=192),
+    "unireplknet_xl_in22k_90e_192": _unireplknet_in22k("xl", (4, 8, 32, 4), 0.2, lr=1e-3, size=192),
+    "unireplknet_s_in1k_30e_384_from_in22k": _unireplknet_finetuned("s", 224, (1, 4, 64, 2), 512, 0.2, 86.44),
+    "unireplknet_b_in1k_30e_384_from_in22k": _unireplknet_finetuned("b", 224, (1, 4, 64, 2), 512, 0.2, 87.4),
+    "unireplknet_l_in1k_20e_384_from_in22k": _unireplknet_finetuned(
+        "l", 192, (1, 4, 64, 2), 512, 0.3, 87.88, **_INTERNIMAGE
+    ),
+    "unireplknet_xl_in1k_20e_384_from_in22k": _unireplknet_finetuned(
+        "xl", 192, (1, 8, 32, 2), 512, 0.3, 87.96, **_INTERNIMAGE
+    ),
+}
+
+TRAINED = {**CONVNEXT, **ROADMAP, **REPLKNET, **SLAK, **SHIFTWISE, **UNIREPLKNET}
 """Runs that train weights, without distillation."""
 
 MASKED = {

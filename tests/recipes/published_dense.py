@@ -45,6 +45,9 @@ class Dense:
         fp16: whether mixed precision was used.
         fixed_zeros: whether the zeros at the start stay zeros.
         mean: mean and standard deviation of normalization, if they are not those of ImageNet.
+        response_norms: whether the vectors of response norms decay, too.
+        checkpointing: whether activations are computed again in the backward pass.
+        ema: whether weights are averaged.
         size: row of `params_flops.json` with the published network.
     """
 
@@ -60,6 +63,9 @@ class Dense:
     fp16: bool = False
     fixed_zeros: bool = False
     mean: float | None = None
+    response_norms: bool = False
+    checkpointing: bool = False
+    ema: bool = False
     size: str | None = None
 
     @property

@@ -55,7 +55,30 @@ def _replknet_coco(model: str, start: str, drop_path: float, published: dict[str
     )
 
 
+def _unireplknet_coco(variant: str, start: str, drop_path: float, decay: float, box: float, mask: float) -> Detected:
+    model, data = f"unireplknet_{variant}", start.partition("_")[0]
+    return Detected(
+        model,
+        f"{model}.{start}",
+        (1, 8, 2),
+        drop_path,
+        1e-4,
+        _ap(box, mask),
+        f"{model}.{data}_ft_coco_cascade",
+        (decay, "layer_wise12"),
+        response_norms=True,
+        checkpointing=True,
+        ema=data == "in22k",
+    )
+
+
 DETECTION = {
+    "unireplknet_t_coco_36e_800_cascade": _unireplknet_coco("t", "in1k_224", 0.3, 0.8, 51.7, 44.9),
+    "unireplknet_s_coco_36e_800_cascade": _unireplknet_coco("s", "in1k_224", 0.5, 0.8, 53.0, 45.9),
+    "unireplknet_s_coco_36e_800_cascade_from_in22k": _unireplknet_coco("s", "in22k_224", 0.5, 0.8, 54.3, 47.1),
+    "unireplknet_b_coco_36e_800_cascade_from_in22k": _unireplknet_coco("b", "in22k_224", 0.6, 0.8, 54.8, 47.4),
+    "unireplknet_l_coco_36e_800_cascade_from_in22k": _unireplknet_coco("l", "in22k_192", 0.7, 0.7, 55.8, 48.4),
+    "unireplknet_xl_coco_36e_800_cascade_from_in22k": _unireplknet_coco("xl", "in22k_192", 0.7, 0.7, 56.4, 49.0),
     "convnext_tiny_coco_36e_800_cascade": _convnext_coco(
         "tiny", "in1k", 0.4, 2e-4, (0.7, "layer_wise6"), _ap(50.4, 43.7), True
     ),

@@ -98,7 +98,41 @@ def _replknet_ade(
     )
 
 
+def _unireplknet_ade(variant: str, drop_path: float, start: str, crop: int, *run: Any, **changes: Any) -> Segmented:
+    published, layers = run
+    model = f"unireplknet_{variant}"
+    return Segmented(
+        model,
+        f"{model}.in1k_224" if start == "in1k" else f"{model}.in22k_ft_in1k_384",
+        (1, 8, 2),
+        drop_path,
+        1e-4,
+        published,
+        f"{model}.{start}_ft_ade20k_upernet_{crop}",
+        layers,
+        response_norms=True,
+        **{
+            "checkpointing": True,
+            "crop": crop,
+            "scale": (2048, 512) if crop == 512 else (2560, 640),
+            "window": None,
+            **changes,
+        },
+    )
+
+
+_TWELVE = (0.9, "layer_wise12")
+_STEEPER = (0.85, "layer_wise12")
 SEGMENTATION = {
+    "unireplknet_t_ade20k_160k_512": _unireplknet_ade(
+        "t", 0.2, "in1k", 512, _miou(48.6, 49.1), (1.0, "layer_wise9"), checkpointing=False
+    ),
+    "unireplknet_s_ade20k_160k_512": _unireplknet_ade("s", 0.3, "in1k", 512, _miou(50.5, 51.0), _TWELVE),
+    "unireplknet_s_ade20k_160k_512_from_in22k": _unireplknet_ade("s", 0.3, "in22k", 512, _miou(51.9, 52.7), _TWELVE),
+    "unireplknet_s_ade20k_160k_640_from_in22k": _unireplknet_ade("s", 0.3, "in22k", 640, _miou(52.3, 52.7), _TWELVE),
+    "unireplknet_b_ade20k_160k_640_from_in22k": _unireplknet_ade("b", 0.3, "in22k", 640, _miou(53.5, 53.9), _TWELVE),
+    "unireplknet_l_ade20k_160k_640_from_in22k": _unireplknet_ade("l", 0.4, "in22k", 640, _miou(54.5, 55.0), _STEEPER),
+    "unireplknet_xl_ade20k_160k_640_from_in22k": _unireplknet_ade("xl", 0.4, "in22k", 640, _miou(55.2, 55.6), _STEEPER),
     "convnext_tiny_ade20k_160k_512": _convnext_ade("tiny", 0.4, _miou(46.0, 46.7), 6),
     "convnext_small_ade20k_160k_512": _convnext_ade("small", 0.3, _miou(48.7, 49.6), 12),
     "convnext_base_ade20k_160k_512": _convnext_ade("base", 0.4, _miou(49.1, 49.9), 12),

@@ -26,6 +26,7 @@ _NANO: list[tuple[str, str | None, dict[str, Any]]] = [
     (r"roadmap_", None, {"depths": [1, 1, 2, 1], "width": 8}),
     (r"replknet_", "replknet_nano", {**_SHALLOW, "kernel_sizes": [9, 7, 5, 5], "small_kernel": 3}),
     (r"shiftwise_", "shiftwise_nano", {**_SHALLOW, **_KERNELS}),
+    (r"unireplknet_", "unireplknet_nano", _SHALLOW),
     (r"slak_pww_", "slak_pww_nano", {**_SHALLOW, **_KERNELS}),
     (r"slak_pw_", "slak_pw_nano", {**_SHALLOW, **_KERNELS}),
     (r"slak_", "slak_nano", {**_SHALLOW, **_KERNELS}),

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from timm.layers.grn import GlobalResponseNorm
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -84,7 +85,7 @@ def test_every_published_run_has_a_recipe() -> None:
 def test_every_supported_checkpoint_has_a_recipe() -> None:
     for checkpoint in list_checkpoints():
         recipe = recipe_of_checkpoint(checkpoint.name)
-        assert (recipe is not None) == (checkpoint.task != "classification" and not checkpoint.unsupported), checkpoint.name
+        assert (recipe is not None) == (checkpoint.task != "classification"), checkpoint.name
         if recipe is not None:
             assert (recipe.task, recipe.model) == (checkpoint.task, checkpoint.model)
             assert recipe.published == dict(checkpoint.metrics)
@@ -99,7 +100,7 @@ def test_shared_settings(name: str) -> None:
     assert (model.name, model.args, model.weights) == (run.model, {"drop_path_rate": run.drop_path, **run.args}, run.start)
     assert find_checkpoint(run.start).task == "classification"
     assert (recipe.published, recipe.checkpoint, recipe.verified) == (run.published, run.checkpoint, "none")
-    assert (model.load, model.grad_checkpointing) == ("auto", run.model.startswith("replknet"))
+    assert (model.load, model.grad_checkpointing) == ("auto", run.checkpointing or run.model.startswith("replknet"))
     assert (config.data.mean, config.data.std) == (
         ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)) if run.mean is None else ((run.mean,) * 3, (run.mean,) * 3)
     )
@@ -108,7 +109,8 @@ def test_shared_settings(name: str) -> None:
     assert (optimizer.betas, optimizer.eps) == ((0.9, 0.999), None)
     assert (optimizer.clip_grad, optimizer.clip_mode) == (getattr(run, "clip", None), "norm")
     assert (config.loop.precision, config.loop.sync_batch_norm) == ("fp16" if run.fp16 else "fp32", True)
-    assert (config.ema.decay, config.seed) == (None, 0)
+    assert (config.ema.decay, config.seed) == (0.9999 if run.ema else None, 0)
+    assert optimizer.decay_response_norms == run.response_norms
     assert config.sparsity.method == ("dynamic" if run.fixed_zeros else "none")
     if run.fixed_zeros:
         assert (config.sparsity.dynamic.init, config.sparsity.dynamic.growth) == ("from_weights", "none")
@@ -253,6 +255,9 @@ def test_optimizer_groups(name: str) -> None:
         if isinstance(module, (_BatchNorm, nn.GroupNorm))
         for short, _ in module.named_parameters(recurse=False)
     }
+    response = {
+        id(parameter) for part in model.modules() if isinstance(part, GlobalResponseNorm) for parameter in part.parameters()
+    }
     parameters = dict(model.named_parameters())
     assert len(found) == len(parameters)
     for key, parameter in parameters.items():
@@ -260,6 +265,7 @@ def test_optimizer_groups(name: str) -> None:
             expected = 1.0, 0.0 if key in normed else 0.05
         else:
             decays = parameter.ndim > 1 and not key.endswith(".bias")
+            decays = decays or (run.response_norms and id(parameter) in response)
             expected = official_share(key, run.layers), 0.05 if decays else 0.0
         group = found[id(parameter)]
         assert (group.get("lr_scale", 1.0), group["weight_decay"]) == (pytest.approx(expected[0], rel=1e-12), expected[1]), (

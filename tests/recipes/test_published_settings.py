@@ -29,6 +29,7 @@ EVERY_SIZE = [
     "replknet_31b_in1k_30e_384_from_in22k",
     "slak_tiny_in1k_300e_224",
     "shiftwise_tiny_in1k_300e_224",
+    "unireplknet_a_in1k_300e_224",
 ]
 """Recipes whose full-size networks are built in the short form of the tests."""
 
@@ -60,7 +61,7 @@ def test_settings(name: str) -> None:
     assert (config.optimizer.name, config.optimizer.lr, config.optimizer.weight_decay) == ("adamw", run.lr, run.weight_decay)
     assert (config.optimizer.clip_grad, config.optimizer.weight_decay_end) == (None, None)
     assert config.ema.decay == (0.9999 if run.ema else None) and not config.ema.warmup
-    assert (config.label_smoothing, config.loop.precision) == (0.1, "fp32")
+    assert (config.label_smoothing, config.loop.precision) == (run.smoothing, "fp32")
     assert (config.model.grad_checkpointing, config.optimizer.decay_response_norms) == (False, run.response_norms)
     dynamic = config.sparsity.dynamic
     if run.sparsity is None:
@@ -93,7 +94,7 @@ def test_augmentation(name: str) -> None:
     assert preprocessing.mean == (0.485, 0.456, 0.406) and preprocessing.std == (0.229, 0.224, 0.225)
     assert preprocessing.crop_pct == (0.875 if run.size < 384 else 1.0)
     augment = config.augment
-    mixing = (0.8, 1.0) if run.mixes else (0.0, 0.0)
+    mixing = run.mixing if run.mixes else (0.0, 0.0)
     assert (augment.mixup, augment.cutmix, augment.mix_prob, augment.switch_prob) == (*mixing, 1.0, 0.5)
     transform = preprocessing.train_transform(augment)
     steps = {type(step): step for step in transform.transforms}

@@ -42,7 +42,7 @@ def sources(draw: st.DrawFn) -> KernelSource:
         strips = ShuffledStrips(channels, big, small, draw(st.integers(1, 2)))
     else:
         sizes = draw(st.lists(st.tuples(_odd(1, 9), _odd(1, 9)), min_size=1, max_size=4))
-        return Rectangles(channels, sizes)
+        return Rectangles(channels, sizes, draw(st.lists(st.integers(1, 3), min_size=len(sizes), max_size=len(sizes))))
     return SourceGroup([strips, Rectangles(channels, [(small, small)])]) if draw(st.booleans()) else strips
 
 
@@ -141,12 +141,15 @@ def test_the_message_names_the_tap() -> None:
         check_merged_support(layer, masks)
 
 
-@given(st.lists(st.tuples(_odd(1, 9), _odd(1, 9)), min_size=1, max_size=4), st.integers(0, 2**20))
+@given(
+    st.lists(st.tuples(st.tuples(_odd(1, 9), _odd(1, 9)), st.integers(1, 3)), min_size=1, max_size=4), st.integers(0, 2**20)
+)
 @settings(max_examples=80, deadline=None)
-def test_shared_masks(sizes: list[tuple[int, int]], seed: int) -> None:
+def test_shared_masks(branches: list[tuple[tuple[int, int], int]], seed: int) -> None:
     """Branches become denser, the merged kernel does not, and sharing again changes nothing."""
     torch.manual_seed(seed)
-    layer = LargeKernel(Rectangles(2, sizes))
+    sizes, steps = [size for size, _ in branches], [step for _, step in branches]
+    layer = LargeKernel(Rectangles(2, sizes, steps))
     masks = {f"source.kernels.{i}": torch.rand(2, 1, *size) < 0.4 for i, size in enumerate(sizes)}
     shared = shared_mask(layer, masks)
     assert list(shared) == list(masks)
@@ -164,9 +167,11 @@ def test_shared_masks(sizes: list[tuple[int, int]], seed: int) -> None:
 
     assert offsets(shared) == offsets(masks)
     live = offsets(shared)
-    for name, (kh, kw) in zip(shared, sizes):
-        own = {(c, row - kh // 2, column - kw // 2) for c, row, column in shared[name][:, 0].nonzero().tolist()}
-        assert own == {(c, r, k) for c, r, k in live if abs(r) <= kh // 2 and abs(k) <= kw // 2}
+    for name, ((kh, kw), step) in zip(shared, branches):
+        places = shared[name][:, 0].nonzero().tolist()
+        own = {(c, (row - kh // 2) * step, (column - kw // 2) * step) for c, row, column in places}
+        at = {(r * step, k * step) for r in range(-(kh // 2), kh // 2 + 1) for k in range(-(kw // 2), kw // 2 + 1)}
+        assert own == {(c, r, k) for c, r, k in live if (r, k) in at}
 
 
 def test_a_prefix_selects_the_layer() -> None:

@@ -24,6 +24,7 @@ NETWORKS = {
     "replknet_nano": 64,
     "roadmap_nano": 64,
     "shiftwise_nano": 64,
+    "unireplknet_nano": 64,
 }
 EACH = pytest.mark.parametrize("name", NETWORKS)
 Measure = Callable[[nn.Module, nn.Module, Tensor, bool], tuple[float, float]]

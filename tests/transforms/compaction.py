@@ -28,6 +28,8 @@ NETWORKS = [
     "shiftwise_nano_without_ghosts",
     "shiftwise_v1_nano",
     "roadmap_nano",
+    "unireplknet_nano",
+    "unireplknet_nano_every_kernel",
 ]
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 

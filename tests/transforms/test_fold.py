@@ -67,7 +67,17 @@ def layer(channels: int = C) -> LargeKernel:
 
 def test_every_family_is_there() -> None:
     families = {name.rsplit("_", 1)[0] for name in NETWORKS if name.endswith("_nano")}
-    assert families >= {"replknet", "slak", "slak_reg", "slak_pw", "slak_pww", "shiftwise", "shiftwise_v1", "roadmap"}
+    assert families >= {
+        "replknet",
+        "slak",
+        "slak_reg",
+        "slak_pw",
+        "slak_pww",
+        "shiftwise",
+        "shiftwise_v1",
+        "roadmap",
+        "unireplknet",
+    }
     assert sum(name.startswith("roadmap_") for name in NETWORKS) == 15
 
 

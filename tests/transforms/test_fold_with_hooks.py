@@ -68,6 +68,10 @@ PLACES = [
     ("shiftwise_nano", "norm2"),
     ("shiftwise_nano", "mlp.fc2"),
     ("shiftwise_v1_nano", "mixer"),
+    ("unireplknet_nano", "mixer"),
+    ("unireplknet_nano", "norm"),
+    ("unireplknet_nano", "norm2"),
+    ("unireplknet_nano", "mlp.norm"),
 ]
 
 

@@ -71,17 +71,15 @@ def test_entries_are_complete(checkpoint: Checkpoint) -> None:
     "checkpoint",
     [
         pytest.param(
-            each, id=each.name, marks=[pytest.mark.slow] if re.search("base|large|small|31l|xl", each.model) else []
+            each,
+            id=each.name,
+            marks=[pytest.mark.slow] if re.search("base|large|small|31l|xl|unireplknet_[pnslb]", each.model) else [],
         )
         for each in EVERY
     ],
 )
 def test_entries_resolve(checkpoint: Checkpoint) -> None:
     """To a registered network that takes the arguments, and to a layout that the network can be loaded from."""
-    if checkpoint.unsupported:
-        assert not timm.is_model(checkpoint.model), "the network exists: remove the reason why it cannot be loaded"
-        assert "no UniRepLKNet" in checkpoint.unsupported
-        return
     model = network(checkpoint)
     layouts = [layout.family for layout in layouts_of(model)]
     for layout in (checkpoint.layout, *(source.layout or checkpoint.layout for source in checkpoint.sources)):
@@ -140,6 +138,8 @@ def test_defaults_are_those_of_the_network_without_weights(name: str) -> None:
         ("slak_tiny.l2s_in1k_224", "slak_tiny_convnext7"),
         ("shiftwise_tiny.in1k_224", "shiftwise_v2_tiny"),
         ("convnext_tiny.fb_in1k", "convnext_tiny"),
+        ("unireplknet_a.in1k_224", "unireplknet_a"),
+        pytest.param("unireplknet_t.in1k_224", "unireplknet_t", marks=pytest.mark.slow),
         pytest.param("convnext_base.fb_in1k", "convnext_base", marks=pytest.mark.slow),
         pytest.param("convnext_isotropic_small.in1k_224", "convnext_isotropic_small", marks=pytest.mark.slow),
     ],
@@ -183,7 +183,7 @@ def _id(place: dict[str, Any]) -> str:
 
 def _check_arguments(theirs: dict[str, Any], ours: Checkpoint) -> None:
     """Compare the arguments with those collected; some are the network's defaults, or are seen in the file."""
-    if ours.unsupported or ours.layout == "isotropic ConvNeXt" or not theirs["arguments"]:
+    if ours.layout == "isotropic ConvNeXt" or not theirs["arguments"]:
         return
     model = network(ours)
     for key, value in theirs["arguments"].items():

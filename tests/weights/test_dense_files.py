@@ -165,7 +165,6 @@ def test_networks_are_built_by_their_recipes() -> None:
     ("name", "message"),
     [
         ("replknet_31b.in1k_224", "is a classifier: create it with timm.create_model"),
-        ("unireplknet_t.in1k_ft_coco_cascade", "cannot be built: this version has no UniRepLKNet"),
         ("slak_tiny.in1k_ft_ade20k_upernet", "Did you mean 'slak_tiny.in1k_ft_ade20k_upernet_512'"),
     ],
 )

@@ -89,7 +89,7 @@ def _list(checkpoints: Sequence[Checkpoint], as_json: bool) -> None:
     for column in (3, 5):
         table.columns[column].justify = "right"
     for each in checkpoints:
-        here = "yes" if cached_file(each) else "not supported" if each.unsupported else ""
+        here = "yes" if cached_file(each) else ""
         table.add_row(
             each.name,
             each.task,
@@ -137,13 +137,11 @@ def _facts(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     if recipe is not None:
         yield "recipe", recipe.name
     yield "use", _use(checkpoint)
-    if checkpoint.task != "classification" and not checkpoint.unsupported:
+    if checkpoint.task != "classification":
         yield "backbone", _loading(checkpoint)
 
 
 def _use(checkpoint: Checkpoint) -> str:
-    if checkpoint.unsupported:
-        return f"not in this version: {checkpoint.unsupported}"
     if checkpoint.task == "classification" and (checkpoint.timm or not _is_of_timm(checkpoint)):
         whose = " (timm's own tag)" if checkpoint.timm else ""
         return f"timm.create_model({checkpoint.name!r}, pretrained=True){whose}"

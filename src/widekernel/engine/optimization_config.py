@@ -25,7 +25,7 @@ class OptimizerConfig:
             step; null keeps it constant
         norm_weight_decay: constant weight decay of the parameters of norms; null does not decay them
         bias_weight_decay: constant weight decay of all biases, those of norms included; null does not decay them
-        decay_response_norms: decay the vectors of the response norms of Shift-wise networks, too, as the official code does
+        decay_response_norms: decay the vectors of response norms (Shift-wise, UniRepLKNet), too, as the official code does
         eps: term added to the denominator for numerical stability; null uses the optimizer's default
         betas: decay rates of the running averages (Adam's betas); null uses the optimizer's default
         layer_decay: factor by which the learning rate falls from one layer group to the next, counted from the head; null

@@ -75,6 +75,10 @@ class RectSource(KernelSource):
         """Return the rectangle of each branch before dilation, differentiable in the parameters."""
         return [Rect(kernel, anchor) for kernel, anchor in zip(self.branch_kernels(), self.branch_anchors())]
 
+    def taps(self) -> int:
+        """Count the taps of all channels and branches, without the gaps between dilated ones."""
+        return sum(rect.kernel.numel() for rect in self.rects())
+
     def responses(self, x: Tensor) -> list[Tensor]:
         """Convolve with every rectangle, in one call if a backend has a fused operator."""
         if torch.jit.is_scripting():
@@ -100,16 +104,31 @@ class RectSource(KernelSource):
 class Rectangles(RectSource):
     """One free kernel per branch: `[(31, 31), (5, 5)]` is RepLKNet's layer, `[(51, 5), (5, 51), (5, 5)]` SLaK's.
 
+    UniRepLKNet's branches have dilations of their own: a 7x7 kernel of dilation 2 is a 13x13 rectangle with zeros between
+    the taps. The parameters are the kernels without these zeros.
+
     Args:
         channels: C.
-        sizes: (kh, kw) of each branch, odd numbers.
+        sizes: (kh, kw) of each branch, odd numbers, without dilation.
+        dilations: distance between the taps of each branch; None for 1.
+
+    Attributes:
+        dilations: distance between the taps of each branch, before the dilation of the whole source.
     """
 
-    def __init__(self, channels: int, sizes: Sequence[tuple[int, int]]) -> None:
+    dilations: list[int]
+
+    def __init__(self, channels: int, sizes: Sequence[tuple[int, int]], dilations: Sequence[int] | None = None) -> None:
         super().__init__()
         self.channels, self.num_branches = channels, len(sizes)
         for size in sizes:
             check_odd("kernel size", *size)
+        self.dilations = [1] * len(sizes) if dilations is None else list(dilations)
+        if len(self.dilations) != len(sizes):
+            raise ArgumentError(f"{len(self.dilations)} dilations for {len(sizes)} branches: give one for each, or None")
+        for dilation in self.dilations:
+            if not isinstance(dilation, int) or isinstance(dilation, bool) or dilation < 1:
+                raise ArgumentError(f"dilation {dilation!r} is not a positive whole number: 1 leaves no gaps between taps")
         self.kernels = nn.ParameterList(nn.Parameter(empty(channels, 1, kh, kw)) for kh, kw in sizes)
         self.reset_parameters()
 
@@ -119,39 +138,53 @@ class Rectangles(RectSource):
             nn.init.kaiming_uniform_(kernel, a=math.sqrt(5))
 
     def branch_kernels(self) -> list[Tensor]:
-        """Return each kernel."""
+        """Return each kernel, with zeros in its gaps."""
         if torch.jit.is_scripting():
             kernels: list[Tensor] = []
-            for kernel in self.kernels:  # TorchScript has no comprehension over parameters
-                kernels.append(kernel)
+            for i, kernel in enumerate(self.kernels):  # TorchScript has no comprehension over parameters
+                kernels.append(dilated_kernel(kernel, self.dilations[i]))
             return kernels
         else:  # noqa: RET505 - TorchScript leaves out the other branch, and only that
-            return tensors_of(self.kernels)
+            return [dilated_kernel(kernel, step) for kernel, step in zip(tensors_of(self.kernels), self.dilations)]
 
     def branch_anchors(self) -> list[tuple[int, int]]:
         """Return the middle tap of each kernel."""
         anchors: list[tuple[int, int]] = []
-        for kernel in self.branch_kernels():
+        for i, kernel in enumerate(self.kernels):
             sizes = static_shape(kernel)
-            anchors.append((sizes[2] // 2, sizes[3] // 2))
+            anchors.append((sizes[2] // 2 * self.dilations[i], sizes[3] // 2 * self.dilations[i]))
         return anchors
 
     @torch.jit.unused
     def branches(self) -> Branches:
-        """Return the dilated kernels and their middle taps."""
-        if self.dilation != 1 or type(self).rects is not RectSource.rects:
+        """Return the kernels with all dilations, and their middle taps."""
+        if type(self).rects is not RectSource.rects:
             return super().branches()
-        kernels = tensors_of(self.kernels)
-        sizes = [eager_static_shape(kernel) for kernel in kernels]
-        return kernels, [(size[2] // 2, size[3] // 2) for size in sizes]
+        kernels: list[Tensor] = []
+        anchors: list[Anchor] = []
+        for kernel, step in zip(tensors_of(self.kernels), self.dilations):
+            size, apart = eager_static_shape(kernel), step * self.dilation
+            kernels.append(dilated_kernel(kernel, apart))
+            anchors.append((size[2] // 2 * apart, size[3] // 2 * apart))
+        return kernels, anchors
+
+    def taps(self) -> int:
+        """Count the weights of all kernels."""
+        return sum(kernel.numel() for kernel in self.kernels)
+
+    def extents(self) -> list[tuple[int, int]]:
+        """Return (height, width) of each branch with its own dilation, in taps."""
+        sizes = ((kernel.shape[2], kernel.shape[3]) for kernel in self.kernels)
+        return [((kh - 1) * step + 1, (kw - 1) * step + 1) for (kh, kw), step in zip(sizes, self.dilations)]
 
     def published_macs(self, height: int, width: int) -> int:
         """Count every tap of every kernel at every pixel."""
         return height * width * sum(kernel.numel() for kernel in self.kernels)
 
     def extra_repr(self) -> str:
-        """Return channels and sizes."""
-        return f"{self.channels}, {[tuple(kernel.shape[2:]) for kernel in self.kernels]}"
+        """Return channels, sizes and dilations."""
+        sizes = [tuple(kernel.shape[2:]) for kernel in self.kernels]
+        return f"{self.channels}, {sizes}" + (f", dilations={self.dilations}" if max(self.dilations, default=1) > 1 else "")
 
 
 class SourceGroup(KernelSource):

@@ -13,6 +13,7 @@ from widekernel.models import (  # noqa: F401
     roadmap_layouts,
     shiftwise_layouts,
     slak_layouts,
+    unireplknet_layouts,
 )
 from widekernel.models.checkpoint import LoadReport, load_checkpoint, save_checkpoint
 

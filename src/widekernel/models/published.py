@@ -25,7 +25,7 @@ def with_published(cfgs: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, cfg in cfgs.items():
         published = [each for each in list_checkpoints(key.partition(".")[0], "classification") if not each.timm]
-        added = {each.name: published_cfg(each, cfg) for each in published if not each.unsupported}
+        added = {each.name: published_cfg(each, cfg) for each in published}
         like = [name for name, new in added.items() if _is_like(new, cfg) and not find_checkpoint(name).arguments]
         out.update(sorted(added.items(), key=lambda item: item[0] not in like))
         out[key] = cfg

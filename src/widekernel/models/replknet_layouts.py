@@ -87,12 +87,12 @@ def unmerge(state: State, expected: Expected) -> tuple[State, str]:
             layer = key.split(".lkb_reparam.")[0]
             if key.endswith("weight"):
                 out[f"{layer}.lkb_origin.conv.weight"] = value
-                out.update(_zero_branch(f"{layer}.small_conv", expected))
+                out.update(zero_branch(f"{layer}.small_conv.conv", f"{layer}.small_conv.bn", expected))
                 merged += 1
             else:
-                out.update(_bias_only_norm(f"{layer}.lkb_origin.bn", value, expected))
+                out.update(bias_only_norm(f"{layer}.lkb_origin.bn", value, expected))
         elif key.endswith(".conv.bias") and f"{key[: -len('.conv.bias')]}.bn.weight" not in state:
-            out.update(_bias_only_norm(f"{key[: -len('.conv.bias')]}.bn", value, expected))
+            out.update(bias_only_norm(f"{key[: -len('.conv.bias')]}.bn", value, expected))
             fused += 1
         else:
             out[key] = value
@@ -104,8 +104,8 @@ def unmerge(state: State, expected: Expected) -> tuple[State, str]:
     return out, "; ".join(notes)
 
 
-def _bias_only_norm(prefix: str, bias: torch.Tensor, expected: Expected) -> State:
-    """Return the state of a batch norm that only adds `bias` in evaluation."""
+def bias_only_norm(prefix: str, bias: torch.Tensor, expected: Expected) -> State:
+    """Return the state of a batch norm, by its official name, that only adds `bias` in evaluation."""
     variance = 1.0 - expected.eps.get(prefix, 0.0)
     return {
         f"{prefix}.weight": torch.ones_like(bias),
@@ -116,12 +116,9 @@ def _bias_only_norm(prefix: str, bias: torch.Tensor, expected: Expected) -> Stat
     }
 
 
-def _zero_branch(prefix: str, expected: Expected) -> State:
-    """Return the state of a branch of zeros; empty if the network has no such branch."""
-    kernel = expected.shapes.get(f"{prefix}.conv.weight")
+def zero_branch(conv: str, norm: str, expected: Expected) -> State:
+    """Return the state of a branch of zeros, by its official names; empty if the network has no such branch."""
+    kernel = expected.shapes.get(f"{conv}.weight")
     if kernel is None:
         return {}
-    return {
-        f"{prefix}.conv.weight": torch.zeros(kernel),
-        **_bias_only_norm(f"{prefix}.bn", torch.zeros(kernel[0]), expected),
-    }
+    return {f"{conv}.weight": torch.zeros(kernel), **bias_only_norm(norm, torch.zeros(kernel[0]), expected)}

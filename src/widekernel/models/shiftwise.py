@@ -8,22 +8,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from timm.layers import DropPath, Mlp, SqueezeExcite
-from timm.layers.grn import GlobalResponseNorm
 from timm.models import generate_default_cfgs, register_model
-from torch import Tensor, full, nn
+from torch import nn
 
 from widekernel.errors import ArgumentError
 from widekernel.layers import LargeKernel, PartialChannels, ShiftTiles
-from widekernel.layers.affine import fold_affine
-from widekernel.layers.folding import Fusable, is_trained
-from widekernel.layers.norms import affine_of, is_foldable
 from widekernel.layers.partial import seeded_selection
-from widekernel.layers.rebuilding import is_plain
-from widekernel.layers.replacing import with_submodule
 from widekernel.layers.sources import dilate
 from widekernel.models.base import Parts, Stage, StagedConvNet
-from widekernel.models.blocks import MixerBlock, alterations_around_scale, convnext_parts, init_convnext
+from widekernel.models.blocks import (
+    MixerBlock,
+    ResponseNormBlock,
+    conv_downsample,
+    conv_stem,
+    convnext_parts,
+    init_convnext,
+)
 from widekernel.models.builder import build_model, default_cfg
 from widekernel.models.options import ModelOptions, StageSpec
 from widekernel.models.published import with_published
@@ -72,61 +72,10 @@ class ShiftWiseConfig:
         return tuple(int(dim * self.width_factor) for dim in self.dims)
 
 
-class ShiftWiseBlock(Fusable, nn.Module):
-    """Block of the second version: shift-wise layer, batch norm, squeeze-excite, MLP with response norm, residual.
+class ShiftWiseBlock(ResponseNormBlock):
+    """Block of the second version; its folded form keeps the bias of the response norm, as saved networks have it."""
 
-    Args:
-        mixer: shift-wise layer, (N, C, H, W) -> (N, C, H, W).
-        dim: C.
-        drop_path: rate at which whole samples skip the block in training.
-        layer_scale: initial value of the factor per channel, 0 for none.
-        options: provides the activation.
-    """
-
-    def __init__(self, mixer: nn.Module, dim: int, drop_path: float, layer_scale: float, options: ModelOptions) -> None:
-        super().__init__()
-        self.mixer = mixer
-        self.norm = nn.BatchNorm2d(dim)
-        self.se = SqueezeExcite(dim, rd_channels=dim // 4)
-        act: Any = options.activation(nn.GELU)
-        self.mlp = Mlp(dim, 4 * dim, act_layer=act, norm_layer=GlobalResponseNorm, bias=(True, False))
-        self.norm2 = nn.BatchNorm2d(dim)
-        self.gamma = nn.Parameter(full((dim,), layer_scale)) if layer_scale > 0 else None
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C, H, W)."""
-        y = self.se(self.norm(self.mixer(x)))
-        y = self.norm2(self.mlp(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
-        if self.gamma is not None:
-            y = y * self.gamma.view(1, -1, 1, 1)
-        return x + self.drop_path(y)
-
-    def foldable(self) -> bool:
-        """Return whether the norms and the mixer can be folded."""
-        around = is_foldable(self.norm) and is_foldable(self.norm2) and is_plain(self.mlp.fc2)
-        return around and getattr(self.mixer, "foldable", lambda: False)() and not self.alterations()
-
-    def alterations(self) -> list[str]:
-        """List the hooks, replaced methods and parametrizations that prevent folding norms and layer scale."""
-        parts = self.norm, self.norm2
-        if self.gamma is None and all(type(part) is nn.Identity for part in parts):
-            return []
-        return alterations_around_scale(self, "mixer", "norm", "norm2")
-
-    def folded(self) -> ShiftWiseBlock:
-        """Fold the first norm into the shift-wise layer, the second and the layer scale into the MLP."""
-        dim: int = self.mlp.fc2.out_features  # type: ignore[assignment]
-        trained = is_trained(self.mixer, self.norm)
-        self.mixer = self.mixer.folded(*affine_of(self.norm, dim)).requires_grad_(trained)  # type: ignore[operator]
-        scale, shift = affine_of(self.norm2, dim)
-        if self.gamma is not None:
-            scale, shift = scale * self.gamma.detach().double(), shift * self.gamma.detach().double()
-        fc2 = fold_affine(self.mlp.fc2, scale, shift).requires_grad_(is_trained(self.mlp.fc2, self.norm2, self.gamma))
-        self.mlp = with_submodule(self.mlp, "fc2", fc2)
-        self.norm, self.norm2 = nn.Identity(), nn.Identity()  # type: ignore[assignment]
-        self.gamma = None
-        return self
+    folds_response_bias = False
 
 
 class ShiftWise(StagedConvNet):
@@ -144,9 +93,9 @@ class ShiftWise(StagedConvNet):
                 worked = int(width * (1 - cfg.ghost_ratio)) // 2 * 2  # an even number, as officially
                 mixer = _shift_wise(width, worked, cfg.kernel_sizes[i], cfg, spec.dilation)
                 blocks.append(ShiftWiseBlock(mixer, width, rate, cfg.layer_scale, options))
-            downsample = _conv_downsample(cfg.widths[i - 1], width, spec, options) if i else nn.Identity()
+            downsample = conv_downsample(cfg.widths[i - 1], width, spec, options) if i else nn.Identity()
             stages.append((Stage(downsample, blocks), width))
-        return Parts(_conv_stem(cfg.widths[0], options), stages, [spec.reduction for spec in specs])
+        return Parts(conv_stem(cfg.widths[0], options), stages, [spec.reduction for spec in specs])
 
     def init_weights(self) -> None:
         """Initialize as ConvNeXt."""
@@ -181,23 +130,6 @@ def _shift_wise(channels: int, worked: int, kernel_size: int, cfg: ShiftWiseConf
     source = dilate(ShiftTiles(worked, kernel_size, cfg.small_kernel, cfg.paths, cfg.groups), dilation)
     layer = LargeKernel(source, [nn.BatchNorm2d(worked) for _ in range(source.num_branches)], identity=True)
     return PartialChannels(layer, seeded_selection(channels, worked), channels)
-
-
-def _conv_stem(dim: int, options: ModelOptions) -> nn.Sequential:
-    norm = options.channel_norm()
-    return nn.Sequential(
-        nn.Conv2d(options.in_chans, dim // 2, 3, stride=2, padding=1),
-        norm(dim // 2),
-        nn.GELU(),
-        nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1),
-        norm(dim),
-    )
-
-
-def _conv_downsample(dim_in: int, dim_out: int, spec: StageSpec, options: ModelOptions) -> nn.Sequential:
-    dilation = 1 if spec.stride > 1 else spec.downsample_dilation
-    conv = nn.Conv2d(dim_in, dim_out, 3, stride=spec.stride, padding=dilation, dilation=dilation)
-    return nn.Sequential(conv, options.channel_norm()(dim_out))
 
 
 _SMALL_DEPTHS = (3, 3, 27, 3)

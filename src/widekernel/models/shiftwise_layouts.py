@@ -18,7 +18,7 @@ _SHIFT = (
     Rule(f"{_LAYER}.bn_lora2.{{rest}}", f"{_OURS}.norms.1.{{rest}}"),
     Rule(f"{_LAYER}.bn_small.{{rest}}", f"{_OURS}.norms.2.{{rest}}"),
 )
-_SECOND_BLOCK = (
+RESPONSE_NORM_BLOCK = (
     Rule(f"{OFFICIAL_BLOCK}.se.down.{{rest}}", f"{BLOCK}.se.fc1.{{rest}}"),
     Rule(f"{OFFICIAL_BLOCK}.se.up.{{rest}}", f"{BLOCK}.se.fc2.{{rest}}"),
     Rule(f"{OFFICIAL_BLOCK}.pwconv1.1.{{rest}}", f"{BLOCK}.mlp.fc1.{{rest}}"),
@@ -55,7 +55,7 @@ def shiftwise_v1_layouts(model: ShiftWiseV1) -> tuple[Layout, ...]:
 @register_layouts(ShiftWise)
 def shiftwise_layouts(model: ShiftWise) -> tuple[Layout, ...]:
     """Return the layout of ShiftWise_v2."""
-    rules = (*backbone_rules(len(model.cfg.dims)), *_SHIFT, *_SECOND_BLOCK, *TAIL)
+    rules = (*backbone_rules(len(model.cfg.dims)), *_SHIFT, *RESPONSE_NORM_BLOCK, *TAIL)
     return (Layout("ShiftWise_v2", rules, _PART_ORDER, _TABLES, _unmerge),)
 
 

@@ -23,15 +23,14 @@ def build_published(name: str) -> nn.Module:
         name: name of the weights, as in `widekernel weights --task segmentation`.
 
     Raises:
-        CheckpointError: there are no such weights, they are of a classifier, or this version does not have the network.
+        CheckpointError: there are no such weights, they are of a classifier, or no recipe describes the network.
     """
     checkpoint = find_checkpoint(name)
     if checkpoint.task == "classification":
         raise CheckpointError(f"{name} is a classifier: create it with timm.create_model({name!r})")
     recipe = recipe_of_checkpoint(name)
     if recipe is None or checkpoint.classes is None:
-        reason = checkpoint.unsupported or "there is no recipe that describes it"
-        raise CheckpointError(f"the network of {name} cannot be built: {reason}")
+        raise CheckpointError(f"the network of {name} cannot be built: there is no recipe that describes it")
     left_out = ("weights", "grad_checkpointing")
     settings: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from widekernel.errors import ArgumentError, nearest
 from widekernel.layers import FoldedLargeKernel, LargeKernel, Rect, Rectangles, maximal_rectangles
-from widekernel.layers.sources import rects_of
+from widekernel.layers.sources import dilated_kernel, rects_of
 
 
 def merged_support(layer: LargeKernel, masks: Mapping[str, Tensor], prefix: str = "") -> list[Rect]:
@@ -117,8 +117,8 @@ def check_merged_support(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
 def shared_mask(layer: LargeKernel, masks: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
     """Return masks under which all branches of a layer are live at the same taps: the union of the given masks.
 
-    The merged kernel then has as many live taps as before, and every branch is live at all of them. The additional weights
-    cost nothing once folded.
+    The merged kernel then has as many live taps as before, and every branch is live at all of them that it has: a dilated
+    branch has none in its gaps. The additional weights cost nothing once folded.
 
     Args:
         layer: a layer whose source is `Rectangles`; with tiles that are shared and moved, a tap depends on several weights.
@@ -137,20 +137,19 @@ def shared_mask(layer: LargeKernel, masks: Mapping[str, Tensor], prefix: str = "
             "needs branches with a separate weight at every tap (Rectangles)"
         )
     own = _own_masks(layer, masks, prefix)
-    names = [f"source.kernels.{i}" for i in range(len(layer.source.kernels))]
-    live = [
-        Rect.centered(own.get(name, torch.ones_like(kernel, dtype=torch.bool)))
-        for name, kernel in zip(names, layer.source.kernels)
-    ]
-    return {f"{prefix}{name}": _union_within(rect, live) for name, rect in zip(names, live)}
+    kernels, steps = layer.source.kernels, layer.source.dilations
+    names = [f"source.kernels.{i}" for i in range(len(kernels))]
+    masks_of = [own.get(name, torch.ones_like(kernel, dtype=torch.bool)) for name, kernel in zip(names, kernels)]
+    live = [Rect.centered(dilated_kernel(mask, step)) for mask, step in zip(masks_of, steps)]
+    return {f"{prefix}{name}": _union_within(rect, live, step) for name, rect, step in zip(names, live, steps)}
 
 
-def _union_within(window: Rect, live: Sequence[Rect]) -> Tensor:
-    """Return the union of bool rectangles at the taps of one of them."""
+def _union_within(window: Rect, live: Sequence[Rect], step: int) -> Tensor:
+    """Return the union of bool rectangles at the taps of one of them, which are `step` apart."""
     total = torch.zeros_like(window.kernel)
     for rect in live:
         total |= rect.taps_within(window).to(total.device)
-    return total
+    return total[:, :, ::step, ::step].clone()
 
 
 def _own_masks(layer: LargeKernel, masks: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

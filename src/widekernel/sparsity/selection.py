@@ -154,7 +154,7 @@ def _sides(source: nn.Module) -> Iterator[tuple[int, int]]:
     """Yield for each kernel of a source its id and the longer side of the rectangle that it represents."""
     for part in source.modules():
         if isinstance(part, Rectangles):
-            yield from ((id(kernel), max(kernel.shape[2:])) for kernel in part.kernels)
+            yield from ((id(kernel), max(extent)) for kernel, extent in zip(part.kernels, part.extents()))
         elif isinstance(part, KernelSource) and isinstance(getattr(part, "kernel_size", None), int):
             for name, parameter in part.named_parameters():
                 if not name.startswith("gates"):

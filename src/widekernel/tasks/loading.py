@@ -101,9 +101,10 @@ def _load_published(source: ModelSource) -> tuple[nn.Module, SavedModel]:
         raise ConfigError(
             f"{checkpoint.name} states its model and holds one set of weights: leave --model and --weights out."
         )
-    if checkpoint.unsupported or checkpoint.task != "classification":
-        reason = checkpoint.unsupported or f"it is for {checkpoint.task}, and this command classifies"
-        raise CheckpointError(f"{checkpoint.name} cannot be used here: {reason}.")
+    if checkpoint.task != "classification":
+        raise CheckpointError(
+            f"{checkpoint.name} cannot be used here: it is for {checkpoint.task}, and this command classifies."
+        )
     model = build_model(checkpoint.name, None, {}, pretrained=True)
     preprocessing = Preprocessing.resolve(DataConfig(), pretrained_cfg(model))
     number = int(getattr(model, "num_classes", 0))

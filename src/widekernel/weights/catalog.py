@@ -98,7 +98,6 @@ class Checkpoint:
         arguments_by_key: arguments that apply if a key of the file matches: pattern -> arguments.
         timm: whether timm has the network and the weights under the same name.
         note: what else to know, or "".
-        unsupported: why this version cannot load the file, or "".
     """
 
     name: str
@@ -120,7 +119,6 @@ class Checkpoint:
     arguments_by_key: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     timm: bool = False
     note: str = ""
-    unsupported: str = ""
 
     @property
     def model(self) -> str:
@@ -156,7 +154,6 @@ def _catalog() -> Mapping[str, Checkpoint]:
                 **entry,
                 "preprocessing": prepared[entry["preprocessing"]],
                 "sources": tuple(Source(**source) for source in entry["sources"]),
-                "unsupported": content["unsupported"].get(entry["layout"], ""),
             }
         )
     return MappingProxyType(found)

@@ -26,8 +26,6 @@ def locate(path: str | Path, network: nn.Module) -> tuple[Path, Checkpoint | Non
     if not isinstance(path, str) or resolved.exists() or not looks_like_a_name(path):
         return resolved, None
     checkpoint = find_checkpoint(path)
-    if checkpoint.unsupported:
-        raise CheckpointError(f"{path} cannot be loaded: {checkpoint.unsupported}")
     layouts = [layout.family for layout in layouts_of(network)]
     if checkpoint.layout not in ("native", *layouts):
         takes = f"takes weights of {' or '.join(layouts)}" if layouts else "has no published weights"

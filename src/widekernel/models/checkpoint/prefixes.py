@@ -35,8 +35,11 @@ def strip_prefixes(state: State, known: Set[str]) -> tuple[State, tuple[str, ...
         CheckpointError: if the file holds the network more than once.
     """
     removed: list[str] = []
-    others = [key for key in state if key.rpartition(".")[2] in _THOP_BUFFERS and key not in known]
-    state = {key: value for key, value in state.items() if key not in set(others)}
+    # OpenMMLab adds averaged weights as buffers of the whole network: `ema_head_weight` of `head.weight`.
+    averaged = {f"ema_{key.replace('.', '_')}" for key in state}
+    others = [key for key in state if (key.rpartition(".")[2] in _THOP_BUFFERS or key in averaged) and key not in known]
+    skipped = set(others)
+    state = {key: value for key, value in state.items() if key not in skipped}
     while True:
         prefix = _wrapper_prefix(state, known)
         if not prefix:

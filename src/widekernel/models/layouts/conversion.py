@@ -92,7 +92,7 @@ def to_native(model: nn.Module, state: State) -> Converted:
         if not nesting.official and any(nesting.native + key in trunk for key in state):
             return _native(model, state, nesting.native)
     for layout in layouts_of(model):
-        if theirs is not None and layout.family == theirs.name and not is_folded(model):
+        if theirs is not None and layout.family == theirs.name and layout.folded == is_folded(model):
             return _from_layout(layout, state, model)
     raise CheckpointError(_mismatch(model, own, state))
 
@@ -147,17 +147,18 @@ def to_official(model: nn.Module) -> State:
     """Return the weights of `model` in its first official layout, in the order of the authors' files.
 
     Raises:
-        CheckpointError: if the network has no official code, or is folded.
+        CheckpointError: if the network has no official code, or is folded and its official code has no such form.
     """
     layouts = layouts_of(model)
     if not layouts:
         raise CheckpointError(f"{type(model).__name__} has no official layout here: save with layout='native'")
-    if is_folded(model):
+    layout, out = layouts[0], {}
+    tables = _generated_tables(layout, model)
+    if is_folded(model) and not layout.folded:
         raise CheckpointError("the network is folded and has no place in an official layout: save with layout='native'")
-    layout, out, tables = layouts[0], {}, seeded_tables(model)
     for key, value in model.state_dict().items():
         if layout.is_generated(key):
-            if not torch.equal(value.cpu(), tables[key]):
+            if not torch.equal(value.cpu(), tables[key].cpu()):
                 raise CheckpointError(
                     f"{key} is not the table that the official code of {layout.family} generates and leaves out of its "
                     "files: save with layout='native'"
@@ -188,6 +189,13 @@ def seeded_tables(model: nn.Module) -> State:
     }
 
 
+def _generated_tables(layout: Layout, model: nn.Module) -> State:
+    """Return the tables of a network that files in a layout lack. In a folded form, its architecture determines them."""
+    if not layout.folded:
+        return seeded_tables(model)
+    return {key: value for key, value in model.state_dict().items() if layout.is_generated(key)}
+
+
 def table_problems(model: nn.Module, state: State) -> list[str]:
     """Return what is wrong with the tables in a state dict in our layout, whose shapes must be those of the network."""
     problems = []
@@ -215,12 +223,12 @@ def _expected(layout: Layout, model: nn.Module) -> Expected:
 
 
 def _from_layout(layout: Layout, state: State, model: nn.Module) -> Converted:
-    note, expected, tables = "", _expected(layout, model), seeded_tables(model)
+    note, expected, tables = "", _expected(layout, model), _generated_tables(layout, model)
     if layout.upgrade is not None:
         given = state
         state, note = layout.upgrade(given, expected)
         converted = {key: value for key, value in given.items() if key not in state}
-        twice = [key for key in layout.upgrade(converted, expected)[0] if key in given]
+        twice = [key for key in layout.upgrade(converted, expected)[0] if key in given and key not in converted]
         if twice:
             raise CheckpointError(f"the file holds weights twice, in two forms: remove one of {', '.join(twice)}")
     out: State = {}

@@ -73,6 +73,7 @@ class Layout:
         upgrade: converts other official forms (merged kernels, strips to be cut into tiles) to the one that the rules
             describe, given what the network expects; returns a note on what it did, or "".
         ordered: prefix of the official keys that `part_order` is for; the other keys follow in our order.
+        folded: whether the rules are for our folded form.
     """
 
     family: str
@@ -81,6 +82,7 @@ class Layout:
     generated: tuple[str, ...] = ()
     upgrade: Upgrade | None = field(default=None, compare=False)
     ordered: str = ""
+    folded: bool = False
 
     def to_native(self, official: str) -> tuple[str, Rule] | None:
         """Return our key for an official key, with the rule that maps it; None if no rule does."""

@@ -38,12 +38,19 @@ class Signature:
         form: "native" for our training form, "folded" for our folded form, "official" for the authors' form, which can be
             loaded, and "foreign" for networks that are recognized only so that errors can name them.
         over: names of less specific signatures of the same form that match such keys, too.
+        without: regular expression that matches part of no key; "" for no such condition.
     """
 
     name: str
     pattern: str
     form: Form
     over: tuple[str, ...] = ()
+    without: str = ""
+
+    def matches(self, keys: Iterable[str]) -> bool:
+        """Return whether a state dict with these keys belongs to the network."""
+        found = any(re.search(self.pattern, key) for key in keys)
+        return found and not (self.without and any(re.search(self.without, key) for key in keys))
 
 
 _SIGNATURES: dict[str, Signature] = {}
@@ -51,14 +58,14 @@ _LAYOUTS: dict[type[nn.Module], Callable[[Any], tuple[Layout, ...]]] = {}
 _REWRITINGS: dict[str, Rewriting] = {}
 
 
-def register_signature(name: str, pattern: str, form: Form, over: tuple[str, ...] = ()) -> None:
+def register_signature(name: str, pattern: str, form: Form, over: tuple[str, ...] = (), without: str = "") -> None:
     """Register a signature; the arguments are the attributes of `Signature`.
 
     Raises:
         ArgumentError: if another signature has the name.
     """
     require_one_of("form", form, get_args(Form))
-    signature = Signature(name, pattern, form, over)
+    signature = Signature(name, pattern, form, over, without)
     if _SIGNATURES.setdefault(name, signature) != signature:
         raise ArgumentError(f"the signature {name!r} is already registered with other keys: choose another name")
 
@@ -121,7 +128,7 @@ def identify(keys: Iterable[str]) -> Signature | None:
     """Return the signature of the network that a state dict with these keys belongs to; None if it is unknown."""
     keys = [innermost(key) for key in keys]
     for form in get_args(Form):
-        found = [s for s in _SIGNATURES.values() if s.form == form and any(re.search(s.pattern, key) for key in keys)]
+        found = [s for s in _SIGNATURES.values() if s.form == form and s.matches(keys)]
         general = {name for signature in found for name in signature.over}
         for signature in found:
             if signature.name not in general:
