@@ -49,7 +49,7 @@ def palette_image(classes: np.ndarray, colors: Sequence[Color]) -> Image.Image:
 
 
 def class_overlay(
-    image: Image.Image, classes: np.ndarray, names: Sequence[str], colors: Sequence[Color], opacity: float = 0.55
+    image: Image.Image, classes: np.ndarray, names: Sequence[str], colors: Sequence[Color], opacity: float = 0.65
 ) -> Image.Image:
     """Lay the colors of classes over an image, with lines where they meet and a legend of the classes that occur.
 

@@ -323,9 +323,9 @@ def test_names_of_outputs() -> None:
 
 def test_coco_has_its_category_ids() -> None:
     table = published_classes("coco")
-    assert table.label_ids is not None
-    assert dict(zip(table.names, table.label_ids))["toothbrush"] == 90
-    assert dict(zip(table.names, table.label_ids))["stop sign"] == 13
+    assert table.category_ids is not None
+    assert dict(zip(table.names, table.category_ids))["toothbrush"] == 90
+    assert dict(zip(table.names, table.category_ids))["stop sign"] == 13
 
 
 def test_results_go_to_standard_output_while_a_bar_is_shown(
@@ -337,3 +337,17 @@ def test_results_go_to_standard_output_while_a_bar_is_shown(
     printed = capsys.readouterr()
     assert json.loads(printed.out)["image"] == FIRST
     assert "evaluating" in printed.err
+
+
+def test_a_file_that_describes_nothing(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its backbone, heads and classes come from the command line, as for official checkpoints."""
+    torch.manual_seed(3)
+    network = build_segmenter(SegmenterConfig(name=BACKBONE, channels=16, auxiliary_channels=8), 150)
+    torch.save({"state_dict": network.state_dict(), "meta": {}}, tmp_path / "net.pth")
+    heads = ("--model.channels", "16", "--model.auxiliary_channels", "8", "--data.image_scale", "[128,96]")
+    task = ("--task", "segmentation", "--data.format", "ade20k")
+    source = f"{BACKBONE}={tmp_path / 'net.pth'}"
+    assert run(source, images / FIRST, *task, *heads, "--output", tmp_path / "out") == 0, capsys.readouterr().err
+    table = read_class_table(tmp_path / "out" / "classes.json")
+    assert (table.names, table.colors) == (published_classes("ade20k").names, published_classes("ade20k").colors)
+    assert np.array(Image.open(tmp_path / "out" / "classes" / FIRST)).shape == (96, 128)

@@ -130,7 +130,7 @@ def _classes(request: PredictionRequest, network: DenseNetwork) -> Classes:
     saved = network.saved
     if saved is None:
         table = _published(request.task, request.settings["data"], request.source)
-        return Classes(table.names, table.colors, table.label_ids or tuple(range(1, len(table) + 1)))
+        return Classes(table.names, table.colors, table.category_ids or tuple(range(1, len(table) + 1)))
     names = saved.class_names or tuple(f"class {index}" for index in range(saved.num_classes))
     colors = tuple((int(red), int(green), int(blue)) for red, green, blue in saved.details.get("colors", ()))
     ids = tuple(saved.details.get("category_ids", ())) or tuple(range(1, len(names) + 1))

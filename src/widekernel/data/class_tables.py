@@ -33,13 +33,14 @@ class ClassTable:
     Args:
         names: name of each class
         colors: color of each class, for pictures
-        label_ids: number of each class in label files of another convention (labelIds of Cityscapes), or in annotation files
-            (COCO); `None`: there is none
+        label_ids: number of each class in label files of another convention (labelIds of Cityscapes); `None`: there is none
+        category_ids: identifier of each class in annotation files (COCO); `None`: there is none
     """
 
     names: tuple[str, ...]
     colors: tuple[Color, ...]
     label_ids: tuple[int, ...] | None = None
+    category_ids: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -61,9 +62,9 @@ def _published() -> dict[str, ClassTable]:
 
 
 def _table(values: dict[str, Any]) -> ClassTable:
-    ids = values.get("label_ids")
+    ids, categories = values.get("label_ids"), values.get("category_ids")
     colors = tuple((int(red), int(green), int(blue)) for red, green, blue in values["colors"])
-    return ClassTable(tuple(values["names"]), colors, None if ids is None else tuple(ids))
+    return ClassTable(tuple(values["names"]), colors, None if ids is None else tuple(ids), categories and tuple(categories))
 
 
 def colors_of(names: Sequence[str]) -> tuple[Color, ...]:
