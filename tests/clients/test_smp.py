@@ -38,7 +38,7 @@ def test_segmentation(architecture: str, name: str) -> None:
 @pytest.mark.parametrize(
     ("architecture", "output_stride"), [("DeepLabV3", 8), ("DeepLabV3", 16), ("DeepLabV3Plus", 16), ("PAN", 16), ("PAN", 32)]
 )
-@pytest.mark.parametrize("name", ["slak_nano", "replknet_nano", "shiftwise_nano", "roadmap_nano"])
+@pytest.mark.parametrize("name", ["slak_nano", "replknet_nano", "shiftwise_nano", "unireplknet_nano", "roadmap_nano"])
 def test_output_strides(name: str, architecture: str, output_stride: int) -> None:
     model = _model(architecture, name, encoder_output_stride=output_stride).eval()
     size = 8 * output_stride  # the decoder pools three times

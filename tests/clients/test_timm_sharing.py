@@ -40,7 +40,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("safe", [False, True, "both"], ids=str)
 @pytest.mark.parametrize("arguments", ARGUMENTS)
-@pytest.mark.parametrize("name", ["slak_nano", "replknet_nano", "shiftwise_nano", "roadmap_nano"])
+@pytest.mark.parametrize("name", ["slak_nano", "replknet_nano", "shiftwise_nano", "unireplknet_nano", "roadmap_nano"])
 def test_network_round_trip(name: str, arguments: str, safe: Any, tmp_path: Path) -> None:
     given = ARGUMENTS[arguments]
     model = alive(name, **given)

@@ -15,7 +15,7 @@ from tests.models.zoo import alive, assert_near, images
 from widekernel import fold, ops
 
 pytestmark = pytest.mark.clients
-FAMILIES = ["replknet_nano", "slak_nano", "shiftwise_nano"]
+FAMILIES = ["replknet_nano", "slak_nano", "shiftwise_nano", "unireplknet_nano"]
 EACH = pytest.mark.parametrize("name", FAMILIES)
 FORMS = pytest.mark.parametrize("form", ["training", "folded"])
 

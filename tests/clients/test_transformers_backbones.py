@@ -33,7 +33,7 @@ def test_timm_backbone(name: str) -> None:
     assert len(maps) == 2
 
 
-@pytest.mark.parametrize("name", ["slak_nano", "replknet_nano", "shiftwise_nano"])
+@pytest.mark.parametrize("name", ["slak_nano", "replknet_nano", "shiftwise_nano", "unireplknet_nano"])
 def test_upernet(name: str, tmp_path: Path) -> None:
     config = transformers.UperNetConfig(
         backbone_config=_config(name, out_indices=(0, 1, 2, 3)),

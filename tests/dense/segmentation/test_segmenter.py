@@ -27,7 +27,9 @@ def segmenter(name: str = "slak_nano", options: SegmenterOptions = SMALL, **args
     return Segmenter(build_pyramid(name, args), options)
 
 
-@pytest.mark.parametrize("name", ["slak_nano", "replknet_nano", "shiftwise_nano", "convnext_atto", "resnet18"])
+@pytest.mark.parametrize(
+    "name", ["slak_nano", "replknet_nano", "shiftwise_nano", "unireplknet_nano", "convnext_atto", "resnet18"]
+)
 def test_logits(name: str) -> None:
     network, x = segmenter(name), torch.randn(2, 3, 64, 96)
     output = network(x)
