@@ -54,6 +54,20 @@ def test_flip_crop_and_resize_keep_objects_in_place() -> None:
     assert [extent(mask) for mask in targets.masks] == targets.boxes.int().tolist()
 
 
+def test_objects_that_lose_their_area_by_rounding_are_dropped() -> None:
+    """A crop may leave a sliver of an object at its border, whose sides are the same number once it is resized."""
+    image, masks = torch.zeros(3, 30, 1000, dtype=torch.uint8), torch.zeros(2, 30, 1000, dtype=torch.uint8)
+    masks[1, 10:20, 10:20] = 1
+    left = float(np.nextafter(np.float32(1000), np.float32(0)))
+    targets = Targets(torch.tensor([[left, 10.0, 1000.0, 20.0], [10.0, 10.0, 20.0, 20.0]]), torch.tensor([1, 2]), masks)
+    assert (targets.boxes[:, 2:] > targets.boxes[:, :2]).all()
+    for long_side in (700, 701, 702, 1000):
+        small, kept = transforms.resized(image, targets, (long_side, 60))
+        assert (kept.boxes[:, 2:] > kept.boxes[:, :2]).all() and kept.masks is not None
+        assert kept.labels.tolist() == ([2] if long_side == 702 else [1, 2])
+        assert kept.masks.shape == (len(kept.labels), *small.shape[1:]) and kept.masks[-1].any()
+
+
 def test_objects_stay_with_their_pixels_in_training() -> None:
     config = DetectionDataConfig(**SMALL)
     transform = TrainingTransform(config, (0.0,) * 3, (1.0,) * 3)

@@ -82,13 +82,16 @@ def flipped(image: Tensor, targets: Targets) -> tuple[Tensor, Targets]:
 
 
 def resized(image: Tensor, targets: Targets, scale: Scale) -> tuple[Tensor, Targets]:
-    """Resize an 8-bit image and its objects, with its ratio kept; boxes are clipped to the image."""
+    """Resize an 8-bit image and its objects, with its ratio kept; boxes are clipped, and those without any area are dropped.
+
+    A sliver at the border, such as a crop leaves, may lose its area by rounding.
+    """
     height, width = (int(length) for length in image.shape[1:])
     size = rescaled_size(height, width, scale)
     factors = torch.tensor([size[1] / width, size[0] / height], dtype=torch.float32).repeat(2)
-    boxes = clipped(targets.boxes * factors, *size)
+    targets = _filled(targets._replace(boxes=clipped(targets.boxes * factors, *size)))
     masks = None if targets.masks is None else resize_labels(targets.masks, size)
-    return resize_image(image, size), Targets(boxes, targets.labels, masks)
+    return resize_image(image, size), targets._replace(masks=masks)
 
 
 def cropped(image: Tensor, targets: Targets, top: int, left: int, height: int, width: int) -> tuple[Tensor, Targets]:
@@ -97,10 +100,19 @@ def cropped(image: Tensor, targets: Targets, top: int, left: int, height: int, w
     Boxes are not fitted to the part of a mask that is left.
     """
     boxes = clipped(targets.boxes - targets.boxes.new_tensor([left, top, left, top]), height, width)
-    kept = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+    targets = _filled(targets._replace(boxes=boxes))
     rows, columns = slice(top, top + height), slice(left, left + width)
-    masks = None if targets.masks is None else targets.masks[kept][:, rows, columns]
-    return image[:, rows, columns], Targets(boxes[kept], targets.labels[kept], masks)
+    masks = None if targets.masks is None else targets.masks[:, rows, columns]
+    return image[:, rows, columns], targets._replace(masks=masks)
+
+
+def _filled(targets: Targets) -> Targets:
+    """Return the objects whose boxes have an area."""
+    kept = (targets.boxes[:, 2:] > targets.boxes[:, :2]).all(dim=1)
+    if kept.all():
+        return targets
+    masks = None if targets.masks is None else targets.masks[kept]
+    return Targets(targets.boxes[kept], targets.labels[kept], masks)
 
 
 def clipped(boxes: Tensor, height: int, width: int) -> Tensor:
