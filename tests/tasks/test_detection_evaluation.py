@@ -181,6 +181,25 @@ def test_areas_and_flags_may_be_missing(truth: GroundTruth, made: list[scenes.Sc
     assert boxes["area"] == boxes["bbox"][2] * boxes["bbox"][3] and boxes["iscrowd"] == 0
 
 
+@pytest.mark.parametrize("form", [None, []])
+def test_a_crowd_without_a_mask_is_its_box(form: list | None, truth: GroundTruth, made: list[scenes.Scene]) -> None:
+    """Detections inside it count neither for nor against the detector, of masks as of boxes."""
+    content = json.loads(truth.path.read_text())
+    crowd = next(entry for entry in content["annotations"] if entry["iscrowd"])
+    del crowd["segmentation"]
+    if form is not None:
+        crowd["segmentation"] = form
+    truth.path.write_text(json.dumps(content))
+    evaluator = CocoScores(truth)
+    for number, scene in enumerate(made):
+        boxes = torch.tensor([instance.box for instance in scene.instances])
+        labels = torch.tensor([instance.shape for instance in scene.instances])
+        masks = torch.from_numpy(np.stack([instance.mask for instance in scene.instances]))
+        evaluator.add(scenes.coco_image_id(number), Detections(boxes, torch.ones(len(boxes)), labels, masks))
+    evaluator.reduce(Processes())
+    assert evaluator.result()["val_box_ap"] == pytest.approx(100) == evaluator.result()["val_mask_ap50"]
+
+
 @dataclass(frozen=True)
 class Together(Processes):
     """Processes that hand over what the others have gathered."""

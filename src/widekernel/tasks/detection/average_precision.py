@@ -70,6 +70,8 @@ class AveragePrecision:
 class GroundTruth:
     """Objects of an annotation file in the form of COCO, for measurements.
 
+    The mask of a crowd without one is its box.
+
     Args:
         path: the file, which has been checked (`read_coco`)
         masks: whether masks are measured too
@@ -85,6 +87,8 @@ class GroundTruth:
         sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
         for entry in content["annotations"]:
             entry.setdefault("iscrowd", 0)
+            if self.masks and not entry.get("segmentation"):  # of a crowd, as `read_coco` has checked
+                entry["segmentation"] = [_rectangle(*entry["bbox"])]
             if "area" not in entry:
                 entry["area"] = self._area(entry, *sizes[entry["image_id"]])
         return _indexed(content)
@@ -100,7 +104,7 @@ class GroundTruth:
         return [entry["name"] for entry in self.coco.dataset["categories"]]
 
     def _area(self, entry: dict[str, Any], height: int, width: int) -> float:
-        if self.masks and entry.get("segmentation"):
+        if self.masks:
             return float(mask_tools().area(encode_mask(entry["segmentation"], height, width)))
         return float(entry["bbox"][2] * entry["bbox"][3])
 
@@ -166,6 +170,11 @@ class GroundTruth:
             for entry, mask in zip(entries, found.masks or (), strict=True):
                 entry.update(segmentation=mask, area=float(mask_tools().area(mask)))
         return entries
+
+
+def _rectangle(x: float, y: float, width: float, height: float) -> list[float]:
+    """Return the corners of a box as a polygon of COCO."""
+    return [x, y, x + width, y, x + width, y + height, x, y + height]
 
 
 def _indexed(content: dict[str, Any]) -> Any:
