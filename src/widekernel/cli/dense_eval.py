@@ -16,6 +16,7 @@ from widekernel.cli.console import progress_console, result_console, table_conso
 from widekernel.cli.launching import check_number, is_first, is_started, start
 from widekernel.cli.parsing import build, new_parser, parse, parse_given, typed
 from widekernel.engine.interrupts import Interrupted
+from widekernel.errors import ConfigError
 from widekernel.recipes import load_recipe
 from widekernel.settings import require
 from widekernel.tasks.config import TASK
@@ -125,9 +126,19 @@ def _parse(task: str, arguments: list[str]) -> dict[str, Any]:
     if given.get("recipe") is not None:
         settings = load_recipe(given["recipe"]).settings_for("train")
         layers.append({key: value for key, value in settings.items() if key in sections})
+    _refuse_model(source.path, given.get("model") or {})
     values = parse(parser, arguments, layers)
     values["model"]["args"] = typed(values["model"]["args"])
     return values
+
+
+def _refuse_model(path: Path, given: dict[str, Any]) -> None:
+    """Raise a `ConfigError` if settings of the network are given for one that is described where it is stored."""
+    from widekernel.tasks.loading import described_task
+
+    if given and described_task(path) is not None:
+        names = " and ".join(f"--model.{key}" for key in given)
+        raise ConfigError(f"{names} cannot be used with {path}, which describes its network: leave it out.")
 
 
 def _described(path: Path) -> dict[str, Any]:

@@ -72,6 +72,7 @@ def evaluate_source(
             reporter=reporter,
             stop=stopping.now,
             nouns=("image", "images"),
+            size=held_out.size,
         )
         processes.note(0, "evaluating")
         found = evaluate_dense(model.to(device), held_out, shown, (loading, batch_size), options)

@@ -20,6 +20,9 @@ from widekernel.tasks.run_parts import RunTask
 IMAGES = ("image", "images")
 """What messages call one sample, and several."""
 
+SIZES = ("data.short_sides", "data.image_scale")
+"""Settings of the size of the images in training and in evaluation."""
+
 
 class Detection(RunTask):
     """The losses of a detector; average precision of boxes, and of masks if there are any, on held-out images.
@@ -31,6 +34,7 @@ class Detection(RunTask):
     """
 
     nouns = IMAGES
+    sizes = SIZES
 
     def __init__(self, truth: GroundTruth | None, masks: bool, processes: Processes) -> None:
         self.truth, self.processes = truth, processes

@@ -27,6 +27,9 @@ from widekernel.tasks.segmentation.evaluation import METRICS, PixelScores
 IMAGES = ("image", "images")
 """What messages call one sample, and several."""
 
+SIZES = ("data.crop_size", "data.test_scale or test.crop")
+"""Settings of the size of the images in training and in evaluation."""
+
 
 class Segmentation(RunTask):
     """Cross-entropy of every pixel, for UPerNet and its auxiliary head; mIoU, mAcc and aAcc on held-out images.
@@ -40,6 +43,7 @@ class Segmentation(RunTask):
 
     metrics = METRICS
     nouns = IMAGES
+    sizes = SIZES
 
     def __init__(
         self, config: SegmentationConfig, options: SegmenterOptions, class_names: Sequence[str], processes: Processes
