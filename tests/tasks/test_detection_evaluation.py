@@ -154,6 +154,24 @@ def test_classes_without_objects_are_nan(truth: GroundTruth) -> None:
     assert boxes_only.result()["val_box_ap"] == 0
 
 
+def test_the_table_follows_the_order_of_the_categories_in_the_file(truth: GroundTruth, made: list[scenes.Scene]) -> None:
+    """pycocotools sorts the identifiers, whatever their order in the file."""
+    content = json.loads(truth.path.read_text())
+    content["categories"].reverse()
+    tables = []
+    for name, reversed_ in (("a.json", False), ("b.json", True)):
+        path = truth.path.with_name(name)
+        path.write_text(json.dumps(content) if reversed_ else truth.path.read_text())
+        evaluator = CocoScores(GroundTruth(path, masks=False))
+        for number, scene in enumerate(made):
+            found = detections_of(scene, number)
+            labels = len(scenes.SHAPES) - 1 - found.labels if reversed_ else found.labels
+            evaluator.add(scenes.coco_image_id(number), found._replace(labels=labels, masks=None))
+        evaluator.reduce(Processes())
+        tables.append({line.name: (line.box_ap, line.box_ap50) for line in evaluator.table()})
+    assert len(set(tables[0].values())) > 1 and tables[0] == tables[1]
+
+
 def test_a_class_that_the_file_does_not_have(truth: GroundTruth) -> None:
     evaluator = CocoScores(GroundTruth(truth.path, masks=False))
     evaluator.add(10, Detections(torch.rand(1, 4), torch.ones(1), torch.tensor([4])))

@@ -130,7 +130,7 @@ class GroundTruth:
             measured.params.maxDets = list(MAX_DETECTIONS)
             measured.evaluate()
             measured.accumulate()
-        return _average(measured)
+        return _average(measured, self.category_ids)
 
     def _results(self, detections: Sequence[ImageDetections], kind: str) -> Any:
         """Return the detections as pycocotools' `COCO`."""
@@ -186,12 +186,16 @@ def _indexed(content: dict[str, Any]) -> Any:
     return indexed
 
 
-def _average(measured: Any) -> AveragePrecision:
-    """Return what published results state, from the precision by threshold, recall, class, area and number of detections."""
+def _average(measured: Any, category_ids: Sequence[int]) -> AveragePrecision:
+    """Return what published results state, from the precision by threshold, recall, class, area and number of detections.
+
+    pycocotools sorts the classes by their identifiers; in the result, they are in the order of `category_ids`.
+    """
     precision = measured.eval["precision"]
     half, three_quarters = (int(np.argmin(abs(measured.params.iouThrs - value))) for value in (0.5, 0.75))
     small, medium, large = (_mean(precision[:, :, :, area, 2]) for area in range(1, len(AREAS)))
-    classes = range(precision.shape[2])
+    places = {category: place for place, category in enumerate(measured.params.catIds)}
+    classes = [places[category] for category in category_ids]
     return AveragePrecision(
         ap=_mean(precision[:, :, :, 0, 0]),
         ap50=_mean(precision[half, :, :, 0, 2]),
