@@ -29,6 +29,7 @@ from widekernel.tasks.foreign_checkpoint import load_weights
 from widekernel.tasks.loading import described_task, load
 from widekernel.tasks.model_source import ModelSource
 from widekernel.tasks.networks import build_detector, build_segmenter
+from widekernel.tasks.run_parts import IMAGES
 
 
 def evaluate_source(
@@ -71,7 +72,7 @@ def evaluate_source(
             processes=processes,
             reporter=reporter,
             stop=stopping.now,
-            nouns=("image", "images"),
+            nouns=IMAGES,
             size=held_out.size,
         )
         processes.note(0, "evaluating")

@@ -7,11 +7,8 @@ from torch import Tensor
 
 from widekernel.data.detection.batches import AnnotatedImage, DetectionItem
 from widekernel.data.detection.config import DetectionDataConfig
-from widekernel.data.rescaling import Scale, normalize_image, rescaled_size, resize_image, resize_labels, size_of
+from widekernel.data.rescaling import Scale, Statistics, normalize_image, rescaled_size, resize_image, resize_labels, size_of
 from widekernel.dense.detection.structures import Targets
-
-Statistics = tuple[float, float, float]
-"""Mean or standard deviation of each channel, for pixels from 0 to 1."""
 
 
 class TrainingTransform:

@@ -17,9 +17,6 @@ from widekernel.tasks.detection.average_precision import GroundTruth
 from widekernel.tasks.detection.evaluation import CocoScores, metrics_of
 from widekernel.tasks.run_parts import RunTask
 
-IMAGES = ("image", "images")
-"""What messages call one sample, and several."""
-
 SIZES = ("data.short_sides", "data.image_scale")
 """Settings of the size of the images in training and in evaluation."""
 
@@ -33,7 +30,6 @@ class Detection(RunTask):
         processes: the processes that train together
     """
 
-    nouns = IMAGES
     sizes = SIZES
 
     def __init__(self, truth: GroundTruth | None, masks: bool, processes: Processes) -> None:
