@@ -24,7 +24,7 @@ class TrainingTransform:
         self.config, self.mean, self.std = config, mean, std
 
     def __call__(self, item: AnnotatedImage) -> DetectionItem:
-        """Return the changed image with its objects, and a random seed."""
+        """Return the changed image with its objects."""
         config, original = self.config, (int(item.image.shape[1]), int(item.image.shape[2]))
         image, targets = item.image, item.targets
         if random.random() < config.flip:
@@ -35,7 +35,7 @@ class TrainingTransform:
         image, targets = resized(image, targets, self._scale(config.short_sides))
         size = size_of(image, original)
         normalized = normalize_image(image, self.mean, self.std)
-        return DetectionItem(normalized, size, targets, random.getrandbits(62), item.id, item.name)
+        return DetectionItem(normalized, size, targets, item.id, item.name)
 
     def _scale(self, short_sides: tuple[int, ...]) -> Scale:
         short = random.choice(short_sides)
@@ -67,7 +67,7 @@ class EvaluationTransform:
         image = resize_image(item.image, rescaled_size(*original, self.scale))
         none = Targets(item.targets.boxes[:0], item.targets.labels[:0])
         normalized = normalize_image(image, self.mean, self.std)
-        return DetectionItem(normalized, size_of(image, original), none, 0, item.id, item.name)
+        return DetectionItem(normalized, size_of(image, original), none, item.id, item.name)
 
 
 def flipped(image: Tensor, targets: Targets) -> tuple[Tensor, Targets]:
