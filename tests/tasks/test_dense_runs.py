@@ -149,6 +149,27 @@ def test_official_files_are_evaluated(scenes: Path, tmp_path: Path, capsys: pyte
     assert "holds no heads for segmentation" in capsys.readouterr().err
 
 
+def test_what_does_not_fit_is_refused_with_a_remedy(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    settings = settings_of("segmentation", scenes, evaluation={"every_steps": 100})
+    assert main(["train", "--config", write_settings(tmp_path / "run.yaml", settings), "--output", str(run)]) == 0
+    assert main(["eval", str(run), "--model.channels", "7"]) == 2
+    assert "--model.channels cannot be used with" in capsys.readouterr().err
+    settings = settings_of("segmentation", scenes, data={"crop_size": 16})
+    assert main(["train", "--config", write_settings(tmp_path / "b.yaml", settings), "--output", str(tmp_path / "b")]) == 2
+    assert "raise data.crop_size." in capsys.readouterr().err
+    slide = ["--test.mode", "slide", "--test.crop", "[16,16]", "--test.stride", "[16,16]"]
+    assert main(["eval", str(run), "--device", "cpu", *slide]) == 2
+    assert "raise data.test_scale or test.crop." in capsys.readouterr().err
+    (tmp_path / "classes.txt").write_text("\n".join("abcdefg"))
+    model = {"weights": str(run / "model.safetensors")}
+    settings = settings_of("segmentation", scenes, model=model, data={"classes": str(tmp_path / "classes.txt")})
+    assert main(["train", "--config", write_settings(tmp_path / "c.yaml", settings), "--output", str(tmp_path / "c")]) == 2
+    assert "set model.load to backbone" in capsys.readouterr().err
+
+
 def test_other_commands_refuse_a_network_of_another_task(
     scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -248,3 +248,7 @@ def test_errors() -> None:
         replace(cascade_options(3).roi, stages=())
     with pytest.raises(ArgumentError, match="most is 0"):
         replace(cascade_options(3).roi, most=0)
+    with pytest.raises(ArgumentError, match="mask_threshold is 0, but must be above 0"):
+        replace(cascade_options(3).roi, mask_threshold=0)
+    # From an overlap of 1, nothing is suppressed: the settings of FCOS allow it, too.
+    assert replace(cascade_options(3).roi, overlap_threshold=1.0, score_threshold=1.0).overlap_threshold == 1

@@ -11,12 +11,13 @@ from typing_extensions import override
 
 from widekernel.dense.detection.box_coding import decode_deltas, encode_deltas
 from widekernel.dense.detection.box_heads import BoxHead, BoxOutputs
+from widekernel.dense.detection.losses import wide
 from widekernel.dense.detection.mask_heads import MaskHead
 from widekernel.dense.detection.mask_pasting import paste_masks
 from widekernel.dense.detection.processes import MeanOverProcesses, alone
 from widekernel.dense.detection.roi_boxes import count_rois, move_boxes, of_class, positive_places, scale_factors
 from widekernel.dense.detection.roi_features import RoiFeatures, as_rois
-from widekernel.dense.detection.roi_losses import class_loss, giou_loss, mask_loss, wide
+from widekernel.dense.detection.roi_losses import class_loss, giou_loss, mask_loss
 from widekernel.dense.detection.roi_options import STRIDES, RoiOptions, RoiStage
 from widekernel.dense.detection.roi_targets import Candidates, RoiSample, RoiSampling, mask_targets, sample_rois
 from widekernel.dense.detection.structures import Detections, ImageSize, Targets

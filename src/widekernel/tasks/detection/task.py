@@ -17,8 +17,8 @@ from widekernel.tasks.detection.average_precision import GroundTruth
 from widekernel.tasks.detection.evaluation import CocoScores, metrics_of
 from widekernel.tasks.run_parts import RunTask
 
-IMAGES = ("image", "images")
-"""What messages call one sample, and several."""
+SIZES = ("data.short_sides", "data.image_scale")
+"""Settings of the size of the images in training and in evaluation."""
 
 
 class Detection(RunTask):
@@ -30,7 +30,7 @@ class Detection(RunTask):
         processes: the processes that train together
     """
 
-    nouns = IMAGES
+    sizes = SIZES
 
     def __init__(self, truth: GroundTruth | None, masks: bool, processes: Processes) -> None:
         self.truth, self.processes = truth, processes
