@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -95,14 +96,23 @@ def test_a_run_that_is_killed_twice_resumes_bit_for_bit(kind: str, scenes: Path,
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "steps"), [("segmentation", 10), ("fcos", 10), ("cascade_rcnn", 2)])
-def test_two_processes_equal_one(kind: str, steps: int, scenes: Path, tmp_path: Path) -> None:
-    """An untrained cascade takes few steps: its proposals have nearly equal scores, among which the last digit decides."""
-    rate = 1e-4 if kind == "fcos" else 1e-3  # exponentials of a box magnify the last digit at higher rates
-    changes = {"optimizer": {"name": "sgd", "lr": rate}, "evaluation": {"every_steps": 10}}
+@pytest.mark.parametrize("kind", ["segmentation", "fcos", "cascade_rcnn"])
+def test_two_processes_equal_one(kind: str, scenes: Path, tmp_path: Path) -> None:
+    """Plain SGD with clipped gradients keeps the growth of rounding small; AdamW would divide by roots of tiny numbers.
+
+    The cascade uses all of its proposals, none of which overlap much: which of several with nearly equal scores are chosen
+    depends on the last digit. `test_detection_processes.py` has neither limit, in double precision.
+    """
+    settings = settings_of(kind, scenes, 10)
+    changes: dict[str, Any] = {"optimizer": {"name": "sgd", "lr": 1e-3, "clip_grad": 1.0}, "evaluation": {"every_steps": 10}}
     if kind == "segmentation":
         changes["model"] = {"dropout": 0.0}  # its random numbers depend on the division of a batch
-    settings = settings_of(kind, scenes, steps)
+    else:
+        changes["data"] = {"image_scale": [96, 48], "short_sides": [32, 48]}  # images of different sizes
+    if kind == "cascade_rcnn":
+        changes["optimizer"]["lr"] = 3e-4
+        changes["model"] = {"anchor_scale": 2.0, "proposals": 600, "roi_samples": 1200, "channels": 16}
+        changes["data"]["short_sides"] = [24, 32]
     settings |= {key: {**settings.get(key, {}), **values} for key, values in changes.items()}
     file, folders = write_settings(tmp_path / "run.yaml", settings), []
     for number in (1, 2):
@@ -110,10 +120,12 @@ def test_two_processes_equal_one(kind: str, steps: int, scenes: Path, tmp_path: 
         assert main(["train", "--config", file, "--output", str(run), "--processes", str(number)]) == 0
         folders.append(RunFolder(run))
     one, two = ([row["train_loss"] for row in read_metrics(each.metrics)] for each in folders)
-    assert len(one) == steps and two == pytest.approx(one, rel=1e-4)
+    assert len(one) == 10 and two == pytest.approx(one, rel=1e-4)
     weights = [load_file(each.model) for each in folders]
     for name, value in weights[0].items():
-        torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-4, msg=f"{name} differs")
+        # Statistics of features in the cascade's box heads; in double precision they are equal too.
+        bound = 1e-2 if "bbox_head" in name and "running_" in name else 1e-4
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=bound, msg=f"{name} differs")
 
 
 @pytest.mark.slow

@@ -61,6 +61,16 @@ class DetectionBatch(NamedTuple):
     ids: list[int]
     names: list[str]
 
+    def padded(self, height: int, width: int) -> "DetectionBatch":
+        """Return the batch with more padding, on its device.
+
+        Args:
+            height: wanted height of the images, at least that of the batch.
+            width: wanted width, likewise.
+        """
+        targets = [_padded(each, height, width) for each in self.targets]
+        return self._replace(images=pad_to(self.images, height, width), targets=targets)
+
 
 class DetectionCollate:
     """Function from a list of items to a batch.

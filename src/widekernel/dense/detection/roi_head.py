@@ -79,7 +79,7 @@ class RoiHead(ABC, nn.Module):
             sampling = RoiSampling(stage.match, self.options.sample, f"RoIs of stage {number}", self.classes)
             samples = sample_rois(candidates, targets, seeds, sampling)
             outputs = self._box_outputs(number, features, [sample.boxes for sample in samples])
-            numbers = mean_over_processes(count_rois(samples)).clamp(min=1)
+            numbers = mean_over_processes(count_rois(samples), 1.0)
             found = self._box_losses(stage, outputs, samples, targets, numbers[0])
             if self.mask_heads:
                 found["mask"] = self._mask_loss(number, features, samples, targets, numbers[1])
