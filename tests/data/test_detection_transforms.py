@@ -48,16 +48,33 @@ def test_flip_crop_and_resize_keep_objects_in_place() -> None:
     )
     assert targets.masks is not None
     assert torch.equal(image[0] > 0, targets.masks[0].bool())
+    image, targets = transforms.cropped(item.image, item.targets, 0, 0, 5, 9)
+    assert image.shape == (3, 5, 9) and targets.boxes.shape == (0, 4) and targets.labels.shape == (0,), "it may be empty"
+    assert targets.masks is not None and targets.masks.shape == (0, 5, 9)
     image, targets = transforms.resized(item.image, item.targets, (200, 120))
     assert image.shape == (3, 120, 160) and targets.boxes.tolist() == [[20, 10, 60, 50], [80, 60, 150, 110]]
     assert targets.masks is not None
     assert [extent(mask) for mask in targets.masks] == targets.boxes.int().tolist()
 
 
+def test_objects_that_lose_their_area_by_rounding_are_dropped() -> None:
+    """A crop may leave a sliver of an object at its border, whose sides are the same number once it is resized."""
+    image, masks = torch.zeros(3, 30, 1000, dtype=torch.uint8), torch.zeros(2, 30, 1000, dtype=torch.uint8)
+    masks[1, 10:20, 10:20] = 1
+    left = float(np.nextafter(np.float32(1000), np.float32(0)))
+    targets = Targets(torch.tensor([[left, 10.0, 1000.0, 20.0], [10.0, 10.0, 20.0, 20.0]]), torch.tensor([1, 2]), masks)
+    assert (targets.boxes[:, 2:] > targets.boxes[:, :2]).all()
+    for long_side in (700, 701, 702, 1000):
+        small, kept = transforms.resized(image, targets, (long_side, 60))
+        assert (kept.boxes[:, 2:] > kept.boxes[:, :2]).all() and kept.masks is not None
+        assert kept.labels.tolist() == ([2] if long_side == 702 else [1, 2])
+        assert kept.masks.shape == (len(kept.labels), *small.shape[1:]) and kept.masks[-1].any()
+
+
 def test_objects_stay_with_their_pixels_in_training() -> None:
     config = DetectionDataConfig(**SMALL)
     transform = TrainingTransform(config, (0.0,) * 3, (1.0,) * 3)
-    shapes, empty, seeds = set(), 0, set()
+    shapes = set()
     for seed in range(150):
         with scoped_seed(seed):
             item = transform(marked())
@@ -75,9 +92,7 @@ def test_objects_stay_with_their_pixels_in_training() -> None:
             for mask, box in zip(targets.masks, targets.boxes):
                 assert not mask.any() or np.abs(np.array(extent(mask)) - box.numpy()).max() < 3
         shapes.add(tuple(item.image.shape[1:]))
-        empty += not len(targets.labels)
-        seeds.add(item.seed)
-    assert len(shapes) > 20 and len(seeds) == 150 and max(seeds) > 2**55
+    assert len(shapes) > 20
 
 
 def test_sizes_of_training_without_crops() -> None:

@@ -168,9 +168,20 @@ def test_numbers_out_of_range_stop_the_loading(plain: SegmentationDataConfig) ->
         source.load(2)
     samples = TrainingSamples(source, TrainingTransform(plain, MEAN, STD), 0, SegmentationBatch.collate)
     with pytest.raises(
-        LoaderError, match=r"scene_0002.png failed .*6 pixels are out of range, such as 17.* 255 for no class"
+        LoaderError,
+        match=r"scene_0002.png failed: .*6 pixels are out of range, such as 17.*data.reduce_zero_label\.$",
     ):
         list(TrainingLoader(samples, LoaderOptions(), BatchPlan(6)).epoch(0))
+
+
+def test_masks_of_0_and_255_are_noted(plain: SegmentationDataConfig) -> None:
+    """Their objects are taken for pixels without a class, which no error shows."""
+    assert not open_segmentation(plain, "train").notes
+    for path in (Path(plain.root or "") / "train" / "masks").iterdir():
+        Image.fromarray(np.where(np.array(Image.open(path)) > 0, 255, 0).astype(np.uint8)).save(path)
+    (note,) = open_segmentation(plain, "train").notes
+    assert "masks hold only the class 'ground' (6 of 6 were looked at). The number 255 means" in note
+    assert not open_segmentation(plain, "val").notes
 
 
 def test_damaged_files_are_left_out(plain: SegmentationDataConfig) -> None:

@@ -44,6 +44,7 @@ def exchanges(processes: Processes) -> dict[str, object]:
         "sum": processes.sum(half).tolist(),
         "unchanged": half.tolist(),
         "mean": processes.mean(torch.tensor(float(rank))).item(),
+        "largest": processes.largest(torch.tensor([rank, -rank])).tolist(),
         "any": [processes.any(rank == 1), processes.any(False)],
         "votes": [second(), first()],
         "union": sorted(processes.union({f"of {rank}", "common"})),

@@ -29,6 +29,13 @@ def test_the_message_is_one_line_with_a_remedy(fail, words: str) -> None:
     assert "\n" not in str(caught.value) and caught.value.__cause__ is not None
 
 
+def test_the_remedy_names_the_setting_of_the_task() -> None:
+    with pytest.raises(NetworkError, match=r"raise data\.crop_size\.$"), errors_as(NetworkError, "Step 1", "data.crop_size"):
+        nn.MaxPool2d(4)(torch.ones(1, 3, 2, 2))
+    with pytest.raises(NetworkError, match=r"or images \(data\.crop_size\)"), errors_as(NetworkError, "", "data.crop_size"):
+        raise MemoryError
+
+
 def test_our_own_errors_and_unexpected_ones_pass_unchanged() -> None:
     with pytest.raises(ShapeError, match=r"^as it is$"), errors_as(NetworkError, "Step 1"):
         raise ShapeError("as it is")

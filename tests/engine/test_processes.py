@@ -62,6 +62,7 @@ def test_exchanges(values: list, rank: int) -> None:
         "sum": [2.0],
         "unchanged": [0.5 + rank],
         "mean": 0.5,
+        "largest": [1, 0],
         "any": [True, False],
         "votes": [False, True],
         "union": ["common", "of 0", "of 1"],

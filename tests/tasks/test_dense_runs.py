@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -95,14 +96,23 @@ def test_a_run_that_is_killed_twice_resumes_bit_for_bit(kind: str, scenes: Path,
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "steps"), [("segmentation", 10), ("fcos", 10), ("cascade_rcnn", 2)])
-def test_two_processes_equal_one(kind: str, steps: int, scenes: Path, tmp_path: Path) -> None:
-    """An untrained cascade takes few steps: its proposals have nearly equal scores, among which the last digit decides."""
-    rate = 1e-4 if kind == "fcos" else 1e-3  # exponentials of a box magnify the last digit at higher rates
-    changes = {"optimizer": {"name": "sgd", "lr": rate}, "evaluation": {"every_steps": 10}}
+@pytest.mark.parametrize("kind", ["segmentation", "fcos", "cascade_rcnn"])
+def test_two_processes_equal_one(kind: str, scenes: Path, tmp_path: Path) -> None:
+    """Plain SGD with clipped gradients keeps the growth of rounding small; AdamW would divide by roots of tiny numbers.
+
+    The cascade uses all of its proposals, none of which overlap much: which of several with nearly equal scores are chosen
+    depends on the last digit. `test_detection_processes.py` has neither limit, in double precision.
+    """
+    settings = settings_of(kind, scenes, 10)
+    changes: dict[str, Any] = {"optimizer": {"name": "sgd", "lr": 1e-3, "clip_grad": 1.0}, "evaluation": {"every_steps": 10}}
     if kind == "segmentation":
         changes["model"] = {"dropout": 0.0}  # its random numbers depend on the division of a batch
-    settings = settings_of(kind, scenes, steps)
+    else:
+        changes["data"] = {"image_scale": [96, 48], "short_sides": [32, 48]}  # images of different sizes
+    if kind == "cascade_rcnn":
+        changes["optimizer"]["lr"] = 3e-4
+        changes["model"] = {"anchor_scale": 2.0, "proposals": 600, "roi_samples": 1200, "channels": 16}
+        changes["data"]["short_sides"] = [24, 32]
     settings |= {key: {**settings.get(key, {}), **values} for key, values in changes.items()}
     file, folders = write_settings(tmp_path / "run.yaml", settings), []
     for number in (1, 2):
@@ -110,10 +120,12 @@ def test_two_processes_equal_one(kind: str, steps: int, scenes: Path, tmp_path: 
         assert main(["train", "--config", file, "--output", str(run), "--processes", str(number)]) == 0
         folders.append(RunFolder(run))
     one, two = ([row["train_loss"] for row in read_metrics(each.metrics)] for each in folders)
-    assert len(one) == steps and two == pytest.approx(one, rel=1e-4)
+    assert len(one) == 10 and two == pytest.approx(one, rel=1e-4)
     weights = [load_file(each.model) for each in folders]
     for name, value in weights[0].items():
-        torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-4, msg=f"{name} differs")
+        # Statistics of features in the cascade's box heads; in double precision they are equal too.
+        bound = 1e-2 if "bbox_head" in name and "running_" in name else 1e-4
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=bound, msg=f"{name} differs")
 
 
 @pytest.mark.slow
@@ -147,6 +159,27 @@ def test_official_files_are_evaluated(scenes: Path, tmp_path: Path, capsys: pyte
     backbone = widekernel.save_checkpoint(model.backbone, tmp_path / "backbone.safetensors")
     assert main(["eval", str(backbone), "--task", "segmentation", *arguments]) == 2
     assert "holds no heads for segmentation" in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_refused_with_a_remedy(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    settings = settings_of("segmentation", scenes, evaluation={"every_steps": 100})
+    assert main(["train", "--config", write_settings(tmp_path / "run.yaml", settings), "--output", str(run)]) == 0
+    assert main(["eval", str(run), "--model.channels", "7"]) == 2
+    assert "--model.channels cannot be used with" in capsys.readouterr().err
+    settings = settings_of("segmentation", scenes, data={"crop_size": 16})
+    assert main(["train", "--config", write_settings(tmp_path / "b.yaml", settings), "--output", str(tmp_path / "b")]) == 2
+    assert "raise data.crop_size." in capsys.readouterr().err
+    slide = ["--test.mode", "slide", "--test.crop", "[16,16]", "--test.stride", "[16,16]"]
+    assert main(["eval", str(run), "--device", "cpu", *slide]) == 2
+    assert "raise data.test_scale or test.crop." in capsys.readouterr().err
+    (tmp_path / "classes.txt").write_text("\n".join("abcdefg"))
+    model = {"weights": str(run / "model.safetensors")}
+    settings = settings_of("segmentation", scenes, model=model, data={"classes": str(tmp_path / "classes.txt")})
+    assert main(["train", "--config", write_settings(tmp_path / "c.yaml", settings), "--output", str(tmp_path / "c")]) == 2
+    assert "set model.load to backbone" in capsys.readouterr().err
 
 
 def test_other_commands_refuse_a_network_of_another_task(

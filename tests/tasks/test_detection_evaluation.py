@@ -154,6 +154,24 @@ def test_classes_without_objects_are_nan(truth: GroundTruth) -> None:
     assert boxes_only.result()["val_box_ap"] == 0
 
 
+def test_the_table_follows_the_order_of_the_categories_in_the_file(truth: GroundTruth, made: list[scenes.Scene]) -> None:
+    """pycocotools sorts the identifiers, whatever their order in the file."""
+    content = json.loads(truth.path.read_text())
+    content["categories"].reverse()
+    tables = []
+    for name, reversed_ in (("a.json", False), ("b.json", True)):
+        path = truth.path.with_name(name)
+        path.write_text(json.dumps(content) if reversed_ else truth.path.read_text())
+        evaluator = CocoScores(GroundTruth(path, masks=False))
+        for number, scene in enumerate(made):
+            found = detections_of(scene, number)
+            labels = len(scenes.SHAPES) - 1 - found.labels if reversed_ else found.labels
+            evaluator.add(scenes.coco_image_id(number), found._replace(labels=labels, masks=None))
+        evaluator.reduce(Processes())
+        tables.append({line.name: (line.box_ap, line.box_ap50) for line in evaluator.table()})
+    assert len(set(tables[0].values())) > 1 and tables[0] == tables[1]
+
+
 def test_a_class_that_the_file_does_not_have(truth: GroundTruth) -> None:
     evaluator = CocoScores(GroundTruth(truth.path, masks=False))
     evaluator.add(10, Detections(torch.rand(1, 4), torch.ones(1), torch.tensor([4])))
@@ -179,6 +197,25 @@ def test_areas_and_flags_may_be_missing(truth: GroundTruth, made: list[scenes.Sc
     assert areas == pytest.approx(expected, rel=0.1)
     boxes = GroundTruth(truth.path, masks=False).coco.dataset["annotations"][0]
     assert boxes["area"] == boxes["bbox"][2] * boxes["bbox"][3] and boxes["iscrowd"] == 0
+
+
+@pytest.mark.parametrize("form", [None, []])
+def test_a_crowd_without_a_mask_is_its_box(form: list | None, truth: GroundTruth, made: list[scenes.Scene]) -> None:
+    """Detections inside it count neither for nor against the detector, of masks as of boxes."""
+    content = json.loads(truth.path.read_text())
+    crowd = next(entry for entry in content["annotations"] if entry["iscrowd"])
+    del crowd["segmentation"]
+    if form is not None:
+        crowd["segmentation"] = form
+    truth.path.write_text(json.dumps(content))
+    evaluator = CocoScores(truth)
+    for number, scene in enumerate(made):
+        boxes = torch.tensor([instance.box for instance in scene.instances])
+        labels = torch.tensor([instance.shape for instance in scene.instances])
+        masks = torch.from_numpy(np.stack([instance.mask for instance in scene.instances]))
+        evaluator.add(scenes.coco_image_id(number), Detections(boxes, torch.ones(len(boxes)), labels, masks))
+    evaluator.reduce(Processes())
+    assert evaluator.result()["val_box_ap"] == pytest.approx(100) == evaluator.result()["val_mask_ap50"]
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from widekernel.cli.console import progress_console, result_console, table_conso
 from widekernel.cli.launching import check_number, is_first, is_started, start
 from widekernel.cli.parsing import build, new_parser, parse, parse_given, typed
 from widekernel.engine.interrupts import Interrupted
+from widekernel.errors import ConfigError
 from widekernel.recipes import load_recipe, recipe_of_checkpoint
 from widekernel.settings import require
 from widekernel.tasks.config import TASK
@@ -129,6 +130,7 @@ def _parse(task: str, arguments: list[str]) -> dict[str, Any]:
     parser = make_parser(task)
     given = parse_given(parser, arguments)
     layers = default_layers(ModelSource(Path(given["source"])), given.get("recipe"), _sections(task))
+    _refuse_model(Path(given["source"]), given.get("model") or {})
     values = parse(parser, arguments, layers)
     values["model"]["args"] = typed(values["model"]["args"])
     return values
@@ -157,6 +159,15 @@ def _of_source(source: ModelSource) -> dict[str, Any]:
         return {} if recipe is None else {**recipe.settings, "model": {**recipe.settings["model"], "weights": None}}
     folder = source.run_folder()
     return _described(source.path) if folder is None else folder.read_config()
+
+
+def _refuse_model(path: Path, given: dict[str, Any]) -> None:
+    """Raise a `ConfigError` if settings of the network are given for one that is described where it is stored."""
+    from widekernel.tasks.loading import described_task
+
+    if given and described_task(path) is not None:
+        names = " and ".join(f"--model.{key}" for key in given)
+        raise ConfigError(f"{names} cannot be used with {path}, which describes its network: leave it out.")
 
 
 def _described(path: Path) -> dict[str, Any]:

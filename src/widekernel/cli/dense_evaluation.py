@@ -22,6 +22,7 @@ from widekernel.tasks.dense_evaluation import (
 )
 from widekernel.tasks.dense_network import load_dense_network
 from widekernel.tasks.model_source import ModelSource
+from widekernel.tasks.run_parts import IMAGES
 
 
 def evaluate_source(
@@ -67,7 +68,8 @@ def evaluate_source(
             processes=processes,
             reporter=reporter,
             stop=stopping.now,
-            nouns=("image", "images"),
+            nouns=IMAGES,
+            size=held_out.size,
         )
         processes.note(0, "evaluating")
         found = evaluate_dense(network.model.to(device), held_out, network.preprocessing, (loading, batch_size), options)

@@ -14,6 +14,9 @@ from widekernel.settings import require
 Scale: TypeAlias = tuple[int, int]
 """Largest lengths of the long and of the short side, in pixels."""
 
+Statistics: TypeAlias = tuple[float, float, float]
+"""Mean or standard deviation of each channel, for pixels from 0 to 1."""
+
 
 def require_scale(key: str, value: Scale) -> None:
     """Raise a `ConfigError` unless `value` is two whole numbers, at least 1, the longer side first."""
@@ -67,7 +70,7 @@ def nearest_positions(old: int, new: int) -> Tensor:
     return torch.arange(new) * old // new
 
 
-def normalize_image(image: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+def normalize_image(image: Tensor, mean: Statistics, std: Statistics) -> Tensor:
     """Return an 8-bit image `(3, height, width)` as float32, scaled to 0..1 and normalized by channel."""
     values = image.float().div_(255)
     return values.sub_(torch.tensor(mean)[:, None, None]).div_(torch.tensor(std)[:, None, None])

@@ -31,11 +31,13 @@ class Failure(NamedTuple):
         what: what was being loaded
         reason: type and message of the error, or the message alone of one that explains itself
         report: its traceback
+        explained: whether the error explains itself
     """
 
     what: str
     reason: str
     report: str
+    explained: bool = False
 
 
 class Activity:
@@ -89,8 +91,8 @@ class WatchedSamples(Dataset):
         except Exception as error:  # of whatever kind: it is raised again in the training process, with the image's name
             index = self.activity.index(_slot() // 2)
             what = "an image" if index is None else self.samples.source.sample_name(index)
-            reason = str(error) if isinstance(error, WidekernelError) else in_short(error)
-            return Failure(what, reason, traceback.format_exc())
+            explained = isinstance(error, WidekernelError)
+            return Failure(what, str(error) if explained else in_short(error), traceback.format_exc(), explained)
         finally:
             self.activity.end()
 
@@ -120,11 +122,12 @@ def raise_failure(failure: Failure, workers: int) -> None:
     """Raise a `LoaderError` for `failure`, whose cause shows the traceback."""
     advice = "Check the image and the transforms."
     if failure.reason.startswith("MemoryError"):
-        advice = "There is not enough memory: lower data.workers, loop.batch_size or data.input_size."
+        advice = "There is not enough memory: lower data.workers, loop.batch_size or the size of the images."
     place = "in a loading process" if workers else "in the training process"
-    raise LoaderError(f"Loading {failure.what} failed {place} ({failure.reason.rstrip('.')}). {advice}") from (
-        _WorkerTracebackError(f"\n{failure.report}")
-    )
+    text = f"Loading {failure.what} failed {place} ({failure.reason.rstrip('.')}). {advice}"
+    if failure.explained:
+        text = f"Loading {failure.what} failed: {failure.reason}"
+    raise LoaderError(text) from _WorkerTracebackError(f"\n{failure.report}")
 
 
 class Watch:

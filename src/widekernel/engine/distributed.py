@@ -69,6 +69,10 @@ class DistributedProcesses(Processes):
         return self._reduce(values, dist.ReduceOp.SUM, "averaging values") / self.world_size
 
     @override
+    def largest(self, values: Tensor) -> Tensor:
+        return self._reduce(values, dist.ReduceOp.MAX, "comparing values")
+
+    @override
     def all_finite(self, flags: Tensor) -> Tensor:
         # On CPUs, each exchange costs as much as a small layer: this one carries the votes that wait for their answers.
         votes = list(self._waiting) if flags.device.type == "cpu" else []

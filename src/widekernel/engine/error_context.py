@@ -9,17 +9,19 @@ from typing import ClassVar
 from widekernel.errors import WidekernelError, in_short
 
 _TRACEBACK = "with WIDEKERNEL_TRACEBACK=1 in the environment, the command prints a traceback."
-_SMALLER = "There is not enough memory: use smaller batches (loop.batch_size) or images (data.input_size)."
+_SMALLER = "There is not enough memory: use smaller batches (loop.batch_size) or images ({size})."
 _REMEDIES = (
     ("out of memory", _SMALLER),
     ("allocate memory", _SMALLER),
-    ("more than 1 value per channel", "Batch norm needs more than one value per channel: raise loop.batch_size or "
-                                      "data.input_size."),
-    ("size can't be greater than actual input", "The images are too small for the network: raise data.input_size."),
-    ("output size is too small", "The images are too small for the network: raise data.input_size."),
-    ("doesn't match model", "The network takes images of one size only: leave data.input_size out."),
+    ("more than 1 value per channel", "Batch norm needs more than one value per channel: raise loop.batch_size or {size}."),
+    ("size can't be greater than actual input", "The images are too small for the network: raise {size}."),
+    ("output size is too small", "The images are too small for the network: raise {size}."),
+    ("doesn't match model", "The network takes images of one size only: set {size} to it, or choose another network."),
 )  # fmt: skip
-"""Part of PyTorch's message -> what to do."""
+"""Part of PyTorch's message -> what to do; `{size}` is the setting of the size of the images."""
+
+INPUT_SIZE = "data.input_size"
+"""Setting of the size of the images of most tasks."""
 
 
 class TrainingError(WidekernelError, RuntimeError):
@@ -32,13 +34,11 @@ class NetworkError(WidekernelError, RuntimeError):
     causes: ClassVar = (RuntimeError, ValueError, TypeError, IndexError, AssertionError, MemoryError)
 
     @staticmethod
-    def remedy(error: Exception) -> str:
-        """Say what to do about `error`."""
-        if isinstance(error, MemoryError):
-            return _SMALLER
-        text = str(error).lower()
-        otherwise = f"Check model.args, data.input_size and the batch size; {_TRACEBACK}"
-        return next((remedy for sign, remedy in _REMEDIES if sign in text), otherwise)
+    def remedy(error: Exception, size: str) -> str:
+        """Say what to do about `error`; `size` names the setting of the size of the images."""
+        text = "out of memory" if isinstance(error, MemoryError) else str(error).lower()
+        otherwise = f"Check model.args, {{size}} and the batch size; {_TRACEBACK}"
+        return next((remedy for sign, remedy in _REMEDIES if sign in text), otherwise).format(size=size)
 
 
 class LoadingError(WidekernelError, RuntimeError):
@@ -47,8 +47,8 @@ class LoadingError(WidekernelError, RuntimeError):
     causes: ClassVar = (RuntimeError, MemoryError, OSError)
 
     @staticmethod
-    def remedy(error: Exception) -> str:
-        """Say what to do about `error`."""
+    def remedy(error: Exception, size: str) -> str:
+        """Say what to do about `error`, whatever the size of the images."""
         return (
             "There may not be enough memory for the loading processes: lower data.workers, or set it to 0 to load in the "
             f"training process and see the error there; {_TRACEBACK}"
@@ -56,12 +56,13 @@ class LoadingError(WidekernelError, RuntimeError):
 
 
 @contextmanager
-def errors_as(kind: type[NetworkError | LoadingError], what: str) -> Iterator[None]:
+def errors_as(kind: type[NetworkError | LoadingError], what: str, size: str = INPUT_SIZE) -> Iterator[None]:
     """Restate errors of the types `kind.causes` in the block as a `kind`; our own errors pass unchanged.
 
     Args:
         kind: kind of the error.
         what: what the block does, such as "Training step 3".
+        size: setting of the size of the images.
 
     Raises:
         NetworkError, LoadingError: depending on `kind`.
@@ -71,4 +72,4 @@ def errors_as(kind: type[NetworkError | LoadingError], what: str) -> Iterator[No
     except WidekernelError:
         raise
     except kind.causes as error:
-        raise kind(f"{what} failed ({in_short(error).rstrip('.')}). {kind.remedy(error)}") from error
+        raise kind(f"{what} failed ({in_short(error).rstrip('.')}). {kind.remedy(error, size)}") from error

@@ -10,7 +10,7 @@ from torch import nn
 
 from widekernel.data.batches import Unreadable
 from widekernel.data.loading import EvaluationLoader
-from widekernel.engine.error_context import LoadingError, NetworkError, errors_as
+from widekernel.engine.error_context import INPUT_SIZE, LoadingError, NetworkError, errors_as
 from widekernel.engine.processes import Processes
 from widekernel.engine.reporter import Reporter, SilentReporter
 from widekernel.engine.task import Evaluator
@@ -31,6 +31,7 @@ class EvaluationOptions:
         stop: called between batches, equally often in all processes; if true, the evaluation ends without a result
         memory_format: memory format of images
         nouns: what messages call one sample, and several
+        size: setting of the size of the images, for messages
         announce: told which weights are evaluated next
     """
 
@@ -41,6 +42,7 @@ class EvaluationOptions:
     stop: Callable[[], bool] = lambda: False
     memory_format: torch.memory_format = torch.contiguous_format
     nouns: tuple[str, str] = SAMPLES
+    size: str = INPUT_SIZE
     announce: Callable[[str], None] = lambda name: None
 
 
@@ -81,7 +83,7 @@ def evaluate(
                 continue
             _note_unreadable(batch.unreadable, unreadable, options)
             if batch.size:
-                with errors_as(NetworkError, "Evaluating the network"):
+                with errors_as(NetworkError, "Evaluating the network", options.size):
                     evaluator.update(model, batch.to(options.device, options.memory_format))
                 readable += batch.size
             options.reporter.evaluated(1)

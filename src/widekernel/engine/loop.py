@@ -170,14 +170,13 @@ class Trainer:
         number = self.progress.step + 1
         if not self.model.training:
             self.model.train()
-        note = self.context.processes.note
-        note(self.progress.step, f"loading the {self.task.nouns[1]} of step {number}")
+        self.context.processes.note(self.progress.step, f"loading the {self.task.nouns[1]} of step {number}")
         with errors_as(LoadingError, f"Loading the {self.task.nouns[1]} of training step {number}"), self.rates.loading():
             batches = self._batches.take(self.progress.step)
         for batch in batches:
             self._note_unreadable(batch.unreadable)
-        note(self.progress.step, f"training step {number}")
-        with errors_as(NetworkError, f"Training step {number}"):
+        self.context.processes.note(self.progress.step, f"training step {number}")
+        with errors_as(NetworkError, f"Training step {number}", self.task.sizes[0]):
             self.schedule.step_update(self.progress.step)
             made = self.step.make(batches, self._batches.positions(self.progress.step), self._moved)
             self.step.average(number, made)
@@ -281,6 +280,7 @@ class Trainer:
             stop=stopping.now,
             memory_format=self._memory_format,
             nouns=self.task.nouns,
+            size=self.task.sizes[1],
             announce=lambda name: context.processes.note(step, f"evaluating the {name}"),
         )
         assert self.data.held_out is not None

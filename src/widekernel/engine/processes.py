@@ -56,6 +56,10 @@ class Processes:
         """Return the mean of `values` over all processes. The host does not wait for the device."""
         return values
 
+    def largest(self, values: Tensor) -> Tensor:
+        """Return the largest of each of the `values` over all processes, in a new tensor of the same type and device."""
+        return values
+
     def all_finite(self, flags: Tensor) -> Tensor:
         """Return whether `flags`, which are boolean, are true in all processes. The host does not wait for the device."""
         return flags

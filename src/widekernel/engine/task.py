@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from widekernel.data import Batch
+from widekernel.engine.error_context import INPUT_SIZE
 from widekernel.engine.metrics import Metric
 from widekernel.engine.processes import Processes
 from widekernel.engine.unreadable import SAMPLES
@@ -57,6 +58,9 @@ class Task(ABC):
 
     nouns: tuple[str, str] = SAMPLES
     """What messages call one sample, and several."""
+
+    sizes: tuple[str, str] = (INPUT_SIZE, INPUT_SIZE)
+    """Settings of the size of the images in training and in evaluation, for messages."""
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch, position: Position) -> dict[str, Tensor]:

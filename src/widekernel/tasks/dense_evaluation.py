@@ -21,11 +21,12 @@ from widekernel.data.segmentation.sources import SegmentationSource, open_segmen
 from widekernel.engine.evaluation import EvaluationOptions, evaluate
 from widekernel.engine.metrics import Metric
 from widekernel.errors import DataError
+from widekernel.tasks.detection import task as detection_task
 from widekernel.tasks.detection.average_precision import GroundTruth
 from widekernel.tasks.detection.evaluation import CocoScores, metrics_of
+from widekernel.tasks.segmentation import task as segmentation_task
 from widekernel.tasks.segmentation.config import SegmentationTestConfig
 from widekernel.tasks.segmentation.evaluation import METRICS, PixelScores
-from widekernel.tasks.segmentation.task import Predictor
 
 Scores = PixelScores | CocoScores
 
@@ -38,6 +39,7 @@ class HeldOut:
         class_names: names of the classes
         notes: lines for the user on the data
         metrics: what is measured
+        size: setting of the size of the images, for messages
         samples: creates the images, normalized as a network wants them
         scores: evaluator
     """
@@ -45,6 +47,7 @@ class HeldOut:
     class_names: tuple[str, ...]
     notes: tuple[str, ...]
     metrics: tuple[Metric, ...]
+    size: str
     samples: Callable[[Preprocessing], EvaluationSamples]
     scores: Scores
 
@@ -61,8 +64,8 @@ def held_out_segmentation(data: SegmentationDataConfig, test: SegmentationTestCo
         transform = segmentation_transforms.EvaluationTransform(data, shown.mean, shown.std)
         return EvaluationSamples(source, transform, SegmentationViews.collate)
 
-    scores = PixelScores(source.class_names, Predictor(test), data.ignore_index)
-    return HeldOut(source.class_names, source.notes, METRICS, samples, scores)
+    scores = PixelScores(source.class_names, segmentation_task.Predictor(test), data.ignore_index)
+    return HeldOut(source.class_names, source.notes, METRICS, segmentation_task.SIZES[1], samples, scores)
 
 
 def held_out_detection(data: DetectionDataConfig) -> HeldOut:
@@ -78,7 +81,7 @@ def held_out_detection(data: DetectionDataConfig) -> HeldOut:
         return EvaluationSamples(source, transform, DetectionCollate(data.size_divisor))
 
     scores = CocoScores(GroundTruth(source.annotations.path, data.masks))
-    return HeldOut(source.class_names, source.notes, metrics_of(data.masks), samples, scores)
+    return HeldOut(source.class_names, source.notes, metrics_of(data.masks), detection_task.SIZES[1], samples, scores)
 
 
 def check_classes(known: tuple[str, ...], outputs: int, found: tuple[str, ...]) -> None:

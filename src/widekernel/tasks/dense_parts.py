@@ -15,7 +15,7 @@ from widekernel.data import BatchPlan, EvaluationLoader, EvaluationSamples, Load
 from widekernel.data.config import LoadingConfig
 from widekernel.data.seeding import MODEL_STREAM, scoped_seed
 from widekernel.engine.autocast import make_autocast
-from widekernel.errors import ConfigError
+from widekernel.errors import CheckpointError, ConfigError
 from widekernel.models.checkpoint.reader import read_checkpoint
 from widekernel.tasks.assembly import pretrained_cfg
 from widekernel.tasks.checks import check_optimizer, check_start
@@ -90,7 +90,14 @@ def load_dense_weights(network: Any, weights: str, load: str, notify: Notify) ->
         CheckpointError: the file cannot be read, or does not fit.
     """
     whole = load == "auto" and is_whole(network, weights)
-    report, _ = load_weights(network if whole else network.backbone, weights, notify)
+    try:
+        report, _ = load_weights(network if whole else network.backbone, weights, notify)
+    except CheckpointError as error:
+        if not whole:
+            raise
+        raise CheckpointError(
+            f"{error}\nFor other classes or heads, set model.load to backbone: the heads then start anew."
+        ) from error
     what = "the whole network" if whole else "the backbone; the heads start anew"
     notify(f"{report}\n  loaded into {what}")
 

@@ -7,11 +7,19 @@ from dataclasses import fields, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from widekernel.dense.backbone import Pyramid, build_pyramid
 from widekernel.dense.detection.fcos import Fcos, FcosDetectionOptions, FcosOptions
-from widekernel.dense.detection.two_stage import CascadeRCNN, MaskRCNN, TwoStageOptions, cascade_options, mask_rcnn_options
+from widekernel.dense.detection.two_stage import (
+    CascadeRCNN,
+    MaskRCNN,
+    TwoStageDetector,
+    TwoStageOptions,
+    cascade_options,
+    mask_rcnn_options,
+)
 from widekernel.dense.segmentation import Segmenter, SegmenterOptions
 from widekernel.errors import CheckpointError
 from widekernel.tasks.assembly import build_model, construction_explained
@@ -154,10 +162,19 @@ def _config_from(kind: type[Any], name: str, args: dict[str, Any], details: dict
 def tensor_outputs(model: nn.Module, images: Tensor) -> Tensor:
     """Return outputs of any network on images, before thresholds decide, as one tensor for comparisons.
 
-    Of a detector, these are the maps of its neck.
+    Of FCOS, these are the outputs of its head; of a two-stage detector, the maps of its neck, and what its heads make of the
+    whole image as a RoI.
     """
-    if isinstance(model, (Fcos, CascadeRCNN, MaskRCNN)):
-        inputs = len(model.neck.lateral_convs)
-        maps = model.neck(model.backbone(images)[-inputs:])
-        return torch.cat([each.flatten(1) for each in maps], dim=1)
-    return model(images)  # type: ignore[no-any-return]
+    if isinstance(model, Fcos):
+        outputs = [part for parts in model.outputs(images) for part in parts]
+    elif isinstance(model, TwoStageDetector):
+        outputs = list(model.neck(model.backbone(images)))
+        head = model.roi_head
+        for parts, side in ((head.box_heads, head.options.box_size), (head.mask_heads, head.options.mask_size)):
+            features = F.adaptive_avg_pool2d(outputs[0], side)
+            for part in parts:
+                found = part(features)
+                outputs += [found] if isinstance(found, Tensor) else found
+    else:
+        return model(images)  # type: ignore[no-any-return]
+    return torch.cat([each.flatten(1) for each in outputs], dim=1)

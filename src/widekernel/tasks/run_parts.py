@@ -22,6 +22,9 @@ from widekernel.engine.processes import Processes
 from widekernel.engine.task import Task
 from widekernel.tasks.saved import SavedModel
 
+IMAGES = ("image", "images")
+"""What messages call one sample, and several."""
+
 Sources = tuple[Any, Any]
 """Training and held-out items; the latter may be `None`."""
 
@@ -41,6 +44,8 @@ class RunSamples:
 
 class RunTask(Task):
     """A task of a complete run, which may bring more than losses: files that it learns from, and parts of the network."""
+
+    nouns = IMAGES
 
     @property
     def digests(self) -> dict[str, str]:

@@ -7,7 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-Losses = Callable[[slice, Callable[[Tensor], Tensor]], dict[str, Tensor]]
+from widekernel.dense.detection.processes import MeanOverProcesses, alone
+
+Losses = Callable[[slice, MeanOverProcesses], dict[str, Tensor]]
 
 
 def gradients(module: nn.Module, losses: dict[str, Tensor]) -> list[Tensor]:
@@ -27,15 +29,15 @@ def check_two_processes(module: nn.Module, losses: Losses, count: int = 4) -> No
     seen: list[list[Tensor]] = []
     for part in parts:
         seen.append([])
-        losses(part, lambda value: (seen[-1].append(value), value)[1])
+        losses(part, lambda value, least=0: (seen[-1].append(value), alone(value, least))[1])
     shared = [torch.stack(values).mean(dim=0) for values in zip(*seen)]
     assert shared
     averaged, apart = [], []
     for part in parts:
         waiting = iter(shared)
-        averaged.append(gradients(module, losses(part, lambda _, waiting=waiting: next(waiting))))
-        apart.append(gradients(module, losses(part, lambda value: value)))
-    whole = gradients(module, losses(slice(0, count), lambda value: value))
+        averaged.append(gradients(module, losses(part, lambda _, least=0, waiting=waiting: next(waiting))))
+        apart.append(gradients(module, losses(part, alone)))
+    whole = gradients(module, losses(slice(0, count), alone))
     scale = max(gradient.norm() for gradient in whole)
 
     def distance(two: list[list[Tensor]]) -> float:

@@ -13,6 +13,7 @@ from torchvision.ops import box_iou
 from tests.dense.detection.shapes import CLASSES, KINDS, batch, nothing, small_detector, small_options
 from widekernel import fold
 from widekernel.dense.backbone import build_pyramid
+from widekernel.dense.detection.processes import alone
 from widekernel.dense.detection.rpn import Proposals
 from widekernel.dense.detection.structures import Detections, ImageSize, Targets
 from widekernel.dense.detection.two_stage import CascadeRCNN, MaskRCNN, TwoStageDetector, cascade_options
@@ -140,13 +141,13 @@ def test_numbers_are_averaged_over_processes() -> None:
     parts = [(images[i : i + 1], sizes[i : i + 1], targets[i : i + 1], seeds[i : i + 1]) for i in (0, 1)]
     numbers: list[list[Tensor]] = [[], []]
     for part, kept in zip(parts, numbers):
-        detector.mean_over_processes = lambda value, kept=kept: kept.append(value) or value
+        detector.mean_over_processes = lambda value, least=0, kept=kept: kept.append(value) or alone(value, least)
         detector(*part)
     means = [(first + second) / 2 for first, second in zip(*numbers)]
     losses = []
     for part in parts:
         each = iter(means)
-        detector.mean_over_processes = lambda value, each=each: next(each)
+        detector.mean_over_processes = lambda value, least=0, each=each: next(each)
         losses.append(detector(*part))
     for name, loss in whole.items():
         torch.testing.assert_close((losses[0][name] + losses[1][name]) / 2, loss, rtol=1e-5, atol=1e-6, msg=name)
@@ -248,3 +249,7 @@ def test_errors() -> None:
         replace(cascade_options(3).roi, stages=())
     with pytest.raises(ArgumentError, match="most is 0"):
         replace(cascade_options(3).roi, most=0)
+    with pytest.raises(ArgumentError, match="mask_threshold is 0, but must be above 0"):
+        replace(cascade_options(3).roi, mask_threshold=0)
+    # From an overlap of 1, nothing is suppressed: the settings of FCOS allow it, too.
+    assert replace(cascade_options(3).roi, overlap_threshold=1.0, score_threshold=1.0).overlap_threshold == 1

@@ -110,8 +110,9 @@ def read_coco(path: Path, masks: bool) -> CocoFile:
     if shown:
         more = sum(1 for _ in found)
         others = f"\n  and {more:,} more" if more else ""
+        places = "1 place" if len(shown) + more == 1 else f"{len(shown) + more:,} places"
         lines = "".join(f"\n  {line}" for line in shown)
-        raise DataError(f"{path} is malformed in {len(shown) + more:,} places. Correct the file:{lines}{others}")
+        raise DataError(f"{path} is malformed in {places}. Correct the file:{lines}{others}")
     return _Collector(path, content, masks).file()
 
 

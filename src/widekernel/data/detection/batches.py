@@ -33,7 +33,6 @@ class DetectionItem(NamedTuple):
         image: normalized `(3, height, width)`, float32, without padding
         size: its size, and that of the original image
         targets: the objects, in pixels of `image`
-        seed: number from which the network's random choices for this image follow
         id: identifier of the image in the annotation file
         name: name of the image
     """
@@ -41,7 +40,6 @@ class DetectionItem(NamedTuple):
     image: Tensor
     size: ImageSize
     targets: Targets
-    seed: int = 0
     id: int = 0
     name: str = ""
 
@@ -53,7 +51,6 @@ class DetectionBatch(NamedTuple):
         images: normalized `(n, 3, H, W)`, float32; H and W are multiples of the size divisor
         sizes: size of each image without padding, and how it relates to the original image
         targets: the objects of each image, whose masks are padded like the images; in evaluation, in pixels of the batch too
-        seeds: for each image, a number from which the network's random choices follow
         ids: identifier of each image in the annotation file
         names: name of each image
     """
@@ -61,9 +58,18 @@ class DetectionBatch(NamedTuple):
     images: Tensor
     sizes: list[ImageSize]
     targets: list[Targets]
-    seeds: list[int]
     ids: list[int]
     names: list[str]
+
+    def padded(self, height: int, width: int) -> "DetectionBatch":
+        """Return the batch with more padding, on its device.
+
+        Args:
+            height: wanted height of the images, at least that of the batch.
+            width: wanted width, likewise.
+        """
+        targets = [_padded(each, height, width) for each in self.targets]
+        return self._replace(images=pad_to(self.images, height, width), targets=targets)
 
 
 class DetectionCollate:
@@ -83,7 +89,6 @@ class DetectionCollate:
             images=torch.stack([pad_to(item.image, height, width) for item in items]),
             sizes=[item.size for item in items],
             targets=[_padded(item.targets, height, width) for item in items],
-            seeds=[item.seed for item in items],
             ids=[item.id for item in items],
             names=[item.name for item in items],
         )

@@ -7,11 +7,8 @@ from torch import Tensor
 
 from widekernel.data.detection.batches import AnnotatedImage, DetectionItem
 from widekernel.data.detection.config import DetectionDataConfig
-from widekernel.data.rescaling import Scale, normalize_image, rescaled_size, resize_image, resize_labels, size_of
+from widekernel.data.rescaling import Scale, Statistics, normalize_image, rescaled_size, resize_image, resize_labels, size_of
 from widekernel.dense.detection.structures import Targets
-
-Statistics = tuple[float, float, float]
-"""Mean or standard deviation of each channel, for pixels from 0 to 1."""
 
 
 class TrainingTransform:
@@ -27,7 +24,7 @@ class TrainingTransform:
         self.config, self.mean, self.std = config, mean, std
 
     def __call__(self, item: AnnotatedImage) -> DetectionItem:
-        """Return the changed image with its objects, and a random seed."""
+        """Return the changed image with its objects."""
         config, original = self.config, (int(item.image.shape[1]), int(item.image.shape[2]))
         image, targets = item.image, item.targets
         if random.random() < config.flip:
@@ -38,7 +35,7 @@ class TrainingTransform:
         image, targets = resized(image, targets, self._scale(config.short_sides))
         size = size_of(image, original)
         normalized = normalize_image(image, self.mean, self.std)
-        return DetectionItem(normalized, size, targets, random.getrandbits(62), item.id, item.name)
+        return DetectionItem(normalized, size, targets, item.id, item.name)
 
     def _scale(self, short_sides: tuple[int, ...]) -> Scale:
         short = random.choice(short_sides)
@@ -70,7 +67,7 @@ class EvaluationTransform:
         image = resize_image(item.image, rescaled_size(*original, self.scale))
         none = Targets(item.targets.boxes[:0], item.targets.labels[:0])
         normalized = normalize_image(image, self.mean, self.std)
-        return DetectionItem(normalized, size_of(image, original), none, 0, item.id, item.name)
+        return DetectionItem(normalized, size_of(image, original), none, item.id, item.name)
 
 
 def flipped(image: Tensor, targets: Targets) -> tuple[Tensor, Targets]:
@@ -82,13 +79,16 @@ def flipped(image: Tensor, targets: Targets) -> tuple[Tensor, Targets]:
 
 
 def resized(image: Tensor, targets: Targets, scale: Scale) -> tuple[Tensor, Targets]:
-    """Resize an 8-bit image and its objects, with its ratio kept; boxes are clipped to the image."""
+    """Resize an 8-bit image and its objects, with its ratio kept; boxes are clipped, and those without any area are dropped.
+
+    A sliver at the border, such as a crop leaves, may lose its area by rounding.
+    """
     height, width = (int(length) for length in image.shape[1:])
     size = rescaled_size(height, width, scale)
     factors = torch.tensor([size[1] / width, size[0] / height], dtype=torch.float32).repeat(2)
-    boxes = clipped(targets.boxes * factors, *size)
+    targets = _filled(targets._replace(boxes=clipped(targets.boxes * factors, *size)))
     masks = None if targets.masks is None else resize_labels(targets.masks, size)
-    return resize_image(image, size), Targets(boxes, targets.labels, masks)
+    return resize_image(image, size), targets._replace(masks=masks)
 
 
 def cropped(image: Tensor, targets: Targets, top: int, left: int, height: int, width: int) -> tuple[Tensor, Targets]:
@@ -97,10 +97,19 @@ def cropped(image: Tensor, targets: Targets, top: int, left: int, height: int, w
     Boxes are not fitted to the part of a mask that is left.
     """
     boxes = clipped(targets.boxes - targets.boxes.new_tensor([left, top, left, top]), height, width)
-    kept = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+    targets = _filled(targets._replace(boxes=boxes))
     rows, columns = slice(top, top + height), slice(left, left + width)
-    masks = None if targets.masks is None else targets.masks[kept][:, rows, columns]
-    return image[:, rows, columns], Targets(boxes[kept], targets.labels[kept], masks)
+    masks = None if targets.masks is None else targets.masks[:, rows, columns]
+    return image[:, rows, columns], targets._replace(masks=masks)
+
+
+def _filled(targets: Targets) -> Targets:
+    """Return the objects whose boxes have an area."""
+    kept = (targets.boxes[:, 2:] > targets.boxes[:, :2]).all(dim=1)
+    if kept.all():
+        return targets
+    masks = None if targets.masks is None else targets.masks[kept]
+    return Targets(targets.boxes[kept], targets.labels[kept], masks)
 
 
 def clipped(boxes: Tensor, height: int, width: int) -> Tensor:

@@ -25,6 +25,9 @@ class LabelTable:
         reduce_zero: numbers in files count from 1, and 0 means no class
         label_ids: number of each class in files; `None` if it is the class index
         also_ignored: further numbers in files that mean no class
+
+    Attributes:
+        ignore_index: number that stands for no class in the result
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class LabelTable:
                 f"data.ignore_index is {ignore_index}, which the labels of {num_classes} classes use themselves. "
                 "Choose a number that is not."
             )
+        self.ignore_index = ignore_index
         table = np.full(_NUMBERS, _INVALID, np.int32)
         table[list(also_ignored)] = ignore_index
         numbers = range(reduce_zero, num_classes + reduce_zero) if label_ids is None else label_ids
@@ -64,7 +68,10 @@ class LabelTable:
         wrong = self._invalid[numbers]
         if wrong.any():
             first = int(numbers[wrong][0])
-            raise DataError(f"{int(wrong.sum()):,} pixels are out of range, such as {first}: allowed are {self._rule}")
+            raise DataError(
+                f"{int(wrong.sum()):,} pixels are out of range, such as {first}: allowed are {self._rule}. Correct them, or "
+                "the file of classes, data.ignore_index or data.reduce_zero_label"
+            )
         return self._table[numbers]
 
 

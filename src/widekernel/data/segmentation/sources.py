@@ -21,6 +21,7 @@ _LISTED = {"ade20k": list_ade20k, "cityscapes": list_cityscapes, "folder": list_
 _CLASS_FILES = ("classes.json", "classes.txt")
 _UNLABELED_IN_CITYSCAPES = 255
 _LAST_LABEL_ID = 33
+_LOOKED_AT = 16
 
 
 class SegmentationSource:
@@ -52,24 +53,31 @@ class SegmentationSource:
             DataError: the label file has another size than the image, colors, or numbers that are no class.
             UnreadableImageError: one of the files cannot be decoded.
         """
-        path = self.pairs.label_folder / self.pairs.labels[index]
         try:
             with (self.pairs.image_folder / self.pairs.images[index]).open("rb") as file:
                 image = decode_image(file, self.exif_transpose)
+        except OSError as error:
+            raise UnreadableImageError(error.strerror or str(error)) from error
+        labels = self._labels(index)
+        height, width = labels.shape
+        if image.size != (width, height):
+            path = self.pairs.label_folder / self.pairs.labels[index]
+            raise DataError(f"{path}: {_other_size((width, height), image.size)}.")
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+        return LabeledScene(pixels, torch.from_numpy(labels), self.sample_name(index))
+
+    def _labels(self, index: int) -> np.ndarray:
+        """Return the class indices `(height, width)` in a label file; errors are as in `load`."""
+        path = self.pairs.label_folder / self.pairs.labels[index]
+        try:
             with path.open("rb") as file:
-                numbers = decode_labels(file)
-            labels = self.table.translate(numbers)
+                return self.table.translate(decode_labels(file))
         except OSError as error:
             raise UnreadableImageError(error.strerror or str(error)) from error
         except UnreadableImageError:
             raise
         except DataError as error:
             raise DataError(f"{path}: {error}.") from error
-        height, width = labels.shape
-        if image.size != (width, height):
-            raise DataError(f"{path}: {_other_size((width, height), image.size)}.")
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-        return LabeledScene(pixels, torch.from_numpy(labels), self.sample_name(index))
 
     def sample_name(self, index: int) -> str:
         """Return the path of the image, relative to the folder of images."""
@@ -98,7 +106,32 @@ class SegmentationSource:
             except DECODER_ERRORS:
                 continue
         if wrong:
-            raise DataError(f"{len(wrong):,} label files in {self.pairs.label_folder} do not fit: {'; '.join(wrong[:5])}.")
+            raise DataError(
+                f"{len(wrong):,} of {len(self):,} label files in {self.pairs.label_folder} do not fit: "
+                f"{'; '.join(wrong[:5])}."
+            )
+
+    def note_on_content(self) -> str:
+        """Return a line for the user if some of the label files, spread over all, hold no second class; "" otherwise.
+
+        So it is with masks of 0 and 255, whose objects have no class. Files that cannot be used are left for `load` to
+        report.
+        """
+        found: set[int] = set()
+        shown = range(0, len(self), -(-len(self) // _LOOKED_AT))
+        for index in shown:
+            try:
+                found.update(np.unique(self._labels(index)).tolist())
+            except (DataError, UnreadableImageError):
+                continue
+        classes = sorted(found - {self.table.ignore_index})
+        if len(classes) > 1 or len(self.class_names) == 1:
+            return ""
+        held = f"only the class {self.class_names[classes[0]]!r}" if classes else "no class"
+        return (
+            f"The label files in {self.pairs.label_folder} hold {held} ({len(shown):,} of {len(self):,} were looked at). "
+            f"The number {self.table.ignore_index} means that a pixel has no class (data.ignore_index)."
+        )
 
 
 def _other_size(labels: tuple[int, int], image: tuple[int, int]) -> str:
@@ -122,6 +155,7 @@ def open_segmentation(config: SegmentationDataConfig, part: Literal["train", "va
     source = SegmentationSource(pairs, classes, _table(config, classes, pairs), config.exif_transpose)
     if config.format == "folder":  # of published data sets, the files are known to fit
         source.check_headers()
+        source.notes += tuple(filter(None, [source.note_on_content()]))
     return source
 
 

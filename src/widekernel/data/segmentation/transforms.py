@@ -7,6 +7,7 @@ from torch import Tensor
 
 from widekernel.data.rescaling import (
     Scale,
+    Statistics,
     normalize_image,
     pad_to,
     rescaled_size,
@@ -20,9 +21,6 @@ from widekernel.data.segmentation.photometric import distort
 
 CROP_TRIES = 10
 """Number of crops that are judged; the one after them is taken as it is."""
-
-Statistics = tuple[float, float, float]
-"""Mean or standard deviation of each channel, for pixels from 0 to 1."""
 
 
 class TrainingTransform:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from widekernel.dense.backbone import Pyramid
 from widekernel.dense.detection.anchors import grid_points, map_sizes
 from widekernel.dense.detection.box_coding import decode_distances
+from widekernel.dense.detection.constants import constant
 from widekernel.dense.detection.fcos_head import FcosHead, FcosOutputs
 from widekernel.dense.detection.fcos_targets import FcosTargets, centerness, fcos_targets, point_ranges
 from widekernel.dense.detection.fpn import FeaturePyramidNetwork
@@ -177,15 +178,16 @@ def fcos_losses(
     """Return the losses of classes ("cls"), boxes ("box") and centerness ("centerness").
 
     Focal loss over all points, and cross entropy of the centerness over positive ones, are divided by the number of positive
-    points; the negative logarithm of the overlap is weighed by the centerness. Without positive points, the last two are 0.
+    points, at least 1 over all processes; the negative logarithm of the overlap is weighed by the centerness. Without
+    positive points, the last two are 0.
     """
     positive = targets.labels >= 0
-    wanted = torch.where(positive, centerness(torch.where(positive[..., None], targets.distances, 1.0)), 0.0)
-    sums = mean_over_processes(torch.stack([positive.sum().float(), wanted.sum()]))
-    points, weight = sums[0].clamp(min=1.0), sums[1].clamp(min=_SMALLEST_SUM)
     # Elsewhere, no gradient may come from an exponential that overflows.
     log_distances = torch.where(positive[..., None], _flat(outputs.log_distances), 0.0)
-    distances = torch.where(positive[..., None], targets.distances, 1.0)
+    distances = torch.where(positive[..., None], targets.distances.to(log_distances.dtype), 1.0)
+    wanted = torch.where(positive, centerness(distances), 0.0)
+    sums = torch.stack([positive.sum().to(wanted.dtype), wanted.sum()])
+    points, weight = mean_over_processes(sums, constant([1.0, _SMALLEST_SUM], sums.device, sums.dtype))
     origin = distances.new_zeros(1, 2)
     boxes = decode_distances(origin, log_distances.exp().flatten(0, 1))
     overlap = iou_loss(boxes, decode_distances(origin, distances.flatten(0, 1)))

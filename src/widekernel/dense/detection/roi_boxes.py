@@ -9,7 +9,7 @@ from torch import Tensor
 
 from widekernel.dense.detection.box_coding import clip_boxes, decode_deltas
 from widekernel.dense.detection.constants import constant
-from widekernel.dense.detection.roi_losses import wide
+from widekernel.dense.detection.losses import wide
 from widekernel.dense.detection.roi_options import RoiStage
 from widekernel.dense.detection.roi_targets import RoiSample
 from widekernel.dense.detection.structures import ImageSize

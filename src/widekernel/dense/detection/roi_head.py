@@ -11,12 +11,13 @@ from typing_extensions import override
 
 from widekernel.dense.detection.box_coding import decode_deltas, encode_deltas
 from widekernel.dense.detection.box_heads import BoxHead, BoxOutputs
+from widekernel.dense.detection.losses import wide
 from widekernel.dense.detection.mask_heads import MaskHead
 from widekernel.dense.detection.mask_pasting import paste_masks
 from widekernel.dense.detection.processes import MeanOverProcesses, alone
 from widekernel.dense.detection.roi_boxes import count_rois, move_boxes, of_class, positive_places, scale_factors
 from widekernel.dense.detection.roi_features import RoiFeatures, as_rois
-from widekernel.dense.detection.roi_losses import class_loss, giou_loss, mask_loss, wide
+from widekernel.dense.detection.roi_losses import class_loss, giou_loss, mask_loss
 from widekernel.dense.detection.roi_options import STRIDES, RoiOptions, RoiStage
 from widekernel.dense.detection.roi_targets import Candidates, RoiSample, RoiSampling, mask_targets, sample_rois
 from widekernel.dense.detection.structures import Detections, ImageSize, Targets
@@ -78,7 +79,7 @@ class RoiHead(ABC, nn.Module):
             sampling = RoiSampling(stage.match, self.options.sample, f"RoIs of stage {number}", self.classes)
             samples = sample_rois(candidates, targets, seeds, sampling)
             outputs = self._box_outputs(number, features, [sample.boxes for sample in samples])
-            numbers = mean_over_processes(count_rois(samples)).clamp(min=1)
+            numbers = mean_over_processes(count_rois(samples), 1.0)
             found = self._box_losses(stage, outputs, samples, targets, numbers[0])
             if self.mask_heads:
                 found["mask"] = self._mask_loss(number, features, samples, targets, numbers[1])

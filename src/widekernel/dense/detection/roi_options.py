@@ -9,7 +9,7 @@ from widekernel.dense.detection.box_coding import Stds
 from widekernel.dense.detection.matching import MatchOptions
 from widekernel.dense.detection.sampling import SampleOptions
 from widekernel.errors import ArgumentError
-from widekernel.settings import require_one_of, require_whole, require_within
+from widekernel.settings import require, require_one_of, require_whole
 
 STRIDES = (4, 8, 16, 32)
 BoxLoss = Literal["giou", "l1"]
@@ -75,8 +75,9 @@ class RoiOptions:
         if not self.stages:
             raise ArgumentError("stages is empty; the second stage of a detector needs at least one.")
         require_one_of("box_loss", self.box_loss, ("giou", "l1"))
-        for name in ("score_threshold", "overlap_threshold", "mask_threshold"):
-            require_within(name, getattr(self, name), 0, 1)
+        for name in ("score_threshold", "overlap_threshold"):
+            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "from 0 to 1")
+        require(0 < self.mask_threshold <= 1, "mask_threshold", self.mask_threshold, "above 0 and at most 1")
         for name in ("fcs", "fc_channels", "box_size", "mask_size", "most"):
             require_whole(name, getattr(self, name), 1)
         require_whole("convs", self.convs, 0)

@@ -16,6 +16,7 @@ from widekernel.engine.evaluation import evaluate as evaluate_task
 from widekernel.engine.metrics import Metric
 from widekernel.engine.processes import Processes
 from widekernel.engine.task import Evaluator
+from widekernel.tasks.run_parts import IMAGES
 
 METRICS = (
     Metric("val_top1", "top-1", "%"),
@@ -23,9 +24,6 @@ METRICS = (
     Metric("val_loss", "loss", larger_is_better=False, digits=4),
 )
 """What an evaluation yields, by the keys in metrics.jsonl."""
-
-IMAGES = ("image", "images")
-"""What messages call one sample, and several."""
 
 
 @dataclass(frozen=True)

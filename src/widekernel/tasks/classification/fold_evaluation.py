@@ -14,7 +14,8 @@ from widekernel.engine.evaluation import EvaluationOptions
 from widekernel.engine.evaluation import evaluate as evaluate_task
 from widekernel.engine.processes import Processes
 from widekernel.engine.task import Evaluator
-from widekernel.tasks.classification.evaluation import IMAGES, Accuracy, Evaluation, result_of
+from widekernel.tasks.classification.evaluation import Accuracy, Evaluation, result_of
+from widekernel.tasks.run_parts import IMAGES
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing_extensions import override
 from widekernel.data import AugmentConfig, Batch
 from widekernel.data.mixing import GroupMixup
 from widekernel.engine.task import Position
-from widekernel.tasks.classification.evaluation import IMAGES, METRICS, Accuracy
+from widekernel.tasks.classification.evaluation import METRICS, Accuracy
 from widekernel.tasks.run_parts import RunTask
 
 
@@ -24,7 +24,6 @@ class Classification(RunTask):
     """
 
     metrics = METRICS
-    nouns = IMAGES
 
     def __init__(self, augment: AugmentConfig, label_smoothing: float, num_classes: int) -> None:
         self.label_smoothing = label_smoothing

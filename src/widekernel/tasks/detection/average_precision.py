@@ -74,6 +74,8 @@ class AveragePrecision:
 class GroundTruth:
     """Objects of an annotation file in the form of COCO, for measurements.
 
+    The mask of a crowd without one is its box.
+
     Args:
         path: the file, which has been checked (`read_coco`)
         masks: whether masks are measured too
@@ -89,6 +91,8 @@ class GroundTruth:
         sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
         for entry in content["annotations"]:
             entry.setdefault("iscrowd", 0)
+            if self.masks and not entry.get("segmentation"):  # of a crowd, as `read_coco` has checked
+                entry["segmentation"] = [_rectangle(*entry["bbox"])]
             if "area" not in entry:
                 entry["area"] = self._area(entry, *sizes[entry["image_id"]])
         return _indexed(content)
@@ -104,7 +108,7 @@ class GroundTruth:
         return [entry["name"] for entry in self.coco.dataset["categories"]]
 
     def _area(self, entry: dict[str, Any], height: int, width: int) -> float:
-        if self.masks and entry.get("segmentation"):
+        if self.masks:
             return float(mask_tools().area(encode_mask(entry["segmentation"], height, width)))
         return float(entry["bbox"][2] * entry["bbox"][3])
 
@@ -130,7 +134,7 @@ class GroundTruth:
             measured.params.maxDets = list(MAX_DETECTIONS)
             measured.evaluate()
             measured.accumulate()
-        return _average(measured)
+        return _average(measured, self.category_ids)
 
     def _results(self, detections: Sequence[ImageDetections], kind: str) -> Any:
         """Return the detections as pycocotools' `COCO`."""
@@ -172,6 +176,11 @@ class GroundTruth:
         return entries
 
 
+def _rectangle(x: float, y: float, width: float, height: float) -> list[float]:
+    """Return the corners of a box as a polygon of COCO."""
+    return [x, y, x + width, y, x + width, y + height, x, y + height]
+
+
 def _indexed(content: dict[str, Any]) -> Any:
     coco, _ = metric_tools()
     indexed = coco()
@@ -181,12 +190,16 @@ def _indexed(content: dict[str, Any]) -> Any:
     return indexed
 
 
-def _average(measured: Any) -> AveragePrecision:
-    """Return what published results state, from the precision by threshold, recall, class, area and number of detections."""
+def _average(measured: Any, category_ids: Sequence[int]) -> AveragePrecision:
+    """Return what published results state, from the precision by threshold, recall, class, area and number of detections.
+
+    pycocotools sorts the classes by their identifiers; in the result, they are in the order of `category_ids`.
+    """
     precision = measured.eval["precision"]
     half, three_quarters = (int(np.argmin(abs(measured.params.iouThrs - value))) for value in (0.5, 0.75))
     small, medium, large = (_mean(precision[:, :, :, area, 2]) for area in range(1, len(AREAS)))
-    classes = range(precision.shape[2])
+    places = {category: place for place, category in enumerate(measured.params.catIds)}
+    classes = [places[category] for category in category_ids]
     return AveragePrecision(
         ap=_mean(precision[:, :, :, 0, 0]),
         ap50=_mean(precision[half, :, :, 0, 2]),

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from widekernel.data.segmentation.config import SegmentationDataConfig
+from widekernel.dense.segmentation import InferenceOptions
 from widekernel.engine.config import LoopConfig, OptimizerConfig, ScheduleConfig
 from widekernel.errors import ConfigError
-from widekernel.settings import require, require_literals, require_whole
+from widekernel.settings import require_literals
 from widekernel.sparsity.semi_structured.config import SEMI_STRUCTURED
 from widekernel.tasks.config import RunConfig
 from widekernel.tasks.network_config import SegmenterConfig
@@ -31,14 +32,11 @@ class SegmentationTestConfig:
     flip: bool = False
 
     def __post_init__(self) -> None:
-        require_literals(self, "test")
-        for key in ("crop", "stride"):
-            sides = getattr(self, key)
-            require(len(sides) == 2, f"test.{key}", sides, "two numbers of pixels, height and width")
-            for side in sides:
-                require_whole(f"test.{key}", side, 1)
-        ok = all(step <= side for step, side in zip(self.stride, self.crop))
-        require(ok, "test.stride", self.stride, f"at most test.crop, {list(self.crop)}, so that windows cover the image")
+        self.inference()  # checks the values
+
+    def inference(self) -> InferenceOptions:
+        """Return how the network sees one view of an image."""
+        return InferenceOptions(self.mode, self.crop, self.stride)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from typing_extensions import override
 from widekernel.data import Batch
 from widekernel.data.segmentation.batches import SegmentationViews
 from widekernel.dense.segmentation import (
-    InferenceOptions,
     Segmenter,
     SegmenterOptions,
     View,
@@ -24,8 +23,8 @@ from widekernel.tasks.run_parts import RunTask
 from widekernel.tasks.segmentation.config import SegmentationConfig, SegmentationTestConfig
 from widekernel.tasks.segmentation.evaluation import METRICS, PixelScores
 
-IMAGES = ("image", "images")
-"""What messages call one sample, and several."""
+SIZES = ("data.crop_size", "data.test_scale or test.crop")
+"""Settings of the size of the images in training and in evaluation."""
 
 
 class Segmentation(RunTask):
@@ -39,7 +38,7 @@ class Segmentation(RunTask):
     """
 
     metrics = METRICS
-    nouns = IMAGES
+    sizes = SIZES
 
     def __init__(
         self, config: SegmentationConfig, options: SegmenterOptions, class_names: Sequence[str], processes: Processes
@@ -74,8 +73,7 @@ class Predictor:
     """
 
     def __init__(self, config: SegmentationTestConfig) -> None:
-        self.flip = config.flip
-        self.options = InferenceOptions(config.mode, config.crop, config.stride)
+        self.flip, self.options = config.flip, config.inference()
 
     def __call__(self, model: nn.Module, views: SegmentationViews) -> list[Tensor]:
         """Return the classes `(original height, original width)` of each image."""
