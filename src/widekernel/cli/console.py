@@ -78,6 +78,27 @@ def progress(total: int) -> Iterator[Advance]:
         yield advance
 
 
+@contextmanager
+def progress_of_stages() -> Iterator[Callable[[str, int, int], None]]:
+    """Show the stages of some work on standard error within the block; in a log file, a line for each.
+
+    Yields a function that receives a text on the current work, the number of steps done, and their total; 0 if it is unknown.
+    """
+    console, last = progress_console(), ""
+    columns = _plain("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+
+        def advance(what: str, done: int, total: int) -> None:
+            nonlocal last
+            bar.update(task, description=what, completed=done, total=total or None)
+            if what != last and not console.is_terminal:
+                console.print(f"{what} ...", soft_wrap=True)
+            last = what
+
+        yield advance
+
+
 def download_bar(console: Console) -> Progress:
     """Return a progress bar of bytes, which shows nothing if nobody watches `console`."""
     text = TextColumn("{task.description}", markup=False)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jsonargparse
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from widekernel.cli.console import progress_console, result_console
+from widekernel.cli.console import progress_console, progress_of_stages, result_console
 from widekernel.cli.output_files import check_output_folder
 from widekernel.cli.parsing import build, new_parser, parse
 from widekernel.data.paths import expand_path
@@ -20,7 +17,7 @@ from widekernel.errors import ConfigError
 from widekernel.report.parts import ReportOptions
 
 if TYPE_CHECKING:
-    from widekernel.report.parts import Progress as Advance
+    pass
 
 _DESCRIPTION = (
     "Write everything that can be known about a network to one HTML page, which needs no other file and no network: "
@@ -79,7 +76,7 @@ def run(arguments: list[str]) -> int:
     if values["compare"] is not None:
         other = open_subject(expand_path("compare", values["compare"]), values["pretrained"], notify=say)
     images = find_images(subject, data)
-    with _sections() as advance:
+    with progress_of_stages() as advance:
         report = collect(subject, images, options, other, advance)
     text = render(report, shlex.join(["widekernel", "report", *arguments])).encode(errors="backslashreplace")
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -102,27 +99,3 @@ def _checked(page: Path, overwrite: bool) -> Path:
     if page.exists() and not os.access(page, os.W_OK):
         raise ConfigError(f"{page} cannot be written. Choose another --output.")
     return page
-
-
-@contextmanager
-def _sections() -> Iterator[Advance]:
-    """Show what is being measured, and how far it is, on standard error within the block."""
-    console = progress_console()
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    last = ""
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-
-        def advance(what: str, done: int, total: int) -> None:
-            nonlocal last
-            bar.update(task, description=what, completed=done, total=total or None)
-            if what != last and not console.is_terminal:
-                console.print(f"{what} ...", soft_wrap=True)
-            last = what
-
-        yield advance
