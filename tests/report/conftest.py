@@ -16,7 +16,7 @@ from widekernel.cli.main import main
 from widekernel.data import DataConfig, Preprocessing
 from widekernel.report.collecting import Report, collect
 from widekernel.report.images import find_images
-from widekernel.report.page import render
+from widekernel.report.page import render_page
 from widekernel.report.parts import ReportOptions
 from widekernel.report.subject import Subject, open_subject
 from widekernel.tasks.saved import SavedModel, save_model
@@ -72,7 +72,7 @@ def report(subject: Subject, other: Subject) -> Report:
 @pytest.fixture(scope="session")
 def page(report: Report) -> str:
     pytest.importorskip("jinja2")
-    return render(report, "widekernel report '<i>run'")
+    return render_page(report, "widekernel report '<i>run'")
 
 
 @pytest.fixture(scope="session")

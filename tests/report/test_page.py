@@ -17,7 +17,7 @@ from PIL import Image
 from tests.report.conftest import CLASSES
 from widekernel.report.collecting import Report
 from widekernel.report.kernels import KernelPictures, Kernels
-from widekernel.report.page import SECTIONS, MissingPackageError, code, percent, render, significant
+from widekernel.report.page import SECTIONS, MissingPackageError, code, percent, render_page, significant
 from widekernel.report.parts import Missing
 from widekernel.report.pictures import heat_map, signed
 
@@ -123,7 +123,7 @@ def test_sections_without_data_say_how_to_get_them(report: Report) -> None:
     missing = Missing("There is <b>nothing</b>.", "Do `this & that`.")
     names = ["training", "accuracy", "field", "kernels", "masks", "costs", "speed", "folding", "acceleration", "comparison"]
     bare = replace(report, **dict.fromkeys(names, missing), circumstances=replace(report.circumstances, settings=missing))
-    text = render(bare)
+    text = render_page(bare)
     assert [attributes["id"] for attributes in Parsed(text).named("section")] == list(SECTIONS)
     assert text.count("There is &lt;b&gt;nothing&lt;/b&gt;.") == len(names) + 1
     assert text.count("<code>this &amp; that</code>") == len(names) + 1
@@ -134,13 +134,13 @@ def test_the_largest_kernels_stay_small(report: Report) -> None:
     parts = {label: generator.standard_normal((12, 61, 61)) for label in ("61×61", "61×5", "5×61", "folded")}
     shown = tuple(KernelPictures(f"layer {n}", tuple(range(12)), (1.0,) * 12, parts) for n in range(4))
     assert isinstance(report.kernels, Kernels)
-    assert len(render(replace(report, kernels=replace(report.kernels, shown=shown))).encode()) < 3_000_000
+    assert len(render_page(replace(report, kernels=replace(report.kernels, shown=shown))).encode()) < 3_000_000
 
 
 def test_without_jinja2(monkeypatch: pytest.MonkeyPatch, report: Report) -> None:
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(MissingPackageError, match=r"pip install 'widekernel\[report\]'"):
-        render(report)
+        render_page(report)
 
 
 def test_texts() -> None:

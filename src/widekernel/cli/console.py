@@ -82,7 +82,7 @@ def progress(total: int) -> Iterator[Advance]:
 def progress_of_stages() -> Iterator[Callable[[str, int, int], None]]:
     """Show the stages of some work on standard error within the block; in a log file, a line for each.
 
-    Yields a function that receives a text on the current work, the number of steps done, and their total; 0 if it is unknown.
+    Yield a function that receives a text on the current work, the number of steps done, and their total (0: unknown).
     """
     console, last = progress_console(), ""
     columns = _plain("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn()

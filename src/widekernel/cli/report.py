@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import jsonargparse
 
@@ -15,9 +14,6 @@ from widekernel.cli.parsing import build, new_parser, parse
 from widekernel.data.paths import expand_path
 from widekernel.errors import ConfigError
 from widekernel.report.parts import ReportOptions
-
-if TYPE_CHECKING:
-    pass
 
 _DESCRIPTION = (
     "Write everything that can be known about a network to one HTML page, which needs no other file and no network: "
@@ -63,7 +59,7 @@ def run(arguments: list[str]) -> int:
     from widekernel.files import write_file
     from widekernel.report.collecting import collect
     from widekernel.report.images import find_images
-    from widekernel.report.page import check_packages, render
+    from widekernel.report.page import check_packages, render_page
     from widekernel.report.subject import open_subject
 
     check_packages()
@@ -78,7 +74,7 @@ def run(arguments: list[str]) -> int:
     images = find_images(subject, data)
     with progress_of_stages() as advance:
         report = collect(subject, images, options, other, advance)
-    text = render(report, shlex.join(["widekernel", "report", *arguments])).encode(errors="backslashreplace")
+    text = render_page(report, shlex.join(["widekernel", "report", *arguments])).encode(errors="backslashreplace")
     page.parent.mkdir(parents=True, exist_ok=True)
     write_file(page, text)
     if len(text) > _MOST_BYTES:

@@ -44,7 +44,7 @@ class MissingPackageError(WidekernelError, ImportError):
     """Error for a package that reports need and that is not installed."""
 
 
-def render(report: Report, command: str = "") -> str:
+def render_page(report: Report, command: str = "") -> str:
     """Return the page as text.
 
     Args:
