@@ -58,7 +58,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("method", ["spawn", pytest.param("forkserver", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_a_script_and_a_process_that_it_starts(folder: Path, method: str) -> None:
     done = run(folder, "code/train.py", method, "--model", "slak_tiny")
     assert done.returncode == 7, done.stderr

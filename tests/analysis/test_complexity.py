@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,14 @@ def _rows(file: str) -> list[dict[str, Any]]:
 
 
 def _published() -> list[Any]:
-    return [pytest.param(row, id=f"{row['model']}-{row['resolution']}") for row in _rows("params_flops.json")]
+    """Return the published rows; all but the first two of each family are slow."""
+    rows, seen = [], Counter[str]()
+    for row in _rows("params_flops.json"):
+        family = re.split(r"[-_ ]", row["model"])[0]
+        seen[family] += 1
+        marks = [pytest.mark.slow] if seen[family] > 2 else []
+        rows.append(pytest.param(row, id=f"{row['model']}-{row['resolution']}", marks=marks))
+    return rows
 
 
 def _network(row: dict[str, Any]) -> nn.Module:

@@ -135,6 +135,7 @@ def test_compiled_networks_are_compared_as_they_are_timed(device, monkeypatch: p
     )
 
 
+@pytest.mark.slow
 def test_compiling_costs_no_other_rows(device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiling comes last, and is left out if there is no time for it."""
     monkeypatch.setattr(variants, "_compiled", lambda network, number: network)

@@ -166,6 +166,7 @@ def test_a_wrong_operator_on_a_device(tmp_path: Path, capsys, pretended: None, s
     assert all("differs from float64" in row["remark"] for row in rows[4:])
 
 
+@pytest.mark.slow
 def test_networks_on_a_device(tmp_path: Path, capsys, pretended: None) -> None:
     arguments = ["models", "replknet_nano", "--batch", "2,3", "--size", "32", "--modes", "infer", *CUDA]
     code, out, _ = bench(capsys, *arguments, "--csv", str(tmp_path / "m.csv"), "--markdown", str(tmp_path / "m.md"))

@@ -47,9 +47,10 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
         (["--command", "eval"], {"replknet_xl"}),
         (["--verified"], {"slak_nano"}),
         (
-            ["--task", "segmentation", "--model", "*l*k*"],
+            ["--task", "segmentation", "--model", "[rs]*l*k*"],
             {"replknet_31b", "replknet_31l", "replknet_xl", "slak_base", "slak_small", "slak_tiny"},
         ),
+        (["--task", "segmentation", "--model", "unireplknet_[ts]"], {"unireplknet_t", "unireplknet_s"}),
         (["--task", "detection", "*fcos*"], {"replknet_31b"}),
         (["--dataset", "cityscapes"], {"replknet_31b"}),
     ],

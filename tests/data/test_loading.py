@@ -268,7 +268,7 @@ def test_workers_survive_signals_to_the_process_group():
 
 
 @pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="masks of POSIX")
-@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("number", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
 def test_workers_survive_signals_while_they_start(number):
     result = run_script(
         f"""

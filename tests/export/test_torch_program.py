@@ -49,6 +49,7 @@ def exported(saved: SavedModel, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return path
 
 
+@pytest.mark.slow
 def test_a_program_runs_without_widekernel(exported: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, x = alive("slak_nano"), images(96, 3)

@@ -132,6 +132,7 @@ assert "widekernel" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_files_need_no_widekernel(tmp_path: Path) -> None:
     model, x = fold(alive("slak_nano")), images()
     torch.save(x, tmp_path / "x.pt")

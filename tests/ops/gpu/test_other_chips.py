@@ -96,8 +96,11 @@ def check(job: Job, kernels: list[Compiled]) -> None:
     assert set(kernels[-1].products) == (set() if by_multiply_adds else {"mma.sync"}), (job, kernels[-1])
 
 
+FIRST, *REST = OTHERS
+
+
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("chip", OTHERS)
+@pytest.mark.parametrize("chip", [FIRST, *(pytest.param(chip, marks=pytest.mark.slow) for chip in REST)])
 def test_choices_for_some_problems(chip: str) -> None:
     found = {job: kernels for job, kernels in compiled_some().items() if job.chip == chip}
     assert len(found) == len(SOME[chip])
