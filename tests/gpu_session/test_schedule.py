@@ -93,6 +93,7 @@ def test_failures_do_not_stop_later_stages(record: Record, folder: Path) -> None
     assert content["ended"] and [each["state"] for each in content["stages"]] == states
 
 
+@pytest.mark.slow
 def test_a_deadline_ends_a_stage_and_its_processes(record: Record, tmp_path: Path, folder: Path) -> None:
     child, csv = tmp_path / "child", folder / "ops.csv"
     program = f"""

@@ -62,7 +62,7 @@ def test_masked_parameters_of_slak_tiny(golden: Path, rule: str) -> None:
     assert ours == set(theirs)
 
 
-@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("number", [0, *(pytest.param(number, marks=pytest.mark.slow) for number in range(1, 4))])
 def test_erk_densities(golden: Path, number: int) -> None:
     case = read(golden, "dst_erk")["models"][number]
     model = timm.create_model(case["model"], **arguments("SLaK", case["kwargs"]))
