@@ -158,30 +158,19 @@ def _folded(model: nn.Module, saved: SavedModel) -> nn.Module:
 
 def _transform(model: nn.Module, saved: SavedModel, size: int) -> Any:
     """Return the transform of images: warped to the square, and normalized as the network expects."""
-    from dataclasses import replace
-
     from widekernel.tasks.image_channels import input_channels, match_channels
 
-    square = replace(saved.preprocessing, input_size=size, crop_pct=1.0, warp=True, interpolation="bicubic")
-    return match_channels(square.eval_transform(), input_channels(model))
+    return match_channels(saved.preprocessing.warped(size).eval_transform(), input_channels(model))
 
 
 def _images(source: ImageFiles, count: int, values: dict[str, Any], transform: Any) -> Iterator[Tensor]:
     """Yield `count` readable images in a random order, one after another."""
-    import torch
+    from widekernel.data.image_files import draw
 
-    from widekernel.data.images import UnreadableImageError
+    def report(index: int, error: Exception) -> None:
+        progress_console().print(f"Left out an unreadable image: {source.sample_name(index)}: {error}", soft_wrap=True)
 
-    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(values["seed"])).tolist()
-    for index in order:
-        if not count:
-            return
-        try:
-            image = source.load(index)
-        except UnreadableImageError as error:
-            progress_console().print(f"Left out an unreadable image: {source.sample_name(index)}: {error}", soft_wrap=True)
-            continue
-        count -= 1
+    for _, image in draw(source, count, values["seed"], report):
         yield transform(image)
 
 

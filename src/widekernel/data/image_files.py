@@ -1,13 +1,17 @@
 """Images without labels: one file, all images below a folder, or those in a tar archive."""
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import torch
 from PIL import Image
 
 from widekernel.data.formats import ending_of, image_endings, is_clutter, usual_endings
 from widekernel.data.images import UnreadableImageError, decode_bytes, decode_image
 from widekernel.data.open_archives import OpenArchives
+from widekernel.data.samples import Source
 from widekernel.data.tar_contents import read_contents
 from widekernel.errors import DataError
 
@@ -74,6 +78,33 @@ class ImageFiles:
                 self._places[name] = contents.offsets[number], contents.sizes[number]
                 if number in contents.broken:
                     self._broken[name] = contents.broken[number]
+
+
+def draw(
+    source: Source,
+    count: int,
+    seed: int,
+    unreadable: Callable[[int, UnreadableImageError], None] = lambda index, error: None,
+) -> Iterator[tuple[int, Any]]:
+    """Yield `count` readable items in a random order, each with its index; fewer if there are not as many.
+
+    Args:
+        source: images with or without labels.
+        count: number of items.
+        seed: seed of the order, which depends on nothing else.
+        unreadable: told each item that is left out because it cannot be decoded.
+    """
+    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed)).tolist()
+    for index in order:
+        if not count:
+            return
+        try:
+            item = source.load(index)
+        except UnreadableImageError as error:
+            unreadable(index, error)
+            continue
+        count -= 1
+        yield index, item
 
 
 def _is_image(name: str) -> bool:

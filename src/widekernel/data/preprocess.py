@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from PIL import Image
@@ -77,6 +77,10 @@ class Preprocessing:
             crop_pct=crop_pct,
             warp=warp,
         )
+
+    def warped(self, size: int) -> "Preprocessing":
+        """Return these settings for images that are warped to `size` × `size` pixels."""
+        return replace(self, input_size=size, crop_pct=1.0, warp=True, interpolation="bicubic")
 
     def unusual_crop(self) -> Literal["center", "warp"] | None:
         """Return the setting data.test_crop that these settings need, or `None` if they follow from size and crop_pct."""

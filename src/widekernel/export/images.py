@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import torch
 from torch import Tensor
 
-from widekernel.data.image_files import ImageFiles
+from widekernel.data.image_files import ImageFiles, draw
 from widekernel.data.images import UnreadableImageError
 from widekernel.data.preprocess import ImageTransform
 from widekernel.data.seeding import derive_seed
@@ -75,8 +75,13 @@ def read_images(
         DataError: there are no readable images.
     """
     source = ImageFiles(path)
-    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(derive_seed(seed))).tolist()
-    found = list(_readable(source, order, transform, check + calibration, notify or (lambda _: None)))
+
+    def report(index: int, error: UnreadableImageError) -> None:
+        if notify is not None:
+            notify(f"Left out an unreadable image: {source.sample_name(index)}: {error}")
+
+    drawn = draw(source, check + calibration, derive_seed(seed), report)
+    found = [(source.sample_name(index), transform(image)) for index, image in drawn]
     if not found:
         raise DataError(f"None of the images of {path} can be read.")
     compared, rest = found[:check], found[check:]
@@ -85,18 +90,3 @@ def read_images(
     images = torch.stack([image for _, image in compared])
     others = torch.stack([image for _, image in calibrated]) if calibrated else images[:0]
     return CheckImages(images, others, str(path), tuple(name for name, _ in compared), shared)
-
-
-def _readable(
-    source: ImageFiles, order: list[int], transform: ImageTransform, count: int, notify: Notify
-) -> Iterator[tuple[str, Tensor]]:
-    for index in order:
-        if not count:
-            return
-        try:
-            image = source.load(index)
-        except UnreadableImageError as error:
-            notify(f"Left out an unreadable image: {source.sample_name(index)}: {error}")
-            continue
-        count -= 1
-        yield source.sample_name(index), transform(image)

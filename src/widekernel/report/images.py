@@ -7,13 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from typing_extensions import override
 
 from widekernel.data import DataConfig, ImageSource, open_split
-from widekernel.data.image_files import ImageFiles
-from widekernel.data.images import UnreadableImageError
+from widekernel.data.image_files import ImageFiles, draw
 from widekernel.errors import WidekernelError
 from widekernel.report.parts import Missing
 from widekernel.report.subject import Subject
@@ -47,20 +45,12 @@ class Images:
 
     def draw(self, count: int, seed: int) -> Iterator[Image.Image]:
         """Yield `count` readable images in a random order that depends on the seed only; fewer if there are not as many."""
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
-        for index in order:
-            if not count:
-                return
-            try:
-                image = self.labeled.load(index)[0] if isinstance(self.labeled, ImageSource) else self._file(index)
-            except UnreadableImageError:
-                continue
-            count -= 1
-            yield image
-
-    def _file(self, index: int) -> Image.Image:
-        assert self.files is not None
-        return self.files.load(index)
+        if isinstance(self.labeled, ImageSource):
+            for _, (image, _target) in draw(self.labeled, count, seed):
+                yield image
+        elif self.files is not None:
+            for _, image in draw(self.files, count, seed):
+                yield image
 
 
 def find_images(subject: Subject, data: str | None) -> Images:

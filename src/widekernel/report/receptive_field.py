@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
@@ -78,8 +78,7 @@ def receptive_field(
 
 def _inputs(subject: Subject, images: Images, count: int, size: int, seed: int) -> Iterator[Tensor]:
     """Yield images warped to the square, as in the papers."""
-    square = replace(subject.saved.preprocessing, input_size=size, crop_pct=1.0, warp=True, interpolation="bicubic")
-    transform = match_channels(square.eval_transform(), input_channels(subject.model))
+    transform = match_channels(subject.saved.preprocessing.warped(size).eval_transform(), input_channels(subject.model))
     for image in images.draw(count, seed):
         yield transform(image)
 
