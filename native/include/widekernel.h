@@ -13,7 +13,7 @@ extern "C" {
 #endif
 
 // Incremented whenever a structure or a function here changes its meaning.
-#define WK_ABI 2
+#define WK_ABI 3
 // Most passes and kernels of one call.
 #define WK_MOST_PASSES 16
 #define WK_MOST_RECTS 64
@@ -39,6 +39,7 @@ typedef struct {
 typedef struct {
     int32_t rows, columns, row, column;
     int32_t method;
+    int32_t dilation;  // distance between taps on the image; above 1 only with WK_DIRECT
 } wk_pass;
 
 // A kernel of the caller, added into the pass with that index, with the anchors aligned. Taps outside the pass are left out.

@@ -63,7 +63,8 @@ bool is_kernel(int32_t rows, int32_t columns, int32_t row, int32_t column) {
 }
 
 bool is_pass(const wk_pass &p) {
-    return is_kernel(p.rows, p.columns, p.row, p.column) && p.method >= WK_DIRECT && p.method <= WK_HYBRID_ALONG_COLUMNS;
+    return is_kernel(p.rows, p.columns, p.row, p.column) && p.method >= WK_DIRECT && p.method <= WK_HYBRID_ALONG_COLUMNS &&
+           p.dilation >= 1 && (p.dilation == 1 || p.method == WK_DIRECT);
 }
 
 template <class Call> bool has_sizes(const Call &call) {

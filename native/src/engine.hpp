@@ -22,11 +22,13 @@ struct Step {
     Tables tables;
     Vec *packed;  // kernels of all blocks, or their spectra, or (weight gradient) the sums
     int64_t packed_block;
+    int64_t dilation;
 
     static Step of(const wk_pass &pass) {
         Step step{};
         step.hybrid = pass.method != WK_DIRECT;
         step.turned = step.hybrid ? pass.method == WK_HYBRID_ALONG_COLUMNS : pass.rows > pass.columns;
+        step.dilation = pass.dilation;
         step.taps = {pass.rows, pass.columns}, step.anchor = {pass.row, pass.column};
         if (step.turned) step.taps = step.taps.transposed(), step.anchor = step.anchor.transposed();
         return step;

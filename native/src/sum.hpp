@@ -17,12 +17,13 @@ class Sum {
         for (int64_t i = 0; i < call.passes; i++) {
             steps_[i] = Step::of(call.pass[i]);
             any_hybrid_ |= steps_[i].hybrid;
-            above_ = most(above_, call.pass[i].row);
-            below_ = most(below_, call.pass[i].rows - 1 - call.pass[i].row);
+            above_ = most(above_, int64_t{call.pass[i].row} * call.pass[i].dilation);
+            any_dilated_ |= call.pass[i].dilation > 1;
+            below_ = most(below_, int64_t{call.pass[i].rows - 1 - call.pass[i].row} * call.pass[i].dilation);
             taps += steps_[i].taps.area();
         }
         const bool adjoin = call.x.channel == 1 && call.y.channel == 1;
-        in_place_ = adjoin && call.dtype == WK_FLOAT32 && !any_hybrid_ && !call.relu && taps <= FEW_TAPS;
+        in_place_ = adjoin && call.dtype == WK_FLOAT32 && !any_hybrid_ && !any_dilated_ && !call.relu && taps <= FEW_TAPS;
         together_ = blocks_together(adjoin, any_hybrid_, blocks_, call.images, call.threads);
         groups_ = ceil_div(blocks_, together_);
         bands_ = bands_for(call.images * groups_, call.threads, call.height, (together_ + 1) * (call.width + 3), any_hybrid_);
@@ -248,6 +249,17 @@ class Sum {
         const Extent anchor = anchor_in(s, band);
         const Vec *packed = s.packed + block * s.packed_block;
         const Extent outputs = s.seen(band.outputs), inputs = s.seen(band.inputs);
+        if (s.dilation > 1) {
+            const Field out = s.seen(y), in = s.seen(x);
+            const Extent shift = s.turned ? Extent{0, band.shift()} : Extent{band.shift(), 0};
+            each_lattice(s.dilation, outputs, shift, [&](Extent to, Extent from, Extent ahead) {
+                Direct{lattice(out, s.dilation, to), lattice(outputs, s.dilation, to), lattice(in, s.dilation, from),
+                       lattice(inputs, s.dilation, from), packed, s.taps,
+                       {s.anchor.rows - ahead.rows, s.anchor.columns - ahead.columns}, add, false, {}}
+                    .run();
+            });
+            return;
+        }
         if (!s.hybrid) {
             Direct{s.seen(y), outputs, s.seen(x), inputs, packed, s.taps, anchor, add, true, {}}.run();
             return;
@@ -288,7 +300,7 @@ class Sum {
     const wk_sum &call_;
     const int64_t blocks_;
     int64_t above_ = 0, below_ = 0, together_ = 1, groups_ = 1, bands_ = 1, room_ = 0, own_bytes_ = 0;
-    bool any_hybrid_ = false, in_place_ = false;
+    bool any_hybrid_ = false, any_dilated_ = false, in_place_ = false;
     int out_of_memory_ = 0;
     Extent outputs_, inputs_;
     Step steps_[MOST_PASSES];

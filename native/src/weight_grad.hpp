@@ -13,7 +13,8 @@ class WeightGrad {
   public:
     explicit WeightGrad(const wk_weight_grad &call)
         : call_(call), blocks_(ceil_div(call.channels, LANES)), step_(Step::of(call.pass)) {
-        above_ = call.pass.row, below_ = call.pass.rows - 1 - call.pass.row;
+        above_ = int64_t{call.pass.row} * call.pass.dilation;
+        below_ = int64_t{call.pass.rows - 1 - call.pass.row} * call.pass.dilation;
         // With enough blocks, there is one sum over all images; otherwise every chunk has its own sum.
         const bool adjoin = call.x.channel == 1 && call.grad.channel == 1;
         together_ = blocks_together(adjoin, true, blocks_, call.images, call.threads);
@@ -34,7 +35,7 @@ class WeightGrad {
             room_ = most(room_, step_.taps.area() + folding_room(step_.tiling.length, step_.tiling.longest_reach()));
         } else {
             step_.packed_block = step_.taps.area();
-            room_ = step_.taps.area();
+            room_ = step_.taps.area() + (step_.dilation > 1 ? outputs_.area() : 0);
         }
     }
 
@@ -152,13 +153,30 @@ class WeightGrad {
         if (step_.hybrid)
             hybrid_weight_grad({sums, step_.spectrum_column(), 2}, step_.taps.rows, step_.seen(grad), window, step_.seen(x),
                                inputs, anchor.rows, step_.turned ? band.shift() : 0, step_.tiling, step_.tables, room);
+        else if (step_.dilation > 1)
+            add_dilated(sums, step_.seen(x), inputs, grad.at, window, band, room);
         else
             add_direct(sums, step_.seen(x), inputs, grad.at, window, anchor, room);
     }
 
+    void add_dilated(Vec *sums, const Field &x, Extent size, const Vec *grad, Extent window, const Band &band, Vec *room) const {
+        const int64_t dilation = step_.dilation;
+        Vec *part = room + step_.taps.area();
+        const Extent shift = step_.turned ? Extent{0, band.shift()} : Extent{band.shift(), 0};
+        each_lattice(dilation, window, shift, [&](Extent to, Extent from, Extent ahead) {
+            const Extent extent = lattice(window, dilation, to);
+            for (int64_t i = 0; i < extent.rows; i++)
+                for (int64_t j = 0; j < extent.columns; j++)
+                    part[i * extent.columns + j] = grad[(to.rows + i * dilation) * window.columns + to.columns + j * dilation];
+            add_direct(sums, lattice(x, dilation, from), lattice(size, dilation, from), part, extent,
+                       {step_.anchor.rows - ahead.rows, step_.anchor.columns - ahead.columns}, room, false);
+        });
+    }
+
     // Adding numbers one by one to a growing sum loses precision; adding up the sums of short pieces keeps the error small.
-    void add_direct(Vec *sums, const Field &x, Extent size, const Vec *grad, Extent window, Extent anchor, Vec *piece) const {
-        Direct{Plane{piece, step_.taps.columns, 1}, step_.taps, x, size, grad, window, anchor, false, true, {}}.run();
+    void add_direct(Vec *sums, const Field &x, Extent size, const Vec *grad, Extent window, Extent anchor, Vec *piece,
+                    bool margin = true) const {
+        Direct{Plane{piece, step_.taps.columns, 1}, step_.taps, x, size, grad, window, anchor, false, margin, {}}.run();
         for (int64_t tap = 0; tap < step_.taps.area(); tap++) sums[tap] += piece[tap];
     }
 

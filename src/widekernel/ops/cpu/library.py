@@ -27,7 +27,7 @@ import torch
 
 from widekernel.errors import ArgumentError, WidekernelError
 
-ABI = 2
+ABI = 3
 MOST_PASSES, MOST_RECTS = 16, 64
 FLOAT32, BFLOAT16, FLOAT16 = range(3)
 DIRECT, HYBRID_ALONG_ROWS, HYBRID_ALONG_COLUMNS = range(3)
@@ -56,7 +56,7 @@ class Tensor(ctypes.Structure):
 class Pass(ctypes.Structure):
     """A kernel as executed."""
 
-    _fields_ = [(name, ctypes.c_int32) for name in ("rows", "columns", "row", "column", "method")]
+    _fields_ = [(name, ctypes.c_int32) for name in ("rows", "columns", "row", "column", "method", "dilation")]
 
 
 class Rect(ctypes.Structure):

@@ -36,7 +36,7 @@ class PreparedSum:
         self._library = native.load()
         self._run = self._library.calls.wk_depthwise_sum_at
         self._passes = (native.Pass * len(chosen.passes))(
-            *[native.Pass(p.piece.rows, p.piece.columns, p.piece.row, p.piece.column, p.method) for p in chosen.passes]
+            *[native.Pass(p.piece.rows, p.piece.columns, p.piece.row, p.piece.column, p.method, 1) for p in chosen.passes]
         )
         sizes = zip(problem.kernels, problem.anchors, chosen.targets)
         rects = [native.Rect(None, *size, *anchor, target) for size, anchor, target in sizes]
@@ -120,7 +120,7 @@ class PreparedWeightGrad:
 
     def _description(self, x: Tensor, grad: Tensor) -> native.WeightGrad:
         step = self.plan.passes[0]
-        extent = (step.piece.rows, step.piece.columns, step.piece.row, step.piece.column, step.method)
+        extent = (step.piece.rows, step.piece.columns, step.piece.row, step.piece.column, step.method, 1)
         images = [_image(x), _image(grad)]
         whole = (*self.problem.kernels[0], *self.problem.anchors[0])
         return native.WeightGrad(DTYPES[x.dtype], self.plan.threads, *x.shape, *images, extent, None, *whole)
