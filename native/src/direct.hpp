@@ -80,24 +80,5 @@ struct Direct {
     }
 };
 
-// A dilated correlation consists of one of undilated kernels for each of dilation² lattices of outputs and inputs, which are
-// fields with longer strides. In its coordinates, output (0, 0) lies on input `shift`.
-template <class Run>
-void each_lattice(int64_t dilation, const Extent &outputs, const Extent &shift, Run &&run) {
-    for (int64_t p = 0; p < least(dilation, outputs.rows); p++)
-        for (int64_t q = 0; q < least(dilation, outputs.columns); q++) {
-            const Extent at{shift.rows + p, shift.columns + q};
-            run(Extent{p, q}, Extent{at.rows % dilation, at.columns % dilation}, Extent{at.rows / dilation, at.columns / dilation});
-        }
-}
-
-inline Field lattice(const Field &field, int64_t dilation, const Extent &first) {
-    return {field.pixel(first.rows, first.columns), field.row * dilation, field.column * dilation};
-}
-
-inline Extent lattice(const Extent &extent, int64_t dilation, const Extent &first) {
-    return {most(0, ceil_div(extent.rows - first.rows, dilation)), most(0, ceil_div(extent.columns - first.columns, dilation))};
-}
-
 }  // namespace WK_NAMESPACE
 }  // namespace wk
