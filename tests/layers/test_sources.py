@@ -416,7 +416,7 @@ def test_old_names_of_the_sizes_work_and_warn(kind: type) -> None:
         (lambda: Rectangles(C, [(3, -1)]), "kernel size -1 is not a positive odd number"),
         (lambda: Rectangles(C, [(3, True)]), "kernel size True is not"),
         (lambda: Rectangles(C, [(3, 3)], [1, 2]), "2 dilations for 1 branches: give one for each"),
-        (lambda: Rectangles(C, [(3, 3)], [0]), "dilation 0 is not a positive whole number"),
+        (lambda: Rectangles(C, [(3, 3)], [0]), "dilation is 0: .* positive whole number"),
         (lambda: ShiftTiles(C, 9, 3, paths=0), "paths=0 and groups=1 must both be at least 1"),
         (lambda: ShiftTiles(C, 9, 3, groups=0), "paths=1 and groups=0"),
         (lambda: ShuffledStrips(C, 9, 3, branches=0), "branches=0 must be at least 1"),

@@ -74,7 +74,7 @@ class RectSource(KernelSource):
 
     def branch_dilations(self) -> list[int]:
         """Return the distance between the taps of each branch, before the dilation of the whole source."""
-        return [1] * self.num_branches
+        return [1] * len(self.branch_anchors())
 
     def rects(self) -> list[Rect]:
         """Return the rectangle of each branch before the dilation of the whole source, differentiable in the parameters."""
