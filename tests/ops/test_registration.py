@@ -171,7 +171,7 @@ def test_compiled_under_autocast() -> None:
     assert {k.grad.dtype for k in kernels} == {torch.float32}
 
 
-@pytest.mark.parametrize("dynamic", [True, False], ids=["dynamic", "static"])
+@pytest.mark.parametrize("dynamic", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["dynamic", "static"])
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_with_dilations(dynamic: bool) -> None:
     """A dilation that is an argument of the compiled function may change from call to call."""
