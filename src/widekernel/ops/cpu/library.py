@@ -57,8 +57,7 @@ class Pass(ctypes.Structure):
     """A kernel as executed."""
 
     _fields_ = [
-        (name, ctypes.c_int32)
-        for name in ("rows", "columns", "row", "column", "method", "dilation", "input", "output")
+        (name, ctypes.c_int32) for name in ("rows", "columns", "row", "column", "method", "dilation", "input", "output")
     ]
 
 
