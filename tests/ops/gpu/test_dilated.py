@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -23,12 +24,14 @@ TRITON = TritonBackend()
 
 Rects = list[tuple[tuple[int, int], tuple[int, int], int]]
 
-# Sizes, anchors and dilations. UniRepLKNet's block with smaller kernels, even sizes and odd anchors, and small kernels.
-BLOCK: Rects = [((7, 7), (3, 3), 1), ((4, 3), (1, 2), 2), ((3, 3), (1, 1), 3)]
-EVEN: Rects = [((2, 11), (1, 0), 2), ((4, 2), (3, 1), 4)]
-SMALL: Rects = [((3, 3), (1, 1), 2), ((2, 3), (0, 2), 3)]
+# Sizes, anchors and dilations.
+RECTS: dict[str, Rects] = {
+    "block": [((7, 7), (3, 3), 1), ((4, 3), (1, 2), 2), ((3, 3), (1, 1), 3)],
+    "even-sizes": [((2, 11), (1, 0), 2), ((4, 2), (3, 1), 4)],
+    "small": [((3, 3), (1, 1), 2), ((2, 3), (0, 2), 3)],
+}
 # Images with many pixels are computed as bands, those with few as whole planes; in the last, all outer taps meet padding.
-BANDS, PLANE, TINY = (2, 2, 13, 14), (3, 2, 7, 6), (2, 3, 2, 3)
+SHAPES = {"bands": (2, 2, 9, 15), "plane": (3, 2, 7, 6), "tiny": (2, 3, 2, 3)}
 
 
 def arguments(shape: tuple[int, ...], rects: Rects, dtype: torch.dtype, layout: torch.memory_format) -> list[Tensor]:
@@ -42,26 +45,17 @@ def doubled(tensors: list[Tensor]) -> list[Tensor]:
     return [t.detach().double().cpu().requires_grad_() for t in tensors]
 
 
-FORMS = {"sum": False, "branches": True}
 FEW = [
-    ("branches", BANDS, BLOCK, torch.float32, CONTIGUOUS),
-    ("sum", PLANE, BLOCK, torch.bfloat16, CONTIGUOUS),
-    ("branches", PLANE, EVEN, torch.float16, CONTIGUOUS),
-    ("sum", TINY, SMALL, torch.float32, NHWC),
+    ("branches", "bands", "block", torch.float32, CONTIGUOUS),
+    ("sum", "plane", "block", torch.bfloat16, CONTIGUOUS),
+    ("branches", "plane", "even-sizes", torch.float16, CONTIGUOUS),
+    ("sum", "tiny", "small", torch.float32, NHWC),
 ]
 MANY = [
-    (form, shape, rects, dtype, layout)
-    for form in FORMS
-    for shape, rects, layout in (
-        (BANDS, BLOCK, CONTIGUOUS),
-        (BANDS, EVEN, NHWC),
-        (BANDS, SMALL, CONTIGUOUS),
-        (PLANE, BLOCK, NHWC),
-        (PLANE, SMALL, NHWC),
-        (TINY, BLOCK, CONTIGUOUS),
-        (TINY, EVEN, NHWC),
-    )
-    for dtype in DTYPES
+    (form, *case, dtype, layout)
+    for form in ("sum", "branches")
+    for case in itertools.product(SHAPES, RECTS)
+    for dtype, layout in zip(DTYPES, (CONTIGUOUS, NHWC, NHWC if "small" in case else CONTIGUOUS))
 ]
 
 
@@ -72,28 +66,25 @@ MANY = [
     [*FEW, *(pytest.param(*case, marks=pytest.mark.slow) for case in MANY if case not in FEW)],
     ids=str,
 )
-def test_values_and_gradients(
-    form: str, shape: tuple[int, ...], rects: Rects, dtype: torch.dtype, layout: torch.memory_format
-) -> None:
-    branched = FORMS[form]
-    inputs = arguments(shape, rects, dtype, layout)
-    _, anchors, dilations = zip(*rects)
+def test_values_and_gradients(form: str, shape: str, rects: str, dtype: torch.dtype, layout: torch.memory_format) -> None:
+    inputs = arguments(SHAPES[shape], RECTS[rects], dtype, layout)
+    sizes, anchors, dilations = zip(*RECTS[rects])
     exact = doubled(inputs)
     alone = [
         reference.depthwise_sum(exact[0], [kernel], [anchor], dilations=(dilation,))
         for kernel, anchor, dilation in zip(exact[1:], anchors, dilations)
     ]
     with ops.trace() as trace:
-        if branched:
+        if form == "branches":
             got, want = ops.depthwise_branches(inputs[0], inputs[1:], anchors, backend="triton", dilations=dilations), alone
         else:
             got = [ops.depthwise_sum(inputs[0], inputs[1:], anchors, backend="triton", dilations=dilations)]
             want = [sum(alone)]
         grads = [torch.randn(y.shape, dtype=torch.float64).to(y) for y in got]
         gradients = torch.autograd.grad(got, inputs, grads)
-    keeps_layout = layout is NHWC and max(max(size) for size, _, _ in rects) <= LARGEST_DIRECT
-    fused = [SUM] * 2 * len(rects) if keeps_layout else [BRANCHES, SUM_OF_BRANCHES]
-    assert ran(trace) == sorted([*(fused if branched else [SUM, SUM]), *[WEIGHT_GRAD] * len(rects)])
+    keeps_layout = layout is NHWC and max(map(max, sizes)) <= LARGEST_DIRECT
+    fused = [SUM] * 2 * len(sizes) if keeps_layout else [BRANCHES, SUM_OF_BRANCHES]
+    assert ran(trace) == sorted([*(fused if form == "branches" else [SUM, SUM]), *[WEIGHT_GRAD] * len(sizes)])
     assert {problem.dilations for _, problem in trace.calls if len(problem.kernels) > 1} <= {dilations}
     assert {problem.dilations[0] for _, problem in trace.calls if problem.op == WEIGHT_GRAD} == set(dilations)
     wanted = torch.autograd.grad(want, exact, [grad.double().cpu() for grad in grads])
