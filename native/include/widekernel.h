@@ -68,22 +68,14 @@ typedef struct {
     int32_t relu;
 } wk_sum;
 
-// The gradient in one kernel.
-typedef struct {
-    wk_pass pass;       // may be smaller than `rows` × `columns`, the taps outside are zero
-    const void *grad;   // the gradient of the kernel's output
-    float *taps;        // (channels, rows, columns)
-    int32_t rows, columns, row, column;
-    int32_t dilation;  // a multiple of the pass's, whose other taps are left out
-} wk_tap_grad;
-
-// The gradients in one or several kernels that are all applied to x.
 typedef struct {
     int32_t dtype, threads;
     int32_t images, channels, height, width;
-    wk_tensor x, grad;  // grad: the strides of every `grad`
-    int32_t kernels;
-    const wk_tap_grad *kernel;
+    wk_tensor x, grad;
+    wk_pass pass;   // the gradient's extent; may be smaller than `rows` × `columns`, the taps outside are zero
+    float *taps;    // (channels, rows, columns)
+    int32_t rows, columns, row, column;
+    int32_t dilation;  // a multiple of the pass's, whose taps in between are left out
 } wk_weight_grad;
 
 int32_t wk_abi(void);
@@ -103,7 +95,7 @@ int32_t wk_depthwise_weight_grad(const wk_weight_grad *call);
 int32_t wk_depthwise_sum_at(const wk_sum *call, const void *x, void *y, const float *const *taps, const float *scale,
                             const float *shift, int32_t relu);
 int32_t wk_depthwise_branches_at(const wk_sum *call, const void *const *xs, void *const *ys, const float *const *taps);
-int32_t wk_depthwise_weight_grad_at(const wk_weight_grad *call, const void *x, const void *const *grads, float *const *taps);
+int32_t wk_depthwise_weight_grad_at(const wk_weight_grad *call, const void *x, const void *grad, float *taps);
 // Bytes of working memory of a call: for each thread, and shared by all threads (the packed kernels).
 void wk_sum_workspace(const wk_sum *call, int64_t *per_thread, int64_t *shared);
 void wk_weight_grad_workspace(const wk_weight_grad *call, int64_t *per_thread, int64_t *shared);

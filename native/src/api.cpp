@@ -111,19 +111,13 @@ bool is_within(int32_t taps, int32_t before, int32_t dilation, int32_t outer_tap
            int64_t{taps - 1 - before} * dilation <= int64_t{outer_taps - 1 - outer_before} * outer_dilation;
 }
 
-bool is_valid(const wk_tap_grad &k) {
-    if (!k.grad || !k.taps || !is_pass(k.pass) || !is_kernel(k.rows, k.columns, k.row, k.column)) return false;
-    if (k.dilation < 1 || k.dilation % k.pass.dilation) return false;
-    return is_within(k.pass.rows, k.pass.row, k.pass.dilation, k.rows, k.row, k.dilation) &&
-           is_within(k.pass.columns, k.pass.column, k.pass.dilation, k.columns, k.column, k.dilation);
-}
-
 bool is_valid(const wk_weight_grad &call) {
-    if (!has_sizes(call) || !is_tensor(call.x) || !call.x.data || !is_tensor(call.grad)) return false;
-    if (call.kernels < 1 || call.kernels > WK_MOST_PASSES) return false;
-    for (int32_t i = 0; i < call.kernels; i++)
-        if (!is_valid(call.kernel[i])) return false;
-    return true;
+    if (!has_sizes(call) || !is_tensor(call.x) || !is_tensor(call.grad) || !call.x.data || !call.grad.data || !call.taps) return false;
+    const wk_pass &p = call.pass;
+    if (!is_pass(p) || !is_kernel(call.rows, call.columns, call.row, call.column)) return false;
+    return call.dilation >= 1 && call.dilation % p.dilation == 0 &&
+           is_within(p.rows, p.row, p.dilation, call.rows, call.row, call.dilation) &&
+           is_within(p.columns, p.column, p.dilation, call.columns, call.column, call.dilation);
 }
 
 }  // namespace
@@ -173,16 +167,9 @@ WK_EXPORT int32_t wk_depthwise_branches_at(const wk_sum *call, const void *const
     return run_with_taps(here, taps);
 }
 
-WK_EXPORT int32_t wk_depthwise_weight_grad_at(const wk_weight_grad *call, const void *x, const void *const *grads,
-                                              float *const *taps) {
-    if (call->kernels < 1 || call->kernels > WK_MOST_PASSES) return WK_BAD_ARGUMENT;
+WK_EXPORT int32_t wk_depthwise_weight_grad_at(const wk_weight_grad *call, const void *x, const void *grad, float *taps) {
     wk_weight_grad here = *call;
-    wk_tap_grad kernels[WK_MOST_PASSES];
-    for (int32_t i = 0; i < call->kernels; i++) {
-        kernels[i] = call->kernel[i];
-        kernels[i].grad = grads[i], kernels[i].taps = taps[i];
-    }
-    here.x.data = const_cast<void *>(x), here.kernel = kernels;
+    here.x.data = const_cast<void *>(x), here.grad.data = const_cast<void *>(grad), here.taps = taps;
     return wk_depthwise_weight_grad(&here);
 }
 

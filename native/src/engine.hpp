@@ -22,8 +22,8 @@ struct Step {
     bool turned, hybrid;
     Tiling tiling;
     Tables tables;
-    Vec *packed;  // kernels of all blocks, or their spectra
-    int64_t packed_block;  // for one block; for a weight gradient, the sums
+    Vec *packed;  // kernels of all blocks, or their spectra, or (weight gradient) the sums
+    int64_t packed_block;
 
     static Step of(const wk_pass &pass) {
         Step step{};

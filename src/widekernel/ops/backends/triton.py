@@ -58,8 +58,12 @@ class TritonBackend(Backend):
         return not self._obstacles(problem)
 
     def describe(self, problem: Problem) -> str:
-        """Describe the kernel, its configuration, and where the configuration comes from."""
-        return "nothing to compute" if 0 in problem.shape else str(planned(problem))
+        """Describe the kernel, its configuration, where that comes from, and what is computed between the taps."""
+        if 0 in problem.shape:
+            return "nothing to compute"
+        plan = planned(problem)
+        gaps = plan.config.gaps if problem.dilated else ""
+        return f"{plan}; {gaps}" if gaps else str(plan)
 
     def prepare(self, problem: Problem) -> Operator:
         """Choose the kernel and its configuration for the current GPU."""

@@ -94,17 +94,6 @@ class Sum(ctypes.Structure):
     ]
 
 
-class TapGrad(ctypes.Structure):
-    """The gradient in one kernel."""
-
-    _fields_ = [
-        ("pass", Pass),
-        ("grad", Address),
-        ("taps", Address),
-        *((name, ctypes.c_int32) for name in ("rows", "columns", "row", "column", "dilation")),
-    ]
-
-
 class WeightGrad(ctypes.Structure):
     """A call of `wk_depthwise_weight_grad`."""
 
@@ -112,8 +101,9 @@ class WeightGrad(ctypes.Structure):
         *_COMMON,
         ("x", Tensor),
         ("grad", Tensor),
-        ("kernels", ctypes.c_int32),
-        ("kernel", ctypes.POINTER(TapGrad)),
+        ("pass", Pass),
+        ("taps", Address),
+        *((name, ctypes.c_int32) for name in ("rows", "columns", "row", "column", "dilation")),
     ]
 
 
