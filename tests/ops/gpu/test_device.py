@@ -16,6 +16,7 @@ from tests.ops.backends import BRANCHES, SUM_OF_BRANCHES
 from tests.ops.cases import relative_error
 from widekernel import ops
 from widekernel.layers import LargeKernel, Rectangles
+from widekernel.ops import torch_conv
 
 pytestmark = [
     pytest.mark.gpu,
@@ -128,6 +129,46 @@ def test_branches_and_their_gradients(kind: str, case: str) -> None:
     assert sorted(problem.op for _, problem in trace.calls) == sorted(operators)
     exact = doubled(inputs)
     truths = convolutions(exact[0], exact[1:])
+    want = torch.autograd.grad(truths, exact, [grad.double() for grad in grads])
+    assert_within(kind, [*ys, *got], [*(truth.detach() for truth in truths), *want])
+
+
+# Images, and for each branch its size and dilation: UniRepLKNet's dilated block, and others with even sizes and anchors in a corner.
+BLOCK = [((13, 13), 1), ((5, 5), 1), ((7, 7), 2), ((3, 3), 3), ((3, 3), 4), ((3, 3), 5)]
+DILATED: dict[str, tuple[tuple[int, ...], list[tuple[tuple[int, int], int]]]] = {
+    "28x28": ((16, 160, 28, 28), BLOCK),
+    "14x14": ((16, 320, 14, 14), BLOCK),
+    "7x7": ((16, 640, 7, 7), BLOCK),
+    "odd-sizes": ((5, 19, 29, 37), [((4, 7), 2), ((2, 3), 7), ((7, 1), 3)]),
+    "small": ((5, 96, 29, 37), [((3, 3), 5), ((4, 2), 3)]),
+}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, NHWC], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("case", DILATED)
+@pytest.mark.parametrize("branched", [False, True], ids=["sum", "branches"])
+@KINDS
+def test_dilated_kernels_and_their_gradients(kind: str, branched: bool, case: str, layout: torch.memory_format) -> None:
+    shape, rects = DILATED[case]
+    x = torch.randn(shape).to(DEVICE, dtype_of(kind)).contiguous(memory_format=layout)
+    kernels = [torch.randn(shape[1], 1, *size).to(x) for size, _ in rects]
+    inputs = [t.requires_grad_() for t in (x, *kernels)]
+    anchors = [(kh - 1, 0) if case == "odd-sizes" else (kh // 2, kw // 2) for (kh, kw), _ in rects]
+    dilations = [dilation for _, dilation in rects]
+    exact = doubled(inputs)
+    truths = [
+        torch_conv.depthwise_sum(exact[0], [kernel], [anchor], None, dilations=(dilation,))
+        for kernel, anchor, dilation in zip(exact[1:], anchors, dilations)
+    ]
+    with ops.trace() as trace:
+        if branched:
+            ys = ops.depthwise_branches(x, kernels, anchors, backend="triton", dilations=dilations)
+        else:
+            ys, truths = [ops.depthwise_sum(x, kernels, anchors, backend="triton", dilations=dilations)], [sum(truths)]
+        grads = [torch.randn_like(y) for y in ys]
+        got = torch.autograd.grad(ys, inputs, grads)
+    assert set(trace.backends()) == {"triton"}
+    assert {problem.dilations[0] for _, problem in trace.calls if problem.op == WEIGHT_GRAD} == set(dilations)
     want = torch.autograd.grad(truths, exact, [grad.double() for grad in grads])
     assert_within(kind, [*ys, *got], [*(truth.detach() for truth in truths), *want])
 
