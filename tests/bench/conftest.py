@@ -13,13 +13,14 @@ from widekernel.bench import machine as measuring
 from widekernel.bench.devices import Accelerator
 from widekernel.bench.gpu import Gpu
 from widekernel.bench.timing import WallClock
-from widekernel.ops import torch_conv
+from widekernel.ops.backends.torch_conv import TorchConvBackend
 
 
 class Wrong(ops.Backend):
     """Backend that takes the problems for which `spoils` returns true, and computes one number of each wrong."""
 
     name = "wrong"
+    computes_dilated = True
 
     def __init__(self, spoils: Callable) -> None:
         self.spoils = spoils
@@ -28,10 +29,10 @@ class Wrong(ops.Backend):
         return [] if self.spoils(problem) else ["it takes only others"]
 
     def prepare(self, problem):
-        right = {"depthwise_sum": torch_conv.depthwise_sum, "depthwise_weight_grad": torch_conv.depthwise_weight_grad}
+        right = TorchConvBackend().prepare(problem)
 
         def compute(*arguments):
-            result = right[problem.op](*arguments)
+            result = right(*arguments)
             result[-1, 0, -1, -1] += 0.1 * result.abs().max()
             return result
 

@@ -19,6 +19,10 @@ def test_macs_count_taps_on_pixels(height: int, width: int, kernel: tuple[int, i
     case = Case("some", 3, 2, height, width, kernel)
     assert case.macs == 6 * counted
     assert inside(height, kernel[0]) * inside(width, kernel[1]) == counted
+    padding = 2 * padding[0], 2 * padding[1]
+    pixels, taps = torch.ones(1, 1, height, width), torch.ones(1, 1, *kernel)
+    counted = F.conv2d(pixels, taps, padding=padding, dilation=2).sum().item()
+    assert Case("some", 3, 2, height, width, kernel, 2).macs == 6 * counted
 
 
 def test_bytes_moved_are_two_images_and_a_kernel() -> None:
@@ -52,6 +56,13 @@ def test_sweep_lists_what_it_leaves_out() -> None:
     assert {case.batch for case in choose(["sweep"], batch=4)[0]} == {4}
 
 
+def test_dilated_branches_of_a_network() -> None:
+    cases, _ = choose(["dilated"])
+    assert len(cases) == 4 * 6
+    (case,) = choose(["unireplknet-2-7x7d2"])[0]
+    assert (case.shape, case.kernel, case.dilation) == ((8, 160, 28, 28), (7, 7), 2)
+
+
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(ArgumentError, match=r"unknown case 'replknt-1'.* Did you mean 'replknet-1'\?.*targets"):
         choose(["replknt-1"])
@@ -59,6 +70,9 @@ def test_unknown_names_are_refused() -> None:
 
 def test_a_case_is_parsed() -> None:
     assert parse_case("1,2,30,40", "51x5") == Case("given", 1, 2, 30, 40, (51, 5))
+    dilated = parse_case("1,2,30,40", "7x5d3")
+    assert dilated == Case("given", 1, 2, 30, 40, (7, 5), 3)
+    assert str(dilated) == "1x2x30x40 7x5d3"
 
 
 @pytest.mark.parametrize(
@@ -67,6 +81,8 @@ def test_a_case_is_parsed() -> None:
         ("1,2,3", "3x3", "shape is '1,2,3', but must be four numbers"),
         ("1,2,3,x", "3x3", "but must be four numbers"),
         ("1,2,3,4", "3", "kernel is '3', but must be two numbers"),
+        ("1,2,3,4", "3x3dx", "kernel is '3x3dx', but must be two numbers .* a dilation as in 7x7d2"),
+        ("1,2,3,4", "3x3d0", "the dilation of given is 0: .* positive whole number"),
         ("1,2,3,4", "3x4", "3x4: both sizes must be positive odd"),
         ("1,0,3,4", "3x3", "must be positive"),
     ],

@@ -50,6 +50,14 @@ def test_every_pass_is_timed_in_both_layouts(cpu: Platform) -> None:
         assert row.limit_ms == pytest.approx(limit) and row.limit_share == pytest.approx(limit / row.ours_ms)
 
 
+def test_dilated_cases_are_timed(cpu: Platform) -> None:
+    with ops.trace() as ran:
+        rows = rows_of(dataclasses.replace(TINY, kernel=(5, 3), dilation=2), cpu)
+    assert {problem.dilations for _, problem in ran.calls} == {(2,)}
+    assert [row.direction for row in rows] == [p for p in PASSES for _ in range(2)]
+    assert all(row.error < 1e-5 and row.shape == "2x5x9x11 5x3d2" for row in rows)
+
+
 def test_row_names_the_backend_that_ran(cpu: Platform) -> None:
     with ops.trace() as ran:
         rows = rows_of(TINY, cpu, backend="reference")

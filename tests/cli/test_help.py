@@ -34,6 +34,7 @@ def parsers() -> Iterator[tuple[str, jsonargparse.ArgumentParser]]:
     for command in COMMANDS:
         if command == "bench":
             yield "bench ops", bench._ops_parser()
+            yield "bench branches", bench._branches_parser()
             yield "bench models", bench._models_parser()
         else:
             yield command, importlib.import_module(f"widekernel.cli.{command.replace('-', '_')}").make_parser()

@@ -25,6 +25,7 @@ from widekernel.layers import (
     SplitStrips,
     TruncatedTiles,
 )
+from widekernel.layers.sources import dilate
 
 C = 3
 SOURCES: dict[str, Callable[[], KernelSource]] = {
@@ -32,12 +33,14 @@ SOURCES: dict[str, Callable[[], KernelSource]] = {
     "crossed": lambda: Rectangles(C, [(13, 3), (3, 13), (3, 3)]),
     "single": lambda: Rectangles(C, [(7, 7)]),
     "dilated": lambda: Rectangles(C, [(13, 13), (5, 5), (7, 7), (3, 3)], [1, 1, 2, 4]),
+    "dilated-twice": lambda: dilate(Rectangles(C, [(5, 5), (3, 3), (3, 3)], [1, 2, 3]), 2),
     "split": lambda: SplitStrips(C, 13, 5),
     "shared": lambda: SourceGroup([SharedStrips(C, 13, 5), Rectangles(C, [(5, 5)])]),
     "shift": lambda: ShiftTiles(C, 11, 3, 2, 4, gated=True),
     "shuffled": lambda: ShuffledStrips(C, 11, 3, 2),
 }
-RECTS_LEFT = {"31+5": 1, "crossed": 2, "single": 1, "dilated": 1, "split": 2, "shared": 2, "shift": 2, "shuffled": 2}
+RECTS_LEFT = {"31+5": 1, "crossed": 2, "single": 1, "dilated": 1, "dilated-twice": 1}
+RECTS_LEFT |= {"split": 2, "shared": 2, "shift": 2, "shuffled": 2}
 NORMS: dict[str, Callable[[], nn.Module]] = {
     "bn": lambda: nn.BatchNorm2d(C),
     "sync-bn": lambda: nn.SyncBatchNorm(C),

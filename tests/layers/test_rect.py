@@ -22,7 +22,36 @@ def test_size_and_reach() -> None:
     assert strip.reach == (1, 1, 24, 26)
 
 
+def test_a_dilated_rectangle() -> None:
+    sparse = Rect(torch.randn(2, 1, 3, 4, dtype=torch.float64), (0, 3), 2)
+    assert (sparse.size, sparse.reach, sparse.label) == ((3, 4), (0, 4, 6, 0), "3×4 (dilation 2)")
+    dense = sparse.dense()
+    assert (dense.size, dense.anchor, dense.dilation) == ((5, 7), (0, 6), 1)
+    assert torch.equal(dense.kernel[..., ::2, ::2], sparse.kernel)
+    assert dense.kernel.count_nonzero() == sparse.kernel.count_nonzero()
+    assert dense.dense() is dense
+    x = torch.randn(2, 2, 5, 6, dtype=torch.float64)
+    want = definition(x, [dense.kernel], [dense.anchor])
+    assert_close(definition(x, [sparse.kernel], [sparse.anchor], None, [2]), want)
+    scaled = sparse.scaled(torch.tensor([2.0, 3.0], dtype=torch.float64))
+    assert (scaled.anchor, scaled.dilation) == (sparse.anchor, 2)
+    # It has no tap in its gaps, so it covers nothing; a dense one of its reach covers it.
+    assert not sparse.covers(Rect.identity(sparse.kernel))
+    assert dense.covers(sparse)
+    assert_close(dense.plus(sparse).kernel, 2 * dense.kernel)
+    (merged,) = maximal_rectangles([Rect.identity(sparse.kernel), sparse])
+    assert merged.size == (5, 7)
+    assert_close(definition(x, [merged.kernel], [merged.anchor]), want + x)
+
+
+@pytest.mark.parametrize("dilation", [0, True, 1.5, -1])
+def test_wrong_dilations(dilation: object) -> None:
+    with pytest.raises(ValueError, match=f"dilation is {dilation!r}: .*positive whole number"):
+        Rect(torch.zeros(2, 1, 3, 3), (1, 1), dilation)
+
+
 def test_centered() -> None:
+    assert Rect.centered(torch.zeros(2, 1, 5, 7), 3).dilation == 3
     assert Rect.centered(torch.zeros(2, 1, 5, 7)).anchor == (2, 3)
     with pytest.warns(FutureWarning, match=r"Rect\.centred is now called Rect\.centered"):
         assert Rect.centred(torch.zeros(2, 1, 5, 7)).anchor == (2, 3)
