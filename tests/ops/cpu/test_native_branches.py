@@ -1,4 +1,4 @@
-"""Native kernels with gaps between their taps, and several branches in one call, against PyTorch's convolution in float64."""
+"""Native kernels with gaps between their taps, and several branches in one call, against convolutions in float64."""
 
 from __future__ import annotations
 

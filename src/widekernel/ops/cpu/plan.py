@@ -23,6 +23,7 @@ from widekernel.ops.problem import (
     Problem,
     touching,
 )
+from widekernel.ops.problem import DIRECT as DIRECT_ALGORITHM
 
 BRANCHES = (DEPTHWISE_BRANCHES, DEPTHWISE_SUM_OF_BRANCHES)
 METHODS = {DIRECT: "direct", HYBRID_ALONG_ROWS: "hybrid along rows", HYBRID_ALONG_COLUMNS: "hybrid along columns"}
@@ -106,9 +107,9 @@ def plan(problem: Problem, threads: int, lanes: int) -> Plan:
     rects = zip(problem.kernels, problem.anchors, problem.dilations)
     pieces = [_cropped(size, anchor, dilation, height, width) for size, anchor, dilation in rects]
     # Zeros between the taps of a kernel would spread an infinity to its gaps.
-    insists = problem.algorithm is not None
+    no_zeros = problem.algorithm == DIRECT_ALGORITHM
     best: tuple[float, tuple[Pass, ...], list[list[int]], list[Piece]] | None = None
-    for taken, groups in _groupings(pieces, insists) if problem.op == DEPTHWISE_SUM else [_one_by_one(pieces, problem)]:
+    for taken, groups in _groupings(pieces, no_zeros) if problem.op == DEPTHWISE_SUM else [_one_by_one(pieces, problem)]:
         steps = [_cheapest(_bounding([taken[i] for i in group]), problem) for group in groups]
         cycles = sum(cost for _, cost in steps)
         if best is None or cycles < best[0]:
@@ -157,8 +158,8 @@ def _cropped(size: tuple[int, int], anchor: tuple[int, int], dilation: int, heig
 def _groupings(pieces: list[Piece], no_zeros: bool) -> Iterator[tuple[list[Piece], list[list[int]]]]:
     """Return promising ways to merge kernels into passes, each with the kernels that are merged, some of them filled.
 
-    Covered kernels are merged into those that cover them, or all kernels of one dilation into one, which `no_zeros` excludes as far
-    as possible.
+    Covered kernels are merged into those that cover them, or all kernels of one dilation into one. With `no_zeros`, no
+    kernel reads pixels between its taps, unless there are too many for one call.
     """
     dense = [piece for piece in pieces if piece.dilation == 1]
     filled = [piece.filled() for piece in pieces]
@@ -185,7 +186,7 @@ def _groupings(pieces: list[Piece], no_zeros: bool) -> Iterator[tuple[list[Piece
 def _one_by_one(pieces: list[Piece], problem: Problem) -> tuple[list[Piece], list[list[int]]]:
     """Return the cheaper form of each kernel, dilated or filled, and one group for each."""
     taken = pieces
-    if problem.algorithm is None:
+    if problem.algorithm != DIRECT_ALGORITHM:
         taken = [min([piece, piece.filled()], key=lambda form: _cheapest(form, problem)[1]) for piece in pieces]
     return taken, [[i] for i in range(len(pieces))]
 
