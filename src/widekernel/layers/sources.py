@@ -82,15 +82,18 @@ class RectSource(KernelSource):
     def responses(self, x: Tensor) -> list[Tensor]:
         """Convolve with every rectangle, in one call if a backend has a fused operator."""
         if torch.jit.is_scripting():
-            kernels: list[Tensor] = []
-            for kernel in self.branch_kernels():
-                kernels.append(dilated_kernel(kernel, self.dilation))
-            anchors: list[tuple[int, int]] = []
-            for row, column in self.branch_anchors():
-                anchors.append((row * self.dilation, column * self.dilation))
-            return plain.depthwise_branches(x, kernels, anchors)
+            kernels, anchors = self.branch_kernels(), self.branch_anchors()
+            responses: list[Tensor] = []
+            for i in range(len(kernels)):
+                responses.append(self.scripted_response(x, kernels[i], anchors[i]))
+            return responses
         else:  # noqa: RET505 - TorchScript leaves out the other branch, and only that
             return _convolved(x, self.branches())
+
+    def scripted_response(self, x: Tensor, kernel: Tensor, anchor: tuple[int, int]) -> Tensor:
+        """Convolve with one of the `branch_kernels`, for TorchScript."""
+        dilated_anchor = (anchor[0] * self.dilation, anchor[1] * self.dilation)
+        return plain.depthwise_sum(x, [dilated_kernel(kernel, self.dilation)], [dilated_anchor])
 
     @torch.jit.unused
     def branches(self) -> Branches:
@@ -147,6 +150,17 @@ class Rectangles(RectSource):
         else:  # noqa: RET505 - TorchScript leaves out the other branch, and only that
             return [dilated_kernel(kernel, step) for kernel, step in zip(tensors_of(self.kernels), self.dilations)]
 
+    def responses(self, x: Tensor) -> list[Tensor]:
+        """Convolve with every rectangle, in one call if a backend has a fused operator."""
+        if torch.jit.is_scripting():
+            kernels, anchors = self.branch_kernels(), self.branch_anchors()
+            responses: list[Tensor] = []
+            for i, _ in enumerate(self.kernels):  # TorchScript unrolls this loop
+                responses.append(self.scripted_response(x, kernels[i], anchors[i]))
+            return responses
+        else:  # noqa: RET505 - TorchScript leaves out the other branch, and only that
+            return _convolved(x, self.branches())
+
     def branch_anchors(self) -> list[tuple[int, int]]:
         """Return the middle tap of each kernel."""
         anchors: list[tuple[int, int]] = []
@@ -201,13 +215,16 @@ class SourceGroup(KernelSource):
         self.sources = nn.ModuleList(sources)
         self.channels = sources[0].channels
         self.num_branches = sum(source.num_branches for source in sources)
+        self.places = tuple(tuple(range(source.num_branches)) for source in sources)  # TorchScript unrolls loops over tuples
 
     def responses(self, x: Tensor) -> list[Tensor]:
         """Compute the branches of every source: in one call if all are rectangles, otherwise source by source."""
         if torch.jit.is_scripting():
             responses: list[Tensor] = []
-            for source in self.sources:
-                responses += source.responses(x)  # type: ignore[operator]
+            for source, places in zip(self.sources, self.places):
+                found = source.responses(x)  # type: ignore[operator]
+                for place in places:
+                    responses.append(found[place])
             return responses
         else:  # noqa: RET505 - TorchScript leaves out the other branch, and only that
             return self._in_one_call(x)
