@@ -39,6 +39,9 @@ def test_page_of_a_run(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureF
     [
         (["slak_nani"], "'slak_nano'"),
         (["runs/none"], "runs/none does not exist"),
+        (["BROKEN.pth"], "write NAME="),
+        (["RUN"], "has no training states yet"),
+        (["slak_nano", "--data", "BROKEN.tar"], "is not a readable, uncompressed tar archive"),
         (["slak_nano", "--compare", "slak_nani"], "'slak_nano'"),
         (["slak_nano", "--data", "MISSING"], "MISSING does not exist"),
         (["slak_nano", "--output", "FILE/report.html"], "is a file"),
@@ -59,10 +62,14 @@ def test_wrong_arguments(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     (tmp_path / "locked").mkdir()
+    (tmp_path / "run").mkdir()
+    for name in ("broken.pth", "broken.tar", "run/config.yaml"):
+        (tmp_path / name).write_text("seed: 0" if name == "run/config.yaml" else "garbage")
     if "LOCKED/report.html" in arguments:
         # Permissions do not stop an administrator, who may be running the tests.
         monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path / "locked")
-    named = {"FILE/report.html": tmp_path / "file" / "report.html", "FOLDER": tmp_path, "MISSING": tmp_path / "MISSING"}
+    named = {word: tmp_path / word.lower() for word in ("BROKEN.pth", "BROKEN.tar", "RUN")}
+    named |= {"FILE/report.html": tmp_path / "file" / "report.html", "FOLDER": tmp_path, "MISSING": tmp_path / "MISSING"}
     named["FILE/report.json"] = tmp_path / "file" / "report.json"
     named["LOCKED/report.html"] = tmp_path / "locked" / "report.html"
     assert main(["report", *(str(named.get(word, word)) for word in arguments)]) == 2

@@ -10,7 +10,7 @@ from pathlib import Path
 import jsonargparse
 
 from widekernel.cli.console import progress_console, progress_of_stages, result_console
-from widekernel.cli.output_files import check_output_folder
+from widekernel.cli.output_files import check_output_folder, make_folder
 from widekernel.cli.parsing import build, new_parser, parse
 from widekernel.data.paths import expand_path
 from widekernel.errors import ConfigError
@@ -84,10 +84,10 @@ def run(arguments: list[str]) -> int:
     with progress_of_stages() as advance:
         report = collect(subject, images, options, other, advance)
     text = render_page(report, shlex.join(["widekernel", "report", *arguments])).encode(errors="backslashreplace")
-    page.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(page.parent)
     write_file(page, text)
     if data_file is not None:
-        data_file.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(data_file.parent)
         write_file(data_file, (json.dumps(plain_data(report), indent=1, allow_nan=False) + "\n").encode())
     if len(text) > _MOST_BYTES:
         say(f"The page has {len(text) / 1e6:.1f} MB, which is more than usual.")

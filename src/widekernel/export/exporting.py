@@ -231,8 +231,17 @@ def _checked_run(model: nn.Module) -> Run:
     """Return the function that runs a network, and raises if it does not return one tensor with a row per image."""
 
     def run(images: Tensor) -> Tensor:
-        with torch.inference_mode():
-            found = model(images)
+        try:
+            with torch.inference_mode():
+                found = model(images)
+        except WidekernelError:
+            raise
+        except (RuntimeError, ValueError, AssertionError) as error:
+            height, width = images.shape[-2:]
+            raise ExportError(
+                f"The network fails on images of {height}×{width} pixels ({in_short(error).rstrip('.')}). Choose another "
+                "--input_size."
+            ) from error
         if not isinstance(found, Tensor):
             raise ExportError(
                 f"The network returns a {type(found).__name__}, but only networks with one output are exported."
