@@ -20,6 +20,7 @@ PROGRAM = ["--format", "torch-export"]
 @pytest.fixture(autouse=True)
 def _inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("widekernel.export.exporting.LATENCY_SECONDS", 0.02)
 
 
 def pictures(folder: Path, count: int = 3) -> Path:

@@ -17,7 +17,7 @@ import widekernel
 from widekernel.bench.machine import cpu_model, installed_version
 from widekernel.errors import ConfigError, WidekernelError, in_short
 from widekernel.export.base import ExportError, Format, GraphInputs, Run
-from widekernel.export.check import Comparison, compare, latencies, network_run, outputs
+from widekernel.export.check import LATENCY_SECONDS, Comparison, compare, latencies, network_run, outputs
 from widekernel.export.formats import format_named
 from widekernel.export.images import CheckImages, noise
 from widekernel.export.kernel_forms import Kernels, with_graph_kernels
@@ -166,7 +166,7 @@ def _export(
         probes = _probe(run, model, inputs)
         _require_equal(comparison, probes, settings)
         sample, ours = images.check[:1].repeat(settings.batch, 1, 1, 1), network_run(exported)
-        milliseconds = latencies({"widekernel": lambda: ours(sample), form.engine: lambda: run(sample)})
+        milliseconds = latencies({"widekernel": lambda: ours(sample), form.engine: lambda: run(sample)}, LATENCY_SECONDS)
         for source, target in zip(form.files(draft), form.files(path)):
             _put(source, target)
     report = ExportReport(
