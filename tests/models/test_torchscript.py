@@ -15,7 +15,9 @@ from timm.models._features_fx import create_feature_extractor
 from torch import nn
 
 from tests.models.zoo import alive, assert_near, create, every_family_once, images
+from tests.transforms.compaction import FREE, mask
 from widekernel import fold, ops, to_torch
+from widekernel.transforms.compaction import compact
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:FutureWarning")
 
@@ -64,6 +66,17 @@ def test_scripted_and_traced_networks_compute_the_same(name: str, form: str) -> 
         model(x)
     assert len(trace.calls) > 0
     assert "plain" not in trace.backends()
+
+
+def test_compacted_networks() -> None:
+    """timm's record of a network's arguments, which TorchScript must not read, does not exist for them."""
+    with torch.no_grad():
+        small = compact(mask(alive("slak_nano"), "channel", 0.5), FREE)
+        scripted = torch.jit.script(small)
+        for x in (images(), images(96, 3)):
+            assert_near(scripted(x), small(x))
+    assert operators(scripted) == {"aten"}
+    assert not kinds(torch.jit.freeze(scripted).inlined_graph) & {"prim::Loop", "aten::append", "aten::is_contiguous"}
 
 
 @pytest.mark.parametrize("name", ["replknet_nano", "slak_nano"])
