@@ -34,6 +34,7 @@ from widekernel.tasks.named_network import load_named
 
 RESULTS = Path(__file__).parent / "results"
 DATA, TABLE = RESULTS / "export_cpu.json", RESULTS / "export_cpu.md"
+TIMES = ("ours", "exported", "alone")
 NETWORKS = ("slak_tiny", "replknet_31b", "shiftwise_tiny")
 LAYERS = {  # channels, side of the image, length and width of the two strips
     "SLaK-T stage 1": (124, 56, 51, 5),
@@ -54,19 +55,20 @@ LAYERS = {  # channels, side of the image, length and width of the two strips
     "7×3, 14 pixels": (384, 14, 7, 3),
 }
 NOTES = """
-Times are the shortest of repeated calls, in milliseconds, for one image on one thread, while the machine did nothing else.
-"Ours" is the same form of the network in widekernel, called in turn with the file. Differences are relative to the largest
-output.
+Times are the shortest of repeated calls, in milliseconds, for one image on one thread. Those of networks were measured while
+the machine did nothing else, except those with a star: it was busy, so they are upper bounds, and equal calls differ by a
+factor of two between rows. "Ours" is the same form of the network in widekernel, called in turn with the file. Differences
+are relative to the largest output.
 """
 EIGHT_BITS = """
 Weights and activations have 8 bits, after calibration with 100 other photographs. The weights of the networks are random, so
-that the two largest outputs of an image are close together. "Ours" computes in float32. Networks without a time were not
-timed.
+that the two largest outputs of an image are close together. "Ours" computes in float32.
 """
 RULE = """
-The times, in milliseconds, are those of one layer. The exporter follows them: a sum of rectangles becomes one dense kernel
-if that has at most as many taps; otherwise, the rectangles remain. onnxruntime has fast depthwise convolutions only for a
-multiple of four channels. For it, channels are padded with zeros: 249 to 252, for instance.
+The times, in milliseconds, are those of one layer, measured on a busy machine. The exporter follows them: a sum of
+rectangles becomes one dense kernel if that has at most as many taps; otherwise, the rectangles remain. onnxruntime has fast
+depthwise convolutions only for a multiple of four channels. For it, channels are padded with zeros: 249 to 252, for
+instance.
 """
 
 
@@ -94,13 +96,15 @@ def main() -> None:
 
 
 def store(part: str, row: dict[str, Any]) -> None:
-    """Add a row to the file of results, in place of an earlier one on the same subject."""
+    """Add a row to the results, in place of an earlier one on the same subject; its times stay if the row has none."""
     found = stored()
     rows = found.setdefault(part, [])
     row["machine"] = machine()
     places = [i for i, old in enumerate(rows) if old["subject"] == row["subject"]]
     if places:
-        rows[places[0]] = row
+        old = rows[places[0]]
+        kept = {key: old[key] for key in TIMES if key in old and "exported" not in row and old["machine"] == row["machine"]}
+        rows[places[0]] = {**row, **kept}
     else:
         rows.append(row)
     DATA.write_text(json.dumps(found, indent=1) + "\n")
@@ -209,12 +213,12 @@ def network_row(
 
 
 def time_files(options: argparse.Namespace) -> None:
-    """Time the files whose rows have no times yet."""
+    """Time the files that have not been timed yet; the machine must do nothing else."""
     for part in ("networks", "int8"):
         for row in stored().get(part, []):
             name, form, kind = row["subject"].split(", ")
             wanted = name in options.names and form in options.forms and kind in options.formats
-            if not wanted or ("exported" in row and not options.again):
+            if not wanted or (row.get("alone") and not options.again):
                 continue
             model, saved = network(name)
             ours = network_run(fold(model) if form == "folded" else model)
@@ -224,7 +228,7 @@ def time_files(options: argparse.Namespace) -> None:
                 "ours": lambda ours=ours, images=images: ours(images),
                 "exported": lambda run=run, images=images: run(images),
             }
-            store(part, {**row, **latencies(calls, options.seconds / 2)})
+            store(part, {**row, **latencies(calls, options.seconds / 2), "alone": True})
 
 
 @torch.no_grad()
@@ -256,12 +260,18 @@ def network_table(rows: list[dict[str, Any]]) -> list[str]:
     lines = header("network", "MB", "largest difference", "same top class", "ms", "ours, ms")
     for row in rows:
         # The same network, timed once for each format.
-        same = [other["ours"] for other in rows if subject(other) == subject(row) and "ours" in other]
+        same = [other for other in rows if subject(other) == subject(row)]
         share = f"{100 * row['agreement']:.0f} % of {row['images']}"
         cells = [row["subject"], f"{row['megabytes']:.0f}", f"{row['difference']:.1e}", share]
-        times = f"{row['exported']:.0f}" if "exported" in row else "", f"{min(same):.0f}" if same else ""
-        lines.append(line([*cells, *times]))
+        lines.append(line([*cells, shortest([row], "exported"), shortest(same, "ours")]))
     return lines
+
+
+def shortest(rows: list[dict[str, Any]], key: str) -> str:
+    """Return the shortest time of the rows that were timed alone; if there are none, that of all rows, with a star."""
+    alone = [row[key] for row in rows if row.get("alone")]
+    times = alone or [row[key] for row in rows if key in row]
+    return f"{min(times):.0f}{'' if alone else ' *'}" if times else ""
 
 
 def subject(row: dict[str, Any]) -> str:
