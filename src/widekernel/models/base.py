@@ -101,7 +101,8 @@ class StagedConvNet(Fusable, nn.Module):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        cls._model_args = StagedConvNet._model_args  # TorchScript looks for it in the class itself, not in its bases
+        # TorchScript looks for ignored properties in the class itself, not in its bases.
+        cls._model_args = StagedConvNet._model_args  # type: ignore[method-assign]
 
     def __init__(
         self,
