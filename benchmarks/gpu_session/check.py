@@ -44,7 +44,10 @@ def row_of(job: Job) -> dict[str, Any]:
         "pass": job.direction,
         "layout": "NHWC" if problem.channels_last else "NCHW",
         "shape": "x".join(map(str, problem.shape)),
-        "kernels": "+".join(f"{kh}x{kw}" for kh, kw in problem.kernels),
+        "kernels": "+".join(
+            f"{kh}x{kw}" + (f"*{dilation}" if dilation != 1 else "")
+            for (kh, kw), dilation in zip(problem.kernels, problem.dilations)
+        ),
         "config": str(job.config),
         "in_use": int(job.chosen),
         "limit": TF32_TOLERANCE if problem.tf32 else TOLERANCE[problem.dtype],

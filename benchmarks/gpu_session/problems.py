@@ -34,17 +34,23 @@ PASSES = {
 }
 
 Size = tuple[int, int]
+DILATED_BLOCK = ((13, 1), (5, 1), (7, 2), (3, 3), (3, 4), (3, 5))
+"""Sizes and dilations of the branches of UniRepLKNet's dilated block."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer: images (N, C, H, W), the rectangles to convolve them with, and whether its network is tuned."""
+    """A layer: images (N, C, H, W), the rectangles to convolve them with, and whether its network is tuned.
+
+    Without `dilations`, all of them are 1.
+    """
 
     name: str
     shape: tuple[int, int, int, int]
     kernels: tuple[Size, ...]
     channels_last: bool = False
     tuned: bool = False
+    dilations: tuple[int, ...] = ()
 
     def small(self) -> Layer:
         """Return a tiny layer of the same kind: a few images, channels and pixels, and kernels in proportion."""
@@ -65,6 +71,9 @@ def layers() -> list[Layer]:
         found.append(_square(f"replknet-{stage}", channels, extent, (size, size), (5, 5), tuned=True))
     for stage, (channels, extent, size) in enumerate([(124, 56, 51), (249, 28, 49), (499, 14, 47), (998, 7, 13)], 1):
         found.append(_square(f"slak-{stage}", channels, extent, (size, 5), (5, size), (5, 5), tuned=True))
+    for stage, channels, extent in ((2, 160, 28), (4, 640, 7)):
+        block = _square(f"unireplknet-{stage}", channels, extent, *((size, size) for size, _ in DILATED_BLOCK))
+        found.append(replace(block, dilations=tuple(dilation for _, dilation in DILATED_BLOCK)))
     return [
         *found,
         _square("convnext-1-channels_last", 96, 56, (7, 7), last=True),
@@ -75,6 +84,8 @@ def layers() -> list[Layer]:
         Layer("odd-sizes", (5, 19, 29, 37), ((17, 23), (3, 3))),
         Layer("tall-and-narrow", (3, 33, 57, 10), ((31, 3), (3, 5))),
         Layer("one-image", (1, 40, 100, 96), ((31, 31), (5, 5))),
+        Layer("dilated-odd-sizes", (5, 19, 29, 37), ((7, 7), (3, 5), (4, 2)), dilations=(2, 5, 7)),
+        Layer("dilated-channels_last", (16, 96, 28, 28), ((5, 5), (3, 3)), channels_last=True, dilations=(2, 5)),
     ]
 
 
@@ -98,13 +109,14 @@ def problems(layer: Layer, kind: str, device: str) -> Iterator[Problem]:
     """Yield the problems of a layer: folded, forward in training, and gradients."""
     dtype, tf32 = KINDS[kind]
     anchors = tuple((kh // 2, kw // 2) for kh, kw in layer.kernels)
+    dilations = layer.dilations or (1,) * len(anchors)
 
     def problem(op: str, chosen: Sequence[int]) -> Problem:
-        kernels, at = tuple(layer.kernels[i] for i in chosen), tuple(anchors[i] for i in chosen)
-        return Problem(op, device, dtype, layer.shape, kernels, at, layer.channels_last, tf32=tf32)
+        kernels, at, apart = (tuple(values[i] for i in chosen) for values in (layer.kernels, anchors, dilations))
+        return Problem(op, device, dtype, layer.shape, kernels, at, layer.channels_last, tf32=tf32, dilations=apart)
 
     every = range(len(layer.kernels))
-    yield problem(DEPTHWISE_SUM, maximal(layer.kernels))
+    yield problem(DEPTHWISE_SUM, maximal(layer.kernels, dilations))
     if len(every) > 1:
         yield problem(DEPTHWISE_BRANCHES, every)
         yield problem(DEPTHWISE_SUM_OF_BRANCHES, every)
@@ -112,14 +124,16 @@ def problems(layer: Layer, kind: str, device: str) -> Iterator[Problem]:
         yield problem(DEPTHWISE_WEIGHT_GRAD, [number])
 
 
-def maximal(kernels: Sequence[Size]) -> list[int]:
-    """Return the indices of the rectangles of the folded layer: rectangles inside another one are added to it."""
-    distinct = sorted({size: number for number, size in reversed(list(enumerate(kernels)))}.values())
-    return [i for i in distinct if not any(i != j and _covers(kernels[j], kernels[i]) for j in distinct)]
+def maximal(kernels: Sequence[Size], dilations: Sequence[int]) -> list[int]:
+    """Return the indices of the rectangles of the folded layer: rectangles inside one without gaps are added to it."""
+    rects = list(zip(kernels, dilations))
+    distinct = sorted({rect: number for number, rect in reversed(list(enumerate(rects)))}.values())
+    return [i for i in distinct if not any(i != j and _covers(*rects[j], *rects[i]) for j in distinct)]
 
 
-def _covers(outer: Size, inner: Size) -> bool:
-    return outer[0] >= inner[0] and outer[1] >= inner[1]
+def _covers(outer: Size, gaps: int, inner: Size, dilation: int) -> bool:
+    inside = all((size - 1) * dilation < around for size, around in zip(inner, outer))
+    return gaps == 1 and inside
 
 
 def jobs(device: str, chip: Chip, name: str, small: bool = False) -> list[Job]:

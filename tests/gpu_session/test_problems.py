@@ -13,7 +13,7 @@ import pytest
 import torch
 from benchmarks.gpu_session import check, problems
 from benchmarks.gpu_session.correctness import Run, Worker
-from benchmarks.gpu_session.problems import KINDS, PASSES, Job, jobs, layers, maximal
+from benchmarks.gpu_session.problems import DILATED_BLOCK, KINDS, PASSES, Job, jobs, layers, maximal
 from benchmarks.gpu_session.stages import NETWORKS, TUNED_CANDIDATES
 
 from tests.ops.gpu.helpers import DEVICE
@@ -50,9 +50,23 @@ def test_jobs_cover_every_kernel_type_and_pass(few: list[Job]) -> None:
 def test_layers_are_those_that_are_tuned_and_folded() -> None:
     tuned = [layer for layer in layers() if layer.tuned]
     assert len(tuned) == 4 * len(NETWORKS) and problems.TRIED == TUNED_CANDIDATES
-    folded = {layer.name: [layer.kernels[i] for i in maximal(layer.kernels)] for layer in tuned}
+    folded = {}
+    for layer in layers():
+        chosen = maximal(layer.kernels, layer.dilations or (1,) * len(layer.kernels))
+        folded[layer.name] = [layer.kernels[i] for i in chosen]
     assert folded["replknet-1"] == [(31, 31)] and folded["slak-1"] == [(51, 5), (5, 51)]
-    assert maximal([(3, 3), (3, 3)]) == [0]
+    assert folded["unireplknet-2"] == [(13, 13)]
+    assert maximal([(3, 3), (3, 3)], [1, 1]) == [0]
+    # A dilated kernel has room for no other one, and needs as much as its outer taps span.
+    assert maximal([(3, 3), (5, 5)], [2, 1]) == [1] and maximal([(3, 3), (5, 5)], [3, 1]) == [0, 1]
+    assert maximal([(7, 7), (3, 3)], [2, 1]) == [0, 1]
+
+
+def test_jobs_cover_dilated_kernels_in_every_pass_and_by_every_kernel(few: list[Job]) -> None:
+    dilated = [job for job in few if job.problem.dilated]
+    assert {(job.kind, job.direction) for job in dilated} == {(kind, of) for kind in KINDS for of in PASSES.values()}
+    assert {"toeplitz", "flat", "toeplitz weight gradient", "flat weight gradient"} <= {job.config.method for job in dilated}
+    assert any(job.problem.dilations == tuple(d for _, d in DILATED_BLOCK) for job in dilated)
 
 
 @pytest.mark.interpreted

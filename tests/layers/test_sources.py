@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.layers.helpers import assert_close, image, tall_strip, wide_strip
+from widekernel import ops
 from widekernel.layers import (
     KernelSource,
     LargeKernel,
@@ -184,12 +185,14 @@ def test_rectangles_with_dilations(whole: int) -> None:
         for k, step in zip(source.kernels, steps)
     ]
     check(source, want, x)
-    assert [rect.size for rect in rects_of(source) or []] == [
-        ((h - 1) * s + 1, (w - 1) * s + 1) for (h, w), s in zip(sizes, steps)
-    ]
+    rects = rects_of(source) or []
+    assert [(rect.size, rect.dilation) for rect in rects] == list(zip(sizes, steps))
     assert source.extents() == [(7, 7), (7, 7), (5, 1), (1, 1)]
-    assert source.taps() == C * (49 + 9 + 3 + 1) and source.published_macs(4, 5) == 20 * source.taps()
-    assert [tuple(kernel.shape[2:]) for kernel in source.kernels] == sizes
+    assert source.published_macs(4, 5) == 20 * C * (49 + 9 + 3 + 1)
+    with ops.trace() as calls:
+        source.responses(x)
+    ran = [rect for _, problem in calls.calls for rect in zip(problem.kernels, problem.dilations)]
+    assert ran == list(zip(sizes, steps))
     assert "dilations=[1, 3, 2, 4]" in repr(source) and "dilations" not in repr(Rectangles(C, sizes))
     gradients = torch.autograd.grad(
         sum((i + 1) * y.square().sum() for i, y in enumerate(source.responses(x))), source.kernels
@@ -413,7 +416,7 @@ def test_old_names_of_the_sizes_work_and_warn(kind: type) -> None:
         (lambda: Rectangles(C, [(3, -1)]), "kernel size -1 is not a positive odd number"),
         (lambda: Rectangles(C, [(3, True)]), "kernel size True is not"),
         (lambda: Rectangles(C, [(3, 3)], [1, 2]), "2 dilations for 1 branches: give one for each"),
-        (lambda: Rectangles(C, [(3, 3)], [0]), "dilation 0 is not a positive whole number"),
+        (lambda: Rectangles(C, [(3, 3)], [0]), "dilation is 0: .* positive whole number"),
         (lambda: ShiftTiles(C, 9, 3, paths=0), "paths=0 and groups=1 must both be at least 1"),
         (lambda: ShiftTiles(C, 9, 3, groups=0), "paths=1 and groups=0"),
         (lambda: ShuffledStrips(C, 9, 3, branches=0), "branches=0 must be at least 1"),

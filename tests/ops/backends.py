@@ -13,7 +13,7 @@ from tests.ops.cases import Case
 from widekernel import ops
 from widekernel.ops import dispatch, reference
 from widekernel.ops.backends.base import Backend, Operator
-from widekernel.ops.backends.reference import ReferenceBackend
+from widekernel.ops.backends.reference import ReferenceBackend, with_dilations
 from widekernel.ops.backends.torch_conv import TorchConvBackend
 from widekernel.ops.problem import DEPTHWISE_SUM, DEPTHWISE_WEIGHT_GRAD, Problem
 
@@ -25,6 +25,7 @@ class TestBackend(Backend):
     """The reference under another name, with given reasons against itself."""
 
     __test__ = False
+    computes_dilated = True
 
     def __init__(self, name: str = "test", *reasons: str, only: str | None = None) -> None:
         self._name, self.reasons, self.only = name, list(reasons), only
@@ -42,7 +43,7 @@ class TestBackend(Backend):
         return [*self.reasons, *wrong]
 
     def prepare(self, problem: Problem) -> Operator:
-        return self.compute[problem.op]
+        return with_dilations(self.compute[problem.op], problem)
 
 
 class Fused(TestBackend):
@@ -59,14 +60,24 @@ class Fused(TestBackend):
     def reasons_against(self, problem: Problem) -> list[str]:
         return self.reasons if problem.op in self.against else []
 
-    def branches(self, x: Tensor, kernels: Sequence[Tensor], anchors: Anchors) -> list[Tensor]:
+    def branches(
+        self, x: Tensor, kernels: Sequence[Tensor], anchors: Anchors, dilations: Sequence[int] | None = None
+    ) -> list[Tensor]:
         self.received.append((BRANCHES, x, kernels, anchors))
-        return [reference.depthwise_sum(x, [kernel], [anchor]) for kernel, anchor in zip(kernels, anchors)]
+        return self.separately([x] * len(kernels), kernels, anchors, dilations)
 
-    def sum_of_branches(self, xs: Sequence[Tensor], kernels: Sequence[Tensor], anchors: Anchors) -> Tensor:
+    def sum_of_branches(
+        self, xs: Sequence[Tensor], kernels: Sequence[Tensor], anchors: Anchors, dilations: Sequence[int] | None = None
+    ) -> Tensor:
         self.received.append((SUM_OF_BRANCHES, xs, kernels, anchors))
-        parts = [reference.depthwise_sum(x, [k], [a]) for x, k, a in zip(xs, kernels, anchors)]
+        parts = self.separately(xs, kernels, anchors, dilations)
         return sum(parts[1:], parts[0])
+
+    def separately(
+        self, xs: Sequence[Tensor], kernels: Sequence[Tensor], anchors: Anchors, dilations: Sequence[int] | None
+    ) -> list[Tensor]:
+        rects = zip(xs, kernels, anchors, dilations or [1] * len(kernels))
+        return [reference.depthwise_sum(x, [k], [a], dilations=(d,)) for x, k, a, d in rects]
 
 
 class OnlyForward(Fused):
@@ -112,4 +123,5 @@ def use_portable_and_reference(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def several(case: Case) -> Case:
     """Add branches to those of a case, so that there are always several."""
-    return Case(case.name, case.shape, (*case.rects, (3, 2, (1, 1)), (1, 5, None)))
+    dilations = None if case.dilations is None else (*case.dilations, 2, 1)
+    return Case(case.name, case.shape, (*case.rects, (3, 2, (1, 1)), (1, 5, None)), dilations)

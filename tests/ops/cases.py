@@ -15,11 +15,12 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 4e-3, tor
 
 @dataclass(frozen=True)
 class Case:
-    """An image and rectangles with their anchors; an anchor of None is the middle tap."""
+    """An image and rectangles with their anchors; an anchor of None is the middle tap, dilations of None are all 1."""
 
     name: str
     shape: tuple[int, int, int, int]
     rects: tuple[tuple[int, int, tuple[int, int] | None], ...]
+    dilations: tuple[int, ...] | None = None
 
     @property
     def anchors(self) -> list[tuple[int, int]]:
@@ -51,6 +52,12 @@ CASES = [
     Case("wide-anchored-left", (2, 2, 5, 12), ((3, 17, (1, 2)),)),
     Case("crossed-strips", (2, 3, 9, 8), ((13, 3, None), (3, 13, None), (3, 3, None))),
     Case("strips-of-tiles", (2, 2, 8, 9), ((3, 15, (1, 6)), (15, 3, (6, 1)), (1, 1, None))),
+]
+DILATED = [
+    Case("dilated", (2, 3, 9, 8), ((3, 3, None),), (2,)),
+    Case("dilated-block", (1, 2, 9, 10), ((7, 7, None), (5, 5, None), (3, 3, None), (3, 3, None)), (1, 2, 3, 4)),
+    Case("dilated-even-anchored", (2, 2, 7, 6), ((4, 2, (3, 0)), (2, 11, (0, 8)), (1, 1, None)), (2, 3, 6)),
+    Case("dilated-beyond-the-image", (2, 2, 3, 5), ((3, 3, None), (5, 4, (0, 3)), (2, 2, None)), (3, 2, 6)),
 ]
 EMPTY = [
     Case("no-image", (0, 3, 4, 4), ((3, 3, None), (3, 11, None))),
@@ -85,17 +92,22 @@ LAYOUTS = {
 
 
 def definition(
-    x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[tuple[int, int]], bias: Tensor | None = None
+    x: Tensor,
+    kernels: Sequence[Tensor],
+    anchors: Sequence[tuple[int, int]],
+    bias: Tensor | None = None,
+    dilations: Sequence[int] | None = None,
 ) -> Tensor:
     """Compute the operator by padding, slicing and multiplying, which PyTorch differentiates automatically."""
     height, width = x.shape[-2:]
     y = torch.zeros_like(x) if bias is None else torch.zeros_like(x) + bias.view(-1, 1, 1)
-    for kernel, (row, column) in zip(kernels, anchors):
+    for kernel, (row, column), d in zip(kernels, anchors, dilations or [1] * len(kernels)):
         kh, kw = kernel.shape[-2:]
-        padded = F.pad(x, (column, kw - 1 - column, row, kh - 1 - row))
+        padded = F.pad(x, (column * d, (kw - 1 - column) * d, row * d, (kh - 1 - row) * d))
         for u in range(kh):
             for v in range(kw):
-                y = y + kernel[:, 0, u, v].view(-1, 1, 1) * padded[..., u : u + height, v : v + width]
+                read = padded[..., u * d : u * d + height, v * d : v * d + width]
+                y = y + kernel[:, 0, u, v].view(-1, 1, 1) * read
     return y
 
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from tests.ops.backends import BRANCHES, SUM_OF_BRANCHES, Fused, Kernels, registered, several
-from tests.ops.cases import CASES, EMPTY, LAYOUTS, Case, assert_close, definition
+from tests.ops.cases import CASES, DILATED, EMPTY, LAYOUTS, Case, assert_close, definition
 from widekernel import ops
 from widekernel.errors import ArgumentError
 from widekernel.ops.cpu import library
 
-MANY = [several(case) for case in CASES]
+MANY = [several(case) for case in CASES + DILATED]
 CROSS = next(case for case in CASES if case.name == "crossed-strips")
 NATIVE = pytest.param("native", marks=pytest.mark.skipif(library.load().reason is not None, reason="no native library"))
 SUM, WEIGHT_GRAD = "depthwise_sum", "depthwise_weight_grad"
@@ -33,13 +33,14 @@ def is_fused(backend: str) -> bool:
 
 def outputs_and_gradients(case: Case, tensors: tuple, grads: list[Tensor], backend: str | None) -> list[Tensor]:
     inputs = [t.detach().requires_grad_() for t in (tensors[0], *tensors[1])]
-    ys = ops.depthwise_branches(inputs[0], inputs[1:], case.anchors, backend=backend)
+    ys = ops.depthwise_branches(inputs[0], inputs[1:], case.anchors, backend=backend, dilations=case.dilations)
     return [*(y.detach() for y in ys), *torch.autograd.grad(ys, inputs, grads)]
 
 
 def exact(case: Case, tensors: tuple, grads: list[Tensor]) -> list[Tensor]:
     inputs = [t.detach().double().requires_grad_() for t in (tensors[0], *tensors[1])]
-    ys = [definition(inputs[0], [kernel], [anchor]) for kernel, anchor in zip(inputs[1:], case.anchors)]
+    rects = zip(inputs[1:], case.anchors, case.dilations or (1,) * len(case.rects))
+    ys = [definition(inputs[0], [kernel], [anchor], None, [step]) for kernel, anchor, step in rects]
     return [*(y.detach() for y in ys), *torch.autograd.grad(ys, inputs, [grad.double() for grad in grads])]
 
 

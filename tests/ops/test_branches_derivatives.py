@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -26,7 +27,9 @@ from tests.ops.derivatives import (
 )
 from widekernel import ops
 
+Dilations = tuple[int, int, int] | None
 ANCHORS = [(0, 3), (1, 0), (0, 0)]
+GAPS = pytest.mark.parametrize("dilations", [None, (1, 2, 3)], ids=str)
 NAMES = ("x", "wide", "square", "tap")
 BACKENDS = {"portable": None, "fused": Fused, "only-forward": OnlyForward, "only-backward": OnlyBackward}
 
@@ -57,14 +60,29 @@ def ours(x: Tensor, *kernels: Tensor) -> Tensor:
     return mixed(ops.depthwise_branches(x, kernels, ANCHORS))
 
 
-def theirs(x: Tensor, *kernels: Tensor) -> Tensor:
-    return mixed([definition(x, [kernel], [anchor]) for kernel, anchor in zip(kernels, ANCHORS)])
+def theirs(x: Tensor, *kernels: Tensor, dilations: tuple[int, ...] = (1, 1, 1)) -> Tensor:
+    rects = zip(kernels, ANCHORS, dilations)
+    return mixed([definition(x, [kernel], [anchor], None, [dilation]) for kernel, anchor, dilation in rects])
 
 
+@GAPS
 @pytest.mark.parametrize("check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])
-def test_numerical_gradients(check) -> None:
+def test_numerical_gradients(check, dilations: Dilations) -> None:
     inputs = [t.requires_grad_() for t in arguments()]
-    assert check(lambda x, *kernels: ops.depthwise_branches(x, kernels, ANCHORS), inputs, fast_mode=True)
+    assert check(
+        lambda x, *kernels: ops.depthwise_branches(x, kernels, ANCHORS, dilations=dilations), inputs, fast_mode=True
+    )
+
+
+def test_function_transforms_of_dilated_kernels() -> None:
+    def dilated(x: Tensor, *kernels: Tensor) -> Tensor:
+        return mixed(ops.depthwise_branches(x, kernels, ANCHORS, dilations=(2, 1, 3)))
+
+    same = partial(theirs, dilations=(2, 1, 3))
+    assert_equal_gradients(dilated, same, arguments())
+    for which in ((True,) * 4, (False, True, False, False)):
+        assert_equal_vmap(dilated, same, which, arguments(3), arguments())
+        assert_equal_per_sample_gradients(dilated, same, which, arguments(3), arguments())
 
 
 def test_the_second_derivative_is_fused_too() -> None:
@@ -84,15 +102,17 @@ def test_func_grad() -> None:
     assert_equal_gradients(ours, theirs, arguments())
 
 
-def test_func_grad_of_some_branches() -> None:
-    args = arguments()
+@GAPS
+def test_func_grad_of_some_branches(dilations: Dilations) -> None:
+    args, steps = arguments(), dilations or (1, 1, 1)
 
     def some(x: Tensor, *kernels: Tensor) -> Tensor:
-        first, _, last = ops.depthwise_branches(x, kernels, ANCHORS)
-        return (first * last).sum()
+        _, middle, last = ops.depthwise_branches(x, kernels, ANCHORS, dilations=dilations)
+        return (middle * last).sum()
 
     def same(x: Tensor, *kernels: Tensor) -> Tensor:
-        return (definition(x, kernels[:1], ANCHORS[:1]) * definition(x, kernels[2:], ANCHORS[2:])).sum()
+        middle, last = (definition(x, kernels[b : b + 1], ANCHORS[b : b + 1], None, steps[b : b + 1]) for b in (1, 2))
+        return (middle * last).sum()
 
     everything = (0, 1, 2, 3)
     for mine, truth in zip(grad(some, everything)(*args), grad(same, everything)(*args)):

@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tests.ops.backends import BRANCHES, SUM_OF_BRANCHES, Fused, registered, several
-from tests.ops.cases import CASES, EMPTY, LAYOUTS, Case, assert_close, definition
+from tests.ops.cases import CASES, DILATED, EMPTY, LAYOUTS, Case, assert_close, definition
 from tests.ops.test_registration import AMBIGUOUS
 from widekernel import ops
 from widekernel.layers import LargeKernel, Rectangles
@@ -38,8 +38,9 @@ def _fused(request: pytest.FixtureRequest) -> Iterator[None]:
 def strides(case: Case, x: Tensor, kernels: list[Tensor], backend: str) -> list[tuple]:
     """Return the strides of the branches, and those of their sum."""
     flat = registration.flatten_anchors(case.anchors)
-    ys = BRANCHES_OP(x, kernels, flat, backend, "")
-    total = SUM_OF_BRANCHES_OP([x] * len(kernels), kernels, flat, backend, "")
+    options = backend, "", list(case.dilations or ())
+    ys = BRANCHES_OP(x, kernels, flat, *options)
+    total = SUM_OF_BRANCHES_OP([x] * len(kernels), kernels, flat, *options)
     return [(y.shape, y.dtype, y.stride()) for y in (*ys, total)]
 
 
@@ -49,13 +50,13 @@ def check_strides(case: Case, x: Tensor, kernels: list[Tensor], backend: str) ->
     with mode:
         promised = strides(case, fake[0], fake[1:], backend)
     assert strides(case, x, kernels, backend) == promised
-    ys = ops.depthwise_branches(x, kernels, case.anchors, backend=backend)
+    ys = ops.depthwise_branches(x, kernels, case.anchors, backend=backend, dilations=case.dilations)
     assert [(y.shape, y.dtype, y.stride()) for y in ys] == promised[:-1]
 
 
 @BACKENDS
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", [several(case) for case in CASES + EMPTY], ids=str)
+@pytest.mark.parametrize("case", [several(case) for case in CASES + DILATED + EMPTY], ids=str)
 def test_strides_are_those_of_the_fake_implementation(case: Case, layout: str, backend: str) -> None:
     x, kernels, _ = case.tensors(torch.float32)
     check_strides(case, LAYOUTS[layout](x), kernels, backend)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -21,7 +24,9 @@ from tests.ops.derivatives import (
 )
 from widekernel import ops
 
+Dilations = tuple[int, int] | None
 ANCHORS = [(0, 3), (1, 0)]
+GAPS = pytest.mark.parametrize("dilations", [None, (1, 2), (2, 1)], ids=str)
 NAMES = ("x", "wide", "square", "bias")
 
 
@@ -32,26 +37,41 @@ def arguments(batch: int | None = None) -> list[Tensor]:
     return [torch.randn(*lead, *shape, dtype=torch.float64) for shape in shapes]
 
 
-def ours(x: Tensor, wide: Tensor, square: Tensor, bias: Tensor) -> Tensor:
-    return ops.depthwise_sum(x, [wide, square], ANCHORS, bias)
+def ours(x: Tensor, wide: Tensor, square: Tensor, bias: Tensor, dilations: Dilations = None) -> Tensor:
+    return ops.depthwise_sum(x, [wide, square], ANCHORS, bias, dilations=dilations)
 
 
-def theirs(x: Tensor, wide: Tensor, square: Tensor, bias: Tensor) -> Tensor:
-    return definition(x, [wide, square], ANCHORS, bias)
+def theirs(x: Tensor, wide: Tensor, square: Tensor, bias: Tensor, dilations: Dilations = None) -> Tensor:
+    return definition(x, [wide, square], ANCHORS, bias, dilations)
 
 
+def both(dilations: Dilations) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """Return our function and PyTorch's, with dilations."""
+    return partial(ours, dilations=dilations), partial(theirs, dilations=dilations)
+
+
+@GAPS
 @pytest.mark.parametrize("backend", ["portable", "reference"])
 @pytest.mark.parametrize("check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])
-def test_numerical_gradients_of_the_sum(check, backend: str) -> None:
+def test_numerical_gradients_of_the_sum(check, backend: str, dilations: Dilations) -> None:
     inputs = [t.requires_grad_() for t in arguments()]
-    assert check(lambda x, a, b, c: ops.depthwise_sum(x, [a, b], ANCHORS, c, backend=backend), inputs, fast_mode=True)
+
+    def function(x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        return ops.depthwise_sum(x, [a, b], ANCHORS, c, backend=backend, dilations=dilations)
+
+    assert check(function, inputs, fast_mode=True)
 
 
+@pytest.mark.parametrize("dilation", [1, 2])
 @pytest.mark.parametrize("backend", ["portable", "reference"])
 @pytest.mark.parametrize("check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])
-def test_numerical_gradients_of_the_weight_gradient(check, backend: str) -> None:
+def test_numerical_gradients_of_the_weight_gradient(check, backend: str, dilation: int) -> None:
     x, g = (torch.randn(2, 2, 3, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    assert check(lambda x, g: ops.depthwise_weight_grad(x, g, (2, 4), (0, 3), backend=backend), [x, g], fast_mode=True)
+
+    def function(x: Tensor, g: Tensor) -> Tensor:
+        return ops.depthwise_weight_grad(x, g, (2, 4), (0, 3), backend=backend, dilation=dilation)
+
+    assert check(function, [x, g], fast_mode=True)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -65,8 +85,9 @@ def test_numerical_gradients_with_a_wide_kernel(layout: str) -> None:
     assert torch.autograd.gradgradcheck(lambda x, k: ops.depthwise_sum(x, [k], [(0, 7)]), inputs)
 
 
-def test_func_grad() -> None:
-    assert_equal_gradients(ours, theirs, arguments())
+@GAPS
+def test_func_grad(dilations: Dilations) -> None:
+    assert_equal_gradients(*both(dilations), arguments())
 
 
 def mapped_id(which: tuple[bool, ...]) -> str:
@@ -83,13 +104,28 @@ def test_vmap_of_the_outputs(which: tuple[bool, ...]) -> None:
     assert_equal_vmap(ours, theirs, which, arguments(3), arguments())
 
 
+@pytest.mark.parametrize("which", [(True,) * 4, (True, False, False, False), (False, True, False, False)], ids=mapped_id)
+def test_function_transforms_of_dilated_kernels(which: tuple[bool, ...]) -> None:
+    functions = both((2, 1))
+    assert_equal_vmap(*functions, which, arguments(3), arguments())
+    assert_equal_per_sample_gradients(*functions, which, arguments(3), arguments())
+
+
+def test_second_derivatives_of_dilated_kernels() -> None:
+    args = [t[:, :1] if t.dim() == 4 and t.shape[1] == 2 else t[:1] for t in arguments()]
+    for first, second in ((0, 0), (0, 1), (2, 0), (1, 2)):
+        assert_equal_hessians(*both((2, 1)), args, first, second)
+
+
 @pytest.mark.parametrize("which", [(True, True), (True, False), (False, True)], ids=["both", "x", "gradient"])
 def test_vmap_of_the_weight_gradient(which: tuple[bool, bool]) -> None:
     x, g = (torch.randn(*([3] if mapped else []), 2, 2, 3, 3, dtype=torch.float64) for mapped in which)
-    got = vmap(lambda x, g: ops.depthwise_weight_grad(x, g, (2, 4), (0, 3)), tuple(0 if m else None for m in which))(x, g)
-    for i in range(3):
-        args = [t[i] if mapped else t for mapped, t in zip(which, (x, g))]
-        assert_close(got[i], ops.depthwise_weight_grad(*args, (2, 4), (0, 3), backend="reference"))
+    for step in (1, 2):
+        of = partial(ops.depthwise_weight_grad, kernel_size=(2, 4), anchor=(0, 3), dilation=step)
+        got = vmap(of, tuple(0 if m else None for m in which))(x, g)
+        for i in range(3):
+            args = [t[i] if mapped else t for mapped, t in zip(which, (x, g))]
+            assert_close(got[i], of(*args, backend="reference"))
 
 
 def test_nested_vmap() -> None:
@@ -106,14 +142,15 @@ def test_hessians(first: int, second: int) -> None:
     assert_equal_hessians(ours, theirs, args, first, second)
 
 
+@pytest.mark.parametrize("dilations", [None, (2, 1)], ids=str)
 @pytest.mark.parametrize("backend", ["portable", "reference"])
 @pytest.mark.parametrize("position", range(4), ids=NAMES)
-def test_vectorized_jacobians(position: int, backend: str) -> None:
+def test_vectorized_jacobians(position: int, backend: str, dilations: Dilations) -> None:
     args = arguments()
 
     def of_one(value: Tensor) -> Tensor:
         x, wide, square, bias = (*args[:position], value, *args[position + 1 :])
-        return ops.depthwise_sum(x, [wide, square], ANCHORS, bias, backend=backend).sin()
+        return ops.depthwise_sum(x, [wide, square], ANCHORS, bias, backend=backend, dilations=dilations).sin()
 
     assert_vectorized_jacobian(of_one, args[position])
 
@@ -124,7 +161,7 @@ def test_vectorized_jacobians_of_the_weight_gradient(position: int) -> None:
 
     def of_one(value: Tensor) -> Tensor:
         x, g = (value, args[1]) if position == 0 else (args[0], value)
-        return ops.depthwise_weight_grad(x, g, (2, 4), (0, 3))
+        return ops.depthwise_weight_grad(x, g, (2, 4), (0, 3), dilation=2)
 
     jacobian = torch.autograd.functional.jacobian
     assert_close(jacobian(of_one, args[position], vectorize=True), jacobian(of_one, args[position]))

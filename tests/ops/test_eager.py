@@ -61,6 +61,11 @@ WRONG = {
     "scale-type": ({"scale": B.double()}, "scale has dtype torch.float64"),
     "scale-shape": ({"scale": B[:1]}, r"scale has shape \(1,\)"),
     "algorithm": ({"algorithm": "fast"}, "unknown algorithm 'fast'"),
+    "bool-dilation": ({"dilations": [True]}, r"dilations\[0\] is True: .*positive whole number"),
+    "float-dilation": ({"dilations": [1.0]}, r"dilations\[0\] is 1\.0: .*positive whole number"),
+    "no-dilation": ({"dilations": [0]}, r"dilations\[0\] is 0: .*positive whole number"),
+    "missing-dilation": ({"dilations": []}, "1 kernels but 0 dilations: every rectangle needs one"),
+    "bare-dilation": ({"dilations": 2}, "dilations is 2: it must be a list with one whole number for each kernel"),
 }
 
 
@@ -82,11 +87,30 @@ def test_wrong_arguments_of_branches_are_refused_after_right_ones(wrong: str, gr
     change, message = WRONG[wrong]
     if isinstance(kernels := change.get("kernels", [K]), list) and kernels:
         change = {**change, "kernels": [K, *kernels], "anchors": [(1, 1), *change.get("anchors", [(1, 1)])]}
+        if isinstance(dilations := change.get("dilations"), list):
+            change["dilations"] = [1, *dilations]
         message = message.replace("[0", "[1").replace("1 kernels but 0", "2 kernels but 1")
     arguments = {"x": X.clone().requires_grad_(grad), **change}
     ops.depthwise_branches(arguments["x"], [K, K])
     with pytest.raises(ArgumentError, match=message):
         ops.depthwise_branches(**arguments)
+
+
+def test_dilated_calls_are_found_and_told_apart() -> None:
+    wide = torch.randn(3, 1, 2, 5)
+    for _ in range(2):
+        for dilations in (None, [1, 1], [1, 2], (2, 1)):
+            steps = tuple(dilations or (1, 1))
+            with ops.trace() as trace:
+                y = ops.depthwise_sum(X, [K, wide], dilations=dilations)
+                ys = ops.depthwise_branches(X, [K, wide], dilations=dilations)
+            assert [problem.dilations for _, problem in trace.calls] == [steps, steps[:1], steps[1:]]
+            assert eager.find_sum(X, [K, wide], None, None, None, None, None, dilations).problem.dilations == steps
+            want = [ops.depthwise_sum(X, [k], backend="reference", dilations=[d]) for k, d in zip((K, wide), steps)]
+            assert_close(y, sum(want))
+            for branch, truth in zip(ys, want, strict=True):
+                assert_close(branch, truth)
+    assert eager.find_sum(X, [K, wide], None, None, None, None, None, [1, 3]) is None
 
 
 def test_branches_that_were_called_before() -> None:

@@ -30,6 +30,12 @@ def test_forward_and_both_gradients_of_the_sum() -> None:
     assert count(lambda: ops.depthwise_sum(x, kernels).sum().backward()) == 3 * 2 * PIXELS * TAPS
 
 
+def test_gaps_are_not_counted() -> None:
+    x, kernels = tensors()
+    assert count(lambda: ops.depthwise_sum(x, kernels, dilations=[2, 3]).sum().backward()) == 3 * 2 * PIXELS * TAPS
+    assert count(lambda: ops.depthwise_weight_grad(x, x, (5, 3), dilation=4)) == 2 * PIXELS * 15
+
+
 def test_the_branches() -> None:
     x, kernels = tensors()
     assert count(lambda: sum(ops.depthwise_branches(x, kernels)).sum().backward()) == 3 * 2 * PIXELS * TAPS

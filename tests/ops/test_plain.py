@@ -8,15 +8,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.ops.cases import CASES, EMPTY, LAYOUTS, Case, assert_close, definition
+from tests.ops.cases import CASES, DILATED, EMPTY, LAYOUTS, Case, assert_close, definition
 from widekernel import ops
 from widekernel.errors import ArgumentError
 from widekernel.ops import plain
 
 # PyTorch's convolutions take no images, but none without rows, columns or channels.
-COMPUTED = [*CASES, next(case for case in EMPTY if case.name == "no-image")]
+COMPUTED = [*CASES, *DILATED, next(case for case in EMPTY if case.name == "no-image")]
 CROSS = next(case for case in CASES if case.name == "crossed-strips")
 TILES = next(case for case in CASES if case.name == "strips-of-tiles")
+GAPS = next(case for case in DILATED if case.name == "dilated-even-anchored")
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +41,12 @@ def recorded(function: nn.Module | object, *inputs: Tensor) -> torch.jit.ScriptF
 def test_the_sum(case: Case, layout: str, scripted: dict) -> None:
     x, kernels, bias = case.tensors()
     x, scale = LAYOUTS[layout](x), torch.randn(x.shape[1], dtype=torch.float64)
-    affine = scale.view(-1, 1, 1) * definition(x, kernels, case.anchors, None) + bias.view(-1, 1, 1)
+    affine = scale.view(-1, 1, 1) * definition(x, kernels, case.anchors, None, case.dilations) + bias.view(-1, 1, 1)
     for compute in (plain.depthwise_sum, scripted["depthwise_sum"]):
-        assert_close(compute(x, kernels, case.anchors, bias), definition(x, kernels, case.anchors, bias))
-        y = compute(x, kernels, case.anchors, bias, scale, True)
+        steps = case.dilations and list(case.dilations)
+        truth = definition(x, kernels, case.anchors, bias, case.dilations)
+        assert_close(compute(x, kernels, case.anchors, bias, dilations=steps), truth)
+        y = compute(x, kernels, case.anchors, bias, scale, True, steps)
         assert_close(y, affine.relu())
     # TorchScript leaves the result in the layout of the convolutions.
     strides = plain.depthwise_sum(x, kernels, case.anchors, bias).stride()
@@ -54,32 +57,38 @@ def test_the_sum(case: Case, layout: str, scripted: dict) -> None:
 def test_the_branches(case: Case, scripted: dict) -> None:
     x, kernels, _ = case.tensors()
     for compute in (plain.depthwise_branches, scripted["depthwise_branches"]):
-        for y, kernel, anchor in zip(compute(x, kernels, case.anchors), kernels, case.anchors, strict=True):
-            assert_close(y, definition(x, [kernel], [anchor], None))
+        ys = compute(x, kernels, case.anchors, case.dilations and list(case.dilations))
+        steps = case.dilations or (1,) * len(kernels)
+        for y, kernel, anchor, step in zip(ys, kernels, case.anchors, steps, strict=True):
+            assert_close(y, definition(x, [kernel], [anchor], None, [step]))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + DILATED, ids=str)
 def test_the_weight_gradient(case: Case, scripted: dict) -> None:
     x, kernels, _ = case.tensors()
     grad = torch.randn_like(x)
     for compute in (plain.depthwise_weight_grad, scripted["depthwise_weight_grad"]):
-        for kernel, anchor in zip(kernels, case.anchors):
+        for kernel, anchor, step in zip(kernels, case.anchors, case.dilations or (1,) * len(kernels)):
             size = (kernel.shape[2], kernel.shape[3])
-            assert_close(compute(x, grad, size, anchor), ops.depthwise_weight_grad(x, grad, size, anchor))
+            want = ops.depthwise_weight_grad(x, grad, size, anchor, dilation=step)
+            assert_close(compute(x, grad, size, anchor, step), want)
 
 
-@pytest.mark.parametrize("case", [CROSS, TILES], ids=str)
+@pytest.mark.parametrize("case", [CROSS, TILES, GAPS], ids=str)
 def test_a_recorded_graph_serves_any_image(case: Case) -> None:
     x, kernels, bias = case.tensors()
     with ops.trace() as trace:
-        graph = recorded(lambda x, *kernels: ops.depthwise_sum(x, kernels, case.anchors, bias), x, *kernels)
+        graph = recorded(
+            lambda x, *kernels: ops.depthwise_sum(x, kernels, case.anchors, bias, dilations=case.dilations), x, *kernels
+        )
     assert trace.backends() == ["plain"]
     assert trace.calls[0][1].shape == case.shape
+    assert trace.calls[0][1].dilations == (case.dilations or (1,) * len(kernels))
     assert "widekernel::" not in str(graph.graph)
     for shape in (case.shape, (1, case.shape[1], 31, 5)):
         x = torch.randn(shape, dtype=torch.float64)
         with ops.trace() as trace:
-            assert_close(graph(x, *kernels), definition(x, kernels, case.anchors, bias))
+            assert_close(graph(x, *kernels), definition(x, kernels, case.anchors, bias, case.dilations))
         assert trace.calls == []
 
 
@@ -111,12 +120,17 @@ def test_gradients_of_a_recorded_graph() -> None:
         assert_close(got, want)
 
 
-def test_a_recorded_weight_gradient() -> None:
+@pytest.mark.parametrize("dilation", [1, 3])
+def test_a_recorded_weight_gradient(dilation: int) -> None:
     x, grad = torch.randn(2, 3, 6, 7, dtype=torch.float64), torch.randn(2, 3, 6, 7, dtype=torch.float64)
-    graph = recorded(lambda x, grad: ops.depthwise_weight_grad(x, grad, (3, 11), (0, 8)), x, grad)
+
+    def function(x: Tensor, grad: Tensor) -> Tensor:
+        return ops.depthwise_weight_grad(x, grad, (3, 11), (0, 8), dilation=dilation)
+
+    graph = recorded(function, x, grad)
     wide = torch.randn(2, 3, 5, 20, dtype=torch.float64)
     for a, b in ((x, grad), (wide, wide.square())):
-        assert_close(graph(a, b), ops.depthwise_weight_grad(a, b, (3, 11), (0, 8)))
+        assert_close(graph(a, b), function(a, b))
     with pytest.raises(RuntimeError, match="groups"):  # of another number of images it is refused, not wrong
         graph(x[:1], grad[:1])
 
@@ -159,11 +173,12 @@ class Layer(nn.Module):
         self.case, self.kernels, self.bias = case, nn.ParameterList(kernels), nn.Parameter(bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = torch.stack(ops.depthwise_branches(x, list(self.kernels), self.case.anchors)).sum(0)
-        return ops.depthwise_sum(y, list(self.kernels), self.case.anchors, self.bias)
+        kernels, anchors, dilations = list(self.kernels), self.case.anchors, self.case.dilations
+        y = torch.stack(ops.depthwise_branches(x, kernels, anchors, dilations=dilations)).sum(0)
+        return ops.depthwise_sum(y, kernels, anchors, self.bias, dilations=dilations)
 
 
-@pytest.mark.parametrize("case", [CROSS, TILES], ids=str)
+@pytest.mark.parametrize("case", [CROSS, TILES, GAPS], ids=str)
 def test_an_exported_program_is_decomposed(case: Case) -> None:
     module, x = Layer(case).eval(), case.tensors()[0]
     batch = torch.export.Dim("batch", min=1, max=64)
@@ -176,12 +191,15 @@ def test_an_exported_program_is_decomposed(case: Case) -> None:
     names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     assert not [name for name in names if "widekernel" in name]
     assert len([name for name in names if "conv" in name]) == 2 * len(case.rects)
+    found = [node.args[5] for node in program.graph.nodes if "conv2d" in str(node.target)]
+    assert found == 2 * [[step, step] for step in case.dilations or (1,) * len(case.rects)]
     x = torch.cat([x, x, x])
     assert_close(program.module()(x), module(x))
 
 
+@pytest.mark.parametrize("dilations", [(), (2, 1, 3)], ids=["dense", "dilated"])
 @pytest.mark.parametrize("name", ["depthwise_sum_of_taps", "depthwise_sum_of_branches", "depthwise_weight_grad"])
-def test_decompositions_of_what_gradients_call(name: str) -> None:
+def test_decompositions_of_what_gradients_call(name: str, dilations: tuple[int, ...]) -> None:
     x, kernels, _ = TILES.tensors()
     geometry = [n for k, anchor in zip(kernels, TILES.anchors) for n in (*k.shape[2:], *anchor)]
     arguments = {
@@ -190,7 +208,10 @@ def test_decompositions_of_what_gradients_call(name: str) -> None:
         "depthwise_weight_grad": (x, x.square(), geometry[:4]),
     }[name]
     operator = getattr(torch.ops.widekernel, name).default
-    assert_close(ops.decompositions()[operator](*arguments, "", ""), operator(*arguments, "", ""))
+    options = ["", "", list(dilations)] if dilations else ["", ""]
+    if dilations and name == "depthwise_weight_grad":
+        options[2] = [2]
+    assert_close(ops.decompositions()[operator](*arguments, *options), operator(*arguments, *options))
 
 
 def test_every_operator_is_decomposed() -> None:

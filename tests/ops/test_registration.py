@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from tests.ops.cases import CASES, EMPTY, LAYOUTS, Case, assert_close, definition
+from tests.ops.cases import CASES, DILATED, EMPTY, LAYOUTS, Case, assert_close, definition
 from widekernel import ops
 from widekernel.ops.cpu import library
 
 SUM, WEIGHT_GRAD = torch.ops.widekernel.depthwise_sum.default, torch.ops.widekernel.depthwise_weight_grad.default
 CROSS = next(case for case in CASES if case.name == "crossed-strips")
+GAPS = next(case for case in DILATED if case.name == "dilated-even-anchored")
 BACKENDS = pytest.mark.parametrize(
     "backend",
     [
@@ -47,21 +48,27 @@ def flat(anchors: list[tuple[int, int]]) -> list[int]:
     return [a for anchor in anchors for a in anchor]
 
 
-def real_and_fake(x: Tensor, kernels: list[Tensor], anchors: list[tuple[int, int]], backend: str) -> tuple[Tensor, Tensor]:
+def real_and_fake(
+    x: Tensor,
+    kernels: list[Tensor],
+    anchors: list[tuple[int, int]],
+    backend: str,
+    dilations: tuple[int, ...] | None = None,
+) -> tuple[Tensor, Tensor]:
     mode = FakeTensorMode()
     fake = [mode.from_tensor(t) for t in (x, *kernels)]
     with mode:
-        promised = ops.depthwise_sum(fake[0], fake[1:], anchors, backend=backend)
-    return ops.depthwise_sum(x, kernels, anchors, backend=backend), promised
+        promised = ops.depthwise_sum(fake[0], fake[1:], anchors, backend=backend, dilations=dilations)
+    return ops.depthwise_sum(x, kernels, anchors, backend=backend, dilations=dilations), promised
 
 
 @BACKENDS
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", CASES + EMPTY, ids=str)
+@pytest.mark.parametrize("case", CASES + DILATED + EMPTY, ids=str)
 def test_strides_are_those_of_the_fake_implementation(case: Case, layout: str, backend: str) -> None:
     x, kernels, _ = case.tensors(torch.float32)
     x = LAYOUTS[layout](x)
-    y, promised = real_and_fake(x, kernels, case.anchors, backend)
+    y, promised = real_and_fake(x, kernels, case.anchors, backend, case.dilations)
     assert (y.shape, y.dtype, y.stride()) == (promised.shape, promised.dtype, promised.stride())
     if layout in ("contiguous", "channels_last"):
         assert y.stride() == x.stride() or 1 in x.shape or 0 in x.shape
@@ -78,14 +85,14 @@ def test_strides_where_dimensions_are_one(stored: str, kernel: tuple[int, int], 
 
 @BACKENDS
 @BOTH_LAYOUTS
-@pytest.mark.parametrize("case", CASES + EMPTY, ids=str)
+@pytest.mark.parametrize("case", CASES + DILATED + EMPTY, ids=str)
 def test_strides_of_the_weight_gradient(case: Case, layout: str, backend: str) -> None:
     x = LAYOUTS[layout](case.tensors(torch.float32)[0])
-    mode = FakeTensorMode()
+    mode, step = FakeTensorMode(), (case.dilations or (1,))[0]
     with mode:
         fake = mode.from_tensor(x)
-        promised = ops.depthwise_weight_grad(fake, fake, case.rects[0][:2], case.anchors[0])
-    w = ops.depthwise_weight_grad(x, x, case.rects[0][:2], case.anchors[0], backend=backend)
+        promised = ops.depthwise_weight_grad(fake, fake, case.rects[0][:2], case.anchors[0], dilation=step)
+    w = ops.depthwise_weight_grad(x, x, case.rects[0][:2], case.anchors[0], backend=backend, dilation=step)
     assert (w.shape, w.stride()) == (promised.shape, promised.stride())
 
 
@@ -93,6 +100,8 @@ def test_meta_tensors() -> None:
     x = torch.empty(2, 3, 8, 8, device="meta")
     assert ops.depthwise_sum(x, [torch.empty(3, 1, 5, 5, device="meta")]).shape == x.shape
     assert ops.depthwise_weight_grad(x, x, (3, 5)).shape == (3, 1, 3, 5)
+    assert ops.depthwise_sum(x, [torch.empty(3, 1, 5, 5, device="meta")], dilations=[3]).shape == x.shape
+    assert ops.depthwise_weight_grad(x, x, (3, 5), dilation=3).shape == (3, 1, 3, 5)
 
 
 @BACKENDS
@@ -104,6 +113,15 @@ def test_opcheck_of_the_sum(name: str, layout: str, backend: str) -> None:
     arguments = (LAYOUTS[layout](x), kernels, flat(case.anchors))
     torch.library.opcheck(SUM, (*arguments, bias, None, False, backend, ""))
     torch.library.opcheck(SUM, (*arguments, None, bias, True, "", "direct"))
+
+
+@BACKENDS
+@BOTH_LAYOUTS
+def test_opcheck_of_dilated_calls(layout: str, backend: str) -> None:
+    x, kernels, bias = GAPS.tensors(torch.float32)
+    x = LAYOUTS[layout](x)
+    torch.library.opcheck(SUM, (x, kernels, flat(GAPS.anchors), bias, None, False, backend, None, list(GAPS.dilations)))
+    torch.library.opcheck(WEIGHT_GRAD, (x, x, [3, 4, 0, 2], backend, None, [3]))
 
 
 @BACKENDS
@@ -153,6 +171,29 @@ def test_compiled_under_autocast() -> None:
     assert {k.grad.dtype for k in kernels} == {torch.float32}
 
 
+@pytest.mark.parametrize("dynamic", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["dynamic", "static"])
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_with_dilations(dynamic: bool) -> None:
+    """A dilation that is an argument of the compiled function may change from call to call."""
+
+    @torch.compile(fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    def compiled(x: Tensor, kernels: list[Tensor], step: int) -> tuple[Tensor, Tensor]:
+        branches = ops.depthwise_branches(x, kernels, GAPS.anchors, dilations=[step, 1, 2])
+        return ops.depthwise_sum(x, kernels, GAPS.anchors, dilations=[1, step, 1]), branches[0] * branches[2]
+
+    for step in (2, 1, 3):
+        x, kernels, _ = GAPS.tensors()
+        inputs = [t.requires_grad_() for t in (x, *kernels)]
+        y, z = compiled(x, kernels, step)
+        ys = [definition(x, [k], [a], None, [d]) for k, a, d in zip(kernels, GAPS.anchors, (step, 1, 2))]
+        truth = definition(x, kernels, GAPS.anchors, None, [1, step, 1]), ys[0] * ys[2]
+        for got, want in zip((y, z), truth):
+            assert_close(got, want)
+        got = torch.autograd.grad((y.sin() + z).sum(), inputs)
+        for mine, want in zip(got, torch.autograd.grad((truth[0].sin() + truth[1]).sum(), inputs)):
+            assert_close(mine, want)
+
+
 class Cross(nn.Module):
     def __init__(self, dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
@@ -185,6 +226,31 @@ def test_export_with_a_dynamic_image() -> None:
     for size in [(4, 20), (30, 3)]:
         x = torch.randn(2, 3, *size, dtype=torch.float64)
         assert_close(program.module()(x), definition(x, list(module.kernels), CROSS.anchors, module.bias))
+
+
+def test_calls_without_dilations_are_exported_as_before() -> None:
+    """Then earlier versions, whose operators had no such argument, can load the program."""
+
+    class Layer(Cross):
+        def forward(self, x: Tensor) -> Tensor:
+            return ops.depthwise_sum(x, list(self.kernels), CROSS.anchors, self.bias, dilations=[1, 1, 1])
+
+    x = torch.randn(2, 3, 9, 8, dtype=torch.float64)
+    (call,) = (node for node in torch.export.export(Layer().eval(), (x,)).graph.nodes if node.target is SUM)
+    assert len(call.args) == 8
+    assert not call.kwargs
+
+
+def test_export_with_dilations() -> None:
+    class Layer(nn.Module):
+        def forward(self, x: Tensor, kernel: Tensor) -> Tensor:
+            return ops.depthwise_sum(x, [kernel], [(0, 1)], dilations=[3])
+
+    x, kernel = torch.randn(2, 3, 9, 8, dtype=torch.float64), torch.randn(3, 1, 2, 4, dtype=torch.float64)
+    program = torch.export.export(Layer(), (x, kernel))
+    (call,) = (node for node in program.graph.nodes if node.target is SUM)
+    assert call.args[-1] == [3]
+    assert_close(program.module()(x, kernel), definition(x, [kernel], [(0, 1)], None, [3]))
 
 
 def test_copies_and_pickles() -> None:

@@ -223,6 +223,33 @@ def test_results_of_a_careless_backend_have_the_layout_of_the_input(in_front) ->
     assert y.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_a_backend_without_dilations_is_not_asked_about_them(in_front) -> None:
+    class Plain(TestBackend):
+        computes_dilated = False
+
+        def reasons_against(self, problem: ops.Problem) -> list[str]:
+            assert not problem.dilated
+            return []
+
+    in_front(Plain("plain"))
+    x, kernels = tensors()
+    steps = [1] * (len(kernels) - 1) + [2]
+    with ops.trace() as trace:
+        ops.depthwise_sum(x, kernels, dilations=steps).sum().backward()
+    weight_grads = ["portable" if step > 1 else "plain" for step in steps]
+    assert trace.backends() == ["portable"] * 2 + weight_grads
+    explanations = ops.explain(x, kernels, dilations=steps)
+    assert [e.backend for e in explanations] == trace.backends()
+    (reason,) = explanations[0].reasons["plain"]
+    assert reason == f"it computes kernels without gaps between the taps, not with dilations {tuple(steps)}"
+    assert "with dilation 2" in str(explanations[0])
+    with pytest.raises(ops.NoBackendError, match=r"plain cannot compute .*with dilation 2.*without gaps"):
+        ops.depthwise_sum(x, kernels, dilations=steps, backend="plain")
+    with ops.trace() as trace:
+        ops.depthwise_branches(x, kernels, dilations=steps)
+    assert trace.backends() == weight_grads
+
+
 def test_a_backend_that_cannot_run_says_why_when_asked_for(in_front) -> None:
     in_front(fake("the moon is full"))
     with pytest.raises(ops.NoBackendError, match=r"fake cannot compute depthwise_sum of .*: the moon is full"):
@@ -283,6 +310,16 @@ WRONG_SUMS = {
     "bias-device": ((X, [K], None, torch.zeros(3, device="meta")), "bias is on meta but x is on cpu: move one of them$"),
     "bias-type": ((X, [K], None, torch.zeros(3).half()), r"bias .*torch.float16.* but x .*torch.float32.*autocast"),
 }
+WRONG_DILATIONS = {
+    "bool": ([1, True], r"dilations\[1\] is True: a distance between taps must be a positive whole number"),
+    "zero": ([0, 1], r"dilations\[0\] is 0: .*positive whole number; 1 leaves no gaps"),
+    "negative": ([2, -2], r"dilations\[1\] is -2: .*positive whole number"),
+    "float": ([2.0, 1], r"dilations\[0\] is 2\.0: .*positive whole number"),
+    "text": (["2", 1], r"dilations\[0\] is '2': .*positive whole number"),
+    "too-few": ([2], "2 kernels but 1 dilations: every rectangle needs one dilation"),
+    "too-many": ((1, 1, 1), "2 kernels but 3 dilations: every rectangle needs one dilation"),
+    "bare": (2, "dilations is 2: it must be a list with one whole number for each kernel, or None"),
+}
 WRONG_WEIGHT_GRADIENTS = {
     "three-dimensions": ((X[0], X[0], (3, 3)), r"x has shape \(3, 5, 6\) and grad \(3, 5, 6\): both must be the same"),
     "other-shape": ((X, X[:1], (3, 3)), r"x has shape \(2, 3, 5, 6\) and grad \(1, 3, 5, 6\)"),
@@ -307,6 +344,30 @@ def test_wrong_arguments_of_the_sum(wrong: str) -> None:
     if len(arguments) < 4:
         with pytest.raises(ValueError, match=message):
             ops.explain(*arguments)
+
+
+@pytest.mark.parametrize("wrong", WRONG_DILATIONS)
+def test_wrong_dilations(wrong: str) -> None:
+    dilations, message = WRONG_DILATIONS[wrong]
+    for call in (ops.depthwise_sum, ops.depthwise_branches, ops.explain):
+        with pytest.raises(ArgumentError, match=message):
+            call(X, [K, K], dilations=dilations)
+
+
+@pytest.mark.parametrize("dilation", [True, 0, -1, 2.0, "2", None], ids=str)
+def test_a_wrong_dilation_of_the_weight_gradient(dilation: object) -> None:
+    with pytest.raises(ArgumentError, match=f"dilation is {dilation!r}: .*positive whole number"):
+        ops.depthwise_weight_grad(X, X, (3, 3), dilation=dilation)
+
+
+def test_wrong_dilations_of_a_problem_and_of_an_operator() -> None:
+    with pytest.raises(ArgumentError, match="2 kernels but 3 dilations"):
+        ops.Problem.of_sum(X, [K, K], [(1, 1)] * 2, None, (1, 2, 3))
+    operator = torch.ops.widekernel.depthwise_sum.default
+    with pytest.raises(ArgumentError, match="1 kernels but 2 dilations"):
+        operator(X, [K], [1, 1], None, None, False, None, None, [2, 3])
+    with pytest.raises(ArgumentError, match=r"dilations\[0\] is 0"):
+        operator(X, [K], [1, 1], None, None, False, None, None, [0])
 
 
 @pytest.mark.parametrize("wrong", WRONG_WEIGHT_GRADIENTS)

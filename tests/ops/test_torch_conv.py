@@ -85,6 +85,16 @@ def test_taps_that_see_no_pixel_are_left_out(spy: Spy) -> None:
     assert spy.calls[0].padding == (6, 7)
 
 
+def test_dilated_taps_that_see_no_pixel_are_left_out(spy: Spy) -> None:
+    x = torch.randn(2, 4, 7, 9)
+    ops.depthwise_sum(x, [torch.randn(4, 1, 9, 5), torch.randn(4, 1, 3, 3)], dilations=[3, 9])
+    assert [(tuple(call.weight.shape[2:]), call.dilation) for call in spy.calls] == [((5, 5), 3), ((1, 1), 9)]
+    spy.calls.clear()
+    ops.depthwise_weight_grad(x, x, (9, 5), dilation=3)
+    (call,) = spy.calls
+    assert (call.padding, call.stride) == ((6, 6), 3)  # from tap to tap
+
+
 def test_the_input_gradient_is_a_forward_convolution(spy: Spy) -> None:
     x = torch.randn(2, 4, 20, 20, requires_grad=True)
     y = ops.depthwise_sum(x, [torch.randn(4, 1, 15, 15)])
@@ -121,8 +131,10 @@ def test_half_precision_convolutions_keep_the_size(monkeypatch: pytest.MonkeyPat
     """Padding further than the kernel needs takes minutes for 5x51 taps in bfloat16 on such processors."""
     shapes, conv2d = [], F.conv2d
     monkeypatch.setattr(F, "conv2d", lambda *args, **options: shapes.append((y := conv2d(*args, **options)).shape) or y)
-    ops.depthwise_sum(torch.randn(2, 3, 28, 30).to(dtype), [torch.randn(3, 1, 5, 51).to(dtype)], [(2, 24)])
-    assert shapes == [(2, 3, 28, 30)]
+    x = torch.randn(2, 3, 28, 30).to(dtype)
+    ops.depthwise_sum(x, [torch.randn(3, 1, 5, 51).to(dtype)], [(2, 24)])
+    ops.depthwise_sum(x, [torch.randn(3, 1, 5, 9).to(dtype)], [(2, 1)], dilations=[3])
+    assert shapes == 2 * [(2, 3, 28, 30)]
 
 
 def names_of_a_step(function) -> set[str]:

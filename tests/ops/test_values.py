@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.ops.cases import CASES, EMPTY, LAYOUTS, Case, assert_close, definition
+from tests.ops.cases import CASES, DILATED, EMPTY, LAYOUTS, Case, assert_close, definition
 from widekernel import ops
 from widekernel.ops.cpu import library
 from widekernel.ops.gpu.interpreter import is_interpreted
@@ -28,23 +28,36 @@ def split(tensors: list[Tensor], kernels: list[Tensor]) -> tuple[Tensor, list[Te
 
 
 def output_and_gradients(
-    x: Tensor, kernels: list[Tensor], anchors: list[tuple[int, int]], bias: Tensor | None, grad: Tensor, backend: str
+    x: Tensor,
+    kernels: list[Tensor],
+    anchors: list[tuple[int, int]],
+    bias: Tensor | None,
+    grad: Tensor,
+    backend: str,
+    dilations: tuple[int, ...] | None = None,
 ) -> list[Tensor]:
     inputs = [t.detach().requires_grad_() for t in (x, *kernels, bias) if t is not None]
     leaf, taps, shift = split(inputs, kernels)
     with ops.trace() as trace:
-        y = ops.depthwise_sum(leaf, taps, anchors, shift, backend=backend)
+        y = ops.depthwise_sum(leaf, taps, anchors, shift, backend=backend, dilations=dilations)
         gradients = torch.autograd.grad(y, inputs, grad)
     assert trace.backends() == [backend] * (2 + len(kernels))
+    steps = dilations or (1,) * len(kernels)
+    assert [problem.dilations for _, problem in trace.calls] == [steps, steps, *((step,) for step in steps)]
     return [y.detach(), *gradients]
 
 
 def exact(
-    x: Tensor, kernels: list[Tensor], anchors: list[tuple[int, int]], bias: Tensor | None, grad: Tensor
+    x: Tensor,
+    kernels: list[Tensor],
+    anchors: list[tuple[int, int]],
+    bias: Tensor | None,
+    grad: Tensor,
+    dilations: tuple[int, ...] | None = None,
 ) -> list[Tensor]:
     inputs = [t.detach().double().requires_grad_() for t in (x, *kernels, bias) if t is not None]
     leaf, taps, shift = split(inputs, kernels)
-    y = definition(leaf, taps, anchors, shift)
+    y = definition(leaf, taps, anchors, shift, dilations)
     return [y.detach(), *torch.autograd.grad(y, inputs, grad.double())]
 
 
@@ -52,8 +65,8 @@ def check(case: Case, dtype: torch.dtype, layout: str, backend: str, bias: bool 
     x, kernels, shift = case.tensors(dtype, bias)
     x = LAYOUTS[layout](x)
     grad = torch.randn(case.shape, dtype=torch.float64).to(dtype)
-    got = output_and_gradients(x, kernels, case.anchors, shift, grad, backend)
-    for mine, truth in zip(got, exact(x, kernels, case.anchors, shift, grad)):
+    got = output_and_gradients(x, kernels, case.anchors, shift, grad, backend, case.dilations)
+    for mine, truth in zip(got, exact(x, kernels, case.anchors, shift, grad, case.dilations), strict=True):
         assert mine.dtype == dtype
         assert_close(mine, truth)
 
@@ -64,6 +77,11 @@ def test_the_reference_is_conv2d(case: Case) -> None:
     y = ops.depthwise_sum(x, kernels, bias=bias, backend="reference")
     parts = [F.conv2d(x, k, padding=(k.shape[2] // 2, k.shape[3] // 2), groups=x.shape[1]) for k in kernels]
     assert_close(y, sum(parts) + bias.view(-1, 1, 1))
+    for step in (2, 5):
+        y = ops.depthwise_sum(x, kernels, bias=bias, backend="reference", dilations=[step] * len(kernels))
+        sides = [(k.shape[2] // 2 * step, k.shape[3] // 2 * step) for k in kernels]
+        parts = [F.conv2d(x, k, padding=side, dilation=step, groups=x.shape[1]) for k, side in zip(kernels, sides)]
+        assert_close(y, sum(parts) + bias.view(-1, 1, 1))
 
 
 def test_the_definition_agrees_with_a_sum_by_hand() -> None:
@@ -81,25 +99,25 @@ def test_the_definition_agrees_with_a_sum_by_hand() -> None:
     assert definition(x, [kernel], [(0, 1)]).flatten().tolist() == by_hand
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + DILATED, ids=str)
 def test_the_reference_and_its_gradients(case: Case) -> None:
     check(case, torch.float64, "contiguous", "reference")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + DILATED, ids=str)
 def test_portable_in_float64(case: Case, layout: str) -> None:
     check(case, torch.float64, layout, "portable")
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", REDUCED, ids=name_of)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + DILATED, ids=str)
 def test_portable_in_lower_precision(case: Case, dtype: torch.dtype, layout: str) -> None:
     check(case, dtype, layout, "portable")
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + DILATED, ids=str)
 def test_without_a_bias(case: Case) -> None:
     check(case, torch.float64, "channels_last", "portable", bias=False)
 
@@ -119,7 +137,8 @@ def test_published_kernels(shape: tuple, rects: tuple, dtype: torch.dtype, layou
 def test_nothing_to_compute(case: Case, layout: str, backend: str) -> None:
     x, kernels, bias = case.tensors()
     x = LAYOUTS[layout](x)
-    y, for_x, *others = output_and_gradients(x, kernels, case.anchors, bias, torch.ones_like(x), backend)
+    steps = (3,) * len(kernels) if layout == "channels_last" else None
+    y, for_x, *others = output_and_gradients(x, kernels, case.anchors, bias, torch.ones_like(x), backend, steps)
     assert y.shape == for_x.shape == x.shape
     for gradient, tensor in zip(others, [*kernels, bias]):
         assert gradient.shape == tensor.shape
@@ -139,7 +158,7 @@ def poisoned() -> Iterator[None]:
 
 @pytest.mark.parametrize("backend", ["portable", "reference"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + DILATED, ids=str)
 @pytest.mark.usefixtures("poisoned")
 def test_nothing_uninitialized_is_read(case: Case, layout: str, backend: str) -> None:
     check(case, torch.float64, layout, backend)

@@ -33,6 +33,11 @@ class Area(NamedTuple):
     side: int
     ratio: float
 
+    @property
+    def percentage(self) -> str:
+        """The ratio in percent, with three digits: areas differ by orders of magnitude."""
+        return f"{100 * self.ratio:.3g} %"
+
 
 @dataclass(frozen=True)
 class Contribution:
@@ -177,7 +182,7 @@ def heat_maps(matrices: dict[str, np.ndarray], thresholds: Sequence[float] = THR
     """
     columns = min(4, len(matrices))
     rows = -(-len(matrices) // columns)
-    figure = new_figure(3.1 * columns + 0.8, 3.5 * rows)
+    figure = new_figure(3.1 * columns + 0.8, 3.8 * rows)
     shown = None
     for number, (name, matrix) in enumerate(matrices.items()):
         axes = figure.add_subplot(rows, columns, number + 1)
@@ -193,6 +198,6 @@ def heat_maps(matrices: dict[str, np.ndarray], thresholds: Sequence[float] = THR
 
 def _caption(matrix: np.ndarray, thresholds: Sequence[float]) -> str:
     found = {threshold: area for threshold, area in area_ratios(matrix, thresholds).items() if area is not None}
-    texts = [f"{100 * threshold:g} %: {100 * area.ratio:.1f} %" for threshold, area in found.items()]
+    texts = [f"{100 * threshold:g} %: {area.percentage}" for threshold, area in found.items()]
     lines = ["  ".join(texts[i : i + 2]) for i in range(0, len(texts), 2)]
     return "area of a share of the scores\n" + "\n".join(lines)

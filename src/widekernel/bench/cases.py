@@ -8,11 +8,20 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from widekernel.errors import ArgumentError, nearest
+from widekernel.models.unireplknet import DILATED_BRANCHES
+from widekernel.ops.checks import check_dilation
 
 FORWARD, INPUT_GRAD, WEIGHT_GRAD = PASSES = ("forward", "input gradient", "weight gradient")
 BYTES = 4
 """Bytes per number, unless stated otherwise: on the CPU everything is timed in float32."""
 DEFAULT_BATCH = 8
+BLOCK_SIZE = 13
+BLOCK_BRANCHES = ((BLOCK_SIZE, 1), *DILATED_BRANCHES[BLOCK_SIZE])
+"""(side, dilation) of the branches of UniRepLKNet's large layers."""
+BLOCK_SHAPES = {
+    f"unireplknet-{stage}": (DEFAULT_BATCH, 80 << (stage - 1), 112 >> stage, 112 >> stage) for stage in range(1, 5)
+}
+"""(N, C, H, W) of the maps of UniRepLKNet-T by stage, whose first one has no such layers."""
 
 # A sweep leaves out cases that take minutes per call in the slowest implementation, or gigabytes in all of them.
 LARGEST_TENSOR = 2**28
@@ -36,7 +45,8 @@ class Case:
         channels: C.
         height: H.
         width: W.
-        kernel: (kh, kw), both odd; anchored at the middle tap, as PyTorch requires.
+        kernel: (kh, kw) in taps, both odd; anchored at the middle tap, as PyTorch requires.
+        dilation: distance between neighboring taps in pixels.
     """
 
     name: str
@@ -45,8 +55,10 @@ class Case:
     height: int
     width: int
     kernel: tuple[int, int]
+    dilation: int = 1
 
     def __post_init__(self) -> None:
+        check_dilation(f"the dilation of {self.name}", self.dilation)
         if min(self.shape) < 1:
             raise ArgumentError(f"the shape of {self.name} is {self.shape}: N, C, H and W must be positive")
         if min(self.kernel) < 1 or not all(size % 2 for size in self.kernel):
@@ -77,7 +89,8 @@ class Case:
     @property
     def macs(self) -> int:
         """Multiply-accumulates in each pass, counting taps on pixels but not on padding."""
-        return self.batch * self.channels * inside(self.height, self.kernel[0]) * inside(self.width, self.kernel[1])
+        rows, columns = inside(self.height, self.kernel[0], self.dilation), inside(self.width, self.kernel[1], self.dilation)
+        return self.batch * self.channels * rows * columns
 
     @property
     def intensity(self) -> float:
@@ -86,14 +99,14 @@ class Case:
 
     def __str__(self) -> str:
         sizes = "x".join(str(size) for size in self.shape)
-        return f"{sizes} {self.kernel[0]}x{self.kernel[1]}"
+        return f"{sizes} {self.kernel[0]}x{self.kernel[1]}" + (f"d{self.dilation}" if self.dilation > 1 else "")
 
 
 @lru_cache(maxsize=1024)
-def inside(extent: int, taps: int) -> int:
+def inside(extent: int, taps: int, dilation: int = 1) -> int:
     """Count the pairs of an output and a tap whose tap lies on a pixel, along an axis of `extent` pixels."""
     reach = taps // 2
-    return sum(min(extent - 1, i + reach) - max(0, i - reach) + 1 for i in range(extent))
+    return sum(max(0, extent - abs(tap) * dilation) for tap in range(-reach, reach + 1))
 
 
 def _set(rows: str) -> dict[str, Case]:
@@ -133,11 +146,17 @@ _SMALL = _set("""
     small-map      64   7   7 13 13
     small-seven    32  28  28  7  7
 """)
+# The branches of UniRepLKNet's 13x13 layers, one by one; `bench branches` times them together.
+_DILATED = {
+    f"{name}-{side}x{side}d{dilation}": Case(f"{name}-{side}x{side}d{dilation}", *shape, (side, side), dilation)
+    for name, shape in BLOCK_SHAPES.items()
+    for side, dilation in BLOCK_BRANCHES
+}
 # Cases whose batch is part of their definition.
 _FIXED_BATCH = frozenset({"detection"})
 # Layers of published networks; takes a few minutes on a GPU.
 _LAYERS = {name: case for name, case in _TARGETS.items() if name not in ("dense-51", "dense-61", "detection")}
-SETS = ("targets", "layers", "small", "sweep")
+SETS = ("targets", "layers", "small", "dilated", "sweep")
 
 
 def choose(names: Sequence[str], batch: int | None = None) -> tuple[list[Case], list[str]]:
@@ -150,7 +169,7 @@ def choose(names: Sequence[str], batch: int | None = None) -> tuple[list[Case], 
     Raises:
         ArgumentError: if a name is unknown.
     """
-    known = _TARGETS | _SMALL
+    known = _TARGETS | _SMALL | _DILATED
     cases: list[Case] = []
     left_out: list[str] = []
     for name in names:
@@ -158,7 +177,7 @@ def choose(names: Sequence[str], batch: int | None = None) -> tuple[list[Case], 
             swept, left_out = _sweep((batch,) if batch else SWEPT_BATCHES)
             cases += swept
             continue
-        cases_of_set = {"targets": _TARGETS, "layers": _LAYERS, "small": _SMALL}.get(name)
+        cases_of_set = {"targets": _TARGETS, "layers": _LAYERS, "small": _SMALL, "dilated": _DILATED}.get(name)
         found = (
             list(cases_of_set.values()) if cases_of_set else [known[key] for key in known if fnmatch.fnmatchcase(key, name)]
         )
@@ -171,17 +190,21 @@ def choose(names: Sequence[str], batch: int | None = None) -> tuple[list[Case], 
 
 
 def parse_case(shape: str, kernel: str) -> Case:
-    """Parse a case from strings such as `8,128,56,56` and `31x31`.
+    """Parse a case from strings such as `8,128,56,56` and `31x31`, or `7x7d2` for a dilation of 2.
 
     Raises:
         ArgumentError: if the strings have another form.
     """
-    sizes, taps = _numbers(shape, ","), _numbers(kernel, "x")
+    extent, _, dilation = kernel.partition("d")
+    sizes, taps, apart = _numbers(shape, ","), _numbers(extent, "x"), _numbers(dilation or "1", ",")
     if sizes is None or len(sizes) != 4:
         raise ArgumentError(f"shape is {shape!r}, but must be four numbers N,C,H,W such as 8,128,56,56")
-    if taps is None or len(taps) != 2:
-        raise ArgumentError(f"kernel is {kernel!r}, but must be two numbers HEIGHTxWIDTH such as 31x31 or 51x5")
-    return Case("given", sizes[0], sizes[1], sizes[2], sizes[3], (taps[0], taps[1]))
+    if taps is None or len(taps) != 2 or apart is None or len(apart) != 1:
+        raise ArgumentError(
+            f"kernel is {kernel!r}, but must be two numbers HEIGHTxWIDTH such as 31x31 or 51x5, and may end with a dilation "
+            "as in 7x7d2"
+        )
+    return Case("given", sizes[0], sizes[1], sizes[2], sizes[3], (taps[0], taps[1]), apart[0])
 
 
 def _numbers(text: str, separator: str) -> list[int] | None:

@@ -19,6 +19,15 @@ OPERATOR_NOTES: tuple[str, ...] = (
     "Before anything is timed, the operator is compared with its definition in float64 on small shapes; before each "
     "case, all implementations are compared with each other.",
 )
+BRANCHES_NOTES: tuple[str, ...] = (
+    "Times are medians of calls made in turn with the other implementations, on the same numbers; ± is half the "
+    "interquartile range. all three: the sum of the medians of the three passes.",
+    "Gradients are computed by automatic differentiation, those of the input and those of the kernels separately; the "
+    "forward pass is not part of them.",
+    "zeros in gaps: our operators on kernels whose gaps are filled with zeros, filling included.",
+    "× best of PyTorch: speed-up of ours over PyTorch in its faster layout for the row.",
+    "Before each case, all implementations are compared with each other.",
+)
 NETWORK_NOTES: tuple[str, ...] = (
     "Times are medians of calls made in turn, on the same images, in float32; ± is half the interquartile range. A "
     "number in parentheses is the number of calls, if there were fewer than five.",

@@ -122,41 +122,44 @@ def measure_operators(
             advance("", 1)
 
 
-def implementations(direction: str, x: Tensor, grad: Tensor, kernel: Tensor, request: BackendRequest) -> dict[str, Call]:
+def implementations(
+    direction: str, x: Tensor, grad: Tensor, kernel: Tensor, request: BackendRequest, dilation: int = 1
+) -> dict[str, Call]:
     """Return the calls of our operator and then those of PyTorch, on the same numbers in both layouts."""
     calls: dict[str, Call] = {}
     images = {name: [t.contiguous(memory_format=layout) for t in (x, grad)] for name, layout in LAYOUTS.items()}
     for name, (image, gradient) in images.items():
-        calls[f"ours {name}"] = our_call(direction, image, gradient, kernel, request)
+        calls[f"ours {name}"] = our_call(direction, image, gradient, kernel, request, dilation)
     for name, (image, gradient) in images.items():
-        calls[f"PyTorch {name}"] = pytorch_call(direction, image, gradient, kernel)
+        calls[f"PyTorch {name}"] = pytorch_call(direction, image, gradient, kernel, dilation)
     return calls
 
 
-def our_call(direction: str, x: Tensor, grad: Tensor, kernel: Tensor, request: BackendRequest) -> Call:
+def our_call(direction: str, x: Tensor, grad: Tensor, kernel: Tensor, request: BackendRequest, dilation: int = 1) -> Call:
     """Return the call of our operator that computes a pass."""
     size = (kernel.shape[2], kernel.shape[3])
     anchor = (size[0] // 2, size[1] // 2)
+    apart = None if dilation == 1 else [dilation]
     if direction == FORWARD:
-        return lambda: ops.depthwise_sum(x, [kernel], [anchor], **request)
+        return lambda: ops.depthwise_sum(x, [kernel], [anchor], dilations=apart, **request)
     if direction == INPUT_GRAD:
         # As in the backward pass, which flips the kernel at each call.
-        return lambda: ops.depthwise_sum(grad, flipped([kernel]), [mirror(size, anchor)], **request)
-    return lambda: ops.depthwise_weight_grad(x, grad, size, anchor, **request)
+        return lambda: ops.depthwise_sum(grad, flipped([kernel]), [mirror(size, anchor)], dilations=apart, **request)
+    return lambda: ops.depthwise_weight_grad(x, grad, size, anchor, dilation=dilation, **request)
 
 
-def pytorch_call(direction: str, x: Tensor, grad: Tensor, kernel: Tensor) -> Call:
+def pytorch_call(direction: str, x: Tensor, grad: Tensor, kernel: Tensor, dilation: int = 1) -> Call:
     """Return the call of PyTorch's operator that computes a pass."""
-    channels, padding = x.shape[1], [kernel.shape[2] // 2, kernel.shape[3] // 2]
+    channels, padding = x.shape[1], [kernel.shape[2] // 2 * dilation, kernel.shape[3] // 2 * dilation]
     if direction == FORWARD:
-        return lambda: F.conv2d(x, kernel, padding=padding, groups=channels)
+        return lambda: F.conv2d(x, kernel, padding=padding, dilation=dilation, groups=channels)
     for_x = direction == INPUT_GRAD
     backward = torch.ops.aten.convolution_backward
 
     def call() -> Tensor:
-        gradients = backward(
-            grad, x, kernel, None, [1, 1], padding, [1, 1], False, [0, 0], channels, [for_x, not for_x, False]
-        )
+        mask = [for_x, not for_x, False]
+        apart = [dilation, dilation]
+        gradients = backward(grad, x, kernel, None, [1, 1], padding, apart, False, [0, 0], channels, mask)
         return gradients[0 if for_x else 1]
 
     return call
@@ -229,8 +232,8 @@ class _Trial:
             )
 
     def _measure(self, tensors: Tensors) -> None:
-        calls = implementations(self.direction, *tensors, self.plan.request)
-        if self.direction == FORWARD and not self.platform.is_device:
+        calls = implementations(self.direction, *tensors, self.plan.request, self.case.dilation)
+        if self.direction == FORWARD and not self.platform.is_device and self.case.dilation == 1:
             calls |= engine_calls(tensors.x, tensors.kernel)
         outputs, first = self._first_calls(calls)
         self._note_algorithms(tensors)
@@ -260,11 +263,13 @@ class _Trial:
         for layout, memory_format in LAYOUTS.items():
             image = tensors.x.contiguous(memory_format=memory_format)
             try:
-                explained = ops.explain(image, [tensors.kernel], **self.plan.request)[PASSES.index(self.direction)]
+                apart = [self.case.dilation]
+                explained = ops.explain(image, [tensors.kernel], dilations=apart, **self.plan.request)
             except ops.NoBackendError:
                 # Either all passes are explained or none, and this pass may still have run.
                 continue
-            self.algorithms[f"ours {layout}"] = explained.details.partition(";")[0]
+            details = explained[PASSES.index(self.direction)].details
+            self.algorithms[f"ours {layout}"] = details.partition(";")[0]
 
     def _check_reference(self, tensors: Tensors, outputs: dict[str, Tensor]) -> None:
         """Compare our operator with float64 on the first and the last image of the timed call itself.
@@ -274,7 +279,8 @@ class _Trial:
         """
         x, grad, kernel = tensors
         chosen = sorted({0, self.case.batch - 1})
-        wanted = pytorch_call(self.direction, x[chosen].double(), grad[chosen].double(), kernel.double())()
+        few_images = x[chosen].double(), grad[chosen].double()
+        wanted = pytorch_call(self.direction, *few_images, kernel.double(), self.case.dilation)()
         few = torch.zeros_like(grad)
         few[chosen] = grad[chosen]
         for layout, memory_format in LAYOUTS.items():
@@ -283,7 +289,7 @@ class _Trial:
                 continue
             if self.direction == WEIGHT_GRAD:
                 image, gradient = (tensor.contiguous(memory_format=memory_format) for tensor in (x, few))
-                got = our_call(self.direction, image, gradient, kernel, self.plan.request)()
+                got = our_call(self.direction, image, gradient, kernel, self.plan.request, self.case.dilation)()
             else:
                 got = outputs[name][chosen]
             self.reference_errors[name] = relative_error(got.double(), wanted)
@@ -302,7 +308,7 @@ class _Trial:
         except BenchmarkError:
             if not self.platform.is_device:
                 raise
-            wanted = pytorch_call(self.direction, *(tensor.double() for tensor in tensors))()
+            wanted = pytorch_call(self.direction, *(tensor.double() for tensor in tensors), self.case.dilation)()
             errors = {name: relative_error(output.double(), wanted) for name, output in floats.items()}
             for name, error in errors.items():
                 self._refuse(name, error, allowed, outputs)

@@ -1,4 +1,4 @@
-"""The rows of the tables: one dataclass for operators and one for networks, each with an extension for CUDA devices.
+"""The rows of the tables: dataclasses for operators and for networks, with extensions for CUDA devices, and for branches.
 
 The fields are the columns of the CSV files, so their names and their order must not change.
 """
@@ -97,6 +97,45 @@ class DeviceOperatorRow(OperatorRow):
     limited_by: str
     reference_error: float
     remark: str
+
+
+@dataclass(frozen=True)
+class BranchesRow:
+    """One part of the training step of a layer with several branches, or the whole step, in one layout.
+
+    Times are medians in milliseconds; those of a whole step are the sums of its parts.
+
+    Attributes:
+        case: name of the case.
+        shape: N, C, H, W and the kernels as text.
+        dtype: name of the precision.
+        part: the pass, or `all three`.
+        layout: layout of our calls; the times of PyTorch are the same in the rows of both layouts.
+        ours_ms: time of our operators.
+        ours_spread: half the interquartile range, relative to the median; NaN for a whole step.
+        filled_ms: time of our operators on kernels with zeros in their gaps; NaN if no kernel is dilated.
+        torch_nchw_ms: time of PyTorch in its default layout.
+        torch_nhwc_ms: time of PyTorch with channels_last.
+        times_filled: speed-up over kernels with zeros in their gaps.
+        times_best: speed-up over PyTorch in its faster layout.
+        backend: the backends that ran.
+        error: largest difference between implementations, relative to the largest number.
+    """
+
+    case: str
+    shape: str
+    dtype: str
+    part: str
+    layout: str
+    ours_ms: float
+    ours_spread: float
+    filled_ms: float
+    torch_nchw_ms: float
+    torch_nhwc_ms: float
+    times_filled: float
+    times_best: float
+    backend: str
+    error: float
 
 
 @dataclass(frozen=True)

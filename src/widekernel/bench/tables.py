@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from widekernel.bench.engines import ENGINES
-from widekernel.bench.rows import CSV_NAME, NetworkRow, OperatorRow
+from widekernel.bench.rows import CSV_NAME, BranchesRow, NetworkRow, OperatorRow
 from widekernel.files import write_atomically
 
 Column = tuple[str, Callable[[Any], str]]
@@ -103,6 +103,28 @@ def operator_columns(rows: Sequence[OperatorRow], on_device: bool = False) -> li
     if any(row.algorithm for row in rows):
         columns.append(("algorithm", lambda row: row.algorithm))
     return columns + _remarks(rows)
+
+
+def branches_columns(rows: Sequence[BranchesRow]) -> list[Column]:
+    """Return the columns of a table of layers with several branches, without empty ones."""
+    columns: list[Column] = [
+        ("dtype", lambda row: row.dtype),
+        ("case", lambda row: row.case),
+        ("N×C×H×W, kernels", lambda row: row.shape),
+        ("pass", lambda row: row.part),
+        ("layout", lambda row: row.layout),
+        ("ours, ms", lambda row: significant(row.ours_ms)),
+        ("±", lambda row: "" if math.isnan(row.ours_spread) else _percent(row.ours_spread, row.ours_ms)),
+    ]
+    if any(not math.isnan(row.filled_ms) for row in rows):
+        columns.append(("zeros in gaps, ms", lambda row: significant(row.filled_ms)))
+    columns += [
+        ("PyTorch NCHW, ms", lambda row: significant(row.torch_nchw_ms)),
+        ("PyTorch NHWC, ms", lambda row: significant(row.torch_nhwc_ms)),
+    ]
+    if any(not math.isnan(row.filled_ms) for row in rows):
+        columns.append(("× zeros in gaps", lambda row: factor(row.times_filled)))
+    return [*columns, ("× best of PyTorch", lambda row: factor(row.times_best)), ("backend", lambda row: row.backend)]
 
 
 def network_columns(rows: Sequence[NetworkRow], on_device: bool = False) -> list[Column]:

@@ -31,25 +31,31 @@ _MODELS = (
     "Time networks in training and inference: ours unchanged, folded and accelerated, compared with the same networks on "
     "PyTorch's convolutions. Takes the names of widekernel's and timm's models; on a CUDA device, there are default ones."
 )
+_BRANCHES = (
+    "Time layers with several branches, such as UniRepLKNet's with dilated kernels: forward pass, input gradient and weight "
+    "gradients of all branches together. Our operator is compared with itself on kernels with zeros in their gaps, and with "
+    "PyTorch's dilated convolutions (NCHW and NHWC). All results are checked first."
+)
 _PASSES = ("forward", "input", "weight")
 _FILES = {"csv": ".csv", "markdown": ".md", "plot": ".png"}
-_CPU_SECONDS, _CUDA_SECONDS = {"ops": 0.5, "models": 3.0}, {"ops": 0.1, "models": 1.0}
+_CPU_SECONDS, _CUDA_SECONDS = {"ops": 0.5, "branches": 0.5, "models": 3.0}, {"ops": 0.1, "branches": 0.1, "models": 1.0}
 _MINUTES, _CUDA_BATCH, _CPU_IMAGES = 10.0, 64, 4
 _TEXT_COLUMNS = {"case", "N×C×H×W, kernel", "pass", "layout", "backend", "algorithm", "model", "mode", "variant"}
-_TEXT_COLUMNS |= {"dtype", "floor is", "remark"}
+_TEXT_COLUMNS |= {"N×C×H×W, kernels", "dtype", "floor is", "remark"}
 _DTYPES = "which of bfloat16,tf32,float16,float32 to compute in"
 
 
 def run(arguments: list[str]) -> int:
     """Time operators or networks, print the table and write the requested files."""
-    kinds = {"ops": (_bench_ops, _OPS), "models": (_bench_models, _MODELS)}
+    kinds = {"ops": (_bench_ops, _OPS), "branches": (_bench_branches, _BRANCHES), "models": (_bench_models, _MODELS)}
     if arguments and arguments[0] in kinds:
         return kinds[arguments[0]][0](arguments[1:])
     if arguments and arguments[0] not in ("-h", "--help"):
         raise ConfigError(
             f"widekernel bench cannot time {arguments[0]!r}.{nearest(arguments[0], kinds)} It times {' or '.join(kinds)}."
         )
-    usage = ["usage: widekernel bench {ops,models} [OPTIONS]", *(f"{name}: {text}" for name, (_, text) in kinds.items())]
+    usage = [f"usage: widekernel bench {{{','.join(kinds)}}} [OPTIONS]"]
+    usage += [f"{name}: {text}" for name, (_, text) in kinds.items()]
     result_console().print("\n\n".join(usage))
     return 0 if arguments else 2
 
@@ -81,6 +87,25 @@ def _bench_ops(arguments: list[str]) -> int:
     run.show(_Page(title, columns, (*remarks, *about), _command("ops", arguments)), rows)
     if "plot" in files:
         tables.write(draw(rows, run.platform), files["plot"])
+    run.budget.finish()
+    return 0
+
+
+def _bench_branches(arguments: list[str]) -> int:
+    values = parse(_branches_parser(), arguments)
+    require(values["batch"] is None or values["batch"] > 0, "batch", values["batch"], "positive")
+    files, accelerator = _check_common(values, "branches")
+    from widekernel.bench import check_operator, notes, tables
+    from widekernel.bench.branches import choose_branches, measure_branches
+    from widekernel.bench.precision import BFLOAT16, FLOAT32
+
+    cases = choose_branches(values["names"], values["batch"] or (None if accelerator is None else _CUDA_BATCH))
+    precisions = values["dtypes"] or [FLOAT32 if accelerator is None else BFLOAT16]
+    given = {"precisions": precisions, "seconds": values["seconds"], "rounds": values["rounds"]}
+    run = _Run(values, files, accelerator, len(cases) * len(precisions))
+    rows = run.measure(partial(measure_branches, cases, **given), check_operator)
+    columns = tables.branches_columns(rows)
+    run.show(_Page("Layers with several branches", columns, notes.BRANCHES_NOTES, _command("branches", arguments)), rows)
     run.budget.finish()
     return 0
 
@@ -119,10 +144,10 @@ def _bench_models(arguments: list[str]) -> int:
 
 def _ops_parser() -> jsonargparse.ArgumentParser:
     parser = new_parser("bench ops", _OPS)
-    cases = "targets (the default on the CPU), layers (on CUDA), small, sweep (takes hours), or names such as slak-*"
+    cases = "targets (default on the CPU), layers (on CUDA), small, dilated, sweep (takes hours), or names such as slak-*"
     parser.add_argument("--cases", type=str, nargs="+", default=None, help=cases)
     parser.add_argument("--shape", type=str | None, default=None, help="a custom case: N,C,H,W such as 8,128,56,56")
-    parser.add_argument("--kernel", type=str | None, default=None, help="its kernel, such as 31x31 or 51x5")
+    parser.add_argument("--kernel", type=str | None, default=None, help="its kernel: 31x31, 51x5, or 7x7d2 for dilation 2")
     parser.add_argument(
         "--batch", type=int | None, default=None, help="N of all cases; default 8, on CUDA 64, in a sweep 1, 8 and 32"
     )
@@ -138,6 +163,17 @@ def _ops_parser() -> jsonargparse.ArgumentParser:
         "--dtypes", type=str | None, default=None, help=f"{_DTYPES}; default: all on CUDA, float32 on the CPU"
     )
     _add_common(parser, "ops")
+    return parser
+
+
+def _branches_parser() -> jsonargparse.ArgumentParser:
+    parser = new_parser("bench branches", _BRANCHES, "[NAMES ...]")
+    names = "layers: unireplknet-1 to unireplknet-4 (the default: all four), replknet-3, slak-3"
+    parser.add_argument("names", type=str, nargs="*", help=names)
+    parser.add_argument("--batch", type=int | None, default=None, help="N of all layers; default 8, on CUDA 64")
+    dtypes = f"{_DTYPES}; default: bfloat16 on CUDA, float32 on the CPU"
+    parser.add_argument("--dtypes", type=str | None, default=None, help=dtypes)
+    _add_common(parser, "branches")
     return parser
 
 

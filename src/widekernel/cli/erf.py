@@ -74,7 +74,7 @@ def run(arguments: list[str]) -> int:
     folder = Path(values["output"])
     check_results_folder(folder, "erf.json", values["overwrite"])
     _check_names(values)
-    from widekernel.analysis.erf import THRESHOLDS, area_ratios, heat_maps
+    from widekernel.analysis.erf import THRESHOLDS, Area, area_ratios, heat_maps
     from widekernel.files import write_file
 
     matrices: dict[str, np.ndarray] = {}
@@ -95,7 +95,7 @@ def run(arguments: list[str]) -> int:
     console = table_console()
     table = Table("", *(f"{100 * threshold:g} %" for threshold in THRESHOLDS), "images")
     for label, row in rows.items():
-        cells = ["-" if area is None else f"{100 * area['ratio']:.1f} %" for area in row["areas"].values()]
+        cells = ["-" if area is None else Area(**area).percentage for area in row["areas"].values()]
         table.add_row(label, *cells, str(row.get("images", "")))
     console.print(table)
     console.print("area of the smallest centered square with more than the given share of the scores")

@@ -82,8 +82,8 @@ def problems_of_case(case: Case, runs: Runs, device: torch.device) -> Counter[Pr
             for op, at in passes:
                 is_last = layout == "NHWC"
                 tf32 = precision.matmul == "high" and device.type == "cuda"
-                kernels, anchors = (case.kernel,), (at,)
-                found[Problem(op, device.type, precision.dtype, case.shape, kernels, anchors, is_last, tf32=tf32)] += 1
+                rect = (case.kernel,), (at,), is_last, None, tf32, (case.dilation,)
+                found[Problem(op, device.type, precision.dtype, case.shape, *rect)] += 1
     return found
 
 

@@ -41,10 +41,10 @@ class TileSource(RectSource):
     def responses(self, x: Tensor) -> list[Tensor]:
         """Convolve with every kernel, in one call if a backend has a fused operator."""
         if torch.jit.is_scripting():
-            kernels, anchors = self.branch_kernels(), self.branch_anchors()
+            kernels, anchors, dilations = self.branch_kernels(), self.branch_anchors(), self.branch_dilations()
             responses: list[Tensor] = []
             for i in self.places:  # TorchScript unrolls this loop
-                responses.append(self.scripted_response(x, kernels[i], anchors[i]))
+                responses.append(self.scripted_response(x, kernels[i], anchors[i], dilations[i]))
             return responses
         else:  # noqa: RET505 - TorchScript leaves out the other branch, and only that
             return super().responses(x)

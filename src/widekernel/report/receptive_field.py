@@ -85,7 +85,5 @@ def _inputs(subject: Subject, images: Images, count: int, size: int, seed: int) 
 
 def in_words(field: ReceptiveField) -> str:
     """Describe the heat map for those who do not see it."""
-    parts = [
-        f"{100 * share:g} % of the scores lie in {100 * a.ratio:.1f} % of the area" for share, a in field.areas.items() if a
-    ]
+    parts = [f"{100 * share:g} % of the scores lie in {a.percentage} of the area" for share, a in field.areas.items() if a]
     return f"Heat map of the effective receptive field, brightest at the center: {'; '.join(parts) or 'no centered square'}."

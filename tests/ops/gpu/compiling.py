@@ -64,7 +64,7 @@ class Job:
     def unpacked(packed: dict[str, Any]) -> Job:
         fields = dict(packed["problem"])
         fields["dtype"] = getattr(torch, fields["dtype"])
-        for name in ("shape", "kernels", "anchors"):
+        for name in ("shape", "kernels", "anchors", "dilations"):
             fields[name] = tuple(tuple(v) if isinstance(v, list) else v for v in fields[name])
         return Job(Problem(**fields), config_from_entry(packed["config"]), packed["chip"])
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -45,15 +45,16 @@ SHARED = (99 * 1024, 227 * 1024)
 
 @dataclass(frozen=True)
 class Kind:
-    """An operator and the kernel that computes it."""
+    """An operator, the kernel that computes it, and whether its rectangles have gaps."""
 
     op: str
     method: type[KernelConfig]
     transposed: int = 0
     copied: int = 0
+    dilated: bool = False
 
     def __str__(self) -> str:
-        how = ["transposed"] * self.transposed + ["copied"] * self.copied
+        how = ["transposed"] * self.transposed + ["copied"] * self.copied + ["dilated"] * self.dilated
         return "-".join([self.op.removeprefix("depthwise_"), self.method.__name__.lower(), *how])
 
     def computes_by(self, config: KernelConfig) -> bool:
@@ -71,6 +72,7 @@ KINDS = [
     Kind(DEPTHWISE_WEIGHT_GRAD, FlatGrad),
     Kind(DEPTHWISE_WEIGHT_GRAD, DirectNhwcGrad),
 ]
+DILATED = [replace(kind, dilated=True) for kind in KINDS]
 
 
 def _among(x: Tensor, shape: tuple[int, ...], part: tuple[slice, ...]) -> Tensor:
@@ -116,7 +118,8 @@ class Drawn:
             self._check_gradient(*images)
             return
         prepared, anchors = PreparedSum(problem, self.config, self.chip), problem.anchors
-        alone = [exact(x, [kernel], [anchor]) for x, kernel, anchor in zip(images * len(kernels), kernels, anchors)]
+        rects = zip(images * len(kernels), kernels, anchors, problem.dilations)
+        alone = [exact(x, [kernel], [anchor], (dilation,)) for x, kernel, anchor, dilation in rects]
         if problem.op == DEPTHWISE_SUM:
             bias, scale = (torch.randn(channels).to(problem.dtype) for _ in range(2))
             got = [prepared(images[0], kernels, anchors, bias, scale, True)]
@@ -130,9 +133,9 @@ class Drawn:
             assert_exact(one, of)
 
     def _check_gradient(self, x: Tensor, grad: Tensor) -> None:
-        (size,), (anchor,) = self.problem.kernels, self.problem.anchors
+        (size,), (anchor,), (dilation,) = self.problem.kernels, self.problem.anchors, self.problem.dilations
         got = PreparedWeightGrad(self.problem, self.config, self.chip)(x, grad, size, anchor)
-        assert_exact(got, reference.depthwise_weight_grad(x.double(), grad.double(), size, anchor))
+        assert_exact(got, reference.depthwise_weight_grad(x.double(), grad.double(), size, anchor, dilation))
 
 
 def drawn(kind: Kind, dtype: torch.dtype, number: int, most: int) -> Drawn:
@@ -141,7 +144,7 @@ def drawn(kind: Kind, dtype: torch.dtype, number: int, most: int) -> Drawn:
     torch.manual_seed(rng.getrandbits(32))
     wide = rng.random() < 0.5
     # Every row of every image is a separate access, and only many of them are split among programs.
-    most *= 2 if kind.method is DirectNhwcGrad else 1
+    most *= 2 if kind.method is DirectNhwcGrad or kind.dilated else 1
     while True:
         problem = _problem(rng, kind, dtype, wide)
         chip = Chip((9, 0), rng.choice(PROCESSORS), rng.choice(SHARED))
@@ -170,7 +173,8 @@ def _accesses(problem: Problem, config: KernelConfig) -> int:
         programs = (
             channels * math.ceil(batch / config.images) * math.ceil(height / reach) * math.ceil(width / config.columns)
         )
-        blocks = math.ceil((config.columns + kw) / config.depth)
+        band = config.columns + max(size[1] * dilation for size, dilation in zip(problem.kernels, problem.dilations))
+        blocks = math.ceil(band / config.depth)
         return 2 * programs * len(problem.kernels) * min(height + reach, reach + kh) * blocks
     if isinstance(config, ToeplitzGrad):
         blocks = math.ceil(batch * height / config.depth) * math.ceil(width / config.outputs)
@@ -195,10 +199,12 @@ MOST_TAPS = {DirectNchw: (5, 50), DirectNhwc: (5, 50), DirectNhwcGrad: (3, 9)}
 def _problem(rng: random.Random, kind: Kind, dtype: torch.dtype, wide: bool) -> Problem:
     direct = kind.method in MOST_TAPS
     flat = kind.method in (Flat, FlatGrad)
-    longest, taps = MOST_TAPS.get(kind.method, (15, 300))
+    longest, taps = (5, 50) if kind.dilated else MOST_TAPS.get(kind.method, (15, 300))
+    # On smaller images, most dilated taps only ever meet padding.
+    least = 4 if kind.dilated and rng.random() < 0.8 else 1
     while True:
         batch, channels = rng.choice(BATCHES.get(kind.method, (1, 2, 3, 5, 17, 33))), rng.randint(1, 3)
-        height, width = rng.randint(1, 9 if flat else 12), rng.randint(1, 9 if flat else 12)
+        height, width = rng.randint(least, 9 if flat else 12), rng.randint(least, 9 if flat else 12)
         if wide and not flat and kind.method is not DirectNhwcGrad:
             # More columns than a block has; if transposed, more rows.
             height, width = (width, height + 16) if not kind.transposed else (width + 16, height)
@@ -213,7 +219,12 @@ def _problem(rng: random.Random, kind: Kind, dtype: torch.dtype, wide: bool) -> 
             break
     anchors = tuple((_anchor(rng, kh), _anchor(rng, kw)) for kh, kw in kernels)
     last = kind.method in (DirectNhwc, DirectNhwcGrad) or (not direct and rng.random() < 0.2)
-    return Problem(kind.op, "cpu", dtype, (batch, channels, height, width), kernels, anchors, channels_last=last)
+    made = Problem(kind.op, "cpu", dtype, (batch, channels, height, width), kernels, anchors, channels_last=last)
+    if not kind.dilated:
+        return made
+    dilations = [rng.choice((2, 3, 4, 5, 9)), *[rng.choice((1, 2, 3, 4, 5)) for _ in kernels[1:]]]
+    rng.shuffle(dilations)
+    return replace(made, dilations=tuple(dilations))
 
 
 def _size(rng: random.Random, most: int, tall: int) -> tuple[int, int]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.ops.cases import TOLERANCE, Case, definition, relative_error
+from widekernel.ops import reference
 from widekernel.ops.gpu import machine
 from widekernel.ops.gpu.kernel_configs import Chip, KernelConfig
 from widekernel.ops.gpu.launch import PreparedSum, PreparedWeightGrad
@@ -47,9 +48,14 @@ def draw(
     return x.to(DEVICE).contiguous(memory_format=layout), [kernel.to(DEVICE) for kernel in kernels]
 
 
-def exact(x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[tuple[int, int]]) -> Tensor:
+def exact(
+    x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[tuple[int, int]], dilations: tuple[int, ...] = ()
+) -> Tensor:
     """Compute the sum of rectangles in float64."""
-    return definition(x.double(), [kernel.double() for kernel in kernels], anchors)
+    doubles = [kernel.double() for kernel in kernels]
+    if any(dilation > 1 for dilation in dilations):
+        return reference.depthwise_sum(x.double(), doubles, anchors, dilations=dilations)
+    return definition(x.double(), doubles, anchors)
 
 
 def prepared_sum(

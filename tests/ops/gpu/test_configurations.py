@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from typing import Any
 
 import pytest
@@ -17,6 +17,7 @@ from tests.ops.gpu.pretended_gpu import ALL, CHIPS, SUM, WEIGHT_GRAD, problem
 from widekernel.errors import ArgumentError
 from widekernel.ops.backends.triton import TritonBackend
 from widekernel.ops.gpu import config_choice, cost_model
+from widekernel.ops.gpu.candidates import candidates
 from widekernel.ops.gpu.kernel_configs import (
     CONFIG_TYPES,
     Chip,
@@ -47,7 +48,9 @@ def problems(draw: st.DrawFn) -> Problem:
     shape = draw(st.integers(1, 256)), draw(st.integers(1, 600)), draw(extent), draw(extent)
     dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
     tf32 = dtype == torch.float32 and draw(st.booleans())
-    return Problem(op, "cuda", dtype, shape, tuple(kernels), tuple(anchors), draw(st.booleans()), None, tf32)
+    last, gaps = draw(st.booleans()), st.sampled_from([1, 1, 1, 2, 3, 5, 40])
+    dilations = tuple(draw(gaps) for _ in kernels)
+    return Problem(op, "cuda", dtype, shape, tuple(kernels), tuple(anchors), last, None, tf32, dilations)
 
 
 def shared_bytes(of: Problem, config: KernelConfig) -> int:
@@ -100,6 +103,35 @@ def check(of: Problem, chip: Chip) -> None:
 @settings(max_examples=75, deadline=None)
 def test_every_problem_has_configurations_that_fit(of: Problem, name: str) -> None:
     check(of, CHIPS[name])
+
+
+def zero_filled(of: Problem) -> Problem:
+    """Return the problem of rectangles whose gaps are filled with zeros."""
+    rects = list(zip(of.kernels, of.anchors, of.dilations))
+    kernels = tuple(((kh - 1) * d + 1, (kw - 1) * d + 1) for (kh, kw), _, d in rects)
+    return replace(of, kernels=kernels, anchors=tuple((row * d, column * d) for _, (row, column), d in rects), dilations=())
+
+
+@given(problems(), st.sampled_from(sorted(CHIPS)))
+@settings(max_examples=12, deadline=None)
+def test_gaps_cost_no_more_than_zeros(of: Problem, name: str) -> None:
+    chip = CHIPS[name]
+    filled = zero_filled(of)
+    for config in set(candidates(of, chip)) & set(candidates(filled, chip)):
+        cost, dense = (cost_model.estimated_cycles(each, config, chip) for each in (of, filled))
+        assert cost <= dense * (1 + 1e-9), config
+
+
+def test_gaps_between_rows_are_free() -> None:
+    """Three rows five apart cost about as much as three adjacent ones, and far less than eleven."""
+    for op, config in {
+        SUM: Toeplitz(4, 4, rows=1, columns=16, row_blocks=16, images=4, depth=32),
+        WEIGHT_GRAD: ToeplitzGrad(4, 3, kernel_rows=1, inputs=32, outputs=32, depth=32),
+    }.items():
+        near = problem((3, 3), op=op, shape=(64, 160, 28, 28))
+        apart = replace(near, dilations=(5,))
+        costs = [cost_model.estimated_cycles(each, config, CHIPS["sm_90"]) for each in (near, apart, zero_filled(apart))]
+        assert costs[1] < 1.4 * costs[0] and costs[1] < 0.6 * costs[2]
 
 
 EXTENTS = [1, 2, 3, 4, 5, 8, 9, 16, 130]

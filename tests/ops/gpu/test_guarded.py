@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.ops.gpu.drawing import KINDS, Kind, drawn
+from tests.ops.gpu.drawing import DILATED, KINDS, Kind, drawn
 from tests.ops.gpu.guard import Guard
 from tests.ops.gpu.helpers import DTYPES
 
@@ -36,4 +36,21 @@ def test_random_problems(guard: Guard, kind: Kind, dtype: torch.dtype, number: i
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_more_random_problems(guard: Guard, kind: Kind, dtype: torch.dtype, number: int) -> None:
+    check(guard, kind, dtype, number, 1000)
+
+
+# Each kernel once, and each type with some of the kernels.
+ONCE = [(kind, DTYPES[number % len(DTYPES)]) for number, kind in enumerate(DILATED)]
+
+
+@pytest.mark.parametrize(("kind", "dtype"), ONCE, ids=str)
+def test_random_dilated_problems(guard: Guard, kind: Kind, dtype: torch.dtype) -> None:
+    check(guard, kind, dtype, 0, 150)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(8))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", DILATED, ids=str)
+def test_more_random_dilated_problems(guard: Guard, kind: Kind, dtype: torch.dtype, number: int) -> None:
     check(guard, kind, dtype, number, 1000)

@@ -60,6 +60,18 @@ def name() -> str:
             Problem(DEPTHWISE_SUM, "cuda", torch.float32, (2, 4, 8, 8), ((3, 3),), ((1, 1),), algorithm=DIRECT),
             "depthwise_sum float32 NCHW N2 C4 8x8 3x3@1,1 direct",
         ),
+        (
+            Problem(
+                DEPTHWISE_BRANCHES,
+                "cuda",
+                torch.bfloat16,
+                (64, 160, 28, 28),
+                ((13, 13), (7, 6), (3, 3)),
+                ((6, 6), (3, 5), (1, 1)),
+                dilations=(1, 2, 13),
+            ),
+            "depthwise_branches bfloat16 NCHW N64 C256 28x28 13x13@6,6+7x6@3,5*2+3x3@1,1*13",
+        ),
     ],
 )
 def test_keys_are_stable(problem: Problem, key: str) -> None:

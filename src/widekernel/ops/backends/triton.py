@@ -27,6 +27,8 @@ MOST_RECTS = 16
 """Largest number of kernels in one launch, which is compiled for all of its rectangles."""
 MOST_PIXELS = 2**30
 """Largest number of pixels of a plane: offsets, including those beyond its end before masking, are 32-bit integers."""
+MOST_SPANNED = 1024
+"""Largest distance from the first to the last tap of a dilated kernel: padded rows of kernels and compiled loops span it."""
 MOST_TRIED = 8
 """Number of alternatives that are tried if the chosen configuration does not fit on the GPU."""
 
@@ -38,6 +40,7 @@ class TritonBackend(Backend):
     name = "triton"
     operators = frozenset({DEPTHWISE_SUM, DEPTHWISE_WEIGHT_GRAD, DEPTHWISE_BRANCHES, DEPTHWISE_SUM_OF_BRANCHES})
     calls_pytorch = False
+    computes_dilated = True
 
     def reasons_against(self, problem: Problem) -> list[str]:
         """List why the kernels cannot compute the problem, or why PyTorch's are better; empty if neither applies."""
@@ -55,8 +58,12 @@ class TritonBackend(Backend):
         return not self._obstacles(problem)
 
     def describe(self, problem: Problem) -> str:
-        """Describe the kernel, its configuration, and where the configuration comes from."""
-        return "nothing to compute" if 0 in problem.shape else str(planned(problem))
+        """Describe the kernel, its configuration, where that comes from, and what is computed between the taps."""
+        if 0 in problem.shape:
+            return "nothing to compute"
+        plan = planned(problem)
+        gaps = plan.config.gaps if problem.dilated else ""
+        return f"{plan}; {gaps}" if gaps else str(plan)
 
     def prepare(self, problem: Problem) -> Operator:
         """Choose the kernel and its configuration for the current GPU."""
@@ -113,7 +120,16 @@ def _limits(problem: Problem) -> list[str]:
         limits.append("it computes channels_last images of fewer than 2**31 numbers")
     if problem.shape[2] * problem.shape[3] > MOST_PIXELS:
         limits.append(f"it computes images of at most {MOST_PIXELS} pixels")
+    spanned = _spanned(problem)
+    if spanned > MOST_SPANNED:
+        limits.append(f"it computes dilated kernels whose taps span at most {MOST_SPANNED} pixels, not {spanned}")
     return limits
+
+
+def _spanned(problem: Problem) -> int:
+    """Return the largest distance between two taps of a dilated kernel along an axis; 0 if none is dilated."""
+    rects = zip(problem.kernels, problem.dilations)
+    return max(((max(size) - 1) * dilation for size, dilation in rects if dilation > 1), default=0)
 
 
 def _is_direct(problem: Problem) -> bool:

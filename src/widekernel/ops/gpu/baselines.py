@@ -17,6 +17,7 @@ from widekernel.ops.problem import (
     DEPTHWISE_SUM_OF_BRANCHES,
     DEPTHWISE_WEIGHT_GRAD,
     LAYOUTS,
+    Anchor,
     Problem,
 )
 
@@ -110,23 +111,29 @@ def pytorch_calls(problem: Problem, inputs: Inputs) -> dict[str, Call]:
 
 def _portable(problem: Problem, inputs: Inputs) -> Call:
     xs, kernels, grad = inputs
-    rects = list(zip(kernels, problem.anchors))
+    rects = list(zip(kernels, problem.anchors, problem.dilations))
+    dilations = problem.dilations
     if problem.op == DEPTHWISE_SUM:
-        return lambda: torch_conv.depthwise_sum(xs[0], kernels, problem.anchors, None)
+        return lambda: torch_conv.depthwise_sum(xs[0], kernels, problem.anchors, None, dilations=dilations)
     if problem.op == DEPTHWISE_BRANCHES:
-        return lambda: [torch_conv.depthwise_sum(xs[0], [kernel], [anchor], None) for kernel, anchor in rects]
+        return lambda: [_one_rectangle(xs[0], *rect) for rect in rects]
     if problem.op == DEPTHWISE_WEIGHT_GRAD:
         assert grad is not None
-        return lambda: torch_conv.depthwise_weight_grad(xs[0], grad, problem.kernels[0], problem.anchors[0])
+        of = problem.kernels[0], problem.anchors[0], dilations[0]
+        return lambda: torch_conv.depthwise_weight_grad(xs[0], grad, *of)
 
     def sum_of_branches() -> Tensor:
-        parts = (torch_conv.depthwise_sum(x, [kernel], [anchor], None) for x, (kernel, anchor) in zip(xs, rects))
+        parts = (_one_rectangle(x, *rect) for x, rect in zip(xs, rects))
         total = next(parts)
         for part in parts:
             total.add_(part)
         return total
 
     return sum_of_branches
+
+
+def _one_rectangle(x: Tensor, kernel: Tensor, anchor: Anchor, dilation: int) -> Tensor:
+    return torch_conv.depthwise_sum(x, [kernel], [anchor], None, dilations=(dilation,))
 
 
 def _is_centered(problem: Problem) -> bool:
@@ -137,10 +144,11 @@ def _is_centered(problem: Problem) -> bool:
 
 def _backward(problem: Problem, inputs: Inputs) -> Call:
     (x,), (kernel,), grad = inputs
-    padding, channels = list(problem.anchors[0]), problem.shape[1]
+    dilation, channels = problem.dilations[0], problem.shape[1]
+    padding = [dilation * taps for taps in problem.anchors[0]]
     backward = torch.ops.aten.convolution_backward
     mask = [False, True, False]
-    return lambda: backward(grad, x, kernel, None, [1, 1], padding, [1, 1], False, [0, 0], channels, mask)[1]
+    return lambda: backward(grad, x, kernel, None, [1, 1], padding, [dilation] * 2, False, [0, 0], channels, mask)[1]
 
 
 def exact_outputs(problem: Problem, inputs: Inputs) -> list[Tensor]:

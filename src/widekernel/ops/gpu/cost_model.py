@@ -27,11 +27,15 @@ from widekernel.ops.gpu.launch_geometry import (
     expanded_length,
     flat_splits,
     grad_splits,
+    in_pixels,
     itemsize,
     leading_columns,
     next_power_of_two,
+    output_rows_met,
     padded_width,
     transposed,
+    visited_rows,
+    visited_rows_above,
 )
 from widekernel.ops.problem import Problem
 
@@ -111,12 +115,16 @@ def _toeplitz(problem: Problem, config: Toeplitz, chip: Chip) -> float:
     batch, channels, height, width = problem.shape
     align = 16 // itemsize(problem.dtype)
     steps = 0
-    for (kh, kw), (row, column) in zip(problem.kernels, problem.anchors):
+    for (kh, taps), (row, anchor), dilation in zip(problem.kernels, problem.anchors, problem.dilations):
+        kw, column = in_pixels(taps, anchor, dilation)
         reach = config.rows * config.row_blocks
         visited = 0
         for h0 in range(0, height, reach):
-            first = max(-row, -h0 - (config.row_blocks - 1) * config.rows)
-            visited += max(0, min(config.rows + kh - 1 - row, height - h0) - first)
+            # Counted from the first row that the block depends on.
+            top = row * dilation - h0
+            first = visited_rows_above(top - (config.row_blocks - 1) * config.rows, config.rows, dilation)
+            last = min(visited_rows(config.rows, kh, dilation), visited_rows_above(top + height, config.rows, dilation))
+            visited += max(0, last - first)
         blocks = 0
         for w0 in range(0, width, config.columns):
             lead = leading_columns(config, kw, column, align)
@@ -138,7 +146,8 @@ def _expanding(problem: Problem, config: Toeplitz, chip: Chip) -> float:
     """Return the cycles of storing the zero-padded kernels, which are read again later."""
     copies = 16 // itemsize(problem.dtype)
     numbers = 0
-    for (kh, kw), (_, column) in zip(problem.kernels, problem.anchors):
+    for (kh, taps), (_, anchor), dilation in zip(problem.kernels, problem.anchors, problem.dilations):
+        kw, column = in_pixels(taps, anchor, dilation)
         pad = config.columns + leading_columns(config, kw, column, copies) - column
         numbers += problem.shape[1] * kh * copies * expanded_length(config, pad, kw)
     return _LAUNCH * len(problem.kernels) + 2 * numbers * itemsize(problem.dtype) / _COPIED / chip.processors
@@ -165,22 +174,20 @@ def _toeplitz_grad(problem: Problem, config: ToeplitzGrad, chip: Chip) -> float:
     problem = transposed(problem) if config.transposed else problem
     height, width = problem.shape[2:]
     width = padded_width(width, problem.dtype) if config.copied else width
-    (kh, kw), (_, column) = problem.kernels[0], problem.anchors[0]
+    (kh, kw), (row, column), dilation = problem.kernels[0], problem.anchors[0], problem.dilations[0]
     align = 16 // itemsize(problem.dtype)
-    _, across = blocks_across(config, width, kw, column, align)
+    _, across = blocks_across(config, width, *in_pixels(kw, column, dilation), align)
     row_blocks = math.ceil(kh / config.kernel_rows)
-    row = problem.anchors[0][0]
     column_blocks = math.ceil(width / config.outputs)
     steps = math.ceil(batch * height / config.depth) * column_blocks
     programs = channels * row_blocks * across
     splits = grad_splits(programs, steps, chip)
     # Number of output rows for which some kernel row of the block lies on the image, for each block.
-    starts = range(0, kh, config.kernel_rows)
-    met = [min(height + row - ky, height) - max(row - (ky + config.kernel_rows - 1), 0) for ky in starts]
-    visited = sum(math.ceil(batch * max(rows, 0) / config.depth) for rows in met) * column_blocks
+    met = [output_rows_met(config, height, row - start, dilation) for start in range(0, kh, config.kernel_rows)]
+    visited = sum(math.ceil(batch * rows / config.depth) for rows in met) * column_blocks
     rows = config.kernel_rows * config.inputs
-    # Adjacent kernel rows of a block need the same rows of x except for one.
-    fresh = (config.inputs * (1 + config.kernel_rows / 4) + config.outputs) * config.depth
+    # Adjacent kernel rows of a block need the same rows of x except for one, or as many as the dilation.
+    fresh = (config.inputs * (1 + config.kernel_rows * min(dilation, 4) / 4) + config.outputs) * config.depth
     filled = (rows + config.outputs) * config.depth
     loads = filled / _pieces(problem, width, config.transposed and not config.copied)
     block = (rows, config.outputs, config.depth)
@@ -217,7 +224,8 @@ def _direct(problem: Problem, config: DirectNchw | DirectNhwc, chip: Chip) -> fl
         tiles = math.ceil(height / config.rows) * math.ceil(width / config.columns)
         programs = batch * tiles * math.ceil(channels / config.channels)
         # Every value that is loaded is used for all rows of the block that it affects.
-        seen = sum((config.rows + kh - 1) * kw for kh, kw in problem.kernels) / config.rows
+        rects = zip(problem.kernels, problem.dilations)
+        seen = sum(visited_rows(config.rows, kh, dilation) * kw for (kh, kw), dilation in rects) / config.rows
         waste = tiles * config.rows * config.columns / (height * width)
         loads = outputs * seen * waste / _LOADS_EACH / 2
         work *= waste

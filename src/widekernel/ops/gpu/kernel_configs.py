@@ -36,11 +36,14 @@ class KernelConfig:
     """The launch configuration of a kernel.
 
     Attributes:
+        method: name of the kernel.
+        gaps: what the kernel computes between the taps of a dilated kernel; '' if nothing.
         warps: number of warps of a program, 32 threads each.
         stages: number of blocks in flight while loads are pipelined.
     """
 
     method: ClassVar[str]
+    gaps: ClassVar[str] = ""
     warps: int
     stages: int
 
@@ -61,6 +64,7 @@ class Toeplitz(KernelConfig):
     """
 
     method = "toeplitz"
+    gaps = "rows in the gaps of all outputs of a block are skipped, columns in gaps are multiplied by zero"
     rows: int
     columns: int
     row_blocks: int
@@ -74,6 +78,7 @@ class Flat(KernelConfig):
     """One product for a whole plane of at most `pixels` pixels, for `images` images at a time."""
 
     method = "flat"
+    gaps = "gaps are zeros of the matrix, whose size does not depend on the taps"
     pixels: int
     images: int
 
@@ -106,6 +111,7 @@ class ToeplitzGrad(KernelConfig):
     """
 
     method = "toeplitz weight gradient"
+    gaps = "rows in gaps are skipped, columns in gaps are multiplied, but not added up"
     kernel_rows: int
     inputs: int
     outputs: int
@@ -119,6 +125,7 @@ class FlatGrad(KernelConfig):
     """Weight gradient of small maps: one product of all pixels of a plane with all others, for `images` at a time."""
 
     method = "flat weight gradient"
+    gaps = "all pairs of pixels are multiplied, whatever the taps"
     pixels: int
     images: int
 

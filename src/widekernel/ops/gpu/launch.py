@@ -36,6 +36,7 @@ from widekernel.ops.gpu.launch_geometry import (
     expanded_length,
     flat_images_each,
     flat_splits,
+    in_pixels,
     itemsize,
     leading_columns,
     next_power_of_two,
@@ -164,27 +165,33 @@ class _ToeplitzSum:
         _, self.channels, self.height, self.width = problem.shape
         self.copies = 16 // itemsize(problem.dtype)
         self.config = config
-        self.rects = tuple(self._rect(*size, *anchor) for size, anchor in zip(problem.kernels, problem.anchors))
+        self.rects = tuple(self._rect(*rect) for rect in _rects(problem))
         self.tiles = math.ceil(self.height / (config.rows * config.row_blocks)) * math.ceil(self.width / config.columns)
         self.options = product_options(problem, config)
         self.one_warp = launch_options(problem, config) | {"num_warps": 1}
 
-    def _rect(self, kh: int, kw: int, row: int, column: int) -> tuple[int, ...]:
-        """Return (kh, kw, row, column), the leading zeros of a kernel row, its padded length, and where blocks begin."""
-        lead = leading_columns(self.config, kw, column, self.copies)
+    def _rect(self, kh: int, kw: int, row: int, column: int, dilation: int) -> tuple[int, ...]:
+        """Return a rectangle for the kernel.
+
+        That is (kh, kw, row, column), the leading zeros of a kernel row, its padded length, where blocks begin, and the
+        dilation.
+        """
+        width, middle = in_pixels(kw, column, dilation)
+        lead = leading_columns(self.config, width, middle, self.copies)
         # Blocks begin at multiples of 16 bytes of the copies, for any number of leading columns. Reading starts one block of
         # outputs before the first taps.
-        pad = -(-self.config.columns // self.copies) * self.copies + lead - column
-        return kh, kw, row, column, pad, expanded_length(self.config, pad, kw), lead
+        pad = -(-self.config.columns // self.copies) * self.copies + lead - middle
+        return kh, kw, row, column, pad, expanded_length(self.config, pad, width), lead, dilation
 
     def __call__(self, xs: Images, kernels: Sequence[Tensor], ys: Images, epilogue: Epilogue) -> None:
         expanded = []
-        for kernel, (kh, kw, _, _, pad, length, _) in zip(kernels, self.rects):
+        for kernel, (kh, kw, _, _, pad, length, _, dilation) in zip(kernels, self.rects):
             kernel = kernel.transpose(2, 3) if self.config.transposed else kernel
             e = kernel.new_empty(self.channels, kh, self.copies, length)
             sizes = {
                 "KH": kh,
                 "KW": kw,
+                "D": dilation,
                 "PAD": pad,
                 "L": length,
                 "S": self.copies,
@@ -316,7 +323,9 @@ class _DirectNhwcSum:
 
 
 def _rects(problem: Problem) -> tuple[tuple[int, ...], ...]:
-    return tuple((*size, *anchor) for size, anchor in zip(problem.kernels, problem.anchors))
+    """Return (kh, kw, row, column, dilation) of each rectangle."""
+    rects = zip(problem.kernels, problem.anchors, problem.dilations)
+    return tuple((*size, *anchor, dilation) for size, anchor, dilation in rects)
 
 
 def _single_input(xs: Images, ys: Images) -> Tensor:

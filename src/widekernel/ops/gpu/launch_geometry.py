@@ -35,8 +35,26 @@ def transposed(problem: Problem) -> Problem:
     return replace(problem, shape=(batch, channels, width, height), kernels=kernels, anchors=anchors)
 
 
+def in_pixels(taps: int, column: int, dilation: int) -> tuple[int, int]:
+    """Return the extent of a kernel axis and the position of its anchor in pixels, including the gaps between taps."""
+    return (taps - 1) * dilation + 1, column * dilation
+
+
+def visited_rows(rows: int, taps: int, dilation: int) -> int:
+    """Return how many input rows a block of adjacent output rows depends on, for a kernel of `taps` rows."""
+    return rows + (taps - 1) * min(dilation, rows)
+
+
+def visited_rows_above(row: int, rows: int, dilation: int) -> int:
+    """Return how many of the rows that a block depends on lie above `row`, counted from the first of them."""
+    periods, rest = divmod(max(row, 0), dilation)
+    return periods * min(dilation, rows) + min(rest, rows)
+
+
 def leading_columns(config: Toeplitz, kw: int, column: int, copies: int) -> int:
     """Return how many columns before the outputs the blocks of input columns begin, at least `column`.
+
+    Here and in the functions below, `kw` and `column` are in pixels: see `in_pixels`.
 
     Asynchronous copies of 16 bytes require multiples of `copies`. Halves and quarters of that are used where they save a
     block.
@@ -66,6 +84,19 @@ def blocks_across(config: ToeplitzGrad, width: int, kw: int, column: int, align:
         return 0, math.ceil(width / config.inputs)
     offset = -column // align * align
     return offset, math.ceil((config.outputs + kw - 1 - column - offset) / config.inputs)
+
+
+def output_rows_met(config: ToeplitzGrad, height: int, row: int, dilation: int) -> int:
+    """Return the number of output rows between the first and the last for which a block of kernel rows lies on the image.
+
+    Args:
+        config: the configuration.
+        height: rows of the image.
+        row: kernel row on the output pixel, counted from the first of the block.
+        dilation: distance between kernel rows.
+    """
+    first = max((row - (config.kernel_rows - 1)) * dilation, 0)
+    return max(0, min(height + row * dilation, height) - first)
 
 
 def flat_splits(problem: Problem, config: Flat | FlatGrad, chip: Chip) -> int:

@@ -17,8 +17,10 @@ from widekernel.ops.gpu.launch_geometry import (
     flat_images_each,
     flat_splits,
     grad_splits,
+    in_pixels,
     itemsize,
     next_power_of_two,
+    output_rows_met,
     padded_width,
     transposed,
 )
@@ -57,16 +59,14 @@ class ToeplitzWeightGrad:
 
     def _fewest_rows(self, kh: int, row: int) -> int:
         """Return the smallest number of output rows for which a block of kernel rows lies on the image, at least 1."""
-        counts = []
-        for ky in range(0, kh, self.config.kernel_rows):
-            first = max(row - (ky + self.config.kernel_rows - 1), 0)
-            counts.append(min(self.height + row - ky, self.height) - first)
-        return max(1, min(counts))
+        starts = range(0, kh, self.config.kernel_rows)
+        dilation = self.problem.dilations[0]
+        return max(1, min(output_rows_met(self.config, self.height, row - start, dilation) for start in starts))
 
     def _columns(self, x: Tensor, grad: Tensor, kernel: tuple[int, int], anchor: Anchor) -> Tensor:
         """Compute some columns of the kernel; the anchor may lie outside them."""
-        c = self.config
-        offset, across = blocks_across(c, self.width, kernel[1], anchor[1], self.align)
+        c, dilation = self.config, self.problem.dilations[0]
+        offset, across = blocks_across(c, self.width, *in_pixels(kernel[1], anchor[1], dilation), self.align)
         programs = self.channels * math.ceil(kernel[0] / c.kernel_rows)
         wraps = math.ceil(c.depth / self._fewest_rows(kernel[0], anchor[0]))
         # The split must not depend on the block of kernel rows, so the block with the most output rows determines the steps.
@@ -89,6 +89,7 @@ class ToeplitzWeightGrad:
             KW=kernel[1],
             ROW=anchor[0],
             COL=anchor[1],
+            D=dilation,
             KYB=c.kernel_rows,
             KXB=next_power_of_two(kernel[1]),
             WI=c.inputs,
@@ -134,6 +135,7 @@ class FlatWeightGrad:
             KW=kw,
             ROW=row,
             COL=column,
+            D=self.problem.dilations[0],
             P=self.config.pixels,
             TAPS=next_power_of_two(max(16, kh * kw)),
             BN=self.config.images,
@@ -172,6 +174,7 @@ class DirectNhwcWeightGrad:
             KW=kw,
             ROW=row,
             COL=column,
+            D=self.problem.dilations[0],
             TW=self.config.columns,
             BC=self.config.channels,
             **self.options,

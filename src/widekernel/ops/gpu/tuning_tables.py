@@ -38,9 +38,15 @@ _Stamp = tuple[int, int, int]
 
 
 def table_key(problem: Problem) -> str:
-    """Return the key of a problem in tables; batch and channels are rounded up to powers of two."""
+    """Return the key of a problem in tables; batch and channels are rounded up to powers of two.
+
+    A dilation other than 1 follows the anchor of its rectangle, as in 3x3@1,1*5.
+    """
     batch, channels, height, width = problem.shape
-    rects = "+".join(f"{kh}x{kw}@{r},{c}" for (kh, kw), (r, c) in zip(problem.kernels, problem.anchors))
+    rects = "+".join(
+        f"{kh}x{kw}@{r},{c}" + (f"*{dilation}" if dilation != 1 else "")
+        for (kh, kw), (r, c), dilation in zip(problem.kernels, problem.anchors, problem.dilations)
+    )
     kind = str(problem.dtype).removeprefix("torch.") + (" tf32" if problem.tf32 else "")
     sizes = f"N{next_power_of_two(batch)} C{next_power_of_two(channels)} {height}x{width}"
     how = f" {problem.algorithm}" if problem.algorithm else ""

@@ -33,7 +33,7 @@ def direct_sum_nchw(
         x_planes: number of planes from one image to the next.
         N: number of images.
         C: number of channels.
-        RECTS: for each rectangle (KH, KW, ROW, COL).
+        RECTS: for each rectangle (KH, KW, ROW, COL, D): its size, the tap on the output pixel, and the dilation.
         H: number of rows.
         W: number of columns.
         RELU: whether negative numbers are set to zero.
@@ -55,10 +55,10 @@ def direct_sum_nchw(
         taps = ws[i] + c * (RECTS[i][0] * RECTS[i][1])
         for ky in tl.static_range(tl.constexpr(RECTS[i][0])):
             for kx in tl.static_range(tl.constexpr(RECTS[i][1])):
-                row = h + (ky - RECTS[i][2])
-                column = w + (kx - RECTS[i][3])
+                row = h + (ky - RECTS[i][2]) * RECTS[i][4]
+                column = w + (kx - RECTS[i][3]) * RECTS[i][4]
                 seen = exists & (row >= 0) & (row < H) & (column >= 0) & (column < W)
-                there = image + ((ky - RECTS[i][2]) * W + (kx - RECTS[i][3]))
+                there = image + ((ky - RECTS[i][2]) * W + (kx - RECTS[i][3])) * RECTS[i][4]
                 values = tl.load(there, mask=seen, other=0.0).to(tl.float32)
                 tap = tl.load(taps + (ky * RECTS[i][1] + kx), mask=exists, other=0.0).to(tl.float32)
                 acc += values * tap
@@ -86,7 +86,7 @@ def direct_sum_nhwc(
         x_column: stride of x between columns.
         N: number of images.
         C: number of channels.
-        RECTS: for each rectangle (KH, KW, ROW, COL).
+        RECTS: as in `direct_sum_nchw`.
         H: number of rows.
         W: number of columns.
         RELU: whether negative numbers are set to zero.
@@ -109,17 +109,21 @@ def direct_sum_nhwc(
     for i in tl.static_range(len(RECTS)):
         # Column by column, so that only the taps of one column have to stay in registers.
         for kx in tl.static_range(tl.constexpr(RECTS[i][1])):
-            column = w + (kx - RECTS[i][3])
-            for delta in tl.static_range(tl.constexpr(-RECTS[i][2]), tl.constexpr(RH + RECTS[i][0] - 1 - RECTS[i][2])):
-                row = h0 + delta + 0 * j  # the interpreter accepts no masks made from scalars alone
-                seen = exists & (row >= 0) & (row < H) & (column >= 0) & (column < W)
-                values = tl.load(x + n * x_image + row * x_row + column * x_column + c, mask=seen, other=0.0).to(tl.float32)
-                for r in tl.static_range(RH):
-                    # The kernel row; rows outside the kernel are not compiled.
-                    if delta - r + RECTS[i][2] >= 0 and delta - r + RECTS[i][2] < RECTS[i][0]:
-                        place = ((delta - r + RECTS[i][2]) * RECTS[i][1] + kx) * C + c
-                        tap = tl.load(ws[i] + place, mask=exists, other=0.0).to(tl.float32)
-                        accs = accs[:r] + (accs[r] + values * tap,) + accs[r + 1 :]
+            column = w + (kx - RECTS[i][3]) * RECTS[i][4]
+            # Counted from the first row that the block depends on. Rows in the gaps of all outputs are not compiled.
+            for below in tl.static_range(tl.constexpr(RH + (RECTS[i][0] - 1) * RECTS[i][4])):
+                if below % RECTS[i][4] < RH:
+                    # The interpreter accepts no masks made from scalars alone.
+                    row = h0 + (below - RECTS[i][2] * RECTS[i][4]) + 0 * j
+                    seen = exists & (row >= 0) & (row < H) & (column >= 0) & (column < W)
+                    there = x + n * x_image + row * x_row + column * x_column + c
+                    values = tl.load(there, mask=seen, other=0.0).to(tl.float32)
+                    for r in tl.static_range(RH):
+                        # The kernel row; neither are rows outside the kernel or between its rows.
+                        if below >= r and (below - r) % RECTS[i][4] == 0 and (below - r) // RECTS[i][4] < RECTS[i][0]:
+                            place = ((below - r) // RECTS[i][4] * RECTS[i][1] + kx) * C + c
+                            tap = tl.load(ws[i] + place, mask=exists, other=0.0).to(tl.float32)
+                            accs = accs[:r] + (accs[r] + values * tap,) + accs[r + 1 :]
     for r in tl.static_range(RH):
         acc = _finished(accs[r], scale, shift, c, exists, RELU)
         place = ((n * H + h0 + r) * W + w) * C + c
@@ -129,7 +133,8 @@ def direct_sum_nhwc(
 @triton.jit(do_not_specialize=["N", "rows_each"])
 def direct_weight_grad_nhwc(
     x, g, partial, x_image, x_row, x_column, g_image, g_row, g_column, N, C, rows_each, H: tl.constexpr, W: tl.constexpr,
-    KH: tl.constexpr, KW: tl.constexpr, ROW: tl.constexpr, COL: tl.constexpr, TW: tl.constexpr, BC: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, ROW: tl.constexpr, COL: tl.constexpr, D: tl.constexpr, TW: tl.constexpr,
+    BC: tl.constexpr,
 ):  # fmt: skip
     """Store partial sums (splits, KH, KW, C) of images with adjacent channels.
 
@@ -154,6 +159,7 @@ def direct_weight_grad_nhwc(
         KW: number of kernel columns.
         ROW: kernel row on the output pixel.
         COL: kernel column on the output pixel.
+        D: dilation.
         TW: columns at a time.
         BC: channels per program.
     """
@@ -170,11 +176,11 @@ def direct_weight_grad_nhwc(
         # Calls no method of the counter, because it is a Python integer in the interpreter.
         n = line // H + tl.zeros((1, 1), dtype=tl.int64)
         w = step % across * TW + j
-        hi = h + ky - ROW + 0 * j  # the interpreter accepts no masks made from scalars alone
+        hi = h + ky * D - ROW * D + 0 * j  # the interpreter accepts no masks made from scalars alone
         here = exists & (w < W) & (hi >= 0) & (hi < H)
         grad = tl.load(g + n * g_image + h * g_row + w * g_column + c, mask=here, other=0.0).to(tl.float32)
         for kx in tl.static_range(KW):
-            wi = w + (kx - COL)
+            wi = w + (kx - COL) * D
             seen = here & (wi >= 0) & (wi < W)
             values = tl.load(x + n * x_image + hi * x_row + wi * x_column + c, mask=seen, other=0.0).to(tl.float32)
             accs = accs[:kx] + (accs[kx] + values * grad,) + accs[kx + 1 :]

@@ -11,14 +11,19 @@ import triton.language as tl
 
 
 @triton.jit
-def _matrix(w, c, KH: tl.constexpr, KW: tl.constexpr, ROW: tl.constexpr, COL: tl.constexpr, H: tl.constexpr,
-            W: tl.constexpr, P: tl.constexpr):  # fmt: skip
+def _matrix(w, c, KH: tl.constexpr, KW: tl.constexpr, ROW: tl.constexpr, COL: tl.constexpr, D: tl.constexpr,
+            H: tl.constexpr, W: tl.constexpr, P: tl.constexpr):  # fmt: skip
     """Gather the matrix (P outputs, P inputs) of one rectangle, in float32."""
     out = tl.arange(0, P)[:, None]
     seen = tl.arange(0, P)[None, :]
-    ky = seen // W - out // W + ROW
-    kx = seen % W - out % W + COL
-    mask = (ky >= 0) & (ky < KH) & (kx >= 0) & (kx < KW) & (seen < H * W) & (out < H * W)
+    # Distances from the first tap, in pixels; with gaps, not all of them are those of a tap.
+    down = seen // W - out // W + ROW * D
+    right = seen % W - out % W + COL * D
+    ky = down // D
+    kx = right // D
+    mask = (down >= 0) & (ky < KH) & (right >= 0) & (kx < KW) & (seen < H * W) & (out < H * W)
+    if D > 1:
+        mask = mask & (down % D == 0) & (right % D == 0)
     return tl.load(w + c.to(tl.int64) * (KH * KW) + ky * KW + kx, mask=mask, other=0.0).to(tl.float32)
 
 
@@ -59,7 +64,7 @@ def flat_sum(
         N: number of images.
         C: number of channels.
         per_program: images per program, a multiple of BN.
-        RECTS: for each rectangle (KH, KW, ROW, COL).
+        RECTS: for each rectangle (KH, KW, ROW, COL, D): its size, the tap on the output pixel, and the dilation.
         H: number of rows.
         W: number of columns.
         RELU: whether negative numbers are set to zero.
@@ -75,7 +80,7 @@ def flat_sum(
     if len(ys) == 1 and len(xs) == 1:
         whole = tl.zeros((P, P), dtype=tl.float32)
         for i in tl.static_range(len(RECTS)):
-            whole += _matrix(ws[i], c, RECTS[i][0], RECTS[i][1], RECTS[i][2], RECTS[i][3], H, W, P)
+            whole += _matrix(ws[i], c, RECTS[i][0], RECTS[i][1], RECTS[i][2], RECTS[i][3], RECTS[i][4], H, W, P)
         matrix = whole.to(dtype)
         for n0 in range(first, tl.minimum(first + per_program, N), BN):
             n = n0 + tl.arange(0, BN)
@@ -90,7 +95,9 @@ def flat_sum(
             y_planes = n.to(tl.int64) * C + c
             acc = tl.zeros((P, BN), dtype=tl.float32)
             for i in tl.static_range(len(RECTS)):
-                matrix = _matrix(ws[i], c, RECTS[i][0], RECTS[i][1], RECTS[i][2], RECTS[i][3], H, W, P).to(dtype)
+                matrix = _matrix(
+                    ws[i], c, RECTS[i][0], RECTS[i][1], RECTS[i][2], RECTS[i][3], RECTS[i][4], H, W, P
+                ).to(dtype)  # fmt: skip
                 planes = n.to(tl.int64) * x_planes[i % len(xs)] + c
                 x = _images(xs[i % len(xs)], planes, in_batch, H * W, P).to(dtype)
                 acc = tl.dot(matrix, x, acc, input_precision=PRECISION)
@@ -104,10 +111,12 @@ def flat_sum(
 @triton.jit(do_not_specialize=["N", "C", "x_planes", "g_planes", "per_program"])
 def flat_weight_grad(
     x, g, partial, x_planes, g_planes, N, C, per_program, H: tl.constexpr, W: tl.constexpr, KH: tl.constexpr,
-    KW: tl.constexpr, ROW: tl.constexpr, COL: tl.constexpr, P: tl.constexpr, TAPS: tl.constexpr, BN: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    KW: tl.constexpr, ROW: tl.constexpr, COL: tl.constexpr, D: tl.constexpr, P: tl.constexpr, TAPS: tl.constexpr,
+    BN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Store partial sums (splits, C, KH, KW) of w[c, ky, kx] = Σ g[n, c, h, w] · x[n, c, h + ky - ROW, w + kx - COL].
+    """Store partial sums (splits, C, KH, KW) of the gradient of a kernel.
+
+    w[c, ky, kx] = Σ g[n, c, h, w] · x[n, c, h + (ky - ROW)·D, w + (kx - COL)·D]
 
     Args:
         x, g, partial: images, gradients of the output, both planes of H·W contiguous pixels; float32.
@@ -115,7 +124,7 @@ def flat_weight_grad(
         N, C: numbers of images and channels.
         per_program: images per program, a multiple of BN.
         H, W: numbers of rows and columns.
-        KH, KW, ROW, COL: size of the kernel, and its tap on the output pixel.
+        KH, KW, ROW, COL, D: size of the kernel, its tap on the output pixel, and the dilation.
         P, TAPS: powers of two, at least H·W and KH·KW.
         BN: images in one product.
         PRECISION: of float32 products.
@@ -133,8 +142,8 @@ def flat_weight_grad(
         acc = tl.dot(seen.to(dtype), tl.trans(out.to(dtype)), acc, input_precision=PRECISION)
     tap = tl.arange(0, TAPS)[:, None]
     pixel = tl.arange(0, P)[None, :]
-    row = pixel // W + tap // KW - ROW
-    column = pixel % W + tap % KW - COL
+    row = pixel // W + tap // KW * D - ROW * D
+    column = pixel % W + tap % KW * D - COL * D
     there = (row >= 0) & (row < H) & (column >= 0) & (column < W) & (pixel < H * W) & (tap < KH * KW)
     sums = tl.gather(acc, tl.where(there, row * W + column, 0), 0)
     place = partial + (split.to(tl.int64) * C + c) * (KH * KW) + tl.arange(0, TAPS)

@@ -7,6 +7,9 @@ outside the band are visited only where blocks of BK extend beyond it.
 
 The matrices T are not stored. `expand` stores every kernel row S times between zeros, each time shifted right by one. Then
 every row of every T starts at a multiple of 16 bytes, and a block of T is one load without a gather.
+
+With a dilation, input rows in the gaps of all outputs of a block are not visited either. The gaps within a kernel row are
+zeros of T: they widen the band, but images are still read in contiguous rows.
 """
 
 import triton
@@ -14,23 +17,34 @@ import triton.language as tl
 
 
 @triton.jit
-def expand(w, e, KH: tl.constexpr, KW: tl.constexpr, PAD: tl.constexpr, L: tl.constexpr, S: tl.constexpr, BL: tl.constexpr):
-    """Store e[c, ky, s, i] = w[c, ky, i - s - PAD], zero outside; one program per kernel row of a channel."""
+def expand(w, e, KH: tl.constexpr, KW: tl.constexpr, D: tl.constexpr, PAD: tl.constexpr, L: tl.constexpr, S: tl.constexpr,
+           BL: tl.constexpr):  # fmt: skip
+    """Store e[c, ky, s, PAD + s + kx·D] = w[c, ky, kx], zero elsewhere; one program per kernel row of a channel."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BL)
     for s in tl.static_range(S):
         for start in tl.static_range(0, L, BL):
             i = start + at
-            kx = i - s - PAD
-            taps = tl.load(w + row * KW + kx, mask=(kx >= 0) & (kx < KW), other=0.0)
+            right = i - s - PAD
+            kx = right // D
+            held = (right >= 0) & (kx < KW)
+            if D > 1:
+                held = held & (right % D == 0)
+            taps = tl.load(w + row * KW + kx, mask=held, other=0.0)
             tl.store(e + (row * S + s) * L + i, taps.to(e.dtype.element_ty), mask=i < L)
+
+
+@triton.jit
+def _rows_above(row, D: tl.constexpr, NEAR: tl.constexpr):
+    """Count the rows above `row` if only the first NEAR of every D count."""
+    return row // D * NEAR + tl.minimum(row % D, NEAR)
 
 
 @triton.jit
 def _accumulate(
     acc, x, e, c, planes, in_batch, h0, hb, w0, H: tl.constexpr, W: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    ROW: tl.constexpr, COL: tl.constexpr, PAD: tl.constexpr, L: tl.constexpr, LEAD: tl.constexpr, S: tl.constexpr,
-    TURNED: tl.constexpr, RH: tl.constexpr, TW: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,
+    ROW: tl.constexpr, COL: tl.constexpr, PAD: tl.constexpr, L: tl.constexpr, LEAD: tl.constexpr, D: tl.constexpr,
+    S: tl.constexpr, TURNED: tl.constexpr, RH: tl.constexpr, TW: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Add one rectangle to `acc` (RH·TW, images·BH)."""
@@ -39,26 +53,37 @@ def _accumulate(
     j = m % TW
     k = tl.arange(0, BK)
     # The rows that the block of outputs depends on and that lie inside the image.
-    first = tl.maximum(-ROW, -h0 - (BH - 1) * RH)
-    last = tl.minimum(RH + KH - 1 - ROW, H - h0)
+    if D == 1:
+        first = tl.maximum(-ROW, -h0 - (BH - 1) * RH)
+        last = tl.minimum(RH + KH - 1 - ROW, H - h0)
+    else:
+        # Counted without those in the gaps of all outputs: NEAR rows of every D remain.
+        NEAR: tl.constexpr = RH if RH < D else D
+        first = _rows_above(tl.maximum(ROW * D - h0 - (BH - 1) * RH, 0), D, NEAR)
+        last = tl.minimum(RH + (KH - 1) * NEAR, _rows_above(ROW * D + H - h0, D, NEAR))
     # Blocks begin LEAD columns before the outputs; those in the padding on the left are skipped.
     first_block = tl.maximum(LEAD - w0, 0) // BK
-    right = tl.minimum(w0 + TW + KW - 1 - COL, W)
+    right = tl.minimum(w0 + TW + (KW - 1 - COL) * D, W)
     blocks = tl.maximum(tl.cdiv(right - (w0 - LEAD), BK) - first_block, 0)
     # Copy of the kernel row and offset in it: together a multiple of S, as is the offset of the first block, for every j.
-    t = e + c.to(tl.int64) * (KH * S * L) + (PAD + COL - LEAD) + ((j % S) * L - j // S * S)[:, None]
+    t = e + c.to(tl.int64) * (KH * S * L) + (PAD + COL * D - LEAD) + ((j % S) * L - j // S * S)[:, None]
     row_stride: tl.constexpr = 1 if TURNED else W
     column_stride: tl.constexpr = H if TURNED else 1
     xs = x + planes * (H * W)
     kind: tl.constexpr = tl.float32 if UPCAST else x.dtype.element_ty
     # A single loop over rows and blocks of columns, because only the innermost loop is pipelined.
-    delta = first
+    at = first
     block = first_block
     for _ in range(tl.maximum(last - first, 0) * blocks):
         column = w0 - LEAD + block * BK
-        ky = delta - r + ROW
-        row = h0 + hb * RH + delta
-        inside = (ky >= 0) & (ky < KH)
+        if D == 1:
+            ky = at - r + ROW
+            row = h0 + hb * RH + at
+            inside = (ky >= 0) & (ky < KH)
+        else:
+            ky = at // NEAR - r // D
+            row = h0 + hb * RH + (at // NEAR - ROW) * D + at % NEAR
+            inside = (ky >= 0) & (ky < KH) & (r % D == at % NEAR)
         toeplitz = tl.load(
             t + ((ky * (S * L))[:, None] + (block * BK + k)[None, :]),
             mask=inside[:, None],
@@ -73,7 +98,7 @@ def _accumulate(
         block += 1
         is_last = block == first_block + blocks
         block = tl.where(is_last, first_block, block)
-        delta += tl.where(is_last, 1, 0)
+        at += tl.where(is_last, 1, 0)
     return acc
 
 
@@ -115,8 +140,8 @@ def toeplitz_sum(
         scale, shift: (C,) or None.
         x_planes: for each of `xs`, the number of planes from one image to the next.
         N, C: numbers of images and channels.
-        RECTS: for each rectangle (KH, KW, ROW, COL, PAD, L, LEAD): its size, the tap on the output pixel, the arguments of
-            `expand`, and how many columns before the outputs the blocks of input columns begin.
+        RECTS: for each rectangle (KH, KW, ROW, COL, PAD, L, LEAD, D): its size, the tap on the output pixel, the arguments
+            of `expand`, how many columns before the outputs the blocks of input columns begin, and the dilation.
         H, W: numbers of rows and columns.
         S: copies of each kernel row.
         TURNED: whether the problem is transposed: H counts the columns of the images and W their rows, and so on. Bands then
@@ -147,7 +172,7 @@ def toeplitz_sum(
         planes = n.to(tl.int64) * x_planes[i % len(xs)] + c
         acc = _accumulate(
             acc, x, es[i], c, planes, in_batch, h0, hb, w0, H, W, RECTS[i][0], RECTS[i][1], RECTS[i][2], RECTS[i][3],
-            RECTS[i][4], RECTS[i][5], RECTS[i][6], S, TURNED, RH, TW, BH, BK, PRECISION, UPCAST,
+            RECTS[i][4], RECTS[i][5], RECTS[i][6], RECTS[i][7], S, TURNED, RH, TW, BH, BK, PRECISION, UPCAST,
         )  # fmt: skip
         if len(ys) > 1:
             _finish(acc, ys[i], scale, shift, c, y_planes, in_batch, h0, hb, w0, RELU, H, W, TURNED, RH, TW)

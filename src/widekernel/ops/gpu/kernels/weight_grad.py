@@ -1,8 +1,8 @@
 """Deterministic weight gradients: no atomics, a fixed split of the sum, float32 partial sums added in a fixed order.
 
 For one channel and one kernel row, G = Xᵀ·dY over images and rows is a matrix (columns of x, columns of dY) computed on
-tensor cores. Tap kx is the sum of its diagonal i - j = kx - column. So M is (KYB kernel rows, WI columns of x), N is WO
-columns of dY, and K runs over all pairs of an image and an output row. The diagonals are gathered once, at the end.
+tensor cores. Tap kx is the sum of its diagonal i - j = (kx - column)·dilation. So M is (KYB kernel rows, WI columns of x),
+N is WO columns of dY, and K runs over all pairs of an image and an output row. The diagonals are gathered once, at the end.
 """
 
 import triton
@@ -10,10 +10,10 @@ import triton.language as tl
 
 
 @triton.jit
-def _diagonals(acc, middle, KYB: tl.constexpr, KXB: tl.constexpr, WI: tl.constexpr, WO: tl.constexpr):
-    """Sum, for each kernel row, over the pairs of columns of x and g that belong to tap kx: i - j = kx - middle."""
+def _diagonals(acc, middle, D: tl.constexpr, KYB: tl.constexpr, KXB: tl.constexpr, WI: tl.constexpr, WO: tl.constexpr):
+    """Sum, for each kernel row, over the pairs of columns of x and g that belong to tap kx: i - j = kx·D - middle."""
     q = tl.arange(0, KYB * KXB)
-    source = tl.arange(0, WO)[None, :] + (q % KXB)[:, None] - middle
+    source = tl.arange(0, WO)[None, :] + (q % KXB * D)[:, None] - middle
     there = (source >= 0) & (source < WI)
     sums = tl.gather(acc, (q // KXB * WI)[:, None] + tl.where(there, source, 0), 0)
     return tl.sum(tl.where(there, sums, 0.0), 1)
@@ -43,8 +43,8 @@ def _first_plane(n, planes, c):
 @triton.jit
 def _product(
     x, g, c, ky0, e, split, x_planes, g_planes, N, steps_each, H: tl.constexpr, W: tl.constexpr, ROW: tl.constexpr,
-    KYB: tl.constexpr, WI: tl.constexpr, WO: tl.constexpr, OFFSET: tl.constexpr, BK: tl.constexpr, WRAPS: tl.constexpr,
-    LONG: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    D: tl.constexpr, KYB: tl.constexpr, WI: tl.constexpr, WO: tl.constexpr, OFFSET: tl.constexpr, BK: tl.constexpr,
+    WRAPS: tl.constexpr, LONG: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Multiply columns of x, shifted by each kernel row, with columns of g, for one part of the sum: (KYB·WI, WO)."""
     column_blocks: tl.constexpr = (W + WO - 1) // WO
@@ -54,8 +54,8 @@ def _product(
     j = tl.arange(0, WO)
     k = tl.arange(0, BK)
     # Output rows for which some kernel row of the block lies on the image.
-    first = tl.maximum(ROW - (ky0 + KYB - 1), 0)
-    rows = tl.maximum(tl.minimum(H + ROW - ky0, H) - first, 0)
+    first = tl.maximum(ROW * D - (ky0 + KYB - 1) * D, 0)
+    rows = tl.maximum(tl.minimum(H + ROW * D - ky0 * D, H) - first, 0)
     pairs = N * rows
     # K is padded for every block of columns, so that blocks of K do not straddle them.
     steps = tl.cdiv(pairs, BK)
@@ -72,11 +72,11 @@ def _product(
         n0 = pair // rows
         n, h = _image_and_row(pair % rows + k, rows, WRAPS, LONG)
         h += first
-        hi = h[None, :] + ky[:, None] - ROW
+        hi = h[None, :] + ky[:, None] * D - ROW * D
         wi = w0 + OFFSET + e * WI + i
         seen = here[None, :] & (hi >= 0) & (hi < H) & ((wi >= 0) & (wi < W))[:, None]
         image = x + _first_plane(n0, x_planes, c) * (H * W)
-        within = (ky - ROW) * row_stride + wi * column_stride
+        within = (ky * D - ROW * D) * row_stride + wi * column_stride
         pixels = (n * x_planes * (H * W) + h * row_stride)[None, :] + within[:, None]
         # Rows of x are used for several kernel rows, and are still in the L1 cache then.
         left = tl.load(image + pixels, mask=seen, other=0.0, cache_modifier=".ca")
@@ -92,11 +92,13 @@ def _product(
 @triton.jit(do_not_specialize=["N", "C", "x_planes", "g_planes", "steps_each"])
 def toeplitz_weight_grad(
     x, g, partial, x_planes, g_planes, N, C, steps_each, H: tl.constexpr, W: tl.constexpr, KH: tl.constexpr,
-    KW: tl.constexpr, ROW: tl.constexpr, COL: tl.constexpr, KYB: tl.constexpr, KXB: tl.constexpr, WI: tl.constexpr,
-    WO: tl.constexpr, OFFSET: tl.constexpr, ACROSS: tl.constexpr, BK: tl.constexpr, WRAPS: tl.constexpr,
-    LONG: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    KW: tl.constexpr, ROW: tl.constexpr, COL: tl.constexpr, D: tl.constexpr, KYB: tl.constexpr, KXB: tl.constexpr,
+    WI: tl.constexpr, WO: tl.constexpr, OFFSET: tl.constexpr, ACROSS: tl.constexpr, BK: tl.constexpr,
+    WRAPS: tl.constexpr, LONG: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Store partial sums (splits·ACROSS, C, KH, KW) of w[c, ky, kx] = Σ g[n, c, h, w] · x[n, c, h + ky - ROW, w + kx - COL].
+    """Store partial sums (splits·ACROSS, C, KH, KW) of the gradient of a kernel.
+
+    w[c, ky, kx] = Σ g[n, c, h, w] · x[n, c, h + (ky - ROW)·D, w + (kx - COL)·D]
 
     The grid is (C · kernel row blocks, ACROSS, splits). Rows and columns are exchanged if TURNED.
 
@@ -104,7 +106,7 @@ def toeplitz_weight_grad(
         x, g, partial: images, gradients of the output, both planes of H·W contiguous pixels; float32.
         x_planes, g_planes: number of planes from one image to the next.
         N, C, H, W, steps_each: numbers of images, channels, rows and columns; steps of BK per split.
-        KH, KW, ROW, COL: size of the kernel, and its tap on the output pixel.
+        KH, KW, ROW, COL, D: size of the kernel, its tap on the output pixel, and the dilation.
         KYB, KXB: kernel rows per program, and a number of at least KW; both powers of two.
         WI, WO: columns of x and of g in a block.
         OFFSET, ACROSS: where the blocks of columns of x begin, relative to the first column of g, and their number.
@@ -120,10 +122,10 @@ def toeplitz_weight_grad(
     e = tl.program_id(1)
     split = tl.program_id(2)
     acc = _product(
-        x, g, c, ky0, e, split, x_planes, g_planes, N, steps_each, H, W, ROW, KYB, WI, WO, OFFSET, BK, WRAPS, LONG, TURNED,
-        PRECISION, UPCAST,
+        x, g, c, ky0, e, split, x_planes, g_planes, N, steps_each, H, W, ROW, D, KYB, WI, WO, OFFSET, BK, WRAPS, LONG,
+        TURNED, PRECISION, UPCAST,
     )  # fmt: skip
-    taps = _diagonals(acc, COL + OFFSET + e * WI, KYB, KXB, WI, WO)
+    taps = _diagonals(acc, COL * D + OFFSET + e * WI, D, KYB, KXB, WI, WO)
     q = tl.arange(0, KYB * KXB)
     kyo = ky0 + q // KXB
     place = ((split * ACROSS + e).to(tl.int64) * C + c) * (KH * KW) + kyo * KW + q % KXB
