@@ -220,9 +220,13 @@ def time_files(options: argparse.Namespace) -> None:
             wanted = name in options.names and form in options.forms and kind in options.formats
             if not wanted or (row.get("alone") and not options.again):
                 continue
+            file = file_of(options.files / part, row["subject"])
+            if not file.exists():
+                print(f"{part}, {row['subject']}: not timed, because {file} does not exist: run the part {part} first")
+                continue
             model, saved = network(name)
             ours = network_run(fold(model) if form == "folded" else model)
-            run = FORMATS[kind].load(file_of(options.files / part, row["subject"]), torch.get_num_threads())
+            run = FORMATS[kind].load(file, torch.get_num_threads())
             images = noise(1, 3, saved.preprocessing.input_size, saved.preprocessing.input_size)
             calls = {
                 "ours": lambda ours=ours, images=images: ours(images),
