@@ -1,8 +1,12 @@
 """Exported networks on a CPU: size, difference from PyTorch and latency by format; and which form of a kernel is fastest.
 
 Run it with `OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 python benchmarks/export.py layers`, then with `networks` instead of
-`layers`, with `int8 --data DIR`, and with `table`, which writes benchmarks/results/export_cpu.md. It needs
-`pip install 'widekernel[export]'`. Networks have random weights, in which every part has an effect.
+`layers`, with `int8 --data DIR`, with `latencies`, and with `table`, which writes benchmarks/results/export_cpu.md.
+
+`networks` and `int8` write and check files, and `latencies` times them, each for a few seconds. What is done already is
+skipped: an interrupted part goes on where it was, and `latencies slak_tiny --forms folded --formats onnx` times one file.
+
+The benchmark needs `pip install 'widekernel[export]'`. Networks have random weights, in which every part has an effect.
 """
 
 from __future__ import annotations
@@ -11,18 +15,17 @@ import argparse
 import json
 import os
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from widekernel import fold
 from widekernel.bench.machine import cpu_model, installed_version
 from widekernel.export import FORMATS, CheckImages, ExportSettings, export
-from widekernel.export.base import GraphInputs, Run
+from widekernel.export.base import GraphInputs
 from widekernel.export.check import latencies, network_run
 from widekernel.export.images import NOISE, noise, noise_images, read_images
 from widekernel.export.kernel_forms import GraphKernels, dense_rect
@@ -31,7 +34,7 @@ from widekernel.tasks.named_network import load_named
 
 RESULTS = Path(__file__).parent / "results"
 DATA, TABLE = RESULTS / "export_cpu.json", RESULTS / "export_cpu.md"
-ROUNDS = 20
+TIMES = ("ours", "exported", "alone")
 NETWORKS = ("slak_tiny", "replknet_31b", "shiftwise_tiny")
 LAYERS = {  # channels, side of the image, length and width of the two strips
     "SLaK-T stage 1": (124, 56, 51, 5),
@@ -52,33 +55,40 @@ LAYERS = {  # channels, side of the image, length and width of the two strips
     "7×3, 14 pixels": (384, 14, 7, 3),
 }
 NOTES = """
-Times are the shortest of repeated calls, in milliseconds, for one image on one thread. The machine had two cores and was
-busy with other work: times of whole networks are upper bounds, and equal calls differ by a factor of two between rows.
-Running a part again keeps the shorter times. "Ours" is the same form of the network in widekernel. Differences are relative
-to the largest output.
+Times are the shortest of repeated calls, in milliseconds, for one image on one thread. Those of networks were measured while
+the machine did nothing else, except those with a star: it was busy, so they are upper bounds, and equal calls differ by a
+factor of two between rows. "Ours" is the same form of the network in widekernel, called in turn with the file. Differences
+are relative to the largest output.
 """
 EIGHT_BITS = """
 Weights and activations have 8 bits, after calibration with 100 other photographs. The weights of the networks are random, so
 that the two largest outputs of an image are close together. "Ours" computes in float32.
 """
 RULE = """
-The times, in milliseconds, are those of one layer. The exporter follows them: a sum of rectangles becomes one dense kernel
-if that has at most as many taps; otherwise, the rectangles remain. onnxruntime has fast depthwise convolutions only for a
-multiple of four channels. For it, channels are padded with zeros: 249 to 252, for instance.
+The times, in milliseconds, are those of one layer, measured on a busy machine. The exporter follows them: a sum of
+rectangles becomes one dense kernel if that has at most as many taps; otherwise, the rectangles remain. onnxruntime has fast
+depthwise convolutions only for a multiple of four channels. For it, channels are padded with zeros: 249 to 252, for
+instance.
 """
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=["layers", "networks", "int8", "table"])
+    parser.add_argument("part", choices=["layers", "networks", "int8", "latencies", "table"])
     parser.add_argument("names", nargs="*", default=NETWORKS)
     parser.add_argument("--data", type=Path, help="folder or .tar archive of images; default: noise")
     parser.add_argument("--formats", nargs="*", default=list(FORMATS))
     parser.add_argument("--forms", nargs="*", default=["folded", "training"])
     parser.add_argument("--images", type=int, default=8)
+    parser.add_argument("--files", type=Path, default=Path("build/export"), help="folder for the exported files")
+    parser.add_argument("--seconds", type=float, default=8.0, help="time for the calls of one file and of its network")
+    parser.add_argument("--again", action="store_true", help="repeat what is done already")
     options = parser.parse_args()
     if options.part == "table":
         TABLE.write_text(table(json.loads(DATA.read_text())))
+        return
+    if options.part == "latencies":
+        time_files(options)
         return
     rows = layer_rows() if options.part == "layers" else network_rows(options)
     for row in rows:
@@ -86,19 +96,24 @@ def main() -> None:
 
 
 def store(part: str, row: dict[str, Any]) -> None:
-    """Add a row to the file of results, in place of an earlier one on the same subject, whose times stay if shorter."""
-    found = json.loads(DATA.read_text()) if DATA.exists() else {}
+    """Add a row to the results, in place of an earlier one on the same subject; its times stay if the row has none."""
+    found = stored()
     rows = found.setdefault(part, [])
     row["machine"] = machine()
     places = [i for i, old in enumerate(rows) if old["subject"] == row["subject"]]
-    if not places:
+    if places:
+        old = rows[places[0]]
+        kept = {key: old[key] for key in TIMES if key in old and "exported" not in row and old["machine"] == row["machine"]}
+        rows[places[0]] = {**row, **kept}
+    else:
         rows.append(row)
-    for i in places:
-        same = rows[i]["machine"] == row["machine"]
-        shorter = {key: min(row[key], rows[i][key]) for key in ("ours", "exported") if same and key in row}
-        rows[i] = {**row, **shorter}
     DATA.write_text(json.dumps(found, indent=1) + "\n")
     print(part, row, flush=True)
+
+
+def stored() -> dict[str, list[dict[str, Any]]]:
+    """Return the rows of each part."""
+    return json.loads(DATA.read_text()) if DATA.exists() else {}
 
 
 def machine() -> str:
@@ -138,54 +153,86 @@ def layer_rows() -> Iterator[dict[str, Any]]:
 
 
 def network_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Write and check the files that do not exist yet, and yield a row without times for each."""
+    int8, files = options.part == "int8", options.files / options.part
+    done = {row["subject"] for row in stored().get(options.part, [])}
     for name in options.names:
-        model, saved = load_named(name)
-        enliven(model)
+        settings = [
+            ExportSettings(kind, fold=form == "folded", int8=int8)
+            for form in (["folded"] if int8 else options.forms)
+            for kind in options.formats
+            if not int8 or FORMATS[kind].int8_packages is not None
+        ]
+        open_settings = [
+            each
+            for each in settings
+            if options.again or subject_of(name, each) not in done or not file_of(files, subject_of(name, each)).exists()
+        ]
+        if not open_settings:
+            continue
+        model, saved = network(name)
         size = saved.preprocessing.input_size
         if options.data is None:
             images = noise_images(options.images, 3, size)
         else:
-            calibration = 100 if options.part == "int8" else 0
             transform = saved.preprocessing.eval_transform()
-            images = read_images(options.data, transform, options.images, calibration)
-        for form in options.forms if options.part == "networks" else ["folded"]:
-            for kind in options.formats:
-                if options.part == "int8" and FORMATS[kind].int8_packages is None:
-                    continue
-                settings = ExportSettings(kind, fold=form == "folded", int8=options.part == "int8")
-                yield network_row(name, model, saved, settings, images)
+            images = read_images(options.data, transform, options.images, 100 if int8 else 0)
+        for each in open_settings:
+            yield network_row(name, model, saved, each, images, files)
 
 
-def network_row(name: str, model: nn.Module, saved: Any, settings: ExportSettings, images: CheckImages) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
-        report = export(model, Path(folder) / f"network{FORMATS[settings.format].suffix}", settings, saved, images)
-        seconds = time.perf_counter() - start
-        size = sum(path.stat().st_size for path in report.files) / 1e6
-        run = FORMATS[settings.format].load(report.files[-1], torch.get_num_threads())
-        ours, exported = shortest(network_run(fold(model) if settings.fold else model), run, images.check[:1])
+def subject_of(name: str, settings: ExportSettings) -> str:
+    return f"{name}, {'folded' if settings.fold else 'training'}, {settings.format}"
+
+
+def file_of(folder: Path, subject: str) -> Path:
+    return folder / f"{subject.replace(', ', '_')}{FORMATS[subject.rpartition(', ')[2]].suffix}"
+
+
+def network(name: str) -> tuple[nn.Module, Any]:
+    """Return a network with the same weights in every process, and its description."""
+    torch.manual_seed(0)
+    model, saved = load_named(name)
+    enliven(model)
+    return model, saved
+
+
+def network_row(
+    name: str, model: nn.Module, saved: Any, settings: ExportSettings, images: CheckImages, files: Path
+) -> dict[str, Any]:
+    subject = subject_of(name, settings)
+    report = export(model, file_of(files, subject), settings, saved, images)
     return {
-        "subject": f"{name}, {report.form}, {settings.format}",
-        "megabytes": round(size, 1),
+        "subject": subject,
+        "megabytes": round(sum(path.stat().st_size for path in report.files) / 1e6, 1),
         "difference": report.comparison.max_difference,
         "agreement": report.comparison.agreement,
         "images": f"{report.comparison.images} {'noise images' if report.source == NOISE else 'photographs'}",
-        "ours": ours,
-        "exported": exported,
         "kernels": report.kernels,
-        "seconds": round(seconds),
     }
 
 
-def shortest(first: Run, second: Run, images: Tensor) -> tuple[float, float]:
-    """Return the shortest times of two functions, called in turn, in milliseconds."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(ROUNDS):
-        for call, seconds in zip((first, second), times):
-            start = time.perf_counter()
-            call(images)
-            seconds.append(time.perf_counter() - start)
-    return 1e3 * min(times[0]), 1e3 * min(times[1])
+def time_files(options: argparse.Namespace) -> None:
+    """Time the files that have not been timed yet; the machine must do nothing else."""
+    for part in ("networks", "int8"):
+        for row in stored().get(part, []):
+            name, form, kind = row["subject"].split(", ")
+            wanted = name in options.names and form in options.forms and kind in options.formats
+            if not wanted or (row.get("alone") and not options.again):
+                continue
+            file = file_of(options.files / part, row["subject"])
+            if not file.exists():
+                print(f"{part}, {row['subject']}: not timed, because {file} does not exist: run the part {part} first")
+                continue
+            model, saved = network(name)
+            ours = network_run(fold(model) if form == "folded" else model)
+            run = FORMATS[kind].load(file, torch.get_num_threads())
+            images = noise(1, 3, saved.preprocessing.input_size, saved.preprocessing.input_size)
+            calls = {
+                "ours": lambda ours=ours, images=images: ours(images),
+                "exported": lambda run=run, images=images: run(images),
+            }
+            store(part, {**row, **latencies(calls, options.seconds / 2), "alone": True})
 
 
 @torch.no_grad()
@@ -217,11 +264,18 @@ def network_table(rows: list[dict[str, Any]]) -> list[str]:
     lines = header("network", "MB", "largest difference", "same top class", "ms", "ours, ms")
     for row in rows:
         # The same network, timed once for each format.
-        same = [other["ours"] for other in rows if subject(other) == subject(row)]
+        same = [other for other in rows if subject(other) == subject(row)]
         share = f"{100 * row['agreement']:.0f} % of {row['images']}"
         cells = [row["subject"], f"{row['megabytes']:.0f}", f"{row['difference']:.1e}", share]
-        lines.append(line([*cells, f"{row['exported']:.0f}", f"{min(same):.0f}"]))
+        lines.append(line([*cells, shortest([row], "exported"), shortest(same, "ours")]))
     return lines
+
+
+def shortest(rows: list[dict[str, Any]], key: str) -> str:
+    """Return the shortest time of the rows that were timed alone; if there are none, that of all rows, with a star."""
+    alone = [row[key] for row in rows if row.get("alone")]
+    times = alone or [row[key] for row in rows if key in row]
+    return f"{min(times):.0f}{'' if alone else ' *'}" if times else ""
 
 
 def subject(row: dict[str, Any]) -> str:

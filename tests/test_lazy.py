@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import subprocess
 import sys
 
@@ -38,11 +39,28 @@ def test_no_name_equals_that_of_another_submodule(package: str) -> None:
     assert {name for name in submodules if module._WHERE[name] != f"{package}.{name}"} == set()
 
 
-def test_importing_the_package_registers_its_networks_wherever_it_starts() -> None:
-    """This includes programs that run as `python -m`, or have such arguments themselves."""
-    code = "import sys; sys.argv = ['-m', 'a']; import widekernel, timm; print(timm.is_model('slak_nano'))"
-    done = subprocess.run([sys.executable, "-c", code, "-m", "widekernel"], capture_output=True, text=True, check=True)
-    assert done.stdout == "True\n"
+IMPORTS = """
+import json, sys
+sys.argv = ["-m", "a"]
+import torch, widekernel.ops
+from torch.utils.flop_counter import flop_registry
+names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("widekernel::")]
+found = {"operators": len(names)}
+found["counted"] = sum(getattr(torch.ops.widekernel, name[12:]) in flop_registry for name in names)
+found["analysis"] = "widekernel.analysis" in sys.modules
+import timm
+found["registered"] = timm.is_model("slak_nano")
+import widekernel.data, widekernel.engine
+found["heavy"] = sorted({"matplotlib", "sklearn", "rich", "jsonargparse"} & set(sys.modules))
+print(json.dumps(found))
+"""
+
+
+def test_what_importing_the_package_brings() -> None:
+    """Networks are registered, also in programs that run as `python -m`; operators have counts; imports stay cheap."""
+    done = subprocess.run([sys.executable, "-c", IMPORTS, "-m", "widekernel"], capture_output=True, text=True, check=True)
+    wanted = {"operators": 5, "counted": 5, "analysis": False, "registered": True, "heavy": []}
+    assert json.loads(done.stdout) == wanted
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,12 @@ def _rows(file: str) -> list[dict[str, Any]]:
 
 
 def _published() -> list[Any]:
-    """Return the published rows; all but the first two of each family are slow."""
+    """Return the published rows; all but the first of each family are slow."""
     rows, seen = [], Counter[str]()
     for row in _rows("params_flops.json"):
         family = re.split(r"[-_ ]", row["model"])[0]
         seen[family] += 1
-        marks = [pytest.mark.slow] if seen[family] > 2 else []
+        marks = [pytest.mark.slow] if seen[family] > 1 else []
         rows.append(pytest.param(row, id=f"{row['model']}-{row['resolution']}", marks=marks))
     return rows
 
@@ -95,7 +96,9 @@ def test_there_is_a_test_for_every_row(shared: Any) -> None:
     assert len(_rows("roadmap.json")) == len(ROADMAP) == 14
 
 
-@pytest.mark.parametrize("name", ROADMAP)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if number % 4 else []) for number, name in enumerate(ROADMAP)]
+)
 def test_roadmap_costs(name: str, shared: Any) -> None:
     row = _rows("roadmap.json")[int(name[8:10])]
     model = on_meta(name)
@@ -111,10 +114,10 @@ def test_roadmap_costs(name: str, shared: Any) -> None:
     ("name", "params", "macs"),
     [
         ("slak_tiny", 50_703_838, 8_704_776_370),
-        ("replknet_31b", 79_864_168, 15_431_298_048),
+        pytest.param("replknet_31b", 79_864_168, 15_431_298_048, marks=pytest.mark.slow),
         ("shiftwise_tiny", 31_790_260, 5_335_558_264),
-        ("convnext_isotropic_small", 22_308_712, 4_286_367_744),
-        ("roadmap_13_convnext_t", 28_589_128, 4_455_531_264),
+        pytest.param("convnext_isotropic_small", 22_308_712, 4_286_367_744, marks=pytest.mark.slow),
+        pytest.param("roadmap_13_convnext_t", 28_589_128, 4_455_531_264, marks=pytest.mark.slow),
     ],
 )
 def test_defaults_cost_what_the_papers_report(name: str, params: int, macs: int) -> None:
@@ -167,10 +170,16 @@ def test_tiles_cost_less_than_published() -> None:
     )
 
 
+@cache
+def counted_at_64(name: str) -> Complexity:
+    """Count a network, whatever its random weights are."""
+    return complexity(create(name), (3, 64, 64))
+
+
 @pytest.mark.parametrize("name", [*NANO, "slak_nano_square", "shiftwise_nano_without_ghosts", "roadmap_00_resnet50_small"])
 def test_cost_grows_with_the_image(name: str) -> None:
     model = create(name)
-    small, large = complexity(model, (3, 64, 64)), complexity(model, (3, 128, 128))
+    small, large = counted_at_64(name), complexity(model, (3, 128, 128))
     assert small.training.params == large.training.params == sum(p.numel() for p in model.parameters())
     assert large.training.macs > 3 * small.training.macs
     assert large.training.activations > 3 * small.training.activations
@@ -180,9 +189,8 @@ def test_cost_grows_with_the_image(name: str) -> None:
 
 @pytest.mark.parametrize("name", NANO)
 def test_folded_column_is_the_cost_of_the_folded_network(name: str) -> None:
-    model = create(name)
-    folded = widekernel.fold(model)
-    counted = complexity(model, (3, 64, 64)).folded
+    folded = widekernel.fold(create(name))
+    counted = counted_at_64(name).folded
     assert counted.params == sum(parameter.numel() for parameter in folded.parameters())
     assert counted == complexity(folded, (3, 64, 64)).training
 
@@ -281,7 +289,7 @@ def test_zeros_counted_by_hand() -> None:
 @pytest.mark.parametrize("name", [*NANO, "slak_nano_square", "slak_pw_nano_truncated"])
 @pytest.mark.filterwarnings("ignore:these layers were not folded")
 def test_columns_agree_without_zeros(name: str) -> None:
-    counted = complexity(create(name), (3, 64, 64))
+    counted = counted_at_64(name)
     assert counted.nonzero == counted.dense
     assert counted.realized == counted.folded
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from widekernel.cli import dense_eval, erf, predict, recipes, shape_bias, sparsify, train, weights
+from widekernel.cli import dense_eval, erf, fold, predict, recipes, shape_bias, sparsify, train, weights
 from widekernel.cli import eval as evaluation
 from widekernel.cli.options import EvalOptions, parse_with_data_of_the_run
 from widekernel.cli.parsing import build, parse, parse_given
@@ -25,6 +25,7 @@ MODULES: dict[str, Any] = {
     "eval": evaluation,
     "sparsify": sparsify,
     "erf": erf,
+    "fold": fold,
     "shape-bias": shape_bias,
     "predict": predict,
     "recipes": recipes,

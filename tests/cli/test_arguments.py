@@ -1,8 +1,5 @@
 """Wrong arguments: one clear message, exit code 2, and nothing is trained."""
 
-import subprocess
-import sys
-
 import pytest
 
 from widekernel.cli import eval as eval_command
@@ -146,16 +143,6 @@ def test_models_lists_sizes(capsys):
     assert "slak_nano" in text
     assert "64×64" in text
     assert "replknet" not in text
-
-
-def test_importing_the_package_stays_cheap():
-    code = (
-        "import sys, widekernel, widekernel.data, widekernel.engine;"
-        "heavy = {'matplotlib', 'sklearn', 'rich', 'jsonargparse'} & set(sys.modules);"
-        "sys.exit(f'imported {heavy}' if heavy else 0)"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
 
 
 def test_given_values_are_those_of_the_command_line():

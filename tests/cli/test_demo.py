@@ -34,7 +34,7 @@ def accuracies(text: str) -> list[str]:
     return re.findall(r"│\s+(\d+\.\d\d)\s+│\s+\d+\.\d\d\s+│", text)
 
 
-def test_demo(short, tmp_path, capsys):
+def test_demo(short, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "demo"
     assert main(["demo", "--output", str(folder)]) == 0
     first = capsys.readouterr().out
@@ -48,9 +48,12 @@ def test_demo(short, tmp_path, capsys):
     second = capsys.readouterr().out
     assert "already finished" in second and "Trained" in first and "Trained" not in second
     assert accuracies(second) == accuracies(first)
+    damage_the_folded_form(monkeypatch)
+    assert main(["demo", "--output", str(folder)]) == 2
+    assert "must agree" in capsys.readouterr().err
 
 
-def test_demo_fails_if_the_forms_disagree(short, tmp_path, capsys, monkeypatch):
+def damage_the_folded_form(monkeypatch):
     restore = demo.restore_model
 
     def damaged(path):
@@ -61,8 +64,6 @@ def test_demo_fails_if_the_forms_disagree(short, tmp_path, capsys, monkeypatch):
         return model, saved
 
     monkeypatch.setattr(demo, "restore_model", damaged)
-    assert main(["demo", "--output", str(tmp_path / "demo")]) == 2
-    assert "must agree" in capsys.readouterr().err
 
 
 def test_kernels_share_one_scale_and_networks_their_width():

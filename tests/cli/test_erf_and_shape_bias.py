@@ -90,7 +90,17 @@ def test_the_choice_of_images_depends_on_the_seed_only(pictures: Path, tmp_path:
         (["slak_nano", "--data", "PICTURES", "--images", "0"], "images is 0"),
         (["slak_nano", "--data", "PICTURES", "--layer", "stag"], "no module 'stag'"),
         (["slak_nano", "--data", "PICTURES", "--output", "FILE/erf"], "is a file"),
+        (["slak_nano", "--data", "PICTURES", "--layer", "head.fc"], "name a module with spatial output"),
+        (["slak_nano", "--data", "PICTURES", "--input_size", "20"], "both sides must be at least 32 pixels"),
+        (["test_vit", "--data", "PICTURES", "--input_size", "100"], "Choose another --input_size; its own is 160"),
+        (["slak_nano", "--data", "BROKEN"], "None of the images of"),
+        (["slak_nano", "--data", "BROKEN/0.png", "--device", "cud"], "device is 'cud'"),
+        (["slak_nano", "--data", "PICTURES", "--output", "DONE"], "holds earlier results (erf.json)"),
         (["missing.npy"], "missing.npy cannot be read"),
+        (["BROKEN.npy"], "it is not a NumPy file of numbers"),
+        (["BROKEN.pth", "--data", "PICTURES"], "write NAME="),
+        (["slak_nano=BROKEN.pth", "--data", "PICTURES"], "is not a checkpoint"),
+        (["RUN", "--data", "PICTURES"], "has no training states yet"),
         (["runs/none", "--data", "PICTURES"], "runs/none does not exist"),
     ],
 )
@@ -99,7 +109,12 @@ def test_wrong_arguments_of_erf(
 ) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
-    named = {"EMPTY": tmp_path / "empty", "PICTURES": pictures, "FILE/erf": tmp_path / "file" / "erf"}
+    for name in ("broken/0.png", "broken.npy", "broken.pth", "done/erf.json", "run/config.yaml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("seed: 0" if name == "run/config.yaml" else "garbage")
+    named = {word: tmp_path / word.lower() for word in ("BROKEN", "BROKEN/0.png", "BROKEN.npy", "BROKEN.pth", "DONE", "RUN")}
+    named["slak_nano=BROKEN.pth"] = f"slak_nano={tmp_path / 'broken.pth'}"
+    named |= {"EMPTY": tmp_path / "empty", "PICTURES": pictures, "FILE/erf": tmp_path / "file" / "erf"}
     given = [str(named.get(word, word)) for word in arguments]
     if "--output" not in given:
         given += ["--output", str(tmp_path / "out")]
@@ -140,13 +155,17 @@ def test_shape_bias_of_a_network_beside_observers(stimuli: Path, tmp_path: Path,
         (["slak_nano", "--stimuli", "PICTURES"], "not the name of a stimulus"),
         (["--observers", "PICTURES"], "is no folder with decisions"),
         (["FILE", "--stimuli", "STIMULI"], "10 outputs"),
+        (["slak_nano", "slak_nano", "--stimuli", "STIMULI"], "Several models are called 'slak_nano'"),
+        (["slak_nano", "--stimuli", "STIMULI", "--output", "DONE"], "holds earlier results (shape_bias.json)"),
     ],
 )
 def test_wrong_arguments_of_shape_bias(
     arguments: list[str], message: str, pictures: Path, stimuli: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = timm.create_model("slak_nano", num_classes=10)
-    named = {"PICTURES": pictures, "STIMULI": stimuli, "FILE": tmp_path / "ten.safetensors"}
+    named = {"PICTURES": pictures, "STIMULI": stimuli, "FILE": tmp_path / "ten.safetensors", "DONE": tmp_path / "done"}
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done" / "shape_bias.json").touch()
     if "FILE" in arguments:
         from widekernel.data import DataConfig, Preprocessing
         from widekernel.tasks.saved import SavedModel, save_model
@@ -154,7 +173,8 @@ def test_wrong_arguments_of_shape_bias(
         preprocessing = Preprocessing.resolve(DataConfig(), {"input_size": (3, 64, 64)})
         save_model(model, named["FILE"], SavedModel("slak_nano", {}, "training", 10, (), preprocessing))
     given = [str(named.get(word, word)) for word in arguments]
-    assert main(["shape-bias", *given, "--output", str(tmp_path / "out")]) == 2
+    given += [] if "--output" in given else ["--output", str(tmp_path / "out")]
+    assert main(["shape-bias", *given]) == 2
     assert message in capsys.readouterr().err
 
 

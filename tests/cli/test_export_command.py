@@ -20,6 +20,7 @@ PROGRAM = ["--format", "torch-export"]
 @pytest.fixture(autouse=True)
 def _inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("widekernel.export.exporting.LATENCY_SECONDS", 0.02)
 
 
 def pictures(folder: Path, count: int = 3) -> Path:
@@ -82,6 +83,21 @@ def test_unknown_networks_are_an_error(capsys: pytest.CaptureFixture[str]) -> No
     assert "not a registered model" in capsys.readouterr().err
     assert main(["export", "runs/none", *PROGRAM]) == 2
     assert "runs/none does not exist" in capsys.readouterr().err
+
+
+def test_networks_that_cannot_be_loaded_or_run_are_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("broken.pth").write_text("garbage")
+    Path("run").mkdir()
+    Path("run/config.yaml").write_text("{}")
+    for source, message in [
+        ("broken.pth", "write NAME=broken.pth"),
+        ("slak_nano=broken.pth", "is not a checkpoint"),
+        ("run", "has no training states yet"),
+    ]:
+        assert main(["export", source, *PROGRAM]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["export", "test_vit", *PROGRAM, "--input_size", "100", "--images", "1"]) == 2
+    assert "fails on images of 100×100 pixels" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")

@@ -69,7 +69,9 @@ def test_sparse_training(images, tmp_path: Path, capsys) -> None:  # noqa: F811
             "--sparsity.dynamic.init",
             "magnitude",
         ],
-        ["--sparsity.dynamic.rule", "published", "--sparsity.dynamic.growth", "momentum"],
+        pytest.param(
+            ["--sparsity.dynamic.rule", "published", "--sparsity.dynamic.growth", "momentum"], marks=pytest.mark.slow
+        ),
         [
             "--sparsity.dynamic.initial_sparsity",
             "0.0",

@@ -5,14 +5,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.models.zoo import alive, assert_near, images
-from widekernel import fold, ops
+from tests.models.zoo import NANO, alive, assert_near, images
+from widekernel import fold, ops, to_torch
 
 pytestmark = pytest.mark.clients
 FAMILIES = ["replknet_nano", "slak_nano", "shiftwise_nano", "unireplknet_nano"]
@@ -79,20 +80,45 @@ def test_onnx_runtime_computes_the_same(name: str, exporter: str, tmp_path: Path
         assert_near(torch.from_numpy(got), logits(model, y))
 
 
+def assert_openvino_agrees(converted: Any, model: nn.Module, *xs: torch.Tensor) -> None:
+    import openvino
+
+    # By default it computes in half precision if the processor supports that.
+    compiled = openvino.compile_model(converted, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    for x in xs:
+        assert_near(torch.from_numpy(compiled(x.numpy())[0]), logits(model, x))
+
+
 @FORMS
-@pytest.mark.parametrize("source", ["module", "exported"])
+@pytest.mark.parametrize("name", NANO)
+def test_openvino_needs_no_example(name: str, form: str) -> None:
+    """Without an example, OpenVINO compiles the network to TorchScript."""
+    openvino = pytest.importorskip("openvino")
+    model = network(name, form)
+    assert_openvino_agrees(openvino.convert_model(model), model, images(), images(96, 3))
+
+
+@FORMS
+@pytest.mark.parametrize("source", ["example", "exported", "to_torch"])
 def test_openvino_computes_the_same(source: str, form: str) -> None:
     openvino = pytest.importorskip("openvino")
     model, x = network("slak_nano", form), images()
-    if source == "module":
-        converted = openvino.convert_model(model, example_input=x)
-    else:
+    if source == "exported":
         program = torch.export.export(model, (x,)).run_decompositions(ops.decompositions())
-        converted = openvino.convert_model(program)
-    # By default it computes in half precision if the processor supports that.
-    compiled = openvino.compile_model(converted, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    for y in (x, images(96, 3)) if source == "module" else (x,):
-        assert_near(torch.from_numpy(compiled(y.numpy())[0]), logits(model, y))
+        assert_openvino_agrees(openvino.convert_model(program), model, x)
+    elif source == "example":
+        assert_openvino_agrees(openvino.convert_model(model, example_input=x), model, x, images(96, 3))
+    else:
+        assert_openvino_agrees(openvino.convert_model(to_torch(model)), model, x, images(96, 3))
+
+
+@FORMS
+def test_openvino_names_the_operator_of_a_program_that_is_not_decomposed(form: str) -> None:
+    """The error is that of docs/pytorch-tools.md."""
+    openvino = pytest.importorskip("openvino")
+    program = torch.export.export(network("slak_nano", form), (images(),))
+    with pytest.raises(Exception, match=r"No conversion rule found for operations: widekernel\.depthwise_"):
+        openvino.convert_model(program)
 
 
 def test_ptflops_counts_a_decomposed_program() -> None:

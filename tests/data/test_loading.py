@@ -249,6 +249,7 @@ if __name__ == "__main__":
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False, **options)
 
 
+@pytest.mark.slow  # tests/engine/test_interrupts.py sends more signals
 @pytest.mark.skipif(sys.platform == "win32", reason="process groups of POSIX")
 def test_workers_survive_signals_to_the_process_group():
     result = run_script(

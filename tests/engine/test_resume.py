@@ -50,7 +50,7 @@ def reference(tmp_path_factory):
     return trainer.state(), without_timings(read_metrics(trainer.context.folder.metrics))
 
 
-@pytest.mark.parametrize("step", [1, 2, 3, 4, 8, 9])
+@pytest.mark.parametrize("step", [1, *(pytest.param(step, marks=pytest.mark.slow) for step in (2, 8)), 3, 4, 9])
 def test_killed_run_resumes_exactly(step, reference, tmp_path):
     config = make_config(tmp_path, checkpoint=CheckpointConfig(every_steps=2))
     with pytest.raises(Killed):

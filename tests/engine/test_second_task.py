@@ -64,7 +64,7 @@ def test_errors_speak_of_tracks(tmp_path: Path) -> None:
         trainer.run()
 
 
-@pytest.mark.parametrize("step", [1, 6, 7, 13, 15])
+@pytest.mark.parametrize("step", [1, 7, 15, *(pytest.param(step, marks=pytest.mark.slow) for step in (6, 13))])
 def test_it_resumes_exactly(step: int, reference: tuple[Trainer, str], tmp_path: Path) -> None:
     with pytest.raises(Killed):
         make_track_trainer(tmp_path, reporter=KillAt(step), damaged=(7,)).run()

@@ -60,7 +60,28 @@ def test_every_parameter_is_in_one_group(model: nn.Module) -> None:
     assert len(groups) >= blocks + 2
 
 
-@pytest.mark.parametrize("name", FULL_SIZE)
+SIZES = (
+    "slak_small",
+    "isotropic_base",
+    "isotropic_large",
+    "slak_base",
+    "slak_large",
+    "31l",
+    "xl",
+    "_l",
+    "_b",
+    "_s",
+    "_n",
+    "_p",
+    "_f",
+)
+# With one block in each stage, the sizes of a family differ in their widths alone: the smallest is short.
+one_size_of_each = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name.endswith(SIZES) else []) for name in FULL_SIZE]
+)
+
+
+@one_size_of_each
 def test_every_parameter_gets_a_gradient(name: str) -> None:
     model = on_meta(name, **_one_block_a_stage(name)).train()
     model(torch.empty(2, *model.default_cfg["input_size"], device="meta")).sum().backward()
@@ -71,7 +92,7 @@ def _one_block_a_stage(name: str) -> dict[str, Any]:
     return {"depth": 4} if "isotropic" in name else {"depths": (1, 1, 1, 1)}
 
 
-@pytest.mark.parametrize("name", FULL_SIZE)
+@one_size_of_each
 def test_features_only(name: str) -> None:
     model = on_meta(name, features_only=True, **_one_block_a_stage(name))
     size = timm.get_pretrained_cfg(name).input_size[-1]

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import widekernel
 from tests.models.checkpoints import assert_refused, state_of
-from tests.models.zoo import NANO, alive, create
+from tests.models.zoo import ALIKE, NANO, alive, create
 from widekernel.errors import CheckpointError
 from widekernel.file_types import describe_file_type
 from widekernel.models.checkpoint import saving
@@ -213,8 +213,14 @@ def test_pickles_of_newer_protocols_are_not_executed_either(tmp_path: Path) -> N
 # ---- Another network
 
 
-@pytest.mark.parametrize("file", NANO)
-@pytest.mark.parametrize("name", NANO)
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        pytest.param(name, file, marks=[pytest.mark.slow] if {name, file} & set(ALIKE) else [])
+        for name in NANO
+        for file in NANO
+    ],
+)
 def test_another_family(name: str, file: str, tmp_path: Path) -> None:
     path = widekernel.save_checkpoint(create(file), tmp_path / "a.safetensors")
     model = create(name)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from timm.models._features_fx import create_feature_extractor
 from torch import nn
 
 from tests.models.zoo import alive, assert_near, create, every_family_once, images
-from widekernel import fold, ops
+from tests.transforms.compaction import FREE, mask
+from widekernel import fold, ops, to_torch
+from widekernel.transforms.compaction import compact
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:FutureWarning")
 
@@ -33,6 +36,11 @@ def operators(module: torch.jit.ScriptModule) -> set[str]:
     return {name.partition("::")[0] for name in torch.jit.export_opnames(module)} - {"prim"}
 
 
+def kinds(block: Any) -> set[str]:
+    """Return the kinds of the nodes of a graph, at any depth."""
+    return {node.kind() for node in block.nodes()}.union(*(kinds(part) for node in block.nodes() for part in node.blocks()))
+
+
 @pytest.mark.parametrize("form", ["training", "folded"])
 @every_family_once
 def test_scripted_and_traced_networks_compute_the_same(name: str, form: str) -> None:
@@ -49,12 +57,26 @@ def test_scripted_and_traced_networks_compute_the_same(name: str, form: str) -> 
                 assert trace.calls == []
     for module in both:
         assert operators(module) == {"aten"}
+    # Converters read the frozen graph of a scripted network, and know neither loops over lists nor queries for layouts.
+    frozen = torch.jit.freeze(both[0])
+    assert not kinds(frozen.inlined_graph) & {"prim::Loop", "aten::append", "aten::is_contiguous"}
     # The network itself is unchanged and still uses our kernels.
     assert list(model.modules()) == before
     with ops.trace() as trace, torch.no_grad():
         model(x)
     assert len(trace.calls) > 0
     assert "plain" not in trace.backends()
+
+
+def test_compacted_networks() -> None:
+    """timm's record of a network's arguments, which TorchScript must not read, does not exist for them."""
+    with torch.no_grad():
+        small = compact(mask(alive("slak_nano"), "channel", 0.5), FREE)
+        scripted = torch.jit.script(small)
+        for x in (images(), images(96, 3)):
+            assert_near(scripted(x), small(x))
+    assert operators(scripted) == {"aten"}
+    assert not kinds(torch.jit.freeze(scripted).inlined_graph) & {"prim::Loop", "aten::append", "aten::is_contiguous"}
 
 
 @pytest.mark.parametrize("name", ["replknet_nano", "slak_nano"])
@@ -158,3 +180,18 @@ def test_an_exported_program_holds_our_operators_until_it_is_decomposed() -> Non
         assert_near(torch.export.load(file).module()(x), model(x))
     assert len(trace.calls) > 0
     assert "plain" not in trace.backends()
+
+
+@pytest.mark.slow
+def test_a_program_that_is_not_decomposed_names_the_operator_that_is_missing(tmp_path: Path) -> None:
+    """The messages are those of docs/pytorch-tools.md."""
+    x = images()
+    torch.save(x, tmp_path / "x.pt")
+    torch.export.save(torch.export.export(fold(alive("slak_nano")), (x,)), tmp_path / "ours.pt2")
+    arguments = [sys.executable, "-c", LOADED, str(tmp_path / "x.pt"), str(tmp_path / "ours.pt2")]
+    said = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True)
+    assert said.returncode != 0
+    assert "torch.ops.widekernel.depthwise_sum.default" in said.stderr
+    assert "RuntimeError: We ran into an error when deserializing" in said.stderr
+    torch.export.save(torch.export.export(to_torch(fold(alive("slak_nano"))), (x,)), tmp_path / "plain.pt2")
+    subprocess.run([*arguments[:-1], str(tmp_path / "plain.pt2")], check=True, cwd=tmp_path)

@@ -6,9 +6,20 @@ import pytest
 import torch
 from timm.models._features_fx import FeatureGraphNet, create_feature_extractor
 
-from tests.models.zoo import SMALL, alive, assert_near, every_family_once, images
+from tests.models.zoo import ALIKE, NANO, SMALL, alive, assert_near, every_family_once, images
 
-every_small_model = pytest.mark.parametrize("name", SMALL)
+# The steps of the roadmap have the same parts in other combinations: every fourth is short.
+ROADMAP = [name for name in SMALL if name.startswith("roadmap_") and name.endswith("_small")]
+SHORT = [name for name in SMALL if name not in ROADMAP] + ROADMAP[::4]
+every_small_model = pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in SHORT else [pytest.mark.slow]) for name in SMALL],
+)
+# What compiles them has been seen in other networks: plain blocks, and the sources of kernels.
+ALSO_ALIKE = (*ALIKE, "convnext_isotropic_nano", "slak_pw_nano")
+most_families_once = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in ALSO_ALIKE else []) for name in NANO]
+)
 
 
 @every_small_model
@@ -38,7 +49,7 @@ def test_traced_backward(name: str) -> None:
     assert [key for key in without if not key.startswith(("graph_module.feature_norms", "graph_module.norm_pre"))] == []
 
 
-@every_family_once
+@most_families_once
 def test_compiled_without_a_graph_break(name: str) -> None:
     torch._dynamo.reset()
     model, x = alive(name), images()
@@ -61,7 +72,7 @@ def test_compiled_training(name: str) -> None:
         assert_near(gradients[1][key], reference, 1e-4)
 
 
-@every_family_once
+@most_families_once
 def test_exported(name: str) -> None:
     model, x = alive(name), images()
     exported = torch.export.export(model, (x,))

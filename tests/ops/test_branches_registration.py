@@ -122,8 +122,15 @@ def truth_of(x: Tensor, kernels: list[Tensor]) -> Tensor:
 
 
 @CHOSEN
-@BOTH_LAYOUTS
-@pytest.mark.parametrize("dynamic", [True, False], ids=["dynamic", "static"])
+@pytest.mark.parametrize(
+    ("dynamic", "layout"),
+    [
+        pytest.param(True, "contiguous", id="dynamic"),
+        pytest.param(False, "channels_last", id="static-channels_last"),
+        pytest.param(True, "channels_last", marks=pytest.mark.slow, id="dynamic-channels_last"),
+        pytest.param(False, "contiguous", marks=pytest.mark.slow, id="static"),
+    ],
+)
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_forward_and_backward(dynamic: bool, layout: str, chosen: str) -> None:
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)

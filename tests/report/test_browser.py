@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from widekernel.cli.main import main
 from widekernel.report.page import SECTIONS
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install 'widekernel[browser]'")
@@ -50,6 +51,10 @@ def opened(browser: Any, page: str, tmp_path: Path) -> Any:
     """Return the browser after it has loaded the page from a file."""
     file = tmp_path / "report.html"
     file.write_text(page)
+    return load(browser, file)
+
+
+def load(browser: Any, file: Path) -> Any:
     browser.get("about:blank")
     browser.get_log("performance"), browser.get_log("browser")
     browser.get(file.as_uri())
@@ -141,8 +146,15 @@ def test_nothing_is_wider_than_the_window(opened: Any, size: str) -> None:
     assert opened.execute_script("return document.documentElement.scrollWidth") <= SIZES[size][0]
 
 
-@pytest.mark.parametrize(("size", "scheme"), [("desktop", "light"), ("phone", "dark")])
+LOOKS = [(size, scheme) for size in SIZES for scheme in ("light", "dark")]
+
+
+@pytest.mark.parametrize(("size", "scheme"), LOOKS)
 def test_accessibility(opened: Any, size: str, scheme: str) -> None:
+    assert_accessible(opened, size, scheme)
+
+
+def assert_accessible(opened: Any, size: str, scheme: str) -> None:
     checker = pytest.importorskip("axe_core_python.selenium", reason="axe-core-python is not installed")
     resize(opened, size)
     features = [{"name": "prefers-color-scheme", "value": scheme}]
@@ -153,3 +165,28 @@ def test_accessibility(opened: Any, size: str, scheme: str) -> None:
     serious = [each for each in found["violations"] if each["impact"] in ("serious", "critical")]
     assert [(each["id"], each["nodes"][0]["html"]) for each in serious] == []
     opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["demo", "sparse"])
+def test_the_page_of_a_real_run(kind: str, browser: Any, tmp_path: Path) -> None:
+    """Pages of runs that have learned something: the demo, and a sparse run beside it."""
+    demo, page = tmp_path / "demo", tmp_path / "report.html"
+    assert main(["demo", "--output", str(demo)]) == 0
+    options = ["--output", str(page), "--seconds", "0.05"]
+    if kind == "demo":
+        assert main(["report", str(demo), *options]) == 0
+    else:
+        settings = ["--model.name", "slak_nano", "--data.name", "digits", "--data.workers", "0", "--schedule.epochs", "2"]
+        settings += ["--schedule.warmup_epochs", "0", "--sparsity.method", "dynamic", "--loop.device", "cpu"]
+        settings += ["--sparsity.dynamic.update_interval", "20", "--output", str(tmp_path / "sparse")]
+        assert main(["train", *settings]) == 0
+        assert main(["report", str(tmp_path / "sparse"), "--compare", str(demo), *options]) == 0
+    load(browser, page)
+    assert browser.get_log("browser") == []
+    assert [address.rpartition("/")[2] for address in requests(browser)] == ["report.html"]
+    missing = {section.get_attribute("id") for section in browser.find_elements("css selector", "section:has(> .missing)")}
+    assert missing == ({"masks", "comparison"} if kind == "demo" else set())
+    for size, scheme in LOOKS:
+        assert_accessible(browser, size, scheme)
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= SIZES[size][0]

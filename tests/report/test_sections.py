@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -25,10 +26,20 @@ from widekernel.report.costs import Costs
 from widekernel.report.identity import identity
 from widekernel.report.images import find_images
 from widekernel.report.parts import Missing, ReportOptions, silent
+from widekernel.report.plain_data import plain_data
 from widekernel.report.receptive_field import ReceptiveField, receptive_field
 from widekernel.report.subject import Subject, open_subject
 from widekernel.report.training import Training, training
 from widekernel.weights.catalog import list_checkpoints
+
+
+def test_all_sections_have_a_form_in_json(report: Report) -> None:
+    data = json.loads(json.dumps(plain_data(report), allow_nan=False))
+    assert data["accuracy"]["top1"] == report.accuracy.top1
+    assert data["masks"]["layers"] and data["comparison"]["rows"] and data["acceleration"]
+    assert data["identity"]["facts"][0] == ["Model", "slak_nano"]
+    with pytest.raises(TypeError, match="holds a object"):
+        plain_data(replace(report, text=object()))
 
 
 def test_identity_of_a_run(subject: Subject, run_folder: Path) -> None:

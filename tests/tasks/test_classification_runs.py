@@ -75,8 +75,15 @@ def die_at(step, config):
         train(config, Listener(step))
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
-@pytest.mark.parametrize("change", ["rename", "move"])
+@pytest.mark.parametrize(
+    ("split", "change"),
+    [
+        ("train", "rename"),
+        ("val", "move"),
+        pytest.param("train", "move", marks=pytest.mark.slow),
+        pytest.param("val", "rename", marks=pytest.mark.slow),
+    ],
+)
 def test_changed_images_are_noticed_at_resume(make, images, split, change):
     config = make()
     die_at(3, config)

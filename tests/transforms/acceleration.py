@@ -27,6 +27,19 @@ NETWORKS = {
     "unireplknet_nano": 64,
 }
 EACH = pytest.mark.parametrize("name", NETWORKS)
+SOME = ("slak_nano", "replknet_nano", "resnet18")
+
+
+def each_with(option: str) -> pytest.MarkDecorator:
+    """Run a test on every network, with the option off and on; off is slow for most networks."""
+    cases = [
+        pytest.param(name, value, marks=[] if value or name in SOME else [pytest.mark.slow])
+        for name in NETWORKS
+        for value in (False, True)
+    ]
+    return pytest.mark.parametrize(("name", option), cases)
+
+
 Measure = Callable[[nn.Module, nn.Module, Tensor, bool], tuple[float, float]]
 
 

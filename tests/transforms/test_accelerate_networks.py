@@ -18,6 +18,7 @@ from tests.transforms.acceleration import (
     EACH,
     OURS,
     candidates_of,
+    each_with,
     image,
     kinds,
     network,
@@ -30,8 +31,7 @@ from widekernel import accelerate, fold, ops
 from widekernel.layers import PointwiseLinear
 
 
-@pytest.mark.parametrize("channels_last", [False, True])
-@EACH
+@each_with("channels_last")
 def test_outputs_and_gradients_stay(name: str, channels_last: bool, always_faster: list[Any]) -> None:
     model, x = network(name).eval(), pictures(name)
     if channels_last:
@@ -53,8 +53,7 @@ def test_outputs_stay_in_single_precision(name: str, always_faster: list[Any]) -
         assert_close(model(x), want, rtol=1e-5, atol=1e-5 * (1 + want.abs().max().item()))
 
 
-@pytest.mark.parametrize("example", [False, True])
-@EACH
+@each_with("example")
 def test_objects_and_keys_stay(name: str, example: bool, always_faster: list[Any]) -> None:
     model = network(name, torch.float32)
     before, keys = state_of(model), list(model.state_dict())

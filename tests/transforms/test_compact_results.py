@@ -61,7 +61,7 @@ def test_other_types(small: nn.Module) -> None:
             assert_near(small(images()).float(), double.float(), 0.1)
 
 
-@pytest.mark.parametrize("name", ["slak_nano", "shiftwise_nano"])
+@pytest.mark.parametrize("name", ["slak_nano", pytest.param("shiftwise_nano", marks=pytest.mark.slow)])
 def test_compiled_and_exported(name: str) -> None:
     torch._dynamo.reset()
     share = 0.5 if name == "slak_nano" else 1.0

@@ -13,7 +13,7 @@ from timm.utils import reparameterize_model
 from torch import nn
 
 import widekernel
-from tests.transforms.test_fold import EACH, network
+from tests.transforms.test_fold import EACH_ONCE, network
 from widekernel.layers import ConvNorm, FoldedLargeKernel, LargeKernel, PartialChannels, Rectangles
 from widekernel.layers.conv_norm import FoldedConvNorm
 from widekernel.layers.folding import Folded, is_folded
@@ -21,7 +21,7 @@ from widekernel.models.blocks import MixerBlock
 from widekernel.sparsity import compact
 
 
-@EACH
+@EACH_ONCE
 def test_networks(name: str) -> None:
     model = network(name)
     assert not is_folded(model)

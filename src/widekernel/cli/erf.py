@@ -12,9 +12,10 @@ import jsonargparse
 from rich.table import Table
 
 from widekernel.cli.console import progress, progress_console, table_console
-from widekernel.cli.output_files import check_output_folder
+from widekernel.cli.output_files import check_results_folder, make_folder
 from widekernel.cli.parsing import new_parser, parse
-from widekernel.errors import ConfigError, DataError
+from widekernel.errors import ConfigError, DataError, WidekernelError, in_short
+from widekernel.files import reason_of
 from widekernel.settings import require
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def make_parser() -> jsonargparse.ArgumentParser:
     parser.add_argument("--images", type=int, default=50, help="number of images, drawn at random")
     parser.add_argument("--seed", type=int, default=0, help="seed of the choice of images")
     parser.add_argument("--output", type=str, default="erf", help="folder for the results")
+    parser.add_argument("--overwrite", action="store_true", help="replace earlier results in the folder")
     parser.add_argument(
         "--input_size",
         type=int,
@@ -70,7 +72,7 @@ def run(arguments: list[str]) -> int:
         require(values[key] > 0, key, values[key], "positive")
     require(values["seed"] >= 0, "seed", values["seed"], "0 or more")
     folder = Path(values["output"])
-    check_output_folder(folder / "erf.json", "--output")
+    check_results_folder(folder, "erf.json", values["overwrite"])
     _check_names(values)
     from widekernel.analysis.erf import THRESHOLDS, Area, area_ratios, heat_maps
     from widekernel.files import write_file
@@ -82,7 +84,7 @@ def run(arguments: list[str]) -> int:
         matrices[label], rows[label] = _read(Path(text)) if text.endswith(".npy") else _measured(text, values)
         areas = area_ratios(matrices[label])
         rows[label]["areas"] = {str(key): None if area is None else area._asdict() for key, area in areas.items()}
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         if not text.endswith(".npy"):
             write_file(folder / f"{label}.npy", _npy(matrices[label]))
     write_file(folder / "erf.png", heat_maps(matrices))
@@ -124,7 +126,8 @@ def _read(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
     try:
         matrix = np.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as a matrix of scores: {error}.") from error
+        reason = reason_of(error) if isinstance(error, OSError) else "it is not a NumPy file of numbers"
+        raise DataError(f"{path} cannot be read as a matrix of scores: {reason}.") from error
     return matrix, {"matrix": str(path)}
 
 
@@ -145,7 +148,17 @@ def _measured(text: str, values: dict[str, Any]) -> tuple[np.ndarray, dict[str, 
     with progress(count) as advance:
         advance(f"{_label(text)}", 0)
         images = _images(source, count, values, _transform(model, saved, values["input_size"]))
-        found = contribution(model.to(device), images, values["layer"], lambda: advance(_label(text), 1))
+        try:
+            found = contribution(model.to(device), images, values["layer"], lambda: advance(_label(text), 1))
+        except WidekernelError:
+            raise
+        except (RuntimeError, ValueError, AssertionError) as error:
+            # Networks of other libraries raise anything for an input size that they do not take.
+            size, own = values["input_size"], saved.preprocessing.input_size
+            raise ConfigError(
+                f"{_label(text)} fails on images of {size}×{size} pixels ({in_short(error).rstrip('.')}). Choose another "
+                f"--input_size; its own is {own}."
+            ) from error
     return found.matrix, {"images": found.images, "skipped": found.skipped, "input_size": values["input_size"]}
 
 
@@ -170,8 +183,12 @@ def _images(source: ImageFiles, count: int, values: dict[str, Any], transform: A
     def report(index: int, error: Exception) -> None:
         progress_console().print(f"Left out an unreadable image: {source.sample_name(index)}: {error}", soft_wrap=True)
 
+    found = False
     for _, image in draw(source, count, values["seed"], report):
+        found = True
         yield transform(image)
+    if not found:
+        raise DataError(f"None of the images of {source.path} can be read. Give other images (--data DIR).")
 
 
 def _npy(matrix: np.ndarray) -> bytes:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from widekernel.engine.run_folder import RunFolder
 from widekernel.errors import ConfigError
+from widekernel.files import explained
 
 
 def check_output_file(
@@ -42,6 +43,23 @@ def _files_of(source: Path) -> list[Path]:
     """Return the files that a network is read from: the file itself, or the results of the run in the folder."""
     run = RunFolder(source)
     return [path for path in (source, run.model, run.model_ema, run.masks) if path.is_file()]
+
+
+def check_results_folder(folder: Path, results: str, overwrite: bool) -> None:
+    """Raise a `ConfigError` if the folder cannot be written, or holds the file `results` and nothing may be replaced."""
+    check_output_folder(folder, "--output")
+    if (folder / results).exists() and not overwrite:
+        raise ConfigError(f"{folder} holds earlier results ({results}). Choose another --output, or add --overwrite.")
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder unless it exists.
+
+    Raises:
+        WidekernelError: the system refuses.
+    """
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 def check_output_folder(folder: Path, option: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import jsonargparse
 
 from widekernel.cli.console import progress_console, progress_of_stages, result_console
-from widekernel.cli.output_files import check_output_folder
+from widekernel.cli.output_files import check_output_folder, make_folder
 from widekernel.cli.parsing import build, new_parser, parse
 from widekernel.data.paths import expand_path
 from widekernel.errors import ConfigError
@@ -41,7 +42,10 @@ def make_parser() -> jsonargparse.ArgumentParser:
         "the accuracy. Default: those that the settings of the run name",
     )
     parser.add_argument("--output", type=str, default="report.html", help="the page")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing page")
+    parser.add_argument(
+        "--json", type=str | None, default=None, help="file for the data of the page, pictures excepted; default: none"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing page and an existing --json file")
     parser.add_argument(
         "--weights", choices=["model", "ema"], default="model", help="of a run: the trained weights, or their moving average"
     )
@@ -54,12 +58,17 @@ def run(arguments: list[str]) -> int:
     """Collect the data of a network, and write the page."""
     values = parse(make_parser(), arguments)
     options = build(ReportOptions, values)
-    page = _checked(Path(values["output"]), values["overwrite"])
+    page = Path(values["output"])
+    _check(page, values["overwrite"], "--output", "a report is an .html file", (".html", ".htm"))
+    data_file = None if values["json"] is None else Path(values["json"])
+    if data_file is not None:
+        _check(data_file, values["overwrite"], "--json", "the data of a report are a .json file", (".json",))
     data = None if values["data"] is None else expand_path("data", values["data"])
     from widekernel.files import write_file
     from widekernel.report.collecting import collect
     from widekernel.report.images import find_images
     from widekernel.report.page import check_packages, render_page
+    from widekernel.report.plain_data import plain_data
     from widekernel.report.subject import open_subject
 
     check_packages()
@@ -75,23 +84,27 @@ def run(arguments: list[str]) -> int:
     with progress_of_stages() as advance:
         report = collect(subject, images, options, other, advance)
     text = render_page(report, shlex.join(["widekernel", "report", *arguments])).encode(errors="backslashreplace")
-    page.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(page.parent)
     write_file(page, text)
+    if data_file is not None:
+        make_folder(data_file.parent)
+        write_file(data_file, (json.dumps(plain_data(report), indent=1, allow_nan=False) + "\n").encode())
     if len(text) > _MOST_BYTES:
         say(f"The page has {len(text) / 1e6:.1f} MB, which is more than usual.")
     result_console().print(f"{page} ({len(text) / 1e3:,.0f} kB)", soft_wrap=True)
+    if data_file is not None:
+        result_console().print(f"{data_file}", soft_wrap=True)
     return 0
 
 
-def _checked(page: Path, overwrite: bool) -> Path:
-    """Return the path of the page, if it can be written and nothing is lost."""
-    if page.is_dir():
-        raise ConfigError(f"The output is {str(page)!r}, which is a folder. Give --output a file, such as report.html.")
-    if page.suffix.lower() not in (".html", ".htm"):
-        raise ConfigError(f"The output is {str(page)!r}, but a report is an .html file.")
-    if page.exists() and not overwrite:
-        raise ConfigError(f"{page} exists. Choose another --output, or add --overwrite.")
-    check_output_folder(page.parent, "--output")
-    if page.exists() and not os.access(page, os.W_OK):
-        raise ConfigError(f"{page} cannot be written. Choose another --output.")
-    return page
+def _check(file: Path, overwrite: bool, option: str, rule: str, suffixes: tuple[str, ...]) -> None:
+    """Raise a `ConfigError` unless the file can be written and nothing is lost."""
+    if file.is_dir():
+        raise ConfigError(f"{option} is {str(file)!r}, which is a folder. Give it a file, such as report{suffixes[0]}.")
+    if file.suffix.lower() not in suffixes:
+        raise ConfigError(f"{option} is {str(file)!r}, but {rule}.")
+    if file.exists() and not overwrite:
+        raise ConfigError(f"{file} exists. Choose another {option}, or add --overwrite.")
+    check_output_folder(file.parent, option)
+    if file.exists() and not os.access(file, os.W_OK):
+        raise ConfigError(f"{file} cannot be written. Choose another {option}.")

@@ -12,7 +12,7 @@ import jsonargparse
 from rich.table import Table
 
 from widekernel.cli.console import progress, progress_console, table_console
-from widekernel.cli.output_files import check_output_folder
+from widekernel.cli.output_files import check_results_folder, make_folder
 from widekernel.cli.parsing import new_parser, parse
 from widekernel.errors import ConfigError, DataError
 from widekernel.settings import require
@@ -43,6 +43,7 @@ def make_parser() -> jsonargparse.ArgumentParser:
         "--observers", type=str | None, default=None, help="folder with decisions of others (.csv), to compare with"
     )
     parser.add_argument("--output", type=str, default="shape-bias", help="folder for the results")
+    parser.add_argument("--overwrite", action="store_true", help="replace earlier results in the folder")
     parser.add_argument("--pretrained", type=bool, default=False, help="load the pretrained weights of named models")
     parser.add_argument("--batch_size", type=int, default=32, help="images per forward pass")
     parser.add_argument("--device", type=str, default="auto", help="auto (CUDA if available), cpu, cuda or cuda:N")
@@ -55,7 +56,7 @@ def run(arguments: list[str]) -> int:
     values = parse(make_parser(), arguments)
     require(values["batch_size"] > 0, "batch_size", values["batch_size"], "positive")
     folder = Path(values["output"])
-    check_output_folder(folder / "shape_bias.json", "--output")
+    check_results_folder(folder, "shape_bias.json", values["overwrite"])
     _check_sources(values)
     from widekernel.analysis.shape_bias import decisions_file, read_decisions, shape_bias
     from widekernel.analysis.shape_bias_plot import plot
@@ -68,10 +69,10 @@ def run(arguments: list[str]) -> int:
     for text in values["models"]:
         label = label_of(text).replace("/", "_")
         decisions = _decisions(text, values)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         write_file(folder / f"cue-conflict_{label}_session-1.csv", decisions_file(label, decisions))
         results.append(shape_bias(label, decisions))
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     rows = [_row(result) for result in (*results, *observers)]
     write_file(folder / "shape_bias.json", json.dumps(rows, indent=1).encode())
     write_file(folder / "shape_bias.png", plot([*observers, *results], [result.observer for result in results]))
@@ -83,7 +84,12 @@ def run(arguments: list[str]) -> int:
 
 
 def _check_sources(values: dict[str, Any]) -> None:
-    """Raise an error if there is nothing to measure or to compare."""
+    """Raise an error if there is nothing to measure or to compare, or if results would have the same names."""
+    from widekernel.tasks.named_network import label_of
+
+    labels = [label_of(text) for text in values["models"]]
+    if repeated := sorted({label for label in labels if labels.count(label) > 1}):
+        raise ConfigError(f"Several models are called {repeated[0]!r}, so their results would have the same names.")
     if not values["models"] and values["observers"] is None:
         raise ConfigError("There is nothing to measure: name a model, or give decisions of others with --observers DIR.")
     if values["models"] and values["stimuli"] is None:

@@ -75,7 +75,7 @@ def network_run(network: nn.Module) -> Run:
     return run
 
 
-def latencies(calls: dict[str, Callable[[], object]], seconds: float = LATENCY_SECONDS) -> dict[str, float]:
+def latencies(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
     """Time calls in turn, and return the shortest time of each in milliseconds: other work can only prolong a call."""
     _, first = first_calls(calls)
     return {name: 1e3 * min(timing.seconds) for name, timing in interleave(calls, first, seconds).items()}

@@ -17,7 +17,7 @@ import widekernel
 from widekernel.bench.machine import cpu_model, installed_version
 from widekernel.errors import ConfigError, WidekernelError, in_short
 from widekernel.export.base import ExportError, Format, GraphInputs, Run
-from widekernel.export.check import Comparison, compare, latencies, network_run, outputs
+from widekernel.export.check import LATENCY_SECONDS, Comparison, compare, latencies, network_run, outputs
 from widekernel.export.formats import format_named
 from widekernel.export.images import CheckImages, noise
 from widekernel.export.kernel_forms import Kernels, with_graph_kernels
@@ -166,7 +166,7 @@ def _export(
         probes = _probe(run, model, inputs)
         _require_equal(comparison, probes, settings)
         sample, ours = images.check[:1].repeat(settings.batch, 1, 1, 1), network_run(exported)
-        milliseconds = latencies({"widekernel": lambda: ours(sample), form.engine: lambda: run(sample)})
+        milliseconds = latencies({"widekernel": lambda: ours(sample), form.engine: lambda: run(sample)}, LATENCY_SECONDS)
         for source, target in zip(form.files(draft), form.files(path)):
             _put(source, target)
     report = ExportReport(
@@ -231,8 +231,17 @@ def _checked_run(model: nn.Module) -> Run:
     """Return the function that runs a network, and raises if it does not return one tensor with a row per image."""
 
     def run(images: Tensor) -> Tensor:
-        with torch.inference_mode():
-            found = model(images)
+        try:
+            with torch.inference_mode():
+                found = model(images)
+        except WidekernelError:
+            raise
+        except (RuntimeError, ValueError, AssertionError) as error:
+            height, width = images.shape[-2:]
+            raise ExportError(
+                f"The network fails on images of {height}×{width} pixels ({in_short(error).rstrip('.')}). Choose another "
+                "--input_size."
+            ) from error
         if not isinstance(found, Tensor):
             raise ExportError(
                 f"The network returns a {type(found).__name__}, but only networks with one output are exported."

@@ -155,12 +155,11 @@ class FoldedLargeKernel(Folded, nn.Module):
             return ops.depthwise_sum(x, tensors_of(self.kernels), self.anchors, self.bias, relu=relu)
 
     def _scripted(self, x: Tensor, relu: bool) -> Tensor:
-        kernels: list[Tensor] = []
-        anchors: list[tuple[int, int]] = []
-        for kernel, anchor in zip(self.kernels, self.anchors):
-            kernels.append(kernel)
-            anchors.append(anchor)
-        return plain.depthwise_sum(x, kernels, anchors, self.bias, None, relu)
+        y = plain.depthwise_sum(x, [self.kernels[0]], [self.anchors[0]], self.bias)
+        for i, (kernel, anchor) in enumerate(zip(self.kernels, self.anchors)):
+            if i > 0:
+                y = y + plain.depthwise_sum(x, [kernel], [anchor])
+        return y.relu() if relu else y
 
     def table_misfits(self, state: Mapping[str, Tensor], prefix: str) -> list[str]:
         """List the mismatch if the state dict is from a layer whose kernels have other anchors; empty if it is not."""

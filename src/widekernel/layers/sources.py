@@ -84,12 +84,17 @@ class RectSource(KernelSource):
     def responses(self, x: Tensor) -> list[Tensor]:
         """Convolve with every rectangle, in one call if a backend has a fused operator."""
         if torch.jit.is_scripting():
-            dilations: list[int] = []
-            for dilation in self.branch_dilations():
-                dilations.append(dilation * self.dilation)
-            return plain.depthwise_branches(x, self.branch_kernels(), self.branch_anchors(), dilations)
+            kernels, anchors, dilations = self.branch_kernels(), self.branch_anchors(), self.branch_dilations()
+            responses: list[Tensor] = []
+            for i in range(len(kernels)):
+                responses.append(self.scripted_response(x, kernels[i], anchors[i], dilations[i]))
+            return responses
         else:  # noqa: RET505 - TorchScript leaves out the other branch, and only that
             return _convolved(x, self.branches())
+
+    def scripted_response(self, x: Tensor, kernel: Tensor, anchor: tuple[int, int], dilation: int) -> Tensor:
+        """Convolve with one of the branches, for TorchScript."""
+        return plain.depthwise_sum(x, [kernel], [anchor], dilations=[dilation * self.dilation])
 
     @torch.jit.unused
     def branches(self) -> Branches:
@@ -146,6 +151,17 @@ class Rectangles(RectSource):
         else:  # noqa: RET505 - TorchScript leaves out the other branch, and only that
             return tensors_of(self.kernels)
 
+    def responses(self, x: Tensor) -> list[Tensor]:
+        """Convolve with every rectangle, in one call if a backend has a fused operator."""
+        if torch.jit.is_scripting():
+            kernels, anchors, dilations = self.branch_kernels(), self.branch_anchors(), self.branch_dilations()
+            responses: list[Tensor] = []
+            for i, _ in enumerate(self.kernels):  # TorchScript unrolls this loop
+                responses.append(self.scripted_response(x, kernels[i], anchors[i], dilations[i]))
+            return responses
+        else:  # noqa: RET505 - TorchScript leaves out the other branch, and only that
+            return _convolved(x, self.branches())
+
     def branch_anchors(self) -> list[tuple[int, int]]:
         """Return the middle tap of each kernel."""
         anchors: list[tuple[int, int]] = []
@@ -187,13 +203,16 @@ class SourceGroup(KernelSource):
         self.sources = nn.ModuleList(sources)
         self.channels = sources[0].channels
         self.num_branches = sum(source.num_branches for source in sources)
+        self.places = tuple(tuple(range(source.num_branches)) for source in sources)  # TorchScript unrolls loops over tuples
 
     def responses(self, x: Tensor) -> list[Tensor]:
         """Compute the branches of every source: in one call if all are rectangles, otherwise source by source."""
         if torch.jit.is_scripting():
             responses: list[Tensor] = []
-            for source in self.sources:
-                responses += source.responses(x)  # type: ignore[operator]
+            for source, places in zip(self.sources, self.places):
+                found = source.responses(x)  # type: ignore[operator]
+                for place in places:
+                    responses.append(found[place])
             return responses
         else:  # noqa: RET505 - TorchScript leaves out the other branch, and only that
             return self._in_one_call(x)

@@ -32,10 +32,22 @@ class TileSource(RectSource):
         super().__init__()
         check_tiles(kernel_size, tile_size)
         self.channels, self.kernel_size, self.tile_size = channels, kernel_size, tile_size
+        self.places = tuple(range(self.num_branches))
 
     def extra_repr(self) -> str:
         """Return channels and sizes."""
         return f"{self.channels}, kernel_size={self.kernel_size}, tile_size={self.tile_size}"
+
+    def responses(self, x: Tensor) -> list[Tensor]:
+        """Convolve with every kernel, in one call if a backend has a fused operator."""
+        if torch.jit.is_scripting():
+            kernels, anchors, dilations = self.branch_kernels(), self.branch_anchors(), self.branch_dilations()
+            responses: list[Tensor] = []
+            for i in self.places:  # TorchScript unrolls this loop
+                responses.append(self.scripted_response(x, kernels[i], anchors[i], dilations[i]))
+            return responses
+        else:  # noqa: RET505 - TorchScript leaves out the other branch, and only that
+            return super().responses(x)
 
     def branch_anchors(self) -> list[tuple[int, int]]:
         """Return the centers of the kernels that the wide and the tall strip represent."""

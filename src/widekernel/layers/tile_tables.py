@@ -60,6 +60,9 @@ def take_sum(flat: Tensor, table: Tensor, channels: int) -> Tensor:
     num_tiles = static_shape(flat)[0] // channels
     start = torch.arange(channels, device=flat.device).unsqueeze(1) * num_tiles
     groups = table if table.dim() == 3 else table.unsqueeze(2)
+    if torch.jit.is_scripting():  # without loops over lists, which some converters cannot read
+        every = (groups.long() + start).flatten()
+        return flat.index_select(0, every).unflatten(0, (groups.size(0), -1)).sum(0)
     # One gather per group: within a group, no row is selected twice, so that the gradient is summed in a fixed order.
     rows = [(group.long() + start).flatten() for group in groups.unbind(0)]
     total = flat.index_select(0, rows[0])

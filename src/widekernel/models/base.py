@@ -96,6 +96,13 @@ class StagedConvNet(Fusable, nn.Module):
 
     # TorchScript would compile this property.
     __jit_unused_properties__ = ["_model_args"]
+    # Nor may it read the property, which raises for a compacted network.
+    __jit_ignored_attributes__ = ["_model_args"]
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # TorchScript looks for ignored properties in the class itself, not in its bases.
+        cls._model_args = StagedConvNet._model_args  # type: ignore[method-assign]
 
     def __init__(
         self,

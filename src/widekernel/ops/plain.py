@@ -2,8 +2,9 @@
 
 TorchScript, recorded traces and decomposed exported programs consist of these functions. Such a graph loads without
 widekernel, and counters, converters and other runtimes know every operation in it. Nothing depends on the size of the image.
-TorchScript can compile all functions. PyTorch's own rules differentiate them: the forward pass is as fast as `torch_conv`,
-the backward pass is slower.
+TorchScript can compile all functions. It unrolls loops over parameters and tuples, but not those over lists: some
+converters cannot read a loop, so a layer that is scripted calls these functions with one kernel at a time. PyTorch's own
+rules differentiate them: the forward pass is as fast as `torch_conv`, the backward pass is slower.
 """
 
 from __future__ import annotations
@@ -92,6 +93,8 @@ def _in_fast_layout(x: Tensor, kernels: list[Tensor], limit: int = WIDEST_CONTIG
 
 
 def _in_layout_of(y: Tensor, x: Tensor) -> Tensor:
+    if torch.jit.is_scripting():
+        return y  # other programs do not know the query for the layout
     if is_channels_last(x):
         return y.contiguous(memory_format=torch.channels_last)
     return y.contiguous()

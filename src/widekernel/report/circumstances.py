@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+import widekernel
 from widekernel.bench.machine import cpu_model, installed_version
 from widekernel.data.config import processors
 from widekernel.ops.cpu import library
@@ -90,8 +91,9 @@ def _text(value: Any) -> str:
 
 
 def _versions() -> dict[str, str]:
-    others = {name: installed_version(name) for name in ("widekernel", "torchvision", "timm")}
-    return {"Python": platform.python_version(), "PyTorch": str(torch.__version__), **others}
+    others = {name: installed_version(name) for name in ("torchvision", "timm")}
+    own = widekernel.__version__
+    return {"Python": platform.python_version(), "PyTorch": str(torch.__version__), "widekernel": own, **others}
 
 
 def _machine() -> tuple[tuple[str, str], ...]:

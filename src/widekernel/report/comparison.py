@@ -154,7 +154,7 @@ def _of_speed(pair: tuple[Compared, Compared]) -> list[CompareRow]:
     for batch in next((each.batches for each in found if each is not None), ()):
         best = [None if each is None else each.best(batch) for each in found]
         times = [None if row is None else row.fastest for row in best]
-        rows.append(_row(f"Fastest form, {batch} images per call", times, "{:.2f} ms", -1))
+        rows.append(_row(f"Fastest form, {batch} image{'s' if batch > 1 else ''} per call", times, "{:.2f} ms", -1))
     return rows
 
 

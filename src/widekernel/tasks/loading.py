@@ -52,7 +52,10 @@ def _load(source: ModelSource, notify: Notify | None) -> tuple[nn.Module, SavedM
             return restore_model(source.path, source.weights)
         if _is_state(source.path):
             return _restore_state(load_state(source.path), source)
-        raise ConfigError(f"{source.path} does not say which model it belongs to. Name it with --model NAME.")
+        raise ConfigError(
+            f"{source.path} does not say which model it belongs to. Name it with "
+            f"--model NAME, or write NAME={source.path} for a command without --model."
+        )
     model = build_model(source.model, source.num_classes, source.model_args or {})
     report, untrained = load_weights(model, source.path, notify, weights=source.weights)
     if report.dropped:
@@ -134,7 +137,9 @@ def _load_state(folder: RunFolder, source: ModelSource, notify: Notify | None) -
     store = CheckpointStore(folder.checkpoints)
     state = store.load_latest()
     if state is None:
-        raise CheckpointError(f"The run in {folder.path} has no training states yet.")
+        raise CheckpointError(
+            f"The run in {folder.path} has no training states yet. Repeat the command after its first epoch."
+        )
     config = folder.read_config()
     folder.check_own(state, config)
     done, total = state["progress"]["step"], state.get("total_steps")  # states of version 0.5 lack the latter

@@ -95,8 +95,13 @@ class Compiled:
     copies: dict[str, int]
 
 
-def compile_all(jobs: Sequence[Job], processes: int = 2) -> list[list[Compiled]]:
-    """Compile the kernels that each job launches, in so many processes."""
+MANY = 100
+"""Number of jobs from which a second process pays: it takes seconds to start."""
+
+
+def compile_all(jobs: Sequence[Job]) -> list[list[Compiled]]:
+    """Compile the kernels that each job launches, in other processes."""
+    processes = 2 if len(jobs) >= MANY else 1
     shares = [list(range(start, len(jobs), processes)) for start in range(processes)]
     with ThreadPoolExecutor(processes) as pool:
         parts = list(pool.map(lambda share: _in_a_process([jobs[i] for i in share]), shares))

@@ -100,7 +100,7 @@ def check(of: Problem, chip: Chip) -> None:
 
 
 @given(problems(), st.sampled_from(sorted(CHIPS)))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 def test_every_problem_has_configurations_that_fit(of: Problem, name: str) -> None:
     check(of, CHIPS[name])
 

@@ -7,7 +7,6 @@ registers.
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
 
 import pytest
 import torch
@@ -87,12 +86,6 @@ def chosen(problems: list[Problem], chip: str) -> list[Job]:
     return [Job(one, ranked_configs(one, OTHERS[chip])[0], chip) for one in problems]
 
 
-@lru_cache(maxsize=1)
-def compiled_some() -> dict[Job, list[Compiled]]:
-    jobs = [job for chip, problems in SOME.items() for job in chosen(problems, chip)]
-    return dict(zip(jobs, compile_all(jobs)))
-
-
 def check(job: Job, kernels: list[Compiled]) -> None:
     assert kernels, job
     for kernel in kernels:
@@ -108,9 +101,8 @@ FIRST, *REST = OTHERS
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("chip", [FIRST, *(pytest.param(chip, marks=pytest.mark.slow) for chip in REST)])
 def test_choices_for_some_problems(chip: str) -> None:
-    found = {job: kernels for job, kernels in compiled_some().items() if job.chip == chip}
-    assert len(found) == len(SOME[chip])
-    for job, kernels in found.items():
+    jobs = chosen(SOME[chip], chip)
+    for job, kernels in zip(jobs, compile_all(jobs), strict=True):
         check(job, kernels)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -52,15 +53,25 @@ RESUMED = [
 ]
 
 
-CASES = [pytest.param(settings, 1, id=f"{settings['init']}-{settings['growth']}-1") for settings in RESUMED] + [
-    pytest.param(settings, 3, id=f"{settings['init']}-{settings['growth']}-3", marks=[pytest.mark.slow] if number else [])
+EVERY = range(31)
+SOME = (0, 1, 2, 3, 4, 11, 12, 13, 20, 28, 29, 30)  # before, at and after updates
+CASES = [
+    pytest.param(
+        settings,
+        accumulate,
+        cuts,
+        id=f"{settings['init']}-{settings['growth']}-{accumulate}-{'every' if cuts is EVERY else 'some'}",
+        marks=[pytest.mark.slow] if cuts is EVERY or (accumulate == 3 and number) else [],
+    )
     for number, settings in enumerate(RESUMED)
+    for accumulate in (1, 3)
+    for cuts in (SOME, EVERY)
 ]
 
 
-@pytest.mark.parametrize(("settings", "accumulate"), CASES)
-def test_resuming_after_any_step_is_exact(settings: dict, accumulate: int) -> None:
-    """Runs of 30 steps under bf16 autocast, with averaging and clipping, are resumed after every step."""
+@pytest.mark.parametrize(("settings", "accumulate", "cuts"), CASES)
+def test_resuming_after_any_step_is_exact(settings: dict, accumulate: int, cuts: Sequence[int]) -> None:
+    """Runs of 30 steps under bf16 autocast, with averaging and clipping, are resumed after a step."""
     config = DynamicSparsityConfig(sparsity=0.5, update_interval=3, **settings)
     whole, states = build(config), []
     for step in range(31):
@@ -69,7 +80,7 @@ def test_resuming_after_any_step_is_exact(settings: dict, accumulate: int) -> No
         states.append(file)
         if step < 30:
             bf16_steps(whole, step, step + 1, accumulate)
-    for cut in range(31):
+    for cut in cuts:
         states[cut].seek(0)
         saved = torch.load(states[cut], weights_only=True)
         resumed = build(config)
