@@ -308,7 +308,8 @@ class _Trial:
         except BenchmarkError:
             if not self.platform.is_device:
                 raise
-            wanted = pytorch_call(self.direction, *(tensor.double() for tensor in tensors), self.case.dilation)()
+            x, grad, kernel = (tensor.double() for tensor in tensors)
+            wanted = pytorch_call(self.direction, x, grad, kernel, self.case.dilation)()
             errors = {name: relative_error(output.double(), wanted) for name, output in floats.items()}
             for name, error in errors.items():
                 self._refuse(name, error, allowed, outputs)

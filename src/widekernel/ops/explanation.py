@@ -70,7 +70,7 @@ def explain(
 def _explanations(
     x: Tensor, kernels: Sequence[Tensor], anchors: list[Anchor], options: CallOptions, branches: bool
 ) -> list[Explanation]:
-    backend, *rest = options
+    backend, rest = options.backend, options[1:]
     mirrored = mirror_anchors(kernels, anchors)
     if branches and len(kernels) > 1:
         explanations = [

@@ -38,7 +38,7 @@ def depthwise_sum(
         check_epilogue(x, scale, relu)
         anchors, options = _integers(anchors), _with_integers(options)
         _note(Problem.of_sum(x, kernels, anchors, *options[1:]), options.backend)
-    return plain.depthwise_sum(x, list(kernels), anchors, bias, scale, relu, options.dilations or None)
+    return plain.depthwise_sum(x, list(kernels), anchors, bias, scale, relu, list(options.dilations) or None)
 
 
 def depthwise_branches(
@@ -51,7 +51,7 @@ def depthwise_branches(
         check_sum(x, kernels, anchors, None, DEPTHWISE_BRANCHES)
         anchors, options = _integers(anchors), _with_integers(options)
         _note(Problem.of_branches(x, kernels, anchors, *options[1:]), options.backend)
-    return plain.depthwise_branches(x, list(kernels), anchors, options.dilations or None)
+    return plain.depthwise_branches(x, list(kernels), anchors, list(options.dilations) or None)
 
 
 def depthwise_weight_grad(
