@@ -182,8 +182,8 @@ def test_kernels_are_compiled_for_the_exact_architecture(compiled: Kernels) -> N
 def test_nothing_spills_and_everything_fits(compiled: Kernels) -> None:
     for job, kernels in compiled.items():
         for kernel in kernels:
-            # Some compilers spill a pair of registers.
-            assert kernel.stack <= 16, (job, kernel)
+            # Some compilers spill a pair of registers, or a few more if there are many matrices.
+            assert kernel.stack <= (32 if len(job.problem.kernels) > 3 else 16), (job, kernel)
             assert kernel.registers <= 255 and kernel.shared <= CHIPS[job.chip].shared_bytes, (job, kernel)
 
 

@@ -79,8 +79,7 @@ def direct_sum_nhwc(
         x: images, channels contiguous.
         ws: kernels (KH, KW, C).
         y: (N, H, W, C).
-        scale: (C,) or None.
-        shift: (C,) or None.
+        scale, shift: (C,) or None.
         x_image: stride of x between images.
         x_row: stride of x between rows.
         x_column: stride of x between columns.
