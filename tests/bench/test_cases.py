@@ -11,7 +11,9 @@ from widekernel.bench.cases import LARGEST_TENSOR, MOST_MACS, inside
 from widekernel.errors import ArgumentError
 
 
-@pytest.mark.parametrize(("height", "width", "kernel"), [(7, 9, (3, 3)), (5, 6, (13, 1)), (8, 8, (5, 15)), (1, 1, (1, 7)), (7, 5, (4, 8))])
+@pytest.mark.parametrize(
+    ("height", "width", "kernel"), [(7, 9, (3, 3)), (5, 6, (13, 1)), (8, 8, (5, 15)), (1, 1, (1, 7)), (7, 5, (4, 8))]
+)
 def test_macs_count_taps_on_pixels(height: int, width: int, kernel: tuple[int, int]) -> None:
     """The taps that lie on pixels are counted by a convolution of ones with ones."""
     padding = kernel[0] // 2, kernel[1] // 2

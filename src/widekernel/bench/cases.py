@@ -51,7 +51,9 @@ class Case:
         if min(self.shape) < 1:
             raise ArgumentError(f"the shape of {self.name} is {self.shape}: N, C, H and W must be positive")
         if min(self.kernel) < 1:
-            raise ArgumentError(f"the kernel of {self.name} is {self.kernel[0]}x{self.kernel[1]}: both sizes must be positive")
+            raise ArgumentError(
+                f"the kernel of {self.name} is {self.kernel[0]}x{self.kernel[1]}: both sizes must be positive"
+            )
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

@@ -345,7 +345,6 @@ class _Trial:
             "error": self.error,
         }
 
-
     def _share(self, name: str) -> float:
         """Return the number of images of the case relative to that on which an implementation was timed; NaN for none."""
         images = self.images.get(name, self.case.batch)
