@@ -46,8 +46,8 @@ SWEEP_NOTES: tuple[str, ...] = (
     "ahead: more than × 1.",
     "of limit: the time of direct computation at the FMA peak, or of reading and writing everything once, whichever is "
     "longer, relative to our time.",
-    "Kernels of even sizes: PyTorch pads one row and one column too many, which are cropped from its output; the gradient is "
-    "extended by zeros there.",
+    "Kernels of even sizes: PyTorch pads one row and one column too many, which are cropped from its output; for its "
+    "gradients, the gradient of the output is extended by zeros.",
     _INPUT_GRADIENT,
     "Before the first cell of each class of kernels and maps, the operator is compared with its definition in float64; "
     "before each cell, all implementations are compared with each other.",

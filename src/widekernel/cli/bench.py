@@ -47,10 +47,8 @@ def run(arguments: list[str]) -> int:
         raise ConfigError(
             f"widekernel bench cannot time {arguments[0]!r}.{nearest(arguments[0], kinds)} It times {' or '.join(kinds)}."
         )
-    usage = [
-        "usage: widekernel bench {ops,models,sweep} [OPTIONS]",
-        *(f"{name}: {text}" for name, (_, text) in kinds.items()),
-    ]
+    usage = [f"usage: widekernel bench {{{','.join(kinds)}}} [OPTIONS]"]
+    usage += [f"{name}: {text}" for name, (_, text) in kinds.items()]
     result_console().print("\n\n".join(usage))
     return 0 if arguments else 2
 

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from widekernel.bench.sweep import Record
 
 TEXT = (
-    "Time a sample of a large grid of depthwise convolutions on the CPU: kernels of 3 to 61, maps of 7² to 224², 16 to 2,048 "
-    "channels, 1 to 32 images, three passes, both layouts. Our operator is compared with PyTorch's. The sample is spread evenly "
-    "over the grid and grows with the time: a second call with the same --csv continues where the first one ended."
+    "Time a sample of a large grid of depthwise convolutions on the CPU: kernels of 3 to 61, maps of 7² to 224², 16 to "
+    "2,048 channels, 1 to 32 images, three passes, both layouts. Our operator is compared with PyTorch's. The sample is "
+    "spread evenly over the grid and grows with the time: a second call with the same --csv continues the first one."
 )
 _DTYPES = ("float32", "bfloat16", "float16")
 _TITLE = "Sweep of depthwise convolutions"

@@ -63,8 +63,8 @@ def ordered(units: Sequence[Unit], seed: int) -> Iterator[Unit]:
     """Yield all units so that every beginning of the sequence is spread evenly over the grid.
 
     The next unit is in one of the strata with the fewest units so far. Among those, it is the unit whose properties (pass,
-    kernel, map, channels, batch) and pairs of properties have the smallest shares so far, each a share of all units with that
-    property. The seed decides between equals.
+    kernel, map, channels, batch) and pairs of properties have been used least so far, relative to the number of units that
+    have them. The seed decides between equals.
     """
     chance = random.Random(seed)
     members = [_members(units, axis) for axis in _axes(units)]

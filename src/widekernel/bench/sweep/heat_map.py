@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.image import AxesImage
 
 _PANEL, _LINE, _AROUND = 3.8, 0.24, 1.6  # inches: width of a panel, height of a line, and of everything around the lines
-_STRONGEST = 100.0  # the speed-up, and the slow-down, beyond which colors do not change
+_SLOWEST, _FASTEST = 0.5, 100.0  # the speed-ups beyond which colors do not change
+_TICKS = (0.5, 0.7, 1.0, 2.0, 5.0, 10.0, 30.0, 100.0)
 
 Kernel = tuple[int, int]
 
@@ -45,43 +46,53 @@ def draw_heat_map(rows: Sequence[SweepRow], cases: Sequence[Case], title: str) -
         axes.set(title=direction, xlabel="map")
     panels[0].set_ylabel("kernel, height × width")
     bar = figure.colorbar(image, ax=panels, shrink=0.8, label="speed-up over PyTorch's best (geometric mean)")
-    ticks = [0.01, 0.1, 0.5, 1.0, 2.0, 10.0, 100.0]
-    bar.set_ticks([math.log(tick) for tick in ticks], labels=[f"{tick:g}" for tick in ticks])
-    figure.suptitle(f"{title}\nsmall numbers: cells measured; white: none yet; gray: not in the grid", fontsize=9)
+    bar.set_ticks([math.log(tick) for tick in _TICKS], labels=[f"{tick:g}" for tick in _TICKS])
+    below = "small numbers: cells measured; hatched: none yet; –: without a time of PyTorch; gray: not in the grid"
+    figure.suptitle(f"{title}\n{below}", fontsize=9)
     return to_png(figure)
 
 
 def _draw_panel(
     axes: Axes, values: dict[tuple[Kernel, Kernel], list[float]], kernels: Sequence[Kernel], maps: Sequence[Kernel]
 ) -> AxesImage:
+    from matplotlib.colors import TwoSlopeNorm
+    from matplotlib.patches import Rectangle
+
     means = np.full((len(kernels), len(maps)), np.nan)
-    for (kernel, extent), speed_ups in values.items():
-        line, column = kernels.index(kernel), maps.index(extent)
-        if speed_ups:
-            mean = geometric_mean(speed_ups)
-            means[line, column] = math.log(mean)
-            color = "white" if abs(math.log(mean)) > 0.55 * math.log(_STRONGEST) else "black"
-            axes.text(column - 0.08, line, factor(mean), ha="center", va="center", fontsize=7, color=color)
-            axes.text(column + 0.46, line + 0.42, len(speed_ups), ha="right", va="bottom", fontsize=4, color=color)
     for line, kernel in enumerate(kernels):
         for column, extent in enumerate(maps):
-            if (kernel, extent) not in values:
-                axes.fill_between([column - 0.5, column + 0.5], line - 0.5, line + 0.5, color="0.8", linewidth=0)
-    limit = math.log(_STRONGEST)
-    image = axes.imshow(means, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
+            speed_ups, corner = values.get((kernel, extent)), (column - 0.5, line - 0.5)
+            if speed_ups is None:
+                axes.add_patch(Rectangle(corner, 1, 1, facecolor="0.8", linewidth=0))
+            elif not speed_ups:
+                axes.add_patch(Rectangle(corner, 1, 1, facecolor="none", edgecolor="0.85", hatch="////", linewidth=0))
+            else:
+                means[line, column] = _write_mean(axes, line, column, speed_ups)
+    norm = TwoSlopeNorm(0.0, math.log(_SLOWEST), math.log(_FASTEST))
+    image = axes.imshow(means, cmap="RdBu", norm=norm, aspect="auto")
     axes.set_xticks(range(len(maps)), [f"{height}²" if height == width else f"{height}×{width}" for height, width in maps])
     axes.set_yticks(range(len(kernels)), [f"{height}×{width}" for height, width in kernels])
     axes.tick_params(labelsize=7)
     return image
 
 
+def _write_mean(axes: Axes, line: int, column: int, speed_ups: Sequence[float]) -> float:
+    """Write the geometric mean of speed-ups (NaN: unknown) and their number into a field; return its logarithm."""
+    mean = geometric_mean([value for value in speed_ups if not math.isnan(value)])
+    share = math.log(mean) / math.log(_FASTEST if mean > 1 else _SLOWEST)
+    color = "white" if share > 0.6 else "black"
+    axes.text(column - 0.08, line, factor(mean) or "–", ha="center", va="center", fontsize=7, color=color)
+    axes.text(column + 0.46, line + 0.42, str(len(speed_ups)), ha="right", va="bottom", fontsize=5, color=color)
+    return math.log(mean)
+
+
 def _speed_ups(rows: Sequence[SweepRow], direction: str, kernel: Kernel, extent: Kernel) -> list[float]:
-    counted = [
+    wanted = (direction, *kernel, *extent)
+    return [
         counted_best(row)
         for row in rows
-        if (row.direction, row.kernel_height, row.kernel_width, row.height, row.width) == (direction, *kernel, *extent)
+        if (row.direction, row.kernel_height, row.kernel_width, row.height, row.width) == wanted
     ]
-    return [value for value in counted if not math.isnan(value)]
 
 
 def _in_order(kernel: Kernel) -> tuple[int, int, int]:

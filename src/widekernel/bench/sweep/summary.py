@@ -120,9 +120,9 @@ def coverage(rows: Sequence[SweepRow], cells: int, left_out: Sequence[str]) -> I
     yield f"{len(rows)} of the {cells} cells of the grid were measured ({share:.1f} %)."
     known = _known([counted_best(row) for row in rows])
     yield (
-        f"Of {len(known)} cells with a time of PyTorch, {sum(value > 1 for value in known)} are ahead of its best and "
-        f"{sum(value < BEHIND for value in known)} are behind by more than 5 %; {sum(map(is_given, rows))} are given to "
-        f"PyTorch by default and count as equal. PyTorch's best is an estimate in {sum(map(is_estimated, rows))}."
+        f"Cells with a time of PyTorch: {len(known)}; ahead of its best: {sum(value > 1 for value in known)}; behind by "
+        f"more than 5 %: {sum(value < BEHIND for value in known)}; given to PyTorch by default, which counts as equal: "
+        f"{sum(map(is_given, rows))}; with an estimate as PyTorch's best: {sum(map(is_estimated, rows))}."
     )
     reasons: dict[str, dict[str, None]] = defaultdict(dict)
     for row in rows:
