@@ -70,7 +70,7 @@ def test_a_case_is_parsed() -> None:
         ("1,2,3", "3x3", "shape is '1,2,3', but must be four numbers"),
         ("1,2,3,x", "3x3", "but must be four numbers"),
         ("1,2,3,4", "3", "kernel is '3', but must be two numbers"),
-        ("1,2,3,4", "3x4", "kernel is '3x4', but both sizes must be odd"),
+        ("1,2,3,4", "3x4", "kernel is '3x4', but both sizes must be positive odd"),
         ("1,0,3,4", "3x3", "must be positive"),
     ],
 )

@@ -183,8 +183,8 @@ def parse_case(shape: str, kernel: str) -> Case:
         raise ArgumentError(f"kernel is {kernel!r}, but must be two numbers HEIGHTxWIDTH such as 31x31 or 51x5")
     if not all(size % 2 for size in taps):
         raise ArgumentError(
-            f"kernel is {kernel!r}, but both sizes must be odd, because PyTorch and inference engines pad both sides of an "
-            "image equally"
+            f"kernel is {kernel!r}, but both sizes must be positive odd numbers, because PyTorch and inference engines pad "
+            "both sides of an image equally"
         )
     return Case("given", sizes[0], sizes[1], sizes[2], sizes[3], (taps[0], taps[1]))
 
