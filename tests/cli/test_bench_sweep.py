@@ -44,7 +44,10 @@ def test_a_sweep_is_begun_continued_and_reported(tmp_path: Path, capsys, grid: N
     assert TINY.shape in {problem.shape for _, problem in ran.calls}
     before = path.read_bytes()
     text = page.read_text()
-    assert "`widekernel bench sweep --seconds 0.0001 --threads 1`" in text and str(tmp_path) not in text
+    assert (
+        "`widekernel bench sweep --threads 1 --dtype float32 --seed 0 --seconds 0.0001 --longest 1.0`" in text
+        and str(tmp_path) not in text
+    )
     assert "1 threads used" in text and "library digest" in text and "| 1x3x8x8 5x5 | weight gradient |" in text
     assert picture.read_bytes().startswith(b"\x89PNG")
     lines = before.decode().splitlines()

@@ -205,8 +205,8 @@ class _Trial:
         for layout, memory_format in LAYOUTS.items():
 
             def call_on(images: int, channels: int, memory_format: torch.memory_format = memory_format) -> Call:
-                few = (t[:images, :channels].contiguous(memory_format=memory_format) for t in (tensors.x, tensors.grad))
-                return pytorch_call(self.direction, *few, tensors.kernel[:channels])
+                few = [t[:images, :channels].contiguous(memory_format=memory_format) for t in (tensors.x, tensors.grad)]
+                return pytorch_call(self.direction, few[0], few[1], tensors.kernel[:channels])
 
             name = f"PyTorch {layout}"
             images = self.images[name] = affordable_images(call_on, self.case, longest, self.platform.stopwatch)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import jsonargparse
 
-from widekernel.cli.bench_output import command_line, files_of, rich_table
+from widekernel.cli.bench_output import files_of, rich_table
 from widekernel.cli.console import progress, progress_console, table_console
 from widekernel.cli.parsing import new_parser, parse
 from widekernel.settings import require, require_one_of
@@ -23,6 +23,7 @@ TEXT = (
     "spread evenly over the grid and grows with the time: a second call with the same --csv continues the first one."
 )
 _DTYPES = ("float32", "bfloat16", "float16")
+_SETTINGS = ("threads", "dtype", "seed", "seconds", "longest")
 _TITLE = "Sweep of depthwise convolutions"
 
 
@@ -43,7 +44,7 @@ def run(arguments: list[str]) -> int:
         record, interrupted = Record.read(files["csv"]), False
     else:
         record, interrupted = _measure(values, files["csv"], cases)
-    _report(record, files, cases, left_out, command_line("sweep", arguments))
+    _report(record, files, cases, left_out)
     if not interrupted:
         return 0
     progress_console().print(f"Interrupted. {files['csv']} holds {len(record.rows)} cells; the same command continues.")
@@ -92,7 +93,7 @@ def _measure(values: dict[str, Any], path: Path, cases: list[Case]) -> tuple[Rec
     return record, False
 
 
-def _report(record: Record, files: dict[str, Path], cases: list[Case], left_out: list[str], command: str) -> None:
+def _report(record: Record, files: dict[str, Path], cases: list[Case], left_out: list[str]) -> None:
     from widekernel.bench import PASSES, tables
     from widekernel.bench.notes import SWEEP_NOTES
     from widekernel.bench.sweep import draw_heat_map, page_parts, summary
@@ -107,7 +108,8 @@ def _report(record: Record, files: dict[str, Path], cases: list[Case], left_out:
     for line in told:
         console.print(line, soft_wrap=True)
     facts = [*record.facts, *(f"{name}: {value}" for name, value in record.conditions.items() if "digest" in name)]
-    facts += [", ".join(f"{name} {record.conditions[name]}" for name in ("dtype", "seed", "seconds", "longest"))]
+    # From the conditions, because the file may be the result of several calls.
+    command = " ".join(["widekernel bench sweep", *(f"--{name} {record.conditions[name]}" for name in _SETTINGS)])
     if "markdown" in files:
         text = tables.document(_TITLE, facts, page_parts(rows), (*told, *SWEEP_NOTES), command)
         tables.write(text.encode(), files["markdown"])

@@ -10,6 +10,7 @@ from widekernel.bench.checking import check_operator
 from widekernel.bench.operators import OperatorPlan, measure_operators
 from widekernel.bench.platforms import Platform
 from widekernel.bench.precision import FLOAT32, Precision
+from widekernel.bench.rows import SweepRow
 from widekernel.bench.sweep.grid import case_of, class_of, ordered, units_of
 from widekernel.bench.sweep.record import Record
 from widekernel.bench.time_budget import TimeBudget
@@ -78,7 +79,7 @@ def measure_sweep(
         advance(f"{left}, {unit.direction} of {unit.case}", 0)
         settings = OperatorPlan([unit.case], [plan.precision], [unit.direction], seconds=plan.seconds, longest=plan.longest)
         of_unit = TimeBudget()  # unlimited: what has been started is finished
-        rows = list(measure_operators(settings, platform, of_unit))
+        rows = [row for row in measure_operators(settings, platform, of_unit) if isinstance(row, SweepRow)]
         of_unit.finish()
         record.append(rows)
         advance("", 1)
