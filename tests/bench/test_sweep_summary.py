@@ -47,7 +47,9 @@ def test_calls_given_to_pytorch_count_as_equal_and_are_listed_as_measured() -> N
     lines = page_parts(rows).splitlines()
     first = next(line for line in lines if line.startswith("| 8x64x56x56 31x31 | forward |"))
     assert "| PyTorch, counts as equal |" in first and "| 0.50 |" in first
-    assert any("given to PyTorch by default, which counts as equal: 2" in line for line in summary.coverage(rows, 10, []))
+    told = list(summary.coverage(rows, 10, []))
+    assert any("given to PyTorch by default, which counts as equal: 2" in line for line in told)
+    assert "As measured, 2 of the 2 cells given to PyTorch are behind by more than 5 % (geometric mean × 0.50" in told[2]
 
 
 def test_every_cell_that_is_behind_is_listed_and_the_slowest_comes_first() -> None:
