@@ -42,8 +42,8 @@ SWEEP_NOTES: tuple[str, ...] = (
     "its time multiplied by the ratio of their numbers; the columns torch_nchw_images and torch_nhwc_images of the CSV file "
     "have the number of images.",
     "runs on: the backend that computes the call by default. Where that is PyTorch, the cell counts as equal (× 1) in the "
-    "first table and in the picture; the table of cells and the CSV file have the measured speed-up. It can differ from 1 by the "
-    "overhead of our call, and by what the call made before leaves in caches and memory.",
+    "first table and in the picture; the table of cells and the CSV file have the measured speed-up. It can differ from 1 "
+    "by the overhead of our call, and by what the call made before leaves in caches and memory.",
     "ahead: more than × 1.",
     "of limit: the time of direct computation at the FMA peak, or of reading and writing everything once, whichever is "
     "longer, relative to our time.",

@@ -127,8 +127,8 @@ def coverage(rows: Sequence[SweepRow], cells: int, left_out: Sequence[str]) -> I
     given = _known([row.times_best for row in rows if is_given(row)])
     if given:
         yield (
-            f"As measured, {sum(value < BEHIND for value in given)} of the {len(given)} cells given to PyTorch are behind by "
-            f"more than 5 % (geometric mean × {factor(geometric_mean(given))}, worst × {factor(min(given))})."
+            f"As measured, {sum(value < BEHIND for value in given)} of the {len(given)} cells given to PyTorch are behind "
+            f"by more than 5 % (geometric mean × {factor(geometric_mean(given))}, worst × {factor(min(given))})."
         )
     reasons: dict[str, dict[str, None]] = defaultdict(dict)
     for row in rows:
