@@ -11,7 +11,7 @@ import jsonargparse
 import pytest
 
 from widekernel import __version__
-from widekernel.cli import bench, tune
+from widekernel.cli import bench, bench_sweep, tune
 from widekernel.cli.main import COMMANDS
 from widekernel.ops.gpu import tuning_tables
 
@@ -36,6 +36,7 @@ def parsers() -> Iterator[tuple[str, jsonargparse.ArgumentParser]]:
             yield "bench ops", bench._ops_parser()
             yield "bench branches", bench._branches_parser()
             yield "bench models", bench._models_parser()
+            yield "bench sweep", bench_sweep.make_parser()
         else:
             yield command, importlib.import_module(f"widekernel.cli.{command.replace('-', '_')}").make_parser()
 

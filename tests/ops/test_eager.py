@@ -104,7 +104,8 @@ def test_dilated_calls_are_found_and_told_apart() -> None:
             with ops.trace() as trace:
                 y = ops.depthwise_sum(X, [K, wide], dilations=dilations)
                 ys = ops.depthwise_branches(X, [K, wide], dilations=dilations)
-            assert [problem.dilations for _, problem in trace.calls] == [steps, steps[:1], steps[1:]]
+            # A backend computes branches together or one by one.
+            assert [step for _, problem in trace.calls for step in problem.dilations] == [*steps, *steps]
             assert eager.find_sum(X, [K, wide], None, None, None, None, None, dilations).problem.dilations == steps
             want = [ops.depthwise_sum(X, [k], backend="reference", dilations=[d]) for k, d in zip((K, wide), steps)]
             assert_close(y, sum(want))
@@ -119,7 +120,8 @@ def test_branches_that_were_called_before() -> None:
     for _ in range(2):
         with ops.trace() as trace:
             ys = ops.depthwise_branches(X, kernels, anchors)
-        assert [problem.op for _, problem in trace.calls] == ["depthwise_sum"] * 2
+        # A backend computes branches together or one by one.
+        assert [anchor for _, problem in trace.calls for anchor in problem.anchors] == anchors
         for y, truth in zip(ys, want):
             assert_close(y, truth)
 

@@ -28,6 +28,7 @@ LARGEST_TENSOR = 2**28
 MOST_MACS = 40e9
 
 SWEPT_KERNELS = (3, 5, 7, 9, 13, 21, 31, 51, 61)
+SWEPT_EVEN = (4, 8, 16, 32)
 SWEPT_STRIPS = (13, 21, 31, 51, 61)
 SWEPT_MAPS = (7, 14, 28, 56, 112, 224)
 SWEPT_CHANNELS = (16, 48, 96, 256, 512, 2048)
@@ -45,7 +46,7 @@ class Case:
         channels: C.
         height: H.
         width: W.
-        kernel: (kh, kw) in taps, both odd; anchored at the middle tap, as PyTorch requires.
+        kernel: (kh, kw) in taps, anchored at the middle tap; of an even size, at the second of the two middle ones.
         dilation: distance between neighboring taps in pixels.
     """
 
@@ -61,10 +62,9 @@ class Case:
         check_dilation(f"the dilation of {self.name}", self.dilation)
         if min(self.shape) < 1:
             raise ArgumentError(f"the shape of {self.name} is {self.shape}: N, C, H and W must be positive")
-        if min(self.kernel) < 1 or not all(size % 2 for size in self.kernel):
+        if min(self.kernel) < 1:
             raise ArgumentError(
-                f"the kernel of {self.name} is {self.kernel[0]}x{self.kernel[1]}: both sizes must be positive odd numbers, "
-                "because PyTorch pads both sides of an image equally"
+                f"the kernel of {self.name} is {self.kernel[0]}x{self.kernel[1]}: both sizes must be positive"
             )
 
     @property
@@ -105,8 +105,8 @@ class Case:
 @lru_cache(maxsize=1024)
 def inside(extent: int, taps: int, dilation: int = 1) -> int:
     """Count the pairs of an output and a tap whose tap lies on a pixel, along an axis of `extent` pixels."""
-    reach = taps // 2
-    return sum(max(0, extent - abs(tap) * dilation) for tap in range(-reach, reach + 1))
+    offsets = range(-(taps // 2), (taps - 1) // 2 + 1)
+    return sum(max(0, extent - abs(offset) * dilation) for offset in offsets)
 
 
 def _set(rows: str) -> dict[str, Case]:
@@ -174,7 +174,7 @@ def choose(names: Sequence[str], batch: int | None = None) -> tuple[list[Case], 
     left_out: list[str] = []
     for name in names:
         if name == "sweep":
-            swept, left_out = _sweep((batch,) if batch else SWEPT_BATCHES)
+            swept, left_out = swept_cases((batch,) if batch else SWEPT_BATCHES)
             cases += swept
             continue
         cases_of_set = {"targets": _TARGETS, "layers": _LAYERS, "small": _SMALL, "dilated": _DILATED}.get(name)
@@ -204,6 +204,11 @@ def parse_case(shape: str, kernel: str) -> Case:
             f"kernel is {kernel!r}, but must be two numbers HEIGHTxWIDTH such as 31x31 or 51x5, and may end with a dilation "
             "as in 7x7d2"
         )
+    if not all(size % 2 for size in taps):
+        raise ArgumentError(
+            f"kernel is {kernel!r}, but both sizes must be positive odd numbers, because PyTorch and inference engines pad "
+            "both sides of an image equally"
+        )
     return Case("given", sizes[0], sizes[1], sizes[2], sizes[3], (taps[0], taps[1]), apart[0])
 
 
@@ -212,10 +217,16 @@ def _numbers(text: str, separator: str) -> list[int] | None:
     return [int(part) for part in parts] if all(part.isascii() and part.isdigit() for part in parts) else None
 
 
-def _sweep(batches: Sequence[int]) -> tuple[list[Case], list[str]]:
+def swept_cases(batches: Sequence[int] = SWEPT_BATCHES, even: bool = False) -> tuple[list[Case], list[str]]:
+    """Return the cases of a sweep, and a line about each kind of case that was left out.
+
+    Args:
+        batches: values of N.
+        even: whether to include kernels of even sizes, which inference engines cannot compute.
+    """
     cases: list[Case] = []
     outside = large = long = 0
-    for case in _swept(batches):
+    for case in _swept(batches, even):
         if max(case.kernel) > 2 * case.height - 1:
             outside += 1
         elif case.tensor_bytes > LARGEST_TENSOR:
@@ -232,8 +243,8 @@ def _sweep(batches: Sequence[int]) -> tuple[list[Case], list[str]]:
     return cases, [f"{count} cases of the sweep are left out: {why}" for why, count in reasons.items() if count]
 
 
-def _swept(batches: Sequence[int]) -> Iterator[Case]:
-    kernels = [(size, size) for size in SWEPT_KERNELS]
+def _swept(batches: Sequence[int], even: bool) -> Iterator[Case]:
+    kernels = [(size, size) for size in sorted((*SWEPT_KERNELS, *(SWEPT_EVEN if even else ())))]
     kernels += [strip for size in SWEPT_STRIPS for strip in ((size, STRIP_WIDTH), (STRIP_WIDTH, size))]
     for batch in batches:
         for extent in SWEPT_MAPS:

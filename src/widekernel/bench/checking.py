@@ -10,12 +10,12 @@ from torch import Tensor
 
 from widekernel import ops
 from widekernel.bench.errors import BenchmarkError
+from widekernel.bench.precision import FLOAT32, Precision
 from widekernel.ops.problem import Anchor, flipped, mirror_anchors
 from widekernel.ops.reference import relative_error
 
-OPERATOR_TOLERANCE = 1e-5
 AGREEMENT_TOLERANCE = 1e-4
-"""Largest allowed differences, relative to the largest number."""
+"""Largest allowed difference of implementations, relative to the largest number."""
 
 _COMPUTED = ("depthwise_sum", "depthwise_sum (an input gradient)", "depthwise_weight_grad")
 
@@ -41,12 +41,23 @@ _SMALL: tuple[tuple[Shape, list[tuple[Anchor, Anchor]]], ...] = (
 )
 
 
-def check_operator(backend: str | None = None, algorithm: str | None = None) -> None:
+Rects = Sequence[tuple[tuple[int, int], Anchor]]
+"""Kernel sizes with their anchors."""
+
+
+def check_operator(
+    backend: str | None = None,
+    algorithm: str | None = None,
+    problems: Sequence[tuple[Shape, Rects]] = _SMALL,
+    precision: Precision = FLOAT32,
+) -> None:
     """Compare both operators with their definition, on small problems in both layouts.
 
     Args:
         backend: the backend to check, on the problems that it can compute; by default the one selected for each problem.
         algorithm: the algorithm that it must use; by default the fastest.
+        problems: (N, C, H, W) and the rectangles of each problem.
+        precision: type of the tensors, and the accuracy that it requires.
 
     Raises:
         BenchmarkError: if a number is wrong.
@@ -54,19 +65,19 @@ def check_operator(backend: str | None = None, algorithm: str | None = None) -> 
     """
     generator = torch.Generator().manual_seed(0)
     refusals, checked = [], 0
-    for shape, rects in _SMALL:
-        problem = _Problem.random(shape, rects, generator)
+    for shape, rects in problems:
+        problem = _Problem.random(shape, rects, generator, precision.dtype)
         wanted = problem.computed(torch.float64, torch.contiguous_format, "reference", None)
         for layout in (torch.contiguous_format, torch.channels_last):
             try:
                 with ops.trace() as ran:
-                    got = problem.computed(torch.float32, layout, backend, algorithm)
+                    got = problem.computed(precision.dtype, layout, backend, algorithm)
             except ops.NoBackendError as refusal:
                 refusals.append(refusal)
                 continue
             checked += 1
             for what, output, exact, name in zip(_COMPUTED, got, wanted, ran.backends()):
-                _compare(output, exact, name, f"{what} of {shape} with {[size for size, _ in rects]}")
+                _compare(output, exact, name, f"{what} of {shape} with {[size for size, _ in rects]}", precision.tolerance)
     if not checked:
         raise refusals[0]
 
@@ -109,11 +120,12 @@ class _Problem(NamedTuple):
     bias: Tensor
 
     @classmethod
-    def random(cls, shape: Shape, rects: Sequence[tuple[Anchor, Anchor]], generator: torch.Generator) -> _Problem:
+    def random(cls, shape: Shape, rects: Rects, generator: torch.Generator, dtype: torch.dtype) -> _Problem:
         """Draw random tensors for rectangles of (size, anchor)."""
-        x, grad = (torch.randn(shape, generator=generator) for _ in range(2))
-        kernels = [torch.randn(shape[1], 1, *size, generator=generator) for size, _ in rects]
-        return cls(x, grad, kernels, [anchor for _, anchor in rects], torch.randn(shape[1], generator=generator))
+        x, grad = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+        kernels = [torch.randn(shape[1], 1, *size, generator=generator).to(dtype) for size, _ in rects]
+        bias = torch.randn(shape[1], generator=generator).to(dtype)
+        return cls(x, grad, kernels, [anchor for _, anchor in rects], bias)
 
     @torch.no_grad()
     def computed(
@@ -131,10 +143,10 @@ class _Problem(NamedTuple):
         ]
 
 
-def _compare(got: Tensor, wanted: Tensor, backend: str, what: str) -> None:
+def _compare(got: Tensor, wanted: Tensor, backend: str, what: str, tolerance: float) -> None:
     error = relative_error(got.double(), wanted)
-    if not error <= OPERATOR_TOLERANCE:
+    if not error <= tolerance:
         raise BenchmarkError(
             f"{backend} computes {what} wrongly: it differs from the definition by {error:.2g} of the largest number, more "
-            f"than {OPERATOR_TOLERANCE:g}. Nothing is timed: run the tests of widekernel.ops, or choose another backend."
+            f"than {tolerance:g}. Nothing is timed: run the tests of widekernel.ops, or choose another backend."
         )

@@ -40,6 +40,28 @@ NETWORK_NOTES: tuple[str, ...] = (
     "Before anything is timed, every large-kernel layer is compared with the same layer on PyTorch's convolutions, and "
     "then the outputs of all variants, or the gradients of one step.",
 )
+SWEEP_NOTES: tuple[str, ...] = (
+    "A cell is one pass of one convolution in one layout of our operator. The cells measured so far are spread evenly over "
+    "passes, kernels, maps, channels and batches; a longer sweep with the same seed contains a shorter one.",
+    "Times are medians of calls made in turn, on the same numbers; ± is half the interquartile range. A number in "
+    "parentheses is the number of calls, if there were fewer than five.",
+    "× best, × same layout: speed-up of ours over PyTorch in its faster layout, and in the layout of our call; in the first "
+    "table, the geometric mean over the cells.",
+    "~: an estimate. A call of PyTorch that would have taken longer than `longest` seconds was timed on fewer images, and "
+    "its time multiplied by the ratio of their numbers; the columns torch_nchw_images and torch_nhwc_images of the CSV file "
+    "have the number of images.",
+    "runs on: the backend that computes the call by default. Where that is PyTorch, the cell counts as equal (× 1) in the "
+    "first table and in the picture; the table of cells and the CSV file have the measured speed-up. It can differ from 1 "
+    "by the overhead of our call, and by what the call made before leaves in caches and memory.",
+    "ahead: more than × 1.",
+    "of limit: the time of direct computation at the FMA peak, or of reading and writing everything once, whichever is "
+    "longer, relative to our time.",
+    "Kernels of even sizes: PyTorch pads one row and one column too many, which are cropped from its output; for its "
+    "gradients, the gradient of the output is extended by zeros.",
+    _INPUT_GRADIENT,
+    "Before the first cell of each class of kernels and maps, the operator is compared with its definition in float64; "
+    "before each cell, all implementations are compared with each other.",
+)
 DEVICE_OPERATOR_NOTES: tuple[str, ...] = (
     "Times are device times, by CUDA events: medians of calls made in turn with the other implementations, on the same "
     "random numbers. Before each call, a buffer of at least twice the L2 cache is zeroed and read, untimed, so that the "

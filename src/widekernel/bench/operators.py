@@ -1,7 +1,7 @@
 """The three passes of depthwise convolutions: our operator compared with PyTorch's and those of inference engines.
 
 Every row is yielded as soon as it is measured. On a CPU, the first call that fails or computes wrong results raises. On a
-device, such a call has no times, its row says why, and the run continues.
+device and in a sweep, such a call has no times, its row says why, and the run continues.
 """
 
 from __future__ import annotations
@@ -11,30 +11,26 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from widekernel import ops
 from widekernel.bench import engines
-from widekernel.bench.cases import FORWARD, INPUT_GRAD, PASSES, WEIGHT_GRAD, Case
+from widekernel.bench.calls import PYTORCH, Call, Tensors, engine_calls, implementations, our_call, pytorch_call
+from widekernel.bench.cases import FORWARD, PASSES, WEIGHT_GRAD, Case
 from widekernel.bench.checking import BackendRequest, check_agreement
 from widekernel.bench.errors import BenchmarkError, DeviceLostError
+from widekernel.bench.fewer_images import MOST, affordable_images
 from widekernel.bench.platforms import Limits, Platform
 from widekernel.bench.precision import FLOAT32, Precision, in_force
-from widekernel.bench.rows import DeviceOperatorRow, OperatorRow
+from widekernel.bench.rows import DeviceOperatorRow, OperatorRow, SweepRow
 from widekernel.bench.time_budget import TimeBudget
 from widekernel.bench.timing import NO_TIMES, Timing, first_calls, interleave
 from widekernel.errors import in_short
-from widekernel.ops.problem import LAYOUTS, flipped, mirror
+from widekernel.ops.problem import LAYOUTS
 from widekernel.ops.reference import relative_error
-
-PYTORCH = ("PyTorch NHWC", "PyTorch NCHW")
-"""The implementations with which the others are compared; the first one that ran is used."""
-
-Call = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -49,6 +45,9 @@ class OperatorPlan:
         algorithm: algorithm that our operator must use; None for the fastest.
         seconds: time to spend on each implementation of each pass.
         rounds: number of timed calls of each implementation, instead of `seconds`.
+        longest: for a sweep on a CPU, which yields `SweepRow`s: calls of PyTorch that would take more than this number of
+            seconds are timed on fewer images, inference engines are left out, and an implementation that fails only loses
+            its own times.
     """
 
     cases: Sequence[Case]
@@ -58,26 +57,12 @@ class OperatorPlan:
     algorithm: str | None = None
     seconds: float = 0.1
     rounds: int | None = None
+    longest: float | None = None
 
     @property
     def request(self) -> BackendRequest:
         """The backend and algorithm that our calls ask for."""
         return {"backend": self.backend, "algorithm": self.algorithm}
-
-
-class Tensors(NamedTuple):
-    """Input (N, C, H, W), gradient of the output (N, C, H, W) and kernel (C, 1, kh, kw)."""
-
-    x: Tensor
-    grad: Tensor
-    kernel: Tensor
-
-    @classmethod
-    def random(cls, case: Case, precision: Precision, device: torch.device) -> Tensors:
-        """Draw random numbers, which are the same in every precision, up to rounding."""
-        generator = torch.Generator(device).manual_seed(0)
-        shapes = case.shape, case.shape, (case.channels, 1, *case.kernel)
-        return cls(*(torch.randn(shape, generator=generator, device=device).to(precision.dtype) for shape in shapes))
 
 
 def measure_operators(
@@ -122,54 +107,6 @@ def measure_operators(
             advance("", 1)
 
 
-def implementations(
-    direction: str, x: Tensor, grad: Tensor, kernel: Tensor, request: BackendRequest, dilation: int = 1
-) -> dict[str, Call]:
-    """Return the calls of our operator and then those of PyTorch, on the same numbers in both layouts."""
-    calls: dict[str, Call] = {}
-    images = {name: [t.contiguous(memory_format=layout) for t in (x, grad)] for name, layout in LAYOUTS.items()}
-    for name, (image, gradient) in images.items():
-        calls[f"ours {name}"] = our_call(direction, image, gradient, kernel, request, dilation)
-    for name, (image, gradient) in images.items():
-        calls[f"PyTorch {name}"] = pytorch_call(direction, image, gradient, kernel, dilation)
-    return calls
-
-
-def our_call(direction: str, x: Tensor, grad: Tensor, kernel: Tensor, request: BackendRequest, dilation: int = 1) -> Call:
-    """Return the call of our operator that computes a pass."""
-    size = (kernel.shape[2], kernel.shape[3])
-    anchor = (size[0] // 2, size[1] // 2)
-    apart = None if dilation == 1 else [dilation]
-    if direction == FORWARD:
-        return lambda: ops.depthwise_sum(x, [kernel], [anchor], dilations=apart, **request)
-    if direction == INPUT_GRAD:
-        # As in the backward pass, which flips the kernel at each call.
-        return lambda: ops.depthwise_sum(grad, flipped([kernel]), [mirror(size, anchor)], dilations=apart, **request)
-    return lambda: ops.depthwise_weight_grad(x, grad, size, anchor, dilation=dilation, **request)
-
-
-def pytorch_call(direction: str, x: Tensor, grad: Tensor, kernel: Tensor, dilation: int = 1) -> Call:
-    """Return the call of PyTorch's operator that computes a pass."""
-    channels, padding = x.shape[1], [kernel.shape[2] // 2 * dilation, kernel.shape[3] // 2 * dilation]
-    if direction == FORWARD:
-        return lambda: F.conv2d(x, kernel, padding=padding, dilation=dilation, groups=channels)
-    for_x = direction == INPUT_GRAD
-    backward = torch.ops.aten.convolution_backward
-
-    def call() -> Tensor:
-        mask = [for_x, not for_x, False]
-        apart = [dilation, dilation]
-        gradients = backward(grad, x, kernel, None, [1, 1], padding, apart, False, [0, 0], channels, mask)
-        return gradients[0 if for_x else 1]
-
-    return call
-
-
-def engine_calls(x: Tensor, kernel: Tensor) -> dict[str, Call]:
-    """Return the calls of the installed inference engines that compute the forward pass."""
-    return {name: engines.forward_in(name, x, kernel) for name in engines.ENGINES if not engines.missing(name)}
-
-
 @dataclass
 class _Trial:
     """One pass of one case in one precision, from the first call to its rows."""
@@ -185,17 +122,23 @@ class _Trial:
     algorithms: dict[str, str] = field(default_factory=dict)
     reference_errors: dict[str, float] = field(default_factory=dict)
     timings: dict[str, Timing] = field(default_factory=dict)
+    images: dict[str, int] = field(default_factory=dict)  # of implementations that may get fewer than the case has
     error: float = math.nan
 
+    @property
+    def continues(self) -> bool:
+        """Whether an implementation that fails or computes wrong results only loses its own times."""
+        return self.platform.is_device or self.plan.longest is not None
+
     def run(self, draw: Callable[[], Tensors]) -> None:
-        """Call, check and time; on a device, record failures.
+        """Call, check and time; on a device and in a sweep, record failures.
 
         Args:
             draw: returns the tensors; it may already run out of memory.
 
         Raises:
             DeviceLostError: if the device accepts no more calls.
-            Exception: on a CPU, any error that a call raises.
+            Exception: on a CPU, outside a sweep, any error that a call raises.
         """
         try:
             self._measure(draw())
@@ -203,7 +146,7 @@ class _Trial:
         except DeviceLostError:
             raise
         except Exception as error:
-            if not self.platform.is_device:
+            if not self.continues:
                 raise
             self.fail(in_short(error))
         self.platform.stopwatch.recover()
@@ -218,11 +161,20 @@ class _Trial:
         computing, moving = limits.seconds(self.case.macs)
         for layout in LAYOUTS:
             fields = self._fields(layout, limits)
-            if not self.platform.is_device:
+            if not self.continues:
                 yield OperatorRow(**fields)
                 continue
             name = f"ours {layout}"
             failed = [who for who in (self.direction, name, *PYTORCH) if who in self.failures]
+            if self.plan.longest is not None:
+                yield SweepRow(
+                    **fields,
+                    times_same=fields[f"torch_{layout.lower()}_ms"] / fields["ours_ms"],
+                    torch_nchw_images=self.images.get("PyTorch NCHW", self.case.batch),
+                    torch_nhwc_images=self.images.get("PyTorch NHWC", self.case.batch),
+                    remark="; ".join(f"{who}: {self.failures[who]}" for who in failed),
+                )
+                continue
             yield DeviceOperatorRow(
                 **fields,
                 dtype=self.precision.name,
@@ -233,7 +185,9 @@ class _Trial:
 
     def _measure(self, tensors: Tensors) -> None:
         calls = implementations(self.direction, *tensors, self.plan.request, self.case.dilation)
-        if self.direction == FORWARD and not self.platform.is_device and self.case.dilation == 1:
+        if self.plan.longest is not None:
+            self._shorten(calls, tensors, self.plan.longest)
+        elif self.direction == FORWARD and not self.platform.is_device and self.case.dilation == 1:
             calls |= engine_calls(tensors.x, tensors.kernel)
         outputs, first = self._first_calls(calls)
         self._note_algorithms(tensors)
@@ -246,8 +200,24 @@ class _Trial:
         patience, stopwatch = self.platform.operator_patience, self.platform.stopwatch
         self.timings = interleave(right, first, self.plan.seconds, self.plan.rounds, patience, stopwatch)
 
+    def _shorten(self, calls: dict[str, Call], tensors: Tensors, longest: float) -> None:
+        """Replace the calls of PyTorch that would take more than `longest` seconds by calls on fewer images."""
+        for layout, memory_format in LAYOUTS.items():
+
+            def call_on(images: int, channels: int, memory_format: torch.memory_format = memory_format) -> Call:
+                few = [t[:images, :channels].contiguous(memory_format=memory_format) for t in (tensors.x, tensors.grad)]
+                return pytorch_call(self.direction, few[0], few[1], tensors.kernel[:channels], self.case.dilation)
+
+            name = f"PyTorch {layout}"
+            images = self.images[name] = affordable_images(call_on, self.case, longest, self.platform.stopwatch)
+            if images == 0:
+                self.failures[name] = f"a single image would take more than {MOST * longest:g} s"
+                del calls[name]
+            elif images < self.case.batch:
+                calls[name] = call_on(images, self.case.channels)
+
     def _first_calls(self, calls: dict[str, Call]) -> tuple[dict[str, Tensor], dict[str, float]]:
-        failures = self.failures if self.platform.is_device else None
+        failures = self.failures if self.continues else None
         outputs: dict[str, Tensor] = {}
         first: dict[str, float] = {}
         for name, call in calls.items():
@@ -296,7 +266,20 @@ class _Trial:
             self._refuse(name, self.reference_errors[name], self.precision.tolerance, outputs)
 
     def _check_agreement(self, tensors: Tensors, outputs: dict[str, Tensor]) -> None:
-        """Compare the implementations on the whole batch. On a device, float64 decides which of them are correct."""
+        """Compare the implementations: those on fewer images with our operator on the same images."""
+        batch = self.case.batch
+        for images in sorted({self.images.get(name, batch) for name in outputs}):
+            chosen = {name: output for name, output in outputs.items() if self.images.get(name, batch) == images}
+            few, names = tensors.first(images), list(chosen)
+            if images < batch:
+                calls = implementations(self.direction, *few, self.plan.request, self.case.dilation)
+                chosen |= {name: call() for name, call in calls.items() if name not in PYTORCH}
+            self._compare(few, chosen)
+            for name in set(names) - set(chosen):
+                del outputs[name]
+
+    def _compare(self, tensors: Tensors, outputs: dict[str, Tensor]) -> None:
+        """Compare outputs on the same images. On a device and in a sweep, float64 decides which of them are correct."""
         reference = next((name for name in PYTORCH if name in outputs), next(iter(outputs), None))
         if reference is None:
             return
@@ -304,16 +287,17 @@ class _Trial:
         allowed = self.precision.agreement_tolerance
         what = f"{self.direction} of {self.case}"
         try:
-            self.error = check_agreement(floats, reference, what, allowed)
+            error = check_agreement(floats, reference, what, allowed)
         except BenchmarkError:
-            if not self.platform.is_device:
+            if not self.continues:
                 raise
             x, grad, kernel = (tensor.double() for tensor in tensors)
             wanted = pytorch_call(self.direction, x, grad, kernel, self.case.dilation)()
             errors = {name: relative_error(output.double(), wanted) for name, output in floats.items()}
-            for name, error in errors.items():
-                self._refuse(name, error, allowed, outputs)
-            self.error = max((errors[name] for name in outputs), default=math.nan)
+            for name, difference in errors.items():
+                self._refuse(name, difference, allowed, outputs)
+            error = max((errors[name] for name in outputs), default=math.nan)
+        self.error = error if math.isnan(self.error) else max(self.error, error)
 
     def _refuse(self, name: str, error: float, allowed: float, outputs: dict[str, Tensor]) -> None:
         # Written so that NaN is an error as well.
@@ -329,6 +313,8 @@ class _Trial:
         """Return the fields of an `OperatorRow`; the times of implementations that have no timing are NaN."""
         case, name = self.case, f"ours {layout}"
         ours, nchw, nhwc = (self.timings.get(key, NO_TIMES) for key in (name, "PyTorch NCHW", "PyTorch NHWC"))
+        nchw_seconds = nchw.median * self._share("PyTorch NCHW")
+        nhwc_seconds = nhwc.median * self._share("PyTorch NHWC")
         seconds, limit = ours.median, max(limits.seconds(case.macs))
         gflops = 2 * case.macs / seconds / 1e9
         return {
@@ -345,13 +331,13 @@ class _Trial:
             "ours_ms": 1e3 * seconds,
             "ours_spread": ours.spread,
             "ours_calls": ours.calls,
-            "torch_nchw_ms": 1e3 * nchw.median,
+            "torch_nchw_ms": 1e3 * nchw_seconds,
             "torch_nchw_calls": nchw.calls,
-            "torch_nhwc_ms": 1e3 * nhwc.median,
+            "torch_nhwc_ms": 1e3 * nhwc_seconds,
             "torch_nhwc_calls": nhwc.calls,
             **_engine_times(self.timings),
-            "times_best": shortest_of(nchw.median, nhwc.median) / seconds,
-            "times_default": nchw.median / seconds,
+            "times_best": shortest_of(nchw_seconds, nhwc_seconds) / seconds,
+            "times_default": nchw_seconds / seconds,
             "gflops": gflops,
             "peak_share": gflops / limits.peak,
             "copy_gbs": limits.copying,
@@ -362,6 +348,11 @@ class _Trial:
             "algorithm": self.algorithms.get(name, ""),
             "error": self.error,
         }
+
+    def _share(self, name: str) -> float:
+        """Return the number of images of the case relative to that on which an implementation was timed; NaN for none."""
+        images = self.images.get(name, self.case.batch)
+        return self.case.batch / images if images else math.nan
 
 
 def _engine_times(timings: Mapping[str, Timing]) -> dict[str, float | None]:

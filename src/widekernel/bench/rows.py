@@ -1,4 +1,4 @@
-"""The rows of the tables: dataclasses for operators and for networks, with extensions for CUDA devices, and for branches.
+"""The rows of the tables: dataclasses for operators, branches and networks, with extensions for devices and sweeps.
 
 The fields are the columns of the CSV files, so their names and their order must not change.
 """
@@ -136,6 +136,25 @@ class BranchesRow:
     times_best: float
     backend: str
     error: float
+
+
+@dataclass(frozen=True)
+class SweepRow(OperatorRow):
+    """One pass of one case of a sweep in one layout: a cell.
+
+    If a call of PyTorch takes too long, its time is estimated: that on fewer images, times the ratio of their numbers.
+
+    Attributes:
+        times_same: speed-up of our operator over PyTorch in the same layout.
+        torch_nchw_images: number of images on which PyTorch was timed in NCHW; 0 if a single one would have taken too long.
+        torch_nhwc_images: the same with channels_last.
+        remark: what failed or computed wrong results, and therefore has no times.
+    """
+
+    times_same: float
+    torch_nchw_images: int
+    torch_nhwc_images: int
+    remark: str
 
 
 @dataclass(frozen=True)

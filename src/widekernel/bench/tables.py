@@ -29,7 +29,7 @@ def write_each(rows: Iterable[Any], path: Path | None) -> Iterator[Any]:
     for number, row in enumerate(rows):
         if path is not None:
             with path.open("a" if number else "w", encoding="utf-8", newline="") as file:
-                file.write(_csv_lines(row, header=not number))
+                file.write(csv_lines(row, header=not number))
         yield row
 
 
@@ -38,7 +38,8 @@ def csv_columns(kind: type) -> dict[str, str]:
     return {field.metadata.get(CSV_NAME, field.name): field.name for field in dataclasses.fields(kind)}
 
 
-def _csv_lines(row: Any, header: bool) -> str:
+def csv_lines(row: Any, header: bool) -> str:
+    """Return the line of a row in a CSV file, after the line of column names if `header` is set."""
     text = io.StringIO()
     columns = csv_columns(type(row))
     writer = csv.DictWriter(text, list(columns), lineterminator="\n")

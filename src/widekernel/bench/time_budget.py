@@ -31,6 +31,10 @@ class TimeBudget:
         """Return whether something new may be started. Started work is finished, however long it takes."""
         return not self._device_error and self._clock() < self._deadline
 
+    def seconds_left(self) -> float:
+        """Return the time that is left, in seconds; infinity if it is unlimited."""
+        return max(0.0, self._deadline - self._clock())
+
     def leave_out(self, group: str, what: str, part: str) -> None:
         """Record that `part` of `what` is not measured."""
         self._left_out.setdefault(group, {}).setdefault(what, []).append(part)

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jsonargparse
-from rich.table import Table
 
+from widekernel.cli import bench_sweep
+from widekernel.cli.bench_output import command_line, files_of, rich_table
 from widekernel.cli.console import progress, progress_console, result_console, table_console
 from widekernel.cli.custom_case import custom_case
 from widekernel.cli.parsing import new_parser, parse
@@ -42,22 +43,20 @@ _POINTWISE = (
     "installed."
 )
 _PASSES = ("forward", "input", "weight")
-_FILES = {"csv": ".csv", "markdown": ".md", "plot": ".png"}
 _CPU_SECONDS = {"ops": 0.5, "branches": 0.5, "models": 3.0, "pointwise": 0.2}
 _CUDA_SECONDS = {"ops": 0.1, "branches": 0.1, "models": 1.0}
 _MINUTES, _CUDA_BATCH, _CPU_IMAGES = 10.0, 64, 4
-_TEXT_COLUMNS = {"case", "N×C×H×W, kernel", "pass", "layout", "backend", "algorithm", "model", "mode", "variant"}
-_TEXT_COLUMNS |= {"N×C×H×W, kernels", "dtype", "floor is", "remark"}
 _DTYPES = "which of bfloat16,tf32,float16,float32 to compute in"
 
 
 def run(arguments: list[str]) -> int:
-    """Time operators or networks, print the table and write the requested files."""
+    """Time operators, layers, networks or a grid of operators, print the table and write the requested files."""
     kinds = {
         "ops": (_bench_ops, _OPS),
         "branches": (_bench_branches, _BRANCHES),
         "models": (_bench_models, _MODELS),
         "pointwise": (_bench_pointwise, _POINTWISE),
+        "sweep": (bench_sweep.run, bench_sweep.TEXT),
     }
     if arguments and arguments[0] in kinds:
         return kinds[arguments[0]][0](arguments[1:])
@@ -95,7 +94,7 @@ def _bench_ops(arguments: list[str]) -> int:
     rows = run.measure(partial(measure_operators, plan), lambda: check_operator(values["backend"], values["algorithm"]))
     title = "Depthwise convolutions" + ("" if accelerator is None else " on a GPU")
     columns = tables.operator_columns(rows, accelerator is not None)
-    run.show(_Page(title, columns, (*remarks, *about), _command("ops", arguments)), rows)
+    run.show(_Page(title, columns, (*remarks, *about), command_line("ops", arguments)), rows)
     if "plot" in files:
         tables.write(draw(rows, run.platform), files["plot"])
     run.budget.finish()
@@ -116,7 +115,7 @@ def _bench_branches(arguments: list[str]) -> int:
     run = _Run(values, files, accelerator, len(cases) * len(precisions))
     rows = run.measure(partial(measure_branches, cases, **given), check_operator)
     columns = tables.branches_columns(rows)
-    run.show(_Page("Layers with several branches", columns, notes.BRANCHES_NOTES, _command("branches", arguments)), rows)
+    run.show(_Page("Layers with several branches", columns, notes.BRANCHES_NOTES, command_line("branches", arguments)), rows)
     run.budget.finish()
     return 0
 
@@ -148,7 +147,7 @@ def _bench_models(arguments: list[str]) -> int:
     run = _Run(values, files, accelerator, len(names))
     rows = run.measure(partial(measure_networks, plan), check_operator)
     columns = tables.network_columns(rows, accelerator is not None)
-    run.show(_Page(title, columns, about, _command("models", arguments)), rows)
+    run.show(_Page(title, columns, about, command_line("models", arguments)), rows)
     run.budget.finish()
     return 0
 
@@ -171,7 +170,7 @@ def _bench_pointwise(arguments: list[str]) -> int:
         return products.measure_products(cases, platform.peak(FLOAT32), values["seconds"], values["rounds"], advance)
 
     rows = run.measure(measure, lambda: None)
-    page = _Page("Pointwise products", products.COLUMNS, (*remarks, *products.NOTES), _command("pointwise", arguments))
+    page = _Page("Pointwise products", products.COLUMNS, (*remarks, *products.NOTES), command_line("pointwise", arguments))
     run.show(page, rows)
     return 0
 
@@ -276,18 +275,7 @@ def _check_common(values: dict[str, Any], kind: str) -> tuple[dict[str, Path], A
     if values["seconds"] is None:
         values["seconds"] = (_CPU_SECONDS if values["device"] == "cpu" else _CUDA_SECONDS)[kind]
     values["minutes"] = values["minutes"] or _MINUTES
-    return _files(values), devices.accelerator(values["device"])
-
-
-def _files(values: dict[str, Any]) -> dict[str, Path]:
-    files = {}
-    for option, suffix in _FILES.items():
-        if values.get(option) is not None:
-            path = Path(values[option])
-            require(path.suffix == suffix, option, values[option], f"a {suffix} file")
-            require(path.parent.is_dir(), option, values[option], "in a folder that exists")
-            files[option] = path
-    return files
+    return files_of(values), devices.accelerator(values["device"])
 
 
 def _numbers(option: str, text: str | None) -> list[int]:
@@ -357,12 +345,7 @@ class _Run:
         from widekernel.bench import tables
 
         remarks, console = self.budget.lines(), table_console()
-        table = Table(title=page.title, caption="\n".join(self.platform.facts), caption_justify="left")
-        for header, _ in page.columns:
-            table.add_column(header, justify="left" if header in _TEXT_COLUMNS else "right")
-        for row in rows:
-            table.add_row(*(cell(row) for _, cell in page.columns))
-        console.print(table)
+        console.print(rich_table(page.title, page.columns, rows, self.platform.facts))
         for remark in remarks:
             console.print(remark, soft_wrap=True)
         if "markdown" in self._files:
@@ -379,14 +362,3 @@ class _Run:
         advance("checking the operator", 0)
         check()
         return cpu_platform(measure_machine())
-
-
-def _command(kind: str, arguments: Sequence[str]) -> str:
-    """Return the command without the files that it writes, which are irrelevant to other readers."""
-    kept, skip = [], False
-    for argument in arguments:
-        option = argument[2:].split("=", 1)[0] if argument.startswith("--") else ""
-        if not skip and option not in _FILES:
-            kept.append(argument)
-        skip = option in _FILES and "=" not in argument
-    return " ".join(["widekernel bench", kind, *kept])
