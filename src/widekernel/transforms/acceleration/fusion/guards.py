@@ -1,0 +1,83 @@
+"""Guards: what the graph of a block depends on, besides tensors, and how to notice that any of it has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from widekernel.layers.alterations import replaced_method
+from widekernel.layers.rebuilding import is_plain
+from widekernel.transforms.acceleration.fusion.graph import BlockGraph
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Attributes that every module has and that do not influence its forward, or that are compared in another way.
+_BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"}
+_COMPARABLE = (bool, int, float, str, tuple)
+_NOTHING = object()
+
+
+class Guards:
+    """The state on which the graph of a block depends: modules, their classes, attributes, hooks and training flags.
+
+    Args:
+        found: the graph of the block.
+        inside: names of the modules that are computed by native calls.
+    """
+
+    def __init__(self, found: BlockGraph, inside: set[str]) -> None:
+        called = {str(node.target) for node in found.graph.nodes if node.op == "call_module"}
+        watched = {name: module for name, module in found.modules.items() if name in called | found.through}
+        self._modules = [(name, module, _kind(module), len(vars(module))) for name, module in watched.items()]
+        self._hooks = [getattr(module, key) for module in watched.values() for key in _HOOKS]
+        self._values: list[tuple[str, dict[str, Any], str, Any]] = []
+        for name, module in watched.items():
+            if name in found.through:
+                self._watch_parts(name, module)
+            if name in found.through or name in inside:
+                own = [(key, value) for key, value in vars(module).items() if key not in _BOOKKEEPING]
+                self._values += [(name, vars(module), key, value) for key, value in own]
+
+    def _watch_parts(self, name: str, module: nn.Module) -> None:
+        self._values += [(name, module._modules, key, part) for key, part in module._modules.items()]
+        for held in (module._parameters, module._buffers):
+            # A parameter that appears later may change the graph; the values of the others are no part of it.
+            self._values += [(name, held, key, None) for key, value in held.items() if value is None]
+
+    def hold(self) -> bool:
+        """Return whether nothing has changed."""
+        suspicious = any(self._hooks)
+        for _, held, key, value in self._values:
+            suspicious |= held.get(key, _NOTHING) is not value
+        for _, module, kind, size in self._modules:
+            suspicious |= type(module) is not kind or len(vars(module)) != size
+        return not suspicious or next(self.violations(), None) is None
+
+    def violations(self) -> Iterator[str]:
+        """Yield what has changed."""
+        for name, module, kind, _ in self._modules:
+            called = name or "the block"
+            if any(getattr(module, key) for key in _HOOKS):
+                yield f"{called} has a hook"
+            if replaced_method(module):
+                yield f"the {replaced_method(module)} of {called} has been replaced"
+            if getattr(module, "_compiled_call_impl", None) is not None:
+                yield f"{called} is compiled"
+            if _kind(module) is not kind:
+                yield f"the class of {called} has changed since the block was fused"
+        for name, held, key, value in self._values:
+            now = held.get(key, _NOTHING)
+            if now is value or (type(now) is type(value) and isinstance(now, _COMPARABLE) and now == value):
+                continue
+            if key == "training":
+                yield f"{name or 'the block'} is in training mode"
+            else:
+                yield f"{key} of {name or 'the block'} has changed since the block was fused"
+
+
+def _kind(module: nn.Module) -> type[nn.Module]:
+    """Return the class of a module; for pointwise layers, which `accelerate` may swap later, the class of PyTorch."""
+    if is_plain(module):
+        return nn.Linear if isinstance(module, nn.Linear) else nn.Conv2d
+    return type(module)
