@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -13,8 +15,10 @@ from torch.nn.parameter import is_lazy
 from widekernel.errors import ArgumentError
 from widekernel.layers import PointwiseConv2d
 from widekernel.transforms.acceleration import timing
+from widekernel.transforms.acceleration.blocks import BlockTrial, block_candidates, try_blocks
 from widekernel.transforms.acceleration.candidates import Candidate, candidates, describe
-from widekernel.transforms.acceleration.input_capture import InputSpec, capture_inputs
+from widekernel.transforms.acceleration.fusion import fuse
+from widekernel.transforms.acceleration.input_capture import InputSpec, capture_inputs, unmeasurable
 from widekernel.transforms.acceleration.report import AccelerationReport, LayerAcceleration
 from widekernel.transforms.acceleration.timing import Timing
 
@@ -56,17 +60,44 @@ def accelerate(model: ModelT, example_input: Any = None, pointwise: bool = True)
     """
     _check(model, example_input)
     found = candidates(model, pointwise)
+    trials: list[BlockTrial] = []
     if example_input is None:
         rows = [_without_example(candidate) for candidate in found]
+        _swap(found, rows)
     else:
-        seen = capture_inputs(model, example_input, [candidate.layer for candidate in found if candidate.replacement])
+        blocks = block_candidates(model) if pointwise else []
+        layers = [candidate.layer for candidate in found if candidate.replacement]
+        seen, samples = capture_inputs(model, example_input, layers, [block for _, block in blocks])
         rows = [_with_example(candidate, seen.get(candidate.layer, Counter())) for candidate in found]
-    # Nothing below can fail, so either all layers are swapped as decided, or none.
+        # Blocks are compared with what they are after their layers have been swapped.
+        with _swapped(found, rows):
+            trials = try_blocks(blocks, seen, samples)
+        # Nothing below can fail, so either everything is swapped as decided, or nothing.
+        for trial in trials:
+            if trial.plan is not None:
+                fuse(trial.block, trial.plan)
+    backward = any(_trains(candidate.layer) for candidate in found)
+    report = AccelerationReport(tuple(rows), backward, torch.get_num_threads(), tuple(trial.row for trial in trials))
+    return model, report
+
+
+@contextmanager
+def _swapped(found: list[Candidate], rows: list[LayerAcceleration]) -> Iterator[None]:
+    """Swap layers as decided; undo it if an error is raised inside the block."""
+    classes = [type(candidate.layer) for candidate in found]
+    _swap(found, rows)
+    try:
+        yield
+    except BaseException:
+        for candidate, kind in zip(found, classes):
+            candidate.layer.__class__ = kind
+        raise
+
+
+def _swap(found: list[Candidate], rows: list[LayerAcceleration]) -> None:
     for candidate, row in zip(found, rows):
         if row.is_swapped:
             candidate.layer.__class__ = candidate.replacement
-    backward = any(_trains(candidate.layer) for candidate in found)
-    return model, AccelerationReport(tuple(rows), backward, torch.get_num_threads())
 
 
 def _check(model: Any, example_input: Any) -> None:
@@ -102,7 +133,7 @@ def _with_example(candidate: Candidate, seen: Counter[InputSpec | str]) -> Layer
     if candidate.replacement is None:
         return LayerAcceleration(candidate.name, before, None, candidate.reason)
     calls = seen.total()
-    reason = _unmeasurable(candidate, seen)
+    reason = unmeasurable(seen)
     if reason:
         return LayerAcceleration(candidate.name, before, None, reason, calls)
     total = Timing(0.0, 0.0)
@@ -117,20 +148,6 @@ def _row(candidate: Candidate, before: str, swap: bool, reason: str, calls: int,
     assert candidate.replacement is not None
     after = candidate.replacement.__name__ if swap else None
     return LayerAcceleration(candidate.name, before, after, reason, calls, time.before, time.after)
-
-
-def _unmeasurable(candidate: Candidate, seen: Counter[InputSpec | str]) -> str:
-    """Return why a layer cannot be measured; "" if it can."""
-    if not seen:
-        return "the example does not call it"
-    for spec in seen:
-        if isinstance(spec, str):
-            return f"its input is not a plain tensor but {spec}"
-        if spec.device.type == "meta":
-            return "on the meta device there is nothing to measure"
-        if 0 in spec.shape:
-            return f"its input {spec.shape} is empty"
-    return ""
 
 
 def _time(candidate: Candidate, spec: InputSpec) -> Timing:

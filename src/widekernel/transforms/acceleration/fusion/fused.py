@@ -14,7 +14,7 @@ from torch.nn.modules import module as torch_module
 from widekernel.ops.eager import TENSOR_TYPES, is_unobserved_call
 from widekernel.transforms.acceleration.fusion.graph import NotTraceable
 from widekernel.transforms.acceleration.fusion.packing import missing, pack
-from widekernel.transforms.acceleration.fusion.plan import Plan, UnsuitableInputError, difference
+from widekernel.transforms.acceleration.fusion.plan import NOTHING_TO_FUSE, Plan, UnsuitableInputError, difference
 from widekernel.transforms.acceleration.fusion.weights import UnsuitableWeightsError
 
 _STATE = "_fused_state"
@@ -122,7 +122,7 @@ class _State:
 
     def reasons(self, x: Tensor) -> Iterator[str]:
         """Yield why a call with `x` cannot use the plan."""
-        yield from _reasons_against_call(self.block, x)
+        yield from reasons_against_call(self.block, x)
         if self.plan is None and not self.failure:
             self._make_plan(x)
         if self.plan is None:
@@ -146,7 +146,7 @@ def checked_plan(block: nn.Module, x: Tensor) -> tuple[Plan | None, str]:
     try:
         plan = Plan(block, pack)
         if not plan.regions:
-            return None, "nothing in it can be fused"
+            return None, NOTHING_TO_FUSE
         with torch.no_grad():
             text = next(plan.why_not(), "") or plan.check(x) or difference(plan.run(x), nn.Module.__call__(block, x))
     except (NotTraceable, UnsuitableInputError, UnsuitableWeightsError) as error:
@@ -162,7 +162,7 @@ def _state_of(block: Any) -> _State:
     return state  # type: ignore[no-any-return]
 
 
-def _reasons_against_call(block: nn.Module, x: Tensor) -> Iterator[str]:
+def reasons_against_call(block: nn.Module, x: Tensor) -> Iterator[str]:
     """Yield why the code of the block must run, whatever its plan is."""
     if type(x) not in TENSOR_TYPES or x.layout != torch.strided:
         yield f"the input is not a plain tensor but {type(x).__name__}"

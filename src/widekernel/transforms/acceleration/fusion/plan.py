@@ -27,6 +27,7 @@ from widekernel.transforms.acceleration.fusion.weights import (
 
 TOLERANCE = 1e-5
 """Largest allowed difference between a fused block and its original, relative to the largest number."""
+NOTHING_TO_FUSE = "nothing in it can be fused"
 Pack = Callable[..., Callable[..., Tensor]]
 
 
