@@ -29,7 +29,9 @@ class Guards:
     def __init__(self, found: BlockGraph, inside: set[str]) -> None:
         called = {str(node.target) for node in found.graph.nodes if node.op == "call_module"}
         watched = {name: module for name, module in found.modules.items() if name in called | found.through}
-        self._modules = [(name, module, _kind(module), len(vars(module))) for name, module in watched.items()]
+        # The class of the block itself changes when it is fused.
+        self._block = found.modules[""]
+        self._modules = [(name, part, _kind(part), len(vars(part))) for name, part in watched.items() if name]
         self._hooks = [getattr(module, key) for module in watched.values() for key in _HOOKS]
         self._values: list[tuple[str, dict[str, Any], str, Any]] = []
         for name, module in watched.items():
@@ -47,7 +49,7 @@ class Guards:
 
     def hold(self) -> bool:
         """Return whether nothing has changed."""
-        suspicious = any(self._hooks)
+        suspicious = any(self._hooks) or bool(_alteration(self._block))
         for _, held, key, value in self._values:
             suspicious |= held.get(key, _NOTHING) is not value
         for _, module, kind, size in self._modules:
@@ -56,16 +58,14 @@ class Guards:
 
     def violations(self) -> Iterator[str]:
         """Yield what has changed."""
-        for name, module, kind, _ in self._modules:
-            called = name or "the block"
+        for name, module in [("the block", self._block), *((name, module) for name, module, _, _ in self._modules)]:
             if any(getattr(module, key) for key in _HOOKS):
-                yield f"{called} has a hook"
-            if replaced_method(module):
-                yield f"the {replaced_method(module)} of {called} has been replaced"
-            if getattr(module, "_compiled_call_impl", None) is not None:
-                yield f"{called} is compiled"
+                yield f"{name} has a hook"
+            if _alteration(module):
+                yield f"{name} {_alteration(module)}"
+        for name, module, kind, _ in self._modules:
             if _kind(module) is not kind:
-                yield f"the class of {called} has changed since the block was fused"
+                yield f"the class of {name} has changed since the block was fused"
         for name, held, key, value in self._values:
             now = held.get(key, _NOTHING)
             if now is value or (type(now) is type(value) and isinstance(now, _COMPARABLE) and now == value):
@@ -74,6 +74,14 @@ class Guards:
                 yield f"{name or 'the block'} is in training mode"
             else:
                 yield f"{key} of {name or 'the block'} has changed since the block was fused"
+
+
+def _alteration(module: nn.Module) -> str:
+    """Return how a module has been altered on this instance, apart from hooks; "" if it has not."""
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        return "is compiled"
+    name = replaced_method(module)
+    return f"has another {name} than its class" if name else ""
 
 
 def _kind(module: nn.Module) -> type[nn.Module]:

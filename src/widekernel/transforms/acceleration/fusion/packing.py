@@ -1,4 +1,4 @@
-"""Packing of weights for native calls."""
+"""Packing of weights for the native calls of fused blocks."""
 
 from __future__ import annotations
 
@@ -6,21 +6,16 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from widekernel.ops.pointwise_reference import ReferenceBlock
+from widekernel.ops.cpu import library as native
+from widekernel.ops.cpu.pointwise import PackedBlock
+from widekernel.transforms.acceleration.fusion.weights import BlockWeights
 
 
 def missing() -> str | None:
     """Return why there are no native calls on this machine; None if there are."""
-    return None
+    return native.load().reason
 
 
-def pack(
-    first: Tensor,
-    first_bias: Tensor | None,
-    activation: str,
-    second: Tensor | None,
-    second_bias: Tensor | None,
-    norm_eps: float | None,
-) -> Callable[..., Tensor]:
-    """Pack the weights of a block; takes the arguments of `ReferenceBlock`, and the result computes the same."""
-    return ReferenceBlock(first, first_bias, activation, second, second_bias, norm_eps)
+def pack(weights: BlockWeights) -> Callable[..., Tensor]:
+    """Return a function that computes the products of these weights, as `ReferenceBlock` does."""
+    return PackedBlock(*weights)

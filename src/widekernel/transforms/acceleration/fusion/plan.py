@@ -28,7 +28,7 @@ from widekernel.transforms.acceleration.fusion.weights import (
 TOLERANCE = 1e-5
 """Largest allowed difference between a fused block and its original, relative to the largest number."""
 NOTHING_TO_FUSE = "nothing in it can be fused"
-Pack = Callable[..., Callable[..., Tensor]]
+Pack = Callable[[BlockWeights], Callable[..., Tensor]]
 
 
 class UnsuitableInputError(Exception):
@@ -55,7 +55,7 @@ class Plan:
 
     Args:
         block: the block in evaluation mode.
-        pack: packs the weights of a region and returns the function that computes it; it takes the arguments of `PackedBlock`.
+        pack: packs the weights of a region and returns the function that computes it.
 
     Raises:
         NotTraceable: if the forward of the block cannot be traced.
@@ -120,7 +120,7 @@ class Plan:
         if packed is None or not packed[0].matches(tensors):
             # First the fingerprint: a write while the weights are packed leads to packing them again.
             fingerprint = Fingerprint(tensors)
-            calls = {id(region): self._pack(*block_weights(self._found, region)) for region in self.regions}
+            calls = {id(region): self._pack(block_weights(self._found, region)) for region in self.regions}
             packed = self._packed = (fingerprint, calls)
         return packed[1]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -89,7 +89,7 @@ class Fingerprint:
         UnsuitableWeightsError: if one is not a plain float32 tensor in CPU memory whose writes are counted.
     """
 
-    def __init__(self, tensors: Iterable[Tensor | None]) -> None:
+    def __init__(self, tensors: Sequence[Tensor | None]) -> None:
         self._states: list[tuple[int, int] | None] = []
         self._views: list[Tensor] = []
         for tensor in tensors:
@@ -99,9 +99,15 @@ class Fingerprint:
             self._states.append(state_of(tensor))
         self._values = [view.clone() for view in self._views]
 
-    def matches(self, tensors: Iterable[Tensor | None]) -> bool:
-        """Return whether these are the same tensors, unchanged."""
+    def matches(self, tensors: Sequence[Tensor | None]) -> bool:
+        """Return whether these are the same tensors, unchanged.
+
+        Raises:
+            UnsuitableWeightsError: if there are tensors where there were none, or none where there were some.
+        """
         if [state_of(tensor) for tensor in tensors] != self._states:
+            if [tensor is None for tensor in tensors] != [state is None for state in self._states]:
+                raise UnsuitableWeightsError("a weight has appeared or disappeared since the block was fused")
             return False
         return all(map(torch.equal, self._views, self._values))
 
