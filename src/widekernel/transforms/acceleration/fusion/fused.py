@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from widekernel.errors import ArgumentError
 from widekernel.ops.eager import TENSOR_TYPES, is_unobserved_call
 from widekernel.transforms.acceleration.fusion.graph import NotTraceable
+from widekernel.transforms.acceleration.fusion.guards import STATE
 from widekernel.transforms.acceleration.fusion.packing import missing, pack
 from widekernel.transforms.acceleration.fusion.plan import NOTHING_TO_FUSE, Plan, UnsuitableInputError, difference
 from widekernel.transforms.acceleration.fusion.weights import UnsuitableWeightsError
-
-_STATE = "_fused_state"
 
 
 class FusedBlock:
@@ -60,19 +60,27 @@ class FusedBlock:
         """Copy and pickle the block without its packed weights; they are made again when the copy is first called."""
         function, args, state, *rest = super().__reduce_ex__(max(protocol, 2))  # type: ignore[misc]
         assert function is copyreg.__newobj__
-        return _new_block, (self.unfused,), {key: value for key, value in state.items() if key != _STATE}, *rest
+        return _new_block, (self.unfused,), {key: value for key, value in state.items() if key != STATE}, *rest
 
 
 def fuse(block: Any, plan: Plan) -> None:
     """Make `block` a fused one, which is computed as planned; it remains the same object."""
     block.__class__ = fused_class(type(block))
-    vars(block)[_STATE] = _State(block, plan)
+    vars(block)[STATE] = _State(block, plan)
 
 
 def unfuse(block: Any) -> None:
-    """Give a fused block its own class back."""
+    """Give a fused block its own class back.
+
+    Raises:
+        ArgumentError: if its class has been changed since it was fused.
+    """
+    if type(block) is not fused_class(block.unfused):
+        raise ArgumentError(
+            f"a fused block has become a {type(block).__name__}, whose computation is unknown: remove its parametrizations"
+        )
     block.__class__ = block.unfused
-    vars(block).pop(_STATE, None)
+    vars(block).pop(STATE, None)
 
 
 def reasons_against_fusing(block: nn.Module) -> list[str]:
@@ -113,9 +121,6 @@ class _State:
         self.block, self.plan = block, plan
         self.failure = ""
 
-    def __deepcopy__(self, memo: Any) -> None:
-        return None
-
     def is_ready(self, x: Tensor) -> bool:
         """Return whether a call with `x` can use the plan; make it if the block is a copy that is called for the first time."""
         return next(self.reasons(x), None) is None
@@ -155,15 +160,18 @@ def checked_plan(block: nn.Module, x: Tensor) -> tuple[Plan | None, str]:
 
 
 def _state_of(block: Any) -> _State:
-    state = vars(block).get(_STATE)
+    state = vars(block).get(STATE)
     # A shallow copy has the state of the original.
     if state is None or state.block is not block:
-        state = vars(block)[_STATE] = _State(block)
+        state = vars(block)[STATE] = _State(block)
     return state  # type: ignore[no-any-return]
 
 
 def reasons_against_call(block: nn.Module, x: Tensor) -> Iterator[str]:
     """Yield why the code of the block must run, whatever its plan is."""
+    if not is_unobserved_call():
+        yield "a compiler, tracer, transform or mode observes the operators"
+        return
     if type(x) not in TENSOR_TYPES or x.layout != torch.strided:
         yield f"the input is not a plain tensor but {type(x).__name__}"
         return
@@ -173,8 +181,6 @@ def reasons_against_call(block: nn.Module, x: Tensor) -> Iterator[str]:
         yield "the input is empty"
     if x.is_neg() or x._is_zerotensor():
         yield "the input has no memory of its own"
-    if not is_unobserved_call():
-        yield "a compiler, tracer, transform or mode observes the operators"
     if torch_module._has_any_global_hook():
         yield "there are global hooks of modules"
     if torch._C._is_any_autocast_enabled():

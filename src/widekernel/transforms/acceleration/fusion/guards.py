@@ -14,6 +14,8 @@ from widekernel.transforms.acceleration.fusion.graph import BlockGraph
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Attributes that every module has and that do not influence its forward, or that are compared in another way.
 _BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"}
+STATE = "_fused_state"
+"""Name of the attribute of a fused block that holds its plan; it is not part of copies."""
 _COMPARABLE = (bool, int, float, str, tuple)
 _NOTHING = object()
 
@@ -31,14 +33,14 @@ class Guards:
         watched = {name: module for name, module in found.modules.items() if name in called | found.through}
         # The class of the block itself changes when it is fused.
         self._block = found.modules[""]
-        self._modules = [(name, part, _kind(part), len(vars(part))) for name, part in watched.items() if name]
+        self._modules = [(name, part, _kind(part), _size(part)) for name, part in watched.items() if name]
         self._hooks = [getattr(module, key) for module in watched.values() for key in _HOOKS]
         self._values: list[tuple[str, dict[str, Any], str, Any]] = []
         for name, module in watched.items():
             if name in found.through:
                 self._watch_parts(name, module)
             if name in found.through or name in inside:
-                own = [(key, value) for key, value in vars(module).items() if key not in _BOOKKEEPING]
+                own = [(key, value) for key, value in vars(module).items() if key not in _BOOKKEEPING and key != STATE]
                 self._values += [(name, vars(module), key, value) for key, value in own]
 
     def _watch_parts(self, name: str, module: nn.Module) -> None:
@@ -53,7 +55,7 @@ class Guards:
         for _, held, key, value in self._values:
             suspicious |= held.get(key, _NOTHING) is not value
         for _, module, kind, size in self._modules:
-            suspicious |= type(module) is not kind or len(vars(module)) != size
+            suspicious |= _size(module) != size or (type(module) is not kind and _kind(module) is not kind)
         return not suspicious or next(self.violations(), None) is None
 
     def violations(self) -> Iterator[str]:
@@ -85,7 +87,12 @@ def _alteration(module: nn.Module) -> str:
 
 
 def _kind(module: nn.Module) -> type[nn.Module]:
-    """Return the class of a module; for pointwise layers, which `accelerate` may swap later, the class of PyTorch."""
+    """Return the class of a module, regardless of whether it has been accelerated, which may also happen later."""
     if is_plain(module):
         return nn.Linear if isinstance(module, nn.Linear) else nn.Conv2d
-    return type(module)
+    return getattr(type(module), "unfused", type(module))
+
+
+def _size(module: nn.Module) -> int:
+    """Return the number of attributes of a module, which changes if one of its methods is replaced."""
+    return len(vars(module)) - (STATE in vars(module))

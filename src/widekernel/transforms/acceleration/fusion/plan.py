@@ -252,7 +252,9 @@ def _on_images(region: Region, packed: Callable[..., Tensor], x: Tensor, residua
     return y if region.product_axis == FIRST else y.permute(0, 2, 3, 1)
 
 
-def _require_shapes(channels: tuple[int, ...], wanted: tuple[int, ...], residual: Tensor | None, shape: tuple[int, ...]) -> None:
+def _require_shapes(
+    channels: tuple[int, ...], wanted: tuple[int, ...], residual: Tensor | None, shape: tuple[int, ...]
+) -> None:
     if channels != wanted:
         raise UnsuitableInputError(f"a value has {channels} channels where {wanted} are needed")
     if residual is not None and residual.shape != shape:

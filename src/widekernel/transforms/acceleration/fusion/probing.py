@@ -54,7 +54,9 @@ def is_layer_norm(module: nn.Module, channels: int, axis: int) -> bool:
         return False
     # Some rows are so small that epsilon matters.
     x = _numbers(2, channels, 3, 5) * torch.tensor([1.0, 1e-3, 1e-2, 1.0, 0.1])
-    x = x.clamp(-9, 9) if axis == 1 else x.clamp(-9, 9).permute(0, 2, 3, 1).contiguous()
+    like = next((value for value in parameters.values() if value is not None), x)
+    x = x.clamp(-9, 9).to(like)
+    x = x if axis == 1 else x.permute(0, 2, 3, 1).contiguous()
     y = _applied(module, x)
     rows = x.movedim(1, -1) if axis == 1 else x
     want = F.layer_norm(rows, (channels,), parameters.get("weight"), parameters.get("bias"), eps).detach()

@@ -50,7 +50,9 @@ def block_weights(found: BlockGraph, region: Region) -> BlockWeights:
             scale, shift = affine_of(norm, first.shape[1])
         else:
             eps, ones = epsilon_of(norm), torch.ones(first.shape[1], dtype=torch.float64)
-            scale, shift = (ones if norm._parameters.get(key) is None else norm._parameters[key] for key in ("weight", "bias"))
+            scale, shift = (
+                ones if norm._parameters.get(key) is None else norm._parameters[key] for key in ("weight", "bias")
+            )
             shift = torch.zeros_like(ones) if norm._parameters.get("bias") is None else shift
         bias = bias + first @ shift.double()
         first = first * scale.double()
@@ -171,7 +173,9 @@ def _per_channel(value: Tensor, axis: int, channels: int) -> Tensor:
     dim = 3 if axis == FIRST else 1
     fits = value.dim() >= dim and value.shape[-dim] == channels == value.numel()
     if not fits and value.numel() != 1:
-        raise UnsuitableWeightsError(f"a factor of shape {tuple(value.shape)} is not one value for each of {channels} channels")
+        raise UnsuitableWeightsError(
+            f"a factor of shape {tuple(value.shape)} is not one value for each of {channels} channels"
+        )
     return value.reshape(-1).double()
 
 
