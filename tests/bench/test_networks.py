@@ -14,6 +14,7 @@ from widekernel import ops
 from widekernel.bench import BenchmarkError, NetworkPlan, Platform, TimeBudget, measure_networks, variants
 from widekernel.bench.depthwise_share import depthwise_share
 from widekernel.bench.rows import NetworkRow
+from widekernel.ops.cpu import library as native
 
 
 def measured(name: str, model: nn.Module, cpu: Platform, *, batch: int = 2, size: int, **settings) -> list[NetworkRow]:
@@ -27,6 +28,7 @@ def test_rows_of_our_network(cpu: Platform) -> None:
     rows = measured("slak_nano", model, cpu, size=64)
     train = ["PyTorch", "ours", "ours, accelerated"]
     infer = ["PyTorch", "ours", "PyTorch, folded", "ours, folded", "ours, accelerated"]
+    infer += ["ours, fused"] if native.load().reason is None else []
     wanted = [(m, r, layout) for m, rs in (("train", train), ("infer", infer)) for layout in ("NCHW", "NHWC") for r in rs]
     assert [(row.mode, row.variant, row.layout) for row in rows] == wanted
     for row in rows:
@@ -48,7 +50,9 @@ def test_a_timm_network_is_compared_with_its_accelerated_form(cpu: Platform) -> 
 def test_compiled_variants(cpu: Platform) -> None:
     rows = measured("convnext", _convnext(), cpu, size=32, modes=["infer"], compiled=True)
     assert [(row.variant, row.compiled) for row in rows[:2]] == [("PyTorch", False), ("PyTorch", True)]
-    assert len(rows) == 8 and all((row.depthwise_share is None) == row.compiled for row in rows)
+    assert len(rows) == (12 if native.load().reason is None else 8) and all(
+        (row.depthwise_share is None) == row.compiled for row in rows
+    )
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from widekernel import accelerate, fold, ops
 from widekernel.ops.call_trace import FusedCall
 from widekernel.ops.pointwise_reference import ReferenceBlock
 from widekernel.transforms import to_torch
-from widekernel.transforms.acceleration.fusion import FusedBlock, fused as module_of_fused
+from widekernel.transforms.acceleration.fusion import FusedBlock
+from widekernel.transforms.acceleration.fusion import fused as module_of_fused
 
 pytestmark = pytest.mark.usefixtures("always_faster", "packs")
 SHAPE = (2, 12, 6, 5)

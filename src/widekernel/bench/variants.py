@@ -1,4 +1,4 @@
-"""The variants of a network that are compared: on PyTorch's convolutions, on ours, folded, accelerated, compiled."""
+"""The variants of a network that are compared: on PyTorch's convolutions, on ours, folded, accelerated, fused, compiled."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from widekernel.transforms.to_torch import operator_layers, to_torch
 
 TRAIN, INFER = MODES = ("train", "infer")
 PYTORCH, PYTORCH_FOLDED = "PyTorch", "PyTorch, folded"
-OURS, FOLDED, ACCELERATED = "ours", "ours, folded", "ours, accelerated"
+OURS, FOLDED, ACCELERATED, FUSED = "ours", "ours, folded", "ours, accelerated", "ours, fused"
 
 # Initial layer scales are so small that an error within a block would hardly change the output, so they are increased.
 _SMALL_SCALE, _VISIBLE_SCALE = 0.01, 0.5
@@ -105,7 +105,12 @@ def _networks(model: nn.Module, mode: str, x: Tensor, conditions: Conditions) ->
         networks[FOLDED] = copy.deepcopy(fast)
     layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
     with torch.set_grad_enabled(mode == TRAIN), conditions():
-        networks[ACCELERATED], _ = accelerate(fast.to(memory_format=layout), x)  # type: ignore[call-overload]
+        networks[ACCELERATED], _ = accelerate(fast.to(memory_format=layout), x, blocks=False)  # type: ignore[call-overload]
+        if mode == INFER:
+            fused, report = accelerate(copy.deepcopy(networks[ACCELERATED]), x)
+            # A network without blocks that can be fused would be there twice.
+            if any(row.gain is not None for row in report.blocks):
+                networks[FUSED] = fused
     return networks
 
 

@@ -24,9 +24,10 @@ def to_torch(model: ModelT) -> ModelT:
     """Return a copy of `model` in which our operators are plain PyTorch convolutions, one per rectangle.
 
     Outputs and gradients stay the same up to rounding. Names, state dict, hooks, training mode and `requires_grad` of
-    every layer are kept, too. Fused blocks run the code of their own classes again. Unlike a backend that calls PyTorch, the copy also has PyTorch's own backward pass. Layers of
-    other libraries and kernel sources that convolve by themselves are not changed. Call `compact` and `accelerate` before
-    `to_torch`: applied to the copy, they may introduce our operators again.
+    every layer are kept, too. Fused blocks run the code of their own classes again. Unlike a backend that calls PyTorch, the
+    copy also has PyTorch's own backward pass. Layers of other libraries and kernel sources that convolve by themselves are
+    not changed. Call `compact` and `accelerate` before `to_torch`: applied to the copy, they may introduce our operators
+    again.
 
     Args:
         model: any module, folded or not.

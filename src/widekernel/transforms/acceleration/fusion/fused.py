@@ -13,7 +13,7 @@ from torch.nn.modules import module as torch_module
 
 from widekernel.errors import ArgumentError
 from widekernel.ops.eager import TENSOR_TYPES, is_unobserved_call
-from widekernel.transforms.acceleration.fusion.graph import NotTraceable
+from widekernel.transforms.acceleration.fusion.graph import NotTraceableError
 from widekernel.transforms.acceleration.fusion.guards import STATE
 from widekernel.transforms.acceleration.fusion.packing import missing, pack
 from widekernel.transforms.acceleration.fusion.plan import NOTHING_TO_FUSE, Plan, UnsuitableInputError, difference
@@ -58,7 +58,7 @@ class FusedBlock:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle the block without its packed weights; they are made again when the copy is first called."""
-        function, args, state, *rest = super().__reduce_ex__(max(protocol, 2))  # type: ignore[misc]
+        function, _, state, *rest = super().__reduce_ex__(max(protocol, 2))  # type: ignore[misc]
         assert function is copyreg.__newobj__
         return _new_block, (self.unfused,), {key: value for key, value in state.items() if key != STATE}, *rest
 
@@ -122,7 +122,7 @@ class _State:
         self.failure = ""
 
     def is_ready(self, x: Tensor) -> bool:
-        """Return whether a call with `x` can use the plan; make it if the block is a copy that is called for the first time."""
+    X
         return next(self.reasons(x), None) is None
 
     def reasons(self, x: Tensor) -> Iterator[str]:
@@ -154,7 +154,7 @@ def checked_plan(block: nn.Module, x: Tensor) -> tuple[Plan | None, str]:
             return None, NOTHING_TO_FUSE
         with torch.no_grad():
             text = next(plan.why_not(), "") or plan.check(x) or difference(plan.run(x), nn.Module.__call__(block, x))
-    except (NotTraceable, UnsuitableInputError, UnsuitableWeightsError) as error:
+    except (NotTraceableError, UnsuitableInputError, UnsuitableWeightsError) as error:
         return None, str(error)
     return (None, text) if text else (plan, "")
 

@@ -20,7 +20,7 @@ from widekernel.transforms.acceleration.fusion.probing import epsilon_of
 _LEVELS = 2
 
 
-class NotTraceable(Exception):
+class NotTraceableError(Exception):
     """The forward of a block cannot be traced; the message says why."""
 
 
@@ -79,7 +79,7 @@ def trace_block(block: nn.Module, opaque: frozenset[str] = frozenset()) -> Block
         opaque: names of further modules that count as one operation.
 
     Raises:
-        NotTraceable: if the forward of the block itself cannot be traced.
+        NotTraceableError: if the forward of the block itself cannot be traced.
     """
     hidden = set(opaque)
     while True:
@@ -88,7 +88,7 @@ def trace_block(block: nn.Module, opaque: frozenset[str] = frozenset()) -> Block
             return tracer.traced()
         except Exception as error:
             if not tracer.failed:
-                raise NotTraceable(f"its forward cannot be traced: {str(error).splitlines()[0]}") from error
+                raise NotTraceableError(f"its forward cannot be traced: {str(error).splitlines()[0]}") from error
             hidden.add(tracer.failed)
 
 

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from widekernel.ops import call_trace
 from widekernel.ops.call_trace import FusedCall
-from widekernel.transforms.acceleration.fusion.graph import BlockGraph, NotTraceable, trace_block
+from widekernel.transforms.acceleration.fusion.graph import BlockGraph, trace_block
 from widekernel.transforms.acceleration.fusion.guards import Guards
 from widekernel.transforms.acceleration.fusion.regions import FIRST, Region, find_regions, is_in_place
 from widekernel.transforms.acceleration.fusion.weights import (
@@ -58,7 +58,7 @@ class Plan:
         pack: packs the weights of a region and returns the function that computes it.
 
     Raises:
-        NotTraceable: if the forward of the block cannot be traced.
+        NotTraceableError: if the forward of the block cannot be traced.
         UnsuitableWeightsError: if weights cannot be packed.
     """
 

@@ -99,7 +99,7 @@ class Region:
 
 
 def find_regions(found: BlockGraph) -> list[Region]:
-    """Find the regions of a block, from its first layer to its last; none, if values that others use are changed in place."""
+    """Find the regions of a block, from its first layer to its last; none if shared values are changed in place."""
     matcher = _Matcher(found)
     if any(matcher.changes_shared_value(node) for node in found.graph.nodes):
         return []
@@ -272,6 +272,7 @@ def _two_arguments(node: fx.Node, targets: tuple[Any, ...]) -> tuple[Any, Any] |
 
 
 def is_in_place(node: fx.Node) -> bool:
+    """Return whether a call of a function or method changes its first argument."""
     name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
     if node.kwargs.get("inplace") or node.kwargs.get("out") is not None:
         return True

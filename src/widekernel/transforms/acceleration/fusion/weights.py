@@ -131,7 +131,7 @@ def _check(tensor: Tensor) -> None:
         raise UnsuitableWeightsError(f"a weight is {kind} on {tensor.device}: blocks are fused in float32 on the CPU")
     if tensor.is_inference():
         raise UnsuitableWeightsError(
-            "a weight is an inference tensor, whose changes PyTorch does not count: create the network outside inference mode"
+            "a weight is an inference tensor, whose changes are not counted: create the network outside inference mode"
         )
     if not torch.ops.aten.is_non_overlapping_and_dense(tensor):
         raise UnsuitableWeightsError(f"a weight of shape {tuple(tensor.shape)} has gaps in memory: call contiguous() on it")
