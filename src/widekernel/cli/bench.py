@@ -28,8 +28,8 @@ _OPS = (
     "they are installed. On a CUDA device, several precisions are timed in a time budget. All results are checked first."
 )
 _MODELS = (
-    "Time networks in training and inference: ours unchanged, folded, accelerated and fused, compared with the same networks on "
-    "PyTorch's convolutions. Takes the names of widekernel's and timm's models; on a CUDA device, there are default ones."
+    "Time networks in training and inference: ours unchanged, folded, accelerated and fused, compared with the same "
+    "networks on PyTorch's convolutions. Takes the names of widekernel's and timm's models; on a CUDA device, there are default ones."
 )
 _PASSES = ("forward", "input", "weight")
 _FILES = {"csv": ".csv", "markdown": ".md", "plot": ".png"}

@@ -122,7 +122,7 @@ class _State:
         self.failure = ""
 
     def is_ready(self, x: Tensor) -> bool:
-    X
+        """Return whether a call with `x` can use the plan; a copy that is called for the first time makes it."""
         return next(self.reasons(x), None) is None
 
     def reasons(self, x: Tensor) -> Iterator[str]:
