@@ -29,7 +29,8 @@ _OPS = (
 )
 _MODELS = (
     "Time networks in training and inference: ours unchanged, folded, accelerated and fused, compared with the same "
-    "networks on PyTorch's convolutions. Takes the names of widekernel's and timm's models; on a CUDA device, there are default ones."
+    "networks on PyTorch's convolutions. Takes the names of widekernel's and timm's models; on a CUDA device, there are "
+    "default ones."
 )
 _PASSES = ("forward", "input", "weight")
 _FILES = {"csv": ".csv", "markdown": ".md", "plot": ".png"}

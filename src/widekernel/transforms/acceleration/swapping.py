@@ -38,9 +38,9 @@ def accelerate(
       the graph of the block, and compared with its code on the example. Whenever they do not apply, its code runs.
 
     A layer or block is swapped by changing its class, as PyTorch does with lazy and parametrized modules. It is the same
-    object as before, with the same parameters, buffers, hooks and flags. So optimizers that hold its parameters, modules that
-    share it and other references stay valid, and the keys of the state dict stay the same. Layers and blocks of which it is
-    not certain what they compute are left alone; the report says why.
+    object as before, with the same parameters, buffers, hooks and flags. So optimizers that hold its parameters, modules
+    that share it and other references stay valid, and the keys of the state dict stay the same. Layers and blocks of which
+    it is not certain what they compute are left alone; the report says why.
 
     Everything is measured with the number of threads, the autocast state and the gradient mode of the caller. For layers in
     training mode with gradients enabled, this includes the backward pass. Measurements are cached, so that equal layers and
