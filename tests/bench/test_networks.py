@@ -11,7 +11,7 @@ from torch import nn
 
 import widekernel
 from widekernel import ops
-from widekernel.bench import BenchmarkError, NetworkPlan, Platform, TimeBudget, measure_networks, variants
+from widekernel.bench import BenchmarkError, NetworkPlan, Platform, TimeBudget, measure_networks, rivals, variants
 from widekernel.bench.depthwise_share import depthwise_share
 from widekernel.bench.rows import NetworkRow
 from widekernel.ops.cpu import library as native
@@ -35,7 +35,7 @@ def test_rows_of_our_network(cpu: Platform) -> None:
         (base,) = [r.ms for r in rows if (r.mode, r.variant, r.layout) == (row.mode, "PyTorch", "NHWC")]
         assert row.calls == 1 and row.times_nhwc == pytest.approx(base / row.ms)
         assert row.images_per_second == pytest.approx(2000 / row.ms)
-        assert 0 < row.depthwise_share < 1
+        assert row.depthwise_share is None if row.variant == "ours, fused" else 0 < row.depthwise_share < 1
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
@@ -47,10 +47,26 @@ def test_a_timm_network_is_compared_with_its_accelerated_form(cpu: Platform) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rival", rivals.RIVALS)
+def test_rivals(rival: str, cpu: Platform) -> None:
+    if rivals.missing(rival):
+        pytest.skip(f"{rival} is not installed")
+    rows = measured("slak_nano", timm.create_model("slak_nano"), cpu, size=64, modes=["infer"], rivals=[rival])
+    (row,) = [row for row in rows if row.variant == rival]
+    assert row.layout == "NCHW" and row.ms > 0 and row.depthwise_share is None
+
+
+def test_wrong_results_of_rivals_are_noticed(cpu: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(variants, "network_in", lambda rival, network, images: lambda x: 1.01 * network(x))
+    with pytest.raises(BenchmarkError, match="OpenVINO NCHW and PyTorch NHWC differ"):
+        measured("slak_nano", timm.create_model("slak_nano"), cpu, size=64, modes=["infer"], rivals=["OpenVINO"])
+
+
+@pytest.mark.slow
 def test_compiled_variants(cpu: Platform) -> None:
     rows = measured("convnext", _convnext(), cpu, size=32, modes=["infer"], compiled=True)
     assert [(row.variant, row.compiled) for row in rows[:2]] == [("PyTorch", False), ("PyTorch", True)]
-    assert len(rows) == (12 if native.load().reason is None else 8) and all(
+    assert len(rows) == (10 if native.load().reason is None else 8) and all(
         (row.depthwise_share is None) == row.compiled for row in rows
     )
 
