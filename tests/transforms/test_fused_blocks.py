@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.testing import assert_close
 
 from tests.transforms.acceleration import replace_measurement, state_of
@@ -191,6 +191,40 @@ def test_control_flow_on_values() -> None:
     _, report = fused(randomized(Choosing()), images())
     assert "cannot be traced" in report[""].reason
     assert report["mlp"].is_swapped
+
+
+@pytest.mark.parametrize("what", ["last", "count", "total", "log"])
+def test_forwards_that_change_the_block(what: str) -> None:
+    class Changing(ByHand):
+        def __init__(self) -> None:
+            super().__init__()
+            self.count, self.log, self.last = 0, [], None
+            self.register_buffer("total", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if what == "last":
+                self.last = x
+            elif what == "count":
+                self.count += 1
+            elif what == "total":
+                self.total = self.total + 1
+            else:
+                self.log.append(x)
+            return super().forward(x)
+
+    block = randomized(Changing())
+    _, report = fused(block, images())
+    assert f"the forward of the block changes {'_buffers' if what == 'total' else what}" in report[""].reason
+    assert report["mlp"].is_swapped
+    assert all(type(value) is not fx.Proxy for value in (block.last, block.count, block.total, *block.log))
+
+
+def test_random_numbers_are_left_alone() -> None:
+    block, x, before = randomized(ByHand()), images(), torch.get_rng_state()
+    block.mlp.act = nn.RReLU(0.1, 0.3)
+    block.mlp.act.training = True
+    fused(block, x)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_noise_is_noticed() -> None:

@@ -148,11 +148,12 @@ def checked_plan(block: nn.Module, x: Tensor) -> tuple[Plan | None, str]:
     Returns:
         the plan and "", or None and why the block cannot be fused.
     """
+    # One block of random numbers for all: code that draws some must get others each time, so that the results differ.
     try:
-        plan = Plan(block, pack)
-        if not plan.regions:
-            return None, NOTHING_TO_FUSE
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            plan = Plan(block, pack)
+            if not plan.regions:
+                return None, NOTHING_TO_FUSE
             text = next(plan.why_not(), "") or plan.check(x) or difference(plan.run(x), nn.Module.__call__(block, x))
     except (NotTraceableError, UnsuitableInputError, UnsuitableWeightsError) as error:
         return None, str(error)

@@ -7,6 +7,7 @@ tensors. Attributes that `forward` sets are set on the shadow.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, fx, nn
 from widekernel.layers.rebuilding import is_plain
 from widekernel.transforms.acceleration.fusion.probing import epsilon_of
 
+_CONTAINERS = (list, dict, set)
 # A block is traced through modules whose pointwise layers are at most so many levels below them.
 _LEVELS = 2
 
@@ -104,10 +106,13 @@ class _Tracer(fx.Tracer):
         self.result = BlockGraph(self.graph)
         self._scope = [""]
         self._shadows: dict[nn.Module, nn.Module] = {}
+        # For each module that is traced through: its name, its attributes, and what they consist of.
+        self._states: list[tuple[str, dict[str, Any], dict[str, list[Any]]]] = []
 
     def traced(self) -> BlockGraph:
         x = self.create_proxy("placeholder", "x", (), {})
         output = self._shadow(self.block, "").forward(x)  # type: ignore[operator]
+        self._check_unchanged()
         self.create_node("output", "output", (self.create_arg(output),), {})
         self._note_constants()
         return self.result
@@ -116,6 +121,15 @@ class _Tracer(fx.Tracer):
         node = super().create_node(*args, **kwargs)
         self.result.scopes[node] = self._scope[-1]
         return node
+
+    def _check_unchanged(self) -> None:
+        """Raise if a forward has set an attribute or changed a list, as it would do again at each call."""
+        for name, held, before in self._states:
+            for key, value in held.items():
+                same = key in before and len(before[key]) == len(_parts(value))
+                if not same or any(now is not then for now, then in zip(_parts(value), before[key])):
+                    self.failed = self.failed or name
+                    raise NotTraceableError(f"the forward of {name or 'the block'} changes {key}")
 
     def _note_constants(self) -> None:
         for node in self.graph.nodes:
@@ -128,7 +142,9 @@ class _Tracer(fx.Tracer):
             return self._shadows[module]
         shadow = type(module).__new__(type(module))
         self._shadows[module] = shadow
-        vars(shadow).update(vars(module))
+        # Lists are copied, because a forward may append to them.
+        own = {key: copy.copy(value) if type(value) in _CONTAINERS else value for key, value in vars(module).items()}
+        vars(shadow).update(own)
         self.result.modules[name] = module
         goes_through = not name or (name not in self.opaque and self._is_transparent(module))
         if goes_through:
@@ -140,6 +156,8 @@ class _Tracer(fx.Tracer):
         if name:
             # `nn.Module.__call__` calls this instead of `forward`; the class and its methods stay as they are.
             vars(shadow)["_compiled_call_impl"] = self._entering(shadow, name) if goes_through else self._calling(name)
+        if goes_through:
+            self._states.append((name, vars(shadow), {key: _parts(value) for key, value in vars(shadow).items()}))
         return shadow
 
     def _is_transparent(self, module: nn.Module) -> bool:
@@ -177,3 +195,10 @@ class _Tracer(fx.Tracer):
                 self._scope.pop()
 
         return enter
+
+
+def _parts(value: Any) -> list[Any]:
+    """Return what a value consists of: the elements of a list, set or dict, or the value itself."""
+    if isinstance(value, dict):
+        return [*value.keys(), *value.values()]
+    return list(value) if isinstance(value, _CONTAINERS) else [value]

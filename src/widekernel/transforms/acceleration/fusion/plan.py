@@ -43,11 +43,13 @@ class _Step:
         node: the node whose value it computes.
         call: the region, the module or the function; for a constant, a function without arguments.
         done: nodes whose values are not needed afterwards.
+        inputs: the arguments, if all of them are nodes; None otherwise.
     """
 
     node: fx.Node
     call: Any
-    done: tuple[fx.Node, ...]
+    done: tuple[fx.Node, ...] = ()
+    inputs: tuple[fx.Node, ...] | None = None
 
 
 class Plan:
@@ -97,7 +99,8 @@ class Plan:
                 values[step.node] = _run_node(step, values)
             for node in step.done:
                 del values[node]
-        return map_arg(self._output, values.__getitem__)
+        output = self._output
+        return values[output] if isinstance(output, fx.Node) else map_arg(output, values.__getitem__)
 
     def check(self, x: Tensor) -> str:
         """Compare every region with the original steps on an input; return what differs, "" if nothing does."""
@@ -150,7 +153,9 @@ class Plan:
             done = [other for other in dict.fromkeys(inputs) if other not in needed]
             done += [] if node in needed else [node]
             needed.update(inputs)
-            backwards.append(_Step(node, self._call(node) if region is None else region, tuple(done)))
+            plain = not node.kwargs and list(node.args) == node.all_input_nodes
+            call = self._call(node) if region is None else region
+            backwards.append(_Step(node, call, tuple(done), tuple(node.all_input_nodes) if plain else None))
         return backwards[::-1]
 
     def _call(self, node: fx.Node) -> Any:
@@ -163,7 +168,7 @@ class Plan:
         values: dict[fx.Node, Any] = {self._x: x}
         for node in self._found.graph.nodes:
             if node.op not in ("placeholder", "output"):
-                values[node] = _run_node(_Step(node, self._call(node), ()), values)
+                values[node] = _run_node(_Step(node, self._call(node)), values)
         return values
 
 
@@ -210,6 +215,8 @@ def _run_node(step: _Step, values: dict[fx.Node, Any]) -> Any:
     node = step.node
     if node.op == "get_attr":
         return step.call()
+    if step.inputs is not None and node.op != "call_method":
+        return step.call(*[values[argument] for argument in step.inputs])
     args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
     if node.op == "call_method":
         return getattr(args[0], step.call)(*args[1:], **kwargs)
@@ -267,6 +274,8 @@ def _require_plain(*tensors: Tensor | None) -> None:
             continue
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.dtype != torch.float32 or tensor.device.type != "cpu":
             raise UnsuitableInputError(f"a value is not a plain float32 tensor on the CPU but {type(tensor).__name__}")
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise UnsuitableInputError("a value requires gradients")
 
 
 def _described(found: BlockGraph, region: Region) -> str:

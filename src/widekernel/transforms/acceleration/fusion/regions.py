@@ -32,6 +32,8 @@ FIRST, LAST = 1, -1
 """The axis of the channels: 1 in (N, C, H, W), -1 in (N, H, W, C) and in rows."""
 _PRODUCTS = (operator.mul, torch.mul, torch.multiply, operator.imul, "mul", "mul_", "multiply")
 _SUMS = (operator.add, torch.add, operator.iadd, "add", "add_")
+# Operators in `torch.ops` may do anything, such as communicate with other processes: they are not tried out.
+_OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 _BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
@@ -205,7 +207,7 @@ class _Matcher:
             if module._parameters or module._buffers or module._modules:
                 return ""
             function = module
-        elif node.op == "call_function":
+        elif node.op == "call_function" and not isinstance(node.target, _OPERATORS):
             function = node.target  # type: ignore[assignment]
         elif node.op == "call_method":
             function = operator.methodcaller(str(node.target), *node.args[1:], **node.kwargs)
