@@ -15,6 +15,7 @@ from widekernel.bench import BenchmarkError, NetworkPlan, Platform, TimeBudget, 
 from widekernel.bench.depthwise_share import depthwise_share
 from widekernel.bench.rows import NetworkRow
 from widekernel.ops.cpu import library as native
+from widekernel.transforms import AccelerationReport
 
 
 def measured(name: str, model: nn.Module, cpu: Platform, *, batch: int = 2, size: int, **settings) -> list[NetworkRow]:
@@ -94,8 +95,8 @@ class Louder(nn.Module):
 
 @pytest.mark.parametrize("mode", ["infer", "train"])
 def test_a_wrong_transformation_is_found(mode: str, monkeypatch: pytest.MonkeyPatch, cpu: Platform) -> None:
-    def corrupted(network: nn.Module, example: torch.Tensor) -> tuple[nn.Module, None]:
-        return nn.Sequential(network, Louder()), None
+    def corrupted(network: nn.Module, example: torch.Tensor, blocks: bool = True) -> tuple[nn.Module, AccelerationReport]:
+        return nn.Sequential(network, Louder()), AccelerationReport((), False, 1)
 
     monkeypatch.setattr(variants, "accelerate", corrupted)
     what = "output" if mode == "infer" else "gradients"
