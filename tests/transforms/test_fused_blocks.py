@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -190,6 +191,48 @@ def test_control_flow_on_values() -> None:
 
     _, report = fused(randomized(Choosing()), images())
     assert "cannot be traced" in report[""].reason
+    assert report["mlp"].is_swapped
+
+
+class Slotted(ByHand):
+    __slots__ = ("more",)
+
+
+class Lonely(ByHand):
+    def __init_subclass__(cls) -> None:
+        raise TypeError("no subclasses")
+
+
+class Called(ByHand):
+    def __call__(self, x: Tensor) -> Tensor:
+        return 2 * super().__call__(x)
+
+
+class Copied(ByHand):
+    def __deepcopy__(self, memo: Any) -> ByHand:
+        return self
+
+
+class Named(ByHand):
+    def reasons_against(self) -> str:
+        return "mine"
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (Slotted, "its own way of copying"),
+        (Lonely, "no subclasses"),
+        (Called, "its own way of being called|differs"),
+        (Copied, "its own way of copying"),
+        (Named, "name of one of fused blocks"),
+    ],
+)
+def test_classes_that_are_left_alone(kind: type[ByHand], reason: str) -> None:
+    block = randomized(kind()) if kind is not Copied else kind().eval()
+    _, report = fused(block, images())
+    assert re.search(reason, report[""].reason)
+    assert type(block) is kind
     assert report["mlp"].is_swapped
 
 

@@ -114,10 +114,8 @@ def compositions(draw: st.DrawFn) -> Composition:
     sizes = st.integers(1, 6)
     is_map = draw(st.booleans())
     dim = draw(st.integers(2, 9))
-    if is_map:
-        shape = (draw(sizes), dim, draw(sizes), draw(sizes))
-    else:
-        shape = (*draw(st.lists(sizes, min_size=1, max_size=2)), dim)
+    maps, rows = st.tuples(sizes, st.just(dim), sizes, sizes), st.tuples(sizes, st.just(dim))
+    shape = draw(maps if is_map else rows | st.tuples(sizes, sizes, st.just(dim)))
     permuted = is_map and draw(st.booleans())
     flags = {name: draw(st.booleans()) for name in ("norm", "affine", "second", "bias")}
     return Composition(

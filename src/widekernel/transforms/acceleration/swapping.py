@@ -66,8 +66,9 @@ def accelerate(
     """
     _check(model, example_input)
     found = candidates(model, pointwise)
+    trials: list[BlockTrial] = []
     if example_input is None:
-        rows, trials = [_without_example(candidate) for candidate in found], []
+        rows = [_without_example(candidate) for candidate in found]
         _swap(found, rows)
     else:
         rows, trials = _swap_by_example(model, example_input, found, blocks)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copyreg
-import functools
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -58,8 +57,9 @@ class FusedBlock:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle the block without its packed weights; they are made again when the copy is first called."""
-        function, _, state, *rest = super().__reduce_ex__(max(protocol, 2))  # type: ignore[misc]
-        assert function is copyreg.__newobj__
+        reduced: Any = super().__reduce_ex__(max(protocol, 2))
+        _, made_of, state, *rest = reduced
+        assert made_of == (type(self),)
         return _new_block, (self.unfused,), {key: value for key, value in state.items() if key != STATE}, *rest
 
 
@@ -88,20 +88,34 @@ def reasons_against_fusing(block: nn.Module) -> list[str]:
     kind = type(block)
     reasons = [] if missing() is None else [str(missing())]
     plain = kind.__reduce_ex__ is object.__reduce_ex__ and kind.__reduce__ is object.__reduce__
-    if not plain or hasattr(kind, "__deepcopy__") or hasattr(kind, "__getnewargs_ex__") or hasattr(kind, "__getnewargs__"):
+    slots = any(vars(base).get("__slots__") for base in kind.__mro__)
+    if not plain or slots or any(hasattr(kind, name) for name in ("__deepcopy__", "__getnewargs_ex__", "__getnewargs__")):
         reasons.append(f"{kind.__name__} has its own way of copying")
     if kind.__call__ is not nn.Module.__call__:
         reasons.append(f"{kind.__name__} has its own way of being called")
+    if any(hasattr(kind, name) for name in ("unfused", "reasons_against")):
+        reasons.append(f"{kind.__name__} has a method with the name of one of fused blocks")
     if isinstance(block, torch.jit.ScriptModule):
         reasons.append("it is compiled by TorchScript")
+    if not reasons:
+        try:
+            kind.__new__(kind).__class__ = fused_class(kind)
+        except Exception as error:  # such as one of a class that refuses subclasses
+            reasons.append(f"objects of {kind.__name__} cannot change their class: {error}")
     return reasons
 
 
-@functools.cache
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def fused_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """Return the class of fused blocks whose own class is `kind`."""
+    """Return the class of fused blocks whose own class is `kind`; the same one every time."""
+    if kind in _CLASSES:
+        return _CLASSES[kind]
     names = {"unfused": kind, "__module__": kind.__module__, "__doc__": kind.__doc__}
-    return type(f"Fused{kind.__name__}", (FusedBlock, kind), names)
+    bases: tuple[type, ...] = (FusedBlock, kind)
+    made = types.new_class(f"Fused{kind.__name__}", bases, exec_body=lambda body: body.update(names))
+    return _CLASSES.setdefault(kind, made)
 
 
 def _new_block(kind: type[nn.Module]) -> nn.Module:
