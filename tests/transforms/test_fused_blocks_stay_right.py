@@ -22,6 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.transforms.fusion import ByHand, Convolutional, calls_of, fused, fused_names, randomized
 from widekernel import ops
+from widekernel.errors import ArgumentError
+from widekernel.transforms import to_torch
 
 pytestmark = pytest.mark.usefixtures("always_faster", "packs")
 
@@ -292,6 +294,19 @@ def test_copies() -> None:
     calls_of(shallow, x)
     assert assert_right(shallow, x) == 1
     assert assert_right(block, x) == 1
+
+
+def test_copies_of_parametrized_blocks() -> None:
+    block, x = fused_block(), image()
+    parametrize_scale(block)
+    assert_right(copy.deepcopy(block), x)  # other parts may be fused, but not the scale
+    other = copy.deepcopy(block)
+    parametrize.remove_parametrizations(other, "scale")
+    calls_of(other, x)
+    assert type(other) is type(fused_block())
+    assert assert_right(other, x) == 1
+    with pytest.raises(ArgumentError, match="remove its parametrizations"):
+        to_torch(block)
 
 
 def test_weights_made_in_inference_mode() -> None:

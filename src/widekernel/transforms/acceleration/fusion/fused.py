@@ -135,6 +135,10 @@ class _State:
         self.block, self.plan = block, plan
         self.failure = ""
 
+    def __reduce__(self) -> Any:
+        """Copy and pickle nothing: classes made on top of that of the block may copy all attributes."""
+        return type(None), ()
+
     def is_ready(self, x: Tensor) -> bool:
         """Return whether a call with `x` can use the plan; a copy that is called for the first time makes it."""
         return next(self.reasons(x), None) is None
