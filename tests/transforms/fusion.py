@@ -52,6 +52,21 @@ class Convolutional(nn.Module):
         return self.after(self.second(self.act(self.between(self.first(self.before(x)))))) + x
 
 
+class InPlace(nn.Module):
+    """Operations in place, on values that nothing else uses."""
+
+    def __init__(self, dim: int = 12) -> None:
+        super().__init__()
+        self.first, self.act, self.second = nn.Conv2d(dim, 8, 1), nn.ReLU(inplace=True), nn.Conv2d(8, dim, 1)
+        self.scale = nn.Parameter(torch.randn(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.second(self.act(self.first(x)))
+        y *= self.scale[:, None, None]
+        y += x
+        return y
+
+
 class Normalized(nn.Module):
     """A norm over maps, one product, an activation as a function, and other operations around them."""
 

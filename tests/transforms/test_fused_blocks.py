@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.testing import assert_close
 
 from tests.transforms.acceleration import replace_measurement, state_of
-from tests.transforms.fusion import ByHand, Convolutional, Normalized, calls_of, fused, fused_names, randomized
+from tests.transforms.fusion import ByHand, Convolutional, InPlace, Normalized, calls_of, fused, fused_names, randomized
 from widekernel import accelerate, fold, ops
 from widekernel.ops.call_trace import FusedCall
 from widekernel.ops.pointwise_reference import ReferenceBlock
@@ -36,6 +36,7 @@ def images(channels_last: bool = False) -> Tensor:
     [
         (ByHand, FusedCall(SHAPE, "gelu", norm=True, pair=True, residual=True)),
         (Convolutional, FusedCall(SHAPE, "gelu_tanh", norm=True, pair=True, residual=True)),
+        (InPlace, FusedCall(SHAPE, "relu", norm=False, pair=True, residual=True)),
         (Normalized, FusedCall(SHAPE, "relu", norm=True, pair=False, residual=False)),
     ],
 )
@@ -182,6 +183,17 @@ def test_blocks_that_are_not_fused() -> None:
     # Without an example, there is nothing to compare and to measure.
     _, report = accelerate(randomized(ByHand()))
     assert report.blocks == ()
+
+
+def test_values_changed_in_place_that_others_use() -> None:
+    class Shared(InPlace):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            return super().forward(x) + self.second(y) + self.second(self.act(y))
+
+    block = randomized(Shared())
+    fused(block, images())
+    assert fused_names(block) == []
 
 
 def test_control_flow_on_values() -> None:

@@ -166,9 +166,12 @@ class Plan:
     def _all_values(self, x: Tensor) -> dict[fx.Node, Any]:
         """Compute the values of all nodes with the original steps."""
         values: dict[fx.Node, Any] = {self._x: x}
+        products = {region.product for region in self.regions}
         for node in self._found.graph.nodes:
             if node.op not in ("placeholder", "output"):
-                values[node] = _run_node(_Step(node, self._call(node)), values)
+                # A residual may be added in place.
+                copies = {other: values[other].clone() for other in products.intersection(node.all_input_nodes)}
+                values[node] = _run_node(_Step(node, self._call(node)), values | copies)
         return values
 
 

@@ -45,17 +45,13 @@ def block_weights(found: BlockGraph, region: Region) -> BlockWeights:
     first, bias = _matrix(found.modules[region.first])
     eps = None
     if region.norm:
-        norm: Any = found.modules[region.norm]
+        norm = found.modules[region.norm]
         if isinstance(norm, nn.modules.batchnorm._BatchNorm):
             scale, shift = affine_of(norm, first.shape[1])
         else:
-            eps, ones = epsilon_of(norm), torch.ones(first.shape[1], dtype=torch.float64)
-            scale, shift = (
-                ones if norm._parameters.get(key) is None else norm._parameters[key] for key in ("weight", "bias")
-            )
-            shift = torch.zeros_like(ones) if norm._parameters.get("bias") is None else shift
-        bias = bias + first @ shift.double()
-        first = first * scale.double()
+            eps = epsilon_of(norm)
+            scale, shift = _affine_part(norm, first.shape[1])
+        first, bias = first * scale, bias + first @ shift
     first, bias = _mapped(found, region.affine, first, bias)
     if not region.second:
         return BlockWeights(_float(first), _bias(bias), region.activation, None, None, eps)
@@ -143,6 +139,13 @@ def _spread(tensor: Tensor) -> Tensor:
     # An odd step, so that not all of them lie in a few columns of a matrix whose width is a power of two.
     step = count // _SAMPLES | 1 if count > _SAMPLES else 1
     return tensor.detach().as_strided(((count + step - 1) // step,), (step,), tensor.storage_offset())
+
+
+def _affine_part(norm: nn.Module, channels: int) -> tuple[Tensor, Tensor]:
+    """Return the weight and the bias of a layer norm, each (C,)."""
+    weight, bias = norm._parameters.get("weight"), norm._parameters.get("bias")
+    ones = torch.ones(channels, dtype=torch.float64)
+    return ones if weight is None else weight.double(), 0 * ones if bias is None else bias.double()
 
 
 def _matrix(layer: nn.Module) -> tuple[Tensor, Tensor]:
