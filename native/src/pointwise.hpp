@@ -13,7 +13,7 @@ namespace wk {
 namespace WK_NAMESPACE {
 
 // Hidden units that are computed together: they stay in the cache until the second product has used them.
-constexpr int64_t HIDDEN_CHUNK = ceil_div(384, PANEL) * PANEL;
+constexpr int64_t HIDDEN_CHUNK = ceil_div(256, PANEL) * PANEL;
 // Input channels whose products are summed in registers.
 constexpr int64_t DEPTH_BLOCK = 512;
 // Activations of one task should leave half of a second-level cache of 1 MiB to the weights.
@@ -60,6 +60,18 @@ struct Weights {
     static int64_t vectors(int64_t panel, int64_t channels) {
         return least(PANEL_VECTORS, vectors_for(channels) - panel * PANEL_VECTORS);
     }
+};
+
+// Fetches the panel that is needed next while tiles are multiplied with the present one, the same share with each tile. Otherwise
+// the first tile would wait for the memory and the others leave it idle.
+struct Fetcher {
+    const float *next;
+    int64_t each, share, tiles;
+
+    Fetcher(const float *panel, int64_t depth, int64_t all_tiles)
+        : next(panel), each(ceil_div(UNROLLED * PANEL, least(all_tiles, 8) * CACHE_LINE) * CACHE_LINE), share(depth / UNROLLED * each),
+          tiles(ceil_div(UNROLLED * PANEL, each)) {}
+    Fetch part(int64_t tile) const { return {next + share * tile, tile < tiles ? each : 0}; }
 };
 
 // One panel: columns `column` … of a matrix (outputs, inputs) are its rows; those beyond `columns` are zero.
@@ -264,16 +276,18 @@ class Pointwise {
     // Panels [begin, end) of a chunk; the chunk's first group is `group` of `to`.
     void hidden_units(const Stack &x, int64_t chunk, int64_t begin, int64_t end, const Stack &to, int64_t group) const {
         const int64_t units = weights_.chunks.in(chunk), blocks = weights_.blocks.count();
+        const float *next = packed_.outputs ? weights_.second(chunk, 0) : weights_.first(chunk + 1, 0, 0);
         const Vec *bias = reinterpret_cast<const Vec *>(packed_.first_bias) + weights_.chunks.begin(chunk) / LANES;
         for (int64_t block = 0; block < blocks; block++)
             for (int64_t panel = begin; panel < end; panel++) {
                 const int64_t vectors = weights_.vectors(panel, units), depth = lines_for(weights_.blocks.in(block));
                 const float *b = weights_.first(chunk, block, panel);
+                const Fetcher later(panel + 1 < end || block + 1 < blocks ? b + vectors * LANES * depth : next, depth, x.tiles());
                 for (int64_t t = 0; t < x.tiles(); t++) {
                     const int64_t rows = x.rows(t);
                     Vec *sums = to.tile(t) + (group + panel * PANEL_VECTORS) * rows;
                     const Vec *a = x.tile(t) + weights_.blocks.begin(block) / LANES * rows;
-                    tile_products(vectors)[rows - 1](reinterpret_cast<const float *>(a), b, depth, sums, block > 0);
+                    tile_products(vectors)[rows - 1](reinterpret_cast<const float *>(a), b, depth, sums, block > 0, later.part(t));
                     if (block < blocks - 1) continue;
                     for (int64_t v = 0; v < vectors; v++)
                         activate(packed_.activation, bias[panel * PANEL_VECTORS + v], sums + v * rows, rows);
@@ -284,14 +298,16 @@ class Pointwise {
     // Adds what a chunk, whose first group is `group` of `hidden`, contributes to panels [begin, end) of the outputs.
     void add_outputs(const Stack &hidden, int64_t group, int64_t chunk, int64_t begin, int64_t end, const Stack &y) const {
         const int64_t depth = lines_for(weights_.chunks.in(chunk));
+        const float *next = weights_.first(chunk + 1, 0, 0);
         for (int64_t panel = begin; panel < end; panel++) {
             const int64_t vectors = weights_.vectors(panel, packed_.outputs);
             const float *b = weights_.second(chunk, panel);
+            const Fetcher later(panel + 1 < end ? b + vectors * LANES * depth : next, depth, y.tiles());
             for (int64_t t = 0; t < y.tiles(); t++) {
                 const int64_t rows = y.rows(t);
                 const Vec *a = hidden.tile(t) + group * rows;
                 tile_products(vectors)[rows - 1](reinterpret_cast<const float *>(a), b, depth,
-                                                 y.tile(t) + panel * PANEL_VECTORS * rows, chunk > 0);
+                                                 y.tile(t) + panel * PANEL_VECTORS * rows, chunk > 0, later.part(t));
             }
         }
     }

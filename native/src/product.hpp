@@ -17,8 +17,8 @@ constexpr int64_t PANEL = PANEL_VECTORS * LANES;
 // Channels are added in groups of this number; missing ones are zero.
 constexpr int64_t UNROLLED = 4;
 WK_INLINE constexpr int64_t lines_for(int64_t channels) { return ceil_div(channels, UNROLLED) * UNROLLED; }
-// How far ahead a panel is fetched, in floats.
-constexpr int64_t FETCHED_AHEAD = 32 * PANEL, CACHE_LINE = 16;
+// In floats.
+constexpr int64_t CACHE_LINE = 16;
 
 // The value at an address in every lane. The compiler would fold it into each product that uses it, and loads would be the limit.
 WK_INLINE Vec spread(const float *at) {
@@ -42,6 +42,12 @@ WK_INLINE void add_product(Vec &sum, const Vec &a, const Vec &b) {
 #endif
 }
 
+// Memory to fetch into the second-level cache: `each` floats in every step of a product.
+struct Fetch {
+    const float *at;
+    int64_t each;
+};
+
 // One more channel: `a` is that channel of the first row, `b` the panel's columns.
 template <int ROWS, int VECTORS> WK_INLINE void add_channel(Vec (&sum)[ROWS][VECTORS], const float *a, const float *b) {
     Vec column[VECTORS];
@@ -57,14 +63,16 @@ template <int ROWS, int VECTORS> WK_INLINE void add_channel(Vec (&sum)[ROWS][VEC
 
 // c = or += rows × panel. `a` has `depth` channels of ROWS rows, `b` as many lines of VECTORS vectors; `depth` is a multiple of
 // UNROLLED. `c` has groups of ROWS rows.
-template <int ROWS, int VECTORS> void tile_product(const float *a, const float *b, int64_t depth, Vec *c, bool add) {
+template <int ROWS, int VECTORS>
+void tile_product(const float *a, const float *b, int64_t depth, Vec *c, bool add, Fetch later) {
     Vec sum[ROWS][VECTORS];
     unroll<ROWS>([&](auto m) { unroll<VECTORS>([&](auto v) { sum[m][v] = Vec{}; }); });
     // One nest of loops: between two, the compiler would move all sums to memory and back.
     for (; depth > 0; depth -= LANES, a += ROWS * LANES) {
         const float *channel = a, *end = a + least(LANES, depth);
         do {
-            for (int64_t i = 0; i < UNROLLED * VECTORS * LANES; i += CACHE_LINE) __builtin_prefetch(b + i + FETCHED_AHEAD);
+            for (int64_t i = 0; i < later.each; i += CACHE_LINE) __builtin_prefetch(later.at + i, 0, 2);
+            later.at += later.each;
             unroll<UNROLLED>([&](auto i) { add_channel(sum, channel + i, b + i * VECTORS * LANES); });
             channel += UNROLLED, b += UNROLLED * VECTORS * LANES;
         } while (channel < end);
@@ -77,7 +85,7 @@ template <int ROWS, int VECTORS> void tile_product(const float *a, const float *
     });
 }
 
-typedef void (*TileProduct)(const float *a, const float *b, int64_t depth, Vec *c, bool add);
+typedef void (*TileProduct)(const float *a, const float *b, int64_t depth, Vec *c, bool add, Fetch later);
 
 // The function for each number of rows (from 1) and vectors.
 struct TileProducts {

@@ -53,6 +53,28 @@ WK_INLINE void hold(Vec &value) {
 #endif
 }
 
+// The smaller of a and `bound`, which is not NaN, or `bound` if a is NaN; the compiler would compare and select.
+WK_INLINE Vec at_most(const Vec &a, const Vec &bound) {
+#if defined(__AVX__)
+    Vec smaller;
+    asm("vminps %2, %1, %0" : "=v"(smaller) : "v"(a), "v"(bound));
+    return smaller;
+#else
+    return a < bound ? a : bound;
+#endif
+}
+
+// max(a, 0), but NaN stays NaN.
+WK_INLINE Vec relu(const Vec &a) {
+#if defined(__AVX__)
+    Vec larger;
+    asm("vmaxps %2, %1, %0" : "=v"(larger) : "v"(Vec{}), "v"(a));
+    return larger;
+#else
+    return a < Vec{} ? Vec{} : a;
+#endif
+}
+
 // sum + factor · *at, directly from memory. Otherwise the compiler loads many operands in advance and spills accumulators.
 WK_INLINE Vec multiply_add(Vec sum, Vec factor, const Vec *at) {
 #if defined(__FMA__)

@@ -87,22 +87,27 @@ template <int D = LANES / 2> WK_INLINE float sum_of_lanes(const Vec &value) {
         return sum_of_lanes<D / 2>(halves);
 }
 
-// Layer norm over the channels of a pixel, in two passes.
+// Layer norm over the channels of a pixel. The second pass also measures how far the mean of the first one is off: beside a large
+// mean, its rounding would count. Lanes beyond the channels become finite numbers, unless a channel is not finite.
 inline void normalize(const Slot &slot, int64_t channels, float eps) {
     const int64_t groups = ceil_div(channels, LANES);
     const Bits last = lanes_below(static_cast<int>(channels - (groups - 1) * LANES));
-    Vec sum{}, squares{};
+    const float each = 1.0f / static_cast<float>(channels);
+    Vec sum{}, rest{}, squares{};
     for (int64_t g = 0; g < groups; g++) sum += slot.at[g * slot.step];
-    const Vec mean = all(sum_of_lanes(sum) / static_cast<float>(channels));
+    const Vec mean = all(sum_of_lanes(sum) * each);
     for (int64_t g = 0; g < groups; g++) {
         Vec &value = slot.at[g * slot.step];
         value -= mean;
         if (g == groups - 1) value = (Vec)((Bits)value & last);
-        squares += value * value;
+        rest += value, squares += value * value;
     }
-    const float variance = sum_of_lanes(squares) / static_cast<float>(channels);
-    const Vec factor = all(1.0f / __builtin_sqrtf(variance + eps));
-    for (int64_t g = 0; g < groups; g++) slot.at[g * slot.step] *= factor;
+    const float off = sum_of_lanes(rest) * each, variance = sum_of_lanes(squares) * each - off * off;
+    const Vec factor = all(1.0f / __builtin_sqrtf((variance > 0 ? variance : 0 * variance) + eps)), shift = all(off) * factor;
+    for (int64_t g = 0; g < groups; g++) {
+        Vec &value = slot.at[g * slot.step];
+        value = value * factor - shift;
+    }
 }
 
 // Copies `to.count` pixels from `first` on; `finish` is called with each slot when it is complete.
@@ -116,13 +121,15 @@ void pack_pixels(const Pixels &from, int64_t first, int64_t channels, const Stac
         for (int j = 0; j < count; j++) slots[j] = Slot(to, i + j);
         // Full vectors may read pixels that belong to somebody else, but none outside the tensor.
         const int readable = static_cast<int>(least(LANES, run));
-        for (int64_t g = 0; g < to.groups; g++) {
+        if (!from.columns_adjoin())
+            for (int j = 0; j < count; j++, pixel += from.column)
+                for (int64_t g = 0; g < to.groups; g++) {
+                    const int some = static_cast<int>(least(LANES, channels - g * LANES));
+                    slots[j].at[g * slots[j].step] = gather(pixel + g * LANES * from.channel, from.channel, some);
+                }
+        for (int64_t g = 0; g < to.groups && from.columns_adjoin(); g++) {
             const float *group = pixel + g * LANES * from.channel;
             const int some = static_cast<int>(least(LANES, channels - g * LANES));
-            if (!from.columns_adjoin()) {
-                for (int j = 0; j < count; j++) slots[j].at[g * slots[j].step] = gather(group + j * from.column, from.channel, some);
-                continue;
-            }
             Vec square[LANES];
             if (some == LANES && readable == LANES)
                 unroll<LANES>([&](auto c) { square[c] = Float32::load(group + c * from.channel); });

@@ -32,12 +32,12 @@ class _Call(NamedTuple):
 
 
 class PackedBlock:
-    """Two matrix products with an activation between them, computed together for every pixel:
+    """Two matrix products with an activation between them, computed together for every pixel.
 
         y = residual + second · activation(first · norm(x) + first_bias) + second_bias
 
-    or, without `second`, y = residual + activation(first · norm(x) + first_bias). Hidden units stay in the cache. The weights are
-    copied into the order in which they are used, for the instruction set that is in use at that time; later changes of the
+    or, without `second`, y = residual + activation(first · norm(x) + first_bias). Hidden units stay in the cache. The weights
+    are copied into the order in which they are used, for the instruction set that is in use at that time; later changes of the
     tensors have no effect.
 
     Args:
@@ -46,12 +46,12 @@ class PackedBlock:
         activation: `none`, `relu`, `gelu` or `gelu_tanh`.
         second: (outputs, hidden), or None.
         second_bias: (outputs), or None.
-        norm_eps: if given, each pixel is normalized over its channels (layer norm without factors), with this number added to
-            the variance.
+        norm_eps: if given, each pixel is normalized over its channels (layer norm without factors), with this number added
+            to the variance.
 
     Raises:
-        ArgumentError: for shapes that do not fit together, tensors that are not float32 on a CPU, an unknown activation, or if
-            the native library cannot run.
+        ArgumentError: for shapes that do not fit together, tensors that are not float32 on a CPU, an unknown activation, or
+            if the native library cannot run.
         NativeMemoryError: if there is no memory for the packed weights.
     """
 
