@@ -65,13 +65,13 @@ def test_blocks_by_hand(make: Callable[[], nn.Module], call: FusedCall, channels
     ("name", "per_block"),
     [
         ("convnext_atto", [1]),
-        ("convnext_nano_ols", [1]),
-        ("convnextv2_atto", [2]),
+        pytest.param("convnext_nano_ols", [1], marks=pytest.mark.slow),
+        pytest.param("convnextv2_atto", [2], marks=pytest.mark.slow),
         ("slak_nano", [1]),
         ("replknet_nano", [2, 1]),
-        ("shiftwise_nano", [3]),
+        pytest.param("shiftwise_nano", [3], marks=pytest.mark.slow),
         ("unireplknet_nano", [3]),
-        ("roadmap_nano", [1]),
+        pytest.param("roadmap_nano", [1], marks=pytest.mark.slow),
         ("vit_tiny_patch16_224", [2]),
     ],
 )

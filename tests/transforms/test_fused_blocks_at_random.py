@@ -129,7 +129,7 @@ def compositions(draw: st.DrawFn) -> Composition:
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(compositions(), st.integers(0, 2**32 - 1))
 def test_composed_blocks(made_of: Composition, seed: int) -> None:
     # Without a second layer, what follows the activation is no part of the call; two layers need an activation between them.

@@ -177,7 +177,7 @@ def test_changes(change: Callable[[Any], None]) -> None:
         assert bool(block.reasons_against(x)) == (CHANGES[change] == 0)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.lists(st.sampled_from(sorted(CHANGES, key=lambda change: change.__name__)), max_size=4, unique=True), st.randoms())
 def test_sequences_of_changes(changes: list[Callable[[Any], None]], random: Any) -> None:
     block = randomized(ByHand())
@@ -317,6 +317,7 @@ def test_weights_made_in_inference_mode() -> None:
     assert fused_names(block) == []
 
 
+@pytest.mark.slow
 def test_scripting_and_tracing() -> None:
     block, x = fused_block(), image()
     want = own_result(block, x)
@@ -329,6 +330,7 @@ def test_scripting_and_tracing() -> None:
     assert calls_of(block, x)[1] == 1
 
 
+@pytest.mark.slow
 def test_compiled_whole() -> None:
     torch._dynamo.reset()
     block, x = fused_block(), image()
