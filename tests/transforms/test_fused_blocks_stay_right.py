@@ -24,6 +24,7 @@ from tests.transforms.fusion import ByHand, Convolutional, calls_of, fused, fuse
 from widekernel import ops
 from widekernel.errors import ArgumentError
 from widekernel.transforms import to_torch
+from widekernel.transforms.acceleration.fusion import fused as module_of_fused
 
 pytestmark = pytest.mark.usefixtures("always_faster", "packs")
 
@@ -294,6 +295,25 @@ def test_copies() -> None:
     calls_of(shallow, x)
     assert assert_right(shallow, x) == 1
     assert assert_right(block, x) == 1
+
+
+def test_first_calls_of_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    block, x = fused_block(), image()
+    hooked, given, alone = (copy.deepcopy(block) for _ in range(3))
+    hook = hooked.mlp.fc2.register_forward_hook(lambda *_: None)
+    for _ in range(5):
+        assert calls_of(hooked, x)[1] == 0
+    hook.remove()
+    assert calls_of(hooked, x)[1] > 0
+    with torch.no_grad():
+        assert "float64" in given.double().reasons_against(x.double())[0]
+        given.float()
+        assert given.reasons_against(x) == []
+    monkeypatch.setattr(module_of_fused, "missing", lambda: "there is no native library")
+    assert calls_of(alone, x)[1] == 0
+    with torch.no_grad():
+        assert alone.reasons_against(x) == ["there is no native library"]
+    assert assert_right(alone, x) == 0
 
 
 def test_copies_of_parametrized_blocks() -> None:

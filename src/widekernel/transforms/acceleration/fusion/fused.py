@@ -13,10 +13,13 @@ from torch.nn.modules import module as torch_module
 from widekernel.errors import ArgumentError
 from widekernel.ops.eager import TENSOR_TYPES, is_unobserved_call
 from widekernel.transforms.acceleration.fusion.graph import NotTraceableError
-from widekernel.transforms.acceleration.fusion.guards import STATE
+from widekernel.transforms.acceleration.fusion.guards import STATE, is_hooked
 from widekernel.transforms.acceleration.fusion.packing import missing, pack
 from widekernel.transforms.acceleration.fusion.plan import NOTHING_TO_FUSE, Plan, UnsuitableInputError, difference
 from widekernel.transforms.acceleration.fusion.weights import UnsuitableWeightsError
+
+# How many calls of a copy try to plan it.
+_ATTEMPTS = 3
 
 
 class FusedBlock:
@@ -133,7 +136,7 @@ class _State:
 
     def __init__(self, block: nn.Module, plan: Plan | None = None) -> None:
         self.block, self.plan = block, plan
-        self.failure = ""
+        self._attempts, self._failure = 0, ""
 
     def __reduce__(self) -> Any:
         """Copy and pickle nothing: classes made on top of that of the block may copy all attributes."""
@@ -145,19 +148,27 @@ class _State:
 
     def reasons(self, x: Tensor) -> Iterator[str]:
         """Yield why a call with `x` cannot use the plan."""
-        yield from reasons_against_call(self.block, x)
-        if self.plan is None and not self.failure:
+        against = False
+        for reason in reasons_against_call(self.block, x):
+            against = True
+            yield reason
+        if self.plan is not None:
+            if not self.plan.guards.hold():
+                yield from self.plan.guards.violations()
+        elif against:
+            return
+        elif any(is_hooked(module) for module in self.block.modules()):
+            yield "a module of it has a hook, so that the block cannot be planned yet"
+        else:
             self._make_plan(x)
-        if self.plan is None:
-            yield self.failure
-        elif not self.plan.guards.hold():
-            yield from self.plan.guards.violations()
+            if self.plan is None:
+                yield self._failure
 
     def _make_plan(self, x: Tensor) -> None:
-        if self.block.training:
-            return
-        plan, self.failure = checked_plan(self.block, x)
-        self.plan = plan
+        # An input may be unsuitable for the comparison.
+        if self._attempts < _ATTEMPTS:
+            self._attempts += 1
+            self.plan, self._failure = (None, str(missing())) if missing() else checked_plan(self.block, x)
 
 
 def checked_plan(block: nn.Module, x: Tensor) -> tuple[Plan | None, str]:

@@ -61,7 +61,7 @@ class Guards:
     def violations(self) -> Iterator[str]:
         """Yield what has changed."""
         for name, module in [("the block", self._block), *((name, module) for name, module, _, _ in self._modules)]:
-            if any(getattr(module, key) for key in _HOOKS):
+            if is_hooked(module):
                 yield f"{name} has a hook"
             if _alteration(module):
                 yield f"{name} {_alteration(module)}"
@@ -76,6 +76,11 @@ class Guards:
                 yield f"{name or 'the block'} is in training mode"
             else:
                 yield f"{key} of {name or 'the block'} has changed since the block was fused"
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Return whether there is a hook on a module."""
+    return any(getattr(module, key) for key in _HOOKS)
 
 
 def _alteration(module: nn.Module) -> str:
