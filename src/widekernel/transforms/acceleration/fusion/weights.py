@@ -15,7 +15,7 @@ from widekernel.transforms.acceleration.fusion.probing import epsilon_of
 from widekernel.transforms.acceleration.fusion.regions import FIRST, Affine, Region
 
 # How many values of a tensor are compared to notice writes that PyTorch does not count.
-_SAMPLES = 64
+_SAMPLES = 32
 Source = tuple[dict[str, Any], str]
 """The dict that holds a parameter or buffer, and its key."""
 
