@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from widekernel.transforms.acceleration import timing
 from widekernel.transforms.acceleration.fusion import FusedBlock, fuse
 from widekernel.transforms.acceleration.fusion.fused import (
-    checked_plan,
+    compared,
     fused_class,
+    planned,
     reasons_against_call,
     reasons_against_fusing,
 )
@@ -73,10 +74,13 @@ def _try_block(
         reason = "it is in training mode: blocks are fused for inference only"
     if sample is None or reason:
         return None if not calls else BlockTrial(block, LayerAcceleration(name, kind, None, reason, calls))
-    plan, reason = checked_plan(block, sample)
-    if reason == NOTHING_TO_FUSE or (plan is not None and not taken.isdisjoint(plan.layers)):
-        return None
-    reason = reason or "; ".join([*reasons_against_fusing(block), *reasons_against_call(block, sample)])
+    with torch.random.fork_rng(devices=[]):
+        plan, reason = planned(block)
+        if reason == NOTHING_TO_FUSE or (plan is not None and not taken.isdisjoint(plan.layers)):
+            return None
+        reason = reason or "; ".join([*reasons_against_fusing(block), *reasons_against_call(block, sample)])
+        if plan is not None:
+            reason = reason or compared(plan, block, sample)
     if plan is None or reason:
         return BlockTrial(block, LayerAcceleration(name, kind, None, reason, calls))
     before = f"{kind}: {plan.describe()}"

@@ -177,16 +177,29 @@ def checked_plan(block: nn.Module, x: Tensor) -> tuple[Plan | None, str]:
     Returns:
         the plan and "", or None and why the block cannot be fused.
     """
-    # One block of random numbers for all: code that draws some must get others each time, so that the results differ.
+    # One block of random numbers for both: code that draws some must get others each time, so that the results differ.
+    with torch.random.fork_rng(devices=[]):
+        plan, reason = planned(block)
+        reason = reason if plan is None else compared(plan, block, x)
+    return (None, reason) if reason else (plan, "")
+
+
+def planned(block: nn.Module) -> tuple[Plan | None, str]:
+    """Plan a block without running it; return None and why it cannot be fused, or the plan and ""."""
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            plan = Plan(block, pack)
-            if not plan.regions:
-                return None, NOTHING_TO_FUSE
-            text = next(plan.why_not(), "") or plan.check(x) or difference(plan.run(x), nn.Module.__call__(block, x))
-    except (NotTraceableError, UnsuitableInputError, UnsuitableWeightsError) as error:
+        plan = Plan(block, pack)
+    except NotTraceableError as error:
         return None, str(error)
-    return (None, text) if text else (plan, "")
+    return (plan, "") if plan.regions else (None, NOTHING_TO_FUSE)
+
+
+@torch.no_grad()
+def compared(plan: Plan, block: nn.Module, x: Tensor) -> str:
+    """Compare the plan of a block with its code on an input; return what differs or prevents it, "" if all is well."""
+    try:
+        return next(plan.why_not(), "") or plan.check(x) or difference(plan.run(x), nn.Module.__call__(block, x))
+    except (UnsuitableInputError, UnsuitableWeightsError) as error:
+        return str(error)
 
 
 def _state_of(block: Any) -> _State:
