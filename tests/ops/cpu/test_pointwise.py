@@ -1,4 +1,4 @@
-"""Packed pairs of products against float64: sizes, layouts, options, instruction sets, threads, extreme values, refused calls."""
+"""Packed pairs of products against float64: sizes, layouts, options, instruction sets, threads and extreme values."""
 
 from __future__ import annotations
 
@@ -316,7 +316,7 @@ def test_what_is_refused() -> None:
     for eps in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ArgumentError, match="norm_eps is"):
             PackedBlock(weights, norm_eps=eps)
-    with pytest.raises(ArgumentError, match="first is torch.float64 on cpu"):
+    with pytest.raises(ArgumentError, match=r"first is torch\.float64 on cpu"):
         PackedBlock(weights.double())
     packed = PackedBlock(weights)
     packed(x)
@@ -326,7 +326,7 @@ def test_what_is_refused() -> None:
     with pytest.raises(ArgumentError, match=r"residual has the shape \(1, 4, 3, 3\), but the result has \(1, 6, 3, 3\)"):
         packed(x, x)
     for wrong in (x.double(), x.bfloat16(), x.to("meta"), x.to_sparse()):
-        with pytest.raises(ArgumentError, match="x is .*must be a strided torch.float32 tensor on a CPU"):
+        with pytest.raises(ArgumentError, match=r"x is .*must be a strided torch\.float32 tensor on a CPU"):
             packed(wrong)
     with pytest.raises(ArgumentError, match="x requires gradients"):
         packed(x.clone().requires_grad_())

@@ -36,9 +36,9 @@ class PackedBlock:
 
         y = residual + second · activation(first · norm(x) + first_bias) + second_bias
 
-    or, without `second`, y = residual + activation(first · norm(x) + first_bias). Hidden units stay in the cache. The weights
-    are copied into the order in which they are used, for the instruction set that is in use at that time; later changes of the
-    tensors have no effect.
+    or, without `second`, y = residual + activation(first · norm(x) + first_bias). Hidden units stay in the cache. The
+    weights are copied into the order in which they are used, for the instruction set that is in use at that time; later
+    changes of the tensors have no effect.
 
     Args:
         first: (hidden, channels), float32.
