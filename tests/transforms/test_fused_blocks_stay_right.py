@@ -136,6 +136,12 @@ def remove_bias(block: Any) -> None:
     block.mlp.fc1.bias = None
 
 
+def other_hidden_width(block: Any) -> None:
+    block.mlp.fc1.weight, block.mlp.fc1.bias = nn.Parameter(torch.randn(9, 12)), nn.Parameter(torch.randn(9))
+    block.mlp.fc2.weight = nn.Parameter(torch.randn(12, 9))
+    block.mlp.fc1.out_features = block.mlp.fc2.in_features = 9
+
+
 def change_layout(block: Any) -> None:
     block.to(memory_format=torch.channels_last)
 
@@ -154,6 +160,7 @@ CHANGES: dict[Callable[[Any], None], int] = {
     load: 1,
     assign: 1,
     change_layout: 1,
+    other_hidden_width: 1,
     change_type: 1,
     replace_layer: 0,
     replace_activation: 0,

@@ -82,7 +82,8 @@ def unfuse(block: Any) -> None:
         raise ArgumentError(
             f"a fused block has become a {type(block).__name__}, whose computation is unknown: remove its parametrizations"
         )
-    block.__class__ = block.unfused
+    kind: Any = block.unfused
+    block.__class__ = kind
     vars(block).pop(STATE, None)
 
 

@@ -14,6 +14,9 @@ from widekernel.transforms.acceleration.fusion.graph import BlockGraph
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Attributes that every module has and that do not influence its forward, or that are compared in another way.
 _BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"}
+# Attributes of PyTorch's layers that repeat the shape of the weight, or have no effect on 1x1 convolutions.
+_SIZES = {"in_features", "out_features", "in_channels", "out_channels", "kernel_size", "dilation", "transposed"}
+_SIZES |= {"output_padding", "padding_mode", "_reversed_padding_repeated_twice", "elementwise_affine"}
 STATE = "_fused_state"
 """Name of the attribute of a fused block that holds its plan; it is not part of copies."""
 _COMPARABLE = (bool, int, float, str, tuple)
@@ -40,7 +43,8 @@ class Guards:
             if name in found.through:
                 self._watch_parts(name, module)
             if name in found.through or name in inside:
-                own = [(key, value) for key, value in vars(module).items() if key not in _BOOKKEEPING and key != STATE]
+                ignored = _BOOKKEEPING if name in found.through else _BOOKKEEPING | _SIZES
+                own = [(key, value) for key, value in vars(module).items() if key not in ignored and key != STATE]
                 self._values += [(name, vars(module), key, value) for key, value in own]
 
     def _watch_parts(self, name: str, module: nn.Module) -> None:

@@ -40,9 +40,12 @@ def block_weights(found: BlockGraph, region: Region) -> BlockWeights:
     """Compute the weights of a region from the current parameters and buffers, in float64, and round them to float32.
 
     Raises:
-        UnsuitableWeightsError: if an affine map is not one value per channel.
+        UnsuitableWeightsError: if an affine map is not one value per channel, or weights have other shapes than before.
     """
     first, bias = _matrix(found.modules[region.first])
+    last = first if not region.second else _matrix(found.modules[region.second])[0]
+    if (first.shape[1], last.shape[0]) != (region.dim_in, region.dim_out):
+        raise UnsuitableWeightsError("the shape of a weight has changed since the block was fused")
     eps = None
     if region.norm:
         norm = found.modules[region.norm]
