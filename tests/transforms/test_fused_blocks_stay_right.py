@@ -198,6 +198,16 @@ def test_sequences_of_changes(changes: list[Callable[[Any], None]], random: Any)
         assert_right(block, image(random.randint(1, 3)))
 
 
+def test_parts_that_are_appended() -> None:
+    block = nn.Sequential(nn.Conv2d(12, 12, 1), nn.ReLU(), nn.Conv2d(12, 12, 1)).eval()
+    fused(block, image())
+    assert fused_names(block) == [""]
+    block.append(nn.Sigmoid())
+    assert assert_right(block, image()) == 0
+    with torch.no_grad():
+        assert "other parts" in block.reasons_against(image())[0]  # type: ignore[operator]
+
+
 def test_training_and_back() -> None:
     block, x = fused_block(), image()
     assert calls_of(block.train(), x)[1] == 0

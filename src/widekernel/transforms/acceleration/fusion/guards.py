@@ -39,6 +39,7 @@ class Guards:
         self._modules = [(name, part, _kind(part), _size(part)) for name, part in watched.items() if name]
         self._hooks = [getattr(module, key) for module in watched.values() for key in _HOOKS]
         self._values: list[tuple[str, dict[str, Any], str, Any]] = []
+        self._lengths: list[tuple[str, dict[str, Any], int]] = []
         for name, module in watched.items():
             if name in found.through:
                 self._watch_parts(name, module)
@@ -49,7 +50,9 @@ class Guards:
 
     def _watch_parts(self, name: str, module: nn.Module) -> None:
         self._values += [(name, module._modules, key, part) for key, part in module._modules.items()]
-        for held in (module._parameters, module._buffers):
+        parts: tuple[dict[str, Any], ...] = (module._modules, module._parameters, module._buffers)
+        self._lengths += [(name, held, len(held)) for held in parts]
+        for held in parts[1:]:
             # A parameter that appears later may change the graph; the values of the others are no part of it.
             self._values += [(name, held, key, None) for key, value in held.items() if value is None]
 
@@ -58,6 +61,8 @@ class Guards:
         suspicious = any(self._hooks) or bool(_alteration(self._block))
         for _, held, key, value in self._values:
             suspicious |= held.get(key, _NOTHING) is not value
+        for _, held, length in self._lengths:
+            suspicious |= len(held) != length
         for _, module, kind, size in self._modules:
             suspicious |= _size(module) != size or (type(module) is not kind and _kind(module) is not kind)
         return not suspicious or next(self.violations(), None) is None
@@ -72,6 +77,9 @@ class Guards:
         for name, module, kind, _ in self._modules:
             if _kind(module) is not kind:
                 yield f"the class of {name} has changed since the block was fused"
+        for name, held, length in self._lengths:
+            if len(held) != length:
+                yield f"{name or 'the block'} has other parts than when the block was fused"
         for name, held, key, value in self._values:
             now = held.get(key, _NOTHING)
             if now is value or (type(now) is type(value) and isinstance(now, _COMPARABLE) and now == value):
