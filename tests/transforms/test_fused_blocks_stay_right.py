@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 from hypothesis import given, settings
+from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize, prune
@@ -206,6 +207,13 @@ def test_parts_that_are_appended() -> None:
     assert assert_right(block, image()) == 0
     with torch.no_grad():
         assert "other parts" in block.reasons_against(image())[0]  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("kind", [ByHand, Mlp, nn.GELU])
+def test_classes_that_are_patched(kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    block, own = fused_block(), kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x: 2 * own(self, x))
+    assert assert_right(block, image()) == 0
 
 
 def test_training_and_back() -> None:

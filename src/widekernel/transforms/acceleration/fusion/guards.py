@@ -38,15 +38,17 @@ class Guards:
         self._block = found.modules[""]
         self._modules = [(name, part, _kind(part), _size(part)) for name, part in watched.items() if name]
         self._hooks = [getattr(module, key) for module in watched.values() for key in _HOOKS]
+        self._forwards = [
+            (name, watched[name], _forward(watched[name])) for name in watched if name in found.through | inside
+        ]
         self._values: list[tuple[str, dict[str, Any], str, Any]] = []
         self._lengths: list[tuple[str, dict[str, Any], int]] = []
-        for name, module in watched.items():
+        for name, module in computed:
             if name in found.through:
                 self._watch_parts(name, module)
-            if name in found.through or name in inside:
-                ignored = _BOOKKEEPING if name in found.through else _BOOKKEEPING | _SIZES
-                own = [(key, value) for key, value in vars(module).items() if key not in ignored and key != STATE]
-                self._values += [(name, vars(module), key, value) for key, value in own]
+            ignored = _BOOKKEEPING if name in found.through else _BOOKKEEPING | _SIZES
+            own = [(key, value) for key, value in vars(module).items() if key not in ignored and key != STATE]
+            self._values += [(name, vars(module), key, value) for key, value in own]
 
     def _watch_parts(self, name: str, module: nn.Module) -> None:
         self._values += [(name, module._modules, key, part) for key, part in module._modules.items()]
@@ -61,6 +63,8 @@ class Guards:
         suspicious = any(self._hooks) or bool(_alteration(self._block))
         for _, held, key, value in self._values:
             suspicious |= held.get(key, _NOTHING) is not value
+        for _, module, forward in self._forwards:
+            suspicious |= _forward(module) is not forward
         for _, held, length in self._lengths:
             suspicious |= len(held) != length
         for _, module, kind, size in self._modules:
@@ -77,6 +81,10 @@ class Guards:
         for name, module, kind, _ in self._modules:
             if _kind(module) is not kind:
                 yield f"the class of {name} has changed since the block was fused"
+        for name, module, forward in self._forwards:
+            # Acceleration may swap the classes of pointwise layers.
+            if _forward(module) is not forward and not is_plain(module):
+                yield f"the class of {name or 'the block'} has another forward than when the block was fused"
         for name, held, length in self._lengths:
             if len(held) != length:
                 yield f"{name or 'the block'} has other parts than when the block was fused"
@@ -101,6 +109,10 @@ def _alteration(module: nn.Module) -> str:
         return "is compiled"
     name = replaced_method(module)
     return f"has another {name} than its class" if name else ""
+
+
+def _forward(module: nn.Module) -> Any:
+    return type(module).forward
 
 
 def _kind(module: nn.Module) -> type[nn.Module]:
