@@ -38,9 +38,8 @@ class Guards:
         self._block = found.modules[""]
         self._modules = [(name, part, _kind(part), _size(part)) for name, part in watched.items() if name]
         self._hooks = [getattr(module, key) for module in watched.values() for key in _HOOKS]
-        self._forwards = [
-            (name, watched[name], _forward(watched[name])) for name in watched if name in found.through | inside
-        ]
+        computed = [(name, module) for name, module in watched.items() if name in found.through or name in inside]
+        self._forwards = [(name, module, _forward(module)) for name, module in computed]
         self._values: list[tuple[str, dict[str, Any], str, Any]] = []
         self._lengths: list[tuple[str, dict[str, Any], int]] = []
         for name, module in computed:
