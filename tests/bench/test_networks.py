@@ -11,9 +11,11 @@ from torch import nn
 
 import widekernel
 from widekernel import ops
-from widekernel.bench import BenchmarkError, NetworkPlan, Platform, TimeBudget, measure_networks, variants
+from widekernel.bench import BenchmarkError, NetworkPlan, Platform, TimeBudget, measure_networks, rivals, variants
 from widekernel.bench.depthwise_share import depthwise_share
 from widekernel.bench.rows import NetworkRow
+from widekernel.ops.cpu import library as native
+from widekernel.transforms import AccelerationReport
 
 
 def measured(name: str, model: nn.Module, cpu: Platform, *, batch: int = 2, size: int, **settings) -> list[NetworkRow]:
@@ -27,13 +29,14 @@ def test_rows_of_our_network(cpu: Platform) -> None:
     rows = measured("slak_nano", model, cpu, size=64)
     train = ["PyTorch", "ours", "ours, accelerated"]
     infer = ["PyTorch", "ours", "PyTorch, folded", "ours, folded", "ours, accelerated"]
+    infer += ["ours, fused"] if native.load().reason is None else []
     wanted = [(m, r, layout) for m, rs in (("train", train), ("infer", infer)) for layout in ("NCHW", "NHWC") for r in rs]
     assert [(row.mode, row.variant, row.layout) for row in rows] == wanted
     for row in rows:
         (base,) = [r.ms for r in rows if (r.mode, r.variant, r.layout) == (row.mode, "PyTorch", "NHWC")]
         assert row.calls == 1 and row.times_nhwc == pytest.approx(base / row.ms)
         assert row.images_per_second == pytest.approx(2000 / row.ms)
-        assert 0 < row.depthwise_share < 1
+        assert row.depthwise_share is None if row.variant == "ours, fused" else 0 < row.depthwise_share < 1
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
@@ -45,10 +48,28 @@ def test_a_timm_network_is_compared_with_its_accelerated_form(cpu: Platform) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rival", rivals.RIVALS)
+def test_rivals(rival: str, cpu: Platform) -> None:
+    if rivals.missing(rival):
+        pytest.skip(f"{rival} is not installed")
+    rows = measured("slak_nano", timm.create_model("slak_nano"), cpu, size=64, modes=["infer"], rivals=[rival])
+    (row,) = [row for row in rows if row.variant == rival]
+    assert row.layout == "NCHW" and row.ms > 0 and row.depthwise_share is None
+
+
+def test_wrong_results_of_rivals_are_noticed(cpu: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(variants, "network_in", lambda rival, network, images: lambda x: 1.01 * network(x))
+    with pytest.raises(BenchmarkError, match="OpenVINO NCHW and PyTorch NHWC differ"):
+        measured("slak_nano", timm.create_model("slak_nano"), cpu, size=64, modes=["infer"], rivals=["OpenVINO"])
+
+
+@pytest.mark.slow
 def test_compiled_variants(cpu: Platform) -> None:
     rows = measured("convnext", _convnext(), cpu, size=32, modes=["infer"], compiled=True)
     assert [(row.variant, row.compiled) for row in rows[:2]] == [("PyTorch", False), ("PyTorch", True)]
-    assert len(rows) == 8 and all((row.depthwise_share is None) == row.compiled for row in rows)
+    assert len(rows) == (10 if native.load().reason is None else 8) and all(
+        (row.depthwise_share is None) == row.compiled for row in rows
+    )
 
 
 @pytest.mark.parametrize(
@@ -74,8 +95,8 @@ class Louder(nn.Module):
 
 @pytest.mark.parametrize("mode", ["infer", "train"])
 def test_a_wrong_transformation_is_found(mode: str, monkeypatch: pytest.MonkeyPatch, cpu: Platform) -> None:
-    def corrupted(network: nn.Module, example: torch.Tensor) -> tuple[nn.Module, None]:
-        return nn.Sequential(network, Louder()), None
+    def corrupted(network: nn.Module, example: torch.Tensor, blocks: bool = True) -> tuple[nn.Module, AccelerationReport]:
+        return nn.Sequential(network, Louder()), AccelerationReport((), False, 1)
 
     monkeypatch.setattr(variants, "accelerate", corrupted)
     what = "output" if mode == "infer" else "gradients"

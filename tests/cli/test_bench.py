@@ -10,8 +10,9 @@ import torch
 from tests.bench.conftest import device_gpu, hasty, on_cpu, spoil  # noqa: F401 - fixtures
 
 from widekernel import ops
-from widekernel.bench import devices, gpu
+from widekernel.bench import devices, gpu, rivals
 from widekernel.cli.main import main
+from widekernel.ops.cpu import library as native
 
 pytestmark = pytest.mark.usefixtures("hasty")
 
@@ -60,8 +61,19 @@ def test_networks(tmp_path: Path, capsys) -> None:
     assert code == 0 and "ours, folded" in out and "train" not in out
     with (tmp_path / "m.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 10 and {(row["batch"], row["size"], row["model"]) for row in rows} == {("2", "32", "replknet_nano")}
+    fused = 2 if native.load().reason is None else 0
+    assert len(rows) == 10 + fused
+    assert {(row["batch"], row["size"], row["model"]) for row in rows} == {("2", "32", "replknet_nano")}
     assert "`widekernel bench models replknet_nano --batch 2 --size 32" in (tmp_path / "m.md").read_text()
+
+
+def test_rivals_that_are_not_installed(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rivals, "missing", lambda rival: ["a package"])
+    options = ["--batch", "2", "--size", "32", "--modes", "infer", "--rounds", "1", "--rivals", "all"]
+    code, out, err = bench(capsys, "models", "replknet_nano", *options)
+    assert code == 0 and "OpenVINO is left out: not installed (a package)" in out + err
+    code, _, err = bench(capsys, "models", "replknet_nano", "--rivals", "openvin")
+    assert code == 2 and "openvino" in err
 
 
 def test_nothing_is_timed_if_the_operator_is_wrong(tmp_path: Path, capsys, spoil) -> None:  # noqa: F811

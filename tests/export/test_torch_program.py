@@ -15,10 +15,12 @@ import torch
 from torch import nn
 
 from tests.models.zoo import alive, assert_near, images, on_meta
+from widekernel import accelerate
 from widekernel.errors import ConfigError, WidekernelError
 from widekernel.export import ExportError, ExportSettings, export, format_named
 from widekernel.export.images import noise_images
 from widekernel.export.torch_program import TorchProgramFormat
+from widekernel.ops.cpu import library as native
 from widekernel.tasks.named_network import load_named
 from widekernel.tasks.saved import SavedModel
 
@@ -170,3 +172,16 @@ def test_missing_packages_are_named(name: str, packages: str) -> None:
 def test_programs_are_not_quantized() -> None:
     with pytest.raises(ConfigError, match=r"--int8 does not exist .*onnx or openvino"):
         format_named(PROGRAM).require_packages(int8=True)
+
+
+@pytest.mark.slow
+def test_a_network_with_fused_blocks(saved: SavedModel, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = alive("slak_nano").eval(), images(64, 1)
+    with torch.no_grad():
+        _, report = accelerate(model, x)
+    assert report.fused or native.load().reason is not None
+    export(model, tmp_path / "network.pt2", ExportSettings(PROGRAM), saved, noise_images(3, 3, 64))
+    program = torch.export.load(tmp_path / "network.pt2").module()
+    with torch.no_grad():
+        assert_near(program(x), model(x))

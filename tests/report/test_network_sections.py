@@ -88,7 +88,8 @@ def test_speed(subject: Subject) -> None:
     found = speed(subject, QUICK, silent)
     assert isinstance(found, Speed)
     forms = {row.form for row in found.rows}
-    assert forms == {
+    # Blocks can be fused only in native code.
+    assert forms - {"folded, accelerated and fused"} == {
         "PyTorch convolutions", "folded, PyTorch convolutions", "training form", "folded", "folded and accelerated"
     }  # fmt: skip
     assert all(row.milliseconds >= row.fastest > 0 and row.difference < 1e-4 for row in found.rows)

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from tests.transforms.acceleration import replace_measurement
+from widekernel.ops.pointwise_reference import ReferenceBlock
 from widekernel.transforms.acceleration import timing
+from widekernel.transforms.acceleration.fusion import fused, packing
 
 
 @pytest.fixture(autouse=True)
@@ -21,3 +23,11 @@ def _no_memory() -> Iterator[None]:
 @pytest.fixture
 def always_faster(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return replace_measurement(monkeypatch)
+
+
+@pytest.fixture
+def packs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the native library, blocks are computed by their definition."""
+    if packing.missing() is not None:
+        monkeypatch.setattr(fused, "missing", lambda: None)
+        monkeypatch.setattr(fused, "pack", lambda weights: ReferenceBlock(*weights))

@@ -56,6 +56,7 @@ class NetworkPlan:
         size: height and width of the images; None for the network's own.
         seconds: time to spend on each variant.
         rounds: number of timed calls of each variant, instead of `seconds`.
+        rivals: other inference engines to time as well, of `rivals.RIVALS`; inference on a CPU only.
     """
 
     networks: Mapping[str, Callable[[], tuple[nn.Module, int]]]
@@ -66,6 +67,7 @@ class NetworkPlan:
     size: int | None = None
     seconds: float = 1.0
     rounds: int | None = None
+    rivals: Sequence[str] = ()
 
 
 def measure_networks(
@@ -212,7 +214,8 @@ class _Trial:
         # PyTorch's settings are restored before the consumer gets a row.
         with in_force(self.precision):
             images, target = example_batch(self.name, model, batch, size)
-            variants = build_variants(model, self.mode, images, self.plan.compiled, self._conditions)
+            plan = self.plan
+            variants = build_variants(model, self.mode, images, plan.compiled, self._conditions, plan.rivals)
         self._check(variants, target)
         with in_force(self.precision):
             self._time(variants, target)
@@ -258,7 +261,7 @@ class _Trial:
         patience = self.platform.network_patience
         self.timings = interleave(right, first, self.plan.seconds, self.plan.rounds, patience, stopwatch)
         for variant in variants:
-            if variant.name in right and not variant.compiled:
+            if variant.name in right and variant.is_observed:
                 self.shares[variant.name] = depthwise_share(calls[variant.name], self.platform.device)
 
     def _check_compiled(self, variants: Sequence[Variant]) -> None:

@@ -34,7 +34,8 @@ NETWORK_NOTES: tuple[str, ...] = (
     "train: forward, cross-entropy, backward and a step of SGD. infer: forward in evaluation and inference mode.",
     "PyTorch: the same network in which PyTorch's convolutions compute every branch of a large kernel and every other "
     "depthwise layer, gradients included. folded: after `widekernel.fold`. accelerated: folded (for inference), then "
-    "`widekernel.accelerate`.",
+    "`widekernel.accelerate`, layers only. fused: its blocks as well (inference on a CPU only). "
+    "onnxruntime, OpenVINO: the folded network on PyTorch's convolutions, converted to that engine.",
     "× PyTorch NHWC, NCHW: speed-up over that network, neither folded nor compiled, in either layout.",
     "depthwise: share of the time in depthwise convolutions.",
     "Before anything is timed, every large-kernel layer is compared with the same layer on PyTorch's convolutions, and "

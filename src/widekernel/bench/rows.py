@@ -175,7 +175,8 @@ class NetworkRow:
         times_nhwc: speed-up over the network on PyTorch's convolutions with channels_last.
         times_default: speed-up over the network on PyTorch's convolutions in PyTorch's default layout.
         images_per_second: at the median.
-        depthwise_share: share of the time in depthwise convolutions; None if compiled, where it cannot be measured.
+        depthwise_share: share of the time in depthwise convolutions; None where it cannot be measured: in compiled and fused
+            networks, and in other engines.
     """
 
     model: str

@@ -1,16 +1,17 @@
-"""The variants of a network that are compared: on PyTorch's convolutions, on ours, folded, accelerated, compiled."""
+"""The variants of a network that are compared: on PyTorch's convolutions, on ours, folded, accelerated, fused, compiled."""
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from widekernel.bench.rivals import RIVALS, network_in
 from widekernel.ops.problem import LAYOUTS
 from widekernel.transforms.acceleration import accelerate
 from widekernel.transforms.fold import Foldable, fold
@@ -18,7 +19,7 @@ from widekernel.transforms.to_torch import operator_layers, to_torch
 
 TRAIN, INFER = MODES = ("train", "infer")
 PYTORCH, PYTORCH_FOLDED = "PyTorch", "PyTorch, folded"
-OURS, FOLDED, ACCELERATED = "ours", "ours, folded", "ours, accelerated"
+OURS, FOLDED, ACCELERATED, FUSED = "ours", "ours, folded", "ours, accelerated", "ours, fused"
 
 # Initial layer scales are so small that an error within a block would hardly change the output, so they are increased.
 _SMALL_SCALE, _VISIBLE_SCALE = 0.01, 0.5
@@ -45,6 +46,11 @@ class Variant:
     images: Tensor
 
     @property
+    def is_observed(self) -> bool:
+        """Whether a mode sees the operators of the variant, without changing what runs."""
+        return not self.compiled and self.kind not in (FUSED, *RIVALS)
+
+    @property
     def name(self) -> str:
         """Name, unique among the variants of a network."""
         return f"{self.kind} {self.layout}{' compiled' if self.compiled else ''}"
@@ -65,7 +71,12 @@ Conditions = Callable[[], AbstractContextManager[object]]
 
 
 def build_variants(
-    model: nn.Module, mode: str, images: Tensor, compiled: bool, conditions: Conditions = nullcontext
+    model: nn.Module,
+    mode: str,
+    images: Tensor,
+    compiled: bool,
+    conditions: Conditions = nullcontext,
+    rivals: Sequence[str] = (),
 ) -> list[Variant]:
     """Build the variants to compare, without duplicates.
 
@@ -75,6 +86,7 @@ def build_variants(
         images: (N, C, H, W), on the device of the model.
         compiled: whether to add a compiled copy of each variant.
         conditions: creates the context in which the variants will run, and in which `accelerate` therefore measures.
+        rivals: inference engines to add, of `RIVALS`; for inference only.
     """
     variants = []
     for layout, memory_format in LAYOUTS.items():
@@ -82,9 +94,14 @@ def build_variants(
         for kind, network in _networks(model, mode, x, conditions).items():
             network = network.to(memory_format=memory_format)  # type: ignore[call-overload]
             variants.append(Variant(kind, layout, False, network, network, x))
-            if compiled:
+            # The compiler sees the code of fused blocks, so that compiled they would be there twice.
+            if compiled and kind != FUSED:
                 twin = copy.deepcopy(network)
                 variants.append(Variant(kind, layout, True, twin, _compiled(twin, len(variants)), x))
+    if rivals and mode == INFER:
+        layout, x = "NCHW", images.contiguous()
+        plain = to_torch(_folded(copy.deepcopy(model).eval())).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        variants += [Variant(name, layout, False, plain, network_in(name, plain, x), x) for name in rivals]
     return variants
 
 
@@ -96,17 +113,26 @@ def _networks(model: nn.Module, mode: str, x: Tensor, conditions: Conditions) ->
         networks[OURS] = base
     fast = copy.deepcopy(base)
     if mode == INFER and any(isinstance(module, Foldable) and module.foldable() for module in base.modules()):
-        with warnings.catch_warnings():
-            # The warnings are about layers that cannot be folded, which is part of the result here.
-            warnings.simplefilter("ignore")
-            fast = fold(base)
+        fast = _folded(base)
         if is_ours:
             networks[PYTORCH_FOLDED] = to_torch(fast)
         networks[FOLDED] = copy.deepcopy(fast)
     layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
     with torch.set_grad_enabled(mode == TRAIN), conditions():
-        networks[ACCELERATED], _ = accelerate(fast.to(memory_format=layout), x)  # type: ignore[call-overload]
+        networks[ACCELERATED], _ = accelerate(fast.to(memory_format=layout), x, blocks=False)  # type: ignore[call-overload]
+        if mode == INFER:
+            fused, report = accelerate(copy.deepcopy(networks[ACCELERATED]), x)
+            # A network without blocks that can be fused would be there twice.
+            if any(row.gain is not None for row in report.blocks):
+                networks[FUSED] = fused
     return networks
+
+
+def _folded(network: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        # The warnings are about layers that cannot be folded, which is part of the result here.
+        warnings.simplefilter("ignore")
+        return fold(network)
 
 
 def _compiled(network: nn.Module, number: int) -> Callable[[Tensor], Tensor]:

@@ -29,8 +29,9 @@ _OPS = (
     "they are installed. On a CUDA device, several precisions are timed in a time budget. All results are checked first."
 )
 _MODELS = (
-    "Time networks in training and inference: ours unchanged, folded and accelerated, compared with the same networks on "
-    "PyTorch's convolutions. Takes the names of widekernel's and timm's models; on a CUDA device, there are default ones."
+    "Time networks in training and inference: ours unchanged, folded, accelerated and fused, compared with the same "
+    "networks on PyTorch's convolutions. Takes the names of widekernel's and timm's models; on a CUDA device, there are "
+    "default ones."
 )
 _BRANCHES = (
     "Time layers with several branches, such as UniRepLKNet's with dilated kernels: forward pass, input gradient and weight "
@@ -143,11 +144,14 @@ def _bench_models(arguments: list[str]) -> int:
     check_names(names)
     given = {name: values[name] for name in ("size", "seconds", "rounds")}
     networks = {name: partial(build_network, name) for name in names}
-    plan = NetworkPlan(networks, batches, precisions, modes, bool(values["compile"]), **given)
+    rivals, remarks = _rivals(values["rivals"], accelerator)
+    for remark in remarks:
+        progress_console().print(remark, soft_wrap=True)
+    plan = NetworkPlan(networks, batches, precisions, modes, bool(values["compile"]), **given, rivals=rivals)
     run = _Run(values, files, accelerator, len(names))
     rows = run.measure(partial(measure_networks, plan), check_operator)
     columns = tables.network_columns(rows, accelerator is not None)
-    run.show(_Page(title, columns, about, command_line("models", arguments)), rows)
+    run.show(_Page(title, columns, (*remarks, *about), command_line("models", arguments)), rows)
     run.budget.finish()
     return 0
 
@@ -220,6 +224,8 @@ def _models_parser() -> jsonargparse.ArgumentParser:
     parser.add_argument("--size", type=int | None, default=None, help="pixels; default: the model's own")
     parser.add_argument("--modes", type=str, default="train,infer", help="which of train,infer to time")
     parser.add_argument("--compile", action="store_true", help="also time every variant compiled by torch.compile")
+    rivals = "also time inference in other engines: all (those that are installed), or names such as onnxruntime,openvino"
+    parser.add_argument("--rivals", type=str | None, default=None, help=rivals)
     _add_common(parser, "models")
     return parser
 
@@ -276,6 +282,20 @@ def _check_common(values: dict[str, Any], kind: str) -> tuple[dict[str, Path], A
         values["seconds"] = (_CPU_SECONDS if values["device"] == "cpu" else _CUDA_SECONDS)[kind]
     values["minutes"] = values["minutes"] or _MINUTES
     return files_of(values), devices.accelerator(values["device"])
+
+
+def _rivals(text: str | None, accelerator: Accelerator | None) -> tuple[list[str], list[str]]:
+    """Return the engines to time, and a remark on each one that is wanted but not installed."""
+    from widekernel.bench.rivals import RIVALS, missing
+
+    if text is None:
+        return [], []
+    require(accelerator is None, "rivals", text, "left out with --device cuda: engines are timed on the CPU")
+    known = {rival.lower(): rival for rival in RIVALS}
+    wanted = list(known.values()) if text == "all" else [known[name] for name in parse_names("rivals", text, tuple(known))]
+    lacking = {rival: missing(rival) for rival in wanted}
+    remarks = [f"{rival} is left out: not installed ({', '.join(what)})" for rival, what in lacking.items() if what]
+    return [rival for rival in wanted if not lacking[rival]], remarks
 
 
 def _numbers(option: str, text: str | None) -> list[int]:

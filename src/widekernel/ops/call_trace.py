@@ -10,11 +10,36 @@ from dataclasses import dataclass, field
 from widekernel.ops.problem import Problem
 
 
+@dataclass(frozen=True)
+class FusedCall:
+    """A native call that computed a part of a fused block.
+
+    Attributes:
+        shape: shape of its input.
+        activation: name of the activation, "none" for none.
+        norm: whether it normalized its input.
+        pair: whether it computed two pointwise layers instead of one.
+        residual: whether it added a residual.
+    """
+
+    shape: tuple[int, ...]
+    activation: str
+    norm: bool
+    pair: bool
+    residual: bool
+
+
 @dataclass
 class Trace:
-    """The calls that ran inside a `trace()` block, in order."""
+    """The calls that ran inside a `trace()` block, in order.
+
+    Attributes:
+        calls: the operator calls, each with the name of its backend.
+        fused: the native calls of fused blocks.
+    """
 
     calls: list[tuple[str, Problem]] = field(default_factory=list)
+    fused: list[FusedCall] = field(default_factory=list)
 
     def backends(self, op: str | None = None) -> list[str]:
         """Return the name of the backend of every recorded call, or of the calls of one operator."""
@@ -44,3 +69,10 @@ def record(backend: str, problem: Problem) -> None:
     with _LOCK:
         for open_trace in OPEN_TRACES:
             open_trace.calls.append((backend, problem))
+
+
+def record_fused(call: FusedCall) -> None:
+    """Add a call of a fused block to every open trace."""
+    with _LOCK:
+        for open_trace in OPEN_TRACES:
+            open_trace.fused.append(call)

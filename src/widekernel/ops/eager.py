@@ -23,7 +23,7 @@ _function_modes = torch._C._len_torch_function_stack
 _is_profiling = torch._C._autograd._profiler_enabled
 _tracing_state = torch._C._get_tracing_state
 # Subclasses may intercept operators.
-_TENSOR_TYPES = frozenset({Tensor, Parameter})
+TENSOR_TYPES = frozenset({Tensor, Parameter})
 
 
 def _key_sets_of_ordinary_calls() -> frozenset[int]:
@@ -41,12 +41,16 @@ _ORDINARY_KEY_SETS = _key_sets_of_ordinary_calls()
 
 def is_ordinary_call() -> bool:
     """Return whether nothing compiles, records, transforms or counts the operators that this thread is calling."""
+    return is_unobserved_call() and not _is_profiling()
+
+
+def is_unobserved_call() -> bool:
+    """Return the same as `is_ordinary_call`, except that a profiler, which changes nothing, does not count."""
     if torch.compiler.is_compiling():
         return False
     return (
         _key_set().raw_repr() in _ORDINARY_KEY_SETS
         and not _function_modes()
-        and not _is_profiling()
         and _tracing_state() is None
         and forward_ad._current_level < 0
     )
@@ -57,7 +61,7 @@ def are_ordinary(*tensors: Tensor | None) -> bool:
 
     PyTorch's own derivatives sometimes use zero tensors without memory, which only the dispatcher materializes.
     """
-    return all(t is None or (type(t) in _TENSOR_TYPES and not t.is_meta and not t._is_zerotensor()) for t in tensors)
+    return all(t is None or (type(t) in TENSOR_TYPES and not t.is_meta and not t._is_zerotensor()) for t in tensors)
 
 
 def sum_key(
@@ -101,21 +105,21 @@ def find_sum(
     The arguments of the earlier call passed all checks. Every property that the checks examine is compared here: shapes by
     the key, the rest one by one. A call that is unusual in any way is not found, and is checked again.
     """
-    if type(x) not in _TENSOR_TYPES or type(kernels) not in (list, tuple) or torch._C._is_any_autocast_enabled():
+    if type(x) not in TENSOR_TYPES or type(kernels) not in (list, tuple) or torch._C._is_any_autocast_enabled():
         return None
     if x._is_zerotensor():
         return None
     dtype, device = x.dtype, x.device
     sizes = []
     for kernel in kernels:
-        if type(kernel) not in _TENSOR_TYPES or kernel.dtype is not dtype or kernel.device != device:
+        if type(kernel) not in TENSOR_TYPES or kernel.dtype is not dtype or kernel.device != device:
             return None
         if kernel._is_zerotensor():
             return None
         sizes.append(kernel.shape)
     for values in (bias, scale):
         if values is not None and (
-            type(values) not in _TENSOR_TYPES
+            type(values) not in TENSOR_TYPES
             or values.dtype is not dtype
             or values.device != device
             or values._is_zerotensor()

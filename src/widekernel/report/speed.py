@@ -13,7 +13,17 @@ from torch import Tensor
 from widekernel import ops
 from widekernel.bench.devices import accelerator
 from widekernel.bench.timing import Stopwatch, WallClock, first_calls, interleave
-from widekernel.bench.variants import ACCELERATED, FOLDED, INFER, OURS, PYTORCH, PYTORCH_FOLDED, Variant, build_variants
+from widekernel.bench.variants import (
+    ACCELERATED,
+    FOLDED,
+    FUSED,
+    INFER,
+    OURS,
+    PYTORCH,
+    PYTORCH_FOLDED,
+    Variant,
+    build_variants,
+)
 from widekernel.errors import WidekernelError, in_short
 from widekernel.ops.explanation import explain_problem
 from widekernel.ops.reference import relative_error
@@ -30,9 +40,10 @@ _LABELS = {
     OURS: "training form",
     FOLDED: "folded",
     ACCELERATED: "folded and accelerated",
+    FUSED: "folded, accelerated and fused",
 }
-_OF_OTHERS = {PYTORCH: "as it is", FOLDED: "folded", ACCELERATED: "accelerated"}
-_OF_FOLDED = {PYTORCH: "PyTorch convolutions", OURS: "folded", ACCELERATED: "folded and accelerated"}
+_OF_OTHERS = {PYTORCH: "as it is", FOLDED: "folded", ACCELERATED: "accelerated", FUSED: "accelerated and fused"}
+_OF_FOLDED = {PYTORCH: "PyTorch convolutions", OURS: "folded", ACCELERATED: _LABELS[ACCELERATED], FUSED: _LABELS[FUSED]}
 
 
 @dataclass(frozen=True)

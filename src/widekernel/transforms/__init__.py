@@ -1,6 +1,6 @@
 """Transformations of networks. They act on layers by type and contain no code for particular networks."""
 
-from widekernel.transforms.acceleration import AccelerationReport, LayerAcceleration, accelerate
+from widekernel.transforms.acceleration import AccelerationReport, FusedBlock, LayerAcceleration, accelerate
 from widekernel.transforms.compaction import CompactReport, CostModel, compact, compact_report
 from widekernel.transforms.fold import fold
 from widekernel.transforms.to_torch import to_torch
@@ -9,6 +9,7 @@ __all__ = [
     "AccelerationReport",
     "CompactReport",
     "CostModel",
+    "FusedBlock",
     "LayerAcceleration",
     "accelerate",
     "compact",

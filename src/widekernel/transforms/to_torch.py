@@ -23,6 +23,7 @@ from widekernel.layers.folding import deep_copy
 from widekernel.layers.large_kernel import add_normalized
 from widekernel.layers.sources import KernelSource, tensors_of
 from widekernel.ops.problem import Anchor
+from widekernel.transforms.acceleration.fusion import FusedBlock, unfuse
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -31,9 +32,10 @@ def to_torch(model: ModelT) -> ModelT:
     """Return a copy of `model` in which our operators are plain PyTorch convolutions, one per rectangle.
 
     Outputs and gradients stay the same up to rounding. Names, state dict, hooks, training mode and `requires_grad` of
-    every layer are kept, too. Unlike a backend that calls PyTorch, the copy also has PyTorch's own backward pass. Layers of
-    other libraries and kernel sources that convolve by themselves are not changed. Call `compact` and `accelerate` before
-    `to_torch`: applied to the copy, they may introduce our operators again.
+    every layer are kept, too. Fused blocks run the code of their own classes again. Unlike a backend that calls PyTorch, the
+    copy also has PyTorch's own backward pass. Layers of other libraries and kernel sources that convolve by themselves are
+    not changed. Call `compact` and `accelerate` before `to_torch`: applied to the copy, they may introduce our operators
+    again.
 
     Args:
         model: any module, folded or not.
@@ -43,6 +45,8 @@ def to_torch(model: ModelT) -> ModelT:
     """
     torch_baseline = deep_copy(model)
     for name, module in torch_baseline.named_modules():
+        if isinstance(module, FusedBlock):
+            unfuse(module)
         if isinstance(module, tuple(_TORCH_CLASSES)) and not isinstance(module, _DONE):
             module.__class__ = _torch_class(name, module)  # type: ignore[arg-type]
     return torch_baseline

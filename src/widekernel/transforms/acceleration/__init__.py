@@ -1,6 +1,7 @@
-"""`accelerate`: our operator and the faster implementation of pointwise layers, for any network."""
+"""`accelerate`: our operator, the faster implementation of pointwise layers, and fused blocks, for any network."""
 
+from widekernel.transforms.acceleration.fusion import FusedBlock
 from widekernel.transforms.acceleration.report import AccelerationReport, LayerAcceleration
 from widekernel.transforms.acceleration.swapping import accelerate
 
-__all__ = ["AccelerationReport", "LayerAcceleration", "accelerate"]
+__all__ = ["AccelerationReport", "FusedBlock", "LayerAcceleration", "accelerate"]

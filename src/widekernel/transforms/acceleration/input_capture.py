@@ -40,10 +40,15 @@ class InputSpec:
         return "channels_last" if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) else "neither"
 
 
+SEVERAL = "it has several arguments"
+"""What is noted for a block that is called with more than one argument."""
+Seen = dict[nn.Module, Counter[InputSpec | str]]
+
+
 def capture_inputs(
-    model: nn.Module, example_input: Any, layers: Iterable[nn.Module]
-) -> dict[nn.Module, Counter[InputSpec | str]]:
-    """Run `model` once and count, for each of `layers`, the inputs with which it is called.
+    model: nn.Module, example_input: Any, layers: Iterable[nn.Module], blocks: Iterable[nn.Module] = ()
+) -> tuple[Seen, dict[nn.Module, Tensor]]:
+    """Run `model` once and count, for each of `layers` and `blocks`, the inputs with which it is called.
 
     The network runs in evaluation mode and without gradients. Training flags, buffers and random number generators are
     restored afterwards.
@@ -52,16 +57,23 @@ def capture_inputs(
         model: the network.
         example_input: a tensor, a tuple of arguments or a dict of keyword arguments.
         layers: the layers to watch.
+        blocks: the blocks to watch.
 
     Returns:
-        for each layer, the descriptions of its inputs; for inputs that are not plain tensors, the name of their type.
+        for each layer and block, the descriptions of its inputs; for inputs that are not plain tensors, the name of their
+        type. And for each block with plain inputs the first element of the first one, along its first axis.
 
     Raises:
         ArgumentError: if the network cannot run on the example.
     """
     args, kwargs = _arguments(example_input)
-    seen: dict[nn.Module, Counter[InputSpec | str]] = {layer: Counter() for layer in layers}
+    seen: Seen = {layer: Counter() for layer in layers}
+    of_blocks: Seen = {block: Counter() for block in blocks}
+    samples: dict[nn.Module, Tensor] = {}
     hooks = [layer.register_forward_pre_hook(_noting(notes), with_kwargs=True) for layer, notes in seen.items()]
+    hooks += [
+        block.register_forward_pre_hook(_sampling(notes, samples), with_kwargs=True) for block, notes in of_blocks.items()
+    ]
     try:
         # Not inference mode: tensors that a network caches (such as position tables) could not be used in training later.
         with _unchanged(model), torch.no_grad():
@@ -74,7 +86,21 @@ def capture_inputs(
     finally:
         for hook in hooks:
             hook.remove()
-    return seen
+    return {**seen, **of_blocks}, samples
+
+
+def unmeasurable(seen: Counter[InputSpec | str]) -> str:
+    """Return why a layer or block cannot be measured; "" if it can."""
+    if not seen:
+        return "the example does not call it"
+    for spec in seen:
+        if isinstance(spec, str):
+            return spec if spec == SEVERAL else f"its input is not a plain tensor but {spec}"
+        if spec.device.type == "meta":
+            return "on the meta device there is nothing to measure"
+        if 0 in spec.shape:
+            return f"its input {spec.shape} is empty"
+    return ""
 
 
 def _arguments(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -103,10 +129,27 @@ def _described(example: Any) -> str:
 def _noting(notes: Counter[InputSpec | str]) -> Callable[..., None]:
     def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x: Any = args[0] if args else kwargs.get("input")
-        plain = type(x) in (Tensor, nn.Parameter) and x.layout == torch.strided
-        notes[InputSpec.of(x) if plain else type(x).__name__] += 1
+        notes[InputSpec.of(x) if _is_plain(x) else type(x).__name__] += 1
 
     return note
+
+
+def _sampling(notes: Counter[InputSpec | str], samples: dict[nn.Module, Tensor]) -> Callable[..., None]:
+    def note(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if len(args) != 1 or kwargs:
+            notes[SEVERAL] += 1
+            return
+        x = args[0]
+        notes[InputSpec.of(x) if _is_plain(x) else type(x).__name__] += 1
+        if block not in samples and _is_plain(x) and x.dim() > 0:
+            # A copy, because the network may change it later, and only one element, because a network has many blocks.
+            samples[block] = x[:1].clone()
+
+    return note
+
+
+def _is_plain(x: Any) -> bool:
+    return type(x) in (Tensor, nn.Parameter) and x.layout == torch.strided
 
 
 @contextmanager

@@ -8,11 +8,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class LayerAcceleration:
-    """One depthwise or pointwise layer.
+    """One depthwise or pointwise layer, or one block.
 
     Attributes:
         name: its name in the network, "" if it is the network itself.
-        before: description of the layer before the call of `accelerate`.
+        before: description of the layer before the call of `accelerate`; of a block, what can be fused.
         after: class of the layer now; None if it was left alone.
         reason: why it was swapped without measuring, or left alone.
         calls: number of calls in the run on the example; 0 without an example.
@@ -54,39 +54,44 @@ class AccelerationReport:
         layers: one report per layer, in the order of the network.
         backward: whether backward passes were measured, too.
         threads: number of threads during the measurement.
+        blocks: one report per block of which parts can be fused; the times include the layers of the block.
     """
 
     layers: tuple[LayerAcceleration, ...]
     backward: bool
     threads: int
+    blocks: tuple[LayerAcceleration, ...] = ()
 
     @property
     def swapped(self) -> tuple[LayerAcceleration, ...]:
         """The layers that were swapped."""
         return tuple(layer for layer in self.layers if layer.is_swapped)
 
+    @property
+    def fused(self) -> tuple[LayerAcceleration, ...]:
+        """The blocks that were fused."""
+        return tuple(block for block in self.blocks if block.is_swapped)
+
     def __getitem__(self, name: str) -> LayerAcceleration:
-        """Return the report on the layer of that name."""
-        for layer in self.layers:
-            if layer.name == name:
-                return layer
-        raise KeyError(f"{name!r} is not among the {len(self.layers)} depthwise and pointwise layers of the report")
+        """Return the report on the layer or block of that name."""
+        for row in (*self.layers, *self.blocks):
+            if row.name == name:
+                return row
+        known = f"{len(self.layers)} depthwise and pointwise layers and {len(self.blocks)} blocks"
+        raise KeyError(f"{name!r} is not among the {known} of the report")
 
     def totals(self) -> tuple[float, float]:
-        """Return the time of all measured layers, before and now, in milliseconds."""
-        before = now = 0.0
-        for layer in self.layers:
-            if layer.milliseconds_before is not None and layer.milliseconds_after is not None:
-                before += layer.milliseconds_before
-                now += layer.milliseconds_after if layer.is_swapped else layer.milliseconds_before
-        return before, now
+        """Return the time of all measured layers, before and now, in milliseconds, as if no block were fused."""
+        return _totals(self.layers)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form."""
         before, now = self.totals()
         return {
             "layers": [layer.to_dict() for layer in self.layers],
+            "blocks": [block.to_dict() for block in self.blocks],
             "swapped": len(self.swapped),
+            "fused": len(self.fused),
             "milliseconds_before": before,
             "milliseconds_after": now,
             "backward": self.backward,
@@ -94,25 +99,41 @@ class AccelerationReport:
         }
 
     def __str__(self) -> str:
-        """Return a table with one line per layer, and a summary."""
-        table: list[tuple[str, ...]] = [("layer", "was", "is now", "ms before", "other way", "gain", "")]
-        table += [_cells(layer) for layer in self.layers]
-        widths = [max(len(row[column]) for row in table) for column in range(6)]
-        lines = []
-        for row in table:
-            left = [cell.ljust(width) for cell, width in zip(row[:3], widths)]
-            right = [cell.rjust(width) for cell, width in zip(row[3:6], widths[3:])]
-            lines.append("  ".join([*left, *right, row[6]]).rstrip())
-        return "\n".join([*lines, self._summary()])
+        """Return a table with one line per layer, another one with the blocks, and a summary of each."""
+        lines = [*_table("layer", self.layers), self._summary("layers swapped", self.layers, self.backward)]
+        if self.blocks:
+            lines += ["", *_table("block", self.blocks), self._summary("blocks fused", self.blocks, False)]
+        return "\n".join(lines)
 
-    def _summary(self) -> str:
-        swapped = f"{len(self.swapped)} of {len(self.layers)} layers swapped"
-        before, now = self.totals()
+    def _summary(self, what: str, rows: tuple[LayerAcceleration, ...], backward: bool) -> str:
+        swapped = f"{sum(row.is_swapped for row in rows)} of {len(rows)} {what}"
+        before, now = _totals(rows)
         if not before:
             return f"{swapped}."
-        passes = "forward and backward" if self.backward else "forward"
+        passes = "forward and backward" if backward else "forward"
         threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
         return f"{swapped}; the measured ones take {now:.2f} ms instead of {before:.2f} ({passes}, {threads})."
+
+
+def _totals(rows: tuple[LayerAcceleration, ...]) -> tuple[float, float]:
+    before = now = 0.0
+    for row in rows:
+        if row.milliseconds_before is not None and row.milliseconds_after is not None:
+            before += row.milliseconds_before
+            now += row.milliseconds_after if row.is_swapped else row.milliseconds_before
+    return before, now
+
+
+def _table(what: str, rows: tuple[LayerAcceleration, ...]) -> list[str]:
+    table: list[tuple[str, ...]] = [(what, "was", "is now", "ms before", "other way", "gain", "")]
+    table += [_cells(row) for row in rows]
+    widths = [max(len(row[column]) for row in table) for column in range(6)]
+    lines = []
+    for row in table:
+        left = [cell.ljust(width) for cell, width in zip(row[:3], widths)]
+        right = [cell.rjust(width) for cell, width in zip(row[3:6], widths[3:])]
+        lines.append("  ".join([*left, *right, row[6]]).rstrip())
+    return lines
 
 
 def _cells(layer: LayerAcceleration) -> tuple[str, ...]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -13,42 +15,50 @@ from torch.nn.parameter import is_lazy
 from widekernel.errors import ArgumentError
 from widekernel.layers import PointwiseConv2d
 from widekernel.transforms.acceleration import timing
+from widekernel.transforms.acceleration.blocks import BlockTrial, block_candidates, try_blocks
 from widekernel.transforms.acceleration.candidates import Candidate, candidates, describe
-from widekernel.transforms.acceleration.input_capture import InputSpec, capture_inputs
+from widekernel.transforms.acceleration.fusion import fuse
+from widekernel.transforms.acceleration.input_capture import InputSpec, capture_inputs, unmeasurable
 from widekernel.transforms.acceleration.report import AccelerationReport, LayerAcceleration
 from widekernel.transforms.acceleration.timing import Timing
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
-def accelerate(model: ModelT, example_input: Any = None, pointwise: bool = True) -> tuple[ModelT, AccelerationReport]:
-    """Swap depthwise and pointwise layers of any network, in place, for the implementation that is fastest on this machine.
+def accelerate(
+    model: ModelT, example_input: Any = None, pointwise: bool = True, blocks: bool = True
+) -> tuple[ModelT, AccelerationReport]:
+    """Swap layers and blocks of any network, in place, for the implementation that is fastest on this machine.
 
     * Depthwise `nn.Conv2d` become `DepthwiseConv2d`, which runs on `ops.depthwise_sum`.
     * On the CPU, `nn.Linear` become `PointwiseLinear` (computed as 1x1 convolutions) and 1x1 `nn.Conv2d` become
       `PointwiseConv2d` (computed as matrix products), if measurements show that this is faster.
+    * On the CPU, blocks become fused blocks if that is faster: in inference, one native call computes norm, pointwise layer,
+      activation, second pointwise layer, layer scale and residual, or those of them that the block has. They are found in
+      the graph of the block, and compared with its code on the example. Whenever they do not apply, its code runs.
 
-    A layer is swapped by changing its class, as PyTorch does with lazy and parametrized modules. It remains the same object
-    with the same parameters, buffers, hooks and flags. So optimizers that hold its parameters, modules that share it and
-    other references stay valid, and the keys of the state dict stay the same. Parametrized layers, subclasses of `nn.Conv2d`
-    and `nn.Linear`, and layers that the operator does not cover are left alone; the report says why.
+    A layer or block is swapped by changing its class, as PyTorch does with lazy and parametrized modules. It is the same
+    object as before, with the same parameters, buffers, hooks and flags. So optimizers that hold its parameters, modules
+    that share it and other references stay valid, and the keys of the state dict stay the same. Layers and blocks of which
+    it is not certain what they compute are left alone; the report says why.
 
-    Layers are measured with the number of threads, the autocast state and the gradient mode of the caller. For layers in
+    Everything is measured with the number of threads, the autocast state and the gradient mode of the caller. For layers in
     training mode with gradients enabled, this includes the backward pass. Measurements are cached, so that equal layers and
     later calls are not measured again. Times that differ by less than 5 % count as equal.
 
     Args:
         model: any network; changed, and returned. It must not be compiled yet.
         example_input: input of the network: a tensor, a tuple of arguments or a dict of keyword arguments. The network runs
-            on it once (in evaluation mode, without gradients; its state is restored afterwards), and every layer is measured
+            on it once (in evaluation mode, without gradients; its state is restored afterwards), and everything is measured
             with the shapes and layouts of its inputs. Layers that are not called are left alone. Without an example,
-            depthwise layers are swapped unmeasured, and a pointwise layer is swapped if the alternative is faster for each
-            of a few inputs that are typical for its size: the feature maps of that width in a network for 224x224 pixels,
-            for one image and for eight, and for 1x1 convolutions both contiguous and channels_last.
+            depthwise layers are swapped unmeasured, blocks are not swapped, and a pointwise layer is swapped if the
+            alternative is faster for each of a few inputs that are typical for its size: the feature maps of that width in
+            a network for 224x224 pixels, for one image and for eight, and for 1x1 convolutions in both layouts.
         pointwise: whether to consider linear layers and 1x1 convolutions, too.
+        blocks: whether to consider blocks, too.
 
     Returns:
-        the model, and a report on each of these layers.
+        the model, and a report on each of these layers and blocks.
 
     Raises:
         ArgumentError: if the model is not a module, is already compiled, or cannot run on the example. The model is then
@@ -56,17 +66,51 @@ def accelerate(model: ModelT, example_input: Any = None, pointwise: bool = True)
     """
     _check(model, example_input)
     found = candidates(model, pointwise)
+    trials: list[BlockTrial] = []
     if example_input is None:
         rows = [_without_example(candidate) for candidate in found]
+        _swap(found, rows)
     else:
-        seen = capture_inputs(model, example_input, [candidate.layer for candidate in found if candidate.replacement])
-        rows = [_with_example(candidate, seen.get(candidate.layer, Counter())) for candidate in found]
-    # Nothing below can fail, so either all layers are swapped as decided, or none.
+        rows, trials = _swap_by_example(model, example_input, found, blocks)
+    backward = any(_trains(candidate.layer) for candidate in found)
+    report = AccelerationReport(tuple(rows), backward, torch.get_num_threads(), tuple(trial.row for trial in trials))
+    return model, report
+
+
+def _swap_by_example(
+    model: nn.Module, example_input: Any, found: list[Candidate], blocks: bool
+) -> tuple[list[LayerAcceleration], list[BlockTrial]]:
+    owners = block_candidates(model) if blocks else []
+    layers = [candidate.layer for candidate in found if candidate.replacement]
+    seen, samples = capture_inputs(model, example_input, layers, [block for _, block in owners])
+    rows = [_with_example(candidate, seen.get(candidate.layer, Counter())) for candidate in found]
+    # Blocks are compared with what they are after their layers have been swapped.
+    with _swapped(found, rows):
+        trials = try_blocks(owners, seen, samples)
+    # Nothing below can fail, so either everything is swapped as decided, or nothing.
+    for trial in trials:
+        if trial.plan is not None:
+            fuse(trial.block, trial.plan)
+    return rows, trials
+
+
+@contextmanager
+def _swapped(found: list[Candidate], rows: list[LayerAcceleration]) -> Iterator[None]:
+    """Swap layers as decided; undo it if an error is raised inside the `with` statement."""
+    classes = [type(candidate.layer) for candidate in found]
+    _swap(found, rows)
+    try:
+        yield
+    except BaseException:
+        for candidate, kind in zip(found, classes):
+            candidate.layer.__class__ = kind
+        raise
+
+
+def _swap(found: list[Candidate], rows: list[LayerAcceleration]) -> None:
     for candidate, row in zip(found, rows):
         if row.is_swapped:
             candidate.layer.__class__ = candidate.replacement
-    backward = any(_trains(candidate.layer) for candidate in found)
-    return model, AccelerationReport(tuple(rows), backward, torch.get_num_threads())
 
 
 def _check(model: Any, example_input: Any) -> None:
@@ -102,7 +146,7 @@ def _with_example(candidate: Candidate, seen: Counter[InputSpec | str]) -> Layer
     if candidate.replacement is None:
         return LayerAcceleration(candidate.name, before, None, candidate.reason)
     calls = seen.total()
-    reason = _unmeasurable(candidate, seen)
+    reason = unmeasurable(seen)
     if reason:
         return LayerAcceleration(candidate.name, before, None, reason, calls)
     total = Timing(0.0, 0.0)
@@ -117,20 +161,6 @@ def _row(candidate: Candidate, before: str, swap: bool, reason: str, calls: int,
     assert candidate.replacement is not None
     after = candidate.replacement.__name__ if swap else None
     return LayerAcceleration(candidate.name, before, after, reason, calls, time.before, time.after)
-
-
-def _unmeasurable(candidate: Candidate, seen: Counter[InputSpec | str]) -> str:
-    """Return why a layer cannot be measured; "" if it can."""
-    if not seen:
-        return "the example does not call it"
-    for spec in seen:
-        if isinstance(spec, str):
-            return f"its input is not a plain tensor but {spec}"
-        if spec.device.type == "meta":
-            return "on the meta device there is nothing to measure"
-        if 0 in spec.shape:
-            return f"its input {spec.shape} is empty"
-    return ""
 
 
 def _time(candidate: Candidate, spec: InputSpec) -> Timing:

@@ -50,11 +50,22 @@ def compare(layer: Any, replacement: type[nn.Module], spec: InputSpec, backward:
     # The timed copies share the data of the layer, but neither its hooks, which must not run, nor its gradients.
     before, after = (layer_like(layer, layer.weight, layer.bias, kind) for kind in (type(layer), replacement))
     trained = tuple(parameter.requires_grad for parameter in before.parameters()) if backward else None
+    like = before.weight.dtype, before.weight.stride()
+    key = (replacement, before.extra_repr(), like, trained)
+    return _timed(key, before, after, spec, backward)
+
+
+def compare_block(block: nn.Module, fused: nn.Module, spec: InputSpec) -> Timing:
+    """Time a block as it is, and its fused form, without gradients; the same rules hold as for `compare`."""
+    strides = tuple(parameter.stride() for parameter in block.parameters())
+    return _timed((type(fused), repr(block), strides), block, fused, spec, False)
+
+
+def _timed(key: Hashable, before: nn.Module, after: nn.Module, spec: InputSpec, backward: bool) -> Timing:
     device = spec.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     circumstances = (torch.get_num_threads(), torch.backends.mkldnn.enabled, ops.backends(), autocast)
-    like = before.weight.dtype, before.weight.stride()
-    key = (replacement, before.extra_repr(), like, trained, spec, circumstances)
+    key = (key, spec, circumstances)
     if key not in _KNOWN:
         _KNOWN[key] = Timing(*measure(before, after, _input(spec), backward))
     return _KNOWN[key]

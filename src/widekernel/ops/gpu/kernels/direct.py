@@ -112,9 +112,7 @@ def direct_sum_nhwc(
             # Counted from the first row that the block depends on. Rows in the gaps of all outputs are not compiled.
             for below in tl.static_range(tl.constexpr(RH + (RECTS[i][0] - 1) * RECTS[i][4])):
                 if below % RECTS[i][4] < RH:
-                    row = (
-                        h0 + (below - RECTS[i][2] * RECTS[i][4]) + 0 * j
-                    )  # The interpreter accepts no masks of scalars alone.
+                    row = h0 + (below - RECTS[i][2] * RECTS[i][4]) + 0 * j  # The interpreter accepts no scalar masks.
                     seen = exists & (row >= 0) & (row < H) & (column >= 0) & (column < W)
                     there = x + n * x_image + row * x_row + column * x_column + c
                     values = tl.load(there, mask=seen, other=0.0).to(tl.float32)

@@ -1,0 +1,97 @@
+"""Blocks of a network that can be fused: finding, checking and measuring them."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from widekernel.transforms.acceleration import timing
+from widekernel.transforms.acceleration.fusion import FusedBlock, fuse
+from widekernel.transforms.acceleration.fusion.fused import (
+    compared,
+    fused_class,
+    planned,
+    reasons_against_call,
+    reasons_against_fusing,
+)
+from widekernel.transforms.acceleration.fusion.graph import is_pointwise, may_own
+from widekernel.transforms.acceleration.fusion.plan import NOTHING_TO_FUSE, Plan
+from widekernel.transforms.acceleration.input_capture import InputSpec, Seen, unmeasurable
+from widekernel.transforms.acceleration.report import LayerAcceleration
+from widekernel.transforms.acceleration.timing import Timing
+
+
+class BlockTrial(NamedTuple):
+    """The decision on one block: its row of the report, and the plan if it is to be fused."""
+
+    block: nn.Module
+    row: LayerAcceleration
+    plan: Plan | None = None
+
+
+def block_candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """List the modules that could be fused, with their names, from the outside in."""
+    return [(name, module) for name, module in model.named_modules() if may_own(module)]
+
+
+def try_blocks(blocks: list[tuple[str, nn.Module]], seen: Seen, samples: dict[nn.Module, Tensor]) -> list[BlockTrial]:
+    """Check and measure blocks; a block within another one is considered only if that one is not fused.
+
+    Args:
+        blocks: the candidates, from the outside in.
+        seen: the inputs of each.
+        samples: an input of each.
+
+    Returns:
+        the decisions on those blocks of which something can be fused, or which cannot be traced.
+    """
+    trials: list[BlockTrial] = []
+    taken: set[nn.Module] = set()
+    for name, block in blocks:
+        layers = {module for module in block.modules() if is_pointwise(module)}
+        if layers <= taken:
+            continue
+        trial = _try_block(name, block, taken, seen[block], samples.get(block))
+        if trial is not None:
+            trials.append(trial)
+            taken |= layers if isinstance(block, FusedBlock) else set(trial.plan.layers if trial.plan else ())
+    return trials
+
+
+@torch.no_grad()
+def _try_block(
+    name: str, block: nn.Module, taken: set[nn.Module], seen: Counter[InputSpec | str], sample: Tensor | None
+) -> BlockTrial | None:
+    kind, calls = type(block).__name__, seen.total()
+    if isinstance(block, FusedBlock):
+        return BlockTrial(block, LayerAcceleration(name, kind, None, "fused already", calls))
+    reason = unmeasurable(seen)
+    if not reason and block.training:
+        reason = "it is in training mode: blocks are fused for inference only"
+    if sample is None or reason:
+        return None if not calls else BlockTrial(block, LayerAcceleration(name, kind, None, reason, calls))
+    with torch.random.fork_rng(devices=[]):
+        plan, reason = planned(block)
+        if reason == NOTHING_TO_FUSE or (plan is not None and not taken.isdisjoint(plan.layers)):
+            return None
+        reason = reason or "; ".join([*reasons_against_fusing(block), *reasons_against_call(block, sample)])
+        if plan is not None:
+            reason = reason or compared(plan, block, sample)
+    if plan is None or reason:
+        return BlockTrial(block, LayerAcceleration(name, kind, None, reason, calls))
+    before = f"{kind}: {plan.describe()}"
+    # Calls of a fused block include the search for reasons against it.
+    fused = copy.copy(block)
+    fuse(fused, plan)
+    total = Timing(0.0, 0.0)
+    for spec, count in seen.items():
+        assert isinstance(spec, InputSpec)
+        time = timing.compare_block(block, fused, spec)
+        total = Timing(total.before + count * time.before, total.after + count * time.after)
+    after = fused_class(type(block)).__name__ if total.is_gain else None
+    row = LayerAcceleration(name, before, after, "" if total.is_gain else "not faster", calls, *total)
+    return BlockTrial(block, row, plan if total.is_gain else None)

@@ -1,0 +1,126 @@
+"""Guards: what the graph of a block depends on, besides tensors, and how to notice that any of it has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from widekernel.layers.alterations import replaced_method
+from widekernel.layers.rebuilding import is_plain
+from widekernel.transforms.acceleration.fusion.graph import BlockGraph
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Attributes that every module has and that do not influence its forward, or that are compared in another way.
+_BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"}
+# Attributes of PyTorch's layers that repeat the shape of the weight, or have no effect on 1x1 convolutions.
+_SIZES = {"in_features", "out_features", "in_channels", "out_channels", "kernel_size", "dilation", "transposed"}
+_SIZES |= {"output_padding", "padding_mode", "_reversed_padding_repeated_twice", "elementwise_affine"}
+STATE = "_fused_state"
+"""Name of the attribute of a fused block that holds its plan; it is not part of copies."""
+_COMPARABLE = (bool, int, float, str, tuple)
+_NOTHING = object()
+
+
+class Guards:
+    """The state on which the graph of a block depends: modules, their classes, attributes, hooks and training flags.
+
+    Args:
+        found: the graph of the block.
+        inside: names of the modules that are computed by native calls.
+    """
+
+    def __init__(self, found: BlockGraph, inside: set[str]) -> None:
+        called = {str(node.target) for node in found.graph.nodes if node.op == "call_module"}
+        watched = {name: module for name, module in found.modules.items() if name in called | found.through}
+        # The class of the block itself changes when it is fused.
+        self._block = found.modules[""]
+        self._modules = [(name, part, _kind(part), _size(part)) for name, part in watched.items() if name]
+        self._hooks = [getattr(module, key) for module in watched.values() for key in _HOOKS]
+        computed = [(name, module) for name, module in watched.items() if name in found.through or name in inside]
+        self._forwards = [(name, module, _forward(module)) for name, module in computed]
+        self._values: list[tuple[str, dict[str, Any], str, Any]] = []
+        self._lengths: list[tuple[str, dict[str, Any], int]] = []
+        for name, module in computed:
+            if name in found.through:
+                self._watch_parts(name, module)
+            ignored = _BOOKKEEPING if name in found.through else _BOOKKEEPING | _SIZES
+            own = [(key, value) for key, value in vars(module).items() if key not in ignored and key != STATE]
+            self._values += [(name, vars(module), key, value) for key, value in own]
+
+    def _watch_parts(self, name: str, module: nn.Module) -> None:
+        self._values += [(name, module._modules, key, part) for key, part in module._modules.items()]
+        parts: tuple[dict[str, Any], ...] = (module._modules, module._parameters, module._buffers)
+        self._lengths += [(name, held, len(held)) for held in parts]
+        for held in parts[1:]:
+            # A parameter that appears later may change the graph; the values of the others are no part of it.
+            self._values += [(name, held, key, None) for key, value in held.items() if value is None]
+
+    def hold(self) -> bool:
+        """Return whether nothing has changed."""
+        suspicious = any(self._hooks) or bool(_alteration(self._block))
+        for _, held, key, value in self._values:
+            suspicious |= held.get(key, _NOTHING) is not value
+        for _, module, forward in self._forwards:
+            suspicious |= _forward(module) is not forward
+        for _, held, length in self._lengths:
+            suspicious |= len(held) != length
+        for _, module, kind, size in self._modules:
+            suspicious |= _size(module) != size or (type(module) is not kind and _kind(module) is not kind)
+        return not suspicious or next(self.violations(), None) is None
+
+    def violations(self) -> Iterator[str]:
+        """Yield what has changed."""
+        for name, module in [("the block", self._block), *((name, module) for name, module, _, _ in self._modules)]:
+            if is_hooked(module):
+                yield f"{name} has a hook"
+            if _alteration(module):
+                yield f"{name} {_alteration(module)}"
+        for name, module, kind, _ in self._modules:
+            if _kind(module) is not kind:
+                yield f"the class of {name} has changed since the block was fused"
+        for name, module, forward in self._forwards:
+            # Acceleration may swap the classes of pointwise layers.
+            if _forward(module) is not forward and not is_plain(module):
+                yield f"the class of {name or 'the block'} has another forward than when the block was fused"
+        for name, held, length in self._lengths:
+            if len(held) != length:
+                yield f"{name or 'the block'} has other parts than when the block was fused"
+        for name, held, key, value in self._values:
+            now = held.get(key, _NOTHING)
+            if now is value or (type(now) is type(value) and isinstance(now, _COMPARABLE) and now == value):
+                continue
+            if key == "training":
+                yield f"{name or 'the block'} is in training mode"
+            else:
+                yield f"{key} of {name or 'the block'} has changed since the block was fused"
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Return whether there is a hook on a module."""
+    return any(getattr(module, key) for key in _HOOKS)
+
+
+def _alteration(module: nn.Module) -> str:
+    """Return how a module has been altered on this instance, apart from hooks; "" if it has not."""
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        return "is compiled"
+    name = replaced_method(module)
+    return f"has another {name} than its class" if name else ""
+
+
+def _forward(module: nn.Module) -> Any:
+    return type(module).forward
+
+
+def _kind(module: nn.Module) -> type[nn.Module]:
+    """Return the class of a module, regardless of whether it has been accelerated, which may also happen later."""
+    if is_plain(module):
+        return nn.Linear if isinstance(module, nn.Linear) else nn.Conv2d
+    return getattr(type(module), "unfused", type(module))
+
+
+def _size(module: nn.Module) -> int:
+    """Return the number of attributes of a module, which changes if one of its methods is replaced."""
+    return len(vars(module)) - (STATE in vars(module))

@@ -1,0 +1,210 @@
+"""The weights of a region: affine maps folded into its pointwise layers, and how to notice that any of them has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
+
+from widekernel.layers.norms import affine_of
+from widekernel.transforms.acceleration.fusion.graph import BlockGraph
+from widekernel.transforms.acceleration.fusion.probing import epsilon_of
+from widekernel.transforms.acceleration.fusion.regions import FIRST, Affine, Region
+
+# How many values of a tensor are compared to notice writes that PyTorch does not count.
+_SAMPLES = 32
+Source = tuple[dict[str, Any], str]
+"""The dict that holds a parameter or buffer, and its key."""
+
+
+class UnsuitableWeightsError(Exception):
+    """The weights of a region cannot be packed; the message says why."""
+
+
+class BlockWeights(NamedTuple):
+    """The arguments of `PackedBlock`: weights in float32, with affine maps folded in."""
+
+    first: Tensor
+    first_bias: Tensor | None
+    activation: str
+    second: Tensor | None
+    second_bias: Tensor | None
+    norm_eps: float | None
+
+
+@torch.no_grad()
+def block_weights(found: BlockGraph, region: Region) -> BlockWeights:
+    """Compute the weights of a region from the current parameters and buffers, in float64, and round them to float32.
+
+    Raises:
+        UnsuitableWeightsError: if an affine map is not one value per channel, or weights have other shapes than before.
+    """
+    first, bias = _matrix(found.modules[region.first])
+    last = first if not region.second else _matrix(found.modules[region.second])[0]
+    if (first.shape[1], last.shape[0]) != (region.dim_in, region.dim_out):
+        raise UnsuitableWeightsError("the shape of a weight has changed since the block was fused")
+    eps = None
+    if region.norm:
+        norm = found.modules[region.norm]
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            scale, shift = affine_of(norm, first.shape[1])
+        else:
+            eps = epsilon_of(norm)
+            scale, shift = _affine_part(norm, first.shape[1])
+        first, bias = first * scale, bias + first @ shift
+    first, bias = _mapped(found, region.affine, first, bias)
+    if not region.second:
+        return BlockWeights(_float(first), _bias(bias), region.activation, None, None, eps)
+    second, second_bias = _matrix(found.modules[region.second])
+    second, second_bias = _mapped(found, region.second_affine, second, second_bias)
+    return BlockWeights(_float(first), _bias(bias), region.activation, _float(second), _bias(second_bias), eps)
+
+
+def sources(found: BlockGraph, region: Region) -> list[Source]:
+    """List everything that the weights of a region are computed from."""
+    norms = [affine.value for affine in (*region.affine, *region.second_affine) if affine.kind == "norm"]
+    names = [name for name in (region.norm, *region.layers()) if name]
+    listed = []
+    for module in (*(found.modules[name] for name in names), *norms):
+        listed += [(module._parameters, key) for key in module._parameters]
+        listed += [(module._buffers, key) for key in module._buffers if key != "num_batches_tracked"]
+    for affine in (*region.affine, *region.second_affine):
+        if isinstance(affine.value, fx.Node):
+            listed += [found.attributes[str(node.target)] for node in _leaves(affine.value)]
+    return listed
+
+
+class Fingerprint:
+    """The state of parameters and buffers at one time.
+
+    PyTorch counts the writes to a tensor, but neither those through `.data` nor those of NumPy. So a few values of every
+    tensor, which are spread over it, are compared as well.
+
+    Args:
+        tensors: the parameters and buffers; None for those that do not exist.
+
+    Raises:
+        UnsuitableWeightsError: if one is not a plain float32 tensor in CPU memory whose writes are counted.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor | None]) -> None:
+        self._states: list[tuple[int, int] | None] = []
+        self._views: list[Tensor] = []
+        for tensor in tensors:
+            if tensor is not None:
+                _check(tensor)
+                self._views.append(_spread(tensor))
+            self._states.append(state_of(tensor))
+        self._values = [view.clone() for view in self._views]
+
+    def matches(self, tensors: Sequence[Tensor | None]) -> bool:
+        """Return whether these are the same tensors, unchanged.
+
+        Raises:
+            UnsuitableWeightsError: if there are tensors where there were none, or none where there were some.
+        """
+        if [state_of(tensor) for tensor in tensors] != self._states:
+            if [tensor is None for tensor in tensors] != [state is None for state in self._states]:
+                raise UnsuitableWeightsError("a weight has appeared or disappeared since the block was fused")
+            return False
+        return all(map(torch.equal, self._views, self._values))
+
+
+def state_of(tensor: Tensor | None) -> tuple[int, int] | None:
+    """Return address and number of writes of a plain tensor; a state that no fingerprint has for any other."""
+    if tensor is None:
+        return None
+    if type(tensor) not in (nn.Parameter, Tensor) or tensor.is_inference():
+        return (-1, -1)
+    return tensor.data_ptr(), tensor._version
+
+
+def _check(tensor: Tensor) -> None:
+    if type(tensor) not in (nn.Parameter, Tensor) or tensor.layout != torch.strided:
+        raise UnsuitableWeightsError(f"a weight is not a plain tensor but {type(tensor).__name__}")
+    if tensor.device.type != "cpu" or tensor.dtype != torch.float32:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise UnsuitableWeightsError(f"a weight is {kind} on {tensor.device}: blocks are fused in float32 on the CPU")
+    if tensor.is_inference():
+        raise UnsuitableWeightsError(
+            "a weight is an inference tensor, whose changes are not counted: create the network outside inference mode"
+        )
+    if not torch.ops.aten.is_non_overlapping_and_dense(tensor):
+        raise UnsuitableWeightsError(f"a weight of shape {tuple(tensor.shape)} has gaps in memory: call contiguous() on it")
+
+
+def _spread(tensor: Tensor) -> Tensor:
+    """Return a view of some values of a tensor without gaps, from its beginning to its end in memory."""
+    count = tensor.numel()
+    # An odd step, so that not all of them lie in a few columns of a matrix whose width is a power of two.
+    step = count // _SAMPLES | 1 if count > _SAMPLES else 1
+    return tensor.detach().as_strided(((count + step - 1) // step,), (step,), tensor.storage_offset())
+
+
+def _affine_part(norm: nn.Module, channels: int) -> tuple[Tensor, Tensor]:
+    """Return the weight and the bias of a layer norm, each (C,)."""
+    weight, bias = norm._parameters.get("weight"), norm._parameters.get("bias")
+    ones = torch.ones(channels, dtype=torch.float64)
+    return ones if weight is None else weight.double(), 0 * ones if bias is None else bias.double()
+
+
+def _matrix(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    weight: Tensor = layer._parameters["weight"].double().flatten(1)  # type: ignore[union-attr]
+    bias = layer._parameters.get("bias")
+    return weight, weight.new_zeros(weight.shape[0]) if bias is None else bias.double()
+
+
+def _mapped(found: BlockGraph, affine: list[Affine], weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    for step in affine:
+        scale, shift = _scale_and_shift(found, step, bias)
+        weight, bias = weight * scale[:, None], bias * scale + shift
+    return weight, bias
+
+
+def _scale_and_shift(found: BlockGraph, affine: Affine, like: Tensor) -> tuple[Tensor, Tensor]:
+    ones, zeros = torch.ones_like(like), torch.zeros_like(like)
+    if affine.kind == "norm":
+        return affine_of(affine.value, like.numel())
+    value = evaluated(found, affine.value) if isinstance(affine.value, fx.Node) else affine.value
+    if isinstance(value, Tensor):
+        value = _per_channel(value, affine.axis, like.numel())
+    return (ones * value, zeros) if affine.kind == "factor" else (ones, zeros + value)
+
+
+def _per_channel(value: Tensor, axis: int, channels: int) -> Tensor:
+    """Return the values (C,) of a constant that is broadcast over images; a single value counts as well."""
+    dim = 3 if axis == FIRST else 1
+    fits = value.dim() >= dim and value.shape[-dim] == channels == value.numel()
+    if not fits and value.numel() != 1:
+        raise UnsuitableWeightsError(
+            f"a factor of shape {tuple(value.shape)} is not one value for each of {channels} channels"
+        )
+    return value.reshape(-1).double()
+
+
+def evaluated(found: BlockGraph, node: fx.Node) -> Any:
+    """Compute the current value of a constant of the graph, such as a reshaped parameter."""
+    if node.op == "get_attr":
+        held, key = found.attributes[str(node.target)]
+        return held[key]
+    args, kwargs = map_arg((node.args, node.kwargs), lambda argument: evaluated(found, argument))
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _leaves(node: fx.Node) -> list[fx.Node]:
+    if node.op == "get_attr":
+        return [node]
+    return [leaf for argument in node.all_input_nodes for leaf in _leaves(argument)]
+
+
+def _float(weight: Tensor) -> Tensor:
+    return weight.float().contiguous()
+
+
+def _bias(bias: Tensor) -> Tensor | None:
+    return bias.float() if bias.any() else None
