@@ -1,10 +1,10 @@
 // Random problems: a built library against the definition, tap by tap in double precision. Needs neither Python nor PyTorch, so
 // it also runs where they do not, for instance in an emulator of another processor.
 //
-//     fuzz LIBRARY [problems=200] [seed=0] [openmp=FILE]
+//     fuzz LIBRARY [problems=200] [seed=0] [isa=NAME] [openmp=FILE]
 //
-// Every instruction set of the library that the processor has computes the same problems. Problem i of seed s is problem 0 of
-// seed s + i. The exit status is 1 if a result is wrong, and 2 if nothing could be tested.
+// Every instruction set of the library that the processor has, or the named one, computes the same problems. Problem i of seed s
+// is problem 0 of seed s + i. The exit status is 1 if a result is wrong, and 2 if nothing could be tested.
 #include "widekernel.h"
 
 #include <dlfcn.h>
@@ -321,8 +321,6 @@ Problem drawn(Random &random) {
 }
 
 std::string described(const Problem &p, uint64_t seed, const char *operation) {
-    const Format &format = FORMATS[p.dtype];
-    (void)format;
     char text[400];
     std::snprintf(text, sizeof text, "%s, seed %llu, %s: %s, images %lldx%lldx%lldx%lld, %s to %s, %d threads", operation,
                   static_cast<unsigned long long>(seed), library.isa(), DTYPES[p.dtype], static_cast<long long>(p.shape.images),
@@ -565,10 +563,10 @@ uint64_t number_of(const char *text) {
 }  // namespace
 
 int main(int count, char **arguments) {
-    if (count < 2) stop(2, "usage: fuzz LIBRARY [problems=200] [seed=0] [openmp=FILE]");
+    if (count < 2) stop(2, "usage: fuzz LIBRARY [problems=200] [seed=0] [isa=NAME] [openmp=FILE]");
     open_library(arguments[1]);
     uint64_t problems = 200, seed = 0;
-    const char *openmp = nullptr;
+    const char *openmp = nullptr, *only = nullptr;
     for (int i = 2; i < count; i++) {
         const std::string option = arguments[i];
         const char *value = arguments[i] + std::min(option.find('=') + 1, option.size());
@@ -576,14 +574,17 @@ int main(int count, char **arguments) {
             problems = number_of(value);
         else if (option.rfind("seed=", 0) == 0)
             seed = number_of(value);
+        else if (option.rfind("isa=", 0) == 0)
+            only = value;
         else if (option.rfind("openmp=", 0) == 0)
             openmp = value;
         else
             stop(2, "%s is not an option of this program", arguments[i]);
     }
     if (openmp && (!dlopen(openmp, RTLD_NOW) || !library.bind_openmp(openmp))) stop(2, "%s provides no threads", openmp);
+    if (only && library.use_isa(only) != WK_OK) stop(2, "%s, or this processor, lacks %s", arguments[1], only);
     for (const char *isa : {"avx512", "avx2", "neon", "portable"}) {
-        if (library.use_isa(isa) != WK_OK) continue;
+        if ((only && std::strcmp(isa, only)) || library.use_isa(isa) != WK_OK) continue;
         for (int dtype : {WK_BFLOAT16, WK_FLOAT16})
             for (Layout layout : {CONTIGUOUS, CHANNELS_LAST}) test_conversions(dtype, layout);
         Judge judge;
