@@ -12,6 +12,8 @@ the function that they use elsewhere, and on one thread they would often be slow
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+GLIBC = 28  # 2.28, as for PyTorch
 LIBRARY = "widekernel/ops/cpu/_native"
 BUILD = """
 import sys
@@ -60,8 +63,8 @@ def _mach_o(processor: int) -> tuple[bytes, int, bytes]:
 PLATFORMS = {
     platform.tag: platform
     for platform in (
-        Platform("manylinux_2_28_x86_64", "Linux", "x86_64", "x86_64-linux-gnu.2.28", _elf(62)),
-        Platform("manylinux_2_28_aarch64", "Linux", "aarch64", "aarch64-linux-gnu.2.28", _elf(183)),
+        Platform(f"manylinux_2_{GLIBC}_x86_64", "Linux", "x86_64", f"x86_64-linux-gnu.2.{GLIBC}", _elf(62)),
+        Platform(f"manylinux_2_{GLIBC}_aarch64", "Linux", "aarch64", f"aarch64-linux-gnu.2.{GLIBC}", _elf(183)),
         Platform("macosx_11_0_arm64", "Darwin", "arm64", "aarch64-macos.11.0", _mach_o(12)),
         Platform("macosx_11_0_x86_64", "Darwin", "x86_64", "x86_64-macos.11.0", _mach_o(7)),
         Platform("win_amd64"),
@@ -70,11 +73,9 @@ PLATFORMS = {
 
 
 def build(platform: Platform, out: Path) -> Path:
-    """Build the wheel for a platform; return its file, which is checked."""
+    """Build the wheel for a platform, check it, and return its file in `out`."""
     environment = dict(os.environ, WIDEKERNEL_REQUIRE_NATIVE="1", PATH=_path())
-    # auditwheel gives the file its final name only after it has checked it.
-    tag = platform.tag.replace("manylinux_2_28", "linux")
-    settings = [f"wheel.tags:py3-none-{tag}", "wheel.build-tag:", "install.strip:false"]
+    settings = [f"wheel.tags:py3-none-{platform.tag}", "wheel.build-tag:", "install.strip:false"]
     if platform.system:
         environment |= {
             "ZIG_PYTHON": sys.executable,
@@ -90,19 +91,13 @@ def build(platform: Platform, out: Path) -> Path:
         command = [sys.executable, "-c", BUILD, folder, *settings]
         subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=sys.stderr)
         (file,) = Path(folder).glob("*.whl")
-        if tag != platform.tag:
-            command = [sys.executable, "-m", "auditwheel", "repair", "--plat", platform.tag, "--only-plat", "-w", str(out), str(file)]
-            subprocess.run(command, env=environment, check=True, stdout=sys.stderr)
-        else:
-            out.mkdir(parents=True, exist_ok=True)
-            (out / file.name).write_bytes(file.read_bytes())
-    (built,) = out.glob(f"widekernel-*-py3-none-{platform.tag}.whl")
-    check(built, platform)
-    return built
+        check(file, platform)
+        out.mkdir(parents=True, exist_ok=True)
+        return shutil.move(file, out / file.name)
 
 
 def check(file: Path, platform: Platform) -> None:
-    """Raise unless the wheel contains exactly one library, for the platform's processor, or none if it should not."""
+    """Raise unless the wheel contains exactly one library, for the platform, or none if it should not."""
     start, place, processor = platform.header
     with zipfile.ZipFile(file) as archive:
         names = [name for name in archive.namelist() if name.startswith(LIBRARY)]
@@ -112,6 +107,12 @@ def check(file: Path, platform: Platform) -> None:
             data = archive.read(name)
             if not data.startswith(start) or data[place : place + len(processor)] != processor:
                 raise SystemExit(f"{name} in {file.name} is not for {platform.target}")
+    if platform.system == "Linux":
+        command = [sys.executable, "-m", "auditwheel", "show", str(file)]
+        shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        needed = re.search(r'is consistent with\s+the\s+following\s+platform\s+tag:\s+"manylinux_2_(\d+)_(\w+)"', shown)
+        if needed is None or int(needed[1]) > GLIBC or needed[2] != platform.processor:
+            raise SystemExit(f"{file.name} does not deserve its name:\n{shown}")
 
 
 def _path() -> str:

@@ -7,3 +7,7 @@ set(CMAKE_SYSTEM_PROCESSOR "$ENV{ZIG_PROCESSOR}")
 set(CMAKE_CXX_COMPILER "$ENV{ZIG_PYTHON}" -m ziglang c++ -target "$ENV{ZIG_TARGET}")
 # No debug information: Zig adds that of its own libraries.
 set(CMAKE_SHARED_LINKER_FLAGS_INIT -s)
+if(CMAKE_SYSTEM_NAME STREQUAL "Darwin")
+    # Else it would be the path of the build.
+    string(APPEND CMAKE_SHARED_LINKER_FLAGS_INIT " -Wl,-install_name,@rpath/_native.dylib")
+endif()
