@@ -13,7 +13,7 @@ extern "C" {
 #endif
 
 // Incremented whenever a structure or a function here changes its meaning.
-#define WK_ABI 2
+#define WK_ABI 3
 // Most passes and kernels of one call.
 #define WK_MOST_PASSES 16
 #define WK_MOST_RECTS 64
@@ -39,19 +39,27 @@ typedef struct {
 typedef struct {
     int32_t rows, columns, row, column;
     int32_t method;
+    int32_t dilation;       // distance of neighboring taps, in pixels; above 1 only with WK_DIRECT
+    int32_t input, output;  // of a sum: the image that the pass reads, and the one that it is added to
 } wk_pass;
 
 // A kernel of the caller, added into the pass with that index, with the anchors aligned. Taps outside the pass are left out.
 typedef struct {
     const float *taps;  // (channels, rows, columns)
     int32_t rows, columns, row, column;
+    int32_t dilation;  // a multiple of the pass's, which has zeros in between
     int32_t pass;
 } wk_rect;
 
+// One input and one output, or one of them and several of the other: then `xs` or `ys` has their addresses, and all have the
+// strides of x or y. At least one pass leads from each input to each output.
 typedef struct {
     int32_t dtype, threads;
     int32_t images, channels, height, width;
     wk_tensor x, y;
+    int32_t inputs, outputs;
+    const void *const *xs;
+    void *const *ys;
     int32_t passes, rects;
     const wk_pass *pass;
     const wk_rect *rect;
@@ -67,6 +75,7 @@ typedef struct {
     wk_pass pass;   // the gradient's extent; may be smaller than `rows` × `columns`, the taps outside are zero
     float *taps;    // (channels, rows, columns)
     int32_t rows, columns, row, column;
+    int32_t dilation;  // a multiple of the pass's, whose taps in between are left out
 } wk_weight_grad;
 
 int32_t wk_abi(void);
@@ -85,6 +94,7 @@ int32_t wk_depthwise_weight_grad(const wk_weight_grad *call);
 // and several threads may use it at the same time. `taps` has one address for each rect.
 int32_t wk_depthwise_sum_at(const wk_sum *call, const void *x, void *y, const float *const *taps, const float *scale,
                             const float *shift, int32_t relu);
+int32_t wk_depthwise_branches_at(const wk_sum *call, const void *const *xs, void *const *ys, const float *const *taps);
 int32_t wk_depthwise_weight_grad_at(const wk_weight_grad *call, const void *x, const void *grad, float *taps);
 // Bytes of working memory of a call: for each thread, and shared by all threads (the packed kernels).
 void wk_sum_workspace(const wk_sum *call, int64_t *per_thread, int64_t *shared);

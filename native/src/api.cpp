@@ -41,14 +41,21 @@ const Kernels &kernels() {
     return *found;
 }
 
-bool is_tensor(const wk_tensor &t) { return t.data && (t.channel == 1 || t.column == 1); }
+bool is_tensor(const wk_tensor &t) { return t.channel == 1 || t.column == 1; }
+
+template <class Address> bool are_addresses(const Address *at, int32_t count) {
+    for (int32_t i = 0; i < count; i++)
+        if (!at || !at[i]) return false;
+    return true;
+}
 
 bool is_kernel(int32_t rows, int32_t columns, int32_t row, int32_t column) {
     return rows > 0 && columns > 0 && row >= 0 && row < rows && column >= 0 && column < columns;
 }
 
 bool is_pass(const wk_pass &p) {
-    return is_kernel(p.rows, p.columns, p.row, p.column) && p.method >= WK_DIRECT && p.method <= WK_HYBRID_ALONG_COLUMNS;
+    return is_kernel(p.rows, p.columns, p.row, p.column) && p.method >= WK_DIRECT && p.method <= WK_HYBRID_ALONG_COLUMNS &&
+           p.dilation >= 1 && (p.dilation == 1 || p.method == WK_DIRECT);
 }
 
 template <class Call> bool has_sizes(const Call &call) {
@@ -56,26 +63,46 @@ template <class Call> bool has_sizes(const Call &call) {
            call.height > 0 && call.width > 0;
 }
 
+bool has_images(const wk_sum &call) {
+    if (!is_tensor(call.x) || !is_tensor(call.y) || call.inputs < 1 || call.outputs < 1) return false;
+    if (call.inputs > WK_MOST_PASSES || call.outputs > WK_MOST_PASSES || (call.inputs > 1 && call.outputs > 1)) return false;
+    if (call.inputs == 1 ? !call.x.data : !are_addresses(call.xs, call.inputs)) return false;
+    if (call.outputs == 1 ? !call.y.data : !are_addresses(call.ys, call.outputs)) return false;
+    uint32_t read = 0, written = 0;
+    for (int32_t i = 0; i < call.passes; i++) {
+        const wk_pass &p = call.pass[i];
+        if (p.input < 0 || p.input >= call.inputs || p.output < 0 || p.output >= call.outputs) return false;
+        read |= 1u << p.input, written |= 1u << p.output;
+    }
+    return read == (1u << call.inputs) - 1 && written == (1u << call.outputs) - 1;
+}
+
 bool is_valid(const wk_sum &call) {
-    if (!has_sizes(call) || !is_tensor(call.x) || !is_tensor(call.y)) return false;
-    if (call.passes < 1 || call.passes > WK_MOST_PASSES) return false;
+    if (!has_sizes(call) || call.passes < 1 || call.passes > WK_MOST_PASSES || !has_images(call)) return false;
     if (call.rects < 1 || call.rects > WK_MOST_RECTS) return false;
     for (int32_t i = 0; i < call.passes; i++)
         if (!is_pass(call.pass[i])) return false;
     for (int32_t i = 0; i < call.rects; i++) {
         const wk_rect &r = call.rect[i];
         if (!r.taps || !is_kernel(r.rows, r.columns, r.row, r.column) || r.pass < 0 || r.pass >= call.passes) return false;
+        if (r.dilation < 1 || r.dilation % call.pass[r.pass].dilation) return false;
     }
     return true;
 }
 
+// Whether the taps of a pass, of which `before` precede the anchor, lie within those of a kernel.
+bool is_within(int32_t taps, int32_t before, int32_t dilation, int32_t outer_taps, int32_t outer_before, int32_t outer_dilation) {
+    return int64_t{before} * dilation <= int64_t{outer_before} * outer_dilation &&
+           int64_t{taps - 1 - before} * dilation <= int64_t{outer_taps - 1 - outer_before} * outer_dilation;
+}
+
 bool is_valid(const wk_weight_grad &call) {
-    if (!has_sizes(call) || !is_tensor(call.x) || !is_tensor(call.grad) || !call.taps || !is_pass(call.pass)) return false;
-    if (!is_kernel(call.rows, call.columns, call.row, call.column)) return false;
-    // The pass must lie within the kernel.
-    return call.pass.row <= call.row && call.pass.column <= call.column &&
-           call.pass.rows - call.pass.row <= call.rows - call.row &&
-           call.pass.columns - call.pass.column <= call.columns - call.column;
+    if (!has_sizes(call) || !is_tensor(call.x) || !is_tensor(call.grad) || !call.x.data || !call.grad.data || !call.taps) return false;
+    const wk_pass &p = call.pass;
+    if (!is_pass(p) || !is_kernel(call.rows, call.columns, call.row, call.column)) return false;
+    return call.dilation >= 1 && call.dilation % p.dilation == 0 &&
+           is_within(p.rows, p.row, p.dilation, call.rows, call.row, call.dilation) &&
+           is_within(p.columns, p.column, p.dilation, call.columns, call.column, call.dilation);
 }
 
 }  // namespace
@@ -100,18 +127,29 @@ WK_EXPORT int32_t wk_depthwise_weight_grad(const wk_weight_grad *call) {
     return wk::is_valid(*call) ? wk::kernels().depthwise_weight_grad(*call) : WK_BAD_ARGUMENT;
 }
 
-WK_EXPORT int32_t wk_depthwise_sum_at(const wk_sum *call, const void *x, void *y, const float *const *taps, const float *scale,
-                                      const float *shift, int32_t relu) {
-    if (call->rects < 1 || call->rects > WK_MOST_RECTS) return WK_BAD_ARGUMENT;
-    wk_sum here = *call;
+static int32_t run_with_taps(wk_sum &call, const float *const *taps) {
+    if (call.rects < 1 || call.rects > WK_MOST_RECTS) return WK_BAD_ARGUMENT;
     wk_rect rects[WK_MOST_RECTS];
-    for (int32_t i = 0; i < call->rects; i++) {
-        rects[i] = call->rect[i];
+    for (int32_t i = 0; i < call.rects; i++) {
+        rects[i] = call.rect[i];
         rects[i].taps = taps[i];
     }
-    here.x.data = const_cast<void *>(x), here.y.data = y, here.rect = rects;
+    call.rect = rects;
+    return wk_depthwise_sum(&call);
+}
+
+WK_EXPORT int32_t wk_depthwise_sum_at(const wk_sum *call, const void *x, void *y, const float *const *taps, const float *scale,
+                                      const float *shift, int32_t relu) {
+    wk_sum here = *call;
+    here.x.data = const_cast<void *>(x), here.y.data = y;
     here.scale = scale, here.shift = shift, here.relu = relu;
-    return wk_depthwise_sum(&here);
+    return run_with_taps(here, taps);
+}
+
+WK_EXPORT int32_t wk_depthwise_branches_at(const wk_sum *call, const void *const *xs, void *const *ys, const float *const *taps) {
+    wk_sum here = *call;
+    here.x.data = const_cast<void *>(xs[0]), here.y.data = ys[0], here.xs = xs, here.ys = ys;
+    return run_with_taps(here, taps);
 }
 
 WK_EXPORT int32_t wk_depthwise_weight_grad_at(const wk_weight_grad *call, const void *x, const void *grad, float *taps) {

@@ -1,6 +1,7 @@
 // Runs whole calls: cuts them into blocks of channels and bands of rows, packs, computes and unpacks.
 #pragma once
 
+#include "dilated.hpp"
 #include "hybrid.hpp"
 #include "kernels.hpp"
 #include "threads.hpp"
@@ -17,6 +18,7 @@ constexpr int64_t MOST_TOGETHER = 8, MOST_TOGETHER_HYBRID = 4;
 // A pass as computed: tall kernels are transposed, so that the micro-kernels slide along the long axis.
 struct Step {
     Extent taps, anchor;  // transposed, if `turned`
+    int64_t dilation;
     bool turned, hybrid;
     Tiling tiling;
     Tables tables;
@@ -25,8 +27,8 @@ struct Step {
 
     static Step of(const wk_pass &pass) {
         Step step{};
-        step.hybrid = pass.method != WK_DIRECT;
-        step.turned = step.hybrid ? pass.method == WK_HYBRID_ALONG_COLUMNS : pass.rows > pass.columns;
+        step.hybrid = pass.method != WK_DIRECT, step.dilation = pass.dilation;
+        step.turned = step.hybrid ? pass.method == WK_HYBRID_ALONG_COLUMNS : !step.dilated() && pass.rows > pass.columns;
         step.taps = {pass.rows, pass.columns}, step.anchor = {pass.row, pass.column};
         if (step.turned) step.taps = step.taps.transposed(), step.anchor = step.anchor.transposed();
         return step;
@@ -35,6 +37,15 @@ struct Step {
     Field seen(const Field &field) const { return turned ? field.transposed() : field; }
     Extent seen(const Extent &extent) const { return turned ? extent.transposed() : extent; }
     int64_t spectrum_column() const { return taps.rows | 1; }
+    bool dilated() const { return dilation > 1; }
+    Dilated dilated_from(int64_t shift) const { return {taps, anchor, dilation, shift}; }
+
+    // How far the pass reaches above and below an output, and the zeros that it needs beside the input.
+    static int64_t above(const wk_pass &pass) { return int64_t{pass.row} * pass.dilation; }
+    static int64_t below(const wk_pass &pass) { return int64_t{pass.rows - 1 - pass.row} * pass.dilation; }
+    int64_t margin() const {
+        return dilated() ? dilation * most(anchor.columns, taps.columns - 1 - anchor.columns) : MARGIN;
+    }
 };
 
 // Output rows that are computed together, with the rows of the input that they depend on.
@@ -60,10 +71,12 @@ Block<Type> block_of(const wk_tensor &tensor, int64_t image, int64_t channel, in
     return {at, tensor.channel, tensor.row, tensor.column, static_cast<int>(least(LANES, channels - channel))};
 }
 
-// An input plane has a margin of zeros on each side, which lets the rows of a tile share their kernel rows.
+// An input plane has a margin of zeros on each side, which lets the rows of a tile share their kernel rows. Beside the plane, it
+// is as wide as dilated kernels need it.
 struct Padded {
-    int64_t rows, columns, pitch;
-    explicit Padded(Extent extent) : rows(extent.rows), columns(extent.columns), pitch((extent.columns + 2 * MARGIN) | 1) {}
+    int64_t rows, columns, margin, pitch;
+    Padded(Extent extent, int64_t beside)
+        : rows(extent.rows), columns(extent.columns), margin(beside), pitch((extent.columns + 2 * beside) | 1) {}
     int64_t room() const { return (rows + 2 * MARGIN) * pitch; }
 
     // The plane in that memory, with its margin cleared.
@@ -71,10 +84,10 @@ struct Padded {
         clear(at, MARGIN * pitch);
         clear(at + (rows + MARGIN) * pitch, MARGIN * pitch);
         for (int64_t i = MARGIN; i < rows + MARGIN; i++) {
-            clear(at + i * pitch, MARGIN);
-            clear(at + i * pitch + columns + MARGIN, MARGIN);
+            clear(at + i * pitch, margin);
+            clear(at + i * pitch + columns + margin, margin);
         }
-        return {at + MARGIN * pitch + MARGIN, pitch, 1};
+        return {at + MARGIN * pitch + margin, pitch, 1};
     }
 };
 

@@ -1,4 +1,5 @@
-// depthwise_sum: the forward pass and, with flipped kernels, the input gradient.
+// depthwise_sum: the forward pass and, with flipped kernels, the input gradient; also of several branches that share an input or
+// an output, which is then packed or unpacked once.
 #pragma once
 
 #include "engine.hpp"
@@ -16,16 +17,18 @@ class Sum {
         int64_t taps = 0;
         for (int64_t i = 0; i < call.passes; i++) {
             steps_[i] = Step::of(call.pass[i]);
-            any_hybrid_ |= steps_[i].hybrid;
-            above_ = most(above_, call.pass[i].row);
-            below_ = most(below_, call.pass[i].rows - 1 - call.pass[i].row);
+            any_hybrid_ |= steps_[i].hybrid, any_dilated_ |= steps_[i].dilated();
+            above_ = most(above_, Step::above(call.pass[i])), below_ = most(below_, Step::below(call.pass[i]));
+            margin_ = most(margin_, steps_[i].margin());
             taps += steps_[i].taps.area();
         }
-        const bool adjoin = call.x.channel == 1 && call.y.channel == 1;
-        in_place_ = adjoin && call.dtype == WK_FLOAT32 && !any_hybrid_ && !call.relu && taps <= FEW_TAPS;
+        const bool adjoin = call.x.channel == 1 && call.y.channel == 1, alone = call.inputs == 1 && call.outputs == 1;
+        in_place_ = adjoin && alone && call.dtype == WK_FLOAT32 && !any_hybrid_ && !any_dilated_ && !call.relu && taps <= FEW_TAPS;
         together_ = blocks_together(adjoin, any_hybrid_, blocks_, call.images, call.threads);
         groups_ = ceil_div(blocks_, together_);
-        bands_ = bands_for(call.images * groups_, call.threads, call.height, (together_ + 1) * (call.width + 3), any_hybrid_);
+        spare_ = alone ? 1 : together_;
+        bands_ = bands_for(call.images * groups_, call.threads, call.height, (together_ + spare_) * (call.width + 1 + 2 * margin_),
+                           any_hybrid_);
         Extent outputs{ceil_div(call.height, bands_), call.width};
         Extent inputs{least(call.height, outputs.rows + above_ + below_), call.width};
         if (bands_ == 1) inputs = outputs;
@@ -86,7 +89,7 @@ class Sum {
 
     Own carve_own(Carver &carver) {
         Own own;
-        own.planes = carver.take<Vec>((together_ + 1) * Padded(inputs_).room());
+        own.planes = carver.take<Vec>((together_ + spare_) * Padded(inputs_, margin_).room());
         int64_t loose = 0;
         for (int64_t i = 0; i < call_.rects; i++) loose = most(loose, int64_t{call_.rect[i].rows} * call_.rect[i].columns);
         own.room = carver.take<Vec>(most(room_, kernel_room() + loose));
@@ -149,16 +152,18 @@ class Sum {
         Block<Float32> taps{const_cast<float *>(rect.taps) + channel * area, area, rect.columns, 1,
                             lanes_of(channel / LANES, call_.channels)};
         const Plane placed = s.seen(Plane{kernel, s.taps.columns, 1});
-        if (first && rect.rows == pass.rows && rect.columns == pass.columns && rect.row == pass.row && rect.column == pass.column) {
+        if (first && rect.rows == pass.rows && rect.columns == pass.columns && rect.row == pass.row && rect.column == pass.column &&
+            rect.dilation == pass.dilation) {
             pack<Float32>(placed, taps, rect.rows, rect.columns);
             return;
         }
         if (first) clear(kernel, s.taps.area());
         pack<Float32>({loose, rect.columns, 1}, taps, rect.rows, rect.columns);
-        const int64_t down = pass.row - rect.row, right = pass.column - rect.column;
-        for (int64_t u = most(0, -down); u < least(rect.rows, pass.rows - down); u++)
-            for (int64_t v = most(0, -right); v < least(rect.columns, pass.columns - right); v++)
-                *placed.from(u + down, v + right).at += loose[u * rect.columns + v];
+        const int64_t apart = rect.dilation / pass.dilation;
+        const int64_t down = pass.row - rect.row * apart, right = pass.column - rect.column * apart;
+        for (int64_t u = 0, i = down; u < rect.rows; u++, i += apart)
+            for (int64_t v = 0, j = right; v < rect.columns; v++, j += apart)
+                if (0 <= i && i < pass.rows && 0 <= j && j < pass.columns) *placed.from(i, j).at += loose[u * rect.columns + v];
     }
 
     // Bands of one image share rows, and neighboring images share the kernels.
@@ -190,21 +195,28 @@ class Sum {
             compute_in_place(at.image, first, blocks, band);
             return;
         }
-        const Padded padded(inputs_);
-        // One more plane than there are inputs: each output replaces the previous input.
-        Vec *planes[MOST_TOGETHER + 1];
-        for (int64_t b = 0; b <= blocks; b++) planes[b] = own.planes + b * padded.room();
-        Plane inputs[MOST_TOGETHER];
-        for (int64_t b = 0; b < blocks; b++) inputs[b] = Padded(band.inputs).plane(planes[b]);
+        const int64_t room = Padded(inputs_, margin_).room();
         const int last = lanes_of(first + blocks - 1, call_.channels);
-        pack_blocks<Type>(inputs, blocks, input<Type>(at), last, band.inputs);
-        Vec *free = planes[blocks];
-        for (int64_t b = 0; b < blocks; b++) {
-            const Plane y{free, call_.width | 1, 1};
-            for (int64_t i = 0; i < call_.passes; i++) apply(steps_[i], first + b, band, y, inputs[b], i > 0, own.room);
-            free = planes[b], planes[b] = y.at;
+        // The inputs lie `spare_` planes behind the outputs: one plane if each output may replace the previous block's input.
+        Vec *outputs[MOST_TOGETHER];
+        Plane inputs[MOST_TOGETHER];
+        for (int64_t b = 0; b < blocks; b++) outputs[b] = own.planes + b * room;
+        for (int32_t in = 0; in < call_.inputs; in++) {
+            for (int64_t b = 0; b < blocks; b++) inputs[b] = Padded(band.inputs, margin_).plane(own.planes + (b + spare_) * room);
+            pack_blocks<Type>(inputs, blocks, input<Type>(at, in), last, band.inputs);
+            for (int32_t out = 0; out < call_.outputs; out++) {
+                for (int64_t b = 0; b < blocks; b++) {
+                    const Plane y{outputs[b], call_.width | 1, 1};
+                    bool add = in > 0;
+                    for (int64_t i = 0; i < call_.passes; i++) {
+                        if (call_.pass[i].input != in || call_.pass[i].output != out) continue;
+                        apply(steps_[i], first + b, band, y, inputs[b], add, own.room);
+                        add = true;
+                    }
+                }
+                if (in == call_.inputs - 1) put<Type>(output<Type>(at, out), outputs, band.outputs, first, blocks);
+            }
         }
-        put<Type>(output<Type>(at), planes, band.outputs, first, blocks);
     }
 
     // Without packing: the image is read, and the result written, in place.
@@ -238,16 +250,24 @@ class Sum {
         return anchor;
     }
 
-    template <class Type> Block<Type> input(const Place &at) const {
-        return block_of<Type>(call_.x, at.image, at.group * together_ * LANES, band_at(at.band).from, call_.channels);
+    template <class Type> Block<Type> input(const Place &at, int32_t index) const {
+        wk_tensor x = call_.x;
+        if (call_.inputs > 1) x.data = const_cast<void *>(call_.xs[index]);
+        return block_of<Type>(x, at.image, at.group * together_ * LANES, band_at(at.band).from, call_.channels);
     }
-    template <class Type> Block<Type> output(const Place &at) const {
-        return block_of<Type>(call_.y, at.image, at.group * together_ * LANES, band_at(at.band).begin, call_.channels);
+    template <class Type> Block<Type> output(const Place &at, int32_t index) const {
+        wk_tensor y = call_.y;
+        if (call_.outputs > 1) y.data = call_.ys[index];
+        return block_of<Type>(y, at.image, at.group * together_ * LANES, band_at(at.band).begin, call_.channels);
     }
     void apply(const Step &s, int64_t block, const Band &band, Plane y, Plane x, bool add, Vec *room) {
         const Extent anchor = anchor_in(s, band);
         const Vec *packed = s.packed + block * s.packed_block;
         const Extent outputs = s.seen(band.outputs), inputs = s.seen(band.inputs);
+        if (s.dilated()) {
+            s.dilated_from(band.shift()).sum(y, outputs, x, inputs, packed, add);
+            return;
+        }
         if (!s.hybrid) {
             Direct{s.seen(y), outputs, s.seen(x), inputs, packed, s.taps, anchor, add, true, {}}.run();
             return;
@@ -287,8 +307,9 @@ class Sum {
 
     const wk_sum &call_;
     const int64_t blocks_;
-    int64_t above_ = 0, below_ = 0, together_ = 1, groups_ = 1, bands_ = 1, room_ = 0, own_bytes_ = 0;
-    bool any_hybrid_ = false, in_place_ = false;
+    int64_t above_ = 0, below_ = 0, margin_ = MARGIN, together_ = 1, groups_ = 1, spare_ = 1, bands_ = 1;
+    int64_t room_ = 0, own_bytes_ = 0;
+    bool any_hybrid_ = false, any_dilated_ = false, in_place_ = false;
     int out_of_memory_ = 0;
     Extent outputs_, inputs_;
     Step steps_[MOST_PASSES];

@@ -13,12 +13,13 @@ class WeightGrad {
   public:
     explicit WeightGrad(const wk_weight_grad &call)
         : call_(call), blocks_(ceil_div(call.channels, LANES)), step_(Step::of(call.pass)) {
-        above_ = call.pass.row, below_ = call.pass.rows - 1 - call.pass.row;
+        above_ = Step::above(call.pass), below_ = Step::below(call.pass);
         // With enough blocks, there is one sum over all images; otherwise every chunk has its own sum.
         const bool adjoin = call.x.channel == 1 && call.grad.channel == 1;
         together_ = blocks_together(adjoin, true, blocks_, call.images, call.threads);
         groups_ = ceil_div(blocks_, together_);
-        bands_ = bands_for(groups_ * call.images, call.threads, call.height, 2 * together_ * (call.width + 3), step_.hybrid);
+        bands_ = bands_for(groups_ * call.images, call.threads, call.height, 2 * together_ * (call.width + 1 + 2 * step_.margin()),
+                           step_.hybrid);
         if (!step_.hybrid) bands_ = least(call.height, most(bands_, ceil_div(int64_t{call.height} * call.width, LONGEST_SUM)));
         const int64_t items = call.images * bands_;
         chunks_ = call.threads > 1 && groups_ < 4 * call.threads ? least(items, ceil_div(4 * call.threads, groups_)) : 1;
@@ -74,7 +75,7 @@ class WeightGrad {
 
     Own carve_own(Carver &carver) {
         Own own;
-        own.x = carver.take<Vec>(together_ * Padded(inputs_).room());
+        own.x = carver.take<Vec>(together_ * Padded(inputs_, step_.margin()).room());
         own.grad = carver.take<Vec>(together_ * outputs_.area());
         own.sums = carver.take<Vec>(chunks_ == 1 ? together_ * step_.packed_block : 0);
         own.room = carver.take<Vec>(most(room_, 1));
@@ -131,7 +132,7 @@ class WeightGrad {
     template <class Type>
     void add(const Own &own, Vec *const *sums, int64_t first, int64_t blocks, int64_t item) const {
         const Band band = band_of(item);
-        const Padded padded(band.inputs);
+        const Padded padded(band.inputs, step_.margin());
         Plane x[MOST_TOGETHER], grad[MOST_TOGETHER];
         for (int64_t b = 0; b < blocks; b++) {
             x[b] = padded.plane(own.x + b * padded.room());
@@ -152,6 +153,8 @@ class WeightGrad {
         if (step_.hybrid)
             hybrid_weight_grad({sums, step_.spectrum_column(), 2}, step_.taps.rows, step_.seen(grad), window, step_.seen(x),
                                inputs, anchor.rows, step_.turned ? band.shift() : 0, step_.tiling, step_.tables, room);
+        else if (step_.dilated())
+            step_.dilated_from(band.shift()).weight_grad(sums, grad.at, window, x, inputs);
         else
             add_direct(sums, step_.seen(x), inputs, grad.at, window, anchor, room);
     }
@@ -182,14 +185,19 @@ class WeightGrad {
                               {kernel + step_.anchor.columns, step_.taps.columns, 1}, step_.anchor.columns,
                               step_.taps.columns - 1 - step_.anchor.columns, kernel + step_.taps.area());
         }
+        const wk_pass &pass = call_.pass;
         const int64_t channel = block * LANES, area = int64_t{call_.rows} * call_.columns;
         const int count = lanes_of(block, call_.channels);
+        // Where the first tap of the kernel lies in the pass, and the number of taps in it.
+        const int64_t apart = call_.dilation / pass.dilation, down = pass.row % apart, right = pass.column % apart;
+        const int64_t rows = ceil_div(pass.rows - down, apart), columns = ceil_div(pass.columns - right, apart);
         float *to = call_.taps + channel * area;
-        if (call_.rows != call_.pass.rows || call_.columns != call_.pass.columns)
+        if (call_.rows != rows || call_.columns != columns)
             for (int64_t i = 0; i < count * area; i++) to[i] = 0;
-        to += int64_t{call_.row - call_.pass.row} * call_.columns + (call_.column - call_.pass.column);
-        unpack<Float32>(Block<Float32>{to, area, call_.columns, 1, count}, step_.seen(Plane{kernel, step_.taps.columns, 1}),
-                        call_.pass.rows, call_.pass.columns, [](Vec v) { return v; });
+        to += (call_.row - pass.row / apart) * call_.columns + (call_.column - pass.column / apart);
+        const Plane from = step_.seen(Plane{kernel, step_.taps.columns, 1}).from(down, right);
+        unpack<Float32>(Block<Float32>{to, area, call_.columns, 1, count}, {from.at, from.row * apart, from.column * apart}, rows,
+                        columns, [](Vec v) { return v; });
     }
 
     const wk_weight_grad &call_;

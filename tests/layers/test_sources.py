@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.layers.helpers import assert_close, image, tall_strip, wide_strip
+from widekernel import ops
 from widekernel.layers import (
     KernelSource,
     LargeKernel,
@@ -184,12 +185,14 @@ def test_rectangles_with_dilations(whole: int) -> None:
         for k, step in zip(source.kernels, steps)
     ]
     check(source, want, x)
-    assert [rect.size for rect in rects_of(source) or []] == [
-        ((h - 1) * s + 1, (w - 1) * s + 1) for (h, w), s in zip(sizes, steps)
-    ]
+    rects = rects_of(source) or []
+    assert [(rect.size, rect.dilation) for rect in rects] == list(zip(sizes, steps))
     assert source.extents() == [(7, 7), (7, 7), (5, 1), (1, 1)]
-    assert source.taps() == C * (49 + 9 + 3 + 1) and source.published_macs(4, 5) == 20 * source.taps()
-    assert [tuple(kernel.shape[2:]) for kernel in source.kernels] == sizes
+    assert source.published_macs(4, 5) == 20 * C * (49 + 9 + 3 + 1)
+    with ops.trace() as calls:
+        source.responses(x)
+    ran = [rect for _, problem in calls.calls for rect in zip(problem.kernels, problem.dilations)]
+    assert ran == list(zip(sizes, steps))
     assert "dilations=[1, 3, 2, 4]" in repr(source) and "dilations" not in repr(Rectangles(C, sizes))
     gradients = torch.autograd.grad(
         sum((i + 1) * y.square().sum() for i, y in enumerate(source.responses(x))), source.kernels

@@ -13,9 +13,10 @@ from torch import nn
 
 import widekernel
 from tests.models.zoo import NANO, alive, assert_near, create, images
+from widekernel import ops
 from widekernel.errors import ArgumentError
 from widekernel.layers import LargeKernel, Rect, Rectangles, ShiftTiles
-from widekernel.layers.sources import dilate, dilated, rects_of
+from widekernel.layers.sources import dilate, rects_of
 
 STAGED = [name for name in NANO if "isotropic" not in name]
 # If no layer depends on the whole map, each pixel of the strided network is one of the dilated network.
@@ -32,12 +33,15 @@ def _out(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 def test_a_dilated_rectangle_is_a_dilated_convolution() -> None:
     x, kernel = torch.randn(2, 4, 17, 19, dtype=torch.float64), torch.randn(4, 1, 5, 3, dtype=torch.float64)
-    rect = dilated(Rect.centered(kernel), 3)
-    assert rect.size == (13, 7)
+    sparse = Rect.centered(kernel, 3)
+    rect = sparse.dense()
+    assert (sparse.size, sparse.reach, sparse.label) == ((5, 3), (6, 6, 3, 3), "5×3 (dilation 3)")
+    assert (rect.size, rect.reach, rect.label) == ((13, 7), (6, 6, 3, 3), "13×7")
     assert rect.anchor == (6, 3)
     want = F.conv2d(x, kernel, padding=(6, 3), dilation=3, groups=4)
     torch.testing.assert_close(F.conv2d(x, rect.kernel, padding=rect.anchor, groups=4), want)
-    even = dilated(Rect(torch.randn(4, 1, 1, 6), (0, 2)), 2)
+    torch.testing.assert_close(ops.depthwise_sum(x, [kernel], dilations=[3]), want)
+    even = Rect(torch.randn(4, 1, 1, 6), (0, 2), 2).dense()
     assert (even.size, even.anchor) == ((1, 11), (0, 4))
 
 
@@ -46,8 +50,8 @@ def test_a_dilated_source_has_the_same_parameters_and_gradients() -> None:
         plain, wide = make(), dilate(make(), 2)
         assert list(plain.state_dict()) == list(wide.state_dict())
         wide.load_state_dict(plain.state_dict())
-        sizes = [rect.size for rect in rects_of(wide) or []]
-        assert sizes == [(2 * h - 1, 2 * w - 1) for h, w in (rect.size for rect in rects_of(plain) or [])]
+        sizes = [(rect.size, rect.dilation) for rect in rects_of(wide) or []]
+        assert sizes == [(rect.size, 2) for rect in rects_of(plain) or []]
         layer = LargeKernel(wide, identity=True)
         layer(torch.randn(1, 4, 12, 12)).square().sum().backward()
         assert all(parameter.grad is not None and parameter.grad.any() for parameter in layer.parameters())

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from widekernel.dense.counting import countable
 from widekernel.deprecation import renamed_attribute
 from widekernel.errors import ShapeError
-from widekernel.layers import FoldedLargeKernel, LargeKernel, RectSource
+from widekernel.layers import FoldedLargeKernel, LargeKernel
 from widekernel.layers.dry_run import run_without_data
 from widekernel.layers.notes import recall
 from widekernel.layers.sources import SourceGroup, rects_of
@@ -131,12 +131,10 @@ class _Uncounted:
     Attributes:
         published: additional multiply-accumulates in the authors' execution.
         zeros: multiply-accumulates with a zero weight.
-        gaps: multiply-accumulates that the counter finds between the taps of dilated kernels.
     """
 
     published: int = 0
     zeros: int = 0
-    gaps: int = 0
 
 
 def _without_data(model: nn.Module) -> nn.Module:
@@ -163,17 +161,16 @@ def _cost(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[Cost, _Un
         for hook in hooks:
             hook.remove()
     params = sum(parameter.numel() for parameter in model.parameters())
-    return Cost(params, counter.get_total_flops() // 2 - extra.gaps, activations.total), extra
+    return Cost(params, counter.get_total_flops() // 2, activations.total), extra
 
 
 def _counting_hook(extra: _Uncounted, module: nn.Module) -> Any:
     """Return a forward hook that adds to `extra`; zeros are counted now, because the pass itself has no data."""
-    zeros, gaps = _zeros(module), _gaps(module)
+    zeros = _zeros(module)
 
     def hook(layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
         if isinstance(layer, LargeKernel):
             extra.published += _published_difference(layer, args[0])
-            extra.gaps += gaps * (out.numel() // out.shape[1])
         if zeros:
             channels = out.shape[-1] if isinstance(layer, nn.Linear) else out.shape[1]
             extra.zeros += zeros * (out.numel() // channels)
@@ -192,17 +189,7 @@ def _zeros(module: nn.Module) -> int:
         weights = _convolved_kernels(module.source)
     else:
         weights = list(module.kernels) if isinstance(module, FoldedLargeKernel) else [module.weight]  # type: ignore[list-item]
-    gaps = 0 if any(weight.is_meta for weight in weights) else _gaps(module)
-    return sum(weight.numel() - _nonzero(weight) for weight in weights) - gaps
-
-
-def _gaps(module: nn.Module) -> int:
-    """Count the zeros between the taps of dilated kernels."""
-    rects = rects_of(module.source) if isinstance(module, LargeKernel) else None
-    if rects is None:
-        return 0
-    parts = (part for part in module.source.modules() if isinstance(part, RectSource))  # type: ignore[union-attr]
-    return sum(rect.kernel.numel() for rect in rects) - sum(part.taps() for part in parts)
+    return sum(weight.numel() - _nonzero(weight) for weight in weights)
 
 
 def _convolved_kernels(source: nn.Module) -> list[Tensor]:
@@ -237,7 +224,7 @@ def _published_difference(layer: LargeKernel, x: Tensor) -> int:
     rects = rects_of(layer.source)
     if rects is None:
         return 0
-    realized = (sum(rect.kernel.numel() for rect in rects) - _gaps(layer)) * height * width
+    realized = sum(rect.kernel.numel() for rect in rects) * height * width
     return layer.source.published_macs(height, width) - realized
 
 

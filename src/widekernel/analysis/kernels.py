@@ -82,7 +82,7 @@ def _branches(module: nn.Module) -> dict[str, list[Rect]]:
         return {}
     labels: dict[str, list[Rect]] = {}
     for rect in rects:
-        label = base = f"{rect.size[0]}×{rect.size[1]}"
+        label = base = rect.label
         while label in labels:
             label = f"{base} ({sum(key.startswith(base) for key in labels) + 1})"
         labels[label] = [rect]

@@ -92,8 +92,8 @@ def _draw_kernels(figure: SubFigure, content: PictureContent) -> None:
     ]
     after = folded.rects()
     channel = int(torch.stack([rect.kernel.abs().sum((1, 2, 3)) for rect in after]).sum(0).argmax())
-    panels = [(f"branch {_size(rect)}", [rect]) for rect in before]
-    panels += [(f"folded {_size(rect)}", [rect]) for rect in after]
+    panels = [(f"branch {rect.label}", [rect]) for rect in before]
+    panels += [(f"folded {rect.label}", [rect]) for rect in after]
     reach = max(max(rect.reach) for rect in [*before, *after])
     figure.suptitle(
         f"One learned kernel before and after folding (layer {name}, channel {channel}): "
@@ -120,16 +120,12 @@ def _canvas(rects: list[Rect], channel: int, reach: int) -> Tensor:
     """Add one channel's taps on a square canvas around the output pixel; NaN where no rectangle has a tap."""
     side = 2 * reach + 1
     taps, covered = torch.zeros(side, side), torch.zeros(side, side, dtype=torch.bool)
-    for rect in rects:
+    for rect in (each.dense() for each in rects):
         (height, width), (row, column) = rect.size, rect.anchor
         place = slice(reach - row, reach - row + height), slice(reach - column, reach - column + width)
         taps[place] += rect.kernel[channel, 0].detach()
         covered[place] = True
     return taps.masked_fill(~covered, float("nan"))
-
-
-def _size(rect: Rect) -> str:
-    return f"{rect.size[0]}×{rect.size[1]}"
 
 
 def _draw_confusion(axes: Axes, content: PictureContent) -> None:

@@ -62,7 +62,8 @@ class LargeKernel(Fusable, nn.Module):
     def _computed(self, x: Tensor) -> Tensor:
         source, norms = self.source, list(self.norms)
         if not norms and (branches := source.branches()) is not None:
-            y = ops.depthwise_sum(x, *branches)
+            kernels, anchors, dilations = branches
+            y = ops.depthwise_sum(x, kernels, anchors, dilations=dilations)
         else:
             # Under autocast the branches share one converted copy of the input.
             dtype = autocast_dtype(x)
@@ -98,7 +99,7 @@ class LargeKernel(Fusable, nn.Module):
                 f"a {type(self.source).__name__} layer equals no single kernel near the borders and cannot be folded"
             )
         dtype, device, channels = rects[0].kernel.dtype, rects[0].kernel.device, self.source.channels
-        rects = [Rect(rect.kernel.double(), rect.anchor) for rect in rects]
+        rects = [rect.with_kernel(rect.kernel.double()) for rect in rects]
         bias = torch.zeros(channels, dtype=torch.float64, device=device)
         for i, norm in enumerate(self.norms):
             by, plus = affine_of(norm, channels)
@@ -111,7 +112,7 @@ class LargeKernel(Fusable, nn.Module):
             bias = bias * scale.double()
         if shift is not None:
             bias = bias + shift.double()
-        merged = [Rect(rect.kernel.to(dtype), rect.anchor) for rect in maximal_rectangles(rects)]
+        merged = [rect.with_kernel(rect.kernel.to(dtype)) for rect in maximal_rectangles(rects)]
         return FoldedLargeKernel(merged, bias.to(dtype)).requires_grad_(is_trained(self))
 
 
@@ -132,12 +133,13 @@ class FoldedLargeKernel(Folded, nn.Module):
     """y = Σ_r depthwise(x, rect_r) + bias: one operator call, the fast form for inference.
 
     Args:
-        rects: rectangles of C channels each.
+        rects: rectangles of C channels each; zeros fill the gaps of dilated ones.
         bias: (C,).
     """
 
     def __init__(self, rects: Sequence[Rect], bias: Tensor) -> None:
         super().__init__()
+        rects = [rect.dense() for rect in rects]
         self.kernels = nn.ParameterList(nn.Parameter(rect.kernel.detach().clone()) for rect in rects)
         self.anchors = tuple(rect.anchor for rect in rects)
         # Part of the state dict only so that `table_misfits` can compare the anchors when weights are loaded.

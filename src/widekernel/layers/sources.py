@@ -6,20 +6,20 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, empty, nn
 
 from widekernel import ops
 from widekernel.errors import ArgumentError
 from widekernel.layers.rect import Rect
 from widekernel.ops import plain
-from widekernel.ops.jit_trace import eager_static_shape, static_shape
+from widekernel.ops.checks import check_dilation
+from widekernel.ops.jit_trace import static_shape
 from widekernel.ops.problem import Anchor
 
 # No `from __future__ import annotations` here: TorchScript reads the attribute annotations of `KernelSource` as types.
 
-Branches = tuple[list[Tensor], list[Anchor]]
-"""The kernel (C, 1, kh, kw) and the anchor (row, column) of each branch."""
+Branches = tuple[list[Tensor], list[Anchor], list[int]]
+"""The kernel (C, 1, kh, kw), the anchor (row, column) and the dilation of each branch."""
 
 
 class KernelSource(nn.Module, ABC):
@@ -39,7 +39,7 @@ class KernelSource(nn.Module, ABC):
 
     @torch.jit.unused
     def branches(self) -> Branches | None:
-        """Return the kernel and the anchor of every branch, dilated, or None if some branch is not a rectangle."""
+        """Return the kernel, anchor and dilation of every branch, or None if some branch is not a rectangle."""
         return None
 
     @abstractmethod
@@ -50,8 +50,9 @@ class KernelSource(nn.Module, ABC):
 class RectSource(KernelSource):
     """A source whose branches are exactly rectangles, so that it can be folded.
 
-    A subclass defines either `rects`, or `branch_kernels` and `branch_anchors`. The latter must be written in the part of
-    Python that TorchScript compiles if layers with this source are to be scripted.
+    A subclass defines either `rects`, or `branch_kernels`, `branch_anchors` and, if some branches are dilated,
+    `branch_dilations`. The latter must be written in the part of Python that TorchScript compiles if layers with this source
+    are to be scripted.
 
     Attributes:
         dilation: distance between taps on the feature map, see `dilate`. The parameters do not depend on it.
@@ -71,41 +72,40 @@ class RectSource(KernelSource):
         """Return the anchor (row, column) of each branch."""
         raise NotImplementedError
 
-    def rects(self) -> list[Rect]:
-        """Return the rectangle of each branch before dilation, differentiable in the parameters."""
-        return [Rect(kernel, anchor) for kernel, anchor in zip(self.branch_kernels(), self.branch_anchors())]
+    def branch_dilations(self) -> list[int]:
+        """Return the distance between the taps of each branch, before the dilation of the whole source."""
+        return [1] * self.num_branches
 
-    def taps(self) -> int:
-        """Count the taps of all channels and branches, without the gaps between dilated ones."""
-        return sum(rect.kernel.numel() for rect in self.rects())
+    def rects(self) -> list[Rect]:
+        """Return the rectangle of each branch before the dilation of the whole source, differentiable in the parameters."""
+        branches = zip(self.branch_kernels(), self.branch_anchors(), self.branch_dilations())
+        return [Rect(kernel, anchor, dilation) for kernel, anchor, dilation in branches]
 
     def responses(self, x: Tensor) -> list[Tensor]:
         """Convolve with every rectangle, in one call if a backend has a fused operator."""
         if torch.jit.is_scripting():
-            kernels: list[Tensor] = []
-            for kernel in self.branch_kernels():
-                kernels.append(dilated_kernel(kernel, self.dilation))
-            anchors: list[tuple[int, int]] = []
-            for row, column in self.branch_anchors():
-                anchors.append((row * self.dilation, column * self.dilation))
-            return plain.depthwise_branches(x, kernels, anchors)
+            dilations: list[int] = []
+            for dilation in self.branch_dilations():
+                dilations.append(dilation * self.dilation)
+            return plain.depthwise_branches(x, self.branch_kernels(), self.branch_anchors(), dilations)
         else:  # noqa: RET505 - TorchScript leaves out the other branch, and only that
             return _convolved(x, self.branches())
 
     @torch.jit.unused
     def branches(self) -> Branches:
-        """Return the dilated kernels and anchors of the branches, without the checks of `rects`."""
-        if type(self).rects is RectSource.rects and self.dilation == 1:
-            return self.branch_kernels(), self.branch_anchors()
-        rects = [dilated(rect, self.dilation) for rect in self.rects()]
-        return [rect.kernel for rect in rects], [rect.anchor for rect in rects]
+        """Return the kernels, anchors and dilations of the branches, without the checks of `rects`."""
+        if type(self).rects is RectSource.rects:
+            dilations = [dilation * self.dilation for dilation in self.branch_dilations()]
+            return self.branch_kernels(), self.branch_anchors(), dilations
+        rects = self.rects()
+        dilations = [rect.dilation * self.dilation for rect in rects]
+        return [rect.kernel for rect in rects], [rect.anchor for rect in rects], dilations
 
 
 class Rectangles(RectSource):
     """One free kernel per branch: `[(31, 31), (5, 5)]` is RepLKNet's layer, `[(51, 5), (5, 51), (5, 5)]` SLaK's.
 
-    UniRepLKNet's branches have dilations of their own: a 7x7 kernel of dilation 2 is a 13x13 rectangle with zeros between
-    the taps. The parameters are the kernels without these zeros.
+    UniRepLKNet's branches have dilations of their own: a 7x7 kernel of dilation 2 reaches as far as a 13x13 kernel.
 
     Args:
         channels: C.
@@ -127,8 +127,7 @@ class Rectangles(RectSource):
         if len(self.dilations) != len(sizes):
             raise ArgumentError(f"{len(self.dilations)} dilations for {len(sizes)} branches: give one for each, or None")
         for dilation in self.dilations:
-            if not isinstance(dilation, int) or isinstance(dilation, bool) or dilation < 1:
-                raise ArgumentError(f"dilation {dilation!r} is not a positive whole number: 1 leaves no gaps between taps")
+            check_dilation("dilation", dilation)
         self.kernels = nn.ParameterList(nn.Parameter(empty(channels, 1, kh, kw)) for kh, kw in sizes)
         self.reset_parameters()
 
@@ -138,42 +137,29 @@ class Rectangles(RectSource):
             nn.init.kaiming_uniform_(kernel, a=math.sqrt(5))
 
     def branch_kernels(self) -> list[Tensor]:
-        """Return each kernel, with zeros in its gaps."""
+        """Return each kernel."""
         if torch.jit.is_scripting():
             kernels: list[Tensor] = []
-            for i, kernel in enumerate(self.kernels):  # TorchScript has no comprehension over parameters
-                kernels.append(dilated_kernel(kernel, self.dilations[i]))
+            for kernel in self.kernels:  # TorchScript has no comprehension over parameters
+                kernels.append(kernel)
             return kernels
         else:  # noqa: RET505 - TorchScript leaves out the other branch, and only that
-            return [dilated_kernel(kernel, step) for kernel, step in zip(tensors_of(self.kernels), self.dilations)]
+            return tensors_of(self.kernels)
 
     def branch_anchors(self) -> list[tuple[int, int]]:
         """Return the middle tap of each kernel."""
         anchors: list[tuple[int, int]] = []
-        for i, kernel in enumerate(self.kernels):
+        for kernel in self.kernels:
             sizes = static_shape(kernel)
-            anchors.append((sizes[2] // 2 * self.dilations[i], sizes[3] // 2 * self.dilations[i]))
+            anchors.append((sizes[2] // 2, sizes[3] // 2))
         return anchors
 
-    @torch.jit.unused
-    def branches(self) -> Branches:
-        """Return the kernels with all dilations, and their middle taps."""
-        if type(self).rects is not RectSource.rects:
-            return super().branches()
-        kernels: list[Tensor] = []
-        anchors: list[Anchor] = []
-        for kernel, step in zip(tensors_of(self.kernels), self.dilations):
-            size, apart = eager_static_shape(kernel), step * self.dilation
-            kernels.append(dilated_kernel(kernel, apart))
-            anchors.append((size[2] // 2 * apart, size[3] // 2 * apart))
-        return kernels, anchors
-
-    def taps(self) -> int:
-        """Count the weights of all kernels."""
-        return sum(kernel.numel() for kernel in self.kernels)
+    def branch_dilations(self) -> list[int]:
+        """Return the distance between the taps of each kernel."""
+        return self.dilations
 
     def extents(self) -> list[tuple[int, int]]:
-        """Return (height, width) of each branch with its own dilation, in taps."""
+        """Return (height, width) of each branch with its own dilation, in pixels."""
         sizes = ((kernel.shape[2], kernel.shape[3]) for kernel in self.kernels)
         return [((kh - 1) * step + 1, (kw - 1) * step + 1) for (kh, kw), step in zip(sizes, self.dilations)]
 
@@ -224,13 +210,15 @@ class SourceGroup(KernelSource):
         """Return the branches of all sources, or None if some branch is not a rectangle."""
         kernels: list[Tensor] = []
         anchors: list[Anchor] = []
+        dilations: list[int] = []
         for source in self.sources:
             found: Branches | None = source.branches()  # type: ignore[operator]
             if found is None:
                 return None
             kernels += found[0]
             anchors += found[1]
-        return kernels, anchors
+            dilations += found[2]
+        return kernels, anchors, dilations
 
     def published_macs(self, height: int, width: int) -> int:
         """Add up the counts of all sources."""
@@ -240,7 +228,7 @@ class SourceGroup(KernelSource):
 def rects_of(source: nn.Module) -> list[Rect] | None:
     """Return the rectangles of every branch of a source, or None if some branch is not a rectangle."""
     branches = source.branches() if isinstance(source, KernelSource) else None
-    return None if branches is None else [Rect(kernel, anchor) for kernel, anchor in zip(*branches)]
+    return None if branches is None else [Rect(*branch) for branch in zip(*branches)]
 
 
 SourceT = TypeVar("SourceT", bound=KernelSource)
@@ -262,27 +250,6 @@ def dilate(source: SourceT, dilation: int) -> SourceT:
         if isinstance(part, RectSource):
             part.dilation = dilation
     return source
-
-
-def dilated(rect: Rect, dilation: int) -> Rect:
-    """Return a larger rectangle with the taps `dilation` apart and zeros between them."""
-    if dilation == 1:
-        return rect
-    return Rect(dilated_kernel(rect.kernel, dilation), (rect.anchor[0] * dilation, rect.anchor[1] * dilation))
-
-
-def dilated_kernel(kernel: Tensor, dilation: int) -> Tensor:
-    """Return a larger kernel with the taps of `kernel` (C, 1, kh, kw) `dilation` apart and zeros between them.
-
-    TorchScript compiles this function.
-    """
-    if dilation == 1:
-        return kernel
-    sizes = static_shape(kernel)
-    channels, kh, kw = sizes[0], sizes[2], sizes[3]
-    apart = F.pad(kernel.reshape(channels, 1, kh, 1, kw, 1), [0, dilation - 1, 0, 0, 0, dilation - 1])
-    wide = apart.reshape(channels, 1, kh * dilation, kw * dilation)
-    return wide[:, :, : (kh - 1) * dilation + 1, : (kw - 1) * dilation + 1]
 
 
 _KEYS = tuple(map(str, range(16)))
@@ -321,5 +288,5 @@ def _is_made_of_rects(source: nn.Module) -> bool:
 
 
 def _convolved(x: Tensor, branches: Branches) -> list[Tensor]:
-    kernels, anchors = branches
-    return ops.depthwise_branches(x, kernels, anchors) if kernels else []
+    kernels, anchors, dilations = branches
+    return ops.depthwise_branches(x, kernels, anchors, dilations=dilations) if kernels else []

@@ -3,6 +3,8 @@
 Each rule is an `autograd.Function` with `setup_context`, so that `torch.func` transforms work. There is no `jvp`, so
 forward-mode differentiation raises instead of returning a wrong zero tangent.
 
+The gradients have the dilations of the call.
+
     operator                     gradient in the images                  gradient in a kernel
     depthwise_sum                depthwise_sum of flipped kernels        depthwise_weight_grad
     depthwise_weight_grad        depthwise_sum (the rule is bilinear)
@@ -29,7 +31,7 @@ from widekernel.ops.operators import (
     split_kernels,
 )
 from widekernel.ops.problem import Anchor, Anchors, flipped, mirror, mirror_anchors
-from widekernel.ops.registration import CallOptions, has_batched_gradients, needs_derivatives
+from widekernel.ops.registration import CallOptions, has_batched_gradients, needs_derivatives, operator_options
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -61,7 +63,8 @@ def differentiable_branches(
 ) -> Sequence[Tensor]:
     """Compute a differentiable `depthwise_branches`; the arguments are already converted and checked."""
     if len(kernels) == 1 or has_batched_gradients(x, *kernels):
-        return [_rectangle(x, kernel, anchor, options) for kernel, anchor in zip(kernels, anchors)]
+        rects = enumerate(zip(kernels, anchors))
+        return [_rectangle(x, kernel, anchor, options.of([b])) for b, (kernel, anchor) in rects]
     # In some versions, the compiler traces a function with a variable number of arguments only if it needs a gradient.
     if not needs_derivatives(x, *kernels):
         return run_branches(x, kernels, anchors, options)
@@ -73,7 +76,8 @@ def differentiable_sum_of_branches(
 ) -> Tensor:
     """Compute a differentiable `depthwise_sum_of_branches`."""
     if len(kernels) == 1 or has_batched_gradients(*xs, *kernels):
-        parts = [_rectangle(x, kernel, anchor, options) for x, kernel, anchor in zip(xs, kernels, anchors)]
+        rects = enumerate(zip(xs, kernels, anchors))
+        parts = [_rectangle(x, kernel, anchor, options.of([b])) for b, (x, kernel, anchor) in rects]
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
     if not needs_derivatives(*xs, *kernels):
         return run_sum_of_branches(xs, kernels, anchors, options)
@@ -128,8 +132,8 @@ class _DepthwiseSum(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             for_x = differentiable_sum(grad, flipped(kernels), mirror_anchors(kernels, ctx.anchors), None, ctx.options)
         for_kernels = [
-            differentiable_weight_grad(x, grad, kernel.shape[2:], anchor, ctx.options) if wanted else None
-            for kernel, anchor, wanted in zip(kernels, ctx.anchors, ctx.needs_input_grad[4:])
+            differentiable_weight_grad(x, grad, kernel.shape[2:], anchor, ctx.options.of([r])) if wanted else None
+            for r, (kernel, anchor, wanted) in enumerate(zip(kernels, ctx.anchors, ctx.needs_input_grad[4:]))
         ]
         if ctx.needs_input_grad[1]:
             for_bias = grad.sum((0, 2, 3))
@@ -141,7 +145,7 @@ class _Call(NamedTuple):
 
     Attributes:
         geometry: (kh, kw, anchor row, anchor column) of every rectangle.
-        options: backend and algorithm.
+        options: backend, algorithm and dilations.
     """
 
     geometry: tuple[tuple[int, int, int, int], ...]
@@ -166,7 +170,8 @@ class _DepthwiseSumOfTaps(torch.autograd.Function):
     @_with_signature
     def forward(x: Tensor, taps: Tensor, bias: Tensor | None, call: _Call) -> Tensor:
         if has_batched_gradients(x, taps):
-            y = depthwise_sum_of_taps_op(x, taps, [number for rect in call.geometry for number in rect], *call.options)
+            numbers = [number for rect in call.geometry for number in rect]
+            y = depthwise_sum_of_taps_op(x, taps, numbers, *operator_options(call.options))
             return y if bias is None else y + bias.view(-1, 1, 1)
         return run_sum(x, call.split(taps), tuple(rect[2:] for rect in call.geometry), call.options, bias)
 
@@ -185,7 +190,10 @@ class _DepthwiseSumOfTaps(torch.autograd.Function):
             for_x = _DepthwiseSumOfTaps.apply(grad, turned, None, call.mirrored())
         if ctx.needs_input_grad[1]:
             for_taps = join_kernels(
-                [differentiable_weight_grad(x, grad, rect[:2], rect[2:], call.options) for rect in call.geometry]
+                [
+                    differentiable_weight_grad(x, grad, rect[:2], rect[2:], call.options.of([r]))
+                    for r, rect in enumerate(call.geometry)
+                ]
             )
         if ctx.needs_input_grad[2]:
             for_bias = grad.sum((0, 2, 3))
@@ -246,11 +254,12 @@ class _DepthwiseBranches(torch.autograd.Function):
         if ctx.needs_input_grad[0] and used:
             rects = [kernels[b] for b, _ in used]
             mirrored = mirror_anchors(rects, [ctx.anchors[b] for b, _ in used])
-            for_x = differentiable_sum_of_branches([grad for _, grad in used], flipped(rects), mirrored, ctx.options)
+            options = ctx.options.of([b for b, _ in used])
+            for_x = differentiable_sum_of_branches([grad for _, grad in used], flipped(rects), mirrored, options)
         for b, grad in used:
             if ctx.needs_input_grad[3 + b]:
                 size, anchor = kernels[b].shape[2:], ctx.anchors[b]
-                for_kernels[b] = differentiable_weight_grad(x, grad, size, anchor, ctx.options)
+                for_kernels[b] = differentiable_weight_grad(x, grad, size, anchor, ctx.options.of([b]))
         return for_x, None, None, *for_kernels
 
 
@@ -279,10 +288,11 @@ class _DepthwiseSumOfBranches(torch.autograd.Function):
         if wanted:
             rects = [kernels[b] for b in wanted]
             mirrored = mirror_anchors(rects, [ctx.anchors[b] for b in wanted])
-            for b, for_x in zip(wanted, differentiable_branches(grad, flipped(rects), mirrored, ctx.options)):
+            found = differentiable_branches(grad, flipped(rects), mirrored, ctx.options.of(wanted))
+            for b, for_x in zip(wanted, found):
                 gradients[b] = for_x
         for b in range(count):
             if ctx.needs_input_grad[2 + count + b]:
                 size, anchor = kernels[b].shape[2:], ctx.anchors[b]
-                gradients[count + b] = differentiable_weight_grad(xs[b], grad, size, anchor, ctx.options)
+                gradients[count + b] = differentiable_weight_grad(xs[b], grad, size, anchor, ctx.options.of([b]))
         return None, None, *gradients

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from widekernel.errors import ArgumentError
-from widekernel.ops.problem import DEPTHWISE_SUM, DEPTHWISE_WEIGHT_GRAD, Algorithm
+from widekernel.ops.problem import DEPTHWISE_SUM, DEPTHWISE_WEIGHT_GRAD, Algorithm, Dilations, only_dilated
 
 _ALGORITHMS = get_args(Algorithm)
 
@@ -34,6 +34,34 @@ def check_algorithm(algorithm: str | None) -> Algorithm | None:
             f"unknown algorithm {algorithm!r}: ask for {' or '.join(map(repr, _ALGORITHMS))}, or for None, the fastest"
         )
     return algorithm  # type: ignore[return-value]
+
+
+def check_dilations(dilations: Sequence[int] | None, rects: int) -> Dilations:
+    """Return the dilations of so many rectangles, empty if all are 1; raise unless each is a positive whole number.
+
+    Args:
+        dilations: distance between neighboring taps of each rectangle; None for 1.
+        rects: number of rectangles.
+    """
+    if dilations is None:
+        return ()
+    if not isinstance(dilations, (list, tuple)):
+        raise ArgumentError(f"dilations is {dilations!r}: it must be a list with one whole number for each kernel, or None")
+    if len(dilations) != rects:
+        raise ArgumentError(f"{rects} kernels but {len(dilations)} dilations: every rectangle needs one dilation")
+    for i, dilation in enumerate(dilations):
+        check_dilation(f"dilations[{i}]", dilation)
+    return only_dilated(dilations)
+
+
+def check_dilation(name: str, dilation: int) -> None:
+    """Raise unless `dilation` is a positive whole number."""
+    # As in `check_anchor`. True is an integer in Python.
+    integer = isinstance(dilation, (int, torch.SymInt)) or hasattr(dilation, "__index__")
+    if not integer or isinstance(dilation, (bool, Tensor)) or dilation < 1:
+        raise ArgumentError(
+            f"{name} is {dilation!r}: a distance between taps must be a positive whole number; 1 leaves no gaps between them"
+        )
 
 
 def check_sum(

@@ -33,29 +33,36 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 
 
 def _sum(x: Tensor, kernels: Any, anchors: Sequence[int], bias: Any, scale: Any, relu: bool, *options: Any) -> Tensor:
-    return plain.depthwise_sum(x, kernels, list(unflatten_anchors(anchors)), bias, scale, relu)
+    return plain.depthwise_sum(x, kernels, list(unflatten_anchors(anchors)), bias, scale, relu, _dilations(options))
 
 
 def _sum_of_taps(x: Tensor, taps: Tensor, geometry: Sequence[int], *options: Any) -> Tensor:
     kernels = split_kernels(taps, list(zip(geometry[::4], geometry[1::4])))
-    return plain.depthwise_sum(x, kernels, list(zip(geometry[2::4], geometry[3::4])))
+    return plain.depthwise_sum(x, kernels, list(zip(geometry[2::4], geometry[3::4])), dilations=_dilations(options))
 
 
 def _branches(x: Tensor, kernels: Any, anchors: Sequence[int], *options: Any) -> list[Tensor]:
-    return plain.depthwise_branches(x, kernels, list(unflatten_anchors(anchors)))
+    return plain.depthwise_branches(x, kernels, list(unflatten_anchors(anchors)), _dilations(options))
 
 
 def _sum_of_branches(xs: Any, kernels: Any, anchors: Sequence[int], *options: Any) -> Tensor:
     total: Tensor | None = None
-    for x, kernel, anchor in zip(xs, kernels, list(unflatten_anchors(anchors))):
-        part = plain.depthwise_sum(x, [kernel], [anchor])
+    dilations = _dilations(options) or [1] * len(kernels)
+    for x, kernel, anchor, dilation in zip(xs, kernels, unflatten_anchors(anchors), dilations):
+        part = plain.depthwise_sum(x, [kernel], [anchor], dilations=[dilation])
         total = part if total is None else total + part
     assert total is not None
     return total
 
 
 def _weight_grad(x: Tensor, grad: Tensor, geometry: Sequence[int], *options: Any) -> Tensor:
-    return plain.depthwise_weight_grad(x, grad, (geometry[0], geometry[1]), (geometry[2], geometry[3]))
+    (dilation,) = _dilations(options) or [1]
+    return plain.depthwise_weight_grad(x, grad, (geometry[0], geometry[1]), (geometry[2], geometry[3]), dilation)
+
+
+def _dilations(options: Sequence[Any]) -> list[int] | None:
+    """Return the dilations among the last arguments of an operator (backend, algorithm, dilations); None if all are 1."""
+    return list(options[2]) if len(options) > 2 and options[2] else None
 
 
 # PyTorch's ONNX exporter looks up unknown operators here.

@@ -8,11 +8,18 @@ from torch import Tensor
 
 from widekernel.ops import traced_calls
 from widekernel.ops.autograd import differentiable_sum, differentiable_weight_grad
-from widekernel.ops.checks import check_algorithm, check_epilogue, check_sum, check_weight_grad
+from widekernel.ops.checks import (
+    check_algorithm,
+    check_dilation,
+    check_dilations,
+    check_epilogue,
+    check_sum,
+    check_weight_grad,
+)
 from widekernel.ops.eager import find_sum, is_ordinary_call
 from widekernel.ops.jit_trace import is_tracing
 from widekernel.ops.operators import run_sum
-from widekernel.ops.problem import Anchor, center_anchors
+from widekernel.ops.problem import Anchor, center_anchors, only_dilated
 from widekernel.ops.reference import epilogue
 from widekernel.ops.registration import CallOptions, autocast, needs_derivatives
 
@@ -27,10 +34,11 @@ def depthwise_sum(
     relu: bool = False,
     backend: str | None = None,
     algorithm: str | None = None,
+    dilations: Sequence[int] | None = None,
 ) -> Tensor:
     """Add up depthwise convolutions of one input with several rectangular kernels: stride 1, same size.
 
-        s[n, c, i, j] = Σ_r Σ_uv kernels[r][c, 0, u, v] · x[n, c, i + u - row_r, j + v - column_r]
+        s[n, c, i, j] = Σ_r Σ_uv kernels[r][c, 0, u, v] · x[n, c, i + (u - row_r)·d_r, j + (v - column_r)·d_r]
         y[n, c, i, j] = scale[c] · s[n, c, i, j] + bias[c], followed by ReLU if `relu`
 
     Pixels outside the image are zero. Differentiable in every tensor, to any order. Under autocast, the arguments are
@@ -49,19 +57,22 @@ def depthwise_sum(
         algorithm: "direct" restricts each sum to the pixels under the kernel, in the gradients too. The default is the
             fastest algorithm, which on a CPU may be a Fourier transform of whole rows: its error is then relative to the
             largest value in the row, and one NaN or infinity spreads to the whole row.
+        dilations: for each rectangle the distance d between neighboring taps in pixels, along both axes; by default 1.
 
     Raises:
-        ValueError: if shapes, types or anchors do not fit together.
+        ValueError: if shapes, types, anchors or dilations do not fit together.
         NoBackendError: if no backend can compute the call, or the requested one cannot.
     """
     if is_ordinary_call() and (relu is False or relu is True):
-        found = find_sum(x, kernels, anchors, bias, scale, backend, algorithm)
+        found = find_sum(x, kernels, anchors, bias, scale, backend, algorithm, dilations)
         if found is not None:
             places = found.problem.anchors
             if not needs_derivatives(x, bias, scale, *kernels):
                 return found(x, kernels, places, bias, scale, relu)
-            return _differentiable(x, kernels, places, bias, scale, relu, CallOptions(backend, found.problem.algorithm))
-    options = CallOptions(backend or None, check_algorithm(algorithm))
+            gaps = () if dilations is None else only_dilated(dilations)
+            options = CallOptions(backend, found.problem.algorithm, gaps)
+            return _differentiable(x, kernels, places, bias, scale, relu, options)
+    options = CallOptions(backend or None, check_algorithm(algorithm), check_dilations(dilations, len(kernels)))
     if is_tracing():
         return traced_calls.depthwise_sum(x, kernels, anchors, bias, scale, relu, options)
     anchors = center_anchors(kernels) if anchors is None else anchors
@@ -95,10 +106,11 @@ def depthwise_weight_grad(
     *,
     backend: str | None = None,
     algorithm: str | None = None,
+    dilation: int = 1,
 ) -> Tensor:
     """Compute the gradient of one rectangle of `depthwise_sum`: the channel-wise correlation of input and gradient.
 
-        w[c, 0, u, v] = Σ_nij grad[n, c, i, j] · x[n, c, i + u - row, j + v - column]
+        w[c, 0, u, v] = Σ_nij grad[n, c, i, j] · x[n, c, i + (u - row)·d, j + (v - column)·d]
 
     Args:
         x: (N, C, H, W), the input of the forward pass.
@@ -107,15 +119,17 @@ def depthwise_weight_grad(
         anchor: (row, column), by default the middle tap.
         backend: as in `depthwise_sum`.
         algorithm: as in `depthwise_sum`.
+        dilation: the distance d between neighboring taps in pixels.
 
     Returns:
-        (C, 1, kh, kw)
+        (C, 1, kh, kw), the gradient of the taps; the gaps between them have none.
 
     Raises:
-        ValueError: if shapes, types or the anchor do not fit together.
+        ValueError: if shapes, types, the anchor or the dilation do not fit together.
         NoBackendError: if no backend can compute the call, or the requested one cannot.
     """
-    options = CallOptions(backend or None, check_algorithm(algorithm))
+    check_dilation("dilation", dilation)
+    options = CallOptions(backend or None, check_algorithm(algorithm), only_dilated([dilation]))
     if is_tracing():
         return traced_calls.depthwise_weight_grad(x, grad, kernel_size, anchor, options)
     if anchor is None:

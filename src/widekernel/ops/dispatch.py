@@ -190,12 +190,18 @@ def select_fused(problem: Problem, backend: str | None = None) -> Backend | None
 
 
 def reasons_against(backend: Backend, problem: Problem) -> list[str]:
-    """List the reasons of a backend against a problem, including that it lacks the operator."""
-    return backend.reasons_against(problem) if problem.op in backend.operators else [f"it does not implement {problem.op}"]
+    """List the reasons of a backend against a problem, including that it lacks the operator or dilations."""
+    if problem.op not in backend.operators:
+        return [f"it does not implement {problem.op}"]
+    if problem.dilated and not backend.computes_dilated:
+        return [f"it computes kernels without gaps between the taps, not with dilations {problem.dilations}"]
+    return backend.reasons_against(problem)
 
 
 def _can_run(backend: Backend, problem: Problem) -> bool:
-    return problem.op in backend.operators and backend.can_run(problem)
+    if problem.op not in backend.operators or (problem.dilated and not backend.computes_dilated):
+        return False
+    return backend.can_run(problem)
 
 
 def _named(name: str) -> Backend:

@@ -16,7 +16,7 @@ from torch.nn import Parameter
 
 from widekernel.ops import dispatch
 from widekernel.ops.dispatch import dispatch_key
-from widekernel.ops.problem import DEPTHWISE_SUM, Anchor
+from widekernel.ops.problem import DEPTHWISE_SUM, Anchor, Dilations, only_dilated
 
 _key_set = torch._C._dispatch_tls_local_include_set
 _function_modes = torch._C._len_torch_function_stack
@@ -68,6 +68,7 @@ def sum_key(
     scale: Tensor | None,
     backend: str | None,
     algorithm: str | None,
+    dilations: Dilations,
 ) -> tuple[Any, ...]:
     """Return the dispatch key of a `depthwise_sum` call; it contains every shape that is checked.
 
@@ -79,9 +80,10 @@ def sum_key(
         scale: (C,) or None.
         backend: the requested backend, or None.
         algorithm: the requested algorithm, or None.
+        dilations: the dilations of the kernels; empty if all are 1.
     """
     shapes = None if bias is None else bias.shape, None if scale is None else scale.shape
-    return dispatch_key(DEPTHWISE_SUM, x, sizes, anchors, *shapes, backend, algorithm)
+    return dispatch_key(DEPTHWISE_SUM, x, sizes, anchors, *shapes, backend, algorithm, dilations)
 
 
 def find_sum(
@@ -92,6 +94,7 @@ def find_sum(
     scale: Tensor | None,
     backend: str | None,
     algorithm: str | None,
+    dilations: Sequence[int] | None = None,
 ) -> dispatch.BackendChoice | None:
     """Return the choice made for an earlier `depthwise_sum` call with equivalent arguments, or None if there was none.
 
@@ -126,6 +129,13 @@ def find_sum(
                 # 1.0 equals 1 and has the same hash, but is not a valid anchor.
                 if type(row) is not int or type(column) is not int:
                     return None
-        return dispatch.registry.choices.get(sum_key(x, tuple(sizes), tuple(anchors), bias, scale, backend, algorithm))
+        gaps: Dilations = ()
+        if dilations is not None:
+            # True equals 1 as well.
+            if len(dilations) != len(sizes) or any(type(dilation) is not int for dilation in dilations):
+                return None
+            gaps = only_dilated(dilations)
+        key = sum_key(x, tuple(sizes), tuple(anchors), bias, scale, backend, algorithm, gaps)
+        return dispatch.registry.choices.get(key)
     except (TypeError, ValueError, IndexError):  # unhashable, not pairs, or not four dimensions
         return None

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from widekernel.ops import dispatch
 from widekernel.ops.backends.base import Backend
-from widekernel.ops.checks import check_algorithm, check_sum
-from widekernel.ops.problem import Algorithm, Anchor, Problem, center_anchors, mirror_anchors
-from widekernel.ops.registration import autocast, on_gpu_of
+from widekernel.ops.checks import check_algorithm, check_dilations, check_sum
+from widekernel.ops.problem import Anchor, Problem, center_anchors, mirror_anchors
+from widekernel.ops.registration import CallOptions, autocast, on_gpu_of
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ def explain(
     branches: bool = False,
     backend: str | None = None,
     algorithm: str | None = None,
+    dilations: Sequence[int] | None = None,
 ) -> list[Explanation]:
     """Explain which backend computes a call of `depthwise_sum`, its input gradient and its weight gradients, and why.
 
@@ -52,37 +53,34 @@ def explain(
             gradient fused, that pass gets one explanation per branch, whose details say why.
         backend: name of the requested backend.
         algorithm: the requested algorithm.
+        dilations: the dilations of the rectangles, by default 1.
 
     Raises:
-        ValueError: if shapes, types or anchors do not fit together.
+        ValueError: if shapes, types, anchors or dilations do not fit together.
         NoBackendError: if no backend can compute the call, or the requested one cannot.
     """
     anchors = center_anchors(kernels) if anchors is None else anchors
     x, kernels = autocast(x, kernels)
-    insisted = check_algorithm(algorithm)
     check_sum(x, kernels, anchors, None)
+    options = CallOptions(backend, check_algorithm(algorithm), check_dilations(dilations, len(kernels)))
     with on_gpu_of(x):
-        return _explanations(x, kernels, list(anchors), backend, insisted, branches)
+        return _explanations(x, kernels, list(anchors), options, branches)
 
 
 def _explanations(
-    x: Tensor,
-    kernels: Sequence[Tensor],
-    anchors: list[Anchor],
-    backend: str | None,
-    algorithm: Algorithm | None,
-    branches: bool,
+    x: Tensor, kernels: Sequence[Tensor], anchors: list[Anchor], options: CallOptions, branches: bool
 ) -> list[Explanation]:
+    backend, *rest = options
     mirrored = mirror_anchors(kernels, anchors)
     if branches and len(kernels) > 1:
         explanations = [
-            *explain_branches(Problem.of_branches(x, kernels, anchors, algorithm), backend),
-            *explain_branches(Problem.of_sum_of_branches(x, kernels, mirrored, algorithm), backend),
+            *explain_branches(Problem.of_branches(x, kernels, anchors, *rest), backend),
+            *explain_branches(Problem.of_sum_of_branches(x, kernels, mirrored, *rest), backend),
         ]
     else:
-        explanations = [explain_problem(Problem.of_sum(x, kernels, of, algorithm), backend) for of in (anchors, mirrored)]
-    for kernel, anchor in zip(kernels, anchors):
-        problem = Problem.of_weight_grad(x, (kernel.shape[2], kernel.shape[3]), anchor, algorithm)
+        explanations = [explain_problem(Problem.of_sum(x, kernels, of, *rest), backend) for of in (anchors, mirrored)]
+    for b, (kernel, anchor) in enumerate(zip(kernels, anchors)):
+        problem = Problem.of_weight_grad(x, (kernel.shape[2], kernel.shape[3]), anchor, *options.of([b])[1:])
         explanations.append(explain_problem(problem, backend))
     return explanations
 
@@ -100,7 +98,7 @@ def explain_branches(problem: Problem, backend: str | None = None) -> list[Expla
     details = [f"one branch of {problem.op}"]
     for other in dispatch.registry.backends:
         if problem.op in other.operators and backend in (None, other.name):
-            reasons = other.reasons_against(problem) or ["a preferred backend accepts every branch"]
+            reasons = dispatch.reasons_against(other, problem) or ["a preferred backend accepts every branch"]
             details.append(f"not fused on {other.name}: {', '.join(reasons)}")
     alone = [explain_problem(branch, backend) for branch in problem.branches()]
     return [replace(e, details="; ".join([*([e.details] if e.details else []), *details])) for e in alone]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from widekernel.ops import dispatch
-from widekernel.ops.checks import check_algorithm, check_epilogue, check_sum, check_weight_grad
+from widekernel.ops.checks import check_algorithm, check_dilations, check_epilogue, check_sum, check_weight_grad
 from widekernel.ops.dispatch import choose, choose_fused, dispatch_key
 from widekernel.ops.eager import are_ordinary, is_ordinary_call, sum_key
 from widekernel.ops.problem import (
@@ -31,9 +31,11 @@ from widekernel.ops.registration import (
     CallOptions,
     define_operator,
     flatten_anchors,
+    given_options,
     merge_into_batch,
     merge_into_channels,
     on_gpu_of,
+    operator_options,
     register_fake,
     register_implementation,
     unflatten_anchors,
@@ -61,7 +63,7 @@ def run_sum(
     """Compute `depthwise_sum` without derivatives."""
     if is_ordinary_call() and are_ordinary(x, bias, scale, *kernels):
         return _sum(x, kernels, tuple(map(tuple, anchors)), options, bias, scale, relu)  # type: ignore[arg-type]
-    return depthwise_sum_op(x, kernels, flatten_anchors(anchors), bias, scale, relu, *options)
+    return depthwise_sum_op(x, kernels, flatten_anchors(anchors), bias, scale, relu, *operator_options(options))
 
 
 @register_implementation("depthwise_sum")
@@ -74,9 +76,11 @@ def depthwise_sum_op(
     relu: bool,
     backend: str | None,
     algorithm: Any,
+    dilations: Sequence[int] = (),
 ) -> Tensor:
     """Compute `depthwise_sum`; `anchors` is a flat list of numbers."""
-    return _sum(x, kernels, unflatten_anchors(anchors), CallOptions(backend, algorithm), bias, scale, relu)
+    options = given_options(backend, algorithm, dilations)
+    return _sum(x, kernels, unflatten_anchors(anchors), options, bias, scale, relu)
 
 
 def _sum(
@@ -94,8 +98,10 @@ def _sum(
         algorithm = check_algorithm(options.algorithm)
         check_sum(x, kernels, anchors, bias)
         check_epilogue(x, scale, relu)
+        check_dilations(options.dilations or None, len(kernels))
         with on_gpu_of(x):
-            choice = choose(key, Problem.of_sum(x, kernels, anchors, algorithm), options.backend or None)
+            problem = Problem.of_sum(x, kernels, anchors, algorithm, options.dilations)
+            choice = choose(key, problem, options.backend or None)
     return choice(x, kernels, anchors, bias, scale, relu)
 
 
@@ -121,7 +127,12 @@ def _(
 
 @register_implementation("depthwise_sum_of_taps")
 def depthwise_sum_of_taps_op(
-    x: Tensor, taps: Tensor, geometry: Sequence[int], backend: str | None, algorithm: Any
+    x: Tensor,
+    taps: Tensor,
+    geometry: Sequence[int],
+    backend: str | None,
+    algorithm: Any,
+    dilations: Sequence[int] = (),
 ) -> Tensor:
     """Compute `depthwise_sum` with all kernels in one tensor, in the form of `join_kernels`.
 
@@ -133,9 +144,11 @@ def depthwise_sum_of_taps_op(
         geometry: kh, kw, anchor row and anchor column of each rectangle, concatenated.
         backend: the requested backend, or None.
         algorithm: the requested algorithm, or None.
+        dilations: the dilation of each rectangle; empty if all are 1.
     """
     kernels = split_kernels(taps, tuple(zip(geometry[::4], geometry[1::4])))
-    return _sum(x, kernels, tuple(zip(geometry[2::4], geometry[3::4])), CallOptions(backend, algorithm))
+    options = given_options(backend, algorithm, dilations)
+    return _sum(x, kernels, tuple(zip(geometry[2::4], geometry[3::4])), options)
 
 
 @register_fake("depthwise_sum_of_taps")
@@ -162,15 +175,20 @@ def run_weight_grad(x: Tensor, grad: Tensor, geometry: tuple[int, int, int, int]
     """Compute `depthwise_weight_grad` without derivatives; the geometry is (kh, kw, anchor row, anchor column)."""
     if is_ordinary_call() and are_ordinary(x, grad):
         return _weight_grad(x, grad, geometry, options)
-    return depthwise_weight_grad_op(x, grad, geometry, *options)
+    return depthwise_weight_grad_op(x, grad, geometry, *operator_options(options))
 
 
 @register_implementation("depthwise_weight_grad")
 def depthwise_weight_grad_op(
-    x: Tensor, grad: Tensor, geometry: Sequence[int], backend: str | None, algorithm: Any
+    x: Tensor,
+    grad: Tensor,
+    geometry: Sequence[int],
+    backend: str | None,
+    algorithm: Any,
+    dilations: Sequence[int] = (),
 ) -> Tensor:
     """Compute `depthwise_weight_grad`; the geometry is (kh, kw, anchor row, anchor column)."""
-    return _weight_grad(x, grad, tuple(geometry), CallOptions(backend, algorithm))
+    return _weight_grad(x, grad, tuple(geometry), given_options(backend, algorithm, dilations))
 
 
 def _weight_grad(x: Tensor, grad: Tensor, geometry: tuple[int, ...], options: CallOptions) -> Tensor:
@@ -180,8 +198,9 @@ def _weight_grad(x: Tensor, grad: Tensor, geometry: tuple[int, ...], options: Ca
     if choice is None:
         algorithm = check_algorithm(options.algorithm)
         check_weight_grad(x, grad, size, anchor)
+        check_dilations(options.dilations or None, 1)
         with on_gpu_of(x):
-            problem = Problem.of_weight_grad(x, size, anchor, algorithm)  # type: ignore[arg-type]
+            problem = Problem.of_weight_grad(x, size, anchor, algorithm, options.dilations)  # type: ignore[arg-type]
             choice = choose(key, problem, options.backend or None)
     return choice(x, grad, size, anchor)
 
@@ -205,15 +224,20 @@ def run_branches(x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor]
     """Compute `depthwise_branches` without derivatives."""
     if is_ordinary_call() and are_ordinary(x, *kernels):
         return _branches(x, kernels, tuple(anchors), options)
-    return depthwise_branches_op(x, kernels, flatten_anchors(anchors), *options)
+    return depthwise_branches_op(x, kernels, flatten_anchors(anchors), *operator_options(options))
 
 
 @register_implementation("depthwise_branches")
 def depthwise_branches_op(
-    x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[int], backend: str | None, algorithm: Any
+    x: Tensor,
+    kernels: Sequence[Tensor],
+    anchors: Sequence[int],
+    backend: str | None,
+    algorithm: Any,
+    dilations: Sequence[int] = (),
 ) -> list[Tensor]:
     """Compute `depthwise_branches`; `anchors` is a flat list of numbers."""
-    return _branches(x, kernels, unflatten_anchors(anchors), CallOptions(backend, algorithm))
+    return _branches(x, kernels, unflatten_anchors(anchors), given_options(backend, algorithm, dilations))
 
 
 def _branches(x: Tensor, kernels: Sequence[Tensor], anchors: Anchors, options: CallOptions) -> list[Tensor]:
@@ -222,12 +246,14 @@ def _branches(x: Tensor, kernels: Sequence[Tensor], anchors: Anchors, options: C
     if choice is None:
         algorithm = check_algorithm(options.algorithm)
         check_sum(x, kernels, anchors, None, DEPTHWISE_BRANCHES)
+        check_dilations(options.dilations or None, len(kernels))
 
         def branch_by_branch(x: Tensor, kernels: Sequence[Tensor], anchors: Anchors) -> list[Tensor]:
-            return [run_sum(x, [kernel], (anchor,), options) for kernel, anchor in zip(kernels, anchors)]
+            rects = enumerate(zip(kernels, anchors))
+            return [run_sum(x, [kernel], (anchor,), options.of([b])) for b, (kernel, anchor) in rects]
 
         with on_gpu_of(x):
-            problem = Problem.of_branches(x, kernels, anchors, algorithm)
+            problem = Problem.of_branches(x, kernels, anchors, algorithm, options.dilations)
             choice = choose_fused(key, problem, options.backend or None, branch_by_branch)
     return choice(x, kernels, anchors)
 
@@ -255,15 +281,20 @@ def run_sum_of_branches(
     """Compute `depthwise_sum_of_branches` without derivatives."""
     if is_ordinary_call() and are_ordinary(*xs, *kernels):
         return _sum_of_branches(xs, kernels, tuple(anchors), options)
-    return depthwise_sum_of_branches_op(xs, kernels, flatten_anchors(anchors), *options)
+    return depthwise_sum_of_branches_op(xs, kernels, flatten_anchors(anchors), *operator_options(options))
 
 
 @register_implementation("depthwise_sum_of_branches")
 def depthwise_sum_of_branches_op(
-    xs: Sequence[Tensor], kernels: Sequence[Tensor], anchors: Sequence[int], backend: str | None, algorithm: Any
+    xs: Sequence[Tensor],
+    kernels: Sequence[Tensor],
+    anchors: Sequence[int],
+    backend: str | None,
+    algorithm: Any,
+    dilations: Sequence[int] = (),
 ) -> Tensor:
     """Compute `depthwise_sum_of_branches`; `anchors` is a flat list of numbers."""
-    return _sum_of_branches(xs, kernels, unflatten_anchors(anchors), CallOptions(backend, algorithm))
+    return _sum_of_branches(xs, kernels, unflatten_anchors(anchors), given_options(backend, algorithm, dilations))
 
 
 def _sum_of_branches(xs: Sequence[Tensor], kernels: Sequence[Tensor], anchors: Anchors, options: CallOptions) -> Tensor:
@@ -274,18 +305,19 @@ def _sum_of_branches(xs: Sequence[Tensor], kernels: Sequence[Tensor], anchors: A
         algorithm = check_algorithm(options.algorithm)
         for x, kernel, anchor in zip(xs, kernels, anchors):
             check_sum(x, [kernel], [anchor], None, DEPTHWISE_SUM_OF_BRANCHES)
+        check_dilations(options.dilations or None, len(kernels))
 
         def branch_by_branch(xs: Sequence[Tensor], kernels: Sequence[Tensor], anchors: Anchors) -> Tensor:
             total: Tensor | None = None
             # In the order in which autograd adds the gradients of separate calls, so that rounding is the same.
-            for x, kernel, anchor in reversed(list(zip(xs, kernels, anchors))):
-                part = run_sum(x, [kernel], (anchor,), options)
+            for b, (x, kernel, anchor) in reversed(list(enumerate(zip(xs, kernels, anchors)))):
+                part = run_sum(x, [kernel], (anchor,), options.of([b]))
                 total = part if total is None else total.add_(part)
             assert total is not None
             return in_layout(total, memory_format(xs[0]))
 
         with on_gpu_of(xs[0]):
-            problem = Problem.of_sum_of_branches(xs[0], kernels, anchors, algorithm)
+            problem = Problem.of_sum_of_branches(xs[0], kernels, anchors, algorithm, options.dilations)
             choice = choose_fused(key, problem, options.backend or None, branch_by_branch)
     return choice(xs, kernels, anchors)
 

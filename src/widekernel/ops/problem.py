@@ -1,4 +1,4 @@
-"""The problem that a backend is asked to compute: operator, shapes, kernels and anchors of a call."""
+"""The problem that a backend is asked to compute: operator, shapes, kernels, anchors and dilations of a call."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from widekernel.errors import ArgumentError
+
 Anchor = tuple[int, int]
 Anchors = tuple[Anchor, ...]
+Dilations = tuple[int, ...]
 DEPTHWISE_SUM = "depthwise_sum"
 DEPTHWISE_WEIGHT_GRAD = "depthwise_weight_grad"
 # One input and many outputs, and its adjoint: many inputs and one output. Each equals one single-rectangle sum per branch.
@@ -34,12 +37,17 @@ class Problem:
         device: type of the device, for instance `cpu`.
         dtype: type of every tensor of the call.
         shape: (N, C, H, W) of the input, or of every input.
-        kernels: (kh, kw) of every rectangle.
+        kernels: (kh, kw) of every rectangle, in taps.
         anchors: for every rectangle the tap that sits on the output pixel, counted from its top left corner.
         channels_last: whether the (first) input is stored as NHWC.
         algorithm: the algorithm that the call requests; None for the fastest.
         tf32: whether float32 numbers may be rounded to TF32, as in PyTorch's matrix products. True only for float32 on a
             CUDA device, after `torch.set_float32_matmul_precision("high")` or an equivalent setting.
+        dilations: for every rectangle the distance between neighboring taps in pixels, along both axes; by default all 1.
+            Anchors count taps: tap (i, j) reads pixel (y + (i - row)·d, x + (j - column)·d).
+
+    Raises:
+        ArgumentError: if some rectangle is dilated and the numbers of rectangles and dilations differ.
     """
 
     op: str
@@ -51,32 +59,63 @@ class Problem:
     channels_last: bool = False
     algorithm: Algorithm | None = None
     tf32: bool = False
+    dilations: Dilations = ()
+
+    def __post_init__(self) -> None:
+        if not self.dilated:  # so that problems without a dilation are equal
+            object.__setattr__(self, "dilations", (1,) * len(self.kernels))
+        elif len(self.dilations) != len(self.kernels):
+            counts = f"{len(self.kernels)} kernels but {len(self.dilations)} dilations"
+            raise ArgumentError(f"{counts}: every rectangle needs one dilation")
+
+    @property
+    def dilated(self) -> bool:
+        """Whether some rectangle has gaps between its taps."""
+        return any(dilation != 1 for dilation in self.dilations)
 
     @staticmethod
     def of_sum(
-        x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor], algorithm: Algorithm | None = None
+        x: Tensor,
+        kernels: Sequence[Tensor],
+        anchors: Sequence[Anchor],
+        algorithm: Algorithm | None = None,
+        dilations: Dilations = (),
     ) -> Problem:
         """Describe a call of `depthwise_sum`."""
-        return _problem(DEPTHWISE_SUM, x, _sizes(kernels), tuple(anchors), algorithm)
+        return _problem(DEPTHWISE_SUM, x, _sizes(kernels), tuple(anchors), algorithm, dilations)
 
     @staticmethod
-    def of_weight_grad(x: Tensor, kernel: tuple[int, int], anchor: Anchor, algorithm: Algorithm | None = None) -> Problem:
+    def of_weight_grad(
+        x: Tensor,
+        kernel: tuple[int, int],
+        anchor: Anchor,
+        algorithm: Algorithm | None = None,
+        dilations: Dilations = (),
+    ) -> Problem:
         """Describe a call of `depthwise_weight_grad`."""
-        return _problem(DEPTHWISE_WEIGHT_GRAD, x, (kernel,), (anchor,), algorithm)
+        return _problem(DEPTHWISE_WEIGHT_GRAD, x, (kernel,), (anchor,), algorithm, dilations)
 
     @staticmethod
     def of_branches(
-        x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor], algorithm: Algorithm | None = None
+        x: Tensor,
+        kernels: Sequence[Tensor],
+        anchors: Sequence[Anchor],
+        algorithm: Algorithm | None = None,
+        dilations: Dilations = (),
     ) -> Problem:
         """Describe a call of `depthwise_branches`."""
-        return _problem(DEPTHWISE_BRANCHES, x, _sizes(kernels), tuple(anchors), algorithm)
+        return _problem(DEPTHWISE_BRANCHES, x, _sizes(kernels), tuple(anchors), algorithm, dilations)
 
     @staticmethod
     def of_sum_of_branches(
-        x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor], algorithm: Algorithm | None = None
+        x: Tensor,
+        kernels: Sequence[Tensor],
+        anchors: Sequence[Anchor],
+        algorithm: Algorithm | None = None,
+        dilations: Dilations = (),
     ) -> Problem:
         """Describe a call of `depthwise_sum_of_branches` whose first input is `x`."""
-        return _problem(DEPTHWISE_SUM_OF_BRANCHES, x, _sizes(kernels), tuple(anchors), algorithm)
+        return _problem(DEPTHWISE_SUM_OF_BRANCHES, x, _sizes(kernels), tuple(anchors), algorithm, dilations)
 
     @property
     def layout(self) -> str:
@@ -85,11 +124,17 @@ class Problem:
 
     def branches(self) -> list[Problem]:
         """Return, for each rectangle, the `depthwise_sum` problem that computes it alone."""
-        rects = zip(self.kernels, self.anchors)
-        return [replace(self, op=DEPTHWISE_SUM, kernels=(kernel,), anchors=(anchor,)) for kernel, anchor in rects]
+        rects = zip(self.kernels, self.anchors, self.dilations)
+        return [
+            replace(self, op=DEPTHWISE_SUM, kernels=(kernel,), anchors=(anchor,), dilations=(dilation,))
+            for kernel, anchor, dilation in rects
+        ]
 
     def __str__(self) -> str:
-        rects = ", ".join(f"{kh}x{kw} anchored at {anchor}" for (kh, kw), anchor in zip(self.kernels, self.anchors))
+        rects = ", ".join(
+            f"{kh}x{kw} anchored at {anchor}" + (f" with dilation {dilation}" if dilation != 1 else "")
+            for (kh, kw), anchor, dilation in zip(self.kernels, self.anchors, self.dilations)
+        )
         layout = "channels_last" if self.channels_last else "contiguous"
         algorithm = f", algorithm {self.algorithm!r}" if self.algorithm else ""
         dtype = f"{self.dtype}{' (TF32 allowed)' if self.tf32 else ''}"
@@ -97,11 +142,16 @@ class Problem:
 
 
 def _problem(
-    op: str, x: Tensor, sizes: tuple[tuple[int, int], ...], anchors: tuple[Anchor, ...], algorithm: Algorithm | None
+    op: str,
+    x: Tensor,
+    sizes: tuple[tuple[int, int], ...],
+    anchors: Anchors,
+    algorithm: Algorithm | None,
+    dilations: Dilations,
 ) -> Problem:
     batch, channels, height, width = x.shape
-    shape = (batch, channels, height, width)
-    return Problem(op, x.device.type, x.dtype, shape, sizes, anchors, is_channels_last(x), algorithm, allows_tf32(x))
+    shape, last, tf32 = (batch, channels, height, width), is_channels_last(x), allows_tf32(x)
+    return Problem(op, x.device.type, x.dtype, shape, sizes, anchors, last, algorithm, tf32, dilations)
 
 
 def _sizes(kernels: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
@@ -138,9 +188,15 @@ def in_layout(y: Tensor, layout: torch.memory_format) -> Tensor:
     return y.as_strided(y.shape, torch.empty_like(y, memory_format=layout, device="meta").stride())
 
 
-def touching(taps: int, anchor: int, extent: int) -> slice:
+def touching(taps: int, anchor: int, extent: int, dilation: int = 1) -> slice:
     """Return the taps of a kernel axis that can meet an image of `extent` pixels; the others only ever meet padding."""
-    return slice(max(0, anchor - extent + 1), min(taps, anchor + extent))
+    farthest = (extent - 1) // dilation
+    return slice(max(0, anchor - farthest), min(taps, anchor + farthest + 1))
+
+
+def only_dilated(dilations: Sequence[int]) -> Dilations:
+    """Return the dilations as calls pass them on: empty if all are 1, so that such calls look like those without any."""
+    return () if all(dilation == 1 for dilation in dilations) else tuple(dilations)
 
 
 def mirror(kernel: Sequence[int], anchor: Anchor) -> Anchor:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from widekernel.ops.problem import Anchor
+from widekernel.ops.problem import Anchor, Dilations
 
 
 def depthwise_sum(
@@ -18,17 +18,20 @@ def depthwise_sum(
     bias: Tensor | None = None,
     scale: Tensor | None = None,
     relu: bool = False,
+    dilations: Dilations = (),
 ) -> Tensor:
     """Compute the sum of rectangles, then the affine map and ReLU.
 
-    s[n, c, i, j] = Σ_r Σ_uv kernels[r][c, 0, u, v] · x[n, c, i + u - row_r, j + v - column_r]
+    s[n, c, i, j] = Σ_r Σ_uv kernels[r][c, 0, u, v] · x[n, c, i + (u - row_r)·d_r, j + (v - column_r)·d_r]
     y[n, c, i, j] = scale[c] · s[n, c, i, j] + bias[c], followed by ReLU if `relu`
+
+    Without `dilations`, every d_r is 1.
     """
     y = torch.zeros_like(x)
-    for kernel, (row, column) in zip(kernels, anchors):
+    for kernel, (row, column), d in zip(kernels, anchors, dilations or (1,) * len(kernels)):
         for u in range(kernel.shape[2]):
             for v in range(kernel.shape[3]):
-                y += kernel[:, :, u, v].unsqueeze(-1) * shifted(x, u - row, v - column)
+                y += kernel[:, :, u, v].unsqueeze(-1) * shifted(x, (u - row) * d, (v - column) * d)
     return epilogue(y, scale, bias, relu)
 
 
@@ -41,11 +44,17 @@ def epilogue(y: Tensor, scale: Tensor | None, bias: Tensor | None, relu: bool) -
     return y.relu() if relu else y
 
 
-def depthwise_weight_grad(x: Tensor, grad: Tensor, kernel_size: tuple[int, int], anchor: Anchor) -> Tensor:
-    """Compute w[c, 0, u, v] = Σ_nij grad[n, c, i, j] · x[n, c, i + u - row, j + v - column], shape (C, 1, kh, kw)."""
+def depthwise_weight_grad(
+    x: Tensor, grad: Tensor, kernel_size: tuple[int, int], anchor: Anchor, dilation: int = 1
+) -> Tensor:
+    """Compute the gradient of the taps of one rectangle, shape (C, 1, kh, kw).
+
+    w[c, 0, u, v] = Σ_nij grad[n, c, i, j] · x[n, c, i + (u - row)·dilation, j + (v - column)·dilation]
+    """
+    (row, column), d = anchor, dilation
     rows = []
     for u in range(kernel_size[0]):
-        taps = [(grad * shifted(x, u - anchor[0], v - anchor[1])).sum((0, 2, 3)) for v in range(kernel_size[1])]
+        taps = [(grad * shifted(x, (u - row) * d, (v - column) * d)).sum((0, 2, 3)) for v in range(kernel_size[1])]
         rows.append(torch.stack(taps, -1))
     return torch.stack(rows, -2).unsqueeze(1)
 

@@ -11,30 +11,39 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._decomp import register_decomposition
 
-from widekernel.ops.problem import Algorithm, Anchor
+from widekernel.ops.problem import Algorithm, Anchor, Dilations, only_dilated
 
 # `torch.library.custom_op` adds checks to every call that take as long as a small convolution.
 LIBRARY = torch.library.Library("widekernel", "FRAGMENT")
 
 
 class CallOptions(NamedTuple):
-    """The backend and algorithm that a call requests.
+    """The last arguments of every operator: what a call requests, and the gaps between taps.
 
     Attributes:
         backend: name of the backend; None for the best one.
         algorithm: the algorithm; None for the fastest one.
+        dilations: distance between neighboring taps of each rectangle; empty if all are 1.
     """
 
     backend: str | None
     algorithm: Algorithm | None
+    dilations: Dilations = ()
+
+    def of(self, rects: Sequence[int]) -> CallOptions:
+        """Return the options of a call with only the rectangles of these indices."""
+        if not self.dilations:
+            return self
+        return self._replace(dilations=only_dilated([self.dilations[rect] for rect in rects]))
 
 
 def define_operator(name: str, arguments: str, result: str = "Tensor") -> None:
     """Add an operator to the library; the fields of `CallOptions` follow its arguments.
 
-    Programs exported by 0.4.0 pass "" instead of None.
+    Programs exported by 0.4.0 pass "" instead of None. Programs exported before kernels had dilations do not pass them.
     """
-    LIBRARY.define(f"{name}({arguments}, str? backend, str? algorithm) -> {result}", tags=torch.Tag.pt2_compliant_tag)
+    options = "str? backend, str? algorithm, SymInt[] dilations=[]"
+    LIBRARY.define(f"{name}({arguments}, {options}) -> {result}", tags=torch.Tag.pt2_compliant_tag)
 
 
 def register_implementation(name: str) -> Callable[[Callable[..., Any]], Any]:
@@ -94,6 +103,16 @@ def has_batched_gradients(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
     return any(torch._C._functorch.is_legacy_batchedtensor(tensor) for tensor in tensors)
+
+
+def operator_options(options: CallOptions) -> tuple[Any, ...]:
+    """Return the last arguments of an operator: without dilations those of earlier versions, which can then read a graph."""
+    return (*options[:2], list(options.dilations)) if options.dilations else options[:2]
+
+
+def given_options(backend: str | None, algorithm: Any, dilations: Sequence[int]) -> CallOptions:
+    """Restore the options from the last arguments of an operator."""
+    return CallOptions(backend, algorithm, only_dilated(dilations))
 
 
 def flatten_anchors(anchors: Sequence[Sequence[int]]) -> list[int]:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from widekernel.ops.problem import Anchor, memory_format, touching
+from widekernel.ops.problem import Anchor, Dilations, memory_format, touching
 from widekernel.ops.reference import epilogue
 
 NAME = "portable"
@@ -31,34 +31,41 @@ def depthwise_sum(
     bias: Tensor | None = None,
     scale: Tensor | None = None,
     relu: bool = False,
+    dilations: Dilations = (),
 ) -> Tensor:
     """Compute `reference.depthwise_sum`, each rectangle as a grouped convolution."""
+    dilations = dilations or (1,) * len(kernels)
     if scale is None:  # the first convolution adds the bias
-        return epilogue(_sum(x, kernels, anchors, bias), None, None, relu)
-    return epilogue(_sum(x, kernels, anchors, None), scale, bias, relu)
+        return epilogue(_sum(x, kernels, anchors, bias, dilations), None, None, relu)
+    return epilogue(_sum(x, kernels, anchors, None, dilations), scale, bias, relu)
 
 
-def _sum(x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor], bias: Tensor | None) -> Tensor:
+def _sum(
+    x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor], bias: Tensor | None, dilations: Dilations
+) -> Tensor:
     layout = memory_format(x)
     if x.numel() == 0:
         return torch.zeros_like(x, memory_format=layout)
     if x.device.type == "cpu" and any(kernel.shape[3] > WIDEST_CONTIGUOUS_KERNEL for kernel in kernels):
         x = x.contiguous(memory_format=torch.channels_last)
     y: Tensor | None = None
-    for kernel, anchor in zip(kernels, anchors):
-        part = _one_rectangle(x, kernel, anchor, bias if y is None else None)
+    for kernel, anchor, dilation in zip(kernels, anchors, dilations):
+        part = _one_rectangle(x, kernel, anchor, dilation, bias if y is None else None)
         y = part if y is None else y.add_(part)
     assert y is not None
     return y.contiguous(memory_format=layout)
 
 
-def depthwise_weight_grad(x: Tensor, grad: Tensor, kernel_size: tuple[int, int], anchor: Anchor) -> Tensor:
+def depthwise_weight_grad(
+    x: Tensor, grad: Tensor, kernel_size: tuple[int, int], anchor: Anchor, dilation: int = 1
+) -> Tensor:
     """Compute `reference.depthwise_weight_grad` as a convolution of all channels of all images."""
     batch, channels, height, width = x.shape
     result = x.new_zeros(channels, 1, *kernel_size)
     if x.numel() == 0:
         return result
-    rows, columns = touching(kernel_size[0], anchor[0], height), touching(kernel_size[1], anchor[1], width)
+    rows = touching(kernel_size[0], anchor[0], height, dilation)
+    columns = touching(kernel_size[1], anchor[1], width, dilation)
     planes = x.reshape(1, batch * channels, height, width)
     window = grad.reshape(batch * channels, 1, height, width)
     if _is_half_precision_on_cpu(x):
@@ -70,30 +77,33 @@ def depthwise_weight_grad(x: Tensor, grad: Tensor, kernel_size: tuple[int, int],
         window = window.contiguous(memory_format=torch.channels_last)
     row, column = anchor[0] - rows.start, anchor[1] - columns.start
     below, right = rows.stop - 1 - anchor[0], columns.stop - 1 - anchor[1]
-    # The output of this convolution has one pixel per tap, so the padding is the number of taps on each side of the anchor.
-    padding = max(row, below), max(column, right)
-    sums = F.conv2d(planes, window, padding=padding, groups=batch * channels)
-    sums = sums[..., padding[0] - row :, padding[1] - column :][..., : row + below + 1, : column + right + 1]
+    # The output of this convolution has one pixel per tap, so it has as many on each side of the anchor as there are taps.
+    around = max(row, below), max(column, right)
+    padding = around[0] * dilation, around[1] * dilation
+    sums = F.conv2d(planes, window, padding=padding, stride=dilation, groups=batch * channels)
+    sums = sums[..., around[0] - row :, around[1] - column :][..., : row + below + 1, : column + right + 1]
     result[:, 0, rows, columns] = sums.reshape(batch, channels, *sums.shape[-2:]).sum(0)
     return result
 
 
-def _one_rectangle(x: Tensor, kernel: Tensor, anchor: Anchor, bias: Tensor | None) -> Tensor:
+def _one_rectangle(x: Tensor, kernel: Tensor, anchor: Anchor, dilation: int, bias: Tensor | None) -> Tensor:
     height, width = x.shape[-2:]
-    rows, columns = touching(kernel.shape[2], anchor[0], height), touching(kernel.shape[3], anchor[1], width)
+    rows = touching(kernel.shape[2], anchor[0], height, dilation)
+    columns = touching(kernel.shape[3], anchor[1], width, dilation)
     row, column = anchor[0] - rows.start, anchor[1] - columns.start
     kernel = kernel[:, :, rows, columns]
     above, below, left, right = row, kernel.shape[2] - 1 - row, column, kernel.shape[3] - 1 - column
     # conv2d pads both sides equally: pad by the larger amount and crop the surplus from the output.
-    padding = max(above, below), max(left, right)
+    around = max(above, below), max(left, right)
     if _is_half_precision_on_cpu(x):
         # In half precision, outputs wider than inputs take minutes: make the kernel symmetric instead.
-        kernel = F.pad(kernel, (padding[1] - left, padding[1] - right, padding[0] - above, padding[0] - below))
-        row, column = padding
+        kernel = F.pad(kernel, (around[1] - left, around[1] - right, around[0] - above, around[0] - below))
+        row, column = around
     if x.device.type == "cpu":
         kernel = kernel.contiguous(memory_format=memory_format(x))
-    y = F.conv2d(x, kernel, bias, padding=padding, groups=x.shape[1])
-    top, left = padding[0] - row, padding[1] - column
+    padding = around[0] * dilation, around[1] * dilation
+    y = F.conv2d(x, kernel, bias, padding=padding, dilation=dilation, groups=x.shape[1])
+    top, left = (around[0] - row) * dilation, (around[1] - column) * dilation
     return y[..., top : top + height, left : left + width]
 
 

@@ -36,9 +36,9 @@ def depthwise_sum(
         anchors = center_anchors(kernels) if anchors is None else anchors
         check_sum(x, kernels, anchors, bias)
         check_epilogue(x, scale, relu)
-        anchors = _integers(anchors)
-        _note(Problem.of_sum(x, kernels, anchors, options.algorithm), options.backend)
-    return plain.depthwise_sum(x, list(kernels), anchors, bias, scale, relu)
+        anchors, options = _integers(anchors), _with_integers(options)
+        _note(Problem.of_sum(x, kernels, anchors, *options[1:]), options.backend)
+    return plain.depthwise_sum(x, list(kernels), anchors, bias, scale, relu, options.dilations or None)
 
 
 def depthwise_branches(
@@ -49,9 +49,9 @@ def depthwise_branches(
     with tracing_paused():
         anchors = center_anchors(kernels) if anchors is None else anchors
         check_sum(x, kernels, anchors, None, DEPTHWISE_BRANCHES)
-        anchors = _integers(anchors)
-        _note(Problem.of_branches(x, kernels, anchors, options.algorithm), options.backend)
-    return plain.depthwise_branches(x, list(kernels), anchors)
+        anchors, options = _integers(anchors), _with_integers(options)
+        _note(Problem.of_branches(x, kernels, anchors, *options[1:]), options.backend)
+    return plain.depthwise_branches(x, list(kernels), anchors, options.dilations or None)
 
 
 def depthwise_weight_grad(
@@ -61,14 +61,18 @@ def depthwise_weight_grad(
     with tracing_paused():
         anchor = (kernel_size[0] // 2, kernel_size[-1] // 2) if anchor is None else anchor
         check_weight_grad(x, grad, kernel_size, anchor)
-        (size, anchor) = _integers([kernel_size, anchor])
-        _note(Problem.of_weight_grad(x, size, anchor, options.algorithm), options.backend)
-    return plain.depthwise_weight_grad(x, grad, size, anchor)
+        (size, anchor), options = _integers([kernel_size, anchor]), _with_integers(options)
+        _note(Problem.of_weight_grad(x, size, anchor, *options[1:]), options.backend)
+    return plain.depthwise_weight_grad(x, grad, size, anchor, *options.dilations)
 
 
 def _integers(pairs: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
     """Convert pairs of numbers, some of which may be traced values such as sizes, to their current integer values."""
     return [(int(pair[0]), int(pair[1])) for pair in pairs]
+
+
+def _with_integers(options: CallOptions) -> CallOptions:
+    return options._replace(dilations=tuple(map(int, options.dilations))) if options.dilations else options
 
 
 def _note(problem: Problem, backend: str | None) -> None:

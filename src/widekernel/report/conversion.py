@@ -109,7 +109,7 @@ def folding(subject: Subject) -> Folding | Missing:
 
 def _layer(name: str, before: LargeKernel, after: nn.Module | None) -> FoldedLayer:
     rects = rects_of(before.source) or []
-    sizes = tuple(f"{rect.size[0]}×{rect.size[1]}" for rect in rects) or (type(before.source).__name__,)
+    sizes = tuple(rect.label for rect in rects) or (type(before.source).__name__,)
     taps = sum(rect.size[0] * rect.size[1] for rect in rects)
     if not isinstance(after, FoldedLargeKernel):
         return FoldedLayer(name, sizes, (), taps, taps, "; ".join(before.reasons_against_folding()) or "merged elsewhere")
@@ -117,7 +117,7 @@ def _layer(name: str, before: LargeKernel, after: nn.Module | None) -> FoldedLay
     return FoldedLayer(
         name,
         sizes,
-        tuple(f"{rect.size[0]}×{rect.size[1]}" for rect in kept),
+        tuple(rect.label for rect in kept),
         taps,
         sum(rect.size[0] * rect.size[1] for rect in kept),
     )

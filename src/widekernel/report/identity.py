@@ -158,7 +158,7 @@ def _large_kernels(stage: nn.Module) -> str:
     for module in stage.modules():
         if isinstance(module, LargeKernel):
             rects = rects_of(module.source)
-            found.append(" + ".join(f"{r.size[0]}×{r.size[1]}" for r in rects) if rects else type(module.source).__name__)
+            found.append(" + ".join(rect.label for rect in rects) if rects else type(module.source).__name__)
         elif isinstance(module, FoldedLargeKernel):
-            found.append(" + ".join(f"{rect.size[0]}×{rect.size[1]}" for rect in module.rects()))
+            found.append(" + ".join(rect.label for rect in module.rects()))
     return "; ".join(dict.fromkeys(found))

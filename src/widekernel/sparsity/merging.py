@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from widekernel.errors import ArgumentError, nearest
 from widekernel.layers import FoldedLargeKernel, LargeKernel, Rect, Rectangles, maximal_rectangles
-from widekernel.layers.sources import dilated_kernel, rects_of
+from widekernel.layers.sources import rects_of
 
 
 def merged_support(layer: LargeKernel, masks: Mapping[str, Tensor], prefix: str = "") -> list[Rect]:
@@ -140,7 +140,7 @@ def shared_mask(layer: LargeKernel, masks: Mapping[str, Tensor], prefix: str = "
     kernels, steps = layer.source.kernels, layer.source.dilations
     names = [f"source.kernels.{i}" for i in range(len(kernels))]
     masks_of = [own.get(name, torch.ones_like(kernel, dtype=torch.bool)) for name, kernel in zip(names, kernels)]
-    live = [Rect.centered(dilated_kernel(mask, step)) for mask, step in zip(masks_of, steps)]
+    live = [Rect.centered(mask, step).dense() for mask, step in zip(masks_of, steps)]
     return {f"{prefix}{name}": _union_within(rect, live, step) for name, rect, step in zip(names, live, steps)}
 
 

@@ -10,7 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from widekernel.errors import ArgumentError
-from widekernel.layers import DepthwiseConv2d, FoldedLargeKernel, LargeKernel, PointwiseConv2d, PointwiseLinear, SourceGroup
+from widekernel.layers import (
+    DepthwiseConv2d,
+    FoldedLargeKernel,
+    LargeKernel,
+    PointwiseConv2d,
+    PointwiseLinear,
+    Rect,
+    SourceGroup,
+)
 from widekernel.layers.folding import deep_copy
 from widekernel.layers.large_kernel import add_normalized
 from widekernel.layers.sources import KernelSource, tensors_of
@@ -62,7 +70,8 @@ class TorchLargeKernel(LargeKernel):
         if norms:
             y = add_normalized(_responses(self.source, x), norms)
         elif branches is not None:
-            y = _sum(x, *branches, None)
+            kernels, anchors, dilations = branches
+            y = _sum(x, kernels, anchors, None, dilations)
         else:
             y = torch.stack(_responses(self.source, x)).sum(0)
         return y + x if self.identity else y
@@ -82,7 +91,7 @@ class TorchFoldedLargeKernel(FoldedLargeKernel):
         if torch.jit.is_scripting():
             return self._scripted(x, relu)
         else:  # noqa: RET505 - TorchScript leaves out the other branch, and only that
-            y = _sum(x, tensors_of(self.kernels), self.anchors, self.bias)
+            y = _sum(x, tensors_of(self.kernels), self.anchors, self.bias, [1] * len(self.anchors))
             return y.relu() if relu else y
 
 
@@ -111,26 +120,28 @@ def _responses(source: KernelSource, x: Tensor) -> list[Tensor]:
     """Compute the branches of a source; branches that are not rectangles are left to the source itself."""
     branches = source.branches()
     if branches is not None:
-        return [_convolution(x, kernel, anchor, None) for kernel, anchor in zip(*branches)]
+        return [_convolution(x, kernel, anchor, None, dilation) for kernel, anchor, dilation in zip(*branches)]
     if isinstance(source, SourceGroup):
         return [response for part in source.sources for response in _responses(part, x)]  # type: ignore[arg-type]
     return source.responses(x)
 
 
-def _sum(x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor], bias: Tensor | None) -> Tensor:
-    y = _convolution(x, kernels[0], anchors[0], bias)
-    for kernel, anchor in zip(kernels[1:], anchors[1:]):
-        y = y + _convolution(x, kernel, anchor, None)
+def _sum(
+    x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor], bias: Tensor | None, dilations: Sequence[int]
+) -> Tensor:
+    y = _convolution(x, kernels[0], anchors[0], bias, dilations[0])
+    for kernel, anchor, dilation in zip(kernels[1:], anchors[1:], dilations[1:]):
+        y = y + _convolution(x, kernel, anchor, None, dilation)
     return y
 
 
-def _convolution(x: Tensor, kernel: Tensor, anchor: Anchor, bias: Tensor | None) -> Tensor:
+def _convolution(x: Tensor, kernel: Tensor, anchor: Anchor, bias: Tensor | None, dilation: int) -> Tensor:
     """Convolve with one call of PyTorch's depthwise convolution, which needs the same padding on both sides of an axis."""
-    row, column = anchor
+    up, down, left, right = Rect(kernel, anchor, dilation).reach
     height, width = x.shape[-2:]
     # Both sides get the larger padding, and the surplus is cropped.
-    vertical, horizontal = max(row, kernel.shape[2] - 1 - row), max(column, kernel.shape[3] - 1 - column)
-    y = F.conv2d(x, kernel, bias, padding=(vertical, horizontal), groups=x.shape[1])
+    vertical, horizontal = max(up, down), max(left, right)
+    y = F.conv2d(x, kernel, bias, padding=(vertical, horizontal), dilation=dilation, groups=x.shape[1])
     if y.shape == x.shape:
         return y
-    return y[..., vertical - row :, horizontal - column :][..., :height, :width]
+    return y[..., vertical - up :, horizontal - left :][..., :height, :width]

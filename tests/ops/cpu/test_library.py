@@ -41,6 +41,7 @@ int32_t wk_depthwise_sum(const wk_sum *) { return WK_BAD_ARGUMENT; }
 int32_t wk_depthwise_weight_grad(const wk_weight_grad *) { return WK_OUT_OF_MEMORY; }
 int32_t wk_depthwise_sum_at(const wk_sum *, const void *, void *, const float *const *, const float *, const float *,
                             int32_t) { return WK_BAD_ARGUMENT; }
+int32_t wk_depthwise_branches_at(const wk_sum *, const void *const *, void *const *, const float *const *) { return WK_OK; }
 int32_t wk_depthwise_weight_grad_at(const wk_weight_grad *, const void *, const void *, float *) { return WK_BAD_ARGUMENT; }
 void wk_sum_workspace(const wk_sum *, int64_t *, int64_t *) {}
 void wk_weight_grad_workspace(const wk_weight_grad *, int64_t *, int64_t *) {}

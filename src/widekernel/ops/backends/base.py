@@ -16,7 +16,7 @@ Operator = Callable[..., Any]
     depthwise_branches           (x, kernels, anchors) -> list of Tensors
     depthwise_sum_of_branches    (xs, kernels, anchors) -> Tensor
 
-`widekernel.ops.reference` defines what they return.
+`widekernel.ops.reference` defines what they return. Dilations are those of the problem.
 """
 
 
@@ -31,10 +31,13 @@ class Backend(ABC):
         calls_pytorch: whether prepared operators call PyTorch's own operators. If so, autocast is off while they run (the
             arguments are already converted), and results are converted to the layout of the input. A backend with its own
             kernels sets this to False and returns tensors with the strides of `torch.empty` in that layout.
+        computes_dilated: whether the backend computes kernels with gaps between their taps, `Problem.dilations`. If not, it
+            is never asked about a problem with such a kernel.
     """
 
     operators: frozenset[str] = frozenset({DEPTHWISE_SUM, DEPTHWISE_WEIGHT_GRAD})
     calls_pytorch: bool = True
+    computes_dilated: bool = False
 
     @property
     @abstractmethod
@@ -45,7 +48,7 @@ class Backend(ABC):
     def reasons_against(self, problem: Problem) -> list[str]:
         """List the reasons not to compute `problem` with this backend, unless a call asks for it; empty if there are none.
 
-        Called only for problems whose operator is in `operators`.
+        Called only for problems whose operator is in `operators`, and for dilated ones only if `computes_dilated`.
         """
 
     def can_run(self, problem: Problem) -> bool:

@@ -8,10 +8,16 @@ import torch
 
 from widekernel.ops.backends.base import Backend, Operator
 from widekernel.ops.cpu import library
-from widekernel.ops.cpu.plan import plan, reason_for_pytorch
+from widekernel.ops.cpu.plan import BRANCHES, plan, reason_for_pytorch
 from widekernel.ops.cpu.prepared import DTYPES, PreparedSum, PreparedWeightGrad
 from widekernel.ops.empty import EMPTY
-from widekernel.ops.problem import DEPTHWISE_SUM, Problem
+from widekernel.ops.problem import (
+    DEPTHWISE_BRANCHES,
+    DEPTHWISE_SUM,
+    DEPTHWISE_SUM_OF_BRANCHES,
+    DEPTHWISE_WEIGHT_GRAD,
+    Problem,
+)
 
 
 @final
@@ -19,7 +25,9 @@ class NativeBackend(Backend):
     """The kernels of the native library."""
 
     name = "native"
+    operators = frozenset({DEPTHWISE_SUM, DEPTHWISE_WEIGHT_GRAD, DEPTHWISE_BRANCHES, DEPTHWISE_SUM_OF_BRANCHES})
     calls_pytorch = False
+    computes_dilated = True
 
     def reasons_against(self, problem: Problem) -> list[str]:
         """List why the kernels cannot compute the problem, or why PyTorch's are better; empty if neither applies."""
@@ -35,7 +43,17 @@ class NativeBackend(Backend):
 
     def prepare(self, problem: Problem) -> Operator:
         """Choose passes, algorithms and the number of threads."""
-        return EMPTY[problem.op] if 0 in problem.shape else self._prepared(problem)
+        if 0 in problem.shape:
+            return EMPTY[problem.op]
+        prepared = self._prepared(problem)
+        if isinstance(prepared, PreparedWeightGrad):
+            return prepared
+        operators: dict[str, Operator] = {
+            DEPTHWISE_SUM: prepared,
+            DEPTHWISE_BRANCHES: prepared.branches,
+            DEPTHWISE_SUM_OF_BRANCHES: prepared.sum_of_branches,
+        }
+        return operators[problem.op]
 
     def describe(self, problem: Problem) -> str:
         """Describe the passes, threads and working memory."""
@@ -50,7 +68,7 @@ class NativeBackend(Backend):
 
     def _prepared(self, problem: Problem) -> PreparedSum | PreparedWeightGrad:
         chosen = plan(problem, torch.get_num_threads(), library.load().lanes)
-        return PreparedSum(problem, chosen) if problem.op == DEPTHWISE_SUM else PreparedWeightGrad(problem, chosen)
+        return PreparedWeightGrad(problem, chosen) if problem.op == DEPTHWISE_WEIGHT_GRAD else PreparedSum(problem, chosen)
 
     def _obstacles(self, problem: Problem) -> list[str]:
         obstacles = []
@@ -60,6 +78,8 @@ class NativeBackend(Backend):
             obstacles.append(f"it computes float32, bfloat16 and float16, not {problem.dtype}")
         if len(problem.kernels) > library.MOST_RECTS:
             obstacles.append(f"it adds up at most {library.MOST_RECTS} kernels, not {len(problem.kernels)}")
+        if problem.op in BRANCHES and len(problem.kernels) > library.MOST_PASSES:
+            obstacles.append(f"it computes at most {library.MOST_PASSES} branches at once, not {len(problem.kernels)}")
         if not obstacles and library.load().reason is not None:
             library.warn_once_if_missing()
             obstacles.append(str(library.load().reason))

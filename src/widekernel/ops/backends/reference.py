@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import final
 
 from widekernel.ops import reference
@@ -19,6 +20,7 @@ class ReferenceBackend(Backend):
     """The definition, tap by tap; it runs only when a call asks for it."""
 
     name = "reference"
+    computes_dilated = True
 
     def reasons_against(self, problem: Problem) -> list[str]:
         """Return the reason why the definition never runs unless asked for."""
@@ -30,4 +32,13 @@ class ReferenceBackend(Backend):
 
     def prepare(self, problem: Problem) -> Operator:
         """Return the definition of the operator."""
-        return _OPERATORS[problem.op]
+        return with_dilations(_OPERATORS[problem.op], problem)
+
+
+def with_dilations(operator: Operator, problem: Problem) -> Operator:
+    """Return `operator` with the dilations of `problem`, which it takes as its last argument."""
+    if not problem.dilated:
+        return operator
+    if problem.op == DEPTHWISE_WEIGHT_GRAD:
+        return partial(operator, dilation=problem.dilations[0])
+    return partial(operator, dilations=problem.dilations)

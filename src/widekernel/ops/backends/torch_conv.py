@@ -6,6 +6,7 @@ from typing import final
 
 from widekernel.ops import torch_conv
 from widekernel.ops.backends.base import Backend, Operator
+from widekernel.ops.backends.reference import with_dilations
 from widekernel.ops.problem import DEPTHWISE_SUM, DEPTHWISE_WEIGHT_GRAD, Problem
 
 _OPERATORS: dict[str, Operator] = {
@@ -19,6 +20,7 @@ class TorchConvBackend(Backend):
     """PyTorch's convolutions, called only in forms that are not pathologically slow."""
 
     name = torch_conv.NAME
+    computes_dilated = True
 
     def reasons_against(self, problem: Problem) -> list[str]:
         """List why the backend cannot compute `problem`; empty if it can."""
@@ -26,4 +28,4 @@ class TorchConvBackend(Backend):
 
     def prepare(self, problem: Problem) -> Operator:
         """Return the operator; nothing is decided in advance."""
-        return _OPERATORS[problem.op]
+        return with_dilations(_OPERATORS[problem.op], problem)

@@ -27,7 +27,7 @@ import torch
 
 from widekernel.errors import ArgumentError, WidekernelError
 
-ABI = 2
+ABI = 3
 MOST_PASSES, MOST_RECTS = 16, 64
 FLOAT32, BFLOAT16, FLOAT16 = range(3)
 DIRECT, HYBRID_ALONG_ROWS, HYBRID_ALONG_COLUMNS = range(3)
@@ -56,13 +56,18 @@ class Tensor(ctypes.Structure):
 class Pass(ctypes.Structure):
     """A kernel as executed."""
 
-    _fields_ = [(name, ctypes.c_int32) for name in ("rows", "columns", "row", "column", "method")]
+    _fields_ = [
+        (name, ctypes.c_int32) for name in ("rows", "columns", "row", "column", "method", "dilation", "input", "output")
+    ]
 
 
 class Rect(ctypes.Structure):
     """A kernel of the caller, and the pass that it is merged into."""
 
-    _fields_ = [("taps", Address), *((name, ctypes.c_int32) for name in ("rows", "columns", "row", "column", "pass"))]
+    _fields_ = [
+        ("taps", Address),
+        *((name, ctypes.c_int32) for name in ("rows", "columns", "row", "column", "dilation", "pass")),
+    ]
 
 
 _COMMON = [(name, ctypes.c_int32) for name in ("dtype", "threads", "images", "channels", "height", "width")]
@@ -75,6 +80,10 @@ class Sum(ctypes.Structure):
         *_COMMON,
         ("x", Tensor),
         ("y", Tensor),
+        ("inputs", ctypes.c_int32),
+        ("outputs", ctypes.c_int32),
+        ("xs", ctypes.POINTER(Address)),
+        ("ys", ctypes.POINTER(Address)),
         ("passes", ctypes.c_int32),
         ("rects", ctypes.c_int32),
         ("pass", ctypes.POINTER(Pass)),
@@ -94,7 +103,7 @@ class WeightGrad(ctypes.Structure):
         ("grad", Tensor),
         ("pass", Pass),
         ("taps", Address),
-        *((name, ctypes.c_int32) for name in ("rows", "columns", "row", "column")),
+        *((name, ctypes.c_int32) for name in ("rows", "columns", "row", "column", "dilation")),
     ]
 
 
@@ -108,6 +117,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "wk_depthwise_sum": (_int32, [ctypes.POINTER(Sum)]),
     "wk_depthwise_weight_grad": (_int32, [ctypes.POINTER(WeightGrad)]),
     "wk_depthwise_sum_at": (_int32, [ctypes.POINTER(Sum), Address, Address, Address, Address, Address, _int32]),
+    "wk_depthwise_branches_at": (_int32, [ctypes.POINTER(Sum), Address, Address, Address]),
     "wk_depthwise_weight_grad_at": (_int32, [ctypes.POINTER(WeightGrad), Address, Address, Address]),
     "wk_sum_workspace": (None, [ctypes.POINTER(Sum), _bytes, _bytes]),
     "wk_weight_grad_workspace": (None, [ctypes.POINTER(WeightGrad), _bytes, _bytes]),

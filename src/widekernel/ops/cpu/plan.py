@@ -1,26 +1,37 @@
 """Execution plans of the native library: which kernels are merged, and which algorithm each one uses.
 
 The *direct* algorithm works tap by tap. The *hybrid* algorithm applies a Fourier transform along one axis and is direct
-along the other; it takes fewer operations if a kernel is long and the image is not small. A cost model decides. It counts
-processor cycles for one block of channels of one image, with constants fitted to measurements (see `widekernel bench ops`).
+along the other; it takes fewer operations if a kernel is long and the image is not small. A dilated kernel is computed
+directly, or its gaps are filled with zeros, which allows everything that an undilated kernel does. A cost model decides. It
+counts processor cycles for one block of channels of one image, with constants fitted to measurements (see `widekernel bench
+ops`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from widekernel.ops.cpu.library import DIRECT, HYBRID_ALONG_COLUMNS, HYBRID_ALONG_ROWS, MOST_PASSES
-from widekernel.ops.problem import DEPTHWISE_SUM, Problem, touching
+from widekernel.ops.problem import (
+    DEPTHWISE_BRANCHES,
+    DEPTHWISE_SUM,
+    DEPTHWISE_SUM_OF_BRANCHES,
+    DEPTHWISE_WEIGHT_GRAD,
+    Problem,
+    touching,
+)
 
+BRANCHES = (DEPTHWISE_BRANCHES, DEPTHWISE_SUM_OF_BRANCHES)
 METHODS = {DIRECT: "direct", HYBRID_ALONG_ROWS: "hybrid along rows", HYBRID_ALONG_COLUMNS: "hybrid along columns"}
 
 # The longest transform; wider kernels are computed directly.
 LONGEST_TRANSFORM = 256
 # Vector multiply-adds per cycle of the micro-kernels, and the overhead of each micro-kernel call in cycles.
 DIRECT_RATE, DIRECT_TILE = 1.8, 35
+DILATED_RATE, DILATED_TILE = 1.8, 25
 COMPLEX_RATE, COMPLEX_TILE = 1.75, 45
 TRANSFORM_RATE, TRANSFORM_TILE = 1.8, 230
 # Widths of the register tiles.
@@ -33,21 +44,28 @@ SMALL_CALL = 1 << 16
 
 @dataclass(frozen=True)
 class Piece:
-    """A kernel: (rows, columns) and the anchor (row, column)."""
+    """A kernel: (rows, columns) and the anchor (row, column), in taps, and the distance between neighboring taps."""
 
     rows: int
     columns: int
     row: int
     column: int
+    dilation: int = 1
 
     def covers(self, other: Piece) -> bool:
-        """Return whether every tap of `other` coincides with a tap of this kernel when the anchors are aligned."""
+        """Return whether this kernel has the dilation of `other` and all of its taps when the anchors are aligned."""
         return (
-            other.row <= self.row
+            other.dilation == self.dilation
+            and other.row <= self.row
             and other.column <= self.column
             and other.rows - other.row <= self.rows - self.row
             and other.columns - other.column <= self.columns - self.column
         )
+
+    def filled(self) -> Piece:
+        """Return the kernel without dilation that has zeros in the gaps of this one."""
+        d = self.dilation
+        return Piece((self.rows - 1) * d + 1, (self.columns - 1) * d + 1, self.row * d, self.column * d)
 
 
 @dataclass(frozen=True)
@@ -58,41 +76,49 @@ class Pass:
     method: int
 
     def __str__(self) -> str:
-        return f"{self.piece.rows}x{self.piece.columns} {METHODS[self.method]}"
+        dilation = f" with dilation {self.piece.dilation}" if self.piece.dilation > 1 else ""
+        return f"{self.piece.rows}x{self.piece.columns}{dilation} {METHODS[self.method]}"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The passes of a call, the pass that each kernel is merged into, the number of threads, and the estimated cycles."""
+    """The passes of a call, the pass that each kernel is merged into, the number of threads, and the estimated cycles.
+
+    Attributes:
+        filled: the dilated kernels that are merged into a pass with a smaller dilation.
+    """
 
     passes: tuple[Pass, ...]
     targets: tuple[int, ...]
     threads: int
     cycles: float
+    filled: tuple[int, ...] = ()
 
     def __str__(self) -> str:
-        return " + ".join(str(step) for step in self.passes)
+        gaps = f", gaps of {len(self.filled)} of {len(self.targets)} kernels filled with zeros" if self.filled else ""
+        return " + ".join(str(step) for step in self.passes) + gaps
 
 
 @lru_cache(maxsize=4096)
 def plan(problem: Problem, threads: int, lanes: int) -> Plan:
     """Choose the cheapest way to compute `problem`."""
-    _, _, height, width = problem.shape
-    pieces = [_cropped(size, anchor, height, width) for size, anchor in zip(problem.kernels, problem.anchors)]
-    best: tuple[float, tuple[Pass, ...], tuple[int, ...]] | None = None
-    for groups in _groupings(pieces) if problem.op == DEPTHWISE_SUM else [[[0]]]:
-        passes, cycles = [], 0.0
-        for group in groups:
-            step, cost = _cheapest(_bounding([pieces[i] for i in group]), problem)
-            passes.append(step)
-            cycles += cost
-        targets = [next(n for n, group in enumerate(groups) if i in group) for i in range(len(pieces))]
+    images, channels, height, width = problem.shape
+    rects = zip(problem.kernels, problem.anchors, problem.dilations)
+    pieces = [_cropped(size, anchor, dilation, height, width) for size, anchor, dilation in rects]
+    best: tuple[float, tuple[Pass, ...], list[list[int]], list[Piece]] | None = None
+    for taken, groups in _groupings(pieces) if problem.op == DEPTHWISE_SUM else [_one_by_one(pieces, problem)]:
+        steps = [_cheapest(_bounding([taken[i] for i in group]), problem) for group in groups]
+        cycles = sum(cost for _, cost in steps)
         if best is None or cycles < best[0]:
-            best = cycles, tuple(passes), tuple(targets)
+            best = cycles, tuple(step for step, _ in steps), groups, taken
     assert best is not None
-    blocks = problem.shape[0] * math.ceil(problem.shape[1] / lanes)
-    total = blocks * (best[0] + 2 * PACKING * height * width)
-    return Plan(best[1], best[2], _worthwhile_threads(total, threads), total)
+    cycles, passes, groups, taken = best
+    targets = tuple(next(n for n, group in enumerate(groups) if i in group) for i in range(len(pieces)))
+    blocks = images * math.ceil(channels / lanes)
+    packed = 1 + len(pieces) if problem.op in BRANCHES else 2
+    total = blocks * (cycles + packed * PACKING * height * width)
+    filled = tuple(i for i, piece in enumerate(pieces) if taken[i] != piece)
+    return Plan(passes, targets, _worthwhile_threads(total, threads), total, filled)
 
 
 def reason_for_pytorch(problem: Problem) -> str | None:
@@ -118,37 +144,56 @@ def _worthwhile_threads(cycles: float, threads: int) -> int:
     return threads if cycles > 60_000 else 1
 
 
-def _cropped(size: tuple[int, int], anchor: tuple[int, int], height: int, width: int) -> Piece:
+def _cropped(size: tuple[int, int], anchor: tuple[int, int], dilation: int, height: int, width: int) -> Piece:
     """Return the kernel without the taps that only ever meet padding."""
-    rows, columns = touching(size[0], anchor[0], height), touching(size[1], anchor[1], width)
-    return Piece(rows.stop - rows.start, columns.stop - columns.start, anchor[0] - rows.start, anchor[1] - columns.start)
+    rows, columns = touching(size[0], anchor[0], height, dilation), touching(size[1], anchor[1], width, dilation)
+    extent = rows.stop - rows.start, columns.stop - columns.start
+    # A kernel that keeps one tap has no gaps.
+    return Piece(*extent, anchor[0] - rows.start, anchor[1] - columns.start, 1 if extent == (1, 1) else dilation)
 
 
-def _groupings(pieces: Sequence[Piece]) -> list[list[list[int]]]:
-    """Return promising ways to merge kernels into passes: covered kernels into those that cover them, or all into one."""
-    maximal: list[list[int]] = []
-    order = sorted(range(len(pieces)), key=lambda i: -pieces[i].rows * pieces[i].columns)
-    for i in order:
-        home = next((group for group in maximal if pieces[group[0]].covers(pieces[i])), None)
-        if home is None:
-            maximal.append([i])
-        else:
-            home.append(i)
-    together = [list(range(len(pieces)))]
-    if len(maximal) == 1:
-        return [maximal]
-    return [maximal, together] if len(maximal) <= MOST_PASSES else [together]
+def _groupings(pieces: list[Piece]) -> Iterator[tuple[list[Piece], list[list[int]]]]:
+    """Return promising ways to merge kernels into passes, each with the kernels that are merged, some of them filled.
+
+    Covered kernels are merged into those that cover them, or all kernels of one dilation into one.
+    """
+    dense = [piece for piece in pieces if piece.dilation == 1]
+    filled = [piece.filled() for piece in pieces]
+    covered = [full if any(d.covers(full) for d in dense) else piece for piece, full in zip(pieces, filled)]
+    # Without dilations, all three are the same.
+    for taken in [pieces] if pieces == filled else [pieces, covered, filled]:
+        maximal: list[list[int]] = []
+        for i in sorted(range(len(taken)), key=lambda i: -taken[i].rows * taken[i].columns):
+            home = next((group for group in maximal if taken[group[0]].covers(taken[i])), None)
+            if home is None:
+                maximal.append([i])
+            else:
+                home.append(i)
+        dilations = sorted({piece.dilation for piece in taken})
+        together = [[i for i, piece in enumerate(taken) if piece.dilation == dilation] for dilation in dilations]
+        if len(maximal) <= MOST_PASSES:
+            yield taken, maximal
+        if len(together) < len(maximal) and len(together) <= MOST_PASSES:
+            yield taken, together
+
+
+def _one_by_one(pieces: list[Piece], problem: Problem) -> tuple[list[Piece], list[list[int]]]:
+    """Return the cheaper form of each kernel, dilated or filled, and one group for each."""
+    taken = [min([piece, piece.filled()], key=lambda form: _cheapest(form, problem)[1]) for piece in pieces]
+    return taken, [[i] for i in range(len(pieces))]
 
 
 def _bounding(pieces: Sequence[Piece]) -> Piece:
     row, column = max(p.row for p in pieces), max(p.column for p in pieces)
     below, right = max(p.rows - p.row for p in pieces), max(p.columns - p.column for p in pieces)
-    return Piece(row + below, column + right, row, column)
+    return Piece(row + below, column + right, row, column, pieces[0].dilation)
 
 
 def _cheapest(piece: Piece, problem: Problem) -> tuple[Pass, float]:
     images, _, height, width = problem.shape
-    grad = problem.op != DEPTHWISE_SUM
+    grad = problem.op == DEPTHWISE_WEIGHT_GRAD
+    if piece.dilation > 1:
+        return Pass(piece, DIRECT), _dilated(piece, height, width, grad)
     turned = Piece(piece.columns, piece.rows, piece.column, piece.row)
     options = [
         (DIRECT, _direct(piece if piece.columns >= piece.rows else turned, *_lines_and_extent(piece, height, width), grad))
@@ -164,9 +209,16 @@ def _lines_and_extent(piece: Piece, height: int, width: int) -> tuple[int, int]:
     return (height, width) if piece.columns >= piece.rows else (width, height)
 
 
-def _overlaps(taps: int, anchor: int, extent: int) -> int:
+def _overlaps(taps: int, anchor: int, extent: int, dilation: int = 1) -> int:
     """Count the pairs of an output pixel and a tap that meets an input pixel, along one axis."""
-    return sum(min(extent, i + taps - anchor) - max(0, i - anchor) for i in range(extent))
+    return sum(max(0, extent - dilation * abs(tap - anchor)) for tap in range(taps))
+
+
+def _dilated(piece: Piece, height: int, width: int, grad: bool) -> float:
+    """Estimate the cycles of a dilated kernel, whose columns are multiplied with the zeros beside the image, too."""
+    work = _overlaps(piece.rows, piece.row, height, piece.dilation) * piece.columns * width
+    outputs = (piece.rows, piece.columns) if grad else (height, width)
+    return work / DILATED_RATE + outputs[0] * math.ceil(outputs[1] / DIRECT_WIDTH) * DILATED_TILE
 
 
 def _direct(piece: Piece, lines: int, extent: int, grad: bool) -> float:

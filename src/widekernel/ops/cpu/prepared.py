@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from widekernel.ops.cpu import library as native
-from widekernel.ops.cpu.plan import Plan
-from widekernel.ops.problem import Anchor, Problem, memory_format
+from widekernel.ops.cpu.plan import Pass, Plan
+from widekernel.ops.problem import DEPTHWISE_BRANCHES, DEPTHWISE_SUM_OF_BRANCHES, Anchor, Problem, memory_format
 
 DTYPES = {torch.float32: native.FLOAT32, torch.bfloat16: native.BFLOAT16, torch.float16: native.FLOAT16}
 
@@ -29,19 +29,23 @@ class _SumCall(NamedTuple):
 
 
 class PreparedSum:
-    """Calls of `depthwise_sum` of one problem."""
+    """Calls of `depthwise_sum`, or of an operator of several branches, of one problem."""
 
     def __init__(self, problem: Problem, chosen: Plan) -> None:
         self.problem, self.plan = problem, chosen
         self._library = native.load()
         self._run = self._library.calls.wk_depthwise_sum_at
-        self._passes = (native.Pass * len(chosen.passes))(
-            *[native.Pass(p.piece.rows, p.piece.columns, p.piece.row, p.piece.column, p.method) for p in chosen.passes]
-        )
-        sizes = zip(problem.kernels, problem.anchors, chosen.targets)
-        rects = [native.Rect(None, *size, *anchor, target) for size, anchor, target in sizes]
+        branches = len(problem.kernels)
+        self._inputs = branches if problem.op == DEPTHWISE_SUM_OF_BRANCHES else 1
+        self._outputs = branches if problem.op == DEPTHWISE_BRANCHES else 1
+        # Each branch has a pass of its own.
+        ends = [(b if self._inputs > 1 else 0, b if self._outputs > 1 else 0) for b in range(len(chosen.passes))]
+        passes = [_pass(step, *ends[b]) for b, step in enumerate(chosen.passes)]
+        self._passes = (native.Pass * len(passes))(*passes)
+        rows = zip(problem.kernels, problem.anchors, problem.dilations, chosen.targets)
+        rects = [native.Rect(None, *size, *anchor, dilation, target) for size, anchor, dilation, target in rows]
         self._rects = (native.Rect * len(rects))(*rects)
-        self._addresses = native.Address * len(problem.kernels)
+        self._addresses = native.Address * branches
         self._calls: dict[tuple[int, ...], _SumCall] = {}
 
     def __call__(
@@ -74,6 +78,28 @@ class PreparedSum:
             self._library.check(error)
         return y
 
+    def branches(self, x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor]) -> list[Tensor]:
+        """Compute `depthwise_branches` in the layout of `x`."""
+        return self._run_branches([addressable(x)], kernels)
+
+    def sum_of_branches(self, xs: Sequence[Tensor], kernels: Sequence[Tensor], anchors: Sequence[Anchor]) -> Tensor:
+        """Compute `depthwise_sum_of_branches` in the layout of the first input."""
+        xs = [addressable(x) for x in xs]
+        if any(x.stride() != xs[0].stride() for x in xs):
+            xs = [x.contiguous(memory_format=memory_format(xs[0])) for x in xs]
+        return self._run_branches(xs, kernels)[0]
+
+    def _run_branches(self, xs: Sequence[Tensor], kernels: Sequence[Tensor]) -> list[Tensor]:
+        x = xs[0]
+        call = self._calls.get(x.stride()) or self._calls.setdefault(x.stride(), self._call(x))
+        ys = [torch.empty_like(x, memory_format=call.layout) for _ in range(self._outputs)]
+        taps = [_floats(kernel) for kernel in kernels]
+        inputs = (native.Address * len(xs))(*[x.data_ptr() for x in xs])
+        outputs = (native.Address * len(ys))(*[y.data_ptr() for y in ys])
+        addresses = self._addresses(*[tap.data_ptr() for tap in taps])
+        self._library.check(self._library.calls.wk_depthwise_branches_at(call.description, inputs, outputs, addresses))
+        return ys
+
     def workspace(self) -> tuple[int, int]:
         """Return the bytes of working memory of each thread, and of the memory that all share."""
         like = _like(self.problem)
@@ -86,8 +112,9 @@ class PreparedSum:
 
     def _description(self, x: Tensor, y: Tensor) -> native.Sum:
         images = [_image(x), _image(y)]
+        ends = self._inputs, self._outputs, None, None
         parts = (len(self._passes), len(self._rects), self._passes, self._rects)
-        return native.Sum(DTYPES[x.dtype], self.plan.threads, *x.shape, *images, *parts)
+        return native.Sum(DTYPES[x.dtype], self.plan.threads, *x.shape, *images, *ends, *parts)
 
 
 class PreparedWeightGrad:
@@ -119,11 +146,15 @@ class PreparedWeightGrad:
         return _workspace(self._library.calls.wk_weight_grad_workspace, self._description(like, like))
 
     def _description(self, x: Tensor, grad: Tensor) -> native.WeightGrad:
-        step = self.plan.passes[0]
-        extent = (step.piece.rows, step.piece.columns, step.piece.row, step.piece.column, step.method)
         images = [_image(x), _image(grad)]
-        whole = (*self.problem.kernels[0], *self.problem.anchors[0])
-        return native.WeightGrad(DTYPES[x.dtype], self.plan.threads, *x.shape, *images, extent, None, *whole)
+        whole = (*self.problem.kernels[0], *self.problem.anchors[0], self.problem.dilations[0])
+        step = _pass(self.plan.passes[0])
+        return native.WeightGrad(DTYPES[x.dtype], self.plan.threads, *x.shape, *images, step, None, *whole)
+
+
+def _pass(step: Pass, source: int = 0, target: int = 0) -> native.Pass:
+    piece = step.piece
+    return native.Pass(piece.rows, piece.columns, piece.row, piece.column, step.method, piece.dilation, source, target)
 
 
 def addressable(x: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ def _trimmed(rects: Sequence[Rect], channels: np.ndarray, boxes: np.ndarray, lik
     parts = [cut(rect, index, box) for rect, box in zip(rects, boxes.tolist()) if box[0] >= 0]
     if not parts:
         parts = [Rect(rects[0].kernel.new_zeros(len(channels), 1, 1, 1), (0, 0))]
-    return [Rect(rect.kernel.to(like.dtype), rect.anchor) for rect in maximal_rectangles(parts)]
+    return [rect.with_kernel(rect.kernel.to(like.dtype)) for rect in maximal_rectangles(parts)]
 
 
 def _reason(plan: Plan, channels: int, before: int, nonzero: int, realized: int) -> str:
