@@ -27,6 +27,9 @@ enum wk_method {
     WK_HYBRID_ALONG_COLUMNS = 2,  // Fourier transform along the height, direct along the width
 };
 
+// Activation of hidden units; GELU in the form of the error function and in that of the hyperbolic tangent.
+enum wk_activation { WK_NO_ACTIVATION = 0, WK_RELU = 1, WK_GELU = 2, WK_GELU_TANH = 3 };
+
 // Return values of functions: 0, or one of these. wk_error_text explains them.
 enum wk_error { WK_OK = 0, WK_BAD_ARGUMENT = 1, WK_OUT_OF_MEMORY = 2 };
 
@@ -78,6 +81,28 @@ typedef struct {
     int32_t dilation;  // a multiple of the pass's, whose taps in between are left out
 } wk_weight_grad;
 
+// A matrix product over channels, an activation, and perhaps a second product, for every pixel:
+// y = residual + second · activation(first · norm(x) + first_bias) + second_bias, and without a second product
+// y = residual + activation(first · norm(x) + first_bias). Everything is float32.
+typedef struct {
+    int32_t inputs, hidden, outputs;  // channels; `outputs` is 0 without a second product
+    int32_t activation;
+    int32_t normalize;  // whether the norm is a layer norm over the channels of a pixel, without factors; otherwise it is x
+    float eps;          // added to the variance
+    const float *first, *first_bias, *second, *second_bias;  // (hidden, inputs), (hidden), (outputs, hidden), (outputs)
+} wk_pointwise_weights;
+
+// Weights in the order in which they are used, for the instruction set that was in use when they were packed.
+typedef struct wk_pointwise wk_pointwise;
+
+// The channels of `x` are the inputs; those of `residual` and `y` are the outputs, or the hidden units without a second product.
+// `residual.data` may be null. Here, any strides are valid, but those described above are fast. `y` must not overlap the others.
+typedef struct {
+    int32_t threads;
+    int32_t images, height, width;
+    wk_tensor x, residual, y;
+} wk_pointwise_call;
+
 int32_t wk_abi(void);
 // The instruction set in use: "avx512", "avx2", "neon" or "portable".
 const char *wk_isa(void);
@@ -99,6 +124,18 @@ int32_t wk_depthwise_weight_grad_at(const wk_weight_grad *call, const void *x, c
 // Bytes of working memory of a call: for each thread, and shared by all threads (the packed kernels).
 void wk_sum_workspace(const wk_sum *call, int64_t *per_thread, int64_t *shared);
 void wk_weight_grad_workspace(const wk_weight_grad *call, int64_t *per_thread, int64_t *shared);
+
+// Copies and packs the weights; a bias may be null. The result is valid until `wk_pointwise_free`, which accepts null.
+int32_t wk_pointwise_pack(const wk_pointwise_weights *weights, wk_pointwise **packed);
+void wk_pointwise_free(wk_pointwise *packed);
+// Several threads may use the same weights at the same time.
+int32_t wk_pointwise_run(const wk_pointwise *packed, const wk_pointwise_call *call);
+// The same with other addresses, like `wk_depthwise_sum_at`.
+int32_t wk_pointwise_run_at(const wk_pointwise *packed, const wk_pointwise_call *call, const void *x, const void *residual, void *y);
+// The most bytes of working memory that any call with up to `threads` threads needs: for each thread, and shared by all threads,
+// including the packed weights.
+void wk_pointwise_workspace(const wk_pointwise *packed, int32_t threads, int64_t *per_thread, int64_t *shared);
+
 const char *wk_error_text(int32_t error);
 
 // Measured peak of fused multiply-adds, in floating-point operations per second.

@@ -2,6 +2,7 @@
 #include "kernels.hpp"
 #include "processor.hpp"
 
+#include <cstdlib>
 #include <cstring>
 
 #define WK_EXPORT extern "C" __attribute__((visibility("default")))
@@ -105,6 +106,16 @@ bool is_valid(const wk_weight_grad &call) {
            is_within(p.columns, p.column, p.dilation, call.columns, call.column, call.dilation);
 }
 
+bool is_valid(const wk_pointwise_weights &weights) {
+    return weights.inputs > 0 && weights.hidden > 0 && weights.outputs >= 0 && weights.first &&
+           (weights.outputs == 0 || weights.second) && weights.activation >= WK_NO_ACTIVATION &&
+           weights.activation <= WK_GELU_TANH && (!weights.normalize || weights.eps >= 0);
+}
+
+bool is_valid(const wk_pointwise_call &call) {
+    return call.threads > 0 && call.images > 0 && call.height > 0 && call.width > 0 && call.x.data && call.y.data;
+}
+
 }  // namespace
 }  // namespace wk
 
@@ -164,6 +175,43 @@ WK_EXPORT void wk_sum_workspace(const wk_sum *call, int64_t *per_thread, int64_t
 
 WK_EXPORT void wk_weight_grad_workspace(const wk_weight_grad *call, int64_t *per_thread, int64_t *shared) {
     wk::kernels().weight_grad_workspace(*call, *per_thread, *shared);
+}
+
+WK_EXPORT int32_t wk_pointwise_pack(const wk_pointwise_weights *weights, wk_pointwise **packed) {
+    *packed = nullptr;
+    if (!wk::is_valid(*weights)) return WK_BAD_ARGUMENT;
+    const wk::Kernels &kernels = wk::kernels();
+    auto *made = static_cast<wk_pointwise *>(std::calloc(1, sizeof(wk_pointwise)));
+    if (!made) return WK_OUT_OF_MEMORY;
+    made->kernels = &kernels;
+    made->inputs = weights->inputs, made->hidden = weights->hidden, made->outputs = weights->outputs;
+    made->activation = weights->activation, made->normalize = weights->normalize, made->eps = weights->eps;
+    const int32_t error = kernels.pointwise_pack(*weights, *made);
+    if (error)
+        wk_pointwise_free(made);
+    else
+        *packed = made;
+    return error;
+}
+
+WK_EXPORT void wk_pointwise_free(wk_pointwise *packed) {
+    if (packed) std::free(packed->memory);
+    std::free(packed);
+}
+
+WK_EXPORT int32_t wk_pointwise_run(const wk_pointwise *packed, const wk_pointwise_call *call) {
+    return packed && wk::is_valid(*call) ? packed->kernels->pointwise_run(*packed, *call) : WK_BAD_ARGUMENT;
+}
+
+WK_EXPORT int32_t wk_pointwise_run_at(const wk_pointwise *packed, const wk_pointwise_call *call, const void *x,
+                                      const void *residual, void *y) {
+    wk_pointwise_call here = *call;
+    here.x.data = const_cast<void *>(x), here.residual.data = const_cast<void *>(residual), here.y.data = y;
+    return wk_pointwise_run(packed, &here);
+}
+
+WK_EXPORT void wk_pointwise_workspace(const wk_pointwise *packed, int32_t threads, int64_t *per_thread, int64_t *shared) {
+    packed->kernels->pointwise_workspace(*packed, threads, *per_thread, *shared);
 }
 
 WK_EXPORT const char *wk_error_text(int32_t error) {

@@ -8,6 +8,19 @@
 #include "widekernel.h"
 
 namespace wk {
+struct Kernels;
+}
+
+struct wk_pointwise {
+    const wk::Kernels *kernels;
+    int32_t inputs, hidden, outputs, activation, normalize;
+    float eps;
+    void *memory;
+    int64_t bytes;
+    float *first, *first_bias, *second, *second_bias;  // parts of `memory`
+};
+
+namespace wk {
 
 struct Kernels {
     const char *isa;
@@ -16,6 +29,9 @@ struct Kernels {
     int32_t (*depthwise_weight_grad)(const wk_weight_grad &call);
     void (*sum_workspace)(const wk_sum &call, int64_t &per_thread, int64_t &shared);
     void (*weight_grad_workspace)(const wk_weight_grad &call, int64_t &per_thread, int64_t &shared);
+    int32_t (*pointwise_pack)(const wk_pointwise_weights &weights, wk_pointwise &packed);
+    int32_t (*pointwise_run)(const wk_pointwise &packed, const wk_pointwise_call &call);
+    void (*pointwise_workspace)(const wk_pointwise &packed, int32_t threads, int64_t &per_thread, int64_t &shared);
     double (*fma_peak)(int32_t threads, double seconds);
 };
 

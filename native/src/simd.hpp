@@ -32,16 +32,16 @@ constexpr int WIDEST_TRIPLE = WK_REGISTERS >= 32 ? 5 : 4;   // T with three prod
 constexpr int WIDEST_ROWS = WK_REGISTERS >= 32 ? 4 : 2;     // rows of a transform
 constexpr int WIDEST_WAVES = 5;                             // frequencies of a transform
 
-template <class F, int... I> WK_INLINE void unroll_impl(F &&f, std::integer_sequence<int, I...>) {
+template <class F, int... I> WK_INLINE constexpr void unroll_impl(F &&f, std::integer_sequence<int, I...>) {
     (f(std::integral_constant<int, I>{}), ...);
 }
 
 // Calls f(0), …, f(N-1) with compile-time arguments.
-template <int N, class F> WK_INLINE void unroll(F &&f) { unroll_impl(f, std::make_integer_sequence<int, N>{}); }
+template <int N, class F> WK_INLINE constexpr void unroll(F &&f) { unroll_impl(f, std::make_integer_sequence<int, N>{}); }
 
-WK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-WK_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-WK_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+WK_INLINE constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+WK_INLINE constexpr int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+WK_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The same value in every lane; subtracting zero changes no value.
 WK_INLINE Vec all(float value) { return value - Vec{}; }
@@ -52,6 +52,28 @@ WK_INLINE void hold(Vec &value) {
     asm("" : "+v"(value));
 #elif defined(__aarch64__)
     asm("" : "+w"(value));
+#endif
+}
+
+// The smaller of a and `bound`, which is not NaN, or `bound` if a is NaN; the compiler would compare and select.
+WK_INLINE Vec at_most(const Vec &a, const Vec &bound) {
+#if defined(__AVX__)
+    Vec smaller;
+    asm("vminps %2, %1, %0" : "=v"(smaller) : "v"(a), "v"(bound));
+    return smaller;
+#else
+    return a < bound ? a : bound;
+#endif
+}
+
+// max(a, 0), but NaN stays NaN.
+WK_INLINE Vec relu(const Vec &a) {
+#if defined(__AVX__)
+    Vec larger;
+    asm("vmaxps %2, %1, %0" : "=v"(larger) : "v"(Vec{}), "v"(a));
+    return larger;
+#else
+    return a < Vec{} ? Vec{} : a;
 #endif
 }
 

@@ -1,6 +1,7 @@
 // The body of one instruction set's translation unit; simd.hpp lists the macros that must be defined before it.
 #pragma once
 
+#include "pointwise.hpp"
 #include "sum.hpp"
 #include "weight_grad.hpp"
 
@@ -28,6 +29,8 @@ inline void weight_grad_workspace(const wk_weight_grad &call, int64_t &per_threa
     WeightGrad grad(call);
     per_thread = grad.own_bytes(), shared = grad.shared_bytes();
 }
+
+inline int32_t pointwise_run(const wk_pointwise &packed, const wk_pointwise_call &call) { return Pointwise(packed, call).run(); }
 
 // Enough independent chains to keep two multiply-add units of latency four or five busy.
 inline int64_t multiply_add_for(double seconds) {
@@ -77,6 +80,9 @@ inline double fma_peak(int32_t threads, double seconds) {
                             WK_NAMESPACE::depthwise_weight_grad,                                                                \
                             WK_NAMESPACE::sum_workspace,                                                                        \
                             WK_NAMESPACE::weight_grad_workspace,                                                                \
+                            WK_NAMESPACE::pointwise_pack,                                                                       \
+                            WK_NAMESPACE::pointwise_run,                                                                        \
+                            WK_NAMESPACE::pointwise_workspace,                                                                  \
                             WK_NAMESPACE::fma_peak};
 
 }  // namespace wk

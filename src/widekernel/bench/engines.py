@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,15 +37,46 @@ def forward_in(engine: str, x: Tensor, kernel: Tensor) -> Callable[[], Tensor]:
 
 
 def _onnxruntime(x: Tensor, kernel: Tensor) -> Callable[[], Tensor]:
-    onnx, runtime = importlib.import_module("onnx"), importlib.import_module("onnxruntime")
+    onnx = importlib.import_module("onnx")
     helper, number = onnx.helper, onnx.TensorProto.FLOAT
     up, left = kernel.shape[2] // 2, kernel.shape[3] // 2
     node = helper.make_node("Conv", ["x", "kernel"], ["y"], group=x.shape[1], pads=[up, left, up, left])
     ends = [helper.make_tensor_value_info(name, number, list(x.shape)) for name in "xy"]
     constant = onnx.numpy_helper.from_array(kernel.numpy(), "kernel")
     graph = helper.make_graph([node], "depthwise", ends[:1], ends[1:], [constant])
+    return _onnx_session(graph, 17, x)
+
+
+def products_in_onnxruntime(rows: Tensor, layers: Sequence[tuple[Tensor, Tensor]], activation: str) -> Callable[[], Tensor]:
+    """Return a call that computes `layers` in onnxruntime, with an activation after the first one.
+
+    Args:
+        rows: (..., channels).
+        layers: weights (outputs, channels) and biases (outputs).
+        activation: `gelu` or `relu`.
+    """
+    onnx = importlib.import_module("onnx")
+    helper, number = onnx.helper, onnx.TensorProto.FLOAT
+    nodes, constants, value = [], [], "x"
+    for i, (weight, bias) in enumerate(layers):
+        parts = {f"weight{i}": weight.t().contiguous(), f"bias{i}": bias}
+        constants += [onnx.numpy_helper.from_array(part.numpy(), name) for name, part in parts.items()]
+        nodes.append(helper.make_node("MatMul", [value, f"weight{i}"], [f"product{i}"]))
+        nodes.append(helper.make_node("Add", [f"product{i}", f"bias{i}"], [f"sum{i}"]))
+        value = f"sum{i}"
+        if i == 0:
+            nodes.append(helper.make_node({"gelu": "Gelu", "relu": "Relu"}[activation], [value], ["active"]))
+            value = "active"
+    shapes = {"x": rows.shape, value: (*rows.shape[:-1], len(layers[-1][1]))}
+    ends = [helper.make_tensor_value_info(name, number, list(shape)) for name, shape in shapes.items()]
+    return _onnx_session(helper.make_graph(nodes, "products", ends[:1], ends[1:], constants), 20, rows)
+
+
+def _onnx_session(graph: Any, opset: int, x: Tensor) -> Callable[[], Tensor]:
+    """Return a call that runs a graph of one input, named x, and one output."""
+    onnx, runtime = importlib.import_module("onnx"), importlib.import_module("onnxruntime")
     # Versions that every recent onnxruntime reads.
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=8)
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     # Otherwise its threads would keep spinning while the next implementation is timed.

@@ -31,9 +31,14 @@ _MODELS = (
     "Time networks in training and inference: ours unchanged, folded and accelerated, compared with the same networks on "
     "PyTorch's convolutions. Takes the names of widekernel's and timm's models; on a CUDA device, there are default ones."
 )
+_POINTWISE = (
+    "Time products over channels and pairs of them with an activation between, as in the blocks of ConvNeXt, SLaK and "
+    "RepLKNet, on a CPU: ours compared with PyTorch's linear layers and 1×1 convolutions, and with onnxruntime if it is "
+    "installed."
+)
 _PASSES = ("forward", "input", "weight")
 _FILES = {"csv": ".csv", "markdown": ".md", "plot": ".png"}
-_CPU_SECONDS, _CUDA_SECONDS = {"ops": 0.5, "models": 3.0}, {"ops": 0.1, "models": 1.0}
+_CPU_SECONDS, _CUDA_SECONDS = {"ops": 0.5, "models": 3.0, "pointwise": 0.2}, {"ops": 0.1, "models": 1.0}
 _MINUTES, _CUDA_BATCH, _CPU_IMAGES = 10.0, 64, 4
 _TEXT_COLUMNS = {"case", "N×C×H×W, kernel", "pass", "layout", "backend", "algorithm", "model", "mode", "variant"}
 _TEXT_COLUMNS |= {"dtype", "floor is", "remark"}
@@ -42,14 +47,17 @@ _DTYPES = "which of bfloat16,tf32,float16,float32 to compute in"
 
 def run(arguments: list[str]) -> int:
     """Time operators or networks, print the table and write the requested files."""
-    kinds = {"ops": (_bench_ops, _OPS), "models": (_bench_models, _MODELS)}
+    kinds = {"ops": (_bench_ops, _OPS), "models": (_bench_models, _MODELS), "pointwise": (_bench_pointwise, _POINTWISE)}
     if arguments and arguments[0] in kinds:
         return kinds[arguments[0]][0](arguments[1:])
     if arguments and arguments[0] not in ("-h", "--help"):
         raise ConfigError(
-            f"widekernel bench cannot time {arguments[0]!r}.{nearest(arguments[0], kinds)} It times {' or '.join(kinds)}."
+            f"widekernel bench cannot time {arguments[0]!r}.{nearest(arguments[0], kinds)} It times {', '.join(kinds)}."
         )
-    usage = ["usage: widekernel bench {ops,models} [OPTIONS]", *(f"{name}: {text}" for name, (_, text) in kinds.items())]
+    usage = [
+        "usage: widekernel bench {ops,models,pointwise} [OPTIONS]",
+        *(f"{name}: {text}" for name, (_, text) in kinds.items()),
+    ]
     result_console().print("\n\n".join(usage))
     return 0 if arguments else 2
 
@@ -117,6 +125,29 @@ def _bench_models(arguments: list[str]) -> int:
     return 0
 
 
+def _bench_pointwise(arguments: list[str]) -> int:
+    values = parse(_pointwise_parser(), arguments) | {"device": "cpu", "minutes": None, "dtypes": None}
+    files, _ = _check_common(values, "pointwise")
+    from widekernel.bench import engines, products
+    from widekernel.bench.precision import FLOAT32
+
+    known = [case.family.lower() for case in products.PRODUCT_CASES]
+    families = parse_names("families", values["families"], tuple(dict.fromkeys(known)))
+    cases = [case for case, family in zip(products.PRODUCT_CASES, known) if family in families]
+    remarks = [line for line in engines.absences() if line.startswith("onnxruntime")]
+    for remark in remarks:
+        progress_console().print(remark, soft_wrap=True)
+    run = _Run(values, files, None, len(cases))
+
+    def measure(platform: Platform, budget: TimeBudget, advance: Callable[[str, int], None]) -> Iterator:
+        return products.measure_products(cases, platform.peak(FLOAT32), values["seconds"], values["rounds"], advance)
+
+    rows = run.measure(measure, lambda: None)
+    page = _Page("Pointwise products", products.COLUMNS, (*remarks, *products.NOTES), _command("pointwise", arguments))
+    run.show(page, rows)
+    return 0
+
+
 def _ops_parser() -> jsonargparse.ArgumentParser:
     parser = new_parser("bench ops", _OPS)
     cases = "targets (the default on the CPU), layers (on CUDA), small, sweep (takes hours), or names such as slak-*"
@@ -155,16 +186,28 @@ def _models_parser() -> jsonargparse.ArgumentParser:
     return parser
 
 
+def _pointwise_parser() -> jsonargparse.ArgumentParser:
+    parser = new_parser("bench pointwise", _POINTWISE)
+    families = "whose products to time: some of convnext,slak,replknet"
+    parser.add_argument("--families", type=str, default="convnext,slak,replknet", help=families)
+    _add_measuring(parser, "pointwise")
+    return parser
+
+
 def _add_common(parser: jsonargparse.ArgumentParser, kind: str) -> None:
     parser.add_argument("--device", type=str, default="cpu", help="cpu, cuda or cuda:N")
     minutes = f"time budget of the whole run, on CUDA only: the remaining cases are left out; default {_MINUTES:g}"
     parser.add_argument("--minutes", type=float | None, default=None, help=minutes)
+    _add_measuring(parser, kind)
+
+
+def _add_measuring(parser: jsonargparse.ArgumentParser, kind: str) -> None:
+    """Add the options of every measurement, on any device."""
     parser.add_argument(
         "--threads", type=int | None, default=None, help="number of threads; default: as many as PyTorch uses"
     )
-    seconds = (
-        f"approximate time for each call compared in a row; default {_CPU_SECONDS[kind]:g}, on CUDA {_CUDA_SECONDS[kind]:g}"
-    )
+    on_cuda = f", on CUDA {_CUDA_SECONDS[kind]:g}" if kind in _CUDA_SECONDS else ""
+    seconds = f"approximate time for each call compared in a row; default {_CPU_SECONDS[kind]:g}{on_cuda}"
     parser.add_argument("--seconds", type=float | None, default=None, help=seconds)
     parser.add_argument(
         "--rounds", type=int | None, default=None, help="timed calls of each, instead of --seconds; slow calls get fewer"

@@ -31,6 +31,7 @@ ABI = 3
 MOST_PASSES, MOST_RECTS = 16, 64
 FLOAT32, BFLOAT16, FLOAT16 = range(3)
 DIRECT, HYBRID_ALONG_ROWS, HYBRID_ALONG_COLUMNS = range(3)
+NO_ACTIVATION, RELU, GELU, GELU_TANH = range(4)
 REQUIRED = "WIDEKERNEL_REQUIRE_NATIVE"
 OK, BAD_ARGUMENT, OUT_OF_MEMORY = range(3)
 ISAS = ("avx512", "avx2", "neon", "portable")
@@ -107,6 +108,25 @@ class WeightGrad(ctypes.Structure):
     ]
 
 
+class PointwiseWeights(ctypes.Structure):
+    """The weights that `wk_pointwise_pack` packs."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("inputs", "hidden", "outputs", "activation", "normalize")),
+        ("eps", ctypes.c_float),
+        *((name, Address) for name in ("first", "first_bias", "second", "second_bias")),
+    ]
+
+
+class PointwiseCall(ctypes.Structure):
+    """A call of `wk_pointwise_run`."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("threads", "images", "height", "width")),
+        *((name, Tensor) for name in ("x", "residual", "y")),
+    ]
+
+
 _int32, _text, _bytes = ctypes.c_int32, ctypes.c_char_p, ctypes.POINTER(ctypes.c_int64)
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "wk_abi": (_int32, []),
@@ -121,6 +141,11 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "wk_depthwise_weight_grad_at": (_int32, [ctypes.POINTER(WeightGrad), Address, Address, Address]),
     "wk_sum_workspace": (None, [ctypes.POINTER(Sum), _bytes, _bytes]),
     "wk_weight_grad_workspace": (None, [ctypes.POINTER(WeightGrad), _bytes, _bytes]),
+    "wk_pointwise_pack": (_int32, [ctypes.POINTER(PointwiseWeights), ctypes.POINTER(Address)]),
+    "wk_pointwise_free": (None, [Address]),
+    "wk_pointwise_run": (_int32, [Address, ctypes.POINTER(PointwiseCall)]),
+    "wk_pointwise_run_at": (_int32, [Address, ctypes.POINTER(PointwiseCall), Address, Address, Address]),
+    "wk_pointwise_workspace": (None, [Address, _int32, _bytes, _bytes]),
     "wk_error_text": (_text, [_int32]),
     "wk_fma_peak": (ctypes.c_double, [_int32, ctypes.c_double]),
 }

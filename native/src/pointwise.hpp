@@ -1,0 +1,330 @@
+// y = residual + second · act(first · norm(x) + bias) + bias for every pixel, with weights packed in advance.
+#pragma once
+
+#include "activation.hpp"
+#include "kernels.hpp"
+#include "stack.hpp"
+#include "threads.hpp"
+#include "workspace.hpp"
+
+#include <sched.h>
+
+namespace wk {
+namespace WK_NAMESPACE {
+
+// Hidden units that are computed together: they stay in the cache until the second product has used them.
+constexpr int64_t HIDDEN_CHUNK = ceil_div(256, PANEL) * PANEL;
+// Input channels whose products are summed in registers.
+constexpr int64_t DEPTH_BLOCK = 512;
+// Activations of one task should leave half of a second-level cache of 1 MiB to the weights.
+constexpr int64_t CACHED_FLOATS = int64_t{1} << 17;
+// The most and fewest pixels of a task. With fewer, loading the weights would take longer than the products.
+constexpr int64_t MOST_PIXELS = 8 * TILE_ROWS, FEWEST_PIXELS = ceil_div(28, TILE_ROWS) * TILE_ROWS;
+// Activations that threads share if there are few pixels.
+constexpr int64_t MOST_SHARED_FLOATS = int64_t{1} << 23;
+// Below this number of operations for each thread, waking it would take longer than its share.
+constexpr int64_t WORTH_A_THREAD = 4000000;
+
+// `length` items in `count` equal pieces of whole `unit`s.
+struct Pieces {
+    int64_t length, size;
+
+    Pieces(int64_t all, int64_t largest, int64_t unit)
+        : length(all), size(ceil_div(ceil_div(all, ceil_div(all, largest)), unit) * unit) {}
+    int64_t count() const { return ceil_div(length, size); }
+    int64_t begin(int64_t index) const { return index * size; }
+    int64_t in(int64_t index) const { return least(size, length - index * size); }
+};
+
+inline int64_t vectors_for(int64_t channels) { return ceil_div(channels, LANES); }
+inline int64_t panels_for(int64_t channels) { return ceil_div(channels, PANEL); }
+
+// The weights as packed. The first product's lie by chunk of hidden units, block of inputs, panel of hidden units; the second's by
+// chunk of hidden units, panel of outputs. Within a panel, one line of columns follows another.
+struct Weights {
+    const wk_pointwise &of;
+    Pieces chunks, blocks;
+
+    explicit Weights(const wk_pointwise &packed)
+        : of(packed), chunks(packed.hidden, HIDDEN_CHUNK, PANEL), blocks(packed.inputs, DEPTH_BLOCK, LANES) {}
+
+    int64_t outputs() const { return of.outputs ? of.outputs : of.hidden; }
+
+    float *first(int64_t chunk, int64_t block, int64_t panel) const {
+        return of.first + chunks.begin(chunk) * lines_for(of.inputs) + blocks.begin(block) * vectors_for(chunks.in(chunk)) * LANES +
+               panel * PANEL * lines_for(blocks.in(block));
+    }
+    float *second(int64_t chunk, int64_t panel) const {
+        return of.second + chunks.begin(chunk) * vectors_for(of.outputs) * LANES + panel * PANEL * lines_for(chunks.in(chunk));
+    }
+    static int64_t vectors(int64_t panel, int64_t channels) {
+        return least(PANEL_VECTORS, vectors_for(channels) - panel * PANEL_VECTORS);
+    }
+};
+
+// Fetches the panel that is needed next while tiles are multiplied with the present one, the same share with each tile. Otherwise
+// the first tile would wait for the memory and the others leave it idle.
+struct Fetcher {
+    const float *next;
+    int64_t each, share, tiles;
+
+    Fetcher(const float *panel, int64_t depth, int64_t all_tiles)
+        : next(panel), each(ceil_div(UNROLLED * PANEL, least(all_tiles, 8) * CACHE_LINE) * CACHE_LINE), share(depth / UNROLLED * each),
+          tiles(ceil_div(UNROLLED * PANEL, each)) {}
+    Fetch part(int64_t tile) const { return {next + share * tile, tile < tiles ? each : 0}; }
+};
+
+// One panel: columns `column` … of a matrix (outputs, inputs) are its rows; those beyond `columns` are zero.
+inline void pack_panel(const float *from, int64_t row, int64_t columns, int64_t depth, int64_t vectors, float *to) {
+    const int64_t lanes = vectors * LANES;
+    for (int64_t c = 0; c < lanes; c++)
+        for (int64_t k = 0; k < lines_for(depth); k++) to[k * lanes + c] = c < columns && k < depth ? from[c * row + k] : 0.0f;
+}
+
+inline void pack_bias(const float *from, int64_t channels, float *to) {
+    for (int64_t c = 0; c < vectors_for(channels) * LANES; c++) to[c] = from && c < channels ? from[c] : 0.0f;
+}
+
+// Allocates and fills the pieces of `packed`, whose sizes are set.
+inline int32_t pointwise_pack(const wk_pointwise_weights &from, wk_pointwise &packed) {
+    const int64_t hidden = vectors_for(packed.hidden) * LANES, outputs = vectors_for(packed.outputs) * LANES;
+    auto carve = [&](Carver &carver) {
+        packed.first = carver.take<float>(hidden * lines_for(packed.inputs));
+        packed.first_bias = carver.take<float>(hidden);
+        packed.second = carver.take<float>(outputs * lines_for(packed.hidden));
+        packed.second_bias = carver.take<float>(outputs);
+    };
+    Carver sizes{nullptr};
+    carve(sizes);
+    packed.bytes = sizes.used;
+    packed.memory = std::aligned_alloc(ALIGNMENT, static_cast<size_t>(packed.bytes));
+    if (!packed.memory) return WK_OUT_OF_MEMORY;
+    Carver carver{static_cast<char *>(packed.memory)};
+    carve(carver);
+    const Weights weights(packed);
+    for (int64_t c = 0; c < weights.chunks.count(); c++) {
+        const int64_t unit = weights.chunks.begin(c), units = weights.chunks.in(c);
+        for (int64_t b = 0; b < weights.blocks.count(); b++)
+            for (int64_t p = 0; p < panels_for(units); p++)
+                pack_panel(from.first + (unit + p * PANEL) * packed.inputs + weights.blocks.begin(b), packed.inputs,
+                           units - p * PANEL, weights.blocks.in(b), weights.vectors(p, units), weights.first(c, b, p));
+        for (int64_t p = 0; p < panels_for(packed.outputs); p++)
+            pack_panel(from.second + p * PANEL * packed.hidden + unit, packed.hidden, packed.outputs - p * PANEL, units,
+                       weights.vectors(p, packed.outputs), weights.second(c, p));
+    }
+    pack_bias(from.first_bias, packed.hidden, packed.first_bias);
+    pack_bias(from.second_bias, packed.outputs, packed.second_bias);
+    return WK_OK;
+}
+
+// Activations of several pixels.
+struct Activations {
+    Stack x, hidden, y;
+
+    Activations() = default;
+    // For `units` hidden units at a time.
+    Activations(Carver &carver, const wk_pointwise &packed, int64_t pixels, int64_t units) {
+        const int64_t each = ceil_div(pixels, ceil_div(pixels, TILE_ROWS));
+        auto stack = [&](int64_t channels) {
+            const int64_t groups = vectors_for(channels);
+            return Stack{carver.take<Vec>(pixels * groups), pixels, each, groups};
+        };
+        x = stack(packed.inputs), hidden = stack(units), y = stack(packed.outputs);
+    }
+
+    static int64_t bytes(const wk_pointwise &packed, int64_t pixels, int64_t units) {
+        Carver carver{nullptr};
+        const Activations sizes(carver, packed, pixels, units);
+        return carver.used;
+    }
+};
+
+// How pixels are distributed. If there are enough, each task computes some of them from the first product to the last. Otherwise,
+// all threads share the activations of all pixels: tasks pack tiles of pixels, compute hidden units, and compute outputs, in this
+// order. Both ways add in the same order, so the results do not depend on the number of threads.
+struct Distribution {
+    int32_t threads;
+    bool shared;
+    int64_t together;  // pixels whose activations exist at the same time
+
+    static int64_t most_together(const Weights &weights) {
+        const int64_t cached = CACHED_FLOATS / (weights.of.inputs + weights.chunks.size + weights.of.outputs);
+        return most(FEWEST_PIXELS, least(MOST_PIXELS, cached) / TILE_ROWS * TILE_ROWS);
+    }
+    // With as many pixels as this, no more are needed for each thread to have its own, or they take too much memory.
+    static int64_t fewest_apart(const Weights &weights, int32_t threads) {
+        const int64_t all = int64_t{weights.of.inputs} + weights.of.hidden + weights.of.outputs;
+        return least(threads * FEWEST_PIXELS, most(1, MOST_SHARED_FLOATS / all));
+    }
+
+    Distribution(const Weights &weights, int64_t pixels, int32_t most_threads) {
+        const double operations = 2.0 * static_cast<double>(pixels) * weights.of.hidden * (weights.of.inputs + weights.of.outputs);
+        threads = static_cast<int32_t>(least(most_threads, 1 + static_cast<int64_t>(operations / WORTH_A_THREAD)));
+        shared = threads > 1 && pixels < fewest_apart(weights, threads);
+        together = pixels;
+        if (shared) return;
+        int64_t tasks = ceil_div(pixels, most_together(weights));
+        if (threads > 1) {
+            // Several tasks for each thread, because threads differ in speed, and the same number.
+            tasks = most(tasks, least(4 * threads, pixels / FEWEST_PIXELS));
+            tasks = least(ceil_div(tasks, threads) * threads, pixels);
+        }
+        together = ceil_div(pixels, tasks);
+    }
+};
+
+inline void pointwise_workspace(const wk_pointwise &packed, int32_t threads, int64_t &per_thread, int64_t &shared) {
+    const Weights weights(packed);
+    per_thread = Activations::bytes(packed, Distribution::most_together(weights), weights.chunks.size);
+    shared = packed.bytes;
+    if (threads > 1) shared += Activations::bytes(packed, Distribution::fewest_apart(weights, threads), packed.hidden);
+}
+
+// One call.
+class Pointwise {
+  public:
+    Pointwise(const wk_pointwise &packed, const wk_pointwise_call &call)
+        : packed_(packed), weights_(packed), x_(call.x, call.images, call.height, call.width),
+          y_(call.y, call.images, call.height, call.width), residual_(call.residual, call.images, call.height, call.width),
+          pixels_(int64_t{call.images} * call.height * call.width), plan_(weights_, pixels_, call.threads),
+          own_bytes_(Activations::bytes(packed, plan_.together, weights_.chunks.size)) {
+        parts_ = least(weights_.chunks.size / PANEL, ceil_div(4 * plan_.threads, weights_.chunks.count()));
+        endings_ = least(panels_for(packed.outputs), 4 * plan_.threads);
+    }
+
+    int32_t run() {
+        if (!plan_.shared) {
+            parallel(plan_.threads, ceil_div(pixels_, plan_.together),
+                     [](void *self, int64_t task) { static_cast<Pointwise *>(self)->compute(task); }, this);
+            return __atomic_load_n(&out_of_memory_, __ATOMIC_RELAXED) ? WK_OUT_OF_MEMORY : WK_OK;
+        }
+        Carver carver{shared_memory.at_least(Activations::bytes(packed_, pixels_, packed_.hidden))};
+        if (!carver.base) return WK_OUT_OF_MEMORY;
+        all_ = Activations(carver, packed_, pixels_, packed_.hidden);
+        parallel(plan_.threads, all_.x.tiles() + weights_.chunks.count() * parts_ + endings_,
+                 [](void *self, int64_t task) { static_cast<Pointwise *>(self)->contribute(task); }, this);
+        shared_memory.shrink();
+        return WK_OK;
+    }
+
+  private:
+    void compute(int64_t task) {
+        char *block = own_memory.at_least(own_bytes_);
+        if (!block) {
+            __atomic_store_n(&out_of_memory_, 1, __ATOMIC_RELAXED);
+            return;
+        }
+        Carver carver{block};
+        const int64_t first = task * plan_.together;
+        const Activations own(carver, packed_, least(plan_.together, pixels_ - first), weights_.chunks.size);
+        pack(first, own.x);
+        for (int64_t chunk = 0; chunk < weights_.chunks.count(); chunk++) {
+            const int64_t units = weights_.chunks.in(chunk);
+            hidden_units(own.x, chunk, 0, panels_for(units), own.hidden, 0);
+            if (packed_.outputs)
+                add_outputs(own.hidden, 0, chunk, 0, panels_for(packed_.outputs), own.y);
+            else
+                unpack_pixels(own.hidden, 0, vectors_for(units), target(weights_.chunks.begin(chunk), units), first, nullptr);
+        }
+        if (packed_.outputs)
+            unpack_pixels(own.y, 0, own.y.groups, target(0, packed_.outputs), first, reinterpret_cast<const Vec *>(packed_.second_bias));
+    }
+
+    // Tasks start in order, so others are already at work on what a task waits for.
+    static void wait_for(const int64_t *finished, int64_t count) {
+        while (__atomic_load_n(finished, __ATOMIC_ACQUIRE) < count) sched_yield();
+    }
+
+    void contribute(int64_t task) {
+        const int64_t tiles = all_.x.tiles(), halves = weights_.chunks.count() * parts_;
+        if (task < tiles) {
+            Stack tile = all_.x;
+            tile.at = all_.x.tile(task), tile.count = all_.x.rows(task);
+            pack(task * all_.x.each, tile);
+            __atomic_fetch_add(&packed_tiles_, 1, __ATOMIC_RELEASE);
+            return;
+        }
+        task -= tiles;
+        if (task < halves) {
+            wait_for(&packed_tiles_, tiles);
+            const int64_t chunk = task / parts_, part = task % parts_, panels = panels_for(weights_.chunks.in(chunk));
+            const int64_t begin = panels * part / parts_, end = panels * (part + 1) / parts_;
+            const int64_t unit = weights_.chunks.begin(chunk), group = unit / LANES;
+            hidden_units(all_.x, chunk, begin, end, all_.hidden, group);
+            if (!packed_.outputs)
+                unpack_pixels(all_.hidden, group + begin * PANEL_VECTORS, least(group + end * PANEL_VECTORS, all_.hidden.groups),
+                              target(0, packed_.hidden), 0, nullptr);
+            __atomic_fetch_add(&finished_parts_, 1, __ATOMIC_RELEASE);
+            return;
+        }
+        task -= halves;
+        wait_for(&finished_parts_, halves);
+        const int64_t panels = panels_for(packed_.outputs), begin = panels * task / endings_, end = panels * (task + 1) / endings_;
+        for (int64_t chunk = 0; chunk < weights_.chunks.count(); chunk++)
+            add_outputs(all_.hidden, weights_.chunks.begin(chunk) / LANES, chunk, begin, end, all_.y);
+        unpack_pixels(all_.y, begin * PANEL_VECTORS, least(end * PANEL_VECTORS, all_.y.groups), target(0, packed_.outputs), 0,
+                      reinterpret_cast<const Vec *>(packed_.second_bias));
+    }
+
+    void pack(int64_t first, const Stack &to) const {
+        if (packed_.normalize)
+            pack_pixels(x_, first, packed_.inputs, to, [&](const Slot &slot) { normalize(slot, packed_.inputs, packed_.eps); });
+        else
+            pack_pixels(x_, first, packed_.inputs, to, [](const Slot &) {});
+    }
+
+    // Panels [begin, end) of a chunk; the chunk's first group is `group` of `to`.
+    void hidden_units(const Stack &x, int64_t chunk, int64_t begin, int64_t end, const Stack &to, int64_t group) const {
+        const int64_t units = weights_.chunks.in(chunk), blocks = weights_.blocks.count();
+        const float *next = packed_.outputs ? weights_.second(chunk, 0) : weights_.first(chunk + 1, 0, 0);
+        const Vec *bias = reinterpret_cast<const Vec *>(packed_.first_bias) + weights_.chunks.begin(chunk) / LANES;
+        for (int64_t block = 0; block < blocks; block++)
+            for (int64_t panel = begin; panel < end; panel++) {
+                const int64_t vectors = weights_.vectors(panel, units), depth = lines_for(weights_.blocks.in(block));
+                const float *b = weights_.first(chunk, block, panel);
+                const Fetcher later(panel + 1 < end || block + 1 < blocks ? b + vectors * LANES * depth : next, depth, x.tiles());
+                for (int64_t t = 0; t < x.tiles(); t++) {
+                    const int64_t rows = x.rows(t);
+                    Vec *sums = to.tile(t) + (group + panel * PANEL_VECTORS) * rows;
+                    const Vec *a = x.tile(t) + weights_.blocks.begin(block) / LANES * rows;
+                    tile_products(vectors)[rows - 1](reinterpret_cast<const float *>(a), b, depth, sums, block > 0, later.part(t));
+                    if (block < blocks - 1) continue;
+                    for (int64_t v = 0; v < vectors; v++)
+                        activate(packed_.activation, bias[panel * PANEL_VECTORS + v], sums + v * rows, rows);
+                }
+            }
+    }
+
+    // Adds what a chunk, whose first group is `group` of `hidden`, contributes to panels [begin, end) of the outputs.
+    void add_outputs(const Stack &hidden, int64_t group, int64_t chunk, int64_t begin, int64_t end, const Stack &y) const {
+        const int64_t depth = lines_for(weights_.chunks.in(chunk));
+        const float *next = weights_.first(chunk + 1, 0, 0);
+        for (int64_t panel = begin; panel < end; panel++) {
+            const int64_t vectors = weights_.vectors(panel, packed_.outputs);
+            const float *b = weights_.second(chunk, panel);
+            const Fetcher later(panel + 1 < end ? b + vectors * LANES * depth : next, depth, y.tiles());
+            for (int64_t t = 0; t < y.tiles(); t++) {
+                const int64_t rows = y.rows(t);
+                const Vec *a = hidden.tile(t) + group * rows;
+                tile_products(vectors)[rows - 1](reinterpret_cast<const float *>(a), b, depth,
+                                                 y.tile(t) + panel * PANEL_VECTORS * rows, chunk > 0, later.part(t));
+            }
+        }
+    }
+
+    Target target(int64_t channel, int64_t channels) const { return {y_, residual_, channel, channels}; }
+
+    const wk_pointwise &packed_;
+    const Weights weights_;
+    const Pixels x_, y_, residual_;
+    const int64_t pixels_;
+    const Distribution plan_;
+    const int64_t own_bytes_;
+    int64_t parts_, endings_;  // of a chunk of hidden units, and of the outputs
+    Activations all_{};
+    int64_t packed_tiles_ = 0, finished_parts_ = 0;
+    int out_of_memory_ = 0;
+};
+
+}  // namespace WK_NAMESPACE
+}  // namespace wk

@@ -1,0 +1,192 @@
+// Packed activations of several pixels, and conversion from and to the caller's tensors.
+#pragma once
+
+#include "pack.hpp"
+#include "product.hpp"
+
+namespace wk {
+namespace WK_NAMESPACE {
+
+// The pixels of a tensor (image, channel, row, column), numbered image by image and row by row; any strides.
+struct Pixels {
+    float *at;
+    int64_t channel, column, row, image;  // strides
+    int64_t width, rows;                  // pixels of a run at constant distance, and runs of an image
+
+    Pixels(const wk_tensor &tensor, int64_t images, int64_t height, int64_t columns)
+        : at(static_cast<float *>(tensor.data)), channel(tensor.channel), column(tensor.column), row(tensor.row),
+          image(tensor.image), width(columns), rows(height) {
+        if (width == 1) column = row, width = rows, rows = 1;
+        if (rows == 1 || row == column * width) width *= rows, rows = 1;
+        if (rows == 1 && width == 1) column = image, width = images;
+        if (rows == 1 && (images == 1 || image == column * width)) width *= images;
+    }
+
+    WK_INLINE bool columns_adjoin() const { return column == 1 && channel != 1; }
+    float *pixel(int64_t index) const {
+        const int64_t run = index / width;
+        return at + run / rows * image + run % rows * row + index % width * column;
+    }
+    // How many pixels from this one on lie at constant distance.
+    int64_t run_from(int64_t index) const { return width - index % width; }
+};
+
+// `count` numbers at that distance; the other lanes are zero or not written.
+WK_INLINE Vec gather(const float *from, int64_t stride, int count) {
+    if (stride == 1) return count == LANES ? Float32::load(from) : load_some<Float32>(from, count);
+    Vec value{};
+    for (int i = 0; i < count; i++) value[i] = from[i * stride];
+    return value;
+}
+
+WK_INLINE void scatter(float *to, int64_t stride, const Vec &value, int count) {
+    if (stride != 1)
+        for (int i = 0; i < count; i++) to[i * stride] = value[i];
+    else if (count == LANES)
+        Float32::store(to, value);
+    else
+        store_some<Float32>(to, value, count);
+}
+
+// `count` pixels in tiles of at most `each`, the rows of products; see product.hpp for the order within a tile.
+struct Stack {
+    Vec *at;
+    int64_t count, each, groups;
+
+    int64_t tiles() const { return ceil_div(count, each); }
+    int64_t rows(int64_t tile) const { return least(each, count - tile * each); }
+    Vec *tile(int64_t index) const { return at + index * each * groups; }
+};
+
+// One pixel of a stack: group g is at[g * step].
+struct Slot {
+    Vec *at;
+    int64_t step;
+
+    Slot() = default;
+    Slot(const Stack &stack, int64_t pixel)
+        : at(stack.tile(pixel / stack.each) + pixel % stack.each), step(stack.rows(pixel / stack.each)) {}
+};
+
+// Lanes below `count` are all ones.
+WK_INLINE Bits lanes_below(int count) {
+    Bits lane;
+    for (int i = 0; i < LANES; i++) lane[i] = static_cast<uint32_t>(i);
+    return (Bits)(lane < static_cast<uint32_t>(count));
+}
+
+template <int D, int... I> WK_INLINE Vec swapped(const Vec &value, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(value, value, (I ^ D)...);
+}
+
+template <int D = LANES / 2> WK_INLINE float sum_of_lanes(const Vec &value) {
+    const Vec halves = value + swapped<D>(value, std::make_integer_sequence<int, LANES>{});
+    if constexpr (D == 1)
+        return halves[0];
+    else
+        return sum_of_lanes<D / 2>(halves);
+}
+
+// Layer norm over the channels of a pixel. The second pass also measures how far the mean of the first one is off: beside a large
+// mean, its rounding would count. Lanes beyond the channels become finite numbers, unless a channel is not finite.
+inline void normalize(const Slot &slot, int64_t channels, float eps) {
+    const int64_t groups = ceil_div(channels, LANES);
+    const Bits last = lanes_below(static_cast<int>(channels - (groups - 1) * LANES));
+    const float each = 1.0f / static_cast<float>(channels);
+    Vec sum{}, rest{}, squares{};
+    for (int64_t g = 0; g < groups; g++) sum += slot.at[g * slot.step];
+    const Vec mean = all(sum_of_lanes(sum) * each);
+    for (int64_t g = 0; g < groups; g++) {
+        Vec &value = slot.at[g * slot.step];
+        value -= mean;
+        if (g == groups - 1) value = (Vec)((Bits)value & last);
+        rest += value, squares += value * value;
+    }
+    const float off = sum_of_lanes(rest) * each, variance = sum_of_lanes(squares) * each - off * off;
+    const Vec factor = all(1.0f / __builtin_sqrtf((variance > 0 ? variance : 0 * variance) + eps)), shift = all(off) * factor;
+    for (int64_t g = 0; g < groups; g++) {
+        Vec &value = slot.at[g * slot.step];
+        value = value * factor - shift;
+    }
+}
+
+// Copies `to.count` pixels from `first` on; `finish` is called with each slot when it is complete.
+template <class Finish>
+void pack_pixels(const Pixels &from, int64_t first, int64_t channels, const Stack &to, Finish &&finish) {
+    for (int64_t i = 0; i < to.count;) {
+        const float *pixel = from.pixel(first + i);
+        const int64_t run = from.run_from(first + i);
+        const int count = static_cast<int>(least(least(LANES, to.count - i), run));
+        Slot slots[LANES];
+        for (int j = 0; j < count; j++) slots[j] = Slot(to, i + j);
+        // Full vectors may read pixels that belong to somebody else, but none outside the tensor.
+        const int readable = static_cast<int>(least(LANES, run));
+        if (!from.columns_adjoin())
+            for (int j = 0; j < count; j++, pixel += from.column)
+                for (int64_t g = 0; g < to.groups; g++) {
+                    const int some = static_cast<int>(least(LANES, channels - g * LANES));
+                    slots[j].at[g * slots[j].step] = gather(pixel + g * LANES * from.channel, from.channel, some);
+                }
+        for (int64_t g = 0; g < to.groups && from.columns_adjoin(); g++) {
+            const float *group = pixel + g * LANES * from.channel;
+            const int some = static_cast<int>(least(LANES, channels - g * LANES));
+            Vec square[LANES];
+            if (some == LANES && readable == LANES)
+                unroll<LANES>([&](auto c) { square[c] = Float32::load(group + c * from.channel); });
+            else
+                for (int c = 0; c < LANES; c++)
+                    square[c] = c < some ? gather(group + c * from.channel, 1, readable) : Vec{};
+            transpose(square);
+            for (int j = 0; j < count; j++) slots[j].at[g * slots[j].step] = square[j];
+        }
+        for (int j = 0; j < count; j++) finish(slots[j]);
+        i += count;
+    }
+}
+
+// Where results go: `channels` of the tensors from `channel` on. `residual.at` may be null.
+struct Target {
+    Pixels y, residual;
+    int64_t channel, channels;
+};
+
+// Writes groups [begin, end) of the stack, plus bias (one vector for each group, or null) plus residual.
+inline void unpack_pixels(const Stack &from, int64_t begin, int64_t end, const Target &to, int64_t first, const Vec *bias) {
+    const Pixels &y = to.y, &residual = to.residual;
+    for (int64_t i = 0; i < from.count;) {
+        int64_t run = least(least(LANES, from.count - i), y.run_from(first + i));
+        if (residual.at) run = least(run, residual.run_from(first + i));
+        const int count = static_cast<int>(run);
+        const int64_t channel = to.channel + begin * LANES;
+        float *pixel = y.pixel(first + i) + channel * y.channel;
+        const float *added = residual.at ? residual.pixel(first + i) + channel * residual.channel : nullptr;
+        Slot slots[LANES];
+        for (int j = 0; j < count; j++) slots[j] = Slot(from, i + j);
+        for (int64_t g = begin; g < end; g++) {
+            const Vec shift = bias ? bias[g] : Vec{};
+            const int some = static_cast<int>(least(LANES, to.channels - g * LANES));
+            if (!y.columns_adjoin()) {
+                for (int j = 0; j < count; j++) {
+                    Vec value = slots[j].at[g * slots[j].step] + shift;
+                    if (added) value += gather(added + j * residual.column, residual.channel, some);
+                    scatter(pixel + j * y.column, y.channel, value, some);
+                }
+            } else {
+                Vec square[LANES];
+                for (int j = 0; j < count; j++) square[j] = slots[j].at[g * slots[j].step] + shift;
+                for (int j = count; j < LANES; j++) square[j] = Vec{};
+                transpose(square);
+                for (int c = 0; c < some; c++) {
+                    if (added) square[c] += gather(added + c * residual.channel, residual.column, count);
+                    scatter(pixel + c * y.channel, 1, square[c], count);
+                }
+            }
+            pixel += LANES * y.channel;
+            if (added) added += LANES * residual.channel;
+        }
+        i += count;
+    }
+}
+
+}  // namespace WK_NAMESPACE
+}  // namespace wk
