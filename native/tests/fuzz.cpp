@@ -244,7 +244,7 @@ class Random {
 };
 
 struct Extent {
-    int32_t rows, columns, row, column;
+    int32_t rows, columns, row, column, dilation;
 };
 
 struct Problem {
@@ -260,21 +260,23 @@ struct Problem {
 
 wk_pass pass_of(const Extent &e, int32_t method) {
     wk_pass pass{};
-    pass.rows = e.rows, pass.columns = e.columns, pass.row = e.row, pass.column = e.column, pass.method = method;
+    pass.rows = e.rows, pass.columns = e.columns, pass.row = e.row, pass.column = e.column;
+    pass.method = method, pass.dilation = e.dilation;
     return pass;
 }
 
-// The smallest kernel that covers all, with the anchors aligned.
+// The smallest undilated kernel that covers all, with the anchors aligned.
 Extent bounding(const std::vector<Extent> &kernels) {
-    Extent all{0, 0, 0, 0};
+    Extent all{0, 0, 0, 0, 1};
     int32_t below = 0, right = 0;
     for (const Extent &k : kernels) {
-        all.row = std::max(all.row, k.row), all.column = std::max(all.column, k.column);
-        below = std::max(below, k.rows - k.row), right = std::max(right, k.columns - k.column);
+        all.row = std::max(all.row, k.row * k.dilation), all.column = std::max(all.column, k.column * k.dilation);
+        below = std::max(below, (k.rows - 1 - k.row) * k.dilation), right = std::max(right, (k.columns - 1 - k.column) * k.dilation);
     }
-    all.rows = all.row + below, all.columns = all.column + right;
+    all.rows = all.row + below + 1, all.columns = all.column + right + 1;
     return all;
 }
+
 
 // A part of the kernel that contains the anchor.
 Extent part_of(Extent e, Random &random) {
@@ -282,6 +284,13 @@ Extent part_of(Extent e, Random &random) {
     e.rows -= top, e.row -= top, e.columns -= left, e.column -= left;
     e.rows -= random.integer(0, e.rows - 1 - e.row), e.columns -= random.integer(0, e.columns - 1 - e.column);
     return e;
+}
+
+// A pass for one kernel: with its dilation or with zeros in the gaps, and perhaps without some taps.
+wk_pass pass_for(const Extent &kernel, Random &random) {
+    const Extent whole = kernel.dilation > 1 && random.often() ? bounding({kernel}) : kernel;
+    const Extent extent = random.often() ? whole : part_of(whole, random);
+    return pass_of(extent, extent.dilation > 1 ? WK_DIRECT : random.integer(0, 2));
 }
 
 Problem drawn(Random &random) {
@@ -299,8 +308,11 @@ Problem drawn(Random &random) {
                    random.integer(1, large ? 160 : 32)};
         p.kernels.clear();
         for (int count = random.integer(1, 3); count; count--) {
-            Extent e{random.integer(1, 19), random.integer(1, 19), 0, 0};
-            if (random.often()) (random.often() ? e.rows : e.columns) = LONG[random.integer(0, 5)];
+            Extent e{random.integer(1, 19), random.integer(1, 19), 0, 0, 1};
+            if (random.integer(0, 2) == 0)
+                e = {random.integer(1, 7), random.integer(1, 7), 0, 0, random.integer(2, 5)};
+            else if (random.often())
+                (random.often() ? e.rows : e.columns) = LONG[random.integer(0, 5)];
             e.row = random.integer(0, e.rows - 1), e.column = random.integer(0, e.columns - 1);
             p.kernels.push_back(e);
         }
@@ -314,7 +326,7 @@ Problem drawn(Random &random) {
     } else {
         for (const Extent &e : p.kernels) {
             p.targets.push_back(static_cast<int32_t>(p.passes.size()));
-            p.passes.push_back(pass_of(random.often() ? e : part_of(e, random), random.integer(0, 2)));
+            p.passes.push_back(pass_for(e, random));
         }
     }
     return p;
@@ -330,26 +342,27 @@ std::string described(const Problem &p, uint64_t seed, const char *operation) {
     for (size_t i = 0; i < p.kernels.size(); i++) {
         const Extent &e = p.kernels[i];
         const wk_pass &s = p.passes[static_cast<size_t>(p.targets[i])];
-        std::snprintf(text, sizeof text, "; kernel %dx%d at (%d, %d) in pass %dx%d at (%d, %d), %s", e.rows, e.columns, e.row,
-                      e.column, s.rows, s.columns, s.row, s.column, METHODS[s.method]);
+        std::snprintf(text, sizeof text, "; kernel %dx%d at (%d, %d), dilation %d, in pass %dx%d at (%d, %d), dilation %d, %s",
+                      e.rows, e.columns, e.row, e.column, e.dilation, s.rows, s.columns, s.row, s.column, s.dilation,
+                      METHODS[s.method]);
         all += text;
     }
     return all;
 }
 
-// The range of taps of a kernel that lie in a pass, along one axis.
-struct Range {
-    int begin, end;
-};
-Range inside(int taps, int anchor, int pass_taps, int pass_anchor) {
-    return {std::max(0, anchor - pass_anchor), std::min(taps, anchor + pass_taps - pass_anchor)};
+// Whether a pass has a tap at this distance from its anchor, along one axis.
+bool reaches(int taps, int anchor, int dilation, int distance) {
+    return distance >= -anchor * dilation && distance <= (taps - 1 - anchor) * dilation && distance % dilation == 0;
 }
 
 // Calls f(u, v, row offset, column offset) for the taps that lie in the pass.
 template <class F> void over_taps(const Extent &e, const wk_pass &pass, F &&f) {
-    const Range down = inside(e.rows, e.row, pass.rows, pass.row), right = inside(e.columns, e.column, pass.columns, pass.column);
-    for (int u = down.begin; u < down.end; u++)
-        for (int v = right.begin; v < right.end; v++) f(u, v, u - e.row, v - e.column);
+    for (int u = 0; u < e.rows; u++)
+        for (int v = 0; v < e.columns; v++) {
+            const int down = (u - e.row) * e.dilation, right = (v - e.column) * e.dilation;
+            if (reaches(pass.rows, pass.row, pass.dilation, down) && reaches(pass.columns, pass.column, pass.dilation, right))
+                f(u, v, down, right);
+        }
 }
 
 double limit_of(const std::vector<wk_pass> &passes) {
@@ -415,14 +428,14 @@ void test_sum(const Problem &p, uint64_t seed, Random random, Judge &judge) {
     std::vector<const float *> addresses;
     for (size_t i = 0; i < rects.size(); i++) {
         const Extent &e = p.kernels[i];
-        rects[i] = {p.elsewhere ? nullptr : taps[i].data(), e.rows, e.columns, e.row, e.column, p.targets[i]};
+        rects[i] = {p.elsewhere ? nullptr : taps[i].data(), e.rows, e.columns, e.row, e.column, e.dilation, p.targets[i]};
         addresses.push_back(taps[i].data());
     }
     wk_sum call{};
     call.dtype = p.dtype, call.threads = p.threads;
     call.images = static_cast<int32_t>(images), call.channels = static_cast<int32_t>(channels);
     call.height = static_cast<int32_t>(height), call.width = static_cast<int32_t>(width);
-    call.x = x.tensor(), call.y = y.tensor();
+    call.x = x.tensor(), call.y = y.tensor(), call.inputs = call.outputs = 1;
     call.passes = static_cast<int32_t>(p.passes.size()), call.pass = p.passes.data();
     call.rects = static_cast<int32_t>(rects.size()), call.rect = rects.data();
     call.scale = p.scaled ? scale.data() : nullptr, call.shift = p.shifted ? shift.data() : nullptr, call.relu = p.rectified;
@@ -472,7 +485,7 @@ void test_weight_grad(const Problem &p, uint64_t seed, Random random, Judge &jud
     const Format &format = FORMATS[p.dtype];
     const auto [images, channels, height, width] = p.shape;
     const Extent &e = p.kernels[0];
-    const wk_pass pass = pass_of(random.often() ? e : part_of(e, random), random.integer(0, 2));
+    const wk_pass pass = pass_for(e, random);
     Image x(p.shape, p.from, format), grad(p.shape, p.to, format);
     const std::vector<double> values = random_image(p.shape, p.from, format, random);
     const std::vector<double> grads = random_image(p.shape, p.to, format, random);
@@ -488,6 +501,7 @@ void test_weight_grad(const Problem &p, uint64_t seed, Random random, Judge &jud
     call.x = x.tensor(), call.grad = grad.tensor();
     call.pass = pass, call.taps = taps.data() + 1;
     call.rows = e.rows, call.columns = e.columns, call.row = e.row, call.column = e.column;
+    call.dilation = e.dilation;
     int64_t own = 0, shared = 0;
     library.weight_grad_workspace(&call, &own, &shared);
     check_workspace(own, shared, name);
@@ -536,11 +550,12 @@ void test_conversions(int dtype, Layout layout) {
     std::vector<float> taps(CHANNELS, 1.0f), shift(CHANNELS);
     for (int c = 1; c < CHANNELS; c++)
         shift[static_cast<size_t>(c)] = static_cast<float>(std::ldexp(c % 2 ? 1.0 : -1.0 - 1.0 / 64, 2 - 2 * c));
-    const wk_pass pass = pass_of({1, 1, 0, 0}, WK_DIRECT);
-    const wk_rect rect{taps.data(), 1, 1, 0, 0, 0};
+    const wk_pass pass = pass_of({1, 1, 0, 0, 1}, WK_DIRECT);
+    const wk_rect rect{taps.data(), 1, 1, 0, 0, 1, 0};
     wk_sum call{};
     call.dtype = dtype, call.threads = 1, call.images = 1, call.channels = CHANNELS, call.height = call.width = 256;
-    call.x = x.tensor(), call.y = y.tensor(), call.passes = call.rects = 1, call.pass = &pass, call.rect = &rect;
+    call.x = x.tensor(), call.y = y.tensor(), call.inputs = call.outputs = call.passes = call.rects = 1;
+    call.pass = &pass, call.rect = &rect;
     call.shift = shift.data();
     succeed(library.depthwise_sum(&call), "conversions");
     const std::vector<double> got = y.values();

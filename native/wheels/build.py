@@ -110,7 +110,7 @@ def check(file: Path, platform: Platform) -> None:
     if platform.system == "Linux":
         command = [sys.executable, "-m", "auditwheel", "show", str(file)]
         shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        needed = re.search(r'is consistent with\s+the\s+following\s+platform\s+tag:\s+"manylinux_2_(\d+)_(\w+)"', shown)
+        needed = re.search(r'is\s+consistent\s+with\s+the\s+following\s+platform\s+tag:\s+"manylinux_2_(\d+)_(\w+)"', shown)
         if needed is None or int(needed[1]) > GLIBC or needed[2] != platform.processor:
             raise SystemExit(f"{file.name} does not deserve its name:\n{shown}")
 
