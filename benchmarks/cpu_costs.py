@@ -2,9 +2,9 @@
 
     python benchmarks/cpu_costs.py avx2
 
-Times every algorithm on square kernels and strips, maps of 7 to 56 pixels, forward pass and weight gradient, on one thread, with
-the named instruction set. Prints the fitted constants, and how far the choices by them and by the present ones fall behind the
-fastest algorithm. Takes some 20 seconds on an idle machine, and needs SciPy.
+Times every algorithm on square kernels and strips, maps of 7 to 56 pixels, forward pass and weight gradient, on one thread,
+with the named instruction set. Prints the fitted constants, and how far the choices by them and by the present ones fall behind
+the fastest algorithm. Takes some 20 seconds on an idle machine, and needs SciPy.
 """
 
 from __future__ import annotations
@@ -26,9 +26,7 @@ from widekernel.ops.problem import Problem
 
 SIZES = [(3, 3), (5, 5), (7, 7), (9, 9), (13, 13), (21, 21), (31, 31), (5, 31), (51, 5), (5, 51)]
 MAPS, IMAGES, BLOCKS = (7, 14, 28, 56), 4, 4
-FITTED = (
-    "direct_rate direct_tile complex_rate complex_tile transform_rate transform_tile packing fetching dilated_rate dilated_tile".split()
-)
+FITTED = "direct_rate direct_tile complex_rate complex_tile transform_rate transform_tile packing fetching dilated_rate dilated_tile".split()
 
 
 @dataclass
@@ -48,7 +46,10 @@ def cases(channels: int) -> Iterator[tuple[Problem, list[Pass]]]:
             if max(size) > 2 * side + 3:
                 continue
             x, anchor = torch.empty(IMAGES, channels, side, side), (size[0] // 2, size[1] // 2)
-            for problem in (Problem.of_sum(x, [torch.empty(channels, 1, *size)], [anchor]), Problem.of_weight_grad(x, size, anchor)):
+            for problem in (
+                Problem.of_sum(x, [torch.empty(channels, 1, *size)], [anchor]),
+                Problem.of_weight_grad(x, size, anchor),
+            ):
                 yield problem, [Pass(Piece(*size, *anchor), method) for method in METHODS]
         for size, dilation in [((3, 3), 3), ((7, 7), 2), ((5, 5), 3)]:
             x, anchor = torch.empty(IMAGES, channels, side, side), (size[0] // 2, size[1] // 2)
@@ -116,7 +117,9 @@ def main(isa: str) -> None:
         errors = sorted(abs(math.log(timing.estimated(costs) / timing.cycles)) for timing in timings)
         mean, largest = shortfall(timings, costs)
         print(costs)
-        print(f"  median error {math.exp(errors[len(errors) // 2]) - 1:.0%}; time of the choices {mean:.3f} of the fastest, at most {largest:.2f}")
+        print(
+            f"  median error {math.exp(errors[len(errors) // 2]) - 1:.0%}; time of the choices {mean:.3f} of the fastest, at most {largest:.2f}"
+        )
 
 
 if __name__ == "__main__":

@@ -31,6 +31,10 @@ struct Library {
     FUNCTION(depthwise_weight_grad);
     FUNCTION(depthwise_sum_at);
     FUNCTION(depthwise_weight_grad_at);
+    FUNCTION(depthwise_branches_at);
+    FUNCTION(pointwise_pack);
+    FUNCTION(pointwise_free);
+    FUNCTION(pointwise_run);
     FUNCTION(sum_workspace);
     FUNCTION(weight_grad_workspace);
     FUNCTION(error_text);
@@ -66,6 +70,10 @@ void open_library(const char *path) {
     FIND(depthwise_weight_grad);
     FIND(depthwise_sum_at);
     FIND(depthwise_weight_grad_at);
+    FIND(depthwise_branches_at);
+    FIND(pointwise_pack);
+    FIND(pointwise_free);
+    FIND(pointwise_run);
     FIND(sum_workspace);
     FIND(weight_grad_workspace);
     FIND(error_text);
@@ -412,10 +420,46 @@ void check_workspace(int64_t own, int64_t shared, const std::string &problem) {
              static_cast<long long>(shared));
 }
 
+// The definition, and the sum of the absolute values of the products.
+struct Sums {
+    Shape shape;
+    std::vector<double> sums, sizes;
+
+    explicit Sums(const Shape &s) : shape(s), sums(static_cast<size_t>(s.elements())), sizes(sums) {}
+
+    void add(const std::vector<double> &x, const std::vector<float> &taps, const Extent &e, const wk_pass &pass) {
+        const auto [images, channels, height, width] = shape;
+        over_taps(e, pass, [&](int u, int v, int down, int right) {
+            const int64_t top = std::max(0, -down), bottom = std::min(height, height - down);
+            const int64_t left = std::max(0, -right), end = std::min(width, width - right);
+            for (int64_t plane = 0; plane < images * channels; plane++) {
+                const double tap = taps[static_cast<size_t>((plane % channels * e.rows + u) * e.columns + v)];
+                for (int64_t i = top; i < bottom; i++)
+                    for (int64_t j = left; j < end; j++) {
+                        const double product = tap * x[(plane * height + i + down) * width + j + right];
+                        sums[(plane * height + i) * width + j] += product;
+                        sizes[(plane * height + i) * width + j] += std::abs(product);
+                    }
+            }
+        });
+    }
+    double largest() const { return *std::max_element(sizes.begin(), sizes.end()); }
+};
+
+wk_sum call_of(const Problem &p) {
+    wk_sum call{};
+    call.dtype = p.dtype, call.threads = p.threads;
+    call.images = static_cast<int32_t>(p.shape.images), call.channels = static_cast<int32_t>(p.shape.channels);
+    call.height = static_cast<int32_t>(p.shape.height), call.width = static_cast<int32_t>(p.shape.width);
+    call.inputs = call.outputs = 1;
+    call.passes = static_cast<int32_t>(p.passes.size()), call.pass = p.passes.data();
+    return call;
+}
+
 void test_sum(const Problem &p, uint64_t seed, Random random, Judge &judge) {
     const std::string name = described(p, seed, "sum");
     const Format &format = FORMATS[p.dtype];
-    const auto [images, channels, height, width] = p.shape;
+    const int64_t channels = p.shape.channels;
     Image x(p.shape, p.from, format), y(p.shape, p.to, format);
     const std::vector<double> values = random_image(p.shape, p.from, format, random);
     x.fill(values);
@@ -431,13 +475,8 @@ void test_sum(const Problem &p, uint64_t seed, Random random, Judge &judge) {
         rects[i] = {p.elsewhere ? nullptr : taps[i].data(), e.rows, e.columns, e.row, e.column, e.dilation, p.targets[i]};
         addresses.push_back(taps[i].data());
     }
-    wk_sum call{};
-    call.dtype = p.dtype, call.threads = p.threads;
-    call.images = static_cast<int32_t>(images), call.channels = static_cast<int32_t>(channels);
-    call.height = static_cast<int32_t>(height), call.width = static_cast<int32_t>(width);
-    call.x = x.tensor(), call.y = y.tensor(), call.inputs = call.outputs = 1;
-    call.passes = static_cast<int32_t>(p.passes.size()), call.pass = p.passes.data();
-    call.rects = static_cast<int32_t>(rects.size()), call.rect = rects.data();
+    wk_sum call = call_of(p);
+    call.x = x.tensor(), call.y = y.tensor(), call.rects = static_cast<int32_t>(rects.size()), call.rect = rects.data();
     call.scale = p.scaled ? scale.data() : nullptr, call.shift = p.shifted ? shift.data() : nullptr, call.relu = p.rectified;
     int64_t own = 0, shared = 0;
     library.sum_workspace(&call, &own, &shared);
@@ -451,33 +490,59 @@ void test_sum(const Problem &p, uint64_t seed, Random random, Judge &judge) {
         succeed(library.depthwise_sum(&call), name);
     }
 
-    std::vector<double> want(values.size()), sizes(values.size());
-    for (size_t k = 0; k < p.kernels.size(); k++) {
-        const Extent &e = p.kernels[k];
-        over_taps(e, p.passes[static_cast<size_t>(p.targets[k])], [&](int u, int v, int down, int right) {
-            const int64_t top = std::max(0, -down), bottom = std::min(height, height - down);
-            const int64_t left = std::max(0, -right), end = std::min(width, width - right);
-            for (int64_t plane = 0; plane < images * channels; plane++) {
-                const double tap = taps[k][static_cast<size_t>((plane % channels * e.rows + u) * e.columns + v)];
-                for (int64_t i = top; i < bottom; i++)
-                    for (int64_t j = left; j < end; j++) {
-                        const double product = tap * values[(plane * height + i + down) * width + j + right];
-                        want[(plane * height + i) * width + j] += product;
-                        sizes[(plane * height + i) * width + j] += std::abs(product);
-                    }
-            }
-        });
-    }
+    Sums sums(p.shape);
+    for (size_t k = 0; k < p.kernels.size(); k++)
+        sums.add(values, taps[k], p.kernels[k], p.passes[static_cast<size_t>(p.targets[k])]);
+    std::vector<double> &want = sums.sums;
     double weight = 0;
     over(p.shape, [&](auto, auto c, auto, auto, auto at) {
         const double factor = p.scaled ? scale[c] : 1, start = p.shifted ? shift[c] : 0;
         want[at] = want[at] * factor + start;
         if (p.rectified) want[at] = std::max(want[at], 0.0);
-        weight = std::max(weight, sizes[at] * std::abs(factor) + std::abs(start));
+        weight = std::max(weight, sums.sizes[at] * std::abs(factor) + std::abs(start));
     });
     judge.compare(y.values(), want, limit_of(p.passes), weight, format, name);
     if (x.bytes() != x_before.bytes()) stop(1, "%s: the input has changed", name.c_str());
     if (!y.same_around(y_before)) stop(1, "%s: memory outside the output has changed", name.c_str());
+}
+
+// The passes separately: of one input, each to its own output, or each from its own input, to one output.
+void test_branches(Problem p, uint64_t seed, Random random, Judge &judge) {
+    const bool forward = random.often();
+    if (p.passes.size() != p.kernels.size() || p.passes.size() < 2) return;
+    const std::string name = described(p, seed, forward ? "branches" : "sum of branches");
+    const Format &format = FORMATS[p.dtype];
+    const size_t count = p.passes.size();
+    std::vector<Image> xs(forward ? 1 : count, Image(p.shape, p.from, format));
+    std::vector<Image> ys(forward ? count : 1, Image(p.shape, p.to, format));
+    const Image untouched = ys[0];
+    std::vector<std::vector<double>> values;
+    for (Image &x : xs) x.fill(values.emplace_back(random_image(p.shape, p.from, format, random)));
+    std::vector<const void *> inputs;
+    std::vector<void *> outputs;
+    for (Image &x : xs) inputs.push_back(x.tensor().data);
+    for (Image &y : ys) outputs.push_back(y.tensor().data);
+    std::vector<std::vector<float>> taps;
+    std::vector<const float *> addresses;
+    std::vector<wk_rect> rects;
+    std::vector<Sums> sums(ys.size(), Sums(p.shape));
+    for (size_t i = 0; i < count; i++) {
+        const Extent &e = p.kernels[i];
+        taps.push_back(random.numbers(p.shape.channels * e.rows * e.columns));
+        rects.push_back({nullptr, e.rows, e.columns, e.row, e.column, e.dilation, p.targets[i]});
+        (forward ? p.passes[i].output : p.passes[i].input) = static_cast<int32_t>(i);
+        sums[forward ? i : 0].add(values[forward ? 0 : i], taps[i], e, p.passes[i]);
+    }
+    for (const std::vector<float> &kernel : taps) addresses.push_back(kernel.data());
+    wk_sum call = call_of(p);
+    call.x = xs[0].tensor(), call.y = ys[0].tensor(), call.x.data = call.y.data = nullptr;
+    call.inputs = static_cast<int32_t>(xs.size()), call.outputs = static_cast<int32_t>(ys.size());
+    call.rects = static_cast<int32_t>(rects.size()), call.rect = rects.data();
+    succeed(library.depthwise_branches_at(&call, inputs.data(), outputs.data(), addresses.data()), name);
+    for (size_t i = 0; i < ys.size(); i++) {
+        judge.compare(ys[i].values(), sums[i].sums, limit_of(p.passes), sums[i].largest(), format, name);
+        if (!ys[i].same_around(untouched)) stop(1, "%s: memory outside an output has changed", name.c_str());
+    }
 }
 
 void test_weight_grad(const Problem &p, uint64_t seed, Random random, Judge &judge) {
@@ -536,6 +601,80 @@ void test_weight_grad(const Problem &p, uint64_t seed, Random random, Judge &jud
     judge.compare(got, want, limit_of({pass}), weight, FORMATS[WK_FLOAT32], name);
     if (taps.front() != 7.0f || taps.back() != 7.0f) stop(1, "%s: memory outside the gradient has changed", name.c_str());
     if (x.bytes() != x_before.bytes() || grad.bytes() != grad_before.bytes()) stop(1, "%s: an input has changed", name.c_str());
+}
+
+double activated(double value, int32_t activation) {
+    switch (activation) {
+    case WK_RELU: return std::max(value, 0.0);
+    case WK_GELU: return 0.5 * value * std::erfc(-value / std::sqrt(2.0));
+    case WK_GELU_TANH: return 0.5 * value * (1 + std::tanh(std::sqrt(2 / M_PI) * (value + 0.044715 * value * value * value)));
+    default: return value;
+    }
+}
+
+// A pair of products over channels, or one, with an activation, a layer norm and a residual.
+void test_pointwise(uint64_t seed, Random random, Judge &judge) {
+    constexpr double LIMIT = 4e-6;
+    const Format &format = FORMATS[WK_FLOAT32];
+    const Shape in{random.integer(1, 2), random.integer(1, 70), random.integer(1, 9), random.integer(1, 9)};
+    const int32_t inputs = static_cast<int32_t>(in.channels), hidden = random.integer(1, 90);
+    const bool pair = random.often(), normalize = random.often() && inputs > 1;
+    const int32_t outputs = pair ? random.integer(1, 70) : 0, last = pair ? outputs : hidden;
+    const Shape out{in.images, last, in.height, in.width};
+    const Layout from = static_cast<Layout>(random.integer(0, LAYOUTS - 1)), to = static_cast<Layout>(random.integer(0, ONE_IMAGE - 1));
+    const std::vector<float> first = random.numbers(hidden * inputs), first_bias = random.numbers(hidden);
+    const std::vector<float> second = random.numbers(int64_t{outputs} * hidden), second_bias = random.numbers(outputs);
+    wk_pointwise_weights weights{};
+    weights.inputs = inputs, weights.hidden = hidden, weights.outputs = outputs;
+    weights.activation = random.integer(0, 3), weights.normalize = normalize, weights.eps = 1e-6f;
+    weights.first = first.data(), weights.first_bias = random.often() ? first_bias.data() : nullptr;
+    weights.second = pair ? second.data() : nullptr, weights.second_bias = pair && random.often() ? second_bias.data() : nullptr;
+    char name[200];
+    std::snprintf(name, sizeof name, "pointwise, seed %llu, %s: %lldx%dx%lldx%lld, hidden %d, outputs %d, activation %d, norm %d",
+                  static_cast<unsigned long long>(seed), library.isa(), static_cast<long long>(in.images), inputs,
+                  static_cast<long long>(in.height), static_cast<long long>(in.width), hidden, outputs, weights.activation, normalize);
+    Image x(in, from, format), y(out, to, format), residual(out, to, format);
+    const std::vector<double> values = random_image(in, from, format, random), added = random_image(out, to, format, random);
+    x.fill(values), residual.fill(added);
+    const Image untouched = y;
+    wk_pointwise *packed = nullptr;
+    succeed(library.pointwise_pack(&weights, &packed), name);
+    wk_pointwise_call call{};
+    call.threads = random.integer(1, 3), call.images = static_cast<int32_t>(in.images);
+    call.height = static_cast<int32_t>(in.height), call.width = static_cast<int32_t>(in.width);
+    call.x = x.tensor(), call.y = y.tensor();
+    const bool adds = random.often();
+    if (adds) call.residual = residual.tensor();
+    succeed(library.pointwise_run(packed, &call), name);
+    library.pointwise_free(packed);
+
+    std::vector<double> want(static_cast<size_t>(out.elements())), normed(inputs), units(hidden), sizes(hidden);
+    double weight = 0;
+    for (int64_t n = 0; n < in.images; n++)
+        for (int64_t at = 0; at < in.area(); at++) {
+            double mean = 0, variance = 0;
+            for (int32_t c = 0; c < inputs; c++) normed[c] = values[(n * inputs + c) * in.area() + at], mean += normed[c] / inputs;
+            for (double value : normed) variance += (value - mean) * (value - mean) / inputs;
+            for (double &value : normed) value = normalize ? (value - mean) / std::sqrt(variance + weights.eps) : value;
+            for (int32_t h = 0; h < hidden; h++) {
+                units[h] = weights.first_bias ? first_bias[h] : 0, sizes[h] = std::abs(units[h]);
+                for (int32_t c = 0; c < inputs; c++) {
+                    const double product = double(first[h * inputs + c]) * normed[c];
+                    units[h] += product, sizes[h] += std::abs(product);
+                }
+                units[h] = activated(units[h], weights.activation);
+            }
+            for (int32_t o = 0; o < last; o++) {
+                double sum = pair ? (weights.second_bias ? second_bias[o] : 0) : units[o], size = pair ? std::abs(sum) : sizes[o];
+                for (int32_t h = 0; pair && h < hidden; h++)
+                    sum += second[o * hidden + h] * units[h], size += std::abs(second[o * hidden + h]) * sizes[h];
+                const auto place = static_cast<size_t>((n * last + o) * in.area() + at);
+                want[place] = sum + (adds ? added[place] : 0);
+                weight = std::max(weight, size + std::abs(adds ? added[place] : 0));
+            }
+        }
+    judge.compare(y.values(), want, LIMIT, weight, format, name);
+    if (!y.same_around(untouched)) stop(1, "%s: memory outside the output has changed", name);
 }
 
 // Every number of a 16-bit type, plus shifts that leave ties and subnormal numbers to be rounded, through one tap of 1.
@@ -608,6 +747,8 @@ int main(int count, char **arguments) {
             const Problem problem = drawn(random);
             test_sum(problem, seed + i, random, judge);
             test_weight_grad(problem, seed + i, random, judge);
+            test_branches(problem, seed + i, random, judge);
+            test_pointwise(seed + i, random, judge);
         }
         std::printf("%s: %llu problems, largest error %.2f of what is allowed\n", isa, static_cast<unsigned long long>(problems),
                     judge.largest());

@@ -124,7 +124,9 @@ def main(arguments: list[str]) -> None:
     """Build the named platforms, or all."""
     if not arguments or (unknown := [name for name in arguments[1:] if name not in PLATFORMS]):
         known = ", ".join(PLATFORMS)
-        raise SystemExit(f"usage: build.py OUT [PLATFORM …], with {known}" + (f"; not {unknown}" if arguments else ""))
+        raise SystemExit(
+            f"usage: build.py OUT [PLATFORM …], with platforms {known}" + (f"; not {unknown}" if arguments else "")
+        )
     out = Path(arguments[0]).resolve()
     for name in arguments[1:] or PLATFORMS:
         for old in out.glob(f"widekernel-*-py3-none-{name}.whl"):

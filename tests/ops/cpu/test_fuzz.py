@@ -41,13 +41,17 @@ def test_the_installed_library_on_one_instruction_set(fuzz: Path, installed: lib
 
 @pytest.mark.slow
 def test_the_installed_library_on_every_instruction_set(fuzz: Path, installed: library.Library) -> None:
-    done = run(fuzz, installed.path, "problems=2000", "seed=7", *([f"openmp={installed.openmp}"] if installed.openmp else []))
+    done = run(
+        fuzz, installed.path, "problems=2000", "seed=7", *([f"openmp={installed.openmp}"] if installed.openmp else [])
+    )
     assert done.returncode == 0, done.stderr
     assert re.findall(r"^(\w+): 2000 problems", done.stdout, re.MULTILINE) == sorted(installed.isas, key=library.ISAS.index)
 
 
 def test_a_library_that_computes_nothing_is_found_out(fuzz: Path, tmp_path: Path) -> None:
-    text = HOLLOW.replace("wk_depthwise_sum(const wk_sum *) { return WK_BAD_ARGUMENT", "wk_depthwise_sum(const wk_sum *) { return WK_OK")
+    text = HOLLOW.replace(
+        "wk_depthwise_sum(const wk_sum *) { return WK_BAD_ARGUMENT", "wk_depthwise_sum(const wk_sum *) { return WK_OK"
+    )
     assert text != HOLLOW
     nothing = compiled(tmp_path / "nothing.so", f"#define VERSION {library.ABI}\n{text}")
     done = run(fuzz, nothing)
@@ -75,7 +79,9 @@ def test_what_cannot_be_tested(fuzz: Path, installed: library.Library, tmp_path:
 
 @pytest.mark.slow
 def test_neon_in_an_emulator(tracked_copy: Path) -> None:
-    done = subprocess.run(["make", "test-neon", "PROBLEMS=100"], cwd=tracked_copy, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["make", "test-neon", "PROBLEMS=100"], cwd=tracked_copy, capture_output=True, text=True, check=False
+    )
     if "needs these Debian packages" in done.stdout:
         pytest.skip(done.stdout.strip().splitlines()[-1])
     assert done.returncode == 0, done.stdout + done.stderr
