@@ -3,8 +3,8 @@
     python benchmarks/cpu_costs.py avx2
 
 Times every algorithm on square kernels and strips, maps of 7 to 56 pixels, forward pass and weight gradient, on one thread,
-with the named instruction set. Prints the fitted constants, and how far the choices by them and by the present ones fall behind
-the fastest algorithm. Takes some 20 seconds on an idle machine, and needs SciPy.
+with the named instruction set. Prints the fitted constants, and how far the choices by them and by the present ones fall
+behind the fastest algorithm. Takes some 20 seconds on an idle machine, and needs SciPy.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ from widekernel.ops.problem import Problem
 
 SIZES = [(3, 3), (5, 5), (7, 7), (9, 9), (13, 13), (21, 21), (31, 31), (5, 31), (51, 5), (5, 51)]
 MAPS, IMAGES, BLOCKS = (7, 14, 28, 56), 4, 4
-FITTED = "direct_rate direct_tile complex_rate complex_tile transform_rate transform_tile packing fetching dilated_rate dilated_tile".split()
+FITTED = [
+    *("direct_rate", "direct_tile", "dilated_rate", "dilated_tile", "complex_rate", "complex_tile"),
+    *("transform_rate", "transform_tile", "packing", "fetching"),
+]
 
 
 @dataclass
@@ -117,9 +120,8 @@ def main(isa: str) -> None:
         errors = sorted(abs(math.log(timing.estimated(costs) / timing.cycles)) for timing in timings)
         mean, largest = shortfall(timings, costs)
         print(costs)
-        print(
-            f"  median error {math.exp(errors[len(errors) // 2]) - 1:.0%}; time of the choices {mean:.3f} of the fastest, at most {largest:.2f}"
-        )
+        error = math.exp(errors[len(errors) // 2]) - 1
+        print(f"  median error {error:.0%}; time of the choices {mean:.3f} of the fastest, at most {largest:.2f}")
 
 
 if __name__ == "__main__":

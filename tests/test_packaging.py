@@ -285,7 +285,10 @@ def test_a_wheel_for_another_platform_is_refused(wheel_tools: Path, checkout: Pa
     with zipfile.ZipFile(file, "w") as archive:
         if tag == LINUX:
             archive.writestr(f"{NATIVE}.so", b"\x7fELF" + bytes(14) + b"\x3e\x00")
-    script = "import sys; sys.path.insert(0, 'native/wheels'); import build, pathlib; build.check(pathlib.Path(sys.argv[1]), build.PLATFORMS[sys.argv[2]])"
+    script = (
+        "import pathlib, sys; sys.path.insert(0, 'native/wheels'); import build; "
+        "build.check(pathlib.Path(sys.argv[1]), build.PLATFORMS[sys.argv[2]])"
+    )
     done = run(wheel_tools, "-c", script, file, wrong, cwd=checkout)
     assert done.returncode == 1
     assert ("is not for aarch64" if "aarch64" in wrong else "contains") in done.stderr

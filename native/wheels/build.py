@@ -5,8 +5,8 @@
 The Python that runs this has the packages in requirements.txt; `make wheels` sets it up. Each wheel serves every version of
 Python and of PyTorch. Wheels for Linux need nothing newer than glibc 2.28, which auditwheel checks.
 
-The wheel for Windows has no native library. The kernels borrow the threads of PyTorch's OpenMP runtime, which on Windows lacks
-the function that they use elsewhere, and on one thread they would often be slower than PyTorch's convolutions.
+The wheel for Windows has no native library. The kernels borrow the threads of PyTorch's OpenMP runtime, which on Windows
+lacks the function that they use elsewhere, and on one thread they would often be slower than PyTorch's convolutions.
 """
 
 from __future__ import annotations
@@ -123,10 +123,8 @@ def _path() -> str:
 def main(arguments: list[str]) -> None:
     """Build the named platforms, or all."""
     if not arguments or (unknown := [name for name in arguments[1:] if name not in PLATFORMS]):
-        known = ", ".join(PLATFORMS)
-        raise SystemExit(
-            f"usage: build.py OUT [PLATFORM …], with platforms {known}" + (f"; not {unknown}" if arguments else "")
-        )
+        usage = f"usage: build.py OUT [PLATFORM …], with platforms {', '.join(PLATFORMS)}"
+        raise SystemExit(f"{usage}; not {unknown}" if arguments else usage)
     out = Path(arguments[0]).resolve()
     for name in arguments[1:] or PLATFORMS:
         for old in out.glob(f"widekernel-*-py3-none-{name}.whl"):
