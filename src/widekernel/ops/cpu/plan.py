@@ -96,8 +96,11 @@ def plan(problem: Problem, threads: int, lanes: int, costs: Costs = AVX512) -> P
     images, channels, height, width = problem.shape
     rects = zip(problem.kernels, problem.anchors, problem.dilations)
     pieces = [_cropped(size, anchor, dilation, height, width) for size, anchor, dilation in rects]
+    # Zeros between the taps of a kernel would spread an infinity to its gaps.
+    insists = problem.algorithm is not None
     best: tuple[float, tuple[Pass, ...], list[list[int]], list[Piece]] | None = None
-    for taken, groups in _groupings(pieces) if problem.op == DEPTHWISE_SUM else [_one_by_one(pieces, problem, costs)]:
+    groupings = _groupings(pieces, insists) if problem.op == DEPTHWISE_SUM else [_one_by_one(pieces, problem, costs)]
+    for taken, groups in groupings:
         steps = [_cheapest(_bounding([taken[i] for i in group]), problem, costs) for group in groups]
         cycles = sum(cost for _, cost in steps)
         if best is None or cycles < best[0]:
@@ -143,16 +146,17 @@ def _cropped(size: tuple[int, int], anchor: tuple[int, int], dilation: int, heig
     return Piece(*extent, anchor[0] - rows.start, anchor[1] - columns.start, 1 if extent == (1, 1) else dilation)
 
 
-def _groupings(pieces: list[Piece]) -> Iterator[tuple[list[Piece], list[list[int]]]]:
+def _groupings(pieces: list[Piece], no_zeros: bool) -> Iterator[tuple[list[Piece], list[list[int]]]]:
     """Return promising ways to merge kernels into passes, each with the kernels that are merged, some of them filled.
 
-    Covered kernels are merged into those that cover them, or all kernels of one dilation into one.
+    Covered kernels are merged into those that cover them, or all kernels of one dilation into one, which `no_zeros` excludes as far
+    as possible.
     """
     dense = [piece for piece in pieces if piece.dilation == 1]
     filled = [piece.filled() for piece in pieces]
     covered = [full if any(d.covers(full) for d in dense) else piece for piece, full in zip(pieces, filled)]
     # Without dilations, all three are the same.
-    for taken in [pieces] if pieces == filled else [pieces, covered, filled]:
+    for taken in [pieces] if pieces == filled else [pieces, covered] if no_zeros else [pieces, covered, filled]:
         maximal: list[list[int]] = []
         for i in sorted(range(len(taken)), key=lambda i: -taken[i].rows * taken[i].columns):
             home = next((group for group in maximal if taken[group[0]].covers(taken[i])), None)
@@ -164,13 +168,17 @@ def _groupings(pieces: list[Piece]) -> Iterator[tuple[list[Piece], list[list[int
         together = [[i for i, piece in enumerate(taken) if piece.dilation == dilation] for dilation in dilations]
         if len(maximal) <= MOST_PASSES:
             yield taken, maximal
-        if len(together) < len(maximal) and len(together) <= MOST_PASSES:
+        if not no_zeros and len(together) < len(maximal) and len(together) <= MOST_PASSES:
             yield taken, together
+    if no_zeros and len(maximal) > MOST_PASSES:
+        yield filled, [list(range(len(pieces)))]
 
 
 def _one_by_one(pieces: list[Piece], problem: Problem, costs: Costs) -> tuple[list[Piece], list[list[int]]]:
     """Return the cheaper form of each kernel, dilated or filled, and one group for each."""
-    taken = [min([piece, piece.filled()], key=lambda form: _cheapest(form, problem, costs)[1]) for piece in pieces]
+    taken = pieces
+    if problem.algorithm is None:
+        taken = [min([piece, piece.filled()], key=lambda form: _cheapest(form, problem, costs)[1]) for piece in pieces]
     return taken, [[i] for i in range(len(pieces))]
 
 
