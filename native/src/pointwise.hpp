@@ -2,65 +2,23 @@
 #pragma once
 
 #include "activation.hpp"
-#include "kernels.hpp"
+#include "pointwise_weights.hpp"
 #include "stack.hpp"
 #include "threads.hpp"
-#include "workspace.hpp"
 
 #include <sched.h>
 
 namespace wk {
 namespace WK_NAMESPACE {
 
-// Hidden units that are computed together: they stay in the cache until the second product has used them.
-constexpr int64_t HIDDEN_CHUNK = ceil_div(256, PANEL) * PANEL;
-// Input channels whose products are summed in registers.
-constexpr int64_t DEPTH_BLOCK = 512;
 // Activations of one task should leave half of a second-level cache of 1 MiB to the weights.
 constexpr int64_t CACHED_FLOATS = int64_t{1} << 17;
 // The most and fewest pixels of a task. With fewer, loading the weights would take longer than the products.
-constexpr int64_t MOST_PIXELS = 8 * TILE_ROWS, FEWEST_PIXELS = ceil_div(28, TILE_ROWS) * TILE_ROWS;
+constexpr int64_t MOST_PIXELS = 112 / TILE_ROWS * TILE_ROWS, FEWEST_PIXELS = ceil_div(28, TILE_ROWS) * TILE_ROWS;
 // Activations that threads share if there are few pixels.
 constexpr int64_t MOST_SHARED_FLOATS = int64_t{1} << 23;
 // Below this number of operations for each thread, waking it would take longer than its share.
 constexpr int64_t WORTH_A_THREAD = 4000000;
-
-// `length` items in `count` equal pieces of whole `unit`s.
-struct Pieces {
-    int64_t length, size;
-
-    Pieces(int64_t all, int64_t largest, int64_t unit)
-        : length(all), size(ceil_div(ceil_div(all, ceil_div(all, largest)), unit) * unit) {}
-    int64_t count() const { return ceil_div(length, size); }
-    int64_t begin(int64_t index) const { return index * size; }
-    int64_t in(int64_t index) const { return least(size, length - index * size); }
-};
-
-inline int64_t vectors_for(int64_t channels) { return ceil_div(channels, LANES); }
-inline int64_t panels_for(int64_t channels) { return ceil_div(channels, PANEL); }
-
-// The weights as packed. The first product's lie by chunk of hidden units, block of inputs, panel of hidden units; the second's by
-// chunk of hidden units, panel of outputs. Within a panel, one line of columns follows another.
-struct Weights {
-    const wk_pointwise &of;
-    Pieces chunks, blocks;
-
-    explicit Weights(const wk_pointwise &packed)
-        : of(packed), chunks(packed.hidden, HIDDEN_CHUNK, PANEL), blocks(packed.inputs, DEPTH_BLOCK, LANES) {}
-
-    int64_t outputs() const { return of.outputs ? of.outputs : of.hidden; }
-
-    float *first(int64_t chunk, int64_t block, int64_t panel) const {
-        return of.first + chunks.begin(chunk) * lines_for(of.inputs) + blocks.begin(block) * vectors_for(chunks.in(chunk)) * LANES +
-               panel * PANEL * lines_for(blocks.in(block));
-    }
-    float *second(int64_t chunk, int64_t panel) const {
-        return of.second + chunks.begin(chunk) * vectors_for(of.outputs) * LANES + panel * PANEL * lines_for(chunks.in(chunk));
-    }
-    static int64_t vectors(int64_t panel, int64_t channels) {
-        return least(PANEL_VECTORS, vectors_for(channels) - panel * PANEL_VECTORS);
-    }
-};
 
 // Fetches the panel that is needed next while tiles are multiplied with the present one, the same share with each tile. Otherwise
 // the first tile would wait for the memory and the others leave it idle.
@@ -69,53 +27,10 @@ struct Fetcher {
     int64_t each, share, tiles;
 
     Fetcher(const float *panel, int64_t depth, int64_t all_tiles)
-        : next(panel), each(ceil_div(UNROLLED * PANEL, least(all_tiles, 8) * CACHE_LINE) * CACHE_LINE), share(depth / UNROLLED * each),
-          tiles(ceil_div(UNROLLED * PANEL, each)) {}
+        : next(panel), each(ceil_div(UNROLLED * PANEL, least(all_tiles, 8) * CACHE_LINE) * CACHE_LINE),
+          share(depth / UNROLLED * each), tiles(ceil_div(UNROLLED * PANEL, each)) {}
     Fetch part(int64_t tile) const { return {next + share * tile, tile < tiles ? each : 0}; }
 };
-
-// One panel: columns `column` … of a matrix (outputs, inputs) are its rows; those beyond `columns` are zero.
-inline void pack_panel(const float *from, int64_t row, int64_t columns, int64_t depth, int64_t vectors, float *to) {
-    const int64_t lanes = vectors * LANES;
-    for (int64_t c = 0; c < lanes; c++)
-        for (int64_t k = 0; k < lines_for(depth); k++) to[k * lanes + c] = c < columns && k < depth ? from[c * row + k] : 0.0f;
-}
-
-inline void pack_bias(const float *from, int64_t channels, float *to) {
-    for (int64_t c = 0; c < vectors_for(channels) * LANES; c++) to[c] = from && c < channels ? from[c] : 0.0f;
-}
-
-// Allocates and fills the pieces of `packed`, whose sizes are set.
-inline int32_t pointwise_pack(const wk_pointwise_weights &from, wk_pointwise &packed) {
-    const int64_t hidden = vectors_for(packed.hidden) * LANES, outputs = vectors_for(packed.outputs) * LANES;
-    auto carve = [&](Carver &carver) {
-        packed.first = carver.take<float>(hidden * lines_for(packed.inputs));
-        packed.first_bias = carver.take<float>(hidden);
-        packed.second = carver.take<float>(outputs * lines_for(packed.hidden));
-        packed.second_bias = carver.take<float>(outputs);
-    };
-    Carver sizes{nullptr};
-    carve(sizes);
-    packed.bytes = sizes.used;
-    packed.memory = std::aligned_alloc(ALIGNMENT, static_cast<size_t>(packed.bytes));
-    if (!packed.memory) return WK_OUT_OF_MEMORY;
-    Carver carver{static_cast<char *>(packed.memory)};
-    carve(carver);
-    const Weights weights(packed);
-    for (int64_t c = 0; c < weights.chunks.count(); c++) {
-        const int64_t unit = weights.chunks.begin(c), units = weights.chunks.in(c);
-        for (int64_t b = 0; b < weights.blocks.count(); b++)
-            for (int64_t p = 0; p < panels_for(units); p++)
-                pack_panel(from.first + (unit + p * PANEL) * packed.inputs + weights.blocks.begin(b), packed.inputs,
-                           units - p * PANEL, weights.blocks.in(b), weights.vectors(p, units), weights.first(c, b, p));
-        for (int64_t p = 0; p < panels_for(packed.outputs); p++)
-            pack_panel(from.second + p * PANEL * packed.hidden + unit, packed.hidden, packed.outputs - p * PANEL, units,
-                       weights.vectors(p, packed.outputs), weights.second(c, p));
-    }
-    pack_bias(from.first_bias, packed.hidden, packed.first_bias);
-    pack_bias(from.second_bias, packed.outputs, packed.second_bias);
-    return WK_OK;
-}
 
 // Activations of several pixels.
 struct Activations {
@@ -227,7 +142,8 @@ class Pointwise {
                 unpack_pixels(own.hidden, 0, vectors_for(units), target(weights_.chunks.begin(chunk), units), first, nullptr);
         }
         if (packed_.outputs)
-            unpack_pixels(own.y, 0, own.y.groups, target(0, packed_.outputs), first, reinterpret_cast<const Vec *>(packed_.second_bias));
+            unpack_pixels(own.y, 0, own.y.groups, target(0, packed_.outputs), first,
+                          reinterpret_cast<const Vec *>(packed_.second_bias));
     }
 
     // Tasks start in order, so others are already at work on what a task waits for.
@@ -276,7 +192,7 @@ class Pointwise {
     // Panels [begin, end) of a chunk; the chunk's first group is `group` of `to`.
     void hidden_units(const Stack &x, int64_t chunk, int64_t begin, int64_t end, const Stack &to, int64_t group) const {
         const int64_t units = weights_.chunks.in(chunk), blocks = weights_.blocks.count();
-        const float *next = packed_.outputs ? weights_.second(chunk, 0) : weights_.first(chunk + 1, 0, 0);
+        const float *next = packed_.outputs ? weights_.second(chunk, 0) : next_chunk(chunk);
         const Vec *bias = reinterpret_cast<const Vec *>(packed_.first_bias) + weights_.chunks.begin(chunk) / LANES;
         for (int64_t block = 0; block < blocks; block++)
             for (int64_t panel = begin; panel < end; panel++) {
@@ -298,7 +214,7 @@ class Pointwise {
     // Adds what a chunk, whose first group is `group` of `hidden`, contributes to panels [begin, end) of the outputs.
     void add_outputs(const Stack &hidden, int64_t group, int64_t chunk, int64_t begin, int64_t end, const Stack &y) const {
         const int64_t depth = lines_for(weights_.chunks.in(chunk));
-        const float *next = weights_.first(chunk + 1, 0, 0);
+        const float *next = next_chunk(chunk);
         for (int64_t panel = begin; panel < end; panel++) {
             const int64_t vectors = weights_.vectors(panel, packed_.outputs);
             const float *b = weights_.second(chunk, panel);
@@ -311,6 +227,9 @@ class Pointwise {
             }
         }
     }
+
+    // Where the next chunk begins; after the last one, a task begins with the first one again.
+    const float *next_chunk(int64_t chunk) const { return weights_.first((chunk + 1) % weights_.chunks.count(), 0, 0); }
 
     Target target(int64_t channel, int64_t channels) const { return {y_, residual_, channel, channels}; }
 

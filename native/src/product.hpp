@@ -11,7 +11,8 @@ namespace wk {
 namespace WK_NAMESPACE {
 
 // All sums of a tile, a vector of each column and one factor must fit into the registers.
-constexpr int TILE_ROWS = WK_REGISTERS >= 32 ? 14 : LANES > 4 ? 6 : 4;  // four: without fused multiply-add, products need room
+// NEON keeps some registers for addresses of scalars; without fused multiply-add, products need room.
+constexpr int TILE_ROWS = WK_REGISTERS >= 32 ? (LANES > 4 ? 14 : 12) : LANES > 4 ? 6 : 4;
 constexpr int PANEL_VECTORS = 2;
 constexpr int64_t PANEL = PANEL_VECTORS * LANES;
 // Channels are added in groups of this number; missing ones are zero.
@@ -20,11 +21,16 @@ WK_INLINE constexpr int64_t lines_for(int64_t channels) { return ceil_div(channe
 // In floats.
 constexpr int64_t CACHE_LINE = 16;
 
-// The value at an address in every lane. The compiler would fold it into each product that uses it, and loads would be the limit.
+// The value at an address in every lane (NEON: in the first one). The compiler would fold it into each product that uses it, and
+// loads would be the limit.
 WK_INLINE Vec spread(const float *at) {
 #if defined(__AVX__)
     Vec value;
     asm("vbroadcastss %1, %0" : "=v"(value) : "m"(*at));
+    return value;
+#elif defined(__aarch64__)
+    Vec value;
+    asm volatile("ldr %s0, %1" : "=w"(value) : "m"(*at));  // in this order: otherwise all loads come first and are spilled
     return value;
 #else
     Vec value = all(*at);
@@ -33,10 +39,12 @@ WK_INLINE Vec spread(const float *at) {
 #endif
 }
 
-// In place: otherwise the compiler renames the sums and spills them.
+// sum += a · b, where `a` comes from `spread`. In place: otherwise the compiler renames the sums and spills them.
 WK_INLINE void add_product(Vec &sum, const Vec &a, const Vec &b) {
 #if defined(__FMA__)
     asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+#elif defined(__aarch64__)
+    asm volatile("fmla %0.4s, %2.4s, %1.s[0]" : "+w"(sum) : "w"(a), "w"(b));
 #else
     sum += a * b;
 #endif
@@ -53,7 +61,11 @@ template <int ROWS, int VECTORS> WK_INLINE void add_channel(Vec (&sum)[ROWS][VEC
     Vec column[VECTORS];
     unroll<VECTORS>([&](auto v) {
         column[v] = read<Vec>(b + v * LANES);
+#if defined(__aarch64__)
+        asm volatile("" : "+w"(column[v]));
+#else
         hold(column[v]);
+#endif
     });
     unroll<ROWS>([&](auto m) {
         const Vec factor = spread(a + m * LANES);

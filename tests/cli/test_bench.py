@@ -200,4 +200,4 @@ def test_on_cuda(tmp_path: Path, capsys) -> None:
 def test_help(capsys) -> None:
     assert bench(capsys, "--help")[0] == 0
     code, out, _ = bench(capsys)
-    assert code == 2 and "{ops,models}" in out
+    assert code == 2 and "{ops,models,pointwise}" in out

@@ -1,0 +1,95 @@
+// Weights of pointwise products in the order in which they are used.
+#pragma once
+
+#include "kernels.hpp"
+#include "product.hpp"
+#include "workspace.hpp"
+
+namespace wk {
+namespace WK_NAMESPACE {
+
+// Hidden units that are computed together: they stay in the cache until the second product has used them.
+constexpr int64_t HIDDEN_CHUNK = ceil_div(256, PANEL) * PANEL;
+// Input channels whose products are summed in registers.
+constexpr int64_t DEPTH_BLOCK = 512;
+
+// `length` items in `count` equal pieces of whole `unit`s.
+struct Pieces {
+    int64_t length, size;
+
+    Pieces(int64_t all, int64_t largest, int64_t unit)
+        : length(all), size(ceil_div(ceil_div(all, ceil_div(all, largest)), unit) * unit) {}
+    int64_t count() const { return ceil_div(length, size); }
+    int64_t begin(int64_t index) const { return index * size; }
+    int64_t in(int64_t index) const { return least(size, length - index * size); }
+};
+
+inline int64_t vectors_for(int64_t channels) { return ceil_div(channels, LANES); }
+inline int64_t panels_for(int64_t channels) { return ceil_div(channels, PANEL); }
+
+// The weights as packed. The first product's lie by chunk of hidden units, block of inputs, panel of hidden units; the second's by
+// chunk of hidden units, panel of outputs. Within a panel, one line of columns follows another.
+struct Weights {
+    const wk_pointwise &of;
+    Pieces chunks, blocks;
+
+    explicit Weights(const wk_pointwise &packed)
+        : of(packed), chunks(packed.hidden, HIDDEN_CHUNK, PANEL), blocks(packed.inputs, DEPTH_BLOCK, LANES) {}
+
+    float *first(int64_t chunk, int64_t block, int64_t panel) const {
+        return of.first + chunks.begin(chunk) * lines_for(of.inputs) + blocks.begin(block) * vectors_for(chunks.in(chunk)) * LANES +
+               panel * PANEL * lines_for(blocks.in(block));
+    }
+    float *second(int64_t chunk, int64_t panel) const {
+        return of.second + chunks.begin(chunk) * vectors_for(of.outputs) * LANES + panel * PANEL * lines_for(chunks.in(chunk));
+    }
+    static int64_t vectors(int64_t panel, int64_t channels) {
+        return least(PANEL_VECTORS, vectors_for(channels) - panel * PANEL_VECTORS);
+    }
+};
+
+// One panel, whose columns are rows of a matrix (outputs, inputs); those beyond `columns` are zero.
+inline void pack_panel(const float *from, int64_t row, int64_t columns, int64_t depth, int64_t vectors, float *to) {
+    const int64_t lanes = vectors * LANES;
+    for (int64_t c = 0; c < lanes; c++)
+        for (int64_t k = 0; k < lines_for(depth); k++) to[k * lanes + c] = c < columns && k < depth ? from[c * row + k] : 0.0f;
+}
+
+inline void pack_bias(const float *from, int64_t channels, float *to) {
+    for (int64_t c = 0; c < vectors_for(channels) * LANES; c++) to[c] = from && c < channels ? from[c] : 0.0f;
+}
+
+// Allocates and fills the pieces of `packed`, whose sizes are set.
+inline int32_t pointwise_pack(const wk_pointwise_weights &from, wk_pointwise &packed) {
+    const int64_t hidden = vectors_for(packed.hidden) * LANES, outputs = vectors_for(packed.outputs) * LANES;
+    auto carve = [&](Carver &carver) {
+        packed.first = carver.take<float>(hidden * lines_for(packed.inputs));
+        packed.first_bias = carver.take<float>(hidden);
+        packed.second = carver.take<float>(outputs * lines_for(packed.hidden));
+        packed.second_bias = carver.take<float>(outputs);
+    };
+    Carver sizes{nullptr};
+    carve(sizes);
+    packed.bytes = sizes.used;
+    packed.memory = std::aligned_alloc(ALIGNMENT, static_cast<size_t>(packed.bytes));
+    if (!packed.memory) return WK_OUT_OF_MEMORY;
+    Carver carver{static_cast<char *>(packed.memory)};
+    carve(carver);
+    const Weights weights(packed);
+    for (int64_t c = 0; c < weights.chunks.count(); c++) {
+        const int64_t unit = weights.chunks.begin(c), units = weights.chunks.in(c);
+        for (int64_t b = 0; b < weights.blocks.count(); b++)
+            for (int64_t p = 0; p < panels_for(units); p++)
+                pack_panel(from.first + (unit + p * PANEL) * packed.inputs + weights.blocks.begin(b), packed.inputs,
+                           units - p * PANEL, weights.blocks.in(b), weights.vectors(p, units), weights.first(c, b, p));
+        for (int64_t p = 0; p < panels_for(packed.outputs); p++)
+            pack_panel(from.second + p * PANEL * packed.hidden + unit, packed.hidden, packed.outputs - p * PANEL, units,
+                       weights.vectors(p, packed.outputs), weights.second(c, p));
+    }
+    pack_bias(from.first_bias, packed.hidden, packed.first_bias);
+    pack_bias(from.second_bias, packed.outputs, packed.second_bias);
+    return WK_OK;
+}
+
+}  // namespace WK_NAMESPACE
+}  // namespace wk
