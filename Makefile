@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # The installation compiles these files, so the package is installed again when one of them changes.
-NATIVE := native/CMakeLists.txt native/editable/CMakeLists.txt $(wildcard native/include/*.h native/src/*)
+NATIVE := native/CMakeLists.txt native/exports.map native/editable/CMakeLists.txt $(wildcard native/include/*.h native/src/*)
 # Threads that spin while they wait take cores from other processes.
 export OMP_WAIT_POLICY ?= passive
 
@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY ?= passive
 # fixtures. A process that has finished takes tests from the others.
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal --durations 20
 
-.PHONY: demo test test-all test-clients test-gpu bench-gpu offline-bundle gpu-session gpu-rehearsal lint format clean help
+.PHONY: demo test test-all test-clients test-neon wheels test-gpu bench-gpu offline-bundle gpu-session gpu-rehearsal lint format clean help
 
 # OFFLINE=1 is for machines without a network: nothing is set up, and packages that PYTHON lacks are taken from a folder of
 # wheels, which `make offline-bundle` fills on another machine.
@@ -36,6 +36,9 @@ help:
 	@echo "make test            run the fast tests"
 	@echo "make test-all        run every test that this machine can run, including those with full-size models"
 	@echo "make test-clients    install the libraries that use widekernel (transformers, Lightning, ...), and run the tests with them"
+	@echo "make test-neon       cross-compile the CPU kernels for 64-bit Arm, and test them in an emulator"
+	@echo "make wheels          cross-compile the CPU kernels, and build the wheels for Linux, macOS and Windows in dist/;"
+	@echo "                     option: PLATFORMS=manylinux_2_28_x86_64"
 	@echo "make test-gpu        run the tests of the compiled GPU kernels, on a GPU; also under compute-sanitizer if it is on PATH"
 	@echo "make bench-gpu       time operators, networks and sparsity on a GPU, for at most half an hour; writes benchmarks/results"
 	@echo "make offline-bundle  download the wheels that a machine without a network may lack, to $(BUNDLE)"
@@ -69,6 +72,33 @@ $(VENV)/.clients: $(STAMP)
 
 test-clients: $(VENV)/.clients
 	$(BIN)/python -m pytest -m 'clients and not full' tests
+
+# Needs Debian's packages, named after the tools. Nothing is installed.
+NEON := build/neon
+ARM := aarch64-linux-gnu
+EMULATOR = $(firstword $(foreach name,qemu-aarch64 qemu-aarch64-static,$(shell command -v $(name))))
+test-neon:
+	@missing=; \
+	command -v $(ARM)-g++ >/dev/null || missing="$$missing g++-$(ARM)"; \
+	command -v cmake >/dev/null || missing="$$missing cmake"; \
+	test -n "$(EMULATOR)" || missing="$$missing qemu-user"; \
+	test -z "$$missing" || { echo "make test-neon needs these Debian packages: apt-get install$$missing"; exit 2; }
+	cmake -S native -B $(NEON) -DWIDEKERNEL_FUZZ=ON -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+		-DCMAKE_CXX_COMPILER=$(ARM)-g++
+	cmake --build $(NEON)
+	$(EMULATOR) -L /usr/$(ARM) $(NEON)/fuzz $(NEON)/_native.so isa=neon problems=$(or $(PROBLEMS),1000)
+	$(EMULATOR) -L /usr/$(ARM) $(NEON)/fuzz $(NEON)/_native.so isa=neon problems=100 seed=1000000 \
+		openmp=/usr/$(ARM)/lib/libgomp.so.1
+
+# The tools are separate from those of development: they are large, and only whoever publishes needs them.
+WHEEL_TOOLS := build/wheel-tools
+$(WHEEL_TOOLS)/.installed: native/wheels/requirements.txt
+	$(PYTHON) -m venv $(WHEEL_TOOLS)
+	$(WHEEL_TOOLS)/bin/python -m pip install --quiet -r $<
+	@touch $@
+
+wheels: $(WHEEL_TOOLS)/.installed
+	$(WHEEL_TOOLS)/bin/python native/wheels/build.py dist $(PLATFORMS)
 
 # Out-of-bounds accesses show only if every tensor is a separate allocation. Checking for races is slow: fewer tests run.
 CHECKED := tests/ops/gpu/test_operator_values.py tests/ops/gpu/test_kernels.py -m interpreted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -96,6 +97,23 @@ def wheel(builder: Path, checkout: Path, **environment: str) -> tuple[str, set[s
     (file,) = (checkout / "dist").glob("*.whl")
     with zipfile.ZipFile(file) as archive:
         return file.name, {name for name in archive.namelist() if ".dist-info/" not in name}
+
+
+@pytest.fixture(scope="module")
+def wheel_tools(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the Python of an environment with the tools of `make wheels`."""
+    folder = tmp_path_factory.mktemp("wheel-tools")
+    succeed(sys.executable, "-m", "venv", folder, cwd=folder)
+    python = folder / "bin" / "python"
+    done = run(python, "-m", "pip", "install", "--quiet", "-r", ROOT / "native" / "wheels" / "requirements.txt", cwd=folder)
+    if done.returncode:
+        pytest.skip(f"the tools cannot be fetched: {done.stderr[-200:]}")
+    return python
+
+
+def files_of(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {name for name in archive.namelist() if ".dist-info/" not in name and not name.endswith("/")}
 
 
 def package_files(tracked: list[str]) -> set[str]:
@@ -219,3 +237,58 @@ def test_editable(builder: Path, checkout: Path, target: Path) -> None:
     file, path, reason = install()
     assert (Path(file), path) == (package / "__init__.py", "None")
     assert "was not built" in reason
+
+
+LINUX = "manylinux_2_28_x86_64"
+RUN_WITHOUT_COMPILER = """
+import shutil, torch
+from widekernel import ops
+assert not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cmake"))
+x, kernel = torch.randn(2, 16, 30, 30), torch.randn(16, 1, 21, 21)
+with ops.trace() as calls:
+    y = ops.depthwise_sum(x, [kernel])
+want = torch.nn.functional.conv2d(x.double(), kernel.double(), padding=10, groups=16)
+print(calls.backends(), ops.explain(x, [kernel])[0].backend, bool((y - want).abs().max() < 1e-4 * want.abs().max()), sep="|")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="runs a wheel for Linux on x86-64")
+def test_a_published_wheel_runs_without_a_compiler(
+    wheel_tools: Path, checkout: Path, tracked: list[str], target: Path
+) -> None:
+    """`make wheels` for this platform; and for Windows, whose wheel is pure Python."""
+    script = checkout / "native" / "wheels" / "build.py"
+    succeed(wheel_tools, script, checkout / "dist", LINUX, "win_amd64", cwd=checkout)
+    (wheel,) = (checkout / "dist").glob(f"widekernel-*-py3-none-{LINUX}.whl")
+    (pure,) = (checkout / "dist").glob("widekernel-*-py3-none-win_amd64.whl")
+    assert files_of(pure) == package_files(tracked)
+    assert files_of(wheel) == package_files(tracked) | {f"{NATIVE}.so"}
+    succeed(wheel_tools, "-m", "pip", "--python", target, "install", "--no-deps", wheel, cwd=checkout)
+    without = {"PATH": str(target.parent), "WIDEKERNEL_REQUIRE_NATIVE": "1"}
+    assert succeed(target, "-c", RUN_WITHOUT_COMPILER, cwd=checkout.parent, **without).strip() == "['native']|native|True"
+
+
+@pytest.mark.slow
+def test_platforms_that_no_wheel_is_built_for(wheel_tools: Path, checkout: Path) -> None:
+    done = run(wheel_tools, checkout / "native" / "wheels" / "build.py", "dist", "sunos", cwd=checkout)
+    assert done.returncode == 1
+    assert "manylinux_2_28_aarch64" in done.stderr and "not ['sunos']" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tag", "wrong"), [(LINUX, "manylinux_2_28_aarch64"), (LINUX, "win_amd64"), ("win_amd64", LINUX)])
+def test_a_wheel_for_another_platform_is_refused(wheel_tools: Path, checkout: Path, tag: str, wrong: str) -> None:
+    """A library of the wrong processor, one too many, and one that is missing."""
+    file = checkout / f"widekernel-0-py3-none-{wrong}.whl"
+    with zipfile.ZipFile(file, "w") as archive:
+        if tag == LINUX:
+            archive.writestr(f"{NATIVE}.so", b"\x7fELF" + bytes(14) + b"\x3e\x00")
+    script = (
+        "import pathlib, sys; sys.path.insert(0, 'native/wheels'); import build; "
+        "build.check(pathlib.Path(sys.argv[1]), build.PLATFORMS[sys.argv[2]])"
+    )
+    done = run(wheel_tools, "-c", script, file, wrong, cwd=checkout)
+    assert done.returncode == 1
+    assert ("is not for aarch64" if "aarch64" in wrong else "contains") in done.stderr

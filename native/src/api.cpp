@@ -1,5 +1,6 @@
 // The C interface: checks its arguments and passes them on to the kernels for this processor.
 #include "kernels.hpp"
+#include "processor.hpp"
 
 #include <cstdlib>
 #include <cstring>
@@ -17,29 +18,13 @@ extern const Kernels kernels_neon;
 
 namespace {
 
-bool has_avx2() {
-#if defined(__x86_64__)
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-#else
-    return false;
-#endif
-}
-
-bool has_avx512() {
-#if defined(__x86_64__)
-    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
-#else
-    return false;
-#endif
-}
-
 // The kernels named `name`, or the best ones for an empty name; null if this build or processor lacks them.
 const Kernels *find(const char *name) {
     const bool best = !*name;
 #if defined(__x86_64__)
-    if (has_avx512() && (best || !std::strcmp(name, "avx512"))) return &kernels_avx512;
-    if (has_avx2() && (best || !std::strcmp(name, "avx2"))) return &kernels_avx2;
+    const Processor processor = Processor::present();
+    if (processor.avx512() && (best || !std::strcmp(name, "avx512"))) return &kernels_avx512;
+    if (processor.avx2() && (best || !std::strcmp(name, "avx2"))) return &kernels_avx2;
 #elif defined(__aarch64__)
     if (best || !std::strcmp(name, "neon")) return &kernels_neon;
 #endif

@@ -80,17 +80,19 @@ inline Transform synthesis(const Circle &circle, int64_t reach, float *store) {
     return t;
 }
 
-// acc[m][r] = Σ_i table[i][m] · x[i][r]
+// acc[m][r] = Σ_i table[i][m] · x[i][r]. The sums are local: Clang would write `acc` to memory in every round.
 template <int M, int R> WK_INLINE void product(Vec (&acc)[M][R], const float *table, const Vec *x, int64_t inputs) {
-    unroll<M>([&](auto m) { unroll<R>([&](auto r) { acc[m][r] = Vec{}; }); });
+    Vec sum[M][R];
+    unroll<M>([&](auto m) { unroll<R>([&](auto r) { sum[m][r] = Vec{}; }); });
     for (int64_t i = 0; i < inputs; i++, table += M, x += R) {
         Vec pixel[R];
         unroll<R>([&](auto r) { pixel[r] = x[r]; });
         unroll<M>([&](auto m) {
             Vec coefficient = all(table[m]);
-            unroll<R>([&](auto r) { acc[m][r] += coefficient * pixel[r]; });
+            unroll<R>([&](auto r) { sum[m][r] += coefficient * pixel[r]; });
         });
     }
+    unroll<M>([&](auto m) { unroll<R>([&](auto r) { acc[m][r] = sum[m][r]; }); });
 }
 
 // Call `body` with the width of each tile of outputs as a compile-time number.

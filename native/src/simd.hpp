@@ -9,6 +9,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #define WK_INLINE __attribute__((always_inline)) inline
@@ -164,6 +166,8 @@ struct Float16 {
         return (Vec)_mm512_cvtph_ps(read<__m256i>(from));
 #elif defined(__F16C__) && WK_LANES == 8
         return (Vec)_mm256_cvtph_ps(read<__m128i>(from));
+#elif defined(__aarch64__) && WK_LANES == 4
+        return (Vec)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from)));
 #else
         Vec value;
         for (int i = 0; i < LANES; i++) value[i] = one(from[i]);
@@ -176,6 +180,8 @@ struct Float16 {
         write(to, _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #elif defined(__F16C__) && WK_LANES == 8
         write(to, _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__aarch64__) && WK_LANES == 4
+        vst1_u16(to, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)value)));
 #else
         for (int i = 0; i < LANES; i++) to[i] = back(value[i]);
 #endif

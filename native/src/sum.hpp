@@ -275,8 +275,10 @@ class Sum {
         }
         const Spectrum window{const_cast<Vec *>(packed), s.spectrum_column(), 3};
         auto run = add ? hybrid_sum<true> : hybrid_sum<false>;
-        run(s.seen(y), outputs, s.seen(x), inputs, window, s.taps.rows, anchor.rows, s.turned ? band.shift() : 0, s.tiling,
-            s.tables, room);
+        // Rows that only other passes need, which look further up.
+        const int64_t unseen = most(0, -anchor.rows);
+        run(s.seen(y), outputs, s.seen(x).from(unseen, 0), {inputs.rows - unseen, inputs.columns}, window, s.taps.rows,
+            anchor.rows + unseen, s.turned ? band.shift() : 0, s.tiling, s.tables, room);
     }
 
     template <class Type>

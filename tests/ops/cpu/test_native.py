@@ -20,6 +20,7 @@ from widekernel.errors import ArgumentError
 from widekernel.ops import reference
 from widekernel.ops.backends.native import NativeBackend
 from widekernel.ops.cpu import library
+from widekernel.ops.cpu.costs import costs_of
 from widekernel.ops.cpu.plan import METHODS, Pass, Piece, Plan
 from widekernel.ops.cpu.prepared import PreparedSum, PreparedWeightGrad
 from widekernel.ops.problem import Problem, mirror
@@ -259,7 +260,8 @@ def test_working_memory_does_not_depend_on_the_batch() -> None:
         assert len(bytes_needed) == 1
     details = ops.explain(torch.randn(2, 16, 30, 30), [torch.randn(16, 1, 21, 21)])[0].details
     assert "working memory" in details
-    assert library.load().isa in details
+    isa = library.load().isa
+    assert f"{isa}, cost model of {costs_of(isa).measured_with}, " in details
 
 
 def test_what_is_refused() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from widekernel.ops.cpu.library import DIRECT
+from widekernel.ops.cpu.costs import AVX2, AVX512, Costs, costs_of
+from widekernel.ops.cpu.library import DIRECT, ISAS
 from widekernel.ops.cpu.plan import Piece, Plan, plan, reason_for_pytorch
 from widekernel.ops.problem import Problem
 
@@ -65,6 +68,29 @@ def test_taps_that_see_no_pixel_are_left_out() -> None:
 
 def test_kernels_beyond_the_longest_transform_are_direct() -> None:
     assert methods(plan(of([(401, 401)], (8, 16, 400, 400)), 2, 16)) == [False]
+
+
+def test_every_instruction_set_has_costs() -> None:
+    assert costs_of("avx512") is AVX512
+    assert costs_of("avx2") is AVX2
+    for isa in ISAS:
+        assert costs_of(isa).measured_with in ("avx512", "avx2")
+
+
+@pytest.mark.parametrize("costs", [AVX512, AVX2], ids=lambda costs: costs.measured_with)
+def test_the_choice_follows_the_costs(costs: Costs) -> None:
+    problem = of([(31, 31)])
+    assert methods(plan(problem, 2, 16, costs)) == [True]
+    slow_transforms = replace(costs, transform_rate=costs.transform_rate / 100)
+    assert methods(plan(problem, 2, 16, slow_transforms)) == [False]
+    # Twice as slow in every respect: the same choice, and twice the cycles.
+    times = ("tile", "packing", "fetching")
+    rates = {name: value / 2 for name, value in vars(costs).items() if name.endswith("rate")}
+    slower = replace(costs, **rates, **{name: value * 2 for name, value in vars(costs).items() if name.endswith(times)})
+    for kernels in ([(7, 7)], [(31, 31)], [(5, 51), (51, 5)]):
+        one, other = plan(of(kernels), 2, 16, costs), plan(of(kernels), 2, 16, slower)
+        assert methods(one) == methods(other)
+        assert 1.9 < other.cycles / one.cycles <= 2
 
 
 def test_small_calls_wake_no_thread() -> None:

@@ -8,6 +8,7 @@ import torch
 
 from widekernel.ops.backends.base import Backend, Operator
 from widekernel.ops.cpu import library
+from widekernel.ops.cpu.costs import costs_of
 from widekernel.ops.cpu.plan import BRANCHES, plan, reason_for_pytorch
 from widekernel.ops.cpu.prepared import DTYPES, PreparedSum, PreparedWeightGrad
 from widekernel.ops.empty import EMPTY
@@ -64,10 +65,12 @@ class NativeBackend(Backend):
         count = prepared.plan.threads
         threads = f"{count} thread{'s' if count > 1 else ''}"
         memory = f"working memory {own / 2**20:.2f} MiB a thread and {shared / 2**20:.2f} MiB shared"
-        return f"{prepared.plan}; {library.load().isa}, {threads}, {memory}"
+        isa = library.load().isa
+        return f"{prepared.plan}; {isa}, cost model of {costs_of(isa).measured_with}, {threads}, {memory}"
 
     def _prepared(self, problem: Problem) -> PreparedSum | PreparedWeightGrad:
-        chosen = plan(problem, torch.get_num_threads(), library.load().lanes)
+        loaded = library.load()
+        chosen = plan(problem, torch.get_num_threads(), loaded.lanes, costs_of(loaded.isa))
         return PreparedWeightGrad(problem, chosen) if problem.op == DEPTHWISE_WEIGHT_GRAD else PreparedSum(problem, chosen)
 
     def _obstacles(self, problem: Problem) -> list[str]:

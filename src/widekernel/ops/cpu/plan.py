@@ -3,8 +3,7 @@
 The *direct* algorithm works tap by tap. The *hybrid* algorithm applies a Fourier transform along one axis and is direct
 along the other; it takes fewer operations if a kernel is long and the image is not small. A dilated kernel is computed
 directly, or its gaps are filled with zeros, which allows everything that an undilated kernel does. A cost model decides. It
-counts processor cycles for one block of channels of one image, with constants fitted to measurements (see `widekernel bench
-ops`).
+counts processor cycles for one block of channels of one image, with constants measured for each instruction set (costs.py).
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from widekernel.ops.cpu.costs import AVX512, Costs
 from widekernel.ops.cpu.library import DIRECT, HYBRID_ALONG_COLUMNS, HYBRID_ALONG_ROWS, MOST_PASSES
 from widekernel.ops.problem import (
     DEPTHWISE_BRANCHES,
@@ -30,15 +30,6 @@ METHODS = {DIRECT: "direct", HYBRID_ALONG_ROWS: "hybrid along rows", HYBRID_ALON
 
 # The longest transform; wider kernels are computed directly.
 LONGEST_TRANSFORM = 256
-# Vector multiply-adds per cycle of the micro-kernels, and the overhead of each micro-kernel call in cycles.
-DIRECT_RATE, DIRECT_TILE = 1.8, 35
-DILATED_RATE, DILATED_TILE = 1.8, 25
-COMPLEX_RATE, COMPLEX_TILE = 1.75, 45
-TRANSFORM_RATE, TRANSFORM_TILE = 1.8, 230
-# Widths of the register tiles.
-DIRECT_WIDTH, COMPLEX_WIDTH, WAVES, LINES = 10, 5, 5, 4
-# Cycles for packing and unpacking one vector, and for fetching a vector of a transformed kernel into the cache.
-PACKING, FETCHING = 12, 2.5
 # Images with fewer elements than this take less time than the call overhead.
 SMALL_CALL = 1 << 16
 
@@ -101,7 +92,7 @@ class Plan:
 
 
 @lru_cache(maxsize=4096)
-def plan(problem: Problem, threads: int, lanes: int) -> Plan:
+def plan(problem: Problem, threads: int, lanes: int, costs: Costs = AVX512) -> Plan:
     """Choose the cheapest way to compute `problem`."""
     images, channels, height, width = problem.shape
     rects = zip(problem.kernels, problem.anchors, problem.dilations)
@@ -109,8 +100,9 @@ def plan(problem: Problem, threads: int, lanes: int) -> Plan:
     # Zeros between the taps of a kernel would spread an infinity to its gaps.
     no_zeros = problem.algorithm == DIRECT_ALGORITHM
     best: tuple[float, tuple[Pass, ...], list[list[int]], list[Piece]] | None = None
-    for taken, groups in _groupings(pieces, no_zeros) if problem.op == DEPTHWISE_SUM else [_one_by_one(pieces, problem)]:
-        steps = [_cheapest(_bounding([taken[i] for i in group]), problem) for group in groups]
+    groupings = _groupings(pieces, no_zeros) if problem.op == DEPTHWISE_SUM else [_one_by_one(pieces, problem, costs)]
+    for taken, groups in groupings:
+        steps = [_cheapest(_bounding([taken[i] for i in group]), problem, costs) for group in groups]
         cycles = sum(cost for _, cost in steps)
         if best is None or cycles < best[0]:
             best = cycles, tuple(step for step, _ in steps), groups, taken
@@ -119,7 +111,7 @@ def plan(problem: Problem, threads: int, lanes: int) -> Plan:
     targets = tuple(next(n for n, group in enumerate(groups) if i in group) for i in range(len(pieces)))
     blocks = images * math.ceil(channels / lanes)
     packed = 1 + len(pieces) if problem.op in BRANCHES else 2
-    total = blocks * (cycles + packed * PACKING * height * width)
+    total = blocks * (cycles + packed * costs.packing * height * width)
     filled = tuple(i for i, piece in enumerate(pieces) if taken[i] != piece)
     return Plan(passes, targets, _worthwhile_threads(total, threads), total, filled)
 
@@ -183,11 +175,11 @@ def _groupings(pieces: list[Piece], no_zeros: bool) -> Iterator[tuple[list[Piece
         yield filled, [list(range(len(pieces)))]
 
 
-def _one_by_one(pieces: list[Piece], problem: Problem) -> tuple[list[Piece], list[list[int]]]:
+def _one_by_one(pieces: list[Piece], problem: Problem, costs: Costs) -> tuple[list[Piece], list[list[int]]]:
     """Return the cheaper form of each kernel, dilated or filled, and one group for each."""
     taken = pieces
     if problem.algorithm != DIRECT_ALGORITHM:
-        taken = [min([piece, piece.filled()], key=lambda form: _cheapest(form, problem)[1]) for piece in pieces]
+        taken = [min([piece, piece.filled()], key=lambda form: _cheapest(form, problem, costs)[1]) for piece in pieces]
     return taken, [[i] for i in range(len(pieces))]
 
 
@@ -197,24 +189,26 @@ def _bounding(pieces: Sequence[Piece]) -> Piece:
     return Piece(row + below, column + right, row, column, pieces[0].dilation)
 
 
-def _cheapest(piece: Piece, problem: Problem) -> tuple[Pass, float]:
+def _cheapest(piece: Piece, problem: Problem, costs: Costs) -> tuple[Pass, float]:
+    methods = METHODS if piece.dilation == 1 and problem.algorithm is None else (DIRECT,)
+    options = [(step := Pass(piece, method), estimate(step, problem, costs)) for method in methods]
+    return min(options, key=lambda option: option[1])
+
+
+def estimate(step: Pass, problem: Problem, costs: Costs) -> float:
+    """Estimate the cycles of a pass on one block of channels of one image, without packing."""
+    piece = step.piece
     images, _, height, width = problem.shape
     grad = problem.op == DEPTHWISE_WEIGHT_GRAD
     if piece.dilation > 1:
-        return Pass(piece, DIRECT), _dilated(piece, height, width, grad)
+        return _dilated(piece, height, width, grad, costs)
     turned = Piece(piece.columns, piece.rows, piece.column, piece.row)
-    options = [
-        (DIRECT, _direct(piece if piece.columns >= piece.rows else turned, *_lines_and_extent(piece, height, width), grad))
-    ]
-    if problem.algorithm is None:
-        options.append((HYBRID_ALONG_ROWS, _hybrid(piece, height, width, images, grad)))
-        options.append((HYBRID_ALONG_COLUMNS, _hybrid(turned, width, height, images, grad)))
-    method, cycles = min(options, key=lambda option: option[1])
-    return Pass(piece, method), cycles
-
-
-def _lines_and_extent(piece: Piece, height: int, width: int) -> tuple[int, int]:
-    return (height, width) if piece.columns >= piece.rows else (width, height)
+    if step.method == DIRECT:
+        wide = piece.columns >= piece.rows
+        return _direct(piece, height, width, grad, costs) if wide else _direct(turned, width, height, grad, costs)
+    if step.method == HYBRID_ALONG_ROWS:
+        return _hybrid(piece, height, width, images, grad, costs)
+    return _hybrid(turned, width, height, images, grad, costs)
 
 
 def _overlaps(taps: int, anchor: int, extent: int, dilation: int = 1) -> int:
@@ -222,22 +216,22 @@ def _overlaps(taps: int, anchor: int, extent: int, dilation: int = 1) -> int:
     return sum(max(0, extent - dilation * abs(tap - anchor)) for tap in range(taps))
 
 
-def _dilated(piece: Piece, height: int, width: int, grad: bool) -> float:
+def _dilated(piece: Piece, height: int, width: int, grad: bool, costs: Costs) -> float:
     """Estimate the cycles of a dilated kernel, whose columns are multiplied with the zeros beside the image, too."""
     work = _overlaps(piece.rows, piece.row, height, piece.dilation) * piece.columns * width
     outputs = (piece.rows, piece.columns) if grad else (height, width)
-    return work / DILATED_RATE + outputs[0] * math.ceil(outputs[1] / DIRECT_WIDTH) * DILATED_TILE
+    return work / costs.dilated_rate + outputs[0] * math.ceil(outputs[1] / costs.direct_width) * costs.dilated_tile
 
 
-def _direct(piece: Piece, lines: int, extent: int, grad: bool) -> float:
+def _direct(piece: Piece, lines: int, extent: int, grad: bool, costs: Costs) -> float:
     """Estimate the cycles of the direct algorithm, which slides along `extent`."""
     work = _overlaps(piece.rows, piece.row, lines) * _overlaps(piece.columns, piece.column, extent)
     outputs, across, window = (piece.rows, piece.columns, extent) if grad else (lines, extent, piece.columns)
-    tiles = math.ceil(outputs / 2) * math.ceil(across / min(DIRECT_WIDTH, max(window, 3)))
-    return work / DIRECT_RATE + tiles * DIRECT_TILE
+    tiles = math.ceil(outputs / 2) * math.ceil(across / min(costs.direct_width, max(window, 3)))
+    return work / costs.direct_rate + tiles * costs.direct_tile
 
 
-def _hybrid(piece: Piece, lines: int, extent: int, images: int, grad: bool) -> float:
+def _hybrid(piece: Piece, lines: int, extent: int, images: int, grad: bool, costs: Costs) -> float:
     """Estimate the cycles of the hybrid algorithm with the transform along `extent`; infinite if that is too long."""
     reach = max(piece.column, piece.columns - 1 - piece.column)
     between = _overlaps(piece.rows, piece.row, lines)
@@ -249,16 +243,16 @@ def _hybrid(piece: Piece, lines: int, extent: int, images: int, grad: bool) -> f
         if length > LONGEST_TRANSFORM:
             continue
         seen = tile // 2 + (0 if tiles == 1 else reach)
-        cycles = _transform(lines, length, seen) + _transform(lines, length, tile // 2)
-        cycles += (length // 2 + 1) * math.ceil(outputs / min(COMPLEX_WIDTH, window)) * COMPLEX_TILE
-        cycles += 3 * (length // 2 + 1) * between / COMPLEX_RATE
-        cycles += FETCHING * 3 * (length // 2 + 1) * piece.rows
-        best = min(best, tiles * cycles + _transform(piece.rows, length, reach) / images)
+        cycles = _transform(lines, length, seen, costs) + _transform(lines, length, tile // 2, costs)
+        cycles += (length // 2 + 1) * math.ceil(outputs / min(costs.complex_width, window)) * costs.complex_tile
+        cycles += 3 * (length // 2 + 1) * between / costs.complex_rate
+        cycles += costs.fetching * 3 * (length // 2 + 1) * piece.rows
+        best = min(best, tiles * cycles + _transform(piece.rows, length, reach, costs) / images)
     return best
 
 
-def _transform(lines: int, length: int, reach: int) -> float:
+def _transform(lines: int, length: int, reach: int, costs: Costs) -> float:
     waves = length // 4 + 1
-    rounds = math.ceil(lines / LINES)
-    products = LINES * waves * (2 * reach + 1) / TRANSFORM_RATE
-    return rounds * (8 * reach + math.ceil(waves / WAVES) * TRANSFORM_TILE + products)
+    rounds = math.ceil(lines / costs.lines)
+    products = costs.lines * waves * (2 * reach + 1) / costs.transform_rate
+    return rounds * (8 * reach + math.ceil(waves / costs.waves) * costs.transform_tile + products)

@@ -1,0 +1,46 @@
+// The instruction sets that both the processor and the operating system support.
+//
+// Asked directly, because `__builtin_cpu_supports` needs a run-time library that some toolchains lack, and older compilers do
+// not know every name.
+#pragma once
+
+#if defined(__x86_64__)
+
+#include <cpuid.h>
+
+#include <cstdint>
+
+namespace wk {
+
+// Bits of the registers that `cpuid` fills in; `enabled` are the registers that the operating system saves for each thread.
+struct Processor {
+    uint32_t basic = 0, extended = 0, enabled = 0;
+
+    static Processor present() {
+        Processor found;
+        uint32_t a, b, c, d;
+        constexpr uint32_t saves_extended_state = 1u << 27;
+        if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & saves_extended_state)) return found;
+        found.basic = c;
+        asm("xgetbv" : "=a"(found.enabled), "=d"(d) : "c"(0));
+        if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) found.extended = b;
+        return found;
+    }
+
+    bool avx2() const {
+        constexpr uint32_t fma = 1u << 12, f16c = 1u << 29, avx2 = 1u << 5, saved = 0x6;
+        return has(basic, fma | f16c) && has(extended, avx2) && has(enabled, saved);
+    }
+
+    bool avx512() const {
+        constexpr uint32_t f = 1u << 16, dq = 1u << 17, bw = 1u << 30, vl = 1u << 31, saved = 0xe6;
+        return avx2() && has(extended, f | dq | bw | vl) && has(enabled, saved);
+    }
+
+  private:
+    static bool has(uint32_t bits, uint32_t wanted) { return (bits & wanted) == wanted; }
+};
+
+}  // namespace wk
+
+#endif

@@ -1,0 +1,49 @@
+"""Constants of the cost model in plan.py, for each instruction set; `benchmarks/cpu_costs.py` measures them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the parts of an algorithm take, in processor cycles.
+
+    Attributes:
+        measured_with: the instruction set that the constants were measured with.
+        direct_rate: vector multiply-adds in a cycle of the direct algorithm's micro-kernels.
+        direct_tile: overhead of each call of a micro-kernel.
+        dilated_rate, dilated_tile: the same for dilated kernels.
+        complex_rate, complex_tile: the same for the products of spectra.
+        transform_rate, transform_tile: the same for Fourier transforms.
+        packing: packing or unpacking one vector.
+        fetching: fetching one vector of a transformed kernel into the cache.
+        direct_width, complex_width, waves, lines: widths of the register tiles (native/src/simd.hpp).
+    """
+
+    measured_with: str
+    direct_rate: float
+    direct_tile: float
+    dilated_rate: float
+    dilated_tile: float
+    complex_rate: float
+    complex_tile: float
+    transform_rate: float
+    transform_tile: float
+    packing: float
+    fetching: float
+    direct_width: int
+    complex_width: int
+    waves: int
+    lines: int
+
+
+AVX512 = Costs("avx512", 1.8, 35, 1.8, 25, 1.75, 45, 1.8, 230, 12, 2.5, 10, 5, 5, 4)
+AVX2 = Costs("avx2", 1.8, 35, 1.8, 25, 1.75, 45, 1.8, 230, 12, 2.5, 5, 4, 5, 2)
+# Not measured with the last two, which have the register tiles of the others.
+_OF = {"avx512": AVX512, "avx2": AVX2, "neon": AVX512, "portable": AVX2}
+
+
+def costs_of(isa: str) -> Costs:
+    """Return the constants for an instruction set."""
+    return _OF[isa]
