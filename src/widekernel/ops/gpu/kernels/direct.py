@@ -86,8 +86,7 @@ def direct_sum_nhwc(
         N: number of images.
         C: number of channels.
         RECTS: as in `direct_sum_nchw`.
-        H: number of rows.
-        W: number of columns.
+        H, W: numbers of rows and columns.
         RELU: whether negative numbers are set to zero.
         RH: output rows per program.
         TW: output columns per program.
