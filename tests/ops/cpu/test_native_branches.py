@@ -1,4 +1,4 @@
-"""Native kernels with gaps between their taps, and several branches in one call, against PyTorch's convolution in float64."""
+"""Dilated kernels and branches in the native library against the definition: kernels, plans, and what ran."""
 
 from __future__ import annotations
 

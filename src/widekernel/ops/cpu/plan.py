@@ -149,8 +149,8 @@ def _cropped(size: tuple[int, int], anchor: tuple[int, int], dilation: int, heig
 def _groupings(pieces: list[Piece], no_zeros: bool) -> Iterator[tuple[list[Piece], list[list[int]]]]:
     """Return promising ways to merge kernels into passes, each with the kernels that are merged, some of them filled.
 
-    Covered kernels are merged into those that cover them, or all kernels of one dilation into one, which `no_zeros` excludes as far
-    as possible.
+    Covered kernels are merged into those that cover them, or all kernels of one dilation into one, which `no_zeros`
+    excludes as far as possible.
     """
     dense = [piece for piece in pieces if piece.dilation == 1]
     filled = [piece.filled() for piece in pieces]
