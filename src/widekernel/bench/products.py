@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -219,7 +220,7 @@ def _implementations(case: ProductCase) -> dict[str, Callable[[], Tensor]]:
         return layer(y, *weights[1]) if case.outputs else y
 
     images = {name: image.contiguous(memory_format=layout) for name, layout in LAYOUTS.items()}
-    calls: dict[str, Callable[[], Tensor]] = {name: (lambda x=x: packed(x)) for name, x in images.items()}
+    calls: dict[str, Callable[[], Tensor]] = {name: partial(packed, x) for name, x in images.items()}
     rows = images["NHWC"].permute(0, 2, 3, 1)
     kernels = [(matrix[:, :, None, None].contiguous(memory_format=torch.channels_last), bias) for matrix, bias in layers]
     calls[_LINEAR] = lambda: chained(F.linear, rows, layers).permute(0, 3, 1, 2)

@@ -87,7 +87,7 @@ def test_the_choice_follows_the_costs(costs: Costs) -> None:
     times = ("tile", "packing", "fetching")
     rates = {name: value / 2 for name, value in vars(costs).items() if name.endswith("rate")}
     slower = replace(costs, **rates, **{name: value * 2 for name, value in vars(costs).items() if name.endswith(times)})
-    for kernels in ([(7, 7)], [(31, 31)], [(5, 51), (51, 5)]):
+    for kernels in ([(7, 7)], [(31, 31)]):
         one, other = plan(of(kernels), 2, 16, costs), plan(of(kernels), 2, 16, slower)
         assert methods(one) == methods(other)
         assert 1.9 < other.cycles / one.cycles <= 2
