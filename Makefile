@@ -97,8 +97,10 @@ OVERHEAD := $(RESULTS)/sparsity_overhead_gpu.md
 bench-gpu: $(READY)
 	@$(UNPACK)
 	failed=0; \
-	$(WIDEKERNEL) bench ops --device cuda --minutes $(or $(MINUTES),10) --csv $(RESULTS)/bench_ops_gpu.csv \
+	$(WIDEKERNEL) bench ops --device cuda --cases layers dilated --minutes $(or $(MINUTES),10) --csv $(RESULTS)/bench_ops_gpu.csv \
 		--markdown $(RESULTS)/bench_ops_gpu.md --plot docs/images/bench_ops_gpu.png || failed=1; \
+	$(WIDEKERNEL) bench branches --device cuda --minutes $(or $(MINUTES),3) --csv $(RESULTS)/bench_branches_gpu.csv \
+		--markdown $(RESULTS)/bench_branches_gpu.md || failed=1; \
 	$(WIDEKERNEL) bench models --device cuda --compile --minutes $(or $(MINUTES),10) --csv $(RESULTS)/bench_models_gpu.csv \
 		--markdown $(RESULTS)/bench_models_gpu.md || failed=1; \
 	$(RUN) benchmarks/sparsity_overhead.py cuda > $(OVERHEAD).new && mv $(OVERHEAD).new $(OVERHEAD) || failed=1; \

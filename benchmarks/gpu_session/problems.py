@@ -85,7 +85,7 @@ def layers() -> list[Layer]:
         Layer("tall-and-narrow", (3, 33, 57, 10), ((31, 3), (3, 5))),
         Layer("one-image", (1, 40, 100, 96), ((31, 31), (5, 5))),
         Layer("dilated-odd-sizes", (5, 19, 29, 37), ((7, 7), (3, 5), (4, 2)), dilations=(2, 5, 7)),
-        Layer("dilated-channels_last", (16, 96, 28, 28), ((5, 5), (3, 3)), channels_last=True, dilations=(2, 5)),
+        Layer("dilated-channels_last", (16, 96, 28, 28), ((5, 5),), channels_last=True, dilations=(2,)),
     ]
 
 

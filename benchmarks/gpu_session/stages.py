@@ -74,8 +74,8 @@ def stages(out: Path, facts: Path, rehearsal: bool) -> list[Stage]:
 
 _PAGES = ((record.OPS, record.OPS_PAGE), (record.MODELS, record.MODELS_PAGE))
 _REAL = {
-    # The layers of networks come first, then dense kernels and the image of a detector.
-    "operators": ["--device", "cuda", "--dtypes", "bfloat16", "--cases", "layers", "targets", "--batch", "64"],
+    # The layers of networks come first, then the branches of a dilated one, dense kernels and the image of a detector.
+    "operators": ["--device", "cuda", "--dtypes", "bfloat16", "--cases", "layers", "dilated", "targets", "--batch", "64"],
     "networks": [*NETWORKS, *MORE_NETWORKS, "--device", "cuda", "--dtypes", "bfloat16", "--batch", "64,128"],
     "tuning": [*NETWORKS, "--dtypes", "bfloat16", "--candidates", str(TUNED_CANDIDATES), "--seconds", "0.05"],
 }

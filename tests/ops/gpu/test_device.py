@@ -16,6 +16,7 @@ from tests.ops.backends import BRANCHES, SUM_OF_BRANCHES
 from tests.ops.cases import relative_error
 from widekernel import ops
 from widekernel.layers import LargeKernel, Rectangles
+from widekernel.ops import torch_conv
 
 pytestmark = [
     pytest.mark.gpu,
@@ -130,6 +131,44 @@ def test_branches_and_their_gradients(kind: str, case: str) -> None:
     truths = convolutions(exact[0], exact[1:])
     want = torch.autograd.grad(truths, exact, [grad.double() for grad in grads])
     assert_within(kind, [*ys, *got], [*(truth.detach() for truth in truths), *want])
+
+
+# UniRepLKNet's dilated block, in sizes and dilations.
+BLOCK = [((13, 13), 1), ((5, 5), 1), ((7, 7), 2), ((3, 3), 3), ((3, 3), 4), ((3, 3), 5)]
+DILATED: dict[str, tuple[tuple[int, ...], list[tuple[tuple[int, int], int]], torch.memory_format]] = {
+    "block-28": ((16, 160, 28, 28), BLOCK, torch.contiguous_format),
+    "block-14": ((16, 320, 14, 14), BLOCK, torch.contiguous_format),
+    "block-7": ((16, 640, 7, 7), BLOCK, torch.contiguous_format),
+    "sum-odd-sizes": ((5, 19, 29, 37), [((4, 7), 2), ((2, 3), 7), ((7, 1), 3)], torch.contiguous_format),
+    "sum-small": ((5, 96, 29, 37), [((3, 3), 5), ((4, 2), 3)], torch.contiguous_format),
+    "sum-small-channels_last": ((5, 96, 29, 37), [((3, 3), 5), ((4, 2), 3)], NHWC),
+}
+
+
+@pytest.mark.parametrize("case", DILATED)
+@KINDS
+def test_dilated_kernels_and_their_gradients(kind: str, case: str) -> None:
+    shape, rects, layout = DILATED[case]
+    x = torch.randn(shape).to(DEVICE, dtype_of(kind)).contiguous(memory_format=layout)
+    inputs = [t.requires_grad_() for t in (x, *(torch.randn(shape[1], 1, *size).to(x) for size, _ in rects))]
+    anchors = [(kh - 1, 0) if case == "sum-odd-sizes" else (kh // 2, kw // 2) for (kh, kw), _ in rects]
+    dilations = [dilation for _, dilation in rects]
+    exact = doubled(inputs)
+    truths = [
+        torch_conv.depthwise_sum(exact[0], [kernel], [anchor], None, dilations=(dilation,))
+        for kernel, anchor, dilation in zip(exact[1:], anchors, dilations)
+    ]
+    with ops.trace() as trace:
+        if case.startswith("sum"):
+            ys, truths = [ops.depthwise_sum(x, inputs[1:], anchors, backend="triton", dilations=dilations)], [sum(truths)]
+        else:
+            ys = ops.depthwise_branches(x, inputs[1:], anchors, backend="triton", dilations=dilations)
+        grads = [torch.randn_like(y) for y in ys]
+        got = torch.autograd.grad(ys, inputs, grads)
+    assert set(trace.backends()) == {"triton"}
+    assert sorted(problem.dilations[0] for _, problem in trace.calls if problem.op == WEIGHT_GRAD) == sorted(dilations)
+    want = torch.autograd.grad(truths, exact, [grad.double() for grad in grads])
+    assert_within(kind, [*(y.detach() for y in ys), *got], [*(truth.detach() for truth in truths), *want])
 
 
 def test_tf32_is_less_exact_than_float32() -> None:

@@ -12,7 +12,7 @@ from functools import lru_cache
 import pytest
 import torch
 
-from tests.ops.gpu.compiling import OTHERS, Compiled, Job, compile_all
+from tests.ops.gpu.compiling import CHIPS, OTHERS, Compiled, Job, compile_all
 from widekernel.ops.gpu.candidates import candidates
 from widekernel.ops.gpu.config_choice import ranked_configs
 from widekernel.ops.gpu.kernel_configs import DirectNchw, DirectNhwc, DirectNhwcGrad, Flat, KernelConfig
@@ -63,6 +63,12 @@ ALL = [
     )
 ] + [
     problem(DEPTHWISE_SUM, extent, (5, 5), (3, 3), dtype=dtype) for extent in (7, 14) for dtype in (torch.bfloat16, FLOAT32)
+]
+# UniRepLKNet's dilated block.
+ALL += [
+    problem(op, extent, (13, 13), (5, 5), (7, 7), (3, 3), (3, 3), (3, 3), dilations=(1, 1, 2, 3, 4, 5))
+    for op in (DEPTHWISE_BRANCHES, DEPTHWISE_SUM_OF_BRANCHES)
+    for extent in (28, 7)
 ]
 ALL += [
     one
@@ -123,11 +129,23 @@ def flat(problem: Problem, chip: str) -> list[KernelConfig]:
 
 @pytest.mark.parametrize("chip", OTHERS)
 def test_matrices_that_do_not_fit_into_registers_are_no_candidates(chip: str) -> None:
-    """With 4 warps and 64 images, those of four branches spill 760 bytes per thread."""
-    two, many = (((13, 13), (5, 5)), ((13, 13), (13, 5), (5, 13), (5, 5), (3, 3), (7, 7)))
+    """With 4 warps and 64 images, those of four branches spill 760 bytes per thread; with 8 and 32, six fit."""
+    two, many = (((13, 13), (5, 5)), ((13, 13), (13, 5), (5, 13), (5, 5), (3, 3), (7, 7), (9, 9)))
     assert all(config.warps == 8 for config in flat(problem(DEPTHWISE_BRANCHES, 7, *two), chip))
     assert flat(problem(DEPTHWISE_BRANCHES, 7, *two), chip) and not flat(problem(DEPTHWISE_BRANCHES, 7, *many), chip)
     assert flat(problem(DEPTHWISE_SUM, 7, *many), chip)
+    assert {config.images for config in flat(problem(DEPTHWISE_BRANCHES, 7, *many[:6]), chip)} == {16, 32}
+
+
+def test_many_matrices_are_shared_by_more_warps() -> None:
+    """Of six branches, with 4 warps, those of 7x7 images spill more than 1,000 bytes per thread on sm_90 and sm_100."""
+    for chip in (CHIPS["sm_90"], CHIPS["sm_100"]):
+        for dtype in (torch.bfloat16, FLOAT32):
+            of = problem(DEPTHWISE_BRANCHES, 7, *SMALL_STRIPS, (3, 3), (7, 7), (9, 9), dtype=dtype)
+            found = [config for config in candidates(of, chip) if isinstance(config, Flat)]
+            assert found and all(config.warps == 8 and config.images <= 32 for config in found)
+            few = replace(of, kernels=of.kernels[:3], anchors=of.anchors[:3])
+            assert any(config.warps == 4 for config in candidates(few, chip) if isinstance(config, Flat))
 
 
 def test_a_thread_computes_few_outputs_by_multiply_adds() -> None:

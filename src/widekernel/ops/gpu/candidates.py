@@ -34,7 +34,9 @@ _MOST_UNROLLED = 400
 # Major compute capabilities whose tensor cores read from shared memory; all others read from registers.
 _FROM_SHARED = (9, 10)
 # Matrix elements that a thread may keep in registers, by the size of a number in 16-bit words.
-_MOST_KEPT = {1: 64, 2: 48}
+_MOST_KEPT = {1: 96, 2: 48}
+# Matrix elements of all branches, beyond which 4 warps spill although tensor cores read from shared memory.
+_MOST_OF_FOUR_WARPS = 3 * 64**2
 
 
 def candidates(problem: Problem, chip: Chip) -> list[KernelConfig]:
@@ -139,7 +141,10 @@ def _flat_warps(problem: Problem, chip: Chip, pixels: int, images: int, in_parts
         few = pixels * images <= _MOST_IN_PARTS and (one_matrix or pixels <= 64)
         if not few and not (one_matrix and chip.capability[0] == 9):
             return 0
-    if one_matrix or chip.capability[0] in _FROM_SHARED:
+    from_shared = chip.capability[0] in _FROM_SHARED
+    if from_shared and not one_matrix and pixels <= 64 and len(problem.kernels) * pixels**2 > _MOST_OF_FOUR_WARPS:
+        return 8 if pixels * images <= _MOST_IN_PARTS else 0
+    if one_matrix or from_shared:
         return 4 if pixels * images <= (64 * 16 if in_parts else 64 * 128) else 8
     # Unless they are large, the matrices of all branches stay in registers from one block of images to the next.
     warps = 8 if pixels == 64 else 4

@@ -79,16 +79,14 @@ def direct_sum_nhwc(
         x: images, channels contiguous.
         ws: kernels (KH, KW, C).
         y: (N, H, W, C).
-        scale: (C,) or None.
-        shift: (C,) or None.
+        scale, shift: (C,) or None.
         x_image: stride of x between images.
         x_row: stride of x between rows.
         x_column: stride of x between columns.
         N: number of images.
         C: number of channels.
         RECTS: as in `direct_sum_nchw`.
-        H: number of rows.
-        W: number of columns.
+        H, W: numbers of rows and columns.
         RELU: whether negative numbers are set to zero.
         RH: output rows per program.
         TW: output columns per program.
