@@ -41,9 +41,10 @@ BURST = {"call": 100, "kernel": 100, "training": 5}
 def kernel_call(x: torch.Tensor, kernel: torch.Tensor, y: torch.Tensor) -> Callable[[], object]:
     """Return a function that calls the native library with converted arguments."""
     size = (*SIZE, *ANCHOR)
-    passes, rects = (library.Pass * 1)(library.Pass(*size, library.DIRECT)), (library.Rect * 1)(library.Rect(None, *size, 0))
+    passes = (library.Pass * 1)(library.Pass(*size, library.DIRECT, 1, 0, 0))
+    rects = (library.Rect * 1)(library.Rect(None, *size, 1, 0))
     images = [(None, *tensor.stride()) for tensor in (x, y)]
-    call = library.Sum(library.FLOAT32, 1, *SHAPE, *images, 1, 1, passes, rects)
+    call = library.Sum(library.FLOAT32, 1, *SHAPE, *images, 1, 1, None, None, 1, 1, passes, rects)
     numbers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, y))
     arguments = (ctypes.byref(call), *numbers, (library.Address * 1)(kernel.data_ptr()), None, None, 0)
     function = library.load().calls.wk_depthwise_sum_at

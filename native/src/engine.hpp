@@ -12,7 +12,7 @@ namespace WK_NAMESPACE {
 
 // A block and its results should stay in the second-level cache.
 constexpr int64_t CACHED_VECTORS = (int64_t{5} << 18) / static_cast<int64_t>(sizeof(Vec));
-// Blocks that are packed together when channels are adjacent; the transforms need room in the cache, too.
+// Blocks that are packed together when channels are adjacent; transforms and branches need room in the cache, too.
 constexpr int64_t MOST_TOGETHER = 8, MOST_TOGETHER_HYBRID = 4;
 
 // A pass as computed: tall kernels are transposed, so that the micro-kernels slide along the long axis.

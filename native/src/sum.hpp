@@ -24,7 +24,8 @@ class Sum {
         }
         const bool adjoin = call.x.channel == 1 && call.y.channel == 1, alone = call.inputs == 1 && call.outputs == 1;
         in_place_ = adjoin && alone && call.dtype == WK_FLOAT32 && !any_hybrid_ && !any_dilated_ && !call.relu && taps <= FEW_TAPS;
-        together_ = blocks_together(adjoin, any_hybrid_, blocks_, call.images, call.threads);
+        // Several images take twice the room in the cache, as transforms do.
+        together_ = blocks_together(adjoin, any_hybrid_ || !alone, blocks_, call.images, call.threads);
         groups_ = ceil_div(blocks_, together_);
         spare_ = alone ? 1 : together_;
         bands_ = bands_for(call.images * groups_, call.threads, call.height, (together_ + spare_) * (call.width + 1 + 2 * margin_),

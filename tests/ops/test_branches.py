@@ -108,8 +108,7 @@ def test_branches_one_by_one_equal_separate_calls_bit_for_bit(dtype: torch.dtype
             if together:
                 ys = ops.depthwise_branches(inputs[0], inputs[1:], CROSS.anchors, backend="portable")
             else:
-                rects = zip(inputs[1:], CROSS.anchors)
-                ys = [ops.depthwise_sum(inputs[0], [k], [a], backend="portable") for k, a in rects]
+                ys = [ops.depthwise_sum(inputs[0], [k], [a], backend="portable") for k, a in zip(inputs[1:], CROSS.anchors)]
             y = inputs[0].sin()
             for one in ys:
                 y = y + one.sin()

@@ -252,7 +252,7 @@ def test_autocast_computes_in_bfloat16_and_differentiates_in_float32(chosen: str
     inputs = [t.requires_grad_() for t in (x, *kernels)]
     with ops.trace() as trace:
         with torch.autocast("cpu", torch.bfloat16):
-            ys = ops.depthwise_branches(x, kernels, CROSS.anchors)
+            ys = ops.depthwise_branches(x, kernels, CROSS.anchors, backend=chosen)
         sum(y.float().sum() for y in ys).backward()
     assert {y.dtype for y in ys} == {torch.bfloat16}
     assert {problem.dtype for _, problem in trace.calls} == {torch.bfloat16}

@@ -102,15 +102,16 @@ def test_dilated_calls_are_found_and_told_apart() -> None:
         for dilations in (None, [1, 1], [1, 2], (2, 1)):
             steps = tuple(dilations or (1, 1))
             with ops.trace() as trace:
-                y = ops.depthwise_sum(X, [K, wide], dilations=dilations)
-                ys = ops.depthwise_branches(X, [K, wide], dilations=dilations)
+                y = ops.depthwise_sum(X, [K, wide], dilations=dilations, backend="portable")
+                ys = ops.depthwise_branches(X, [K, wide], dilations=dilations, backend="portable")
             assert [problem.dilations for _, problem in trace.calls] == [steps, steps[:1], steps[1:]]
-            assert eager.find_sum(X, [K, wide], None, None, None, None, None, dilations).problem.dilations == steps
+            found = eager.find_sum(X, [K, wide], None, None, None, "portable", None, dilations)
+            assert found.problem.dilations == steps
             want = [ops.depthwise_sum(X, [k], backend="reference", dilations=[d]) for k, d in zip((K, wide), steps)]
             assert_close(y, sum(want))
             for branch, truth in zip(ys, want, strict=True):
                 assert_close(branch, truth)
-    assert eager.find_sum(X, [K, wide], None, None, None, None, None, [1, 3]) is None
+    assert eager.find_sum(X, [K, wide], None, None, None, "portable", None, [1, 3]) is None
 
 
 def test_branches_that_were_called_before() -> None:
@@ -118,7 +119,7 @@ def test_branches_that_were_called_before() -> None:
     want = [ops.depthwise_sum(X, [k], [a], backend="reference") for k, a in zip(kernels, anchors)]
     for _ in range(2):
         with ops.trace() as trace:
-            ys = ops.depthwise_branches(X, kernels, anchors)
+            ys = ops.depthwise_branches(X, kernels, anchors, backend="portable")  # which fuses none
         assert [problem.op for _, problem in trace.calls] == ["depthwise_sum"] * 2
         for y, truth in zip(ys, want):
             assert_close(y, truth)

@@ -12,9 +12,18 @@ from widekernel.ops.cpu.plan import Piece, Plan, plan, reason_for_pytorch
 from widekernel.ops.problem import Problem
 
 
-def of(kernels, shape=(8, 128, 56, 56), op="depthwise_sum", algorithm=None, anchors=None, channels_last=False) -> Problem:
+def of(
+    kernels,
+    shape=(8, 128, 56, 56),
+    op="depthwise_sum",
+    algorithm=None,
+    anchors=None,
+    channels_last=False,
+    dilations=(),
+) -> Problem:
     anchors = anchors or tuple((kh // 2, kw // 2) for kh, kw in kernels)
-    return Problem(op, "cpu", torch.float32, shape, tuple(kernels), tuple(anchors), channels_last, algorithm)
+    layout = channels_last, algorithm
+    return Problem(op, "cpu", torch.float32, shape, tuple(kernels), tuple(anchors), *layout, dilations=tuple(dilations))
 
 
 def methods(chosen: Plan) -> list[bool]:
@@ -82,14 +91,58 @@ def test_every_tap_that_sees_a_pixel_is_in_its_pass(data: st.DataObject) -> None
     height, width = data.draw(st.integers(1, 60)), data.draw(st.integers(1, 60))
     sizes = data.draw(st.lists(st.tuples(st.integers(1, 70), st.integers(1, 70)), min_size=1, max_size=4))
     anchors = [(data.draw(st.integers(0, kh - 1)), data.draw(st.integers(0, kw - 1))) for kh, kw in sizes]
-    chosen = plan(of(sizes, (2, 20, height, width), anchors=tuple(anchors)), 2, 16)
+    dilations = data.draw(st.lists(st.integers(1, 6), min_size=len(sizes), max_size=len(sizes)))
+    algorithm = data.draw(st.sampled_from([None, "direct"]))
+    problem = of(sizes, (2, 20, height, width), algorithm=algorithm, anchors=tuple(anchors), dilations=dilations)
+    chosen = plan(problem, 2, 16)
     assert len(chosen.targets) == len(sizes)
-    for (kh, kw), (row, column), target in zip(sizes, anchors, chosen.targets):
+    for (kh, kw), (row, column), dilation, target in zip(sizes, anchors, dilations, chosen.targets):
         piece = chosen.passes[target].piece
+        assert dilation % piece.dilation == 0
         for taps, anchor, extent, covered, at in [
             (kh, row, height, piece.rows, piece.row),
             (kw, column, width, piece.columns, piece.column),
         ]:
-            seen = [tap - anchor for tap in range(taps) if abs(tap - anchor) < extent]
-            assert -at <= min(seen)
-            assert max(seen) < covered - at
+            seen = [(tap - anchor) * dilation for tap in range(taps) if abs(tap - anchor) * dilation < extent]
+            assert -at * piece.dilation <= min(seen)
+            assert max(seen) < (covered - at) * piece.dilation
+
+
+# UniRepLKNet's block of the largest kernel.
+SIZES, DILATIONS = [(13, 13), (5, 5), (7, 7), (3, 3), (3, 3), (3, 3)], (1, 1, 2, 3, 4, 5)
+
+
+@pytest.mark.parametrize("algorithm", [None, "direct"])
+def test_dilated_kernels_that_a_dense_one_covers_fill_their_gaps(algorithm: str | None) -> None:
+    chosen = plan(of(SIZES, (8, 160, 28, 28), algorithm=algorithm, dilations=DILATIONS), 2, 16)
+    assert [step.piece for step in chosen.passes] == [Piece(13, 13, 6, 6)]
+    assert chosen.targets == (0,) * 6
+    assert str(chosen).endswith(", gaps of 4 of 6 kernels filled with zeros")
+
+
+def test_kernels_of_one_dilation_are_merged() -> None:
+    chosen = plan(of([(7, 7), (3, 3)], (8, 160, 28, 28), dilations=(4, 4)), 2, 16)
+    assert [step.piece for step in chosen.passes] == [Piece(7, 7, 3, 3, 4)]
+    assert str(chosen) == "7x7 with dilation 4 direct"
+
+
+@pytest.mark.parametrize("op", ["depthwise_branches", "depthwise_sum_of_branches"])
+def test_each_branch_has_a_pass(op: str) -> None:
+    chosen = plan(of(SIZES, (8, 160, 28, 28), op, dilations=DILATIONS), 2, 16)
+    assert [step.piece.dilation for step in chosen.passes] == list(DILATIONS)
+    assert chosen.targets == tuple(range(6))
+
+
+def test_taps_beyond_the_image_are_left_out_in_units_of_the_dilation() -> None:
+    (step,) = plan(of([(7, 7)], (8, 640, 7, 7), dilations=(4,)), 2, 16).passes
+    assert step.piece == Piece(3, 3, 1, 1, 4)
+    (step,) = plan(of([(3, 3)], (8, 640, 4, 4), dilations=(5,)), 2, 16).passes
+    assert step.piece == Piece(1, 1, 0, 0, 1)
+
+
+def test_the_direct_algorithm_never_puts_zeros_between_taps() -> None:
+    for op in ("depthwise_sum", "depthwise_branches", "depthwise_weight_grad"):
+        (step,) = plan(of([(15, 15)], op=op, algorithm="direct", dilations=(2,)), 2, 16).passes
+        assert step.piece == Piece(15, 15, 7, 7, 2)
+    crossed = plan(of([(51, 5), (5, 51)], (8, 128, 7, 7), algorithm="direct"), 2, 16)
+    assert len(crossed.passes) == 2

@@ -23,6 +23,7 @@ from widekernel.ops.problem import (
     Problem,
     touching,
 )
+from widekernel.ops.problem import DIRECT as DIRECT_ALGORITHM
 
 BRANCHES = (DEPTHWISE_BRANCHES, DEPTHWISE_SUM_OF_BRANCHES)
 METHODS = {DIRECT: "direct", HYBRID_ALONG_ROWS: "hybrid along rows", HYBRID_ALONG_COLUMNS: "hybrid along columns"}
@@ -105,8 +106,10 @@ def plan(problem: Problem, threads: int, lanes: int) -> Plan:
     images, channels, height, width = problem.shape
     rects = zip(problem.kernels, problem.anchors, problem.dilations)
     pieces = [_cropped(size, anchor, dilation, height, width) for size, anchor, dilation in rects]
+    # Zeros between the taps of a kernel would spread an infinity to its gaps.
+    no_zeros = problem.algorithm == DIRECT_ALGORITHM
     best: tuple[float, tuple[Pass, ...], list[list[int]], list[Piece]] | None = None
-    for taken, groups in _groupings(pieces) if problem.op == DEPTHWISE_SUM else [_one_by_one(pieces, problem)]:
+    for taken, groups in _groupings(pieces, no_zeros) if problem.op == DEPTHWISE_SUM else [_one_by_one(pieces, problem)]:
         steps = [_cheapest(_bounding([taken[i] for i in group]), problem) for group in groups]
         cycles = sum(cost for _, cost in steps)
         if best is None or cycles < best[0]:
@@ -152,16 +155,17 @@ def _cropped(size: tuple[int, int], anchor: tuple[int, int], dilation: int, heig
     return Piece(*extent, anchor[0] - rows.start, anchor[1] - columns.start, 1 if extent == (1, 1) else dilation)
 
 
-def _groupings(pieces: list[Piece]) -> Iterator[tuple[list[Piece], list[list[int]]]]:
+def _groupings(pieces: list[Piece], no_zeros: bool) -> Iterator[tuple[list[Piece], list[list[int]]]]:
     """Return promising ways to merge kernels into passes, each with the kernels that are merged, some of them filled.
 
-    Covered kernels are merged into those that cover them, or all kernels of one dilation into one.
+    Covered kernels are merged into those that cover them, or all kernels of one dilation into one. With `no_zeros`, no
+    kernel reads pixels between its taps, unless there are too many for one call.
     """
     dense = [piece for piece in pieces if piece.dilation == 1]
     filled = [piece.filled() for piece in pieces]
     covered = [full if any(d.covers(full) for d in dense) else piece for piece, full in zip(pieces, filled)]
     # Without dilations, all three are the same.
-    for taken in [pieces] if pieces == filled else [pieces, covered, filled]:
+    for taken in [pieces] if pieces == filled else [pieces, covered] if no_zeros else [pieces, covered, filled]:
         maximal: list[list[int]] = []
         for i in sorted(range(len(taken)), key=lambda i: -taken[i].rows * taken[i].columns):
             home = next((group for group in maximal if taken[group[0]].covers(taken[i])), None)
@@ -173,13 +177,17 @@ def _groupings(pieces: list[Piece]) -> Iterator[tuple[list[Piece], list[list[int
         together = [[i for i, piece in enumerate(taken) if piece.dilation == dilation] for dilation in dilations]
         if len(maximal) <= MOST_PASSES:
             yield taken, maximal
-        if len(together) < len(maximal) and len(together) <= MOST_PASSES:
+        if not no_zeros and len(together) < len(maximal) and len(together) <= MOST_PASSES:
             yield taken, together
+    if no_zeros and len(maximal) > MOST_PASSES:
+        yield filled, [list(range(len(pieces)))]
 
 
 def _one_by_one(pieces: list[Piece], problem: Problem) -> tuple[list[Piece], list[list[int]]]:
     """Return the cheaper form of each kernel, dilated or filled, and one group for each."""
-    taken = [min([piece, piece.filled()], key=lambda form: _cheapest(form, problem)[1]) for piece in pieces]
+    taken = pieces
+    if problem.algorithm != DIRECT_ALGORITHM:
+        taken = [min([piece, piece.filled()], key=lambda form: _cheapest(form, problem)[1]) for piece in pieces]
     return taken, [[i] for i in range(len(pieces))]
 
 
