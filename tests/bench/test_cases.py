@@ -24,7 +24,7 @@ def test_macs_count_taps_on_pixels(height: int, width: int, kernel: tuple[int, i
     assert inside(height, kernel[0]) * inside(width, kernel[1]) == counted
     padding = 2 * padding[0], 2 * padding[1]
     pixels, taps = torch.ones(1, 1, height, width), torch.ones(1, 1, *kernel)
-    counted = F.conv2d(pixels, taps, padding=padding, dilation=2).sum().item()
+    counted = F.conv2d(pixels, taps, padding=padding, dilation=2)[..., :height, :width].sum().item()
     assert Case("some", 3, 2, height, width, kernel, 2).macs == 6 * counted
 
 

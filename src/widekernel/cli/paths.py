@@ -9,7 +9,7 @@ from widekernel.data.paths import expand_path
 PATHS = frozenset(
     {
         "source", "output", "config", "model.weights", "data.root", "data.class_map", "sparsity.masks",
-        "distillation.teacher.weights", "csv", "markdown", "plot", "table",
+        "distillation.teacher.weights", "csv", "json", "markdown", "plot", "table",
         "model", "models", "data", "stimuli", "observers", "compare",
     }
 )  # fmt: skip

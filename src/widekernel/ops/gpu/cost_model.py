@@ -187,7 +187,8 @@ def _toeplitz_grad(problem: Problem, config: ToeplitzGrad, chip: Chip) -> float:
     visited = sum(math.ceil(batch * rows / config.depth) for rows in met) * column_blocks
     rows = config.kernel_rows * config.inputs
     # Adjacent kernel rows of a block need the same rows of x except for one, or as many as the dilation.
-    fresh = (config.inputs * (1 + config.kernel_rows * min(dilation, 4) / 4) + config.outputs) * config.depth
+    apart = min(dilation, 4) if min(config.kernel_rows, kh) > 1 else 1
+    fresh = (config.inputs * (1 + config.kernel_rows * apart / 4) + config.outputs) * config.depth
     filled = (rows + config.outputs) * config.depth
     loads = filled / _pieces(problem, width, config.transposed and not config.copied)
     block = (rows, config.outputs, config.depth)

@@ -99,10 +99,11 @@ class AccelerationReport:
         }
 
     def __str__(self) -> str:
-        """Return a table with one line per layer, another one with the blocks, and a summary of each."""
-        lines = [*_table("layer", self.layers), self._summary("layers swapped", self.layers, self.backward)]
+        """Return a table with one line per block, another one with the layers, and a summary of each."""
+        lines = []
         if self.blocks:
-            lines += ["", *_table("block", self.blocks), self._summary("blocks fused", self.blocks, False)]
+            lines = [*_table("block", self.blocks), self._summary("blocks fused", self.blocks, False), ""]
+        lines += [*_table("layer", self.layers), self._summary("layers swapped", self.layers, self.backward)]
         return "\n".join(lines)
 
     def _summary(self, what: str, rows: tuple[LayerAcceleration, ...], backward: bool) -> str:
