@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from widekernel import __version__
 from widekernel.data.config import processors
 from widekernel.errors import ArgumentError
 from widekernel.ops.cpu import library
@@ -136,6 +137,8 @@ def cpu_model() -> str:
 
 def installed_version(package: str, otherwise: str = "unknown") -> str:
     """Return the version of an installed package, or `otherwise` if it is not installed."""
+    if package == "widekernel":
+        return __version__  # that of the running code: metadata of an editable installation may be old
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
