@@ -51,6 +51,7 @@ FOR_EVERYBODY = [
     "file_types",
     "files",
     "lazy",
+    "quiet",
     "safe_pickle",
     "settings",
     "tensor_files",

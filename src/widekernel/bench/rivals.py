@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import io
-import logging
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from widekernel.quiet import quiet
 
 # The packages that each engine needs for a network.
 _NEEDS = {"onnxruntime": ("onnxruntime", "onnx", "onnxscript"), "OpenVINO": ("openvino",)}
@@ -38,7 +36,7 @@ def network_in(rival: str, network: nn.Module, images: Tensor) -> Callable[[Tens
         network: the network in evaluation mode, on PyTorch's own operators.
         images: (N, C, H, W), stored as NCHW.
     """
-    with _quiet(), torch.no_grad():
+    with quiet(), torch.no_grad():
         return {"onnxruntime": _onnxruntime, "OpenVINO": _openvino}[rival](network, images)
 
 
@@ -66,16 +64,3 @@ def _openvino(network: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     compiled = openvino.Core().compile_model(model, "CPU", settings)
     return lambda x: torch.from_numpy(compiled(x.numpy())[0].copy())
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the messages and progress bars of converters off the terminal."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import io
-import logging
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,16 +159,3 @@ class Format(ABC):
                 f"The format {self.name}{' in 8 bits' if int8 else ''} needs {', '.join(missing)}, which "
                 f"{'is' if len(missing) == 1 else 'are'} not installed. Install with `pip install 'widekernel[export]'`."
             )
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the messages and progress bars of converters, which are for their developers, off the terminal."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from widekernel.export.base import INPUT, Format, GraphInputs, HalfPrecision, KernelRule, Run, quiet
+from widekernel.export.base import INPUT, Format, GraphInputs, HalfPrecision, KernelRule, Run
+from widekernel.quiet import quiet
 
 
 class OnnxFormat(Format):

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from widekernel.export.base import INPUT, Format, GraphInputs, KernelRule, Run, quiet
+from widekernel.export.base import INPUT, Format, GraphInputs, KernelRule, Run
+from widekernel.quiet import quiet
 
 _SECTION = "widekernel"  # of the file's runtime information
 

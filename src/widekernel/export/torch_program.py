@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from widekernel import ops
-from widekernel.export.base import Format, GraphInputs, HalfPrecision, KernelRule, Run, quiet
+from widekernel.export.base import Format, GraphInputs, HalfPrecision, KernelRule, Run
+from widekernel.quiet import quiet
 
 _EXTRA = "widekernel.json"  # file inside the archive
 
