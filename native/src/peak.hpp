@@ -19,14 +19,14 @@ WK_INLINE void advance(Vec &chain, const Vec &factor, const Vec &step) {
     }
 }
 
-// Enough independent chains to keep two units of latency six busy.
+// Enough independent chains to keep two units of latency four or five busy, and with more registers, of latency twelve.
 inline int64_t multiply_add_for(double seconds) {
     auto now = [] {
         timespec t;
         clock_gettime(CLOCK_MONOTONIC, &t);
         return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
     };
-    constexpr int CHAINS = 12;
+    constexpr int CHAINS = WK_REGISTERS >= 32 ? 24 : 12;
     Vec chain[CHAINS];
     Vec factor = all(0.999f), step = all(0.001f);
     unroll<CHAINS>([&](auto i) { chain[i] = all(float(i)); });

@@ -22,22 +22,12 @@ PRECISIONS = {"float32": native.FLOAT32, "bfloat16": native.BFLOAT16}
 def reason_against(precision: str) -> str | None:
     """Return why products of this precision, a key of `PRECISIONS`, cannot run here; None if they can."""
     library = native.load()
-    if library.reason is not None:
+    if library.reason is not None or precision == "float32":
         return library.reason
     reason = library.calls.wk_why_no_products(PRECISIONS[precision])
-    return None if reason is None else reason.decode()
-
-
-def require_precision(precision: str) -> None:
-    """Check that products of this precision, a key of `PRECISIONS`, can run here.
-
-    Raises:
-        ArgumentError: if they cannot.
-    """
-    reason = reason_against(precision)
-    if reason is not None:
-        remedy = "" if precision == "float32" else "; use float32, which runs on every processor"
-        raise ArgumentError(f"precision is {precision!r}, but {reason}{remedy}")
+    if reason is None:
+        return None
+    return f"precision is {precision!r}, but {reason.decode()}: use 'float32', which runs on every processor"
 
 
 class _Call(NamedTuple):
@@ -97,7 +87,9 @@ class PackedBlock:
         for name, value, known in (("activation", activation, ACTIVATIONS), ("precision", precision, PRECISIONS)):
             if value not in known:
                 raise ArgumentError(f"{name} is {value!r}.{nearest(value, known)} It must be one of {', '.join(known)}.")
-        require_precision(precision)
+        lacking = reason_against(precision)
+        if lacking is not None:
+            raise ArgumentError(f"products cannot be packed: {lacking}")
         if norm_eps is not None and not 0 <= norm_eps < float("inf"):
             raise ArgumentError(f"norm_eps is {norm_eps}, but must be None or a finite number that is not negative")
         hidden, inputs = _checked_matrix("first", first)
