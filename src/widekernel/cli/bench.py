@@ -126,13 +126,18 @@ def _bench_models(arguments: list[str]) -> int:
     require(values["size"] is None or values["size"] > 0, "size", values["size"], "positive")
     batches = _numbers("batch", values["batch"])
     files, accelerator = _check_common(values, "models")
-    from widekernel.bench import check_operator, notes, tables
+    from widekernel.bench import check_operator, lower_precision, notes, tables
     from widekernel.bench.lookup import build_network, check_names
     from widekernel.bench.networks import DEFAULT_BATCHES, DEFAULT_NETWORKS, MODES, NetworkPlan, measure_networks
+    from widekernel.bench.variants import INFER
     from widekernel.bench.precision import BFLOAT16, FLOAT32
 
     modes = parse_names("modes", values["modes"], MODES)
     names = values["names"]
+    lower = accelerator is None and values["dtypes"] == [BFLOAT16]
+    if lower:
+        require(modes == [INFER], "modes", values["modes"], "infer with --dtypes bfloat16 on the CPU, where only inference has it")
+        require(not values["compile"], "compile", True, "left out with --dtypes bfloat16 on the CPU")
     if accelerator is None:
         require(bool(names), "names", names, "at least one model, because there are no default models on the CPU")
         require(len(batches) < 2, "batch", values["batch"], "one number on the CPU; several are for --device cuda")
@@ -149,8 +154,12 @@ def _bench_models(arguments: list[str]) -> int:
         progress_console().print(remark, soft_wrap=True)
     plan = NetworkPlan(networks, batches, precisions, modes, bool(values["compile"]), **given, rivals=rivals)
     run = _Run(values, files, accelerator, len(names))
-    rows = run.measure(partial(measure_networks, plan), check_operator)
-    columns = tables.network_columns(rows, accelerator is not None)
+    if lower:
+        rows = run.measure(partial(lower_precision.measure_lower_networks, plan), check_operator)
+        columns, about = lower_precision.precision_columns(rows), lower_precision.NOTES
+    else:
+        rows = run.measure(partial(measure_networks, plan), check_operator)
+        columns = tables.network_columns(rows, accelerator is not None)
     run.show(_Page(title, columns, (*remarks, *about), command_line("models", arguments)), rows)
     run.budget.finish()
     return 0
@@ -219,7 +228,10 @@ def _models_parser() -> jsonargparse.ArgumentParser:
     names = "models (`widekernel models --all` lists them); default on CUDA: RepLKNet-31B, SLaK-T, SW-T and ConvNeXt-T"
     parser.add_argument("names", type=str, nargs="*", help=names)
     parser.add_argument("--batch", type=str | None, default=None, help="images in a call; default 4, on CUDA 64,128")
-    dtypes = f"{_DTYPES}, the 16-bit ones by autocast; default: bfloat16 on CUDA, float32 on the CPU"
+    dtypes = (
+        f"{_DTYPES}, on CUDA the 16-bit ones by autocast; default: bfloat16 on CUDA, float32 on the CPU. bfloat16 on the CPU: "
+        "inference with products in bfloat16 beside float32"
+    )
     parser.add_argument("--dtypes", type=str | None, default=None, help=dtypes)
     parser.add_argument("--size", type=int | None, default=None, help="pixels; default: the model's own")
     parser.add_argument("--modes", type=str, default="train,infer", help="which of train,infer to time")
@@ -269,14 +281,16 @@ def _check_common(values: dict[str, Any], kind: str) -> tuple[dict[str, Path], A
         the files to write, and the device (None for the CPU).
     """
     from widekernel.bench import devices
-    from widekernel.bench.precision import FLOAT32, parse_precisions
+    from widekernel.bench.precision import BFLOAT16, FLOAT32, parse_precisions
 
     for key in ("threads", "rounds", "seconds", "minutes"):
         require(values[key] is None or values[key] > 0, key, values[key], "positive")
     given = values["dtypes"]
     values["dtypes"] = [] if given is None else parse_precisions(given)
     if values["device"] == "cpu":
-        require(values["dtypes"] in ([], [FLOAT32]), "dtypes", given, "float32 on the CPU; others are for --device cuda")
+        known = [[], [FLOAT32], *([[BFLOAT16]] if kind in ("models", "pointwise") else [])]
+        allowed = "float32 or bfloat16" if len(known) > 2 else "float32"
+        require(values["dtypes"] in known, "dtypes", given, f"{allowed} on the CPU; others are for --device cuda")
         require(values["minutes"] is None, "minutes", values["minutes"], "left out on the CPU, where no run has a budget")
     if values["seconds"] is None:
         values["seconds"] = (_CPU_SECONDS if values["device"] == "cpu" else _CUDA_SECONDS)[kind]
