@@ -13,7 +13,7 @@ extern "C" {
 #endif
 
 // Incremented whenever a structure or a function here changes its meaning.
-#define WK_ABI 3
+#define WK_ABI 4
 // Most passes and kernels of one call.
 #define WK_MOST_PASSES 16
 #define WK_MOST_RECTS 64
@@ -84,12 +84,18 @@ typedef struct {
 // A matrix product over channels, an activation, and perhaps a second product, for every pixel:
 // y = residual + second · activation(first · norm(x) + first_bias) + second_bias, and without a second product
 // y = residual + activation(first · norm(x) + first_bias). Everything is float32.
+//
+// If `response` is given, hidden units go through a response norm before the second product:
+// hidden · (1 + response · size / (mean + response_eps)), where `size` is the Euclidean norm of a unit over the pixels of its image,
+// and `mean` that of the sizes of all units of the image.
 typedef struct {
     int32_t inputs, hidden, outputs;  // channels; `outputs` is 0 without a second product
     int32_t activation;
     int32_t normalize;  // whether the norm is a layer norm over the channels of a pixel, without factors; otherwise it is x
     float eps;          // added to the variance
     const float *first, *first_bias, *second, *second_bias;  // (hidden, inputs), (hidden), (outputs, hidden), (outputs)
+    const float *response;  // (hidden); only with a second product
+    float response_eps;
 } wk_pointwise_weights;
 
 // Weights in the order in which they are used, for the instruction set that was in use when they were packed.
@@ -101,7 +107,19 @@ typedef struct {
     int32_t threads;
     int32_t images, height, width;
     wk_tensor x, residual, y;
+    const float *factors;  // (images, inputs); `x` is multiplied by them before anything else; may be null
 } wk_pointwise_call;
+
+// Squeeze-excite: y = sigmoid(second · activation(first · mean(x) + first_bias) + second_bias), where the mean is that over the pixels
+// of an image. Everything is float32. Biases may be null. As in `wk_pointwise_call`, any strides are valid.
+typedef struct {
+    int32_t threads;
+    int32_t images, channels, height, width;
+    wk_tensor x;
+    int32_t hidden, activation;
+    const float *first, *first_bias, *second, *second_bias;  // (hidden, channels), (hidden), (channels, hidden), (channels)
+    float *y;                                                // (images, channels)
+} wk_gate;
 
 int32_t wk_abi(void);
 // The instruction set in use: "avx512", "avx2", "neon" or "portable".
@@ -131,10 +149,14 @@ void wk_pointwise_free(wk_pointwise *packed);
 // Several threads may use the same weights at the same time.
 int32_t wk_pointwise_run(const wk_pointwise *packed, const wk_pointwise_call *call);
 // The same with other addresses, like `wk_depthwise_sum_at`.
-int32_t wk_pointwise_run_at(const wk_pointwise *packed, const wk_pointwise_call *call, const void *x, const void *residual, void *y);
+int32_t wk_pointwise_run_at(const wk_pointwise *packed, const wk_pointwise_call *call, const void *x, const float *factors,
+                            const void *residual, void *y);
 // The most bytes of working memory that any call with up to `threads` threads needs: for each thread, and shared by all threads,
 // including the packed weights.
 void wk_pointwise_workspace(const wk_pointwise *packed, int32_t threads, int64_t *per_thread, int64_t *shared);
+
+int32_t wk_gate_run(const wk_gate *call);
+int32_t wk_gate_run_at(const wk_gate *call, const void *x, float *y);
 
 const char *wk_error_text(int32_t error);
 

@@ -18,6 +18,8 @@ struct wk_pointwise {
     void *memory;
     int64_t bytes;
     float *first, *first_bias, *second, *second_bias;  // parts of `memory`
+    float *response;                                   // another one, or null
+    float response_eps;
 };
 
 namespace wk {
@@ -32,6 +34,7 @@ struct Kernels {
     int32_t (*pointwise_pack)(const wk_pointwise_weights &weights, wk_pointwise &packed);
     int32_t (*pointwise_run)(const wk_pointwise &packed, const wk_pointwise_call &call);
     void (*pointwise_workspace)(const wk_pointwise &packed, int32_t threads, int64_t &per_thread, int64_t &shared);
+    int32_t (*gate)(const wk_gate &call);
     double (*fma_peak)(int32_t threads, double seconds);
 };
 

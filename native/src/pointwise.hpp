@@ -1,12 +1,10 @@
-// y = residual + second · act(first · norm(x) + bias) + bias for every pixel, with weights packed in advance.
+// y = residual + second · act(first · norm(x · factors) + bias) + bias for every pixel, with weights packed in advance.
 #pragma once
 
 #include "activation.hpp"
+#include "phases.hpp"
 #include "pointwise_weights.hpp"
 #include "stack.hpp"
-#include "threads.hpp"
-
-#include <sched.h>
 
 namespace wk {
 namespace WK_NAMESPACE {
@@ -95,13 +93,19 @@ inline void pointwise_workspace(const wk_pointwise &packed, int32_t threads, int
     if (threads > 1) shared += Activations::bytes(packed, Distribution::fewest_apart(weights, threads), packed.hidden);
 }
 
+inline Vec sum_of_squares(const Vec *at, int64_t count) {
+    Vec even{}, odd{};
+    for (int64_t i = 0; i + 1 < count; i += 2) even += at[i] * at[i], odd += at[i + 1] * at[i + 1];
+    return count % 2 ? even + at[count - 1] * at[count - 1] + odd : even + odd;
+}
+
 // One call.
 class Pointwise {
   public:
     Pointwise(const wk_pointwise &packed, const wk_pointwise_call &call)
         : packed_(packed), weights_(packed), x_(call.x, call.images, call.height, call.width),
           y_(call.y, call.images, call.height, call.width), residual_(call.residual, call.images, call.height, call.width),
-          pixels_(int64_t{call.images} * call.height * call.width), plan_(weights_, pixels_, call.threads),
+          factors_(call.factors), image_pixels_(int64_t{call.height} * call.width), pixels_(call.images * image_pixels_), plan_(weights_, pixels_, call.threads),
           own_bytes_(Activations::bytes(packed, plan_.together, weights_.chunks.size)) {
         parts_ = least(weights_.chunks.size / PANEL, ceil_div(4 * plan_.threads, weights_.chunks.count()));
         endings_ = least(panels_for(packed.outputs), 4 * plan_.threads);
@@ -111,7 +115,7 @@ class Pointwise {
         if (!plan_.shared) {
             parallel(plan_.threads, ceil_div(pixels_, plan_.together),
                      [](void *self, int64_t task) { static_cast<Pointwise *>(self)->compute(task); }, this);
-            return __atomic_load_n(&out_of_memory_, __ATOMIC_RELAXED) ? WK_OUT_OF_MEMORY : WK_OK;
+            return outcome();
         }
         Carver carver{shared_memory.at_least(Activations::bytes(packed_, pixels_, packed_.hidden))};
         if (!carver.base) return WK_OUT_OF_MEMORY;
@@ -122,7 +126,9 @@ class Pointwise {
         return WK_OK;
     }
 
-  private:
+  protected:
+    int32_t outcome() const { return __atomic_load_n(&out_of_memory_, __ATOMIC_RELAXED) ? WK_OUT_OF_MEMORY : WK_OK; }
+
     void compute(int64_t task) {
         char *block = own_memory.at_least(own_bytes_);
         if (!block) {
@@ -144,11 +150,6 @@ class Pointwise {
         if (packed_.outputs)
             unpack_pixels(own.y, 0, own.y.groups, target(0, packed_.outputs), first,
                           reinterpret_cast<const Vec *>(packed_.second_bias));
-    }
-
-    // Tasks start in order, so others are already at work on what a task waits for.
-    static void wait_for(const int64_t *finished, int64_t count) {
-        while (__atomic_load_n(finished, __ATOMIC_ACQUIRE) < count) sched_yield();
     }
 
     void contribute(int64_t task) {
@@ -183,16 +184,18 @@ class Pointwise {
     }
 
     void pack(int64_t first, const Stack &to) const {
-        if (packed_.normalize)
-            pack_pixels(x_, first, packed_.inputs, to, [&](const Slot &slot) { normalize(slot, packed_.inputs, packed_.eps); });
-        else
-            pack_pixels(x_, first, packed_.inputs, to, [](const Slot &) {});
+        pack_pixels(x_, first, packed_.inputs, to, [&](const Slot &slot, int64_t pixel) {
+            if (factors_) multiply(slot, factors_ + (first + pixel) / image_pixels_ * packed_.inputs, packed_.inputs);
+            if (packed_.normalize) normalize(slot, packed_.inputs, packed_.eps);
+        });
     }
 
-    // Panels [begin, end) of a chunk; the chunk's first group is `group` of `to`.
-    void hidden_units(const Stack &x, int64_t chunk, int64_t begin, int64_t end, const Stack &to, int64_t group) const {
+    // Panels [begin, end) of a chunk; the chunk's first group is `group` of `to`. The sums of the squares of its units over all
+    // pixels go to `squares`, if given, which has one vector for each group of `to`.
+    void hidden_units(const Stack &x, int64_t chunk, int64_t begin, int64_t end, const Stack &to, int64_t group,
+                      Vec *squares = nullptr) const {
         const int64_t units = weights_.chunks.in(chunk), blocks = weights_.blocks.count();
-        const float *next = packed_.outputs ? weights_.second(chunk, 0) : next_chunk(chunk);
+        const float *next = packed_.outputs && !packed_.response ? weights_.second(chunk, 0) : next_chunk(chunk);
         const Vec *bias = reinterpret_cast<const Vec *>(packed_.first_bias) + weights_.chunks.begin(chunk) / LANES;
         for (int64_t block = 0; block < blocks; block++)
             for (int64_t panel = begin; panel < end; panel++) {
@@ -205,8 +208,12 @@ class Pointwise {
                     const Vec *a = x.tile(t) + weights_.blocks.begin(block) / LANES * rows;
                     tile_products(vectors)[rows - 1](reinterpret_cast<const float *>(a), b, depth, sums, block > 0, later.part(t));
                     if (block < blocks - 1) continue;
-                    for (int64_t v = 0; v < vectors; v++)
+                    for (int64_t v = 0; v < vectors; v++) {
                         activate(packed_.activation, bias[panel * PANEL_VECTORS + v], sums + v * rows, rows);
+                        if (!squares) continue;
+                        Vec &square = squares[group + panel * PANEL_VECTORS + v];
+                        square = sum_of_squares(sums + v * rows, rows) + (t > 0 ? square : Vec{});
+                    }
                 }
             }
     }
@@ -214,7 +221,8 @@ class Pointwise {
     // Adds what a chunk, whose first group is `group` of `hidden`, contributes to panels [begin, end) of the outputs.
     void add_outputs(const Stack &hidden, int64_t group, int64_t chunk, int64_t begin, int64_t end, const Stack &y) const {
         const int64_t depth = lines_for(weights_.chunks.in(chunk));
-        const float *next = next_chunk(chunk);
+        const int64_t following = (chunk + 1) % weights_.chunks.count();
+        const float *next = packed_.response ? weights_.second(following, 0) : next_chunk(chunk);
         for (int64_t panel = begin; panel < end; panel++) {
             const int64_t vectors = weights_.vectors(panel, packed_.outputs);
             const float *b = weights_.second(chunk, panel);
@@ -236,7 +244,8 @@ class Pointwise {
     const wk_pointwise &packed_;
     const Weights weights_;
     const Pixels x_, y_, residual_;
-    const int64_t pixels_;
+    const float *const factors_;  // (images, inputs), or null
+    const int64_t image_pixels_, pixels_;
     const Distribution plan_;
     const int64_t own_bytes_;
     int64_t parts_, endings_;  // of a chunk of hidden units, and of the outputs

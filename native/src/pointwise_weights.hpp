@@ -67,6 +67,7 @@ inline int32_t pointwise_pack(const wk_pointwise_weights &from, wk_pointwise &pa
         packed.first_bias = carver.take<float>(hidden);
         packed.second = carver.take<float>(outputs * lines_for(packed.hidden));
         packed.second_bias = carver.take<float>(outputs);
+        packed.response = carver.take<float>(from.response ? hidden : 0);
     };
     Carver sizes{nullptr};
     carve(sizes);
@@ -88,6 +89,10 @@ inline int32_t pointwise_pack(const wk_pointwise_weights &from, wk_pointwise &pa
     }
     pack_bias(from.first_bias, packed.hidden, packed.first_bias);
     pack_bias(from.second_bias, packed.outputs, packed.second_bias);
+    if (from.response)
+        pack_bias(from.response, packed.hidden, packed.response);
+    else
+        packed.response = nullptr;
     return WK_OK;
 }
 

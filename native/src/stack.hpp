@@ -110,7 +110,13 @@ inline void normalize(const Slot &slot, int64_t channels, float eps) {
     }
 }
 
-// Copies `to.count` pixels from `first` on; `finish` is called with each slot when it is complete.
+// Multiplies the channels of a pixel by `factors`.
+inline void multiply(const Slot &slot, const float *factors, int64_t channels) {
+    for (int64_t g = 0; g * LANES < channels; g++)
+        slot.at[g * slot.step] *= gather(factors + g * LANES, 1, static_cast<int>(least(LANES, channels - g * LANES)));
+}
+
+// Copies `to.count` pixels from `first` on; `finish` is called with each slot, when it is complete, and its number in `to`.
 template <class Finish>
 void pack_pixels(const Pixels &from, int64_t first, int64_t channels, const Stack &to, Finish &&finish) {
     for (int64_t i = 0; i < to.count;) {
@@ -139,7 +145,7 @@ void pack_pixels(const Pixels &from, int64_t first, int64_t channels, const Stac
             transpose(square);
             for (int j = 0; j < count; j++) slots[j].at[g * slots[j].step] = square[j];
         }
-        for (int j = 0; j < count; j++) finish(slots[j]);
+        for (int j = 0; j < count; j++) finish(slots[j], i + j);
         i += count;
     }
 }

@@ -1,7 +1,8 @@
 // The body of one instruction set's translation unit; simd.hpp lists the macros that must be defined before it.
 #pragma once
 
-#include "pointwise.hpp"
+#include "gate.hpp"
+#include "response.hpp"
 #include "sum.hpp"
 #include "weight_grad.hpp"
 
@@ -30,7 +31,11 @@ inline void weight_grad_workspace(const wk_weight_grad &call, int64_t &per_threa
     per_thread = grad.own_bytes(), shared = grad.shared_bytes();
 }
 
-inline int32_t pointwise_run(const wk_pointwise &packed, const wk_pointwise_call &call) { return Pointwise(packed, call).run(); }
+inline int32_t pointwise_run(const wk_pointwise &packed, const wk_pointwise_call &call) {
+    return packed.response ? RespondingPointwise(packed, call).run() : Pointwise(packed, call).run();
+}
+
+inline int32_t gate(const wk_gate &call) { return Gate(call).run(); }
 
 // Enough independent chains to keep two multiply-add units of latency four or five busy.
 inline int64_t multiply_add_for(double seconds) {
@@ -83,6 +88,7 @@ inline double fma_peak(int32_t threads, double seconds) {
                             WK_NAMESPACE::pointwise_pack,                                                                       \
                             WK_NAMESPACE::pointwise_run,                                                                        \
                             WK_NAMESPACE::pointwise_workspace,                                                                  \
+                            WK_NAMESPACE::gate,                                                                                 \
                             WK_NAMESPACE::fma_peak};
 
 }  // namespace wk
