@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from widekernel.ops.cpu import library as native
+from widekernel.ops.cpu.gate import Gate
 from widekernel.ops.cpu.pointwise import PackedBlock
 from widekernel.transforms.acceleration.fusion.weights import BlockWeights
 
@@ -17,5 +18,10 @@ def missing() -> str | None:
 
 
 def pack(weights: BlockWeights) -> Callable[..., Tensor]:
-    """Return a function that computes the products of these weights, as `ReferenceBlock` does."""
-    return PackedBlock(*weights)
+    """Return a function that computes the products of these weights, as `ReferenceBlock` does, with the factors of the gate."""
+    *products, gate_weights = weights
+    block = PackedBlock(*products)
+    if gate_weights is None:
+        return block
+    gate = Gate(*gate_weights)
+    return lambda x, residual=None: block(x, residual, gate(x))
