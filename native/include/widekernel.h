@@ -86,8 +86,12 @@ typedef struct {
 // y = residual + activation(first · norm(x) + first_bias). All tensors are float32.
 //
 // `type` is that of the factors of both products, WK_FLOAT32 or WK_BFLOAT16. In bfloat16, weights, norm(x) and hidden units are rounded
-// to the nearest bfloat16, ties to even; subnormal ones count as zero. Everything else is computed in float32: norm, activation, biases,
+// to the nearest bfloat16, ties to even; subnormal ones count as zero. Everything else is computed in float32: norms, activation, biases,
 // residual, and the sums of products, which are exact.
+//
+// If `response` is given, hidden units go through a response norm before the second product:
+// hidden · (1 + response · size / (mean + response_eps)), where `size` is the Euclidean norm of a unit over the pixels of its image,
+// and `mean` that of the sizes of all units of the image.
 typedef struct {
     int32_t type;
     int32_t inputs, hidden, outputs;  // channels; `outputs` is 0 without a second product
@@ -95,6 +99,8 @@ typedef struct {
     int32_t normalize;  // whether the norm is a layer norm over the channels of a pixel, without factors; otherwise it is x
     float eps;          // added to the variance
     const float *first, *first_bias, *second, *second_bias;  // (hidden, inputs), (hidden), (outputs, hidden), (outputs)
+    const float *response;  // (hidden); only with a second product
+    float response_eps;
 } wk_pointwise_weights;
 
 // Weights in the order in which they are used, for the instruction set that was in use when they were packed.
@@ -106,7 +112,19 @@ typedef struct {
     int32_t threads;
     int32_t images, height, width;
     wk_tensor x, residual, y;
+    const float *factors;  // (images, inputs); `x` is multiplied by them before anything else; may be null
 } wk_pointwise_call;
+
+// Squeeze-excite: y = sigmoid(second · activation(first · mean(x) + first_bias) + second_bias), where the mean is that over the pixels
+// of an image. Everything is float32. Biases may be null. As in `wk_pointwise_call`, any strides are valid.
+typedef struct {
+    int32_t threads;
+    int32_t images, channels, height, width;
+    wk_tensor x;
+    int32_t hidden, activation;
+    const float *first, *first_bias, *second, *second_bias;  // (hidden, channels), (hidden), (channels, hidden), (channels)
+    float *y;                                                // (images, channels)
+} wk_gate;
 
 int32_t wk_abi(void);
 // The instruction set in use: "avx512", "avx2", "neon" or "portable".
@@ -136,10 +154,14 @@ void wk_pointwise_free(wk_pointwise *packed);
 // Several threads may use the same weights at the same time.
 int32_t wk_pointwise_run(const wk_pointwise *packed, const wk_pointwise_call *call);
 // The same with other addresses, like `wk_depthwise_sum_at`.
-int32_t wk_pointwise_run_at(const wk_pointwise *packed, const wk_pointwise_call *call, const void *x, const void *residual, void *y);
+int32_t wk_pointwise_run_at(const wk_pointwise *packed, const wk_pointwise_call *call, const void *x, const float *factors,
+                            const void *residual, void *y);
 // The most bytes of working memory that any call with up to `threads` threads needs: for each thread, and shared by all threads,
 // including the packed weights.
 void wk_pointwise_workspace(const wk_pointwise *packed, int32_t threads, int64_t *per_thread, int64_t *shared);
+
+int32_t wk_gate_run(const wk_gate *call);
+int32_t wk_gate_run_at(const wk_gate *call, const void *x, float *y);
 
 const char *wk_error_text(int32_t error);
 

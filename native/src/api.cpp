@@ -133,7 +133,13 @@ bool is_valid(const wk_weight_grad &call) {
 bool is_valid(const wk_pointwise_weights &weights) {
     return weights.inputs > 0 && weights.hidden > 0 && weights.outputs >= 0 && weights.first &&
            (weights.outputs == 0 || weights.second) && weights.activation >= WK_NO_ACTIVATION &&
-           weights.activation <= WK_GELU_TANH && weights.type >= WK_FLOAT32 && weights.type <= WK_FLOAT16 && (!weights.normalize || weights.eps >= 0);
+           weights.activation <= WK_GELU_TANH && weights.type >= WK_FLOAT32 && weights.type <= WK_FLOAT16 &&
+           (!weights.normalize || weights.eps >= 0) && (!weights.response || (weights.outputs > 0 && weights.response_eps >= 0));
+}
+
+bool is_valid(const wk_gate &call) {
+    return call.threads > 0 && call.images > 0 && call.channels > 0 && call.height > 0 && call.width > 0 && call.hidden > 0 &&
+           call.activation >= WK_NO_ACTIVATION && call.activation <= WK_GELU_TANH && call.x.data && call.first && call.second && call.y;
 }
 
 bool is_valid(const wk_pointwise_call &call) {
@@ -212,6 +218,7 @@ WK_EXPORT int32_t wk_pointwise_pack(const wk_pointwise_weights *weights, wk_poin
     made->products = products;
     made->inputs = weights->inputs, made->hidden = weights->hidden, made->outputs = weights->outputs;
     made->activation = weights->activation, made->normalize = weights->normalize, made->eps = weights->eps;
+    made->response_eps = weights->response_eps;
     const int32_t error = products->pack(*weights, *made);
     if (error)
         wk_pointwise_free(made);
@@ -230,14 +237,25 @@ WK_EXPORT int32_t wk_pointwise_run(const wk_pointwise *packed, const wk_pointwis
 }
 
 WK_EXPORT int32_t wk_pointwise_run_at(const wk_pointwise *packed, const wk_pointwise_call *call, const void *x,
-                                      const void *residual, void *y) {
+                                      const float *factors, const void *residual, void *y) {
     wk_pointwise_call here = *call;
     here.x.data = const_cast<void *>(x), here.residual.data = const_cast<void *>(residual), here.y.data = y;
+    here.factors = factors;
     return wk_pointwise_run(packed, &here);
 }
 
 WK_EXPORT void wk_pointwise_workspace(const wk_pointwise *packed, int32_t threads, int64_t *per_thread, int64_t *shared) {
     packed->products->workspace(*packed, threads, *per_thread, *shared);
+}
+
+WK_EXPORT int32_t wk_gate_run(const wk_gate *call) {
+    return wk::is_valid(*call) ? wk::kernels().gate(*call) : WK_BAD_ARGUMENT;
+}
+
+WK_EXPORT int32_t wk_gate_run_at(const wk_gate *call, const void *x, float *y) {
+    wk_gate here = *call;
+    here.x.data = const_cast<void *>(x), here.y = y;
+    return wk_gate_run(&here);
 }
 
 WK_EXPORT const char *wk_error_text(int32_t error) {

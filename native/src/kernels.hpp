@@ -18,6 +18,8 @@ struct wk_pointwise {
     void *memory;
     int64_t bytes;
     float *first, *first_bias, *second, *second_bias;  // parts of `memory`
+    float *response;                                   // another one, or null
+    float response_eps;
 };
 
 namespace wk {
@@ -37,6 +39,7 @@ struct Kernels {
     int32_t (*depthwise_weight_grad)(const wk_weight_grad &call);
     void (*sum_workspace)(const wk_sum &call, int64_t &per_thread, int64_t &shared);
     void (*weight_grad_workspace)(const wk_weight_grad &call, int64_t &per_thread, int64_t &shared);
+    int32_t (*gate)(const wk_gate &call);
     Products products;  // of float32
 };
 

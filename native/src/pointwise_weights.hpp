@@ -26,7 +26,9 @@ struct Pieces {
     int64_t in(int64_t index) const { return least(size, length - index * size); }
 };
 
+// Vectors of so many channels, and of their words.
 inline int64_t vectors_for(int64_t channels) { return ceil_div(channels, LANES); }
+inline int64_t words_for(int64_t channels) { return ceil_div(channels, GROUP); }
 inline int64_t panels_for(int64_t channels) { return ceil_div(channels, PANEL); }
 
 // The weights as packed. The first product's lie by chunk of hidden units, block of inputs, panel of hidden units; the second's by
@@ -70,6 +72,7 @@ inline int32_t pointwise_pack(const wk_pointwise_weights &from, wk_pointwise &pa
         packed.first_bias = carver.take<float>(hidden);
         packed.second = carver.take<float>(outputs * lines_for(packed.hidden));
         packed.second_bias = carver.take<float>(outputs);
+        packed.response = carver.take<float>(from.response ? hidden : 0);
     };
     Carver sizes{nullptr};
     carve(sizes);
@@ -91,6 +94,10 @@ inline int32_t pointwise_pack(const wk_pointwise_weights &from, wk_pointwise &pa
     }
     pack_bias(from.first_bias, packed.hidden, packed.first_bias);
     pack_bias(from.second_bias, packed.outputs, packed.second_bias);
+    if (from.response)
+        pack_bias(from.response, packed.hidden, packed.response);
+    else
+        packed.response = nullptr;
     return WK_OK;
 }
 

@@ -2,12 +2,14 @@
 #pragma once
 
 #include "peak.hpp"
-#include "pointwise.hpp"
+#include "response.hpp"
 
 namespace wk {
 namespace WK_NAMESPACE {
 
-inline int32_t pointwise_run(const wk_pointwise &packed, const wk_pointwise_call &call) { return Pointwise(packed, call).run(); }
+inline int32_t pointwise_run(const wk_pointwise &packed, const wk_pointwise_call &call) {
+    return packed.response ? RespondingPointwise(packed, call).run() : Pointwise(packed, call).run();
+}
 
 }  // namespace WK_NAMESPACE
 

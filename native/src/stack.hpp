@@ -111,13 +111,20 @@ inline void normalize(const Slot &slot, int64_t channels, float eps) {
     }
 }
 
-#if WK_WORD == 2
-// Rounds the channels of a pixel.
-inline void convert(const Slot &from, int64_t vectors, const Slot &to) {
-    for (int64_t v = 0; v < vectors; v += 2)
-        to.at[v / 2 * to.step] = words_of(from.at[v * from.step], v + 1 < vectors ? from.at[(v + 1) * from.step] : Vec{});
+// Multiplies the channels of a pixel by `factors`.
+inline void multiply(const Slot &slot, const float *factors, int64_t channels) {
+    for (int64_t g = 0; g * LANES < channels; g++)
+        slot.at[g * slot.step] *= gather(factors + g * LANES, 1, static_cast<int>(least(LANES, channels - g * LANES)));
 }
-#endif
+
+// Makes words of the channels of a pixel.
+inline void convert(const Slot &from, int64_t vectors, const Slot &to) {
+    for (int64_t v = 0; v < vectors; v += WORD) {
+        Vec channels[WORD];
+        for (int64_t i = 0; i < WORD; i++) channels[i] = v + i < vectors ? from.at[(v + i) * from.step] : Vec{};
+        to.at[v / WORD * to.step] = words_of(channels);
+    }
+}
 
 // Copies `pixels` pixels from `first` on, at most LANES at a time: pixel i, the j-th of these, into the slot `place(i, j)`. When it
 // is complete, `finish` is called with the slot and i.

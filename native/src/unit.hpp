@@ -1,6 +1,7 @@
 // The body of one instruction set's translation unit; simd.hpp lists the macros that must be defined before it.
 #pragma once
 
+#include "gate.hpp"
 #include "products_unit.hpp"
 #include "sum.hpp"
 #include "weight_grad.hpp"
@@ -28,6 +29,8 @@ inline void weight_grad_workspace(const wk_weight_grad &call, int64_t &per_threa
     per_thread = grad.own_bytes(), shared = grad.shared_bytes();
 }
 
+inline int32_t gate(const wk_gate &call) { return Gate(call).run(); }
+
 }  // namespace WK_NAMESPACE
 
 #define WK_KERNELS(symbol, name)                                                                                                \
@@ -38,6 +41,7 @@ inline void weight_grad_workspace(const wk_weight_grad &call, int64_t &per_threa
                             WK_NAMESPACE::depthwise_weight_grad,                                                                \
                             WK_NAMESPACE::sum_workspace,                                                                        \
                             WK_NAMESPACE::weight_grad_workspace,                                                                \
+                            WK_NAMESPACE::gate,                                                                                 \
                             WK_PRODUCTS};
 
 }  // namespace wk

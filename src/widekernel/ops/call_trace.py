@@ -20,6 +20,8 @@ class FusedCall:
         norm: whether it normalized its input.
         pair: whether it computed two pointwise layers instead of one.
         residual: whether it added a residual.
+        gate: whether squeeze-excite came first, in a native call of its own.
+        response: whether a response norm preceded the second layer.
         precision: type of the factors of its products.
     """
 
@@ -28,6 +30,8 @@ class FusedCall:
     norm: bool
     pair: bool
     residual: bool
+    gate: bool = False
+    response: bool = False
     precision: str = "float32"
 
 

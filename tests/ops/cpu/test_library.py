@@ -48,11 +48,14 @@ void wk_weight_grad_workspace(const wk_weight_grad *, int64_t *, int64_t *) {}
 int32_t wk_pointwise_pack(const wk_pointwise_weights *, wk_pointwise **) { return WK_BAD_ARGUMENT; }
 void wk_pointwise_free(wk_pointwise *) {}
 int32_t wk_pointwise_run(const wk_pointwise *, const wk_pointwise_call *) { return WK_BAD_ARGUMENT; }
-int32_t wk_pointwise_run_at(const wk_pointwise *, const wk_pointwise_call *, const void *, const void *, void *) {
-    return WK_BAD_ARGUMENT;
-}
+int32_t wk_pointwise_run_at(const wk_pointwise *, const wk_pointwise_call *, const void *, const float *, const void *,
+                            void *) { return WK_BAD_ARGUMENT; }
+int32_t wk_gate_run(const wk_gate *) { return WK_BAD_ARGUMENT; }
+int32_t wk_gate_run_at(const wk_gate *, const void *, float *) { return WK_BAD_ARGUMENT; }
 void wk_pointwise_workspace(const wk_pointwise *, int32_t, int64_t *, int64_t *) {}
 const char *wk_error_text(int32_t error) { return error == WK_OUT_OF_MEMORY ? "no memory" : "wrong sizes"; }
+const char *wk_why_no_products(int32_t) { return "none"; }
+double wk_product_peak(int32_t, int32_t, double) { return 0; }
 double wk_fma_peak(int32_t, double) { return 0; }
 """
 
@@ -314,7 +317,7 @@ def test_structures_are_laid_out_as_in_c(tmp_path: Path) -> None:
 def test_constants_and_functions_are_those_of_the_header() -> None:
     header = (NATIVE / "include" / "widekernel.h").read_text()
     constants = {name: int(value) for name, value in re.findall(r"\bWK_(\w+) = (\d+)", header)}
-    assert len(constants) == 13
+    assert len(constants) == 14
     assert constants == {name: getattr(library, name) for name in constants}
     defined = dict(re.findall(r"#define WK_(\w+) (\d+)", header))
     assert defined == {name: str(getattr(library, name)) for name in ("ABI", "MOST_PASSES", "MOST_RECTS")}

@@ -114,7 +114,8 @@ class PointwiseWeights(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("type", "inputs", "hidden", "outputs", "activation", "normalize")),
         ("eps", ctypes.c_float),
-        *((name, Address) for name in ("first", "first_bias", "second", "second_bias")),
+        *((name, Address) for name in ("first", "first_bias", "second", "second_bias", "response")),
+        ("response_eps", ctypes.c_float),
     ]
 
 
@@ -124,6 +125,18 @@ class PointwiseCall(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("threads", "images", "height", "width")),
         *((name, Tensor) for name in ("x", "residual", "y")),
+        ("factors", Address),
+    ]
+
+
+class Gate(ctypes.Structure):
+    """A call of `wk_gate_run`."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("threads", "images", "channels", "height", "width")),
+        ("x", Tensor),
+        *((name, ctypes.c_int32) for name in ("hidden", "activation")),
+        *((name, Address) for name in ("first", "first_bias", "second", "second_bias", "y")),
     ]
 
 
@@ -144,8 +157,10 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "wk_pointwise_pack": (_int32, [ctypes.POINTER(PointwiseWeights), ctypes.POINTER(Address)]),
     "wk_pointwise_free": (None, [Address]),
     "wk_pointwise_run": (_int32, [Address, ctypes.POINTER(PointwiseCall)]),
-    "wk_pointwise_run_at": (_int32, [Address, ctypes.POINTER(PointwiseCall), Address, Address, Address]),
+    "wk_pointwise_run_at": (_int32, [Address, ctypes.POINTER(PointwiseCall), Address, Address, Address, Address]),
     "wk_pointwise_workspace": (None, [Address, _int32, _bytes, _bytes]),
+    "wk_gate_run": (_int32, [ctypes.POINTER(Gate)]),
+    "wk_gate_run_at": (_int32, [ctypes.POINTER(Gate), Address, Address]),
     "wk_error_text": (_text, [_int32]),
     "wk_fma_peak": (ctypes.c_double, [_int32, ctypes.c_double]),
     "wk_why_no_products": (_text, [_int32]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -47,15 +48,16 @@ class _Call(NamedTuple):
 class PackedBlock:
     """Two matrix products with an activation between them, computed together for every pixel.
 
-        y = residual + second · activation(first · norm(x) + first_bias) + second_bias
+        y = residual + second · response(activation(first · norm(x · factors) + first_bias)) + second_bias
 
-    or, without `second`, y = residual + activation(first · norm(x) + first_bias). Hidden units stay in the cache. The
-    weights are copied into the order in which they are used, for the instruction set that is in use at that time; later
-    changes of the tensors have no effect.
+    or, without `second`, y = residual + activation(first · norm(x · factors) + first_bias). Hidden units stay in the cache,
+    unless there is a response norm, which needs those of whole images. The weights are copied into the order in which they
+    are used, for the instruction set that is in use at that time; later changes of the tensors have no effect.
 
     In bfloat16, the factors of both products are rounded to the nearest bfloat16, ties to even: the weights when they are
-    packed, the (normalized) pixels, and hidden units after their activation. Subnormal factors count as zero. Products are
-    exact, and their sums, the norm, the activation, biases and residual remain float32, as do all tensors of the interface.
+    packed, the (normalized) pixels, and hidden units after activation and response norm. Subnormal factors count as zero.
+    Products are exact, and their sums, the norms, the activation, biases and residual remain float32, as do all tensors of
+    the interface.
 
     Args:
         first: (hidden, channels), float32.
@@ -65,11 +67,14 @@ class PackedBlock:
         second_bias: (outputs), or None.
         norm_eps: if given, each pixel is normalized over its channels (layer norm without factors), with this number added
             to the variance.
+        response: (hidden), the weight of a response norm of the hidden units of each image, as
+            `ops.pointwise_reference.response_norm` defines it; None for none. It needs `second`.
+        response_eps: epsilon of the response norm.
         precision: `float32`, or `bfloat16` if the processor has these products.
 
     Raises:
         ArgumentError: for shapes that do not fit together, tensors that are not float32 on a CPU, an unknown activation or
-            precision, or if the native library or products of that precision cannot run.
+            precision, a negative epsilon, or if the native library or products of that precision cannot run.
         NativeMemoryError: if there is no memory for the packed weights.
     """
 
@@ -81,52 +86,55 @@ class PackedBlock:
         second: Tensor | None = None,
         second_bias: Tensor | None = None,
         norm_eps: float | None = None,
+        response: Tensor | None = None,
+        response_eps: float = 1e-6,
         precision: str = "float32",
     ) -> None:
         self._library = native.load()
-        for name, value, known in (("activation", activation, ACTIVATIONS), ("precision", precision, PRECISIONS)):
-            if value not in known:
-                raise ArgumentError(f"{name} is {value!r}.{nearest(value, known)} It must be one of {', '.join(known)}.")
+        require_known("activation", activation, ACTIVATIONS)
+        require_known("precision", precision, PRECISIONS)
         lacking = reason_against(precision)
         if lacking is not None:
             raise ArgumentError(f"products cannot be packed: {lacking}")
+        if not 0 <= response_eps < float("inf"):
+            raise ArgumentError(f"response_eps is {response_eps}, but must be a finite number that is not negative")
         if norm_eps is not None and not 0 <= norm_eps < float("inf"):
             raise ArgumentError(f"norm_eps is {norm_eps}, but must be None or a finite number that is not negative")
-        hidden, inputs = _checked_matrix("first", first)
+        hidden, inputs = checked_matrix("first", first)
         outputs = 0
         if second is not None:
-            outputs, _ = _checked_matrix("second", second, hidden)
+            outputs, _ = checked_matrix("second", second, hidden)
         elif second_bias is not None:
             raise ArgumentError("second_bias is given without second; give both, or add the bias to first_bias")
+        elif response is not None:
+            raise ArgumentError("response is given without second; give both, or leave the response norm to PyTorch")
         self.inputs, self.hidden, self.outputs = inputs, hidden, outputs or hidden
         self.activation, self.norm_eps, self.precision = activation, norm_eps, precision
-        parts = [
-            first,
-            _checked_bias("first_bias", first_bias, hidden),
-            second,
-            _checked_bias("second_bias", second_bias, outputs),
-        ]
+        parts = [first, checked_vector("first_bias", first_bias, hidden), second]
+        parts += [checked_vector("second_bias", second_bias, outputs), checked_vector("response", response, hidden)]
         # Contiguous copies must live until the call returns.
         values = [None if part is None else part.detach().resolve_neg().contiguous() for part in parts]
         addresses = [None if value is None else value.data_ptr() for value in values]
         norm = (norm_eps is not None, norm_eps or 0.0)
-        sizes = (inputs, hidden, outputs)
-        weights = native.PointwiseWeights(PRECISIONS[precision], *sizes, ACTIVATIONS[activation], *norm, *addresses)
+        sizes = (PRECISIONS[precision], inputs, hidden, outputs, ACTIVATIONS[activation])
+        weights = native.PointwiseWeights(*sizes, *norm, *addresses, response_eps)
         calls, packed = self._library.calls, native.Address()
         self._library.check(calls.wk_pointwise_pack(ctypes.byref(weights), ctypes.byref(packed)))
         self._packed, self._run = packed, calls.wk_pointwise_run_at
         weakref.finalize(self, calls.wk_pointwise_free, packed)
         self._prepared: dict[tuple[Any, ...], _Call] = {}
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, residual: Tensor | None = None, factors: Tensor | None = None) -> Tensor:
         """Compute y.
 
         Contiguous channels (channels_last) or columns are fast; other strides are read element by element.
 
         Args:
             x: images (N, channels, height, width) in either layout, or, with any other number of dimensions, the rows of a
-                matrix (..., channels); float32 on a CPU. Images (N, height, width, channels) are passed permuted.
+                matrix (..., channels), which count as the pixels of one image; float32 on a CPU. Images
+                (N, height, width, channels) are passed permuted.
             residual: added to the result; has its shape and any strides.
+            factors: (N, channels) for images, which all pixels are multiplied by before anything else; None for none.
 
         Returns:
             (N, outputs, height, width) or (..., outputs), in the layout of `x`. Without gradients.
@@ -135,6 +143,8 @@ class PackedBlock:
             ArgumentError: for another shape, type or device, or if gradients are wanted.
             NativeMemoryError: if there is no memory for the working space.
         """
+        if factors is not None:
+            factors = self._checked_factors(factors, x)
         call = self._prepared.get(_key(x, residual))
         if call is None or not _is_ordinary(x) or (residual is not None and not _is_ordinary(residual)):
             self._check(x, residual)
@@ -146,7 +156,8 @@ class PackedBlock:
         y = torch.empty_strided(call.shape, call.strides)
         if y.numel():
             added = None if residual is None else residual.data_ptr()
-            error = self._run(self._packed, call.description, x.data_ptr(), added, y.data_ptr())
+            scaled = None if factors is None else factors.data_ptr()
+            error = self._run(self._packed, call.description, x.data_ptr(), scaled, added, y.data_ptr())
             if error:
                 self._library.check(error)
         return y
@@ -188,11 +199,20 @@ class PackedBlock:
             raise ArgumentError(f"residual has the shape {tuple(residual.shape)}, but the result has {tuple(wanted)}")
         for name, tensor in (("x", x), ("residual", residual)):
             if tensor is not None:
-                _require_floats(name, tensor)
-                if tensor.requires_grad and torch.is_grad_enabled():
-                    raise ArgumentError(
-                        f"{name} requires gradients, which packed blocks do not compute; use torch.no_grad()"
-                    )
+                require_floats(name, tensor)
+                require_no_gradients(name, tensor)
+
+    def _checked_factors(self, factors: Tensor, x: Tensor) -> Tensor:
+        """Return factors without gaps in memory; raise for those that do not fit the images."""
+        wanted = (x.shape[0], self.inputs)
+        if x.dim() != 4 or factors.shape != wanted:
+            raise ArgumentError(
+                f"factors have the shape {tuple(factors.shape)}, but must be {wanted} for images (N, {self.inputs}, height, "
+                f"width); x has the shape {tuple(x.shape)}"
+            )
+        require_floats("factors", factors)
+        require_no_gradients("factors", factors)
+        return factors.resolve_neg().contiguous()
 
     def _prepare(self, x: Tensor, residual: Tensor | None) -> _Call:
         key = _key(x, residual)
@@ -204,7 +224,7 @@ class PackedBlock:
             else:
                 y = like.new_empty((*x.shape[:-1], self.outputs))
             sizes = x.shape if x.dim() == 4 else (1, 0, *((1,) * (3 - x.dim())), *x.shape[:-1])
-            images = [_image(tensor) for tensor in (x, y if residual is None else residual, y)]
+            images = [image_of(tensor) for tensor in (x, y if residual is None else residual, y)]
             description = native.PointwiseCall(torch.get_num_threads(), sizes[0], *sizes[2:], *images)
             if len(self._prepared) >= _MOST_PREPARED:
                 self._prepared.clear()
@@ -226,7 +246,7 @@ def _is_ordinary(x: Tensor) -> bool:
     return floats and not (x.requires_grad and torch.is_grad_enabled())
 
 
-def _image(x: Tensor) -> tuple[int | None, ...]:
+def image_of(x: Tensor) -> tuple[int | None, ...]:
     """Return the fields of the C structure of an image: an empty address, which each call fills in, and the strides.
 
     Rows of a matrix become the pixels of one image. The stride of a dimension of size 1 is arbitrary; 1 is fast.
@@ -238,15 +258,44 @@ def _image(x: Tensor) -> tuple[int | None, ...]:
     return None, 0, channel, *((0,) * (2 - len(leading))), *leading
 
 
-def _require_floats(name: str, tensor: Tensor) -> None:
+def require_known(name: str, value: str, known: Collection[str]) -> None:
+    """Raise for a setting that is none of the known ones.
+
+    Raises:
+        ArgumentError: which names the setting, the one that was probably meant, and all others.
+    """
+    if value not in known:
+        raise ArgumentError(f"{name} is {value!r}.{nearest(value, known)} It must be one of {', '.join(known)}.")
+
+
+def require_no_gradients(name: str, tensor: Tensor) -> None:
+    """Raise for a tensor whose gradient is wanted.
+
+    Raises:
+        ArgumentError: which names the tensor.
+    """
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ArgumentError(f"{name} requires gradients, which packed blocks do not compute; use torch.no_grad()")
+
+
+def require_floats(name: str, tensor: Tensor) -> None:
+    """Raise for anything but a strided float32 tensor on a CPU.
+
+    Raises:
+        ArgumentError: which says what the tensor is.
+    """
     if tensor.dtype is not torch.float32 or tensor.device.type != "cpu" or tensor.layout is not torch.strided:
         kind = f"{tensor.dtype} on {tensor.device}, {tensor.layout}"
         raise ArgumentError(f"{name} is {kind}, but must be a strided torch.float32 tensor on a CPU")
 
 
-def _checked_matrix(name: str, matrix: Tensor, columns: int | None = None) -> tuple[int, int]:
-    """Return rows and columns of a matrix of weights."""
-    _require_floats(name, matrix)
+def checked_matrix(name: str, matrix: Tensor, columns: int | None = None) -> tuple[int, int]:
+    """Return rows and columns of a matrix of weights.
+
+    Raises:
+        ArgumentError: if it is not float32 on a CPU, is empty, or has other than `columns` columns.
+    """
+    require_floats(name, matrix)
     fits = matrix.dim() == 2 and matrix.numel() > 0 and columns in (None, matrix.shape[1])
     if not fits:
         wanted = f"(outputs, {columns})" if columns else "(hidden, channels)"
@@ -254,9 +303,14 @@ def _checked_matrix(name: str, matrix: Tensor, columns: int | None = None) -> tu
     return matrix.shape[0], matrix.shape[1]
 
 
-def _checked_bias(name: str, bias: Tensor | None, size: int) -> Tensor | None:
-    if bias is not None:
-        _require_floats(name, bias)
-        if tuple(bias.shape) != (size,):
-            raise ArgumentError(f"{name} has the shape {tuple(bias.shape)}, but must be ({size},)")
-    return bias
+def checked_vector(name: str, vector: Tensor | None, size: int) -> Tensor | None:
+    """Return a bias or another vector, if there is one, after a check.
+
+    Raises:
+        ArgumentError: if it is not float32 on a CPU or has another size.
+    """
+    if vector is not None:
+        require_floats(name, vector)
+        if tuple(vector.shape) != (size,):
+            raise ArgumentError(f"{name} has the shape {tuple(vector.shape)}, but must be ({size},)")
+    return vector

@@ -67,7 +67,7 @@ class Plan:
         self._pack, self.precision = pack, precision
         self._found, self.regions = _own_regions(block)
         inside = {str(node.target) for region in self.regions for node in region.nodes if node.op == "call_module"}
-        self.layers = tuple(self._found.modules[name] for region in self.regions for name in region.layers())
+        self.layers = tuple(self._found.modules[name] for region in self.regions for name in region.all_layers())
         self.guards = Guards(self._found, inside)
         self._sources = [source for region in self.regions for source in sources(self._found, region)]
         self._steps = self._fused_steps()
@@ -171,12 +171,13 @@ class Plan:
         x = values[region.x]
         residual = values[region.residual] if add_residual and region.residual is not None else None
         _require_plain(x, residual)
-        if FIRST not in (region.x_axis, region.product_axis):
+        # Gates and response norms need to know which pixels belong to an image.
+        if FIRST not in (region.x_axis, region.product_axis) and not region.gate and not region.response:
             y = _on_rows(region, packed, x, residual)
         else:
             y = _on_images(region, packed, x, residual)
         if call_trace.OPEN_TRACES:
-            options = bool(region.norm), bool(region.second), residual is not None
+            options = bool(region.norm), bool(region.second), residual is not None, bool(region.gate), bool(region.response)
             call_trace.record_fused(FusedCall(tuple(x.shape), region.activation, *options, self.precision))
         return y
 
@@ -267,6 +268,8 @@ def _described(found: BlockGraph, region: Region) -> str:
     parts = [str(widths[0]), str(widths[1])]
     if region.activation != "none":
         parts.append(region.activation)
+    if region.response:
+        parts.append("response norm")
     parts += [str(width) for width in widths[2:]]
-    text = f"{'norm, ' if region.norm else ''}{' -> '.join(parts)}"
+    text = f"{'gate, ' if region.gate else ''}{'norm, ' if region.norm else ''}{' -> '.join(parts)}"
     return f"{text} + residual" if region.residual is not None else text

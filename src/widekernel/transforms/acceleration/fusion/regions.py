@@ -1,6 +1,7 @@
 """Regions of a block's graph that one native call can compute.
 
-    [norm] -> pointwise layer -> [affine] -> [activation -> [pointwise layer -> [affine]]] -> [+ residual]
+    [squeeze-excite] -> [norm] -> pointwise layer -> [affine] -> [activation -> [[response norm] -> pointwise layer -> [affine]]]
+        -> [+ residual]
 
 Between them, there may be permutations between (N, C, H, W) and (N, H, W, C), and modules that do nothing in evaluation. No
 value inside a region is used outside it.
@@ -22,10 +23,13 @@ from widekernel.ops.pointwise_reference import ACTIVATIONS
 from widekernel.transforms.acceleration.fusion.graph import BlockGraph, is_pointwise
 from widekernel.transforms.acceleration.fusion.probing import (
     IDENTITY,
+    MEAN,
+    SIGMOID,
     TO_FIRST,
     TO_LAST,
     computed_by,
     is_layer_norm,
+    is_response_norm,
 )
 
 FIRST, LAST = 1, -1
@@ -52,6 +56,23 @@ class Affine:
     axis: int
 
 
+@dataclass(frozen=True)
+class Gate:
+    """Squeeze-excite: x · sigmoid(second · activation(first · mean(x))), where the mean is that over pixels.
+
+    Attributes:
+        first: name of the first pointwise layer.
+        activation: a key of `ACTIVATIONS`.
+        second: name of the second pointwise layer.
+        nodes: the nodes between the value and its product with the factors, which is the last one.
+    """
+
+    first: str
+    activation: str
+    second: str
+    nodes: tuple[fx.Node, ...]
+
+
 @dataclass
 class Region:
     """A part of a block's graph that one native call can compute.
@@ -63,9 +84,11 @@ class Region:
         dim_in: number of channels of its input.
         dim_out: number of channels of the result.
         nodes: the nodes of the region.
+        gate: squeeze-excite before the norm; None for none.
         norm: name of the norm before the first layer; "" for none.
         affine: affine maps after the first layer, in order.
         activation: a key of `ACTIVATIONS`.
+        response: name of the response norm before the second layer; "" for none.
         second: name of the second pointwise layer; "" for none.
         second_affine: affine maps after the second layer.
         product: the last node before the residual is added.
@@ -83,20 +106,26 @@ class Region:
     product: fx.Node
     product_axis: int
     last: fx.Node
+    gate: Gate | None = None
     norm: str = ""
     affine: list[Affine] = field(default_factory=list)
     activation: str = "none"
+    response: str = ""
     second: str = ""
     second_affine: list[Affine] = field(default_factory=list)
     residual: fx.Node | None = None
 
     def layers(self) -> tuple[str, ...]:
-        """Return the names of its pointwise layers."""
+        """Return the names of its pointwise layers that act on pixels."""
         return (self.first, self.second) if self.second else (self.first,)
+
+    def all_layers(self) -> tuple[str, ...]:
+        """Return the names of its pointwise layers, those of its gate first."""
+        return (self.gate.first, self.gate.second, *self.layers()) if self.gate else self.layers()
 
     def is_more_than_a_layer(self) -> bool:
         """Return whether it contains more than one pointwise layer alone."""
-        more = self.norm, self.affine, self.second, self.residual
+        more = self.gate, self.norm, self.affine, self.second, self.residual
         return any(part not in ("", [], None) for part in more) or self.activation != "none"
 
 
@@ -111,7 +140,7 @@ def find_regions(found: BlockGraph) -> list[Region]:
         if module is not None and is_pointwise(module) and not any(node in region.nodes for region in regions):
             region = matcher.region(node)
             if region is not None and region.is_more_than_a_layer():
-                regions.append(region)
+                regions = [other for other in regions if not other.nodes <= region.nodes] + [region]
     return regions
 
 
@@ -140,6 +169,12 @@ class _Matcher:
     def _extend_backwards(self, region: Region) -> None:
         while len(region.x.users) == 1 and region.x.op != "placeholder":
             node, kind = region.x, self.kind(region.x)
+            gate = self._gate(node) if region.x_axis == FIRST else None
+            if gate is not None:
+                value = next(input for input in gate.nodes[0].all_input_nodes)
+                region.gate, region.x = gate, value
+                region.nodes.update(gate.nodes)
+                return
             if kind == TO_LAST and region.x_axis == LAST:
                 region.x_axis = FIRST
             elif kind == TO_FIRST and region.x_axis == FIRST:
@@ -152,13 +187,22 @@ class _Matcher:
             region.x = node.all_input_nodes[0]
 
     def _extend_forwards(self, region: Region) -> None:
+        complete: tuple[fx.Node, int, set[fx.Node]] | None = None
         while len(region.product.users) == 1:
             node = next(iter(region.product.users))
+            before = region.product, region.product_axis, set(region.nodes)
             if not self._absorb(region, node):
-                self._add_residual(region, node)
-                return
+                if not region.response or region.second:
+                    self._add_residual(region, node)
+                break
+            complete = before if region.response == str(node.target) and not region.second else complete
             region.nodes.add(node)
             region.product = region.last = node
+        if complete is not None and not region.second:
+            # Without a second layer, the region ends before the response norm.
+            region.response = ""
+            region.product, region.product_axis, region.nodes = complete
+            region.last = region.product
 
     def _absorb(self, region: Region, node: fx.Node) -> bool:
         """Make the only user of the product part of it; return False if it cannot be."""
@@ -172,6 +216,13 @@ class _Matcher:
         if is_layer and region.activation != "none" and not region.second and self._layer_axis(node) == axis:
             region.second, region.dim_out = str(node.target), self._sizes(node)[0]
             return True
+        if region.response and not region.second:
+            return False
+        if module is not None and region.activation != "none" and not region.second and _only_argument(node) is region.product:
+            hidden: int = self.found.modules[region.first].weight.shape[0]  # type: ignore[union-attr, assignment]
+            if is_response_norm(module, hidden, axis):
+                region.response = str(node.target)
+                return True
         if kind in ACTIVATIONS and not region.second and region.activation == "none":
             region.activation = kind
             return True
@@ -180,6 +231,43 @@ class _Matcher:
             return False
         (region.second_affine if region.second else region.affine).append(affine)
         return True
+
+    def _gate(self, product: fx.Node) -> Gate | None:
+        """Return the squeeze-excite whose last step is `product`; None if it is anything else."""
+        pair = _two_arguments(product, _PRODUCTS)
+        for value, factors in (pair, pair[::-1]) if pair is not None else ():
+            if not isinstance(value, fx.Node) or not isinstance(factors, fx.Node) or set(value.users) - {product} == set():
+                continue
+            gate = self._factors_of(factors, value, product)
+            if gate is not None:
+                return gate
+        return None
+
+    def _factors_of(self, factors: fx.Node, value: fx.Node, product: fx.Node) -> Gate | None:
+        """Return the squeeze-excite that computes `factors` from `value`, which nothing else uses."""
+        # Backwards from the factors to the value.
+        nodes, layers, activation, has_sigmoid = [product], [], "none", False
+        node = factors
+        while node is not value:
+            kind, module = self.kind(node), self.found.module(node)
+            if len(node.users) != 1 or not node.all_input_nodes:
+                return None
+            nodes.append(node)
+            if module is not None and is_pointwise(module) and self._layer_axis(node) == FIRST and _only_argument(node):
+                layers.append(node)
+            elif kind == SIGMOID and not layers and not has_sigmoid:
+                has_sigmoid = True
+            elif kind in ACTIVATIONS and len(layers) == 1 and activation == "none":
+                activation = kind
+            elif kind == MEAN and len(layers) == 2 and node.all_input_nodes[0] is value:
+                pass
+            elif kind != IDENTITY:
+                return None
+            node = node.all_input_nodes[0]
+        whole = has_sigmoid and len(layers) == 2 and self.kind(nodes[-1]) == MEAN and len(value.users) == 2
+        if not whole or self._sizes(layers[0])[0] != self._sizes(layers[1])[1]:
+            return None
+        return Gate(str(layers[1].target), activation, str(layers[0].target), tuple(reversed(nodes)))
 
     def _add_residual(self, region: Region, node: fx.Node) -> None:
         pair = _two_arguments(node, _SUMS)
