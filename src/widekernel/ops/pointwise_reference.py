@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ def rounded(x: Tensor, precision: str) -> Tensor:
 
 
 class ReferenceBlock:
-    """y = residual + second · response(act(first · norm(x · factors) + first_bias)) + second_bias, for every pixel.
+    """y = residual + second · response(act(first · norm(x · gate(x)) + first_bias)) + second_bias, for every pixel.
 
     Args:
         first: (H, C).
@@ -36,6 +37,7 @@ class ReferenceBlock:
         norm_eps: epsilon of a layer norm over the channels of x, without affine parameters; None for no norm.
         response: (H,), the weight of a response norm of hidden units (`response_norm`); None for none.
         response_eps: its epsilon.
+        gate: the arguments of `gate` after `x`; None for no gate.
         precision: type of the factors of both products, `float32` or `bfloat16`; everything else has the type of x. Tensors
             in float64 stand for float32 in exact arithmetic.
     """
@@ -50,6 +52,7 @@ class ReferenceBlock:
         norm_eps: float | None,
         response: Tensor | None = None,
         response_eps: float = 1e-6,
+        gate: tuple[Any, ...] | None = None,
         precision: str = "float32",
     ) -> None:
         self.first, self.first_bias = first, first_bias
@@ -57,17 +60,16 @@ class ReferenceBlock:
         self.second, self.second_bias = second, second_bias
         self.norm_eps = norm_eps
         self.response, self.response_eps = response, response_eps
+        self.gate = gate
         self.precision = precision
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None, factors: Tensor | None = None) -> Tensor:
-        """Images (N, C, H, W) -> (N, O, H, W), or rows (R, C) -> (R, O), which count as the pixels of one image.
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Images (N, C, H, W) -> (N, O, H, W), or rows (R, C) -> (R, O); `residual` has the shape of the result.
 
-        Args:
-            x: images or rows.
-            residual: added to the result; has its shape.
-            factors: (N, C) for images, multiplied with every pixel; None for none.
+        A gate needs images. For a response norm, rows count as the pixels of one image.
         """
-        x = x if factors is None else x * factors[:, :, None, None]
+        if self.gate is not None:
+            x = x * gate(x, *self.gate)[:, :, None, None]
         y = x.permute(0, 2, 3, 1) if x.dim() == 4 else x
         if self.norm_eps is not None:
             y = F.layer_norm(y, y.shape[-1:], eps=self.norm_eps)

@@ -295,6 +295,7 @@ def c_structures() -> dict[str, type[ctypes.Structure]]:
         "wk_weight_grad": library.WeightGrad,
         "wk_pointwise_weights": library.PointwiseWeights,
         "wk_pointwise_call": library.PointwiseCall,
+        "wk_gate": library.Gate,
     }
 
 

@@ -80,18 +80,24 @@ def is_response_norm(module: nn.Module, channels: int, axis: int) -> bool:
         axis: their axis, 1 or -1, as in `is_layer_norm`.
     """
     eps, values = epsilon_of(module), {key: value for key, value in module._parameters.items() if value is not None}
-    plain = not module._modules and not module._buffers and eps is not None and {"weight"} <= set(values) <= {"weight", "bias"}
+    plain = (
+        not module._modules and not module._buffers and eps is not None and {"weight"} <= set(values) <= {"weight", "bias"}
+    )
     if not plain or any(value.numel() != channels or value.shape[-1] != channels for value in values.values()):
         return False
-    probe = copy.copy(module)
-    new = {key: 0.5 + 0.1 * _numbers(*value.shape).clamp(-9, 9) for key, value in values.items()}
-    vars(probe)["_parameters"] = {key: new.get(key) for key in module._parameters}
-    x = _numbers(2, 3, 5, channels).clamp(-9, 9)
-    # An image so small that epsilon matters.
-    x[1] *= 1e-7
-    y = _applied(probe, x if axis == -1 else x.movedim(-1, 1).contiguous())
-    want = response_norm(x, new["weight"].flatten(), eps) + new.get("bias", torch.zeros(channels)).flatten()  # type: ignore[arg-type]
-    return y is not None and _equal(y, want if axis == -1 else want.movedim(-1, 1))
+    numbers = 0.5 + 0.1 * _numbers(channels).clamp(-9, 9)
+    # With and without a bias; in the second case, numbers are so small that epsilon matters, and the results are enlarged.
+    for bias, size in ((numbers, 1.0), (0 * numbers, 1e-7)):
+        new = {key: (bias if key == "bias" else numbers).view(value.shape).to(value) for key, value in values.items()}
+        probe = copy.copy(module)
+        vars(probe)["_parameters"] = {key: new.get(key) for key in module._parameters}
+        x = (_numbers(2, 3, 5, channels).clamp(-9, 9) * size).to(new["weight"])
+        y = _applied(probe, x if axis == -1 else x.movedim(-1, 1).contiguous())
+        want = response_norm(x, new["weight"].flatten(), eps)  # type: ignore[arg-type]
+        want = want + new["bias"].flatten() if "bias" in new else want
+        if y is None or not _equal(y / size, (want if axis == -1 else want.movedim(-1, 1)) / size):
+            return False
+    return True
 
 
 def epsilon_of(norm: nn.Module) -> float | None:

@@ -218,7 +218,12 @@ class _Matcher:
             return True
         if region.response and not region.second:
             return False
-        if module is not None and region.activation != "none" and not region.second and _only_argument(node) is region.product:
+        if (
+            module is not None
+            and region.activation != "none"
+            and not region.second
+            and _only_argument(node) is region.product
+        ):
             hidden: int = self.found.modules[region.first].weight.shape[0]  # type: ignore[union-attr, assignment]
             if is_response_norm(module, hidden, axis):
                 region.response = str(node.target)
