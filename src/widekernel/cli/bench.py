@@ -166,24 +166,27 @@ def _bench_models(arguments: list[str]) -> int:
 
 
 def _bench_pointwise(arguments: list[str]) -> int:
-    values = parse(_pointwise_parser(), arguments) | {"device": "cpu", "minutes": None, "dtypes": None}
+    values = parse(_pointwise_parser(), arguments) | {"device": "cpu", "minutes": None}
     files, _ = _check_common(values, "pointwise")
     from widekernel.bench import engines, products
     from widekernel.bench.precision import FLOAT32
 
     known = [case.family.lower() for case in products.PRODUCT_CASES]
     families = parse_names("families", values["families"], tuple(dict.fromkeys(known)))
+    (precision,) = values["dtypes"] or [FLOAT32]
     cases = [case for case, family in zip(products.PRODUCT_CASES, known) if family in families]
-    remarks = [line for line in engines.absences() if line.startswith("onnxruntime")]
+    remarks = [line for line in engines.absences() if line.startswith("onnxruntime") and precision is FLOAT32]
     for remark in remarks:
         progress_console().print(remark, soft_wrap=True)
     run = _Run(values, files, None, len(cases))
 
     def measure(platform: Platform, budget: TimeBudget, advance: Callable[[str, int], None]) -> Iterator:
-        return products.measure_products(cases, platform.peak(FLOAT32), values["seconds"], values["rounds"], advance)
+        timing = values["seconds"], values["rounds"]
+        return products.measure_products(cases, platform.peak(precision), *timing, advance, precision)
 
     rows = run.measure(measure, lambda: None)
-    page = _Page("Pointwise products", products.COLUMNS, (*remarks, *products.NOTES), command_line("pointwise", arguments))
+    title = "Pointwise products" + ("" if precision is FLOAT32 else f" in {precision.name}")
+    page = _Page(title, products.COLUMNS, (*remarks, *products.NOTES), command_line("pointwise", arguments))
     run.show(page, rows)
     return 0
 
@@ -246,6 +249,7 @@ def _pointwise_parser() -> jsonargparse.ArgumentParser:
     parser = new_parser("bench pointwise", _POINTWISE)
     families = "whose products to time: some of convnext,slak,replknet"
     parser.add_argument("--families", type=str, default="convnext,slak,replknet", help=families)
+    parser.add_argument("--dtypes", type=str | None, default=None, help="float32 (default) or bfloat16")
     _add_measuring(parser, "pointwise")
     return parser
 
