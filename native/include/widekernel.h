@@ -13,7 +13,7 @@ extern "C" {
 #endif
 
 // Incremented whenever a structure or a function here changes its meaning.
-#define WK_ABI 3
+#define WK_ABI 4
 // Most passes and kernels of one call.
 #define WK_MOST_PASSES 16
 #define WK_MOST_RECTS 64
@@ -81,15 +81,29 @@ typedef struct {
     int32_t dilation;  // a multiple of the pass's, whose taps in between are left out
 } wk_weight_grad;
 
+// A convolution as a product over patches: the pixels of `x` under a kernel are the inputs of one pixel of the result.
+typedef struct {
+    int32_t rows, columns;  // of the kernel
+    int32_t row_stride, column_stride;
+    int32_t top, left;  // rows and columns of zeros before the image; as many as are needed follow it
+} wk_patch;
+
 // A matrix product over channels, an activation, and perhaps a second product, for every pixel:
 // y = residual + second · activation(first · norm(x) + first_bias) + second_bias, and without a second product
 // y = residual + activation(first · norm(x) + first_bias). Everything is float32.
+//
+// With patches, `first` is (hidden, inputs, rows, columns). Pixels are normalized before zeros are put around the image. With
+// `normalize_after`, a layer norm over the hidden units, and then the factors and summands, come before the activation.
 typedef struct {
     int32_t inputs, hidden, outputs;  // channels; `outputs` is 0 without a second product
     int32_t activation;
     int32_t normalize;  // whether the norm is a layer norm over the channels of a pixel, without factors; otherwise it is x
     float eps;          // added to the variance
     const float *first, *first_bias, *second, *second_bias;  // (hidden, inputs), (hidden), (outputs, hidden), (outputs)
+    wk_patch patch;           // all zero for none: each pixel is its own input
+    int32_t normalize_after;  // only without a second product
+    float after_eps;
+    const float *after_scale, *after_shift;  // (hidden) each; may be null, which means 1 and 0
 } wk_pointwise_weights;
 
 // Weights in the order in which they are used, for the instruction set that was in use when they were packed.
@@ -99,8 +113,9 @@ typedef struct wk_pointwise wk_pointwise;
 // `residual.data` may be null. Here, any strides are valid, but those described above are fast. `y` must not overlap the others.
 typedef struct {
     int32_t threads;
-    int32_t images, height, width;
+    int32_t images, height, width;  // of the result
     wk_tensor x, residual, y;
+    int32_t x_height, x_width;  // with patches; otherwise, `x` has the size of the result
 } wk_pointwise_call;
 
 int32_t wk_abi(void);
@@ -135,6 +150,15 @@ int32_t wk_pointwise_run_at(const wk_pointwise *packed, const wk_pointwise_call 
 // The most bytes of working memory that any call with up to `threads` threads needs: for each thread, and shared by all threads,
 // including the packed weights.
 void wk_pointwise_workspace(const wk_pointwise *packed, int32_t threads, int64_t *per_thread, int64_t *shared);
+
+// `count` floats in memory, at distance `step`.
+typedef struct {
+    const float *at;
+    int64_t count, step;
+} wk_samples;
+
+// Whether all of them have the bits of `expected`, in which one set of samples follows another.
+int32_t wk_samples_equal(const wk_samples *samples, int32_t sets, const float *expected);
 
 const char *wk_error_text(int32_t error);
 

@@ -27,7 +27,7 @@ import torch
 
 from widekernel.errors import ArgumentError, WidekernelError
 
-ABI = 3
+ABI = 4
 MOST_PASSES, MOST_RECTS = 16, 64
 FLOAT32, BFLOAT16, FLOAT16 = range(3)
 DIRECT, HYBRID_ALONG_ROWS, HYBRID_ALONG_COLUMNS = range(3)
@@ -108,6 +108,12 @@ class WeightGrad(ctypes.Structure):
     ]
 
 
+class PatchGeometry(ctypes.Structure):
+    """The patches of a convolution; all zero for none."""
+
+    _fields_ = [(name, ctypes.c_int32) for name in ("rows", "columns", "row_stride", "column_stride", "top", "left")]
+
+
 class PointwiseWeights(ctypes.Structure):
     """The weights that `wk_pointwise_pack` packs."""
 
@@ -115,6 +121,11 @@ class PointwiseWeights(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("inputs", "hidden", "outputs", "activation", "normalize")),
         ("eps", ctypes.c_float),
         *((name, Address) for name in ("first", "first_bias", "second", "second_bias")),
+        ("patch", PatchGeometry),
+        ("normalize_after", ctypes.c_int32),
+        ("after_eps", ctypes.c_float),
+        ("after_scale", Address),
+        ("after_shift", Address),
     ]
 
 
@@ -124,7 +135,14 @@ class PointwiseCall(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("threads", "images", "height", "width")),
         *((name, Tensor) for name in ("x", "residual", "y")),
+        *((name, ctypes.c_int32) for name in ("x_height", "x_width")),
     ]
+
+
+class Samples(ctypes.Structure):
+    """Some floats in memory at constant distance."""
+
+    _fields_ = [("at", Address), ("count", ctypes.c_int64), ("step", ctypes.c_int64)]
 
 
 _int32, _text, _bytes = ctypes.c_int32, ctypes.c_char_p, ctypes.POINTER(ctypes.c_int64)
@@ -146,6 +164,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "wk_pointwise_run": (_int32, [Address, ctypes.POINTER(PointwiseCall)]),
     "wk_pointwise_run_at": (_int32, [Address, ctypes.POINTER(PointwiseCall), Address, Address, Address]),
     "wk_pointwise_workspace": (None, [Address, _int32, _bytes, _bytes]),
+    "wk_samples_equal": (_int32, [Address, _int32, Address]),
     "wk_error_text": (_text, [_int32]),
     "wk_fma_peak": (ctypes.c_double, [_int32, ctypes.c_double]),
 }

@@ -1,4 +1,4 @@
-"""Products over channels in native code: y = residual + second · activation(first · norm(x)), with weights packed once."""
+"""Products over channels or patches in native code, with weights packed once."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from widekernel.errors import ArgumentError, nearest
 from widekernel.ops.cpu import library as native
+from widekernel.ops.patch import NormAfter, Patch
 from widekernel.ops.problem import memory_format
 
 ACTIVATIONS = {"none": native.NO_ACTIVATION, "relu": native.RELU, "gelu": native.GELU, "gelu_tanh": native.GELU_TANH}
@@ -40,18 +41,22 @@ class PackedBlock:
     weights are copied into the order in which they are used, for the instruction set that is in use at that time; later
     changes of the tensors have no effect.
 
+    With a patch, the first product is a convolution: it acts on the patches of norm(x), with zeros around the image.
+
     Args:
-        first: (hidden, channels), float32.
+        first: (hidden, channels), float32; with a patch, (hidden, channels, rows, columns).
         first_bias: (hidden), or None.
         activation: `none`, `relu`, `gelu` or `gelu_tanh`.
         second: (outputs, hidden), or None.
         second_bias: (outputs), or None.
         norm_eps: if given, each pixel is normalized over its channels (layer norm without factors), with this number added
             to the variance.
+        patch: kernel, stride and padding of a convolution; None for a product over the channels of each pixel.
+        after: a layer norm over the hidden units, before the activation; only without `second`.
 
     Raises:
-        ArgumentError: for shapes that do not fit together, tensors that are not float32 on a CPU, an unknown activation, or
-            if the native library cannot run.
+        ArgumentError: for shapes that do not fit together, tensors that are not float32 on a CPU, an unknown activation, an
+            impossible patch, or if the native library cannot run.
         NativeMemoryError: if there is no memory for the packed weights.
     """
 
@@ -63,6 +68,8 @@ class PackedBlock:
         second: Tensor | None = None,
         second_bias: Tensor | None = None,
         norm_eps: float | None = None,
+        patch: Patch | None = None,
+        after: NormAfter | None = None,
     ) -> None:
         self._library = native.load()
         if self._library.reason is not None:
@@ -72,23 +79,35 @@ class PackedBlock:
             raise ArgumentError(
                 f"activation is {activation!r}.{nearest(activation, ACTIVATIONS)} It must be one of {known}."
             )
-        if norm_eps is not None and not 0 <= norm_eps < float("inf"):
-            raise ArgumentError(f"norm_eps is {norm_eps}, but must be None or a finite number that is not negative")
-        hidden, inputs = _checked_matrix("first", first)
+        _check_epsilon("norm_eps", norm_eps)
+        if patch is None:
+            hidden, inputs = _checked_matrix("first", first)
+        else:
+            hidden, inputs = _checked_kernels(first, patch)
         outputs = 0
         if second is not None:
             outputs, _ = _checked_matrix("second", second, hidden)
         elif second_bias is not None:
             raise ArgumentError("second_bias is given without second; give both, or add the bias to first_bias")
+        if after is not None and second is not None:
+            raise ArgumentError("after is given with second; a norm between two products needs two blocks")
         self.inputs, self.hidden, self.outputs = inputs, hidden, outputs or hidden
         self.activation, self.norm_eps = activation, norm_eps
+        self.patch, self.after = patch, after
         sizes = (("first_bias", first_bias, hidden), ("second_bias", second_bias, outputs))
         parts = [first, _checked_bias(*sizes[0]), second, _checked_bias(*sizes[1])]
+        if after is not None:
+            _check_epsilon("after.eps", after.eps)
+            parts += [_checked_bias("after.scale", after.scale, hidden), _checked_bias("after.shift", after.shift, hidden)]
         # Contiguous copies must live until the call returns.
         values = [None if part is None else part.detach().resolve_neg().contiguous() for part in parts]
         addresses = [None if value is None else value.data_ptr() for value in values]
         norm = (norm_eps is not None, norm_eps or 0.0)
-        weights = native.PointwiseWeights(inputs, hidden, outputs, ACTIVATIONS[activation], *norm, *addresses)
+        geometry = native.PatchGeometry(*((*patch.kernel, *patch.stride, *patch.padding) if patch else ()))
+        normalize_after = (after is not None, after.eps if after else 0.0)
+        weights = native.PointwiseWeights(
+            inputs, hidden, outputs, ACTIVATIONS[activation], *norm, *addresses[:4], geometry, *normalize_after, *addresses[4:]
+        )
         calls, packed = self._library.calls, native.Address()
         self._library.check(calls.wk_pointwise_pack(ctypes.byref(weights), ctypes.byref(packed)))
         self._packed, self._run = packed, calls.wk_pointwise_run_at
@@ -102,11 +121,13 @@ class PackedBlock:
 
         Args:
             x: images (N, channels, height, width) in either layout, or, with any other number of dimensions, the rows of a
-                matrix (..., channels); float32 on a CPU. Images (N, height, width, channels) are passed permuted.
+                matrix (..., channels); float32 on a CPU. Images (N, height, width, channels) are passed permuted. With a
+                patch, only images.
             residual: added to the result; has its shape and any strides.
 
         Returns:
-            (N, outputs, height, width) or (..., outputs), in the layout of `x`. Without gradients.
+            (N, outputs, height, width) or (..., outputs), in the layout of `x`. Without gradients. With a patch, height and
+            width are `patch.size` of those of `x`.
 
         Raises:
             ArgumentError: for another shape, type or device, or if gradients are wanted.
@@ -154,6 +175,12 @@ class PackedBlock:
     def _check(self, x: Tensor, residual: Tensor | None) -> None:
         """Raise for tensors that this block cannot compute."""
         channels = 1 if x.dim() == 4 else x.dim() - 1
+        if self.patch is not None and (x.dim() != 4 or x.shape[1] != self.inputs or min(self.patch.size(*x.shape[2:])) < 1):
+            rows, columns = (taps - 2 * pad for taps, pad in zip(self.patch.kernel, self.patch.padding))
+            raise ArgumentError(
+                f"x has the shape {tuple(x.shape)}, but the block needs (N, {self.inputs}, height, width) of at least "
+                f"{max(rows, 1)} rows and {max(columns, 1)} columns"
+            )
         if x.dim() == 0 or x.shape[channels] != self.inputs:
             raise ArgumentError(
                 f"x has the shape {tuple(x.shape)}, but the block needs (N, {self.inputs}, height, width) or, with another "
@@ -161,6 +188,8 @@ class PackedBlock:
             )
         wanted = list(x.shape)
         wanted[channels] = self.outputs
+        if self.patch is not None:
+            wanted[2:] = self.patch.size(*x.shape[2:])
         if residual is not None and list(residual.shape) != wanted:
             raise ArgumentError(f"residual has the shape {tuple(residual.shape)}, but the result has {tuple(wanted)}")
         for name, tensor in (("x", x), ("residual", residual)):
@@ -177,12 +206,14 @@ class PackedBlock:
         if call is None:
             like = torch.empty_like(x, device="meta")
             if x.dim() == 4:
-                y = like.new_empty((x.shape[0], self.outputs, *x.shape[2:])).contiguous(memory_format=memory_format(x))
+                sides = x.shape[2:] if self.patch is None else self.patch.size(*x.shape[2:])
+                y = like.new_empty((x.shape[0], self.outputs, *sides)).contiguous(memory_format=memory_format(x))
             else:
                 y = like.new_empty((*x.shape[:-1], self.outputs))
-            sizes = x.shape if x.dim() == 4 else (1, 0, *((1,) * (3 - x.dim())), *x.shape[:-1])
+            sizes = y.shape if x.dim() == 4 else (1, 0, *((1,) * (3 - x.dim())), *x.shape[:-1])
             images = [_image(tensor) for tensor in (x, y if residual is None else residual, y)]
-            description = native.PointwiseCall(torch.get_num_threads(), sizes[0], *sizes[2:], *images)
+            sides = x.shape[2:] if self.patch else (0, 0)
+            description = native.PointwiseCall(torch.get_num_threads(), sizes[0], *sizes[2:], *images, *sides)
             if len(self._prepared) >= _MOST_PREPARED:
                 self._prepared.clear()
             call = self._prepared[key] = _Call(ctypes.byref(description), tuple(y.shape), y.stride())
@@ -229,6 +260,24 @@ def _checked_matrix(name: str, matrix: Tensor, columns: int | None = None) -> tu
         wanted = f"(outputs, {columns})" if columns else "(hidden, channels)"
         raise ArgumentError(f"{name} has the shape {tuple(matrix.shape)}, but must be {wanted}, none of them 0")
     return matrix.shape[0], matrix.shape[1]
+
+
+def _checked_kernels(first: Tensor, patch: Patch) -> tuple[int, int]:
+    """Return the numbers of output and input channels of a convolution."""
+    _require_floats("first", first)
+    if first.dim() != 4 or first.numel() == 0 or tuple(first.shape[2:]) != tuple(patch.kernel):
+        rows, columns = patch.kernel
+        raise ArgumentError(
+            f"first has the shape {tuple(first.shape)}, but must be (hidden, channels, {rows}, {columns}), none of them 0"
+        )
+    if min(patch.stride) < 1 or min(patch.padding) < 0:
+        raise ArgumentError(f"patch is {patch}, but strides must be at least 1 and paddings at least 0")
+    return first.shape[0], first.shape[1]
+
+
+def _check_epsilon(name: str, eps: float | None) -> None:
+    if eps is not None and not 0 <= eps < float("inf"):
+        raise ArgumentError(f"{name} is {eps}, but must be None or a finite number that is not negative")
 
 
 def _checked_bias(name: str, bias: Tensor | None, size: int) -> Tensor | None:
