@@ -9,7 +9,7 @@ from torch import nn
 
 from widekernel.layers.alterations import replaced_method
 from widekernel.layers.rebuilding import is_plain
-from widekernel.transforms.acceleration.fusion.graph import BlockGraph
+from widekernel.transforms.acceleration.fusion.graph import BlockGraph, patch_of
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Attributes that every module has and that do not influence its forward, or that are compared in another way.
@@ -17,6 +17,8 @@ _BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"}
 # Attributes of PyTorch's layers that repeat the shape of the weight, or have no effect on 1x1 convolutions.
 _SIZES = {"in_features", "out_features", "in_channels", "out_channels", "kernel_size", "dilation", "transposed"}
 _SIZES |= {"output_padding", "padding_mode", "_reversed_padding_repeated_twice", "elementwise_affine"}
+# Those that have an effect on other convolutions.
+_GEOMETRY = {"kernel_size", "dilation", "padding_mode"}
 STATE = "_fused_state"
 """Name of the attribute of a fused block that holds its plan; it is not part of copies."""
 _COMPARABLE = (bool, int, float, str, tuple)
@@ -45,7 +47,8 @@ class Guards:
         for name, module in computed:
             if name in found.through:
                 self._watch_parts(name, module)
-            ignored = _BOOKKEEPING if name in found.through else _BOOKKEEPING | _SIZES
+            sizes = _SIZES if patch_of(module) is None else _SIZES - _GEOMETRY
+            ignored = _BOOKKEEPING if name in found.through else _BOOKKEEPING | sizes
             own = [(key, value) for key, value in vars(module).items() if key not in ignored and key != STATE]
             self._values += [(name, vars(module), key, value) for key, value in own]
 

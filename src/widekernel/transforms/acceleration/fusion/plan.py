@@ -233,12 +233,12 @@ def _run_region(
     x = values[region.x]
     residual = values[region.residual] if add_residual and region.residual is not None else None
     _require_plain(x, residual)
-    if FIRST not in (region.x_axis, region.product_axis):
+    if region.patch is None and FIRST not in (region.x_axis, region.product_axis):
         y = _on_rows(region, packed, x, residual)
     else:
         y = _on_images(region, packed, x, residual)
     if call_trace.OPEN_TRACES:
-        options = bool(region.norm), bool(region.second), residual is not None
+        options = bool(region.norm), bool(region.second), residual is not None, region.patch is not None, bool(region.after)
         call_trace.record_fused(FusedCall(tuple(x.shape), region.activation, *options))
     return y
 
@@ -257,7 +257,10 @@ def _on_images(region: Region, packed: Callable[..., Tensor], x: Tensor, residua
         x = x.permute(0, 3, 1, 2)
     if residual is not None and residual.dim() == 4 and region.product_axis != FIRST:
         residual = residual.permute(0, 3, 1, 2)
-    _require_shapes(x.shape[1:2], (region.dim_in,), residual, (x.shape[0], region.dim_out, *x.shape[2:]))
+    sides = tuple(x.shape[2:]) if region.patch is None else region.patch.size(*x.shape[2:])
+    if min(sides) < 1:
+        raise UnsuitableInputError(f"an image of {tuple(x.shape[2:])} pixels is smaller than a patch")
+    _require_shapes(x.shape[1:2], (region.dim_in,), residual, (x.shape[0], region.dim_out, *sides))
     y = packed(x, residual)
     return y if region.product_axis == FIRST else y.permute(0, 2, 3, 1)
 
@@ -285,6 +288,11 @@ def _described(found: BlockGraph, region: Region) -> str:
     layers: list[Any] = [found.modules[name] for name in region.layers()]
     widths = [layers[0].weight.shape[1], *(layer.weight.shape[0] for layer in layers)]
     parts = [str(widths[0]), str(widths[1])]
+    if region.patch is not None:
+        rows, columns = region.patch.kernel
+        parts[0] = f"{rows}x{columns} patches of {parts[0]}"
+    if region.after:
+        parts.append("norm")
     if region.activation != "none":
         parts.append(region.activation)
     parts += [str(width) for width in widths[2:]]

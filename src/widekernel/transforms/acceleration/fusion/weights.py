@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from widekernel.layers.norms import affine_of
+from widekernel.ops.patch import NormAfter, Patch
 from widekernel.transforms.acceleration.fusion.graph import BlockGraph
 from widekernel.transforms.acceleration.fusion.probing import epsilon_of
 from widekernel.transforms.acceleration.fusion.regions import FIRST, Affine, Region
@@ -33,6 +34,8 @@ class BlockWeights(NamedTuple):
     second: Tensor | None
     second_bias: Tensor | None
     norm_eps: float | None
+    patch: Patch | None = None
+    after: NormAfter | None = None
 
 
 @torch.no_grad()
@@ -44,29 +47,37 @@ def block_weights(found: BlockGraph, region: Region) -> BlockWeights:
     """
     first, bias = _matrix(found.modules[region.first])
     last = first if not region.second else _matrix(found.modules[region.second])[0]
-    if (first.shape[1], last.shape[0]) != (region.dim_in, region.dim_out):
+    kernel = region.patch.kernel if region.patch else ()
+    shape: Any = found.modules[region.first].weight.shape
+    unchanged = shape[1] == region.dim_in and last.shape[0] == region.dim_out
+    if not unchanged or (region.patch is not None and tuple(shape[2:]) != kernel):
         raise UnsuitableWeightsError("the shape of a weight has changed since the block was fused")
     eps = None
     if region.norm:
         norm = found.modules[region.norm]
         if isinstance(norm, nn.modules.batchnorm._BatchNorm):
-            scale, shift = affine_of(norm, first.shape[1])
+            scale, shift = affine_of(norm, region.dim_in)
         else:
             eps = epsilon_of(norm)
-            scale, shift = _affine_part(norm, first.shape[1])
+            scale, shift = _affine_part(norm, region.dim_in)
+        # The weights of all taps of a channel are side by side.
+        scale, shift = (part.repeat_interleave(first.shape[1] // region.dim_in) for part in (scale, shift))
         first, bias = first * scale, bias + first @ shift
     first, bias = _mapped(found, region.affine, first, bias)
+    matrix = _float(first).view(-1, region.dim_in, *kernel)
+    after = _norm_after(found.modules[region.after]) if region.after else None
     if not region.second:
-        return BlockWeights(_float(first), _bias(bias), region.activation, None, None, eps)
+        return BlockWeights(matrix, _bias(bias), region.activation, None, None, eps, region.patch, after)
     second, second_bias = _matrix(found.modules[region.second])
     second, second_bias = _mapped(found, region.second_affine, second, second_bias)
-    return BlockWeights(_float(first), _bias(bias), region.activation, _float(second), _bias(second_bias), eps)
+    seconds = _float(second), _bias(second_bias)
+    return BlockWeights(matrix, _bias(bias), region.activation, *seconds, eps, region.patch)
 
 
 def sources(found: BlockGraph, region: Region) -> list[Source]:
     """List everything that the weights of a region are computed from."""
     norms = [affine.value for affine in (*region.affine, *region.second_affine) if affine.kind == "norm"]
-    names = [name for name in (region.norm, *region.layers()) if name]
+    names = [name for name in (region.norm, region.after, *region.layers()) if name]
     listed = []
     for module in (*(found.modules[name] for name in names), *norms):
         listed += [(module._parameters, key) for key in module._parameters]
@@ -149,6 +160,12 @@ def _affine_part(norm: nn.Module, channels: int) -> tuple[Tensor, Tensor]:
     weight, bias = norm._parameters.get("weight"), norm._parameters.get("bias")
     ones = torch.ones(channels, dtype=torch.float64)
     return ones if weight is None else weight.double(), 0 * ones if bias is None else bias.double()
+
+
+def _norm_after(norm: nn.Module) -> NormAfter:
+    eps = epsilon_of(norm)
+    assert eps is not None
+    return NormAfter(eps, norm._parameters.get("weight"), norm._parameters.get("bias"))
 
 
 def _matrix(layer: nn.Module) -> tuple[Tensor, Tensor]:
