@@ -71,6 +71,7 @@ class Plan:
         self.layers = tuple(self._found.modules[name] for region in self.regions for name in region.layers())
         self.guards = Guards(self._found, inside)
         self._sources = [source for region in self.regions for source in sources(self._found, region)]
+        self._holders, self._keys = [held for held, _ in self._sources], [key for _, key in self._sources]
         self._steps = self._fused_steps()
         self._output = next(iter(reversed(self._found.graph.nodes))).args[0]
         self._packed: tuple[Fingerprint, dict[int, Callable[..., Tensor]]] | None = None
@@ -118,7 +119,7 @@ class Plan:
 
     def _current(self) -> dict[int, Callable[..., Tensor]]:
         """Return the packed regions; they are packed again if any of their weights has changed."""
-        tensors = [held.get(key) for held, key in self._sources]
+        tensors = list(map(dict.get, self._holders, self._keys))
         packed = self._packed
         if packed is None or not packed[0].matches(tensors):
             # First the fingerprint: a write while the weights are packed leads to packing them again.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
 import torch
@@ -14,11 +15,11 @@ from widekernel.ops.patch import NormAfter, Patch
 from widekernel.transforms.acceleration.fusion.graph import BlockGraph
 from widekernel.transforms.acceleration.fusion.probing import epsilon_of
 from widekernel.transforms.acceleration.fusion.regions import FIRST, Affine, Region
+from widekernel.transforms.acceleration.fusion.samples import Samples
 
-# How many values of a tensor are compared to notice writes that PyTorch does not count.
-_SAMPLES = 32
 Source = tuple[dict[str, Any], str]
 """The dict that holds a parameter or buffer, and its key."""
+_version_of = attrgetter("_version")
 
 
 class UnsuitableWeightsError(Exception):
@@ -102,14 +103,13 @@ class Fingerprint:
     """
 
     def __init__(self, tensors: Sequence[Tensor | None]) -> None:
-        self._states: list[tuple[int, int] | None] = []
-        self._views: list[Tensor] = []
-        for tensor in tensors:
-            if tensor is not None:
-                _check(tensor)
-                self._views.append(_spread(tensor))
-            self._states.append(state_of(tensor))
-        self._values = [view.clone() for view in self._views]
+        self._tensors = tuple(tensors)
+        self._present = tuple(tensor for tensor in tensors if tensor is not None)
+        for tensor in self._present:
+            _check(tensor)
+        self._kinds = list(map(type, self._present))
+        self._addresses, self._versions = self._states()
+        self._samples = Samples(self._present)
 
     def matches(self, tensors: Sequence[Tensor | None]) -> bool:
         """Return whether these are the same tensors, unchanged.
@@ -117,20 +117,17 @@ class Fingerprint:
         Raises:
             UnsuitableWeightsError: if there are tensors where there were none, or none where there were some.
         """
-        if [state_of(tensor) for tensor in tensors] != self._states:
-            if [tensor is None for tensor in tensors] != [state is None for state in self._states]:
+        if not all(map(is_, tensors, self._tensors)):
+            if [tensor is None for tensor in tensors] != [tensor is None for tensor in self._tensors]:
                 raise UnsuitableWeightsError("a weight has appeared or disappeared since the block was fused")
             return False
-        return all(map(torch.equal, self._views, self._values))
+        # In this order: the samples lie at the addresses.
+        same = all(map(is_, map(type, self._present), self._kinds)) and self._states() == (self._addresses, self._versions)
+        return same and self._samples.unchanged()
 
-
-def state_of(tensor: Tensor | None) -> tuple[int, int] | None:
-    """Return address and number of writes of a plain tensor; a state that no fingerprint has for any other."""
-    if tensor is None:
-        return None
-    if type(tensor) not in (nn.Parameter, Tensor) or tensor.is_inference():
-        return (-1, -1)
-    return tensor.data_ptr(), tensor._version
+    def _states(self) -> tuple[list[int], list[int]]:
+        """Return the address and the number of writes of every tensor."""
+        return list(map(Tensor.data_ptr, self._present)), list(map(_version_of, self._present))
 
 
 def _check(tensor: Tensor) -> None:
@@ -145,14 +142,6 @@ def _check(tensor: Tensor) -> None:
         )
     if not torch.ops.aten.is_non_overlapping_and_dense(tensor):
         raise UnsuitableWeightsError(f"a weight of shape {tuple(tensor.shape)} has gaps in memory: call contiguous() on it")
-
-
-def _spread(tensor: Tensor) -> Tensor:
-    """Return a view of some values of a tensor without gaps, from its beginning to its end in memory."""
-    count = tensor.numel()
-    # An odd step, so that not all of them lie in a few columns of a matrix whose width is a power of two.
-    step = count // _SAMPLES | 1 if count > _SAMPLES else 1
-    return tensor.detach().as_strided(((count + step - 1) // step,), (step,), tensor.storage_offset())
 
 
 def _affine_part(norm: nn.Module, channels: int) -> tuple[Tensor, Tensor]:
