@@ -1,7 +1,9 @@
-// y = residual + second · act(first · norm(x · factors) + bias) + bias for every pixel, with weights packed in advance.
+// y = residual + second · act(first · norm(x · factors) + bias) + bias for every pixel, with weights packed in advance. The first
+// product may be one over patches, and a norm may precede the activation if it is the only one.
 #pragma once
 
 #include "activation.hpp"
+#include "patches.hpp"
 #include "phases.hpp"
 #include "pointwise_weights.hpp"
 #include "stack.hpp"
@@ -83,7 +85,7 @@ struct Distribution {
     int64_t together;  // pixels whose activations exist at the same time
 
     static int64_t most_together(const Weights &weights) {
-        const int64_t cached = CACHED_FLOATS / (weights.of.inputs + weights.chunks.size + weights.of.outputs);
+        const int64_t cached = CACHED_FLOATS / (weights.of.inputs + weights.units() + weights.of.outputs);
         return most(FEWEST_PIXELS, least(MOST_PIXELS, cached) / TILE_ROWS * TILE_ROWS);
     }
     // With as many pixels as this, no more are needed for each thread to have its own, or they take too much memory.
@@ -111,7 +113,7 @@ struct Distribution {
 inline void pointwise_workspace(const wk_pointwise &packed, int32_t threads, int64_t &per_thread, int64_t &shared) {
     const Weights weights(packed);
     const int64_t together = Distribution::most_together(weights), apart = Distribution::fewest_apart(weights, threads);
-    per_thread = Activations::bytes(packed, together, weights.chunks.size) + Unrounded::bytes(packed, together);
+    per_thread = Activations::bytes(packed, together, weights.units()) + Unrounded::bytes(packed, together);
     shared = packed.bytes;
     if (threads == 1) return;
     per_thread = most(per_thread, Unrounded::bytes(packed, apart));
@@ -128,11 +130,11 @@ inline Vec sum_of_squares(const Vec *at, int64_t count) {
 class Pointwise {
   public:
     Pointwise(const wk_pointwise &packed, const wk_pointwise_call &call)
-        : packed_(packed), weights_(packed), x_(call.x, call.images, call.height, call.width),
+        : packed_(packed), weights_(packed), patches_(packed, call), x_(call.x, call.images, call.height, call.width),
           y_(call.y, call.images, call.height, call.width), residual_(call.residual, call.images, call.height, call.width),
           factors_(call.factors), image_pixels_(int64_t{call.height} * call.width), pixels_(call.images * image_pixels_),
           plan_(weights_, pixels_, call.threads),
-          own_bytes_(own_bytes(plan_.shared ? 0 : Activations::bytes(packed, plan_.together, weights_.chunks.size), plan_.together)) {
+          own_bytes_(own_bytes(plan_.shared ? 0 : Activations::bytes(packed, plan_.together, weights_.units()), plan_.together)) {
         parts_ = least(weights_.chunks.size / PANEL, ceil_div(4 * plan_.threads, weights_.chunks.count()));
         endings_ = least(panels_for(packed.outputs), 4 * plan_.threads);
     }
@@ -145,7 +147,10 @@ class Pointwise {
             all_ = Activations(carver, packed_, pixels_, packed_.hidden);
             phases.add(all_.x.tiles(), &Pointwise::pack_tile);
             phases.add(weights_.chunks.count() * parts_, &Pointwise::compute_part);
-            phases.add(endings_, &Pointwise::compute_ending);
+            if (packed_.normalize_after)
+                phases.add(all_.hidden.tiles(), &Pointwise::normalize_tile);
+            else
+                phases.add(endings_, &Pointwise::compute_ending);
         } else {
             phases.add(ceil_div(pixels_, plan_.together), &Pointwise::compute);
         }
@@ -174,17 +179,19 @@ class Pointwise {
         Carver carver{own_block()};
         if (!carver.base) return;
         const int64_t first = task * plan_.together, pixels = least(plan_.together, pixels_ - first);
-        const Activations own(carver, packed_, pixels, weights_.chunks.size);
+        const Activations own(carver, packed_, pixels, weights_.units());
         const Unrounded unrounded(carver, packed_, pixels);
         pack(first, own.x, unrounded);
         for (int64_t chunk = 0; chunk < weights_.chunks.count(); chunk++) {
             const int64_t units = weights_.chunks.in(chunk);
-            hidden_units(own.x, chunk, 0, panels_for(units), own.hidden, 0, unrounded);
+            const int64_t group = packed_.normalize_after ? hidden_group(chunk) : 0;
+            hidden_units(own.x, chunk, 0, panels_for(units), own.hidden, group, unrounded);
             if (packed_.outputs)
                 add_outputs(own.hidden, 0, chunk, 0, panels_for(packed_.outputs), own.y);
-            else
+            else if (!packed_.normalize_after)
                 unpack_pixels(own.hidden, 0, vectors_for(units), target(weights_.chunks.begin(chunk), units), first, nullptr);
         }
+        if (packed_.normalize_after) end_with_norm(own.hidden, first);
         if (packed_.outputs) unpack_pixels(own.y, 0, own.y.groups, target(0, packed_.outputs), first, second_bias());
     }
 
@@ -192,9 +199,7 @@ class Pointwise {
     void pack_tile(int64_t task) {
         Carver carver{own_block()};
         if (!carver.base) return;
-        Stack tile = all_.x;
-        tile.at = all_.x.tile(task), tile.count = all_.x.rows(task);
-        pack(task * all_.x.each, tile, Unrounded(carver, packed_, pixels_));
+        pack(task * all_.x.each, all_.x.only(task), Unrounded(carver, packed_, pixels_));
     }
 
     // A part of a chunk of hidden units, for all pixels.
@@ -204,7 +209,7 @@ class Pointwise {
         const int64_t chunk = task / parts_, part = task % parts_, panels = panels_for(weights_.chunks.in(chunk));
         const int64_t begin = panels * part / parts_, end = panels * (part + 1) / parts_, group = hidden_group(chunk);
         hidden_units(all_.x, chunk, begin, end, all_.hidden, group, Unrounded(carver, packed_, pixels_));
-        if (!packed_.outputs)
+        if (!packed_.outputs && !packed_.normalize_after)
             unpack_pixels(all_.hidden, group + begin * PANEL_VECTORS, least(group + end * PANEL_VECTORS, all_.hidden.groups),
                           target(0, packed_.hidden), 0, nullptr);
     }
@@ -218,18 +223,43 @@ class Pointwise {
                       second_bias());
     }
 
+    void normalize_tile(int64_t task) { end_with_norm(all_.hidden.only(task), task * all_.hidden.each); }
+
     // Among the hidden units of all chunks, the group with which a chunk begins.
     int64_t hidden_group(int64_t chunk) const { return weights_.chunks.begin(chunk) / (packed_.outputs ? GROUP : LANES); }
 
     void pack(int64_t first, const Stack &to, const Unrounded &unrounded) const {
-        const int64_t vectors = vectors_for(packed_.inputs);
+        const int64_t channels = packed_.channels, vectors = vectors_for(packed_.inputs);
         auto place = [&](int64_t pixel, int j) { return WORD > 1 ? Slot(unrounded.x + j, LANES) : Slot(to, pixel); };
+        auto prepare = [&](const Slot &slot, int64_t image) {
+            if (factors_) multiply(slot, factors_ + image * channels, channels);
+            if (packed_.normalize) normalize(slot, channels, packed_.eps);
+        };
         auto finish = [&](const Slot &slot, int64_t pixel) {
-            if (factors_) multiply(slot, factors_ + (first + pixel) / image_pixels_ * packed_.inputs, packed_.inputs);
-            if (packed_.normalize) normalize(slot, packed_.inputs, packed_.eps);
             if (WORD > 1) convert(slot, vectors, Slot(to, pixel));
         };
-        pack_pixels(x_, first, to.count, packed_.inputs, place, finish);
+        if (packed_.patch.rows)
+            patches_.pack(first, to.count, place, prepare, finish);
+        else
+            pack_pixels(x_, first, to.count, channels, place, [&](const Slot &slot, int64_t pixel) {
+                prepare(slot, (first + pixel) / image_pixels_);
+                finish(slot, pixel);
+            });
+    }
+
+    // Normalizes the hidden units of the pixels from `first` on, applies the activation, and writes them.
+    void end_with_norm(const Stack &hidden, int64_t first) const {
+        for (int64_t i = 0; i < hidden.count; i++) normalize(Slot(hidden, i), packed_.hidden, packed_.after_eps);
+        const Vec *scale = reinterpret_cast<const Vec *>(packed_.after_scale), *shift = reinterpret_cast<const Vec *>(packed_.after_shift);
+        for (int64_t t = 0; t < hidden.tiles(); t++) {
+            const int64_t rows = hidden.rows(t);
+            Vec *units = hidden.tile(t);
+            for (int64_t g = 0; g < hidden.groups; g++, units += rows) {
+                for (int64_t i = 0; i < rows; i++) units[i] *= scale[g];
+                activate(packed_.activation, shift[g], units, rows);
+            }
+        }
+        unpack_pixels(hidden, 0, hidden.groups, target(0, packed_.hidden), first, nullptr);
     }
 
     // Panels [begin, end) of a chunk; the chunk's first group is `group` of `to`. The sums of the squares of its units over all
@@ -238,6 +268,7 @@ class Pointwise {
                       const Unrounded &unrounded, Vec *squares = nullptr) const {
         const int64_t units = weights_.chunks.in(chunk), blocks = weights_.blocks.count(), steps = blocks * (end - begin);
         const Vec *bias = reinterpret_cast<const Vec *>(packed_.first_bias) + weights_.chunks.begin(chunk) / LANES;
+        const int32_t activation = packed_.normalize_after ? int32_t{WK_NO_ACTIVATION} : packed_.activation;
         const bool rounds = WORD > 1 && packed_.outputs && !squares;
         // Sums that are to be rounded have room for one panel only, which all blocks complete before the next panel.
         auto panel_at = [&](int64_t step) { return begin + (rounds ? step / blocks : step % (end - begin)); };
@@ -256,7 +287,7 @@ class Pointwise {
                                                  sums, block > 0, later.part(t));
                 if (block < blocks - 1) continue;
                 for (int64_t v = 0; v < vectors; v++) {
-                    activate(packed_.activation, bias[panel * PANEL_VECTORS + v], sums + v * rows, rows);
+                    activate(activation, bias[panel * PANEL_VECTORS + v], sums + v * rows, rows);
                     if (!squares) continue;
                     Vec &square = squares[group + panel * PANEL_VECTORS + v];
                     square = sum_of_squares(sums + v * rows, rows) + (t > 0 ? square : Vec{});
@@ -294,8 +325,9 @@ class Pointwise {
 
     const wk_pointwise &packed_;
     const Weights weights_;
+    const Patches patches_;
     const Pixels x_, y_, residual_;
-    const float *const factors_;  // (images, inputs), or null
+    const float *const factors_;  // (images, channels), or null
     const int64_t image_pixels_, pixels_;
     const Distribution plan_;
     int64_t own_bytes_;

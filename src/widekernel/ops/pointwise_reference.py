@@ -1,4 +1,4 @@
-"""The definition of a block of pointwise products and of its gate in plain PyTorch: slow, readable, the oracle of tests."""
+"""The definition of blocks of products over channels or patches, and of gates, in plain PyTorch: the oracle of tests."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from widekernel.ops.patch import NormAfter, Patch
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
@@ -26,10 +28,12 @@ def rounded(x: Tensor, precision: str) -> Tensor:
 
 
 class ReferenceBlock:
-    """y = residual + second · response(act(first · norm(x · gate(x)) + first_bias)) + second_bias, for every pixel.
+    """y = residual + second · response(act(after(first · norm(x · gate(x)) + first_bias))) + second_bias, for every pixel.
+
+    With a patch, `first` acts on the patches of norm(x · gate(x)): it is a convolution.
 
     Args:
-        first: (H, C).
+        first: (H, C); with a patch, (H, C, rows, columns).
         first_bias: (H,), or None for none.
         activation: a key of `ACTIVATIONS`.
         second: (O, H), or None for none; then y = residual + act(first · norm(x) + first_bias).
@@ -37,6 +41,8 @@ class ReferenceBlock:
         norm_eps: epsilon of a layer norm over the channels of x, without affine parameters; None for no norm.
         response: (H,), the weight of a response norm of hidden units (`response_norm`); None for none.
         response_eps: its epsilon.
+        patch: the patches of images; None if every pixel is computed alone.
+        after: a layer norm over the results of the first product; None for none.
         gate: the arguments of `gate` after `x`; None for no gate.
         precision: type of the factors of both products, `float32` or `bfloat16`; everything else has the type of x. Tensors
             in float64 stand for float32 in exact arithmetic.
@@ -52,6 +58,8 @@ class ReferenceBlock:
         norm_eps: float | None,
         response: Tensor | None = None,
         response_eps: float = 1e-6,
+        patch: Patch | None = None,
+        after: NormAfter | None = None,
         gate: tuple[Any, ...] | None = None,
         precision: str = "float32",
     ) -> None:
@@ -59,21 +67,25 @@ class ReferenceBlock:
         self.activation = activation
         self.second, self.second_bias = second, second_bias
         self.norm_eps = norm_eps
+        self.patch, self.after = patch, after
         self.response, self.response_eps = response, response_eps
         self.gate = gate
         self.precision = precision
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Images (N, C, H, W) -> (N, O, H, W), or rows (R, C) -> (R, O); `residual` has the shape of the result.
+        """Images (N, C, H, W) -> (N, O, H', W'), or rows (R, C) -> (R, O); `residual` has the shape of the result.
 
-        A gate needs images. For a response norm, rows count as the pixels of one image.
+        Patches and gates need images. For a response norm, rows count as the pixels of one image.
         """
         if self.gate is not None:
             x = x * gate(x, *self.gate)[:, :, None, None]
         y = x.permute(0, 2, 3, 1) if x.dim() == 4 else x
         if self.norm_eps is not None:
             y = F.layer_norm(y, y.shape[-1:], eps=self.norm_eps)
-        y = ACTIVATIONS[self.activation](self._product(y, self.first, self.first_bias))
+        y = self._product(y, self.first, self.first_bias) if self.patch is None else self._convolution(y, self.patch)
+        if self.after is not None:
+            y = F.layer_norm(y, y.shape[-1:], self.after.scale, self.after.shift, self.after.eps)
+        y = ACTIVATIONS[self.activation](y)
         if self.response is not None:
             y = response_norm(y if x.dim() == 4 else y[None, None], self.response, self.response_eps).view_as(y)
         if self.second is not None:
@@ -83,6 +95,10 @@ class ReferenceBlock:
 
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(rounded(x, self.precision), rounded(weight, self.precision), bias)
+
+    def _convolution(self, x: Tensor, patch: Patch) -> Tensor:
+        images, weight = rounded(x.permute(0, 3, 1, 2), self.precision), rounded(self.first, self.precision)
+        return F.conv2d(images, weight, self.first_bias, patch.stride, patch.padding).permute(0, 2, 3, 1)
 
 
 def response_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

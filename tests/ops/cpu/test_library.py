@@ -52,6 +52,7 @@ int32_t wk_pointwise_run_at(const wk_pointwise *, const wk_pointwise_call *, con
                             void *) { return WK_BAD_ARGUMENT; }
 int32_t wk_gate_run(const wk_gate *) { return WK_BAD_ARGUMENT; }
 int32_t wk_gate_run_at(const wk_gate *, const void *, float *) { return WK_BAD_ARGUMENT; }
+int32_t wk_samples_equal(const wk_samples *, int32_t, const float *) { return 0; }
 void wk_pointwise_workspace(const wk_pointwise *, int32_t, int64_t *, int64_t *) {}
 const char *wk_error_text(int32_t error) { return error == WK_OUT_OF_MEMORY ? "no memory" : "wrong sizes"; }
 const char *wk_why_no_products(int32_t) { return "none"; }
@@ -296,6 +297,8 @@ def c_structures() -> dict[str, type[ctypes.Structure]]:
         "wk_pointwise_weights": library.PointwiseWeights,
         "wk_pointwise_call": library.PointwiseCall,
         "wk_gate": library.Gate,
+        "wk_patch": library.PatchGeometry,
+        "wk_samples": library.Samples,
     }
 
 

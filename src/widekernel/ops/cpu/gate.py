@@ -10,11 +10,10 @@ from torch import Tensor
 
 from widekernel.errors import ArgumentError
 from widekernel.ops.cpu import library as native
-from widekernel.ops.cpu.pointwise import (
-    ACTIVATIONS,
+from widekernel.ops.cpu.pointwise import ACTIVATIONS, image_of
+from widekernel.ops.cpu.tensor_checks import (
     checked_matrix,
     checked_vector,
-    image_of,
     require_floats,
     require_known,
     require_no_gradients,

@@ -1,17 +1,26 @@
-"""Products over channels in native code: y = residual + second · activation(first · norm(x)), with weights packed once."""
+"""Products over channels or patches in native code, with weights packed once."""
 
 from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from widekernel.errors import ArgumentError, nearest
+from widekernel.errors import ArgumentError
 from widekernel.ops.cpu import library as native
+from widekernel.ops.cpu.tensor_checks import (
+    checked_kernels,
+    checked_matrix,
+    checked_vector,
+    require_epsilon,
+    require_floats,
+    require_known,
+    require_no_gradients,
+)
+from widekernel.ops.patch import NormAfter, Patch
 from widekernel.ops.problem import memory_format
 
 ACTIVATIONS = {"none": native.NO_ACTIVATION, "relu": native.RELU, "gelu": native.GELU, "gelu_tanh": native.GELU_TANH}
@@ -59,8 +68,10 @@ class PackedBlock:
     Products are exact, and their sums, the norms, the activation, biases and residual remain float32, as do all tensors of
     the interface.
 
+    With a patch, the first product is a convolution: it acts on the patches of norm(x), with zeros around the image.
+
     Args:
-        first: (hidden, channels), float32.
+        first: (hidden, channels), float32; with a patch, (hidden, channels, rows, columns).
         first_bias: (hidden), or None.
         activation: `none`, `relu`, `gelu` or `gelu_tanh`.
         second: (outputs, hidden), or None.
@@ -70,11 +81,14 @@ class PackedBlock:
         response: (hidden), the weight of a response norm of the hidden units of each image, as
             `ops.pointwise_reference.response_norm` defines it; None for none. It needs `second`.
         response_eps: epsilon of the response norm.
+        patch: kernel, stride and padding of a convolution; None for a product over the channels of each pixel.
+        after: a layer norm over the hidden units, before the activation; only without `second`.
         precision: `float32`, or `bfloat16` if the processor has these products.
 
     Raises:
         ArgumentError: for shapes that do not fit together, tensors that are not float32 on a CPU, an unknown activation or
-            precision, a negative epsilon, or if the native library or products of that precision cannot run.
+            precision, an impossible patch, a negative epsilon, or if the native library or products of that precision cannot
+            run.
         NativeMemoryError: if there is no memory for the packed weights.
     """
 
@@ -88,6 +102,8 @@ class PackedBlock:
         norm_eps: float | None = None,
         response: Tensor | None = None,
         response_eps: float = 1e-6,
+        patch: Patch | None = None,
+        after: NormAfter | None = None,
         precision: str = "float32",
     ) -> None:
         self._library = native.load()
@@ -96,28 +112,35 @@ class PackedBlock:
         lacking = reason_against(precision)
         if lacking is not None:
             raise ArgumentError(f"products cannot be packed: {lacking}")
-        if not 0 <= response_eps < float("inf"):
-            raise ArgumentError(f"response_eps is {response_eps}, but must be a finite number that is not negative")
-        if norm_eps is not None and not 0 <= norm_eps < float("inf"):
-            raise ArgumentError(f"norm_eps is {norm_eps}, but must be None or a finite number that is not negative")
-        hidden, inputs = checked_matrix("first", first)
-        outputs = 0
-        if second is not None:
-            outputs, _ = checked_matrix("second", second, hidden)
-        elif second_bias is not None:
-            raise ArgumentError("second_bias is given without second; give both, or add the bias to first_bias")
-        elif response is not None:
-            raise ArgumentError("response is given without second; give both, or leave the response norm to PyTorch")
+        after_eps = 0.0 if after is None else after.eps
+        for name, eps in (("norm_eps", norm_eps), ("after.eps", after_eps), ("response_eps", response_eps)):
+            require_epsilon(name, eps)
+        hidden, inputs = checked_matrix("first", first) if patch is None else checked_kernels(first, patch)
+        _require_parts_that_fit(second, second_bias, response, after)
+        outputs = 0 if second is None else checked_matrix("second", second, hidden)[0]
         self.inputs, self.hidden, self.outputs = inputs, hidden, outputs or hidden
         self.activation, self.norm_eps, self.precision = activation, norm_eps, precision
-        parts = [first, checked_vector("first_bias", first_bias, hidden), second]
-        parts += [checked_vector("second_bias", second_bias, outputs), checked_vector("response", response, hidden)]
+        self.patch, self.after = patch, after
+        scale, shift = (None, None) if after is None else (after.scale, after.shift)
+        parts = [
+            first,
+            checked_vector("first_bias", first_bias, hidden),
+            second,
+            checked_vector("second_bias", second_bias, outputs),
+            checked_vector("after.scale", scale, hidden),
+            checked_vector("after.shift", shift, hidden),
+            checked_vector("response", response, hidden),
+        ]
         # Contiguous copies must live until the call returns.
         values = [None if part is None else part.detach().resolve_neg().contiguous() for part in parts]
         addresses = [None if value is None else value.data_ptr() for value in values]
         norm = (norm_eps is not None, norm_eps or 0.0)
+        geometry = native.PatchGeometry(*((*patch.kernel, *patch.stride, *patch.padding) if patch else ()))
         sizes = (PRECISIONS[precision], inputs, hidden, outputs, ACTIVATIONS[activation])
-        weights = native.PointwiseWeights(*sizes, *norm, *addresses, response_eps)
+        products, between = addresses[:4], addresses[4:]
+        weights = native.PointwiseWeights(
+            *sizes, *norm, *products, geometry, after is not None, after_eps, *between, response_eps
+        )
         calls, packed = self._library.calls, native.Address()
         self._library.check(calls.wk_pointwise_pack(ctypes.byref(weights), ctypes.byref(packed)))
         self._packed, self._run = packed, calls.wk_pointwise_run_at
@@ -132,12 +155,13 @@ class PackedBlock:
         Args:
             x: images (N, channels, height, width) in either layout, or, with any other number of dimensions, the rows of a
                 matrix (..., channels), which count as the pixels of one image; float32 on a CPU. Images
-                (N, height, width, channels) are passed permuted.
+                (N, height, width, channels) are passed permuted. With a patch, only images.
             residual: added to the result; has its shape and any strides.
             factors: (N, channels) for images, which all pixels are multiplied by before anything else; None for none.
 
         Returns:
-            (N, outputs, height, width) or (..., outputs), in the layout of `x`. Without gradients.
+            (N, outputs, height, width) or (..., outputs), in the layout of `x`. Without gradients. With a patch, height and
+            width are `patch.size` of those of `x`.
 
         Raises:
             ArgumentError: for another shape, type or device, or if gradients are wanted.
@@ -188,6 +212,12 @@ class PackedBlock:
     def _check(self, x: Tensor, residual: Tensor | None) -> None:
         """Raise for tensors that this block cannot compute."""
         channels = 1 if x.dim() == 4 else x.dim() - 1
+        if self.patch is not None and (x.dim() != 4 or x.shape[1] != self.inputs or min(self.patch.size(*x.shape[2:])) < 1):
+            rows, columns = (taps - 2 * pad for taps, pad in zip(self.patch.kernel, self.patch.padding))
+            raise ArgumentError(
+                f"x has the shape {tuple(x.shape)}, but the block needs (N, {self.inputs}, height, width) of at least "
+                f"{max(rows, 1)} rows and {max(columns, 1)} columns"
+            )
         if x.dim() == 0 or x.shape[channels] != self.inputs:
             raise ArgumentError(
                 f"x has the shape {tuple(x.shape)}, but the block needs (N, {self.inputs}, height, width) or, with another "
@@ -195,6 +225,8 @@ class PackedBlock:
             )
         wanted = list(x.shape)
         wanted[channels] = self.outputs
+        if self.patch is not None:
+            wanted[2:] = self.patch.size(*x.shape[2:])
         if residual is not None and list(residual.shape) != wanted:
             raise ArgumentError(f"residual has the shape {tuple(residual.shape)}, but the result has {tuple(wanted)}")
         for name, tensor in (("x", x), ("residual", residual)):
@@ -220,12 +252,14 @@ class PackedBlock:
         if call is None:
             like = torch.empty_like(x, device="meta")
             if x.dim() == 4:
-                y = like.new_empty((x.shape[0], self.outputs, *x.shape[2:])).contiguous(memory_format=memory_format(x))
+                sides = x.shape[2:] if self.patch is None else self.patch.size(*x.shape[2:])
+                y = like.new_empty((x.shape[0], self.outputs, *sides)).contiguous(memory_format=memory_format(x))
             else:
                 y = like.new_empty((*x.shape[:-1], self.outputs))
-            sizes = x.shape if x.dim() == 4 else (1, 0, *((1,) * (3 - x.dim())), *x.shape[:-1])
+            sizes = y.shape if x.dim() == 4 else (1, 0, *((1,) * (3 - x.dim())), *x.shape[:-1])
             images = [image_of(tensor) for tensor in (x, y if residual is None else residual, y)]
-            description = native.PointwiseCall(torch.get_num_threads(), sizes[0], *sizes[2:], *images)
+            sides = x.shape[2:] if self.patch else (0, 0)
+            description = native.PointwiseCall(torch.get_num_threads(), sizes[0], *sizes[2:], *images, *sides)
             if len(self._prepared) >= _MOST_PREPARED:
                 self._prepared.clear()
             call = self._prepared[key] = _Call(ctypes.byref(description), tuple(y.shape), y.stride())
@@ -258,59 +292,12 @@ def image_of(x: Tensor) -> tuple[int | None, ...]:
     return None, 0, channel, *((0,) * (2 - len(leading))), *leading
 
 
-def require_known(name: str, value: str, known: Collection[str]) -> None:
-    """Raise for a setting that is none of the known ones.
-
-    Raises:
-        ArgumentError: which names the setting, the one that was probably meant, and all others.
-    """
-    if value not in known:
-        raise ArgumentError(f"{name} is {value!r}.{nearest(value, known)} It must be one of {', '.join(known)}.")
-
-
-def require_no_gradients(name: str, tensor: Tensor) -> None:
-    """Raise for a tensor whose gradient is wanted.
-
-    Raises:
-        ArgumentError: which names the tensor.
-    """
-    if tensor.requires_grad and torch.is_grad_enabled():
-        raise ArgumentError(f"{name} requires gradients, which packed blocks do not compute; use torch.no_grad()")
-
-
-def require_floats(name: str, tensor: Tensor) -> None:
-    """Raise for anything but a strided float32 tensor on a CPU.
-
-    Raises:
-        ArgumentError: which says what the tensor is.
-    """
-    if tensor.dtype is not torch.float32 or tensor.device.type != "cpu" or tensor.layout is not torch.strided:
-        kind = f"{tensor.dtype} on {tensor.device}, {tensor.layout}"
-        raise ArgumentError(f"{name} is {kind}, but must be a strided torch.float32 tensor on a CPU")
-
-
-def checked_matrix(name: str, matrix: Tensor, columns: int | None = None) -> tuple[int, int]:
-    """Return rows and columns of a matrix of weights.
-
-    Raises:
-        ArgumentError: if it is not float32 on a CPU, is empty, or has other than `columns` columns.
-    """
-    require_floats(name, matrix)
-    fits = matrix.dim() == 2 and matrix.numel() > 0 and columns in (None, matrix.shape[1])
-    if not fits:
-        wanted = f"(outputs, {columns})" if columns else "(hidden, channels)"
-        raise ArgumentError(f"{name} has the shape {tuple(matrix.shape)}, but must be {wanted}, none of them 0")
-    return matrix.shape[0], matrix.shape[1]
-
-
-def checked_vector(name: str, vector: Tensor | None, size: int) -> Tensor | None:
-    """Return a bias or another vector, if there is one, after a check.
-
-    Raises:
-        ArgumentError: if it is not float32 on a CPU or has another size.
-    """
-    if vector is not None:
-        require_floats(name, vector)
-        if tuple(vector.shape) != (size,):
-            raise ArgumentError(f"{name} has the shape {tuple(vector.shape)}, but must be ({size},)")
-    return vector
+def _require_parts_that_fit(
+    second: Tensor | None, second_bias: Tensor | None, response: Tensor | None, after: NormAfter | None
+) -> None:
+    if second is None and second_bias is not None:
+        raise ArgumentError("second_bias is given without second; give both, or add the bias to first_bias")
+    if second is None and response is not None:
+        raise ArgumentError("response is given without second; give both, or leave the response norm to PyTorch")
+    if second is not None and after is not None:
+        raise ArgumentError("after is given with second; a norm between two products needs two blocks")
