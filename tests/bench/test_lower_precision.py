@@ -67,7 +67,7 @@ def test_results_that_are_far_off_are_noticed(cpu: Platform, monkeypatch: pytest
         return nn.Sequential(network, Louder()), report
 
     monkeypatch.setattr(lower_precision, "accelerate", corrupted)
-    with pytest.raises(BenchmarkError, match="ours, fused, bfloat16 NCHW differs from PyTorch NHWC in float32 by 0.2"):
+    with pytest.raises(BenchmarkError, match=r"ours, fused, bfloat16 NCHW differs from PyTorch NHWC in float32 by 0\.2"):
         measured(timm.create_model("slak_nano"), cpu)
 
 

@@ -202,7 +202,9 @@ def test_what_is_refused(options: dict[str, Any], message: str) -> None:
 
 
 def test_machines_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(swapping, "missing", lambda precision: f"precision is {precision!r}, but there is none: use 'float32'")
+    monkeypatch.setattr(
+        swapping, "missing", lambda precision: f"precision is {precision!r}, but there is none: use 'float32'"
+    )
     block = randomized(ByHand())
     before = kinds(block)
     with pytest.raises(ArgumentError, match="precision is 'bfloat16', but there is none: use 'float32'"):

@@ -1,4 +1,4 @@
-"""Packed products in bfloat16: exactly the reference on whole numbers, close to it on others, and errors where there are none."""
+"""Packed products in bfloat16: equal to the reference on whole numbers, close on others, and errors where there are none."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_rounding_over_all_magnitudes() -> None:
 @pytest.mark.parametrize("activation", ["none", "relu", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("outputs", [0, 20])
 def test_norms_and_activations(outputs: int, activation: str) -> None:
-    """A factor near the middle of two bfloat16 may be rounded either way, so results are close to the reference, not equal."""
+    """A factor near the middle of two bfloat16 may be rounded either way, so results are close to the reference."""
     x, residual = torch.randn(2, 70, 6, 5) + 2, torch.randn(2, outputs or 90, 6, 5)
     for norm in (False, True):
         block = Block.random(70, 90, outputs, activation, norm)
@@ -139,7 +139,9 @@ def test_only_one_instruction_set_has_them() -> None:
                 assert loaded.calls.wk_product_peak(library.BFLOAT16, 1, 0.01) > 0
                 continue
             assert loaded.calls.wk_product_peak(library.BFLOAT16, 1, 0.01) == 0
-            with pytest.raises(ArgumentError, match="precision is 'bfloat16', but the instruction set.*only avx512.*use 'float32'"):
+            with pytest.raises(
+                ArgumentError, match=r"precision is 'bfloat16', but the instruction set.*only avx512.*use 'float32'"
+            ):
                 PackedBlock(torch.ones(1, 1), precision="bfloat16")
     finally:
         loaded.use_isa(before)
@@ -147,7 +149,7 @@ def test_only_one_instruction_set_has_them() -> None:
 
 @pytest.mark.skipif(LACKING is None or library.load().reason is not None, reason="this machine has products in bfloat16")
 def test_processors_without_them() -> None:
-    with pytest.raises(ArgumentError, match="precision is 'bfloat16', but .* no bfloat16 products.*use 'float32'"):
+    with pytest.raises(ArgumentError, match=r"precision is 'bfloat16', but .* no bfloat16 products.*use 'float32'"):
         PackedBlock(torch.ones(1, 1), precision="bfloat16")
 
 

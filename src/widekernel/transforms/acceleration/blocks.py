@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from widekernel.transforms.acceleration import timing
 from widekernel.transforms.acceleration.fusion import FusedBlock, fuse
+from widekernel.transforms.acceleration.fusion.deviation import Deviation
 from widekernel.transforms.acceleration.fusion.fused import (
     compared,
     fused_class,
@@ -18,7 +19,6 @@ from widekernel.transforms.acceleration.fusion.fused import (
     reasons_against_call,
     reasons_against_fusing,
 )
-from widekernel.transforms.acceleration.fusion.deviation import Deviation
 from widekernel.transforms.acceleration.fusion.graph import is_pointwise, may_own
 from widekernel.transforms.acceleration.fusion.plan import NOTHING_TO_FUSE, Plan
 from widekernel.transforms.acceleration.input_capture import InputSpec, Seen, unmeasurable
