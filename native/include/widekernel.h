@@ -92,16 +92,16 @@ typedef struct {
 // y = residual + second · activation(first · norm(x) + first_bias) + second_bias, and without a second product
 // y = residual + activation(first · norm(x) + first_bias). All tensors are float32.
 //
-// `type` is that of the factors of both products, WK_FLOAT32 or WK_BFLOAT16. In bfloat16, weights, norm(x) and hidden units are rounded
-// to the nearest bfloat16, ties to even; subnormal ones count as zero. Everything else is computed in float32: norms, activation, biases,
-// residual, and the sums of products, which are exact.
+// `type` is that of the factors of both products, WK_FLOAT32 or WK_BFLOAT16. In bfloat16, weights, norm(x) and hidden units are
+// rounded to the nearest bfloat16, ties to even; subnormal ones count as zero. All else is float32: tensors, norms, activation,
+// biases, residual, and the sums of products, which are exact.
 //
 // With patches, `first` is (hidden, inputs, rows, columns). Pixels are normalized before zeros are put around the image. With
 // `normalize_after`, a layer norm over the hidden units, and then the factors and summands, come before the activation.
 //
 // If `response` is given, hidden units go through a response norm before the second product:
-// hidden · (1 + response · size / (mean + response_eps)), where `size` is the Euclidean norm of a unit over the pixels of its image,
-// and `mean` that of the sizes of all units of the image.
+// hidden · (1 + response · size / (mean + response_eps)), where `size` is the Euclidean norm of a unit over the pixels of its
+// image, and `mean` that of the sizes of all units of the image.
 typedef struct {
     int32_t type;
     int32_t inputs, hidden, outputs;  // channels; `outputs` is 0 without a second product

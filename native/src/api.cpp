@@ -55,7 +55,7 @@ const Products *products(int32_t type, const char *&reason) {
     }
 #ifdef WIDEKERNEL_AVX512_BF16
     if (!Processor::present().avx512_bf16())
-        reason = "this processor has no bfloat16 products (AVX512_BF16, in AMD Zen 4, Intel Cooper Lake, Sapphire Rapids and later)";
+        reason = "this processor has no bfloat16 products (AVX512_BF16: AMD Zen 4, Intel Sapphire Rapids, and later)";
     else if (&kernels() != &kernels_avx512)
         reason = "the instruction set in use has no bfloat16 products; only avx512 has them";
     else

@@ -41,11 +41,13 @@ struct Weights {
         : of(packed), chunks(packed.hidden, HIDDEN_CHUNK, PANEL), blocks(packed.inputs, DEPTH_BLOCK, GROUP) {}
 
     float *first(int64_t chunk, int64_t block, int64_t panel) const {
-        return of.first + chunks.begin(chunk) * lines_for(of.inputs) + blocks.begin(block) / WORD * vectors_for(chunks.in(chunk)) * LANES +
+        const int64_t columns = vectors_for(chunks.in(chunk)) * LANES;
+        return of.first + chunks.begin(chunk) * lines_for(of.inputs) + blocks.begin(block) / WORD * columns +
                panel * PANEL * lines_for(blocks.in(block));
     }
     float *second(int64_t chunk, int64_t panel) const {
-        return of.second + chunks.begin(chunk) / WORD * vectors_for(of.outputs) * LANES + panel * PANEL * lines_for(chunks.in(chunk));
+        const int64_t columns = vectors_for(of.outputs) * LANES;
+        return of.second + chunks.begin(chunk) / WORD * columns + panel * PANEL * lines_for(chunks.in(chunk));
     }
     // Hidden units that exist at the same time: a norm needs all of a pixel.
     int64_t units() const { return of.normalize_after ? of.hidden : chunks.size; }

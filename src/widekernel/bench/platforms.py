@@ -16,7 +16,6 @@ from widekernel.bench.machine import Machine, copy_bandwidth
 from widekernel.bench.precision import BFLOAT16, Precision
 from widekernel.bench.timing import PATIENCE, Stopwatch, WallClock
 from widekernel.errors import ArgumentError
-from widekernel.ops.cpu.pointwise import reason_against
 
 DEVICE_PATIENCE = 0.1, 0.2
 """Seconds beyond which an operator call on a device is slow, and very slow: some gradients of PyTorch take very long."""
@@ -78,7 +77,7 @@ def cpu_platform(machine: Machine) -> Platform:
         if precision is not BFLOAT16:
             return machine.peak
         if machine.bfloat16_peak is None:
-            raise ArgumentError(reason_against(BFLOAT16.name))
+            raise ArgumentError("precision is 'bfloat16', but this machine has no such products: time float32")
         return machine.bfloat16_peak
 
     return Platform(

@@ -1,7 +1,7 @@
 """Whole networks in other inference engines, if they are installed: onnxruntime and OpenVINO.
 
-They get the folded network on PyTorch's convolutions, in float32 unless told otherwise, and as many threads as PyTorch. Images are
-stored as NCHW; an engine chooses the layouts inside by itself.
+They get the folded network on PyTorch's convolutions, in float32 unless told otherwise, and as many threads as PyTorch.
+Images are stored as NCHW; an engine chooses the layouts inside by itself.
 """
 
 from __future__ import annotations
@@ -31,9 +31,7 @@ def missing(rival: str) -> list[str]:
     return [package for package in _NEEDS[rival] if importlib.util.find_spec(package) is None]
 
 
-def network_in(
-    rival: str, network: nn.Module, images: Tensor, precision: str = "float32"
-) -> Callable[[Tensor], Tensor]:
+def network_in(rival: str, network: nn.Module, images: Tensor, precision: str = "float32") -> Callable[[Tensor], Tensor]:
     """Return a function that runs a network in another engine, for images of this size.
 
     Args:

@@ -129,14 +129,19 @@ def _bench_models(arguments: list[str]) -> int:
     from widekernel.bench import check_operator, lower_precision, notes, tables
     from widekernel.bench.lookup import build_network, check_names
     from widekernel.bench.networks import DEFAULT_BATCHES, DEFAULT_NETWORKS, MODES, NetworkPlan, measure_networks
-    from widekernel.bench.variants import INFER
     from widekernel.bench.precision import BFLOAT16, FLOAT32
+    from widekernel.bench.variants import INFER
 
     modes = parse_names("modes", values["modes"], MODES)
     names = values["names"]
     lower = accelerator is None and values["dtypes"] == [BFLOAT16]
     if lower:
-        require(modes == [INFER], "modes", values["modes"], "infer with --dtypes bfloat16 on the CPU, where only inference has it")
+        require(
+            modes == [INFER],
+            "modes",
+            values["modes"],
+            "infer with --dtypes bfloat16 on the CPU, where only inference has it",
+        )
         require(not values["compile"], "compile", True, "left out with --dtypes bfloat16 on the CPU")
     if accelerator is None:
         require(bool(names), "names", names, "at least one model, because there are no default models on the CPU")
@@ -232,7 +237,7 @@ def _models_parser() -> jsonargparse.ArgumentParser:
     parser.add_argument("names", type=str, nargs="*", help=names)
     parser.add_argument("--batch", type=str | None, default=None, help="images in a call; default 4, on CUDA 64,128")
     dtypes = (
-        f"{_DTYPES}, on CUDA the 16-bit ones by autocast; default: bfloat16 on CUDA, float32 on the CPU. bfloat16 on the CPU: "
+        f"{_DTYPES}, on CUDA the 16-bit ones by autocast; default: bfloat16 on CUDA, float32 on the CPU. There, bfloat16: "
         "inference with products in bfloat16 beside float32"
     )
     parser.add_argument("--dtypes", type=str | None, default=None, help=dtypes)

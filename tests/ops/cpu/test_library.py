@@ -55,9 +55,9 @@ int32_t wk_gate_run_at(const wk_gate *, const void *, float *) { return WK_BAD_A
 int32_t wk_samples_equal(const wk_samples *, int32_t, const float *) { return 0; }
 void wk_pointwise_workspace(const wk_pointwise *, int32_t, int64_t *, int64_t *) {}
 const char *wk_error_text(int32_t error) { return error == WK_OUT_OF_MEMORY ? "no memory" : "wrong sizes"; }
-const char *wk_why_no_products(int32_t) { return "none"; }
-double wk_product_peak(int32_t, int32_t, double) { return 0; }
 double wk_fma_peak(int32_t, double) { return 0; }
+const char *wk_why_no_products(int32_t type) { return type == WK_FLOAT32 ? nullptr : "it is hollow"; }
+double wk_product_peak(int32_t, int32_t, double) { return 0; }
 """
 
 

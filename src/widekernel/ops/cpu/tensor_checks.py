@@ -73,7 +73,8 @@ def checked_kernels(first: Tensor, patch: Patch) -> tuple[int, int]:
     """Return the numbers of output and input channels of a convolution.
 
     Raises:
-        ArgumentError: if its kernels are not float32 on a CPU, are empty or unlike those of `patch`, or if the patch is impossible.
+        ArgumentError: if its kernels are not float32 on a CPU, are empty or unlike those of `patch`, or if the patch is
+            impossible.
     """
     require_floats("first", first)
     if first.dim() != 4 or first.numel() == 0 or tuple(first.shape[2:]) != tuple(patch.kernel):
