@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from widekernel import __version__
+from widekernel.bench.memory import freed_memory
 from widekernel.data.config import processors
 from widekernel.errors import ArgumentError
 from widekernel.ops.cpu import library
@@ -38,6 +39,7 @@ class Machine:
         peak_source: how the peak was measured.
         bandwidth: bytes read and written by copies of tensors that are larger than usual caches, in GB/s.
         waiting: how threads wait for work, according to the environment.
+        freed: what the allocator does with freed memory.
     """
 
     cpu: str
@@ -50,6 +52,7 @@ class Machine:
     peak_source: str
     bandwidth: float
     waiting: str
+    freed: str
 
     def lines(self) -> list[str]:
         """Describe the machine, one line per fact."""
@@ -58,7 +61,7 @@ class Machine:
             f"native library: {self.native}",
             f"FMA peak: {self.peak:.0f} GFLOP/s ({self.peak_source}); copying large tensors: {self.bandwidth:.1f} GB/s",
             ", ".join(f"{name} {version}" for name, version in self.versions.items()),
-            f"OMP_WAIT_POLICY: {self.waiting}",
+            f"OMP_WAIT_POLICY: {self.waiting}; freed memory: {self.freed}",
         ]
 
 
@@ -77,6 +80,7 @@ def measure_machine() -> Machine:
         peak_source=source,
         bandwidth=copy_bandwidth(_COPIED, _PEAK_SECONDS),
         waiting=os.environ.get("OMP_WAIT_POLICY", "not set"),
+        freed=freed_memory(),
     )
 
 

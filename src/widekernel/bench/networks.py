@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from widekernel.bench.agreement import NOISE_FACTOR, check_variants
 from widekernel.bench.depthwise_share import depthwise_share
 from widekernel.bench.errors import BenchmarkError, DeviceLostError
+from widekernel.bench.memory import return_freed_memory
 from widekernel.bench.operators import shortest_of
 from widekernel.bench.platforms import Platform
 from widekernel.bench.precision import FLOAT32, Precision, in_force
@@ -107,6 +108,7 @@ def measure_networks(
                 network, usual_size = model()
                 trial = _Trial(name, mode, precision, replace(plan, compiled=compiled), platform, budget)
                 yield from trial.rows(network, batch, plan.size or usual_size)
+                return_freed_memory()
                 if trial.failed:
                     failed.add((name, precision, batch, mode))
                 if compiled:

@@ -352,10 +352,10 @@ class _Run:
 
         On the CPU, `check` is called first.
         """
-        from widekernel.bench import tables, using_threads
+        from widekernel.bench import keeping_memory, tables, using_threads
 
         current = nullcontext() if self._accelerator is None else self._accelerator.current()
-        with using_threads(self._values["threads"]), current, progress(self._steps) as advance:
+        with keeping_memory(), using_threads(self._values["threads"]), current, progress(self._steps) as advance:
             self.platform = self._measured_platform(advance, check)
             measured = measure(self.platform, self.budget, advance)
             return list(tables.write_each(measured, self._files.get("csv")))
