@@ -132,7 +132,9 @@ def network_columns(rows: Sequence[NetworkRow], on_device: bool = False) -> list
     """Return the columns of a table of networks, without empty ones."""
     columns: list[Column] = [("model", lambda row: row.model)]
     if on_device:
-        columns += [("dtype", lambda row: row.dtype), ("images", lambda row: str(row.batch))]
+        columns.append(("dtype", lambda row: row.dtype))
+    if on_device or len({row.batch for row in rows}) > 1:
+        columns.append(("images", lambda row: str(row.batch)))
     columns += [
         ("mode", lambda row: row.mode),
         ("variant", lambda row: row.variant + (", compiled" if row.compiled else "")),
