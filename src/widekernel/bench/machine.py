@@ -162,7 +162,7 @@ def _versions() -> dict[str, str]:
     return {
         "Python": platform.python_version(),
         **{name: installed_version(package) for name, package in packages.items()},
-        **{engine: installed_version(engine, "not installed") for engine in ("onnxruntime", "openvino")},
+        **{engine: installed_version(engine, "not installed") for engine in ("onnxruntime", "openvino", "zentorch")},
     }
 
 

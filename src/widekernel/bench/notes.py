@@ -44,7 +44,9 @@ NETWORK_NOTES: tuple[str, ...] = (
     "PyTorch: the same network in which PyTorch's convolutions compute every branch of a large kernel and every other "
     "depthwise layer, gradients included. folded: after `widekernel.fold`. accelerated: folded (for inference), then "
     "`widekernel.accelerate`, layers only. fused: its blocks as well (inference on a CPU only). "
-    "onnxruntime, OpenVINO: the folded network on PyTorch's convolutions, converted to that engine.",
+    "onnxruntime, OpenVINO: the folded network on PyTorch's convolutions, converted to that engine. torch.compile, zentorch: "
+    "the same network compiled by PyTorch in its default mode, and by AMD's extension of PyTorch.",
+    "× best rival: speed-up of ours over the fastest of all rows of that network that are not ours, in either layout.",
     "× PyTorch NHWC, NCHW: speed-up over that network, neither folded nor compiled, in either layout.",
     "depthwise: share of the time in depthwise convolutions.",
     "Before anything is timed, every large-kernel layer is compared with the same layer on PyTorch's convolutions, and "
@@ -102,7 +104,8 @@ DEVICE_NETWORK_NOTES: tuple[str, ...] = (
     "first makes one untimed call.",
     "dtype: bfloat16 and float16 by autocast, with parameters in float32 (float16 without scaling the loss); tf32 is "
     "float32 with `torch.set_float32_matmul_precision('high')` and cuDNN's TF32 allowed. `cudnn.benchmark` is on.",
-    *NETWORK_NOTES[2:5],
+    *NETWORK_NOTES[2:4],
+    *NETWORK_NOTES[5:6],
     "× best of PyTorch: speed-up over the fastest of PyTorch's variants, in either layout, folded or not. Compiled rows, "
     "for which all variants were timed in turn once more, are compared with compiled and uncompiled variants.",
     "depthwise: share of the time in depthwise convolutions, measured in a separate call.",

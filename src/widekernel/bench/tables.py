@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from widekernel.bench.engines import ENGINES
+from widekernel.bench.rivals import RIVALS
 from widekernel.bench.rows import CSV_NAME, BranchesRow, NetworkRow, OperatorRow
+from widekernel.bench.variants import OURS
 from widekernel.files import write_atomically
 
 Column = tuple[str, Callable[[Any], str]]
@@ -146,10 +148,29 @@ def network_columns(rows: Sequence[NetworkRow], on_device: bool = False) -> list
     ]
     if on_device:
         columns.append(("× best of PyTorch", lambda row: factor(row.times_best)))
+    if any(row.variant in RIVALS for row in rows):
+        best = _best_of_others(rows)
+        ours = [("× best rival", lambda row: factor(best[_network(row)] / row.ms) if row.variant.startswith(OURS) else "")]
+        columns += ours
     columns.append(("images/s", lambda row: _formatted(row.images_per_second, ".1f")))
     if any(row.depthwise_share is not None for row in rows):
         columns.append(("depthwise", lambda row: _percent(row.depthwise_share, row.depthwise_share)))
     return columns + _remarks(rows)
+
+
+def _network(row: NetworkRow) -> tuple[str, str, int]:
+    return row.model, row.mode, row.batch
+
+
+def _best_of_others(rows: Sequence[NetworkRow]) -> dict[tuple[str, str, int], float]:
+    """Return the shortest time of the rows that are not ours, by network, mode and batch; NaN if there is none."""
+    best: dict[tuple[str, str, int], float] = {}
+    for row in rows:
+        known = best.setdefault(_network(row), math.nan)
+        # Written so that a number replaces NaN.
+        if not row.variant.startswith(OURS) and not row.ms >= known:
+            best[_network(row)] = row.ms
+    return best
 
 
 def _remarks(rows: Sequence[Any]) -> list[Column]:

@@ -251,7 +251,9 @@ def _models_parser() -> jsonargparse.ArgumentParser:
     parser.add_argument("--size", type=int | None, default=None, help="pixels; default: the model's own")
     parser.add_argument("--modes", type=str, default="train,infer", help="which of train,infer to time")
     parser.add_argument("--compile", action="store_true", help="also time every variant compiled by torch.compile")
-    rivals = "also time inference in other engines: all (those that are installed), or names such as onnxruntime,openvino"
+    rivals = (
+        "also time inference in other programs: all that can run, or some of onnxruntime,openvino,torch.compile,zentorch"
+    )
     parser.add_argument("--rivals", type=str | None, default=None, help=rivals)
     pieces = "instead, show where the time of accelerated networks goes: stem, depthwise layers, products, …"
     parser.add_argument("--pieces", action="store_true", help=pieces)
@@ -314,17 +316,22 @@ def _check_common(values: dict[str, Any], kind: str) -> tuple[dict[str, Path], A
 
 
 def _rivals(text: str | None, accelerator: Accelerator | None) -> tuple[list[str], list[str]]:
-    """Return the engines to time, and a remark on each one that is wanted but not installed."""
-    from widekernel.bench.rivals import RIVALS, missing
+    """Return the programs to time, and a remark on each one of `all` that cannot run.
+
+    Raises:
+        ConfigError: if one is named that cannot run.
+    """
+    from widekernel.bench import rivals
 
     if text is None:
         return [], []
-    require(accelerator is None, "rivals", text, "left out with --device cuda: engines are timed on the CPU")
-    known = {rival.lower(): rival for rival in RIVALS}
+    require(accelerator is None, "rivals", text, "left out with --device cuda: other programs are timed on the CPU")
+    known = {rival.lower(): rival for rival in rivals.RIVALS}
     wanted = list(known.values()) if text == "all" else [known[name] for name in parse_names("rivals", text, tuple(known))]
-    lacking = {rival: missing(rival) for rival in wanted}
-    remarks = [f"{rival} is left out: not installed ({', '.join(what)})" for rival, what in lacking.items() if what]
-    return [rival for rival in wanted if not lacking[rival]], remarks
+    reasons = {rival: rivals.reason_against(rival) for rival in wanted}
+    remarks = [f"{rival} is left out: {why}" for rival, why in reasons.items() if why]
+    require(text == "all" or not remarks, "rivals", text, f"those that can run ({'; '.join(remarks)})")
+    return [rival for rival in wanted if not reasons[rival]], remarks
 
 
 def _numbers(option: str, text: str | None) -> list[int]:
