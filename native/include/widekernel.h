@@ -13,7 +13,7 @@ extern "C" {
 #endif
 
 // Incremented whenever a structure or a function here changes its meaning.
-#define WK_ABI 3
+#define WK_ABI 4
 // Most passes and kernels of one call.
 #define WK_MOST_PASSES 16
 #define WK_MOST_RECTS 64
@@ -31,7 +31,7 @@ enum wk_method {
 enum wk_activation { WK_NO_ACTIVATION = 0, WK_RELU = 1, WK_GELU = 2, WK_GELU_TANH = 3 };
 
 // Return values of functions: 0, or one of these. wk_error_text explains them.
-enum wk_error { WK_OK = 0, WK_BAD_ARGUMENT = 1, WK_OUT_OF_MEMORY = 2 };
+enum wk_error { WK_OK = 0, WK_BAD_ARGUMENT = 1, WK_OUT_OF_MEMORY = 2, WK_UNAVAILABLE = 3 };
 
 typedef struct {
     void *data;
@@ -83,8 +83,13 @@ typedef struct {
 
 // A matrix product over channels, an activation, and perhaps a second product, for every pixel:
 // y = residual + second · activation(first · norm(x) + first_bias) + second_bias, and without a second product
-// y = residual + activation(first · norm(x) + first_bias). Everything is float32.
+// y = residual + activation(first · norm(x) + first_bias). All tensors are float32.
+//
+// `type` is that of the factors of both products, WK_FLOAT32 or WK_BFLOAT16. In bfloat16, weights, norm(x) and hidden units are rounded
+// to the nearest bfloat16, ties to even; subnormal ones count as zero. Everything else is computed in float32: norm, activation, biases,
+// residual, and the sums of products, which are exact.
 typedef struct {
+    int32_t type;
     int32_t inputs, hidden, outputs;  // channels; `outputs` is 0 without a second product
     int32_t activation;
     int32_t normalize;  // whether the norm is a layer norm over the channels of a pixel, without factors; otherwise it is x
@@ -138,8 +143,12 @@ void wk_pointwise_workspace(const wk_pointwise *packed, int32_t threads, int64_t
 
 const char *wk_error_text(int32_t error);
 
+// Why there are no pointwise products of a type in the instruction set in use; null if there are.
+const char *wk_why_no_products(int32_t type);
 // Measured peak of fused multiply-adds, in floating-point operations per second.
 double wk_fma_peak(int32_t threads, double seconds);
+// The same for products of a type; 0 if there are none.
+double wk_product_peak(int32_t type, int32_t threads, double seconds);
 
 #ifdef __cplusplus
 }

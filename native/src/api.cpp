@@ -12,6 +12,9 @@ namespace wk {
 extern const Kernels kernels_portable;
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2, kernels_avx512;
+#ifdef WIDEKERNEL_AVX512_BF16
+extern const Products products_avx512_bf16;
+#endif
 #elif defined(__aarch64__)
 extern const Kernels kernels_neon;
 #endif
@@ -40,6 +43,27 @@ const Kernels &kernels() {
         __atomic_store_n(&chosen, found, __ATOMIC_RELEASE);
     }
     return *found;
+}
+
+// The products of a type in the instruction set in use; null, with the reason, if there are none.
+const Products *products(int32_t type, const char *&reason) {
+    reason = nullptr;
+    if (type == WK_FLOAT32) return &kernels().products;
+    if (type != WK_BFLOAT16) {
+        reason = "products are computed in float32 or bfloat16";
+        return nullptr;
+    }
+#ifdef WIDEKERNEL_AVX512_BF16
+    if (!Processor::present().avx512_bf16())
+        reason = "this processor has no bfloat16 products (AVX512_BF16, in AMD Zen 4, Intel Cooper Lake, Sapphire Rapids and later)";
+    else if (&kernels() != &kernels_avx512)
+        reason = "the instruction set in use has no bfloat16 products; only avx512 has them";
+    else
+        return &products_avx512_bf16;
+#else
+    reason = "this build of the native library has no bfloat16 products, which its compiler or processor family lacks";
+#endif
+    return nullptr;
 }
 
 bool is_tensor(const wk_tensor &t) { return t.channel == 1 || t.column == 1; }
@@ -109,7 +133,7 @@ bool is_valid(const wk_weight_grad &call) {
 bool is_valid(const wk_pointwise_weights &weights) {
     return weights.inputs > 0 && weights.hidden > 0 && weights.outputs >= 0 && weights.first &&
            (weights.outputs == 0 || weights.second) && weights.activation >= WK_NO_ACTIVATION &&
-           weights.activation <= WK_GELU_TANH && (!weights.normalize || weights.eps >= 0);
+           weights.activation <= WK_GELU_TANH && weights.type >= WK_FLOAT32 && weights.type <= WK_FLOAT16 && (!weights.normalize || weights.eps >= 0);
 }
 
 bool is_valid(const wk_pointwise_call &call) {
@@ -180,13 +204,15 @@ WK_EXPORT void wk_weight_grad_workspace(const wk_weight_grad *call, int64_t *per
 WK_EXPORT int32_t wk_pointwise_pack(const wk_pointwise_weights *weights, wk_pointwise **packed) {
     *packed = nullptr;
     if (!wk::is_valid(*weights)) return WK_BAD_ARGUMENT;
-    const wk::Kernels &kernels = wk::kernels();
+    const char *reason;
+    const wk::Products *products = wk::products(weights->type, reason);
+    if (!products) return WK_UNAVAILABLE;
     auto *made = static_cast<wk_pointwise *>(std::calloc(1, sizeof(wk_pointwise)));
     if (!made) return WK_OUT_OF_MEMORY;
-    made->kernels = &kernels;
+    made->products = products;
     made->inputs = weights->inputs, made->hidden = weights->hidden, made->outputs = weights->outputs;
     made->activation = weights->activation, made->normalize = weights->normalize, made->eps = weights->eps;
-    const int32_t error = kernels.pointwise_pack(*weights, *made);
+    const int32_t error = products->pack(*weights, *made);
     if (error)
         wk_pointwise_free(made);
     else
@@ -200,7 +226,7 @@ WK_EXPORT void wk_pointwise_free(wk_pointwise *packed) {
 }
 
 WK_EXPORT int32_t wk_pointwise_run(const wk_pointwise *packed, const wk_pointwise_call *call) {
-    return packed && wk::is_valid(*call) ? packed->kernels->pointwise_run(*packed, *call) : WK_BAD_ARGUMENT;
+    return packed && wk::is_valid(*call) ? packed->products->run(*packed, *call) : WK_BAD_ARGUMENT;
 }
 
 WK_EXPORT int32_t wk_pointwise_run_at(const wk_pointwise *packed, const wk_pointwise_call *call, const void *x,
@@ -211,7 +237,7 @@ WK_EXPORT int32_t wk_pointwise_run_at(const wk_pointwise *packed, const wk_point
 }
 
 WK_EXPORT void wk_pointwise_workspace(const wk_pointwise *packed, int32_t threads, int64_t *per_thread, int64_t *shared) {
-    packed->kernels->pointwise_workspace(*packed, threads, *per_thread, *shared);
+    packed->products->workspace(*packed, threads, *per_thread, *shared);
 }
 
 WK_EXPORT const char *wk_error_text(int32_t error) {
@@ -219,10 +245,21 @@ WK_EXPORT const char *wk_error_text(int32_t error) {
     case WK_OK: return "no error";
     case WK_BAD_ARGUMENT: return "the sizes, strides or methods of the call do not fit together";
     case WK_OUT_OF_MEMORY: return "there is no memory left for the working space";
+    case WK_UNAVAILABLE: return "this build, processor or instruction set lacks products of that type";
     default: return "unknown error";
     }
 }
 
-WK_EXPORT double wk_fma_peak(int32_t threads, double seconds) {
-    return threads > 0 && seconds > 0 ? wk::kernels().fma_peak(threads, seconds) : 0;
+WK_EXPORT const char *wk_why_no_products(int32_t type) {
+    const char *reason;
+    wk::products(type, reason);
+    return reason;
 }
+
+WK_EXPORT double wk_product_peak(int32_t type, int32_t threads, double seconds) {
+    const char *reason;
+    const wk::Products *products = wk::products(type, reason);
+    return products && threads > 0 && seconds > 0 ? products->peak(threads, seconds) : 0;
+}
+
+WK_EXPORT double wk_fma_peak(int32_t threads, double seconds) { return wk_product_peak(WK_FLOAT32, threads, seconds); }

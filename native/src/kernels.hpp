@@ -8,11 +8,11 @@
 #include "widekernel.h"
 
 namespace wk {
-struct Kernels;
+struct Products;
 }
 
 struct wk_pointwise {
-    const wk::Kernels *kernels;
+    const wk::Products *products;
     int32_t inputs, hidden, outputs, activation, normalize;
     float eps;
     void *memory;
@@ -22,6 +22,14 @@ struct wk_pointwise {
 
 namespace wk {
 
+// Pointwise products with factors of one type.
+struct Products {
+    int32_t (*pack)(const wk_pointwise_weights &weights, wk_pointwise &packed);
+    int32_t (*run)(const wk_pointwise &packed, const wk_pointwise_call &call);
+    void (*workspace)(const wk_pointwise &packed, int32_t threads, int64_t &per_thread, int64_t &shared);
+    double (*peak)(int32_t threads, double seconds);
+};
+
 struct Kernels {
     const char *isa;
     int lanes;
@@ -29,10 +37,7 @@ struct Kernels {
     int32_t (*depthwise_weight_grad)(const wk_weight_grad &call);
     void (*sum_workspace)(const wk_sum &call, int64_t &per_thread, int64_t &shared);
     void (*weight_grad_workspace)(const wk_weight_grad &call, int64_t &per_thread, int64_t &shared);
-    int32_t (*pointwise_pack)(const wk_pointwise_weights &weights, wk_pointwise &packed);
-    int32_t (*pointwise_run)(const wk_pointwise &packed, const wk_pointwise_call &call);
-    void (*pointwise_workspace)(const wk_pointwise &packed, int32_t threads, int64_t &per_thread, int64_t &shared);
-    double (*fma_peak)(int32_t threads, double seconds);
+    Products products;  // of float32
 };
 
 }  // namespace wk

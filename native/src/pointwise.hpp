@@ -32,24 +32,46 @@ struct Fetcher {
     Fetch part(int64_t tile) const { return {next + share * tile, tile < tiles ? each : 0}; }
 };
 
-// Activations of several pixels.
+// `pixels` pixels in tiles, with `groups` vectors each.
+inline Stack carve_stack(Carver &carver, int64_t pixels, int64_t groups) {
+    return {carver.take<Vec>(pixels * groups), pixels, ceil_div(pixels, ceil_div(pixels, TILE_ROWS)), groups};
+}
+
+// Activations of several pixels. The inputs are factors of a product, hidden units only if there is a second one, outputs are not.
 struct Activations {
     Stack x, hidden, y;
 
     Activations() = default;
     // For `units` hidden units at a time.
     Activations(Carver &carver, const wk_pointwise &packed, int64_t pixels, int64_t units) {
-        const int64_t each = ceil_div(pixels, ceil_div(pixels, TILE_ROWS));
-        auto stack = [&](int64_t channels) {
-            const int64_t groups = vectors_for(channels);
-            return Stack{carver.take<Vec>(pixels * groups), pixels, each, groups};
-        };
-        x = stack(packed.inputs), hidden = stack(units), y = stack(packed.outputs);
+        x = carve_stack(carver, pixels, ceil_div(packed.inputs, GROUP));
+        hidden = carve_stack(carver, pixels, ceil_div(units, packed.outputs ? GROUP : LANES));
+        y = carve_stack(carver, pixels, vectors_for(packed.outputs));
     }
 
     static int64_t bytes(const wk_pointwise &packed, int64_t pixels, int64_t units) {
         Carver carver{nullptr};
         const Activations sizes(carver, packed, pixels, units);
+        return carver.used;
+    }
+};
+
+// Channels that have yet to be rounded to factors: of LANES inputs, and of a panel of hidden units. Nothing for float32.
+struct Unrounded {
+    Vec *x = nullptr;
+    Stack hidden{};
+
+    Unrounded() = default;
+    Unrounded(Carver &carver, const wk_pointwise &packed, int64_t pixels) {
+        if constexpr (WORD > 1) {
+            x = carver.take<Vec>(LANES * vectors_for(packed.inputs));
+            hidden = carve_stack(carver, pixels, PANEL_VECTORS);
+        }
+    }
+
+    static int64_t bytes(const wk_pointwise &packed, int64_t pixels) {
+        Carver carver{nullptr};
+        const Unrounded sizes(carver, packed, pixels);
         return carver.used;
     }
 };
@@ -90,9 +112,12 @@ struct Distribution {
 
 inline void pointwise_workspace(const wk_pointwise &packed, int32_t threads, int64_t &per_thread, int64_t &shared) {
     const Weights weights(packed);
-    per_thread = Activations::bytes(packed, Distribution::most_together(weights), weights.chunks.size);
+    const int64_t together = Distribution::most_together(weights), apart = Distribution::fewest_apart(weights, threads);
+    per_thread = Activations::bytes(packed, together, weights.chunks.size) + Unrounded::bytes(packed, together);
     shared = packed.bytes;
-    if (threads > 1) shared += Activations::bytes(packed, Distribution::fewest_apart(weights, threads), packed.hidden);
+    if (threads == 1) return;
+    per_thread = most(per_thread, Unrounded::bytes(packed, apart));
+    shared += Activations::bytes(packed, apart, packed.hidden);
 }
 
 // One call.
@@ -102,7 +127,8 @@ class Pointwise {
         : packed_(packed), weights_(packed), x_(call.x, call.images, call.height, call.width),
           y_(call.y, call.images, call.height, call.width), residual_(call.residual, call.images, call.height, call.width),
           pixels_(int64_t{call.images} * call.height * call.width), plan_(weights_, pixels_, call.threads),
-          own_bytes_(Activations::bytes(packed, plan_.together, weights_.chunks.size)) {
+          own_bytes_((plan_.shared ? 0 : Activations::bytes(packed, plan_.together, weights_.chunks.size)) +
+                     Unrounded::bytes(packed, plan_.together)) {
         parts_ = least(weights_.chunks.size / PANEL, ceil_div(4 * plan_.threads, weights_.chunks.count()));
         endings_ = least(panels_for(packed.outputs), 4 * plan_.threads);
     }
@@ -111,7 +137,7 @@ class Pointwise {
         if (!plan_.shared) {
             parallel(plan_.threads, ceil_div(pixels_, plan_.together),
                      [](void *self, int64_t task) { static_cast<Pointwise *>(self)->compute(task); }, this);
-            return __atomic_load_n(&out_of_memory_, __ATOMIC_RELAXED) ? WK_OUT_OF_MEMORY : WK_OK;
+            return outcome();
         }
         Carver carver{shared_memory.at_least(Activations::bytes(packed_, pixels_, packed_.hidden))};
         if (!carver.base) return WK_OUT_OF_MEMORY;
@@ -119,23 +145,29 @@ class Pointwise {
         parallel(plan_.threads, all_.x.tiles() + weights_.chunks.count() * parts_ + endings_,
                  [](void *self, int64_t task) { static_cast<Pointwise *>(self)->contribute(task); }, this);
         shared_memory.shrink();
-        return WK_OK;
+        return outcome();
     }
 
   private:
-    void compute(int64_t task) {
+    int32_t outcome() const { return __atomic_load_n(&out_of_memory_, __ATOMIC_RELAXED) ? WK_OUT_OF_MEMORY : WK_OK; }
+
+    // The working memory of a task; null if there is none.
+    char *own_block() {
         char *block = own_memory.at_least(own_bytes_);
-        if (!block) {
-            __atomic_store_n(&out_of_memory_, 1, __ATOMIC_RELAXED);
-            return;
-        }
-        Carver carver{block};
-        const int64_t first = task * plan_.together;
-        const Activations own(carver, packed_, least(plan_.together, pixels_ - first), weights_.chunks.size);
-        pack(first, own.x);
+        if (!block) __atomic_store_n(&out_of_memory_, 1, __ATOMIC_RELAXED);
+        return block;
+    }
+
+    void compute(int64_t task) {
+        Carver carver{own_block()};
+        if (!carver.base) return;
+        const int64_t first = task * plan_.together, pixels = least(plan_.together, pixels_ - first);
+        const Activations own(carver, packed_, pixels, weights_.chunks.size);
+        const Unrounded unrounded(carver, packed_, pixels);
+        pack(first, own.x, unrounded);
         for (int64_t chunk = 0; chunk < weights_.chunks.count(); chunk++) {
             const int64_t units = weights_.chunks.in(chunk);
-            hidden_units(own.x, chunk, 0, panels_for(units), own.hidden, 0);
+            hidden_units(own.x, chunk, 0, panels_for(units), own.hidden, 0, unrounded);
             if (packed_.outputs)
                 add_outputs(own.hidden, 0, chunk, 0, panels_for(packed_.outputs), own.y);
             else
@@ -153,10 +185,14 @@ class Pointwise {
 
     void contribute(int64_t task) {
         const int64_t tiles = all_.x.tiles(), halves = weights_.chunks.count() * parts_;
+        // Others wait for this task, so even without memory it has to come to an end.
+        Carver carver{own_bytes_ ? own_block() : nullptr};
+        const Unrounded unrounded(carver, packed_, pixels_);
+        const bool possible = !own_bytes_ || carver.base;
         if (task < tiles) {
             Stack tile = all_.x;
             tile.at = all_.x.tile(task), tile.count = all_.x.rows(task);
-            pack(task * all_.x.each, tile);
+            if (possible) pack(task * all_.x.each, tile, unrounded);
             __atomic_fetch_add(&packed_tiles_, 1, __ATOMIC_RELEASE);
             return;
         }
@@ -165,8 +201,8 @@ class Pointwise {
             wait_for(&packed_tiles_, tiles);
             const int64_t chunk = task / parts_, part = task % parts_, panels = panels_for(weights_.chunks.in(chunk));
             const int64_t begin = panels * part / parts_, end = panels * (part + 1) / parts_;
-            const int64_t unit = weights_.chunks.begin(chunk), group = unit / LANES;
-            hidden_units(all_.x, chunk, begin, end, all_.hidden, group);
+            const int64_t group = hidden_group(chunk);
+            if (possible) hidden_units(all_.x, chunk, begin, end, all_.hidden, group, unrounded);
             if (!packed_.outputs)
                 unpack_pixels(all_.hidden, group + begin * PANEL_VECTORS, least(group + end * PANEL_VECTORS, all_.hidden.groups),
                               target(0, packed_.hidden), 0, nullptr);
@@ -177,38 +213,63 @@ class Pointwise {
         wait_for(&finished_parts_, halves);
         const int64_t panels = panels_for(packed_.outputs), begin = panels * task / endings_, end = panels * (task + 1) / endings_;
         for (int64_t chunk = 0; chunk < weights_.chunks.count(); chunk++)
-            add_outputs(all_.hidden, weights_.chunks.begin(chunk) / LANES, chunk, begin, end, all_.y);
+            add_outputs(all_.hidden, hidden_group(chunk), chunk, begin, end, all_.y);
         unpack_pixels(all_.y, begin * PANEL_VECTORS, least(end * PANEL_VECTORS, all_.y.groups), target(0, packed_.outputs), 0,
                       reinterpret_cast<const Vec *>(packed_.second_bias));
     }
 
-    void pack(int64_t first, const Stack &to) const {
-        if (packed_.normalize)
-            pack_pixels(x_, first, packed_.inputs, to, [&](const Slot &slot) { normalize(slot, packed_.inputs, packed_.eps); });
-        else
-            pack_pixels(x_, first, packed_.inputs, to, [](const Slot &) {});
+    // Among the hidden units of all chunks, the group with which a chunk begins.
+    int64_t hidden_group(int64_t chunk) const { return weights_.chunks.begin(chunk) / (packed_.outputs ? GROUP : LANES); }
+
+    void pack(int64_t first, const Stack &to, const Unrounded &unrounded) const {
+        auto pack_into = [&](auto &&place, auto &&finish) { pack_pixels(x_, first, to.count, packed_.inputs, place, finish); };
+#if WK_WORD == 2
+        const int64_t vectors = vectors_for(packed_.inputs);
+        pack_into([&](int64_t, int j) { return Slot(unrounded.x + j, LANES); },
+                  [&](const Slot &slot, int64_t pixel) {
+                      if (packed_.normalize) normalize(slot, packed_.inputs, packed_.eps);
+                      convert(slot, vectors, Slot(to, pixel));
+                  });
+#else
+        (void)unrounded;
+        pack_into([&](int64_t pixel, int) { return Slot(to, pixel); },
+                  [&](const Slot &slot, int64_t) {
+                      if (packed_.normalize) normalize(slot, packed_.inputs, packed_.eps);
+                  });
+#endif
     }
 
     // Panels [begin, end) of a chunk; the chunk's first group is `group` of `to`.
-    void hidden_units(const Stack &x, int64_t chunk, int64_t begin, int64_t end, const Stack &to, int64_t group) const {
-        const int64_t units = weights_.chunks.in(chunk), blocks = weights_.blocks.count();
-        const float *next = packed_.outputs ? weights_.second(chunk, 0) : next_chunk(chunk);
+    void hidden_units(const Stack &x, int64_t chunk, int64_t begin, int64_t end, const Stack &to, int64_t group,
+                      const Unrounded &unrounded) const {
+        const int64_t units = weights_.chunks.in(chunk), blocks = weights_.blocks.count(), steps = blocks * (end - begin);
         const Vec *bias = reinterpret_cast<const Vec *>(packed_.first_bias) + weights_.chunks.begin(chunk) / LANES;
-        for (int64_t block = 0; block < blocks; block++)
-            for (int64_t panel = begin; panel < end; panel++) {
-                const int64_t vectors = weights_.vectors(panel, units), depth = lines_for(weights_.blocks.in(block));
-                const float *b = weights_.first(chunk, block, panel);
-                const Fetcher later(panel + 1 < end || block + 1 < blocks ? b + vectors * LANES * depth : next, depth, x.tiles());
-                for (int64_t t = 0; t < x.tiles(); t++) {
-                    const int64_t rows = x.rows(t);
-                    Vec *sums = to.tile(t) + (group + panel * PANEL_VECTORS) * rows;
-                    const Vec *a = x.tile(t) + weights_.blocks.begin(block) / LANES * rows;
-                    tile_products(vectors)[rows - 1](reinterpret_cast<const float *>(a), b, depth, sums, block > 0, later.part(t));
-                    if (block < blocks - 1) continue;
-                    for (int64_t v = 0; v < vectors; v++)
-                        activate(packed_.activation, bias[panel * PANEL_VECTORS + v], sums + v * rows, rows);
-                }
+        const bool rounds = WORD > 1 && packed_.outputs;
+        // Sums that are to be rounded have room for one panel only, which all blocks complete before the next panel.
+        auto panel_at = [&](int64_t step) { return begin + (rounds ? step / blocks : step % (end - begin)); };
+        auto block_at = [&](int64_t step) { return rounds ? step % blocks : step / (end - begin); };
+        for (int64_t step = 0; step < steps; step++) {
+            const int64_t panel = panel_at(step), block = block_at(step);
+            const int64_t vectors = weights_.vectors(panel, units), depth = lines_for(weights_.blocks.in(block));
+            const float *next = packed_.outputs ? weights_.second(chunk, 0) : next_chunk(chunk);
+            if (step + 1 < steps) next = weights_.first(chunk, block_at(step + 1), panel_at(step + 1));
+            const Fetcher later(next, depth, x.tiles());
+            for (int64_t t = 0; t < x.tiles(); t++) {
+                const int64_t rows = x.rows(t);
+                Vec *sums = rounds ? unrounded.hidden.tile(t) : to.tile(t) + (group + panel * PANEL_VECTORS) * rows;
+                const Vec *a = x.tile(t) + weights_.blocks.begin(block) / GROUP * rows;
+                tile_products(vectors)[rows - 1](reinterpret_cast<const float *>(a), weights_.first(chunk, block, panel), depth,
+                                                 sums, block > 0, later.part(t));
+                if (block < blocks - 1) continue;
+                for (int64_t v = 0; v < vectors; v++)
+                    activate(packed_.activation, bias[panel * PANEL_VECTORS + v], sums + v * rows, rows);
+#if WK_WORD == 2
+                if (rounds)
+                    for (int64_t row = 0; row < rows; row++)
+                        convert(Slot(sums + row, rows), vectors, Slot(to.tile(t) + (group + panel) * rows + row, rows));
+#endif
             }
+        }
     }
 
     // Adds what a chunk, whose first group is `group` of `hidden`, contributes to panels [begin, end) of the outputs.

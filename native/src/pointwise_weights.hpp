@@ -9,9 +9,11 @@ namespace wk {
 namespace WK_NAMESPACE {
 
 // Hidden units that are computed together: they stay in the cache until the second product has used them.
-constexpr int64_t HIDDEN_CHUNK = ceil_div(256, PANEL) * PANEL;
+constexpr int64_t HIDDEN_CHUNK = ceil_div(256, PANEL) * PANEL * WORD;
 // Input channels whose products are summed in registers.
-constexpr int64_t DEPTH_BLOCK = 512;
+constexpr int64_t DEPTH_BLOCK = 512 * WORD;
+// Units of a panel fill whole vectors of words, so that those of a chunk do.
+static_assert(PANEL % GROUP == 0);
 
 // `length` items in `count` equal pieces of whole `unit`s.
 struct Pieces {
@@ -34,14 +36,14 @@ struct Weights {
     Pieces chunks, blocks;
 
     explicit Weights(const wk_pointwise &packed)
-        : of(packed), chunks(packed.hidden, HIDDEN_CHUNK, PANEL), blocks(packed.inputs, DEPTH_BLOCK, LANES) {}
+        : of(packed), chunks(packed.hidden, HIDDEN_CHUNK, PANEL), blocks(packed.inputs, DEPTH_BLOCK, GROUP) {}
 
     float *first(int64_t chunk, int64_t block, int64_t panel) const {
-        return of.first + chunks.begin(chunk) * lines_for(of.inputs) + blocks.begin(block) * vectors_for(chunks.in(chunk)) * LANES +
+        return of.first + chunks.begin(chunk) * lines_for(of.inputs) + blocks.begin(block) / WORD * vectors_for(chunks.in(chunk)) * LANES +
                panel * PANEL * lines_for(blocks.in(block));
     }
     float *second(int64_t chunk, int64_t panel) const {
-        return of.second + chunks.begin(chunk) * vectors_for(of.outputs) * LANES + panel * PANEL * lines_for(chunks.in(chunk));
+        return of.second + chunks.begin(chunk) / WORD * vectors_for(of.outputs) * LANES + panel * PANEL * lines_for(chunks.in(chunk));
     }
     static int64_t vectors(int64_t panel, int64_t channels) {
         return least(PANEL_VECTORS, vectors_for(channels) - panel * PANEL_VECTORS);
@@ -52,7 +54,8 @@ struct Weights {
 inline void pack_panel(const float *from, int64_t row, int64_t columns, int64_t depth, int64_t vectors, float *to) {
     const int64_t lanes = vectors * LANES;
     for (int64_t c = 0; c < lanes; c++)
-        for (int64_t k = 0; k < lines_for(depth); k++) to[k * lanes + c] = c < columns && k < depth ? from[c * row + k] : 0.0f;
+        for (int64_t k = 0; k < lines_for(depth); k++)
+            to[k * lanes + c] = word_of(from + c * row + k * WORD, c < columns ? depth - k * WORD : 0);
 }
 
 inline void pack_bias(const float *from, int64_t channels, float *to) {

@@ -48,7 +48,7 @@ WK_INLINE void scatter(float *to, int64_t stride, const Vec &value, int count) {
         store_some<Float32>(to, value, count);
 }
 
-// `count` pixels in tiles of at most `each`, the rows of products; see product.hpp for the order within a tile.
+// `count` pixels in tiles of at most `each`, the rows of products or their sums; see product.hpp for the order within a tile.
 struct Stack {
     Vec *at;
     int64_t count, each, groups;
@@ -64,6 +64,7 @@ struct Slot {
     int64_t step;
 
     Slot() = default;
+    Slot(Vec *first, int64_t distance) : at(first), step(distance) {}
     Slot(const Stack &stack, int64_t pixel)
         : at(stack.tile(pixel / stack.each) + pixel % stack.each), step(stack.rows(pixel / stack.each)) {}
 };
@@ -110,24 +111,34 @@ inline void normalize(const Slot &slot, int64_t channels, float eps) {
     }
 }
 
-// Copies `to.count` pixels from `first` on; `finish` is called with each slot when it is complete.
-template <class Finish>
-void pack_pixels(const Pixels &from, int64_t first, int64_t channels, const Stack &to, Finish &&finish) {
-    for (int64_t i = 0; i < to.count;) {
+#if WK_WORD == 2
+// Rounds the channels of a pixel.
+inline void convert(const Slot &from, int64_t vectors, const Slot &to) {
+    for (int64_t v = 0; v < vectors; v += 2)
+        to.at[v / 2 * to.step] = words_of(from.at[v * from.step], v + 1 < vectors ? from.at[(v + 1) * from.step] : Vec{});
+}
+#endif
+
+// Copies `pixels` pixels from `first` on, at most LANES at a time: pixel i, the j-th of these, into the slot `place(i, j)`. When it
+// is complete, `finish` is called with the slot and i.
+template <class Place, class Finish>
+void pack_pixels(const Pixels &from, int64_t first, int64_t pixels, int64_t channels, Place &&place, Finish &&finish) {
+    const int64_t groups = ceil_div(channels, LANES);
+    for (int64_t i = 0; i < pixels;) {
         const float *pixel = from.pixel(first + i);
         const int64_t run = from.run_from(first + i);
-        const int count = static_cast<int>(least(least(LANES, to.count - i), run));
+        const int count = static_cast<int>(least(least(LANES, pixels - i), run));
         Slot slots[LANES];
-        for (int j = 0; j < count; j++) slots[j] = Slot(to, i + j);
+        for (int j = 0; j < count; j++) slots[j] = place(i + j, j);
         // Full vectors may read pixels that belong to somebody else, but none outside the tensor.
         const int readable = static_cast<int>(least(LANES, run));
         if (!from.columns_adjoin())
             for (int j = 0; j < count; j++, pixel += from.column)
-                for (int64_t g = 0; g < to.groups; g++) {
+                for (int64_t g = 0; g < groups; g++) {
                     const int some = static_cast<int>(least(LANES, channels - g * LANES));
                     slots[j].at[g * slots[j].step] = gather(pixel + g * LANES * from.channel, from.channel, some);
                 }
-        for (int64_t g = 0; g < to.groups && from.columns_adjoin(); g++) {
+        for (int64_t g = 0; g < groups && from.columns_adjoin(); g++) {
             const float *group = pixel + g * LANES * from.channel;
             const int some = static_cast<int>(least(LANES, channels - g * LANES));
             Vec square[LANES];
@@ -139,7 +150,7 @@ void pack_pixels(const Pixels &from, int64_t first, int64_t channels, const Stac
             transpose(square);
             for (int j = 0; j < count; j++) slots[j].at[g * slots[j].step] = square[j];
         }
-        for (int j = 0; j < count; j++) finish(slots[j]);
+        for (int j = 0; j < count; j++) finish(slots[j], i + j);
         i += count;
     }
 }

@@ -79,12 +79,16 @@ def test_pieces_of_networks(tmp_path: Path, capsys) -> None:
 
 
 def test_rivals_that_are_not_installed(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rivals, "missing", lambda rival: ["a package"])
+    monkeypatch.setattr(rivals, "reason_against", lambda rival: "not installed (a package)")
     options = ["--batch", "2", "--size", "32", "--modes", "infer", "--rounds", "1", "--rivals", "all"]
     code, out, err = bench(capsys, "models", "replknet_nano", *options)
     assert code == 0 and "OpenVINO is left out: not installed (a package)" in out + err
     code, _, err = bench(capsys, "models", "replknet_nano", "--rivals", "openvin")
     assert code == 2 and "openvino" in err
+    code, _, err = bench(capsys, "models", "replknet_nano", "--rivals", "zentorch")
+    assert code == 2 and "must be those that can run (zentorch is left out: not installed (a package))" in " ".join(
+        err.split()
+    )
 
 
 def test_nothing_is_timed_if_the_operator_is_wrong(tmp_path: Path, capsys, spoil) -> None:  # noqa: F811

@@ -29,5 +29,5 @@ def always_faster(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def packs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the native library, blocks are computed by their definition."""
     if packing.missing() is not None:
-        monkeypatch.setattr(fused, "missing", lambda: None)
-        monkeypatch.setattr(fused, "pack", lambda weights: ReferenceBlock(*weights))
+        monkeypatch.setattr(fused, "missing", lambda _="": None)
+        monkeypatch.setattr(fused, "pack", lambda weights, _: ReferenceBlock(*weights))

@@ -296,7 +296,8 @@ class _Trial:
             return variant.forward(variant.images).detach().float()
 
     def _row(self, variant: Variant) -> NetworkRow:
-        fields = self._fields(variant)
+        fields = network_fields(self.name, self.mode, variant, self.timings)
+        fields["depthwise_share"] = self.shares.get(variant.name)
         if not self.platform.is_device:
             return NetworkRow(**fields)
         pytorch = [timing.median for name, timing in self.timings.items() if name.startswith(PYTORCH)]
@@ -307,23 +308,24 @@ class _Trial:
             remark=self.failures.get(variant.name, ""),
         )
 
-    def _fields(self, variant: Variant) -> dict[str, Any]:
-        """Return the fields of a `NetworkRow`; the times of a variant that has no timing are NaN."""
-        timing = self.timings.get(variant.name, NO_TIMES)
-        batch, size = variant.images.shape[0], variant.images.shape[2]
-        return {
-            "model": self.name,
-            "mode": self.mode,
-            "batch": batch,
-            "size": size,
-            "variant": variant.kind,
-            "layout": variant.layout,
-            "compiled": variant.compiled,
-            "ms": 1e3 * timing.median,
-            "spread": timing.spread,
-            "calls": timing.calls,
-            "times_nhwc": self.timings.get(f"{PYTORCH} NHWC", NO_TIMES).median / timing.median,
-            "times_default": self.timings.get(f"{PYTORCH} NCHW", NO_TIMES).median / timing.median,
-            "images_per_second": batch / timing.median,
-            "depthwise_share": self.shares.get(variant.name),
-        }
+
+def network_fields(name: str, mode: str, variant: Variant, timings: Mapping[str, Timing]) -> dict[str, Any]:
+    """Return the fields of a `NetworkRow`, without a depthwise share; the times of a variant that has no timing are NaN."""
+    timing = timings.get(variant.name, NO_TIMES)
+    batch, size = variant.images.shape[0], variant.images.shape[2]
+    return {
+        "model": name,
+        "mode": mode,
+        "batch": batch,
+        "size": size,
+        "variant": variant.kind,
+        "layout": variant.layout,
+        "compiled": variant.compiled,
+        "ms": 1e3 * timing.median,
+        "spread": timing.spread,
+        "calls": timing.calls,
+        "times_nhwc": timings.get(f"{PYTORCH} NHWC", NO_TIMES).median / timing.median,
+        "times_default": timings.get(f"{PYTORCH} NCHW", NO_TIMES).median / timing.median,
+        "images_per_second": batch / timing.median,
+        "depthwise_share": None,
+    }

@@ -44,8 +44,8 @@ NETWORK_NOTES: tuple[str, ...] = (
     "PyTorch: the same network in which PyTorch's convolutions compute every branch of a large kernel and every other "
     "depthwise layer, gradients included. folded: after `widekernel.fold`. accelerated: folded (for inference), then "
     "`widekernel.accelerate`, layers only. fused: its blocks as well (inference on a CPU only). "
-    "onnxruntime, OpenVINO: the folded network on PyTorch's convolutions, converted to that engine. torch.compile, zentorch: "
-    "the same network compiled by PyTorch in its default mode, and by AMD's extension of PyTorch.",
+    "onnxruntime, OpenVINO: the folded network on PyTorch's convolutions, converted to that engine. torch.compile, "
+    "zentorch: the same network compiled by PyTorch in its default mode, and by AMD's extension of PyTorch.",
     "× best rival: speed-up of ours over the fastest of all rows of that network that are not ours, in either layout.",
     "× PyTorch NHWC, NCHW: speed-up over that network, neither folded nor compiled, in either layout.",
     "depthwise: share of the time in depthwise convolutions.",

@@ -1,6 +1,6 @@
 """Whole networks as other programs run them: onnxruntime, OpenVINO, PyTorch's compiler and AMD's zentorch, if they can.
 
-They get the folded network on PyTorch's convolutions, in float32, and as many threads as PyTorch.
+They get the folded network on PyTorch's convolutions, in float32 unless told otherwise, and as many threads as PyTorch.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from widekernel.bench.compiling import compiled
+from widekernel.bench.errors import BenchmarkError
 from widekernel.errors import in_short
 from widekernel.ops.problem import LAYOUTS
 from widekernel.quiet import quiet
@@ -31,6 +32,8 @@ _NEEDS: dict[str, Sequence[str]] = {
     COMPILED: (),
     ZENTORCH: ("zentorch", "deprecated"),
 }
+WITH_BFLOAT16 = (OPENVINO, COMPILED, ZENTORCH)
+"""Those that can compute in bfloat16 on a CPU."""
 
 
 def reason_against(rival: str) -> str:
@@ -61,20 +64,25 @@ def compiles(rivals: Sequence[str]) -> bool:
     return COMPILED in rivals or ZENTORCH in rivals
 
 
-def network_in(rival: str, network: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
+def network_in(rival: str, network: nn.Module, images: Tensor, precision: str = "float32") -> Callable[[Tensor], Tensor]:
     """Return a function that runs a network in another program, for images of this size.
 
     Args:
         rival: one of `RIVALS` that can run.
         network: the network in evaluation mode, on PyTorch's own operators.
         images: (N, C, H, W), in one of `layouts_of` the rival.
+        precision: `float32`, or `bfloat16` if the program is one of `WITH_BFLOAT16`. Those that compile get a network and
+            images of that type, OpenVINO float32.
+
+    Raises:
+        BenchmarkError: if the program does not compute in that precision on this machine.
     """
     if rival == COMPILED:
         return compiled(network)
     if rival == ZENTORCH:
         return compiled(network, "zentorch")
     with quiet(), torch.no_grad():
-        return {ONNXRUNTIME: _onnxruntime, OPENVINO: _openvino}[rival](network, images)
+        return _onnxruntime(network, images) if rival == ONNXRUNTIME else _openvino(network, images, precision)
 
 
 def _compilers() -> list[str]:
@@ -100,10 +108,14 @@ def _onnxruntime(network: nn.Module, images: Tensor) -> Callable[[Tensor], Tenso
     return lambda x: torch.from_numpy(session.run(None, {feed: x.numpy()})[0])
 
 
-def _openvino(network: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
+def _openvino(network: nn.Module, images: Tensor, precision: str) -> Callable[[Tensor], Tensor]:
     openvino: Any = importlib.import_module("openvino")
     model = openvino.convert_model(network, example_input=images, input=[openvino.PartialShape(list(images.shape))])
     # Otherwise it computes in bfloat16 if the processor supports it.
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    compiled = openvino.Core().compile_model(model, "CPU", settings)
-    return lambda x: torch.from_numpy(compiled(x.numpy())[0].copy())
+    hint = {"float32": "f32", "bfloat16": "bf16"}[precision]
+    settings = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    program = openvino.Core().compile_model(model, "CPU", settings)
+    used = program.get_property("INFERENCE_PRECISION_HINT")
+    if used != {"float32": openvino.Type.f32, "bfloat16": openvino.Type.bf16}[precision]:
+        raise BenchmarkError(f"OpenVINO computes in {used.to_string()} on this machine, not in {precision}; leave it out.")
+    return lambda x: torch.from_numpy(program(x.numpy())[0].copy())

@@ -199,6 +199,27 @@ class NetworkRow:
 
 
 @dataclass(frozen=True)
+class PrecisionNetworkRow(NetworkRow):
+    """One variant of a network in inference on a CPU, in a table that compares precisions.
+
+    The outputs are compared with those of the network on PyTorch's convolutions in float32, with channels_last.
+
+    Attributes:
+        precision: type of the factors of products.
+        error: norm of the difference of the outputs, relative to their norm.
+        cosine: cosine similarity of the outputs.
+        images: number of images that were compared.
+        same_class: how many of them have the same top class.
+    """
+
+    precision: str
+    error: float
+    cosine: float
+    images: int
+    same_class: int
+
+
+@dataclass(frozen=True)
 class DeviceNetworkRow(NetworkRow):
     """One variant of a network in one mode, precision and layout, on a CUDA device.
 

@@ -6,7 +6,7 @@ import csv
 import dataclasses
 import io
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,13 +158,14 @@ def network_columns(rows: Sequence[NetworkRow], on_device: bool = False) -> list
     return columns + _remarks(rows)
 
 
-def _network(row: NetworkRow) -> tuple[str, str, int]:
-    return row.model, row.mode, row.batch
+def _network(row: NetworkRow) -> Hashable:
+    """Return what the rows that are compared with each other have in common."""
+    return row.model, row.mode, row.batch, getattr(row, "precision", None)
 
 
-def _best_of_others(rows: Sequence[NetworkRow]) -> dict[tuple[str, str, int], float]:
+def _best_of_others(rows: Sequence[NetworkRow]) -> dict[Hashable, float]:
     """Return the shortest time of the rows that are not ours, by network, mode and batch; NaN if there is none."""
-    best: dict[tuple[str, str, int], float] = {}
+    best: dict[Hashable, float] = {}
     for row in rows:
         known = best.setdefault(_network(row), math.nan)
         # Written so that a number replaces NaN.

@@ -125,13 +125,18 @@ def _bench_models(arguments: list[str]) -> int:
     require(values["size"] is None or values["size"] > 0, "size", values["size"], "positive")
     batches = _numbers("batch", values["batch"])
     files, accelerator = _check_common(values, "models")
-    from widekernel.bench import check_operator, notes, tables
+    from widekernel.bench import check_operator, lower_precision, notes, tables
     from widekernel.bench.lookup import build_network, check_names
     from widekernel.bench.networks import DEFAULT_BATCHES, DEFAULT_NETWORKS, MODES, NetworkPlan, measure_networks
     from widekernel.bench.precision import BFLOAT16, FLOAT32
+    from widekernel.bench.variants import INFER
 
     modes = parse_names("modes", values["modes"], MODES)
     names = values["names"]
+    lower = accelerator is None and values["dtypes"] == [BFLOAT16]
+    if lower:
+        require(modes == [INFER], "modes", values["modes"], "infer with --dtypes bfloat16 on the CPU")
+        require(not values["compile"], "compile", True, "left out with --dtypes bfloat16 on the CPU")
     if accelerator is None:
         require(bool(names), "names", names, "at least one model, because there are no default models on the CPU")
         batches, precisions, about = batches or [_CPU_IMAGES], [FLOAT32], notes.NETWORK_NOTES
@@ -149,8 +154,12 @@ def _bench_models(arguments: list[str]) -> int:
         progress_console().print(remark, soft_wrap=True)
     plan = NetworkPlan(networks, batches, precisions, modes, bool(values["compile"]), **given, rivals=rivals)
     run = Run(values, files, accelerator, len(names))
-    rows = run.measure(partial(measure_networks, plan), check_operator)
-    columns = tables.network_columns(rows, accelerator is not None)
+    if lower:
+        rows = run.measure(partial(lower_precision.measure_lower_networks, plan), check_operator)
+        columns, about = lower_precision.precision_columns(rows), lower_precision.NOTES
+    else:
+        rows = run.measure(partial(measure_networks, plan), check_operator)
+        columns = tables.network_columns(rows, accelerator is not None)
     run.show(Page(title, columns, (*remarks, *about), command_line("models", arguments)), rows)
     run.budget.finish()
     return 0
@@ -182,24 +191,27 @@ def _bench_pieces(
 
 
 def _bench_pointwise(arguments: list[str]) -> int:
-    values = parse(_pointwise_parser(), arguments) | {"device": "cpu", "minutes": None, "dtypes": None}
+    values = parse(_pointwise_parser(), arguments) | {"device": "cpu", "minutes": None}
     files, _ = _check_common(values, "pointwise")
     from widekernel.bench import engines, products
     from widekernel.bench.precision import FLOAT32
 
     known = [case.family.lower() for case in products.PRODUCT_CASES]
     families = parse_names("families", values["families"], tuple(dict.fromkeys(known)))
+    (precision,) = values["dtypes"] or [FLOAT32]
     cases = [case for case, family in zip(products.PRODUCT_CASES, known) if family in families]
-    remarks = [line for line in engines.absences() if line.startswith("onnxruntime")]
+    remarks = [line for line in engines.absences() if line.startswith("onnxruntime") and precision is FLOAT32]
     for remark in remarks:
         progress_console().print(remark, soft_wrap=True)
     run = Run(values, files, None, len(cases))
 
     def measure(platform: Platform, budget: TimeBudget, advance: Callable[[str, int], None]) -> Iterator:
-        return products.measure_products(cases, platform.peak(FLOAT32), values["seconds"], values["rounds"], advance)
+        timing = values["seconds"], values["rounds"]
+        return products.measure_products(cases, platform.peak(precision), *timing, advance, precision)
 
     rows = run.measure(measure, lambda: None)
-    page = Page("Pointwise products", products.COLUMNS, (*remarks, *products.NOTES), command_line("pointwise", arguments))
+    title = "Pointwise products" + ("" if precision is FLOAT32 else f" in {precision.name}")
+    page = Page(title, products.COLUMNS, (*remarks, *products.NOTES), command_line("pointwise", arguments))
     run.show(page, rows)
     return 0
 
@@ -246,14 +258,15 @@ def _models_parser() -> jsonargparse.ArgumentParser:
     parser.add_argument(
         "--batch", type=str | None, default=None, help="images in a call, such as 1,8; default 4, on CUDA 64,128"
     )
-    dtypes = f"{_DTYPES}, the 16-bit ones by autocast; default: bfloat16 on CUDA, float32 on the CPU"
+    dtypes = (
+        f"{_DTYPES}, on CUDA the 16-bit ones by autocast; default: bfloat16 on CUDA, float32 on the CPU. bfloat16 on the "
+        "CPU: inference with products in bfloat16 beside float32"
+    )
     parser.add_argument("--dtypes", type=str | None, default=None, help=dtypes)
     parser.add_argument("--size", type=int | None, default=None, help="pixels; default: the model's own")
     parser.add_argument("--modes", type=str, default="train,infer", help="which of train,infer to time")
     parser.add_argument("--compile", action="store_true", help="also time every variant compiled by torch.compile")
-    rivals = (
-        "also time inference in other programs: all that can run, or some of onnxruntime,openvino,torch.compile,zentorch"
-    )
+    rivals = "also time inference in other programs: all, or some of onnxruntime,openvino,torch.compile,zentorch"
     parser.add_argument("--rivals", type=str | None, default=None, help=rivals)
     pieces = "instead, show where the time of accelerated networks goes: stem, depthwise layers, products, …"
     parser.add_argument("--pieces", action="store_true", help=pieces)
@@ -265,6 +278,7 @@ def _pointwise_parser() -> jsonargparse.ArgumentParser:
     parser = new_parser("bench pointwise", _POINTWISE)
     families = "whose products to time: some of convnext,slak,replknet"
     parser.add_argument("--families", type=str, default="convnext,slak,replknet", help=families)
+    parser.add_argument("--dtypes", type=str | None, default=None, help="float32 (default) or bfloat16")
     _add_measuring(parser, "pointwise")
     return parser
 
@@ -300,14 +314,16 @@ def _check_common(values: dict[str, Any], kind: str) -> tuple[dict[str, Path], A
         the files to write, and the device (None for the CPU).
     """
     from widekernel.bench import devices
-    from widekernel.bench.precision import FLOAT32, parse_precisions
+    from widekernel.bench.precision import BFLOAT16, FLOAT32, parse_precisions
 
     for key in ("threads", "rounds", "seconds", "minutes"):
         require(values[key] is None or values[key] > 0, key, values[key], "positive")
     given = values["dtypes"]
     values["dtypes"] = [] if given is None else parse_precisions(given)
     if values["device"] == "cpu":
-        require(values["dtypes"] in ([], [FLOAT32]), "dtypes", given, "float32 on the CPU; others are for --device cuda")
+        known = [[], [FLOAT32], *([[BFLOAT16]] if kind in ("models", "pointwise") else [])]
+        allowed = "float32 or bfloat16" if len(known) > 2 else "float32"
+        require(values["dtypes"] in known, "dtypes", given, f"{allowed} on the CPU; others are for --device cuda")
         require(values["minutes"] is None, "minutes", values["minutes"], "left out on the CPU, where no run has a budget")
     if values["seconds"] is None:
         values["seconds"] = (_CPU_SECONDS if values["device"] == "cpu" else _CUDA_SECONDS)[kind]

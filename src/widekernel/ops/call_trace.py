@@ -20,6 +20,7 @@ class FusedCall:
         norm: whether it normalized its input.
         pair: whether it computed two pointwise layers instead of one.
         residual: whether it added a residual.
+        precision: type of the factors of its products.
     """
 
     shape: tuple[int, ...]
@@ -27,6 +28,7 @@ class FusedCall:
     norm: bool
     pair: bool
     residual: bool
+    precision: str = "float32"
 
 
 @dataclass

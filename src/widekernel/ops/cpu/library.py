@@ -27,13 +27,13 @@ import torch
 
 from widekernel.errors import ArgumentError, WidekernelError
 
-ABI = 3
+ABI = 4
 MOST_PASSES, MOST_RECTS = 16, 64
 FLOAT32, BFLOAT16, FLOAT16 = range(3)
 DIRECT, HYBRID_ALONG_ROWS, HYBRID_ALONG_COLUMNS = range(3)
 NO_ACTIVATION, RELU, GELU, GELU_TANH = range(4)
 REQUIRED = "WIDEKERNEL_REQUIRE_NATIVE"
-OK, BAD_ARGUMENT, OUT_OF_MEMORY = range(3)
+OK, BAD_ARGUMENT, OUT_OF_MEMORY, UNAVAILABLE = range(4)
 ISAS = ("avx512", "avx2", "neon", "portable")
 
 # Pointers to numbers are plain addresses, as `Tensor.data_ptr` returns them.
@@ -112,7 +112,7 @@ class PointwiseWeights(ctypes.Structure):
     """The weights that `wk_pointwise_pack` packs."""
 
     _fields_ = [
-        *((name, ctypes.c_int32) for name in ("inputs", "hidden", "outputs", "activation", "normalize")),
+        *((name, ctypes.c_int32) for name in ("type", "inputs", "hidden", "outputs", "activation", "normalize")),
         ("eps", ctypes.c_float),
         *((name, Address) for name in ("first", "first_bias", "second", "second_bias")),
     ]
@@ -148,6 +148,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "wk_pointwise_workspace": (None, [Address, _int32, _bytes, _bytes]),
     "wk_error_text": (_text, [_int32]),
     "wk_fma_peak": (ctypes.c_double, [_int32, ctypes.c_double]),
+    "wk_why_no_products": (_text, [_int32]),
+    "wk_product_peak": (ctypes.c_double, [_int32, _int32, ctypes.c_double]),
 }
 
 

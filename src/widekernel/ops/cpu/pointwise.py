@@ -15,6 +15,19 @@ from widekernel.ops.problem import memory_format
 
 ACTIVATIONS = {"none": native.NO_ACTIVATION, "relu": native.RELU, "gelu": native.GELU, "gelu_tanh": native.GELU_TANH}
 """The activations by name: `gelu` is defined by the error function, `gelu_tanh` is the form with a hyperbolic tangent."""
+PRECISIONS = {"float32": native.FLOAT32, "bfloat16": native.BFLOAT16}
+"""The types of the factors of products by name."""
+
+
+def reason_against(precision: str) -> str | None:
+    """Return why products of this precision, a key of `PRECISIONS`, cannot run here; None if they can."""
+    library = native.load()
+    if library.reason is not None or precision == "float32":
+        return library.reason
+    reason = library.calls.wk_why_no_products(PRECISIONS[precision])
+    if reason is None:
+        return None
+    return f"precision is {precision!r}, but {reason.decode()}: use 'float32', which runs on every processor"
 
 
 class _Call(NamedTuple):
@@ -40,6 +53,10 @@ class PackedBlock:
     weights are copied into the order in which they are used, for the instruction set that is in use at that time; later
     changes of the tensors have no effect.
 
+    In bfloat16, the factors of both products are rounded to the nearest bfloat16, ties to even: the weights when they are
+    packed, the (normalized) pixels, and hidden units after their activation. Subnormal factors count as zero. Products are
+    exact, and their sums, the norm, the activation, biases and residual remain float32, as do all tensors of the interface.
+
     Args:
         first: (hidden, channels), float32.
         first_bias: (hidden), or None.
@@ -48,10 +65,11 @@ class PackedBlock:
         second_bias: (outputs), or None.
         norm_eps: if given, each pixel is normalized over its channels (layer norm without factors), with this number added
             to the variance.
+        precision: `float32`, or `bfloat16` if the processor has these products.
 
     Raises:
-        ArgumentError: for shapes that do not fit together, tensors that are not float32 on a CPU, an unknown activation, or
-            if the native library cannot run.
+        ArgumentError: for shapes that do not fit together, tensors that are not float32 on a CPU, an unknown activation or
+            precision, or if the native library or products of that precision cannot run.
         NativeMemoryError: if there is no memory for the packed weights.
     """
 
@@ -63,15 +81,15 @@ class PackedBlock:
         second: Tensor | None = None,
         second_bias: Tensor | None = None,
         norm_eps: float | None = None,
+        precision: str = "float32",
     ) -> None:
         self._library = native.load()
-        if self._library.reason is not None:
-            raise ArgumentError(f"products cannot be packed: {self._library.reason}")
-        if activation not in ACTIVATIONS:
-            known = ", ".join(ACTIVATIONS)
-            raise ArgumentError(
-                f"activation is {activation!r}.{nearest(activation, ACTIVATIONS)} It must be one of {known}."
-            )
+        for name, value, known in (("activation", activation, ACTIVATIONS), ("precision", precision, PRECISIONS)):
+            if value not in known:
+                raise ArgumentError(f"{name} is {value!r}.{nearest(value, known)} It must be one of {', '.join(known)}.")
+        lacking = reason_against(precision)
+        if lacking is not None:
+            raise ArgumentError(f"products cannot be packed: {lacking}")
         if norm_eps is not None and not 0 <= norm_eps < float("inf"):
             raise ArgumentError(f"norm_eps is {norm_eps}, but must be None or a finite number that is not negative")
         hidden, inputs = _checked_matrix("first", first)
@@ -81,14 +99,19 @@ class PackedBlock:
         elif second_bias is not None:
             raise ArgumentError("second_bias is given without second; give both, or add the bias to first_bias")
         self.inputs, self.hidden, self.outputs = inputs, hidden, outputs or hidden
-        self.activation, self.norm_eps = activation, norm_eps
-        sizes = (("first_bias", first_bias, hidden), ("second_bias", second_bias, outputs))
-        parts = [first, _checked_bias(*sizes[0]), second, _checked_bias(*sizes[1])]
+        self.activation, self.norm_eps, self.precision = activation, norm_eps, precision
+        parts = [
+            first,
+            _checked_bias("first_bias", first_bias, hidden),
+            second,
+            _checked_bias("second_bias", second_bias, outputs),
+        ]
         # Contiguous copies must live until the call returns.
         values = [None if part is None else part.detach().resolve_neg().contiguous() for part in parts]
         addresses = [None if value is None else value.data_ptr() for value in values]
         norm = (norm_eps is not None, norm_eps or 0.0)
-        weights = native.PointwiseWeights(inputs, hidden, outputs, ACTIVATIONS[activation], *norm, *addresses)
+        sizes = (inputs, hidden, outputs)
+        weights = native.PointwiseWeights(PRECISIONS[precision], *sizes, ACTIVATIONS[activation], *norm, *addresses)
         calls, packed = self._library.calls, native.Address()
         self._library.check(calls.wk_pointwise_pack(ctypes.byref(weights), ctypes.byref(packed)))
         self._packed, self._run = packed, calls.wk_pointwise_run_at
