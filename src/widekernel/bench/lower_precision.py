@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from widekernel.bench.agreement import REFERENCE, check_variants
 from widekernel.bench.errors import BenchmarkError
+from widekernel.bench.memory import return_freed_memory
 from widekernel.bench.networks import COMPILED_TOLERANCE, NetworkPlan, example_batch, network_call, network_fields
 from widekernel.bench.platforms import Platform
 from widekernel.bench.precision import BFLOAT16
-from widekernel.bench.rivals import WITH_BFLOAT16, network_in
+from widekernel.bench.rivals import WITH_BFLOAT16, compiles, network_in
 from widekernel.bench.rows import PrecisionNetworkRow
 from widekernel.bench.tables import Column, network_columns
 from widekernel.bench.time_budget import TimeBudget
@@ -42,7 +43,9 @@ NOTES: tuple[str, ...] = (
     "PyTorch: the network on PyTorch's convolutions in float32, not folded. PyTorch, bfloat16: folded, with all tensors in "
     "bfloat16; by autocast: folded, with parameters in float32. ours, fused: folded, then `widekernel.accelerate`, in "
     'float32, or with `precision="bfloat16"`, where the factors of the products in fused blocks are bfloat16 and all else '
-    "is float32. OpenVINO: the folded network, with INFERENCE_PRECISION_HINT f32 and bf16.",
+    "is float32. OpenVINO: the folded network, with INFERENCE_PRECISION_HINT f32 and bf16. torch.compile, zentorch: the "
+    "folded network, with all tensors in that type.",
+    "× best rival: speed-up of ours over the fastest of all rows in that precision that are not ours, in either layout.",
     "onnxruntime has no products in bfloat16 on a CPU, so it is timed in float32.",
     "× PyTorch NHWC, NCHW: speed-up over PyTorch in float32, in either layout.",
     "error, cosine, same class: outputs on random images compared with those of PyTorch NHWC in float32: norm of the "
@@ -94,6 +97,9 @@ def measure_lower_networks(
                     images=found.images or 0,
                     same_class=found.same_class or 0,
                 )
+            return_freed_memory()
+            if compiles(plan.rivals):
+                torch.compiler.reset()
         advance("", 1)
 
 
@@ -127,10 +133,14 @@ def _lower_variants(exact: Sequence[Variant], images: Tensor, rivals: Sequence[s
         lower.append(replace(variant, kind=AUTOCAST, network=plain, forward=partial(_autocast, plain)))
         cast = copy.deepcopy(plain).to(torch.bfloat16)
         lower.append(replace(variant, kind=CAST, network=cast, forward=cast, images=x.to(torch.bfloat16)))
+        for rival in rivals:
+            if compiles([rival]):
+                forward = network_in(rival, cast, lower[-1].images, precision="bfloat16")
+                lower.append(replace(lower[-1], kind=f"{rival}, bfloat16", forward=forward))
     plain = next(variant.network for variant in lower if variant.kind == AUTOCAST and variant.layout == "NCHW")
     x = images.contiguous()
     for rival in rivals:
-        if rival in WITH_BFLOAT16:
+        if rival in WITH_BFLOAT16 and not compiles([rival]):
             forward = network_in(rival, plain, x, precision="bfloat16")
             lower.append(Variant(f"{rival}, bfloat16", "NCHW", False, plain, forward, x))
     return lower

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from widekernel import __version__
+from widekernel.bench.memory import freed_memory
 from widekernel.data.config import processors
 from widekernel.errors import ArgumentError
 from widekernel.ops.cpu import library
@@ -39,6 +40,7 @@ class Machine:
         peak_source: how the peak was measured.
         bandwidth: bytes read and written by copies of tensors that are larger than usual caches, in GB/s.
         waiting: how threads wait for work, according to the environment.
+        freed: what the allocator does with freed memory.
         bfloat16_peak: multiply-adds of bfloat16 of all threads together, in GFLOP/s; None if there are no such products.
     """
 
@@ -52,6 +54,7 @@ class Machine:
     peak_source: str
     bandwidth: float
     waiting: str
+    freed: str
     bfloat16_peak: float | None = None
 
     def lines(self) -> list[str]:
@@ -63,7 +66,7 @@ class Machine:
             f"FMA peak: {self.peak:.0f} GFLOP/s ({self.peak_source}){lower}; "
             f"copying large tensors: {self.bandwidth:.1f} GB/s",
             ", ".join(f"{name} {version}" for name, version in self.versions.items()),
-            f"OMP_WAIT_POLICY: {self.waiting}",
+            f"OMP_WAIT_POLICY: {self.waiting}; freed memory: {self.freed}",
         ]
 
 
@@ -82,6 +85,7 @@ def measure_machine() -> Machine:
         peak_source=source,
         bandwidth=copy_bandwidth(_COPIED, _PEAK_SECONDS),
         waiting=os.environ.get("OMP_WAIT_POLICY", "not set"),
+        freed=freed_memory(),
         bfloat16_peak=_product_peak("bfloat16", threads),
     )
 
@@ -173,7 +177,7 @@ def _versions() -> dict[str, str]:
     return {
         "Python": platform.python_version(),
         **{name: installed_version(package) for name, package in packages.items()},
-        **{engine: installed_version(engine, "not installed") for engine in ("onnxruntime", "openvino")},
+        **{engine: installed_version(engine, "not installed") for engine in ("onnxruntime", "openvino", "zentorch")},
     }
 
 

@@ -22,9 +22,11 @@ from torch import Tensor, nn
 from widekernel.bench.agreement import NOISE_FACTOR, check_variants
 from widekernel.bench.depthwise_share import depthwise_share
 from widekernel.bench.errors import BenchmarkError, DeviceLostError
+from widekernel.bench.memory import return_freed_memory
 from widekernel.bench.operators import shortest_of
 from widekernel.bench.platforms import Platform
 from widekernel.bench.precision import FLOAT32, Precision, in_force
+from widekernel.bench.rivals import compiles
 from widekernel.bench.rows import DeviceNetworkRow, NetworkRow
 from widekernel.bench.time_budget import TimeBudget
 from widekernel.bench.timing import NO_TIMES, Timing, first_calls, interleave
@@ -56,7 +58,7 @@ class NetworkPlan:
         size: height and width of the images; None for the network's own.
         seconds: time to spend on each variant.
         rounds: number of timed calls of each variant, instead of `seconds`.
-        rivals: other inference engines to time as well, of `rivals.RIVALS`; inference on a CPU only.
+        rivals: other programs to time as well, of `rivals.RIVALS`; inference on a CPU only.
     """
 
     networks: Mapping[str, Callable[[], tuple[nn.Module, int]]]
@@ -107,9 +109,10 @@ def measure_networks(
                 network, usual_size = model()
                 trial = _Trial(name, mode, precision, replace(plan, compiled=compiled), platform, budget)
                 yield from trial.rows(network, batch, plan.size or usual_size)
+                return_freed_memory()
                 if trial.failed:
                     failed.add((name, precision, batch, mode))
-                if compiled:
+                if compiled or compiles(plan.rivals):
                     # Compiled programs are not used again; they occupy memory and the few entries of the cache.
                     torch.compiler.reset()
             advance("", 0 if in_two_rounds and compiled else 1)

@@ -145,6 +145,8 @@ class PackedBlock:
         self._library.check(calls.wk_pointwise_pack(ctypes.byref(weights), ctypes.byref(packed)))
         self._packed, self._run = packed, calls.wk_pointwise_run_at
         weakref.finalize(self, calls.wk_pointwise_free, packed)
+        # Multiply-accumulates for each pixel of the result.
+        self.macs = first.numel() + (0 if second is None else second.numel())
         self._prepared: dict[tuple[Any, ...], _Call] = {}
 
     def __call__(self, x: Tensor, residual: Tensor | None = None, factors: Tensor | None = None) -> Tensor:
