@@ -13,7 +13,7 @@ extern "C" {
 #endif
 
 // Incremented whenever a structure or a function here changes its meaning.
-#define WK_ABI 3
+#define WK_ABI 4
 // Most passes and kernels of one call.
 #define WK_MOST_PASSES 16
 #define WK_MOST_RECTS 64
@@ -103,6 +103,16 @@ typedef struct {
     wk_tensor x, residual, y;
 } wk_pointwise_call;
 
+// The gradients of the weights and the bias of a pointwise layer: weight[o][i] = Σ grad[o] · x[i] and bias[o] = Σ grad[o] over all
+// pixels. Any strides are valid, but contiguous channels or columns are fast.
+typedef struct {
+    int32_t threads;
+    int32_t images, height, width, inputs, outputs;
+    wk_tensor x, grad;
+    float *weight;  // (outputs, inputs)
+    float *bias;    // (outputs), or null
+} wk_pointwise_grad;
+
 int32_t wk_abi(void);
 // The instruction set in use: "avx512", "avx2", "neon" or "portable".
 const char *wk_isa(void);
@@ -135,6 +145,8 @@ int32_t wk_pointwise_run_at(const wk_pointwise *packed, const wk_pointwise_call 
 // The most bytes of working memory that any call with up to `threads` threads needs: for each thread, and shared by all threads,
 // including the packed weights.
 void wk_pointwise_workspace(const wk_pointwise *packed, int32_t threads, int64_t *per_thread, int64_t *shared);
+
+int32_t wk_pointwise_weight_grad(const wk_pointwise_grad *call);
 
 const char *wk_error_text(int32_t error);
 

@@ -116,6 +116,11 @@ bool is_valid(const wk_pointwise_call &call) {
     return call.threads > 0 && call.images > 0 && call.height > 0 && call.width > 0 && call.x.data && call.y.data;
 }
 
+bool is_valid(const wk_pointwise_grad &call) {
+    return call.threads > 0 && call.images > 0 && call.height > 0 && call.width > 0 && call.inputs > 0 && call.outputs > 0 &&
+           call.x.data && call.grad.data && call.weight;
+}
+
 }  // namespace
 }  // namespace wk
 
@@ -212,6 +217,10 @@ WK_EXPORT int32_t wk_pointwise_run_at(const wk_pointwise *packed, const wk_point
 
 WK_EXPORT void wk_pointwise_workspace(const wk_pointwise *packed, int32_t threads, int64_t *per_thread, int64_t *shared) {
     packed->kernels->pointwise_workspace(*packed, threads, *per_thread, *shared);
+}
+
+WK_EXPORT int32_t wk_pointwise_weight_grad(const wk_pointwise_grad *call) {
+    return wk::is_valid(*call) ? wk::kernels().pointwise_weight_grad(*call) : WK_BAD_ARGUMENT;
 }
 
 WK_EXPORT const char *wk_error_text(int32_t error) {

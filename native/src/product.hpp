@@ -56,8 +56,8 @@ struct Fetch {
     int64_t each;
 };
 
-// One more channel: `a` is that channel of the first row, `b` the panel's columns.
-template <int ROWS, int VECTORS> WK_INLINE void add_channel(Vec (&sum)[ROWS][VECTORS], const float *a, const float *b) {
+// One more channel: `a` is that channel of the first row, `b` the panel's columns. Rows are STEP floats apart.
+template <int ROWS, int VECTORS, int STEP = LANES> WK_INLINE void add_channel(Vec (&sum)[ROWS][VECTORS], const float *a, const float *b) {
     Vec column[VECTORS];
     unroll<VECTORS>([&](auto v) {
         column[v] = read<Vec>(b + v * LANES);
@@ -68,7 +68,7 @@ template <int ROWS, int VECTORS> WK_INLINE void add_channel(Vec (&sum)[ROWS][VEC
 #endif
     });
     unroll<ROWS>([&](auto m) {
-        const Vec factor = spread(a + m * LANES);
+        const Vec factor = spread(a + m * STEP);
         unroll<VECTORS>([&](auto v) { add_product(sum[m][v], factor, column[v]); });
     });
 }

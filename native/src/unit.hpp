@@ -2,6 +2,7 @@
 #pragma once
 
 #include "pointwise.hpp"
+#include "pointwise_grad.hpp"
 #include "sum.hpp"
 #include "weight_grad.hpp"
 
@@ -31,6 +32,8 @@ inline void weight_grad_workspace(const wk_weight_grad &call, int64_t &per_threa
 }
 
 inline int32_t pointwise_run(const wk_pointwise &packed, const wk_pointwise_call &call) { return Pointwise(packed, call).run(); }
+
+inline int32_t pointwise_weight_grad(const wk_pointwise_grad &call) { return PointwiseGrad(call).run(); }
 
 // Enough independent chains to keep two multiply-add units of latency four or five busy.
 inline int64_t multiply_add_for(double seconds) {
@@ -83,6 +86,7 @@ inline double fma_peak(int32_t threads, double seconds) {
                             WK_NAMESPACE::pointwise_pack,                                                                       \
                             WK_NAMESPACE::pointwise_run,                                                                        \
                             WK_NAMESPACE::pointwise_workspace,                                                                  \
+                            WK_NAMESPACE::pointwise_weight_grad,                                                                \
                             WK_NAMESPACE::fma_peak};
 
 }  // namespace wk

@@ -27,7 +27,7 @@ import torch
 
 from widekernel.errors import ArgumentError, WidekernelError
 
-ABI = 3
+ABI = 4
 MOST_PASSES, MOST_RECTS = 16, 64
 FLOAT32, BFLOAT16, FLOAT16 = range(3)
 DIRECT, HYBRID_ALONG_ROWS, HYBRID_ALONG_COLUMNS = range(3)
@@ -127,6 +127,16 @@ class PointwiseCall(ctypes.Structure):
     ]
 
 
+class PointwiseGrad(ctypes.Structure):
+    """A call of `wk_pointwise_weight_grad`."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("threads", "images", "height", "width", "inputs", "outputs")),
+        *((name, Tensor) for name in ("x", "grad")),
+        *((name, Address) for name in ("weight", "bias")),
+    ]
+
+
 _int32, _text, _bytes = ctypes.c_int32, ctypes.c_char_p, ctypes.POINTER(ctypes.c_int64)
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "wk_abi": (_int32, []),
@@ -146,6 +156,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "wk_pointwise_run": (_int32, [Address, ctypes.POINTER(PointwiseCall)]),
     "wk_pointwise_run_at": (_int32, [Address, ctypes.POINTER(PointwiseCall), Address, Address, Address]),
     "wk_pointwise_workspace": (None, [Address, _int32, _bytes, _bytes]),
+    "wk_pointwise_weight_grad": (_int32, [ctypes.POINTER(PointwiseGrad)]),
     "wk_error_text": (_text, [_int32]),
     "wk_fma_peak": (ctypes.c_double, [_int32, ctypes.c_double]),
 }
