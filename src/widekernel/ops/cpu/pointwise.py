@@ -11,6 +11,7 @@ from torch import Tensor
 
 from widekernel.errors import ArgumentError, nearest
 from widekernel.ops.cpu import library as native
+from widekernel.ops.cpu.prepared import addressable
 from widekernel.ops.problem import memory_format
 
 ACTIVATIONS = {"none": native.NO_ACTIVATION, "relu": native.RELU, "gelu": native.GELU, "gelu_tanh": native.GELU_TANH}
@@ -187,6 +188,34 @@ class PackedBlock:
                 self._prepared.clear()
             call = self._prepared[key] = _Call(ctypes.byref(description), tuple(y.shape), y.stride())
         return call
+
+
+def weight_grad(x: Tensor, grad: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+    """Compute the gradients of the weight and the bias of a pointwise layer.
+
+        weight[o, c] = Σ grad[n, o, i, j] · x[n, c, i, j],  bias[o] = Σ grad[n, o, i, j]
+
+    Args:
+        x: (N, C, H, W), not empty, float32 on a CPU.
+        grad: (N, C', H, W), the gradient of the layer's output, float32 on a CPU.
+        bias: whether to compute the gradient of the bias, too.
+
+    Returns:
+        (C', C), and (C',) or an empty tensor.
+
+    Raises:
+        NativeMemoryError: if there is no memory for the working space.
+    """
+    loaded = native.load()
+    x, grad = addressable(x), addressable(grad)
+    images, inputs, height, width = x.shape
+    outputs = grad.shape[1]
+    for_weight, for_bias = torch.empty(outputs, inputs), torch.empty(outputs if bias else 0)
+    sizes = torch.get_num_threads(), images, height, width, inputs, outputs
+    tensors = [native.Tensor(t.data_ptr(), *_image(t)[1:]) for t in (x, grad)]
+    call = native.PointwiseGrad(*sizes, *tensors, for_weight.data_ptr(), for_bias.data_ptr() if bias else None)
+    loaded.check(loaded.calls.wk_pointwise_weight_grad(ctypes.byref(call)))
+    return for_weight, for_bias
 
 
 _MOST_PREPARED = 256
