@@ -113,6 +113,20 @@ typedef struct {
     float *bias;    // (outputs), or null
 } wk_pointwise_grad;
 
+// Batch norm in training over all images and pixels: y = (x - mean) · factor · weight + bias with factor = 1 / sqrt(variance + eps),
+// and mean and (biased) variance of every channel, which are stored. With `backward`, mean and factor are given, and y is the gradient
+// of x, from `grad`, that of the forward pass's result. All images have the same layout, dense, with either channels or columns adjacent.
+typedef struct {
+    int32_t threads;
+    int32_t images, channels, height, width;
+    int32_t backward;
+    wk_tensor x, grad, y;
+    const float *weight, *bias;  // (channels), or null, which means 1 and 0
+    float eps;
+    float *mean, *variance, *factor;
+    float *weight_grad, *bias_grad;  // (channels), or null
+} wk_batch_norm;
+
 int32_t wk_abi(void);
 // The instruction set in use: "avx512", "avx2", "neon" or "portable".
 const char *wk_isa(void);
@@ -147,6 +161,8 @@ int32_t wk_pointwise_run_at(const wk_pointwise *packed, const wk_pointwise_call 
 void wk_pointwise_workspace(const wk_pointwise *packed, int32_t threads, int64_t *per_thread, int64_t *shared);
 
 int32_t wk_pointwise_weight_grad(const wk_pointwise_grad *call);
+
+int32_t wk_batch_norm_run(const wk_batch_norm *call);
 
 const char *wk_error_text(int32_t error);
 

@@ -33,6 +33,7 @@ struct Kernels {
     int32_t (*pointwise_run)(const wk_pointwise &packed, const wk_pointwise_call &call);
     void (*pointwise_workspace)(const wk_pointwise &packed, int32_t threads, int64_t &per_thread, int64_t &shared);
     int32_t (*pointwise_weight_grad)(const wk_pointwise_grad &call);
+    int32_t (*batch_norm)(const wk_batch_norm &call);
     double (*fma_peak)(int32_t threads, double seconds);
 };
 

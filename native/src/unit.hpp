@@ -1,6 +1,7 @@
 // The body of one instruction set's translation unit; simd.hpp lists the macros that must be defined before it.
 #pragma once
 
+#include "batch_norm.hpp"
 #include "pointwise.hpp"
 #include "pointwise_grad.hpp"
 #include "sum.hpp"
@@ -34,6 +35,8 @@ inline void weight_grad_workspace(const wk_weight_grad &call, int64_t &per_threa
 inline int32_t pointwise_run(const wk_pointwise &packed, const wk_pointwise_call &call) { return Pointwise(packed, call).run(); }
 
 inline int32_t pointwise_weight_grad(const wk_pointwise_grad &call) { return PointwiseGrad(call).run(); }
+
+inline int32_t batch_norm(const wk_batch_norm &call) { return BatchNorm(call).run(); }
 
 // Enough independent chains to keep two multiply-add units of latency four or five busy.
 inline int64_t multiply_add_for(double seconds) {
@@ -87,6 +90,7 @@ inline double fma_peak(int32_t threads, double seconds) {
                             WK_NAMESPACE::pointwise_run,                                                                        \
                             WK_NAMESPACE::pointwise_workspace,                                                                  \
                             WK_NAMESPACE::pointwise_weight_grad,                                                                \
+                            WK_NAMESPACE::batch_norm,                                                                           \
                             WK_NAMESPACE::fma_peak};
 
 }  // namespace wk

@@ -137,6 +137,18 @@ class PointwiseGrad(ctypes.Structure):
     ]
 
 
+class BatchNorm(ctypes.Structure):
+    """A call of `wk_batch_norm_run`."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("threads", "images", "channels", "height", "width", "backward")),
+        *((name, Tensor) for name in ("x", "grad", "y")),
+        *((name, Address) for name in ("weight", "bias")),
+        ("eps", ctypes.c_float),
+        *((name, Address) for name in ("mean", "variance", "factor", "weight_grad", "bias_grad")),
+    ]
+
+
 _int32, _text, _bytes = ctypes.c_int32, ctypes.c_char_p, ctypes.POINTER(ctypes.c_int64)
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "wk_abi": (_int32, []),
@@ -157,6 +169,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "wk_pointwise_run_at": (_int32, [Address, ctypes.POINTER(PointwiseCall), Address, Address, Address]),
     "wk_pointwise_workspace": (None, [Address, _int32, _bytes, _bytes]),
     "wk_pointwise_weight_grad": (_int32, [ctypes.POINTER(PointwiseGrad)]),
+    "wk_batch_norm_run": (_int32, [ctypes.POINTER(BatchNorm)]),
     "wk_error_text": (_text, [_int32]),
     "wk_fma_peak": (ctypes.c_double, [_int32, ctypes.c_double]),
 }
