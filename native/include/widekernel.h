@@ -130,8 +130,8 @@ typedef struct {
     const float *factors;       // (images, inputs); `x` is multiplied by them before anything else; may be null
 } wk_pointwise_call;
 
-// Squeeze-excite: y = sigmoid(second · activation(first · mean(x) + first_bias) + second_bias), where the mean is that over the pixels
-// of an image. Everything is float32. Biases may be null. As in `wk_pointwise_call`, any strides are valid.
+// Squeeze-excite: y = sigmoid(second · activation(first · mean(x) + first_bias) + second_bias), where the mean is that over the
+// pixels of an image. Everything is float32. Biases may be null. As in `wk_pointwise_call`, any strides are valid.
 typedef struct {
     int32_t threads;
     int32_t images, channels, height, width;
@@ -140,6 +140,30 @@ typedef struct {
     const float *first, *first_bias, *second, *second_bias;  // (hidden, channels), (hidden), (channels, hidden), (channels)
     float *y;                                                // (images, channels)
 } wk_gate;
+
+// The gradients of the weights and the bias of a pointwise layer: weight[o][i] = Σ grad[o] · x[i] and bias[o] = Σ grad[o] over all
+// pixels. Any strides are valid, but contiguous channels or columns are fast.
+typedef struct {
+    int32_t threads;
+    int32_t images, height, width, inputs, outputs;
+    wk_tensor x, grad;
+    float *weight;  // (outputs, inputs)
+    float *bias;    // (outputs), or null
+} wk_pointwise_grad;
+
+// Batch norm in training over all images and pixels: y = (x - mean) · factor · weight + bias with factor = 1 / sqrt(variance + eps),
+// and mean and (biased) variance of every channel, which are stored. With `backward`, mean and factor are given, and y is the gradient
+// of x, from `grad`, that of the forward pass's result. All images have the same layout, dense, with either channels or columns adjacent.
+typedef struct {
+    int32_t threads;
+    int32_t images, channels, height, width;
+    int32_t backward;
+    wk_tensor x, grad, y;
+    const float *weight, *bias;  // (channels), or null, which means 1 and 0
+    float eps;
+    float *mean, *variance, *factor;
+    float *weight_grad, *bias_grad;  // (channels), or null
+} wk_batch_norm;
 
 int32_t wk_abi(void);
 // The instruction set in use: "avx512", "avx2", "neon" or "portable".
@@ -186,6 +210,10 @@ typedef struct {
 
 // Whether all of them have the bits of `expected`, in which one set of samples follows another.
 int32_t wk_samples_equal(const wk_samples *samples, int32_t sets, const float *expected);
+
+int32_t wk_pointwise_weight_grad(const wk_pointwise_grad *call);
+
+int32_t wk_batch_norm_run(const wk_batch_norm *call);
 
 const char *wk_error_text(int32_t error);
 

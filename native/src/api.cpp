@@ -155,6 +155,24 @@ bool is_valid(const wk_pointwise_call &call) {
     return call.threads > 0 && call.images > 0 && call.height > 0 && call.width > 0 && call.x.data && call.y.data;
 }
 
+bool is_valid(const wk_pointwise_grad &call) {
+    return call.threads > 0 && call.images > 0 && call.height > 0 && call.width > 0 && call.inputs > 0 && call.outputs > 0 &&
+           call.x.data && call.grad.data && call.weight;
+}
+
+bool is_dense(const wk_tensor &t, const wk_batch_norm &call) {
+    const int64_t width = call.width, height = call.height, channels = call.channels;
+    if (t.channel == 1 && t.column == channels && t.row == width * channels && t.image == height * width * channels) return true;
+    return t.column == 1 && t.row == width && t.channel == height * width && t.image == height * width * channels;
+}
+
+bool is_valid(const wk_batch_norm &call) {
+    if (call.threads <= 0 || call.images <= 0 || call.channels <= 0 || call.height <= 0 || call.width <= 0 || call.eps < 0) return false;
+    if (!call.x.data || !call.y.data || !call.mean || !call.factor || !(call.backward ? !!call.grad.data : !!call.variance)) return false;
+    if (!is_dense(call.x, call) || call.y.channel != call.x.channel || !is_dense(call.y, call)) return false;
+    return !call.backward || (call.grad.channel == call.x.channel && is_dense(call.grad, call));
+}
+
 }  // namespace
 }  // namespace wk
 
@@ -281,6 +299,14 @@ WK_EXPORT int32_t wk_samples_equal(const wk_samples *samples, int32_t sets, cons
             differences |= now ^ before;
         }
     return differences == 0;
+}
+
+WK_EXPORT int32_t wk_pointwise_weight_grad(const wk_pointwise_grad *call) {
+    return wk::is_valid(*call) ? wk::kernels().pointwise_weight_grad(*call) : WK_BAD_ARGUMENT;
+}
+
+WK_EXPORT int32_t wk_batch_norm_run(const wk_batch_norm *call) {
+    return wk::is_valid(*call) ? wk::kernels().batch_norm(*call) : WK_BAD_ARGUMENT;
 }
 
 WK_EXPORT const char *wk_error_text(int32_t error) {

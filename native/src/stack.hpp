@@ -3,6 +3,7 @@
 
 #include "pack.hpp"
 #include "product.hpp"
+#include "widekernel.h"
 
 namespace wk {
 namespace WK_NAMESPACE {

@@ -39,10 +39,10 @@ class ReferenceBlock:
         second: (O, H), or None for none; then y = residual + act(first · norm(x) + first_bias).
         second_bias: (O,), or None for none.
         norm_eps: epsilon of a layer norm over the channels of x, without affine parameters; None for no norm.
-        response: (H,), the weight of a response norm of hidden units (`response_norm`); None for none.
-        response_eps: its epsilon.
         patch: the patches of images; None if every pixel is computed alone.
         after: a layer norm over the results of the first product; None for none.
+        response: (H,), the weight of a response norm of hidden units (`response_norm`); None for none.
+        response_eps: its epsilon.
         gate: the arguments of `gate` after `x`; None for no gate.
         precision: type of the factors of both products, `float32` or `bfloat16`; everything else has the type of x. Tensors
             in float64 stand for float32 in exact arithmetic.
@@ -56,10 +56,10 @@ class ReferenceBlock:
         second: Tensor | None,
         second_bias: Tensor | None,
         norm_eps: float | None,
-        response: Tensor | None = None,
-        response_eps: float = 1e-6,
         patch: Patch | None = None,
         after: NormAfter | None = None,
+        response: Tensor | None = None,
+        response_eps: float = 1e-6,
         gate: tuple[Any, ...] | None = None,
         precision: str = "float32",
     ) -> None:

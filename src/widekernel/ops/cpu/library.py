@@ -23,9 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from widekernel.errors import ArgumentError, WidekernelError
+from widekernel.ops.cpu.openmp import openmp_runtime
 
 ABI = 4
 MOST_PASSES, MOST_RECTS = 16, 64
@@ -157,6 +156,28 @@ class Samples(ctypes.Structure):
     _fields_ = [("at", Address), ("count", ctypes.c_int64), ("step", ctypes.c_int64)]
 
 
+class PointwiseGrad(ctypes.Structure):
+    """A call of `wk_pointwise_weight_grad`."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("threads", "images", "height", "width", "inputs", "outputs")),
+        *((name, Tensor) for name in ("x", "grad")),
+        *((name, Address) for name in ("weight", "bias")),
+    ]
+
+
+class BatchNorm(ctypes.Structure):
+    """A call of `wk_batch_norm_run`."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("threads", "images", "channels", "height", "width", "backward")),
+        *((name, Tensor) for name in ("x", "grad", "y")),
+        *((name, Address) for name in ("weight", "bias")),
+        ("eps", ctypes.c_float),
+        *((name, Address) for name in ("mean", "variance", "factor", "weight_grad", "bias_grad")),
+    ]
+
+
 _int32, _text, _bytes = ctypes.c_int32, ctypes.c_char_p, ctypes.POINTER(ctypes.c_int64)
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "wk_abi": (_int32, []),
@@ -179,6 +200,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "wk_gate_run": (_int32, [ctypes.POINTER(Gate)]),
     "wk_gate_run_at": (_int32, [ctypes.POINTER(Gate), Address, Address]),
     "wk_samples_equal": (_int32, [Address, _int32, Address]),
+    "wk_pointwise_weight_grad": (_int32, [ctypes.POINTER(PointwiseGrad)]),
+    "wk_batch_norm_run": (_int32, [ctypes.POINTER(BatchNorm)]),
     "wk_error_text": (_text, [_int32]),
     "wk_fma_peak": (ctypes.c_double, [_int32, ctypes.c_double]),
     "wk_why_no_products": (_text, [_int32]),
@@ -351,36 +374,3 @@ def _configured(library: Library, isa: str) -> Library:
 
 def _isa_unavailable(value: str, available: tuple[str, ...]) -> str:
     return f"{value}: for this processor the native CPU library has {', '.join(available)}; choose one of these"
-
-
-class _SymbolInfo(ctypes.Structure):
-    """The result of `dladdr`."""
-
-    _fields_ = [("file", ctypes.c_char_p), ("base", Address), ("symbol", ctypes.c_char_p), ("address", Address)]
-
-
-def openmp_runtime() -> str | None:
-    """Return the file of the OpenMP runtime that PyTorch's operators run on; None if there is none to share.
-
-    A process may have loaded several (scikit-learn brings its own), so searching the loaded files is not enough. The symbol
-    is looked up as the dynamic linker does for PyTorch, including precedence of a preloaded runtime. This loads nothing.
-    """
-    if os.name != "posix":
-        return None
-    suffix = "dylib" if sys.platform == "darwin" else "so"
-    pytorch = f"libtorch_cpu.{suffix}"
-    # By path, as in PyTorch's wheels, or by name in case a distribution has moved the file.
-    scopes: list[str | None] = [str(Path(torch.__file__).parent / "lib" / pytorch), pytorch]
-    # On Linux, global symbols come before a library's own dependencies; on macOS each symbol names its library.
-    scopes.insert(len(scopes) if sys.platform == "darwin" else 0, None)
-    for scope in scopes:
-        try:
-            symbol = ctypes.CDLL(scope, mode=os.RTLD_NOLOAD | os.RTLD_NOW).GOMP_parallel
-            locate = ctypes.CDLL(None).dladdr
-        except (OSError, AttributeError):
-            continue
-        locate.argtypes, locate.restype = [Address, ctypes.POINTER(_SymbolInfo)], ctypes.c_int
-        found = _SymbolInfo()
-        if locate(ctypes.cast(symbol, Address), ctypes.byref(found)) and found.file:
-            return os.fsdecode(found.file)
-    return None

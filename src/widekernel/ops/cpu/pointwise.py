@@ -11,6 +11,7 @@ from torch import Tensor
 
 from widekernel.errors import ArgumentError
 from widekernel.ops.cpu import library as native
+from widekernel.ops.cpu.prepared import addressable
 from widekernel.ops.cpu.tensor_checks import (
     checked_kernels,
     checked_matrix,
@@ -78,11 +79,11 @@ class PackedBlock:
         second_bias: (outputs), or None.
         norm_eps: if given, each pixel is normalized over its channels (layer norm without factors), with this number added
             to the variance.
+        patch: kernel, stride and padding of a convolution; None for a product over the channels of each pixel.
+        after: a layer norm over the hidden units, before the activation; only without `second`.
         response: (hidden), the weight of a response norm of the hidden units of each image, as
             `ops.pointwise_reference.response_norm` defines it; None for none. It needs `second`.
         response_eps: epsilon of the response norm.
-        patch: kernel, stride and padding of a convolution; None for a product over the channels of each pixel.
-        after: a layer norm over the hidden units, before the activation; only without `second`.
         precision: `float32`, or `bfloat16` if the processor has these products.
 
     Raises:
@@ -100,10 +101,10 @@ class PackedBlock:
         second: Tensor | None = None,
         second_bias: Tensor | None = None,
         norm_eps: float | None = None,
-        response: Tensor | None = None,
-        response_eps: float = 1e-6,
         patch: Patch | None = None,
         after: NormAfter | None = None,
+        response: Tensor | None = None,
+        response_eps: float = 1e-6,
         precision: str = "float32",
     ) -> None:
         self._library = native.load()
@@ -266,6 +267,34 @@ class PackedBlock:
                 self._prepared.clear()
             call = self._prepared[key] = _Call(ctypes.byref(description), tuple(y.shape), y.stride())
         return call
+
+
+def weight_grad(x: Tensor, grad: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+    """Compute the gradients of the weight and the bias of a pointwise layer.
+
+        weight[o, c] = Σ grad[n, o, i, j] · x[n, c, i, j],  bias[o] = Σ grad[n, o, i, j]
+
+    Args:
+        x: (N, C, H, W), not empty, float32 on a CPU.
+        grad: (N, C', H, W), the gradient of the layer's output, float32 on a CPU.
+        bias: whether to compute the gradient of the bias, too.
+
+    Returns:
+        (C', C), and (C',) or an empty tensor.
+
+    Raises:
+        NativeMemoryError: if there is no memory for the working space.
+    """
+    loaded = native.load()
+    x, grad = addressable(x), addressable(grad)
+    images, inputs, height, width = x.shape
+    outputs = grad.shape[1]
+    for_weight, for_bias = torch.empty(outputs, inputs), torch.empty(outputs if bias else 0)
+    sizes = torch.get_num_threads(), images, height, width, inputs, outputs
+    tensors = [native.Tensor(t.data_ptr(), *image_of(t)[1:]) for t in (x, grad)]
+    call = native.PointwiseGrad(*sizes, *tensors, for_weight.data_ptr(), for_bias.data_ptr() if bias else None)
+    loaded.check(loaded.calls.wk_pointwise_weight_grad(ctypes.byref(call)))
+    return for_weight, for_bias
 
 
 _MOST_PREPARED = 256

@@ -50,10 +50,10 @@ class BlockWeights(NamedTuple):
     second: Tensor | None
     second_bias: Tensor | None
     norm_eps: float | None
-    response: Tensor | None = None
-    response_eps: float = 1e-6
     patch: Patch | None = None
     after: NormAfter | None = None
+    response: Tensor | None = None
+    response_eps: float = 1e-6
     gate: GateWeights | None = None
 
 
@@ -100,7 +100,7 @@ def block_weights(found: BlockGraph, region: Region) -> BlockWeights:
         second_bias = second_bias + second @ shift
     second, second_bias = _mapped(found, region.second_affine, second, second_bias)
     firsts, seconds = (matrix, _bias(bias)), (_float(second), _bias(second_bias))
-    return BlockWeights(*firsts, region.activation, *seconds, eps, response, response_eps, region.patch, None, gate)
+    return BlockWeights(*firsts, region.activation, *seconds, eps, region.patch, None, response, response_eps, gate)
 
 
 def _gate_weights(found: BlockGraph, region: Region) -> GateWeights | None:
