@@ -81,9 +81,19 @@ typedef struct {
     int32_t dilation;  // a multiple of the pass's, whose taps in between are left out
 } wk_weight_grad;
 
+// A convolution as a product over patches: the pixels of `x` under a kernel are the inputs of one pixel of the result.
+typedef struct {
+    int32_t rows, columns;  // of the kernel
+    int32_t row_stride, column_stride;
+    int32_t top, left;  // rows and columns of zeros before the image; as many as are needed follow it
+} wk_patch;
+
 // A matrix product over channels, an activation, and perhaps a second product, for every pixel:
 // y = residual + second · activation(first · norm(x) + first_bias) + second_bias, and without a second product
 // y = residual + activation(first · norm(x) + first_bias). Everything is float32.
+//
+// With patches, `first` is (hidden, inputs, rows, columns). Pixels are normalized before zeros are put around the image. With
+// `normalize_after`, a layer norm over the hidden units, and then the factors and summands, come before the activation.
 //
 // If `response` is given, hidden units go through a response norm before the second product:
 // hidden · (1 + response · size / (mean + response_eps)), where `size` is the Euclidean norm of a unit over the pixels of its image,
@@ -94,6 +104,10 @@ typedef struct {
     int32_t normalize;  // whether the norm is a layer norm over the channels of a pixel, without factors; otherwise it is x
     float eps;          // added to the variance
     const float *first, *first_bias, *second, *second_bias;  // (hidden, inputs), (hidden), (outputs, hidden), (outputs)
+    wk_patch patch;           // all zero for none: each pixel is its own input
+    int32_t normalize_after;  // only without a second product
+    float after_eps;
+    const float *after_scale, *after_shift;  // (hidden) each; may be null, which means 1 and 0
     const float *response;  // (hidden); only with a second product
     float response_eps;
 } wk_pointwise_weights;
@@ -105,9 +119,10 @@ typedef struct wk_pointwise wk_pointwise;
 // `residual.data` may be null. Here, any strides are valid, but those described above are fast. `y` must not overlap the others.
 typedef struct {
     int32_t threads;
-    int32_t images, height, width;
+    int32_t images, height, width;  // of the result
     wk_tensor x, residual, y;
-    const float *factors;  // (images, inputs); `x` is multiplied by them before anything else; may be null
+    int32_t x_height, x_width;  // with patches; otherwise, `x` has the size of the result
+    const float *factors;  // (images, inputs); `x` is multiplied by them before anything else; may be null, and is with patches
 } wk_pointwise_call;
 
 // Squeeze-excite: y = sigmoid(second · activation(first · mean(x) + first_bias) + second_bias), where the mean is that over the pixels
@@ -157,6 +172,15 @@ void wk_pointwise_workspace(const wk_pointwise *packed, int32_t threads, int64_t
 
 int32_t wk_gate_run(const wk_gate *call);
 int32_t wk_gate_run_at(const wk_gate *call, const void *x, float *y);
+
+// `count` floats in memory, at distance `step`.
+typedef struct {
+    const float *at;
+    int64_t count, step;
+} wk_samples;
+
+// Whether all of them have the bits of `expected`, in which one set of samples follows another.
+int32_t wk_samples_equal(const wk_samples *samples, int32_t sets, const float *expected);
 
 const char *wk_error_text(int32_t error);
 

@@ -106,10 +106,18 @@ bool is_valid(const wk_weight_grad &call) {
            is_within(p.columns, p.column, p.dilation, call.columns, call.column, call.dilation);
 }
 
+bool has_patches(const wk_patch &patch) { return patch.rows != 0; }
+
+bool is_valid(const wk_patch &patch) {
+    if (!has_patches(patch)) return true;
+    return patch.rows > 0 && patch.columns > 0 && patch.row_stride > 0 && patch.column_stride > 0 && patch.top >= 0 && patch.left >= 0;
+}
+
 bool is_valid(const wk_pointwise_weights &weights) {
     return weights.inputs > 0 && weights.hidden > 0 && weights.outputs >= 0 && weights.first &&
            (weights.outputs == 0 || weights.second) && weights.activation >= WK_NO_ACTIVATION &&
-           weights.activation <= WK_GELU_TANH && (!weights.normalize || weights.eps >= 0) &&
+           weights.activation <= WK_GELU_TANH && (!weights.normalize || weights.eps >= 0) && is_valid(weights.patch) &&
+           (!weights.normalize_after || (weights.outputs == 0 && weights.after_eps >= 0)) &&
            (!weights.response || (weights.outputs > 0 && weights.response_eps >= 0));
 }
 
@@ -190,8 +198,9 @@ WK_EXPORT int32_t wk_pointwise_pack(const wk_pointwise_weights *weights, wk_poin
     auto *made = static_cast<wk_pointwise *>(std::calloc(1, sizeof(wk_pointwise)));
     if (!made) return WK_OUT_OF_MEMORY;
     made->kernels = &kernels;
-    made->inputs = weights->inputs, made->hidden = weights->hidden, made->outputs = weights->outputs;
+    made->channels = weights->inputs, made->hidden = weights->hidden, made->outputs = weights->outputs;
     made->activation = weights->activation, made->normalize = weights->normalize, made->eps = weights->eps;
+    made->patch = weights->patch, made->normalize_after = weights->normalize_after, made->after_eps = weights->after_eps;
     made->response_eps = weights->response_eps;
     const int32_t error = kernels.pointwise_pack(*weights, *made);
     if (error)
@@ -207,7 +216,9 @@ WK_EXPORT void wk_pointwise_free(wk_pointwise *packed) {
 }
 
 WK_EXPORT int32_t wk_pointwise_run(const wk_pointwise *packed, const wk_pointwise_call *call) {
-    return packed && wk::is_valid(*call) ? packed->kernels->pointwise_run(*packed, *call) : WK_BAD_ARGUMENT;
+    if (!packed || !wk::is_valid(*call)) return WK_BAD_ARGUMENT;
+    if (wk::has_patches(packed->patch) && (call->x_height <= 0 || call->x_width <= 0 || call->factors)) return WK_BAD_ARGUMENT;
+    return packed->kernels->pointwise_run(*packed, *call);
 }
 
 WK_EXPORT int32_t wk_pointwise_run_at(const wk_pointwise *packed, const wk_pointwise_call *call, const void *x,
@@ -230,6 +241,19 @@ WK_EXPORT int32_t wk_gate_run_at(const wk_gate *call, const void *x, float *y) {
     wk_gate here = *call;
     here.x.data = const_cast<void *>(x), here.y = y;
     return wk_gate_run(&here);
+}
+
+WK_EXPORT int32_t wk_samples_equal(const wk_samples *samples, int32_t sets, const float *expected) {
+    // Without branches inside, so that the processor waits for many addresses at the same time.
+    uint32_t differences = 0;
+    for (int32_t s = 0; s < sets; s++)
+        for (int64_t i = 0; i < samples[s].count; i++) {
+            uint32_t now, before;
+            std::memcpy(&now, samples[s].at + i * samples[s].step, sizeof now);
+            std::memcpy(&before, expected++, sizeof before);
+            differences |= now ^ before;
+        }
+    return differences == 0;
 }
 
 WK_EXPORT const char *wk_error_text(int32_t error) {

@@ -13,12 +13,16 @@ struct Kernels;
 
 struct wk_pointwise {
     const wk::Kernels *kernels;
-    int32_t inputs, hidden, outputs, activation, normalize;
-    float eps;
+    int32_t channels;  // of the tensor
+    int32_t inputs;    // of the first product: channels, or numbers of a patch
+    int32_t hidden, outputs, activation, normalize, normalize_after;
+    float eps, after_eps;
+    wk_patch patch;
+    int32_t dense;  // whether the numbers of a patch follow each other without gaps; otherwise, each tap has whole vectors
     void *memory;
     int64_t bytes;
-    float *first, *first_bias, *second, *second_bias;  // parts of `memory`
-    float *response;                                   // another one, or null
+    float *first, *first_bias, *second, *second_bias, *after_scale, *after_shift;  // parts of `memory`
+    float *response;  // another one, or null
     float response_eps;
 };
 

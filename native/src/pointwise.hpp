@@ -2,6 +2,7 @@
 #pragma once
 
 #include "activation.hpp"
+#include "patches.hpp"
 #include "phases.hpp"
 #include "pointwise_weights.hpp"
 #include "stack.hpp"
@@ -61,7 +62,7 @@ struct Distribution {
     int64_t together;  // pixels whose activations exist at the same time
 
     static int64_t most_together(const Weights &weights) {
-        const int64_t cached = CACHED_FLOATS / (weights.of.inputs + weights.chunks.size + weights.of.outputs);
+        const int64_t cached = CACHED_FLOATS / (weights.of.inputs + weights.units() + weights.of.outputs);
         return most(FEWEST_PIXELS, least(MOST_PIXELS, cached) / TILE_ROWS * TILE_ROWS);
     }
     // With as many pixels as this, no more are needed for each thread to have its own, or they take too much memory.
@@ -88,7 +89,7 @@ struct Distribution {
 
 inline void pointwise_workspace(const wk_pointwise &packed, int32_t threads, int64_t &per_thread, int64_t &shared) {
     const Weights weights(packed);
-    per_thread = Activations::bytes(packed, Distribution::most_together(weights), weights.chunks.size);
+    per_thread = Activations::bytes(packed, Distribution::most_together(weights), weights.units());
     shared = packed.bytes;
     if (threads > 1) shared += Activations::bytes(packed, Distribution::fewest_apart(weights, threads), packed.hidden);
 }
@@ -103,10 +104,10 @@ inline Vec sum_of_squares(const Vec *at, int64_t count) {
 class Pointwise {
   public:
     Pointwise(const wk_pointwise &packed, const wk_pointwise_call &call)
-        : packed_(packed), weights_(packed), x_(call.x, call.images, call.height, call.width),
+        : packed_(packed), weights_(packed), patches_(packed, call), x_(call.x, call.images, call.height, call.width),
           y_(call.y, call.images, call.height, call.width), residual_(call.residual, call.images, call.height, call.width),
-          factors_(call.factors), image_pixels_(int64_t{call.height} * call.width), pixels_(call.images * image_pixels_), plan_(weights_, pixels_, call.threads),
-          own_bytes_(Activations::bytes(packed, plan_.together, weights_.chunks.size)) {
+          factors_(call.factors), image_pixels_(int64_t{call.height} * call.width), pixels_(call.images * image_pixels_),
+          plan_(weights_, pixels_, call.threads), own_bytes_(Activations::bytes(packed, plan_.together, weights_.units())) {
         parts_ = least(weights_.chunks.size / PANEL, ceil_div(4 * plan_.threads, weights_.chunks.count()));
         endings_ = least(panels_for(packed.outputs), 4 * plan_.threads);
     }
@@ -120,6 +121,7 @@ class Pointwise {
         Carver carver{shared_memory.at_least(Activations::bytes(packed_, pixels_, packed_.hidden))};
         if (!carver.base) return WK_OUT_OF_MEMORY;
         all_ = Activations(carver, packed_, pixels_, packed_.hidden);
+        if (packed_.normalize_after) endings_ = all_.hidden.tiles();
         parallel(plan_.threads, all_.x.tiles() + weights_.chunks.count() * parts_ + endings_,
                  [](void *self, int64_t task) { static_cast<Pointwise *>(self)->contribute(task); }, this);
         shared_memory.shrink();
@@ -137,16 +139,19 @@ class Pointwise {
         }
         Carver carver{block};
         const int64_t first = task * plan_.together;
-        const Activations own(carver, packed_, least(plan_.together, pixels_ - first), weights_.chunks.size);
+        const Activations own(carver, packed_, least(plan_.together, pixels_ - first), weights_.units());
         pack(first, own.x);
         for (int64_t chunk = 0; chunk < weights_.chunks.count(); chunk++) {
             const int64_t units = weights_.chunks.in(chunk);
-            hidden_units(own.x, chunk, 0, panels_for(units), own.hidden, 0);
+            const int64_t group = packed_.normalize_after ? weights_.chunks.begin(chunk) / LANES : 0;
+            hidden_units(own.x, chunk, 0, panels_for(units), own.hidden, group);
+            if (packed_.normalize_after) continue;
             if (packed_.outputs)
                 add_outputs(own.hidden, 0, chunk, 0, panels_for(packed_.outputs), own.y);
             else
                 unpack_pixels(own.hidden, 0, vectors_for(units), target(weights_.chunks.begin(chunk), units), first, nullptr);
         }
+        if (packed_.normalize_after) end_with_norm(own.hidden, first);
         if (packed_.outputs)
             unpack_pixels(own.y, 0, own.y.groups, target(0, packed_.outputs), first,
                           reinterpret_cast<const Vec *>(packed_.second_bias));
@@ -168,7 +173,7 @@ class Pointwise {
             const int64_t begin = panels * part / parts_, end = panels * (part + 1) / parts_;
             const int64_t unit = weights_.chunks.begin(chunk), group = unit / LANES;
             hidden_units(all_.x, chunk, begin, end, all_.hidden, group);
-            if (!packed_.outputs)
+            if (!packed_.outputs && !packed_.normalize_after)
                 unpack_pixels(all_.hidden, group + begin * PANEL_VECTORS, least(group + end * PANEL_VECTORS, all_.hidden.groups),
                               target(0, packed_.hidden), 0, nullptr);
             __atomic_fetch_add(&finished_parts_, 1, __ATOMIC_RELEASE);
@@ -176,6 +181,12 @@ class Pointwise {
         }
         task -= halves;
         wait_for(&finished_parts_, halves);
+        if (packed_.normalize_after) {
+            Stack tile = all_.hidden;
+            tile.at = all_.hidden.tile(task), tile.count = all_.hidden.rows(task);
+            end_with_norm(tile, task * all_.hidden.each);
+            return;
+        }
         const int64_t panels = panels_for(packed_.outputs), begin = panels * task / endings_, end = panels * (task + 1) / endings_;
         for (int64_t chunk = 0; chunk < weights_.chunks.count(); chunk++)
             add_outputs(all_.hidden, weights_.chunks.begin(chunk) / LANES, chunk, begin, end, all_.y);
@@ -184,10 +195,30 @@ class Pointwise {
     }
 
     void pack(int64_t first, const Stack &to) const {
-        pack_pixels(x_, first, packed_.inputs, to, [&](const Slot &slot, int64_t pixel) {
-            if (factors_) multiply(slot, factors_ + (first + pixel) / image_pixels_ * packed_.inputs, packed_.inputs);
-            if (packed_.normalize) normalize(slot, packed_.inputs, packed_.eps);
-        });
+        if (packed_.patch.rows && packed_.normalize)
+            patches_.pack(first, to, [&](const Slot &slot) { normalize(slot, packed_.channels, packed_.eps); });
+        else if (packed_.patch.rows)
+            patches_.pack(first, to, [](const Slot &) {});
+        else
+            pack_pixels(x_, first, packed_.channels, to, [&](const Slot &slot, int64_t pixel) {
+                if (factors_) multiply(slot, factors_ + (first + pixel) / image_pixels_ * packed_.channels, packed_.channels);
+                if (packed_.normalize) normalize(slot, packed_.channels, packed_.eps);
+            });
+    }
+
+    // Normalizes the hidden units of the pixels from `first` on, applies the activation, and writes them.
+    void end_with_norm(const Stack &hidden, int64_t first) const {
+        for (int64_t i = 0; i < hidden.count; i++) normalize(Slot(hidden, i), packed_.hidden, packed_.after_eps);
+        const Vec *scale = reinterpret_cast<const Vec *>(packed_.after_scale), *shift = reinterpret_cast<const Vec *>(packed_.after_shift);
+        for (int64_t t = 0; t < hidden.tiles(); t++) {
+            const int64_t rows = hidden.rows(t);
+            Vec *units = hidden.tile(t);
+            for (int64_t g = 0; g < hidden.groups; g++, units += rows) {
+                for (int64_t i = 0; i < rows; i++) units[i] *= scale[g];
+                activate(packed_.activation, shift[g], units, rows);
+            }
+        }
+        unpack_pixels(hidden, 0, hidden.groups, target(0, packed_.hidden), first, nullptr);
     }
 
     // Panels [begin, end) of a chunk; the chunk's first group is `group` of `to`. The sums of the squares of its units over all
@@ -196,6 +227,7 @@ class Pointwise {
                       Vec *squares = nullptr) const {
         const int64_t units = weights_.chunks.in(chunk), blocks = weights_.blocks.count();
         const float *next = packed_.outputs && !packed_.response ? weights_.second(chunk, 0) : next_chunk(chunk);
+        const int32_t activation = packed_.normalize_after ? WK_NO_ACTIVATION : packed_.activation;
         const Vec *bias = reinterpret_cast<const Vec *>(packed_.first_bias) + weights_.chunks.begin(chunk) / LANES;
         for (int64_t block = 0; block < blocks; block++)
             for (int64_t panel = begin; panel < end; panel++) {
@@ -209,7 +241,7 @@ class Pointwise {
                     tile_products(vectors)[rows - 1](reinterpret_cast<const float *>(a), b, depth, sums, block > 0, later.part(t));
                     if (block < blocks - 1) continue;
                     for (int64_t v = 0; v < vectors; v++) {
-                        activate(packed_.activation, bias[panel * PANEL_VECTORS + v], sums + v * rows, rows);
+                        activate(activation, bias[panel * PANEL_VECTORS + v], sums + v * rows, rows);
                         if (!squares) continue;
                         Vec &square = squares[group + panel * PANEL_VECTORS + v];
                         square = sum_of_squares(sums + v * rows, rows) + (t > 0 ? square : Vec{});
@@ -243,6 +275,7 @@ class Pointwise {
 
     const wk_pointwise &packed_;
     const Weights weights_;
+    const Patches patches_;
     const Pixels x_, y_, residual_;
     const float *const factors_;  // (images, inputs), or null
     const int64_t image_pixels_, pixels_;

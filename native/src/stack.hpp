@@ -48,6 +48,10 @@ WK_INLINE void scatter(float *to, int64_t stride, const Vec &value, int count) {
         store_some<Float32>(to, value, count);
 }
 
+template <int... I> WK_INLINE Vec even_lanes(const Vec &a, const Vec &b, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(a, b, (2 * I)...);
+}
+
 // `count` pixels in tiles of at most `each`, the rows of products; see product.hpp for the order within a tile.
 struct Stack {
     Vec *at;
@@ -110,6 +114,38 @@ inline void normalize(const Slot &slot, int64_t channels, float eps) {
     }
 }
 
+// `count` numbers of a channel, at distance 1 or 2; `readable` floats may be read.
+WK_INLINE Vec load_columns(const float *from, int64_t column, int count, int64_t readable) {
+    if (column == 1) return readable >= LANES ? Float32::load(from) : load_some<Float32>(from, static_cast<int>(readable));
+    if (readable >= 2 * LANES) return even_lanes(Float32::load(from), Float32::load(from + LANES), std::make_integer_sequence<int, LANES>{});
+    return gather(from, column, count);
+}
+
+// Copies `count` ≤ LANES pixels at constant distance, up to `channels` of each; `groups` vectors of each slot are written. Full
+// vectors may read pixels that belong to somebody else, but only `readable` floats from the first one on.
+inline void pack_run(const float *from, int64_t channel, int64_t column, int count, int64_t readable, int64_t channels,
+                     int64_t groups, const Slot *slots) {
+    const bool squares = channel != 1 && (column == 1 || column == 2);
+    if (!squares)
+        for (int j = 0; j < count; j++)
+            for (int64_t g = 0; g < groups; g++) {
+                const int some = static_cast<int>(least(LANES, channels - g * LANES));
+                slots[j].at[g * slots[j].step] = gather(from + j * column + g * LANES * channel, channel, some);
+            }
+    for (int64_t g = 0; g < groups && squares; g++) {
+        const float *group = from + g * LANES * channel;
+        const int some = static_cast<int>(least(LANES, channels - g * LANES));
+        Vec square[LANES];
+        if (some == LANES && column == 1 && readable >= LANES)
+            unroll<LANES>([&](auto c) { square[c] = Float32::load(group + c * channel); });
+        else
+            for (int c = 0; c < LANES; c++)
+                square[c] = c < some ? load_columns(group + c * channel, column, count, readable) : Vec{};
+        transpose(square);
+        for (int j = 0; j < count; j++) slots[j].at[g * slots[j].step] = square[j];
+    }
+}
+
 // Multiplies the channels of a pixel by `factors`.
 inline void multiply(const Slot &slot, const float *factors, int64_t channels) {
     for (int64_t g = 0; g * LANES < channels; g++)
@@ -125,26 +161,7 @@ void pack_pixels(const Pixels &from, int64_t first, int64_t channels, const Stac
         const int count = static_cast<int>(least(least(LANES, to.count - i), run));
         Slot slots[LANES];
         for (int j = 0; j < count; j++) slots[j] = Slot(to, i + j);
-        // Full vectors may read pixels that belong to somebody else, but none outside the tensor.
-        const int readable = static_cast<int>(least(LANES, run));
-        if (!from.columns_adjoin())
-            for (int j = 0; j < count; j++, pixel += from.column)
-                for (int64_t g = 0; g < to.groups; g++) {
-                    const int some = static_cast<int>(least(LANES, channels - g * LANES));
-                    slots[j].at[g * slots[j].step] = gather(pixel + g * LANES * from.channel, from.channel, some);
-                }
-        for (int64_t g = 0; g < to.groups && from.columns_adjoin(); g++) {
-            const float *group = pixel + g * LANES * from.channel;
-            const int some = static_cast<int>(least(LANES, channels - g * LANES));
-            Vec square[LANES];
-            if (some == LANES && readable == LANES)
-                unroll<LANES>([&](auto c) { square[c] = Float32::load(group + c * from.channel); });
-            else
-                for (int c = 0; c < LANES; c++)
-                    square[c] = c < some ? gather(group + c * from.channel, 1, readable) : Vec{};
-            transpose(square);
-            for (int j = 0; j < count; j++) slots[j].at[g * slots[j].step] = square[j];
-        }
+        pack_run(pixel, from.channel, from.column, count, from.column == 1 ? run : 1, channels, to.groups, slots);
         for (int j = 0; j < count; j++) finish(slots[j], i + j);
         i += count;
     }

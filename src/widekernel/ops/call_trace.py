@@ -18,8 +18,10 @@ class FusedCall:
         shape: shape of its input.
         activation: name of the activation, "none" for none.
         norm: whether it normalized its input.
-        pair: whether it computed two pointwise layers instead of one.
+        pair: whether it computed two layers instead of one.
         residual: whether it added a residual.
+        patches: whether the first of the layers was a convolution over patches.
+        norm_after: whether it normalized the results of the first layer.
         gate: whether squeeze-excite came first, in a native call of its own.
         response: whether a response norm preceded the second layer.
     """
@@ -29,6 +31,8 @@ class FusedCall:
     norm: bool
     pair: bool
     residual: bool
+    patches: bool = False
+    norm_after: bool = False
     gate: bool = False
     response: bool = False
 

@@ -1,4 +1,4 @@
-"""The definition of a block of pointwise products, and of its gate, in plain PyTorch: slow, readable, the oracle of tests."""
+"""Blocks of products over channels or patches, by definition, in plain PyTorch: slow, readable, the oracle of tests."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from widekernel.ops.patch import NormAfter, Patch
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
     "relu": F.relu,
@@ -19,15 +21,19 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class ReferenceBlock:
-    """y = residual + second · response(act(first · norm(x · gate(x)) + first_bias)) + second_bias, for every pixel.
+    """y = residual + second · response(act(after(first · norm(x · gate(x)) + first_bias))) + second_bias, for every pixel.
+
+    With a patch, `first` acts on the patches of norm(x): it is a convolution.
 
     Args:
-        first: (H, C).
+        first: (H, C); with a patch, (H, C, rows, columns).
         first_bias: (H,), or None for none.
         activation: a key of `ACTIVATIONS`.
         second: (O, H), or None for none; then y = residual + act(first · norm(x) + first_bias).
         second_bias: (O,), or None for none.
         norm_eps: epsilon of a layer norm over the channels of x, without affine parameters; None for no norm.
+        patch: the patches of images; None if every pixel is computed alone.
+        after: a layer norm over the results of the first product; None for none.
         response: (H,), the weight of a response norm of hidden units (`response_norm`); None for none.
         response_eps: its epsilon.
         gate: the arguments of `gate` after `x`; None for no gate.
@@ -41,6 +47,8 @@ class ReferenceBlock:
         second: Tensor | None,
         second_bias: Tensor | None,
         norm_eps: float | None,
+        patch: Patch | None = None,
+        after: NormAfter | None = None,
         response: Tensor | None = None,
         response_eps: float = 1e-6,
         gate: tuple[Any, ...] | None = None,
@@ -49,11 +57,12 @@ class ReferenceBlock:
         self.activation = activation
         self.second, self.second_bias = second, second_bias
         self.norm_eps = norm_eps
+        self.patch, self.after = patch, after
         self.response, self.response_eps = response, response_eps
         self.gate = gate
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Images (N, C, H, W) -> (N, O, H, W), or rows (R, C) -> (R, O); `residual` has the shape of the result.
+        """Images (N, C, H, W) -> (N, O, H', W'), or rows (R, C) -> (R, O); `residual` has the shape of the result.
 
         A gate needs images. For a response norm, rows count as the pixels of one image.
         """
@@ -62,7 +71,14 @@ class ReferenceBlock:
         y = x.permute(0, 2, 3, 1) if x.dim() == 4 else x
         if self.norm_eps is not None:
             y = F.layer_norm(y, y.shape[-1:], eps=self.norm_eps)
-        y = ACTIVATIONS[self.activation](F.linear(y, self.first, self.first_bias))
+        if self.patch is not None:
+            images, (_, stride, padding) = y.permute(0, 3, 1, 2), self.patch
+            y = F.conv2d(images, self.first, self.first_bias, stride, padding).permute(0, 2, 3, 1)
+        else:
+            y = F.linear(y, self.first, self.first_bias)
+        if self.after is not None:
+            y = F.layer_norm(y, y.shape[-1:], self.after.scale, self.after.shift, self.after.eps)
+        y = ACTIVATIONS[self.activation](y)
         if self.response is not None:
             y = response_norm(y if x.dim() == 4 else y[None, None], self.response, self.response_eps).view_as(y)
         if self.second is not None:

@@ -108,13 +108,25 @@ class WeightGrad(ctypes.Structure):
     ]
 
 
+class PatchGeometry(ctypes.Structure):
+    """The patches of a convolution; all zero for none."""
+
+    _fields_ = [(name, ctypes.c_int32) for name in ("rows", "columns", "row_stride", "column_stride", "top", "left")]
+
+
 class PointwiseWeights(ctypes.Structure):
     """The weights that `wk_pointwise_pack` packs."""
 
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("inputs", "hidden", "outputs", "activation", "normalize")),
         ("eps", ctypes.c_float),
-        *((name, Address) for name in ("first", "first_bias", "second", "second_bias", "response")),
+        *((name, Address) for name in ("first", "first_bias", "second", "second_bias")),
+        ("patch", PatchGeometry),
+        ("normalize_after", ctypes.c_int32),
+        ("after_eps", ctypes.c_float),
+        ("after_scale", Address),
+        ("after_shift", Address),
+        ("response", Address),
         ("response_eps", ctypes.c_float),
     ]
 
@@ -125,6 +137,7 @@ class PointwiseCall(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("threads", "images", "height", "width")),
         *((name, Tensor) for name in ("x", "residual", "y")),
+        *((name, ctypes.c_int32) for name in ("x_height", "x_width")),
         ("factors", Address),
     ]
 
@@ -138,6 +151,12 @@ class Gate(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("hidden", "activation")),
         *((name, Address) for name in ("first", "first_bias", "second", "second_bias", "y")),
     ]
+
+
+class Samples(ctypes.Structure):
+    """Some floats in memory at constant distance."""
+
+    _fields_ = [("at", Address), ("count", ctypes.c_int64), ("step", ctypes.c_int64)]
 
 
 _int32, _text, _bytes = ctypes.c_int32, ctypes.c_char_p, ctypes.POINTER(ctypes.c_int64)
@@ -159,6 +178,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "wk_pointwise_run": (_int32, [Address, ctypes.POINTER(PointwiseCall)]),
     "wk_pointwise_run_at": (_int32, [Address, ctypes.POINTER(PointwiseCall), Address, Address, Address, Address]),
     "wk_pointwise_workspace": (None, [Address, _int32, _bytes, _bytes]),
+    "wk_samples_equal": (_int32, [Address, _int32, Address]),
     "wk_gate_run": (_int32, [ctypes.POINTER(Gate)]),
     "wk_gate_run_at": (_int32, [ctypes.POINTER(Gate), Address, Address]),
     "wk_error_text": (_text, [_int32]),

@@ -1,4 +1,4 @@
-"""Products over channels in native code: y = residual + second · activation(first · norm(x)), with weights packed once."""
+"""Products over channels or patches in native code, with weights packed once."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from widekernel.errors import ArgumentError, nearest
 from widekernel.ops.cpu import library as native
+from widekernel.ops.patch import NormAfter, Patch
 from widekernel.ops.problem import memory_format
 
 ACTIVATIONS = {"none": native.NO_ACTIVATION, "relu": native.RELU, "gelu": native.GELU, "gelu_tanh": native.GELU_TANH}
@@ -37,24 +38,28 @@ class PackedBlock:
         y = residual + second · response(activation(first · norm(x · factors) + first_bias)) + second_bias
 
     or, without `second`, y = residual + activation(first · norm(x · factors) + first_bias). Hidden units stay in the cache,
-    unless there is a response norm, which needs those of whole images. The weights are copied into the order in which they are used, for the instruction set that is in use at that time; later
-    changes of the tensors have no effect.
+    unless there is a response norm, which needs those of whole images. The weights are copied into the order in which they
+    are used, for the instruction set that is in use at that time; later changes of the tensors have no effect.
+
+    With a patch, the first product is a convolution: it acts on the patches of norm(x), with zeros around the image.
 
     Args:
-        first: (hidden, channels), float32.
+        first: (hidden, channels), float32; with a patch, (hidden, channels, rows, columns).
         first_bias: (hidden), or None.
         activation: `none`, `relu`, `gelu` or `gelu_tanh`.
         second: (outputs, hidden), or None.
         second_bias: (outputs), or None.
         norm_eps: if given, each pixel is normalized over its channels (layer norm without factors), with this number added
             to the variance.
+        patch: kernel, stride and padding of a convolution; None for a product over the channels of each pixel.
+        after: a layer norm over the hidden units, before the activation; only without `second`.
         response: (hidden), the weight of a response norm of the hidden units of each image, as
             `ops.pointwise_reference.response_norm` defines it; None for none. It needs `second`.
         response_eps: epsilon of the response norm.
 
     Raises:
-        ArgumentError: for shapes that do not fit together, tensors that are not float32 on a CPU, an unknown activation, a
-            negative epsilon, or if the native library cannot run.
+        ArgumentError: for shapes that do not fit together, tensors that are not float32 on a CPU, an unknown activation, an
+            impossible patch, a negative epsilon, or if the native library cannot run.
         NativeMemoryError: if there is no memory for the packed weights.
     """
 
@@ -66,6 +71,8 @@ class PackedBlock:
         second: Tensor | None = None,
         second_bias: Tensor | None = None,
         norm_eps: float | None = None,
+        patch: Patch | None = None,
+        after: NormAfter | None = None,
         response: Tensor | None = None,
         response_eps: float = 1e-6,
     ) -> None:
@@ -73,11 +80,12 @@ class PackedBlock:
         if self._library.reason is not None:
             raise ArgumentError(f"products cannot be packed: {self._library.reason}")
         require_activation(activation)
-        if not 0 <= response_eps < float("inf"):
-            raise ArgumentError(f"response_eps is {response_eps}, but must be a finite number that is not negative")
-        if norm_eps is not None and not 0 <= norm_eps < float("inf"):
-            raise ArgumentError(f"norm_eps is {norm_eps}, but must be None or a finite number that is not negative")
-        hidden, inputs = checked_matrix("first", first)
+        _check_epsilon("norm_eps", norm_eps)
+        _check_epsilon("response_eps", response_eps)
+        if patch is None:
+            hidden, inputs = checked_matrix("first", first)
+        else:
+            hidden, inputs = _checked_kernels(first, patch)
         outputs = 0
         if second is not None:
             outputs, _ = checked_matrix("second", second, hidden)
@@ -85,15 +93,27 @@ class PackedBlock:
             raise ArgumentError("second_bias is given without second; give both, or add the bias to first_bias")
         elif response is not None:
             raise ArgumentError("response is given without second; give both, or leave the response norm to PyTorch")
+        if after is not None and second is not None:
+            raise ArgumentError("after is given with second; a norm between two products needs two blocks")
         self.inputs, self.hidden, self.outputs = inputs, hidden, outputs or hidden
         self.activation, self.norm_eps = activation, norm_eps
+        self.patch, self.after = patch, after
+        scale, shift = (after.scale, after.shift) if after else (None, None)
+        if after is not None:
+            _check_epsilon("after.eps", after.eps)
         parts = [first, checked_vector("first_bias", first_bias, hidden), second]
-        parts += [checked_vector("second_bias", second_bias, outputs), checked_vector("response", response, hidden)]
+        parts += [checked_vector("second_bias", second_bias, outputs), checked_vector("after.scale", scale, hidden)]
+        parts += [checked_vector("after.shift", shift, hidden), checked_vector("response", response, hidden)]
         # Contiguous copies must live until the call returns.
         values = [None if part is None else part.detach().resolve_neg().contiguous() for part in parts]
         addresses = [None if value is None else value.data_ptr() for value in values]
         norm = (norm_eps is not None, norm_eps or 0.0)
-        weights = native.PointwiseWeights(inputs, hidden, outputs, ACTIVATIONS[activation], *norm, *addresses, response_eps)
+        geometry = native.PatchGeometry(*((*patch.kernel, *patch.stride, *patch.padding) if patch else ()))
+        sizes = inputs, hidden, outputs, ACTIVATIONS[activation]
+        normalize_after = (after is not None, after.eps if after else 0.0)
+        weights = native.PointwiseWeights(
+            *sizes, *norm, *addresses[:4], geometry, *normalize_after, *addresses[4:], response_eps
+        )
         calls, packed = self._library.calls, native.Address()
         self._library.check(calls.wk_pointwise_pack(ctypes.byref(weights), ctypes.byref(packed)))
         self._packed, self._run = packed, calls.wk_pointwise_run_at
@@ -108,12 +128,13 @@ class PackedBlock:
         Args:
             x: images (N, channels, height, width) in either layout, or, with any other number of dimensions, the rows of a
                 matrix (..., channels), which count as the pixels of one image; float32 on a CPU. Images
-                (N, height, width, channels) are passed permuted.
+                (N, height, width, channels) are passed permuted. With a patch, only images.
             residual: added to the result; has its shape and any strides.
             factors: (N, channels) for images, which all pixels are multiplied by before anything else; None for none.
 
         Returns:
-            (N, outputs, height, width) or (..., outputs), in the layout of `x`. Without gradients.
+            (N, outputs, height, width) or (..., outputs), in the layout of `x`. Without gradients. With a patch, height and
+            width are `patch.size` of those of `x`.
 
         Raises:
             ArgumentError: for another shape, type or device, or if gradients are wanted.
@@ -164,6 +185,12 @@ class PackedBlock:
     def _check(self, x: Tensor, residual: Tensor | None) -> None:
         """Raise for tensors that this block cannot compute."""
         channels = 1 if x.dim() == 4 else x.dim() - 1
+        if self.patch is not None and (x.dim() != 4 or x.shape[1] != self.inputs or min(self.patch.size(*x.shape[2:])) < 1):
+            rows, columns = (taps - 2 * pad for taps, pad in zip(self.patch.kernel, self.patch.padding))
+            raise ArgumentError(
+                f"x has the shape {tuple(x.shape)}, but the block needs (N, {self.inputs}, height, width) of at least "
+                f"{max(rows, 1)} rows and {max(columns, 1)} columns"
+            )
         if x.dim() == 0 or x.shape[channels] != self.inputs:
             raise ArgumentError(
                 f"x has the shape {tuple(x.shape)}, but the block needs (N, {self.inputs}, height, width) or, with another "
@@ -171,6 +198,8 @@ class PackedBlock:
             )
         wanted = list(x.shape)
         wanted[channels] = self.outputs
+        if self.patch is not None:
+            wanted[2:] = self.patch.size(*x.shape[2:])
         if residual is not None and list(residual.shape) != wanted:
             raise ArgumentError(f"residual has the shape {tuple(residual.shape)}, but the result has {tuple(wanted)}")
         for name, tensor in (("x", x), ("residual", residual)):
@@ -180,6 +209,8 @@ class PackedBlock:
 
     def _checked_factors(self, factors: Tensor, x: Tensor) -> Tensor:
         """Return factors without gaps in memory; raise for those that do not fit the images."""
+        if self.patch is not None:
+            raise ArgumentError("factors are given to a block with patches; multiply x by them")
         wanted = (x.shape[0], self.inputs)
         if x.dim() != 4 or factors.shape != wanted:
             raise ArgumentError(
@@ -196,12 +227,14 @@ class PackedBlock:
         if call is None:
             like = torch.empty_like(x, device="meta")
             if x.dim() == 4:
-                y = like.new_empty((x.shape[0], self.outputs, *x.shape[2:])).contiguous(memory_format=memory_format(x))
+                sides = x.shape[2:] if self.patch is None else self.patch.size(*x.shape[2:])
+                y = like.new_empty((x.shape[0], self.outputs, *sides)).contiguous(memory_format=memory_format(x))
             else:
                 y = like.new_empty((*x.shape[:-1], self.outputs))
-            sizes = x.shape if x.dim() == 4 else (1, 0, *((1,) * (3 - x.dim())), *x.shape[:-1])
+            sizes = y.shape if x.dim() == 4 else (1, 0, *((1,) * (3 - x.dim())), *x.shape[:-1])
             images = [image_of(tensor) for tensor in (x, y if residual is None else residual, y)]
-            description = native.PointwiseCall(torch.get_num_threads(), sizes[0], *sizes[2:], *images)
+            sides = x.shape[2:] if self.patch else (0, 0)
+            description = native.PointwiseCall(torch.get_num_threads(), sizes[0], *sizes[2:], *images, *sides)
             if len(self._prepared) >= _MOST_PREPARED:
                 self._prepared.clear()
             call = self._prepared[key] = _Call(ctypes.byref(description), tuple(y.shape), y.stride())
@@ -291,3 +324,21 @@ def checked_vector(name: str, vector: Tensor | None, size: int) -> Tensor | None
         if tuple(vector.shape) != (size,):
             raise ArgumentError(f"{name} has the shape {tuple(vector.shape)}, but must be ({size},)")
     return vector
+
+
+def _checked_kernels(first: Tensor, patch: Patch) -> tuple[int, int]:
+    """Return the numbers of output and input channels of a convolution."""
+    require_floats("first", first)
+    if first.dim() != 4 or first.numel() == 0 or tuple(first.shape[2:]) != tuple(patch.kernel):
+        rows, columns = patch.kernel
+        raise ArgumentError(
+            f"first has the shape {tuple(first.shape)}, but must be (hidden, channels, {rows}, {columns}), none of them 0"
+        )
+    if min(patch.stride) < 1 or min(patch.padding) < 0:
+        raise ArgumentError(f"patch is {patch}, but strides must be at least 1 and paddings at least 0")
+    return first.shape[0], first.shape[1]
+
+
+def _check_epsilon(name: str, eps: float | None) -> None:
+    if eps is not None and not 0 <= eps < float("inf"):
+        raise ArgumentError(f"{name} is {eps}, but must be None or a finite number that is not negative")

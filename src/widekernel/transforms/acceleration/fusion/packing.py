@@ -18,7 +18,7 @@ def missing() -> str | None:
 
 
 def pack(weights: BlockWeights) -> Callable[..., Tensor]:
-    """Return a function that computes the products of these weights, as `ReferenceBlock` does, with the factors of the gate."""
+    """Return a function that computes the products of these weights, and the gate before them, as `ReferenceBlock` does."""
     *products, gate_weights = weights
     block = PackedBlock(*products)
     if gate_weights is None:

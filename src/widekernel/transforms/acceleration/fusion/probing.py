@@ -37,7 +37,7 @@ _RELATIVE, _ABSOLUTE = 1e-5, 1e-6
 
 
 def computed_by(function: Callable[[Tensor], Any]) -> str:
-    """Return what `function` computes: a permutation of the axes, a mean, or an activation by its name; "" if it is unknown."""
+    """Return what `function` computes: an activation by its name, a permutation of the axes or a mean; "" if unknown."""
     x = _numbers(2, 3, 5, 7)
     y = _applied(function, x)
     if y is None:
@@ -80,7 +80,9 @@ def is_response_norm(module: nn.Module, channels: int, axis: int) -> bool:
         axis: their axis, 1 or -1, as in `is_layer_norm`.
     """
     eps, values = epsilon_of(module), {key: value for key, value in module._parameters.items() if value is not None}
-    plain = not module._modules and not module._buffers and eps is not None and {"weight"} <= set(values) <= {"weight", "bias"}
+    plain = (
+        not module._modules and not module._buffers and eps is not None and {"weight"} <= set(values) <= {"weight", "bias"}
+    )
     if not plain or any(value.numel() != channels or value.shape[-1] != channels for value in values.values()):
         return False
     numbers = 0.5 + 0.1 * _numbers(channels).clamp(-9, 9)

@@ -1,10 +1,11 @@
 """Regions of a block's graph that one native call can compute.
 
-    [squeeze-excite] -> [norm] -> pointwise layer -> [affine] -> [activation -> [[response norm] -> pointwise layer -> [affine]]]
-        -> [+ residual]
+    [squeeze-excite] -> [norm] -> product -> [affine] -> [norm]
+        -> [activation -> [[response norm] -> pointwise layer -> [affine]]] -> [+ residual]
 
-Between them, there may be permutations between (N, C, H, W) and (N, H, W, C), and modules that do nothing in evaluation. No
-value inside a region is used outside it.
+The product is a pointwise layer, or a convolution with a stride, which is a product over patches. Between the parts, there may be
+permutations between (N, C, H, W) and (N, H, W, C), and modules that do nothing in evaluation. No value inside a region is used
+outside it.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from widekernel.layers.norms import is_foldable
+from widekernel.ops.patch import Patch
 from widekernel.ops.pointwise_reference import ACTIVATIONS
-from widekernel.transforms.acceleration.fusion.graph import BlockGraph, is_pointwise
+from widekernel.transforms.acceleration.fusion.graph import BlockGraph, is_pointwise, is_product, patch_of
 from widekernel.transforms.acceleration.fusion.probing import (
     IDENTITY,
     MEAN,
@@ -80,13 +82,15 @@ class Region:
     Attributes:
         x: the node whose value goes in.
         x_axis: axis of the channels of that value.
-        first: name of the first pointwise layer.
+        first: name of the first layer, pointwise or a convolution with a stride.
         dim_in: number of channels of its input.
         dim_out: number of channels of the result.
         nodes: the nodes of the region.
         gate: squeeze-excite before the norm; None for none.
+        patch: the patches of the first layer; None if it is pointwise.
         norm: name of the norm before the first layer; "" for none.
         affine: affine maps after the first layer, in order.
+        after: name of the layer norm after these, which no second layer follows; "" for none.
         activation: a key of `ACTIVATIONS`.
         response: name of the response norm before the second layer; "" for none.
         second: name of the second pointwise layer; "" for none.
@@ -106,9 +110,11 @@ class Region:
     product: fx.Node
     product_axis: int
     last: fx.Node
+    patch: Patch | None = None
     gate: Gate | None = None
     norm: str = ""
     affine: list[Affine] = field(default_factory=list)
+    after: str = ""
     activation: str = "none"
     response: str = ""
     second: str = ""
@@ -116,7 +122,7 @@ class Region:
     residual: fx.Node | None = None
 
     def layers(self) -> tuple[str, ...]:
-        """Return the names of its pointwise layers that act on pixels."""
+        """Return the names of the layers whose products it computes, without those of its gate."""
         return (self.first, self.second) if self.second else (self.first,)
 
     def all_layers(self) -> tuple[str, ...]:
@@ -125,7 +131,7 @@ class Region:
 
     def is_more_than_a_layer(self) -> bool:
         """Return whether it contains more than one pointwise layer alone."""
-        more = self.gate, self.norm, self.affine, self.second, self.residual
+        more = self.gate, self.patch, self.norm, self.affine, self.after, self.second, self.residual
         return any(part not in ("", [], None) for part in more) or self.activation != "none"
 
 
@@ -137,7 +143,7 @@ def find_regions(found: BlockGraph) -> list[Region]:
     regions: list[Region] = []
     for node in found.graph.nodes:
         module = found.module(node)
-        if module is not None and is_pointwise(module) and not any(node in region.nodes for region in regions):
+        if module is not None and is_product(module) and not any(node in region.nodes for region in regions):
             region = matcher.region(node)
             if region is not None and region.is_more_than_a_layer():
                 regions = [other for other in regions if not other.nodes <= region.nodes] + [region]
@@ -155,13 +161,14 @@ class _Matcher:
                 self._constants.add(node)
 
     def region(self, start: fx.Node) -> Region | None:
-        """Return the largest region whose first pointwise layer is called by `start`."""
+        """Return the largest region whose first layer is called by `start`."""
         axis = self._layer_axis(start)
         x = _only_argument(start)
         if x is None:
             return None
         dim_out, dim_in = self._sizes(start)
-        region = Region(x, axis, str(start.target), dim_in, dim_out, {start}, start, axis, start)
+        patch = patch_of(self.found.modules[str(start.target)])
+        region = Region(x, axis, str(start.target), dim_in, dim_out, {start}, start, axis, start, patch)
         self._extend_backwards(region)
         self._extend_forwards(region)
         return region
@@ -169,17 +176,16 @@ class _Matcher:
     def _extend_backwards(self, region: Region) -> None:
         while len(region.x.users) == 1 and region.x.op != "placeholder":
             node, kind = region.x, self.kind(region.x)
-            gate = self._gate(node) if region.x_axis == FIRST else None
+            gate = self._gate(node) if region.x_axis == FIRST and region.patch is None else None
             if gate is not None:
-                value = next(input for input in gate.nodes[0].all_input_nodes)
-                region.gate, region.x = gate, value
+                region.gate, region.x = gate, gate.nodes[0].all_input_nodes[0]
                 region.nodes.update(gate.nodes)
                 return
             if kind == TO_LAST and region.x_axis == LAST:
                 region.x_axis = FIRST
             elif kind == TO_FIRST and region.x_axis == FIRST:
                 region.x_axis = LAST
-            elif not region.norm and self._is_norm(node, region.dim_in, region.x_axis):
+            elif not region.norm and not _pads(region) and self._is_norm(node, region.dim_in, region.x_axis):
                 region.norm = str(node.target)
             elif kind != IDENTITY:
                 return
@@ -212,13 +218,20 @@ class _Matcher:
         if (kind, axis) in ((TO_LAST, FIRST), (TO_FIRST, LAST)):
             region.product_axis = -axis
             return True
-        is_layer = module is not None and is_pointwise(module) and _only_argument(node) is region.product
+        is_layer = (
+            module is not None and is_pointwise(module) and _only_argument(node) is region.product and not region.after
+        )
         if is_layer and region.activation != "none" and not region.second and self._layer_axis(node) == axis:
             region.second, region.dim_out = str(node.target), self._sizes(node)[0]
             return True
         if region.response and not region.second:
             return False
-        if module is not None and region.activation != "none" and not region.second and _only_argument(node) is region.product:
+        if (
+            module is not None
+            and region.activation != "none"
+            and not region.second
+            and _only_argument(node) is region.product
+        ):
             hidden: int = self.found.modules[region.first].weight.shape[0]  # type: ignore[union-attr, assignment]
             if is_response_norm(module, hidden, axis):
                 region.response = str(node.target)
@@ -226,8 +239,11 @@ class _Matcher:
         if kind in ACTIVATIONS and not region.second and region.activation == "none":
             region.activation = kind
             return True
+        if region.activation == "none" and not region.after and self._is_layer_norm(node, region.dim_out, axis):
+            region.after = str(node.target)
+            return True
         affine = self._affine(node, region.product, axis)
-        if affine is None or (region.activation != "none" and not region.second):
+        if affine is None or region.after or (region.activation != "none" and not region.second):
             return False
         (region.second_affine if region.second else region.affine).append(affine)
         return True
@@ -336,15 +352,24 @@ class _Matcher:
             return False
         if isinstance(module, _BATCH_NORMS):
             return axis == FIRST and is_foldable(module)
-        return is_layer_norm(module, channels, axis)
+        return self._is_layer_norm(node, channels, axis)
+
+    def _is_layer_norm(self, node: fx.Node, channels: int, axis: int) -> bool:
+        module = self.found.module(node)
+        return module is not None and _only_argument(node) is not None and is_layer_norm(module, channels, axis)
 
     def _sizes(self, node: fx.Node) -> tuple[int, int]:
-        """Return the numbers of output and input channels of the pointwise layer that a node calls."""
+        """Return the numbers of output and input channels of the layer that a node calls."""
         weight: Any = self.found.modules[str(node.target)].weight
         return weight.shape[0], weight.shape[1]
 
     def _layer_axis(self, node: fx.Node) -> int:
         return LAST if isinstance(self.found.module(node), nn.Linear) else FIRST
+
+
+def _pads(region: Region) -> bool:
+    """Return whether there are zeros around the image, which the affine part of a norm before them would not reach."""
+    return region.patch is not None and any(region.patch.padding)
 
 
 def _only_argument(node: fx.Node) -> fx.Node | None:
