@@ -1,4 +1,4 @@
-"""Response norms and squeeze-excite within fused blocks: what is recognized, what is not, and what happens when it changes."""
+"""Response norms and squeeze-excite in fused blocks: what is recognized, what is not, and what happens when it changes."""
 
 from __future__ import annotations
 

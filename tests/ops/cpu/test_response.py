@@ -25,7 +25,8 @@ def pair(inputs: int, hidden: int, outputs: int, activation: str = "gelu", norm:
     """Draw the arguments of a `PackedBlock` with a response norm."""
     first, second = torch.randn(hidden, inputs) / inputs**0.5, torch.randn(outputs, hidden) / hidden**0.5
     biases = torch.randn(hidden), torch.randn(outputs)
-    return first, biases[0], activation, second, biases[1], 1e-5 if norm else None, torch.randn(hidden), 1e-3
+    eps = 1e-5 if norm else None
+    return first, biases[0], activation, second, biases[1], eps, None, None, torch.randn(hidden), 1e-3
 
 
 def squeezed(channels: int, hidden: int, activation: str = "relu", bias: bool = True) -> tuple[Any, ...]:
@@ -144,7 +145,7 @@ def test_nan_stays_in_its_image(isa: str) -> None:
 def test_no_response_to_a_constant_zero() -> None:
     first, _, _, second, shift, *_ = pair(6, 10, 4)
     zero = torch.zeros(1, 6, 3, 3)
-    y = PackedBlock(first, None, "relu", second, shift, None, torch.ones(10), 1e-6)(zero)
+    y = PackedBlock(first, None, "relu", second, shift, response=torch.ones(10))(zero)
     assert torch.equal(y, shift.view(1, -1, 1, 1).expand_as(y))
 
 
@@ -177,7 +178,7 @@ def test_workspace_holds_the_hidden_units_of_some_images() -> None:
 
 
 def test_what_is_refused() -> None:
-    first, bias, activation, second, shift, _, response, _ = pair(4, 6, 5)
+    first, bias, activation, second, shift, *_, response, _ = pair(4, 6, 5)
     with pytest.raises(ArgumentError, match="response is given without second"):
         PackedBlock(first, bias, activation, response=response)
     with pytest.raises(ArgumentError, match=r"response has the shape \(5,\), but must be \(6,\)"):

@@ -37,7 +37,7 @@ _RELATIVE, _ABSOLUTE = 1e-5, 1e-6
 
 
 def computed_by(function: Callable[[Tensor], Any]) -> str:
-    """Return what `function` computes: a permutation of the axes, a mean, or an activation by its name; "" if it is unknown."""
+    """Return what `function` computes: an activation by its name, a permutation of the axes or a mean; "" if unknown."""
     x = _numbers(2, 3, 5, 7)
     y = _applied(function, x)
     if y is None:
