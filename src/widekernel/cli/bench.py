@@ -130,19 +130,12 @@ def _bench_models(arguments: list[str]) -> int:
     from widekernel.bench.lookup import build_network, check_names
     from widekernel.bench.networks import DEFAULT_BATCHES, DEFAULT_NETWORKS, MODES, NetworkPlan, measure_networks
     from widekernel.bench.precision import BFLOAT16, FLOAT32
-    from widekernel.bench.variants import INFER
 
     modes = parse_names("modes", values["modes"], MODES)
     names = values["names"]
     lower = accelerator is None and values["dtypes"] == [BFLOAT16]
     if lower:
-        require(
-            modes == [INFER],
-            "modes",
-            values["modes"],
-            "infer with --dtypes bfloat16 on the CPU, where only inference has it",
-        )
-        require(not values["compile"], "compile", True, "left out with --dtypes bfloat16 on the CPU")
+        lower_precision.check_settings(values["modes"], values["compile"])
     if accelerator is None:
         require(bool(names), "names", names, "at least one model, because there are no default models on the CPU")
         require(len(batches) < 2, "batch", values["batch"], "one number on the CPU; several are for --device cuda")
