@@ -230,8 +230,7 @@ def _models_parser() -> jsonargparse.ArgumentParser:
     parser.add_argument("names", type=str, nargs="*", help=names)
     parser.add_argument("--batch", type=str | None, default=None, help="images in a call; default 4, on CUDA 64,128")
     dtypes = (
-        f"{_DTYPES}, on CUDA the 16-bit ones by autocast; default: bfloat16 on CUDA, float32 on the CPU. There, bfloat16: "
-        "inference with products in bfloat16 beside float32"
+        f"{_DTYPES}, on CUDA 16 bits by autocast, on the CPU bfloat16 for inference; default: bfloat16, float32 on the CPU"
     )
     parser.add_argument("--dtypes", type=str | None, default=None, help=dtypes)
     parser.add_argument("--size", type=int | None, default=None, help="pixels; default: the model's own")
