@@ -30,6 +30,7 @@ from widekernel.bench.variants import (
     build_variants,
     with_visible_blocks,
 )
+from widekernel.settings import require
 from widekernel.transforms.acceleration import AccelerationReport, accelerate
 from widekernel.transforms.acceleration.outputs import OutputDeviation
 from widekernel.transforms.to_torch import to_torch
@@ -52,6 +53,16 @@ NOTES: tuple[str, ...] = (
     "difference relative to the norm, cosine similarity, and images that keep their top class. The weights are random, so "
     "these are no accuracies: evaluate a trained network on its data.",
 )
+
+
+def check_settings(modes: str, compiled: bool) -> None:
+    """Check the settings of a run.
+
+    Raises:
+        ConfigError: if anything but inference without a compiler is to be timed.
+    """
+    require(modes == INFER, "modes", modes, "infer with --dtypes bfloat16 on the CPU, where only inference has it")
+    require(not compiled, "compile", True, "left out with --dtypes bfloat16 on the CPU")
 
 
 def measure_lower_networks(
