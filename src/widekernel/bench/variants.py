@@ -104,8 +104,9 @@ def build_variants(
         for layout, memory_format in LAYOUTS.items():
             x = images.contiguous(memory_format=memory_format)
             network = copy.deepcopy(plain).to(memory_format=memory_format)  # type: ignore[call-overload]
-            chosen = [name for name in rivals if layout in layouts_of(name)]
-            variants += [Variant(name, layout, False, network, network_in(name, network, x), x) for name in chosen]
+            for name in rivals:
+                if layout in layouts_of(name):
+                    variants.append(Variant(name, layout, False, network, network_in(name, network, x), x))
     return variants
 
 
