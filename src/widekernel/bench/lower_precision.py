@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from widekernel.bench.agreement import REFERENCE, check_variants
+from widekernel.bench.agreement import REFERENCE, check_rivals
 from widekernel.bench.errors import BenchmarkError
 from widekernel.bench.memory import return_freed_memory
 from widekernel.bench.networks import COMPILED_TOLERANCE, NetworkPlan, example_batch, network_call, network_fields
@@ -76,7 +76,7 @@ def measure_lower_networks(
     Args:
         plan: what to time; its modes and precisions are not used.
         platform: the CPU.
-        budget: not used on a CPU.
+        budget: collects notes on rivals that are left out.
         advance: called with a description of the next step, and the number of networks that were finished.
 
     Raises:
@@ -91,7 +91,8 @@ def measure_lower_networks(
             advance(f"{name}, {batch} images, infer, bfloat16", 0)
             images, target = example_batch(name, model, batch, plan.size or usual_size)
             exact = _exact_variants(model, images, plan.rivals)
-            check_variants(name, exact, INFER, target)
+            exact, remarks = check_rivals(name, exact, target)
+            budget.remarks += remarks
             lower = _lower_variants(exact, images, plan.rivals)
             deviations = _deviations(name, exact, lower)
             variants = [*exact, *lower]

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from widekernel.bench.agreement import NOISE_FACTOR, check_variants
+from widekernel.bench.agreement import NOISE_FACTOR, check_rivals, check_variants
 from widekernel.bench.depthwise_share import depthwise_share
 from widekernel.bench.errors import BenchmarkError, DeviceLostError
 from widekernel.bench.memory import return_freed_memory
@@ -219,7 +219,7 @@ class _Trial:
             images, target = example_batch(self.name, model, batch, size)
             plan = self.plan
             variants = build_variants(model, self.mode, images, plan.compiled, self._conditions, plan.rivals)
-        self._check(variants, target)
+        variants = self._checked(variants, target)
         with in_force(self.precision):
             self._time(variants, target)
         # On a device, the uncompiled variants had their rows in the first round.
@@ -235,19 +235,25 @@ class _Trial:
         except DeviceLostError as error:
             self.budget.lose_device(str(error))
 
-    def _check(self, variants: Sequence[Variant], target: Tensor) -> None:
-        """Compare the variants in strict float32, where differences are meaningful.
+    def _checked(self, variants: Sequence[Variant], target: Tensor) -> Sequence[Variant]:
+        """Compare the variants in strict float32, where differences are meaningful; return those to time.
 
-        On a device, a few images suffice, and compiled variants are checked when they are timed.
+        On a device, a few images suffice, and compiled variants are checked when they are timed. Rivals that fail or give
+        another output are left out.
         """
         checked = list(variants)
         if self.platform.is_device:
             checked = [replace(v, images=v.images[:CHECKED]) for v in variants if not v.compiled]
             target = target[:CHECKED]
         with in_force(FLOAT32, search=False):
-            check_variants(self.name, checked, self.mode, target)
+            if self.plan.rivals and self.mode == INFER:
+                variants, remarks = check_rivals(self.name, checked, target)
+                self.budget.remarks += remarks
+            else:
+                check_variants(self.name, checked, self.mode, target)
         for variant in variants:
             variant.network.zero_grad()
+        return variants
 
     def _time(self, variants: Sequence[Variant], target: Tensor) -> None:
         calls = {v.name: network_call(v, self.mode, target, self._conditions) for v in variants}

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from widekernel.bench.compiling import compiled
+from widekernel.bench.compiling import compiled, compiled_by_zentorch
 from widekernel.bench.errors import BenchmarkError
 from widekernel.errors import in_short
 from widekernel.ops.problem import LAYOUTS
@@ -80,7 +80,7 @@ def network_in(rival: str, network: nn.Module, images: Tensor, precision: str = 
     if rival == COMPILED:
         return compiled(network)
     if rival == ZENTORCH:
-        return compiled(network, "zentorch")
+        return compiled_by_zentorch(network)
     with quiet(), torch.no_grad():
         return _onnxruntime(network, images) if rival == ONNXRUNTIME else _openvino(network, images, precision)
 

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from widekernel.bench.compiling import compiled as compiled_by_torch
+from widekernel.bench.errors import BenchmarkError
 from widekernel.bench.rivals import RIVALS, layouts_of, network_in
+from widekernel.errors import in_short
 from widekernel.ops.problem import LAYOUTS
 from widekernel.transforms.acceleration import accelerate
 from widekernel.transforms.fold import Foldable, fold
@@ -104,8 +106,9 @@ def build_variants(
         for layout, memory_format in LAYOUTS.items():
             x = images.contiguous(memory_format=memory_format)
             network = copy.deepcopy(plain).to(memory_format=memory_format)  # type: ignore[call-overload]
-            chosen = [name for name in rivals if layout in layouts_of(name)]
-            variants += [Variant(name, layout, False, network, network_in(name, network, x), x) for name in chosen]
+            for name in rivals:
+                if layout in layouts_of(name):
+                    variants.append(Variant(name, layout, False, network, _forward_in(name, network, x), x))
     return variants
 
 
@@ -130,6 +133,19 @@ def _networks(model: nn.Module, mode: str, x: Tensor, conditions: Conditions) ->
             if any(row.gain is not None for row in report.blocks):
                 networks[FUSED] = fused
     return networks
+
+
+def _forward_in(rival: str, network: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return a function that runs a network in a rival; if the rival cannot convert it, a function that raises why."""
+    try:
+        return network_in(rival, network, images)
+    except Exception as error:
+        why = in_short(error)
+
+    def refuse(x: Tensor) -> Tensor:
+        raise BenchmarkError(f"{rival} cannot convert the network: {why}")
+
+    return refuse
 
 
 def _folded(network: nn.Module) -> nn.Module:
