@@ -36,6 +36,7 @@ int32_t wk_use_isa(const char *name) {
     return WK_BAD_ARGUMENT;
 }
 int32_t wk_lanes(void) { return strcmp(isa, "avx2") ? 4 : 8; }
+int32_t wk_is_amd(void) { return 0; }
 int32_t wk_bind_openmp(const char *) { return 0; }
 int32_t wk_depthwise_sum(const wk_sum *) { return WK_BAD_ARGUMENT; }
 int32_t wk_depthwise_weight_grad(const wk_weight_grad *) { return WK_OUT_OF_MEMORY; }
@@ -52,6 +53,7 @@ int32_t wk_pointwise_run_at(const wk_pointwise *, const wk_pointwise_call *, con
     return WK_BAD_ARGUMENT;
 }
 void wk_pointwise_workspace(const wk_pointwise *, int32_t, int64_t *, int64_t *) {}
+int32_t wk_samples_equal(const wk_samples *, int32_t, const float *) { return 1; }
 const char *wk_error_text(int32_t error) { return error == WK_OUT_OF_MEMORY ? "no memory" : "wrong sizes"; }
 double wk_fma_peak(int32_t, double) { return 0; }
 """
