@@ -294,6 +294,8 @@ def c_structures() -> dict[str, type[ctypes.Structure]]:
         "wk_weight_grad": library.WeightGrad,
         "wk_pointwise_weights": library.PointwiseWeights,
         "wk_pointwise_call": library.PointwiseCall,
+        "wk_patch": library.PatchGeometry,
+        "wk_samples": library.Samples,
     }
 
 
