@@ -106,7 +106,15 @@ class PackedBlock:
         geometry = native.PatchGeometry(*((*patch.kernel, *patch.stride, *patch.padding) if patch else ()))
         normalize_after = (after is not None, after.eps if after else 0.0)
         weights = native.PointwiseWeights(
-            inputs, hidden, outputs, ACTIVATIONS[activation], *norm, *addresses[:4], geometry, *normalize_after, *addresses[4:]
+            inputs,
+            hidden,
+            outputs,
+            ACTIVATIONS[activation],
+            *norm,
+            *addresses[:4],
+            geometry,
+            *normalize_after,
+            *addresses[4:],
         )
         calls, packed = self._library.calls, native.Address()
         self._library.check(calls.wk_pointwise_pack(ctypes.byref(weights), ctypes.byref(packed)))

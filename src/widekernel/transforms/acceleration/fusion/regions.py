@@ -2,9 +2,9 @@
 
     [norm] -> product -> [affine] -> [norm] -> [activation -> [pointwise layer -> [affine]]] -> [+ residual]
 
-The product is a pointwise layer, or a convolution with a stride, which is a product over patches. Between the parts, there may be
-permutations between (N, C, H, W) and (N, H, W, C), and modules that do nothing in evaluation. No value inside a region is used
-outside it.
+The product is a pointwise layer, or a convolution with a stride, which is a product over patches. Between the parts, there
+may be permutations between (N, C, H, W) and (N, H, W, C), and modules that do nothing in evaluation. No value inside a region
+is used outside it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from widekernel.layers.norms import is_foldable
-from widekernel.ops.pointwise_reference import ACTIVATIONS
 from widekernel.ops.patch import Patch
+from widekernel.ops.pointwise_reference import ACTIVATIONS
 from widekernel.transforms.acceleration.fusion.graph import BlockGraph, is_pointwise, is_product, patch_of
 from widekernel.transforms.acceleration.fusion.probing import (
     IDENTITY,
@@ -175,7 +175,9 @@ class _Matcher:
         if (kind, axis) in ((TO_LAST, FIRST), (TO_FIRST, LAST)):
             region.product_axis = -axis
             return True
-        is_layer = module is not None and is_pointwise(module) and _only_argument(node) is region.product and not region.after
+        is_layer = (
+            module is not None and is_pointwise(module) and _only_argument(node) is region.product and not region.after
+        )
         if is_layer and region.activation != "none" and not region.second and self._layer_axis(node) == axis:
             region.second, region.dim_out = str(node.target), self._sizes(node)[0]
             return True
