@@ -3,8 +3,8 @@
     [norm] -> product -> [affine] -> [norm] -> [activation -> [pointwise layer -> [affine]]] -> [+ residual]
 
 The product is a pointwise layer, or a convolution with a stride, which is a product over patches. Between the parts, there
-may be permutations between (N, C, H, W) and (N, H, W, C), and modules that do nothing in evaluation. No value inside a region
-is used outside it.
+may be permutations between (N, C, H, W) and (N, H, W, C), and modules that do nothing in evaluation. No value inside a
+region is used outside it.
 """
 
 from __future__ import annotations
