@@ -35,6 +35,8 @@ struct Library {
     FUNCTION(pointwise_pack);
     FUNCTION(pointwise_free);
     FUNCTION(pointwise_run);
+    FUNCTION(gate_run);
+    FUNCTION(pointwise_weight_grad);
     FUNCTION(sum_workspace);
     FUNCTION(weight_grad_workspace);
     FUNCTION(error_text);
@@ -74,6 +76,8 @@ void open_library(const char *path) {
     FIND(pointwise_pack);
     FIND(pointwise_free);
     FIND(pointwise_run);
+    FIND(gate_run);
+    FIND(pointwise_weight_grad);
     FIND(sum_workspace);
     FIND(weight_grad_workspace);
     FIND(error_text);
@@ -677,6 +681,161 @@ void test_pointwise(uint64_t seed, Random random, Judge &judge) {
     if (!y.same_around(untouched)) stop(1, "%s: memory outside the output has changed", name);
 }
 
+// bias + matrix · vector for one row, and the sum of absolute values.
+double row_product(const std::vector<float> &matrix, int64_t row, const float *bias, const double *vector, int64_t columns, double &size) {
+    double sum = bias ? bias[row] : 0;
+    size = std::abs(sum);
+    for (int64_t c = 0; c < columns; c++) {
+        const double product = double(matrix[row * columns + c]) * vector[c];
+        sum += product, size += std::abs(product);
+    }
+    return sum;
+}
+
+// Squeeze-excite, and a pair of products with a response norm whose input is multiplied by its factors.
+void test_response(uint64_t seed, Random random, Judge &judge) {
+    constexpr double LIMIT = 1e-5;
+    const Format &format = FORMATS[WK_FLOAT32];
+    const int side = random.often() ? 18 : 4;
+    const Shape in{random.integer(1, 3), random.integer(1, 70), random.integer(1, side), random.integer(1, side)};
+    const int32_t channels = static_cast<int32_t>(in.channels), hidden = random.integer(1, 90), outputs = random.integer(1, 70);
+    const int32_t squeezed = random.integer(1, 40);
+    const int64_t area = in.area();
+    const Shape out{in.images, outputs, in.height, in.width};
+    const Layout from = static_cast<Layout>(random.integer(0, LAYOUTS - 1)), to = static_cast<Layout>(random.integer(0, ONE_IMAGE - 1));
+    const std::vector<float> first = random.numbers(hidden * channels), first_bias = random.numbers(hidden);
+    const std::vector<float> second = random.numbers(int64_t{outputs} * hidden), response = random.numbers(hidden);
+    const std::vector<float> down = random.numbers(squeezed * channels), up = random.numbers(channels * squeezed);
+    const std::vector<float> down_bias = random.numbers(squeezed), up_bias = random.numbers(channels);
+    char name[200];
+    std::snprintf(name, sizeof name, "response, seed %llu, %s: %lldx%dx%lldx%lld, hidden %d, outputs %d, squeezed %d",
+                  static_cast<unsigned long long>(seed), library.isa(), static_cast<long long>(in.images), channels,
+                  static_cast<long long>(in.height), static_cast<long long>(in.width), hidden, outputs, squeezed);
+    Image x(in, from, format), y(out, to, format);
+    const std::vector<double> values = random_image(in, from, format, random);
+    x.fill(values);
+    const Image untouched = y;
+
+    std::vector<float> factors(static_cast<size_t>(in.images * channels + 1), 7.0f);
+    wk_gate gate{};
+    gate.threads = random.integer(1, 3), gate.images = static_cast<int32_t>(in.images), gate.channels = channels;
+    gate.height = static_cast<int32_t>(in.height), gate.width = static_cast<int32_t>(in.width), gate.x = x.tensor();
+    gate.hidden = squeezed, gate.activation = random.integer(0, 3), gate.y = factors.data();
+    gate.first = down.data(), gate.first_bias = random.often() ? down_bias.data() : nullptr;
+    gate.second = up.data(), gate.second_bias = random.often() ? up_bias.data() : nullptr;
+    succeed(library.gate_run(&gate), name);
+    if (factors.back() != 7.0f) stop(1, "%s: memory behind the factors has changed", name);
+    factors.pop_back();
+
+    wk_pointwise_weights weights{};
+    weights.inputs = channels, weights.hidden = hidden, weights.outputs = outputs, weights.activation = random.integer(0, 3);
+    weights.first = first.data(), weights.first_bias = random.often() ? first_bias.data() : nullptr;
+    weights.second = second.data(), weights.response = response.data(), weights.response_eps = 1e-6f;
+    wk_pointwise *packed = nullptr;
+    succeed(library.pointwise_pack(&weights, &packed), name);
+    wk_pointwise_call call{};
+    call.threads = random.integer(1, 9), call.images = gate.images, call.height = gate.height, call.width = gate.width;
+    call.x = x.tensor(), call.y = y.tensor(), call.factors = factors.data();
+    succeed(library.pointwise_run(packed, &call), name);
+    library.pointwise_free(packed);
+
+    std::vector<double> opened(factors.size()), want(static_cast<size_t>(out.elements()));
+    double widest = 0, weight = 0, size;
+    for (int64_t n = 0; n < in.images; n++) {
+        std::vector<double> means(channels), low(squeezed);
+        for (int32_t c = 0; c < channels; c++)
+            for (int64_t at = 0; at < area; at++) means[c] += values[(n * channels + c) * area + at] / static_cast<double>(area);
+        for (int32_t h = 0; h < squeezed; h++)
+            low[h] = activated(row_product(down, h, gate.first_bias, means.data(), channels, size), gate.activation);
+        for (int32_t c = 0; c < channels; c++) {
+            opened[n * channels + c] = 1 / (1 + std::exp(-row_product(up, c, gate.second_bias, low.data(), squeezed, size)));
+            widest = std::max(widest, size);
+        }
+        std::vector<double> units(static_cast<size_t>(area) * hidden), sizes(hidden), pixel(channels);
+        double largest = 0, mean = 0;
+        for (int64_t at = 0; at < area; at++) {
+            for (int32_t c = 0; c < channels; c++)
+                pixel[c] = values[(n * channels + c) * area + at] * factors[static_cast<size_t>(n * channels + c)];
+            for (int32_t h = 0; h < hidden; h++) {
+                const double unit = activated(row_product(first, h, weights.first_bias, pixel.data(), channels, size), weights.activation);
+                units[at * hidden + h] = unit, sizes[h] += unit * unit, largest = std::max(largest, size);
+            }
+        }
+        for (double &value : sizes) value = std::sqrt(value), mean += value / hidden;
+        double strongest = 0;
+        for (int32_t h = 0; h < hidden; h++) {
+            const double factor = 1 + response[h] * sizes[h] / (mean + weights.response_eps);
+            strongest = std::max(strongest, std::abs(factor) + 1);
+            for (int64_t at = 0; at < area; at++) units[at * hidden + h] *= factor;
+        }
+        for (int64_t at = 0; at < area; at++)
+            for (int32_t o = 0; o < outputs; o++) {
+                want[(n * outputs + o) * area + at] = row_product(second, o, nullptr, &units[at * hidden], hidden, size);
+                double row = 0;
+                for (int32_t h = 0; h < hidden; h++) row += std::abs(second[o * hidden + h]);
+                weight = std::max(weight, row * largest * strongest);
+            }
+    }
+    judge.compare({factors.begin(), factors.end()}, opened, LIMIT, std::max(1.0, widest), format, std::string("gate of ") + name);
+    judge.compare(y.values(), want, LIMIT, weight, format, name);
+    if (!y.same_around(untouched)) stop(1, "%s: memory outside the output has changed", name);
+}
+
+// The gradients of a pointwise layer's weights and bias.
+void test_pointwise_grad(uint64_t seed, Random random, Judge &judge) {
+    constexpr double LIMIT = 4e-6;
+    const Format &format = FORMATS[WK_FLOAT32];
+    // Several pieces of pixels in some problems, and several parts of the weights in others.
+    const bool deep = random.integer(0, 3) == 0, wide = !deep && random.integer(0, 3) == 0;
+    const int side = deep ? 24 : 9;
+    const Shape in{random.integer(1, 3), random.integer(1, wide ? 450 : 70), random.integer(1, side), random.integer(1, side)};
+    const Shape out{in.images, random.integer(1, wide ? 560 : 70), in.height, in.width};
+    const Layout from = static_cast<Layout>(random.integer(0, LAYOUTS - 1)), to = static_cast<Layout>(random.integer(0, LAYOUTS - 1));
+    const std::vector<double> values = random_image(in, from, format, random), grads = random_image(out, to, format, random);
+    Image x(in, from, format), grad(out, to, format);
+    x.fill(values), grad.fill(grads);
+    const Image x_before = x, grad_before = grad;
+    const bool biased = random.often();
+    std::vector<float> weight(static_cast<size_t>(in.channels * out.channels + 2), 7.0f), bias(static_cast<size_t>(out.channels + 2), 7.0f);
+    wk_pointwise_grad call{};
+    call.threads = random.integer(1, 5), call.images = static_cast<int32_t>(in.images);
+    call.height = static_cast<int32_t>(in.height), call.width = static_cast<int32_t>(in.width);
+    call.inputs = static_cast<int32_t>(in.channels), call.outputs = static_cast<int32_t>(out.channels);
+    call.x = x.tensor(), call.grad = grad.tensor(), call.weight = weight.data() + 1, call.bias = biased ? bias.data() + 1 : nullptr;
+    char name[200];
+    std::snprintf(name, sizeof name, "pointwise gradient, seed %llu, %s: %lldx%dx%lldx%lld, outputs %d, %s and %s, bias %d, %d threads",
+                  static_cast<unsigned long long>(seed), library.isa(), static_cast<long long>(in.images), call.inputs,
+                  static_cast<long long>(in.height), static_cast<long long>(in.width), call.outputs, LAYOUT_NAMES[from],
+                  LAYOUT_NAMES[to], biased, call.threads);
+    succeed(library.pointwise_weight_grad(&call), name);
+
+    std::vector<double> want(weight.size() - 2), sums(bias.size() - 2, biased ? 0.0 : 7.0);
+    double heaviest = 0, heaviest_sum = 7;
+    for (int64_t o = 0; o < out.channels; o++) {
+        double weight_of_sum = 0;
+        for (int64_t i = 0; i < in.channels; i++) {
+            double sum = 0, size = 0;
+            for (int64_t n = 0; n < in.images; n++)
+                for (int64_t p = 0; p < in.area(); p++) {
+                    const double product = grads[(n * out.channels + o) * in.area() + p] * values[(n * in.channels + i) * in.area() + p];
+                    sum += product, size += std::abs(product);
+                }
+            want[static_cast<size_t>(o * in.channels + i)] = sum, heaviest = std::max(heaviest, size);
+        }
+        for (int64_t n = 0; biased && n < in.images; n++)
+            for (int64_t p = 0; p < in.area(); p++) {
+                const double value = grads[(n * out.channels + o) * in.area() + p];
+                sums[static_cast<size_t>(o)] += value, weight_of_sum += std::abs(value);
+            }
+        heaviest_sum = std::max(heaviest_sum, weight_of_sum);
+    }
+    judge.compare(std::vector<double>(weight.begin() + 1, weight.end() - 1), want, LIMIT, heaviest, format, name);
+    judge.compare(std::vector<double>(bias.begin() + 1, bias.end() - 1), sums, LIMIT, heaviest_sum, format, name);
+    if (weight.front() != 7.0f || weight.back() != 7.0f || bias.front() != 7.0f || bias.back() != 7.0f)
+        stop(1, "%s: memory outside the gradients has changed", name);
+    if (x.bytes() != x_before.bytes() || grad.bytes() != grad_before.bytes()) stop(1, "%s: an input has changed", name);
+}
+
 // Every number of a 16-bit type, plus shifts that leave ties and subnormal numbers to be rounded, through one tap of 1.
 void test_conversions(int dtype, Layout layout) {
     const Format &format = FORMATS[dtype];
@@ -749,6 +908,8 @@ int main(int count, char **arguments) {
             test_weight_grad(problem, seed + i, random, judge);
             test_branches(problem, seed + i, random, judge);
             test_pointwise(seed + i, random, judge);
+            test_response(seed + i, random, judge);
+            test_pointwise_grad(seed + i, random, judge);
         }
         std::printf("%s: %llu problems, largest error %.2f of what is allowed\n", isa, static_cast<unsigned long long>(problems),
                     judge.largest());

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from widekernel.bench.rivals import RIVALS, network_in
+from widekernel.bench.compiling import compiled as compiled_by_torch
+from widekernel.bench.rivals import RIVALS, layouts_of, network_in
 from widekernel.ops.problem import LAYOUTS
 from widekernel.transforms.acceleration import accelerate
 from widekernel.transforms.fold import Foldable, fold
@@ -86,7 +87,7 @@ def build_variants(
         images: (N, C, H, W), on the device of the model.
         compiled: whether to add a compiled copy of each variant.
         conditions: creates the context in which the variants will run, and in which `accelerate` therefore measures.
-        rivals: inference engines to add, of `RIVALS`; for inference only.
+        rivals: other programs to add, of `RIVALS`; for inference only.
     """
     variants = []
     for layout, memory_format in LAYOUTS.items():
@@ -97,11 +98,14 @@ def build_variants(
             # The compiler sees the code of fused blocks, so that compiled they would be there twice.
             if compiled and kind != FUSED:
                 twin = copy.deepcopy(network)
-                variants.append(Variant(kind, layout, True, twin, _compiled(twin, len(variants)), x))
+                variants.append(Variant(kind, layout, True, twin, compiled_by_torch(twin), x))
     if rivals and mode == INFER:
-        layout, x = "NCHW", images.contiguous()
-        plain = to_torch(_folded(copy.deepcopy(model).eval())).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-        variants += [Variant(name, layout, False, plain, network_in(name, plain, x), x) for name in rivals]
+        plain = to_torch(_folded(copy.deepcopy(model).eval()))
+        for layout, memory_format in LAYOUTS.items():
+            x = images.contiguous(memory_format=memory_format)
+            network = copy.deepcopy(plain).to(memory_format=memory_format)  # type: ignore[call-overload]
+            chosen = [name for name in rivals if layout in layouts_of(name)]
+            variants += [Variant(name, layout, False, network, network_in(name, network, x), x) for name in chosen]
     return variants
 
 
@@ -133,13 +137,3 @@ def _folded(network: nn.Module) -> nn.Module:
         # The warnings are about layers that cannot be folded, which is part of the result here.
         warnings.simplefilter("ignore")
         return fold(network)
-
-
-def _compiled(network: nn.Module, number: int) -> Callable[[Tensor], Tensor]:
-    def forward(x: Tensor) -> Tensor:
-        return network(x)
-
-    # PyTorch caches a few compiled programs for each code object. Variants that share their code would evict each other's
-    # programs, and every call would have to search among them.
-    forward.__code__ = forward.__code__.replace(co_name=f"forward_{number}")
-    return torch.compile(forward, dynamic=False)

@@ -9,13 +9,36 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from widekernel.errors import ArgumentError, nearest
+from widekernel.errors import ArgumentError
 from widekernel.ops.cpu import library as native
+from widekernel.ops.cpu.prepared import addressable
+from widekernel.ops.cpu.tensor_checks import (
+    checked_kernels,
+    checked_matrix,
+    checked_vector,
+    require_epsilon,
+    require_floats,
+    require_known,
+    require_no_gradients,
+)
 from widekernel.ops.patch import NormAfter, Patch
 from widekernel.ops.problem import memory_format
 
 ACTIVATIONS = {"none": native.NO_ACTIVATION, "relu": native.RELU, "gelu": native.GELU, "gelu_tanh": native.GELU_TANH}
 """The activations by name: `gelu` is defined by the error function, `gelu_tanh` is the form with a hyperbolic tangent."""
+PRECISIONS = {"float32": native.FLOAT32, "bfloat16": native.BFLOAT16}
+"""The types of the factors of products by name."""
+
+
+def reason_against(precision: str) -> str | None:
+    """Return why products of this precision, a key of `PRECISIONS`, cannot run here; None if they can."""
+    library = native.load()
+    if library.reason is not None or precision == "float32":
+        return library.reason
+    reason = library.calls.wk_why_no_products(PRECISIONS[precision])
+    if reason is None:
+        return None
+    return f"precision is {precision!r}, but {reason.decode()}: use 'float32', which runs on every processor"
 
 
 class _Call(NamedTuple):
@@ -35,11 +58,16 @@ class _Call(NamedTuple):
 class PackedBlock:
     """Two matrix products with an activation between them, computed together for every pixel.
 
-        y = residual + second · activation(first · norm(x) + first_bias) + second_bias
+        y = residual + second · response(activation(first · norm(x · factors) + first_bias)) + second_bias
 
-    or, without `second`, y = residual + activation(first · norm(x) + first_bias). Hidden units stay in the cache. The
-    weights are copied into the order in which they are used, for the instruction set that is in use at that time; later
-    changes of the tensors have no effect.
+    or, without `second`, y = residual + activation(first · norm(x · factors) + first_bias). Hidden units stay in the cache,
+    unless there is a response norm, which needs those of whole images. The weights are copied into the order in which they
+    are used, for the instruction set that is in use at that time; later changes of the tensors have no effect.
+
+    In bfloat16, the factors of both products are rounded to the nearest bfloat16, ties to even: the weights when they are
+    packed, the (normalized) pixels, and hidden units after activation and response norm. Subnormal factors count as zero.
+    Products are exact, and their sums, the norms, the activation, biases and residual remain float32, as do all tensors of
+    the interface.
 
     With a patch, the first product is a convolution: it acts on the patches of norm(x), with zeros around the image.
 
@@ -53,10 +81,15 @@ class PackedBlock:
             to the variance.
         patch: kernel, stride and padding of a convolution; None for a product over the channels of each pixel.
         after: a layer norm over the hidden units, before the activation; only without `second`.
+        response: (hidden), the weight of a response norm of the hidden units of each image, as
+            `ops.pointwise_reference.response_norm` defines it; None for none. It needs `second`.
+        response_eps: epsilon of the response norm.
+        precision: `float32`, or `bfloat16` if the processor has these products.
 
     Raises:
-        ArgumentError: for shapes that do not fit together, tensors that are not float32 on a CPU, an unknown activation, an
-            impossible patch, or if the native library cannot run.
+        ArgumentError: for shapes that do not fit together, tensors that are not float32 on a CPU, an unknown activation or
+            precision, an impossible patch, a negative epsilon, or if the native library or products of that precision cannot
+            run.
         NativeMemoryError: if there is no memory for the packed weights.
     """
 
@@ -70,68 +103,64 @@ class PackedBlock:
         norm_eps: float | None = None,
         patch: Patch | None = None,
         after: NormAfter | None = None,
+        response: Tensor | None = None,
+        response_eps: float = 1e-6,
+        precision: str = "float32",
     ) -> None:
         self._library = native.load()
-        if self._library.reason is not None:
-            raise ArgumentError(f"products cannot be packed: {self._library.reason}")
-        if activation not in ACTIVATIONS:
-            known = ", ".join(ACTIVATIONS)
-            raise ArgumentError(
-                f"activation is {activation!r}.{nearest(activation, ACTIVATIONS)} It must be one of {known}."
-            )
-        _check_epsilon("norm_eps", norm_eps)
-        if patch is None:
-            hidden, inputs = _checked_matrix("first", first)
-        else:
-            hidden, inputs = _checked_kernels(first, patch)
-        outputs = 0
-        if second is not None:
-            outputs, _ = _checked_matrix("second", second, hidden)
-        elif second_bias is not None:
-            raise ArgumentError("second_bias is given without second; give both, or add the bias to first_bias")
-        if after is not None and second is not None:
-            raise ArgumentError("after is given with second; a norm between two products needs two blocks")
+        require_known("activation", activation, ACTIVATIONS)
+        require_known("precision", precision, PRECISIONS)
+        lacking = reason_against(precision)
+        if lacking is not None:
+            raise ArgumentError(f"products cannot be packed: {lacking}")
+        after_eps = 0.0 if after is None else after.eps
+        for name, eps in (("norm_eps", norm_eps), ("after.eps", after_eps), ("response_eps", response_eps)):
+            require_epsilon(name, eps)
+        hidden, inputs = checked_matrix("first", first) if patch is None else checked_kernels(first, patch)
+        _require_parts_that_fit(second, second_bias, response, after)
+        outputs = 0 if second is None else checked_matrix("second", second, hidden)[0]
         self.inputs, self.hidden, self.outputs = inputs, hidden, outputs or hidden
-        self.activation, self.norm_eps = activation, norm_eps
+        self.activation, self.norm_eps, self.precision = activation, norm_eps, precision
         self.patch, self.after = patch, after
-        sizes = (("first_bias", first_bias, hidden), ("second_bias", second_bias, outputs))
-        parts = [first, _checked_bias(*sizes[0]), second, _checked_bias(*sizes[1])]
-        if after is not None:
-            _check_epsilon("after.eps", after.eps)
-            parts += [_checked_bias("after.scale", after.scale, hidden), _checked_bias("after.shift", after.shift, hidden)]
+        scale, shift = (None, None) if after is None else (after.scale, after.shift)
+        parts = [
+            first,
+            checked_vector("first_bias", first_bias, hidden),
+            second,
+            checked_vector("second_bias", second_bias, outputs),
+            checked_vector("after.scale", scale, hidden),
+            checked_vector("after.shift", shift, hidden),
+            checked_vector("response", response, hidden),
+        ]
         # Contiguous copies must live until the call returns.
         values = [None if part is None else part.detach().resolve_neg().contiguous() for part in parts]
         addresses = [None if value is None else value.data_ptr() for value in values]
         norm = (norm_eps is not None, norm_eps or 0.0)
         geometry = native.PatchGeometry(*((*patch.kernel, *patch.stride, *patch.padding) if patch else ()))
-        normalize_after = (after is not None, after.eps if after else 0.0)
+        sizes = (PRECISIONS[precision], inputs, hidden, outputs, ACTIVATIONS[activation])
+        products, between = addresses[:4], addresses[4:]
         weights = native.PointwiseWeights(
-            inputs,
-            hidden,
-            outputs,
-            ACTIVATIONS[activation],
-            *norm,
-            *addresses[:4],
-            geometry,
-            *normalize_after,
-            *addresses[4:],
+            *sizes, *norm, *products, geometry, after is not None, after_eps, *between, response_eps
         )
         calls, packed = self._library.calls, native.Address()
         self._library.check(calls.wk_pointwise_pack(ctypes.byref(weights), ctypes.byref(packed)))
         self._packed, self._run = packed, calls.wk_pointwise_run_at
         weakref.finalize(self, calls.wk_pointwise_free, packed)
+        # Multiply-accumulates for each pixel of the result.
+        self.macs = first.numel() + (0 if second is None else second.numel())
         self._prepared: dict[tuple[Any, ...], _Call] = {}
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, residual: Tensor | None = None, factors: Tensor | None = None) -> Tensor:
         """Compute y.
 
         Contiguous channels (channels_last) or columns are fast; other strides are read element by element.
 
         Args:
             x: images (N, channels, height, width) in either layout, or, with any other number of dimensions, the rows of a
-                matrix (..., channels); float32 on a CPU. Images (N, height, width, channels) are passed permuted. With a
-                patch, only images.
+                matrix (..., channels), which count as the pixels of one image; float32 on a CPU. Images
+                (N, height, width, channels) are passed permuted. With a patch, only images.
             residual: added to the result; has its shape and any strides.
+            factors: (N, channels) for images, which all pixels are multiplied by before anything else; None for none.
 
         Returns:
             (N, outputs, height, width) or (..., outputs), in the layout of `x`. Without gradients. With a patch, height and
@@ -141,6 +170,8 @@ class PackedBlock:
             ArgumentError: for another shape, type or device, or if gradients are wanted.
             NativeMemoryError: if there is no memory for the working space.
         """
+        if factors is not None:
+            factors = self._checked_factors(factors, x)
         call = self._prepared.get(_key(x, residual))
         if call is None or not _is_ordinary(x) or (residual is not None and not _is_ordinary(residual)):
             self._check(x, residual)
@@ -152,7 +183,8 @@ class PackedBlock:
         y = torch.empty_strided(call.shape, call.strides)
         if y.numel():
             added = None if residual is None else residual.data_ptr()
-            error = self._run(self._packed, call.description, x.data_ptr(), added, y.data_ptr())
+            scaled = None if factors is None else factors.data_ptr()
+            error = self._run(self._packed, call.description, x.data_ptr(), scaled, added, y.data_ptr())
             if error:
                 self._library.check(error)
         return y
@@ -202,11 +234,20 @@ class PackedBlock:
             raise ArgumentError(f"residual has the shape {tuple(residual.shape)}, but the result has {tuple(wanted)}")
         for name, tensor in (("x", x), ("residual", residual)):
             if tensor is not None:
-                _require_floats(name, tensor)
-                if tensor.requires_grad and torch.is_grad_enabled():
-                    raise ArgumentError(
-                        f"{name} requires gradients, which packed blocks do not compute; use torch.no_grad()"
-                    )
+                require_floats(name, tensor)
+                require_no_gradients(name, tensor)
+
+    def _checked_factors(self, factors: Tensor, x: Tensor) -> Tensor:
+        """Return factors without gaps in memory; raise for those that do not fit the images."""
+        wanted = (x.shape[0], self.inputs)
+        if x.dim() != 4 or factors.shape != wanted:
+            raise ArgumentError(
+                f"factors have the shape {tuple(factors.shape)}, but must be {wanted} for images (N, {self.inputs}, height, "
+                f"width); x has the shape {tuple(x.shape)}"
+            )
+        require_floats("factors", factors)
+        require_no_gradients("factors", factors)
+        return factors.resolve_neg().contiguous()
 
     def _prepare(self, x: Tensor, residual: Tensor | None) -> _Call:
         key = _key(x, residual)
@@ -219,13 +260,41 @@ class PackedBlock:
             else:
                 y = like.new_empty((*x.shape[:-1], self.outputs))
             sizes = y.shape if x.dim() == 4 else (1, 0, *((1,) * (3 - x.dim())), *x.shape[:-1])
-            images = [_image(tensor) for tensor in (x, y if residual is None else residual, y)]
+            images = [image_of(tensor) for tensor in (x, y if residual is None else residual, y)]
             sides = x.shape[2:] if self.patch else (0, 0)
             description = native.PointwiseCall(torch.get_num_threads(), sizes[0], *sizes[2:], *images, *sides)
             if len(self._prepared) >= _MOST_PREPARED:
                 self._prepared.clear()
             call = self._prepared[key] = _Call(ctypes.byref(description), tuple(y.shape), y.stride())
         return call
+
+
+def weight_grad(x: Tensor, grad: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+    """Compute the gradients of the weight and the bias of a pointwise layer.
+
+        weight[o, c] = Σ grad[n, o, i, j] · x[n, c, i, j],  bias[o] = Σ grad[n, o, i, j]
+
+    Args:
+        x: (N, C, H, W), not empty, float32 on a CPU.
+        grad: (N, C', H, W), the gradient of the layer's output, float32 on a CPU.
+        bias: whether to compute the gradient of the bias, too.
+
+    Returns:
+        (C', C), and (C',) or an empty tensor.
+
+    Raises:
+        NativeMemoryError: if there is no memory for the working space.
+    """
+    loaded = native.load()
+    x, grad = addressable(x), addressable(grad)
+    images, inputs, height, width = x.shape
+    outputs = grad.shape[1]
+    for_weight, for_bias = torch.empty(outputs, inputs), torch.empty(outputs if bias else 0)
+    sizes = torch.get_num_threads(), images, height, width, inputs, outputs
+    tensors = [native.Tensor(t.data_ptr(), *image_of(t)[1:]) for t in (x, grad)]
+    call = native.PointwiseGrad(*sizes, *tensors, for_weight.data_ptr(), for_bias.data_ptr() if bias else None)
+    loaded.check(loaded.calls.wk_pointwise_weight_grad(ctypes.byref(call)))
+    return for_weight, for_bias
 
 
 _MOST_PREPARED = 256
@@ -242,7 +311,7 @@ def _is_ordinary(x: Tensor) -> bool:
     return floats and not (x.requires_grad and torch.is_grad_enabled())
 
 
-def _image(x: Tensor) -> tuple[int | None, ...]:
+def image_of(x: Tensor) -> tuple[int | None, ...]:
     """Return the fields of the C structure of an image: an empty address, which each call fills in, and the strides.
 
     Rows of a matrix become the pixels of one image. The stride of a dimension of size 1 is arbitrary; 1 is fast.
@@ -254,43 +323,12 @@ def _image(x: Tensor) -> tuple[int | None, ...]:
     return None, 0, channel, *((0,) * (2 - len(leading))), *leading
 
 
-def _require_floats(name: str, tensor: Tensor) -> None:
-    if tensor.dtype is not torch.float32 or tensor.device.type != "cpu" or tensor.layout is not torch.strided:
-        kind = f"{tensor.dtype} on {tensor.device}, {tensor.layout}"
-        raise ArgumentError(f"{name} is {kind}, but must be a strided torch.float32 tensor on a CPU")
-
-
-def _checked_matrix(name: str, matrix: Tensor, columns: int | None = None) -> tuple[int, int]:
-    """Return rows and columns of a matrix of weights."""
-    _require_floats(name, matrix)
-    fits = matrix.dim() == 2 and matrix.numel() > 0 and columns in (None, matrix.shape[1])
-    if not fits:
-        wanted = f"(outputs, {columns})" if columns else "(hidden, channels)"
-        raise ArgumentError(f"{name} has the shape {tuple(matrix.shape)}, but must be {wanted}, none of them 0")
-    return matrix.shape[0], matrix.shape[1]
-
-
-def _checked_kernels(first: Tensor, patch: Patch) -> tuple[int, int]:
-    """Return the numbers of output and input channels of a convolution."""
-    _require_floats("first", first)
-    if first.dim() != 4 or first.numel() == 0 or tuple(first.shape[2:]) != tuple(patch.kernel):
-        rows, columns = patch.kernel
-        raise ArgumentError(
-            f"first has the shape {tuple(first.shape)}, but must be (hidden, channels, {rows}, {columns}), none of them 0"
-        )
-    if min(patch.stride) < 1 or min(patch.padding) < 0:
-        raise ArgumentError(f"patch is {patch}, but strides must be at least 1 and paddings at least 0")
-    return first.shape[0], first.shape[1]
-
-
-def _check_epsilon(name: str, eps: float | None) -> None:
-    if eps is not None and not 0 <= eps < float("inf"):
-        raise ArgumentError(f"{name} is {eps}, but must be None or a finite number that is not negative")
-
-
-def _checked_bias(name: str, bias: Tensor | None, size: int) -> Tensor | None:
-    if bias is not None:
-        _require_floats(name, bias)
-        if tuple(bias.shape) != (size,):
-            raise ArgumentError(f"{name} has the shape {tuple(bias.shape)}, but must be ({size},)")
-    return bias
+def _require_parts_that_fit(
+    second: Tensor | None, second_bias: Tensor | None, response: Tensor | None, after: NormAfter | None
+) -> None:
+    if second is None and second_bias is not None:
+        raise ArgumentError("second_bias is given without second; give both, or add the bias to first_bias")
+    if second is None and response is not None:
+        raise ArgumentError("response is given without second; give both, or leave the response norm to PyTorch")
+    if second is not None and after is not None:
+        raise ArgumentError("after is given with second; a norm between two products needs two blocks")

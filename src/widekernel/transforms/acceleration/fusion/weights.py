@@ -13,8 +13,9 @@ from torch.fx.node import map_arg
 from widekernel.layers.norms import affine_of
 from widekernel.ops.patch import NormAfter, Patch
 from widekernel.transforms.acceleration.fusion.graph import BlockGraph
+from widekernel.transforms.acceleration.fusion.nodes import FIRST
 from widekernel.transforms.acceleration.fusion.probing import epsilon_of
-from widekernel.transforms.acceleration.fusion.regions import FIRST, Affine, Region
+from widekernel.transforms.acceleration.fusion.regions import Affine, Region
 from widekernel.transforms.acceleration.fusion.samples import Samples
 
 Source = tuple[dict[str, Any], str]
@@ -26,8 +27,22 @@ class UnsuitableWeightsError(Exception):
     """The weights of a region cannot be packed; the message says why."""
 
 
+class GateWeights(NamedTuple):
+    """The arguments of `ops.cpu.gate.Gate`, in float32."""
+
+    first: Tensor
+    first_bias: Tensor | None
+    activation: str
+    second: Tensor
+    second_bias: Tensor | None
+
+
 class BlockWeights(NamedTuple):
-    """The arguments of `PackedBlock`: weights in float32, with affine maps folded in."""
+    """The arguments of `PackedBlock`: weights in float32, with affine maps folded in; and those of its gate.
+
+    Attributes:
+        gate: weights of the gate that comes first; None for none.
+    """
 
     first: Tensor
     first_bias: Tensor | None
@@ -37,6 +52,9 @@ class BlockWeights(NamedTuple):
     norm_eps: float | None
     patch: Patch | None = None
     after: NormAfter | None = None
+    response: Tensor | None = None
+    response_eps: float = 1e-6
+    gate: GateWeights | None = None
 
 
 @torch.no_grad()
@@ -48,9 +66,11 @@ def block_weights(found: BlockGraph, region: Region) -> BlockWeights:
     """
     first, bias = _matrix(found.modules[region.first])
     last = first if not region.second else _matrix(found.modules[region.second])[0]
+    gate = _gate_weights(found, region)
+    gated = gate is None or gate.first.shape[1] == gate.second.shape[0] == region.dim_in
     kernel = region.patch.kernel if region.patch else ()
     shape: Any = found.modules[region.first].weight.shape
-    unchanged = shape[1] == region.dim_in and last.shape[0] == region.dim_out
+    unchanged = shape[1] == region.dim_in and last.shape[0] == region.dim_out and gated
     if not unchanged or (region.patch is not None and tuple(shape[2:]) != kernel):
         raise UnsuitableWeightsError("the shape of a weight has changed since the block was fused")
     eps = None
@@ -68,17 +88,33 @@ def block_weights(found: BlockGraph, region: Region) -> BlockWeights:
     matrix = _float(first).view(-1, region.dim_in, *kernel)
     after = _norm_after(found.modules[region.after]) if region.after else None
     if not region.second:
-        return BlockWeights(matrix, _bias(bias), region.activation, None, None, eps, region.patch, after)
+        return BlockWeights(
+            matrix, _bias(bias), region.activation, None, None, eps, patch=region.patch, after=after, gate=gate
+        )
     second, second_bias = _matrix(found.modules[region.second])
+    response, response_eps = None, 1e-6
+    if region.response:
+        norm = found.modules[region.response]
+        weight, shift = (part.flatten() for part in _affine_part(norm, second.shape[1]))
+        response, response_eps = weight.float(), epsilon_of(norm) or 0.0
+        second_bias = second_bias + second @ shift
     second, second_bias = _mapped(found, region.second_affine, second, second_bias)
-    seconds = _float(second), _bias(second_bias)
-    return BlockWeights(matrix, _bias(bias), region.activation, *seconds, eps, region.patch)
+    firsts, seconds = (matrix, _bias(bias)), (_float(second), _bias(second_bias))
+    return BlockWeights(*firsts, region.activation, *seconds, eps, region.patch, None, response, response_eps, gate)
+
+
+def _gate_weights(found: BlockGraph, region: Region) -> GateWeights | None:
+    if region.gate is None:
+        return None
+    first, first_bias = _matrix(found.modules[region.gate.first])
+    second, second_bias = _matrix(found.modules[region.gate.second])
+    return GateWeights(_float(first), _bias(first_bias), region.gate.activation, _float(second), _bias(second_bias))
 
 
 def sources(found: BlockGraph, region: Region) -> list[Source]:
     """List everything that the weights of a region are computed from."""
     norms = [affine.value for affine in (*region.affine, *region.second_affine) if affine.kind == "norm"]
-    names = [name for name in (region.norm, region.after, *region.layers()) if name]
+    names = [name for name in (region.norm, region.after, region.response, *region.all_layers()) if name]
     listed = []
     for module in (*(found.modules[name] for name in names), *norms):
         listed += [(module._parameters, key) for key in module._parameters]
@@ -145,7 +181,7 @@ def _check(tensor: Tensor) -> None:
 
 
 def _affine_part(norm: nn.Module, channels: int) -> tuple[Tensor, Tensor]:
-    """Return the weight and the bias of a layer norm, each (C,)."""
+    """Return the weight and the bias of a layer norm or response norm, with C values each."""
     weight, bias = norm._parameters.get("weight"), norm._parameters.get("bias")
     ones = torch.ones(channels, dtype=torch.float64)
     return ones if weight is None else weight.double(), 0 * ones if bias is None else bias.double()
