@@ -180,6 +180,14 @@ WK_EXPORT int32_t wk_abi(void) { return WK_ABI; }
 WK_EXPORT const char *wk_isa(void) { return wk::kernels().isa; }
 WK_EXPORT int32_t wk_lanes(void) { return wk::kernels().lanes; }
 
+WK_EXPORT int32_t wk_is_amd(void) {
+#if defined(__x86_64__)
+    return wk::Processor::present().is_amd();
+#else
+    return 0;
+#endif
+}
+
 WK_EXPORT int32_t wk_use_isa(const char *name) {
     const wk::Kernels *found = wk::find(name);
     if (!found) return WK_BAD_ARGUMENT;
