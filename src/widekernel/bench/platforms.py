@@ -13,7 +13,7 @@ from widekernel.bench.cases import Case
 from widekernel.bench.devices import Accelerator
 from widekernel.bench.gpu import Gpu
 from widekernel.bench.machine import Machine, copy_bandwidth
-from widekernel.bench.precision import BFLOAT16, Precision
+from widekernel.bench.precision import BFLOAT16, FLOAT32, Precision
 from widekernel.bench.timing import PATIENCE, Stopwatch, WallClock
 from widekernel.errors import ArgumentError
 
@@ -65,9 +65,13 @@ class Platform:
     network_patience: tuple[float, float]
     is_device: bool
 
+    def operator_peak(self, precision: Precision) -> float:
+        """Return the peak of depthwise operators, which CPUs compute in float32 whatever the precision of tensors is."""
+        return self.peak(precision if self.is_device else FLOAT32)
+
     def limits(self, case: Case, precision: Precision) -> Limits:
         """Return the limits of a case in a precision."""
-        return Limits(self.peak(precision), self.copying(case), case.bytes_moved_in(precision.bytes))
+        return Limits(self.operator_peak(precision), self.copying(case), case.bytes_moved_in(precision.bytes))
 
 
 def cpu_platform(machine: Machine) -> Platform:
