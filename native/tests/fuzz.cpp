@@ -39,6 +39,7 @@ struct Library {
     FUNCTION(pointwise_weight_grad);
     FUNCTION(sum_workspace);
     FUNCTION(weight_grad_workspace);
+    FUNCTION(why_no_products);
     FUNCTION(error_text);
 };
 #undef FUNCTION
@@ -80,6 +81,7 @@ void open_library(const char *path) {
     FIND(pointwise_weight_grad);
     FIND(sum_workspace);
     FIND(weight_grad_workspace);
+    FIND(why_no_products);
     FIND(error_text);
 #undef FIND
 }
@@ -616,27 +618,69 @@ double activated(double value, int32_t activation) {
     }
 }
 
-// A pair of products over channels, or one, with an activation, a layer norm and a residual.
+// The types of factors that the library has for this instruction set, one of them at random.
+int32_t random_type(Random &random) {
+    return random.often() && !library.why_no_products(WK_BFLOAT16) ? WK_BFLOAT16 : WK_FLOAT32;
+}
+
+// A factor of a product of that type.
+double factor_of(double value, int32_t type) { return type == WK_FLOAT32 ? value : rounded(value, FORMATS[type]); }
+
+std::vector<float> factors_of(std::vector<float> values, int32_t type) {
+    for (float &value : values) value = static_cast<float>(factor_of(value, type));
+    return values;
+}
+
+// Rounding errors relative to sums of absolute products; `products` in turn. Two factors are rounded to 8 bits.
+double limit_of_products(int32_t type, double in_float32, int products) {
+    return type == WK_FLOAT32 ? in_float32 : products * std::ldexp(1.0, -7);
+}
+
+// Subtracts the mean, and divides by the standard deviation; returns the latter.
+double normalized(std::vector<double> &values, double eps) {
+    double mean = 0, variance = 0;
+    for (double value : values) mean += value / static_cast<double>(values.size());
+    for (double value : values) variance += (value - mean) * (value - mean) / static_cast<double>(values.size());
+    const double deviation = std::sqrt(variance + eps);
+    for (double &value : values) value = (value - mean) / deviation;
+    return deviation;
+}
+
+// A pair of products over channels or patches, or one, with factors, an activation, layer norms and a residual.
 void test_pointwise(uint64_t seed, Random random, Judge &judge) {
-    constexpr double LIMIT = 4e-6;
     const Format &format = FORMATS[WK_FLOAT32];
     const Shape in{random.integer(1, 2), random.integer(1, 70), random.integer(1, 9), random.integer(1, 9)};
-    const int32_t inputs = static_cast<int32_t>(in.channels), hidden = random.integer(1, 90);
-    const bool pair = random.often(), normalize = random.often() && inputs > 1;
+    const int32_t inputs = static_cast<int32_t>(in.channels), hidden = random.integer(1, 90), type = random_type(random);
+    const bool pair = random.often(), normalize = random.often() && inputs > 1, after = !pair && hidden > 1 && random.often();
     const int32_t outputs = pair ? random.integer(1, 70) : 0, last = pair ? outputs : hidden;
-    const Shape out{in.images, last, in.height, in.width};
+    wk_patch patch{};
+    if (random.often()) {
+        const int height = static_cast<int>(in.height), width = static_cast<int>(in.width);
+        patch = {random.integer(1, std::min(height, 4)), random.integer(1, std::min(width, 4)), random.integer(1, 4), random.integer(1, 4), 0, 0};
+        patch.top = random.integer(0, patch.rows), patch.left = random.integer(0, patch.columns);
+    }
+    const int64_t rows = std::max(patch.rows, 1), columns = std::max(patch.columns, 1), taps = rows * columns, depth = inputs * taps;
+    const int64_t down = std::max(patch.row_stride, 1), right = std::max(patch.column_stride, 1);
+    const Shape out{in.images, last, (in.height + 2 * patch.top - rows) / down + 1, (in.width + 2 * patch.left - columns) / right + 1};
     const Layout from = static_cast<Layout>(random.integer(0, LAYOUTS - 1)), to = static_cast<Layout>(random.integer(0, ONE_IMAGE - 1));
-    const std::vector<float> first = random.numbers(hidden * inputs), first_bias = random.numbers(hidden);
+    const std::vector<float> first = random.numbers(hidden * depth), first_bias = random.numbers(hidden);
     const std::vector<float> second = random.numbers(int64_t{outputs} * hidden), second_bias = random.numbers(outputs);
+    const std::vector<float> scale = random.numbers(hidden), shift = random.numbers(hidden), factors = random.numbers(in.images * inputs);
     wk_pointwise_weights weights{};
-    weights.inputs = inputs, weights.hidden = hidden, weights.outputs = outputs;
+    weights.type = type, weights.inputs = inputs, weights.hidden = hidden, weights.outputs = outputs, weights.patch = patch;
     weights.activation = random.integer(0, 3), weights.normalize = normalize, weights.eps = 1e-6f;
     weights.first = first.data(), weights.first_bias = random.often() ? first_bias.data() : nullptr;
     weights.second = pair ? second.data() : nullptr, weights.second_bias = pair && random.often() ? second_bias.data() : nullptr;
-    char name[200];
-    std::snprintf(name, sizeof name, "pointwise, seed %llu, %s: %lldx%dx%lldx%lld, hidden %d, outputs %d, activation %d, norm %d",
-                  static_cast<unsigned long long>(seed), library.isa(), static_cast<long long>(in.images), inputs,
-                  static_cast<long long>(in.height), static_cast<long long>(in.width), hidden, outputs, weights.activation, normalize);
+    weights.normalize_after = after, weights.after_eps = 1e-3f;
+    weights.after_scale = after && random.often() ? scale.data() : nullptr;
+    weights.after_shift = after && random.often() ? shift.data() : nullptr;
+    char name[300];
+    std::snprintf(name, sizeof name,
+                  "pointwise, seed %llu, %s, type %d: %lldx%dx%lldx%lld, hidden %d, outputs %d, activation %d, norms %d %d, patches "
+                  "%dx%d by %dx%d, padding %d %d",
+                  static_cast<unsigned long long>(seed), library.isa(), type, static_cast<long long>(in.images), inputs,
+                  static_cast<long long>(in.height), static_cast<long long>(in.width), hidden, outputs, weights.activation, normalize,
+                  after, patch.rows, patch.columns, patch.row_stride, patch.column_stride, patch.top, patch.left);
     Image x(in, from, format), y(out, to, format), residual(out, to, format);
     const std::vector<double> values = random_image(in, from, format, random), added = random_image(out, to, format, random);
     x.fill(values), residual.fill(added);
@@ -645,39 +689,61 @@ void test_pointwise(uint64_t seed, Random random, Judge &judge) {
     succeed(library.pointwise_pack(&weights, &packed), name);
     wk_pointwise_call call{};
     call.threads = random.integer(1, 3), call.images = static_cast<int32_t>(in.images);
-    call.height = static_cast<int32_t>(in.height), call.width = static_cast<int32_t>(in.width);
-    call.x = x.tensor(), call.y = y.tensor();
+    call.height = static_cast<int32_t>(out.height), call.width = static_cast<int32_t>(out.width);
+    call.x_height = static_cast<int32_t>(in.height), call.x_width = static_cast<int32_t>(in.width);
+    call.x = x.tensor(), call.y = y.tensor(), call.factors = random.often() ? factors.data() : nullptr;
     const bool adds = random.often();
     if (adds) call.residual = residual.tensor();
     succeed(library.pointwise_run(packed, &call), name);
     library.pointwise_free(packed);
 
-    std::vector<double> want(static_cast<size_t>(out.elements())), normed(inputs), units(hidden), sizes(hidden);
-    double weight = 0;
+    // Factors of the first product: pixels times factors, normalized and rounded.
+    std::vector<double> prepared(values.size()), pixel(inputs);
     for (int64_t n = 0; n < in.images; n++)
         for (int64_t at = 0; at < in.area(); at++) {
-            double mean = 0, variance = 0;
-            for (int32_t c = 0; c < inputs; c++) normed[c] = values[(n * inputs + c) * in.area() + at], mean += normed[c] / inputs;
-            for (double value : normed) variance += (value - mean) * (value - mean) / inputs;
-            for (double &value : normed) value = normalize ? (value - mean) / std::sqrt(variance + weights.eps) : value;
+            for (int32_t c = 0; c < inputs; c++)
+                pixel[c] = values[(n * inputs + c) * in.area() + at] * (call.factors ? factors[n * inputs + c] : 1);
+            if (normalize) normalized(pixel, weights.eps);
+            for (int32_t c = 0; c < inputs; c++) prepared[(n * inputs + c) * in.area() + at] = factor_of(pixel[c], type);
+        }
+    std::vector<double> want(static_cast<size_t>(out.elements())), units(hidden), sizes(hidden);
+    double weight = 0;
+    for (int64_t n = 0; n < in.images; n++)
+        for (int64_t at = 0; at < out.area(); at++) {
+            const int64_t top = at / out.width * down - patch.top, left = at % out.width * right - patch.left;
             for (int32_t h = 0; h < hidden; h++) {
                 units[h] = weights.first_bias ? first_bias[h] : 0, sizes[h] = std::abs(units[h]);
-                for (int32_t c = 0; c < inputs; c++) {
-                    const double product = double(first[h * inputs + c]) * normed[c];
+                for (int64_t k = 0; k < depth; k++) {
+                    const int64_t c = k / taps, row = top + k % taps / columns, column = left + k % columns;
+                    if (row < 0 || row >= in.height || column < 0 || column >= in.width) continue;
+                    const double x_factor = prepared[(n * inputs + c) * in.area() + row * in.width + column];
+                    const double product = factor_of(first[h * depth + k], type) * x_factor;
                     units[h] += product, sizes[h] += std::abs(product);
+                }
+            }
+            const double deviation = after ? normalized(units, weights.after_eps) : 1;
+            const double largest = *std::max_element(sizes.begin(), sizes.end());
+            for (int32_t h = 0; h < hidden; h++) {
+                if (after) {
+                    const double times = weights.after_scale ? scale[h] : 1, plus = weights.after_shift ? shift[h] : 0;
+                    // An error of a unit, or of the deviation, in units of the latter.
+                    sizes[h] = std::abs(plus) + std::abs(times) * (largest / deviation) * (1 + std::abs(units[h]));
+                    units[h] = units[h] * times + plus;
                 }
                 units[h] = activated(units[h], weights.activation);
             }
             for (int32_t o = 0; o < last; o++) {
                 double sum = pair ? (weights.second_bias ? second_bias[o] : 0) : units[o], size = pair ? std::abs(sum) : sizes[o];
-                for (int32_t h = 0; pair && h < hidden; h++)
-                    sum += second[o * hidden + h] * units[h], size += std::abs(second[o * hidden + h]) * sizes[h];
-                const auto place = static_cast<size_t>((n * last + o) * in.area() + at);
+                for (int32_t h = 0; pair && h < hidden; h++) {
+                    const double times = factor_of(second[o * hidden + h], type);
+                    sum += times * factor_of(units[h], type), size += std::abs(times) * sizes[h];
+                }
+                const auto place = static_cast<size_t>((n * last + o) * out.area() + at);
                 want[place] = sum + (adds ? added[place] : 0);
                 weight = std::max(weight, size + std::abs(adds ? added[place] : 0));
             }
         }
-    judge.compare(y.values(), want, LIMIT, weight, format, name);
+    judge.compare(y.values(), want, limit_of_products(type, 4e-6, pair ? 2 : 1), weight, format, name);
     if (!y.same_around(untouched)) stop(1, "%s: memory outside the output has changed", name);
 }
 
@@ -696,6 +762,7 @@ double row_product(const std::vector<float> &matrix, int64_t row, const float *b
 void test_response(uint64_t seed, Random random, Judge &judge) {
     constexpr double LIMIT = 1e-5;
     const Format &format = FORMATS[WK_FLOAT32];
+    const int32_t type = random_type(random);
     const int side = random.often() ? 18 : 4;
     const Shape in{random.integer(1, 3), random.integer(1, 70), random.integer(1, side), random.integer(1, side)};
     const int32_t channels = static_cast<int32_t>(in.channels), hidden = random.integer(1, 90), outputs = random.integer(1, 70);
@@ -708,8 +775,8 @@ void test_response(uint64_t seed, Random random, Judge &judge) {
     const std::vector<float> down = random.numbers(squeezed * channels), up = random.numbers(channels * squeezed);
     const std::vector<float> down_bias = random.numbers(squeezed), up_bias = random.numbers(channels);
     char name[200];
-    std::snprintf(name, sizeof name, "response, seed %llu, %s: %lldx%dx%lldx%lld, hidden %d, outputs %d, squeezed %d",
-                  static_cast<unsigned long long>(seed), library.isa(), static_cast<long long>(in.images), channels,
+    std::snprintf(name, sizeof name, "response, seed %llu, %s, type %d: %lldx%dx%lldx%lld, hidden %d, outputs %d, squeezed %d",
+                  static_cast<unsigned long long>(seed), library.isa(), type, static_cast<long long>(in.images), channels,
                   static_cast<long long>(in.height), static_cast<long long>(in.width), hidden, outputs, squeezed);
     Image x(in, from, format), y(out, to, format);
     const std::vector<double> values = random_image(in, from, format, random);
@@ -728,6 +795,7 @@ void test_response(uint64_t seed, Random random, Judge &judge) {
     factors.pop_back();
 
     wk_pointwise_weights weights{};
+    weights.type = type;
     weights.inputs = channels, weights.hidden = hidden, weights.outputs = outputs, weights.activation = random.integer(0, 3);
     weights.first = first.data(), weights.first_bias = random.often() ? first_bias.data() : nullptr;
     weights.second = second.data(), weights.response = response.data(), weights.response_eps = 1e-6f;
@@ -739,6 +807,7 @@ void test_response(uint64_t seed, Random random, Judge &judge) {
     succeed(library.pointwise_run(packed, &call), name);
     library.pointwise_free(packed);
 
+    const std::vector<float> firsts = factors_of(first, type), seconds = factors_of(second, type);
     std::vector<double> opened(factors.size()), want(static_cast<size_t>(out.elements()));
     double widest = 0, weight = 0, size;
     for (int64_t n = 0; n < in.images; n++) {
@@ -755,9 +824,9 @@ void test_response(uint64_t seed, Random random, Judge &judge) {
         double largest = 0, mean = 0;
         for (int64_t at = 0; at < area; at++) {
             for (int32_t c = 0; c < channels; c++)
-                pixel[c] = values[(n * channels + c) * area + at] * factors[static_cast<size_t>(n * channels + c)];
+                pixel[c] = factor_of(values[(n * channels + c) * area + at] * factors[static_cast<size_t>(n * channels + c)], type);
             for (int32_t h = 0; h < hidden; h++) {
-                const double unit = activated(row_product(first, h, weights.first_bias, pixel.data(), channels, size), weights.activation);
+                const double unit = activated(row_product(firsts, h, weights.first_bias, pixel.data(), channels, size), weights.activation);
                 units[at * hidden + h] = unit, sizes[h] += unit * unit, largest = std::max(largest, size);
             }
         }
@@ -766,18 +835,18 @@ void test_response(uint64_t seed, Random random, Judge &judge) {
         for (int32_t h = 0; h < hidden; h++) {
             const double factor = 1 + response[h] * sizes[h] / (mean + weights.response_eps);
             strongest = std::max(strongest, std::abs(factor) + 1);
-            for (int64_t at = 0; at < area; at++) units[at * hidden + h] *= factor;
+            for (int64_t at = 0; at < area; at++) units[at * hidden + h] = factor_of(units[at * hidden + h] * factor, type);
         }
         for (int64_t at = 0; at < area; at++)
             for (int32_t o = 0; o < outputs; o++) {
-                want[(n * outputs + o) * area + at] = row_product(second, o, nullptr, &units[at * hidden], hidden, size);
+                want[(n * outputs + o) * area + at] = row_product(seconds, o, nullptr, &units[at * hidden], hidden, size);
                 double row = 0;
                 for (int32_t h = 0; h < hidden; h++) row += std::abs(second[o * hidden + h]);
                 weight = std::max(weight, row * largest * strongest);
             }
     }
     judge.compare({factors.begin(), factors.end()}, opened, LIMIT, std::max(1.0, widest), format, std::string("gate of ") + name);
-    judge.compare(y.values(), want, LIMIT, weight, format, name);
+    judge.compare(y.values(), want, limit_of_products(type, LIMIT, 2), weight, format, name);
     if (!y.same_around(untouched)) stop(1, "%s: memory outside the output has changed", name);
 }
 
