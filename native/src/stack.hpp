@@ -147,11 +147,14 @@ inline void pack_run(const float *from, int64_t channel, int64_t column, int cou
     const int64_t groups = ceil_div(channels, LANES);
     const bool squares = channel != 1 && (column == 1 || column == 2);
     if (!squares)
-        for (int j = 0; j < count; j++)
-            for (int64_t g = 0; g < groups; g++) {
-                const int some = static_cast<int>(least(LANES, channels - g * LANES));
-                slots[j].at[g * slots[j].step] = gather(from + j * column + g * LANES * channel, channel, some);
-            }
+        for (int j = 0; j < count; j++) {
+            const float *pixel = from + j * column;
+            const int64_t whole = channel == 1 ? channels / LANES : 0, step = slots[j].step;
+            Vec *to = slots[j].at;
+            for (int64_t g = 0; g < whole; g++, to += step) *to = Float32::load(pixel + g * LANES);
+            for (int64_t g = whole; g < groups; g++, to += step)
+                *to = gather(pixel + g * LANES * channel, channel, static_cast<int>(least(LANES, channels - g * LANES)));
+        }
     for (int64_t g = 0; g < groups && squares; g++) {
         const float *group = from + g * LANES * channel;
         const int some = static_cast<int>(least(LANES, channels - g * LANES));
@@ -188,6 +191,28 @@ struct Target {
     int64_t channel, channels;
 };
 
+// Groups [begin, end) of one pixel of a tensor whose columns do not adjoin; `y` and `added` are the addresses of the first one.
+inline void unpack_pixel(const Slot &slot, int64_t begin, int64_t end, const Target &to, float *y, const float *added,
+                         const Vec *bias) {
+    const bool adjoin = to.y.channel == 1 && (!added || to.residual.channel == 1);
+    const int64_t whole = adjoin ? least(end, to.channels / LANES) : begin;
+    const Vec *from = slot.at + begin * slot.step;
+    int64_t g = begin;
+    for (; g < whole; g++, from += slot.step, y += LANES) {
+        Vec value = *from;
+        if (bias) value += bias[g];
+        if (added) value += Float32::load(added), added += LANES;
+        Float32::store(y, value);
+    }
+    for (; g < end; g++, from += slot.step, y += LANES * to.y.channel) {
+        const int some = static_cast<int>(least(LANES, to.channels - g * LANES));
+        Vec value = *from;
+        if (bias) value += bias[g];
+        if (added) value += gather(added, to.residual.channel, some), added += LANES * to.residual.channel;
+        scatter(y, to.y.channel, value, some);
+    }
+}
+
 // Writes groups [begin, end) of the stack, plus bias (one vector for each group, or null) plus residual.
 inline void unpack_pixels(const Stack &from, int64_t begin, int64_t end, const Target &to, int64_t first, const Vec *bias) {
     const Pixels &y = to.y, &residual = to.residual;
@@ -200,24 +225,19 @@ inline void unpack_pixels(const Stack &from, int64_t begin, int64_t end, const T
         const float *added = residual.at ? residual.pixel(first + i) + channel * residual.channel : nullptr;
         Slot slots[LANES];
         for (int j = 0; j < count; j++) slots[j] = Slot(from, i + j);
-        for (int64_t g = begin; g < end; g++) {
+        if (!y.columns_adjoin())
+            for (int j = 0; j < count; j++)
+                unpack_pixel(slots[j], begin, end, to, pixel + j * y.column, added ? added + j * residual.column : nullptr, bias);
+        for (int64_t g = begin; g < end && y.columns_adjoin(); g++) {
             const Vec shift = bias ? bias[g] : Vec{};
             const int some = static_cast<int>(least(LANES, to.channels - g * LANES));
-            if (!y.columns_adjoin()) {
-                for (int j = 0; j < count; j++) {
-                    Vec value = slots[j].at[g * slots[j].step] + shift;
-                    if (added) value += gather(added + j * residual.column, residual.channel, some);
-                    scatter(pixel + j * y.column, y.channel, value, some);
-                }
-            } else {
-                Vec square[LANES];
-                for (int j = 0; j < count; j++) square[j] = slots[j].at[g * slots[j].step] + shift;
-                for (int j = count; j < LANES; j++) square[j] = Vec{};
-                transpose(square);
-                for (int c = 0; c < some; c++) {
-                    if (added) square[c] += gather(added + c * residual.channel, residual.column, count);
-                    scatter(pixel + c * y.channel, 1, square[c], count);
-                }
+            Vec square[LANES];
+            for (int j = 0; j < count; j++) square[j] = slots[j].at[g * slots[j].step] + shift;
+            for (int j = count; j < LANES; j++) square[j] = Vec{};
+            transpose(square);
+            for (int c = 0; c < some; c++) {
+                if (added) square[c] += gather(added + c * residual.channel, residual.column, count);
+                scatter(pixel + c * y.channel, 1, square[c], count);
             }
             pixel += LANES * y.channel;
             if (added) added += LANES * residual.channel;
