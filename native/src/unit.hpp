@@ -87,7 +87,7 @@ inline double fma_peak(int32_t threads, double seconds) {
                             WK_NAMESPACE::weight_grad_workspace,                                                                \
                             WK_NAMESPACE::pointwise_pack,                                                                       \
                             WK_NAMESPACE::pointwise_run,                                                                        \
-                            WK_NAMESPACE::pointwise_workspace,                                                                  \
+                            WK_NAMESPACE::products_workspace,                                                                   \
                             WK_NAMESPACE::gate,                                                                                 \
                             WK_NAMESPACE::fma_peak};
 
