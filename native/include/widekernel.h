@@ -198,7 +198,7 @@ int32_t wk_pointwise_run(const wk_pointwise *packed, const wk_pointwise_call *ca
 int32_t wk_pointwise_run_at(const wk_pointwise *packed, const wk_pointwise_call *call, const void *x, const float *factors,
                             const void *residual, void *y);
 // The most bytes of working memory that any call with up to `threads` threads needs: for each thread, and shared by all threads,
-// including the packed weights.
+// including the packed weights. With a response norm, the hidden units of whole images are shared as well, and not counted here.
 void wk_pointwise_workspace(const wk_pointwise *packed, int32_t threads, int64_t *per_thread, int64_t *shared);
 
 int32_t wk_gate_run(const wk_gate *call);

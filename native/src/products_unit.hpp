@@ -14,6 +14,6 @@ inline int32_t pointwise_run(const wk_pointwise &packed, const wk_pointwise_call
 }  // namespace WK_NAMESPACE
 
 #define WK_PRODUCTS                                                                                                             \
-    {WK_NAMESPACE::pointwise_pack, WK_NAMESPACE::pointwise_run, WK_NAMESPACE::pointwise_workspace, WK_NAMESPACE::product_peak}
+    {WK_NAMESPACE::pointwise_pack, WK_NAMESPACE::pointwise_run, WK_NAMESPACE::products_workspace, WK_NAMESPACE::product_peak}
 
 }  // namespace wk

@@ -33,6 +33,14 @@ struct Parting {
     int64_t largest() const { return ceil_div(pixels, parts); }
 };
 
+// As `pointwise_workspace`, without what grows with the images if there is a response norm.
+inline void products_workspace(const wk_pointwise &packed, int32_t threads, int64_t &per_thread, int64_t &shared) {
+    pointwise_workspace(packed, threads, per_thread, shared);
+    if (!packed.response) return;
+    per_thread = Activations::bytes(packed, PART_PIXELS, Weights(packed).chunks.size) + Unrounded::bytes(packed, PART_PIXELS);
+    shared = packed.bytes;
+}
+
 // What all threads share: the hidden units of some images, the sums of their squares by part, and the factors by image. If parts
 // are fewer than threads, also all other activations.
 struct Responses {

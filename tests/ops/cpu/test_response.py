@@ -172,9 +172,11 @@ def test_sigmoids_of_all_magnitudes(isa: str) -> None:
     assert ((y.double() - want).abs() <= 2e-7).all()
 
 
-def test_workspace_holds_the_hidden_units_of_some_images() -> None:
-    packed, plain = PackedBlock(*pair(96, 384, 96)), PackedBlock(*pair(96, 384, 96)[:6])
-    assert packed.workspace()[0] >= plain.workspace()[0] > 0
+def test_workspace_without_images() -> None:
+    own, shared = PackedBlock(*pair(96, 384, 96)).workspace()
+    weights = 4 * (2 * 96 * 384 + 96 + 2 * 384)
+    assert 0 < own <= 1 << 20
+    assert weights <= shared <= 1.1 * weights
 
 
 def test_what_is_refused() -> None:

@@ -204,6 +204,9 @@ class PackedBlock:
     def workspace(self) -> tuple[int, int]:
         """Return the most bytes that a call with PyTorch's current number of threads needs.
 
+        With a response norm, threads also share the hidden units of one image, or of several that have at most 896 pixels
+        together, and, if these are too few for all threads, their other activations. These are not counted.
+
         Returns:
             the bytes of each thread, and those that all share, including the packed weights.
         """
