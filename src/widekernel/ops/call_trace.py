@@ -62,11 +62,13 @@ class Trace:
         calls: the operator calls, each with the name of its backend.
         fused: the native calls of fused blocks.
         pointwise_grads: the calls for gradients of pointwise layers.
+        batch_norms: the shapes of the maps that our kernels normalized in training.
     """
 
     calls: list[tuple[str, Problem]] = field(default_factory=list)
     fused: list[FusedCall] = field(default_factory=list)
     pointwise_grads: list[PointwiseGradCall] = field(default_factory=list)
+    batch_norms: list[tuple[int, ...]] = field(default_factory=list)
 
     def backends(self, op: str | None = None) -> list[str]:
         """Return the name of the backend of every recorded call, or of the calls of one operator."""
@@ -110,3 +112,10 @@ def record_pointwise_grad(call: PointwiseGradCall) -> None:
     with _LOCK:
         for open_trace in OPEN_TRACES:
             open_trace.pointwise_grads.append(call)
+
+
+def record_batch_norm(shape: tuple[int, ...]) -> None:
+    """Add a batch norm in training to every open trace."""
+    with _LOCK:
+        for open_trace in OPEN_TRACES:
+            open_trace.batch_norms.append(shape)
