@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import itertools
 from collections.abc import Callable
@@ -29,13 +30,13 @@ def compiled(network: nn.Module, backend: str | Callable[..., Any] = "inductor")
 def compiled_by_zentorch(network: nn.Module) -> Callable[[Tensor], Tensor]:
     """Return a function that runs a network compiled by zentorch, for images of one size.
 
-    Two of its side effects are kept away from others. It adds its passes to the settings of PyTorch's own compiler, which
-    would use them from then on. And it keeps packed weights by the address of the original ones, so that another network at
-    the same address would get them: the network stays in memory until the process ends.
+    Its side effects are kept away from others. It adds its passes to the settings of PyTorch's own compiler, which would use
+    them from then on. And it reorders weights in place, and takes new weights at the address of freed ones for reordered. So
+    it gets a copy of the network, which stays in memory until the process ends.
     """
     importlib.import_module("zentorch")  # registers its compiler
-    _KEPT.append(network)
-    return compiled(network, _zentorch)
+    _KEPT.append(copy.deepcopy(network))
+    return compiled(_KEPT[-1], _zentorch)
 
 
 def _zentorch(graph: Any, inputs: Any) -> Callable[..., Any]:
