@@ -226,7 +226,7 @@ def test_what_the_c_interface_refuses() -> None:
     matrix = torch.randn(4, 2, 3, 3)
 
     def pack(geometry: tuple[int, ...], **others: Any) -> int:
-        weights = library.PointwiseWeights(library.FLOAT32, 2, 4, 0, library.RELU, 0, 0.0, matrix.data_ptr())
+        weights = library.PointwiseWeights(inputs=2, hidden=4, activation=library.RELU, first=matrix.data_ptr())
         weights.patch = library.PatchGeometry(*geometry)
         for name, value in others.items():
             setattr(weights, name, value)
