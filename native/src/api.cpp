@@ -12,6 +12,9 @@ namespace wk {
 extern const Kernels kernels_portable;
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2, kernels_avx512;
+#ifdef WIDEKERNEL_AVX512_BF16
+extern const Products products_avx512_bf16;
+#endif
 #elif defined(__aarch64__)
 extern const Kernels kernels_neon;
 #endif
@@ -40,6 +43,27 @@ const Kernels &kernels() {
         __atomic_store_n(&chosen, found, __ATOMIC_RELEASE);
     }
     return *found;
+}
+
+// The products of a type in the instruction set in use; null, with the reason, if there are none.
+const Products *products(int32_t type, const char *&reason) {
+    reason = nullptr;
+    if (type == WK_FLOAT32) return &kernels().products;
+    if (type != WK_BFLOAT16) {
+        reason = "products are computed in float32 or bfloat16";
+        return nullptr;
+    }
+#ifdef WIDEKERNEL_AVX512_BF16
+    if (!Processor::present().avx512_bf16())
+        reason = "this processor has no bfloat16 products (AVX512_BF16: AMD Zen 4, Intel Sapphire Rapids, and later)";
+    else if (&kernels() != &kernels_avx512)
+        reason = "the instruction set in use has no bfloat16 products; only avx512 has them";
+    else
+        return &products_avx512_bf16;
+#else
+    reason = "this build of the native library has no bfloat16 products, which its compiler or processor family lacks";
+#endif
+    return nullptr;
 }
 
 bool is_tensor(const wk_tensor &t) { return t.channel == 1 || t.column == 1; }
@@ -116,7 +140,8 @@ bool is_valid(const wk_patch &patch) {
 bool is_valid(const wk_pointwise_weights &weights) {
     return weights.inputs > 0 && weights.hidden > 0 && weights.outputs >= 0 && weights.first &&
            (weights.outputs == 0 || weights.second) && weights.activation >= WK_NO_ACTIVATION &&
-           weights.activation <= WK_GELU_TANH && (!weights.normalize || weights.eps >= 0) && is_valid(weights.patch) &&
+           weights.activation <= WK_GELU_TANH && weights.type >= WK_FLOAT32 && weights.type <= WK_FLOAT16 &&
+           (!weights.normalize || weights.eps >= 0) && is_valid(weights.patch) &&
            (!weights.normalize_after || (weights.outputs == 0 && weights.after_eps >= 0)) &&
            (!weights.response || (weights.outputs > 0 && weights.response_eps >= 0));
 }
@@ -130,12 +155,38 @@ bool is_valid(const wk_pointwise_call &call) {
     return call.threads > 0 && call.images > 0 && call.height > 0 && call.width > 0 && call.x.data && call.y.data;
 }
 
+bool is_valid(const wk_pointwise_grad &call) {
+    return call.threads > 0 && call.images > 0 && call.height > 0 && call.width > 0 && call.inputs > 0 && call.outputs > 0 &&
+           call.x.data && call.grad.data && call.weight;
+}
+
+bool is_dense(const wk_tensor &t, const wk_batch_norm &call) {
+    const int64_t width = call.width, height = call.height, channels = call.channels;
+    if (t.channel == 1 && t.column == channels && t.row == width * channels && t.image == height * width * channels) return true;
+    return t.column == 1 && t.row == width && t.channel == height * width && t.image == height * width * channels;
+}
+
+bool is_valid(const wk_batch_norm &call) {
+    if (call.threads <= 0 || call.images <= 0 || call.channels <= 0 || call.height <= 0 || call.width <= 0 || call.eps < 0) return false;
+    if (!call.x.data || !call.y.data || !call.mean || !call.factor || !(call.backward ? !!call.grad.data : !!call.variance)) return false;
+    if (!is_dense(call.x, call) || call.y.channel != call.x.channel || !is_dense(call.y, call)) return false;
+    return !call.backward || (call.grad.channel == call.x.channel && is_dense(call.grad, call));
+}
+
 }  // namespace
 }  // namespace wk
 
 WK_EXPORT int32_t wk_abi(void) { return WK_ABI; }
 WK_EXPORT const char *wk_isa(void) { return wk::kernels().isa; }
 WK_EXPORT int32_t wk_lanes(void) { return wk::kernels().lanes; }
+
+WK_EXPORT int32_t wk_is_amd(void) {
+#if defined(__x86_64__)
+    return wk::Processor::present().is_amd();
+#else
+    return 0;
+#endif
+}
 
 WK_EXPORT int32_t wk_use_isa(const char *name) {
     const wk::Kernels *found = wk::find(name);
@@ -194,15 +245,17 @@ WK_EXPORT void wk_weight_grad_workspace(const wk_weight_grad *call, int64_t *per
 WK_EXPORT int32_t wk_pointwise_pack(const wk_pointwise_weights *weights, wk_pointwise **packed) {
     *packed = nullptr;
     if (!wk::is_valid(*weights)) return WK_BAD_ARGUMENT;
-    const wk::Kernels &kernels = wk::kernels();
+    const char *reason;
+    const wk::Products *products = wk::products(weights->type, reason);
+    if (!products) return WK_UNAVAILABLE;
     auto *made = static_cast<wk_pointwise *>(std::calloc(1, sizeof(wk_pointwise)));
     if (!made) return WK_OUT_OF_MEMORY;
-    made->kernels = &kernels;
+    made->products = products;
     made->channels = weights->inputs, made->hidden = weights->hidden, made->outputs = weights->outputs;
     made->activation = weights->activation, made->normalize = weights->normalize, made->eps = weights->eps;
     made->patch = weights->patch, made->normalize_after = weights->normalize_after, made->after_eps = weights->after_eps;
     made->response_eps = weights->response_eps;
-    const int32_t error = kernels.pointwise_pack(*weights, *made);
+    const int32_t error = products->pack(*weights, *made);
     if (error)
         wk_pointwise_free(made);
     else
@@ -217,8 +270,8 @@ WK_EXPORT void wk_pointwise_free(wk_pointwise *packed) {
 
 WK_EXPORT int32_t wk_pointwise_run(const wk_pointwise *packed, const wk_pointwise_call *call) {
     if (!packed || !wk::is_valid(*call)) return WK_BAD_ARGUMENT;
-    if (wk::has_patches(packed->patch) && (call->x_height <= 0 || call->x_width <= 0 || call->factors)) return WK_BAD_ARGUMENT;
-    return packed->kernels->pointwise_run(*packed, *call);
+    if (wk::has_patches(packed->patch) && (call->x_height <= 0 || call->x_width <= 0)) return WK_BAD_ARGUMENT;
+    return packed->products->run(*packed, *call);
 }
 
 WK_EXPORT int32_t wk_pointwise_run_at(const wk_pointwise *packed, const wk_pointwise_call *call, const void *x,
@@ -230,7 +283,7 @@ WK_EXPORT int32_t wk_pointwise_run_at(const wk_pointwise *packed, const wk_point
 }
 
 WK_EXPORT void wk_pointwise_workspace(const wk_pointwise *packed, int32_t threads, int64_t *per_thread, int64_t *shared) {
-    packed->kernels->pointwise_workspace(*packed, threads, *per_thread, *shared);
+    packed->products->workspace(*packed, threads, *per_thread, *shared);
 }
 
 WK_EXPORT int32_t wk_gate_run(const wk_gate *call) {
@@ -256,15 +309,34 @@ WK_EXPORT int32_t wk_samples_equal(const wk_samples *samples, int32_t sets, cons
     return differences == 0;
 }
 
+WK_EXPORT int32_t wk_pointwise_weight_grad(const wk_pointwise_grad *call) {
+    return wk::is_valid(*call) ? wk::kernels().pointwise_weight_grad(*call) : WK_BAD_ARGUMENT;
+}
+
+WK_EXPORT int32_t wk_batch_norm_run(const wk_batch_norm *call) {
+    return wk::is_valid(*call) ? wk::kernels().batch_norm(*call) : WK_BAD_ARGUMENT;
+}
+
 WK_EXPORT const char *wk_error_text(int32_t error) {
     switch (error) {
     case WK_OK: return "no error";
     case WK_BAD_ARGUMENT: return "the sizes, strides or methods of the call do not fit together";
     case WK_OUT_OF_MEMORY: return "there is no memory left for the working space";
+    case WK_UNAVAILABLE: return "this build, processor or instruction set lacks products of that type";
     default: return "unknown error";
     }
 }
 
-WK_EXPORT double wk_fma_peak(int32_t threads, double seconds) {
-    return threads > 0 && seconds > 0 ? wk::kernels().fma_peak(threads, seconds) : 0;
+WK_EXPORT const char *wk_why_no_products(int32_t type) {
+    const char *reason;
+    wk::products(type, reason);
+    return reason;
 }
+
+WK_EXPORT double wk_product_peak(int32_t type, int32_t threads, double seconds) {
+    const char *reason;
+    const wk::Products *products = wk::products(type, reason);
+    return products && threads > 0 && seconds > 0 ? products->peak(threads, seconds) : 0;
+}
+
+WK_EXPORT double wk_fma_peak(int32_t threads, double seconds) { return wk_product_peak(WK_FLOAT32, threads, seconds); }

@@ -8,25 +8,32 @@
 #include "widekernel.h"
 
 namespace wk {
-struct Kernels;
+struct Products;
 }
 
 struct wk_pointwise {
-    const wk::Kernels *kernels;
+    const wk::Products *products;
     int32_t channels;  // of the tensor
     int32_t inputs;    // of the first product: channels, or numbers of a patch
     int32_t hidden, outputs, activation, normalize, normalize_after;
-    float eps, after_eps;
+    float eps, after_eps, response_eps;
     wk_patch patch;
     int32_t dense;  // whether the numbers of a patch follow each other without gaps; otherwise, each tap has whole vectors
     void *memory;
     int64_t bytes;
-    float *first, *first_bias, *second, *second_bias, *after_scale, *after_shift;  // parts of `memory`
-    float *response;  // another one, or null
-    float response_eps;
+    // Parts of `memory`. `after_scale` and `after_shift` exist with `normalize_after`; `response` may be null.
+    float *first, *first_bias, *second, *second_bias, *after_scale, *after_shift, *response;
 };
 
 namespace wk {
+
+// Pointwise products with factors of one type.
+struct Products {
+    int32_t (*pack)(const wk_pointwise_weights &weights, wk_pointwise &packed);
+    int32_t (*run)(const wk_pointwise &packed, const wk_pointwise_call &call);
+    void (*workspace)(const wk_pointwise &packed, int32_t threads, int64_t &per_thread, int64_t &shared);
+    double (*peak)(int32_t threads, double seconds);
+};
 
 struct Kernels {
     const char *isa;
@@ -35,11 +42,10 @@ struct Kernels {
     int32_t (*depthwise_weight_grad)(const wk_weight_grad &call);
     void (*sum_workspace)(const wk_sum &call, int64_t &per_thread, int64_t &shared);
     void (*weight_grad_workspace)(const wk_weight_grad &call, int64_t &per_thread, int64_t &shared);
-    int32_t (*pointwise_pack)(const wk_pointwise_weights &weights, wk_pointwise &packed);
-    int32_t (*pointwise_run)(const wk_pointwise &packed, const wk_pointwise_call &call);
-    void (*pointwise_workspace)(const wk_pointwise &packed, int32_t threads, int64_t &per_thread, int64_t &shared);
     int32_t (*gate)(const wk_gate &call);
-    double (*fma_peak)(int32_t threads, double seconds);
+    int32_t (*pointwise_weight_grad)(const wk_pointwise_grad &call);
+    int32_t (*batch_norm)(const wk_batch_norm &call);
+    Products products;  // of float32
 };
 
 }  // namespace wk

@@ -9,9 +9,11 @@ namespace wk {
 namespace WK_NAMESPACE {
 
 // Hidden units that are computed together: they stay in the cache until the second product has used them.
-constexpr int64_t HIDDEN_CHUNK = ceil_div(256, PANEL) * PANEL;
+constexpr int64_t HIDDEN_CHUNK = ceil_div(256, PANEL) * PANEL * WORD;
 // Input channels whose products are summed in registers.
-constexpr int64_t DEPTH_BLOCK = 512;
+constexpr int64_t DEPTH_BLOCK = 512 * WORD;
+// Units of a panel fill whole vectors of words, so that those of a chunk do.
+static_assert(PANEL % GROUP == 0);
 
 // `length` items in `count` equal pieces of whole `unit`s.
 struct Pieces {
@@ -24,7 +26,9 @@ struct Pieces {
     int64_t in(int64_t index) const { return least(size, length - index * size); }
 };
 
+// Vectors of so many channels, and of their words.
 inline int64_t vectors_for(int64_t channels) { return ceil_div(channels, LANES); }
+inline int64_t words_for(int64_t channels) { return ceil_div(channels, GROUP); }
 inline int64_t panels_for(int64_t channels) { return ceil_div(channels, PANEL); }
 
 // The weights as packed. The first product's lie by chunk of hidden units, block of inputs, panel of hidden units; the second's by
@@ -34,14 +38,16 @@ struct Weights {
     Pieces chunks, blocks;
 
     explicit Weights(const wk_pointwise &packed)
-        : of(packed), chunks(packed.hidden, HIDDEN_CHUNK, PANEL), blocks(packed.inputs, DEPTH_BLOCK, LANES) {}
+        : of(packed), chunks(packed.hidden, HIDDEN_CHUNK, PANEL), blocks(packed.inputs, DEPTH_BLOCK, GROUP) {}
 
     float *first(int64_t chunk, int64_t block, int64_t panel) const {
-        return of.first + chunks.begin(chunk) * lines_for(of.inputs) + blocks.begin(block) * vectors_for(chunks.in(chunk)) * LANES +
+        const int64_t columns = vectors_for(chunks.in(chunk)) * LANES;
+        return of.first + chunks.begin(chunk) * lines_for(of.inputs) + blocks.begin(block) / WORD * columns +
                panel * PANEL * lines_for(blocks.in(block));
     }
     float *second(int64_t chunk, int64_t panel) const {
-        return of.second + chunks.begin(chunk) * vectors_for(of.outputs) * LANES + panel * PANEL * lines_for(chunks.in(chunk));
+        const int64_t columns = vectors_for(of.outputs) * LANES;
+        return of.second + chunks.begin(chunk) / WORD * columns + panel * PANEL * lines_for(chunks.in(chunk));
     }
     // Hidden units that exist at the same time: a norm needs all of a pixel.
     int64_t units() const { return of.normalize_after ? of.hidden : chunks.size; }
@@ -54,7 +60,8 @@ struct Weights {
 inline void pack_panel(const float *from, int64_t row, int64_t columns, int64_t depth, int64_t vectors, float *to) {
     const int64_t lanes = vectors * LANES;
     for (int64_t c = 0; c < lanes; c++)
-        for (int64_t k = 0; k < lines_for(depth); k++) to[k * lanes + c] = c < columns && k < depth ? from[c * row + k] : 0.0f;
+        for (int64_t k = 0; k < lines_for(depth); k++)
+            to[k * lanes + c] = word_of(from + c * row + k * WORD, c < columns ? depth - k * WORD : 0);
 }
 
 // The most numbers of a patch that are gathered one by one.

@@ -3,7 +3,8 @@
 //     hidden · (1 + weight · size / (mean of all sizes + eps)),
 //
 // where the size of a channel is its Euclidean norm over the pixels of an image. Hidden units of whole images exist at the same
-// time. They keep the order of products, so that the second product reads them as the first one has written them.
+// time, in float32 whatever the factors of products are. They lie in the order of products, so that a copy, times their factors,
+// is the input of the second product.
 #pragma once
 
 #include "phases.hpp"
@@ -36,7 +37,7 @@ struct Parting {
 inline void products_workspace(const wk_pointwise &packed, int32_t threads, int64_t &per_thread, int64_t &shared) {
     pointwise_workspace(packed, threads, per_thread, shared);
     if (!packed.response) return;
-    per_thread = Activations::bytes(packed, PART_PIXELS, Weights(packed).chunks.size);
+    per_thread = Activations::bytes(packed, PART_PIXELS, Weights(packed).chunks.size) + Unrounded::bytes(packed, PART_PIXELS);
     shared = packed.bytes;
 }
 
@@ -51,8 +52,8 @@ struct Responses {
         hidden = carver.take<Vec>(pixels * groups);
         squares = carver.take<Vec>(parting.all() * groups);
         factors = carver.take<Vec>(parting.images * groups);
-        x = carver.take<Vec>(shared ? pixels * vectors_for(packed.inputs) : 0);
-        scaled = carver.take<Vec>(shared ? pixels * groups : 0);
+        x = carver.take<Vec>(shared ? pixels * words_for(packed.inputs) : 0);
+        scaled = carver.take<Vec>(shared ? pixels * words_for(packed.hidden) : 0);
         y = carver.take<Vec>(shared ? pixels * vectors_for(packed.outputs) : 0);
     }
 
@@ -70,7 +71,7 @@ class RespondingPointwise : protected Pointwise {
         : Pointwise(packed, call), parting_(packed, int64_t{call.height} * call.width, call.images), images_(call.images) {
         const int64_t parts = parting_.all(), threads = plan_.threads;
         shared_ = parts < threads || (parts < 4 * threads && parts % threads);
-        task_bytes_ = Activations::bytes(packed, parting_.largest(), weights_.chunks.size);
+        own_bytes_ = own_bytes(shared_ ? 0 : Activations::bytes(packed, parting_.largest(), weights_.chunks.size), parting_.largest());
     }
 
     int32_t run() {
@@ -118,23 +119,15 @@ class RespondingPointwise : protected Pointwise {
     }
     Vec *squares_of(int64_t part) const { return memory_.squares + part * vectors_for(packed_.hidden); }
 
-    // The working memory of a task; without, it does nothing, because others wait for its end.
-    bool has_own(Activations &own, int64_t pixels) {
-        Carver carver{own_memory.at_least(task_bytes_)};
-        if (carver.base)
-            own = Activations(carver, packed_, pixels, weights_.chunks.size);
-        else
-            __atomic_store_n(&out_of_memory_, 1, __ATOMIC_RELAXED);
-        return carver.base;
-    }
-
     void first_half(int64_t part) {
+        Carver carver{own_block()};
+        if (!carver.base) return;
         const Stack hidden = hidden_of(part);
-        Activations own;
-        if (!has_own(own, hidden.count)) return;
-        pack(first_pixel(part), own.x);
+        const Activations own(carver, packed_, hidden.count, weights_.chunks.size);
+        const Unrounded unrounded(carver, packed_, hidden.count);
+        pack(first_pixel(part), own.x, unrounded);
         for (int64_t chunk = 0; chunk < weights_.chunks.count(); chunk++)
-            hidden_units(own.x, chunk, 0, panels_for(weights_.chunks.in(chunk)), hidden, group_of(chunk), squares_of(part));
+            hidden_units(own.x, chunk, 0, panels_for(weights_.chunks.in(chunk)), hidden, first_vector(chunk), unrounded, squares_of(part));
     }
 
     // The factors of an image's hidden units, from the sums of their squares.
@@ -157,20 +150,26 @@ class RespondingPointwise : protected Pointwise {
     // Copies a chunk of hidden units, times their factors, to `to`, in which it begins with `group`.
     void scale(int64_t part, int64_t chunk, const Stack &to, int64_t group) const {
         const Stack from = hidden_of(part);
-        const int64_t begin = group_of(chunk), count = vectors_for(weights_.chunks.in(chunk));
+        const int64_t begin = first_vector(chunk), count = vectors_for(weights_.chunks.in(chunk));
         const Vec *factors = memory_.factors + part / parting_.parts * from.groups + begin;
         for (int64_t t = 0; t < from.tiles(); t++) {
             const int64_t rows = from.rows(t);
             const Vec *source = from.tile(t) + begin * rows;
             Vec *target = to.tile(t) + group * rows;
-            for (int64_t g = 0; g < count; g++)
-                for (int64_t row = 0; row < rows; row++) target[g * rows + row] = source[g * rows + row] * factors[g];
+            for (int64_t v = 0; v < count; v += WORD)
+                for (int64_t row = 0; row < rows; row++) {
+                    Vec scaled[WORD];
+                    for (int64_t i = 0; i < WORD; i++)
+                        scaled[i] = v + i < count ? source[(v + i) * rows + row] * factors[v + i] : Vec{};
+                    target[v / WORD * rows + row] = words_of(scaled);
+                }
         }
     }
 
     void second_half(int64_t part) {
-        Activations own;
-        if (!has_own(own, hidden_of(part).count)) return;
+        Carver carver{own_block()};
+        if (!carver.base) return;
+        const Activations own(carver, packed_, hidden_of(part).count, weights_.chunks.size);
         for (int64_t chunk = 0; chunk < weights_.chunks.count(); chunk++) {
             scale(part, chunk, own.hidden, 0);
             add_outputs(own.hidden, 0, chunk, 0, panels_for(packed_.outputs), own.y);
@@ -178,40 +177,43 @@ class RespondingPointwise : protected Pointwise {
         unpack_pixels(own.y, 0, own.y.groups, target(0, packed_.outputs), first_pixel(part), second_bias());
     }
 
-    void pack_part(int64_t part) { pack(first_pixel(part), part_of(memory_.x, part, vectors_for(packed_.inputs))); }
+    Stack shared_x(int64_t part) const { return part_of(memory_.x, part, words_for(packed_.inputs)); }
+    Stack shared_scaled(int64_t part) const { return part_of(memory_.scaled, part, words_for(packed_.hidden)); }
+
+    void pack_part(int64_t part) {
+        Carver carver{own_block()};
+        if (carver.base) pack(first_pixel(part), shared_x(part), Unrounded(carver, packed_, parting_.largest()));
+    }
 
     void compute_units(int64_t task) {
         const int64_t chunk = task / parts_, part = task % parts_, panels = panels_for(weights_.chunks.in(chunk));
         for (int64_t p = 0; p < parting_.all(); p++)
-            hidden_units(part_of(memory_.x, p, vectors_for(packed_.inputs)), chunk, panels * part / parts_, panels * (part + 1) / parts_,
-                         hidden_of(p), group_of(chunk), squares_of(p));
+            hidden_units(shared_x(p), chunk, panels * part / parts_, panels * (part + 1) / parts_, hidden_of(p), first_vector(chunk), {},
+                         squares_of(p));
     }
 
     void scale_part(int64_t part) {
-        const Stack scaled = part_of(memory_.scaled, part, vectors_for(packed_.hidden));
-        for (int64_t chunk = 0; chunk < weights_.chunks.count(); chunk++) scale(part, chunk, scaled, group_of(chunk));
+        for (int64_t chunk = 0; chunk < weights_.chunks.count(); chunk++) scale(part, chunk, shared_scaled(part), hidden_group(chunk));
     }
 
     void compute_outputs(int64_t task) {
         const int64_t panels = panels_for(packed_.outputs), begin = panels * task / endings_, end = panels * (task + 1) / endings_;
         for (int64_t part = 0; part < parting_.all(); part++) {
-            const Stack scaled = part_of(memory_.scaled, part, vectors_for(packed_.hidden));
             const Stack y = part_of(memory_.y, part, vectors_for(packed_.outputs));
             for (int64_t chunk = 0; chunk < weights_.chunks.count(); chunk++)
-                add_outputs(scaled, group_of(chunk), chunk, begin, end, y);
+                add_outputs(shared_scaled(part), hidden_group(chunk), chunk, begin, end, y);
             unpack_pixels(y, begin * PANEL_VECTORS, least(end * PANEL_VECTORS, y.groups), target(0, packed_.outputs),
                           first_pixel(part), second_bias());
         }
     }
 
-    // Among all hidden units, the group with which a chunk begins.
-    int64_t group_of(int64_t chunk) const { return weights_.chunks.begin(chunk) / LANES; }
-    const Vec *second_bias() const { return reinterpret_cast<const Vec *>(packed_.second_bias); }
+    // Among all hidden units in float32, the vector with which a chunk begins.
+    int64_t first_vector(int64_t chunk) const { return weights_.chunks.begin(chunk) / LANES; }
 
     Parting parting_;
     const int64_t images_;
     bool shared_;
-    int64_t task_bytes_, first_ = 0;  // working memory of a thread, and the first of the images that are computed together
+    int64_t first_ = 0;  // of the images that are computed together
     Responses memory_{};
 };
 

@@ -3,6 +3,7 @@
 
 #include "pack.hpp"
 #include "product.hpp"
+#include "widekernel.h"
 
 namespace wk {
 namespace WK_NAMESPACE {
@@ -52,7 +53,7 @@ template <int... I> WK_INLINE Vec even_lanes(const Vec &a, const Vec &b, std::in
     return __builtin_shufflevector(a, b, (2 * I)...);
 }
 
-// `count` pixels in tiles of at most `each`, the rows of products; see product.hpp for the order within a tile.
+// `count` pixels in tiles of at most `each`, the rows of products or their sums; see product.hpp for the order within a tile.
 struct Stack {
     Vec *at;
     int64_t count, each, groups;
@@ -60,6 +61,7 @@ struct Stack {
     int64_t tiles() const { return ceil_div(count, each); }
     int64_t rows(int64_t tile) const { return least(each, count - tile * each); }
     Vec *tile(int64_t index) const { return at + index * each * groups; }
+    Stack only(int64_t index) const { return {tile(index), rows(index), rows(index), groups}; }
 };
 
 // One pixel of a stack: group g is at[g * step].
@@ -68,6 +70,7 @@ struct Slot {
     int64_t step;
 
     Slot() = default;
+    Slot(Vec *first, int64_t distance) : at(first), step(distance) {}
     Slot(const Stack &stack, int64_t pixel)
         : at(stack.tile(pixel / stack.each) + pixel % stack.each), step(stack.rows(pixel / stack.each)) {}
 };
@@ -114,17 +117,34 @@ inline void normalize(const Slot &slot, int64_t channels, float eps) {
     }
 }
 
+// Multiplies the channels of a pixel by `factors`.
+inline void multiply(const Slot &slot, const float *factors, int64_t channels) {
+    for (int64_t g = 0; g * LANES < channels; g++)
+        slot.at[g * slot.step] *= gather(factors + g * LANES, 1, static_cast<int>(least(LANES, channels - g * LANES)));
+}
+
+// Makes words of the channels of a pixel.
+inline void convert(const Slot &from, int64_t vectors, const Slot &to) {
+    for (int64_t v = 0; v < vectors; v += WORD) {
+        Vec channels[WORD];
+        for (int64_t i = 0; i < WORD; i++) channels[i] = v + i < vectors ? from.at[(v + i) * from.step] : Vec{};
+        to.at[v / WORD * to.step] = words_of(channels);
+    }
+}
+
 // `count` numbers of a channel, at distance 1 or 2; `readable` floats may be read.
 WK_INLINE Vec load_columns(const float *from, int64_t column, int count, int64_t readable) {
     if (column == 1) return readable >= LANES ? Float32::load(from) : load_some<Float32>(from, static_cast<int>(readable));
-    if (readable >= 2 * LANES) return even_lanes(Float32::load(from), Float32::load(from + LANES), std::make_integer_sequence<int, LANES>{});
+    if (readable >= 2 * LANES)
+        return even_lanes(Float32::load(from), Float32::load(from + LANES), std::make_integer_sequence<int, LANES>{});
     return gather(from, column, count);
 }
 
-// Copies `count` ≤ LANES pixels at constant distance, up to `channels` of each; `groups` vectors of each slot are written. Full
-// vectors may read pixels that belong to somebody else, but only `readable` floats from the first one on.
+// Copies `count` ≤ LANES pixels at constant distance into slots, a vector for each LANES of their channels. Full vectors may read
+// pixels that belong to somebody else, but only `readable` floats from the first one on.
 inline void pack_run(const float *from, int64_t channel, int64_t column, int count, int64_t readable, int64_t channels,
-                     int64_t groups, const Slot *slots) {
+                     const Slot *slots) {
+    const int64_t groups = ceil_div(channels, LANES);
     const bool squares = channel != 1 && (column == 1 || column == 2);
     if (!squares)
         for (int j = 0; j < count; j++)
@@ -146,22 +166,17 @@ inline void pack_run(const float *from, int64_t channel, int64_t column, int cou
     }
 }
 
-// Multiplies the channels of a pixel by `factors`.
-inline void multiply(const Slot &slot, const float *factors, int64_t channels) {
-    for (int64_t g = 0; g * LANES < channels; g++)
-        slot.at[g * slot.step] *= gather(factors + g * LANES, 1, static_cast<int>(least(LANES, channels - g * LANES)));
-}
-
-// Copies `to.count` pixels from `first` on; `finish` is called with each slot, when it is complete, and its number in `to`.
-template <class Finish>
-void pack_pixels(const Pixels &from, int64_t first, int64_t channels, const Stack &to, Finish &&finish) {
-    for (int64_t i = 0; i < to.count;) {
+// Copies `pixels` pixels from `first` on, at most LANES at a time: pixel i, the j-th of these, into the slot `place(i, j)`. When it
+// is complete, `finish` is called with the slot and i.
+template <class Place, class Finish>
+void pack_pixels(const Pixels &from, int64_t first, int64_t pixels, int64_t channels, Place &&place, Finish &&finish) {
+    for (int64_t i = 0; i < pixels;) {
         const float *pixel = from.pixel(first + i);
         const int64_t run = from.run_from(first + i);
-        const int count = static_cast<int>(least(least(LANES, to.count - i), run));
+        const int count = static_cast<int>(least(least(LANES, pixels - i), run));
         Slot slots[LANES];
-        for (int j = 0; j < count; j++) slots[j] = Slot(to, i + j);
-        pack_run(pixel, from.channel, from.column, count, from.column == 1 ? run : 1, channels, to.groups, slots);
+        for (int j = 0; j < count; j++) slots[j] = place(i + j, j);
+        pack_run(pixel, from.channel, from.column, count, from.column == 1 ? run : 1, channels, slots);
         for (int j = 0; j < count; j++) finish(slots[j], i + j);
         i += count;
     }

@@ -1,12 +1,12 @@
 // The body of one instruction set's translation unit; simd.hpp lists the macros that must be defined before it.
 #pragma once
 
+#include "batch_norm.hpp"
 #include "gate.hpp"
-#include "response.hpp"
+#include "pointwise_grad.hpp"
+#include "products_unit.hpp"
 #include "sum.hpp"
 #include "weight_grad.hpp"
-
-#include <ctime>
 
 namespace wk {
 namespace WK_NAMESPACE {
@@ -31,49 +31,11 @@ inline void weight_grad_workspace(const wk_weight_grad &call, int64_t &per_threa
     per_thread = grad.own_bytes(), shared = grad.shared_bytes();
 }
 
-inline int32_t pointwise_run(const wk_pointwise &packed, const wk_pointwise_call &call) {
-    return packed.response ? RespondingPointwise(packed, call).run() : Pointwise(packed, call).run();
-}
-
 inline int32_t gate(const wk_gate &call) { return Gate(call).run(); }
 
-// Enough independent chains to keep two multiply-add units of latency four or five busy.
-inline int64_t multiply_add_for(double seconds) {
-    auto now = [] {
-        timespec t;
-        clock_gettime(CLOCK_MONOTONIC, &t);
-        return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
-    };
-    constexpr int CHAINS = 12;
-    Vec chain[CHAINS];
-    Vec factor = all(0.999f), step = all(0.001f);
-    unroll<CHAINS>([&](auto i) { chain[i] = all(float(i)); });
-    int64_t rounds = 0;
-    for (double end = now() + seconds; now() < end; rounds++)
-        for (int i = 0; i < 10000; i++)
-            unroll<CHAINS>([&](auto c) {
-                hold(chain[c]);
-                chain[c] = chain[c] * factor + step;
-            });
-    // The compiler would discard unused results.
-    volatile float seen = 0;
-    unroll<CHAINS>([&](auto i) { seen = seen + chain[i][0]; });
-    return rounds * 10000 * CHAINS * LANES * 2;
-}
+inline int32_t pointwise_weight_grad(const wk_pointwise_grad &call) { return PointwiseGrad(call).run(); }
 
-inline double fma_peak(int32_t threads, double seconds) {
-    struct Job {
-        double seconds;
-        int64_t operations;
-    } job{seconds, 0};
-    parallel(threads, threads,
-             [](void *context, int64_t) {
-                 Job *shared = static_cast<Job *>(context);
-                 __atomic_fetch_add(&shared->operations, multiply_add_for(shared->seconds), __ATOMIC_RELAXED);
-             },
-             &job);
-    return double(job.operations) / seconds;
-}
+inline int32_t batch_norm(const wk_batch_norm &call) { return BatchNorm(call).run(); }
 
 }  // namespace WK_NAMESPACE
 
@@ -85,10 +47,9 @@ inline double fma_peak(int32_t threads, double seconds) {
                             WK_NAMESPACE::depthwise_weight_grad,                                                                \
                             WK_NAMESPACE::sum_workspace,                                                                        \
                             WK_NAMESPACE::weight_grad_workspace,                                                                \
-                            WK_NAMESPACE::pointwise_pack,                                                                       \
-                            WK_NAMESPACE::pointwise_run,                                                                        \
-                            WK_NAMESPACE::products_workspace,                                                                   \
                             WK_NAMESPACE::gate,                                                                                 \
-                            WK_NAMESPACE::fma_peak};
+                            WK_NAMESPACE::pointwise_weight_grad,                                                                \
+                            WK_NAMESPACE::batch_norm,                                                                           \
+                            WK_PRODUCTS};
 
 }  // namespace wk

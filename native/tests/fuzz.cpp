@@ -36,6 +36,7 @@ struct Library {
     FUNCTION(pointwise_free);
     FUNCTION(pointwise_run);
     FUNCTION(gate_run);
+    FUNCTION(pointwise_weight_grad);
     FUNCTION(sum_workspace);
     FUNCTION(weight_grad_workspace);
     FUNCTION(error_text);
@@ -76,6 +77,7 @@ void open_library(const char *path) {
     FIND(pointwise_free);
     FIND(pointwise_run);
     FIND(gate_run);
+    FIND(pointwise_weight_grad);
     FIND(sum_workspace);
     FIND(weight_grad_workspace);
     FIND(error_text);
@@ -779,6 +781,61 @@ void test_response(uint64_t seed, Random random, Judge &judge) {
     if (!y.same_around(untouched)) stop(1, "%s: memory outside the output has changed", name);
 }
 
+// The gradients of a pointwise layer's weights and bias.
+void test_pointwise_grad(uint64_t seed, Random random, Judge &judge) {
+    constexpr double LIMIT = 4e-6;
+    const Format &format = FORMATS[WK_FLOAT32];
+    // Several pieces of pixels in some problems, and several parts of the weights in others.
+    const bool deep = random.integer(0, 3) == 0, wide = !deep && random.integer(0, 3) == 0;
+    const int side = deep ? 24 : 9;
+    const Shape in{random.integer(1, 3), random.integer(1, wide ? 450 : 70), random.integer(1, side), random.integer(1, side)};
+    const Shape out{in.images, random.integer(1, wide ? 560 : 70), in.height, in.width};
+    const Layout from = static_cast<Layout>(random.integer(0, LAYOUTS - 1)), to = static_cast<Layout>(random.integer(0, LAYOUTS - 1));
+    const std::vector<double> values = random_image(in, from, format, random), grads = random_image(out, to, format, random);
+    Image x(in, from, format), grad(out, to, format);
+    x.fill(values), grad.fill(grads);
+    const Image x_before = x, grad_before = grad;
+    const bool biased = random.often();
+    std::vector<float> weight(static_cast<size_t>(in.channels * out.channels + 2), 7.0f), bias(static_cast<size_t>(out.channels + 2), 7.0f);
+    wk_pointwise_grad call{};
+    call.threads = random.integer(1, 5), call.images = static_cast<int32_t>(in.images);
+    call.height = static_cast<int32_t>(in.height), call.width = static_cast<int32_t>(in.width);
+    call.inputs = static_cast<int32_t>(in.channels), call.outputs = static_cast<int32_t>(out.channels);
+    call.x = x.tensor(), call.grad = grad.tensor(), call.weight = weight.data() + 1, call.bias = biased ? bias.data() + 1 : nullptr;
+    char name[200];
+    std::snprintf(name, sizeof name, "pointwise gradient, seed %llu, %s: %lldx%dx%lldx%lld, outputs %d, %s and %s, bias %d, %d threads",
+                  static_cast<unsigned long long>(seed), library.isa(), static_cast<long long>(in.images), call.inputs,
+                  static_cast<long long>(in.height), static_cast<long long>(in.width), call.outputs, LAYOUT_NAMES[from],
+                  LAYOUT_NAMES[to], biased, call.threads);
+    succeed(library.pointwise_weight_grad(&call), name);
+
+    std::vector<double> want(weight.size() - 2), sums(bias.size() - 2, biased ? 0.0 : 7.0);
+    double heaviest = 0, heaviest_sum = 7;
+    for (int64_t o = 0; o < out.channels; o++) {
+        double weight_of_sum = 0;
+        for (int64_t i = 0; i < in.channels; i++) {
+            double sum = 0, size = 0;
+            for (int64_t n = 0; n < in.images; n++)
+                for (int64_t p = 0; p < in.area(); p++) {
+                    const double product = grads[(n * out.channels + o) * in.area() + p] * values[(n * in.channels + i) * in.area() + p];
+                    sum += product, size += std::abs(product);
+                }
+            want[static_cast<size_t>(o * in.channels + i)] = sum, heaviest = std::max(heaviest, size);
+        }
+        for (int64_t n = 0; biased && n < in.images; n++)
+            for (int64_t p = 0; p < in.area(); p++) {
+                const double value = grads[(n * out.channels + o) * in.area() + p];
+                sums[static_cast<size_t>(o)] += value, weight_of_sum += std::abs(value);
+            }
+        heaviest_sum = std::max(heaviest_sum, weight_of_sum);
+    }
+    judge.compare(std::vector<double>(weight.begin() + 1, weight.end() - 1), want, LIMIT, heaviest, format, name);
+    judge.compare(std::vector<double>(bias.begin() + 1, bias.end() - 1), sums, LIMIT, heaviest_sum, format, name);
+    if (weight.front() != 7.0f || weight.back() != 7.0f || bias.front() != 7.0f || bias.back() != 7.0f)
+        stop(1, "%s: memory outside the gradients has changed", name);
+    if (x.bytes() != x_before.bytes() || grad.bytes() != grad_before.bytes()) stop(1, "%s: an input has changed", name);
+}
+
 // Every number of a 16-bit type, plus shifts that leave ties and subnormal numbers to be rounded, through one tap of 1.
 void test_conversions(int dtype, Layout layout) {
     const Format &format = FORMATS[dtype];
@@ -852,6 +909,7 @@ int main(int count, char **arguments) {
             test_branches(problem, seed + i, random, judge);
             test_pointwise(seed + i, random, judge);
             test_response(seed + i, random, judge);
+            test_pointwise_grad(seed + i, random, judge);
         }
         std::printf("%s: %llu problems, largest error %.2f of what is allowed\n", isa, static_cast<unsigned long long>(problems),
                     judge.largest());

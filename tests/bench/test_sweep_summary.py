@@ -75,6 +75,16 @@ def test_estimates_are_marked() -> None:
     assert any("estimate as PyTorch's best: 1" in line for line in summary.coverage([estimated, best], 10, []))
 
 
+def test_errors_of_measurement_are_told_once_for_each_unit() -> None:
+    ratios = [0.9, 1.01, 1.0, 1.02, 0.99]
+    cases = [Case("some", 1 + number, 16, 14, 14, (5, 13)) for number in range(len(ratios))]
+    rows = [row for case, ratio in zip(cases, ratios) for row in unit_rows(case, FORWARD, twin_ratio=ratio)]
+    told = "\n".join(summary.coverage(rows + unit_rows(LARGE, FORWARD, twin_ratio=math.nan), 100, []))
+    assert "in each of 5 units" in told and "1.000 in the median unit" in told
+    assert "between 0.90 and 1.02 in all" in told
+    assert "Errors of measurement" not in "\n".join(summary.coverage([], 100, []))
+
+
 def test_what_was_not_compared_is_listed() -> None:
     rows = unit_rows(LARGE, FORWARD, nchw=math.nan, nhwc=math.nan, remark="too slow")
     rows += unit_rows(STRIP, FORWARD, nchw=math.nan, nhwc=2.0, remark="one too slow", times_best=2.0)

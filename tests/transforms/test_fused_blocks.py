@@ -143,7 +143,7 @@ def test_folding_a_fused_network() -> None:
 
 
 def test_wrong_results_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(weights: Any) -> Callable[..., Tensor]:
+    def wrong(weights: Any, _: str) -> Callable[..., Tensor]:
         return ReferenceBlock(weights.first * 1.0001, *weights[1:])
 
     monkeypatch.setattr(module_of_fused, "pack", wrong)
@@ -297,7 +297,7 @@ def test_failing_measurements_leave_layers_and_blocks_alone(monkeypatch: pytest.
             raise MemoryError
         return 2.0, 1.0
 
-    monkeypatch.setattr(module_of_fused, "pack", lambda weights: ReferenceBlock(*weights))
+    monkeypatch.setattr(module_of_fused, "pack", lambda weights, _: ReferenceBlock(*weights))
     monkeypatch.setattr("widekernel.transforms.acceleration.timing.measure", measure)
     block = randomized(ByHand())
     classes = [type(module) for module in block.modules()]

@@ -338,7 +338,7 @@ def test_first_calls_of_copies(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "float64" in given.double().reasons_against(x.double())[0]
         given.float()
         assert given.reasons_against(x) == []
-    monkeypatch.setattr(module_of_fused, "missing", lambda: "there is no native library")
+    monkeypatch.setattr(module_of_fused, "missing", lambda _: "there is no native library")
     assert calls_of(alone, x)[1] == 0
     with torch.no_grad():
         assert alone.reasons_against(x) == ["there is no native library"]

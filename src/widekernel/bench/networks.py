@@ -19,12 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from widekernel.bench.agreement import NOISE_FACTOR, check_variants
+from widekernel.bench.agreement import NOISE_FACTOR, check_rivals, check_variants
 from widekernel.bench.depthwise_share import depthwise_share
 from widekernel.bench.errors import BenchmarkError, DeviceLostError
+from widekernel.bench.memory import return_freed_memory
 from widekernel.bench.operators import shortest_of
 from widekernel.bench.platforms import Platform
 from widekernel.bench.precision import FLOAT32, Precision, in_force
+from widekernel.bench.rivals import compiles
 from widekernel.bench.rows import DeviceNetworkRow, NetworkRow
 from widekernel.bench.time_budget import TimeBudget
 from widekernel.bench.timing import NO_TIMES, Timing, first_calls, interleave
@@ -56,7 +58,7 @@ class NetworkPlan:
         size: height and width of the images; None for the network's own.
         seconds: time to spend on each variant.
         rounds: number of timed calls of each variant, instead of `seconds`.
-        rivals: other inference engines to time as well, of `rivals.RIVALS`; inference on a CPU only.
+        rivals: other programs to time as well, of `rivals.RIVALS`; inference on a CPU only.
     """
 
     networks: Mapping[str, Callable[[], tuple[nn.Module, int]]]
@@ -107,9 +109,10 @@ def measure_networks(
                 network, usual_size = model()
                 trial = _Trial(name, mode, precision, replace(plan, compiled=compiled), platform, budget)
                 yield from trial.rows(network, batch, plan.size or usual_size)
+                return_freed_memory()
                 if trial.failed:
                     failed.add((name, precision, batch, mode))
-                if compiled:
+                if compiled or compiles(plan.rivals):
                     # Compiled programs are not used again; they occupy memory and the few entries of the cache.
                     torch.compiler.reset()
             advance("", 0 if in_two_rounds and compiled else 1)
@@ -216,7 +219,7 @@ class _Trial:
             images, target = example_batch(self.name, model, batch, size)
             plan = self.plan
             variants = build_variants(model, self.mode, images, plan.compiled, self._conditions, plan.rivals)
-        self._check(variants, target)
+        variants = self._checked(variants, target)
         with in_force(self.precision):
             self._time(variants, target)
         # On a device, the uncompiled variants had their rows in the first round.
@@ -232,19 +235,25 @@ class _Trial:
         except DeviceLostError as error:
             self.budget.lose_device(str(error))
 
-    def _check(self, variants: Sequence[Variant], target: Tensor) -> None:
-        """Compare the variants in strict float32, where differences are meaningful.
+    def _checked(self, variants: Sequence[Variant], target: Tensor) -> Sequence[Variant]:
+        """Compare the variants in strict float32, where differences are meaningful; return those to time.
 
-        On a device, a few images suffice, and compiled variants are checked when they are timed.
+        On a device, a few images suffice, and compiled variants are checked when they are timed. Rivals that fail or give
+        another output are left out.
         """
         checked = list(variants)
         if self.platform.is_device:
             checked = [replace(v, images=v.images[:CHECKED]) for v in variants if not v.compiled]
             target = target[:CHECKED]
         with in_force(FLOAT32, search=False):
-            check_variants(self.name, checked, self.mode, target)
+            if self.plan.rivals and self.mode == INFER:
+                variants, remarks = check_rivals(self.name, checked, target)
+                self.budget.remarks += remarks
+            else:
+                check_variants(self.name, checked, self.mode, target)
         for variant in variants:
             variant.network.zero_grad()
+        return variants
 
     def _time(self, variants: Sequence[Variant], target: Tensor) -> None:
         calls = {v.name: network_call(v, self.mode, target, self._conditions) for v in variants}
@@ -293,7 +302,8 @@ class _Trial:
             return variant.forward(variant.images).detach().float()
 
     def _row(self, variant: Variant) -> NetworkRow:
-        fields = self._fields(variant)
+        fields = network_fields(self.name, self.mode, variant, self.timings)
+        fields["depthwise_share"] = self.shares.get(variant.name)
         if not self.platform.is_device:
             return NetworkRow(**fields)
         pytorch = [timing.median for name, timing in self.timings.items() if name.startswith(PYTORCH)]
@@ -304,23 +314,24 @@ class _Trial:
             remark=self.failures.get(variant.name, ""),
         )
 
-    def _fields(self, variant: Variant) -> dict[str, Any]:
-        """Return the fields of a `NetworkRow`; the times of a variant that has no timing are NaN."""
-        timing = self.timings.get(variant.name, NO_TIMES)
-        batch, size = variant.images.shape[0], variant.images.shape[2]
-        return {
-            "model": self.name,
-            "mode": self.mode,
-            "batch": batch,
-            "size": size,
-            "variant": variant.kind,
-            "layout": variant.layout,
-            "compiled": variant.compiled,
-            "ms": 1e3 * timing.median,
-            "spread": timing.spread,
-            "calls": timing.calls,
-            "times_nhwc": self.timings.get(f"{PYTORCH} NHWC", NO_TIMES).median / timing.median,
-            "times_default": self.timings.get(f"{PYTORCH} NCHW", NO_TIMES).median / timing.median,
-            "images_per_second": batch / timing.median,
-            "depthwise_share": self.shares.get(variant.name),
-        }
+
+def network_fields(name: str, mode: str, variant: Variant, timings: Mapping[str, Timing]) -> dict[str, Any]:
+    """Return the fields of a `NetworkRow`, without a depthwise share; the times of a variant that has no timing are NaN."""
+    timing = timings.get(variant.name, NO_TIMES)
+    batch, size = variant.images.shape[0], variant.images.shape[2]
+    return {
+        "model": name,
+        "mode": mode,
+        "batch": batch,
+        "size": size,
+        "variant": variant.kind,
+        "layout": variant.layout,
+        "compiled": variant.compiled,
+        "ms": 1e3 * timing.median,
+        "spread": timing.spread,
+        "calls": timing.calls,
+        "times_nhwc": timings.get(f"{PYTORCH} NHWC", NO_TIMES).median / timing.median,
+        "times_default": timings.get(f"{PYTORCH} NCHW", NO_TIMES).median / timing.median,
+        "images_per_second": batch / timing.median,
+        "depthwise_share": None,
+    }

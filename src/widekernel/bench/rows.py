@@ -148,12 +148,15 @@ class SweepRow(OperatorRow):
         times_same: speed-up of our operator over PyTorch in the same layout.
         torch_nchw_images: number of images on which PyTorch was timed in NCHW; 0 if a single one would have taken too long.
         torch_nhwc_images: the same with channels_last.
+        twin_ratio: the fastest implementation of the unit is timed under two names; the ratio of the two medians, which is 1
+            but for errors of measurement. The same in all rows of a unit; NaN if nothing was timed.
         remark: what failed or computed wrong results, and therefore has no times.
     """
 
     times_same: float
     torch_nchw_images: int
     torch_nhwc_images: int
+    twin_ratio: float
     remark: str
 
 
@@ -193,6 +196,27 @@ class NetworkRow:
     times_default: float
     images_per_second: float
     depthwise_share: float | None
+
+
+@dataclass(frozen=True)
+class PrecisionNetworkRow(NetworkRow):
+    """One variant of a network in inference on a CPU, in a table that compares precisions.
+
+    The outputs are compared with those of the network on PyTorch's convolutions in float32, with channels_last.
+
+    Attributes:
+        precision: type of the factors of products.
+        error: norm of the difference of the outputs, relative to their norm.
+        cosine: cosine similarity of the outputs.
+        images: number of images that were compared.
+        same_class: how many of them have the same top class.
+    """
+
+    precision: str
+    error: float
+    cosine: float
+    images: int
+    same_class: int
 
 
 @dataclass(frozen=True)

@@ -74,14 +74,14 @@ def make_parser() -> jsonargparse.ArgumentParser:
 
 def _measure(values: dict[str, Any], path: Path, cases: list[Case]) -> tuple[Record, bool]:
     """Add to the record for the given time; return it, and whether the user interrupted."""
-    from widekernel.bench import PASSES, TimeBudget, cpu_platform, measure_machine, using_threads
+    from widekernel.bench import PASSES, TimeBudget, cpu_platform, keeping_memory, measure_machine, using_threads
     from widekernel.bench.precision import PRECISIONS
     from widekernel.bench.sweep import Record, SweepPlan, conditions_of, measure_sweep
 
     settings = {key: values[key] for key in ("seed", "seconds", "longest")}
     budget = TimeBudget(values["minutes"])
     plan = SweepPlan(cases, PRECISIONS[values["dtype"]], **settings)
-    with using_threads(values["threads"]), progress(len(PASSES) * len(cases)) as advance:
+    with keeping_memory(), using_threads(values["threads"]), progress(len(PASSES) * len(cases)) as advance:
         advance("measuring the machine", 0)
         machine = measure_machine()
         conditions = conditions_of(machine, dtype=values["dtype"], **settings)

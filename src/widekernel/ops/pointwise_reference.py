@@ -1,4 +1,4 @@
-"""Blocks of products over channels or patches, by definition, in plain PyTorch: slow, readable, the oracle of tests."""
+"""The definition of blocks of products over channels or patches, and of gates, in plain PyTorch: the oracle of tests."""
 
 from __future__ import annotations
 
@@ -20,10 +20,17 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def rounded(x: Tensor, precision: str) -> Tensor:
+    """Return the factors of products in `precision`: x itself, or rounded to bfloat16, where subnormal numbers are zero."""
+    if precision == "float32":
+        return x
+    return torch.where(x.abs() < torch.finfo(torch.bfloat16).tiny, 0.0, x.bfloat16().to(x.dtype))
+
+
 class ReferenceBlock:
     """y = residual + second · response(act(after(first · norm(x · gate(x)) + first_bias))) + second_bias, for every pixel.
 
-    With a patch, `first` acts on the patches of norm(x): it is a convolution.
+    With a patch, `first` acts on the patches of norm(x · gate(x)): it is a convolution.
 
     Args:
         first: (H, C); with a patch, (H, C, rows, columns).
@@ -37,6 +44,8 @@ class ReferenceBlock:
         response: (H,), the weight of a response norm of hidden units (`response_norm`); None for none.
         response_eps: its epsilon.
         gate: the arguments of `gate` after `x`; None for no gate.
+        precision: type of the factors of both products, `float32` or `bfloat16`; everything else has the type of x. Tensors
+            in float64 stand for float32 in exact arithmetic.
     """
 
     def __init__(
@@ -52,6 +61,7 @@ class ReferenceBlock:
         response: Tensor | None = None,
         response_eps: float = 1e-6,
         gate: tuple[Any, ...] | None = None,
+        precision: str = "float32",
     ) -> None:
         self.first, self.first_bias = first, first_bias
         self.activation = activation
@@ -60,31 +70,35 @@ class ReferenceBlock:
         self.patch, self.after = patch, after
         self.response, self.response_eps = response, response_eps
         self.gate = gate
+        self.precision = precision
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Images (N, C, H, W) -> (N, O, H', W'), or rows (R, C) -> (R, O); `residual` has the shape of the result.
 
-        A gate needs images. For a response norm, rows count as the pixels of one image.
+        Patches and gates need images. For a response norm, rows count as the pixels of one image.
         """
         if self.gate is not None:
             x = x * gate(x, *self.gate)[:, :, None, None]
         y = x.permute(0, 2, 3, 1) if x.dim() == 4 else x
         if self.norm_eps is not None:
             y = F.layer_norm(y, y.shape[-1:], eps=self.norm_eps)
-        if self.patch is not None:
-            images, (_, stride, padding) = y.permute(0, 3, 1, 2), self.patch
-            y = F.conv2d(images, self.first, self.first_bias, stride, padding).permute(0, 2, 3, 1)
-        else:
-            y = F.linear(y, self.first, self.first_bias)
+        y = self._product(y, self.first, self.first_bias) if self.patch is None else self._convolution(y, self.patch)
         if self.after is not None:
             y = F.layer_norm(y, y.shape[-1:], self.after.scale, self.after.shift, self.after.eps)
         y = ACTIVATIONS[self.activation](y)
         if self.response is not None:
             y = response_norm(y if x.dim() == 4 else y[None, None], self.response, self.response_eps).view_as(y)
         if self.second is not None:
-            y = F.linear(y, self.second, self.second_bias)
+            y = self._product(y, self.second, self.second_bias)
         y = y.permute(0, 3, 1, 2) if x.dim() == 4 else y
         return y if residual is None else residual + y
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(rounded(x, self.precision), rounded(weight, self.precision), bias)
+
+    def _convolution(self, x: Tensor, patch: Patch) -> Tensor:
+        images, weight = rounded(x.permute(0, 3, 1, 2), self.precision), rounded(self.first, self.precision)
+        return F.conv2d(images, weight, self.first_bias, patch.stride, patch.padding).permute(0, 2, 3, 1)
 
 
 def response_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -16,7 +16,6 @@ from widekernel.errors import ArgumentError
 from widekernel.ops.cpu import library
 from widekernel.ops.cpu.gate import Gate
 from widekernel.ops.cpu.pointwise import ACTIVATIONS, PackedBlock
-from widekernel.ops.patch import Patch
 from widekernel.ops.pointwise_reference import ReferenceBlock, gate
 
 pytestmark = pytest.mark.skipif(library.load().reason is not None, reason=str(library.load().reason))
@@ -200,9 +199,6 @@ def test_what_is_refused() -> None:
         packed(x, None, torch.ones(2, 4).double())
     with pytest.raises(ArgumentError, match="factors requires gradients"):
         packed(x, None, torch.ones(2, 4, requires_grad=True))
-    kernels = PackedBlock(torch.randn(6, 4, 3, 3), patch=Patch((3, 3), (2, 2)))
-    with pytest.raises(ArgumentError, match="factors are given to a block with patches"):
-        kernels(x, None, torch.ones(2, 4))
     weights = squeezed(4, 3)
     with pytest.raises(ArgumentError, match="second has 5 rows, but must have 4"):
         Gate(*weights[:3], torch.randn(5, 3), None)

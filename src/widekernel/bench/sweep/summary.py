@@ -18,6 +18,7 @@ BEHIND = 0.95
 """Speed-up over PyTorch's best below which a cell is listed."""
 FEWEST_LISTED = 20
 """Number of slowest cells that are listed even if they are not behind."""
+_CENTRAL = 0.9  # share of the units in the interval that is reported
 
 
 class Group(NamedTuple):
@@ -129,6 +130,14 @@ def coverage(rows: Sequence[SweepRow], cells: int, left_out: Sequence[str]) -> I
         yield (
             f"As measured, {sum(value < BEHIND for value in given)} of the {len(given)} cells given to PyTorch are behind "
             f"by more than 5 % (geometric mean × {factor(geometric_mean(given))}, worst × {factor(min(given))})."
+        )
+    twins = sorted(_known(list({(row.shape, row.direction): row.twin_ratio for row in rows}.values())))
+    if twins:
+        low, high = (twins[round(share * (len(twins) - 1))] for share in ((1 - _CENTRAL) / 2, (1 + _CENTRAL) / 2))
+        yield (
+            f"Errors of measurement: in each of {len(twins)} units, the fastest implementation was timed under two names. "
+            f"The ratio of the two medians is {statistics.median(twins):.3f} in the median unit, between {low:.2f} and "
+            f"{high:.2f} in {100 * _CENTRAL:.0f} % of them, and between {twins[0]:.2f} and {twins[-1]:.2f} in all."
         )
     reasons: dict[str, dict[str, None]] = defaultdict(dict)
     for row in rows:

@@ -10,13 +10,12 @@ from torch import Tensor
 
 from widekernel.errors import ArgumentError
 from widekernel.ops.cpu import library as native
-from widekernel.ops.cpu.pointwise import (
-    ACTIVATIONS,
+from widekernel.ops.cpu.pointwise import ACTIVATIONS, image_of
+from widekernel.ops.cpu.tensor_checks import (
     checked_matrix,
     checked_vector,
-    image_of,
-    require_activation,
     require_floats,
+    require_known,
     require_no_gradients,
 )
 
@@ -44,7 +43,7 @@ class Gate:
         self._library = native.load()
         if self._library.reason is not None:
             raise ArgumentError(f"a gate cannot be computed: {self._library.reason}")
-        require_activation(activation)
+        require_known("activation", activation, ACTIVATIONS)
         hidden, channels = checked_matrix("first", first)
         outputs, _ = checked_matrix("second", second, hidden)
         if outputs != channels:

@@ -9,13 +9,36 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from widekernel.errors import ArgumentError, nearest
+from widekernel.errors import ArgumentError
 from widekernel.ops.cpu import library as native
+from widekernel.ops.cpu.prepared import addressable
+from widekernel.ops.cpu.tensor_checks import (
+    checked_kernels,
+    checked_matrix,
+    checked_vector,
+    require_epsilon,
+    require_floats,
+    require_known,
+    require_no_gradients,
+)
 from widekernel.ops.patch import NormAfter, Patch
 from widekernel.ops.problem import memory_format
 
 ACTIVATIONS = {"none": native.NO_ACTIVATION, "relu": native.RELU, "gelu": native.GELU, "gelu_tanh": native.GELU_TANH}
 """The activations by name: `gelu` is defined by the error function, `gelu_tanh` is the form with a hyperbolic tangent."""
+PRECISIONS = {"float32": native.FLOAT32, "bfloat16": native.BFLOAT16}
+"""The types of the factors of products by name."""
+
+
+def reason_against(precision: str) -> str | None:
+    """Return why products of this precision, a key of `PRECISIONS`, cannot run here; None if they can."""
+    library = native.load()
+    if library.reason is not None or precision == "float32":
+        return library.reason
+    reason = library.calls.wk_why_no_products(PRECISIONS[precision])
+    if reason is None:
+        return None
+    return f"precision is {precision!r}, but {reason.decode()}: use 'float32', which runs on every processor"
 
 
 class _Call(NamedTuple):
@@ -41,6 +64,11 @@ class PackedBlock:
     unless there is a response norm, which needs those of whole images. The weights are copied into the order in which they
     are used, for the instruction set that is in use at that time; later changes of the tensors have no effect.
 
+    In bfloat16, the factors of both products are rounded to the nearest bfloat16, ties to even: the weights when they are
+    packed, the (normalized) pixels, and hidden units after activation and response norm. Subnormal factors count as zero.
+    Products are exact, and their sums, the norms, the activation, biases and residual remain float32, as do all tensors of
+    the interface.
+
     With a patch, the first product is a convolution: it acts on the patches of norm(x), with zeros around the image.
 
     Args:
@@ -56,10 +84,12 @@ class PackedBlock:
         response: (hidden), the weight of a response norm of the hidden units of each image, as
             `ops.pointwise_reference.response_norm` defines it; None for none. It needs `second`.
         response_eps: epsilon of the response norm.
+        precision: `float32`, or `bfloat16` if the processor has these products.
 
     Raises:
-        ArgumentError: for shapes that do not fit together, tensors that are not float32 on a CPU, an unknown activation, an
-            impossible patch, a negative epsilon, or if the native library cannot run.
+        ArgumentError: for shapes that do not fit together, tensors that are not float32 on a CPU, an unknown activation or
+            precision, an impossible patch, a negative epsilon, or if the native library or products of that precision cannot
+            run.
         NativeMemoryError: if there is no memory for the packed weights.
     """
 
@@ -75,49 +105,49 @@ class PackedBlock:
         after: NormAfter | None = None,
         response: Tensor | None = None,
         response_eps: float = 1e-6,
+        precision: str = "float32",
     ) -> None:
         self._library = native.load()
-        if self._library.reason is not None:
-            raise ArgumentError(f"products cannot be packed: {self._library.reason}")
-        require_activation(activation)
-        _check_epsilon("norm_eps", norm_eps)
-        _check_epsilon("response_eps", response_eps)
-        if patch is None:
-            hidden, inputs = checked_matrix("first", first)
-        else:
-            hidden, inputs = _checked_kernels(first, patch)
-        outputs = 0
-        if second is not None:
-            outputs, _ = checked_matrix("second", second, hidden)
-        elif second_bias is not None:
-            raise ArgumentError("second_bias is given without second; give both, or add the bias to first_bias")
-        elif response is not None:
-            raise ArgumentError("response is given without second; give both, or leave the response norm to PyTorch")
-        if after is not None and second is not None:
-            raise ArgumentError("after is given with second; a norm between two products needs two blocks")
+        require_known("activation", activation, ACTIVATIONS)
+        require_known("precision", precision, PRECISIONS)
+        lacking = reason_against(precision)
+        if lacking is not None:
+            raise ArgumentError(f"products cannot be packed: {lacking}")
+        after_eps = 0.0 if after is None else after.eps
+        for name, eps in (("norm_eps", norm_eps), ("after.eps", after_eps), ("response_eps", response_eps)):
+            require_epsilon(name, eps)
+        hidden, inputs = checked_matrix("first", first) if patch is None else checked_kernels(first, patch)
+        _require_parts_that_fit(second, second_bias, response, after)
+        outputs = 0 if second is None else checked_matrix("second", second, hidden)[0]
         self.inputs, self.hidden, self.outputs = inputs, hidden, outputs or hidden
-        self.activation, self.norm_eps = activation, norm_eps
+        self.activation, self.norm_eps, self.precision = activation, norm_eps, precision
         self.patch, self.after = patch, after
-        scale, shift = (after.scale, after.shift) if after else (None, None)
-        if after is not None:
-            _check_epsilon("after.eps", after.eps)
-        parts = [first, checked_vector("first_bias", first_bias, hidden), second]
-        parts += [checked_vector("second_bias", second_bias, outputs), checked_vector("after.scale", scale, hidden)]
-        parts += [checked_vector("after.shift", shift, hidden), checked_vector("response", response, hidden)]
+        scale, shift = (None, None) if after is None else (after.scale, after.shift)
+        parts = [
+            first,
+            checked_vector("first_bias", first_bias, hidden),
+            second,
+            checked_vector("second_bias", second_bias, outputs),
+            checked_vector("after.scale", scale, hidden),
+            checked_vector("after.shift", shift, hidden),
+            checked_vector("response", response, hidden),
+        ]
         # Contiguous copies must live until the call returns.
         values = [None if part is None else part.detach().resolve_neg().contiguous() for part in parts]
         addresses = [None if value is None else value.data_ptr() for value in values]
         norm = (norm_eps is not None, norm_eps or 0.0)
         geometry = native.PatchGeometry(*((*patch.kernel, *patch.stride, *patch.padding) if patch else ()))
-        sizes = inputs, hidden, outputs, ACTIVATIONS[activation]
-        normalize_after = (after is not None, after.eps if after else 0.0)
+        sizes = (PRECISIONS[precision], inputs, hidden, outputs, ACTIVATIONS[activation])
+        products, between = addresses[:4], addresses[4:]
         weights = native.PointwiseWeights(
-            *sizes, *norm, *addresses[:4], geometry, *normalize_after, *addresses[4:], response_eps
+            *sizes, *norm, *products, geometry, after is not None, after_eps, *between, response_eps
         )
         calls, packed = self._library.calls, native.Address()
         self._library.check(calls.wk_pointwise_pack(ctypes.byref(weights), ctypes.byref(packed)))
         self._packed, self._run = packed, calls.wk_pointwise_run_at
         weakref.finalize(self, calls.wk_pointwise_free, packed)
+        # Multiply-accumulates for each pixel of the result.
+        self.macs = first.numel() + (0 if second is None else second.numel())
         self._prepared: dict[tuple[Any, ...], _Call] = {}
 
     def __call__(self, x: Tensor, residual: Tensor | None = None, factors: Tensor | None = None) -> Tensor:
@@ -212,8 +242,6 @@ class PackedBlock:
 
     def _checked_factors(self, factors: Tensor, x: Tensor) -> Tensor:
         """Return factors without gaps in memory; raise for those that do not fit the images."""
-        if self.patch is not None:
-            raise ArgumentError("factors are given to a block with patches; multiply x by them")
         wanted = (x.shape[0], self.inputs)
         if x.dim() != 4 or factors.shape != wanted:
             raise ArgumentError(
@@ -244,6 +272,34 @@ class PackedBlock:
         return call
 
 
+def weight_grad(x: Tensor, grad: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+    """Compute the gradients of the weight and the bias of a pointwise layer.
+
+        weight[o, c] = Σ grad[n, o, i, j] · x[n, c, i, j],  bias[o] = Σ grad[n, o, i, j]
+
+    Args:
+        x: (N, C, H, W), not empty, float32 on a CPU.
+        grad: (N, C', H, W), the gradient of the layer's output, float32 on a CPU.
+        bias: whether to compute the gradient of the bias, too.
+
+    Returns:
+        (C', C), and (C',) or an empty tensor.
+
+    Raises:
+        NativeMemoryError: if there is no memory for the working space.
+    """
+    loaded = native.load()
+    x, grad = addressable(x), addressable(grad)
+    images, inputs, height, width = x.shape
+    outputs = grad.shape[1]
+    for_weight, for_bias = torch.empty(outputs, inputs), torch.empty(outputs if bias else 0)
+    sizes = torch.get_num_threads(), images, height, width, inputs, outputs
+    tensors = [native.Tensor(t.data_ptr(), *image_of(t)[1:]) for t in (x, grad)]
+    call = native.PointwiseGrad(*sizes, *tensors, for_weight.data_ptr(), for_bias.data_ptr() if bias else None)
+    loaded.check(loaded.calls.wk_pointwise_weight_grad(ctypes.byref(call)))
+    return for_weight, for_bias
+
+
 _MOST_PREPARED = 256
 """Number of shapes whose descriptions a block keeps."""
 
@@ -270,78 +326,12 @@ def image_of(x: Tensor) -> tuple[int | None, ...]:
     return None, 0, channel, *((0,) * (2 - len(leading))), *leading
 
 
-def require_activation(activation: str) -> None:
-    """Raise for an unknown activation.
-
-    Raises:
-        ArgumentError: which names the known ones.
-    """
-    if activation not in ACTIVATIONS:
-        known = ", ".join(ACTIVATIONS)
-        raise ArgumentError(f"activation is {activation!r}.{nearest(activation, ACTIVATIONS)} It must be one of {known}.")
-
-
-def require_no_gradients(name: str, tensor: Tensor) -> None:
-    """Raise for a tensor whose gradient is wanted.
-
-    Raises:
-        ArgumentError: which names the tensor.
-    """
-    if tensor.requires_grad and torch.is_grad_enabled():
-        raise ArgumentError(f"{name} requires gradients, which packed blocks do not compute; use torch.no_grad()")
-
-
-def require_floats(name: str, tensor: Tensor) -> None:
-    """Raise for anything but a strided float32 tensor on a CPU.
-
-    Raises:
-        ArgumentError: which says what the tensor is.
-    """
-    if tensor.dtype is not torch.float32 or tensor.device.type != "cpu" or tensor.layout is not torch.strided:
-        kind = f"{tensor.dtype} on {tensor.device}, {tensor.layout}"
-        raise ArgumentError(f"{name} is {kind}, but must be a strided torch.float32 tensor on a CPU")
-
-
-def checked_matrix(name: str, matrix: Tensor, columns: int | None = None) -> tuple[int, int]:
-    """Return rows and columns of a matrix of weights.
-
-    Raises:
-        ArgumentError: if it is not float32 on a CPU, is empty, or has other than `columns` columns.
-    """
-    require_floats(name, matrix)
-    fits = matrix.dim() == 2 and matrix.numel() > 0 and columns in (None, matrix.shape[1])
-    if not fits:
-        wanted = f"(outputs, {columns})" if columns else "(hidden, channels)"
-        raise ArgumentError(f"{name} has the shape {tuple(matrix.shape)}, but must be {wanted}, none of them 0")
-    return matrix.shape[0], matrix.shape[1]
-
-
-def checked_vector(name: str, vector: Tensor | None, size: int) -> Tensor | None:
-    """Return a bias or another vector, if there is one, after a check.
-
-    Raises:
-        ArgumentError: if it is not float32 on a CPU or has another size.
-    """
-    if vector is not None:
-        require_floats(name, vector)
-        if tuple(vector.shape) != (size,):
-            raise ArgumentError(f"{name} has the shape {tuple(vector.shape)}, but must be ({size},)")
-    return vector
-
-
-def _checked_kernels(first: Tensor, patch: Patch) -> tuple[int, int]:
-    """Return the numbers of output and input channels of a convolution."""
-    require_floats("first", first)
-    if first.dim() != 4 or first.numel() == 0 or tuple(first.shape[2:]) != tuple(patch.kernel):
-        rows, columns = patch.kernel
-        raise ArgumentError(
-            f"first has the shape {tuple(first.shape)}, but must be (hidden, channels, {rows}, {columns}), none of them 0"
-        )
-    if min(patch.stride) < 1 or min(patch.padding) < 0:
-        raise ArgumentError(f"patch is {patch}, but strides must be at least 1 and paddings at least 0")
-    return first.shape[0], first.shape[1]
-
-
-def _check_epsilon(name: str, eps: float | None) -> None:
-    if eps is not None and not 0 <= eps < float("inf"):
-        raise ArgumentError(f"{name} is {eps}, but must be None or a finite number that is not negative")
+def _require_parts_that_fit(
+    second: Tensor | None, second_bias: Tensor | None, response: Tensor | None, after: NormAfter | None
+) -> None:
+    if second is None and second_bias is not None:
+        raise ArgumentError("second_bias is given without second; give both, or add the bias to first_bias")
+    if second is None and response is not None:
+        raise ArgumentError("response is given without second; give both, or leave the response norm to PyTorch")
+    if second is not None and after is not None:
+        raise ArgumentError("after is given with second; a norm between two products needs two blocks")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from widekernel.transforms.acceleration import timing
 from widekernel.transforms.acceleration.fusion import FusedBlock, fuse
+from widekernel.transforms.acceleration.fusion.deviation import Deviation
 from widekernel.transforms.acceleration.fusion.fused import (
     compared,
     fused_class,
@@ -38,13 +39,16 @@ def block_candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, module) for name, module in model.named_modules() if may_own(module)]
 
 
-def try_blocks(blocks: list[tuple[str, nn.Module]], seen: Seen, samples: dict[nn.Module, Tensor]) -> list[BlockTrial]:
+def try_blocks(
+    blocks: list[tuple[str, nn.Module]], seen: Seen, samples: dict[nn.Module, Tensor], precision: str = "float32"
+) -> list[BlockTrial]:
     """Check and measure blocks; a block within another one is considered only if that one is not fused.
 
     Args:
         blocks: the candidates, from the outside in.
         seen: the inputs of each.
         samples: an input of each.
+        precision: type of the factors of products in fused blocks.
 
     Returns:
         the decisions on those blocks of which something can be fused, or which cannot be traced.
@@ -55,7 +59,7 @@ def try_blocks(blocks: list[tuple[str, nn.Module]], seen: Seen, samples: dict[nn
         layers = {module for module in block.modules() if is_product(module)}
         if layers <= taken:
             continue
-        trial = _try_block(name, block, taken, seen[block], samples.get(block))
+        trial = _try_block(name, block, taken, seen[block], samples.get(block), precision)
         if trial is not None:
             trials.append(trial)
             taken |= layers if isinstance(block, FusedBlock) else set(trial.plan.layers if trial.plan else ())
@@ -64,25 +68,30 @@ def try_blocks(blocks: list[tuple[str, nn.Module]], seen: Seen, samples: dict[nn
 
 @torch.no_grad()
 def _try_block(
-    name: str, block: nn.Module, taken: set[nn.Module], seen: Counter[InputSpec | str], sample: Tensor | None
+    name: str,
+    block: nn.Module,
+    taken: set[nn.Module],
+    seen: Counter[InputSpec | str],
+    sample: Tensor | None,
+    precision: str,
 ) -> BlockTrial | None:
     kind, calls = type(block).__name__, seen.total()
     if isinstance(block, FusedBlock):
-        return BlockTrial(block, LayerAcceleration(name, kind, None, "fused already", calls))
+        reason = "fused already" if block.fused_precision == precision else f"fused already, in {block.fused_precision}"
+        return BlockTrial(block, LayerAcceleration(name, kind, None, reason, calls))
     reason = unmeasurable(seen)
     if not reason and block.training:
         reason = "it is in training mode: blocks are fused for inference only"
     if sample is None or reason:
         return None if not calls else BlockTrial(block, LayerAcceleration(name, kind, None, reason, calls))
     with torch.random.fork_rng(devices=[]):
-        plan, reason = planned(block)
+        plan, reason = planned(block, precision)
         if reason == NOTHING_TO_FUSE or (plan is not None and not taken.isdisjoint(plan.layers)):
             return None
-        reason = reason or "; ".join([*reasons_against_fusing(block), *reasons_against_call(block, sample)])
-        if plan is not None:
-            reason = reason or compared(plan, block, sample)
-    if plan is None or reason:
-        return BlockTrial(block, LayerAcceleration(name, kind, None, reason, calls))
+        reason = reason or "; ".join([*reasons_against_fusing(block, precision), *reasons_against_call(block, sample)])
+        found = Deviation(reason=reason) if plan is None or reason else compared(plan, block, sample)
+    if plan is None or found.reason:
+        return BlockTrial(block, LayerAcceleration(name, kind, None, found.reason, calls, deviation=found.size or None))
     before = f"{kind}: {plan.describe()}"
     # Calls of a fused block include the search for reasons against it.
     fused = copy.copy(block)
@@ -92,6 +101,6 @@ def _try_block(
         assert isinstance(spec, InputSpec)
         time = timing.compare_block(block, fused, spec)
         total = Timing(total.before + count * time.before, total.after + count * time.after)
-    after = fused_class(type(block)).__name__ if total.is_gain else None
-    row = LayerAcceleration(name, before, after, "" if total.is_gain else "not faster", calls, *total)
+    after = fused_class(type(block), precision).__name__ if total.is_gain else None
+    row = LayerAcceleration(name, before, after, "" if total.is_gain else "not faster", calls, *total, found.size)
     return BlockTrial(block, row, plan if total.is_gain else None)

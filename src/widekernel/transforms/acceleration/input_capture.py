@@ -89,6 +89,13 @@ def capture_inputs(
     return {**seen, **of_blocks}, samples
 
 
+def outputs_of(model: nn.Module, example_input: Any) -> Any:
+    """Run `model` once like `capture_inputs`, and return its outputs."""
+    args, kwargs = _arguments(example_input)
+    with _unchanged(model), torch.no_grad():
+        return model(*args, **kwargs)
+
+
 def unmeasurable(seen: Counter[InputSpec | str]) -> str:
     """Return why a layer or block cannot be measured; "" if it can."""
     if not seen:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from widekernel.transforms.acceleration.outputs import OutputDeviation
+
 
 @dataclass(frozen=True)
 class LayerAcceleration:
@@ -19,6 +21,8 @@ class LayerAcceleration:
         milliseconds_before: total time of these calls with the original layer; None if not measured.
         milliseconds_after: total time of these calls with the alternative, whether it was chosen or not; None if not
             measured.
+        deviation: of a block, the largest difference between a fused part, or the whole, and the original on the example,
+            relative to the largest number; None if not compared.
     """
 
     name: str
@@ -28,6 +32,7 @@ class LayerAcceleration:
     calls: int = 0
     milliseconds_before: float | None = None
     milliseconds_after: float | None = None
+    deviation: float | None = None
 
     @property
     def is_swapped(self) -> bool:
@@ -55,12 +60,16 @@ class AccelerationReport:
         backward: whether backward passes were measured, too.
         threads: number of threads during the measurement.
         blocks: one report per block of which parts can be fused; the times include the layers of the block.
+        precision: type of the factors of products in fused blocks.
+        outputs: how the outputs of the network have changed on the example; None in float32.
     """
 
     layers: tuple[LayerAcceleration, ...]
     backward: bool
     threads: int
     blocks: tuple[LayerAcceleration, ...] = ()
+    precision: str = "float32"
+    outputs: OutputDeviation | None = None
 
     @property
     def swapped(self) -> tuple[LayerAcceleration, ...]:
@@ -96,13 +105,19 @@ class AccelerationReport:
             "milliseconds_after": now,
             "backward": self.backward,
             "threads": self.threads,
+            "precision": self.precision,
+            "outputs": None if self.outputs is None else self.outputs.to_dict(),
         }
 
     def __str__(self) -> str:
         """Return a table with one line per block, another one with the layers, and a summary of each."""
         lines = []
         if self.blocks:
-            lines = [*_table("block", self.blocks), self._summary("blocks fused", self.blocks, False), ""]
+            lower = self.precision != "float32"
+            what = f"blocks fused in {self.precision}" if lower else "blocks fused"
+            lines = [*_table("block", self.blocks, lower), self._summary(what, self.blocks, False), ""]
+        if self.outputs is not None:
+            lines[-1:] = [str(self.outputs), ""]
         lines += [*_table("layer", self.layers), self._summary("layers swapped", self.layers, self.backward)]
         return "\n".join(lines)
 
@@ -125,20 +140,22 @@ def _totals(rows: tuple[LayerAcceleration, ...]) -> tuple[float, float]:
     return before, now
 
 
-def _table(what: str, rows: tuple[LayerAcceleration, ...]) -> list[str]:
-    table: list[tuple[str, ...]] = [(what, "was", "is now", "ms before", "other way", "gain", "")]
-    table += [_cells(row) for row in rows]
-    widths = [max(len(row[column]) for row in table) for column in range(6)]
+def _table(what: str, rows: tuple[LayerAcceleration, ...], deviations: bool = False) -> list[str]:
+    more = ["deviation"] if deviations else []
+    table: list[list[str]] = [[what, "was", "is now", "ms before", "other way", "gain", *more, ""]]
+    table += [_cells(row, deviations) for row in rows]
+    widths = [max(len(row[column]) for row in table) for column in range(6 + len(more))]
     lines = []
     for row in table:
         left = [cell.ljust(width) for cell, width in zip(row[:3], widths)]
-        right = [cell.rjust(width) for cell, width in zip(row[3:6], widths[3:])]
-        lines.append("  ".join([*left, *right, row[6]]).rstrip())
+        right = [cell.rjust(width) for cell, width in zip(row[3:-1], widths[3:])]
+        lines.append("  ".join([*left, *right, row[-1]]).rstrip())
     return lines
 
 
-def _cells(layer: LayerAcceleration) -> tuple[str, ...]:
+def _cells(layer: LayerAcceleration, deviations: bool) -> list[str]:
     numbers = (layer.milliseconds_before, layer.milliseconds_after)
     times = ["" if number is None else f"{number:.3f}" for number in numbers]
     gain = "" if layer.gain is None else f"{layer.gain:.2f}"
-    return (layer.name or "(itself)", layer.before, layer.after or "as it was", *times, gain, layer.reason)
+    more = ["" if layer.deviation is None else f"{layer.deviation:.1e}"] if deviations else []
+    return [layer.name or "(itself)", layer.before, layer.after or "as it was", *times, gain, *more, layer.reason]

@@ -12,10 +12,11 @@ from torch.nn.modules import module as torch_module
 
 from widekernel.errors import ArgumentError
 from widekernel.ops.eager import TENSOR_TYPES, is_unobserved_call
+from widekernel.transforms.acceleration.fusion.deviation import TOLERANCES, Deviation, deviation
 from widekernel.transforms.acceleration.fusion.graph import NotTraceableError
 from widekernel.transforms.acceleration.fusion.guards import STATE, is_hooked
 from widekernel.transforms.acceleration.fusion.packing import missing, pack
-from widekernel.transforms.acceleration.fusion.plan import NOTHING_TO_FUSE, Plan, UnsuitableInputError, difference
+from widekernel.transforms.acceleration.fusion.plan import NOTHING_TO_FUSE, Plan, UnsuitableInputError
 from widekernel.transforms.acceleration.fusion.weights import UnsuitableWeightsError
 
 # How many calls of a copy try to plan it.
@@ -27,9 +28,14 @@ class FusedBlock:
 
     The block has its own class as a base. Whenever the native calls do not compute the same, its own code runs:
     `reasons_against` says why.
+
+    Attributes:
+        unfused: its own class.
+        fused_precision: the type of the factors of products in native calls, `float32` or `bfloat16`.
     """
 
     unfused: type[nn.Module]
+    fused_precision: str
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the block like its own class."""
@@ -63,12 +69,17 @@ class FusedBlock:
         reduced: Any = super().__reduce_ex__(max(protocol, 2))
         _, made_of, state, *rest = reduced
         assert made_of == (type(self),)
-        return _new_block, (self.unfused,), {key: value for key, value in state.items() if key != STATE}, *rest
+        return (
+            _new_block,
+            (self.unfused, self.fused_precision),
+            {key: value for key, value in state.items() if key != STATE},
+            *rest,
+        )
 
 
 def fuse(block: Any, plan: Plan) -> None:
     """Make `block` a fused one, which is computed as planned; it remains the same object."""
-    block.__class__ = fused_class(type(block))
+    block.__class__ = fused_class(type(block), plan.precision)
     vars(block)[STATE] = _State(block, plan)
 
 
@@ -78,7 +89,7 @@ def unfuse(block: Any) -> None:
     Raises:
         ArgumentError: if its class has been changed since it was fused.
     """
-    if type(block) is not fused_class(block.unfused):
+    if type(block) is not fused_class(block.unfused, block.fused_precision):
         raise ArgumentError(
             f"a fused block has become a {type(block).__name__}, whose computation is unknown: remove its parametrizations"
         )
@@ -87,17 +98,18 @@ def unfuse(block: Any) -> None:
     vars(block).pop(STATE, None)
 
 
-def reasons_against_fusing(block: nn.Module) -> list[str]:
+def reasons_against_fusing(block: nn.Module, precision: str = "float32") -> list[str]:
     """List what prevents the class of a block from being changed; empty if nothing does."""
     kind = type(block)
-    reasons = [] if missing() is None else [str(missing())]
+    lacking = missing(precision)
+    reasons = [] if lacking is None else [lacking]
     plain = kind.__reduce_ex__ is object.__reduce_ex__ and kind.__reduce__ is object.__reduce__
     slots = any(vars(base).get("__slots__") for base in kind.__mro__)
     if not plain or slots or any(hasattr(kind, name) for name in ("__deepcopy__", "__getnewargs_ex__", "__getnewargs__")):
         reasons.append(f"{kind.__name__} has its own way of copying")
     if kind.__call__ is not nn.Module.__call__:
         reasons.append(f"{kind.__name__} has its own way of being called")
-    if any(hasattr(kind, name) for name in ("unfused", "reasons_against")):
+    if any(hasattr(kind, name) for name in ("unfused", "fused_precision", "reasons_against")):
         reasons.append(f"{kind.__name__} has a method with the name of one of fused blocks")
     if isinstance(block, torch.jit.ScriptModule):
         reasons.append("it is compiled by TorchScript")
@@ -109,21 +121,23 @@ def reasons_against_fusing(block: nn.Module) -> list[str]:
     return reasons
 
 
-_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+_CLASSES: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}
+_SUFFIXES = {"float32": "", "bfloat16": "InBFloat16"}
 
 
-def fused_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """Return the class of fused blocks whose own class is `kind`; the same one every time."""
-    if kind in _CLASSES:
-        return _CLASSES[kind]
-    names = {"unfused": kind, "__module__": kind.__module__, "__doc__": kind.__doc__}
+def fused_class(kind: type[nn.Module], precision: str = "float32") -> type[nn.Module]:
+    """Return the class of fused blocks of a precision whose own class is `kind`; the same one every time."""
+    if (kind, precision) in _CLASSES:
+        return _CLASSES[kind, precision]
+    names = {"unfused": kind, "fused_precision": precision, "__module__": kind.__module__, "__doc__": kind.__doc__}
     bases: tuple[type, ...] = (FusedBlock, kind)
-    made = types.new_class(f"Fused{kind.__name__}", bases, exec_body=lambda body: body.update(names))
-    return _CLASSES.setdefault(kind, made)
+    name = f"Fused{kind.__name__}{_SUFFIXES[precision]}"
+    made = types.new_class(name, bases, exec_body=lambda body: body.update(names))
+    return _CLASSES.setdefault((kind, precision), made)
 
 
-def _new_block(kind: type[nn.Module]) -> nn.Module:
-    new: Any = fused_class(kind)
+def _new_block(kind: type[nn.Module], precision: str = "float32") -> nn.Module:
+    new: Any = fused_class(kind, precision)
     return new.__new__(new)  # type: ignore[no-any-return]
 
 
@@ -169,10 +183,12 @@ class _State:
         # An input may be unsuitable for the comparison.
         if self._attempts < _ATTEMPTS:
             self._attempts += 1
-            self.plan, self._failure = (None, str(missing())) if missing() else checked_plan(self.block, x)
+            precision = type(self.block).fused_precision  # type: ignore[attr-defined]
+            lacking = missing(precision)
+            self.plan, self._failure = (None, lacking) if lacking else checked_plan(self.block, x, precision)
 
 
-def checked_plan(block: nn.Module, x: Tensor) -> tuple[Plan | None, str]:
+def checked_plan(block: nn.Module, x: Tensor, precision: str = "float32") -> tuple[Plan | None, str]:
     """Plan a block and compare the plan with the code of the block on an input.
 
     Returns:
@@ -180,27 +196,40 @@ def checked_plan(block: nn.Module, x: Tensor) -> tuple[Plan | None, str]:
     """
     # One block of random numbers for both: code that draws some must get others each time, so that the results differ.
     with torch.random.fork_rng(devices=[]):
-        plan, reason = planned(block)
-        reason = reason if plan is None else compared(plan, block, x)
+        plan, reason = planned(block, precision)
+        reason = reason if plan is None else compared(plan, block, x).reason
     return (None, reason) if reason else (plan, "")
 
 
-def planned(block: nn.Module) -> tuple[Plan | None, str]:
+def planned(block: nn.Module, precision: str = "float32") -> tuple[Plan | None, str]:
     """Plan a block without running it; return None and why it cannot be fused, or the plan and ""."""
     try:
-        plan = Plan(block, pack)
+        plan = Plan(block, pack, precision)
     except NotTraceableError as error:
         return None, str(error)
     return (plan, "") if plan.regions else (None, NOTHING_TO_FUSE)
 
 
 @torch.no_grad()
-def compared(plan: Plan, block: nn.Module, x: Tensor) -> str:
-    """Compare the plan of a block with its code on an input; return what differs or prevents it, "" if all is well."""
+def compared(plan: Plan, block: nn.Module, x: Tensor) -> Deviation:
+    """Compare the plan of a block with its code on an input; the reason says what differs or prevents it.
+
+    What the plan computes is compared in float32 first, because the rounding of a lower precision could hide an error.
+    """
+    if plan.precision != "float32":
+        exact, reason = planned(block)
+        found = Deviation(reason=reason) if exact is None else compared(exact, block, x)
+        if found.reason:
+            return found
     try:
-        return next(plan.why_not(), "") or plan.check(x) or difference(plan.run(x), nn.Module.__call__(block, x))
+        found = Deviation(reason=next(plan.why_not(), ""))
+        found = found if found.reason else plan.check(x)
+        if found.reason:
+            return found
+        whole = deviation(plan.run(x), nn.Module.__call__(block, x), TOLERANCES[plan.precision])
+        return whole if whole.reason else max(found, whole)
     except (UnsuitableInputError, UnsuitableWeightsError) as error:
-        return str(error)
+        return Deviation(reason=str(error))
 
 
 def _state_of(block: Any) -> _State:

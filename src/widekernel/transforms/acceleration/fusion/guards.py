@@ -32,8 +32,8 @@ _forward_of = attrgetter("forward")
 class _Seen(NamedTuple):
     """What is looked at in every call, and what was found when nothing had changed.
 
-    Every comparison runs over whole tuples inside the interpreter: after native calls, the processor has to load code and data
-    again, so each step of Python code would take several times as long as usual.
+    Every comparison runs over whole tuples inside the interpreter. After a native call, the processor has to load code and
+    data again, so that Python code takes several times as long as in a loop of its own.
 
     Attributes:
         held: the dicts of the values; with `keys` and `values`, one item each.

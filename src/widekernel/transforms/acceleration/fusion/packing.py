@@ -6,21 +6,20 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from widekernel.ops.cpu import library as native
 from widekernel.ops.cpu.gate import Gate
-from widekernel.ops.cpu.pointwise import PackedBlock
+from widekernel.ops.cpu.pointwise import PackedBlock, reason_against
 from widekernel.transforms.acceleration.fusion.weights import BlockWeights
 
 
-def missing() -> str | None:
-    """Return why there are no native calls on this machine; None if there are."""
-    return native.load().reason
+def missing(precision: str = "float32") -> str | None:
+    """Return why there are no native calls of this precision on this machine; None if there are."""
+    return reason_against(precision)
 
 
-def pack(weights: BlockWeights) -> Callable[..., Tensor]:
-    """Return a function that computes the products of these weights, and the gate before them, as `ReferenceBlock` does."""
+def pack(weights: BlockWeights, precision: str = "float32") -> Callable[..., Tensor]:
+    """Return a function that computes the products of these weights as `ReferenceBlock` does, with its gate's factors."""
     *products, gate_weights = weights
-    block = PackedBlock(*products)
+    block = PackedBlock(*products, precision=precision)
     if gate_weights is None:
         return block
     gate = Gate(*gate_weights)

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
-from torch.utils._pytree import tree_leaves
 
 from widekernel.ops import call_trace
 from widekernel.ops.call_trace import FusedCall
+from widekernel.transforms.acceleration.fusion.deviation import TOLERANCES, Deviation, deviation
 from widekernel.transforms.acceleration.fusion.graph import BlockGraph, trace_block
 from widekernel.transforms.acceleration.fusion.guards import Guards
-from widekernel.transforms.acceleration.fusion.regions import FIRST, Region, find_regions, is_in_place
+from widekernel.transforms.acceleration.fusion.nodes import FIRST, is_in_place
+from widekernel.transforms.acceleration.fusion.regions import Region, find_regions
 from widekernel.transforms.acceleration.fusion.weights import (
     BlockWeights,
     Fingerprint,
@@ -25,10 +26,8 @@ from widekernel.transforms.acceleration.fusion.weights import (
     sources,
 )
 
-TOLERANCE = 1e-5
-"""Largest allowed difference between a fused block and its original, relative to the largest number."""
 NOTHING_TO_FUSE = "nothing in it can be fused"
-Pack = Callable[[BlockWeights], Callable[..., Tensor]]
+Pack = Callable[[BlockWeights, str], Callable[..., Tensor]]
 
 
 class UnsuitableInputError(Exception):
@@ -57,15 +56,16 @@ class Plan:
 
     Args:
         block: the block in evaluation mode.
-        pack: packs the weights of a region and returns the function that computes it.
+        pack: packs the weights of a region in a precision, and returns the function that computes it.
+        precision: type of the factors of products; a key of `TOLERANCES`.
 
     Raises:
         NotTraceableError: if the forward of the block cannot be traced.
         UnsuitableWeightsError: if weights cannot be packed.
     """
 
-    def __init__(self, block: nn.Module, pack: Pack) -> None:
-        self._pack = pack
+    def __init__(self, block: nn.Module, pack: Pack, precision: str = "float32") -> None:
+        self._pack, self.precision = pack, precision
         self._found, self.regions = _own_regions(block)
         inside = {str(node.target) for region in self.regions for node in region.nodes if node.op == "call_module"}
         self.layers = tuple(self._found.modules[name] for region in self.regions for name in region.all_layers())
@@ -95,7 +95,7 @@ class Plan:
         values: dict[fx.Node, Any] = {self._x: x}
         for step in self._steps:
             if isinstance(step.call, Region):
-                values[step.node] = _run_region(step.call, packed[id(step.call)], values)
+                values[step.node] = self._run_region(step.call, packed[id(step.call)], values)
             else:
                 values[step.node] = _run_node(step, values)
             for node in step.done:
@@ -103,15 +103,17 @@ class Plan:
         output = self._output
         return values[output] if isinstance(output, fx.Node) else map_arg(output, values.__getitem__)
 
-    def check(self, x: Tensor) -> str:
-        """Compare every region with the original steps on an input; return what differs, "" if nothing does."""
+    def check(self, x: Tensor) -> Deviation:
+        """Compare every region with the original steps on an input; return the largest deviation, or the first wrong one."""
         packed, values = self._current(), self._all_values(x)
+        largest = Deviation()
         for region in self.regions:
-            got = _run_region(region, packed[id(region)], values, add_residual=False)
-            text = difference(got, values[region.product])
-            if text:
-                return f"{' and '.join(region.layers())}: {text}"
-        return ""
+            got = self._run_region(region, packed[id(region)], values, add_residual=False)
+            found = deviation(got, values[region.product], TOLERANCES[self.precision])
+            if found.reason:
+                return Deviation(found.size, f"{' and '.join(region.layers())}: {found.reason}")
+            largest = max(largest, found)
+        return largest
 
     def describe(self) -> str:
         """Return what the regions compute, in words."""
@@ -124,7 +126,7 @@ class Plan:
         if packed is None or not packed[0].matches(tensors):
             # First the fingerprint: a write while the weights are packed leads to packing them again.
             fingerprint = Fingerprint(tensors)
-            calls = {id(region): self._pack(block_weights(self._found, region)) for region in self.regions}
+            calls = {id(region): self._pack(block_weights(self._found, region), self.precision) for region in self.regions}
             packed = self._packed = (fingerprint, calls)
         return packed[1]
 
@@ -164,6 +166,23 @@ class Plan:
             return lambda: evaluated(self._found, node)
         return self._found.module(node) if node.op == "call_module" else node.target
 
+    def _run_region(
+        self, region: Region, packed: Callable[..., Tensor], values: dict[fx.Node, Any], add_residual: bool = True
+    ) -> Tensor:
+        """Compute a region from the values of its inputs; images are handed over as (N, C, H, W), anything else as rows."""
+        x = values[region.x]
+        residual = values[region.residual] if add_residual and region.residual is not None else None
+        _require_plain(x, residual)
+        if FIRST not in (region.x_axis, region.product_axis) and not region.needs_images():
+            y = _on_rows(region, packed, x, residual)
+        else:
+            y = _on_images(region, packed, x, residual)
+        if call_trace.OPEN_TRACES:
+            options = region.patch, region.after, region.gate, region.response
+            parts = map(bool, (region.norm, region.second, residual is not None, *options))
+            call_trace.record_fused(FusedCall(tuple(x.shape), region.activation, *parts, precision=self.precision))
+        return y
+
     def _all_values(self, x: Tensor) -> dict[fx.Node, Any]:
         """Compute the values of all nodes with the original steps."""
         values: dict[fx.Node, Any] = {self._x: x}
@@ -174,26 +193,6 @@ class Plan:
                 copies = {other: values[other].clone() for other in products.intersection(node.all_input_nodes)}
                 values[node] = _run_node(_Step(node, self._call(node)), values | copies)
         return values
-
-
-def difference(got: Any, want: Any) -> str:
-    """Compare two outputs, which may be nested; return what differs by more than `TOLERANCE`, "" if nothing does."""
-    ours, theirs = tree_leaves(got), tree_leaves(want)
-    if len(ours) != len(theirs):
-        return "the outputs have different structures"
-    for a, b in zip(ours, theirs):
-        if not isinstance(b, Tensor):
-            continue
-        if not isinstance(a, Tensor) or (a.shape, a.dtype) != (b.shape, b.dtype):
-            return "the outputs have different shapes"
-        largest = b.abs().max().item()
-        if largest == 0:
-            return "its output is zero for the example, so that nothing can be compared"
-        error = (a - b).abs().max().item() / largest
-        # Written so that NaN counts as different.
-        if not error <= TOLERANCE:
-            return f"the output differs by {error:.1e} of its largest number"
-    return ""
 
 
 def _own_regions(block: nn.Module) -> tuple[BlockGraph, list[Region]]:
@@ -225,26 +224,6 @@ def _run_node(step: _Step, values: dict[fx.Node, Any]) -> Any:
     if node.op == "call_method":
         return getattr(args[0], step.call)(*args[1:], **kwargs)
     return step.call(*args, **kwargs)
-
-
-def _run_region(
-    region: Region, packed: Callable[..., Tensor], values: dict[fx.Node, Any], add_residual: bool = True
-) -> Tensor:
-    """Compute a region from the values of its inputs; images are handed over as (N, C, H, W), anything else as rows."""
-    x = values[region.x]
-    residual = values[region.residual] if add_residual and region.residual is not None else None
-    _require_plain(x, residual)
-    # Gates and response norms need to know which pixels belong to an image, and patches which are neighbors.
-    needs_images = region.gate or region.response or region.patch
-    if FIRST not in (region.x_axis, region.product_axis) and not needs_images:
-        y = _on_rows(region, packed, x, residual)
-    else:
-        y = _on_images(region, packed, x, residual)
-    if call_trace.OPEN_TRACES:
-        options = bool(region.norm), bool(region.second), residual is not None
-        more = region.patch is not None, bool(region.after), region.gate is not None, bool(region.response)
-        call_trace.record_fused(FusedCall(tuple(x.shape), region.activation, *options, *more))
-    return y
 
 
 def _on_rows(region: Region, packed: Callable[..., Tensor], x: Tensor, residual: Tensor | None) -> Tensor:

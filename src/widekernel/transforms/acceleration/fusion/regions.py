@@ -1,45 +1,43 @@
 """Regions of a block's graph that one native call can compute.
 
     [squeeze-excite] -> [norm] -> product -> [affine] -> [norm]
-        -> [activation -> [[response norm] -> pointwise layer -> [affine]]] -> [+ residual]
+        -> [activation -> [[response norm] -> layer -> [affine]]] -> [+ residual]
 
-The product is a pointwise layer, or a convolution with a stride, which is a product over patches. Between the parts, there may be
-permutations between (N, C, H, W) and (N, H, W, C), and modules that do nothing in evaluation. No value inside a region is used
-outside it.
+The product is a pointwise layer, or a convolution with a stride, which is a product over patches; the second layer is
+pointwise. Between the parts, there may be permutations between (N, C, H, W) and (N, H, W, C), and modules that do nothing
+in evaluation. No value inside a region is used outside it.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
-from torch.fx.node import map_arg
+from torch import fx, nn
 
 from widekernel.layers.norms import is_foldable
 from widekernel.ops.patch import Patch
 from widekernel.ops.pointwise_reference import ACTIVATIONS
+from widekernel.transforms.acceleration.fusion.gates import Gate, gate_ending_with
 from widekernel.transforms.acceleration.fusion.graph import BlockGraph, is_pointwise, is_product, patch_of
+from widekernel.transforms.acceleration.fusion.nodes import (
+    FIRST,
+    LAST,
+    PRODUCTS,
+    SUMS,
+    Nodes,
+    is_in_place,
+    only_argument,
+    two_arguments,
+)
 from widekernel.transforms.acceleration.fusion.probing import (
     IDENTITY,
-    MEAN,
-    SIGMOID,
     TO_FIRST,
     TO_LAST,
-    computed_by,
     is_layer_norm,
     is_response_norm,
 )
 
-FIRST, LAST = 1, -1
-"""The axis of the channels: 1 in (N, C, H, W), -1 in (N, H, W, C) and in rows."""
-_PRODUCTS = (operator.mul, torch.mul, torch.multiply, operator.imul, "mul", "mul_", "multiply")
-_SUMS = (operator.add, torch.add, operator.iadd, "add", "add_")
-# Operators in `torch.ops` may do anything, such as communicate with other processes: they are not tried out.
-_OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 _BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
@@ -58,23 +56,6 @@ class Affine:
     axis: int
 
 
-@dataclass(frozen=True)
-class Gate:
-    """Squeeze-excite: x · sigmoid(second · activation(first · mean(x))), where the mean is that over pixels.
-
-    Attributes:
-        first: name of the first pointwise layer.
-        activation: a key of `ACTIVATIONS`.
-        second: name of the second pointwise layer.
-        nodes: the nodes between the value and its product with the factors, which is the last one.
-    """
-
-    first: str
-    activation: str
-    second: str
-    nodes: tuple[fx.Node, ...]
-
-
 @dataclass
 class Region:
     """A part of a block's graph that one native call can compute.
@@ -86,8 +67,8 @@ class Region:
         dim_in: number of channels of its input.
         dim_out: number of channels of the result.
         nodes: the nodes of the region.
-        gate: squeeze-excite before the norm; None for none.
         patch: the patches of the first layer; None if it is pointwise.
+        gate: squeeze-excite before the norm; None for none.
         norm: name of the norm before the first layer; "" for none.
         affine: affine maps after the first layer, in order.
         after: name of the layer norm after these, which no second layer follows; "" for none.
@@ -122,16 +103,20 @@ class Region:
     residual: fx.Node | None = None
 
     def layers(self) -> tuple[str, ...]:
-        """Return the names of the layers whose products it computes, without those of its gate."""
+        """Return the names of the layers whose products it computes for pixels."""
         return (self.first, self.second) if self.second else (self.first,)
 
     def all_layers(self) -> tuple[str, ...]:
-        """Return the names of its pointwise layers, those of its gate first."""
+        """Return the names of all its layers, those of its gate first."""
         return (self.gate.first, self.gate.second, *self.layers()) if self.gate else self.layers()
+
+    def needs_images(self) -> bool:
+        """Return whether its result for a pixel depends on which others belong to the image."""
+        return any(part not in ("", None) for part in (self.patch, self.gate, self.response))
 
     def is_more_than_a_layer(self) -> bool:
         """Return whether it contains more than one pointwise layer alone."""
-        more = self.gate, self.patch, self.norm, self.affine, self.after, self.second, self.residual
+        more = self.patch, self.gate, self.norm, self.affine, self.after, self.second, self.residual
         return any(part not in ("", [], None) for part in more) or self.activation != "none"
 
 
@@ -150,23 +135,16 @@ def find_regions(found: BlockGraph) -> list[Region]:
     return regions
 
 
-class _Matcher:
-    def __init__(self, found: BlockGraph) -> None:
-        self.found = found
-        self._kinds: dict[fx.Node, str] = {}
-        self._constants: set[fx.Node] = set()
-        for node in found.graph.nodes:
-            functions = node.op in ("call_function", "call_method") and bool(node.all_input_nodes)
-            if node.op == "get_attr" or (functions and self._constants.issuperset(node.all_input_nodes)):
-                self._constants.add(node)
+class _Matcher(Nodes):
+    """Finds regions."""
 
     def region(self, start: fx.Node) -> Region | None:
         """Return the largest region whose first layer is called by `start`."""
-        axis = self._layer_axis(start)
-        x = _only_argument(start)
+        axis = self.layer_axis(start)
+        x = only_argument(start)
         if x is None:
             return None
-        dim_out, dim_in = self._sizes(start)
+        dim_out, dim_in = self.sizes(start)
         patch = patch_of(self.found.modules[str(start.target)])
         region = Region(x, axis, str(start.target), dim_in, dim_out, {start}, start, axis, start, patch)
         self._extend_backwards(region)
@@ -176,9 +154,10 @@ class _Matcher:
     def _extend_backwards(self, region: Region) -> None:
         while len(region.x.users) == 1 and region.x.op != "placeholder":
             node, kind = region.x, self.kind(region.x)
-            gate = self._gate(node) if region.x_axis == FIRST and region.patch is None else None
+            gate = gate_ending_with(self, node) if region.x_axis == FIRST else None
             if gate is not None:
-                region.gate, region.x = gate, gate.nodes[0].all_input_nodes[0]
+                value = next(input for input in gate.nodes[0].all_input_nodes)
+                region.gate, region.x = gate, value
                 region.nodes.update(gate.nodes)
                 return
             if kind == TO_LAST and region.x_axis == LAST:
@@ -218,11 +197,9 @@ class _Matcher:
         if (kind, axis) in ((TO_LAST, FIRST), (TO_FIRST, LAST)):
             region.product_axis = -axis
             return True
-        is_layer = (
-            module is not None and is_pointwise(module) and _only_argument(node) is region.product and not region.after
-        )
-        if is_layer and region.activation != "none" and not region.second and self._layer_axis(node) == axis:
-            region.second, region.dim_out = str(node.target), self._sizes(node)[0]
+        is_layer = module is not None and is_pointwise(module) and only_argument(node) is region.product and not region.after
+        if is_layer and region.activation != "none" and not region.second and self.layer_axis(node) == axis:
+            region.second, region.dim_out = str(node.target), self.sizes(node)[0]
             return True
         if region.response and not region.second:
             return False
@@ -230,7 +207,7 @@ class _Matcher:
             module is not None
             and region.activation != "none"
             and not region.second
-            and _only_argument(node) is region.product
+            and only_argument(node) is region.product
         ):
             hidden: int = self.found.modules[region.first].weight.shape[0]  # type: ignore[union-attr, assignment]
             if is_response_norm(module, hidden, axis):
@@ -248,107 +225,32 @@ class _Matcher:
         (region.second_affine if region.second else region.affine).append(affine)
         return True
 
-    def _gate(self, product: fx.Node) -> Gate | None:
-        """Return the squeeze-excite whose last step is `product`; None if it is anything else."""
-        pair = _two_arguments(product, _PRODUCTS)
-        for value, factors in (pair, pair[::-1]) if pair is not None else ():
-            if not isinstance(value, fx.Node) or not isinstance(factors, fx.Node) or set(value.users) - {product} == set():
-                continue
-            gate = self._factors_of(factors, value, product)
-            if gate is not None:
-                return gate
-        return None
-
-    def _factors_of(self, factors: fx.Node, value: fx.Node, product: fx.Node) -> Gate | None:
-        """Return the squeeze-excite that computes `factors` from `value`, which nothing else uses."""
-        # Backwards from the factors to the value.
-        nodes, layers, activation, has_sigmoid = [product], [], "none", False
-        node = factors
-        while node is not value:
-            kind, module = self.kind(node), self.found.module(node)
-            if len(node.users) != 1 or not node.all_input_nodes:
-                return None
-            nodes.append(node)
-            if module is not None and is_pointwise(module) and self._layer_axis(node) == FIRST and _only_argument(node):
-                layers.append(node)
-            elif kind == SIGMOID and not layers and not has_sigmoid:
-                has_sigmoid = True
-            elif kind in ACTIVATIONS and len(layers) == 1 and activation == "none":
-                activation = kind
-            elif kind == MEAN and len(layers) == 2 and node.all_input_nodes[0] is value:
-                pass
-            elif kind != IDENTITY:
-                return None
-            node = node.all_input_nodes[0]
-        whole = has_sigmoid and len(layers) == 2 and self.kind(nodes[-1]) == MEAN and len(value.users) == 2
-        if not whole or self._sizes(layers[0])[0] != self._sizes(layers[1])[1]:
-            return None
-        return Gate(str(layers[1].target), activation, str(layers[0].target), tuple(reversed(nodes)))
-
     def _add_residual(self, region: Region, node: fx.Node) -> None:
-        pair = _two_arguments(node, _SUMS)
+        pair = two_arguments(node, SUMS)
         if pair is None or region.product not in pair or pair[0] is pair[1]:
             return
         other = pair[1] if pair[0] is region.product else pair[0]
         # In place, a sum may only change the product.
-        if isinstance(other, fx.Node) and other not in self._constants and not (is_in_place(node) and pair[0] is other):
+        if isinstance(other, fx.Node) and other not in self.constants and not (is_in_place(node) and pair[0] is other):
             region.residual, region.last = other, node
             region.nodes.add(node)
 
-    def kind(self, node: fx.Node) -> str:
-        """Return what a node computes from its only input, as `computed_by` does; "" if that is unknown."""
-        if node not in self._kinds:
-            self._kinds[node] = self._computed(node)
-        return self._kinds[node]
-
-    def _computed(self, node: fx.Node) -> str:
-        inputs, module = node.all_input_nodes, self.found.module(node)
-        if len(inputs) != 1 or inputs[0] in self._constants:
-            return ""
-        function: Callable[..., Any]
-        if node.op == "call_module":
-            assert module is not None
-            if module._parameters or module._buffers or module._modules:
-                return ""
-            function = module
-        elif node.op == "call_function" and not isinstance(node.target, _OPERATORS):
-            function = node.target  # type: ignore[assignment]
-        elif node.op == "call_method":
-            function = operator.methodcaller(str(node.target), *node.args[1:], **node.kwargs)
-            return computed_by(function) if node.args[0] is inputs[0] else ""
-        else:
-            return ""
-
-        def applied(x: Tensor) -> Any:
-            args, kwargs = map_arg((node.args, node.kwargs), lambda _: x)
-            return function(*args, **kwargs)
-
-        return computed_by(applied)
-
-    def changes_shared_value(self, node: fx.Node) -> bool:
-        """Return whether a node changes a tensor in place that other nodes use, too."""
-        module = self.found.module(node)
-        if not is_in_place(node) and not (module is not None and getattr(module, "inplace", False)):
-            return False
-        value = node.args[0] if node.args else None
-        return not isinstance(value, fx.Node) or len(value.users) > 1 or value.op in ("placeholder", "get_attr")
-
     def _affine(self, node: fx.Node, value: fx.Node, axis: int) -> Affine | None:
         module = self.found.module(node)
-        if isinstance(module, _BATCH_NORMS) and axis == FIRST and is_foldable(module) and _only_argument(node) is value:
+        if isinstance(module, _BATCH_NORMS) and axis == FIRST and is_foldable(module) and only_argument(node) is value:
             return Affine("norm", module, axis)
-        for kind, targets in (("factor", _PRODUCTS), ("summand", _SUMS)):
-            pair = _two_arguments(node, targets)
+        for kind, targets in (("factor", PRODUCTS), ("summand", SUMS)):
+            pair = two_arguments(node, targets)
             if pair is None or value not in pair or pair[0] is pair[1]:
                 continue
             other = pair[1] if pair[0] is value else pair[0]
-            if isinstance(other, (int, float)) or other in self._constants:
+            if isinstance(other, (int, float)) or other in self.constants:
                 return Affine(kind, other, axis)
         return None
 
     def _is_norm(self, node: fx.Node, channels: int, axis: int) -> bool:
         module = self.found.module(node)
-        if module is None or _only_argument(node) is None:
+        if module is None or only_argument(node) is None:
             return False
         if isinstance(module, _BATCH_NORMS):
             return axis == FIRST and is_foldable(module)
@@ -356,40 +258,9 @@ class _Matcher:
 
     def _is_layer_norm(self, node: fx.Node, channels: int, axis: int) -> bool:
         module = self.found.module(node)
-        return module is not None and _only_argument(node) is not None and is_layer_norm(module, channels, axis)
-
-    def _sizes(self, node: fx.Node) -> tuple[int, int]:
-        """Return the numbers of output and input channels of the layer that a node calls."""
-        weight: Any = self.found.modules[str(node.target)].weight
-        return weight.shape[0], weight.shape[1]
-
-    def _layer_axis(self, node: fx.Node) -> int:
-        return LAST if isinstance(self.found.module(node), nn.Linear) else FIRST
+        return module is not None and only_argument(node) is not None and is_layer_norm(module, channels, axis)
 
 
 def _pads(region: Region) -> bool:
     """Return whether there are zeros around the image, which the affine part of a norm before them would not reach."""
     return region.patch is not None and any(region.patch.padding)
-
-
-def _only_argument(node: fx.Node) -> fx.Node | None:
-    """Return the argument of a call with a single one; None if there are others."""
-    if len(node.args) == 1 and not node.kwargs and isinstance(node.args[0], fx.Node):
-        return node.args[0]
-    return None
-
-
-def _two_arguments(node: fx.Node, targets: tuple[Any, ...]) -> tuple[Any, Any] | None:
-    """Return the arguments of a call with two of them, if it calls one of `targets`."""
-    if node.op in ("call_function", "call_method") and node.target in targets and len(node.args) == 2 and not node.kwargs:
-        return node.args[0], node.args[1]
-    return None
-
-
-def is_in_place(node: fx.Node) -> bool:
-    """Return whether a call of a function or method changes its first argument."""
-    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-    if node.kwargs.get("inplace") or node.kwargs.get("out") is not None:
-        return True
-    methods = node.op != "call_module" and name.endswith("_") and not name.endswith("__")
-    return methods or node.target in (operator.iadd, operator.imul, operator.isub, operator.itruediv, operator.setitem)

@@ -13,8 +13,9 @@ from torch.fx.node import map_arg
 from widekernel.layers.norms import affine_of
 from widekernel.ops.patch import NormAfter, Patch
 from widekernel.transforms.acceleration.fusion.graph import BlockGraph
+from widekernel.transforms.acceleration.fusion.nodes import FIRST
 from widekernel.transforms.acceleration.fusion.probing import epsilon_of
-from widekernel.transforms.acceleration.fusion.regions import FIRST, Affine, Region
+from widekernel.transforms.acceleration.fusion.regions import Affine, Region
 from widekernel.transforms.acceleration.fusion.samples import Samples
 
 Source = tuple[dict[str, Any], str]
@@ -87,7 +88,9 @@ def block_weights(found: BlockGraph, region: Region) -> BlockWeights:
     matrix = _float(first).view(-1, region.dim_in, *kernel)
     after = _norm_after(found.modules[region.after]) if region.after else None
     if not region.second:
-        return BlockWeights(matrix, _bias(bias), region.activation, None, None, eps, region.patch, after, gate=gate)
+        return BlockWeights(
+            matrix, _bias(bias), region.activation, None, None, eps, patch=region.patch, after=after, gate=gate
+        )
     second, second_bias = _matrix(found.modules[region.second])
     response, response_eps = None, 1e-6
     if region.response:
@@ -96,9 +99,8 @@ def block_weights(found: BlockGraph, region: Region) -> BlockWeights:
         response, response_eps = weight.float(), epsilon_of(norm) or 0.0
         second_bias = second_bias + second @ shift
     second, second_bias = _mapped(found, region.second_affine, second, second_bias)
-    seconds = _float(second), _bias(second_bias)
-    responses = response, response_eps, gate
-    return BlockWeights(matrix, _bias(bias), region.activation, *seconds, eps, region.patch, None, *responses)
+    firsts, seconds = (matrix, _bias(bias)), (_float(second), _bias(second_bias))
+    return BlockWeights(*firsts, region.activation, *seconds, eps, region.patch, None, response, response_eps, gate)
 
 
 def _gate_weights(found: BlockGraph, region: Region) -> GateWeights | None:

@@ -1,0 +1,11 @@
+// Products of bfloat16 in AVX-512; everything else is computed by the unit of AVX-512.
+#define WK_NAMESPACE avx512_bf16
+#define WK_LANES 16
+#define WK_REGISTERS 32
+#define WK_WORD 2
+#include "products_unit.hpp"
+
+namespace wk {
+extern const Products products_avx512_bf16;
+const Products products_avx512_bf16 = WK_PRODUCTS;
+}  // namespace wk

@@ -1,0 +1,196 @@
+"""Inference of networks on a CPU in bfloat16 beside float32: times, and what the precision does to the outputs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from widekernel.bench.agreement import REFERENCE, check_rivals
+from widekernel.bench.errors import BenchmarkError
+from widekernel.bench.memory import return_freed_memory
+from widekernel.bench.networks import COMPILED_TOLERANCE, NetworkPlan, example_batch, network_call, network_fields
+from widekernel.bench.platforms import Platform
+from widekernel.bench.precision import BFLOAT16
+from widekernel.bench.rivals import WITH_BFLOAT16, compiles, network_in
+from widekernel.bench.rows import PrecisionNetworkRow
+from widekernel.bench.tables import Column, network_columns
+from widekernel.bench.time_budget import TimeBudget
+from widekernel.bench.timing import first_calls, interleave
+from widekernel.bench.variants import (
+    ACCELERATED,
+    FUSED,
+    INFER,
+    PYTORCH,
+    Variant,
+    build_variants,
+    with_visible_blocks,
+)
+from widekernel.settings import require
+from widekernel.transforms.acceleration import AccelerationReport, accelerate
+from widekernel.transforms.acceleration.outputs import OutputDeviation
+from widekernel.transforms.to_torch import to_torch
+
+LOWER, CAST, AUTOCAST = "ours, fused, bfloat16", "PyTorch, bfloat16", "PyTorch, bfloat16 by autocast"
+COMPARED = 8
+"""Number of random images on which outputs are compared, rounded up to whole batches."""
+NOTES: tuple[str, ...] = (
+    "Times are medians of calls made in turn, on the same images, in inference; ± is half the interquartile range. A "
+    "number in parentheses is the number of calls, if there were fewer than five.",
+    "PyTorch: the network on PyTorch's convolutions in float32, not folded. PyTorch, bfloat16: folded, with all tensors in "
+    "bfloat16; by autocast: folded, with parameters in float32. ours, fused: folded, then `widekernel.accelerate`, in "
+    'float32, or with `precision="bfloat16"`, where the factors of the products in fused blocks are bfloat16 and all else '
+    "is float32. OpenVINO: the folded network, with INFERENCE_PRECISION_HINT f32 and bf16. torch.compile, zentorch: the "
+    "folded network, with all tensors in that type.",
+    "× best rival: speed-up of ours over the fastest of all rows in that precision that are not ours, in either layout.",
+    "onnxruntime has no products in bfloat16 on a CPU, so it is timed in float32.",
+    "× PyTorch NHWC, NCHW: speed-up over PyTorch in float32, in either layout.",
+    "error, cosine, same class: outputs on random images compared with those of PyTorch NHWC in float32: norm of the "
+    "difference relative to the norm, cosine similarity, and images that keep their top class. The weights are random, so "
+    "these are no accuracies: evaluate a trained network on its data.",
+)
+
+
+def check_settings(modes: str, compiled: bool) -> None:
+    """Check the settings of a run.
+
+    Raises:
+        ConfigError: if anything but inference without a compiler is to be timed.
+    """
+    require(modes == INFER, "modes", modes, "infer with --dtypes bfloat16 on the CPU, where only inference has it")
+    require(not compiled, "compile", True, "left out with --dtypes bfloat16 on the CPU")
+
+
+def measure_lower_networks(
+    plan: NetworkPlan,
+    platform: Platform,
+    budget: TimeBudget,
+    advance: Callable[[str, int], None] = lambda what, steps: None,
+) -> Iterator[PrecisionNetworkRow]:
+    """Time networks in inference on a CPU in float32 and in bfloat16; yield the rows of each network once they are measured.
+
+    Args:
+        plan: what to time; its modes and precisions are not used.
+        platform: the CPU.
+        budget: collects notes on rivals that are left out.
+        advance: called with a description of the next step, and the number of networks that were finished.
+
+    Raises:
+        BenchmarkError: if variants in float32 give different outputs, ours in bfloat16 gives far different ones, or the
+            network cannot run.
+        ArgumentError: if this machine has no products in bfloat16.
+    """
+    for name, build in plan.networks.items():
+        model, usual_size = build()
+        model = with_visible_blocks(model).eval()
+        for batch in plan.batches:
+            advance(f"{name}, {batch} images, infer, bfloat16", 0)
+            images, target = example_batch(name, model, batch, plan.size or usual_size)
+            exact = _exact_variants(model, images, plan.rivals)
+            exact, remarks = check_rivals(name, exact, target)
+            budget.remarks += remarks
+            lower = _lower_variants(exact, images, plan.rivals)
+            deviations = _deviations(name, exact, lower)
+            variants = [*exact, *lower]
+            calls = {variant.name: network_call(variant, INFER, target) for variant in variants}
+            first = first_calls(calls)[1]
+            timings = interleave(calls, first, plan.seconds, plan.rounds, platform.network_patience)
+            for variant in variants:
+                found = deviations[variant.name]
+                yield PrecisionNetworkRow(
+                    **network_fields(name, INFER, variant, timings),
+                    precision="bfloat16" if variant in lower else "float32",
+                    error=found.relative,
+                    cosine=found.cosine,
+                    images=found.images or 0,
+                    same_class=found.same_class or 0,
+                )
+            return_freed_memory()
+            if compiles(plan.rivals):
+                torch.compiler.reset()
+        advance("", 1)
+
+
+def precision_columns(rows: Sequence[PrecisionNetworkRow]) -> list[Column]:
+    """Return the columns of a table of networks in several precisions."""
+    return [
+        *network_columns(rows),
+        ("error", lambda row: f"{row.error:.1e}"),
+        ("cosine", lambda row: f"{row.cosine:.6f}"),
+        ("same class", lambda row: f"{row.same_class} of {row.images}"),
+    ]
+
+
+def _exact_variants(model: nn.Module, images: Tensor, rivals: Sequence[str]) -> list[Variant]:
+    """Return variants in float32; those without fused blocks are what the others in bfloat16 are made of."""
+    kinds = (PYTORCH, ACCELERATED, FUSED, *rivals)
+    return [variant for variant in build_variants(model, INFER, images, False, rivals=rivals) if variant.kind in kinds]
+
+
+def _lower_variants(exact: Sequence[Variant], images: Tensor, rivals: Sequence[str]) -> list[Variant]:
+    lower = []
+    for variant in exact:
+        if variant.kind != ACCELERATED:
+            continue
+        x = variant.images
+        with torch.no_grad():
+            ours, report = accelerate(copy.deepcopy(variant.network), x, precision="bfloat16")
+        _require_blocks(report)
+        lower.append(replace(variant, kind=LOWER, network=ours, forward=ours))
+        plain = to_torch(variant.network)
+        lower.append(replace(variant, kind=AUTOCAST, network=plain, forward=partial(_autocast, plain)))
+        cast = copy.deepcopy(plain).to(torch.bfloat16)
+        lower.append(replace(variant, kind=CAST, network=cast, forward=cast, images=x.to(torch.bfloat16)))
+        for rival in rivals:
+            if compiles([rival]):
+                forward = network_in(rival, cast, lower[-1].images, precision="bfloat16")
+                lower.append(replace(lower[-1], kind=f"{rival}, bfloat16", forward=forward))
+    plain = next(variant.network for variant in lower if variant.kind == AUTOCAST and variant.layout == "NCHW")
+    x = images.contiguous()
+    for rival in rivals:
+        if rival in WITH_BFLOAT16 and not compiles([rival]):
+            forward = network_in(rival, plain, x, precision="bfloat16")
+            lower.append(Variant(f"{rival}, bfloat16", "NCHW", False, plain, forward, x))
+    return lower
+
+
+def _require_blocks(report: AccelerationReport) -> None:
+    if not report.fused:
+        reasons = "; ".join(dict.fromkeys(row.reason for row in report.blocks)) or "it has none"
+        raise BenchmarkError(f"no block of the network is fused in bfloat16: {reasons}. Time it in float32.")
+
+
+def _autocast(network: nn.Module, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return network(x)  # type: ignore[no-any-return]
+
+
+@torch.inference_mode()
+def _deviations(name: str, exact: Sequence[Variant], lower: Sequence[Variant]) -> dict[str, OutputDeviation]:
+    """Compare the outputs of all variants, by name, with those of `REFERENCE`, on the same random images."""
+    reference = next(variant for variant in exact if variant.name == REFERENCE)
+    shape = reference.images.shape
+    generator = torch.Generator().manual_seed(1)
+    batches = [torch.randn(shape, generator=generator) for _ in range(-(-COMPARED // shape[0]))]
+    want = _outputs(reference, batches)
+    found = {variant.name: OutputDeviation.of(want, _outputs(variant, batches)) for variant in (*exact, *lower)}
+    for variant in lower:
+        error, allowed = found[variant.name].largest, COMPILED_TOLERANCE[BFLOAT16.name]
+        # Written so that NaN is an error as well.
+        if variant.kind == LOWER and not error <= allowed:
+            raise BenchmarkError(
+                f"the output of {name}: {variant.name} differs from {REFERENCE} in float32 by {error:.2g} of the largest "
+                f"number, more than {allowed:g}. Nothing is timed: the network is not suitable for bfloat16, or a block is "
+                "wrong."
+            )
+    return found
+
+
+def _outputs(variant: Variant, batches: Sequence[Tensor]) -> Tensor:
+    layout = torch.channels_last if variant.layout == "NHWC" else torch.contiguous_format
+    inputs = (batch.to(variant.images.dtype).contiguous(memory_format=layout) for batch in batches)
+    return torch.cat([variant.forward(x).float() for x in inputs])
