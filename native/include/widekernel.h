@@ -85,9 +85,9 @@ typedef struct {
 // y = residual + second · activation(first · norm(x) + first_bias) + second_bias, and without a second product
 // y = residual + activation(first · norm(x) + first_bias). All tensors are float32.
 //
-// `type` is that of the factors of both products, WK_FLOAT32 or WK_BFLOAT16. In bfloat16, weights, norm(x) and hidden units are rounded
-// to the nearest bfloat16, ties to even; subnormal ones count as zero. Everything else is computed in float32: norm, activation, biases,
-// residual, and the sums of products, which are exact.
+// `type` is that of the factors of both products, WK_FLOAT32 or WK_BFLOAT16. In bfloat16, weights, norm(x) and hidden units are
+// rounded to the nearest bfloat16, ties to even; subnormal ones count as zero. All else is float32: tensors, norm, activation,
+// biases, residual, and the sums of products, which are exact.
 typedef struct {
     int32_t type;
     int32_t inputs, hidden, outputs;  // channels; `outputs` is 0 without a second product

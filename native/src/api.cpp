@@ -55,7 +55,7 @@ const Products *products(int32_t type, const char *&reason) {
     }
 #ifdef WIDEKERNEL_AVX512_BF16
     if (!Processor::present().avx512_bf16())
-        reason = "this processor has no bfloat16 products (AVX512_BF16, in AMD Zen 4, Intel Cooper Lake, Sapphire Rapids and later)";
+        reason = "this processor has no bfloat16 products (AVX512_BF16: AMD Zen 4, Intel Sapphire Rapids, and later)";
     else if (&kernels() != &kernels_avx512)
         reason = "the instruction set in use has no bfloat16 products; only avx512 has them";
     else
@@ -133,7 +133,8 @@ bool is_valid(const wk_weight_grad &call) {
 bool is_valid(const wk_pointwise_weights &weights) {
     return weights.inputs > 0 && weights.hidden > 0 && weights.outputs >= 0 && weights.first &&
            (weights.outputs == 0 || weights.second) && weights.activation >= WK_NO_ACTIVATION &&
-           weights.activation <= WK_GELU_TANH && weights.type >= WK_FLOAT32 && weights.type <= WK_FLOAT16 && (!weights.normalize || weights.eps >= 0);
+           weights.activation <= WK_GELU_TANH && weights.type >= WK_FLOAT32 && weights.type <= WK_FLOAT16 &&
+           (!weights.normalize || weights.eps >= 0);
 }
 
 bool is_valid(const wk_pointwise_call &call) {

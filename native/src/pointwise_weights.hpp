@@ -39,11 +39,13 @@ struct Weights {
         : of(packed), chunks(packed.hidden, HIDDEN_CHUNK, PANEL), blocks(packed.inputs, DEPTH_BLOCK, GROUP) {}
 
     float *first(int64_t chunk, int64_t block, int64_t panel) const {
-        return of.first + chunks.begin(chunk) * lines_for(of.inputs) + blocks.begin(block) / WORD * vectors_for(chunks.in(chunk)) * LANES +
+        const int64_t columns = vectors_for(chunks.in(chunk)) * LANES;
+        return of.first + chunks.begin(chunk) * lines_for(of.inputs) + blocks.begin(block) / WORD * columns +
                panel * PANEL * lines_for(blocks.in(block));
     }
     float *second(int64_t chunk, int64_t panel) const {
-        return of.second + chunks.begin(chunk) / WORD * vectors_for(of.outputs) * LANES + panel * PANEL * lines_for(chunks.in(chunk));
+        const int64_t columns = vectors_for(of.outputs) * LANES;
+        return of.second + chunks.begin(chunk) / WORD * columns + panel * PANEL * lines_for(chunks.in(chunk));
     }
     static int64_t vectors(int64_t panel, int64_t channels) {
         return least(PANEL_VECTORS, vectors_for(channels) - panel * PANEL_VECTORS);

@@ -1,9 +1,9 @@
 // The inner loops of matrix products: a tile of up to TILE_ROWS rows times a panel of up to PANEL_VECTORS vectors of columns,
 // summed in registers.
 //
-// Rows are stored in groups of LANES words (operands.hpp): word g * LANES + i of row m is at[(g * rows + m) * LANES + i]. Results of
-// one product are thus stored by whole vectors, and if a word is a float, they are at once the rows of the next product. A panel
-// has its columns side by side.
+// Rows are stored in groups of LANES words (operands.hpp): word g * LANES + i of row m is at[(g * rows + m) * LANES + i]. Results
+// of one product are thus stored by whole vectors, and if a word is a float, they are at once the rows of the next product. A
+// panel has its columns side by side.
 #pragma once
 
 #include "operands.hpp"

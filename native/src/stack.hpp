@@ -133,11 +133,13 @@ void pack_pixels(const Pixels &from, int64_t first, int64_t pixels, int64_t chan
         // Full vectors may read pixels that belong to somebody else, but none outside the tensor.
         const int readable = static_cast<int>(least(LANES, run));
         if (!from.columns_adjoin())
-            for (int j = 0; j < count; j++, pixel += from.column)
-                for (int64_t g = 0; g < groups; g++) {
-                    const int some = static_cast<int>(least(LANES, channels - g * LANES));
-                    slots[j].at[g * slots[j].step] = gather(pixel + g * LANES * from.channel, from.channel, some);
-                }
+            for (int j = 0; j < count; j++, pixel += from.column) {
+                const int64_t whole = from.channel == 1 ? channels / LANES : 0, step = slots[j].step;
+                Vec *to = slots[j].at;
+                for (int64_t g = 0; g < whole; g++, to += step) *to = Float32::load(pixel + g * LANES);
+                for (int64_t g = whole; g < groups; g++, to += step)
+                    *to = gather(pixel + g * LANES * from.channel, from.channel, static_cast<int>(least(LANES, channels - g * LANES)));
+            }
         for (int64_t g = 0; g < groups && from.columns_adjoin(); g++) {
             const float *group = pixel + g * LANES * from.channel;
             const int some = static_cast<int>(least(LANES, channels - g * LANES));
@@ -161,6 +163,28 @@ struct Target {
     int64_t channel, channels;
 };
 
+// Groups [begin, end) of one pixel of a tensor whose columns do not adjoin; `y` and `added` are the addresses of the first one.
+inline void unpack_pixel(const Slot &slot, int64_t begin, int64_t end, const Target &to, float *y, const float *added,
+                         const Vec *bias) {
+    const bool adjoin = to.y.channel == 1 && (!added || to.residual.channel == 1);
+    const int64_t whole = adjoin ? least(end, to.channels / LANES) : begin;
+    const Vec *from = slot.at + begin * slot.step;
+    int64_t g = begin;
+    for (; g < whole; g++, from += slot.step, y += LANES) {
+        Vec value = *from;
+        if (bias) value += bias[g];
+        if (added) value += Float32::load(added), added += LANES;
+        Float32::store(y, value);
+    }
+    for (; g < end; g++, from += slot.step, y += LANES * to.y.channel) {
+        const int some = static_cast<int>(least(LANES, to.channels - g * LANES));
+        Vec value = *from;
+        if (bias) value += bias[g];
+        if (added) value += gather(added, to.residual.channel, some), added += LANES * to.residual.channel;
+        scatter(y, to.y.channel, value, some);
+    }
+}
+
 // Writes groups [begin, end) of the stack, plus bias (one vector for each group, or null) plus residual.
 inline void unpack_pixels(const Stack &from, int64_t begin, int64_t end, const Target &to, int64_t first, const Vec *bias) {
     const Pixels &y = to.y, &residual = to.residual;
@@ -173,24 +197,19 @@ inline void unpack_pixels(const Stack &from, int64_t begin, int64_t end, const T
         const float *added = residual.at ? residual.pixel(first + i) + channel * residual.channel : nullptr;
         Slot slots[LANES];
         for (int j = 0; j < count; j++) slots[j] = Slot(from, i + j);
-        for (int64_t g = begin; g < end; g++) {
+        if (!y.columns_adjoin())
+            for (int j = 0; j < count; j++)
+                unpack_pixel(slots[j], begin, end, to, pixel + j * y.column, added ? added + j * residual.column : nullptr, bias);
+        for (int64_t g = begin; g < end && y.columns_adjoin(); g++) {
             const Vec shift = bias ? bias[g] : Vec{};
             const int some = static_cast<int>(least(LANES, to.channels - g * LANES));
-            if (!y.columns_adjoin()) {
-                for (int j = 0; j < count; j++) {
-                    Vec value = slots[j].at[g * slots[j].step] + shift;
-                    if (added) value += gather(added + j * residual.column, residual.channel, some);
-                    scatter(pixel + j * y.column, y.channel, value, some);
-                }
-            } else {
-                Vec square[LANES];
-                for (int j = 0; j < count; j++) square[j] = slots[j].at[g * slots[j].step] + shift;
-                for (int j = count; j < LANES; j++) square[j] = Vec{};
-                transpose(square);
-                for (int c = 0; c < some; c++) {
-                    if (added) square[c] += gather(added + c * residual.channel, residual.column, count);
-                    scatter(pixel + c * y.channel, 1, square[c], count);
-                }
+            Vec square[LANES];
+            for (int j = 0; j < count; j++) square[j] = slots[j].at[g * slots[j].step] + shift;
+            for (int j = count; j < LANES; j++) square[j] = Vec{};
+            transpose(square);
+            for (int c = 0; c < some; c++) {
+                if (added) square[c] += gather(added + c * residual.channel, residual.column, count);
+                scatter(pixel + c * y.channel, 1, square[c], count);
             }
             pixel += LANES * y.channel;
             if (added) added += LANES * residual.channel;

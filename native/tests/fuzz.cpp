@@ -35,6 +35,7 @@ struct Library {
     FUNCTION(pointwise_pack);
     FUNCTION(pointwise_free);
     FUNCTION(pointwise_run);
+    FUNCTION(why_no_products);
     FUNCTION(sum_workspace);
     FUNCTION(weight_grad_workspace);
     FUNCTION(error_text);
@@ -74,6 +75,7 @@ void open_library(const char *path) {
     FIND(pointwise_pack);
     FIND(pointwise_free);
     FIND(pointwise_run);
+    FIND(why_no_products);
     FIND(sum_workspace);
     FIND(weight_grad_workspace);
     FIND(error_text);
@@ -614,8 +616,11 @@ double activated(double value, int32_t activation) {
 
 // A pair of products over channels, or one, with an activation, a layer norm and a residual.
 void test_pointwise(uint64_t seed, Random random, Judge &judge) {
-    constexpr double LIMIT = 4e-6;
     const Format &format = FORMATS[WK_FLOAT32];
+    const int32_t type = random.often() && !library.why_no_products(WK_BFLOAT16) ? WK_BFLOAT16 : WK_FLOAT32;
+    const Format &factors = FORMATS[type];
+    // A factor near the middle between two bfloat16 may be rounded either way, those of both products.
+    const double limit = type == WK_FLOAT32 ? 4e-6 : 1.2 / 128;
     const Shape in{random.integer(1, 2), random.integer(1, 70), random.integer(1, 9), random.integer(1, 9)};
     const int32_t inputs = static_cast<int32_t>(in.channels), hidden = random.integer(1, 90);
     const bool pair = random.often(), normalize = random.often() && inputs > 1;
@@ -625,14 +630,15 @@ void test_pointwise(uint64_t seed, Random random, Judge &judge) {
     const std::vector<float> first = random.numbers(hidden * inputs), first_bias = random.numbers(hidden);
     const std::vector<float> second = random.numbers(int64_t{outputs} * hidden), second_bias = random.numbers(outputs);
     wk_pointwise_weights weights{};
-    weights.inputs = inputs, weights.hidden = hidden, weights.outputs = outputs;
+    weights.type = type, weights.inputs = inputs, weights.hidden = hidden, weights.outputs = outputs;
     weights.activation = random.integer(0, 3), weights.normalize = normalize, weights.eps = 1e-6f;
     weights.first = first.data(), weights.first_bias = random.often() ? first_bias.data() : nullptr;
     weights.second = pair ? second.data() : nullptr, weights.second_bias = pair && random.often() ? second_bias.data() : nullptr;
     char name[200];
-    std::snprintf(name, sizeof name, "pointwise, seed %llu, %s: %lldx%dx%lldx%lld, hidden %d, outputs %d, activation %d, norm %d",
+    std::snprintf(name, sizeof name, "pointwise, seed %llu, %s: %lldx%dx%lldx%lld, hidden %d, outputs %d, activation %d, norm %d, type %d",
                   static_cast<unsigned long long>(seed), library.isa(), static_cast<long long>(in.images), inputs,
-                  static_cast<long long>(in.height), static_cast<long long>(in.width), hidden, outputs, weights.activation, normalize);
+                  static_cast<long long>(in.height), static_cast<long long>(in.width), hidden, outputs, weights.activation, normalize,
+                  type);
     Image x(in, from, format), y(out, to, format), residual(out, to, format);
     const std::vector<double> values = random_image(in, from, format, random), added = random_image(out, to, format, random);
     x.fill(values), residual.fill(added);
@@ -655,25 +661,27 @@ void test_pointwise(uint64_t seed, Random random, Judge &judge) {
             double mean = 0, variance = 0;
             for (int32_t c = 0; c < inputs; c++) normed[c] = values[(n * inputs + c) * in.area() + at], mean += normed[c] / inputs;
             for (double value : normed) variance += (value - mean) * (value - mean) / inputs;
-            for (double &value : normed) value = normalize ? (value - mean) / std::sqrt(variance + weights.eps) : value;
+            for (double &value : normed)
+                value = rounded(normalize ? (value - mean) / std::sqrt(variance + weights.eps) : value, factors);
             for (int32_t h = 0; h < hidden; h++) {
                 units[h] = weights.first_bias ? first_bias[h] : 0, sizes[h] = std::abs(units[h]);
                 for (int32_t c = 0; c < inputs; c++) {
-                    const double product = double(first[h * inputs + c]) * normed[c];
+                    const double product = rounded(first[h * inputs + c], factors) * normed[c];
                     units[h] += product, sizes[h] += std::abs(product);
                 }
                 units[h] = activated(units[h], weights.activation);
+                if (pair) units[h] = rounded(units[h], factors);
             }
             for (int32_t o = 0; o < last; o++) {
                 double sum = pair ? (weights.second_bias ? second_bias[o] : 0) : units[o], size = pair ? std::abs(sum) : sizes[o];
                 for (int32_t h = 0; pair && h < hidden; h++)
-                    sum += second[o * hidden + h] * units[h], size += std::abs(second[o * hidden + h]) * sizes[h];
+                    sum += rounded(second[o * hidden + h], factors) * units[h], size += std::abs(second[o * hidden + h]) * sizes[h];
                 const auto place = static_cast<size_t>((n * last + o) * in.area() + at);
                 want[place] = sum + (adds ? added[place] : 0);
                 weight = std::max(weight, size + std::abs(adds ? added[place] : 0));
             }
         }
-    judge.compare(y.values(), want, LIMIT, weight, format, name);
+    judge.compare(y.values(), want, limit, weight, format, name);
     if (!y.same_around(untouched)) stop(1, "%s: memory outside the output has changed", name);
 }
 

@@ -63,7 +63,8 @@ class Machine:
         return [
             f"CPU: {self.cpu}, {self.cores} cores, {self.threads} threads used, PyTorch uses {self.capability}",
             f"native library: {self.native}",
-            f"FMA peak: {self.peak:.0f} GFLOP/s ({self.peak_source}){lower}; copying large tensors: {self.bandwidth:.1f} GB/s",
+            f"FMA peak: {self.peak:.0f} GFLOP/s ({self.peak_source}){lower}; "
+            f"copying large tensors: {self.bandwidth:.1f} GB/s",
             ", ".join(f"{name} {version}" for name, version in self.versions.items()),
             f"OMP_WAIT_POLICY: {self.waiting}; freed memory: {self.freed}",
         ]

@@ -13,10 +13,9 @@ from widekernel.bench.cases import Case
 from widekernel.bench.devices import Accelerator
 from widekernel.bench.gpu import Gpu
 from widekernel.bench.machine import Machine, copy_bandwidth
-from widekernel.bench.precision import BFLOAT16, Precision
+from widekernel.bench.precision import BFLOAT16, FLOAT32, Precision
 from widekernel.bench.timing import PATIENCE, Stopwatch, WallClock
 from widekernel.errors import ArgumentError
-from widekernel.ops.cpu.pointwise import reason_against
 
 DEVICE_PATIENCE = 0.1, 0.2
 """Seconds beyond which an operator call on a device is slow, and very slow: some gradients of PyTorch take very long."""
@@ -67,8 +66,9 @@ class Platform:
     is_device: bool
 
     def limits(self, case: Case, precision: Precision) -> Limits:
-        """Return the limits of a case in a precision."""
-        return Limits(self.peak(precision), self.copying(case), case.bytes_moved_in(precision.bytes))
+        """Return the limits of a case in a precision. On a CPU, depthwise convolutions of all types compute in float32."""
+        computing = self.peak(precision if self.is_device else FLOAT32)
+        return Limits(computing, self.copying(case), case.bytes_moved_in(precision.bytes))
 
 
 def cpu_platform(machine: Machine) -> Platform:
@@ -78,7 +78,7 @@ def cpu_platform(machine: Machine) -> Platform:
         if precision is not BFLOAT16:
             return machine.peak
         if machine.bfloat16_peak is None:
-            raise ArgumentError(reason_against(BFLOAT16.name))
+            raise ArgumentError("precision is 'bfloat16', but this machine has no such products: time float32")
         return machine.bfloat16_peak
 
     return Platform(

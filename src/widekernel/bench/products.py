@@ -26,7 +26,7 @@ NOTES: tuple[str, ...] = (
     "linear: `F.linear` on rows of contiguous channels, and the activation. 1×1: convolutions on channels_last images, and "
     "the activation. onnxruntime: matrix products of rows, and the activation.",
     "× best: speed-up of ours on channels_last images over the fastest of the others.",
-    "In bfloat16, all tensors of the others have that type. Ours have float32, and only the factors of products are rounded. "
+    "In bfloat16, all tensors of the others have that type. Ours are float32, and only the factors of products are rounded. "
     "onnxruntime has no such products on a CPU.",
     "GFLOP/s and the share of the peak, which is that of the precision, count the products only, not the activation.",
     "Before a case is timed, all implementations are compared with each other.",

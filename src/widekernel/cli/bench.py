@@ -135,8 +135,7 @@ def _bench_models(arguments: list[str]) -> int:
     names = values["names"]
     lower = accelerator is None and values["dtypes"] == [BFLOAT16]
     if lower:
-        require(modes == [INFER], "modes", values["modes"], "infer with --dtypes bfloat16 on the CPU")
-        require(not values["compile"], "compile", True, "left out with --dtypes bfloat16 on the CPU")
+        lower_precision.check_settings(values["modes"], values["compile"])
     if accelerator is None:
         require(bool(names), "names", names, "at least one model, because there are no default models on the CPU")
         batches, precisions, about = batches or [_CPU_IMAGES], [FLOAT32], notes.NETWORK_NOTES
@@ -259,8 +258,7 @@ def _models_parser() -> jsonargparse.ArgumentParser:
         "--batch", type=str | None, default=None, help="images in a call, such as 1,8; default 4, on CUDA 64,128"
     )
     dtypes = (
-        f"{_DTYPES}, on CUDA the 16-bit ones by autocast; default: bfloat16 on CUDA, float32 on the CPU. bfloat16 on the "
-        "CPU: inference with products in bfloat16 beside float32"
+        f"{_DTYPES}, on CUDA 16 bits by autocast, on the CPU bfloat16 for inference; default: bfloat16, float32 on the CPU"
     )
     parser.add_argument("--dtypes", type=str | None, default=None, help=dtypes)
     parser.add_argument("--size", type=int | None, default=None, help="pixels; default: the model's own")

@@ -34,8 +34,8 @@ class ReferenceBlock:
         second: (O, H), or None for none; then y = residual + act(first · norm(x) + first_bias).
         second_bias: (O,), or None for none.
         norm_eps: epsilon of a layer norm over the channels of x, without affine parameters; None for no norm.
-        precision: type of the factors of both products, `float32` or `bfloat16`; everything else has the type of x. Tensors in
-            float64 stand for float32 in exact arithmetic.
+        precision: type of the factors of both products, `float32` or `bfloat16`; everything else has the type of x. Tensors
+            in float64 stand for float32 in exact arithmetic.
     """
 
     def __init__(

@@ -49,10 +49,10 @@ def accelerate(
     training mode with gradients enabled, this includes the backward pass. Measurements are cached, so that equal layers and
     later calls are not measured again. Times that differ by less than 5 % count as equal.
 
-    With `precision="bfloat16"`, the products of fused blocks have factors in bfloat16, on processors with such products: about
-    twice as fast, and with results that differ. Sums, norms, activations, residuals, depthwise kernels and all other layers
-    remain float32. The report has the deviation of every block and of the outputs of the network; a block is left alone if it
-    deviates from its original by more than 1.6 % of its largest number.
+    With `precision="bfloat16"`, the products of fused blocks have factors in bfloat16, on processors with such products:
+    nearly twice as fast, with results that differ. Sums, norms, activations, residuals, depthwise kernels and all other
+    layers remain float32. The report has the deviation of every block and of the outputs of the network. A block is left
+    alone if it deviates from its original by more than 1.6 % of its largest number.
 
     Args:
         model: any network; changed, and returned. It must not be compiled yet.
@@ -70,8 +70,8 @@ def accelerate(
         the model, and a report on each of these layers and blocks.
 
     Raises:
-        ArgumentError: if the model is not a module, is already compiled, or cannot run on the example; or if the precision is
-            unknown, unavailable on this machine, or without effect. The model is then unchanged.
+        ArgumentError: if the model is not a module, is already compiled, or cannot run on the example; or if the precision
+            is unknown, unavailable on this machine, or without effect. The model is then unchanged.
     """
     _check(model, example_input)
     _check_precision(precision, example_input is not None and blocks)
