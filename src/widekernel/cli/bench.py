@@ -129,7 +129,6 @@ def _bench_models(arguments: list[str]) -> int:
     from widekernel.bench.lookup import build_network, check_names
     from widekernel.bench.networks import DEFAULT_BATCHES, DEFAULT_NETWORKS, MODES, NetworkPlan, measure_networks
     from widekernel.bench.precision import BFLOAT16, FLOAT32
-    from widekernel.bench.variants import INFER
 
     modes = parse_names("modes", values["modes"], MODES)
     names = values["names"]
