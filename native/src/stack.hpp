@@ -3,6 +3,7 @@
 
 #include "pack.hpp"
 #include "product.hpp"
+#include "widekernel.h"
 
 namespace wk {
 namespace WK_NAMESPACE {
@@ -48,6 +49,10 @@ WK_INLINE void scatter(float *to, int64_t stride, const Vec &value, int count) {
         store_some<Float32>(to, value, count);
 }
 
+template <int... I> WK_INLINE Vec even_lanes(const Vec &a, const Vec &b, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(a, b, (2 * I)...);
+}
+
 // `count` pixels in tiles of at most `each`, the rows of products or their sums; see product.hpp for the order within a tile.
 struct Stack {
     Vec *at;
@@ -56,6 +61,7 @@ struct Stack {
     int64_t tiles() const { return ceil_div(count, each); }
     int64_t rows(int64_t tile) const { return least(each, count - tile * each); }
     Vec *tile(int64_t index) const { return at + index * each * groups; }
+    Stack only(int64_t index) const { return {tile(index), rows(index), rows(index), groups}; }
 };
 
 // One pixel of a stack: group g is at[g * step].
@@ -111,47 +117,69 @@ inline void normalize(const Slot &slot, int64_t channels, float eps) {
     }
 }
 
-#if WK_WORD == 2
-// Rounds the channels of a pixel.
-inline void convert(const Slot &from, int64_t vectors, const Slot &to) {
-    for (int64_t v = 0; v < vectors; v += 2)
-        to.at[v / 2 * to.step] = words_of(from.at[v * from.step], v + 1 < vectors ? from.at[(v + 1) * from.step] : Vec{});
+// Multiplies the channels of a pixel by `factors`.
+inline void multiply(const Slot &slot, const float *factors, int64_t channels) {
+    for (int64_t g = 0; g * LANES < channels; g++)
+        slot.at[g * slot.step] *= gather(factors + g * LANES, 1, static_cast<int>(least(LANES, channels - g * LANES)));
 }
-#endif
+
+// Makes words of the channels of a pixel.
+inline void convert(const Slot &from, int64_t vectors, const Slot &to) {
+    for (int64_t v = 0; v < vectors; v += WORD) {
+        Vec channels[WORD];
+        for (int64_t i = 0; i < WORD; i++) channels[i] = v + i < vectors ? from.at[(v + i) * from.step] : Vec{};
+        to.at[v / WORD * to.step] = words_of(channels);
+    }
+}
+
+// `count` numbers of a channel, at distance 1 or 2; `readable` floats may be read.
+WK_INLINE Vec load_columns(const float *from, int64_t column, int count, int64_t readable) {
+    if (column == 1) return readable >= LANES ? Float32::load(from) : load_some<Float32>(from, static_cast<int>(readable));
+    if (readable >= 2 * LANES)
+        return even_lanes(Float32::load(from), Float32::load(from + LANES), std::make_integer_sequence<int, LANES>{});
+    return gather(from, column, count);
+}
+
+// Copies `count` ≤ LANES pixels at constant distance into slots, a vector for each LANES of their channels. Full vectors may read
+// pixels that belong to somebody else, but only `readable` floats from the first one on.
+inline void pack_run(const float *from, int64_t channel, int64_t column, int count, int64_t readable, int64_t channels,
+                     const Slot *slots) {
+    const int64_t groups = ceil_div(channels, LANES);
+    const bool squares = channel != 1 && (column == 1 || column == 2);
+    if (!squares)
+        for (int j = 0; j < count; j++) {
+            const float *pixel = from + j * column;
+            const int64_t whole = channel == 1 ? channels / LANES : 0, step = slots[j].step;
+            Vec *to = slots[j].at;
+            for (int64_t g = 0; g < whole; g++, to += step) *to = Float32::load(pixel + g * LANES);
+            for (int64_t g = whole; g < groups; g++, to += step)
+                *to = gather(pixel + g * LANES * channel, channel, static_cast<int>(least(LANES, channels - g * LANES)));
+        }
+    for (int64_t g = 0; g < groups && squares; g++) {
+        const float *group = from + g * LANES * channel;
+        const int some = static_cast<int>(least(LANES, channels - g * LANES));
+        Vec square[LANES];
+        if (some == LANES && column == 1 && readable >= LANES)
+            unroll<LANES>([&](auto c) { square[c] = Float32::load(group + c * channel); });
+        else
+            for (int c = 0; c < LANES; c++)
+                square[c] = c < some ? load_columns(group + c * channel, column, count, readable) : Vec{};
+        transpose(square);
+        for (int j = 0; j < count; j++) slots[j].at[g * slots[j].step] = square[j];
+    }
+}
 
 // Copies `pixels` pixels from `first` on, at most LANES at a time: pixel i, the j-th of these, into the slot `place(i, j)`. When it
 // is complete, `finish` is called with the slot and i.
 template <class Place, class Finish>
 void pack_pixels(const Pixels &from, int64_t first, int64_t pixels, int64_t channels, Place &&place, Finish &&finish) {
-    const int64_t groups = ceil_div(channels, LANES);
     for (int64_t i = 0; i < pixels;) {
         const float *pixel = from.pixel(first + i);
         const int64_t run = from.run_from(first + i);
         const int count = static_cast<int>(least(least(LANES, pixels - i), run));
         Slot slots[LANES];
         for (int j = 0; j < count; j++) slots[j] = place(i + j, j);
-        // Full vectors may read pixels that belong to somebody else, but none outside the tensor.
-        const int readable = static_cast<int>(least(LANES, run));
-        if (!from.columns_adjoin())
-            for (int j = 0; j < count; j++, pixel += from.column) {
-                const int64_t whole = from.channel == 1 ? channels / LANES : 0, step = slots[j].step;
-                Vec *to = slots[j].at;
-                for (int64_t g = 0; g < whole; g++, to += step) *to = Float32::load(pixel + g * LANES);
-                for (int64_t g = whole; g < groups; g++, to += step)
-                    *to = gather(pixel + g * LANES * from.channel, from.channel, static_cast<int>(least(LANES, channels - g * LANES)));
-            }
-        for (int64_t g = 0; g < groups && from.columns_adjoin(); g++) {
-            const float *group = pixel + g * LANES * from.channel;
-            const int some = static_cast<int>(least(LANES, channels - g * LANES));
-            Vec square[LANES];
-            if (some == LANES && readable == LANES)
-                unroll<LANES>([&](auto c) { square[c] = Float32::load(group + c * from.channel); });
-            else
-                for (int c = 0; c < LANES; c++)
-                    square[c] = c < some ? gather(group + c * from.channel, 1, readable) : Vec{};
-            transpose(square);
-            for (int j = 0; j < count; j++) slots[j].at[g * slots[j].step] = square[j];
-        }
+        pack_run(pixel, from.channel, from.column, count, from.column == 1 ? run : 1, channels, slots);
         for (int j = 0; j < count; j++) finish(slots[j], i + j);
         i += count;
     }

@@ -65,10 +65,13 @@ class Platform:
     network_patience: tuple[float, float]
     is_device: bool
 
+    def operator_peak(self, precision: Precision) -> float:
+        """Return the peak of depthwise operators, which CPUs compute in float32 whatever the precision of tensors is."""
+        return self.peak(precision if self.is_device else FLOAT32)
+
     def limits(self, case: Case, precision: Precision) -> Limits:
-        """Return the limits of a case in a precision. On a CPU, depthwise convolutions of all types compute in float32."""
-        computing = self.peak(precision if self.is_device else FLOAT32)
-        return Limits(computing, self.copying(case), case.bytes_moved_in(precision.bytes))
+        """Return the limits of a case in a precision."""
+        return Limits(self.operator_peak(precision), self.copying(case), case.bytes_moved_in(precision.bytes))
 
 
 def cpu_platform(machine: Machine) -> Platform:

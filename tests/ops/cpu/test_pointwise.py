@@ -370,7 +370,7 @@ def test_what_the_c_interface_refuses() -> None:
         assert calls.wk_pointwise_run(packed, ctypes.byref(call)) == library.BAD_ARGUMENT
     call = library.PointwiseCall(1, 1, 1, 2, *rows)
     assert calls.wk_pointwise_run(None, ctypes.byref(call)) == library.BAD_ARGUMENT
-    assert calls.wk_pointwise_run_at(packed, ctypes.byref(call), None, None, y.data_ptr()) == library.BAD_ARGUMENT
+    assert calls.wk_pointwise_run_at(packed, ctypes.byref(call), None, None, None, y.data_ptr()) == library.BAD_ARGUMENT
     assert calls.wk_pointwise_run(packed, ctypes.byref(call)) == library.OK
     calls.wk_pointwise_free(packed)
     calls.wk_pointwise_free(None)

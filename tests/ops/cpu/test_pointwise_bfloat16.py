@@ -58,7 +58,7 @@ def test_sizes(sizes: tuple[int, int, int], layout: str) -> None:
 def test_the_reference_rounds_hidden_units() -> None:
     """So that the tests above would notice hidden units that are not rounded, or by another rule."""
     hidden = torch.tensor([[257.0], [258.0], [259.0], [-257.0], [-259.0], [3e38], [1e-40]])
-    got = ReferenceBlock(torch.ones(1, 1), None, "none", torch.ones(1, 1), None, None, "bfloat16")(hidden)
+    got = ReferenceBlock(torch.ones(1, 1), None, "none", torch.ones(1, 1), None, None, precision="bfloat16")(hidden)
     assert got[:5].flatten().tolist() == [256.0, 258.0, 260.0, -256.0, -260.0]
     assert got[5] == torch.tensor(3e38).bfloat16().float()
     assert got[6] == 0

@@ -116,13 +116,22 @@ def plan(problem: Problem, threads: int, lanes: int, costs: Costs = AVX512) -> P
     return Plan(passes, targets, _worthwhile_threads(total, threads), total, filled)
 
 
-def reason_for_pytorch(problem: Problem) -> str | None:
+def reason_for_pytorch(problem: Problem, isa: str, is_amd: bool) -> str | None:
     """Return why PyTorch's convolution should compute the problem instead, or None if it should not.
 
-    Measured on one and two threads, AVX-512, with 16 to 1,024 channels and maps of 7 to 112 pixels. For channels_last
-    images, oneDNN's kernels for up to 5x5 taps take 0.5 to 0.9 of our time, except on tensors so small that call overhead
-    dominates. For 7x7 taps this holds only if the distance between pixels is a multiple of 2 KiB, which caches handle badly.
+    Measured on one and two threads, with 16 to 1,024 channels and maps of 7 to 112 pixels. For channels_last images on
+    Intel's processors, oneDNN's kernels for up to 5x5 taps take 0.5 to 0.9 of our time, except on tensors so small that call
+    overhead dominates. For 7x7 taps this holds only if the distance between pixels is a multiple of 2 KiB, which caches
+    handle badly. On AMD's with AVX-512, PyTorch takes 1.1 to 2.3 times our time for 5x5 and 7x7 taps, and for 3x3 taps 1.0
+    to 2.7 times.
+
+    Args:
+        problem: the problem.
+        isa: the instruction set in use.
+        is_amd: whether the processor is one of AMD's.
     """
+    if is_amd and isa == "avx512":
+        return None
     batch, channels, height, width = problem.shape
     if problem.op != DEPTHWISE_SUM or not problem.channels_last or len(problem.kernels) != 1:
         return None

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from widekernel.ops.cpu.gate import Gate
 from widekernel.ops.cpu.pointwise import PackedBlock, reason_against
 from widekernel.transforms.acceleration.fusion.weights import BlockWeights
 
@@ -16,5 +17,10 @@ def missing(precision: str = "float32") -> str | None:
 
 
 def pack(weights: BlockWeights, precision: str = "float32") -> Callable[..., Tensor]:
-    """Return a function that computes the products of these weights, as `ReferenceBlock` does."""
-    return PackedBlock(*weights, precision=precision)
+    """Return a function that computes the products of these weights as `ReferenceBlock` does, with its gate's factors."""
+    *products, gate_weights = weights
+    block = PackedBlock(*products, precision=precision)
+    if gate_weights is None:
+        return block
+    gate = Gate(*gate_weights)
+    return lambda x, residual=None: block(x, residual, gate(x))
