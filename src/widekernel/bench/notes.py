@@ -63,9 +63,9 @@ SWEEP_NOTES: tuple[str, ...] = (
     "~: an estimate. A call of PyTorch that would have taken longer than `longest` seconds was timed on fewer images, and "
     "its time multiplied by the ratio of their numbers; the columns torch_nchw_images and torch_nhwc_images of the CSV file "
     "have the number of images.",
-    "runs on: the backend that computes the call by default. Where that is PyTorch, the cell counts as equal (× 1) in the "
-    "first table and in the picture; the table of cells and the CSV file have the measured speed-up. It differs from 1 by "
-    "the overhead of our call, and by what our call does otherwise, such as padding for a kernel of even size.",
+    "runs on: the backend that computes the call by default. Where that is PyTorch, the speed-up in the same layout differs "
+    "from 1 by the overhead of our call, and by what our call does otherwise, such as copying what it crops for a kernel of "
+    "even size.",
     "ahead: more than × 1.",
     "of limit: the time of direct computation at the FMA peak, or of reading and writing everything once, whichever is "
     "longer, relative to our time.",

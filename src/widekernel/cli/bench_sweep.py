@@ -65,7 +65,7 @@ def make_parser() -> jsonargparse.ArgumentParser:
     )
     parser.add_argument("--seconds", type=float, default=0.05, help="approximate time for each call compared in a cell")
     longest = "seconds: if a call of PyTorch takes longer, its time is estimated from fewer images"
-    parser.add_argument("--longest", type=float, default=1.0, help=longest)
+    parser.add_argument("--longest", type=float, default=0.3, help=longest)
     markdown = "file for the tables, the machine and notes on how to read them"
     parser.add_argument("--markdown", type=str | None, default=None, help=markdown)
     parser.add_argument("--plot", type=str | None, default=None, help="PNG file: speed-ups by kernel and map")
