@@ -150,7 +150,7 @@ def test_to_torch_and_a_second_call() -> None:
     assert_close(precisions_of(plain, x)[0], want, rtol=1e-5, atol=1e-5)
 
 
-class Cancelling(nn.Module):
+class Canceling(nn.Module):
     """Two columns of the second product that nearly cancel."""
 
     def __init__(self) -> None:
@@ -166,7 +166,7 @@ class Cancelling(nn.Module):
 
 
 def test_a_block_that_deviates_too_much_is_left_alone() -> None:
-    block, x = Cancelling().eval(), 4 + torch.randn(16, 8)
+    block, x = Canceling().eval(), 4 + torch.randn(16, 8)
     _, report = lowered(block, x)
     row = report[""]
     assert not row.is_swapped and row.deviation > TOLERANCES["bfloat16"]  # type: ignore[operator]

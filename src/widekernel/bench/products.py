@@ -218,8 +218,8 @@ def _implementations(case: ProductCase, precision: Precision) -> dict[str, Calla
     layers = [(numbers(case.hidden, case.inputs) / case.inputs**0.5, numbers(case.hidden))]
     if case.outputs:
         layers.append((numbers(case.outputs, case.hidden) / case.hidden**0.5, numbers(case.outputs)))
-    second = layers[1] if case.outputs else (None, None)
-    packed = PackedBlock(*layers[0], case.activation, *second, precision=precision.name)
+    second, shift = layers[1] if case.outputs else (None, None)
+    packed = PackedBlock(*layers[0], case.activation, second, shift, precision=precision.name)
     activation = _ACTIVATIONS[case.activation]
 
     def chained(
