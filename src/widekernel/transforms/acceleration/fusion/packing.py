@@ -18,9 +18,8 @@ def missing(precision: str = "float32") -> str | None:
 
 def pack(weights: BlockWeights, precision: str = "float32") -> Callable[..., Tensor]:
     """Return a function that computes the products of these weights as `ReferenceBlock` does, with its gate's factors."""
-    *products, gate_weights = weights
-    block = PackedBlock(*products, precision=precision)
-    if gate_weights is None:
+    block = PackedBlock(*weights[:-1], precision=precision)
+    if weights.gate is None:
         return block
-    gate = Gate(*gate_weights)
+    gate = Gate(*weights.gate)
     return lambda x, residual=None: block(x, residual, gate(x))
