@@ -121,7 +121,9 @@ def pointwise_weight_grad_op(x: Tensor, grad: Tensor, bias: bool) -> tuple[Tenso
 def _weight_grad(x: Tensor, grad: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
     native = not reasons_against_weight_grad(x) and grad.dtype is x.dtype and x.numel() > 0
     if call_trace.OPEN_TRACES:
-        call_trace.record_pointwise_grad(PointwiseGradCall("native" if native else "portable", tuple(x.shape), grad.shape[1]))
+        call_trace.record_pointwise_grad(
+            PointwiseGradCall("native" if native else "portable", tuple(x.shape), grad.shape[1])
+        )
     if native:
         return pointwise.weight_grad(x, grad, bias)
     return plain_pointwise_weight_grad(x, grad, bias)

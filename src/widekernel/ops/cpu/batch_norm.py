@@ -52,9 +52,7 @@ def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     return y, found
 
 
-def batch_norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor | None, found: Statistics
-) -> tuple[Tensor, Tensor, Tensor]:
+def batch_norm_backward(grad: Tensor, x: Tensor, weight: Tensor | None, found: Statistics) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of `batch_norm`.
 
     Args:

@@ -32,6 +32,8 @@ METHODS = {DIRECT: "direct", HYBRID_ALONG_ROWS: "hybrid along rows", HYBRID_ALON
 LONGEST_TRANSFORM = 256
 # Images with fewer elements than this take less time than the call overhead.
 SMALL_CALL = 1 << 16
+# Sides of small kernels, and the most elements of a channels_last image on which ours are faster than PyTorch's.
+_FEW_TAPS = ((3, 1 << 20), (5, 3 << 20))
 
 
 @dataclass(frozen=True)
@@ -119,17 +121,19 @@ def plan(problem: Problem, threads: int, lanes: int, costs: Costs = AVX512) -> P
 def reason_for_pytorch(problem: Problem) -> str | None:
     """Return why PyTorch's convolution should compute the problem instead, or None if it should not.
 
-    Measured on one and two threads, AVX-512, with 16 to 1,024 channels and maps of 7 to 112 pixels. For channels_last
-    images, oneDNN's kernels for up to 5x5 taps take 0.5 to 0.9 of our time, except on tensors so small that call overhead
-    dominates. For 7x7 taps this holds only if the distance between pixels is a multiple of 2 KiB, which caches handle badly.
+    Measured on one and two threads, with AVX-512 and AVX2, 16 to 1,024 channels and maps of 7 to 112 pixels. For
+    channels_last images that do not fit into a second-level cache several times over, oneDNN's kernels for few taps take 0.5
+    to 0.95 of our time; on smaller ones, ours take 0.4 to 0.95 of theirs. For 7x7 taps PyTorch's may be faster only if the
+    distance between pixels is a multiple of 4 KiB, which caches handle badly.
     """
     batch, channels, height, width = problem.shape
     if problem.op != DEPTHWISE_SUM or not problem.channels_last or len(problem.kernels) != 1:
         return None
     size, elements = max(problem.kernels[0]), batch * channels * height * width
-    if size <= 5 and elements > SMALL_CALL:
-        return f"PyTorch's convolution is faster for a kernel as small as {size} on a channels_last image"
-    if size <= 7 and channels % 512 == 0 and elements > SMALL_CALL:
+    largest = next((most for taps, most in _FEW_TAPS if size <= taps), None)
+    if largest is not None and elements > largest:
+        return f"PyTorch's convolution is faster for a kernel as small as {size} on a channels_last image as large as this"
+    if 5 < size <= 7 and channels % 1024 == 0 and elements > SMALL_CALL:
         return f"PyTorch's convolution is faster for a kernel as small as {size} on {channels} channels_last channels"
     return None
 
