@@ -52,6 +52,8 @@ int32_t wk_pointwise_run_at(const wk_pointwise *, const wk_pointwise_call *, con
     return WK_BAD_ARGUMENT;
 }
 void wk_pointwise_workspace(const wk_pointwise *, int32_t, int64_t *, int64_t *) {}
+int32_t wk_pointwise_weight_grad(const wk_pointwise_grad *) { return WK_BAD_ARGUMENT; }
+int32_t wk_batch_norm_run(const wk_batch_norm *) { return WK_BAD_ARGUMENT; }
 const char *wk_error_text(int32_t error) { return error == WK_OUT_OF_MEMORY ? "no memory" : "wrong sizes"; }
 double wk_fma_peak(int32_t, double) { return 0; }
 """
@@ -292,6 +294,8 @@ def c_structures() -> dict[str, type[ctypes.Structure]]:
         "wk_weight_grad": library.WeightGrad,
         "wk_pointwise_weights": library.PointwiseWeights,
         "wk_pointwise_call": library.PointwiseCall,
+        "wk_pointwise_grad": library.PointwiseGrad,
+        "wk_batch_norm": library.BatchNorm,
     }
 
 
