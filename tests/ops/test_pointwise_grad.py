@@ -61,7 +61,7 @@ def test_parts_and_pieces(threads: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        # Several parts of the weights; several pieces of the pixels, which threads share if there are fewer parts than threads.
+        # Several parts of the weights; several pieces of the pixels, which threads share if there are fewer parts.
         for shape, outputs in (((1, 450, 9, 33), 530), ((2, 20, 30, 30), 33)):
             x, grad = torch.randn(shape), torch.randn(shape[0], outputs, *shape[2:])
             first, again = (OPERATOR(x, grad, True) for _ in range(2))

@@ -35,8 +35,7 @@ class NativeBackend(Backend):
         obstacles = self._obstacles(problem)
         if obstacles:
             return obstacles
-        loaded = library.load()
-        slower = reason_for_pytorch(problem, loaded.isa, loaded.is_amd)
+        slower = reason_for_pytorch(problem, library.load().is_amd)
         return [slower] if slower else []
 
     def can_run(self, problem: Problem) -> bool:
