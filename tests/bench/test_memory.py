@@ -13,7 +13,7 @@ from widekernel.bench.memory import freed_memory, keeping_memory, return_freed_m
 
 pytest.importorskip("resource")
 needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is not that of glibc")
-# Run in a process of its own: after an allocation that failed, glibc serves a thread from a heap that keeps no large tensors.
+# Run in a process of its own: after an allocation that failed, glibc serves a thread from heaps that keep no large tensors.
 PROGRAM = """
 import resource, torch
 from widekernel.bench.memory import freed_memory, keeping_memory, return_freed_memory
