@@ -45,7 +45,7 @@ def test_a_sweep_is_begun_continued_and_reported(tmp_path: Path, capsys, grid: N
     before = path.read_bytes()
     text = page.read_text()
     assert (
-        "`widekernel bench sweep --threads 1 --dtype float32 --seed 0 --seconds 0.0001 --longest 1.0`" in text
+        "`widekernel bench sweep --threads 1 --dtype float32 --seed 0 --seconds 0.0001 --longest 0.3`" in text
         and str(tmp_path) not in text
     )
     assert "1 threads used" in text and "library digest" in text and "| 1x3x8x8 5x5 | weight gradient |" in text

@@ -219,11 +219,11 @@ class _Trial:
             images, target = example_batch(self.name, model, batch, size)
             plan = self.plan
             variants = build_variants(model, self.mode, images, plan.compiled, self._conditions, plan.rivals)
-        variants = self._checked(variants, target)
+        right = self._checked(variants, target)
         with in_force(self.precision):
-            self._time(variants, target)
+            self._time(right, target)
         # On a device, the uncompiled variants had their rows in the first round.
-        shown = [v for v in variants if not self.platform.is_device or v.compiled == self.plan.compiled]
+        shown = [v for v in right if not self.platform.is_device or v.compiled == self.plan.compiled]
         return [self._row(variant) for variant in shown]
 
     def _conditions(self) -> AbstractContextManager[object]:

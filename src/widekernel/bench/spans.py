@@ -63,8 +63,8 @@ class Spans:
     def observing(self) -> Iterator[None]:
         """Record every call inside the block, of this thread."""
         with ExitStack() as undo:
-            for kind in (nn.Module, FusedBlock):
-                undo.enter_context(self._replaced(kind, self._of_module))
+            for observed in (nn.Module, FusedBlock):
+                undo.enter_context(self._replaced(observed, self._of_module))
             for kind in native_callers():
                 undo.enter_context(self._replaced(kind, self._of_native_call))
             yield

@@ -167,7 +167,7 @@ def _bench_pieces(
     values: dict[str, Any],
     files: dict[str, Path],
     accelerator: Accelerator | None,
-    networks: dict[str, Callable[[], Any]],
+    networks: dict[str, Any],
     batches: list[int],
     command: str,
 ) -> int:
