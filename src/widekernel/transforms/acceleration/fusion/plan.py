@@ -178,9 +178,19 @@ class Plan:
         else:
             y = _on_images(region, packed, x, residual)
         if call_trace.OPEN_TRACES:
-            options = region.patch, region.after, region.gate, region.response
-            parts = map(bool, (region.norm, region.second, residual is not None, *options))
-            call_trace.record_fused(FusedCall(tuple(x.shape), region.activation, *parts, precision=self.precision))
+            call = FusedCall(
+                tuple(x.shape),
+                region.activation,
+                norm=bool(region.norm),
+                pair=bool(region.second),
+                residual=residual is not None,
+                patches=region.patch is not None,
+                norm_after=bool(region.after),
+                gate=region.gate is not None,
+                response=bool(region.response),
+                precision=self.precision,
+            )
+            call_trace.record_fused(call)
         return y
 
     def _all_values(self, x: Tensor) -> dict[fx.Node, Any]:

@@ -209,8 +209,8 @@ class _Matcher(Nodes):
             and not region.second
             and only_argument(node) is region.product
         ):
-            hidden: int = self.found.modules[region.first].weight.shape[0]  # type: ignore[union-attr, assignment]
-            if is_response_norm(module, hidden, axis):
+            # Without a second layer so far, the outputs are the hidden units.
+            if is_response_norm(module, region.dim_out, axis):
                 region.response = str(node.target)
                 return True
         if kind in ACTIVATIONS and not region.second and region.activation == "none":
