@@ -209,8 +209,8 @@ class _Matcher(Nodes):
             and not region.second
             and only_argument(node) is region.product
         ):
-            hidden: int = self.found.modules[region.first].weight.shape[0]  # type: ignore[union-attr, assignment]
-            if is_response_norm(module, hidden, axis):
+            first: Any = self.found.modules[region.first]
+            if is_response_norm(module, first.weight.shape[0], axis):
                 region.response = str(node.target)
                 return True
         if kind in ACTIVATIONS and not region.second and region.activation == "none":
