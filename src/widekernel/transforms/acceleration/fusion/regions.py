@@ -203,16 +203,11 @@ class _Matcher(Nodes):
             return True
         if region.response and not region.second:
             return False
-        if (
-            module is not None
-            and region.activation != "none"
-            and not region.second
-            and only_argument(node) is region.product
-        ):
-            # Without a second layer so far, the outputs are the hidden units.
-            if is_response_norm(module, region.dim_out, axis):
-                region.response = str(node.target)
-                return True
+        # Before a second layer, the outputs are the hidden units.
+        follows = region.activation != "none" and not region.second and only_argument(node) is region.product
+        if follows and module is not None and is_response_norm(module, region.dim_out, axis):
+            region.response = str(node.target)
+            return True
         if kind in ACTIVATIONS and not region.second and region.activation == "none":
             region.activation = kind
             return True
