@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -78,7 +79,7 @@ def _run(
     factors: list[int | None],
     eps: float,
     statistics: list[int],
-    sums: list[int | None] | list[int],
+    sums: Sequence[int | None],
     backward: bool = False,
 ) -> None:
     loaded = native.load()
