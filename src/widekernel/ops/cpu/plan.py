@@ -122,8 +122,9 @@ def reason_for_pytorch(problem: Problem) -> str | None:
     """Return why PyTorch's convolution should compute the problem instead, or None if it should not.
 
     Measured on one AMD processor (Zen 5) with one and two threads, AVX-512 and AVX2, ten channels_last shapes. On large
-    images oneDNN's kernels for few taps are mostly faster. On smaller ones ours are, on two threads with few exceptions; on one
-    thread, 3x3 taps take up to 1.5 times as long. 7x7 taps on 1,024 channels are slower with AVX2, and faster with AVX-512.
+    images oneDNN's kernels for few taps are mostly faster. On smaller ones ours are, on two threads with few exceptions;
+    on one thread, 3x3 taps take up to 1.5 times as long. 7x7 taps on 1,024 channels are slower with AVX2 and
+    faster with AVX-512.
     """
     batch, channels, height, width = problem.shape
     if problem.op != DEPTHWISE_SUM or not problem.channels_last or len(problem.kernels) != 1:
