@@ -122,11 +122,15 @@ def plan(problem: Problem, threads: int, lanes: int, costs: Costs = AVX512) -> P
 def reason_for_pytorch(problem: Problem, is_amd: bool) -> str | None:
     """Return why PyTorch's convolution should compute the problem instead, or None if it should not.
 
-    Measured on one and two threads, with 16 to 1,024 channels and maps of 7 to 112 pixels. For channels_last images on
-    Intel's processors with AVX-512, oneDNN's kernels for up to 5x5 taps take 0.5 to 0.9 of our time, except on tensors so
-    small that call overhead dominates. On AMD's, with AVX-512 and AVX2, this holds only for images that do not fit into a
-    second-level cache several times over; on smaller ones, ours take 0.4 to 0.95 of theirs. For 7x7 taps PyTorch's are
-    faster only if the distance between pixels is a multiple of 2 KiB (AMD: 4 KiB), which caches handle badly.
+    On AMD's processors, measured on one (Zen 5) with one and two threads, AVX-512 and AVX2, ten channels_last shapes: on
+    large images oneDNN's kernels for few taps are mostly faster. On smaller ones ours are, on two threads with few
+    exceptions; on one thread, 3x3 taps take up to 1.5 times as long. 7x7 taps on 1,024 channels are slower with AVX2 and
+    faster with AVX-512.
+
+    On others, the rule is that of earlier measurements with AVX-512, 16 to 1,024 channels and maps of 7 to 112 pixels:
+    oneDNN's kernels for up to 5x5 taps took 0.5 to 0.9 of our time on channels_last images, except on tensors so small that
+    call overhead dominates. For 7x7 taps this held only if the distance between pixels was a multiple of 2 KiB, which caches
+    handle badly.
 
     Args:
         problem: the problem.
