@@ -81,13 +81,27 @@ typedef struct {
     int32_t dilation;  // a multiple of the pass's, whose taps in between are left out
 } wk_weight_grad;
 
+// A convolution as a product over patches: the pixels of `x` under a kernel are the inputs of one pixel of the result.
+typedef struct {
+    int32_t rows, columns;  // of the kernel
+    int32_t row_stride, column_stride;
+    int32_t top, left;  // rows and columns of zeros before the image; as many as are needed follow it
+} wk_patch;
+
 // A matrix product over channels, an activation, and perhaps a second product, for every pixel:
 // y = residual + second · activation(first · norm(x) + first_bias) + second_bias, and without a second product
 // y = residual + activation(first · norm(x) + first_bias). All tensors are float32.
 //
-// `type` is that of the factors of both products, WK_FLOAT32 or WK_BFLOAT16. In bfloat16, weights, norm(x) and hidden units are rounded
-// to the nearest bfloat16, ties to even; subnormal ones count as zero. Everything else is computed in float32: norm, activation, biases,
-// residual, and the sums of products, which are exact.
+// `type` is that of the factors of both products, WK_FLOAT32 or WK_BFLOAT16. In bfloat16, weights, norm(x) and hidden units are
+// rounded to the nearest bfloat16, ties to even; subnormal ones count as zero. All else is float32: tensors, norms, activation,
+// biases, residual, and the sums of products, which are exact.
+//
+// With patches, `first` is (hidden, inputs, rows, columns). Pixels are normalized before zeros are put around the image. With
+// `normalize_after`, a layer norm over the hidden units, and then the factors and summands, come before the activation.
+//
+// If `response` is given, hidden units go through a response norm before the second product:
+// hidden · (1 + response · size / (mean + response_eps)), where `size` is the Euclidean norm of a unit over the pixels of its
+// image, and `mean` that of the sizes of all units of the image.
 typedef struct {
     int32_t type;
     int32_t inputs, hidden, outputs;  // channels; `outputs` is 0 without a second product
@@ -95,6 +109,12 @@ typedef struct {
     int32_t normalize;  // whether the norm is a layer norm over the channels of a pixel, without factors; otherwise it is x
     float eps;          // added to the variance
     const float *first, *first_bias, *second, *second_bias;  // (hidden, inputs), (hidden), (outputs, hidden), (outputs)
+    wk_patch patch;           // all zero for none: each pixel is its own input
+    int32_t normalize_after;  // only without a second product
+    float after_eps;
+    const float *after_scale, *after_shift;  // (hidden) each; may be null, which means 1 and 0
+    const float *response;                   // (hidden); only with a second product
+    float response_eps;
 } wk_pointwise_weights;
 
 // Weights in the order in which they are used, for the instruction set that was in use when they were packed.
@@ -104,15 +124,54 @@ typedef struct wk_pointwise wk_pointwise;
 // `residual.data` may be null. Here, any strides are valid, but those described above are fast. `y` must not overlap the others.
 typedef struct {
     int32_t threads;
-    int32_t images, height, width;
+    int32_t images, height, width;  // of the result
     wk_tensor x, residual, y;
+    int32_t x_height, x_width;  // with patches; otherwise, `x` has the size of the result
+    const float *factors;       // (images, inputs); `x` is multiplied by them before anything else; may be null
 } wk_pointwise_call;
+
+// Squeeze-excite: y = sigmoid(second · activation(first · mean(x) + first_bias) + second_bias), where the mean is that over the
+// pixels of an image. Everything is float32. Biases may be null. As in `wk_pointwise_call`, any strides are valid.
+typedef struct {
+    int32_t threads;
+    int32_t images, channels, height, width;
+    wk_tensor x;
+    int32_t hidden, activation;
+    const float *first, *first_bias, *second, *second_bias;  // (hidden, channels), (hidden), (channels, hidden), (channels)
+    float *y;                                                // (images, channels)
+} wk_gate;
+
+// The gradients of the weights and the bias of a pointwise layer: weight[o][i] = Σ grad[o] · x[i] and bias[o] = Σ grad[o] over all
+// pixels. Any strides are valid, but contiguous channels or columns are fast.
+typedef struct {
+    int32_t threads;
+    int32_t images, height, width, inputs, outputs;
+    wk_tensor x, grad;
+    float *weight;  // (outputs, inputs)
+    float *bias;    // (outputs), or null
+} wk_pointwise_grad;
+
+// Batch norm in training over all images and pixels: y = (x - mean) · factor · weight + bias with factor = 1 / sqrt(variance + eps),
+// and mean and (biased) variance of every channel, which are stored. With `backward`, mean and factor are given, and y is the gradient
+// of x, from `grad`, that of the forward pass's result. All images have the same layout, dense, with either channels or columns adjacent.
+typedef struct {
+    int32_t threads;
+    int32_t images, channels, height, width;
+    int32_t backward;
+    wk_tensor x, grad, y;
+    const float *weight, *bias;  // (channels), or null, which means 1 and 0
+    float eps;
+    float *mean, *variance, *factor;
+    float *weight_grad, *bias_grad;  // (channels), or null
+} wk_batch_norm;
 
 int32_t wk_abi(void);
 // The instruction set in use: "avx512", "avx2", "neon" or "portable".
 const char *wk_isa(void);
 // Use the instruction set `name` from now on, for tests and comparisons; WK_BAD_ARGUMENT if this build or processor lacks it.
 int32_t wk_use_isa(const char *name);
+// Whether the processor is one of AMD's.
+int32_t wk_is_amd(void);
 // Number of channels computed together: the width of a vector.
 int32_t wk_lanes(void);
 // Use the OpenMP runtime that was loaded from the file `path`. Returns 1 if it provides threads, else 0.
@@ -136,10 +195,27 @@ void wk_pointwise_free(wk_pointwise *packed);
 // Several threads may use the same weights at the same time.
 int32_t wk_pointwise_run(const wk_pointwise *packed, const wk_pointwise_call *call);
 // The same with other addresses, like `wk_depthwise_sum_at`.
-int32_t wk_pointwise_run_at(const wk_pointwise *packed, const wk_pointwise_call *call, const void *x, const void *residual, void *y);
+int32_t wk_pointwise_run_at(const wk_pointwise *packed, const wk_pointwise_call *call, const void *x, const float *factors,
+                            const void *residual, void *y);
 // The most bytes of working memory that any call with up to `threads` threads needs: for each thread, and shared by all threads,
-// including the packed weights.
+// including the packed weights. With a response norm, the hidden units of whole images are shared as well, and not counted here.
 void wk_pointwise_workspace(const wk_pointwise *packed, int32_t threads, int64_t *per_thread, int64_t *shared);
+
+int32_t wk_gate_run(const wk_gate *call);
+int32_t wk_gate_run_at(const wk_gate *call, const void *x, float *y);
+
+// `count` floats in memory, at distance `step`.
+typedef struct {
+    const float *at;
+    int64_t count, step;
+} wk_samples;
+
+// Whether all of them have the bits of `expected`, in which one set of samples follows another.
+int32_t wk_samples_equal(const wk_samples *samples, int32_t sets, const float *expected);
+
+int32_t wk_pointwise_weight_grad(const wk_pointwise_grad *call);
+
+int32_t wk_batch_norm_run(const wk_batch_norm *call);
 
 const char *wk_error_text(int32_t error);
 

@@ -55,7 +55,7 @@ const Products *products(int32_t type, const char *&reason) {
     }
 #ifdef WIDEKERNEL_AVX512_BF16
     if (!Processor::present().avx512_bf16())
-        reason = "this processor has no bfloat16 products (AVX512_BF16, in AMD Zen 4, Intel Cooper Lake, Sapphire Rapids and later)";
+        reason = "this processor has no bfloat16 products (AVX512_BF16: AMD Zen 4, Intel Sapphire Rapids, and later)";
     else if (&kernels() != &kernels_avx512)
         reason = "the instruction set in use has no bfloat16 products; only avx512 has them";
     else
@@ -130,14 +130,47 @@ bool is_valid(const wk_weight_grad &call) {
            is_within(p.columns, p.column, p.dilation, call.columns, call.column, call.dilation);
 }
 
+bool has_patches(const wk_patch &patch) { return patch.rows != 0; }
+
+bool is_valid(const wk_patch &patch) {
+    if (!has_patches(patch)) return true;
+    return patch.rows > 0 && patch.columns > 0 && patch.row_stride > 0 && patch.column_stride > 0 && patch.top >= 0 && patch.left >= 0;
+}
+
 bool is_valid(const wk_pointwise_weights &weights) {
     return weights.inputs > 0 && weights.hidden > 0 && weights.outputs >= 0 && weights.first &&
            (weights.outputs == 0 || weights.second) && weights.activation >= WK_NO_ACTIVATION &&
-           weights.activation <= WK_GELU_TANH && weights.type >= WK_FLOAT32 && weights.type <= WK_FLOAT16 && (!weights.normalize || weights.eps >= 0);
+           weights.activation <= WK_GELU_TANH && weights.type >= WK_FLOAT32 && weights.type <= WK_FLOAT16 &&
+           (!weights.normalize || weights.eps >= 0) && is_valid(weights.patch) &&
+           (!weights.normalize_after || (weights.outputs == 0 && weights.after_eps >= 0)) &&
+           (!weights.response || (weights.outputs > 0 && weights.response_eps >= 0));
+}
+
+bool is_valid(const wk_gate &call) {
+    return call.threads > 0 && call.images > 0 && call.channels > 0 && call.height > 0 && call.width > 0 && call.hidden > 0 &&
+           call.activation >= WK_NO_ACTIVATION && call.activation <= WK_GELU_TANH && call.x.data && call.first && call.second && call.y;
 }
 
 bool is_valid(const wk_pointwise_call &call) {
     return call.threads > 0 && call.images > 0 && call.height > 0 && call.width > 0 && call.x.data && call.y.data;
+}
+
+bool is_valid(const wk_pointwise_grad &call) {
+    return call.threads > 0 && call.images > 0 && call.height > 0 && call.width > 0 && call.inputs > 0 && call.outputs > 0 &&
+           call.x.data && call.grad.data && call.weight;
+}
+
+bool is_dense(const wk_tensor &t, const wk_batch_norm &call) {
+    const int64_t width = call.width, height = call.height, channels = call.channels;
+    if (t.channel == 1 && t.column == channels && t.row == width * channels && t.image == height * width * channels) return true;
+    return t.column == 1 && t.row == width && t.channel == height * width && t.image == height * width * channels;
+}
+
+bool is_valid(const wk_batch_norm &call) {
+    if (call.threads <= 0 || call.images <= 0 || call.channels <= 0 || call.height <= 0 || call.width <= 0 || call.eps < 0) return false;
+    if (!call.x.data || !call.y.data || !call.mean || !call.factor || !(call.backward ? !!call.grad.data : !!call.variance)) return false;
+    if (!is_dense(call.x, call) || call.y.channel != call.x.channel || !is_dense(call.y, call)) return false;
+    return !call.backward || (call.grad.channel == call.x.channel && is_dense(call.grad, call));
 }
 
 }  // namespace
@@ -146,6 +179,14 @@ bool is_valid(const wk_pointwise_call &call) {
 WK_EXPORT int32_t wk_abi(void) { return WK_ABI; }
 WK_EXPORT const char *wk_isa(void) { return wk::kernels().isa; }
 WK_EXPORT int32_t wk_lanes(void) { return wk::kernels().lanes; }
+
+WK_EXPORT int32_t wk_is_amd(void) {
+#if defined(__x86_64__)
+    return wk::Processor::present().is_amd();
+#else
+    return 0;
+#endif
+}
 
 WK_EXPORT int32_t wk_use_isa(const char *name) {
     const wk::Kernels *found = wk::find(name);
@@ -210,8 +251,10 @@ WK_EXPORT int32_t wk_pointwise_pack(const wk_pointwise_weights *weights, wk_poin
     auto *made = static_cast<wk_pointwise *>(std::calloc(1, sizeof(wk_pointwise)));
     if (!made) return WK_OUT_OF_MEMORY;
     made->products = products;
-    made->inputs = weights->inputs, made->hidden = weights->hidden, made->outputs = weights->outputs;
+    made->channels = weights->inputs, made->hidden = weights->hidden, made->outputs = weights->outputs;
     made->activation = weights->activation, made->normalize = weights->normalize, made->eps = weights->eps;
+    made->patch = weights->patch, made->normalize_after = weights->normalize_after, made->after_eps = weights->after_eps;
+    made->response_eps = weights->response_eps;
     const int32_t error = products->pack(*weights, *made);
     if (error)
         wk_pointwise_free(made);
@@ -226,18 +269,52 @@ WK_EXPORT void wk_pointwise_free(wk_pointwise *packed) {
 }
 
 WK_EXPORT int32_t wk_pointwise_run(const wk_pointwise *packed, const wk_pointwise_call *call) {
-    return packed && wk::is_valid(*call) ? packed->products->run(*packed, *call) : WK_BAD_ARGUMENT;
+    if (!packed || !wk::is_valid(*call)) return WK_BAD_ARGUMENT;
+    if (wk::has_patches(packed->patch) && (call->x_height <= 0 || call->x_width <= 0)) return WK_BAD_ARGUMENT;
+    return packed->products->run(*packed, *call);
 }
 
 WK_EXPORT int32_t wk_pointwise_run_at(const wk_pointwise *packed, const wk_pointwise_call *call, const void *x,
-                                      const void *residual, void *y) {
+                                      const float *factors, const void *residual, void *y) {
     wk_pointwise_call here = *call;
     here.x.data = const_cast<void *>(x), here.residual.data = const_cast<void *>(residual), here.y.data = y;
+    here.factors = factors;
     return wk_pointwise_run(packed, &here);
 }
 
 WK_EXPORT void wk_pointwise_workspace(const wk_pointwise *packed, int32_t threads, int64_t *per_thread, int64_t *shared) {
     packed->products->workspace(*packed, threads, *per_thread, *shared);
+}
+
+WK_EXPORT int32_t wk_gate_run(const wk_gate *call) {
+    return wk::is_valid(*call) ? wk::kernels().gate(*call) : WK_BAD_ARGUMENT;
+}
+
+WK_EXPORT int32_t wk_gate_run_at(const wk_gate *call, const void *x, float *y) {
+    wk_gate here = *call;
+    here.x.data = const_cast<void *>(x), here.y = y;
+    return wk_gate_run(&here);
+}
+
+WK_EXPORT int32_t wk_samples_equal(const wk_samples *samples, int32_t sets, const float *expected) {
+    // Without branches inside, so that the processor waits for many addresses at the same time.
+    uint32_t differences = 0;
+    for (int32_t s = 0; s < sets; s++)
+        for (int64_t i = 0; i < samples[s].count; i++) {
+            uint32_t now, before;
+            std::memcpy(&now, samples[s].at + i * samples[s].step, sizeof now);
+            std::memcpy(&before, expected++, sizeof before);
+            differences |= now ^ before;
+        }
+    return differences == 0;
+}
+
+WK_EXPORT int32_t wk_pointwise_weight_grad(const wk_pointwise_grad *call) {
+    return wk::is_valid(*call) ? wk::kernels().pointwise_weight_grad(*call) : WK_BAD_ARGUMENT;
+}
+
+WK_EXPORT int32_t wk_batch_norm_run(const wk_batch_norm *call) {
+    return wk::is_valid(*call) ? wk::kernels().batch_norm(*call) : WK_BAD_ARGUMENT;
 }
 
 WK_EXPORT const char *wk_error_text(int32_t error) {

@@ -13,11 +13,16 @@ struct Products;
 
 struct wk_pointwise {
     const wk::Products *products;
-    int32_t inputs, hidden, outputs, activation, normalize;
-    float eps;
+    int32_t channels;  // of the tensor
+    int32_t inputs;    // of the first product: channels, or numbers of a patch
+    int32_t hidden, outputs, activation, normalize, normalize_after;
+    float eps, after_eps, response_eps;
+    wk_patch patch;
+    int32_t dense;  // whether the numbers of a patch follow each other without gaps; otherwise, each tap has whole vectors
     void *memory;
     int64_t bytes;
-    float *first, *first_bias, *second, *second_bias;  // parts of `memory`
+    // Parts of `memory`. `after_scale` and `after_shift` exist with `normalize_after`; `response` may be null.
+    float *first, *first_bias, *second, *second_bias, *after_scale, *after_shift, *response;
 };
 
 namespace wk {
@@ -37,6 +42,9 @@ struct Kernels {
     int32_t (*depthwise_weight_grad)(const wk_weight_grad &call);
     void (*sum_workspace)(const wk_sum &call, int64_t &per_thread, int64_t &shared);
     void (*weight_grad_workspace)(const wk_weight_grad &call, int64_t &per_thread, int64_t &shared);
+    int32_t (*gate)(const wk_gate &call);
+    int32_t (*pointwise_weight_grad)(const wk_pointwise_grad &call);
+    int32_t (*batch_norm)(const wk_batch_norm &call);
     Products products;  // of float32
 };
 

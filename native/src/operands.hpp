@@ -58,10 +58,14 @@ WK_INLINE float word_of(const float *weight, int64_t count) {
 #endif
 }
 
+// A vector of words from WORD vectors of channels, which are rounded to the nearest factor.
+WK_INLINE Vec words_of(const Vec (&channels)[WORD]) {
 #if WK_WORD == 2
-// A vector of words from two of channels, rounded to the nearest bfloat16.
-WK_INLINE Vec words_of(const Vec &low, const Vec &high) { return (Vec)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low); }
+    return (Vec)_mm512_cvtne2ps_pbh((__m512)channels[1], (__m512)channels[0]);
+#else
+    return channels[0];
 #endif
+}
 
 }  // namespace WK_NAMESPACE
 }  // namespace wk

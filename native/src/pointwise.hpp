@@ -1,12 +1,12 @@
-// y = residual + second · act(first · norm(x) + bias) + bias for every pixel, with weights packed in advance.
+// y = residual + second · act(first · norm(x · factors) + bias) + bias for every pixel, with weights packed in advance. The first
+// product may be one over patches, and a norm may precede the activation if it is the only one.
 #pragma once
 
 #include "activation.hpp"
+#include "patches.hpp"
+#include "phases.hpp"
 #include "pointwise_weights.hpp"
 #include "stack.hpp"
-#include "threads.hpp"
-
-#include <sched.h>
 
 namespace wk {
 namespace WK_NAMESPACE {
@@ -44,8 +44,8 @@ struct Activations {
     Activations() = default;
     // For `units` hidden units at a time.
     Activations(Carver &carver, const wk_pointwise &packed, int64_t pixels, int64_t units) {
-        x = carve_stack(carver, pixels, ceil_div(packed.inputs, GROUP));
-        hidden = carve_stack(carver, pixels, ceil_div(units, packed.outputs ? GROUP : LANES));
+        x = carve_stack(carver, pixels, words_for(packed.inputs));
+        hidden = carve_stack(carver, pixels, packed.outputs ? words_for(units) : vectors_for(units));
         y = carve_stack(carver, pixels, vectors_for(packed.outputs));
     }
 
@@ -85,7 +85,7 @@ struct Distribution {
     int64_t together;  // pixels whose activations exist at the same time
 
     static int64_t most_together(const Weights &weights) {
-        const int64_t cached = CACHED_FLOATS / (weights.of.inputs + weights.chunks.size + weights.of.outputs);
+        const int64_t cached = CACHED_FLOATS / (weights.of.inputs + weights.units() + weights.of.outputs);
         return most(FEWEST_PIXELS, least(MOST_PIXELS, cached) / TILE_ROWS * TILE_ROWS);
     }
     // With as many pixels as this, no more are needed for each thread to have its own, or they take too much memory.
@@ -113,145 +113,170 @@ struct Distribution {
 inline void pointwise_workspace(const wk_pointwise &packed, int32_t threads, int64_t &per_thread, int64_t &shared) {
     const Weights weights(packed);
     const int64_t together = Distribution::most_together(weights), apart = Distribution::fewest_apart(weights, threads);
-    per_thread = Activations::bytes(packed, together, weights.chunks.size) + Unrounded::bytes(packed, together);
+    per_thread = Activations::bytes(packed, together, weights.units()) + Unrounded::bytes(packed, together);
     shared = packed.bytes;
     if (threads == 1) return;
     per_thread = most(per_thread, Unrounded::bytes(packed, apart));
     shared += Activations::bytes(packed, apart, packed.hidden);
 }
 
+inline Vec sum_of_squares(const Vec *at, int64_t count) {
+    Vec even{}, odd{};
+    for (int64_t i = 0; i + 1 < count; i += 2) even += at[i] * at[i], odd += at[i + 1] * at[i + 1];
+    return count % 2 ? even + at[count - 1] * at[count - 1] + odd : even + odd;
+}
+
 // One call.
 class Pointwise {
   public:
     Pointwise(const wk_pointwise &packed, const wk_pointwise_call &call)
-        : packed_(packed), weights_(packed), x_(call.x, call.images, call.height, call.width),
+        : packed_(packed), weights_(packed), patches_(packed, call), x_(call.x, call.images, call.height, call.width),
           y_(call.y, call.images, call.height, call.width), residual_(call.residual, call.images, call.height, call.width),
-          pixels_(int64_t{call.images} * call.height * call.width), plan_(weights_, pixels_, call.threads),
-          own_bytes_((plan_.shared ? 0 : Activations::bytes(packed, plan_.together, weights_.chunks.size)) +
-                     Unrounded::bytes(packed, plan_.together)) {
+          factors_(call.factors), image_pixels_(int64_t{call.height} * call.width), pixels_(call.images * image_pixels_),
+          plan_(weights_, pixels_, call.threads),
+          own_bytes_(own_bytes(plan_.shared ? 0 : Activations::bytes(packed, plan_.together, weights_.units()), plan_.together)) {
         parts_ = least(weights_.chunks.size / PANEL, ceil_div(4 * plan_.threads, weights_.chunks.count()));
         endings_ = least(panels_for(packed.outputs), 4 * plan_.threads);
     }
 
     int32_t run() {
-        if (!plan_.shared) {
-            parallel(plan_.threads, ceil_div(pixels_, plan_.together),
-                     [](void *self, int64_t task) { static_cast<Pointwise *>(self)->compute(task); }, this);
-            return outcome();
+        Phases<Pointwise> phases;
+        if (plan_.shared) {
+            Carver carver{shared_memory.at_least(Activations::bytes(packed_, pixels_, packed_.hidden))};
+            if (!carver.base) return WK_OUT_OF_MEMORY;
+            all_ = Activations(carver, packed_, pixels_, packed_.hidden);
+            phases.add(all_.x.tiles(), &Pointwise::pack_tile);
+            phases.add(weights_.chunks.count() * parts_, &Pointwise::compute_part);
+            if (packed_.normalize_after)
+                phases.add(all_.hidden.tiles(), &Pointwise::normalize_tile);
+            else
+                phases.add(endings_, &Pointwise::compute_ending);
+        } else {
+            phases.add(ceil_div(pixels_, plan_.together), &Pointwise::compute);
         }
-        Carver carver{shared_memory.at_least(Activations::bytes(packed_, pixels_, packed_.hidden))};
-        if (!carver.base) return WK_OUT_OF_MEMORY;
-        all_ = Activations(carver, packed_, pixels_, packed_.hidden);
-        parallel(plan_.threads, all_.x.tiles() + weights_.chunks.count() * parts_ + endings_,
-                 [](void *self, int64_t task) { static_cast<Pointwise *>(self)->contribute(task); }, this);
+        phases.run(*this, plan_.threads);
         shared_memory.shrink();
         return outcome();
     }
 
-  private:
+  protected:
     int32_t outcome() const { return __atomic_load_n(&out_of_memory_, __ATOMIC_RELAXED) ? WK_OUT_OF_MEMORY : WK_OK; }
 
-    // The working memory of a task; null if there is none.
+    // The working memory of a task: its activations, and those of `pixels` pixels that have yet to be rounded. Never 0.
+    int64_t own_bytes(int64_t activations, int64_t pixels) const {
+        return most(ALIGNMENT, activations + Unrounded::bytes(packed_, pixels));
+    }
+
+    // The working memory of a task; null if there is none. Then the task does nothing, because others wait for its end.
     char *own_block() {
         char *block = own_memory.at_least(own_bytes_);
         if (!block) __atomic_store_n(&out_of_memory_, 1, __ATOMIC_RELAXED);
         return block;
     }
 
+    // Some pixels, from the first product to the last.
     void compute(int64_t task) {
         Carver carver{own_block()};
         if (!carver.base) return;
         const int64_t first = task * plan_.together, pixels = least(plan_.together, pixels_ - first);
-        const Activations own(carver, packed_, pixels, weights_.chunks.size);
+        const Activations own(carver, packed_, pixels, weights_.units());
         const Unrounded unrounded(carver, packed_, pixels);
         pack(first, own.x, unrounded);
         for (int64_t chunk = 0; chunk < weights_.chunks.count(); chunk++) {
             const int64_t units = weights_.chunks.in(chunk);
-            hidden_units(own.x, chunk, 0, panels_for(units), own.hidden, 0, unrounded);
+            const int64_t group = packed_.normalize_after ? hidden_group(chunk) : 0;
+            hidden_units(own.x, chunk, 0, panels_for(units), own.hidden, group, unrounded);
             if (packed_.outputs)
                 add_outputs(own.hidden, 0, chunk, 0, panels_for(packed_.outputs), own.y);
-            else
+            else if (!packed_.normalize_after)
                 unpack_pixels(own.hidden, 0, vectors_for(units), target(weights_.chunks.begin(chunk), units), first, nullptr);
         }
-        if (packed_.outputs)
-            unpack_pixels(own.y, 0, own.y.groups, target(0, packed_.outputs), first,
-                          reinterpret_cast<const Vec *>(packed_.second_bias));
+        if (packed_.normalize_after) end_with_norm(own.hidden, first);
+        if (packed_.outputs) unpack_pixels(own.y, 0, own.y.groups, target(0, packed_.outputs), first, second_bias());
     }
 
-    // Tasks start in order, so others are already at work on what a task waits for.
-    static void wait_for(const int64_t *finished, int64_t count) {
-        while (__atomic_load_n(finished, __ATOMIC_ACQUIRE) < count) sched_yield();
+    // Of all pixels, those of a tile.
+    void pack_tile(int64_t task) {
+        Carver carver{own_block()};
+        if (!carver.base) return;
+        pack(task * all_.x.each, all_.x.only(task), Unrounded(carver, packed_, pixels_));
     }
 
-    void contribute(int64_t task) {
-        const int64_t tiles = all_.x.tiles(), halves = weights_.chunks.count() * parts_;
-        // Others wait for this task, so even without memory it has to come to an end.
-        Carver carver{own_bytes_ ? own_block() : nullptr};
-        const Unrounded unrounded(carver, packed_, pixels_);
-        const bool possible = !own_bytes_ || carver.base;
-        if (task < tiles) {
-            Stack tile = all_.x;
-            tile.at = all_.x.tile(task), tile.count = all_.x.rows(task);
-            if (possible) pack(task * all_.x.each, tile, unrounded);
-            __atomic_fetch_add(&packed_tiles_, 1, __ATOMIC_RELEASE);
-            return;
-        }
-        task -= tiles;
-        if (task < halves) {
-            wait_for(&packed_tiles_, tiles);
-            const int64_t chunk = task / parts_, part = task % parts_, panels = panels_for(weights_.chunks.in(chunk));
-            const int64_t begin = panels * part / parts_, end = panels * (part + 1) / parts_;
-            const int64_t group = hidden_group(chunk);
-            if (possible) hidden_units(all_.x, chunk, begin, end, all_.hidden, group, unrounded);
-            if (!packed_.outputs)
-                unpack_pixels(all_.hidden, group + begin * PANEL_VECTORS, least(group + end * PANEL_VECTORS, all_.hidden.groups),
-                              target(0, packed_.hidden), 0, nullptr);
-            __atomic_fetch_add(&finished_parts_, 1, __ATOMIC_RELEASE);
-            return;
-        }
-        task -= halves;
-        wait_for(&finished_parts_, halves);
+    // A part of a chunk of hidden units, for all pixels.
+    void compute_part(int64_t task) {
+        Carver carver{own_block()};
+        if (!carver.base) return;
+        const int64_t chunk = task / parts_, part = task % parts_, panels = panels_for(weights_.chunks.in(chunk));
+        const int64_t begin = panels * part / parts_, end = panels * (part + 1) / parts_, group = hidden_group(chunk);
+        hidden_units(all_.x, chunk, begin, end, all_.hidden, group, Unrounded(carver, packed_, pixels_));
+        if (!packed_.outputs && !packed_.normalize_after)
+            unpack_pixels(all_.hidden, group + begin * PANEL_VECTORS, least(group + end * PANEL_VECTORS, all_.hidden.groups),
+                          target(0, packed_.hidden), 0, nullptr);
+    }
+
+    // Some of the outputs, for all pixels.
+    void compute_ending(int64_t task) {
         const int64_t panels = panels_for(packed_.outputs), begin = panels * task / endings_, end = panels * (task + 1) / endings_;
         for (int64_t chunk = 0; chunk < weights_.chunks.count(); chunk++)
             add_outputs(all_.hidden, hidden_group(chunk), chunk, begin, end, all_.y);
         unpack_pixels(all_.y, begin * PANEL_VECTORS, least(end * PANEL_VECTORS, all_.y.groups), target(0, packed_.outputs), 0,
-                      reinterpret_cast<const Vec *>(packed_.second_bias));
+                      second_bias());
     }
+
+    void normalize_tile(int64_t task) { end_with_norm(all_.hidden.only(task), task * all_.hidden.each); }
 
     // Among the hidden units of all chunks, the group with which a chunk begins.
     int64_t hidden_group(int64_t chunk) const { return weights_.chunks.begin(chunk) / (packed_.outputs ? GROUP : LANES); }
 
     void pack(int64_t first, const Stack &to, const Unrounded &unrounded) const {
-        auto pack_into = [&](auto &&place, auto &&finish) { pack_pixels(x_, first, to.count, packed_.inputs, place, finish); };
-#if WK_WORD == 2
-        const int64_t vectors = vectors_for(packed_.inputs);
-        pack_into([&](int64_t, int j) { return Slot(unrounded.x + j, LANES); },
-                  [&](const Slot &slot, int64_t pixel) {
-                      if (packed_.normalize) normalize(slot, packed_.inputs, packed_.eps);
-                      convert(slot, vectors, Slot(to, pixel));
-                  });
-#else
-        (void)unrounded;
-        pack_into([&](int64_t pixel, int) { return Slot(to, pixel); },
-                  [&](const Slot &slot, int64_t) {
-                      if (packed_.normalize) normalize(slot, packed_.inputs, packed_.eps);
-                  });
-#endif
+        const int64_t channels = packed_.channels, vectors = vectors_for(packed_.inputs);
+        auto place = [&](int64_t pixel, int j) { return WORD > 1 ? Slot(unrounded.x + j, LANES) : Slot(to, pixel); };
+        auto prepare = [&](const Slot &slot, int64_t image) {
+            if (factors_) multiply(slot, factors_ + image * channels, channels);
+            if (packed_.normalize) normalize(slot, channels, packed_.eps);
+        };
+        auto finish = [&](const Slot &slot, int64_t pixel) {
+            if (WORD > 1) convert(slot, vectors, Slot(to, pixel));
+        };
+        if (packed_.patch.rows)
+            patches_.pack(first, to.count, place, prepare, finish);
+        else
+            pack_pixels(x_, first, to.count, channels, place, [&](const Slot &slot, int64_t pixel) {
+                prepare(slot, (first + pixel) / image_pixels_);
+                finish(slot, pixel);
+            });
     }
 
-    // Panels [begin, end) of a chunk; the chunk's first group is `group` of `to`.
+    // Normalizes the hidden units of the pixels from `first` on, applies the activation, and writes them.
+    void end_with_norm(const Stack &hidden, int64_t first) const {
+        for (int64_t i = 0; i < hidden.count; i++) normalize(Slot(hidden, i), packed_.hidden, packed_.after_eps);
+        const Vec *scale = reinterpret_cast<const Vec *>(packed_.after_scale), *shift = reinterpret_cast<const Vec *>(packed_.after_shift);
+        for (int64_t t = 0; t < hidden.tiles(); t++) {
+            const int64_t rows = hidden.rows(t);
+            Vec *units = hidden.tile(t);
+            for (int64_t g = 0; g < hidden.groups; g++, units += rows) {
+                for (int64_t i = 0; i < rows; i++) units[i] *= scale[g];
+                activate(packed_.activation, shift[g], units, rows);
+            }
+        }
+        unpack_pixels(hidden, 0, hidden.groups, target(0, packed_.hidden), first, nullptr);
+    }
+
+    // Panels [begin, end) of a chunk; the chunk's first group is `group` of `to`. The sums of the squares of its units over all
+    // pixels go to `squares`, if given, which has one vector for each group of `to`; then the units are not rounded.
     void hidden_units(const Stack &x, int64_t chunk, int64_t begin, int64_t end, const Stack &to, int64_t group,
-                      const Unrounded &unrounded) const {
+                      const Unrounded &unrounded, Vec *squares = nullptr) const {
         const int64_t units = weights_.chunks.in(chunk), blocks = weights_.blocks.count(), steps = blocks * (end - begin);
         const Vec *bias = reinterpret_cast<const Vec *>(packed_.first_bias) + weights_.chunks.begin(chunk) / LANES;
-        const bool rounds = WORD > 1 && packed_.outputs;
+        const int32_t activation = packed_.normalize_after ? int32_t{WK_NO_ACTIVATION} : packed_.activation;
+        const bool rounds = WORD > 1 && packed_.outputs && !squares;
         // Sums that are to be rounded have room for one panel only, which all blocks complete before the next panel.
         auto panel_at = [&](int64_t step) { return begin + (rounds ? step / blocks : step % (end - begin)); };
         auto block_at = [&](int64_t step) { return rounds ? step % blocks : step / (end - begin); };
         for (int64_t step = 0; step < steps; step++) {
             const int64_t panel = panel_at(step), block = block_at(step);
             const int64_t vectors = weights_.vectors(panel, units), depth = lines_for(weights_.blocks.in(block));
-            const float *next = packed_.outputs ? weights_.second(chunk, 0) : next_chunk(chunk);
+            const float *next = packed_.outputs && !squares ? weights_.second(chunk, 0) : next_chunk(chunk);
             if (step + 1 < steps) next = weights_.first(chunk, block_at(step + 1), panel_at(step + 1));
             const Fetcher later(next, depth, x.tiles());
             for (int64_t t = 0; t < x.tiles(); t++) {
@@ -261,13 +286,15 @@ class Pointwise {
                 tile_products(vectors)[rows - 1](reinterpret_cast<const float *>(a), weights_.first(chunk, block, panel), depth,
                                                  sums, block > 0, later.part(t));
                 if (block < blocks - 1) continue;
-                for (int64_t v = 0; v < vectors; v++)
-                    activate(packed_.activation, bias[panel * PANEL_VECTORS + v], sums + v * rows, rows);
-#if WK_WORD == 2
-                if (rounds)
-                    for (int64_t row = 0; row < rows; row++)
-                        convert(Slot(sums + row, rows), vectors, Slot(to.tile(t) + (group + panel) * rows + row, rows));
-#endif
+                for (int64_t v = 0; v < vectors; v++) {
+                    activate(activation, bias[panel * PANEL_VECTORS + v], sums + v * rows, rows);
+                    if (!squares) continue;
+                    Vec &square = squares[group + panel * PANEL_VECTORS + v];
+                    square = sum_of_squares(sums + v * rows, rows) + (t > 0 ? square : Vec{});
+                }
+                if (!rounds) continue;
+                for (int64_t row = 0; row < rows; row++)
+                    convert(Slot(sums + row, rows), vectors, Slot(to.tile(t) + (group + panel) * rows + row, rows));
             }
         }
     }
@@ -275,7 +302,8 @@ class Pointwise {
     // Adds what a chunk, whose first group is `group` of `hidden`, contributes to panels [begin, end) of the outputs.
     void add_outputs(const Stack &hidden, int64_t group, int64_t chunk, int64_t begin, int64_t end, const Stack &y) const {
         const int64_t depth = lines_for(weights_.chunks.in(chunk));
-        const float *next = next_chunk(chunk);
+        const int64_t following = (chunk + 1) % weights_.chunks.count();
+        const float *next = packed_.response ? weights_.second(following, 0) : next_chunk(chunk);
         for (int64_t panel = begin; panel < end; panel++) {
             const int64_t vectors = weights_.vectors(panel, packed_.outputs);
             const float *b = weights_.second(chunk, panel);
@@ -292,17 +320,19 @@ class Pointwise {
     // Where the next chunk begins; after the last one, a task begins with the first one again.
     const float *next_chunk(int64_t chunk) const { return weights_.first((chunk + 1) % weights_.chunks.count(), 0, 0); }
 
+    const Vec *second_bias() const { return reinterpret_cast<const Vec *>(packed_.second_bias); }
     Target target(int64_t channel, int64_t channels) const { return {y_, residual_, channel, channels}; }
 
     const wk_pointwise &packed_;
     const Weights weights_;
+    const Patches patches_;
     const Pixels x_, y_, residual_;
-    const int64_t pixels_;
+    const float *const factors_;  // (images, channels), or null
+    const int64_t image_pixels_, pixels_;
     const Distribution plan_;
-    const int64_t own_bytes_;
+    int64_t own_bytes_;
     int64_t parts_, endings_;  // of a chunk of hidden units, and of the outputs
     Activations all_{};
-    int64_t packed_tiles_ = 0, finished_parts_ = 0;
     int out_of_memory_ = 0;
 };
 

@@ -26,7 +26,9 @@ struct Pieces {
     int64_t in(int64_t index) const { return least(size, length - index * size); }
 };
 
+// Vectors of so many channels, and of their words.
 inline int64_t vectors_for(int64_t channels) { return ceil_div(channels, LANES); }
+inline int64_t words_for(int64_t channels) { return ceil_div(channels, GROUP); }
 inline int64_t panels_for(int64_t channels) { return ceil_div(channels, PANEL); }
 
 // The weights as packed. The first product's lie by chunk of hidden units, block of inputs, panel of hidden units; the second's by
@@ -39,12 +41,16 @@ struct Weights {
         : of(packed), chunks(packed.hidden, HIDDEN_CHUNK, PANEL), blocks(packed.inputs, DEPTH_BLOCK, GROUP) {}
 
     float *first(int64_t chunk, int64_t block, int64_t panel) const {
-        return of.first + chunks.begin(chunk) * lines_for(of.inputs) + blocks.begin(block) / WORD * vectors_for(chunks.in(chunk)) * LANES +
+        const int64_t columns = vectors_for(chunks.in(chunk)) * LANES;
+        return of.first + chunks.begin(chunk) * lines_for(of.inputs) + blocks.begin(block) / WORD * columns +
                panel * PANEL * lines_for(blocks.in(block));
     }
     float *second(int64_t chunk, int64_t panel) const {
-        return of.second + chunks.begin(chunk) / WORD * vectors_for(of.outputs) * LANES + panel * PANEL * lines_for(chunks.in(chunk));
+        const int64_t columns = vectors_for(of.outputs) * LANES;
+        return of.second + chunks.begin(chunk) / WORD * columns + panel * PANEL * lines_for(chunks.in(chunk));
     }
+    // Hidden units that exist at the same time: a norm needs all of a pixel.
+    int64_t units() const { return of.normalize_after ? of.hidden : chunks.size; }
     static int64_t vectors(int64_t panel, int64_t channels) {
         return least(PANEL_VECTORS, vectors_for(channels) - panel * PANEL_VECTORS);
     }
@@ -58,24 +64,58 @@ inline void pack_panel(const float *from, int64_t row, int64_t columns, int64_t 
             to[k * lanes + c] = word_of(from + c * row + k * WORD, c < columns ? depth - k * WORD : 0);
 }
 
+// The most numbers of a patch that are gathered one by one.
+constexpr int64_t MOST_DENSE = 1024;
+
+// Few channels would leave most of a vector for each tap empty.
+inline void set_depth(wk_pointwise &packed) {
+    const int64_t channels = packed.channels, taps = packed.patch.rows ? int64_t{packed.patch.rows} * packed.patch.columns : 1;
+    const int64_t whole = vectors_for(channels) * LANES;
+    packed.dense = !packed.normalize && 4 * channels < 3 * whole && channels * taps <= MOST_DENSE;
+    packed.inputs = static_cast<int32_t>(!packed.patch.rows ? channels : taps * (packed.dense ? channels : whole));
+}
+
+// (hidden, channels, taps) -> (hidden, taps, channels), with zeros up to the next whole vector.
+inline void order_by_tap(const float *from, const wk_pointwise &packed, float *to) {
+    const int64_t channels = packed.channels, taps = int64_t{packed.patch.rows} * packed.patch.columns;
+    const int64_t whole = packed.inputs / taps;
+    for (int64_t h = 0; h < packed.hidden; h++, from += channels * taps, to += packed.inputs)
+        for (int64_t t = 0; t < taps; t++)
+            for (int64_t c = 0; c < whole; c++) to[t * whole + c] = c < channels ? from[c * taps + t] : 0.0f;
+}
+
 inline void pack_bias(const float *from, int64_t channels, float *to) {
     for (int64_t c = 0; c < vectors_for(channels) * LANES; c++) to[c] = from && c < channels ? from[c] : 0.0f;
 }
 
 // Allocates and fills the pieces of `packed`, whose sizes are set.
 inline int32_t pointwise_pack(const wk_pointwise_weights &from, wk_pointwise &packed) {
+    set_depth(packed);
+    float *by_tap = nullptr;
+    if (packed.patch.rows && !packed.dense) {
+        by_tap = static_cast<float *>(std::malloc(sizeof(float) * static_cast<size_t>(packed.hidden) * static_cast<size_t>(packed.inputs)));
+        if (!by_tap) return WK_OUT_OF_MEMORY;
+        order_by_tap(from.first, packed, by_tap);
+    }
+    const float *first = by_tap ? by_tap : from.first;
     const int64_t hidden = vectors_for(packed.hidden) * LANES, outputs = vectors_for(packed.outputs) * LANES;
+    const int64_t after = packed.normalize_after ? hidden : 0;
     auto carve = [&](Carver &carver) {
         packed.first = carver.take<float>(hidden * lines_for(packed.inputs));
         packed.first_bias = carver.take<float>(hidden);
         packed.second = carver.take<float>(outputs * lines_for(packed.hidden));
         packed.second_bias = carver.take<float>(outputs);
+        packed.after_scale = carver.take<float>(after), packed.after_shift = carver.take<float>(after);
+        packed.response = carver.take<float>(from.response ? hidden : 0);
     };
     Carver sizes{nullptr};
     carve(sizes);
     packed.bytes = sizes.used;
     packed.memory = std::aligned_alloc(ALIGNMENT, static_cast<size_t>(packed.bytes));
-    if (!packed.memory) return WK_OUT_OF_MEMORY;
+    if (!packed.memory) {
+        std::free(by_tap);
+        return WK_OUT_OF_MEMORY;
+    }
     Carver carver{static_cast<char *>(packed.memory)};
     carve(carver);
     const Weights weights(packed);
@@ -83,7 +123,7 @@ inline int32_t pointwise_pack(const wk_pointwise_weights &from, wk_pointwise &pa
         const int64_t unit = weights.chunks.begin(c), units = weights.chunks.in(c);
         for (int64_t b = 0; b < weights.blocks.count(); b++)
             for (int64_t p = 0; p < panels_for(units); p++)
-                pack_panel(from.first + (unit + p * PANEL) * packed.inputs + weights.blocks.begin(b), packed.inputs,
+                pack_panel(first + (unit + p * PANEL) * packed.inputs + weights.blocks.begin(b), packed.inputs,
                            units - p * PANEL, weights.blocks.in(b), weights.vectors(p, units), weights.first(c, b, p));
         for (int64_t p = 0; p < panels_for(packed.outputs); p++)
             pack_panel(from.second + p * PANEL * packed.hidden + unit, packed.hidden, packed.outputs - p * PANEL, units,
@@ -91,6 +131,16 @@ inline int32_t pointwise_pack(const wk_pointwise_weights &from, wk_pointwise &pa
     }
     pack_bias(from.first_bias, packed.hidden, packed.first_bias);
     pack_bias(from.second_bias, packed.outputs, packed.second_bias);
+    if (packed.normalize_after) {
+        for (int64_t c = 0; c < hidden; c++)
+            packed.after_scale[c] = c >= packed.hidden ? 0.0f : from.after_scale ? from.after_scale[c] : 1.0f;
+        pack_bias(from.after_shift, packed.hidden, packed.after_shift);
+    }
+    if (from.response)
+        pack_bias(from.response, packed.hidden, packed.response);
+    else
+        packed.response = nullptr;
+    std::free(by_tap);
     return WK_OK;
 }
 

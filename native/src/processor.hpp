@@ -15,6 +15,7 @@ namespace wk {
 // Bits of the registers that `cpuid` fills in; `enabled` are the registers that the operating system saves for each thread.
 struct Processor {
     uint32_t basic = 0, extended = 0, further = 0, enabled = 0;
+    uint32_t vendor = 0;  // the first letters of the vendor's name
 
     static Processor present() {
         Processor found;
@@ -23,6 +24,7 @@ struct Processor {
         if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & saves_extended_state)) return found;
         found.basic = c;
         asm("xgetbv" : "=a"(found.enabled), "=d"(d) : "c"(0));
+        if (__get_cpuid(0, &a, &b, &c, &d)) found.vendor = b;
         if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return found;
         found.extended = b;
         if (a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) found.further = a;
@@ -38,6 +40,8 @@ struct Processor {
         constexpr uint32_t f = 1u << 16, dq = 1u << 17, bw = 1u << 30, vl = 1u << 31, saved = 0xe6;
         return avx2() && has(extended, f | dq | bw | vl) && has(enabled, saved);
     }
+
+    bool is_amd() const { return vendor == 0x68747541; }  // "Auth"
 
     bool avx512_bf16() const {
         constexpr uint32_t bf16 = 1u << 5;

@@ -1,9 +1,9 @@
 // The inner loops of matrix products: a tile of up to TILE_ROWS rows times a panel of up to PANEL_VECTORS vectors of columns,
 // summed in registers.
 //
-// Rows are stored in groups of LANES words (operands.hpp): word g * LANES + i of row m is at[(g * rows + m) * LANES + i]. Results of
-// one product are thus stored by whole vectors, and if a word is a float, they are at once the rows of the next product. A panel
-// has its columns side by side.
+// Rows are stored in groups of LANES words (operands.hpp): word g * LANES + i of row m is at[(g * rows + m) * LANES + i]. Results
+// of one product are thus stored by whole vectors, and if a word is a float, they are at once the rows of the next product. A
+// panel has its columns side by side.
 #pragma once
 
 #include "operands.hpp"
@@ -28,8 +28,8 @@ struct Fetch {
     int64_t each;
 };
 
-// One more word: `a` is that of the first row, `b` the panel's columns.
-template <int ROWS, int VECTORS> WK_INLINE void add_word(Vec (&sum)[ROWS][VECTORS], const float *a, const float *b) {
+// One more word: `a` is that of the first row, `b` the panel's columns. Rows are STEP words apart.
+template <int ROWS, int VECTORS, int STEP = LANES> WK_INLINE void add_word(Vec (&sum)[ROWS][VECTORS], const float *a, const float *b) {
     Vec column[VECTORS];
     unroll<VECTORS>([&](auto v) {
         column[v] = read<Vec>(b + v * LANES);
@@ -40,7 +40,7 @@ template <int ROWS, int VECTORS> WK_INLINE void add_word(Vec (&sum)[ROWS][VECTOR
 #endif
     });
     unroll<ROWS>([&](auto m) {
-        const Vec factor = spread(a + m * LANES);
+        const Vec factor = spread(a + m * STEP);
         unroll<VECTORS>([&](auto v) { add_product(sum[m][v], factor, column[v]); });
     });
 }

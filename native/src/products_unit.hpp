@@ -2,16 +2,18 @@
 #pragma once
 
 #include "peak.hpp"
-#include "pointwise.hpp"
+#include "response.hpp"
 
 namespace wk {
 namespace WK_NAMESPACE {
 
-inline int32_t pointwise_run(const wk_pointwise &packed, const wk_pointwise_call &call) { return Pointwise(packed, call).run(); }
+inline int32_t pointwise_run(const wk_pointwise &packed, const wk_pointwise_call &call) {
+    return packed.response ? RespondingPointwise(packed, call).run() : Pointwise(packed, call).run();
+}
 
 }  // namespace WK_NAMESPACE
 
 #define WK_PRODUCTS                                                                                                             \
-    {WK_NAMESPACE::pointwise_pack, WK_NAMESPACE::pointwise_run, WK_NAMESPACE::pointwise_workspace, WK_NAMESPACE::product_peak}
+    {WK_NAMESPACE::pointwise_pack, WK_NAMESPACE::pointwise_run, WK_NAMESPACE::products_workspace, WK_NAMESPACE::product_peak}
 
 }  // namespace wk

@@ -3,6 +3,7 @@
 
 #include "pack.hpp"
 #include "product.hpp"
+#include "widekernel.h"
 
 namespace wk {
 namespace WK_NAMESPACE {
@@ -48,6 +49,10 @@ WK_INLINE void scatter(float *to, int64_t stride, const Vec &value, int count) {
         store_some<Float32>(to, value, count);
 }
 
+template <int... I> WK_INLINE Vec even_lanes(const Vec &a, const Vec &b, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(a, b, (2 * I)...);
+}
+
 // `count` pixels in tiles of at most `each`, the rows of products or their sums; see product.hpp for the order within a tile.
 struct Stack {
     Vec *at;
@@ -56,6 +61,7 @@ struct Stack {
     int64_t tiles() const { return ceil_div(count, each); }
     int64_t rows(int64_t tile) const { return least(each, count - tile * each); }
     Vec *tile(int64_t index) const { return at + index * each * groups; }
+    Stack only(int64_t index) const { return {tile(index), rows(index), rows(index), groups}; }
 };
 
 // One pixel of a stack: group g is at[g * step].
@@ -111,45 +117,69 @@ inline void normalize(const Slot &slot, int64_t channels, float eps) {
     }
 }
 
-#if WK_WORD == 2
-// Rounds the channels of a pixel.
-inline void convert(const Slot &from, int64_t vectors, const Slot &to) {
-    for (int64_t v = 0; v < vectors; v += 2)
-        to.at[v / 2 * to.step] = words_of(from.at[v * from.step], v + 1 < vectors ? from.at[(v + 1) * from.step] : Vec{});
+// Multiplies the channels of a pixel by `factors`.
+inline void multiply(const Slot &slot, const float *factors, int64_t channels) {
+    for (int64_t g = 0; g * LANES < channels; g++)
+        slot.at[g * slot.step] *= gather(factors + g * LANES, 1, static_cast<int>(least(LANES, channels - g * LANES)));
 }
-#endif
+
+// Makes words of the channels of a pixel.
+inline void convert(const Slot &from, int64_t vectors, const Slot &to) {
+    for (int64_t v = 0; v < vectors; v += WORD) {
+        Vec channels[WORD];
+        for (int64_t i = 0; i < WORD; i++) channels[i] = v + i < vectors ? from.at[(v + i) * from.step] : Vec{};
+        to.at[v / WORD * to.step] = words_of(channels);
+    }
+}
+
+// `count` numbers of a channel, at distance 1 or 2; `readable` floats may be read.
+WK_INLINE Vec load_columns(const float *from, int64_t column, int count, int64_t readable) {
+    if (column == 1) return readable >= LANES ? Float32::load(from) : load_some<Float32>(from, static_cast<int>(readable));
+    if (readable >= 2 * LANES)
+        return even_lanes(Float32::load(from), Float32::load(from + LANES), std::make_integer_sequence<int, LANES>{});
+    return gather(from, column, count);
+}
+
+// Copies `count` ≤ LANES pixels at constant distance into slots, a vector for each LANES of their channels. Full vectors may read
+// pixels that belong to somebody else, but only `readable` floats from the first one on.
+inline void pack_run(const float *from, int64_t channel, int64_t column, int count, int64_t readable, int64_t channels,
+                     const Slot *slots) {
+    const int64_t groups = ceil_div(channels, LANES);
+    const bool squares = channel != 1 && (column == 1 || column == 2);
+    if (!squares)
+        for (int j = 0; j < count; j++) {
+            const float *pixel = from + j * column;
+            const int64_t whole = channel == 1 ? channels / LANES : 0, step = slots[j].step;
+            Vec *to = slots[j].at;
+            for (int64_t g = 0; g < whole; g++, to += step) *to = Float32::load(pixel + g * LANES);
+            for (int64_t g = whole; g < groups; g++, to += step)
+                *to = gather(pixel + g * LANES * channel, channel, static_cast<int>(least(LANES, channels - g * LANES)));
+        }
+    for (int64_t g = 0; g < groups && squares; g++) {
+        const float *group = from + g * LANES * channel;
+        const int some = static_cast<int>(least(LANES, channels - g * LANES));
+        Vec square[LANES];
+        if (some == LANES && column == 1 && readable >= LANES)
+            unroll<LANES>([&](auto c) { square[c] = Float32::load(group + c * channel); });
+        else
+            for (int c = 0; c < LANES; c++)
+                square[c] = c < some ? load_columns(group + c * channel, column, count, readable) : Vec{};
+        transpose(square);
+        for (int j = 0; j < count; j++) slots[j].at[g * slots[j].step] = square[j];
+    }
+}
 
 // Copies `pixels` pixels from `first` on, at most LANES at a time: pixel i, the j-th of these, into the slot `place(i, j)`. When it
 // is complete, `finish` is called with the slot and i.
 template <class Place, class Finish>
 void pack_pixels(const Pixels &from, int64_t first, int64_t pixels, int64_t channels, Place &&place, Finish &&finish) {
-    const int64_t groups = ceil_div(channels, LANES);
     for (int64_t i = 0; i < pixels;) {
         const float *pixel = from.pixel(first + i);
         const int64_t run = from.run_from(first + i);
         const int count = static_cast<int>(least(least(LANES, pixels - i), run));
         Slot slots[LANES];
         for (int j = 0; j < count; j++) slots[j] = place(i + j, j);
-        // Full vectors may read pixels that belong to somebody else, but none outside the tensor.
-        const int readable = static_cast<int>(least(LANES, run));
-        if (!from.columns_adjoin())
-            for (int j = 0; j < count; j++, pixel += from.column)
-                for (int64_t g = 0; g < groups; g++) {
-                    const int some = static_cast<int>(least(LANES, channels - g * LANES));
-                    slots[j].at[g * slots[j].step] = gather(pixel + g * LANES * from.channel, from.channel, some);
-                }
-        for (int64_t g = 0; g < groups && from.columns_adjoin(); g++) {
-            const float *group = pixel + g * LANES * from.channel;
-            const int some = static_cast<int>(least(LANES, channels - g * LANES));
-            Vec square[LANES];
-            if (some == LANES && readable == LANES)
-                unroll<LANES>([&](auto c) { square[c] = Float32::load(group + c * from.channel); });
-            else
-                for (int c = 0; c < LANES; c++)
-                    square[c] = c < some ? gather(group + c * from.channel, 1, readable) : Vec{};
-            transpose(square);
-            for (int j = 0; j < count; j++) slots[j].at[g * slots[j].step] = square[j];
-        }
+        pack_run(pixel, from.channel, from.column, count, from.column == 1 ? run : 1, channels, slots);
         for (int j = 0; j < count; j++) finish(slots[j], i + j);
         i += count;
     }
@@ -160,6 +190,28 @@ struct Target {
     Pixels y, residual;
     int64_t channel, channels;
 };
+
+// Groups [begin, end) of one pixel of a tensor whose columns do not adjoin; `y` and `added` are the addresses of the first one.
+inline void unpack_pixel(const Slot &slot, int64_t begin, int64_t end, const Target &to, float *y, const float *added,
+                         const Vec *bias) {
+    const bool adjoin = to.y.channel == 1 && (!added || to.residual.channel == 1);
+    const int64_t whole = adjoin ? least(end, to.channels / LANES) : begin;
+    const Vec *from = slot.at + begin * slot.step;
+    int64_t g = begin;
+    for (; g < whole; g++, from += slot.step, y += LANES) {
+        Vec value = *from;
+        if (bias) value += bias[g];
+        if (added) value += Float32::load(added), added += LANES;
+        Float32::store(y, value);
+    }
+    for (; g < end; g++, from += slot.step, y += LANES * to.y.channel) {
+        const int some = static_cast<int>(least(LANES, to.channels - g * LANES));
+        Vec value = *from;
+        if (bias) value += bias[g];
+        if (added) value += gather(added, to.residual.channel, some), added += LANES * to.residual.channel;
+        scatter(y, to.y.channel, value, some);
+    }
+}
 
 // Writes groups [begin, end) of the stack, plus bias (one vector for each group, or null) plus residual.
 inline void unpack_pixels(const Stack &from, int64_t begin, int64_t end, const Target &to, int64_t first, const Vec *bias) {
@@ -173,24 +225,19 @@ inline void unpack_pixels(const Stack &from, int64_t begin, int64_t end, const T
         const float *added = residual.at ? residual.pixel(first + i) + channel * residual.channel : nullptr;
         Slot slots[LANES];
         for (int j = 0; j < count; j++) slots[j] = Slot(from, i + j);
-        for (int64_t g = begin; g < end; g++) {
+        if (!y.columns_adjoin())
+            for (int j = 0; j < count; j++)
+                unpack_pixel(slots[j], begin, end, to, pixel + j * y.column, added ? added + j * residual.column : nullptr, bias);
+        for (int64_t g = begin; g < end && y.columns_adjoin(); g++) {
             const Vec shift = bias ? bias[g] : Vec{};
             const int some = static_cast<int>(least(LANES, to.channels - g * LANES));
-            if (!y.columns_adjoin()) {
-                for (int j = 0; j < count; j++) {
-                    Vec value = slots[j].at[g * slots[j].step] + shift;
-                    if (added) value += gather(added + j * residual.column, residual.channel, some);
-                    scatter(pixel + j * y.column, y.channel, value, some);
-                }
-            } else {
-                Vec square[LANES];
-                for (int j = 0; j < count; j++) square[j] = slots[j].at[g * slots[j].step] + shift;
-                for (int j = count; j < LANES; j++) square[j] = Vec{};
-                transpose(square);
-                for (int c = 0; c < some; c++) {
-                    if (added) square[c] += gather(added + c * residual.channel, residual.column, count);
-                    scatter(pixel + c * y.channel, 1, square[c], count);
-                }
+            Vec square[LANES];
+            for (int j = 0; j < count; j++) square[j] = slots[j].at[g * slots[j].step] + shift;
+            for (int j = count; j < LANES; j++) square[j] = Vec{};
+            transpose(square);
+            for (int c = 0; c < some; c++) {
+                if (added) square[c] += gather(added + c * residual.channel, residual.column, count);
+                scatter(pixel + c * y.channel, 1, square[c], count);
             }
             pixel += LANES * y.channel;
             if (added) added += LANES * residual.channel;

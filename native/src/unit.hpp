@@ -1,6 +1,9 @@
 // The body of one instruction set's translation unit; simd.hpp lists the macros that must be defined before it.
 #pragma once
 
+#include "batch_norm.hpp"
+#include "gate.hpp"
+#include "pointwise_grad.hpp"
 #include "products_unit.hpp"
 #include "sum.hpp"
 #include "weight_grad.hpp"
@@ -28,6 +31,12 @@ inline void weight_grad_workspace(const wk_weight_grad &call, int64_t &per_threa
     per_thread = grad.own_bytes(), shared = grad.shared_bytes();
 }
 
+inline int32_t gate(const wk_gate &call) { return Gate(call).run(); }
+
+inline int32_t pointwise_weight_grad(const wk_pointwise_grad &call) { return PointwiseGrad(call).run(); }
+
+inline int32_t batch_norm(const wk_batch_norm &call) { return BatchNorm(call).run(); }
+
 }  // namespace WK_NAMESPACE
 
 #define WK_KERNELS(symbol, name)                                                                                                \
@@ -38,6 +47,9 @@ inline void weight_grad_workspace(const wk_weight_grad &call, int64_t &per_threa
                             WK_NAMESPACE::depthwise_weight_grad,                                                                \
                             WK_NAMESPACE::sum_workspace,                                                                        \
                             WK_NAMESPACE::weight_grad_workspace,                                                                \
+                            WK_NAMESPACE::gate,                                                                                 \
+                            WK_NAMESPACE::pointwise_weight_grad,                                                                \
+                            WK_NAMESPACE::batch_norm,                                                                           \
                             WK_PRODUCTS};
 
 }  // namespace wk

@@ -35,8 +35,12 @@ struct Library {
     FUNCTION(pointwise_pack);
     FUNCTION(pointwise_free);
     FUNCTION(pointwise_run);
+    FUNCTION(gate_run);
+    FUNCTION(pointwise_weight_grad);
+    FUNCTION(batch_norm_run);
     FUNCTION(sum_workspace);
     FUNCTION(weight_grad_workspace);
+    FUNCTION(why_no_products);
     FUNCTION(error_text);
 };
 #undef FUNCTION
@@ -74,8 +78,12 @@ void open_library(const char *path) {
     FIND(pointwise_pack);
     FIND(pointwise_free);
     FIND(pointwise_run);
+    FIND(gate_run);
+    FIND(pointwise_weight_grad);
+    FIND(batch_norm_run);
     FIND(sum_workspace);
     FIND(weight_grad_workspace);
+    FIND(why_no_products);
     FIND(error_text);
 #undef FIND
 }
@@ -612,69 +620,365 @@ double activated(double value, int32_t activation) {
     }
 }
 
-// A pair of products over channels, or one, with an activation, a layer norm and a residual.
+// The types of factors that the library has for this instruction set, one of them at random.
+int32_t random_type(Random &random) {
+    return random.often() && !library.why_no_products(WK_BFLOAT16) ? WK_BFLOAT16 : WK_FLOAT32;
+}
+
+// A factor of a product of that type.
+double factor_of(double value, int32_t type) { return type == WK_FLOAT32 ? value : rounded(value, FORMATS[type]); }
+
+std::vector<float> factors_of(std::vector<float> values, int32_t type) {
+    for (float &value : values) value = static_cast<float>(factor_of(value, type));
+    return values;
+}
+
+// Rounding errors relative to sums of absolute products; `products` in turn. Two factors are rounded to 8 bits.
+double limit_of_products(int32_t type, double in_float32, int products) {
+    return type == WK_FLOAT32 ? in_float32 : products * std::ldexp(1.0, -7);
+}
+
+// Subtracts the mean, and divides by the standard deviation; returns the latter.
+double normalized(std::vector<double> &values, double eps) {
+    double mean = 0, variance = 0;
+    for (double value : values) mean += value / static_cast<double>(values.size());
+    for (double value : values) variance += (value - mean) * (value - mean) / static_cast<double>(values.size());
+    const double deviation = std::sqrt(variance + eps);
+    for (double &value : values) value = (value - mean) / deviation;
+    return deviation;
+}
+
+// A pair of products over channels or patches, or one, with factors, an activation, layer norms and a residual.
 void test_pointwise(uint64_t seed, Random random, Judge &judge) {
-    constexpr double LIMIT = 4e-6;
     const Format &format = FORMATS[WK_FLOAT32];
-    const Shape in{random.integer(1, 2), random.integer(1, 70), random.integer(1, 9), random.integer(1, 9)};
-    const int32_t inputs = static_cast<int32_t>(in.channels), hidden = random.integer(1, 90);
-    const bool pair = random.often(), normalize = random.often() && inputs > 1;
+    // Patches of few channels are packed in another way, and wide images by whole vectors.
+    const bool patches = random.often();
+    const int most_channels = !patches ? 70 : random.often() ? 5 : 40, most_rows = patches ? 19 : 9, most_columns = patches ? 40 : 9;
+    const Shape in{random.integer(1, 2), random.integer(1, most_channels), random.integer(1, most_rows), random.integer(1, most_columns)};
+    const int32_t inputs = static_cast<int32_t>(in.channels), hidden = random.integer(1, 90), type = random_type(random);
+    const bool pair = random.often(), normalize = random.often() && inputs > 1, after = !pair && hidden > 1 && random.often();
     const int32_t outputs = pair ? random.integer(1, 70) : 0, last = pair ? outputs : hidden;
-    const Shape out{in.images, last, in.height, in.width};
+    wk_patch patch{};
+    if (patches) {
+        const int height = static_cast<int>(in.height), width = static_cast<int>(in.width);
+        patch = {random.integer(1, std::min(height, 4)), random.integer(1, std::min(width, 5)), random.integer(1, 4), random.integer(1, 3), 0, 0};
+        patch.top = random.integer(0, patch.rows), patch.left = random.integer(0, patch.columns);
+    }
+    const int64_t rows = std::max(patch.rows, 1), columns = std::max(patch.columns, 1), taps = rows * columns, depth = inputs * taps;
+    const int64_t down = std::max(patch.row_stride, 1), right = std::max(patch.column_stride, 1);
+    const Shape out{in.images, last, (in.height + 2 * patch.top - rows) / down + 1, (in.width + 2 * patch.left - columns) / right + 1};
     const Layout from = static_cast<Layout>(random.integer(0, LAYOUTS - 1)), to = static_cast<Layout>(random.integer(0, ONE_IMAGE - 1));
-    const std::vector<float> first = random.numbers(hidden * inputs), first_bias = random.numbers(hidden);
+    const std::vector<float> first = random.numbers(hidden * depth), first_bias = random.numbers(hidden);
     const std::vector<float> second = random.numbers(int64_t{outputs} * hidden), second_bias = random.numbers(outputs);
+    const std::vector<float> scale = random.numbers(hidden), shift = random.numbers(hidden), factors = random.numbers(in.images * inputs);
     wk_pointwise_weights weights{};
-    weights.inputs = inputs, weights.hidden = hidden, weights.outputs = outputs;
+    weights.type = type, weights.inputs = inputs, weights.hidden = hidden, weights.outputs = outputs, weights.patch = patch;
     weights.activation = random.integer(0, 3), weights.normalize = normalize, weights.eps = 1e-6f;
     weights.first = first.data(), weights.first_bias = random.often() ? first_bias.data() : nullptr;
     weights.second = pair ? second.data() : nullptr, weights.second_bias = pair && random.often() ? second_bias.data() : nullptr;
-    char name[200];
-    std::snprintf(name, sizeof name, "pointwise, seed %llu, %s: %lldx%dx%lldx%lld, hidden %d, outputs %d, activation %d, norm %d",
-                  static_cast<unsigned long long>(seed), library.isa(), static_cast<long long>(in.images), inputs,
-                  static_cast<long long>(in.height), static_cast<long long>(in.width), hidden, outputs, weights.activation, normalize);
+    weights.normalize_after = after, weights.after_eps = 1e-3f;
+    weights.after_scale = after && random.often() ? scale.data() : nullptr;
+    weights.after_shift = after && random.often() ? shift.data() : nullptr;
+    char name[300];
+    std::snprintf(name, sizeof name,
+                  "pointwise, seed %llu, %s, type %d: %lldx%dx%lldx%lld, hidden %d, outputs %d, activation %d, norms %d %d, patches "
+                  "%dx%d by %dx%d, padding %d %d",
+                  static_cast<unsigned long long>(seed), library.isa(), type, static_cast<long long>(in.images), inputs,
+                  static_cast<long long>(in.height), static_cast<long long>(in.width), hidden, outputs, weights.activation, normalize,
+                  after, patch.rows, patch.columns, patch.row_stride, patch.column_stride, patch.top, patch.left);
     Image x(in, from, format), y(out, to, format), residual(out, to, format);
     const std::vector<double> values = random_image(in, from, format, random), added = random_image(out, to, format, random);
     x.fill(values), residual.fill(added);
-    const Image untouched = y;
+    const Image untouched = y, x_before = x;
     wk_pointwise *packed = nullptr;
     succeed(library.pointwise_pack(&weights, &packed), name);
     wk_pointwise_call call{};
     call.threads = random.integer(1, 3), call.images = static_cast<int32_t>(in.images);
-    call.height = static_cast<int32_t>(in.height), call.width = static_cast<int32_t>(in.width);
-    call.x = x.tensor(), call.y = y.tensor();
+    call.height = static_cast<int32_t>(out.height), call.width = static_cast<int32_t>(out.width);
+    call.x_height = static_cast<int32_t>(in.height), call.x_width = static_cast<int32_t>(in.width);
+    call.x = x.tensor(), call.y = y.tensor(), call.factors = random.often() ? factors.data() : nullptr;
     const bool adds = random.often();
     if (adds) call.residual = residual.tensor();
     succeed(library.pointwise_run(packed, &call), name);
     library.pointwise_free(packed);
 
-    std::vector<double> want(static_cast<size_t>(out.elements())), normed(inputs), units(hidden), sizes(hidden);
-    double weight = 0;
+    // Factors of the first product: pixels times factors, normalized and rounded.
+    std::vector<double> prepared(values.size()), pixel(inputs);
     for (int64_t n = 0; n < in.images; n++)
         for (int64_t at = 0; at < in.area(); at++) {
-            double mean = 0, variance = 0;
-            for (int32_t c = 0; c < inputs; c++) normed[c] = values[(n * inputs + c) * in.area() + at], mean += normed[c] / inputs;
-            for (double value : normed) variance += (value - mean) * (value - mean) / inputs;
-            for (double &value : normed) value = normalize ? (value - mean) / std::sqrt(variance + weights.eps) : value;
+            for (int32_t c = 0; c < inputs; c++)
+                pixel[c] = values[(n * inputs + c) * in.area() + at] * (call.factors ? factors[n * inputs + c] : 1);
+            if (normalize) normalized(pixel, weights.eps);
+            for (int32_t c = 0; c < inputs; c++) prepared[(n * inputs + c) * in.area() + at] = factor_of(pixel[c], type);
+        }
+    std::vector<double> want(static_cast<size_t>(out.elements())), units(hidden), sizes(hidden);
+    double weight = 0;
+    for (int64_t n = 0; n < in.images; n++)
+        for (int64_t at = 0; at < out.area(); at++) {
+            const int64_t top = at / out.width * down - patch.top, left = at % out.width * right - patch.left;
             for (int32_t h = 0; h < hidden; h++) {
                 units[h] = weights.first_bias ? first_bias[h] : 0, sizes[h] = std::abs(units[h]);
-                for (int32_t c = 0; c < inputs; c++) {
-                    const double product = double(first[h * inputs + c]) * normed[c];
+                for (int64_t k = 0; k < depth; k++) {
+                    const int64_t c = k / taps, row = top + k % taps / columns, column = left + k % columns;
+                    if (row < 0 || row >= in.height || column < 0 || column >= in.width) continue;
+                    const double x_factor = prepared[(n * inputs + c) * in.area() + row * in.width + column];
+                    const double product = factor_of(first[h * depth + k], type) * x_factor;
                     units[h] += product, sizes[h] += std::abs(product);
+                }
+            }
+            const double deviation = after ? normalized(units, weights.after_eps) : 1;
+            const double largest = *std::max_element(sizes.begin(), sizes.end());
+            for (int32_t h = 0; h < hidden; h++) {
+                if (after) {
+                    const double times = weights.after_scale ? scale[h] : 1, plus = weights.after_shift ? shift[h] : 0;
+                    // An error of a unit, or of the deviation, in units of the latter.
+                    sizes[h] = std::abs(plus) + std::abs(times) * (largest / deviation) * (1 + std::abs(units[h]));
+                    units[h] = units[h] * times + plus;
                 }
                 units[h] = activated(units[h], weights.activation);
             }
             for (int32_t o = 0; o < last; o++) {
                 double sum = pair ? (weights.second_bias ? second_bias[o] : 0) : units[o], size = pair ? std::abs(sum) : sizes[o];
-                for (int32_t h = 0; pair && h < hidden; h++)
-                    sum += second[o * hidden + h] * units[h], size += std::abs(second[o * hidden + h]) * sizes[h];
-                const auto place = static_cast<size_t>((n * last + o) * in.area() + at);
+                for (int32_t h = 0; pair && h < hidden; h++) {
+                    const double times = factor_of(second[o * hidden + h], type);
+                    sum += times * factor_of(units[h], type), size += std::abs(times) * sizes[h];
+                }
+                const auto place = static_cast<size_t>((n * last + o) * out.area() + at);
                 want[place] = sum + (adds ? added[place] : 0);
                 weight = std::max(weight, size + std::abs(adds ? added[place] : 0));
             }
         }
-    judge.compare(y.values(), want, LIMIT, weight, format, name);
+    judge.compare(y.values(), want, limit_of_products(type, 4e-6, pair ? 2 : 1), weight, format, name);
     if (!y.same_around(untouched)) stop(1, "%s: memory outside the output has changed", name);
+    if (x.bytes() != x_before.bytes()) stop(1, "%s: the input has changed", name);
+}
+
+// bias + matrix · vector for one row, and the sum of absolute values.
+double row_product(const std::vector<float> &matrix, int64_t row, const float *bias, const double *vector, int64_t columns, double &size) {
+    double sum = bias ? bias[row] : 0;
+    size = std::abs(sum);
+    for (int64_t c = 0; c < columns; c++) {
+        const double product = double(matrix[row * columns + c]) * vector[c];
+        sum += product, size += std::abs(product);
+    }
+    return sum;
+}
+
+// Squeeze-excite, and a pair of products with a response norm whose input is multiplied by its factors.
+void test_response(uint64_t seed, Random random, Judge &judge) {
+    constexpr double LIMIT = 1e-5;
+    const Format &format = FORMATS[WK_FLOAT32];
+    const int32_t type = random_type(random);
+    const int side = random.often() ? 18 : 4;
+    const Shape in{random.integer(1, 3), random.integer(1, 70), random.integer(1, side), random.integer(1, side)};
+    const int32_t channels = static_cast<int32_t>(in.channels), hidden = random.integer(1, 90), outputs = random.integer(1, 70);
+    const int32_t squeezed = random.integer(1, 40);
+    const int64_t area = in.area();
+    const Shape out{in.images, outputs, in.height, in.width};
+    const Layout from = static_cast<Layout>(random.integer(0, LAYOUTS - 1)), to = static_cast<Layout>(random.integer(0, ONE_IMAGE - 1));
+    const std::vector<float> first = random.numbers(hidden * channels), first_bias = random.numbers(hidden);
+    const std::vector<float> second = random.numbers(int64_t{outputs} * hidden), response = random.numbers(hidden);
+    const std::vector<float> down = random.numbers(squeezed * channels), up = random.numbers(channels * squeezed);
+    const std::vector<float> down_bias = random.numbers(squeezed), up_bias = random.numbers(channels);
+    char name[200];
+    std::snprintf(name, sizeof name, "response, seed %llu, %s, type %d: %lldx%dx%lldx%lld, hidden %d, outputs %d, squeezed %d",
+                  static_cast<unsigned long long>(seed), library.isa(), type, static_cast<long long>(in.images), channels,
+                  static_cast<long long>(in.height), static_cast<long long>(in.width), hidden, outputs, squeezed);
+    Image x(in, from, format), y(out, to, format);
+    const std::vector<double> values = random_image(in, from, format, random);
+    x.fill(values);
+    const Image untouched = y;
+
+    std::vector<float> factors(static_cast<size_t>(in.images * channels + 1), 7.0f);
+    wk_gate gate{};
+    gate.threads = random.integer(1, 3), gate.images = static_cast<int32_t>(in.images), gate.channels = channels;
+    gate.height = static_cast<int32_t>(in.height), gate.width = static_cast<int32_t>(in.width), gate.x = x.tensor();
+    gate.hidden = squeezed, gate.activation = random.integer(0, 3), gate.y = factors.data();
+    gate.first = down.data(), gate.first_bias = random.often() ? down_bias.data() : nullptr;
+    gate.second = up.data(), gate.second_bias = random.often() ? up_bias.data() : nullptr;
+    succeed(library.gate_run(&gate), name);
+    if (factors.back() != 7.0f) stop(1, "%s: memory behind the factors has changed", name);
+    factors.pop_back();
+
+    wk_pointwise_weights weights{};
+    weights.type = type;
+    weights.inputs = channels, weights.hidden = hidden, weights.outputs = outputs, weights.activation = random.integer(0, 3);
+    weights.first = first.data(), weights.first_bias = random.often() ? first_bias.data() : nullptr;
+    weights.second = second.data(), weights.response = response.data(), weights.response_eps = 1e-6f;
+    wk_pointwise *packed = nullptr;
+    succeed(library.pointwise_pack(&weights, &packed), name);
+    wk_pointwise_call call{};
+    call.threads = random.integer(1, 9), call.images = gate.images, call.height = gate.height, call.width = gate.width;
+    call.x = x.tensor(), call.y = y.tensor(), call.factors = factors.data();
+    succeed(library.pointwise_run(packed, &call), name);
+    library.pointwise_free(packed);
+
+    const std::vector<float> firsts = factors_of(first, type), seconds = factors_of(second, type);
+    std::vector<double> opened(factors.size()), want(static_cast<size_t>(out.elements()));
+    double widest = 0, weight = 0, size;
+    for (int64_t n = 0; n < in.images; n++) {
+        std::vector<double> means(channels), low(squeezed);
+        for (int32_t c = 0; c < channels; c++)
+            for (int64_t at = 0; at < area; at++) means[c] += values[(n * channels + c) * area + at] / static_cast<double>(area);
+        for (int32_t h = 0; h < squeezed; h++)
+            low[h] = activated(row_product(down, h, gate.first_bias, means.data(), channels, size), gate.activation);
+        for (int32_t c = 0; c < channels; c++) {
+            opened[n * channels + c] = 1 / (1 + std::exp(-row_product(up, c, gate.second_bias, low.data(), squeezed, size)));
+            widest = std::max(widest, size);
+        }
+        std::vector<double> units(static_cast<size_t>(area) * hidden), sizes(hidden), pixel(channels);
+        double largest = 0, mean = 0;
+        for (int64_t at = 0; at < area; at++) {
+            for (int32_t c = 0; c < channels; c++)
+                pixel[c] = factor_of(values[(n * channels + c) * area + at] * factors[static_cast<size_t>(n * channels + c)], type);
+            for (int32_t h = 0; h < hidden; h++) {
+                const double unit = activated(row_product(firsts, h, weights.first_bias, pixel.data(), channels, size), weights.activation);
+                units[at * hidden + h] = unit, sizes[h] += unit * unit, largest = std::max(largest, size);
+            }
+        }
+        for (double &value : sizes) value = std::sqrt(value), mean += value / hidden;
+        double strongest = 0;
+        for (int32_t h = 0; h < hidden; h++) {
+            const double factor = 1 + response[h] * sizes[h] / (mean + weights.response_eps);
+            strongest = std::max(strongest, std::abs(factor) + 1);
+            for (int64_t at = 0; at < area; at++) units[at * hidden + h] = factor_of(units[at * hidden + h] * factor, type);
+        }
+        for (int64_t at = 0; at < area; at++)
+            for (int32_t o = 0; o < outputs; o++) {
+                want[(n * outputs + o) * area + at] = row_product(seconds, o, nullptr, &units[at * hidden], hidden, size);
+                double row = 0;
+                for (int32_t h = 0; h < hidden; h++) row += std::abs(second[o * hidden + h]);
+                weight = std::max(weight, row * largest * strongest);
+            }
+    }
+    judge.compare({factors.begin(), factors.end()}, opened, LIMIT, std::max(1.0, widest), format, std::string("gate of ") + name);
+    judge.compare(y.values(), want, limit_of_products(type, LIMIT, 2), weight, format, name);
+    if (!y.same_around(untouched)) stop(1, "%s: memory outside the output has changed", name);
+}
+
+// The gradients of a pointwise layer's weights and bias.
+void test_pointwise_grad(uint64_t seed, Random random, Judge &judge) {
+    constexpr double LIMIT = 4e-6;
+    const Format &format = FORMATS[WK_FLOAT32];
+    // Several pieces of pixels in some problems, and several parts of the weights in others.
+    const bool deep = random.integer(0, 3) == 0, wide = !deep && random.integer(0, 3) == 0;
+    const int side = deep ? 24 : 9;
+    const Shape in{random.integer(1, 3), random.integer(1, wide ? 450 : 70), random.integer(1, side), random.integer(1, side)};
+    const Shape out{in.images, random.integer(1, wide ? 560 : 70), in.height, in.width};
+    const Layout from = static_cast<Layout>(random.integer(0, LAYOUTS - 1)), to = static_cast<Layout>(random.integer(0, LAYOUTS - 1));
+    const std::vector<double> values = random_image(in, from, format, random), grads = random_image(out, to, format, random);
+    Image x(in, from, format), grad(out, to, format);
+    x.fill(values), grad.fill(grads);
+    const Image x_before = x, grad_before = grad;
+    const bool biased = random.often();
+    std::vector<float> weight(static_cast<size_t>(in.channels * out.channels + 2), 7.0f), bias(static_cast<size_t>(out.channels + 2), 7.0f);
+    wk_pointwise_grad call{};
+    call.threads = random.integer(1, 5), call.images = static_cast<int32_t>(in.images);
+    call.height = static_cast<int32_t>(in.height), call.width = static_cast<int32_t>(in.width);
+    call.inputs = static_cast<int32_t>(in.channels), call.outputs = static_cast<int32_t>(out.channels);
+    call.x = x.tensor(), call.grad = grad.tensor(), call.weight = weight.data() + 1, call.bias = biased ? bias.data() + 1 : nullptr;
+    char name[200];
+    std::snprintf(name, sizeof name, "pointwise gradient, seed %llu, %s: %lldx%dx%lldx%lld, outputs %d, %s and %s, bias %d, %d threads",
+                  static_cast<unsigned long long>(seed), library.isa(), static_cast<long long>(in.images), call.inputs,
+                  static_cast<long long>(in.height), static_cast<long long>(in.width), call.outputs, LAYOUT_NAMES[from],
+                  LAYOUT_NAMES[to], biased, call.threads);
+    succeed(library.pointwise_weight_grad(&call), name);
+
+    std::vector<double> want(weight.size() - 2), sums(bias.size() - 2, biased ? 0.0 : 7.0);
+    double heaviest = 0, heaviest_sum = 7;
+    for (int64_t o = 0; o < out.channels; o++) {
+        double weight_of_sum = 0;
+        for (int64_t i = 0; i < in.channels; i++) {
+            double sum = 0, size = 0;
+            for (int64_t n = 0; n < in.images; n++)
+                for (int64_t p = 0; p < in.area(); p++) {
+                    const double product = grads[(n * out.channels + o) * in.area() + p] * values[(n * in.channels + i) * in.area() + p];
+                    sum += product, size += std::abs(product);
+                }
+            want[static_cast<size_t>(o * in.channels + i)] = sum, heaviest = std::max(heaviest, size);
+        }
+        for (int64_t n = 0; biased && n < in.images; n++)
+            for (int64_t p = 0; p < in.area(); p++) {
+                const double value = grads[(n * out.channels + o) * in.area() + p];
+                sums[static_cast<size_t>(o)] += value, weight_of_sum += std::abs(value);
+            }
+        heaviest_sum = std::max(heaviest_sum, weight_of_sum);
+    }
+    judge.compare(std::vector<double>(weight.begin() + 1, weight.end() - 1), want, LIMIT, heaviest, format, name);
+    judge.compare(std::vector<double>(bias.begin() + 1, bias.end() - 1), sums, LIMIT, heaviest_sum, format, name);
+    if (weight.front() != 7.0f || weight.back() != 7.0f || bias.front() != 7.0f || bias.back() != 7.0f)
+        stop(1, "%s: memory outside the gradients has changed", name);
+    if (x.bytes() != x_before.bytes() || grad.bytes() != grad_before.bytes()) stop(1, "%s: an input has changed", name);
+}
+
+// Batch norm in training, and its gradients.
+void test_batch_norm(uint64_t seed, Random random, Judge &judge) {
+    constexpr double LIMIT = 2e-5, EPS = 1e-3;
+    const Format &format = FORMATS[WK_FLOAT32];
+    const Shape shape{random.integer(1, 3), random.integer(1, 140), random.integer(1, 20), random.integer(1, 20)};
+    const Layout layout = random.often() ? CONTIGUOUS : CHANNELS_LAST;
+    const double offset = 10 * random.number();
+    std::vector<double> values = random_image(shape, layout, format, random);
+    const std::vector<double> grads = random_image(shape, layout, format, random);
+    for (double &value : values) value = rounded(value + offset, format);
+    Image x(shape, layout, format), grad(shape, layout, format), y(shape, layout, format), x_grad(shape, layout, format);
+    x.fill(values), grad.fill(grads);
+    const Image x_before = x, untouched = y;
+    const auto channels = static_cast<size_t>(shape.channels);
+    const std::vector<float> weight = random.numbers(shape.channels), bias = random.numbers(shape.channels);
+    std::vector<float> mean(channels + 1, 7.0f), variance = mean, factor = mean, weight_grad = mean, bias_grad = mean;
+    wk_batch_norm call{};
+    call.threads = random.integer(1, 4), call.images = static_cast<int32_t>(shape.images);
+    call.channels = static_cast<int32_t>(shape.channels);
+    call.height = static_cast<int32_t>(shape.height), call.width = static_cast<int32_t>(shape.width);
+    call.x = x.tensor(), call.y = y.tensor(), call.eps = static_cast<float>(EPS);
+    call.weight = random.often() ? weight.data() : nullptr, call.bias = random.often() ? bias.data() : nullptr;
+    call.mean = mean.data(), call.variance = variance.data(), call.factor = factor.data();
+    char name[200];
+    std::snprintf(name, sizeof name, "batch norm, seed %llu, %s: %dx%dx%dx%d, %s, %d threads", static_cast<unsigned long long>(seed),
+                  library.isa(), call.images, call.channels, call.height, call.width, LAYOUT_NAMES[layout], call.threads);
+    succeed(library.batch_norm_run(&call), name);
+    wk_batch_norm back = call;
+    back.backward = 1, back.grad = grad.tensor(), back.y = x_grad.tensor();
+    back.weight_grad = weight_grad.data(), back.bias_grad = random.often() ? bias_grad.data() : nullptr;
+    succeed(library.batch_norm_run(&back), name);
+
+    std::vector<double> want(values.size()), want_grad(values.size()), of_weight(channels), of_bias(channels, 7.0);
+    double largest = 1, steepest = 1, weight_of_weight = 1, weight_of_bias = 7;
+    for (int64_t c = 0; c < shape.channels; c++) {
+        const double count = double(shape.images * shape.area());
+        auto over_channel = [&](auto &&f) {
+            for (int64_t n = 0; n < shape.images; n++)
+                for (int64_t p = 0; p < shape.area(); p++) f(static_cast<size_t>((n * shape.channels + c) * shape.area() + p));
+        };
+        double center = 0, spread = 0, sum = 0, product = 0, size = 0, size_of_product = 0;
+        over_channel([&](size_t at) { center += values[at] / count; });
+        over_channel([&](size_t at) { spread += (values[at] - center) * (values[at] - center) / count; });
+        const double scale = 1 / std::sqrt(spread + EPS), slope = call.weight ? weight[c] : 1, shift = call.bias ? bias[c] : 0;
+        over_channel([&](size_t at) {
+            const double normal = (values[at] - center) * scale;
+            want[at] = normal * slope + shift, largest = std::max(largest, std::abs(want[at]));
+            sum += grads[at], product += grads[at] * normal;
+            size += std::abs(grads[at]), size_of_product += std::abs(grads[at] * normal);
+        });
+        over_channel([&](size_t at) {
+            const double normal = (values[at] - center) * scale;
+            want_grad[at] = slope * scale * (grads[at] - sum / count - normal * product / count);
+            steepest = std::max(steepest, std::abs(slope * scale) * (std::abs(grads[at]) + std::abs(normal * product / count)));
+        });
+        of_weight[static_cast<size_t>(c)] = product, weight_of_weight = std::max(weight_of_weight, size_of_product);
+        if (back.bias_grad) of_bias[static_cast<size_t>(c)] = sum, weight_of_bias = std::max(weight_of_bias, size);
+    }
+    // Numbers near a large mean are rounded like the mean, and differences of few of them are divided by a small deviation.
+    const double rounding = (1 + std::abs(offset)) / std::sqrt(EPS) / 10;
+    judge.compare(y.values(), want, LIMIT, largest * rounding, format, name);
+    judge.compare(x_grad.values(), want_grad, LIMIT, steepest * rounding, format, name);
+    judge.compare({weight_grad.begin(), weight_grad.end() - 1}, of_weight, LIMIT, weight_of_weight * rounding, format, name);
+    judge.compare({bias_grad.begin(), bias_grad.end() - 1}, of_bias, LIMIT, weight_of_bias, format, name);
+    for (const std::vector<float> *part : {&mean, &variance, &factor, &weight_grad, &bias_grad})
+        if (part->back() != 7.0f) stop(1, "%s: memory outside the statistics has changed", name);
+    if (!y.same_around(untouched) || !x_grad.same_around(untouched)) stop(1, "%s: memory outside a result has changed", name);
+    if (x.bytes() != x_before.bytes()) stop(1, "%s: an input has changed", name);
 }
 
 // Every number of a 16-bit type, plus shifts that leave ties and subnormal numbers to be rounded, through one tap of 1.
@@ -749,6 +1053,9 @@ int main(int count, char **arguments) {
             test_weight_grad(problem, seed + i, random, judge);
             test_branches(problem, seed + i, random, judge);
             test_pointwise(seed + i, random, judge);
+            test_response(seed + i, random, judge);
+            test_pointwise_grad(seed + i, random, judge);
+            test_batch_norm(seed + i, random, judge);
         }
         std::printf("%s: %llu problems, largest error %.2f of what is allowed\n", isa, static_cast<unsigned long long>(problems),
                     judge.largest());

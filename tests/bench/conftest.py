@@ -56,7 +56,7 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def machine() -> Machine:
     versions = {"Python": "3", "PyTorch": "2"}
-    return Machine("A processor", 2, 1, "none", "none", versions, 100.0, "made up", 10.0, "passive")
+    return Machine("A processor", 2, 1, "none", "none", versions, 100.0, "made up", 10.0, "passive", "kept by the process")
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ def row_of(
     values |= {"ours_ms": ours, "torch_nchw_ms": nchw, "torch_nhwc_ms": nhwc, "backend": "native"}
     values |= {"times_best": min(nchw, nhwc) / ours, "times_same": (nchw if layout == "NCHW" else nhwc) / ours}
     values |= {"torch_nchw_images": case.batch, "torch_nhwc_images": case.batch}
+    values["twin_ratio"] = 1.0
     return SweepRow(**(values | other))
 
 

@@ -121,11 +121,11 @@ def test_rows_that_exceed_the_budget_are_left_out(device) -> None:
 
 def test_compiled_networks_are_compared_as_they_are_timed(device, monkeypatch: pytest.MonkeyPatch) -> None:
     """One compiler here does nothing, and another one produces wrong results."""
-    monkeypatch.setattr(variants, "_compiled", lambda network, number: network)
+    monkeypatch.setattr(variants, "compiled_by_torch", lambda network: network)
     rows = measured(device, build=convnext, compiled=True)
     assert [row.compiled for row in rows] == [False] * 4 + [True] * 4 and not any(row.remark for row in rows)
     assert all((row.depthwise_share is None) == row.compiled for row in rows)
-    monkeypatch.setattr(variants, "_compiled", lambda network, number: lambda x: 2 * network(x))
+    monkeypatch.setattr(variants, "compiled_by_torch", lambda network: lambda x: 2 * network(x))
     budget = TimeBudget(10)
     rows = measured(device, build=convnext, compiled=True, budget=budget)
     for row in rows:
@@ -138,7 +138,7 @@ def test_compiled_networks_are_compared_as_they_are_timed(device, monkeypatch: p
 @pytest.mark.slow
 def test_compiling_costs_no_other_rows(device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiling comes last, and is left out if there is no time for it."""
-    monkeypatch.setattr(variants, "_compiled", lambda network, number: network)
+    monkeypatch.setattr(variants, "compiled_by_torch", lambda network: network)
     rows = measured(device, build=convnext, compiled=True, modes=["train", "infer"])
     assert [(row.compiled, row.mode) for row in rows[::4]] == [(c, m) for c in (False, True) for m in ("train", "infer")]
     asked = []

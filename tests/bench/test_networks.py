@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import timm
@@ -14,6 +15,7 @@ from widekernel import ops
 from widekernel.bench import BenchmarkError, NetworkPlan, Platform, TimeBudget, measure_networks, rivals, variants
 from widekernel.bench.depthwise_share import depthwise_share
 from widekernel.bench.rows import NetworkRow
+from widekernel.bench.tables import network_columns
 from widekernel.ops.cpu import library as native
 from widekernel.transforms import AccelerationReport
 
@@ -50,17 +52,56 @@ def test_a_timm_network_is_compared_with_its_accelerated_form(cpu: Platform) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("rival", rivals.RIVALS)
 def test_rivals(rival: str, cpu: Platform) -> None:
-    if rivals.missing(rival):
-        pytest.skip(f"{rival} is not installed")
+    if rivals.reason_against(rival):
+        pytest.skip(f"{rival}: {rivals.reason_against(rival)}")
     rows = measured("slak_nano", timm.create_model("slak_nano"), cpu, size=64, modes=["infer"], rivals=[rival])
-    (row,) = [row for row in rows if row.variant == rival]
-    assert row.layout == "NCHW" and row.ms > 0 and row.depthwise_share is None
+    chosen = [row for row in rows if row.variant == rival]
+    assert [row.layout for row in chosen] == list(rivals.layouts_of(rival))
+    assert all(row.ms > 0 and row.depthwise_share is None for row in chosen)
 
 
-def test_wrong_results_of_rivals_are_noticed(cpu: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(variants, "network_in", lambda rival, network, images: lambda x: 1.01 * network(x))
-    with pytest.raises(BenchmarkError, match="OpenVINO NCHW and PyTorch NHWC differ"):
-        measured("slak_nano", timm.create_model("slak_nano"), cpu, size=64, modes=["infer"], rivals=["OpenVINO"])
+def test_speed_up_over_the_best_rival() -> None:
+    def row(variant: str, ms: float, batch: int = 1, layout: str = "NCHW") -> NetworkRow:
+        return NetworkRow("m", "infer", batch, 32, variant, layout, False, ms, 0.0, 5, 1.0, 1.0, 1.0, None)
+
+    rows = [row("PyTorch", 9.0), row("ours, fused", 2.0), row("OpenVINO", 8.0), row("torch.compile", 3.0, layout="NHWC")]
+    rows += [row("ours, folded", 2.0, batch=8), row("PyTorch", math.nan, batch=8)]
+    cells = dict(network_columns(rows))
+    assert [cells["× best rival"](row) for row in rows] == ["", "1.50", "", "", "", ""]
+    assert [cells["images"](row) for row in rows] == ["1"] * 4 + ["8"] * 2
+    assert "× best rival" not in dict(network_columns(rows[:2])) and "images" not in dict(network_columns(rows[:2]))
+
+
+def test_a_rival_that_cannot_be_loaded_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str):
+        raise OSError("undefined symbol: made for another PyTorch")
+
+    monkeypatch.setattr(rivals.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(rivals.importlib, "import_module", broken)
+    assert "made for another PyTorch" in rivals.reason_against(rivals.ZENTORCH)
+    monkeypatch.setattr(rivals.shutil, "which", lambda name: None)
+    assert "C++ compiler" in rivals.reason_against(rivals.COMPILED)
+    assert rivals.reason_against(rivals.ONNXRUNTIME) == ""
+    monkeypatch.setattr(rivals.importlib.util, "find_spec", lambda name: None)
+    assert rivals.reason_against(rivals.OPENVINO) == "not installed (openvino)"
+
+
+def test_rivals_that_are_wrong_or_fail_are_left_out_and_named(cpu: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
+    def network_in(rival: str, network: nn.Module, images: torch.Tensor):
+        if rival == rivals.ONNXRUNTIME:
+            raise NotImplementedError("no such operator")
+        return lambda x: (1.01 if rival == rivals.OPENVINO else 1.0) * network(x)
+
+    monkeypatch.setattr(variants, "network_in", network_in)
+    wanted = [rivals.OPENVINO, rivals.ONNXRUNTIME, rivals.COMPILED]
+    plan = NetworkPlan({"some": lambda: (_convnext(), 32)}, [2], modes=["infer"], rounds=1, rivals=wanted)
+    budget = TimeBudget()
+    rows = list(measure_networks(plan, cpu, budget))
+    assert {row.variant for row in rows if row.variant in rivals.RIVALS} == {rivals.COMPILED}
+    wrong, failed = sorted(budget.lines(), reverse=True)
+    assert "onnxruntime NCHW is left out for some, 2 images" in wrong and "no such operator" in wrong
+    assert "OpenVINO NCHW is left out for some, 2 images" in failed and "differ" in failed
+    budget.finish()  # other programs' errors are not ours
 
 
 @pytest.mark.slow

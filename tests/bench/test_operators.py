@@ -149,7 +149,7 @@ def test_measured_machine(hasty: None) -> None:
         found = measure_machine()
         assert found.threads == torch.get_num_threads() == 1
     assert found.peak > 0 and found.bandwidth > 0 and found.cpu and found.cores > 0
-    assert {"Python", "PyTorch", "widekernel", "timm", "onnxruntime", "openvino"} == set(found.versions)
+    assert {"Python", "PyTorch", "widekernel", "timm", "onnxruntime", "openvino", "zentorch"} == set(found.versions)
     assert not any("/" in line.replace("GB/s", "").replace("GFLOP/s", "") for line in found.lines()), "no folders"
 
 

@@ -18,6 +18,7 @@ from widekernel.bench.cases import FORWARD, WEIGHT_GRAD
 from widekernel.bench.fewer_images import MOST, affordable_images
 from widekernel.bench.precision import BFLOAT16
 from widekernel.bench.sweep import Record, SweepPlan, measure_sweep, measuring, ordered, units_of
+from widekernel.bench.timing import Timing
 
 TINY, EVEN = Case("tiny", 2, 5, 9, 9, (13, 3)), Case("even", 2, 3, 8, 8, (4, 4))
 PLAN = SweepPlan([TINY, EVEN], seconds=1e-4)
@@ -57,7 +58,7 @@ def test_a_tiny_grid_is_measured_and_checked(tmp_path: Path, cpu: Platform) -> N
     assert compared == {((13, 3),), ((4, 4),)}, "each class is compared with the definition"
     for row in record.rows:
         assert row.times_best > 0 and row.times_same > 0 and row.error < 1e-5 and not row.remark
-        assert row.torch_nchw_images == row.torch_nhwc_images == 2
+        assert row.torch_nchw_images == row.torch_nhwc_images == 2 and row.twin_ratio > 0
     with ops.trace() as again:
         measure_sweep(PLAN, cpu, Record.begin_or_continue(record.path, record.conditions, []), TimeBudget())
     assert not again.calls, "nothing is left to measure or to check"
@@ -115,6 +116,17 @@ def test_other_types(tmp_path: Path, cpu: Platform) -> None:
 def rows_of(direction: str, platform: Platform, case: Case = TINY):
     plan = OperatorPlan([case], passes=[direction], seconds=1e-4, longest=1.0)
     return list(measure_operators(plan, platform, TimeBudget()))
+
+
+def test_the_fastest_implementation_is_timed_under_two_names(cpu: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interleave(calls, first, *settings):
+        assert len(calls) == 5 and len(set(calls.values())) == 4
+        (name,) = (name for name in calls if name != "twin" and calls[name] is calls["twin"])
+        assert first[name] == min(first.values())
+        return dict.fromkeys(calls, Timing((4.0,))) | {name: Timing((2.0,)), "twin": Timing((1.5,))}
+
+    monkeypatch.setattr(operators, "interleave", interleave)
+    assert [row.twin_ratio for row in rows_of(FORWARD, cpu)] == [0.75, 0.75]
 
 
 @pytest.mark.parametrize("direction", [FORWARD, WEIGHT_GRAD])

@@ -35,21 +35,20 @@ def test_speed_ups_by_pass_and_class() -> None:
     assert (PASSES[2], "all") not in found
 
 
-def test_calls_given_to_pytorch_count_as_equal_and_are_listed_as_measured() -> None:
+def test_calls_given_to_pytorch_count_as_measured_and_are_named() -> None:
     rows = unit_rows(LARGE, FORWARD, ours=4.0, backend="portable") + unit_rows(STRIP, FORWARD)
     found = groups(rows)[FORWARD, "squares to 61"]
-    assert (found["ahead"], found["behind by > 5 %"], found["× best"], found["× same layout"]) == (
+    assert (found["ahead"], found["behind by > 5 %"], found["× best"], found["worst × best"]) == (
         "0 %",
-        "0 %",
-        "1.00",
-        "1.00",
+        "100 %",
+        "0.50",
+        "0.50",
     )
     lines = page_parts(rows).splitlines()
     first = next(line for line in lines if line.startswith("| 8x64x56x56 31x31 | forward |"))
-    assert "| PyTorch, counts as equal |" in first and "| 0.50 |" in first
+    assert "| PyTorch, as planned |" in first and "| 0.50 |" in first
     told = list(summary.coverage(rows, 10, []))
-    assert any("given to PyTorch by default, which counts as equal: 2" in line for line in told)
-    assert "As measured, 2 of the 2 cells given to PyTorch are behind by more than 5 % (geometric mean × 0.50" in told[2]
+    assert told[2].startswith("Given to PyTorch by default: 2 cells; behind by more than 5 %: 2 (× 0.50 of PyTorch's best")
 
 
 def test_every_cell_that_is_behind_is_listed_and_the_slowest_comes_first() -> None:
@@ -73,6 +72,16 @@ def test_estimates_are_marked() -> None:
     assert cells["PyTorch NCHW, ms"](estimated) == "~4.00 (1)" and cells["PyTorch NHWC, ms"](estimated) == "2.00"
     assert cells["PyTorch NHWC, ms"](best) == "~2.00"
     assert any("estimate as PyTorch's best: 1" in line for line in summary.coverage([estimated, best], 10, []))
+
+
+def test_errors_of_measurement_are_told_once_for_each_unit() -> None:
+    ratios = [0.9, 1.01, 1.0, 1.02, 0.99]
+    cases = [Case("some", 1 + number, 16, 14, 14, (5, 13)) for number in range(len(ratios))]
+    rows = [row for case, ratio in zip(cases, ratios) for row in unit_rows(case, FORWARD, twin_ratio=ratio)]
+    told = "\n".join(summary.coverage(rows + unit_rows(LARGE, FORWARD, twin_ratio=math.nan), 100, []))
+    assert "in each of 5 units" in told and "1.000 in the median unit" in told
+    assert "between 0.90 and 1.02 in all" in told
+    assert "Errors of measurement" not in "\n".join(summary.coverage([], 100, []))
 
 
 def test_what_was_not_compared_is_listed() -> None:

@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections import Counter
+from functools import partial
 
 import pytest
 
-from widekernel.bench.timing import FEWEST, MOST, Timing, WallClock, first_calls, interleave, planned_calls
+from widekernel.bench.timing import (
+    BURST,
+    FEWEST,
+    MOST,
+    Timing,
+    WallClock,
+    balanced_orders,
+    first_calls,
+    interleave,
+    planned_calls,
+)
 
 
 class Scene:
@@ -31,6 +44,69 @@ def test_calls_take_turns_in_alternating_order() -> None:
     timings = interleave(scene.calls, first, 1.0, rounds=4, stopwatch=scene.stopwatch)
     assert scene.made == ["a", "b", "b", "a", "a", "b", "b", "a"]
     assert timings == {"a": Timing((0.25,) * 4), "b": Timing((0.5,) * 4)}
+
+
+@pytest.mark.parametrize("count", range(1, 9))
+def test_orders_are_balanced(count: int) -> None:
+    names = [str(number) for number in range(count)]
+    orders = balanced_orders(names)
+    squares = len(orders) // count
+    places = Counter((place, name) for order in orders for place, name in enumerate(order))
+    followers = Counter(pair for order in orders for pair in itertools.pairwise(order))
+    assert places == {(place, name): squares for place in range(count) for name in names}
+    assert followers == dict.fromkeys(itertools.permutations(names, 2), squares)
+    assert balanced_orders([]) == []
+
+
+class Machinery:
+    """Calls on a machine with a cache for the data of one call, and with freed memory that the next call gets back.
+
+    A call takes `seconds`, and `missed` more if the call before it was another one.
+    """
+
+    def __init__(self, missed: float, **seconds: float) -> None:
+        self.now, self.last, self.made = 0.0, "", []
+        self.stopwatch = WallClock(lambda: self.now)
+        self.calls = {name: partial(self.run, name, s, missed) for name, s in seconds.items()}
+
+    def run(self, name: str, seconds: float, missed: float) -> None:
+        self.now += seconds + (missed if name != self.last else 0.0)
+        self.made.append(name)
+        self.last = name
+
+
+def test_the_call_before_a_short_one_does_not_change_its_time() -> None:
+    machine = Machinery(0.004, ours=0.002, theirs=0.002, slow=0.012)
+    _, first = first_calls(machine.calls, machine.stopwatch)
+    timings = interleave(machine.calls, first, 0.2, stopwatch=machine.stopwatch)
+    for name, seconds in (("ours", 0.002), ("theirs", 0.002), ("slow", 0.012)):
+        assert list(timings[name].seconds) == pytest.approx([seconds] * timings[name].calls)
+
+
+def test_bursts_are_short_and_begin_with_an_untimed_call() -> None:
+    machine = Machinery(0.0, a=2**-8, b=2**-9)
+    timings = interleave(machine.calls, {"a": 2**-8, "b": 2**-9}, 1.0, rounds=30, stopwatch=machine.stopwatch)
+    assert {timing.calls for timing in timings.values()} == {30}
+    bursts = [len(list(group)) for _, group in itertools.groupby(machine.made)]
+    # Adjacent bursts of one call, at the end of a round and the beginning of the next one, count as one here.
+    assert max(bursts) <= 2 * (1 + BURST) and machine.made.count("a") == 30 + math.ceil(30 / 3)
+
+
+def test_a_stopwatch_that_resets_caches_needs_no_bursts() -> None:
+    machine = Machinery(0.0, a=2**-8, b=2**-9)
+    machine.stopwatch.resets = True
+    interleave(machine.calls, {"a": 2**-8, "b": 2**-9}, 1.0, rounds=3, stopwatch=machine.stopwatch)
+    assert machine.made == ["a", "b", "b", "a", "a", "b"]
+
+
+def test_calls_too_long_for_bursts_follow_each_other_equally_often() -> None:
+    names = "abcd"
+    machine = Machinery(0.5, **dict.fromkeys(names, 0.25))
+    timings = interleave(machine.calls, dict.fromkeys(names, 0.25), 1.0, rounds=8, stopwatch=machine.stopwatch)
+    rounds = [machine.made[start : start + 4] for start in range(0, 32, 4)]
+    followers = Counter(pair for order in rounds for pair in itertools.pairwise(order))
+    assert followers == dict.fromkeys(itertools.permutations(names, 2), 2)
+    assert len({timing.median for timing in timings.values()}) == 1
 
 
 def test_fewer_calls_are_spread_over_all_rounds() -> None:

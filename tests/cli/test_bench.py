@@ -67,13 +67,28 @@ def test_networks(tmp_path: Path, capsys) -> None:
     assert "`widekernel bench models replknet_nano --batch 2 --size 32" in (tmp_path / "m.md").read_text()
 
 
+def test_pieces_of_networks(tmp_path: Path, capsys) -> None:
+    files = ["--csv", str(tmp_path / "p.csv"), "--markdown", str(tmp_path / "p.md")]
+    options = ["--pieces", "--batch", "1,2", "--size", "32", "--seconds", "0.01"]
+    code, out, _ = bench(capsys, "models", "slak_nano", *options, *files)
+    assert code == 0 and "all pieces" in out
+    with (tmp_path / "p.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["batch"] for row in rows} == {"1", "2"} and {"stem", "depthwise", "head"} <= {row["piece"] for row in rows}
+    assert "unobserved" in (tmp_path / "p.md").read_text()
+
+
 def test_rivals_that_are_not_installed(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rivals, "missing", lambda rival: ["a package"])
+    monkeypatch.setattr(rivals, "reason_against", lambda rival: "not installed (a package)")
     options = ["--batch", "2", "--size", "32", "--modes", "infer", "--rounds", "1", "--rivals", "all"]
     code, out, err = bench(capsys, "models", "replknet_nano", *options)
     assert code == 0 and "OpenVINO is left out: not installed (a package)" in out + err
     code, _, err = bench(capsys, "models", "replknet_nano", "--rivals", "openvin")
     assert code == 2 and "openvino" in err
+    code, _, err = bench(capsys, "models", "replknet_nano", "--rivals", "zentorch")
+    assert code == 2 and "must be those that can run (zentorch is left out: not installed (a package))" in " ".join(
+        err.split()
+    )
 
 
 def test_nothing_is_timed_if_the_operator_is_wrong(tmp_path: Path, capsys, spoil) -> None:  # noqa: F811
@@ -104,7 +119,9 @@ def test_nothing_is_timed_if_the_operator_is_wrong(tmp_path: Path, capsys, spoil
         (["models", "slak_nano", "--modes", "fit"], "modes has 'fit'. It takes train, infer"),
         (["models", "slak_nano", "--size", "0"], "size is 0, but must be positive"),
         (["models"], "names is [], but must be at least one model"),
-        (["models", "slak_nano", "--batch", "2,4"], "batch is '2,4', but must be one number on the CPU"),
+        (["models", "slak_nano", "--pieces", "--rivals", "all"], "rivals is 'all', but must be left out with --pieces"),
+        (["models", "slak_nano", "--pieces", "--compile"], "compile is True, but must be left out with --pieces"),
+        (["models", "slak_nano", "--pieces", "--rounds", "3"], "rounds is 3, but must be left out with --pieces"),
         (["models", "slak_nano", "--batch", "2,x"], "batch is '2,x', but must be positive whole numbers with commas"),
         (["models", "slak_nano", "--batch", "0"], "batch is '0', but must be positive whole numbers"),
         ([*TINY, "--device", "mps"], "device is 'mps', but benchmarks run on cpu, cuda or cuda:N only"),

@@ -45,7 +45,7 @@ def test_a_sweep_is_begun_continued_and_reported(tmp_path: Path, capsys, grid: N
     before = path.read_bytes()
     text = page.read_text()
     assert (
-        "`widekernel bench sweep --threads 1 --dtype float32 --seed 0 --seconds 0.0001 --longest 1.0`" in text
+        "`widekernel bench sweep --threads 1 --dtype float32 --seed 0 --seconds 0.0001 --longest 0.3`" in text
         and str(tmp_path) not in text
     )
     assert "1 threads used" in text and "library digest" in text and "| 1x3x8x8 5x5 | weight gradient |" in text
@@ -57,7 +57,7 @@ def test_a_sweep_is_begun_continued_and_reported(tmp_path: Path, capsys, grid: N
         assert sweep(capsys, "--csv", str(path), "--minutes", "0")[:2] == (0, out)
     assert not again.calls and path.read_bytes() == before
     code, out, err = sweep(capsys, "--csv", str(path), "--longest", "2")
-    assert code == 2 and "begun under other conditions: longest was 1.0, now 2.0" in err and not out
+    assert code == 2 and "begun under other conditions: longest was 0.3, now 2.0" in err and not out
 
 
 def test_after_an_interruption_the_rest_is_reported(tmp_path: Path, capsys, grid: None, monkeypatch) -> None:

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 from widekernel.ops.cpu import library as native
 from widekernel.ops.cpu.pointwise import PackedBlock
+from widekernel.ops.patch import NormAfter, Patch
 from widekernel.ops.pointwise_reference import ACTIVATIONS, ReferenceBlock
 
 
@@ -24,6 +25,31 @@ def test_one_pixel_by_hand() -> None:
     got = ReferenceBlock(first, bias, "none", None, None, 1.0)(x, torch.tensor([[10.0, 20.0, 30.0]]))
     root = math.sqrt(2.0)
     assert_close(got, torch.tensor([[10.5, 20 - 2 / root, 31 - 1 / root]]))
+
+
+def test_a_patch_by_hand() -> None:
+    """Two taps of a 1x2 kernel, at the left border: the first one lies outside the image."""
+    x = torch.tensor([[[[1.0, 2.0, 3.0]], [[10.0, 20.0, 30.0]]]])
+    first = torch.tensor([[[[1.0, 2.0]], [[0.0, 1.0]]]])
+    block = ReferenceBlock(first, torch.tensor([0.5]), "none", None, None, None, Patch((1, 2), (1, 2), (0, 1)))
+    assert_close(block(x), torch.tensor([[[[2.0 + 10 + 0.5, 2.0 + 2 * 3 + 30 + 0.5]]]]))
+    # The border is zero after the norm, too, which turns each pixel into -1 and 1.
+    block = ReferenceBlock(first, None, "none", None, None, 0.0, Patch((1, 2), (1, 2), (0, 1)))
+    assert_close(block(x), torch.tensor([[[[-2.0 + 1, -1.0 - 2 + 1]]]]))
+
+
+def test_a_norm_after_the_product_by_hand() -> None:
+    after = NormAfter(0.0, torch.tensor([10.0, 1.0]), torch.tensor([0.0, 5.0]))
+    block = ReferenceBlock(torch.tensor([[1.0], [3.0]]), None, "relu", None, None, None, after=after)
+    assert_close(block(torch.tensor([[2.0]])), torch.tensor([[0.0, 1.0 + 5.0]]))
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_sizes_of_results(stride: int) -> None:
+    for side in range(3, 9):
+        patch = Patch((3, 2), (stride, 1), (1, 0))
+        y = ReferenceBlock(torch.randn(1, 1, 3, 2), None, "none", None, None, None, patch)(torch.randn(1, 1, side, side))
+        assert y.shape[2:] == patch.size(side, side)
 
 
 @pytest.mark.skipif(native.load().reason is not None, reason="the native library is not there")

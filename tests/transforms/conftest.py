@@ -9,7 +9,7 @@ import pytest
 
 from tests.transforms.acceleration import replace_measurement
 from widekernel.ops.pointwise_reference import ReferenceBlock
-from widekernel.transforms.acceleration import timing
+from widekernel.transforms.acceleration import swapping, timing
 from widekernel.transforms.acceleration.fusion import fused, packing
 
 
@@ -31,3 +31,12 @@ def packs(monkeypatch: pytest.MonkeyPatch) -> None:
     if packing.missing() is not None:
         monkeypatch.setattr(fused, "missing", lambda _="": None)
         monkeypatch.setattr(fused, "pack", lambda weights, _: ReferenceBlock(*weights))
+
+
+@pytest.fixture
+def packs_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without native products in bfloat16, blocks are computed by their definition."""
+    if packing.missing("bfloat16") is not None:
+        for module in (fused, swapping):
+            monkeypatch.setattr(module, "missing", lambda _="": None)
+        monkeypatch.setattr(fused, "pack", lambda weights, precision: ReferenceBlock(*weights, precision))

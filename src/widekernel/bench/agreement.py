@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from widekernel.bench.checking import check_agreement
 from widekernel.bench.errors import BenchmarkError
-from widekernel.bench.variants import PYTORCH, PYTORCH_FOLDED, TRAIN, Variant
+from widekernel.bench.rivals import RIVALS
+from widekernel.bench.variants import INFER, PYTORCH, PYTORCH_FOLDED, TRAIN, Variant
+from widekernel.errors import in_short
 from widekernel.transforms.to_torch import operator_layers, to_torch
 
 TOLERANCE = 1e-3
@@ -65,6 +67,29 @@ def check_variants(name: str, variants: Sequence[Variant], mode: str, target: Te
                 got = [variant.forward(variant.images)]
             wanted = wanted or got
             check_agreement({variant.name: got[0], REFERENCE: wanted[0]}, REFERENCE, f"the output of {name}", TOLERANCE)
+
+
+def check_rivals(name: str, variants: Sequence[Variant], target: Tensor) -> tuple[list[Variant], list[str]]:
+    """Check the variants of a network in inference; unlike an error of ours, that of another program does not end the run.
+
+    Returns:
+        the variants that agree, and a line about each one that fails or gives another output.
+
+    Raises:
+        BenchmarkError: if variants that are not rivals differ.
+    """
+    right = [variant for variant in variants if variant.kind not in RIVALS]
+    check_variants(name, right, INFER, target)
+    reference = next(variant for variant in right if variant.name == REFERENCE)
+    remarks = []
+    for variant in (variant for variant in variants if variant.kind in RIVALS):
+        try:
+            check_variants(name, [reference, variant], INFER, target)
+            right.append(variant)
+        except Exception as error:
+            images = len(variant.images)
+            remarks.append(f"{variant.name} is left out for {name}, {images} images: {in_short(error)}")
+    return right, remarks
 
 
 @torch.no_grad()

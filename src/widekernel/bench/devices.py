@@ -65,6 +65,7 @@ class EventStopwatch:
     """
 
     warms_up = True
+    resets = True
 
     def __init__(
         self,

@@ -10,12 +10,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from widekernel.bench.agreement import REFERENCE, check_variants
+from widekernel.bench.agreement import REFERENCE, check_rivals
 from widekernel.bench.errors import BenchmarkError
+from widekernel.bench.memory import return_freed_memory
 from widekernel.bench.networks import COMPILED_TOLERANCE, NetworkPlan, example_batch, network_call, network_fields
 from widekernel.bench.platforms import Platform
 from widekernel.bench.precision import BFLOAT16
-from widekernel.bench.rivals import WITH_BFLOAT16, network_in
+from widekernel.bench.rivals import WITH_BFLOAT16, compiles, network_in
 from widekernel.bench.rows import PrecisionNetworkRow
 from widekernel.bench.tables import Column, network_columns
 from widekernel.bench.time_budget import TimeBudget
@@ -29,6 +30,7 @@ from widekernel.bench.variants import (
     build_variants,
     with_visible_blocks,
 )
+from widekernel.settings import require
 from widekernel.transforms.acceleration import AccelerationReport, accelerate
 from widekernel.transforms.acceleration.outputs import OutputDeviation
 from widekernel.transforms.to_torch import to_torch
@@ -37,18 +39,30 @@ LOWER, CAST, AUTOCAST = "ours, fused, bfloat16", "PyTorch, bfloat16", "PyTorch, 
 COMPARED = 8
 """Number of random images on which outputs are compared, rounded up to whole batches."""
 NOTES: tuple[str, ...] = (
-    "Times are medians of calls made in turn, on the same images, in inference; ± is half the interquartile range. A number in "
-    "parentheses is the number of calls, if there were fewer than five.",
+    "Times are medians of calls made in turn, on the same images, in inference; ± is half the interquartile range. A "
+    "number in parentheses is the number of calls, if there were fewer than five.",
     "PyTorch: the network on PyTorch's convolutions in float32, not folded. PyTorch, bfloat16: folded, with all tensors in "
-    "bfloat16; by autocast: folded, with parameters in float32. ours, fused: folded, then `widekernel.accelerate`, in float32, or "
-    "with `precision=\"bfloat16\"`, where the factors of the products in fused blocks are bfloat16 and all else is float32. "
-    "OpenVINO: the folded network, with INFERENCE_PRECISION_HINT f32 and bf16.",
+    "bfloat16; by autocast: folded, with parameters in float32. ours, fused: folded, then `widekernel.accelerate`, in "
+    'float32, or with `precision="bfloat16"`, where the factors of the products in fused blocks are bfloat16 and all else '
+    "is float32. OpenVINO: the folded network, with INFERENCE_PRECISION_HINT f32 and bf16. torch.compile, zentorch: the "
+    "folded network, with all tensors in that type.",
+    "× best rival: speed-up of ours over the fastest of all rows in that precision that are not ours, in either layout.",
     "onnxruntime has no products in bfloat16 on a CPU, so it is timed in float32.",
     "× PyTorch NHWC, NCHW: speed-up over PyTorch in float32, in either layout.",
-    "error, cosine, same class: outputs on random images compared with those of PyTorch NHWC in float32: norm of the difference "
-    "relative to the norm, cosine similarity, and images that keep their top class. The weights are random, so these are "
-    "no accuracies: evaluate a trained network on its data.",
+    "error, cosine, same class: outputs on random images compared with those of PyTorch NHWC in float32: norm of the "
+    "difference relative to the norm, cosine similarity, and images that keep their top class. The weights are random, so "
+    "these are no accuracies: evaluate a trained network on its data.",
 )
+
+
+def check_settings(modes: str, compiled: bool) -> None:
+    """Check the settings of a run.
+
+    Raises:
+        ConfigError: if anything but inference without a compiler is to be timed.
+    """
+    require(modes == INFER, "modes", modes, "infer with --dtypes bfloat16 on the CPU, where only inference has it")
+    require(not compiled, "compile", True, "left out with --dtypes bfloat16 on the CPU")
 
 
 def measure_lower_networks(
@@ -62,12 +76,12 @@ def measure_lower_networks(
     Args:
         plan: what to time; its modes and precisions are not used.
         platform: the CPU.
-        budget: not used on a CPU.
+        budget: collects notes on rivals that are left out.
         advance: called with a description of the next step, and the number of networks that were finished.
 
     Raises:
-        BenchmarkError: if variants in float32 give different outputs, ours in bfloat16 gives far different ones, or the network
-            cannot run.
+        BenchmarkError: if variants in float32 give different outputs, ours in bfloat16 gives far different ones, or the
+            network cannot run.
         ArgumentError: if this machine has no products in bfloat16.
     """
     for name, build in plan.networks.items():
@@ -77,7 +91,8 @@ def measure_lower_networks(
             advance(f"{name}, {batch} images, infer, bfloat16", 0)
             images, target = example_batch(name, model, batch, plan.size or usual_size)
             exact = _exact_variants(model, images, plan.rivals)
-            check_variants(name, exact, INFER, target)
+            exact, remarks = check_rivals(name, exact, target)
+            budget.remarks += remarks
             lower = _lower_variants(exact, images, plan.rivals)
             deviations = _deviations(name, exact, lower)
             variants = [*exact, *lower]
@@ -94,6 +109,9 @@ def measure_lower_networks(
                     images=found.images or 0,
                     same_class=found.same_class or 0,
                 )
+            return_freed_memory()
+            if compiles(plan.rivals):
+                torch.compiler.reset()
         advance("", 1)
 
 
@@ -127,10 +145,14 @@ def _lower_variants(exact: Sequence[Variant], images: Tensor, rivals: Sequence[s
         lower.append(replace(variant, kind=AUTOCAST, network=plain, forward=partial(_autocast, plain)))
         cast = copy.deepcopy(plain).to(torch.bfloat16)
         lower.append(replace(variant, kind=CAST, network=cast, forward=cast, images=x.to(torch.bfloat16)))
+        for rival in rivals:
+            if compiles([rival]):
+                forward = network_in(rival, cast, lower[-1].images, precision="bfloat16")
+                lower.append(replace(lower[-1], kind=f"{rival}, bfloat16", forward=forward))
     plain = next(variant.network for variant in lower if variant.kind == AUTOCAST and variant.layout == "NCHW")
     x = images.contiguous()
     for rival in rivals:
-        if rival in WITH_BFLOAT16:
+        if rival in WITH_BFLOAT16 and not compiles([rival]):
             forward = network_in(rival, plain, x, precision="bfloat16")
             lower.append(Variant(f"{rival}, bfloat16", "NCHW", False, plain, forward, x))
     return lower
@@ -161,8 +183,9 @@ def _deviations(name: str, exact: Sequence[Variant], lower: Sequence[Variant]) -
         # Written so that NaN is an error as well.
         if variant.kind == LOWER and not error <= allowed:
             raise BenchmarkError(
-                f"the output of {name}: {variant.name} differs from {REFERENCE} in float32 by {error:.2g} of the largest number, "
-                f"more than {allowed:g}. Nothing is timed: the network is not suitable for bfloat16, or a block is wrong."
+                f"the output of {name}: {variant.name} differs from {REFERENCE} in float32 by {error:.2g} of the largest "
+                f"number, more than {allowed:g}. Nothing is timed: the network is not suitable for bfloat16, or a block is "
+                "wrong."
             )
     return found
 

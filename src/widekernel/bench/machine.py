@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from widekernel import __version__
+from widekernel.bench.memory import freed_memory
 from widekernel.data.config import processors
 from widekernel.errors import ArgumentError
 from widekernel.ops.cpu import library
+from widekernel.ops.cpu.pointwise import PRECISIONS, reason_against
 
 _PEAK_SECONDS = 0.3
 _MATRIX, _COPIED = 2048, 2**26  # rows of a square matrix; numbers of a tensor that is larger than usual caches
@@ -38,6 +40,8 @@ class Machine:
         peak_source: how the peak was measured.
         bandwidth: bytes read and written by copies of tensors that are larger than usual caches, in GB/s.
         waiting: how threads wait for work, according to the environment.
+        freed: what the allocator does with freed memory.
+        bfloat16_peak: multiply-adds of bfloat16 of all threads together, in GFLOP/s; None if there are no such products.
     """
 
     cpu: str
@@ -50,15 +54,19 @@ class Machine:
     peak_source: str
     bandwidth: float
     waiting: str
+    freed: str
+    bfloat16_peak: float | None = None
 
     def lines(self) -> list[str]:
         """Describe the machine, one line per fact."""
+        lower = "" if self.bfloat16_peak is None else f"; in bfloat16: {self.bfloat16_peak:.0f}"
         return [
             f"CPU: {self.cpu}, {self.cores} cores, {self.threads} threads used, PyTorch uses {self.capability}",
             f"native library: {self.native}",
-            f"FMA peak: {self.peak:.0f} GFLOP/s ({self.peak_source}); copying large tensors: {self.bandwidth:.1f} GB/s",
+            f"FMA peak: {self.peak:.0f} GFLOP/s ({self.peak_source}){lower}; "
+            f"copying large tensors: {self.bandwidth:.1f} GB/s",
             ", ".join(f"{name} {version}" for name, version in self.versions.items()),
-            f"OMP_WAIT_POLICY: {self.waiting}",
+            f"OMP_WAIT_POLICY: {self.waiting}; freed memory: {self.freed}",
         ]
 
 
@@ -77,6 +85,8 @@ def measure_machine() -> Machine:
         peak_source=source,
         bandwidth=copy_bandwidth(_COPIED, _PEAK_SECONDS),
         waiting=os.environ.get("OMP_WAIT_POLICY", "not set"),
+        freed=freed_memory(),
+        bfloat16_peak=_product_peak("bfloat16", threads),
     )
 
 
@@ -88,13 +98,22 @@ def fma_peak(threads: int) -> tuple[float, str]:
     """
     loaded = library.load()
     if loaded.reason is None:
-        # The best of several measurements, because other work on the machine can only slow one down.
-        tries = [loaded.calls.wk_fma_peak(threads, _PEAK_SECONDS / 5) for _ in range(5)]
-        return max(tries) / 1e9, "measured in registers by the native library"
+        return _native_peak(library.FLOAT32, threads), "measured in registers by the native library"
     a, b = torch.randn(_MATRIX, _MATRIX), torch.randn(_MATRIX, _MATRIX)
     out = torch.empty_like(a)
     seconds = _shortest(lambda: torch.mm(a, b, out=out), _PEAK_SECONDS)
     return 2 * _MATRIX**3 / seconds / 1e9, f"estimated by a matrix product of {_MATRIX} rows"
+
+
+def _product_peak(precision: str, threads: int) -> float | None:
+    """Measure the products of a precision, in GFLOP/s; None if there are none."""
+    return None if reason_against(precision) else _native_peak(PRECISIONS[precision], threads)
+
+
+def _native_peak(kind: int, threads: int) -> float:
+    # The best of several measurements, because other work on the machine can only slow one down.
+    measure = library.load().calls.wk_product_peak
+    return float(max(measure(kind, threads, _PEAK_SECONDS / 5) for _ in range(5)) / 1e9)
 
 
 def copy_bandwidth(numbers: int, seconds: float) -> float:
@@ -158,7 +177,7 @@ def _versions() -> dict[str, str]:
     return {
         "Python": platform.python_version(),
         **{name: installed_version(package) for name, package in packages.items()},
-        **{engine: installed_version(engine, "not installed") for engine in ("onnxruntime", "openvino")},
+        **{engine: installed_version(engine, "not installed") for engine in ("onnxruntime", "openvino", "zentorch")},
     }
 
 

@@ -19,12 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from widekernel.bench.agreement import NOISE_FACTOR, check_variants
+from widekernel.bench.agreement import NOISE_FACTOR, check_rivals, check_variants
 from widekernel.bench.depthwise_share import depthwise_share
 from widekernel.bench.errors import BenchmarkError, DeviceLostError
+from widekernel.bench.memory import return_freed_memory
 from widekernel.bench.operators import shortest_of
 from widekernel.bench.platforms import Platform
 from widekernel.bench.precision import FLOAT32, Precision, in_force
+from widekernel.bench.rivals import compiles
 from widekernel.bench.rows import DeviceNetworkRow, NetworkRow
 from widekernel.bench.time_budget import TimeBudget
 from widekernel.bench.timing import NO_TIMES, Timing, first_calls, interleave
@@ -56,7 +58,7 @@ class NetworkPlan:
         size: height and width of the images; None for the network's own.
         seconds: time to spend on each variant.
         rounds: number of timed calls of each variant, instead of `seconds`.
-        rivals: other inference engines to time as well, of `rivals.RIVALS`; inference on a CPU only.
+        rivals: other programs to time as well, of `rivals.RIVALS`; inference on a CPU only.
     """
 
     networks: Mapping[str, Callable[[], tuple[nn.Module, int]]]
@@ -107,9 +109,10 @@ def measure_networks(
                 network, usual_size = model()
                 trial = _Trial(name, mode, precision, replace(plan, compiled=compiled), platform, budget)
                 yield from trial.rows(network, batch, plan.size or usual_size)
+                return_freed_memory()
                 if trial.failed:
                     failed.add((name, precision, batch, mode))
-                if compiled:
+                if compiled or compiles(plan.rivals):
                     # Compiled programs are not used again; they occupy memory and the few entries of the cache.
                     torch.compiler.reset()
             advance("", 0 if in_two_rounds and compiled else 1)
@@ -216,11 +219,11 @@ class _Trial:
             images, target = example_batch(self.name, model, batch, size)
             plan = self.plan
             variants = build_variants(model, self.mode, images, plan.compiled, self._conditions, plan.rivals)
-        self._check(variants, target)
+        right = self._checked(variants, target)
         with in_force(self.precision):
-            self._time(variants, target)
+            self._time(right, target)
         # On a device, the uncompiled variants had their rows in the first round.
-        shown = [v for v in variants if not self.platform.is_device or v.compiled == self.plan.compiled]
+        shown = [v for v in right if not self.platform.is_device or v.compiled == self.plan.compiled]
         return [self._row(variant) for variant in shown]
 
     def _conditions(self) -> AbstractContextManager[object]:
@@ -232,19 +235,25 @@ class _Trial:
         except DeviceLostError as error:
             self.budget.lose_device(str(error))
 
-    def _check(self, variants: Sequence[Variant], target: Tensor) -> None:
-        """Compare the variants in strict float32, where differences are meaningful.
+    def _checked(self, variants: Sequence[Variant], target: Tensor) -> Sequence[Variant]:
+        """Compare the variants in strict float32, where differences are meaningful; return those to time.
 
-        On a device, a few images suffice, and compiled variants are checked when they are timed.
+        On a device, a few images suffice, and compiled variants are checked when they are timed. Rivals that fail or give
+        another output are left out.
         """
         checked = list(variants)
         if self.platform.is_device:
             checked = [replace(v, images=v.images[:CHECKED]) for v in variants if not v.compiled]
             target = target[:CHECKED]
         with in_force(FLOAT32, search=False):
-            check_variants(self.name, checked, self.mode, target)
+            if self.plan.rivals and self.mode == INFER:
+                variants, remarks = check_rivals(self.name, checked, target)
+                self.budget.remarks += remarks
+            else:
+                check_variants(self.name, checked, self.mode, target)
         for variant in variants:
             variant.network.zero_grad()
+        return variants
 
     def _time(self, variants: Sequence[Variant], target: Tensor) -> None:
         calls = {v.name: network_call(v, self.mode, target, self._conditions) for v in variants}

@@ -6,10 +6,16 @@ _INPUT_GRADIENT = (
     "Our input gradient includes flipping the kernel. PyTorch's gradients are computed by `aten.convolution_backward`, one "
     "at a time."
 )
+_IN_TURN = (
+    "in balanced order: each call follows every other one equally often. Calls below 20 ms are timed in bursts, each of "
+    "which begins with an untimed call. While they run, the process keeps freed memory where the allocator allows it, so "
+    "that no call pays for pages that an earlier one returned to the system"
+)
 OPERATOR_NOTES: tuple[str, ...] = (
     "Times are medians of calls made in turn with the other implementations, on the same numbers, in float32; ± is "
     "half the interquartile range. A number in parentheses is the number of calls, if there were fewer than five: an "
     "implementation that takes more than a second is called once.",
+    f"Calls are made {_IN_TURN}.",
     "× best, × NCHW: speed-up of ours over PyTorch in its faster layout, and in its default layout.",
     "GFLOP/s count two operations for each tap that lies on a pixel, and none for padding. An algorithm that needs "
     "fewer operations can exceed the FMA peak (of peak > 1).",
@@ -22,6 +28,7 @@ OPERATOR_NOTES: tuple[str, ...] = (
 BRANCHES_NOTES: tuple[str, ...] = (
     "Times are medians of calls made in turn with the other implementations, on the same numbers; ± is half the "
     "interquartile range. all three: the sum of the medians of the three passes.",
+    f"On a CPU, calls are made {_IN_TURN}.",
     "Gradients are computed by automatic differentiation, those of the input and those of the kernels separately; the "
     "forward pass is not part of them.",
     "zeros in gaps: our operators on kernels whose gaps are filled with zeros, filling included.",
@@ -31,11 +38,15 @@ BRANCHES_NOTES: tuple[str, ...] = (
 NETWORK_NOTES: tuple[str, ...] = (
     "Times are medians of calls made in turn, on the same images, in float32; ± is half the interquartile range. A "
     "number in parentheses is the number of calls, if there were fewer than five.",
+    "Calls are made in balanced order: each follows every other one equally often. While they run, the process keeps freed "
+    "memory where the allocator allows it, so that no call pays for pages that an earlier one returned to the system.",
     "train: forward, cross-entropy, backward and a step of SGD. infer: forward in evaluation and inference mode.",
     "PyTorch: the same network in which PyTorch's convolutions compute every branch of a large kernel and every other "
     "depthwise layer, gradients included. folded: after `widekernel.fold`. accelerated: folded (for inference), then "
     "`widekernel.accelerate`, layers only. fused: its blocks as well (inference on a CPU only). "
-    "onnxruntime, OpenVINO: the folded network on PyTorch's convolutions, converted to that engine.",
+    "onnxruntime, OpenVINO: the folded network on PyTorch's convolutions, converted to that engine. torch.compile, "
+    "zentorch: the same network compiled by PyTorch in its default mode, and by AMD's extension of PyTorch.",
+    "× best rival: speed-up of ours over the fastest of all rows of that network that are not ours, in either layout.",
     "× PyTorch NHWC, NCHW: speed-up over that network, neither folded nor compiled, in either layout.",
     "depthwise: share of the time in depthwise convolutions.",
     "Before anything is timed, every large-kernel layer is compared with the same layer on PyTorch's convolutions, and "
@@ -46,14 +57,15 @@ SWEEP_NOTES: tuple[str, ...] = (
     "passes, kernels, maps, channels and batches; a longer sweep with the same seed contains a shorter one.",
     "Times are medians of calls made in turn, on the same numbers; ± is half the interquartile range. A number in "
     "parentheses is the number of calls, if there were fewer than five.",
+    f"Calls are made {_IN_TURN}.",
     "× best, × same layout: speed-up of ours over PyTorch in its faster layout, and in the layout of our call; in the first "
     "table, the geometric mean over the cells.",
     "~: an estimate. A call of PyTorch that would have taken longer than `longest` seconds was timed on fewer images, and "
     "its time multiplied by the ratio of their numbers; the columns torch_nchw_images and torch_nhwc_images of the CSV file "
     "have the number of images.",
-    "runs on: the backend that computes the call by default. Where that is PyTorch, the cell counts as equal (× 1) in the "
-    "first table and in the picture; the table of cells and the CSV file have the measured speed-up. It can differ from 1 "
-    "by the overhead of our call, and by what the call made before leaves in caches and memory.",
+    "runs on: the backend that computes the call by default. Where that is PyTorch, the speed-up in the same layout differs "
+    "from 1 by the overhead of our call, and by what our call does otherwise, such as copying what it crops for a kernel of "
+    "even size.",
     "ahead: more than × 1.",
     "of limit: the time of direct computation at the FMA peak, or of reading and writing everything once, whichever is "
     "longer, relative to our time.",
@@ -92,7 +104,8 @@ DEVICE_NETWORK_NOTES: tuple[str, ...] = (
     "first makes one untimed call.",
     "dtype: bfloat16 and float16 by autocast, with parameters in float32 (float16 without scaling the loss); tf32 is "
     "float32 with `torch.set_float32_matmul_precision('high')` and cuDNN's TF32 allowed. `cudnn.benchmark` is on.",
-    *NETWORK_NOTES[1:4],
+    *NETWORK_NOTES[2:4],
+    *NETWORK_NOTES[5:6],
     "× best of PyTorch: speed-up over the fastest of PyTorch's variants, in either layout, folded or not. Compiled rows, "
     "for which all variants were timed in turn once more, are compared with compiled and uncompiled variants.",
     "depthwise: share of the time in depthwise convolutions, measured in a separate call.",

@@ -13,8 +13,9 @@ from widekernel.bench.cases import Case
 from widekernel.bench.devices import Accelerator
 from widekernel.bench.gpu import Gpu
 from widekernel.bench.machine import Machine, copy_bandwidth
-from widekernel.bench.precision import Precision
+from widekernel.bench.precision import BFLOAT16, FLOAT32, Precision
 from widekernel.bench.timing import PATIENCE, Stopwatch, WallClock
+from widekernel.errors import ArgumentError
 
 DEVICE_PATIENCE = 0.1, 0.2
 """Seconds beyond which an operator call on a device is slow, and very slow: some gradients of PyTorch take very long."""
@@ -64,19 +65,31 @@ class Platform:
     network_patience: tuple[float, float]
     is_device: bool
 
+    def operator_peak(self, precision: Precision) -> float:
+        """Return the peak of depthwise operators, which CPUs compute in float32 whatever the precision of tensors is."""
+        return self.peak(precision if self.is_device else FLOAT32)
+
     def limits(self, case: Case, precision: Precision) -> Limits:
         """Return the limits of a case in a precision."""
-        return Limits(self.peak(precision), self.copying(case), case.bytes_moved_in(precision.bytes))
+        return Limits(self.operator_peak(precision), self.copying(case), case.bytes_moved_in(precision.bytes))
 
 
 def cpu_platform(machine: Machine) -> Platform:
-    """Return the CPU of this machine, which computes in float32."""
+    """Return the CPU of this machine."""
+
+    def peak(precision: Precision) -> float:
+        if precision is not BFLOAT16:
+            return machine.peak
+        if machine.bfloat16_peak is None:
+            raise ArgumentError("precision is 'bfloat16', but this machine has no such products: time float32")
+        return machine.bfloat16_peak
+
     return Platform(
         device=torch.device("cpu"),
         stopwatch=WallClock(),
         title=f"{machine.cpu}, {machine.threads} threads",
         facts=machine.lines(),
-        peak=lambda precision: machine.peak,
+        peak=peak,
         peak_name="FMA",
         # Copies of tensors with the size of the case: small ones stay in caches.
         copying=lambda case: copy_bandwidth(max(math.prod(case.shape), _SMALLEST_COPY), _COPY_SECONDS),

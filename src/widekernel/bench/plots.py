@@ -48,7 +48,7 @@ def draw(rows: Sequence[OperatorRow], platform: Platform) -> bytes:
         limits = [limit for panel in axes[: len(passes)] for limit in panel.get_ylim()]
         for panel in axes[: len(passes)]:
             panel.set_ylim(min(limits), max(limits))
-        _draw_roofline(axes[len(passes)], group, platform.peak(precision), platform.peak_name)
+        _draw_roofline(axes[len(passes)], group, platform.operator_peak(precision), platform.peak_name)
         for panel in axes[panels:]:
             panel.set_axis_off()
     figure.suptitle(platform.title, fontsize=10)

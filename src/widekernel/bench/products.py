@@ -12,20 +12,23 @@ from torch import Tensor
 
 from widekernel.bench.checking import check_agreement
 from widekernel.bench.engines import missing, products_in_onnxruntime
+from widekernel.bench.precision import BFLOAT16, FLOAT32, Precision
 from widekernel.bench.tables import Column, factor, significant
 from widekernel.bench.timing import first_calls, interleave
 from widekernel.ops.cpu.pointwise import PackedBlock
 from widekernel.ops.problem import LAYOUTS
 
-TOLERANCE = 1e-4
+TOLERANCES = {FLOAT32: 1e-4, BFLOAT16: 2e-2}
 """Largest allowed difference between implementations, relative to the largest number."""
 NOTES: tuple[str, ...] = (
-    "y = second · activation(first · x + bias) + bias for every pixel, or y = activation(first · x + bias), in float32. "
+    "y = second · activation(first · x + bias) + bias for every pixel, or y = activation(first · x + bias). "
     "Times are medians of calls made in turn, on the same numbers; ± is half the interquartile range.",
     "linear: `F.linear` on rows of contiguous channels, and the activation. 1×1: convolutions on channels_last images, and "
     "the activation. onnxruntime: matrix products of rows, and the activation.",
     "× best: speed-up of ours on channels_last images over the fastest of the others.",
-    "GFLOP/s and the share of the FMA peak count the products only, not the activation.",
+    "In bfloat16, all tensors of the others have that type. Ours are float32, and only the factors of products are rounded. "
+    "onnxruntime has no such products on a CPU.",
+    "GFLOP/s and the share of the peak, which is that of the precision, count the products only, not the activation.",
     "Before a case is timed, all implementations are compared with each other.",
 )
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu}
@@ -103,6 +106,7 @@ class ProductRow:
         gflops: speed of the packed block, channels_last.
         peak_share: `gflops` relative to the FMA peak of the machine.
         error: largest difference between implementations, relative to the largest number.
+        precision: type of the factors of products.
     """
 
     family: str
@@ -123,6 +127,7 @@ class ProductRow:
     gflops: float
     peak_share: float
     error: float
+    precision: str = "float32"
 
 
 COLUMNS: Sequence[Column] = (
@@ -147,32 +152,34 @@ def measure_products(
     seconds: float = 0.1,
     rounds: int | None = None,
     advance: Callable[[str, int], None] = lambda what, steps: None,
+    precision: Precision = FLOAT32,
 ) -> Iterator[ProductRow]:
     """Time all cases; yield each row as soon as it is measured.
 
     Args:
         cases: what to time.
-        peak: FMA peak of the machine with the current number of threads, in GFLOP/s.
+        peak: peak of the machine with the current number of threads, in GFLOP/s.
         seconds: time to spend on each implementation.
         rounds: number of timed calls of each implementation, instead of `seconds`.
         advance: called with a description of the next step, and the number of cases that were finished.
+        precision: `FLOAT32` or `BFLOAT16`.
 
     Raises:
         BenchmarkError: if implementations disagree.
-        ArgumentError: if the native library cannot run.
+        ArgumentError: if the native library, or products of that precision, cannot run.
     """
     for case in cases:
         advance(str(case), 0)
         with torch.inference_mode():
-            row = _measure(case, peak, seconds, rounds)
+            row = _measure(case, peak, seconds, rounds, precision)
         yield row
         advance("", 1)
 
 
-def _measure(case: ProductCase, peak: float, seconds: float, rounds: int | None) -> ProductRow:
-    calls = _implementations(case)
+def _measure(case: ProductCase, peak: float, seconds: float, rounds: int | None, precision: Precision) -> ProductRow:
+    calls = _implementations(case, precision)
     outputs, first = first_calls(calls)
-    error = check_agreement(outputs, _LINEAR, str(case), TOLERANCE)
+    error = check_agreement(outputs, _LINEAR, str(case), TOLERANCES[precision])
     outputs.clear()
     timings = interleave(calls, first, seconds, rounds)
     times = {name: 1e3 * timing.median for name, timing in timings.items()}
@@ -196,10 +203,11 @@ def _measure(case: ProductCase, peak: float, seconds: float, rounds: int | None)
         gflops=gflops,
         peak_share=gflops / peak,
         error=error,
+        precision=precision.name,
     )
 
 
-def _implementations(case: ProductCase) -> dict[str, Callable[[], Tensor]]:
+def _implementations(case: ProductCase, precision: Precision) -> dict[str, Callable[[], Tensor]]:
     """Return all calls; the results have the shape (N, channels, H, W)."""
     generator = torch.Generator().manual_seed(0)
 
@@ -210,7 +218,8 @@ def _implementations(case: ProductCase) -> dict[str, Callable[[], Tensor]]:
     layers = [(numbers(case.hidden, case.inputs) / case.inputs**0.5, numbers(case.hidden))]
     if case.outputs:
         layers.append((numbers(case.outputs, case.hidden) / case.hidden**0.5, numbers(case.outputs)))
-    packed = PackedBlock(*layers[0], case.activation, *(layers[1] if case.outputs else (None, None)))
+    second, shift = layers[1] if case.outputs else (None, None)
+    packed = PackedBlock(*layers[0], case.activation, second, shift, precision=precision.name)
     activation = _ACTIVATIONS[case.activation]
 
     def chained(
@@ -221,11 +230,13 @@ def _implementations(case: ProductCase) -> dict[str, Callable[[], Tensor]]:
 
     images = {name: image.contiguous(memory_format=layout) for name, layout in LAYOUTS.items()}
     calls: dict[str, Callable[[], Tensor]] = {name: partial(packed, x) for name, x in images.items()}
-    rows = images["NHWC"].permute(0, 2, 3, 1)
+    layers = [(matrix.to(precision.dtype), bias.to(precision.dtype)) for matrix, bias in layers]
+    theirs = images["NHWC"].to(precision.dtype)
+    rows = theirs.permute(0, 2, 3, 1)
     kernels = [(matrix[:, :, None, None].contiguous(memory_format=torch.channels_last), bias) for matrix, bias in layers]
     calls[_LINEAR] = lambda: chained(F.linear, rows, layers).permute(0, 3, 1, 2)
-    calls[_CONVOLUTION] = lambda: chained(F.conv2d, images["NHWC"], kernels)
-    if not missing(_ENGINE):
+    calls[_CONVOLUTION] = lambda: chained(F.conv2d, theirs, kernels)
+    if precision is FLOAT32 and not missing(_ENGINE):
         run = products_in_onnxruntime(rows, layers, case.activation)
         calls[_ENGINE] = lambda: run().permute(0, 3, 1, 2)
     return calls

@@ -1,52 +1,94 @@
-"""Whole networks in other inference engines, if they are installed: onnxruntime and OpenVINO.
+"""Whole networks as other programs run them: onnxruntime, OpenVINO, PyTorch's compiler and AMD's zentorch, if they can.
 
-They get the folded network on PyTorch's convolutions, in float32 unless told otherwise, and as many threads as PyTorch. Images are
-stored as NCHW; an engine chooses the layouts inside by itself.
+They get the folded network on PyTorch's convolutions, in float32 unless told otherwise, and as many threads as PyTorch.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
+import platform
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from widekernel.bench.compiling import compiled, compiled_by_zentorch
 from widekernel.bench.errors import BenchmarkError
+from widekernel.errors import in_short
+from widekernel.ops.problem import LAYOUTS
 from widekernel.quiet import quiet
 
-# The packages that each engine needs for a network.
-_NEEDS = {"onnxruntime": ("onnxruntime", "onnx", "onnxscript"), "OpenVINO": ("openvino",)}
-RIVALS = tuple(_NEEDS)
-WITH_BFLOAT16 = ("OpenVINO",)
-"""The engines that can compute in bfloat16 on a CPU."""
+ONNXRUNTIME, OPENVINO, COMPILED, ZENTORCH = RIVALS = ("onnxruntime", "OpenVINO", "torch.compile", "zentorch")
+# The packages that each of them needs besides PyTorch.
+_NEEDS: dict[str, Sequence[str]] = {
+    ONNXRUNTIME: ("onnxruntime", "onnx", "onnxscript"),
+    OPENVINO: ("openvino",),
+    COMPILED: (),
+    ZENTORCH: ("zentorch", "deprecated"),
+}
+WITH_BFLOAT16 = (OPENVINO, COMPILED, ZENTORCH)
+"""Those that can compute in bfloat16 on a CPU."""
 
 
-def missing(rival: str) -> list[str]:
-    """Return the packages that `rival` needs but that are not installed."""
-    return [package for package in _NEEDS[rival] if importlib.util.find_spec(package) is None]
+def reason_against(rival: str) -> str:
+    """Return why `rival` cannot run here; "" if it can. Packages that extend PyTorch are imported to find out."""
+    lacking = [package for package in _NEEDS[rival] if importlib.util.find_spec(package) is None]
+    if lacking:
+        return f"not installed ({', '.join(lacking)})"
+    if rival in (COMPILED, ZENTORCH) and not _compilers():
+        return "there is no C++ compiler; install one, or name one in the environment variable CXX"
+    if rival == ZENTORCH:
+        try:
+            importlib.import_module("zentorch")
+        except Exception as error:  # such as one of a shared library that was built for another PyTorch
+            return f"it cannot be loaded with PyTorch {torch.__version__}: {in_short(error)}"
+    return ""
 
 
-def network_in(
-    rival: str, network: nn.Module, images: Tensor, precision: str = "float32"
-) -> Callable[[Tensor], Tensor]:
-    """Return a function that runs a network in another engine, for images of this size.
+def layouts_of(rival: str) -> Sequence[str]:
+    """Return the layouts of images, keys of `LAYOUTS`, in which a rival is timed.
+
+    Programs with a graph of their own choose the layouts inside by themselves; they get images stored as NCHW.
+    """
+    return tuple(LAYOUTS) if rival in (COMPILED, ZENTORCH) else ("NCHW",)
+
+
+def compiles(rivals: Sequence[str]) -> bool:
+    """Return whether some of the rivals use `torch.compile`."""
+    return COMPILED in rivals or ZENTORCH in rivals
+
+
+def network_in(rival: str, network: nn.Module, images: Tensor, precision: str = "float32") -> Callable[[Tensor], Tensor]:
+    """Return a function that runs a network in another program, for images of this size.
 
     Args:
-        rival: one of `RIVALS`, installed.
+        rival: one of `RIVALS` that can run.
         network: the network in evaluation mode, on PyTorch's own operators.
-        images: (N, C, H, W), stored as NCHW.
-        precision: `float32`, or `bfloat16` if the engine is one of `WITH_BFLOAT16`.
+        images: (N, C, H, W), in one of `layouts_of` the rival.
+        precision: `float32`, or `bfloat16` if the program is one of `WITH_BFLOAT16`. Those that compile get a network and
+            images of that type, OpenVINO float32.
 
     Raises:
-        BenchmarkError: if the engine does not compute in that precision on this machine.
+        BenchmarkError: if the program does not compute in that precision on this machine.
     """
+    if rival == COMPILED:
+        return compiled(network)
+    if rival == ZENTORCH:
+        return compiled_by_zentorch(network)
     with quiet(), torch.no_grad():
-        return _onnxruntime(network, images) if rival == "onnxruntime" else _openvino(network, images, precision)
+        return _onnxruntime(network, images) if rival == ONNXRUNTIME else _openvino(network, images, precision)
+
+
+def _compilers() -> list[str]:
+    """Return the C++ compilers that are installed, of those that PyTorch tries."""
+    usual = {"Darwin": "clang++", "Windows": "cl"}.get(platform.system(), "g++")
+    return [path for path in (shutil.which(os.environ.get("CXX", usual)),) if path]
 
 
 def _onnxruntime(network: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
@@ -72,8 +114,8 @@ def _openvino(network: nn.Module, images: Tensor, precision: str) -> Callable[[T
     # Otherwise it computes in bfloat16 if the processor supports it.
     hint = {"float32": "f32", "bfloat16": "bf16"}[precision]
     settings = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    compiled = openvino.Core().compile_model(model, "CPU", settings)
-    used = compiled.get_property("INFERENCE_PRECISION_HINT")
+    program = openvino.Core().compile_model(model, "CPU", settings)
+    used = program.get_property("INFERENCE_PRECISION_HINT")
     if used != {"float32": openvino.Type.f32, "bfloat16": openvino.Type.bf16}[precision]:
         raise BenchmarkError(f"OpenVINO computes in {used.to_string()} on this machine, not in {precision}; leave it out.")
-    return lambda x: torch.from_numpy(compiled(x.numpy())[0].copy())
+    return lambda x: torch.from_numpy(program(x.numpy())[0].copy())

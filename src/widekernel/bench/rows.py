@@ -148,12 +148,15 @@ class SweepRow(OperatorRow):
         times_same: speed-up of our operator over PyTorch in the same layout.
         torch_nchw_images: number of images on which PyTorch was timed in NCHW; 0 if a single one would have taken too long.
         torch_nhwc_images: the same with channels_last.
+        twin_ratio: the fastest implementation of the unit is timed under two names; the ratio of the two medians, which is 1
+            but for errors of measurement. The same in all rows of a unit; NaN if nothing was timed.
         remark: what failed or computed wrong results, and therefore has no times.
     """
 
     times_same: float
     torch_nchw_images: int
     torch_nhwc_images: int
+    twin_ratio: float
     remark: str
 
 

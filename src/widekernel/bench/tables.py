@@ -6,12 +6,14 @@ import csv
 import dataclasses
 import io
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from widekernel.bench.engines import ENGINES
+from widekernel.bench.rivals import RIVALS
 from widekernel.bench.rows import CSV_NAME, BranchesRow, NetworkRow, OperatorRow
+from widekernel.bench.variants import OURS
 from widekernel.files import write_atomically
 
 Column = tuple[str, Callable[[Any], str]]
@@ -132,7 +134,9 @@ def network_columns(rows: Sequence[NetworkRow], on_device: bool = False) -> list
     """Return the columns of a table of networks, without empty ones."""
     columns: list[Column] = [("model", lambda row: row.model)]
     if on_device:
-        columns += [("dtype", lambda row: row.dtype), ("images", lambda row: str(row.batch))]
+        columns.append(("dtype", lambda row: row.dtype))
+    if on_device or len({row.batch for row in rows}) > 1:
+        columns.append(("images", lambda row: str(row.batch)))
     columns += [
         ("mode", lambda row: row.mode),
         ("variant", lambda row: row.variant + (", compiled" if row.compiled else "")),
@@ -144,10 +148,30 @@ def network_columns(rows: Sequence[NetworkRow], on_device: bool = False) -> list
     ]
     if on_device:
         columns.append(("× best of PyTorch", lambda row: factor(row.times_best)))
+    if any(row.variant in RIVALS for row in rows):
+        best = _best_of_others(rows)
+        ours = [("× best rival", lambda row: factor(best[_network(row)] / row.ms) if row.variant.startswith(OURS) else "")]
+        columns += ours
     columns.append(("images/s", lambda row: _formatted(row.images_per_second, ".1f")))
     if any(row.depthwise_share is not None for row in rows):
         columns.append(("depthwise", lambda row: _percent(row.depthwise_share, row.depthwise_share)))
     return columns + _remarks(rows)
+
+
+def _network(row: NetworkRow) -> Hashable:
+    """Return what the rows that are compared with each other have in common."""
+    return row.model, row.mode, row.batch, getattr(row, "precision", None)
+
+
+def _best_of_others(rows: Sequence[NetworkRow]) -> dict[Hashable, float]:
+    """Return the shortest time of the rows that are not ours, by network, mode and batch; NaN if there is none."""
+    best: dict[Hashable, float] = {}
+    for row in rows:
+        known = best.setdefault(_network(row), math.nan)
+        # Written so that a number replaces NaN.
+        if not row.variant.startswith(OURS) and not row.ms >= known:
+            best[_network(row)] = row.ms
+    return best
 
 
 def _remarks(rows: Sequence[Any]) -> list[Column]:

@@ -18,11 +18,13 @@ class TimeBudget:
 
     Attributes:
         wrong: a line for every case that was rejected and therefore has no times.
+        remarks: a line for everything else that was left out and does not make the run fail.
     """
 
     def __init__(self, minutes: float = math.inf, clock: Callable[[], float] = time.monotonic) -> None:
         self.minutes = minutes
         self.wrong: list[str] = []
+        self.remarks: list[str] = []
         self._clock, self._deadline = clock, clock() + 60 * minutes
         self._left_out: dict[str, dict[str, list[str]]] = {}
         self._device_error = ""
@@ -52,7 +54,7 @@ class TimeBudget:
             lines.append(f"Left out in {group}: {listed}, because {why}.")
         if self._device_error and not lines:
             lines.append(f"At the end {self._device_error}.")
-        return [*lines, *(f"No times: {line}" for line in self.wrong)]
+        return [*lines, *self.remarks, *(f"No times: {line}" for line in self.wrong)]
 
     def finish(self) -> None:
         """End the run.

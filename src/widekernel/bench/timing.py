@@ -1,8 +1,13 @@
 """Timing of several calls in turn, so that other work on the machine affects all of them equally.
 
 Each call is first made once, for its output and for an estimate of its time. The estimate determines how many timed calls
-follow. These are spread evenly over rounds, and the order within a round alternates. A slow call is timed once more; a very
-slow one is not repeated, and its first call is the measurement.
+follow. These are spread evenly over rounds. The order of the rounds is balanced: every call has every place equally often,
+and follows every other call equally often. A slow call is timed once more; a very slow one is not repeated, and its first
+call is the measurement.
+
+What a call leaves behind in caches would distort the time of a short call that follows. So on the host, short calls are
+timed in bursts, and each burst begins with an untimed call. `memory.keeping_memory` deals with what a call leaves behind in
+the allocator.
 
 A `Stopwatch` times a single call: by the clock of the host (`WallClock`) or by the events of a device
 (`devices.EventStopwatch`).
@@ -10,9 +15,10 @@ A `Stopwatch` times a single call: by the clock of the host (`WallClock`) or by 
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,6 +30,10 @@ QUICK = 0.1
 """Seconds below which the first call is a poor estimate, so that a second call is made before planning."""
 FEWEST, MOST = 5, 300
 """Smallest and largest number of timed calls, unless a call is slow."""
+SHORT = 0.02
+"""Seconds below which a call is short: it is timed in bursts."""
+BURST, ROUNDS = 4, 8
+"""Largest number of timed calls in a burst, and the number of rounds before bursts get longer."""
 
 Clock = Callable[[], float]
 
@@ -34,6 +44,10 @@ class Stopwatch(Protocol):
     @property
     def warms_up(self) -> bool:
         """Whether the first call compiles or selects algorithms, so that it must not be timed."""
+
+    @property
+    def resets(self) -> bool:
+        """Whether the stopwatch brings caches into the same state before each call, so that bursts are not needed."""
 
     def time(self, call: Callable[[], Any]) -> tuple[Any, float]:
         """Make a call; return its result and its time in seconds."""
@@ -54,6 +68,7 @@ class WallClock:
     """
 
     warms_up = False
+    resets = False
 
     def __init__(self, clock: Clock = time.perf_counter) -> None:
         self._clock = clock
@@ -154,21 +169,45 @@ def interleave(
         patience: seconds beyond which a call counts as slow, and as very slow.
         stopwatch: times them.
     """
-    wanted = {}
+    wanted, bursts = {}, {}
     for name, call in calls.items():
         estimate = first[name]
         if estimate < QUICK and rounds is None:
             estimate = min(estimate, _seconds(call, stopwatch))
         wanted[name] = planned_calls(estimate, budget, rounds, patience)
+        is_short = estimate < SHORT and not stopwatch.resets
+        bursts[name] = max(1, min(BURST, wanted[name] // ROUNDS)) if is_short else 0
     times: dict[str, list[float]] = {name: [] if count else [first[name]] for name, count in wanted.items()}
-    total = max(wanted.values(), default=0)
+    turns = {name: math.ceil(count / max(1, bursts[name])) for name, count in wanted.items()}
+    orders, total = balanced_orders(list(calls)), max(turns.values(), default=0)
     for turn in range(total):
-        order = list(calls) if turn % 2 == 0 else list(calls)[::-1]
-        for name in order:
-            # True in exactly `wanted[name]` of the turns, evenly spread.
-            if (turn + 1) * wanted[name] // total > turn * wanted[name] // total:
+        for name in orders[turn % len(orders)]:
+            # True in exactly `turns[name]` of the turns, evenly spread.
+            if (turn + 1) * turns[name] // total <= turn * turns[name] // total:
+                continue
+            if bursts[name]:
+                calls[name]()
+            for _ in range(min(max(1, bursts[name]), wanted[name] - len(times[name]))):
                 times[name].append(_seconds(calls[name], stopwatch))
     return {name: Timing(tuple(seconds)) for name, seconds in times.items()}
+
+
+def balanced_orders(names: Sequence[str]) -> list[list[str]]:
+    """Return orders in which every name has every place equally often, and directly follows every other name equally often.
+
+    These are the rows of a Latin square that is balanced for carry-over effects (Williams, 1949); for an odd number of
+    names, those of two squares.
+    """
+    count = len(names)
+    if not count:
+        return []
+    # 0, 1, n-1, 2, n-2, …: every difference between neighbors, modulo n, occurs once if n is even, and twice in the
+    # sequence and its reverse if n is odd.
+    start = [(place + 1) // 2 if place % 2 else (count - place // 2) % count for place in range(count)]
+    rows = [[(first + shift) % count for first in start] for shift in range(count)]
+    if count % 2:
+        rows += [row[::-1] for row in rows]
+    return [[names[number] for number in row] for row in rows]
 
 
 def planned_calls(

@@ -11,7 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from widekernel.bench.rivals import RIVALS, network_in
+from widekernel.bench.compiling import compiled as compiled_by_torch
+from widekernel.bench.errors import BenchmarkError
+from widekernel.bench.rivals import RIVALS, layouts_of, network_in
+from widekernel.errors import in_short
 from widekernel.ops.problem import LAYOUTS
 from widekernel.transforms.acceleration import accelerate
 from widekernel.transforms.fold import Foldable, fold
@@ -86,7 +89,7 @@ def build_variants(
         images: (N, C, H, W), on the device of the model.
         compiled: whether to add a compiled copy of each variant.
         conditions: creates the context in which the variants will run, and in which `accelerate` therefore measures.
-        rivals: inference engines to add, of `RIVALS`; for inference only.
+        rivals: other programs to add, of `RIVALS`; for inference only.
     """
     variants = []
     for layout, memory_format in LAYOUTS.items():
@@ -97,11 +100,15 @@ def build_variants(
             # The compiler sees the code of fused blocks, so that compiled they would be there twice.
             if compiled and kind != FUSED:
                 twin = copy.deepcopy(network)
-                variants.append(Variant(kind, layout, True, twin, _compiled(twin, len(variants)), x))
+                variants.append(Variant(kind, layout, True, twin, compiled_by_torch(twin), x))
     if rivals and mode == INFER:
-        layout, x = "NCHW", images.contiguous()
-        plain = to_torch(_folded(copy.deepcopy(model).eval())).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-        variants += [Variant(name, layout, False, plain, network_in(name, plain, x), x) for name in rivals]
+        plain = to_torch(_folded(copy.deepcopy(model).eval()))
+        for layout, memory_format in LAYOUTS.items():
+            x = images.contiguous(memory_format=memory_format)
+            network = copy.deepcopy(plain).to(memory_format=memory_format)  # type: ignore[call-overload]
+            for name in rivals:
+                if layout in layouts_of(name):
+                    variants.append(Variant(name, layout, False, network, _forward_in(name, network, x), x))
     return variants
 
 
@@ -128,18 +135,21 @@ def _networks(model: nn.Module, mode: str, x: Tensor, conditions: Conditions) ->
     return networks
 
 
+def _forward_in(rival: str, network: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return a function that runs a network in a rival; if the rival cannot convert it, a function that raises why."""
+    try:
+        return network_in(rival, network, images)
+    except Exception as error:
+        why = in_short(error)
+
+    def refuse(x: Tensor) -> Tensor:
+        raise BenchmarkError(f"{rival} cannot convert the network: {why}")
+
+    return refuse
+
+
 def _folded(network: nn.Module) -> nn.Module:
     with warnings.catch_warnings():
         # The warnings are about layers that cannot be folded, which is part of the result here.
         warnings.simplefilter("ignore")
         return fold(network)
-
-
-def _compiled(network: nn.Module, number: int) -> Callable[[Tensor], Tensor]:
-    def forward(x: Tensor) -> Tensor:
-        return network(x)
-
-    # PyTorch caches a few compiled programs for each code object. Variants that share their code would evict each other's
-    # programs, and every call would have to search among them.
-    forward.__code__ = forward.__code__.replace(co_name=f"forward_{number}")
-    return torch.compile(forward, dynamic=False)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jsonargparse
 
 from widekernel.cli import bench_sweep
-from widekernel.cli.bench_output import command_line, files_of, rich_table
-from widekernel.cli.console import progress, progress_console, result_console, table_console
+from widekernel.cli.bench_output import command_line, files_of
+from widekernel.cli.bench_run import Page, Run
+from widekernel.cli.console import progress_console, result_console
 from widekernel.cli.custom_case import custom_case
 from widekernel.cli.parsing import new_parser, parse
 from widekernel.errors import ConfigError, nearest
@@ -21,7 +21,6 @@ from widekernel.settings import parse_names, require
 if TYPE_CHECKING:
     from widekernel.bench import Case, Platform, TimeBudget
     from widekernel.bench.devices import Accelerator
-    from widekernel.bench.tables import Column
 
 _OPS = (
     "Time depthwise convolutions with large kernels: forward pass, input gradient and weight gradient. Our operator is "
@@ -91,11 +90,11 @@ def _bench_ops(arguments: list[str]) -> int:
         progress_console().print(remark, soft_wrap=True)
     given = {name: values[name] for name in ("backend", "algorithm", "seconds", "rounds")}
     plan = OperatorPlan(cases, precisions, passes, **given)
-    run = _Run(values, files, accelerator, len(cases) * len(precisions))
+    run = Run(values, files, accelerator, len(cases) * len(precisions))
     rows = run.measure(partial(measure_operators, plan), lambda: check_operator(values["backend"], values["algorithm"]))
     title = "Depthwise convolutions" + ("" if accelerator is None else " on a GPU")
     columns = tables.operator_columns(rows, accelerator is not None)
-    run.show(_Page(title, columns, (*remarks, *about), command_line("ops", arguments)), rows)
+    run.show(Page(title, columns, (*remarks, *about), command_line("ops", arguments)), rows)
     if "plot" in files:
         tables.write(draw(rows, run.platform), files["plot"])
     run.budget.finish()
@@ -113,10 +112,10 @@ def _bench_branches(arguments: list[str]) -> int:
     cases = choose_branches(values["names"], values["batch"] or (None if accelerator is None else _CUDA_BATCH))
     precisions = values["dtypes"] or [FLOAT32 if accelerator is None else BFLOAT16]
     given = {"precisions": precisions, "seconds": values["seconds"], "rounds": values["rounds"]}
-    run = _Run(values, files, accelerator, len(cases) * len(precisions))
+    run = Run(values, files, accelerator, len(cases) * len(precisions))
     rows = run.measure(partial(measure_branches, cases, **given), check_operator)
     columns = tables.branches_columns(rows)
-    run.show(_Page("Layers with several branches", columns, notes.BRANCHES_NOTES, command_line("branches", arguments)), rows)
+    run.show(Page("Layers with several branches", columns, notes.BRANCHES_NOTES, command_line("branches", arguments)), rows)
     run.budget.finish()
     return 0
 
@@ -129,61 +128,88 @@ def _bench_models(arguments: list[str]) -> int:
     from widekernel.bench import check_operator, lower_precision, notes, tables
     from widekernel.bench.lookup import build_network, check_names
     from widekernel.bench.networks import DEFAULT_BATCHES, DEFAULT_NETWORKS, MODES, NetworkPlan, measure_networks
-    from widekernel.bench.variants import INFER
     from widekernel.bench.precision import BFLOAT16, FLOAT32
 
     modes = parse_names("modes", values["modes"], MODES)
     names = values["names"]
     lower = accelerator is None and values["dtypes"] == [BFLOAT16]
     if lower:
-        require(modes == [INFER], "modes", values["modes"], "infer with --dtypes bfloat16 on the CPU, where only inference has it")
-        require(not values["compile"], "compile", True, "left out with --dtypes bfloat16 on the CPU")
+        lower_precision.check_settings(values["modes"], values["compile"])
     if accelerator is None:
         require(bool(names), "names", names, "at least one model, because there are no default models on the CPU")
-        require(len(batches) < 2, "batch", values["batch"], "one number on the CPU; several are for --device cuda")
         batches, precisions, about = batches or [_CPU_IMAGES], [FLOAT32], notes.NETWORK_NOTES
-        title = f"Networks, {batches[0]} images at a time"
+        title = "Networks" if len(batches) > 1 else f"Networks, {batches[0]} images at a time"
     else:
         names, batches = names or DEFAULT_NETWORKS, batches or list(DEFAULT_BATCHES)
         precisions, about, title = values["dtypes"] or [BFLOAT16], notes.DEVICE_NETWORK_NOTES, "Networks on a GPU"
     check_names(names)
     given = {name: values[name] for name in ("size", "seconds", "rounds")}
     networks = {name: partial(build_network, name) for name in names}
+    if values["pieces"]:
+        return _bench_pieces(values, files, accelerator, networks, batches, command_line("models", arguments))
     rivals, remarks = _rivals(values["rivals"], accelerator)
     for remark in remarks:
         progress_console().print(remark, soft_wrap=True)
     plan = NetworkPlan(networks, batches, precisions, modes, bool(values["compile"]), **given, rivals=rivals)
-    run = _Run(values, files, accelerator, len(names))
+    run = Run(values, files, accelerator, len(names))
     if lower:
         rows = run.measure(partial(lower_precision.measure_lower_networks, plan), check_operator)
         columns, about = lower_precision.precision_columns(rows), lower_precision.NOTES
     else:
         rows = run.measure(partial(measure_networks, plan), check_operator)
         columns = tables.network_columns(rows, accelerator is not None)
-    run.show(_Page(title, columns, (*remarks, *about), command_line("models", arguments)), rows)
+    run.show(Page(title, columns, (*remarks, *about), command_line("models", arguments)), rows)
     run.budget.finish()
     return 0
 
 
+def _bench_pieces(
+    values: dict[str, Any],
+    files: dict[str, Path],
+    accelerator: Accelerator | None,
+    networks: dict[str, Any],
+    batches: list[int],
+    command: str,
+) -> int:
+    from widekernel.bench import pieces
+    from widekernel.bench.precision import FLOAT32
+
+    require(accelerator is None, "pieces", True, "left out with --device cuda: pieces are observed on the CPU")
+    for key, neutral in (("rivals", None), ("compile", False), ("rounds", None)):
+        require(values[key] == neutral, key, values[key], "left out with --pieces, which observes accelerated networks only")
+    run = Run(values, files, None, len(networks))
+
+    def measure(platform: Platform, budget: TimeBudget, advance: Callable[[str, int], None]) -> Iterator:
+        settings = values["size"], platform.peak(FLOAT32), values["seconds"]
+        return pieces.measure_pieces(networks, batches, *settings, advance)
+
+    rows = run.measure(measure, lambda: None)
+    run.show(Page("Pieces of networks", pieces.columns(rows), pieces.NOTES, command), rows)
+    return 0
+
+
 def _bench_pointwise(arguments: list[str]) -> int:
-    values = parse(_pointwise_parser(), arguments) | {"device": "cpu", "minutes": None, "dtypes": None}
+    values = parse(_pointwise_parser(), arguments) | {"device": "cpu", "minutes": None}
     files, _ = _check_common(values, "pointwise")
     from widekernel.bench import engines, products
     from widekernel.bench.precision import FLOAT32
 
     known = [case.family.lower() for case in products.PRODUCT_CASES]
     families = parse_names("families", values["families"], tuple(dict.fromkeys(known)))
+    (precision,) = values["dtypes"] or [FLOAT32]
     cases = [case for case, family in zip(products.PRODUCT_CASES, known) if family in families]
-    remarks = [line for line in engines.absences() if line.startswith("onnxruntime")]
+    remarks = [line for line in engines.absences() if line.startswith("onnxruntime") and precision is FLOAT32]
     for remark in remarks:
         progress_console().print(remark, soft_wrap=True)
-    run = _Run(values, files, None, len(cases))
+    run = Run(values, files, None, len(cases))
 
     def measure(platform: Platform, budget: TimeBudget, advance: Callable[[str, int], None]) -> Iterator:
-        return products.measure_products(cases, platform.peak(FLOAT32), values["seconds"], values["rounds"], advance)
+        timing = values["seconds"], values["rounds"]
+        return products.measure_products(cases, platform.peak(precision), *timing, advance, precision)
 
     rows = run.measure(measure, lambda: None)
-    page = _Page("Pointwise products", products.COLUMNS, (*remarks, *products.NOTES), command_line("pointwise", arguments))
+    title = "Pointwise products" + ("" if precision is FLOAT32 else f" in {precision.name}")
+    page = Page(title, products.COLUMNS, (*remarks, *products.NOTES), command_line("pointwise", arguments))
     run.show(page, rows)
     return 0
 
@@ -227,17 +253,20 @@ def _models_parser() -> jsonargparse.ArgumentParser:
     parser = new_parser("bench models", _MODELS, "[NAMES ...]")
     names = "models (`widekernel models --all` lists them); default on CUDA: RepLKNet-31B, SLaK-T, SW-T and ConvNeXt-T"
     parser.add_argument("names", type=str, nargs="*", help=names)
-    parser.add_argument("--batch", type=str | None, default=None, help="images in a call; default 4, on CUDA 64,128")
+    parser.add_argument(
+        "--batch", type=str | None, default=None, help="images in a call, such as 1,8; default 4, on CUDA 64,128"
+    )
     dtypes = (
-        f"{_DTYPES}, on CUDA the 16-bit ones by autocast; default: bfloat16 on CUDA, float32 on the CPU. bfloat16 on the CPU: "
-        "inference with products in bfloat16 beside float32"
+        f"{_DTYPES}, on CUDA 16 bits by autocast, on the CPU bfloat16 for inference; default: bfloat16, float32 on the CPU"
     )
     parser.add_argument("--dtypes", type=str | None, default=None, help=dtypes)
     parser.add_argument("--size", type=int | None, default=None, help="pixels; default: the model's own")
     parser.add_argument("--modes", type=str, default="train,infer", help="which of train,infer to time")
     parser.add_argument("--compile", action="store_true", help="also time every variant compiled by torch.compile")
-    rivals = "also time inference in other engines: all (those that are installed), or names such as onnxruntime,openvino"
+    rivals = "also time inference in other programs: all, or some of onnxruntime,openvino,torch.compile,zentorch"
     parser.add_argument("--rivals", type=str | None, default=None, help=rivals)
+    pieces = "instead, show where the time of accelerated networks goes: stem, depthwise layers, products, …"
+    parser.add_argument("--pieces", action="store_true", help=pieces)
     _add_common(parser, "models")
     return parser
 
@@ -246,6 +275,7 @@ def _pointwise_parser() -> jsonargparse.ArgumentParser:
     parser = new_parser("bench pointwise", _POINTWISE)
     families = "whose products to time: some of convnext,slak,replknet"
     parser.add_argument("--families", type=str, default="convnext,slak,replknet", help=families)
+    parser.add_argument("--dtypes", type=str | None, default=None, help="float32 (default) or bfloat16")
     _add_measuring(parser, "pointwise")
     return parser
 
@@ -299,17 +329,22 @@ def _check_common(values: dict[str, Any], kind: str) -> tuple[dict[str, Path], A
 
 
 def _rivals(text: str | None, accelerator: Accelerator | None) -> tuple[list[str], list[str]]:
-    """Return the engines to time, and a remark on each one that is wanted but not installed."""
-    from widekernel.bench.rivals import RIVALS, missing
+    """Return the programs to time, and a remark on each one of `all` that cannot run.
+
+    Raises:
+        ConfigError: if one is named that cannot run.
+    """
+    from widekernel.bench import rivals
 
     if text is None:
         return [], []
-    require(accelerator is None, "rivals", text, "left out with --device cuda: engines are timed on the CPU")
-    known = {rival.lower(): rival for rival in RIVALS}
+    require(accelerator is None, "rivals", text, "left out with --device cuda: other programs are timed on the CPU")
+    known = {rival.lower(): rival for rival in rivals.RIVALS}
     wanted = list(known.values()) if text == "all" else [known[name] for name in parse_names("rivals", text, tuple(known))]
-    lacking = {rival: missing(rival) for rival in wanted}
-    remarks = [f"{rival} is left out: not installed ({', '.join(what)})" for rival, what in lacking.items() if what]
-    return [rival for rival in wanted if not lacking[rival]], remarks
+    reasons = {rival: rivals.reason_against(rival) for rival in wanted}
+    remarks = [f"{rival} is left out: {why}" for rival, why in reasons.items() if why]
+    require(text == "all" or not remarks, "rivals", text, f"those that can run ({'; '.join(remarks)})")
+    return [rival for rival in wanted if not reasons[rival]], remarks
 
 
 def _numbers(option: str, text: str | None) -> list[int]:
@@ -333,66 +368,3 @@ def _require_backend(name: str | None) -> None:
     if name is not None and name not in ops.backends():
         known = ops.backends()
         raise ConfigError(f"backend is {name!r}, which does not exist.{nearest(name, known)} Backends: {', '.join(known)}.")
-
-
-class _Page(NamedTuple):
-    """The parts of a page around the rows: title, columns, notes on how to read them, and the command."""
-
-    title: str
-    columns: Sequence[Column]
-    notes: Sequence[str]
-    command: str
-
-
-class _Run:
-    """A run on a CPU or a device, from the first check to the printed table.
-
-    Args:
-        values: the options.
-        files: files to write, by option.
-        accelerator: the device; None for the CPU.
-        steps: number of steps of the progress bar.
-    """
-
-    def __init__(self, values: dict[str, Any], files: dict[str, Path], accelerator: Accelerator | None, steps: int) -> None:
-        from widekernel.bench import TimeBudget
-
-        self._values, self._files, self._accelerator, self._steps = values, files, accelerator, steps
-        self.budget: TimeBudget = TimeBudget() if accelerator is None else TimeBudget(values["minutes"])
-        self.platform: Platform
-
-    def measure(self, measure: Callable[..., Iterator], check: Callable[[], None]) -> list:
-        """Measure the platform, then collect the rows of `measure`; each row is written to the CSV file before the next one.
-
-        On the CPU, `check` is called first.
-        """
-        from widekernel.bench import tables, using_threads
-
-        current = nullcontext() if self._accelerator is None else self._accelerator.current()
-        with using_threads(self._values["threads"]), current, progress(self._steps) as advance:
-            self.platform = self._measured_platform(advance, check)
-            measured = measure(self.platform, self.budget, advance)
-            return list(tables.write_each(measured, self._files.get("csv")))
-
-    def show(self, page: _Page, rows: Sequence[Any]) -> None:
-        """Print the table, the facts about the machine and the notes of the run; write the page if a file is given."""
-        from widekernel.bench import tables
-
-        remarks, console = self.budget.lines(), table_console()
-        console.print(rich_table(page.title, page.columns, rows, self.platform.facts))
-        for remark in remarks:
-            console.print(remark, soft_wrap=True)
-        if "markdown" in self._files:
-            content = tables.markdown(rows, page.columns)
-            text = tables.document(page.title, self.platform.facts, content, (*remarks, *page.notes), page.command)
-            tables.write(text.encode(), self._files["markdown"])
-
-    def _measured_platform(self, advance: Callable[[str, int], None], check: Callable[[], None]) -> Platform:
-        from widekernel.bench import cpu_platform, cuda_platform, gpu, measure_machine
-
-        if self._accelerator is not None:
-            advance("measuring the device", 0)
-            return cuda_platform(self._accelerator, gpu.measure_gpu(self._accelerator))
-        advance("checking the operator", 0)
-        check()
-        return cpu_platform(measure_machine())

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _FILES = {"csv": ".csv", "markdown": ".md", "plot": ".png"}
 _TEXT_COLUMNS = {"case", "N×C×H×W, kernel", "pass", "layout", "backend", "algorithm", "model", "mode", "variant"}
-_TEXT_COLUMNS |= {"N×C×H×W, kernels", "dtype", "floor is", "remark", "class", "runs on"}
+_TEXT_COLUMNS |= {"N×C×H×W, kernels", "dtype", "floor is", "remark", "class", "runs on", "piece", "largest parts, ms"}
 
 
 def files_of(values: dict[str, Any]) -> dict[str, Path]:

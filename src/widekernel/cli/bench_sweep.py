@@ -65,7 +65,7 @@ def make_parser() -> jsonargparse.ArgumentParser:
     )
     parser.add_argument("--seconds", type=float, default=0.05, help="approximate time for each call compared in a cell")
     longest = "seconds: if a call of PyTorch takes longer, its time is estimated from fewer images"
-    parser.add_argument("--longest", type=float, default=1.0, help=longest)
+    parser.add_argument("--longest", type=float, default=0.3, help=longest)
     markdown = "file for the tables, the machine and notes on how to read them"
     parser.add_argument("--markdown", type=str | None, default=None, help=markdown)
     parser.add_argument("--plot", type=str | None, default=None, help="PNG file: speed-ups by kernel and map")
@@ -74,14 +74,14 @@ def make_parser() -> jsonargparse.ArgumentParser:
 
 def _measure(values: dict[str, Any], path: Path, cases: list[Case]) -> tuple[Record, bool]:
     """Add to the record for the given time; return it, and whether the user interrupted."""
-    from widekernel.bench import PASSES, TimeBudget, cpu_platform, measure_machine, using_threads
+    from widekernel.bench import PASSES, TimeBudget, cpu_platform, keeping_memory, measure_machine, using_threads
     from widekernel.bench.precision import PRECISIONS
     from widekernel.bench.sweep import Record, SweepPlan, conditions_of, measure_sweep
 
     settings = {key: values[key] for key in ("seed", "seconds", "longest")}
     budget = TimeBudget(values["minutes"])
     plan = SweepPlan(cases, PRECISIONS[values["dtype"]], **settings)
-    with using_threads(values["threads"]), progress(len(PASSES) * len(cases)) as advance:
+    with keeping_memory(), using_threads(values["threads"]), progress(len(PASSES) * len(cases)) as advance:
         advance("measuring the machine", 0)
         machine = measure_machine()
         conditions = conditions_of(machine, dtype=values["dtype"], **settings)

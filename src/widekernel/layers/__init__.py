@@ -6,7 +6,7 @@ from widekernel.layers.folding import Foldable, Folded
 from widekernel.layers.hidden_units import Compactable, HiddenUnits
 from widekernel.layers.large_kernel import FoldedLargeKernel, LargeKernel
 from widekernel.layers.partial import FoldedPartialChannels, PartialChannels
-from widekernel.layers.pointwise import PointwiseConv2d, PointwiseLinear
+from widekernel.layers.pointwise import PointwiseConv2d, PointwiseGradConv2d, PointwiseLinear
 from widekernel.layers.rect import Rect, maximal_rectangles
 from widekernel.layers.shift_tiles import ShiftTiles
 from widekernel.layers.sources import KernelSource, Rectangles, RectSource, SourceGroup
@@ -26,6 +26,7 @@ __all__ = [
     "LargeKernel",
     "PartialChannels",
     "PointwiseConv2d",
+    "PointwiseGradConv2d",
     "PointwiseLinear",
     "Rect",
     "RectSource",

@@ -11,15 +11,15 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-# Attributes of an instance that replace the computation of its class.
-_REPLACEABLE = ("forward", "_conv_forward", "__call__", "_call_impl")
+REPLACEABLE_METHODS = ("forward", "_conv_forward", "__call__", "_call_impl")
+"""Attributes of an instance that replace the computation of its class."""
 # Hooks that compute weights before every call; `make_permanent` replaces them by the weights that they compute.
 _COMPUTING_WEIGHTS = (prune.BasePruningMethod, SpectralNorm, WeightNorm)
 
 
 def replaced_method(module: nn.Module) -> str:
     """Return the name of the method that has been replaced on this instance; "" if none has."""
-    return next((name for name in _REPLACEABLE if name in vars(module)), "")
+    return next((name for name in REPLACEABLE_METHODS if name in vars(module)), "")
 
 
 def alteration(module: nn.Module, name: str = "") -> str:

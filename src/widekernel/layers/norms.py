@@ -1,4 +1,4 @@
-"""Batch normalization as an affine map, which it is in evaluation."""
+"""Batch normalization: as an affine map, which it is in evaluation, and by our kernels in training."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from widekernel.layers.alterations import alteration
+from widekernel.ops.batch_norm import batch_norm, reasons_against_batch_norm
+from widekernel.ops.eager import are_ordinary
 
 # Only these, and subclasses with the same forward: other subclasses may add an activation, which is not an affine map.
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -52,6 +54,47 @@ def affine_of(norm: nn.Module, channels: int) -> tuple[Tensor, Tensor]:
     if batch_norm.bias is not None:
         shift = shift + batch_norm.bias.double()
     return scale.detach(), shift.detach()
+
+
+def normalized(norm: nn.Module, x: Tensor) -> Tensor:
+    """Return norm(x). In training, our kernels compute a plain `nn.BatchNorm2d` where they can; it updates its statistics.
+
+    Args:
+        norm: any module.
+        x: (N, C, H, W).
+    """
+    if reasons_against_native(norm, x):
+        return norm(x)  # type: ignore[no-any-return]
+    batch_norm_2d: Any = norm
+    result = batch_norm(x, batch_norm_2d.weight, batch_norm_2d.bias, batch_norm_2d.eps)
+    if batch_norm_2d.running_mean is not None:
+        with torch.no_grad():
+            count = x.numel() // x.shape[1]
+            momentum = batch_norm_2d.momentum
+            batch_norm_2d.num_batches_tracked.add_(1)
+            batch_norm_2d.running_mean.lerp_(result.mean, momentum)
+            batch_norm_2d.running_var.mul_(1 - momentum).add_(result.variance, alpha=momentum * count / (count - 1))
+    return result.y
+
+
+def reasons_against_native(norm: nn.Module, x: Tensor) -> list[str]:
+    """List why our kernels do not compute norm(x); empty if they do, which only happens in training."""
+    if torch.compiler.is_compiling() or not are_ordinary(x):
+        return ["something compiles or traces the call"]
+    if type(norm) is not nn.BatchNorm2d:
+        return [f"{type(norm).__name__} is not a plain nn.BatchNorm2d"]
+    if not (norm.training and torch.is_grad_enabled()):
+        return ["no gradients are wanted of statistics of this batch"]
+    if text := alteration(norm):
+        return [text]
+    if norm._forward_pre_hooks or torch.nn.modules.module._has_any_global_hook():
+        return ["it has hooks, or there are hooks for all modules"]
+    values = [norm.weight, norm.bias, norm.running_mean, norm.running_var]
+    if any(value is not None and not (are_ordinary(value) and value.dtype is torch.float32) for value in values):
+        return ["its parameters or statistics are not plain float32 tensors"]
+    if norm.momentum is None or x.shape[1:2] != (norm.num_features,):
+        return ["it has a cumulative average, or another number of channels"]
+    return reasons_against_batch_norm(x)
 
 
 def _is_plain(norm: nn.Module) -> bool:

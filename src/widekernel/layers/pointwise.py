@@ -1,5 +1,7 @@
 """Alternative implementations of pointwise layers: linear layers as 1x1 convolutions, 1x1 convolutions as matrix products.
 
+In training, our kernels compute the weight gradients of convolutions.
+
 On a CPU, different libraries compute the two, and either can be faster, depending on the processor, the number of threads,
 the size and the memory layout. `accelerate` measures which one is. The layers here have the constructors and state dicts of
 PyTorch's layers; only the computation of the result differs. On other devices there is no gain, and they behave like their
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from widekernel.ops.jit_trace import is_tracing
+from widekernel.ops.pointwise_grad import pointwise_conv
 
 
 class PointwiseLinear(nn.Linear):
@@ -32,7 +35,7 @@ class PointwiseLinear(nn.Linear):
             return super().forward(x)
         # (1, C, rows, 1), stored as NHWC: a view of `x`, unless its rows are not consecutive in memory.
         rows = x.reshape(1, -1, 1, self.in_features).permute(0, 3, 1, 2)
-        y = F.conv2d(rows, self.weight[:, :, None, None], self.bias)
+        y = pointwise_conv(rows, self.weight[:, :, None, None], self.bias)
         return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], self.out_features)
 
 
@@ -70,6 +73,31 @@ class PointwiseConv2d(nn.Conv2d):
         else:
             y = _product_per_image(batched.flatten(2), matrix, self.bias).unflatten(2, batched.shape[2:])
         return y if x.dim() == 4 else y.squeeze(0)
+
+
+class PointwiseGradConv2d(nn.Conv2d):
+    """`nn.Conv2d` whose 1x1 convolutions have their weight gradient computed by our kernels, in float32 on a CPU.
+
+    Everything else is computed as in `nn.Conv2d`; see `ops.pointwise_grad`.
+    """
+
+    def reasons_against(self) -> list[str]:
+        """List what prevents our kernels from computing the weight gradient of this layer; empty if nothing does."""
+        return reasons_against_pointwise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) or (C, H, W) -> the same as `nn.Conv2d`."""
+        if torch.jit.is_scripting():
+            return self._conv_forward(x, self.weight, self.bias)
+        else:  # noqa: RET505 - TorchScript leaves out the other branch, and only that
+            return self._computed(x)
+
+    @torch.jit.unused
+    def _computed(self, x: Tensor) -> Tensor:
+        # Looked up at every call, because code that adapts networks changes strides and paddings of existing layers.
+        if is_tracing() or x.dim() != 4 or self.reasons_against():
+            return super().forward(x)
+        return pointwise_conv(x, self.weight, self.bias)
 
 
 def reasons_against_pointwise(conv: nn.Conv2d) -> list[str]:

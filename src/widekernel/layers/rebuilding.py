@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from widekernel.layers.conv import DepthwiseConv2d
-from widekernel.layers.pointwise import PointwiseConv2d, PointwiseLinear
+from widekernel.layers.pointwise import PointwiseConv2d, PointwiseGradConv2d, PointwiseLinear
 
 # The kinds of layers whose output depends only on their weight and bias, the most specialized last.
-_PLAIN = (nn.Conv2d, nn.Linear, DepthwiseConv2d, PointwiseConv2d, PointwiseLinear)
+_PLAIN = (nn.Conv2d, nn.Linear, DepthwiseConv2d, PointwiseConv2d, PointwiseGradConv2d, PointwiseLinear)
 
 
 def is_plain(layer: nn.Module) -> bool:

@@ -24,7 +24,8 @@ from widekernel.models.options import ModelOptions, linear_drop_path_rates
 from widekernel.models.validation import require_drop_rates
 
 _LARGE_KERNELS = (layers.DepthwiseConv2d, layers.FoldedLargeKernel, layers.FoldedPartialChannels, layers.LargeKernel)
-for _leaf in (*_LARGE_KERNELS, layers.PartialChannels, layers.PointwiseConv2d, layers.PointwiseLinear):
+_POINTWISE = (layers.PointwiseConv2d, layers.PointwiseGradConv2d, layers.PointwiseLinear)
+for _leaf in (*_LARGE_KERNELS, layers.PartialChannels, *_POINTWISE):
     register_notrace_module(_leaf)  # torch.fx keeps these whole when timm extracts features with it
 
 

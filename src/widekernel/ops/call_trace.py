@@ -18,8 +18,12 @@ class FusedCall:
         shape: shape of its input.
         activation: name of the activation, "none" for none.
         norm: whether it normalized its input.
-        pair: whether it computed two pointwise layers instead of one.
+        pair: whether it computed two layers instead of one.
         residual: whether it added a residual.
+        patches: whether the first of the layers was a convolution over patches.
+        norm_after: whether it normalized the results of the first layer.
+        gate: whether squeeze-excite came first, in a native call of its own.
+        response: whether a response norm preceded the second layer.
         precision: type of the factors of its products.
     """
 
@@ -28,7 +32,26 @@ class FusedCall:
     norm: bool
     pair: bool
     residual: bool
+    patches: bool = False
+    norm_after: bool = False
+    gate: bool = False
+    response: bool = False
     precision: str = "float32"
+
+
+@dataclass(frozen=True)
+class PointwiseGradCall:
+    """A call that computed the gradients of a pointwise layer's weight and bias.
+
+    Attributes:
+        backend: "native" for our kernels, "portable" for PyTorch's.
+        shape: shape of the layer's input.
+        outputs: number of its output channels.
+    """
+
+    backend: str
+    shape: tuple[int, ...]
+    outputs: int
 
 
 @dataclass
@@ -38,10 +61,14 @@ class Trace:
     Attributes:
         calls: the operator calls, each with the name of its backend.
         fused: the native calls of fused blocks.
+        pointwise_grads: the calls for gradients of pointwise layers.
+        batch_norms: the shapes of the maps that our kernels normalized in training.
     """
 
     calls: list[tuple[str, Problem]] = field(default_factory=list)
     fused: list[FusedCall] = field(default_factory=list)
+    pointwise_grads: list[PointwiseGradCall] = field(default_factory=list)
+    batch_norms: list[tuple[int, ...]] = field(default_factory=list)
 
     def backends(self, op: str | None = None) -> list[str]:
         """Return the name of the backend of every recorded call, or of the calls of one operator."""
@@ -78,3 +105,17 @@ def record_fused(call: FusedCall) -> None:
     with _LOCK:
         for open_trace in OPEN_TRACES:
             open_trace.fused.append(call)
+
+
+def record_pointwise_grad(call: PointwiseGradCall) -> None:
+    """Add a call for gradients of a pointwise layer to every open trace."""
+    with _LOCK:
+        for open_trace in OPEN_TRACES:
+            open_trace.pointwise_grads.append(call)
+
+
+def record_batch_norm(shape: tuple[int, ...]) -> None:
+    """Add a batch norm in training to every open trace."""
+    with _LOCK:
+        for open_trace in OPEN_TRACES:
+            open_trace.batch_norms.append(shape)

@@ -11,6 +11,7 @@ from torch._decomp import register_decomposition
 
 from widekernel.ops import plain
 from widekernel.ops.operators import split_kernels
+from widekernel.ops.pointwise_grad import plain_pointwise_weight_grad
 from widekernel.ops.registration import unflatten_anchors
 
 _OPS = torch.ops.widekernel
@@ -29,6 +30,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         _OPS.depthwise_branches.default: _branches,
         _OPS.depthwise_sum_of_branches.default: _sum_of_branches,
         _OPS.depthwise_weight_grad.default: _weight_grad,
+        _OPS.pointwise_weight_grad.default: plain_pointwise_weight_grad,
     }
 
 

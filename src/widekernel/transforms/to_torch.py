@@ -15,6 +15,7 @@ from widekernel.layers import (
     FoldedLargeKernel,
     LargeKernel,
     PointwiseConv2d,
+    PointwiseGradConv2d,
     PointwiseLinear,
     Rect,
     SourceGroup,
@@ -99,12 +100,13 @@ class TorchFoldedLargeKernel(FoldedLargeKernel):
             return y.relu() if relu else y
 
 
-# The last three compute the same as their base class, in another way.
+# The last four compute the same as their base class, in another way.
 _TORCH_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     LargeKernel: TorchLargeKernel,
     FoldedLargeKernel: TorchFoldedLargeKernel,
     DepthwiseConv2d: nn.Conv2d,
     PointwiseConv2d: nn.Conv2d,
+    PointwiseGradConv2d: nn.Conv2d,
     PointwiseLinear: nn.Linear,
 }
 _DONE = (TorchLargeKernel, TorchFoldedLargeKernel)

@@ -22,6 +22,7 @@ from widekernel import ops
 from widekernel.errors import ArgumentError, WidekernelError
 from widekernel.ops.cpu import library
 from widekernel.ops.cpu.library import Library
+from widekernel.ops.cpu.openmp import openmp_runtime
 
 # A library with every function and nothing behind them; VERSION and the instruction sets are up to the test.
 HOLLOW = """
@@ -36,6 +37,7 @@ int32_t wk_use_isa(const char *name) {
     return WK_BAD_ARGUMENT;
 }
 int32_t wk_lanes(void) { return strcmp(isa, "avx2") ? 4 : 8; }
+int32_t wk_is_amd(void) { return 0; }
 int32_t wk_bind_openmp(const char *) { return 0; }
 int32_t wk_depthwise_sum(const wk_sum *) { return WK_BAD_ARGUMENT; }
 int32_t wk_depthwise_weight_grad(const wk_weight_grad *) { return WK_OUT_OF_MEMORY; }
@@ -48,12 +50,18 @@ void wk_weight_grad_workspace(const wk_weight_grad *, int64_t *, int64_t *) {}
 int32_t wk_pointwise_pack(const wk_pointwise_weights *, wk_pointwise **) { return WK_BAD_ARGUMENT; }
 void wk_pointwise_free(wk_pointwise *) {}
 int32_t wk_pointwise_run(const wk_pointwise *, const wk_pointwise_call *) { return WK_BAD_ARGUMENT; }
-int32_t wk_pointwise_run_at(const wk_pointwise *, const wk_pointwise_call *, const void *, const void *, void *) {
-    return WK_BAD_ARGUMENT;
-}
+int32_t wk_pointwise_run_at(const wk_pointwise *, const wk_pointwise_call *, const void *, const float *, const void *,
+                            void *) { return WK_BAD_ARGUMENT; }
+int32_t wk_gate_run(const wk_gate *) { return WK_BAD_ARGUMENT; }
+int32_t wk_gate_run_at(const wk_gate *, const void *, float *) { return WK_BAD_ARGUMENT; }
+int32_t wk_samples_equal(const wk_samples *, int32_t, const float *) { return 0; }
+int32_t wk_pointwise_weight_grad(const wk_pointwise_grad *) { return WK_BAD_ARGUMENT; }
+int32_t wk_batch_norm_run(const wk_batch_norm *) { return WK_BAD_ARGUMENT; }
 void wk_pointwise_workspace(const wk_pointwise *, int32_t, int64_t *, int64_t *) {}
 const char *wk_error_text(int32_t error) { return error == WK_OUT_OF_MEMORY ? "no memory" : "wrong sizes"; }
 double wk_fma_peak(int32_t, double) { return 0; }
+const char *wk_why_no_products(int32_t type) { return type == WK_FLOAT32 ? nullptr : "it is hollow"; }
+double wk_product_peak(int32_t, int32_t, double) { return 0; }
 """
 
 
@@ -100,7 +108,7 @@ def test_the_installed_library(native: Path) -> None:
     assert loaded.isas[-1] == "portable"
     assert set(loaded.isas) <= set(library.ISAS)
     assert loaded.lanes == loaded.calls.wk_lanes() in (4, 8, 16)
-    assert loaded.threads_available == (library.openmp_runtime() is not None)
+    assert loaded.threads_available == (openmp_runtime() is not None)
 
 
 def test_every_instruction_set_can_be_forced(native: Path) -> None:
@@ -275,9 +283,9 @@ def test_a_new_process(native: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="LD_PRELOAD")
 def test_a_preloaded_runtime_is_the_one_that_is_used(native: Path, tmp_path: Path) -> None:
     """Some vendors recommend preloading a runtime. PyTorch's operators then run on it, and so must ours."""
-    if library.openmp_runtime() is None:
+    if openmp_runtime() is None:
         pytest.skip("PyTorch has no OpenMP runtime")
-    other = shutil.copy(library.openmp_runtime(), tmp_path / "libother_omp.so")
+    other = shutil.copy(openmp_runtime(), tmp_path / "libother_omp.so")
     environment = {**os.environ, "LD_PRELOAD": str(other), "WIDEKERNEL_LIBRARY": str(native)}
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, env=environment)
     assert json.loads(done.stdout.splitlines()[-1])[-1] == str(other)
@@ -292,6 +300,11 @@ def c_structures() -> dict[str, type[ctypes.Structure]]:
         "wk_weight_grad": library.WeightGrad,
         "wk_pointwise_weights": library.PointwiseWeights,
         "wk_pointwise_call": library.PointwiseCall,
+        "wk_gate": library.Gate,
+        "wk_patch": library.PatchGeometry,
+        "wk_samples": library.Samples,
+        "wk_pointwise_grad": library.PointwiseGrad,
+        "wk_batch_norm": library.BatchNorm,
     }
 
 
@@ -314,7 +327,7 @@ def test_structures_are_laid_out_as_in_c(tmp_path: Path) -> None:
 def test_constants_and_functions_are_those_of_the_header() -> None:
     header = (NATIVE / "include" / "widekernel.h").read_text()
     constants = {name: int(value) for name, value in re.findall(r"\bWK_(\w+) = (\d+)", header)}
-    assert len(constants) == 13
+    assert len(constants) == 14
     assert constants == {name: getattr(library, name) for name in constants}
     defined = dict(re.findall(r"#define WK_(\w+) (\d+)", header))
     assert defined == {name: str(getattr(library, name)) for name in ("ABI", "MOST_PASSES", "MOST_RECTS")}
@@ -325,7 +338,7 @@ def test_constants_and_functions_are_those_of_the_header() -> None:
 
 
 def test_the_runtime_is_loaded_already() -> None:
-    runtime = library.openmp_runtime()
+    runtime = openmp_runtime()
     if not torch.backends.openmp.is_available():
         pytest.skip("this PyTorch was built without OpenMP")
     assert runtime is not None

@@ -278,7 +278,7 @@ def test_what_is_refused() -> None:
 
 
 def test_small_kernels_on_channels_last_images_are_left_to_pytorch() -> None:
-    x, kernel = torch.randn(2, 64, 56, 56).contiguous(memory_format=torch.channels_last), torch.randn(64, 1, 3, 3)
+    x, kernel = torch.randn(6, 64, 56, 56).contiguous(memory_format=torch.channels_last), torch.randn(64, 1, 3, 3)
     explanation = ops.explain(x, [kernel])[0]
     assert explanation.backend == "portable"
     assert "PyTorch's convolution is faster" in explanation.reasons["native"][0]

@@ -99,8 +99,14 @@ def test_small_calls_wake_no_thread() -> None:
 
 
 def test_problems_that_pytorch_computes_faster() -> None:
-    assert reason_for_pytorch(of([(3, 3)], channels_last=True))
-    assert reason_for_pytorch(of([(7, 7)], (8, 1024, 14, 14), channels_last=True))
+    for problem in (of([(3, 3)], channels_last=True), of([(7, 7)], (8, 1024, 14, 14), channels_last=True)):
+        assert reason_for_pytorch(problem, is_amd=False) and reason_for_pytorch(problem, is_amd=True)
+    for problem in (
+        of([(3, 3)], (1, 64, 56, 56), channels_last=True),
+        of([(5, 5)], (2, 128, 56, 56), channels_last=True),
+        of([(7, 7)], (8, 512, 14, 14), channels_last=True),
+    ):
+        assert reason_for_pytorch(problem, is_amd=False) and reason_for_pytorch(problem, is_amd=True) is None
     for problem in [
         of([(3, 3)]),
         of([(7, 7)], channels_last=True),
@@ -108,7 +114,7 @@ def test_problems_that_pytorch_computes_faster() -> None:
         of([(3, 3)], op="depthwise_weight_grad", channels_last=True),
         of([(3, 3), (5, 1)], channels_last=True),
     ]:
-        assert reason_for_pytorch(problem) is None
+        assert reason_for_pytorch(problem, is_amd=False) is None
 
 
 @settings(max_examples=200, deadline=None)

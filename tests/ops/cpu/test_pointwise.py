@@ -304,6 +304,8 @@ def test_what_is_refused() -> None:
     weights, x = torch.randn(6, 4), torch.randn(1, 4, 3, 3)
     with pytest.raises(ArgumentError, match=r"activation is 'gelus'.* Did you mean 'gelu'\?"):
         PackedBlock(weights, activation="gelus")
+    with pytest.raises(ArgumentError, match=r"precision is 'bfloat'.* Did you mean 'bfloat16'\?"):
+        PackedBlock(weights, precision="bfloat")
     for shape in [(6,), (6, 4, 1, 1), (0, 4), (6, 0)]:
         with pytest.raises(ArgumentError, match="first has the shape"):
             PackedBlock(torch.randn(shape))
@@ -345,7 +347,7 @@ def test_a_lazy_negation_is_resolved() -> None:
 def test_what_the_c_interface_refuses() -> None:
     calls = library.load().calls
     matrix = torch.randn(4, 4)
-    good = (4, 4, 4, library.GELU, 1, 1e-6, matrix.data_ptr(), None, matrix.data_ptr(), None)
+    good = (library.FLOAT32, 4, 4, 4, library.GELU, 1, 1e-6, matrix.data_ptr(), None, matrix.data_ptr(), None)
     packed = library.Address()
 
     def pack(**changes: object) -> int:
@@ -355,9 +357,11 @@ def test_what_the_c_interface_refuses() -> None:
         return calls.wk_pointwise_pack(ctypes.byref(weights), ctypes.byref(packed))
 
     bad: list[dict[str, object]] = [{"inputs": 0}, {"hidden": -1}, {"outputs": -1}, {"activation": 4}, {"activation": -1}]
+    bad += [{"type": -1}, {"type": 3}]
     for changes in [*bad, {"eps": -1.0}, {"eps": float("nan")}, {"first": None}, {"second": None}]:
         assert pack(**changes) == library.BAD_ARGUMENT
         assert packed.value is None
+    assert pack(type=library.FLOAT16) == library.UNAVAILABLE
     assert pack() == library.OK
     x, y = torch.randn(2, 4), torch.empty(2, 4)
     rows = ((x.data_ptr(), 0, 1, 0, 4), (None, 0, 0, 0, 0), (y.data_ptr(), 0, 1, 0, 4))
@@ -366,7 +370,7 @@ def test_what_the_c_interface_refuses() -> None:
         assert calls.wk_pointwise_run(packed, ctypes.byref(call)) == library.BAD_ARGUMENT
     call = library.PointwiseCall(1, 1, 1, 2, *rows)
     assert calls.wk_pointwise_run(None, ctypes.byref(call)) == library.BAD_ARGUMENT
-    assert calls.wk_pointwise_run_at(packed, ctypes.byref(call), None, None, y.data_ptr()) == library.BAD_ARGUMENT
+    assert calls.wk_pointwise_run_at(packed, ctypes.byref(call), None, None, None, y.data_ptr()) == library.BAD_ARGUMENT
     assert calls.wk_pointwise_run(packed, ctypes.byref(call)) == library.OK
     calls.wk_pointwise_free(packed)
     calls.wk_pointwise_free(None)

@@ -17,6 +17,7 @@ import torch
 
 from tests.ops.cpu.compiling import NATIVE, compiled
 from widekernel.ops.cpu import library
+from widekernel.ops.cpu.openmp import openmp_runtime
 
 # Tasks that write down which thread ran them, and as how many-th. Those that are to meet wait until that number of threads
 # have begun one, however slowly a busy machine starts them.
@@ -78,7 +79,7 @@ class Probe:
             ctypes.c_int32,
         ]
         self.calls.probe.restype = None
-        self.bound = bool(self.calls.wk_bind_openmp(os.fsencode(library.openmp_runtime() or ""))) if bound else False
+        self.bound = bool(self.calls.wk_bind_openmp(os.fsencode(openmp_runtime() or ""))) if bound else False
 
     def run(self, threads: int, tasks: int, meeting: int = 0, inner: int = 0) -> np.ndarray:
         """Return each task's thread and number, (tasks, 2); no task ends before `meeting` threads have begun one."""
@@ -94,7 +95,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def probe(built: Path) -> Probe:
-    if library.openmp_runtime() is None:
+    if openmp_runtime() is None:
         pytest.skip("PyTorch has no OpenMP runtime to share")
     return Probe(built)
 

@@ -11,7 +11,7 @@ import numpy as np
 from widekernel.bench.cases import PASSES, Case
 from widekernel.bench.rows import SweepRow
 from widekernel.bench.sweep.grid import case_of
-from widekernel.bench.sweep.summary import counted_best, geometric_mean
+from widekernel.bench.sweep.summary import geometric_mean
 from widekernel.bench.tables import factor
 from widekernel.figures import new_figure, to_png
 
@@ -89,7 +89,7 @@ def _write_mean(axes: Axes, line: int, column: int, speed_ups: Sequence[float]) 
 def _speed_ups(rows: Sequence[SweepRow], direction: str, kernel: Kernel, extent: Kernel) -> list[float]:
     wanted = (direction, *kernel, *extent)
     return [
-        counted_best(row)
+        row.times_best
         for row in rows
         if (row.direction, row.kernel_height, row.kernel_width, row.height, row.width) == wanted
     ]

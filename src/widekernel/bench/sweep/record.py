@@ -43,6 +43,7 @@ def conditions_of(machine: Machine, **settings: Any) -> dict[str, Any]:
         "library digest": "none" if loaded.path is None else sha256_of(loaded.path)[:_SHOWN],
         "operator digest": _digest_of(Path(widekernel.ops.__file__).parent),
         "OMP_WAIT_POLICY": machine.waiting,
+        "freed memory": machine.freed,
         **settings,
     }
 

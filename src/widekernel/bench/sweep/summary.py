@@ -18,6 +18,7 @@ BEHIND = 0.95
 """Speed-up over PyTorch's best below which a cell is listed."""
 FEWEST_LISTED = 20
 """Number of slowest cells that are listed even if they are not behind."""
+_CENTRAL = 0.9  # share of the units in the interval that is reported
 
 
 class Group(NamedTuple):
@@ -31,18 +32,8 @@ class Group(NamedTuple):
 
 
 def is_given(row: SweepRow) -> bool:
-    """Return whether our operator leaves the call to PyTorch, so that the cell counts as equal."""
+    """Return whether our operator leaves the call to PyTorch."""
     return row.backend == PYTORCH_BACKEND
-
-
-def counted_best(row: SweepRow) -> float:
-    """Return the speed-up over PyTorch's best as it is counted; NaN if unknown."""
-    return 1.0 if is_given(row) else row.times_best
-
-
-def counted_same(row: SweepRow) -> float:
-    """Return the speed-up over PyTorch in the same layout as it is counted; NaN if unknown."""
-    return 1.0 if is_given(row) else row.times_same
 
 
 def is_estimated(row: SweepRow) -> bool:
@@ -71,7 +62,7 @@ def groups_of(rows: Sequence[SweepRow]) -> list[Group]:
         for kind in kinds:
             for name in sorted({kind(row) for row in chosen}, key=_in_order):
                 members = [row for row in chosen if kind(row) == name]
-                best, same = ([f(row) for row in members] for f in (counted_best, counted_same))
+                best, same = [row.times_best for row in members], [row.times_same for row in members]
                 groups.append(Group(direction, name, len(members), _known(best), _known(same)))
     return groups
 
@@ -110,7 +101,7 @@ def cell_columns(rows: Sequence[SweepRow]) -> list[Column]:
     columns = [(name, _marked(cell, shown[name])) for name, cell in operator_columns(rows) if name in shown]
     place = next(number for number, (name, _) in enumerate(columns) if name == "× best") + 1
     columns.insert(place, ("× same layout", lambda row: factor(row.times_same)))
-    columns.insert(place + 1, ("runs on", lambda row: "PyTorch, counts as equal" if is_given(row) else row.backend))
+    columns.insert(place + 1, ("runs on", lambda row: "PyTorch, as planned" if is_given(row) else row.backend))
     return columns
 
 
@@ -118,17 +109,27 @@ def coverage(rows: Sequence[SweepRow], cells: int, left_out: Sequence[str]) -> I
     """Yield lines about what was measured, of a grid of `cells` cells, and what was not."""
     share = 100 * len(rows) / cells if cells else 0.0
     yield f"{len(rows)} of the {cells} cells of the grid were measured ({share:.1f} %)."
-    known = _known([counted_best(row) for row in rows])
+    known = _known([row.times_best for row in rows])
     yield (
         f"Cells with a time of PyTorch: {len(known)}; ahead of its best: {sum(value > 1 for value in known)}; behind by "
-        f"more than 5 %: {sum(value < BEHIND for value in known)}; given to PyTorch by default, which counts as equal: "
-        f"{sum(map(is_given, rows))}; with an estimate as PyTorch's best: {sum(map(is_estimated, rows))}."
+        f"more than 5 %: {sum(value < BEHIND for value in known)}; with an estimate as PyTorch's best: "
+        f"{sum(map(is_estimated, rows))}."
     )
-    given = _known([row.times_best for row in rows if is_given(row)])
+    given = [row for row in rows if is_given(row) and not math.isnan(row.times_best)]
     if given:
+        best, same = [row.times_best for row in given], _known([row.times_same for row in given])
         yield (
-            f"As measured, {sum(value < BEHIND for value in given)} of the {len(given)} cells given to PyTorch are behind "
-            f"by more than 5 % (geometric mean × {factor(geometric_mean(given))}, worst × {factor(min(given))})."
+            f"Given to PyTorch by default: {len(given)} cells; behind by more than 5 %: {sum(x < BEHIND for x in best)} "
+            f"(× {factor(geometric_mean(best))} of PyTorch's best in the mean, × {factor(geometric_mean(same))} of its "
+            "speed in the same layout)."
+        )
+    twins = sorted(_known(list({(row.shape, row.direction): row.twin_ratio for row in rows}.values())))
+    if twins:
+        low, high = (twins[round(share * (len(twins) - 1))] for share in ((1 - _CENTRAL) / 2, (1 + _CENTRAL) / 2))
+        yield (
+            f"Errors of measurement: in each of {len(twins)} units, the fastest implementation was timed under two names. "
+            f"The ratio of the two medians is {statistics.median(twins):.3f} in the median unit, between {low:.2f} and "
+            f"{high:.2f} in {100 * _CENTRAL:.0f} % of them, and between {twins[0]:.2f} and {twins[-1]:.2f} in all."
         )
     reasons: dict[str, dict[str, None]] = defaultdict(dict)
     for row in rows:

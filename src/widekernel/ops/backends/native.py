@@ -35,7 +35,7 @@ class NativeBackend(Backend):
         obstacles = self._obstacles(problem)
         if obstacles:
             return obstacles
-        slower = reason_for_pytorch(problem)
+        slower = reason_for_pytorch(problem, library.load().is_amd)
         return [slower] if slower else []
 
     def can_run(self, problem: Problem) -> bool:

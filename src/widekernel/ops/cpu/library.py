@@ -23,9 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from widekernel.errors import ArgumentError, WidekernelError
+from widekernel.ops.cpu.openmp import openmp_runtime
 
 ABI = 4
 MOST_PASSES, MOST_RECTS = 16, 64
@@ -108,6 +107,12 @@ class WeightGrad(ctypes.Structure):
     ]
 
 
+class PatchGeometry(ctypes.Structure):
+    """The patches of a convolution; all zero for none."""
+
+    _fields_ = [(name, ctypes.c_int32) for name in ("rows", "columns", "row_stride", "column_stride", "top", "left")]
+
+
 class PointwiseWeights(ctypes.Structure):
     """The weights that `wk_pointwise_pack` packs."""
 
@@ -115,6 +120,11 @@ class PointwiseWeights(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("type", "inputs", "hidden", "outputs", "activation", "normalize")),
         ("eps", ctypes.c_float),
         *((name, Address) for name in ("first", "first_bias", "second", "second_bias")),
+        ("patch", PatchGeometry),
+        ("normalize_after", ctypes.c_int32),
+        ("after_eps", ctypes.c_float),
+        *((name, Address) for name in ("after_scale", "after_shift", "response")),
+        ("response_eps", ctypes.c_float),
     ]
 
 
@@ -124,6 +134,47 @@ class PointwiseCall(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("threads", "images", "height", "width")),
         *((name, Tensor) for name in ("x", "residual", "y")),
+        *((name, ctypes.c_int32) for name in ("x_height", "x_width")),
+        ("factors", Address),
+    ]
+
+
+class Gate(ctypes.Structure):
+    """A call of `wk_gate_run`."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("threads", "images", "channels", "height", "width")),
+        ("x", Tensor),
+        *((name, ctypes.c_int32) for name in ("hidden", "activation")),
+        *((name, Address) for name in ("first", "first_bias", "second", "second_bias", "y")),
+    ]
+
+
+class Samples(ctypes.Structure):
+    """Some floats in memory at constant distance."""
+
+    _fields_ = [("at", Address), ("count", ctypes.c_int64), ("step", ctypes.c_int64)]
+
+
+class PointwiseGrad(ctypes.Structure):
+    """A call of `wk_pointwise_weight_grad`."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("threads", "images", "height", "width", "inputs", "outputs")),
+        *((name, Tensor) for name in ("x", "grad")),
+        *((name, Address) for name in ("weight", "bias")),
+    ]
+
+
+class BatchNorm(ctypes.Structure):
+    """A call of `wk_batch_norm_run`."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("threads", "images", "channels", "height", "width", "backward")),
+        *((name, Tensor) for name in ("x", "grad", "y")),
+        *((name, Address) for name in ("weight", "bias")),
+        ("eps", ctypes.c_float),
+        *((name, Address) for name in ("mean", "variance", "factor", "weight_grad", "bias_grad")),
     ]
 
 
@@ -133,6 +184,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "wk_isa": (_text, []),
     "wk_use_isa": (_int32, [_text]),
     "wk_lanes": (_int32, []),
+    "wk_is_amd": (_int32, []),
     "wk_bind_openmp": (_int32, [_text]),
     "wk_depthwise_sum": (_int32, [ctypes.POINTER(Sum)]),
     "wk_depthwise_weight_grad": (_int32, [ctypes.POINTER(WeightGrad)]),
@@ -144,8 +196,13 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "wk_pointwise_pack": (_int32, [ctypes.POINTER(PointwiseWeights), ctypes.POINTER(Address)]),
     "wk_pointwise_free": (None, [Address]),
     "wk_pointwise_run": (_int32, [Address, ctypes.POINTER(PointwiseCall)]),
-    "wk_pointwise_run_at": (_int32, [Address, ctypes.POINTER(PointwiseCall), Address, Address, Address]),
+    "wk_pointwise_run_at": (_int32, [Address, ctypes.POINTER(PointwiseCall), Address, Address, Address, Address]),
     "wk_pointwise_workspace": (None, [Address, _int32, _bytes, _bytes]),
+    "wk_gate_run": (_int32, [ctypes.POINTER(Gate)]),
+    "wk_gate_run_at": (_int32, [ctypes.POINTER(Gate), Address, Address]),
+    "wk_samples_equal": (_int32, [Address, _int32, Address]),
+    "wk_pointwise_weight_grad": (_int32, [ctypes.POINTER(PointwiseGrad)]),
+    "wk_batch_norm_run": (_int32, [ctypes.POINTER(BatchNorm)]),
     "wk_error_text": (_text, [_int32]),
     "wk_fma_peak": (ctypes.c_double, [_int32, ctypes.c_double]),
     "wk_why_no_products": (_text, [_int32]),
@@ -165,6 +222,7 @@ class Library:
         isas: the instruction sets of this build that the processor supports, the preferred one first.
         isa: the instruction set in use.
         lanes: number of channels that this instruction set processes at once.
+        is_amd: whether the processor is one of AMD's, whose caches behave in another way than Intel's.
         wanted: False if the user has switched the library off, so that no warning is needed.
     """
 
@@ -175,6 +233,7 @@ class Library:
     isas: tuple[str, ...] = ()
     isa: str = ""
     lanes: int = 0
+    is_amd: bool = False
     wanted: bool = True
 
     @property
@@ -310,6 +369,7 @@ def _configured(library: Library, isa: str) -> Library:
     if isa and isa not in library.isas:
         return Library(_isa_unavailable(f"WIDEKERNEL_ISA={isa}", library.isas))
     library.use_isa(isa or default)
+    library.is_amd = bool(library.calls.wk_is_amd())
     runtime = openmp_runtime()
     if runtime is not None and library.calls.wk_bind_openmp(os.fsencode(runtime)):
         library.openmp = runtime
@@ -318,36 +378,3 @@ def _configured(library: Library, isa: str) -> Library:
 
 def _isa_unavailable(value: str, available: tuple[str, ...]) -> str:
     return f"{value}: for this processor the native CPU library has {', '.join(available)}; choose one of these"
-
-
-class _SymbolInfo(ctypes.Structure):
-    """The result of `dladdr`."""
-
-    _fields_ = [("file", ctypes.c_char_p), ("base", Address), ("symbol", ctypes.c_char_p), ("address", Address)]
-
-
-def openmp_runtime() -> str | None:
-    """Return the file of the OpenMP runtime that PyTorch's operators run on; None if there is none to share.
-
-    A process may have loaded several (scikit-learn brings its own), so searching the loaded files is not enough. The symbol
-    is looked up as the dynamic linker does for PyTorch, including precedence of a preloaded runtime. This loads nothing.
-    """
-    if os.name != "posix":
-        return None
-    suffix = "dylib" if sys.platform == "darwin" else "so"
-    pytorch = f"libtorch_cpu.{suffix}"
-    # By path, as in PyTorch's wheels, or by name in case a distribution has moved the file.
-    scopes: list[str | None] = [str(Path(torch.__file__).parent / "lib" / pytorch), pytorch]
-    # On Linux, global symbols come before a library's own dependencies; on macOS each symbol names its library.
-    scopes.insert(len(scopes) if sys.platform == "darwin" else 0, None)
-    for scope in scopes:
-        try:
-            symbol = ctypes.CDLL(scope, mode=os.RTLD_NOLOAD | os.RTLD_NOW).GOMP_parallel
-            locate = ctypes.CDLL(None).dladdr
-        except (OSError, AttributeError):
-            continue
-        locate.argtypes, locate.restype = [Address, ctypes.POINTER(_SymbolInfo)], ctypes.c_int
-        found = _SymbolInfo()
-        if locate(ctypes.cast(symbol, Address), ctypes.byref(found)) and found.file:
-            return os.fsdecode(found.file)
-    return None

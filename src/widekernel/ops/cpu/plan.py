@@ -32,6 +32,9 @@ METHODS = {DIRECT: "direct", HYBRID_ALONG_ROWS: "hybrid along rows", HYBRID_ALON
 LONGEST_TRANSFORM = 256
 # Images with fewer elements than this take less time than the call overhead.
 SMALL_CALL = 1 << 16
+# Sides of small kernels, and the most elements of a channels_last image on which ours are faster than PyTorch's.
+_FEW_TAPS = ((5, SMALL_CALL),)
+_FEW_TAPS_ON_AMD = ((3, 1 << 20), (5, 3 << 20))
 
 
 @dataclass(frozen=True)
@@ -116,20 +119,32 @@ def plan(problem: Problem, threads: int, lanes: int, costs: Costs = AVX512) -> P
     return Plan(passes, targets, _worthwhile_threads(total, threads), total, filled)
 
 
-def reason_for_pytorch(problem: Problem) -> str | None:
+def reason_for_pytorch(problem: Problem, is_amd: bool) -> str | None:
     """Return why PyTorch's convolution should compute the problem instead, or None if it should not.
 
-    Measured on one and two threads, AVX-512, with 16 to 1,024 channels and maps of 7 to 112 pixels. For channels_last
-    images, oneDNN's kernels for up to 5x5 taps take 0.5 to 0.9 of our time, except on tensors so small that call overhead
-    dominates. For 7x7 taps this holds only if the distance between pixels is a multiple of 2 KiB, which caches handle badly.
+    On AMD's processors, measured on one (Zen 5) with one and two threads, AVX-512 and AVX2, ten channels_last shapes: on
+    large images oneDNN's kernels for few taps are mostly faster. On smaller ones ours are, on two threads with few
+    exceptions; on one thread, 3x3 taps take up to 1.5 times as long. 7x7 taps on 1,024 channels are slower with AVX2 and
+    faster with AVX-512.
+
+    On others, the rule is that of earlier measurements with AVX-512, 16 to 1,024 channels and maps of 7 to 112 pixels:
+    oneDNN's kernels for up to 5x5 taps took 0.5 to 0.9 of our time on channels_last images, except on tensors so small that
+    call overhead dominates. For 7x7 taps this held only if the distance between pixels was a multiple of 2 KiB, which caches
+    handle badly.
+
+    Args:
+        problem: the problem.
+        is_amd: whether the processor is one of AMD's.
     """
     batch, channels, height, width = problem.shape
     if problem.op != DEPTHWISE_SUM or not problem.channels_last or len(problem.kernels) != 1:
         return None
     size, elements = max(problem.kernels[0]), batch * channels * height * width
-    if size <= 5 and elements > SMALL_CALL:
-        return f"PyTorch's convolution is faster for a kernel as small as {size} on a channels_last image"
-    if size <= 7 and channels % 512 == 0 and elements > SMALL_CALL:
+    few_taps, unfavorable = (_FEW_TAPS_ON_AMD, 1024) if is_amd else (_FEW_TAPS, 512)
+    largest = next((most for taps, most in few_taps if size <= taps), None)
+    if largest is not None and elements > largest:
+        return f"PyTorch's convolution is faster for a kernel as small as {size} on a channels_last image as large as this"
+    if 5 < size <= 7 and channels % unfavorable == 0 and elements > SMALL_CALL:
         return f"PyTorch's convolution is faster for a kernel as small as {size} on {channels} channels_last channels"
     return None
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from widekernel.transforms.acceleration import timing
 from widekernel.transforms.acceleration.fusion import FusedBlock, fuse
+from widekernel.transforms.acceleration.fusion.deviation import Deviation
 from widekernel.transforms.acceleration.fusion.fused import (
     compared,
     fused_class,
@@ -18,8 +19,7 @@ from widekernel.transforms.acceleration.fusion.fused import (
     reasons_against_call,
     reasons_against_fusing,
 )
-from widekernel.transforms.acceleration.fusion.deviation import Deviation
-from widekernel.transforms.acceleration.fusion.graph import is_pointwise, may_own
+from widekernel.transforms.acceleration.fusion.graph import is_product, may_own
 from widekernel.transforms.acceleration.fusion.plan import NOTHING_TO_FUSE, Plan
 from widekernel.transforms.acceleration.input_capture import InputSpec, Seen, unmeasurable
 from widekernel.transforms.acceleration.report import LayerAcceleration
@@ -56,7 +56,7 @@ def try_blocks(
     trials: list[BlockTrial] = []
     taken: set[nn.Module] = set()
     for name, block in blocks:
-        layers = {module for module in block.modules() if is_pointwise(module)}
+        layers = {module for module in block.modules() if is_product(module)}
         if layers <= taken:
             continue
         trial = _try_block(name, block, taken, seen[block], samples.get(block), precision)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from widekernel.layers import DepthwiseConv2d, PointwiseConv2d, PointwiseLinear
+from widekernel.layers import DepthwiseConv2d, PointwiseConv2d, PointwiseGradConv2d, PointwiseLinear
 from widekernel.layers.alterations import replaced_method
 from widekernel.layers.conv import reasons_against_depthwise
 from widekernel.layers.pointwise import reasons_against_pointwise
 
-ACCELERATED = (DepthwiseConv2d, PointwiseConv2d, PointwiseLinear)
+ACCELERATED = (DepthwiseConv2d, PointwiseConv2d, PointwiseGradConv2d, PointwiseLinear)
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,15 @@ class Candidate:
     @property
     def is_pointwise(self) -> bool:
         """Whether it is a linear layer or a 1x1 convolution."""
-        return self.replacement in (PointwiseConv2d, PointwiseLinear)
+        return self.replacement in (PointwiseConv2d, PointwiseGradConv2d, PointwiseLinear)
+
+    def others(self, trains: bool) -> list[Candidate]:
+        """Return the candidates for the same layer with other implementations, which may be faster than this one.
+
+        Args:
+            trains: whether the backward pass counts.
+        """
+        return [replace(self, replacement=PointwiseGradConv2d)] if trains and self.replacement is PointwiseConv2d else []
 
 
 def candidates(model: nn.Module, pointwise: bool) -> list[Candidate]:

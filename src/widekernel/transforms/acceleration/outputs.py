@@ -18,7 +18,7 @@ class OutputDeviation:
         relative: norm of the difference, relative to the norm of the outputs before.
         largest: largest difference, relative to the largest number before.
         cosine: cosine similarity of both; 1 for the same direction.
-        images: number of images of a classifier, whose only output is (N, classes); None for other networks.
+        images: number of images of a classifier, whose only floating-point output is (N, classes); None for other networks.
         same_class: how many of these images have the same top class.
     """
 
@@ -62,4 +62,4 @@ class OutputDeviation:
         text = f"The outputs differ by {self.relative:.1e} of their norm (cosine {self.cosine:.6f})"
         if self.images is None:
             return f"{text}."
-        return f"{text}; {self.same_class} of {self.images} images keep{'s' if self.images == 1 else ''} their top class."
+        return f"{text}; the top class stays the same for {self.same_class} of {self.images} images."

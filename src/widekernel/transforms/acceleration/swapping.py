@@ -35,7 +35,8 @@ def accelerate(
 
     * Depthwise `nn.Conv2d` become `DepthwiseConv2d`, which runs on `ops.depthwise_sum`.
     * On the CPU, `nn.Linear` become `PointwiseLinear` (computed as 1x1 convolutions) and 1x1 `nn.Conv2d` become
-      `PointwiseConv2d` (computed as matrix products), if measurements show that this is faster.
+      `PointwiseConv2d` (computed as matrix products) or, in training, `PointwiseGradConv2d` (our kernels compute the weight
+      gradient), if measurements show that this is faster. The backward pass of `PointwiseLinear` has our kernels, too.
     * On the CPU, blocks become fused blocks if that is faster: in inference, one native call computes norm, pointwise layer,
       activation, second pointwise layer, layer scale and residual, or those of them that the block has. They are found in
       the graph of the block, and compared with its code on the example. Whenever they do not apply, its code runs.
@@ -49,10 +50,10 @@ def accelerate(
     training mode with gradients enabled, this includes the backward pass. Measurements are cached, so that equal layers and
     later calls are not measured again. Times that differ by less than 5 % count as equal.
 
-    With `precision="bfloat16"`, the products of fused blocks have factors in bfloat16, on processors with such products: about
-    twice as fast, and with results that differ. Sums, norms, activations, residuals, depthwise kernels and all other layers
-    remain float32. The report has the deviation of every block and of the outputs of the network; a block is left alone if it
-    deviates from its original by more than 1.6 % of its largest number.
+    With `precision="bfloat16"`, the products of fused blocks have factors in bfloat16, on processors with such products:
+    nearly twice as fast, with results that differ. Sums, norms, activations, residuals, depthwise kernels and all other
+    layers remain float32. The report has the deviation of every block and of the outputs of the network. A block is left
+    alone if it deviates from its original by more than 1.6 % of its largest number.
 
     Args:
         model: any network; changed, and returned. It must not be compiled yet.
@@ -70,8 +71,8 @@ def accelerate(
         the model, and a report on each of these layers and blocks.
 
     Raises:
-        ArgumentError: if the model is not a module, is already compiled, or cannot run on the example; or if the precision is
-            unknown, unavailable on this machine, or without effect. The model is then unchanged.
+        ArgumentError: if the model is not a module, is already compiled, or cannot run on the example; or if the precision
+            is unknown, unavailable on this machine, or without effect. The model is then unchanged.
     """
     _check(model, example_input)
     _check_precision(precision, example_input is not None and blocks)
@@ -94,9 +95,9 @@ def _swap_by_example(
     owners = block_candidates(model) if blocks else []
     layers = [candidate.layer for candidate in found if candidate.replacement]
     seen, samples = capture_inputs(model, example_input, layers, [block for _, block in owners])
-    rows = [_with_example(candidate, seen.get(candidate.layer, Counter())) for candidate in found]
     before = outputs_of(model, example_input) if precision != "float32" else None
     outputs = None
+    found, rows = _best([(candidate, seen.get(candidate.layer, Counter())) for candidate in found])
     # Blocks are compared with what they are after their layers have been swapped.
     with _swapped(found, rows):
         trials = try_blocks(owners, seen, samples, precision)
@@ -118,6 +119,19 @@ def _fused(trials: list[BlockTrial]) -> Iterator[None]:
         for block, _ in chosen:
             unfuse(block)
         raise
+
+
+def _best(inputs: list[tuple[Candidate, Counter[InputSpec | str]]]) -> tuple[list[Candidate], list[LayerAcceleration]]:
+    """Choose the fastest implementation of every layer; return the candidates chosen, and the rows of the report."""
+    found, rows = [], []
+    for candidate, seen in inputs:
+        options = [candidate, *candidate.others(_trains(candidate.layer))]
+        tried = [_with_example(option, seen) for option in options]
+        times = [math.inf if row.milliseconds_after is None else row.milliseconds_after for row in tried]
+        best = times.index(min(times))
+        found.append(options[best])
+        rows.append(tried[best])
+    return found, rows
 
 
 @contextmanager

@@ -10,10 +10,10 @@ from torch.utils._pytree import tree_leaves
 TOLERANCES = {"float32": 1e-5, "bfloat16": 2**-6}
 """By precision, the largest difference between a fused block and its original, relative to the largest number.
 
-In bfloat16, rounding changes a factor by up to 2⁻⁹, a product by 2⁻⁸, and two products in turn by 2⁻⁷ of the sum of absolute
-values. Rounding errors have different signs, so that the difference is usually a fraction of that. It is larger only where
-sums cancel, and there a lower precision is not suitable. An error in what is computed would change the result by far more, but
-that is not left to this limit: it is excluded in float32.
+In bfloat16, rounding changes a factor by up to 2⁻⁹, a product by 2⁻⁸, and two products in turn by 2⁻⁷ of the sum of
+absolute values. Rounding errors have different signs, so the difference is usually a fraction of that. It is larger only
+where sums cancel, and there a lower precision is not suitable. This limit does not have to find errors in what is computed,
+which are excluded in float32.
 """
 
 

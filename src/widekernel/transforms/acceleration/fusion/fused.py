@@ -69,7 +69,12 @@ class FusedBlock:
         reduced: Any = super().__reduce_ex__(max(protocol, 2))
         _, made_of, state, *rest = reduced
         assert made_of == (type(self),)
-        return _new_block, (self.unfused, self.fused_precision), {key: value for key, value in state.items() if key != STATE}, *rest
+        return (
+            _new_block,
+            (self.unfused, self.fused_precision),
+            {key: value for key, value in state.items() if key != STATE},
+            *rest,
+        )
 
 
 def fuse(block: Any, plan: Plan) -> None:

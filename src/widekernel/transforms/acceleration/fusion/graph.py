@@ -15,10 +15,11 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from widekernel.layers.rebuilding import is_plain
+from widekernel.ops.patch import Patch
 from widekernel.transforms.acceleration.fusion.probing import epsilon_of
 
 _CONTAINERS = (list, dict, set)
-# A block is traced through modules whose pointwise layers are at most so many levels below them.
+# A block is traced through modules whose products are at most so many levels below them.
 _LEVELS = 2
 
 
@@ -60,15 +61,32 @@ def is_pointwise(module: nn.Module) -> bool:
     return sizes == ((1, 1), (1, 1), 1) and (isinstance(conv.padding, str) or tuple(conv.padding) == (0, 0))
 
 
-def has_pointwise(module: nn.Module, levels: int = _LEVELS) -> bool:
-    """Return whether a pointwise layer is among the descendants of `module`, at most `levels` below it, and none deeper."""
-    depths = [name.count(".") + 1 for name, part in module.named_modules() if name and is_pointwise(part)]
+def patch_of(module: nn.Module) -> Patch | None:
+    """Return the patches of a convolution with a stride, such as a stem or a downsampling layer; None for anything else."""
+    if not is_plain(module) or isinstance(module, nn.Linear) or "weight" not in module._parameters:
+        return None
+    conv: Any = module
+    plain = conv.groups == 1 and conv.padding_mode == "zeros" and tuple(conv.dilation) == (1, 1)
+    if not plain or max(conv.stride) == 1 or conv.padding == "same":
+        return None
+    padding = (0, 0) if conv.padding == "valid" else tuple(conv.padding)
+    return Patch(tuple(conv.kernel_size), tuple(conv.stride), padding)
+
+
+def is_product(module: nn.Module) -> bool:
+    """Return whether `module` is a matrix product over the channels of pixels or of patches."""
+    return is_pointwise(module) or patch_of(module) is not None
+
+
+def has_products(module: nn.Module, levels: int = _LEVELS) -> bool:
+    """Return whether a product is among the descendants of `module`, at most `levels` below it, and none deeper."""
+    depths = [name.count(".") + 1 for name, part in module.named_modules() if name and is_product(part)]
     return bool(depths) and max(depths) <= levels
 
 
 def may_own(module: nn.Module) -> bool:
-    """Return whether `module` could be a block whose parts are fused: it is close to some pointwise layer."""
-    return any(is_pointwise(child) or has_pointwise(child) for child in module.children())
+    """Return whether `module` could be a block whose parts are fused: it is close to some product."""
+    return any(is_product(child) or has_products(child) for child in module.children())
 
 
 def trace_block(block: nn.Module, opaque: frozenset[str] = frozenset()) -> BlockGraph:
@@ -164,7 +182,7 @@ class _Tracer(fx.Tracer):
         if is_plain(module):
             return False
         if module._modules:
-            return has_pointwise(module)
+            return has_products(module)
         # A layer scale: a single parameter with one value per channel, and no epsilon.
         values = list(module._parameters.values())
         is_scale = len(values) == 1 and values[0] is not None and values[0].dim() == 1 and not module._buffers

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from operator import attrgetter, getitem, is_
+from typing import Any, NamedTuple
 
 from torch import nn
 
-from widekernel.layers.alterations import replaced_method
+from widekernel.layers.alterations import REPLACEABLE_METHODS, replaced_method
 from widekernel.layers.rebuilding import is_plain
-from widekernel.transforms.acceleration.fusion.graph import BlockGraph
+from widekernel.transforms.acceleration.fusion.graph import BlockGraph, patch_of
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Attributes that every module has and that do not influence its forward, or that are compared in another way.
@@ -17,10 +18,56 @@ _BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"}
 # Attributes of PyTorch's layers that repeat the shape of the weight, or have no effect on 1x1 convolutions.
 _SIZES = {"in_features", "out_features", "in_channels", "out_channels", "kernel_size", "dilation", "transposed"}
 _SIZES |= {"output_padding", "padding_mode", "_reversed_padding_repeated_twice", "elementwise_affine"}
+# Those that have an effect on other convolutions.
+_GEOMETRY = {"kernel_size", "dilation", "padding_mode"}
 STATE = "_fused_state"
 """Name of the attribute of a fused block that holds its plan; it is not part of copies."""
 _COMPARABLE = (bool, int, float, str, tuple)
 _NOTHING = object()
+# Attributes of an instance that replace the computation of its class, or stand for a compiled one.
+_REPLACEMENTS = (*REPLACEABLE_METHODS, "_compiled_call_impl")
+_forward_of = attrgetter("forward")
+
+
+class _Seen(NamedTuple):
+    """What is looked at in every call, and what was found when nothing had changed.
+
+    Every comparison runs over whole tuples inside the interpreter. After a native call, the processor has to load code and
+    data again, so that Python code takes several times as long as in a loop of its own.
+
+    Attributes:
+        held: the dicts of the values; with `keys` and `values`, one item each.
+        keys: their keys.
+        values: the objects themselves.
+        sized: dicts of attributes and of parts.
+        lengths: their numbers of items.
+        modules: the modules, apart from the block.
+        kinds: their classes.
+        computing: the classes whose forward is computed here, each once.
+        forwards: the functions of these.
+    """
+
+    held: tuple[dict[str, Any], ...]
+    keys: tuple[str, ...]
+    values: tuple[Any, ...]
+    sized: tuple[dict[str, Any], ...]
+    lengths: list[int]
+    modules: tuple[nn.Module, ...]
+    kinds: list[type[nn.Module]]
+    computing: tuple[type[nn.Module], ...]
+    forwards: list[Any]
+
+    def is_unchanged(self) -> bool:
+        """Return whether every object is the same as before."""
+        try:
+            return (
+                all(map(is_, map(getitem, self.held, self.keys), self.values))
+                and list(map(len, self.sized)) == self.lengths
+                and all(map(is_, map(type, self.modules), self.kinds))
+                and all(map(is_, map(_forward_of, self.computing), self.forwards))
+            )
+        except KeyError:
+            return False
 
 
 class Guards:
@@ -45,9 +92,11 @@ class Guards:
         for name, module in computed:
             if name in found.through:
                 self._watch_parts(name, module)
-            ignored = _BOOKKEEPING if name in found.through else _BOOKKEEPING | _SIZES
+            sizes = _SIZES if patch_of(module) is None else _SIZES - _GEOMETRY
+            ignored = _BOOKKEEPING if name in found.through else _BOOKKEEPING | sizes
             own = [(key, value) for key, value in vars(module).items() if key not in ignored and key != STATE]
             self._values += [(name, vars(module), key, value) for key, value in own]
+        self._seen = self._look()
 
     def _watch_parts(self, name: str, module: nn.Module) -> None:
         self._values += [(name, module._modules, key, part) for key, part in module._modules.items()]
@@ -59,16 +108,33 @@ class Guards:
 
     def hold(self) -> bool:
         """Return whether nothing has changed."""
-        suspicious = any(self._hooks) or bool(_alteration(self._block))
-        for _, held, key, value in self._values:
-            suspicious |= held.get(key, _NOTHING) is not value
-        for _, module, forward in self._forwards:
-            suspicious |= _forward(module) is not forward
-        for _, held, length in self._lengths:
-            suspicious |= len(held) != length
-        for _, module, kind, size in self._modules:
-            suspicious |= _size(module) != size or (type(module) is not kind and _kind(module) is not kind)
-        return not suspicious or next(self.violations(), None) is None
+        altered = any(self._hooks) or not vars(self._block).keys().isdisjoint(_REPLACEMENTS)
+        if not altered and self._seen.is_unchanged():
+            return True
+        if next(self.violations(), None) is not None:
+            return False
+        # What has changed has no effect, such as the class of a layer that has been accelerated.
+        self._seen = self._look()
+        return True
+
+    def _look(self) -> _Seen:
+        """Return the present state, in which nothing has changed that has an effect."""
+        held, keys = zip(*[(held, key) for _, held, key, _ in self._values])
+        modules = tuple(module for _, module, _, _ in self._modules)
+        sized = (*(held for _, held, _ in self._lengths), *map(vars, modules))
+        # The class of the block itself changes when it is fused, but inherits its forward.
+        computing = tuple({type(module) for _, module, _ in self._forwards})
+        return _Seen(
+            held,
+            keys,
+            tuple(dict_.get(key, _NOTHING) for dict_, key in zip(held, keys)),
+            sized,
+            list(map(len, sized)),
+            modules,
+            list(map(type, modules)),
+            computing,
+            list(map(_forward_of, computing)),
+        )
 
     def violations(self) -> Iterator[str]:
         """Yield what has changed."""

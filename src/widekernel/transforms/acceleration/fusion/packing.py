@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from widekernel.ops.cpu.gate import Gate
 from widekernel.ops.cpu.pointwise import PackedBlock, reason_against
 from widekernel.transforms.acceleration.fusion.weights import BlockWeights
 
@@ -16,5 +17,9 @@ def missing(precision: str = "float32") -> str | None:
 
 
 def pack(weights: BlockWeights, precision: str = "float32") -> Callable[..., Tensor]:
-    """Return a function that computes the products of these weights, as `ReferenceBlock` does."""
-    return PackedBlock(*weights, precision=precision)
+    """Return a function that computes the products of these weights as `ReferenceBlock` does, with its gate's factors."""
+    block = PackedBlock(*weights[:-1], precision=precision)
+    if weights.gate is None:
+        return block
+    gate = Gate(*weights.gate)
+    return lambda x, residual=None: block(x, residual, gate(x))

@@ -15,7 +15,8 @@ from widekernel.ops.call_trace import FusedCall
 from widekernel.transforms.acceleration.fusion.deviation import TOLERANCES, Deviation, deviation
 from widekernel.transforms.acceleration.fusion.graph import BlockGraph, trace_block
 from widekernel.transforms.acceleration.fusion.guards import Guards
-from widekernel.transforms.acceleration.fusion.regions import FIRST, Region, find_regions, is_in_place
+from widekernel.transforms.acceleration.fusion.nodes import FIRST, is_in_place
+from widekernel.transforms.acceleration.fusion.regions import Region, find_regions
 from widekernel.transforms.acceleration.fusion.weights import (
     BlockWeights,
     Fingerprint,
@@ -67,9 +68,10 @@ class Plan:
         self._pack, self.precision = pack, precision
         self._found, self.regions = _own_regions(block)
         inside = {str(node.target) for region in self.regions for node in region.nodes if node.op == "call_module"}
-        self.layers = tuple(self._found.modules[name] for region in self.regions for name in region.layers())
+        self.layers = tuple(self._found.modules[name] for region in self.regions for name in region.all_layers())
         self.guards = Guards(self._found, inside)
         self._sources = [source for region in self.regions for source in sources(self._found, region)]
+        self._holders, self._keys = [held for held, _ in self._sources], [key for _, key in self._sources]
         self._steps = self._fused_steps()
         self._output = next(iter(reversed(self._found.graph.nodes))).args[0]
         self._packed: tuple[Fingerprint, dict[int, Callable[..., Tensor]]] | None = None
@@ -119,7 +121,7 @@ class Plan:
 
     def _current(self) -> dict[int, Callable[..., Tensor]]:
         """Return the packed regions; they are packed again if any of their weights has changed."""
-        tensors = [held.get(key) for held, key in self._sources]
+        tensors = list(map(dict.get, self._holders, self._keys))
         packed = self._packed
         if packed is None or not packed[0].matches(tensors):
             # First the fingerprint: a write while the weights are packed leads to packing them again.
@@ -171,13 +173,24 @@ class Plan:
         x = values[region.x]
         residual = values[region.residual] if add_residual and region.residual is not None else None
         _require_plain(x, residual)
-        if FIRST not in (region.x_axis, region.product_axis):
+        if FIRST not in (region.x_axis, region.product_axis) and not region.needs_images():
             y = _on_rows(region, packed, x, residual)
         else:
             y = _on_images(region, packed, x, residual)
         if call_trace.OPEN_TRACES:
-            options = bool(region.norm), bool(region.second), residual is not None
-            call_trace.record_fused(FusedCall(tuple(x.shape), region.activation, *options, self.precision))
+            call = FusedCall(
+                tuple(x.shape),
+                region.activation,
+                norm=bool(region.norm),
+                pair=bool(region.second),
+                residual=residual is not None,
+                patches=region.patch is not None,
+                norm_after=bool(region.after),
+                gate=region.gate is not None,
+                response=bool(region.response),
+                precision=self.precision,
+            )
+            call_trace.record_fused(call)
         return y
 
     def _all_values(self, x: Tensor) -> dict[fx.Node, Any]:
@@ -237,7 +250,10 @@ def _on_images(region: Region, packed: Callable[..., Tensor], x: Tensor, residua
         x = x.permute(0, 3, 1, 2)
     if residual is not None and residual.dim() == 4 and region.product_axis != FIRST:
         residual = residual.permute(0, 3, 1, 2)
-    _require_shapes(x.shape[1:2], (region.dim_in,), residual, (x.shape[0], region.dim_out, *x.shape[2:]))
+    sides = tuple(x.shape[2:]) if region.patch is None else region.patch.size(*x.shape[2:])
+    if min(sides) < 1:
+        raise UnsuitableInputError(f"an image of {tuple(x.shape[2:])} pixels is smaller than a patch")
+    _require_shapes(x.shape[1:2], (region.dim_in,), residual, (x.shape[0], region.dim_out, *sides))
     y = packed(x, residual)
     return y if region.product_axis == FIRST else y.permute(0, 2, 3, 1)
 
@@ -265,8 +281,15 @@ def _described(found: BlockGraph, region: Region) -> str:
     layers: list[Any] = [found.modules[name] for name in region.layers()]
     widths = [layers[0].weight.shape[1], *(layer.weight.shape[0] for layer in layers)]
     parts = [str(widths[0]), str(widths[1])]
+    if region.patch is not None:
+        rows, columns = region.patch.kernel
+        parts[0] = f"{rows}x{columns} patches of {parts[0]}"
+    if region.after:
+        parts.append("norm")
     if region.activation != "none":
         parts.append(region.activation)
+    if region.response:
+        parts.append("response norm")
     parts += [str(width) for width in widths[2:]]
-    text = f"{'norm, ' if region.norm else ''}{' -> '.join(parts)}"
+    text = f"{'gate, ' if region.gate else ''}{'norm, ' if region.norm else ''}{' -> '.join(parts)}"
     return f"{text} + residual" if region.residual is not None else text

@@ -1,10 +1,11 @@
-"""Finding out what a module or a function without parameters computes: it is applied to numbers and compared.
+"""Finding out what a module or a function computes: it is applied to numbers and compared.
 
 Networks bring their own classes for activations, norms and dropout. What they compute says more than their names.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -12,17 +13,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from widekernel.ops.pointwise_reference import ACTIVATIONS
+from widekernel.ops.pointwise_reference import ACTIVATIONS, response_norm
 
 IDENTITY = "identity"
 TO_LAST = "channels last"
 """(N, C, H, W) -> (N, H, W, C)."""
 TO_FIRST = "channels first"
 """(N, H, W, C) -> (N, C, H, W)."""
+MEAN = "mean over pixels"
+"""(N, C, H, W) -> (N, C, 1, 1)."""
+SIGMOID = "sigmoid"
 _KNOWN: dict[str, Callable[[Tensor], Tensor]] = {
     IDENTITY: lambda x: x,
     TO_LAST: lambda x: x.permute(0, 2, 3, 1),
     TO_FIRST: lambda x: x.permute(0, 3, 1, 2),
+    MEAN: lambda x: x.mean((2, 3), keepdim=True),
+    SIGMOID: torch.sigmoid,
     **{name: act for name, act in ACTIVATIONS.items() if name != "none"},
 }
 # Functions that limit large numbers, or treat tiny ones differently, must not pass for others.
@@ -31,7 +37,7 @@ _RELATIVE, _ABSOLUTE = 1e-5, 1e-6
 
 
 def computed_by(function: Callable[[Tensor], Any]) -> str:
-    """Return what `function` computes: a permutation of the axes, or an activation by its name; "" if it is unknown."""
+    """Return what `function` computes: an activation by its name, a permutation of the axes or a mean; "" if unknown."""
     x = _numbers(2, 3, 5, 7)
     y = _applied(function, x)
     if y is None:
@@ -61,6 +67,37 @@ def is_layer_norm(module: nn.Module, channels: int, axis: int) -> bool:
     rows = x.movedim(1, -1) if axis == 1 else x
     want = F.layer_norm(rows, (channels,), parameters.get("weight"), parameters.get("bias"), eps).detach()
     return y is not None and _equal(y, want.movedim(-1, 1) if axis == 1 else want)
+
+
+def is_response_norm(module: nn.Module, channels: int, axis: int) -> bool:
+    """Return whether `module` is a response norm over images, with its `weight`, perhaps a `bias`, and epsilon.
+
+    A new norm has zeros as weights, which hide what it computes. So a shallow copy with other weights is applied.
+
+    Args:
+        module: any module.
+        channels: number of channels.
+        axis: their axis, 1 or -1, as in `is_layer_norm`.
+    """
+    eps, values = epsilon_of(module), {key: value for key, value in module._parameters.items() if value is not None}
+    plain = (
+        not module._modules and not module._buffers and eps is not None and {"weight"} <= set(values) <= {"weight", "bias"}
+    )
+    if not plain or any(value.numel() != channels or value.shape[-1] != channels for value in values.values()):
+        return False
+    numbers = 0.5 + 0.1 * _numbers(channels).clamp(-9, 9)
+    # With and without a bias; in the second case, numbers are so small that epsilon matters, and the results are enlarged.
+    for bias, size in ((numbers, 1.0), (0 * numbers, 1e-7)):
+        new = {key: (bias if key == "bias" else numbers).view(value.shape).to(value) for key, value in values.items()}
+        probe = copy.copy(module)
+        vars(probe)["_parameters"] = {key: new.get(key) for key in module._parameters}
+        x = (_numbers(2, 3, 5, channels).clamp(-9, 9) * size).to(new["weight"])
+        y = _applied(probe, x if axis == -1 else x.movedim(-1, 1).contiguous())
+        want = response_norm(x, new["weight"].flatten(), eps)  # type: ignore[arg-type]
+        want = want + new["bias"].flatten() if "bias" in new else want
+        if y is None or not _equal(y / size, (want if axis == -1 else want.movedim(-1, 1)) / size):
+            return False
+    return True
 
 
 def epsilon_of(norm: nn.Module) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
 import torch
@@ -10,22 +11,38 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from widekernel.layers.norms import affine_of
+from widekernel.ops.patch import NormAfter, Patch
 from widekernel.transforms.acceleration.fusion.graph import BlockGraph
+from widekernel.transforms.acceleration.fusion.nodes import FIRST
 from widekernel.transforms.acceleration.fusion.probing import epsilon_of
-from widekernel.transforms.acceleration.fusion.regions import FIRST, Affine, Region
+from widekernel.transforms.acceleration.fusion.regions import Affine, Region
+from widekernel.transforms.acceleration.fusion.samples import Samples
 
-# How many values of a tensor are compared to notice writes that PyTorch does not count.
-_SAMPLES = 32
 Source = tuple[dict[str, Any], str]
 """The dict that holds a parameter or buffer, and its key."""
+_version_of = attrgetter("_version")
 
 
 class UnsuitableWeightsError(Exception):
     """The weights of a region cannot be packed; the message says why."""
 
 
+class GateWeights(NamedTuple):
+    """The arguments of `ops.cpu.gate.Gate`, in float32."""
+
+    first: Tensor
+    first_bias: Tensor | None
+    activation: str
+    second: Tensor
+    second_bias: Tensor | None
+
+
 class BlockWeights(NamedTuple):
-    """The arguments of `PackedBlock`: weights in float32, with affine maps folded in."""
+    """The arguments of `PackedBlock`: weights in float32, with affine maps folded in; and those of its gate.
+
+    Attributes:
+        gate: weights of the gate that comes first; None for none.
+    """
 
     first: Tensor
     first_bias: Tensor | None
@@ -33,6 +50,11 @@ class BlockWeights(NamedTuple):
     second: Tensor | None
     second_bias: Tensor | None
     norm_eps: float | None
+    patch: Patch | None = None
+    after: NormAfter | None = None
+    response: Tensor | None = None
+    response_eps: float = 1e-6
+    gate: GateWeights | None = None
 
 
 @torch.no_grad()
@@ -44,29 +66,55 @@ def block_weights(found: BlockGraph, region: Region) -> BlockWeights:
     """
     first, bias = _matrix(found.modules[region.first])
     last = first if not region.second else _matrix(found.modules[region.second])[0]
-    if (first.shape[1], last.shape[0]) != (region.dim_in, region.dim_out):
+    gate = _gate_weights(found, region)
+    gated = gate is None or gate.first.shape[1] == gate.second.shape[0] == region.dim_in
+    kernel = region.patch.kernel if region.patch else ()
+    shape: Any = found.modules[region.first].weight.shape
+    unchanged = shape[1] == region.dim_in and last.shape[0] == region.dim_out and gated
+    if not unchanged or (region.patch is not None and tuple(shape[2:]) != kernel):
         raise UnsuitableWeightsError("the shape of a weight has changed since the block was fused")
     eps = None
     if region.norm:
         norm = found.modules[region.norm]
         if isinstance(norm, nn.modules.batchnorm._BatchNorm):
-            scale, shift = affine_of(norm, first.shape[1])
+            scale, shift = affine_of(norm, region.dim_in)
         else:
             eps = epsilon_of(norm)
-            scale, shift = _affine_part(norm, first.shape[1])
+            scale, shift = _affine_part(norm, region.dim_in)
+        # The weights of all taps of a channel are side by side.
+        scale, shift = (part.repeat_interleave(first.shape[1] // region.dim_in) for part in (scale, shift))
         first, bias = first * scale, bias + first @ shift
     first, bias = _mapped(found, region.affine, first, bias)
+    matrix = _float(first).view(-1, region.dim_in, *kernel)
+    after = _norm_after(found.modules[region.after]) if region.after else None
     if not region.second:
-        return BlockWeights(_float(first), _bias(bias), region.activation, None, None, eps)
+        return BlockWeights(
+            matrix, _bias(bias), region.activation, None, None, eps, patch=region.patch, after=after, gate=gate
+        )
     second, second_bias = _matrix(found.modules[region.second])
+    response, response_eps = None, 1e-6
+    if region.response:
+        norm = found.modules[region.response]
+        weight, shift = (part.flatten() for part in _affine_part(norm, second.shape[1]))
+        response, response_eps = weight.float(), epsilon_of(norm) or 0.0
+        second_bias = second_bias + second @ shift
     second, second_bias = _mapped(found, region.second_affine, second, second_bias)
-    return BlockWeights(_float(first), _bias(bias), region.activation, _float(second), _bias(second_bias), eps)
+    firsts, seconds = (matrix, _bias(bias)), (_float(second), _bias(second_bias))
+    return BlockWeights(*firsts, region.activation, *seconds, eps, region.patch, None, response, response_eps, gate)
+
+
+def _gate_weights(found: BlockGraph, region: Region) -> GateWeights | None:
+    if region.gate is None:
+        return None
+    first, first_bias = _matrix(found.modules[region.gate.first])
+    second, second_bias = _matrix(found.modules[region.gate.second])
+    return GateWeights(_float(first), _bias(first_bias), region.gate.activation, _float(second), _bias(second_bias))
 
 
 def sources(found: BlockGraph, region: Region) -> list[Source]:
     """List everything that the weights of a region are computed from."""
     norms = [affine.value for affine in (*region.affine, *region.second_affine) if affine.kind == "norm"]
-    names = [name for name in (region.norm, *region.layers()) if name]
+    names = [name for name in (region.norm, region.after, region.response, *region.all_layers()) if name]
     listed = []
     for module in (*(found.modules[name] for name in names), *norms):
         listed += [(module._parameters, key) for key in module._parameters]
@@ -91,14 +139,13 @@ class Fingerprint:
     """
 
     def __init__(self, tensors: Sequence[Tensor | None]) -> None:
-        self._states: list[tuple[int, int] | None] = []
-        self._views: list[Tensor] = []
-        for tensor in tensors:
-            if tensor is not None:
-                _check(tensor)
-                self._views.append(_spread(tensor))
-            self._states.append(state_of(tensor))
-        self._values = [view.clone() for view in self._views]
+        self._tensors = tuple(tensors)
+        self._present = tuple(tensor for tensor in tensors if tensor is not None)
+        for tensor in self._present:
+            _check(tensor)
+        self._kinds = list(map(type, self._present))
+        self._addresses, self._versions = self._states()
+        self._samples = Samples(self._present)
 
     def matches(self, tensors: Sequence[Tensor | None]) -> bool:
         """Return whether these are the same tensors, unchanged.
@@ -106,20 +153,17 @@ class Fingerprint:
         Raises:
             UnsuitableWeightsError: if there are tensors where there were none, or none where there were some.
         """
-        if [state_of(tensor) for tensor in tensors] != self._states:
-            if [tensor is None for tensor in tensors] != [state is None for state in self._states]:
+        if not all(map(is_, tensors, self._tensors)):
+            if [tensor is None for tensor in tensors] != [tensor is None for tensor in self._tensors]:
                 raise UnsuitableWeightsError("a weight has appeared or disappeared since the block was fused")
             return False
-        return all(map(torch.equal, self._views, self._values))
+        # In this order: the samples lie at the addresses.
+        same = all(map(is_, map(type, self._present), self._kinds)) and self._states() == (self._addresses, self._versions)
+        return same and self._samples.unchanged()
 
-
-def state_of(tensor: Tensor | None) -> tuple[int, int] | None:
-    """Return address and number of writes of a plain tensor; a state that no fingerprint has for any other."""
-    if tensor is None:
-        return None
-    if type(tensor) not in (nn.Parameter, Tensor) or tensor.is_inference():
-        return (-1, -1)
-    return tensor.data_ptr(), tensor._version
+    def _states(self) -> tuple[list[int], list[int]]:
+        """Return the address and the number of writes of every tensor."""
+        return list(map(Tensor.data_ptr, self._present)), list(map(_version_of, self._present))
 
 
 def _check(tensor: Tensor) -> None:
@@ -136,19 +180,17 @@ def _check(tensor: Tensor) -> None:
         raise UnsuitableWeightsError(f"a weight of shape {tuple(tensor.shape)} has gaps in memory: call contiguous() on it")
 
 
-def _spread(tensor: Tensor) -> Tensor:
-    """Return a view of some values of a tensor without gaps, from its beginning to its end in memory."""
-    count = tensor.numel()
-    # An odd step, so that not all of them lie in a few columns of a matrix whose width is a power of two.
-    step = count // _SAMPLES | 1 if count > _SAMPLES else 1
-    return tensor.detach().as_strided(((count + step - 1) // step,), (step,), tensor.storage_offset())
-
-
 def _affine_part(norm: nn.Module, channels: int) -> tuple[Tensor, Tensor]:
-    """Return the weight and the bias of a layer norm, each (C,)."""
+    """Return the weight and the bias of a layer norm or response norm, with C values each."""
     weight, bias = norm._parameters.get("weight"), norm._parameters.get("bias")
     ones = torch.ones(channels, dtype=torch.float64)
     return ones if weight is None else weight.double(), 0 * ones if bias is None else bias.double()
+
+
+def _norm_after(norm: nn.Module) -> NormAfter:
+    eps = epsilon_of(norm)
+    assert eps is not None
+    return NormAfter(eps, norm._parameters.get("weight"), norm._parameters.get("bias"))
 
 
 def _matrix(layer: nn.Module) -> tuple[Tensor, Tensor]:

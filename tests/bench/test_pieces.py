@@ -1,0 +1,170 @@
+"""Pieces of a network: what is observed, what runs while it is, and how pieces add up."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from widekernel import ops
+from widekernel.bench import pieces
+from widekernel.bench.pieces import Calls, PieceRow, accelerated, flop_of, measure_pieces, observe, piece_of, rows_of
+from widekernel.bench.spans import Span, Spans, native_callers
+from widekernel.bench.timing import WallClock
+from widekernel.layers import DepthwiseConv2d
+from widekernel.ops.cpu import library
+from widekernel.ops.cpu.pointwise import PackedBlock
+from widekernel.transforms.acceleration.fusion.fused import FusedBlock
+
+needs_native = pytest.mark.skipif(library.load().reason is not None, reason="the native library cannot run")
+
+
+class Block(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = DepthwiseConv2d(channels, channels, 7, padding=3, groups=channels)
+        self.norm = nn.LayerNorm(channels)
+        self.fc1, self.act, self.fc2 = nn.Linear(channels, 4 * channels), nn.GELU(), nn.Linear(4 * channels, channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(self.conv(x).permute(0, 2, 3, 1))
+        return x + self.fc2(self.act(self.fc1(y))).permute(0, 3, 1, 2)
+
+
+class Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 32, 4, 4), nn.GELU())
+        self.stages = nn.Sequential(Block(32), nn.Sequential(nn.Conv2d(32, 64, 2, 2), Block(64)))
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.stages(self.stem(x)))
+
+
+def ticking(times: list[float]):
+    return lambda: times.pop(0)
+
+
+def test_time_inside_a_module_belongs_to_the_innermost_one() -> None:
+    network = nn.Sequential(nn.Sequential(nn.ReLU()), nn.GELU())
+    x = torch.zeros(1)
+    # begin, begin 0, begin 0.0, end, end, begin 1, end, end
+    spans = Spans(network, ticking([0.0, 1.0, 3.0, 6.0, 10.0, 15.0, 21.0, 28.0]))
+    with spans.observing():
+        network(x)
+    found = {span.path: span.seconds for span in spans.take()}
+    assert found == {"0.0": 3.0, "0": 2.0 + 4.0, "1": 6.0, "": 1.0 + 5.0 + 7.0}
+    assert sum(found.values()) == 28.0 and not spans.take()
+
+
+def test_nothing_is_observed_outside_of_the_block_or_of_the_network() -> None:
+    before = [vars(kind)["__call__"] for kind in (nn.Module, FusedBlock, *native_callers())]
+    network, other = nn.Sequential(nn.ReLU()), nn.ReLU()
+    spans = Spans(network)
+    with spans.observing():
+        other(torch.zeros(1))
+    with pytest.raises(TypeError), spans.observing():
+        network(None)
+    assert [span.path for span in spans.take()] == ["0", ""], "calls that fail are recorded as well"
+    network(torch.zeros(1))
+    assert not spans.take()
+    assert [vars(kind)["__call__"] for kind in (nn.Module, FusedBlock, *native_callers())] == before
+
+
+@needs_native
+def test_a_block_is_fused_while_it_is_observed() -> None:
+    network = Network().eval()
+    x = torch.randn(1, 3, 32, 32)
+    fast = accelerated(network, x, "NCHW")
+    spans = Spans(fast)
+    with torch.inference_mode(), ops.trace() as alone:
+        want = fast(x)
+    with torch.inference_mode(), spans.observing(), ops.trace() as watched:
+        got = fast(x)
+    assert torch.equal(want, got) and alone.fused == watched.fused and alone.calls == watched.calls
+    found = spans.take()
+    packed = [span for span in found if span.is_native and isinstance(span.owner, PackedBlock)]
+    assert len(packed) == len(watched.fused)
+    assert len({id(span) for span in found if not span.is_native}) == len(
+        {span.path for span in found if not span.is_native}
+    )
+
+
+def test_a_native_call_counts_its_operations() -> None:
+    if library.load().reason is not None:
+        pytest.skip("the native library cannot run")
+    block = PackedBlock(torch.randn(12, 5), None, "relu", torch.randn(7, 12))
+    span = Span("stages.0.block", block, True, (), block(torch.randn(2, 5, 3, 4)))
+    assert flop_of(span) == 2 * (5 * 12 + 12 * 7) * 2 * 3 * 4 and piece_of(span) == pieces.FUSED
+
+
+def test_operations_of_depthwise_layers_are_those_on_pixels() -> None:
+    problem = ops.problem.Problem("depthwise_sum", "cpu", torch.float32, (2, 3, 4, 5), ((7, 3),), ((3, 1),))
+    ones = torch.ones(2, 3, 4, 5), torch.ones(3, 1, 7, 3)
+    taps = torch.nn.functional.conv2d(*ones, padding=(3, 1), groups=3).sum().item()
+    assert pieces._flop_of_problem(problem) == 2 * taps
+
+
+@pytest.mark.parametrize(
+    ("path", "owner", "piece"),
+    [
+        ("stem.0", nn.Conv2d(3, 8, 4, 4), pieces.STEM),
+        ("stages.1.downsample.1", nn.LayerNorm(8), pieces.DOWN),
+        ("stages.0.blocks.0.conv_dw", nn.Conv2d(8, 8, 7, groups=8), pieces.DEPTHWISE),
+        ("stages.0.blocks.0.pw1", nn.Conv2d(8, 8, 1), pieces.PRODUCTS),
+        ("stages.0.blocks.0.norm", nn.LayerNorm(8), pieces.NORMS),
+        ("stages.0.blocks.0.act", nn.GELU(), pieces.ACTIVATIONS),
+        ("head.fc", nn.Linear(8, 8), pieces.HEAD),
+        ("stages.0", nn.Sequential(), pieces.OTHER),
+        ("", nn.Sequential(), pieces.OTHER),
+    ],
+)
+def test_pieces(path: str, owner: nn.Module, piece: str) -> None:
+    assert piece_of(Span(path, owner, False)) == piece
+
+
+def test_pieces_add_up() -> None:
+    network = Network().eval()
+    made = {"some": lambda: (network, 32)}
+    rows = list(measure_pieces(made, [1, 2], None, 100.0, 1e-3))
+    assert {(row.model, row.batch, row.size, row.layout) for row in rows} == {
+        ("some", batch, 32, layout) for batch in (1, 2) for layout in ("NCHW", "NHWC")
+    }
+    for batch in (1, 2):
+        for layout in ("NCHW", "NHWC"):
+            *parts, whole = [row for row in rows if (row.batch, row.layout) == (batch, layout)]
+            assert whole.piece == pieces.WHOLE and {pieces.STEM, pieces.HEAD, pieces.DEPTHWISE} <= {
+                row.piece for row in parts
+            }
+            for total, key in ((whole.ms, "ms"), (whole.gflop, "gflop"), (whole.calls, "calls"), (1.0, "share")):
+                assert math.isclose(sum(getattr(row, key) for row in parts), total, rel_tol=1e-6)
+            products = 2 * batch * (64 * 8 * 32 * 32 + 16 * 8 * 64 * 64)
+            assert whole.gflop > products / 1e9 and whole.unobserved_ms > 0
+    assert [name for name, _ in pieces.columns(rows)][1] == "images"
+    assert "images" not in dict(pieces.columns(rows[:3]))
+
+
+def test_the_slowest_and_the_fastest_calls_do_not_count() -> None:
+    durations = [9.0, 1.0, 2.0, 3.0, 3.0, 4.0, 90.0, 0.5]
+    network = nn.ReLU()
+    x = torch.zeros(1)
+    spans = Spans(network, ticking([moment for seconds in durations for moment in (0.0, seconds)]))
+    found = []
+    with spans.observing():
+        for _ in durations:
+            network(x)
+            found.append(spans.take())
+    calls = pieces.middle_of(found, [1.0, 2.0, 9.0])
+    assert sorted(part.seconds for parts in calls.observed for part in parts) == [2.0, 3.0, 3.0, 4.0]
+    (only, whole) = rows_of(calls, 10.0, model="m", batch=1, size=1, layout="NCHW")
+    assert isinstance(only, PieceRow) and only.ms == whole.ms == 3000.0 and whole.unobserved_ms == 2000.0
+    assert isinstance(calls, Calls)
+
+
+def test_unobserved_calls_are_timed_in_turn() -> None:
+    network = nn.Sequential(nn.ReLU())
+    calls = observe(network, torch.zeros(3), 1e-4, WallClock())
+    assert calls.unobserved > 0 and len(calls.observed) >= 3 and all(len(parts) == 2 for parts in calls.observed)

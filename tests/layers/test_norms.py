@@ -1,0 +1,203 @@
+"""Batch norm in training by our kernels: values, statistics, derivatives, and what is left to PyTorch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.autograd import gradgradcheck
+from torch.testing import assert_close
+
+from widekernel import ops
+from widekernel.layers.norms import normalized, reasons_against_native
+from widekernel.ops.batch_norm import reasons_against_batch_norm
+from widekernel.ops.cpu import library
+
+pytestmark = pytest.mark.skipif(library.load().reason is not None, reason="no native library")
+ENOUGH = 64  # channels for one thread of any instruction set
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x.contiguous(),
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def norm_of(channels: int, **kwargs: Any) -> nn.BatchNorm2d:
+    norm = nn.BatchNorm2d(channels, **kwargs)
+    if norm.affine:
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.bias)
+    return norm
+
+
+def results(call: Callable[[nn.Module, Tensor], Tensor], norm: nn.Module, x: Tensor, grad: Tensor) -> list[Tensor]:
+    leaf = x.detach().requires_grad_()
+    y = call(norm, leaf)
+    return [y, *torch.autograd.grad(y, [leaf, *norm.parameters()], grad), *norm.buffers()]
+
+
+def plainly(norm: nn.Module, x: Tensor) -> Tensor:
+    return norm(x)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.integers(1, 4), st.integers(16, 140), st.integers(1, 12), st.integers(1, 12), st.sampled_from(list(LAYOUTS)),
+    st.booleans(), st.booleans(), st.floats(-100, 100), st.integers(0, 2**16),
+)  # fmt: skip
+def test_equals_pytorch_in_float64(
+    images: int, channels: int, height: int, width: int, layout: str, affine: bool, tracked: bool, mean: float, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    if images * height * width < 3:
+        images += 2  # with two pixels, derivatives are differences of nearly equal numbers
+    norm = norm_of(channels, affine=affine, track_running_stats=tracked, momentum=0.3)
+    x = LAYOUTS[layout](torch.randn(images, channels, height, width) + mean)
+    grad = torch.randn_like(x)
+    theirs = copy.deepcopy(norm).double()
+    with ops.trace() as trace:
+        got = results(normalized, norm, x, grad)
+    assert trace.batch_norms == [x.shape]
+    assert got[0].stride() == copy.deepcopy(norm)(x).stride()
+    # The mean is rounded like the numbers.
+    tolerance = 1e-4 + 1e-5 * abs(mean)
+    for value, want in zip(got, results(plainly, theirs, x.double(), grad.double())):
+        scale = max(1.0, want.abs().max().item())
+        assert_close(value.double() / scale, want.double() / scale, rtol=0, atol=tolerance * 5)
+
+
+def test_accuracy_beside_a_large_mean_and_an_outlier() -> None:
+    x = torch.randn(2, ENOUGH, 20, 20) + 1000
+    x[0, :, 0, 0] = 1e5
+    norm = norm_of(ENOUGH)
+    want = copy.deepcopy(norm).double()(x.double())
+    error = (normalized(norm, x).double() - want).abs().max() / want.abs().max()
+    assert error < 1e-4
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_same_on_any_number_of_threads(threads: int, layout: str) -> None:
+    x = LAYOUTS[layout](torch.randn(2, 3 * ENOUGH, 15, 15))
+    grad, norm = torch.randn_like(x), norm_of(3 * ENOUGH)
+    want = results(normalized, copy.deepcopy(norm), x, grad)
+    torch.set_num_threads(threads)
+    for value, same in zip(results(normalized, norm, x, grad), want):
+        assert torch.equal(value, same)
+
+
+def test_gradients_in_another_layout() -> None:
+    x, norm = torch.randn(2, ENOUGH, 6, 5), norm_of(ENOUGH)
+    grad = torch.randn(ENOUGH, 1, 1).expand(2, -1, 6, 5)
+    for value, want in zip(
+        results(normalized, copy.deepcopy(norm), x, grad), results(plainly, copy.deepcopy(norm), x, grad)
+    ):
+        assert_close(value, want, rtol=1e-4, atol=1e-4)
+
+
+def test_second_derivatives() -> None:
+    norm, x = norm_of(ENOUGH), torch.randn(2, ENOUGH, 3, 3, requires_grad=True)
+    penalties = []
+    for call in (normalized, plainly):
+        (slope,) = torch.autograd.grad(call(norm, x).pow(3).sum(), [x], create_graph=True)
+        penalties.append(torch.autograd.grad(slope.square().sum(), [x, norm.weight]))
+    for got, want in zip(*penalties):
+        assert_close(got, want, rtol=1e-3, atol=1e-2)
+    small = torch.randn(2, 2, 2, 2, dtype=torch.float64, requires_grad=True)
+    double = norm_of(2).double()
+    assert gradgradcheck(lambda x: normalized(double, x), [small])
+
+
+def test_some_gradients() -> None:
+    x, norm = torch.randn(2, ENOUGH, 3, 3), norm_of(ENOUGH)
+    norm.bias.requires_grad_(False)
+    y = normalized(norm, x)
+    y.square().sum().backward()
+    assert norm.weight.grad is not None
+    assert norm.bias.grad is None
+
+
+def left_alone(change: Callable[[nn.BatchNorm2d], None]) -> nn.BatchNorm2d:
+    norm = norm_of(ENOUGH)
+    change(norm)
+    return norm
+
+
+class Scaled(nn.BatchNorm2d):
+    """Another norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+LEFT_ALONE = {
+    "evaluation": (left_alone(nn.Module.eval), "no gradients"),
+    "a hook": (left_alone(lambda norm: norm.register_forward_hook(lambda *values: None)), "forward hook"),
+    "a pre-hook": (left_alone(lambda norm: norm.register_forward_pre_hook(lambda *values: None)), "hook"),
+    "a subclass": (Scaled(ENOUGH), "Scaled"),
+    "a cumulative average": (nn.BatchNorm2d(ENOUGH, momentum=None), "cumulative"),
+    "float64": (norm_of(ENOUGH).double(), "float32"),
+    "no norm": (nn.Identity(), "Identity"),
+}
+
+
+@pytest.mark.parametrize("name", LEFT_ALONE)
+def test_norms_that_are_left_to_pytorch(name: str) -> None:
+    norm, reason = LEFT_ALONE[name]
+    x = torch.randn(2, ENOUGH, 4, 4, dtype=torch.float64 if name == "float64" else torch.float32)
+    (why,) = reasons_against_native(norm, x)
+    assert reason in why
+    with ops.trace() as trace:
+        got = normalized(copy.deepcopy(norm), x)
+    assert torch.equal(got, copy.deepcopy(norm)(x))
+    assert trace.batch_norms == []
+
+
+def test_inputs_that_are_left_to_pytorch() -> None:
+    norm = norm_of(ENOUGH)
+    x = torch.randn(2, ENOUGH, 4, 4)
+    assert reasons_against_batch_norm(x) == []
+    for other in (x.double(), x[0], x.to("meta"), x[:, :, ::2], x[:1, :, :1, :1], x[:, :1].contiguous()):
+        assert len(reasons_against_batch_norm(other)) == 1
+    with torch.autocast("cpu"):
+        assert "autocast" in reasons_against_batch_norm(x)[0]
+    with torch.no_grad(), ops.trace() as trace:
+        normalized(norm, x)
+    assert trace.batch_norms == []
+    with pytest.raises(ValueError, match="more than 1 value"):
+        normalized(norm, x[:1, :, :1, :1])
+
+
+def test_compiled_code_has_pytorchs() -> None:
+    torch._dynamo.reset()
+    norm, x = norm_of(ENOUGH), torch.randn(2, ENOUGH, 4, 4)
+    with ops.trace() as trace:
+        got = torch.compile(lambda x: normalized(norm, x), fullgraph=True, backend="aot_eager")(x)
+    assert trace.batch_norms == []
+    assert_close(got, normalized(norm, x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["replknet_nano", "slak_nano", "shiftwise_nano", "unireplknet_nano"])
+def test_networks_in_training(name: str) -> None:
+    model = timm.create_model(name).train()
+    with ops.trace() as trace:
+        model(torch.randn(2, 3, 64, 64)).sum().backward()
+    norms = {name: module for name, module in model.named_modules() if type(module) is nn.BatchNorm2d}
+    # The last norm is called by code that serves all kinds of norms.
+    wide = [norm for name, norm in norms.items() if norm.num_features >= library.load().lanes and name != "norm_pre"]
+    assert len(trace.batch_norms) == len(wide) > 0
+    assert all(m.num_batches_tracked == 1 for m in wide)
