@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from widekernel.layers.alterations import alteration
 from widekernel.ops.batch_norm import batch_norm, reasons_against_batch_norm
-from widekernel.ops.eager import are_ordinary
+from widekernel.ops.eager import are_ordinary, is_unobserved_call
 
 # Only these, and subclasses with the same forward: other subclasses may add an activation, which is not an affine map.
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -79,8 +79,8 @@ def normalized(norm: nn.Module, x: Tensor) -> Tensor:
 
 def reasons_against_native(norm: nn.Module, x: Tensor) -> list[str]:
     """List why our kernels do not compute norm(x); empty if they do, which only happens in training."""
-    if torch.compiler.is_compiling() or not are_ordinary(x):
-        return ["something compiles or traces the call"]
+    if not is_unobserved_call() or not are_ordinary(x):
+        return ["something compiles, traces or transforms the call"]
     if type(norm) is not nn.BatchNorm2d:
         return [f"{type(norm).__name__} is not a plain nn.BatchNorm2d"]
     if not (norm.training and torch.is_grad_enabled()):

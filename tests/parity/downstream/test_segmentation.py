@@ -106,7 +106,9 @@ def test_training_step(row: dict[str, Any], shared: Path, tmp_path: Path) -> Non
     expected = dict(zip(golden.arrays["loss_names"].tolist(), golden.arrays["loss_values"].tolist()))
     assert expected.keys() == found.keys()
     for name, value in found.items():
-        assert abs(value.item() - expected[name]) <= LOSSES * max(1, expected[name]), name
+        # An accuracy is a count: pixels whose best two classes are equal but for rounding may go to either.
+        close_calls = 100 * 2 / labels.numel() if name.endswith("acc_seg") else 0
+        assert abs(value.item() - expected[name]) <= LOSSES * max(1, expected[name]) + close_calls, name
     gradients = official_gradients(network)
     assert gradients.keys() >= set(golden.arrays["grad_names"].tolist())
     check_gradients(golden, gradients, GRADIENTS, smallest=1e-3)
