@@ -92,7 +92,8 @@ class BatchNorm {
         Vec near[V], sum[V], squares[V], piece[V], square_piece[V];
         unroll<V>([&](auto v) { near[v] = sum[v] = squares[v] = piece[v] = square_piece[v] = Vec{}; });
         const int64_t some = least(SHORT_SUM, pixels_);
-        for (int64_t p = 0; p < some; p++) unroll<V>([&](auto v) { near[v] += load(x + p * step, v); });
+        // From the whole map: its first pixels may be a border.
+        for (int64_t i = 0; i < some; i++) unroll<V>([&](auto v) { near[v] += load(x + pixels_ * i / some * step, v); });
         unroll<V>([&](auto v) { near[v] *= all(1.0f / static_cast<float>(some)); });
         in_pieces(
             [&](int64_t p) {
@@ -209,9 +210,12 @@ class BatchNorm {
     void plane_norm(int64_t channel) const {
         const float *x = static_cast<const float *>(call_.x.data);
         float *y = static_cast<float *>(call_.y.data);
-        const int64_t begin = channel * plane_, some = least(plane_, LANES);
+        const int64_t some = least(pixels_, LANES);
         float near = 0;
-        for (int64_t i = 0; i < some; i++) near += x[begin + i] / static_cast<float>(some);
+        for (int64_t i = 0; i < some; i++) {
+            const int64_t pixel = pixels_ * i / some;
+            near += x[(pixel / plane_ * call_.channels + channel) * plane_ + pixel % plane_] / static_cast<float>(some);
+        }
         Vec sum{}, squares{}, piece{}, square_piece{};
         over_planes(
             channel,

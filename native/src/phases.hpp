@@ -17,7 +17,12 @@ inline void wait_for(const int64_t *finished, int64_t count) {
 // The phases of a call, an object of class Call whose methods compute the tasks.
 template <class Call> class Phases {
   public:
-    void add(int64_t tasks, void (Call::*run)(int64_t task)) { phases_[count_++] = {tasks, run, 0}; }
+    // The next phase. One without tasks is left out: the one after it would wait for nothing.
+    void add(int64_t tasks, void (Call::*run)(int64_t task)) {
+        if (tasks == 0) return;
+        if (count_ == MOST) __builtin_trap();
+        phases_[count_++] = {tasks, run, 0};
+    }
 
     void run(Call &call, int32_t threads) {
         call_ = &call;

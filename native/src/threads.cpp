@@ -46,7 +46,7 @@ struct Job {
 };
 
 // The caller waits for the last tasks of the others without sleeping: they take less time than waking it up. Threads that have
-// no processor of their own get this one, and after about a tenth of a millisecond the runtime takes over.
+// no processor of their own get this one, and after some tenths of a millisecond at most the runtime takes over.
 void wait_briefly(const Job &job) {
     constexpr int ROUNDS = 100, PAUSES = 64;
     for (int round = 0; round < ROUNDS && job.finished.load(std::memory_order_acquire) < job.tasks; ++round) {

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from widekernel import ops
+from widekernel.errors import ArgumentError
 from widekernel.ops.cpu import library
 from widekernel.ops.pointwise_grad import plain_pointwise_weight_grad, pointwise_conv, reasons_against_weight_grad
 
@@ -106,6 +107,34 @@ def test_what_is_left_to_pytorch() -> None:
     assert trace.pointwise_grads == []
     assert reasons_against_weight_grad(x.double()) == ["it computes float32, not torch.float64"]
     assert "meta" in reasons_against_weight_grad(x.to("meta"))[0]
+
+
+def test_images_without_a_batch_and_without_data() -> None:
+    x, weight, bias = torch.randn(5, 4, 6), *arguments()[1:]
+    for tensors in ([x, weight, bias], [tensor.detach().to("meta").requires_grad_() for tensor in arguments()]):
+        y = pointwise_conv(*tensors)
+        assert y.shape == F.conv2d(*tensors).shape
+        y.sum().backward()
+
+
+def test_transforms_get_pytorchs_gradients() -> None:
+    x, weight, bias = (tensor.detach() for tensor in arguments())
+
+    def slope(w: Tensor) -> Tensor:
+        return torch.func.grad(lambda v: pointwise_conv(x, v, bias).square().sum())(w)
+
+    weights = torch.stack([weight, 2 * weight])
+    want = torch.stack([slope(w) for w in weights])
+    assert_close(torch.vmap(slope)(weights), want)
+    torch._dynamo.reset()
+    assert_close(torch.compile(torch.vmap(slope), backend="aot_eager")(weights), want)
+
+
+def test_gradients_of_another_shape_are_refused() -> None:
+    x, grad = torch.randn(4, 5, 3, 2), torch.randn(4, 7, 3, 2)
+    for other in (grad[:1], grad[:, :, :1], grad[0]):
+        with pytest.raises(ArgumentError, match="equal except for the channels"):
+            OPERATOR(x, other, True)
 
 
 def test_only_the_bias_or_only_the_weight() -> None:

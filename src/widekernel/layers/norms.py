@@ -89,12 +89,20 @@ def reasons_against_native(norm: nn.Module, x: Tensor) -> list[str]:
         return [text]
     if norm._forward_pre_hooks or torch.nn.modules.module._has_any_global_hook():
         return ["it has hooks, or there are hooks for all modules"]
-    values = [norm.weight, norm.bias, norm.running_mean, norm.running_var]
-    if any(value is not None and not (are_ordinary(value) and value.dtype is torch.float32) for value in values):
-        return ["its parameters or statistics are not plain float32 tensors"]
     if norm.momentum is None or x.shape[1:2] != (norm.num_features,):
         return ["it has a cumulative average, or another number of channels"]
+    values = [norm.weight, norm.bias, norm.running_mean, norm.running_var]
+    if not all(value is None or _fits(value, x) for value in values):
+        return ["its parameters or statistics are not plain float32 tensors, one value for each channel, beside the input"]
+    statistics = {value is not None for value in (norm.running_mean, norm.running_var, norm.num_batches_tracked)}
+    if statistics != {norm.track_running_stats}:
+        return ["it keeps only some statistics, or keeps them without updates"]
     return reasons_against_batch_norm(x)
+
+
+def _fits(value: Tensor, x: Tensor) -> bool:
+    """Return whether a parameter or a statistic of a norm is one plain number for each channel of x."""
+    return are_ordinary(value) and value.dtype is torch.float32 and value.shape == x.shape[1:2] and value.device == x.device
 
 
 def _is_plain(norm: nn.Module) -> bool:

@@ -50,8 +50,9 @@ def reasons_against_batch_norm(x: Tensor) -> list[str]:
     reason = library.load().reason
     if reason is not None:
         return [reason]
-    threads = torch.get_num_threads()
-    if x.shape[1] < threads * library.load().lanes:
+    # A task computes one channel, or a vector of adjacent ones. With fewer tasks than threads, some threads would idle.
+    threads, together = torch.get_num_threads(), 1 if x.is_contiguous() else library.load().lanes
+    if x.shape[1] < threads * together:
         return [f"{x.shape[1]} channels are too few for {threads} threads"]
     return []
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+from widekernel.errors import ArgumentError
 from widekernel.ops import call_trace
 from widekernel.ops.call_trace import PointwiseGradCall
 from widekernel.ops.cpu import library, pointwise
@@ -24,11 +25,11 @@ def pointwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Convolve with a 1x1 kernel, as `F.conv2d` does.
 
     If a gradient of the weight is wanted, our kernels compute it and that of the bias, with tiles of the weight in
-    registers. On the shapes of ConvNeXt, SLaK and RepLKNet they took 0.66 to 0.97 of PyTorch's time
-    (AVX-512). The forward pass and the input gradient are PyTorch's.
-    Differentiable to any order; PyTorch computes higher derivatives and everything that
-    `reasons_against_weight_grad` lists. Sums are divided among the threads, so their rounding depends on the number of
-    threads, but not on timing.
+    registers. On the shapes of ConvNeXt, SLaK and RepLKNet they took 0.66 to 0.97 of PyTorch's time (AVX-512). The forward
+    pass and the input gradient are PyTorch's. Differentiable to any order; PyTorch computes higher derivatives and everything
+    that `reasons_against_weight_grad` lists. Under `torch.compile`, graphs for CPUs contain our operator, which computes a
+    matrix product where the native library cannot run. Sums are divided among the threads, so their rounding depends on the
+    number of threads, but not on timing.
 
     Args:
         x: (N, C, H, W) in any layout.
@@ -38,7 +39,11 @@ def pointwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Returns:
         (N, C', H, W) in the layout that `F.conv2d` gives it.
     """
-    if _needs_no_rule(x, weight) or (not torch.compiler.is_compiling() and not _is_ordinary(x, weight, bias)):
+    if (
+        x.dim() != 4
+        or _needs_no_rule(x, weight)
+        or (not torch.compiler.is_compiling() and not _is_ordinary(x, weight, bias))
+    ):
         return F.conv2d(x, weight, bias)
     return _PointwiseConv.apply(x, weight, bias)
 
@@ -57,7 +62,10 @@ def _needs_no_rule(x: Tensor, weight: Tensor) -> bool:
     """Return whether no gradient of the weight is wanted, or by something that PyTorch's own rule serves better."""
     if not (torch.is_grad_enabled() and weight.requires_grad) or x.numel() == 0 or x.dtype is not torch.float32:
         return True
-    return torch.is_autocast_enabled(x.device.type) or torch.compiler.is_exporting()
+    # Other devices come first: for some, such as meta, there is no autocast to ask for.
+    if x.device.type != "cpu" or torch._C._are_functorch_transforms_active():
+        return True
+    return torch.is_autocast_enabled("cpu") or torch.compiler.is_exporting()
 
 
 def _is_ordinary(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -82,7 +90,8 @@ class _PointwiseConv(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad)
         # PyTorch's gradients have derivatives of their own.
-        plain = has_batched_gradients(grad) or (torch.is_grad_enabled() and not torch.compiler.is_compiling())
+        transformed = has_batched_gradients(grad) or torch._C._are_functorch_transforms_active()
+        plain = transformed or (torch.is_grad_enabled() and not torch.compiler.is_compiling())
         if plain or not wanted[1]:
             return _backward(ctx, x, weight, grad, wanted)
         for_x = _backward(ctx, x, weight, grad, [True, False, False])[0] if wanted[0] else None
@@ -120,6 +129,12 @@ def pointwise_weight_grad_op(x: Tensor, grad: Tensor, bias: bool) -> tuple[Tenso
 
 
 def _weight_grad(x: Tensor, grad: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+    fits = x.dim() == grad.dim() == 4 and (grad.shape[0], grad.shape[2:]) == (x.shape[0], x.shape[2:])
+    if not fits or grad.device != x.device:
+        raise ArgumentError(
+            f"grad has the shape {tuple(grad.shape)} on {grad.device}, and x {tuple(x.shape)} on {x.device}: both must be "
+            "(N, channels, height, width), on one device, and equal except for the channels"
+        )
     native = not reasons_against_weight_grad(x) and grad.dtype is x.dtype and x.numel() > 0
     if call_trace.OPEN_TRACES:
         call_trace.record_pointwise_grad(

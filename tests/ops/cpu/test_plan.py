@@ -99,14 +99,18 @@ def test_small_calls_wake_no_thread() -> None:
 
 
 def test_problems_that_pytorch_computes_faster() -> None:
-    for problem in (of([(3, 3)], channels_last=True), of([(7, 7)], (8, 1024, 14, 14), channels_last=True)):
-        assert reason_for_pytorch(problem, is_amd=False) and reason_for_pytorch(problem, is_amd=True)
+    def on(problem: Problem) -> tuple[bool, ...]:
+        processors = (False, "avx512"), (True, "avx512"), (True, "avx2")
+        return tuple(reason_for_pytorch(problem, is_amd, isa) is not None for is_amd, isa in processors)
+
+    assert on(of([(3, 3)], channels_last=True)) == (True, True, True)
+    assert on(of([(7, 7)], (8, 1024, 14, 14), channels_last=True)) == (True, False, True)
     for problem in (
         of([(3, 3)], (1, 64, 56, 56), channels_last=True),
         of([(5, 5)], (2, 128, 56, 56), channels_last=True),
         of([(7, 7)], (8, 512, 14, 14), channels_last=True),
     ):
-        assert reason_for_pytorch(problem, is_amd=False) and reason_for_pytorch(problem, is_amd=True) is None
+        assert on(problem) == (True, False, False)
     for problem in [
         of([(3, 3)]),
         of([(7, 7)], channels_last=True),
@@ -114,7 +118,7 @@ def test_problems_that_pytorch_computes_faster() -> None:
         of([(3, 3)], op="depthwise_weight_grad", channels_last=True),
         of([(3, 3), (5, 1)], channels_last=True),
     ]:
-        assert reason_for_pytorch(problem, is_amd=False) is None
+        assert on(problem) == (False, False, False)
 
 
 @settings(max_examples=200, deadline=None)

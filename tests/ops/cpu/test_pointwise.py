@@ -266,6 +266,14 @@ def test_packed_weights_keep_their_instruction_set() -> None:
         loaded.use_isa(name)
 
 
+def test_a_residual_of_another_shape_is_refused_again() -> None:
+    packed, x = PackedBlock(*Block.random(20, 30)), torch.randn(4, 20, 6, 6)
+    residual = torch.randn(4, 30, 6, 6)
+    packed(x, residual)
+    with pytest.raises(ArgumentError, match="residual has the shape"):
+        packed(x, residual[:1])
+
+
 def test_copies_and_pickles() -> None:
     packed = PackedBlock(*Block.random(20, 30))
     assert copy.deepcopy(packed) is packed

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -161,6 +163,13 @@ def test_gates(layout: str) -> None:
         x = LAYOUTS[layout](torch.randn(shape) + 3)
         for activation in ACTIVATIONS:
             gated(squeezed(shape[1], 1 + shape[1] // 3, activation, bias=activation != "none"), x)
+
+
+def test_copies_and_pickles_of_gates() -> None:
+    made = Gate(*squeezed(20, 5))
+    assert copy.deepcopy(made) is made
+    with pytest.raises(ArgumentError, match="make it again"):
+        pickle.dumps(made)
 
 
 def test_sigmoids_of_all_magnitudes(isa: str) -> None:

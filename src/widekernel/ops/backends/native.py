@@ -35,7 +35,8 @@ class NativeBackend(Backend):
         obstacles = self._obstacles(problem)
         if obstacles:
             return obstacles
-        slower = reason_for_pytorch(problem, library.load().is_amd)
+        loaded = library.load()
+        slower = reason_for_pytorch(problem, loaded.is_amd, loaded.isa)
         return [slower] if slower else []
 
     def can_run(self, problem: Problem) -> bool:

@@ -47,7 +47,7 @@ def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
         the result, in the layout of `x`, and the statistics.
     """
     y = torch.empty_like(x)
-    found = Statistics(*torch.empty(3, x.shape[1]))
+    found = Statistics(*x.new_empty(3, x.shape[1]))
     factors = [None if values is None else values.data_ptr() for values in (weight, bias)]
     _run(x, [x, None, y], factors, eps, [values.data_ptr() for values in found], [None, None])
     return y, found
@@ -66,7 +66,7 @@ def batch_norm_backward(grad: Tensor, x: Tensor, weight: Tensor | None, found: S
         the gradients of `x`, weight and bias.
     """
     for_x = torch.empty_like(x)
-    for_weight, for_bias = torch.empty(2, x.shape[1])
+    for_weight, for_bias = x.new_empty(2, x.shape[1])
     sums = [for_weight.data_ptr(), for_bias.data_ptr()]
     statistics = [values.data_ptr() for values in found]
     _run(x, [x, grad, for_x], [None if weight is None else weight.data_ptr(), None], 0.0, statistics, sums, backward=True)

@@ -81,6 +81,18 @@ class Gate:
             self._library.check(self._library.calls.wk_gate_run_at(self._description(x), x.data_ptr(), y.data_ptr()))
         return y
 
+    def __deepcopy__(self, _memo: object) -> Gate:
+        """Return the same object: its weights never change."""
+        return self
+
+    def __reduce__(self) -> Any:
+        """Refuse to be pickled.
+
+        Raises:
+            ArgumentError: always.
+        """
+        raise ArgumentError("a gate belongs to one process; save the layers and make it again")
+
     def _description(self, x: Tensor) -> Any:
         key = x.shape, x.stride(), torch.get_num_threads()
         found = self._prepared.get(key)

@@ -180,7 +180,7 @@ class PackedBlock:
                 return self(x.reshape(-1, self.inputs), rows).view(*x.shape[:-1], self.outputs)
             x, residual = x.resolve_neg(), None if residual is None else residual.resolve_neg()
             call = self._prepare(x, residual)
-        y = torch.empty_strided(call.shape, call.strides)
+        y = torch.empty_strided(call.shape, call.strides, dtype=torch.float32, device="cpu")
         if y.numel():
             added = None if residual is None else residual.data_ptr()
             scaled = None if factors is None else factors.data_ptr()
@@ -292,7 +292,7 @@ def weight_grad(x: Tensor, grad: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
     x, grad = addressable(x), addressable(grad)
     images, inputs, height, width = x.shape
     outputs = grad.shape[1]
-    for_weight, for_bias = torch.empty(outputs, inputs), torch.empty(outputs if bias else 0)
+    for_weight, for_bias = x.new_empty(outputs, inputs), x.new_empty(outputs if bias else 0)
     sizes = torch.get_num_threads(), images, height, width, inputs, outputs
     tensors = [native.Tensor(t.data_ptr(), *image_of(t)[1:]) for t in (x, grad)]
     call = native.PointwiseGrad(*sizes, *tensors, for_weight.data_ptr(), for_bias.data_ptr() if bias else None)
@@ -305,7 +305,8 @@ _MOST_PREPARED = 256
 
 
 def _key(x: Tensor, residual: Tensor | None) -> tuple[Any, ...]:
-    return x.shape, x.stride(), None if residual is None else residual.stride(), torch.get_num_threads()
+    added = None if residual is None else (residual.shape, residual.stride())
+    return x.shape, x.stride(), added, torch.get_num_threads()
 
 
 def _is_ordinary(x: Tensor) -> bool:

@@ -134,7 +134,7 @@ class PreparedWeightGrad:
         call = self._calls.get(strides)
         if call is None:
             call = self._calls.setdefault(strides, self._description(x, grad))
-        taps = torch.empty(x.shape[1], 1, *kernel_size, dtype=torch.float32)
+        taps = torch.empty(x.shape[1], 1, *kernel_size, dtype=torch.float32, device="cpu")
         error = self._run(call, x.data_ptr(), grad.data_ptr(), taps.data_ptr())
         if error:
             self._library.check(error)

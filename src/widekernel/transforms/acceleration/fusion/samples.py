@@ -25,7 +25,7 @@ class Samples:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._views = [_spread(tensor).view(torch.int32) for tensor in tensors]
-        self._values = torch.cat([*self._views, torch.empty(0, dtype=torch.int32)])
+        self._values = torch.cat([*self._views, torch.empty(0, dtype=torch.int32, device="cpu")])
         library = native.load()
         self._compare = None if library.reason is not None else library.calls.wk_samples_equal
         sets = [native.Samples(view.data_ptr(), view.numel(), view.stride(0)) for view in self._views]
