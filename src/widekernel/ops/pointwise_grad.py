@@ -26,10 +26,10 @@ def pointwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     If a gradient of the weight is wanted, our kernels compute it and that of the bias, with tiles of the weight in
     registers. On the shapes of ConvNeXt, SLaK and RepLKNet they took 0.66 to 0.97 of PyTorch's time (AVX-512). The forward
-    pass and the input gradient are PyTorch's. Differentiable to any order; PyTorch computes higher derivatives and everything
-    that `reasons_against_weight_grad` lists. Under `torch.compile`, graphs for CPUs contain our operator, which computes a
-    matrix product where the native library cannot run. Sums are divided among the threads, so their rounding depends on the
-    number of threads, but not on timing.
+    pass and the input gradient are PyTorch's. Differentiable to any order. PyTorch computes higher derivatives, and
+    everything that `reasons_against_weight_grad` lists. Under `torch.compile`, graphs for CPUs contain our operator, which
+    computes a matrix product where the native library cannot run. Sums are divided among the threads, so their rounding
+    depends on the number of threads, but not on timing.
 
     Args:
         x: (N, C, H, W) in any layout.
