@@ -207,6 +207,8 @@ def planned(block: nn.Module, precision: str = "float32") -> tuple[Plan | None, 
         plan = Plan(block, pack, precision)
     except NotTraceableError as error:
         return None, str(error)
+    except Exception as error:  # the block still has its code, which must not fail because of its plan
+        return None, f"it cannot be planned: {_named(error)}"
     return (plan, "") if plan.regions else (None, NOTHING_TO_FUSE)
 
 
@@ -230,6 +232,12 @@ def compared(plan: Plan, block: nn.Module, x: Tensor) -> Deviation:
         return whole if whole.reason else max(found, whole)
     except (UnsuitableInputError, UnsuitableWeightsError) as error:
         return Deviation(reason=str(error))
+    except Exception as error:  # of the plan, or of code that takes no such input, which is only a part of the example
+        return Deviation(reason=f"it cannot be compared with its plan: {_named(error)}")
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def _state_of(block: Any) -> _State:
