@@ -98,6 +98,16 @@ def unfuse(block: Any) -> None:
     vars(block).pop(STATE, None)
 
 
+def needs_plan(block: Any, precision: str) -> bool:
+    """Return whether a fused block has to be planned again: another precision is wanted, or its plan does not hold.
+
+    A copy that has not been called plans itself. A class that has been changed since the block was fused stays as it is.
+    """
+    if type(block) is not fused_class(block.unfused, block.fused_precision):
+        return False
+    return block.fused_precision != precision or _state_of(block).has_failed()
+
+
 def reasons_against_fusing(block: nn.Module, precision: str = "float32") -> list[str]:
     """List what prevents the class of a block from being changed; empty if nothing does."""
     kind = type(block)
@@ -178,6 +188,10 @@ class _State:
             self._make_plan(x)
             if self.plan is None:
                 yield self._failure
+
+    def has_failed(self) -> bool:
+        """Return whether there is a plan that does not hold, or making one has failed."""
+        return bool(self._failure) if self.plan is None else next(self.plan.why_not(), None) is not None
 
     def _make_plan(self, x: Tensor) -> None:
         # An input may be unsuitable for the comparison.
