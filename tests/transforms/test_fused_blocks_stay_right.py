@@ -298,6 +298,15 @@ def test_other_arguments_and_types() -> None:
         assert_close(torch.func.vmap(block)(x[:, None]), want)
 
 
+def test_inputs_with_other_channels() -> None:
+    images, rows = fused_block(Convolutional), nn.Sequential(nn.Linear(12, 8), nn.ReLU()).eval()
+    fused(rows, torch.randn(3, 12))
+    with torch.no_grad():
+        assert images.reasons_against(torch.randn(2, 11, 6, 5)) == ["a value has 11 channels where 12 are needed"]
+        assert rows.reasons_against(torch.randn(3, 11)) == ["a value has 11 channels where 12 are needed"]  # type: ignore[operator]
+        assert rows.reasons_against(torch.tensor(1.0)) == ["a value has 0 channels where 12 are needed"]  # type: ignore[operator]
+
+
 def test_inputs_in_any_layout() -> None:
     block = fused_block()
     for x in (
