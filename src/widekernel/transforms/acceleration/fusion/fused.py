@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from widekernel.errors import ArgumentError
+from widekernel.layers.folding import deep_copy
 from widekernel.ops.eager import TENSOR_TYPES, is_unobserved_call
 from widekernel.transforms.acceleration.fusion.deviation import TOLERANCES, Deviation, deviation
 from widekernel.transforms.acceleration.fusion.graph import NotTraceableError
@@ -19,6 +20,7 @@ from widekernel.transforms.acceleration.fusion.packing import missing, pack
 from widekernel.transforms.acceleration.fusion.plan import NOTHING_TO_FUSE, Plan, UnsuitableInputError
 from widekernel.transforms.acceleration.fusion.weights import UnsuitableWeightsError
 
+ModelT = TypeVar("ModelT", bound=nn.Module)
 # How many calls of a copy try to plan it.
 _ATTEMPTS = 3
 
@@ -96,6 +98,21 @@ def unfuse(block: Any) -> None:
     kind: Any = block.unfused
     block.__class__ = kind
     vars(block).pop(STATE, None)
+
+
+def unfused(model: ModelT) -> ModelT:
+    """Return `model` if it has no fused blocks, or a copy in which they run the code of their own classes.
+
+    Raises:
+        ArgumentError: if the class of a fused block has been changed since it was fused.
+    """
+    if not any(isinstance(module, FusedBlock) for module in model.modules()):
+        return model
+    model = deep_copy(model)
+    for module in model.modules():
+        if isinstance(module, FusedBlock):
+            unfuse(module)
+    return model
 
 
 def needs_plan(block: Any, precision: str) -> bool:
