@@ -23,6 +23,8 @@ from widekernel.export.torch_program import TorchProgramFormat
 from widekernel.ops.cpu import library as native
 from widekernel.tasks.named_network import load_named
 from widekernel.tasks.saved import SavedModel
+from widekernel.transforms import FusedBlock, to_torch
+from widekernel.transforms.acceleration.fusion.packing import missing
 
 PROGRAM = "torch-export"
 ALONE = """
@@ -175,13 +177,18 @@ def test_programs_are_not_quantized() -> None:
 
 
 @pytest.mark.slow
-def test_a_network_with_fused_blocks(saved: SavedModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_network_with_fused_blocks(saved: SavedModel, tmp_path: Path, precision: str) -> None:
+    lacking = missing(precision)
+    if precision != "float32" and lacking is not None:
+        pytest.skip(lacking)
     torch.manual_seed(0)
     model, x = alive("slak_nano").eval(), images(64, 1)
     with torch.no_grad():
-        _, report = accelerate(model, x)
+        _, report = accelerate(model, x, precision=precision)
     assert report.fused or native.load().reason is not None
     export(model, tmp_path / "network.pt2", ExportSettings(PROGRAM), saved, noise_images(3, 3, 64))
     program = torch.export.load(tmp_path / "network.pt2").module()
     with torch.no_grad():
-        assert_near(program(x), model(x))
+        assert_near(program(x), to_torch(model)(x))
+    assert len(report.fused) == sum(isinstance(module, FusedBlock) for module in model.modules())

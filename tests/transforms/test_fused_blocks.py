@@ -18,7 +18,7 @@ from widekernel import accelerate, fold, ops
 from widekernel.ops.call_trace import FusedCall
 from widekernel.ops.pointwise_reference import ReferenceBlock
 from widekernel.transforms import to_torch
-from widekernel.transforms.acceleration.fusion import FusedBlock
+from widekernel.transforms.acceleration.fusion import FusedBlock, unfused
 from widekernel.transforms.acceleration.fusion import fused as module_of_fused
 
 pytestmark = pytest.mark.usefixtures("always_faster", "packs")
@@ -129,6 +129,17 @@ def test_to_torch_undoes_it() -> None:
     assert calls == 0
     assert_close(got, want, rtol=1e-4, atol=1e-4)
     assert fused_names(network)
+
+
+def test_copies_that_are_not_fused() -> None:
+    block, x = nn.Sequential(randomized(ByHand()), nn.ReLU()), images()
+    assert unfused(block) is block
+    fused(block, x)
+    copied = unfused(block)
+    assert fused_names(copied) == [] != fused_names(block)
+    assert type(copied[0]) is ByHand and copied[0].scale is not block[0].scale
+    assert calls_of(copied, x)[1] == 0
+    assert_close(copied(x), block(x), rtol=0, atol=0)
 
 
 def test_folding_a_fused_network() -> None:

@@ -96,7 +96,7 @@ def test_outputs_of_any_structure() -> None:
     assert (nested.images, nested.largest) == (None, 0.25)
     assert OutputDeviation.of([], []).cosine == 1
     assert OutputDeviation.of(old, torch.full_like(old, float("nan"))).relative != 0
-    assert "1 of 2 images" in str(found) and "images" not in str(nested)
+    assert "the largest output stays in its place for 1 of 2 images" in str(found) and "images" not in str(nested)
 
 
 def test_copies_and_pickles_keep_the_precision() -> None:
@@ -139,11 +139,6 @@ def test_to_torch_and_a_second_call() -> None:
     with torch.no_grad():
         want = block(x)
     lowered(block, x)
-    kind = type(block)
-    with torch.no_grad():
-        _, report = accelerate(block, x)
-    assert type(block) is kind
-    assert report[""].reason == "fused already, in bfloat16"
     assert lowered(block, x)[1][""].reason == "fused already"
     plain = to_torch(block)
     assert fused_names(plain) == []

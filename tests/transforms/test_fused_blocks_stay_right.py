@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -220,6 +221,29 @@ def test_classes_that_are_patched(kind: type[nn.Module], monkeypatch: pytest.Mon
     assert assert_right(block, image()) == 0
 
 
+def test_fused_classes_that_are_patched(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = fused_block()
+    monkeypatch.setattr(type(block), "forward", lambda _, x: 2 * x)
+    assert assert_right(block, image()) == 0
+    with torch.no_grad():
+        assert "the block has another forward" in block.reasons_against(image())[0]
+
+
+@pytest.mark.parametrize("name", ["", "mlp"])
+@pytest.mark.parametrize("method", ["forward", "helper"])
+def test_subclasses(name: str, method: str) -> None:
+    block = fused_block()
+    part: Any = block.get_submodule(name)
+    kind: Any = type("Sub", (type(part),), {method: lambda self, x: 2 * super(kind, self).forward(x)})
+    assert assert_right(block, image()) == 1
+    part.__class__ = kind
+    assert assert_right(block, image()) == 0
+    with torch.no_grad():
+        assert f"the class of {name or 'the block'} has changed" in block.reasons_against(image())[0]
+    part.__class__ = kind.__base__
+    assert assert_right(block, image()) == 1
+
+
 def test_training_and_back() -> None:
     block, x = fused_block(), image()
     assert calls_of(block.train(), x)[1] == 0
@@ -274,6 +298,15 @@ def test_other_arguments_and_types() -> None:
         assert_close(torch.func.vmap(block)(x[:, None]), want)
 
 
+def test_inputs_with_other_channels() -> None:
+    images, rows = fused_block(Convolutional), nn.Sequential(nn.Linear(12, 8), nn.ReLU()).eval()
+    fused(rows, torch.randn(3, 12))
+    with torch.no_grad():
+        assert images.reasons_against(torch.randn(2, 11, 6, 5)) == ["a value has 11 channels where 12 are needed"]
+        assert rows.reasons_against(torch.randn(3, 11)) == ["a value has 11 channels where 12 are needed"]  # type: ignore[operator]
+        assert rows.reasons_against(torch.tensor(1.0)) == ["a value has 0 channels where 12 are needed"]  # type: ignore[operator]
+
+
 def test_inputs_in_any_layout() -> None:
     block = fused_block()
     for x in (
@@ -288,9 +321,14 @@ def test_inputs_in_any_layout() -> None:
 
 
 @pytest.mark.parametrize("name", ["", "mixer", "norm", "mlp", "mlp.fc1", "mlp.act", "mlp.drop2", "drop_path"])
-def test_hooks_run(name: str) -> None:
+@pytest.mark.parametrize("replaced", [False, True])
+def test_hooks_run(name: str, replaced: bool) -> None:
     block, x, seen = fused_block(), image(), []
-    hook = block.get_submodule(name).register_forward_hook(lambda *_: seen.append(name))
+    part = block.get_submodule(name)
+    assert calls_of(block, x)[1] == 1
+    if replaced:
+        part._forward_hooks = OrderedDict()
+    hook = part.register_forward_hook(lambda *_: seen.append(name))
     assert calls_of(block, x)[1] == 0
     assert seen == [name]
     hook.remove()

@@ -77,7 +77,8 @@ def _try_block(
 ) -> BlockTrial | None:
     kind, calls = type(block).__name__, seen.total()
     if isinstance(block, FusedBlock):
-        reason = "fused already" if block.fused_precision == precision else f"fused already, in {block.fused_precision}"
+        own = type(block) is fused_class(block.unfused, block.fused_precision)
+        reason = "fused already" if own else "fused already, and its class has been changed since"
         return BlockTrial(block, LayerAcceleration(name, kind, None, reason, calls))
     reason = unmeasurable(seen)
     if not reason and block.training:

@@ -18,8 +18,8 @@ class OutputDeviation:
         relative: norm of the difference, relative to the norm of the outputs before.
         largest: largest difference, relative to the largest number before.
         cosine: cosine similarity of both; 1 for the same direction.
-        images: number of images of a classifier, whose only floating-point output is (N, classes); None for other networks.
-        same_class: how many of these images have the same top class.
+        images: N, if the only floating-point output is (N, D) with D > 1, such as the classes of N images; None otherwise.
+        same_class: in how many of these rows the largest output is in the same place, such as the top class of an image.
     """
 
     relative: float
@@ -47,8 +47,8 @@ class OutputDeviation:
             (difference.abs().max() / old.abs().max().clamp_min(tiny)).item(),
             cosine.item(),
         )
-        classifies = len(pairs) == 1 and pairs[0][0].dim() == 2 and pairs[0][0].shape[1] > 1
-        if not classifies:
+        has_rows = len(pairs) == 1 and pairs[0][0].dim() == 2 and pairs[0][0].shape[1] > 1
+        if not has_rows:
             return cls(*numbers)
         tops = [output.argmax(1) for output in pairs[0]]
         return cls(*numbers, len(tops[0]), int((tops[0] == tops[1]).sum()))
@@ -62,4 +62,4 @@ class OutputDeviation:
         text = f"The outputs differ by {self.relative:.1e} of their norm (cosine {self.cosine:.6f})"
         if self.images is None:
             return f"{text}."
-        return f"{text}; the top class stays the same for {self.same_class} of {self.images} images."
+        return f"{text}; the largest output stays in its place for {self.same_class} of {self.images} images."

@@ -22,6 +22,7 @@ from widekernel.transforms.acceleration.fusion.deviation import TOLERANCES
 from widekernel.transforms.acceleration.fusion.packing import missing
 from widekernel.transforms.acceleration.input_capture import InputSpec, capture_inputs, outputs_of, unmeasurable
 from widekernel.transforms.acceleration.outputs import OutputDeviation
+from widekernel.transforms.acceleration.replanning import outdated_unfused, with_former_plans
 from widekernel.transforms.acceleration.report import AccelerationReport, LayerAcceleration
 from widekernel.transforms.acceleration.timing import Timing
 
@@ -44,23 +45,23 @@ def accelerate(
     A layer or block is swapped by changing its class, as PyTorch does with lazy and parametrized modules. It is the same
     object as before, with the same parameters, buffers, hooks and flags. So optimizers that hold its parameters, modules
     that share it and other references stay valid, and the keys of the state dict stay the same. Layers and blocks of which
-    it is not certain what they compute are left alone; the report says why.
+    it is not certain what they compute are left alone; the report says why. Fused blocks are planned again if their plan no
+    longer holds or another precision is wanted.
 
     Everything is measured with the number of threads, the autocast state and the gradient mode of the caller. For layers in
     training mode with gradients enabled, this includes the backward pass. Measurements are cached, so that equal layers and
     later calls are not measured again. Times that differ by less than 5 % count as equal.
 
     With `precision="bfloat16"`, the products of fused blocks have factors in bfloat16, on processors with such products:
-    nearly twice as fast, with results that differ. Sums, norms, activations, residuals, depthwise kernels and all other
-    layers remain float32. The report has the deviation of every block and of the outputs of the network. A block is left
-    alone if it deviates from its original by more than 1.6 % of its largest number.
+    nearly twice as fast, with results that differ. All else remains float32. The report has the deviation of every block
+    and of the outputs. A block is left alone if it deviates from its original by more than 1.6 % of its largest number.
 
     Args:
         model: any network; changed, and returned. It must not be compiled yet.
         example_input: input of the network: a tensor, a tuple of arguments or a dict of keyword arguments. The network runs
-            on it once (in evaluation mode, without gradients; its state is restored afterwards), and everything is measured
-            with the shapes and layouts of its inputs. Layers that are not called are left alone. Without an example,
-            depthwise layers are swapped unmeasured, blocks are not swapped, and a pointwise layer is swapped if the
+            on it (once, or three times for bfloat16; in evaluation mode, without gradients; its state is restored), and all
+            is measured with the shapes and layouts of its inputs. Layers that are not called are left alone. Without an
+            example, depthwise layers are swapped unmeasured, blocks are not, and a pointwise layer is swapped if the
             alternative is faster for each of a few inputs that are typical for its size: the feature maps of that width in
             a network for 224x224 pixels, for one image and for eight, and for 1x1 convolutions in both layouts.
         pointwise: whether to consider linear layers and 1x1 convolutions, too.
@@ -94,16 +95,18 @@ def _swap_by_example(
 ) -> tuple[list[LayerAcceleration], list[BlockTrial], OutputDeviation | None]:
     owners = block_candidates(model) if blocks else []
     layers = [candidate.layer for candidate in found if candidate.replacement]
-    seen, samples = capture_inputs(model, example_input, layers, [block for _, block in owners])
-    before = outputs_of(model, example_input) if precision != "float32" else None
-    outputs = None
-    found, rows = _best([(candidate, seen.get(candidate.layer, Counter())) for candidate in found])
-    # Blocks are compared with what they are after their layers have been swapped.
-    with _swapped(found, rows):
-        trials = try_blocks(owners, seen, samples, precision)
-        with _fused(trials):
-            if precision != "float32":
-                outputs = OutputDeviation.of(before, outputs_of(model, example_input))
+    with outdated_unfused(owners, precision) as outdated:
+        seen, samples = capture_inputs(model, example_input, layers, [block for _, block in owners])
+        before = outputs_of(model, example_input) if precision != "float32" else None
+        outputs = None
+        found, rows = _best([(candidate, seen.get(candidate.layer, Counter())) for candidate in found])
+        # Blocks are compared with what they are after their layers have been swapped.
+        with _swapped(found, rows):
+            trials = try_blocks(owners, seen, samples, precision)
+            with _fused(trials):
+                trials = with_former_plans(outdated, trials, precision)
+                if precision != "float32":
+                    outputs = OutputDeviation.of(before, outputs_of(model, example_input))
     return rows, trials, outputs
 
 

@@ -1,5 +1,5 @@
 """Fused blocks: parts of a block that one native call computes in inference, found in the block's graph."""
 
-from widekernel.transforms.acceleration.fusion.fused import FusedBlock, fuse, unfuse
+from widekernel.transforms.acceleration.fusion.fused import FusedBlock, fuse, unfuse, unfused
 
-__all__ = ["FusedBlock", "fuse", "unfuse"]
+__all__ = ["FusedBlock", "fuse", "unfuse", "unfused"]

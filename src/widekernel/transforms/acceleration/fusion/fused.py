@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from widekernel.errors import ArgumentError
+from widekernel.layers.folding import deep_copy
 from widekernel.ops.eager import TENSOR_TYPES, is_unobserved_call
 from widekernel.transforms.acceleration.fusion.deviation import TOLERANCES, Deviation, deviation
 from widekernel.transforms.acceleration.fusion.graph import NotTraceableError
@@ -19,6 +20,7 @@ from widekernel.transforms.acceleration.fusion.packing import missing, pack
 from widekernel.transforms.acceleration.fusion.plan import NOTHING_TO_FUSE, Plan, UnsuitableInputError
 from widekernel.transforms.acceleration.fusion.weights import UnsuitableWeightsError
 
+ModelT = TypeVar("ModelT", bound=nn.Module)
 # How many calls of a copy try to plan it.
 _ATTEMPTS = 3
 
@@ -96,6 +98,31 @@ def unfuse(block: Any) -> None:
     kind: Any = block.unfused
     block.__class__ = kind
     vars(block).pop(STATE, None)
+
+
+def unfused(model: ModelT) -> ModelT:
+    """Return `model` if it has no fused blocks, or a copy in which they run the code of their own classes.
+
+    Raises:
+        ArgumentError: if the class of a fused block has been changed since it was fused.
+    """
+    if not any(isinstance(module, FusedBlock) for module in model.modules()):
+        return model
+    model = deep_copy(model)
+    for module in model.modules():
+        if isinstance(module, FusedBlock):
+            unfuse(module)
+    return model
+
+
+def needs_plan(block: Any, precision: str) -> bool:
+    """Return whether a fused block has to be planned again: another precision is wanted, or its plan does not hold.
+
+    A copy that has not been called plans itself. A class that has been changed since the block was fused stays as it is.
+    """
+    if type(block) is not fused_class(block.unfused, block.fused_precision):
+        return False
+    return block.fused_precision != precision or _state_of(block).has_failed()
 
 
 def reasons_against_fusing(block: nn.Module, precision: str = "float32") -> list[str]:
@@ -179,6 +206,10 @@ class _State:
             if self.plan is None:
                 yield self._failure
 
+    def has_failed(self) -> bool:
+        """Return whether there is a plan that does not hold, or making one has failed."""
+        return bool(self._failure) if self.plan is None else next(self.plan.why_not(), None) is not None
+
     def _make_plan(self, x: Tensor) -> None:
         # An input may be unsuitable for the comparison.
         if self._attempts < _ATTEMPTS:
@@ -207,6 +238,8 @@ def planned(block: nn.Module, precision: str = "float32") -> tuple[Plan | None, 
         plan = Plan(block, pack, precision)
     except NotTraceableError as error:
         return None, str(error)
+    except Exception as error:  # the block still has its code, which must not fail because of its plan
+        return None, f"it cannot be planned: {_named(error)}"
     return (plan, "") if plan.regions else (None, NOTHING_TO_FUSE)
 
 
@@ -230,6 +263,12 @@ def compared(plan: Plan, block: nn.Module, x: Tensor) -> Deviation:
         return whole if whole.reason else max(found, whole)
     except (UnsuitableInputError, UnsuitableWeightsError) as error:
         return Deviation(reason=str(error))
+    except Exception as error:  # of the plan, or of code that takes no such input, which is only a part of the example
+        return Deviation(reason=f"it cannot be compared with its plan: {_named(error)}")
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def _state_of(block: Any) -> _State:

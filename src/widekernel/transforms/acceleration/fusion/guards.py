@@ -41,7 +41,7 @@ class _Seen(NamedTuple):
         values: the objects themselves.
         sized: dicts of attributes and of parts.
         lengths: their numbers of items.
-        modules: the modules, apart from the block.
+        modules: the modules, the block first.
         kinds: their classes.
         computing: the classes whose forward is computed here, each once.
         forwards: the functions of these.
@@ -81,10 +81,10 @@ class Guards:
     def __init__(self, found: BlockGraph, inside: set[str]) -> None:
         called = {str(node.target) for node in found.graph.nodes if node.op == "call_module"}
         watched = {name: module for name, module in found.modules.items() if name in called | found.through}
-        # The class of the block itself changes when it is fused.
         self._block = found.modules[""]
-        self._modules = [(name, part, _kind(part), _size(part)) for name, part in watched.items() if name]
-        self._hooks = [getattr(module, key) for module in watched.values() for key in _HOOKS]
+        self._modules = [(name, part, _kind(part)) for name, part in watched.items()]
+        self._hooked = [vars(module) for module in watched.values() for _ in _HOOKS]
+        self._hook_keys = _HOOKS * len(watched)
         computed = [(name, module) for name, module in watched.items() if name in found.through or name in inside]
         self._forwards = [(name, module, _forward(module)) for name, module in computed]
         self._values: list[tuple[str, dict[str, Any], str, Any]] = []
@@ -108,7 +108,8 @@ class Guards:
 
     def hold(self) -> bool:
         """Return whether nothing has changed."""
-        altered = any(self._hooks) or not vars(self._block).keys().isdisjoint(_REPLACEMENTS)
+        # The dicts of hooks are looked up each time, because they may be replaced.
+        altered = any(map(dict.get, self._hooked, self._hook_keys)) or not vars(self._block).keys().isdisjoint(_REPLACEMENTS)
         if not altered and self._seen.is_unchanged():
             return True
         if next(self.violations(), None) is not None:
@@ -120,9 +121,8 @@ class Guards:
     def _look(self) -> _Seen:
         """Return the present state, in which nothing has changed that has an effect."""
         held, keys = zip(*[(held, key) for _, held, key, _ in self._values])
-        modules = tuple(module for _, module, _, _ in self._modules)
+        modules = tuple(module for _, module, _ in self._modules)
         sized = (*(held for _, held, _ in self._lengths), *map(vars, modules))
-        # The class of the block itself changes when it is fused, but inherits its forward.
         computing = tuple({type(module) for _, module, _ in self._forwards})
         return _Seen(
             held,
@@ -138,12 +138,12 @@ class Guards:
 
     def violations(self) -> Iterator[str]:
         """Yield what has changed."""
-        for name, module in [("the block", self._block), *((name, module) for name, module, _, _ in self._modules)]:
+        for name, module, kind in self._modules:
+            name = name or "the block"
             if is_hooked(module):
                 yield f"{name} has a hook"
             if _alteration(module):
                 yield f"{name} {_alteration(module)}"
-        for name, module, kind, _ in self._modules:
             if _kind(module) is not kind:
                 yield f"the class of {name} has changed since the block was fused"
         for name, module, forward in self._forwards:
@@ -184,9 +184,6 @@ def _kind(module: nn.Module) -> type[nn.Module]:
     """Return the class of a module, regardless of whether it has been accelerated, which may also happen later."""
     if is_plain(module):
         return nn.Linear if isinstance(module, nn.Linear) else nn.Conv2d
-    return getattr(type(module), "unfused", type(module))
-
-
-def _size(module: nn.Module) -> int:
-    """Return the number of attributes of a module, which changes if one of its methods is replaced."""
-    return len(vars(module)) - (STATE in vars(module))
+    # Not inherited: a subclass of the class of a fused block may do something else.
+    kind: type[nn.Module] = vars(type(module)).get("unfused", type(module))
+    return kind

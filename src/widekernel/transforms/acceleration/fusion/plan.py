@@ -238,7 +238,7 @@ def _run_node(step: _Step, values: dict[fx.Node, Any]) -> Any:
 
 def _on_rows(region: Region, packed: Callable[..., Tensor], x: Tensor, residual: Tensor | None) -> Tensor:
     shape = (*x.shape[:-1], region.dim_out)
-    _require_shapes(x.shape[-1:], (region.dim_in,), residual, shape)
+    _require_shapes(x.shape[-1] if x.dim() else 0, region.dim_in, residual, shape)
     rows = None if residual is None else residual.reshape(-1, region.dim_out)
     return packed(x.reshape(-1, region.dim_in), rows).view(shape)
 
@@ -253,14 +253,12 @@ def _on_images(region: Region, packed: Callable[..., Tensor], x: Tensor, residua
     sides = tuple(x.shape[2:]) if region.patch is None else region.patch.size(*x.shape[2:])
     if min(sides) < 1:
         raise UnsuitableInputError(f"an image of {tuple(x.shape[2:])} pixels is smaller than a patch")
-    _require_shapes(x.shape[1:2], (region.dim_in,), residual, (x.shape[0], region.dim_out, *sides))
+    _require_shapes(x.shape[1], region.dim_in, residual, (x.shape[0], region.dim_out, *sides))
     y = packed(x, residual)
     return y if region.product_axis == FIRST else y.permute(0, 2, 3, 1)
 
 
-def _require_shapes(
-    channels: tuple[int, ...], wanted: tuple[int, ...], residual: Tensor | None, shape: tuple[int, ...]
-) -> None:
+def _require_shapes(channels: int, wanted: int, residual: Tensor | None, shape: tuple[int, ...]) -> None:
     if channels != wanted:
         raise UnsuitableInputError(f"a value has {channels} channels where {wanted} are needed")
     if residual is not None and residual.shape != shape:

@@ -5,11 +5,12 @@
 
 The product is a pointwise layer, or a convolution with a stride, which is a product over patches; the second layer is
 pointwise. Between the parts, there may be permutations between (N, C, H, W) and (N, H, W, C), and modules that do nothing
-in evaluation. No value inside a region is used outside it.
+in evaluation. No value inside a region is used outside it, and no node belongs to two regions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,7 +122,10 @@ class Region:
 
 
 def find_regions(found: BlockGraph) -> list[Region]:
-    """Find the regions of a block, from its first layer to its last; none if shared values are changed in place."""
+    """Find the regions of a block, from its first layer to its last; none if shared values are changed in place.
+
+    What could belong to two regions belongs to the one whose first layer comes first.
+    """
     matcher = _Matcher(found)
     if any(matcher.changes_shared_value(node) for node in found.graph.nodes):
         return []
@@ -129,17 +133,25 @@ def find_regions(found: BlockGraph) -> list[Region]:
     for node in found.graph.nodes:
         module = found.module(node)
         if module is not None and is_product(module) and not any(node in region.nodes for region in regions):
-            region = matcher.region(node)
+            region = matcher.region(node, regions)
             if region is not None and region.is_more_than_a_layer():
+                # The layers of its gate may have been a region of their own.
                 regions = [other for other in regions if not other.nodes <= region.nodes] + [region]
+    assert sum(len(region.nodes) for region in regions) == len({node for region in regions for node in region.nodes})
     return regions
 
 
 class _Matcher(Nodes):
     """Finds regions."""
 
-    def region(self, start: fx.Node) -> Region | None:
-        """Return the largest region whose first layer is called by `start`."""
+    def __init__(self, found: BlockGraph) -> None:
+        super().__init__(found)
+        self._regions: Sequence[Region] = ()
+        self._taken: set[fx.Node] = set()
+
+    def region(self, start: fx.Node, regions: Sequence[Region]) -> Region | None:
+        """Return the largest region whose first layer is called by `start`, without the nodes of `regions`."""
+        self._regions, self._taken = regions, {node for region in regions for node in region.nodes}
         axis = self.layer_axis(start)
         x = only_argument(start)
         if x is None:
@@ -152,10 +164,10 @@ class _Matcher(Nodes):
         return region
 
     def _extend_backwards(self, region: Region) -> None:
-        while len(region.x.users) == 1 and region.x.op != "placeholder":
+        while len(region.x.users) == 1 and region.x.op != "placeholder" and region.x not in self._taken:
             node, kind = region.x, self.kind(region.x)
             gate = gate_ending_with(self, node) if region.x_axis == FIRST else None
-            if gate is not None:
+            if gate is not None and self._is_free(gate):
                 value = next(input for input in gate.nodes[0].all_input_nodes)
                 region.gate, region.x = gate, value
                 region.nodes.update(gate.nodes)
@@ -170,6 +182,11 @@ class _Matcher(Nodes):
                 return
             region.nodes.add(node)
             region.x = node.all_input_nodes[0]
+
+    def _is_free(self, gate: Gate) -> bool:
+        """Return whether no region extends beyond the gate that contains some of it."""
+        nodes = set(gate.nodes)
+        return all(region.nodes <= nodes or region.nodes.isdisjoint(nodes) for region in self._regions)
 
     def _extend_forwards(self, region: Region) -> None:
         complete: tuple[fx.Node, int, set[fx.Node]] | None = None
@@ -222,7 +239,7 @@ class _Matcher(Nodes):
 
     def _add_residual(self, region: Region, node: fx.Node) -> None:
         pair = two_arguments(node, SUMS)
-        if pair is None or region.product not in pair or pair[0] is pair[1]:
+        if node in self._taken or pair is None or region.product not in pair or pair[0] is pair[1]:
             return
         other = pair[1] if pair[0] is region.product else pair[0]
         # In place, a sum may only change the product.
