@@ -87,7 +87,7 @@ def test_a_rival_that_cannot_be_loaded_is_not_taken(monkeypatch: pytest.MonkeyPa
 
 
 def test_rivals_that_are_wrong_or_fail_are_left_out_and_named(cpu: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
-    def network_in(rival: str, network: nn.Module, images: torch.Tensor):
+    def network_in(rival: str, network: nn.Module, images: torch.Tensor, precision: str):
         if rival == rivals.ONNXRUNTIME:
             raise NotImplementedError("no such operator")
         return lambda x: (1.01 if rival == rivals.OPENVINO else 1.0) * network(x)
