@@ -46,7 +46,7 @@ def test_calls_given_to_pytorch_count_as_measured_and_are_named() -> None:
     )
     lines = page_parts(rows).splitlines()
     first = next(line for line in lines if line.startswith("| 8x64x56x56 31x31 | forward |"))
-    assert "| PyTorch, as planned |" in first and "| 0.50 |" in first
+    assert "| PyTorch, by default |" in first and "| 0.50 |" in first
     told = list(summary.coverage(rows, 10, []))
     assert told[2].startswith("Given to PyTorch by default: 2 cells; behind by more than 5 %: 2 (× 0.50 of PyTorch's best")
 

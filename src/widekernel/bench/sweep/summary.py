@@ -101,7 +101,7 @@ def cell_columns(rows: Sequence[SweepRow]) -> list[Column]:
     columns = [(name, _marked(cell, shown[name])) for name, cell in operator_columns(rows) if name in shown]
     place = next(number for number, (name, _) in enumerate(columns) if name == "× best") + 1
     columns.insert(place, ("× same layout", lambda row: factor(row.times_same)))
-    columns.insert(place + 1, ("runs on", lambda row: "PyTorch, as planned" if is_given(row) else row.backend))
+    columns.insert(place + 1, ("runs on", lambda row: "PyTorch, by default" if is_given(row) else row.backend))
     return columns
 
 
