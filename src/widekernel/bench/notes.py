@@ -6,16 +6,21 @@ _INPUT_GRADIENT = (
     "Our input gradient includes flipping the kernel. PyTorch's gradients are computed by `aten.convolution_backward`, one "
     "at a time."
 )
-_IN_TURN = (
-    "in balanced order: each call follows every other one equally often. Calls below 20 ms are timed in bursts, each of "
-    "which begins with an untimed call. While they run, the process keeps freed memory where the allocator allows it, so "
-    "that no call pays for pages that an earlier one returned to the system"
+_ORDER = (
+    "in rounds, in an order that changes from round to round so that no call always follows the same other one. Each "
+    "follows every other one equally often only if all take part in as many rounds as there are calls to compare, or in a "
+    "multiple of them (twice as many if their number is odd)."
 )
+_MEMORY = (
+    "While they run, the process keeps freed memory where the allocator allows it, so that no call pays for pages that an "
+    "earlier one returned to the system."
+)
+_IN_TURN = f"{_ORDER} Calls below 20 ms are timed in bursts, each of which begins with an untimed call. {_MEMORY}"
 OPERATOR_NOTES: tuple[str, ...] = (
     "Times are medians of calls made in turn with the other implementations, on the same numbers, in float32; ± is "
     "half the interquartile range. A number in parentheses is the number of calls, if there were fewer than five: an "
     "implementation that takes more than a second is called once.",
-    f"Calls are made {_IN_TURN}.",
+    f"Calls are made {_IN_TURN}",
     "× best, × NCHW: speed-up of ours over PyTorch in its faster layout, and in its default layout.",
     "GFLOP/s count two operations for each tap that lies on a pixel, and none for padding. An algorithm that needs "
     "fewer operations can exceed the FMA peak (of peak > 1).",
@@ -28,7 +33,7 @@ OPERATOR_NOTES: tuple[str, ...] = (
 BRANCHES_NOTES: tuple[str, ...] = (
     "Times are medians of calls made in turn with the other implementations, on the same numbers; ± is half the "
     "interquartile range. all three: the sum of the medians of the three passes.",
-    f"On a CPU, calls are made {_IN_TURN}.",
+    f"On a CPU, calls are made {_IN_TURN}",
     "Gradients are computed by automatic differentiation, those of the input and those of the kernels separately; the "
     "forward pass is not part of them.",
     "zeros in gaps: our operators on kernels whose gaps are filled with zeros, filling included.",
@@ -38,8 +43,7 @@ BRANCHES_NOTES: tuple[str, ...] = (
 NETWORK_NOTES: tuple[str, ...] = (
     "Times are medians of calls made in turn, on the same images, in float32; ± is half the interquartile range. A "
     "number in parentheses is the number of calls, if there were fewer than five.",
-    "Calls are made in balanced order: each follows every other one equally often. While they run, the process keeps freed "
-    "memory where the allocator allows it, so that no call pays for pages that an earlier one returned to the system.",
+    f"Calls are made {_ORDER} {_MEMORY}",
     "train: forward, cross-entropy, backward and a step of SGD. infer: forward in evaluation and inference mode.",
     "PyTorch: the same network in which PyTorch's convolutions compute every branch of a large kernel and every other "
     "depthwise layer, gradients included. folded: after `widekernel.fold`. accelerated: folded (for inference), then "
@@ -57,7 +61,7 @@ SWEEP_NOTES: tuple[str, ...] = (
     "passes, kernels, maps, channels and batches; a longer sweep with the same seed contains a shorter one.",
     "Times are medians of calls made in turn, on the same numbers; ± is half the interquartile range. A number in "
     "parentheses is the number of calls, if there were fewer than five.",
-    f"Calls are made {_IN_TURN}.",
+    f"Calls are made {_IN_TURN}",
     "× best, × same layout: speed-up of ours over PyTorch in its faster layout, and in the layout of our call; in the first "
     "table, the geometric mean over the cells.",
     "~: an estimate. A call of PyTorch that would have taken longer than `longest` seconds was timed on fewer images, and "

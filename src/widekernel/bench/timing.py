@@ -1,9 +1,10 @@
 """Timing of several calls in turn, so that other work on the machine affects all of them equally.
 
 Each call is first made once, for its output and for an estimate of its time. The estimate determines how many timed calls
-follow. These are spread evenly over rounds. The order of the rounds is balanced: every call has every place equally often,
-and follows every other call equally often. A slow call is timed once more; a very slow one is not repeated, and its first
-call is the measurement.
+follow. These are spread evenly over rounds, whose order changes: over as many rounds as there are calls, or twice as many if
+their number is odd, every call has every place equally often, and follows every other call equally often. Fewer rounds, and
+rounds without the slower calls, are balanced only in part. A slow call is timed once more; a very slow one is not repeated,
+and its first call is the measurement.
 
 What a call leaves behind in caches would distort the time of a short call that follows. So on the host, short calls are
 timed in bursts, and each burst begins with an untimed call. `memory.keeping_memory` deals with what a call leaves behind in
@@ -193,7 +194,7 @@ def interleave(
 
 
 def balanced_orders(names: Sequence[str]) -> list[list[str]]:
-    """Return orders in which every name has every place equally often, and directly follows every other name equally often.
+    """Return orders in which, taken together, every name has every place and follows every other name equally often.
 
     These are the rows of a Latin square that is balanced for carry-over effects (Williams, 1949); for an odd number of
     names, those of two squares.
