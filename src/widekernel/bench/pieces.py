@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import statistics
 import warnings
 from collections import defaultdict
@@ -66,7 +67,7 @@ class PieceRow:
         calls: number of modules and native calls.
         ms: time in milliseconds.
         share: share of the time of all pieces.
-        gflop: floating-point operations, in units of 10⁹; those of the depthwise layers as far as taps lie on pixels.
+        gflop: floating-point operations, in units of 10⁹; those of convolutions as far as taps lie on pixels.
         gflops: `gflop` by time, in GFLOP/s.
         peak_share: `gflops` relative to the FMA peak of the machine.
         unobserved_ms: median time of the whole network without observation.
@@ -207,12 +208,36 @@ def flop_of(span: Span) -> float:
         if isinstance(owner, PackedBlock):
             return 2.0 * owner.macs * output.numel() / owner.outputs
         return _flop_of_problem(owner.problem) if isinstance(owner, PreparedSum) else 0.0
-    # Layers of our own classes make a native call, which counts.
-    if type(owner) is nn.Linear:
+    if span.has_native:  # which counts by itself
+        return 0.0
+    if isinstance(owner, nn.Linear):
         return 2.0 * output.numel() * owner.in_features
-    if type(owner) is nn.Conv2d:
-        return 2.0 * output.numel() * owner.weight[0].numel()
+    if isinstance(owner, nn.Conv2d):
+        return _flop_of_conv(owner, span.inputs[0].shape[-2:], output)
+    if isinstance(owner, FoldedLargeKernel):  # on PyTorch's convolutions
+        kernels = tuple((kernel.shape[2], kernel.shape[3]) for kernel in owner.kernels)
+        return _flop_of_problem(Problem("depthwise_sum", "cpu", output.dtype, tuple(output.shape), kernels, owner.anchors))
     return 0.0
+
+
+def _flop_of_conv(conv: nn.Conv2d, image: Sequence[int], output: Tensor) -> float:
+    """Return the operations of a convolution of an image of this height and width."""
+    left, _, up, _ = conv._reversed_padding_repeated_twice
+    taps, places = conv.weight.shape[1], output.shape[-2:]
+    for axis, (pad, extent, outputs) in enumerate(zip((up, left), image, places)):
+        taps *= _on_pixels(extent, outputs, conv.kernel_size[axis], conv.stride[axis], pad, conv.dilation[axis])
+    return 2.0 * output.numel() / math.prod(places) * taps
+
+
+def _on_pixels(extent: int, outputs: int, taps: int, stride: int, pad: int, dilation: int) -> int:
+    """Count the pairs of an output and a tap whose tap lies on a pixel, along an axis of a convolution."""
+    count = 0
+    for tap in range(taps):
+        # The tap lies on pixel `output * stride - shift`.
+        shift = pad - tap * dilation
+        first, last = max(0, -(-shift // stride)), min(outputs - 1, (extent - 1 + shift) // stride)
+        count += max(0, last - first + 1)
+    return count
 
 
 def _flop_of_problem(problem: Problem) -> float:

@@ -31,9 +31,10 @@ class Span:
         path: name of the module in its network, or of the innermost module around a native call.
         owner: the module, or the object that makes the native call.
         is_native: whether it is a native call.
-        inputs: its positional arguments.
+        inputs: its arguments.
         output: its result.
         seconds: time without that of the spans inside.
+        has_native: whether native calls were made inside, in modules or directly.
     """
 
     path: str
@@ -42,6 +43,7 @@ class Span:
     inputs: tuple[Any, ...] = ()
     output: Any = None
     seconds: float = 0.0
+    has_native: bool = False
 
 
 class Spans:
@@ -88,7 +90,7 @@ class Spans:
                 span.output = original(owner, *args, **kwargs)
             finally:
                 self._end()
-            span.inputs = args
+            span.inputs = (*args, *kwargs.values())
             return span.output
 
         setattr(kind, "__call__", call)  # noqa: B010
@@ -103,7 +105,11 @@ class Spans:
 
     def _of_native_call(self, owner: Any) -> Span | None:
         # A native call inside another span of native code is a part of it.
-        return Span(self._open[-1].path, owner, True) if self._open and not self._open[-1].is_native else None
+        if not self._open or self._open[-1].is_native:
+            return None
+        for around in self._open:
+            around.has_native = True
+        return Span(self._open[-1].path, owner, True)
 
     def _begin(self, span: Span) -> None:
         self._charge()
