@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.bench.conftest import device_gpu, hasty, on_cpu, spoil  # noqa: F401 - fixtures
+from tests.bench.conftest import device_gpu, hasty, on_cpu, spoil, untimed  # noqa: F401 - fixtures
 
 from widekernel import ops
 from widekernel.bench import devices, gpu, rivals
 from widekernel.cli.main import main
 from widekernel.ops.cpu import library as native
 
-pytestmark = pytest.mark.usefixtures("hasty")
+pytestmark = pytest.mark.usefixtures("hasty", "untimed")
 
 TINY = ["ops", "--shape", "1,4,8,8", "--kernel", "5x5", "--rounds", "1", "--threads", "1"]
 
@@ -121,6 +121,8 @@ def test_nothing_is_timed_if_the_operator_is_wrong(tmp_path: Path, capsys, spoil
         (["models"], "names is [], but must be at least one model"),
         (["models", "slak_nano", "--pieces", "--rivals", "all"], "rivals is 'all', but must be left out with --pieces"),
         (["models", "slak_nano", "--pieces", "--compile"], "compile is True, but must be left out with --pieces"),
+        (["models", "slak_nano", "--pieces", "--dtypes", "bfloat16"], "dtypes is 'bfloat16', but must be float32 with"),
+        (["models", "slak_nano", "--pieces", "--modes", "train"], "modes is 'train', but must be infer with --pieces"),
         (["models", "slak_nano", "--pieces", "--rounds", "3"], "rounds is 3, but must be left out with --pieces"),
         (["models", "slak_nano", "--batch", "2,x"], "batch is '2,x', but must be positive whole numbers with commas"),
         (["models", "slak_nano", "--batch", "0"], "batch is '0', but must be positive whole numbers"),

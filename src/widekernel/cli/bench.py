@@ -42,6 +42,7 @@ _POINTWISE = (
     "RepLKNet, on a CPU: ours compared with PyTorch's linear layers and 1×1 convolutions, and with onnxruntime if it is "
     "installed."
 )
+_MODES = "train,infer"
 _PASSES = ("forward", "input", "weight")
 _CPU_SECONDS = {"ops": 0.5, "branches": 0.5, "models": 3.0, "pointwise": 0.2}
 _CUDA_SECONDS = {"ops": 0.1, "branches": 0.1, "models": 1.0}
@@ -132,7 +133,7 @@ def _bench_models(arguments: list[str]) -> int:
 
     modes = parse_names("modes", values["modes"], MODES)
     names = values["names"]
-    lower = accelerator is None and values["dtypes"] == [BFLOAT16]
+    lower = accelerator is None and values["dtypes"] == [BFLOAT16] and not values["pieces"]
     if lower:
         lower_precision.check_settings(values["modes"], values["compile"])
     if accelerator is None:
@@ -177,6 +178,10 @@ def _bench_pieces(
     require(accelerator is None, "pieces", True, "left out with --device cuda: pieces are observed on the CPU")
     for key, neutral in (("rivals", None), ("compile", False), ("rounds", None)):
         require(values[key] == neutral, key, values[key], "left out with --pieces, which observes accelerated networks only")
+    dtypes = ",".join(precision.name for precision in values["dtypes"])
+    require(dtypes in ("", FLOAT32.name), "dtypes", dtypes, "float32 with --pieces")
+    modes = values["modes"]
+    require(modes in ("infer", _MODES), "modes", modes, "infer with --pieces, which observes no training")
     run = Run(values, files, None, len(networks))
 
     def measure(platform: Platform, budget: TimeBudget, advance: Callable[[str, int], None]) -> Iterator:
@@ -261,7 +266,7 @@ def _models_parser() -> jsonargparse.ArgumentParser:
     )
     parser.add_argument("--dtypes", type=str | None, default=None, help=dtypes)
     parser.add_argument("--size", type=int | None, default=None, help="pixels; default: the model's own")
-    parser.add_argument("--modes", type=str, default="train,infer", help="which of train,infer to time")
+    parser.add_argument("--modes", type=str, default=_MODES, help="which of train,infer to time")
     parser.add_argument("--compile", action="store_true", help="also time every variant compiled by torch.compile")
     rivals = "also time inference in other programs: all, or some of onnxruntime,openvino,torch.compile,zentorch"
     parser.add_argument("--rivals", type=str | None, default=None, help=rivals)
