@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import csv
+import math
 from pathlib import Path
 
 import pytest
 import timm
+import torch
 from torch import Tensor, nn
 
 from widekernel import ops
-from widekernel.bench import BenchmarkError, NetworkPlan, Platform, TimeBudget, lower_precision, products
+from widekernel.bench import BenchmarkError, NetworkPlan, Platform, TimeBudget, lower_precision, products, rivals, variants
 from widekernel.bench.lower_precision import measure_lower_networks, precision_columns
 from widekernel.bench.precision import BFLOAT16, FLOAT32
 from widekernel.bench.products import ProductCase, measure_products
@@ -18,21 +20,15 @@ from widekernel.bench.rows import PrecisionNetworkRow
 from widekernel.cli.main import main
 from widekernel.errors import ArgumentError
 from widekernel.ops.cpu.pointwise import reason_against
-from widekernel.transforms.acceleration import timing
 
 LACKING = reason_against("bfloat16")
+pytestmark = pytest.mark.usefixtures("untimed")
 needs_products = pytest.mark.skipif(LACKING is not None, reason=str(LACKING))
 
 
-@pytest.fixture(autouse=True)
-def _faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of blocks this small, it depends on the machine which are faster."""
-    monkeypatch.setattr(timing, "measure", lambda *_: (2.0, 1.0))
-
-
-def measured(model: nn.Module, cpu: Platform, **settings) -> list[PrecisionNetworkRow]:
+def measured(model: nn.Module, cpu: Platform, budget: TimeBudget | None = None, **settings) -> list[PrecisionNetworkRow]:
     plan = NetworkPlan({"it": lambda: (model, 64)}, [2], rounds=1, **settings)
-    return list(measure_lower_networks(plan, cpu, TimeBudget()))
+    return list(measure_lower_networks(plan, cpu, budget or TimeBudget()))
 
 
 @needs_products
@@ -69,6 +65,35 @@ def test_results_that_are_far_off_are_noticed(cpu: Platform, monkeypatch: pytest
     monkeypatch.setattr(lower_precision, "accelerate", corrupted)
     with pytest.raises(BenchmarkError, match=r"ours, fused, bfloat16 NCHW differs from PyTorch NHWC in float32 by 0\.2"):
         measured(timm.create_model("slak_nano"), cpu)
+
+
+@needs_products
+def test_rivals_that_are_wrong_or_fail_are_left_out_and_named(cpu: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One is wrong in float32, one cannot convert the network to bfloat16, and one returns NaN in bfloat16 and NHWC."""
+    asked = []
+
+    def network_in(rival: str, network: nn.Module, images: Tensor, precision: str):
+        asked.append((rival, precision))
+        if (rival, precision) == (rivals.OPENVINO, "bfloat16"):
+            raise NotImplementedError("no such hint")
+        wrong = rival == rivals.ZENTORCH
+        spoiled = precision == "bfloat16" and images.is_contiguous(memory_format=torch.channels_last)
+        return lambda x: network(x) * (1.01 if wrong else math.nan if spoiled else 1.0)
+
+    monkeypatch.setattr(variants, "network_in", network_in)
+    budget = TimeBudget()
+    wanted = [rivals.OPENVINO, rivals.COMPILED, rivals.ZENTORCH]
+    rows = measured(timm.create_model("slak_nano", num_classes=5), cpu, budget, rivals=wanted)
+    others = [f"{row.variant} {row.layout}" for row in rows if row.variant.startswith((*rivals.RIVALS,))]
+    left = ["OpenVINO NCHW", "torch.compile NCHW", "torch.compile NHWC", "torch.compile, bfloat16 NCHW"]
+    assert sorted(others) == left
+    assert (rivals.ZENTORCH, "bfloat16") not in asked and all(row.ms > 0 for row in rows)
+    in_float32, in_nhwc, converted = (
+        [line for line in budget.lines() if line.startswith(f"{name} is left out for it, 2 images: ")]
+        for name in ("zentorch NHWC", "torch.compile, bfloat16 NHWC", "OpenVINO, bfloat16 NCHW")
+    )
+    assert "differ" in in_float32[0] and "by nan of the largest" in in_nhwc[0] and "no such hint" in converted[0]
+    budget.finish()
 
 
 @needs_products

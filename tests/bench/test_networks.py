@@ -19,6 +19,8 @@ from widekernel.bench.tables import network_columns
 from widekernel.ops.cpu import library as native
 from widekernel.transforms import AccelerationReport
 
+pytestmark = pytest.mark.usefixtures("untimed")
+
 
 def measured(name: str, model: nn.Module, cpu: Platform, *, batch: int = 2, size: int, **settings) -> list[NetworkRow]:
     plan = NetworkPlan({name: lambda: (model, size)}, [batch], rounds=1, **settings)
@@ -87,7 +89,7 @@ def test_a_rival_that_cannot_be_loaded_is_not_taken(monkeypatch: pytest.MonkeyPa
 
 
 def test_rivals_that_are_wrong_or_fail_are_left_out_and_named(cpu: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
-    def network_in(rival: str, network: nn.Module, images: torch.Tensor):
+    def network_in(rival: str, network: nn.Module, images: torch.Tensor, precision: str):
         if rival == rivals.ONNXRUNTIME:
             raise NotImplementedError("no such operator")
         return lambda x: (1.01 if rival == rivals.OPENVINO else 1.0) * network(x)

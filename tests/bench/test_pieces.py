@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from widekernel import ops
@@ -13,11 +15,13 @@ from widekernel.bench import pieces
 from widekernel.bench.pieces import Calls, PieceRow, accelerated, flop_of, measure_pieces, observe, piece_of, rows_of
 from widekernel.bench.spans import Span, Spans, native_callers
 from widekernel.bench.timing import WallClock
-from widekernel.layers import DepthwiseConv2d
+from widekernel.layers import DepthwiseConv2d, FoldedLargeKernel, Rect
+from widekernel.layers.pointwise import PointwiseConv2d, PointwiseGradConv2d, PointwiseLinear
 from widekernel.ops.cpu import library
 from widekernel.ops.cpu.pointwise import PackedBlock
 from widekernel.transforms.acceleration.fusion.fused import FusedBlock
 
+pytestmark = pytest.mark.usefixtures("untimed")
 needs_native = pytest.mark.skipif(library.load().reason is not None, reason="the native library cannot run")
 
 
@@ -106,6 +110,55 @@ def test_operations_of_depthwise_layers_are_those_on_pixels() -> None:
     ones = torch.ones(2, 3, 4, 5), torch.ones(3, 1, 7, 3)
     taps = torch.nn.functional.conv2d(*ones, padding=(3, 1), groups=3).sum().item()
     assert pieces._flop_of_problem(problem) == 2 * taps
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(
+    ("layer", "size"),
+    [
+        (PointwiseLinear(5, 7), (3, 4, 5)),
+        (PointwiseConv2d(5, 7, 1), (5, 3, 4)),
+        (PointwiseGradConv2d(5, 7, 1), (5, 3, 4)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_swapped_layers_count_their_operations(layer: nn.Module, size: tuple[int, ...], batch: int) -> None:
+    (span,) = observed(layer, torch.randn(batch, *size))
+    assert not span.has_native and flop_of(span) == 2 * 5 * 7 * 3 * 4 * batch
+
+
+@pytest.mark.parametrize("on_pytorch", [True, False])
+def test_depthwise_layers_count_once_whatever_computes_them(on_pytorch: bool, spoil) -> None:
+    if on_pytorch:
+        spoil(lambda problem: True)
+    folded = FoldedLargeKernel([Rect(torch.ones(8, 1, 7, 5), (3, 2))], torch.zeros(8))
+    for layer in (DepthwiseConv2d(8, 8, (7, 5), padding=(3, 2), groups=8), folded):
+        with ops.trace() as ran:
+            found = observed(layer, torch.randn(2, 8, 16, 16))
+        assert len(ran.calls) == 1 and any(span.has_native for span in found) == (ran.backends() == ["native"])
+        assert not (on_pytorch and found[-1].has_native)
+        taps = nn.functional.conv2d(torch.ones(2, 8, 16, 16), torch.ones(8, 1, 7, 5), padding=(3, 2), groups=8).sum()
+        assert sum(map(flop_of, found)) == 2 * taps.item()
+
+
+@given(
+    st.integers(1, 9), st.integers(1, 4), st.integers(1, 3), st.integers(0, 3), st.integers(1, 2), st.sampled_from([1, 2])
+)
+@settings(max_examples=40, deadline=None)
+def test_operations_of_convolutions(extent: int, taps: int, stride: int, pad: int, dilation: int, groups: int) -> None:
+    assume(extent + 2 * pad > (taps - 1) * dilation)
+    layer = nn.Conv2d(4, 6, (taps, 1), (stride, 1), (pad, 0), (dilation, 1), groups, bias=False)
+    nn.init.ones_(layer.weight)
+    (span,) = observed(layer, torch.ones(1, 4, extent, 3))
+    assert flop_of(span) == 2 * span.output.sum().item()
+
+
+@torch.inference_mode()
+def observed(layer: nn.Module, x: torch.Tensor) -> list[Span]:
+    spans = Spans(layer)
+    with spans.observing():
+        layer(x)
+    return spans.take()
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def build_variants(
             network = copy.deepcopy(plain).to(memory_format=memory_format)  # type: ignore[call-overload]
             for name in rivals:
                 if layout in layouts_of(name):
-                    variants.append(Variant(name, layout, False, network, _forward_in(name, network, x), x))
+                    variants.append(Variant(name, layout, False, network, forward_in(name, network, x), x))
     return variants
 
 
@@ -135,10 +135,10 @@ def _networks(model: nn.Module, mode: str, x: Tensor, conditions: Conditions) ->
     return networks
 
 
-def _forward_in(rival: str, network: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return a function that runs a network in a rival; if the rival cannot convert it, a function that raises why."""
+def forward_in(rival: str, network: nn.Module, images: Tensor, precision: str = "float32") -> Callable[[Tensor], Tensor]:
+    """Return what `network_in` returns; if the rival cannot convert the network, a function that raises why."""
     try:
-        return network_in(rival, network, images)
+        return network_in(rival, network, images, precision)
     except Exception as error:
         why = in_short(error)
 
