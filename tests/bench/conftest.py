@@ -14,6 +14,7 @@ from widekernel.bench.devices import Accelerator
 from widekernel.bench.gpu import Gpu
 from widekernel.bench.timing import WallClock
 from widekernel.ops.backends.torch_conv import TorchConvBackend
+from widekernel.transforms.acceleration import timing
 
 
 class Wrong(ops.Backend):
@@ -51,6 +52,15 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure the limits of the machine quickly and roughly."""
     monkeypatch.setattr(measuring, "_PEAK_SECONDS", 0.005)
     monkeypatch.setattr(measuring, "_COPIED", 2**16)
+
+
+@pytest.fixture
+def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `accelerate` take our layers and blocks without timing them.
+
+    Which of them are faster in networks this small depends on the machine, and timing them takes longer than all else.
+    """
+    monkeypatch.setattr(timing, "measure", lambda *_: (2.0, 1.0))
 
 
 @pytest.fixture

@@ -21,6 +21,8 @@ from widekernel.bench.rows import DeviceNetworkRow
 from widekernel.bench.tables import document, markdown, network_columns
 from widekernel.errors import ConfigError
 
+pytestmark = pytest.mark.usefixtures("untimed")
+
 
 def replknet() -> tuple[nn.Module, int]:
     # For smaller images the last norm would have one value per image, and its gradients would be rounding errors.

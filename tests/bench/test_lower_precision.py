@@ -20,21 +20,13 @@ from widekernel.bench.rows import PrecisionNetworkRow
 from widekernel.cli.main import main
 from widekernel.errors import ArgumentError
 from widekernel.ops.cpu.pointwise import reason_against
-from widekernel.transforms.acceleration import timing
 
 LACKING = reason_against("bfloat16")
+pytestmark = pytest.mark.usefixtures("untimed")
 needs_products = pytest.mark.skipif(LACKING is not None, reason=str(LACKING))
 
 
-@pytest.fixture(autouse=True)
-def _faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of blocks this small, it depends on the machine which are faster."""
-    monkeypatch.setattr(timing, "measure", lambda *_: (2.0, 1.0))
-
-
-def measured(
-    model: nn.Module, cpu: Platform, budget: TimeBudget | None = None, **settings
-) -> list[PrecisionNetworkRow]:
+def measured(model: nn.Module, cpu: Platform, budget: TimeBudget | None = None, **settings) -> list[PrecisionNetworkRow]:
     plan = NetworkPlan({"it": lambda: (model, 64)}, [2], rounds=1, **settings)
     return list(measure_lower_networks(plan, cpu, budget or TimeBudget()))
 

@@ -19,6 +19,8 @@ from widekernel.bench.tables import network_columns
 from widekernel.ops.cpu import library as native
 from widekernel.transforms import AccelerationReport
 
+pytestmark = pytest.mark.usefixtures("untimed")
+
 
 def measured(name: str, model: nn.Module, cpu: Platform, *, batch: int = 2, size: int, **settings) -> list[NetworkRow]:
     plan = NetworkPlan({name: lambda: (model, size)}, [batch], rounds=1, **settings)

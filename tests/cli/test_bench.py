@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.bench.conftest import device_gpu, hasty, on_cpu, spoil  # noqa: F401 - fixtures
+from tests.bench.conftest import device_gpu, hasty, on_cpu, spoil, untimed  # noqa: F401 - fixtures
 
 from widekernel import ops
 from widekernel.bench import devices, gpu, rivals
 from widekernel.cli.main import main
 from widekernel.ops.cpu import library as native
 
-pytestmark = pytest.mark.usefixtures("hasty")
+pytestmark = pytest.mark.usefixtures("hasty", "untimed")
 
 TINY = ["ops", "--shape", "1,4,8,8", "--kernel", "5x5", "--rounds", "1", "--threads", "1"]
 

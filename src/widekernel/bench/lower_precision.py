@@ -49,8 +49,9 @@ NOTES: tuple[str, ...] = (
     "is float32. OpenVINO: the folded network, with INFERENCE_PRECISION_HINT f32 and bf16. torch.compile, zentorch: the "
     "folded network, with all tensors in that type.",
     "× best rival: speed-up of ours over the fastest of all rows in that precision that are not ours, in either layout.",
-    "onnxruntime has no products in bfloat16 on a CPU, so it is timed in float32. Whatever fails, or differs from float32 by "
-    "more than a tenth of the largest output, is left out and named below; if it is ours, nothing is timed.",
+    "onnxruntime has no products in bfloat16 on a CPU, so it is timed in float32. What fails in bfloat16, or differs from "
+    "PyTorch NHWC in float32 by more than a tenth of the largest output, is left out and named below the table; if it is "
+    "ours, nothing is timed.",
     "× PyTorch NHWC, NCHW: speed-up over PyTorch in float32, in either layout.",
     "error, cosine, same class: outputs on random images compared with those of PyTorch NHWC in float32: norm of the "
     "difference relative to the norm, cosine similarity, and images that keep their top class. The weights are random, so "

@@ -7,9 +7,8 @@ _INPUT_GRADIENT = (
     "at a time."
 )
 _ORDER = (
-    "in rounds, in an order that changes from round to round so that no call always follows the same other one. Each "
-    "follows every other one equally often only if all take part in as many rounds as there are calls to compare, or in a "
-    "multiple of them (twice as many if their number is odd)."
+    "in rounds, in an order that changes from round to round. Each follows every other one equally often only if all take "
+    "part in as many rounds as there are calls to compare (twice as many if their number is odd), or in a multiple of them."
 )
 _MEMORY = (
     "While they run, the process keeps freed memory where the allocator allows it, so that no call pays for pages that an "

@@ -216,9 +216,7 @@ def flop_of(span: Span) -> float:
         return _flop_of_conv(owner, span.inputs[0].shape[-2:], output)
     if isinstance(owner, FoldedLargeKernel):  # on PyTorch's convolutions
         kernels = tuple((kernel.shape[2], kernel.shape[3]) for kernel in owner.kernels)
-        return _flop_of_problem(
-            Problem("depthwise_sum", "cpu", output.dtype, tuple(output.shape), kernels, owner.anchors)
-        )
+        return _flop_of_problem(Problem("depthwise_sum", "cpu", output.dtype, tuple(output.shape), kernels, owner.anchors))
     return 0.0
 
 

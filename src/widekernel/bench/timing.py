@@ -194,7 +194,7 @@ def interleave(
 
 
 def balanced_orders(names: Sequence[str]) -> list[list[str]]:
-    """Return orders that, all together, have every name at every place equally often, directly after every other equally often.
+    """Return orders in which, taken together, every name has every place and follows every other name equally often.
 
     These are the rows of a Latin square that is balanced for carry-over effects (Williams, 1949); for an odd number of
     names, those of two squares.

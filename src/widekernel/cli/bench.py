@@ -42,6 +42,7 @@ _POINTWISE = (
     "RepLKNet, on a CPU: ours compared with PyTorch's linear layers and 1×1 convolutions, and with onnxruntime if it is "
     "installed."
 )
+_MODES = "train,infer"
 _PASSES = ("forward", "input", "weight")
 _CPU_SECONDS = {"ops": 0.5, "branches": 0.5, "models": 3.0, "pointwise": 0.2}
 _CUDA_SECONDS = {"ops": 0.1, "branches": 0.1, "models": 1.0}

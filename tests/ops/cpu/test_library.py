@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import inspect
 import json
 import os
 import re
@@ -251,15 +252,17 @@ def test_a_required_library_that_is_there(unloaded: pytest.MonkeyPatch) -> None:
     library.warn_once_if_missing()
 
 
-PROGRAM = """
-import json
-from widekernel.ops.cpu import library
-
-def runtimes():
-    with open("/proc/self/maps") as maps:
+def runtimes() -> list[str]:
+    with Path("/proc/self/maps").open() as maps:
         names = {line.split()[-1] for line in maps if "omp" in line.rpartition("/")[2]}
     return sorted(name for name in names if name.startswith("/"))
 
+
+PROGRAM = f"""
+import json
+from pathlib import Path
+from widekernel.ops.cpu import library
+{inspect.getsource(runtimes)}
 before = runtimes()
 lazy = library._loaded is None
 loaded = library.load()
@@ -267,6 +270,19 @@ print(json.dumps([lazy, before, runtimes(), loaded.reason, loaded.isa, loaded.op
 """
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_loading_adds_no_runtime(native: Path, unloaded: pytest.MonkeyPatch) -> None:
+    """The variables are read from the environment."""
+    unloaded.setenv("WIDEKERNEL_ISA", "portable")
+    unloaded.setenv("WIDEKERNEL_LIBRARY", str(native))
+    before = runtimes()
+    loaded = library.load()
+    assert runtimes() == before
+    assert (loaded.reason, loaded.isa, loaded.path) == (None, "portable", native)
+    assert loaded.openmp is None or os.path.realpath(loaded.openmp) in before
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_new_process(native: Path) -> None:
     """The variables are read from the environment, and loading adds no OpenMP runtime."""
