@@ -48,7 +48,8 @@ def config_of(folder, kind: str, accumulate: int) -> TrainConfig:
     return make_config(folder, model=ModelConfig(weights="given"), **settings_of(kind, accumulate))
 
 
-CASES = [pytest.param("dynamic", 1, marks=pytest.mark.slow), ("dynamic", 3), ("semi_structured", 1)]
+CASES = [pytest.param("dynamic", 1, marks=pytest.mark.slow), ("dynamic", 3)]
+CASES += [pytest.param("semi_structured", 1, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize(("kind", "accumulate"), CASES, ids=lambda value: str(value))
