@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import mmap
 import platform
 import subprocess
 import sys
-import threading
 
 import pytest
 
@@ -32,6 +30,29 @@ with keeping_memory():
     assert freed_memory() == "kept by the process"
     return_freed_memory()
     assert faults() > 8
+"""
+FAULTING = """
+import mmap, threading
+from widekernel.bench.memory import freed_memory, keeping_memory
+
+ended, faulted = threading.Event(), threading.Event()
+
+def fault():
+    while not ended.is_set():
+        with mmap.mmap(-1, 2**20) as pages:
+            for place in range(0, len(pages), mmap.PAGESIZE):
+                pages[place] = 1
+        faulted.set()
+
+other = threading.Thread(target=fault)
+other.start()
+try:
+    assert faulted.wait(60)
+    with keeping_memory():
+        assert [freed_memory() for _ in range(3)] == ["kept by the process"] * 3
+finally:
+    ended.set()
+    other.join()
 """
 
 
@@ -72,25 +93,8 @@ def test_other_allocators_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     assert freed_memory() in ("kept by the process", "returned to the system", "unknown")
 
 
+@pytest.mark.slow
 @needs_glibc
-def test_faults_of_other_threads_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_faults_of_other_threads_do_not_count() -> None:
     """A sweep is continued only if freed memory is kept as before, so other threads must not change the answer."""
-    monkeypatch.setattr(memory, "_TRIAL", 2**23)
-    ended, faulted = threading.Event(), threading.Event()
-
-    def fault() -> None:
-        while not ended.is_set():
-            with mmap.mmap(-1, 2**20) as pages:
-                for place in range(0, len(pages), mmap.PAGESIZE):
-                    pages[place] = 1
-            faulted.set()
-
-    other = threading.Thread(target=fault)
-    other.start()
-    try:
-        assert faulted.wait(60)
-        with keeping_memory():
-            assert [freed_memory() for _ in range(3)] == ["kept by the process"] * 3
-    finally:
-        ended.set()
-        other.join()
+    subprocess.run([sys.executable, "-c", FAULTING], check=True, timeout=120)
