@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -80,15 +80,6 @@ def check(weights: Weights, x: Tensor, with_residual: bool = False) -> None:
     want = want if residual is None else want + residual.double()
     assert y.shape == want.shape
     assert (y.double() - want).abs().max().item() <= LIMIT * max(1.0, want.abs().max().item())
-
-
-@pytest.fixture(params=library.load().isas)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    loaded = library.load()
-    before = loaded.isa
-    loaded.use_isa(request.param)
-    yield request.param
-    loaded.use_isa(before)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -7,7 +7,7 @@ import ctypes
 import gc
 import pickle
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -93,22 +93,6 @@ def check(block: Block, x: Tensor, residual: Tensor | None = None) -> None:
     assert (y.double() - want).abs().max().item() <= LIMIT * size
     assert torch.equal(x, before[0])
     assert residual is None or torch.equal(residual, before[1])
-
-
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(params=library.load().isas)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    loaded = library.load()
-    before = loaded.isa
-    loaded.use_isa(request.param)
-    yield request.param
-    loaded.use_isa(before)
 
 
 SIZES = [(1, 1, 0), (3, 5, 2), (16, 32, 16), (17, 33, 15), (96, 384, 96), (130, 31, 0), (520, 300, 40), (24, 600, 24)]

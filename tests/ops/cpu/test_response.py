@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import hypothesis.strategies as st
@@ -50,22 +50,6 @@ def check(block: tuple[Any, ...], x: Tensor, residual: Tensor | None = None, fac
     y, want = PackedBlock(*block)(x, residual, factors), exact(block, x, residual, factors)
     assert y.shape == want.shape
     assert (y.double() - want).abs().max().item() <= LIMIT * max(1.0, want.abs().max().item())
-
-
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(params=library.load().isas)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    loaded = library.load()
-    before = loaded.isa
-    loaded.use_isa(request.param)
-    yield request.param
-    loaded.use_isa(before)
 
 
 @settings(max_examples=60, deadline=None)
