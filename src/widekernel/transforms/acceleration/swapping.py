@@ -13,10 +13,10 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from widekernel.errors import ArgumentError, nearest
-from widekernel.layers import PointwiseConv2d
+from widekernel.layers import NativeBatchNorm2d, PointwiseConv2d
 from widekernel.transforms.acceleration import timing
 from widekernel.transforms.acceleration.blocks import BlockTrial, block_candidates, try_blocks
-from widekernel.transforms.acceleration.candidates import Candidate, candidates, describe
+from widekernel.transforms.acceleration.candidates import Candidate, candidates, describe, trains
 from widekernel.transforms.acceleration.fusion import fuse, unfuse
 from widekernel.transforms.acceleration.fusion.deviation import TOLERANCES
 from widekernel.transforms.acceleration.fusion.packing import missing
@@ -38,6 +38,7 @@ def accelerate(
     * On the CPU, `nn.Linear` become `PointwiseLinear` (computed as 1x1 convolutions) and 1x1 `nn.Conv2d` become
       `PointwiseConv2d` (computed as matrix products) or, in training, `PointwiseGradConv2d` (our kernels compute the weight
       gradient), if measurements show that this is faster. The backward pass of `PointwiseLinear` has our kernels, too.
+    * On the CPU, `nn.BatchNorm2d` in training become `NativeBatchNorm2d` (computed by our kernels) if that is faster.
     * On the CPU, blocks become fused blocks if that is faster: in inference, one native call computes norm, pointwise layer,
       activation, second pointwise layer, layer scale and residual, or those of them that the block has. They are found in
       the graph of the block, and compared with its code on the example. Whenever they do not apply, its code runs.
@@ -61,9 +62,9 @@ def accelerate(
         example_input: input of the network: a tensor, a tuple of arguments or a dict of keyword arguments. The network runs
             on it (once, or three times for bfloat16; in evaluation mode, without gradients; its state is restored), and all
             is measured with the shapes and layouts of its inputs. Layers that are not called are left alone. Without an
-            example, depthwise layers are swapped unmeasured, blocks are not, and a pointwise layer is swapped if the
-            alternative is faster for each of a few inputs that are typical for its size: the feature maps of that width in
-            a network for 224x224 pixels, for one image and for eight, and for 1x1 convolutions in both layouts.
+            example, depthwise layers are swapped unmeasured, blocks and batch norms are not, and a pointwise layer is
+            swapped if that is faster for each of a few inputs typical of its size: the feature maps of that width in a
+            network for 224x224 pixels, for one image and for eight, and for 1x1 convolutions in both layouts.
         pointwise: whether to consider linear layers and 1x1 convolutions, too.
         blocks: whether to consider blocks, too.
         precision: type of the factors of products in fused blocks, `float32` or `bfloat16`.
@@ -85,7 +86,7 @@ def accelerate(
         _swap(found, rows)
     else:
         rows, trials, outputs = _swap_by_example(model, example_input, found, blocks, precision)
-    backward = any(_trains(candidate.layer) for candidate in found)
+    backward = any(trains(candidate.layer) for candidate in found)
     of_blocks = tuple(trial.row for trial in trials)
     return model, AccelerationReport(tuple(rows), backward, torch.get_num_threads(), of_blocks, precision, outputs)
 
@@ -128,7 +129,7 @@ def _best(inputs: list[tuple[Candidate, Counter[InputSpec | str]]]) -> tuple[lis
     """Choose the fastest implementation of every layer; return the candidates chosen, and the rows of the report."""
     found, rows = [], []
     for candidate, seen in inputs:
-        options = [candidate, *candidate.others(_trains(candidate.layer))]
+        options = [candidate, *candidate.others(trains(candidate.layer))]
         tried = [_with_example(option, seen) for option in options]
         times = [math.inf if row.milliseconds_after is None else row.milliseconds_after for row in tried]
         best = times.index(min(times))
@@ -189,6 +190,8 @@ def _without_example(candidate: Candidate) -> LayerAcceleration:
     before = describe(candidate.layer)
     if candidate.replacement is None:
         return LayerAcceleration(candidate.name, before, None, candidate.reason)
+    if candidate.replacement is NativeBatchNorm2d:
+        return LayerAcceleration(candidate.name, before, None, "no example to measure")
     if not candidate.is_pointwise:
         return LayerAcceleration(candidate.name, before, candidate.replacement.__name__, "by rule: no example to measure")
     total = Timing(0.0, 0.0)
@@ -224,11 +227,7 @@ def _row(candidate: Candidate, before: str, swap: bool, reason: str, calls: int,
 
 def _time(candidate: Candidate, spec: InputSpec) -> Timing:
     assert candidate.replacement is not None
-    return timing.compare(candidate.layer, candidate.replacement, spec, _trains(candidate.layer))
-
-
-def _trains(layer: nn.Module) -> bool:
-    return layer.training and torch.is_grad_enabled()
+    return timing.compare(candidate.layer, candidate.replacement, spec, trains(candidate.layer))
 
 
 def _usual_inputs(candidate: Candidate) -> list[InputSpec]:
