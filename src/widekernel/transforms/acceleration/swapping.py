@@ -37,8 +37,8 @@ def accelerate(
     * Depthwise `nn.Conv2d` become `DepthwiseConv2d`, which runs on `ops.depthwise_sum`.
     * On the CPU, `nn.Linear` become `PointwiseLinear` (computed as 1x1 convolutions) and 1x1 `nn.Conv2d` become
       `PointwiseConv2d` (computed as matrix products) or, in training, `PointwiseGradConv2d` (our kernels compute the weight
-      gradient), if measurements show that this is faster. The backward pass of `PointwiseLinear` has our kernels, too.
-    * On the CPU, `nn.BatchNorm2d` in training become `NativeBatchNorm2d` (computed by our kernels) if that is faster.
+      gradient), and `nn.BatchNorm2d` in training become `NativeBatchNorm2d` (our kernels compute it), if measurements show
+      that this is faster. The backward pass of `PointwiseLinear` has our kernels, too.
     * On the CPU, blocks become fused blocks if that is faster: in inference, one native call computes norm, pointwise layer,
       activation, second pointwise layer, layer scale and residual, or those of them that the block has. They are found in
       the graph of the block, and compared with its code on the example. Whenever they do not apply, its code runs.
@@ -46,8 +46,7 @@ def accelerate(
     A layer or block is swapped by changing its class, as PyTorch does with lazy and parametrized modules. It is the same
     object as before, with the same parameters, buffers, hooks and flags. So optimizers that hold its parameters, modules
     that share it and other references stay valid, and the keys of the state dict stay the same. Layers and blocks of which
-    it is not certain what they compute are left alone; the report says why. Fused blocks are planned again if their plan no
-    longer holds or another precision is wanted.
+    it is not certain what they compute are left alone; the report says why. Outdated plans of fused blocks are made anew.
 
     Everything is measured with the number of threads, the autocast state and the gradient mode of the caller. For layers in
     training mode with gradients enabled, this includes the backward pass. Measurements are cached, so that equal layers and
