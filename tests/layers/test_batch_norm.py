@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.autograd import gradgradcheck
 from torch.testing import assert_close
 
+from tests.native import needs_native, thread_count
 from widekernel import ops
 from widekernel.layers import NativeBatchNorm2d
 from widekernel.layers.norms import affine_of, is_foldable
 from widekernel.ops.batch_norm import batch_norm, reasons_against_batch_norm
-from widekernel.ops.cpu import library
 
-pytestmark = pytest.mark.skipif(library.load().reason is not None, reason="no native library")
+pytestmark = needs_native
 ENOUGH = 64  # channels for one thread of any instruction set
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x.contiguous(),
@@ -29,11 +29,9 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def one_thread() -> Iterator[None]:
+    with thread_count(1):
+        yield
 
 
 def norm_of(channels: int, **kwargs: Any) -> nn.BatchNorm2d:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.testing import assert_close
 
+from tests.native import needs_native, thread_count
 from tests.transforms.acceleration import replace_measurement, state_of
 from widekernel import accelerate, fold, ops
 from widekernel.layers import NativeBatchNorm2d
@@ -23,7 +24,6 @@ from widekernel.transforms import to_torch
 from widekernel.transforms.acceleration import timing
 from widekernel.transforms.acceleration.input_capture import InputSpec
 
-needs_native = pytest.mark.skipif(library.load().reason is not None, reason="no native library")
 CHANNELS = 64  # enough for the threads of any test machine
 
 
@@ -36,15 +36,13 @@ def image(batch: int = 2) -> Tensor:
 
 
 @pytest.fixture
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def one_thread() -> Iterator[None]:
+    with thread_count(1):
+        yield
 
 
 @needs_native
-def test_the_faster_ones_are_swapped_and_run_natively(monkeypatch: pytest.MonkeyPatch, one_thread: Any) -> None:
+def test_the_faster_ones_are_swapped_and_run_natively(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
     model, x = network(), image()
     plain, state = copy.deepcopy(model), state_of(model)
     asked = replace_measurement(monkeypatch)
@@ -134,7 +132,7 @@ def test_copies_and_the_way_back(always_faster: list[Any]) -> None:
 
 @needs_native
 @pytest.mark.parametrize("name", ["replknet_nano", "slak_nano", "shiftwise_nano", "unireplknet_nano", "resnet18"])
-def test_networks_in_training(name: str, always_faster: list[Any], one_thread: Any) -> None:
+def test_networks_in_training(name: str, always_faster: list[Any], one_thread: None) -> None:
     model, x = timm.create_model(name, num_classes=10), torch.randn(2, 3, 64, 64)
     wanted = {key for key, module in model.named_modules() if type(module) is nn.BatchNorm2d}
     _, report = accelerate(model, x)
