@@ -12,6 +12,9 @@ namespace WK_NAMESPACE {
 constexpr int64_t MOST_VECTORS = 4;
 // Numbers that are added one by one. Adding up the sums of short pieces keeps the error small.
 constexpr int64_t SHORT_SUM = 64;
+// Numbers of adjacent channels that a task computes one after the other, at least: more, smaller tasks would make the threads write to
+// neighboring cache lines.
+constexpr int64_t NUMBERS_OF_A_TASK = 1 << 14;
 // Pixels to fetch in advance.
 constexpr int64_t AHEAD = 12;
 
@@ -31,7 +34,7 @@ class BatchNorm {
         : call_(call), adjoin_(call.x.channel == 1 && call.channels > 1),
           pixels_(int64_t{call.images} * call.height * call.width), plane_(int64_t{call.height} * call.width) {
         const int64_t vectors = adjoin_ ? ceil_div(call.channels, LANES) : call.channels;
-        together_ = adjoin_ ? MOST_VECTORS : 1;
+        together_ = adjoin_ ? MOST_VECTORS : ceil_div(NUMBERS_OF_A_TASK, pixels_);
         while (together_ > 1 && ceil_div(vectors, together_) < 2 * call.threads) together_ /= 2;
         vectors_ = vectors, tasks_ = ceil_div(vectors, together_);
         threads_ = pixels_ * call.channels < WORTH_SHARING ? 1 : call.threads;

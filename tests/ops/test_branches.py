@@ -8,15 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.native import NATIVE
 from tests.ops.backends import BRANCHES, SUM_OF_BRANCHES, Fused, Kernels, registered, several
 from tests.ops.cases import CASES, DILATED, EMPTY, LAYOUTS, Case, assert_close, definition
 from widekernel import ops
 from widekernel.errors import ArgumentError
-from widekernel.ops.cpu import library
 
 MANY = [several(case) for case in CASES + DILATED]
 CROSS = next(case for case in CASES if case.name == "crossed-strips")
-NATIVE = pytest.param("native", marks=pytest.mark.skipif(library.load().reason is not None, reason="no native library"))
 SUM, WEIGHT_GRAD = "depthwise_sum", "depthwise_weight_grad"
 
 

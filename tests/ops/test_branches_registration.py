@@ -10,18 +10,17 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from tests.native import NATIVE
 from tests.ops.backends import BRANCHES, SUM_OF_BRANCHES, Fused, registered, several
 from tests.ops.cases import CASES, DILATED, EMPTY, LAYOUTS, Case, assert_close, definition
 from tests.ops.test_registration import AMBIGUOUS
 from widekernel import ops
 from widekernel.layers import LargeKernel, Rectangles
 from widekernel.ops import registration
-from widekernel.ops.cpu import library
 
 BRANCHES_OP = torch.ops.widekernel.depthwise_branches.default
 SUM_OF_BRANCHES_OP = torch.ops.widekernel.depthwise_sum_of_branches.default
 CROSS = next(case for case in CASES if case.name == "crossed-strips")
-NATIVE = pytest.param("native", marks=pytest.mark.skipif(library.load().reason is not None, reason="no native library"))
 BACKENDS = pytest.mark.parametrize("backend", [NATIVE, "portable", "reference", "fused"])
 BOTH_LAYOUTS = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 CHOSEN = pytest.mark.parametrize("chosen", ["portable", "fused"])

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.native import thread_count
 from tests.ops.cases import CASES, assert_close
 from widekernel import ops
 from widekernel.errors import ArgumentError
@@ -143,12 +144,8 @@ def test_a_call_follows_the_number_of_threads_and_the_backends() -> None:
         assert trace.backends() == ["other"]
     finally:
         ops.unregister("other")
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads + 1)
+    with thread_count(torch.get_num_threads() + 1):
         assert not found()
-    finally:
-        torch.set_num_threads(threads)
 
 
 # ---- Whoever looks at operators sees them

@@ -14,16 +14,13 @@ from torch.profiler import ProfilerActivity, profile
 
 import widekernel
 from tests.layers.helpers import randomized
+from tests.native import NATIVE
 from tests.ops.cases import CASES, LAYOUTS, assert_close, definition
 from widekernel import ops
 from widekernel.layers import FoldedLargeKernel
-from widekernel.ops.cpu import library
 
 SUM = torch.ops.widekernel.depthwise_sum.default
 CROSS = next(case for case in CASES if case.name == "crossed-strips")
-NATIVE = pytest.param(
-    "native", marks=pytest.mark.skipif(library.load().reason is not None, reason="no native library"), id="native"
-)
 EVERY = list(itertools.product([False, True], repeat=3))
 
 

@@ -12,13 +12,12 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.native import needs_native, thread_count
 from widekernel import ops
 from widekernel.errors import ArgumentError
-from widekernel.ops.cpu import library
 from widekernel.ops.pointwise_grad import plain_pointwise_weight_grad, pointwise_conv, reasons_against_weight_grad
 
 OPERATOR = torch.ops.widekernel.pointwise_weight_grad.default
-native = pytest.mark.skipif(library.load().reason is not None, reason="no native library")
 LAYOUTS = {
     "contiguous": lambda x: x.contiguous(),
     "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
@@ -37,7 +36,7 @@ def gradients(function: object, tensors: list[Tensor], grad: Tensor) -> list[Ten
     return list(torch.autograd.grad(y, tensors, grad))
 
 
-@native
+@needs_native
 @settings(max_examples=30, deadline=None)
 @given(
     st.integers(1, 3), st.integers(1, 40), st.integers(1, 40), st.integers(1, 9), st.integers(1, 9),
@@ -58,24 +57,20 @@ def test_equals_the_definition_in_float64(
         assert ((value.double() - want).abs() <= images * height * width * 2**-24 * sum_of_magnitudes).all()
 
 
-@native
+@needs_native
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_parts_and_pieces(threads: int) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        # Several parts of the weights; several pieces of the pixels, which threads share if there are fewer parts.
-        for shape, outputs in (((1, 450, 9, 33), 530), ((2, 20, 30, 30), 33)):
-            x, grad = torch.randn(shape), torch.randn(shape[0], outputs, *shape[2:])
+    # Several parts of the weights; several pieces of the pixels, which threads share if there are fewer parts.
+    for shape, outputs in (((1, 450, 9, 33), 530), ((2, 20, 30, 30), 33)):
+        x, grad = torch.randn(shape), torch.randn(shape[0], outputs, *shape[2:])
+        with thread_count(threads):
             first, again = (OPERATOR(x, grad, True) for _ in range(2))
-            for value, same, want in zip(first, again, plain_pointwise_weight_grad(x.double(), grad.double(), True)):
-                assert torch.equal(value, same)
-                assert_close(value.double(), want, rtol=1e-5, atol=1e-3)
-    finally:
-        torch.set_num_threads(before)
+        for value, same, want in zip(first, again, plain_pointwise_weight_grad(x.double(), grad.double(), True)):
+            assert torch.equal(value, same)
+            assert_close(value.double(), want, rtol=1e-5, atol=1e-3)
 
 
-@native
+@needs_native
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "neither"])
 def test_gradients_are_those_of_the_convolution(layout: str, bias: bool) -> None:
@@ -160,7 +155,7 @@ def test_second_derivatives() -> None:
         assert_close(got, want, rtol=1e-4, atol=1e-2)
 
 
-@native
+@needs_native
 def test_the_same_compiled() -> None:
     tensors, grad = arguments(), torch.randn(2, 7, 4, 6)
     torch._dynamo.reset()

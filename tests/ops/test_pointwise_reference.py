@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from torch import Tensor
 from torch.testing import assert_close
 
-from widekernel.ops.cpu import library as native
+from tests.native import needs_native
 from widekernel.ops.cpu.pointwise import PackedBlock
 from widekernel.ops.patch import NormAfter, Patch
 from widekernel.ops.pointwise_reference import ACTIVATIONS, ReferenceBlock
@@ -52,7 +52,7 @@ def test_sizes_of_results(stride: int) -> None:
         assert y.shape[2:] == patch.size(side, side)
 
 
-@pytest.mark.skipif(native.load().reason is not None, reason="the native library is not there")
+@needs_native
 @settings(max_examples=40, deadline=None)
 @given(
     sizes=st.tuples(*[st.integers(1, 40)] * 3),

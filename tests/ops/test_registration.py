@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
+from tests.native import NATIVE
 from tests.ops.cases import CASES, DILATED, EMPTY, LAYOUTS, Case, assert_close, definition
 from widekernel import ops
-from widekernel.ops.cpu import library
 
 SUM, WEIGHT_GRAD = torch.ops.widekernel.depthwise_sum.default, torch.ops.widekernel.depthwise_weight_grad.default
 CROSS = next(case for case in CASES if case.name == "crossed-strips")
@@ -20,7 +20,7 @@ GAPS = next(case for case in DILATED if case.name == "dilated-even-anchored")
 BACKENDS = pytest.mark.parametrize(
     "backend",
     [
-        pytest.param("native", marks=pytest.mark.skipif(library.load().reason is not None, reason="no native library")),
+        NATIVE,
         "portable",
         "reference",
     ],

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import timm
-import torch
 from PIL import Image
 
+from tests.native import thread_count
 from tests.tasks.images import make_images
 from widekernel.cli.main import main
 from widekernel.data import DataConfig, Preprocessing
@@ -35,10 +35,8 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings += ["--data.input_size", "32", "--data.workers", "0", "--schedule.epochs", "2", "--schedule.warmup_epochs", "0"]
     settings += ["--loop.batch_size", "8", "--loop.log_every", "1", "--loop.device", "cpu", "--augment.auto_augment", "null"]
     settings += ["--sparsity.method", "dynamic", "--sparsity.dynamic.update_interval", "2", "--ema.decay", "0.9"]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    assert main(["train", *settings, "--output", str(root / "<i>run")]) == 0
-    torch.set_num_threads(threads)
+    with thread_count(1):
+        assert main(["train", *settings, "--output", str(root / "<i>run")]) == 0
     return root / "<i>run"
 
 

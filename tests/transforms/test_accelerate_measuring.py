@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from tests.native import thread_count
 from tests.transforms.acceleration import (
     image,
     replace_measurement,
@@ -49,12 +50,8 @@ def test_measurements_are_remembered(always_faster: list[Any]) -> None:
     accelerate(nn.Conv2d(8, 8, 3, padding=1, groups=8).eval(), image(8))
     accelerate(nn.Conv2d(8, 8, 3, padding=1, groups=8).double(), image(8).double())
     assert len(always_faster) == 7
-    threads = torch.get_num_threads()
-    torch.set_num_threads(threads + 1)
-    try:
+    with thread_count(torch.get_num_threads() + 1):
         accelerate(nn.Conv2d(8, 8, 3, padding=1, groups=8), image(8))
-    finally:
-        torch.set_num_threads(threads)
     assert len(always_faster) == 8
 
 

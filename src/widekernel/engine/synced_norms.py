@@ -15,8 +15,7 @@ from typing_extensions import override
 from widekernel.engine.processes import Processes
 from widekernel.errors import ConfigError
 from widekernel.layers.alterations import alteration
-
-_PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+from widekernel.layers.norms import PLAIN_FORWARDS
 
 
 def convert_batch_norms(model: nn.Module, processes: Processes) -> nn.Module:
@@ -49,7 +48,7 @@ def convert_batch_norms(model: nn.Module, processes: Processes) -> nn.Module:
 def _reason_against(norm: _BatchNorm) -> str:
     if isinstance(norm, SyncedBatchNorm):
         return ""
-    if type(norm).forward not in {kind.forward for kind in (*_PLAIN, BatchNormAct2d)}:
+    if type(norm).forward not in {*PLAIN_FORWARDS, BatchNormAct2d.forward}:
         return f"{type(norm).__name__} is not a plain batch norm"
     if any(True for _ in norm.parameters(recurse=False)) and hasattr(norm, "parametrizations"):
         return "its parameters are parametrized"

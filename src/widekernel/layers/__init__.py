@@ -1,5 +1,6 @@
 """Large-kernel layers, their kernel sources and their folded forms."""
 
+from widekernel.layers.batch_norm import NativeBatchNorm2d
 from widekernel.layers.conv import DepthwiseConv2d
 from widekernel.layers.conv_norm import ConvNorm
 from widekernel.layers.folding import Foldable, Folded
@@ -24,6 +25,7 @@ __all__ = [
     "HiddenUnits",
     "KernelSource",
     "LargeKernel",
+    "NativeBatchNorm2d",
     "PartialChannels",
     "PointwiseConv2d",
     "PointwiseGradConv2d",

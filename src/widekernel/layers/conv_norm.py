@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from widekernel.deprecation import renamed_arguments
 from widekernel.layers.affine import fold_affine, fold_input_affine
 from widekernel.layers.alterations import alterations
 from widekernel.layers.folding import Folded, Fusable, is_trained
-from widekernel.layers.norms import affine_of, is_foldable, normalized
+from widekernel.layers.norms import affine_of, is_foldable
 from widekernel.layers.rebuilding import is_plain
 
 
@@ -30,14 +29,7 @@ class ConvNorm(Fusable, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C', H', W')."""
-        if torch.jit.is_scripting():
-            return self.act(self.bn(self.conv(x)))  # type: ignore[no-any-return]
-        else:  # noqa: RET505 - TorchScript leaves out the other branch, and only that
-            return self._computed(x)
-
-    @torch.jit.unused
-    def _computed(self, x: Tensor) -> Tensor:
-        return self.act(normalized(self.bn, self.conv(x)))  # type: ignore[no-any-return]
+        return self.act(self.bn(self.conv(x)))
 
     def foldable(self) -> bool:
         """Return whether the norm is an affine map in evaluation and the convolution a plain one, both without hooks."""

@@ -11,7 +11,7 @@ from widekernel import ops
 from widekernel.errors import ArgumentError
 from widekernel.layers.alterations import alteration
 from widekernel.layers.folding import Folded, Fusable, is_trained
-from widekernel.layers.norms import affine_of, normalized, reasons_against_folding
+from widekernel.layers.norms import affine_of, reasons_against_folding
 from widekernel.layers.rect import Rect, maximal_rectangles
 from widekernel.layers.sources import KernelSource, rects_of, tensors_of
 from widekernel.layers.strict_loading import load_strictly
@@ -118,9 +118,9 @@ class LargeKernel(Fusable, nn.Module):
 
 def add_normalized(responses: Sequence[Tensor], norms: Sequence[nn.Module]) -> Tensor:
     """Return Σ_b norm_b(response_b)."""
-    y = normalized(norms[0], responses[0])
+    y = norms[0](responses[0])
     for norm, response in zip(norms[1:], responses[1:]):
-        y = y + normalized(norm, response)
+        y = y + norm(response)
     return y
 
 

@@ -1,4 +1,4 @@
-"""Building a convolution or linear layer with the configuration of another one and different weights."""
+"""Building a layer with the configuration of another one: convolutions and linear layers with other weights, batch norms."""
 
 from __future__ import annotations
 
@@ -54,6 +54,25 @@ def layer_like(layer: Any, weight: Tensor, bias: Tensor | None, kind: type[nn.Mo
     if bias is not None:
         new.bias = _parameter(bias, layer.weight if layer.bias is None else layer.bias)
     return new.train(layer.training)
+
+
+def norm_like(norm: nn.BatchNorm2d, kind: type[nn.Module]) -> Any:
+    """Return a batch norm of class `kind` configured like `norm`, without its hooks.
+
+    Its parameters share the data of those of `norm`; its statistics are copies, because training changes them.
+
+    Args:
+        norm: the batch norm.
+        kind: `nn.BatchNorm2d`, or a class with the same constructor.
+    """
+    make: Any = kind
+    settings = norm.eps, norm.momentum, norm.affine, norm.track_running_stats
+    new = make(norm.num_features, *settings, device="meta").train(norm.training)
+    for name, value in norm._parameters.items():
+        new._parameters[name] = None if value is None else _parameter(value, value)
+    for name, statistic in norm._buffers.items():
+        new._buffers[name] = None if statistic is None else statistic.clone()
+    return new
 
 
 def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:

@@ -25,7 +25,7 @@ from widekernel.models.validation import require_drop_rates
 
 _LARGE_KERNELS = (layers.DepthwiseConv2d, layers.FoldedLargeKernel, layers.FoldedPartialChannels, layers.LargeKernel)
 _POINTWISE = (layers.PointwiseConv2d, layers.PointwiseGradConv2d, layers.PointwiseLinear)
-for _leaf in (*_LARGE_KERNELS, layers.PartialChannels, *_POINTWISE):
+for _leaf in (*_LARGE_KERNELS, layers.NativeBatchNorm2d, layers.PartialChannels, *_POINTWISE):
     register_notrace_module(_leaf)  # torch.fx keeps these whole when timm extracts features with it
 
 

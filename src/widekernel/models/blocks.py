@@ -14,7 +14,7 @@ from widekernel.layers import KernelSource
 from widekernel.layers.affine import fold_affine
 from widekernel.layers.alterations import alterations, parametrized, replaced_methods
 from widekernel.layers.folding import Fusable, is_trained
-from widekernel.layers.norms import affine_of, is_foldable, normalized
+from widekernel.layers.norms import affine_of, is_foldable
 from widekernel.layers.rebuilding import is_plain
 from widekernel.layers.replacing import with_submodule
 from widekernel.models.base import Parts, Stage
@@ -133,23 +133,11 @@ class ResponseNormBlock(Fusable, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
-        y = self.mixer(x)
-        y = self.se(self.norm(y) if torch.jit.is_scripting() else self.normalized(y))
-        y = self.mlp(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        y = self.norm2(y) if torch.jit.is_scripting() else self.normalized2(y)
+        y = self.se(self.norm(self.mixer(x)))
+        y = self.norm2(self.mlp(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
         if self.gamma is not None:
             y = y * self.gamma.view(1, -1, 1, 1)
         return x + self.drop_path(y)
-
-    @torch.jit.unused
-    def normalized(self, x: Tensor) -> Tensor:
-        """Return the result of the norm after the spatial layer."""
-        return normalized(self.norm, x)
-
-    @torch.jit.unused
-    def normalized2(self, x: Tensor) -> Tensor:
-        """Return the result of the norm after the MLP."""
-        return normalized(self.norm2, x)
 
     def foldable(self) -> bool:
         """Return whether the norms and the mixer can be folded."""

@@ -22,7 +22,7 @@ from widekernel.layers.folding import Fusable
 from widekernel.layers.hidden_units import HiddenUnits
 from widekernel.layers.large_kernel import is_plain_relu
 from widekernel.layers.layer_groups import replknet_layer_group
-from widekernel.layers.norms import is_foldable, normalized
+from widekernel.layers.norms import is_foldable
 from widekernel.layers.sources import dilate
 from widekernel.models.base import Parts, Stage, StagedConvNet
 from widekernel.models.builder import build_model, default_cfg
@@ -73,11 +73,6 @@ class PreNormBlock(Fusable, nn.Module):
     if TYPE_CHECKING:  # TorchScript would take annotations for attributes
         pw1: ConvNorm
         pw2: ConvNorm
-
-    @torch.jit.unused
-    def normalized(self, x: Tensor) -> Tensor:
-        """Return the result of the first norm."""
-        return normalized(getattr(self, self.pre_norm), x)
 
     def foldable(self) -> bool:
         """Return whether the norms around the 1x1 convolutions can be folded into them."""
@@ -138,7 +133,7 @@ class LargeKernelBlock(PreNormBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
-        y = self.pw1(self.prelkb_bn(x) if torch.jit.is_scripting() else self.normalized(x))
+        y = self.pw1(self.prelkb_bn(x))
         y = self.act(self.large_kernel(y)) if torch.jit.is_scripting() else self._large_kernel_and_act(y)
         return x + self.drop_path(self.pw2(y))
 
@@ -179,7 +174,7 @@ class FeedForwardBlock(PreNormBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
-        return x + self.drop_path(self.pw2(self.pw1(self.preffn_bn(x) if torch.jit.is_scripting() else self.normalized(x))))
+        return x + self.drop_path(self.pw2(self.pw1(self.preffn_bn(x))))
 
     def hidden_units(self) -> HiddenUnits | None:
         """Return the hidden units between the 1x1 convolutions; None as long as norms follow these."""

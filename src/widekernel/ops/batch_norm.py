@@ -31,8 +31,7 @@ class Normalized(NamedTuple):
 def reasons_against_batch_norm(x: Tensor) -> list[str]:
     """List why our kernels do not compute a batch norm of this input in training; empty if they do.
 
-    Forward passes took 0.1 to 0.8 of PyTorch's time on the maps of our networks, backward passes 0.2 to 1.0, and up to 1.3
-    on contiguous maps (AVX-512). Compilers fuse batch norms with their neighbors, so that under
+    `accelerate` measures where they are faster than PyTorch's. Compilers fuse batch norms with their neighbors, so that under
     `torch.compile` PyTorch's batch norm runs.
     """
     if not is_unobserved_call() or not are_ordinary(x):

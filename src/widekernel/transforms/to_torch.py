@@ -14,6 +14,7 @@ from widekernel.layers import (
     DepthwiseConv2d,
     FoldedLargeKernel,
     LargeKernel,
+    NativeBatchNorm2d,
     PointwiseConv2d,
     PointwiseGradConv2d,
     PointwiseLinear,
@@ -100,7 +101,7 @@ class TorchFoldedLargeKernel(FoldedLargeKernel):
             return y.relu() if relu else y
 
 
-# The last four compute the same as their base class, in another way.
+# The last five compute the same as their base class, in another way.
 _TORCH_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     LargeKernel: TorchLargeKernel,
     FoldedLargeKernel: TorchFoldedLargeKernel,
@@ -108,6 +109,7 @@ _TORCH_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     PointwiseConv2d: nn.Conv2d,
     PointwiseGradConv2d: nn.Conv2d,
     PointwiseLinear: nn.Linear,
+    NativeBatchNorm2d: nn.BatchNorm2d,
 }
 _DONE = (TorchLargeKernel, TorchFoldedLargeKernel)
 

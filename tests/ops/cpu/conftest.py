@@ -1,4 +1,4 @@
-"""Fixtures of the tests of native calls: numbers of threads and instruction sets, restored afterwards."""
+"""Fixtures of the tests of native calls."""
 
 from __future__ import annotations
 
@@ -7,20 +7,19 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from tests.native import instruction_set, thread_count
 from widekernel.ops.cpu import library
 
 
 @pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+    """Set the number of PyTorch's threads; it is restored afterwards."""
+    with thread_count(torch.get_num_threads()):
+        yield torch.set_num_threads
 
 
 @pytest.fixture(params=library.load().isas)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    loaded = library.load()
-    before = loaded.isa
-    loaded.use_isa(request.param)
-    yield request.param
-    loaded.use_isa(before)
+    """Let the native library use one instruction set after the other."""
+    with instruction_set(request.param):
+        yield request.param

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from widekernel.ops.cpu import batch_norm, library
+from tests.native import needs_native
+from widekernel.ops.cpu import batch_norm
 from widekernel.ops.cpu.gate import Gate
 from widekernel.ops.cpu.pointwise import PackedBlock, weight_grad
 
-pytestmark = pytest.mark.skipif(library.load().reason is not None, reason=str(library.load().reason))
+pytestmark = needs_native
 
 
 @pytest.fixture(params=[torch.float64, torch.bfloat16], ids=str)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import threading
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from tests.native import needs_native
 from tests.ops.cases import CASES, EMPTY, LAYOUTS, Case, relative_error
 from widekernel import ops
 from widekernel.errors import ArgumentError
@@ -25,7 +25,7 @@ from widekernel.ops.cpu.plan import METHODS, Pass, Piece, Plan
 from widekernel.ops.cpu.prepared import PreparedSum, PreparedWeightGrad
 from widekernel.ops.problem import Problem, mirror
 
-pytestmark = pytest.mark.skipif(library.load().reason is not None, reason=str(library.load().reason))
+pytestmark = needs_native
 
 DIRECT, ROWS, COLUMNS = library.DIRECT, library.HYBRID_ALONG_ROWS, library.HYBRID_ALONG_COLUMNS
 # Largest error, as a share of the largest exact value, in float32.
@@ -141,19 +141,9 @@ def test_large_images(sizes: tuple[int, ...], layout: str, threads: int, method:
     assert relative_error(native_weight_grad(x, grad, size, middle, method, threads), w) <= LIMIT[method]
 
 
-@pytest.fixture
-def instruction_set() -> Iterator[library.Library]:
-    loaded = library.load()
-    before = loaded.isa
-    yield loaded
-    loaded.use_isa(before)
-
-
 @METHOD
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("name", library.load().isas)
-def test_every_instruction_set(instruction_set: library.Library, name: str, layout: str, method: int) -> None:
-    instruction_set.use_isa(name)
+def test_every_instruction_set(isa: str, layout: str, method: int) -> None:
     for dtype, (channels, size) in itertools.product(SHORT, [(5, (13, 3)), (19, (7, 7)), (16, (12, 15))]):
         x = LAYOUTS[layout](torch.randn(2, channels, 15, 14).to(dtype))
         check(x, [torch.randn(channels, 1, *size).to(dtype)], [(size[0] // 2, size[1] - 1)], None, method)

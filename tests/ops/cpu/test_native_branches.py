@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.native import needs_native
 from tests.ops.cases import LAYOUTS, relative_error
 from widekernel import ops
 from widekernel.errors import ArgumentError
@@ -29,7 +30,7 @@ from widekernel.ops.problem import (
     mirror_anchors,
 )
 
-pytestmark = pytest.mark.skipif(library.load().reason is not None, reason=str(library.load().reason))
+pytestmark = needs_native
 
 # UniRepLKNet's block of the largest kernel.
 SIZES, DILATIONS = (13, 5, 7, 3, 3, 3), (1, 1, 2, 3, 4, 5)
@@ -125,18 +126,8 @@ def test_three_thousand_random_problems(problem: tuple) -> None:
     fuzzed(problem)
 
 
-@pytest.fixture
-def instruction_set() -> Iterator[library.Library]:
-    loaded = library.load()
-    before = loaded.isa
-    yield loaded
-    loaded.use_isa(before)
-
-
 @BOTH_LAYOUTS
-@pytest.mark.parametrize("name", library.load().isas)
-def test_every_instruction_set(instruction_set: library.Library, name: str, layout: str) -> None:
-    instruction_set.use_isa(name)
+def test_every_instruction_set(isa: str, layout: str) -> None:
     for dtype, (channels, height, width, filled) in itertools.product(LIMIT, [(19, 7, 7, False), (17, 6, 23, True)]):
         x, *grads = [LAYOUTS[layout](torch.randn(2, channels, height, width).to(dtype)) for _ in range(1 + len(SIZES))]
         kernels = [torch.randn(channels, 1, k, k).to(dtype) for k in SIZES]

@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from tests.native import instruction_set, needs_native, thread_count
 from widekernel.errors import ArgumentError
 from widekernel.ops.cpu import library
 from widekernel.ops.cpu.pointwise import ACTIVATIONS, PackedBlock
 
-pytestmark = pytest.mark.skipif(library.load().reason is not None, reason=str(library.load().reason))
+pytestmark = needs_native
 
 LIMIT = 4e-6
 """Largest error as a share of the largest sum of absolute values."""
@@ -240,14 +241,10 @@ def test_weights_with_any_strides_that_require_gradients() -> None:
 
 
 def test_packed_weights_keep_their_instruction_set() -> None:
-    loaded = library.load()
     packed, x = PackedBlock(*Block.random(20, 30, 10)), torch.randn(1, 20, 3, 3)
-    before, name = packed(x), loaded.isa
-    loaded.use_isa("portable")
-    try:
+    before = packed(x)
+    with instruction_set("portable"):
         assert torch.equal(packed(x), before)
-    finally:
-        loaded.use_isa(name)
 
 
 def test_a_residual_of_another_shape_is_refused_again() -> None:
@@ -420,15 +417,11 @@ def problems(draw: st.DrawFn) -> tuple:
 
 def fuzzed(problem: tuple) -> None:
     sizes, shape, options, layouts, threads = problem
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        x, residual = LAYOUTS[layouts[0]](torch.randn(shape)), None
-        if layouts[1]:
-            residual = LAYOUTS[layouts[1]](torch.randn(shape[0], sizes[2] or sizes[1], *shape[2:]))
+    x, residual = LAYOUTS[layouts[0]](torch.randn(shape)), None
+    if layouts[1]:
+        residual = LAYOUTS[layouts[1]](torch.randn(shape[0], sizes[2] or sizes[1], *shape[2:]))
+    with thread_count(threads):
         check(Block.random(*sizes, *options), x, residual)
-    finally:
-        torch.set_num_threads(before)
 
 
 @settings(max_examples=60, deadline=None)
@@ -438,12 +431,5 @@ def test_random_problems(problem: tuple) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", library.load().isas)
-def test_five_thousand_random_problems(name: str) -> None:
-    loaded = library.load()
-    before = loaded.isa
-    loaded.use_isa(name)
-    try:
-        settings(max_examples=5000, deadline=None)(given(problems())(fuzzed))()
-    finally:
-        loaded.use_isa(before)
+def test_five_thousand_random_problems(isa: str) -> None:
+    settings(max_examples=5000, deadline=None)(given(problems())(fuzzed))()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.native import thread_count
 from tests.ops.cpu.test_pointwise import LAYOUTS, Block
 from widekernel.errors import ArgumentError
 from widekernel.ops.cpu import library
@@ -19,13 +20,6 @@ from widekernel.ops.pointwise_reference import ReferenceBlock
 LACKING = reason_against("bfloat16")
 needs_products = pytest.mark.skipif(LACKING is not None, reason=str(LACKING))
 SIZES = [(1, 1, 0), (3, 5, 2), (31, 33, 15), (32, 64, 32), (33, 31, 0), (96, 384, 96), (24, 1100, 24), (1100, 70, 33)]
-
-
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def whole(*shape: int, most: int = 3) -> Tensor:
@@ -129,22 +123,14 @@ def test_weights_take_half_the_memory() -> None:
 
 
 @needs_products
-def test_only_one_instruction_set_has_them() -> None:
-    loaded = library.load()
-    before = loaded.isa
-    try:
-        for name in loaded.isas:
-            loaded.use_isa(name)
-            if name == "avx512":
-                assert loaded.calls.wk_product_peak(library.BFLOAT16, 1, 0.01) > 0
-                continue
-            assert loaded.calls.wk_product_peak(library.BFLOAT16, 1, 0.01) == 0
-            with pytest.raises(
-                ArgumentError, match=r"precision is 'bfloat16', but the instruction set.*only avx512.*use 'float32'"
-            ):
-                PackedBlock(torch.ones(1, 1), precision="bfloat16")
-    finally:
-        loaded.use_isa(before)
+def test_only_one_instruction_set_has_them(isa: str) -> None:
+    peak = library.load().calls.wk_product_peak(library.BFLOAT16, 1, 0.01)
+    if isa == "avx512":
+        assert peak > 0
+        return
+    assert peak == 0
+    with pytest.raises(ArgumentError, match=r"precision is 'bfloat16', but the instruction set.*only avx512.*use 'float32'"):
+        PackedBlock(torch.ones(1, 1), precision="bfloat16")
 
 
 @pytest.mark.skipif(LACKING is None or library.load().reason is not None, reason="this machine has products in bfloat16")
@@ -164,15 +150,11 @@ def problems(draw: st.DrawFn) -> tuple:
 
 def fuzzed(problem: tuple) -> None:
     sizes, shape, activation, layouts, threads = problem
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        x, residual = LAYOUTS[layouts[0]](whole(*shape)), None
-        if layouts[1]:
-            residual = LAYOUTS[layouts[1]](whole(shape[0], sizes[2] or sizes[1], *shape[2:]))
+    x, residual = LAYOUTS[layouts[0]](whole(*shape)), None
+    if layouts[1]:
+        residual = LAYOUTS[layouts[1]](whole(shape[0], sizes[2] or sizes[1], *shape[2:]))
+    with thread_count(threads):
         check_exactly(whole_block(*sizes, activation), x, residual)
-    finally:
-        torch.set_num_threads(before)
 
 
 @needs_products

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,24 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.native import needs_native
 from tests.ops.cpu.test_pointwise import LAYOUTS
-from widekernel.ops.cpu import library
 from widekernel.ops.cpu.pointwise import ACTIVATIONS, PRECISIONS, PackedBlock, reason_against
 from widekernel.ops.patch import NormAfter, Patch
 from widekernel.ops.pointwise_reference import ReferenceBlock
 
-pytestmark = pytest.mark.skipif(library.load().reason is not None, reason=str(library.load().reason))
+pytestmark = needs_native
 
 AVAILABLE = [precision for precision in PRECISIONS if reason_against(precision) is None]
 LIMITS = {"float32": 4e-6, "bfloat16": 5e-3}
 """Largest error as a share of the largest number. Factors near the middle of two bfloat16 may be rounded either way."""
-
-
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def random_block(inputs: int, hidden: int, outputs: int, patch: Patch | None, norms: dict[str, bool]) -> dict[str, Any]:

@@ -13,14 +13,14 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
+from tests.native import needs_native
 from tests.ops.cpu.test_pointwise import LAYOUTS, LIMIT
 from widekernel.errors import ArgumentError
-from widekernel.ops.cpu import library
 from widekernel.ops.cpu.gate import Gate
 from widekernel.ops.cpu.pointwise import ACTIVATIONS, PackedBlock
 from widekernel.ops.pointwise_reference import ReferenceBlock, gate
 
-pytestmark = pytest.mark.skipif(library.load().reason is not None, reason=str(library.load().reason))
+pytestmark = needs_native
 
 
 def pair(inputs: int, hidden: int, outputs: int, activation: str = "gelu", norm: bool = False) -> tuple[Any, ...]:

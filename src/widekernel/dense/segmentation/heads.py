@@ -76,7 +76,7 @@ class UPerHead(nn.Module):
             return
         for module in self.psp_modules:
             pooling, layer = module[0], module[1]  # type: ignore[index]
-            if pooling.output_size == 1 and type(layer.bn) is nn.BatchNorm2d and layer.bn.training:
+            if pooling.output_size == 1 and isinstance(layer.bn, nn.BatchNorm2d) and layer.bn.training:
                 raise ShapeError(
                     "the batch has 1 image, but the head pools an image to 1 pixel, which a batch norm cannot normalize "
                     "alone: train with at least 2 images per process, or with synchronized batch norms"

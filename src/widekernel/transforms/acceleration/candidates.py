@@ -10,17 +10,19 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from widekernel.layers import DepthwiseConv2d, PointwiseConv2d, PointwiseGradConv2d, PointwiseLinear
+from widekernel.layers import DepthwiseConv2d, NativeBatchNorm2d, PointwiseConv2d, PointwiseGradConv2d, PointwiseLinear
 from widekernel.layers.alterations import replaced_method
+from widekernel.layers.batch_norm import reasons_against_native
 from widekernel.layers.conv import reasons_against_depthwise
 from widekernel.layers.pointwise import reasons_against_pointwise
 
-ACCELERATED = (DepthwiseConv2d, PointwiseConv2d, PointwiseGradConv2d, PointwiseLinear)
+ACCELERATED = (DepthwiseConv2d, PointwiseConv2d, PointwiseGradConv2d, PointwiseLinear, NativeBatchNorm2d)
+_ORIGINALS: dict[type[nn.Module], type[nn.Module]] = {PointwiseLinear: nn.Linear, NativeBatchNorm2d: nn.BatchNorm2d}
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A depthwise or pointwise layer.
+    """A depthwise or pointwise layer, or a batch norm in training.
 
     Attributes:
         name: its name in the network, the first one if it has several.
@@ -49,15 +51,23 @@ class Candidate:
 
 
 def candidates(model: nn.Module, pointwise: bool) -> list[Candidate]:
-    """List the depthwise layers and, with `pointwise`, the pointwise layers; layers that are used repeatedly appear once."""
+    """List the depthwise layers, the batch norms that are trained and, with `pointwise`, the pointwise layers.
+
+    Layers that are used repeatedly appear once.
+    """
     found = []
     for name, module in model.named_modules():
         replacement = _replacement(module)
-        if replacement is None or (replacement is not DepthwiseConv2d and not pointwise):
+        if replacement is None or (replacement not in (DepthwiseConv2d, NativeBatchNorm2d) and not pointwise):
             continue
         reason = _reason_against(module, replacement)
         found.append(Candidate(name, module, None if reason else replacement, reason))
     return found
+
+
+def trains(layer: nn.Module) -> bool:
+    """Return whether a layer runs in training, now that the caller accelerates it: with its backward pass."""
+    return layer.training and torch.is_grad_enabled()
 
 
 def describe(layer: Any) -> str:
@@ -65,6 +75,8 @@ def describe(layer: Any) -> str:
     kind = type(layer).__name__
     if isinstance(layer, nn.Linear):
         return f"{kind} {layer.in_features} -> {layer.out_features}"
+    if isinstance(layer, nn.BatchNorm2d):
+        return f"{kind}, {layer.num_features} channels"
     size = "x".join(str(number) for number in layer.kernel_size)
     if layer.groups == layer.in_channels == layer.out_channels:
         return f"{kind} {size} depthwise, {layer.in_channels} channels"
@@ -76,6 +88,8 @@ def _replacement(module: nn.Module) -> type[nn.Module] | None:
     """Return the class of the alternative implementation of a layer like `module`, if there is one."""
     if isinstance(module, nn.Linear):
         return PointwiseLinear
+    if isinstance(module, nn.BatchNorm2d) and trains(module):
+        return NativeBatchNorm2d
     if not isinstance(module, nn.Conv2d):
         return None
     # With one input channel, a convolution is depthwise only if it also has one output channel; otherwise it is ordinary.
@@ -89,7 +103,7 @@ def _replacement(module: nn.Module) -> type[nn.Module] | None:
 def _reason_against(module: Any, replacement: type[nn.Module]) -> str:
     """Return why a layer must be left alone; "" if nothing prevents the alternative implementation."""
     kind = type(module)
-    expected = nn.Linear if replacement is PointwiseLinear else nn.Conv2d
+    expected = _ORIGINALS.get(replacement, nn.Conv2d)
     if isinstance(module, ACCELERATED):
         return "; ".join(["accelerated already", *getattr(module, "reasons_against", list)()])
     if any(is_lazy(parameter) for parameter in module.parameters(recurse=False)):
@@ -102,6 +116,8 @@ def _reason_against(module: Any, replacement: type[nn.Module]) -> str:
         return f"its {replaced_method(module)} has been replaced"
     if getattr(module, "_compiled_call_impl", None) is not None:
         return "it is compiled: accelerate before compiling"
+    if replacement is NativeBatchNorm2d:
+        return "; ".join(reasons_against_native(module))
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or type(weight.data) is not Tensor or weight.layout != torch.strided:
         return f"its weight is not a plain tensor but {type(getattr(weight, 'data', weight)).__name__}"

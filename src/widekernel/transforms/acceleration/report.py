@@ -10,7 +10,7 @@ from widekernel.transforms.acceleration.outputs import OutputDeviation
 
 @dataclass(frozen=True)
 class LayerAcceleration:
-    """One depthwise or pointwise layer, or one block.
+    """One depthwise or pointwise layer, one batch norm, or one block.
 
     Attributes:
         name: its name in the network, "" if it is the network itself.
@@ -53,7 +53,7 @@ class LayerAcceleration:
 
 @dataclass(frozen=True)
 class AccelerationReport:
-    """The reports on every depthwise and pointwise layer of a network.
+    """The reports on every depthwise and pointwise layer of a network and, in training, on every batch norm.
 
     Attributes:
         layers: one report per layer, in the order of the network.
@@ -86,7 +86,7 @@ class AccelerationReport:
         for row in (*self.layers, *self.blocks):
             if row.name == name:
                 return row
-        known = f"{len(self.layers)} depthwise and pointwise layers and {len(self.blocks)} blocks"
+        known = f"{len(self.layers)} layers and {len(self.blocks)} blocks"
         raise KeyError(f"{name!r} is not among the {known} of the report")
 
     def totals(self) -> tuple[float, float]:

@@ -13,10 +13,10 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from widekernel.errors import ArgumentError, nearest
-from widekernel.layers import PointwiseConv2d
+from widekernel.layers import NativeBatchNorm2d, PointwiseConv2d
 from widekernel.transforms.acceleration import timing
 from widekernel.transforms.acceleration.blocks import BlockTrial, block_candidates, try_blocks
-from widekernel.transforms.acceleration.candidates import Candidate, candidates, describe
+from widekernel.transforms.acceleration.candidates import Candidate, candidates, describe, trains
 from widekernel.transforms.acceleration.fusion import fuse, unfuse
 from widekernel.transforms.acceleration.fusion.deviation import TOLERANCES
 from widekernel.transforms.acceleration.fusion.packing import missing
@@ -37,7 +37,8 @@ def accelerate(
     * Depthwise `nn.Conv2d` become `DepthwiseConv2d`, which runs on `ops.depthwise_sum`.
     * On the CPU, `nn.Linear` become `PointwiseLinear` (computed as 1x1 convolutions) and 1x1 `nn.Conv2d` become
       `PointwiseConv2d` (computed as matrix products) or, in training, `PointwiseGradConv2d` (our kernels compute the weight
-      gradient), if measurements show that this is faster. The backward pass of `PointwiseLinear` has our kernels, too.
+      gradient), and `nn.BatchNorm2d` in training become `NativeBatchNorm2d` (our kernels compute it), if measurements show
+      that this is faster. The backward pass of `PointwiseLinear` has our kernels, too.
     * On the CPU, blocks become fused blocks if that is faster: in inference, one native call computes norm, pointwise layer,
       activation, second pointwise layer, layer scale and residual, or those of them that the block has. They are found in
       the graph of the block, and compared with its code on the example. Whenever they do not apply, its code runs.
@@ -45,8 +46,7 @@ def accelerate(
     A layer or block is swapped by changing its class, as PyTorch does with lazy and parametrized modules. It is the same
     object as before, with the same parameters, buffers, hooks and flags. So optimizers that hold its parameters, modules
     that share it and other references stay valid, and the keys of the state dict stay the same. Layers and blocks of which
-    it is not certain what they compute are left alone; the report says why. Fused blocks are planned again if their plan no
-    longer holds or another precision is wanted.
+    it is not certain what they compute are left alone; the report says why. Outdated plans of fused blocks are made anew.
 
     Everything is measured with the number of threads, the autocast state and the gradient mode of the caller. For layers in
     training mode with gradients enabled, this includes the backward pass. Measurements are cached, so that equal layers and
@@ -61,9 +61,9 @@ def accelerate(
         example_input: input of the network: a tensor, a tuple of arguments or a dict of keyword arguments. The network runs
             on it (once, or three times for bfloat16; in evaluation mode, without gradients; its state is restored), and all
             is measured with the shapes and layouts of its inputs. Layers that are not called are left alone. Without an
-            example, depthwise layers are swapped unmeasured, blocks are not, and a pointwise layer is swapped if the
-            alternative is faster for each of a few inputs that are typical for its size: the feature maps of that width in
-            a network for 224x224 pixels, for one image and for eight, and for 1x1 convolutions in both layouts.
+            example, depthwise layers are swapped unmeasured, blocks and batch norms are not, and a pointwise layer is
+            swapped if that is faster for each of a few inputs typical of its size: the feature maps of that width in a
+            network for 224x224 pixels, for one image and for eight, and for 1x1 convolutions in both layouts.
         pointwise: whether to consider linear layers and 1x1 convolutions, too.
         blocks: whether to consider blocks, too.
         precision: type of the factors of products in fused blocks, `float32` or `bfloat16`.
@@ -85,7 +85,7 @@ def accelerate(
         _swap(found, rows)
     else:
         rows, trials, outputs = _swap_by_example(model, example_input, found, blocks, precision)
-    backward = any(_trains(candidate.layer) for candidate in found)
+    backward = any(trains(candidate.layer) for candidate in found)
     of_blocks = tuple(trial.row for trial in trials)
     return model, AccelerationReport(tuple(rows), backward, torch.get_num_threads(), of_blocks, precision, outputs)
 
@@ -128,7 +128,7 @@ def _best(inputs: list[tuple[Candidate, Counter[InputSpec | str]]]) -> tuple[lis
     """Choose the fastest implementation of every layer; return the candidates chosen, and the rows of the report."""
     found, rows = [], []
     for candidate, seen in inputs:
-        options = [candidate, *candidate.others(_trains(candidate.layer))]
+        options = [candidate, *candidate.others(trains(candidate.layer))]
         tried = [_with_example(option, seen) for option in options]
         times = [math.inf if row.milliseconds_after is None else row.milliseconds_after for row in tried]
         best = times.index(min(times))
@@ -189,6 +189,8 @@ def _without_example(candidate: Candidate) -> LayerAcceleration:
     before = describe(candidate.layer)
     if candidate.replacement is None:
         return LayerAcceleration(candidate.name, before, None, candidate.reason)
+    if candidate.replacement is NativeBatchNorm2d:
+        return LayerAcceleration(candidate.name, before, None, "no example to measure")
     if not candidate.is_pointwise:
         return LayerAcceleration(candidate.name, before, candidate.replacement.__name__, "by rule: no example to measure")
     total = Timing(0.0, 0.0)
@@ -224,11 +226,7 @@ def _row(candidate: Candidate, before: str, swap: bool, reason: str, calls: int,
 
 def _time(candidate: Candidate, spec: InputSpec) -> Timing:
     assert candidate.replacement is not None
-    return timing.compare(candidate.layer, candidate.replacement, spec, _trains(candidate.layer))
-
-
-def _trains(layer: nn.Module) -> bool:
-    return layer.training and torch.is_grad_enabled()
+    return timing.compare(candidate.layer, candidate.replacement, spec, trains(candidate.layer))
 
 
 def _usual_inputs(candidate: Candidate) -> list[InputSpec]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from widekernel import ops
-from widekernel.layers.rebuilding import layer_like
+from widekernel.layers.rebuilding import layer_like, norm_like
 from widekernel.transforms.acceleration.input_capture import InputSpec
 
 # Times that differ by less than this factor count as equal: measurements vary by a few percent.
@@ -42,15 +42,18 @@ def compare(layer: Any, replacement: type[nn.Module], spec: InputSpec, backward:
     A pair that has been timed before under the same conditions is not timed again.
 
     Args:
-        layer: a convolution or linear layer.
+        layer: a convolution, linear layer or batch norm.
         replacement: class of the alternative implementation.
         spec: description of the input for the timing.
         backward: whether to time the backward pass, too.
     """
     # The timed copies share the data of the layer, but neither its hooks, which must not run, nor its gradients.
-    before, after = (layer_like(layer, layer.weight, layer.bias, kind) for kind in (type(layer), replacement))
+    if isinstance(layer, nn.BatchNorm2d):
+        before, after = (norm_like(layer, kind) for kind in (type(layer), replacement))
+    else:
+        before, after = (layer_like(layer, layer.weight, layer.bias, kind) for kind in (type(layer), replacement))
     trained = tuple(parameter.requires_grad for parameter in before.parameters()) if backward else None
-    like = before.weight.dtype, before.weight.stride()
+    like = tuple((parameter.dtype, parameter.stride()) for parameter in before.parameters())
     key = (replacement, before.extra_repr(), like, trained)
     return _timed(key, before, after, spec, backward)
 

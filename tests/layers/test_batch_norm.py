@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,12 +14,13 @@ from torch import Tensor, nn
 from torch.autograd import gradgradcheck
 from torch.testing import assert_close
 
+from tests.native import needs_native, thread_count
 from widekernel import ops
-from widekernel.layers.norms import normalized, reasons_against_native
+from widekernel.layers import NativeBatchNorm2d
+from widekernel.layers.norms import affine_of, is_foldable
 from widekernel.ops.batch_norm import batch_norm, reasons_against_batch_norm
-from widekernel.ops.cpu import library
 
-pytestmark = pytest.mark.skipif(library.load().reason is not None, reason="no native library")
+pytestmark = needs_native
 ENOUGH = 64  # channels for one thread of any instruction set
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x.contiguous(),
@@ -29,11 +29,9 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def one_thread() -> Iterator[None]:
+    with thread_count(1):
+        yield
 
 
 def norm_of(channels: int, **kwargs: Any) -> nn.BatchNorm2d:
@@ -44,14 +42,17 @@ def norm_of(channels: int, **kwargs: Any) -> nn.BatchNorm2d:
     return norm
 
 
-def results(call: Callable[[nn.Module, Tensor], Tensor], norm: nn.Module, x: Tensor, grad: Tensor) -> list[Tensor]:
+def ours(norm: nn.BatchNorm2d) -> nn.BatchNorm2d:
+    """Return a copy of a norm that is ours."""
+    norm = copy.deepcopy(norm)
+    norm.__class__ = NativeBatchNorm2d
+    return norm
+
+
+def results(norm: nn.Module, x: Tensor, grad: Tensor) -> list[Tensor]:
     leaf = x.detach().requires_grad_()
-    y = call(norm, leaf)
+    y = norm(leaf)
     return [y, *torch.autograd.grad(y, [leaf, *norm.parameters()], grad), *norm.buffers()]
-
-
-def plainly(norm: nn.Module, x: Tensor) -> Tensor:
-    return norm(x)
 
 
 @settings(max_examples=20, deadline=None)
@@ -68,14 +69,13 @@ def test_equals_pytorch_in_float64(
     norm = norm_of(channels, affine=affine, track_running_stats=tracked, momentum=0.3)
     x = LAYOUTS[layout](torch.randn(images, channels, height, width) + mean)
     grad = torch.randn_like(x)
-    theirs = copy.deepcopy(norm).double()
     with ops.trace() as trace:
-        got = results(normalized, norm, x, grad)
+        got = results(ours(norm), x, grad)
     assert trace.batch_norms == [x.shape]
     assert got[0].stride() == copy.deepcopy(norm)(x).stride()
     # The mean is rounded like the numbers.
     tolerance = 1e-4 + 1e-5 * abs(mean)
-    for value, want in zip(got, results(plainly, theirs, x.double(), grad.double())):
+    for value, want in zip(got, results(copy.deepcopy(norm).double(), x.double(), grad.double())):
         scale = max(1.0, want.abs().max().item())
         assert_close(value.double() / scale, want.double() / scale, rtol=0, atol=tolerance * 5)
 
@@ -85,7 +85,7 @@ def test_accuracy_beside_a_large_mean_and_an_outlier() -> None:
     x[0, :, 0, 0] = 1e5
     norm = norm_of(ENOUGH)
     want = copy.deepcopy(norm).double()(x.double())
-    error = (normalized(norm, x).double() - want).abs().max() / want.abs().max()
+    error = (ours(norm)(x).double() - want).abs().max() / want.abs().max()
     assert error < 1e-4
 
 
@@ -94,87 +94,107 @@ def test_accuracy_beside_a_large_mean_and_an_outlier() -> None:
 def test_the_same_on_any_number_of_threads(threads: int, layout: str) -> None:
     x = LAYOUTS[layout](torch.randn(2, 3 * ENOUGH, 15, 15))
     grad, norm = torch.randn_like(x), norm_of(3 * ENOUGH)
-    want = results(normalized, copy.deepcopy(norm), x, grad)
+    want = results(ours(norm), x, grad)
     torch.set_num_threads(threads)
-    for value, same in zip(results(normalized, norm, x, grad), want):
+    for value, same in zip(results(ours(norm), x, grad), want):
         assert torch.equal(value, same)
 
 
 def test_gradients_in_another_layout() -> None:
     x, norm = torch.randn(2, ENOUGH, 6, 5), norm_of(ENOUGH)
     grad = torch.randn(ENOUGH, 1, 1).expand(2, -1, 6, 5)
-    for value, want in zip(
-        results(normalized, copy.deepcopy(norm), x, grad), results(plainly, copy.deepcopy(norm), x, grad)
-    ):
+    for value, want in zip(results(ours(norm), x, grad), results(norm, x, grad)):
         assert_close(value, want, rtol=1e-4, atol=1e-4)
 
 
 def test_second_derivatives() -> None:
     norm, x = norm_of(ENOUGH), torch.randn(2, ENOUGH, 3, 3, requires_grad=True)
     penalties = []
-    for call in (normalized, plainly):
-        (slope,) = torch.autograd.grad(call(norm, x).pow(3).sum(), [x], create_graph=True)
-        penalties.append(torch.autograd.grad(slope.square().sum(), [x, norm.weight]))
+    for kind in (ours(norm), norm):
+        (slope,) = torch.autograd.grad(kind(x).pow(3).sum(), [x], create_graph=True)
+        penalties.append(torch.autograd.grad(slope.square().sum(), [x, kind.weight]))
     for got, want in zip(*penalties):
         assert_close(got, want, rtol=1e-3, atol=1e-2)
     small = torch.randn(2, 2, 2, 2, dtype=torch.float64, requires_grad=True)
-    double = norm_of(2).double()
-    assert gradgradcheck(lambda x: normalized(double, x), [small])
+    assert gradgradcheck(ours(norm_of(2).double()), [small])
 
 
 def test_some_gradients() -> None:
-    x, norm = torch.randn(2, ENOUGH, 3, 3), norm_of(ENOUGH)
+    x, norm = torch.randn(2, ENOUGH, 3, 3), ours(norm_of(ENOUGH))
     norm.bias.requires_grad_(False)
-    y = normalized(norm, x)
+    y = norm(x)
     y.square().sum().backward()
     assert norm.weight.grad is not None
     assert norm.bias.grad is None
 
 
-def left_alone(change: Callable[[nn.BatchNorm2d], None]) -> nn.BatchNorm2d:
+def changed(change: Callable[[nn.BatchNorm2d], None]) -> nn.BatchNorm2d:
     norm = norm_of(ENOUGH)
     change(norm)
     return norm
 
 
-class Scaled(nn.BatchNorm2d):
-    """Another norm."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * super().forward(x)
-
-
-LEFT_ALONE = {
-    "evaluation": (left_alone(nn.Module.eval), "no gradients"),
-    "a hook": (left_alone(lambda norm: norm.register_forward_hook(lambda *values: None)), "forward hook"),
-    "a pre-hook": (left_alone(lambda norm: norm.register_forward_pre_hook(lambda *values: None)), "hook"),
-    "a subclass": (Scaled(ENOUGH), "Scaled"),
+LEFT_TO_PYTORCH = {
+    "evaluation": (changed(nn.Module.eval), ""),
     "a cumulative average": (nn.BatchNorm2d(ENOUGH, momentum=None), "cumulative"),
     "float64": (norm_of(ENOUGH).double(), "float32"),
-    "no norm": (nn.Identity(), "Identity"),
-    "statistics without updates": (left_alone(lambda norm: setattr(norm, "track_running_stats", False)), "without updates"),
-    "no count": (left_alone(lambda norm: setattr(norm, "num_batches_tracked", None)), "only some statistics"),
+    "statistics without updates": (changed(lambda norm: setattr(norm, "track_running_stats", False)), "without updates"),
+    "no count": (changed(lambda norm: setattr(norm, "num_batches_tracked", None)), "only some statistics"),
 }
 
 
-@pytest.mark.parametrize("name", LEFT_ALONE)
+@pytest.mark.parametrize("name", LEFT_TO_PYTORCH)
 def test_norms_that_are_left_to_pytorch(name: str) -> None:
-    norm, reason = LEFT_ALONE[name]
+    norm, reason = LEFT_TO_PYTORCH[name]
+    fast = ours(norm)
     x = torch.randn(2, ENOUGH, 4, 4, dtype=torch.float64 if name == "float64" else torch.float32)
-    (why,) = reasons_against_native(norm, x)
-    assert reason in why
+    assert [reason in why for why in fast.reasons_against()] == ([True] if reason else [])
     with ops.trace() as trace:
-        got = normalized(copy.deepcopy(norm), x)
-    assert torch.equal(got, copy.deepcopy(norm)(x))
+        got, want = fast(x), copy.deepcopy(norm)(x)
+    assert torch.equal(got, want)
     assert trace.batch_norms == []
+
+
+def test_hooks_run() -> None:
+    x, calls = torch.randn(2, ENOUGH, 4, 4), []
+    norm = norm_of(ENOUGH)
+    norm.register_forward_pre_hook(lambda module, values: (2 * values[0],))
+    norm.register_forward_hook(lambda module, values, y: calls.append(y))
+    with ops.trace() as trace:
+        got = ours(norm)(x)
+    assert trace.batch_norms == [x.shape]
+    assert len(calls) == 1
+    assert_close(got, norm(x), rtol=1e-4, atol=1e-5)
+
+
+def test_evaluation_after_training_is_an_affine_map() -> None:
+    norm, x = ours(norm_of(ENOUGH)), torch.randn(2, ENOUGH, 4, 4) + 1
+    norm(x)
+    scale, shift = affine_of(norm.eval(), ENOUGH)
+    assert is_foldable(norm)
+    assert_close(norm(x).double(), x.double() * scale[:, None, None] + shift[:, None, None], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"affine": False}, {"track_running_stats": False}, {"momentum": None}], ids=lambda kwargs: str(kwargs)
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_torchscript(kwargs: dict[str, Any], training: bool) -> None:
+    plain, x = norm_of(ENOUGH, **kwargs).train(training), torch.randn(2, ENOUGH, 4, 4)
+    scripted = torch.jit.script(ours(plain))
+    for _ in range(2):
+        assert torch.equal(scripted(x), plain(x))
+    for got, want in zip(scripted.buffers(), plain.buffers()):
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("size", [1, ENOUGH // 2])
 def test_parameters_of_another_size_raise_pytorchs_error(size: int) -> None:
-    norm, x = norm_of(ENOUGH), torch.randn(2, ENOUGH, 4, 4)
+    norm, x = ours(norm_of(ENOUGH)), torch.randn(2, ENOUGH, 4, 4)
     norm.weight = nn.Parameter(torch.ones(size))
     with pytest.raises(RuntimeError, match="weight"):
-        normalized(norm, x)
+        norm(x)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -188,38 +208,30 @@ def test_a_border_is_not_taken_for_the_mean(layout: str) -> None:
 
 
 def test_inputs_that_are_left_to_pytorch() -> None:
-    norm = norm_of(ENOUGH)
+    norm = ours(norm_of(ENOUGH))
     x = torch.randn(2, ENOUGH, 4, 4)
     assert reasons_against_batch_norm(x) == []
     few = LAYOUTS["channels_last"](x[:, :2])
     for other in (x.double(), x[0], x.to("meta"), x[:, :, ::2], x[:1, :, :1, :1], few):
         assert len(reasons_against_batch_norm(other)) == 1
-    with torch.autocast("cpu"):
-        assert "autocast" in reasons_against_batch_norm(x)[0]
-    with torch.no_grad(), ops.trace() as trace:
-        normalized(norm, x)
+    with ops.trace() as trace:
+        with torch.no_grad():
+            norm(x)
+        with torch.autocast("cpu"):
+            assert "autocast" in reasons_against_batch_norm(x)[0]
+            norm(x.bfloat16())
+        norm(x[:, :, ::2])
+        with pytest.raises(ValueError, match="more than 1 value"):
+            norm(x[:1, :, :1, :1])
+        with pytest.raises(RuntimeError, match="running_mean"):
+            norm(x[:, 1:])
     assert trace.batch_norms == []
-    with pytest.raises(ValueError, match="more than 1 value"):
-        normalized(norm, x[:1, :, :1, :1])
 
 
 def test_compiled_code_has_pytorchs() -> None:
     torch._dynamo.reset()
-    norm, x = norm_of(ENOUGH), torch.randn(2, ENOUGH, 4, 4)
+    norm, x = ours(norm_of(ENOUGH)), torch.randn(2, ENOUGH, 4, 4)
     with ops.trace() as trace:
-        got = torch.compile(lambda x: normalized(norm, x), fullgraph=True, backend="aot_eager")(x)
+        got = torch.compile(norm, fullgraph=True, backend="aot_eager")(x)
     assert trace.batch_norms == []
-    assert_close(got, normalized(norm, x), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["replknet_nano", "slak_nano", "shiftwise_nano", "unireplknet_nano"])
-def test_networks_in_training(name: str) -> None:
-    model = timm.create_model(name).train()
-    with ops.trace() as trace:
-        model(torch.randn(2, 3, 64, 64)).sum().backward()
-    norms = {name: module for name, module in model.named_modules() if type(module) is nn.BatchNorm2d}
-    # The last norm is called by code that serves all kinds of norms.
-    wide = [norm for name, norm in norms.items() if norm.num_features >= library.load().lanes and name != "norm_pre"]
-    # Narrower ones, too, of maps whose columns are contiguous.
-    assert 0 < len(wide) <= len(trace.batch_norms) <= len(norms)
-    assert all(m.num_batches_tracked == 1 for m in wide)
+    assert_close(got, norm(x), rtol=1e-4, atol=1e-5)
