@@ -18,6 +18,7 @@ from widekernel.transforms.acceleration import timing
 from widekernel.transforms.acceleration.blocks import BlockTrial, block_candidates, try_blocks
 from widekernel.transforms.acceleration.candidates import Candidate, candidates, describe
 from widekernel.transforms.acceleration.fusion import fuse, unfuse
+from widekernel.transforms.acceleration.fusion.chain import chain
 from widekernel.transforms.acceleration.fusion.deviation import TOLERANCES
 from widekernel.transforms.acceleration.fusion.packing import missing
 from widekernel.transforms.acceleration.input_capture import InputSpec, capture_inputs, outputs_of, unmeasurable
@@ -85,6 +86,7 @@ def accelerate(
         _swap(found, rows)
     else:
         rows, trials, outputs = _swap_by_example(model, example_input, found, blocks, precision)
+        chain(model)
     backward = any(_trains(candidate.layer) for candidate in found)
     of_blocks = tuple(trial.row for trial in trials)
     return model, AccelerationReport(tuple(rows), backward, torch.get_num_threads(), of_blocks, precision, outputs)

@@ -18,6 +18,7 @@ from widekernel.transforms.acceleration.fusion.graph import NotTraceableError
 from widekernel.transforms.acceleration.fusion.guards import STATE, is_hooked
 from widekernel.transforms.acceleration.fusion.packing import missing, pack
 from widekernel.transforms.acceleration.fusion.plan import NOTHING_TO_FUSE, Plan, UnsuitableInputError
+from widekernel.transforms.acceleration.fusion.replay import is_usual_call
 from widekernel.transforms.acceleration.fusion.weights import UnsuitableWeightsError
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -186,6 +187,8 @@ class _State:
 
     def is_ready(self, x: Tensor) -> bool:
         """Return whether a call with `x` can use the plan; a copy that is called for the first time makes it."""
+        if self.plan is not None and is_usual_call(x) and x.numel():
+            return self.plan.guards.hold()  # which includes the training flag
         return next(self.reasons(x), None) is None
 
     def reasons(self, x: Tensor) -> Iterator[str]:
