@@ -78,7 +78,7 @@ class PreparedSum:
         if error:
             self._library.check(error)
         if recording.OPEN:
-            values = tuple([*taps, *[value for value in (scale, bias) if value is not None]])
+            values = (*taps, *[value for value in (scale, bias) if value is not None])
             made = (native.DEPTHWISE_STEP, self, call.description, x, y, None, None, None, addresses, values)
             recording.note(recording.NativeCall(*made, factor, shift, relu))
         return y

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ class Sequence:
         self._steps = (native.Step * len(calls))(*[_step(call, places) for call in calls])
         # What the steps point to, and the shapes of the results. The tensors of the recording are not kept.
         self._kept = [(call.owner, call.call, call.taps, call.values) for call in calls]
-        self._shapes = [call.y.shape for call in calls]
+        self._shapes = [tuple(call.y.shape) for call in calls]
         self._shape, self._strides = tuple(y.shape), y.stride()
         self._events = recorded.events
 
@@ -69,24 +70,31 @@ class Sequence:
         error = self._run(self._steps, len(self._steps), bases)
         if error:
             self._library.check(error)
+        self._note()
+        return y
+
+    def __len__(self) -> int:
+        """Return the number of calls."""
+        return len(self._steps)
+
+    def one_by_one(self, x: Tensor) -> tuple[Tensor, Iterator[tuple[Any, tuple[int, ...], Callable[[], None]]]]:
+        """Return the result; and for each call its owner, the shape of its result, and a function that makes it.
+
+        The functions must be called in turn.
+        """
+        y, bases, space = self._memory(x)
+        self._note()
+
+        def make(i: int) -> None:
+            assert space is not None  # which must live until the last call
+            self._library.check(self._run(ctypes.byref(self._steps[i]), 1, bases))
+
+        return y, ((kept[0], self._shapes[i], partial(make, i)) for i, kept in enumerate(self._kept))
+
+    def _note(self) -> None:
         if call_trace.OPEN_TRACES:
             for event in self._events:
                 event()
-        return y
-
-    def one_by_one(self, x: Tensor) -> tuple[Tensor, Iterator[tuple[Any, Callable[[], Tensor]]]]:
-        """Return the result, and for each call the object that made it and a function that makes it.
-
-        The functions must be called in turn; they return tensors without data that have the shapes of the results.
-        """
-        y, bases, space = self._memory(x)
-
-        def made(i: int) -> Tensor:
-            assert space is not None
-            self._library.check(self._run(ctypes.byref(self._steps[i]), 1, bases))
-            return torch.empty(self._shapes[i], device="meta")
-
-        return y, ((kept[0], lambda i=i: made(i)) for i, kept in enumerate(self._kept))
 
     def _memory(self, x: Tensor) -> tuple[Tensor, Any, Tensor]:
         y = torch.empty_strided(self._shape, self._strides, dtype=torch.float32, device="cpu")
@@ -109,7 +117,7 @@ def _places(calls: list[NativeCall], x: Tensor) -> tuple[dict[int, native.Place]
     space = 0
     for i, call in enumerate(calls):
         address, size = call.y.data_ptr(), -(-_bytes(call.y) // _ALIGNMENT) * _ALIGNMENT
-        if address in places or address == calls[-1].y.data_ptr() and i < len(calls) - 1:
+        if address in places:
             raise UnrecordableError("two native calls have written to the same place")
         if i == len(calls) - 1:
             places[address] = native.Place(_Y, 0)
@@ -128,7 +136,8 @@ def _places(calls: list[NativeCall], x: Tensor) -> tuple[dict[int, native.Place]
 
 def _step(call: NativeCall, places: dict[int, native.Place]) -> native.Step:
     x, factors, residual, y = (
-        _NOWHERE if value is None else places.get(value.data_ptr()) for value in (call.x, call.factors, call.residual, call.y)
+        _NOWHERE if value is None else places.get(value.data_ptr())
+        for value in (call.x, call.factors, call.residual, call.y)
     )
     if None in (x, factors, residual):
         raise UnrecordableError("a native call reads what none before it has written")

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import is_
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from widekernel.layers.alterations import REPLACEABLE_METHODS
+from widekernel.layers.folding import deep_copy
 from widekernel.ops.eager import TENSOR_TYPES
-from widekernel.transforms.acceleration.fusion.fused import FusedBlock
+from widekernel.transforms.acceleration.fusion.fused import FusedBlock, unfuse
 from widekernel.transforms.acceleration.fusion.guards import HOOKS, STATE
 from widekernel.transforms.acceleration.fusion.plan import Plan, UnsuitableInputError
 from widekernel.transforms.acceleration.fusion.replay import Replay, is_usual_call
 from widekernel.transforms.acceleration.fusion.weights import UnsuitableWeightsError
 
+ModelT = TypeVar("ModelT", bound=nn.Module)
 _CHAIN = "_fused_chain"
 
 
@@ -42,7 +44,7 @@ class FusedChain(nn.Sequential):
 
 
 def chain(model: nn.Module) -> None:
-    """Make chains of the sequential containers in `model` that consist of several fused blocks; they stay the same objects."""
+    """Make chains of the containers in `model` that consist of several fused blocks; they stay the same objects."""
     for module in model.modules():
         blocks = list(module.children())
         if type(module) is nn.Sequential and len(blocks) > 1 and all(isinstance(block, FusedBlock) for block in blocks):
@@ -55,6 +57,22 @@ def unchain(model: nn.Module) -> None:
         if type(module) is FusedChain:
             module.__class__ = nn.Sequential
             vars(module).pop(_CHAIN, None)
+
+
+def unfused(model: ModelT) -> ModelT:
+    """Return `model` if it has no fused blocks, or a copy in which they run the code of their own classes.
+
+    Raises:
+        ArgumentError: if the class of a fused block has been changed since it was fused.
+    """
+    if not any(isinstance(module, FusedBlock) for module in model.modules()):
+        return model
+    model = deep_copy(model)
+    unchain(model)
+    for module in model.modules():
+        if isinstance(module, FusedBlock):
+            unfuse(module)
+    return model
 
 
 class _Chain:
@@ -96,7 +114,7 @@ class _Chain:
                 return None
             self._plans = plans  # type: ignore[assignment]
             self._replay = Replay(layer for plan in self._plans for layer in plan.layers_between)
-        return self._plans if all([plan.guards.hold() for plan in self._plans]) else None
+        return self._plans if all(plan.guards.hold() for plan in self._plans) else None
 
 
 def _in_turn(plans: Sequence[Plan], packed: Sequence[Any], x: Tensor) -> Any:
