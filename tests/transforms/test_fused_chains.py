@@ -1,4 +1,4 @@
-"""Chains of fused blocks compute what their blocks compute, in one native call, and only as long as nothing observes them."""
+"""Chains compute what their fused blocks compute, in one native call, and only as long as nothing observes the blocks."""
 
 from __future__ import annotations
 
