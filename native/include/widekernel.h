@@ -13,7 +13,7 @@ extern "C" {
 #endif
 
 // Incremented whenever a structure or a function here changes its meaning.
-#define WK_ABI 4
+#define WK_ABI 5
 // Most passes and kernels of one call.
 #define WK_MOST_PASSES 16
 #define WK_MOST_RECTS 64
@@ -203,6 +203,29 @@ void wk_pointwise_workspace(const wk_pointwise *packed, int32_t threads, int64_t
 
 int32_t wk_gate_run(const wk_gate *call);
 int32_t wk_gate_run_at(const wk_gate *call, const void *x, float *y);
+
+// What a step of `wk_run_steps` computes.
+enum wk_step_kind { WK_PRODUCTS_STEP = 0, WK_DEPTHWISE_STEP = 1, WK_GATE_STEP = 2 };
+
+// An address: `offset` bytes from one of the bases of `wk_run_steps`; null if `base` is negative.
+typedef struct {
+    int64_t base, offset;
+} wk_place;
+
+// One of several calls that are made in turn. `call` is a `wk_pointwise_call`, `wk_sum` or `wk_gate`. `packed`, `factors` and
+// `residual` belong to products; `taps`, `scale`, `shift` and `relu` to depthwise sums.
+typedef struct {
+    int32_t kind, relu;
+    const void *call;
+    const wk_pointwise *packed;
+    wk_place x, factors, residual, y;
+    const float *const *taps;
+    const float *scale, *shift;
+} wk_step;
+
+// Makes all calls, or those up to the first that returns an error, which is returned. The steps do not change, so several threads
+// may use them at the same time, with other bases.
+int32_t wk_run_steps(const wk_step *steps, int32_t count, void *const *bases);
 
 // `count` floats in memory, at distance `step`.
 typedef struct {

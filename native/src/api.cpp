@@ -296,6 +296,27 @@ WK_EXPORT int32_t wk_gate_run_at(const wk_gate *call, const void *x, float *y) {
     return wk_gate_run(&here);
 }
 
+WK_EXPORT int32_t wk_run_steps(const wk_step *steps, int32_t count, void *const *bases) {
+    const auto at = [bases](const wk_place &place) {
+        return place.base < 0 ? nullptr : static_cast<char *>(bases[place.base]) + place.offset;
+    };
+    const auto floats = [at](const wk_place &place) { return reinterpret_cast<float *>(at(place)); };
+    const auto run = [&](const wk_step &s) {
+        switch (s.kind) {
+        case WK_PRODUCTS_STEP:
+            return wk_pointwise_run_at(s.packed, static_cast<const wk_pointwise_call *>(s.call), at(s.x), floats(s.factors),
+                                       at(s.residual), at(s.y));
+        case WK_DEPTHWISE_STEP:
+            return wk_depthwise_sum_at(static_cast<const wk_sum *>(s.call), at(s.x), at(s.y), s.taps, s.scale, s.shift, s.relu);
+        case WK_GATE_STEP: return wk_gate_run_at(static_cast<const wk_gate *>(s.call), at(s.x), floats(s.y));
+        }
+        return static_cast<int32_t>(WK_BAD_ARGUMENT);
+    };
+    int32_t error = WK_OK;
+    for (int32_t i = 0; i < count && error == WK_OK; i++) error = run(steps[i]);
+    return error;
+}
+
 WK_EXPORT int32_t wk_samples_equal(const wk_samples *samples, int32_t sets, const float *expected) {
     // Without branches inside, so that the processor waits for many addresses at the same time.
     uint32_t differences = 0;

@@ -15,10 +15,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from widekernel.ops import cpu
-from widekernel.transforms.acceleration.fusion.fused import FusedBlock
+from widekernel.ops.cpu.sequence import Sequence
+from widekernel.transforms.acceleration.fusion import FusedBlock, FusedChain
 
 Clock = Callable[[], float]
 
@@ -32,7 +34,7 @@ class Span:
         owner: the module, or the object that makes the native call.
         is_native: whether it is a native call.
         inputs: its arguments.
-        output: its result.
+        output: its result; for a native call of a sequence, a tensor without data of the same shape.
         seconds: time without that of the spans inside.
         has_native: whether native calls were made inside, in modules or directly.
     """
@@ -65,10 +67,11 @@ class Spans:
     def observing(self) -> Iterator[None]:
         """Record every call inside the block, of this thread."""
         with ExitStack() as undo:
-            for observed in (nn.Module, FusedBlock):
+            for observed in (nn.Module, FusedBlock, FusedChain):
                 undo.enter_context(self._replaced(observed, self._of_module))
             for kind in native_callers():
                 undo.enter_context(self._replaced(kind, self._of_native_call))
+            undo.enter_context(self._one_by_one())
             yield
 
     def take(self) -> list[Span]:
@@ -99,6 +102,32 @@ class Spans:
         finally:
             setattr(kind, "__call__", original)  # noqa: B010
 
+    @contextmanager
+    def _one_by_one(self) -> Iterator[None]:
+        """Make the native calls of sequences one by one, with a span for each."""
+        original = Sequence.__call__
+
+        def call(sequence: Sequence, x: Tensor) -> Tensor:
+            y, calls = sequence.one_by_one(x)
+            for owner, shape, make in calls:
+                span = self._of_native_call(owner)
+                if span is None:
+                    make()
+                    continue
+                self._begin(span)
+                try:
+                    make()
+                finally:
+                    self._end()
+                span.output = torch.empty(shape, device="meta")
+            return y
+
+        setattr(Sequence, "__call__", call)  # noqa: B010
+        try:
+            yield
+        finally:
+            setattr(Sequence, "__call__", original)  # noqa: B010
+
     def _of_module(self, module: Any) -> Span | None:
         name = self._names.get(module)
         return None if name is None else Span(name, module, False)
@@ -128,7 +157,7 @@ class Spans:
 
 
 def native_callers() -> list[type]:
-    """Return the classes whose instances make native calls when they are called."""
+    """Return the classes whose instances make one native call when they are called."""
     # Names that begin with an underscore are not Python modules: the native library is one of them.
     names = [found.name for found in pkgutil.iter_modules(cpu.__path__) if not found.name.startswith("_")]
     modules = [importlib.import_module(f"{cpu.__name__}.{name}") for name in names]
@@ -136,5 +165,5 @@ def native_callers() -> list[type]:
         kind
         for module in modules
         for _, kind in inspect.getmembers(module, inspect.isclass)
-        if kind.__module__ == module.__name__ and "__call__" in vars(kind)
+        if kind.__module__ == module.__name__ and "__call__" in vars(kind) and kind is not Sequence
     ]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from widekernel.errors import ArgumentError, WidekernelError, nearest
-from widekernel.ops import call_trace
+from widekernel.ops import call_trace, recording
 from widekernel.ops.backends.base import Backend, Operator
 from widekernel.ops.backends.native import NativeBackend
 from widekernel.ops.backends.reference import ReferenceBackend
@@ -46,6 +47,8 @@ class BackendChoice:
         """Compute one call; the arguments are those of `backends.base.Operator`."""
         if call_trace.OPEN_TRACES:
             call_trace.record(self.backend, self.problem)
+        if recording.OPEN:
+            recording.note_event(partial(call_trace.record, self.backend, self.problem))
         return self.operator(*arguments)
 
 

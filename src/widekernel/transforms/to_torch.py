@@ -25,7 +25,7 @@ from widekernel.layers.folding import deep_copy
 from widekernel.layers.large_kernel import add_normalized
 from widekernel.layers.sources import KernelSource, tensors_of
 from widekernel.ops.problem import Anchor
-from widekernel.transforms.acceleration.fusion import FusedBlock, unfuse
+from widekernel.transforms.acceleration.fusion import FusedBlock, unchain, unfuse
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -46,6 +46,7 @@ def to_torch(model: ModelT) -> ModelT:
         ArgumentError: if a layer is a subclass of one of ours, parametrized layers included; what it computes is unknown.
     """
     torch_baseline = deep_copy(model)
+    unchain(torch_baseline)
     for name, module in torch_baseline.named_modules():
         if isinstance(module, FusedBlock):
             unfuse(module)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from widekernel.errors import ArgumentError
+from widekernel.ops import recording
 from widekernel.ops.cpu import library as native
 from widekernel.ops.cpu.pointwise import ACTIVATIONS, image_of
 from widekernel.ops.cpu.tensor_checks import (
@@ -78,7 +79,10 @@ class Gate:
         x = x.resolve_neg()
         y = x.new_empty(x.shape[:2])
         if y.numel():
-            self._library.check(self._library.calls.wk_gate_run_at(self._description(x), x.data_ptr(), y.data_ptr()))
+            call = self._description(x)
+            self._library.check(self._library.calls.wk_gate_run_at(call, x.data_ptr(), y.data_ptr()))
+            if recording.OPEN:
+                recording.note(recording.NativeCall(native.GATE_STEP, self, call, x, y))
         return y
 
     def __deepcopy__(self, _memo: object) -> Gate:

@@ -26,11 +26,12 @@ from typing import Any
 from widekernel.errors import ArgumentError, WidekernelError
 from widekernel.ops.cpu.openmp import openmp_runtime
 
-ABI = 4
+ABI = 5
 MOST_PASSES, MOST_RECTS = 16, 64
 FLOAT32, BFLOAT16, FLOAT16 = range(3)
 DIRECT, HYBRID_ALONG_ROWS, HYBRID_ALONG_COLUMNS = range(3)
 NO_ACTIVATION, RELU, GELU, GELU_TANH = range(4)
+PRODUCTS_STEP, DEPTHWISE_STEP, GATE_STEP = range(3)
 REQUIRED = "WIDEKERNEL_REQUIRE_NATIVE"
 OK, BAD_ARGUMENT, OUT_OF_MEMORY, UNAVAILABLE = range(4)
 ISAS = ("avx512", "avx2", "neon", "portable")
@@ -150,6 +151,23 @@ class Gate(ctypes.Structure):
     ]
 
 
+class Place(ctypes.Structure):
+    """An address: some bytes from one of the bases of `wk_run_steps`; null if the index of the base is negative."""
+
+    _fields_ = [("base", ctypes.c_int64), ("offset", ctypes.c_int64)]
+
+
+class Step(ctypes.Structure):
+    """One of several calls that `wk_run_steps` makes."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("kind", "relu")),
+        *((name, Address) for name in ("call", "packed")),
+        *((name, Place) for name in ("x", "factors", "residual", "y")),
+        *((name, Address) for name in ("taps", "scale", "shift")),
+    ]
+
+
 class Samples(ctypes.Structure):
     """Some floats in memory at constant distance."""
 
@@ -200,6 +218,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "wk_pointwise_workspace": (None, [Address, _int32, _bytes, _bytes]),
     "wk_gate_run": (_int32, [ctypes.POINTER(Gate)]),
     "wk_gate_run_at": (_int32, [ctypes.POINTER(Gate), Address, Address]),
+    "wk_run_steps": (_int32, [Address, _int32, Address]),
     "wk_samples_equal": (_int32, [Address, _int32, Address]),
     "wk_pointwise_weight_grad": (_int32, [ctypes.POINTER(PointwiseGrad)]),
     "wk_batch_norm_run": (_int32, [ctypes.POINTER(BatchNorm)]),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from widekernel.errors import ArgumentError
+from widekernel.ops import recording
 from widekernel.ops.cpu import library as native
 from widekernel.ops.cpu.prepared import addressable
 from widekernel.ops.cpu.tensor_checks import (
@@ -187,6 +188,9 @@ class PackedBlock:
             error = self._run(self._packed, call.description, x.data_ptr(), scaled, added, y.data_ptr())
             if error:
                 self._library.check(error)
+            if recording.OPEN:
+                made = (native.PRODUCTS_STEP, self, call.description, x, y, self._packed, factors, residual)
+                recording.note(recording.NativeCall(*made))
         return y
 
     def __deepcopy__(self, _memo: object) -> PackedBlock:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from widekernel.ops import recording
 from widekernel.ops.cpu import library as native
 from widekernel.ops.cpu.plan import Pass, Plan
 from widekernel.ops.problem import DEPTHWISE_BRANCHES, DEPTHWISE_SUM_OF_BRANCHES, Anchor, Problem, memory_format
@@ -76,6 +77,10 @@ class PreparedSum:
         error = self._run(call.description, x.data_ptr(), y.data_ptr(), addresses, factor, shift, relu)
         if error:
             self._library.check(error)
+        if recording.OPEN:
+            values = (*taps, *[value for value in (scale, bias) if value is not None])
+            made = (native.DEPTHWISE_STEP, self, call.description, x, y, None, None, None, addresses, values)
+            recording.note(recording.NativeCall(*made, factor, shift, relu))
         return y
 
     def branches(self, x: Tensor, kernels: Sequence[Tensor], anchors: Sequence[Anchor]) -> list[Tensor]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from widekernel.transforms.acceleration.blocks import BlockTrial
 from widekernel.transforms.acceleration.fusion import FusedBlock, unfuse
-from widekernel.transforms.acceleration.fusion.fused import needs_plan
+from widekernel.transforms.acceleration.fusion.fused import is_intact, needs_plan
 from widekernel.transforms.acceleration.fusion.graph import is_product
 from widekernel.transforms.acceleration.fusion.guards import STATE
 
@@ -60,6 +60,19 @@ def outdated_unfused(blocks: list[tuple[str, nn.Module]], precision: str) -> Ite
         for before in outdated:
             before.restore()
         raise
+
+
+@contextmanager
+def all_unfused(blocks: list[tuple[str, nn.Module]]) -> Iterator[None]:
+    """Give fused blocks their own class inside the `with` statement, except those whose class has been changed since."""
+    intact = [Fused.of(block) for _, block in blocks if isinstance(block, FusedBlock) and is_intact(block)]
+    for before in intact:
+        unfuse(before.block)
+    try:
+        yield
+    finally:
+        for before in intact:
+            before.restore()
 
 
 def with_former_plans(outdated: list[Fused], trials: list[BlockTrial], precision: str) -> list[BlockTrial]:

@@ -17,12 +17,12 @@ from widekernel.layers import NativeBatchNorm2d, PointwiseConv2d
 from widekernel.transforms.acceleration import timing
 from widekernel.transforms.acceleration.blocks import BlockTrial, block_candidates, try_blocks
 from widekernel.transforms.acceleration.candidates import Candidate, candidates, describe, trains
-from widekernel.transforms.acceleration.fusion import fuse, unfuse
+from widekernel.transforms.acceleration.fusion import chain, fuse, unfuse
 from widekernel.transforms.acceleration.fusion.deviation import TOLERANCES
 from widekernel.transforms.acceleration.fusion.packing import missing
 from widekernel.transforms.acceleration.input_capture import InputSpec, capture_inputs, outputs_of, unmeasurable
 from widekernel.transforms.acceleration.outputs import OutputDeviation
-from widekernel.transforms.acceleration.replanning import outdated_unfused, with_former_plans
+from widekernel.transforms.acceleration.replanning import all_unfused, outdated_unfused, with_former_plans
 from widekernel.transforms.acceleration.report import AccelerationReport, LayerAcceleration
 from widekernel.transforms.acceleration.timing import Timing
 
@@ -97,8 +97,10 @@ def _swap_by_example(
     layers = [candidate.layer for candidate in found if candidate.replacement]
     with outdated_unfused(owners, precision) as outdated:
         seen, samples = capture_inputs(model, example_input, layers, [block for _, block in owners])
-        before = outputs_of(model, example_input) if precision != "float32" else None
-        outputs = None
+        before = outputs = None
+        if precision != "float32":
+            with all_unfused(owners):
+                before = outputs_of(model, example_input)
         found, rows = _best([(candidate, seen.get(candidate.layer, Counter())) for candidate in found])
         # Blocks are compared with what they are after their layers have been swapped.
         with _swapped(found, rows):
@@ -107,6 +109,7 @@ def _swap_by_example(
                 trials = with_former_plans(outdated, trials, precision)
                 if precision != "float32":
                     outputs = OutputDeviation.of(before, outputs_of(model, example_input))
+    chain(model)
     return rows, trials, outputs
 
 

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from widekernel.errors import ArgumentError
-from widekernel.layers.folding import deep_copy
 from widekernel.ops.eager import TENSOR_TYPES, is_unobserved_call
 from widekernel.transforms.acceleration.fusion.deviation import TOLERANCES, Deviation, deviation
 from widekernel.transforms.acceleration.fusion.graph import NotTraceableError
 from widekernel.transforms.acceleration.fusion.guards import STATE, is_hooked
 from widekernel.transforms.acceleration.fusion.packing import missing, pack
 from widekernel.transforms.acceleration.fusion.plan import NOTHING_TO_FUSE, Plan, UnsuitableInputError
+from widekernel.transforms.acceleration.fusion.replay import is_usual_call
 from widekernel.transforms.acceleration.fusion.weights import UnsuitableWeightsError
 
-ModelT = TypeVar("ModelT", bound=nn.Module)
 # How many calls of a copy try to plan it.
 _ATTEMPTS = 3
 
@@ -91,7 +90,7 @@ def unfuse(block: Any) -> None:
     Raises:
         ArgumentError: if its class has been changed since it was fused.
     """
-    if type(block) is not fused_class(block.unfused, block.fused_precision):
+    if not is_intact(block):
         raise ArgumentError(
             f"a fused block has become a {type(block).__name__}, whose computation is unknown: remove its parametrizations"
         )
@@ -100,19 +99,9 @@ def unfuse(block: Any) -> None:
     vars(block).pop(STATE, None)
 
 
-def unfused(model: ModelT) -> ModelT:
-    """Return `model` if it has no fused blocks, or a copy in which they run the code of their own classes.
-
-    Raises:
-        ArgumentError: if the class of a fused block has been changed since it was fused.
-    """
-    if not any(isinstance(module, FusedBlock) for module in model.modules()):
-        return model
-    model = deep_copy(model)
-    for module in model.modules():
-        if isinstance(module, FusedBlock):
-            unfuse(module)
-    return model
+def is_intact(block: Any) -> bool:
+    """Return whether a fused block still has the class that it was given."""
+    return type(block) is fused_class(block.unfused, block.fused_precision)
 
 
 def needs_plan(block: Any, precision: str) -> bool:
@@ -120,7 +109,7 @@ def needs_plan(block: Any, precision: str) -> bool:
 
     A copy that has not been called plans itself. A class that has been changed since the block was fused stays as it is.
     """
-    if type(block) is not fused_class(block.unfused, block.fused_precision):
+    if not is_intact(block):
         return False
     return block.fused_precision != precision or _state_of(block).has_failed()
 
@@ -186,6 +175,8 @@ class _State:
 
     def is_ready(self, x: Tensor) -> bool:
         """Return whether a call with `x` can use the plan; a copy that is called for the first time makes it."""
+        if self.plan is not None and is_usual_call(x) and x.numel():
+            return self.plan.guards.hold()  # which includes the training flag
         return next(self.reasons(x), None) is None
 
     def reasons(self, x: Tensor) -> Iterator[str]:

@@ -12,7 +12,8 @@ from widekernel.layers.alterations import REPLACEABLE_METHODS, replaced_method
 from widekernel.layers.rebuilding import is_plain
 from widekernel.transforms.acceleration.fusion.graph import BlockGraph, patch_of
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Attributes of a module that hold its hooks."""
 # Attributes that every module has and that do not influence its forward, or that are compared in another way.
 _BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"}
 # Attributes of PyTorch's layers that repeat the shape of the weight, or have no effect on 1x1 convolutions.
@@ -83,8 +84,8 @@ class Guards:
         watched = {name: module for name, module in found.modules.items() if name in called | found.through}
         self._block = found.modules[""]
         self._modules = [(name, part, _kind(part)) for name, part in watched.items()]
-        self._hooked = [vars(module) for module in watched.values() for _ in _HOOKS]
-        self._hook_keys = _HOOKS * len(watched)
+        self._hooked = [vars(module) for module in watched.values() for _ in HOOKS]
+        self._hook_keys = HOOKS * len(watched)
         computed = [(name, module) for name, module in watched.items() if name in found.through or name in inside]
         self._forwards = [(name, module, _forward(module)) for name, module in computed]
         self._values: list[tuple[str, dict[str, Any], str, Any]] = []
@@ -165,7 +166,7 @@ class Guards:
 
 def is_hooked(module: nn.Module) -> bool:
     """Return whether there is a hook on a module."""
-    return any(getattr(module, key) for key in _HOOKS)
+    return any(getattr(module, key) for key in HOOKS)
 
 
 def _alteration(module: nn.Module) -> str:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
-from widekernel.ops import call_trace
+from widekernel.ops import call_trace, recording
 from widekernel.ops.call_trace import FusedCall
 from widekernel.transforms.acceleration.fusion.deviation import TOLERANCES, Deviation, deviation
 from widekernel.transforms.acceleration.fusion.graph import BlockGraph, trace_block
 from widekernel.transforms.acceleration.fusion.guards import Guards
 from widekernel.transforms.acceleration.fusion.nodes import FIRST, is_in_place
 from widekernel.transforms.acceleration.fusion.regions import Region, find_regions
+from widekernel.transforms.acceleration.fusion.replay import Replay, is_replayable, is_usual_call
 from widekernel.transforms.acceleration.fusion.weights import (
     BlockWeights,
     Fingerprint,
@@ -59,6 +61,10 @@ class Plan:
         pack: packs the weights of a region in a precision, and returns the function that computes it.
         precision: type of the factors of products; a key of `TOLERANCES`.
 
+    Attributes:
+        layers_between: the modules that are called as they are.
+        is_replayable: whether it consists of native calls only, so that these can be recorded.
+
     Raises:
         NotTraceableError: if the forward of the block cannot be traced.
         UnsuitableWeightsError: if weights cannot be packed.
@@ -72,15 +78,21 @@ class Plan:
         self.guards = Guards(self._found, inside)
         self._sources = [source for region in self.regions for source in sources(self._found, region)]
         self._holders, self._keys = [held for held, _ in self._sources], [key for _, key in self._sources]
+        self._x = next(node for node in self._found.graph.nodes if node.op == "placeholder")
         self._steps = self._fused_steps()
         self._output = next(iter(reversed(self._found.graph.nodes))).args[0]
         self._packed: tuple[Fingerprint, dict[int, Callable[..., Tensor]]] | None = None
+        others = [step for step in self._steps if not isinstance(step.call, Region)]
+        self.layers_between = tuple(step.call for step in others if step.node.op == "call_module")
+        only_layers = len(self.layers_between) == len(others) and all(map(is_replayable, self.layers_between))
+        self.is_replayable = only_layers and isinstance(self._output, fx.Node)
+        self._replay = Replay(self.layers_between)
 
     def why_not(self) -> Iterator[str]:
         """Yield what prevents the plan from being used in its present state."""
         yield from self.guards.violations()
         try:
-            self._current()
+            self.current()
         except UnsuitableWeightsError as error:
             yield str(error)
 
@@ -91,7 +103,17 @@ class Plan:
             UnsuitableInputError: if a native call does not cover a value that has come up.
             UnsuitableWeightsError: if the weights have become such that they cannot be packed.
         """
-        packed = self._current()
+        packed = self.current()
+        if self.is_replayable and is_usual_call(x):
+            return self._replay.run(x, (packed,), lambda value: self.step_by_step(value, packed))
+        return self.step_by_step(x, packed)
+
+    def step_by_step(self, x: Tensor, packed: dict[int, Callable[..., Tensor]]) -> Any:
+        """Compute the block with the packed regions that `current` has returned.
+
+        Raises:
+            UnsuitableInputError: if a native call does not cover a value that has come up.
+        """
         values: dict[fx.Node, Any] = {self._x: x}
         for step in self._steps:
             if isinstance(step.call, Region):
@@ -105,7 +127,7 @@ class Plan:
 
     def check(self, x: Tensor) -> Deviation:
         """Compare every region with the original steps on an input; return the largest deviation, or the first wrong one."""
-        packed, values = self._current(), self._all_values(x)
+        packed, values = self.current(), self._all_values(x)
         largest = Deviation()
         for region in self.regions:
             got = self._run_region(region, packed[id(region)], values, add_residual=False)
@@ -119,8 +141,12 @@ class Plan:
         """Return what the regions compute, in words."""
         return "; ".join(_described(self._found, region) for region in self.regions)
 
-    def _current(self) -> dict[int, Callable[..., Tensor]]:
-        """Return the packed regions; they are packed again if any of their weights has changed."""
+    def current(self) -> dict[int, Callable[..., Tensor]]:
+        """Return the packed regions; they are packed again if any of their weights has changed, which makes another object.
+
+        Raises:
+            UnsuitableWeightsError: if the weights have become such that they cannot be packed.
+        """
         tensors = list(map(dict.get, self._holders, self._keys))
         packed = self._packed
         if packed is None or not packed[0].matches(tensors):
@@ -129,10 +155,6 @@ class Plan:
             calls = {id(region): self._pack(block_weights(self._found, region), self.precision) for region in self.regions}
             packed = self._packed = (fingerprint, calls)
         return packed[1]
-
-    @property
-    def _x(self) -> fx.Node:
-        return next(node for node in self._found.graph.nodes if node.op == "placeholder")
 
     def _fused_steps(self) -> list[_Step]:
         """List the steps in order; a region takes the place of its last node."""
@@ -177,7 +199,7 @@ class Plan:
             y = _on_rows(region, packed, x, residual)
         else:
             y = _on_images(region, packed, x, residual)
-        if call_trace.OPEN_TRACES:
+        if call_trace.OPEN_TRACES or recording.OPEN:
             call = FusedCall(
                 tuple(x.shape),
                 region.activation,
@@ -191,6 +213,7 @@ class Plan:
                 precision=self.precision,
             )
             call_trace.record_fused(call)
+            recording.note_event(partial(call_trace.record_fused, call))
         return y
 
     def _all_values(self, x: Tensor) -> dict[fx.Node, Any]:

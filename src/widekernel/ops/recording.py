@@ -1,0 +1,96 @@
+"""Recordings: native calls with their tensors, in the order in which they were made, to be made again without Python."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class NativeCall(NamedTuple):
+    """A native call.
+
+    Attributes:
+        kind: one of the kinds of steps in `ops.cpu.library`.
+        owner: the object that made it.
+        call: a reference to the C structure with its sizes and strides.
+        x: its input.
+        y: its result.
+        packed: address of its packed weights; None for none.
+        factors: what the pixels of each image are multiplied by; None for none.
+        residual: what is added to the result; None for none.
+        taps: array of the addresses of its kernels; None for none.
+        values: the tensors at the addresses that do not change from call to call: kernels, factors and summands.
+        scale: address of factors of the result; None for none.
+        shift: address of summands of the result; None for none.
+        relu: whether ReLU is applied to the result.
+    """
+
+    kind: int
+    owner: Any
+    call: Any
+    x: Tensor
+    y: Tensor
+    packed: Any = None
+    factors: Tensor | None = None
+    residual: Tensor | None = None
+    taps: Any = None
+    values: tuple[Tensor, ...] = ()
+    scale: int | None = None
+    shift: int | None = None
+    relu: bool = False
+
+
+@dataclass
+class Recording:
+    """The native calls that one thread has made.
+
+    Attributes:
+        thread: the thread.
+        calls: the calls.
+        events: functions that note these calls in open traces.
+    """
+
+    thread: int
+    calls: list[NativeCall] = field(default_factory=list)
+    events: list[Callable[[], None]] = field(default_factory=list)
+
+
+OPEN: list[Recording] = []
+"""The open recordings. Callers of `note` check this list first, because it is nearly always empty."""
+_LOCK = threading.Lock()
+
+
+@contextmanager
+def recording() -> Iterator[Recording]:
+    """Record the native calls that this thread makes inside the block, and keep their tensors until it ends."""
+    made = Recording(threading.get_ident())
+    with _LOCK:
+        OPEN.append(made)
+    try:
+        yield made
+    finally:
+        with _LOCK:
+            OPEN[:] = [other for other in OPEN if other is not made]
+
+
+def note(call: NativeCall) -> None:
+    """Add a call to the open recordings of this thread."""
+    for made in _own():
+        made.calls.append(call)
+
+
+def note_event(event: Callable[[], None]) -> None:
+    """Add a function that notes the call in open traces to the open recordings of this thread."""
+    for made in _own():
+        made.events.append(event)
+
+
+def _own() -> list[Recording]:
+    thread = threading.get_ident()
+    with _LOCK:
+        return [made for made in OPEN if made.thread == thread]

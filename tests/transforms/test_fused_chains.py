@@ -1,0 +1,239 @@
+"""Chains compute what their fused blocks compute, in one native call, and only as long as nothing observes the blocks."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from tests.transforms.fusion import ByHand, Convolutional, calls_of, fused, randomized
+from widekernel import ops
+from widekernel.layers import DepthwiseConv2d
+from widekernel.ops import recording
+from widekernel.ops.cpu.sequence import Sequence
+from widekernel.transforms import to_torch
+from widekernel.transforms.acceleration.fusion import FusedChain, packing, unfused
+
+needs_library = pytest.mark.skipif(packing.missing() is not None, reason="the native library cannot run")
+pytestmark = pytest.mark.usefixtures("always_faster", "packs")
+
+
+@pytest.fixture
+def replayed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list of the number of native calls of every sequence that runs."""
+    counts: list[int] = []
+    original = Sequence.__call__
+
+    def call(sequence: Sequence, x: Tensor) -> Tensor:
+        counts.append(len(sequence))
+        return original(sequence, x)
+
+    monkeypatch.setattr(Sequence, "__call__", call)
+    return counts
+
+
+def image(batch: int = 2, height: int = 9) -> Tensor:
+    return torch.randn(batch, 12, height, 12).contiguous(memory_format=torch.channels_last)
+
+
+def chained(*kinds: Callable[[], nn.Module]) -> Any:
+    model = randomized(nn.Sequential(*(kind() for kind in kinds or (ByHand, Convolutional, ByHand))))
+    fused(model, image())
+    assert type(model) is FusedChain
+    calls_of(model, image())
+    return model
+
+
+def by_blocks(model: nn.Module, x: Tensor) -> Tensor:
+    """Run the own code of every block."""
+    with torch.no_grad():
+        for block in model.children():
+            x = nn.Module.__call__(block, x)
+    return x
+
+
+def assert_right(model: nn.Module, x: Tensor) -> None:
+    got, _ = calls_of(model, x)
+    want = by_blocks(model, x)
+    assert_close(got, want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
+    assert got.stride() == want.stride()
+
+
+@needs_library
+def test_one_native_call(replayed: list[int]) -> None:
+    model = chained()
+    # Two depthwise layers, and three products.
+    for x in (image(), image(), image(1)):
+        assert_right(model, x)
+    assert replayed == [5, 5]
+    assert_right(model, image(1))
+    assert replayed == [5, 5, 5]
+
+
+@needs_library
+def test_traces_have_every_call() -> None:
+    model = chained()
+    with torch.no_grad(), ops.trace() as traced:
+        model(image())
+    assert [call.activation for call in traced.fused] == ["gelu", "gelu_tanh", "gelu"]
+    assert traced.backends("depthwise_sum") == ["native", "native"]
+
+
+@needs_library
+@pytest.mark.parametrize("part", ["", "0", "1", "0.mixer", "0.mlp", "2.norm"])
+def test_hooks_are_called(part: str, replayed: list[int]) -> None:
+    model, seen = chained(), []
+    handle = model.get_submodule(part).register_forward_hook(lambda *_: seen.append(part))
+    assert_right(model, image())
+    # Once in the chain, and once by the own code of its blocks, which does not call the container.
+    assert seen == ([part] if part == "" else [part, part])
+    assert 5 not in replayed
+    handle.remove()
+    assert_right(model, image())
+    assert replayed[-1] == 5
+
+
+def _grow_kernel(model: Any) -> None:
+    with torch.no_grad():
+        model[0].mixer.weight.mul_(2)
+
+
+def _new_data(model: Any) -> None:
+    model[0].mixer.weight.data = model[0].mixer.weight.data.flip(2).clone()
+
+
+def _turned_data(model: Any) -> None:
+    model[0].mixer.weight.data = model[0].mixer.weight.data.transpose(2, 3)
+
+
+def _new_parameter(model: Any) -> None:
+    model[2].mixer.bias = nn.Parameter(torch.ones(12))
+
+
+def _no_bias(model: Any) -> None:
+    model[2].mixer.bias = None
+
+
+def _dilated(model: Any) -> None:
+    model[0].mixer.dilation, model[0].mixer.padding = (2, 2), (2, 2)
+
+
+def _grow_weight(model: Any) -> None:
+    with torch.no_grad():
+        model[1].first.weight.mul_(2)
+
+
+def _other_block(model: Any) -> None:
+    model[1] = ByHand().eval()
+
+
+def _own_class(model: Any) -> None:
+    model[0].mixer.__class__ = nn.Conv2d
+
+
+def _forward_of_instance(model: Any) -> None:
+    model[0].mixer.forward = lambda x: x + 1
+
+
+def _shorter(model: Any) -> None:
+    del model[2]
+
+
+def _training(model: Any) -> None:
+    model[1].train()
+
+
+CHANGES = (_grow_kernel, _new_data, _turned_data, _new_parameter, _no_bias, _dilated, _grow_weight, _other_block)
+CHANGES += (_own_class, _forward_of_instance, _shorter)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_are_noticed(change: Callable[[Any], None]) -> None:
+    model, x = chained(), image()
+    before, _ = calls_of(model, x)
+    change(model)
+    for _ in range(2):
+        assert_right(model, x)
+    if change is not _own_class:
+        assert not torch.equal(before, calls_of(model, x)[0])
+
+
+@pytest.mark.slow
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.sampled_from([*CHANGES[:7], None]), max_size=4), st.sampled_from([(1, 9), (2, 9), (3, 4)]))
+def test_any_changes_in_turn(changes: list[Any], size: tuple[int, int]) -> None:
+    model = chained()
+    for change in changes:
+        if change is not None:
+            change(model)
+        assert_right(model, image(*size))
+
+
+def test_training_runs_the_code_of_the_block() -> None:
+    model = chained()
+    _training(model)
+    statistics = model[1].before.running_mean.clone()
+    calls_of(model, image())
+    assert not torch.equal(statistics, model[1].before.running_mean)
+
+
+@needs_library
+def test_what_prevents_one_call(replayed: list[int]) -> None:
+    model, x = chained(), image()
+    model(x).sum().backward()
+    assert model[0].mixer.weight.grad is not None
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            model(x)
+        with torch.profiler.profile() as profiled:
+            model(x)
+        model.double()(x.double())
+    assert "widekernel::depthwise_sum" in {event.name for event in profiled.events() or ()}
+    assert 5 not in replayed
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies(copied: Callable[[Any], Any]) -> None:
+    model, x = chained(), image()
+    twin = copied(model)
+    assert type(twin) is FusedChain
+    with torch.no_grad():
+        model[0].mixer.weight.zero_()
+    for each in (twin, model, twin):
+        assert_right(each, x)
+    assert not torch.equal(calls_of(twin, x)[0], calls_of(model, x)[0])
+    assert_right(model[:2], x)
+
+
+def test_unfused_networks_have_plain_containers() -> None:
+    model = chained()
+    for plain in (unfused(model), to_torch(model)):
+        assert type(plain) is nn.Sequential
+    assert type(model) is FusedChain
+
+
+def test_state_dict_is_the_same() -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(ByHand(), Convolutional())
+    assert list(chained(ByHand, Convolutional).state_dict()) == list(plain.state_dict())
+
+
+@needs_library
+def test_a_recording_sees_only_its_own_thread() -> None:
+    layer = DepthwiseConv2d(4, 4, 3, padding=1, groups=4)
+    with torch.no_grad(), recording.recording() as outer:
+        layer(torch.randn(1, 4, 5, 5))
+        other = recording.Recording(thread=-1)
+        recording.OPEN.append(other)
+        layer(torch.randn(1, 4, 5, 5))
+        recording.OPEN.remove(other)
+    assert len(outer.calls) == 2
+    assert other.calls == []
