@@ -26,9 +26,9 @@ from typing import Any
 from widekernel.errors import ArgumentError, WidekernelError
 from widekernel.ops.cpu.openmp import openmp_runtime
 
-ABI = 4
+ABI = 5
 MOST_PASSES, MOST_RECTS = 16, 64
-FLOAT32, BFLOAT16, FLOAT16 = range(3)
+FLOAT32, BFLOAT16, FLOAT16, INT8 = range(4)
 DIRECT, HYBRID_ALONG_ROWS, HYBRID_ALONG_COLUMNS = range(3)
 NO_ACTIVATION, RELU, GELU, GELU_TANH = range(4)
 REQUIRED = "WIDEKERNEL_REQUIRE_NATIVE"
