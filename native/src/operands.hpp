@@ -110,9 +110,10 @@ WK_INLINE float word_of(const float *weight, int64_t count, float scale) {
 
 // What a sum of words means. `row` is the vector after the words of its pixel, `column` the lines after those of its panel, which
 // are `line` apart.
-WK_INLINE Vec value_of(const Vec &sum, const Vec *row, const float *column, int64_t line) {
+WK_INLINE Vec value_of(Vec sum, const Vec *row, const float *column, int64_t line) {
 #if WK_WORD == 4
     const float *pixel = reinterpret_cast<const float *>(row);
+    hold(sum);  // otherwise the compiler stores all sums in every step of a product, to read them as whole numbers here
     const Ints exact = (Ints)sum - (Ints)spread(pixel + 1) * read<Ints>(column);
     return __builtin_convertvector(exact, Vec) * (spread(pixel) * read<Vec>(column + line));
 #else

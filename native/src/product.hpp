@@ -61,8 +61,9 @@ void tile_product(const float *a, const float *b, int64_t depth, const Vec *scal
             word += UNROLLED, b += UNROLLED * VECTORS * LANES;
         } while (word < end);
     }
-    unroll<VECTORS>([&](auto v) {
-        unroll<ROWS>([&](auto m) {
+    // Inside this function: another one would need the address of the sums, which would then be in memory.
+    unroll<VECTORS>([&](auto v) __attribute__((always_inline)) {
+        unroll<ROWS>([&](auto m) __attribute__((always_inline)) {
             Vec &to = c[v * ROWS + m];
             const Vec value = value_of(sum[m][v], scales + m, b + v * LANES, VECTORS * LANES);
             to = add ? to + value : value;

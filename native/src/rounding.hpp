@@ -15,14 +15,15 @@ class Rounding {
     // Vectors that `decide` takes into account. NaN and infinity count as large.
     WK_INLINE void see(const Vec &channels) {
         // Among the bits of floats, those of numbers below zero are the largest without a sign, and the smallest with one.
-        lowest_ = (Ints)_mm512_max_epu32((__m512i)lowest_, (__m512i)channels);
-        highest_ = (Ints)_mm512_max_epi32((__m512i)highest_, (__m512i)channels);
+        lowest_ = larger(lowest_, (Bits)channels), highest_ = larger(highest_, (Ints)channels);
     }
 
     WK_INLINE void decide() {
-        const uint32_t below = _mm512_reduce_max_epu32((__m512i)lowest_);
-        const int32_t above = _mm512_reduce_max_epi32((__m512i)highest_);
-        const float low = below >> 31 ? read<float>(&below) : 0.0f, high = read<float>(&above);
+        unroll<4>([&](auto i) {
+            constexpr int D = LANES >> (i + 1);
+            lowest_ = larger(lowest_, swapped<D>(lowest_)), highest_ = larger(highest_, swapped<D>(highest_));
+        });
+        const float low = lowest_[0] >> 31 ? ((Vec)lowest_)[0] : 0.0f, high = ((Vec)highest_)[0];
         const float step = high * (1.0f / 255) - low * (1.0f / 255);
         // Subtracting a number that is not finite from itself makes the scale, and so all results, NaN.
         scale_ = step < NEGLIGIBLE ? 0.0f : step + ((high - high) + (low - low));
@@ -48,7 +49,16 @@ class Rounding {
     }
 
   private:
-    Ints lowest_{}, highest_{};
+    template <class Lanes> static WK_INLINE Lanes larger(const Lanes &a, const Lanes &b) { return a > b ? a : b; }
+    template <int D, class Lanes> static WK_INLINE Lanes swapped(const Lanes &value) {
+        return exchanged<D>(value, std::make_integer_sequence<int, LANES>{});
+    }
+    template <int D, class Lanes, int... I> static WK_INLINE Lanes exchanged(const Lanes &value, std::integer_sequence<int, I...>) {
+        return __builtin_shufflevector(value, value, (I ^ D)...);
+    }
+
+    Bits lowest_{};
+    Ints highest_{};
     Vec inverse_, shift_;
     float scale_;
     int32_t zero_;
