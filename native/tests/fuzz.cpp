@@ -659,7 +659,7 @@ std::vector<float> weight_factors(std::vector<float> weights, int64_t row, int32
 // Rounding errors relative to sums of absolute products; `products` in turn. Two factors are rounded to 8 bits. In int8, a factor
 // near a tie may differ by a step, of which there are 255 in the range of a pixel.
 double limit_of_products(int32_t type, double in_float32, int products) {
-    return type == WK_FLOAT32 ? in_float32 : products * std::ldexp(1.0, type == WK_INT8 ? -5 : -7);
+    return type == WK_FLOAT32 ? in_float32 : products * std::ldexp(1.0, type == WK_INT8 ? -6 : -7);
 }
 
 // Subtracts the mean, and divides by the standard deviation; returns the latter.
