@@ -129,7 +129,7 @@ inline int32_t pointwise_pack(const wk_pointwise_weights &from, wk_pointwise &pa
     Carver sizes{nullptr};
     carve(sizes);
     packed.bytes = sizes.used;
-    packed.memory = std::aligned_alloc(ALIGNMENT, static_cast<size_t>(packed.bytes));
+    packed.memory = allocate(packed.bytes);
     if (!packed.memory) {
         std::free(by_tap);
         return WK_OUT_OF_MEMORY;

@@ -4,13 +4,30 @@
 #include "simd.hpp"
 
 #include <cstdlib>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace wk {
 namespace WK_NAMESPACE {
 
 constexpr int64_t ALIGNMENT = 64;
+constexpr int64_t HUGE_PAGE = int64_t{2} << 20;
 // A thread that needed more than this returns the memory after the call.
 constexpr int64_t KEPT_BYTES = int64_t{64} << 20;
+
+// Memory for `std::free`; null if there is none. Whole huge pages of a large block become such if the system permits it on
+// request: with pages of 4 KiB, reading it once in a call spends much of the time on looking up addresses.
+inline void *allocate(int64_t bytes) {
+    const bool large = bytes >= HUGE_PAGE;
+    const int64_t alignment = large ? HUGE_PAGE : ALIGNMENT;
+    void *block = std::aligned_alloc(static_cast<size_t>(alignment), static_cast<size_t>(ceil_div(bytes, alignment) * alignment));
+#if defined(MADV_HUGEPAGE)
+    // Not the part of a page at the end, which would become resident as a whole.
+    if (block && large) madvise(block, static_cast<size_t>(bytes / HUGE_PAGE * HUGE_PAGE), MADV_HUGEPAGE);
+#endif
+    return block;
+}
 
 class Workspace {
   public:
@@ -21,7 +38,7 @@ class Workspace {
         if (bytes > size_) {
             std::free(block_);
             size_ = 0;
-            block_ = static_cast<char *>(std::aligned_alloc(ALIGNMENT, static_cast<size_t>(ceil_div(bytes, ALIGNMENT) * ALIGNMENT)));
+            block_ = static_cast<char *>(allocate(bytes));
             if (block_) size_ = bytes;
         }
         return block_;
