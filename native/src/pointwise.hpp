@@ -214,7 +214,8 @@ class Pointwise {
         const int64_t chunk = task / parts_, part = task % parts_, panels = panels_for(weights_.chunks.in(chunk));
         const int64_t begin = panels * part / parts_, end = panels * (part + 1) / parts_;
         const int64_t group = scales_units() ? first_vector(chunk) : hidden_group(chunk);
-        hidden_units(all_.x, chunk, begin, end, scales_units() ? all_.unscaled : all_.hidden, group, Unrounded(carver, packed_, pixels_));
+        const Stack &units = scales_units() ? all_.unscaled : all_.hidden;
+        hidden_units(all_.x, chunk, begin, end, units, group, Unrounded(carver, packed_, pixels_));
         if (!packed_.outputs && !packed_.normalize_after)
             unpack_pixels(all_.hidden, group + begin * PANEL_VECTORS, least(group + end * PANEL_VECTORS, all_.hidden.groups),
                           target(0, packed_.hidden), 0, nullptr);
@@ -238,12 +239,14 @@ class Pointwise {
     void normalize_tile(int64_t task) { end_with_norm(all_.hidden.only(task), task * all_.hidden.each); }
 
     // Among the hidden units of all chunks, the group with which a chunk begins; and among vectors of units in float32.
-    int64_t hidden_group(int64_t chunk) const { return packed_.outputs ? weights_.unit_words(weights_.chunks.begin(chunk)) : first_vector(chunk); }
+    int64_t hidden_group(int64_t chunk) const {
+        return packed_.outputs ? weights_.unit_words(weights_.chunks.begin(chunk)) : first_vector(chunk);
+    }
     int64_t first_vector(int64_t chunk) const { return weights_.chunks.begin(chunk) / LANES; }
     // Whether hidden units become factors once those of a chunk are complete.
     bool scales_units() const { return SCALED && packed_.outputs; }
 
-    // Makes factors of a chunk of hidden units, whose first vector is `vector` of `from`, and whose first group will be `group` of `to`.
+    // Makes factors of a chunk of hidden units. It begins with a vector of `from` and a group of `to`.
     void scale_units(const Stack &from, int64_t vector, int64_t chunk, const Stack &to, int64_t group) const {
         for (int64_t t = 0; t < from.tiles(); t++) {
             const int64_t rows = from.rows(t);

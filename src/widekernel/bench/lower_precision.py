@@ -49,12 +49,12 @@ NOTES: tuple[str, ...] = (
     "is float32. OpenVINO: the folded network, with INFERENCE_PRECISION_HINT f32 and bf16. torch.compile, zentorch: the "
     "folded network, with all tensors in that type.",
     "In int8, the products of fused blocks have weights and pixels in 8 bits, with the scales of pixels from their range at "
-    "each call. Blocks that deviate too much are fused in float32. OpenVINO, int8: the folded network, quantized by NNCF from "
-    "random images, with INFERENCE_PRECISION_HINT f32 for what is not quantized. PyTorch has no products in int8 here.",
+    "each call. Blocks that deviate too much are fused in float32. OpenVINO, int8: the folded network, quantized by NNCF "
+    "from random images, with INFERENCE_PRECISION_HINT f32 for what is not quantized. PyTorch is not timed in int8.",
     "× best rival: speed-up of ours over the fastest of all rows in that precision that are not ours, in either layout.",
-    "onnxruntime is timed in float32 only. What fails in the lower precision, or differs from PyTorch NHWC in float32 by more "
-    "than a tenth (int8: three tenths) of the largest output, is left out and named below the table; if it is ours, nothing is "
-    "timed.",
+    "onnxruntime is timed in float32 only. What fails in the lower precision, or differs from PyTorch NHWC in float32 by "
+    "more than a tenth (int8: three tenths) of the largest output, is left out and named below the table; if it is ours, "
+    "nothing is timed.",
     "× PyTorch NHWC, NCHW: speed-up over PyTorch in float32, in either layout.",
     "error, cosine, same class: outputs on random images compared with those of PyTorch NHWC in float32: norm of the "
     "difference relative to the norm, cosine similarity, and images that keep their top class. The weights are random, so "
@@ -95,8 +95,8 @@ def measure_lower_networks(
         precision: `BFLOAT16` or `INT8`.
 
     Raises:
-        BenchmarkError: if variants in float32 give different outputs, ours in the lower precision gives far different ones, or
-            the network cannot run.
+        BenchmarkError: if variants in float32 give different outputs, ours in the lower precision gives far different ones,
+            or the network cannot run.
         ArgumentError: if this machine has no products in that precision.
     """
     for name, build in plan.networks.items():
@@ -196,8 +196,8 @@ def _compared(
     """Compare the outputs of all variants with those of `REFERENCE`, on the same random images.
 
     Returns:
-        those in the lower precision whose outputs are similar, the deviations of all variants by name, and a line about each one that
-        fails or gives far different outputs and is not ours.
+        those in the lower precision whose outputs are similar, the deviations of all variants by name, and a line about each
+        one that fails or gives far different outputs and is not ours.
 
     Raises:
         BenchmarkError: if ours gives far different outputs.

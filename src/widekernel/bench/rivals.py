@@ -74,8 +74,8 @@ def network_in(rival: str, network: nn.Module, images: Tensor, precision: str = 
         network: the network in evaluation mode, on PyTorch's own operators.
         images: (N, C, H, W), in one of `layouts_of` the rival.
         precision: `float32`, or one in which the program can compute, according to `WITH`. Those that compile get a network
-            and images of that type, OpenVINO float32. In int8, NNCF quantizes the network from random images, and the rest is
-            float32.
+            and images of that type, OpenVINO float32. In int8, NNCF quantizes the network from random images, and the rest
+            is float32.
 
     Raises:
         BenchmarkError: if the program does not compute in that precision on this machine.

@@ -1,4 +1,4 @@
-"""Packed products in int8: equal to the reference where nothing is near a tie, close elsewhere, and errors where there are none."""
+"""Packed products in int8: equal to the reference without ties, close to it otherwise, and errors where there are none."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def reference(block: Block, x: Tensor, residual: Tensor | None = None, precision
 
 
 def check_close(block: Block, x: Tensor, residual: Tensor | None = None) -> None:
-    """A factor near a tie may be rounded either way, which must be rare: far less than what all rounding together changes."""
+    """Factors near a tie may be rounded either way, but these are rare: they change far less than all rounding together."""
     want, exact = reference(block, x, residual), reference(block, x, residual, "float32")
     got = PackedBlock(*block, precision="int8")(x, residual)
     assert got.dtype == torch.float32
@@ -112,7 +112,9 @@ def test_chunks_of_hidden_units_have_scales_of_their_own() -> None:
 
 
 @needs_products
-@pytest.mark.parametrize("patch", [Patch((4, 4), (4, 4)), Patch((3, 3), (2, 2), (1, 1)), Patch((2, 3), (1, 2), (2, 0))], ids=str)
+@pytest.mark.parametrize(
+    "patch", [Patch((4, 4), (4, 4)), Patch((3, 3), (2, 2), (1, 1)), Patch((2, 3), (1, 2), (2, 0))], ids=str
+)
 @pytest.mark.parametrize("channels", [3, 20])
 def test_patches_without_ties(channels: int, patch: Patch) -> None:
     """Zeros around the image count as numbers of its patches."""
@@ -191,7 +193,7 @@ def test_only_one_instruction_set_has_them() -> None:
                 assert peak > 0
                 continue
             assert peak == 0
-            with pytest.raises(ArgumentError, match=r"precision is 'int8', but the instruction set.*only avx512.*use 'float32'"):
+            with pytest.raises(ArgumentError, match=r"precision is 'int8', but the instruction set.*avx512.*use 'float32'"):
                 PackedBlock(torch.ones(1, 1), precision="int8")
     finally:
         loaded.use_isa(before)
@@ -209,7 +211,8 @@ def problems(draw: st.DrawFn) -> tuple:
     sizes = (draw(channels), draw(channels), draw(st.sampled_from([0, 1, 16, 31, 64, 130])))
     shape = (draw(st.integers(1, 4)), sizes[0], draw(st.integers(1, 13)), draw(st.integers(1, 17)))
     layouts = (draw(st.sampled_from(sorted(LAYOUTS))), draw(st.none() | st.sampled_from(sorted(LAYOUTS))))
-    return sizes, shape, draw(st.sampled_from(["none", "relu", "gelu"])), layouts, draw(st.integers(1, 3)), draw(st.booleans())
+    activation, threads = draw(st.sampled_from(["none", "relu", "gelu"])), draw(st.integers(1, 3))
+    return sizes, shape, activation, layouts, threads, draw(st.booleans())
 
 
 def fuzzed(problem: tuple) -> None:

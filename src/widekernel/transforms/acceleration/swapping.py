@@ -60,8 +60,8 @@ def accelerate(
     Args:
         model: any network; changed, and returned. It must not be compiled yet.
         example_input: input of the network: a tensor, a tuple of arguments or a dict of keyword arguments. The network runs
-            on it (once, or three times for a lower precision; in evaluation mode, without gradients; its state is restored), and all
-            is measured with the shapes and layouts of its inputs. Layers that are not called are left alone. Without an
+            on it (once, or three times for a lower precision; in evaluation mode, without gradients; its state is restored),
+            and all is measured with the shapes and layouts of its inputs. Layers that are not called are left alone. Without an
             example, depthwise layers are swapped unmeasured, blocks are not, and a pointwise layer is swapped if the
             alternative is faster for each of a few inputs that are typical for its size: the feature maps of that width in
             a network for 224x224 pixels, for one image and for eight, and for 1x1 convolutions in both layouts.
